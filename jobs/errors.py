@@ -1,0 +1,110 @@
+"""Every error that lorafleet raises on purpose, by what the caller would do differently.
+
+    LorafleetError                      exit code 1: ours
+    ├── UserError                       exit code 2: one clear sentence, no traceback
+    │   ├── JobFileError                a job file that cannot be read or run (holds every problem found)
+    │   ├── DataError                   rows that cannot be trained on, named by file and line
+    │   ├── AssetError                  a model or data set that is missing, unreachable or not what was pinned
+    │   ├── PlacementRefused            the hardware cannot hold what one trial needs
+    │   ├── RunError                    no such run, or a run in the wrong state for what was asked
+    │   └── MissingExtra                an optional package is needed
+    └── TrainingFailure                 a trial that cannot go on: it has a class, the sweep goes on without it
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the command line answers to the shell."""
+
+    OK = 0
+    OUR_FAULT = 1
+    USER_INPUT = 2
+    GATE_REFUSED = 3
+    SOME_TRIALS_FAILED = 4
+    REQUEUE = 85
+    INTERRUPTED = 130
+
+
+class LorafleetError(Exception):
+    """The root of the tree."""
+
+    exit_code = ExitCode.OUR_FAULT
+
+
+class UserError(LorafleetError):
+    """Something the user can mend; its text is the whole message."""
+
+    exit_code = ExitCode.USER_INPUT
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a job file: the dotted key it is about, and a sentence."""
+
+    path: str
+    sentence: str
+    line: int | None = None
+
+    def located(self, file: str) -> str:
+        """`file:line: sentence`, the form editors can jump to."""
+        where = f"{file}:{self.line}" if self.line else file
+        return f"{where}: {self.sentence}"
+
+
+class SpecProblems(ValueError):
+    """Raised inside validation: several fields that do not go together, each with its own sentence."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(problem.sentence for problem in problems))
+
+
+class JobFileError(UserError):
+    """A job file with at least one problem; the message is one line a problem."""
+
+    def __init__(self, file: str, problems: list[Problem]) -> None:
+        self.file = file
+        self.problems = problems
+        super().__init__("\n".join(problem.located(file) for problem in problems))
+
+    def __reduce__(self) -> tuple[type[JobFileError], tuple[str, list[Problem]]]:
+        return (JobFileError, (self.file, self.problems))
+
+
+class DataError(UserError):
+    """Rows that cannot be trained on."""
+
+
+class AssetError(UserError):
+    """A model or data set that cannot be had."""
+
+
+class PlacementRefused(UserError):
+    """What one trial needs does not fit the hardware."""
+
+
+class RunError(UserError):
+    """No such run, or it is not in a state for what was asked."""
+
+
+class MissingExtra(UserError):
+    """An optional package is needed for what was asked."""
+
+
+class TrainingFailure(LorafleetError):
+    """A trial that cannot go on. `failure_class` is one of FAILURE_CLASSES."""
+
+    def __init__(self, failure_class: str, sentence: str) -> None:
+        self.failure_class = failure_class
+        self.sentence = sentence
+        super().__init__(sentence)
+
+    def __reduce__(self) -> tuple[type[TrainingFailure], tuple[str, str]]:
+        return (TrainingFailure, (self.failure_class, self.sentence))
+
+
+FAILURE_CLASSES = ("oom", "nan", "preempted", "worker_lost", "data", "config", "code")

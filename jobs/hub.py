@@ -1,0 +1,121 @@
+"""Where things of the model hub lie on this machine: the hub's own cache, read without its client."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import files
+from jobs.assets import PREFIX, asset, asset_folder, cache_dir
+from jobs.errors import AssetError
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A repository of the hub."""
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repo}@{self.revision}" if self.revision else self.repo
+
+
+def hub_cache() -> Path:
+    """The hub client's cache: HF_HUB_CACHE, or hub below HF_HOME."""
+    own = os.environ.get("HF_HUB_CACHE")
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    return Path(own) if own else home / "hub"
+
+
+def hub_model_folder(name: str, revision: str | None) -> Path | None:
+    """The snapshot of a hub model in the cache, or None when it was not fetched."""
+    repository = hub_cache() / f"models--{name.replace('/', '--')}"
+    wanted = revision or "main"
+    try:
+        commit = (repository / "refs" / wanted).read_text().strip()
+    except OSError:
+        commit = wanted
+    folder = repository / "snapshots" / commit
+    return folder if (folder / "config.json").exists() else None
+
+
+def dataset_folder(name: str, revision: str | None) -> Path:
+    """Where the splits of a hub data set are kept as JSON lines."""
+    return cache_dir() / "datasets" / f"{name.replace('/', '--')}@{revision or 'main'}"
+
+
+def model_folder(name: str, revision: str | None) -> Path:
+    """The folder that a model's name means, on this machine. Raises AssetError with what to do when it is not here."""
+    if name.startswith(PREFIX):
+        return asset_folder(name)
+    if Path(name).is_absolute():
+        if (Path(name) / "config.json").is_file():
+            return Path(name)
+        what = "has no config.json" if Path(name).is_dir() else "does not exist"
+        raise AssetError(f"model.model_name_or_path is {name}, but that folder {what}")
+    folder = hub_model_folder(name, revision)
+    if folder is None:
+        raise AssetError(
+            f"model.model_name_or_path is {HubName(name, revision)}, which is not on this machine: run "
+            "`lorafleet fetch JOB.yaml` where the hub can be reached (HF_HOME says where it goes), or name a local folder"
+        )
+    return folder
+
+
+def model_config(name: str, revision: str | None) -> dict[str, Any] | None:
+    """config.json of a model, or None where it is not on this machine."""
+    try:
+        folder = model_folder(name, revision)
+    except AssetError:
+        return None
+    for file in ("config.json", "shape.json"):
+        if (folder / file).is_file():
+            config: dict[str, Any] = json.loads((folder / file).read_text())
+            return config
+    return None
+
+
+def model_revision(name: str, revision: str | None) -> str:
+    """What identifies a model's weights and tokenizer: a pin, a commit, or a digest of the folder's files."""
+    if name.startswith(PREFIX):
+        return asset(name).sha256
+    folder = model_folder(name, revision)
+    if folder.parent.name == "snapshots":
+        return folder.name
+    return _folder_digest(folder)
+
+
+def _folder_digest(folder: Path) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja") and file.is_file():
+            digest.update(f"{file.name}:{files.sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def parameter_count(name: str, revision: str | None) -> int | None:
+    """Weights of a model: an asset's are pinned, a folder's are read from its safetensors headers; None when unknown."""
+    if name.startswith(PREFIX):
+        return asset(name).parameters
+    try:
+        folder = model_folder(name, revision)
+    except AssetError:
+        return None
+    counts = [_safetensors_parameters(file) for file in folder.glob("*.safetensors")]
+    return sum(counts) or None
+
+
+def _safetensors_parameters(file: Path) -> int:
+    """Sum of the tensors' sizes in a safetensors file, from its header alone (8 bytes of length, then JSON)."""
+    import math
+
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length)) if length < 100_000_000 else {}
+    return sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__")

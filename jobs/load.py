@@ -1,0 +1,302 @@
+"""From a YAML file and `key=value` overrides to a JobSpec, with the origin of every value.
+
+`load_job` reports every problem of a file at once, each with its line and the closest right key.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from jobs import expression, fields, search, yaml12
+from jobs.aliases import DISTRIBUTION_ALIASES, FIELD_ALIASES, VALUE_ALIASES
+from jobs.errors import JobFileError, Problem
+from jobs.messages import sentences
+from jobs.spec import JobSpec
+
+OriginKind = Literal["file", "override", "alias", "default", "linked", "derived"]
+
+_PATH_FIELDS = ("data.train_file", "data.validation_file", "data.test_file", "train.init_adapter")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a resolved value came from."""
+
+    kind: OriginKind
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.detail})" if self.detail else self.kind
+
+
+@dataclass(frozen=True)
+class LoadedJob:
+    """A job and how it came to be."""
+
+    job: JobSpec
+    path: Path
+    text: str
+    """The file as given."""
+    overrides: tuple[str, ...] = ()
+    origins: dict[str, Origin] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What was understood though it is spelt otherwise here."""
+
+    def resolved(self) -> dict[str, Any]:
+        """Every field's value and where it came from, by dotted path."""
+        raw = self.job.model_dump(mode="json")
+        flat: dict[str, Any] = {}
+        for path in fields.leaves():
+            if path.startswith("search.") and self.job.search is None:
+                continue
+            origin = self.origins.get(path, Origin("default"))
+            flat[path] = {"value": fields.get(raw, path), "origin": str(origin)}
+        return flat
+
+
+class _Reading:
+    """One file on its way to a JobSpec: the tree, the lines, the origins and what is wrong so far."""
+
+    def __init__(self, document: yaml12.Document) -> None:
+        self.lines = document.lines
+        self.problems = list(document.problems)
+        self.origins: dict[str, Origin] = {}
+        self.notes: list[str] = []
+        self.tree: dict[str, Any] = {}
+
+    def line(self, path: str) -> int | None:
+        """The line of a key, or of the nearest block around it."""
+        while path:
+            if path in self.lines:
+                return self.lines[path]
+            path = path.rpartition(".")[0]
+        return None
+
+    def problem(self, path: str, sentence: str) -> None:
+        self.problems.append(Problem(path, sentence, self.line(path)))
+
+
+def load_job(path: str | Path, overrides: tuple[str, ...] = ()) -> LoadedJob:
+    """Read, complete and check a job file. Raises JobFileError with every problem found."""
+    path = Path(path)
+    text = read_text(path)
+    return load_text(text, path, overrides)
+
+
+def load_text(text: str, path: Path, overrides: tuple[str, ...] = ()) -> LoadedJob:
+    """`load_job` of a text that would stand in the file `path` (relative paths start at its folder)."""
+    document = yaml12.read(text)
+    reading = _Reading(document)
+    if not reading.problems and not isinstance(document.value, dict):
+        reading.problem("", "the file is empty" if document.value is None else "a job file is a block of keys")
+    if reading.problems:
+        raise JobFileError(str(path), reading.problems)
+    reading.tree = document.value
+    _mark_origins(reading, reading.tree, "")
+    for override in overrides:
+        _override(reading, override)
+    _translate(reading)
+    _link(reading)
+    _absolute_paths(reading, path.parent)
+    if reading.problems:
+        raise JobFileError(str(path), reading.problems)
+    job = _validated(reading, path)
+    return LoadedJob(job, path, text, overrides, reading.origins, tuple(reading.notes))
+
+
+def read_text(path: Path) -> str:
+    """The text of a job file; one sentence when it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        sentence = "no such file"
+    except IsADirectoryError:
+        sentence = "is a folder, not a job file"
+    except PermissionError:
+        sentence = "may not be read by you"
+    except UnicodeDecodeError as error:
+        sentence = f"is not UTF-8 text (byte {error.start})"
+    raise JobFileError(str(path), [Problem("", sentence)])
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a job file, for editors. Numbers may be expressions and a search may be in W&B's short forms."""
+    schema = JobSpec.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "lorafleet job"
+    parameter = schema["$defs"]["Parameter"]
+    schema["$defs"]["Parameter"] = {"anyOf": [parameter, {"type": "string"}, {"type": "array"}]}
+    alpha = schema["$defs"]["LoraSpec"]["properties"]["lora_alpha"]
+    schema["$defs"]["LoraSpec"]["properties"]["lora_alpha"] = {
+        "anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}],
+        **{key: alpha[key] for key in ("description", "default", "title")},
+    }
+    metric = schema["$defs"]["MetricSpec"]
+    metric["required"] = ["name"]
+    return schema
+
+
+def _mark_origins(reading: _Reading, tree: dict[str, Any], prefix: str) -> None:
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            _mark_origins(reading, value, f"{path}.")
+        reading.origins[path] = Origin("file", f"line {reading.lines.get(path, '?')}")
+
+
+def _override(reading: _Reading, text: str) -> None:
+    """Apply `train.seed=7`, `lora.lora_r=8` or `data.train_file=x.jsonl`; values are read as YAML."""
+    path, equals, value = text.partition("=")
+    path = path.strip().lstrip("-").removeprefix("set ")
+    if not equals or not path:
+        reading.problems.append(Problem("", f"override {text!r} must be of the form key=value"))
+        return
+    document = yaml12.read(value)
+    if document.problems:
+        reading.problems.append(Problem(path, f"override {text!r}: {document.problems[0].sentence}"))
+        return
+    if path.startswith("search.parameters."):
+        parameters = reading.tree.setdefault("search", {}).setdefault("parameters", {})
+        parameters[path.removeprefix("search.parameters.")] = document.value
+    else:
+        fields.put(reading.tree, path, document.value)
+    reading.origins[path] = Origin("override", text)
+
+
+def _translate(reading: _Reading) -> None:
+    """Other tools' keys, values and short forms, in place."""
+    tree = reading.tree
+    for block, key in [("", key) for key in list(tree)] + [
+        (block, key) for block, inner in list(tree.items()) if isinstance(inner, dict) for key in list(inner)
+    ]:
+        _translate_key(reading, block, key)
+    for (path, word), ours in VALUE_ALIASES.items():
+        if fields.get(tree, path) == word:
+            fields.put(tree, path, ours)
+            _report(reading, path, f"{path}: {word} is read as {ours}")
+    block = tree.get("search")
+    if isinstance(block, dict):
+        _translate_search(reading, block)
+
+
+def _translate_key(reading: _Reading, block: str, key: str) -> None:
+    holder = reading.tree[block] if block else reading.tree
+    path = f"{block}.{key}" if block else key
+    ours = FIELD_ALIASES.get(key)
+    if ours is None or path in fields.leaves() or ours == path or block in ("search", "linked"):
+        if not (block == "search" and ours and ours.startswith("search.")):
+            return
+    if path in fields.leaves() or ours is None:
+        return
+    value = holder.pop(key)
+    line = reading.lines.get(path)
+    if line:
+        reading.lines[ours] = line
+    if fields.get(reading.tree, ours) is not None:
+        reading.problem(path, f"{path} means {ours}, which is set as well")
+        return
+    fields.put(reading.tree, ours, value)
+    _report(reading, ours, f"{path} is read as {ours}")
+
+
+def _translate_search(reading: _Reading, block: dict[str, Any]) -> None:
+    parameters = block.get("parameters")
+    if not isinstance(parameters, dict):
+        return
+    for name in list(parameters):
+        path = FIELD_ALIASES.get(name, name)
+        if "." not in path and path not in fields.leaves():
+            same = [known for known in fields.leaves() if known.endswith(f".{path}")]
+            path = same[0] if len(same) == 1 else path
+        if path != name:
+            parameters[path] = parameters.pop(name)
+            reading.lines[f"search.parameters.{path}"] = reading.lines.get(f"search.parameters.{name}", 0)
+            _report(reading, f"search.parameters.{path}", f"search.parameters.{name} is read as {path}")
+        parameters[path] = _long_form(reading, path, parameters[path])
+
+
+def _long_form(reading: _Reading, path: str, value: Any) -> Any:
+    """A list is its values, a text is an expression, and {min, max} alone is uniform."""
+    if isinstance(value, list):
+        return {"values": value}
+    if isinstance(value, str):
+        return {"expression": value}
+    if isinstance(value, dict):
+        word = value.get("distribution")
+        if isinstance(word, str) and word in DISTRIBUTION_ALIASES:
+            value["distribution"] = DISTRIBUTION_ALIASES[word]
+            _report(reading, f"search.parameters.{path}.distribution", f"{word} is read as {value['distribution']}")
+        if "value" in value and "values" not in value:
+            value["values"] = [value.pop("value")]
+        if "distribution" not in value and {"min", "max"} <= set(value):
+            whole = isinstance(value["min"], int) and isinstance(value["max"], int)
+            value["distribution"] = "int_uniform" if whole else "uniform"
+    return value
+
+
+def _report(reading: _Reading, path: str, note: str) -> None:
+    line = reading.line(path)
+    reading.notes.append(f"line {line}: {note}" if line else note)
+    reading.origins[path] = Origin("alias", note)
+
+
+def _link(reading: _Reading) -> None:
+    """Numbers given as arithmetic (`lora_alpha: "2*lora_r"`) become links, evaluated for each trial."""
+    links = reading.tree.get("linked", {})
+    if not isinstance(links, dict):
+        return
+    for path in fields.leaves():
+        value = fields.get(reading.tree, path)
+        if not isinstance(value, str) or path.startswith("linked") or not fields.is_number(path):
+            continue
+        try:
+            used = expression.names(expression.parse(value))
+        except ValueError:
+            continue  # the type check says what it must be
+        if used:
+            links[path] = value
+            reading.origins[path] = Origin("linked", value)
+            block, _, leaf = path.rpartition(".")
+            fields.get(reading.tree, block).pop(leaf)
+    if links:
+        reading.tree["linked"] = links
+
+
+def _absolute_paths(reading: _Reading, folder: Path) -> None:
+    """Relative paths of a job file start at the file's own folder."""
+    for path in _PATH_FIELDS:
+        value = fields.get(reading.tree, path)
+        if isinstance(value, str) and value:
+            fields.put(reading.tree, path, str((folder / Path(value).expanduser()).absolute()))
+    name = fields.get(reading.tree, "model.model_name_or_path")
+    if isinstance(name, str) and name and not name.startswith("asset:"):
+        local = folder / Path(name).expanduser()
+        if looks_like_path(name) or local.is_dir():
+            fields.put(reading.tree, "model.model_name_or_path", str(local.absolute()))
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a model's name can only be a folder."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _validated(reading: _Reading, path: Path) -> JobSpec:
+    try:
+        job = JobSpec.model_validate(reading.tree)
+    except ValidationError as error:
+        problems = [Problem(p.path, p.sentence, reading.line(p.path)) for p in sentences(error)]
+        raise JobFileError(str(path), sorted(problems, key=lambda p: p.line or 0)) from None
+    problems = [Problem(p.path, p.sentence, reading.line(p.path)) for p in search.search_problems(job)]
+    if problems:
+        raise JobFileError(str(path), problems)
+    return search.trial(job, {}) if job.linked else job
+
+
+def dump_resolved(loaded: LoadedJob) -> str:
+    """`resolved.json`: every value and its origin."""
+    return json.dumps({"schema_version": 1, "fields": loaded.resolved()}, indent=2) + "\n"

@@ -1,0 +1,103 @@
+"""pydantic's errors as sentences: "train.seed is -1, but must be at least 0"."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from jobs import fields
+from jobs.errors import Problem, SpecProblems
+
+_WANTED = {
+    "greater_than": "above {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "below {lt}",
+    "less_than_equal": "at most {le}",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "literal_error": "{expected}",
+    "string_pattern_mismatch": "of the form {pattern}",
+    "string_too_short": "at least {min_length} characters long",
+    "string_too_long": "at most {max_length} characters long",
+    "too_short": "at least {min_length} long",
+    "dict_type": "a block of keys",
+    "model_type": "a block of keys",
+    "tuple_type": "a list",
+    "list_type": "a list",
+}
+
+
+def sentences(error: ValidationError) -> list[Problem]:
+    """Every error of a failed validation, each with its dotted field and a sentence; one a field."""
+    problems: dict[str, Problem] = {}
+    for raw in error.errors(include_url=False):
+        cause = raw.get("ctx", {}).get("error")
+        if isinstance(cause, SpecProblems):
+            problems.update((problem.path, problem) for problem in cause.problems)
+            continue
+        path = _path(raw["loc"])
+        sentence = _sentence(path, raw)
+        if path in problems:  # the branches of a union: "a whole number", "'auto'"
+            earlier = problems[path].sentence
+            sentence = earlier if raw["type"] not in _WANTED else f"{earlier} or {_wanted(raw)}"
+        problems[path] = Problem(path, sentence)
+    return list(problems.values())
+
+
+def _sentence(path: str, raw: Any) -> str:
+    match raw["type"]:
+        case "extra_forbidden":
+            return unknown_key(path)
+        case "missing":
+            return f"{path} is missing"
+        case "value_error":
+            message = str(raw["ctx"]["error"])
+            return f"{path}: {message}" if path else message
+        case kind if kind in _WANTED:
+            return f"{path} is {shown(raw['input'])}, but must be {_wanted(raw)}"
+    return f"{path}: {raw['msg']}"
+
+
+def _wanted(raw: Any) -> str:
+    if raw["type"] == "string_pattern_mismatch" and raw["ctx"]["pattern"].startswith("^[a-z0-9]("):
+        return "1 to 40 lower-case letters, digits and dashes, without a dash at either end"
+    return _WANTED[raw["type"]].format(**raw.get("ctx", {}))
+
+
+def unknown_key(path: str) -> str:
+    """The sentence for a key that no block has, with the closest right one."""
+    block, _, leaf = path.rpartition(".")
+    prefix = f"{block}." if block else ""
+    here = {
+        known.removeprefix(prefix).split(".")[0] for known in fields.leaves() if known.startswith(prefix)
+    }
+    near = fields.closest(leaf, here)
+    if near:
+        return f"{path} is not a known key; did you mean {near!r}?"
+    meant = fields.suggest_path(path)
+    return f"{path} is not a known key" + (f"; did you mean {meant!r}?" if meant else "")
+
+
+def shown(value: Any) -> str:
+    """A value as a user wrote it, cut to a line."""
+    text = "empty" if value is None else repr(value)
+    if isinstance(value, bool):
+        text = str(value).lower()
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """The dotted field of a location; union branches and list positions are pydantic's business, not the user's."""
+    parts: list[str] = []
+    for part in location:
+        if isinstance(part, int):
+            continue
+        if part in ("int", "float", "str", "bool") or part.startswith(("literal[", "tuple[", "function-", "constrained")):
+            continue
+        parts.append(part)
+    return ".".join(parts)

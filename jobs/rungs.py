@@ -1,0 +1,77 @@
+"""ASHA's arithmetic: where the rungs are, who goes on, and what it costs. Pure.
+
+Source: Li et al., A System for Massively Parallel Hyperparameter Tuning (MLSys 2020, arXiv 1810.05934), in the
+stopping form that Ray Tune and Optuna use: a trial that reaches a rung is compared, there and then, with all scores
+that the rung holds, its own included, and stops unless it is among the best 1/eta of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+Goal = Literal["maximize", "minimize"]
+
+
+def rung_levels(grace_period: int, max_t: int, reduction_factor: int) -> list[int]:
+    """The times at which trials are compared, smallest first, and `max_t` as the last: [222, 666, 2000]."""
+    levels = []
+    level = grace_period
+    while level < max_t:
+        levels.append(level)
+        level *= reduction_factor
+    return [*levels, max_t]
+
+
+def default_grace_period(max_t: int, reduction_factor: int) -> int:
+    """A first rung that leaves two cuts before the end: max_t / eta^2, at least 1."""
+    return max(1, max_t // reduction_factor**2)
+
+
+def rung_cutoff(scores: Sequence[float], eta: int, goal: Goal) -> float:
+    """The worst score that is still among the best 1/eta of a rung, of which at least one goes on.
+
+    A score that is not a number counts as the worst. Raises ValueError on an empty rung.
+    """
+    if not scores:
+        raise ValueError("a rung without scores has no cutoff")
+    kept = max(1, len(scores) // eta)
+    worst = -math.inf if goal == "maximize" else math.inf
+    ordered = sorted((worst if math.isnan(score) else score for score in scores), reverse=goal == "maximize")
+    return ordered[kept - 1]
+
+
+def goes_on(score: float, scores: Sequence[float], eta: int, goal: Goal) -> bool:
+    """Whether a trial continues past a rung whose scores, its own included, are `scores`. Ties go on; NaN never."""
+    if math.isnan(score):
+        return False
+    cutoff = rung_cutoff(scores, eta, goal)
+    return score >= cutoff if goal == "maximize" else score <= cutoff
+
+
+def expected_survivors(arrivals: float, eta: int) -> float:
+    """How many of `arrivals` trials in random order go on past one rung.
+
+    The i-th to arrive goes on with probability max(1, floor(i/eta))/i, so early trials are let through too often:
+    this is what the asynchronous form pays for never waiting. Fractions of a trial are interpolated.
+    """
+    whole = math.floor(arrivals)
+    total = sum(max(1, i // eta) / i for i in range(1, whole + 1))
+    following = whole + 1
+    return total + (arrivals - whole) * max(1, following // eta) / following
+
+
+def expected_time(trials: int, levels: Sequence[int], eta: int) -> float:
+    """Time units that a whole search is expected to train for, in the unit of `levels`."""
+    total, arrivals, previous = 0.0, float(trials), 0
+    for level in levels:
+        total += arrivals * (level - previous)
+        arrivals, previous = expected_survivors(arrivals, eta), level
+    return total
+
+
+def rung_reached(time: int, levels: Sequence[int]) -> int | None:
+    """The index of the last rung whose level is at or below `time`, or None before the first."""
+    reached = [index for index, level in enumerate(levels) if time >= level]
+    return reached[-1] if reached else None

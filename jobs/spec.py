@@ -1,0 +1,484 @@
+"""JobSpec: all that one job file can say. Frozen, closed, and every field states its unit.
+
+The words are HF, PEFT and TRL's for training, W&B's and Ray's for the search.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from jobs import expression
+from jobs.errors import Problem, SpecProblems
+from jobs.metrics import DEFAULT_METRIC, METRICS, TASK_METRICS, bare_name
+from jobs.rungs import Goal
+
+
+class Spec(BaseModel):
+    """The base of everything that a job file or a run directory says: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+Texts = Annotated[tuple[str, ...], Field(strict=False)]
+Task = Literal["classification", "generation"]
+DataFormat = Literal["auto", "text_label", "prompt_completion", "instruction", "messages", "text"]
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class ModelSpec(Spec):
+    """Which base model is adapted."""
+
+    model_name_or_path: str = Field(min_length=1, max_length=400)
+    """A hub id (`org/name`), a folder with a safetensors model, or `asset:NAME` (see `lorafleet fetch --list`)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; a commit is pinned by `lorafleet fetch` when this is left out."""
+    max_length: int = Field(512, ge=8, le=1_000_000)
+    """Longest row in tokens, prompt and answer together; longer rows are cut, and counted in a warning."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the frozen weights. `auto`: bfloat16 on GPUs that have it, float32 on CPU."""
+    trust_remote_code: bool = False
+    """Whether code from the model's repository may run. Needs `revision` to be a full commit."""
+
+    @model_validator(mode="after")
+    def _remote_code_is_pinned(self) -> ModelSpec:
+        if self.trust_remote_code and not _COMMIT.fullmatch(self.revision or ""):
+            raise SpecProblems(
+                [
+                    Problem(
+                        "model.trust_remote_code",
+                        "model.trust_remote_code is true, but must go with a model.revision of 40 hex digits: "
+                        "code that can change under you is not run",
+                    )
+                ]
+            )
+        return self
+
+
+class DataSpec(Spec):
+    """Which rows the model learns from, is chosen by, and is finally judged on."""
+
+    dataset_name: str | None = Field(None, min_length=1, max_length=400)
+    """A hub data set (`org/name`) or `asset:NAME`; the alternative to `train_file`."""
+    dataset_revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    train_file: str | None = Field(None, min_length=1)
+    """Training rows: a .jsonl, .json, .csv, .tsv or .parquet file; relative to the job file."""
+    validation_file: str | None = Field(None, min_length=1)
+    """Rows that the search and the choice look at. Left out: `validation_fraction` of the training rows."""
+    test_file: str | None = Field(None, min_length=1)
+    """Rows that are looked at once, after the choice. Left out: `test_fraction` of the validation rows."""
+    format: DataFormat = "auto"
+    """What a row looks like; `auto` goes by the keys of the first row."""
+    text_column: str = "text"
+    """Column with the text (classification, plain text)."""
+    label_column: str = "label"
+    """Column with the class: a string or a whole number."""
+    prompt_column: str = "prompt"
+    """Column with the prompt (prompt_completion)."""
+    completion_column: str = "completion"
+    """Column with the answer to learn (prompt_completion)."""
+    max_train_samples: int | None = Field(None, ge=1)
+    """Use at most this many training rows, drawn with `split_seed`."""
+    max_validation_samples: int | None = Field(None, ge=1)
+    """Use at most this many validation rows."""
+    max_test_samples: int | None = Field(None, ge=1)
+    """Use at most this many test rows."""
+    validation_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of the training rows held back when there is no validation set."""
+    test_fraction: float = Field(0.5, gt=0, lt=1)
+    """Share of the validation rows held back when there is no test set."""
+    split_seed: int = Field(0, ge=0)
+    """Seed of every draw of rows; it does not depend on `train.seed`, so all trials see the same rows."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataSpec:
+        if (self.dataset_name is None) == (self.train_file is None):
+            raise SpecProblems(
+                [Problem("data", "data must have either dataset_name or train_file, and exactly one of the two")]
+            )
+        if self.dataset_name and (self.validation_file or self.test_file):
+            raise SpecProblems(
+                [Problem("data", "data.validation_file and data.test_file go with train_file, not with dataset_name")]
+            )
+        return self
+
+
+class LoraSpec(Spec):
+    """The low-rank adapter (PEFT's names)."""
+
+    lora_r: int = Field(16, ge=1, le=1024)
+    """Rank of the update matrices."""
+    lora_alpha: float = Field(32, gt=0)
+    """Scale of the update: it is multiplied by lora_alpha / lora_r (by lora_alpha / sqrt(lora_r) with use_rslora)."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability with which an input of the adapter is dropped while training."""
+    lora_target_modules: str | Texts = "all-linear"
+    """Names of the layers that get an adapter, or `all-linear` for every linear layer but the head."""
+    use_rslora: bool = False
+    """Scale by 1/sqrt(rank) instead of 1/rank (rank-stabilised LoRA)."""
+    use_dora: bool = False
+    """Train a magnitude beside the direction (DoRA); slower by a third to a half."""
+
+
+class TrainSpec(Spec):
+    """How one trial is trained (HF's names)."""
+
+    learning_rate: float | None = Field(None, gt=0, le=10)
+    """Peak learning rate of AdamW. Left out: 1e-3 for models below 200 M parameters, 5e-4 below 1 B, 2e-4 above
+    (LoRA; small encoders stay at chance with 2e-4), or 2e-4 when the model's size is not known yet."""
+    num_train_epochs: float = Field(3.0, gt=0, le=10_000)
+    """Passes over the training rows; `max_steps`, where given, and a sweep's `max_t` come before it."""
+    max_steps: int | None = Field(None, ge=1)
+    """Optimiser steps; the alternative to `num_train_epochs`."""
+    per_device_train_batch_size: int = Field(16, ge=1)
+    """Rows in one forward and backward pass on one device."""
+    per_device_eval_batch_size: int = Field(32, ge=1)
+    """Rows in one forward pass of an evaluation on one device."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Passes that are added up before one optimiser step."""
+    global_batch_size: int | None = Field(None, ge=1)
+    """Rows in one optimiser step over all devices; the alternative to `gradient_accumulation_steps`."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """How the learning rate moves after the warm-up: to 0 in a line or a half cosine, or not at all."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Share of all steps in which the learning rate rises from 0 to its peak (not used by `constant`)."""
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    """AdamW's decoupled weight decay, of matrices only."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient's norm is clipped to this."""
+    eval_steps: int | None = Field(None, ge=1)
+    """Optimiser steps between evaluations. Left out: at every rung of a search, else after every epoch."""
+    checkpoint_minutes: float = Field(10.0, gt=0)
+    """Minutes between checkpoints inside a trial; every evaluation saves one as well."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Number format of the arithmetic. `auto`: bf16 on GPUs that have it, else none."""
+    group_by_length: bool = True
+    """Put rows of like length into one batch, which saves padding; the order is random but for that."""
+    seed: int = Field(42, ge=0, lt=2**32)
+    """Seed of the adapter's and the head's initialisation, the dropout and the order of the rows."""
+    init_adapter: str | None = Field(None, min_length=1)
+    """Folder of a PEFT adapter to start from instead of a fresh one."""
+
+    @model_validator(mode="after")
+    def _one_accumulation(self) -> TrainSpec:
+        if self.global_batch_size and self.gradient_accumulation_steps != 1:
+            raise SpecProblems(
+                [
+                    Problem(
+                        "train.global_batch_size",
+                        "train has both global_batch_size and gradient_accumulation_steps, but must have one of them",
+                    )
+                ]
+            )
+        return self
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Forward passes on each of `world_size` devices before one optimiser step."""
+        if self.global_batch_size is None:
+            return self.gradient_accumulation_steps
+        per_pass = self.per_device_train_batch_size * world_size
+        steps, rest = divmod(self.global_batch_size, per_pass)
+        if rest or not steps:
+            raise SpecProblems(
+                [
+                    Problem(
+                        "train.global_batch_size",
+                        f"train.global_batch_size is {self.global_batch_size}, but must be a multiple of "
+                        f"per_device_train_batch_size x processes = {self.per_device_train_batch_size} x {world_size} "
+                        f"= {per_pass}",
+                    )
+                ]
+            )
+        return steps
+
+    def effective_batch_size(self, world_size: int) -> int:
+        """Rows in one optimiser step over `world_size` devices."""
+        return self.per_device_train_batch_size * world_size * self.accumulation_steps(world_size)
+
+
+class ResourcesSpec(Spec):
+    """What ONE trial needs."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: GPUs where the machine has them. `cuda` fails at once where there is none."""
+    num_nodes: int = Field(1, ge=1, le=4096)
+    """Machines that one trial spans."""
+    workers_per_node: int = Field(1, ge=1, le=256)
+    """Training processes on each of them, one device each."""
+    gpus_per_node: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """GPUs on each of them. `auto`: one a worker where the machine has GPUs, else none."""
+    cpus_per_worker: int = Field(1, ge=1, le=1024)
+    """CPU cores, and so threads, of one training process."""
+    strategy: Literal["auto", "ddp"] = "auto"
+    """How the processes of one trial share the work. `auto`: nothing for one process, DDP for several."""
+
+    @property
+    def world_size(self) -> int:
+        """Training processes of one trial."""
+        return self.num_nodes * self.workers_per_node
+
+    @model_validator(mode="after")
+    def _one_gpu_a_worker(self) -> ResourcesSpec:
+        problems = []
+        if self.device == "cpu" and self.gpus_per_node not in ("auto", 0):
+            problems.append(
+                Problem("resources.gpus_per_node", "resources.gpus_per_node must be 0 when resources.device is cpu")
+            )
+        if isinstance(self.gpus_per_node, int) and self.gpus_per_node not in (0, self.workers_per_node):
+            problems.append(
+                Problem(
+                    "resources.gpus_per_node",
+                    f"resources.gpus_per_node is {self.gpus_per_node}, but must be 0 or workers_per_node = "
+                    f"{self.workers_per_node}: a training process has one GPU",
+                )
+            )
+        if problems:
+            raise SpecProblems(problems)
+        return self
+
+
+Scalar = bool | int | float | str
+Distribution = Literal[
+    "uniform", "log_uniform_values", "int_uniform", "q_uniform", "q_log_uniform_values", "categorical"
+]
+
+
+class Parameter(Spec):
+    """What one field may be in a search: `values`, or a `distribution` with its ends, or an `expression`."""
+
+    values: Annotated[tuple[Scalar, ...], Field(strict=False)] | None = None
+    """The choices, tried in turn (grid) or drawn alike often (random, tpe)."""
+    distribution: Distribution | None = None
+    """How a number is drawn between `min` and `max`; `categorical` draws from `values`."""
+    min: int | float | None = None
+    """Smallest value."""
+    max: int | float | None = None
+    """Largest value."""
+    q: int | float | None = Field(None, gt=0)
+    """Step to which the q_ distributions round."""
+    expression: str | None = None
+    """Arithmetic on other fields, such as `2*lora_r`; a bare string under `parameters` is this."""
+
+    @model_validator(mode="after")
+    def _one_meaning(self) -> Parameter:
+        if self.expression is not None:
+            expression.parse(self.expression)
+            if (self.values, self.distribution, self.min, self.max, self.q) != (None,) * 5:
+                raise ValueError("an expression goes alone, without values, distribution, min or max")
+            return self
+        if self.values is not None:
+            return self._choices(self.values)
+        if self.distribution is None or self.distribution == "categorical":
+            raise ValueError("must have values: [...], or a distribution with min and max, or an expression")
+        if self.min is None or self.max is None:
+            raise ValueError(f"{self.distribution} needs min and max")
+        if self.min >= self.max:
+            raise ValueError(f"min is {self.min} and max is {self.max}, but min must be below max")
+        if "log" in self.distribution and self.min <= 0:
+            raise ValueError(f"min is {self.min}, but must be above 0 for {self.distribution}")
+        if self.distribution == "int_uniform" and not (isinstance(self.min, int) and isinstance(self.max, int)):
+            raise ValueError(f"int_uniform needs whole numbers, not {self.min} and {self.max}")
+        if self.distribution.startswith("q_") != (self.q is not None):
+            raise ValueError("q goes with q_uniform and q_log_uniform_values, and they need it")
+        return self
+
+    def _choices(self, values: tuple[Scalar, ...]) -> Parameter:
+        if not values:
+            raise ValueError("values is empty, but must hold at least one value")
+        if len(set(map(repr, values))) != len(values):
+            raise ValueError(f"values holds the same value twice: {list(values)}")
+        if self.distribution not in (None, "categorical") or (self.min, self.max, self.q) != (None, None, None):
+            raise ValueError("values goes without min, max and q (its distribution is categorical)")
+        return self
+
+
+class MetricSpec(Spec):
+    """What the search looks at, on the validation rows."""
+
+    name: str
+    """accuracy, f1, precision, recall or loss (classification); loss or perplexity (generation)."""
+    goal: Goal
+    """maximize or minimize; goes with the name when left out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _goal_follows_name(cls, raw: Any) -> Any:
+        if isinstance(raw, str):
+            raw = {"name": raw}
+        if isinstance(raw, dict) and isinstance(raw.get("name"), str):
+            name = bare_name(raw["name"])
+            known = METRICS.get(name)
+            return {"goal": known.goal if known else "maximize", **raw, "name": name}
+        return raw
+
+    @model_validator(mode="after")
+    def _known(self) -> MetricSpec:
+        known = METRICS.get(self.name)
+        if known is None:
+            raise ValueError(f"name is {self.name!r}, but must be one of {', '.join(METRICS)}")
+        if self.goal != known.goal:
+            raise ValueError(f"goal is {self.goal}, but must be {known.goal} for {self.name}")
+        return self
+
+
+class SchedulerSpec(Spec):
+    """Which trials are stopped early (Ray's names)."""
+
+    type: Literal["asha", "none"] = "asha"
+    """`asha` stops the worse trials at each rung; `none` trains every trial to the end."""
+    time_attr: Literal["samples", "step", "epoch"] = "samples"
+    """Unit of max_t and grace_period: training rows seen (the same work for every trial), optimiser steps, epochs."""
+    max_t: int | None = Field(None, ge=1)
+    """Where a trial ends, in `time_attr` units. Left out: what `train` says."""
+    grace_period: int | None = Field(None, ge=1)
+    """The first rung, in `time_attr` units. Left out: max_t / reduction_factor^2."""
+    reduction_factor: int = Field(3, ge=2, le=100)
+    """At each rung the best 1/reduction_factor go on; the next rung is this many times as far."""
+
+    @model_validator(mode="after")
+    def _grace_below_max(self) -> SchedulerSpec:
+        if self.grace_period and self.max_t and self.grace_period > self.max_t:
+            raise ValueError(f"grace_period is {self.grace_period}, but must not be above max_t = {self.max_t}")
+        return self
+
+
+class BudgetSpec(Spec):
+    """What the whole search may cost; at its end the running trials stop and the report is written."""
+
+    gpu_hours: float | None = Field(None, gt=0)
+    """GPU-hours over all trials."""
+    wall_hours: float | None = Field(None, gt=0)
+    """Hours on the clock since the sweep began, over all its attempts."""
+
+
+class SearchSpec(Spec):
+    """Which configurations are tried, and how the best is found."""
+
+    method: Literal["random", "grid", "tpe"] = "random"
+    """How configurations are chosen: drawn at random, all combinations, or by Optuna's TPE from earlier results."""
+    metric: MetricSpec | None = None
+    """What to optimise. Left out: accuracy (classification) or loss (generation)."""
+    num_samples: int = Field(10, ge=1, le=100_000)
+    """Trials of a random or tpe search; a grid has as many as it has combinations."""
+    max_concurrent_trials: int | None = Field(None, ge=1)
+    """Trials at once. Left out: as many as fit the machine."""
+    keep: int = Field(3, ge=1)
+    """Adapters to keep on disk: those of this many best trials."""
+    budget: BudgetSpec = BudgetSpec()
+    """Where the search ends early."""
+    scheduler: SchedulerSpec = SchedulerSpec()
+    """Which trials are stopped early."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of the drawn configurations."""
+    parameters: dict[str, Parameter] = Field(min_length=1)
+    """Dotted field (`train.learning_rate`) -> what it may be."""
+
+
+class EvaluateSpec(Spec):
+    """How results are measured."""
+
+    bootstrap_samples: int = Field(1000, ge=100, le=100_000)
+    """Resamples of the rows behind each 95 % interval."""
+
+
+class TrackingSpec(Spec):
+    """Weights & Biases: a mirror of the run's own record."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto`: online when logged in, else offline (`lorafleet sync` uploads later); never a prompt."""
+    project: str = Field("lorafleet", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    """W&B project."""
+    entity: str | None = None
+    """W&B user or team."""
+    tags: Texts = ()
+    """W&B tags of every trial."""
+    base_url: str | None = Field(None, pattern=r"^https?://")
+    """Address of a W&B server of your own."""
+    upload_samples: bool = False
+    """Whether texts from the data may be sent to W&B."""
+
+
+class JobSpec(Spec):
+    """One job: a base model, a data set, a method, and what to search."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
+    """Lower-case letters, digits and dashes, 40 at most: it becomes part of folder names."""
+    task: Task
+    """What is learnt: a label for a text (classification), or text that follows text (generation)."""
+    method: Literal["lora"] = "lora"
+    """How the base is adapted."""
+    model: ModelSpec
+    """Which base model."""
+    data: DataSpec
+    """Which rows."""
+    lora: LoraSpec = LoraSpec()
+    """The adapter."""
+    train: TrainSpec = TrainSpec()
+    """The training."""
+    resources: ResourcesSpec = ResourcesSpec()
+    """What one trial needs."""
+    search: SearchSpec | None = None
+    """What is searched; `lorafleet train` does not look at it."""
+    evaluate: EvaluateSpec = EvaluateSpec()
+    """How results are measured."""
+    tracking: TrackingSpec = TrackingSpec()
+    """Weights & Biases."""
+    linked: dict[str, str] = Field(default_factory=dict)
+    """Dotted field -> arithmetic on other fields, evaluated anew for each trial (`lora.lora_alpha: 2*lora_r`)."""
+
+    @property
+    def metric(self) -> MetricSpec:
+        """What trials are compared by."""
+        if self.search and self.search.metric:
+            return self.search.metric
+        name = DEFAULT_METRIC[self.task]
+        return MetricSpec(name=name, goal=METRICS[name].goal)
+
+    @model_validator(mode="after")
+    def _fields_agree(self) -> JobSpec:
+        problems = list(_metric_problems(self)) + list(_batch_problems(self)) + list(_budget_problems(self))
+        if problems:
+            raise SpecProblems(problems)
+        return self
+
+
+def _metric_problems(job: JobSpec) -> list[Problem]:
+    if job.metric.name in TASK_METRICS[job.task]:
+        return []
+    known = ", ".join(TASK_METRICS[job.task])
+    return [
+        Problem(
+            "search.metric.name", f"search.metric.name is {job.metric.name}, but must be one of {known} for {job.task}"
+        )
+    ]
+
+
+def _batch_problems(job: JobSpec) -> list[Problem]:
+    try:
+        job.train.accumulation_steps(job.resources.world_size)
+    except SpecProblems as wrong:
+        return wrong.problems
+    return []
+
+
+def _budget_problems(job: JobSpec) -> list[Problem]:
+    gpu_hours = job.search.budget.gpu_hours if job.search else None
+    uses_none = job.resources.device == "cpu" or job.resources.gpus_per_node == 0
+    if gpu_hours is None or not uses_none:
+        return []
+    return [
+        Problem(
+            "search.budget.gpu_hours",
+            "search.budget.gpu_hours counts GPUs and this job asks for none; use search.budget.wall_hours",
+        )
+    ]

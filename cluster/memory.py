@@ -1,0 +1,63 @@
+"""Memory of one training process by component, from a model's config alone. Pure.
+
+The formulas: weights are parameters x bytes; an adapter of rank r on a matrix [out, in] has r*(in+out) parameters, each
+with a gradient and two Adam moments in float32 (16 bytes in all); activations kept for the backward pass are about
+34*hidden + 5*heads*length bytes a token and layer at 2 bytes a number (Korthikanti et al., Reducing Activation
+Recomputation in Large Transformer Models, MLSys 2023, equation 2), doubled for float32; logits are batch x length x
+vocabulary x 4 bytes, twice (causal LMs).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.plan import MemoryEstimate
+from jobs.spec import JobSpec
+
+GIB = 2**30
+_RUNTIME_CPU_GIB = 0.75
+_RUNTIME_CUDA_GIB = 0.9
+
+
+def estimate(job: JobSpec, config: dict[str, Any], parameters: int, *, cuda: bool) -> MemoryEstimate:
+    """GiB of one process for one trial, low, expected and high."""
+    bytes_each = _bytes_each(job, cuda=cuda)
+    hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+    heads = int(config.get("num_attention_heads", 1))
+    inner = int(config.get("intermediate_size") or 4 * hidden)
+    length = min(job.model.max_length, int(config.get("max_position_embeddings", job.model.max_length)))
+    tokens = job.train.per_device_train_batch_size * length
+    adapter = adapter_parameters(job, hidden, inner, layers)
+    activations = tokens * layers * (34 * hidden + 5 * heads * length) * bytes_each / 2
+    logits = tokens * int(config["vocab_size"]) * 4 * 2 if job.task == "generation" else 0
+    components = {
+        "frozen weights": parameters * bytes_each / GIB,
+        "adapter, gradients, optimiser": adapter * 16 / GIB,
+        "activations": activations / GIB,
+        "logits": logits / GIB,
+        "runtime": _RUNTIME_CUDA_GIB if cuda else _RUNTIME_CPU_GIB,
+    }
+    expected = sum(components.values())
+    moving = components["activations"] + components["logits"]
+    return MemoryEstimate(
+        components={name: round(gib, 3) for name, gib in components.items()},
+        low=round(expected - 0.7 * moving, 2),
+        expected=round(expected, 2),
+        high=round(expected * 1.2 + 0.3 * moving, 2),
+        of="GPU memory" if cuda else "process memory",
+    )
+
+
+def adapter_parameters(job: JobSpec, hidden: int, inner: int, layers: int) -> int:
+    """Adapter parameters: r*(in+out) for each adapted matrix; the named modules are taken as square."""
+    rank = job.lora.lora_r
+    if job.lora.lora_target_modules == "all-linear":
+        return layers * rank * (4 * 2 * hidden + 3 * (hidden + inner))
+    named = job.lora.lora_target_modules
+    return layers * rank * 2 * hidden * (1 if isinstance(named, str) else len(named))
+
+
+def _bytes_each(job: JobSpec, *, cuda: bool) -> int:
+    if job.model.dtype == "auto":
+        return 2 if cuda else 4
+    return 4 if job.model.dtype == "float32" else 2

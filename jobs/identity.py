@@ -1,0 +1,71 @@
+"""A trial's id: a hash of everything that its weights depend on, and of nothing else.
+
+The budget is outside: the same trial can be trained longer. So are names, tracking, hardware and the search around it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from jobs import fields
+from jobs.spec import JobSpec
+
+TRAINING_VERSION = 1
+"""Raised with every change to what our training does with the same values; old ids then no longer match."""
+PROMPT_FORMAT = 1
+"""Raised with every change to how rows become tokens."""
+
+_DATA_FIELDS = ("format", "text_column", "label_column", "prompt_column", "completion_column", "max_train_samples",
+                "split_seed")
+_OUTSIDE_TRAIN = {"num_train_epochs", "max_steps", "eval_steps", "checkpoint_minutes", "per_device_eval_batch_size",
+                  "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a job file alone does not say: which bytes its names stand for."""
+
+    data_sha256: dict[str, str]
+    """Digest of each data file, by split."""
+    model_revisions: dict[str, str]
+    """Model name -> what identifies its weights and tokenizer."""
+    learning_rate: float
+    """What a learning rate that is left out means here."""
+    adapter_sha256: str = ""
+    """Digest of `train.init_adapter`."""
+
+
+def trial_id(job: JobSpec, facts: Facts) -> str:
+    """Ten hex digits of the SHA-256 of `identity`."""
+    text = json.dumps(identity(job, facts), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def identity(job: JobSpec, facts: Facts) -> dict[str, Any]:
+    """The values that a trial's weights depend on."""
+    raw = job.model_dump(mode="json")
+    train = {key: value for key, value in raw["train"].items() if key not in _OUTSIDE_TRAIN}
+    train["learning_rate"] = job.train.learning_rate or facts.learning_rate
+    train["init_adapter"] = facts.adapter_sha256
+    train["batch_rows"] = job.train.effective_batch_size(job.resources.world_size)
+    name = job.model.model_name_or_path
+    data = {key: fields.get(raw, f"data.{key}") for key in _DATA_FIELDS}
+    if "validation" not in facts.data_sha256:
+        data["validation_fraction"] = job.data.validation_fraction
+    return {
+        "training_version": TRAINING_VERSION,
+        "prompt_format": PROMPT_FORMAT,
+        "task": job.task,
+        "method": job.method,
+        "model": {
+            "revision": facts.model_revisions[name],
+            "max_length": job.model.max_length,
+            "dtype": job.model.dtype,
+        },
+        "data": data | {"sha256": facts.data_sha256},
+        "lora": raw["lora"],
+        "train": train,
+    }

@@ -1,0 +1,73 @@
+"""Plan: all that would happen, as data. Printing it is the dry run; `submit` hands it over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from jobs.placement import Placement
+from jobs.spec import JobSpec, Spec
+
+
+class MemoryEstimate(Spec):
+    """Memory of one training process, in GiB, by component."""
+
+    components: dict[str, float]
+    """Weights, adapter with its optimiser, activations, runtime."""
+    low: float
+    """If activations are small."""
+    expected: float
+    """The sum of the components."""
+    high: float
+    """With a margin for fragmentation and a longest batch."""
+    of: str
+    """What is estimated: a GPU's memory or a process's."""
+
+
+class PlannedTrial(Spec):
+    """One trial before it runs."""
+
+    trial_id: str | None
+    """None when the data or model is not on this machine yet, so that it cannot be hashed."""
+    assignment: dict[str, Any]
+    """What the search gives it."""
+    resolved: dict[str, Any]
+    """Every field that trains, as this trial has it."""
+    steps: int
+    """Optimiser steps to the end."""
+
+
+class Plan(Spec):
+    """Everything a sweep would do."""
+
+    job: JobSpec
+    """The job."""
+    command: str
+    """`sweep` or `train`."""
+    trials: list[PlannedTrial]
+    """The trials that are known beforehand (all of a grid or random search; the start-up trials of tpe)."""
+    later_trials: int = Field(0, ge=0)
+    """Trials that are chosen while the sweep runs (tpe)."""
+    placement: Placement
+    """Where they go."""
+    batch_rows: int
+    """Rows in one optimiser step."""
+    accumulation_steps: int
+    """Passes in one optimiser step, on each process."""
+    train_rows: int | None
+    """Training rows, or None when the data is not on this machine."""
+    rung_levels: list[int]
+    """Rungs, in `time_attr` units."""
+    rung_steps: list[int]
+    """Rungs, in optimiser steps."""
+    worst_samples: int
+    """Training rows if no trial were stopped."""
+    expected_samples: int
+    """Training rows expected under ASHA."""
+    memory: MemoryEstimate | None
+    """Of one training process; None when the model's shape is not known here."""
+    strategy: str
+    """What `auto` came to."""
+    notes: list[str] = []
+    """What a reader should know: aliases, unknown sizes, missing data."""

@@ -1,0 +1,348 @@
+"""Reading the user's rows: every bad one is named by file and line, and what is odd about all is said beforehand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobs import files
+from jobs.assets import PREFIX, asset_folder
+from jobs.errors import AssetError, DataError
+from jobs.hub import HubName, dataset_folder
+from jobs.spec import DataFormat, DataSpec, JobSpec
+
+_MOST_SHOWN = 10
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, whatever it was read from: a text with a label, a text alone, or a conversation to answer."""
+
+    text: str = ""
+    label: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
+    """(role, content) pairs; the last one is the assistant's and is what is learnt."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The three splits of a job's data."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+    labels: tuple[str, ...] = ()
+    """Class names in the order of their ids (classification)."""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Digest of each file that was read, by split."""
+    warnings: tuple[str, ...] = ()
+    chosen_on_test: bool = False
+    """Whether there is no test split, so that the choice is judged on the rows that it was made with."""
+
+
+def load_rows(job: JobSpec) -> Rows:
+    """All rows of a job, checked and split. Raises DataError with every bad row (ten are shown)."""
+    sources = split_files(job.data)
+    sha256 = {split: files.sha256_file(path) for split, path in sources.items()}
+    read = {split: _read_split(path, job) for split, path in sources.items()}
+    warnings: list[str] = []
+    rows = _three_splits(job.data, read, warnings)
+    labels = _labels(rows, sources) if job.task == "classification" else ()
+    warnings += _duplicates(rows)
+    test = rows["test"]
+    return Rows(rows["train"], rows["validation"], test or rows["validation"], labels, sha256, tuple(warnings), not test)
+
+
+def split_files(data: DataSpec) -> dict[str, Path]:
+    """The file of each split that the job names. Raises AssetError or DataError where one is missing."""
+    if data.train_file:
+        named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
+        found = {split: Path(path) for split, path in named.items() if path}
+        for split, path in found.items():
+            if not path.is_file():
+                raise DataError(f"data.{split}_file is {path}, but there is no such file")
+        return found
+    name = str(data.dataset_name)
+    folder = asset_folder(name) if name.startswith(PREFIX) else dataset_folder(name, data.dataset_revision)
+    if not folder.is_dir():
+        raise AssetError(
+            f"data.dataset_name is {HubName(name, data.dataset_revision)}, which is not on this machine: run "
+            "`lorafleet fetch JOB.yaml` where the hub can be reached, or give files in data.train_file"
+        )
+    found = {split: folder / f"{split}.jsonl" for split in ("train", "validation", "test")}
+    found = {split: path for split, path in found.items() if path.is_file()}
+    if "train" not in found:
+        raise DataError(f"data.dataset_name is {name}, but it has no split called train")
+    return found
+
+
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """(line, record) pairs of a file; a record that cannot be read is a sentence instead."""
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        yield from _read_jsonl(path)
+    elif suffix == ".json":
+        yield from _read_json(path)
+    elif suffix in (".csv", ".tsv"):
+        yield from _read_csv(path, "\t" if suffix == ".tsv" else ",")
+    elif suffix == ".parquet":
+        yield from _read_parquet(path)
+    else:
+        raise DataError(f"{path} ends in {suffix or 'nothing'}, but must be .jsonl, .json, .csv, .tsv or .parquet")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: not UTF-8 text; convert it first (iconv -f latin1 -t utf-8)") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                yield number, f"not JSON ({getattr(error, 'msg', 'too deep')})"
+                continue
+            yield number, record if isinstance(record, dict) else "a row must be a JSON object {...}"
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    try:
+        records = json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}); one object a line is .jsonl") from None
+    if not isinstance(records, list):
+        raise DataError(f"{path} must hold a JSON list of rows; one object a line is .jsonl")
+    for number, record in enumerate(records, start=1):
+        yield number, record if isinstance(record, dict) else "a row must be a JSON object {...}"
+
+
+def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    csv.field_size_limit(100_000_000)
+    reader = csv.DictReader(_text(path).splitlines(keepends=True), delimiter=delimiter)
+    if reader.fieldnames is None:
+        return
+    try:
+        for record in reader:
+            if record.get(None) is not None:  # type: ignore[call-overload]
+                yield reader.line_num, f"has more columns than the header ({len(reader.fieldnames)})"
+            else:
+                yield reader.line_num, dict(record)
+    except csv.Error as error:
+        yield reader.line_num, f"not CSV ({error})"
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a Parquet file ({str(error).splitlines()[0]})") from None
+    for number, record in enumerate(table.to_pylist(), start=1):
+        yield number, record
+
+
+def _read_split(path: Path, job: JobSpec) -> list[Row]:
+    rows, bad = [], []
+    chosen: DataFormat | None = None
+    for number, record in read_records(path):
+        if isinstance(record, dict):
+            chosen = chosen or row_format(record, job)
+            made = _row(record, chosen, job.data)
+        else:
+            made = record
+        if isinstance(made, Row):
+            rows.append(made)
+        else:
+            bad.append(f"{path}:{number}: {made}")
+    if bad:
+        more = f"\nand {len(bad) - _MOST_SHOWN} more" if len(bad) > _MOST_SHOWN else ""
+        raise DataError("\n".join(bad[:_MOST_SHOWN]) + more)
+    if not rows:
+        raise DataError(f"{path} holds no rows")
+    return rows
+
+
+def row_format(record: dict[str, Any], job: JobSpec) -> DataFormat:
+    """The format that the job names, or else that the keys of a row show."""
+    if job.data.format != "auto":
+        return job.data.format
+    if job.task == "classification":
+        return "text_label"
+    if "messages" in record:
+        return "messages"
+    if "instruction" in record:
+        return "instruction"
+    return "prompt_completion" if job.data.prompt_column in record else "text"
+
+
+def _row(record: dict[str, Any], kind: DataFormat, data: DataSpec) -> Row | str:
+    """A row from a record, or the sentence that says what is wrong with it."""
+    if kind == "text_label":
+        return _text_label(record, data)
+    if kind == "messages":
+        return _messages(record)
+    if kind == "text":
+        return _checked_text(record, data.text_column, lambda text: Row(text=text))
+    if kind == "instruction":
+        extra = record.get("input") or ""
+        if not isinstance(extra, str):
+            return "input must be a text"
+        prompt, answer = "instruction", "output"
+    else:
+        extra, prompt, answer = "", data.prompt_column, data.completion_column
+    for key in (prompt, answer):
+        wrong = _wrong_text(record, key)
+        if wrong:
+            return wrong
+    asked = f"{record[prompt]}\n\n{extra}" if extra else record[prompt]
+    return Row(messages=(("user", asked), ("assistant", record[answer])))
+
+
+def _wrong_text(record: dict[str, Any], key: str) -> str | None:
+    if key not in record:
+        known = ", ".join(map(str, list(record)[:8]))
+        return f"no column {key!r} (there are: {known})"
+    if not isinstance(record[key], str):
+        return f"{key} is {json.dumps(record[key], default=str)[:40]}, but must be a text"
+    if not record[key].strip():
+        return f"{key} is empty"
+    return None
+
+
+def _checked_text(record: dict[str, Any], key: str, make: Any) -> Row | str:
+    wrong = _wrong_text(record, key)
+    row: Row | str = wrong or make(record[key])
+    return row
+
+
+def _text_label(record: dict[str, Any], data: DataSpec) -> Row | str:
+    wrong = _wrong_text(record, data.text_column)
+    if wrong:
+        return wrong
+    if data.label_column not in record:
+        known = ", ".join(map(str, list(record)[:8]))
+        return f"no column {data.label_column!r} (there are: {known})"
+    label = record[data.label_column]
+    if isinstance(label, bool):
+        label = str(label).lower()
+    if not isinstance(label, str | int) or label == "":
+        return f"{data.label_column} is {json.dumps(label, default=str)[:40]}, but must be a text or a whole number"
+    return Row(text=record[data.text_column], label=str(label).strip())
+
+
+def _messages(record: dict[str, Any]) -> Row | str:
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return "messages must be a list of {role, content}"
+    pairs = []
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            return "each of messages must be {role, content} with a text as content"
+        if message.get("role") not in _ROLES:
+            return f"role is {message.get('role')!r}, but must be one of {', '.join(_ROLES)}"
+        pairs.append((message["role"], message["content"]))
+    if pairs[-1][0] != "assistant" or not pairs[-1][1].strip():
+        return "the last of messages must be the assistant's, and not empty: it is what is learnt"
+    return Row(messages=tuple(pairs))
+
+
+def _three_splits(data: DataSpec, read: dict[str, list[Row]], warnings: list[str]) -> dict[str, list[Row]]:
+    """Train, validation and test rows; what is not given is held back from the split before it."""
+    train = read["train"]
+    validation, test = read.get("validation"), read.get("test")
+    if validation is None:
+        validation, train = _held_back(train, data.validation_fraction, data.split_seed)
+        warnings.append(f"no validation set: {len(validation)} of the training rows are held back for it")
+    if not validation or not train:
+        raise DataError("there are too few training rows to hold any back for validation; give data.validation_file")
+    if test is None and len(validation) >= 4:
+        test, validation = _held_back(validation, data.test_fraction, data.split_seed + 1)
+        warnings.append(f"no test set: {len(test)} of the validation rows are held back for it")
+    if not test:
+        warnings.append("no test set and too few validation rows to hold any back: results are optimistic")
+    drawn = {
+        "train": _drawn(train, data.max_train_samples, data.split_seed),
+        "validation": _drawn(validation, data.max_validation_samples, data.split_seed),
+        "test": _drawn(test or [], data.max_test_samples, data.split_seed),
+    }
+    return drawn
+
+
+def _held_back(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(held back, left): a seeded draw; equal rows stay together, so that none is on both sides."""
+    groups: dict[Row, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(Row(text=row.text, messages=row.messages[:-1]), []).append(row)
+    keys = list(groups)
+    random.Random(seed).shuffle(keys)
+    wanted = max(1, round(len(rows) * share))
+    held: set[Row] = set()
+    count = 0
+    for key in keys:
+        if count >= wanted:
+            break
+        held.add(key)
+        count += len(groups[key])
+    kept = [row for key in groups if key not in held for row in groups[key]]
+    return [row for key in groups if key in held for row in groups[key]], kept
+
+
+def _drawn(rows: list[Row], most: int | None, seed: int) -> list[Row]:
+    if most is None or most >= len(rows):
+        return rows
+    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), most))]
+
+
+def _labels(rows: dict[str, list[Row]], sources: dict[str, Path]) -> tuple[str, ...]:
+    """Class names, whole numbers in their order and words in the alphabet's. Raises DataError on one class alone."""
+    counts = Counter(row.label for row in rows["train"])
+    if len(counts) < 2:
+        only = next(iter(counts))
+        raise DataError(f"{sources['train']}: every training row has the label {only!r}; a classifier needs at least two")
+    if len(counts) > 1000:
+        raise DataError(f"{sources['train']}: there are {len(counts)} labels; is data.label_column the right column?")
+    for split in ("validation", "test"):
+        unknown = sorted({row.label for row in rows[split]} - set(counts))
+        if unknown:
+            raise DataError(f"the {split} rows have labels that no training row has: {', '.join(unknown[:5])}")
+    numeric = all(label.lstrip("-").isdigit() for label in counts)
+    return tuple(sorted(counts, key=int) if numeric else sorted(counts))
+
+
+def _duplicates(rows: dict[str, list[Row]]) -> list[str]:
+    """Warnings about rows that stand twice, in one split or (worse) on both sides."""
+    warnings = []
+    seen = Counter(_question(row) for row in rows["train"])
+    twice = sum(seen.values()) - len(seen)
+    if twice:
+        warnings.append(f"{twice} training rows stand more than once")
+    for split in ("validation", "test"):
+        leaked = sum(_question(row) in seen for row in rows[split])
+        if leaked:
+            warnings.append(f"{leaked} of {len(rows[split])} {split} rows are also training rows: results are optimistic")
+    return warnings
+
+
+def _question(row: Row) -> tuple[str, tuple[tuple[str, str], ...]]:
+    return (row.text, row.messages[:-1])
+
+
+def majority_share(rows: Iterable[Row]) -> float:
+    """Share of the most frequent label: what a classifier gets that always says the same."""
+    counts = Counter(row.label for row in rows)
+    return max(counts.values()) / sum(counts.values())

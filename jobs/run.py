@@ -1,0 +1,218 @@
+"""A run: one self-contained directory. State lives here once; everything else is computed from it.
+
+    runs/quickstart-3f9a1c/
+        job.yaml            as given                     resolved.json   every value and its origin
+        plan.json           what was going to happen     status.json     one RunState
+        facts.json          digests, revisions           events.jsonl    one line a decision
+        trials/<id>/        params.json status.json metrics.jsonl progress.json checkpoints/ adapter/ test.json
+        report/ wandb/ logs/ tune/                       tune/ is Ray Tune's own, and can be deleted
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from jobs import files
+from jobs.errors import RunError
+from jobs.search import Assignment
+
+
+class RunState(StrEnum):
+    """Where a run is."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+_NEXT = {
+    RunState.PENDING: {RunState.RUNNING, RunState.STOPPED, RunState.FAILED},
+    RunState.RUNNING: {RunState.FINISHED, RunState.STOPPED, RunState.FAILED, RunState.RUNNING},
+    RunState.STOPPED: {RunState.RUNNING},
+    RunState.FAILED: {RunState.RUNNING},
+    RunState.FINISHED: {RunState.RUNNING},
+}
+
+
+class TrialState(StrEnum):
+    """Where a trial is. `stopped` was cut by the search; `pending` has not begun, or waits to be resumed."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more happens to it."""
+        return self in (TrialState.FINISHED, TrialState.STOPPED, TrialState.FAILED)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial's folder."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        """Its content hash."""
+        return self.path.name
+
+    @property
+    def checkpoint(self) -> Path:
+        """What a resume continues from."""
+        return self.path / "checkpoints" / "last"
+
+    @property
+    def adapter(self) -> Path:
+        """The best adapter so far by the validation metric, in PEFT's format."""
+        return self.path / "adapter"
+
+    def params(self) -> dict[str, Any]:
+        """`{"assignment", "index", ...}` as it was written when the trial was made."""
+        return files.read_json(self.path / "params.json")
+
+    def status(self) -> dict[str, Any]:
+        """`{"state", "rung", "reason", "failure", ...}`."""
+        return files.read_json(self.path / "status.json")
+
+    @property
+    def state(self) -> TrialState:
+        """Its state; `pending` before the first is written."""
+        return TrialState(self.status().get("state", "pending"))
+
+    def set_state(self, state: TrialState, **facts: Any) -> None:
+        """Write the state with what goes with it, keeping what was said before."""
+        now = {"updated": time.time(), **({"ended": time.time()} if state.ended else {})}
+        files.write_json(self.path / "status.json", self.status() | {"state": state} | facts | now)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All rows of metrics.jsonl, oldest first."""
+        return files.read_jsonl(self.path / "metrics.jsonl")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows that hold an evaluation."""
+        return [row for row in self.metrics() if row.get("evaluated")]
+
+    def progress(self) -> dict[str, Any]:
+        """The heartbeat of a running trial."""
+        return files.read_json(self.path / "progress.json")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, runs: Path, name: str) -> Run:
+        """A new, empty run folder with a name of its own."""
+        while True:
+            path = runs.absolute() / f"{name}-{secrets.token_hex(3)}"
+            try:
+                path.mkdir(parents=True)
+            except FileExistsError:
+                continue
+            run = cls(path)
+            run.set_state(RunState.PENDING, created=time.time(), name=name)
+            return run
+
+    @property
+    def id(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    def status(self) -> dict[str, Any]:
+        """`{"state", "reason", "pid", ...}`."""
+        return files.read_json(self.path / "status.json")
+
+    @property
+    def state(self) -> RunState:
+        """Its state as written; a running run whose driver died still says so (see `alive`)."""
+        return RunState(self.status().get("state", "pending"))
+
+    def set_state(self, state: RunState, **facts: Any) -> None:
+        """Move to a state. Raises RunError on a move that makes no sense, such as finished to stopped."""
+        status = self.status()
+        before = status.get("state")
+        if before is not None and state not in _NEXT[RunState(before)]:
+            raise RunError(f"{self.id} is {before} and cannot become {state}")
+        ended = {} if state in (RunState.PENDING, RunState.RUNNING) else {"ended": time.time()}
+        files.write_json(self.path / "status.json", status | {"state": state} | facts | ended | {"updated": time.time()})
+
+    @property
+    def created(self) -> float:
+        """Seconds since the epoch."""
+        return float(self.status().get("created", 0.0))
+
+    def alive(self) -> bool:
+        """Whether the driver that wrote this run's state still lives on this machine."""
+        status = self.status()
+        pid = status.get("pid")
+        if self.state is not RunState.RUNNING or not pid or status.get("host") != os.uname().nodename:
+            return False
+        return _started(pid) == status.get("pid_started")
+
+    def mark_running(self, **facts: Any) -> None:
+        """Say that this process drives the run."""
+        pid = os.getpid()
+        self.set_state(RunState.RUNNING, pid=pid, pid_started=_started(pid), host=os.uname().nodename, **facts)
+
+    def trial(self, trial_id: str) -> Trial:
+        """The folder of a trial, existing or not."""
+        return Trial(self.path / "trials" / trial_id)
+
+    def trials(self) -> list[Trial]:
+        """Every trial that was made, in the order in which they were."""
+        found = [Trial(path) for path in (self.path / "trials").glob("*") if (path / "params.json").is_file()]
+        return sorted(found, key=lambda trial: (trial.params().get("index", 0), trial.id))
+
+    def add_trial(self, trial_id: str, index: int, assignment: Assignment) -> Trial:
+        """Make a trial's folder, if it is not there already."""
+        trial = self.trial(trial_id)
+        if not (trial.path / "params.json").is_file():
+            files.write_json(trial.path / "params.json", {"index": index, "assignment": assignment})
+            trial.set_state(TrialState.PENDING)
+        return trial
+
+    def event(self, kind: str, **facts: Any) -> None:
+        """Add a line to events.jsonl."""
+        files.append_jsonl(self.path / "events.jsonl", {"time": time.time(), "event": kind, **facts})
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The lines of events.jsonl, of one kind or all."""
+        rows = files.read_jsonl(self.path / "events.jsonl")
+        return [row for row in rows if kind is None or row.get("event") == kind]
+
+
+def _started(pid: int) -> int | None:
+    """When a process began (clock ticks since boot, field 22 of /proc/PID/stat): a reused pid has another."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return _started_elsewhere(pid)
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else int(fields[19])
+
+
+def _started_elsewhere(pid: int) -> int | None:
+    """The same without /proc (macOS)."""
+    if os.path.isdir("/proc/self"):
+        return None
+    import psutil
+
+    try:
+        return int(psutil.Process(pid).create_time())
+    except psutil.NoSuchProcess:
+        return None

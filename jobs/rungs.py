@@ -15,18 +15,21 @@ Goal = Literal["maximize", "minimize"]
 
 
 def rung_levels(grace_period: int, max_t: int, reduction_factor: int) -> list[int]:
-    """The times at which trials are compared, smallest first, and `max_t` as the last: [222, 666, 2000]."""
+    """The times at which trials are compared, smallest first, and `max_t` as the last: [223, 669, 2000].
+
+    A rung in the second half of the way is left out: a cut there would save less than it costs in chances.
+    """
     levels = []
     level = grace_period
-    while level < max_t:
+    while 2 * level <= max_t:
         levels.append(level)
         level *= reduction_factor
     return [*levels, max_t]
 
 
 def default_grace_period(max_t: int, reduction_factor: int) -> int:
-    """A first rung that leaves two cuts before the end: max_t / eta^2, at least 1."""
-    return max(1, max_t // reduction_factor**2)
+    """A first rung that leaves two cuts before the end: max_t / eta^2, rounded up."""
+    return -(-max_t // reduction_factor**2)
 
 
 def rung_cutoff(scores: Sequence[float], eta: int, goal: Goal) -> float:

@@ -1,0 +1,1 @@
+"""The search: which trials run, which are cut, and what is shipped."""

@@ -1,0 +1,68 @@
+"""The model card beside the recommended adapter: base, data, configuration, metric, versions."""
+
+from __future__ import annotations
+
+import json
+
+from evaluation.report_text import number
+from jobs import files
+from jobs.report import Report
+from jobs.run import Run
+
+
+def write_card(run: Run, report: Report) -> None:
+    """Write README.md and manifest.json into the recommended adapter's folder, if it is on disk."""
+    chosen = report.recommendation.trial_id
+    if chosen is None or not run.trial(chosen).adapter.is_dir():
+        return
+    trial = run.trial(chosen)
+    row = report.row(chosen)
+    resolved = trial.params().get("resolved", {})
+    manifest = {
+        "run": run.id,
+        "trial_id": chosen,
+        "base_model": report.model,
+        "model_revisions": report.facts.get("model_revisions", {}),
+        "data": report.data,
+        "data_sha256": report.facts.get("data_sha256", {}),
+        "labels": report.facts.get("labels", []),
+        "resolved": resolved,
+        "validation": row.metrics,
+        report.held_out: row.test_metrics,
+        "recommendation": report.recommendation.sentence,
+        "versions": report.versions,
+    }
+    files.write_json(trial.adapter / "manifest.json", manifest)
+    files.write_text(trial.adapter / "README.md", _card(report, chosen, resolved))
+
+
+def _card(report: Report, chosen: str, resolved: dict[str, object]) -> str:
+    row = report.row(chosen)
+    held_out = row.test_metrics or {}
+    lines = [
+        "---",
+        "library_name: peft",
+        f"base_model: {json.dumps(report.model)}",
+        "tags: [lora, lorafleet]",
+        "---",
+        "",
+        f"# Adapter {chosen}",
+        "",
+        f"LoRA adapter for `{report.model}`, trained for {report.task} on `{report.data}` "
+        f"by run `{report.run}` ({row.step} optimiser steps, {row.samples:,} rows).",
+        "",
+        report.recommendation.sentence,
+        "",
+        f"| metric | validation | {report.held_out} |",
+        "|---|---|---|",
+        *(f"| {name} | {number(row.metrics[name])} | {number(held_out.get(name))} |" for name in row.metrics),
+        "",
+        "## Data",
+        *(f"- {split}: SHA-256 `{digest}`" for split, digest in report.facts.get("data_sha256", {}).items()),
+    ]
+    if report.facts.get("labels"):
+        labels = ", ".join(f"{index} = {json.dumps(label)}" for index, label in enumerate(report.facts["labels"]))
+        lines.append(f"- labels: {labels}")
+    lines += ["", "## Configuration", "", "```json", json.dumps(resolved, indent=2), "```", "", "## Versions", ""]
+    lines += [f"- {name} {version}" for name, version in report.versions.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,135 @@
+"""The report's three plots, as SVG: loss curves, metric against a searched number, and the rungs."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from evaluation.report import describe
+from jobs.report import Report, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_STATE_MARKS = {"finished": "o", "stopped": "x", "failed": "X", "running": ">", "pending": "."}
+_GREY = "#9aa3ad"
+_ACCENT = "#c2410c"
+
+
+def plots(report: Report) -> list[tuple[str, str]]:
+    """(caption, SVG) of each plot that the report has data for."""
+    makers: list[tuple[str, Callable[[Axes, Report], bool]]] = [
+        ("Training loss by trial. The recommended trial is drawn in colour.", _loss_curves),
+        (f"Validation {report.metric} against what was searched; crosses were cut early.", _against_parameter),
+        (f"Validation {report.metric} at the rungs. A line that ends at a cross was cut there.", _rungs),
+    ]
+    drawn = [(caption, _draw(report, maker)) for caption, maker in makers]
+    return [(caption, svg) for caption, svg in drawn if svg]
+
+
+def _draw(report: Report, maker: Callable[[Any, Report], bool]) -> str:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as pyplot
+
+    settings = {"svg.hashsalt": "lorafleet", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
+                "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
+                "text.usetex": False, "text.parse_math": False}
+    with matplotlib.rc_context(settings):
+        figure, axes = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
+        try:
+            if not maker(axes, report):
+                return ""
+            buffer = io.StringIO()
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+            return buffer.getvalue()
+        finally:
+            pyplot.close(figure)
+
+
+def _loss_curves(axes: Axes, report: Report) -> bool:
+    drawn = False
+    for row in _recommended_last(report):
+        points = [(p["samples"], p["train_loss"]) for p in row.curve if p.get("train_loss") is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", **_line(row, report))
+            drawn = True
+    axes.set_xlabel("training rows seen")
+    axes.set_ylabel("training loss")
+    _legend(axes, report)
+    return drawn
+
+
+def _rungs(axes: Axes, report: Report) -> bool:
+    drawn = False
+    for row in _recommended_last(report):
+        points = [(p["samples"], p[report.metric]) for p in row.curve if p.get(report.metric) is not None]
+        if points:
+            line = _line(row, report)
+            axes.plot(*zip(*points, strict=True), marker=".", **line)
+            axes.plot(*points[-1], marker=_STATE_MARKS[row.state], color=line["color"], markersize=7, linestyle="none")
+            drawn = True
+    axes.set_xlabel("training rows seen")
+    axes.set_ylabel(f"validation {report.metric}")
+    _legend(axes, report)
+    return drawn
+
+
+def _against_parameter(axes: Axes, report: Report) -> bool:
+    """x is the searched number with the most different values; colour is the searched value with the next most."""
+    import matplotlib
+
+    rows = [row for row in report.trials if row.metrics.get(report.metric) is not None]
+    values = {path: {row.params[path] for row in rows if path in row.params} for path in (rows[0].params if rows else ())}
+    numbers = [path for path, found in values.items() if all(isinstance(v, int | float) for v in found)]
+    if not numbers:
+        return False
+    across = max(numbers, key=lambda path: len(values[path]))
+    others = sorted((path for path in values if path != across), key=lambda path: -len(values[path]))
+    groups = sorted(values[others[0]], key=str) if others else [None]
+    if groups != [None] and all(isinstance(value, int | float) for value in groups):
+        groups = sorted(groups)
+    colours = matplotlib.colormaps["viridis"].resampled(max(2, len(groups)))
+    for index, group in enumerate(groups):
+        colour = colours(index / max(1, len(groups) - 1) * 0.85)
+        label = f"{others[0].rpartition('.')[2]} {group}" if others else None
+        for state, mark in _STATE_MARKS.items():
+            chosen = [r for r in rows if r.state == state and (not others or r.params[others[0]] == group)]
+            if chosen:
+                axes.plot([r.params[across] for r in chosen], [r.metrics[report.metric] for r in chosen], marker=mark,
+                          linestyle="none", color=colour, markersize=7, label=label)
+                label = None
+    ends = [value for value in values[across] if value > 0]
+    if ends and len(ends) == len(values[across]) and max(ends) / min(ends) >= 10:
+        axes.set_xscale("log")
+    axes.set_xlabel(across)
+    axes.set_ylabel(f"validation {report.metric}")
+    if others:
+        axes.legend(frameon=False)
+    return True
+
+
+def _recommended_last(report: Report) -> list[Row]:
+    return sorted(report.trials, key=lambda row: row.trial_id == report.recommendation.trial_id)
+
+
+def _line(row: Row, report: Report) -> dict[str, Any]:
+    chosen = row.trial_id == report.recommendation.trial_id
+    return {"color": _ACCENT if chosen else _GREY, "linewidth": 2.2 if chosen else 1.1, "zorder": 3 if chosen else 2}
+
+
+def _legend(axes: Axes, report: Report) -> None:
+    from matplotlib.lines import Line2D
+
+    chosen = report.recommendation.trial_id
+    if chosen is None:
+        return
+    row = report.row(chosen)
+    handles = [Line2D([], [], color=_ACCENT, linewidth=2.2), Line2D([], [], color=_GREY)]
+    axes.legend(handles, [f"recommended: {describe(_short(row)) or chosen}", "the other trials"], frameon=False)
+
+
+def _short(row: Row) -> dict[str, Any]:
+    return {path: f"{value:.3g}" if isinstance(value, float) else value for path, value in row.params.items()}

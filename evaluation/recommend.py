@@ -1,0 +1,67 @@
+"""Which trial to ship: the cheapest whose validation interval overlaps the best one's. Pure."""
+
+from __future__ import annotations
+
+from jobs.metrics import is_better
+from jobs.report import Recommendation, Row
+from jobs.rungs import Goal
+
+RULE = (
+    "cheapest configuration (fewest trained parameters, then least training time) that was trained to the end "
+    "and whose 95 % interval on the validation rows overlaps the best one's"
+)
+
+
+def recommend(rows: list[Row], metric: str, goal: Goal, labels: dict[str, str]) -> Recommendation:
+    """The recommendation for a table. `labels` has a trial's searched values in words.
+
+    Trials that were cut are left out while any trial was trained to the end: a cut trial's score is of a shorter
+    training, and its cost is not what it would be.
+    """
+    scored = [row for row in rows if row.state in ("finished", "stopped", "running") and _score(row, metric) is not None]
+    whole = [row for row in scored if row.state == "finished"] or scored
+    whole = [row for row in whole if row.state != "failed"]
+    if not whole:
+        return Recommendation(trial_id=None, rule=RULE, sentence="No trial has a score yet, so there is none to ship.")
+    best = whole[0]
+    for row in whole[1:]:
+        if is_better(_score(row, metric) or 0.0, _score(best, metric), goal):
+            best = row
+    alike = [row for row in whole if row is best or _overlap(row, best, metric)]
+    chosen = min(alike, key=lambda row: (row.trainable_parameters or 0, row.train_seconds or 0.0))
+    return Recommendation(
+        trial_id=chosen.trial_id,
+        rule=RULE,
+        sentence=_sentence(chosen, best, len(alike), metric, labels),
+        adapter=f"trials/{chosen.trial_id}/adapter",
+    )
+
+
+def _score(row: Row, metric: str) -> float | None:
+    return row.metrics.get(metric)
+
+
+def _overlap(row: Row, best: Row, metric: str) -> bool:
+    own, other = row.intervals.get(metric), best.intervals.get(metric)
+    return bool(own and other and own[0] <= other[1] and other[0] <= own[1])
+
+
+def _sentence(chosen: Row, best: Row, alike: int, metric: str, labels: dict[str, str]) -> str:
+    what = f"Ship {chosen.trial_id}" + (f" ({labels[chosen.trial_id]})" if labels.get(chosen.trial_id) else "")
+    got = f"{metric} {_score(chosen, metric):.3f}{_span(chosen, metric)} on the validation rows"
+    if chosen is best and alike == 1:
+        return f"{what}: it has the best {got}, and no other finished trial comes within the intervals."
+    if chosen is best:
+        return f"{what}: it has the best {got}, and none of the {alike - 1} that cannot be told apart from it is cheaper."
+    size = f"{chosen.trainable_parameters:,}" if chosen.trainable_parameters else "?"
+    other = f"{best.trainable_parameters:,}" if best.trainable_parameters else "?"
+    return (
+        f"{what}: {got} cannot be told apart from the best ({best.trial_id}: {_score(best, metric):.3f}"
+        f"{_span(best, metric)}), and it is the cheapest of the {alike} for which that holds "
+        f"({size} trained parameters against {other})."
+    )
+
+
+def _span(row: Row, metric: str) -> str:
+    interval = row.intervals.get(metric)
+    return f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""

@@ -1,0 +1,159 @@
+"""From a run's files to its Report, at any time: nothing here needs torch, ray or a network."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from evaluation.recommend import recommend
+from jobs import files
+from jobs.metrics import TASK_METRICS, is_better
+from jobs.report import Failure, Intervals, Metrics, Report, Row
+from jobs.run import Run, Trial
+from jobs.spec import JobSpec
+
+
+def run_job(run: Run) -> JobSpec:
+    """The job of a run."""
+    return JobSpec.model_validate_json(json.dumps(files.read_json(run.path / "plan.json")["job"]))
+
+
+def build_report(run: Run) -> Report:
+    """Read a run and say what it found so far."""
+    job = run_job(run)
+    facts = files.read_json(run.path / "facts.json")
+    metric = job.metric
+    rows = [_row(trial, job) for trial in run.trials()]
+    labels = {row.trial_id: describe(row.params) for row in rows}
+    ordered = sorted(rows, key=lambda row: _rank(row, metric.name, metric.goal))
+    plan = files.read_json(run.path / "plan.json")
+    shown_facts = {key: facts[key] for key in ("data_sha256", "model_revisions", "labels") if key in facts}
+    return Report(
+        run=run.id,
+        state=run.state,
+        task=job.task,
+        model=job.model.model_name_or_path,
+        data=str(job.data.dataset_name or job.data.train_file),
+        metric=metric.name,
+        goal=metric.goal,
+        rows_count=facts.get("rows", {}),
+        rungs=plan.get("rung_levels", []),
+        time_attr=job.search.scheduler.time_attr if job.search and plan.get("command") == "sweep" else "step",
+        held_out="validation" if facts.get("chosen_on_test") else "test",
+        base=_base(run, facts),
+        trials=ordered,
+        recommendation=recommend(ordered, metric.name, metric.goal, labels),
+        wall_seconds=run.status().get("wall_seconds"),
+        warnings=list(facts.get("warnings", [])) + _optimism(facts),
+        versions=facts.get("versions", {}),
+        facts=shown_facts,
+    )
+
+
+def write_report(run: Run) -> Report:
+    """Build the report and write it in all its forms below report/, with a card beside the recommended adapter."""
+    from evaluation.card import write_card
+    from evaluation.render import html, markdown, table_csv
+
+    report = build_report(run)
+    folder = run.path / "report"
+    files.write_text(folder / "report.json", report_json(report) + "\n")
+    files.write_text(folder / "report.csv", table_csv(report))
+    files.write_text(folder / "report.md", markdown(report))
+    files.write_text(folder / "report.html", html(report))
+    write_card(run, report)
+    return report
+
+
+def report_json(report: Report) -> str:
+    """The report as JSON; a number that is none is null."""
+    return json.dumps(files.finite(report.model_dump(mode="json")), indent=2)
+
+
+def describe(params: dict[str, Any]) -> str:
+    """Searched values in words: `lora_r=8, learning_rate=0.00126`."""
+    return ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in params.items())
+
+
+def _optimism(facts: dict[str, Any]) -> list[str]:
+    return ["chosen on these rows: optimistic (there is no test set)"] if facts.get("chosen_on_test") else []
+
+
+def _base(run: Run, facts: dict[str, Any]) -> Row:
+    measured = files.read_json(run.path / "report" / "base.json")
+    test_split = "validation" if facts.get("chosen_on_test") else "test"
+    return Row(
+        trial_id="base",
+        state="finished" if measured else "pending",
+        metrics=_metrics(measured, "validation"),
+        intervals=_intervals(measured.get("validation", {}).get("intervals")),
+        test_metrics=_metrics(measured, test_split) or None,
+        test_intervals=_intervals(measured.get(test_split, {}).get("intervals")),
+        trainable_parameters=0,
+    )
+
+
+def _metrics(measured: dict[str, Any], split: str) -> Metrics:
+    found: Metrics = measured.get(split, {}).get("metrics", {})
+    return found
+
+
+def _intervals(raw: dict[str, Any] | None) -> Intervals:
+    return {name: (float(ends[0]), float(ends[1])) for name, ends in (raw or {}).items() if None not in ends}
+
+
+def _row(trial: Trial, job: JobSpec) -> Row:
+    params, status, rows = trial.params(), trial.status(), trial.metrics()
+    best = _best_evaluation(rows, job)
+    last = rows[-1] if rows else {}
+    test = files.read_json(trial.path / "test.json")
+    split = "test" if "test" in test else "validation"
+    failure = status.get("failure")
+    seconds = (last.get("train_seconds") or 0.0) + (last.get("eval_seconds") or 0.0)
+    return Row(
+        trial_id=trial.id,
+        state=trial.state.value,
+        rung=status.get("rung"),
+        params=params.get("assignment", {}),
+        metrics={name: best[name] for name in TASK_METRICS[job.task] if name in best},
+        intervals=_intervals(best.get("intervals")),
+        test_metrics=_metrics(test, split) or None,
+        test_intervals=_intervals(test.get(split, {}).get("intervals")),
+        step=int(last.get("step", 0)),
+        samples=int(last.get("samples", 0)),
+        train_seconds=last.get("train_seconds"),
+        eval_seconds=last.get("eval_seconds"),
+        samples_per_second=last.get("samples_per_second"),
+        tokens_per_second=last.get("tokens_per_second"),
+        peak_memory_gib=last.get("peak_memory_gib"),
+        gpu_hours=params.get("gpus", 0) * seconds / 3600 if last else None,
+        trainable_parameters=last.get("trainable_parameters"),
+        failure=Failure(**failure) if failure else None,
+        reason=status.get("reason"),
+        curve=[_point(row, job) for row in rows],
+    )
+
+
+def _best_evaluation(rows: list[dict[str, Any]], job: JobSpec) -> dict[str, Any]:
+    """The evaluation whose adapter is on disk: the best by the metric, the earliest among equals."""
+    best: dict[str, Any] = {}
+    for row in rows:
+        score = row.get(job.metric.name) if row.get("evaluated") else None
+        if score is not None and is_better(score, best.get(job.metric.name), job.metric.goal):
+            best = row
+    return best
+
+
+def _point(row: dict[str, Any], job: JobSpec) -> dict[str, Any]:
+    keys = ("step", "samples", "train_loss", "learning_rate", "rung", *TASK_METRICS[job.task])
+    return {key: row[key] for key in keys if row.get(key) is not None}
+
+
+def _rank(row: Row, metric: str, goal: str) -> tuple[int, float, str]:
+    """Finished first, then the cut ones by how far they came and their score, the failed last."""
+    score = row.metrics.get(metric)
+    order = {"finished": 0, "running": 1, "stopped": 2, "pending": 3, "failed": 4}[row.state]
+    if score is None:
+        return (order, float("inf"), row.trial_id)
+    signed = -score if goal == "maximize" else score
+    return (order, signed - 1e6 * (row.rung or 0 if row.state == "stopped" else 0), row.trial_id)

@@ -1,0 +1,103 @@
+"""The report's table as words, the same in every form it is drawn in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jobs.metrics import TASK_METRICS
+from jobs.report import Metrics, Report, Row
+
+Cell = Callable[[Row], str]
+MISSING = "-"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number cut to what can be read, or a dash."""
+    if value is None:
+        return MISSING
+    if value and (abs(value) >= 1e5 or abs(value) < 10**-digits):
+        return f"{value:.2e}"
+    return f"{value:.{digits}f}"
+
+
+def duration(seconds: float | None) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds is None:
+        return MISSING
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def parameter_columns(report: Report) -> list[str]:
+    """The searched fields, in the order of the first trial."""
+    return list(report.trials[0].params) if report.trials else []
+
+
+def columns(report: Report) -> list[tuple[str, Cell]]:
+    """The table's columns: heading, and how a row fills it."""
+    found: list[tuple[str, Cell]] = [("trial", lambda row: row.trial_id)]
+    for path in parameter_columns(report):
+        found.append((path.rpartition(".")[2], _parameter(path)))
+    found += [("state", _state), ("rung", lambda row: MISSING if row.rung is None else str(row.rung))]
+    found.append((f"validation {report.metric}", lambda row: _with_interval(row.metrics, row.intervals, report.metric)))
+    for name in TASK_METRICS[report.task]:
+        found.append((f"{report.held_out} {name}", _held_out(name, wide=name == report.metric)))
+    found += [
+        ("train time", lambda row: duration(row.train_seconds)),
+        ("samples/s", lambda row: number(row.samples_per_second, 1)),
+        ("tokens/s", lambda row: number(row.tokens_per_second, 0)),
+        ("peak GiB", lambda row: number(row.peak_memory_gib, 2)),
+        ("trained parameters", lambda row: MISSING if row.trainable_parameters is None else f"{row.trainable_parameters:,}"),
+    ]
+    if any(row.gpu_hours for row in report.trials):
+        found.append(("GPU-hours", lambda row: number(row.gpu_hours, 3)))
+    return found
+
+
+def _parameter(path: str) -> Cell:
+    def cell(row: Row) -> str:
+        value = row.params.get(path)
+        if value is None:
+            return MISSING
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    return cell
+
+
+def _state(row: Row) -> str:
+    return f"failed: {row.failure.failure_class}" if row.failure else row.state
+
+
+def _held_out(name: str, *, wide: bool) -> Cell:
+    if wide:
+        return lambda row: _with_interval(row.test_metrics or {}, row.test_intervals, name)
+    return lambda row: number((row.test_metrics or {}).get(name))
+
+
+def _with_interval(metrics: Metrics, intervals: dict[str, tuple[float, float]], name: str) -> str:
+    value = number(metrics.get(name))
+    ends = intervals.get(name)
+    return f"{value} [{number(ends[0])}, {number(ends[1])}]" if ends and value != MISSING else value
+
+
+def notes(report: Report) -> list[str]:
+    """What a reader must know beside the table."""
+    found = [f"{row.trial_id} failed ({row.failure.failure_class}): {row.failure.sentence}"
+             for row in report.trials if row.failure]
+    found += report.warnings
+    if report.held_out == "test":
+        found.append(
+            "The search and the choice looked at the validation rows alone; the test rows were run once, after the choice."
+        )
+    found.append("Square brackets hold 95 % bootstrap intervals over rows (not over seeds).")
+    return found
+
+
+def headline(report: Report) -> str:
+    """One line on what ran."""
+    counts = report.rows_count
+    rows = ", ".join(f"{counts[name]:,} {name}" for name in ("train", "validation", "test") if counts.get(name))
+    took = f", {duration(report.wall_seconds)}" if report.wall_seconds else ""
+    return f"{report.model} on {report.data} ({rows} rows), {len(report.trials)} trials{took}, {report.state}"

@@ -1,0 +1,324 @@
+"""Rows as tokens: made once, kept by content, and cut into batches by a pure function of the seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from jobs import files
+from jobs.assets import cache_dir
+from jobs.errors import DataError
+from jobs.hub import model_revision
+from jobs.identity import PROMPT_FORMAT
+from jobs.rows import Row, Rows, load_rows, split_files
+from jobs.spec import JobSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+"""The label of a token that is not learnt."""
+SPLITS = ("train", "validation", "test")
+_TAIL_TOKENS = 16
+_MEGA_BATCHES = 32
+
+
+@dataclass(frozen=True)
+class Split:
+    """The tokens of one split, end to end; read from disk as needed, and shared between processes."""
+
+    ids: np.ndarray
+    """Token ids of all rows (int32)."""
+    starts: np.ndarray
+    """Where each row begins, and after the last its end (int64, rows + 1)."""
+    targets: np.ndarray
+    """Classification: the class of each row. Generation: the position in `ids` where each row's targets begin."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.diff(self.starts)
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """The three splits of a job, and what was odd about them."""
+
+    splits: dict[str, Split]
+    labels: tuple[str, ...]
+    warnings: tuple[str, ...]
+    chosen_on_test: bool
+    pad_id: int
+    folder: Path
+
+
+@dataclass
+class Batch:
+    """Rows padded to the longest of them, on a device."""
+
+    ids_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    labels: torch.Tensor
+    """Classes (B) or token labels with IGNORED for what is not learnt (B x T)."""
+    targets: int
+    """How many rows or tokens are learnt here."""
+    real_tokens: int
+    """Tokens that are not padding."""
+
+
+def prepare(job: JobSpec) -> TokenData:
+    """The job's rows as tokens, from the cache where the same content was made before.
+
+    Raises DataError or AssetError with what is wrong, before anything is trained.
+    """
+    folder = cache_dir() / "tokens" / _content_key(job)
+    with files.locked(folder):
+        if not (folder / "meta.json").is_file():
+            rows = load_rows(job)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                made = Path(scratch) / "made"
+                _tokenize(job, rows, made)
+                made.rename(folder)
+    return open_tokens(folder)
+
+
+def open_tokens(folder: Path) -> TokenData:
+    """Tokens that `prepare` left in a folder."""
+    meta = files.read_json(folder / "meta.json")
+    splits = {
+        name: Split(*(np.load(folder / f"{name}-{part}.npy", mmap_mode="r") for part in ("ids", "starts", "targets")))
+        for name in SPLITS
+    }
+    return TokenData(
+        splits, tuple(meta["labels"]), tuple(meta["warnings"]), meta["chosen_on_test"], meta["pad_id"], folder
+    )
+
+
+def _content_key(job: JobSpec) -> str:
+    """A digest of all that the tokens depend on."""
+    data = job.data.model_dump(mode="json")
+    for name in ("train_file", "validation_file", "test_file", "dataset_name", "dataset_revision"):
+        data.pop(name)
+    content = {
+        "files": {split: files.sha256_file(path) for split, path in split_files(job.data).items()},
+        "data": data,
+        "task": job.task,
+        "tokenizer": model_revision(job.model.model_name_or_path, job.model.revision),
+        "max_length": job.model.max_length,
+        "prompt_format": PROMPT_FORMAT,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
+    from training.model import load_tokenizer
+
+    tokenizer = load_tokenizer(
+        job.model.model_name_or_path, job.model.revision, trust_remote_code=job.model.trust_remote_code
+    )
+    warnings = list(rows.warnings)
+    folder.mkdir()
+    for name in SPLITS:
+        split_rows: list[Row] = getattr(rows, name)
+        if job.task == "classification":
+            made, cut = _classification(split_rows, rows.labels, tokenizer, job.model.max_length)
+        else:
+            made, cut = _generation(split_rows, tokenizer, job.model.max_length)
+        if cut:
+            warnings.append(
+                f"{cut} of {len(split_rows)} {name} rows are longer than model.max_length = {job.model.max_length} "
+                "tokens and were cut"
+            )
+        for part in ("ids", "starts", "targets"):
+            np.save(folder / f"{name}-{part}.npy", getattr(made, part))
+    meta = {
+        "labels": list(rows.labels),
+        "warnings": warnings,
+        "chosen_on_test": rows.chosen_on_test,
+        "pad_id": int(tokenizer.pad_token_id or 0),
+    }
+    files.write_json(folder / "meta.json", meta)
+
+
+def _classification(
+    rows: list[Row], labels: tuple[str, ...], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[Split, int]:
+    """(tokens, rows that were cut)."""
+    ids = {label: index for index, label in enumerate(labels)}
+    if not rows:
+        return _pack([], []), 0
+    encoded = tokenizer([row.text for row in rows], add_special_tokens=True)["input_ids"]
+    longer = sum(len(tokens) > max_length for tokens in encoded)
+    if longer:
+        encoded = tokenizer([row.text for row in rows], truncation=True, max_length=max_length)["input_ids"]
+    return _pack(encoded, [ids[row.label] for row in rows]), longer
+
+
+def _generation(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Split, int]:
+    pairs = [_prompt_and_answer(row, tokenizer) for row in rows]
+    fitted = [fit(prompt, answer, max_length) for prompt, answer in pairs]
+    cut = sum(len(p) + len(a) > max_length for p, a in pairs)
+    return _pack([prompt + answer for prompt, answer in fitted], [len(prompt) for prompt, _ in fitted]), cut
+
+
+def _prompt_and_answer(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Token ids of what is given and of what is learnt, the end token with the latter.
+
+    A conversation goes through the tokenizer's chat template where it has one, else its parts are joined by an empty
+    line. A plain text is learnt whole, after a start token (or its own first token) that cannot be predicted.
+    """
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    if not row.messages:
+        tokens = list(tokenizer(row.text, add_special_tokens=False)["input_ids"]) + end
+        start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else tokens[:1]
+        return start, tokens if tokenizer.bos_token_id is not None else tokens[1:]
+    messages = [{"role": role, "content": content} for role, content in row.messages]
+    if tokenizer.chat_template:
+        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        if whole.startswith(prompt):
+            answer = whole[len(prompt) :].rstrip("\n")
+            return _ids(tokenizer, prompt), _ids(tokenizer, answer)
+        return _ids(tokenizer, prompt), _ids(tokenizer, messages[-1]["content"]) + end
+    prompt = "\n\n".join(message["content"] for message in messages[:-1]) + "\n\n"
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    return start + _ids(tokenizer, prompt), _ids(tokenizer, messages[-1]["content"]) + end
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def fit(prompt: list[int], answer: list[int], max_length: int) -> tuple[list[int], list[int]]:
+    """Cut a row to `max_length` tokens: the prompt's middle goes first (its question and its end, where a chat turn
+    closes, stay), then the answer's end once it is over half."""
+    over = len(prompt) + len(answer) - max_length
+    if over <= 0:
+        return prompt, answer
+    room = max(max_length - len(answer), max_length // 2 - 1, 1)
+    if len(prompt) > room:
+        tail = min(_TAIL_TOKENS, room // 2)
+        prompt = prompt[: room - tail] + (prompt[-tail:] if tail else [])
+    return prompt, answer[: max_length - len(prompt)]
+
+
+def _pack(rows: list[list[int]], targets: list[int]) -> Split:
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    if len(lengths) and not lengths.min():
+        raise DataError("a row has no tokens: it holds only characters that the tokenizer drops")
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    flat = np.concatenate([np.asarray(row, dtype=np.int32) for row in rows]) if rows else np.zeros(0, np.int32)
+    return Split(flat, starts, np.array(targets, dtype=np.int64))
+
+
+class BatchPlan:
+    """Which rows go into which optimiser step: a pure function of the lengths, the batch and the seed.
+
+    Rows come in an endless stream of shuffled epochs, so every step has `batch_rows` rows and the position in the data
+    is the step's number. Grouping sorts a stretch of 32 steps by length, cuts it into batches and shuffles these: rows
+    of a batch are then alike in length, and the order is still random.
+    """
+
+    def __init__(self, lengths: np.ndarray, batch_rows: int, seed: int, *, grouped: bool) -> None:
+        self.lengths = lengths
+        self.batch_rows = batch_rows
+        self.seed = seed
+        self.grouped = grouped
+        self._stretch: tuple[int, list[np.ndarray]] | None = None
+        self._epoch: tuple[int, np.ndarray] | None = None
+
+    def rows(self, step: int) -> np.ndarray:
+        """Indices of the rows of optimiser step `step` (from 0), longest first."""
+        number, position = divmod(step, _MEGA_BATCHES)
+        if self._stretch is None or self._stretch[0] != number:
+            self._stretch = (number, self._batches(number))
+        return self._stretch[1][position]
+
+    def _batches(self, number: int) -> list[np.ndarray]:
+        size = self.batch_rows * _MEGA_BATCHES
+        rows = self._stream(number * size, size)
+        random = np.random.default_rng([self.seed, 1, number])
+        if self.grouped:
+            noise = random.random(len(rows))
+            rows = rows[np.lexsort((noise, -self.lengths[rows]))]
+        batches = np.split(rows, _MEGA_BATCHES)
+        if self.grouped:
+            batches = [batches[index] for index in random.permutation(_MEGA_BATCHES)]
+        return [batch[np.argsort(-self.lengths[batch], kind="stable")] for batch in batches]
+
+    def _stream(self, start: int, count: int) -> np.ndarray:
+        total = len(self.lengths)
+        parts = []
+        while count:
+            epoch, offset = divmod(start, total)
+            part = self._permutation(epoch)[offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(parts)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.lengths)))
+        return self._epoch[1]
+
+
+def passes(rows: np.ndarray, per_pass: int, rank: int, world_size: int) -> list[np.ndarray]:
+    """The forward passes of one process in one step: the step's rows in stretches of `per_pass`, dealt out in turn.
+
+    The stretches do not depend on the number of processes, so 2 processes and 1 with twice the accumulation work out
+    the same sums over the same padded batches.
+    """
+    stretches = [rows[start : start + per_pass] for start in range(0, len(rows), per_pass)]
+    return stretches[rank::world_size]
+
+
+def make_batch(split: Split, rows: np.ndarray, pad_id: int, device: torch.device, *, classifies: bool) -> Batch:
+    """Pad some rows to the longest of them."""
+    lengths = split.lengths[rows]
+    width = int(lengths.max())
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), width), dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    for place, row in enumerate(rows):
+        start, end = int(split.starts[row]), int(split.starts[row + 1])
+        ids[place, : end - start] = split.ids[start:end]
+        mask[place, : end - start] = 1
+        if not classifies:
+            first = int(split.targets[row])
+            labels[place, first : end - start] = split.ids[start + first : end]
+    wanted = split.targets[rows] if classifies else labels
+    tensors = (torch.from_numpy(array) for array in (ids, mask, np.ascontiguousarray(wanted)))
+    ids_BT, mask_BT, label_tensor = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    return Batch(ids_BT, mask_BT, label_tensor, target_count(split, rows, classifies=classifies), int(lengths.sum()))
+
+
+def target_count(split: Split, rows: np.ndarray, *, classifies: bool) -> int:
+    """Rows (classification) or tokens (generation) that are learnt in these rows."""
+    if classifies:
+        return len(rows)
+    return int((split.lengths[rows] - np.maximum(split.targets[rows], 1)).sum())
+
+
+def evaluation_batches(split: Split, rows: np.ndarray, per_pass: int) -> Iterator[np.ndarray]:
+    """Rows for an evaluation, longest first, in passes."""
+    ordered = rows[np.argsort(-split.lengths[rows], kind="stable")]
+    for start in range(0, len(ordered), per_pass):
+        yield ordered[start : start + per_pass]
+
+
+def token_facts(data: TokenData) -> dict[str, Any]:
+    """What a plan or report says of the tokens."""
+    return {name: {"rows": len(split), "tokens": int(split.starts[-1])} for name, split in data.splits.items()}

@@ -1,0 +1,189 @@
+"""Loading the base model: once a process, frozen, and handed from trial to trial."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from jobs import files
+from jobs.errors import AssetError, UserError
+from jobs.hub import model_folder
+from jobs.spec import JobSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+HEADS = ("classifier", "score", "pre_classifier", "classification_head")
+"""Names under which transformers keeps the layers that a classifier adds to a base."""
+
+_LOAD_SEED = 0
+
+
+@dataclass
+class Base:
+    """A frozen base model on its device. One session at a time has it; a closed session leaves it as it was."""
+
+    model: PreTrainedModel
+    device: torch.device
+    key: tuple[Any, ...]
+    """What it was loaded from: a session for another key needs another base."""
+
+    @property
+    def parameters(self) -> int:
+        """Weights, the head's included."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def base_key(job: JobSpec, labels: int) -> tuple[Any, ...]:
+    """What two trials must share to share a loaded base."""
+    return (job.task, job.model, labels)
+
+
+def resolve_device(gpus: int) -> torch.device:
+    """The device of this process. Raises UserError, with what is there and what to install, instead of falling back."""
+    if not gpus:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    built = torch.version.cuda or "none: a CPU build"
+    raise UserError(
+        f"this job asks for GPUs, but torch {torch.__version__} (CUDA {built}) reaches none. Check `nvidia-smi`, then "
+        "install a torch that fits the driver: pip install 'torch>=2.9,<2.14' "
+        "--index-url https://download.pytorch.org/whl/cu128"
+    )
+
+
+def load_tokenizer(name: str, revision: str | None, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Padding goes to the right, with the end token where there is no padding token."""
+    from transformers import AutoTokenizer
+
+    folder = safetensors_folder(name, revision)
+    with _quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_base(job: JobSpec, labels: int, device: torch.device) -> Base:
+    """Read the weights, freeze them, and put them on the device.
+
+    Weights that the checkpoint lacks (a pooler, say) come from a fixed seed, so that every process has the same base.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    spec = job.model
+    folder = safetensors_folder(spec.model_name_or_path, spec.revision)
+    options: dict[str, Any] = {
+        "dtype": _weight_dtype(job, device),
+        "trust_remote_code": spec.trust_remote_code,
+        "use_safetensors": True,
+    }
+    if job.task == "classification":
+        options["num_labels"] = labels
+    loader = AutoModelForSequenceClassification if job.task == "classification" else AutoModelForCausalLM
+    torch.manual_seed(_LOAD_SEED)
+    try:
+        with _quiet():
+            model = loader.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
+        raise AssetError(f"{spec.model_name_or_path} cannot be loaded for {job.task}: {error}") from error
+    if model.config.pad_token_id is None:
+        tokenizer = load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)
+        model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.use_cache = False
+    model.requires_grad_(False)
+    model.to(device)
+    return Base(model, device, base_key(job, labels))
+
+
+def fresh_heads(base: Base, seed: int) -> None:
+    """Give the base a new classification head, drawn from `seed` alone.
+
+    PEFT's `unload()` leaves a trained head in the base and the next `get_peft_model` copies it: without this, every
+    trial after the first in a process would start from the one before.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    spread = getattr(base.model.config, "initializer_range", 0.02)
+    for name in HEADS:
+        head = getattr(base.model, name, None)
+        if head is None:
+            continue
+        for module in head.modules():
+            if isinstance(module, nn.Linear):
+                weight = torch.empty(module.weight.shape).normal_(0.0, spread, generator=generator)
+                module.weight = nn.Parameter(weight.to(module.weight), requires_grad=False)
+                if module.bias is not None:
+                    module.bias = nn.Parameter(torch.zeros_like(module.bias), requires_grad=False)
+
+
+def safetensors_folder(name: str, revision: str | None) -> Path:
+    """The folder with a model's safetensors; a GGUF asset is converted once, under a lock."""
+    folder = model_folder(name, revision)
+    if not (folder / "model.gguf").is_file():
+        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+            raise AssetError(f"{name} has its weights as a pickle (.bin), which is not read: convert it to safetensors")
+        return folder
+    converted = folder.with_name(f"{folder.name}-safetensors")
+    with files.locked(converted):
+        if not converted.is_dir():
+            _convert_gguf(folder, converted)
+    return converted
+
+
+def _convert_gguf(folder: Path, target: Path) -> None:
+    """Dequantise a GGUF to float32 safetensors. transformers refuses to save a model that it loaded from GGUF, so its
+    values are copied into a model made from a config without the quantisation."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet(), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
+        dropped = {"quantization_config", "_name_or_path", "transformers_version", "model_type"}
+        values = {key: value for key, value in loaded.config.to_dict().items() if key not in dropped}
+        plain = type(loaded)(type(loaded.config)(**values)).float()
+        plain.load_state_dict(loaded.state_dict())
+        plain.generation_config = loaded.generation_config
+        out = Path(scratch) / "out"
+        plain.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        shutil.copy(folder / "LICENSE", out / "LICENSE")
+        out.rename(target)
+
+
+def _weight_dtype(job: JobSpec, device: torch.device) -> torch.dtype:
+    if job.model.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, job.model.dtype)
+        return dtype
+    on_gpu = device.type == "cuda"
+    return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+
+
+class _quiet:
+    """transformers' loading reports and progress bars, left out: they would tear the live view."""
+
+    def __enter__(self) -> None:
+        from transformers.utils import logging as hf_logging
+
+        self.level = hf_logging.get_verbosity()
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+        self.caught = warnings.catch_warnings()
+        self.caught.__enter__()
+        warnings.simplefilter("ignore")
+        logging.getLogger("peft").setLevel(logging.ERROR)
+
+    def __exit__(self, *error: object) -> None:
+        from transformers.utils import logging as hf_logging
+
+        self.caught.__exit__(None, None, None)
+        hf_logging.set_verbosity(self.level)

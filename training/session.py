@@ -1,0 +1,310 @@
+"""TrainingSession: the only training loop. It does not know who hosts it.
+
+    session = TrainingSession.build(job, base, data, schedule)
+    while not session.done:
+        session.advance(session.schedule.next_evaluation(session.step))
+        result = session.evaluate("validation")
+        session.save(folder)
+    session.close()
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed, nn
+
+from evaluation.metrics import Scores, classification_scores, generation_scores
+from jobs.defaults import learning_rate
+from jobs.errors import TrainingFailure
+from jobs.schedule import Schedule
+from jobs.spec import JobSpec
+from training import checkpoint
+from training.data import BatchPlan, TokenData, evaluation_batches, make_batch, passes, target_count
+from training.loss import LossModule
+from training.meter import Meter, gpu_metrics
+from training.methods import attach, detach
+from training.model import Base
+from training.optim import build_optimizer, rate_factor, set_rate
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def here(cls) -> Ranks:
+        """From torch.distributed, or one process alone."""
+        if not distributed.is_initialized():
+            return cls()
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+
+class TrainingSession:
+    """One trial on its base. Every process of the trial calls every method, in the same order."""
+
+    def __init__(self, job: JobSpec, base: Base, data: TokenData, schedule: Schedule, ranks: Ranks) -> None:
+        self.job, self.base, self.data, self.schedule, self.ranks = job, base, data, schedule, ranks
+        self.step = 0
+        self.classifies = job.task == "classification"
+        self.meter = Meter(base.device)
+        self.model = attach(job, base)
+        self.loss_module: nn.Module = LossModule(self.model, job.task)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.peak_rate = learning_rate(job).value
+        self.optimizer = build_optimizer(self.trained, job.train, self.peak_rate)
+        split = data.splits["train"]
+        self.plan = BatchPlan(
+            split.lengths, schedule.batch_rows, job.train.seed, grouped=job.train.group_by_length
+        )
+        self.autocast_dtype = _autocast_dtype(job, base.device)
+        self.scaler = torch.amp.GradScaler(base.device.type, enabled=self.autocast_dtype is torch.float16)
+        self._sums = torch.zeros(2, device=base.device)  # loss and targets since the last report
+        if ranks.world_size > 1:
+            device_ids = [base.device.index] if base.device.type == "cuda" else None
+            self.loss_module = nn.parallel.DistributedDataParallel(self.loss_module, device_ids=device_ids)
+        # The order in which dropout draws is the trial's and the process's own, whatever ran here before.
+        torch.manual_seed(job.train.seed + 1 + ranks.rank)
+
+    @classmethod
+    def build(cls, job: JobSpec, base: Base, data: TokenData, schedule: Schedule) -> TrainingSession:
+        """A session at step 0: a fresh adapter on the base, an optimiser, and the data's order.
+
+        Raises UserError for layers that the model does not have.
+        """
+        ranks = Ranks.here()
+        if ranks.world_size != job.resources.world_size:
+            # A set-up that went wrong would train replicas that never hear of each other.
+            raise RuntimeError(f"{ranks.world_size} processes came up, the job has {job.resources.world_size}")
+        return cls(job, base, data, schedule, ranks)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.step >= self.schedule.total_steps
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Numbers that are trained, the head's among them."""
+        return sum(parameter.numel() for parameter in self.trained)
+
+    def advance(self, until: int, seconds: float = math.inf) -> dict[str, Any]:
+        """Train up to step `until`, or until about `seconds` have passed (one process alone may stop by the clock).
+
+        Returns the loss since the last call and what it cost. Raises TrainingFailure when a loss or a gradient is no
+        number.
+        """
+        began = time.perf_counter()
+        while self.step < min(until, self.schedule.total_steps):
+            self._optimiser_step()
+            if time.perf_counter() - began > seconds and self.ranks.world_size == 1:
+                break
+        if self.base.device.type == "cuda":
+            torch.cuda.synchronize(self.base.device)
+        self.meter.train_seconds += time.perf_counter() - began
+        return self._report()
+
+    def _optimiser_step(self) -> None:
+        rows = self.plan.rows(self.step)
+        split = self.data.splits["train"]
+        # Counted over all processes and passes: a mean of means would weigh a token by the length of its neighbours.
+        targets = max(1, target_count(split, rows, classifies=self.classifies))
+        own = passes(rows, self.job.train.per_device_train_batch_size, self.ranks.rank, self.ranks.world_size)
+        set_rate(self.optimizer, self.peak_rate * rate_factor(self.step, self.schedule.total_steps, self.job.train))
+        for number, chunk in enumerate(own, start=1):
+            batch = make_batch(split, chunk, self.data.pad_id, self.base.device, classifies=self.classifies)
+            with self._sync_only_at(number == len(own)), self._autocast():
+                loss_sum, _ = self.loss_module(batch)
+            # DDP averages gradients over the processes; multiplied back, they are the sum that `targets` divides.
+            self.scaler.scale(loss_sum * (self.ranks.world_size / targets)).backward()
+            self._sums += torch.stack([loss_sum.detach(), loss_sum.new_tensor(batch.targets)])
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.trained, self.job.train.max_grad_norm)
+        if not self.scaler.is_enabled() and self.base.device.type == "cpu" and not torch.isfinite(norm):
+            raise TrainingFailure("nan", f"the gradient was not a number in step {self.step + 1} "
+                                         f"(learning rate {self.peak_rate:.3g})")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.meter.samples += len(rows)
+        self.meter.tokens += int(split.lengths[rows].sum())
+
+    def _sync_only_at(self, last: bool) -> AbstractContextManager[Any]:
+        """Processes exchange gradients once a step, in its last pass."""
+        if last or not isinstance(self.loss_module, nn.parallel.DistributedDataParallel):
+            return nullcontext()
+        context: AbstractContextManager[Any] = self.loss_module.no_sync()
+        return context
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.base.device.type, dtype=self.autocast_dtype)
+
+    def _report(self) -> dict[str, Any]:
+        sums = self._sums.clone()
+        self._sums.zero_()
+        if self.ranks.world_size > 1:
+            distributed.all_reduce(sums)
+        loss_sum, targets = sums.tolist()
+        if targets and not math.isfinite(loss_sum):
+            raise TrainingFailure("nan", f"the loss was not a number by step {self.step} "
+                                         f"(learning rate {self.peak_rate:.3g})")
+        done = self.step - 1 if self.step else 0
+        rate = self.peak_rate * rate_factor(done, self.schedule.total_steps, self.job.train)
+        return {
+            "step": self.step,
+            "samples": self.meter.samples,
+            "epoch": round(self.meter.samples / len(self.data.splits["train"]), 4),
+            "train_loss": loss_sum / targets if targets else None,
+            "learning_rate": rate,
+            "trainable_parameters": self.trainable_parameters,
+            **self.meter.rates(),
+            **gpu_metrics(self.base.device),
+        }
+
+    def evaluate(self, split_name: str = "validation") -> Scores:
+        """Metrics of the adapter as it is now, with intervals, on one split. All processes share the rows."""
+        began = time.perf_counter()
+        scores = evaluate(self.model, self.job, self.data, split_name, self.base.device, self.ranks)
+        self.meter.eval_seconds += time.perf_counter() - began
+        return scores
+
+    def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
+        """Everything a restart needs: adapter, optimiser, random state, position, and the host's own `extra`."""
+        states = self._gathered_rng()
+        if self.ranks.rank == 0:
+            with checkpoint.replaced_folder(folder) as scratch:
+                save_adapter(self.model, scratch)
+                checkpoint.save_state(scratch, {
+                    "step": self.step,
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
+                    "rng": states,
+                    "meter": self.meter.state(),
+                    "sums": self._sums.cpu(),
+                    "world_size": self.ranks.world_size,
+                    "extra": extra or {},
+                })
+        if self.ranks.world_size > 1:
+            distributed.barrier()
+
+    def _gathered_rng(self) -> list[dict[str, torch.Tensor]]:
+        own = checkpoint.rng_state()
+        if self.ranks.world_size == 1:
+            return [own]
+        states: list[Any] = [None] * self.ranks.world_size
+        distributed.all_gather_object(states, own)
+        return states
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Go on from `save`: the next step is the one that would have followed. Returns the host's `extra`."""
+        state = checkpoint.load_state(folder)
+        load_adapter(self.model, folder)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step = int(state["step"])
+        self.meter.restore(state["meter"])
+        self._sums = state["sums"].to(self.base.device) if self.ranks.rank == 0 else torch.zeros_like(self._sums)
+        # With another number of processes there is no state for each: dropout then draws anew, the data's order stays.
+        if state["world_size"] == self.ranks.world_size:
+            checkpoint.set_rng_state(state["rng"][self.ranks.rank])
+        extra: dict[str, Any] = state["extra"]
+        return extra
+
+    def save_adapter(self, folder: Path) -> None:
+        """The adapter alone, in PEFT's format."""
+        if self.ranks.rank == 0:
+            with checkpoint.replaced_folder(folder) as scratch:
+                save_adapter(self.model, scratch)
+
+    def load_adapter(self, folder: Path) -> None:
+        """Put another adapter of the same shape in, to evaluate it."""
+        load_adapter(self.model, folder)
+
+    def close(self) -> None:
+        """Take the adapter off the base and let go of the optimiser."""
+        detach(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+        del self.optimizer, self.loss_module, self.trained
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write an adapter in PEFT's format (safetensors and JSON)."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # The embeddings are never trained here; looking for it would ask the hub for the base's config.
+        model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def load_adapter(model: Any, folder: Path) -> None:
+    """Read the values of an adapter of the same shape into a model that has one."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
+
+
+def evaluate(model: nn.Module, job: JobSpec, data: TokenData, split_name: str, device: torch.device,
+             ranks: Ranks | None = None) -> Scores:
+    """Metrics of a model on one split; with several processes each takes every n-th pass and all get the result."""
+    ranks = ranks or Ranks()
+    split = data.splits[split_name]
+    module = LossModule(model, job.task)
+    dtype = _autocast_dtype(job, device)
+    was_training = model.training
+    model.eval()
+    rows_seen: list[np.ndarray] = []
+    losses: list[np.ndarray] = []
+    details: list[np.ndarray] = []
+    classifies = job.task == "classification"
+    every_pass = list(evaluation_batches(split, np.arange(len(split)), job.train.per_device_eval_batch_size))
+    with torch.inference_mode(), torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
+        for rows in every_pass[ranks.rank :: ranks.world_size]:
+            batch = make_batch(split, rows, data.pad_id, device, classifies=classifies)
+            _, detail = module(batch)
+            if classifies:
+                losses.append(nn.functional.cross_entropy(detail, batch.labels, reduction="none").cpu().numpy())
+                details.append(detail.argmax(dim=1).cpu().numpy())
+            else:
+                losses.append(detail.cpu().numpy())
+                details.append(split.lengths[rows] - np.maximum(split.targets[rows], 1))
+            rows_seen.append(rows)
+    model.train(was_training)
+    order, loss_R, detail_R = _in_row_order(rows_seen, losses, details, ranks)
+    resamples = job.evaluate.bootstrap_samples
+    if classifies:
+        return classification_scores(loss_R, detail_R, split.targets[order], max(2, len(data.labels)), resamples)
+    return generation_scores(loss_R.astype(np.float64), detail_R, resamples)
+
+
+def _in_row_order(rows: list[np.ndarray], losses: list[np.ndarray], details: list[np.ndarray],
+                  ranks: Ranks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What all processes found, by row: the resamples then pick the same rows for every model."""
+    parts: list[Any] = [(rows, losses, details)]
+    if ranks.world_size > 1:
+        parts = [None] * ranks.world_size
+        distributed.all_gather_object(parts, (rows, losses, details))
+    seen, loss, detail = (np.concatenate([array for part in parts for array in part[which]]) for which in range(3))
+    order = np.argsort(seen)
+    return seen[order], loss[order], detail[order]
+
+
+def _autocast_dtype(job: JobSpec, device: torch.device) -> torch.dtype | None:
+    wanted = job.train.mixed_precision
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]

@@ -1,0 +1,75 @@
+"""After the choice: the base and the finalists on rows that no decision has looked at."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from evaluation.metrics import Scores
+from jobs import files, search
+from jobs.run import Run
+from training.data import open_tokens
+from training.methods import attach, detach
+from training.model import Base, base_key, fresh_heads, load_base, resolve_device
+from training.session import evaluate, load_adapter
+from tuning.trainable import Work
+
+BASE = "base"
+
+
+class Examiner:
+    """An actor with a base, which evaluates one adapter after another."""
+
+    def __init__(self, work: Work) -> None:
+        os.chdir(work.run)
+        torch.set_num_threads(max(1, work.job.resources.cpus_per_worker))
+        self.work, self.run = work, Run(Path(work.run))
+        self.data = open_tokens(Path(work.tokens))
+        self.base: Base | None = None
+
+    def examine(self, name: str, splits: list[str]) -> str:
+        """Evaluate a trial's adapter (or, for `base`, the untuned base) on splits; write what was found."""
+        began = time.monotonic()
+        found = self._base_scores(splits) if name == BASE else self._trial_scores(name, splits)
+        record: dict[str, Any] = {split: {"metrics": s.metrics, "intervals": s.intervals} for split, s in found.items()}
+        target = self.run.path / "report" / "base.json" if name == BASE else self.run.trial(name).path / "test.json"
+        files.write_json(target, record | {"seconds": time.monotonic() - began})
+        return name
+
+    def _loaded(self, job: Any) -> Base:
+        labels = len(self.data.labels)
+        if self.base is None or self.base.key != base_key(job, labels):
+            self.base = None
+            self.base = load_base(job, labels, resolve_device(self.work.gpus))
+        return self.base
+
+    def _base_scores(self, splits: list[str]) -> dict[str, Scores]:
+        base = self._loaded(self.work.job)
+        fresh_heads(base, self.work.job.train.seed)
+        return {split: evaluate(base.model, self.work.job, self.data, split, base.device) for split in splits}
+
+    def _trial_scores(self, name: str, splits: list[str]) -> dict[str, Scores]:
+        trial = self.run.trial(name)
+        job = search.trial(self.work.job, trial.params()["assignment"])
+        base = self._loaded(job)
+        model = attach(job, base)
+        try:
+            load_adapter(model, trial.adapter)
+            return {split: evaluate(model, job, self.data, split, base.device) for split in splits}
+        finally:
+            detach(model)
+
+
+def examine_all(work: Work, names: list[str], slots: int, *, splits: dict[str, list[str]]) -> None:
+    """Evaluate the named adapters, as many at once as there are slots."""
+    if not names:
+        return
+    actor = ray.remote(Examiner).options(num_cpus=work.job.resources.cpus_per_worker, num_gpus=work.gpus)
+    pool = ray.util.ActorPool([actor.remote(work) for _ in range(min(slots, len(names)))])
+    for _ in pool.map_unordered(lambda examiner, name: examiner.examine.remote(name, splits[name]), names):
+        pass

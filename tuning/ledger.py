@@ -1,0 +1,156 @@
+"""The driver's record of a sweep: it alone writes trials' metrics and states, and decides at the rungs.
+
+Everything that a decision depends on is read back from the run's own files, so a resumed sweep decides as one that was
+never killed. Ray Tune's scheduler state is not used: `Tuner.restore` loses the rungs (ray#30838).
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from jobs import files, rungs
+from jobs.metrics import is_better
+from jobs.run import Run, Trial, TrialState
+from jobs.spec import JobSpec
+
+
+class Listener(Protocol):
+    """Something that mirrors the record (W&B). It is told after the record was written, and cannot change it."""
+
+    def on_begin(self, trial: Trial) -> None: ...
+    def on_row(self, trial: Trial, row: dict[str, Any]) -> None: ...
+    def on_end(self, trial: Trial) -> None: ...
+
+
+@dataclass
+class Ledger:
+    """Scores by rung, and what is done with a report of a trial."""
+
+    run: Run
+    job: JobSpec
+    searching: bool
+    listeners: list[Listener] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.metric, self.goal = self.job.metric.name, self.job.metric.goal
+        self.scores: dict[int, dict[str, float]] = {}
+        self.last_step: dict[str, int] = {}
+        self.actors: dict[str, int] = {}
+        for trial in self.run.trials():
+            for row in trial.metrics():
+                self._remember(trial.id, row)
+
+    @property
+    def halving(self) -> bool:
+        """Whether trials are cut at rungs."""
+        return self.searching and self.job.search is not None and self.job.search.scheduler.type == "asha"
+
+    def _remember(self, trial_id: str, row: dict[str, Any]) -> None:
+        self.last_step[trial_id] = max(self.last_step.get(trial_id, -1), int(row["step"]))
+        if row.get("rung") is not None:
+            score = row.get(self.metric)
+            self.scores.setdefault(row["rung"], {})[trial_id] = math.nan if score is None else float(score)
+
+    def begin(self, trial: Trial) -> None:
+        """A trial has an actor and trains."""
+        if not trial.state.ended:
+            trial.set_state(TrialState.RUNNING, **({} if "started" in trial.status() else {"started": time.time()}))
+            for listener in self.listeners:
+                listener.on_begin(trial)
+
+    def saw_actor(self, name: str, base_loads: int, seconds: float) -> None:
+        """Note each loading of a base: there should be one an actor."""
+        if base_loads > self.actors.get(name, 0):
+            self.actors[name] = base_loads
+            self.run.event("base_loaded", actor=name, count=base_loads, seconds=round(seconds, 3))
+
+    def report(self, trial: Trial, row: dict[str, Any]) -> bool:
+        """Record one report of a trial, unless an earlier attempt did; say whether the trial goes on."""
+        if int(row["step"]) > self.last_step.get(trial.id, -1):
+            files.append_jsonl(trial.path / "metrics.jsonl", {"time": time.time(), **row})
+            self._remember(trial.id, row)
+            for listener in self.listeners:
+                listener.on_row(trial, row)
+        if row.get("rung") is None:
+            return True
+        return self.decide(trial, int(row["rung"]))
+
+    def decide(self, trial: Trial, rung: int) -> bool:
+        """Whether a trial goes on past a rung where its score stands. A decision once made is kept."""
+        trial.set_state(trial.state, rung=rung)
+        last = rung + 1 >= len(self.run_levels(trial))
+        if not self.halving or last:
+            return True
+        assert self.job.search is not None
+        made = [e for e in self.run.events("rung") if e["trial_id"] == trial.id and e["rung"] == rung]
+        if made:
+            return bool(made[-1]["goes_on"])
+        scores = list(self.scores[rung].values())
+        score = self.scores[rung][trial.id]
+        eta = self.job.search.scheduler.reduction_factor
+        goes_on = rungs.goes_on(score, scores, eta, self.goal)
+        self.run.event(
+            "rung",
+            trial_id=trial.id,
+            rung=rung,
+            score=score,
+            scores=len(scores),
+            cutoff=rungs.rung_cutoff(scores, eta, self.goal),
+            goes_on=goes_on,
+        )
+        return goes_on
+
+    def run_levels(self, trial: Trial) -> list[int]:
+        """The rungs of a trial, in `time_attr` units."""
+        levels: list[int] = trial.params().get("rung_levels", [])
+        return levels
+
+    def end(self, trial: Trial, state: TrialState, **facts: Any) -> None:
+        """Write how a trial ended, and free what it no longer needs."""
+        trial.set_state(state, **facts)
+        (trial.path / "progress.json").unlink(missing_ok=True)
+        shutil.rmtree(trial.path / "checkpoints", ignore_errors=True)
+        self._keep_best()
+        for listener in self.listeners:
+            listener.on_end(trial)
+
+    def best_score(self, trial: Trial) -> float | None:
+        """The best validation score that a trial's adapter on disk has."""
+        best: float | None = None
+        for row in trial.evaluations():
+            score = row.get(self.metric)
+            if score is not None and is_better(score, best, self.goal):
+                best = score
+        return best
+
+    def ranked(self) -> list[Trial]:
+        """Ended trials that have a score, best first; the sooner made first among equals."""
+        scored = [(trial, self.best_score(trial)) for trial in self.run.trials() if trial.state.ended]
+        found = [(trial, score) for trial, score in scored if score is not None and trial.state is not TrialState.FAILED]
+        return [trial for trial, _ in sorted(found, key=lambda pair: pair[1], reverse=self.goal == "maximize")]
+
+    def _keep_best(self) -> None:
+        """Only the best `search.keep` adapters stay on disk."""
+        keep = self.job.search.keep if self.job.search else 1
+        for trial in self.ranked()[keep:]:
+            shutil.rmtree(trial.adapter, ignore_errors=True)
+
+    def settle(self) -> None:
+        """After a kill: make the decisions that were due, so that no trial goes on that should not."""
+        for trial in self.run.trials():
+            if trial.state.ended:
+                continue
+            due = [row for row in trial.metrics() if row.get("rung") is not None]
+            if due and not self.decide(trial, int(due[-1]["rung"])):
+                self.end(trial, TrialState.STOPPED, reason=self.cut_reason(trial))
+
+    def cut_reason(self, trial: Trial) -> str:
+        """Why a trial was cut, in words."""
+        rung = trial.status().get("rung")
+        level = self.run_levels(trial)[rung] if rung is not None else "?"
+        unit = self.job.search.scheduler.time_attr if self.job.search else "step"
+        return f"not among the best at {level} {unit}"

@@ -1,0 +1,163 @@
+"""Which configuration is tried next: from the seeded list, or asked of Optuna's TPE. No configuration twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from jobs import search
+from jobs.search import Assignment
+from jobs.spec import JobSpec, Parameter
+
+if TYPE_CHECKING:
+    import optuna
+
+STARTUP_TRIALS = 10
+"""Trials that TPE draws at random before it models anything (Optuna's default)."""
+_DRAWS_FOR_A_NEW_ONE = 200
+
+
+class Proposals(Protocol):
+    """Where configurations come from."""
+
+    def next(self) -> Assignment | None:
+        """The next configuration; None when there are no more."""
+
+    def tell(self, assignment: Assignment, scores: dict[int, float], state: str) -> None:
+        """How a trial ended: its score at each step, and `finished`, `stopped` or `failed`."""
+
+
+class GivenProposals:
+    """A grid, or random draws: known beforehand."""
+
+    def __init__(self, assignments: list[Assignment]) -> None:
+        self._left = iter(assignments)
+
+    def next(self) -> Assignment | None:
+        """The next of the list."""
+        return next(self._left, None)
+
+    def tell(self, assignment: Assignment, scores: dict[int, float], state: str) -> None:
+        """Results change nothing here."""
+
+
+def known_assignments(job: JobSpec, name: Callable[[Assignment], str]) -> list[Assignment]:
+    """The different configurations that a search is known to try: all (grid, random), or TPE's start-up trials.
+
+    `name` gives a configuration's trial id; two that train alike have one id and are tried once.
+    """
+    if job.search is None:
+        return [{}]
+    wanted = job.search.num_samples
+    if job.search.method == "grid":
+        wanted = search.grid_size(job.search)
+    elif job.search.method == "tpe":
+        wanted = min(wanted, STARTUP_TRIALS)
+    found: dict[str, Assignment] = {}
+    for assignment in _until_nothing_new(search.assignments(job), found, name):
+        found.setdefault(name(assignment), assignment)
+        if len(found) >= wanted:
+            break
+    return list(found.values())
+
+
+def _until_nothing_new(
+    source: Iterator[Assignment], found: dict[str, Assignment], name: Callable[[Assignment], str]
+) -> Iterator[Assignment]:
+    """The draws, until many in a row were all known: a small space is exhausted."""
+    repeats = 0
+    for assignment in source:
+        repeats = repeats + 1 if name(assignment) in found else 0
+        if repeats > _DRAWS_FOR_A_NEW_ONE:
+            return
+        yield assignment
+
+
+class TpeProposals:
+    """Optuna's tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011), told of cut trials as pruned ones.
+
+    A cut trial's score is not the score it would have had: Optuna ranks it below every finished trial, by how far it
+    came and then by its score there.
+    """
+
+    def __init__(self, job: JobSpec, startup: list[Assignment], name: Callable[[Assignment], str]) -> None:
+        import optuna
+
+        assert job.search is not None
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.search = job.search
+        self.name = name
+        self.distributions = {p: distribution(parameter) for p, parameter in search.free_parameters(job.search).items()}
+        sampler = optuna.samplers.TPESampler(
+            seed=job.search.seed, n_startup_trials=len(startup), constant_liar=True, multivariate=False
+        )
+        direction = "maximize" if job.metric.goal == "maximize" else "minimize"
+        self.study = optuna.create_study(sampler=sampler, direction=direction)
+        self._startup = iter(startup)
+        self._open: dict[str, optuna.trial.Trial] = {}
+        self._seen: set[str] = set()
+
+    def next(self) -> Assignment | None:
+        """A start-up trial while there are any, then what the model holds most promising and was not tried yet."""
+        for planned in self._startup:
+            if self.name(planned) in self._seen:
+                continue
+            self._seen.add(self.name(planned))
+            self.study.enqueue_trial(dict(planned))
+            self._open[self.name(planned)] = self.study.ask(self.distributions)
+            return planned
+        import optuna
+
+        for _ in range(_DRAWS_FOR_A_NEW_ONE):
+            asked = self.study.ask(self.distributions)
+            assignment = {path: self._value(path, asked.params[path]) for path in self.distributions}
+            name = self.name(assignment)
+            if name not in self._seen:
+                self._seen.add(name)
+                self._open[name] = asked
+                return assignment
+            self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        return None
+
+    def _value(self, path: str, value: Any) -> Any:
+        parameter = self.search.parameters[path]
+        return value if parameter.values is not None or isinstance(value, int) else search.rounded(value, parameter)
+
+    def tell(self, assignment: Assignment, scores: dict[int, float], state: str) -> None:
+        """Finished trials with their last score, cut ones as pruned with all their scores, failed ones as failed."""
+        from optuna.trial import TrialState, create_trial
+
+        name = self.name(assignment)
+        self._seen.add(name)
+        states = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
+        outcome = states.get(state, TrialState.FAIL) if scores else TrialState.FAIL
+        value = scores[max(scores)] if outcome is TrialState.COMPLETE else None
+        asked = self._open.pop(name, None)
+        if asked is not None:
+            for step, score in scores.items():
+                asked.report(score, step)
+            self.study.tell(asked, value, state=outcome)
+        else:  # a trial of an earlier attempt of this run
+            self.study.add_trial(
+                create_trial(
+                    params=dict(assignment),
+                    distributions=self.distributions,
+                    value=value,
+                    intermediate_values=scores,
+                    state=outcome,
+                )
+            )
+
+
+def distribution(parameter: Parameter) -> Any:
+    """A parameter as Optuna's distribution."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if parameter.values is not None:
+        return CategoricalDistribution(parameter.values)
+    assert parameter.min is not None and parameter.max is not None
+    if parameter.distribution == "int_uniform":
+        return IntDistribution(int(parameter.min), int(parameter.max))
+    if parameter.distribution == "q_uniform":
+        return FloatDistribution(float(parameter.min), float(parameter.max), step=float(parameter.q or 1))
+    return FloatDistribution(float(parameter.min), float(parameter.max), log="log" in str(parameter.distribution))

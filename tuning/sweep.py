@@ -1,0 +1,365 @@
+"""The only driver: a sweep from its run folder to its report. `train` is a sweep of one assignment.
+
+Runs as `lorafleet exec RUN` in a process of its own. Every attempt reads the run's own files and begins a new Tuner
+with the trials that have not ended; Tune's snapshots are not used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from evaluation.report import build_report, write_report
+from jobs import files, search
+from jobs.defaults import learning_rate
+from jobs.errors import ExitCode, LorafleetError, RunError
+from jobs.hub import model_revision
+from jobs.identity import Facts, trial_id
+from jobs.placement import Placement
+from jobs.run import Run, RunState, Trial, TrialState
+from jobs.schedule import schedule
+from jobs.search import Assignment
+from jobs.spec import JobSpec
+from tuning.proposals import GivenProposals, Proposals, TpeProposals, known_assignments
+
+_RESTARTS = 2
+"""How often a trial whose process died begins again from its checkpoint."""
+
+
+class Sweep:
+    """One attempt at a run."""
+
+    def __init__(self, run: Run) -> None:
+        stored = files.read_json(run.path / "plan.json")
+        if not stored:
+            raise RunError(f"{run.path} holds no plan.json: it is not a run, or was not submitted whole")
+        self.run = run
+        self.job = JobSpec.model_validate_json(json.dumps(stored["job"]))
+        self.placement = Placement.model_validate(stored["placement"])
+        self.searching = stored["command"] == "sweep"
+        self.began = time.time()
+
+    @property
+    def stop_file(self) -> Path:
+        """Its presence asks every process of the run to save and end."""
+        return self.run.path / "stop"
+
+    def execute(self) -> ExitCode:
+        """Run what is left of the sweep, evaluate the finalists, write the report."""
+        self.stop_file.unlink(missing_ok=True)
+        attempt = int(self.run.status().get("attempt", 0)) + 1
+        self.run.mark_running(attempt=attempt, reason=None)
+        self.run.event("attempt", number=attempt)
+        with self._stopped_by_signals():
+            try:
+                outcome = self._attempt(attempt)
+            except LorafleetError as error:
+                self.run.set_state(RunState.FAILED, reason=str(error))
+                raise
+            except BaseException as error:
+                self.run.set_state(RunState.FAILED, reason=f"{type(error).__name__}: {error}")
+                raise
+        return outcome
+
+    def _attempt(self, attempt: int) -> ExitCode:
+        self._phase("reading data and model")
+        from training.data import prepare, token_facts
+
+        data = prepare(self.job)
+        self.facts = self._facts(data.folder)
+        self._write_facts(data, token_facts(data))
+        self._phase("starting workers")
+        with self._ray(attempt) as ray_facts:
+            self.run.event("ray", **ray_facts)
+            self._search(attempt, data)
+            interrupted = self.stop_file.exists()
+            if not interrupted:
+                self._exam(data)
+        return self._finish(interrupted)
+
+    def _facts(self, tokens: Path) -> Facts:
+        from jobs.rows import split_files
+
+        names = [self.job.model.model_name_or_path]
+        parameter = self.job.search.parameters.get("model.model_name_or_path") if self.job.search else None
+        names += [str(value) for value in parameter.values] if parameter and parameter.values else []
+        adapter = self.job.train.init_adapter
+        return Facts(
+            {split: files.sha256_file(path) for split, path in split_files(self.job.data).items()},
+            {name: model_revision(name, self.job.model.revision) for name in dict.fromkeys(names)},
+            learning_rate(self.job).value,
+            files.sha256_file(Path(adapter) / "adapter_model.safetensors") if adapter else "",
+        )
+
+    def _write_facts(self, data: Any, counted: dict[str, Any]) -> None:
+        from importlib.metadata import version
+
+        packages = ("lorafleet", "torch", "transformers", "peft", "ray", "accelerate", "numpy")
+        files.write_json(
+            self.run.path / "facts.json",
+            {
+                "data_sha256": self.facts.data_sha256,
+                "model_revisions": self.facts.model_revisions,
+                "rows": {name: facts["rows"] for name, facts in counted.items()},
+                "tokens": {name: facts["tokens"] for name, facts in counted.items()},
+                "labels": list(data.labels),
+                "warnings": list(data.warnings),
+                "chosen_on_test": data.chosen_on_test,
+                "learning_rate": learning_rate(self.job).value,
+                "versions": {name: version(name) for name in packages},
+            },
+        )
+
+    @contextlib.contextmanager
+    def _ray(self, attempt: int) -> Iterator[dict[str, Any]]:
+        """A Ray of our own on this machine, or the one that RAY_ADDRESS names."""
+        os.chdir(self.run.path)  # Ray puts the driver's folder first on every worker's path: ours holds no packages
+        for name, value in _RAY_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.placement.slots)
+        import ray
+
+        placement = self.placement
+        cpus = placement.slots * placement.workers * placement.cpus_per_worker
+        own = "RAY_ADDRESS" not in os.environ
+        options: dict[str, Any] = {"address": "local"} if own else {"address": os.environ["RAY_ADDRESS"]}
+        if own:
+            # One CPU more for the functions that stand beside the workers of a distributed trial.
+            options |= {
+                "num_cpus": cpus + (placement.slots if placement.distributed else 0),
+                "num_gpus": placement.slots * placement.workers * placement.gpus_per_worker,
+                # Ray Train frees a stopped trial's workers only when the dashboard's state API is up.
+                "include_dashboard": placement.distributed,
+                "object_store_memory": 200 * 2**20,
+            }
+        context = ray.init(log_to_driver=False, configure_logging=False, **options)
+        session = str(context.address_info.get("session_dir", ""))
+        files.write_json(self.run.path / "logs" / "ray.json", {"session_dir": session, "own": own, "attempt": attempt})
+        try:
+            yield {"session_dir": session, "own": own}
+        finally:
+            ray.shutdown()
+
+    def _search(self, attempt: int, data: Any) -> None:
+        from ray import tune
+        from ray.tune import FailureConfig
+
+        from tuning.ledger import Ledger
+        from tuning.scheduler import RungScheduler
+        from tuning.searcher import ProposalSearcher, tell
+        from tuning.tracking import trackers
+
+        ledger = Ledger(self.run, self.job, self.searching)
+        ledger.settle()
+        known = known_assignments(self._searched_job, self._name)
+        proposals = self._proposals(known)
+        for trial in self.run.trials():
+            if trial.state.ended:
+                tell(proposals, ledger, trial)
+        total = self._total(known)
+        self.run.event("search", trials=total)
+        # Cut decisions of an earlier attempt are settled, and what is left may be nothing.
+        searcher = ProposalSearcher(
+            ledger, proposals, total, self._most_open(), lambda a, i: self._make(a, i, data), self.stop_file.exists
+        )
+        self._phase("training")
+        with trackers(self.run, self.job, self.searching) as listeners:
+            ledger.listeners += listeners
+            tuner = tune.Tuner(
+                self._trainable(data),
+                tune_config=tune.TuneConfig(
+                    search_alg=searcher,
+                    scheduler=RungScheduler(ledger, self._out_of_budget),
+                    num_samples=-1,
+                    reuse_actors=not self.placement.distributed,
+                ),
+                run_config=tune.RunConfig(
+                    name=f"attempt-{attempt}",
+                    storage_path=str(self.run.path / "tune"),
+                    failure_config=FailureConfig(max_failures=_RESTARTS),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0),
+                    stop=_StopFile(self.stop_file, self._budget_stop),
+                    verbose=0,
+                ),
+            )
+            tuner.fit()
+        for trial in self.run.trials():
+            if trial.state is TrialState.RUNNING:
+                over = self._out_of_budget()
+                if over and not self.stop_file.exists():
+                    ledger.end(trial, TrialState.STOPPED, reason=over)
+                else:
+                    trial.set_state(TrialState.PENDING, reason="interrupted")
+
+    @property
+    def _searched_job(self) -> JobSpec:
+        return self.job if self.searching else self.job.model_copy(update={"search": None})
+
+    def _name(self, assignment: Assignment) -> str:
+        return trial_id(search.trial(self._searched_job, assignment), self.facts)
+
+    def _proposals(self, known: list[Assignment]) -> Proposals:
+        if self.searching and self.job.search and self.job.search.method == "tpe":
+            return TpeProposals(self.job, known, self._name)
+        return GivenProposals(known)
+
+    def _total(self, known: list[Assignment]) -> int:
+        if self.searching and self.job.search and self.job.search.method == "tpe":
+            return self.job.search.num_samples
+        return len(known)
+
+    def _most_open(self) -> int:
+        """Trials handed out and not ended. TPE is asked as late as it can be without an actor standing idle."""
+        slots = self.placement.slots
+        tpe = self.searching and self.job.search is not None and self.job.search.method == "tpe"
+        return slots + 1 if tpe else 2 * slots
+
+    def _make(self, assignment: Assignment, index: int, data: Any) -> Trial:
+        job = search.trial(self._searched_job, assignment)
+        plan = schedule(job, len(data.splits["train"]), searching=self.searching)
+        trial = self.run.add_trial(trial_id(job, self.facts), index, assignment)
+        params = trial.params()
+        if "resolved" not in params:
+            resolved = job.model_dump(mode="json", exclude={"search", "tracking", "name"})
+            resolved["train"]["learning_rate"] = learning_rate(job).value
+            files.write_json(
+                trial.path / "params.json",
+                params
+                | {
+                    "resolved": resolved,
+                    "rung_levels": list(plan.rung_levels),
+                    "rung_steps": list(plan.rung_steps),
+                    "total_steps": plan.total_steps,
+                    "batch_rows": plan.batch_rows,
+                    "gpus": self.placement.workers * self.placement.gpus_per_worker,
+                },
+            )
+        return trial
+
+    def _work(self, data: Any) -> Any:
+        from tuning.trainable import Work
+
+        return Work(
+            self._searched_job, str(self.run.path), str(data.folder), self.placement.gpus_per_worker, self.searching
+        )
+
+    def _trainable(self, data: Any) -> Any:
+        from ray import tune
+
+        work = self._work(data)
+        if self.placement.distributed:
+            from tuning.distributed_trial import distributed_trainable
+
+            return distributed_trainable(work, self.placement)
+        from tuning.trainable import WarmTrial
+
+        resources = {"cpu": self.placement.cpus_per_worker, "gpu": self.placement.gpus_per_worker}
+        return tune.with_resources(tune.with_parameters(WarmTrial, work=work), resources)
+
+    def _out_of_budget(self) -> str | None:
+        """Why no more may be spent, or None."""
+        if not self.searching or self.job.search is None:
+            return None
+        budget = self.job.search.budget
+        if budget.wall_hours is not None:
+            earlier = float(self.run.status().get("wall_seconds", 0.0))
+            if earlier + time.time() - self.began > 3600 * budget.wall_hours:
+                return f"the budget of {budget.wall_hours:g} hours on the clock is spent"
+        if budget.gpu_hours is not None and self._gpu_hours() > budget.gpu_hours:
+            return f"the budget of {budget.gpu_hours:g} GPU-hours is spent"
+        return None
+
+    def _budget_stop(self) -> bool:
+        return self._out_of_budget() is not None
+
+    def _gpu_hours(self) -> float:
+        gpus = self.placement.workers * self.placement.gpus_per_worker
+        lasts = [rows[-1] for trial in self.run.trials() if (rows := trial.metrics())]
+        return gpus * sum(row["train_seconds"] + row["eval_seconds"] for row in lasts) / 3600
+
+    def _exam(self, data: Any) -> None:
+        """The base, the recommended trial, and the others that reached the last rungs, on the test rows."""
+        from tuning.exam import BASE, examine_all
+
+        self._phase("evaluating on held-out rows")
+        report = build_report(self.run)
+        finalists = [t.id for t in self.run.trials() if t.adapter.is_dir() and not (t.path / "test.json").is_file()]
+        reached = {row.trial_id: row.rung if row.rung is not None else -1 for row in report.trials}
+        last = max((reached.get(name, -1) for name in finalists), default=-1)
+        chosen = report.recommendation.trial_id
+        names = [name for name in finalists if name == chosen or reached.get(name, -1) >= last - 1]
+        base = [] if (self.run.path / "report" / "base.json").is_file() else [BASE]
+        rows = ["test"] if not data.chosen_on_test else ["validation"]
+        splits = {name: rows for name in names} | {BASE: ["validation", *(rows if rows != ["validation"] else [])]}
+        examine_all(self._work(data), [*base, *names], self.placement.slots, splits=splits)
+
+    def _finish(self, interrupted: bool) -> ExitCode:
+        wall = float(self.run.status().get("wall_seconds", 0.0)) + time.time() - self.began
+        if interrupted:
+            self.run.set_state(RunState.STOPPED, reason="interrupted: `lorafleet resume` goes on", wall_seconds=wall)
+            write_report(self.run)
+            return ExitCode.INTERRUPTED
+        states = [trial.state for trial in self.run.trials()]
+        failed = states.count(TrialState.FAILED)
+        self._phase("writing the report")
+        everything_failed = bool(states) and failed == len(states)
+        state = RunState.FAILED if everything_failed else RunState.FINISHED
+        reason = f"{failed} of {len(states)} trials failed" if failed else None
+        self.run.set_state(state, reason=reason, wall_seconds=wall, phase=None)
+        write_report(self.run)
+        return ExitCode.SOME_TRIALS_FAILED if failed else ExitCode.OK
+
+    def _phase(self, what: str) -> None:
+        self.run.set_state(RunState.RUNNING, phase=what)
+
+    @contextlib.contextmanager
+    def _stopped_by_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask the trials to save and end; a second one ends this process at once."""
+
+        def ask(number: int, _frame: Any) -> None:
+            if self.stop_file.exists():
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self.stop_file.touch()
+
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
+
+
+class _StopFile:
+    """Tune's stopper: everything ends when the stop file appears or the budget is spent."""
+
+    def __new__(cls, path: Path, spent: Any) -> Any:
+        from ray.tune.stopper import Stopper
+
+        class OnFile(Stopper):
+            def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+                return False
+
+            def stop_all(self) -> bool:
+                return path.exists() or spent()
+
+        return OnFile()

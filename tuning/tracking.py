@@ -1,0 +1,156 @@
+"""Weights & Biases as a mirror: one run a trial, written by the driver, from the ledger's own record.
+
+A trial's W&B id is the run's and the trial's name together. A resumed sweep writes a trial that had not ended anew from
+`metrics.jsonl`, so that each trial has one folder with its whole history, whatever was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs import files
+from jobs.run import Run, Trial
+from jobs.spec import JobSpec
+
+if TYPE_CHECKING:
+    from tuning.ledger import Listener
+
+_NOT_LOGGED = {"schema_version", "time", "intervals", "evaluated", "trainable_parameters"}
+
+
+@contextlib.contextmanager
+def trackers(run: Run, job: JobSpec, searching: bool) -> Iterator[list[Listener]]:
+    """The listeners that a job asks for; at the end what they hold open is closed."""
+    mode = wandb_mode(job)
+    if mode == "disabled":
+        yield []
+        return
+    mirror = WandbMirror(run, job, mode, searching)
+    try:
+        yield [mirror]
+    finally:
+        mirror.close()
+
+
+def wandb_mode(job: JobSpec) -> str:
+    """online, offline or disabled. `auto` is online only with a key at hand, and nothing ever prompts."""
+    wanted = os.environ.get("WANDB_MODE") or job.tracking.mode
+    if wanted in ("disabled", "offline", "online"):
+        return wanted
+    return "online" if _logged_in(job) else "offline"
+
+
+def _logged_in(job: JobSpec) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+    from urllib.parse import urlparse
+
+    host = urlparse(job.tracking.base_url or os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    try:
+        return netrc.netrc(str(path)).authenticators(host or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+class WandbMirror:
+    """One live W&B run for each live trial."""
+
+    def __init__(self, run: Run, job: JobSpec, mode: str, searching: bool) -> None:
+        self.run, self.job, self.mode, self.searching = run, job, mode, searching
+        self.open: dict[str, Any] = {}
+        self.folder = run.path / "wandb"
+        self.folder.mkdir(exist_ok=True)
+
+    def on_begin(self, trial: Trial) -> None:
+        """Open a trial's run, with what it has trained so far."""
+        import wandb
+
+        if trial.id in self.open:
+            return
+        name = f"{self.run.id}-{trial.id}"
+        for left in self.folder.glob(f"wandb/*run-*-{name}"):
+            shutil.rmtree(left, ignore_errors=True)
+        tracking = self.job.tracking
+        settings: dict[str, Any] = {
+            "silent": True,
+            "disable_git": True,
+            "disable_code": True,
+            "save_code": False,
+            "console": "off",
+            "disable_job_creation": True,
+        }
+        if tracking.base_url:
+            settings["base_url"] = tracking.base_url
+        params = trial.params()
+        opened = wandb.init(
+            mode=self.mode,
+            id=name,
+            name=trial.id,
+            group=self.run.id,
+            job_type="trial",
+            project=tracking.project,
+            entity=tracking.entity,
+            tags=list(tracking.tags),
+            dir=str(self.folder),
+            config={"assignment": params.get("assignment", {}), **params.get("resolved", {})},
+            reinit="create_new",
+            resume="allow" if self.mode == "online" else None,
+            settings=wandb.Settings(**settings),
+        )
+        self.open[trial.id] = opened
+        rows = trial.metrics()
+        done = int(opened.step) if self.mode == "online" else 0
+        for row in rows:
+            if int(row["step"]) >= done:
+                self._log(opened, row)
+
+    def on_row(self, trial: Trial, row: dict[str, Any]) -> None:
+        """Log one report."""
+        opened = self.open.get(trial.id)
+        if opened is not None:
+            self._log(opened, row)
+
+    def _log(self, opened: Any, row: dict[str, Any]) -> None:
+        known = {key: value for key, value in files.finite(row).items() if key not in _NOT_LOGGED and value is not None}
+        metrics = {_wandb_name(key, evaluated=bool(row.get("evaluated"))): value for key, value in known.items()}
+        opened.log(metrics, step=int(row["step"]))
+
+    def on_end(self, trial: Trial) -> None:
+        """Write the summary and close."""
+        opened = self.open.pop(trial.id, None)
+        if opened is None:
+            return
+        status = trial.status()
+        best = [row for row in trial.evaluations() if row.get(self.job.metric.name) is not None]
+        opened.summary["state"] = status.get("state")
+        opened.summary["rung"] = status.get("rung")
+        opened.summary["reason"] = status.get("reason")
+        if best:
+            pick = max if self.job.metric.goal == "maximize" else min
+            name = self.job.metric.name
+            opened.summary[f"best/{name}"] = pick(row[name] for row in best)
+        opened.finish(exit_code=1 if status.get("state") == "failed" else 0, quiet=True)
+
+    def close(self) -> None:
+        """Close what is still open (an interrupted sweep)."""
+        for opened in self.open.values():
+            opened.finish(quiet=True)
+        self.open.clear()
+
+
+def _wandb_name(key: str, *, evaluated: bool) -> str:
+    """W&B's habit of panels by prefix: eval/accuracy, train/loss, system numbers by their own names."""
+    training = {"train_loss": "train/loss", "learning_rate": "train/learning_rate", "epoch": "train/epoch",
+                "samples": "train/samples", "step": "train/step", "tokens": "train/tokens"}
+    if key in training:
+        return training[key]
+    if evaluated and key in ("accuracy", "f1", "precision", "recall", "loss", "perplexity", "rung"):
+        return f"eval/{key}"
+    return f"perf/{key}"

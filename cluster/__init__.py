@@ -1,0 +1,1 @@
+"""Where runs go, and how they are watched. Imports neither torch nor ray."""

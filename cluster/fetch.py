@@ -22,6 +22,7 @@ from typing import Any
 from jobs import files
 from jobs.assets import PREFIX, Asset, asset, cache_dir
 from jobs.errors import AssetError
+from jobs.identity import models_of
 from jobs.hub import HubName, dataset_folder, hub_model_folder
 from jobs.spec import JobSpec
 
@@ -36,13 +37,6 @@ def fetch_job(job: JobSpec, say: Say) -> None:
         fetch_model(name, job.model.revision, say)
     if job.data.dataset_name:
         fetch_dataset(job.data.dataset_name, job.data.dataset_revision, say)
-
-
-def models_of(job: JobSpec) -> list[str]:
-    """The base models that a job or its search names."""
-    parameter = job.search.parameters.get("model.model_name_or_path") if job.search else None
-    searched = [str(value) for value in parameter.values] if parameter and parameter.values else []
-    return searched or [job.model.model_name_or_path]
 
 
 def fetch_model(name: str, revision: str | None, say: Say) -> Path:

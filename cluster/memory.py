@@ -19,16 +19,22 @@ _RUNTIME_CPU_GIB = 0.75
 _RUNTIME_CUDA_GIB = 0.9
 
 
-def estimate(job: JobSpec, config: dict[str, Any], parameters: int, *, cuda: bool) -> MemoryEstimate:
-    """GiB of one process for one trial, low, expected and high."""
+def estimate(
+    job: JobSpec, config: dict[str, Any], parameters: int, longest_tokens: int, *, cuda: bool
+) -> MemoryEstimate:
+    """GiB of one process for one trial, low, expected and high, when the longest row has `longest_tokens`.
+
+    Scaled-dot-product attention keeps no scores, so the expected value leaves out their term; the high one has it.
+    """
     bytes_each = _bytes_each(job, cuda=cuda)
     hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
     heads = int(config.get("num_attention_heads", 1))
     inner = int(config.get("intermediate_size") or 4 * hidden)
-    length = min(job.model.max_length, int(config.get("max_position_embeddings", job.model.max_length)))
+    length = min(longest_tokens, job.model.max_length)
     tokens = job.train.per_device_train_batch_size * length
     adapter = adapter_parameters(job, hidden, inner, layers)
-    activations = tokens * layers * (34 * hidden + 5 * heads * length) * bytes_each / 2
+    activations = tokens * layers * 34 * hidden * bytes_each / 2
+    scores = tokens * layers * 5 * heads * length * bytes_each / 2
     logits = tokens * int(config["vocab_size"]) * 4 * 2 if job.task == "generation" else 0
     components = {
         "frozen weights": parameters * bytes_each / GIB,
@@ -41,9 +47,9 @@ def estimate(job: JobSpec, config: dict[str, Any], parameters: int, *, cuda: boo
     moving = components["activations"] + components["logits"]
     return MemoryEstimate(
         components={name: round(gib, 3) for name, gib in components.items()},
-        low=round(expected - 0.7 * moving, 2),
+        low=round(expected - 0.6 * moving, 2),
         expected=round(expected, 2),
-        high=round(expected * 1.2 + 0.3 * moving, 2),
+        high=round(1.2 * (expected + scores / GIB), 2),
         of="GPU memory" if cuda else "process memory",
     )
 

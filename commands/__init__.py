@@ -1,0 +1,1 @@
+"""What a person types: one short file a command, heavy imports inside the function."""

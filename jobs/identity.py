@@ -8,9 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from jobs import fields
+from jobs import fields, files
+from jobs.defaults import learning_rate
+from jobs.hub import model_revision
+from jobs.rows import split_files
 from jobs.spec import JobSpec
 
 TRAINING_VERSION = 1
@@ -36,6 +40,24 @@ class Facts:
     """What a learning rate that is left out means here."""
     adapter_sha256: str = ""
     """Digest of `train.init_adapter`."""
+
+
+def facts_of(job: JobSpec) -> Facts:
+    """Digests of a job's data, models and adapter. Raises AssetError or DataError where one is not on this machine."""
+    adapter = job.train.init_adapter
+    return Facts(
+        {split: files.sha256_file(path) for split, path in split_files(job.data).items()},
+        {name: model_revision(name, job.model.revision) for name in models_of(job)},
+        learning_rate(job).value,
+        files.sha256_file(Path(adapter) / "adapter_model.safetensors") if adapter else "",
+    )
+
+
+def models_of(job: JobSpec) -> list[str]:
+    """The base models that a job or its search names."""
+    parameter = job.search.parameters.get("model.model_name_or_path") if job.search else None
+    searched = [str(value) for value in parameter.values] if parameter and parameter.values else []
+    return list(dict.fromkeys([job.model.model_name_or_path, *searched]))
 
 
 def trial_id(job: JobSpec, facts: Facts) -> str:

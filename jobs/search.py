@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,7 +18,10 @@ from jobs.spec import JobSpec, Parameter, Scalar, SearchSpec
 Assignment = dict[str, Scalar]
 """Dotted field -> the value that one trial gives it."""
 
+STARTUP_TRIALS = 10
+"""Trials that TPE draws at random before it models anything (Optuna's default)."""
 _MAX_GRID = 100_000
+_DRAWS_FOR_A_NEW_ONE = 200
 
 
 def free_parameters(search: SearchSpec) -> dict[str, Parameter]:
@@ -73,6 +76,38 @@ def rounded(value: float, parameter: Parameter) -> Scalar:
     value = min(max(value, parameter.min), parameter.max)
     whole = all(isinstance(end, int) for end in (parameter.min, parameter.max, parameter.q or 0.5))
     return int(value) if whole else value
+
+
+def known_assignments(job: JobSpec, name: Callable[[Assignment], str]) -> list[Assignment]:
+    """The different configurations that a search is known to try: all (grid, random), or TPE's start-up trials.
+
+    `name` gives a configuration's trial id; two that train alike have one id and are tried once.
+    """
+    if job.search is None:
+        return [{}]
+    wanted = job.search.num_samples
+    if job.search.method == "grid":
+        wanted = grid_size(job.search)
+    elif job.search.method == "tpe":
+        wanted = min(wanted, STARTUP_TRIALS)
+    found: dict[str, Assignment] = {}
+    for assignment in _until_nothing_new(assignments(job), found, name):
+        found.setdefault(name(assignment), assignment)
+        if len(found) >= wanted:
+            break
+    return list(found.values())
+
+
+def _until_nothing_new(
+    source: Iterator[Assignment], found: dict[str, Assignment], name: Callable[[Assignment], str]
+) -> Iterator[Assignment]:
+    """The draws, until many in a row were all known: a small space is exhausted."""
+    repeats = 0
+    for assignment in source:
+        repeats = repeats + 1 if name(assignment) in found else 0
+        if repeats > _DRAWS_FOR_A_NEW_ONE:
+            return
+        yield assignment
 
 
 def trial(job: JobSpec, assignment: Assignment) -> JobSpec:

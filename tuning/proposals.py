@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jobs import search
@@ -12,8 +12,6 @@ from jobs.spec import JobSpec, Parameter
 if TYPE_CHECKING:
     import optuna
 
-STARTUP_TRIALS = 10
-"""Trials that TPE draws at random before it models anything (Optuna's default)."""
 _DRAWS_FOR_A_NEW_ONE = 200
 
 
@@ -39,38 +37,6 @@ class GivenProposals:
 
     def tell(self, assignment: Assignment, scores: dict[int, float], state: str) -> None:
         """Results change nothing here."""
-
-
-def known_assignments(job: JobSpec, name: Callable[[Assignment], str]) -> list[Assignment]:
-    """The different configurations that a search is known to try: all (grid, random), or TPE's start-up trials.
-
-    `name` gives a configuration's trial id; two that train alike have one id and are tried once.
-    """
-    if job.search is None:
-        return [{}]
-    wanted = job.search.num_samples
-    if job.search.method == "grid":
-        wanted = search.grid_size(job.search)
-    elif job.search.method == "tpe":
-        wanted = min(wanted, STARTUP_TRIALS)
-    found: dict[str, Assignment] = {}
-    for assignment in _until_nothing_new(search.assignments(job), found, name):
-        found.setdefault(name(assignment), assignment)
-        if len(found) >= wanted:
-            break
-    return list(found.values())
-
-
-def _until_nothing_new(
-    source: Iterator[Assignment], found: dict[str, Assignment], name: Callable[[Assignment], str]
-) -> Iterator[Assignment]:
-    """The draws, until many in a row were all known: a small space is exhausted."""
-    repeats = 0
-    for assignment in source:
-        repeats = repeats + 1 if name(assignment) in found else 0
-        if repeats > _DRAWS_FOR_A_NEW_ONE:
-            return
-        yield assignment
 
 
 class TpeProposals:

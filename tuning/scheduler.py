@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -23,28 +24,33 @@ class RungScheduler(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         """CONTINUE or STOP, after the result has been written down."""
         ours = self._ours(trial)
-        if ours.state.ended:
+        if ours.state.ended or "report" not in result:
             return TrialScheduler.STOP
-        if "actor" in result:
-            self.ledger.saw_actor(**result["actor"])
-        failure = result.get("failure")
+        goes_on = self._take(ours, json.loads(result["report"]))
+        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+
+    def _take(self, trial: Trial, report: dict[str, Any]) -> bool:
+        """Record a report and end the trial if it is to end."""
+        ledger = self.ledger
+        if "actor" in report:
+            ledger.saw_actor(**report["actor"])
+        failure = report.get("failure")
         if failure:
-            self.ledger.end(ours, TrialState.FAILED, failure=failure, reason=failure["sentence"])
-            return TrialScheduler.STOP
-        if ours.state is not TrialState.RUNNING:
-            self.ledger.begin(ours)
-        goes_on = self.ledger.report(ours, result["row"]) if result.get("row") else True
-        if result.get("done"):
-            self.ledger.end(ours, TrialState.FINISHED)
-            return TrialScheduler.STOP
-        if not goes_on:
-            self.ledger.end(ours, TrialState.STOPPED, reason=self.ledger.cut_reason(ours))
-            return TrialScheduler.STOP
+            ledger.end(trial, TrialState.FAILED, failure=failure, reason=failure["sentence"])
+            return False
+        if trial.state is not TrialState.RUNNING:
+            ledger.begin(trial)
+        goes_on = ledger.report(trial, report["row"]) if report.get("row") else True
         spent = self.out_of_budget()
-        if spent:
-            self.ledger.end(ours, TrialState.STOPPED, reason=spent)
-            return TrialScheduler.STOP
-        return TrialScheduler.CONTINUE
+        if report.get("done"):
+            ledger.end(trial, TrialState.FINISHED)
+        elif not goes_on:
+            ledger.end(trial, TrialState.STOPPED, reason=ledger.cut_reason(trial))
+        elif spent:
+            ledger.end(trial, TrialState.STOPPED, reason=spent)
+        else:
+            return True
+        return False
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         """A trial whose process died more often than it may: the others go on."""

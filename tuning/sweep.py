@@ -19,14 +19,13 @@ from evaluation.report import build_report, write_report
 from jobs import files, search
 from jobs.defaults import learning_rate
 from jobs.errors import ExitCode, LorafleetError, RunError
-from jobs.hub import model_revision
-from jobs.identity import Facts, trial_id
+from jobs.identity import facts_of, trial_id
 from jobs.placement import Placement
 from jobs.run import Run, RunState, Trial, TrialState
 from jobs.schedule import schedule
-from jobs.search import Assignment
+from jobs.search import Assignment, known_assignments
 from jobs.spec import JobSpec
-from tuning.proposals import GivenProposals, Proposals, TpeProposals, known_assignments
+from tuning.proposals import GivenProposals, Proposals, TpeProposals
 
 _RESTARTS = 2
 """How often a trial whose process died begins again from its checkpoint."""
@@ -72,7 +71,7 @@ class Sweep:
         from training.data import prepare, token_facts
 
         data = prepare(self.job)
-        self.facts = self._facts(data.folder)
+        self.facts = facts_of(self._searched_job)
         self._write_facts(data, token_facts(data))
         self._phase("starting workers")
         with self._ray(attempt) as ray_facts:
@@ -82,20 +81,6 @@ class Sweep:
             if not interrupted:
                 self._exam(data)
         return self._finish(interrupted)
-
-    def _facts(self, tokens: Path) -> Facts:
-        from jobs.rows import split_files
-
-        names = [self.job.model.model_name_or_path]
-        parameter = self.job.search.parameters.get("model.model_name_or_path") if self.job.search else None
-        names += [str(value) for value in parameter.values] if parameter and parameter.values else []
-        adapter = self.job.train.init_adapter
-        return Facts(
-            {split: files.sha256_file(path) for split, path in split_files(self.job.data).items()},
-            {name: model_revision(name, self.job.model.revision) for name in dict.fromkeys(names)},
-            learning_rate(self.job).value,
-            files.sha256_file(Path(adapter) / "adapter_model.safetensors") if adapter else "",
-        )
 
     def _write_facts(self, data: Any, counted: dict[str, Any]) -> None:
         from importlib.metadata import version
@@ -166,7 +151,7 @@ class Sweep:
         self.run.event("search", trials=total)
         # Cut decisions of an earlier attempt are settled, and what is left may be nothing.
         searcher = ProposalSearcher(
-            ledger, proposals, total, self._most_open(), lambda a, i: self._make(a, i, data), self.stop_file.exists
+            ledger, proposals, total, self._most_open(), lambda a, i: self._make(a, i, data), self._no_more
         )
         self._phase("training")
         with trackers(self.run, self.job, self.searching) as listeners:
@@ -183,12 +168,13 @@ class Sweep:
                     name=f"attempt-{attempt}",
                     storage_path=str(self.run.path / "tune"),
                     failure_config=FailureConfig(max_failures=_RESTARTS),
-                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0),
-                    stop=_StopFile(self.stop_file, self._budget_stop),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                    stop=_stop_file(self.stop_file),
                     verbose=0,
                 ),
             )
-            tuner.fit()
+            with _quiet_tune():
+                tuner.fit()
         for trial in self.run.trials():
             if trial.state is TrialState.RUNNING:
                 over = self._out_of_budget()
@@ -262,6 +248,10 @@ class Sweep:
         resources = {"cpu": self.placement.cpus_per_worker, "gpu": self.placement.gpus_per_worker}
         return tune.with_resources(tune.with_parameters(WarmTrial, work=work), resources)
 
+    def _no_more(self) -> bool:
+        """Whether no further trial may begin."""
+        return self.stop_file.exists() or self._out_of_budget() is not None
+
     def _out_of_budget(self) -> str | None:
         """Why no more may be spent, or None."""
         if not self.searching or self.job.search is None:
@@ -275,8 +265,6 @@ class Sweep:
             return f"the budget of {budget.gpu_hours:g} GPU-hours is spent"
         return None
 
-    def _budget_stop(self) -> bool:
-        return self._out_of_budget() is not None
 
     def _gpu_hours(self) -> float:
         gpus = self.placement.workers * self.placement.gpus_per_worker
@@ -349,17 +337,31 @@ _RAY_ENVIRONMENT = {
 }
 
 
-class _StopFile:
-    """Tune's stopper: everything ends when the stop file appears or the budget is spent."""
+def _stop_file(path: Path) -> Any:
+    """Tune's stopper: everything ends when the stop file appears."""
+    from ray.tune.stopper import Stopper
 
-    def __new__(cls, path: Path, spent: Any) -> Any:
-        from ray.tune.stopper import Stopper
+    class OnFile(Stopper):
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
 
-        class OnFile(Stopper):
-            def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-                return False
+        def stop_all(self) -> bool:
+            return path.exists()
 
-            def stop_all(self) -> bool:
-                return path.exists() or spent()
+    return OnFile()
 
-        return OnFile()
+
+@contextlib.contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Without Tune's complaints that its own result files are missing: ours hold the results."""
+    import logging
+
+    names = ("ray.tune.analysis.experiment_analysis", "ray.tune.result_grid")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)

@@ -136,12 +136,12 @@ class WandbMirror:
             pick = max if self.job.metric.goal == "maximize" else min
             name = self.job.metric.name
             opened.summary[f"best/{name}"] = pick(row[name] for row in best)
-        opened.finish(exit_code=1 if status.get("state") == "failed" else 0, quiet=True)
+        opened.finish(exit_code=1 if status.get("state") == "failed" else 0)
 
     def close(self) -> None:
         """Close what is still open (an interrupted sweep)."""
         for opened in self.open.values():
-            opened.finish(quiet=True)
+            opened.finish()
         self.open.clear()
 
 

@@ -5,6 +5,7 @@ A trial that cannot go on is reported as a result and not raised: the actor, wit
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import traceback
@@ -49,6 +50,11 @@ class Work:
     def stop_requested(self) -> bool:
         """Whether the run is asked to end (Ctrl-C, `lorafleet stop`, preemption)."""
         return (Path(self.run) / "stop").exists()
+
+
+def pack(report: dict[str, Any]) -> dict[str, Any]:
+    """A report as a Tune result: one text, since Tune flattens what it hands to schedulers and reads `done` itself."""
+    return {"report": json.dumps(files.finite(report))}
 
 
 class TrialRun:
@@ -173,25 +179,29 @@ class WarmTrial(tune.Trainable):
         return self.base
 
     def step(self) -> dict[str, Any]:  # type: ignore[override]
-        """One report: `row` for metrics.jsonl, or `failure`."""
-        host = {"name": f"{os.uname().nodename}:{os.getpid()}", "base_loads": self.base_loads,
-                "seconds": getattr(self, "setup_seconds", 0.0)}
+        """One report, packed as Tune wants it (see `pack`)."""
+        loads = {"name": f"{os.uname().nodename}:{os.getpid()}", "base_loads": self.base_loads,
+                 "seconds": getattr(self, "setup_seconds", 0.0)}
+        return pack(self._step() | {"actor": loads})
+
+    def _step(self) -> dict[str, Any]:
+        """`row` for metrics.jsonl and whether the trial is `done`, or its `failure`."""
         if self.refused is not None:
-            return {"failure": self.refused, "done": True, "actor": host}
+            return {"failure": self.refused}
         assert self.current is not None
         try:
-            return self.current.advance(by_clock=True) | {"actor": host}
+            return self.current.advance(by_clock=True)
         except torch.OutOfMemoryError as error:
-            return self._with_half_the_batch(error) | {"actor": host}
+            return self._with_half_the_batch(error)
         except Exception as error:  # see _begin
-            return {"failure": self._failure(error), "done": True, "actor": host}
+            return {"failure": self._failure(error)}
 
     def _with_half_the_batch(self, error: BaseException) -> dict[str, Any]:
         """Go on from the last checkpoint with half the rows a pass and twice the passes: the searched batch stays."""
         assert self.current is not None
         smaller = halved(self.current.job)
         if smaller is None:
-            return {"failure": self._failure(error), "done": True}
+            return {"failure": self._failure(error)}
         self.current.close()
         torch.cuda.empty_cache()
         self.current.job = smaller

@@ -1,0 +1,22 @@
+"""Which backend a site's kind means; each is imported when it is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from cluster.backend import Backend
+from jobs.site import LocalSite
+
+
+def _local(site: LocalSite) -> Backend:
+    from cluster.local import LocalBackend
+
+    return LocalBackend(site)
+
+
+BACKENDS: dict[str, Callable[[LocalSite], Backend]] = {"local": _local}
+
+
+def backend_for(site: LocalSite) -> Backend:
+    """The backend that runs on a site."""
+    return BACKENDS[site.kind](site)

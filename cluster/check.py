@@ -1,0 +1,63 @@
+"""Whether what a job file names is there, or is known: files, folders, assets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jobs.assets import PREFIX, asset
+from jobs.errors import AssetError, JobFileError, Problem
+from jobs.hub import model_folder
+from jobs.identity import models_of
+from jobs.load import LoadedJob
+from jobs.yaml12 import read
+
+_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
+
+def check_names(loaded: LoadedJob) -> None:
+    """Raise JobFileError with every name that cannot be right. Hub names are not looked up."""
+    lines = read(loaded.text).lines
+    problems = [
+        Problem(path, sentence, lines.get(path) or lines.get(path.split(".")[0])) for path, sentence in _wrong(loaded)
+    ]
+    if problems:
+        raise JobFileError(str(loaded.path), problems)
+
+
+def _wrong(loaded: LoadedJob) -> list[tuple[str, str]]:
+    job, found = loaded.job, []
+    for name in models_of(job):
+        if name.startswith(PREFIX):
+            found += _unknown_asset("model.model_name_or_path", name, "model")
+        elif Path(name).is_absolute():
+            try:
+                model_folder(name, None)
+            except AssetError as error:
+                found.append(("model.model_name_or_path", str(error)))
+    if job.data.dataset_name and job.data.dataset_name.startswith(PREFIX):
+        found += _unknown_asset("data.dataset_name", job.data.dataset_name, "dataset")
+    for field in ("train_file", "validation_file", "test_file"):
+        found += _wrong_file(f"data.{field}", getattr(job.data, field))
+    adapter = job.train.init_adapter
+    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
+        found.append(("train.init_adapter", f"train.init_adapter is {adapter}, but there is no PEFT adapter in it"))
+    return found
+
+
+def _unknown_asset(field: str, name: str, kind: str) -> list[tuple[str, str]]:
+    try:
+        known = asset(name)
+    except AssetError as error:
+        return [(field, f"{field}: {error}")]
+    return [] if known.kind == kind else [(field, f"{field} is {name}, but that is a {known.kind}, not a {kind}")]
+
+
+def _wrong_file(field: str, name: str | None) -> list[tuple[str, str]]:
+    if name is None:
+        return []
+    path = Path(name)
+    if not path.is_file():
+        return [(field, f"{field} is {name}, but there is no such file")]
+    if path.suffix.lower() not in _DATA_SUFFIXES:
+        return [(field, f"{field} is {name}, but must end in one of {', '.join(_DATA_SUFFIXES)}")]
+    return []

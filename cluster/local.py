@@ -1,0 +1,98 @@
+"""This machine: a run is a child process, `lorafleet exec RUN`, with a Ray of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from cluster.planning import make_plan
+from jobs import files
+from jobs.errors import RunError
+from jobs.load import LoadedJob, dump_resolved
+from jobs.plan import Plan
+from jobs.run import Run, RunState
+from jobs.site import LocalSite
+
+
+class LocalBackend:
+    """Runs a job here."""
+
+    def __init__(self, site: LocalSite) -> None:
+        self.site = site
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def plan(self, loaded: LoadedJob, command: str) -> Plan:
+        """Everything that would happen. Raises a UserError where the job cannot begin here."""
+        return make_plan(loaded, self.site, command)
+
+    def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
+        """Write the run's folder, then start its driver."""
+        run = write_run(plan, loaded, runs)
+        self.start(run)
+        return run
+
+    def start(self, run: Run) -> None:
+        """Start the driver. It stays in this process group: a terminal that closes takes it along."""
+        logs = run.path / "logs"
+        logs.mkdir(exist_ok=True)
+        with (logs / "driver.log").open("ab") as log:
+            self.child = subprocess.Popen(
+                [*driver_command(), "exec", str(run.path)], stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=run.path
+            )
+
+    def resume(self, run: Run) -> None:
+        """Start the driver of a run whose last one is gone. Raises RunError when it still lives."""
+        if run.alive():
+            raise RunError(f"{run.id} is running (process {run.status()['pid']}); `lorafleet status {run.id}` shows it")
+        clear_leftovers(run)
+        self.start(run)
+
+    def state(self, run: Run) -> RunState:
+        """The run's state; one whose driver died without a word is failed."""
+        state = run.state
+        return RunState.FAILED if state is RunState.RUNNING and not run.alive() else state
+
+    def cancel(self, run: Run) -> None:
+        """Ask the run to save and end."""
+        if not run.alive():
+            raise RunError(f"{run.id} is not running here: it is {self.state(run)}")
+        os.kill(int(run.status()["pid"]), signal.SIGTERM)
+
+
+def driver_command() -> list[str]:
+    """The console script beside this Python; without it, the same function with a path that holds no foreign folder."""
+    script = Path(sys.executable).with_name("lorafleet")
+    if script.is_file():
+        return [str(script)]
+    return [sys.executable, "-P", "-c", "from commands.cli import main; main()"]
+
+
+def write_run(plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
+    """A new run's folder, whole, and pending."""
+    run = Run.create(runs, plan.job.name)
+    files.write_text(run.path / "job.yaml", loaded.text)
+    files.write_text(run.path / "resolved.json", dump_resolved(loaded))
+    files.write_json(run.path / "plan.json", plan.model_dump(mode="json"))
+    return run
+
+
+def clear_leftovers(run: Run) -> None:
+    """End what a killed driver left of its own Ray: processes that have its session's folder on their command line."""
+    import psutil
+
+    ray = files.read_json(run.path / "logs" / "ray.json")
+    session = Path(str(ray.get("session_dir") or "/")).name
+    if not ray.get("own") or not session.startswith("session_"):
+        return
+    left = []
+    for process in psutil.process_iter(["cmdline"]):
+        if any(session in word for word in process.info["cmdline"] or []):
+            left.append(process)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)

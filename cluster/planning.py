@@ -1,0 +1,160 @@
+"""Assembles the Plan: trials, placement, memory and cost, from a job and a site. Needs neither torch nor a network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.memory import estimate
+from jobs import rungs, search
+from jobs.defaults import learning_rate
+from jobs.errors import AssetError
+from jobs.hub import model_config, parameter_count
+from jobs.identity import Facts, facts_of, trial_id
+from jobs.load import LoadedJob
+from jobs.placement import Placement, place
+from jobs.plan import MemoryEstimate, Plan, PlannedTrial
+from jobs.rows import Row, Rows, load_rows
+from jobs.schedule import Schedule, schedule
+from jobs.search import Assignment
+from jobs.site import LocalSite
+from jobs.spec import JobSpec
+
+_ASSUMED_ROWS = 1000
+_CHARACTERS_A_TOKEN = 3.0
+_HOST_GIB_OF_A_GPU_TRIAL = 3.0
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is on this machine about a job's data and models."""
+
+    rows: Rows | None
+    facts: Facts | None
+    notes: tuple[str, ...]
+
+
+def make_plan(loaded: LoadedJob, site: LocalSite, command: str) -> Plan:
+    """Everything that `sweep` or `train` would do. Raises a UserError where it could not begin."""
+    searching = command == "sweep" and loaded.job.search is not None
+    job = loaded.job if searching else loaded.job.model_copy(update={"search": None})
+    known = _known(job)
+    notes = [*loaded.notes, *known.notes]
+    rate = learning_rate(job)
+    if job.train.learning_rate is None and "train.learning_rate" not in (job.search.parameters if job.search else {}):
+        notes.append(f"train.learning_rate is {rate.value:g} by default ({rate.rule})")
+    configurations = _configurations(job, known)
+    train_rows = len(known.rows.train) if known.rows else None
+    schedules = [schedule(search.trial(job, a), train_rows or _ASSUMED_ROWS, searching=searching) for a in configurations]
+    total = _total(job, len(configurations))
+    memory = _memory(job, configurations, known, cuda=bool(_uses_gpu(job, site)))
+    placement = place(job, site, total, _host_gib(job, memory, cuda=bool(_uses_gpu(job, site))))
+    worst, expected = _cost(job, schedules, total)
+    return Plan(
+        job=loaded.job,
+        command=command,
+        trials=[_planned(job, a, s, known) for a, s in zip(configurations, schedules, strict=True)],
+        later_trials=total - len(configurations),
+        placement=placement,
+        batch_rows=schedules[0].batch_rows,
+        accumulation_steps=job.train.accumulation_steps(job.resources.world_size),
+        train_rows=train_rows,
+        rung_levels=list(schedules[0].rung_levels),
+        rung_steps=list(schedules[0].rung_steps),
+        worst_samples=worst,
+        expected_samples=expected,
+        memory=memory,
+        strategy=_strategy(placement),
+        notes=notes,
+    )
+
+
+def _known(job: JobSpec) -> _Known:
+    notes: list[str] = []
+    rows = facts = None
+    try:
+        rows = load_rows(job)
+        notes += rows.warnings
+    except AssetError as missing:
+        notes.append(f"{missing}; rows are taken as {_ASSUMED_ROWS:,}")
+    try:
+        facts = facts_of(job) if rows else None
+    except AssetError as missing:
+        notes.append(f"{missing}; trial ids are not known yet")
+    return _Known(rows, facts, tuple(notes))
+
+
+def _configurations(job: JobSpec, known: _Known) -> list[Assignment]:
+    """The different configurations that are known beforehand."""
+
+    def name(assignment: Assignment) -> str:
+        resolved = search.trial(job, assignment)
+        return trial_id(resolved, known.facts) if known.facts else resolved.model_dump_json(exclude={"search"})
+
+    return search.known_assignments(job, name)
+
+
+def _total(job: JobSpec, known: int) -> int:
+    tpe = job.search is not None and job.search.method == "tpe"
+    return max(known, job.search.num_samples) if tpe and job.search else known
+
+
+def _cost(job: JobSpec, schedules: list[Schedule], total: int) -> tuple[int, int]:
+    """(training rows if nothing is cut, training rows expected under ASHA)."""
+    mean = sum(s.total_samples for s in schedules) / len(schedules)
+    worst = round(mean * total)
+    if job.search is None or job.search.scheduler.type == "none":
+        return worst, worst
+    first = schedules[0]
+    levels = [step * first.batch_rows for step in first.rung_steps]
+    return worst, min(worst, round(rungs.expected_time(total, levels, job.search.scheduler.reduction_factor)))
+
+
+def _planned(job: JobSpec, assignment: Assignment, plan: Schedule, known: _Known) -> PlannedTrial:
+    resolved = search.trial(job, assignment)
+    shown = resolved.model_dump(mode="json", include={"method", "model", "lora", "train"})
+    shown["train"]["learning_rate"] = learning_rate(resolved).value
+    return PlannedTrial(
+        trial_id=trial_id(resolved, known.facts) if known.facts else None,
+        assignment=assignment,
+        resolved=shown,
+        steps=plan.total_steps,
+    )
+
+
+def _uses_gpu(job: JobSpec, site: LocalSite) -> bool:
+    return site.gpus > 0 and job.resources.device != "cpu" and job.resources.gpus_per_node != 0
+
+
+def _memory(job: JobSpec, configurations: list[Assignment], known: _Known, *, cuda: bool) -> MemoryEstimate | None:
+    """The largest estimate over the configurations, where the model's shape is known."""
+    longest = _longest_tokens(known.rows) if known.rows else job.model.max_length
+    found = []
+    for assignment in configurations:
+        resolved = search.trial(job, assignment)
+        name, revision = resolved.model.model_name_or_path, resolved.model.revision
+        config, parameters = model_config(name, revision), parameter_count(name, revision)
+        if config and parameters and "hidden_size" in config:
+            found.append(estimate(resolved, config, parameters, longest, cuda=cuda))
+    return max(found, key=lambda memory: memory.expected, default=None)
+
+
+def _longest_tokens(rows: Rows) -> int:
+    """A guess from the characters; the tokenizer is not asked here."""
+
+    def characters(row: Row) -> int:
+        return len(row.text) + sum(len(content) for _, content in row.messages)
+
+    return 8 + round(max(characters(row) for row in rows.train) / _CHARACTERS_A_TOKEN)
+
+
+def _host_gib(job: JobSpec, memory: MemoryEstimate | None, *, cuda: bool) -> float:
+    """Host memory of one trial, in GiB."""
+    if cuda or memory is None:
+        return _HOST_GIB_OF_A_GPU_TRIAL * job.resources.world_size if cuda else 1.0 * job.resources.world_size
+    return memory.expected * job.resources.world_size
+
+
+def _strategy(placement: Placement) -> str:
+    if not placement.distributed:
+        return "one process a trial, in warm actors that keep the base loaded"
+    return f"ddp: {placement.workers} processes a trial, in a Ray Train worker group each"

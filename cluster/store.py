@@ -1,0 +1,86 @@
+"""Finding, listing and cleaning runs in a runs folder."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.errors import RunError
+from jobs.fields import closest
+from jobs.run import Run, RunState
+
+
+def all_runs(runs: Path) -> list[Run]:
+    """The runs of a folder, newest first."""
+    found = [Run(path.parent) for path in runs.glob("*/status.json")]
+    return sorted(found, key=lambda run: run.created, reverse=True)
+
+
+def find_run(runs: Path, name: str | None) -> Run:
+    """A run by its folder, its id or its job's name (the newest of that name); without a name, the newest of all.
+
+    Raises RunError with what there is.
+    """
+    if name:
+        for path in (Path(name), runs / name):
+            if (path / "status.json").is_file():
+                return Run(path.absolute())
+    known = all_runs(runs)
+    if not name:
+        if known:
+            return Run(known[0].path.absolute())
+        raise RunError(f"there is no run in {runs.absolute()}; --runs DIR names another folder")
+    named = [run for run in known if run.status().get("name") == name]
+    if named:
+        return Run(named[0].path.absolute())
+    near = closest(name, [run.id for run in known])
+    hint = f"; did you mean {near}?" if near else "; `lorafleet list` shows the runs"
+    raise RunError(f"there is no run {name!r} in {runs.absolute()}{hint}")
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """What `clean` did to one run."""
+
+    run: str
+    bytes: int
+    kept_because: str | None
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+
+
+def protected(run: Run) -> str | None:
+    """Why a run may not be cleaned, or None."""
+    if run.alive() or run.state in (RunState.RUNNING, RunState.PENDING):
+        return f"it is {run.state}; `lorafleet stop {run.id}` first, or resume it to its end"
+    if unsynced(run):
+        return f"its W&B record has not been uploaded; `lorafleet sync {run.id}` first, or give --unsynced"
+    return None
+
+
+def unsynced(run: Run) -> bool:
+    """Whether a run holds offline W&B records that no `sync` has uploaded."""
+    offline = list(run.path.glob("wandb/wandb/offline-run-*"))
+    return any(not list(folder.glob("*.wandb.synced")) for folder in offline)
+
+
+def clean(run: Run, *, dry_run: bool, even_unsynced: bool = False) -> Cleaned:
+    """Delete a run's folder. A running or unsynced one is left alone, and the answer says why."""
+    reason = protected(run)
+    if reason and not (even_unsynced and "W&B" in reason):
+        return Cleaned(run.id, 0, reason)
+    size = folder_bytes(run.path)
+    if not dry_run:
+        shutil.rmtree(run.path)
+    return Cleaned(run.id, size, None)
+
+
+def older_than(runs: Path, days: float) -> list[Run]:
+    """Runs that were last touched more than `days` days ago."""
+    limit = time.time() - 86400 * days
+    return [run for run in all_runs(runs) if float(run.status().get("updated", run.created)) < limit]

@@ -1,0 +1,106 @@
+"""The `lorafleet` command. Importing it imports neither torch, ray nor transformers: it answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from commands import (
+    clean,
+    doctor,
+    execute,
+    fetch,
+    import_config,
+    init,
+    list_runs,
+    logs,
+    plan,
+    render,
+    report,
+    resume,
+    schema,
+    status,
+    stop,
+    sweep,
+    sync,
+    validate,
+)
+from jobs.errors import ExitCode, LorafleetError, UserError
+
+app = typer.Typer(
+    name="lorafleet",
+    help="One base model, one data set: which LoRA configuration should I ship?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_START, _RUN, _WATCH, _KEEP = "Begin", "Run", "Watch and decide", "Keep house"
+_COMMANDS: tuple[tuple[str, Callable[..., object], str], ...] = (
+    ("doctor", doctor.doctor, _START),
+    ("init", init.init, _START),
+    ("import", import_config.import_config, _START),
+    ("fetch", fetch.fetch, _START),
+    ("validate", validate.validate, _START),
+    ("render", render.render, _START),
+    ("schema", schema.schema, _START),
+    ("plan", plan.plan, _RUN),
+    ("train", sweep.train, _RUN),
+    ("sweep", sweep.sweep, _RUN),
+    ("resume", resume.resume, _RUN),
+    ("stop", stop.stop, _RUN),
+    ("status", status.status, _WATCH),
+    ("logs", logs.logs, _WATCH),
+    ("report", report.report, _WATCH),
+    ("list", list_runs.list_runs, _KEEP),
+    ("clean", clean.clean, _KEEP),
+    ("sync", sync.sync, _KEEP),
+)
+for _name, _function, _panel in _COMMANDS:
+    app.command(_name, rich_help_panel=_panel)(_function)
+app.command("exec", hidden=True)(execute.execute)
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: bool = typer.Option(False, "--version", help="Print the version and end.", is_eager=True)) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        typer.echo(installed("lorafleet"))
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run a command; a user's mistake is a sentence, ours is a traceback in a file whose path is printed."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(ExitCode.INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(ExitCode.OK)
+    except Exception as error:  # the edge of the program
+        code = error.exit_code if isinstance(error, LorafleetError) else ExitCode.OUR_FAULT
+        typer.echo(f"{type(error).__name__}: {error}\nThis is a fault of lorafleet; the traceback is in {_keep(error)}",
+                   err=True)
+        sys.exit(code)
+
+
+def _keep(error: BaseException) -> Path:
+    """Write a traceback to a file of its own."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    handle, name = tempfile.mkstemp(prefix=f"lorafleet-{stamp}-", suffix=".txt")
+    with os.fdopen(handle, "w") as file:
+        file.write("".join(traceback.format_exception(error)))
+    return Path(name)

@@ -1,0 +1,59 @@
+"""Options and output that commands share."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Format(StrEnum):
+    """How a command prints its data."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to set, such as train.seed=7.")
+]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs.")]
+RunName = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's id, name or folder; the newest if left out.")]
+OneRun = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, name or folder.", show_default=False)]
+Output = Annotated[Format, typer.Option("--format", help="What to print.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone.")]
+
+DEFAULT_RUNS = Path("runs")
+
+
+def console() -> Console:
+    """Standard output. Not a terminal: no colours, and wide enough that no table is cut."""
+    from rich.console import Console
+
+    return Console(soft_wrap=False) if sys.stdout.isatty() else Console(width=200, no_color=True, highlight=False)
+
+
+def say(text: str) -> None:
+    """One line to standard error: what happens, beside the data."""
+    typer.echo(text, err=True)
+
+
+def print_json(value: Any) -> None:
+    """Data for programs."""
+    from jobs.files import finite
+
+    typer.echo(json.dumps(finite(value), indent=2))
+
+
+def note_aliases(notes: tuple[str, ...]) -> None:
+    """What was understood though it is spelt otherwise here."""
+    for note in notes:
+        say(f"note: {note}")

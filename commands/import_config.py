@@ -1,0 +1,2 @@
+def import_config() -> None:
+    """x"""

@@ -1,0 +1,41 @@
+"""`lorafleet list`: the runs of a folder."""
+
+from __future__ import annotations
+
+import time
+
+from commands.common import DEFAULT_RUNS, Format, Output, Runs, console, print_json
+
+
+def list_runs(runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
+    """Every run, newest first."""
+    from cluster.store import all_runs, folder_bytes
+
+    rows = []
+    for run in all_runs(runs):
+        states = [trial.state for trial in run.trials()]
+        state = "lost its driver" if run.state == "running" and not run.alive() else str(run.state)
+        rows.append(
+            {
+                "run": run.id,
+                "state": state,
+                "created": time.strftime("%Y-%m-%d %H:%M", time.localtime(run.created)),
+                "trials": len(states),
+                "ended": sum(found.ended for found in states),
+                "mb": round(folder_bytes(run.path) / 1e6, 1),
+            }
+        )
+    if output is Format.JSON:
+        print_json({"runs": rows})
+        return
+    from rich.table import Table
+
+    if not rows:
+        console().print(f"no runs in {runs.absolute()}", markup=False)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("run", "state", "created", "trials", "ended", "MB"):
+        table.add_column(name, justify="left" if name in ("run", "state", "created") else "right")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    console().print(table)

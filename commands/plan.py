@@ -1,0 +1,89 @@
+"""`lorafleet plan`: everything that a sweep would do, before it does it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from commands.common import Format, Job, Output, Overrides, console, note_aliases, say
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from jobs.plan import Plan
+
+
+def plan(
+    job: Job,
+    overrides: Overrides = None,
+    output: Output = Format.TEXT,
+    train: Annotated[bool, typer.Option("--train", help="The plan of `lorafleet train`.")] = False,
+) -> None:
+    """Print every trial with its values, where they run, the memory, the steps, and what ASHA saves."""
+    from cluster.backends import backend_for
+    from cluster.machine import local_site
+    from jobs.load import load_job
+
+    loaded = load_job(job, tuple(overrides or ()))
+    command = "train" if train or loaded.job.search is None else "sweep"
+    made = backend_for(local_site()).plan(loaded, command)
+    if output is Format.JSON:
+        typer.echo(made.model_dump_json(indent=2))
+        return
+    note_aliases(loaded.notes)
+    for note in made.notes[len(loaded.notes) :]:
+        say(f"note: {note}")
+    console().print(plan_view(made))
+
+
+def plan_view(made: Plan) -> RenderableType:
+    """The plan as a table and a few lines."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    paths = list(made.trials[0].assignment)
+    for name in ("#", "trial", *(path for path in paths), "learning rate", "alpha", "rows a step", "steps"):
+        table.add_column(name, justify="left" if name == "trial" else "right")
+    for number, trial in enumerate(made.trials, start=1):
+        values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in trial.assignment.values()]
+        rate, alpha = trial.resolved["train"]["learning_rate"], trial.resolved["lora"]["lora_alpha"]
+        table.add_row(str(number), trial.trial_id or "-", *values, f"{rate:.3g}", f"{alpha:g}",
+                      str(made.batch_rows), str(trial.steps))
+    return Group(table, Text(""), *(Text(line) for line in plan_lines(made)))
+
+
+def plan_lines(made: Plan) -> list[str]:
+    """What the table does not say."""
+    place = made.placement
+    total = len(made.trials) + made.later_trials
+    rows = f"{made.train_rows:,}" if made.train_rows is not None else "unknown (data not here yet)"
+    lines = []
+    if made.later_trials:
+        lines.append(f"These are TPE's {len(made.trials)} random start-up trials; {made.later_trials} more are chosen "
+                     "while the sweep runs, from the results so far.")
+    lines += [
+        f"training rows   {rows}",
+        f"one step        {made.batch_rows} rows: {place.workers} x {made.accumulation_steps} passes",
+        f"placement       {place.slots} trials at once, {place.workers} process(es) of {place.cpus_per_worker} CPU and "
+        f"{place.gpus_per_worker} GPU each; {place.waves} wave(s) if none were cut; limited by {place.limited_by}",
+        f"strategy        {made.strategy}",
+    ]
+    search = made.job.search
+    if made.command == "sweep" and search and search.scheduler.type == "asha":
+        saved = 1 - made.expected_samples / max(1, made.worst_samples)
+        lines.append(f"ASHA            rungs at {made.rung_levels} {search.scheduler.time_attr} (steps {made.rung_steps}), "
+                     f"the best 1/{search.scheduler.reduction_factor} go on")
+        lines.append(f"cost            {made.expected_samples:,} rows expected, {made.worst_samples:,} if nothing were cut: "
+                     f"ASHA saves {saved:.0%}")
+    else:
+        lines.append(f"cost            {made.worst_samples:,} rows over {total} trial(s)")
+    if made.memory:
+        parts = ", ".join(f"{name} {gib:.2f}" for name, gib in made.memory.components.items())
+        lines.append(f"memory          {made.memory.low:.1f} / {made.memory.expected:.1f} / {made.memory.high:.1f} GiB of "
+                     f"{made.memory.of} (low / expected / high): {parts}")
+    else:
+        lines.append("memory          not known: the model's config is not on this machine")
+    return lines

@@ -1,0 +1,31 @@
+"""`lorafleet render`: every resolved value, and where it came from."""
+
+from __future__ import annotations
+
+import typer
+
+from commands.common import Format, Job, Output, Overrides, print_json
+
+
+def render(job: Job, overrides: Overrides = None, output: Output = Format.TEXT) -> None:
+    """Print each field's value and its origin: file, override, default, alias or link."""
+    from jobs.defaults import learning_rate
+    from jobs.load import load_job
+
+    loaded = load_job(job, tuple(overrides or ()))
+    resolved = loaded.resolved()
+    rate = learning_rate(loaded.job)
+    if loaded.job.train.learning_rate is None:
+        resolved["train.learning_rate"] = {"value": rate.value, "origin": f"default ({rate.rule})"}
+    if output is Format.JSON:
+        print_json({"file": str(job), "fields": resolved, "notes": list(loaded.notes)})
+        return
+    width = max(len(path) for path in resolved)
+    for path, field in resolved.items():
+        typer.echo(f"{path:<{width}}  {_shown(field['value'])}  # {field['origin']}")
+
+
+def _shown(value: object) -> str:
+    import json
+
+    return json.dumps(value)

@@ -1,0 +1,147 @@
+"""A run as a person watches it: a line a trial, and the best so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from evaluation.report_text import duration, number
+from jobs import files
+from jobs.metrics import is_better
+from jobs.run import Run, Trial, TrialState
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+_MARKS = {"running": "▶", "finished": "✔", "stopped": "✂", "failed": "✘", "pending": "·"}
+_STYLES = {"running": "cyan", "finished": "green", "stopped": "dim", "failed": "red", "pending": "dim"}
+
+
+def trial_lines(run: Run) -> list[dict[str, Any]]:
+    """What is known of each trial, as data."""
+    metric = files.read_json(run.path / "plan.json").get("job", {})
+    name, goal = _metric(metric)
+    return [_trial_line(trial, name, goal) for trial in run.trials()]
+
+
+def _metric(job: dict[str, Any]) -> tuple[str, str]:
+    from jobs.metrics import DEFAULT_METRIC, METRICS
+
+    given = (job.get("search") or {}).get("metric")
+    name = given["name"] if given else DEFAULT_METRIC[job.get("task", "classification")]
+    return name, METRICS[name].goal
+
+
+def _trial_line(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
+    params, status, rows = trial.params(), trial.status(), trial.metrics()
+    last = rows[-1] if rows else {}
+    beat = trial.progress()
+    now = beat if int(beat.get("step", 0)) > int(last.get("step", 0)) else last
+    best = None
+    for row in rows:
+        score = row.get(metric) if row.get("evaluated") else None
+        if score is not None and is_better(score, best, goal):
+            best = score
+    step, total = int(now.get("step", 0)), int(params.get("total_steps", 0))
+    seconds = now.get("train_seconds")
+    left = seconds / step * (total - step) if seconds and step and status.get("state") == "running" else None
+    return {
+        "trial_id": trial.id,
+        "state": status.get("state", "pending"),
+        "params": params.get("assignment", {}),
+        "rung": status.get("rung"),
+        "rungs": len(params.get("rung_levels", [])),
+        "step": step,
+        "total_steps": total,
+        "train_loss": now.get("train_loss") if now.get("train_loss") is not None else last.get("train_loss"),
+        "metric": metric,
+        "score": best,
+        "tokens_per_second": now.get("tokens_per_second"),
+        "seconds_left": left,
+        "failure": (status.get("failure") or {}).get("failure_class"),
+    }
+
+
+def best_line(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The trial with the best score so far."""
+    from jobs.metrics import METRICS
+
+    best: dict[str, Any] | None = None
+    for line in lines:
+        better_than = best["score"] if best else None
+        if line["score"] is not None and is_better(line["score"], better_than, METRICS[line["metric"]].goal):
+            best = line
+    return best
+
+
+def run_view(run: Run) -> RenderableType:
+    """The live table."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = trial_lines(run)
+    status = run.status()
+    took = duration(time.time() - run.created)
+    total = (run.events("search") or [{}])[-1].get("trials", len(lines))
+    ended = sum(TrialState(line["state"]).ended for line in lines)
+    phase = status.get("phase") or status.get("state")
+    head = Text.assemble((run.id, "bold"), f"  {phase}  {ended} of {total} trials ended  {took}")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    parameters = list(lines[0]["params"]) if lines else []
+    for name in ("", "trial", *(path.rpartition(".")[2] for path in parameters), "rung", "step", "loss",
+                 lines[0]["metric"] if lines else "score", "tokens/s", "left"):
+        table.add_column(name, justify="left" if name in ("", "trial") else "right", no_wrap=True)
+    best = best_line(lines)
+    for line in lines:
+        style = "bold green" if line is best else _STYLES[line["state"]]
+        table.add_row(*(Text(cell) for cell in _cells(line, parameters)), style=style)
+    parts: list[RenderableType] = [head, table]
+    if best:
+        parts.append(Text(f"best so far: {best['trial_id']} with {best['metric']} {number(best['score'])}", style="bold"))
+    return Group(*parts)
+
+
+def _cells(line: dict[str, Any], parameters: list[str]) -> list[str]:
+    values = [line["params"].get(path) for path in parameters]
+    shown = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
+    rung = "-" if line["rung"] is None else f"{line['rung'] + 1}/{line['rungs']}"
+    return [
+        _MARKS[line["state"]],
+        line["trial_id"],
+        *shown,
+        rung,
+        f"{line['step']}/{line['total_steps']}" if line["total_steps"] else "-",
+        number(line["train_loss"]),
+        line["failure"] or number(line["score"]),
+        number(line["tokens_per_second"], 0),
+        duration(line["seconds_left"]),
+    ]
+
+
+def news(run: Run, seen: set[str]) -> Iterator[str]:
+    """Lines for a log: each phase, each evaluation, each end, once."""
+    for line in _all_news(run):
+        if line not in seen:
+            seen.add(line)
+            yield line
+
+
+def _all_news(run: Run) -> Iterator[str]:
+    from evaluation.report import describe
+
+    phase = run.status().get("phase")
+    if phase:
+        yield f"{run.id}: {phase}"
+    plan = files.read_json(run.path / "plan.json").get("job", {})
+    metric, _ = _metric(plan)
+    for trial in run.trials():
+        what = describe(trial.params().get("assignment", {}))
+        for row in trial.evaluations():
+            yield (f"{trial.id} ({what}) step {row['step']}: {metric} {number(row.get(metric))}, "
+                   f"train loss {number(row.get('train_loss'))}, {number(row.get('tokens_per_second'), 0)} tokens/s")
+        status = trial.status()
+        if TrialState(status.get("state", "pending")).ended:
+            reason = f": {status['reason']}" if status.get("reason") else ""
+            yield f"{trial.id} ({what}) {status['state']}{reason}"

@@ -1,2 +1,164 @@
-def init() -> None:
-    """x"""
+"""`lorafleet init`: a commented job file for the user's own data."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from commands.common import say
+
+if TYPE_CHECKING:
+    from jobs.spec import JobSpec
+
+
+class TaskName(StrEnum):
+    """Tasks that a job file can be written for."""
+
+    CLASSIFICATION = "classification"
+    GENERATION = "generation"
+
+
+_MODELS = {"classification": "asset:minilm-l6", "generation": "asset:smollm2-135m-instruct"}
+_BATCH = {"classification": 16, "generation": 4}
+
+
+def init(
+    train_file: Annotated[Path, typer.Option(help="Your training rows: .jsonl, .json, .csv, .tsv or .parquet.")],
+    task: Annotated[TaskName, typer.Option(help="What is learnt.")] = TaskName.CLASSIFICATION,
+    validation_file: Annotated[Path | None, typer.Option(help="Rows that the search looks at.")] = None,
+    test_file: Annotated[Path | None, typer.Option(help="Rows that are looked at once, after the choice.")] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id, folder or asset:NAME.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column with the text.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column with the class.")] = None,
+    name: Annotated[str, typer.Option(help="Name of the job.")] = "my-job",
+    output: Annotated[Path, typer.Option("--output", "-o", help="The job file to write.")] = Path("job.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
+) -> None:
+    """Look at your data, and write a commented job file that trains on it."""
+    from jobs import files
+    from jobs.errors import UserError
+    from jobs.load import load_text
+    from jobs.rows import load_rows
+
+    if output.exists() and not force:
+        raise UserError(f"{output} exists already; --force overwrites it, --output names another")
+    columns = _columns(train_file, task, text_column, label_column)
+    data = {"train_file": train_file, "validation_file": validation_file, "test_file": test_file}
+    text = _draft(name, task, model or _MODELS[task], data, columns, output, "")
+    loaded = load_text(text, output)
+    rows = load_rows(loaded.job)
+    for warning in rows.warnings:
+        say(f"note: {warning}")
+    counts = f"{len(rows.train):,} training, {len(rows.validation):,} validation, {len(rows.test):,} test rows"
+    if rows.labels:
+        counts += f"; labels: {', '.join(rows.labels[:8])}{' ...' if len(rows.labels) > 8 else ''}"
+    text = _draft(name, task, model or _MODELS[task], data, columns, output, counts, _max_t(len(rows.train), loaded.job))
+    load_text(text, output)
+    files.write_text(output, text)
+    typer.echo(f"{output}  ({counts})")
+    typer.echo(f"next: lorafleet plan {output}; lorafleet train {output} (one configuration); lorafleet sweep {output}")
+
+
+def _columns(train_file: Path, task: TaskName, text: str | None, label: str | None) -> dict[str, str]:
+    """The columns' names: as given, else the usual words for them that the first row has."""
+    from jobs.errors import DataError
+    from jobs.rows import read_records
+
+    if not train_file.is_file():
+        raise DataError(f"--train-file is {train_file}, but there is no such file")
+    first = next((record for _, record in read_records(train_file) if isinstance(record, dict)), None)
+    if first is None:
+        raise DataError(f"{train_file} holds no row that can be read")
+    if task is not TaskName.CLASSIFICATION:
+        return _generation_columns(first)
+    found = {
+        "text_column": text or _first_of(first, ("text", "sentence", "review", "content", "tweet", "body", "comment")),
+        "label_column": label or _first_of(first, ("label", "labels", "class", "category", "sentiment", "target")),
+    }
+    for key, column in found.items():
+        if column is None:
+            known = ", ".join(map(str, first))
+            raise DataError(f"{train_file} has the columns {known}: say which one with --{key.replace('_', '-')}")
+    return {key: str(column) for key, column in found.items()}
+
+
+def _generation_columns(first: dict[str, object]) -> dict[str, str]:
+    if {"messages", "instruction"} & set(first):
+        return {}
+    prompt = _first_of(first, ("prompt", "question", "input", "source"))
+    completion = _first_of(first, ("completion", "answer", "response", "output", "target"))
+    if prompt and completion:
+        return {"prompt_column": prompt, "completion_column": completion}
+    return {}
+
+
+def _first_of(record: dict[str, object], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in record), None)
+
+
+def _max_t(train_rows: int, job: JobSpec) -> int:
+    """A search's budget a trial: two passes over the rows, at most 10,000 rows, in whole steps."""
+    batch = job.train.effective_batch_size(1)
+    return max(batch * 9, min(2 * train_rows, 10_000) // batch * batch)
+
+
+def _draft(name: str, task: TaskName, model: str, data: dict[str, Path | None], columns: dict[str, str], output: Path,
+           counts: str, max_t: int = 2000) -> str:
+    folder = output.absolute().parent
+    lines = [f"  {key}: {_quoted(_relative(path, folder))}" for key, path in data.items() if path]
+    lines += [f"  {key}: {_quoted(column)}" for key, column in columns.items()]
+    metric = "accuracy" if task is TaskName.CLASSIFICATION else "loss"
+    length = 256 if task is TaskName.CLASSIFICATION else 512
+    return f"""\
+# Written by `lorafleet init`. Every field and its default: `lorafleet render {output.name}`.
+name: {name}
+task: {task.value}                     # classification | generation
+
+model:
+  model_name_or_path: {_quoted(model)}   # a hub id, a folder, or asset:NAME (`lorafleet fetch --list`)
+  max_length: {length}                     # tokens; longer rows are cut, and counted in a warning
+
+data:                                 # {counts}
+{chr(10).join(lines)}
+
+method: lora
+lora:
+  lora_r: 16                          # rank: how much the adapter can change
+  lora_alpha: "2*lora_r"              # its scale, here tied to the rank
+  lora_target_modules: all-linear     # every linear layer but the head
+
+train:
+  # learning_rate: 1e-3               # left out: a default for the method and the model's size (see render)
+  num_train_epochs: 2                 # of `lorafleet train`; in a sweep, max_t below
+  per_device_train_batch_size: {_BATCH[task]}
+  seed: 42
+
+search:                               # of `lorafleet sweep`
+  method: random                      # random | grid | tpe
+  num_samples: 10
+  metric: {metric}
+  scheduler: {{type: asha, time_attr: samples, max_t: {max_t}, reduction_factor: 3}}
+  parameters:
+    lora.lora_r: {{values: [4, 8, 16, 32]}}
+    train.learning_rate: {{distribution: log_uniform_values, min: 1e-4, max: 1e-2}}
+
+tracking:
+  project: lorafleet                  # W&B; offline unless you are logged in
+"""
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """A path as the job file can say it: relative to the file's folder where it lies below it."""
+    absolute = path.absolute()
+    return str(absolute.relative_to(folder)) if absolute.is_relative_to(folder) else str(absolute)
+
+
+def _quoted(text: str) -> str:
+    """A text as a YAML scalar, quoted where it must be."""
+    import json
+
+    plain = text.replace("_", "").replace("-", "").replace("/", "").replace(".", "").replace(":", "").isalnum()
+    return text if plain and not text[:1].isdigit() and ": " not in text and not text.endswith(":") else json.dumps(text)

@@ -1,0 +1,233 @@
+"""Configs of axolotl and LLaMA-Factory as job files. What could not be carried over is said, key by key. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jobs import fields
+
+_SAME = {
+    "lora_alpha": "lora.lora_alpha",
+    "lora_dropout": "lora.lora_dropout",
+    "learning_rate": "train.learning_rate",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "warmup_ratio": "train.warmup_ratio",
+    "weight_decay": "train.weight_decay",
+    "max_grad_norm": "train.max_grad_norm",
+    "max_steps": "train.max_steps",
+    "eval_steps": "train.eval_steps",
+    "seed": "train.seed",
+    "trust_remote_code": "model.trust_remote_code",
+}
+
+_TOOLS: dict[str, dict[str, str]] = {
+    "axolotl": _SAME
+    | {
+        "base_model": "model.model_name_or_path",
+        "revision_of_model": "model.revision",
+        "sequence_len": "model.max_length",
+        "lora_r": "lora.lora_r",
+        "lora_target_modules": "lora.lora_target_modules",
+        "peft_use_dora": "lora.use_dora",
+        "peft_use_rslora": "lora.use_rslora",
+        "num_epochs": "train.num_train_epochs",
+        "micro_batch_size": "train.per_device_train_batch_size",
+        "eval_batch_size": "train.per_device_eval_batch_size",
+        "lr_scheduler": "train.lr_scheduler_type",
+        "group_by_length": "train.group_by_length",
+        "lora_model_dir": "train.init_adapter",
+        "val_set_size": "data.validation_fraction",
+        "wandb_project": "tracking.project",
+        "wandb_entity": "tracking.entity",
+    },
+    "llamafactory": _SAME
+    | {
+        "model_name_or_path": "model.model_name_or_path",
+        "model_revision": "model.revision",
+        "cutoff_len": "model.max_length",
+        "lora_rank": "lora.lora_r",
+        "use_dora": "lora.use_dora",
+        "use_rslora": "lora.use_rslora",
+        "num_train_epochs": "train.num_train_epochs",
+        "per_device_train_batch_size": "train.per_device_train_batch_size",
+        "per_device_eval_batch_size": "train.per_device_eval_batch_size",
+        "lr_scheduler_type": "train.lr_scheduler_type",
+        "adapter_name_or_path": "train.init_adapter",
+        "max_samples": "data.max_train_samples",
+        "val_size": "data.validation_fraction",
+    },
+}
+TOOLS = tuple(_TOOLS)
+
+_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+_MEANS_NOTHING_HERE = {
+    "output_dir", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "overwrite_output_dir", "plot_loss",
+    "report_to", "wandb_watch", "wandb_name", "wandb_log_model", "wandb_run_id", "do_train", "do_eval", "stage", "strict",
+    "overwrite_cache", "preprocessing_num_workers", "dataloader_num_workers", "dataset_prepared_path", "saves_per_epoch",
+    "evals_per_epoch", "eval_strategy", "evaluation_strategy", "logging_dir", "special_tokens", "flash_attention",
+    "hub_model_id", "plugins", "debug", "local_rank", "resume_from_checkpoint", "ddp_timeout", "save_only_model",
+}
+
+
+@dataclass
+class Translation:
+    """A job as nested values, and what a reader must know about it."""
+
+    tree: dict[str, Any] = field(default_factory=dict)
+    lost: list[str] = field(default_factory=list)
+    """Keys that could not be carried over, each with why."""
+    dropped: list[str] = field(default_factory=list)
+    """Keys that say how, not what: they have no meaning here."""
+
+    def put(self, path: str, value: Any) -> None:
+        """Set a field, a float where the field wants one."""
+        fields.put(self.tree, path, value)
+
+
+def translate(tool: str, config: dict[str, Any], name: str) -> Translation:
+    """A config of another tool as a job."""
+    made = Translation()
+    made.put("name", name)
+    made.put("task", "generation")
+    special = _AXOLOTL if tool == "axolotl" else _LLAMAFACTORY
+    for key, value in config.items():
+        if value is None or key in _MEANS_NOTHING_HERE:
+            if value is not None:
+                made.dropped.append(key)
+        elif key in special:
+            special[key](value, made)
+        elif key in _TOOLS[tool]:
+            _carry(_TOOLS[tool][key], key, value, made)
+        else:
+            made.lost.append(f"{key}: {value!r} has no counterpart")
+    return made
+
+
+def _carry(path: str, key: str, value: Any, made: Translation) -> None:
+    if isinstance(value, str):
+        value = _as_number(value)
+    if path == "train.lr_scheduler_type" and value not in _SCHEDULES:
+        made.lost.append(f"{key}: {value!r} is none of {', '.join(_SCHEDULES)}")
+    elif path == "data.validation_fraction" and not 0 < float(value) < 1:
+        made.lost.append(f"{key}: {value!r} is not a share of the rows; give data.validation_file")
+    elif path == "lora.lora_target_modules" and value in ("all", "all-linear"):
+        made.put(path, "all-linear")
+    else:
+        made.put(path, value)
+
+
+def _as_number(text: str) -> Any:
+    """YAML 1.1 readers take `2e-4` for a text; their users mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _method(quantised: str) -> Callable[[Any, Translation], None]:
+    def take(value: Any, made: Translation) -> None:
+        if value == "lora":
+            made.put("method", "lora")
+        else:
+            made.lost.append(f"{quantised}: {value!r} is not a method of this version; lora is used")
+
+    return take
+
+
+def _lost(reason: str, *, unless: tuple[Any, ...] = (False, "no")) -> Callable[[str], Callable[[Any, Translation], None]]:
+    def named(key: str) -> Callable[[Any, Translation], None]:
+        def take(value: Any, made: Translation) -> None:
+            if value not in unless:
+                made.lost.append(f"{key}: {value!r} {reason}")
+
+        return take
+
+    return named
+
+
+_quantised = _lost("asks for a quantised base, which this version does not train on")
+_distributed = _lost("is a launcher's setting; see resources in the job file")
+_packing = _lost("is not done here; rows are batched by length instead (train.group_by_length)")
+
+
+def _precision(key: str, ours: str) -> Callable[[Any, Translation], None]:
+    def take(value: Any, made: Translation) -> None:
+        if value is True:
+            made.put("train.mixed_precision", ours)
+        elif value not in (False, "auto"):
+            made.lost.append(f"{key}: {value!r} is not understood")
+
+    return take
+
+
+def _axolotl_data(value: Any, made: Translation) -> None:
+    sets = value if isinstance(value, list) else [value]
+    if len(sets) > 1:
+        made.lost.append(f"datasets: only the first of {len(sets)} is carried over; put the rows into one file")
+    first = sets[0] if isinstance(sets[0], dict) else {"path": sets[0]}
+    _source(str(first.get("path", "")), made)
+    kinds = {"alpaca": "instruction", "chat_template": "messages", "completion": "text", "sharegpt": "messages"}
+    kind = str(first.get("type", ""))
+    if kind in kinds:
+        made.put("data.format", kinds[kind])
+    elif kind:
+        made.lost.append(f"datasets.type: {kind!r} is not a format here; see data.format")
+    for key in first:
+        if key not in ("path", "type", "ds_type"):
+            made.lost.append(f"datasets.{key}: {first[key]!r} has no counterpart")
+
+
+def _source(name: str, made: Translation) -> None:
+    suffixes = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+    made.put("data.train_file" if Path(name).suffix in suffixes else "data.dataset_name", name)
+
+
+def _llamafactory_data(value: Any, made: Translation) -> None:
+    names = [part.strip() for part in str(value).split(",")]
+    if len(names) > 1:
+        made.lost.append(f"dataset: only {names[0]!r} of {', '.join(names)} is carried over; put the rows into one file")
+    _source(names[0], made)
+    if "data" in made.tree and "dataset_name" in made.tree["data"]:
+        made.lost.append(f"dataset: {names[0]!r} is a name of dataset_info.json there; put its file or hub id into data")
+
+
+def _target(value: Any, made: Translation) -> None:
+    if value in ("all", "all-linear"):
+        made.put("lora.lora_target_modules", "all-linear")
+    else:
+        made.put("lora.lora_target_modules", [part.strip() for part in str(value).split(",")])
+
+
+def _target_linear(value: Any, made: Translation) -> None:
+    if value is True:
+        made.put("lora.lora_target_modules", "all-linear")
+
+
+_AXOLOTL: dict[str, Callable[[Any, Translation], None]] = {
+    "adapter": _method("adapter"),
+    "datasets": _axolotl_data,
+    "lora_target_linear": _target_linear,
+    "load_in_4bit": _quantised("load_in_4bit"),
+    "load_in_8bit": _quantised("load_in_8bit"),
+    "bf16": _precision("bf16", "bf16"),
+    "fp16": _precision("fp16", "fp16"),
+    "deepspeed": _distributed("deepspeed"),
+    "fsdp": _distributed("fsdp"),
+    "fsdp_config": _distributed("fsdp_config"),
+    "sample_packing": _packing("sample_packing"),
+    "pad_to_sequence_len": _packing("pad_to_sequence_len"),
+}
+_LLAMAFACTORY: dict[str, Callable[[Any, Translation], None]] = {
+    "finetuning_type": _method("finetuning_type"),
+    "dataset": _llamafactory_data,
+    "lora_target": _target,
+    "quantization_bit": _quantised("quantization_bit"),
+    "bf16": _precision("bf16", "bf16"),
+    "fp16": _precision("fp16", "fp16"),
+    "deepspeed": _distributed("deepspeed"),
+    "packing": _packing("packing"),
+    "template": _lost("is taken from the tokenizer's own chat template")("template"),
+}

@@ -69,7 +69,7 @@ class TrainingSession:
         )
         self.autocast_dtype = _autocast_dtype(job, base.device)
         self.scaler = torch.amp.GradScaler(base.device.type, enabled=self.autocast_dtype is torch.float16)
-        self._sums = torch.zeros(2, device=base.device)  # loss and targets since the last report
+        self._sums = torch.zeros(2, device=base.device)  # loss and targets since begin_report
         if ranks.world_size > 1:
             device_ids = [base.device.index] if base.device.type == "cuda" else None
             self.loss_module = nn.parallel.DistributedDataParallel(self.loss_module, device_ids=device_ids)
@@ -101,7 +101,7 @@ class TrainingSession:
     def advance(self, until: int, seconds: float = math.inf) -> dict[str, Any]:
         """Train up to step `until`, or until about `seconds` have passed (one process alone may stop by the clock).
 
-        Returns the loss since the last call and what it cost. Raises TrainingFailure when a loss or a gradient is no
+        Returns the mean loss since `begin_report` and what it cost. Raises TrainingFailure when a loss or a gradient is no
         number.
         """
         began = time.perf_counter()
@@ -113,6 +113,10 @@ class TrainingSession:
             torch.cuda.synchronize(self.base.device)
         self.meter.train_seconds += time.perf_counter() - began
         return self._report()
+
+    def begin_report(self) -> None:
+        """Count the loss from here on."""
+        self._sums.zero_()
 
     def _optimiser_step(self) -> None:
         rows = self.plan.rows(self.step)
@@ -154,7 +158,6 @@ class TrainingSession:
 
     def _report(self) -> dict[str, Any]:
         sums = self._sums.clone()
-        self._sums.zero_()
         if self.ranks.world_size > 1:
             distributed.all_reduce(sums)
         loss_sum, targets = sums.tolist()
@@ -193,7 +196,6 @@ class TrainingSession:
                     "scaler": self.scaler.state_dict(),
                     "rng": states,
                     "meter": self.meter.state(),
-                    "sums": self._sums.cpu(),
                     "world_size": self.ranks.world_size,
                     "extra": extra or {},
                 })
@@ -216,7 +218,6 @@ class TrainingSession:
         self.scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])
         self.meter.restore(state["meter"])
-        self._sums = state["sums"].to(self.base.device) if self.ranks.rank == 0 else torch.zeros_like(self._sums)
         # With another number of processes there is no state for each: dropout then draws anew, the data's order stays.
         if state["world_size"] == self.ranks.world_size:
             checkpoint.set_rng_state(state["rng"][self.ranks.rank])

@@ -17,7 +17,7 @@ from training.data import open_tokens
 from training.methods import attach, detach
 from training.model import Base, base_key, fresh_heads, load_base, resolve_device
 from training.session import evaluate, load_adapter
-from tuning.trainable import Work
+from tuning.trial_run import Work
 
 BASE = "base"
 

@@ -16,8 +16,9 @@ from tuning.ledger import Ledger
 class RungScheduler(FIFOScheduler):
     """Trials start in the order in which they were proposed, and go on or stop as the ledger says."""
 
-    def __init__(self, ledger: Ledger, out_of_budget: Callable[[], str | None]) -> None:
+    def __init__(self, ledger: Ledger, out_of_budget: Callable[[], str | None], *, ends_itself: bool) -> None:
         super().__init__()
+        self.ends_itself = ends_itself
         self.ledger = ledger
         self.out_of_budget = out_of_budget
 
@@ -26,7 +27,10 @@ class RungScheduler(FIFOScheduler):
         ours = self._ours(trial)
         if ours.state.ended or "report" not in result:
             return TrialScheduler.STOP
-        goes_on = self._take(ours, json.loads(result["report"]))
+        report = json.loads(result["report"])
+        goes_on = self._take(ours, report)
+        if self.ends_itself and report.get("done"):
+            goes_on = True  # a group that is ending by itself frees its workers; one that is killed there may not
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
     def _take(self, trial: Trial, report: dict[str, Any]) -> bool:

@@ -160,7 +160,7 @@ class Sweep:
                 self._trainable(data),
                 tune_config=tune.TuneConfig(
                     search_alg=searcher,
-                    scheduler=RungScheduler(ledger, self._out_of_budget),
+                    scheduler=RungScheduler(ledger, self._out_of_budget, ends_itself=self.placement.distributed),
                     num_samples=-1,
                     reuse_actors=not self.placement.distributed,
                 ),
@@ -203,6 +203,8 @@ class Sweep:
     def _most_open(self) -> int:
         """Trials handed out and not ended. TPE is asked as late as it can be without an actor standing idle."""
         slots = self.placement.slots
+        if self.placement.distributed:
+            return slots  # one more would take CPUs that a group needs, and neither could begin
         tpe = self.searching and self.job.search is not None and self.job.search.method == "tpe"
         return slots + 1 if tpe else 2 * slots
 
@@ -229,7 +231,7 @@ class Sweep:
         return trial
 
     def _work(self, data: Any) -> Any:
-        from tuning.trainable import Work
+        from tuning.trial_run import Work
 
         return Work(
             self._searched_job, str(self.run.path), str(data.folder), self.placement.gpus_per_worker, self.searching

@@ -5,137 +5,18 @@ A trial that cannot go on is reported as a result and not raised: the actor, wit
 
 from __future__ import annotations
 
-import json
 import os
 import time
-import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from ray import tune
 
-from jobs import files, search
-from jobs.errors import TrainingFailure, UserError
-from jobs.metrics import is_better
-from jobs.run import Run, Trial
-from jobs.schedule import Schedule, schedule
 from jobs.spec import JobSpec
-from training.checkpoint import settled
-from training.data import TokenData, open_tokens
+from training.data import open_tokens
 from training.model import Base, base_key, load_base, resolve_device
-from training.session import TrainingSession
-
-_BEAT_SECONDS = 1.5
-"""Between two looks at the stop flag, and two heartbeats."""
-_REPORT_SECONDS = 15.0
-"""Longest time without a result: Tune hears of a trial, and can stop it, at least this often."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every trial of a sweep shares; sent to each actor once."""
-
-    job: JobSpec
-    run: str
-    """The run's folder."""
-    tokens: str
-    """The folder of the tokenised rows."""
-    gpus: int
-    """GPUs of one actor."""
-    searching: bool
-    """Whether the search's schedule holds, or the training's own."""
-
-    def stop_requested(self) -> bool:
-        """Whether the run is asked to end (Ctrl-C, `lorafleet stop`, preemption)."""
-        return (Path(self.run) / "stop").exists()
-
-
-def pack(report: dict[str, Any]) -> dict[str, Any]:
-    """A report as a Tune result: one text, since Tune flattens what it hands to schedulers and reads `done` itself."""
-    return {"report": json.dumps(files.finite(report))}
-
-
-class TrialRun:
-    """A session with its trial's folder: what both hosts do around the loop."""
-
-    def __init__(self, work: Work, config: dict[str, Any], data: TokenData) -> None:
-        self.work, self.data = work, data
-        self.trial: Trial = Run(Path(work.run)).trial(config["trial_id"])
-        self.job = search.trial(work.job, config["assignment"])
-        self.plan: Schedule = schedule(self.job, len(data.splits["train"]), searching=work.searching)
-        self.best: float | None = None
-        self.unrecorded: dict[str, Any] | None = None
-        self.session: TrainingSession | None = None
-        self.saved_at = time.monotonic()
-
-    def open(self, base: Base) -> TrainingSession:
-        """Build the session and go on from the trial's checkpoint, where there is one."""
-        self.session = TrainingSession.build(self.job, base, self.data, self.plan)
-        folder = settled(self.trial.checkpoint)
-        if folder.is_dir():
-            extra = self.session.load(folder)
-            self.best = extra.get("best")
-            # The last report before a kill may not have reached the driver: it is made again, the driver knows.
-            self.unrecorded = extra.get("row")
-        return self.session
-
-    def advance(self, *, by_clock: bool) -> dict[str, Any]:
-        """Train to the next evaluation (or for some seconds), save, and say what is to be reported."""
-        session = self.session
-        assert session is not None
-        if self.unrecorded is not None:
-            row, self.unrecorded = self.unrecorded, None
-            return {"row": row, "done": session.done}
-        target = self.plan.next_evaluation(session.step)
-        row = self._train(session, target, by_clock=by_clock)
-        if session.step >= target:
-            row |= self._evaluated(session)
-        if row.get("evaluated") or self._save_due():
-            session.save(self.trial.checkpoint, {"best": self.best, "row": row})
-            self.saved_at = time.monotonic()
-        return {"row": row, "done": session.done}
-
-    def _train(self, session: TrainingSession, target: int, *, by_clock: bool) -> dict[str, Any]:
-        if not by_clock:
-            return session.advance(target)
-        began = time.monotonic()
-        while True:
-            row = session.advance(target, seconds=_BEAT_SECONDS)
-            self._beat(row)
-            if session.step >= target or time.monotonic() - began > _REPORT_SECONDS or self.work.stop_requested():
-                return row
-
-    def _beat(self, row: dict[str, Any]) -> None:
-        known = ("step", "samples", "train_loss", "tokens_per_second", "train_seconds")
-        beat = {key: row[key] for key in known}
-        files.write_json(self.trial.path / "progress.json", beat | {"total": self.plan.total_steps, "time": time.time()})
-
-    def _evaluated(self, session: TrainingSession) -> dict[str, Any]:
-        scores = session.evaluate("validation")
-        metric = self.job.metric
-        score = scores.metrics[metric.name]
-        if is_better(score, self.best, metric.goal):
-            self.best = score
-            session.save_adapter(self.trial.adapter)
-        rungs = [index for index, step in enumerate(self.plan.rung_steps) if step == session.step]
-        return {
-            "evaluated": True,
-            "rung": rungs[-1] if rungs else None,
-            **scores.metrics,
-            "intervals": scores.intervals,
-            "eval_seconds": round(session.meter.eval_seconds, 3),
-        }
-
-    def _save_due(self) -> bool:
-        return time.monotonic() - self.saved_at > 60 * self.job.train.checkpoint_minutes or self.work.stop_requested()
-
-    def close(self) -> None:
-        """Give the base back."""
-        if self.session is not None:
-            self.session.close()
-            self.session = None
+from tuning.trial_run import TrialRun, Work, classify, halved, keep_traceback, pack
 
 
 class WarmTrial(tune.Trainable):
@@ -162,7 +43,7 @@ class WarmTrial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._end()
-        self.trial_folder = Run(Path(self.work.run)).trial(config["trial_id"])
+        self.trial_id = config["trial_id"]
         self.refused = None
         try:
             self.current = TrialRun(self.work, config, self.data)
@@ -190,7 +71,7 @@ class WarmTrial(tune.Trainable):
             return {"failure": self.refused}
         assert self.current is not None
         try:
-            return self.current.advance(by_clock=True)
+            return self.current.advance()
         except torch.OutOfMemoryError as error:
             return self._with_half_the_batch(error)
         except Exception as error:  # see _begin
@@ -209,8 +90,7 @@ class WarmTrial(tune.Trainable):
         return {"row": None, "done": False}
 
     def _failure(self, error: BaseException) -> dict[str, Any]:
-        folder = Path(self.work.run) / "trials" / self.trial_folder.id
-        files.write_text(folder / "traceback.txt", "".join(traceback.format_exception(error)))
+        keep_traceback(self.work, self.trial_id, error)
         return classify(error)
 
     def _end(self) -> None:
@@ -228,30 +108,3 @@ class WarmTrial(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Nothing: see `save_checkpoint`."""
-
-
-def classify(error: BaseException) -> dict[str, Any]:
-    """`{"failure_class", "sentence"}` of an exception: ours by type, the rest as a fault of the code."""
-    if isinstance(error, TrainingFailure):
-        return {"failure_class": error.failure_class, "sentence": error.sentence}
-    first = (str(error).strip().splitlines() or [""])[0][:300]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return {"failure_class": "oom", "sentence": f"out of memory: {first}"}
-    if isinstance(error, UserError | ValueError) and "linked" not in first:
-        kind = "config" if isinstance(error, UserError) else "code"
-        return {"failure_class": kind, "sentence": first}
-    return {"failure_class": "code", "sentence": f"{type(error).__name__}: {first} (see traceback.txt of the trial)"}
-
-
-def halved(job: JobSpec) -> JobSpec | None:
-    """The job with half the rows a pass and twice the passes a step, or None when a pass has one row."""
-    train, world_size = job.train, job.resources.world_size
-    rows = train.per_device_train_batch_size
-    if rows % 2:
-        return None
-    update = {
-        "per_device_train_batch_size": rows // 2,
-        "gradient_accumulation_steps": 2 * train.accumulation_steps(world_size),
-        "global_batch_size": None,
-    }
-    return job.model_copy(update={"train": train.model_copy(update=update)})

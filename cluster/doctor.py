@@ -38,7 +38,14 @@ class Finding:
 def examine(runs: Path) -> list[Finding]:
     """Look at everything."""
     looks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _python, _hardware, _packages, _clashes, lambda: _disk(runs), _caches, _wandb, _clients,
+        _python,
+        _hardware,
+        _packages,
+        _clashes,
+        lambda: _disk(runs),
+        _caches,
+        _wandb,
+        _clients,
     )
     return [finding for look in looks for finding in look()]
 
@@ -46,15 +53,21 @@ def examine(runs: Path) -> list[Finding]:
 def _python() -> Iterator[Finding]:
     version = ".".join(map(str, sys.version_info[:3]))
     good = sys.version_info >= (3, 11)
-    yield Finding("Python", "ok" if good else "missing", version, "" if good else "lorafleet needs Python 3.11 or newer")
+    yield Finding(
+        "Python", "ok" if good else "missing", version, "" if good else "lorafleet needs Python 3.11 or newer"
+    )
 
 
 def _hardware() -> Iterator[Finding]:
     yield Finding("CPU", "ok", f"{cpu_count()} cores for this process")
     memory = free_memory_gib()
     enough = memory >= 4
-    yield Finding("memory", "ok" if enough else "note", f"{memory} GiB free",
-                  "" if enough else "a small model's trial takes 1 to 2 GiB")
+    yield Finding(
+        "memory",
+        "ok" if enough else "note",
+        f"{memory} GiB free",
+        "" if enough else "a small model's trial takes 1 to 2 GiB",
+    )
     gpus = find_gpus()
     if gpus.count:
         yield Finding("GPU", "ok", f"{gpus.count} x {gpus.name}, {gpus.memory_gib:.0f} GiB, driver {gpus.driver}")
@@ -73,8 +86,12 @@ def _torch_cuda() -> Iterator[Finding]:
     text = (Path(spec.origin).parent / "version.py").read_text()
     built = next((line for line in text.splitlines() if line.startswith("cuda")), "")
     if built.rstrip().endswith("None"):
-        yield Finding("torch with CUDA", "missing", "torch is a CPU build",
-                      "pip install 'torch>=2.9,<2.14' --index-url https://download.pytorch.org/whl/cu128")
+        yield Finding(
+            "torch with CUDA",
+            "missing",
+            "torch is a CPU build",
+            "pip install 'torch>=2.9,<2.14' --index-url https://download.pytorch.org/whl/cu128",
+        )
     else:
         yield Finding("torch with CUDA", "ok", built.strip())
 
@@ -92,8 +109,12 @@ def _packages() -> Iterator[Finding]:
 def _clashes() -> Iterator[Finding]:
     foreign = foreign_packages()
     for name, place in foreign.items():
-        yield Finding(f"package {name!r}", "missing", f"taken from {place}",
-                      "take that folder's parent out of PYTHONPATH, or uninstall what brought it")
+        yield Finding(
+            f"package {name!r}",
+            "missing",
+            f"taken from {place}",
+            "take that folder's parent out of PYTHONPATH, or uninstall what brought it",
+        )
     if not foreign:
         yield Finding("package names", "ok", "no folder on the path hides one of ours")
 
@@ -103,8 +124,12 @@ def _disk(runs: Path) -> Iterator[Finding]:
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free / 1e9
         enough = free > 5
-        yield Finding(what, "ok" if enough else "note", f"{free:.0f} GB free at {existing}",
-                      "" if enough else "a model and its runs want some GB: --runs, LORAFLEET_CACHE or HF_HOME elsewhere")
+        yield Finding(
+            what,
+            "ok" if enough else "note",
+            f"{free:.0f} GB free at {existing}",
+            "" if enough else "a model and its runs want some GB: --runs, LORAFLEET_CACHE or HF_HOME elsewhere",
+        )
 
 
 def _caches() -> Iterator[Finding]:
@@ -119,8 +144,12 @@ def _wandb() -> Iterator[Finding]:
     if logged_in:
         yield Finding("W&B", "ok", "logged in: runs are online")
     else:
-        yield Finding("W&B", "note", "not logged in: runs are written offline",
-                      "`wandb login`, then `lorafleet sync RUN` uploads what was written before")
+        yield Finding(
+            "W&B",
+            "note",
+            "not logged in: runs are written offline",
+            "`wandb login`, then `lorafleet sync RUN` uploads what was written before",
+        )
 
 
 def _in_netrc() -> bool:
@@ -131,7 +160,10 @@ def _in_netrc() -> bool:
 
 
 def _clients() -> Iterator[Finding]:
-    for what, command in (("Slurm client", ["sbatch", "--version"]), ("Kubernetes client", ["kubectl", "version", "--client"])):
+    for what, command in (
+        ("Slurm client", ["sbatch", "--version"]),
+        ("Kubernetes client", ["kubectl", "version", "--client"]),
+    ):
         if shutil.which(command[0]) is None:
             yield Finding(what, "note", f"{command[0]} not found", "only needed to send jobs there")
             continue

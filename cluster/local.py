@@ -41,7 +41,11 @@ class LocalBackend:
         logs.mkdir(exist_ok=True)
         with (logs / "driver.log").open("ab") as log:
             self.child = subprocess.Popen(
-                [*driver_command(), "exec", str(run.path)], stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=run.path
+                [*driver_command(), "exec", str(run.path)],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                cwd=run.path,
             )
 
     def resume(self, run: Run) -> None:

@@ -60,5 +60,7 @@ def find_gpus() -> Gpus:
     if done.returncode or not rows:
         return Gpus(0)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = len(rows) if visible is None else len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    count = (
+        len(rows) if visible is None else len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
+    )
     return Gpus(min(count, len(rows)), rows[0][0], min(float(row[1]) for row in rows) / 1024, rows[0][2])

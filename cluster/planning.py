@@ -44,7 +44,9 @@ def make_plan(loaded: LoadedJob, site: LocalSite, command: str) -> Plan:
         notes.append(f"train.learning_rate is {rate.value:g} by default ({rate.rule})")
     configurations = _configurations(job, known)
     train_rows = len(known.rows.train) if known.rows else None
-    schedules = [schedule(search.trial(job, a), train_rows or _ASSUMED_ROWS, searching=searching) for a in configurations]
+    schedules = [
+        schedule(search.trial(job, a), train_rows or _ASSUMED_ROWS, searching=searching) for a in configurations
+    ]
     total = _total(job, len(configurations))
     memory = _memory(job, configurations, known, cuda=bool(_uses_gpu(job, site)))
     placement = place(job, site, total, _host_gib(job, memory, cuda=bool(_uses_gpu(job, site))))

@@ -12,7 +12,9 @@ from jobs.errors import ExitCode, UserError
 
 def clean(
     run: RunName = None,
-    older_than: Annotated[float | None, typer.Option(metavar="DAYS", help="All runs untouched for this many days.")] = None,
+    older_than: Annotated[
+        float | None, typer.Option(metavar="DAYS", help="All runs untouched for this many days.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and leave it.")] = False,
     unsynced: Annotated[bool, typer.Option("--unsynced", help="Also runs whose W&B record was not uploaded.")] = False,
     runs: Runs = DEFAULT_RUNS,

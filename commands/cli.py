@@ -92,8 +92,10 @@ def main() -> None:
         sys.exit(ExitCode.OK)
     except Exception as error:  # the edge of the program
         code = error.exit_code if isinstance(error, LorafleetError) else ExitCode.OUR_FAULT
-        typer.echo(f"{type(error).__name__}: {error}\nThis is a fault of lorafleet; the traceback is in {_keep(error)}",
-                   err=True)
+        typer.echo(
+            f"{type(error).__name__}: {error}\nThis is a fault of lorafleet; the traceback is in {_keep(error)}",
+            err=True,
+        )
         sys.exit(code)
 
 

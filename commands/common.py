@@ -26,7 +26,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to set, such as train.seed=7.")
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs.")]
-RunName = Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's id, name or folder; the newest if left out.")]
+RunName = Annotated[
+    str | None, typer.Argument(metavar="[RUN]", help="A run's id, name or folder; the newest if left out.")
+]
 OneRun = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, name or folder.", show_default=False)]
 Output = Annotated[Format, typer.Option("--format", help="What to print.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone.")]

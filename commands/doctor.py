@@ -11,7 +11,7 @@ _MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "missing": ("missin
 
 
 def doctor(runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
-    """Look at Python, hardware, packages, caches, W&B and cluster clients; exit code 3 when something needed is missing."""
+    """Look at hardware, packages, caches, W&B and cluster clients; exit code 3 when something needed is missing."""
     from cluster.doctor import examine
 
     findings = examine(runs)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from jobs.assets import Asset
 
 from commands.common import Format, Output, console, print_json, say
 
 
 def fetch(
-    what: Annotated[list[str] | None, typer.Argument(metavar="[JOB.yaml | asset:NAME]...", help="What to fetch.")] = None,
+    what: Annotated[
+        list[str] | None, typer.Argument(metavar="[JOB.yaml | asset:NAME]...", help="What to fetch.")
+    ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the assets.")] = False,
     examples: Annotated[bool, typer.Option("--examples", help="Copy the example job files into ./examples.")] = False,
     output: Output = Format.TEXT,
@@ -36,37 +41,48 @@ def fetch(
         else:
             fetch_job(load_job(name).job, say)
             typer.echo(f"{name}: everything it names is on this machine")
+    return None
 
 
 def _list(output: Format) -> None:
     from jobs.assets import ASSETS, PREFIX
 
-    rows = [
-        {
-            "name": f"{PREFIX}{known.name}",
-            "kind": known.kind,
-            "fetched": known.folder.is_dir(),
-            "mb": known.size_mb,
-            "package": f"{known.package} {known.version}",
-            "licence": known.licence,
-            "sha256": known.sha256,
-            "description": known.description,
-        }
-        for known in ASSETS.values()
-    ]
     if output is Format.JSON:
-        return print_json({"assets": rows})
+        return print_json({"assets": [_as_data(known) for known in ASSETS.values()]})
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("asset", "kind", "here", "MB", "package", "licence", "SHA-256", "what it is"):
         table.add_column(name, overflow="fold")
-    for row in rows:
-        here = "yes" if row["fetched"] else "no"
-        table.add_row(row["name"], row["kind"], here, str(row["mb"]), row["package"], row["licence"],  # type: ignore[arg-type]
-                      f"{row['sha256']:.12}", row["description"])  # type: ignore[arg-type]
+    for known in ASSETS.values():
+        here = "yes" if known.folder.is_dir() else "no"
+        package = f"{known.package} {known.version}"
+        table.add_row(
+            f"{PREFIX}{known.name}",
+            known.kind,
+            here,
+            str(known.size_mb),
+            package,
+            known.licence,
+            known.sha256[:12],
+            known.description,
+        )
     console().print(table)
     return None
+
+
+def _as_data(known: Asset) -> dict[str, object]:
+    return {
+        "name": f"asset:{known.name}",
+        "kind": known.kind,
+        "fetched": known.folder.is_dir(),
+        "mb": known.size_mb,
+        "package": known.package,
+        "version": known.version,
+        "licence": known.licence,
+        "sha256": known.sha256,
+        "description": known.description,
+    }
 
 
 def examples_folder() -> Path:

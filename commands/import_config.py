@@ -38,7 +38,9 @@ def import_config(
     if not isinstance(document.value, dict):
         raise JobFileError(str(file), [Problem("", "a config is a block of keys")])
     made = translate(source, document.value, name)
-    text = f"# Translated from {file.name} ({source.value}).\n" + "".join(f"# Not carried over: {line}\n" for line in made.lost)
+    text = f"# Translated from {file.name} ({source.value}).\n" + "".join(
+        f"# Not carried over: {line}\n" for line in made.lost
+    )
     text += yaml.safe_dump(made.tree, sort_keys=False, allow_unicode=True)
     for line in made.lost:
         say(f"not carried over: {line}")

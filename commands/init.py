@@ -55,7 +55,9 @@ def init(
     counts = f"{len(rows.train):,} training, {len(rows.validation):,} validation, {len(rows.test):,} test rows"
     if rows.labels:
         counts += f"; labels: {', '.join(rows.labels[:8])}{' ...' if len(rows.labels) > 8 else ''}"
-    text = _draft(name, task, model or _MODELS[task], data, columns, output, counts, _max_t(len(rows.train), loaded.job))
+    text = _draft(
+        name, task, model or _MODELS[task], data, columns, output, counts, _max_t(len(rows.train), loaded.job)
+    )
     load_text(text, output)
     files.write_text(output, text)
     typer.echo(f"{output}  ({counts})")
@@ -105,8 +107,16 @@ def _max_t(train_rows: int, job: JobSpec) -> int:
     return max(batch * 9, min(2 * train_rows, 10_000) // batch * batch)
 
 
-def _draft(name: str, task: TaskName, model: str, data: dict[str, Path | None], columns: dict[str, str], output: Path,
-           counts: str, max_t: int = 2000) -> str:
+def _draft(
+    name: str,
+    task: TaskName,
+    model: str,
+    data: dict[str, Path | None],
+    columns: dict[str, str],
+    output: Path,
+    counts: str,
+    max_t: int = 2000,
+) -> str:
     folder = output.absolute().parent
     lines = [f"  {key}: {_quoted(_relative(path, folder))}" for key, path in data.items() if path]
     lines += [f"  {key}: {_quoted(column)}" for key, column in columns.items()]
@@ -161,4 +171,6 @@ def _quoted(text: str) -> str:
     import json
 
     plain = text.replace("_", "").replace("-", "").replace("/", "").replace(".", "").replace(":", "").isalnum()
-    return text if plain and not text[:1].isdigit() and ": " not in text and not text.endswith(":") else json.dumps(text)
+    return (
+        text if plain and not text[:1].isdigit() and ": " not in text and not text.endswith(":") else json.dumps(text)
+    )

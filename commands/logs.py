@@ -15,7 +15,9 @@ from commands.common import DEFAULT_RUNS, RunName, Runs
 
 def logs(
     run: RunName = None,
-    trial: Annotated[str | None, typer.Argument(metavar="[TRIAL]", help="A trial's id; the driver if left out.")] = None,
+    trial: Annotated[
+        str | None, typer.Argument(metavar="[TRIAL]", help="A trial's id; the driver if left out.")
+    ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as more is written.")] = False,
     runs: Runs = DEFAULT_RUNS,
 ) -> None:

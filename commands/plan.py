@@ -50,8 +50,15 @@ def plan_view(made: Plan) -> RenderableType:
     for number, trial in enumerate(made.trials, start=1):
         values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in trial.assignment.values()]
         rate, alpha = trial.resolved["train"]["learning_rate"], trial.resolved["lora"]["lora_alpha"]
-        table.add_row(str(number), trial.trial_id or "-", *values, f"{rate:.3g}", f"{alpha:g}",
-                      str(made.batch_rows), str(trial.steps))
+        table.add_row(
+            str(number),
+            trial.trial_id or "-",
+            *values,
+            f"{rate:.3g}",
+            f"{alpha:g}",
+            str(made.batch_rows),
+            str(trial.steps),
+        )
     return Group(table, Text(""), *(Text(line) for line in plan_lines(made)))
 
 
@@ -62,8 +69,10 @@ def plan_lines(made: Plan) -> list[str]:
     rows = f"{made.train_rows:,}" if made.train_rows is not None else "unknown (data not here yet)"
     lines = []
     if made.later_trials:
-        lines.append(f"These are TPE's {len(made.trials)} random start-up trials; {made.later_trials} more are chosen "
-                     "while the sweep runs, from the results so far.")
+        lines.append(
+            f"These are TPE's {len(made.trials)} random start-up trials; {made.later_trials} more are chosen "
+            "while the sweep runs, from the results so far."
+        )
     lines += [
         f"training rows   {rows}",
         f"one step        {made.batch_rows} rows: {place.workers} x {made.accumulation_steps} passes",
@@ -74,16 +83,22 @@ def plan_lines(made: Plan) -> list[str]:
     search = made.job.search
     if made.command == "sweep" and search and search.scheduler.type == "asha":
         saved = 1 - made.expected_samples / max(1, made.worst_samples)
-        lines.append(f"ASHA            rungs at {made.rung_levels} {search.scheduler.time_attr} (steps {made.rung_steps}), "
-                     f"the best 1/{search.scheduler.reduction_factor} go on")
-        lines.append(f"cost            {made.expected_samples:,} rows expected, {made.worst_samples:,} if nothing were cut: "
-                     f"ASHA saves {saved:.0%}")
+        lines.append(
+            f"ASHA            rungs at {made.rung_levels} {search.scheduler.time_attr} (steps {made.rung_steps}), "
+            f"the best 1/{search.scheduler.reduction_factor} go on"
+        )
+        lines.append(
+            f"cost            {made.expected_samples:,} rows expected, {made.worst_samples:,} if nothing were cut: "
+            f"ASHA saves {saved:.0%}"
+        )
     else:
         lines.append(f"cost            {made.worst_samples:,} rows over {total} trial(s)")
     if made.memory:
         parts = ", ".join(f"{name} {gib:.2f}" for name, gib in made.memory.components.items())
-        lines.append(f"memory          {made.memory.low:.1f} / {made.memory.expected:.1f} / {made.memory.high:.1f} GiB of "
-                     f"{made.memory.of} (low / expected / high): {parts}")
+        lines.append(
+            f"memory          {made.memory.low:.1f} / {made.memory.expected:.1f} / {made.memory.high:.1f} GiB of "
+            f"{made.memory.of} (low / expected / high): {parts}"
+        )
     else:
         lines.append("memory          not known: the model's config is not on this machine")
     return lines

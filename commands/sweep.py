@@ -13,16 +13,24 @@ Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return at once; th
 
 
 def sweep(
-    job: Job, overrides: Overrides = None, runs: Runs = DEFAULT_RUNS, quiet: Quiet = False,
-    output: Output = Format.TEXT, detach: Detach = False,
+    job: Job,
+    overrides: Overrides = None,
+    runs: Runs = DEFAULT_RUNS,
+    quiet: Quiet = False,
+    output: Output = Format.TEXT,
+    detach: Detach = False,
 ) -> None:
     """Search for the best configuration, and end with a table and a recommendation."""
     _start("sweep", job, overrides, runs, quiet, output, detach)
 
 
 def train(
-    job: Job, overrides: Overrides = None, runs: Runs = DEFAULT_RUNS, quiet: Quiet = False,
-    output: Output = Format.TEXT, detach: Detach = False,
+    job: Job,
+    overrides: Overrides = None,
+    runs: Runs = DEFAULT_RUNS,
+    quiet: Quiet = False,
+    output: Output = Format.TEXT,
+    detach: Detach = False,
 ) -> None:
     """Train one configuration: the job file's own values, whatever it searches."""
     _start("train", job, overrides, runs, quiet, output, detach)
@@ -40,7 +48,9 @@ def _start(
 
     loaded = load_job(path, tuple(overrides or ()))
     if command == "sweep" and loaded.job.search is None:
-        raise JobFileError(str(path), [Problem("search", "there is no search block; add one, or use `lorafleet train`")])
+        raise JobFileError(
+            str(path), [Problem("search", "there is no search block; add one, or use `lorafleet train`")]
+        )
     if not quiet:
         note_aliases(loaded.notes)
     fetch_job(loaded.job, say if not quiet else lambda _: None)

@@ -12,7 +12,9 @@ from commands.common import DEFAULT_RUNS, OneRun, Runs, say
 from jobs.errors import UserError
 
 
-def sync(run: OneRun, runs: Runs = DEFAULT_RUNS, show: bool = typer.Option(False, help="Print the command alone.")) -> None:
+def sync(
+    run: OneRun, runs: Runs = DEFAULT_RUNS, show: bool = typer.Option(False, help="Print the command alone.")
+) -> None:
     """Upload a run's W&B records that were written offline (`wandb sync`)."""
     from cluster.store import find_run
 

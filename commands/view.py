@@ -90,8 +90,17 @@ def run_view(run: Run) -> RenderableType:
     head = Text.assemble((run.id, "bold"), f"  {phase}  {ended} of {total} trials ended  {took}")
     table = Table(box=None, pad_edge=False, header_style="dim")
     parameters = list(lines[0]["params"]) if lines else []
-    for name in ("", "trial", *(path.rpartition(".")[2] for path in parameters), "rung", "step", "loss",
-                 lines[0]["metric"] if lines else "score", "tokens/s", "left"):
+    for name in (
+        "",
+        "trial",
+        *(path.rpartition(".")[2] for path in parameters),
+        "rung",
+        "step",
+        "loss",
+        lines[0]["metric"] if lines else "score",
+        "tokens/s",
+        "left",
+    ):
         table.add_column(name, justify="left" if name in ("", "trial") else "right", no_wrap=True)
     best = best_line(lines)
     for line in lines:
@@ -99,7 +108,9 @@ def run_view(run: Run) -> RenderableType:
         table.add_row(*(Text(cell) for cell in _cells(line, parameters)), style=style)
     parts: list[RenderableType] = [head, table]
     if best:
-        parts.append(Text(f"best so far: {best['trial_id']} with {best['metric']} {number(best['score'])}", style="bold"))
+        parts.append(
+            Text(f"best so far: {best['trial_id']} with {best['metric']} {number(best['score'])}", style="bold")
+        )
     return Group(*parts)
 
 
@@ -139,8 +150,10 @@ def _all_news(run: Run) -> Iterator[str]:
     for trial in run.trials():
         what = describe(trial.params().get("assignment", {}))
         for row in trial.evaluations():
-            yield (f"{trial.id} ({what}) step {row['step']}: {metric} {number(row.get(metric))}, "
-                   f"train loss {number(row.get('train_loss'))}, {number(row.get('tokens_per_second'), 0)} tokens/s")
+            yield (
+                f"{trial.id} ({what}) step {row['step']}: {metric} {number(row.get(metric))}, "
+                f"train loss {number(row.get('train_loss'))}, {number(row.get('tokens_per_second'), 0)} tokens/s"
+            )
         status = trial.status()
         if TrialState(status.get("state", "pending")).ended:
             reason = f": {status['reason']}" if status.get("reason") else ""

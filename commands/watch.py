@@ -25,7 +25,7 @@ _LINES_EVERY_SECONDS = 0.5
 
 def follow(run: Run, backend: Backend, *, quiet: bool, output: Format) -> None:
     """Show a run until its driver has ended, then its report. Exits with the driver's code."""
-    child = getattr(backend, "child", None)
+    child: Any = getattr(backend, "child", None)
     if not quiet:
         say(f"run {run.id} in {run.path}")
     with _signals_go_to(child):

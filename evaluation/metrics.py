@@ -22,8 +22,9 @@ class Scores:
     intervals: dict[str, Interval]
 
 
-def classification_scores(losses_R: np.ndarray, predicted_R: np.ndarray, labels_R: np.ndarray, classes: int,
-                          resamples: int) -> Scores:
+def classification_scores(
+    losses_R: np.ndarray, predicted_R: np.ndarray, labels_R: np.ndarray, classes: int, resamples: int
+) -> Scores:
     """Accuracy, macro F1, macro precision, macro recall and mean loss of rows.
 
     A class that is never predicted has precision 0, one that never occurs is left out of the averages

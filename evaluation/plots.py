@@ -34,9 +34,18 @@ def _draw(report: Report, maker: Callable[[Any, Report], bool]) -> str:
     matplotlib.use("Agg")
     import matplotlib.pyplot as pyplot
 
-    settings = {"svg.hashsalt": "lorafleet", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10,
-                "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-                "text.usetex": False, "text.parse_math": False}
+    settings = {
+        "svg.hashsalt": "lorafleet",
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "text.usetex": False,
+        "text.parse_math": False,
+    }
     with matplotlib.rc_context(settings):
         figure, axes = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
         try:
@@ -82,24 +91,34 @@ def _against_parameter(axes: Axes, report: Report) -> bool:
     import matplotlib
 
     rows = [row for row in report.trials if row.metrics.get(report.metric) is not None]
-    values = {path: {row.params[path] for row in rows if path in row.params} for path in (rows[0].params if rows else ())}
+    values = {
+        path: {row.params[path] for row in rows if path in row.params} for path in (rows[0].params if rows else ())
+    }
     numbers = [path for path, found in values.items() if all(isinstance(v, int | float) for v in found)]
     if not numbers:
         return False
     across = max(numbers, key=lambda path: len(values[path]))
     others = sorted((path for path in values if path != across), key=lambda path: -len(values[path]))
-    groups = sorted(values[others[0]], key=str) if others else [None]
+    groups: list[Any] = sorted(values[others[0]], key=str) if others else [None]
     if groups != [None] and all(isinstance(value, int | float) for value in groups):
         groups = sorted(groups)
     colours = matplotlib.colormaps["viridis"].resampled(max(2, len(groups)))
+    scores: dict[str, Any] = {row.trial_id: row.metrics[report.metric] for row in rows}
     for index, group in enumerate(groups):
         colour = colours(index / max(1, len(groups) - 1) * 0.85)
         label = f"{others[0].rpartition('.')[2]} {group}" if others else None
         for state, mark in _STATE_MARKS.items():
             chosen = [r for r in rows if r.state == state and (not others or r.params[others[0]] == group)]
             if chosen:
-                axes.plot([r.params[across] for r in chosen], [r.metrics[report.metric] for r in chosen], marker=mark,
-                          linestyle="none", color=colour, markersize=7, label=label)
+                axes.plot(
+                    [r.params[across] for r in chosen],
+                    [scores[r.trial_id] for r in chosen],
+                    marker=mark,
+                    linestyle="none",
+                    color=colour,
+                    markersize=7,
+                    label=label,
+                )
                 label = None
     ends = [value for value in values[across] if value > 0]
     if ends and len(ends) == len(values[across]) and max(ends) / min(ends) >= 10:

@@ -18,7 +18,9 @@ def recommend(rows: list[Row], metric: str, goal: Goal, labels: dict[str, str]) 
     Trials that were cut are left out while any trial was trained to the end: a cut trial's score is of a shorter
     training, and its cost is not what it would be.
     """
-    scored = [row for row in rows if row.state in ("finished", "stopped", "running") and _score(row, metric) is not None]
+    scored = [
+        row for row in rows if row.state in ("finished", "stopped", "running") and _score(row, metric) is not None
+    ]
     whole = [row for row in scored if row.state == "finished"] or scored
     whole = [row for row in whole if row.state != "failed"]
     if not whole:
@@ -52,7 +54,9 @@ def _sentence(chosen: Row, best: Row, alike: int, metric: str, labels: dict[str,
     if chosen is best and alike == 1:
         return f"{what}: it has the best {got}, and no other finished trial comes within the intervals."
     if chosen is best:
-        return f"{what}: it has the best {got}, and none of the {alike - 1} that cannot be told apart from it is cheaper."
+        return (
+            f"{what}: it has the best {got}, and none of the {alike - 1} that cannot be told apart from it is cheaper."
+        )
     size = f"{chosen.trainable_parameters:,}" if chosen.trainable_parameters else "?"
     other = f"{best.trainable_parameters:,}" if best.trainable_parameters else "?"
     return (

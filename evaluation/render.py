@@ -7,7 +7,7 @@ import csv
 import io
 from typing import TYPE_CHECKING
 
-from evaluation.report_text import columns, headline, notes, number, parameter_columns
+from evaluation.report_text import Cell, columns, headline, notes, number, parameter_columns
 from jobs.metrics import TASK_METRICS
 from jobs.report import Report, Row
 
@@ -32,7 +32,7 @@ def terminal(report: Report) -> RenderableType:
     return Group(*parts)
 
 
-def _narrow(report: Report) -> list[tuple[str, object]]:  # type: ignore[type-arg]
+def _narrow(report: Report) -> list[tuple[str, Cell]]:
     """The columns that fit a terminal: the choice's metric on both splits, time and size."""
     dropped = {f"{report.held_out} {name}" for name in TASK_METRICS[report.task] if name != report.metric}
     dropped |= {"samples/s"}
@@ -48,7 +48,13 @@ def _style(row: Row, report: Report) -> str:
 def markdown(report: Report) -> str:
     """A page of GitHub Markdown."""
     shown = columns(report)
-    lines = [f"# {_plain(report.run)}", "", _plain(headline(report)), "", f"**{_plain(report.recommendation.sentence)}**"]
+    lines = [
+        f"# {_plain(report.run)}",
+        "",
+        _plain(headline(report)),
+        "",
+        f"**{_plain(report.recommendation.sentence)}**",
+    ]
     lines += ["", f"Rule: {report.recommendation.rule}.", ""]
     lines += ["| " + " | ".join(heading for heading, _ in shown) + " |", "|" + "---|" * len(shown)]
     lines += ["| " + " | ".join(_plain(cell(row)) for _, cell in shown) + " |" for row in report.shown]
@@ -67,14 +73,34 @@ def table_csv(report: Report) -> str:
     """One line a row, full precision, one column a number."""
     parameters = parameter_columns(report)
     names = TASK_METRICS[report.task]
-    plain = ("step", "samples", "train_seconds", "eval_seconds", "samples_per_second", "tokens_per_second",
-             "peak_memory_gib", "gpu_hours", "trainable_parameters")
+    plain = (
+        "step",
+        "samples",
+        "train_seconds",
+        "eval_seconds",
+        "samples_per_second",
+        "tokens_per_second",
+        "peak_memory_gib",
+        "gpu_hours",
+        "trainable_parameters",
+    )
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["trial_id", "state", "rung", "recommended", *parameters, *names,
-                     *(f"{report.held_out}_{name}" for name in names), *plain, "failure"])
+    writer.writerow(
+        [
+            "trial_id",
+            "state",
+            "rung",
+            "recommended",
+            *parameters,
+            *names,
+            *(f"{report.held_out}_{name}" for name in names),
+            *plain,
+            "failure",
+        ]
+    )
     for row in report.shown:
-        values = [row.trial_id, row.state, row.rung, row.trial_id == report.recommendation.trial_id]
+        values: list[object] = [row.trial_id, row.state, row.rung, row.trial_id == report.recommendation.trial_id]
         values += [row.params.get(path) for path in parameters]
         values += [row.metrics.get(name) for name in names]
         values += [(row.test_metrics or {}).get(name) for name in names]
@@ -99,7 +125,11 @@ def html(report: Report) -> str:
     from evaluation.plots import plots
 
     environment = Environment(
-        loader=PackageLoader("evaluation"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("evaluation"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     shown = columns(report)
     images = [(caption, base64.b64encode(svg.encode()).decode()) for caption, svg in plots(report)]

@@ -27,7 +27,8 @@ def build_report(run: Run) -> Report:
     labels = {row.trial_id: describe(row.params) for row in rows}
     ordered = sorted(rows, key=lambda row: _rank(row, metric.name, metric.goal))
     plan = files.read_json(run.path / "plan.json")
-    shown_facts = {key: facts[key] for key in ("data_sha256", "model_revisions", "labels") if key in facts}
+    wanted = ("data_sha256", "model_revisions", "labels")
+    shown_facts: dict[str, Any] = {str(key): facts[key] for key in wanted if key in facts}
     return Report(
         run=run.id,
         state=run.state,

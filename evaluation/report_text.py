@@ -49,7 +49,10 @@ def columns(report: Report) -> list[tuple[str, Cell]]:
         ("samples/s", lambda row: number(row.samples_per_second, 1)),
         ("tokens/s", lambda row: number(row.tokens_per_second, 0)),
         ("peak GiB", lambda row: number(row.peak_memory_gib, 2)),
-        ("trained parameters", lambda row: MISSING if row.trainable_parameters is None else f"{row.trainable_parameters:,}"),
+        (
+            "trained parameters",
+            lambda row: MISSING if row.trainable_parameters is None else f"{row.trainable_parameters:,}",
+        ),
     ]
     if any(row.gpu_hours for row in report.trials):
         found.append(("GPU-hours", lambda row: number(row.gpu_hours, 3)))
@@ -84,12 +87,15 @@ def _with_interval(metrics: Metrics, intervals: dict[str, tuple[float, float]], 
 
 def notes(report: Report) -> list[str]:
     """What a reader must know beside the table."""
-    found = [f"{row.trial_id} failed ({row.failure.failure_class}): {row.failure.sentence}"
-             for row in report.trials if row.failure]
+    found = [
+        f"{row.trial_id} failed ({row.failure.failure_class}): {row.failure.sentence}"
+        for row in report.trials
+        if row.failure
+    ]
     found += report.warnings
     if report.held_out == "test":
         found.append(
-            "The search and the choice looked at the validation rows alone; the test rows were run once, after the choice."
+            "The search and the choice looked at the validation rows; the test rows were run once, after the choice."
         )
     found.append("Square brackets hold 95 % bootstrap intervals over rows (not over seeds).")
     return found

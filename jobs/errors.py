@@ -1,14 +1,14 @@
 """Every error that lorafleet raises on purpose, by what the caller would do differently.
 
-    LorafleetError                      exit code 1: ours
-    ├── UserError                       exit code 2: one clear sentence, no traceback
-    │   ├── JobFileError                a job file that cannot be read or run (holds every problem found)
-    │   ├── DataError                   rows that cannot be trained on, named by file and line
-    │   ├── AssetError                  a model or data set that is missing, unreachable or not what was pinned
-    │   ├── PlacementRefused            the hardware cannot hold what one trial needs
-    │   ├── RunError                    no such run, or a run in the wrong state for what was asked
-    │   └── MissingExtra                an optional package is needed
-    └── TrainingFailure                 a trial that cannot go on: it has a class, the sweep goes on without it
+LorafleetError                      exit code 1: ours
+├── UserError                       exit code 2: one clear sentence, no traceback
+│   ├── JobFileError                a job file that cannot be read or run (holds every problem found)
+│   ├── DataError                   rows that cannot be trained on, named by file and line
+│   ├── AssetError                  a model or data set that is missing, unreachable or not what was pinned
+│   ├── PlacementRefused            the hardware cannot hold what one trial needs
+│   ├── RunError                    no such run, or a run in the wrong state for what was asked
+│   └── MissingExtra                an optional package is needed
+└── TrainingFailure                 a trial that cannot go on: it has a class, the sweep goes on without it
 """
 
 from __future__ import annotations

@@ -67,10 +67,10 @@ def _value(tree: ast.expr, values: Mapping[str, Number]) -> Number:
 def _check(tree: ast.expr, text: str) -> None:
     match tree:
         case ast.Constant(value=value) if isinstance(value, int | float) and not isinstance(value, bool):
-            return
+            return None
         case ast.Name() | ast.Attribute():
             _dotted(tree)
-            return
+            return None
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return _check(operand, text)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
@@ -79,7 +79,7 @@ def _check(tree: ast.expr, text: str) -> None:
         case ast.Call(func=ast.Name(id=function), args=arguments, keywords=[]) if function in _FUNCTIONS and arguments:
             for argument in arguments:
                 _check(argument, text)
-            return
+            return None
     raise ValueError(f"{text!r} may hold numbers, field names, + - * / //, parentheses, min, max and round")
 
 

@@ -61,7 +61,7 @@ def model_folder(name: str, revision: str | None) -> Path:
     if folder is None:
         raise AssetError(
             f"model.model_name_or_path is {HubName(name, revision)}, which is not on this machine: run "
-            "`lorafleet fetch JOB.yaml` where the hub can be reached (HF_HOME says where it goes), or name a local folder"
+            "`lorafleet fetch JOB.yaml` where the hub can be reached (HF_HOME says where), or name a local folder"
         )
     return folder
 
@@ -100,7 +100,7 @@ def _folder_digest(folder: Path) -> str:
 
 
 def parameter_count(name: str, revision: str | None) -> int | None:
-    """Weights of a model: an asset's are pinned, a folder's are read from its safetensors headers; None when unknown."""
+    """Weights of a model: pinned for an asset, read from safetensors headers for a folder; None when unknown."""
     if name.startswith(PREFIX):
         return asset(name).parameters
     try:

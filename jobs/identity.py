@@ -22,10 +22,25 @@ TRAINING_VERSION = 1
 PROMPT_FORMAT = 1
 """Raised with every change to how rows become tokens."""
 
-_DATA_FIELDS = ("format", "text_column", "label_column", "prompt_column", "completion_column", "max_train_samples",
-                "split_seed")
-_OUTSIDE_TRAIN = {"num_train_epochs", "max_steps", "eval_steps", "checkpoint_minutes", "per_device_eval_batch_size",
-                  "per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size"}
+_DATA_FIELDS = (
+    "format",
+    "text_column",
+    "label_column",
+    "prompt_column",
+    "completion_column",
+    "max_train_samples",
+    "split_seed",
+)
+_OUTSIDE_TRAIN = {
+    "num_train_epochs",
+    "max_steps",
+    "eval_steps",
+    "checkpoint_minutes",
+    "per_device_eval_batch_size",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "global_batch_size",
+}
 
 
 @dataclass(frozen=True)

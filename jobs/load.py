@@ -125,7 +125,7 @@ def read_text(path: Path) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a job file, for editors. Numbers may be expressions and a search may be in W&B's short forms."""
+    """The JSON Schema of a job file, for editors; it also allows the short forms that the loader understands."""
     schema = JobSpec.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "lorafleet job"
@@ -188,10 +188,9 @@ def _translate_key(reading: _Reading, block: str, key: str) -> None:
     holder = reading.tree[block] if block else reading.tree
     path = f"{block}.{key}" if block else key
     ours = FIELD_ALIASES.get(key)
-    if ours is None or path in fields.leaves() or ours == path or block in ("search", "linked"):
-        if not (block == "search" and ours and ours.startswith("search.")):
-            return
-    if path in fields.leaves() or ours is None:
+    if ours is None or path in fields.leaves() or block == "linked":
+        return
+    if block == "search" and not ours.startswith("search."):
         return
     value = holder.pop(key)
     line = reading.lines.get(path)

@@ -73,9 +73,7 @@ def unknown_key(path: str) -> str:
     """The sentence for a key that no block has, with the closest right one."""
     block, _, leaf = path.rpartition(".")
     prefix = f"{block}." if block else ""
-    here = {
-        known.removeprefix(prefix).split(".")[0] for known in fields.leaves() if known.startswith(prefix)
-    }
+    here = {known.removeprefix(prefix).split(".")[0] for known in fields.leaves() if known.startswith(prefix)}
     near = fields.closest(leaf, here)
     if near:
         return f"{path} is not a known key; did you mean {near!r}?"
@@ -97,7 +95,9 @@ def _path(location: tuple[int | str, ...]) -> str:
     for part in location:
         if isinstance(part, int):
             continue
-        if part in ("int", "float", "str", "bool") or part.startswith(("literal[", "tuple[", "function-", "constrained")):
+        if part in ("int", "float", "str", "bool") or part.startswith(
+            ("literal[", "tuple[", "function-", "constrained")
+        ):
             continue
         parts.append(part)
     return ".".join(parts)

@@ -23,7 +23,9 @@ METRICS = {
         Metric("f1", "maximize", "F1, macro average: every class counts alike"),
         Metric("precision", "maximize", "precision, macro average"),
         Metric("recall", "maximize", "recall, macro average"),
-        Metric("loss", "minimize", "mean negative log-likelihood, in nats, of a row (classification) or a target token"),
+        Metric(
+            "loss", "minimize", "mean negative log-likelihood, in nats, of a row (classification) or a target token"
+        ),
         Metric("perplexity", "minimize", "exp of the mean negative log-likelihood of a target token"),
     )
 }

@@ -26,6 +26,6 @@ def check_packages() -> None:
     """Raise UserError when a folder on the path hides one of our packages."""
     for name, place in foreign_packages().items():
         raise UserError(
-            f"the Python package {name!r} is taken from {place} and not from lorafleet: take that folder's parent out of "
+            f"the Python package {name!r} is taken from {place}, not from lorafleet: take that folder's parent out of "
             "PYTHONPATH, or uninstall the package that brought it"
         )

@@ -52,7 +52,7 @@ def place(job: JobSpec, site: LocalSite, trials: int, trial_memory_gib: float) -
             fits[what] = have // need
     if trial_memory_gib > site.memory_gib:
         raise PlacementRefused(
-            f"each trial needs about {trial_memory_gib:.1f} GiB of memory, and this machine has {site.memory_gib:.1f} free"
+            f"each trial needs about {trial_memory_gib:.1f} GiB of memory, and {site.memory_gib:.1f} are free here"
         )
     fits["memory"] = max(1, math.floor(site.memory_gib / max(trial_memory_gib, 0.01)))
     fits["trials"] = trials

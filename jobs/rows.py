@@ -57,7 +57,9 @@ def load_rows(job: JobSpec) -> Rows:
     labels = _labels(rows, sources) if job.task == "classification" else ()
     warnings += _duplicates(rows)
     test = rows["test"]
-    return Rows(rows["train"], rows["validation"], test or rows["validation"], labels, sha256, tuple(warnings), not test)
+    return Rows(
+        rows["train"], rows["validation"], test or rows["validation"], labels, sha256, tuple(warnings), not test
+    )
 
 
 def split_files(data: DataSpec) -> dict[str, Path]:
@@ -137,7 +139,7 @@ def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any] 
         return
     try:
         for record in reader:
-            if record.get(None) is not None:  # type: ignore[call-overload]
+            if record.get(None) is not None:
                 yield reader.line_num, f"has more columns than the header ({len(reader.fieldnames)})"
             else:
                 yield reader.line_num, dict(record)
@@ -152,8 +154,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         table = parquet.read_table(path)
     except (ArrowException, OSError) as error:
         raise DataError(f"{path} is not a Parquet file ({str(error).splitlines()[0]})") from None
-    for number, record in enumerate(table.to_pylist(), start=1):
-        yield number, record
+    yield from enumerate(table.to_pylist(), start=1)
 
 
 def _read_split(path: Path, job: JobSpec) -> list[Row]:
@@ -275,12 +276,11 @@ def _three_splits(data: DataSpec, read: dict[str, list[Row]], warnings: list[str
         warnings.append(f"no test set: {len(test)} of the validation rows are held back for it")
     if not test:
         warnings.append("no test set and too few validation rows to hold any back: results are optimistic")
-    drawn = {
+    return {
         "train": _drawn(train, data.max_train_samples, data.split_seed),
         "validation": _drawn(validation, data.max_validation_samples, data.split_seed),
         "test": _drawn(test or [], data.max_test_samples, data.split_seed),
     }
-    return drawn
 
 
 def _held_back(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -313,7 +313,9 @@ def _labels(rows: dict[str, list[Row]], sources: dict[str, Path]) -> tuple[str, 
     counts = Counter(row.label for row in rows["train"])
     if len(counts) < 2:
         only = next(iter(counts))
-        raise DataError(f"{sources['train']}: every training row has the label {only!r}; a classifier needs at least two")
+        raise DataError(
+            f"{sources['train']}: every training row has the label {only!r}; a classifier needs at least two"
+        )
     if len(counts) > 1000:
         raise DataError(f"{sources['train']}: there are {len(counts)} labels; is data.label_column the right column?")
     for split in ("validation", "test"):
@@ -334,7 +336,9 @@ def _duplicates(rows: dict[str, list[Row]]) -> list[str]:
     for split in ("validation", "test"):
         leaked = sum(_question(row) in seen for row in rows[split])
         if leaked:
-            warnings.append(f"{leaked} of {len(rows[split])} {split} rows are also training rows: results are optimistic")
+            warnings.append(
+                f"{leaked} of {len(rows[split])} {split} rows are also training rows: results are optimistic"
+            )
     return warnings
 
 

@@ -1,11 +1,11 @@
 """A run: one self-contained directory. State lives here once; everything else is computed from it.
 
-    runs/quickstart-3f9a1c/
-        job.yaml            as given                     resolved.json   every value and its origin
-        plan.json           what was going to happen     status.json     one RunState
-        facts.json          digests, revisions           events.jsonl    one line a decision
-        trials/<id>/        params.json status.json metrics.jsonl progress.json checkpoints/ adapter/ test.json
-        report/ wandb/ logs/ tune/                       tune/ is Ray Tune's own, and can be deleted
+runs/quickstart-3f9a1c/
+    job.yaml            as given                     resolved.json   every value and its origin
+    plan.json           what was going to happen     status.json     one RunState
+    facts.json          digests, revisions           events.jsonl    one line a decision
+    trials/<id>/        params.json status.json metrics.jsonl progress.json checkpoints/ adapter/ test.json
+    report/ wandb/ logs/ tune/                       tune/ is Ray Tune's own, and can be deleted
 """
 
 from __future__ import annotations
@@ -149,7 +149,9 @@ class Run:
         if before is not None and state not in _NEXT[RunState(before)]:
             raise RunError(f"{self.id} is {before} and cannot become {state}")
         ended = {} if state in (RunState.PENDING, RunState.RUNNING) else {"ended": time.time()}
-        files.write_json(self.path / "status.json", status | {"state": state} | facts | ended | {"updated": time.time()})
+        files.write_json(
+            self.path / "status.json", status | {"state": state} | facts | ended | {"updated": time.time()}
+        )
 
     @property
     def created(self) -> float:
@@ -208,7 +210,7 @@ def _started(pid: int) -> int | None:
 
 def _started_elsewhere(pid: int) -> int | None:
     """The same without /proc (macOS)."""
-    if os.path.isdir("/proc/self"):
+    if Path("/proc/self").is_dir():
         return None
     import psutil
 

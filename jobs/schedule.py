@@ -51,8 +51,14 @@ def schedule(job: JobSpec, train_rows: int, *, searching: bool) -> Schedule:
     steps = tuple(max(1, math.ceil(level * to_steps - 1e-9)) for level in levels)
     total = steps[-1]
     at = steps if asha.type == "asha" and job.train.eval_steps is None else ()
-    return Schedule(total, batch, per_epoch, tuple(sorted({*at, *steps, *_searched_cadence(job, total, per_epoch, at)})),
-                    steps, tuple(levels))
+    return Schedule(
+        total,
+        batch,
+        per_epoch,
+        tuple(sorted({*at, *steps, *_searched_cadence(job, total, per_epoch, at)})),
+        steps,
+        tuple(levels),
+    )
 
 
 def _searched_cadence(job: JobSpec, total: int, per_epoch: int, rung_steps: tuple[int, ...]) -> tuple[int, ...]:

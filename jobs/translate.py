@@ -64,11 +64,40 @@ TOOLS = tuple(_TOOLS)
 
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 _MEANS_NOTHING_HERE = {
-    "output_dir", "logging_steps", "save_steps", "save_strategy", "save_total_limit", "overwrite_output_dir", "plot_loss",
-    "report_to", "wandb_watch", "wandb_name", "wandb_log_model", "wandb_run_id", "do_train", "do_eval", "stage", "strict",
-    "overwrite_cache", "preprocessing_num_workers", "dataloader_num_workers", "dataset_prepared_path", "saves_per_epoch",
-    "evals_per_epoch", "eval_strategy", "evaluation_strategy", "logging_dir", "special_tokens", "flash_attention",
-    "hub_model_id", "plugins", "debug", "local_rank", "resume_from_checkpoint", "ddp_timeout", "save_only_model",
+    "output_dir",
+    "logging_steps",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "overwrite_output_dir",
+    "plot_loss",
+    "report_to",
+    "wandb_watch",
+    "wandb_name",
+    "wandb_log_model",
+    "wandb_run_id",
+    "do_train",
+    "do_eval",
+    "stage",
+    "strict",
+    "overwrite_cache",
+    "preprocessing_num_workers",
+    "dataloader_num_workers",
+    "dataset_prepared_path",
+    "saves_per_epoch",
+    "evals_per_epoch",
+    "eval_strategy",
+    "evaluation_strategy",
+    "logging_dir",
+    "special_tokens",
+    "flash_attention",
+    "hub_model_id",
+    "plugins",
+    "debug",
+    "local_rank",
+    "resume_from_checkpoint",
+    "ddp_timeout",
+    "save_only_model",
 }
 
 
@@ -137,7 +166,9 @@ def _method(quantised: str) -> Callable[[Any, Translation], None]:
     return take
 
 
-def _lost(reason: str, *, unless: tuple[Any, ...] = (False, "no")) -> Callable[[str], Callable[[Any, Translation], None]]:
+def _lost(
+    reason: str, *, unless: tuple[Any, ...] = (False, "no")
+) -> Callable[[str], Callable[[Any, Translation], None]]:
     def named(key: str) -> Callable[[Any, Translation], None]:
         def take(value: Any, made: Translation) -> None:
             if value not in unless:
@@ -188,10 +219,14 @@ def _source(name: str, made: Translation) -> None:
 def _llamafactory_data(value: Any, made: Translation) -> None:
     names = [part.strip() for part in str(value).split(",")]
     if len(names) > 1:
-        made.lost.append(f"dataset: only {names[0]!r} of {', '.join(names)} is carried over; put the rows into one file")
+        made.lost.append(
+            f"dataset: only {names[0]!r} of {', '.join(names)} is carried over; put the rows into one file"
+        )
     _source(names[0], made)
     if "data" in made.tree and "dataset_name" in made.tree["data"]:
-        made.lost.append(f"dataset: {names[0]!r} is a name of dataset_info.json there; put its file or hub id into data")
+        made.lost.append(
+            f"dataset: {names[0]!r} is a name of dataset_info.json there; put its file or hub id into data"
+        )
 
 
 def _target(value: Any, made: Translation) -> None:

@@ -47,8 +47,14 @@ def scalar(text: str) -> bool | int | float | str | None:
         except ValueError:
             return text
     if _FLOAT.fullmatch(text) or _SPECIAL.fullmatch(text):
-        return float(text.replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf").replace(".nan", "nan")
-                     .replace(".NaN", "nan").replace(".NAN", "nan"))
+        return float(
+            text.replace(".inf", "inf")
+            .replace(".Inf", "inf")
+            .replace(".INF", "inf")
+            .replace(".nan", "nan")
+            .replace(".NaN", "nan")
+            .replace(".NAN", "nan")
+        )
     return text
 
 
@@ -100,6 +106,7 @@ class _Builder:
         if isinstance(node, yaml.SequenceNode):
             self._plain_tag(node, path, "tag:yaml.org,2002:seq")
             return [self._value(child, path, depth + 1) for child in node.value]
+        assert isinstance(node, yaml.ScalarNode)  # the third and last kind of node
         if node.style is None and not node.tag.startswith("tag:yaml.org,2002:"):
             self._problem(path, f"the tag {node.tag} is not read here", node)
         elif node.tag.startswith("tag:yaml.org,2002:python/"):

@@ -1,4 +1,4 @@
-"""Ray Train (V2) around a training loop: a group of processes with torch.distributed set up, gloo on CPU, NCCL on CUDA."""
+"""Ray Train (V2) around a training loop: processes with torch.distributed set up, gloo on CPU, NCCL on CUDA."""
 
 from __future__ import annotations
 

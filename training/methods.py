@@ -42,7 +42,7 @@ def attach(job: JobSpec, base: Base) -> PeftModel:
             use_dora=job.lora.use_dora,
         )
         try:
-            return get_peft_model(base.model, config)  # type: ignore[return-value]
+            return get_peft_model(base.model, config)
         except ValueError as error:
             raise UserError(f"lora.lora_target_modules is {wanted!r}, but {error}") from error
 

@@ -1,11 +1,11 @@
 """TrainingSession: the only training loop. It does not know who hosts it.
 
-    session = TrainingSession.build(job, base, data, schedule)
-    while not session.done:
-        session.advance(session.schedule.next_evaluation(session.step))
-        result = session.evaluate("validation")
-        session.save(folder)
-    session.close()
+session = TrainingSession.build(job, base, data, schedule)
+while not session.done:
+    session.advance(session.schedule.next_evaluation(session.step))
+    result = session.evaluate("validation")
+    session.save(folder)
+session.close()
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ class TrainingSession:
         self.peak_rate = learning_rate(job).value
         self.optimizer = build_optimizer(self.trained, job.train, self.peak_rate)
         split = data.splits["train"]
-        self.plan = BatchPlan(
-            split.lengths, schedule.batch_rows, job.train.seed, grouped=job.train.group_by_length
-        )
+        self.plan = BatchPlan(split.lengths, schedule.batch_rows, job.train.seed, grouped=job.train.group_by_length)
         self.autocast_dtype = _autocast_dtype(job, base.device)
         self.scaler = torch.amp.GradScaler(base.device.type, enabled=self.autocast_dtype is torch.float16)
         self._sums = torch.zeros(2, device=base.device)  # loss and targets since begin_report
@@ -99,10 +97,10 @@ class TrainingSession:
         return sum(parameter.numel() for parameter in self.trained)
 
     def advance(self, until: int, seconds: float = math.inf) -> dict[str, Any]:
-        """Train up to step `until`, or until about `seconds` have passed (one process alone may stop by the clock).
+        """Train up to step `until`, or for about `seconds` (only one process alone may stop by the clock).
 
-        Returns the mean loss since `begin_report` and what it cost. Raises TrainingFailure when a loss or a gradient is no
-        number.
+        Returns the mean loss since `begin_report` and what it cost. Raises TrainingFailure when a loss or a gradient
+        is no number.
         """
         began = time.perf_counter()
         while self.step < min(until, self.schedule.total_steps):
@@ -135,8 +133,9 @@ class TrainingSession:
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained, self.job.train.max_grad_norm)
         if not self.scaler.is_enabled() and self.base.device.type == "cpu" and not torch.isfinite(norm):
-            raise TrainingFailure("nan", f"the gradient was not a number in step {self.step + 1} "
-                                         f"(learning rate {self.peak_rate:.3g})")
+            raise TrainingFailure(
+                "nan", f"the gradient was not a number in step {self.step + 1} (learning rate {self.peak_rate:.3g})"
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -162,8 +161,9 @@ class TrainingSession:
             distributed.all_reduce(sums)
         loss_sum, targets = sums.tolist()
         if targets and not math.isfinite(loss_sum):
-            raise TrainingFailure("nan", f"the loss was not a number by step {self.step} "
-                                         f"(learning rate {self.peak_rate:.3g})")
+            raise TrainingFailure(
+                "nan", f"the loss was not a number by step {self.step} (learning rate {self.peak_rate:.3g})"
+            )
         done = self.step - 1 if self.step else 0
         rate = self.peak_rate * rate_factor(done, self.schedule.total_steps, self.job.train)
         return {
@@ -190,15 +190,18 @@ class TrainingSession:
         if self.ranks.rank == 0:
             with checkpoint.replaced_folder(folder) as scratch:
                 save_adapter(self.model, scratch)
-                checkpoint.save_state(scratch, {
-                    "step": self.step,
-                    "optimizer": self.optimizer.state_dict(),
-                    "scaler": self.scaler.state_dict(),
-                    "rng": states,
-                    "meter": self.meter.state(),
-                    "world_size": self.ranks.world_size,
-                    "extra": extra or {},
-                })
+                checkpoint.save_state(
+                    scratch,
+                    {
+                        "step": self.step,
+                        "optimizer": self.optimizer.state_dict(),
+                        "scaler": self.scaler.state_dict(),
+                        "rng": states,
+                        "meter": self.meter.state(),
+                        "world_size": self.ranks.world_size,
+                        "extra": extra or {},
+                    },
+                )
         if self.ranks.world_size > 1:
             distributed.barrier()
 
@@ -259,8 +262,9 @@ def load_adapter(model: Any, folder: Path) -> None:
     set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
 
 
-def evaluate(model: nn.Module, job: JobSpec, data: TokenData, split_name: str, device: torch.device,
-             ranks: Ranks | None = None) -> Scores:
+def evaluate(
+    model: nn.Module, job: JobSpec, data: TokenData, split_name: str, device: torch.device, ranks: Ranks | None = None
+) -> Scores:
     """Metrics of a model on one split; with several processes each takes every n-th pass and all get the result."""
     ranks = ranks or Ranks()
     split = data.splits[split_name]
@@ -292,8 +296,9 @@ def evaluate(model: nn.Module, job: JobSpec, data: TokenData, split_name: str, d
     return generation_scores(loss_R.astype(np.float64), detail_R, resamples)
 
 
-def _in_row_order(rows: list[np.ndarray], losses: list[np.ndarray], details: list[np.ndarray],
-                  ranks: Ranks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _in_row_order(
+    rows: list[np.ndarray], losses: list[np.ndarray], details: list[np.ndarray], ranks: Ranks
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What all processes found, by row: the resamples then pick the same rows for every model."""
     parts: list[Any] = [(rows, losses, details)]
     if ranks.world_size > 1:

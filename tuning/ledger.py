@@ -130,7 +130,9 @@ class Ledger:
     def ranked(self) -> list[Trial]:
         """Ended trials that have a score, best first; the sooner made first among equals."""
         scored = [(trial, self.best_score(trial)) for trial in self.run.trials() if trial.state.ended]
-        found = [(trial, score) for trial, score in scored if score is not None and trial.state is not TrialState.FAILED]
+        found = [
+            (trial, score) for trial, score in scored if score is not None and trial.state is not TrialState.FAILED
+        ]
         return [trial for trial, _ in sorted(found, key=lambda pair: pair[1], reverse=self.goal == "maximize")]
 
     def _keep_best(self) -> None:

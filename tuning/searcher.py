@@ -20,8 +20,15 @@ class ProposalSearcher(Searcher):
     raises that, so that a freed actor always finds a waiting trial and is reused instead of torn down.
     """
 
-    def __init__(self, ledger: Ledger, proposals: Proposals, total: int, most_open: int,
-                 make: Callable[[Assignment, int], Trial], stopping: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        proposals: Proposals,
+        total: int,
+        most_open: int,
+        make: Callable[[Assignment, int], Trial],
+        stopping: Callable[[], bool],
+    ) -> None:
         super().__init__()
         self.ledger, self.proposals, self.total, self.most_open = ledger, proposals, total, most_open
         self.make, self.stopping = make, stopping
@@ -81,8 +88,6 @@ class ProposalSearcher(Searcher):
 def tell(proposals: Proposals, ledger: Ledger, trial: Trial) -> None:
     """Tell the proposals how a trial ended, from its own record."""
     scores = {
-        int(row["step"]): float(row[ledger.metric])
-        for row in trial.evaluations()
-        if row.get(ledger.metric) is not None
+        int(row["step"]): float(row[ledger.metric]) for row in trial.evaluations() if row.get(ledger.metric) is not None
     }
     proposals.tell(trial.params()["assignment"], scores, trial.state)

@@ -267,7 +267,6 @@ class Sweep:
             return f"the budget of {budget.gpu_hours:g} GPU-hours is spent"
         return None
 
-
     def _gpu_hours(self) -> float:
         gpus = self.placement.workers * self.placement.gpus_per_worker
         lasts = [rows[-1] for trial in self.run.trials() if (rows := trial.metrics())]
@@ -286,7 +285,7 @@ class Sweep:
         names = [name for name in finalists if name == chosen or reached.get(name, -1) >= last - 1]
         base = [] if (self.run.path / "report" / "base.json").is_file() else [BASE]
         rows = ["test"] if not data.chosen_on_test else ["validation"]
-        splits = {name: rows for name in names} | {BASE: ["validation", *(rows if rows != ["validation"] else [])]}
+        splits = dict.fromkeys(names, rows) | {BASE: ["validation", *(rows if rows != ["validation"] else [])]}
         examine_all(self._work(data), [*base, *names], self.placement.slots, splits=splits)
 
     def _finish(self, interrupted: bool) -> ExitCode:

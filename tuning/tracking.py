@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jobs import files
 from jobs.run import Run, Trial
@@ -20,6 +20,8 @@ from jobs.spec import JobSpec
 if TYPE_CHECKING:
     from tuning.ledger import Listener
 
+Mode = Literal["online", "offline", "disabled"]
+_MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 _NOT_LOGGED = {"schema_version", "time", "intervals", "evaluated", "trainable_parameters"}
 
 
@@ -37,11 +39,12 @@ def trackers(run: Run, job: JobSpec, searching: bool) -> Iterator[list[Listener]
         mirror.close()
 
 
-def wandb_mode(job: JobSpec) -> str:
+def wandb_mode(job: JobSpec) -> Mode:
     """online, offline or disabled. `auto` is online only with a key at hand, and nothing ever prompts."""
     wanted = os.environ.get("WANDB_MODE") or job.tracking.mode
-    if wanted in ("disabled", "offline", "online"):
-        return wanted
+    for mode in _MODES:
+        if wanted == mode:
+            return mode
     return "online" if _logged_in(job) else "offline"
 
 
@@ -62,7 +65,7 @@ def _logged_in(job: JobSpec) -> bool:
 class WandbMirror:
     """One live W&B run for each live trial."""
 
-    def __init__(self, run: Run, job: JobSpec, mode: str, searching: bool) -> None:
+    def __init__(self, run: Run, job: JobSpec, mode: Mode, searching: bool) -> None:
         self.run, self.job, self.mode, self.searching = run, job, mode, searching
         self.open: dict[str, Any] = {}
         self.folder = run.path / "wandb"
@@ -147,8 +150,14 @@ class WandbMirror:
 
 def _wandb_name(key: str, *, evaluated: bool) -> str:
     """W&B's habit of panels by prefix: eval/accuracy, train/loss, system numbers by their own names."""
-    training = {"train_loss": "train/loss", "learning_rate": "train/learning_rate", "epoch": "train/epoch",
-                "samples": "train/samples", "step": "train/step", "tokens": "train/tokens"}
+    training = {
+        "train_loss": "train/loss",
+        "learning_rate": "train/learning_rate",
+        "epoch": "train/epoch",
+        "samples": "train/samples",
+        "step": "train/step",
+        "tokens": "train/tokens",
+    }
     if key in training:
         return training[key]
     if evaluated and key in ("accuracy", "f1", "precision", "recall", "loss", "perplexity", "rung"):

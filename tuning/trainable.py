@@ -22,7 +22,7 @@ from tuning.trial_run import TrialRun, Work, classify, halved, keep_traceback, p
 class WarmTrial(tune.Trainable):
     """One actor: set up once, then a trial after another through `reset_config`."""
 
-    def setup(self, config: dict[str, Any], work: Work) -> None:  # type: ignore[override]
+    def setup(self, config: dict[str, Any], work: Work) -> None:
         """Import, load the base, begin the first trial."""
         began = time.monotonic()
         self.work = work
@@ -59,10 +59,13 @@ class WarmTrial(tune.Trainable):
             self.base_loads += 1
         return self.base
 
-    def step(self) -> dict[str, Any]:  # type: ignore[override]
+    def step(self) -> dict[str, Any]:
         """One report, packed as Tune wants it (see `pack`)."""
-        loads = {"name": f"{os.uname().nodename}:{os.getpid()}", "base_loads": self.base_loads,
-                 "seconds": getattr(self, "setup_seconds", 0.0)}
+        loads = {
+            "name": f"{os.uname().nodename}:{os.getpid()}",
+            "base_loads": self.base_loads,
+            "seconds": getattr(self, "setup_seconds", 0.0),
+        }
         return pack(self._step() | {"actor": loads})
 
     def _step(self) -> dict[str, Any]:

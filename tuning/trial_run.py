@@ -126,7 +126,9 @@ class TrialRun:
     def _beat(self, row: dict[str, Any]) -> None:
         known = ("step", "samples", "train_loss", "tokens_per_second", "train_seconds")
         beat = {key: row[key] for key in known}
-        files.write_json(self.trial.path / "progress.json", beat | {"total": self.plan.total_steps, "time": time.time()})
+        files.write_json(
+            self.trial.path / "progress.json", beat | {"total": self.plan.total_steps, "time": time.time()}
+        )
 
     def _evaluated(self, session: TrainingSession) -> dict[str, Any]:
         scores = session.evaluate("validation")

@@ -10,9 +10,12 @@ def resume(run: OneRun, runs: Runs = DEFAULT_RUNS, quiet: Quiet = False, output:
     from cluster.backends import backend_for
     from cluster.machine import local_site
     from cluster.store import find_run
+    from commands.view import news
     from commands.watch import follow
 
     found = find_run(runs, run)
     backend = backend_for(local_site())
+    known: set[str] = set()
+    list(news(found, known))
     backend.resume(found)
-    follow(found, backend, quiet=quiet, output=output)
+    follow(found, backend, quiet=quiet, output=output, known=known)

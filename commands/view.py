@@ -142,9 +142,6 @@ def news(run: Run, seen: set[str]) -> Iterator[str]:
 def _all_news(run: Run) -> Iterator[str]:
     from evaluation.report import describe
 
-    phase = run.status().get("phase")
-    if phase:
-        yield f"{run.id}: {phase}"
     plan = files.read_json(run.path / "plan.json").get("job", {})
     metric, _ = _metric(plan)
     for trial in run.trials():
@@ -158,3 +155,6 @@ def _all_news(run: Run) -> Iterator[str]:
         if TrialState(status.get("state", "pending")).ended:
             reason = f": {status['reason']}" if status.get("reason") else ""
             yield f"{trial.id} ({what}) {status['state']}{reason}"
+    phase = run.status().get("phase")
+    if phase:
+        yield f"{run.id}: {phase}"

@@ -23,8 +23,11 @@ _LOOKS_PER_SECOND = 4
 _LINES_EVERY_SECONDS = 0.5
 
 
-def follow(run: Run, backend: Backend, *, quiet: bool, output: Format) -> None:
-    """Show a run until its driver has ended, then its report. Exits with the driver's code."""
+def follow(run: Run, backend: Backend, *, quiet: bool, output: Format, known: set[str] | None = None) -> None:
+    """Show a run until its driver has ended, then its report. Exits with the driver's code.
+
+    `known` are lines of `news` that were shown before.
+    """
     child: Any = getattr(backend, "child", None)
     if not quiet:
         say(f"run {run.id} in {run.path}")
@@ -34,7 +37,7 @@ def follow(run: Run, backend: Backend, *, quiet: bool, output: Format) -> None:
         elif sys.stdout.isatty():
             _live(run, child)
         else:
-            _lines(run, child)
+            _lines(run, child, known or set())
     code = _exit_code(child.returncode)
     show_end(run, code, quiet=quiet, output=output)
     raise typer.Exit(code)
@@ -78,11 +81,10 @@ def _live(run: Run, child: Any) -> None:
             time.sleep(1 / _LOOKS_PER_SECOND)
 
 
-def _lines(run: Run, child: Any) -> None:
+def _lines(run: Run, child: Any, seen: set[str]) -> None:
     """What changed, a line a change."""
     from commands.view import news
 
-    seen: set[str] = set()
     while True:
         ended = child.poll() is not None
         for line in news(run, seen):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from jobs.metrics import is_better
 from jobs.report import Recommendation, Row
 from jobs.rungs import Goal
 
 RULE = (
-    "cheapest configuration (fewest trained parameters, then least training time) that was trained to the end "
-    "and whose 95 % interval on the validation rows overlaps the best one's"
+    "of the best configurations that were trained to the end (as many as search.keep), the cheapest (fewest trained "
+    "parameters, then least training time) whose 95 % interval on the validation rows overlaps the best one's"
 )
 
 
-def recommend(rows: list[Row], metric: str, goal: Goal, labels: dict[str, str]) -> Recommendation:
-    """The recommendation for a table. `labels` has a trial's searched values in words.
+def recommend(rows: list[Row], metric: str, goal: Goal, labels: dict[str, str], keep: int) -> Recommendation:
+    """The recommendation for a table. `labels` has a trial's searched values in words; `keep` adapters are on disk.
 
     Trials that were cut are left out while any trial was trained to the end: a cut trial's score is of a shorter
     training, and its cost is not what it would be.
@@ -22,19 +21,16 @@ def recommend(rows: list[Row], metric: str, goal: Goal, labels: dict[str, str]) 
         row for row in rows if row.state in ("finished", "stopped", "running") and _score(row, metric) is not None
     ]
     whole = [row for row in scored if row.state == "finished"] or scored
-    whole = [row for row in whole if row.state != "failed"]
     if not whole:
         return Recommendation(trial_id=None, rule=RULE, sentence="No trial has a score yet, so there is none to ship.")
+    whole = sorted(whole, key=lambda row: _score(row, metric) or 0.0, reverse=goal == "maximize")[:keep]
     best = whole[0]
-    for row in whole[1:]:
-        if is_better(_score(row, metric) or 0.0, _score(best, metric), goal):
-            best = row
     alike = [row for row in whole if row is best or _overlap(row, best, metric)]
     chosen = min(alike, key=lambda row: (row.trainable_parameters or 0, row.train_seconds or 0.0))
     return Recommendation(
         trial_id=chosen.trial_id,
         rule=RULE,
-        sentence=_sentence(chosen, best, len(alike), metric, labels),
+        sentence=_sentence(chosen, best, len(alike), len(whole), metric, labels),
         adapter=f"trials/{chosen.trial_id}/adapter",
     )
 
@@ -48,11 +44,13 @@ def _overlap(row: Row, best: Row, metric: str) -> bool:
     return bool(own and other and own[0] <= other[1] and other[0] <= own[1])
 
 
-def _sentence(chosen: Row, best: Row, alike: int, metric: str, labels: dict[str, str]) -> str:
+def _sentence(chosen: Row, best: Row, alike: int, of: int, metric: str, labels: dict[str, str]) -> str:
     what = f"Ship {chosen.trial_id}" + (f" ({labels[chosen.trial_id]})" if labels.get(chosen.trial_id) else "")
     got = f"{metric} {_score(chosen, metric):.3f}{_span(chosen, metric)} on the validation rows"
+    if chosen is best and of == 1:
+        return f"{what}: {got}. It is the only configuration with a score."
     if chosen is best and alike == 1:
-        return f"{what}: it has the best {got}, and no other finished trial comes within the intervals."
+        return f"{what}: it has the best {got}, and no other's interval reaches it."
     if chosen is best:
         return (
             f"{what}: it has the best {got}, and none of the {alike - 1} that cannot be told apart from it is cheaper."

@@ -43,7 +43,7 @@ def build_report(run: Run) -> Report:
         held_out="validation" if facts.get("chosen_on_test") else "test",
         base=_base(run, facts),
         trials=ordered,
-        recommendation=recommend(ordered, metric.name, metric.goal, labels),
+        recommendation=recommend(ordered, metric.name, metric.goal, labels, job.search.keep if job.search else 1),
         wall_seconds=run.status().get("wall_seconds"),
         warnings=list(facts.get("warnings", [])) + _optimism(facts),
         versions=facts.get("versions", {}),

@@ -257,7 +257,8 @@ def _link(reading: _Reading) -> None:
             used = expression.names(expression.parse(value))
         except ValueError:
             continue  # the type check says what it must be
-        if used:
+        known = any(fields.full_path(name, path) in fields.leaves() for name in used)
+        if known or (used and not value.isidentifier()):  # a lone word that is no field is a wrong value, not a link
             links[path] = value
             reading.origins[path] = Origin("linked", value)
             block, _, leaf = path.rpartition(".")

@@ -44,6 +44,10 @@ def sentences(error: ValidationError) -> list[Problem]:
         sentence = _sentence(path, raw)
         if path in problems:  # the branches of a union: "a whole number", "'auto'"
             earlier = problems[path].sentence
+            if "finite number" in sentence + earlier:
+                continue_with = sentence if "finite number" in sentence else earlier
+                problems[path] = Problem(path, continue_with)
+                continue
             sentence = earlier if raw["type"] not in _WANTED else f"{earlier} or {_wanted(raw)}"
         problems[path] = Problem(path, sentence)
     return list(problems.values())

@@ -53,8 +53,8 @@ def load_rows(job: JobSpec) -> Rows:
     sha256 = {split: files.sha256_file(path) for split, path in sources.items()}
     read = {split: _read_split(path, job) for split, path in sources.items()}
     warnings: list[str] = []
+    labels = _labels(read, sources) if job.task == "classification" else ()
     rows = _three_splits(job.data, read, warnings)
-    labels = _labels(rows, sources) if job.task == "classification" else ()
     warnings += _duplicates(rows)
     test = rows["test"]
     return Rows(
@@ -319,7 +319,7 @@ def _labels(rows: dict[str, list[Row]], sources: dict[str, Path]) -> tuple[str, 
     if len(counts) > 1000:
         raise DataError(f"{sources['train']}: there are {len(counts)} labels; is data.label_column the right column?")
     for split in ("validation", "test"):
-        unknown = sorted({row.label for row in rows[split]} - set(counts))
+        unknown = sorted({row.label for row in rows.get(split, [])} - set(counts))
         if unknown:
             raise DataError(f"the {split} rows have labels that no training row has: {', '.join(unknown[:5])}")
     numeric = all(label.lstrip("-").isdigit() for label in counts)

@@ -372,8 +372,8 @@ class SearchSpec(Spec):
     """Trials of a random or tpe search; a grid has as many as it has combinations."""
     max_concurrent_trials: int | None = Field(None, ge=1)
     """Trials at once. Left out: as many as fit the machine."""
-    keep: int = Field(3, ge=1)
-    """Adapters to keep on disk: those of this many best trials."""
+    keep: int = Field(5, ge=1)
+    """Adapters to keep on disk: those of this many best trials, of which one is recommended."""
     budget: BudgetSpec = BudgetSpec()
     """Where the search ends early."""
     scheduler: SchedulerSpec = SchedulerSpec()

@@ -128,11 +128,12 @@ class Ledger:
         return best
 
     def ranked(self) -> list[Trial]:
-        """Ended trials that have a score, best first; the sooner made first among equals."""
-        scored = [(trial, self.best_score(trial)) for trial in self.run.trials() if trial.state.ended]
-        found = [
-            (trial, score) for trial, score in scored if score is not None and trial.state is not TrialState.FAILED
-        ]
+        """Trials trained to the end, best first, the sooner made first among equals; then the cut ones likewise."""
+        return self._ranked(TrialState.FINISHED) + self._ranked(TrialState.STOPPED)
+
+    def _ranked(self, state: TrialState) -> list[Trial]:
+        scored = [(trial, self.best_score(trial)) for trial in self.run.trials() if trial.state is state]
+        found = [(trial, score) for trial, score in scored if score is not None]
         return [trial for trial, _ in sorted(found, key=lambda pair: pair[1], reverse=self.goal == "maximize")]
 
     def _keep_best(self) -> None:

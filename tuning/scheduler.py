@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from jobs import files
 from jobs.run import Trial, TrialState
 from tuning.ledger import Ledger
+
+
+def host_failure(said: str) -> dict[str, str]:
+    """What a process that ended without a report died of, from Ray's words."""
+    if "creation task" in said or "TrainingFailedError" in said or "Traceback" in said:
+        last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "")
+        return {"failure_class": "code", "sentence": f"its process could not run: {last[:200]} (see traceback.txt)"}
+    sentence = "its process died (killed, out of memory, or its node was lost) on every attempt"
+    return {"failure_class": "worker_lost", "sentence": sentence}
 
 
 class RungScheduler(FIFOScheduler):
@@ -59,10 +70,12 @@ class RungScheduler(FIFOScheduler):
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         """A trial whose process died more often than it may: the others go on."""
         ours = self._ours(trial)
-        if not ours.state.ended:
-            sentence = "its process died (killed, out of memory, or its node was lost) on every attempt"
-            failure = {"failure_class": "worker_lost", "sentence": sentence}
-            self.ledger.end(ours, TrialState.FAILED, failure=failure, reason=sentence)
+        if ours.state.ended:
+            return
+        said = str(trial.get_pickled_error() or "")
+        if trial.error_file and Path(trial.error_file).is_file():
+            files.write_text(ours.path / "traceback.txt", Path(trial.error_file).read_text(errors="replace"))
+        self.ledger.end(ours, TrialState.FAILED, failure=host_failure(said), reason=host_failure(said)["sentence"])
 
     def _ours(self, trial: TuneTrial) -> Trial:
         return self.ledger.run.trial(trial.config["trial_id"])

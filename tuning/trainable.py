@@ -43,7 +43,7 @@ class WarmTrial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._end()
-        self.trial_id = config["trial_id"]
+        self.current_id = config["trial_id"]
         self.refused = None
         try:
             self.current = TrialRun(self.work, config, self.data)
@@ -93,7 +93,7 @@ class WarmTrial(tune.Trainable):
         return {"row": None, "done": False}
 
     def _failure(self, error: BaseException) -> dict[str, Any]:
-        keep_traceback(self.work, self.trial_id, error)
+        keep_traceback(self.work, self.current_id, error)
         return classify(error)
 
     def _end(self) -> None:

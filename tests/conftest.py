@@ -1,0 +1,169 @@
+"""Real parts, small: a BERT and a Llama of a few thousand weights made here, and rows that can be learnt."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.load import LoadedJob, load_text
+
+WORDS = """the a film plot actor scene very quite rather story it was is and but with of in""".split()
+GOOD = ["good", "great", "fine", "lovely", "superb"]
+BAD = ["bad", "poor", "awful", "dull", "weak"]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tokens of tests stay out of the user's cache; W&B and the hub are never asked."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("LORAFLEET_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setenv("WANDB_MODE", "offline")
+    patch.delenv("WANDB_API_KEY", raising=False)
+    yield
+    patch.undo()
+
+
+def opinions(count: int, seed: int) -> list[dict[str, str]]:
+    """Sentences with one telling word: a classifier can learn them, in the time that a test has."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        label = draw.choice(["good", "bad"])
+        words = [draw.choice(WORDS) for _ in range(draw.randint(3, 14))]
+        words.insert(draw.randrange(len(words) + 1), draw.choice(GOOD if label == "good" else BAD))
+        rows.append({"text": " ".join(words), "label": label})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def opinion_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("opinions")
+    return {
+        name: write_rows(folder / f"{name}.jsonl", opinions(count, seed))
+        for name, count, seed in (("train", 256, 1), ("validation", 64, 2), ("test", 64, 3))
+    }
+
+
+@pytest.fixture(scope="session")
+def question_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("questions")
+    files = {}
+    for name, count, seed in (("train", 96, 1), ("validation", 32, 2), ("test", 32, 3)):
+        rows = [{"prompt": f"is it {row['text']}", "completion": row["label"]} for row in opinions(count, seed)]
+        files[name] = write_rows(folder / f"{name}.jsonl", rows)
+    return files
+
+
+def _tokenizer(folder: Path, **special: str) -> int:
+    """A word-level tokenizer of the tests' words; returns the size of its vocabulary."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*special.values(), *WORDS, *GOOD, *BAD]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return len(words)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two layers, with random weights, in a local folder."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    size = _tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64, initializer_range=0.2,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers, with random weights, in a local folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    size = _tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, max_position_embeddings=128, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+JobMaker = Callable[..., LoadedJob]
+
+
+@pytest.fixture
+def bert_job(tiny_bert: Path, opinion_files: dict[str, Path], tmp_path: Path) -> JobMaker:
+    """A job on the tiny BERT; keyword arguments are overrides with `__` for the dots."""
+
+    def make(search: str = "", **overrides: object) -> LoadedJob:
+        text = f"""
+name: tiny
+task: classification
+model: {{model_name_or_path: "{tiny_bert}", max_length: 32}}
+data: {{train_file: "{opinion_files["train"]}", validation_file: "{opinion_files["validation"]}",
+       test_file: "{opinion_files["test"]}"}}
+lora: {{lora_r: 4, lora_alpha: "2*lora_r"}}
+train: {{per_device_train_batch_size: 8, learning_rate: 1e-2, max_steps: 8}}
+{search}
+"""
+        return load_text(text, tmp_path / "job.yaml", as_overrides(overrides))
+
+    return make
+
+
+@pytest.fixture
+def llama_job(tiny_llama: Path, question_files: dict[str, Path], tmp_path: Path) -> JobMaker:
+    def make(search: str = "", **overrides: object) -> LoadedJob:
+        text = f"""
+name: tiny-lm
+task: generation
+model: {{model_name_or_path: "{tiny_llama}", max_length: 48}}
+data: {{train_file: "{question_files["train"]}", validation_file: "{question_files["validation"]}",
+       test_file: "{question_files["test"]}"}}
+lora: {{lora_r: 4}}
+train: {{per_device_train_batch_size: 4, learning_rate: 1e-2, max_steps: 6}}
+{search}
+"""
+        return load_text(text, tmp_path / "job.yaml", as_overrides(overrides))
+
+    return make
+
+
+def as_overrides(values: dict[str, object]) -> tuple[str, ...]:
+    return tuple(f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in values.items())
+
+
+def lorafleet(*words: str | Path, cwd: Path, check: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the real command line in a process of its own."""
+    command = [str(Path(sys.executable).with_name("lorafleet")), *map(str, words)]
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=900, check=check
+    )

@@ -1,0 +1,162 @@
+"""Rungs, expressions, schedules, placement: numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobs import expression, rungs
+from jobs.errors import PlacementRefused, SpecProblems
+from jobs.placement import place
+from jobs.schedule import schedule
+from jobs.site import LocalSite
+from jobs.spec import TrainSpec
+from tests.conftest import JobMaker
+
+
+def test_rungs_are_powers_of_the_reduction_factor_and_end_at_max_t() -> None:
+    assert rungs.rung_levels(223, 2000, 3) == [223, 669, 2000]
+    assert rungs.rung_levels(1, 27, 3) == [1, 3, 9, 27]
+
+
+def test_a_rung_in_the_second_half_is_left_out() -> None:
+    assert rungs.rung_levels(222, 2000, 3) == [222, 666, 2000]  # 1998 would cut two rows before the end
+
+
+def test_the_default_grace_period_leaves_two_cuts() -> None:
+    assert rungs.rung_levels(rungs.default_grace_period(2000, 3), 2000, 3) == [223, 669, 2000]
+
+
+def test_the_second_rung_keeps_the_best_third() -> None:
+    assert rungs.rung_cutoff([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], 3, "minimize") == 0.5  # 6 / 3 = 2 kept: 0.4 and 0.5
+
+
+def test_the_first_to_arrive_goes_on_and_the_second_must_beat_it() -> None:
+    assert rungs.goes_on(0.5, [0.5], 3, "maximize")
+    assert rungs.goes_on(0.6, [0.5, 0.6], 3, "maximize")
+    assert not rungs.goes_on(0.4, [0.5, 0.4], 3, "maximize")
+
+
+def test_ties_go_on_and_nan_never_does() -> None:
+    assert rungs.goes_on(0.5, [0.5, 0.5, 0.5], 3, "maximize")
+    assert not rungs.goes_on(math.nan, [math.nan], 3, "maximize")
+    assert rungs.rung_cutoff([math.nan, 0.2], 3, "maximize") == 0.2
+
+
+def test_expected_survivors_of_three_arrivals_by_hand() -> None:
+    assert rungs.expected_survivors(3, 3) == pytest.approx(1 + 1 / 2 + 1 / 3)
+    assert rungs.expected_time(3, [1, 3], 3) == pytest.approx(3 * 1 + (1 + 1 / 2 + 1 / 3) * 2)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=1, max_size=40), st.integers(2, 5))
+def test_at_least_one_and_at_most_a_share_plus_ties_pass_a_full_rung(scores: list[float], eta: int) -> None:
+    passing = [score for score in scores if rungs.goes_on(score, scores, eta, "maximize")]
+    assert max(scores) in passing
+    assert len(set(passing)) <= max(1, len(scores) // eta)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2*lora_r", 32), ("lora_r/2", 8), ("max(8, lora_r//4)", 8), ("-lora_r + 20", 4), ("lora_r * 1.5", 24)],
+)
+def test_expressions(text: str, value: float) -> None:
+    result = expression.evaluate(expression.parse(text), {"lora_r": 16})
+    assert result == value
+    assert isinstance(result, int)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["__import__('os')", "9**9**9", "lora_r.__class__()", "[1][0]", "lambda: 1", "'a'*9", "x if y else z", "a and b",
+     "open('x')", "(1).real", "f'{x}'", "True + 1", "", "1;2", "max()", "max(x, key=y)"],
+)  # fmt: skip
+def test_what_is_not_arithmetic_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"expression|may hold|not a field name"):
+        tree = expression.parse(text)
+        expression.evaluate(tree, dict.fromkeys(expression.names(tree), 1))
+
+
+@given(st.text(max_size=60))
+def test_no_text_makes_the_parser_do_anything_but_refuse(text: str) -> None:
+    try:
+        tree = expression.parse(text)
+    except ValueError:
+        return
+    try:
+        result = expression.evaluate(tree, dict.fromkeys(expression.names(tree), 3))
+    except (ZeroDivisionError, OverflowError):
+        return
+    assert isinstance(result, int | float)
+
+
+def test_accumulation_is_derived_from_the_global_batch() -> None:
+    train = TrainSpec(per_device_train_batch_size=4, global_batch_size=32)
+    assert train.accumulation_steps(2) == 4
+    with pytest.raises(SpecProblems, match=r"4 x 3 = 12"):
+        train.accumulation_steps(3)
+
+
+ASHA = """
+search:
+  num_samples: 6
+  scheduler: {type: asha, time_attr: samples, max_t: 144, reduction_factor: 3}
+  parameters: {train.learning_rate: {distribution: log_uniform_values, min: 1e-4, max: 1e-2}}
+"""
+
+
+def test_a_searched_trial_is_evaluated_at_its_rungs(bert_job: JobMaker) -> None:
+    plan = schedule(bert_job(ASHA).job, 256, searching=True)
+    assert plan.rung_levels == (16, 48, 144)  # 144 / 9, times 3, times 3
+    assert plan.rung_steps == (2, 6, 18)  # 8 rows a step
+    assert plan.evaluation_steps == (2, 6, 18)
+    assert [plan.next_evaluation(step) for step in (0, 2, 17, 18)] == [2, 6, 18, 18]
+
+
+def test_train_does_not_look_at_the_search(bert_job: JobMaker) -> None:
+    plan = schedule(bert_job(ASHA).job, 256, searching=False)
+    assert (plan.total_steps, plan.rung_steps) == (8, (8,))
+
+
+def test_epochs_become_steps(bert_job: JobMaker) -> None:
+    job = bert_job(train__max_steps=None, train__num_train_epochs=1.5).job
+    assert schedule(job, 250, searching=False).total_steps == 48  # 32 steps an epoch of 250 rows, 8 a step
+    epochs = bert_job(ASHA, search__scheduler={"time_attr": "epoch", "max_t": 9, "grace_period": 1}).job
+    assert schedule(epochs, 80, searching=True).rung_steps == (10, 30, 90)
+
+
+LAPTOP = LocalSite(cpus=4, memory_gib=16.0)
+BOX = LocalSite(cpus=32, memory_gib=256.0, gpus=4, gpu_memory_gib=80.0)
+
+
+def test_trials_share_a_machine_by_what_is_scarcest(bert_job: JobMaker) -> None:
+    job = bert_job(ASHA).job
+    assert (place(job, LAPTOP, 10, 1.0).slots, place(job, LAPTOP, 10, 1.0).waves) == (4, 3)
+    assert place(job, LAPTOP, 10, 6.0).slots == 2
+    assert place(job, LAPTOP, 10, 6.0).limited_by == "memory"
+    assert place(job, LAPTOP, 3, 1.0).limited_by == "trials"
+    assert place(bert_job(ASHA, search__max_concurrent_trials=2).job, LAPTOP, 10, 1.0).slots == 2
+
+
+def test_gpus_are_used_where_they_are(bert_job: JobMaker) -> None:
+    place_on_box = place(bert_job(ASHA, resources__workers_per_node=2).job, BOX, 10, 1.0)
+    assert (place_on_box.slots, place_on_box.gpus_per_worker, place_on_box.limited_by) == (2, 1, "GPUs")
+    assert place(bert_job(ASHA, resources__device="cpu").job, BOX, 64, 1.0).slots == 32
+
+
+@pytest.mark.parametrize(
+    ("resources", "sentence"),
+    [
+        ({"workers_per_node": 8}, "each trial needs 8 CPU cores on one machine, and this one has 4"),
+        ({"device": "cuda"}, "resources.device is cuda, but this machine has no GPU"),
+        ({"gpus_per_node": 1}, "resources.gpus_per_node is 1, but this machine has no GPU"),
+        ({"num_nodes": 2}, "resources.num_nodes is 2, but this is one machine"),
+    ],
+)
+def test_what_cannot_fit_is_refused_in_one_sentence(
+    bert_job: JobMaker, resources: dict[str, object], sentence: str
+) -> None:
+    with pytest.raises(PlacementRefused, match=sentence):
+        place(bert_job(resources=resources).job, LAPTOP, 1, 1.0)

@@ -1,0 +1,175 @@
+"""The command line: quick, quiet about its insides, and right about names."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jobs.load import load_text
+from jobs.translate import translate
+from tests.conftest import ROOT, lorafleet, opinions, write_rows
+
+HEAVY = ("torch", "ray", "transformers", "peft", "matplotlib", "sklearn", "datasets", "wandb")
+
+
+def _modules_after(code: str) -> set[str]:
+    program = f"import sys; {code}; print(' '.join(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    return set(done.stdout.split())
+
+
+def test_the_control_plane_imports_nothing_heavy() -> None:
+    assert not _modules_after("import commands.cli") & set(HEAVY)
+
+
+@pytest.mark.parametrize("command", ["validate", "plan", "status", "report", "list", "sync", "doctor", "render"])
+def test_no_command_that_reads_imports_torch_or_ray(command: str, tmp_path: Path) -> None:
+    job = ROOT / "examples" / "quickstart.yaml"
+    words = [command, str(job)] if command in ("validate", "plan", "render") else [command]
+    if command == "sync":
+        words.append("nothing")
+    code = (
+        f"import sys; sys.argv = ['lorafleet', *{words!r}]; from commands.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "sys.stderr.write('LOADED ' + ' '.join(m for m in ('torch', 'ray', 'transformers') if m in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stderr.endswith("LOADED "), done.stderr[-300:]
+
+
+def test_help_lists_every_command(tmp_path: Path) -> None:
+    shown = lorafleet("--help", cwd=tmp_path).stdout
+    for command in ("sweep", "train", "plan", "validate", "report", "resume", "doctor", "init", "fetch", "import"):
+        assert command in shown
+
+
+def test_schema_is_a_schema(tmp_path: Path) -> None:
+    from jsonschema import Draft202012Validator
+
+    Draft202012Validator.check_schema(json.loads(lorafleet("schema", cwd=tmp_path).stdout))
+
+
+def test_validate_says_yes_and_no_in_json(tmp_path: Path) -> None:
+    good = lorafleet("validate", ROOT / "examples" / "quickstart.yaml", "--format", "json", cwd=tmp_path)
+    assert json.loads(good.stdout)["valid"] is True
+    bad = lorafleet("validate", ROOT / "examples" / "quickstart.yaml", "train.sed=1", "--format", "json", cwd=tmp_path)
+    assert bad.returncode == 2
+    assert "did you mean 'seed'" in json.loads(bad.stdout)["problems"][0]["sentence"]
+
+
+@pytest.mark.parametrize("columns", [("text", "label"), ("review", "sentiment")])
+def test_init_writes_a_job_that_loads(columns: tuple[str, str], tmp_path: Path) -> None:
+    rows = [dict(zip(columns, row.values(), strict=True)) for row in opinions(60, 4)]
+    write_rows(tmp_path / "my data.jsonl", rows)
+    done = lorafleet("init", "--task", "classification", "--train-file", "my data.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert lorafleet("validate", "job.yaml", cwd=tmp_path).returncode == 0
+    again = lorafleet("init", "--train-file", "my data.jsonl", cwd=tmp_path)
+    assert (again.returncode, "exists already" in again.stderr) == (2, True)
+
+
+def test_init_asks_for_the_column_it_cannot_guess(tmp_path: Path) -> None:
+    write_rows(tmp_path / "x.jsonl", [{"foo": "a", "bar": "b"}])
+    done = lorafleet("init", "--train-file", "x.jsonl", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "has the columns foo, bar: say which one with --text-column" in done.stderr
+
+
+AXOLOTL = """
+base_model: org/model
+load_in_8bit: true
+datasets:
+  - path: data.jsonl
+    type: alpaca
+val_set_size: 0.1
+sequence_len: 1024
+sample_packing: true
+adapter: lora
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+num_epochs: 4
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 2e-4
+bf16: auto
+output_dir: ./out
+"""
+LLAMAFACTORY = """
+model_name_or_path: org/model
+stage: sft
+finetuning_type: lora
+lora_target: q_proj,v_proj
+lora_rank: 8
+dataset: identity,alpaca_en_demo
+template: llama3
+cutoff_len: 2048
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+"""
+
+
+def test_imports_say_what_they_carry_and_what_they_lose(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(AXOLOTL)
+    done = lorafleet("import", "--from", "axolotl", "a.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    job = load_text(done.stdout, tmp_path / "job.yaml").job
+    assert (job.lora.lora_r, job.lora.lora_alpha, job.train.learning_rate) == (32, 16, 2e-4)
+    assert (job.model.max_length, job.train.gradient_accumulation_steps, job.data.format) == (1024, 4, "instruction")
+    for lost in ("load_in_8bit", "optimizer", "sample_packing"):
+        assert f"not carried over: {lost}" in done.stderr
+    made = translate("llamafactory", yaml.safe_load(LLAMAFACTORY), "x")
+    assert made.tree["lora"] == {"lora_target_modules": ["q_proj", "v_proj"], "lora_r": 8}
+    assert made.tree["train"]["mixed_precision"] == "bf16"
+    assert any("only 'identity' of identity, alpaca_en_demo" in line for line in made.lost)
+
+
+def test_fetch_lists_pins(tmp_path: Path) -> None:
+    assets = json.loads(lorafleet("fetch", "--list", "--format", "json", cwd=tmp_path).stdout)["assets"]
+    assert {asset["name"] for asset in assets} >= {"asset:minilm-l6", "asset:smollm2-135m-instruct",
+                                                   "asset:rotten-tomatoes", "asset:aclsum"}  # fmt: skip
+    assert all(len(asset["sha256"]) == 64 and asset["licence"] for asset in assets)
+
+
+def test_fetch_copies_the_examples(tmp_path: Path) -> None:
+    lorafleet("fetch", "--examples", cwd=tmp_path, check=True)
+    assert (tmp_path / "examples" / "quickstart.yaml").read_text() == (
+        ROOT / "examples" / "quickstart.yaml"
+    ).read_text()
+
+
+def test_an_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:
+    text = (ROOT / "examples" / "quickstart.yaml").read_text().replace("asset:minilm-l6 ", "no-such/model ")
+    (tmp_path / "job.yaml").write_text(text)
+    done = lorafleet("fetch", "job.yaml", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    assert "neither here nor reachable on the hub" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+
+
+def test_doctor_speaks_json(tmp_path: Path) -> None:
+    done = lorafleet("doctor", "--format", "json", cwd=tmp_path)
+    findings = {finding["what"]: finding["verdict"] for finding in json.loads(done.stdout)["findings"]}
+    assert findings["Python"] == findings["torch"] == findings["package names"] == "ok"
+
+
+def test_doctor_sees_a_foreign_package(tmp_path: Path) -> None:
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "__init__.py").touch()
+    done = lorafleet("doctor", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 3
+    assert "package 'training'" in done.stdout

@@ -1,0 +1,227 @@
+"""The job file: what it understands, what it refuses, and what it says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from jobs import fields, search, yaml12
+from jobs.errors import JobFileError, UserError
+from jobs.identity import Facts, trial_id
+from jobs.load import json_schema, load_job, load_text
+from jobs.spec import JobSpec, Spec
+from tests.conftest import ROOT, JobMaker, lorafleet
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+BAD_JOBS = sorted((ROOT / "tests" / "bad" / "jobs").glob("*.yaml"))
+MINIMAL = """
+name: x
+task: classification
+model: {model_name_or_path: asset:minilm-l6}
+data: {dataset_name: asset:rotten-tomatoes}
+"""
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_loads_and_fits_the_schema(path: Path) -> None:
+    loaded = load_job(path)
+    assert loaded.notes == ()  # examples speak our own words
+    Draft202012Validator(json_schema()).validate(yaml12.read(path.read_text()).value)
+
+
+@pytest.mark.parametrize("path", BAD_JOBS, ids=lambda path: path.stem)
+def test_every_bad_job_file_gets_its_sentence(path: Path) -> None:
+    expected = path.read_text().splitlines()[0].removeprefix("# expect: ")
+    with pytest.raises(JobFileError) as caught:
+        from cluster.check import check_names
+
+        check_names(load_job(path))
+    assert expected in str(caught.value)
+    assert all(line.startswith(f"{path}") for line in str(caught.value).splitlines())
+
+
+def test_there_are_at_least_thirty_bad_files() -> None:
+    from tests.unit.test_rows import BAD_DATA
+
+    assert len(BAD_JOBS) + len(BAD_DATA) >= 30
+
+
+def test_a_bad_file_ends_the_command_with_code_2_and_no_traceback(tmp_path: Path) -> None:
+    for command in ("validate", "sweep", "plan", "render"):
+        done = lorafleet(command, BAD_JOBS[0], cwd=tmp_path)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+def test_every_field_has_a_sentence() -> None:
+    def blocks(model: type[Spec]) -> list[type[Spec]]:
+        inner = [fields._block(field.annotation) for field in model.model_fields.values()]
+        return [model] + [deeper for block in inner if block for deeper in blocks(block)]  # type: ignore[arg-type]
+
+    for block in blocks(JobSpec):
+        for name, field in block.model_fields.items():
+            assert field.description, f"{block.__name__}.{name} has no sentence"
+
+
+def test_all_problems_are_reported_with_their_lines(tmp_path: Path) -> None:
+    text = MINIMAL + "train: {seed: -1}\nlora: {lora_ranl: 8}\n"
+    with pytest.raises(JobFileError) as caught:
+        load_text(text, tmp_path / "job.yaml")
+    assert str(caught.value).splitlines() == [
+        f"{tmp_path}/job.yaml:6: train.seed is -1, but must be at least 0",
+        f"{tmp_path}/job.yaml:7: lora.lora_ranl is not a known key; did you mean 'lora_r'?",
+    ]
+
+
+def test_yaml_1_2_scalars() -> None:
+    value = yaml12.read("a: 2e-4\nb: no\nc: 1:00:00\nd: 0o17\ne: 1_000\nf: '1'\ng: ~\nh: true\ni: 0x1f\nj: 017").value
+    assert value == {"a": 2e-4, "b": "no", "c": "1:00:00", "d": 15, "e": "1_000", "f": "1", "g": None, "h": True,
+                     "i": 31, "j": 17}  # fmt: skip
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+                    max_leaves=12))  # fmt: skip
+def test_what_yaml_dumps_we_read(value: object) -> None:
+    document = yaml12.read(yaml.safe_dump({"root": value}))
+    if "<<" not in json.dumps(value) and not document.problems:
+        assert document.value == {"root": value}
+
+
+def test_other_tools_words_are_understood_and_reported(tmp_path: Path) -> None:
+    text = """
+name: x
+task: classification
+base_model: asset:minilm-l6
+sequence_len: 128
+data: {dataset_name: asset:rotten-tomatoes}
+lora_rank: 4
+train: {num_epochs: 2, micro_batch_size: 8, lr: 1e-3}
+search:
+  metric: {name: eval_f1, goal: max}
+  parameters: {learning_rate: {distribution: loguniform, min: 1e-5, max: 1e-3}, r: [4, 8]}
+"""
+    loaded = load_text(text, tmp_path / "job.yaml")
+    job = loaded.job
+    assert (job.model.max_length, job.lora.lora_r, job.train.num_train_epochs) == (128, 4, 2)
+    assert (job.train.per_device_train_batch_size, job.train.learning_rate) == (8, 1e-3)
+    assert set(job.search.parameters) == {"train.learning_rate", "lora.lora_r"}  # type: ignore[union-attr]
+    assert job.metric.name == "f1"
+    assert "line 5: sequence_len is read as model.max_length" in loaded.notes
+    assert str(loaded.origins["lora.lora_r"]).startswith("alias")
+
+
+def test_an_alias_beside_the_real_key_is_a_contradiction(tmp_path: Path) -> None:
+    with pytest.raises(JobFileError, match=r"lora_rank means lora.lora_r, which is set as well"):
+        load_text(MINIMAL + "lora: {lora_r: 8, lora_rank: 4}\n", tmp_path / "job.yaml")
+
+
+def test_overrides_win_and_say_so(tmp_path: Path) -> None:
+    loaded = load_text(MINIMAL + "train: {seed: 1}\n", tmp_path / "job.yaml", ("train.seed=7", "lora.lora_r=4"))
+    assert (loaded.job.train.seed, loaded.job.lora.lora_r) == (7, 4)
+    assert loaded.resolved()["train.seed"] == {"value": 7, "origin": "override (train.seed=7)"}
+    assert loaded.resolved()["train.max_grad_norm"]["origin"] == "default"
+
+
+def test_relative_paths_start_at_the_job_file(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    text = MINIMAL.replace("dataset_name: asset:rotten-tomatoes", "train_file: rows.jsonl")
+    loaded = load_text(text, tmp_path / "sub" / "job.yaml")
+    assert loaded.job.data.train_file == str(tmp_path / "sub" / "rows.jsonl")
+
+
+LINKED = """
+lora: {lora_alpha: "2*lora_r"}
+search:
+  method: grid
+  parameters:
+    lora.lora_r: {values: [4, 8]}
+    train.learning_rate: {values: [1e-3, 1e-2]}
+    train.per_device_train_batch_size: "16 // lora_r * 4"
+"""
+
+
+def test_linked_values_follow_each_trial(tmp_path: Path) -> None:
+    job = load_text(MINIMAL + LINKED, tmp_path / "job.yaml").job
+    trials = [search.trial(job, assignment) for assignment in search.assignments(job)]
+    shown = [(t.lora.lora_r, t.lora.lora_alpha, t.train.per_device_train_batch_size) for t in trials]
+    assert shown == [(4, 8, 16), (4, 8, 16), (8, 16, 8), (8, 16, 8)]
+
+
+def test_random_draws_come_from_the_seed_and_stay_inside(tmp_path: Path) -> None:
+    text = (
+        MINIMAL
+        + """
+search:
+  seed: 3
+  parameters:
+    train.learning_rate: {distribution: log_uniform_values, min: 1e-4, max: 1e-2}
+    lora.lora_r: {distribution: q_uniform, min: 4, max: 64, q: 4}
+    lora.lora_dropout: {distribution: uniform, min: 0.0, max: 0.5}
+    train.seed: {distribution: int_uniform, min: 1, max: 3}
+"""
+    )
+    job = load_text(text, tmp_path / "job.yaml").job
+    first = list(itertools.islice(search.assignments(job), 50))
+    assert first == list(itertools.islice(search.assignments(job), 50))
+    assert all(1e-4 <= a["train.learning_rate"] <= 1e-2 for a in first)  # type: ignore[operator]
+    assert {a["lora.lora_r"] for a in first} <= set(range(4, 65, 4))
+    assert {a["train.seed"] for a in first} == {1, 2, 3}
+    for assignment in first:
+        search.trial(job, assignment)
+
+
+FACTS = Facts({"train": "aa", "validation": "bb"}, {"asset:minilm-l6": "cc"}, 1e-3)
+
+
+def _id(extra: str = "", facts: Facts = FACTS, **overrides: object) -> str:
+    from tests.conftest import as_overrides
+
+    return trial_id(load_text(MINIMAL + extra, Path("job.yaml"), as_overrides(overrides)).job, facts)
+
+
+def test_a_trials_id_depends_on_what_changes_its_weights_and_nothing_else() -> None:
+    same = _id()
+    unchanged: list[dict[str, object]] = [
+        {"name": "other"}, {"train__max_steps": 7}, {"train__num_train_epochs": 9}, {"tracking__project": "p"},
+        {"train__eval_steps": 3}, {"resources__cpus_per_worker": 4}, {"train__per_device_eval_batch_size": 2},
+        {"train__per_device_train_batch_size": 8, "train__gradient_accumulation_steps": 2},
+        {"resources__workers_per_node": 2, "train__per_device_train_batch_size": 8}, {"train__learning_rate": 1e-3},
+    ]  # fmt: skip
+    for overrides in unchanged:
+        assert _id(**overrides) == same, overrides
+    changed: list[dict[str, object]] = [
+        {"train__seed": 1}, {"lora__lora_r": 8}, {"train__learning_rate": 2e-3}, {"model__max_length": 64},
+        {"data__max_train_samples": 10}, {"train__per_device_train_batch_size": 8}, {"train__weight_decay": 0.1},
+    ]  # fmt: skip
+    for overrides in changed:
+        assert _id(**overrides) != same, overrides
+    assert _id(facts=Facts({"train": "zz", "validation": "bb"}, {"asset:minilm-l6": "cc"}, 1e-3)) != same
+    assert _id(facts=Facts({"train": "aa", "validation": "bb"}, {"asset:minilm-l6": "zz"}, 1e-3)) != same
+
+
+def test_configurations_that_train_alike_are_tried_once(bert_job: JobMaker) -> None:
+    job = bert_job("search: {num_samples: 20, parameters: {lora.lora_r: {values: [4, 8]}}}").job
+    found = search.known_assignments(job, lambda assignment: str(assignment))
+    assert len(found) == 2
+
+
+def test_trust_remote_code_needs_a_commit(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="40 hex digits"):
+        load_text(MINIMAL.replace("minilm-l6}", "minilm-l6, trust_remote_code: true, revision: main}"), tmp_path / "j")
+
+
+def test_environment_of_a_foreign_package_does_not_matter_to_the_control_plane(tmp_path: Path) -> None:
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "__init__.py").write_text("raise SystemExit('foreign')")
+    (tmp_path / "ok.yaml").write_text(MINIMAL)
+    assert lorafleet("validate", "ok.yaml", cwd=tmp_path).returncode == 0

@@ -1,0 +1,170 @@
+"""The user's rows: read, checked, named by file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs.errors import DataError
+from jobs.load import load_text
+from jobs.rows import Rows, load_rows, majority_share
+from jobs.spec import JobSpec
+from tests.conftest import write_rows
+
+GOOD_LINE = '{"text": "fine", "label": "a"}\n{"text": "bad", "label": "b"}\n'
+# name -> (file name, bytes, the sentence)
+BAD_DATA: dict[str, tuple[str, bytes, str]] = {
+    "not-json": ("x.jsonl", (GOOD_LINE + "{nope}\n").encode(), "x.jsonl:3: not JSON"),
+    "a-list-row": ("x.jsonl", b"[1, 2]\n", "x.jsonl:1: a row must be a JSON object"),
+    "no-label": ("x.jsonl", b'{"text": "a"}\n', "x.jsonl:1: no column 'label' (there are: text)"),
+    "empty-text": ("x.jsonl", (GOOD_LINE + '{"text": " ", "label": "a"}').encode(), "x.jsonl:3: text is empty"),
+    "number-text": ("x.jsonl", b'{"text": 3, "label": "a"}\n', "x.jsonl:1: text is 3, but must be a text"),
+    "null-label": ("x.jsonl", b'{"text": "a", "label": null}\n', "x.jsonl:1: label is null, but must be a text or"),
+    "float-label": ("x.jsonl", b'{"text": "a", "label": 0.5}\n', "x.jsonl:1: label is 0.5, but must be"),
+    "empty-file": ("x.jsonl", b"", "holds no rows"),
+    "one-class": ("x.jsonl", b'{"text": "a", "label": "p"}\n' * 9, "every training row has the label 'p'"),
+    "latin-1": ("x.jsonl", GOOD_LINE.encode() + b'{"text": "caf\xe9", "label": "a"}\n', "x.jsonl:3: not UTF-8 text"),
+    "wide-csv": ("x.csv", b"text,label\na,b\nc,d,e\n", "x.csv:3: has more columns than the header (2)"),
+    "no-such-column": ("x.csv", b"sentence,label\na,b\n", "no column 'text' (there are: sentence, label)"),
+    "json-not-a-list": ("x.json", b'{"text": "a"}', "must hold a JSON list of rows"),
+    "wrong-ending": ("x.xml", b"<a/>", "must be .jsonl, .json, .csv, .tsv or .parquet"),
+    "not-parquet": ("x.parquet", b"hello", "is not a Parquet file"),
+    "deep-json": ("x.jsonl", b"[" * 100_000, "x.jsonl:1: not JSON"),
+}
+
+
+def job_for(path: Path, task: str = "classification", **data: object) -> JobSpec:
+    block = json.dumps({"train_file": str(path), **data}, default=str)
+    text = f"name: x\ntask: {task}\nmodel: {{model_name_or_path: asset:minilm-l6}}\ndata: {block}\n"
+    return load_text(text, path.parent / "job.yaml").job
+
+
+def rows_of(path: Path, task: str = "classification", **data: object) -> Rows:
+    return load_rows(job_for(path, task, **data))
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_every_bad_data_file_gets_its_sentence(name: str, tmp_path: Path) -> None:
+    file, content, sentence = BAD_DATA[name]
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        rows_of(tmp_path / file)
+    assert sentence in str(caught.value)
+
+
+def test_ten_bad_rows_are_shown_and_the_others_counted(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "", "label": "a"}\n' * 25)
+    with pytest.raises(DataError) as caught:
+        rows_of(path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 11
+    assert lines[-1] == "and 15 more"
+
+
+def numbered(count: int, labels: str = "ab") -> list[dict[str, str]]:
+    return [{"text": f"row {index}", "label": labels[index % len(labels)]} for index in range(count)]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv", "json", "parquet"])
+def test_every_format_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
+    rows = numbered(20)
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "jsonl":
+        write_rows(path, rows)
+    elif suffix == "json":
+        path.write_text(json.dumps(rows))
+    elif suffix == "parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        comma = "," if suffix == "csv" else "\t"
+        path.write_text("".join(comma.join(row) + "\n" for row in [("text", "label"), *(r.values() for r in rows)]))
+    found = rows_of(path, validation_fraction=0.4)
+    everything = [*found.train, *found.validation, *found.test]
+    assert sorted(row.text for row in everything) == sorted(row["text"] for row in rows)
+    assert found.labels == ("a", "b")
+
+
+def test_what_is_not_given_is_held_back_and_no_row_is_on_two_sides(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "x.jsonl", numbered(100) + numbered(100))  # every row stands twice
+    found = rows_of(path, validation_fraction=0.2)
+    sides = [{row.text for row in rows} for rows in (found.train, found.validation, found.test)]
+    assert not sides[0] & sides[1]
+    assert not sides[1] & sides[2]
+    assert not sides[0] & sides[2]
+    assert (len(found.train), len(found.validation), len(found.test)) == (160, 20, 20)
+    assert any("stand more than once" in warning for warning in found.warnings)
+
+
+def test_without_rows_to_hold_back_the_choice_is_called_optimistic(tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "t.jsonl", numbered(20))
+    validation = write_rows(tmp_path / "v.jsonl", numbered(2))
+    found = rows_of(train, validation_file=str(validation))
+    assert found.chosen_on_test
+    assert found.test == found.validation
+    assert any("optimistic" in warning for warning in found.warnings)
+
+
+def test_leaked_rows_are_reported(tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "t.jsonl", numbered(20))
+    validation = write_rows(tmp_path / "v.jsonl", numbered(5))
+    found = rows_of(train, validation_file=str(validation), test_file=str(train))
+    assert "5 of 5 validation rows are also training rows: results are optimistic" in found.warnings
+
+
+def test_labels_of_validation_must_be_known(tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "t.jsonl", numbered(20))
+    validation = write_rows(tmp_path / "v.jsonl", numbered(6, "xyz"))
+    with pytest.raises(DataError, match="labels that no training row has: x, y, z"):
+        rows_of(train, validation_file=str(validation))
+
+
+def test_whole_numbers_are_labels_in_their_order(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "label": i % 12} for i in range(240)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert rows_of(path).labels == tuple(map(str, range(12)))
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        ({"prompt": "p", "completion": "c"}, (("user", "p"), ("assistant", "c"))),
+        ({"instruction": "i", "input": "x", "output": "o"}, (("user", "i\n\nx"), ("assistant", "o"))),
+        ({"instruction": "i", "input": None, "output": "o"}, (("user", "i"), ("assistant", "o"))),
+        ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
+                       {"role": "assistant", "content": "a"}]}, (("system", "s"), ("user", "u"), ("assistant", "a"))),
+    ],
+)  # fmt: skip
+def test_generation_formats_become_conversations(
+    record: dict[str, object], messages: tuple[tuple[str, str], ...], tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "x.jsonl", [record] * 10 + [record])
+    (tmp_path / "v.jsonl").write_text(path.read_text())
+    found = rows_of(path, "generation", validation_file=str(tmp_path / "v.jsonl"))
+    assert found.train[0].messages == messages
+
+
+@pytest.mark.parametrize(
+    ("messages", "sentence"),
+    [
+        ([], "messages must be a list"),
+        ([{"role": "robot", "content": "x"}], "role is 'robot', but must be one of"),
+        ([{"role": "user", "content": "x"}], "the last of messages must be the assistant's"),
+        ([{"role": "assistant", "content": 3}], "with a text as content"),
+    ],
+)
+def test_bad_conversations_are_named(messages: object, sentence: str, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "x.jsonl", [{"messages": messages}])
+    with pytest.raises(DataError, match=sentence):
+        rows_of(path, "generation")
+
+
+def test_majority_share(tmp_path: Path) -> None:
+    found = rows_of(write_rows(tmp_path / "x.jsonl", numbered(90, "aab")))
+    assert majority_share([*found.train, *found.validation, *found.test]) == pytest.approx(2 / 3)

@@ -1,0 +1,280 @@
+"""A run's files, and what is read from them: no service, no torch."""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from cluster import store
+from cluster.local import write_run
+from cluster.planning import make_plan
+from evaluation.recommend import recommend
+from evaluation.render import html, markdown, table_csv, terminal
+from evaluation.report import build_report, report_json, write_report
+from jobs import files
+from jobs.errors import RunError
+from jobs.load import LoadedJob
+from jobs.report import Row
+from jobs.run import Run, RunState, TrialState
+from jobs.site import LocalSite
+from tests.conftest import JobMaker, lorafleet
+
+EVIL = "<script>alert('x')</script>"
+BASE = {"validation": 0.5, "test": 0.49}
+SEARCH = """
+search:
+  num_samples: 3
+  scheduler: {max_t: 72, reduction_factor: 3}
+  parameters: {lora.lora_r: {values: [2, 4, 8]}, train.seed: {values: [1, 2]}}
+"""
+
+
+def test_a_torn_last_line_is_passed_over_and_closed(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    files.append_jsonl(path, {"step": 1})
+    with path.open("a") as file:
+        file.write('{"step": 2, "lo')
+    files.append_jsonl(path, {"step": 3})
+    assert [row["step"] for row in files.read_jsonl(path)] == [1, 3]
+    assert all(row["schema_version"] == 1 for row in files.read_jsonl(path))
+
+
+def _rewrite_for_ever(path: Path) -> None:
+    number = 0
+    while True:
+        number += 1
+        files.write_json(path, {"number": number, "padding": "x" * 50_000})
+
+
+def test_a_writer_killed_at_any_time_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "status.json"
+    for delay in (0.05, 0.11, 0.17):
+        writer = multiprocessing.get_context("spawn").Process(target=_rewrite_for_ever, args=(path,))
+        writer.start()
+        while not path.exists():
+            time.sleep(0.01)
+        time.sleep(delay)
+        os.kill(int(writer.pid or 0), signal.SIGKILL)
+        writer.join()
+        assert len(json.loads(path.read_text())["padding"]) == 50_000
+
+
+def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "x.json", {"a": float("nan"), "b": [float("inf"), 1.0]})
+    assert files.read_json(tmp_path / "x.json") == {"schema_version": 1, "a": None, "b": [None, 1.0]}
+
+
+def test_a_run_moves_only_where_it_can(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "x")
+    run.mark_running()
+    assert run.alive()
+    run.set_state(RunState.FINISHED)
+    with pytest.raises(RunError, match="is finished and cannot become stopped"):
+        run.set_state(RunState.STOPPED)
+
+
+def test_a_run_whose_driver_was_killed_is_not_alive(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "x")
+    sleeper = subprocess.Popen(["sleep", "60"])
+    run.mark_running()
+    files.write_json(run.path / "status.json", run.status() | {"pid": sleeper.pid})
+    assert not run.alive()  # another process has that number: it began at another time
+    sleeper.kill()
+    sleeper.wait()
+
+
+@pytest.fixture
+def finished(bert_job: JobMaker, tmp_path: Path) -> Run:
+    """A run as a sweep leaves it, written by the functions that a sweep writes it with."""
+    loaded = bert_job(SEARCH)
+    site = LocalSite(cpus=2, memory_gib=8.0)
+    run = write_run(make_plan(loaded, site, "sweep"), loaded, tmp_path / "runs")
+    files.write_json(run.path / "facts.json", {
+        "rows": {"train": 256, "validation": 64, "test": 64}, "labels": [EVIL, "b"], "warnings": [EVIL],
+        "versions": {"torch": "2"}, "data_sha256": {"train": "ab"}, "model_revisions": {},
+    })  # fmt: skip
+    run.mark_running()
+    scores = {"aaaa": (0.70, 1000, "finished"), "bbbb": (0.71, 4000, "finished"), "cccc": (0.30, 500, "stopped")}
+    for index, (name, (score, size, state)) in enumerate(scores.items()):
+        trial = run.add_trial(name, index, {"lora.lora_r": 2 ** (index + 1), "train.seed": 1})
+        for step in (1, 3):
+            value = score - 0.01 * (3 - step)
+            files.append_jsonl(trial.path / "metrics.jsonl", {
+                "step": step, "samples": 8 * step, "evaluated": True, "rung": step // 3, "accuracy": value, "f1": value,
+                "precision": value, "recall": value, "loss": 1 - value, "train_loss": float("nan") if index else 0.5,
+                "intervals": {"accuracy": [value - 0.05, value + 0.05]}, "train_seconds": step, "eval_seconds": 1,
+                "tokens": 100, "tokens_per_second": 50.0, "samples_per_second": 8.0, "peak_memory_gib": 0.5,
+                "trainable_parameters": size,
+            })  # fmt: skip
+        trial.set_state(TrialState(state), rung=1)
+        (trial.path / "adapter").mkdir()
+    broken = run.add_trial("dddd", 3, {"lora.lora_r": 2, "train.seed": 2})
+    broken.set_state(TrialState.FAILED, failure={"failure_class": "nan", "sentence": f"loss {EVIL} = | `x`"})
+    test = {"accuracy": 0.69, "f1": 0.69, "precision": 0.7, "recall": 0.7, "loss": 0.6}
+    files.write_json(run.trial("aaaa").path / "test.json", {"test": {"metrics": test, "intervals": {}}})
+    base = {split: {"metrics": {"accuracy": score}, "intervals": {}} for split, score in BASE.items()}
+    files.write_json(run.path / "report" / "base.json", base)
+    run.set_state(RunState.FINISHED, wall_seconds=12.0)
+    return run
+
+
+def test_the_report_has_the_shape_that_is_promised(finished: Run) -> None:
+    data = json.loads(report_json(build_report(finished)))
+    assert set(data) >= {"run", "base", "trials", "recommendation", "schema_version"}
+    assert set(data["base"]) >= {"metrics", "test_metrics"}
+    assert data["base"]["test_metrics"] == {"accuracy": 0.49}
+    trial = data["trials"][0]
+    promised = {"trial_id", "state", "rung", "params", "metrics", "train_seconds", "samples_per_second",
+                "tokens_per_second", "peak_memory_gib", "trainable_parameters", "test_metrics"}  # fmt: skip
+    assert set(trial) >= promised
+    assert set(trial["metrics"]) == {"accuracy", "f1", "precision", "recall", "loss"}
+    states = {row["trial_id"]: (row["state"], row["rung"], row["test_metrics"] is None) for row in data["trials"]}
+    assert states == {"aaaa": ("finished", 1, False), "bbbb": ("finished", 1, True), "cccc": ("stopped", 1, True),
+                      "dddd": ("failed", None, True)}  # fmt: skip
+    assert set(data["recommendation"]) >= {"trial_id", "rule", "sentence"}
+
+
+def test_the_cheapest_that_cannot_be_told_from_the_best_is_recommended(finished: Run) -> None:
+    found = build_report(finished).recommendation
+    assert found.trial_id == "aaaa"  # 0.70 +- 0.05 against 0.71 +- 0.05, with a quarter of the parameters
+    assert "cannot be told apart from the best (bbbb: 0.710" in found.sentence
+
+
+def row(name: str, score: float, size: int, state: str = "finished", half: float = 0.02) -> Row:
+    return Row.model_validate(
+        {"trial_id": name, "state": state, "metrics": {"accuracy": score}, "trainable_parameters": size,
+         "intervals": {"accuracy": (score - half, score + half)}, "train_seconds": 1.0}
+    )  # fmt: skip
+
+
+def test_recommendations_by_hand() -> None:
+    def chosen(*rows: Row, keep: int = 5) -> str | None:
+        return recommend(list(rows), "accuracy", "maximize", {}, keep).trial_id
+
+    assert chosen(row("a", 0.90, 900), row("b", 0.80, 100)) == "a"  # the intervals do not meet
+    assert chosen(row("a", 0.90, 900), row("b", 0.88, 100)) == "b"
+    assert chosen(row("a", 0.90, 900), row("b", 0.88, 100), keep=1) == "a"  # b's adapter is not on disk
+    assert chosen(row("a", 0.80, 900), row("cut", 0.81, 100, "stopped")) == "a"
+    assert chosen(row("cut", 0.81, 100, "stopped")) == "cut"
+    assert chosen(row("x", 0.9, 1, "failed")) is None
+    assert chosen() is None
+
+
+class _Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [str(value) for name, value in attrs if name in ("src", "href")]
+
+
+def test_the_page_is_self_contained_and_escapes_what_is_not_ours(finished: Run) -> None:
+    page = html(build_report(finished))
+    assert EVIL not in page
+    assert "&lt;script&gt;" in page
+    parsed = _Page()
+    parsed.feed(page)
+    assert "script" not in parsed.tags
+    assert all(source.startswith("data:") for source in parsed.sources)
+    assert parsed.tags.count("img") == 3
+    assert "default-src 'none'" in page
+
+
+def test_no_text_of_the_data_becomes_markup_elsewhere(finished: Run) -> None:
+    report = build_report(finished)
+    assert "<script>" not in markdown(report)
+    assert "\\|" in markdown(report)
+    assert (
+        table_csv(report).splitlines()[0].startswith("trial_id,state,rung,recommended,lora.lora_r,train.seed,accuracy")
+    )
+    from rich.console import Console
+
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(terminal(report))
+    assert "aaaa" in console.export_text()
+
+
+def test_the_recommended_adapter_gets_a_card(finished: Run) -> None:
+    write_report(finished)
+    card = (finished.trial("aaaa").adapter / "README.md").read_text()
+    assert "base_model" in card
+    assert "SHA-256 `ab`" in card
+    manifest = files.read_json(finished.trial("aaaa").adapter / "manifest.json")
+    assert manifest["trial_id"] == "aaaa"
+    for name in ("report.html", "report.md", "report.csv", "report.json"):
+        assert (finished.path / "report" / name).stat().st_size > 100
+
+
+def test_runs_are_found_by_id_name_folder_or_as_the_newest(finished: Run) -> None:
+    runs = finished.path.parent
+    assert store.find_run(runs, None).id == finished.id
+    assert store.find_run(runs, "tiny").id == finished.id
+    assert store.find_run(runs, finished.id).id == finished.id
+    assert store.find_run(Path("elsewhere"), str(finished.path)).id == finished.id
+    with pytest.raises(RunError, match="did you mean"):
+        store.find_run(runs, finished.id[:-1])
+
+
+def test_clean_never_touches_a_running_or_unsynced_run(finished: Run) -> None:
+    offline = finished.path / "wandb" / "wandb" / "offline-run-1-x"
+    offline.mkdir(parents=True)
+    assert "has not been uploaded" in str(store.clean(finished, dry_run=False).kept_because)
+    (offline / "run-x.wandb.synced").touch()
+    assert store.clean(finished, dry_run=True).bytes > 0
+    assert finished.path.exists()
+    running = Run.create(finished.path.parent, "other")
+    running.mark_running()
+    assert "it is running" in str(store.clean(running, dry_run=False).kept_because)
+    assert store.clean(finished, dry_run=False).kept_because is None
+    assert not finished.path.exists()
+    assert [run.id for run in store.all_runs(running.path.parent)] == [running.id]
+
+
+def test_a_copied_run_is_read_elsewhere(finished: Run, tmp_path: Path) -> None:
+    import shutil
+
+    copied = Run(Path(shutil.copytree(finished.path, tmp_path / "moved" / finished.id)))
+    assert report_json(build_report(copied)) == report_json(build_report(finished))
+
+
+def test_commands_that_read_a_run(finished: Run, tmp_path: Path) -> None:
+    runs = finished.path.parent
+    for words in (("status",), ("report",), ("list",), ("logs", "tiny", "aaaa"), ("clean", "tiny", "--dry-run")):
+        done = lorafleet(*words, "--runs", runs, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert any(word in done.stdout for word in ("aaaa", finished.id, "step=1"))
+    for words in (("status",), ("report",), ("list",)):
+        json.loads(lorafleet(*words, "--format", "json", "--runs", runs, cwd=tmp_path).stdout)
+    missing = lorafleet("report", "nothing", "--runs", runs, cwd=tmp_path)
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert "there is no run 'nothing'" in missing.stderr
+
+
+def _plan(loaded: LoadedJob, cpus: int = 2) -> dict[str, object]:
+    return make_plan(loaded, LocalSite(cpus=cpus, memory_gib=8.0), "sweep").model_dump()
+
+
+def test_a_plan_shows_every_trial_and_what_asha_saves(bert_job: JobMaker) -> None:
+    plan = _plan(bert_job(SEARCH))
+    assert len(plan["trials"]) == 3  # type: ignore[arg-type]
+    assert (plan["worst_samples"], plan["rung_levels"]) == (3 * 72, [8, 24, 72])
+    assert plan["expected_samples"] < plan["worst_samples"]  # type: ignore[operator]
+    assert len({trial["trial_id"] for trial in plan["trials"]}) == 3  # type: ignore[attr-defined]
+
+
+def test_a_plan_of_tpe_shows_the_start_up_trials_and_counts_the_others(bert_job: JobMaker) -> None:
+    search = SEARCH.replace("num_samples: 3", "num_samples: 16\n  method: tpe").replace("[1, 2]", "[1,2,3,4,5,6]")
+    plan = _plan(bert_job(search))
+    assert (len(plan["trials"]), plan["later_trials"]) == (10, 6)  # type: ignore[arg-type]

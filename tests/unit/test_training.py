@@ -1,0 +1,322 @@
+"""The training core on real torch, transformers and PEFT: what it sums, what it forgets, what it remembers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+
+from evaluation.metrics import classification_scores, generation_scores
+from jobs.errors import TrainingFailure
+from jobs.schedule import schedule
+from jobs.search import trial
+from jobs.spec import JobSpec, TrainSpec
+from tests.conftest import JobMaker
+from training.data import BatchPlan, TokenData, fit, make_batch, passes, prepare
+from training.loss import LossModule
+from training.model import Base, load_base
+from training.optim import rate_factor
+from training.session import TrainingSession
+from tuning.trial_run import classify, halved
+
+CPU = torch.device("cpu")
+
+
+def session(job: JobSpec, base: Base | None = None) -> TrainingSession:
+    data = prepare(job)
+    base = base or load_base(job, len(data.labels), CPU)
+    return TrainingSession.build(job, base, data, schedule(job, len(data.splits["train"]), searching=False))
+
+
+def finish(made: TrainingSession) -> tuple[float, dict[str, torch.Tensor]]:
+    """(training loss, trained values) at the end."""
+    made.begin_report()
+    loss = made.advance(made.schedule.total_steps)["train_loss"]
+    return loss, {name: value.detach().clone() for name, value in made.model.named_parameters() if value.requires_grad}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def checksum(model: torch.nn.Module) -> float:
+    return float(sum(p.detach().double().abs().sum() for n, p in model.named_parameters() if "classifier" not in n))
+
+
+# ---- batches ----
+
+
+@given(st.integers(1, 70), st.integers(1, 12), st.booleans())
+@settings(max_examples=40)
+def test_every_epoch_shows_every_row_once(rows: int, batch: int, grouped: bool) -> None:
+    plan = BatchPlan(np.arange(1, rows + 1), batch, seed=1, grouped=grouped)
+    steps = 32 * rows // np.gcd(32 * batch, rows) // 32 * 1 or 1
+    stretch = 32 * batch
+    whole = stretch * rows // np.gcd(stretch, rows)  # rows after which stretches and epochs end together
+    steps = min(whole // batch, 2000)
+    seen = np.concatenate([plan.rows(step) for step in range(steps)])
+    assert len(seen) == steps * batch
+    if steps == whole // batch:
+        assert set(np.bincount(seen, minlength=rows)) == {whole // rows}
+
+
+def test_the_order_is_the_seeds_alone_and_groups_like_lengths() -> None:
+    lengths = np.random.default_rng(0).integers(5, 100, 640)
+    one, same, other = (BatchPlan(lengths, 8, seed, grouped=True) for seed in (1, 1, 2))
+    assert [one.rows(s).tolist() for s in (3, 40, 7)] == [same.rows(s).tolist() for s in (3, 40, 7)]
+    assert one.rows(3).tolist() != other.rows(3).tolist()
+    plain = BatchPlan(lengths, 8, 1, grouped=False)
+
+    def padding(plan: BatchPlan) -> float:
+        cells = sum(8 * lengths[plan.rows(step)].max() for step in range(80))
+        return 1 - sum(lengths[plan.rows(step)].sum() for step in range(80)) / cells
+
+    assert padding(one) < 0.1 < padding(plain)
+
+
+def test_two_processes_share_the_passes_of_one() -> None:
+    rows = np.arange(16)
+    alone = [chunk.tolist() for chunk in passes(rows, 4, 0, 1)]
+    dealt = [[chunk.tolist() for chunk in passes(rows, 4, rank, 2)] for rank in (0, 1)]
+    assert dealt == [[alone[0], alone[2]], [alone[1], alone[3]]]
+
+
+def test_a_long_row_loses_the_middle_of_its_prompt_and_keeps_its_answer() -> None:
+    prompt, answer = fit(list(range(100)), [7] * 20, 60)
+    assert (len(prompt), len(answer)) == (40, 20)
+    assert prompt == [*range(24), *range(84, 100)]
+    prompt, answer = fit([1] * 10, [7] * 200, 60)
+    assert len(prompt) + len(answer) == 60
+    assert len(prompt) == 10
+
+
+# ---- loss ----
+
+
+def test_only_the_answer_is_learnt(llama_job: JobMaker) -> None:
+    data = prepare(llama_job().job)
+    split = data.splits["train"]
+    batch = make_batch(split, np.arange(4), data.pad_id, CPU, classifies=False)
+    learnt = (batch.labels != -100).sum().item()
+    assert learnt == batch.targets == 4 * 2  # one word and the end token a row
+
+
+def test_the_loss_is_that_of_the_whole_logits(llama_job: JobMaker) -> None:
+    """Against transformers' own loss, which works out every position."""
+    job = llama_job().job
+    data = prepare(job)
+    base = load_base(job, 0, CPU)
+    batch = make_batch(data.splits["train"], np.arange(8), data.pad_id, CPU, classifies=False)
+    ours, per_row = LossModule(base.model, job.task)(batch)
+    theirs = base.model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, labels=batch.labels).loss
+    assert ours.item() / batch.targets == pytest.approx(theirs.item(), rel=1e-5)
+    assert per_row.sum().item() == pytest.approx(ours.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bert_job", "llama_job"])
+def test_accumulation_does_not_change_the_loss(kind: str, request: pytest.FixtureRequest) -> None:
+    """The same rows a step in 1, 2 or 4 passes: the sums are divided by all targets, not averaged by pass."""
+    make: JobMaker = request.getfixturevalue(kind)
+    results = []
+    for rows, accumulation in ((8, 1), (4, 2), (2, 4)):
+        job = make(train__per_device_train_batch_size=rows, train__gradient_accumulation_steps=accumulation).job
+        made = session(job)
+        loss, _ = finish(made)
+        results.append((loss, made.evaluate().metrics["loss"]))
+    for loss, validation in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-4)
+        assert validation == pytest.approx(results[0][1], rel=1e-4)
+
+
+# ---- warm bases ----
+
+
+@pytest.mark.parametrize("kind", ["bert_job", "llama_job"])
+def test_a_trial_is_the_same_alone_and_after_another(kind: str, request: pytest.FixtureRequest) -> None:
+    make: JobMaker = request.getfixturevalue(kind)
+    first, second = make(lora__lora_r=8, train__seed=1).job, make(lora__lora_r=4, train__seed=2).job
+    alone = finish(session(second))
+    data = prepare(first)
+    base = load_base(first, len(data.labels), CPU)
+    before = checksum(base.model)
+    earlier = session(first, base)
+    finish(earlier)
+    earlier.close()
+    assert checksum(base.model) == before
+    after = finish(session(second, base))
+    assert after[0] == alone[0]
+    assert equal(after[1], alone[1])
+
+
+def test_dropout_is_the_trials_own(bert_job: JobMaker) -> None:
+    job = bert_job(lora__lora_dropout=0.3).job
+    one = finish(session(job))
+    torch.rand(17)  # something else drew from the same generator in between
+    assert equal(one[1], finish(session(job))[1])
+
+
+def test_the_base_learns_nothing(bert_job: JobMaker) -> None:
+    job = bert_job().job
+    data = prepare(job)
+    base = load_base(job, len(data.labels), CPU)
+    made = session(job, base)
+    trained = sum(p.numel() for p in made.model.parameters() if p.requires_grad)
+    assert made.trainable_parameters == trained
+    assert all("lora_" in n or "classifier" in n for n, p in made.model.named_parameters() if p.requires_grad)
+
+
+# ---- resume ----
+
+
+@pytest.mark.parametrize("kind", ["bert_job", "llama_job"])
+def test_a_resumed_trial_ends_where_an_unbroken_one_does(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    make: JobMaker = request.getfixturevalue(kind)
+    job = make(lora__lora_dropout=0.2, train__weight_decay=0.1).job
+    unbroken = session(job)
+    unbroken.begin_report()
+    unbroken.advance(3)
+    unbroken.begin_report()
+    loss = unbroken.advance(100)["train_loss"]
+    broken = session(job)
+    broken.begin_report()
+    broken.advance(3)
+    broken.save(tmp_path / "c", {"best": 0.5})
+    torch.manual_seed(999)
+    resumed = session(job)
+    assert resumed.load(tmp_path / "c") == {"best": 0.5}
+    assert resumed.step == 3
+    resumed.begin_report()
+    assert resumed.advance(100)["train_loss"] == loss
+    values = [dict(made.model.named_parameters()) for made in (unbroken, resumed)]
+    assert all(torch.equal(values[0][name], values[1][name]) for name in values[0])
+    assert resumed.meter.samples == unbroken.meter.samples
+
+
+def test_a_checkpoint_that_was_being_replaced_when_all_died_is_found_again(tmp_path: Path) -> None:
+    from training.checkpoint import settled
+
+    (tmp_path / "last.old").mkdir()
+    (tmp_path / "last.old" / "x").touch()
+    (tmp_path / ".last.abc").mkdir()
+    assert (settled(tmp_path / "last") / "x").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last"]
+
+
+def test_training_goes_on_from_an_adapter(bert_job: JobMaker, tmp_path: Path) -> None:
+    made = session(bert_job().job)
+    finish(made)
+    made.save_adapter(tmp_path / "adapter")
+    score = made.evaluate().metrics
+    job = bert_job(train__init_adapter=str(tmp_path / "adapter")).job
+    assert session(job).evaluate().metrics == score
+
+
+# ---- learning ----
+
+
+def test_a_classifier_learns(bert_job: JobMaker) -> None:
+    made = session(bert_job(train__max_steps=150, lora__lora_r=8).job)
+    before = made.evaluate().metrics["accuracy"]
+    finish(made)
+    assert made.evaluate("test").metrics["accuracy"] > max(0.8, before)
+
+
+def test_a_language_model_learns(llama_job: JobMaker) -> None:
+    made = session(llama_job().job)
+    before = made.evaluate().metrics["perplexity"]
+    finish(made)
+    assert made.evaluate("test").metrics["perplexity"] < 0.7 * before
+
+
+def test_a_decoder_classifies(tiny_llama: Path, bert_job: JobMaker) -> None:
+    job = bert_job(model__model_name_or_path=str(tiny_llama), train__max_steps=4).job
+    made = session(job)
+    finish(made)
+    assert set(made.evaluate().metrics) == {"accuracy", "f1", "precision", "recall", "loss"}
+
+
+def test_a_learning_rate_beyond_sense_is_a_failure_with_a_class(bert_job: JobMaker) -> None:
+    made = session(bert_job(train__learning_rate=9.0, train__max_grad_norm=1e30, train__max_steps=300).job)
+    with torch.no_grad():
+        next(p for p in made.trained if p.ndim > 1).fill_(torch.inf)
+    with pytest.raises(TrainingFailure) as caught:
+        finish(made)
+    assert classify(caught.value)["failure_class"] == "nan"
+
+
+def test_out_of_memory_halves_the_pass_and_keeps_the_batch(bert_job: JobMaker) -> None:
+    job = bert_job(train__per_device_train_batch_size=8, train__gradient_accumulation_steps=3).job
+    smaller = halved(job)
+    assert smaller is not None
+    assert (smaller.train.per_device_train_batch_size, smaller.train.gradient_accumulation_steps) == (4, 6)
+    assert halved(bert_job(train__per_device_train_batch_size=1).job) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "factors"),
+    [
+        ("linear", [0.5, 1.0, 0.875, 0.125]),
+        ("constant", [1.0, 1.0, 1.0, 1.0]),
+        ("constant_with_warmup", [0.5, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_learning_rates_by_hand(kind: str, factors: list[float]) -> None:
+    train = TrainSpec.model_validate({"lr_scheduler_type": kind, "warmup_ratio": 0.1})
+    assert [rate_factor(step, 9, train) for step in (0, 1, 2, 8)] == pytest.approx(factors)
+
+
+# ---- metrics ----
+
+
+@given(st.integers(2, 5), st.integers(3, 40), st.integers(0, 1000))
+@settings(max_examples=50)
+def test_metrics_are_scikit_learns(classes: int, rows: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    labels, predicted = random.integers(0, classes, rows), random.integers(0, classes, rows)
+    found = classification_scores(random.random(rows), predicted, labels, classes, 200).metrics
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
+    assert found["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
+    assert (found["precision"], found["recall"], found["f1"]) == pytest.approx((precision, recall, f1))
+
+
+def test_an_interval_covers_its_metric_as_the_formula_says() -> None:
+    labels = np.ones(400, dtype=int)
+    predicted = np.array([1] * 320 + [0] * 80)
+    low, high = classification_scores(np.zeros(400), predicted, labels, 2, 2000).intervals["accuracy"]
+    half = 1.96 * (0.8 * 0.2 / 400) ** 0.5  # normal approximation of a share
+    assert (low, high) == pytest.approx((0.8 - half, 0.8 + half), abs=0.006)
+
+
+def test_perplexity_weighs_tokens_and_not_rows() -> None:
+    found = generation_scores(np.array([10.0, 1.0]), np.array([10, 1]), 100).metrics
+    assert found["loss"] == pytest.approx(1.0)
+    skewed = generation_scores(np.array([20.0, 1.0]), np.array([10, 1]), 100).metrics
+    assert skewed["loss"] == pytest.approx(21 / 11)
+    assert skewed["perplexity"] == pytest.approx(np.exp(21 / 11))
+
+
+def test_the_same_tokens_are_made_once(bert_job: JobMaker) -> None:
+    def stamp(data: TokenData) -> float:
+        return (data.folder / "meta.json").stat().st_mtime_ns
+
+    first = prepare(bert_job().job)
+    assert stamp(prepare(bert_job(train__seed=9).job)) == stamp(first)
+    assert prepare(bert_job(model__max_length=16).job).folder != first.folder
+
+
+def test_long_rows_are_counted_before_training(bert_job: JobMaker) -> None:
+    data = prepare(bert_job(model__max_length=8).job)
+    assert any("longer than model.max_length = 8 tokens and were cut" in warning for warning in data.warnings)
+    assert data.splits["train"].lengths.max() == 8
+
+
+def test_searched_trials_resolve(bert_job: JobMaker) -> None:
+    job = bert_job().job
+    assert trial(job, {"lora.lora_r": 2}).lora.lora_alpha == 4

@@ -189,6 +189,10 @@ def _parameter_problems(job: JobSpec, path: str, parameter: Parameter) -> list[P
         return [Problem(where, f"search.parameters has {path!r}, which is not a field of a job{hint}")]
     if path.split(".")[0] in fields.NOT_SEARCHED:
         return [Problem(where, f"search.parameters has {path!r}, but a search may not vary {path.split('.')[0]}")]
+    if path in job.linked:
+        return [
+            Problem(where, f"{path} is searched and is linked to {job.linked[path]!r} as well; drop one of the two")
+        ]
     if parameter.expression is not None:
         return _link_problems(path, parameter.expression, where)
     return []

@@ -222,7 +222,7 @@ def test_training_goes_on_from_an_adapter(bert_job: JobMaker, tmp_path: Path) ->
 
 
 def test_a_classifier_learns(bert_job: JobMaker) -> None:
-    made = session(bert_job(train__max_steps=150, lora__lora_r=8).job)
+    made = session(bert_job(train__max_steps=150, lora__lora_r=8, train__per_device_train_batch_size=16).job)
     before = made.evaluate().metrics["accuracy"]
     finish(made)
     assert made.evaluate("test").metrics["accuracy"] > max(0.8, before)

@@ -1,0 +1,223 @@
+"""The main path, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import files
+from jobs.errors import ExitCode
+from tests.conftest import ROOT, JobMaker, lorafleet
+from tests.processes.conftest import (
+    base_loads,
+    begin,
+    check_cuts,
+    interrupt,
+    kill_tree,
+    newest,
+    sweep,
+    wait_for,
+)
+
+RANDOM = """
+search:
+  num_samples: 8
+  max_concurrent_trials: 2
+  keep: 3
+  scheduler: {type: asha, max_t: 144, reduction_factor: 3}
+  parameters:
+    lora.lora_r: {values: [2, 4, 8]}
+    train.learning_rate: {distribution: log_uniform_values, min: 1e-3, max: 5e-2}
+"""
+
+
+def test_a_random_sweep_ends_in_a_decision(bert_job: JobMaker, place: Path) -> None:
+    run, done = sweep(bert_job(RANDOM), place)
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr + (run.path / "logs" / "driver.log").read_text()
+    assert base_loads(run) == 2  # two slots, two actors, and each loaded the base once
+    assert check_cuts(run) >= 8
+    data = json.loads(lorafleet("report", "--format", "json", cwd=place).stdout)
+    assert len(data["trials"]) == 8
+    assert {row["state"] for row in data["trials"]} <= {"finished", "stopped"}
+    chosen = next(row for row in data["trials"] if row["trial_id"] == data["recommendation"]["trial_id"])
+    assert chosen["test_metrics"]["accuracy"] >= 0
+    assert data["base"]["metrics"]["accuracy"] >= 0
+    assert data["base"]["test_metrics"]["accuracy"] >= 0
+    adapter = run.path / data["recommendation"]["adapter"]
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= {p.name for p in adapter.iterdir()}
+    kept = [trial.id for trial in run.trials() if trial.adapter.is_dir()]
+    assert len(kept) == 3
+    assert not list(run.path.glob("trials/*/checkpoints"))
+    _every_file_has_a_schema_version(run.path)
+    _each_trial_is_in_wandb(run.path, [row["trial_id"] for row in data["trials"]])
+    logged = lorafleet("logs", "tiny", chosen["trial_id"], cwd=place).stdout
+    assert "accuracy=" in logged
+
+
+def _every_file_has_a_schema_version(folder: Path) -> None:
+    for path in [*folder.glob("*.json"), *folder.glob("trials/*/*.json"), *folder.glob("report/*.json")]:
+        assert json.loads(path.read_text())["schema_version"] == 1, path
+    for path in [*folder.glob("*.jsonl"), *folder.glob("trials/*/*.jsonl")]:
+        assert all(row["schema_version"] == 1 for row in files.read_jsonl(path)), path
+
+
+def _each_trial_is_in_wandb(folder: Path, trials: list[str]) -> None:
+    """Read back with W&B's own reader."""
+    wandb = Path(sys.executable).with_name("wandb")
+    for trial in trials:
+        found = list(folder.glob(f"wandb/wandb/offline-run-*-{folder.name}-{trial}"))
+        assert len(found) == 1, f"{trial} has {len(found)} W&B folders"
+        shown = subprocess.run([wandb, "leet", "inspect", "--summary", found[0]], capture_output=True, text=True)
+        assert shown.returncode == 0, shown.stderr
+        assert "eval/accuracy" in shown.stdout
+        assert "train/loss" in shown.stdout
+
+
+def test_a_trial_that_diverges_costs_only_itself(bert_job: JobMaker, place: Path) -> None:
+    search = """
+search:
+  method: grid
+  max_concurrent_trials: 1
+  scheduler: {type: none, max_t: 32}
+  parameters: {lora.lora_alpha: {values: [1e+38, 8.0]}}
+"""
+    run, done = sweep(bert_job(search, lora__lora_alpha=8), place)
+    assert done.returncode == ExitCode.SOME_TRIALS_FAILED
+    states = {trial.params()["assignment"]["lora.lora_alpha"]: trial.status() for trial in run.trials()}
+    assert states[1e38]["state"] == "failed"
+    assert states[1e38]["failure"]["failure_class"] == "nan"
+    assert states[8.0]["state"] == "finished"
+    assert base_loads(run) == 1  # the actor outlived the failure
+    assert "failed: nan" in done.stdout
+
+
+def test_tpe_keeps_every_slot_warm(bert_job: JobMaker, place: Path) -> None:
+    search = RANDOM.replace("num_samples: 8", "num_samples: 14\n  method: tpe")
+    run, done = sweep(bert_job(search), place)
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr + (run.path / "logs" / "driver.log").read_text()
+    assert len(run.trials()) == 14
+    assert base_loads(run) == 2
+    check_cuts(run)
+
+
+def test_a_grid_of_language_models(llama_job: JobMaker, place: Path) -> None:
+    search = """
+search:
+  method: grid
+  max_concurrent_trials: 2
+  scheduler: {max_t: 72}
+  parameters: {lora.lora_r: {values: [2, 4]}, train.learning_rate: {values: [1e-3, 1e-2]}}
+"""
+    run, done = sweep(llama_job(search), place, "--format", "json")
+    assert done.returncode == ExitCode.OK, done.stderr
+    assert base_loads(run) == 2
+    data = json.loads(done.stdout)
+    assert data["metric"] == "loss"
+    assert all(row["metrics"]["perplexity"] > 1 for row in data["trials"])
+
+
+def test_a_killed_sweep_goes_on_where_it_was(bert_job: JobMaker, place: Path) -> None:
+    slow = RANDOM.replace("max_t: 144", "max_t: 1440").replace("num_samples: 8", "num_samples: 6")
+    process = begin(bert_job(slow, train__checkpoint_minutes=0.01), place)
+    wait_for(lambda: (place / "runs").exists() and list((place / "runs").iterdir()))
+    run = newest(place)
+
+    def ended() -> list[Path]:
+        return [trial.path for trial in run.trials() if trial.state.ended]
+
+    wait_for(ended)
+    kill_tree(process)
+    before = {path: (path / "metrics.jsonl").read_bytes() for path in ended()}
+    assert len(before) < 6
+    assert not run.alive()
+    status = json.loads(lorafleet("status", "--format", "json", cwd=place).stdout)
+    assert (status["state"], status["alive"]) == ("running", False)
+    done = lorafleet("resume", run.id, cwd=place)
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr + (run.path / "logs" / "driver.log").read_text()
+    assert {path: (path / "metrics.jsonl").read_bytes() for path in before} == before
+    assert len(run.trials()) == 6
+    assert all(trial.state.ended for trial in run.trials())
+    for trial in run.trials():
+        steps = [row["step"] for row in trial.metrics()]
+        assert steps == sorted(set(steps))  # nothing was reported twice
+    check_cuts(run)
+    data = json.loads((run.path / "report" / "report.json").read_text())
+    assert data["recommendation"]["trial_id"]
+    _each_trial_is_in_wandb(run.path, [trial.id for trial in run.trials()])
+
+
+def test_ctrl_c_saves_and_resume_finishes(bert_job: JobMaker, place: Path) -> None:
+    slow = RANDOM.replace("max_t: 144", "max_t: 4320").replace("num_samples: 8", "num_samples: 3")
+    process = begin(bert_job(slow), place)
+    wait_for(lambda: (place / "runs").exists() and list((place / "runs").iterdir()))
+    run = newest(place)
+    wait_for(lambda: any(trial.progress().get("step", 0) > 3 for trial in run.trials()))
+    interrupt(process)
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == ExitCode.INTERRUPTED, shown
+    assert run.state == "stopped"
+    waiting = [trial for trial in run.trials() if not trial.state.ended]
+    assert waiting
+    assert any(trial.checkpoint.is_dir() for trial in waiting)
+    assert "lorafleet resume" in shown
+    done = lorafleet("resume", "tiny", "--quiet", cwd=place)
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr
+    assert done.stdout.startswith("Ship ")
+    check_cuts(run)
+
+
+def test_a_spent_budget_ends_in_a_whole_report(bert_job: JobMaker, place: Path) -> None:
+    slow = RANDOM.replace("max_t: 144", "max_t: 100000").replace("type: asha", "type: none")
+    run, done = sweep(bert_job(slow, search__budget={"wall_hours": 30 / 3600}), place)
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr
+    reasons = {trial.status().get("reason") for trial in run.trials()}
+    assert any(reason and "hours on the clock is spent" in reason for reason in reasons)
+    assert (run.path / "report" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("workers", [2])
+def test_two_workers_are_one_with_twice_the_accumulation(bert_job: JobMaker, place: Path, workers: int) -> None:
+    together, done = sweep(
+        bert_job(train__per_device_train_batch_size=4, resources__workers_per_node=workers), place, command="train"
+    )
+    assert done.returncode == ExitCode.OK, (
+        done.stdout + done.stderr + (together.path / "logs" / "driver.log").read_text()
+    )
+    alone, done = sweep(
+        bert_job(train__per_device_train_batch_size=4, train__gradient_accumulation_steps=workers),
+        place,
+        command="train",
+    )
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr
+    assert together.trials()[0].id == alone.trials()[0].id  # the same training by another name
+    last = [run.trials()[0].metrics()[-1] for run in (together, alone)]
+    assert last[0]["step"] == last[1]["step"] == 8
+    for name in ("train_loss", "loss"):
+        assert last[0][name] == pytest.approx(last[1][name], rel=1e-4)
+    assert last[0]["tokens"] == last[1]["tokens"]
+
+
+def test_the_quickstarts_shape_with_its_real_model_and_data(place: Path) -> None:
+    """A smaller examples/quickstart.yaml. Its assets come from the user's cache, or the package index."""
+    small = ("search.num_samples=3", "search.scheduler.max_t=192", "search.scheduler.grace_period=64",
+             "data.max_validation_samples=64", "data.max_test_samples=64")  # fmt: skip
+    cache = os.environ.get("LORAFLEET_TEST_ASSETS", str(Path.home() / ".cache" / "lorafleet"))
+    done = lorafleet("sweep", ROOT / "examples" / "quickstart.yaml", *small, cwd=place, LORAFLEET_CACHE=cache)
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr
+    report = json.loads((newest(place).path / "report" / "report.json").read_text())
+    assert report["rows_count"] == {"train": 3000, "validation": 64, "test": 64}
+    assert report["facts"]["labels"] == ["fresh", "rotten"]
+    films = [_films(Path(cache), split) for split in ("train", "validation", "test")]
+    assert not films[0] & films[1]
+    assert not films[0] & films[2]
+    assert not films[1] & films[2]
+
+
+def _films(cache: Path, split: str) -> set[str]:
+    path = next(cache.glob("assets/rotten-tomatoes-*")) / f"{split}.jsonl"
+    return {json.loads(line)["film"] for line in path.read_text().splitlines()}

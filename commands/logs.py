@@ -61,7 +61,8 @@ def _shown(line: str) -> str:
     except json.JSONDecodeError:
         return line
     row.pop("schema_version", None)
-    row.pop("intervals", None)
+    for name in ("intervals", "first_gradient_at"):
+        row.pop(name, None)
     stamp = time.strftime("%H:%M:%S", time.localtime(row.pop("time", 0)))
     return f"{stamp} " + " ".join(f"{key}={_short(value)}" for key, value in row.items() if value is not None)
 

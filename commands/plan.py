@@ -43,22 +43,17 @@ def plan_view(made: Plan) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
+    from jobs import fields
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     paths = list(made.trials[0].assignment)
-    for name in ("#", "trial", *(path for path in paths), "learning rate", "alpha", "rows a step", "steps"):
+    fixed = [path for path in ("train.learning_rate", "lora.lora_r", "lora.lora_alpha") if path not in paths]
+    for name in ("#", "trial", *paths, *(path.rpartition(".")[2] for path in fixed), "steps"):
         table.add_column(name, justify="left" if name == "trial" else "right")
     for number, trial in enumerate(made.trials, start=1):
         values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in trial.assignment.values()]
-        rate, alpha = trial.resolved["train"]["learning_rate"], trial.resolved["lora"]["lora_alpha"]
-        table.add_row(
-            str(number),
-            trial.trial_id or "-",
-            *values,
-            f"{rate:.3g}",
-            f"{alpha:g}",
-            str(made.batch_rows),
-            str(trial.steps),
-        )
+        others = [f"{fields.get(trial.resolved, path):.3g}" for path in fixed]
+        table.add_row(str(number), trial.trial_id or "-", *values, *others, str(trial.steps))
     return Group(table, Text(""), *(Text(line) for line in plan_lines(made)))
 
 

@@ -56,6 +56,7 @@ class TrainingSession:
     def __init__(self, job: JobSpec, base: Base, data: TokenData, schedule: Schedule, ranks: Ranks) -> None:
         self.job, self.base, self.data, self.schedule, self.ranks = job, base, data, schedule, ranks
         self.step = 0
+        self.first_gradient_at: float | None = None
         self.classifies = job.task == "classification"
         self.meter = Meter(base.device)
         self.model = attach(job, base)
@@ -130,6 +131,8 @@ class TrainingSession:
             # DDP averages gradients over the processes; multiplied back, they are the sum that `targets` divides.
             self.scaler.scale(loss_sum * (self.ranks.world_size / targets)).backward()
             self._sums += torch.stack([loss_sum.detach(), loss_sum.new_tensor(batch.targets)])
+        if self.first_gradient_at is None:
+            self.first_gradient_at = time.time()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained, self.job.train.max_grad_norm)
         if not self.scaler.is_enabled() and self.base.device.type == "cpu" and not torch.isfinite(norm):

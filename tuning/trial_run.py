@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import traceback
 from dataclasses import dataclass
@@ -98,7 +99,8 @@ class TrialRun:
         if row.get("evaluated") or self.stopping or self._agreed(self._checkpoint_due()):
             session.save(self.trial.checkpoint, {"best": self.best, "row": row})
             self.saved_at = time.monotonic()
-        return {"row": row, "done": session.done}
+        where = {"host": f"{os.uname().nodename}:{os.getpid()}", "first_gradient_at": session.first_gradient_at}
+        return {"row": row | where, "done": session.done}
 
     def _train(self, session: TrainingSession, target: int) -> dict[str, Any]:
         """Until the target, the next report is due, or the run is to stop; with a heartbeat in between."""

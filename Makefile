@@ -1,0 +1,39 @@
+# Needs Python 3.11+, make and git; everything else comes from here.
+#   make quickstart   set up, then run the main job
+#   make test         set up, then check and test        make test-all   the long matrices too
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install quickstart test test-all check unit clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '2,3s/^# *//p' Makefile
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lorafleet needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $(STAMP)
+
+install: $(STAMP)
+
+quickstart: install
+	$(BIN)/lorafleet sweep examples/quickstart.yaml
+
+check: install
+	scripts/check
+
+unit: install
+	$(BIN)/python -m pytest -q tests/unit
+
+# The checks first, then the tests without Ray, then those with it; all that is needed is installed above.
+test: check unit
+	$(BIN)/python -m pytest -q tests --ignore=tests/unit -m 'not long'
+
+test-all: check unit
+	$(BIN)/python -m pytest -q tests --ignore=tests/unit
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

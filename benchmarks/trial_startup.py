@@ -1,0 +1,117 @@
+"""From the decision to stop a trial to the first gradient of the next: in a warm actor, and as its own worker group.
+
+    python -m benchmarks.trial_startup [--trials 8] [--groups 3]
+
+Warm: a real sweep with the quickstart's model, read from its record. Cold: the same trial in a Ray Train group of one
+process, from the call to its first gradient, in the same run of this program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+import uuid
+from itertools import pairwise
+from pathlib import Path
+
+from benchmarks.peer import machine_line
+from cluster.fetch import fetch_job
+from cluster.local import write_run
+from cluster.machine import local_site
+from cluster.planning import make_plan
+from jobs.load import LoadedJob, load_job
+from jobs.run import Run
+from jobs.search import trial
+from tuning.sweep import Sweep
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("search.scheduler.max_t=64", "search.scheduler.grace_period=64", "data.max_validation_samples=16",
+         "data.max_test_samples=16", "tracking.mode=disabled", "search.keep=1")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--groups", type=int, default=3)
+    arguments = parser.parse_args()
+    overrides = (*SMALL, f"search.num_samples={arguments.trials}")
+    loaded = load_job(ROOT / "examples" / "quickstart.yaml", overrides)
+    fetch_job(loaded.job, print)
+    print(machine_line())
+    with tempfile.TemporaryDirectory() as scratch:
+        run = write_run(make_plan(loaded, local_site(), "sweep"), loaded, Path(scratch))
+        Sweep(run).execute()
+        warm = warm_gaps(run)
+        cold = [cold_start(loaded, run) for _ in range(arguments.groups)]
+        os.chdir(ROOT)
+    print(
+        f"warm actor: stop decided -> first gradient of the next trial: median {statistics.median(warm):.3f} s "
+        f"({min(warm):.3f} to {max(warm):.3f}, n={len(warm)})"
+    )
+    print(
+        f"own worker group: call -> first gradient: median {statistics.median(cold):.1f} s "
+        f"({min(cold):.1f} to {max(cold):.1f}, n={len(cold)})"
+    )
+    print(f"ratio: {statistics.median(cold) / statistics.median(warm):.0f}x")
+
+
+def warm_gaps(run: Run) -> list[float]:
+    """Seconds between the end of a trial and the first gradient of the next on the same actor."""
+    by_actor: dict[str, list[tuple[float, float]]] = {}
+    for found in run.trials():
+        rows = found.metrics()
+        by_actor.setdefault(rows[0]["host"], []).append((rows[0]["first_gradient_at"], found.status()["ended"]))
+    gaps = []
+    for spans in by_actor.values():
+        spans.sort()
+        gaps += [following[0] - before[1] for before, following in pairwise(spans)]
+    return gaps
+
+
+def cold_start(loaded: LoadedJob, run: Run) -> float:
+    """Seconds from the call to the first gradient of a group of one process."""
+    import ray
+
+    from jobs.placement import Placement
+    from training.data import prepare
+    from training.launch import run_group
+    from tuning.trial_run import Work
+
+    assignment = run.trials()[0].params()["assignment"]
+    job = trial(loaded.job, assignment).model_copy(update={"search": None})
+    name = f"cold-{uuid.uuid4().hex[:6]}"
+    run.add_trial(name, 99, {})
+    work = Work(job, str(run.path), str(prepare(job).folder), 0, False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    marks = run.path / f"{name}.txt"
+    began = time.time()
+    placement = Placement(workers=1, cpus_per_worker=1, gpus_per_worker=0, slots=1, waves=1, limited_by="trials")
+    config = {"work": work, "trial": {"trial_id": name, "assignment": {}}, "marks": str(marks)}
+    run_group(first_gradient, config, placement, run.path / "tune" / "cold", name, [])
+    ray.shutdown()
+    return float(marks.read_text()) - began
+
+
+def first_gradient(config: dict) -> None:  # type: ignore[type-arg]
+    """What the worker does: the distributed host's own set-up, and one step."""
+    import torch
+
+    from training.data import open_tokens
+    from training.model import load_base, resolve_device
+    from tuning.trial_run import TrialRun
+
+    work = config["work"]
+    os.chdir(work.run)
+    torch.set_num_threads(1)
+    data = open_tokens(Path(work.tokens))
+    run = TrialRun(work, config["trial"], data)
+    session = run.open(load_base(run.job, len(data.labels), resolve_device(0)))
+    session.advance(1)
+    Path(config["marks"]).write_text(str(session.first_gradient_at))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from commands.common import DEFAULT_RUNS, Format, OneRun, Output, Quiet, Runs
+from commands.common import DEFAULT_RUNS, Format, OneRun, Output, Quiet, Runs, say
 
 
 def resume(run: OneRun, runs: Runs = DEFAULT_RUNS, quiet: Quiet = False, output: Output = Format.TEXT) -> None:
@@ -11,11 +11,16 @@ def resume(run: OneRun, runs: Runs = DEFAULT_RUNS, quiet: Quiet = False, output:
     from cluster.machine import local_site
     from cluster.store import find_run
     from commands.view import news
-    from commands.watch import follow
+    from commands.watch import follow, show_end
+    from jobs.errors import ExitCode
+    from jobs.run import RunState
 
     found = find_run(runs, run)
     backend = backend_for(local_site())
+    if found.state is RunState.FINISHED and all(trial.state.ended for trial in found.trials()):
+        say(f"{found.id} is finished: there is nothing left to train")
+        return show_end(found, ExitCode.OK, quiet=quiet, output=output)
     known: set[str] = set()
     list(news(found, known))
     backend.resume(found)
-    follow(found, backend, quiet=quiet, output=output, known=known)
+    return follow(found, backend, quiet=quiet, output=output, known=known)

@@ -123,6 +123,7 @@ def _against_parameter(axes: Axes, report: Report) -> bool:
     ends = [value for value in values[across] if value > 0]
     if ends and len(ends) == len(values[across]) and max(ends) / min(ends) >= 10:
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # data may hold dollar signs: no TeX is parsed
     axes.set_xlabel(across)
     axes.set_ylabel(f"validation {report.metric}")
     if others:

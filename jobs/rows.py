@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import random
 from collections import Counter
@@ -134,7 +135,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     csv.field_size_limit(100_000_000)
-    reader = csv.DictReader(_text(path).splitlines(keepends=True), delimiter=delimiter)
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
     if reader.fieldnames is None:
         return
     try:

@@ -28,10 +28,10 @@ def _head() -> list[str]:
     return [
         "# The job file",
         "",
-        "Written by `python scripts/make_docs.py` from the schema. Every key is checked: an unknown one is an error that",
-        "names the closest right one. Numbers may be arithmetic on other fields (`lora_alpha: \"2*lora_r\"`), evaluated",
-        "anew for each trial. YAML is read by its 1.2 rules: `2e-4` is a number, `no` a text. Relative paths start at the",
-        "job file's folder.",
+        "Written by `python scripts/make_docs.py` from the schema. Every key is checked: an unknown one is an error",
+        "that names the closest right one. Numbers may be arithmetic on other fields (`lora_alpha: \"2*lora_r\"`),",
+        "evaluated anew for each trial. YAML is read by its 1.2 rules: `2e-4` is a number, `no` a text. Relative paths",
+        "start at the job file's folder.",
     ]  # fmt: skip
 
 

@@ -154,7 +154,7 @@ class Sweep:
             ledger, proposals, total, self._most_open(), lambda a, i: self._make(a, i, data), self._no_more
         )
         self._phase("training")
-        with trackers(self.run, self.job, self.searching) as listeners:
+        with trackers(self.run, self.job) as listeners:
             ledger.listeners += listeners
             tuner = tune.Tuner(
                 self._trainable(data),
@@ -294,6 +294,8 @@ class Sweep:
             self.run.set_state(RunState.STOPPED, reason="interrupted: `lorafleet resume` goes on", wall_seconds=wall)
             write_report(self.run)
             return ExitCode.INTERRUPTED
+        from tuning.tracking import track_report
+
         states = [trial.state for trial in self.run.trials()]
         failed = states.count(TrialState.FAILED)
         self._phase("writing the report")
@@ -301,7 +303,7 @@ class Sweep:
         state = RunState.FAILED if everything_failed else RunState.FINISHED
         reason = f"{failed} of {len(states)} trials failed" if failed else None
         self.run.set_state(state, reason=reason, wall_seconds=wall, phase=None)
-        write_report(self.run)
+        track_report(self.run, self.job, write_report(self.run))
         return ExitCode.SOME_TRIALS_FAILED if failed else ExitCode.OK
 
     def _phase(self, what: str) -> None:

@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from evaluation.report_text import columns
 from jobs import files
 from jobs.run import Run, Trial
 from jobs.spec import JobSpec
 
 if TYPE_CHECKING:
+    from jobs.report import Report
     from tuning.ledger import Listener
 
 Mode = Literal["online", "offline", "disabled"]
@@ -26,17 +28,34 @@ _NOT_LOGGED = {"schema_version", "time", "intervals", "evaluated", "trainable_pa
 
 
 @contextlib.contextmanager
-def trackers(run: Run, job: JobSpec, searching: bool) -> Iterator[list[Listener]]:
+def trackers(run: Run, job: JobSpec) -> Iterator[list[Listener]]:
     """The listeners that a job asks for; at the end what they hold open is closed."""
     mode = wandb_mode(job)
     if mode == "disabled":
         yield []
         return
-    mirror = WandbMirror(run, job, mode, searching)
+    mirror = WandbMirror(run, job, mode)
+    mirror.catch_up()
     try:
         yield [mirror]
     finally:
         mirror.close()
+
+
+def track_report(run: Run, job: JobSpec, report: Report) -> None:
+    """One more W&B run beside the trials': the table of all of them, and the recommendation."""
+    mode = wandb_mode(job)
+    if mode == "disabled":
+        return
+    import wandb
+
+    shown = columns(report)
+    opened = WandbMirror(run, job, mode).init(f"{run.id}-report", "report", job_type="report", config={})
+    rows = [[cell(row) for _, cell in shown] for row in report.shown]
+    opened.log({"configurations": wandb.Table(columns=[heading for heading, _ in shown], data=rows)})
+    opened.summary["recommendation"] = report.recommendation.sentence
+    opened.summary["recommended_trial"] = report.recommendation.trial_id
+    opened.finish()
 
 
 def wandb_mode(job: JobSpec) -> Mode:
@@ -65,19 +84,29 @@ def _logged_in(job: JobSpec) -> bool:
 class WandbMirror:
     """One live W&B run for each live trial."""
 
-    def __init__(self, run: Run, job: JobSpec, mode: Mode, searching: bool) -> None:
-        self.run, self.job, self.mode, self.searching = run, job, mode, searching
+    def __init__(self, run: Run, job: JobSpec, mode: Mode) -> None:
+        self.run, self.job, self.mode = run, job, mode
         self.open: dict[str, Any] = {}
         self.folder = run.path / "wandb"
         self.folder.mkdir(exist_ok=True)
 
-    def on_begin(self, trial: Trial) -> None:
-        """Open a trial's run, with what it has trained so far."""
+    @property
+    def closed_file(self) -> Path:
+        """Which trials' records were closed whole: W&B writes behind, and a kill takes what it held."""
+        return self.folder / "closed.jsonl"
+
+    def catch_up(self) -> None:
+        """Write anew the trials that ended in an earlier attempt but whose record was not closed."""
+        closed = {row["trial_id"] for row in files.read_jsonl(self.closed_file)}
+        for trial in self.run.trials():
+            if trial.state.ended and trial.id not in closed:
+                self.on_begin(trial)
+                self.on_end(trial)
+
+    def init(self, name: str, shown: str, *, job_type: str, config: dict[str, Any]) -> Any:
+        """Open a W&B run of this sweep's group; what a killed attempt left of it is removed."""
         import wandb
 
-        if trial.id in self.open:
-            return
-        name = f"{self.run.id}-{trial.id}"
         for left in self.folder.glob(f"wandb/*run-*-{name}"):
             shutil.rmtree(left, ignore_errors=True)
         tracking = self.job.tracking
@@ -91,26 +120,32 @@ class WandbMirror:
         }
         if tracking.base_url:
             settings["base_url"] = tracking.base_url
-        params = trial.params()
-        opened = wandb.init(
+        return wandb.init(
             mode=self.mode,
             id=name,
-            name=trial.id,
+            name=shown,
             group=self.run.id,
-            job_type="trial",
+            job_type=job_type,
             project=tracking.project,
             entity=tracking.entity,
             tags=list(tracking.tags),
             dir=str(self.folder),
-            config={"assignment": params.get("assignment", {}), **params.get("resolved", {})},
+            config=config,
             reinit="create_new",
             resume="allow" if self.mode == "online" else None,
             settings=wandb.Settings(**settings),
         )
+
+    def on_begin(self, trial: Trial) -> None:
+        """Open a trial's run, with what it has trained so far."""
+        if trial.id in self.open:
+            return
+        params = trial.params()
+        config = {"assignment": params.get("assignment", {}), **params.get("resolved", {})}
+        opened = self.init(f"{self.run.id}-{trial.id}", trial.id, job_type="trial", config=config)
         self.open[trial.id] = opened
-        rows = trial.metrics()
         done = int(opened.step) if self.mode == "online" else 0
-        for row in rows:
+        for row in trial.metrics():
             if int(row["step"]) >= done:
                 self._log(opened, row)
 
@@ -140,6 +175,7 @@ class WandbMirror:
             name = self.job.metric.name
             opened.summary[f"best/{name}"] = pick(row[name] for row in best)
         opened.finish(exit_code=1 if status.get("state") == "failed" else 0)
+        files.append_jsonl(self.closed_file, {"trial_id": trial.id})
 
     def close(self) -> None:
         """Close what is still open (an interrupted sweep)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from jobs import files
 from jobs.errors import ExitCode
-from tests.conftest import ROOT, JobMaker, lorafleet
+from tests.conftest import ROOT, JobMaker, lorafleet, opinions, write_rows
 from tests.processes.conftest import (
     base_loads,
     begin,
@@ -24,6 +25,7 @@ from tests.processes.conftest import (
     wait_for,
 )
 
+ASSETS = os.environ.get("LORAFLEET_TEST_ASSETS", str(Path.home() / ".cache" / "lorafleet"))
 RANDOM = """
 search:
   num_samples: 8
@@ -55,6 +57,7 @@ def test_a_random_sweep_ends_in_a_decision(bert_job: JobMaker, place: Path) -> N
     assert not list(run.path.glob("trials/*/checkpoints"))
     _every_file_has_a_schema_version(run.path)
     _each_trial_is_in_wandb(run.path, [row["trial_id"] for row in data["trials"]])
+    assert list(run.path.glob(f"wandb/wandb/offline-run-*-{run.id}-report"))
     logged = lorafleet("logs", "tiny", chosen["trial_id"], cwd=place).stdout
     assert "accuracy=" in logged
 
@@ -206,18 +209,37 @@ def test_the_quickstarts_shape_with_its_real_model_and_data(place: Path) -> None
     """A smaller examples/quickstart.yaml. Its assets come from the user's cache, or the package index."""
     small = ("search.num_samples=3", "search.scheduler.max_t=192", "search.scheduler.grace_period=64",
              "data.max_validation_samples=64", "data.max_test_samples=64")  # fmt: skip
-    cache = os.environ.get("LORAFLEET_TEST_ASSETS", str(Path.home() / ".cache" / "lorafleet"))
-    done = lorafleet("sweep", ROOT / "examples" / "quickstart.yaml", *small, cwd=place, LORAFLEET_CACHE=cache)
+    done = lorafleet("sweep", ROOT / "examples" / "quickstart.yaml", *small, cwd=place, LORAFLEET_CACHE=ASSETS)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     report = json.loads((newest(place).path / "report" / "report.json").read_text())
     assert report["rows_count"] == {"train": 3000, "validation": 64, "test": 64}
     assert report["facts"]["labels"] == ["fresh", "rotten"]
-    films = [_films(Path(cache), split) for split in ("train", "validation", "test")]
+    films = [_films(Path(ASSETS), split) for split in ("train", "validation", "test")]
     assert not films[0] & films[1]
     assert not films[0] & films[2]
     assert not films[1] & films[2]
+    for words in (("resume", "quickstart"), ("logs", "quickstart"), ("stop", "quickstart")):
+        done = lorafleet(*words, cwd=place)
+        assert done.returncode == (ExitCode.USER_INPUT if words[0] == "stop" else ExitCode.OK), done.stderr
+
+
+def test_the_readmes_commands_do_what_it_says(place: Path) -> None:
+    """Every `lorafleet` line of the README, in its order, in one folder with a data file of the user's own."""
+    readme = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", readme, re.DOTALL)
+    lines = [
+        line.split("#")[0].split() for block in blocks for line in block.splitlines() if line.startswith("lorafleet")
+    ]
+    own = [line for line in lines if "quickstart" not in line]
+    assert len(own) >= 8
+    write_rows(place / "my.jsonl", opinions(120, 5))
+    for line in own:
+        done = lorafleet(*line[1:], cwd=place, LORAFLEET_CACHE=ASSETS)
+        assert done.returncode == ExitCode.OK, f"{line}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    data = json.loads(lorafleet("report", "--format", "json", cwd=place).stdout)
+    assert len(data["trials"]) == 10
 
 
 def _films(cache: Path, split: str) -> set[str]:
     path = next(cache.glob("assets/rotten-tomatoes-*")) / f"{split}.jsonl"
-    return {json.loads(line)["film"] for line in path.read_text().splitlines()}
+    return {json.loads(line)["film"] for line in path.read_text().split("\n") if line}

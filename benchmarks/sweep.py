@@ -30,6 +30,8 @@ from tuning.trial_run import Work
 
 ROOT = Path(__file__).parent.parent
 SHAPES: dict[str, tuple[str, ...]] = {
+    "smoke": ("search.num_samples=2", "search.scheduler.max_t=64", "search.scheduler.grace_period=64",
+              "data.max_validation_samples=20", "data.max_test_samples=20"),
     "quickstart": (),
     "short": ("search.num_samples=24", "search.scheduler.max_t=192", "search.scheduler.grace_period=64",
               "data.max_validation_samples=100"),

@@ -11,6 +11,7 @@ from jobs.identity import models_of
 from jobs.load import LoadedJob
 from jobs.yaml12 import read
 
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -39,7 +40,7 @@ def _wrong(loaded: LoadedJob) -> list[tuple[str, str]]:
     for field in ("train_file", "validation_file", "test_file"):
         found += _wrong_file(f"data.{field}", getattr(job.data, field))
     adapter = job.train.init_adapter
-    if adapter and not (Path(adapter) / "adapter_config.json").is_file():
+    if adapter and not all((Path(adapter) / name).is_file() for name in _ADAPTER_FILES):
         found.append(("train.init_adapter", f"train.init_adapter is {adapter}, but there is no PEFT adapter in it"))
     return found
 

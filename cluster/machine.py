@@ -57,10 +57,11 @@ def find_gpus() -> Gpus:
     except (OSError, subprocess.TimeoutExpired):
         return Gpus(0)
     rows = [line.split(", ") for line in done.stdout.splitlines() if line.count(", ") == 2]
+    memory = [float(row[1]) / 1024 for row in rows if row[1].replace(".", "").isdigit()]  # [N/A] where it is shared
     if done.returncode or not rows:
         return Gpus(0)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = (
         len(rows) if visible is None else len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
     )
-    return Gpus(min(count, len(rows)), rows[0][0], min(float(row[1]) for row in rows) / 1024, rows[0][2])
+    return Gpus(min(count, len(rows)), rows[0][0], min(memory, default=0.0), rows[0][2])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cluster.memory import estimate
 from jobs import rungs, search
 from jobs.defaults import learning_rate
-from jobs.errors import AssetError
+from jobs.errors import AssetError, JobFileError, Problem
 from jobs.hub import model_config, parameter_count
 from jobs.identity import Facts, facts_of, trial_id
 from jobs.load import LoadedJob
@@ -52,8 +52,8 @@ def make_plan(loaded: LoadedJob, site: LocalSite, command: str) -> Plan:
     placement = place(job, site, total, _host_gib(job, memory, cuda=bool(_uses_gpu(job, site))))
     worst, expected = _cost(job, schedules, total)
     return Plan(
-        job=loaded.job,
-        command=command,
+        job=job,
+        command="sweep" if searching else "train",
         trials=[_planned(job, a, s, known) for a, s in zip(configurations, schedules, strict=True)],
         later_trials=total - len(configurations),
         placement=placement,
@@ -89,6 +89,9 @@ def _configurations(job: JobSpec, known: _Known) -> list[Assignment]:
     """The different configurations that are known beforehand."""
 
     def name(assignment: Assignment) -> str:
+        wrong = search.impossible(job, assignment) if job.search else None
+        if wrong:
+            raise JobFileError("search.parameters", [Problem("search.parameters", wrong)])
         resolved = search.trial(job, assignment)
         return trial_id(resolved, known.facts) if known.facts else resolved.model_dump_json(exclude={"search"})
 
@@ -135,7 +138,7 @@ def _memory(job: JobSpec, configurations: list[Assignment], known: _Known, *, cu
         resolved = search.trial(job, assignment)
         name, revision = resolved.model.model_name_or_path, resolved.model.revision
         config, parameters = model_config(name, revision), parameter_count(name, revision)
-        if config and parameters and "hidden_size" in config:
+        if config and parameters and {"hidden_size", "num_hidden_layers", "vocab_size"} <= set(config):
             found.append(estimate(resolved, config, parameters, longest, cuda=cuda))
     return max(found, key=lambda memory: memory.expected, default=None)
 

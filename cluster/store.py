@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -14,8 +15,16 @@ from jobs.run import Run, RunState
 
 def all_runs(runs: Path) -> list[Run]:
     """The runs of a folder, newest first."""
-    found = [Run(path.parent) for path in runs.glob("*/status.json")]
-    return sorted(found, key=lambda run: run.created, reverse=True)
+    found = [Run(path.parent) for path in runs.glob("*/plan.json") if not path.parent.is_symlink()]
+    return sorted((run for run in found if _readable(run)), key=lambda run: run.created, reverse=True)
+
+
+def _readable(run: Run) -> bool:
+    """Whether a folder's status is a run's: another program's folder, or one half-copied, is passed over."""
+    try:
+        return bool(run.state) and run.created >= 0
+    except (ValueError, OSError, RunError):
+        return False
 
 
 def find_run(runs: Path, name: str | None) -> Run:
@@ -23,12 +32,14 @@ def find_run(runs: Path, name: str | None) -> Run:
 
     Raises RunError with what there is.
     """
+    if name is not None and not name.strip():
+        raise RunError("RUN is empty; `lorafleet list` shows the runs")
     if name:
         for path in (Path(name), runs / name):
-            if (path / "status.json").is_file():
+            if (path / "plan.json").is_file() and not path.is_symlink():
                 return Run(path.absolute())
     known = all_runs(runs)
-    if not name:
+    if name is None:
         if known:
             return Run(known[0].path.absolute())
         raise RunError(f"there is no run in {runs.absolute()}; --runs DIR names another folder")
@@ -56,8 +67,9 @@ def folder_bytes(folder: Path) -> int:
 
 def protected(run: Run) -> str | None:
     """Why a run may not be cleaned, or None."""
-    if run.alive() or run.state in (RunState.RUNNING, RunState.PENDING):
-        return f"it is {run.state}; `lorafleet stop {run.id}` first, or resume it to its end"
+    elsewhere = run.status().get("host", os.uname().nodename) != os.uname().nodename
+    if run.alive() or (elsewhere and run.state in (RunState.RUNNING, RunState.PENDING)):
+        return f"it is {run.state}; `lorafleet stop {run.id}` first"
     if unsynced(run):
         return f"its W&B record has not been uploaded; `lorafleet sync {run.id}` first, or give --unsynced"
     return None

@@ -46,6 +46,11 @@ def import_config(
         say(f"not carried over: {line}")
     if made.dropped:
         say(f"without meaning here: {', '.join(made.dropped)}")
+    try:
+        load_text(text, output or Path("job.yaml"))
+    except JobFileError as error:
+        said = "; ".join(problem.sentence for problem in error.problems)
+        raise UserError(f"{file} makes a job that cannot run: {said}") from None
     if output is None:
         typer.echo(text, nl=False)
     elif output.exists():
@@ -53,4 +58,3 @@ def import_config(
     else:
         files.write_text(output, text)
         typer.echo(str(output))
-    load_text(text, output or file)

@@ -38,6 +38,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
 ) -> None:
     """Look at your data, and write a commented job file that trains on it."""
+    from cluster.check import check_names
     from jobs import files
     from jobs.errors import UserError
     from jobs.load import load_text
@@ -47,17 +48,17 @@ def init(
         raise UserError(f"{output} exists already; --force overwrites it, --output names another")
     columns = _columns(train_file, task, text_column, label_column)
     data = {"train_file": train_file, "validation_file": validation_file, "test_file": test_file}
-    text = _draft(name, task, model or _MODELS[task], data, columns, output, "")
+    base = _relative_model(model, output) if model else _MODELS[task]
+    text = _draft(name, task, base, data, columns, output, "")
     loaded = load_text(text, output)
+    check_names(loaded)
     rows = load_rows(loaded.job)
     for warning in rows.warnings:
         say(f"note: {warning}")
     counts = f"{len(rows.train):,} training, {len(rows.validation):,} validation, {len(rows.test):,} test rows"
     if rows.labels:
-        counts += f"; labels: {', '.join(rows.labels[:8])}{' ...' if len(rows.labels) > 8 else ''}"
-    text = _draft(
-        name, task, model or _MODELS[task], data, columns, output, counts, _max_t(len(rows.train), loaded.job)
-    )
+        counts += f"; {len(rows.labels)} labels"
+    text = _draft(name, task, base, data, columns, output, counts, _max_t(len(rows.train), loaded.job))
     load_text(text, output)
     files.write_text(output, text)
     typer.echo(f"{output}  ({counts})")
@@ -75,7 +76,7 @@ def _columns(train_file: Path, task: TaskName, text: str | None, label: str | No
     if first is None:
         raise DataError(f"{train_file} holds no row that can be read")
     if task is not TaskName.CLASSIFICATION:
-        return _generation_columns(first)
+        return {"text_column": text} if text else _generation_columns(first)
     found = {
         "text_column": text or _first_of(first, ("text", "sentence", "review", "content", "tweet", "body", "comment")),
         "label_column": label or _first_of(first, ("label", "labels", "class", "category", "sentiment", "target")),
@@ -124,7 +125,7 @@ def _draft(
     length = 256 if task is TaskName.CLASSIFICATION else 512
     return f"""\
 # Written by `lorafleet init`. Every field and its default: `lorafleet render {output.name}`.
-name: {name}
+name: {_quoted(name)}
 task: {task.value}                     # classification | generation
 
 model:
@@ -166,11 +167,18 @@ def _relative(path: Path, folder: Path) -> str:
     return str(absolute.relative_to(folder)) if absolute.is_relative_to(folder) else str(absolute)
 
 
+def _relative_model(model: str, output: Path) -> str:
+    """A model's folder as the job file can say it; hub ids and assets as they are."""
+    is_folder = model.startswith((".", "/", "~")) or Path(model).is_dir()
+    return _relative(Path(model).expanduser(), output.absolute().parent) if is_folder else model
+
+
 def _quoted(text: str) -> str:
     """A text as a YAML scalar, quoted where it must be."""
     import json
+    import re
 
-    plain = text.replace("_", "").replace("-", "").replace("/", "").replace(".", "").replace(":", "").isalnum()
-    return (
-        text if plain and not text[:1].isdigit() and ": " not in text and not text.endswith(":") else json.dumps(text)
-    )
+    from jobs.yaml12 import scalar
+
+    plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./:-]*", text) and not text.endswith(":")
+    return text if plain and scalar(text) == text else json.dumps(text, ensure_ascii=False)

@@ -60,6 +60,8 @@ def _shown(line: str) -> str:
         row = json.loads(line)
     except json.JSONDecodeError:
         return line
+    if not isinstance(row, dict):
+        return line
     row.pop("schema_version", None)
     for name in ("intervals", "first_gradient_at"):
         row.pop(name, None)

@@ -22,10 +22,12 @@ def plan(
 ) -> None:
     """Print every trial with its values, where they run, the memory, the steps, and what ASHA saves."""
     from cluster.backends import backend_for
+    from cluster.check import check_names
     from cluster.machine import local_site
     from jobs.load import load_job
 
     loaded = load_job(job, tuple(overrides or ()))
+    check_names(loaded)
     command = "train" if train or loaded.job.search is None else "sweep"
     made = backend_for(local_site()).plan(loaded, command)
     if output is Format.JSON:

@@ -18,5 +18,6 @@ def report(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
     if output is Format.JSON:
         typer.echo(report_json(made))
         return
-    console().print(terminal(made))
+    screen = console()
+    screen.print(terminal(made, screen.width))
     typer.echo(f"\nreport   {found.path / 'report' / 'report.html'}")

@@ -40,6 +40,7 @@ def _start(
     command: str, path: Path, overrides: list[str] | None, runs: Path, quiet: bool, output: Format, detach: bool
 ) -> None:
     from cluster.backends import backend_for
+    from cluster.check import check_names
     from cluster.fetch import fetch_job
     from cluster.machine import local_site
     from commands.watch import follow
@@ -53,6 +54,7 @@ def _start(
         )
     if not quiet:
         note_aliases(loaded.notes)
+    check_names(loaded)
     fetch_job(loaded.job, say if not quiet else lambda _: None)
     backend = backend_for(local_site())
     plan = backend.plan(loaded, command)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ def sync(
 ) -> None:
     """Upload a run's W&B records that were written offline (`wandb sync`)."""
     from cluster.store import find_run
+    from evaluation.report import run_job
 
     found = find_run(runs, run)
     folders = sorted(found.path.glob("wandb/wandb/offline-run-*"))
@@ -26,13 +28,17 @@ def sync(
     if show:
         typer.echo(" ".join(command))
         return
-    done = subprocess.run(command, check=False)
+    base_url = run_job(found).tracking.base_url
+    env = os.environ | ({"WANDB_BASE_URL": base_url} if base_url else {})
+    done = subprocess.run(command, env=env, check=False)
     if done.returncode:
-        raise UserError(f"wandb sync ended with code {done.returncode}; `wandb login` first, or see its message above")
-    say(f"{len(folders)} records of {found.id} are uploaded")
+        raise UserError(
+            f"wandb sync ended with code {done.returncode}; it says why above (not logged in? `wandb login`)"
+        )
+    say(f"wandb sync took {len(folders)} records of {found.id}; what it did with each stands above")
 
 
 def sync_command(folders: list[Path]) -> list[str]:
     """The `wandb sync` of this Python's environment."""
     script = Path(sys.executable).with_name("wandb")
-    return [str(script) if script.is_file() else "wandb", "sync", "--skip-console", *map(str, folders)]
+    return [str(script) if script.is_file() else "wandb", "sync", *map(str, folders)]

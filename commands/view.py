@@ -83,7 +83,7 @@ def run_view(run: Run) -> RenderableType:
 
     lines = trial_lines(run)
     status = run.status()
-    took = duration(time.time() - run.created)
+    took = duration(float(status.get("ended") or time.time()) - run.created)
     total = (run.events("search") or [{}])[-1].get("trials", len(lines))
     ended = sum(TrialState(line["state"]).ended for line in lines)
     phase = status.get("phase") or status.get("state")

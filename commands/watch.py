@@ -19,7 +19,7 @@ from jobs.run import Run
 if TYPE_CHECKING:
     from cluster.backend import Backend
 
-_LOOKS_PER_SECOND = 4
+_LOOKS_PER_SECOND = 2
 _LINES_EVERY_SECONDS = 0.5
 
 
@@ -114,7 +114,8 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format) -> None:
         return
     from evaluation.render import terminal
 
-    console().print(terminal(report))
+    screen = console()
+    screen.print(terminal(report, screen.width))
     if code == ExitCode.INTERRUPTED:
         say(f"\n{run.id} was interrupted; `lorafleet resume {run.id}` goes on")
         return

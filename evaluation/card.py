@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from evaluation.report_text import number
+from evaluation.report_text import number, plain
 from jobs import files
 from jobs.report import Report
 from jobs.run import Run
@@ -48,10 +48,10 @@ def _card(report: Report, chosen: str, resolved: dict[str, object]) -> str:
         "",
         f"# Adapter {chosen}",
         "",
-        f"LoRA adapter for `{report.model}`, trained for {report.task} on `{report.data}` "
+        f"LoRA adapter for {plain(report.model)}, trained for {report.task} on {plain(report.data)} "
         f"by run `{report.run}` ({row.step} optimiser steps, {row.samples:,} rows).",
         "",
-        report.recommendation.sentence,
+        plain(report.recommendation.sentence),
         "",
         f"| metric | validation | {report.held_out} |",
         "|---|---|---|",
@@ -61,8 +61,11 @@ def _card(report: Report, chosen: str, resolved: dict[str, object]) -> str:
         *(f"- {split}: SHA-256 `{digest}`" for split, digest in report.facts.get("data_sha256", {}).items()),
     ]
     if report.facts.get("labels"):
-        labels = ", ".join(f"{index} = {json.dumps(label)}" for index, label in enumerate(report.facts["labels"]))
+        labels = ", ".join(
+            f"{index} = {plain(json.dumps(label))}" for index, label in enumerate(report.facts["labels"])
+        )
         lines.append(f"- labels: {labels}")
-    lines += ["", "## Configuration", "", "```json", json.dumps(resolved, indent=2), "```", "", "## Versions", ""]
+    configuration = json.dumps(resolved, indent=2).splitlines()
+    lines += ["", "## Configuration", "", *(f"    {line}" for line in configuration), "", "## Versions", ""]
     lines += [f"- {name} {version}" for name, version in report.versions.items()]
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ import csv
 import io
 from typing import TYPE_CHECKING
 
-from evaluation.report_text import Cell, columns, headline, notes, number, parameter_columns
+from evaluation.report_text import Cell, columns, headline, notes, number, parameter_columns, plain, terminal_columns
 from jobs.metrics import TASK_METRICS
 from jobs.report import Report, Row
 
@@ -15,28 +15,44 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def terminal(report: Report) -> RenderableType:
-    """A rich table with the recommendation under it. Data and names are shown as they are, never read as markup."""
+def terminal(report: Report, width: int) -> RenderableType:
+    """A rich table of at most `width` characters, with the recommendation under it.
+
+    Data and names are shown as they are, never read as markup. Where the width is short, the columns that say least
+    about the choice are left out whole: no number is cut.
+    """
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(headline(report)), title_justify="left", header_style="bold", box=None, pad_edge=False)
-    shown = _narrow(report)
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    shown = _fitting(report, width)
     for heading, _ in shown:
         table.add_column(Text(heading), justify="left" if heading in ("trial", "state") else "right", no_wrap=True)
     for row in report.shown:
         table.add_row(*(Text(cell(row)) for _, cell in shown), style=_style(row, report))
-    parts: list[RenderableType] = [table, Text(""), Text(report.recommendation.sentence, style="bold")]
+    parts: list[RenderableType] = [Text(headline(report)), Text(""), table, Text("")]
+    parts.append(Text(report.recommendation.sentence, style="bold"))
     parts += [Text(f"- {note}", style="dim") for note in notes(report)]
+    if len(shown) < len(terminal_columns(report)):
+        parts.append(Text("- more columns: report.html, report.csv, or a wider terminal", style="dim"))
     return Group(*parts)
 
 
-def _narrow(report: Report) -> list[tuple[str, Cell]]:
-    """The columns that fit a terminal: the choice's metric on both splits, time and size."""
-    dropped = {f"{report.held_out} {name}" for name in TASK_METRICS[report.task] if name != report.metric}
-    dropped |= {"samples/s"}
-    return [(heading, cell) for heading, cell in columns(report) if heading not in dropped]
+_LEAST_FIRST = ("peak GiB", "tokens/s", "train time", "rung", "parameters", "state")
+
+
+def _fitting(report: Report, width: int) -> list[tuple[str, Cell]]:
+    shown = terminal_columns(report)
+    for dropped in _LEAST_FIRST:
+        if _table_width(report, shown) <= width:
+            break
+        shown = [(heading, cell) for heading, cell in shown if heading != dropped]
+    return shown
+
+
+def _table_width(report: Report, shown: list[tuple[str, Cell]]) -> int:
+    return sum(2 + max(len(heading), *(len(cell(row)) for row in report.shown)) for heading, cell in shown)
 
 
 def _style(row: Row, report: Report) -> str:
@@ -49,24 +65,17 @@ def markdown(report: Report) -> str:
     """A page of GitHub Markdown."""
     shown = columns(report)
     lines = [
-        f"# {_plain(report.run)}",
+        f"# {plain(report.run)}",
         "",
-        _plain(headline(report)),
+        plain(headline(report)),
         "",
-        f"**{_plain(report.recommendation.sentence)}**",
+        f"**{plain(report.recommendation.sentence)}**",
     ]
     lines += ["", f"Rule: {report.recommendation.rule}.", ""]
     lines += ["| " + " | ".join(heading for heading, _ in shown) + " |", "|" + "---|" * len(shown)]
-    lines += ["| " + " | ".join(_plain(cell(row)) for _, cell in shown) + " |" for row in report.shown]
-    lines += ["", *(f"- {_plain(note)}" for note in notes(report)), ""]
+    lines += ["| " + " | ".join(plain(cell(row)) for _, cell in shown) + " |" for row in report.shown]
+    lines += ["", *(f"- {plain(note)}" for note in notes(report)), ""]
     return "\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    """A text that Markdown shows as it is."""
-    for mark in ("\\", "`", "*", "<", ">", "|", "["):
-        text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.splitlines())
 
 
 def table_csv(report: Report) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from evaluation.recommend import recommend
 from jobs import files
+from jobs.errors import RunError
 from jobs.metrics import TASK_METRICS, is_better
 from jobs.report import Failure, Intervals, Metrics, Report, Row
 from jobs.run import Run, Trial
@@ -15,7 +16,10 @@ from jobs.spec import JobSpec
 
 def run_job(run: Run) -> JobSpec:
     """The job of a run."""
-    return JobSpec.model_validate_json(json.dumps(files.read_json(run.path / "plan.json")["job"]))
+    plan = files.read_json(run.path / "plan.json")
+    if "job" not in plan:
+        raise RunError(f"{run.path} holds no plan.json: it is not a run, or was not submitted whole")
+    return JobSpec.model_validate_json(json.dumps(plan["job"]))
 
 
 def build_report(run: Run) -> Report:
@@ -150,11 +154,11 @@ def _point(row: dict[str, Any], job: JobSpec) -> dict[str, Any]:
     return {key: row[key] for key in keys if row.get(key) is not None}
 
 
-def _rank(row: Row, metric: str, goal: str) -> tuple[int, float, str]:
-    """Finished first, then the cut ones by how far they came and their score, the failed last."""
+def _rank(row: Row, metric: str, goal: str) -> tuple[int, float]:
+    """Finished first, then the cut ones by rung and score, the failed last; ties stay as they were made."""
     score = row.metrics.get(metric)
     order = {"finished": 0, "running": 1, "stopped": 2, "pending": 3, "failed": 4}[row.state]
     if score is None:
-        return (order, float("inf"), row.trial_id)
+        return (order, float("inf"))
     signed = -score if goal == "maximize" else score
-    return (order, signed - 1e6 * (row.rung or 0 if row.state == "stopped" else 0), row.trial_id)
+    return (order, signed - 1e6 * (row.rung or 0 if row.state == "stopped" else 0))

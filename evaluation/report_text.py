@@ -20,6 +20,13 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}"
 
 
+def plain(text: str) -> str:
+    """A text that Markdown shows as it is, on one line."""
+    for mark in ("\\", "`", "*", "_", "~", "&", "<", ">", "|", "["):
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split())
+
+
 def duration(seconds: float | None) -> str:
     """`42 s`, `3 min 05 s`, `2 h 10 min`."""
     if seconds is None:
@@ -59,6 +66,30 @@ def columns(report: Report) -> list[tuple[str, Cell]]:
     return found
 
 
+def terminal_columns(report: Report) -> list[tuple[str, Cell]]:
+    """The columns that fit a terminal: the choice's metric on both splits, and what a configuration costs."""
+    split = "validation again" if report.held_out == "validation" else "test"
+    found: list[tuple[str, Cell]] = [("trial", lambda row: row.trial_id)]
+    found += [(path.rpartition(".")[2], _parameter(path)) for path in parameter_columns(report)]
+    found += [
+        ("state", _state),
+        ("rung", lambda row: MISSING if row.rung is None else str(row.rung)),
+        (f"val {report.metric}", lambda row: _with_half(row.metrics, row.intervals, report.metric)),
+        (f"{split} {report.metric}", lambda row: _with_half(row.test_metrics or {}, row.test_intervals, report.metric)),
+        ("train time", lambda row: duration(row.train_seconds)),
+        ("tokens/s", lambda row: number(row.tokens_per_second, 0)),
+        ("peak GiB", lambda row: number(row.peak_memory_gib, 2)),
+        ("parameters", lambda row: MISSING if row.trainable_parameters is None else f"{row.trainable_parameters:,}"),
+    ]
+    return found
+
+
+def _with_half(metrics: Metrics, intervals: dict[str, tuple[float, float]], name: str) -> str:
+    """A metric with half the width of its 95 % interval: `0.757 ±0.048`."""
+    value, ends = number(metrics.get(name)), intervals.get(name)
+    return f"{value} ±{number((ends[1] - ends[0]) / 2)}" if ends and value != MISSING else value
+
+
 def _parameter(path: str) -> Cell:
     def cell(row: Row) -> str:
         value = row.params.get(path)
@@ -93,11 +124,11 @@ def notes(report: Report) -> list[str]:
         if row.failure
     ]
     found += report.warnings
-    if report.held_out == "test":
+    if report.held_out == "test" and any(row.test_metrics for row in report.trials):
         found.append(
             "The search and the choice looked at the validation rows; the test rows were run once, after the choice."
         )
-    found.append("Square brackets hold 95 % bootstrap intervals over rows (not over seeds).")
+    found.append("Square brackets and ± hold 95 % bootstrap intervals over rows (not over seeds).")
     return found
 
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from jobs.errors import RunError
+
 SCHEMA_VERSION = 1
 """Of every file in a run directory."""
 
@@ -48,8 +50,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except ValueError as error:
+        raise RunError(f"{path} is not whole JSON ({error}): it was not written by lorafleet, or damaged") from error
     return value if isinstance(value, dict) else {}
 
 

@@ -74,7 +74,10 @@ def model_config(name: str, revision: str | None) -> dict[str, Any] | None:
         return None
     for file in ("config.json", "shape.json"):
         if (folder / file).is_file():
-            config: dict[str, Any] = json.loads((folder / file).read_text())
+            try:
+                config: dict[str, Any] = json.loads((folder / file).read_text())
+            except ValueError as error:
+                raise AssetError(f"{folder / file} is not JSON: {error}") from error
             return config
     return None
 
@@ -117,5 +120,8 @@ def _safetensors_parameters(file: Path) -> int:
 
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length)) if length < 100_000_000 else {}
+        try:
+            header = json.loads(opened.read(length)) if length < 100_000_000 else {}
+        except ValueError as error:
+            raise AssetError(f"{file} is not a whole safetensors file") from error
     return sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__")

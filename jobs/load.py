@@ -77,6 +77,13 @@ class _Reading:
             path = path.rpartition(".")[0]
         return None
 
+    def placed(self, problem: Problem) -> Problem:
+        """A problem with its line, or with the override that made it."""
+        origin = self.origins.get(problem.path)
+        if origin and origin.kind == "override":
+            return Problem(problem.path, f"override {origin.detail!r}: {problem.sentence}")
+        return Problem(problem.path, problem.sentence, self.line(problem.path))
+
     def problem(self, path: str, sentence: str) -> None:
         self.problems.append(Problem(path, sentence, self.line(path)))
 
@@ -119,6 +126,8 @@ def read_text(path: Path) -> str:
         sentence = "is a folder, not a job file"
     except PermissionError:
         sentence = "may not be read by you"
+    except OSError as error:
+        sentence = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
         sentence = f"is not UTF-8 text (byte {error.start})"
     raise JobFileError(str(path), [Problem("", sentence)])
@@ -138,6 +147,7 @@ def json_schema() -> dict[str, Any]:
     }
     metric = schema["$defs"]["MetricSpec"]
     metric["required"] = ["name"]
+    schema["$defs"]["MetricSpec"] = {"anyOf": [metric, {"type": "string"}]}
     return schema
 
 
@@ -161,7 +171,10 @@ def _override(reading: _Reading, text: str) -> None:
         reading.problems.append(Problem(path, f"override {text!r}: {document.problems[0].sentence}"))
         return
     if path.startswith("search.parameters."):
-        parameters = reading.tree.setdefault("search", {}).setdefault("parameters", {})
+        parameters = fields.get(reading.tree, "search.parameters")
+        if not isinstance(parameters, dict):
+            parameters = {}
+            fields.put(reading.tree, "search.parameters", parameters)
         parameters[path.removeprefix("search.parameters.")] = document.value
     else:
         fields.put(reading.tree, path, document.value)
@@ -185,7 +198,9 @@ def _translate(reading: _Reading) -> None:
 
 
 def _translate_key(reading: _Reading, block: str, key: str) -> None:
-    holder = reading.tree[block] if block else reading.tree
+    holder = reading.tree.get(block) if block else reading.tree
+    if not isinstance(holder, dict) or key not in holder:
+        return  # an alias of its block has moved it
     path = f"{block}.{key}" if block else key
     ours = FIELD_ALIASES.get(key)
     if ours is None or path in fields.leaves() or block == "linked":
@@ -289,9 +304,9 @@ def _validated(reading: _Reading, path: Path) -> JobSpec:
     try:
         job = JobSpec.model_validate(reading.tree)
     except ValidationError as error:
-        problems = [Problem(p.path, p.sentence, reading.line(p.path)) for p in sentences(error)]
+        problems = [reading.placed(problem) for problem in sentences(error)]
         raise JobFileError(str(path), sorted(problems, key=lambda p: p.line or 0)) from None
-    problems = [Problem(p.path, p.sentence, reading.line(p.path)) for p in search.search_problems(job)]
+    problems = [reading.placed(problem) for problem in search.search_problems(job)]
     if problems:
         raise JobFileError(str(path), problems)
     return search.trial(job, {}) if job.linked else job

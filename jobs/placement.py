@@ -42,6 +42,10 @@ def place(job: JobSpec, site: LocalSite, trials: int, trial_memory_gib: float) -
     gpus = _gpus_per_worker(job, site)
     if wants.num_nodes > 1:
         raise PlacementRefused(f"resources.num_nodes is {wants.num_nodes}, but this is one machine")
+    if job.search and job.search.budget.gpu_hours is not None and not gpus:
+        raise PlacementRefused(
+            "search.budget.gpu_hours counts GPUs, and this machine's trials use none; use search.budget.wall_hours"
+        )
     workers = wants.workers_per_node
     needs = {"CPU cores": (workers * wants.cpus_per_worker, site.cpus), "GPUs": (workers * gpus, site.gpus)}
     fits = {}

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -116,7 +117,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         if line.strip():
             try:
                 record = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 yield number, f"not JSON ({getattr(error, 'msg', 'too deep')})"
                 continue
             yield number, record if isinstance(record, dict) else "a row must be a JSON object {...}"
@@ -135,17 +136,21 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     csv.field_size_limit(100_000_000)
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter)
-    if reader.fieldnames is None:
-        return
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
+    began = 1
     try:
+        header = reader.fieldnames or ()
+        twice = sorted({name for name in header if list(header).count(name) > 1})
+        if twice:
+            raise DataError(f"{path}:1: the column {twice[0]!r} stands twice in the header")
         for record in reader:
             if record.get(None) is not None:
-                yield reader.line_num, f"has more columns than the header ({len(reader.fieldnames)})"
+                yield reader.line_num, f"has more columns than the header ({len(header)})"
             else:
                 yield reader.line_num, dict(record)
+            began = reader.line_num
     except csv.Error as error:
-        yield reader.line_num, f"not CSV ({error})"
+        yield began + 1, f"not CSV: {error} (a quote that is never closed?)"
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -223,6 +228,8 @@ def _wrong_text(record: dict[str, Any], key: str) -> str | None:
         return f"{key} is {json.dumps(record[key], default=str)[:40]}, but must be a text"
     if not record[key].strip():
         return f"{key} is empty"
+    if any("\ud800" <= mark <= "\udfff" for mark in record[key]):
+        return f"{key} holds half a character (a lone surrogate): it was cut or wrongly decoded"
     return None
 
 
@@ -242,7 +249,7 @@ def _text_label(record: dict[str, Any], data: DataSpec) -> Row | str:
     label = record[data.label_column]
     if isinstance(label, bool):
         label = str(label).lower()
-    if not isinstance(label, str | int) or label == "":
+    if not isinstance(label, str | int) or not str(label).strip():
         return f"{data.label_column} is {json.dumps(label, default=str)[:40]}, but must be a text or a whole number"
     return Row(text=record[data.text_column], label=str(label).strip())
 
@@ -323,7 +330,7 @@ def _labels(rows: dict[str, list[Row]], sources: dict[str, Path]) -> tuple[str, 
         unknown = sorted({row.label for row in rows.get(split, [])} - set(counts))
         if unknown:
             raise DataError(f"the {split} rows have labels that no training row has: {', '.join(unknown[:5])}")
-    numeric = all(label.lstrip("-").isdigit() for label in counts)
+    numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in counts)
     return tuple(sorted(counts, key=int) if numeric else sorted(counts))
 
 

@@ -36,9 +36,9 @@ class RunState(StrEnum):
 _NEXT = {
     RunState.PENDING: {RunState.RUNNING, RunState.STOPPED, RunState.FAILED},
     RunState.RUNNING: {RunState.FINISHED, RunState.STOPPED, RunState.FAILED, RunState.RUNNING},
-    RunState.STOPPED: {RunState.RUNNING},
+    RunState.STOPPED: {RunState.RUNNING, RunState.FAILED},
     RunState.FAILED: {RunState.RUNNING},
-    RunState.FINISHED: {RunState.RUNNING},
+    RunState.FINISHED: {RunState.RUNNING, RunState.FAILED},
 }
 
 
@@ -118,10 +118,14 @@ class Run:
     @classmethod
     def create(cls, runs: Path, name: str) -> Run:
         """A new, empty run folder with a name of its own."""
+        try:
+            runs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"--runs is {runs}, which cannot be made a folder: {error.strerror}") from error
         while True:
             path = runs.absolute() / f"{name}-{secrets.token_hex(3)}"
             try:
-                path.mkdir(parents=True)
+                path.mkdir()
             except FileExistsError:
                 continue
             run = cls(path)

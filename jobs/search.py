@@ -20,6 +20,21 @@ Assignment = dict[str, Scalar]
 
 STARTUP_TRIALS = 10
 """Trials that TPE draws at random before it models anything (Optuna's default)."""
+NOT_IDENTITY = {
+    **dict.fromkeys(
+        ("model.model_name_or_path", "model.max_length"),
+        "a search may not vary: rows become tokens once for all trials",
+    ),
+    "model.revision": "a search may not vary: name each revision's folder in model.model_name_or_path",
+    "train.init_adapter": "a search may not vary",
+    **dict.fromkeys(
+        ("train.num_train_epochs", "train.max_steps"), "is a trial's budget: use search.scheduler, or several jobs"
+    ),
+    **dict.fromkeys(
+        ("train.eval_steps", "train.checkpoint_minutes", "train.per_device_eval_batch_size"), "does not change a trial"
+    ),
+}
+"""Fields outside a trial's identity, and why a search may not vary them: all their trials would be one."""
 _MAX_GRID = 100_000
 _DRAWS_FOR_A_NEW_ONE = 200
 
@@ -143,8 +158,8 @@ def _linked_value(text: str, path: str, raw: dict[str, Any]) -> Scalar:
         values[name] = value
     try:
         return expression.evaluate(tree, values)
-    except ZeroDivisionError as error:
-        raise ValueError(f"{path} is {text!r}, which divides by zero") from error
+    except (ZeroDivisionError, OverflowError, TypeError) as error:
+        raise ValueError(f"{path} is {text!r}, which cannot be worked out: {error}") from error
 
 
 def _in_order(links: dict[str, str]) -> list[str]:
@@ -175,6 +190,8 @@ def search_problems(job: JobSpec) -> list[Problem]:
         problems += _grid_problems(job.search)
     ends = {path: _ends(parameter) for path, parameter in free_parameters(job.search).items()}
     first = {path: values[0] for path, values in ends.items()}
+    if not first:
+        problems += _trial_problems(job, {}, "search.parameters")
     for path, values in ends.items():
         for value in values:
             problems += _trial_problems(job, {**first, path: value}, f"search.parameters.{path}")
@@ -189,18 +206,26 @@ def _parameter_problems(job: JobSpec, path: str, parameter: Parameter) -> list[P
         return [Problem(where, f"search.parameters has {path!r}, which is not a field of a job{hint}")]
     if path.split(".")[0] in fields.NOT_SEARCHED:
         return [Problem(where, f"search.parameters has {path!r}, but a search may not vary {path.split('.')[0]}")]
+    if path in NOT_IDENTITY:
+        return [Problem(where, f"search.parameters has {path!r}, which {NOT_IDENTITY[path]}")]
     if path in job.linked:
         return [
             Problem(where, f"{path} is searched and is linked to {job.linked[path]!r} as well; drop one of the two")
         ]
     if parameter.expression is not None:
         return _link_problems(path, parameter.expression, where)
+    whole = fields.leaves()[path].annotation in (int, int | None)
+    if whole and parameter.distribution in ("uniform", "log_uniform_values"):
+        hint = "int_uniform, q_log_uniform_values with q: 1, or values"
+        return [Problem(where, f"{path} is a whole number, and {parameter.distribution} draws fractions: use {hint}")]
     return []
 
 
 def _link_problems(path: str, text: str, where: str) -> list[Problem]:
     if path not in fields.leaves():
         return [Problem(where, f"linked has {path!r}, which is not a field of a job")]
+    if path.split(".")[0] in fields.NOT_SEARCHED or path in NOT_IDENTITY:
+        return [Problem(where, f"{path} is {text!r}, but must be a value: it may not follow from what a trial has")]
     problems = []
     try:
         used = expression.names(expression.parse(text))
@@ -245,6 +270,13 @@ def _trial_problems(job: JobSpec, assignment: Assignment, where: str) -> list[Pr
     except ValueError as error:
         return [Problem(where, str(error))]
     return []
+
+
+def impossible(job: JobSpec, assignment: Assignment) -> str | None:
+    """Why a configuration makes no job, in one sentence, or None."""
+    problems = _trial_problems(job, assignment, "search.parameters")
+    values = ", ".join(f"{path}={value}" for path, value in assignment.items())
+    return f"the configuration {values} is impossible: {problems[0].sentence}" if problems else None
 
 
 def _once(problems: list[Problem]) -> list[Problem]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from jobs import expression
 from jobs.errors import Problem, SpecProblems
@@ -41,7 +41,7 @@ class ModelSpec(Spec):
     model_name_or_path: str = Field(min_length=1, max_length=400)
     """A hub id (`org/name`), a folder with a safetensors model, or `asset:NAME` (see `lorafleet fetch --list`)."""
     revision: str | None = None
-    """Branch, tag or commit of a hub model; a commit is pinned by `lorafleet fetch` when this is left out."""
+    """Branch, tag or commit of a hub model; left out: the main branch as it was fetched."""
     max_length: int = Field(512, ge=8, le=1_000_000)
     """Longest row in tokens, prompt and answer together; longer rows are cut, and counted in a warning."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -128,6 +128,15 @@ class LoraSpec(Spec):
     """Scale by 1/sqrt(rank) instead of 1/rank (rank-stabilised LoRA)."""
     use_dora: bool = False
     """Train a magnitude beside the direction (DoRA); slower by a third to a half."""
+
+    @field_validator("lora_target_modules")
+    @classmethod
+    def _names(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        names = value.split(",") if isinstance(value, str) else value
+        cleaned = tuple(name.strip() for name in names)
+        if not cleaned or not all(cleaned):
+            raise ValueError("must be all-linear or names of layers, such as [query, value], and not empty")
+        return "all-linear" if cleaned == ("all-linear",) else cleaned
 
 
 class TrainSpec(Spec):
@@ -402,10 +411,8 @@ class TrackingSpec(Spec):
     """W&B user or team."""
     tags: Texts = ()
     """W&B tags of every trial."""
-    base_url: str | None = Field(None, pattern=r"^https?://")
+    base_url: str | None = Field(None, pattern=r"^https?://[^@]+$")
     """Address of a W&B server of your own."""
-    upload_samples: bool = False
-    """Whether texts from the data may be sent to W&B."""
 
 
 class JobSpec(Spec):
@@ -446,10 +453,23 @@ class JobSpec(Spec):
 
     @model_validator(mode="after")
     def _fields_agree(self) -> JobSpec:
-        problems = list(_metric_problems(self)) + list(_batch_problems(self)) + list(_budget_problems(self))
+        problems = (
+            _format_problems(self)
+            + list(_metric_problems(self))
+            + list(_batch_problems(self))
+            + list(_budget_problems(self))
+        )
         if problems:
             raise SpecProblems(problems)
         return self
+
+
+def _format_problems(job: JobSpec) -> list[Problem]:
+    labelled = job.data.format == "text_label"
+    if job.data.format == "auto" or labelled == (job.task == "classification"):
+        return []
+    wanted = "text_label" if job.task == "classification" else "prompt_completion, instruction, messages or text"
+    return [Problem("data.format", f"data.format is {job.data.format}, but must be {wanted} (or auto) for {job.task}")]
 
 
 def _metric_problems(job: JobSpec) -> list[Problem]:

@@ -20,7 +20,6 @@ _SAME = {
     "max_steps": "train.max_steps",
     "eval_steps": "train.eval_steps",
     "seed": "train.seed",
-    "trust_remote_code": "model.trust_remote_code",
 }
 
 _TOOLS: dict[str, dict[str, str]] = {
@@ -131,16 +130,24 @@ def translate(tool: str, config: dict[str, Any], name: str) -> Translation:
         elif key in _TOOLS[tool]:
             _carry(_TOOLS[tool][key], key, value, made)
         else:
-            made.lost.append(f"{key}: {value!r} has no counterpart")
+            made.lost.append(f"{key}: {_shown(key, value)} has no counterpart")
     return made
 
 
+def _shown(key: str, value: Any) -> str:
+    """A value in words, unless its key says that it is a secret."""
+    secret = any(word in key.lower() for word in ("token", "key", "secret", "password"))
+    return "its value (not shown)" if secret else repr(value)
+
+
 def _carry(path: str, key: str, value: Any, made: Translation) -> None:
-    if isinstance(value, str):
-        value = _as_number(value)
+    if isinstance(value, str) and fields.is_number(path):
+        value = _as_number(value, path)
+    elif isinstance(value, str) and value in ("true", "True", "false", "False"):
+        value = value in ("true", "True")
     if path == "train.lr_scheduler_type" and value not in _SCHEDULES:
         made.lost.append(f"{key}: {value!r} is none of {', '.join(_SCHEDULES)}")
-    elif path == "data.validation_fraction" and not 0 < float(value) < 1:
+    elif path == "data.validation_fraction" and not (isinstance(value, int | float) and 0 < value < 1):
         made.lost.append(f"{key}: {value!r} is not a share of the rows; give data.validation_file")
     elif path == "lora.lora_target_modules" and value in ("all", "all-linear"):
         made.put(path, "all-linear")
@@ -148,12 +155,13 @@ def _carry(path: str, key: str, value: Any, made: Translation) -> None:
         made.put(path, value)
 
 
-def _as_number(text: str) -> Any:
+def _as_number(text: str, path: str) -> Any:
     """YAML 1.1 readers take `2e-4` for a text; their users mean the number."""
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
         return text
+    return int(value) if fields.leaves()[path].annotation in (int, int | None) and value.is_integer() else value
 
 
 def _method(quantised: str) -> Callable[[Any, Translation], None]:
@@ -195,7 +203,7 @@ def _precision(key: str, ours: str) -> Callable[[Any, Translation], None]:
 
 
 def _axolotl_data(value: Any, made: Translation) -> None:
-    sets = value if isinstance(value, list) else [value]
+    sets = value if isinstance(value, list) and value else [value or {}]
     if len(sets) > 1:
         made.lost.append(f"datasets: only the first of {len(sets)} is carried over; put the rows into one file")
     first = sets[0] if isinstance(sets[0], dict) else {"path": sets[0]}
@@ -233,7 +241,8 @@ def _target(value: Any, made: Translation) -> None:
     if value in ("all", "all-linear"):
         made.put("lora.lora_target_modules", "all-linear")
     else:
-        made.put("lora.lora_target_modules", [part.strip() for part in str(value).split(",")])
+        names = value if isinstance(value, list) else str(value).split(",")
+        made.put("lora.lora_target_modules", [str(part).strip() for part in names])
 
 
 def _target_linear(value: Any, made: Translation) -> None:
@@ -253,6 +262,7 @@ _AXOLOTL: dict[str, Callable[[Any, Translation], None]] = {
     "fsdp": _distributed("fsdp"),
     "fsdp_config": _distributed("fsdp_config"),
     "sample_packing": _packing("sample_packing"),
+    "trust_remote_code": _lost("needs a model.revision of a full commit here")("trust_remote_code"),
     "pad_to_sequence_len": _packing("pad_to_sequence_len"),
 }
 _LLAMAFACTORY: dict[str, Callable[[Any, Translation], None]] = {
@@ -264,5 +274,6 @@ _LLAMAFACTORY: dict[str, Callable[[Any, Translation], None]] = {
     "fp16": _precision("fp16", "fp16"),
     "deepspeed": _distributed("deepspeed"),
     "packing": _packing("packing"),
+    "trust_remote_code": _lost("needs a model.revision of a full commit here")("trust_remote_code"),
     "template": _lost("is taken from the tokenizer's own chat template")("template"),
 }

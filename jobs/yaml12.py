@@ -107,10 +107,8 @@ class _Builder:
             self._plain_tag(node, path, "tag:yaml.org,2002:seq")
             return [self._value(child, path, depth + 1) for child in node.value]
         assert isinstance(node, yaml.ScalarNode)  # the third and last kind of node
-        if node.style is None and not node.tag.startswith("tag:yaml.org,2002:"):
-            self._problem(path, f"the tag {node.tag} is not read here", node)
-        elif node.tag.startswith("tag:yaml.org,2002:python/"):
-            self._problem(path, "Python tags are not read here", node)
+        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python/"):
+            self._problem(path, f"the tag {node.tag.removeprefix('tag:yaml.org,2002:')} is not read here", node)
         return scalar(node.value) if node.style is None else node.value
 
     def _plain_tag(self, node: yaml.Node, path: str, expected: str) -> None:

@@ -50,6 +50,7 @@ def attach(job: JobSpec, base: Base) -> PeftModel:
 def detach(model: PeftModel) -> None:
     """Take the adapter off. The head stays as trained: `attach` draws a new one."""
     model.unload()
+    model.eval()
 
 
 def check_adapter(folder: Path) -> None:

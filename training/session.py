@@ -60,6 +60,9 @@ class TrainingSession:
         self.classifies = job.task == "classification"
         self.meter = Meter(base.device)
         self.model = attach(job, base)
+        # transformers loads in eval mode and PEFT wraps in train mode: without this the base's own dropout would be off
+        # until the first evaluation, and on from then, in this trial and all after it.
+        self.model.train()
         self.loss_module: nn.Module = LossModule(self.model, job.task)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.peak_rate = learning_rate(job).value

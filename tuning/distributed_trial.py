@@ -57,7 +57,8 @@ def _worker(config: dict[str, Any]) -> None:
             train.report(pack(report))
             if report["done"] or run.stopping:
                 return
-    except (TrainingFailure, UserError, torch.OutOfMemoryError) as error:
-        # These happen to all processes in the same step, so all come here and the barrier holds.
+    except (TrainingFailure, UserError) as error:
+        # These happen to all processes in the same step, so all come here and the barrier holds. Anything else (out of
+        # memory, on one of them) ends the process, and with it the group, which Ray Train starts again.
         keep_traceback(work, config["trial"]["trial_id"], error)
         train.report(pack({"failure": classify(error)}))

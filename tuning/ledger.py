@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -58,9 +59,10 @@ class Ledger:
     def begin(self, trial: Trial) -> None:
         """A trial has an actor and trains."""
         if not trial.state.ended:
-            trial.set_state(TrialState.RUNNING, **({} if "started" in trial.status() else {"started": time.time()}))
-            for listener in self.listeners:
-                listener.on_begin(trial)
+            trial.set_state(
+                TrialState.RUNNING, reason=None, **({} if "started" in trial.status() else {"started": time.time()})
+            )
+            self._tell(lambda listener: listener.on_begin(trial))
 
     def saw_actor(self, name: str, base_loads: int, seconds: float) -> None:
         """Note each loading of a base: there should be one an actor."""
@@ -73,8 +75,7 @@ class Ledger:
         if int(row["step"]) > self.last_step.get(trial.id, -1):
             files.append_jsonl(trial.path / "metrics.jsonl", {"time": time.time(), **row})
             self._remember(trial.id, row)
-            for listener in self.listeners:
-                listener.on_row(trial, row)
+            self._tell(lambda listener: listener.on_row(trial, row))
         if row.get("rung") is None:
             return True
         return self.decide(trial, int(row["rung"]))
@@ -111,12 +112,20 @@ class Ledger:
 
     def end(self, trial: Trial, state: TrialState, **facts: Any) -> None:
         """Write how a trial ended, and free what it no longer needs."""
-        trial.set_state(state, **facts)
+        trial.set_state(state, **({"reason": None} | facts))
         (trial.path / "progress.json").unlink(missing_ok=True)
         shutil.rmtree(trial.path / "checkpoints", ignore_errors=True)
         self._keep_best()
-        for listener in self.listeners:
-            listener.on_end(trial)
+        self._tell(lambda listener: listener.on_end(trial))
+
+    def _tell(self, what: Callable[[Listener], None]) -> None:
+        """Tell the mirrors. One that fails is left out from then on: the record is here, and the sweep goes on."""
+        for listener in list(self.listeners):
+            try:
+                what(listener)
+            except Exception as error:  # whatever a tracker's client may raise, it must not cost the night
+                self.listeners.remove(listener)
+                self.run.event("tracking_failed", error=f"{type(error).__name__}: {error}"[:500])
 
     def best_score(self, trial: Trial) -> float | None:
         """The best validation score that a trial's adapter on disk has."""
@@ -150,6 +159,8 @@ class Ledger:
             due = [row for row in trial.metrics() if row.get("rung") is not None]
             if due and not self.decide(trial, int(due[-1]["rung"])):
                 self.end(trial, TrialState.STOPPED, reason=self.cut_reason(trial))
+            else:
+                trial.set_state(TrialState.PENDING)
 
     def cut_reason(self, trial: Trial) -> str:
         """Why a trial was cut, in words."""

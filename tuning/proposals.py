@@ -51,7 +51,7 @@ class TpeProposals:
 
         assert job.search is not None
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.search = job.search
+        self.job, self.search = job, job.search
         self.name = name
         self.distributions = {p: distribution(parameter) for p, parameter in search.free_parameters(job.search).items()}
         sampler = optuna.samplers.TPESampler(
@@ -77,6 +77,9 @@ class TpeProposals:
         for _ in range(_DRAWS_FOR_A_NEW_ONE):
             asked = self.study.ask(self.distributions)
             assignment = {path: self._value(path, asked.params[path]) for path in self.distributions}
+            if search.impossible(self.job, assignment):
+                self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
+                continue
             name = self.name(assignment)
             if name not in self._seen:
                 self._seen.add(name)
@@ -124,6 +127,4 @@ def distribution(parameter: Parameter) -> Any:
     assert parameter.min is not None and parameter.max is not None
     if parameter.distribution == "int_uniform":
         return IntDistribution(int(parameter.min), int(parameter.max))
-    if parameter.distribution == "q_uniform":
-        return FloatDistribution(float(parameter.min), float(parameter.max), step=float(parameter.q or 1))
     return FloatDistribution(float(parameter.min), float(parameter.max), log="log" in str(parameter.distribution))

@@ -17,6 +17,8 @@ from tuning.ledger import Ledger
 
 def host_failure(said: str) -> dict[str, str]:
     """What a process that ended without a report died of, from Ray's words."""
+    if "OutOfMemoryError" in said:
+        return {"failure_class": "oom", "sentence": "out of memory on a GPU; fewer rows a pass need less"}
     if "creation task" in said or "TrainingFailedError" in said or "Traceback" in said:
         last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "")
         return {"failure_class": "code", "sentence": f"its process could not run: {last[:200]} (see traceback.txt)"}
@@ -40,7 +42,7 @@ class RungScheduler(FIFOScheduler):
             return TrialScheduler.STOP
         report = json.loads(result["report"])
         goes_on = self._take(ours, report)
-        if self.ends_itself and report.get("done"):
+        if self.ends_itself and (report.get("done") or report.get("stopping")):
             goes_on = True  # a group that is ending by itself frees its workers; one that is killed there may not
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 
@@ -56,6 +58,9 @@ class RungScheduler(FIFOScheduler):
         if trial.state is not TrialState.RUNNING:
             ledger.begin(trial)
         goes_on = ledger.report(trial, report["row"]) if report.get("row") else True
+        if report.get("stopping") and goes_on and not report.get("done"):
+            trial.set_state(TrialState.PENDING, reason="interrupted")
+            return False
         spent = self.out_of_budget()
         if report.get("done"):
             ledger.end(trial, TrialState.FINISHED)
@@ -70,8 +75,8 @@ class RungScheduler(FIFOScheduler):
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         """A trial whose process died more often than it may: the others go on."""
         ours = self._ours(trial)
-        if ours.state.ended:
-            return
+        if ours.state.ended or trial.status == TuneTrial.ERROR:
+            return  # Tune calls this before a restart as well, with the status already changed
         said = str(trial.get_pickled_error() or "")
         if trial.error_file and Path(trial.error_file).is_file():
             files.write_text(ours.path / "traceback.txt", Path(trial.error_file).read_text(errors="replace"))

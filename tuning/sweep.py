@@ -7,6 +7,7 @@ with the trials that have not ended; Tune's snapshots are not used.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -27,6 +28,10 @@ from jobs.search import Assignment, known_assignments
 from jobs.spec import JobSpec
 from tuning.proposals import GivenProposals, Proposals, TpeProposals
 
+_COUNT_SECONDS = 5.0
+_NOTE_SECONDS = 10.0
+_SAVE_SECONDS = 300.0
+"""How long trials may take to save when a run is asked to end."""
 _RESTARTS = 2
 """How often a trial whose process died begins again from its checkpoint."""
 
@@ -42,7 +47,9 @@ class Sweep:
         self.job = JobSpec.model_validate_json(json.dumps(stored["job"]))
         self.placement = Placement.model_validate(stored["placement"])
         self.searching = stored["command"] == "sweep"
-        self.began = time.time()
+        self.began = self.noted = time.time()
+        self.earlier_seconds = float(run.status().get("wall_seconds") or 0.0)
+        self.counted = (-_COUNT_SECONDS, 0.0)  # when GPU-hours were last counted, and how many there were
 
     @property
     def stop_file(self) -> Path:
@@ -51,6 +58,14 @@ class Sweep:
 
     def execute(self) -> ExitCode:
         """Run what is left of the sweep, evaluate the finalists, write the report."""
+        with (self.run.path / "driver.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(f"{self.run.id} has another driver, which is still running") from error
+            return self._locked_execute()
+
+    def _locked_execute(self) -> ExitCode:
         self.stop_file.unlink(missing_ok=True)
         attempt = int(self.run.status().get("attempt", 0)) + 1
         self.run.mark_running(attempt=attempt, reason=None)
@@ -72,6 +87,7 @@ class Sweep:
 
         data = prepare(self.job)
         self.facts = facts_of(self._searched_job)
+        self._check_facts()
         self._write_facts(data, token_facts(data))
         self._phase("starting workers")
         with self._ray(attempt) as ray_facts:
@@ -81,6 +97,18 @@ class Sweep:
             if not interrupted:
                 self._exam(data)
         return self._finish(interrupted)
+
+    def _check_facts(self) -> None:
+        """Raise RunError when data or model are not what an earlier attempt trained on."""
+        before = files.read_json(self.run.path / "facts.json")
+        now = {"data_sha256": self.facts.data_sha256, "model_revisions": self.facts.model_revisions}
+        for name, digests in now.items():
+            if before and before[name] != digests:
+                what = "data files" if name == "data_sha256" else "model"
+                raise RunError(
+                    f"the {what} of {self.run.id} have changed since it began (facts.json has their digests): put the "
+                    "old ones back, or start a new sweep"
+                )
 
     def _write_facts(self, data: Any, counted: dict[str, Any]) -> None:
         from importlib.metadata import version
@@ -124,6 +152,7 @@ class Sweep:
                 "object_store_memory": 200 * 2**20,
             }
         context = ray.init(log_to_driver=False, configure_logging=False, **options)
+        self._hear_signals()  # ray.init has taken SIGTERM for itself
         session = str(context.address_info.get("session_dir", ""))
         files.write_json(self.run.path / "logs" / "ray.json", {"session_dir": session, "own": own, "attempt": attempt})
         try:
@@ -167,7 +196,8 @@ class Sweep:
                 run_config=tune.RunConfig(
                     name=f"attempt-{attempt}",
                     storage_path=str(self.run.path / "tune"),
-                    failure_config=FailureConfig(max_failures=_RESTARTS),
+                    # A group of processes is started again by Ray Train itself.
+                    failure_config=FailureConfig(max_failures=0 if self.placement.distributed else _RESTARTS),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                     stop=_stop_file(self.stop_file),
                     verbose=0,
@@ -252,25 +282,39 @@ class Sweep:
 
     def _no_more(self) -> bool:
         """Whether no further trial may begin."""
+        self._note_wall()
         return self.stop_file.exists() or self._out_of_budget() is not None
+
+    def _note_wall(self) -> None:
+        """Write down the time spent, now and then: a killed attempt counts too."""
+        if time.time() - self.noted > _NOTE_SECONDS:
+            self.noted = time.time()
+            self.run.set_state(RunState.RUNNING, wall_seconds=self._wall())
+
+    def _wall(self) -> float:
+        """Seconds on the clock, over all attempts."""
+        return self.earlier_seconds + time.time() - self.began
 
     def _out_of_budget(self) -> str | None:
         """Why no more may be spent, or None."""
         if not self.searching or self.job.search is None:
             return None
         budget = self.job.search.budget
-        if budget.wall_hours is not None:
-            earlier = float(self.run.status().get("wall_seconds", 0.0))
-            if earlier + time.time() - self.began > 3600 * budget.wall_hours:
-                return f"the budget of {budget.wall_hours:g} hours on the clock is spent"
-        if budget.gpu_hours is not None and self._gpu_hours() > budget.gpu_hours:
+        if budget.wall_hours is not None and self._wall() > 3600 * budget.wall_hours:
+            return f"the budget of {budget.wall_hours:g} hours on the clock is spent"
+        if budget.gpu_hours is not None and self._gpu_hours(time.monotonic()) > budget.gpu_hours:
             return f"the budget of {budget.gpu_hours:g} GPU-hours is spent"
         return None
 
-    def _gpu_hours(self) -> float:
+    def _gpu_hours(self, now: float) -> float:
+        """Over all trials; counted every few seconds, since Tune asks many times a second."""
+        if now - self.counted[0] < _COUNT_SECONDS:
+            return self.counted[1]
         gpus = self.placement.workers * self.placement.gpus_per_worker
         lasts = [rows[-1] for trial in self.run.trials() if (rows := trial.metrics())]
-        return gpus * sum(row["train_seconds"] + row["eval_seconds"] for row in lasts) / 3600
+        spent = gpus * sum(row["train_seconds"] + row["eval_seconds"] for row in lasts) / 3600
+        self.counted = (now, spent)
+        return spent
 
     def _exam(self, data: Any) -> None:
         """The base, the recommended trial, and the others that reached the last rungs, on the test rows."""
@@ -278,7 +322,8 @@ class Sweep:
 
         self._phase("evaluating on held-out rows")
         report = build_report(self.run)
-        finalists = [t.id for t in self.run.trials() if t.adapter.is_dir() and not (t.path / "test.json").is_file()]
+        whole = [t for t in self.run.trials() if t.state in (TrialState.FINISHED, TrialState.STOPPED)]
+        finalists = [t.id for t in whole if t.adapter.is_dir() and not (t.path / "test.json").is_file()]
         reached = {row.trial_id: row.rung if row.rung is not None else -1 for row in report.trials}
         last = max((reached.get(name, -1) for name in finalists), default=-1)
         chosen = report.recommendation.trial_id
@@ -289,7 +334,7 @@ class Sweep:
         examine_all(self._work(data), [*base, *names], self.placement.slots, splits=splits)
 
     def _finish(self, interrupted: bool) -> ExitCode:
-        wall = float(self.run.status().get("wall_seconds", 0.0)) + time.time() - self.began
+        wall = self._wall()
         if interrupted:
             self.run.set_state(RunState.STOPPED, reason="interrupted: `lorafleet resume` goes on", wall_seconds=wall)
             write_report(self.run)
@@ -302,16 +347,16 @@ class Sweep:
         everything_failed = bool(states) and failed == len(states)
         state = RunState.FAILED if everything_failed else RunState.FINISHED
         reason = f"{failed} of {len(states)} trials failed" if failed else None
+        write_report(self.run)
         self.run.set_state(state, reason=reason, wall_seconds=wall, phase=None)
-        track_report(self.run, self.job, write_report(self.run))
+        track_report(self.run, self.job, write_report(self.run))  # once more: it shows the state
         return ExitCode.SOME_TRIALS_FAILED if failed else ExitCode.OK
 
     def _phase(self, what: str) -> None:
         self.run.set_state(RunState.RUNNING, phase=what)
 
-    @contextlib.contextmanager
-    def _stopped_by_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask the trials to save and end; a second one ends this process at once."""
+    def _hear_signals(self) -> dict[signal.Signals, Any]:
+        """Install the handlers; returns those that were there."""
 
         def ask(number: int, _frame: Any) -> None:
             if self.stop_file.exists():
@@ -319,7 +364,13 @@ class Sweep:
                 os.kill(os.getpid(), number)
             self.stop_file.touch()
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    @contextlib.contextmanager
+    def _stopped_by_signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM ask the trials to save and end; a second one ends this process at once."""
+
+        before = self._hear_signals()
         try:
             yield
         finally:
@@ -349,7 +400,11 @@ def _stop_file(path: Path) -> Any:
             return False
 
         def stop_all(self) -> bool:
-            return path.exists()
+            # Tune gives an actor ten seconds and then kills it: trials are given the time to save and end themselves.
+            try:
+                return time.time() - path.stat().st_mtime > _SAVE_SECONDS
+            except FileNotFoundError:
+                return False
 
     return OnFile()
 

@@ -35,11 +35,22 @@ def trackers(run: Run, job: JobSpec) -> Iterator[list[Listener]]:
         yield []
         return
     mirror = WandbMirror(run, job, mode)
-    mirror.catch_up()
+    with _not_fatal(run):
+        mirror.catch_up()
     try:
         yield [mirror]
     finally:
-        mirror.close()
+        with _not_fatal(run):
+            mirror.close()
+
+
+@contextlib.contextmanager
+def _not_fatal(run: Run) -> Iterator[None]:
+    """A tracker that fails is noted; the record is in the run, and the sweep goes on."""
+    try:
+        yield
+    except Exception as error:  # whatever W&B's client may raise
+        run.event("tracking_failed", error=f"{type(error).__name__}: {error}"[:500])
 
 
 def track_report(run: Run, job: JobSpec, report: Report) -> None:
@@ -47,6 +58,11 @@ def track_report(run: Run, job: JobSpec, report: Report) -> None:
     mode = wandb_mode(job)
     if mode == "disabled":
         return
+    with _not_fatal(run):
+        _track_table(run, job, report, mode)
+
+
+def _track_table(run: Run, job: JobSpec, report: Report, mode: Mode) -> None:
     import wandb
 
     shown = columns(report)
@@ -60,7 +76,7 @@ def track_report(run: Run, job: JobSpec, report: Report) -> None:
 
 def wandb_mode(job: JobSpec) -> Mode:
     """online, offline or disabled. `auto` is online only with a key at hand, and nothing ever prompts."""
-    wanted = os.environ.get("WANDB_MODE") or job.tracking.mode
+    wanted = job.tracking.mode if job.tracking.mode != "auto" else os.environ.get("WANDB_MODE", "auto")
     for mode in _MODES:
         if wanted == mode:
             return mode

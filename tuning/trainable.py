@@ -45,11 +45,17 @@ class WarmTrial(tune.Trainable):
         self._end()
         self.current_id = config["trial_id"]
         self.refused = None
+        self.unbegun = self.work.stop_requested()
+        if self.unbegun:
+            return
         try:
             self.current = TrialRun(self.work, config, self.data)
             self.current.open(self._base(self.current.job))
         except Exception as error:  # the edge of a trial: what goes wrong in it is its result, and the sweep goes on
             self.refused = self._failure(error)
+            if self.current is None or self.current.session is None:
+                self.base = None  # half an adapter may be in it
+                self.current = None
 
     def _base(self, job: JobSpec) -> Base:
         labels = len(self.data.labels)
@@ -70,6 +76,8 @@ class WarmTrial(tune.Trainable):
 
     def _step(self) -> dict[str, Any]:
         """`row` for metrics.jsonl and whether the trial is `done`, or its `failure`."""
+        if self.unbegun:
+            return {"row": None, "done": False, "stopping": True}
         if self.refused is not None:
             return {"failure": self.refused}
         assert self.current is not None

@@ -92,6 +92,8 @@ class TrialRun:
         if self.unrecorded is not None:
             row, self.unrecorded = self.unrecorded, None
             return {"row": row, "done": session.done}
+        if self.ranks.world_size > 1 and self._agreed(self.trial.state.ended):
+            return {"row": None, "done": True}  # cut: its last report crossed the decision
         target = self.plan.next_evaluation(session.step)
         row = self._train(session, target)
         if session.step >= target:
@@ -100,7 +102,7 @@ class TrialRun:
             session.save(self.trial.checkpoint, {"best": self.best, "row": row})
             self.saved_at = time.monotonic()
         where = {"host": f"{os.uname().nodename}:{os.getpid()}", "first_gradient_at": session.first_gradient_at}
-        return {"row": row | where, "done": session.done}
+        return {"row": row | where, "done": session.done, "stopping": self.stopping}
 
     def _train(self, session: TrainingSession, target: int) -> dict[str, Any]:
         """Until the target, the next report is due, or the run is to stop; with a heartbeat in between."""

@@ -40,7 +40,8 @@ def test_every_command_of_the_readme_exists() -> None:
     from commands.cli import app
 
     known = {command.name for command in app.registered_commands}
-    used = set(re.findall(r"^lorafleet ([a-z]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+    used = set(re.findall(r"^lorafleet ([a-z]+)", blocks, re.MULTILINE))
     assert used
     assert used <= known
 

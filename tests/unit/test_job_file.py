@@ -225,3 +225,37 @@ def test_environment_of_a_foreign_package_does_not_matter_to_the_control_plane(t
     (tmp_path / "jobs" / "__init__.py").write_text("raise SystemExit('foreign')")
     (tmp_path / "ok.yaml").write_text(MINIMAL)
     assert lorafleet("validate", "ok.yaml", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "overrides", "sentence"),
+    [
+        ("search: {parameters: {train.num_train_epochs: [1, 2]}}", (), "is a trial's budget: use search.scheduler"),
+        ("search: {parameters: {model.max_length: [32, 64]}}", (), "rows become tokens once for all trials"),
+        ("search: {parameters: {lora.lora_r: {distribution: uniform, min: 4, max: 32}}}", (), "use int_uniform"),
+        ("lora: {lora_alpha: 'min(lora_r)'}", (), "cannot be worked out"),
+        ("lora: {lora_target_modules: []}", (), "must be all-linear or names of layers"),
+        ("lora: {lora_target_modules: ''}", (), "must be all-linear or names of layers"),
+        ("linked: {data.max_train_samples: '10*lora_r'}", (), "but must be a value"),
+        ("tracking: {base_url: 'https://user:secret@host'}", (), "tracking.base_url"),
+        ("data2: {x: 1}\ndataset: {path: x}", (), "data"),
+        ("base_model: {x: 1}", (), "base_model means model.model_name_or_path"),
+        ("search: []", ("search.parameters.lora.lora_r=[1, 0]",), "lora.lora_r is 0"),
+        ("search:", ("search.parameters.lora.lora_r=[1, 0]",), "lora.lora_r is 0"),
+        ("lora: {lora_r: 8}", ("lora.lora_r=0",), "override 'lora.lora_r=0': lora.lora_r is 0"),
+        ("", ("train=3",), "train is 3, but must be a block of keys"),
+        ("", ("=5",), "must be of the form key=value"),
+        ("early_terminate: {type: hyperband}", (), "search"),
+    ],
+)
+def test_odd_files_get_sentences_and_not_tracebacks(
+    extra: str, overrides: tuple[str, ...], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(JobFileError) as caught:
+        load_text(MINIMAL + extra + "\n", tmp_path / "job.yaml", overrides)
+    assert sentence in str(caught.value)
+
+
+def test_names_of_layers_may_be_one_text(tmp_path: Path) -> None:
+    job = load_text(MINIMAL + "lora: {lora_target_modules: 'query, value'}\n", tmp_path / "job.yaml").job
+    assert job.lora.lora_target_modules == ("query", "value")

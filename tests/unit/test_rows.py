@@ -31,6 +31,10 @@ BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "json-not-a-list": ("x.json", b'{"text": "a"}', "must hold a JSON list of rows"),
     "wrong-ending": ("x.xml", b"<a/>", "must be .jsonl, .json, .csv, .tsv or .parquet"),
     "not-parquet": ("x.parquet", b"hello", "is not a Parquet file"),
+    "open-quote": ("x.csv", b'text,label\na,b\n"never closed,c\nd,e\n', "x.csv:3: not CSV"),
+    "header-twice": ("x.csv", b"text,label,text\na,b,c\n", "the column 'text' stands twice in the header"),
+    "half-a-character": ("x.jsonl", b'{"text": "\\ud83d", "label": "a"}\n', "x.jsonl:1: text holds half a character"),
+    "blank-label": ("x.jsonl", b'{"text": "a", "label": "  "}\n', "x.jsonl:1: label is"),
     "deep-json": ("x.jsonl", b"[" * 100_000, "x.jsonl:1: not JSON"),
 }
 
@@ -168,3 +172,13 @@ def test_bad_conversations_are_named(messages: object, sentence: str, tmp_path: 
 def test_majority_share(tmp_path: Path) -> None:
     found = rows_of(write_rows(tmp_path / "x.jsonl", numbered(90, "aab")))
     assert majority_share([*found.train, *found.validation, *found.test]) == pytest.approx(2 / 3)
+
+
+def test_digits_of_other_scripts_are_words(tmp_path: Path) -> None:
+    assert rows_of(write_rows(tmp_path / "x.jsonl", numbered(60, "①②"))).labels == ("①", "②")
+
+
+def test_line_separators_inside_a_field_are_part_of_it(tmp_path: Path) -> None:
+    lines = [f'"a\x85b\u2028{index}",x' if index % 2 else f"c{index},y" for index in range(30)]
+    (tmp_path / "x.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    assert sum(len(rows) for rows in (rows_of(tmp_path / "x.csv").train, rows_of(tmp_path / "x.csv").validation)) >= 28

@@ -202,8 +202,20 @@ def test_no_text_of_the_data_becomes_markup_elsewhere(finished: Run) -> None:
     from rich.console import Console
 
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(terminal(report))
+    console.print(terminal(report, 200))
     assert "aaaa" in console.export_text()
+
+
+@pytest.mark.parametrize("width", [60, 80, 110, 200])
+def test_no_number_is_cut_in_a_narrow_terminal(finished: Run, width: int) -> None:
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(terminal(build_report(finished), width))
+    shown = console.export_text()
+    assert "…" not in shown
+    assert "0.700 ±0.050" in shown
+    assert "0.690" in shown
 
 
 def test_the_recommended_adapter_gets_a_card(finished: Run) -> None:
@@ -239,7 +251,31 @@ def test_clean_never_touches_a_running_or_unsynced_run(finished: Run) -> None:
     assert "it is running" in str(store.clean(running, dry_run=False).kept_because)
     assert store.clean(finished, dry_run=False).kept_because is None
     assert not finished.path.exists()
-    assert [run.id for run in store.all_runs(running.path.parent)] == [running.id]
+    assert running.path.exists()
+
+
+def test_clean_and_find_take_no_empty_name_and_no_other_folder(finished: Run) -> None:
+    runs = finished.path.parent
+    assert lorafleet("clean", "", "--runs", runs, cwd=runs).returncode == 2
+    assert lorafleet("clean", "--older-than", "-5", "--runs", runs, cwd=runs).returncode == 2
+    assert lorafleet("stop", "", "--runs", runs, cwd=runs).returncode == 2
+    with pytest.raises(RunError):
+        store.find_run(runs, str(finished.trial("aaaa").path))
+    (runs / "link").symlink_to(finished.path)
+    (runs / "odd").mkdir()
+    (runs / "odd" / "plan.json").write_text("{}")
+    (runs / "odd" / "status.json").write_text('{"state": "weird"}')
+    assert [run.id for run in store.all_runs(runs)] == [finished.id]
+
+
+def test_sync_gives_wandb_a_command_that_it_understands(finished: Run, tmp_path: Path) -> None:
+    """W&B's own command line reads it; without an account it ends there, which is as far as it can be tried."""
+    (finished.path / "wandb" / "wandb" / "offline-run-20260101_000000-x").mkdir(parents=True)
+    done = lorafleet("sync", "tiny", "--runs", finished.path.parent, cwd=tmp_path, WANDB_API_KEY="")
+    assert "options have been removed" not in done.stderr + done.stdout
+    assert "No such option" not in done.stderr + done.stdout
+    shown = lorafleet("sync", "tiny", "--show", "--runs", finished.path.parent, cwd=tmp_path)
+    assert " sync " in shown.stdout
 
 
 def test_a_copied_run_is_read_elsewhere(finished: Run, tmp_path: Path) -> None:

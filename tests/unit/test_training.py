@@ -160,6 +160,25 @@ def test_dropout_is_the_trials_own(bert_job: JobMaker) -> None:
     assert equal(one[1], finish(session(job))[1])
 
 
+def test_the_bases_own_dropout_is_on_from_the_first_step(bert_job: JobMaker) -> None:
+    """And alike whether the trial was evaluated on the way, is the first of its process, or a later one."""
+    job = bert_job().job
+    data = prepare(job)
+    base = load_base(job, len(data.labels), CPU)
+    for module in base.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.3
+    first = session(job, base)
+    assert all(module.training for module in first.model.modules())
+    first.evaluate()
+    assert all(module.training for module in first.model.modules())
+    whole = finish(first)
+    first.close()
+    assert not base.model.training
+    again = session(job, base)
+    assert equal(finish(again)[1], whole[1])
+
+
 def test_the_base_learns_nothing(bert_job: JobMaker) -> None:
     job = bert_job().job
     data = prepare(job)

@@ -13,6 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -82,21 +83,27 @@ class Sweep:
         return outcome
 
     def _attempt(self, attempt: int) -> ExitCode:
-        self._phase("reading data and model")
+        self._phase("reading data, starting workers")
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(self._read_data)  # it imports torch, while Ray mostly waits for its processes
+            with self._ray(attempt) as ray_facts:
+                self.run.event("ray", **ray_facts)
+                data = reading.result()
+                self._search(attempt, data)
+                interrupted = self.stop_file.exists()
+                if not interrupted:
+                    self._exam(data)
+        return self._finish(interrupted)
+
+    def _read_data(self) -> Any:
+        """The rows as tokens, and what is known of them written down."""
         from training.data import prepare, token_facts
 
         data = prepare(self.job)
         self.facts = facts_of(self._searched_job)
         self._check_facts()
         self._write_facts(data, token_facts(data))
-        self._phase("starting workers")
-        with self._ray(attempt) as ray_facts:
-            self.run.event("ray", **ray_facts)
-            self._search(attempt, data)
-            interrupted = self.stop_file.exists()
-            if not interrupted:
-                self._exam(data)
-        return self._finish(interrupted)
+        return data
 
     def _check_facts(self) -> None:
         """Raise RunError when data or model are not what an earlier attempt trained on."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.machine import cpu_count, find_gpus, free_memory_gib
+from cluster.machine import INSTALL_CUDA_TORCH, cpu_count, find_gpus, free_memory_gib, torch_cuda
 from jobs.assets import ASSETS, cache_dir
 from jobs.hub import hub_cache
 from jobs.ours import foreign_packages
@@ -77,23 +77,11 @@ def _hardware() -> Iterator[Finding]:
 
 
 def _torch_cuda() -> Iterator[Finding]:
-    """Which CUDA torch was built for, read from its version file: importing torch takes seconds."""
-    import importlib.util
-
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return
-    text = (Path(spec.origin).parent / "version.py").read_text()
-    built = next((line for line in text.splitlines() if line.startswith("cuda")), "")
-    if built.rstrip().endswith("None"):
-        yield Finding(
-            "torch with CUDA",
-            "missing",
-            "torch is a CPU build",
-            "pip install 'torch>=2.9,<2.14' --index-url https://download.pytorch.org/whl/cu128",
-        )
+    built = torch_cuda()
+    if built is None:
+        yield Finding("torch with CUDA", "missing", "torch is a CPU build", INSTALL_CUDA_TORCH)
     else:
-        yield Finding("torch with CUDA", "ok", built.strip())
+        yield Finding("torch with CUDA", "ok", f"built for CUDA {built}")
 
 
 def _packages() -> Iterator[Finding]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cluster.machine import check_torch
 from cluster.planning import make_plan
 from jobs import files
 from jobs.errors import RunError
@@ -31,6 +32,7 @@ class LocalBackend:
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
         """Write the run's folder, then start its driver."""
+        check_torch(plan.placement.gpus_per_worker)
         run = write_run(plan, loaded, runs)
         self.start(run)
         return run

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.errors import PlacementRefused
 from jobs.site import LocalSite
+
+INSTALL_CUDA_TORCH = "pip install 'torch>=2.9,<2.14' --index-url https://download.pytorch.org/whl/cu128"
 
 
 @dataclass(frozen=True)
@@ -65,3 +70,23 @@ def find_gpus() -> Gpus:
         len(rows) if visible is None else len([part for part in visible.split(",") if part.strip() not in ("", "-1")])
     )
     return Gpus(min(count, len(rows)), rows[0][0], min(memory, default=0.0), rows[0][2])
+
+
+def torch_cuda() -> str | None:
+    """The CUDA that the installed torch was built for, or None for a CPU build; torch itself is not imported."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    text = (Path(spec.origin).parent / "version.py").read_text()
+    found = re.search(r"^cuda[^=]*= *'([^']+)'", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def check_torch(gpus_per_worker: int) -> None:
+    """Raise PlacementRefused when a job would use GPUs that the installed torch cannot reach."""
+    if gpus_per_worker and torch_cuda() is None:
+        driver = find_gpus().driver
+        raise PlacementRefused(
+            f"this job would use GPUs (driver {driver}), but the installed torch is a CPU build: {INSTALL_CUDA_TORCH}, "
+            "or set resources.device to cpu"
+        )

@@ -144,6 +144,8 @@ def _all_news(run: Run) -> Iterator[str]:
 
     plan = files.read_json(run.path / "plan.json").get("job", {})
     metric, _ = _metric(plan)
+    for warning in files.read_json(run.path / "facts.json").get("warnings", []):
+        yield f"note: {warning}"
     for trial in run.trials():
         what = describe(trial.params().get("assignment", {}))
         for row in trial.evaluations():

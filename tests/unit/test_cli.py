@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +174,27 @@ def test_doctor_sees_a_foreign_package(tmp_path: Path) -> None:
     done = lorafleet("doctor", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 3
     assert "package 'training'" in done.stdout
+
+
+def test_gpus_that_torch_cannot_reach_are_said_before_anything_starts(tmp_path: Path) -> None:
+    """A machine with GPUs and a CPU build of torch: with an nvidia-smi that answers as theirs does."""
+    from cluster.machine import torch_cuda
+
+    if torch_cuda() is not None:
+        pytest.skip("the installed torch has CUDA")
+    fake = tmp_path / "bin" / "nvidia-smi"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho 'NVIDIA A100, 81920, 550.54'\necho 'NVIDIA A100, 81920, 550.54'\n")
+    fake.chmod(0o755)
+    rows = write_rows(tmp_path / "x.jsonl", opinions(60, 4))
+    lorafleet("init", "--train-file", rows, cwd=tmp_path, check=True)
+    path = f"{fake.parent}:{os.environ['PATH']}"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    done = lorafleet("sweep", "job.yaml", "model.model_name_or_path=./model", cwd=tmp_path, PATH=path)
+    assert done.returncode == 2
+    assert "driver 550.54" in done.stderr
+    assert "torch is a CPU build: pip install" in done.stderr
+    assert not (tmp_path / "runs").exists()
+    doctor = lorafleet("doctor", cwd=tmp_path, PATH=path)
+    assert "2 x NVIDIA A100, 80 GiB" in doctor.stdout

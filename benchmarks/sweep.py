@@ -1,6 +1,6 @@
 """The makespan of a sweep against what a user would write today, and where the difference comes from.
 
-    python -m benchmarks.sweep [--shape quickstart|short]
+    python -m benchmarks.sweep [--shape quickstart|short] [--no-grouped]
 
 Today's way: Ray Tune, a function a trial in a process of its own, HF Trainer + PEFT in it, as many at once, the same
 configurations, the same data. Both sides stop each trial at the same step: ours runs first and decides, the other is
@@ -41,6 +41,7 @@ SHAPES: dict[str, tuple[str, ...]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="quickstart")
+    parser.add_argument("--no-grouped", action="store_true", help="leave out the row against group_by_length")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--grouped", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -53,7 +54,7 @@ def main() -> None:
         run = write_run(make_plan(loaded, local_site(), "sweep"), loaded, Path(scratch))
         mine = ours(run)
         print(f"ours                                  {mine['makespan']:7.1f} s  {_parts(mine)}", flush=True)
-        for grouped in (False, True):
+        for grouped in (False,) if arguments.no_grouped else (False, True):
             other = peer_process(run, loaded, grouped=grouped)
             name = "Tune + HF Trainer, a process a trial" + (", grouped" if grouped else "")
             print(f"{name:<46} {other['makespan']:7.1f} s  {_parts(other)}", flush=True)

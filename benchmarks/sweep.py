@@ -53,7 +53,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         run = write_run(make_plan(loaded, local_site(), "sweep"), loaded, Path(scratch))
         mine = ours(run)
-        print(f"ours                                  {mine['makespan']:7.1f} s  {_parts(mine)}", flush=True)
+        print(f"{'ours':<46} {mine['makespan']:7.1f} s  {_parts(mine)}", flush=True)
+        report = json.loads((run.path / "report" / "report.json").read_text())
+        tested = [row["test_metrics"]["accuracy"] for row in report["trials"] if row["test_metrics"]]
+        print(f"    test accuracy of the trials that were tested: {', '.join(f'{score:.3f}' for score in tested)}")
         for grouped in (False,) if arguments.no_grouped else (False, True):
             other = peer_process(run, loaded, grouped=grouped)
             name = "Tune + HF Trainer, a process a trial" + (", grouped" if grouped else "")

@@ -38,9 +38,12 @@ search:
     train.learning_rate: {distribution: log_uniform_values, min: 1e-3, max: 5e-2}
 """
 
+LONGER = RANDOM.replace("max_t: 144", "max_t: 2880")
+"""Trials that last longer than the time by which one actor may be up before the other."""
+
 
 def test_a_random_sweep_ends_in_a_decision(bert_job: JobMaker, place: Path) -> None:
-    run, done = sweep(bert_job(RANDOM), place)
+    run, done = sweep(bert_job(LONGER), place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr + (run.path / "logs" / "driver.log").read_text()
     assert base_loads(run) == 2  # two slots, two actors, and each loaded the base once
     assert check_cuts(run) >= 8
@@ -101,7 +104,7 @@ search:
 
 
 def test_tpe_keeps_every_slot_warm(bert_job: JobMaker, place: Path) -> None:
-    search = RANDOM.replace("num_samples: 8", "num_samples: 14\n  method: tpe")
+    search = LONGER.replace("num_samples: 8", "num_samples: 14\n  method: tpe")
     run, done = sweep(bert_job(search), place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr + (run.path / "logs" / "driver.log").read_text()
     assert len(run.trials()) == 14
@@ -119,7 +122,7 @@ search:
 """
     run, done = sweep(llama_job(search), place, "--format", "json")
     assert done.returncode == ExitCode.OK, done.stderr
-    assert base_loads(run) == 2
+    assert base_loads(run) <= 2  # these trials are over before a second actor is up
     data = json.loads(done.stdout)
     assert data["metric"] == "loss"
     assert all(row["metrics"]["perplexity"] > 1 for row in data["trials"])

@@ -2,7 +2,8 @@
 
 Source: Li et al., A System for Massively Parallel Hyperparameter Tuning (MLSys 2020, arXiv 1810.05934), in the
 stopping form that Ray Tune and Optuna use: a trial that reaches a rung is compared, there and then, with all scores
-that the rung holds, its own included, and stops unless it is among the best 1/eta of them.
+that the rung holds, its own included, and stops unless it is among the best 1/eta of them. Scores that are equal are
+told apart by the validation loss, which is ours.
 """
 
 from __future__ import annotations
@@ -32,25 +33,42 @@ def default_grace_period(max_t: int, reduction_factor: int) -> int:
     return -(-max_t // reduction_factor**2)
 
 
-def rung_cutoff(scores: Sequence[float], eta: int, goal: Goal) -> float:
-    """The worst score that is still among the best 1/eta of a rung, of which at least one goes on.
+Place = tuple[float, float]
+"""What a trial stands for at a rung, larger is better: its score by the search's metric, then minus its loss."""
 
-    A score that is not a number counts as the worst. Raises ValueError on an empty rung.
+
+def place(score: float | None, loss: float | None, goal: Goal) -> Place:
+    """The place of a score. One that is missing or not a number is below all others.
+
+    Equal scores are common where rows are counted (every trial that has learnt nothing yet has the accuracy of the
+    largest class): the validation loss, which moves first, then decides.
     """
-    if not scores:
+    return _signed(score, goal), _signed(loss, "minimize")
+
+
+def _signed(value: float | None, goal: Goal) -> float:
+    if value is None or math.isnan(value):
+        return -math.inf
+    return value if goal == "maximize" else -value
+
+
+def rung_cutoff(places: Sequence[Place], eta: int) -> Place:
+    """The last place that is still among the best 1/eta of a rung, of which at least one goes on.
+
+    Raises ValueError on an empty rung.
+    """
+    if not places:
         raise ValueError("a rung without scores has no cutoff")
-    kept = max(1, len(scores) // eta)
-    worst = -math.inf if goal == "maximize" else math.inf
-    ordered = sorted((worst if math.isnan(score) else score for score in scores), reverse=goal == "maximize")
-    return ordered[kept - 1]
+    kept = max(1, len(places) // eta)
+    return sorted(places, reverse=True)[kept - 1]
 
 
-def goes_on(score: float, scores: Sequence[float], eta: int, goal: Goal) -> bool:
-    """Whether a trial continues past a rung whose scores, its own included, are `scores`. Ties go on; NaN never."""
-    if math.isnan(score):
-        return False
-    cutoff = rung_cutoff(scores, eta, goal)
-    return score >= cutoff if goal == "maximize" else score <= cutoff
+def goes_on(own: Place, places: Sequence[Place], eta: int) -> bool:
+    """Whether a trial continues past a rung whose places, its own included, are `places`.
+
+    Ties in score and loss go on; a score that is not a number never does.
+    """
+    return own[0] > -math.inf and own >= rung_cutoff(places, eta)
 
 
 def expected_survivors(arrivals: float, eta: int) -> float:

@@ -38,7 +38,7 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self.metric, self.goal = self.job.metric.name, self.job.metric.goal
-        self.scores: dict[int, dict[str, float]] = {}
+        self.places: dict[int, dict[str, rungs.Place]] = {}
         self.last_step: dict[str, int] = {}
         self.actors: dict[str, int] = {}
         for trial in self.run.trials():
@@ -53,8 +53,8 @@ class Ledger:
     def _remember(self, trial_id: str, row: dict[str, Any]) -> None:
         self.last_step[trial_id] = max(self.last_step.get(trial_id, -1), int(row["step"]))
         if row.get("rung") is not None:
-            score = row.get(self.metric)
-            self.scores.setdefault(row["rung"], {})[trial_id] = math.nan if score is None else float(score)
+            place = rungs.place(row.get(self.metric), row.get("loss"), self.goal)
+            self.places.setdefault(row["rung"], {})[trial_id] = place
 
     def begin(self, trial: Trial) -> None:
         """A trial has an actor and trains."""
@@ -90,17 +90,19 @@ class Ledger:
         made = [e for e in self.run.events("rung") if e["trial_id"] == trial.id and e["rung"] == rung]
         if made:
             return bool(made[-1]["goes_on"])
-        scores = list(self.scores[rung].values())
-        score = self.scores[rung][trial.id]
-        eta = self.job.search.scheduler.reduction_factor
-        goes_on = rungs.goes_on(score, scores, eta, self.goal)
+        places = list(self.places[rung].values())
+        own, eta = self.places[rung][trial.id], self.job.search.scheduler.reduction_factor
+        goes_on = rungs.goes_on(own, places, eta)
+        cutoff = rungs.rung_cutoff(places, eta)
         self.run.event(
             "rung",
             trial_id=trial.id,
             rung=rung,
-            score=score,
-            scores=len(scores),
-            cutoff=rungs.rung_cutoff(scores, eta, self.goal),
+            score=_value(own[0], self.goal),
+            loss=_value(own[1], "minimize"),
+            scores=len(places),
+            cutoff=_value(cutoff[0], self.goal),
+            cutoff_loss=_value(cutoff[1], "minimize"),
             goes_on=goes_on,
         )
         return goes_on
@@ -168,3 +170,10 @@ class Ledger:
         level = self.run_levels(trial)[rung] if rung is not None else "?"
         unit = self.job.search.scheduler.time_attr if self.job.search else "step"
         return f"not among the best at {level} {unit}"
+
+
+def _value(signed: float, goal: rungs.Goal) -> float | None:
+    """What a part of a place was made from."""
+    if math.isinf(signed):
+        return None
+    return signed if goal == "maximize" else -signed

@@ -108,17 +108,22 @@ def check_cuts(run: Run) -> int:
     metric = plan["job"]["search"]["metric"] or {"name": "accuracy", "goal": "maximize"}
     eta = plan["job"]["search"]["scheduler"]["reduction_factor"]
     rows = [
-        (row["time"], row["rung"], trial.id, row[metric["name"]])
+        (row["time"], row["rung"], row[metric["name"]], row["loss"])
         for trial in run.trials()
         for row in trial.metrics()
         if row.get("rung") is not None
     ]
     events = run.events("rung")
     for event in events:
-        recorded = [score for when, rung, _, score in rows if rung == event["rung"] and when <= event["time"]]
-        assert event["score"] in recorded
+        recorded = [
+            rungs.place(score, loss, metric["goal"])
+            for when, rung, score, loss in rows
+            if rung == event["rung"] and when <= event["time"]
+        ]
+        own = rungs.place(event["score"], event["loss"], metric["goal"])
+        assert own in recorded
         assert len(recorded) == event["scores"]
-        assert event["goes_on"] == rungs.goes_on(event["score"], recorded, eta, metric["goal"])
+        assert event["goes_on"] == rungs.goes_on(own, recorded, eta)
     stopped = {trial.id for trial in run.trials() if trial.state == "stopped"}
     assert stopped == {event["trial_id"] for event in events if not event["goes_on"]}
     assert len({(event["trial_id"], event["rung"]) for event in events}) == len(events)  # none was made twice

@@ -30,20 +30,33 @@ def test_the_default_grace_period_leaves_two_cuts() -> None:
     assert rungs.rung_levels(rungs.default_grace_period(2000, 3), 2000, 3) == [223, 669, 2000]
 
 
+def places(*scores: float, goal: rungs.Goal = "maximize") -> list[rungs.Place]:
+    return [rungs.place(score, 0.5, goal) for score in scores]
+
+
 def test_the_second_rung_keeps_the_best_third() -> None:
-    assert rungs.rung_cutoff([0.9, 0.8, 0.7, 0.6, 0.5, 0.4], 3, "minimize") == 0.5  # 6 / 3 = 2 kept: 0.4 and 0.5
+    six = places(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, goal="minimize")
+    assert rungs.rung_cutoff(six, 3) == six[4]  # 6 / 3 = 2 kept: 0.4 and 0.5
 
 
 def test_the_first_to_arrive_goes_on_and_the_second_must_beat_it() -> None:
-    assert rungs.goes_on(0.5, [0.5], 3, "maximize")
-    assert rungs.goes_on(0.6, [0.5, 0.6], 3, "maximize")
-    assert not rungs.goes_on(0.4, [0.5, 0.4], 3, "maximize")
+    assert rungs.goes_on(*places(0.5), places(0.5), 3)
+    assert rungs.goes_on(*places(0.6), places(0.5, 0.6), 3)
+    assert not rungs.goes_on(*places(0.4), places(0.5, 0.4), 3)
 
 
 def test_ties_go_on_and_nan_never_does() -> None:
-    assert rungs.goes_on(0.5, [0.5, 0.5, 0.5], 3, "maximize")
-    assert not rungs.goes_on(math.nan, [math.nan], 3, "maximize")
-    assert rungs.rung_cutoff([math.nan, 0.2], 3, "maximize") == 0.2
+    assert rungs.goes_on(*places(0.5), places(0.5, 0.5, 0.5), 3)
+    assert not rungs.goes_on(*places(math.nan), places(math.nan), 3)
+    assert rungs.rung_cutoff(places(math.nan, 0.2), 3) == places(0.2)[0]
+    assert not rungs.goes_on(rungs.place(None, 0.1, "maximize"), places(math.nan), 3)
+
+
+def test_between_equal_scores_the_lower_loss_goes_on() -> None:
+    majority = [rungs.place(0.58, loss, "maximize") for loss in (0.690, 0.658, 0.687)]
+    assert [rungs.goes_on(own, majority, 3) for own in majority] == [False, True, False]
+    assert rungs.goes_on(rungs.place(0.59, 0.7, "maximize"), [*majority, rungs.place(0.59, 0.7, "maximize")], 3)
+    assert not rungs.goes_on(rungs.place(0.58, math.nan, "maximize"), majority, 3)
 
 
 def test_expected_survivors_of_three_arrivals_by_hand() -> None:
@@ -53,7 +66,7 @@ def test_expected_survivors_of_three_arrivals_by_hand() -> None:
 
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=40), st.integers(2, 5))
 def test_at_least_one_and_at_most_a_share_plus_ties_pass_a_full_rung(scores: list[float], eta: int) -> None:
-    passing = [score for score in scores if rungs.goes_on(score, scores, eta, "maximize")]
+    passing = [own[0] for own in places(*scores) if rungs.goes_on(own, places(*scores), eta)]
     assert max(scores) in passing
     assert len(set(passing)) <= max(1, len(scores) // eta)
 

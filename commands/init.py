@@ -169,8 +169,10 @@ def _relative(path: Path, folder: Path) -> str:
 
 def _relative_model(model: str, output: Path) -> str:
     """A model's folder as the job file can say it; hub ids and assets as they are."""
+    from jobs import files
+
     is_folder = model.startswith((".", "/", "~")) or Path(model).is_dir()
-    return _relative(Path(model).expanduser(), output.absolute().parent) if is_folder else model
+    return _relative(files.in_home(model), output.absolute().parent) if is_folder else model
 
 
 def _quoted(text: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from jobs import files
 from jobs.errors import AssetError
 from jobs.fields import closest
 
@@ -93,7 +94,7 @@ def cache_dir() -> Path:
     """LORAFLEET_CACHE, or lorafleet in the user's cache folder."""
     own = os.environ.get("LORAFLEET_CACHE")
     if own:
-        return Path(own).expanduser().absolute()
+        return files.in_home(own).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafleet"
 
 

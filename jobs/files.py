@@ -19,6 +19,11 @@ SCHEMA_VERSION = 1
 """Of every file in a run directory."""
 
 
+def in_home(path: str) -> Path:
+    """A path with its `~` or `~user` spelt out; one of a user who is not known stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises where there is no such user
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step: a reader sees the old text or the new one, whatever dies in between."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from jobs import expression, fields, search, yaml12
+from jobs import expression, fields, files, search, yaml12
 from jobs.aliases import DISTRIBUTION_ALIASES, FIELD_ALIASES, VALUE_ALIASES
 from jobs.errors import JobFileError, Problem
 from jobs.messages import sentences
@@ -287,10 +287,10 @@ def _absolute_paths(reading: _Reading, folder: Path) -> None:
     for path in _PATH_FIELDS:
         value = fields.get(reading.tree, path)
         if isinstance(value, str) and value:
-            fields.put(reading.tree, path, str((folder / Path(value).expanduser()).absolute()))
+            fields.put(reading.tree, path, str((folder / files.in_home(value)).absolute()))
     name = fields.get(reading.tree, "model.model_name_or_path")
     if isinstance(name, str) and name and not name.startswith("asset:"):
-        local = folder / Path(name).expanduser()
+        local = folder / files.in_home(name)
         if looks_like_path(name) or local.is_dir():
             fields.put(reading.tree, "model.model_name_or_path", str(local.absolute()))
 

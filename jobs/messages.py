@@ -76,6 +76,8 @@ def _wanted(raw: Any) -> str:
 def unknown_key(path: str) -> str:
     """The sentence for a key that no block has, with the closest right one."""
     block, _, leaf = path.rpartition(".")
+    if path in fields.leaves():  # a dotted key, as in other tools' files
+        return f"{path} is written as a key, but must be in its block: {block}: {{{leaf}: ...}}"
     prefix = f"{block}." if block else ""
     here = {known.removeprefix(prefix).split(".")[0] for known in fields.leaves() if known.startswith(prefix)}
     near = fields.closest(leaf, here)

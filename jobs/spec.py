@@ -299,6 +299,8 @@ class Parameter(Spec):
             raise ValueError(f"int_uniform needs whole numbers, not {self.min} and {self.max}")
         if self.distribution.startswith("q_") != (self.q is not None):
             raise ValueError("q goes with q_uniform and q_log_uniform_values, and they need it")
+        if self.q is not None and self.q > self.max - self.min:
+            raise ValueError(f"q is {self.q}, but must be at most max - min = {self.max - self.min:g}")
         return self
 
     def _choices(self, values: tuple[Scalar, ...]) -> Parameter:

@@ -92,10 +92,12 @@ class TrialRun:
         if self.unrecorded is not None:
             row, self.unrecorded = self.unrecorded, None
             return {"row": row, "done": session.done}
-        if self.ranks.world_size > 1 and self._agreed(self.trial.state.ended):
-            return {"row": None, "done": True}  # cut: its last report crossed the decision
+        if self._cut():
+            return {"row": None, "done": True}
         target = self.plan.next_evaluation(session.step)
         row = self._train(session, target)
+        if self._cut():  # before anything of it is written: the adapter on disk is the one that was judged
+            return {"row": None, "done": True}
         if session.step >= target:
             row |= self._evaluated(session)
         if row.get("evaluated") or self.stopping or self._agreed(self._checkpoint_due()):
@@ -118,6 +120,10 @@ class TrialRun:
             self.stopping = self._agreed(self.work.stop_requested())
             if session.step >= target or self.stopping or self._agreed(time.monotonic() - began > _REPORT_SECONDS):
                 return row
+
+    def _cut(self) -> bool:
+        """Whether a group was cut while it trained on: its report and the decision crossed."""
+        return self.ranks.world_size > 1 and self._agreed(self.trial.state.ended)
 
     def _agreed(self, own: bool) -> bool:
         """What the first process thinks: a process that stopped alone would leave the others waiting for ever."""

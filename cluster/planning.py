@@ -9,7 +9,7 @@ from jobs import rungs, search
 from jobs.defaults import learning_rate
 from jobs.errors import AssetError, JobFileError, Problem
 from jobs.hub import model_config, parameter_count
-from jobs.identity import Facts, facts_of, trial_id
+from jobs.identity import METHOD_BLOCKS, Facts, facts_of, trial_id
 from jobs.load import LoadedJob
 from jobs.placement import Placement, place
 from jobs.plan import MemoryEstimate, Plan, PlannedTrial
@@ -93,9 +93,15 @@ def _configurations(job: JobSpec, known: _Known) -> list[Assignment]:
         if wrong:
             raise JobFileError("search.parameters", [Problem("search.parameters", wrong)])
         resolved = search.trial(job, assignment)
-        return trial_id(resolved, known.facts) if known.facts else resolved.model_dump_json(exclude={"search"})
+        return trial_id(resolved, known.facts) if known.facts else _what_trains(resolved)
 
     return search.known_assignments(job, name)
+
+
+def _what_trains(job: JobSpec) -> str:
+    """What tells configurations apart while files are missing for an id: all but the blocks of other methods."""
+    unused = {"lora", "qlora", "prompt_tuning"} - set(METHOD_BLOCKS[job.method])
+    return job.model_dump_json(exclude={"search", *unused})
 
 
 def _total(job: JobSpec, known: int) -> int:
@@ -116,7 +122,7 @@ def _cost(job: JobSpec, schedules: list[Schedule], total: int) -> tuple[int, int
 
 def _planned(job: JobSpec, assignment: Assignment, plan: Schedule, known: _Known) -> PlannedTrial:
     resolved = search.trial(job, assignment)
-    shown = resolved.model_dump(mode="json", include={"method", "model", "lora", "train"})
+    shown = resolved.model_dump(mode="json", include={"method", "model", "train", *METHOD_BLOCKS[resolved.method]})
     shown["train"]["learning_rate"] = learning_rate(resolved).value
     return PlannedTrial(
         trial_id=trial_id(resolved, known.facts) if known.facts else None,

@@ -121,7 +121,8 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format) -> None:
         return
     typer.echo(f"\nreport   {run.path / 'report' / 'report.html'}")
     if report.recommendation.adapter and (run.path / report.recommendation.adapter).is_dir():
-        typer.echo(f"adapter  {run.path / report.recommendation.adapter}")
+        folder = run.path / report.recommendation.adapter
+        typer.echo(f"{folder.name:<8} {folder}")
     if status.get("reason"):
         say(f"{run.id}: {status['reason']}")
 

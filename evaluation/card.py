@@ -10,10 +10,18 @@ from jobs.report import Report
 from jobs.run import Run
 
 
+_WHAT = {
+    "lora": "LoRA adapter for {}",
+    "qlora": "LoRA adapter for a quantised {} (QLoRA)",
+    "prompt_tuning": "Learnt prompt for {}",
+    "full": "{} with every weight fine-tuned",
+}
+
+
 def write_card(run: Run, report: Report) -> None:
-    """Write README.md and manifest.json into the recommended adapter's folder, if it is on disk."""
+    """Write README.md and manifest.json beside the recommended weights, if they are on disk."""
     chosen = report.recommendation.trial_id
-    if chosen is None or not run.trial(chosen).adapter.is_dir():
+    if chosen is None or not run.trial(chosen).weights.is_dir():
         return
     trial = run.trial(chosen)
     row = report.row(chosen)
@@ -32,23 +40,24 @@ def write_card(run: Run, report: Report) -> None:
         "recommendation": report.recommendation.sentence,
         "versions": report.versions,
     }
-    files.write_json(trial.adapter / "manifest.json", manifest)
-    files.write_text(trial.adapter / "README.md", _card(report, chosen, resolved))
+    files.write_json(trial.weights / "manifest.json", manifest)
+    files.write_text(trial.weights / "README.md", _card(report, chosen, resolved))
 
 
 def _card(report: Report, chosen: str, resolved: dict[str, object]) -> str:
     row = report.row(chosen)
     held_out = row.test_metrics or {}
+    method = str(resolved.get("method", "lora"))
     lines = [
         "---",
-        "library_name: peft",
+        f"library_name: {'transformers' if method == 'full' else 'peft'}",
         f"base_model: {json.dumps(report.model)}",
-        "tags: [lora, lorafleet]",
+        f"tags: [{method}, lorafleet]",
         "---",
         "",
-        f"# Adapter {chosen}",
+        f"# {'Model' if method == 'full' else 'Adapter'} {chosen}",
         "",
-        f"LoRA adapter for {plain(report.model)}, trained for {report.task} on {plain(report.data)} "
+        f"{_WHAT[method].format(plain(report.model))}, trained for {report.task} on {plain(report.data)} "
         f"by run `{report.run}` ({row.step} optimiser steps, {row.samples:,} rows).",
         "",
         plain(report.recommendation.sentence),

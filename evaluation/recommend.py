@@ -31,7 +31,6 @@ def recommend(rows: list[Row], metric: str, goal: Goal, labels: dict[str, str], 
         trial_id=chosen.trial_id,
         rule=RULE,
         sentence=_sentence(chosen, best, len(alike), len(whole), metric, labels),
-        adapter=f"trials/{chosen.trial_id}/adapter",
     )
 
 

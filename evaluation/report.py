@@ -30,6 +30,7 @@ def build_report(run: Run) -> Report:
     rows = [_row(trial, job) for trial in run.trials()]
     labels = {row.trial_id: describe(row.params) for row in rows}
     ordered = sorted(rows, key=lambda row: _rank(row, metric.name, metric.goal))
+    chosen = recommend(ordered, metric.name, metric.goal, labels, job.search.keep if job.search else 1)
     plan = files.read_json(run.path / "plan.json")
     wanted = ("data_sha256", "model_revisions", "labels")
     shown_facts: dict[str, Any] = {str(key): facts[key] for key in wanted if key in facts}
@@ -47,7 +48,7 @@ def build_report(run: Run) -> Report:
         held_out="validation" if facts.get("chosen_on_test") else "test",
         base=_base(run, facts),
         trials=ordered,
-        recommendation=recommend(ordered, metric.name, metric.goal, labels, job.search.keep if job.search else 1),
+        recommendation=chosen.model_copy(update={"adapter": _weights(run, chosen.trial_id)}),
         wall_seconds=run.status().get("wall_seconds"),
         warnings=list(facts.get("warnings", [])) + _optimism(facts),
         versions=facts.get("versions", {}),
@@ -78,6 +79,10 @@ def report_json(report: Report) -> str:
 def describe(params: dict[str, Any]) -> str:
     """Searched values in words: `lora_r=8, learning_rate=0.00126`."""
     return ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in params.items())
+
+
+def _weights(run: Run, trial_id: str | None) -> str | None:
+    return str(run.trial(trial_id).weights.relative_to(run.path)) if trial_id else None
 
 
 def _optimism(facts: dict[str, Any]) -> list[str]:

@@ -31,6 +31,13 @@ _DATA_FIELDS = (
     "max_train_samples",
     "split_seed",
 )
+METHOD_BLOCKS: dict[str, tuple[str, ...]] = {
+    "lora": ("lora",),
+    "qlora": ("lora", "qlora"),
+    "prompt_tuning": ("prompt_tuning",),
+    "full": (),
+}
+"""Method -> the blocks of the job file that it looks at."""
 _OUTSIDE_TRAIN = {
     "num_train_epochs",
     "max_steps",
@@ -51,8 +58,8 @@ class Facts:
     """Digest of each data file, by split."""
     model_revisions: dict[str, str]
     """Model name -> what identifies its weights and tokenizer."""
-    learning_rate: float
-    """What a learning rate that is left out means here."""
+    learning_rates: dict[str, float]
+    """Method -> what a learning rate that is left out means here."""
     adapter_sha256: str = ""
     """Digest of `train.init_adapter`."""
 
@@ -60,10 +67,11 @@ class Facts:
 def facts_of(job: JobSpec) -> Facts:
     """Digests of a job's data, models and adapter. Raises AssetError or DataError where one is not on this machine."""
     adapter = job.train.init_adapter
+    bare = job.model_copy(update={"train": job.train.model_copy(update={"learning_rate": None})})
     return Facts(
         {split: files.sha256_file(path) for split, path in split_files(job.data).items()},
         {name: model_revision(name, job.model.revision) for name in models_of(job)},
-        learning_rate(job).value,
+        {method: learning_rate(bare.model_copy(update={"method": method})).value for method in METHOD_BLOCKS},
         files.sha256_file(Path(adapter) / "adapter_model.safetensors") if adapter else "",
     )
 
@@ -85,7 +93,7 @@ def identity(job: JobSpec, facts: Facts) -> dict[str, Any]:
     """The values that a trial's weights depend on."""
     raw = job.model_dump(mode="json")
     train = {key: value for key, value in raw["train"].items() if key not in _OUTSIDE_TRAIN}
-    train["learning_rate"] = job.train.learning_rate or facts.learning_rate
+    train["learning_rate"] = job.train.learning_rate or facts.learning_rates[job.method]
     train["init_adapter"] = facts.adapter_sha256
     train["batch_rows"] = job.train.effective_batch_size(job.resources.world_size)
     name = job.model.model_name_or_path
@@ -103,6 +111,6 @@ def identity(job: JobSpec, facts: Facts) -> dict[str, Any]:
             "dtype": job.model.dtype,
         },
         "data": data | {"sha256": facts.data_sha256},
-        "lora": raw["lora"],
+        "adapter": {block: raw[block] for block in METHOD_BLOCKS[job.method]},
         "train": train,
     }

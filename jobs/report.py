@@ -76,7 +76,7 @@ class Recommendation(Spec):
     sentence: str
     """The choice and its reason, in words."""
     adapter: str | None = None
-    """Folder of the adapter, relative to the run."""
+    """Folder of the adapter (or, from method `full`, of the model), relative to the run."""
 
 
 class Report(Spec):

@@ -73,10 +73,15 @@ class Trial:
         """What a resume continues from."""
         return self.path / "checkpoints" / "last"
 
+    def weights_of(self, method: str) -> Path:
+        """Where the best weights so far by the validation metric lie: an adapter (PEFT) or, for `full`, a model."""
+        return self.path / ("model" if method == "full" else "adapter")
+
     @property
-    def adapter(self) -> Path:
-        """The best adapter so far by the validation metric, in PEFT's format."""
-        return self.path / "adapter"
+    def weights(self) -> Path:
+        """The folder of `weights_of` that is there; the adapter's when there is none."""
+        model = self.weights_of("full")
+        return model if model.is_dir() else self.weights_of("lora")
 
     def params(self) -> dict[str, Any]:
         """`{"assignment", "index", ...}` as it was written when the trial was made."""

@@ -31,6 +31,7 @@ class Spec(BaseModel):
 
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Task = Literal["classification", "generation"]
+Method = Literal["lora", "qlora", "prompt_tuning", "full"]
 DataFormat = Literal["auto", "text_label", "prompt_completion", "instruction", "messages", "text"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -114,7 +115,7 @@ class DataSpec(Spec):
 
 
 class LoraSpec(Spec):
-    """The low-rank adapter (PEFT's names)."""
+    """The low-rank adapter of `lora` and `qlora` (PEFT's names)."""
 
     lora_r: int = Field(16, ge=1, le=1024)
     """Rank of the update matrices."""
@@ -128,6 +129,16 @@ class LoraSpec(Spec):
     """Scale by 1/sqrt(rank) instead of 1/rank (rank-stabilised LoRA)."""
     use_dora: bool = False
     """Train a magnitude beside the direction (DoRA); slower by a third to a half."""
+    init_lora_weights: Literal["default", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"] = "default"
+    """How the adapter begins. `default` and `gaussian` begin at the base; `pissa` (or its fast form with so many subspace
+    iterations) and `olora` take the base's own largest directions and change the base, which is loaded anew after."""
+    loraplus_lr_ratio: float | None = Field(None, ge=1, le=1000)
+    """LoRA+: the learning rate of the B matrices over that of the A matrices. Left out: both the same."""
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether putting the adapter on writes to the base's weights."""
+        return self.init_lora_weights not in ("default", "gaussian")
 
     @field_validator("lora_target_modules")
     @classmethod
@@ -139,12 +150,37 @@ class LoraSpec(Spec):
         return "all-linear" if cleaned == ("all-linear",) else cleaned
 
 
+class QloraSpec(Spec):
+    """The quantised base under a `qlora` adapter (bitsandbytes)."""
+
+    quant_type: Literal["nf4", "fp4", "int8"] = "nf4"
+    """Number format of the frozen matrices: 4-bit NormalFloat, 4-bit float, or LLM.int8()."""
+    use_double_quant: bool = True
+    """Quantise the scales of 4-bit blocks too, which saves 0.4 bits a weight."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the arithmetic with 4-bit matrices. `auto`: bfloat16 on GPUs that have it, float32 on CPU (where
+    bfloat16 is ten times slower without instructions for it)."""
+    quant_storage: Literal["auto", "uint8", "float32", "bfloat16", "float16"] = "auto"
+    """Type under which packed 4-bit weights lie in memory. `auto`: that of the other weights where a strategy cuts them
+    into shards (fsdp, zero3), else uint8."""
+
+
+class PromptTuningSpec(Spec):
+    """Learnt embeddings before every row, with the model left as it is (Lester et al., 2021)."""
+
+    num_virtual_tokens: int = Field(20, ge=1, le=4096)
+    """How many."""
+    prompt_tuning_init_text: str | None = Field(None, min_length=1, max_length=10_000)
+    """A sentence whose embeddings they begin as, repeated or cut to their number. Left out: random."""
+
+
 class TrainSpec(Spec):
     """How one trial is trained (HF's names)."""
 
     learning_rate: float | None = Field(None, gt=0, le=10)
-    """Peak learning rate of AdamW. Left out: 1e-3 for models below 200 M parameters, 5e-4 below 1 B, 2e-4 above
-    (LoRA; small encoders stay at chance with 2e-4), or 2e-4 when the model's size is not known yet."""
+    """Peak learning rate of AdamW. Left out: with `lora` and `qlora` 1e-3 for models below 200 M parameters, 5e-4 below
+    1 B, 2e-4 above or when the size is not known yet (small encoders stay at chance with 2e-4); with `full` a tenth of
+    it, but at most 5e-5; with `prompt_tuning` 3e-2."""
     num_train_epochs: float = Field(3.0, gt=0, le=10_000)
     """Passes over the training rows; `max_steps`, where given, and a sweep's `max_t` come before it."""
     max_steps: int | None = Field(None, ge=1)
@@ -163,6 +199,9 @@ class TrainSpec(Spec):
     """Share of all steps in which the learning rate rises from 0 to its peak (not used by `constant`)."""
     weight_decay: float = Field(0.0, ge=0, le=1)
     """AdamW's decoupled weight decay, of matrices only."""
+    optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
+    """AdamW as one fused pass of torch, or bitsandbytes' with 8-bit moments (of tensors with 4,096 numbers or more) and
+    with moments that are paged to host memory when a GPU is full."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient's norm is clipped to this."""
     eval_steps: int | None = Field(None, ge=1)
@@ -424,14 +463,18 @@ class JobSpec(Spec):
     """Lower-case letters, digits and dashes, 40 at most: it becomes part of folder names."""
     task: Task
     """What is learnt: a label for a text (classification), or text that follows text (generation)."""
-    method: Literal["lora"] = "lora"
-    """How the base is adapted."""
+    method: Method = "lora"
+    """How the base is adapted: `lora`; `qlora` (LoRA on a quantised base); `prompt_tuning`; `full` (every weight)."""
     model: ModelSpec
     """Which base model."""
     data: DataSpec
     """Which rows."""
     lora: LoraSpec = LoraSpec()
     """The adapter."""
+    qlora: QloraSpec = QloraSpec()
+    """The quantised base of `qlora`."""
+    prompt_tuning: PromptTuningSpec = PromptTuningSpec()
+    """The learnt prompt."""
     train: TrainSpec = TrainSpec()
     """The training."""
     resources: ResourcesSpec = ResourcesSpec()
@@ -444,6 +487,16 @@ class JobSpec(Spec):
     """Weights & Biases."""
     linked: dict[str, str] = Field(default_factory=dict)
     """Dotted field -> arithmetic on other fields, evaluated anew for each trial (`lora.lora_alpha: 2*lora_r`)."""
+
+    @property
+    def adapts_with_lora(self) -> bool:
+        """Whether the `lora` block says how the base is adapted."""
+        return self.method in ("lora", "qlora")
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether a trial writes to the base's weights, so that no other trial may have the same loaded base."""
+        return self.method == "full" or (self.adapts_with_lora and self.lora.changes_base)
 
     @property
     def metric(self) -> MetricSpec:
@@ -460,6 +513,7 @@ class JobSpec(Spec):
             + list(_metric_problems(self))
             + list(_batch_problems(self))
             + list(_budget_problems(self))
+            + list(_method_problems(self))
         )
         if problems:
             raise SpecProblems(problems)
@@ -491,6 +545,40 @@ def _batch_problems(job: JobSpec) -> list[Problem]:
     except SpecProblems as wrong:
         return wrong.problems
     return []
+
+
+def _method_problems(job: JobSpec) -> list[Problem]:
+    """What the blocks of a method and the training say against each other."""
+    problems = []
+    if job.method == "qlora" and job.lora.changes_base:
+        problems.append(
+            Problem(
+                "lora.init_lora_weights",
+                f"lora.init_lora_weights is {job.lora.init_lora_weights}, but must be default or gaussian with qlora: it "
+                "takes directions out of the base's weights, and quantised ones cannot be written back exactly",
+            )
+        )
+    if job.train.init_adapter and job.method == "full":
+        problems.append(
+            Problem("train.init_adapter", "train.init_adapter begins from an adapter, and method full has none")
+        )
+    if job.train.init_adapter and job.adapts_with_lora and job.lora.changes_base:
+        problems.append(
+            Problem(
+                "train.init_adapter",
+                f"train.init_adapter and lora.init_lora_weights = {job.lora.init_lora_weights} both say how the adapter "
+                "begins; drop one of the two",
+            )
+        )
+    if job.method == "prompt_tuning" and job.prompt_tuning.num_virtual_tokens >= job.model.max_length:
+        problems.append(
+            Problem(
+                "prompt_tuning.num_virtual_tokens",
+                f"prompt_tuning.num_virtual_tokens is {job.prompt_tuning.num_virtual_tokens}, but must be below "
+                f"model.max_length = {job.model.max_length}",
+            )
+        )
+    return problems
 
 
 def _budget_problems(job: JobSpec) -> list[Problem]:

@@ -92,7 +92,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = _tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        vocab_size=size, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
         max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.2,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder)
@@ -109,10 +109,45 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = _tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=64, max_position_embeddings=128, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+        vocab_size=size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=128, max_position_embeddings=128, pad_token_id=0, bos_token_id=2, eos_token_id=3,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 (its matrices are transposed Conv1D layers) of two layers, with random weights, in a local folder."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("tiny-gpt2")
+    size = _tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]")
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=size, n_embd=64, n_layer=2, n_head=4, n_positions=128, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt_neo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-Neo of two layers (one with local attention), with random weights, in a local folder."""
+    import torch
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-gpt-neo")
+    size = _tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]")
+    torch.manual_seed(0)
+    config = GPTNeoConfig(
+        vocab_size=size, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
+        window_size=16, max_position_embeddings=128, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+        resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    GPTNeoForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 _STATE = "training_state.pt"
+_TENSORS = "trained.safetensors"
 
 
 @contextmanager
@@ -48,6 +49,21 @@ def settled(target: Path) -> Path:
     for left in target.parent.glob(f".{target.name}.*"):
         shutil.rmtree(left, ignore_errors=True)
     return target
+
+
+def save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write trained values by name, in safetensors."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, str(folder / _TENSORS))
+
+
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read what `save_tensors` wrote, onto the CPU."""
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = load_file(str(folder / _TENSORS))
+    return found
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:

@@ -23,6 +23,8 @@ class LossModule(nn.Module):
         self.model = model
         self.classifies = task == "classification"
         inner: Any = getattr(model, "get_base_model", lambda: model)()
+        prompt: Any = getattr(model, "active_peft_config", None)
+        self.before = prompt.num_virtual_tokens if prompt is not None and prompt.is_prompt_learning else 0
         self.keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,10 +43,11 @@ class LossModule(nn.Module):
         and a vocabulary of 50,000 that is most of a small model's work saved."""
         targets_BT = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
         kept_K = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
-        options = {"logits_to_keep": kept_K} if self.keeps_logits else {}
+        kept_in_logits_K = kept_K + self.before  # learnt embeddings stand before the row
+        options = {"logits_to_keep": kept_in_logits_K} if self.keeps_logits else {}
         logits = self.model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, **options).logits
         if not self.keeps_logits:
-            logits = logits[:, kept_K]
+            logits = logits[:, kept_in_logits_K]
         targets_BK = targets_BT[:, kept_K]
         flat = functional.cross_entropy(
             logits.flatten(0, 1).float(), targets_BK.flatten(), ignore_index=IGNORED, reduction="none"

@@ -1,60 +1,221 @@
-"""How the base is adapted: a method's adapter is put on, and taken off so that nothing of it stays."""
+"""How the base is adapted: a method is put on, its trained weights are written and read, and it is taken off again."""
 
 from __future__ import annotations
 
+import copy
+import json
+import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from jobs.errors import UserError
 from jobs.spec import JobSpec
-from training.model import Base, fresh_heads
+from training.model import HEADS, Base, fresh_heads, load_tokenizer, safetensors_folder
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
 _TASK_TYPES = {"classification": "SEQ_CLS", "generation": "CAUSAL_LM"}
+_PEFT_TYPES = {"lora": "LORA", "qlora": "LORA", "prompt_tuning": "PROMPT_TUNING"}
+_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+Tensors = dict[str, torch.Tensor]
+"""Trained values by the name of their parameter in the adapted model."""
 
 
-def attach(job: JobSpec, base: Base) -> PeftModel:
-    """The base with a fresh adapter (and head), drawn from the trial's seed alone; only these train.
+def attach(job: JobSpec, base: Base) -> nn.Module:
+    """The base with its method put on, drawn from the trial's seed alone; only what the method trains requires grad.
 
-    Raises UserError when the model has no layers of the names that the job gives.
+    Raises UserError when the model has no layers of the names that the job gives, or cannot be adapted so.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
-
     fresh_heads(base, job.train.seed)
     torch.manual_seed(job.train.seed)
+    if job.method == "full":
+        base.spent = True
+        base.model.requires_grad_(True)
+        return base.model
+    from peft import PeftModel, get_peft_model
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if job.train.init_adapter:
-            return PeftModel.from_pretrained(base.model, job.train.init_adapter, is_trainable=True)
-        wanted = job.lora.lora_target_modules
-        config = LoraConfig(
-            task_type=_TASK_TYPES[job.task],
-            r=job.lora.lora_r,
-            lora_alpha=job.lora.lora_alpha,
-            lora_dropout=job.lora.lora_dropout,
-            target_modules=wanted if isinstance(wanted, str) else list(wanted),
-            use_rslora=job.lora.use_rslora,
-            use_dora=job.lora.use_dora,
-        )
+            _check_kind(job, Path(job.train.init_adapter))
+            adapted: PeftModel = PeftModel.from_pretrained(base.model, job.train.init_adapter, is_trainable=True)
+            return adapted
+        config = _prompt_config(job, base) if job.method == "prompt_tuning" else _lora_config(job)
+        base.spent = base.spent or job.changes_base
         try:
             return get_peft_model(base.model, config)
         except ValueError as error:
-            raise UserError(f"lora.lora_target_modules is {wanted!r}, but {error}") from error
+            raise UserError(f"lora.lora_target_modules is {job.lora.lora_target_modules!r}, but {error}") from error
+        except RuntimeError as error:
+            if not job.changes_base:
+                raise
+            kind = job.lora.init_lora_weights
+            raise UserError(f"lora.init_lora_weights is {kind}, which does not fit this model's layers: {error}") from error
 
 
-def detach(model: PeftModel) -> None:
-    """Take the adapter off. The head stays as trained: `attach` draws a new one."""
-    model.unload()
-    model.eval()
+def _lora_config(job: JobSpec) -> PeftConfig:
+    from peft import LoraConfig
+
+    lora = job.lora
+    wanted = lora.lora_target_modules
+    return LoraConfig(
+        task_type=_TASK_TYPES[job.task],
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=wanted if isinstance(wanted, str) else list(wanted),
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=True if lora.init_lora_weights == "default" else lora.init_lora_weights,
+    )
 
 
-def check_adapter(folder: Path) -> None:
-    """Raise UserError unless a folder holds a PEFT adapter in safetensors."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+def _prompt_config(job: JobSpec, base: Base) -> PeftConfig:
+    from peft import PromptTuningConfig, PromptTuningInit
+
+    spec = job.prompt_tuning
+    most = getattr(base.model.config, "max_position_embeddings", None)
+    if most and job.model.max_length + spec.num_virtual_tokens > most:
+        raise UserError(
+            f"prompt_tuning.num_virtual_tokens is {spec.num_virtual_tokens} and model.max_length {job.model.max_length}, "
+            f"but the model has {most} positions for both together"
+        )
+    if job.task == "classification" and hasattr(base.model, "score"):
+        # transformers finds a row's last token by its id; behind embeddings it takes the last place, which is padding.
+        raise UserError(
+            f"method is prompt_tuning, but {type(base.model).__name__} reads its label off the last token, which it "
+            "cannot find behind learnt embeddings; use an encoder, task: generation, or lora"
+        )
+    text = {}
+    if spec.prompt_tuning_init_text:
+        text = {
+            "prompt_tuning_init": PromptTuningInit.TEXT,
+            "prompt_tuning_init_text": spec.prompt_tuning_init_text,
+            "tokenizer_name_or_path": str(safetensors_folder(job.model.model_name_or_path, job.model.revision)),
+        }
+    return PromptTuningConfig(
+        task_type=_TASK_TYPES[job.task], num_virtual_tokens=spec.num_virtual_tokens, **text
+    )
+
+
+def _check_kind(job: JobSpec, folder: Path) -> None:
+    """Raise UserError unless a folder holds a PEFT adapter in safetensors, of the kind that the job's method trains."""
+    for name in _PEFT_FILES:
         if not (folder / name).is_file():
             raise UserError(f"train.init_adapter is {folder}, but there is no {name} in it")
+    kind = json.loads((folder / _PEFT_FILES[0]).read_text()).get("peft_type")
+    if kind != _PEFT_TYPES[job.method]:
+        raise UserError(f"train.init_adapter is {folder}, which is of type {kind}, but method is {job.method}")
+
+
+def detach(base: Base, model: nn.Module) -> None:
+    """Take the method off. The head stays as trained: `attach` draws a new one.
+
+    What was written to the base's own weights stays too; such a base is `spent`.
+    """
+    if hasattr(model, "unload"):
+        model.unload()
+    elif model is not base.model:
+        _unwrap_heads(base)
+    model.eval()
+    base.model.requires_grad_(False)
+
+
+def _unwrap_heads(base: Base) -> None:
+    """Take PEFT's wrapper off the head: a learnt prompt has nothing else in the model, and no `unload`."""
+    for name in HEADS:
+        wrapper = getattr(base.model, name, None)
+        if wrapper is not None and hasattr(wrapper, "original_module"):
+            setattr(base.model, name, wrapper.original_module)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a method trains, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def first_values(job: JobSpec, tensors: Tensors) -> Tensors:
+    """The adapter as it begins, on the CPU, for methods that took it out of the base; else nothing."""
+    if not (job.adapts_with_lora and job.lora.changes_base):
+        return {}
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items() if "lora_" in name}
+
+
+def save_weights(job: JobSpec, model: Any, tensors: Tensors, begun: Tensors, folder: Path) -> None:
+    """Write trained values so that plain PEFT (or transformers, for `full`) loads them onto the plain base.
+
+    `tensors` are whole, on any device; `begun` is what `first_values` gave.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if job.method == "full":
+            model.save_pretrained(str(folder), state_dict=tensors, max_shard_size="1000GB")
+            spec = job.model
+            load_tokenizer(
+                spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code
+            ).save_pretrained(str(folder))
+            return
+        _save_adapter(model, tensors, begun, folder)
+
+
+def _save_adapter(model: PeftModel, tensors: Tensors, begun: Tensors, folder: Path) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = copy.deepcopy(model.peft_config["default"])
+    if begun:
+        tensors = _as_plain_lora(tensors, begun)
+        config.init_lora_weights = True
+        config.r *= 2
+        config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
+    # The embeddings are never trained here; looking for them would ask the hub for the base's config.
+    state = get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    if not state or not all(tensor.numel() for tensor in state.values()):
+        raise RuntimeError("the adapter's state is empty: the strategy did not gather it")
+    save_file(state, str(folder / _PEFT_FILES[1]), metadata={"format": "pt"})
+    config.base_model_name_or_path = model.get_base_model().config.name_or_path
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+
+
+def _as_plain_lora(tensors: Tensors, begun: Tensors) -> Tensors:
+    """An adapter on the plain base that does what this one does on the base without its first values.
+
+    W - s B0 A0 + s B A = W + s [B, -B0] [A; A0]: twice the rank, the same scale (PEFT's `subtract_mutated_init`).
+    """
+    plain = dict(tensors)
+    for name, first in begun.items():
+        now = tensors[name].detach().cpu()
+        if ".lora_A." in name:
+            plain[name] = torch.cat([now, first])
+        elif ".lora_B." in name:
+            plain[name] = torch.cat([now, -first], dim=1)
+    return plain
+
+
+def load_weights(job: JobSpec, base: Base, folder: Path) -> nn.Module:
+    """The base with what `save_weights` wrote, to be evaluated; `detach` takes it off."""
+    if job.method == "full":
+        from safetensors.torch import load_file
+
+        base.spent = True
+        missing, unknown = base.model.load_state_dict(load_file(str(folder / "model.safetensors")), strict=False)
+        base.model.tie_weights()
+        lost = set(missing) - set(base.model.all_tied_weights_keys)
+        if unknown or lost:
+            raise RuntimeError(f"{folder} does not hold this model: {sorted(lost) or unknown}")
+        return base.model
+    from peft import PeftModel
+
+    fresh_heads(base, job.train.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted: PeftModel = PeftModel.from_pretrained(base.model, str(folder))
+    return adapted

@@ -19,12 +19,14 @@ from jobs.hub import model_folder
 from jobs.spec import JobSpec
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HEADS = ("classifier", "score", "pre_classifier", "classification_head")
 """Names under which transformers keeps the layers that a classifier adds to a base."""
 
 _LOAD_SEED = 0
+_BLOCK = 64
+"""Weights under one scale in bitsandbytes' 4-bit formats."""
 
 
 @dataclass
@@ -35,6 +37,8 @@ class Base:
     device: torch.device
     key: tuple[Any, ...]
     """What it was loaded from: a session for another key needs another base."""
+    spent: bool = False
+    """Whether a method has written to its weights: no other session may have it."""
 
     @property
     def parameters(self) -> int:
@@ -44,7 +48,7 @@ class Base:
 
 def base_key(job: JobSpec, labels: int) -> tuple[Any, ...]:
     """What two trials must share to share a loaded base."""
-    return (job.task, job.model, labels)
+    return (job.task, job.model, labels, job.qlora if job.method == "qlora" else None)
 
 
 def resolve_device(gpus: int) -> torch.device:
@@ -90,6 +94,8 @@ def load_base(job: JobSpec, labels: int, device: torch.device) -> Base:
     }
     if job.task == "classification":
         options["num_labels"] = labels
+    if job.method == "qlora":
+        options |= {"quantization_config": _quantization(job, device), "device_map": {"": device}}
     loader = AutoModelForSequenceClassification if job.task == "classification" else AutoModelForCausalLM
     torch.manual_seed(_LOAD_SEED)
     try:
@@ -101,8 +107,11 @@ def load_base(job: JobSpec, labels: int, device: torch.device) -> Base:
         tokenizer = load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)
         model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
+    if job.method == "qlora" and device.type == "cpu":
+        _settle_4bit_on_cpu(model, spec.model_name_or_path)
     model.requires_grad_(False)
-    model.to(device)
+    if job.method != "qlora":  # quantised as it was read, on its device
+        model.to(device)
     return Base(model, device, base_key(job, labels))
 
 
@@ -158,6 +167,44 @@ def _convert_gguf(folder: Path, target: Path) -> None:
         tokenizer.save_pretrained(out)
         shutil.copy(folder / "LICENSE", out / "LICENSE")
         out.rename(target)
+
+
+def _settle_4bit_on_cpu(model: PreTrainedModel, name: str) -> None:
+    """Keep bitsandbytes from repacking 4-bit matrices in the first evaluation, on CPUs with AVX512-BF16: the product with
+    the repacked form has no backward pass, so all training after it would be without most gradients.
+
+    Raises UserError for matrices that it cannot do on CPU: rows that are no whole blocks.
+    """
+    for path, module in model.named_modules():
+        if type(module).__name__ != "Linear4bit":
+            continue
+        module.support_avx512bf16_for_cpu = False
+        if module.in_features % _BLOCK:
+            raise UserError(
+                f"method is qlora with 4 bits, but {path} of {name} has {module.in_features} inputs, and on CPU "
+                f"bitsandbytes needs a multiple of {_BLOCK}; use qlora.quant_type: int8, or lora"
+            )
+
+
+def _quantization(job: JobSpec, device: torch.device) -> BitsAndBytesConfig:
+    """How bitsandbytes packs the frozen matrices; heads stay as they are, since they are trained."""
+    from transformers import BitsAndBytesConfig
+
+    spec = job.qlora
+    kept = [*HEADS, "lm_head", "embed_out"]
+    if spec.quant_type == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")  # a line a layer and step
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    weights = _weight_dtype(job, device)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=spec.quant_type,
+        bnb_4bit_use_double_quant=spec.use_double_quant,
+        bnb_4bit_compute_dtype=weights if spec.compute_dtype == "auto" else getattr(torch, spec.compute_dtype),
+        bnb_4bit_quant_storage=torch.uint8 if spec.quant_storage == "auto" else getattr(torch, spec.quant_storage),
+        llm_int8_skip_modules=kept,
+    )
 
 
 def _weight_dtype(job: JobSpec, device: torch.device) -> torch.dtype:

@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from jobs.spec import TrainSpec
+from jobs.spec import JobSpec, TrainSpec
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], train: TrainSpec, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019) with decay on matrices only, as one fused pass over all parameters."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+def build_optimizer(trained: Mapping[str, nn.Parameter], job: JobSpec, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019) with decay on matrices only, by default as one fused pass over all parameters.
+
+    With LoRA+ (Hayou et al., 2024) the B matrices have `loraplus_lr_ratio` times the rate.
+    """
+    ratio = job.lora.loraplus_lr_ratio if job.adapts_with_lora and job.lora.loraplus_lr_ratio else 1.0
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trained.items():
+        key = (job.train.weight_decay if parameter.ndim > 1 else 0.0, ratio if ".lora_B." in name else 1.0)
+        groups.setdefault(key, []).append(parameter)
+    described = [
+        {"params": parameters, "weight_decay": decay, "lr": learning_rate * factor, "lr_ratio": factor}
+        for (decay, factor), parameters in groups.items()
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=True)
+    if job.train.optim == "adamw_torch":
+        return torch.optim.AdamW(described, lr=learning_rate, fused=True)
+    import bitsandbytes
+
+    kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
+    made: torch.optim.Optimizer = getattr(bitsandbytes.optim, kinds[job.train.optim])(described, lr=learning_rate)
+    return made
 
 
 def rate_factor(step: int, total: int, train: TrainSpec) -> float:
@@ -35,6 +48,6 @@ def rate_factor(step: int, total: int, train: TrainSpec) -> float:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of every group, each by its own ratio."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["lr_ratio"]

@@ -30,7 +30,7 @@ from training import checkpoint
 from training.data import BatchPlan, TokenData, evaluation_batches, make_batch, passes, target_count
 from training.loss import LossModule
 from training.meter import Meter, gpu_metrics
-from training.methods import attach, detach
+from training.methods import attach, detach, first_values, save_weights, trained_parameters
 from training.model import Base
 from training.optim import build_optimizer, rate_factor, set_rate
 
@@ -64,9 +64,10 @@ class TrainingSession:
         # until the first evaluation, and on from then, in this trial and all after it.
         self.model.train()
         self.loss_module: nn.Module = LossModule(self.model, job.task)
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.trained = trained_parameters(self.model)
+        self.begun = first_values(job, dict(self.trained))
         self.peak_rate = learning_rate(job).value
-        self.optimizer = build_optimizer(self.trained, job.train, self.peak_rate)
+        self.optimizer = build_optimizer(self.trained, job, self.peak_rate)
         split = data.splits["train"]
         self.plan = BatchPlan(split.lengths, schedule.batch_rows, job.train.seed, grouped=job.train.group_by_length)
         self.autocast_dtype = _autocast_dtype(job, base.device)
@@ -98,7 +99,7 @@ class TrainingSession:
     @property
     def trainable_parameters(self) -> int:
         """Numbers that are trained, the head's among them."""
-        return sum(parameter.numel() for parameter in self.trained)
+        return sum(parameter.numel() for parameter in self.trained.values())
 
     def advance(self, until: int, seconds: float = math.inf) -> dict[str, Any]:
         """Train up to step `until`, or for about `seconds` (only one process alone may stop by the clock).
@@ -137,7 +138,7 @@ class TrainingSession:
         if self.first_gradient_at is None:
             self.first_gradient_at = time.time()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.trained, self.job.train.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.job.train.max_grad_norm)
         if not self.scaler.is_enabled() and self.base.device.type == "cpu" and not torch.isfinite(norm):
             raise TrainingFailure(
                 "nan", f"the gradient was not a number in step {self.step + 1} (learning rate {self.peak_rate:.3g})"
@@ -195,7 +196,7 @@ class TrainingSession:
         states = self._gathered_rng()
         if self.ranks.rank == 0:
             with checkpoint.replaced_folder(folder) as scratch:
-                save_adapter(self.model, scratch)
+                checkpoint.save_tensors(scratch, self._tensors())
                 checkpoint.save_state(
                     scratch,
                     {
@@ -222,7 +223,9 @@ class TrainingSession:
     def load(self, folder: Path) -> dict[str, Any]:
         """Go on from `save`: the next step is the one that would have followed. Returns the host's `extra`."""
         state = checkpoint.load_state(folder)
-        load_adapter(self.model, folder)
+        with torch.no_grad():
+            for name, value in checkpoint.load_tensors(folder).items():
+                self.trained[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])
@@ -233,39 +236,21 @@ class TrainingSession:
         extra: dict[str, Any] = state["extra"]
         return extra
 
-    def save_adapter(self, folder: Path) -> None:
-        """The adapter alone, in PEFT's format."""
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """What is trained, whole, by name."""
+        return {name: parameter.detach() for name, parameter in self.trained.items()}
+
+    def save_weights(self, folder: Path) -> None:
+        """What was trained, for plain PEFT or transformers to load."""
         if self.ranks.rank == 0:
             with checkpoint.replaced_folder(folder) as scratch:
-                save_adapter(self.model, scratch)
-
-    def load_adapter(self, folder: Path) -> None:
-        """Put another adapter of the same shape in, to evaluate it."""
-        load_adapter(self.model, folder)
+                save_weights(self.job, self.model, self._tensors(), self.begun, scratch)
 
     def close(self) -> None:
-        """Take the adapter off the base and let go of the optimiser."""
-        detach(self.model)
+        """Take the method off the base and let go of the optimiser."""
+        detach(self.base, self.model)
         self.optimizer.zero_grad(set_to_none=True)
         del self.optimizer, self.loss_module, self.trained
-
-
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write an adapter in PEFT's format (safetensors and JSON)."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # The embeddings are never trained here; looking for it would ask the hub for the base's config.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
-
-
-def load_adapter(model: Any, folder: Path) -> None:
-    """Read the values of an adapter of the same shape into a model that has one."""
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    set_peft_model_state_dict(model, load_file(str(folder / "adapter_model.safetensors")))
 
 
 def evaluate(

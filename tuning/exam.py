@@ -14,9 +14,9 @@ from evaluation.metrics import Scores
 from jobs import files, search
 from jobs.run import Run
 from training.data import open_tokens
-from training.methods import attach, detach
+from training.methods import detach, load_weights
 from training.model import Base, base_key, fresh_heads, load_base, resolve_device
-from training.session import evaluate, load_adapter
+from training.session import evaluate
 from tuning.trial_run import Work
 
 BASE = "base"
@@ -43,7 +43,7 @@ class Examiner:
 
     def _loaded(self, job: Any) -> Base:
         labels = len(self.data.labels)
-        if self.base is None or self.base.key != base_key(job, labels):
+        if self.base is None or self.base.spent or self.base.key != base_key(job, labels):
             self.base = None
             self.base = load_base(job, labels, resolve_device(self.work.gpus))
         return self.base
@@ -57,12 +57,11 @@ class Examiner:
         trial = self.run.trial(name)
         job = search.trial(self.work.job, trial.params()["assignment"])
         base = self._loaded(job)
-        model = attach(job, base)
+        model = load_weights(job, base, trial.weights)
         try:
-            load_adapter(model, trial.adapter)
             return {split: evaluate(model, job, self.data, split, base.device) for split in splits}
         finally:
-            detach(model)
+            detach(base, model)
 
 
 def examine_all(work: Work, names: list[str], slots: int, *, splits: dict[str, list[str]]) -> None:

@@ -151,7 +151,7 @@ class Ledger:
         """Only the best `search.keep` adapters stay on disk."""
         keep = self.job.search.keep if self.job.search else 1
         for trial in self.ranked()[keep:]:
-            shutil.rmtree(trial.adapter, ignore_errors=True)
+            shutil.rmtree(trial.weights, ignore_errors=True)
 
     def settle(self) -> None:
         """After a kill: make the decisions that were due, so that no trial goes on that should not."""

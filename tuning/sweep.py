@@ -330,7 +330,7 @@ class Sweep:
         self._phase("evaluating on held-out rows")
         report = build_report(self.run)
         whole = [t for t in self.run.trials() if t.state in (TrialState.FINISHED, TrialState.STOPPED)]
-        finalists = [t.id for t in whole if t.adapter.is_dir() and not (t.path / "test.json").is_file()]
+        finalists = [t.id for t in whole if t.weights.is_dir() and not (t.path / "test.json").is_file()]
         reached = {row.trial_id: row.rung if row.rung is not None else -1 for row in report.trials}
         last = max((reached.get(name, -1) for name in finalists), default=-1)
         chosen = report.recommendation.trial_id

@@ -59,7 +59,7 @@ class WarmTrial(tune.Trainable):
 
     def _base(self, job: JobSpec) -> Base:
         labels = len(self.data.labels)
-        if self.base is None or self.base.key != base_key(job, labels):
+        if self.base is None or self.base.spent or self.base.key != base_key(job, labels):
             self.base = None  # two bases would not fit where one does
             self.base = load_base(job, labels, resolve_device(self.work.gpus))
             self.base_loads += 1

@@ -146,7 +146,7 @@ class TrialRun:
         score = scores.metrics[metric.name]
         if is_better(score, self.best, metric.goal):
             self.best = score
-            session.save_adapter(self.trial.adapter)
+            session.save_weights(self.trial.weights_of(self.job.method))
         rungs = [index for index, step in enumerate(self.plan.rung_steps) if step == session.step]
         return {
             "evaluated": True,

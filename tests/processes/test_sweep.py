@@ -56,7 +56,7 @@ def test_a_random_sweep_ends_in_a_decision(bert_job: JobMaker, place: Path) -> N
     assert data["base"]["test_metrics"]["accuracy"] >= 0
     adapter = run.path / data["recommendation"]["adapter"]
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= {p.name for p in adapter.iterdir()}
-    kept = [trial.id for trial in run.trials() if trial.adapter.is_dir()]
+    kept = [trial.id for trial in run.trials() if trial.weights.is_dir()]
     assert len(kept) == 3
     assert not list(run.path.glob("trials/*/checkpoints"))
     _every_file_has_a_schema_version(run.path)

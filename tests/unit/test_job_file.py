@@ -180,7 +180,8 @@ search:
         search.trial(job, assignment)
 
 
-FACTS = Facts({"train": "aa", "validation": "bb"}, {"asset:minilm-l6": "cc"}, 1e-3)
+RATES = {"lora": 1e-3, "full": 5e-5, "prompt_tuning": 3e-2, "qlora": 1e-3}
+FACTS = Facts({"train": "aa", "validation": "bb"}, {"asset:minilm-l6": "cc"}, RATES)
 
 
 def _id(extra: str = "", facts: Facts = FACTS, **overrides: object) -> str:
@@ -205,8 +206,8 @@ def test_a_trials_id_depends_on_what_changes_its_weights_and_nothing_else() -> N
     ]  # fmt: skip
     for overrides in changed:
         assert _id(**overrides) != same, overrides
-    assert _id(facts=Facts({"train": "zz", "validation": "bb"}, {"asset:minilm-l6": "cc"}, 1e-3)) != same
-    assert _id(facts=Facts({"train": "aa", "validation": "bb"}, {"asset:minilm-l6": "zz"}, 1e-3)) != same
+    assert _id(facts=Facts({"train": "zz", "validation": "bb"}, {"asset:minilm-l6": "cc"}, RATES)) != same
+    assert _id(facts=Facts({"train": "aa", "validation": "bb"}, {"asset:minilm-l6": "zz"}, RATES)) != same
 
 
 def test_configurations_that_train_alike_are_tried_once(bert_job: JobMaker) -> None:

@@ -220,10 +220,10 @@ def test_no_number_is_cut_in_a_narrow_terminal(finished: Run, width: int) -> Non
 
 def test_the_recommended_adapter_gets_a_card(finished: Run) -> None:
     write_report(finished)
-    card = (finished.trial("aaaa").adapter / "README.md").read_text()
+    card = (finished.trial("aaaa").weights / "README.md").read_text()
     assert "base_model" in card
     assert "SHA-256 `ab`" in card
-    manifest = files.read_json(finished.trial("aaaa").adapter / "manifest.json")
+    manifest = files.read_json(finished.trial("aaaa").weights / "manifest.json")
     assert manifest["trial_id"] == "aaaa"
     for name in ("report.html", "report.md", "report.csv", "report.json"):
         assert (finished.path / "report" / name).stat().st_size > 100

@@ -231,7 +231,7 @@ def test_a_checkpoint_that_was_being_replaced_when_all_died_is_found_again(tmp_p
 def test_training_goes_on_from_an_adapter(bert_job: JobMaker, tmp_path: Path) -> None:
     made = session(bert_job().job)
     finish(made)
-    made.save_adapter(tmp_path / "adapter")
+    made.save_weights(tmp_path / "adapter")
     score = made.evaluate().metrics
     job = bert_job(train__init_adapter=str(tmp_path / "adapter")).job
     assert session(job).evaluate().metrics == score

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,15 @@ def trainer_for(job: JobSpec, data: TokenData, order: np.ndarray, steps: int, ou
                 return super()._get_train_sampler(*_)
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
+    falls = job.train.lr_scheduler_type == "warmup_stable_decay"
+    decay = {"num_decay_steps": math.ceil(job.train.decay_ratio * steps)} if falls else {}
     options = {
         "output_dir": str(out),
         "per_device_train_batch_size": job.train.per_device_train_batch_size,
         "per_device_eval_batch_size": job.train.per_device_eval_batch_size,
         "learning_rate": job.train.learning_rate or 1e-3,
         "lr_scheduler_type": job.train.lr_scheduler_type,
+        "lr_scheduler_kwargs": decay,
         "warmup_steps": max(1, round(job.train.warmup_ratio * steps)),
         "max_steps": steps,
         "weight_decay": job.train.weight_decay,

@@ -1,7 +1,7 @@
 """Memory of one training process by component, from a model's config alone. Pure.
 
 The formulas: weights are parameters x bytes; an adapter of rank r on a matrix [out, in] has r*(in+out) parameters, each
-with a gradient and two Adam moments in float32 (16 bytes in all); activations kept for the backward pass are about
+with a gradient and two Adam moments; activations kept for the backward pass are about
 34*hidden + 5*heads*length bytes a token and layer at 2 bytes a number (Korthikanti et al., Reducing Activation
 Recomputation in Large Transformer Models, MLSys 2023, equation 2), doubled for float32; logits are batch x length x
 vocabulary x 4 bytes, twice (causal LMs).
@@ -32,13 +32,14 @@ def estimate(
     inner = int(config.get("intermediate_size") or 4 * hidden)
     length = min(longest_tokens, job.model.max_length)
     tokens = job.train.per_device_train_batch_size * length
-    adapter = adapter_parameters(job, hidden, inner, layers)
+    embedding = int(config["vocab_size"]) * hidden
+    trained = parameters if job.method == "full" else trained_parameters(job, hidden, inner, layers)
     activations = tokens * layers * 34 * hidden * bytes_each / 2
     scores = tokens * layers * 5 * heads * length * bytes_each / 2
     logits = tokens * int(config["vocab_size"]) * 4 * 2 if job.task == "generation" else 0
     components = {
-        "frozen weights": parameters * bytes_each / GIB,
-        "adapter, gradients, optimiser": adapter * 16 / GIB,
+        "base weights": _weight_bytes(job, parameters, embedding, bytes_each) / GIB,
+        "trained weights, gradients, optimiser": trained * _training_bytes(job, bytes_each) / GIB,
         "activations": activations / GIB,
         "logits": logits / GIB,
         "runtime": _RUNTIME_CUDA_GIB if cuda else _RUNTIME_CPU_GIB,
@@ -54,8 +55,28 @@ def estimate(
     )
 
 
-def adapter_parameters(job: JobSpec, hidden: int, inner: int, layers: int) -> int:
-    """Adapter parameters: r*(in+out) for each adapted matrix; the named modules are taken as square."""
+def _weight_bytes(job: JobSpec, parameters: int, embedding: int, bytes_each: int) -> float:
+    """Of the base: 4-bit blocks of 64 have a scale of 4 bytes, or of 1 and a 256th of 4 when it is quantised too."""
+    if job.method != "qlora":
+        return parameters * bytes_each
+    scale = (1 + 4 / 256 if job.qlora.use_double_quant else 4) / 64
+    each = 1.0 if job.qlora.quant_type == "int8" else 0.5 + scale
+    return embedding * bytes_each + (parameters - embedding) * each
+
+
+def _training_bytes(job: JobSpec, bytes_each: int) -> int:
+    """Of a trained weight: an adapter's own value, its gradient and two moments in float32; the last two of a base's
+    weight in its own format, which is in `base weights` already."""
+    number = bytes_each if job.method == "full" else 4
+    moments = 2 if job.train.optim.endswith("8bit") else 2 * number
+    return moments + number * (1 if job.method == "full" else 2)
+
+
+def trained_parameters(job: JobSpec, hidden: int, inner: int, layers: int) -> int:
+    """Trained numbers of an adapter: r*(in+out) for each adapted matrix (named modules are taken as square), or the
+    learnt embeddings."""
+    if job.method == "prompt_tuning":
+        return job.prompt_tuning.num_virtual_tokens * hidden
     rank = job.lora.lora_r
     if job.lora.lora_target_modules == "all-linear":
         return layers * rank * (4 * 2 * hidden + 3 * (hidden + inner))

@@ -9,7 +9,6 @@ from jobs import files
 from jobs.report import Report
 from jobs.run import Run
 
-
 _WHAT = {
     "lora": "LoRA adapter for {}",
     "qlora": "LoRA adapter for a quantised {} (QLoRA)",

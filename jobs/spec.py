@@ -130,8 +130,8 @@ class LoraSpec(Spec):
     use_dora: bool = False
     """Train a magnitude beside the direction (DoRA); slower by a third to a half."""
     init_lora_weights: Literal["default", "gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora"] = "default"
-    """How the adapter begins. `default` and `gaussian` begin at the base; `pissa` (or its fast form with so many subspace
-    iterations) and `olora` take the base's own largest directions and change the base, which is loaded anew after."""
+    """How the adapter begins. `default` and `gaussian` begin at the base; `pissa` (or its fast form with so many
+    subspace iterations) and `olora` take the base's own largest directions out of it, and it is loaded anew after."""
     loraplus_lr_ratio: float | None = Field(None, ge=1, le=1000)
     """LoRA+: the learning rate of the B matrices over that of the A matrices. Left out: both the same."""
 
@@ -193,10 +193,13 @@ class TrainSpec(Spec):
     """Passes that are added up before one optimiser step."""
     global_batch_size: int | None = Field(None, ge=1)
     """Rows in one optimiser step over all devices; the alternative to `gradient_accumulation_steps`."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
-    """How the learning rate moves after the warm-up: to 0 in a line or a half cosine, or not at all."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay"] = "linear"
+    """How the learning rate moves after the warm-up: to 0 in a line or a half cosine, not at all, or not until the last
+    `decay_ratio` of the steps and then to 0 in a line (a trial that is cut before was trained like one that is not)."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of all steps in which the learning rate rises from 0 to its peak (not used by `constant`)."""
+    decay_ratio: float = Field(0.2, gt=0, lt=1)
+    """Share of all steps in which `warmup_stable_decay` lets the learning rate fall to 0."""
     weight_decay: float = Field(0.0, ge=0, le=1)
     """AdamW's decoupled weight decay, of matrices only."""
     optim: Literal["adamw_torch", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
@@ -218,13 +221,23 @@ class TrainSpec(Spec):
     """Folder of a PEFT adapter to start from instead of a fresh one."""
 
     @model_validator(mode="after")
-    def _one_accumulation(self) -> TrainSpec:
+    def _fields_agree(self) -> TrainSpec:
         if self.global_batch_size and self.gradient_accumulation_steps != 1:
             raise SpecProblems(
                 [
                     Problem(
                         "train.global_batch_size",
                         "train has both global_batch_size and gradient_accumulation_steps, but must have one of them",
+                    )
+                ]
+            )
+        if self.lr_scheduler_type == "warmup_stable_decay" and self.warmup_ratio + self.decay_ratio > 1:
+            raise SpecProblems(
+                [
+                    Problem(
+                        "train.decay_ratio",
+                        f"train.warmup_ratio and train.decay_ratio are {self.warmup_ratio:g} and {self.decay_ratio:g}, "
+                        "but must be at most 1 together",
                     )
                 ]
             )
@@ -554,8 +567,8 @@ def _method_problems(job: JobSpec) -> list[Problem]:
         problems.append(
             Problem(
                 "lora.init_lora_weights",
-                f"lora.init_lora_weights is {job.lora.init_lora_weights}, but must be default or gaussian with qlora: it "
-                "takes directions out of the base's weights, and quantised ones cannot be written back exactly",
+                f"lora.init_lora_weights is {job.lora.init_lora_weights}, but must be default or gaussian with qlora: "
+                "it takes directions out of the base's weights, and quantised ones cannot be written back exactly",
             )
         )
     if job.train.init_adapter and job.method == "full":
@@ -566,8 +579,8 @@ def _method_problems(job: JobSpec) -> list[Problem]:
         problems.append(
             Problem(
                 "train.init_adapter",
-                f"train.init_adapter and lora.init_lora_weights = {job.lora.init_lora_weights} both say how the adapter "
-                "begins; drop one of the two",
+                f"train.init_adapter and lora.init_lora_weights = {job.lora.init_lora_weights} both say how the "
+                "adapter begins; drop one of the two",
             )
         )
     if job.method == "prompt_tuning" and job.prompt_tuning.num_virtual_tokens >= job.model.max_length:

@@ -61,7 +61,7 @@ _TOOLS: dict[str, dict[str, str]] = {
 }
 TOOLS = tuple(_TOOLS)
 
-_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay")
 _MEANS_NOTHING_HERE = {
     "output_dir",
     "logging_steps",

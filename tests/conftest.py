@@ -126,8 +126,8 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     size = _tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]")
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=size, n_embd=64, n_layer=2, n_head=4, n_positions=128, pad_token_id=0, bos_token_id=2, eos_token_id=3,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        vocab_size=size, n_embd=64, n_layer=2, n_head=4, n_positions=128, pad_token_id=0, bos_token_id=2,
+        eos_token_id=3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder

@@ -56,7 +56,9 @@ def attach(job: JobSpec, base: Base) -> nn.Module:
             if not job.changes_base:
                 raise
             kind = job.lora.init_lora_weights
-            raise UserError(f"lora.init_lora_weights is {kind}, which does not fit this model's layers: {error}") from error
+            raise UserError(
+                f"lora.init_lora_weights is {kind}, which does not fit this model's layers: {error}"
+            ) from error
 
 
 def _lora_config(job: JobSpec) -> PeftConfig:
@@ -83,8 +85,8 @@ def _prompt_config(job: JobSpec, base: Base) -> PeftConfig:
     most = getattr(base.model.config, "max_position_embeddings", None)
     if most and job.model.max_length + spec.num_virtual_tokens > most:
         raise UserError(
-            f"prompt_tuning.num_virtual_tokens is {spec.num_virtual_tokens} and model.max_length {job.model.max_length}, "
-            f"but the model has {most} positions for both together"
+            f"prompt_tuning.num_virtual_tokens is {spec.num_virtual_tokens} and model.max_length "
+            f"{job.model.max_length}, but the model has {most} positions for both together"
         )
     if job.task == "classification" and hasattr(base.model, "score"):
         # transformers finds a row's last token by its id; behind embeddings it takes the last place, which is padding.
@@ -99,9 +101,7 @@ def _prompt_config(job: JobSpec, base: Base) -> PeftConfig:
             "prompt_tuning_init_text": spec.prompt_tuning_init_text,
             "tokenizer_name_or_path": str(safetensors_folder(job.model.model_name_or_path, job.model.revision)),
         }
-    return PromptTuningConfig(
-        task_type=_TASK_TYPES[job.task], num_virtual_tokens=spec.num_virtual_tokens, **text
-    )
+    return PromptTuningConfig(task_type=_TASK_TYPES[job.task], num_virtual_tokens=spec.num_virtual_tokens, **text)
 
 
 def _check_kind(job: JobSpec, folder: Path) -> None:

@@ -170,8 +170,8 @@ def _convert_gguf(folder: Path, target: Path) -> None:
 
 
 def _settle_4bit_on_cpu(model: PreTrainedModel, name: str) -> None:
-    """Keep bitsandbytes from repacking 4-bit matrices in the first evaluation, on CPUs with AVX512-BF16: the product with
-    the repacked form has no backward pass, so all training after it would be without most gradients.
+    """Keep bitsandbytes from repacking 4-bit matrices in the first evaluation, on CPUs with AVX512-BF16: the product
+    with the repacked form has no backward pass, so all training after it would be without most gradients.
 
     Raises UserError for matrices that it cannot do on CPU: rows that are no whole blocks.
     """

@@ -12,7 +12,7 @@ from jobs.spec import JobSpec, TrainSpec
 
 
 def build_optimizer(trained: Mapping[str, nn.Parameter], job: JobSpec, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019) with decay on matrices only, by default as one fused pass over all parameters.
+    """AdamW (Loshchilov and Hutter, 2019) with decay on matrices only, by default one fused pass over all parameters.
 
     With LoRA+ (Hayou et al., 2024) the B matrices have `loraplus_lr_ratio` times the rate.
     """
@@ -43,6 +43,8 @@ def rate_factor(step: int, total: int, train: TrainSpec) -> float:
         return (step + 1) / (warmup + 1)
     if train.lr_scheduler_type == "constant_with_warmup":
         return 1.0
+    if train.lr_scheduler_type == "warmup_stable_decay":
+        return min(1.0, max(0, total - step) / max(1, math.ceil(train.decay_ratio * total)))
     left = max(0.0, (total - step) / max(1, total - warmup))
     return left if train.lr_scheduler_type == "linear" else 0.5 * (1 - math.cos(math.pi * left))
 

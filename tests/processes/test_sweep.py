@@ -14,6 +14,7 @@ import pytest
 
 from jobs import files
 from jobs.errors import ExitCode
+from jobs.run import Run
 from tests.conftest import ROOT, JobMaker, lorafleet, opinions, write_rows
 from tests.processes.conftest import (
     base_loads,
@@ -56,8 +57,7 @@ def test_a_random_sweep_ends_in_a_decision(bert_job: JobMaker, place: Path) -> N
     assert data["base"]["test_metrics"]["accuracy"] >= 0
     adapter = run.path / data["recommendation"]["adapter"]
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= {p.name for p in adapter.iterdir()}
-    kept = [trial.id for trial in run.trials() if trial.weights.is_dir()]
-    assert len(kept) == 3
+    assert len(_kept(run)) == 3
     assert not list(run.path.glob("trials/*/checkpoints"))
     _every_file_has_a_schema_version(run.path)
     _each_trial_is_in_wandb(run.path, [row["trial_id"] for row in data["trials"]])
@@ -126,6 +126,31 @@ search:
     data = json.loads(done.stdout)
     assert data["metric"] == "loss"
     assert all(row["metrics"]["perplexity"] > 1 for row in data["trials"])
+
+
+def test_methods_are_searched_like_any_other_field(bert_job: JobMaker, place: Path) -> None:
+    """One warm actor: what writes to the base costs a new one, what does not shares it."""
+    search = """
+search:
+  method: grid
+  max_concurrent_trials: 1
+  scheduler: {type: none, max_t: 64}
+  parameters: {lora.lora_r: {values: [2, 4]}, method: {values: [lora, prompt_tuning, full, qlora]}}
+"""
+    run, done = sweep(bert_job(search), place, "--format", "json")
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr
+    data = json.loads(done.stdout)
+    tried = [(row["params"]["method"], row["params"]["lora.lora_r"]) for row in data["trials"]]
+    # A rank changes nothing of a prompt or of full fine-tuning: these are tried once.
+    assert sorted(method for method, _ in tried) == ["full", "lora", "lora", "prompt_tuning", "qlora", "qlora"]
+    assert all(row["test_metrics"] for row in data["trials"] if row["trial_id"] in _kept(run))
+    assert base_loads(run) == 4  # lora (a prompt uses it too), full, after full, qlora
+    whole = next(row["trial_id"] for row in data["trials"] if row["params"]["method"] == "full")
+    assert (run.trial(whole).path / "model" / "model.safetensors").is_file()
+
+
+def _kept(run: Run) -> list[str]:
+    return [trial.id for trial in run.trials() if trial.weights.is_dir()]
 
 
 def test_a_killed_sweep_goes_on_where_it_was(bert_job: JobMaker, place: Path) -> None:

@@ -264,7 +264,7 @@ def test_a_decoder_classifies(tiny_llama: Path, bert_job: JobMaker) -> None:
 def test_a_learning_rate_beyond_sense_is_a_failure_with_a_class(bert_job: JobMaker) -> None:
     made = session(bert_job(train__learning_rate=9.0, train__max_grad_norm=1e30, train__max_steps=300).job)
     with torch.no_grad():
-        next(p for p in made.trained if p.ndim > 1).fill_(torch.inf)
+        next(p for p in made.trained.values() if p.ndim > 1).fill_(torch.inf)
     with pytest.raises(TrainingFailure) as caught:
         finish(made)
     assert classify(caught.value)["failure_class"] == "nan"
@@ -284,6 +284,7 @@ def test_out_of_memory_halves_the_pass_and_keeps_the_batch(bert_job: JobMaker) -
         ("linear", [0.5, 1.0, 0.875, 0.125]),
         ("constant", [1.0, 1.0, 1.0, 1.0]),
         ("constant_with_warmup", [0.5, 1.0, 1.0, 1.0]),
+        ("warmup_stable_decay", [0.5, 1.0, 1.0, 0.5]),  # falls from 1 at step 7 of 9
     ],
 )
 def test_learning_rates_by_hand(kind: str, factors: list[float]) -> None:

@@ -324,7 +324,7 @@ class Sweep:
         return spent
 
     def _exam(self, data: Any) -> None:
-        """The base, the recommended trial, and the others that reached the last rungs, on the test rows."""
+        """The base, the recommended trial, and the others that came as far, on the test rows."""
         from tuning.exam import BASE, examine_all
 
         self._phase("evaluating on held-out rows")
@@ -334,7 +334,7 @@ class Sweep:
         reached = {row.trial_id: row.rung if row.rung is not None else -1 for row in report.trials}
         last = max((reached.get(name, -1) for name in finalists), default=-1)
         chosen = report.recommendation.trial_id
-        names = [name for name in finalists if name == chosen or reached.get(name, -1) >= last - 1]
+        names = [name for name in finalists if name == chosen or reached.get(name, -1) >= last]
         base = [] if (self.run.path / "report" / "base.json").is_file() else [BASE]
         rows = ["test"] if not data.chosen_on_test else ["validation"]
         splits = dict.fromkeys(names, rows) | {BASE: ["validation", *(rows if rows != ["validation"] else [])]}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from pathlib import Path
 
 from jobs.assets import PREFIX, asset
+from jobs.deepspeed import contradictions
 from jobs.errors import AssetError, JobFileError, Problem
 from jobs.hub import model_folder
 from jobs.identity import models_of
@@ -39,9 +43,39 @@ def _wrong(loaded: LoadedJob) -> list[tuple[str, str]]:
         found += _unknown_asset("data.dataset_name", job.data.dataset_name, "dataset")
     for field in ("train_file", "validation_file", "test_file"):
         found += _wrong_file(f"data.{field}", getattr(job.data, field))
+    found += _wrong_strategy(loaded)
     adapter = job.train.init_adapter
     if adapter and not all((Path(adapter) / name).is_file() for name in _ADAPTER_FILES):
         found.append(("train.init_adapter", f"train.init_adapter is {adapter}, but there is no PEFT adapter in it"))
+    return found
+
+
+def _wrong_strategy(loaded: LoadedJob) -> list[tuple[str, str]]:
+    """What is missing for DeepSpeed, or contradicts the job in the user's own file for it."""
+    job = loaded.job
+    if not job.resources.strategy.startswith("zero"):
+        return []
+    found = []
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        found.append(
+            (
+                "resources.strategy",
+                f"resources.strategy is {job.resources.strategy}, but DeepSpeed needs a C++ compiler and there is no "
+                f"{compiler} (apt-get install g++); fsdp needs none",
+            )
+        )
+    own = job.resources.deepspeed_config
+    if own:
+        try:
+            said = json.loads(Path(own).read_text())
+        except (OSError, ValueError) as error:
+            sentence = f"resources.deepspeed_config is {own}, which is no JSON file that can be read: {error}"
+            return [*found, ("resources.deepspeed_config", sentence)]
+        if not isinstance(said, dict):
+            sentence = f"resources.deepspeed_config is {own}, but must hold a JSON object"
+            return [*found, ("resources.deepspeed_config", sentence)]
+        found += [(problem.path, problem.sentence) for problem in contradictions(job, said)]
     return found
 
 

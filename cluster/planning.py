@@ -18,6 +18,7 @@ from jobs.schedule import Schedule, schedule
 from jobs.search import Assignment
 from jobs.site import LocalSite
 from jobs.spec import JobSpec
+from jobs.support import CUT_WEIGHTS, Strategy, refusals
 
 _ASSUMED_ROWS = 1000
 _CHARACTERS_A_TOKEN = 3.0
@@ -49,7 +50,8 @@ def make_plan(loaded: LoadedJob, site: LocalSite, command: str) -> Plan:
     ]
     total = _total(job, len(configurations))
     memory = _memory(job, configurations, known, cuda=bool(_uses_gpu(job, site)))
-    placement = place(job, site, total, _host_gib(job, memory, cuda=bool(_uses_gpu(job, site))))
+    strategy, why = choose_strategy(job, site, memory, cuda=bool(_uses_gpu(job, site)))
+    placement = place(job, site, total, _host_gib(job, memory, cuda=bool(_uses_gpu(job, site))), strategy)
     worst, expected = _cost(job, schedules, total)
     return Plan(
         job=job,
@@ -65,7 +67,7 @@ def make_plan(loaded: LoadedJob, site: LocalSite, command: str) -> Plan:
         worst_samples=worst,
         expected_samples=expected,
         memory=memory,
-        strategy=_strategy(placement),
+        strategy=_strategy(placement, why),
         notes=notes,
     )
 
@@ -165,7 +167,30 @@ def _host_gib(job: JobSpec, memory: MemoryEstimate | None, *, cuda: bool) -> flo
     return memory.expected * job.resources.world_size
 
 
-def _strategy(placement: Placement) -> str:
+def choose_strategy(
+    job: JobSpec, site: LocalSite, memory: MemoryEstimate | None, *, cuda: bool
+) -> tuple[Strategy, str]:
+    """What `auto` means here, and why.
+
+    Whole copies exchange an adapter's gradients alone; cut-up weights are gathered in every layer of every pass
+    (fsdp_qlora reports DDP 1.55 times as fast for a 7B LoRA on two 3090s). So they are cut only where they do not fit.
+    """
+    if job.resources.strategy != "auto":
+        return job.resources.strategy, "as given"
+    if not cuda or memory is None or not site.gpu_memory_gib or job.resources.world_size == 1:
+        return "ddp", "auto: whole copies move the least between processes"
+    room, need = site.gpu_memory_gib, f"about {memory.expected:.1f} GiB a process"
+    if memory.expected <= room:
+        return "ddp", f"auto: {need} fit a GPU of {room:.1f}"
+    for strategy in CUT_WEIGHTS:
+        resources = job.resources.model_copy(update={"strategy": strategy})
+        if not refusals(job.model_copy(update={"resources": resources})):
+            return strategy, f"auto: {need} do not fit a GPU of {room:.1f}, so weights are cut up"
+    return "ddp", f"auto: {need} do not fit a GPU of {room:.1f}, but this job's weights cannot be cut up"
+
+
+def _strategy(placement: Placement, why: str) -> str:
     if not placement.distributed:
         return "one process a trial, in warm actors that keep the base loaded"
-    return f"ddp: {placement.workers} processes a trial, in a Ray Train worker group each"
+    group = f"{placement.workers} processes a trial, in a Ray Train worker group each"
+    return f"{placement.strategy}: {group} ({why})"

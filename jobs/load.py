@@ -20,7 +20,13 @@ from jobs.spec import JobSpec
 
 OriginKind = Literal["file", "override", "alias", "default", "linked", "derived"]
 
-_PATH_FIELDS = ("data.train_file", "data.validation_file", "data.test_file", "train.init_adapter")
+_PATH_FIELDS = (
+    "data.train_file",
+    "data.validation_file",
+    "data.test_file",
+    "train.init_adapter",
+    "resources.deepspeed_config",
+)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pydantic import Field
 from jobs.errors import PlacementRefused
 from jobs.site import LocalSite
 from jobs.spec import JobSpec, Spec
+from jobs.support import Strategy
 
 
 class Placement(Spec):
@@ -20,6 +21,8 @@ class Placement(Spec):
     """CPU cores of each."""
     gpus_per_worker: int = Field(ge=0, le=1)
     """GPUs of each."""
+    strategy: Strategy = "ddp"
+    """How the processes of one trial share the work; `auto` has been resolved."""
     slots: int = Field(ge=1)
     """Trials at once."""
     waves: int = Field(ge=1)
@@ -33,7 +36,7 @@ class Placement(Spec):
         return self.workers > 1
 
 
-def place(job: JobSpec, site: LocalSite, trials: int, trial_memory_gib: float) -> Placement:
+def place(job: JobSpec, site: LocalSite, trials: int, trial_memory_gib: float, strategy: Strategy = "ddp") -> Placement:
     """Slots and waves of `trials` trials, each of which takes `trial_memory_gib` of host memory.
 
     Raises PlacementRefused, in one sentence, when not even one trial fits.
@@ -68,6 +71,7 @@ def place(job: JobSpec, site: LocalSite, trials: int, trial_memory_gib: float) -
         workers=workers,
         cpus_per_worker=wants.cpus_per_worker,
         gpus_per_worker=gpus,
+        strategy=strategy,
         slots=slots,
         waves=math.ceil(trials / slots),
         limited_by=limit,

@@ -14,6 +14,7 @@ from jobs import expression
 from jobs.errors import Problem, SpecProblems
 from jobs.metrics import DEFAULT_METRIC, METRICS, TASK_METRICS, bare_name
 from jobs.rungs import Goal
+from jobs.support import Method, Strategy, refusals
 
 
 class Spec(BaseModel):
@@ -31,7 +32,6 @@ class Spec(BaseModel):
 
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Task = Literal["classification", "generation"]
-Method = Literal["lora", "qlora", "prompt_tuning", "full"]
 DataFormat = Literal["auto", "text_label", "prompt_completion", "instruction", "messages", "text"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -161,8 +161,7 @@ class QloraSpec(Spec):
     """Number format of the arithmetic with 4-bit matrices. `auto`: bfloat16 on GPUs that have it, float32 on CPU (where
     bfloat16 is ten times slower without instructions for it)."""
     quant_storage: Literal["auto", "uint8", "float32", "bfloat16", "float16"] = "auto"
-    """Type under which packed 4-bit weights lie in memory. `auto`: that of the other weights where a strategy cuts them
-    into shards (fsdp, zero3), else uint8."""
+    """Type under which packed 4-bit weights lie in memory. `auto`: uint8, which every strategy here can cut up."""
 
 
 class PromptTuningSpec(Spec):
@@ -280,8 +279,13 @@ class ResourcesSpec(Spec):
     """GPUs on each of them. `auto`: one a worker where the machine has GPUs, else none."""
     cpus_per_worker: int = Field(1, ge=1, le=1024)
     """CPU cores, and so threads, of one training process."""
-    strategy: Literal["auto", "ddp"] = "auto"
-    """How the processes of one trial share the work. `auto`: nothing for one process, DDP for several."""
+    strategy: Strategy = "auto"
+    """How the processes of one trial share the work: whole copies (`ddp`); shares of every layer (`fsdp`, torch's
+    FSDP2); shares of the optimiser state, of gradients too, of weights too (`zero1`, `zero2`, `zero3`, DeepSpeed).
+    `auto`: ddp while the base fits a GPU, else fsdp; the plan says which and why."""
+    deepspeed_config: str | None = Field(None, min_length=1)
+    """A DeepSpeed JSON of your own for zero1, zero2 and zero3 (offloading, buckets); the job file decides batch,
+    clipping, optimiser and stage, and what contradicts it is an error."""
 
     @property
     def world_size(self) -> int:
@@ -562,7 +566,7 @@ def _batch_problems(job: JobSpec) -> list[Problem]:
 
 def _method_problems(job: JobSpec) -> list[Problem]:
     """What the blocks of a method and the training say against each other."""
-    problems = []
+    problems = [Problem(field, sentence) for field, sentence in refusals(job)]
     if job.method == "qlora" and job.lora.changes_base:
         problems.append(
             Problem(

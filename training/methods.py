@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _TASK_TYPES = {"classification": "SEQ_CLS", "generation": "CAUSAL_LM"}
 _PEFT_TYPES = {"lora": "LORA", "qlora": "LORA", "prompt_tuning": "PROMPT_TUNING"}
+_PROMPT = ("prompt_encoder.default.embedding.weight", "prompt_embeddings")
+"""A learnt prompt's name in the model and in PEFT's file."""
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 Tensors = dict[str, torch.Tensor]
@@ -174,8 +176,13 @@ def _save_adapter(model: PeftModel, tensors: Tensors, begun: Tensors, folder: Pa
         config.init_lora_weights = True
         config.r *= 2
         config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
-    # The embeddings are never trained here; looking for them would ask the hub for the base's config.
-    state = get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
+    if config.is_prompt_learning:  # PEFT would run the prompt's module, which cut-up weights cannot do on one process
+        state = {
+            _PROMPT[1] if n == _PROMPT[0] else n.replace(".modules_to_save.default", ""): t for n, t in tensors.items()
+        }
+    else:
+        # The embeddings are never trained here; looking for them would ask the hub for the base's config.
+        state = get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if not state or not all(tensor.numel() for tensor in state.values()):
         raise RuntimeError("the adapter's state is empty: the strategy did not gather it")

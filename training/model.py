@@ -78,8 +78,8 @@ def load_tokenizer(name: str, revision: str | None, *, trust_remote_code: bool) 
     return tokenizer
 
 
-def load_base(job: JobSpec, labels: int, device: torch.device) -> Base:
-    """Read the weights, freeze them, and put them on the device.
+def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool = False) -> Base:
+    """Read the weights, freeze them, and put them on the device (`sharded`: leave that to the strategy).
 
     Weights that the checkpoint lacks (a pooler, say) come from a fixed seed, so that every process has the same base.
     """
@@ -110,7 +110,7 @@ def load_base(job: JobSpec, labels: int, device: torch.device) -> Base:
     if job.method == "qlora" and device.type == "cpu":
         _settle_4bit_on_cpu(model, spec.model_name_or_path)
     model.requires_grad_(False)
-    if job.method != "qlora":  # quantised as it was read, on its device
+    if job.method != "qlora" and not sharded:  # quantised weights are on their device already
         model.to(device)
     return Base(model, device, base_key(job, labels))
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +32,8 @@ from training.loss import LossModule
 from training.meter import Meter, gpu_metrics
 from training.methods import attach, detach, first_values, save_weights, trained_parameters
 from training.model import Base
-from training.optim import build_optimizer, rate_factor, set_rate
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those that train together."""
-
-    rank: int = 0
-    world_size: int = 1
-
-    @classmethod
-    def here(cls) -> Ranks:
-        """From torch.distributed, or one process alone."""
-        if not distributed.is_initialized():
-            return cls()
-        return cls(distributed.get_rank(), distributed.get_world_size())
+from training.optim import rate_factor
+from training.strategies import Ranks, strategy
 
 
 class TrainingSession:
@@ -63,19 +49,15 @@ class TrainingSession:
         # transformers loads in eval mode and PEFT wraps in train mode: without this the base's own dropout would be off
         # until the first evaluation, and on from then, in this trial and all after it.
         self.model.train()
-        self.loss_module: nn.Module = LossModule(self.model, job.task)
-        self.trained = trained_parameters(self.model)
-        self.begun = first_values(job, dict(self.trained))
+        self.begun = first_values(job, dict(trained_parameters(self.model)))
         self.peak_rate = learning_rate(job).value
-        self.optimizer = build_optimizer(self.trained, job, self.peak_rate)
+        self.autocast_dtype = _autocast_dtype(job, base.device)
+        fp16 = self.autocast_dtype is torch.float16
+        module = LossModule(self.model, job.task)
+        self.strategy = strategy(job, module, base.device, ranks, self.peak_rate, fp16=fp16)
         split = data.splits["train"]
         self.plan = BatchPlan(split.lengths, schedule.batch_rows, job.train.seed, grouped=job.train.group_by_length)
-        self.autocast_dtype = _autocast_dtype(job, base.device)
-        self.scaler = torch.amp.GradScaler(base.device.type, enabled=self.autocast_dtype is torch.float16)
         self._sums = torch.zeros(2, device=base.device)  # loss and targets since begin_report
-        if ranks.world_size > 1:
-            device_ids = [base.device.index] if base.device.type == "cuda" else None
-            self.loss_module = nn.parallel.DistributedDataParallel(self.loss_module, device_ids=device_ids)
         # The order in which dropout draws is the trial's and the process's own, whatever ran here before.
         torch.manual_seed(job.train.seed + 1 + ranks.rank)
 
@@ -99,7 +81,7 @@ class TrainingSession:
     @property
     def trainable_parameters(self) -> int:
         """Numbers that are trained, the head's among them."""
-        return sum(parameter.numel() for parameter in self.trained.values())
+        return self.strategy.trainable_parameters
 
     def advance(self, until: int, seconds: float = math.inf) -> dict[str, Any]:
         """Train up to step `until`, or for about `seconds` (only one process alone may stop by the clock).
@@ -127,35 +109,25 @@ class TrainingSession:
         # Counted over all processes and passes: a mean of means would weigh a token by the length of its neighbours.
         targets = max(1, target_count(split, rows, classifies=self.classifies))
         own = passes(rows, self.job.train.per_device_train_batch_size, self.ranks.rank, self.ranks.world_size)
-        set_rate(self.optimizer, self.peak_rate * rate_factor(self.step, self.schedule.total_steps, self.job.train))
         for number, chunk in enumerate(own, start=1):
             batch = make_batch(split, chunk, self.data.pad_id, self.base.device, classifies=self.classifies)
-            with self._sync_only_at(number == len(own)), self._autocast():
-                loss_sum, _ = self.loss_module(batch)
-            # DDP averages gradients over the processes; multiplied back, they are the sum that `targets` divides.
-            self.scaler.scale(loss_sum * (self.ranks.world_size / targets)).backward()
+            with self.strategy.one_pass(last=number == len(own)):
+                with self._autocast():
+                    loss_sum, _ = self.strategy.module(batch)
+                # Gradients are averaged over the processes; multiplied back, they are the sum that `targets` divides.
+                self.strategy.backward(loss_sum * (self.ranks.world_size / targets))
             self._sums += torch.stack([loss_sum.detach(), loss_sum.new_tensor(batch.targets)])
         if self.first_gradient_at is None:
             self.first_gradient_at = time.time()
-        self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.job.train.max_grad_norm)
-        if not self.scaler.is_enabled() and self.base.device.type == "cpu" and not torch.isfinite(norm):
+        factor = rate_factor(self.step, self.schedule.total_steps, self.job.train)
+        norm = self.strategy.step(self.peak_rate * factor)
+        if self.base.device.type == "cpu" and not torch.isfinite(norm) and self.autocast_dtype is not torch.float16:
             raise TrainingFailure(
                 "nan", f"the gradient was not a number in step {self.step + 1} (learning rate {self.peak_rate:.3g})"
             )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.meter.samples += len(rows)
         self.meter.tokens += int(split.lengths[rows].sum())
-
-    def _sync_only_at(self, last: bool) -> AbstractContextManager[Any]:
-        """Processes exchange gradients once a step, in its last pass."""
-        if last or not isinstance(self.loss_module, nn.parallel.DistributedDataParallel):
-            return nullcontext()
-        context: AbstractContextManager[Any] = self.loss_module.no_sync()
-        return context
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast_dtype is None:
@@ -187,30 +159,48 @@ class TrainingSession:
     def evaluate(self, split_name: str = "validation") -> Scores:
         """Metrics of the adapter as it is now, with intervals, on one split. All processes share the rows."""
         began = time.perf_counter()
-        scores = evaluate(self.model, self.job, self.data, split_name, self.base.device, self.ranks)
+        scores = evaluate(
+            self.model,
+            self.job,
+            self.data,
+            split_name,
+            self.base.device,
+            self.ranks,
+            equal_passes=self.strategy.equal_passes,
+        )
         self.meter.eval_seconds += time.perf_counter() - began
         return scores
 
     def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
-        """Everything a restart needs: adapter, optimiser, random state, position, and the host's own `extra`."""
+        """Everything a restart needs: trained values, optimiser, random state, position, and the host's own `extra`."""
         states = self._gathered_rng()
-        if self.ranks.rank == 0:
-            with checkpoint.replaced_folder(folder) as scratch:
-                checkpoint.save_tensors(scratch, self._tensors())
-                checkpoint.save_state(
-                    scratch,
-                    {
-                        "step": self.step,
-                        "optimizer": self.optimizer.state_dict(),
-                        "scaler": self.scaler.state_dict(),
-                        "rng": states,
-                        "meter": self.meter.state(),
-                        "world_size": self.ranks.world_size,
-                        "extra": extra or {},
-                    },
-                )
-        if self.ranks.world_size > 1:
+        tensors = self.strategy.tensors()
+        with self._common_folder(folder) as scratch:
+            optimizer = self.strategy.save_optimizer(scratch)
+            if self.ranks.rank == 0:
+                checkpoint.save_tensors(scratch, tensors)
+                state = {
+                    "step": self.step,
+                    "rng": states,
+                    "meter": self.meter.state(),
+                    "world_size": self.ranks.world_size,
+                    "strategy": self.job.resources.strategy,
+                    "extra": extra or {},
+                }
+                checkpoint.save_state(scratch, state | optimizer)
+
+    @contextmanager
+    def _common_folder(self, target: Path) -> Iterator[Path]:
+        """A folder that every process writes into, and the first puts in the place of `target` when all have."""
+        with checkpoint.replaced_folder(target) if self.ranks.rank == 0 else nullcontext(target) as scratch:
+            if self.ranks.world_size == 1:
+                yield scratch
+                return
+            path = [str(scratch)]
+            distributed.broadcast_object_list(path, src=0)
+            yield Path(path[0])
             distributed.barrier()
+        distributed.barrier()
 
     def _gathered_rng(self) -> list[dict[str, torch.Tensor]]:
         own = checkpoint.rng_state()
@@ -223,11 +213,8 @@ class TrainingSession:
     def load(self, folder: Path) -> dict[str, Any]:
         """Go on from `save`: the next step is the one that would have followed. Returns the host's `extra`."""
         state = checkpoint.load_state(folder)
-        with torch.no_grad():
-            for name, value in checkpoint.load_tensors(folder).items():
-                self.trained[name].copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.strategy.put_tensors(checkpoint.load_tensors(folder))
+        self.strategy.load_optimizer(folder, state)
         self.step = int(state["step"])
         self.meter.restore(state["meter"])
         # With another number of processes there is no state for each: dropout then draws anew, the data's order stays.
@@ -236,27 +223,33 @@ class TrainingSession:
         extra: dict[str, Any] = state["extra"]
         return extra
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """What is trained, whole, by name."""
-        return {name: parameter.detach() for name, parameter in self.trained.items()}
-
     def save_weights(self, folder: Path) -> None:
         """What was trained, for plain PEFT or transformers to load."""
+        tensors = self.strategy.tensors()
         if self.ranks.rank == 0:
             with checkpoint.replaced_folder(folder) as scratch:
-                save_weights(self.job, self.model, self._tensors(), self.begun, scratch)
+                save_weights(self.job, self.model, tensors, self.begun, scratch)
 
     def close(self) -> None:
         """Take the method off the base and let go of the optimiser."""
+        self.strategy.close()
         detach(self.base, self.model)
-        self.optimizer.zero_grad(set_to_none=True)
-        del self.optimizer, self.loss_module, self.trained
 
 
 def evaluate(
-    model: nn.Module, job: JobSpec, data: TokenData, split_name: str, device: torch.device, ranks: Ranks | None = None
+    model: nn.Module,
+    job: JobSpec,
+    data: TokenData,
+    split_name: str,
+    device: torch.device,
+    ranks: Ranks | None = None,
+    *,
+    equal_passes: bool = False,
 ) -> Scores:
-    """Metrics of a model on one split; with several processes each takes every n-th pass and all get the result."""
+    """Metrics of a model on one split; with several processes each takes every n-th pass and all get the result.
+
+    With `equal_passes` a process that has one less makes another, since the others wait for it; it is not counted.
+    """
     ranks = ranks or Ranks()
     split = data.splits[split_name]
     module = LossModule(model, job.task)
@@ -269,7 +262,9 @@ def evaluate(
     classifies = job.task == "classification"
     every_pass = list(evaluation_batches(split, np.arange(len(split)), job.train.per_device_eval_batch_size))
     with torch.inference_mode(), torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
-        for rows in every_pass[ranks.rank :: ranks.world_size]:
+        own = every_pass[ranks.rank :: ranks.world_size]
+        spare = equal_passes and len(own) < math.ceil(len(every_pass) / ranks.world_size)
+        for rows in [*own, *([every_pass[0]] if spare else [])]:
             batch = make_batch(split, rows, data.pad_id, device, classifies=classifies)
             _, detail = module(batch)
             if classifies:
@@ -279,6 +274,8 @@ def evaluate(
                 losses.append(detail.cpu().numpy())
                 details.append(split.lengths[rows] - np.maximum(split.targets[rows], 1))
             rows_seen.append(rows)
+    if spare:
+        rows_seen, losses, details = rows_seen[:-1], losses[:-1], details[:-1]
     model.train(was_training)
     order, loss_R, detail_R = _in_row_order(rows_seen, losses, details, ranks)
     resamples = job.evaluate.bootstrap_samples

@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.errors import TrainingFailure, UserError
 from jobs.placement import Placement
+from jobs.support import CUT_WEIGHTS
 from tuning.trial_run import TrialRun, Work, classify, keep_traceback, pack
 
 
@@ -40,6 +41,7 @@ def _worker(config: dict[str, Any]) -> None:
     """One process of a trial. Every process reports as often as every other: `ray.train.report` is a barrier."""
     import torch
     from ray import train
+    from ray.train.torch import get_device
 
     from training.data import open_tokens
     from training.model import load_base, resolve_device
@@ -49,9 +51,14 @@ def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, work.job.resources.cpus_per_worker))
     data = open_tokens(Path(work.tokens))
     device = resolve_device(work.gpus)
+    if device.type == "cuda":
+        # Ray Train lets every process of a node see all its GPUs, and says which is its own.
+        device = get_device()
+        torch.cuda.set_device(device)
     try:
         run = TrialRun(work, config["trial"], data)
-        run.open(load_base(run.job, len(data.labels), device))
+        sharded = run.job.resources.strategy in CUT_WEIGHTS
+        run.open(load_base(run.job, len(data.labels), device, sharded=sharded))
         while True:
             report = run.advance()
             train.report(pack(report))

@@ -270,8 +270,14 @@ class Sweep:
     def _work(self, data: Any) -> Any:
         from tuning.trial_run import Work
 
+        job = self._searched_job
+        resources = job.resources.model_copy(update={"strategy": self.placement.strategy})
         return Work(
-            self._searched_job, str(self.run.path), str(data.folder), self.placement.gpus_per_worker, self.searching
+            job.model_copy(update={"resources": resources}),
+            str(self.run.path),
+            str(data.folder),
+            self.placement.gpus_per_worker,
+            self.searching,
         )
 
     def _trainable(self, data: Any) -> Any:

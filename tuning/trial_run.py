@@ -22,7 +22,8 @@ from jobs.spec import JobSpec
 from training.checkpoint import settled
 from training.data import TokenData
 from training.model import Base
-from training.session import Ranks, TrainingSession
+from training.session import TrainingSession
+from training.strategies import Ranks
 
 _BEAT_SECONDS = 1.5
 """Between two looks at the stop flag, and two heartbeats."""

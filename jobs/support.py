@@ -1,0 +1,122 @@
+"""Which method runs under which strategy, and why not where it does not: data, checked before anything starts."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from jobs.spec import JobSpec
+
+Method = Literal["lora", "qlora", "prompt_tuning", "full"]
+Strategy = Literal["auto", "ddp", "fsdp", "zero1", "zero2", "zero3"]
+METHODS: tuple[Method, ...] = typing.get_args(Method)
+STRATEGIES: tuple[Strategy, ...] = typing.get_args(Strategy)[1:]
+CUT_WEIGHTS: tuple[Strategy, ...] = ("fsdp", "zero3")
+"""Strategies that cut the base's weights into shares, the simpler first."""
+_CUT = ("fsdp", "zero1", "zero2", "zero3")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that does not work."""
+
+    field: str
+    """The field that says it."""
+    strategies: tuple[str, ...]
+    methods: tuple[str, ...]
+    applies: Callable[[JobSpec], bool]
+    what: str
+    reason: str
+
+
+RULES = (
+    Rule(
+        "qlora.quant_type",
+        ("fsdp",),
+        ("qlora",),
+        lambda job: job.qlora.quant_type == "int8",
+        "quant_type int8",
+        "bitsandbytes keeps INT8 scales on the parameter itself, which FSDP2 replaces; use nf4, or zero3",
+    ),
+    Rule(
+        "train.optim",
+        _CUT,
+        METHODS,
+        lambda job: job.train.optim != "adamw_torch",
+        "train.optim other than adamw_torch",
+        "bitsandbytes' moments are packed, and are not cut into shares or made whole for a checkpoint; use ddp",
+    ),
+    Rule(
+        "train.mixed_precision",
+        _CUT,
+        METHODS,
+        lambda job: job.train.mixed_precision == "fp16",
+        "train.mixed_precision fp16",
+        "its loss scale is not kept in step over shares; use bf16",
+    ),
+)
+"""What is refused, on every device."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method under one strategy."""
+
+    method: str
+    strategy: str
+    devices: tuple[str, ...]
+    """Where it may run; docs/gpu-status.md says where it was run."""
+    supported: bool
+    limits: tuple[str, ...]
+    """What of it does not work, and why."""
+
+    @property
+    def reason(self) -> str:
+        """The limits in one text."""
+        return "; ".join(self.limits)
+
+
+def table() -> list[Cell]:
+    """Every method under every strategy."""
+    return [
+        Cell(method, strategy, ("cpu", "cuda"), True, _limits(method, strategy))
+        for method in METHODS
+        for strategy in STRATEGIES
+    ]
+
+
+def _limits(method: str, strategy: str) -> tuple[str, ...]:
+    return tuple(
+        f"not with {rule.what}: {rule.reason}"
+        for rule in RULES
+        if strategy in rule.strategies and method in rule.methods
+    )
+
+
+def refusals(job: JobSpec) -> list[tuple[str, str]]:
+    """(field, sentence) pairs of what a job asks for that does not work."""
+    strategy = job.resources.strategy
+    found = [
+        (rule.field, f"{rule.field} goes with resources.strategy ddp, not {strategy}: {rule.reason}")
+        for rule in RULES
+        if strategy in rule.strategies and job.method in rule.methods and rule.applies(job)
+    ]
+    if strategy in _CUT and job.resources.world_size == 1:
+        found.append(
+            (
+                "resources.strategy",
+                f"resources.strategy is {strategy}, but a trial of one process has nothing to share: set "
+                "resources.workers_per_node or num_nodes, or strategy: auto",
+            )
+        )
+    if job.resources.deepspeed_config and not strategy.startswith("zero"):
+        found.append(
+            (
+                "resources.deepspeed_config",
+                f"resources.deepspeed_config goes with strategy zero1, zero2 or zero3, not {strategy}",
+            )
+        )
+    return found

@@ -1,0 +1,143 @@
+"""Every supported method under every strategy, in real Ray Train worker groups of two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.placement import Placement
+from jobs.spec import JobSpec
+from jobs.support import METHODS, STRATEGIES
+from tests.conftest import JobMaker
+from tests.unit.test_methods import fresh, logits, read_plainly
+from training.data import prepare
+from training.launch import run_group
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "lora": {},
+    "dora": {"lora__use_dora": True},
+    "pissa": {"lora__init_lora_weights": "pissa", "train__learning_rate": 3e-3},
+    "loraplus": {"lora__loraplus_lr_ratio": 4, "train__learning_rate": 2e-3},
+    "nf4": {"method": "qlora"},
+    "int8": {"method": "qlora", "qlora__quant_type": "int8"},
+    "prompt_tuning": {"method": "prompt_tuning", "train__learning_rate": 0.1},
+    "full": {"method": "full", "train__learning_rate": 3e-3},
+}
+NOT_SUPPORTED = {("fsdp", "int8")}
+
+
+def in_group(config: dict[str, Any]) -> None:
+    """Runs in each worker: all jobs in turn; the first process writes what came out."""
+    import torch
+    from torch import distributed
+
+    from jobs.schedule import schedule
+    from jobs.spec import JobSpec
+    from jobs.support import CUT_WEIGHTS
+    from training.data import prepare
+    from training.model import load_base
+    from training.session import TrainingSession
+
+    torch.set_num_threads(1)
+    found = {}
+    for name, text in config["jobs"].items():
+        job = JobSpec.model_validate_json(text)
+        data = prepare(job)
+        cut = job.resources.strategy in CUT_WEIGHTS
+        folder = Path(config["out"]) / name
+
+        def begin(job: JobSpec = job, data: Any = data, cut: bool = cut) -> TrainingSession:
+            labels = len(data.labels) if job.task == "classification" else 0
+            base = load_base(job, labels, torch.device("cpu"), sharded=cut)
+            return TrainingSession.build(job, base, data, schedule(job, len(data.splits["train"]), searching=False))
+
+        made = begin()
+        made.begin_report()
+        made.advance(3)
+        made.save(folder / "checkpoint")
+        row = made.advance(made.schedule.total_steps)
+        made.save_weights(folder / "weights")
+        loss = made.evaluate().metrics["loss"]
+        made.close()
+        resumed = begin()
+        resumed.load(folder / "checkpoint")
+        resumed.advance(resumed.schedule.total_steps)
+        found[name] = {"train": row["train_loss"], "loss": loss, "resumed": resumed.evaluate().metrics["loss"]}
+        found[name]["trained"] = resumed.trainable_parameters
+        resumed.close()
+    if distributed.get_rank() == 0:
+        (Path(config["out"]) / "found.json").write_text(json.dumps(found))
+
+
+def alone(job: JobSpec) -> dict[str, float]:
+    """One process with twice the accumulation."""
+    from tests.unit.test_training import session
+
+    train = job.train.model_copy(update={"gradient_accumulation_steps": 2 * job.train.gradient_accumulation_steps})
+    resources = job.resources.model_copy(update={"workers_per_node": 1, "strategy": "auto"})
+    made = session(job.model_copy(update={"train": train, "resources": resources}))
+    before = made.evaluate("train").metrics["loss"]
+    made.begin_report()
+    row = made.advance(made.schedule.total_steps)
+    assert made.evaluate("train").metrics["loss"] < before
+    return {"train": row["train_loss"], "loss": made.evaluate().metrics["loss"], "trained": made.trainable_parameters}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_train_what_one_does(
+    strategy: str, llama_job: JobMaker, bert_job: JobMaker, tmp_path: Path, ray_alone: None
+) -> None:
+    if strategy.startswith("zero") and shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("DeepSpeed needs a C++ compiler, and this machine has no g++")
+    wanted = [name for name in VARIANTS if (strategy, name) not in NOT_SUPPORTED]
+    jobs = {}
+    for task, make in (("generation", llama_job), ("classification", bert_job)):
+        for name in wanted if task == "generation" else ("lora", "prompt_tuning", "full"):
+            rate = {} if task == "generation" else {"train__learning_rate": 0.03 if name == "prompt_tuning" else 2e-3}
+            size = {"train__per_device_train_batch_size": 4, "train__max_steps": 8}
+            spread = {"resources__workers_per_node": 2, "resources__strategy": strategy}
+            jobs[f"{task}-{name}"] = make(**size | spread | VARIANTS[name] | rate).job
+    assert {job.method for job in jobs.values()} == set(METHODS)
+    for job in jobs.values():
+        prepare(job)
+    texts = {name: job.model_dump_json() for name, job in jobs.items()}
+    placement = Placement(workers=2, cpus_per_worker=1, gpus_per_worker=0, slots=1, waves=1, limited_by="test")
+    run_group(in_group, {"jobs": texts, "out": str(tmp_path)}, placement, tmp_path / "ray", strategy, [])
+    found = json.loads((tmp_path / "found.json").read_text())
+    for name, job in jobs.items():
+        expected = alone(job)
+        assert found[name]["train"] == pytest.approx(expected["train"], rel=1e-4), name
+        assert found[name]["loss"] == pytest.approx(expected["loss"], rel=1e-4), name
+        assert found[name]["resumed"] == pytest.approx(found[name]["loss"], rel=1e-5), name
+        assert found[name]["trained"] == expected["trained"], name
+        read = read_plainly(job, tmp_path / name / "weights")
+        assert torch.isfinite(logits(read, job)).all()
+        assert _loss(read, job) == pytest.approx(found[name]["loss"], rel=1e-4), name
+    assert fresh  # imported for read_plainly's sake
+
+
+def _loss(model: torch.nn.Module, job: JobSpec) -> float:
+    """The validation loss of weights as plain PEFT or transformers loads them."""
+    from training.session import evaluate
+
+    return evaluate(model, job, prepare(job), "validation", torch.device("cpu")).metrics["loss"]
+
+
+@pytest.fixture
+def ray_alone() -> Any:
+    """A Ray of this test's own, whose workers can import what the test is written with."""
+    import cloudpickle
+    import ray
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    # Ray Train frees its workers only while the dashboard's state API is up.
+    ray.init(address="local", num_cpus=3, include_dashboard=True, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()

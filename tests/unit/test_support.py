@@ -1,0 +1,113 @@
+"""What runs under what: the table, what it refuses, and DeepSpeed's configuration around a user's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.check import check_names
+from cluster.planning import choose_strategy
+from jobs.deepspeed import contradictions, engine_config
+from jobs.errors import JobFileError
+from jobs.plan import MemoryEstimate
+from jobs.site import LocalSite
+from jobs.support import METHODS, STRATEGIES, table
+from tests.conftest import JobMaker, lorafleet
+
+TWO = {"resources__workers_per_node": 2}
+
+
+def test_the_table_has_every_method_under_every_strategy(tmp_path: Path) -> None:
+    assert {(cell.method, cell.strategy) for cell in table()} == {(m, s) for m in METHODS for s in STRATEGIES}
+    printed = json.loads(lorafleet("methods", "--format", "json", cwd=tmp_path, check=True).stdout)
+    assert len(printed["cells"]) == len(table())
+    assert set(printed["cells"][0]) == {"method", "strategy", "devices", "supported", "reason"}
+    shown = lorafleet("methods", cwd=tmp_path, check=True).stdout
+    assert all(word in shown for word in (*METHODS, *STRATEGIES))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"resources__strategy": "zero2"}, "has nothing to share"),
+        ({**TWO, "resources__strategy": "fsdp", "method": "qlora", "qlora__quant_type": "int8"}, "INT8 scales"),
+        ({**TWO, "resources__strategy": "zero1", "train__optim": "adamw_8bit"}, "goes with resources.strategy ddp"),
+        ({**TWO, "resources__strategy": "fsdp", "train__mixed_precision": "fp16"}, "use bf16"),
+        ({**TWO, "resources__strategy": "ddp", "resources__deepspeed_config": "x"}, "goes with strategy zero1"),
+    ],
+)
+def test_what_does_not_run_is_refused_with_its_reason(
+    overrides: dict[str, object], sentence: str, bert_job: JobMaker
+) -> None:
+    with pytest.raises(JobFileError, match=sentence):
+        bert_job(**overrides)
+
+
+def test_the_engine_gets_the_jobs_values_and_the_users_own(bert_job: JobMaker) -> None:
+    job = bert_job(**TWO, resources__strategy="zero3", train__gradient_accumulation_steps=3).job
+    own = {"zero_optimization": {"stage": "auto", "overlap_comm": False}, "wall_clock_breakdown": True}
+    assert contradictions(job, own) == []
+    made = engine_config(job, own, bf16=False)
+    assert made["zero_optimization"] == {"stage": 3, "overlap_comm": False}
+    assert made["train_micro_batch_size_per_gpu"] == 8
+    assert made["gradient_accumulation_steps"] == 3
+    assert made["gradient_clipping"] == 1.0
+    assert made["wall_clock_breakdown"] is True
+    assert made["bf16"] == {"enabled": False}
+
+
+@pytest.mark.parametrize(
+    ("own", "sentence"),
+    [
+        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage = 2, but the job file makes it 3"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping = 0.5"),
+        ({"optimizer": {"type": "Adam"}}, "has optimizer, but that is what train.optim"),
+        ({"train_batch_size": 64}, "has train_batch_size"),
+        ({"fp16": {"enabled": True}}, "use train.mixed_precision: bf16"),
+    ],
+)
+def test_a_deepspeed_file_that_contradicts_the_job_is_an_error(
+    own: dict[str, object], sentence: str, bert_job: JobMaker, tmp_path: Path
+) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps(own))
+    loaded = bert_job(**TWO, resources__strategy="zero3", resources__deepspeed_config="ds.json")
+    with pytest.raises(JobFileError, match=sentence):
+        check_names(loaded)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", None])
+def test_a_deepspeed_file_that_is_none(text: str | None, bert_job: JobMaker, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "ds.json").write_text(text)
+    loaded = bert_job(**TWO, resources__strategy="zero1", resources__deepspeed_config="ds.json")
+    with pytest.raises(JobFileError, match="resources.deepspeed_config is .*ds.json"):
+        check_names(loaded)
+
+
+def test_without_a_compiler_zero_is_refused(bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(JobFileError, match="needs a C\\+\\+ compiler"):
+        check_names(bert_job(**TWO, resources__strategy="zero1"))
+
+
+@pytest.mark.parametrize(
+    ("gib", "overrides", "chosen"),
+    [
+        (10.0, {}, "ddp"),
+        (100.0, {}, "fsdp"),
+        (100.0, {"method": "qlora", "qlora__quant_type": "int8"}, "zero3"),
+        (100.0, {"train__optim": "adamw_8bit"}, "ddp"),
+        (100.0, {"resources__workers_per_node": 1}, "ddp"),
+        (10.0, {"resources__strategy": "zero2"}, "zero2"),
+    ],
+)
+def test_auto_cuts_weights_up_only_where_they_do_not_fit(
+    gib: float, overrides: dict[str, object], chosen: str, bert_job: JobMaker
+) -> None:
+    site = LocalSite(cpus=8, memory_gib=500, gpus=2, gpu_memory_gib=24)
+    memory = MemoryEstimate(components={}, low=gib, expected=gib, high=gib, of="GPU memory")
+    strategy, why = choose_strategy(bert_job(**TWO | overrides).job, site, memory, cuda=True)
+    assert strategy == chosen
+    assert why

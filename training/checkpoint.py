@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,44 +12,89 @@ from typing import Any
 
 import torch
 
+from jobs import files
+from jobs.errors import RunError
+
 _STATE = "training_state.pt"
 _TENSORS = "trained.safetensors"
+_SEAL = "checksums.json"
 
 
 @contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
+def replaced_folder(target: Path, *, keep: bool = False) -> Iterator[Path]:
     """Fill the folder that is yielded; at the end it takes the place of `target`.
 
     A process killed in between leaves the old folder, or (between the two renames) the old one as `NAME.old`, which
-    `settled` puts back.
+    `settled` puts back. With `keep` the old one stays as `NAME.old`, for the day on which the new one cannot be read.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     settled(target)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    old = target.with_name(f"{target.name}.old")
+    old = before(target)
     try:
         scratch.chmod(0o755)
         yield scratch
         if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         scratch.rename(target)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    if not keep:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def before(target: Path) -> Path:
+    """Where the folder that `target` replaced may still be."""
+    return target.with_name(f"{target.name}.old")
 
 
 def settled(target: Path) -> Path:
     """The folder, after a replacement that was killed halfway has been undone."""
-    old = target.with_name(f"{target.name}.old")
-    if old.is_dir():
-        if target.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(target)
+    if before(target).is_dir() and not target.is_dir():
+        before(target).rename(target)
     for left in target.parent.glob(f".{target.name}.*"):
         shutil.rmtree(left, ignore_errors=True)
     return target
+
+
+def seal(folder: Path) -> None:
+    """Write down the SHA-256 of every file in a folder, and bring all of it to the disk."""
+    digests = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        digests[str(path.relative_to(folder))] = files.sha256_file(path)
+    files.write_json(folder / _SEAL, {"sha256": digests})
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, or None."""
+    try:
+        digests = files.read_json(folder / _SEAL).get("sha256")
+    except RunError:
+        digests = None
+    if not digests:
+        return f"{folder} has no {_SEAL}"
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file() or files.sha256_file(path) != digest:
+            return f"{path} is {'missing' if not path.is_file() else 'not as it was written'}"
+    return None
+
+
+def newest_good(target: Path) -> tuple[Path | None, str | None]:
+    """(the newest checkpoint that can be trusted, or None; what was wrong with one that cannot, or None)."""
+    settled(target)
+    found = None
+    for folder in (target, before(target)):
+        if folder.is_dir():
+            wrong = damage(folder)
+            if wrong is None:
+                return folder, found
+            found = found or wrong
+    return None, found
 
 
 def save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

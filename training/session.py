@@ -188,19 +188,24 @@ class TrainingSession:
                     "extra": extra or {},
                 }
                 checkpoint.save_state(scratch, state | optimizer)
+            self._agree_on_end()
+            if self.ranks.rank == 0:
+                checkpoint.seal(scratch)
 
     @contextmanager
     def _common_folder(self, target: Path) -> Iterator[Path]:
         """A folder that every process writes into, and the first puts in the place of `target` when all have."""
-        with checkpoint.replaced_folder(target) if self.ranks.rank == 0 else nullcontext(target) as scratch:
-            if self.ranks.world_size == 1:
-                yield scratch
-                return
+        first = self.ranks.rank == 0
+        with checkpoint.replaced_folder(target, keep=True) if first else nullcontext(target) as scratch:
             path = [str(scratch)]
-            distributed.broadcast_object_list(path, src=0)
+            if self.ranks.world_size > 1:
+                distributed.broadcast_object_list(path, src=0)
             yield Path(path[0])
+        self._agree_on_end()
+
+    def _agree_on_end(self) -> None:
+        if self.ranks.world_size > 1:
             distributed.barrier()
-        distributed.barrier()
 
     def _gathered_rng(self) -> list[dict[str, torch.Tensor]]:
         own = checkpoint.rng_state()

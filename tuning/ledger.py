@@ -70,6 +70,10 @@ class Ledger:
             self.actors[name] = base_loads
             self.run.event("base_loaded", actor=name, count=base_loads, seconds=round(seconds, 3))
 
+    def warn(self, trial: Trial, sentence: str) -> None:
+        """Note what a trial has to say beside its numbers; the log and the report show it."""
+        self.run.event("warning", trial_id=trial.id, sentence=sentence)
+
     def report(self, trial: Trial, row: dict[str, Any]) -> bool:
         """Record one report of a trial, unless an earlier attempt did; say whether the trial goes on."""
         if int(row["step"]) > self.last_step.get(trial.id, -1):

@@ -51,6 +51,8 @@ class RungScheduler(FIFOScheduler):
         ledger = self.ledger
         if "actor" in report:
             ledger.saw_actor(**report["actor"])
+        if report.get("warning"):
+            ledger.warn(trial, report["warning"])
         failure = report.get("failure")
         if failure:
             ledger.end(trial, TrialState.FAILED, failure=failure, reason=failure["sentence"])

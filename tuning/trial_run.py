@@ -19,7 +19,7 @@ from jobs.metrics import is_better
 from jobs.run import Run, Trial
 from jobs.schedule import Schedule, schedule
 from jobs.spec import JobSpec
-from training.checkpoint import settled
+from training.checkpoint import newest_good
 from training.data import TokenData
 from training.model import Base
 from training.session import TrainingSession
@@ -66,6 +66,7 @@ class TrialRun:
         self.plan: Schedule = schedule(self.job, len(data.splits["train"]), searching=work.searching)
         self.best: float | None = None
         self.unrecorded: dict[str, Any] | None = None
+        self.warning: str | None = None
         self.session: TrainingSession | None = None
         self.saved_at = time.monotonic()
         self.stopping = False
@@ -76,18 +77,32 @@ class TrialRun:
         """Build the session and go on from the trial's checkpoint, where there is one."""
         self.device = base.device
         self.session = TrainingSession.build(self.job, base, self.data, self.plan)
-        folder = self.trial.checkpoint
-        if self.ranks.rank == 0:
-            settled(folder)
-        if self._agreed(folder.is_dir()):
+        folder, self.warning = self._checkpoint()
+        if folder is not None:
             extra = self.session.load(folder)
             self.best = extra.get("best")
             # The last report before a kill may not have reached the driver: it is made again, the driver knows.
             self.unrecorded = extra.get("row")
         return self.session
 
+    def _checkpoint(self) -> tuple[Path | None, str | None]:
+        """The checkpoint to go on from, and what is to be said of one that is damaged; the same on all processes."""
+        found: list[Any] = [None]
+        if self.ranks.rank == 0:
+            folder, wrong = newest_good(self.trial.checkpoint)
+            where = "the one before it" if folder else "the beginning, since there is no other"
+            found = [(folder, f"the newest checkpoint is damaged ({wrong}): going on from {where}" if wrong else None)]
+        if self.ranks.world_size > 1:
+            distributed.broadcast_object_list(found, src=0)
+        chosen: tuple[Path | None, str | None] = found[0]
+        return chosen
+
     def advance(self) -> dict[str, Any]:
         """Train to the next evaluation (or for some seconds), save, and say what is to be reported."""
+        said, self.warning = self.warning, None
+        return self._advance() | ({"warning": said} if said else {})
+
+    def _advance(self) -> dict[str, Any]:
         session = self.session
         assert session is not None
         if self.unrecorded is not None:

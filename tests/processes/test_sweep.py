@@ -195,12 +195,15 @@ def test_ctrl_c_saves_and_resume_finishes(bert_job: JobMaker, place: Path) -> No
     assert run.state == "stopped"
     waiting = [trial for trial in run.trials() if not trial.state.ended]
     assert waiting
-    assert any(trial.checkpoint.is_dir() for trial in waiting)
+    hurt = next(trial for trial in waiting if trial.checkpoint.is_dir())
+    os.truncate(hurt.checkpoint / "trained.safetensors", 100)
     assert "lorafleet resume" in shown
     done = lorafleet("resume", "tiny", "--quiet", cwd=place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     assert done.stdout.startswith("Ship ")
     check_cuts(run)
+    assert [event["trial_id"] for event in run.events("warning")] == [hurt.id]
+    assert f"{hurt.id}: the newest checkpoint is damaged" in (run.path / "report" / "report.md").read_text()
 
 
 def test_stop_saves_and_a_killed_worker_is_started_again(bert_job: JobMaker, place: Path) -> None:

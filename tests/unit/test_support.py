@@ -82,7 +82,7 @@ def test_a_deepspeed_file_that_is_none(text: str | None, bert_job: JobMaker, tmp
     if text is not None:
         (tmp_path / "ds.json").write_text(text)
     loaded = bert_job(**TWO, resources__strategy="zero1", resources__deepspeed_config="ds.json")
-    with pytest.raises(JobFileError, match="resources.deepspeed_config is .*ds.json"):
+    with pytest.raises(JobFileError, match=r"resources\.deepspeed_config is .*ds\.json"):
         check_names(loaded)
 
 

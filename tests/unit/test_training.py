@@ -17,6 +17,7 @@ from jobs.schedule import schedule
 from jobs.search import trial
 from jobs.spec import JobSpec, TrainSpec
 from tests.conftest import JobMaker
+from training.checkpoint import before, newest_good
 from training.data import BatchPlan, TokenData, fit, make_batch, passes, prepare
 from training.loss import LossModule
 from training.model import Base, load_base
@@ -223,9 +224,29 @@ def test_a_checkpoint_that_was_being_replaced_when_all_died_is_found_again(tmp_p
 
     (tmp_path / "last.old").mkdir()
     (tmp_path / "last.old" / "x").touch()
-    (tmp_path / ".last.abc").mkdir()
+    (tmp_path / ".last.abc").mkdir()  # half written
     assert (settled(tmp_path / "last") / "x").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last"]
+
+
+@pytest.mark.parametrize("victim", ["trained.safetensors", "training_state.pt", "checksums.json"])
+def test_a_damaged_checkpoint_is_left_for_the_one_before(victim: str, bert_job: JobMaker, tmp_path: Path) -> None:
+    made = session(bert_job().job)
+    last = tmp_path / "last"
+    for _ in range(2):
+        made.advance(made.step + 2)
+        made.save(last)
+    assert newest_good(last) == (last, None)
+    (last / victim).write_bytes((last / victim).read_bytes()[:-20])
+    folder, wrong = newest_good(last)
+    assert folder == before(last)
+    assert wrong is not None
+    assert "last" in wrong
+    resumed = session(bert_job().job)
+    resumed.load(folder)
+    assert resumed.step == 2
+    (before(last) / victim).unlink()
+    assert newest_good(last)[0] is None
 
 
 def test_training_goes_on_from_an_adapter(bert_job: JobMaker, tmp_path: Path) -> None:

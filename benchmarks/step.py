@@ -1,9 +1,11 @@
-"""Real tokens per CPU-second of our training step beside HF Trainer + PEFT, on the same rows.
+"""Real tokens per CPU-second of our training step beside HF Trainer + PEFT, on the same rows; and what its parts save.
 
-    python -m benchmarks.step [--steps 12] [--pairs 5]
+    python -m benchmarks.step [--steps 12] [--pairs 5] [--only trainer|loss|full]
 
 One thread, process CPU time, the two sides in turn (A B B A ...), medians. Fixed length: every row has 32 tokens, both
 sides make the same batches. Mixed: real rows in random order for both; ours may group the stretch by length.
+Loss: chunked beside plain cross-entropy behind a frozen head, 2,048 tokens and a vocabulary of 49,152.
+Full: a LoRA step beside a step of full fine-tuning on the same rows, of 128 and 512 tokens.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from jobs.load import load_job
 from jobs.schedule import Schedule
 from jobs.spec import JobSpec
 from training.data import BatchPlan, Split, TokenData, prepare
+from training.loss import ChunkedNll
+from training.meter import peak_memory_gib, reset_peak_memory
 from training.model import Base, load_base
 from training.session import TrainingSession
 
@@ -33,19 +37,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--only", choices=["trainer", "loss", "full"])
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    print(machine_line())
+    if arguments.only in (None, "loss"):
+        losses(arguments.pairs)
+    if arguments.only in (None, "full"):
+        lora_and_full(arguments.pairs)
+    if arguments.only in (None, "trainer"):
+        beside_trainer(arguments)
+
+
+def beside_trainer(arguments: argparse.Namespace) -> None:
+    """Fixed and mixed lengths, beside HF Trainer + PEFT."""
     job = load_job(ROOT / "examples" / "quickstart.yaml", ("train.learning_rate=1e-3", "train.max_steps=1000")).job
     fetch_job(job, print)
     data = prepare(job)
-    torch.set_num_threads(1)
-    print(machine_line())
     base = load_base(job, len(data.labels), torch.device("cpu"))
     steps, batch = arguments.steps, job.train.per_device_train_batch_size
     # 32 steps are a stretch of our plan: both sides see the same stretch's rows
     fixed = _fixed(data, 32)
     compare("fixed length (32 tokens)", job, fixed, base, steps, arguments.pairs, grouped=False)
-    for steps_ in (32,):
-        compare("mixed lengths (real rows)", job, data, base, steps_, arguments.pairs, grouped=True)
+    compare("mixed lengths (real rows)", job, data, base, 32, arguments.pairs, grouped=True)
     print(f"batch {batch}, LoRA r {job.lora.lora_r} on {job.lora.lora_target_modules}, MiniLM")
 
 
@@ -111,6 +125,75 @@ def compare(title: str, job: JobSpec, data: TokenData, base: Base, steps: int, p
     for side, rates in found.items():
         middle = statistics.median(rates)
         print(f"  {side:<36} {middle:8.0f}  ({min(rates):.0f} to {max(rates):.0f})  ours / it = {mine / middle:.2f}")
+
+
+def losses(pairs: int) -> None:
+    """CPU seconds and peak memory of a loss and its gradient, chunked and plain."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(2048, 576, requires_grad=True), torch.randn(49152, 576) / 24
+    targets = torch.randint(0, 49152, (2048,))
+
+    def plain() -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(hidden @ head.t(), targets, reduction="sum")
+
+    def chunked() -> torch.Tensor:
+        return ChunkedNll.apply(hidden, head, targets).sum()
+
+    device = torch.device("cpu")
+    seconds: dict[str, list[float]] = {"chunked": [], "plain": []}
+    peaks: dict[str, list[float]] = {"chunked": [], "plain": []}
+    gradients = {}
+    for pair in range(pairs):
+        for name, side in list({"chunked": chunked, "plain": plain}.items())[:: 1 if pair % 2 == 0 else -1]:
+            reset_peak_memory(device)
+            before, began = peak_memory_gib(device), time.process_time()
+            (gradients[name],) = torch.autograd.grad(side(), hidden)
+            seconds[name].append(time.process_time() - began)
+            peaks[name].append(peak_memory_gib(device) - before)
+    apart = (gradients["chunked"] - gradients["plain"]).abs().max() / gradients["plain"].abs().max()
+    print(f"\nloss of 2,048 tokens x 49,152 words, median of {pairs} (gradients apart by {apart:.1e} of the largest)")
+    for name in seconds:
+        spent, peak = statistics.median(seconds[name]), statistics.median(peaks[name])
+        print(f"  {name:<10} {spent:6.2f} CPU-s  {1024 * peak:6.0f} MiB above the inputs")
+    faster = statistics.median(seconds["plain"]) / statistics.median(seconds["chunked"])
+    smaller = statistics.median(peaks["plain"]) / statistics.median(peaks["chunked"])
+    print(f"  plain / chunked: {faster:.2f}x the time, {smaller:.1f}x the memory")
+
+
+def lora_and_full(pairs: int) -> None:
+    """CPU seconds of a step of LoRA beside one of full fine-tuning."""
+    job = load_job(ROOT / "examples" / "quickstart.yaml", ("train.learning_rate=1e-3", "model.max_length=512")).job
+    fetch_job(job, print)
+    data = prepare(job)
+    for length in (128, 512):
+        rows = 2048 // length
+        train = job.train.model_copy(update={"per_device_train_batch_size": rows})
+        fixed = _repeated(data, length)
+        spent: dict[str, list[float]] = {"lora": [], "full": []}
+        for pair in range(pairs):
+            for method in ("lora", "full")[:: 1 if pair % 2 == 0 else -1]:
+                update = {"train": train, "method": method, "lora": job.lora.model_copy(update={"lora_alpha": 16})}
+                own = job.model_copy(update=update)
+                base = load_base(own, len(data.labels), torch.device("cpu"))
+                session = TrainingSession.build(own, base, fixed, Schedule(5, rows, 1, (), (5,), (1,)))
+                session.advance(1)
+                began = time.process_time()
+                session.advance(4)
+                spent[method].append((time.process_time() - began) / 3)
+                session.close()
+        middle = {method: statistics.median(seconds) for method, seconds in spent.items()}
+        print(
+            f"\nstep of {rows} rows of {length} tokens, MiniLM, median of {pairs}: LoRA {middle['lora']:.2f} CPU-s, "
+            f"full {middle['full']:.2f}: LoRA / full = {middle['lora'] / middle['full']:.2f}"
+        )
+
+
+def _repeated(data: TokenData, length: int) -> TokenData:
+    """Rows of exactly `length` tokens, from the text end to end."""
+    split = data.splits["train"]
+    rows = min(256, len(split.ids) // length)
+    cut = Split(split.ids[: rows * length], np.arange(rows + 1) * length, np.asarray(split.targets[:rows]))
+    return TokenData(data.splits | {"train": cut}, data.labels, (), False, data.pad_id, data.folder)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,14 @@ from pathlib import Path
 from jobs.assets import PREFIX, asset
 from jobs.deepspeed import contradictions
 from jobs.errors import AssetError, JobFileError, Problem
-from jobs.hub import model_folder
+from jobs.hub import model_config, model_folder
 from jobs.identity import models_of
 from jobs.load import LoadedJob
 from jobs.yaml12 import read
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+"""Model types of transformers whose layers are Conv1D."""
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
@@ -43,7 +45,7 @@ def _wrong(loaded: LoadedJob) -> list[tuple[str, str]]:
         found += _unknown_asset("data.dataset_name", job.data.dataset_name, "dataset")
     for field in ("train_file", "validation_file", "test_file"):
         found += _wrong_file(f"data.{field}", getattr(job.data, field))
-    found += _wrong_strategy(loaded)
+    found += _wrong_strategy(loaded) + _wrong_layers(loaded)
     adapter = job.train.init_adapter
     if adapter and not all((Path(adapter) / name).is_file() for name in _ADAPTER_FILES):
         found.append(("train.init_adapter", f"train.init_adapter is {adapter}, but there is no PEFT adapter in it"))
@@ -77,6 +79,21 @@ def _wrong_strategy(loaded: LoadedJob) -> list[tuple[str, str]]:
             return [*found, ("resources.deepspeed_config", sentence)]
         found += [(problem.path, problem.sentence) for problem in contradictions(job, said)]
     return found
+
+
+def _wrong_layers(loaded: LoadedJob) -> list[tuple[str, str]]:
+    """What the model's kind of layers cannot do, where its config is on this machine."""
+    job = loaded.job
+    if not job.adapts_with_lora or job.lora.init_lora_weights != "olora":
+        return []
+    kind = (model_config(job.model.model_name_or_path, job.model.revision) or {}).get("model_type")
+    if kind not in _TRANSPOSED:
+        return []
+    sentence = (
+        f"lora.init_lora_weights is olora, but the matrices of {job.model.model_name_or_path} ({kind}) are stored "
+        "transposed (Conv1D), which PEFT's OLoRA does not turn; use pissa or default"
+    )
+    return [("lora.init_lora_weights", sentence)]
 
 
 def _unknown_asset(field: str, name: str, kind: str) -> list[tuple[str, str]]:

@@ -44,6 +44,8 @@ _OUTSIDE_TRAIN = {
     "eval_steps",
     "checkpoint_minutes",
     "per_device_eval_batch_size",
+    "chunked_loss",
+    "gradient_checkpointing",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "global_batch_size",

@@ -31,7 +31,14 @@ NOT_IDENTITY = {
         ("train.num_train_epochs", "train.max_steps"), "is a trial's budget: use search.scheduler, or several jobs"
     ),
     **dict.fromkeys(
-        ("train.eval_steps", "train.checkpoint_minutes", "train.per_device_eval_batch_size"), "does not change a trial"
+        (
+            "train.eval_steps",
+            "train.checkpoint_minutes",
+            "train.per_device_eval_batch_size",
+            "train.chunked_loss",
+            "train.gradient_checkpointing",
+        ),
+        "does not change a trial",
     ),
 }
 """Fields outside a trial's identity, and why a search may not vary them: all their trials would be one."""

@@ -212,6 +212,10 @@ class TrainSpec(Spec):
     """Minutes between checkpoints inside a trial; every evaluation saves one as well."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Number format of the arithmetic. `auto`: bf16 on GPUs that have it, else none."""
+    chunked_loss: bool = True
+    """Work out a causal model's loss without holding all logits, where its head is frozen; the loss is the same."""
+    gradient_checkpointing: bool = False
+    """Work activations out again in the backward pass instead of keeping them: a third slower, far less memory."""
     group_by_length: bool = True
     """Put rows of like length into one batch, which saves padding; the order is random but for that."""
     seed: int = Field(42, ge=0, lt=2**32)

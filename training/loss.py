@@ -1,11 +1,13 @@
 """The loss as a sum, so that it can be divided by the whole effective batch's targets, wherever its rows are.
 
-B rows, T tokens, K kept positions, C classes, V vocabulary.
+B rows, T tokens, K kept positions, N = B x K, D hidden size, C classes, V vocabulary.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,11 +16,53 @@ from torch.nn import functional
 
 from training.data import IGNORED, Batch
 
+_CHUNK_NUMBERS = 2**24
+"""Logits that are held at once (64 MiB in float32)."""
+_FEWEST_ROWS = 64
+_SHAPES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+"""Config entries of models that do something to their logits after the head."""
+
+
+class ChunkedNll(torch.autograd.Function):
+    """Negative log-likelihoods of targets behind a frozen head, without ever holding all logits.
+
+    The gradient of the hidden states (softmax minus target, times the head) is worked out with the loss, chunk by
+    chunk, and only it is kept: N x D numbers instead of N x V twice. The head's own is not made, since it is frozen
+    (Liger Kernel, Hsu et al., 2024, has the idea with the head's gradient; Cut Cross-Entropy, Wijmans et al., 2024, the
+    memory argument).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """nll_N in float32, 0 where the target is IGNORED."""
+        rows = max(_FEWEST_ROWS, _CHUNK_NUMBERS // head_VD.shape[0])
+        nll_N = hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32)
+        gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden_ND), rows):
+            part = slice(start, start + rows)
+            wanted = targets_N[part] != IGNORED
+            target = targets_N[part].clamp(min=0).unsqueeze(1)
+            logits = (hidden_ND[part] @ head_VD.t()).float()
+            total = torch.logsumexp(logits, dim=1, keepdim=True)
+            nll_N[part] = torch.where(wanted, (total - logits.gather(1, target)).squeeze(1), 0.0)
+            if gradient_ND is not None:
+                logits.sub_(total).exp_()  # now the probabilities
+                logits.scatter_add_(1, target, torch.full_like(total, -1.0))
+                gradient_ND[part] = (logits.to(head_VD.dtype) @ head_VD) * wanted.unsqueeze(1)
+        ctx.save_for_backward(*([gradient_ND] if gradient_ND is not None else []))
+        return nll_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The kept gradient, weighted."""
+        (gradient_ND,) = ctx.saved_tensors
+        return gradient_ND * grad_N.unsqueeze(1).to(gradient_ND.dtype), None, None
+
 
 class LossModule(nn.Module):
-    """A model with its task's loss; the thing that DDP wraps."""
+    """A model with its task's loss; the thing that strategies wrap."""
 
-    def __init__(self, model: nn.Module, task: str) -> None:
+    def __init__(self, model: nn.Module, task: str, *, chunked: bool = True) -> None:
         super().__init__()
         self.model = model
         self.classifies = task == "classification"
@@ -26,6 +70,7 @@ class LossModule(nn.Module):
         prompt: Any = getattr(model, "active_peft_config", None)
         self.before = prompt.num_virtual_tokens if prompt is not None and prompt.is_prompt_learning else 0
         self.keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        self.frozen_head = _frozen_head(inner) if chunked and not self.classifies and self.keeps_logits else None
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(sum of the negative log-likelihoods of all targets, detail per row).
@@ -44,12 +89,43 @@ class LossModule(nn.Module):
         targets_BT = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
         kept_K = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
         kept_in_logits_K = kept_K + self.before  # learnt embeddings stand before the row
+        targets_BK = targets_BT[:, kept_K]
         options = {"logits_to_keep": kept_in_logits_K} if self.keeps_logits else {}
+        if self.frozen_head is not None:
+            with _head_makes_losses(self.frozen_head, targets_BK):
+                losses: Any = self.model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, **options).logits
+            return losses.squeeze(-1)
         logits = self.model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, **options).logits
         if not self.keeps_logits:
             logits = logits[:, kept_in_logits_K]
-        targets_BK = targets_BT[:, kept_K]
         flat = functional.cross_entropy(
             logits.flatten(0, 1).float(), targets_BK.flatten(), ignore_index=IGNORED, reduction="none"
         )
         return flat.view_as(targets_BK)
+
+
+def _frozen_head(model: Any) -> nn.Linear | None:
+    """A causal LM's head, where it is a plain frozen matrix and nothing is done to its logits afterwards."""
+    head = model.get_output_embeddings()
+    plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+    config = model.config.get_text_config()
+    shaped = any(getattr(config, name, None) not in (None, 1, 1.0) for name in _SHAPES_LOGITS)
+    return head if plain and not shaped else None
+
+
+@contextmanager
+def _head_makes_losses(head: nn.Linear, targets_BK: torch.Tensor) -> Iterator[None]:
+    """While this lasts the head returns losses (B x K x 1) in the place of logits.
+
+    They are made in the head's own forward pass, since a strategy may have its weights together only there.
+    """
+
+    def losses(hidden_BKD: torch.Tensor) -> torch.Tensor:
+        found = ChunkedNll.apply(hidden_BKD.flatten(0, 1), head.weight, targets_BK.flatten())
+        return found.view(*targets_BK.shape, 1)
+
+    head.forward = losses
+    try:
+        yield
+    finally:
+        del head.forward

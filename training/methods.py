@@ -35,6 +35,8 @@ def attach(job: JobSpec, base: Base) -> nn.Module:
     Raises UserError when the model has no layers of the names that the job gives, or cannot be adapted so.
     """
     fresh_heads(base, job.train.seed)
+    if job.train.gradient_checkpointing:
+        base.model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(job.train.seed)
     if job.method == "full":
         base.spent = True
@@ -126,6 +128,8 @@ def detach(base: Base, model: nn.Module) -> None:
     elif model is not base.model:
         _unwrap_heads(base)
     model.eval()
+    if base.model.is_gradient_checkpointing:
+        base.model.gradient_checkpointing_disable()
     base.model.requires_grad_(False)
 
 

@@ -53,7 +53,7 @@ class TrainingSession:
         self.peak_rate = learning_rate(job).value
         self.autocast_dtype = _autocast_dtype(job, base.device)
         fp16 = self.autocast_dtype is torch.float16
-        module = LossModule(self.model, job.task)
+        module = LossModule(self.model, job.task, chunked=job.train.chunked_loss)
         self.strategy = strategy(job, module, base.device, ranks, self.peak_rate, fp16=fp16)
         split = data.splits["train"]
         self.plan = BatchPlan(split.lengths, schedule.batch_rows, job.train.seed, grouped=job.train.group_by_length)
@@ -257,7 +257,7 @@ def evaluate(
     """
     ranks = ranks or Ranks()
     split = data.splits[split_name]
-    module = LossModule(model, job.task)
+    module = LossModule(model, job.task, chunked=job.train.chunked_loss)
     dtype = _autocast_dtype(job, device)
     was_training = model.training
     model.eval()

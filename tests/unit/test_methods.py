@@ -101,7 +101,7 @@ def test_all_linear_reaches_every_matrix_but_the_head(
     bert_job: JobMaker, llama_job: JobMaker, tiny_gpt2: Path, tiny_gpt_neo: Path
 ) -> None:
     def adapted(job: JobSpec) -> int:
-        return sum("lora_A" in name for name in session(job).trained)
+        return sum("lora_A" in name for name in session(job).strategy.trained)
 
     assert adapted(bert_job().job) == 2 * 6 + 1  # q, k, v, o, up, down; the pooler
     assert adapted(llama_job().job) == 2 * 7

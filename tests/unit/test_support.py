@@ -86,6 +86,13 @@ def test_a_deepspeed_file_that_is_none(text: str | None, bert_job: JobMaker, tmp
         check_names(loaded)
 
 
+def test_olora_on_transposed_layers_is_refused(llama_job: JobMaker, tiny_gpt2: Path) -> None:
+    olora = {"lora__init_lora_weights": "olora"}
+    check_names(llama_job(**olora))
+    with pytest.raises(JobFileError, match="Conv1D"):
+        check_names(llama_job(model__model_name_or_path=str(tiny_gpt2), **olora))
+
+
 def test_without_a_compiler_zero_is_refused(bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(JobFileError, match="needs a C\\+\\+ compiler"):

@@ -17,6 +17,7 @@ from jobs.schedule import schedule
 from jobs.search import trial
 from jobs.spec import JobSpec, TrainSpec
 from tests.conftest import JobMaker
+from training import loss
 from training.checkpoint import before, newest_good
 from training.data import BatchPlan, TokenData, fit, make_batch, passes, prepare
 from training.loss import LossModule
@@ -97,6 +98,55 @@ def test_a_long_row_loses_the_middle_of_its_prompt_and_keeps_its_answer() -> Non
 
 
 # ---- loss ----
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 200])
+def test_the_chunked_loss_is_the_plain_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "_CHUNK_NUMBERS", 0)  # so 64 rows a chunk
+    torch.manual_seed(rows)
+    hidden, head = torch.randn(rows, 16, requires_grad=True), torch.randn(97, 16)
+    targets = torch.randint(0, 97, (rows,))
+    targets[::3] = -100
+    weights = torch.rand(rows)
+    plain = torch.nn.functional.cross_entropy(hidden @ head.t(), targets, ignore_index=-100, reduction="none")
+    (expected,) = torch.autograd.grad((plain * weights).sum(), hidden)
+    chunked = loss.ChunkedNll.apply(hidden, head, targets)
+    (found,) = torch.autograd.grad((chunked * weights).sum(), hidden)
+    assert torch.allclose(chunked, plain, atol=1e-5)
+    assert torch.allclose(found, expected, atol=1e-5)
+    with torch.inference_mode():
+        assert torch.equal(loss.ChunkedNll.apply(hidden, head, targets), chunked)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt_tuning", "qlora", "full"])
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2", "tiny_gpt_neo"])
+@pytest.mark.parametrize("how", [{"train__chunked_loss": False}, {"train__gradient_checkpointing": True}])
+def test_cheaper_ways_have_the_same_loss(
+    how: dict[str, object], model: str, method: str, llama_job: JobMaker, request: pytest.FixtureRequest
+) -> None:
+    named = {"model__model_name_or_path": str(request.getfixturevalue(model)), "method": method}
+    rate = {"train__learning_rate": 1e-3}
+    plain, other = (session(llama_job(**named | rate | more).job) for more in ({}, how))
+    assert finish(other)[0] == pytest.approx(finish(plain)[0], rel=1e-5)
+    assert other.evaluate().metrics["loss"] == pytest.approx(plain.evaluate().metrics["loss"], rel=1e-4)
+
+
+def test_which_heads_make_losses(llama_job: JobMaker, bert_job: JobMaker, tiny_gpt_neo: Path) -> None:
+    def chunked(job: JobSpec) -> bool:
+        return session(job).strategy.module.frozen_head is not None
+
+    assert chunked(llama_job().job)
+    assert not chunked(llama_job(train__chunked_loss=False).job)
+    assert not chunked(llama_job(method="full").job)  # its head learns
+    assert not chunked(bert_job().job)
+
+
+def test_gradient_checkpointing_ends_with_its_trial(llama_job: JobMaker) -> None:
+    job = llama_job(train__gradient_checkpointing=True).job
+    made = session(job)
+    assert made.base.model.is_gradient_checkpointing
+    made.close()
+    assert not made.base.model.is_gradient_checkpointing
 
 
 def test_only_the_answer_is_learnt(llama_job: JobMaker) -> None:
@@ -285,7 +335,7 @@ def test_a_decoder_classifies(tiny_llama: Path, bert_job: JobMaker) -> None:
 def test_a_learning_rate_beyond_sense_is_a_failure_with_a_class(bert_job: JobMaker) -> None:
     made = session(bert_job(train__learning_rate=9.0, train__max_grad_norm=1e30, train__max_steps=300).job)
     with torch.no_grad():
-        next(p for p in made.trained.values() if p.ndim > 1).fill_(torch.inf)
+        next(p for p in made.strategy.trained.values() if p.ndim > 1).fill_(torch.inf)
     with pytest.raises(TrainingFailure) as caught:
         finish(made)
     assert classify(caught.value)["failure_class"] == "nan"

@@ -9,36 +9,33 @@ vocabulary x 4 bytes, twice (causal LMs).
 
 from __future__ import annotations
 
-from typing import Any
-
+from cluster.shape import Shape
 from jobs.plan import MemoryEstimate
 from jobs.spec import JobSpec
 
 GIB = 2**30
 _RUNTIME_CPU_GIB = 0.75
 _RUNTIME_CUDA_GIB = 0.9
+_CHUNK_NUMBERS = 2**24
+"""Logits that the chunked loss holds at once (training/loss.py)."""
 
 
 def estimate(
-    job: JobSpec, config: dict[str, Any], parameters: int, longest_tokens: int, *, cuda: bool
+    job: JobSpec, shape: Shape, parameters: int, longest_tokens: int, *, cuda: bool, labels: int = 2
 ) -> MemoryEstimate:
     """GiB of one process for one trial, low, expected and high, when the longest row has `longest_tokens`.
 
     Scaled-dot-product attention keeps no scores, so the expected value leaves out their term; the high one has it.
     """
     bytes_each = _bytes_each(job, cuda=cuda)
-    hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    heads = int(config.get("num_attention_heads", 1))
-    inner = int(config.get("intermediate_size") or 4 * hidden)
     length = min(longest_tokens, job.model.max_length)
     tokens = job.train.per_device_train_batch_size * length
-    embedding = int(config["vocab_size"]) * hidden
-    trained = parameters if job.method == "full" else trained_parameters(job, hidden, inner, layers)
-    activations = tokens * layers * 34 * hidden * bytes_each / 2
-    scores = tokens * layers * 5 * heads * length * bytes_each / 2
-    logits = tokens * int(config["vocab_size"]) * 4 * 2 if job.task == "generation" else 0
+    trained = parameters if job.method == "full" else trained_parameters(job, shape, labels)
+    activations = tokens * shape.layers * 34 * shape.hidden * bytes_each / 2
+    scores = tokens * shape.layers * 5 * shape.heads * length * bytes_each / 2
+    logits = _logit_bytes(job, shape, tokens)
     components = {
-        "base weights": _weight_bytes(job, parameters, embedding, bytes_each) / GIB,
+        "base weights": _weight_bytes(job, parameters, shape.matrices, bytes_each) / GIB,
         "trained weights, gradients, optimiser": trained * _training_bytes(job, bytes_each) / GIB,
         "activations": activations / GIB,
         "logits": logits / GIB,
@@ -55,13 +52,22 @@ def estimate(
     )
 
 
-def _weight_bytes(job: JobSpec, parameters: int, embedding: int, bytes_each: int) -> float:
+def _logit_bytes(job: JobSpec, shape: Shape, tokens: int) -> float:
+    """Of a causal model's logits and their gradient; behind a frozen head they are held in chunks."""
+    if job.task != "generation":
+        return 0.0
+    if job.train.chunked_loss and job.method != "full":
+        return 2 * 4 * min(tokens * shape.vocabulary, _CHUNK_NUMBERS) + 4 * tokens * shape.hidden
+    return 2 * 4 * tokens * shape.vocabulary
+
+
+def _weight_bytes(job: JobSpec, parameters: int, matrices: int, bytes_each: int) -> float:
     """Of the base: 4-bit blocks of 64 have a scale of 4 bytes, or of 1 and a 256th of 4 when it is quantised too."""
     if job.method != "qlora":
         return parameters * bytes_each
     scale = (1 + 4 / 256 if job.qlora.use_double_quant else 4) / 64
     each = 1.0 if job.qlora.quant_type == "int8" else 0.5 + scale
-    return embedding * bytes_each + (parameters - embedding) * each
+    return (parameters - matrices) * bytes_each + matrices * each
 
 
 def _training_bytes(job: JobSpec, bytes_each: int) -> int:
@@ -72,16 +78,13 @@ def _training_bytes(job: JobSpec, bytes_each: int) -> int:
     return moments + number * (1 if job.method == "full" else 2)
 
 
-def trained_parameters(job: JobSpec, hidden: int, inner: int, layers: int) -> int:
-    """Trained numbers of an adapter: r*(in+out) for each adapted matrix (named modules are taken as square), or the
-    learnt embeddings."""
+def trained_parameters(job: JobSpec, shape: Shape, labels: int) -> int:
+    """Trained numbers of an adapter or learnt prompt, with the head of a classifier."""
+    head = labels * (shape.hidden + (1 if shape.beside else 0)) if job.task == "classification" else 0
     if job.method == "prompt_tuning":
-        return job.prompt_tuning.num_virtual_tokens * hidden
-    rank = job.lora.lora_r
-    if job.lora.lora_target_modules == "all-linear":
-        return layers * rank * (4 * 2 * hidden + 3 * (hidden + inner))
-    named = job.lora.lora_target_modules
-    return layers * rank * 2 * hidden * (1 if isinstance(named, str) else len(named))
+        return head + job.prompt_tuning.num_virtual_tokens * shape.hidden
+    lora = job.lora
+    return head + shape.lora_parameters(lora.lora_r, lora.lora_target_modules, dora=lora.use_dora)
 
 
 def _bytes_each(job: JobSpec, *, cuda: bool) -> int:

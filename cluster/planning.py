@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cluster.memory import estimate
+from cluster.shape import shape
 from jobs import rungs, search
 from jobs.defaults import learning_rate
 from jobs.errors import AssetError, JobFileError, Problem
@@ -146,8 +147,10 @@ def _memory(job: JobSpec, configurations: list[Assignment], known: _Known, *, cu
         resolved = search.trial(job, assignment)
         name, revision = resolved.model.model_name_or_path, resolved.model.revision
         config, parameters = model_config(name, revision), parameter_count(name, revision)
-        if config and parameters and {"hidden_size", "num_hidden_layers", "vocab_size"} <= set(config):
-            found.append(estimate(resolved, config, parameters, longest, cuda=cuda))
+        known_shape = shape(config) if config else None
+        if known_shape and parameters:
+            labels = len(known.rows.labels) if known.rows else 2
+            found.append(estimate(resolved, known_shape, parameters, longest, cuda=cuda, labels=labels))
     return max(found, key=lambda memory: memory.expected, default=None)
 
 

@@ -1,0 +1,138 @@
+"""A transformer's matrices, from its config alone: no weights, no torch. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear layer: where it is in its block, and its sides."""
+
+    path: str
+    fan_in: int
+    fan_out: int
+
+    @property
+    def size(self) -> int:
+        """Weights, without the bias."""
+        return self.fan_in * self.fan_out
+
+    def is_named(self, names: Iterable[str]) -> bool:
+        """Whether one of PEFT's `target_modules` means it: the path's end."""
+        return any(self.path == name or self.path.endswith(f".{name}") for name in names)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory and adapters depend on."""
+
+    hidden: int
+    layers: int
+    heads: int
+    vocabulary: int
+    positions: int
+    """Rows of a learnt position table; 0 where positions are rotated in."""
+    block: tuple[Matrix, ...]
+    """The matrices of one layer."""
+    beside: tuple[Matrix, ...] = ()
+    """Matrices that there are once (a pooler)."""
+    tied: bool = True
+    """Whether the head of a causal model is its embedding."""
+
+    @property
+    def inner(self) -> int:
+        """Width of the feed-forward part."""
+        return max(max(matrix.fan_in, matrix.fan_out) for matrix in self.block if matrix.fan_in != matrix.fan_out)
+
+    @property
+    def matrices(self) -> int:
+        """Weights of all matrices: what QLoRA quantises."""
+        return self.layers * sum(m.size for m in self.block) + sum(m.size for m in self.beside)
+
+    def lora_parameters(self, rank: int, names: str | tuple[str, ...], *, dora: bool = False) -> int:
+        """rank x (in + out) for every adapted matrix (`all-linear`: all), and a magnitude a row with DoRA."""
+
+        def adapted(matrix: Matrix) -> int:
+            if not isinstance(names, str) and not matrix.is_named(names):
+                return 0
+            return rank * (matrix.fan_in + matrix.fan_out) + (matrix.fan_out if dora else 0)
+
+        return self.layers * sum(map(adapted, self.block)) + sum(map(adapted, self.beside))
+
+
+_NAMES = {
+    "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
+    "inner": ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim"),
+    "positions": ("max_position_embeddings", "n_positions"),
+}
+"""One thing, as different configs call it."""
+_ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "camembert")
+
+
+def shape(config: dict[str, Any]) -> Shape | None:
+    """The shape that a config.json describes, or None where it says too little."""
+    config = config.get("text_config") or config
+    found = {what: next((config[name] for name in names if config.get(name)), None) for what, names in _NAMES.items()}
+    if not (found["hidden"] and found["layers"] and config.get("vocab_size")):
+        return None
+    hidden, layers, heads = int(found["hidden"]), int(found["layers"]), int(found["heads"] or 1)
+    inner = int(found["inner"] or 4 * hidden)
+    kind = str(config.get("model_type", ""))
+    learnt = kind in (*_ENCODERS, "distilbert", "gpt2", "gpt_neo", "opt")
+    return Shape(
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        vocabulary=int(config["vocab_size"]),
+        positions=int(found["positions"] or 0) if learnt else 0,
+        block=_block(kind, config, hidden, inner, heads),
+        beside=(Matrix("pooler.dense", hidden, hidden),) if kind == "bert" else (),
+        tied=bool(config.get("tie_word_embeddings", kind not in ("llama", "mistral", "qwen2", "qwen3", "gemma"))),
+    )
+
+
+def _block(kind: str, config: dict[str, Any], hidden: int, inner: int, heads: int) -> tuple[Matrix, ...]:
+    if kind in _ENCODERS:
+        square = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+        return (
+            *(Matrix(path, hidden, hidden) for path in square),
+            Matrix("intermediate.dense", hidden, inner),
+            Matrix("output.dense", inner, hidden),
+        )
+    if kind == "distilbert":
+        square = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin")
+        return (
+            *(Matrix(path, hidden, hidden) for path in square),
+            Matrix("ffn.lin1", hidden, inner),
+            Matrix("ffn.lin2", inner, hidden),
+        )
+    if kind == "gpt2":
+        return (
+            Matrix("attn.c_attn", hidden, 3 * hidden),
+            Matrix("attn.c_proj", hidden, hidden),
+            Matrix("mlp.c_fc", hidden, inner),
+            Matrix("mlp.c_proj", inner, hidden),
+        )
+    if kind == "gpt_neo":
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        return (
+            *(Matrix(f"attn.attention.{name}", hidden, hidden) for name in names),
+            Matrix("mlp.c_fc", hidden, inner),
+            Matrix("mlp.c_proj", inner, hidden),
+        )
+    width = int(config.get("head_dim") or hidden // heads)
+    pairs = int(config.get("num_key_value_heads") or heads)
+    return (
+        Matrix("self_attn.q_proj", hidden, heads * width),
+        Matrix("self_attn.k_proj", hidden, pairs * width),
+        Matrix("self_attn.v_proj", hidden, pairs * width),
+        Matrix("self_attn.o_proj", heads * width, hidden),
+        Matrix("mlp.gate_proj", hidden, inner),
+        Matrix("mlp.up_proj", hidden, inner),
+        Matrix("mlp.down_proj", inner, hidden),
+    )

@@ -211,7 +211,7 @@ class TrainSpec(Spec):
     checkpoint_minutes: float = Field(10.0, gt=0)
     """Minutes between checkpoints inside a trial; every evaluation saves one as well."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    """Number format of the arithmetic. `auto`: bf16 on GPUs that have it, else none."""
+    """Number format of the arithmetic. `auto`: bf16 on GPUs that have it and with bfloat16 weights, else none."""
     chunked_loss: bool = True
     """Work out a causal model's loss without holding all logits, where its head is frozen; the loss is the same."""
     gradient_checkpointing: bool = False

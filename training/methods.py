@@ -34,7 +34,7 @@ def attach(job: JobSpec, base: Base) -> nn.Module:
 
     Raises UserError when the model has no layers of the names that the job gives, or cannot be adapted so.
     """
-    fresh_heads(base, job.train.seed)
+    fresh_heads(base, job.train.seed, full=job.method == "full")
     if job.train.gradient_checkpointing:
         base.model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(job.train.seed)

@@ -88,7 +88,7 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
     spec = job.model
     folder = safetensors_folder(spec.model_name_or_path, spec.revision)
     options: dict[str, Any] = {
-        "dtype": _weight_dtype(job, device),
+        "dtype": weight_dtype(job, device),
         "trust_remote_code": spec.trust_remote_code,
         "use_safetensors": True,
     }
@@ -115,8 +115,10 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
     return Base(model, device, base_key(job, labels))
 
 
-def fresh_heads(base: Base, seed: int) -> None:
+def fresh_heads(base: Base, seed: int, *, full: bool = False) -> None:
     """Give the base a new classification head, drawn from `seed` alone.
+
+    It is in float32, as every adapter is beside which it is trained, or (`full`) in the base's own number format.
 
     PEFT's `unload()` leaves a trained head in the base and the next `get_peft_model` copies it: without this, every
     trial after the first in a process would start from the one before.
@@ -130,9 +132,10 @@ def fresh_heads(base: Base, seed: int) -> None:
         for module in head.modules():
             if isinstance(module, nn.Linear):
                 weight = torch.empty(module.weight.shape).normal_(0.0, spread, generator=generator)
-                module.weight = nn.Parameter(weight.to(module.weight), requires_grad=False)
+                kind = {"device": module.weight.device, "dtype": base.model.dtype if full else torch.float32}
+                module.weight = nn.Parameter(weight.to(**kind), requires_grad=False)
                 if module.bias is not None:
-                    module.bias = nn.Parameter(torch.zeros_like(module.bias), requires_grad=False)
+                    module.bias = nn.Parameter(torch.zeros(module.bias.shape, **kind), requires_grad=False)
 
 
 def safetensors_folder(name: str, revision: str | None) -> Path:
@@ -196,7 +199,7 @@ def _quantization(job: JobSpec, device: torch.device) -> BitsAndBytesConfig:
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")  # a line a layer and step
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
-    weights = _weight_dtype(job, device)
+    weights = weight_dtype(job, device)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.quant_type,
@@ -207,7 +210,8 @@ def _quantization(job: JobSpec, device: torch.device) -> BitsAndBytesConfig:
     )
 
 
-def _weight_dtype(job: JobSpec, device: torch.device) -> torch.dtype:
+def weight_dtype(job: JobSpec, device: torch.device) -> torch.dtype:
+    """Number format of the weights that are not quantised."""
     if job.model.dtype != "auto":
         dtype: torch.dtype = getattr(torch, job.model.dtype)
         return dtype

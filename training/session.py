@@ -31,7 +31,7 @@ from training.data import BatchPlan, TokenData, evaluation_batches, make_batch, 
 from training.loss import LossModule
 from training.meter import Meter, gpu_metrics
 from training.methods import attach, detach, first_values, save_weights, trained_parameters
-from training.model import Base
+from training.model import Base, weight_dtype
 from training.optim import rate_factor
 from training.strategies import Ranks, strategy
 
@@ -305,5 +305,6 @@ def _in_row_order(
 def _autocast_dtype(job: JobSpec, device: torch.device) -> torch.dtype | None:
     wanted = job.train.mixed_precision
     if wanted == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if on_gpu or weight_dtype(job, device) is torch.bfloat16 else None
     return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]

@@ -230,3 +230,17 @@ def test_only_the_methods_own_blocks_are_in_a_trials_id(bert_job: JobMaker) -> N
     assert name(method="full") == name(method="full", lora__lora_r=8) != name()
     assert name() == name(prompt_tuning__num_virtual_tokens=5) == name(qlora__quant_type="int8")
     assert name(lora__init_lora_weights="pissa") != name()
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "prompt_tuning", "full"])
+def test_on_bfloat16_weights_what_is_trained_has_one_number_format(
+    method: str, bert_job: JobMaker, tmp_path: Path
+) -> None:
+    """FSDP2 and ZeRO take trained weights of one format only: float32 beside the base, its own in full fine-tuning."""
+    job = bert_job(method=method, model__dtype="bfloat16").job
+    made = session(job)
+    expected = torch.bfloat16 if method == "full" else torch.float32
+    assert {parameter.dtype for parameter in made.strategy.trained.values()} == {expected}
+    finish(made)
+    made.save_weights(tmp_path / "weights")
+    assert made.evaluate().metrics["loss"] < 10

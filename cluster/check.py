@@ -11,11 +11,10 @@ from jobs.assets import PREFIX, asset
 from jobs.deepspeed import contradictions
 from jobs.errors import AssetError, JobFileError, Problem
 from jobs.hub import model_config, model_folder
-from jobs.identity import models_of
+from jobs.identity import ADAPTER_FILES, models_of
 from jobs.load import LoadedJob
 from jobs.yaml12 import read
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Model types of transformers whose layers are Conv1D."""
 _DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -47,7 +46,7 @@ def _wrong(loaded: LoadedJob) -> list[tuple[str, str]]:
         found += _wrong_file(f"data.{field}", getattr(job.data, field))
     found += _wrong_strategy(loaded) + _wrong_layers(loaded)
     adapter = job.train.init_adapter
-    if adapter and not all((Path(adapter) / name).is_file() for name in _ADAPTER_FILES):
+    if adapter and not all((Path(adapter) / name).is_file() for name in ADAPTER_FILES):
         found.append(("train.init_adapter", f"train.init_adapter is {adapter}, but there is no PEFT adapter in it"))
     return found
 

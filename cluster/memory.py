@@ -10,14 +10,13 @@ vocabulary x 4 bytes, twice (causal LMs).
 from __future__ import annotations
 
 from cluster.shape import Shape
+from jobs.defaults import LOGITS_AT_ONCE
 from jobs.plan import MemoryEstimate
 from jobs.spec import JobSpec
 
 GIB = 2**30
 _RUNTIME_CPU_GIB = 0.75
 _RUNTIME_CUDA_GIB = 0.9
-_CHUNK_NUMBERS = 2**24
-"""Logits that the chunked loss holds at once (training/loss.py)."""
 
 
 def estimate(
@@ -57,7 +56,7 @@ def _logit_bytes(job: JobSpec, shape: Shape, tokens: int) -> float:
     if job.task != "generation":
         return 0.0
     if job.train.chunked_loss and job.method != "full":
-        return 2 * 4 * min(tokens * shape.vocabulary, _CHUNK_NUMBERS) + 4 * tokens * shape.hidden
+        return 2 * 4 * min(tokens * shape.vocabulary, LOGITS_AT_ONCE) + 4 * tokens * shape.hidden
     return 2 * 4 * tokens * shape.vocabulary
 
 

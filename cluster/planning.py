@@ -46,18 +46,17 @@ def make_plan(loaded: LoadedJob, site: LocalSite, command: str) -> Plan:
         notes.append(f"train.learning_rate is {rate.value:g} by default ({rate.rule})")
     configurations = _configurations(job, known)
     train_rows = len(known.rows.train) if known.rows else None
-    schedules = [
-        schedule(search.trial(job, a), train_rows or _ASSUMED_ROWS, searching=searching) for a in configurations
-    ]
+    trials = [search.trial(job, assignment) for assignment in configurations]
+    schedules = [schedule(trial, train_rows or _ASSUMED_ROWS, searching=searching) for trial in trials]
     total = _total(job, len(configurations))
-    memory = _memory(job, configurations, known, cuda=bool(_uses_gpu(job, site)))
-    strategy, why = choose_strategy(job, site, memory, cuda=bool(_uses_gpu(job, site)))
+    memory = _memory(trials, known, cuda=bool(_uses_gpu(job, site)))
+    strategy, why = choose_strategy(trials, site, memory, cuda=bool(_uses_gpu(job, site)))
     placement = place(job, site, total, _host_gib(job, memory, cuda=bool(_uses_gpu(job, site))), strategy)
     worst, expected = _cost(job, schedules, total)
     return Plan(
         job=job,
         command="sweep" if searching else "train",
-        trials=[_planned(job, a, s, known) for a, s in zip(configurations, schedules, strict=True)],
+        trials=[_planned(t, a, s, known) for t, a, s in zip(trials, configurations, schedules, strict=True)],
         later_trials=total - len(configurations),
         placement=placement,
         batch_rows=schedules[0].batch_rows,
@@ -103,7 +102,7 @@ def _configurations(job: JobSpec, known: _Known) -> list[Assignment]:
 
 def _what_trains(job: JobSpec) -> str:
     """What tells configurations apart while files are missing for an id: all but the blocks of other methods."""
-    unused = {"lora", "qlora", "prompt_tuning"} - set(METHOD_BLOCKS[job.method])
+    unused = set().union(*METHOD_BLOCKS.values()) - set(METHOD_BLOCKS[job.method])
     return job.model_dump_json(exclude={"search", *unused})
 
 
@@ -123,8 +122,7 @@ def _cost(job: JobSpec, schedules: list[Schedule], total: int) -> tuple[int, int
     return worst, min(worst, round(rungs.expected_time(total, levels, job.search.scheduler.reduction_factor)))
 
 
-def _planned(job: JobSpec, assignment: Assignment, plan: Schedule, known: _Known) -> PlannedTrial:
-    resolved = search.trial(job, assignment)
+def _planned(resolved: JobSpec, assignment: Assignment, plan: Schedule, known: _Known) -> PlannedTrial:
     shown = resolved.model_dump(mode="json", include={"method", "model", "train", *METHOD_BLOCKS[resolved.method]})
     shown["train"]["learning_rate"] = learning_rate(resolved).value
     return PlannedTrial(
@@ -139,12 +137,11 @@ def _uses_gpu(job: JobSpec, site: LocalSite) -> bool:
     return site.gpus > 0 and job.resources.device != "cpu" and job.resources.gpus_per_node != 0
 
 
-def _memory(job: JobSpec, configurations: list[Assignment], known: _Known, *, cuda: bool) -> MemoryEstimate | None:
+def _memory(trials: list[JobSpec], known: _Known, *, cuda: bool) -> MemoryEstimate | None:
     """The largest estimate over the configurations, where the model's shape is known."""
-    longest = _longest_tokens(known.rows) if known.rows else job.model.max_length
+    longest = _longest_tokens(known.rows) if known.rows else trials[0].model.max_length
     found = []
-    for assignment in configurations:
-        resolved = search.trial(job, assignment)
+    for resolved in trials:
         name, revision = resolved.model.model_name_or_path, resolved.model.revision
         config, parameters = model_config(name, revision), parameter_count(name, revision)
         known_shape = shape(config) if config else None
@@ -171,23 +168,24 @@ def _host_gib(job: JobSpec, memory: MemoryEstimate | None, *, cuda: bool) -> flo
 
 
 def choose_strategy(
-    job: JobSpec, site: LocalSite, memory: MemoryEstimate | None, *, cuda: bool
+    trials: list[JobSpec], site: LocalSite, memory: MemoryEstimate | None, *, cuda: bool
 ) -> tuple[Strategy, str]:
-    """What `auto` means here, and why.
+    """What `auto` means for these trials, of which `memory` is the largest's, and why.
 
     Whole copies exchange an adapter's gradients alone; cut-up weights are gathered in every layer of every pass
     (fsdp_qlora reports DDP 1.55 times as fast for a 7B LoRA on two 3090s). So they are cut only where they do not fit.
     """
-    if job.resources.strategy != "auto":
-        return job.resources.strategy, "as given"
-    if not cuda or memory is None or not site.gpu_memory_gib or job.resources.world_size == 1:
+    wanted = trials[0].resources
+    if wanted.strategy != "auto":
+        return wanted.strategy, "as given"
+    if not cuda or memory is None or not site.gpu_memory_gib or wanted.world_size == 1:
         return "ddp", "auto: whole copies move the least between processes"
     room, need = site.gpu_memory_gib, f"about {memory.expected:.1f} GiB a process"
     if memory.expected <= room:
         return "ddp", f"auto: {need} fit a GPU of {room:.1f}"
     for strategy in CUT_WEIGHTS:
-        resources = job.resources.model_copy(update={"strategy": strategy})
-        if not refusals(job.model_copy(update={"resources": resources})):
+        resources = wanted.model_copy(update={"strategy": strategy})
+        if not any(refusals(trial.model_copy(update={"resources": resources})) for trial in trials):
             return strategy, f"auto: {need} do not fit a GPU of {room:.1f}, so weights are cut up"
     return "ddp", f"auto: {need} do not fit a GPU of {room:.1f}, but this job's weights cannot be cut up"
 

@@ -33,19 +33,10 @@ class Shape:
     layers: int
     heads: int
     vocabulary: int
-    positions: int
-    """Rows of a learnt position table; 0 where positions are rotated in."""
     block: tuple[Matrix, ...]
     """The matrices of one layer."""
     beside: tuple[Matrix, ...] = ()
     """Matrices that there are once (a pooler)."""
-    tied: bool = True
-    """Whether the head of a causal model is its embedding."""
-
-    @property
-    def inner(self) -> int:
-        """Width of the feed-forward part."""
-        return max(max(matrix.fan_in, matrix.fan_out) for matrix in self.block if matrix.fan_in != matrix.fan_out)
 
     @property
     def matrices(self) -> int:
@@ -68,10 +59,28 @@ _NAMES = {
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
     "inner": ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim"),
-    "positions": ("max_position_embeddings", "n_positions"),
 }
 """One thing, as different configs call it."""
-_ENCODERS = ("bert", "roberta", "xlm-roberta", "electra", "camembert")
+_Square = tuple[tuple[str, ...], str, str]
+_BERT: _Square = (
+    ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+    "intermediate.dense",
+    "output.dense",
+)
+_SQUARES: dict[str, _Square] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "camembert"), _BERT),
+    "distilbert": (
+        ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+        "ffn.lin1",
+        "ffn.lin2",
+    ),
+    "gpt_neo": (
+        tuple(f"attn.attention.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+        "mlp.c_fc",
+        "mlp.c_proj",
+    ),
+}
+"""Model type -> its square matrices, and the two of its feed-forward part."""
 
 
 def shape(config: dict[str, Any]) -> Shape | None:
@@ -83,48 +92,23 @@ def shape(config: dict[str, Any]) -> Shape | None:
     hidden, layers, heads = int(found["hidden"]), int(found["layers"]), int(found["heads"] or 1)
     inner = int(found["inner"] or 4 * hidden)
     kind = str(config.get("model_type", ""))
-    learnt = kind in (*_ENCODERS, "distilbert", "gpt2", "gpt_neo", "opt")
     return Shape(
         hidden=hidden,
         layers=layers,
         heads=heads,
         vocabulary=int(config["vocab_size"]),
-        positions=int(found["positions"] or 0) if learnt else 0,
         block=_block(kind, config, hidden, inner, heads),
         beside=(Matrix("pooler.dense", hidden, hidden),) if kind == "bert" else (),
-        tied=bool(config.get("tie_word_embeddings", kind not in ("llama", "mistral", "qwen2", "qwen3", "gemma"))),
     )
 
 
 def _block(kind: str, config: dict[str, Any], hidden: int, inner: int, heads: int) -> tuple[Matrix, ...]:
-    if kind in _ENCODERS:
-        square = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
-        return (
-            *(Matrix(path, hidden, hidden) for path in square),
-            Matrix("intermediate.dense", hidden, inner),
-            Matrix("output.dense", inner, hidden),
-        )
-    if kind == "distilbert":
-        square = ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin")
-        return (
-            *(Matrix(path, hidden, hidden) for path in square),
-            Matrix("ffn.lin1", hidden, inner),
-            Matrix("ffn.lin2", inner, hidden),
-        )
-    if kind == "gpt2":
-        return (
-            Matrix("attn.c_attn", hidden, 3 * hidden),
-            Matrix("attn.c_proj", hidden, hidden),
-            Matrix("mlp.c_fc", hidden, inner),
-            Matrix("mlp.c_proj", inner, hidden),
-        )
-    if kind == "gpt_neo":
-        names = ("q_proj", "k_proj", "v_proj", "out_proj")
-        return (
-            *(Matrix(f"attn.attention.{name}", hidden, hidden) for name in names),
-            Matrix("mlp.c_fc", hidden, inner),
-            Matrix("mlp.c_proj", inner, hidden),
-        )
+    if kind == "gpt2":  # query, key and value are one matrix
+        return _feed_forward(hidden, inner, "mlp.c_fc", "mlp.c_proj", Matrix("attn.c_attn", hidden, 3 * hidden),
+                             Matrix("attn.c_proj", hidden, hidden))  # fmt: skip
+    if kind in _SQUARES:
+        square, up, down = _SQUARES[kind]
+        return _feed_forward(hidden, inner, up, down, *(Matrix(path, hidden, hidden) for path in square))
     width = int(config.get("head_dim") or hidden // heads)
     pairs = int(config.get("num_key_value_heads") or heads)
     return (
@@ -136,3 +120,7 @@ def _block(kind: str, config: dict[str, Any], hidden: int, inner: int, heads: in
         Matrix("mlp.up_proj", hidden, inner),
         Matrix("mlp.down_proj", inner, hidden),
     )
+
+
+def _feed_forward(hidden: int, inner: int, up: str, down: str, *attention: Matrix) -> tuple[Matrix, ...]:
+    return (*attention, Matrix(up, hidden, inner), Matrix(down, inner, hidden))

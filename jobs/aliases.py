@@ -19,6 +19,7 @@ FIELD_ALIASES = {
     "target_modules": "lora.lora_target_modules",
     "lora_target": "lora.lora_target_modules",
     "lr": "train.learning_rate",
+    "optimizer": "train.optim",
     "num_epochs": "train.num_train_epochs",
     "epochs": "train.num_train_epochs",
     "micro_batch_size": "train.per_device_train_batch_size",
@@ -59,7 +60,18 @@ DISTRIBUTION_ALIASES = {
     "constant": "categorical",
 }
 
+OPTIMIZERS = {
+    "adamw_torch_fused": "adamw_torch",
+    "adamw": "adamw_torch",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_adamw_8bit": "paged_adamw_8bit",
+}
+"""HF's names of the same optimisers -> ours."""
+
 VALUE_ALIASES = {
+    **{("train.optim", theirs): ours for theirs, ours in OPTIMIZERS.items() if theirs != ours},
+    ("method", "full_finetuning"): "full",
     ("search.method", "bayes"): "tpe",
     ("search.method", "bayesian"): "tpe",
     ("search.method", "optuna"): "tpe",

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from jobs.hub import parameter_count
 from jobs.spec import JobSpec
 
+LOGITS_AT_ONCE = 2**24
+"""Logits that the chunked loss holds at a time (64 MiB in float32)."""
+
 
 @dataclass(frozen=True)
 class LearningRate:

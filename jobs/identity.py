@@ -52,6 +52,10 @@ _OUTSIDE_TRAIN = {
 }
 
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What PEFT keeps an adapter in."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a job file alone does not say: which bytes its names stand for."""
@@ -74,7 +78,7 @@ def facts_of(job: JobSpec) -> Facts:
         {split: files.sha256_file(path) for split, path in split_files(job.data).items()},
         {name: model_revision(name, job.model.revision) for name in models_of(job)},
         {method: learning_rate(bare.model_copy(update={"method": method})).value for method in METHOD_BLOCKS},
-        files.sha256_file(Path(adapter) / "adapter_model.safetensors") if adapter else "",
+        files.sha256_file(Path(adapter) / ADAPTER_FILES[1]) if adapter else "",
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import fields
+from jobs.aliases import OPTIMIZERS
 
 _SAME = {
     "lora_alpha": "lora.lora_alpha",
@@ -18,6 +19,8 @@ _SAME = {
     "weight_decay": "train.weight_decay",
     "max_grad_norm": "train.max_grad_norm",
     "max_steps": "train.max_steps",
+    "gradient_checkpointing": "train.gradient_checkpointing",
+    "loraplus_lr_ratio": "lora.loraplus_lr_ratio",
     "eval_steps": "train.eval_steps",
     "seed": "train.seed",
 }
@@ -33,6 +36,7 @@ _TOOLS: dict[str, dict[str, str]] = {
         "peft_use_dora": "lora.use_dora",
         "peft_use_rslora": "lora.use_rslora",
         "num_epochs": "train.num_train_epochs",
+        "optimizer": "train.optim",
         "micro_batch_size": "train.per_device_train_batch_size",
         "eval_batch_size": "train.per_device_eval_batch_size",
         "lr_scheduler": "train.lr_scheduler_type",
@@ -53,6 +57,7 @@ _TOOLS: dict[str, dict[str, str]] = {
         "num_train_epochs": "train.num_train_epochs",
         "per_device_train_batch_size": "train.per_device_train_batch_size",
         "per_device_eval_batch_size": "train.per_device_eval_batch_size",
+        "optim": "train.optim",
         "lr_scheduler_type": "train.lr_scheduler_type",
         "adapter_name_or_path": "train.init_adapter",
         "max_samples": "data.max_train_samples",
@@ -131,6 +136,8 @@ def translate(tool: str, config: dict[str, Any], name: str) -> Translation:
             _carry(_TOOLS[tool][key], key, value, made)
         else:
             made.lost.append(f"{key}: {_shown(key, value)} has no counterpart")
+    if tool == "axolotl" and not config.get("adapter"):
+        made.put("method", "full")  # what axolotl does without one
     return made
 
 
@@ -147,6 +154,10 @@ def _carry(path: str, key: str, value: Any, made: Translation) -> None:
         value = value in ("true", "True")
     if path == "train.lr_scheduler_type" and value not in _SCHEDULES:
         made.lost.append(f"{key}: {value!r} is none of {', '.join(_SCHEDULES)}")
+    elif path == "train.optim" and OPTIMIZERS.get(value, value) not in OPTIMIZERS.values():
+        made.lost.append(f"{key}: {value!r} is none of {', '.join(sorted(set(OPTIMIZERS.values())))}")
+    elif path == "train.optim":
+        made.put(path, OPTIMIZERS.get(value, value))
     elif path == "data.validation_fraction" and not (isinstance(value, int | float) and 0 < value < 1):
         made.lost.append(f"{key}: {value!r} is not a share of the rows; give data.validation_file")
     elif path == "lora.lora_target_modules" and value in ("all", "all-linear"):
@@ -164,12 +175,29 @@ def _as_number(text: str, path: str) -> Any:
     return int(value) if fields.leaves()[path].annotation in (int, int | None) and value.is_integer() else value
 
 
-def _method(quantised: str) -> Callable[[Any, Translation], None]:
+def _method(key: str) -> Callable[[Any, Translation], None]:
     def take(value: Any, made: Translation) -> None:
-        if value == "lora":
-            made.put("method", "lora")
+        if value in ("lora", "qlora", "full"):
+            if made.tree.get("method") != "qlora":  # LoRA on a base that load_in_4bit or _8bit quantises is our qlora
+                made.put("method", value)
         else:
-            made.lost.append(f"{quantised}: {value!r} is not a method of this version; lora is used")
+            made.lost.append(f"{key}: {value!r} is not a method here; lora is used")
+
+    return take
+
+
+def _quantised(key: str, quant_type: str | None = None) -> Callable[[Any, Translation], None]:
+    """A quantised base: `quant_type` where the key itself says how, else by the number of bits."""
+
+    def take(value: Any, made: Translation) -> None:
+        kind = {4: "nf4", 8: "int8"}.get(value) if quant_type is None else quant_type
+        if value is False:
+            return
+        if kind is None:
+            made.lost.append(f"{key}: {value!r} is not 4 or 8, which a base is quantised to here")
+            return
+        made.put("method", "qlora")
+        made.put("qlora.quant_type", kind)
 
     return take
 
@@ -187,7 +215,6 @@ def _lost(
     return named
 
 
-_quantised = _lost("asks for a quantised base, which this version does not train on")
 _distributed = _lost("is a launcher's setting; see resources in the job file")
 _packing = _lost("is not done here; rows are batched by length instead (train.group_by_length)")
 
@@ -254,8 +281,8 @@ _AXOLOTL: dict[str, Callable[[Any, Translation], None]] = {
     "adapter": _method("adapter"),
     "datasets": _axolotl_data,
     "lora_target_linear": _target_linear,
-    "load_in_4bit": _quantised("load_in_4bit"),
-    "load_in_8bit": _quantised("load_in_8bit"),
+    "load_in_4bit": _quantised("load_in_4bit", "nf4"),
+    "load_in_8bit": _quantised("load_in_8bit", "int8"),
     "bf16": _precision("bf16", "bf16"),
     "fp16": _precision("fp16", "fp16"),
     "deepspeed": _distributed("deepspeed"),

@@ -99,56 +99,44 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of two layers, with random weights, in a local folder."""
+def _decoder(folder: Path, kind: str, **shape: Any) -> Path:
+    """A causal LM with random weights in a folder, with a tokenizer of the tests' words."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny-llama")
     size = _tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]")
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=size, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=128, max_position_embeddings=128, pad_token_id=0, bos_token_id=2, eos_token_id=3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    config = AutoConfig.for_model(kind, vocab_size=size, pad_token_id=0, bos_token_id=2, eos_token_id=3, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers."""
+    return _decoder(
+        tmp_path_factory.mktemp("tiny-llama"), "llama", hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=128, max_position_embeddings=128,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-2 (its matrices are transposed Conv1D layers) of two layers, with random weights, in a local folder."""
-    import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    folder = tmp_path_factory.mktemp("tiny-gpt2")
-    size = _tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]")
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=size, n_embd=64, n_layer=2, n_head=4, n_positions=128, pad_token_id=0, bos_token_id=2,
-        eos_token_id=3, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    """A GPT-2 of two layers; its matrices are transposed Conv1D layers."""
+    return _decoder(
+        tmp_path_factory.mktemp("tiny-gpt2"), "gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=128,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_gpt_neo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A GPT-Neo of two layers (one with local attention), with random weights, in a local folder."""
-    import torch
-    from transformers import GPTNeoConfig, GPTNeoForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny-gpt-neo")
-    size = _tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]")
-    torch.manual_seed(0)
-    config = GPTNeoConfig(
-        vocab_size=size, hidden_size=64, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
-        window_size=16, max_position_embeddings=128, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+    """A GPT-Neo of two layers, one with local attention."""
+    return _decoder(
+        tmp_path_factory.mktemp("tiny-gpt-neo"), "gpt_neo", hidden_size=64, num_layers=2, num_heads=4,
+        attention_types=[[["global", "local"], 1]], window_size=16, max_position_embeddings=128,
         resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0,
     )  # fmt: skip
-    GPTNeoForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 JobMaker = Callable[..., LoadedJob]

@@ -86,14 +86,14 @@ def damage(folder: Path) -> str | None:
 
 def newest_good(target: Path) -> tuple[Path | None, str | None]:
     """(the newest checkpoint that can be trusted, or None; what was wrong with one that cannot, or None)."""
-    settled(target)
     found = None
-    for folder in (target, before(target)):
-        if folder.is_dir():
-            wrong = damage(folder)
-            if wrong is None:
-                return folder, found
-            found = found or wrong
+    while settled(target).is_dir():
+        wrong = damage(target)
+        if wrong is None:
+            return target, found
+        found = found or wrong
+        # Out of the way at once: the next save would put it in the place of the good one before it.
+        shutil.rmtree(target)
     return None, found
 
 

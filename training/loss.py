@@ -14,13 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from jobs.defaults import LOGITS_AT_ONCE
 from training.data import IGNORED, Batch
 
-_CHUNK_NUMBERS = 2**24
-"""Logits that are held at once (64 MiB in float32)."""
 _FEWEST_ROWS = 64
-_SHAPES_LOGITS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-"""Config entries of models that do something to their logits after the head."""
 
 
 class ChunkedNll(torch.autograd.Function):
@@ -35,7 +32,7 @@ class ChunkedNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
         """nll_N in float32, 0 where the target is IGNORED."""
-        rows = max(_FEWEST_ROWS, _CHUNK_NUMBERS // head_VD.shape[0])
+        rows = max(_FEWEST_ROWS, LOGITS_AT_ONCE // head_VD.shape[0])
         nll_N = hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32)
         gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden_ND), rows):
@@ -70,6 +67,7 @@ class LossModule(nn.Module):
         prompt: Any = getattr(model, "active_peft_config", None)
         self.before = prompt.num_virtual_tokens if prompt is not None and prompt.is_prompt_learning else 0
         self.keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        self.head_is_last: bool | None = None  # seen in the first pass
         self.frozen_head = _frozen_head(inner) if chunked and not self.classifies and self.keeps_logits else None
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,9 +90,13 @@ class LossModule(nn.Module):
         targets_BK = targets_BT[:, kept_K]
         options = {"logits_to_keep": kept_in_logits_K} if self.keeps_logits else {}
         if self.frozen_head is not None:
-            with _head_makes_losses(self.frozen_head, targets_BK):
+            with _head_makes_losses(self.frozen_head, targets_BK) as made:
                 losses: Any = self.model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, **options).logits
-            return losses.squeeze(-1)
+            if self.head_is_last is None:
+                self.head_is_last = torch.equal(losses.detach(), made[0])
+            if self.head_is_last:
+                return losses.squeeze(-1)
+            self.frozen_head = None  # this model caps or scales its logits, and did so to the losses
         logits = self.model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, **options).logits
         if not self.keeps_logits:
             logits = logits[:, kept_in_logits_K]
@@ -105,27 +107,27 @@ class LossModule(nn.Module):
 
 
 def _frozen_head(model: Any) -> nn.Linear | None:
-    """A causal LM's head, where it is a plain frozen matrix and nothing is done to its logits afterwards."""
+    """A causal LM's head, where it is a plain frozen matrix."""
     head = model.get_output_embeddings()
     plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-    config = model.config.get_text_config()
-    shaped = any(getattr(config, name, None) not in (None, 1, 1.0) for name in _SHAPES_LOGITS)
-    return head if plain and not shaped else None
+    return head if plain else None
 
 
 @contextmanager
-def _head_makes_losses(head: nn.Linear, targets_BK: torch.Tensor) -> Iterator[None]:
-    """While this lasts the head returns losses (B x K x 1) in the place of logits.
+def _head_makes_losses(head: nn.Linear, targets_BK: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """While this lasts the head returns losses (B x K x 1) in the place of logits; what it made is in the list.
 
     They are made in the head's own forward pass, since a strategy may have its weights together only there.
     """
 
     def losses(hidden_BKD: torch.Tensor) -> torch.Tensor:
         found = ChunkedNll.apply(hidden_BKD.flatten(0, 1), head.weight, targets_BK.flatten())
+        made.append(found.detach().view(*targets_BK.shape, 1))
         return found.view(*targets_BK.shape, 1)
 
+    made: list[torch.Tensor] = []
     head.forward = losses
     try:
-        yield
+        yield made
     finally:
         del head.forward

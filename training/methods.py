@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from jobs.errors import UserError
+from jobs.identity import ADAPTER_FILES
 from jobs.spec import JobSpec
 from training.model import HEADS, Base, fresh_heads, load_tokenizer, safetensors_folder
 
@@ -23,7 +24,6 @@ _TASK_TYPES = {"classification": "SEQ_CLS", "generation": "CAUSAL_LM"}
 _PEFT_TYPES = {"lora": "LORA", "qlora": "LORA", "prompt_tuning": "PROMPT_TUNING"}
 _PROMPT = ("prompt_encoder.default.embedding.weight", "prompt_embeddings")
 """A learnt prompt's name in the model and in PEFT's file."""
-_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 Tensors = dict[str, torch.Tensor]
 """Trained values by the name of their parameter in the adapted model."""
@@ -110,10 +110,10 @@ def _prompt_config(job: JobSpec, base: Base) -> PeftConfig:
 
 def _check_kind(job: JobSpec, folder: Path) -> None:
     """Raise UserError unless a folder holds a PEFT adapter in safetensors, of the kind that the job's method trains."""
-    for name in _PEFT_FILES:
+    for name in ADAPTER_FILES:
         if not (folder / name).is_file():
             raise UserError(f"train.init_adapter is {folder}, but there is no {name} in it")
-    kind = json.loads((folder / _PEFT_FILES[0]).read_text()).get("peft_type")
+    kind = json.loads((folder / ADAPTER_FILES[0]).read_text()).get("peft_type")
     if kind != _PEFT_TYPES[job.method]:
         raise UserError(f"train.init_adapter is {folder}, which is of type {kind}, but method is {job.method}")
 
@@ -128,9 +128,14 @@ def detach(base: Base, model: nn.Module) -> None:
     elif model is not base.model:
         _unwrap_heads(base)
     model.eval()
-    if base.model.is_gradient_checkpointing:
+    if checkpoints_gradients(base.model):
         base.model.gradient_checkpointing_disable()
     base.model.requires_grad_(False)
+
+
+def checkpoints_gradients(model: nn.Module) -> bool:
+    """Whether a layer works its activations out again (transformers' own property for it is about to go)."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def _unwrap_heads(base: Base) -> None:
@@ -190,7 +195,7 @@ def _save_adapter(model: PeftModel, tensors: Tensors, begun: Tensors, folder: Pa
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if not state or not all(tensor.numel() for tensor in state.values()):
         raise RuntimeError("the adapter's state is empty: the strategy did not gather it")
-    save_file(state, str(folder / _PEFT_FILES[1]), metadata={"format": "pt"})
+    save_file(state, str(folder / ADAPTER_FILES[1]), metadata={"format": "pt"})
     config.base_model_name_or_path = model.get_base_model().config.name_or_path
     config.inference_mode = True
     config.save_pretrained(str(folder))

@@ -40,6 +40,10 @@ class Base:
     spent: bool = False
     """Whether a method has written to its weights: no other session may have it."""
 
+    def serves(self, job: JobSpec, labels: int) -> bool:
+        """Whether a session of this job may have it."""
+        return not self.spent and self.key == base_key(job, labels)
+
     @property
     def parameters(self) -> int:
         """Weights, the head's included."""

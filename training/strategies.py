@@ -221,14 +221,16 @@ class Zero(Alone):
         if self.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # DeepSpeed builds its CPU collectives with ninja, which lies beside this Python and not always on PATH.
-        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        here, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+        if here not in path.split(os.pathsep):
+            os.environ["PATH"] = f"{here}{os.pathsep}{path}"
         import deepspeed
 
         self.stage = int(self.job.resources.strategy[-1])
         self.equal_passes = self.stage == 3
         super()._wrap()
-        path = self.job.resources.deepspeed_config
-        own = json.loads(Path(path).read_text()) if path else {}
+        file = self.job.resources.deepspeed_config
+        own = json.loads(Path(file).read_text()) if file else {}
         config = engine_config(self.job, own, bf16=next(iter(self.trained.values())).dtype is torch.bfloat16)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module,

@@ -15,7 +15,7 @@ from jobs import files, search
 from jobs.run import Run
 from training.data import open_tokens
 from training.methods import detach, load_weights
-from training.model import Base, base_key, fresh_heads, load_base, resolve_device
+from training.model import Base, fresh_heads, load_base, resolve_device
 from training.session import evaluate
 from tuning.trial_run import Work
 
@@ -43,7 +43,7 @@ class Examiner:
 
     def _loaded(self, job: Any) -> Base:
         labels = len(self.data.labels)
-        if self.base is None or self.base.spent or self.base.key != base_key(job, labels):
+        if self.base is None or not self.base.serves(job, labels):
             self.base = None
             self.base = load_base(job, labels, resolve_device(self.work.gpus))
         return self.base

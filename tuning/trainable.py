@@ -15,7 +15,7 @@ from ray import tune
 
 from jobs.spec import JobSpec
 from training.data import open_tokens
-from training.model import Base, base_key, load_base, resolve_device
+from training.model import Base, load_base, resolve_device
 from tuning.trial_run import TrialRun, Work, classify, halved, keep_traceback, pack
 
 
@@ -59,7 +59,7 @@ class WarmTrial(tune.Trainable):
 
     def _base(self, job: JobSpec) -> Base:
         labels = len(self.data.labels)
-        if self.base is None or self.base.spent or self.base.key != base_key(job, labels):
+        if self.base is None or not self.base.serves(job, labels):
             self.base = None  # two bases would not fit where one does
             self.base = load_base(job, labels, resolve_device(self.work.gpus))
             self.base_loads += 1

@@ -16,7 +16,7 @@ from jobs.placement import Placement
 from jobs.spec import JobSpec
 from jobs.support import METHODS, STRATEGIES
 from tests.conftest import JobMaker
-from tests.unit.test_methods import fresh, logits, read_plainly
+from tests.unit.test_methods import logits, read_plainly
 from training.data import prepare
 from training.launch import run_group
 
@@ -120,7 +120,6 @@ def test_two_processes_train_what_one_does(
         read = read_plainly(job, tmp_path / name / "weights")
         assert torch.isfinite(logits(read, job)).all()
         assert _loss(read, job) == pytest.approx(found[name]["loss"], rel=1e-4), name
-    assert fresh  # imported for read_plainly's sake
 
 
 def _loss(model: torch.nn.Module, job: JobSpec) -> float:

@@ -130,11 +130,17 @@ def test_imports_say_what_they_carry_and_what_they_lose(tmp_path: Path) -> None:
     job = load_text(done.stdout, tmp_path / "job.yaml").job
     assert (job.lora.lora_r, job.lora.lora_alpha, job.train.learning_rate) == (32, 16, 2e-4)
     assert (job.model.max_length, job.train.gradient_accumulation_steps, job.data.format) == (1024, 4, "instruction")
-    for lost in ("load_in_8bit", "optimizer", "sample_packing"):
-        assert f"not carried over: {lost}" in done.stderr
+    assert (job.method, job.qlora.quant_type, job.train.optim) == ("qlora", "int8", "adamw_8bit")
+    assert "not carried over: sample_packing" in done.stderr
+    assert not any(f"not carried over: {key}" in done.stderr for key in ("load_in_8bit", "optimizer"))
     made = translate("llamafactory", yaml.safe_load(LLAMAFACTORY), "x")
     assert made.tree["lora"] == {"lora_target_modules": ["q_proj", "v_proj"], "lora_r": 8}
     assert made.tree["train"]["mixed_precision"] == "bf16"
+    four = translate("llamafactory", {"finetuning_type": "lora", "quantization_bit": 4}, "x").tree
+    assert (four["method"], four["qlora"]) == ("qlora", {"quant_type": "nf4"})
+    assert "quantization_bit: 3" in translate("llamafactory", {"quantization_bit": 3}, "x").lost[0]
+    assert translate("axolotl", {"adapter": None}, "x").tree["method"] == "full"
+    assert translate("axolotl", {"adapter": "lora", "optimizer": "lion"}, "x").lost[0].startswith("optimizer: 'lion'")
     assert any("only 'identity' of identity, alpaca_en_demo" in line for line in made.lost)
 
 

@@ -47,7 +47,12 @@ def test_what_does_not_run_is_refused_with_its_reason(
 
 def test_the_engine_gets_the_jobs_values_and_the_users_own(bert_job: JobMaker) -> None:
     job = bert_job(**TWO, resources__strategy="zero3", train__gradient_accumulation_steps=3).job
-    own = {"zero_optimization": {"stage": "auto", "overlap_comm": False}, "wall_clock_breakdown": True}
+    own = {
+        "zero_optimization": {"stage": "auto", "overlap_comm": False, "reduce_bucket_size": "auto"},
+        "fp16": {"enabled": "auto"},
+        "optimizer": "auto",
+        "wall_clock_breakdown": True,
+    }
     assert contradictions(job, own) == []
     made = engine_config(job, own, bf16=False)
     assert made["zero_optimization"] == {"stage": 3, "overlap_comm": False}
@@ -55,6 +60,7 @@ def test_the_engine_gets_the_jobs_values_and_the_users_own(bert_job: JobMaker) -
     assert made["gradient_accumulation_steps"] == 3
     assert made["gradient_clipping"] == 1.0
     assert made["wall_clock_breakdown"] is True
+    assert "auto" not in json.dumps(made)  # DeepSpeed itself does not know the word
     assert made["bf16"] == {"enabled": False}
 
 
@@ -66,6 +72,8 @@ def test_the_engine_gets_the_jobs_values_and_the_users_own(bert_job: JobMaker) -
         ({"optimizer": {"type": "Adam"}}, "has optimizer, but that is what train.optim"),
         ({"train_batch_size": 64}, "has train_batch_size"),
         ({"fp16": {"enabled": True}}, "use train.mixed_precision: bf16"),
+        ({"bf16": {"enabled": True}}, "what model.dtype in the job file says"),
+        ({"zero_optimization": [3]}, "that must be an object"),
     ],
 )
 def test_a_deepspeed_file_that_contradicts_the_job_is_an_error(
@@ -115,6 +123,14 @@ def test_auto_cuts_weights_up_only_where_they_do_not_fit(
 ) -> None:
     site = LocalSite(cpus=8, memory_gib=500, gpus=2, gpu_memory_gib=24)
     memory = MemoryEstimate(components={}, low=gib, expected=gib, high=gib, of="GPU memory")
-    strategy, why = choose_strategy(bert_job(**TWO | overrides).job, site, memory, cuda=True)
+    strategy, why = choose_strategy([bert_job(**TWO | overrides).job], site, memory, cuda=True)
     assert strategy == chosen
     assert why
+
+
+def test_auto_finds_what_every_trial_of_a_search_can_run_under(bert_job: JobMaker) -> None:
+    site = LocalSite(cpus=8, memory_gib=500, gpus=2, gpu_memory_gib=24)
+    memory = MemoryEstimate(components={}, low=99, expected=99, high=99, of="GPU memory")
+    trials = [bert_job(**TWO, method="qlora", qlora__quant_type=kind).job for kind in ("nf4", "int8")]
+    assert choose_strategy(trials[:1], site, memory, cuda=True)[0] == "fsdp"
+    assert choose_strategy(trials, site, memory, cuda=True)[0] == "zero3"

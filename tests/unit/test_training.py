@@ -21,6 +21,7 @@ from training import loss
 from training.checkpoint import before, newest_good
 from training.data import BatchPlan, TokenData, fit, make_batch, passes, prepare
 from training.loss import LossModule
+from training.methods import checkpoints_gradients
 from training.model import Base, load_base
 from training.optim import rate_factor
 from training.session import TrainingSession
@@ -102,7 +103,7 @@ def test_a_long_row_loses_the_middle_of_its_prompt_and_keeps_its_answer() -> Non
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 200])
 def test_the_chunked_loss_is_the_plain_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "_CHUNK_NUMBERS", 0)  # so 64 rows a chunk
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", 0)  # so 64 rows a chunk
     torch.manual_seed(rows)
     hidden, head = torch.randn(rows, 16, requires_grad=True), torch.randn(97, 16)
     targets = torch.randint(0, 97, (rows,))
@@ -141,12 +142,34 @@ def test_which_heads_make_losses(llama_job: JobMaker, bert_job: JobMaker, tiny_g
     assert not chunked(bert_job().job)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "granite"])
+def test_models_that_do_something_to_their_logits_keep_the_plain_loss(
+    kind: str, tiny_llama: Path, llama_job: JobMaker
+) -> None:
+    """Gemma 2 caps its logits, Granite divides them: the losses in their place must not be touched so."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shapes = {"gemma2": {"final_logit_softcapping": 2.0, "head_dim": 16}, "granite": {"logits_scaling": 8.0}}
+    job = llama_job().job
+    data = prepare(job)
+    size = {"vocab_size": load_base(job, 0, CPU).model.config.vocab_size, "hidden_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 128, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **size, **heads, **shapes[kind])).eval()
+    model.requires_grad_(False)
+    batch = make_batch(data.splits["train"], np.arange(8), data.pad_id, CPU, classifies=False)
+    module, plain = LossModule(model, "generation"), LossModule(model, "generation", chunked=False)
+    assert module.frozen_head is not None
+    for _ in range(2):
+        assert module(batch)[0].item() == pytest.approx(plain(batch)[0].item(), rel=1e-6)
+    assert module.frozen_head is None
+
+
 def test_gradient_checkpointing_ends_with_its_trial(llama_job: JobMaker) -> None:
     job = llama_job(train__gradient_checkpointing=True).job
     made = session(job)
-    assert made.base.model.is_gradient_checkpointing
+    assert checkpoints_gradients(made.base.model)
     made.close()
-    assert not made.base.model.is_gradient_checkpointing
+    assert not checkpoints_gradients(made.base.model)
 
 
 def test_only_the_answer_is_learnt(llama_job: JobMaker) -> None:
@@ -289,13 +312,14 @@ def test_a_damaged_checkpoint_is_left_for_the_one_before(victim: str, bert_job: 
     assert newest_good(last) == (last, None)
     (last / victim).write_bytes((last / victim).read_bytes()[:-20])
     folder, wrong = newest_good(last)
-    assert folder == before(last)
+    assert folder == last
     assert wrong is not None
     assert "last" in wrong
     resumed = session(bert_job().job)
     resumed.load(folder)
     assert resumed.step == 2
-    (before(last) / victim).unlink()
+    assert not before(last).exists()  # the damaged one is nowhere, so no save can make it the one before
+    (last / victim).unlink()
     assert newest_good(last)[0] is None
 
 

@@ -39,6 +39,10 @@ def plan(
     console().print(plan_view(made))
 
 
+_SHOWN = ("train.learning_rate", "lora.lora_r", "lora.lora_alpha", "prompt_tuning.num_virtual_tokens")
+"""What a plan's table shows of every trial, where its method has it."""
+
+
 def plan_view(made: Plan) -> RenderableType:
     """The plan as a table and a few lines."""
     from rich.console import Group
@@ -49,14 +53,21 @@ def plan_view(made: Plan) -> RenderableType:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     paths = list(made.trials[0].assignment)
-    fixed = [path for path in ("train.learning_rate", "lora.lora_r", "lora.lora_alpha") if path not in paths]
+    resolved = [trial.resolved for trial in made.trials]
+    fixed = [p for p in _SHOWN if p not in paths and any(fields.get(values, p) is not None for values in resolved)]
     for name in ("#", "trial", *paths, *(path.rpartition(".")[2] for path in fixed), "steps"):
         table.add_column(name, justify="left" if name == "trial" else "right")
     for number, trial in enumerate(made.trials, start=1):
-        values = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in trial.assignment.values()]
-        others = [f"{fields.get(trial.resolved, path):.3g}" for path in fixed]
+        values = [_cell(value) for value in trial.assignment.values()]
+        others = [_cell(fields.get(trial.resolved, path)) for path in fixed]
         table.add_row(str(number), trial.trial_id or "-", *values, *others, str(trial.steps))
     return Group(table, Text(""), *(Text(line) for line in plan_lines(made)))
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def plan_lines(made: Plan) -> list[str]:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from cluster.check import check_names
-from cluster.planning import choose_strategy
+from cluster.planning import choose_strategy, make_plan
+from commands.plan import plan_view
 from jobs.deepspeed import contradictions, engine_config
 from jobs.errors import JobFileError
+from jobs.load import LoadedJob, load_job
 from jobs.plan import MemoryEstimate
 from jobs.site import LocalSite
 from jobs.support import METHODS, STRATEGIES, table
-from tests.conftest import JobMaker, lorafleet
+from tests.conftest import ROOT, JobMaker, lorafleet
 
 TWO = {"resources__workers_per_node": 2}
 
@@ -134,3 +138,25 @@ def test_auto_finds_what_every_trial_of_a_search_can_run_under(bert_job: JobMake
     trials = [bert_job(**TWO, method="qlora", qlora__quant_type=kind).job for kind in ("nf4", "int8")]
     assert choose_strategy(trials[:1], site, memory, cuda=True)[0] == "fsdp"
     assert choose_strategy(trials, site, memory, cuda=True)[0] == "zero3"
+
+
+def planned(loaded: LoadedJob) -> str:
+    """What `lorafleet plan` prints."""
+    screen = Console(width=200, file=io.StringIO())
+    screen.print(plan_view(make_plan(loaded, LocalSite(cpus=8, memory_gib=100), "sweep")))
+    return screen.file.getvalue()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_can_be_planned(path: Path) -> None:
+    if path.stem == "my-data":
+        pytest.skip("its data file is the user's own")
+    assert "learning_rate" in planned(load_job(path))
+
+
+def test_a_plan_shows_of_each_method_what_it_has(bert_job: JobMaker) -> None:
+    search = "search: {method: grid, parameters: {method: {values: [lora, prompt_tuning, full]}}}"
+    lines = {line.split()[2]: line.split()[3:] for line in planned(bert_job(search)).splitlines()[1:4]}
+    assert lines["lora"][1:] == ["4", "8", "-", "8"]  # rank, alpha, no prompt, steps
+    assert lines["prompt_tuning"][1:] == ["-", "-", "20", "8"]
+    assert lines["full"][1:] == ["-", "-", "-", "8"]

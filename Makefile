@@ -26,7 +26,7 @@ check: install
 	scripts/check
 
 unit: install
-	$(BIN)/python -m pytest -q tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit
 
 # The checks first, then the tests without Ray, then those with it; all that is needed is installed above.
 test: check unit

@@ -1,9 +1,10 @@
-"""This machine: a run is a child process, `lorafleet exec RUN`, with a Ray of its own."""
+"""This machine: a run is a child process, `lorafleet exec RUN`, with a Ray of its own or the one RAY_ADDRESS names."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +17,13 @@ from jobs.errors import RunError
 from jobs.load import LoadedJob, dump_resolved
 from jobs.plan import Plan
 from jobs.run import Run, RunState
-from jobs.site import LocalSite
+from jobs.site import Site
 
 
 class LocalBackend:
     """Runs a job here."""
 
-    def __init__(self, site: LocalSite) -> None:
+    def __init__(self, site: Site) -> None:
         self.site = site
         self.child: subprocess.Popen[bytes] | None = None
 
@@ -66,7 +67,7 @@ class LocalBackend:
         """Ask the run to save and end."""
         if not run.alive():
             raise RunError(f"{run.id} is not running here: it is {self.state(run)}")
-        os.kill(int(run.status()["pid"]), signal.SIGTERM)
+        os.kill(int(run.status()["pid"]), signal.SIGINT)
 
 
 def driver_command() -> list[str]:
@@ -102,3 +103,12 @@ def clear_leftovers(run: Run) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=10)
+    remove_session(Path(str(ray["session_dir"])))
+
+
+def remove_session(folder: Path) -> None:
+    """Remove the folder that a Ray of ours kept its sockets and logs in, and the link that names it the newest."""
+    shutil.rmtree(folder, ignore_errors=True)
+    newest = folder.with_name("session_latest")
+    if newest.is_symlink() and not newest.exists():
+        newest.unlink(missing_ok=True)

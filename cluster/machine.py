@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.errors import PlacementRefused
-from jobs.site import LocalSite
+from jobs.site import LocalSite, Site
 
 INSTALL_CUDA_TORCH = "pip install 'torch>=2.9,<2.14' --index-url https://download.pytorch.org/whl/cu128"
 
@@ -23,6 +23,16 @@ class Gpus:
     name: str = ""
     memory_gib: float = 0.0
     driver: str = ""
+
+
+def site_here() -> Site:
+    """The Ray that RAY_ADDRESS names, or this machine."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        return local_site()
+    from cluster.ray_site import ray_site
+
+    return ray_site(address)
 
 
 def local_site() -> LocalSite:

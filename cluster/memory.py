@@ -1,10 +1,10 @@
 """Memory of one training process by component, from a model's config alone. Pure.
 
-The formulas: weights are parameters x bytes; an adapter of rank r on a matrix [out, in] has r*(in+out) parameters, each
-with a gradient and two Adam moments; activations kept for the backward pass are about
-34*hidden + 5*heads*length bytes a token and layer at 2 bytes a number (Korthikanti et al., Reducing Activation
-Recomputation in Large Transformer Models, MLSys 2023, equation 2), doubled for float32; logits are batch x length x
-vocabulary x 4 bytes, twice (causal LMs).
+Weights are counted as they are stored. A trained number has a gradient and two moments of Adam; an adapter's are
+float32. What a block keeps for the backward pass is counted tensor by tensor from what transformers' blocks do (the
+method of Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models, MLSys 2023, section 4): a
+frozen matrix keeps nothing, an adapted one its input. benchmarks/memory_model.py holds it against measured peaks on CPU
+and published figures of GPUs.
 """
 
 from __future__ import annotations
@@ -13,10 +13,15 @@ from cluster.shape import Shape
 from jobs.defaults import LOGITS_AT_ONCE
 from jobs.plan import MemoryEstimate
 from jobs.spec import JobSpec
+from jobs.support import CUT_WEIGHTS
 
 GIB = 2**30
 _RUNTIME_CPU_GIB = 0.75
 _RUNTIME_CUDA_GIB = 0.9
+_COPIES_OF_SCORES = 3.25
+"""Of attention's scores where it is not fused: softmax, a mask of bytes, what dropout leaves, and one that goes."""
+_COPIES_OF_LOGITS = 3
+"""In float32, at the worst moment of a plain cross-entropy: logits, their log-softmax, and a gradient."""
 
 
 def estimate(
@@ -24,40 +29,105 @@ def estimate(
 ) -> MemoryEstimate:
     """GiB of one process for one trial, low, expected and high, when the longest row has `longest_tokens`.
 
-    Scaled-dot-product attention keeps no scores, so the expected value leaves out their term; the high one has it.
+    Scaled-dot-product attention keeps no scores, but for dropout on CPU; the high value has them always. Beside that, low and high are 10 % below and 20 % above: allocators keep what they do not use.
     """
     bytes_each = _bytes_each(job, cuda=cuda)
     length = min(longest_tokens, job.model.max_length)
     tokens = job.train.per_device_train_batch_size * length
     trained = parameters if job.method == "full" else trained_parameters(job, shape, labels)
-    activations = tokens * shape.layers * 34 * shape.hidden * bytes_each / 2
-    scores = tokens * shape.layers * 5 * shape.heads * length * bytes_each / 2
-    logits = _logit_bytes(job, shape, tokens)
+    number = bytes_each if job.method == "full" else 4
+    cut = _cut(job)
+    weights = _weight_bytes(job, parameters, shape.matrices, bytes_each)
+    scores = shape.heads * length * _COPIES_OF_SCORES * bytes_each
+    kept = scores if not cuda and shape.attention_dropout else 0
+    activations = tokens * _kept_bytes(job, shape, _block_bytes(job, shape, bytes_each) + kept, bytes_each)
+    logits = _logit_bytes(job, shape, tokens, bytes_each)
     components = {
-        "base weights": _weight_bytes(job, parameters, shape.matrices, bytes_each) / GIB,
-        "trained weights, gradients, optimiser": trained * _training_bytes(job, bytes_each) / GIB,
+        "base weights": (weights / cut["weights"] + _gathered_bytes(job, shape, bytes_each)) / GIB,
+        "adapter": 0.0 if job.method == "full" else trained * number / cut["weights"] / GIB,
+        "gradients": trained * number / cut["gradients"] / GIB,
+        "optimiser": _moment_bytes(job, trained, number) / cut["optimiser"] / GIB,
         "activations": activations / GIB,
         "logits": logits / GIB,
         "runtime": _RUNTIME_CUDA_GIB if cuda else _RUNTIME_CPU_GIB,
     }
-    expected = sum(components.values())
-    moving = components["activations"] + components["logits"]
+    # Gradients come up while activations go, so that the larger of the two decides.
+    lesser = min(components["gradients"], components["activations"] + components["logits"])
+    expected = sum(components.values()) - lesser
+    unseen = 0 if kept else tokens * _kept_bytes(job, shape, scores, 0) / GIB
     return MemoryEstimate(
         components={name: round(gib, 3) for name, gib in components.items()},
-        low=round(expected - 0.6 * moving, 2),
+        low=round(0.9 * expected, 2),
         expected=round(expected, 2),
-        high=round(1.2 * (expected + scores / GIB), 2),
+        high=round(1.2 * (expected + unseen), 2),
         of="GPU memory" if cuda else "process memory",
     )
 
 
-def _logit_bytes(job: JobSpec, shape: Shape, tokens: int) -> float:
-    """Of a causal model's logits and their gradient; behind a frozen head they are held in chunks."""
+def _cut(job: JobSpec) -> dict[str, int]:
+    """Over how many processes each part is shared out."""
+    strategy, world = job.resources.strategy, job.resources.world_size
+    return {
+        "weights": world if strategy in CUT_WEIGHTS else 1,
+        "gradients": world if strategy in (*CUT_WEIGHTS, "zero2") else 1,
+        "optimiser": world if strategy in (*CUT_WEIGHTS, "zero1", "zero2") else 1,
+    }
+
+
+def _gathered_bytes(job: JobSpec, shape: Shape, bytes_each: int) -> float:
+    """Of whole matrices that come and go: two blocks where weights are cut up, one 4-bit matrix in the compute type."""
+    if job.resources.strategy in CUT_WEIGHTS and job.resources.world_size > 1:
+        block = sum(matrix.size for matrix in shape.block)
+        return 2.0 * _weight_bytes(job, block, block, bytes_each)
+    if job.method == "qlora" and job.qlora.quant_type != "int8":
+        return float(bytes_each * max(matrix.size for matrix in shape.block))
+    return 0.0
+
+
+def _kept_bytes(job: JobSpec, shape: Shape, block: float, bytes_each: int) -> float:
+    """Kept for the backward pass, a token, when one block keeps `block` bytes."""
+    if job.train.gradient_checkpointing:  # every block's input, and all of one block
+        return shape.layers * shape.hidden * bytes_each + block
+    return shape.layers * block
+
+
+def _block_bytes(job: JobSpec, shape: Shape, bytes_each: int) -> float:
+    """Kept by one block for the backward pass, a token.
+
+    Attention keeps query, key, value and output. A norm keeps its input; Llama's works in float32. GELU keeps its
+    input; GPT-2's is written out and keeps four tensors; SwiGLU keeps three.
+    """
+    hidden, inner = shape.hidden, shape.inner
+    norm = 2 * hidden * (4 if shape.family == "llama" else bytes_each)
+    middle = {"bert": 1, "gpt": 4, "llama": 3}[shape.family] * inner * bytes_each
+    residual = hidden * bytes_each if shape.family == "llama" and bytes_each == 2 else 0
+    own_dropout = 2 * hidden if shape.dropout else 0  # a byte a number, after attention and after the inner part
+    return 4 * hidden * bytes_each + norm + residual + middle + own_dropout + _read_bytes(job, shape, bytes_each)
+
+
+def _read_bytes(job: JobSpec, shape: Shape, bytes_each: int) -> float:
+    """Of the inputs that matrices keep: one for all that read the same, or one each behind an adapter's dropout."""
+    if job.method == "prompt_tuning":
+        return 0.0
+    names = "all-linear" if job.method == "full" else job.lora.lora_target_modules
+    matrices = shape.adapted(names)
+    if job.adapts_with_lora and job.lora.lora_dropout:
+        inputs = float(sum(matrix.fan_in * (bytes_each + 1) for matrix in matrices))
+    else:
+        widths = {matrix.reads: matrix.fan_in for matrix in matrices if matrix.reads != "attended"}
+        inputs = float(sum(widths.values()) * bytes_each)
+    ranks = job.lora.lora_r * len(matrices) * bytes_each if job.adapts_with_lora else 0
+    return inputs + ranks
+
+
+def _logit_bytes(job: JobSpec, shape: Shape, tokens: int, bytes_each: int) -> float:
+    """Of a causal model's logits and what a loss makes of them; behind a frozen head they are held in chunks."""
     if job.task != "generation":
         return 0.0
+    each = 4 * _COPIES_OF_LOGITS + (2 * bytes_each if bytes_each == 2 else 0)
     if job.train.chunked_loss and job.method != "full":
-        return 2 * 4 * min(tokens * shape.vocabulary, LOGITS_AT_ONCE) + 4 * tokens * shape.hidden
-    return 2 * 4 * tokens * shape.vocabulary
+        return each * min(tokens * shape.vocabulary, LOGITS_AT_ONCE) + 4 * tokens * shape.hidden
+    return each * tokens * shape.vocabulary
 
 
 def _weight_bytes(job: JobSpec, parameters: int, matrices: int, bytes_each: int) -> float:
@@ -69,12 +139,9 @@ def _weight_bytes(job: JobSpec, parameters: int, matrices: int, bytes_each: int)
     return (parameters - matrices) * bytes_each + matrices * each
 
 
-def _training_bytes(job: JobSpec, bytes_each: int) -> int:
-    """Of a trained weight: an adapter's own value, its gradient and two moments in float32; the last two of a base's
-    weight in its own format, which is in `base weights` already."""
-    number = bytes_each if job.method == "full" else 4
-    moments = 2 if job.train.optim.endswith("8bit") else 2 * number
-    return moments + number * (1 if job.method == "full" else 2)
+def _moment_bytes(job: JobSpec, trained: int, number: int) -> int:
+    """Of Adam's two moments."""
+    return trained * (2 if job.train.optim.endswith("8bit") else 2 * number)
 
 
 def trained_parameters(job: JobSpec, shape: Shape, labels: int) -> int:
@@ -84,6 +151,12 @@ def trained_parameters(job: JobSpec, shape: Shape, labels: int) -> int:
         return head + job.prompt_tuning.num_virtual_tokens * shape.hidden
     lora = job.lora
     return head + shape.lora_parameters(lora.lora_r, lora.lora_target_modules, dora=lora.use_dora)
+
+
+def checkpoint_bytes(job: JobSpec, trained: int, *, cuda: bool) -> int:
+    """Of one checkpoint: what is trained, and Adam's two moments."""
+    number = _bytes_each(job, cuda=cuda) if job.method == "full" else 4
+    return trained * number + _moment_bytes(job, trained, number)
 
 
 def _bytes_each(job: JobSpec, *, cuda: bool) -> int:

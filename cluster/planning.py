@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.memory import estimate
-from cluster.shape import shape
+from cluster.memory import checkpoint_bytes, estimate, trained_parameters
+from cluster.shape import Shape, shape
 from jobs import rungs, search
 from jobs.defaults import learning_rate
 from jobs.errors import AssetError, JobFileError, Problem
@@ -17,7 +17,7 @@ from jobs.plan import MemoryEstimate, Plan, PlannedTrial
 from jobs.rows import Row, Rows, load_rows
 from jobs.schedule import Schedule, schedule
 from jobs.search import Assignment
-from jobs.site import LocalSite
+from jobs.site import Site
 from jobs.spec import JobSpec
 from jobs.support import CUT_WEIGHTS, Strategy, refusals
 
@@ -35,7 +35,7 @@ class _Known:
     notes: tuple[str, ...]
 
 
-def make_plan(loaded: LoadedJob, site: LocalSite, command: str) -> Plan:
+def make_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
     """Everything that `sweep` or `train` would do. Raises a UserError where it could not begin."""
     searching = command == "sweep" and loaded.job.search is not None
     job = loaded.job if searching else loaded.job.model_copy(update={"search": None})
@@ -49,14 +49,20 @@ def make_plan(loaded: LoadedJob, site: LocalSite, command: str) -> Plan:
     trials = [search.trial(job, assignment) for assignment in configurations]
     schedules = [schedule(trial, train_rows or _ASSUMED_ROWS, searching=searching) for trial in trials]
     total = _total(job, len(configurations))
-    memory = _memory(trials, known, cuda=bool(_uses_gpu(job, site)))
-    strategy, why = choose_strategy(trials, site, memory, cuda=bool(_uses_gpu(job, site)))
-    placement = place(job, site, total, _host_gib(job, memory, cuda=bool(_uses_gpu(job, site))), strategy)
+    cuda = _uses_gpu(job, site)
+    each = [_memory(trial, known, cuda=cuda) for trial in trials]
+    strategy, why = choose_strategy(trials, site, _largest(each), cuda=cuda)
+    if strategy != job.resources.strategy:
+        trials = [_with_strategy(trial, strategy) for trial in trials]
+        each = [_memory(trial, known, cuda=cuda) for trial in trials]
+    memory = _largest(each)
+    placement = place(job, site, total, _host_gib(job, memory, cuda=cuda), strategy)
     worst, expected = _cost(job, schedules, total)
+    notes += _too_large(each, site, cuda=cuda)
     return Plan(
         job=job,
         command="sweep" if searching else "train",
-        trials=[_planned(t, a, s, known) for t, a, s in zip(trials, configurations, schedules, strict=True)],
+        trials=[_planned(*one, known) for one in zip(trials, configurations, schedules, each, strict=True)],
         later_trials=total - len(configurations),
         placement=placement,
         batch_rows=schedules[0].batch_rows,
@@ -67,6 +73,8 @@ def make_plan(loaded: LoadedJob, site: LocalSite, command: str) -> Plan:
         worst_samples=worst,
         expected_samples=expected,
         memory=memory,
+        gpu_memory_gib=site.gpu_memory_gib if cuda else 0.0,
+        checkpoint_gb=_checkpoint_gb(trials, known, placement.slots, cuda=cuda),
         strategy=_strategy(placement, why),
         notes=notes,
     )
@@ -122,7 +130,9 @@ def _cost(job: JobSpec, schedules: list[Schedule], total: int) -> tuple[int, int
     return worst, min(worst, round(rungs.expected_time(total, levels, job.search.scheduler.reduction_factor)))
 
 
-def _planned(resolved: JobSpec, assignment: Assignment, plan: Schedule, known: _Known) -> PlannedTrial:
+def _planned(
+    resolved: JobSpec, assignment: Assignment, plan: Schedule, memory: MemoryEstimate | None, known: _Known
+) -> PlannedTrial:
     shown = resolved.model_dump(mode="json", include={"method", "model", "train", *METHOD_BLOCKS[resolved.method]})
     shown["train"]["learning_rate"] = learning_rate(resolved).value
     return PlannedTrial(
@@ -130,25 +140,63 @@ def _planned(resolved: JobSpec, assignment: Assignment, plan: Schedule, known: _
         assignment=assignment,
         resolved=shown,
         steps=plan.total_steps,
+        memory=memory,
     )
 
 
-def _uses_gpu(job: JobSpec, site: LocalSite) -> bool:
+def _uses_gpu(job: JobSpec, site: Site) -> bool:
     return site.gpus > 0 and job.resources.device != "cpu" and job.resources.gpus_per_node != 0
 
 
-def _memory(trials: list[JobSpec], known: _Known, *, cuda: bool) -> MemoryEstimate | None:
-    """The largest estimate over the configurations, where the model's shape is known."""
-    longest = _longest_tokens(known.rows) if known.rows else trials[0].model.max_length
-    found = []
+def _memory(resolved: JobSpec, known: _Known, *, cuda: bool) -> MemoryEstimate | None:
+    """Of one trial, where the model's shape is known. Its weights need not be here."""
+    found = _shape_of(resolved)
+    if found is None:
+        return None
+    longest = _longest_tokens(known.rows) if known.rows else resolved.model.max_length
+    labels = len(known.rows.labels) if known.rows else 2
+    return estimate(resolved, *found, longest, cuda=cuda, labels=labels)
+
+
+def _shape_of(resolved: JobSpec) -> tuple[Shape, int] | None:
+    """A trial's model, and its weights: counted in the files where they are here, else from the shape."""
+    name, revision = resolved.model.model_name_or_path, resolved.model.revision
+    config = model_config(name, revision)
+    found = shape(config) if config else None
+    return (found, parameter_count(name, revision) or found.parameters) if found else None
+
+
+def _largest(each: list[MemoryEstimate | None]) -> MemoryEstimate | None:
+    return max((memory for memory in each if memory), key=lambda memory: memory.expected, default=None)
+
+
+def _too_large(each: list[MemoryEstimate | None], site: Site, *, cuda: bool) -> list[str]:
+    """A sentence where trials are not expected to fit a GPU."""
+    room = site.gpu_memory_gib
+    large = [memory.expected for memory in each if memory and cuda and room and memory.expected > room]
+    if not large:
+        return []
+    return [
+        f"{len(large)} of {len(each)} trials are expected to need up to {max(large):.1f} GiB, and a GPU has "
+        f"{room:.1f}: fewer rows a pass (with more accumulation), "
+        "train.gradient_checkpointing, method: qlora, or strategy: fsdp"
+    ]
+
+
+def _checkpoint_gb(trials: list[JobSpec], known: _Known, slots: int, *, cuda: bool) -> float | None:
+    """GB on disk of the largest checkpoint, for as many trials as run at once."""
+    labels = len(known.rows.labels) if known.rows else 2
+    sizes = []
     for resolved in trials:
-        name, revision = resolved.model.model_name_or_path, resolved.model.revision
-        config, parameters = model_config(name, revision), parameter_count(name, revision)
-        known_shape = shape(config) if config else None
-        if known_shape and parameters:
-            labels = len(known.rows.labels) if known.rows else 2
-            found.append(estimate(resolved, known_shape, parameters, longest, cuda=cuda, labels=labels))
-    return max(found, key=lambda memory: memory.expected, default=None)
+        found = _shape_of(resolved)
+        if found:
+            trained = found[1] if resolved.method == "full" else trained_parameters(resolved, found[0], labels)
+            sizes.append(checkpoint_bytes(resolved, trained, cuda=cuda))
+    return slots * max(sizes) / 1e9 if sizes else None
+
+
+def _with_strategy(resolved: JobSpec, strategy: Strategy) -> JobSpec:
+    return resolved.model_copy(update={"resources": resolved.resources.model_copy(update={"strategy": strategy})})
 
 
 def _longest_tokens(rows: Rows) -> int:
@@ -168,7 +216,7 @@ def _host_gib(job: JobSpec, memory: MemoryEstimate | None, *, cuda: bool) -> flo
 
 
 def choose_strategy(
-    trials: list[JobSpec], site: LocalSite, memory: MemoryEstimate | None, *, cuda: bool
+    trials: list[JobSpec], site: Site, memory: MemoryEstimate | None, *, cuda: bool
 ) -> tuple[Strategy, str]:
     """What `auto` means for these trials, of which `memory` is the largest's, and why.
 
@@ -184,8 +232,7 @@ def choose_strategy(
     if memory.expected <= room:
         return "ddp", f"auto: {need} fit a GPU of {room:.1f}"
     for strategy in CUT_WEIGHTS:
-        resources = wanted.model_copy(update={"strategy": strategy})
-        if not any(refusals(trial.model_copy(update={"resources": resources})) for trial in trials):
+        if not any(refusals(_with_strategy(trial, strategy)) for trial in trials):
             return strategy, f"auto: {need} do not fit a GPU of {room:.1f}, so weights are cut up"
     return "ddp", f"auto: {need} do not fit a GPU of {room:.1f}, but this job's weights cannot be cut up"
 
@@ -193,5 +240,6 @@ def choose_strategy(
 def _strategy(placement: Placement, why: str) -> str:
     if not placement.distributed:
         return "one process a trial, in warm actors that keep the base loaded"
-    group = f"{placement.workers} processes a trial, in a Ray Train worker group each"
+    over = f" over {placement.num_nodes} machines" if placement.num_nodes > 1 else ""
+    group = f"{placement.workers} processes a trial{over}, in a Ray Train worker group each"
     return f"{placement.strategy}: {group} ({why})"

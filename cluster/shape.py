@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+Reads = Literal["attention", "attended", "feed_forward", "inner"]
+"""Which of a block's tensors a matrix reads: attention's input or output, the feed-forward part's input or middle."""
+Family = Literal["bert", "gpt", "llama"]
+"""How a block is built, as far as what it keeps for the backward pass goes."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear layer: where it is in its block, and its sides."""
+    """A linear layer: where it is in its block, its sides, and what it reads."""
 
     path: str
     fan_in: int
     fan_out: int
+    reads: Reads = "attention"
 
     @property
     def size(self) -> int:
@@ -37,6 +43,30 @@ class Shape:
     """The matrices of one layer."""
     beside: tuple[Matrix, ...] = ()
     """Matrices that there are once (a pooler)."""
+    family: Family = "llama"
+    """How its blocks are built."""
+    positions: int = 0
+    """Learnt positions; 0 where they are worked out."""
+    tied: bool = True
+    """Whether the output head is the embedding."""
+    dropout: float = 0.0
+    """Of the model's own layers."""
+    attention_dropout: float = 0.0
+    """Of attention's scores."""
+
+    @property
+    def parameters(self) -> int:
+        """All weights, but for biases and norms (below one in a hundred): for a model whose weights are not here."""
+        return self.matrices + self.hidden * (self.vocabulary * (1 if self.tied else 2) + self.positions)
+
+    @property
+    def inner(self) -> int:
+        """Width of the feed-forward part's middle."""
+        return next((matrix.fan_in for matrix in self.block if matrix.reads == "inner"), 4 * self.hidden)
+
+    def adapted(self, names: str | tuple[str, ...]) -> list[Matrix]:
+        """A block's matrices that PEFT's `target_modules` mean."""
+        return [matrix for matrix in self.block if isinstance(names, str) or matrix.is_named(names)]
 
     @property
     def matrices(self) -> int:
@@ -61,6 +91,10 @@ _NAMES = {
     "inner": ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim"),
 }
 """One thing, as different configs call it."""
+_DROPOUTS = ("hidden_dropout_prob", "resid_pdrop", "resid_dropout", "dropout")
+_ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attn_pdrop", "attention_dropout")
+_USUAL_DROPOUT = dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "camembert", "distilbert", "gpt2"), 0.1)
+"""What transformers takes where a config does not say."""
 _Square = tuple[tuple[str, ...], str, str]
 _BERT: _Square = (
     ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
@@ -81,6 +115,7 @@ _SQUARES: dict[str, _Square] = {
     ),
 }
 """Model type -> its square matrices, and the two of its feed-forward part."""
+_SQUARE_READS: tuple[Reads, ...] = ("attention", "attention", "attention", "attended")
 
 
 def shape(config: dict[str, Any]) -> Shape | None:
@@ -92,6 +127,7 @@ def shape(config: dict[str, Any]) -> Shape | None:
     hidden, layers, heads = int(found["hidden"]), int(found["layers"]), int(found["heads"] or 1)
     inner = int(found["inner"] or 4 * hidden)
     kind = str(config.get("model_type", ""))
+    family: Family = "gpt" if kind in ("gpt2", "gpt_neo") else "bert" if kind in _SQUARES else "llama"
     return Shape(
         hidden=hidden,
         layers=layers,
@@ -99,28 +135,45 @@ def shape(config: dict[str, Any]) -> Shape | None:
         vocabulary=int(config["vocab_size"]),
         block=_block(kind, config, hidden, inner, heads),
         beside=(Matrix("pooler.dense", hidden, hidden),) if kind == "bert" else (),
+        family=family,
+        positions=0
+        if family == "llama"
+        else int(config.get("max_position_embeddings") or config.get("n_positions") or 0),
+        tied=bool(config.get("tie_word_embeddings", family != "llama")),
+        dropout=_first(config, _DROPOUTS, _USUAL_DROPOUT.get(kind, 0.0)),
+        attention_dropout=_first(config, _ATTENTION_DROPOUTS, _USUAL_DROPOUT.get(kind, 0.0)),
     )
+
+
+def _first(config: dict[str, Any], names: tuple[str, ...], otherwise: float) -> float:
+    return float(next((config[name] for name in names if config.get(name) is not None), otherwise))
 
 
 def _block(kind: str, config: dict[str, Any], hidden: int, inner: int, heads: int) -> tuple[Matrix, ...]:
     if kind == "gpt2":  # query, key and value are one matrix
         return _feed_forward(hidden, inner, "mlp.c_fc", "mlp.c_proj", Matrix("attn.c_attn", hidden, 3 * hidden),
-                             Matrix("attn.c_proj", hidden, hidden))  # fmt: skip
+                             Matrix("attn.c_proj", hidden, hidden, "attended"))  # fmt: skip
     if kind in _SQUARES:
         square, up, down = _SQUARES[kind]
-        return _feed_forward(hidden, inner, up, down, *(Matrix(path, hidden, hidden) for path in square))
+        return _feed_forward(
+            hidden,
+            inner,
+            up,
+            down,
+            *(Matrix(path, hidden, hidden, reads) for path, reads in zip(square, _SQUARE_READS, strict=True)),
+        )
     width = int(config.get("head_dim") or hidden // heads)
     pairs = int(config.get("num_key_value_heads") or heads)
     return (
         Matrix("self_attn.q_proj", hidden, heads * width),
         Matrix("self_attn.k_proj", hidden, pairs * width),
         Matrix("self_attn.v_proj", hidden, pairs * width),
-        Matrix("self_attn.o_proj", heads * width, hidden),
-        Matrix("mlp.gate_proj", hidden, inner),
-        Matrix("mlp.up_proj", hidden, inner),
-        Matrix("mlp.down_proj", inner, hidden),
+        Matrix("self_attn.o_proj", heads * width, hidden, "attended"),
+        Matrix("mlp.gate_proj", hidden, inner, "feed_forward"),
+        Matrix("mlp.up_proj", hidden, inner, "feed_forward"),
+        Matrix("mlp.down_proj", inner, hidden, "inner"),
     )
 
 
 def _feed_forward(hidden: int, inner: int, up: str, down: str, *attention: Matrix) -> tuple[Matrix, ...]:
-    return (*attention, Matrix(up, hidden, inner), Matrix(down, inner, hidden))
+    return (*attention, Matrix(up, hidden, inner, "feed_forward"), Matrix(down, inner, hidden, "inner"))

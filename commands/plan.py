@@ -11,7 +11,7 @@ from commands.common import Format, Job, Output, Overrides, console, note_aliase
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from jobs.plan import Plan
+    from jobs.plan import Plan, PlannedTrial
 
 
 def plan(
@@ -23,13 +23,13 @@ def plan(
     """Print every trial with its values, where they run, the memory, the steps, and what ASHA saves."""
     from cluster.backends import backend_for
     from cluster.check import check_names
-    from cluster.machine import local_site
+    from cluster.machine import site_here
     from jobs.load import load_job
 
     loaded = load_job(job, tuple(overrides or ()))
     check_names(loaded)
     command = "train" if train or loaded.job.search is None else "sweep"
-    made = backend_for(local_site()).plan(loaded, command)
+    made = backend_for(site_here()).plan(loaded, command)
     if output is Format.JSON:
         typer.echo(made.model_dump_json(indent=2))
         return
@@ -55,13 +55,21 @@ def plan_view(made: Plan) -> RenderableType:
     paths = list(made.trials[0].assignment)
     resolved = [trial.resolved for trial in made.trials]
     fixed = [p for p in _SHOWN if p not in paths and any(fields.get(values, p) is not None for values in resolved)]
-    for name in ("#", "trial", *paths, *(path.rpartition(".")[2] for path in fixed), "steps"):
+    for name in ("#", "trial", *paths, *(path.rpartition(".")[2] for path in fixed), "steps", "GiB"):
         table.add_column(name, justify="left" if name == "trial" else "right")
     for number, trial in enumerate(made.trials, start=1):
         values = [_cell(value) for value in trial.assignment.values()]
         others = [_cell(fields.get(trial.resolved, path)) for path in fixed]
-        table.add_row(str(number), trial.trial_id or "-", *values, *others, str(trial.steps))
+        table.add_row(str(number), trial.trial_id or "-", *values, *others, str(trial.steps), _gib(trial, made))
     return Group(table, Text(""), *(Text(line) for line in plan_lines(made)))
+
+
+def _gib(trial: PlannedTrial, made: Plan) -> str:
+    """What one process of a trial is expected to need, marked where a GPU has less."""
+    if trial.memory is None:
+        return "-"
+    room = made.gpu_memory_gib
+    return f"{trial.memory.expected:.1f}" + (" does not fit" if room and trial.memory.expected > room else "")
 
 
 def _cell(value: object) -> str:
@@ -109,4 +117,9 @@ def plan_lines(made: Plan) -> list[str]:
         )
     else:
         lines.append("memory          not known: the model's config is not on this machine")
+    if made.checkpoint_gb is not None:
+        lines.append(
+            f"checkpoints     {1000 * made.checkpoint_gb:,.0f} MB for the trials that run at once, at least every "
+            f"{made.job.train.checkpoint_minutes:g} minutes; the one before is kept beside it"
+        )
     return lines

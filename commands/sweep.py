@@ -42,7 +42,7 @@ def _start(
     from cluster.backends import backend_for
     from cluster.check import check_names
     from cluster.fetch import fetch_job
-    from cluster.machine import local_site
+    from cluster.machine import site_here
     from commands.watch import follow
     from jobs.errors import JobFileError, Problem
     from jobs.load import load_job
@@ -56,7 +56,7 @@ def _start(
         note_aliases(loaded.notes)
     check_names(loaded)
     fetch_job(loaded.job, say if not quiet else lambda _: None)
-    backend = backend_for(local_site())
+    backend = backend_for(site_here())
     plan = backend.plan(loaded, command)
     if not quiet:
         for note in plan.notes[len(loaded.notes) :]:

@@ -157,8 +157,7 @@ def _all_news(run: Run) -> Iterator[str]:
         if TrialState(status.get("state", "pending")).ended:
             reason = f": {status['reason']}" if status.get("reason") else ""
             yield f"{trial.id} ({what}) {status['state']}{reason}"
-    for event in run.events("warning"):
-        yield f"{event['trial_id']}: {event['sentence']}"
+    yield from run.remarks()
     phase = run.status().get("phase")
     if phase:
         yield f"{run.id}: {phase}"

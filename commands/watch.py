@@ -45,7 +45,7 @@ def follow(run: Run, backend: Backend, *, quiet: bool, output: Format, known: se
 
 @contextmanager
 def _signals_go_to(child: Any) -> Iterator[None]:
-    """The driver hears Ctrl-C itself (it is in this terminal's process group); SIGTERM is passed on."""
+    """The driver hears Ctrl-C itself (it is in this terminal's process group); the others are passed on."""
 
     def forward(number: int, _frame: Any) -> None:
         child.send_signal(number)
@@ -57,6 +57,7 @@ def _signals_go_to(child: Any) -> Iterator[None]:
         signal.SIGINT: signal.signal(signal.SIGINT, ignore),
         signal.SIGTERM: signal.signal(signal.SIGTERM, forward),
         signal.SIGHUP: signal.signal(signal.SIGHUP, forward),
+        signal.SIGUSR1: signal.signal(signal.SIGUSR1, forward),
     }
     try:
         yield
@@ -116,7 +117,7 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format) -> None:
 
     screen = console()
     screen.print(terminal(report, screen.width))
-    if code == ExitCode.INTERRUPTED:
+    if code in (ExitCode.INTERRUPTED, ExitCode.REQUEUE):
         say(f"\n{run.id} was interrupted; `lorafleet resume {run.id}` goes on")
         return
     typer.echo(f"\nreport   {run.path / 'report' / 'report.html'}")

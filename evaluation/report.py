@@ -50,7 +50,7 @@ def build_report(run: Run) -> Report:
         trials=ordered,
         recommendation=chosen.model_copy(update={"adapter": _weights(run, chosen.trial_id)}),
         wall_seconds=run.status().get("wall_seconds"),
-        warnings=list(facts.get("warnings", [])) + _optimism(facts) + _said(run),
+        warnings=list(facts.get("warnings", [])) + _optimism(facts) + run.remarks(),
         versions=facts.get("versions", {}),
         facts=shown_facts,
     )
@@ -79,10 +79,6 @@ def report_json(report: Report) -> str:
 def describe(params: dict[str, Any]) -> str:
     """Searched values in words: `lora_r=8, learning_rate=0.00126`."""
     return ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in params.items())
-
-
-def _said(run: Run) -> list[str]:
-    return [f"{event['trial_id']}: {event['sentence']}" for event in run.events("warning")]
 
 
 def _weights(run: Run, trial_id: str | None) -> str | None:

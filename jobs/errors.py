@@ -5,6 +5,7 @@ LorafleetError                      exit code 1: ours
 │   ├── JobFileError                a job file that cannot be read or run (holds every problem found)
 │   ├── DataError                   rows that cannot be trained on, named by file and line
 │   ├── AssetError                  a model or data set that is missing, unreachable or not what was pinned
+│   ├── DiskFull                    no room for a checkpoint or a record; what was written before is whole
 │   ├── PlacementRefused            the hardware cannot hold what one trial needs
 │   ├── RunError                    no such run, or a run in the wrong state for what was asked
 │   └── MissingExtra                an optional package is needed
@@ -13,8 +14,11 @@ LorafleetError                      exit code 1: ours
 
 from __future__ import annotations
 
+import errno
+import shutil
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 
 
 class ExitCode(IntEnum):
@@ -83,6 +87,36 @@ class AssetError(UserError):
     """A model or data set that cannot be had."""
 
 
+class DiskFull(UserError):
+    """There is no room on a disk that the run writes to."""
+
+
+def disk_full(error: BaseException, folder: Path) -> DiskFull | None:
+    """The sentence for an error that a full disk (or a spent quota) explains, or None.
+
+    torch and safetensors write with code of their own, whose errors have no errno: theirs are known by their words, and
+    by how much room there is.
+    """
+    words = str(error)
+    known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    likely = "No space left" in words or "Disk quota" in words
+    if not known and not likely and not ("failed writing file" in words and _free(folder) < _LITTLE):
+        return None
+    return DiskFull(
+        f"the disk of {folder} is full ({_free(folder) / 1e6:,.0f} MB free): free some space, then `lorafleet resume` "
+        "goes on from the last good checkpoints"
+    )
+
+
+_LITTLE = 16_000_000
+"""Bytes; less room than this explains a write that failed."""
+
+
+def _free(folder: Path) -> float:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return float(shutil.disk_usage(existing).free)
+
+
 class PlacementRefused(UserError):
     """What one trial needs does not fit the hardware."""
 
@@ -98,6 +132,9 @@ class MissingExtra(UserError):
 class TrainingFailure(LorafleetError):
     """A trial that cannot go on. `failure_class` is one of FAILURE_CLASSES."""
 
+    final = False
+    """Whether trying again is known to change nothing."""
+
     def __init__(self, failure_class: str, sentence: str) -> None:
         self.failure_class = failure_class
         self.sentence = sentence
@@ -107,4 +144,4 @@ class TrainingFailure(LorafleetError):
         return (TrainingFailure, (self.failure_class, self.sentence))
 
 
-FAILURE_CLASSES = ("oom", "nan", "preempted", "worker_lost", "data", "config", "code")
+FAILURE_CLASSES = ("oom", "nan", "preempted", "worker_lost", "hang", "data", "config", "code")

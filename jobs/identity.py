@@ -45,6 +45,8 @@ _OUTSIDE_TRAIN = {
     "checkpoint_minutes",
     "per_device_eval_batch_size",
     "chunked_loss",
+    "padding_free",
+    "torch_compile",
     "gradient_checkpointing",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",

@@ -1,24 +1,50 @@
-"""Where trials go: one trial's needs and a machine's hardware -> bundles and how many run at once. Pure."""
+"""Where trials go: one trial's needs and a site's machines -> bundles and how many run at once. Pure."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 from pydantic import Field
 
 from jobs.errors import PlacementRefused
-from jobs.site import LocalSite
+from jobs.site import LocalSite, Node, Site
 from jobs.spec import JobSpec, Spec
 from jobs.support import Strategy
+
+_SHOWN = 8
+"""Machines that a sentence names."""
+
+
+class Share(NamedTuple):
+    """What one trial takes."""
+
+    nodes: int
+    """So many different machines,"""
+    cpus: int
+    """CPU cores of each,"""
+    gpus: int
+    """and GPUs of each."""
+
+    def of(self, node: Node) -> int:
+        """How many such shares a machine holds."""
+        return min(node.cpus // self.cpus, node.gpus // self.gpus if self.gpus else node.cpus // self.cpus)
+
+    def __str__(self) -> str:
+        each = f"{self.cpus} CPU cores" + (f" and {self.gpus} GPUs" if self.gpus else "")
+        return f"{self.nodes} nodes x {each}" if self.nodes > 1 else each
 
 
 class Placement(Spec):
     """How trials are laid over the hardware."""
 
     workers: int = Field(ge=1)
-    """Training processes of one trial."""
+    """Training processes of one trial, on all its machines."""
+    num_nodes: int = Field(1, ge=1)
+    """Machines of one trial."""
     cpus_per_worker: int = Field(ge=1)
-    """CPU cores of each."""
+    """CPU cores of each process."""
     gpus_per_worker: int = Field(ge=0, le=1)
     """GPUs of each."""
     strategy: Strategy = "ddp"
@@ -35,40 +61,60 @@ class Placement(Spec):
         """Whether a trial has several processes, and so runs in a Ray Train worker group and not in a warm actor."""
         return self.workers > 1
 
+    @property
+    def spread(self) -> Literal["STRICT_PACK", "STRICT_SPREAD", "PACK"]:
+        """How Ray lays out a trial's processes; all of them are placed, or none."""
+        if self.num_nodes == 1:
+            return "STRICT_PACK"
+        return "STRICT_SPREAD" if self.workers == self.num_nodes else "PACK"
 
-def place(job: JobSpec, site: LocalSite, trials: int, trial_memory_gib: float, strategy: Strategy = "ddp") -> Placement:
-    """Slots and waves of `trials` trials, each of which takes `trial_memory_gib` of host memory.
+    @property
+    def share(self) -> Share:
+        """What one trial takes of each of its machines."""
+        each = self.workers // self.num_nodes
+        return Share(self.num_nodes, each * self.cpus_per_worker, each * self.gpus_per_worker)
+
+
+def groups(nodes: Sequence[Node], share: Share) -> int:
+    """How many trials can run at once when each has its share of `share.nodes` different machines.
+
+    g trials fit when the machines, none used more than once by a trial, have g x nodes shares between them:
+    sum(min(shares of a machine, g)) >= g x nodes.
+    """
+    held = [share.of(node) for node in nodes]
+    possible = 0
+    while sum(min(count, possible + 1) for count in held) >= (possible + 1) * share.nodes:
+        possible += 1
+    return possible
+
+
+def place(job: JobSpec, site: Site, trials: int, trial_memory_gib: float, strategy: Strategy = "ddp") -> Placement:
+    """Slots and waves of `trials` trials, each of which takes `trial_memory_gib` of host memory over all its machines.
 
     Raises PlacementRefused, in one sentence, when not even one trial fits.
     """
     wants = job.resources
     gpus = _gpus_per_worker(job, site)
-    if wants.num_nodes > 1:
-        raise PlacementRefused(f"resources.num_nodes is {wants.num_nodes}, but this is one machine")
     if job.search and job.search.budget.gpu_hours is not None and not gpus:
         raise PlacementRefused(
-            "search.budget.gpu_hours counts GPUs, and this machine's trials use none; use search.budget.wall_hours"
+            f"search.budget.gpu_hours counts GPUs, and the trials on {site.called} use none; use "
+            "search.budget.wall_hours"
         )
-    workers = wants.workers_per_node
-    needs = {"CPU cores": (workers * wants.cpus_per_worker, site.cpus), "GPUs": (workers * gpus, site.gpus)}
-    fits = {}
-    for what, (need, have) in needs.items():
-        if need > have:
-            raise PlacementRefused(f"each trial needs {need} {what} on one machine, and this one has {have}")
-        if need:
-            fits[what] = have // need
-    if trial_memory_gib > site.memory_gib:
-        raise PlacementRefused(
-            f"each trial needs about {trial_memory_gib:.1f} GiB of memory, and {site.memory_gib:.1f} are free here"
-        )
-    fits["memory"] = max(1, math.floor(site.memory_gib / max(trial_memory_gib, 0.01)))
+    per_node = wants.workers_per_node
+    share = Share(wants.num_nodes, per_node * wants.cpus_per_worker, per_node * gpus)
+    _check_one_fits(site, share)
+    fits = {"CPU cores": groups(site.nodes, share._replace(gpus=0))}
+    if share.gpus:
+        fits["GPUs"] = groups(site.nodes, share)
+    fits["memory"] = _memory_groups(site, wants.num_nodes, trial_memory_gib)
     fits["trials"] = trials
     if job.search and job.search.max_concurrent_trials:
         fits["max_concurrent_trials"] = job.search.max_concurrent_trials
     limit = min(fits, key=lambda what: fits[what])
     slots = max(1, fits[limit])
     return Placement(
-        workers=workers,
+        workers=wants.world_size,
+        num_nodes=wants.num_nodes,
         cpus_per_worker=wants.cpus_per_worker,
         gpus_per_worker=gpus,
         strategy=strategy,
@@ -78,15 +124,66 @@ def place(job: JobSpec, site: LocalSite, trials: int, trial_memory_gib: float, s
     )
 
 
-def _gpus_per_worker(job: JobSpec, site: LocalSite) -> int:
+def _check_one_fits(site: Site, share: Share) -> None:
+    if groups(site.nodes, share):
+        return
+    if share.nodes > len(site.nodes) and isinstance(site, LocalSite):
+        raise PlacementRefused(
+            f"each trial needs {share}, and this is one machine: start Ray on each (`ray start`) and name it in "
+            "RAY_ADDRESS, or set resources.num_nodes to 1"
+        )
+    raise PlacementRefused(f"each trial needs {share}, and {site.called} has {_held(site.nodes)}")
+
+
+def _held(nodes: Sequence[Node]) -> str:
+    """`a: 8 CPU cores and 4 GPUs, b: ...`; a machine alone is not named."""
+    shown = [f"{node.cpus} CPU cores and {node.gpus} GPUs" for node in nodes[:_SHOWN]]
+    if len(nodes) > 1:
+        shown = [f"{node.name}: {has}" for node, has in zip(nodes, shown, strict=False)]
+    more = [f"{len(nodes) - _SHOWN} more"] if len(nodes) > _SHOWN else []
+    return ", ".join(shown + more) or "no machine"
+
+
+def _memory_groups(site: Site, num_nodes: int, trial_memory_gib: float) -> int:
+    """How many trials the memory holds; raises PlacementRefused when not one."""
+    each = max(trial_memory_gib / num_nodes, 0.01)
+    largest = sorted((node.memory_gib for node in site.nodes if node.cpus), reverse=True)[:num_nodes]
+    if each > largest[-1]:
+        raise PlacementRefused(
+            f"each trial needs about {each:.1f} GiB of memory on each machine, and {site.called} has "
+            f"{largest[-1]:.1f} free"
+        )
+    shares = [math.floor(node.memory_gib / each) for node in site.nodes if node.cpus]
+    return max(1, sum(shares) // num_nodes)
+
+
+def fitted(placement: Placement, nodes: Sequence[Node]) -> tuple[Placement, str | None]:
+    """The placement on the machines that are really there, and what is to be said when fewer trials fit at once.
+
+    Raises PlacementRefused when none does.
+    """
+    possible = groups(nodes, placement.share)
+    if possible >= placement.slots:
+        return placement, None
+    here = f"each trial needs {placement.share}; the cluster has {possible} such group{'' if possible == 1 else 's'}"
+    if not possible:
+        raise PlacementRefused(f"{here} ({_held(nodes)})")
+    waves = math.ceil(placement.waves * placement.slots / possible)
+    fewer = placement.model_copy(update={"slots": possible, "waves": waves, "limited_by": "the cluster's machines"})
+    return fewer, f"{here}; concurrency set to {possible}"
+
+
+def _gpus_per_worker(job: JobSpec, site: Site) -> int:
     wants = job.resources
     if wants.device == "cpu":
         return 0
     asked = wants.gpus_per_node
     if asked == "auto":
         if wants.device == "cuda" and not site.gpus:
-            raise PlacementRefused("resources.device is cuda, but this machine has no GPU that its driver shows")
+            raise PlacementRefused(f"resources.device is cuda, but {site.called} has no GPU that its driver shows")
         return 1 if site.gpus else 0
     if asked and not site.gpus:
-        raise PlacementRefused(f"resources.gpus_per_node is {asked}, but this machine has no GPU that its driver shows")
+        raise PlacementRefused(
+            f"resources.gpus_per_node is {asked}, but {site.called} has no GPU that its driver shows"
+        )
     return 1 if asked else 0

@@ -14,13 +14,13 @@ class MemoryEstimate(Spec):
     """Memory of one training process, in GiB, by component."""
 
     components: dict[str, float]
-    """Weights, adapter with its optimiser, activations, runtime."""
+    """Base weights, adapter, gradients, optimiser, activations, logits, runtime."""
     low: float
-    """If activations are small."""
+    """A tenth below what is expected."""
     expected: float
-    """The sum of the components."""
+    """The sum of the components, less what is never there at the same time."""
     high: float
-    """With a margin for fragmentation and a longest batch."""
+    """With a margin for fragmentation, and with attention's scores."""
     of: str
     """What is estimated: a GPU's memory or a process's."""
 
@@ -36,6 +36,8 @@ class PlannedTrial(Spec):
     """Every field that trains, as this trial has it."""
     steps: int
     """Optimiser steps to the end."""
+    memory: MemoryEstimate | None = None
+    """Of one of its processes; None when the model's shape is not known here."""
 
 
 class Plan(Spec):
@@ -66,7 +68,11 @@ class Plan(Spec):
     expected_samples: int
     """Training rows expected under ASHA."""
     memory: MemoryEstimate | None
-    """Of one training process; None when the model's shape is not known here."""
+    """The largest trial's; None when no model's shape is known here."""
+    gpu_memory_gib: float = 0.0
+    """What a GPU of the site has, in GiB; 0 on CPU and where it is not known."""
+    checkpoint_gb: float | None = None
+    """GB on disk of one checkpoint of all trials that run at once; the one before is kept beside it."""
     strategy: str
     """What `auto` came to."""
     notes: list[str] = []

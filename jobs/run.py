@@ -22,6 +22,9 @@ from jobs import files
 from jobs.errors import RunError
 from jobs.search import Assignment
 
+_RESERVE = 2**20
+"""Bytes; random ones, since some file systems keep no room for zeros."""
+
 
 class RunState(StrEnum):
     """Where a run is."""
@@ -83,6 +86,14 @@ class Trial:
         model = self.weights_of("full")
         return model if model.is_dir() else self.weights_of("lora")
 
+    def hang_file(self, rank: int) -> Path:
+        """Where the stacks of a process that hangs go."""
+        return self.path / f"hang-{rank}.txt"
+
+    def hang_files(self) -> list[Path]:
+        """Those of all processes; empty ones are of processes that did not hang."""
+        return sorted(self.path.glob("hang-*.txt"))
+
     def params(self) -> dict[str, Any]:
         """`{"assignment", "index", ...}` as it was written when the trial was made."""
         return files.read_json(self.path / "params.json")
@@ -135,12 +146,21 @@ class Run:
                 continue
             run = cls(path)
             run.set_state(RunState.PENDING, created=time.time(), name=name)
+            run.keep_reserve()
             return run
 
     @property
     def id(self) -> str:
         """The folder's name."""
         return self.path.name
+
+    def keep_reserve(self) -> None:
+        """Take some room, which `release_reserve` gives back on the day when the disk is full."""
+        (self.path / ".reserve").write_bytes(secrets.token_bytes(_RESERVE))
+
+    def release_reserve(self) -> None:
+        """Make room for the last words of a run."""
+        (self.path / ".reserve").unlink(missing_ok=True)
 
     def status(self) -> dict[str, Any]:
         """`{"state", "reason", "pid", ...}`."""
@@ -200,6 +220,23 @@ class Run:
     def event(self, kind: str, **facts: Any) -> None:
         """Add a line to events.jsonl."""
         files.append_jsonl(self.path / "events.jsonl", {"time": time.time(), "event": kind, **facts})
+
+    def remarks(self) -> list[str]:
+        """What happened beside the plan, a sentence each: damaged checkpoints, trials begun again, fewer at once."""
+        said = []
+        for event in self.events():
+            if event.get("event") == "warning":
+                said.append(f"{event['trial_id']}: {event['sentence']}")
+            elif event.get("event") == "placement":
+                said.append(str(event["sentence"]))
+            elif event.get("event") == "retry":
+                failure, number = event["failure"], event["number"]
+                halved = ", with half the rows a pass and twice the passes" if failure["failure_class"] == "oom" else ""
+                said.append(
+                    f"{event['trial_id']} began again{halved} (retry {number} after {failure['failure_class']}): "
+                    f"{failure['sentence']}"
+                )
+        return said
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The lines of events.jsonl, of one kind or all."""

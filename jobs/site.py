@@ -9,6 +9,19 @@ from pydantic import Field
 from jobs.spec import Spec
 
 
+class Node(Spec):
+    """One machine of a site."""
+
+    name: str
+    """What its operator calls it."""
+    cpus: int = Field(ge=0)
+    """CPU cores that may be used; 0 on a head that takes no work."""
+    memory_gib: float = Field(ge=0)
+    """Memory, in GiB, that is free or can be freed."""
+    gpus: int = Field(0, ge=0)
+    """CUDA devices."""
+
+
 class LocalSite(Spec):
     """This machine."""
 
@@ -24,3 +37,39 @@ class LocalSite(Spec):
     """Memory of the smallest of them, in GiB."""
     gpu_name: str = ""
     """Model of the first GPU."""
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """The one machine."""
+        return (Node(name="this machine", cpus=self.cpus, memory_gib=self.memory_gib, gpus=self.gpus),)
+
+    @property
+    def called(self) -> str:
+        """What sentences call it."""
+        return "this machine"
+
+
+class RaySite(Spec):
+    """A Ray that is up already, on one machine or several: what RAY_ADDRESS names."""
+
+    kind: Literal["ray"] = "ray"
+    """Which backend runs it."""
+    address: str
+    """Where it listens, or `auto`."""
+    nodes: tuple[Node, ...]
+    """Its machines that answer."""
+    gpu_memory_gib: float = Field(0.0, ge=0)
+    """Memory of a GPU, in GiB; 0 where it is not known."""
+
+    @property
+    def gpus(self) -> int:
+        """CUDA devices of all machines."""
+        return sum(node.gpus for node in self.nodes)
+
+    @property
+    def called(self) -> str:
+        """What sentences call it."""
+        return f"the Ray at {self.address}"
+
+
+Site = LocalSite | RaySite

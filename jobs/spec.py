@@ -47,6 +47,9 @@ class ModelSpec(Spec):
     """Longest row in tokens, prompt and answer together; longer rows are cut, and counted in a warning."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the frozen weights. `auto`: bfloat16 on GPUs that have it, float32 on CPU."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
+    """Which attention transformers uses; `auto`: torch's scaled dot product (`sdpa`) where the model has it.
+    `flash_attention_2` needs a GPU and the flash-attn package."""
     trust_remote_code: bool = False
     """Whether code from the model's repository may run. Needs `revision` to be a full commit."""
 
@@ -216,6 +219,12 @@ class TrainSpec(Spec):
     """Work out a causal model's loss without holding all logits, where its head is frozen; the loss is the same."""
     gradient_checkpointing: bool = False
     """Work activations out again in the backward pass instead of keeping them: a third slower, far less memory."""
+    padding_free: Literal["auto"] | bool = "auto"
+    """Lay a pass's rows end to end instead of padding them (causal models; the loss is the same). `auto`: with
+    `flash_attention_2`, which skips what one row is to another; other attention works it out and masks it."""
+    torch_compile: bool = False
+    """Compile the model's blocks with torch.compile; the first steps take a minute, which short trials never win
+    back. Needs a C++ compiler on CPU."""
     group_by_length: bool = True
     """Put rows of like length into one batch, which saves padding; the order is random but for that."""
     seed: int = Field(42, ge=0, lt=2**32)
@@ -314,6 +323,27 @@ class ResourcesSpec(Spec):
         if problems:
             raise SpecProblems(problems)
         return self
+
+
+class RetriesSpec(Spec):
+    """How often a trial begins again from its newest checkpoint, by what ended it. Counted over the whole run."""
+
+    oom: int = Field(6, ge=0, le=100)
+    """After running out of memory: each time with half the rows a pass and twice the passes, so that the rows of a step
+    stay what they were."""
+    worker_lost: int = Field(2, ge=0, le=100)
+    """After a process was killed, a node was lost or a GPU failed."""
+    preempted: int = Field(20, ge=0, le=1000)
+    """After a node was taken away with a notice."""
+    hang: int = Field(1, ge=0, le=100)
+    """After `hang_minutes` without a sign of life."""
+    nan: int = Field(0, ge=0, le=100)
+    """After a loss or a gradient that is no number; the same numbers come again unless the hardware was at fault."""
+    code: int = Field(0, ge=0, le=100)
+    """After an error that none of the others describes."""
+    hang_minutes: float = Field(30.0, ge=0, le=10_000)
+    """Minutes without a pass of training or evaluation after which a process writes down where it stands and ends
+    itself; 0: never."""
 
 
 Scalar = bool | int | float | str
@@ -500,6 +530,8 @@ class JobSpec(Spec):
     """The training."""
     resources: ResourcesSpec = ResourcesSpec()
     """What one trial needs."""
+    retries: RetriesSpec = RetriesSpec()
+    """What happens to a trial that is ended from outside."""
     search: SearchSpec | None = None
     """What is searched; `lorafleet train` does not look at it."""
     evaluate: EvaluateSpec = EvaluateSpec()
@@ -513,6 +545,14 @@ class JobSpec(Spec):
     def adapts_with_lora(self) -> bool:
         """Whether the `lora` block says how the base is adapted."""
         return self.method in ("lora", "qlora")
+
+    @property
+    def padding_free(self) -> bool:
+        """Whether a pass's rows are laid end to end."""
+        if self.train.padding_free != "auto":
+            return bool(self.train.padding_free)
+        flash = self.model.attn_implementation == "flash_attention_2"
+        return flash and self.task == "generation" and self.method != "prompt_tuning"
 
     @property
     def changes_base(self) -> bool:
@@ -577,6 +617,22 @@ def _method_problems(job: JobSpec) -> list[Problem]:
                 "lora.init_lora_weights",
                 f"lora.init_lora_weights is {job.lora.init_lora_weights}, but must be default or gaussian with qlora: "
                 "it takes directions out of the base's weights, and quantised ones cannot be written back exactly",
+            )
+        )
+    if job.train.padding_free is True and (job.task == "classification" or job.method == "prompt_tuning"):
+        problems.append(
+            Problem(
+                "train.padding_free",
+                "train.padding_free is true, but must be false or auto for classification (its models look at a row "
+                "from both sides) and for prompt_tuning (a learnt prompt stands before each row)",
+            )
+        )
+    if job.train.torch_compile and job.resources.strategy == "zero3":
+        problems.append(
+            Problem(
+                "train.torch_compile",
+                "train.torch_compile goes with resources.strategy ddp, fsdp, zero1 or zero2, not zero3: DeepSpeed "
+                "gathers weights in hooks that compiled blocks do not run",
             )
         )
     if job.train.init_adapter and job.method == "full":

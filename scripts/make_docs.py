@@ -1,4 +1,4 @@
-"""Writes docs/job-file.md from the job file's own schema. `--check` says whether it is up to date."""
+"""Writes docs/job-file.md from the job file's own schema, and docs/methods.md. `--check` says whether they are so."""
 
 from __future__ import annotations
 
@@ -7,21 +7,51 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-TARGET = ROOT / "docs" / "job-file.md"
+DOCS = ROOT / "docs"
 
 
 def main() -> int:
     sys.path.insert(0, str(ROOT))
     from jobs.aliases import FIELD_ALIASES
 
-    text = "\n".join([*_head(), *_blocks(), *_aliases(FIELD_ALIASES)]) + "\n"
-    if "--check" in sys.argv:
-        if TARGET.read_text() != text:
-            print("docs/job-file.md is out of date: python scripts/make_docs.py")
-            return 1
-        return 0
-    TARGET.write_text(text)
-    return 0
+    pages = {
+        "job-file.md": [*_head(), *_blocks(), *_aliases(FIELD_ALIASES)],
+        "methods.md": _methods(),
+    }
+    stale = 0
+    for name, lines in pages.items():
+        text = "\n".join(lines) + "\n"
+        if "--check" not in sys.argv:
+            (DOCS / name).write_text(text)
+        elif not (DOCS / name).is_file() or (DOCS / name).read_text() != text:
+            print(f"docs/{name} is out of date: python scripts/make_docs.py")
+            stale = 1
+    return stale
+
+
+def _methods() -> list[str]:
+    from jobs.support import METHODS, STRATEGIES, table
+
+    cells = {(cell.method, cell.strategy): cell for cell in table()}
+    notes: dict[str, int] = {}
+    lines = [
+        "# Methods and strategies",
+        "",
+        "Written by `python scripts/make_docs.py` from the table that validation enforces (`lorafleet methods` prints",
+        "it). Every cell runs in the tests with two real Ray Train processes on CPU and gives what one process gives;",
+        "[gpu-status.md](gpu-status.md) says what has not run on a GPU.",
+        "",
+        "| method | " + " | ".join(STRATEGIES) + " |",
+        "|---" * (1 + len(STRATEGIES)) + "|",
+    ]
+    for method in METHODS:
+        row = []
+        for strategy in STRATEGIES:
+            cell = cells[method, strategy]
+            numbers = "".join(f" [{notes.setdefault(limit, len(notes) + 1)}]" for limit in cell.limits)
+            row.append(("yes" if cell.supported else "no") + numbers)
+        lines.append(f"| {method} | " + " | ".join(row) + " |")
+    return [*lines, "", *(f"{number}. {limit}" for limit, number in notes.items())]
 
 
 def _head() -> list[str]:

@@ -66,16 +66,27 @@ class TokenData:
 
 @dataclass
 class Batch:
-    """Rows padded to the longest of them, on a device."""
+    """Rows padded to the longest of them, or end to end as one row, on a device."""
 
     ids_BT: torch.Tensor
-    mask_BT: torch.Tensor
+    mask_BT: torch.Tensor | None
+    """1 where a token is real; None when all are."""
     labels: torch.Tensor
     """Classes (B) or token labels with IGNORED for what is not learnt (B x T)."""
     targets: int
     """How many rows or tokens are learnt here."""
     real_tokens: int
     """Tokens that are not padding."""
+    positions_BT: torch.Tensor | None = None
+    """Place of each token in its own row, when rows lie end to end: transformers sees the rows by it."""
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """What a model takes."""
+        if self.positions_BT is not None:
+            return {"input_ids": self.ids_BT, "position_ids": self.positions_BT}
+        assert self.mask_BT is not None
+        return {"input_ids": self.ids_BT, "attention_mask": self.mask_BT}
 
 
 def prepare(job: JobSpec) -> TokenData:
@@ -303,6 +314,23 @@ def make_batch(split: Split, rows: np.ndarray, pad_id: int, device: torch.device
     tensors = (torch.from_numpy(array) for array in (ids, mask, np.ascontiguousarray(wanted)))
     ids_BT, mask_BT, label_tensor = (tensor.to(device, non_blocking=True) for tensor in tensors)
     return Batch(ids_BT, mask_BT, label_tensor, target_count(split, rows, classifies=classifies), int(lengths.sum()))
+
+
+def end_to_end(split: Split, rows: np.ndarray, device: torch.device) -> Batch:
+    """Some rows as one, without padding. A row's first token is never a target, so none is predicted across rows."""
+    ids, labels, positions = [], [], []
+    for row in rows:
+        tokens = np.asarray(split.ids[int(split.starts[row]) : int(split.starts[row + 1])], dtype=np.int64)
+        place = np.arange(len(tokens))
+        ids.append(tokens)
+        positions.append(place)
+        labels.append(np.where(place >= max(1, int(split.targets[row])), tokens, IGNORED))
+    ids_1T, labels_1T, positions_1T = (
+        torch.from_numpy(np.concatenate(parts)).unsqueeze(0).to(device, non_blocking=True)
+        for parts in (ids, labels, positions)
+    )
+    targets = target_count(split, rows, classifies=False)
+    return Batch(ids_1T, None, labels_1T, targets, ids_1T.numel(), positions_1T)
 
 
 def target_count(split: Split, rows: np.ndarray, *, classifies: bool) -> int:

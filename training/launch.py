@@ -8,8 +8,10 @@ from typing import Any
 
 from jobs.placement import Placement
 
-RESTARTS = 2
-"""How often a group whose worker died is started again; its loop goes on from the trial's checkpoint."""
+_START_AGAIN = 3
+"""How often setting up a group is tried again; Ray Train gives each a minute."""
+_AFTER_HANG_SECONDS = 600
+"""So much later than the watchdog, which writes down where every process stands, torch gives a collective up."""
 
 
 def run_group(
@@ -19,11 +21,13 @@ def run_group(
     storage: Path,
     name: str,
     callbacks: list[Any],
+    *,
+    hang_minutes: float = 30.0,
 ) -> None:
     """Run `loop(config)` on every process of a placement until all have returned.
 
     `name` must be new: Ray Train resumes a run of the same name and folder without a word. Raises Ray's
-    TrainingFailedError when a worker dies more often than RESTARTS.
+    TrainingFailedError when a process dies: whether the trial begins again is not decided here.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -32,17 +36,22 @@ def run_group(
     TorchTrainer(
         loop,
         train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if on_gpu else "gloo", timeout_s=round(60 * (hang_minutes or 30)) + _AFTER_HANG_SECONDS
+        ),
         scaling_config=ScalingConfig(
             num_workers=placement.workers,
             use_gpu=on_gpu,
             resources_per_worker={"CPU": placement.cpus_per_worker, "GPU": placement.gpus_per_worker},
+            placement_strategy=placement.spread,
         ),
         run_config=RunConfig(
             name=name,
             storage_path=str(storage),
             callbacks=callbacks,
-            # The default of unlimited controller restarts turns a set-up that cannot work into a hang.
-            failure_config=FailureConfig(max_failures=RESTARTS, controller_failure_limit=3),
+            # Ray's defaults try for ever: a set-up that cannot work would hang.
+            failure_config=FailureConfig(
+                max_failures=0, controller_failure_limit=_START_AGAIN, max_preemption_failures=0
+            ),
         ),
     ).fit()

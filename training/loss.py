@@ -76,7 +76,7 @@ class LossModule(nn.Module):
         The detail is logits_BC for classification and the sum of each row's negative log-likelihood (B) otherwise.
         """
         if self.classifies:
-            logits_BC = self.model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits.float()
+            logits_BC = self.model(**batch.inputs).logits.float()
             return functional.cross_entropy(logits_BC, batch.labels, reduction="sum"), logits_BC.detach()
         nll_BK = self._token_losses(batch)
         return nll_BK.sum(), nll_BK.detach().sum(dim=1)
@@ -91,13 +91,13 @@ class LossModule(nn.Module):
         options = {"logits_to_keep": kept_in_logits_K} if self.keeps_logits else {}
         if self.frozen_head is not None:
             with _head_makes_losses(self.frozen_head, targets_BK) as made:
-                losses: Any = self.model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, **options).logits
+                losses: Any = self.model(**batch.inputs, **options).logits
             if self.head_is_last is None:
                 self.head_is_last = torch.equal(losses.detach(), made[0])
             if self.head_is_last:
                 return losses.squeeze(-1)
             self.frozen_head = None  # this model caps or scales its logits, and did so to the losses
-        logits = self.model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, **options).logits
+        logits = self.model(**batch.inputs, **options).logits
         if not self.keeps_logits:
             logits = logits[:, kept_in_logits_K]
         flat = functional.cross_entropy(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from pathlib import Path
 
 import torch
@@ -66,11 +67,20 @@ def peak_memory_gib(device: torch.device) -> float:
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        import psutil
-
-        return float(psutil.Process().memory_info().rss) / GIB
+        return memory_in_use_gib(device)
     kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     return kib / 2**20
+
+
+def memory_in_use_gib(device: torch.device) -> float:
+    """What tensors hold on the device after its cache was emptied (CUDA), or this process in memory (CPU), in GiB."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_allocated(device) / GIB
+    import psutil
+
+    return float(psutil.Process().memory_info().rss) / GIB
 
 
 def gpu_metrics(device: torch.device) -> dict[str, float]:

@@ -128,9 +128,23 @@ def detach(base: Base, model: nn.Module) -> None:
     elif model is not base.model:
         _unwrap_heads(base)
     model.eval()
+    for block in _blocks(base.model):
+        block._compiled_call_impl = None
     if checkpoints_gradients(base.model):
         base.model.gradient_checkpointing_disable()
     base.model.requires_grad_(False)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each of a model's repeated blocks in place: the code is made once for all of them, for any length."""
+    for block in _blocks(model):
+        block.compile(dynamic=True)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """What transformers says must stay in one piece: a model's layers."""
+    whole = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in whole]
 
 
 def checkpoints_gradients(model: nn.Module) -> bool:

@@ -96,6 +96,8 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
         "trust_remote_code": spec.trust_remote_code,
         "use_safetensors": True,
     }
+    if spec.attn_implementation != "auto":
+        options["attn_implementation"] = spec.attn_implementation
     if job.task == "classification":
         options["num_labels"] = labels
     if job.method == "qlora":
@@ -105,7 +107,7 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
     try:
         with _quiet():
             model = loader.from_pretrained(folder, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise AssetError(f"{spec.model_name_or_path} cannot be loaded for {job.task}: {error}") from error
     if model.config.pad_token_id is None:
         tokenizer = load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,30 @@ from jobs.errors import TrainingFailure
 from jobs.schedule import Schedule
 from jobs.spec import JobSpec
 from training import checkpoint
-from training.data import BatchPlan, TokenData, evaluation_batches, make_batch, passes, target_count
+from training.data import (
+    Batch,
+    BatchPlan,
+    Split,
+    TokenData,
+    end_to_end,
+    evaluation_batches,
+    make_batch,
+    passes,
+    target_count,
+)
 from training.loss import LossModule
 from training.meter import Meter, gpu_metrics
-from training.methods import attach, detach, first_values, save_weights, trained_parameters
+from training.methods import attach, compile_blocks, detach, first_values, save_weights, trained_parameters
 from training.model import Base, weight_dtype
 from training.optim import rate_factor
 from training.strategies import Ranks, strategy
+
+OnPass = Callable[[str], None]
+"""Told `training` after each pass of one and `evaluation` before each of the other."""
+
+
+def _nothing(phase: str) -> None:
+    """No one listens."""
 
 
 class TrainingSession:
@@ -46,6 +63,8 @@ class TrainingSession:
         self.classifies = job.task == "classification"
         self.meter = Meter(base.device)
         self.model = attach(job, base)
+        if job.train.torch_compile:
+            compile_blocks(self.model)
         # transformers loads in eval mode and PEFT wraps in train mode: without this the base's own dropout would be off
         # until the first evaluation, and on from then, in this trial and all after it.
         self.model.train()
@@ -58,6 +77,7 @@ class TrainingSession:
         split = data.splits["train"]
         self.plan = BatchPlan(split.lengths, schedule.batch_rows, job.train.seed, grouped=job.train.group_by_length)
         self._sums = torch.zeros(2, device=base.device)  # loss and targets since begin_report
+        self.on_pass: OnPass = _nothing
         # The order in which dropout draws is the trial's and the process's own, whatever ran here before.
         torch.manual_seed(job.train.seed + 1 + ranks.rank)
 
@@ -110,13 +130,14 @@ class TrainingSession:
         targets = max(1, target_count(split, rows, classifies=self.classifies))
         own = passes(rows, self.job.train.per_device_train_batch_size, self.ranks.rank, self.ranks.world_size)
         for number, chunk in enumerate(own, start=1):
-            batch = make_batch(split, chunk, self.data.pad_id, self.base.device, classifies=self.classifies)
+            batch = self._batch(split, chunk)
             with self.strategy.one_pass(last=number == len(own)):
                 with self._autocast():
                     loss_sum, _ = self.strategy.module(batch)
                 # Gradients are averaged over the processes; multiplied back, they are the sum that `targets` divides.
                 self.strategy.backward(loss_sum * (self.ranks.world_size / targets))
             self._sums += torch.stack([loss_sum.detach(), loss_sum.new_tensor(batch.targets)])
+            self.on_pass("training")
         if self.first_gradient_at is None:
             self.first_gradient_at = time.time()
         factor = rate_factor(self.step, self.schedule.total_steps, self.job.train)
@@ -128,6 +149,11 @@ class TrainingSession:
         self.step += 1
         self.meter.samples += len(rows)
         self.meter.tokens += int(split.lengths[rows].sum())
+
+    def _batch(self, split: Split, rows: np.ndarray) -> Batch:
+        if self.job.padding_free:
+            return end_to_end(split, rows, self.base.device)
+        return make_batch(split, rows, self.data.pad_id, self.base.device, classifies=self.classifies)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast_dtype is None:
@@ -167,6 +193,7 @@ class TrainingSession:
             self.base.device,
             self.ranks,
             equal_passes=self.strategy.equal_passes,
+            on_pass=self.on_pass,
         )
         self.meter.eval_seconds += time.perf_counter() - began
         return scores
@@ -250,10 +277,12 @@ def evaluate(
     ranks: Ranks | None = None,
     *,
     equal_passes: bool = False,
+    on_pass: OnPass = _nothing,
 ) -> Scores:
     """Metrics of a model on one split; with several processes each takes every n-th pass and all get the result.
 
     With `equal_passes` a process that has one less makes another, since the others wait for it; it is not counted.
+    `on_pass` is called equally often by all, and what it raises ends the evaluation.
     """
     ranks = ranks or Ranks()
     split = data.splits[split_name]
@@ -266,22 +295,27 @@ def evaluate(
     details: list[np.ndarray] = []
     classifies = job.task == "classification"
     every_pass = list(evaluation_batches(split, np.arange(len(split)), job.train.per_device_eval_batch_size))
-    with torch.inference_mode(), torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
-        own = every_pass[ranks.rank :: ranks.world_size]
-        spare = equal_passes and len(own) < math.ceil(len(every_pass) / ranks.world_size)
-        for rows in [*own, *([every_pass[0]] if spare else [])]:
-            batch = make_batch(split, rows, data.pad_id, device, classifies=classifies)
-            _, detail = module(batch)
-            if classifies:
-                losses.append(nn.functional.cross_entropy(detail, batch.labels, reduction="none").cpu().numpy())
-                details.append(detail.argmax(dim=1).cpu().numpy())
-            else:
-                losses.append(detail.cpu().numpy())
-                details.append(split.lengths[rows] - np.maximum(split.targets[rows], 1))
-            rows_seen.append(rows)
-    if spare:
-        rows_seen, losses, details = rows_seen[:-1], losses[:-1], details[:-1]
-    model.train(was_training)
+    own = every_pass[ranks.rank :: ranks.world_size]
+    spare = len(own) < math.ceil(len(every_pass) / ranks.world_size)
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
+            for rows in own:
+                on_pass("evaluation")
+                batch = make_batch(split, rows, data.pad_id, device, classifies=classifies)
+                _, detail = module(batch)
+                if classifies:
+                    losses.append(nn.functional.cross_entropy(detail, batch.labels, reduction="none").cpu().numpy())
+                    details.append(detail.argmax(dim=1).cpu().numpy())
+                else:
+                    losses.append(detail.cpu().numpy())
+                    details.append(split.lengths[rows] - np.maximum(split.targets[rows], 1))
+                rows_seen.append(rows)
+            if spare:
+                on_pass("evaluation")
+                if equal_passes:
+                    module(make_batch(split, every_pass[0], data.pad_id, device, classifies=classifies))
+    finally:
+        model.train(was_training)
     order, loss_R, detail_R = _in_row_order(rows_seen, losses, details, ranks)
     resamples = job.evaluate.bootstrap_samples
     if classifies:

@@ -8,17 +8,22 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import TrainingFailure, UserError
+from jobs.errors import TrainingFailure, UserError, disk_full
 from jobs.placement import Placement
 from jobs.support import CUT_WEIGHTS
-from tuning.trial_run import TrialRun, Work, classify, keep_traceback, pack
+from tuning.faults import SpoiledProcess, classify, keep_traceback
+from tuning.trial_run import TrialRun, Work, pack
 
 
 def distributed_trainable(work: Work, placement: Placement) -> Any:
-    """A Tune trainable whose trials are groups of processes. The function itself has one CPU beside them."""
+    """A Tune trainable whose trials are groups of processes.
+
+    The function itself takes no CPU that a group could need: it stands on the head, which may have none to give.
+    """
     from ray import tune
 
-    return tune.with_resources(functools.partial(_trial, work=work, placement=placement), {"cpu": 1})
+    beside = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
+    return tune.with_resources(functools.partial(_trial, work=work, placement=placement), beside)
 
 
 def _trial(config: dict[str, Any], work: Work, placement: Placement) -> None:
@@ -34,6 +39,7 @@ def _trial(config: dict[str, Any], work: Work, placement: Placement) -> None:
         Path(work.run) / "tune" / "train",
         f"{config['trial_id']}-{uuid.uuid4().hex[:8]}",
         [TuneReportCallback()],
+        hang_minutes=work.job.retries.hang_minutes,
     )
 
 
@@ -57,15 +63,44 @@ def _worker(config: dict[str, Any]) -> None:
         torch.cuda.set_device(device)
     try:
         run = TrialRun(work, config["trial"], data)
+        run.leaving_soon, run.nodes = _node_leaves, _nodes()
         sharded = run.job.resources.strategy in CUT_WEIGHTS
         run.open(load_base(run.job, len(data.labels), device, sharded=sharded))
         while True:
             report = run.advance()
             train.report(pack(report))
-            if report["done"] or run.stopping:
+            if report["done"] or run.stopping or "failure" in report:
                 return
     except (TrainingFailure, UserError) as error:
-        # These happen to all processes in the same step, so all come here and the barrier holds. Anything else (out of
-        # memory, on one of them) ends the process, and with it the group, which Ray Train starts again.
-        keep_traceback(work, config["trial"]["trial_id"], error)
+        # These happen to all processes in the same step, so all come here and the barrier holds.
+        keep_traceback(Path(work.run), config["trial"]["trial_id"], error)
         train.report(pack({"failure": classify(error)}))
+    except Exception as error:
+        # Anything else may have happened to this process alone: it ends, and the group with it.
+        raise _last_words(error, work, config["trial"]["trial_id"]) from error
+
+
+def _last_words(error: Exception, work: Work, trial_id: str) -> Exception:
+    """What the driver is to read out of a group's end."""
+    full = disk_full(error, Path(work.run))
+    if full:
+        return SpoiledProcess({"full_disk": str(full)})
+    keep_traceback(Path(work.run), trial_id, error)
+    return SpoiledProcess(classify(error))
+
+
+def _node_leaves() -> bool:
+    """Whether Ray was told that a node of this group will be taken away; the same answer on all processes."""
+    from ray import train
+
+    return train.get_preemption_info() is not None
+
+
+def _nodes() -> int:
+    """Machines of the group."""
+    import ray
+    from torch import distributed
+
+    found: list[str] = [""] * distributed.get_world_size()
+    distributed.all_gather_object(found, ray.get_runtime_context().get_node_id())
+    return len(set(found))

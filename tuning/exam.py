@@ -9,10 +9,12 @@ from typing import Any
 
 import ray
 import torch
+from torch import nn
 
 from evaluation.metrics import Scores
 from jobs import files, search
 from jobs.run import Run
+from jobs.spec import JobSpec
 from training.data import open_tokens
 from training.methods import detach, load_weights
 from training.model import Base, fresh_heads, load_base, resolve_device
@@ -20,6 +22,10 @@ from training.session import evaluate
 from tuning.trial_run import Work
 
 BASE = "base"
+
+
+class _Stopped(Exception):
+    """The run is to stop."""
 
 
 class Examiner:
@@ -32,16 +38,22 @@ class Examiner:
         self.data = open_tokens(Path(work.tokens))
         self.base: Base | None = None
 
-    def examine(self, name: str, splits: list[str]) -> str:
-        """Evaluate a trial's adapter (or, for `base`, the untuned base) on splits; write what was found."""
+    def examine(self, name: str, splits: list[str]) -> str | None:
+        """Evaluate a trial's adapter (or, for `base`, the untuned base) on splits; write what was found.
+
+        Returns None when the run is to stop first.
+        """
         began = time.monotonic()
-        found = self._base_scores(splits) if name == BASE else self._trial_scores(name, splits)
+        try:
+            found = self._base_scores(splits) if name == BASE else self._trial_scores(name, splits)
+        except _Stopped:
+            return None
         record: dict[str, Any] = {split: {"metrics": s.metrics, "intervals": s.intervals} for split, s in found.items()}
         target = self.run.path / "report" / "base.json" if name == BASE else self.run.trial(name).path / "test.json"
         files.write_json(target, record | {"seconds": time.monotonic() - began})
         return name
 
-    def _loaded(self, job: Any) -> Base:
+    def _loaded(self, job: JobSpec) -> Base:
         labels = len(self.data.labels)
         if self.base is None or not self.base.serves(job, labels):
             self.base = None
@@ -51,7 +63,7 @@ class Examiner:
     def _base_scores(self, splits: list[str]) -> dict[str, Scores]:
         base = self._loaded(self.work.job)
         fresh_heads(base, self.work.job.train.seed)
-        return {split: evaluate(base.model, self.work.job, self.data, split, base.device) for split in splits}
+        return {split: self._scores(base.model, self.work.job, split, base) for split in splits}
 
     def _trial_scores(self, name: str, splits: list[str]) -> dict[str, Scores]:
         trial = self.run.trial(name)
@@ -59,9 +71,16 @@ class Examiner:
         base = self._loaded(job)
         model = load_weights(job, base, trial.weights)
         try:
-            return {split: evaluate(model, job, self.data, split, base.device) for split in splits}
+            return {split: self._scores(model, job, split, base) for split in splits}
         finally:
             detach(base, model)
+
+    def _scores(self, model: nn.Module, job: JobSpec, split: str, base: Base) -> Scores:
+        return evaluate(model, job, self.data, split, base.device, on_pass=self._on_pass)
+
+    def _on_pass(self, _phase: str) -> None:
+        if self.work.stop_requested():
+            raise _Stopped
 
 
 def examine_all(work: Work, names: list[str], slots: int, *, splits: dict[str, list[str]]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from jobs import files, rungs
 from jobs.metrics import is_better
+from jobs.retries import retry_number
 from jobs.run import Run, Trial, TrialState
 from jobs.spec import JobSpec
 
@@ -116,11 +117,27 @@ class Ledger:
         levels: list[int] = trial.params().get("rung_levels", [])
         return levels
 
+    def fail(self, trial: Trial, failure: dict[str, Any]) -> None:
+        """A trial was ended by something: it waits to begin again from its checkpoint, or is given up."""
+        status = trial.status()
+        counts: dict[str, int] = status.get("retries", {})
+        kind = failure["failure_class"]
+        number = retry_number(failure, counts, self.job.retries)
+        if number is None:
+            self.end(trial, TrialState.FAILED, failure=failure, reason=failure["sentence"])
+            return
+        self.run.event("retry", trial_id=trial.id, failure=failure, number=number)
+        again = f"again after: {failure['sentence']}"
+        trial.set_state(TrialState.PENDING, retries=counts | {kind: number}, reason=again)
+
     def end(self, trial: Trial, state: TrialState, **facts: Any) -> None:
         """Write how a trial ended, and free what it no longer needs."""
         trial.set_state(state, **({"reason": None} | facts))
         (trial.path / "progress.json").unlink(missing_ok=True)
         shutil.rmtree(trial.path / "checkpoints", ignore_errors=True)
+        for path in trial.hang_files():
+            if not path.stat().st_size:
+                path.unlink()
         self._keep_best()
         self._tell(lambda listener: listener.on_end(trial))
 

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from jobs import files
 from jobs.run import Trial, TrialState
+from tuning.faults import host_failure, keep_last_words
 from tuning.ledger import Ledger
-
-
-def host_failure(said: str) -> dict[str, str]:
-    """What a process that ended without a report died of, from Ray's words."""
-    if "OutOfMemoryError" in said:
-        return {"failure_class": "oom", "sentence": "out of memory on a GPU; fewer rows a pass need less"}
-    if "creation task" in said or "TrainingFailedError" in said or "Traceback" in said:
-        last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "")
-        return {"failure_class": "code", "sentence": f"its process could not run: {last[:200]} (see traceback.txt)"}
-    sentence = "its process died (killed, out of memory, or its node was lost) on every attempt"
-    return {"failure_class": "worker_lost", "sentence": sentence}
 
 
 class RungScheduler(FIFOScheduler):
     """Trials start in the order in which they were proposed, and go on or stop as the ledger says."""
 
-    def __init__(self, ledger: Ledger, out_of_budget: Callable[[], str | None], *, ends_itself: bool) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        out_of_budget: Callable[[], str | None],
+        full_disk: Callable[[str], None],
+        *,
+        ends_itself: bool,
+    ) -> None:
         super().__init__()
+        self.full_disk = full_disk
         self.ends_itself = ends_itself
         self.ledger = ledger
         self.out_of_budget = out_of_budget
@@ -41,6 +37,9 @@ class RungScheduler(FIFOScheduler):
         if ours.state.ended or "report" not in result:
             return TrialScheduler.STOP
         report = json.loads(result["report"])
+        if "full_disk" in report:
+            self.full_disk(report["full_disk"])
+            return TrialScheduler.STOP
         goes_on = self._take(ours, report)
         if self.ends_itself and (report.get("done") or report.get("stopping")):
             goes_on = True  # a group that is ending by itself frees its workers; one that is killed there may not
@@ -55,7 +54,7 @@ class RungScheduler(FIFOScheduler):
             ledger.warn(trial, report["warning"])
         failure = report.get("failure")
         if failure:
-            ledger.end(trial, TrialState.FAILED, failure=failure, reason=failure["sentence"])
+            ledger.fail(trial, failure)
             return False
         if trial.state is not TrialState.RUNNING:
             ledger.begin(trial)
@@ -75,14 +74,16 @@ class RungScheduler(FIFOScheduler):
         return False
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
-        """A trial whose process died more often than it may: the others go on."""
+        """A trial whose process died: it begins again, or the others go on without it."""
         ours = self._ours(trial)
         if ours.state.ended or trial.status == TuneTrial.ERROR:
-            return  # Tune calls this before a restart as well, with the status already changed
-        said = str(trial.get_pickled_error() or "")
-        if trial.error_file and Path(trial.error_file).is_file():
-            files.write_text(ours.path / "traceback.txt", Path(trial.error_file).read_text(errors="replace"))
-        self.ledger.end(ours, TrialState.FAILED, failure=host_failure(said), reason=host_failure(said)["sentence"])
+            return  # Tune may say it twice, the second time with the status already changed
+        keep_last_words(self.ledger.run, ours, trial.error_file)
+        failure = host_failure(str(trial.get_pickled_error() or ""), ours)
+        if "full_disk" in failure:
+            self.full_disk(failure["full_disk"])
+        else:
+            self.ledger.fail(ours, failure)
 
     def _ours(self, trial: TuneTrial) -> Trial:
         return self.ledger.run.trial(trial.config["trial_id"])

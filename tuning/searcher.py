@@ -54,7 +54,8 @@ class ProposalSearcher(Searcher):
             return None
         trial = self._next()
         if trial is None:
-            return Searcher.FINISHED
+            # One that is still open may come back: FINISHED is final for Tune.
+            return None if self.open else Searcher.FINISHED
         self.open[trial_id] = trial
         return {"trial_id": trial.id, "assignment": trial.params()["assignment"]}
 
@@ -73,10 +74,14 @@ class ProposalSearcher(Searcher):
         return None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the proposals how it went."""
+        """Tell the proposals how it went; a trial that waits to begin again is the next one."""
         trial = self.open.pop(trial_id, None)
-        if trial is not None and trial.state.ended:
+        if trial is None:
+            return
+        if trial.state.ended:
             tell(self.proposals, self.ledger, trial)
+        else:
+            self.half_done.append(trial)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the run's own files hold the state."""

@@ -17,24 +17,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from cluster.local import remove_session
+from cluster.ray_site import environment_for_workers, nodes_of
 from evaluation.report import build_report, write_report
 from jobs import files, search
 from jobs.defaults import learning_rate
-from jobs.errors import ExitCode, LorafleetError, RunError
+from jobs.errors import DiskFull, ExitCode, LorafleetError, RunError, disk_full
 from jobs.identity import facts_of, trial_id
-from jobs.placement import Placement
+from jobs.placement import Placement, fitted
 from jobs.run import Run, RunState, Trial, TrialState
 from jobs.schedule import schedule
 from jobs.search import Assignment, known_assignments
+from jobs.site import Node
 from jobs.spec import JobSpec
+from tuning.nodes import check_nodes
 from tuning.proposals import GivenProposals, Proposals, TpeProposals
 
 _COUNT_SECONDS = 5.0
 _NOTE_SECONDS = 10.0
 _SAVE_SECONDS = 300.0
 """How long trials may take to save when a run is asked to end."""
-_RESTARTS = 2
-"""How often a trial whose process died begins again from its checkpoint."""
 
 
 class Sweep:
@@ -50,6 +52,8 @@ class Sweep:
         self.searching = stored["command"] == "sweep"
         self.began = self.noted = time.time()
         self.earlier_seconds = float(run.status().get("wall_seconds") or 0.0)
+        self.told: signal.Signals | None = None  # the signal that asked for the end
+        self.disk_full: str | None = None
         self.counted = (-_COUNT_SECONDS, 0.0)  # when GPU-hours were last counted, and how many there were
 
     @property
@@ -68,6 +72,7 @@ class Sweep:
 
     def _locked_execute(self) -> ExitCode:
         self.stop_file.unlink(missing_ok=True)
+        self.run.keep_reserve()
         attempt = int(self.run.status().get("attempt", 0)) + 1
         self.run.mark_running(attempt=attempt, reason=None)
         self.run.event("attempt", number=attempt)
@@ -78,6 +83,11 @@ class Sweep:
                 self.run.set_state(RunState.FAILED, reason=str(error))
                 raise
             except BaseException as error:
+                full = disk_full(error, self.run.path)
+                if full:
+                    self.run.release_reserve()
+                    self.run.set_state(RunState.FAILED, reason=str(full))
+                    raise full from error
                 self.run.set_state(RunState.FAILED, reason=f"{type(error).__name__}: {error}")
                 raise
         return outcome
@@ -89,11 +99,13 @@ class Sweep:
             with self._ray(attempt) as ray_facts:
                 self.run.event("ray", **ray_facts)
                 data = reading.result()
-                self._search(attempt, data)
-                interrupted = self.stop_file.exists()
-                if not interrupted:
+                if not self.stop_file.exists():
+                    self._search(attempt, data)
+                if not self.stop_file.exists():
                     self._exam(data)
-        return self._finish(interrupted)
+        if self.disk_full:
+            raise DiskFull(self.disk_full)
+        return self._finish()
 
     def _read_data(self) -> Any:
         """The rows as tokens, and what is known of them written down."""
@@ -146,26 +158,41 @@ class Sweep:
         import ray
 
         placement = self.placement
-        cpus = placement.slots * placement.workers * placement.cpus_per_worker
-        own = "RAY_ADDRESS" not in os.environ
-        options: dict[str, Any] = {"address": "local"} if own else {"address": os.environ["RAY_ADDRESS"]}
-        if own:
-            # One CPU more for the functions that stand beside the workers of a distributed trial.
-            options |= {
-                "num_cpus": cpus + (placement.slots if placement.distributed else 0),
+        address = os.environ.get("RAY_ADDRESS")
+        options: dict[str, Any] = (
+            {"address": address, "runtime_env": {"env_vars": _RAY_ENVIRONMENT | environment_for_workers(os.environ)}}
+            if address
+            else {
+                "address": "local",
+                "num_cpus": placement.slots * placement.workers * placement.cpus_per_worker,
                 "num_gpus": placement.slots * placement.workers * placement.gpus_per_worker,
                 # Ray Train frees a stopped trial's workers only when the dashboard's state API is up.
                 "include_dashboard": placement.distributed,
                 "object_store_memory": 200 * 2**20,
             }
+        )
+        own = address is None
         context = ray.init(log_to_driver=False, configure_logging=False, **options)
         self._hear_signals()  # ray.init has taken SIGTERM for itself
         session = str(context.address_info.get("session_dir", ""))
         files.write_json(self.run.path / "logs" / "ray.json", {"session_dir": session, "own": own, "attempt": attempt})
         try:
+            if not own:
+                self._fit_into(nodes_of(ray.nodes()))
+                check_nodes(self.run.path)
             yield {"session_dir": session, "own": own}
+            if own:
+                ray.shutdown()
+                remove_session(Path(session))  # after an error it stays: its logs are the only ones of the workers
         finally:
             ray.shutdown()
+
+    def _fit_into(self, nodes: tuple[Node, ...]) -> None:
+        """As many trials at once as the cluster really holds. Raises PlacementRefused when it is not one."""
+        self.placement, fewer = fitted(self.placement, nodes)
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.placement.slots)
+        if fewer:
+            self.run.event("placement", slots=self.placement.slots, sentence=fewer)
 
     def _search(self, attempt: int, data: Any) -> None:
         from ray import tune
@@ -196,15 +223,17 @@ class Sweep:
                 self._trainable(data),
                 tune_config=tune.TuneConfig(
                     search_alg=searcher,
-                    scheduler=RungScheduler(ledger, self._out_of_budget, ends_itself=self.placement.distributed),
+                    scheduler=RungScheduler(
+                        ledger, self._out_of_budget, self._full_disk, ends_itself=self.placement.distributed
+                    ),
                     num_samples=-1,
                     reuse_actors=not self.placement.distributed,
                 ),
                 run_config=tune.RunConfig(
                     name=f"attempt-{attempt}",
                     storage_path=str(self.run.path / "tune"),
-                    # A group of processes is started again by Ray Train itself.
-                    failure_config=FailureConfig(max_failures=0 if self.placement.distributed else _RESTARTS),
+                    # Whether a trial begins again is the ledger's to say: it knows what ended it, and how often.
+                    failure_config=FailureConfig(max_failures=0),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                     stop=_stop_file(self.stop_file),
                     verbose=0,
@@ -346,12 +375,12 @@ class Sweep:
         splits = dict.fromkeys(names, rows) | {BASE: ["validation", *(rows if rows != ["validation"] else [])]}
         examine_all(self._work(data), [*base, *names], self.placement.slots, splits=splits)
 
-    def _finish(self, interrupted: bool) -> ExitCode:
+    def _finish(self) -> ExitCode:
         wall = self._wall()
-        if interrupted:
+        if self.stop_file.exists():
             self.run.set_state(RunState.STOPPED, reason="interrupted: `lorafleet resume` goes on", wall_seconds=wall)
             write_report(self.run)
-            return ExitCode.INTERRUPTED
+            return ExitCode.INTERRUPTED if self.told in (None, signal.SIGINT) else ExitCode.REQUEUE
         from tuning.tracking import track_report
 
         states = [trial.state for trial in self.run.trials()]
@@ -365,6 +394,12 @@ class Sweep:
         track_report(self.run, self.job, write_report(self.run))  # once more: it shows the state
         return ExitCode.SOME_TRIALS_FAILED if failed else ExitCode.OK
 
+    def _full_disk(self, sentence: str) -> None:
+        """A trial could not write: all end, with what was written before."""
+        self.run.release_reserve()
+        self.disk_full = sentence
+        self.stop_file.touch()
+
     def _phase(self, what: str) -> None:
         self.run.set_state(RunState.RUNNING, phase=what)
 
@@ -372,16 +407,20 @@ class Sweep:
         """Install the handlers; returns those that were there."""
 
         def ask(number: int, _frame: Any) -> None:
-            if self.stop_file.exists():
+            if self.told is not None:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
+            self.told = signal.Signals(number)
             self.stop_file.touch()
 
-        return {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish is respected
+            heard.append(signal.SIGHUP)
+        return {number: signal.signal(number, ask) for number in heard}
 
     @contextlib.contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM ask the trials to save and end; a second one ends this process at once."""
+        """SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the trials to save and end; a second one ends us at once."""
 
         before = self._hear_signals()
         try:

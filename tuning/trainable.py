@@ -13,10 +13,16 @@ from typing import Any
 import torch
 from ray import tune
 
+from jobs.errors import disk_full
 from jobs.spec import JobSpec
 from training.data import open_tokens
+from training.meter import memory_in_use_gib
 from training.model import Base, load_base, resolve_device
-from tuning.trial_run import TrialRun, Work, classify, halved, keep_traceback, pack
+from tuning.faults import SpoiledProcess, classify, is_device_error, is_oom, keep_traceback
+from tuning.trial_run import TrialRun, Work, pack
+
+_SLACK_GIB = 0.25
+"""So much more than before the trial may still be in use after it ran out of memory: allocators keep some."""
 
 
 class WarmTrial(tune.Trainable):
@@ -32,6 +38,7 @@ class WarmTrial(tune.Trainable):
         self.base_loads = 0
         self.current: TrialRun | None = None
         self.refused: dict[str, Any] | None = None
+        self.usual_gib = 0.0
         self.data = open_tokens(Path(work.tokens))
         self._begin(config)
         self.setup_seconds = time.monotonic() - began
@@ -52,10 +59,7 @@ class WarmTrial(tune.Trainable):
             self.current = TrialRun(self.work, config, self.data)
             self.current.open(self._base(self.current.job))
         except Exception as error:  # the edge of a trial: what goes wrong in it is its result, and the sweep goes on
-            self.refused = self._failure(error)
-            if self.current is None or self.current.session is None:
-                self.base = None  # half an adapter may be in it
-                self.current = None
+            self.refused = self._failed(error)
 
     def _base(self, job: JobSpec) -> Base:
         labels = len(self.data.labels)
@@ -63,6 +67,7 @@ class WarmTrial(tune.Trainable):
             self.base = None  # two bases would not fit where one does
             self.base = load_base(job, labels, resolve_device(self.work.gpus))
             self.base_loads += 1
+        self.usual_gib = memory_in_use_gib(self.base.device)
         return self.base
 
     def step(self) -> dict[str, Any]:
@@ -79,35 +84,40 @@ class WarmTrial(tune.Trainable):
         if self.unbegun:
             return {"row": None, "done": False, "stopping": True}
         if self.refused is not None:
-            return {"failure": self.refused}
+            return self.refused
         assert self.current is not None
         try:
             return self.current.advance()
-        except torch.OutOfMemoryError as error:
-            return self._with_half_the_batch(error)
         except Exception as error:  # see _begin
-            return {"failure": self._failure(error)}
+            return self._failed(error)
 
-    def _with_half_the_batch(self, error: BaseException) -> dict[str, Any]:
-        """Go on from the last checkpoint with half the rows a pass and twice the passes: the searched batch stays."""
-        assert self.current is not None
-        smaller = halved(self.current.job)
-        if smaller is None:
-            return {"failure": self._failure(error)}
-        self.current.close()
-        torch.cuda.empty_cache()
-        self.current.job = smaller
-        self.current.open(self._base(smaller))
-        return {"row": None, "done": False}
+    def _failed(self, error: BaseException) -> dict[str, Any]:
+        """What went wrong, as a result; raised instead where this process cannot be trusted with another trial."""
+        full = disk_full(error, Path(self.work.run))
+        if full:
+            return {"full_disk": str(full)}
+        keep_traceback(Path(self.work.run), self.current_id, error)
+        failure = classify(error)
+        error.__traceback__ = None  # its frames hold the tensors that did not fit
+        if is_device_error(error) or not self._let_go(error):
+            raise SpoiledProcess(failure) from error
+        return {"failure": failure}
 
-    def _failure(self, error: BaseException) -> dict[str, Any]:
-        keep_traceback(self.work, self.current_id, error)
-        return classify(error)
+    def _let_go(self, error: BaseException) -> bool:
+        """End the trial; whether the base is whole again and a failed trial's memory was given back."""
+        begun = self.current is not None and self.current.session is not None
+        try:
+            self._end()
+        except Exception:  # whatever a half-built adapter does when it is taken off: this process is not kept
+            return False
+        if not begun:
+            self.base = None  # half an adapter may be in it
+        return not is_oom(error) or memory_in_use_gib(resolve_device(self.work.gpus)) <= self.usual_gib + _SLACK_GIB
 
     def _end(self) -> None:
-        if self.current is not None:
-            self.current.close()
-            self.current = None
+        current, self.current = self.current, None
+        if current is not None:
+            current.close()
 
     def cleanup(self) -> None:
         """The actor goes."""

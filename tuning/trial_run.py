@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 
 from jobs import files, search
-from jobs.errors import TrainingFailure, UserError
+from jobs.errors import TrainingFailure
 from jobs.metrics import is_better
 from jobs.run import Run, Trial
 from jobs.schedule import Schedule, schedule
@@ -24,10 +24,14 @@ from training.data import TokenData
 from training.model import Base
 from training.session import TrainingSession
 from training.strategies import Ranks
+from training.watchdog import Watchdog
 
 _BEAT_SECONDS = 1.5
 """Between two looks at the stop flag, and two heartbeats."""
 _BEAT_STEPS = 5
+_NOTICE_SECONDS = 5.0
+"""Between two questions whether this node will be taken away."""
+_NODE_LEAVES = {"failure_class": "preempted", "sentence": "its node is being taken away; it was saved first"}
 _REPORT_SECONDS = 15.0
 """Longest time without a result: Tune hears of a trial, and can stop it, at least this often."""
 
@@ -56,13 +60,23 @@ def pack(report: dict[str, Any]) -> dict[str, Any]:
     return {"report": json.dumps(files.finite(report))}
 
 
+class _Stopped(Exception):
+    """An evaluation was left because the run is to stop."""
+
+
+class OneRowTooMany(TrainingFailure):
+    """Out of memory with the smallest pass there is."""
+
+    final = True
+
+
 class TrialRun:
     """A session with its trial's folder: what both hosts do around the loop."""
 
     def __init__(self, work: Work, config: dict[str, Any], data: TokenData) -> None:
         self.work, self.data = work, data
         self.trial: Trial = Run(Path(work.run)).trial(config["trial_id"])
-        self.job = search.trial(work.job, config["assignment"])
+        self.job = self._small_enough(search.trial(work.job, config["assignment"]))
         self.plan: Schedule = schedule(self.job, len(data.splits["train"]), searching=work.searching)
         self.best: float | None = None
         self.unrecorded: dict[str, Any] | None = None
@@ -70,19 +84,42 @@ class TrialRun:
         self.session: TrainingSession | None = None
         self.saved_at = time.monotonic()
         self.stopping = False
+        self.due = False
+        self.leaving = False
+        self.leaving_soon: Callable[[], bool] = lambda: False
+        self.looked_at = time.monotonic()
+        self.nodes = 1
         self.ranks = Ranks.here()
         self.device = torch.device("cpu")
+        self.watchdog = Watchdog(self.trial.hang_file(self.ranks.rank), 60 * self.job.retries.hang_minutes)
+        self.watchdog.beat()
+
+    def _small_enough(self, job: JobSpec) -> JobSpec:
+        """The job with the rows of a pass halved once for each time that the trial ran out of memory.
+
+        Raises TrainingFailure when a pass has one row and that is too much.
+        """
+        for _ in range(self.trial.status().get("retries", {}).get("oom", 0)):
+            smaller = halved(job)
+            if smaller is None:
+                rows = job.train.per_device_train_batch_size
+                sentence = f"out of memory with {rows} row{'s' if rows > 1 else ''} a pass, which cannot be halved"
+                raise OneRowTooMany("oom", sentence)
+            job = smaller
+        return job
 
     def open(self, base: Base) -> TrainingSession:
         """Build the session and go on from the trial's checkpoint, where there is one."""
         self.device = base.device
         self.session = TrainingSession.build(self.job, base, self.data, self.plan)
+        self.session.on_pass = self._on_pass
         folder, self.warning = self._checkpoint()
         if folder is not None:
             extra = self.session.load(folder)
             self.best = extra.get("best")
             # The last report before a kill may not have reached the driver: it is made again, the driver knows.
-            self.unrecorded = extra.get("row")
+            self.unrecorded, self.due = extra.get("row"), bool(extra.get("due"))
+        self.watchdog.rest()
         return self.session
 
     def _checkpoint(self) -> tuple[Path | None, str | None]:
@@ -100,26 +137,43 @@ class TrialRun:
     def advance(self) -> dict[str, Any]:
         """Train to the next evaluation (or for some seconds), save, and say what is to be reported."""
         said, self.warning = self.warning, None
-        return self._advance() | ({"warning": said} if said else {})
+        try:
+            return self._advance() | ({"warning": said} if said else {})
+        finally:
+            self.watchdog.rest()
 
     def _advance(self) -> dict[str, Any]:
         session = self.session
         assert session is not None
-        if self.unrecorded is not None:
+        self.watchdog.beat()
+        if self.unrecorded is not None and not self.due:
             row, self.unrecorded = self.unrecorded, None
             return {"row": row, "done": session.done}
         if self._cut():
             return {"row": None, "done": True}
-        target = self.plan.next_evaluation(session.step)
-        row = self._train(session, target)
+        if self.due:  # the checkpoint was written in front of an evaluation, which now comes first
+            target, row = session.step, self.unrecorded or {}
+            self.unrecorded, self.due = None, False
+        else:
+            target = self.plan.next_evaluation(session.step)
+            row = self._train(session, target)
         if self._cut():  # before anything of it is written: the adapter on disk is the one that was judged
             return {"row": None, "done": True}
-        if session.step >= target:
-            row |= self._evaluated(session)
-        if row.get("evaluated") or self.stopping or self._agreed(self._checkpoint_due()):
+        if session.step >= target and not self.stopping and not self.leaving:
+            try:
+                row |= self._evaluated(session)
+            except _Stopped:
+                self.stopping = True
+        if self.leaving or (self.stopping and session.step >= target and not row.get("evaluated")):
+            due = session.step >= target
+            session.save(self.trial.checkpoint, {"best": self.best, "row": row if due else None, "due": due})
+            taken = {"failure": _NODE_LEAVES} if self.leaving else {}
+            return {"row": None, "done": False, "stopping": self.stopping} | taken
+        if row.get("evaluated") or self.stopping or self._agreed(self._checkpoint_due())[0]:
             session.save(self.trial.checkpoint, {"best": self.best, "row": row})
             self.saved_at = time.monotonic()
-        where = {"host": f"{os.uname().nodename}:{os.getpid()}", "first_gradient_at": session.first_gradient_at}
+        where: dict[str, Any] = {"nodes": self.nodes} if self.nodes > 1 else {}
+        where |= {"host": f"{os.uname().nodename}:{os.getpid()}", "first_gradient_at": session.first_gradient_at}
         return {"row": row | where, "done": session.done, "stopping": self.stopping}
 
     def _train(self, session: TrainingSession, target: int) -> dict[str, Any]:
@@ -133,21 +187,32 @@ class TrialRun:
                 row = session.advance(min(target, session.step + _BEAT_STEPS))
             if self.ranks.rank == 0:
                 self._beat(row)
-            self.stopping = self._agreed(self.work.stop_requested())
-            if session.step >= target or self.stopping or self._agreed(time.monotonic() - began > _REPORT_SECONDS):
+            now = time.monotonic()
+            look = now - self.looked_at > _NOTICE_SECONDS
+            self.stopping, due, look = self._agreed(self.work.stop_requested(), now - began > _REPORT_SECONDS, look)
+            if look:
+                self.looked_at = now
+                self.leaving = self.leaving_soon()
+            if session.step >= target or self.stopping or self.leaving or due:
                 return row
+
+    def _on_pass(self, phase: str) -> None:
+        """A sign of life; and an evaluation ends at once when the run is to stop."""
+        self.watchdog.beat()
+        if phase == "evaluation" and self._agreed(self.work.stop_requested())[0]:
+            raise _Stopped
 
     def _cut(self) -> bool:
         """Whether a group was cut while it trained on: its report and the decision crossed."""
-        return self.ranks.world_size > 1 and self._agreed(self.trial.state.ended)
+        return self.ranks.world_size > 1 and self._agreed(self.trial.state.ended)[0]
 
-    def _agreed(self, own: bool) -> bool:
+    def _agreed(self, *own: bool) -> list[bool]:
         """What the first process thinks: a process that stopped alone would leave the others waiting for ever."""
         if self.ranks.world_size == 1:
-            return own
-        word = torch.tensor([int(own)], device=self.device)
-        distributed.broadcast(word, src=0)
-        return bool(word.item())
+            return list(own)
+        words = torch.tensor(own, dtype=torch.int32, device=self.device)
+        distributed.broadcast(words, src=0)
+        return [bool(word) for word in words.tolist()]
 
     def _beat(self, row: dict[str, Any]) -> None:
         known = ("step", "samples", "train_loss", "tokens_per_second", "train_seconds")
@@ -177,28 +242,10 @@ class TrialRun:
 
     def close(self) -> None:
         """Give the base back."""
+        self.watchdog.close()
         if self.session is not None:
             self.session.close()
             self.session = None
-
-
-def keep_traceback(work: Work, trial_id: str, error: BaseException) -> None:
-    """Write a failed trial's traceback beside its record."""
-    text = "".join(traceback.format_exception(error))
-    files.write_text(Path(work.run) / "trials" / trial_id / "traceback.txt", text)
-
-
-def classify(error: BaseException) -> dict[str, Any]:
-    """`{"failure_class", "sentence"}` of an exception: ours by type, the rest as a fault of the code."""
-    if isinstance(error, TrainingFailure):
-        return {"failure_class": error.failure_class, "sentence": error.sentence}
-    first = (str(error).strip().splitlines() or [""])[0][:300]
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return {"failure_class": "oom", "sentence": f"out of memory: {first}"}
-    if isinstance(error, UserError | ValueError) and "linked" not in first:
-        kind = "config" if isinstance(error, UserError) else "code"
-        return {"failure_class": kind, "sentence": first}
-    return {"failure_class": "code", "sentence": f"{type(error).__name__}: {first} (see traceback.txt of the trial)"}
 
 
 def halved(job: JobSpec) -> JobSpec | None:

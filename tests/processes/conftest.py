@@ -62,16 +62,17 @@ def newest(place: Path) -> Run:
     return Run(folders[-1])
 
 
-def begin(loaded: LoadedJob, place: Path, *words: str) -> subprocess.Popen[str]:
+def begin(loaded: LoadedJob, place: Path, *words: str, command: str = "sweep", **env: str) -> subprocess.Popen[str]:
     """Start a sweep in a process group of its own, as a terminal does."""
-    command = [str(Path(sys.executable).with_name("lorafleet")), "sweep", str(save(loaded, place)), *loaded.overrides]
+    line = [str(Path(sys.executable).with_name("lorafleet")), command, str(save(loaded, place)), *loaded.overrides]
     return subprocess.Popen(
-        [*command, *words],
+        [*line, *words],
         cwd=place,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        env=os.environ | env,
     )
 
 
@@ -91,6 +92,15 @@ def kill_tree(process: subprocess.Popen[str]) -> None:
     for victim in [parent, *parent.children(recursive=True)]:
         victim.kill()
     process.wait()
+
+
+FAULTS = Path(__file__).parent / "faults"
+
+
+def planted(place: Path, at: str, do: str, **more: object) -> dict[str, str]:
+    """The environment in which one call of one function goes wrong once (see faults/sitecustomize.py)."""
+    fault = {"at": at, "do": do, "flag": str(place / "it-happened"), **more}
+    return {"LORAFLEET_TEST_FAULT": json.dumps(fault), "PYTHONPATH": str(FAULTS)}
 
 
 def interrupt(process: subprocess.Popen[str]) -> None:
@@ -128,3 +138,75 @@ def check_cuts(run: Run) -> int:
     assert stopped == {event["trial_id"] for event in events if not event["goes_on"]}
     assert len({(event["trial_id"], event["rung"]) for event in events}) == len(events)  # none was made twice
     return len(events)
+
+
+class Machines:
+    """A head without CPU cores, as clusters have it, and workers with one each."""
+
+    def __init__(self, workers: int) -> None:
+        from ray.cluster_utils import Cluster
+
+        self.cluster = Cluster(
+            initialize_head=True, connect=False, head_node_args={"num_cpus": 0, "include_dashboard": True}
+        )
+        self.workers = [self.add() for _ in range(workers)]
+
+    def add(self) -> Any:
+        """One more machine."""
+        return self.cluster.add_node(num_cpus=1)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a user has set."""
+        return {"RAY_ADDRESS": self.cluster.address}
+
+    def left(self) -> dict[str, int]:
+        """Actors and placement groups that are still there, asked from a process of its own."""
+        code = (
+            "import ray, json; ray.init(log_to_driver=False); from ray.util.state import list_actors, "
+            "list_placement_groups as groups; "
+            "print(json.dumps({'actors': sum(a.state == 'ALIVE' for a in list_actors()), "
+            "'groups': sum(g.state != 'REMOVED' for g in groups())}))"
+        )
+        counted: dict[str, int] = json.loads(self._asked(code))
+        return counted
+
+    def used(self) -> Any:
+        """A machine that has a worker of a trial, or None."""
+        code = (
+            "import ray; ray.init(log_to_driver=False); from ray.util.state import list_actors; "
+            "print(*(a.node_id for a in list_actors() if a.state == 'ALIVE' and 'RayTrainWorker' in a.class_name))"
+        )
+        found = self._asked(code).split()
+        return next((node for node in self.workers if node.node_id in found), None)
+
+    def kill(self, node: Any) -> None:
+        """The machine and all that runs on it is gone at once."""
+        self.workers.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def _asked(self, code: str) -> str:
+        """The last line that a process of its own prints."""
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | self.environment, capture_output=True, text=True, check=True
+        )
+        return (done.stdout.splitlines() or [""])[-1]
+
+
+@pytest.fixture
+def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    made = Machines(3)
+    try:
+        yield made
+    finally:
+        made.cluster.shutdown()
+
+
+KILLS = pytest.StashKey[list[str]]()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """One line a cell of the kill matrix."""
+    for line in terminalreporter.config.stash.get(KILLS, []):
+        terminalreporter.write_line(line)

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.ray_site import environment_for_workers, nodes_of
 from jobs import expression, rungs
 from jobs.errors import PlacementRefused, SpecProblems
-from jobs.placement import place
+from jobs.placement import Share, fitted, groups, place
 from jobs.schedule import schedule
-from jobs.site import LocalSite
+from jobs.site import LocalSite, Node, RaySite
 from jobs.spec import TrainSpec
 from tests.conftest import JobMaker
 
@@ -162,10 +163,10 @@ def test_gpus_are_used_where_they_are(bert_job: JobMaker) -> None:
 @pytest.mark.parametrize(
     ("resources", "sentence"),
     [
-        ({"workers_per_node": 8}, "each trial needs 8 CPU cores on one machine, and this one has 4"),
+        ({"workers_per_node": 8}, "each trial needs 8 CPU cores, and this machine has 4"),
         ({"device": "cuda"}, "resources.device is cuda, but this machine has no GPU"),
         ({"gpus_per_node": 1}, "resources.gpus_per_node is 1, but this machine has no GPU"),
-        ({"num_nodes": 2}, "resources.num_nodes is 2, but this is one machine"),
+        ({"num_nodes": 2}, "each trial needs 2 nodes x 1 CPU cores, and this is one machine: start Ray on each"),
     ],
 )
 def test_what_cannot_fit_is_refused_in_one_sentence(
@@ -173,3 +174,84 @@ def test_what_cannot_fit_is_refused_in_one_sentence(
 ) -> None:
     with pytest.raises(PlacementRefused, match=sentence):
         place(bert_job(resources=resources).job, LAPTOP, 1, 1.0)
+
+
+def machines(*shapes: tuple[int, int]) -> tuple[Node, ...]:
+    """Nodes of (CPU cores, GPUs)."""
+    return tuple(Node(name=f"n{i}", cpus=c, gpus=g, memory_gib=64) for i, (c, g) in enumerate(shapes))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "share", "expected"),
+    [
+        (machines((8, 4), (8, 4)), Share(2, 4, 4), 1),
+        (machines((0, 0), (8, 4), (8, 4), (8, 4)), Share(2, 4, 4), 1),  # the third machine has no partner
+        (machines((8, 8), (8, 4), (8, 4)), Share(2, 4, 4), 2),  # the large one takes part in both
+        (machines((16, 16), (8, 4)), Share(2, 4, 4), 1),  # a trial is on different machines
+        (machines((8, 0), (8, 0), (8, 0)), Share(3, 2, 0), 4),
+        (machines((8, 0)), Share(2, 1, 0), 0),
+        (machines((2, 8)), Share(1, 4, 1), 0),
+        ((), Share(1, 1, 0), 0),
+    ],
+)
+def test_groups_of_machines_are_counted(nodes: tuple[Node, ...], share: Share, expected: int) -> None:
+    assert groups(nodes, share) == expected
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), max_size=5),
+    st.builds(Share, st.integers(1, 4), st.integers(1, 3), st.integers(0, 3)),
+)
+def test_counted_groups_can_be_laid_out_and_one_more_cannot(shapes: list[tuple[int, int]], share: Share) -> None:
+    """Beside a layout that takes the machines with most room left, which is the best one for equal shares."""
+    left = [share.of(node) for node in machines(*shapes)]
+    laid = 0
+    while sum(room > 0 for room in left) >= share.nodes:
+        for index in sorted(range(len(left)), key=lambda i: -left[i])[: share.nodes]:
+            left[index] -= 1
+        laid += 1
+    assert groups(machines(*shapes), share) == laid
+
+
+def test_a_trial_over_machines_is_a_gang(bert_job: JobMaker) -> None:
+    gpus = {"num_nodes": 2, "workers_per_node": 4}
+    cluster = RaySite(address="auto", nodes=machines((0, 0), (8, 4), (8, 4), (8, 4)))
+    job = bert_job(ASHA, resources=gpus).job
+    placement = place(job, cluster, 10, 1.0)
+    assert (placement.workers, placement.num_nodes, placement.slots, placement.spread) == (8, 2, 1, "PACK")
+    assert place(bert_job(ASHA, resources={"num_nodes": 2}).job, cluster, 10, 1.0).spread == "STRICT_SPREAD"
+    assert place(bert_job(ASHA).job, cluster, 10, 1.0).spread == "STRICT_PACK"
+    with pytest.raises(PlacementRefused, match="needs 2 nodes x 9 CPU cores and 9 GPUs, and the Ray at auto has n0: 0"):
+        place(bert_job(ASHA, resources={"num_nodes": 2, "workers_per_node": 9}).job, cluster, 1, 1.0)
+    with pytest.raises(
+        PlacementRefused, match=r"about 100\.0 GiB of memory on each machine, and the Ray at auto has 64"
+    ):
+        place(job, cluster, 10, 200.0)
+
+
+def test_a_placement_is_fitted_to_the_machines_that_came_up(bert_job: JobMaker) -> None:
+    job = bert_job(ASHA, resources={"num_nodes": 2, "workers_per_node": 4}).job
+    placement = place(job, RaySite(address="auto", nodes=machines(*[(8, 4)] * 6)), 10, 1.0)
+    assert fitted(placement, machines(*[(8, 4)] * 6)) == (placement, None)
+    fewer, sentence = fitted(placement, machines(*[(8, 4)] * 3))
+    assert (fewer.slots, fewer.waves) == (1, 12)
+    assert sentence == (
+        "each trial needs 2 nodes x 4 CPU cores and 4 GPUs; the cluster has 1 such group; concurrency set to 1"
+    )
+    with pytest.raises(PlacementRefused, match=r"the cluster has 0 such groups \(8 CPU cores and 4 GPUs\)"):
+        fitted(placement, machines((8, 4)))
+
+
+def test_workers_get_the_network_settings_and_no_secret() -> None:
+    given = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "ib0", "HF_HOME": "/hf", "HF_TOKEN": "s", "PATH": "/"}
+    given |= {"LORAFLEET_CACHE": "/c", "LORAFLEET_API_KEY": "s", "WANDB_API_KEY": "s", "NCCL_SECRET": "s"}
+    kept = {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "HF_HOME", "LORAFLEET_CACHE"}
+    assert set(environment_for_workers(given)) == kept
+
+
+def test_only_machines_that_answer_count() -> None:
+    row = {"NodeManagerHostname": "h", "NodeManagerAddress": "10.0.0.1", "NodeManagerPort": 7}
+    alive = row | {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 2.0, "memory": 2.0**31}}
+    assert nodes_of([alive, row | {"Alive": False, "Resources": {}}]) == (
+        Node(name="h (10.0.0.1:7)", cpus=4, gpus=2, memory_gib=2.0),
+    )

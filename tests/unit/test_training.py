@@ -25,7 +25,8 @@ from training.methods import checkpoints_gradients
 from training.model import Base, load_base
 from training.optim import rate_factor
 from training.session import TrainingSession
-from tuning.trial_run import classify, halved
+from tuning.faults import classify
+from tuning.trial_run import halved
 
 CPU = torch.device("cpu")
 
@@ -130,6 +131,19 @@ def test_cheaper_ways_have_the_same_loss(
     plain, other = (session(llama_job(**named | rate | more).job) for more in ({}, how))
     assert finish(other)[0] == pytest.approx(finish(plain)[0], rel=1e-5)
     assert other.evaluate().metrics["loss"] == pytest.approx(plain.evaluate().metrics["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2", "tiny_gpt_neo"])
+@pytest.mark.parametrize("how", [{"method": "lora"}, {"method": "full"}, {"train__chunked_loss": False}])
+def test_rows_end_to_end_have_the_loss_of_padded_ones(
+    how: dict[str, object], model: str, llama_job: JobMaker, request: pytest.FixtureRequest
+) -> None:
+    named = {"model__model_name_or_path": str(request.getfixturevalue(model)), "lora__lora_dropout": 0.0}
+    rate = {"train__learning_rate": 1e-3}
+    padded, laid = (session(llama_job(**named | rate | how, train__padding_free=free).job) for free in (False, True))
+    assert finish(laid)[0] == pytest.approx(finish(padded)[0], rel=1e-5)
+    assert laid.evaluate().metrics["loss"] == pytest.approx(padded.evaluate().metrics["loss"], rel=1e-4)
+    assert laid.meter.tokens == padded.meter.tokens
 
 
 def test_which_heads_make_losses(llama_job: JobMaker, bert_job: JobMaker, tiny_gpt_neo: Path) -> None:

@@ -1,0 +1,234 @@
+"""The memory that `lorafleet plan` expects beside what was measured: on this machine's CPU, and by others on GPUs.
+
+    python -m benchmarks.memory_model [--only cpu|published]
+
+CPU: each case is a process of its own that trains a model with random weights for two steps; its peak (VmHWM) less what
+it held before the model was loaded stands beside the estimate less its `runtime` part. glibc is told to give freed memory
+back (MALLOC_MMAP_THRESHOLD_): as it comes it keeps much of it, and a process may hold up to twice the peak. Published: figures of
+others, each with its source; their adapters and optimisers differ in detail from ours, which is said where known.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peer import machine_line
+from cluster.memory import estimate, trained_parameters
+from cluster.shape import Shape, shape
+from jobs.plan import MemoryEstimate
+from jobs.spec import JobSpec
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training whose peak can be measured here."""
+
+    name: str
+    model: dict[str, Any]
+    """What transformers' AutoConfig is made from; `model_type` among it."""
+    rows: int
+    """Rows in a pass."""
+    tokens: int
+    """Of each row."""
+    job: dict[str, Any] = field(default_factory=dict)
+    """Blocks of the job file."""
+
+    @property
+    def task(self) -> str:
+        return "classification" if self.model["model_type"] == "bert" else "generation"
+
+    def spec(self, folder: Path = Path("model")) -> JobSpec:
+        blocks: dict[str, Any] = {"method": "lora"} | self.job
+        train = {"per_device_train_batch_size": self.rows, "learning_rate": 1e-3} | blocks.pop("train", {})
+        return JobSpec.model_validate(
+            {"name": "memory", "task": self.task, "data": {"train_file": "rows.jsonl"}, "train": train,
+             "model": {"model_name_or_path": str(folder), "max_length": self.tokens}} | blocks
+        )  # fmt: skip
+
+
+BERT = {"model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
+        "intermediate_size": 1536, "vocab_size": 30522, "pad_token_id": 0}  # fmt: skip
+LLAMA = {"model_type": "llama", "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8,
+         "num_key_value_heads": 8, "intermediate_size": 1408, "vocab_size": 32000, "max_position_embeddings": 2048,
+         "tie_word_embeddings": False, "pad_token_id": 0}  # fmt: skip
+GPT2 = {
+    "model_type": "gpt2",
+    "n_embd": 512,
+    "n_layer": 8,
+    "n_head": 8,
+    "n_positions": 1024,
+    "vocab_size": 50257,
+    "pad_token_id": 0,
+}
+LINEAR = {"lora_target_modules": "all-linear", "lora_r": 16}
+CASES = (
+    Case("BERT, LoRA r 8 on query and value", BERT, 16, 256, {"lora": {"lora_target_modules": ["query", "value"]}}),
+    Case("BERT, full", BERT, 8, 256, {"method": "full"}),
+    Case("Llama, LoRA all-linear", LLAMA, 8, 256, {"lora": LINEAR}),
+    Case("Llama, LoRA all-linear, no dropout", LLAMA, 4, 512, {"lora": LINEAR | {"lora_dropout": 0.0}}),
+    Case("Llama, LoRA, plain loss", LLAMA, 8, 256, {"lora": LINEAR, "train": {"chunked_loss": False}}),
+    Case("Llama, LoRA, checkpointing", LLAMA, 8, 512, {"lora": LINEAR, "train": {"gradient_checkpointing": True}}),
+    Case("Llama, QLoRA nf4", LLAMA, 4, 256, {"method": "qlora", "lora": LINEAR}),
+    Case("Llama, full", LLAMA, 4, 256, {"method": "full"}),
+    Case("Llama, prompt tuning", LLAMA, 8, 256, {"method": "prompt_tuning"}),
+    Case("GPT-2, LoRA all-linear", GPT2, 4, 256, {"lora": LINEAR}),
+    Case("GPT-2, full", GPT2, 4, 256, {"method": "full"}),
+)
+
+
+def expected(case: Case) -> MemoryEstimate:
+    """What the plan would say."""
+    known = shape(case.model)
+    assert known is not None
+    return estimate(case.spec(), known, known.parameters, case.tokens, cuda=False)
+
+
+def measured_gib(case: Case) -> float:
+    """The peak of three steps over what was held before, in a process of its own."""
+    words = [sys.executable, "-m", "benchmarks.memory_model", "--case", case.name]
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return float(json.loads(done.stdout.splitlines()[-1])["gib"])
+
+
+def measure(case: Case) -> float:
+    """Run in that process."""
+    import numpy as np
+    import peft  # noqa: F401 - its modules are part of what is there before
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    from jobs.schedule import Schedule
+    from training.data import Split, TokenData
+    from training.meter import memory_in_use_gib, peak_memory_gib, reset_peak_memory
+    from training.model import load_base
+    from training.session import TrainingSession
+
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    with tempfile.TemporaryDirectory() as scratch:
+        config = AutoConfig.for_model(**case.model)
+        kind = AutoModelForCausalLM if case.task == "generation" else AutoModelForSequenceClassification
+        kind.from_config(config).save_pretrained(scratch)
+        rows = 8 * case.rows
+        ids = np.random.default_rng(0).integers(5, 1000, rows * case.tokens).astype(np.int32)
+        targets = np.zeros(rows) if case.task == "classification" else np.ones(rows)
+        split = Split(ids, np.arange(rows + 1) * case.tokens, targets.astype(np.int64))
+        labels = ("a", "b") if case.task == "classification" else ()
+        data = TokenData({"train": split}, labels, (), False, 0, Path(scratch))
+        job = case.spec(Path(scratch))
+        before = memory_in_use_gib(device)
+        base = load_base(job, len(labels), device)
+        session = TrainingSession.build(job, base, data, Schedule(3, case.rows, 1, (), (3,), (1,)))
+        reset_peak_memory(device)
+        session.advance(2)
+        return peak_memory_gib(device) - before
+
+
+def _qwen(hidden: int, layers: int, heads: int, inner: int) -> Shape:
+    """Qwen (1): its feed-forward part has half of `intermediate_size`, its head is not the embedding."""
+    found = shape(
+        {"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+         "intermediate_size": inner, "vocab_size": 151936, "tie_word_embeddings": False}
+    )  # fmt: skip
+    assert found is not None
+    return found
+
+
+QWEN = {"1.8B": _qwen(2048, 24, 16, 5504), "7B": _qwen(4096, 32, 32, 11008), "14B": _qwen(5120, 40, 40, 13696)}
+_README = "github.com/QwenLM/Qwen README, Profiling of Memory and Speed (one A100-80G, batch 1, checkpointing)"
+_PUBLISHED = {
+    ("1.8B", "lora"): {256: 6.7, 1024: 8.4, 2048: 11.0, 8192: 21.8},
+    ("7B", "lora"): {256: 20.1, 1024: 21.5, 2048: 23.8, 8192: 36.6},
+    ("14B", "lora"): {256: 34.6, 1024: 35.3, 2048: 37.4, 8192: 55.2},
+    ("1.8B", "qlora"): {256: 5.8, 2048: 7.8},
+    ("7B", "qlora"): {256: 11.5, 2048: 13.9, 8192: 23.5},
+    ("14B", "qlora"): {256: 18.7, 2048: 19.9, 8192: 27.9},
+}
+_LLAMA_2_7B = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+               "intermediate_size": 11008, "vocab_size": 32000, "tie_word_embeddings": False}  # fmt: skip
+_FSDP_QLORA = "github.com/AnswerDotAI/fsdp_qlora benchmarks_03_2024.md, 2 x RTX 3090, whole copies, 2,048 tokens"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A figure of others, with our estimate for the same training."""
+
+    name: str
+    gib: float
+    ours: float
+    source: str
+
+    @property
+    def error(self) -> float:
+        return self.ours / self.gib - 1
+
+
+def published() -> list[Published]:
+    """All figures. Qwen's adapters have r 64 on every matrix of a block; its table says G, which is taken as GiB."""
+    found = []
+    linear = {"lora_r": 64, "lora_target_modules": "all-linear"}
+    for (size, method), by_length in _PUBLISHED.items():
+        for tokens, gib in by_length.items():
+            ours = _on_gpu(QWEN[size], method, tokens, 1, linear | {"lora_dropout": 0.05})
+            found.append(Published(f"Qwen-{size} {method}, {tokens} tokens", gib, ours, _README))
+    llama = shape(_LLAMA_2_7B)
+    assert llama is not None
+    six = {"lora_r": 64, "lora_dropout": 0.1,
+           "lora_target_modules": ["k_proj", "q_proj", "v_proj", "up_proj", "down_proj", "gate_proj"]}  # fmt: skip
+    for method, rows, gib in (("lora", 4, 22.04), ("qlora", 8, 20.94)):
+        ours = _on_gpu(llama, method, 2048, rows, six)
+        found.append(Published(f"Llama-2-7B {method}, {rows} rows", gib, ours, _FSDP_QLORA))
+    return found
+
+
+def _on_gpu(known: Shape, method: str, tokens: int, rows: int, lora: dict[str, Any]) -> float:
+    job = JobSpec.model_validate(
+        {"name": "published", "task": "generation", "method": method, "data": {"train_file": "rows.jsonl"},
+         "model": {"model_name_or_path": "model", "max_length": tokens}, "lora": lora,
+         "train": {"per_device_train_batch_size": rows, "gradient_checkpointing": True, "chunked_loss": False}}
+    )  # fmt: skip
+    assert trained_parameters(job, known, 0)
+    return estimate(job, known, known.parameters, tokens, cuda=True).expected
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=["cpu", "published"])
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps({"gib": measure(next(case for case in CASES if case.name == arguments.case))}))
+        return
+    print(machine_line())
+    if arguments.only != "published":
+        print("\nGiB over the process before the model, on CPU: measured, estimated, error")
+        for case in CASES:
+            memory = expected(case)
+            ours, real = memory.expected - memory.components["runtime"], measured_gib(case)
+            parts = ", ".join(f"{name} {gib:.2f}" for name, gib in memory.components.items() if name != "runtime")
+            print(f"  {case.name:<40} {real:6.2f} {ours:6.2f} {ours / real - 1:+7.0%}   {parts}", flush=True)
+    if arguments.only != "cpu":
+        print("\nGiB of a GPU: published, estimated, error")
+        source = ""
+        for figure in published():
+            if figure.source != source:
+                source = figure.source
+                print(f"  {source}")
+            print(f"    {figure.name:<38} {figure.gib:6.1f} {figure.ours:6.1f} {figure.error:+7.0%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""A Ray that is up already, and what of this process's environment its workers get."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jobs.errors import PlacementRefused
+from jobs.site import Node, RaySite
+
+_PASSED = (
+    "NCCL_",
+    "GLOO_",
+    "TORCH_NCCL_",
+    "UCX_",
+    "FI_",
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "HF_HUB_CACHE",
+    "LORAFLEET_",
+    "TORCH_EXTENSIONS_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
+)
+"""Beginnings of the names that mean the same on every machine: the network, the caches."""
+_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+
+
+def environment_for_workers(environment: Mapping[str, str]) -> dict[str, str]:
+    """What the processes on other machines are given of an environment: never a name that may hold a secret.
+
+    Ray writes a job's environment into its logs and shows it on its dashboard.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(_PASSED) and not any(word in name.upper() for word in _SECRET)
+    }
+
+
+def nodes_of(table: Iterable[Mapping[str, Any]]) -> tuple[Node, ...]:
+    """The machines of `ray.nodes()` that answer. Several may have one host name, so the address is named too."""
+    nodes = []
+    for row in table:
+        if row["Alive"]:
+            has = row["Resources"]
+            nodes.append(
+                Node(
+                    name=f"{row['NodeManagerHostname']} ({row['NodeManagerAddress']}:{row['NodeManagerPort']})",
+                    cpus=int(has.get("CPU", 0)),
+                    gpus=int(has.get("GPU", 0)),
+                    memory_gib=round(has.get("memory", 0) / 2**30, 1),
+                )
+            )
+    return tuple(sorted(nodes, key=lambda node: node.name))
+
+
+def ray_site(address: str) -> RaySite:
+    """Ask the Ray at an address what it has. Raises PlacementRefused when none answers."""
+    import ray
+
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray.init(address=address, log_to_driver=False, configure_logging=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PlacementRefused(
+            f"RAY_ADDRESS is {address}, but no Ray can be joined there ({reason}); `ray status --address {address}` "
+            "shows whether one is up; without RAY_ADDRESS a Ray of its own is started on this machine"
+        ) from error
+    try:
+        return RaySite(address=address, nodes=nodes_of(ray.nodes()))
+    finally:
+        ray.shutdown()

@@ -1,0 +1,93 @@
+"""Trials over several machines: a Ray of several raylets, each with CPU cores of its own, on this one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.errors import ExitCode
+from jobs.run import Run
+from tests.conftest import JobMaker, lorafleet
+from tests.processes.conftest import Machines, begin, newest, save, wait_for
+
+TWO = {"resources__num_nodes": 2}
+SEARCH = """
+search:
+  method: grid
+  scheduler: {max_t: 96, grace_period: 32, reduction_factor: 3}
+  parameters: {train.learning_rate: {values: [1e-3, 3e-3, 1e-2]}}
+"""
+
+
+def log(run: Run) -> str:
+    return (run.path / "logs" / "driver.log").read_text()
+
+
+def test_trials_over_two_machines_are_trained_and_searched(bert_job: JobMaker, place: Path, machines: Machines) -> None:
+    """With three machines, one trial of two fits at once; it gives the numbers of one machine; nothing is left."""
+    loaded = bert_job(SEARCH, **TWO, train__per_device_train_batch_size=4)
+    path = save(loaded, place)
+    planned = lorafleet("plan", path, *loaded.overrides, cwd=place, **machines.environment)
+    assert planned.returncode == ExitCode.OK, planned.stderr
+    assert "1 trials at once" in planned.stdout
+    assert "over 2 machines" in planned.stdout
+    refused = lorafleet("plan", path, *loaded.overrides, "resources.num_nodes=4", cwd=place, **machines.environment)
+    assert refused.returncode == ExitCode.USER_INPUT
+    assert "each trial needs 4 nodes x 1 CPU cores, and the Ray at" in refused.stderr
+    done = lorafleet("sweep", path, *loaded.overrides, cwd=place, **machines.environment)
+    run = newest(place)
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr + log(run)
+    assert {row["nodes"] for trial in run.trials() for row in trial.metrics()} == {2}
+    assert machines.left() == {"actors": 0, "groups": 0}
+    alone = bert_job(train__per_device_train_batch_size=4, train__gradient_accumulation_steps=2)
+    here = lorafleet("train", save(alone, place), *alone.overrides, "train.learning_rate=1e-2", "train.max_steps=12",
+                     "train.eval_steps=4", cwd=place)  # fmt: skip
+    assert here.returncode == ExitCode.OK, here.stderr
+    longest = max((trial.evaluations() for trial in run.trials()), key=len)
+    together = next(t for t in run.trials() if t.params()["assignment"]["train.learning_rate"] == 1e-2).evaluations()
+    assert len(longest) == 2
+    assert together[0]["loss"] == pytest.approx(newest(place).trials()[0].evaluations()[0]["loss"], rel=1e-4)
+
+
+def test_a_lost_machine_costs_a_restart_and_a_draining_one_is_left_in_time(
+    bert_job: JobMaker, place: Path, machines: Machines
+) -> None:
+    endless = {"train__max_steps": 1_000_000, "train__eval_steps": 200, "train__checkpoint_minutes": 0.02}
+    process = begin(bert_job(**TWO, **endless), place, command="train", **machines.environment)
+    wait_for(lambda: (place / "runs").exists() and list((place / "runs").iterdir()))
+    run = newest(place)
+    wait_for(lambda: run.trials() and run.trials()[0].checkpoint.is_dir(), 180)
+    trial = run.trials()[0]
+    machines.kill(machines.used())
+    wait_for(lambda: trial.status().get("retries") == {"worker_lost": 1}, 180)
+    at = trial.metrics()[-1]["step"]
+    wait_for(lambda: trial.progress().get("step", 0) > at, 240)
+    machines.workers.append(machines.add())
+    drain(machines, machines.used())
+    wait_for(lambda: trial.status().get("retries") == {"worker_lost": 1, "preempted": 1}, 180)
+    at = trial.metrics()[-1]["step"]
+    wait_for(lambda: trial.progress().get("step", 0) > at, 240)
+    assert lorafleet("stop", run.id, cwd=place).returncode == ExitCode.OK
+    shown, _ = process.communicate(timeout=240)
+    assert process.returncode == ExitCode.INTERRUPTED, shown + log(run)
+    steps = [row["step"] for row in trial.metrics()]
+    assert steps == sorted(set(steps))
+    assert "began again (retry 1 after preempted): its node is being taken away" in shown
+    assert machines.left() == {"actors": 0, "groups": 0}
+
+
+def drain(machines: Machines, node: Any) -> None:
+    """What a cloud's operator does with a notice: the machine goes in a minute."""
+    subprocess.run(
+        [
+            str(Path(sys.executable).with_name("ray")), "drain-node", "--address", machines.cluster.address,
+            "--node-id", node.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message", "the test takes it", "--deadline-remaining-seconds", "60",
+        ],
+        check=True, capture_output=True, env=os.environ | machines.environment,
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""What ended a trial is told from what is left of it, and whether it begins again is plain arithmetic."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.errors import FAILURE_CLASSES, DataError, TrainingFailure, disk_full
+from jobs.retries import retry_number
+from jobs.run import Run, Trial, TrialState
+from jobs.spec import RetriesSpec
+from tests.conftest import JobMaker
+from training.watchdog import Watchdog
+from tuning.faults import SpoiledProcess, classify, host_failure, is_device_error
+from tuning.ledger import Ledger
+from tuning.trial_run import OneRowTooMany
+
+
+def test_each_class_has_its_own_limit() -> None:
+    retries = RetriesSpec(oom=2, worker_lost=1, hang_minutes=5)
+    assert retry_number({"failure_class": "oom"}, {}, retries) == 1
+    assert retry_number({"failure_class": "oom"}, {"oom": 1, "worker_lost": 1}, retries) == 2
+    assert retry_number({"failure_class": "oom"}, {"oom": 2}, retries) is None
+    assert retry_number({"failure_class": "oom", "final": True}, {}, retries) is None
+    assert retry_number({"failure_class": "worker_lost"}, {"oom": 2}, retries) == 1
+    for kind in ("nan", "code", "data", "config"):
+        assert retry_number({"failure_class": kind}, {}, retries) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (TrainingFailure("nan", "the loss was not a number"), "nan"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "oom"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), "oom"),
+        (MemoryError(), "oom"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "worker_lost"),
+        (RuntimeError("NCCL error in: ProcessGroupNCCL.cpp"), "worker_lost"),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.1]:35"), "worker_lost"),
+        (DataError("row 3 has no text"), "config"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "code"),
+    ],
+)
+def test_exceptions_have_classes(error: Exception, kind: str) -> None:
+    assert classify(error)["failure_class"] == kind
+    assert kind in FAILURE_CLASSES
+
+
+def test_what_spoils_a_process_is_known() -> None:
+    assert is_device_error(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not is_device_error(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_device_error(ValueError("CUDA error"))
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Trial:
+    run = Run.create(tmp_path, "faults")
+    return run.add_trial("0123456789", 0, {})
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("ActorDiedError: The actor died because its worker process was killed: SIGKILL", "worker_lost"),
+        ("NodeDiedError: the node was preempted=True", "preempted"),
+        ("The actor died unexpectedly before finishing this task: exception in its creation task", "code"),
+        ("torch.OutOfMemoryError: CUDA out of memory", "oom"),
+        ("Traceback (most recent call last):\n  File 'x'\nKeyError: 'y'", "code"),
+    ],
+)
+def test_a_death_without_a_report_is_told_from_rays_words(trial: Trial, said: str, kind: str) -> None:
+    assert host_failure(said, trial)["failure_class"] == kind
+
+
+def test_what_a_process_carried_out_comes_first(trial: Trial) -> None:
+    """Processes of one group: the others say that they lost a peer, the cause is the one that ran out of memory."""
+    oom = SpoiledProcess({"failure_class": "oom", "sentence": "out of memory: {'a \"quoted\" thing'}", "final": True})
+    lost = SpoiledProcess({"failure_class": "worker_lost", "sentence": "another process was lost"})
+    said = f"Traceback ...\nTrainingFailedError: 2 failed: {lost!r} and {oom!r}\n"
+    assert host_failure(said, trial)["failure_class"] == "oom"
+    assert host_failure(said, trial)["final"] is True
+    full = SpoiledProcess({"full_disk": "the disk is full"})
+    assert host_failure(f"{oom!r} {full!r}", trial) == {"full_disk": "the disk is full"}
+
+
+def test_stacks_that_were_written_mean_a_hang(trial: Trial) -> None:
+    trial.hang_file(0).write_text("")
+    trial.hang_file(1).write_text("Thread 0x1 (most recent call first):\n")
+    failure = host_failure("ActorDiedError: exit code 1", trial)
+    assert (failure["failure_class"], "hang-1.txt" in failure["sentence"]) == ("hang", True)
+    assert "hang-0.txt" not in failure["sentence"]
+
+
+def test_a_retry_is_counted_where_a_resume_finds_it(bert_job: JobMaker, trial: Trial) -> None:
+    job = bert_job(retries={"worker_lost": 2}).job
+    ledger = Ledger(Run(trial.path.parent.parent), job, False)
+    for number in (1, 2):
+        ledger.fail(trial, {"failure_class": "worker_lost", "sentence": "killed"})
+        assert (trial.state, trial.status()["retries"]) == (TrialState.PENDING, {"worker_lost": number})
+    ledger.fail(trial, {"failure_class": "worker_lost", "sentence": "killed"})
+    assert trial.state is TrialState.FAILED
+    assert ledger.run.remarks()[1] == "0123456789 began again (retry 2 after worker_lost): killed"
+
+
+def test_one_row_is_the_end(trial: Trial) -> None:
+    assert classify(OneRowTooMany("oom", "out of memory with 1 row a pass"))["final"] is True
+
+
+def test_a_full_disk_is_known_by_its_number_or_its_words(tmp_path: Path) -> None:
+    for error in (
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ):
+        found = disk_full(error, tmp_path)
+        assert found is not None
+        assert f"the disk of {tmp_path} is full" in str(found)
+    assert disk_full(OSError(errno.EACCES, "Permission denied"), tmp_path) is None
+    assert disk_full(RuntimeError("PytorchStreamWriter failed writing file"), tmp_path) is None  # there is room
+
+
+def test_a_run_keeps_room_for_its_last_words(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, "room")
+    assert (run.path / ".reserve").stat().st_size == 2**20
+    run.release_reserve()
+    run.release_reserve()
+    assert not (run.path / ".reserve").exists()
+
+
+def test_the_watchdog_rests_and_leaves_no_empty_file(tmp_path: Path) -> None:
+    dog = Watchdog(tmp_path / "hang-0.txt", 60)
+    dog.beat()
+    dog.rest()
+    dog.close()
+    assert not list(tmp_path.iterdir())
+    Watchdog(tmp_path / "hang-0.txt", 0).beat()
+    assert not list(tmp_path.iterdir())

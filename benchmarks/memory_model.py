@@ -2,10 +2,10 @@
 
     python -m benchmarks.memory_model [--only cpu|published]
 
-CPU: each case is a process of its own that trains a model with random weights for two steps; its peak (VmHWM) less what
-it held before the model was loaded stands beside the estimate less its `runtime` part. glibc is told to give freed memory
-back (MALLOC_MMAP_THRESHOLD_): as it comes it keeps much of it, and a process may hold up to twice the peak. Published: figures of
-others, each with its source; their adapters and optimisers differ in detail from ours, which is said where known.
+CPU: each case is a process of its own that trains a model with random weights for two steps; its peak (VmHWM) less
+what it held before the model was loaded stands beside the estimate less its `runtime` part. glibc is told to give
+freed memory back (MALLOC_MMAP_THRESHOLD_): as it comes it keeps much of it, and a process may hold twice the peak.
+Published: figures of others, each with its source; their adapters and optimisers differ in detail from ours.
 """
 
 from __future__ import annotations

@@ -103,12 +103,5 @@ def clear_leftovers(run: Run) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=10)
-    remove_session(Path(str(ray["session_dir"])))
-
-
-def remove_session(folder: Path) -> None:
-    """Remove the folder that a Ray of ours kept its sockets and logs in, and the link that names it the newest."""
-    shutil.rmtree(folder, ignore_errors=True)
-    newest = folder.with_name("session_latest")
-    if newest.is_symlink() and not newest.exists():
-        newest.unlink(missing_ok=True)
+    if ray.get("scratch"):
+        shutil.rmtree(Path(ray["scratch"]), ignore_errors=True)

@@ -29,7 +29,8 @@ def estimate(
 ) -> MemoryEstimate:
     """GiB of one process for one trial, low, expected and high, when the longest row has `longest_tokens`.
 
-    Scaled-dot-product attention keeps no scores, but for dropout on CPU; the high value has them always. Beside that, low and high are 10 % below and 20 % above: allocators keep what they do not use.
+    Scaled-dot-product attention keeps no scores, but for dropout on CPU; the high value has them always. Beside that,
+    low and high are 10 % below and 20 % above: allocators keep what they do not use.
     """
     bytes_each = _bytes_each(job, cuda=cuda)
     length = min(longest_tokens, job.model.max_length)

@@ -90,9 +90,17 @@ class Trial:
         """Where the stacks of a process that hangs go."""
         return self.path / f"hang-{rank}.txt"
 
-    def hang_files(self) -> list[Path]:
-        """Those of all processes; empty ones are of processes that did not hang."""
-        return sorted(self.path.glob("hang-*.txt"))
+    def keep_stacks(self) -> list[str]:
+        """Names under which the stacks of processes that hung are kept; the files of those that did not go."""
+        kept = []
+        for path in sorted(self.path.glob("hang-*.txt")):
+            if not path.stat().st_size:
+                path.unlink()
+                continue
+            number = 1 + len(list(self.path.glob(f"stacks-{path.stem.rpartition('-')[2]}-*.txt")))
+            kept.append(f"stacks-{path.stem.rpartition('-')[2]}-{number}.txt")
+            path.rename(self.path / kept[-1])
+        return kept
 
     def params(self) -> dict[str, Any]:
         """`{"assignment", "index", ...}` as it was written when the trial was made."""

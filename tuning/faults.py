@@ -13,7 +13,7 @@ import torch
 
 from jobs import files
 from jobs.errors import TrainingFailure, UserError
-from jobs.run import Run, Trial
+from jobs.run import Trial
 
 _MARK = "lorafleet-failure:"
 _DEVICE_WORDS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "NCCL error", "HIP error", "device-side assert")
@@ -79,7 +79,7 @@ def host_failure(said: str, trial: Trial) -> dict[str, Any]:
     carried = [json.loads(base64.b64decode(text)) for text in re.findall(re.escape(_MARK) + r"([A-Za-z0-9+/=]+)", said)]
     if carried:
         return min(carried, key=_telling)
-    stacks = [path.name for path in trial.hang_files() if path.stat().st_size]
+    stacks = trial.keep_stacks()
     if stacks:
         sentence = f"no sign of life for retries.hang_minutes; where it stood is in {', '.join(stacks)} of the trial"
         return {"failure_class": "hang", "sentence": sentence}
@@ -100,7 +100,10 @@ def _telling(failure: dict[str, Any]) -> int:
     return -1 if "full_disk" in failure else _TELLING.index(failure["failure_class"])
 
 
-def keep_last_words(run: Run, trial: Trial, error_file: str | None) -> None:
-    """Copy what Ray wrote of a trial's end beside its record."""
-    if error_file and Path(error_file).is_file():
-        files.write_text(run.trial(trial.id).path / "traceback.txt", Path(error_file).read_text(errors="replace"))
+def keep_last_words(trial: Trial, error_file: str | None) -> str:
+    """What Ray wrote of a process's end; a copy of it is put beside the trial's record."""
+    if not error_file or not Path(error_file).is_file():
+        return ""
+    said = Path(error_file).read_text(errors="replace")
+    files.write_text(trial.path / "traceback.txt", said)
+    return said

@@ -124,7 +124,8 @@ class Ledger:
         kind = failure["failure_class"]
         number = retry_number(failure, counts, self.job.retries)
         if number is None:
-            self.end(trial, TrialState.FAILED, failure=failure, reason=failure["sentence"])
+            known = {name: failure[name] for name in ("failure_class", "sentence")}
+            self.end(trial, TrialState.FAILED, failure=known, reason=failure["sentence"])
             return
         self.run.event("retry", trial_id=trial.id, failure=failure, number=number)
         again = f"again after: {failure['sentence']}"
@@ -135,9 +136,7 @@ class Ledger:
         trial.set_state(state, **({"reason": None} | facts))
         (trial.path / "progress.json").unlink(missing_ok=True)
         shutil.rmtree(trial.path / "checkpoints", ignore_errors=True)
-        for path in trial.hang_files():
-            if not path.stat().st_size:
-                path.unlink()
+        trial.keep_stacks()
         self._keep_best()
         self._tell(lambda listener: listener.on_end(trial))
 

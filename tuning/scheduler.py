@@ -78,8 +78,7 @@ class RungScheduler(FIFOScheduler):
         ours = self._ours(trial)
         if ours.state.ended or trial.status == TuneTrial.ERROR:
             return  # Tune may say it twice, the second time with the status already changed
-        keep_last_words(self.ledger.run, ours, trial.error_file)
-        failure = host_failure(str(trial.get_pickled_error() or ""), ours)
+        failure = host_failure(keep_last_words(ours, trial.error_file), ours)
         if "full_disk" in failure:
             self.full_disk(failure["full_disk"])
         else:

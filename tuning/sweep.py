@@ -10,14 +10,15 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cluster.local import remove_session
 from cluster.ray_site import environment_for_workers, nodes_of
 from evaluation.report import build_report, write_report
 from jobs import files, search
@@ -35,6 +36,7 @@ from tuning.proposals import GivenProposals, Proposals, TpeProposals
 
 _COUNT_SECONDS = 5.0
 _NOTE_SECONDS = 10.0
+_LONGEST_TMPDIR = 24
 _SAVE_SECONDS = 300.0
 """How long trials may take to save when a run is asked to end."""
 
@@ -172,18 +174,24 @@ class Sweep:
             }
         )
         own = address is None
+        scratch = _scratch_folder() if own else None
+        if scratch:
+            options["_temp_dir"] = str(scratch / "ray")
         context = ray.init(log_to_driver=False, configure_logging=False, **options)
         self._hear_signals()  # ray.init has taken SIGTERM for itself
         session = str(context.address_info.get("session_dir", ""))
-        files.write_json(self.run.path / "logs" / "ray.json", {"session_dir": session, "own": own, "attempt": attempt})
+        files.write_json(
+            self.run.path / "logs" / "ray.json",
+            {"session_dir": session, "own": own, "attempt": attempt, "scratch": str(scratch or "")},
+        )
         try:
             if not own:
                 self._fit_into(nodes_of(ray.nodes()))
                 check_nodes(self.run.path)
             yield {"session_dir": session, "own": own}
-            if own:
-                ray.shutdown()
-                remove_session(Path(session))  # after an error it stays: its logs are the only ones of the workers
+            ray.shutdown()
+            if scratch:  # after an error it stays: its logs are the only ones of the workers
+                shutil.rmtree(scratch, ignore_errors=True)
         finally:
             ray.shutdown()
 
@@ -241,6 +249,9 @@ class Sweep:
             )
             with _quiet_tune():
                 tuner.fit()
+        left = [trial for trial in self.run.trials() if not trial.state.ended]
+        if left and not self.stop_file.exists() and not self._out_of_budget():
+            raise RuntimeError(f"Ray Tune ended while {len(left)} trials were left: {', '.join(t.id for t in left)}")
         for trial in self.run.trials():
             if trial.state is TrialState.RUNNING:
                 over = self._out_of_budget()
@@ -324,6 +335,8 @@ class Sweep:
 
     def _no_more(self) -> bool:
         """Whether no further trial may begin."""
+        if signal.getsignal(signal.SIGUSR1) != self._ask:
+            self._hear_signals()  # Tune takes SIGUSR1 for itself when it begins
         self._note_wall()
         return self.stop_file.exists() or self._out_of_budget() is not None
 
@@ -403,20 +416,20 @@ class Sweep:
     def _phase(self, what: str) -> None:
         self.run.set_state(RunState.RUNNING, phase=what)
 
+    def _ask(self, number: int, _frame: Any) -> None:
+        """The handler: the first signal asks for the end, the second is it."""
+        if self.told is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.told = signal.Signals(number)
+        self.stop_file.touch()
+
     def _hear_signals(self) -> dict[signal.Signals, Any]:
         """Install the handlers; returns those that were there."""
-
-        def ask(number: int, _frame: Any) -> None:
-            if self.told is not None:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            self.told = signal.Signals(number)
-            self.stop_file.touch()
-
         heard = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish is respected
             heard.append(signal.SIGHUP)
-        return {number: signal.signal(number, ask) for number in heard}
+        return {number: signal.signal(number, self._ask) for number in heard}
 
     @contextlib.contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:
@@ -441,6 +454,17 @@ _RAY_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
+
+
+def _scratch_folder() -> Path:
+    """A folder for all that Ray and its processes leave in the temporary folder; they get it as TMPDIR.
+
+    Its name is short, since the paths of Ray's sockets lie in it and must have less than 108 characters.
+    """
+    usual = tempfile.gettempdir()
+    scratch = Path(tempfile.mkdtemp(prefix="lf-", dir=usual if len(usual) <= _LONGEST_TMPDIR else "/tmp"))
+    os.environ["TMPDIR"] = str(scratch)
+    return scratch
 
 
 def _stop_file(path: Path) -> Any:

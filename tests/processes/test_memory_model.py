@@ -7,7 +7,14 @@ import pytest
 from benchmarks.memory_model import CASES, Case, expected, measured_gib
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+FAST = 6
+"""So many of the cases are run each time, the rest by `make test-all`."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=[pytest.mark.long] if i >= FAST else []) for i, case in enumerate(CASES)],
+)
 def test_the_estimate_is_within_a_fifth_of_the_peak(case: Case) -> None:
     memory = expected(case)
     ours, real = memory.expected - memory.components["runtime"], measured_gib(case)

@@ -90,8 +90,9 @@ def test_stacks_that_were_written_mean_a_hang(trial: Trial) -> None:
     trial.hang_file(0).write_text("")
     trial.hang_file(1).write_text("Thread 0x1 (most recent call first):\n")
     failure = host_failure("ActorDiedError: exit code 1", trial)
-    assert (failure["failure_class"], "hang-1.txt" in failure["sentence"]) == ("hang", True)
-    assert "hang-0.txt" not in failure["sentence"]
+    assert (failure["failure_class"], "is in stacks-1-1.txt of" in failure["sentence"]) == ("hang", True)
+    assert [path.name for path in trial.path.glob("*.txt")] == ["stacks-1-1.txt"]
+    assert host_failure("ActorDiedError: exit code 1", trial)["failure_class"] == "worker_lost"
 
 
 def test_a_retry_is_counted_where_a_resume_finds_it(bert_job: JobMaker, trial: Trial) -> None:

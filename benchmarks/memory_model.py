@@ -73,15 +73,15 @@ GPT2 = {
 LINEAR = {"lora_target_modules": "all-linear", "lora_r": 16}
 CASES = (
     Case("BERT, LoRA r 8 on query and value", BERT, 16, 256, {"lora": {"lora_target_modules": ["query", "value"]}}),
-    Case("BERT, full", BERT, 8, 256, {"method": "full"}),
     Case("Llama, LoRA all-linear", LLAMA, 8, 256, {"lora": LINEAR}),
+    Case("Llama, full", LLAMA, 4, 256, {"method": "full"}),
+    Case("Llama, QLoRA nf4", LLAMA, 4, 256, {"method": "qlora", "lora": LINEAR}),
+    Case("GPT-2, LoRA all-linear", GPT2, 4, 256, {"lora": LINEAR}),
+    Case("Llama, LoRA, checkpointing", LLAMA, 8, 512, {"lora": LINEAR, "train": {"gradient_checkpointing": True}}),
+    Case("BERT, full", BERT, 8, 256, {"method": "full"}),
     Case("Llama, LoRA all-linear, no dropout", LLAMA, 4, 512, {"lora": LINEAR | {"lora_dropout": 0.0}}),
     Case("Llama, LoRA, plain loss", LLAMA, 8, 256, {"lora": LINEAR, "train": {"chunked_loss": False}}),
-    Case("Llama, LoRA, checkpointing", LLAMA, 8, 512, {"lora": LINEAR, "train": {"gradient_checkpointing": True}}),
-    Case("Llama, QLoRA nf4", LLAMA, 4, 256, {"method": "qlora", "lora": LINEAR}),
-    Case("Llama, full", LLAMA, 4, 256, {"method": "full"}),
     Case("Llama, prompt tuning", LLAMA, 8, 256, {"method": "prompt_tuning"}),
-    Case("GPT-2, LoRA all-linear", GPT2, 4, 256, {"lora": LINEAR}),
     Case("GPT-2, full", GPT2, 4, 256, {"method": "full"}),
 )
 

@@ -21,6 +21,8 @@ _DEVICE_WORDS = ("CUDA error", "cuDNN error", "CUBLAS_STATUS", "NCCL error", "HI
 _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Read error", "Write error", "Broken pipe")
 """What gloo says to the processes that are left."""
 
+_LOST_WORDS = ("health check failed", "is unavailable", "ActorDiedError", "ActorUnavailableError", "NodeDiedError")
+"""What Ray says of processes and machines that are gone."""
 _TELLING = ("oom", "hang", "nan", "preempted", "data", "config", "code", "worker_lost")
 """When processes of one group ended for different reasons: the first of these is the cause, the others followed."""
 
@@ -32,8 +34,12 @@ class SpoiledProcess(RuntimeError):
     """
 
     def __init__(self, failure: dict[str, Any]) -> None:
+        self.failure = failure
         packed = base64.b64encode(json.dumps(files.finite(failure)).encode()).decode()
         super().__init__(f"{failure.get('sentence') or failure} [{_MARK}{packed}]")
+
+    def __reduce__(self) -> tuple[type[SpoiledProcess], tuple[dict[str, Any]]]:
+        return (SpoiledProcess, (self.failure,))
 
 
 def classify(error: BaseException) -> dict[str, Any]:
@@ -89,7 +95,8 @@ def host_failure(said: str, trial: Trial) -> dict[str, Any]:
         return {"failure_class": "oom", "sentence": "out of memory; fewer rows a pass need less"}
     if any(word in said for word in _DEVICE_WORDS):
         return {"failure_class": "worker_lost", "sentence": "a GPU or the link between GPUs failed (see traceback.txt)"}
-    if "creation task" in said or "Traceback" in said:
+    lost = any(word in said for word in _LOST_WORDS)
+    if "creation task" in said or ("Traceback" in said and not lost):
         last = next((line.strip() for line in reversed(said.splitlines()) if line.strip()), "")
         return {"failure_class": "code", "sentence": f"its process could not run: {last[:200]} (see traceback.txt)"}
     sentence = "its process died (killed, out of memory, or its node was lost)"

@@ -182,7 +182,13 @@ class Sweep:
         session = str(context.address_info.get("session_dir", ""))
         files.write_json(
             self.run.path / "logs" / "ray.json",
-            {"session_dir": session, "own": own, "attempt": attempt, "scratch": str(scratch or "")},
+            {
+                "session_dir": session,
+                "own": own,
+                "attempt": attempt,
+                "scratch": str(scratch or ""),
+                "node_id": ray.get_runtime_context().get_node_id(),
+            },
         )
         try:
             if not own:

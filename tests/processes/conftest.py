@@ -165,20 +165,26 @@ class Machines:
         code = (
             "import ray, json; ray.init(log_to_driver=False); from ray.util.state import list_actors, "
             "list_placement_groups as groups; "
-            "print(json.dumps({'actors': sum(a.state == 'ALIVE' for a in list_actors()), "
+            # Ray Train keeps one actor of its own for a cluster, which records the state of every group there was.
+            "print(json.dumps({'actors': sum(a.state == 'ALIVE' and a.class_name != 'TrainStateActor' "
+            "for a in list_actors()), "
             "'groups': sum(g.state != 'REMOVED' for g in groups())}))"
         )
         counted: dict[str, int] = json.loads(self._asked(code))
         return counted
 
-    def used(self) -> Any:
-        """A machine that has a worker of a trial, or None."""
+    def used(self, run: Run) -> Any:
+        """A machine that has a worker of a trial and not the run's driver, or None.
+
+        All have one address here, and Ray lets the driver join any of them; on a real cluster it is on the head.
+        """
+        driver = json.loads((run.path / "logs" / "ray.json").read_text())["node_id"]
         code = (
             "import ray; ray.init(log_to_driver=False); from ray.util.state import list_actors; "
             "print(*(a.node_id for a in list_actors() if a.state == 'ALIVE' and 'RayTrainWorker' in a.class_name))"
         )
         found = self._asked(code).split()
-        return next((node for node in self.workers if node.node_id in found), None)
+        return next((node for node in self.workers if node.node_id in found and node.node_id != driver), None)
 
     def kill(self, node: Any) -> None:
         """The machine and all that runs on it is gone at once."""

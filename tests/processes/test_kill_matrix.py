@@ -69,7 +69,7 @@ def test_who_is_killed_when(
         assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     else:
         if machines:
-            machines.kill(wait_for(machines.used))
+            machines.kill(wait_for(lambda: machines.used(newest(place))))
         else:
             tree = psutil.Process(process.pid).children(recursive=True)
             next(child for child in tree if "ResourceTrainable" in child.name()).kill()

@@ -6,7 +6,6 @@ import pytest
 
 from benchmarks.memory_model import CASES, Case, expected, measured_gib
 
-
 FAST = 6
 """So many of the cases are run each time, the rest by `make test-all`."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import pickle
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def trial(tmp_path: Path) -> Trial:
         ("ActorDiedError: The actor died because its worker process was killed: SIGKILL", "worker_lost"),
         ("NodeDiedError: the node was preempted=True", "preempted"),
         ("The actor died unexpectedly before finishing this task: exception in its creation task", "code"),
+        ("Traceback ...\nWorkerGroupError: A worker health check failed.\nThe actor ab is unavailable", "worker_lost"),
         ("torch.OutOfMemoryError: CUDA out of memory", "oom"),
         ("Traceback (most recent call last):\n  File 'x'\nKeyError: 'y'", "code"),
     ],
@@ -82,6 +84,7 @@ def test_what_a_process_carried_out_comes_first(trial: Trial) -> None:
     said = f"Traceback ...\nTrainingFailedError: 2 failed: {lost!r} and {oom!r}\n"
     assert host_failure(said, trial)["failure_class"] == "oom"
     assert host_failure(said, trial)["final"] is True
+    assert str(pickle.loads(pickle.dumps(oom))) == str(oom)
     full = SpoiledProcess({"full_disk": "the disk is full"})
     assert host_failure(f"{oom!r} {full!r}", trial) == {"full_disk": "the disk is full"}
 

@@ -160,18 +160,20 @@ class Machines:
         """What a user has set."""
         return {"RAY_ADDRESS": self.cluster.address}
 
-    def left(self) -> dict[str, int]:
-        """Actors and placement groups that are still there, asked from a process of its own."""
+    def left(self) -> list[str]:
+        """Actors and placement groups that are still there, asked from a process of its own.
+
+        Ray Train keeps two actors of its own for a cluster, whoever uses it: they are not counted.
+        """
         code = (
             "import ray, json; ray.init(log_to_driver=False); from ray.util.state import list_actors, "
             "list_placement_groups as groups; "
-            # Ray Train keeps one actor of its own for a cluster, which records the state of every group there was.
-            "print(json.dumps({'actors': sum(a.state == 'ALIVE' and a.class_name != 'TrainStateActor' "
-            "for a in list_actors()), "
-            "'groups': sum(g.state != 'REMOVED' for g in groups())}))"
+            "own = ('TrainStateActor', '_AutoscalingCoordinatorActor'); "
+            "print(json.dumps([a.class_name for a in list_actors() if a.state == 'ALIVE' and a.class_name not in own]"
+            " + [g.placement_group_id for g in groups() if g.state != 'REMOVED']))"
         )
-        counted: dict[str, int] = json.loads(self._asked(code))
-        return counted
+        found: list[str] = json.loads(self._asked(code))
+        return found
 
     def used(self, run: Run) -> Any:
         """A machine that has a worker of a trial and not the run's driver, or None.

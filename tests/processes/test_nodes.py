@@ -43,7 +43,7 @@ def test_trials_over_two_machines_are_trained_and_searched(bert_job: JobMaker, p
     run = newest(place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr + log(run)
     assert {row["nodes"] for trial in run.trials() for row in trial.metrics()} == {2}
-    assert machines.left() == {"actors": 0, "groups": 0}
+    assert machines.left() == []
     alone = bert_job(train__per_device_train_batch_size=4, train__gradient_accumulation_steps=2)
     here = lorafleet("train", save(alone, place), *alone.overrides, "train.learning_rate=1e-2", "train.max_steps=12",
                      "train.eval_steps=4", cwd=place)  # fmt: skip
@@ -79,7 +79,7 @@ def test_a_lost_machine_costs_a_restart_and_a_draining_one_is_left_in_time(
     steps = [row["step"] for row in trial.metrics()]
     assert steps == sorted(set(steps))
     assert "began again (retry 1 after preempted): its node is being taken away" in shown
-    assert machines.left() == {"actors": 0, "groups": 0}
+    assert machines.left() == []
 
 
 def drain(machines: Machines, node: Any) -> None:

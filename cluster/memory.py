@@ -41,7 +41,8 @@ def estimate(
     weights = _weight_bytes(job, parameters, shape.matrices, bytes_each)
     scores = shape.heads * length * _COPIES_OF_SCORES * bytes_each
     kept = scores if not cuda and shape.attention_dropout else 0
-    activations = tokens * _kept_bytes(job, shape, _block_bytes(job, shape, bytes_each) + kept, bytes_each)
+    block = _block_bytes(job, shape, bytes_each) + kept
+    activations = tokens * _kept_bytes(job, shape, block, bytes_each)
     logits = _logit_bytes(job, shape, tokens, bytes_each)
     components = {
         "base weights": (weights / cut["weights"] + _gathered_bytes(job, shape, bytes_each)) / GIB,
@@ -52,8 +53,11 @@ def estimate(
         "logits": logits / GIB,
         "runtime": _RUNTIME_CUDA_GIB if cuda else _RUNTIME_CPU_GIB,
     }
-    # Gradients come up while activations go, so that the larger of the two decides.
+    # Gradients come up while activations go, and a block is worked out again when the logits have gone: of each pair
+    # the larger decides.
     lesser = min(components["gradients"], components["activations"] + components["logits"])
+    if job.train.gradient_checkpointing:
+        lesser += min(tokens * block / GIB, components["logits"])
     expected = sum(components.values()) - lesser
     unseen = 0 if kept else tokens * _kept_bytes(job, shape, scores, 0) / GIB
     return MemoryEstimate(

@@ -51,7 +51,7 @@ def undisturbed() -> dict[str, dict[float, list[float]]]:
         pytest.param("oom", 1, {"oom": 1}, marks=pytest.mark.long),  # given back: the actor, and its base, are used on
         ("oom_that_stays", 2, {"oom": 1}),
         pytest.param("device", 2, {"worker_lost": 1}, marks=pytest.mark.long),
-        ("die", 2, {"worker_lost": 1}),
+        pytest.param("die", 2, {"worker_lost": 1}, marks=pytest.mark.long),
     ],
 )
 def test_a_fault_costs_its_trial_a_restart_and_the_next_trials_nothing(

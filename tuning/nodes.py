@@ -17,15 +17,14 @@ def check_nodes(run: Path) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
-    asked = {
-        row["NodeManagerHostname"]: look.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(row["NodeID"], soft=False)
-        ).remote(str(run))
-        for row in ray.nodes()
-        if row["Alive"]
-    }
+    alive = [row for row in ray.nodes() if row["Alive"]]
+    answers = [
+        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(row["NodeID"], soft=False)).remote(str(run))
+        for row in alive
+    ]
     problems = []
-    for host, answer in asked.items():
+    for row, answer in zip(alive, answers, strict=True):
+        host = row["NodeManagerHostname"]
         try:
             problems += [f"{host}: {what}" for what in _wrong(ray.get(answer, timeout=_LOOK_SECONDS), run)]
         except ray.exceptions.RayError as error:

@@ -41,7 +41,7 @@ class RungScheduler(FIFOScheduler):
             self.full_disk(report["full_disk"])
             return TrialScheduler.STOP
         goes_on = self._take(ours, report)
-        if self.ends_itself and (report.get("done") or report.get("stopping")):
+        if self.ends_itself and (report.get("done") or report.get("stopping") or report.get("failure")):
             goes_on = True  # a group that is ending by itself frees its workers; one that is killed there may not
         return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
 

@@ -76,7 +76,7 @@ def begin(loaded: LoadedJob, place: Path, *words: str, command: str = "sweep", *
     )
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = 300.0) -> Any:
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         found = condition()

@@ -112,7 +112,7 @@ def measure(case: Case) -> float:
 
     from jobs.schedule import Schedule
     from training.data import Split, TokenData
-    from training.meter import memory_in_use_gib, peak_memory_gib, reset_peak_memory
+    from training.meter import free_unused_memory, memory_in_use_gib, peak_memory_gib, reset_peak_memory
     from training.model import load_base
     from training.session import TrainingSession
 
@@ -129,6 +129,7 @@ def measure(case: Case) -> float:
         labels = ("a", "b") if case.task == "classification" else ()
         data = TokenData({"train": split}, labels, (), False, 0, Path(scratch))
         job = case.spec(Path(scratch))
+        free_unused_memory(device)
         before = memory_in_use_gib(device)
         base = load_base(job, len(labels), device)
         session = TrainingSession.build(job, base, data, Schedule(3, case.rows, 1, (), (3,), (1,)))

@@ -9,7 +9,7 @@ and published figures of GPUs.
 
 from __future__ import annotations
 
-from cluster.shape import Shape
+from cluster.shape import Shape, named
 from jobs.defaults import LOGITS_AT_ONCE
 from jobs.plan import MemoryEstimate
 from jobs.spec import JobSpec
@@ -115,7 +115,7 @@ def _read_bytes(job: JobSpec, shape: Shape, bytes_each: int) -> float:
     if job.method == "prompt_tuning":
         return 0.0
     names = "all-linear" if job.method == "full" else job.lora.lora_target_modules
-    matrices = shape.adapted(names)
+    matrices = named(shape.block, names)
     if job.adapts_with_lora and job.lora.lora_dropout:
         inputs = float(sum(matrix.fan_in * (bytes_each + 1) for matrix in matrices))
     else:

@@ -32,7 +32,16 @@ class _Known:
 
     rows: Rows | None
     facts: Facts | None
+    model: tuple[Shape, int] | None
+    """The model that all trials share, and its weights: counted in the files where they are, else from the shape."""
+    longest: int
+    """Tokens of the longest row; where the rows are not here, the most that there can be."""
     notes: tuple[str, ...]
+
+    @property
+    def labels(self) -> int:
+        """Classes; where the rows are not here, the fewest that there can be."""
+        return len(self.rows.labels) if self.rows else 2
 
 
 def make_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
@@ -92,7 +101,15 @@ def _known(job: JobSpec) -> _Known:
         facts = facts_of(job) if rows else None
     except AssetError as missing:
         notes.append(f"{missing}; trial ids are not known yet")
-    return _Known(rows, facts, tuple(notes))
+    longest = _longest_tokens(rows) if rows else job.model.max_length
+    return _Known(rows, facts, _model(job), longest, tuple(notes))
+
+
+def _model(job: JobSpec) -> tuple[Shape, int] | None:
+    name, revision = job.model.model_name_or_path, job.model.revision
+    config = model_config(name, revision)
+    found = shape(config) if config else None
+    return (found, parameter_count(name, revision) or found.parameters) if found else None
 
 
 def _configurations(job: JobSpec, known: _Known) -> list[Assignment]:
@@ -150,20 +167,9 @@ def _uses_gpu(job: JobSpec, site: Site) -> bool:
 
 def _memory(resolved: JobSpec, known: _Known, *, cuda: bool) -> MemoryEstimate | None:
     """Of one trial, where the model's shape is known. Its weights need not be here."""
-    found = _shape_of(resolved)
-    if found is None:
+    if known.model is None:
         return None
-    longest = _longest_tokens(known.rows) if known.rows else resolved.model.max_length
-    labels = len(known.rows.labels) if known.rows else 2
-    return estimate(resolved, *found, longest, cuda=cuda, labels=labels)
-
-
-def _shape_of(resolved: JobSpec) -> tuple[Shape, int] | None:
-    """A trial's model, and its weights: counted in the files where they are here, else from the shape."""
-    name, revision = resolved.model.model_name_or_path, resolved.model.revision
-    config = model_config(name, revision)
-    found = shape(config) if config else None
-    return (found, parameter_count(name, revision) or found.parameters) if found else None
+    return estimate(resolved, *known.model, known.longest, cuda=cuda, labels=known.labels)
 
 
 def _largest(each: list[MemoryEstimate | None]) -> MemoryEstimate | None:
@@ -185,14 +191,16 @@ def _too_large(each: list[MemoryEstimate | None], site: Site, *, cuda: bool) -> 
 
 def _checkpoint_gb(trials: list[JobSpec], known: _Known, slots: int, *, cuda: bool) -> float | None:
     """GB on disk of the largest checkpoint, for as many trials as run at once."""
-    labels = len(known.rows.labels) if known.rows else 2
-    sizes = []
-    for resolved in trials:
-        found = _shape_of(resolved)
-        if found:
-            trained = found[1] if resolved.method == "full" else trained_parameters(resolved, found[0], labels)
-            sizes.append(checkpoint_bytes(resolved, trained, cuda=cuda))
-    return slots * max(sizes) / 1e9 if sizes else None
+    if known.model is None:
+        return None
+    found, parameters = known.model
+
+    def size(resolved: JobSpec) -> int:
+        full = resolved.method == "full"
+        trained = parameters if full else trained_parameters(resolved, found, known.labels)
+        return checkpoint_bytes(resolved, trained, cuda=cuda)
+
+    return slots * max(map(size, trials)) / 1e9
 
 
 def _with_strategy(resolved: JobSpec, strategy: Strategy) -> JobSpec:

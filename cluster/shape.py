@@ -31,6 +31,11 @@ class Matrix:
         return any(self.path == name or self.path.endswith(f".{name}") for name in names)
 
 
+def named(matrices: Iterable[Matrix], names: str | tuple[str, ...]) -> list[Matrix]:
+    """Those that PEFT's `target_modules` mean: `all-linear`, all of them."""
+    return [matrix for matrix in matrices if isinstance(names, str) or matrix.is_named(names)]
+
+
 @dataclass(frozen=True)
 class Shape:
     """What memory and adapters depend on."""
@@ -64,10 +69,6 @@ class Shape:
         """Width of the feed-forward part's middle."""
         return next((matrix.fan_in for matrix in self.block if matrix.reads == "inner"), 4 * self.hidden)
 
-    def adapted(self, names: str | tuple[str, ...]) -> list[Matrix]:
-        """A block's matrices that PEFT's `target_modules` mean."""
-        return [matrix for matrix in self.block if isinstance(names, str) or matrix.is_named(names)]
-
     @property
     def matrices(self) -> int:
         """Weights of all matrices: what QLoRA quantises."""
@@ -76,12 +77,10 @@ class Shape:
     def lora_parameters(self, rank: int, names: str | tuple[str, ...], *, dora: bool = False) -> int:
         """rank x (in + out) for every adapted matrix (`all-linear`: all), and a magnitude a row with DoRA."""
 
-        def adapted(matrix: Matrix) -> int:
-            if not isinstance(names, str) and not matrix.is_named(names):
-                return 0
-            return rank * (matrix.fan_in + matrix.fan_out) + (matrix.fan_out if dora else 0)
+        def added(matrices: Iterable[Matrix]) -> int:
+            return sum(rank * (m.fan_in + m.fan_out) + (m.fan_out if dora else 0) for m in named(matrices, names))
 
-        return self.layers * sum(map(adapted, self.block)) + sum(map(adapted, self.beside))
+        return self.layers * added(self.block) + added(self.beside)
 
 
 _NAMES = {
@@ -128,6 +127,7 @@ def shape(config: dict[str, Any]) -> Shape | None:
     inner = int(found["inner"] or 4 * hidden)
     kind = str(config.get("model_type", ""))
     family: Family = "gpt" if kind in ("gpt2", "gpt_neo") else "bert" if kind in _SQUARES else "llama"
+    positions = config.get("max_position_embeddings") or config.get("n_positions") or 0
     return Shape(
         hidden=hidden,
         layers=layers,
@@ -136,9 +136,7 @@ def shape(config: dict[str, Any]) -> Shape | None:
         block=_block(kind, config, hidden, inner, heads),
         beside=(Matrix("pooler.dense", hidden, hidden),) if kind == "bert" else (),
         family=family,
-        positions=0
-        if family == "llama"
-        else int(config.get("max_position_embeddings") or config.get("n_positions") or 0),
+        positions=0 if family == "llama" else int(positions),
         tied=bool(config.get("tie_word_embeddings", family != "llama")),
         dropout=_first(config, _DROPOUTS, _USUAL_DROPOUT.get(kind, 0.0)),
         attention_dropout=_first(config, _ATTENTION_DROPOUTS, _USUAL_DROPOUT.get(kind, 0.0)),

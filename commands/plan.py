@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from commands.common import Format, Job, Output, Overrides, console, note_aliases, say
+from jobs.words import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -83,6 +84,8 @@ def plan_lines(made: Plan) -> list[str]:
     place = made.placement
     total = len(made.trials) + made.later_trials
     rows = f"{made.train_rows:,}" if made.train_rows is not None else "unknown (data not here yet)"
+    cores, gpus = counted(place.cpus_per_worker, "CPU core"), counted(place.gpus_per_worker, "GPU")
+    each = f"{counted(place.workers, 'process')} with {cores} and {gpus}"
     lines = []
     if made.later_trials:
         lines.append(
@@ -92,8 +95,8 @@ def plan_lines(made: Plan) -> list[str]:
     lines += [
         f"training rows   {rows}",
         f"one step        {made.batch_rows} rows: {place.workers} x {made.accumulation_steps} passes",
-        f"placement       {place.slots} trials at once, {place.workers} process(es) of {place.cpus_per_worker} CPU and "
-        f"{place.gpus_per_worker} GPU each; {place.waves} wave(s) if none were cut; limited by {place.limited_by}",
+        f"placement       {counted(place.slots, 'trial')} at once, each {each}; "
+        f"{counted(place.waves, 'wave')} if none were cut; limited by {place.limited_by}",
         f"strategy        {made.strategy}",
     ]
     search = made.job.search
@@ -108,7 +111,7 @@ def plan_lines(made: Plan) -> list[str]:
             f"ASHA saves {saved:.0%}"
         )
     else:
-        lines.append(f"cost            {made.worst_samples:,} rows over {total} trial(s)")
+        lines.append(f"cost            {made.worst_samples:,} rows over {counted(total, 'trial')}")
     if made.memory:
         parts = ", ".join(f"{name} {gib:.2f}" for name, gib in made.memory.components.items())
         lines.append(

@@ -12,6 +12,7 @@ from jobs.errors import PlacementRefused
 from jobs.site import LocalSite, Node, Site
 from jobs.spec import JobSpec, Spec
 from jobs.support import Strategy
+from jobs.words import counted
 
 _SHOWN = 8
 """Machines that a sentence names."""
@@ -32,7 +33,7 @@ class Share(NamedTuple):
         return min(node.cpus // self.cpus, node.gpus // self.gpus if self.gpus else node.cpus // self.cpus)
 
     def __str__(self) -> str:
-        each = f"{self.cpus} CPU cores" + (f" and {self.gpus} GPUs" if self.gpus else "")
+        each = _cores_and_gpus(self.cpus, self.gpus) if self.gpus else counted(self.cpus, "CPU core")
         return f"{self.nodes} nodes x {each}" if self.nodes > 1 else each
 
 
@@ -137,11 +138,15 @@ def _check_one_fits(site: Site, share: Share) -> None:
 
 def _held(nodes: Sequence[Node]) -> str:
     """`a: 8 CPU cores and 4 GPUs, b: ...`; a machine alone is not named."""
-    shown = [f"{node.cpus} CPU cores and {node.gpus} GPUs" for node in nodes[:_SHOWN]]
+    shown = [_cores_and_gpus(node.cpus, node.gpus) for node in nodes[:_SHOWN]]
     if len(nodes) > 1:
         shown = [f"{node.name}: {has}" for node, has in zip(nodes, shown, strict=False)]
     more = [f"{len(nodes) - _SHOWN} more"] if len(nodes) > _SHOWN else []
     return ", ".join(shown + more) or "no machine"
+
+
+def _cores_and_gpus(cpus: int, gpus: int) -> str:
+    return f"{counted(cpus, 'CPU core')} and {counted(gpus, 'GPU')}"
 
 
 def _memory_groups(site: Site, num_nodes: int, trial_memory_gib: float) -> int:
@@ -165,7 +170,7 @@ def fitted(placement: Placement, nodes: Sequence[Node]) -> tuple[Placement, str 
     possible = groups(nodes, placement.share)
     if possible >= placement.slots:
         return placement, None
-    here = f"each trial needs {placement.share}; the cluster has {possible} such group{'' if possible == 1 else 's'}"
+    here = f"each trial needs {placement.share}; the cluster has {counted(possible, 'such group')}"
     if not possible:
         raise PlacementRefused(f"{here} ({_held(nodes)})")
     waves = math.ceil(placement.waves * placement.slots / possible)

@@ -72,11 +72,16 @@ def peak_memory_gib(device: torch.device) -> float:
     return kib / 2**20
 
 
-def memory_in_use_gib(device: torch.device) -> float:
-    """What tensors hold on the device after its cache was emptied (CUDA), or this process in memory (CPU), in GiB."""
+def free_unused_memory(device: torch.device) -> None:
+    """Give back what no tensor holds any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def memory_in_use_gib(device: torch.device) -> float:
+    """What tensors hold on the device (CUDA), or this process in memory (CPU), in GiB."""
+    if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / GIB
     import psutil
 

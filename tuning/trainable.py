@@ -16,7 +16,7 @@ from ray import tune
 from jobs.errors import disk_full
 from jobs.spec import JobSpec
 from training.data import open_tokens
-from training.meter import memory_in_use_gib
+from training.meter import free_unused_memory, memory_in_use_gib
 from training.model import Base, load_base, resolve_device
 from tuning.faults import SpoiledProcess, classify, is_device_error, is_oom, keep_traceback
 from tuning.trial_run import TrialRun, Work, pack
@@ -95,6 +95,7 @@ class WarmTrial(tune.Trainable):
         """What went wrong, as a result; raised instead where this process cannot be trusted with another trial."""
         full = disk_full(error, Path(self.work.run))
         if full:
+            self._let_go(error)
             return {"full_disk": str(full)}
         keep_traceback(Path(self.work.run), self.current_id, error)
         failure = classify(error)
@@ -112,7 +113,11 @@ class WarmTrial(tune.Trainable):
             return False
         if not begun:
             self.base = None  # half an adapter may be in it
-        return not is_oom(error) or memory_in_use_gib(resolve_device(self.work.gpus)) <= self.usual_gib + _SLACK_GIB
+        if not is_oom(error):
+            return True
+        device = resolve_device(self.work.gpus)
+        free_unused_memory(device)
+        return memory_in_use_gib(device) <= self.usual_gib + _SLACK_GIB
 
     def _end(self) -> None:
         current, self.current = self.current, None

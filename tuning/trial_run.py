@@ -19,6 +19,7 @@ from jobs.metrics import is_better
 from jobs.run import Run, Trial
 from jobs.schedule import Schedule, schedule
 from jobs.spec import JobSpec
+from jobs.words import counted
 from training.checkpoint import newest_good
 from training.data import TokenData
 from training.model import Base
@@ -103,7 +104,7 @@ class TrialRun:
             smaller = halved(job)
             if smaller is None:
                 rows = job.train.per_device_train_batch_size
-                sentence = f"out of memory with {rows} row{'s' if rows > 1 else ''} a pass, which cannot be halved"
+                sentence = f"out of memory with {counted(rows, 'row')} a pass, which cannot be halved"
                 raise OneRowTooMany("oom", sentence)
             job = smaller
         return job

@@ -38,7 +38,7 @@ def test_trials_over_two_machines_are_trained_and_searched(bert_job: JobMaker, p
     assert "over 2 machines" in planned.stdout
     refused = lorafleet("plan", path, *loaded.overrides, "resources.num_nodes=4", cwd=place, **machines.environment)
     assert refused.returncode == ExitCode.USER_INPUT
-    assert "each trial needs 4 nodes x 1 CPU cores, and the Ray at" in refused.stderr
+    assert "each trial needs 4 nodes x 1 CPU core, and the Ray at" in refused.stderr
     done = lorafleet("sweep", path, *loaded.overrides, cwd=place, **machines.environment)
     run = newest(place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr + log(run)

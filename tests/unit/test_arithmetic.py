@@ -166,7 +166,7 @@ def test_gpus_are_used_where_they_are(bert_job: JobMaker) -> None:
         ({"workers_per_node": 8}, "each trial needs 8 CPU cores, and this machine has 4"),
         ({"device": "cuda"}, "resources.device is cuda, but this machine has no GPU"),
         ({"gpus_per_node": 1}, "resources.gpus_per_node is 1, but this machine has no GPU"),
-        ({"num_nodes": 2}, "each trial needs 2 nodes x 1 CPU cores, and this is one machine: start Ray on each"),
+        ({"num_nodes": 2}, "each trial needs 2 nodes x 1 CPU core, and this is one machine: start Ray on each"),
     ],
 )
 def test_what_cannot_fit_is_refused_in_one_sentence(

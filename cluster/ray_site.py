@@ -51,6 +51,7 @@ def nodes_of(table: Iterable[Mapping[str, Any]]) -> tuple[Node, ...]:
                     cpus=int(has.get("CPU", 0)),
                     gpus=int(has.get("GPU", 0)),
                     memory_gib=round(has.get("memory", 0) / 2**30, 1),
+                    labels=row.get("Labels") or {},
                 )
             )
     return tuple(sorted(nodes, key=lambda node: node.name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import Field
@@ -48,6 +48,8 @@ class Placement(Spec):
     """CPU cores of each process."""
     gpus_per_worker: int = Field(ge=0, le=1)
     """GPUs of each."""
+    labels: dict[str, str] = {}
+    """Ray labels that each of its machines has."""
     strategy: Strategy = "ddp"
     """How the processes of one trial share the work; `auto` has been resolved."""
     slots: int = Field(ge=1)
@@ -103,11 +105,12 @@ def place(job: JobSpec, site: Site, trials: int, trial_memory_gib: float, strate
         )
     per_node = wants.workers_per_node
     share = Share(wants.num_nodes, per_node * wants.cpus_per_worker, per_node * gpus)
-    _check_one_fits(site, share)
-    fits = {"CPU cores": groups(site.nodes, share._replace(gpus=0))}
+    nodes = _labelled(site.nodes, wants.label_selector)
+    _check_one_fits(site, nodes, share, wants.label_selector)
+    fits = {"CPU cores": groups(nodes, share._replace(gpus=0))}
     if share.gpus:
-        fits["GPUs"] = groups(site.nodes, share)
-    fits["memory"] = _memory_groups(site, wants.num_nodes, trial_memory_gib)
+        fits["GPUs"] = groups(nodes, share)
+    fits["memory"] = _memory_groups(nodes, site.called, wants.num_nodes, trial_memory_gib)
     fits["trials"] = trials
     if job.search and job.search.max_concurrent_trials:
         fits["max_concurrent_trials"] = job.search.max_concurrent_trials
@@ -118,6 +121,7 @@ def place(job: JobSpec, site: Site, trials: int, trial_memory_gib: float, strate
         num_nodes=wants.num_nodes,
         cpus_per_worker=wants.cpus_per_worker,
         gpus_per_worker=gpus,
+        labels=wants.label_selector,
         strategy=strategy,
         slots=slots,
         waves=math.ceil(trials / slots),
@@ -125,15 +129,23 @@ def place(job: JobSpec, site: Site, trials: int, trial_memory_gib: float, strate
     )
 
 
-def _check_one_fits(site: Site, share: Share) -> None:
-    if groups(site.nodes, share):
+def _labelled(nodes: Sequence[Node], labels: Mapping[str, str]) -> list[Node]:
+    """The machines that have all of the labels."""
+    return [node for node in nodes if labels.items() <= node.labels.items()]
+
+
+def _check_one_fits(site: Site, nodes: Sequence[Node], share: Share, labels: Mapping[str, str]) -> None:
+    if groups(nodes, share):
         return
+    if labels and not nodes:
+        wanted = ", ".join(f"{name}={value}" for name, value in labels.items())
+        raise PlacementRefused(f"resources.label_selector wants machines with {wanted}, and {site.called} has none")
     if share.nodes > len(site.nodes) and isinstance(site, LocalSite):
         raise PlacementRefused(
             f"each trial needs {share}, and this is one machine: start Ray on each (`ray start`) and name it in "
             "RAY_ADDRESS, or set resources.num_nodes to 1"
         )
-    raise PlacementRefused(f"each trial needs {share}, and {site.called} has {_held(site.nodes)}")
+    raise PlacementRefused(f"each trial needs {share}, and {site.called} has {_held(nodes)}")
 
 
 def _held(nodes: Sequence[Node]) -> str:
@@ -149,16 +161,15 @@ def _cores_and_gpus(cpus: int, gpus: int) -> str:
     return f"{counted(cpus, 'CPU core')} and {counted(gpus, 'GPU')}"
 
 
-def _memory_groups(site: Site, num_nodes: int, trial_memory_gib: float) -> int:
+def _memory_groups(nodes: Sequence[Node], site: str, num_nodes: int, trial_memory_gib: float) -> int:
     """How many trials the memory holds; raises PlacementRefused when not one."""
     each = max(trial_memory_gib / num_nodes, 0.01)
-    largest = sorted((node.memory_gib for node in site.nodes if node.cpus), reverse=True)[:num_nodes]
+    largest = sorted((node.memory_gib for node in nodes if node.cpus), reverse=True)[:num_nodes]
     if each > largest[-1]:
         raise PlacementRefused(
-            f"each trial needs about {each:.1f} GiB of memory on each machine, and {site.called} has "
-            f"{largest[-1]:.1f} free"
+            f"each trial needs about {each:.1f} GiB of memory on each machine, and {site} has {largest[-1]:.1f} free"
         )
-    shares = [math.floor(node.memory_gib / each) for node in site.nodes if node.cpus]
+    shares = [math.floor(node.memory_gib / each) for node in nodes if node.cpus]
     return max(1, sum(shares) // num_nodes)
 
 
@@ -167,6 +178,7 @@ def fitted(placement: Placement, nodes: Sequence[Node]) -> tuple[Placement, str 
 
     Raises PlacementRefused when none does.
     """
+    nodes = _labelled(nodes, placement.labels)
     possible = groups(nodes, placement.share)
     if possible >= placement.slots:
         return placement, None

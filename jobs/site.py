@@ -20,6 +20,8 @@ class Node(Spec):
     """Memory, in GiB, that is free or can be freed."""
     gpus: int = Field(0, ge=0)
     """CUDA devices."""
+    labels: dict[str, str] = {}
+    """What Ray knows it by."""
 
 
 class LocalSite(Spec):

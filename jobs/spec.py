@@ -279,6 +279,10 @@ class TrainSpec(Spec):
         return self.per_device_train_batch_size * world_size * self.accumulation_steps(world_size)
 
 
+LabelName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9./_-]{0,250}[A-Za-z0-9])?$")]
+LabelValue = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
+
+
 class ResourcesSpec(Spec):
     """What ONE trial needs."""
 
@@ -292,6 +296,9 @@ class ResourcesSpec(Spec):
     """GPUs on each of them. `auto`: one a worker where the machine has GPUs, else none."""
     cpus_per_worker: int = Field(1, ge=1, le=1024)
     """CPU cores, and so threads, of one training process."""
+    label_selector: dict[LabelName, LabelValue] = {}
+    """Ray labels that a trial's machines must have, such as `{ray.io/accelerator-type: H100}`, or what `ray start
+    --labels` or a worker group gave them; nothing, and every machine of the cluster may be used."""
     strategy: Strategy = "auto"
     """How the processes of one trial share the work: whole copies (`ddp`); shares of every layer (`fsdp`, torch's
     FSDP2); shares of the optimiser state, of gradients too, of weights too (`zero1`, `zero2`, `zero3`, DeepSpeed).

@@ -44,6 +44,7 @@ def run_group(
             use_gpu=on_gpu,
             resources_per_worker={"CPU": placement.cpus_per_worker, "GPU": placement.gpus_per_worker},
             placement_strategy=placement.spread,
+            label_selector=placement.labels or None,
         ),
         run_config=RunConfig(
             name=name,

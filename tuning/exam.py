@@ -87,7 +87,10 @@ def examine_all(work: Work, names: list[str], slots: int, *, splits: dict[str, l
     """Evaluate the named adapters, as many at once as there are slots."""
     if not names:
         return
-    actor = ray.remote(Examiner).options(num_cpus=work.job.resources.cpus_per_worker, num_gpus=work.gpus)
+    wants = work.job.resources
+    actor = ray.remote(Examiner).options(
+        num_cpus=wants.cpus_per_worker, num_gpus=work.gpus, label_selector=wants.label_selector
+    )
     pool = ray.util.ActorPool([actor.remote(work) for _ in range(min(slots, len(names)))])
     for _ in pool.map_unordered(lambda examiner, name: examiner.examine.remote(name, splits[name]), names):
         pass

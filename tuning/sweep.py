@@ -336,7 +336,9 @@ class Sweep:
             return distributed_trainable(work, self.placement)
         from tuning.trainable import WarmTrial
 
-        resources = {"cpu": self.placement.cpus_per_worker, "gpu": self.placement.gpus_per_worker}
+        bundle = {"CPU": self.placement.cpus_per_worker, "GPU": self.placement.gpus_per_worker}
+        labels = {"bundle_label_selector": [self.placement.labels]} if self.placement.labels else {}
+        resources = tune.PlacementGroupFactory([bundle], **labels)
         return tune.with_resources(tune.with_parameters(WarmTrial, work=work), resources)
 
     def _no_more(self) -> bool:

@@ -141,7 +141,7 @@ def check_cuts(run: Run) -> int:
 
 
 class Machines:
-    """A head without CPU cores, as clusters have it, and workers with one each."""
+    """A head without CPU cores, as clusters have it, and workers with one each, the first in a pool of its own."""
 
     def __init__(self, workers: int) -> None:
         from ray.cluster_utils import Cluster
@@ -149,11 +149,11 @@ class Machines:
         self.cluster = Cluster(
             initialize_head=True, connect=False, head_node_args={"num_cpus": 0, "include_dashboard": True}
         )
-        self.workers = [self.add() for _ in range(workers)]
+        self.workers = [self.add("two" if number else "one") for number in range(workers)]
 
-    def add(self) -> Any:
+    def add(self, pool: str = "two") -> Any:
         """One more machine."""
-        return self.cluster.add_node(num_cpus=1)
+        return self.cluster.add_node(num_cpus=1, labels={"pool": pool})
 
     @property
     def environment(self) -> dict[str, str]:
@@ -181,12 +181,16 @@ class Machines:
         All have one address here, and Ray lets the driver join any of them; on a real cluster it is on the head.
         """
         driver = json.loads((run.path / "logs" / "ray.json").read_text())["node_id"]
+        found = self.hosts("RayTrainWorker")
+        return next((node for node in self.workers if node.node_id in found and node.node_id != driver), None)
+
+    def hosts(self, actor: str) -> list[str]:
+        """The machines of the actors whose class has this in its name."""
         code = (
             "import ray; ray.init(log_to_driver=False); from ray.util.state import list_actors; "
-            "print(*(a.node_id for a in list_actors() if a.state == 'ALIVE' and 'RayTrainWorker' in a.class_name))"
+            f"print(*(a.node_id for a in list_actors() if a.state == 'ALIVE' and {actor!r} in a.class_name))"
         )
-        found = self._asked(code).split()
-        return next((node for node in self.workers if node.node_id in found and node.node_id != driver), None)
+        return self._asked(code).split()
 
     def kill(self, node: Any) -> None:
         """The machine and all that runs on it is gone at once."""

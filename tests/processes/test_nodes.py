@@ -13,7 +13,7 @@ import pytest
 from jobs.errors import ExitCode
 from jobs.run import Run
 from tests.conftest import JobMaker, lorafleet
-from tests.processes.conftest import Machines, begin, newest, save, wait_for
+from tests.processes.conftest import Machines, begin, interrupt, newest, save, wait_for
 
 TWO = {"resources__num_nodes": 2}
 SEARCH = """
@@ -34,7 +34,7 @@ def test_trials_over_two_machines_are_trained_and_searched(bert_job: JobMaker, p
     path = save(loaded, place)
     planned = lorafleet("plan", path, *loaded.overrides, cwd=place, **machines.environment)
     assert planned.returncode == ExitCode.OK, planned.stderr
-    assert "1 trials at once" in planned.stdout
+    assert "1 trial at once" in planned.stdout
     assert "over 2 machines" in planned.stdout
     refused = lorafleet("plan", path, *loaded.overrides, "resources.num_nodes=4", cwd=place, **machines.environment)
     assert refused.returncode == ExitCode.USER_INPUT
@@ -52,6 +52,19 @@ def test_trials_over_two_machines_are_trained_and_searched(bert_job: JobMaker, p
     together = next(t for t in run.trials() if t.params()["assignment"]["train.learning_rate"] == 1e-2).evaluations()
     assert len(longest) == 2
     assert together[0]["loss"] == pytest.approx(newest(place).trials()[0].evaluations()[0]["loss"], rel=1e-4)
+
+
+def test_trials_stay_on_the_machines_that_are_asked_for(bert_job: JobMaker, place: Path, machines: Machines) -> None:
+    """The others would do as well: that a warm trial and a gang of two both land right by chance is one in nine."""
+    loaded = bert_job(train__max_steps=1_000_000, train__eval_steps=100_000)
+    for pool, nodes, actor in (("one", 1, "WarmTrial"), ("two", 2, "RayTrainWorker")):
+        asked = [f"resources.num_nodes={nodes}", f"resources.label_selector.pool={pool}"]
+        process = begin(loaded, place, *asked, command="train", **machines.environment)
+        hosts = wait_for(lambda name=actor: machines.hosts(name))
+        assert {node.node_id for node in machines.workers if node.node_labels["pool"] == pool} == set(hosts)
+        interrupt(process)
+        shown, _ = process.communicate(timeout=120)
+        assert process.returncode == ExitCode.INTERRUPTED, shown
 
 
 @pytest.mark.long

@@ -242,6 +242,23 @@ def test_a_placement_is_fitted_to_the_machines_that_came_up(bert_job: JobMaker) 
         fitted(placement, machines((8, 4)))
 
 
+def test_a_trial_stays_on_machines_with_its_labels(bert_job: JobMaker) -> None:
+    train, evaluate = ({"labels": {"pool": name, "zone": "a"}} for name in ("train", "evaluate"))
+    nodes = tuple(node.model_copy(update=train if i else evaluate) for i, node in enumerate(machines(*[(8, 4)] * 3)))
+    cluster = RaySite(address="auto", nodes=nodes)
+    wants = {"num_nodes": 2, "workers_per_node": 4}
+    placement = place(bert_job(ASHA, resources=wants | {"label_selector": {"pool": "train"}}).job, cluster, 10, 1.0)
+    assert (placement.slots, placement.labels) == (1, {"pool": "train"})
+    assert fitted(placement, nodes) == (placement, None)
+    with pytest.raises(PlacementRefused, match="the cluster has 0 such groups"):
+        fitted(placement, nodes[:2])
+    with pytest.raises(PlacementRefused, match="needs 2 nodes x 4 CPU cores and 4 GPUs, and the Ray at auto has 8 CPU"):
+        place(bert_job(resources=wants | {"label_selector": {"pool": "evaluate"}}).job, cluster, 1, 1.0)
+    for site in (cluster, LAPTOP):
+        with pytest.raises(PlacementRefused, match="wants machines with pool=tain, zone=a, and"):
+            place(bert_job(resources={"label_selector": {"pool": "tain", "zone": "a"}}).job, site, 1, 1.0)
+
+
 def test_workers_get_the_network_settings_and_no_secret() -> None:
     given = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "ib0", "HF_HOME": "/hf", "HF_TOKEN": "s", "PATH": "/"}
     given |= {"LORAFLEET_CACHE": "/c", "LORAFLEET_API_KEY": "s", "WANDB_API_KEY": "s", "NCCL_SECRET": "s"}

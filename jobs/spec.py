@@ -312,6 +312,17 @@ class ResourcesSpec(Spec):
         """Training processes of one trial."""
         return self.num_nodes * self.workers_per_node
 
+    @field_validator("gpus_per_node", mode="before")
+    @classmethod
+    def _whole_gpus(cls, value: object) -> object:
+        if isinstance(value, float) and not value.is_integer():
+            sentence = (
+                f"resources.gpus_per_node is {value:g}, but must be a whole number: trials that share a GPU are not kept "
+                "out of each other's memory, and NCCL takes one process a GPU"
+            )
+            raise SpecProblems([Problem("resources.gpus_per_node", sentence)])
+        return value
+
     @model_validator(mode="after")
     def _one_gpu_a_worker(self) -> ResourcesSpec:
         problems = []

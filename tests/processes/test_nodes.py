@@ -57,7 +57,7 @@ def test_trials_over_two_machines_are_trained_and_searched(bert_job: JobMaker, p
 def test_trials_stay_on_the_machines_that_are_asked_for(bert_job: JobMaker, place: Path, machines: Machines) -> None:
     """The others would do as well: that a warm trial and a gang of two both land right by chance is one in nine."""
     loaded = bert_job(train__max_steps=1_000_000, train__eval_steps=100_000)
-    for pool, nodes, actor in (("one", 1, "WarmTrial"), ("two", 2, "RayTrainWorker")):
+    for pool, nodes, actor in (("one", 1, "ResourceTrainable"), ("two", 2, "RayTrainWorker")):
         asked = [f"resources.num_nodes={nodes}", f"resources.label_selector.pool={pool}"]
         process = begin(loaded, place, *asked, command="train", **machines.environment)
         hosts = wait_for(lambda name=actor: machines.hosts(name))

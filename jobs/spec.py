@@ -317,8 +317,8 @@ class ResourcesSpec(Spec):
     def _whole_gpus(cls, value: object) -> object:
         if isinstance(value, float) and not value.is_integer():
             sentence = (
-                f"resources.gpus_per_node is {value:g}, but must be a whole number: trials that share a GPU are not kept "
-                "out of each other's memory, and NCCL takes one process a GPU"
+                f"resources.gpus_per_node is {value:g}, but must be a whole number: trials that share a GPU are not "
+                "kept out of each other's memory, and NCCL takes one process a GPU"
             )
             raise SpecProblems([Problem("resources.gpus_per_node", sentence)])
         return value

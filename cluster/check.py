@@ -7,12 +7,14 @@ import os
 import shutil
 from pathlib import Path
 
+from cluster.shape import shape
 from jobs.assets import PREFIX, asset
 from jobs.deepspeed import contradictions
 from jobs.errors import AssetError, JobFileError, Problem
 from jobs.hub import model_config, model_folder
 from jobs.identity import ADAPTER_FILES, models_of
 from jobs.load import LoadedJob
+from jobs.spec import JobSpec
 from jobs.yaml12 import read
 
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
@@ -83,6 +85,8 @@ def _wrong_strategy(loaded: LoadedJob) -> list[tuple[str, str]]:
 def _wrong_layers(loaded: LoadedJob) -> list[tuple[str, str]]:
     """What the model's kind of layers cannot do, where its config is on this machine."""
     job = loaded.job
+    if job.method == "prompt_tuning":
+        return _wrong_prompt(job)
     if not job.adapts_with_lora or job.lora.init_lora_weights != "olora":
         return []
     kind = (model_config(job.model.model_name_or_path, job.model.revision) or {}).get("model_type")
@@ -93,6 +97,29 @@ def _wrong_layers(loaded: LoadedJob) -> list[tuple[str, str]]:
         "transposed (Conv1D), which PEFT's OLoRA does not turn; use pissa or default"
     )
     return [("lora.init_lora_weights", sentence)]
+
+
+def _wrong_prompt(job: JobSpec) -> list[tuple[str, str]]:
+    """A learnt prompt that the model has no room for, or behind which it does not find its label."""
+    name = job.model.model_name_or_path
+    known = shape(model_config(name, job.model.revision) or {})
+    if known is None:
+        return []
+    tokens, most = job.prompt_tuning.num_virtual_tokens, known.positions
+    found = []
+    if most and job.model.max_length + tokens > most:
+        sentence = (
+            f"prompt_tuning.num_virtual_tokens is {tokens} and model.max_length {job.model.max_length}, but {name} has "
+            f"{most} positions for both together"
+        )
+        found.append(("prompt_tuning.num_virtual_tokens", sentence))
+    if job.task == "classification" and known.family != "bert":
+        sentence = (
+            f"method is prompt_tuning, but {name} reads its label off the last token, which transformers does not find "
+            "behind learnt embeddings; use an encoder, task: generation, or lora"
+        )
+        found.append(("method", sentence))
+    return found
 
 
 def _unknown_asset(field: str, name: str, kind: str) -> list[tuple[str, str]]:

@@ -32,20 +32,23 @@ def estimate(
     Scaled-dot-product attention keeps no scores, but for dropout on CPU; the high value has them always. Beside that,
     low and high are 10 % below and 20 % above: allocators keep what they do not use.
     """
-    bytes_each = _bytes_each(job, cuda=cuda)
+    bytes_each, stored = _bytes_each(job, cuda=cuda), _stored_bytes(job, cuda=cuda)
     length = min(longest_tokens, job.model.max_length)
+    if job.method == "prompt_tuning":
+        length += job.prompt_tuning.num_virtual_tokens
     tokens = job.train.per_device_train_batch_size * length
     trained = parameters if job.method == "full" else trained_parameters(job, shape, labels)
-    number = bytes_each if job.method == "full" else 4
+    number = stored if job.method == "full" else 4
     cut = _cut(job)
-    weights = _weight_bytes(job, parameters, shape.matrices, bytes_each)
+    weights = _weight_bytes(job, parameters, shape.matrices, stored)
+    copies = shape.matrices * bytes_each if bytes_each < stored else 0  # autocast's, of what it multiplies with
     scores = shape.heads * length * _COPIES_OF_SCORES * bytes_each
     kept = scores if not cuda and shape.attention_dropout else 0
     block = _block_bytes(job, shape, bytes_each) + kept
     activations = tokens * _kept_bytes(job, shape, block, bytes_each)
     logits = _logit_bytes(job, shape, tokens, bytes_each)
     components = {
-        "base weights": (weights / cut["weights"] + _gathered_bytes(job, shape, bytes_each)) / GIB,
+        "base weights": ((weights + copies) / cut["weights"] + _gathered_bytes(job, shape, bytes_each)) / GIB,
         "adapter": 0.0 if job.method == "full" else trained * number / cut["weights"] / GIB,
         "gradients": trained * number / cut["gradients"] / GIB,
         "optimiser": _moment_bytes(job, trained, number) / cut["optimiser"] / GIB,
@@ -145,7 +148,9 @@ def _weight_bytes(job: JobSpec, parameters: int, matrices: int, bytes_each: int)
 
 
 def _moment_bytes(job: JobSpec, trained: int, number: int) -> int:
-    """Of Adam's two moments."""
+    """Of Adam's two moments; DeepSpeed has them, and a copy of what it trains, in float32 whatever is stored."""
+    if job.resources.strategy.startswith("zero") and number < 4:
+        return trained * 12
     return trained * (2 if job.train.optim.endswith("8bit") else 2 * number)
 
 
@@ -160,11 +165,17 @@ def trained_parameters(job: JobSpec, shape: Shape, labels: int) -> int:
 
 def checkpoint_bytes(job: JobSpec, trained: int, *, cuda: bool) -> int:
     """Of one checkpoint: what is trained, and Adam's two moments."""
-    number = _bytes_each(job, cuda=cuda) if job.method == "full" else 4
+    number = _stored_bytes(job, cuda=cuda) if job.method == "full" else 4
     return trained * number + _moment_bytes(job, trained, number)
 
 
+def _stored_bytes(job: JobSpec, *, cuda: bool) -> int:
+    """Of a weight: what is trained whole is kept in float32."""
+    return 4 if job.method == "full" and job.model.dtype == "auto" else _bytes_each(job, cuda=cuda)
+
+
 def _bytes_each(job: JobSpec, *, cuda: bool) -> int:
+    """Of a number in the arithmetic."""
     if job.model.dtype == "auto":
         return 2 if cuda else 4
     return 4 if job.model.dtype == "float32" else 2

@@ -24,6 +24,7 @@ from jobs.support import CUT_WEIGHTS, Strategy, refusals
 _ASSUMED_ROWS = 1000
 _CHARACTERS_A_TOKEN = 3.0
 _HOST_GIB_OF_A_GPU_TRIAL = 3.0
+_BYTES_OF_A_READ_WEIGHT = 2
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def make_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
         trials = [_with_strategy(trial, strategy) for trial in trials]
         each = [_memory(trial, known, cuda=cuda) for trial in trials]
     memory = _largest(each)
-    placement = place(job, site, total, _host_gib(job, memory, cuda=cuda), strategy)
+    placement = place(job, site, total, _host_gib(job, memory, known, cuda=cuda), strategy)
     worst, expected = _cost(job, schedules, total)
     notes += _too_large(each, site, cuda=cuda)
     return Plan(
@@ -179,6 +180,8 @@ def _largest(each: list[MemoryEstimate | None]) -> MemoryEstimate | None:
 def _too_large(each: list[MemoryEstimate | None], site: Site, *, cuda: bool) -> list[str]:
     """A sentence where trials are not expected to fit a GPU."""
     room = site.gpu_memory_gib
+    if cuda and not room:
+        return ["how much memory the GPUs have is not known: whether trials fit them is not checked"]
     large = [memory.expected for memory in each if memory and cuda and room and memory.expected > room]
     if not large:
         return []
@@ -216,11 +219,13 @@ def _longest_tokens(rows: Rows) -> int:
     return 8 + round(max(characters(row) for row in rows.train) / _CHARACTERS_A_TOKEN)
 
 
-def _host_gib(job: JobSpec, memory: MemoryEstimate | None, *, cuda: bool) -> float:
+def _host_gib(job: JobSpec, memory: MemoryEstimate | None, known: _Known, *, cuda: bool) -> float:
     """Host memory of one trial, in GiB."""
-    if cuda or memory is None:
-        return _HOST_GIB_OF_A_GPU_TRIAL * job.resources.world_size if cuda else 1.0 * job.resources.world_size
-    return memory.expected * job.resources.world_size
+    processes = job.resources.world_size
+    if cuda:  # each process reads the weights into memory before they go to its GPU
+        weights = known.model[1] * _BYTES_OF_A_READ_WEIGHT / 2**30 if known.model else 0.0
+        return (_HOST_GIB_OF_A_GPU_TRIAL + weights) * processes
+    return (memory.expected if memory else 1.0) * processes
 
 
 def choose_strategy(

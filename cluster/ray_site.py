@@ -22,8 +22,10 @@ _PASSED = (
     "TORCH_EXTENSIONS_DIR",
     "TORCHINDUCTOR_CACHE_DIR",
     "TRITON_CACHE_DIR",
+    "RAY_TRAIN_",
 )
 """Beginnings of the names that mean the same on every machine: the network, the caches."""
+_GPU_SECONDS = 60.0
 _SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
@@ -71,6 +73,26 @@ def ray_site(address: str) -> RaySite:
             "shows whether one is up; without RAY_ADDRESS a Ray of its own is started on this machine"
         ) from error
     try:
-        return RaySite(address=address, nodes=nodes_of(ray.nodes()))
+        nodes = nodes_of(ray.nodes())
+        return RaySite(address=address, nodes=nodes, gpu_memory_gib=_gpu_memory(ray.nodes()))
     finally:
         ray.shutdown()
+
+
+def _gpu_memory(table: list[dict[str, Any]]) -> float:
+    """The smallest GPU's memory in GiB, asked of the driver of each machine that has some; 0 where one does not say."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from cluster.machine import find_gpus
+
+    ask = ray.remote(num_cpus=0, max_retries=0)(find_gpus)
+    asked = [
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(row["NodeID"], soft=False)).remote()
+        for row in table
+        if row["Alive"] and row["Resources"].get("GPU")
+    ]
+    try:
+        return min((found.memory_gib for found in ray.get(asked, timeout=_GPU_SECONDS)), default=0.0)
+    except ray.exceptions.RayError:  # a machine without lorafleet, or too busy: the plan says that it is not known
+        return 0.0

@@ -114,18 +114,24 @@ _SQUARES: dict[str, _Square] = {
     ),
 }
 """Model type -> its square matrices, and the two of its feed-forward part."""
+_LLAMAS = (
+    *("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "granite", "olmo", "olmo2"),
+    *("gemma", "gemma2", "gemma3_text"),
+)
+"""Model types with Llama's seven matrices a block, under Llama's names."""
 _SQUARE_READS: tuple[Reads, ...] = ("attention", "attention", "attention", "attended")
 
 
 def shape(config: dict[str, Any]) -> Shape | None:
-    """The shape that a config.json describes, or None where it says too little."""
+    """The shape that a config.json describes, or None where it says too little or is of a kind that is not known."""
     config = config.get("text_config") or config
     found = {what: next((config[name] for name in names if config.get(name)), None) for what, names in _NAMES.items()}
-    if not (found["hidden"] and found["layers"] and config.get("vocab_size")):
+    kind = str(config.get("model_type", ""))
+    known = kind in (*_SQUARES, *_LLAMAS, "gpt2")
+    if not (known and found["hidden"] and found["layers"] and config.get("vocab_size")):
         return None
     hidden, layers, heads = int(found["hidden"]), int(found["layers"]), int(found["heads"] or 1)
     inner = int(found["inner"] or 4 * hidden)
-    kind = str(config.get("model_type", ""))
     family: Family = "gpt" if kind in ("gpt2", "gpt_neo") else "bert" if kind in _SQUARES else "llama"
     positions = config.get("max_position_embeddings") or config.get("n_positions") or 0
     return Shape(
@@ -137,7 +143,7 @@ def shape(config: dict[str, Any]) -> Shape | None:
         beside=(Matrix("pooler.dense", hidden, hidden),) if kind == "bert" else (),
         family=family,
         positions=0 if family == "llama" else int(positions),
-        tied=bool(config.get("tie_word_embeddings", family != "llama")),
+        tied=bool(config.get("tie_word_embeddings", family != "llama" or kind.startswith("gemma"))),
         dropout=_first(config, _DROPOUTS, _USUAL_DROPOUT.get(kind, 0.0)),
         attention_dropout=_first(config, _ATTENTION_DROPOUTS, _USUAL_DROPOUT.get(kind, 0.0)),
     )

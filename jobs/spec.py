@@ -46,7 +46,8 @@ class ModelSpec(Spec):
     max_length: int = Field(512, ge=8, le=1_000_000)
     """Longest row in tokens, prompt and answer together; longer rows are cut, and counted in a warning."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the frozen weights. `auto`: bfloat16 on GPUs that have it, float32 on CPU."""
+    """Number format of the base's weights. `auto`: bfloat16 on GPUs that have it, where they are frozen; float32 on CPU
+    and with `full`, whose small updates bfloat16 would round away."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2", "flex_attention"] = "auto"
     """Which attention transformers uses; `auto`: torch's scaled dot product (`sdpa`) where the model has it.
     `flash_attention_2` needs a GPU and the flash-attn package."""
@@ -645,12 +646,12 @@ def _method_problems(job: JobSpec) -> list[Problem]:
                 "from both sides) and for prompt_tuning (a learnt prompt stands before each row)",
             )
         )
-    if job.train.torch_compile and job.resources.strategy == "zero3":
+    if job.method == "full" and job.model.dtype == "float16":
         problems.append(
             Problem(
-                "train.torch_compile",
-                "train.torch_compile goes with resources.strategy ddp, fsdp, zero1 or zero2, not zero3: DeepSpeed "
-                "gathers weights in hooks that compiled blocks do not run",
+                "model.dtype",
+                "model.dtype is float16, but must be auto, float32 or bfloat16 for method full: gradients and their "
+                "squares are too small for float16",
             )
         )
     if job.train.init_adapter and job.method == "full":

@@ -35,11 +35,12 @@ class Rule:
 RULES = (
     Rule(
         "qlora.quant_type",
-        ("fsdp",),
+        CUT_WEIGHTS,
         ("qlora",),
         lambda job: job.qlora.quant_type == "int8",
         "quant_type int8",
-        "bitsandbytes keeps INT8 scales on the parameter itself, which FSDP2 replaces; use nf4, or zero3",
+        "bitsandbytes keeps INT8 weights beside the parameter, where nothing cuts them up and every process would hold "
+        "all of them; use nf4, or zero2",
     ),
     Rule(
         "train.optim",
@@ -57,8 +58,44 @@ RULES = (
         "train.mixed_precision fp16",
         "its loss scale is not kept in step over shares; use bf16",
     ),
+    Rule(
+        "train.torch_compile",
+        ("zero3",),
+        METHODS,
+        lambda job: job.train.torch_compile,
+        "train.torch_compile",
+        "DeepSpeed gathers weights in hooks that compiled blocks do not run; use fsdp, zero1 or zero2",
+    ),
 )
 """What is refused, on every device."""
+
+NOTES: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
+    (
+        ("lora",),
+        STRATEGIES,
+        "not init_lora_weights olora on GPT-2's kind of layers (Conv1D): they are stored transposed, and PEFT does not "
+        "turn them",
+    ),
+    (
+        ("qlora",),
+        STRATEGIES,
+        "not with init_lora_weights pissa or olora: they write to the base, and quantised weights cannot be written "
+        "back exactly",
+    ),
+    (
+        ("qlora",),
+        STRATEGIES,
+        "on CPU not with 4 bits where a matrix's inputs are no multiple of 64; use int8",
+    ),
+    (
+        ("prompt_tuning",),
+        STRATEGIES,
+        "not for classifiers that read the label off the last token (GPT-2, Llama): behind learnt embeddings "
+        "transformers does not find it",
+    ),
+    (METHODS, ("zero1", "zero2", "zero3"), "on CPU only with a C++ compiler (g++), which DeepSpeed builds with"),
+)
+"""(methods, strategies, what of it does not work): depends on the model or the machine, and is checked with them."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +126,19 @@ def table() -> list[Cell]:
 
 
 def _limits(method: str, strategy: str) -> tuple[str, ...]:
-    return tuple(
+    refused = [
         f"not with {rule.what}: {rule.reason}"
         for rule in RULES
         if strategy in rule.strategies and method in rule.methods
-    )
+    ]
+    return (*refused, *(what for methods, strategies, what in NOTES if method in methods and strategy in strategies))
 
 
 def refusals(job: JobSpec) -> list[tuple[str, str]]:
     """(field, sentence) pairs of what a job asks for that does not work."""
     strategy = job.resources.strategy
     found = [
-        (rule.field, f"{rule.field} goes with resources.strategy ddp, not {strategy}: {rule.reason}")
+        (rule.field, f"{rule.field} is {_shown(job, rule.field)}, which does not go with {strategy}: {rule.reason}")
         for rule in RULES
         if strategy in rule.strategies and job.method in rule.methods and rule.applies(job)
     ]
@@ -120,3 +158,9 @@ def refusals(job: JobSpec) -> list[tuple[str, str]]:
             )
         )
     return found
+
+
+def _shown(job: JobSpec, path: str) -> str:
+    block, _, leaf = path.partition(".")
+    value = getattr(getattr(job, block), leaf)
+    return str(value).lower() if isinstance(value, bool) else str(value)

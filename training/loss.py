@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,9 +59,12 @@ class ChunkedNll(torch.autograd.Function):
 class LossModule(nn.Module):
     """A model with its task's loss; the thing that strategies wrap."""
 
-    def __init__(self, model: nn.Module, task: str, *, chunked: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, task: str, *, chunked: bool = True, autocast: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.model = model
+        self.autocast_dtype = autocast
         self.classifies = task == "classification"
         inner: Any = getattr(model, "get_base_model", lambda: model)()
         prompt: Any = getattr(model, "active_peft_config", None)
@@ -75,11 +78,17 @@ class LossModule(nn.Module):
 
         The detail is logits_BC for classification and the sum of each row's negative log-likelihood (B) otherwise.
         """
-        if self.classifies:
-            logits_BC = self.model(**batch.inputs).logits.float()
-            return functional.cross_entropy(logits_BC, batch.labels, reduction="sum"), logits_BC.detach()
-        nll_BK = self._token_losses(batch)
-        return nll_BK.sum(), nll_BK.detach().sum(dim=1)
+        with self._autocast(batch.ids_BT.device.type):
+            if self.classifies:
+                logits_BC = self.model(**batch.inputs).logits.float()
+                return functional.cross_entropy(logits_BC, batch.labels, reduction="sum"), logits_BC.detach()
+            nll_BK = self._token_losses(batch)
+            return nll_BK.sum(), nll_BK.detach().sum(dim=1)
+
+    def _autocast(self, device: str) -> AbstractContextManager[Any]:
+        """Mixed precision, opened here and not around a strategy: DeepSpeed's engine switches it off for what it wraps
+        unless its own configuration asks for it."""
+        return torch.autocast(device, dtype=self.autocast_dtype) if self.autocast_dtype else nullcontext()
 
     def _token_losses(self, batch: Batch) -> torch.Tensor:
         """The head's rows are worked out only for positions that predict a target in some row: with masked prompts

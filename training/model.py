@@ -221,8 +221,8 @@ def weight_dtype(job: JobSpec, device: torch.device) -> torch.dtype:
     if job.model.dtype != "auto":
         dtype: torch.dtype = getattr(torch, job.model.dtype)
         return dtype
-    on_gpu = device.type == "cuda"
-    return torch.bfloat16 if on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+    frozen_on_gpu = device.type == "cuda" and job.method != "full"
+    return torch.bfloat16 if frozen_on_gpu and torch.cuda.is_bf16_supported() else torch.float32
 
 
 class _quiet:

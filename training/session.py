@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class TrainingSession:
         self.peak_rate = learning_rate(job).value
         self.autocast_dtype = _autocast_dtype(job, base.device)
         fp16 = self.autocast_dtype is torch.float16
-        module = LossModule(self.model, job.task, chunked=job.train.chunked_loss)
+        module = LossModule(self.model, job.task, chunked=job.train.chunked_loss, autocast=self.autocast_dtype)
         self.strategy = strategy(job, module, base.device, ranks, self.peak_rate, fp16=fp16)
         split = data.splits["train"]
         self.plan = BatchPlan(split.lengths, schedule.batch_rows, job.train.seed, grouped=job.train.group_by_length)
@@ -132,8 +132,7 @@ class TrainingSession:
         for number, chunk in enumerate(own, start=1):
             batch = self._batch(split, chunk)
             with self.strategy.one_pass(last=number == len(own)):
-                with self._autocast():
-                    loss_sum, _ = self.strategy.module(batch)
+                loss_sum, _ = self.strategy.module(batch)
                 # Gradients are averaged over the processes; multiplied back, they are the sum that `targets` divides.
                 self.strategy.backward(loss_sum * (self.ranks.world_size / targets))
             self._sums += torch.stack([loss_sum.detach(), loss_sum.new_tensor(batch.targets)])
@@ -154,11 +153,6 @@ class TrainingSession:
         if self.job.padding_free:
             return end_to_end(split, rows, self.base.device)
         return make_batch(split, rows, self.data.pad_id, self.base.device, classifies=self.classifies)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.autocast_dtype is None:
-            return nullcontext()
-        return torch.autocast(self.base.device.type, dtype=self.autocast_dtype)
 
     def _report(self) -> dict[str, Any]:
         sums = self._sums.clone()
@@ -201,7 +195,7 @@ class TrainingSession:
     def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
         """Everything a restart needs: trained values, optimiser, random state, position, and the host's own `extra`."""
         states = self._gathered_rng()
-        tensors = self.strategy.tensors()
+        tensors = self.strategy.tensors()  # on the first process; nothing on the others
         with self._common_folder(folder) as scratch:
             optimizer = self.strategy.save_optimizer(scratch)
             if self.ranks.rank == 0:
@@ -286,8 +280,7 @@ def evaluate(
     """
     ranks = ranks or Ranks()
     split = data.splits[split_name]
-    module = LossModule(model, job.task, chunked=job.train.chunked_loss)
-    dtype = _autocast_dtype(job, device)
+    module = LossModule(model, job.task, chunked=job.train.chunked_loss, autocast=_autocast_dtype(job, device))
     was_training = model.training
     model.eval()
     rows_seen: list[np.ndarray] = []
@@ -298,7 +291,8 @@ def evaluate(
     own = every_pass[ranks.rank :: ranks.world_size]
     spare = len(own) < math.ceil(len(every_pass) / ranks.world_size)
     try:
-        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
+        # FSDP2 makes its buffers in the first pass of all: made in inference mode they could not be trained with.
+        with torch.no_grad() if equal_passes else torch.inference_mode():
             for rows in own:
                 on_pass("evaluation")
                 batch = make_batch(split, rows, data.pad_id, device, classifies=classifies)

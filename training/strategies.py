@@ -88,7 +88,7 @@ class Alone:
         return nn.utils.clip_grad_norm_(self.trained.values(), self.job.train.max_grad_norm)
 
     def tensors(self) -> Tensors:
-        """What is trained, whole, by name."""
+        """What is trained, whole, by name; only the first process has to have it."""
         return {name: parameter.detach() for name, parameter in self.trained.items()}
 
     def put_tensors(self, values: Tensors) -> None:
@@ -98,7 +98,7 @@ class Alone:
                 self.trained[name].copy_(value)
 
     def save_optimizer(self, folder: Path) -> dict[str, Any]:
-        """The optimiser's state, whole, for the checkpoint in `folder`."""
+        """The optimiser's state, whole, for the checkpoint in `folder`; only the first process has to have it."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_optimizer(self, folder: Path, state: dict[str, Any]) -> None:
@@ -159,8 +159,16 @@ class Fsdp(Alone):
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def tensors(self) -> Tensors:
-        """What is trained, gathered on every process."""
-        return {name: _whole(parameter.detach()) for name, parameter in self.trained.items()}
+        """What is trained, gathered one by one into the first process's memory: whole it may not fit a GPU."""
+        gathered = ((name, self._gathered(parameter.detach())) for name, parameter in self.trained.items())
+        return {name: value for name, value in gathered if value is not None}
+
+    def _gathered(self, value: Any) -> Any:
+        """A value made whole by all processes, on the CPU of the first; None on the others."""
+        whole = _whole(value)
+        if self.ranks.rank:
+            return None
+        return whole.cpu() if torch.is_tensor(whole) else whole
 
     def put_tensors(self, values: Tensors) -> None:
         """Every process takes its share of whole values."""
@@ -172,7 +180,8 @@ class Fsdp(Alone):
         """The moments, gathered."""
         state = self.optimizer.state_dict()
         whole = {
-            index: {key: _whole(value) for key, value in entries.items()} for index, entries in state["state"].items()
+            index: {key: self._gathered(value) for key, value in entries.items()}
+            for index, entries in state["state"].items()
         }
         return {"optimizer": state | {"state": whole}, "scaler": self.scaler.state_dict()}
 
@@ -228,10 +237,14 @@ class Zero(Alone):
 
         self.stage = int(self.job.resources.strategy[-1])
         self.equal_passes = self.stage == 3
-        super()._wrap()
         file = self.job.resources.deepspeed_config
         own = json.loads(Path(file).read_text()) if file else {}
-        config = engine_config(self.job, own, bf16=next(iter(self.trained.values())).dtype is torch.bfloat16)
+        first = next(iter(trained_parameters(self.module.model).values()))
+        config = engine_config(self.job, own, bf16=first.dtype is torch.bfloat16)
+        if self.stage == 3:
+            # One parameter after another: the engine would move the whole model to the device before it cuts it up.
+            deepspeed.zero.Init(module=self.module, config_dict_or_path=config)
+        super()._wrap()
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module,
             optimizer=self.optimizer,
@@ -265,13 +278,17 @@ class Zero(Alone):
         return torch.as_tensor(float(norm or 0.0))
 
     def tensors(self) -> Tensors:
-        """What is trained, gathered on every process."""
+        """What is trained, gathered one by one into the first process's memory."""
         if self.stage < 3:
             return super().tensors()
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(self.trained.values()), modifier_rank=None):
-            return {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+        found = {}
+        for name, parameter in self.trained.items():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+                if self.ranks.rank == 0:
+                    found[name] = parameter.detach().cpu().clone()
+        return found
 
     def put_tensors(self, values: Tensors) -> None:
         """Nothing: weights come back with the engine's own checkpoint, whose shares hold them."""

@@ -8,7 +8,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import TrainingFailure, UserError, disk_full
+from jobs.errors import TrainingFailure, disk_full
 from jobs.placement import Placement
 from jobs.support import CUT_WEIGHTS
 from tuning.faults import SpoiledProcess, classify, keep_traceback
@@ -64,6 +64,7 @@ def _worker(config: dict[str, Any]) -> None:
     try:
         run = TrialRun(work, config["trial"], data)
         run.leaving_soon, run.nodes = _node_leaves, _nodes()
+        run.warn_of_layout()
         sharded = run.job.resources.strategy in CUT_WEIGHTS
         run.open(load_base(run.job, len(data.labels), device, sharded=sharded))
         while True:
@@ -71,12 +72,12 @@ def _worker(config: dict[str, Any]) -> None:
             train.report(pack(report))
             if report["done"] or run.stopping or "failure" in report:
                 return
-    except (TrainingFailure, UserError) as error:
-        # These happen to all processes in the same step, so all come here and the barrier holds.
+    except TrainingFailure as error:
+        # This happens to all processes in the same step, so all come here and the barrier holds.
         keep_traceback(Path(work.run), config["trial"]["trial_id"], error)
         train.report(pack({"failure": classify(error)}))
     except Exception as error:
-        # Anything else may have happened to this process alone: it ends, and the group with it.
+        # Anything else (a model that this machine lacks) may have happened to this process alone: the group ends.
         raise _last_words(error, work, config["trial"]["trial_id"]) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,23 @@ from torch import nn
 
 from evaluation.metrics import Scores
 from jobs import files, search
+from jobs.errors import disk_full
 from jobs.run import Run
 from jobs.spec import JobSpec
 from training.data import open_tokens
 from training.methods import detach, load_weights
 from training.model import Base, fresh_heads, load_base, resolve_device
 from training.session import evaluate
+from training.watchdog import Watchdog
+from tuning.nodes import first_line
 from tuning.trial_run import Work
 
 BASE = "base"
+
+
+_PLACED_SECONDS = 900.0
+"""How long an examiner may wait for a place."""
+_TRIES = 2
 
 
 class _Stopped(Exception):
@@ -37,6 +46,11 @@ class Examiner:
         self.work, self.run = work, Run(Path(work.run))
         self.data = open_tokens(Path(work.tokens))
         self.base: Base | None = None
+        self.watchdog: Watchdog | None = None
+
+    def here(self) -> bool:
+        """That it is up."""
+        return True
 
     def examine(self, name: str, splits: list[str]) -> str | None:
         """Evaluate a trial's adapter (or, for `base`, the untuned base) on splits; write what was found.
@@ -44,14 +58,21 @@ class Examiner:
         Returns None when the run is to stop first.
         """
         began = time.monotonic()
+        self.watchdog = Watchdog(self._folder(name) / f"hang-exam-{name}.txt", 60 * self.work.job.retries.hang_minutes)
+        self.watchdog.beat(setting_up=True)
         try:
             found = self._base_scores(splits) if name == BASE else self._trial_scores(name, splits)
         except _Stopped:
             return None
+        finally:
+            self.watchdog.close()
         record: dict[str, Any] = {split: {"metrics": s.metrics, "intervals": s.intervals} for split, s in found.items()}
-        target = self.run.path / "report" / "base.json" if name == BASE else self.run.trial(name).path / "test.json"
+        target = self._folder(name) / ("base.json" if name == BASE else "test.json")
         files.write_json(target, record | {"seconds": time.monotonic() - began})
         return name
+
+    def _folder(self, name: str) -> Path:
+        return self.run.path / "report" if name == BASE else self.run.trial(name).path
 
     def _loaded(self, job: JobSpec) -> Base:
         labels = len(self.data.labels)
@@ -79,18 +100,55 @@ class Examiner:
         return evaluate(model, job, self.data, split, base.device, on_pass=self._on_pass)
 
     def _on_pass(self, _phase: str) -> None:
+        assert self.watchdog is not None
+        self.watchdog.beat()
         if self.work.stop_requested():
             raise _Stopped
 
 
-def examine_all(work: Work, names: list[str], slots: int, *, splits: dict[str, list[str]]) -> None:
-    """Evaluate the named adapters, as many at once as there are slots."""
-    if not names:
-        return
+def examine_all(work: Work, names: list[str], slots: int, *, splits: dict[str, list[str]]) -> dict[str, str]:
+    """Evaluate the named adapters, as many at once as there are slots.
+
+    Returns why for each that could not be: one that fails costs its own numbers, not the report. An examiner whose
+    process dies is replaced, and what it was at is tried once more. Raises DiskFull.
+    """
+    failed: dict[str, str] = {}
+    waiting, tries = list(names), Counter[str]()
+    free = [_examiner(work) for _ in range(min(slots, len(names)))]
+    running: dict[Any, tuple[str, Any]] = {}
+    while waiting or running:
+        while waiting and free:
+            examiner, name = free.pop(), waiting.pop(0)
+            try:
+                ray.get(examiner.here.remote(), timeout=_PLACED_SECONDS)
+            except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as error:
+                failed[name] = f"no process for it could be started: {first_line(error)}"
+                continue
+            tries[name] += 1
+            running[examiner.examine.remote(name, splits[name])] = (name, examiner)
+        if not running:
+            return failed | dict.fromkeys(waiting, "no process for it could be started")
+        (done, *_), _ = ray.wait(list(running))  # each ends: what hangs is ended by its watchdog
+        name, examiner = running.pop(done)
+        try:
+            ray.get(done)
+        except ray.exceptions.RayError as error:
+            full = disk_full(error, Path(work.run))
+            if full:
+                raise full from error
+            ray.kill(examiner)
+            examiner = _examiner(work)
+            if isinstance(error, ray.exceptions.RayActorError) and tries[name] < _TRIES:
+                waiting.append(name)
+            else:
+                failed[name] = first_line(error)
+        free.append(examiner)
+    return failed
+
+
+def _examiner(work: Work) -> Any:
     wants = work.job.resources
     actor = ray.remote(Examiner).options(
         num_cpus=wants.cpus_per_worker, num_gpus=work.gpus, label_selector=wants.label_selector
     )
-    pool = ray.util.ActorPool([actor.remote(work) for _ in range(min(slots, len(names)))])
-    for _ in pool.map_unordered(lambda examiner, name: examiner.examine.remote(name, splits[name]), names):
-        pass
+    return actor.remote(work)

@@ -23,6 +23,7 @@ _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Read er
 
 _LOST_WORDS = ("health check failed", "is unavailable", "ActorDiedError", "ActorUnavailableError", "NodeDiedError")
 """What Ray says of processes and machines that are gone."""
+_PREEMPTED_WORDS = ("preempted=True", "was preempted", "PreemptionError")
 _TELLING = ("oom", "hang", "nan", "preempted", "data", "config", "code", "worker_lost")
 """When processes of one group ended for different reasons: the first of these is the cause, the others followed."""
 
@@ -83,14 +84,21 @@ def keep_traceback(run: Path, trial_id: str, error: BaseException) -> None:
 def host_failure(said: str, trial: Trial) -> dict[str, Any]:
     """What a process that ended without a report died of, from Ray's words and what it left in the trial's folder."""
     carried = [json.loads(base64.b64decode(text)) for text in re.findall(re.escape(_MARK) + r"([A-Za-z0-9+/=]+)", said)]
-    if carried:
-        return min(carried, key=_telling)
     stacks = trial.keep_stacks()
+    # When one process hangs and is ended, the others say that they lost it: the stacks tell which came first.
+    told = [failure for failure in carried if not stacks or failure.get("failure_class") not in ("worker_lost", "code")]
+    if told:
+        return min(told, key=_telling)
     if stacks:
         sentence = f"no sign of life for retries.hang_minutes; where it stood is in {', '.join(stacks)} of the trial"
         return {"failure_class": "hang", "sentence": sentence}
-    if "preempted=True" in said or "was preempted" in said:
+    if any(word in said for word in _PREEMPTED_WORDS):
         return {"failure_class": "preempted", "sentence": "its node was taken away"}
+    if "WorkerHealthCheckTimeoutError" in said:
+        return {"failure_class": "hang", "sentence": "a process did not answer Ray Train for ten minutes"}
+    if "WorkerGroupStartupTimeoutError" in said:
+        sentence = "the machines to go on with did not come in time (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S)"
+        return {"failure_class": "worker_lost", "sentence": sentence}
     if "OutOfMemoryError" in said:
         return {"failure_class": "oom", "sentence": "out of memory; fewer rows a pass need less"}
     if any(word in said for word in _DEVICE_WORDS):

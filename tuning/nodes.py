@@ -6,47 +6,63 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import PlacementRefused
+from jobs.errors import AssetError, PlacementRefused
+from jobs.hub import model_folder
+from jobs.spec import JobSpec
 
 _LOOK_SECONDS = 180.0
 
 
-def check_nodes(run: Path) -> None:
-    """Raise PlacementRefused when a machine does not see the run's folder, or has another lorafleet."""
+def check_nodes(run: Path, tokens: Path, job: JobSpec) -> None:
+    """Raise PlacementRefused when a machine lacks what its workers will open: the run's folder, the tokens, the model;
+    or has another lorafleet."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
     alive = [row for row in ray.nodes() if row["Alive"]]
-    answers = [
-        look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(row["NodeID"], soft=False)).remote(str(run))
-        for row in alive
-    ]
+    places = [NodeAffinitySchedulingStrategy(row["NodeID"], soft=False) for row in alive]
+    answers = [look.options(scheduling_strategy=place).remote(run, tokens, job) for place in places]
     problems = []
     for row, answer in zip(alive, answers, strict=True):
         host = row["NodeManagerHostname"]
         try:
-            problems += [f"{host}: {what}" for what in _wrong(ray.get(answer, timeout=_LOOK_SECONDS), run)]
+            problems += [f"{host}: {what}" for what in _wrong(ray.get(answer, timeout=_LOOK_SECONDS), run, tokens)]
         except ray.exceptions.RayError as error:
-            problems.append(f"{host}: {_first_line(error)}")
+            problems.append(f"{host}: {first_line(error)}")
     if problems:
         raise PlacementRefused("not every machine of the cluster can take part: " + "; ".join(problems))
 
 
-def _look(run: str) -> dict[str, Any]:
+def _look(run: Path, tokens: Path, job: JobSpec) -> dict[str, Any]:
     """On the machine itself."""
-    return {"sees_run": (Path(run) / "plan.json").is_file(), "version": version("lorafleet")}
+    lacks = None
+    try:
+        model_folder(job.model.model_name_or_path, job.model.revision)
+    except AssetError as error:
+        lacks = str(error)
+    return {
+        "sees_run": (run / "plan.json").is_file(),
+        "sees_tokens": (tokens / "meta.json").is_file(),
+        "lacks_model": lacks,
+        "version": version("lorafleet"),
+    }
 
 
-def _wrong(seen: dict[str, Any], run: Path) -> list[str]:
+def _wrong(seen: dict[str, Any], run: Path, tokens: Path) -> list[str]:
     wrong = []
     if not seen["sees_run"]:
         wrong.append(f"does not see {run} (--runs must be a folder that all machines share)")
+    if not seen["sees_tokens"]:
+        wrong.append(f"does not see {tokens} (LORAFLEET_CACHE must be a folder that all machines share)")
+    if seen["lacks_model"]:
+        wrong.append(seen["lacks_model"])
     if seen["version"] != version("lorafleet"):
         wrong.append(f"has lorafleet {seen['version']}, and this is {version('lorafleet')}")
     return wrong
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The line of one of Ray's long messages that says what happened."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else type(error).__name__)

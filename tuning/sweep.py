@@ -101,6 +101,8 @@ class Sweep:
             with self._ray(attempt) as ray_facts:
                 self.run.event("ray", **ray_facts)
                 data = reading.result()
+                if not ray_facts["own"]:
+                    check_nodes(self.run.path, data.folder, self.job)
                 if not self.stop_file.exists():
                     self._search(attempt, data)
                 if not self.stop_file.exists():
@@ -193,7 +195,6 @@ class Sweep:
         try:
             if not own:
                 self._fit_into(nodes_of(ray.nodes()))
-                check_nodes(self.run.path)
             yield {"session_dir": session, "own": own}
             ray.shutdown()
             if scratch:  # after an error it stays: its logs are the only ones of the workers
@@ -394,7 +395,9 @@ class Sweep:
         base = [] if (self.run.path / "report" / "base.json").is_file() else [BASE]
         rows = ["test"] if not data.chosen_on_test else ["validation"]
         splits = dict.fromkeys(names, rows) | {BASE: ["validation", *(rows if rows != ["validation"] else [])]}
-        examine_all(self._work(data), [*base, *names], self.placement.slots, splits=splits)
+        failed = examine_all(self._work(data), [*base, *names], self.placement.slots, splits=splits)
+        for name, why in failed.items():
+            self.run.event("warning", trial_id=name, sentence=f"not evaluated on the held-out rows: {why}")
 
     def _finish(self) -> ExitCode:
         wall = self._wall()
@@ -455,6 +458,7 @@ _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a lost machine's successor takes minutes to come
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray import tune
 
@@ -57,6 +58,7 @@ class WarmTrial(tune.Trainable):
             return
         try:
             self.current = TrialRun(self.work, config, self.data)
+            self.current.leaving_soon = _this_node_leaves
             self.current.open(self._base(self.current.job))
         except Exception as error:  # the edge of a trial: what goes wrong in it is its result, and the sweep goes on
             self.refused = self._failed(error)
@@ -87,9 +89,12 @@ class WarmTrial(tune.Trainable):
             return self.refused
         assert self.current is not None
         try:
-            return self.current.advance()
+            report = self.current.advance()
         except Exception as error:  # see _begin
             return self._failed(error)
+        if self.current.leaving:
+            raise SpoiledProcess(report["failure"])  # the next trial must not begin here either
+        return report
 
     def _failed(self, error: BaseException) -> dict[str, Any]:
         """What went wrong, as a result; raised instead where this process cannot be trusted with another trial."""
@@ -134,3 +139,9 @@ class WarmTrial(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """Nothing: see `save_checkpoint`."""
+
+
+def _this_node_leaves() -> bool:
+    """Whether Ray was told that this machine will be taken away. Ray Train asks so; Tune has no word for it."""
+    node: str = ray.get_runtime_context().get_node_id()
+    return node in (ray._private.state.state.get_draining_nodes() or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -29,7 +30,8 @@ from training.watchdog import Watchdog
 
 _BEAT_SECONDS = 1.5
 """Between two looks at the stop flag, and two heartbeats."""
-_BEAT_STEPS = 5
+_MOST_STEPS = 100
+"""Of a group between two of them."""
 _NOTICE_SECONDS = 5.0
 """Between two questions whether this node will be taken away."""
 _NODE_LEAVES = {"failure_class": "preempted", "sentence": "its node is being taken away; it was saved first"}
@@ -62,7 +64,7 @@ def pack(report: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Stopped(Exception):
-    """An evaluation was left because the run is to stop."""
+    """An evaluation was left because the run is to stop, or the node is taken away."""
 
 
 class OneRowTooMany(TrainingFailure):
@@ -77,6 +79,7 @@ class TrialRun:
     def __init__(self, work: Work, config: dict[str, Any], data: TokenData) -> None:
         self.work, self.data = work, data
         self.trial: Trial = Run(Path(work.run)).trial(config["trial_id"])
+        self.ranks = Ranks.here()
         self.job = self._small_enough(search.trial(work.job, config["assignment"]))
         self.plan: Schedule = schedule(self.job, len(data.splits["train"]), searching=work.searching)
         self.best: float | None = None
@@ -90,18 +93,19 @@ class TrialRun:
         self.leaving_soon: Callable[[], bool] = lambda: False
         self.looked_at = time.monotonic()
         self.nodes = 1
-        self.ranks = Ranks.here()
+        self.steps_a_beat = 1
         self.device = torch.device("cpu")
         self.watchdog = Watchdog(self.trial.hang_file(self.ranks.rank), 60 * self.job.retries.hang_minutes)
-        self.watchdog.beat()
+        self.watchdog.beat(setting_up=True)
 
     def _small_enough(self, job: JobSpec) -> JobSpec:
-        """The job with the rows of a pass halved once for each time that the trial ran out of memory.
+        """The job with fewer rows a pass, once for each time that the trial ran out of memory.
 
         Raises TrainingFailure when a pass has one row and that is too much.
         """
-        for _ in range(self.trial.status().get("retries", {}).get("oom", 0)):
-            smaller = halved(job)
+        # The first process's count: another machine's view of a shared folder may be older.
+        for _ in range(self._from_first(self.trial.status().get("retries", {}).get("oom", 0))):
+            smaller = with_smaller_passes(job)
             if smaller is None:
                 rows = job.train.per_device_train_batch_size
                 sentence = f"out of memory with {counted(rows, 'row')} a pass, which cannot be halved"
@@ -109,12 +113,20 @@ class TrialRun:
             job = smaller
         return job
 
+    def warn_of_layout(self) -> None:
+        """Say when Ray laid a group over other machines than `num_nodes`: with several processes on each it only
+        tries to."""
+        wanted = self.job.resources.num_nodes
+        if self.nodes != wanted:
+            self.warning = f"its {counted(self.ranks.world_size, 'process')} are on {self.nodes} of {wanted} machines"
+
     def open(self, base: Base) -> TrainingSession:
         """Build the session and go on from the trial's checkpoint, where there is one."""
         self.device = base.device
         self.session = TrainingSession.build(self.job, base, self.data, self.plan)
         self.session.on_pass = self._on_pass
-        folder, self.warning = self._checkpoint()
+        folder, damaged = self._checkpoint()
+        self.warning = "; ".join(filter(None, (self.warning, damaged))) or None
         if folder is not None:
             extra = self.session.load(folder)
             self.best = extra.get("best")
@@ -125,15 +137,20 @@ class TrialRun:
 
     def _checkpoint(self) -> tuple[Path | None, str | None]:
         """The checkpoint to go on from, and what is to be said of one that is damaged; the same on all processes."""
-        found: list[Any] = [None]
+        found = None
         if self.ranks.rank == 0:
             folder, wrong = newest_good(self.trial.checkpoint)
             where = "the one before it" if folder else "the beginning, since there is no other"
-            found = [(folder, f"the newest checkpoint is damaged ({wrong}): going on from {where}" if wrong else None)]
-        if self.ranks.world_size > 1:
-            distributed.broadcast_object_list(found, src=0)
-        chosen: tuple[Path | None, str | None] = found[0]
+            found = (folder, f"the newest checkpoint is damaged ({wrong}): going on from {where}" if wrong else None)
+        chosen: tuple[Path | None, str | None] = self._from_first(found)
         return chosen
+
+    def _from_first(self, value: Any) -> Any:
+        """What the first process has."""
+        values = [value]
+        if self.ranks.world_size > 1:
+            distributed.broadcast_object_list(values, src=0)
+        return values[0]
 
     def advance(self) -> dict[str, Any]:
         """Train to the next evaluation (or for some seconds), save, and say what is to be reported."""
@@ -161,10 +178,8 @@ class TrialRun:
         if self._cut():  # before anything of it is written: the adapter on disk is the one that was judged
             return {"row": None, "done": True}
         if session.step >= target and not self.stopping and not self.leaving:
-            try:
+            with contextlib.suppress(_Stopped):
                 row |= self._evaluated(session)
-            except _Stopped:
-                self.stopping = True
         if self.leaving or (self.stopping and session.step >= target and not row.get("evaluated")):
             due = session.step >= target
             session.save(self.trial.checkpoint, {"best": self.best, "row": row if due else None, "due": due})
@@ -182,38 +197,48 @@ class TrialRun:
         began = time.monotonic()
         session.begin_report()
         while True:
+            before = time.monotonic()
             if self.ranks.world_size == 1:
                 row = session.advance(target, seconds=_BEAT_SECONDS)
             else:  # clocks differ between processes: only steps can be agreed on
-                row = session.advance(min(target, session.step + _BEAT_STEPS))
+                row = session.advance(min(target, session.step + self.steps_a_beat))
             if self.ranks.rank == 0:
                 self._beat(row)
             now = time.monotonic()
-            look = now - self.looked_at > _NOTICE_SECONDS
-            self.stopping, due, look = self._agreed(self.work.stop_requested(), now - began > _REPORT_SECONDS, look)
-            if look:
-                self.looked_at = now
-                self.leaving = self.leaving_soon()
+            fitting = round(self.steps_a_beat * _BEAT_SECONDS / max(now - before, 1e-3))
+            due, self.steps_a_beat = self._agreed(now - began > _REPORT_SECONDS, min(max(1, fitting), _MOST_STEPS))
+            self._look_up()
             if session.step >= target or self.stopping or self.leaving or due:
                 return row
 
+    def _look_up(self) -> None:
+        """Learn whether the run is to stop and, now and then, whether the node is taken away."""
+        now = time.monotonic()
+        stop, look = self._agreed(self.work.stop_requested(), now - self.looked_at > _NOTICE_SECONDS)
+        self.stopping = bool(stop)
+        if look:
+            self.looked_at = now
+            self.leaving = self.leaving_soon()
+
     def _on_pass(self, phase: str) -> None:
-        """A sign of life; and an evaluation ends at once when the run is to stop."""
+        """A sign of life; and an evaluation ends at once when the run is to stop or the node to go."""
         self.watchdog.beat()
-        if phase == "evaluation" and self._agreed(self.work.stop_requested())[0]:
-            raise _Stopped
+        if phase == "evaluation":
+            self._look_up()
+            if self.stopping or self.leaving:
+                raise _Stopped
 
     def _cut(self) -> bool:
         """Whether a group was cut while it trained on: its report and the decision crossed."""
-        return self.ranks.world_size > 1 and self._agreed(self.trial.state.ended)[0]
+        return self.ranks.world_size > 1 and bool(self._agreed(self.trial.state.ended)[0])
 
-    def _agreed(self, *own: bool) -> list[bool]:
+    def _agreed(self, *own: int) -> list[int]:
         """What the first process thinks: a process that stopped alone would leave the others waiting for ever."""
         if self.ranks.world_size == 1:
             return list(own)
         words = torch.tensor(own, dtype=torch.int32, device=self.device)
         distributed.broadcast(words, src=0)
-        return [bool(word) for word in words.tolist()]
+        return words.tolist()
 
     def _beat(self, row: dict[str, Any]) -> None:
         known = ("step", "samples", "train_loss", "tokens_per_second", "train_seconds")
@@ -249,15 +274,17 @@ class TrialRun:
             self.session = None
 
 
-def halved(job: JobSpec) -> JobSpec | None:
-    """The job with half the rows a pass and twice the passes a step, or None when a pass has one row."""
+def with_smaller_passes(job: JobSpec) -> JobSpec | None:
+    """The job with half the rows a pass and twice the passes a step (a third, for 3 or 9 rows, and so on), so that
+    the rows of a step stay; None when a pass has one row."""
     train, world_size = job.train, job.resources.world_size
     rows = train.per_device_train_batch_size
-    if rows % 2:
+    factor = next((number for number in range(2, rows + 1) if rows % number == 0), None)
+    if factor is None:
         return None
     update = {
-        "per_device_train_batch_size": rows // 2,
-        "gradient_accumulation_steps": 2 * train.accumulation_steps(world_size),
+        "per_device_train_batch_size": rows // factor,
+        "gradient_accumulation_steps": factor * train.accumulation_steps(world_size),
         "global_batch_size": None,
     }
     return job.model_copy(update={"train": train.model_copy(update=update)})

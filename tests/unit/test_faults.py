@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import pickle
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from jobs.errors import FAILURE_CLASSES, DataError, TrainingFailure, disk_full
 from jobs.retries import retry_number
 from jobs.run import Run, Trial, TrialState
 from jobs.spec import RetriesSpec
-from tests.conftest import JobMaker
+from tests.conftest import ROOT, JobMaker
 from training.watchdog import Watchdog
 from tuning.faults import SpoiledProcess, classify, host_failure, is_device_error
 from tuning.ledger import Ledger
@@ -71,6 +74,13 @@ def trial(tmp_path: Path) -> Trial:
         ("Traceback ...\nWorkerGroupError: A worker health check failed.\nThe actor ab is unavailable", "worker_lost"),
         ("torch.OutOfMemoryError: CUDA out of memory", "oom"),
         ("Traceback (most recent call last):\n  File 'x'\nKeyError: 'y'", "code"),
+        (
+            "Traceback ...\nPreemptionError: Training was interrupted by node preemption (preempted_ranks=[1], "
+            "drain_timed_out=True).",
+            "preempted",
+        ),
+        ("Traceback ...\nWorkerGroupStartupTimeoutError: The worker group startup timed out", "worker_lost"),
+        ("Traceback ...\nWorkerHealthCheckTimeoutError: no answer", "hang"),
     ],
 )
 def test_a_death_without_a_report_is_told_from_rays_words(trial: Trial, said: str, kind: str) -> None:
@@ -96,6 +106,15 @@ def test_stacks_that_were_written_mean_a_hang(trial: Trial) -> None:
     assert (failure["failure_class"], "is in stacks-1-1.txt of" in failure["sentence"]) == ("hang", True)
     assert [path.name for path in trial.path.glob("*.txt")] == ["stacks-1-1.txt"]
     assert host_failure("ActorDiedError: exit code 1", trial)["failure_class"] == "worker_lost"
+
+
+def test_stacks_come_before_what_the_others_say_of_a_hang(trial: Trial) -> None:
+    """The process that hung was ended first; the one that waited for it reports a lost peer, or an error of its own."""
+    for kind, told in (("worker_lost", "hang"), ("code", "hang"), ("oom", "oom")):
+        trial.hang_file(1).write_text("Thread 0x1 (most recent call first):\n")
+        said = f"Traceback ...\n{SpoiledProcess({'failure_class': kind, 'sentence': 'another process was lost'})!r}"
+        assert host_failure(said, trial)["failure_class"] == told
+    assert len(list(trial.path.glob("stacks-1-*.txt"))) == 3
 
 
 def test_a_retry_is_counted_where_a_resume_finds_it(bert_job: JobMaker, trial: Trial) -> None:
@@ -142,3 +161,24 @@ def test_the_watchdog_rests_and_leaves_no_empty_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     Watchdog(tmp_path / "hang-0.txt", 0).beat()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_the_watchdog_writes_stacks_and_then_ends_a_process_that_sleeps_on(tmp_path: Path, comes_back: bool) -> None:
+    stacks = tmp_path / "hang-0.txt"
+    code = f"""
+import time
+from pathlib import Path
+from training import watchdog
+watchdog._LAST_SECONDS = 3.0
+dog = watchdog.Watchdog(Path({str(stacks)!r}), 0.5)
+dog.beat()
+time.sleep({2 if comes_back else 30})
+dog.beat()
+dog.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False, timeout=25)
+    assert done.returncode == (0 if comes_back else -signal.SIGALRM)
+    assert stacks.exists() is not comes_back
+    if not comes_back:
+        assert "most recent call first" in stacks.read_text()

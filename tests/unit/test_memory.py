@@ -60,6 +60,7 @@ def test_published_models_have_their_published_matrices() -> None:
     assert llama.matrices == 6_476_005_376
     assert llama.lora_parameters(8, ("q_proj", "v_proj")) == 4_194_304
     assert shape({"model_type": "x"}) is None
+    assert shape(LLAMA | {"model_type": "mixtral"}) is None  # experts: not these matrices
 
 
 def test_published_figures_of_gpus_are_met() -> None:
@@ -85,6 +86,24 @@ def test_parts_are_shared_out_as_the_strategy_says(llama_job: JobMaker) -> None:
     assert zero2["base weights"] == ddp["base weights"]
     assert zero3 == fsdp
     assert zero3["base weights"] < ddp["base weights"]
+
+
+def test_what_is_trained_whole_is_kept_in_float32_on_gpus(llama_job: JobMaker) -> None:
+    """16 bytes a weight and autocast's copies; in bfloat16 8, and under DeepSpeed 2 + 2 + 12."""
+    known = shape(LLAMA)
+    assert known is not None
+    gib = known.parameters / 2**30
+
+    def parts(**how: object) -> dict[str, float]:
+        job = llama_job(method="full", **how).job
+        return estimate(job, known, known.parameters, 100, cuda=True).components
+
+    whole, half = parts(), parts(model__dtype="bfloat16")
+    cut = parts(model__dtype="bfloat16", resources={"workers_per_node": 2, "strategy": "zero1"})
+    assert whole["base weights"] == pytest.approx(4 * gib + 2 * known.matrices / 2**30, abs=1e-3)
+    assert (whole["gradients"], whole["optimiser"]) == pytest.approx((4 * gib, 8 * gib), abs=1e-3)
+    assert (half["gradients"], half["optimiser"]) == pytest.approx((2 * gib, 4 * gib), abs=1e-3)
+    assert cut["optimiser"] == pytest.approx(12 * gib / 2, abs=1e-3)
 
 
 def test_what_does_not_fit_is_marked(llama_job: JobMaker, tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ def test_the_table_has_every_method_under_every_strategy(tmp_path: Path) -> None
     ("overrides", "sentence"),
     [
         ({"resources__strategy": "zero2"}, "has nothing to share"),
-        ({**TWO, "resources__strategy": "fsdp", "method": "qlora", "qlora__quant_type": "int8"}, "INT8 scales"),
-        ({**TWO, "resources__strategy": "zero1", "train__optim": "adamw_8bit"}, "goes with resources.strategy ddp"),
+        ({**TWO, "resources__strategy": "fsdp", "method": "qlora", "qlora__quant_type": "int8"}, "INT8 weights beside"),
+        ({**TWO, "resources__strategy": "zero1", "train__optim": "adamw_8bit"}, "which does not go with zero1"),
         ({**TWO, "resources__strategy": "fsdp", "train__mixed_precision": "fp16"}, "use bf16"),
         ({**TWO, "resources__strategy": "ddp", "resources__deepspeed_config": "x"}, "goes with strategy zero1"),
     ],
@@ -105,6 +105,15 @@ def test_olora_on_transposed_layers_is_refused(llama_job: JobMaker, tiny_gpt2: P
         check_names(llama_job(model__model_name_or_path=str(tiny_gpt2), **olora))
 
 
+def test_a_learnt_prompt_must_fit_and_leave_the_label_to_be_found(bert_job: JobMaker, tiny_gpt2: Path) -> None:
+    prompt = {"method": "prompt_tuning"}
+    check_names(bert_job(**prompt))
+    with pytest.raises(JobFileError, match=r"num_virtual_tokens is 2000 and model\.max_length .* positions for both"):
+        check_names(bert_job(**prompt, prompt_tuning__num_virtual_tokens=2000, model__max_length=2048))
+    with pytest.raises(JobFileError, match="reads its label off the last token"):
+        check_names(bert_job(**prompt, model__model_name_or_path=str(tiny_gpt2)))
+
+
 def test_without_a_compiler_zero_is_refused(bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(JobFileError, match="needs a C\\+\\+ compiler"):
@@ -116,7 +125,7 @@ def test_without_a_compiler_zero_is_refused(bert_job: JobMaker, monkeypatch: pyt
     [
         (10.0, {}, "ddp"),
         (100.0, {}, "fsdp"),
-        (100.0, {"method": "qlora", "qlora__quant_type": "int8"}, "zero3"),
+        (100.0, {"method": "qlora", "qlora__quant_type": "int8"}, "ddp"),
         (100.0, {"train__optim": "adamw_8bit"}, "ddp"),
         (100.0, {"resources__workers_per_node": 1}, "ddp"),
         (10.0, {"resources__strategy": "zero2"}, "zero2"),
@@ -137,7 +146,7 @@ def test_auto_finds_what_every_trial_of_a_search_can_run_under(bert_job: JobMake
     memory = MemoryEstimate(components={}, low=99, expected=99, high=99, of="GPU memory")
     trials = [bert_job(**TWO, method="qlora", qlora__quant_type=kind).job for kind in ("nf4", "int8")]
     assert choose_strategy(trials[:1], site, memory, cuda=True)[0] == "fsdp"
-    assert choose_strategy(trials, site, memory, cuda=True)[0] == "zero3"
+    assert choose_strategy(trials, site, memory, cuda=True)[0] == "ddp"
 
 
 def planned(loaded: LoadedJob) -> str:

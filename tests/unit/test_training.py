@@ -26,7 +26,7 @@ from training.model import Base, load_base
 from training.optim import rate_factor
 from training.session import TrainingSession
 from tuning.faults import classify
-from tuning.trial_run import halved
+from tuning.trial_run import with_smaller_passes
 
 CPU = torch.device("cpu")
 
@@ -381,10 +381,14 @@ def test_a_learning_rate_beyond_sense_is_a_failure_with_a_class(bert_job: JobMak
 
 def test_out_of_memory_halves_the_pass_and_keeps_the_batch(bert_job: JobMaker) -> None:
     job = bert_job(train__per_device_train_batch_size=8, train__gradient_accumulation_steps=3).job
-    smaller = halved(job)
+    smaller = with_smaller_passes(job)
     assert smaller is not None
     assert (smaller.train.per_device_train_batch_size, smaller.train.gradient_accumulation_steps) == (4, 6)
-    assert halved(bert_job(train__per_device_train_batch_size=1).job) is None
+    job = bert_job(train__per_device_train_batch_size=12).job
+    passes = []
+    while job := with_smaller_passes(job):
+        passes.append((job.train.per_device_train_batch_size, job.train.gradient_accumulation_steps))
+    assert passes == [(6, 2), (3, 4), (1, 12)]
 
 
 @pytest.mark.parametrize(

@@ -10,24 +10,20 @@ from pathlib import Path
 from cluster.shape import shape
 from jobs.assets import PREFIX, asset
 from jobs.deepspeed import contradictions
-from jobs.errors import AssetError, JobFileError, Problem
+from jobs.errors import AssetError, DataError, JobFileError, Problem
 from jobs.hub import model_config, model_folder
 from jobs.identity import ADAPTER_FILES, models_of
 from jobs.load import LoadedJob
+from jobs.rows import DATA_SUFFIXES, split_files
 from jobs.spec import JobSpec
-from jobs.yaml12 import read
 
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Model types of transformers whose layers are Conv1D."""
-_DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
 def check_names(loaded: LoadedJob) -> None:
     """Raise JobFileError with every name that cannot be right. Hub names are not looked up."""
-    lines = read(loaded.text).lines
-    problems = [
-        Problem(path, sentence, lines.get(path) or lines.get(path.split(".")[0])) for path, sentence in _wrong(loaded)
-    ]
+    problems = [loaded.located(Problem(path, sentence)) for path, sentence in _wrong(loaded)]
     if problems:
         raise JobFileError(str(loaded.path), problems)
 
@@ -42,8 +38,14 @@ def _wrong(loaded: LoadedJob) -> list[tuple[str, str]]:
                 model_folder(name, None)
             except AssetError as error:
                 found.append(("model.model_name_or_path", str(error)))
-    if job.data.dataset_name and job.data.dataset_name.startswith(PREFIX):
-        found += _unknown_asset("data.dataset_name", job.data.dataset_name, "dataset")
+    data = job.data.dataset_name
+    if data and data.startswith(PREFIX):
+        found += _unknown_asset("data.dataset_name", data, "dataset")
+    elif data and Path(data).is_absolute():
+        try:
+            split_files(job.data)
+        except DataError as error:
+            found.append(("data.dataset_name", str(error)))
     for field in ("train_file", "validation_file", "test_file"):
         found += _wrong_file(f"data.{field}", getattr(job.data, field))
     found += _wrong_strategy(loaded) + _wrong_layers(loaded)
@@ -135,7 +137,8 @@ def _wrong_file(field: str, name: str | None) -> list[tuple[str, str]]:
         return []
     path = Path(name)
     if not path.is_file():
-        return [(field, f"{field} is {name}, but there is no such file")]
-    if path.suffix.lower() not in _DATA_SUFFIXES:
-        return [(field, f"{field} is {name}, but must end in one of {', '.join(_DATA_SUFFIXES)}")]
+        what = "that is a folder, not a file" if path.is_dir() else "there is no such file"
+        return [(field, f"{field} is {name}, but {what}")]
+    if path.suffix.lower() not in DATA_SUFFIXES:
+        return [(field, f"{field} is {name}, but must end in one of {', '.join(DATA_SUFFIXES)}")]
     return []

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.machine import INSTALL_CUDA_TORCH, cpu_count, find_gpus, free_memory_gib, torch_cuda
+from cluster.machine import cpu_count, find_gpus, free_memory_gib, install_line, torch_cuda
 from jobs.assets import ASSETS, cache_dir
 from jobs.hub import hub_cache
 from jobs.ours import foreign_packages
+from jobs.words import counted
 
 Verdict = Literal["ok", "missing", "note"]
 _TESTED = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "ray", "wandb", "optuna")
@@ -59,7 +60,7 @@ def _python() -> Iterator[Finding]:
 
 
 def _hardware() -> Iterator[Finding]:
-    yield Finding("CPU", "ok", f"{cpu_count()} cores for this process")
+    yield Finding("CPU", "ok", f"{counted(cpu_count(), 'core')} for this process")
     memory = free_memory_gib()
     enough = memory >= 4
     yield Finding(
@@ -71,15 +72,15 @@ def _hardware() -> Iterator[Finding]:
     gpus = find_gpus()
     if gpus.count:
         yield Finding("GPU", "ok", f"{gpus.count} x {gpus.name}, {gpus.memory_gib:.0f} GiB, driver {gpus.driver}")
-        yield from _torch_cuda()
+        yield from _torch_cuda(gpus.driver)
     else:
         yield Finding("GPU", "note", "none that nvidia-smi lists", "everything runs on CPU, small models only")
 
 
-def _torch_cuda() -> Iterator[Finding]:
+def _torch_cuda(driver: str) -> Iterator[Finding]:
     built = torch_cuda()
     if built is None:
-        yield Finding("torch with CUDA", "missing", "torch is a CPU build", INSTALL_CUDA_TORCH)
+        yield Finding("torch with CUDA", "missing", "torch is a CPU build", install_line(driver))
     else:
         yield Finding("torch with CUDA", "ok", f"built for CUDA {built}")
 
@@ -124,7 +125,7 @@ def _caches() -> Iterator[Finding]:
     here = [name for name, known in ASSETS.items() if known.folder.is_dir()]
     yield Finding("assets", "ok", f"{', '.join(here) or 'none fetched yet'} in {cache_dir()}")
     models = list(hub_cache().glob("models--*"))
-    yield Finding("hub cache", "ok", f"{len(models)} models in {hub_cache()}")
+    yield Finding("hub cache", "ok", f"{counted(len(models), 'model')} in {hub_cache()}")
 
 
 def _wandb() -> Iterator[Finding]:
@@ -160,4 +161,5 @@ def _clients() -> Iterator[Finding]:
         except subprocess.TimeoutExpired:
             yield Finding(what, "note", f"{command[0]} did not answer within 10 s")
             continue
-        yield Finding(what, "ok", (done.stdout or done.stderr).strip().splitlines()[0])
+        said = (done.stdout or done.stderr).strip().splitlines() or ["it says nothing"]
+        yield Finding(what, "note" if done.returncode else "ok", said[0])

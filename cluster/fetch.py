@@ -22,37 +22,46 @@ from typing import Any
 from jobs import files
 from jobs.assets import PREFIX, Asset, asset, cache_dir
 from jobs.errors import AssetError
-from jobs.hub import HubName, dataset_folder, hub_model_folder
+from jobs.hub import HubName, check_whole, dataset_folder, hub_model_folder, lacks
 from jobs.identity import models_of
 from jobs.spec import JobSpec
 
 Say = Callable[[str], None]
 _PIP_SECONDS = 1800
-_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.tiktoken"]
+_ASK_SECONDS = 10.0
 
 
 def fetch_job(job: JobSpec, say: Say) -> None:
     """Fetch all that a job can touch: its model (every searched one), its tokenizer and its data."""
     for name in models_of(job):
-        fetch_model(name, job.model.revision, say)
+        fetch_model(name, job.model.revision, say, code=job.model.trust_remote_code)
+        check_whole(name, job.model.revision)
     if job.data.dataset_name:
         fetch_dataset(job.data.dataset_name, job.data.dataset_revision, say)
 
 
-def fetch_model(name: str, revision: str | None, say: Say) -> Path:
-    """The folder of a model, fetched if need be. Raises AssetError with what to do."""
+def fetch_model(name: str, revision: str | None, say: Say, *, code: bool = False) -> Path:
+    """The folder of a model, fetched if need be, with its Python files where `code` is trusted.
+
+    Raises AssetError with what to do.
+    """
     if name.startswith(PREFIX):
         return fetch_asset(asset(name), say)
     if Path(name).is_absolute():
         return Path(name)
     here = hub_model_folder(name, revision)
-    return here if here is not None else _download_hub_model(HubName(name, revision), say)
+    if here is not None and lacks(here) is None:
+        return here
+    return _download_hub_model(HubName(name, revision), say, code=code)  # takes up a download that was broken off
 
 
 def fetch_dataset(name: str, revision: str | None, say: Say) -> Path:
     """The folder with a data set's splits as JSON lines, fetched if need be."""
     if name.startswith(PREFIX):
         return fetch_asset(asset(name), say)
+    if Path(name).is_absolute():
+        return Path(name)
     folder = dataset_folder(name, revision)
     return folder if folder.is_dir() else _download_hub_dataset(HubName(name, revision), folder, say)
 
@@ -207,30 +216,39 @@ _UNPACK: dict[str, Callable[[zipfile.ZipFile, Path], None]] = {
 }
 
 
-def _download_hub_model(name: HubName, say: Say) -> Path:
+def _download_hub_model(name: HubName, say: Say, *, code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     say(f"fetching {name} from the model hub")
     try:
-        return Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=_MODEL_FILES))
+        wanted = [*_MODEL_FILES, *(["*.py"] if code else [])]
+        return Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=wanted))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, ValueError) as error:
         raise unreachable("model.model_name_or_path", name, error) from error
 
 
 def _download_hub_dataset(name: HubName, folder: Path, say: Say) -> Path:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    say(f"fetching {name} from the hub")
+    try:  # asked first: `datasets` tries an unreachable hub again and again
+        commit = HfApi().dataset_info(name.repo, revision=name.revision, timeout=_ASK_SECONDS).sha
+    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, ValueError, RuntimeError) as error:
+        raise unreachable("data.dataset_name", name, error) from error
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
-    say(f"fetching {name} from the hub")
     try:
-        splits = load_dataset(name.repo, revision=name.revision)
+        splits = load_dataset(name.repo, revision=commit)
     except (OSError, ValueError, DatasetNotFoundError) as error:
         raise unreachable("data.dataset_name", name, error) from error
     with tempfile.TemporaryDirectory(dir=_made(folder.parent)) as scratch:
         unpacked = Path(scratch) / "unpacked"
         for split, rows in splits.items():
             rows.to_json(_made(unpacked) / f"{split}.jsonl", force_ascii=False)
+        files.write_json(unpacked / "source.json", {"repo": name.repo, "asked": name.revision, "commit": commit})
         unpacked.rename(folder)
     return folder
 

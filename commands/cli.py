@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 
@@ -89,16 +90,29 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
+    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        if error.filename is None or _INSIDE in str(error.filename):
+            _our_fault(error)
+        typer.echo(f"{error.filename}: {error.strerror}", err=True)
+        sys.exit(ExitCode.USER_INPUT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.OK)
     except Exception as error:  # the edge of the program
-        code = error.exit_code if isinstance(error, LorafleetError) else ExitCode.OUR_FAULT
-        typer.echo(
-            f"{type(error).__name__}: {error}\nThis is a fault of lorafleet; the traceback is in {_keep(error)}",
-            err=True,
-        )
-        sys.exit(code)
+        _our_fault(error)
+
+
+_INSIDE = "site-packages"
+"""A path with this in it is not one that the user named."""
+
+
+def _our_fault(error: Exception) -> NoReturn:
+    code = error.exit_code if isinstance(error, LorafleetError) else ExitCode.OUR_FAULT
+    typer.echo(
+        f"{type(error).__name__}: {error}\nThis is a fault of lorafleet; the traceback is in {_keep(error)}",
+        err=True,
+    )
+    sys.exit(code)
 
 
 def _keep(error: BaseException) -> Path:

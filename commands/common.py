@@ -26,6 +26,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to set, such as train.seed=7.")
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs.")]
+Nodes = Annotated[
+    int | None, typer.Option("--nodes", metavar="N", min=1, help="Size of the fleet: use at most so many machines.")
+]
 RunName = Annotated[
     str | None, typer.Argument(metavar="[RUN]", help="A run's id, name or folder; the newest if left out.")
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +24,7 @@ def fetch(
 ) -> None:
     """Fetch all that a job can touch (needs a network, not torch), or list what there is."""
     from cluster.fetch import fetch_asset, fetch_job
-    from jobs.assets import PREFIX, asset
+    from jobs.assets import ASSETS, PREFIX, asset
     from jobs.errors import UserError
     from jobs.load import load_job
 
@@ -36,6 +35,8 @@ def fetch(
     elif not what:
         raise UserError("fetch needs a JOB.yaml or asset:NAME; `lorafleet fetch --list` shows the assets")
     for name in what or []:
+        if name in ASSETS:
+            raise UserError(f"{name!r} is a data set or model: did you mean {PREFIX}{name}?")
         if name.startswith(PREFIX):
             typer.echo(f"{name}  {fetch_asset(asset(name), say)}")
         else:
@@ -86,14 +87,28 @@ def _as_data(known: Asset) -> dict[str, object]:
 
 
 def examples_folder() -> Path:
-    """The examples of this checkout, or those that the wheel installed."""
-    checkout = Path(__file__).parent.parent / "examples"
-    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "lorafleet" / "examples"
+    """The examples of this checkout, or those that the wheel installed. Raises UserError where they are not."""
+    from importlib import metadata
+
+    from jobs.errors import UserError
+
+    folders = [Path(__file__).parent.parent / "examples"]
+    for file in metadata.files("lorafleet") or ():  # wherever the wheel's data went: sys.prefix, ~/.local, --target
+        if file.match("share/lorafleet/examples/quickstart.yaml"):
+            folders.append(Path(str(file.locate())).resolve().parent)
+    for folder in folders:
+        if (folder / "quickstart.yaml").is_file() and (folder / "my-data.yaml").is_file():
+            return folder
+    raise UserError("the examples are not where lorafleet was installed; they are in its repository, in examples/")
 
 
 def _copy_examples() -> None:
+    from jobs.errors import UserError
+
     target = Path("examples")
     source = examples_folder()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target.absolute()} is a file, and the examples go into a folder of that name")
     if target.resolve() == source.resolve():
         say("the examples are already here")
         return

@@ -30,7 +30,7 @@ def import_config(
     from jobs import files, yaml12
     from jobs.errors import JobFileError, Problem, UserError
     from jobs.load import load_text, read_text
-    from jobs.translate import translate
+    from jobs.translate import translate, without_refused
 
     document = yaml12.read(read_text(file))
     if document.problems:
@@ -38,19 +38,24 @@ def import_config(
     if not isinstance(document.value, dict):
         raise JobFileError(str(file), [Problem("", "a config is a block of keys")])
     made = translate(source, document.value, name)
-    text = f"# Translated from {file.name} ({source.value}).\n" + "".join(
-        f"# Not carried over: {line}\n" for line in made.lost
-    )
-    text += yaml.safe_dump(made.tree, sort_keys=False, allow_unicode=True)
+    while True:
+        body = yaml.safe_dump(made.tree, sort_keys=False, allow_unicode=True)
+        try:
+            load_text(body, output or Path("job.yaml"))
+            break
+        except JobFileError as error:
+            if not without_refused(made, [(problem.path, problem.sentence) for problem in error.problems]):
+                said = "; ".join(problem.sentence for problem in error.problems)
+                raise UserError(f"{file} makes a job that cannot run: {said}") from None
+    text = f"# Translated from {file.name} ({source.value}).\n"
+    text += "".join(f"# Not carried over: {line}\n" for line in made.lost)
+    text += "".join(f"# Assumed: {line}\n" for line in made.assumed) + body
     for line in made.lost:
         say(f"not carried over: {line}")
+    for line in made.assumed:
+        say(f"assumed: {line}")
     if made.dropped:
         say(f"without meaning here: {', '.join(made.dropped)}")
-    try:
-        load_text(text, output or Path("job.yaml"))
-    except JobFileError as error:
-        said = "; ".join(problem.sentence for problem in error.problems)
-        raise UserError(f"{file} makes a job that cannot run: {said}") from None
     if output is None:
         typer.echo(text, nl=False)
     elif output.exists():

@@ -33,6 +33,8 @@ def init(
     model: Annotated[str | None, typer.Option(help="Hub id, folder or asset:NAME.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column with the text.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column with the class.")] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column with the prompt (generation).")] = None,
+    completion_column: Annotated[str | None, typer.Option(help="Column with the answer (generation).")] = None,
     name: Annotated[str, typer.Option(help="Name of the job.")] = "my-job",
     output: Annotated[Path, typer.Option("--output", "-o", help="The job file to write.")] = Path("job.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
@@ -44,9 +46,17 @@ def init(
     from jobs.load import load_text
     from jobs.rows import load_rows
 
+    if output.is_dir():
+        raise UserError(f"--output is {output}, which is a folder; name a file in it")
     if output.exists() and not force:
         raise UserError(f"{output} exists already; --force overwrites it, --output names another")
-    columns = _columns(train_file, task, text_column, label_column)
+    given = {
+        "text_column": text_column,
+        "label_column": label_column,
+        "prompt_column": prompt_column,
+        "completion_column": completion_column,
+    }
+    columns = _columns(train_file, task, given)
     data = {"train_file": train_file, "validation_file": validation_file, "test_file": test_file}
     base = _relative_model(model, output) if model else _MODELS[task]
     text = _draft(name, task, base, data, columns, output, "")
@@ -65,18 +75,22 @@ def init(
     typer.echo(f"next: lorafleet plan {output}; lorafleet train {output} (one configuration); lorafleet sweep {output}")
 
 
-def _columns(train_file: Path, task: TaskName, text: str | None, label: str | None) -> dict[str, str]:
+def _columns(train_file: Path, task: TaskName, given: dict[str, str | None]) -> dict[str, str]:
     """The columns' names: as given, else the usual words for them that the first row has."""
     from jobs.errors import DataError
     from jobs.rows import read_records
 
     if not train_file.is_file():
-        raise DataError(f"--train-file is {train_file}, but there is no such file")
+        what = "that is a folder, not a file" if train_file.is_dir() else "there is no such file"
+        raise DataError(f"--train-file is {train_file}, but {what}")
     first = next((record for _, record in read_records(train_file) if isinstance(record, dict)), None)
     if first is None:
         raise DataError(f"{train_file} holds no row that can be read")
     if task is not TaskName.CLASSIFICATION:
-        return {"text_column": text} if text else _generation_columns(first)
+        return _generation_columns(train_file, first, given)
+    text, label = given["text_column"], given["label_column"]
+    if not (text or label) and {"messages", "instruction"} & set(first):
+        raise DataError(f"{train_file} holds conversations or instructions: give --task generation")
     found = {
         "text_column": text or _first_of(first, ("text", "sentence", "review", "content", "tweet", "body", "comment")),
         "label_column": label or _first_of(first, ("label", "labels", "class", "category", "sentiment", "target")),
@@ -88,14 +102,24 @@ def _columns(train_file: Path, task: TaskName, text: str | None, label: str | No
     return {key: str(column) for key, column in found.items()}
 
 
-def _generation_columns(first: dict[str, object]) -> dict[str, str]:
+def _generation_columns(train_file: Path, first: dict[str, object], given: dict[str, str | None]) -> dict[str, str]:
+    from jobs.errors import DataError
+
+    if given["text_column"]:
+        return {"text_column": given["text_column"]}
     if {"messages", "instruction"} & set(first):
         return {}
-    prompt = _first_of(first, ("prompt", "question", "input", "source"))
-    completion = _first_of(first, ("completion", "answer", "response", "output", "target"))
+    prompt = given["prompt_column"] or _first_of(first, ("prompt", "question", "input", "source"))
+    answers = ("completion", "answer", "response", "output", "target")
+    completion = given["completion_column"] or _first_of(first, answers)
     if prompt and completion:
         return {"prompt_column": prompt, "completion_column": completion}
-    return {}
+    if "text" in first:
+        return {}
+    raise DataError(
+        f"{train_file} has the columns {', '.join(map(str, first))}: say which with --prompt-column and "
+        "--completion-column, or --text-column for plain text"
+    )
 
 
 def _first_of(record: dict[str, object], names: tuple[str, ...]) -> str | None:

@@ -14,7 +14,7 @@ def list_runs(runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
     rows = []
     for run in all_runs(runs):
         states = [trial.state for trial in run.trials()]
-        state = "lost its driver" if run.state == "running" and not run.alive() else str(run.state)
+        state = "lost its driver" if run.gone() else str(run.state)
         rows.append(
             {
                 "run": run.id,

@@ -31,8 +31,9 @@ def logs(
     else:
         matching = [known for known in found.trials() if known.id.startswith(trial)]
         if len(matching) != 1:
-            known = ", ".join(known.id for known in found.trials())
-            raise RunError(f"{found.id} has no trial {trial!r}; it has {known or 'none yet'}")
+            known = ", ".join(known.id for known in matching or found.trials())
+            what = f"several trials that begin with {trial!r}" if matching else f"no trial {trial!r}"
+            raise RunError(f"{found.id} has {what}; {'they are' if matching else 'it has'} {known or 'none yet'}")
         files = [matching[0].path / "metrics.jsonl", matching[0].path / "traceback.txt"]
     done: dict[Path, int] = {}
     while True:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from commands.common import Format, Job, Output, Overrides, console, note_aliases, say
+from commands.common import DEFAULT_RUNS, Format, Job, Nodes, Output, Overrides, Runs, console, note_aliases, say
 from jobs.words import counted
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 def plan(
     job: Job,
     overrides: Overrides = None,
+    runs: Runs = DEFAULT_RUNS,
+    nodes: Nodes = None,
     output: Output = Format.TEXT,
     train: Annotated[bool, typer.Option("--train", help="The plan of `lorafleet train`.")] = False,
 ) -> None:
@@ -30,7 +32,7 @@ def plan(
     loaded = load_job(job, tuple(overrides or ()))
     check_names(loaded)
     command = "train" if train or loaded.job.search is None else "sweep"
-    made = backend_for(site_here()).plan(loaded, command)
+    made = backend_for(site_here(nodes)).plan(loaded, command)
     if output is Format.JSON:
         typer.echo(made.model_dump_json(indent=2))
         return
@@ -38,6 +40,7 @@ def plan(
     for note in made.notes[len(loaded.notes) :]:
         say(f"note: {note}")
     console().print(plan_view(made))
+    console().print(f"run folder      {runs / made.job.name}-...", markup=False)
 
 
 _SHOWN = ("train.learning_rate", "lora.lora_r", "lora.lora_alpha", "prompt_tuning.num_virtual_tokens")
@@ -73,6 +76,19 @@ def _gib(trial: PlannedTrial, made: Plan) -> str:
     return f"{trial.memory.expected:.1f}" + (" does not fit" if room and trial.memory.expected > room else "")
 
 
+def _step(made: Plan) -> str:
+    """`32 rows = 8 a pass x 2 processes x 2 passes`; where trials differ, what each has."""
+    workers = made.placement.workers
+
+    def worked_out(values: dict[str, Any]) -> str:
+        rows = values["per_device_train_batch_size"]
+        batch = values["global_batch_size"] or rows * workers * values["gradient_accumulation_steps"]
+        passes = batch // (rows * workers)
+        return f"{batch} rows = {rows} a pass x {counted(workers, 'process')} x {counted(passes, 'pass')}"
+
+    return " | ".join(dict.fromkeys(worked_out(trial.resolved["train"]) for trial in made.trials))
+
+
 def _cell(value: object) -> str:
     if value is None:
         return "-"
@@ -88,13 +104,12 @@ def plan_lines(made: Plan) -> list[str]:
     each = f"{counted(place.workers, 'process')} with {cores} and {gpus}"
     lines = []
     if made.later_trials:
-        lines.append(
-            f"These are TPE's {len(made.trials)} random start-up trials; {made.later_trials} more are chosen "
-            "while the sweep runs, from the results so far."
-        )
+        first = counted(len(made.trials), "random start-up trial")
+        more = f"{made.later_trials} more {'is' if made.later_trials == 1 else 'are'}"
+        lines.append(f"TPE's {first}; {more} chosen while the sweep runs, from the results so far.")
     lines += [
         f"training rows   {rows}",
-        f"one step        {made.batch_rows} rows: {place.workers} x {made.accumulation_steps} passes",
+        f"one step        {_step(made)}",
         f"placement       {counted(place.slots, 'trial')} at once, each {each}; "
         f"{counted(place.waves, 'wave')} if none were cut; limited by {place.limited_by}",
         f"strategy        {made.strategy}",
@@ -119,7 +134,7 @@ def plan_lines(made: Plan) -> list[str]:
             f"{made.memory.of} (low / expected / high): {parts}"
         )
     else:
-        lines.append("memory          not known: the model's config is not on this machine")
+        lines.append("memory          not known: the model's config is not on this machine, or is of a kind not known")
     if made.checkpoint_gb is not None:
         lines.append(
             f"checkpoints     {1000 * made.checkpoint_gb:,.0f} MB for the trials that run at once, at least every "

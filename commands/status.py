@@ -28,7 +28,7 @@ def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
         return
     screen = console()
     screen.print(run_view(found))
-    if found.state == "running" and not found.alive():
+    if found.gone():
         screen.print(f"its driver is gone: `lorafleet resume {found.id}` goes on", markup=False)
     elif found.status().get("reason"):
         screen.print(str(found.status()["reason"]), markup=False)

@@ -11,6 +11,7 @@ import typer
 
 from commands.common import DEFAULT_RUNS, OneRun, Runs, say
 from jobs.errors import UserError
+from jobs.words import counted
 
 
 def sync(
@@ -35,7 +36,7 @@ def sync(
         raise UserError(
             f"wandb sync ended with code {done.returncode}; it says why above (not logged in? `wandb login`)"
         )
-    say(f"wandb sync took {len(folders)} records of {found.id}; what it did with each stands above")
+    say(f"wandb sync took {counted(len(folders), 'record')} of {found.id}; what it did with each stands above")
 
 
 def sync_command(folders: list[Path]) -> list[str]:

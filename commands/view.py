@@ -14,6 +14,8 @@ from jobs.run import Run, Trial, TrialState
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+_FRESH_SECONDS = 10.0
+"""A heartbeat this young means that a trial trains."""
 _MARKS = {"running": "▶", "finished": "✔", "stopped": "✂", "failed": "✘", "pending": "·"}
 _STYLES = {"running": "cyan", "finished": "green", "stopped": "dim", "failed": "red", "pending": "dim"}
 
@@ -43,12 +45,15 @@ def _trial_line(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
         score = row.get(metric) if row.get("evaluated") else None
         if score is not None and is_better(score, best, goal):
             best = score
+    state = status.get("state", "pending")
+    if state == "pending" and time.time() - float(beat.get("time", 0)) < _FRESH_SECONDS:
+        state = "running"  # it trains, and has not reported yet
     step, total = int(now.get("step", 0)), int(params.get("total_steps", 0))
     seconds = now.get("train_seconds")
-    left = seconds / step * (total - step) if seconds and step and status.get("state") == "running" else None
+    left = seconds / step * (total - step) if seconds and step and state == "running" else None
     return {
         "trial_id": trial.id,
-        "state": status.get("state", "pending"),
+        "state": state,
         "params": params.get("assignment", {}),
         "rung": status.get("rung"),
         "rungs": len(params.get("rung_levels", [])),

@@ -1,4 +1,4 @@
-"""Which trial to ship: the cheapest whose validation interval overlaps the best one's. Pure."""
+"""Which trial to ship: the smallest whose validation interval overlaps the best one's. Pure."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from jobs.report import Recommendation, Row
 from jobs.rungs import Goal
 
 RULE = (
-    "of the best configurations that were trained to the end (as many as search.keep), the cheapest (fewest trained "
-    "parameters, then least training time) whose 95 % interval on the validation rows overlaps the best one's"
+    "of the best configurations that were trained to the end (as many as search.keep), the one with the fewest trained "
+    "parameters whose 95 % interval on the validation rows overlaps the best one's; among equals the better score"
 )
 
 
@@ -26,7 +26,7 @@ def recommend(rows: list[Row], metric: str, goal: Goal, labels: dict[str, str], 
     whole = sorted(whole, key=lambda row: _score(row, metric) or 0.0, reverse=goal == "maximize")[:keep]
     best = whole[0]
     alike = [row for row in whole if row is best or _overlap(row, best, metric)]
-    chosen = min(alike, key=lambda row: (row.trainable_parameters or 0, row.train_seconds or 0.0))
+    chosen = min(alike, key=lambda row: row.trainable_parameters or 0)  # the first, and so the better, of equals
     return Recommendation(
         trial_id=chosen.trial_id,
         rule=RULE,
@@ -52,13 +52,13 @@ def _sentence(chosen: Row, best: Row, alike: int, of: int, metric: str, labels: 
         return f"{what}: it has the best {got}, and no other's interval reaches it."
     if chosen is best:
         return (
-            f"{what}: it has the best {got}, and none of the {alike - 1} that cannot be told apart from it is cheaper."
+            f"{what}: it has the best {got}, and none of the {alike - 1} that cannot be told apart from it is smaller."
         )
     size = f"{chosen.trainable_parameters:,}" if chosen.trainable_parameters else "?"
     other = f"{best.trainable_parameters:,}" if best.trainable_parameters else "?"
     return (
         f"{what}: {got} cannot be told apart from the best ({best.trial_id}: {_score(best, metric):.3f}"
-        f"{_span(best, metric)}), and it is the cheapest of the {alike} for which that holds "
+        f"{_span(best, metric)}), and it is the smallest of the {alike} for which that holds "
         f"({size} trained parameters against {other})."
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from jobs.metrics import TASK_METRICS
 from jobs.report import Metrics, Report, Row
+from jobs.words import counted
 
 Cell = Callable[[Row], str]
 MISSING = "-"
@@ -47,7 +48,7 @@ def columns(report: Report) -> list[tuple[str, Cell]]:
     found: list[tuple[str, Cell]] = [("trial", lambda row: row.trial_id)]
     for path in parameter_columns(report):
         found.append((path.rpartition(".")[2], _parameter(path)))
-    found += [("state", _state), ("rung", lambda row: MISSING if row.rung is None else str(row.rung))]
+    found += [("state", _state), ("rung", _rung(report))]
     found.append((f"validation {report.metric}", lambda row: _with_interval(row.metrics, row.intervals, report.metric)))
     for name in TASK_METRICS[report.task]:
         found.append((f"{report.held_out} {name}", _held_out(name, wide=name == report.metric)))
@@ -73,7 +74,7 @@ def terminal_columns(report: Report) -> list[tuple[str, Cell]]:
     found += [(path.rpartition(".")[2], _parameter(path)) for path in parameter_columns(report)]
     found += [
         ("state", _state),
-        ("rung", lambda row: MISSING if row.rung is None else str(row.rung)),
+        ("rung", _rung(report)),
         (f"val {report.metric}", lambda row: _with_half(row.metrics, row.intervals, report.metric)),
         (f"{split} {report.metric}", lambda row: _with_half(row.test_metrics or {}, row.test_intervals, report.metric)),
         ("train time", lambda row: duration(row.train_seconds)),
@@ -98,6 +99,11 @@ def _parameter(path: str) -> Cell:
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
     return cell
+
+
+def _rung(report: Report) -> Cell:
+    """`2/3`: reached the second of three, as the live view counts."""
+    return lambda row: MISSING if row.rung is None else f"{row.rung + 1}/{max(len(report.rungs), row.rung + 1)}"
 
 
 def _state(row: Row) -> str:
@@ -136,5 +142,6 @@ def headline(report: Report) -> str:
     """One line on what ran."""
     counts = report.rows_count
     rows = ", ".join(f"{counts[name]:,} {name}" for name in ("train", "validation", "test") if counts.get(name))
+    of = f" ({rows} rows)" if rows else ""
     took = f", {duration(report.wall_seconds)}" if report.wall_seconds else ""
-    return f"{report.model} on {report.data} ({rows} rows), {len(report.trials)} trials{took}, {report.state}"
+    return f"{report.model} on {report.data}{of}, {counted(len(report.trials), 'trial')}{took}, {report.state}"

@@ -16,6 +16,8 @@ from jobs.spec import JobSpec
 
 NOT_SEARCHED = ("name", "task", "search", "tracking", "resources", "evaluate", "linked", "data")
 """Blocks that a search may not vary: it compares trainings on the same rows and the same hardware."""
+_READ = ("model", "lora", "qlora", "prompt_tuning", "train")
+"""Blocks whose fields an expression in another block may name without the block: `nan` is not retries.nan."""
 
 
 @cache
@@ -74,7 +76,8 @@ def full_path(name: str, beside: str) -> str:
     same_block = f"{beside.rpartition('.')[0]}.{name}"
     if same_block in leaves():
         return same_block
-    return suggest_path(name) if name in {known.rpartition(".")[2] for known in leaves()} else name  # type: ignore[return-value]
+    elsewhere = [known for known in leaves() if known.rpartition(".")[2] == name and known.split(".")[0] in _READ]
+    return elsewhere[0] if elsewhere else name
 
 
 def get(tree: Mapping[str, Any], path: str) -> Any:

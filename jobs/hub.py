@@ -31,6 +31,38 @@ def hub_cache() -> Path:
     return Path(own) if own else home / "hub"
 
 
+_TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.tiktoken", "tekken.json", "spiece.model")
+
+
+def lacks(folder: Path) -> str | None:
+    """What a model's folder lacks to be trained, or None: weights (every shard) and a tokenizer.
+
+    transformers makes up an empty tokenizer where there is none, and a model would be trained on unknown tokens alone.
+    """
+    if (folder / "model.gguf").is_file():
+        return None
+    if not any(folder.glob("*.safetensors")):
+        pickled = " (its .bin is a pickle, which is not read: convert it)" if any(folder.glob("*.bin")) else ""
+        return f"weights in safetensors{pickled}"
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(_json(index).get("weight_map", {}).values())
+        missing = sorted(shard for shard in shards if not (folder / str(shard)).is_file())
+        if missing:
+            return f"{missing[0]}, which {index.name} names"
+    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
+        return "a tokenizer (tokenizer.json, vocab.txt, ...)"
+    return None
+
+
+def check_whole(name: str, revision: str | None) -> None:
+    """Raise AssetError when a model's folder on this machine lacks weights or a tokenizer."""
+    folder = model_folder(name, revision)
+    missing = lacks(folder)
+    if missing:
+        raise AssetError(f"model.model_name_or_path is {name}, but {folder} has no {missing}")
+
+
 def hub_model_folder(name: str, revision: str | None) -> Path | None:
     """The snapshot of a hub model in the cache, or None when it was not fetched."""
     repository = hub_cache() / f"models--{name.replace('/', '--')}"
@@ -53,9 +85,12 @@ def model_folder(name: str, revision: str | None) -> Path:
     if name.startswith(PREFIX):
         return asset_folder(name)
     if Path(name).is_absolute():
-        if (Path(name) / "config.json").is_file():
-            return Path(name)
-        what = "has no config.json" if Path(name).is_dir() else "does not exist"
+        try:
+            if (Path(name) / "config.json").is_file():
+                return Path(name)
+            what = "has no config.json" if Path(name).is_dir() else "does not exist"
+        except OSError as error:
+            what = f"cannot be looked at: {error.strerror}"
         raise AssetError(f"model.model_name_or_path is {name}, but that folder {what}")
     folder = hub_model_folder(name, revision)
     if folder is None:
@@ -74,12 +109,18 @@ def model_config(name: str, revision: str | None) -> dict[str, Any] | None:
         return None
     for file in ("config.json", "shape.json"):
         if (folder / file).is_file():
-            try:
-                config: dict[str, Any] = json.loads((folder / file).read_text())
-            except ValueError as error:
-                raise AssetError(f"{folder / file} is not JSON: {error}") from error
-            return config
+            return _json(folder / file)
     return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise AssetError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AssetError(f"{path} must hold a JSON object")
+    return value
 
 
 def model_revision(name: str, revision: str | None) -> str:
@@ -97,7 +138,7 @@ def _folder_digest(folder: Path) -> str:
 
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja") and file.is_file():
+        if file.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja", ".py") and file.is_file():
             digest.update(f"{file.name}:{files.sha256_file(file)}\n".encode())
     return digest.hexdigest()
 
@@ -122,6 +163,6 @@ def _safetensors_parameters(file: Path) -> int:
         length = int.from_bytes(opened.read(8), "little")
         try:
             header = json.loads(opened.read(length)) if length < 100_000_000 else {}
-        except ValueError as error:
+            return sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise AssetError(f"{file} is not a whole safetensors file") from error
-    return sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__")

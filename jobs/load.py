@@ -16,6 +16,7 @@ from jobs import expression, fields, files, search, yaml12
 from jobs.aliases import DISTRIBUTION_ALIASES, FIELD_ALIASES, VALUE_ALIASES
 from jobs.errors import JobFileError, Problem
 from jobs.messages import sentences
+from jobs.metrics import bare_name
 from jobs.spec import JobSpec
 
 OriginKind = Literal["file", "override", "alias", "default", "linked", "derived"]
@@ -52,6 +53,15 @@ class LoadedJob:
     origins: dict[str, Origin] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """What was understood though it is spelt otherwise here."""
+    lines: dict[str, int] = field(default_factory=dict)
+    """The line of each key of the file, by its dotted path here."""
+
+    def located(self, problem: Problem) -> Problem:
+        """A problem with its line, or with the override that made it."""
+        origin = self.origins.get(problem.path)
+        if origin and origin.kind == "override":
+            return Problem(problem.path, f"override {origin.detail!r}: {problem.sentence}")
+        return Problem(problem.path, problem.sentence, _line(self.lines, problem.path))
 
     def resolved(self) -> dict[str, Any]:
         """Every field's value and where it came from, by dotted path."""
@@ -77,11 +87,7 @@ class _Reading:
 
     def line(self, path: str) -> int | None:
         """The line of a key, or of the nearest block around it."""
-        while path:
-            if path in self.lines:
-                return self.lines[path]
-            path = path.rpartition(".")[0]
-        return None
+        return _line(self.lines, path)
 
     def placed(self, problem: Problem) -> Problem:
         """A problem with its line, or with the override that made it."""
@@ -92,6 +98,14 @@ class _Reading:
 
     def problem(self, path: str, sentence: str) -> None:
         self.problems.append(Problem(path, sentence, self.line(path)))
+
+
+def _line(lines: dict[str, int], path: str) -> int | None:
+    while path:
+        if path in lines:
+            return lines[path]
+        path = path.rpartition(".")[0]
+    return None
 
 
 def load_job(path: str | Path, overrides: tuple[str, ...] = ()) -> LoadedJob:
@@ -111,6 +125,7 @@ def load_text(text: str, path: Path, overrides: tuple[str, ...] = ()) -> LoadedJ
         raise JobFileError(str(path), reading.problems)
     reading.tree = document.value
     _mark_origins(reading, reading.tree, "")
+    _translate(reading)  # first, so that an override meets our spelling
     for override in overrides:
         _override(reading, override)
     _translate(reading)
@@ -119,7 +134,7 @@ def load_text(text: str, path: Path, overrides: tuple[str, ...] = ()) -> LoadedJ
     if reading.problems:
         raise JobFileError(str(path), reading.problems)
     job = _validated(reading, path)
-    return LoadedJob(job, path, text, overrides, reading.origins, tuple(reading.notes))
+    return LoadedJob(job, path, text, overrides, reading.origins, tuple(reading.notes), reading.lines)
 
 
 def read_text(path: Path) -> str:
@@ -176,15 +191,40 @@ def _override(reading: _Reading, text: str) -> None:
     if document.problems:
         reading.problems.append(Problem(path, f"override {text!r}: {document.problems[0].sentence}"))
         return
-    if path.startswith("search.parameters."):
+    theirs, path = path, _ours(path)
+    if path != theirs:
+        reading.notes.append(f"override {text!r}: {theirs} is read as {path}")
+    if path.startswith(_PARAMETERS):
         parameters = fields.get(reading.tree, "search.parameters")
         if not isinstance(parameters, dict):
             parameters = {}
             fields.put(reading.tree, "search.parameters", parameters)
-        parameters[path.removeprefix("search.parameters.")] = document.value
+        parameters[path.removeprefix(_PARAMETERS)] = document.value
     else:
         fields.put(reading.tree, path, document.value)
     reading.origins[path] = Origin("override", text)
+
+
+_PARAMETERS = "search.parameters."
+
+
+def _ours(path: str) -> str:
+    """The field that an override of another tool's spelling means: `lora_rank`, `lora.rank`, `search.parameters.lr`."""
+    if path.startswith(_PARAMETERS):
+        return _PARAMETERS + _our_parameter(path.removeprefix(_PARAMETERS))
+    ours = FIELD_ALIASES.get(path.rpartition(".")[2])
+    if ours is None or path in fields.leaves() or (path.startswith("search.") and not ours.startswith("search.")):
+        return path
+    return ours
+
+
+def _our_parameter(name: str) -> str:
+    """The dotted field that a search means by a name: ours, another tool's, or a leaf that only one block has."""
+    path = FIELD_ALIASES.get(name, name)
+    if "." in path or path in fields.leaves():
+        return path
+    same = [known for known in fields.leaves() if known.endswith(f".{path}")]
+    return same[0] if len(same) == 1 else path
 
 
 def _translate(reading: _Reading) -> None:
@@ -225,19 +265,35 @@ def _translate_key(reading: _Reading, block: str, key: str) -> None:
 
 
 def _translate_search(reading: _Reading, block: dict[str, Any]) -> None:
+    _translate_metric(reading, block)
     parameters = block.get("parameters")
     if not isinstance(parameters, dict):
         return
     for name in list(parameters):
-        path = FIELD_ALIASES.get(name, name)
-        if "." not in path and path not in fields.leaves():
-            same = [known for known in fields.leaves() if known.endswith(f".{path}")]
-            path = same[0] if len(same) == 1 else path
+        path = _our_parameter(name)
+        if path != name and path in parameters:
+            reading.problem(f"search.parameters.{name}", f"search.parameters.{name} means {path}, which is set as well")
+            continue
         if path != name:
             parameters[path] = parameters.pop(name)
             reading.lines[f"search.parameters.{path}"] = reading.lines.get(f"search.parameters.{name}", 0)
             _report(reading, f"search.parameters.{path}", f"search.parameters.{name} is read as {path}")
         parameters[path] = _long_form(reading, path, parameters[path])
+
+
+def _translate_metric(reading: _Reading, block: dict[str, Any]) -> None:
+    """`metric: eval_f1` is `{name: f1}`."""
+    metric, path = block.get("metric"), "search.metric.name"
+    if isinstance(metric, str):
+        metric = block["metric"] = {"name": metric}
+        reading.origins[path] = reading.origins.get("search.metric", Origin("file"))
+        if "search.metric" in reading.lines:
+            reading.lines[path] = reading.lines["search.metric"]
+    if isinstance(metric, dict) and isinstance(metric.get("name"), str):
+        name = metric["name"]
+        metric["name"] = bare_name(name)
+        if metric["name"] != name:
+            _report(reading, path, f"search.metric {name} is read as {metric['name']}")
 
 
 def _long_form(reading: _Reading, path: str, value: Any) -> Any:
@@ -253,16 +309,20 @@ def _long_form(reading: _Reading, path: str, value: Any) -> Any:
             _report(reading, f"search.parameters.{path}.distribution", f"{word} is read as {value['distribution']}")
         if "value" in value and "values" not in value:
             value["values"] = [value.pop("value")]
+            _report(reading, f"search.parameters.{path}.values", f"value of {path} is read as values, a list of one")
         if "distribution" not in value and {"min", "max"} <= set(value):
             whole = isinstance(value["min"], int) and isinstance(value["max"], int)
             value["distribution"] = "int_uniform" if whole else "uniform"
+            note = f"min and max of {path} alone are read as {value['distribution']}"
+            _report(reading, f"search.parameters.{path}.distribution", note)
     return value
 
 
 def _report(reading: _Reading, path: str, note: str) -> None:
     line = reading.line(path)
     reading.notes.append(f"line {line}: {note}" if line else note)
-    reading.origins[path] = Origin("alias", note)
+    if reading.origins.get(path, Origin("default")).kind != "override":
+        reading.origins[path] = Origin("alias", note)
 
 
 def _link(reading: _Reading) -> None:
@@ -286,6 +346,7 @@ def _link(reading: _Reading) -> None:
             fields.get(reading.tree, block).pop(leaf)
     if links:
         reading.tree["linked"] = links
+        reading.origins.setdefault("linked", Origin("derived", "from the arithmetic in other fields"))
 
 
 def _absolute_paths(reading: _Reading, folder: Path) -> None:
@@ -294,15 +355,23 @@ def _absolute_paths(reading: _Reading, folder: Path) -> None:
         value = fields.get(reading.tree, path)
         if isinstance(value, str) and value:
             fields.put(reading.tree, path, str((folder / files.in_home(value)).absolute()))
-    name = fields.get(reading.tree, "model.model_name_or_path")
-    if isinstance(name, str) and name and not name.startswith("asset:"):
-        local = folder / files.in_home(name)
-        if looks_like_path(name) or local.is_dir():
-            fields.put(reading.tree, "model.model_name_or_path", str(local.absolute()))
+    for path in ("model.model_name_or_path", "data.dataset_name"):
+        name = fields.get(reading.tree, path)
+        if isinstance(name, str) and name and not name.startswith("asset:"):
+            local = folder / files.in_home(name)
+            if looks_like_path(name) or _is_folder(local):
+                fields.put(reading.tree, path, str(local.absolute()))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name longer than a file system takes
+        return False
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a model's name can only be a folder."""
+    """Whether the name of a model or data set can only be a folder."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 

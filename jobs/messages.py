@@ -32,6 +32,9 @@ _WANTED = {
 }
 
 
+_PARAMETER_KEYS = ("values", "distribution", "min", "max", "q", "expression")
+
+
 def sentences(error: ValidationError) -> list[Problem]:
     """Every error of a failed validation, each with its dotted field and a sentence; one a field."""
     problems: dict[str, Problem] = {}
@@ -41,6 +44,9 @@ def sentences(error: ValidationError) -> list[Problem]:
             problems.update((problem.path, problem) for problem in cause.problems)
             continue
         path = _path(raw["loc"])
+        if path.startswith("search.parameters.") and path.endswith(".values") and raw["type"] != "tuple_type":
+            problems[path] = Problem(path, f"{path} must be a list of numbers, texts or true/false, one level deep")
+            continue
         sentence = _sentence(path, raw)
         if path in problems:  # the branches of a union: "a whole number", "'auto'"
             earlier = problems[path].sentence
@@ -68,6 +74,12 @@ def _sentence(path: str, raw: Any) -> str:
 
 
 def _wanted(raw: Any) -> str:
+    if raw["type"] in ("string_too_short", "too_short") and raw["ctx"]["min_length"] == 1:
+        return "something: it is empty"
+    if "^https?:" in str(raw.get("ctx", {}).get("pattern")):
+        return "an address that begins with https:// or http://, without a password in it"
+    if "{0,127}$" in str(raw.get("ctx", {}).get("pattern")):
+        return "at most 128 letters, digits, dots, dashes and underscores"
     if raw["type"] == "string_pattern_mismatch" and raw["ctx"]["pattern"].startswith("^[a-z0-9]("):
         return "1 to 40 lower-case letters, digits and dashes, without a dash at either end"
     return _WANTED[raw["type"]].format(**raw.get("ctx", {}))
@@ -78,6 +90,10 @@ def unknown_key(path: str) -> str:
     block, _, leaf = path.rpartition(".")
     if path in fields.leaves():  # a dotted key, as in other tools' files
         return f"{path} is written as a key, but must be in its block: {block}: {{{leaf}: ...}}"
+    if block.startswith("search.parameters."):
+        near = fields.closest(leaf, _PARAMETER_KEYS)
+        hint = f"did you mean {near!r}?" if near else f"there are {', '.join(_PARAMETER_KEYS)}"
+        return f"{path} is not a known key; {hint}"
     prefix = f"{block}." if block else ""
     here = {known.removeprefix(prefix).split(".")[0] for known in fields.leaves() if known.startswith(prefix)}
     near = fields.closest(leaf, here)

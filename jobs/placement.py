@@ -195,12 +195,12 @@ def _gpus_per_worker(job: JobSpec, site: Site) -> int:
     if wants.device == "cpu":
         return 0
     asked = wants.gpus_per_node
-    if asked == "auto":
-        if wants.device == "cuda" and not site.gpus:
-            raise PlacementRefused(f"resources.device is cuda, but {site.called} has no GPU that its driver shows")
-        return 1 if site.gpus else 0
-    if asked and not site.gpus:
-        raise PlacementRefused(
-            f"resources.gpus_per_node is {asked}, but {site.called} has no GPU that its driver shows"
-        )
-    return 1 if asked else 0
+    if site.gpus:
+        return 1 if asked else 0
+    why = f": {site.without_gpu}" if isinstance(site, LocalSite) and site.without_gpu else ""
+    none = f"{site.called} has no GPU that can be used{why}"
+    if asked not in ("auto", 0):
+        raise PlacementRefused(f"resources.gpus_per_node is {asked}, but {none}")
+    if wants.device == "cuda" and asked == "auto":
+        raise PlacementRefused(f"resources.device is cuda, but {none}")
+    return 0

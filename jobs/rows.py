@@ -9,7 +9,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from jobs.assets import PREFIX, asset_folder
 from jobs.errors import AssetError, DataError
 from jobs.hub import HubName, dataset_folder
 from jobs.spec import DataFormat, DataSpec, JobSpec
+from jobs.words import counted
 
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _MOST_SHOWN = 10
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -31,6 +33,8 @@ class Row:
     label: str = ""
     messages: tuple[tuple[str, str], ...] = ()
     """(role, content) pairs; the last one is the assistant's and is what is learnt."""
+    line: int = field(default=0, compare=False)
+    """Where it stands in its file."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,8 @@ def split_files(data: DataSpec) -> dict[str, Path]:
                 raise DataError(f"data.{split}_file is {path}, but there is no such file")
         return found
     name = str(data.dataset_name)
+    if Path(name).is_absolute():
+        return _splits_of_folder(Path(name))
     folder = asset_folder(name) if name.startswith(PREFIX) else dataset_folder(name, data.dataset_revision)
     if not folder.is_dir():
         raise AssetError(
@@ -84,6 +90,24 @@ def split_files(data: DataSpec) -> dict[str, Path]:
     found = {split: path for split, path in found.items() if path.is_file()}
     if "train" not in found:
         raise DataError(f"data.dataset_name is {name}, but it has no split called train")
+    return found
+
+
+def _splits_of_folder(folder: Path) -> dict[str, Path]:
+    """The files `train`, `validation` and `test` of a folder of the user's own, in any format that is read."""
+    if not folder.is_dir():
+        raise DataError(f"data.dataset_name is {folder}, but there is no such folder")
+    found = {
+        split: path
+        for split in ("train", "validation", "test")
+        for path in (folder / f"{split}{suffix}" for suffix in DATA_SUFFIXES)
+        if path.is_file()
+    }
+    if "train" not in found:
+        raise DataError(
+            f"data.dataset_name is {folder}, but that folder has no train file (train.jsonl, train.csv, ...): name the "
+            "file in data.train_file"
+        )
     return found
 
 
@@ -128,6 +152,8 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         records = json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}); one object a line is .jsonl") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
+        raise DataError(f"{path}: not JSON that can be read ({type(error).__name__})") from None
     if not isinstance(records, list):
         raise DataError(f"{path} must hold a JSON list of rows; one object a line is .jsonl")
     for number, record in enumerate(records, start=1):
@@ -173,7 +199,7 @@ def _read_split(path: Path, job: JobSpec) -> list[Row]:
         else:
             made = record
         if isinstance(made, Row):
-            rows.append(made)
+            rows.append(replace(made, line=number))
         else:
             bad.append(f"{path}:{number}: {made}")
     if bad:
@@ -209,6 +235,9 @@ def _row(record: dict[str, Any], kind: DataFormat, data: DataSpec) -> Row | str:
         extra = record.get("input") or ""
         if not isinstance(extra, str):
             return "input must be a text"
+        half = _half_character("input", extra)
+        if half:
+            return half
         prompt, answer = "instruction", "output"
     else:
         extra, prompt, answer = "", data.prompt_column, data.completion_column
@@ -228,7 +257,13 @@ def _wrong_text(record: dict[str, Any], key: str) -> str | None:
         return f"{key} is {json.dumps(record[key], default=str)[:40]}, but must be a text"
     if not record[key].strip():
         return f"{key} is empty"
-    if any("\ud800" <= mark <= "\udfff" for mark in record[key]):
+    return _half_character(key, record[key])
+
+
+def _half_character(key: str, text: str) -> str | None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
         return f"{key} holds half a character (a lone surrogate): it was cut or wrongly decoded"
     return None
 
@@ -251,7 +286,8 @@ def _text_label(record: dict[str, Any], data: DataSpec) -> Row | str:
         label = str(label).lower()
     if not isinstance(label, str | int) or not str(label).strip():
         return f"{data.label_column} is {json.dumps(label, default=str)[:40]}, but must be a text or a whole number"
-    return Row(text=record[data.text_column], label=str(label).strip())
+    half = _half_character(data.label_column, str(label))
+    return half or Row(text=record[data.text_column], label=str(label).strip())
 
 
 def _messages(record: dict[str, Any]) -> Row | str:
@@ -264,7 +300,12 @@ def _messages(record: dict[str, Any]) -> Row | str:
             return "each of messages must be {role, content} with a text as content"
         if message.get("role") not in _ROLES:
             return f"role is {message.get('role')!r}, but must be one of {', '.join(_ROLES)}"
+        half = _half_character("content", message["content"])
+        if half:
+            return half
         pairs.append((message["role"], message["content"]))
+    if len(pairs) < 2:
+        return "messages must have something before the assistant's answer: it is the prompt"
     if pairs[-1][0] != "assistant" or not pairs[-1][1].strip():
         return "the last of messages must be the assistant's, and not empty: it is what is learnt"
     return Row(messages=tuple(pairs))
@@ -276,12 +317,14 @@ def _three_splits(data: DataSpec, read: dict[str, list[Row]], warnings: list[str
     validation, test = read.get("validation"), read.get("test")
     if validation is None:
         validation, train = _held_back(train, data.validation_fraction, data.split_seed)
-        warnings.append(f"no validation set: {len(validation)} of the training rows are held back for it")
+        warnings.append(f"no validation set: {_are(len(validation), 'of the training rows')} held back for it")
     if not validation or not train:
         raise DataError("there are too few training rows to hold any back for validation; give data.validation_file")
     if test is None and len(validation) >= 4:
-        test, validation = _held_back(validation, data.test_fraction, data.split_seed + 1)
-        warnings.append(f"no test set: {len(test)} of the validation rows are held back for it")
+        held, left = _held_back(validation, data.test_fraction, data.split_seed + 1)
+        if left:  # rows of one text stay together, and may be all that there are
+            test, validation = held, left
+            warnings.append(f"no test set: {_are(len(test), 'of the validation rows')} held back for it")
     if not test:
         warnings.append("no test set and too few validation rows to hold any back: results are optimistic")
     return {
@@ -340,14 +383,18 @@ def _duplicates(rows: dict[str, list[Row]]) -> list[str]:
     seen = Counter(_question(row) for row in rows["train"])
     twice = sum(seen.values()) - len(seen)
     if twice:
-        warnings.append(f"{twice} training rows stand more than once")
+        stands = "training row stands" if twice == 1 else "training rows stand"
+        warnings.append(f"{twice} {stands} more than once")
     for split in ("validation", "test"):
         leaked = sum(_question(row) in seen for row in rows[split])
         if leaked:
-            warnings.append(
-                f"{leaked} of {len(rows[split])} {split} rows are also training rows: results are optimistic"
-            )
+            among = f"of {counted(len(rows[split]), f'{split} row')}"
+            warnings.append(f"{_are(leaked, among)} also among the training rows: results are optimistic")
     return warnings
+
+
+def _are(number: int, among: str) -> str:
+    return f"{number:,} {among} {'is' if number == 1 else 'are'}"
 
 
 def _question(row: Row) -> tuple[str, tuple[tuple[str, str], ...]]:

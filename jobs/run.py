@@ -203,6 +203,11 @@ class Run:
             return False
         return _started(pid) == status.get("pid_started")
 
+    def gone(self) -> bool:
+        """Whether the run says that it runs and its driver, which was on this machine, does not live."""
+        here = self.status().get("host", os.uname().nodename) == os.uname().nodename
+        return self.state is RunState.RUNNING and here and not self.alive()
+
     def mark_running(self, **facts: Any) -> None:
         """Say that this process drives the run."""
         pid = os.getpid()
@@ -235,11 +240,13 @@ class Run:
         for event in self.events():
             if event.get("event") == "warning":
                 said.append(f"{event['trial_id']}: {event['sentence']}")
+            elif event.get("event") == "tracking_failed":
+                said.append(f"W&B was given up: {event['error']}; the run's own record is whole")
             elif event.get("event") == "placement":
                 said.append(str(event["sentence"]))
             elif event.get("event") == "retry":
                 failure, number = event["failure"], event["number"]
-                halved = ", with half the rows a pass and twice the passes" if failure["failure_class"] == "oom" else ""
+                halved = ", with fewer rows a pass and more passes" if failure["failure_class"] == "oom" else ""
                 said.append(
                     f"{event['trial_id']} began again{halved} (retry {number} after {failure['failure_class']}): "
                     f"{failure['sentence']}"

@@ -23,6 +23,8 @@ class Schedule:
     """The step of each rung; the last is the end."""
     rung_levels: tuple[int, ...]
     """The rungs in the units of `time_attr`."""
+    evaluate_every: int | None = None
+    """Evaluations between those: after each multiple of this."""
 
     @property
     def total_samples(self) -> int:
@@ -31,7 +33,8 @@ class Schedule:
 
     def next_evaluation(self, step: int) -> int:
         """The first evaluation after `step`."""
-        return next((at for at in self.evaluation_steps if at > step), self.total_steps)
+        fixed = next((at for at in self.evaluation_steps if at > step), self.total_steps)
+        return min(fixed, (step // self.evaluate_every + 1) * self.evaluate_every) if self.evaluate_every else fixed
 
 
 def schedule(job: JobSpec, train_rows: int, *, searching: bool) -> Schedule:
@@ -41,7 +44,7 @@ def schedule(job: JobSpec, train_rows: int, *, searching: bool) -> Schedule:
     own = job.train.max_steps or max(1, round(per_epoch * job.train.num_train_epochs))
     asha = job.search.scheduler if searching and job.search else None
     if asha is None:
-        return Schedule(own, batch, per_epoch, _cadence(job, own, per_epoch), (own,), (own,))
+        return Schedule(own, batch, per_epoch, (own,), (own,), (own,), job.train.eval_steps or per_epoch)
     to_steps = {"samples": 1 / batch, "step": 1.0, "epoch": float(per_epoch)}[asha.time_attr]
     max_t = asha.max_t or max(1, round(own / to_steps))
     levels = [max_t]
@@ -49,22 +52,6 @@ def schedule(job: JobSpec, train_rows: int, *, searching: bool) -> Schedule:
         grace = asha.grace_period or rungs.default_grace_period(max_t, asha.reduction_factor)
         levels = rungs.rung_levels(min(grace, max_t), max_t, asha.reduction_factor)
     steps = tuple(max(1, math.ceil(level * to_steps - 1e-9)) for level in levels)
-    total = steps[-1]
-    at = steps if asha.type == "asha" and job.train.eval_steps is None else ()
-    return Schedule(
-        total,
-        batch,
-        per_epoch,
-        tuple(sorted({*at, *steps, *_searched_cadence(job, total, per_epoch, at)})),
-        steps,
-        tuple(levels),
-    )
-
-
-def _searched_cadence(job: JobSpec, total: int, per_epoch: int, rung_steps: tuple[int, ...]) -> tuple[int, ...]:
-    return () if rung_steps else _cadence(job, total, per_epoch)
-
-
-def _cadence(job: JobSpec, total: int, per_epoch: int) -> tuple[int, ...]:
-    every = job.train.eval_steps or per_epoch
-    return tuple(sorted({*range(every, total, every), total}))
+    at_rungs_alone = asha.type == "asha" and job.train.eval_steps is None
+    every = None if at_rungs_alone else job.train.eval_steps or per_epoch
+    return Schedule(steps[-1], batch, per_epoch, steps, steps, tuple(levels), every)

@@ -209,6 +209,8 @@ def _parameter_problems(job: JobSpec, path: str, parameter: Parameter) -> list[P
     where = f"search.parameters.{path}"
     if path not in fields.leaves():
         meant = fields.suggest_path(path)
+        if meant and (meant.split(".")[0] in fields.NOT_SEARCHED or meant in NOT_IDENTITY):
+            meant = None  # that may not be searched either
         hint = f"; did you mean {meant!r}?" if meant else ""
         return [Problem(where, f"search.parameters has {path!r}, which is not a field of a job{hint}")]
     if path.split(".")[0] in fields.NOT_SEARCHED:

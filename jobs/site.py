@@ -39,6 +39,8 @@ class LocalSite(Spec):
     """Memory of the smallest of them, in GiB."""
     gpu_name: str = ""
     """Model of the first GPU."""
+    without_gpu: str = ""
+    """Where there is none: what the driver and torch say, and what would help."""
 
     @property
     def nodes(self) -> tuple[Node, ...]:

@@ -186,7 +186,7 @@ class TrainSpec(Spec):
     it, but at most 5e-5; with `prompt_tuning` 3e-2."""
     num_train_epochs: float = Field(3.0, gt=0, le=10_000)
     """Passes over the training rows; `max_steps`, where given, and a sweep's `max_t` come before it."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(None, ge=1, le=1_000_000_000)
     """Optimiser steps; the alternative to `num_train_epochs`."""
     per_device_train_batch_size: int = Field(16, ge=1)
     """Rows in one forward and backward pass on one device."""
@@ -458,7 +458,7 @@ class SchedulerSpec(Spec):
     """`asha` stops the worse trials at each rung; `none` trains every trial to the end."""
     time_attr: Literal["samples", "step", "epoch"] = "samples"
     """Unit of max_t and grace_period: training rows seen (the same work for every trial), optimiser steps, epochs."""
-    max_t: int | None = Field(None, ge=1)
+    max_t: int | None = Field(None, ge=1, le=1_000_000_000_000)
     """Where a trial ends, in `time_attr` units. Left out: what `train` says."""
     grace_period: int | None = Field(None, ge=1)
     """The first rung, in `time_attr` units. Left out: max_t / reduction_factor^2."""
@@ -524,6 +524,8 @@ class TrackingSpec(Spec):
     """W&B tags of every trial."""
     base_url: str | None = Field(None, pattern=r"^https?://[^@]+$")
     """Address of a W&B server of your own."""
+    upload_samples: bool = False
+    """Whether texts of rows and of models may be sent to W&B; without it numbers and settings alone are."""
 
 
 class JobSpec(Spec):

@@ -82,7 +82,6 @@ _MEANS_NOTHING_HERE = {
     "wandb_run_id",
     "do_train",
     "do_eval",
-    "stage",
     "strict",
     "overwrite_cache",
     "preprocessing_num_workers",
@@ -93,8 +92,6 @@ _MEANS_NOTHING_HERE = {
     "eval_strategy",
     "evaluation_strategy",
     "logging_dir",
-    "special_tokens",
-    "flash_attention",
     "hub_model_id",
     "plugins",
     "debug",
@@ -114,6 +111,8 @@ class Translation:
     """Keys that could not be carried over, each with why."""
     dropped: list[str] = field(default_factory=list)
     """Keys that say how, not what: they have no meaning here."""
+    assumed: list[str] = field(default_factory=list)
+    """What the other tool does where its config says nothing, and we would do otherwise."""
 
     def put(self, path: str, value: Any) -> None:
         """Set a field, a float where the field wants one."""
@@ -130,6 +129,8 @@ def translate(tool: str, config: dict[str, Any], name: str) -> Translation:
         if value is None or key in _MEANS_NOTHING_HERE:
             if value is not None:
                 made.dropped.append(key)
+        elif value is False and key not in special and key not in _TOOLS[tool]:
+            made.dropped.append(key)  # what is not done there is not missed here
         elif key in special:
             special[key](value, made)
         elif key in _TOOLS[tool]:
@@ -138,13 +139,41 @@ def translate(tool: str, config: dict[str, Any], name: str) -> Translation:
             made.lost.append(f"{key}: {_shown(key, value)} has no counterpart")
     if tool == "axolotl" and not config.get("adapter"):
         made.put("method", "full")  # what axolotl does without one
+    if tool == "llamafactory":
+        _its_defaults(config, made)
     return made
+
+
+def _its_defaults(config: dict[str, Any], made: Translation) -> None:
+    """LLaMA-Factory's defaults that differ from ours, where the config leaves them to it."""
+    if made.tree.get("method", "lora") != "full" and "lora_alpha" not in config:
+        made.put("lora.lora_alpha", "2*lora_r")
+        made.assumed.append("lora_alpha: twice the rank, as LLaMA-Factory has it where it is left out")
+    for key, path, value in (("lora_rank", "lora.lora_r", 8), ("learning_rate", "train.learning_rate", 5e-5)):
+        if key not in config and (key != "lora_rank" or made.tree.get("method", "lora") != "full"):
+            made.put(path, value)
+            made.assumed.append(f"{key}: {value:g}, LLaMA-Factory's default")
+
+
+def without_refused(made: Translation, refused: list[tuple[str, str]]) -> bool:
+    """Drop the fields that our own check refuses, each with its sentence; whether there was one to drop."""
+    dropped = False
+    for path, sentence in refused:
+        block, _, leaf = path.rpartition(".")
+        holder = fields.get(made.tree, block) if block else made.tree
+        if isinstance(holder, dict) and leaf in holder and path not in ("model.model_name_or_path", "name", "task"):
+            del holder[leaf]
+            made.lost.append(sentence)
+            dropped = True
+    return dropped
 
 
 def _shown(key: str, value: Any) -> str:
     """A value in words, unless its key says that it is a secret."""
     secret = any(word in key.lower() for word in ("token", "key", "secret", "password"))
-    return "its value (not shown)" if secret else repr(value)
+    if secret:
+        return "its value (not shown)"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _carry(path: str, key: str, value: Any, made: Translation) -> None:
@@ -235,9 +264,14 @@ def _axolotl_data(value: Any, made: Translation) -> None:
         made.lost.append(f"datasets: only the first of {len(sets)} is carried over; put the rows into one file")
     first = sets[0] if isinstance(sets[0], dict) else {"path": sets[0]}
     _source(str(first.get("path", "")), made)
-    kinds = {"alpaca": "instruction", "chat_template": "messages", "completion": "text", "sharegpt": "messages"}
+    kinds = {"alpaca": "instruction", "chat_template": "messages", "completion": "text"}
     kind = str(first.get("type", ""))
-    if kind in kinds:
+    if kind == "sharegpt":
+        made.lost.append(
+            "datasets.type: 'sharegpt' has rows of conversations/from/value, and here they are messages/role/content: "
+            "rename them in the file"
+        )
+    elif kind in kinds:
         made.put("data.format", kinds[kind])
     elif kind:
         made.lost.append(f"datasets.type: {kind!r} is not a format here; see data.format")
@@ -277,8 +311,20 @@ def _target_linear(value: Any, made: Translation) -> None:
         made.put("lora.lora_target_modules", "all-linear")
 
 
+def _stage(value: Any, made: Translation) -> None:
+    if value != "sft":
+        made.lost.append(f"stage: {value!r} is another kind of training; here it is supervised fine-tuning (sft)")
+
+
+def _attention(value: Any, made: Translation) -> None:
+    if value is True:
+        made.put("model.attn_implementation", "flash_attention_2")
+
+
 _AXOLOTL: dict[str, Callable[[Any, Translation], None]] = {
     "adapter": _method("adapter"),
+    "flash_attention": _attention,
+    "special_tokens": _lost("is not set here: the tokenizer's own are used")("special_tokens"),
     "datasets": _axolotl_data,
     "lora_target_linear": _target_linear,
     "load_in_4bit": _quantised("load_in_4bit", "nf4"),
@@ -294,6 +340,7 @@ _AXOLOTL: dict[str, Callable[[Any, Translation], None]] = {
 }
 _LLAMAFACTORY: dict[str, Callable[[Any, Translation], None]] = {
     "finetuning_type": _method("finetuning_type"),
+    "stage": _stage,
     "dataset": _llamafactory_data,
     "lora_target": _target,
     "quantization_bit": _quantised("quantization_bit"),

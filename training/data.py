@@ -147,7 +147,7 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
         if job.task == "classification":
             made, cut = _classification(split_rows, rows.labels, tokenizer, job.model.max_length)
         else:
-            made, cut = _generation(split_rows, tokenizer, job.model.max_length)
+            made, cut = _generation(split_rows, tokenizer, job.model.max_length, _file_of(name, job))
         if cut:
             warnings.append(
                 f"{cut} of {len(split_rows)} {name} rows are longer than model.max_length = {job.model.max_length} "
@@ -178,8 +178,21 @@ def _classification(
     return _pack(encoded, [ids[row.label] for row in rows]), longer
 
 
-def _generation(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Split, int]:
-    pairs = [_prompt_and_answer(row, tokenizer) for row in rows]
+def _file_of(split: str, job: JobSpec) -> Path:
+    """The file that a split's rows were read from; what has none was held back from the split before it."""
+    found = split_files(job.data)
+    return found.get(split) or (found.get("validation") if split == "test" else None) or found["train"]
+
+
+def _generation(rows: list[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, file: Path) -> tuple[Split, int]:
+    from jinja2 import TemplateError
+
+    pairs = []
+    for row in rows:
+        try:
+            pairs.append(_prompt_and_answer(row, tokenizer))
+        except (TemplateError, ValueError) as error:
+            raise DataError(f"{file}:{row.line}: the model's chat template refuses this row: {error}") from error
     fitted = [fit(prompt, answer, max_length) for prompt, answer in pairs]
     cut = sum(len(p) + len(a) > max_length for p, a in pairs)
     return _pack([prompt + answer for prompt, answer in fitted], [len(prompt) for prompt, _ in fitted]), cut

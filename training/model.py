@@ -15,7 +15,7 @@ from torch import nn
 
 from jobs import files
 from jobs.errors import AssetError, UserError
-from jobs.hub import model_folder
+from jobs.hub import check_whole, model_folder
 from jobs.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -63,9 +63,8 @@ def resolve_device(gpus: int) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     built = torch.version.cuda or "none: a CPU build"
     raise UserError(
-        f"this job asks for GPUs, but torch {torch.__version__} (CUDA {built}) reaches none. Check `nvidia-smi`, then "
-        "install a torch that fits the driver: pip install 'torch>=2.9,<2.14' "
-        "--index-url https://download.pytorch.org/whl/cu128"
+        f"this job asks for GPUs, but torch {torch.__version__} (CUDA {built}) reaches none. `nvidia-smi` shows "
+        "whether the driver does, `lorafleet doctor` which torch fits it"
     )
 
 
@@ -148,8 +147,7 @@ def safetensors_folder(name: str, revision: str | None) -> Path:
     """The folder with a model's safetensors; a GGUF asset is converted once, under a lock."""
     folder = model_folder(name, revision)
     if not (folder / "model.gguf").is_file():
-        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-            raise AssetError(f"{name} has its weights as a pickle (.bin), which is not read: convert it to safetensors")
+        check_whole(name, revision)
         return folder
     converted = folder.with_name(f"{folder.name}-safetensors")
     with files.locked(converted):

@@ -208,6 +208,8 @@ class Machines:
 @pytest.fixture
 def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # Of the tests' own environment Ray passes LORAFLEET_TEST_FAULT on, to every machine; what acts on it is here.
+    monkeypatch.setenv("PYTHONPATH", str(FAULTS))
     made = Machines(3)
     try:
         yield made

@@ -125,7 +125,7 @@ def test_a_searched_trial_is_evaluated_at_its_rungs(bert_job: JobMaker) -> None:
     plan = schedule(bert_job(ASHA).job, 256, searching=True)
     assert plan.rung_levels == (16, 48, 144)  # 144 / 9, times 3, times 3
     assert plan.rung_steps == (2, 6, 18)  # 8 rows a step
-    assert plan.evaluation_steps == (2, 6, 18)
+    assert [plan.next_evaluation(step) for step in (0, 1, 2, 6, 18)] == [2, 2, 6, 18, 18]
     assert [plan.next_evaluation(step) for step in (0, 2, 17, 18)] == [2, 6, 18, 18]
 
 

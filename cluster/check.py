@@ -11,7 +11,7 @@ from cluster.shape import shape
 from jobs.assets import PREFIX, asset
 from jobs.deepspeed import contradictions
 from jobs.errors import AssetError, DataError, JobFileError, Problem
-from jobs.hub import model_config, model_folder
+from jobs.hub import check_whole, model_config, model_folder
 from jobs.identity import ADAPTER_FILES, models_of
 from jobs.load import LoadedJob
 from jobs.rows import DATA_SUFFIXES, split_files
@@ -21,21 +21,24 @@ _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Model types of transformers whose layers are Conv1D."""
 
 
-def check_names(loaded: LoadedJob) -> None:
-    """Raise JobFileError with every name that cannot be right. Hub names are not looked up."""
-    problems = [loaded.located(Problem(path, sentence)) for path, sentence in _wrong(loaded)]
+def check_names(loaded: LoadedJob, *, whole: bool = True) -> None:
+    """Raise JobFileError with every name that cannot be right. Hub names are not looked up.
+
+    Without `whole` a model's folder may hold its config alone: enough for a plan.
+    """
+    problems = [loaded.located(Problem(path, sentence)) for path, sentence in _wrong(loaded, whole=whole)]
     if problems:
         raise JobFileError(str(loaded.path), problems)
 
 
-def _wrong(loaded: LoadedJob) -> list[tuple[str, str]]:
+def _wrong(loaded: LoadedJob, *, whole: bool) -> list[tuple[str, str]]:
     job, found = loaded.job, []
     for name in models_of(job):
         if name.startswith(PREFIX):
             found += _unknown_asset("model.model_name_or_path", name, "model")
         elif Path(name).is_absolute():
             try:
-                model_folder(name, None)
+                check_whole(name, None) if whole else model_folder(name, None)
             except AssetError as error:
                 found.append(("model.model_name_or_path", str(error)))
     data = job.data.dataset_name

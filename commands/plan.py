@@ -30,7 +30,7 @@ def plan(
     from jobs.load import load_job
 
     loaded = load_job(job, tuple(overrides or ()))
-    check_names(loaded)
+    check_names(loaded, whole=False)
     command = "train" if train or loaded.job.search is None else "sweep"
     made = backend_for(site_here(nodes)).plan(loaded, command)
     if output is Format.JSON:

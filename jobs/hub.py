@@ -43,15 +43,15 @@ def lacks(folder: Path) -> str | None:
         return None
     if not any(folder.glob("*.safetensors")):
         pickled = " (its .bin is a pickle, which is not read: convert it)" if any(folder.glob("*.bin")) else ""
-        return f"weights in safetensors{pickled}"
+        return f"no weights in safetensors{pickled}"
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         shards = set(_json(index).get("weight_map", {}).values())
         missing = sorted(shard for shard in shards if not (folder / str(shard)).is_file())
         if missing:
-            return f"{missing[0]}, which {index.name} names"
+            return f"no {missing[0]}, which {index.name} names"
     if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
-        return "a tokenizer (tokenizer.json, vocab.txt, ...)"
+        return "no tokenizer (tokenizer.json, vocab.txt, ...)"
     return None
 
 
@@ -60,7 +60,7 @@ def check_whole(name: str, revision: str | None) -> None:
     folder = model_folder(name, revision)
     missing = lacks(folder)
     if missing:
-        raise AssetError(f"model.model_name_or_path is {name}, but {folder} has no {missing}")
+        raise AssetError(f"model.model_name_or_path is {name}, but {folder} has {missing}")
 
 
 def hub_model_folder(name: str, revision: str | None) -> Path | None:

@@ -304,10 +304,10 @@ def _messages(record: dict[str, Any]) -> Row | str:
         if half:
             return half
         pairs.append((message["role"], message["content"]))
-    if len(pairs) < 2:
-        return "messages must have something before the assistant's answer: it is the prompt"
     if pairs[-1][0] != "assistant" or not pairs[-1][1].strip():
         return "the last of messages must be the assistant's, and not empty: it is what is learnt"
+    if len(pairs) < 2:
+        return "messages must have something before the assistant's answer: it is the prompt"
     return Row(messages=tuple(pairs))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,7 +135,8 @@ def test_imports_say_what_they_carry_and_what_they_lose(tmp_path: Path) -> None:
     assert "not carried over: sample_packing" in done.stderr
     assert not any(f"not carried over: {key}" in done.stderr for key in ("load_in_8bit", "optimizer"))
     made = translate("llamafactory", yaml.safe_load(LLAMAFACTORY), "x")
-    assert made.tree["lora"] == {"lora_target_modules": ["q_proj", "v_proj"], "lora_r": 8}
+    assert made.tree["lora"] == {"lora_target_modules": ["q_proj", "v_proj"], "lora_r": 8, "lora_alpha": "2*lora_r"}
+    assert any("lora_alpha: twice the rank" in line for line in made.assumed)
     assert made.tree["train"]["mixed_precision"] == "bf16"
     four = translate("llamafactory", {"finetuning_type": "lora", "quantization_bit": 4}, "x").tree
     assert (four["method"], four["qlora"]) == ("qlora", {"quant_type": "nf4"})
@@ -142,6 +144,43 @@ def test_imports_say_what_they_carry_and_what_they_lose(tmp_path: Path) -> None:
     assert translate("axolotl", {"adapter": None}, "x").tree["method"] == "full"
     assert translate("axolotl", {"adapter": "lora", "optimizer": "lion"}, "x").lost[0].startswith("optimizer: 'lion'")
     assert any("only 'identity' of identity, alpaca_en_demo" in line for line in made.lost)
+    assert translate("llamafactory", {"stage": "dpo"}, "x").lost[0].startswith("stage: 'dpo' is another kind")
+    (tmp_path / "b.yaml").write_text(AXOLOTL + "eval_steps: 0.05\ngradient_checkpointing: unsloth\ntf32: false\n")
+    done = lorafleet("import", "--from", "axolotl", "b.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not carried over: train.eval_steps is 0.05, but must be a whole number" in done.stderr
+    assert "not carried over: tf32" not in done.stderr
+
+
+def test_a_job_that_wants_gpus_is_told_why_there_are_none(tmp_path: Path) -> None:
+    example = ROOT / "examples" / "quickstart.yaml"
+    for wanted in ("resources.device=cuda", "resources.gpus_per_node=1"):
+        done = lorafleet("plan", example, wanted, cwd=tmp_path, PATH=str(Path(sys.executable).parent))
+        assert done.returncode == 2
+        assert "this machine has no GPU that can be used: no driver answers" in done.stderr
+
+
+def test_more_machines_than_there_are(tmp_path: Path) -> None:
+    example = ROOT / "examples" / "quickstart.yaml"
+    done = lorafleet("plan", example, "--nodes", "2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--nodes is 2, and this is one machine" in done.stderr
+    assert lorafleet("plan", example, "--nodes", "1", "--runs", "elsewhere", cwd=tmp_path).returncode == 0
+
+
+def test_a_model_folder_without_weights_or_tokenizer_is_refused(tmp_path: Path, tiny_bert: Path) -> None:
+    """transformers makes up an empty tokenizer, and the model would be trained on unknown tokens alone."""
+    rows = write_rows(tmp_path / "x.jsonl", opinions(60, 4))
+    lorafleet("init", "--train-file", rows, "--model", str(tiny_bert), cwd=tmp_path, check=True)
+    for lost, said in (("tokenizer*", "has no tokenizer"), ("*.safetensors", "has no weights in safetensors")):
+        half = tmp_path / "half"
+        shutil.rmtree(half, ignore_errors=True)
+        shutil.copytree(tiny_bert, half)
+        for path in [*half.glob(lost), *(half.glob("vocab.txt") if "tok" in lost else ())]:
+            path.unlink()
+        done = lorafleet("sweep", "job.yaml", f"model.model_name_or_path={half}", cwd=tmp_path)
+        assert done.returncode == 2
+        assert said in done.stderr
 
 
 def test_fetch_lists_pins(tmp_path: Path) -> None:
@@ -182,7 +221,7 @@ def test_doctor_sees_a_foreign_package(tmp_path: Path) -> None:
     assert "package 'training'" in done.stdout
 
 
-def test_gpus_that_torch_cannot_reach_are_said_before_anything_starts(tmp_path: Path) -> None:
+def test_gpus_that_torch_cannot_reach_are_said_before_anything_starts(tmp_path: Path, tiny_bert: Path) -> None:
     """A machine with GPUs and a CPU build of torch: with an nvidia-smi that answers as theirs does."""
     from cluster.machine import torch_cuda
 
@@ -195,12 +234,10 @@ def test_gpus_that_torch_cannot_reach_are_said_before_anything_starts(tmp_path: 
     rows = write_rows(tmp_path / "x.jsonl", opinions(60, 4))
     lorafleet("init", "--train-file", rows, cwd=tmp_path, check=True)
     path = f"{fake.parent}:{os.environ['PATH']}"
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
-    done = lorafleet("sweep", "job.yaml", "model.model_name_or_path=./model", cwd=tmp_path, PATH=path)
+    done = lorafleet("sweep", "job.yaml", f"model.model_name_or_path={tiny_bert}", cwd=tmp_path, PATH=path)
     assert done.returncode == 2
     assert "driver 550.54" in done.stderr
-    assert "torch is a CPU build: pip install" in done.stderr
+    assert "torch is a CPU build: pip install 'torch>=2.9,<2.14' --index-url" in done.stderr
     assert not (tmp_path / "runs").exists()
     doctor = lorafleet("doctor", cwd=tmp_path, PATH=path)
     assert "2 x NVIDIA A100, 80 GiB" in doctor.stdout

@@ -132,6 +132,29 @@ def test_overrides_win_and_say_so(tmp_path: Path) -> None:
     assert loaded.resolved()["train.max_grad_norm"]["origin"] == "default"
 
 
+@pytest.mark.parametrize("spelt", ["lora.lora_r: 16", "lora.lora_rank: 16", "rank: 16"])
+@pytest.mark.parametrize("override", ["lora.lora_r=4", "lora_rank=4", "lora.rank=4"])
+def test_an_override_wins_however_either_is_spelt(tmp_path: Path, spelt: str, override: str) -> None:
+    block, _, key = spelt.rpartition(".")
+    text = MINIMAL + (f"{block}: {{{key}}}\n" if block else f"{key}\n")
+    loaded = load_text(text, tmp_path / "job.yaml", (override,))
+    assert loaded.job.lora.lora_r == 4
+    assert loaded.resolved()["lora.lora_r"]["origin"] == f"override ({override})"
+    assert any("is read as lora.lora_r" in note for note in loaded.notes) is ("rank" in spelt + override)
+
+
+def test_an_override_of_a_search_may_be_spelt_otherwise(tmp_path: Path) -> None:
+    text = MINIMAL + "search: {metric: eval_f1, parameters: {lora_rank: [4, 8], lr: {min: 0.1, max: 0.2}}}\n"
+    loaded = load_text(text, tmp_path / "job.yaml", ("search.parameters.rank=[2, 3]", "search.parameters.lr=[1e-3]"))
+    assert loaded.job.search is not None
+    assert {path: p.values for path, p in loaded.job.search.parameters.items()} == {
+        "lora.lora_r": (2, 3), "train.learning_rate": (1e-3,),
+    }  # fmt: skip
+    assert loaded.job.metric.name == "f1"
+    assert any("eval_f1 is read as f1" in note for note in loaded.notes)
+    assert loaded.resolved()["search.metric.name"]["origin"].startswith("alias")
+
+
 def test_relative_paths_start_at_the_job_file(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     text = MINIMAL.replace("dataset_name: asset:rotten-tomatoes", "train_file: rows.jsonl")

@@ -36,6 +36,9 @@ BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "half-a-character": ("x.jsonl", b'{"text": "\\ud83d", "label": "a"}\n', "x.jsonl:1: text holds half a character"),
     "blank-label": ("x.jsonl", b'{"text": "a", "label": "  "}\n', "x.jsonl:1: label is"),
     "deep-json": ("x.jsonl", b"[" * 100_000, "x.jsonl:1: not JSON"),
+    "deep-list": ("x.json", b"[" * 100_000, "not JSON that can be read (RecursionError)"),
+    "endless-number": ("x.json", b"[" + b"1" * 5000 + b"]", "not JSON that can be read (ValueError)"),
+    "half-a-label": ("x.jsonl", b'{"text": "a", "label": "\\ud83d"}\n', "x.jsonl:1: label holds half a character"),
 }
 
 
@@ -114,11 +117,29 @@ def test_without_rows_to_hold_back_the_choice_is_called_optimistic(tmp_path: Pat
     assert any("optimistic" in warning for warning in found.warnings)
 
 
+def test_rows_of_one_text_are_not_all_held_back(tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "t.jsonl", numbered(20))
+    validation = write_rows(tmp_path / "v.jsonl", [{"text": "the same", "label": "a"}] * 6)
+    found = rows_of(train, validation_file=str(validation))
+    assert (len(found.validation), found.chosen_on_test) == (6, True)
+
+
+def test_a_folder_with_splits_is_a_data_set(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    write_rows(tmp_path / "mine" / "train.jsonl", numbered(20))
+    (tmp_path / "mine" / "test.csv").write_text("text,label\nx,a\ny,b\n")
+    head = "name: x\ntask: classification\nmodel: {model_name_or_path: asset:minilm-l6}\n"
+    for name in ("mine", "./mine"):
+        job = load_text(f"{head}data: {{dataset_name: {name}}}\n", tmp_path / "job.yaml").job
+        found = load_rows(job)
+        assert (len(found.train) + len(found.validation), len(found.test)) == (20, 2)
+
+
 def test_leaked_rows_are_reported(tmp_path: Path) -> None:
     train = write_rows(tmp_path / "t.jsonl", numbered(20))
     validation = write_rows(tmp_path / "v.jsonl", numbered(5))
     found = rows_of(train, validation_file=str(validation), test_file=str(train))
-    assert "5 of 5 validation rows are also training rows: results are optimistic" in found.warnings
+    assert "5 of 5 validation rows are also among the training rows: results are optimistic" in found.warnings
 
 
 def test_labels_of_validation_must_be_known(tmp_path: Path) -> None:
@@ -160,6 +181,8 @@ def test_generation_formats_become_conversations(
         ([], "messages must be a list"),
         ([{"role": "robot", "content": "x"}], "role is 'robot', but must be one of"),
         ([{"role": "user", "content": "x"}], "the last of messages must be the assistant's"),
+        ([{"role": "assistant", "content": "x"}], "must have something before the assistant's answer"),
+        ([{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "x"}], "holds half a character"),
         ([{"role": "assistant", "content": 3}], "with a text as content"),
     ],
 )

@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install quickstart test test-all check unit clean
+.PHONY: install packages quickstart test test-all check unit clean
 .DEFAULT_GOAL := help
 
 help:
@@ -25,7 +25,10 @@ quickstart: install
 check: install
 	scripts/check
 
-unit: install
+packages:
+	scripts/test-packages
+
+unit: install packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit
 
 # The checks first, then the tests without Ray, then those with it; all that is needed is installed above.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic import ValidationError
+
 from evaluation.recommend import recommend
 from jobs import files
 from jobs.errors import RunError
@@ -19,7 +21,14 @@ def run_job(run: Run) -> JobSpec:
     plan = files.read_json(run.path / "plan.json")
     if "job" not in plan:
         raise RunError(f"{run.path} holds no plan.json: it is not a run, or was not submitted whole")
-    return JobSpec.model_validate_json(json.dumps(plan["job"]))
+    try:
+        return JobSpec.model_validate_json(json.dumps(plan["job"]))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise RunError(
+            f"{run.path / 'plan.json'} is of another version of lorafleet: {where}: {first['msg']}"
+        ) from None
 
 
 def build_report(run: Run) -> Report:

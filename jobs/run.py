@@ -16,12 +16,13 @@ import time
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jobs import files
 from jobs.errors import RunError
 from jobs.search import Assignment
 
+State = TypeVar("State", bound=StrEnum)
 _RESERVE = 2**20
 """Bytes; random ones, since some file systems keep no room for zeros."""
 
@@ -58,6 +59,14 @@ class TrialState(StrEnum):
     def ended(self) -> bool:
         """Whether nothing more happens to it."""
         return self in (TrialState.FINISHED, TrialState.STOPPED, TrialState.FAILED)
+
+
+def _known(states: type[State], word: str, folder: Path) -> State:
+    """A state by its word. Raises RunError for one that another version of lorafleet may have written."""
+    try:
+        return states(word)
+    except ValueError:
+        raise RunError(f"{folder / 'status.json'} says {word!r}, which this version does not know") from None
 
 
 @dataclass(frozen=True)
@@ -113,7 +122,7 @@ class Trial:
     @property
     def state(self) -> TrialState:
         """Its state; `pending` before the first is written."""
-        return TrialState(self.status().get("state", "pending"))
+        return _known(TrialState, self.status().get("state", "pending"), self.path)
 
     def set_state(self, state: TrialState, **facts: Any) -> None:
         """Write the state with what goes with it, keeping what was said before."""
@@ -177,7 +186,7 @@ class Run:
     @property
     def state(self) -> RunState:
         """Its state as written; a running run whose driver died still says so (see `alive`)."""
-        return RunState(self.status().get("state", "pending"))
+        return _known(RunState, self.status().get("state", "pending"), self.path)
 
     def set_state(self, state: RunState, **facts: Any) -> None:
         """Move to a state. Raises RunError on a move that makes no sense, such as finished to stopped."""
@@ -201,7 +210,7 @@ class Run:
         pid = status.get("pid")
         if self.state is not RunState.RUNNING or not pid or status.get("host") != os.uname().nodename:
             return False
-        return _started(pid) == status.get("pid_started")
+        return started(pid) == status.get("pid_started")
 
     def gone(self) -> bool:
         """Whether the run says that it runs and its driver, which was on this machine, does not live."""
@@ -211,7 +220,7 @@ class Run:
     def mark_running(self, **facts: Any) -> None:
         """Say that this process drives the run."""
         pid = os.getpid()
-        self.set_state(RunState.RUNNING, pid=pid, pid_started=_started(pid), host=os.uname().nodename, **facts)
+        self.set_state(RunState.RUNNING, pid=pid, pid_started=started(pid), host=os.uname().nodename, **facts)
 
     def trial(self, trial_id: str) -> Trial:
         """The folder of a trial, existing or not."""
@@ -242,7 +251,7 @@ class Run:
                 said.append(f"{event['trial_id']}: {event['sentence']}")
             elif event.get("event") == "tracking_failed":
                 said.append(f"W&B was given up: {event['error']}; the run's own record is whole")
-            elif event.get("event") == "placement":
+            elif event.get("event") in ("placement", "note"):
                 said.append(str(event["sentence"]))
             elif event.get("event") == "retry":
                 failure, number = event["failure"], event["number"]
@@ -259,17 +268,17 @@ class Run:
         return [row for row in rows if kind is None or row.get("event") == kind]
 
 
-def _started(pid: int) -> int | None:
+def started(pid: int) -> int | None:
     """When a process began (clock ticks since boot, field 22 of /proc/PID/stat): a reused pid has another."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return _started_elsewhere(pid)
+        return __started_elsewhere(pid)
     fields = text.rpartition(")")[2].split()
     return None if fields[0] == "Z" else int(fields[19])
 
 
-def _started_elsewhere(pid: int) -> int | None:
+def __started_elsewhere(pid: int) -> int | None:
     """The same without /proc (macOS)."""
     if Path("/proc/self").is_dir():
         return None

@@ -93,8 +93,9 @@ def gpu_metrics(device: torch.device) -> dict[str, float]:
     if device.type != "cuda":
         return {}
     found: dict[str, float] = {"gpu_memory_gib": torch.cuda.memory_allocated(device) / GIB}
-    # Both need the NVML binding and a driver that reports them (MIG slices do not).
-    with contextlib.suppress(ModuleNotFoundError, RuntimeError):
+    import pynvml
+
+    with contextlib.suppress(pynvml.NVMLError, RuntimeError):  # some drivers and MIG slices do not say
         found["gpu_utilization_percent"] = float(torch.cuda.utilization(device))
         found["gpu_power_watts"] = torch.cuda.power_draw(device) / 1000
     return found

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,10 +32,10 @@ from jobs.site import Node
 from jobs.spec import JobSpec
 from tuning.nodes import check_nodes
 from tuning.proposals import GivenProposals, Proposals, TpeProposals
+from tuning.scratch import keep_logs, make_scratch
 
 _COUNT_SECONDS = 5.0
 _NOTE_SECONDS = 10.0
-_LONGEST_TMPDIR = 24
 _SAVE_SECONDS = 300.0
 """How long trials may take to save when a run is asked to end."""
 
@@ -176,7 +175,7 @@ class Sweep:
             }
         )
         own = address is None
-        scratch = _scratch_folder() if own else None
+        scratch = make_scratch() if own else None
         if scratch:
             options["_temp_dir"] = str(scratch / "ray")
         context = ray.init(log_to_driver=False, configure_logging=False, **options)
@@ -196,11 +195,15 @@ class Sweep:
             if not own:
                 self._fit_into(nodes_of(ray.nodes()))
             yield {"session_dir": session, "own": own}
+        except BaseException:
             ray.shutdown()
-            if scratch:  # after an error it stays: its logs are the only ones of the workers
-                shutil.rmtree(scratch, ignore_errors=True)
+            if scratch:
+                keep_logs(scratch, self.run.path / "logs" / f"ray-{attempt}")
+            raise
         finally:
             ray.shutdown()
+            if scratch:
+                shutil.rmtree(scratch, ignore_errors=True)
 
     def _fit_into(self, nodes: tuple[Node, ...]) -> None:
         """As many trials at once as the cluster really holds. Raises PlacementRefused when it is not one."""
@@ -466,17 +469,6 @@ _RAY_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
-
-
-def _scratch_folder() -> Path:
-    """A folder for all that Ray and its processes leave in the temporary folder; they get it as TMPDIR.
-
-    Its name is short, since the paths of Ray's sockets lie in it and must have less than 108 characters.
-    """
-    usual = tempfile.gettempdir()
-    scratch = Path(tempfile.mkdtemp(prefix="lf-", dir=usual if len(usual) <= _LONGEST_TMPDIR else "/tmp"))
-    os.environ["TMPDIR"] = str(scratch)
-    return scratch
 
 
 def _stop_file(path: Path) -> Any:

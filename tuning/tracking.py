@@ -34,6 +34,8 @@ def trackers(run: Run, job: JobSpec) -> Iterator[list[Listener]]:
     if mode == "disabled":
         yield []
         return
+    if mode == "offline" and _wanted(job) == "online":
+        run.event("note", sentence="tracking.mode is online, but nobody is logged in to W&B: its record is offline")
     mirror = WandbMirror(run, job, mode)
     with _not_fatal(run):
         mirror.catch_up()
@@ -75,12 +77,16 @@ def _track_table(run: Run, job: JobSpec, report: Report, mode: Mode) -> None:
 
 
 def wandb_mode(job: JobSpec) -> Mode:
-    """online, offline or disabled. `auto` is online only with a key at hand, and nothing ever prompts."""
-    wanted = job.tracking.mode if job.tracking.mode != "auto" else os.environ.get("WANDB_MODE", "auto")
-    for mode in _MODES:
-        if wanted == mode:
-            return mode
+    """online, offline or disabled; online only with a key at hand, and nothing ever prompts."""
+    wanted = _wanted(job)
+    if wanted in ("offline", "disabled"):
+        return wanted
     return "online" if _logged_in(job) else "offline"
+
+
+def _wanted(job: JobSpec) -> Mode | None:
+    wanted = job.tracking.mode if job.tracking.mode != "auto" else os.environ.get("WANDB_MODE", "auto")
+    return next((mode for mode in _MODES if wanted == mode), None)
 
 
 def _logged_in(job: JobSpec) -> bool:

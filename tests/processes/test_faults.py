@@ -15,7 +15,7 @@ import pytest
 from jobs.errors import ExitCode
 from jobs.run import Run
 from tests.conftest import JobMaker, lorafleet
-from tests.processes.conftest import base_loads, begin, interrupt, newest, planted, save, wait_for
+from tests.processes.conftest import base_loads, begin, interrupt, kill_tree, newest, planted, save, wait_for
 
 THREE = """
 search:
@@ -209,6 +209,17 @@ def test_nothing_is_left_behind(bert_job: JobMaker, place: Path) -> None:
     wait_for(lambda: any(trial.progress().get("step", 0) > 3 for trial in newest(place).trials()), 120)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
+    assert not left_behind() - before
+
+
+def test_what_a_killed_driver_left_goes_with_the_next_start(bert_job: JobMaker, place: Path) -> None:
+    before = left_behind()
+    process = begin(bert_job(train__max_steps=100_000), place, command="train")
+    wait_for(lambda: any(trial.progress().get("step", 0) > 3 for trial in newest(place).trials()), 120)
+    kill_tree(process)
+    assert any(path.startswith("/tmp/lf-") for path in left_behind() - before)
+    done = lorafleet("train", save(bert_job(train__max_steps=2), place), "train.max_steps=2", cwd=place)
+    assert done.returncode == ExitCode.OK, done.stderr
     assert not left_behind() - before
 
 

@@ -95,6 +95,25 @@ def test_a_lost_machine_costs_a_restart_and_a_draining_one_is_left_in_time(
     assert machines.left() == []
 
 
+@pytest.mark.long
+def test_a_warm_trial_leaves_a_draining_machine_in_time(bert_job: JobMaker, place: Path, machines: Machines) -> None:
+    endless = {"train__max_steps": 1_000_000, "train__eval_steps": 100_000}
+    process = begin(bert_job(**endless), place, command="train", **machines.environment)
+    (host,) = wait_for(lambda: machines.hosts("ResourceTrainable"), 180)
+    run = newest(place)
+    (trial,) = wait_for(run.trials)
+    wait_for(lambda: trial.progress().get("step", 0) > 3, 60)
+    drain(machines, next(node for node in machines.workers if node.node_id == host))
+    wait_for(lambda: trial.status().get("retries") == {"preempted": 1}, 60)
+    at = trial.progress()["step"]
+    wait_for(lambda: trial.progress().get("step", 0) > at, 120)
+    assert host not in machines.hosts("ResourceTrainable")
+    interrupt(process)
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == ExitCode.INTERRUPTED, shown
+    assert "its node is being taken away; it was saved first" in shown
+
+
 def drain(machines: Machines, node: Any) -> None:
     """What a cloud's operator does with a notice: the machine goes in a minute."""
     subprocess.run(

@@ -40,12 +40,13 @@ class ChunkedNll(torch.autograd.Function):
             wanted = targets_N[part] != IGNORED
             target = targets_N[part].clamp(min=0).unsqueeze(1)
             logits = (hidden_ND[part] @ head_VD.t()).float()
-            total = torch.logsumexp(logits, dim=1, keepdim=True)
-            nll_N[part] = torch.where(wanted, (total - logits.gather(1, target)).squeeze(1), 0.0)
+            top, picked = logits.amax(dim=1, keepdim=True), logits.gather(1, target)
+            logits.sub_(top).exp_()  # the probabilities, up to their sum: one exponential of each serves both
+            total = logits.sum(dim=1, keepdim=True)
+            nll_N[part] = torch.where(wanted, (total.log() + top - picked).squeeze(1), 0.0)
             if gradient_ND is not None:
-                logits.sub_(total).exp_()  # now the probabilities
-                logits.scatter_add_(1, target, torch.full_like(total, -1.0))
-                gradient_ND[part] = (logits.to(head_VD.dtype) @ head_VD) * wanted.unsqueeze(1)
+                mean_row = (logits.to(head_VD.dtype) @ head_VD).float() / total
+                gradient_ND[part] = (mean_row - head_VD[target.squeeze(1)]) * wanted.unsqueeze(1)
         ctx.save_for_backward(*([gradient_ND] if gradient_ND is not None else []))
         return nll_N
 

@@ -20,6 +20,7 @@ from jobs.search import Assignment
 from jobs.site import Site
 from jobs.spec import JobSpec
 from jobs.support import CUT_WEIGHTS, Strategy, refusals
+from jobs.words import counted
 
 _ASSUMED_ROWS = 1000
 _CHARACTERS_A_TOKEN = 3.0
@@ -55,6 +56,9 @@ def make_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
     if job.train.learning_rate is None and "train.learning_rate" not in (job.search.parameters if job.search else {}):
         notes.append(f"train.learning_rate is {rate.value:g} by default ({rate.rule})")
     configurations = _configurations(job, known)
+    if job.search and job.search.method == "random" and len(configurations) < job.search.num_samples:
+        there_are = counted(len(configurations), "different configuration")
+        notes.append(f"search.num_samples is {job.search.num_samples}, but its parameters make only {there_are}")
     train_rows = len(known.rows.train) if known.rows else None
     trials = [search.trial(job, assignment) for assignment in configurations]
     schedules = [schedule(trial, train_rows or _ASSUMED_ROWS, searching=searching) for trial in trials]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import tempfile
@@ -90,18 +91,22 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
-    except (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        if error.filename is None or _INSIDE in str(error.filename):
-            _our_fault(error)
-        typer.echo(f"{error.filename}: {error.strerror}", err=True)
-        sys.exit(ExitCode.USER_INPUT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.OK)
+    except OSError as error:
+        if error.errno not in _OF_THE_PATH or error.filename is None or _INSIDE in str(error.filename):
+            _our_fault(error)
+        typer.echo(f"{error.filename}: {error.strerror}", err=True)
+        sys.exit(ExitCode.USER_INPUT)
     except Exception as error:  # the edge of the program
         _our_fault(error)
 
 
+_OF_THE_PATH = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+)
+"""What the user's own path can be wrong by, wherever it is opened."""
 _INSIDE = "site-packages"
 """A path with this in it is not one that the user named."""
 

@@ -22,15 +22,19 @@ def table_text() -> str:
     """The table in words, its limits as numbered notes below it."""
     from jobs.support import METHODS, STRATEGIES, table
 
-    width = max(map(len, METHODS)) + 2
     notes: dict[str, int] = {}
-    lines = [" " * width + "".join(f"{strategy:<12}" for strategy in STRATEGIES)]
+    rows = [("", *STRATEGIES)]
     for method in METHODS:
-        row = ""
-        for cell in (cell for cell in table() if cell.method == method):
-            numbers = [str(notes.setdefault(limit, len(notes) + 1)) for limit in cell.limits]
-            row += f"{('yes' if cell.supported else 'no') + (' [' + ','.join(numbers) + ']' if numbers else ''):<12}"
-        lines.append(f"{method:<{width}}{row}")
+        cells = [cell for cell in table() if cell.method == method]
+        rows.append((method, *(f"{'yes' if cell.supported else 'no'}{_numbers(cell.limits, notes)}" for cell in cells)))
+    widths = [2 + max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines += ["", *(f"[{number}] {limit}" for limit, number in notes.items())]
     lines += ["", "On CPU and CUDA; docs/gpu-status.md says what was run where. One process alone needs no strategy."]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _numbers(limits: tuple[str, ...], notes: dict[str, int]) -> str:
+    """` [2,5]`: the notes of some limits, new ones added."""
+    numbers = sorted(notes.setdefault(limit, len(notes) + 1) for limit in limits)
+    return f" [{','.join(map(str, numbers))}]" if numbers else ""

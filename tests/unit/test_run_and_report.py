@@ -143,7 +143,7 @@ def test_the_report_has_the_shape_that_is_promised(finished: Run) -> None:
     assert set(data["recommendation"]) >= {"trial_id", "rule", "sentence"}
 
 
-def test_the_cheapest_that_cannot_be_told_from_the_best_is_recommended(finished: Run) -> None:
+def test_the_smallest_that_cannot_be_told_from_the_best_is_recommended(finished: Run) -> None:
     found = build_report(finished).recommendation
     assert found.trial_id == "aaaa"  # 0.70 +- 0.05 against 0.71 +- 0.05, with a quarter of the parameters
     assert "cannot be told apart from the best (bbbb: 0.710" in found.sentence

@@ -48,7 +48,8 @@ def _methods() -> list[str]:
         row = []
         for strategy in STRATEGIES:
             cell = cells[method, strategy]
-            numbers = "".join(f" [{n}]" for n in sorted(notes.setdefault(limit, len(notes) + 1) for limit in cell.limits))
+            found = sorted(notes.setdefault(limit, len(notes) + 1) for limit in cell.limits)
+            numbers = "".join(f" [{number}]" for number in found)
             row.append(("yes" if cell.supported else "no") + numbers)
         lines.append(f"| {method} | " + " | ".join(row) + " |")
     return [*lines, "", *(f"{number}. {limit}" for limit, number in notes.items())]

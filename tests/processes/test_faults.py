@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -192,6 +193,27 @@ def test_a_signal_saves_within_seconds_wherever_it_comes(
     trial = run.trials()[0]
     assert [row["step"] for row in trial.evaluations()] == [8]
     assert trial.state == "finished"
+
+
+@pytest.mark.parametrize(
+    ("fault", "at", "flag"),
+    [
+        pytest.param("die", "Examiner._scores", "", id="once"),
+        pytest.param("oom", "Examiner._trial_scores", "/dev/full/never", id="always", marks=pytest.mark.long),
+    ],
+)
+def test_what_happens_on_the_held_out_rows_costs_numbers_and_not_the_report(
+    bert_job: JobMaker, place: Path, fault: str, at: str, flag: str
+) -> None:
+    """A process that dies there is replaced, and what it was at tried again; what never works is left out, aloud."""
+    env = planted(place, f"tuning.exam:{at}", fault, **({"flag": flag} if flag else {}))
+    loaded = bert_job(train__max_steps=8)
+    done = lorafleet("train", save(loaded, place), *loaded.overrides, cwd=place, **env)
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr
+    report = json.loads(lorafleet("report", "--format", "json", cwd=place).stdout)
+    assert report["base"]["test_metrics"]["accuracy"] >= 0
+    assert (report["trials"][0]["test_metrics"] is None) is bool(flag)
+    assert ("not evaluated on the held-out rows: MemoryError: no room (planted)" in done.stdout) is bool(flag)
 
 
 def test_nothing_is_left_behind(bert_job: JobMaker, place: Path) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster.machine import install_line
+from jobs.hub import lacks
 from jobs.load import load_text
 from jobs.translate import translate
 from tests.conftest import ROOT, lorafleet, opinions, write_rows
@@ -160,6 +162,12 @@ def test_a_job_that_wants_gpus_is_told_why_there_are_none(tmp_path: Path) -> Non
         assert "this machine has no GPU that can be used: no driver answers" in done.stderr
 
 
+def test_the_torch_that_fits_a_driver() -> None:
+    assert install_line("580.82.07").endswith("/whl/cu130")
+    assert install_line("550.54").endswith("/whl/cu128")
+    assert install_line("470.10") == "no build of torch 2.9 or newer runs with it: update the driver to 525 or newer"
+
+
 def test_more_machines_than_there_are(tmp_path: Path) -> None:
     example = ROOT / "examples" / "quickstart.yaml"
     done = lorafleet("plan", example, "--nodes", "2", cwd=tmp_path)
@@ -181,6 +189,17 @@ def test_a_model_folder_without_weights_or_tokenizer_is_refused(tmp_path: Path, 
         done = lorafleet("sweep", "job.yaml", f"model.model_name_or_path={half}", cwd=tmp_path)
         assert done.returncode == 2
         assert said in done.stderr
+
+
+def test_a_broken_off_download_is_not_a_whole_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "model-1.safetensors").write_text("")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert lacks(tmp_path) == "no model-2.safetensors, which model.safetensors.index.json names"
+    (tmp_path / "model-2.safetensors").write_text("")
+    assert lacks(tmp_path) is None
 
 
 def test_fetch_lists_pins(tmp_path: Path) -> None:

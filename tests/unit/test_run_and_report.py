@@ -17,6 +17,7 @@ import pytest
 from cluster import store
 from cluster.local import write_run
 from cluster.planning import make_plan
+from commands.view import trial_lines
 from evaluation.recommend import recommend
 from evaluation.render import html, markdown, table_csv, terminal
 from evaluation.report import build_report, report_json, write_report
@@ -166,6 +167,8 @@ def test_recommendations_by_hand() -> None:
     assert chosen(row("a", 0.80, 900), row("cut", 0.81, 100, "stopped")) == "a"
     assert chosen(row("cut", 0.81, 100, "stopped")) == "cut"
     assert chosen(row("x", 0.9, 1, "failed")) is None
+    faster = row("b", 0.88, 900).model_copy(update={"train_seconds": 0.9})
+    assert chosen(row("a", 0.90, 900), faster) == "a"  # a tenth of a second of noise decides nothing
     assert chosen() is None
 
 
@@ -283,6 +286,43 @@ def test_a_copied_run_is_read_elsewhere(finished: Run, tmp_path: Path) -> None:
 
     copied = Run(Path(shutil.copytree(finished.path, tmp_path / "moved" / finished.id)))
     assert report_json(build_report(copied)) == report_json(build_report(finished))
+
+
+def test_a_trial_that_has_not_reported_yet_is_shown_as_running(finished: Run) -> None:
+    trial = finished.add_trial("eeee", 9, {"lora.lora_r": 4})
+    assert trial_lines(finished)[-1]["state"] == "pending"
+    files.write_json(trial.path / "progress.json", {"time": time.time(), "step": 5, "train_seconds": 1.0})
+    assert trial_lines(finished)[-1]["state"] == "running"
+    files.write_json(trial.path / "progress.json", {"time": time.time() - 60, "step": 5, "train_seconds": 1.0})
+    assert trial_lines(finished)[-1]["state"] == "pending"
+
+
+def test_a_run_of_another_version_gets_a_sentence(finished: Run, tmp_path: Path) -> None:
+    plan, status = finished.path / "plan.json", finished.path / "status.json"
+    before = plan.read_text()
+    plan.write_text(before.replace('"task":', '"task_of_tomorrow": 1, "task":', 1))
+    done = lorafleet("report", finished.path, cwd=tmp_path)
+    assert (done.returncode, "is of another version of lorafleet" in done.stderr) == (2, True)
+    plan.write_text(before)
+    status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "hibernating"}))
+    done = lorafleet("status", finished.path, cwd=tmp_path)
+    assert (done.returncode, "says 'hibernating', which this version" in done.stderr) == (2, True)
+
+
+def test_a_run_of_another_machine_is_not_called_dead(finished: Run, tmp_path: Path) -> None:
+    status = finished.path / "status.json"
+    said = json.loads(status.read_text()) | {"state": "running", "host": "node17", "pid": 1, "pid_started": 1}
+    for host, gone in (("node17", False), (os.uname().nodename, True)):
+        status.write_text(json.dumps(said | {"host": host}))
+        assert finished.gone() is gone
+        assert ("driver is gone" in lorafleet("status", finished.path, cwd=tmp_path).stdout) is gone
+
+
+def test_logs_of_an_ambiguous_trial(finished: Run, tmp_path: Path) -> None:
+    for name in ("abc1", "abc2"):
+        finished.add_trial(name, 7, {})
+    done = lorafleet("logs", finished.path, "abc", cwd=tmp_path)
+    assert (done.returncode, "several trials that begin with 'abc'; they are abc1, abc2" in done.stderr) == (2, True)
 
 
 def test_commands_that_read_a_run(finished: Run, tmp_path: Path) -> None:

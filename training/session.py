@@ -180,7 +180,7 @@ class TrainingSession:
         """Metrics of the adapter as it is now, with intervals, on one split. All processes share the rows."""
         began = time.perf_counter()
         scores = evaluate(
-            self.model,
+            self.strategy.loss,
             self.job,
             self.data,
             split_name,
@@ -273,14 +273,18 @@ def evaluate(
     equal_passes: bool = False,
     on_pass: OnPass = _nothing,
 ) -> Scores:
-    """Metrics of a model on one split; with several processes each takes every n-th pass and all get the result.
+    """Metrics of a model (or one in its LossModule) on one split.
 
+    With several processes each takes every n-th pass, and all get the result.
     With `equal_passes` a process that has one less makes another, since the others wait for it; it is not counted.
     `on_pass` is called equally often by all, and what it raises ends the evaluation.
     """
     ranks = ranks or Ranks()
     split = data.splits[split_name]
-    module = LossModule(model, job.task, chunked=job.train.chunked_loss, autocast=_autocast_dtype(job, device))
+    module = model
+    if not isinstance(model, LossModule):
+        dtype = _autocast_dtype(job, device)
+        module = LossModule(model, job.task, chunked=job.train.chunked_loss, autocast=dtype)
     was_training = model.training
     model.eval()
     rows_seen: list[np.ndarray] = []

@@ -49,6 +49,8 @@ class Alone:
         self, job: JobSpec, loss_module: nn.Module, device: torch.device, ranks: Ranks, rate: float, *, fp16: bool
     ) -> None:
         self.job, self.device, self.ranks, self.rate = job, device, ranks, rate
+        self.loss = loss_module
+        """The module itself: what an evaluation calls, since ZeRO-3 counts on its hooks for whatever comes first."""
         self.module = loss_module
         self.scaler = torch.amp.GradScaler(device.type, enabled=fp16)
         self._wrap()
@@ -109,7 +111,7 @@ class Alone:
     def close(self) -> None:
         """Let go of the optimiser and the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
-        del self.optimizer, self.module
+        del self.optimizer, self.module, self.loss
 
 
 class Ddp(Alone):
@@ -307,7 +309,7 @@ class Zero(Alone):
     def close(self) -> None:
         """Let go of the engine."""
         self.engine.destroy()
-        del self.engine, self.optimizer, self.module
+        del self.engine, self.optimizer, self.module, self.loss
 
 
 _ENGINE = "engine"

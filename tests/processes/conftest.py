@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -146,9 +147,8 @@ class Machines:
     def __init__(self, workers: int) -> None:
         from ray.cluster_utils import Cluster
 
-        self.cluster = Cluster(
-            initialize_head=True, connect=False, head_node_args={"num_cpus": 0, "include_dashboard": True}
-        )
+        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": _free_port()}
+        self.cluster = Cluster(initialize_head=True, connect=False, head_node_args=head)
         self.workers = [self.add("two" if number else "one") for number in range(workers)]
 
     def add(self, pool: str = "two") -> Any:
@@ -215,6 +215,13 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
         yield made
     finally:
         made.cluster.shutdown()
+
+
+def _free_port() -> int:
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        port: int = asked.getsockname()[1]
+        return port
 
 
 KILLS = pytest.StashKey[list[str]]()

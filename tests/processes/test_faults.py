@@ -237,6 +237,7 @@ def test_nothing_is_left_behind(bert_job: JobMaker, place: Path) -> None:
 def test_what_a_killed_driver_left_goes_with_the_next_start(bert_job: JobMaker, place: Path) -> None:
     before = left_behind()
     process = begin(bert_job(train__max_steps=100_000), place, command="train")
+    wait_for(lambda: (place / "runs").exists() and list((place / "runs").iterdir()))
     wait_for(lambda: any(trial.progress().get("step", 0) > 3 for trial in newest(place).trials()), 120)
     kill_tree(process)
     assert any(path.startswith("/tmp/lf-") for path in left_behind() - before)

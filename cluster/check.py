@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from cluster.shape import shape
+from jobs import fields
 from jobs.assets import PREFIX, asset
 from jobs.deepspeed import contradictions
 from jobs.errors import AssetError, DataError, JobFileError, Problem
@@ -90,9 +92,12 @@ def _wrong_strategy(loaded: LoadedJob) -> list[tuple[str, str]]:
 def _wrong_layers(loaded: LoadedJob) -> list[tuple[str, str]]:
     """What the model's kind of layers cannot do, where its config is on this machine."""
     job = loaded.job
-    if job.method == "prompt_tuning":
-        return _wrong_prompt(job)
-    if not job.adapts_with_lora or job.lora.init_lora_weights != "olora":
+    methods = _possible(job, "method")
+    if "prompt_tuning" in methods:
+        found = _wrong_prompt(job)
+        if found:
+            return found
+    if not {"lora", "qlora"} & set(methods) or "olora" not in _possible(job, "lora.init_lora_weights"):
         return []
     kind = (model_config(job.model.model_name_or_path, job.model.revision) or {}).get("model_type")
     if kind not in _TRANSPOSED:
@@ -104,20 +109,30 @@ def _wrong_layers(loaded: LoadedJob) -> list[tuple[str, str]]:
     return [("lora.init_lora_weights", sentence)]
 
 
+def _possible(job: JobSpec, path: str) -> list[Any]:
+    """What a field may be in some trial: its own value, or those of the search (the ends of a range)."""
+    searched = job.search.parameters.get(path) if job.search else None
+    if searched is None or searched.expression is not None:
+        return [fields.get(job.model_dump(), path)]
+    return list(searched.values) if searched.values is not None else [searched.min, searched.max]
+
+
 def _wrong_prompt(job: JobSpec) -> list[tuple[str, str]]:
     """A learnt prompt that the model has no room for, or behind which it does not find its label."""
     name = job.model.model_name_or_path
     known = shape(model_config(name, job.model.revision) or {})
     if known is None:
         return []
-    tokens, most = job.prompt_tuning.num_virtual_tokens, known.positions
+    tokens, most = max(_possible(job, "prompt_tuning.num_virtual_tokens")), known.positions
     found = []
     if most and job.model.max_length + tokens > most:
         sentence = (
             f"prompt_tuning.num_virtual_tokens is {tokens} and model.max_length {job.model.max_length}, but {name} has "
             f"{most} positions for both together"
         )
-        found.append(("prompt_tuning.num_virtual_tokens", sentence))
+        field = "prompt_tuning.num_virtual_tokens"
+        searched = job.search is not None and field in job.search.parameters
+        found.append((f"search.parameters.{field}" if searched else field, sentence))
     if job.task == "classification" and known.family != "bert":
         sentence = (
             f"method is prompt_tuning, but {name} reads its label off the last token, which transformers does not find "

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -51,9 +52,15 @@ def fetch_model(name: str, revision: str | None, say: Say, *, code: bool = False
     if Path(name).is_absolute():
         return Path(name)
     here = hub_model_folder(name, revision)
-    if here is not None and lacks(here) is None:
+    missing = lacks(here, code=code) if here is not None else None
+    if here is not None and missing is None:
         return here
-    return _download_hub_model(HubName(name, revision), say, code=code)  # takes up a download that was broken off
+    try:
+        return _download_hub_model(HubName(name, revision), say, code=code)  # takes up what was broken off
+    except AssetError as error:
+        if missing is None:
+            raise
+        raise AssetError(f"{here} has {missing}, and the hub is not reachable to fetch it") from error
 
 
 def fetch_dataset(name: str, revision: str | None, say: Say) -> Path:
@@ -229,20 +236,22 @@ def _download_hub_model(name: HubName, say: Say, *, code: bool) -> Path:
 
 
 def _download_hub_dataset(name: HubName, folder: Path, say: Say) -> Path:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     say(f"fetching {name} from the hub")
+    commit: str | None = name.revision
     try:  # asked first: `datasets` tries an unreachable hub again and again
         commit = HfApi().dataset_info(name.repo, revision=name.revision, timeout=_ASK_SECONDS).sha
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, ValueError, RuntimeError) as error:
-        raise unreachable("data.dataset_name", name, error) from error
+    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, ValueError, RuntimeError):
+        os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # its own cache may have it
+        constants.HF_HUB_OFFLINE = True
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     try:
         splits = load_dataset(name.repo, revision=commit)
-    except (OSError, ValueError, DatasetNotFoundError) as error:
+    except (OSError, ValueError, DatasetNotFoundError, OfflineModeIsEnabled) as error:
         raise unreachable("data.dataset_name", name, error) from error
     with tempfile.TemporaryDirectory(dir=_made(folder.parent)) as scratch:
         unpacked = Path(scratch) / "unpacked"

@@ -49,7 +49,7 @@ def nodes_of(table: Iterable[Mapping[str, Any]]) -> tuple[Node, ...]:
             has = row["Resources"]
             nodes.append(
                 Node(
-                    name=f"{row['NodeManagerHostname']} ({row['NodeManagerAddress']}:{row['NodeManagerPort']})",
+                    name=node_name(row),
                     cpus=int(has.get("CPU", 0)),
                     gpus=int(has.get("GPU", 0)),
                     memory_gib=round(has.get("memory", 0) / 2**30, 1),
@@ -57,6 +57,11 @@ def nodes_of(table: Iterable[Mapping[str, Any]]) -> tuple[Node, ...]:
                 )
             )
     return tuple(sorted(nodes, key=lambda node: node.name))
+
+
+def node_name(row: Mapping[str, Any]) -> str:
+    """`host (address:port)` of a row of `ray.nodes()`."""
+    return f"{row['NodeManagerHostname']} ({row['NodeManagerAddress']}:{row['NodeManagerPort']})"
 
 
 def ray_site(address: str) -> RaySite:

@@ -27,7 +27,8 @@ Overrides = Annotated[
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs.")]
 Nodes = Annotated[
-    int | None, typer.Option("--nodes", metavar="N", min=1, help="Size of the fleet: use at most so many machines.")
+    int | None,
+    typer.Option("--nodes", metavar="N", min=1, help="Size of the fleet: as many trials at once as N machines hold."),
 ]
 RunName = Annotated[
     str | None, typer.Argument(metavar="[RUN]", help="A run's id, name or folder; the newest if left out.")

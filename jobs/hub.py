@@ -34,8 +34,12 @@ def hub_cache() -> Path:
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.tiktoken", "tekken.json", "spiece.model")
 
 
-def lacks(folder: Path) -> str | None:
-    """What a model's folder lacks to be trained, or None: weights (every shard) and a tokenizer.
+_WITHOUT_VOCABULARY = ("CanineTokenizer", "ByT5Tokenizer", "PerceiverTokenizer")
+
+
+def lacks(folder: Path, *, code: bool = False) -> str | None:
+    """What a model's folder lacks to be trained, or None: weights (every shard), a tokenizer and, with `code`, the
+    Python files that its config names.
 
     transformers makes up an empty tokenizer where there is none, and a model would be trained on unknown tokens alone.
     """
@@ -50,9 +54,19 @@ def lacks(folder: Path) -> str | None:
         missing = sorted(shard for shard in shards if not (folder / str(shard)).is_file())
         if missing:
             return f"no {missing[0]}, which {index.name} names"
-    if not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
+    tokenizer = folder / "tokenizer_config.json"
+    said = _json(tokenizer) if tokenizer.is_file() else {}
+    own = "auto_map" in said or said.get("tokenizer_class") in _WITHOUT_VOCABULARY
+    if not own and not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
         return "no tokenizer (tokenizer.json, vocab.txt, ...)"
-    return None
+    return _lacks_code(folder) if code else None
+
+
+def _lacks_code(folder: Path) -> str | None:
+    named = _json(folder / "config.json").get("auto_map") or {}
+    modules = [str(name).partition(".")[0] for name in named.values() if name and "--" not in str(name)]
+    missing = [module for module in modules if not (folder / f"{module}.py").is_file()]
+    return f"no {missing[0]}.py, which config.json names" if missing else None
 
 
 def check_whole(name: str, revision: str | None) -> None:

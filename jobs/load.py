@@ -273,6 +273,7 @@ def _translate_search(reading: _Reading, block: dict[str, Any]) -> None:
         path = _our_parameter(name)
         if path != name and path in parameters:
             reading.problem(f"search.parameters.{name}", f"search.parameters.{name} means {path}, which is set as well")
+            parameters.pop(name)
             continue
         if path != name:
             parameters[path] = parameters.pop(name)
@@ -319,10 +320,13 @@ def _long_form(reading: _Reading, path: str, value: Any) -> Any:
 
 
 def _report(reading: _Reading, path: str, note: str) -> None:
+    above = reading.origins.get(path) or reading.origins.get(path.rpartition(".")[0])
+    if above and above.kind == "override":
+        reading.notes.append(f"override {above.detail!r}: {note}")
+        return
     line = reading.line(path)
     reading.notes.append(f"line {line}: {note}" if line else note)
-    if reading.origins.get(path, Origin("default")).kind != "override":
-        reading.origins[path] = Origin("alias", note)
+    reading.origins[path] = Origin("alias", note)
 
 
 def _link(reading: _Reading) -> None:

@@ -68,14 +68,14 @@ def _sentence(path: str, raw: Any) -> str:
         case "value_error":
             message = str(raw["ctx"]["error"])
             return f"{path}: {message}" if path else message
+        case "string_too_short" | "too_short" if raw["ctx"]["min_length"] == 1:
+            return f"{path} is empty, but must hold something"
         case kind if kind in _WANTED:
             return f"{path} is {shown(raw['input'])}, but must be {_wanted(raw)}"
     return f"{path}: {raw['msg']}"
 
 
 def _wanted(raw: Any) -> str:
-    if raw["type"] in ("string_too_short", "too_short") and raw["ctx"]["min_length"] == 1:
-        return "something: it is empty"
     if "^https?:" in str(raw.get("ctx", {}).get("pattern")):
         return "an address that begins with https:// or http://, without a password in it"
     if "{0,127}$" in str(raw.get("ctx", {}).get("pattern")):

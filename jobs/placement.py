@@ -105,7 +105,7 @@ def place(job: JobSpec, site: Site, trials: int, trial_memory_gib: float, strate
         )
     per_node = wants.workers_per_node
     share = Share(wants.num_nodes, per_node * wants.cpus_per_worker, per_node * gpus)
-    nodes = _labelled(site.nodes, wants.label_selector)
+    nodes = labelled(site.nodes, wants.label_selector)
     _check_one_fits(site, nodes, share, wants.label_selector)
     fits = {"CPU cores": groups(nodes, share._replace(gpus=0))}
     if share.gpus:
@@ -129,7 +129,7 @@ def place(job: JobSpec, site: Site, trials: int, trial_memory_gib: float, strate
     )
 
 
-def _labelled(nodes: Sequence[Node], labels: Mapping[str, str]) -> list[Node]:
+def labelled(nodes: Sequence[Node], labels: Mapping[str, str]) -> list[Node]:
     """The machines that have all of the labels."""
     return [node for node in nodes if labels.items() <= node.labels.items()]
 
@@ -178,7 +178,7 @@ def fitted(placement: Placement, nodes: Sequence[Node]) -> tuple[Placement, str 
 
     Raises PlacementRefused when none does.
     """
-    nodes = _labelled(nodes, placement.labels)
+    nodes = labelled(nodes, placement.labels)
     possible = groups(nodes, placement.share)
     if possible >= placement.slots:
         return placement, None

@@ -97,12 +97,13 @@ def _splits_of_folder(folder: Path) -> dict[str, Path]:
     """The files `train`, `validation` and `test` of a folder of the user's own, in any format that is read."""
     if not folder.is_dir():
         raise DataError(f"data.dataset_name is {folder}, but there is no such folder")
-    found = {
-        split: path
-        for split in ("train", "validation", "test")
-        for path in (folder / f"{split}{suffix}" for suffix in DATA_SUFFIXES)
-        if path.is_file()
-    }
+    found: dict[str, Path] = {}
+    for split in ("train", "validation", "test"):
+        for path in (folder / f"{split}{suffix}" for suffix in DATA_SUFFIXES):
+            if path.is_file() and split in found:
+                raise DataError(f"data.dataset_name is {folder}, which has both {found[split].name} and {path.name}")
+            if path.is_file():
+                found[split] = path
     if "train" not in found:
         raise DataError(
             f"data.dataset_name is {folder}, but that folder has no train file (train.jsonl, train.csv, ...): name the "

@@ -273,12 +273,12 @@ def started(pid: int) -> int | None:
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return __started_elsewhere(pid)
+        return _started_elsewhere(pid)
     fields = text.rpartition(")")[2].split()
     return None if fields[0] == "Z" else int(fields[19])
 
 
-def __started_elsewhere(pid: int) -> int | None:
+def _started_elsewhere(pid: int) -> int | None:
     """The same without /proc (macOS)."""
     if Path("/proc/self").is_dir():
         return None

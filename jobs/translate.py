@@ -144,12 +144,21 @@ def translate(tool: str, config: dict[str, Any], name: str) -> Translation:
     return made
 
 
+_LLAMAFACTORY_DEFAULTS: tuple[tuple[str, str, float], ...] = (
+    ("lora_rank", "lora.lora_r", 8),
+    ("learning_rate", "train.learning_rate", 5e-5),
+    ("per_device_train_batch_size", "train.per_device_train_batch_size", 8),
+    ("cutoff_len", "model.max_length", 2048),
+    ("warmup_ratio", "train.warmup_ratio", 0.0),
+)
+
+
 def _its_defaults(config: dict[str, Any], made: Translation) -> None:
     """LLaMA-Factory's defaults that differ from ours, where the config leaves them to it."""
     if made.tree.get("method", "lora") != "full" and "lora_alpha" not in config:
         made.put("lora.lora_alpha", "2*lora_r")
         made.assumed.append("lora_alpha: twice the rank, as LLaMA-Factory has it where it is left out")
-    for key, path, value in (("lora_rank", "lora.lora_r", 8), ("learning_rate", "train.learning_rate", 5e-5)):
+    for key, path, value in _LLAMAFACTORY_DEFAULTS:
         if key not in config and (key != "lora_rank" or made.tree.get("method", "lora") != "full"):
             made.put(path, value)
             made.assumed.append(f"{key}: {value:g}, LLaMA-Factory's default")

@@ -45,8 +45,10 @@ class ChunkedNll(torch.autograd.Function):
             total = logits.sum(dim=1, keepdim=True)
             nll_N[part] = torch.where(wanted, (total.log() + top - picked).squeeze(1), 0.0)
             if gradient_ND is not None:
-                mean_row = (logits.to(head_VD.dtype) @ head_VD).float() / total
-                gradient_ND[part] = (mean_row - head_VD[target.squeeze(1)]) * wanted.unsqueeze(1)
+                # The target is taken off in float32: after a product in bfloat16 two rows that are almost equal would
+                # leave nothing of the gradient of a token that the model is sure of.
+                logits.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
+                gradient_ND[part] = (logits.to(head_VD.dtype) @ head_VD) * wanted.unsqueeze(1)
         ctx.save_for_backward(*([gradient_ND] if gradient_ND is not None else []))
         return nll_N
 

@@ -246,6 +246,8 @@ class Zero(Alone):
         if self.stage == 3:
             # One parameter after another: the engine would move the whole model to the device before it cuts it up.
             deepspeed.zero.Init(module=self.module, config_dict_or_path=config)
+            for buffer in self.module.buffers():  # which it leaves where they are, and the engine then does too
+                buffer.data = buffer.data.to(self.device)
         super()._wrap()
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module,

@@ -52,13 +52,14 @@ class Examiner:
         """That it is up."""
         return True
 
-    def examine(self, name: str, splits: list[str]) -> str | None:
+    def examine(self, name: str, splits: list[str], attempt: int) -> str | None:
         """Evaluate a trial's adapter (or, for `base`, the untuned base) on splits; write what was found.
 
         Returns None when the run is to stop first.
         """
         began = time.monotonic()
-        self.watchdog = Watchdog(self._folder(name) / f"hang-exam-{name}.txt", 60 * self.work.job.retries.hang_minutes)
+        stacks = self._folder(name) / f"exam-stacks-{name}-{attempt}.txt"
+        self.watchdog = Watchdog(stacks, 60 * self.work.job.retries.hang_minutes)
         self.watchdog.beat(setting_up=True)
         try:
             found = self._base_scores(splits) if name == BASE else self._trial_scores(name, splits)
@@ -125,7 +126,7 @@ def examine_all(work: Work, names: list[str], slots: int, *, splits: dict[str, l
                 failed[name] = f"no process for it could be started: {first_line(error)}"
                 continue
             tries[name] += 1
-            running[examiner.examine.remote(name, splits[name])] = (name, examiner)
+            running[examiner.examine.remote(name, splits[name], tries[name])] = (name, examiner)
         if not running:
             return failed | dict.fromkeys(waiting, "no process for it could be started")
         (done, *_), _ = ray.wait(list(running))  # each ends: what hangs is ended by its watchdog

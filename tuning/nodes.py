@@ -6,21 +6,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from cluster.ray_site import node_name, nodes_of
 from jobs.errors import AssetError, PlacementRefused
-from jobs.hub import model_folder
+from jobs.hub import check_whole
+from jobs.placement import labelled
 from jobs.spec import JobSpec
 
 _LOOK_SECONDS = 180.0
 
 
 def check_nodes(run: Path, tokens: Path, job: JobSpec) -> None:
-    """Raise PlacementRefused when a machine lacks what its workers will open: the run's folder, the tokens, the model;
-    or has another lorafleet."""
+    """Raise PlacementRefused when a machine that may get workers lacks what they open (the run's folder, the tokens,
+    the model), or has another lorafleet."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
-    alive = [row for row in ray.nodes() if row["Alive"]]
+    able = {node.name for node in labelled(nodes_of(ray.nodes()), job.resources.label_selector) if node.cpus}
+    alive = [row for row in ray.nodes() if row["Alive"] and node_name(row) in able]
     places = [NodeAffinitySchedulingStrategy(row["NodeID"], soft=False) for row in alive]
     answers = [look.options(scheduling_strategy=place).remote(run, tokens, job) for place in places]
     problems = []
@@ -38,7 +41,7 @@ def _look(run: Path, tokens: Path, job: JobSpec) -> dict[str, Any]:
     """On the machine itself."""
     lacks = None
     try:
-        model_folder(job.model.model_name_or_path, job.model.revision)
+        check_whole(job.model.model_name_or_path, job.model.revision)
     except AssetError as error:
         lacks = str(error)
     return {

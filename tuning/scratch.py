@@ -27,7 +27,8 @@ def make_scratch() -> Path:
     parent = Path(usual if len(usual) <= _LONGEST_TMPDIR else "/tmp")
     _clear_orphans(parent)
     scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    (scratch / _OWNER).write_text(json.dumps({"pid": os.getpid(), "started": started(os.getpid())}))
+    owner = {"machine": _machine(), "pid": os.getpid(), "started": started(os.getpid())}
+    (scratch / _OWNER).write_text(json.dumps(owner))
     os.environ["TMPDIR"] = str(scratch)
     return scratch
 
@@ -36,8 +37,17 @@ def _clear_orphans(parent: Path) -> None:
     for path in parent.glob(f"{_PREFIX}*/{_OWNER}"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             owner = json.loads(path.read_text())
-            if path.stat().st_uid == os.getuid() and started(int(owner["pid"])) != owner["started"]:
+            ours = path.stat().st_uid == os.getuid() and owner["machine"] == _machine()
+            if ours and started(int(owner["pid"])) != owner["started"]:
                 shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _machine() -> list[str]:
+    """Where a process's number means something: containers and machines may share a temporary folder."""
+    try:
+        return [os.uname().nodename, str(Path("/proc/self/ns/pid").readlink())]
+    except OSError:
+        return [os.uname().nodename]
 
 
 def keep_logs(scratch: Path, target: Path) -> None:

@@ -178,20 +178,20 @@ class Sweep:
         scratch = make_scratch() if own else None
         if scratch:
             options["_temp_dir"] = str(scratch / "ray")
-        context = ray.init(log_to_driver=False, configure_logging=False, **options)
-        self._hear_signals()  # ray.init has taken SIGTERM for itself
-        session = str(context.address_info.get("session_dir", ""))
-        files.write_json(
-            self.run.path / "logs" / "ray.json",
-            {
-                "session_dir": session,
-                "own": own,
-                "attempt": attempt,
-                "scratch": str(scratch or ""),
-                "node_id": ray.get_runtime_context().get_node_id(),
-            },
-        )
         try:
+            context = ray.init(log_to_driver=False, configure_logging=False, **options)
+            self._hear_signals()  # ray.init has taken SIGTERM for itself
+            session = str(context.address_info.get("session_dir", ""))
+            files.write_json(
+                self.run.path / "logs" / "ray.json",
+                {
+                    "session_dir": session,
+                    "own": own,
+                    "attempt": attempt,
+                    "scratch": str(scratch or ""),
+                    "node_id": ray.get_runtime_context().get_node_id(),
+                },
+            )
             if not own:
                 self._fit_into(nodes_of(ray.nodes()))
             yield {"session_dir": session, "own": own}

@@ -118,7 +118,8 @@ class TrialRun:
         tries to."""
         wanted = self.job.resources.num_nodes
         if self.nodes != wanted:
-            self.warning = f"its {counted(self.ranks.world_size, 'process')} are on {self.nodes} of {wanted} machines"
+            lie = f"its {counted(self.ranks.world_size, 'process')} are on {counted(self.nodes, 'machine')}"
+            self.warning = f"{lie}, and resources.num_nodes is {wanted}"
 
     def open(self, base: Base) -> TrainingSession:
         """Build the session and go on from the trial's checkpoint, where there is one."""

@@ -112,6 +112,12 @@ def test_a_learnt_prompt_must_fit_and_leave_the_label_to_be_found(bert_job: JobM
         check_names(bert_job(**prompt, prompt_tuning__num_virtual_tokens=2000, model__max_length=2048))
     with pytest.raises(JobFileError, match="reads its label off the last token"):
         check_names(bert_job(**prompt, model__model_name_or_path=str(tiny_gpt2)))
+    searched = "{method: {values: [lora, prompt_tuning]}, PROMPT: {values: [4, %d]}}"
+    search = f"search: {{method: grid, parameters: {searched}}}"
+    search = search.replace("PROMPT", "prompt_tuning.num_virtual_tokens")
+    check_names(bert_job(search % 8, model__max_length=50))  # of 64: the 20 of the default would be over
+    with pytest.raises(JobFileError, match=r"is 30 and model\.max_length 50, but .* has 64 positions"):
+        check_names(bert_job(search % 30, model__max_length=50))
 
 
 def test_without_a_compiler_zero_is_refused(bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:

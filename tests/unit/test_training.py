@@ -379,6 +379,27 @@ def test_a_learning_rate_beyond_sense_is_a_failure_with_a_class(bert_job: JobMak
     assert classify(caught.value)["failure_class"] == "nan"
 
 
+def test_the_chunked_loss_keeps_small_gradients_in_bfloat16() -> None:
+    """Tokens that the model is nearly sure of: their gradient is the small difference of large rows."""
+    torch.manual_seed(0)
+    head = (torch.randn(4000, 64) / 8).bfloat16()
+    targets = torch.randint(0, 4000, (96,))
+    hidden = (14 * head[targets].float() + 0.1 * torch.randn(96, 64)).bfloat16().requires_grad_()
+
+    def apart(nll: torch.Tensor) -> float:
+        (found,) = torch.autograd.grad(nll, hidden)
+        return float(((found.double() - expected).norm(dim=1) / expected.norm(dim=1)).median())
+
+    exact = hidden.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(exact @ head.double().t(), targets, reduction="sum"), exact
+    )
+    logits = (hidden @ head.t()).float()
+    assert 1e-3 < float(torch.nn.functional.cross_entropy(logits.detach(), targets)) < 0.5
+    plain = apart(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+    assert apart(loss.ChunkedNll.apply(hidden, head, targets).sum()) < 1.2 * plain
+
+
 def test_out_of_memory_halves_the_pass_and_keeps_the_batch(bert_job: JobMaker) -> None:
     job = bert_job(train__per_device_train_batch_size=8, train__gradient_accumulation_steps=3).job
     smaller = with_smaller_passes(job)

@@ -74,6 +74,7 @@ class Planter(importlib.abc.MetaPathFinder):
         for name in way:
             owner = getattr(owner, name)
         real, count = getattr(owner, last), [0]
+        act = globals()[self.fault["do"]]  # by value: Ray may carry this function to another process
 
         def disturbed(*args, **kwargs):
             count[0] += 1
@@ -84,7 +85,7 @@ class Planter(importlib.abc.MetaPathFinder):
                     return real(*args, **kwargs)
                 except NotADirectoryError:
                     pass  # a flag that cannot be made: it happens each time
-                globals()[self.fault["do"]]()
+                act()
             return real(*args, **kwargs)
 
         setattr(owner, last, disturbed)

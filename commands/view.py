@@ -152,16 +152,17 @@ def _all_news(run: Run) -> Iterator[str]:
     for warning in files.read_json(run.path / "facts.json").get("warnings", []):
         yield f"note: {warning}"
     for trial in run.trials():
-        what = describe(trial.params().get("assignment", {}))
+        values = describe(trial.params().get("assignment", {}))
+        name = f"{trial.id} ({values})" if values else trial.id
         for row in trial.evaluations():
             yield (
-                f"{trial.id} ({what}) step {row['step']}: {metric} {number(row.get(metric))}, "
+                f"{name} step {row['step']}: {metric} {number(row.get(metric))}, "
                 f"train loss {number(row.get('train_loss'))}, {number(row.get('tokens_per_second'), 0)} tokens/s"
             )
         status = trial.status()
         if TrialState(status.get("state", "pending")).ended:
             reason = f": {status['reason']}" if status.get("reason") else ""
-            yield f"{trial.id} ({what}) {status['state']}{reason}"
+            yield f"{name} {status['state']}{reason}"
     yield from run.remarks()
     phase = run.status().get("phase")
     if phase:

@@ -25,7 +25,9 @@ Job = Annotated[Path, typer.Argument(metavar="JOB.yaml", help="The job file.", s
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Fields to set, such as train.seed=7.")
 ]
-Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="Folder of the runs.")]
+Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", envvar="LORAFLEET_RUNS", help="Folder of the runs.")]
+AnyRuns = Annotated[Path, typer.Option("--runs", metavar="DIR", hidden=True)]
+"""Of commands that touch no run: they take the option all the same, so that one line of options serves all."""
 Nodes = Annotated[
     int | None,
     typer.Option("--nodes", metavar="N", min=1, help="Size of the fleet: as many trials at once as N machines hold."),

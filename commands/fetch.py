@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from jobs.assets import Asset
 
-from commands.common import Format, Output, console, print_json, say
+from commands.common import DEFAULT_RUNS, AnyRuns, Format, Output, console, print_json, say
 
 
 def fetch(
@@ -21,6 +21,7 @@ def fetch(
     show_list: Annotated[bool, typer.Option("--list", help="List the assets.")] = False,
     examples: Annotated[bool, typer.Option("--examples", help="Copy the example job files into ./examples.")] = False,
     output: Output = Format.TEXT,
+    runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
     """Fetch all that a job can touch (needs a network, not torch), or list what there is."""
     from cluster.fetch import fetch_asset, fetch_job

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import say
+from commands.common import DEFAULT_RUNS, AnyRuns, say
 
 
 class Tool(StrEnum):
@@ -23,6 +23,7 @@ def import_config(
     source: Annotated[Tool, typer.Option("--from", help="Which tool wrote it.")],
     name: Annotated[str, typer.Option(help="Name of the job.")] = "imported",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; printed if left out.")] = None,
+    runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
     """Translate a config into a job file, and say what could not be carried over."""
     import yaml

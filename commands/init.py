@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands.common import say
+from commands.common import DEFAULT_RUNS, AnyRuns, say
 
 if TYPE_CHECKING:
     from jobs.spec import JobSpec
@@ -38,6 +38,7 @@ def init(
     name: Annotated[str, typer.Option(help="Name of the job.")] = "my-job",
     output: Annotated[Path, typer.Option("--output", "-o", help="The job file to write.")] = Path("job.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
+    runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
     """Look at your data, and write a commented job file that trains on it."""
     from cluster.check import check_names

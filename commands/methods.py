@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from commands.common import Format, Output, print_json
+from commands.common import DEFAULT_RUNS, AnyRuns, Format, Output, print_json
 
 
-def methods(output: Output = Format.TEXT) -> None:
+def methods(output: Output = Format.TEXT, runs: AnyRuns = DEFAULT_RUNS) -> None:
     """Show which method runs under which strategy, and what of it does not."""
     from jobs.support import table
 

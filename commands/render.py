@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from commands.common import Format, Job, Output, Overrides, print_json
+from commands.common import DEFAULT_RUNS, AnyRuns, Format, Job, Output, Overrides, print_json
 
 
-def render(job: Job, overrides: Overrides = None, output: Output = Format.TEXT) -> None:
+def render(job: Job, overrides: Overrides = None, output: Output = Format.TEXT, runs: AnyRuns = DEFAULT_RUNS) -> None:
     """Print each field's value and its origin: file, override, default, alias or link."""
     from jobs.defaults import learning_rate
     from jobs.load import load_job

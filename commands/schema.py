@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from commands.common import print_json
+from commands.common import DEFAULT_RUNS, AnyRuns, print_json
 
 
-def schema() -> None:
+def schema(runs: AnyRuns = DEFAULT_RUNS) -> None:
     """Print the JSON Schema of a job file."""
     from jobs.load import json_schema
 

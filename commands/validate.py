@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import typer
 
-from commands.common import Format, Job, Output, Overrides, note_aliases, print_json
+from commands.common import DEFAULT_RUNS, AnyRuns, Format, Job, Output, Overrides, note_aliases, print_json
 
 
-def validate(job: Job, overrides: Overrides = None, output: Output = Format.TEXT) -> None:
+def validate(job: Job, overrides: Overrides = None, output: Output = Format.TEXT, runs: AnyRuns = DEFAULT_RUNS) -> None:
     """Check a job file: every problem with its line and the closest right key."""
     from cluster.check import check_names
     from jobs.errors import ExitCode, JobFileError

@@ -168,6 +168,16 @@ def test_the_torch_that_fits_a_driver() -> None:
     assert install_line("470.10") == "no build of torch 2.9 or newer runs with it: update the driver to 525 or newer"
 
 
+def test_every_command_takes_runs() -> None:
+    from typer.main import get_command
+
+    from commands.cli import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    without = [name for name, made in commands.items() if "runs" not in {option.name for option in made.params}]
+    assert without == ["exec"]  # its run is a folder
+
+
 def test_more_machines_than_there_are(tmp_path: Path) -> None:
     example = ROOT / "examples" / "quickstart.yaml"
     done = lorafleet("plan", example, "--nodes", "2", cwd=tmp_path)

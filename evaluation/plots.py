@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 _STATE_MARKS = {"finished": "o", "stopped": "x", "failed": "X", "running": ">", "pending": "."}
 _GREY = "#9aa3ad"
 _ACCENT = "#c2410c"
+_AT_RUNGS = " at the rungs. A line that ends at a cross was cut there."
 
 
 def plots(report: Report) -> list[tuple[str, str]]:
     """(caption, SVG) of each plot that the report has data for."""
+    several = len(report.trials) > 1
     makers: list[tuple[str, Callable[[Axes, Report], bool]]] = [
-        ("Training loss by trial. The recommended trial is drawn in colour.", _loss_curves),
+        (f"Training loss{' by trial. The recommended trial is drawn in colour' if several else ''}.", _loss_curves),
         (f"Validation {report.metric} against what was searched; crosses were cut early.", _against_parameter),
-        (f"Validation {report.metric} at the rungs. A line that ends at a cross was cut there.", _rungs),
+        (f"Validation {report.metric}{_AT_RUNGS if several else ' while it was trained.'}", _rungs),
     ]
     drawn = [(caption, _draw(report, maker)) for caption, maker in makers]
     return [(caption, svg) for caption, svg in drawn if svg]
@@ -79,7 +81,7 @@ def _rungs(axes: Axes, report: Report) -> bool:
             line = _line(row, report)
             axes.plot(*zip(*points, strict=True), marker=".", **line)
             axes.plot(*points[-1], marker=_STATE_MARKS[row.state], color=line["color"], markersize=7, linestyle="none")
-            drawn = True
+            drawn = drawn or len(points) > 1  # points alone say no more than the table
     axes.set_xlabel("training rows seen")
     axes.set_ylabel(f"validation {report.metric}")
     _legend(axes, report)
@@ -144,7 +146,7 @@ def _legend(axes: Axes, report: Report) -> None:
     from matplotlib.lines import Line2D
 
     chosen = report.recommendation.trial_id
-    if chosen is None:
+    if chosen is None or len(report.trials) == 1:
         return
     row = report.row(chosen)
     handles = [Line2D([], [], color=_ACCENT, linewidth=2.2), Line2D([], [], color=_GREY)]

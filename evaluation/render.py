@@ -169,7 +169,9 @@ def _tiles(report: Report, row: Row) -> list[tuple[str, str]]:
 
 
 def _facts(report: Report) -> list[tuple[str, str]]:
-    found = [("base model", report.model), ("data", report.data), ("rungs", f"{report.rungs} {report.time_attr}")]
+    found = [("base model", report.model), ("data", report.data)]
+    if len(report.rungs) > 1:
+        found.append(("rungs", f"{'; '.join(f'{level:,}' for level in report.rungs)} {report.time_attr}"))
     found += [(f"SHA-256 of {split}", digest) for split, digest in report.facts.get("data_sha256", {}).items()]
     found += [(f"revision of {name}", revision) for name, revision in report.facts.get("model_revisions", {}).items()]
     if report.facts.get("labels"):

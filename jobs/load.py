@@ -58,10 +58,7 @@ class LoadedJob:
 
     def located(self, problem: Problem) -> Problem:
         """A problem with its line, or with the override that made it."""
-        origin = self.origins.get(problem.path)
-        if origin and origin.kind == "override":
-            return Problem(problem.path, f"override {origin.detail!r}: {problem.sentence}")
-        return Problem(problem.path, problem.sentence, _line(self.lines, problem.path))
+        return _located(problem, self.origins, self.lines)
 
     def resolved(self) -> dict[str, Any]:
         """Every field's value and where it came from, by dotted path."""
@@ -87,20 +84,25 @@ class _Reading:
 
     def line(self, path: str) -> int | None:
         """The line of a key, or of the nearest block around it."""
-        return _line(self.lines, path)
+        return line_of(self.lines, path)
 
     def placed(self, problem: Problem) -> Problem:
         """A problem with its line, or with the override that made it."""
-        origin = self.origins.get(problem.path)
-        if origin and origin.kind == "override":
-            return Problem(problem.path, f"override {origin.detail!r}: {problem.sentence}")
-        return Problem(problem.path, problem.sentence, self.line(problem.path))
+        return _located(problem, self.origins, self.lines)
 
     def problem(self, path: str, sentence: str) -> None:
         self.problems.append(Problem(path, sentence, self.line(path)))
 
 
-def _line(lines: dict[str, int], path: str) -> int | None:
+def _located(problem: Problem, origins: dict[str, Origin], lines: dict[str, int]) -> Problem:
+    origin = origins.get(problem.path)
+    if origin and origin.kind == "override":
+        return Problem(problem.path, f"override {origin.detail!r}: {problem.sentence}")
+    return Problem(problem.path, problem.sentence, line_of(lines, problem.path))
+
+
+def line_of(lines: dict[str, int], path: str) -> int | None:
+    """The line of a key, or of the nearest block around it."""
     while path:
         if path in lines:
             return lines[path]

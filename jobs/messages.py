@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import ValidationError
@@ -35,8 +36,11 @@ _WANTED = {
 _PARAMETER_KEYS = ("values", "distribution", "min", "max", "q", "expression")
 
 
-def sentences(error: ValidationError) -> list[Problem]:
-    """Every error of a failed validation, each with its dotted field and a sentence; one a field."""
+def sentences(error: ValidationError, known: Collection[str] | None = None) -> list[Problem]:
+    """Every error of a failed validation, each with its dotted field and a sentence; one a field.
+
+    `known` are the keys that there are, where they are not a job's.
+    """
     problems: dict[str, Problem] = {}
     for raw in error.errors(include_url=False):
         cause = raw.get("ctx", {}).get("error")
@@ -47,7 +51,7 @@ def sentences(error: ValidationError) -> list[Problem]:
         if path.startswith("search.parameters.") and path.endswith(".values") and raw["type"] != "tuple_type":
             problems[path] = Problem(path, f"{path} must be a list of numbers, texts or true/false, one level deep")
             continue
-        sentence = _sentence(path, raw)
+        sentence = _sentence(path, raw, known)
         if path in problems:  # the branches of a union: "a whole number", "'auto'"
             earlier = problems[path].sentence
             if "finite number" in sentence + earlier:
@@ -59,10 +63,10 @@ def sentences(error: ValidationError) -> list[Problem]:
     return list(problems.values())
 
 
-def _sentence(path: str, raw: Any) -> str:
+def _sentence(path: str, raw: Any, known: Collection[str] | None) -> str:
     match raw["type"]:
         case "extra_forbidden":
-            return unknown_key(path)
+            return unknown_key(path) if known is None else _not_among(path, known)
         case "missing":
             return f"{path} is missing"
         case "value_error":
@@ -76,13 +80,26 @@ def _sentence(path: str, raw: Any) -> str:
 
 
 def _wanted(raw: Any) -> str:
-    if "^https?:" in str(raw.get("ctx", {}).get("pattern")):
-        return "an address that begins with https:// or http://, without a password in it"
-    if "{0,127}$" in str(raw.get("ctx", {}).get("pattern")):
-        return "at most 128 letters, digits, dots, dashes and underscores"
-    if raw["type"] == "string_pattern_mismatch" and raw["ctx"]["pattern"].startswith("^[a-z0-9]("):
-        return "1 to 40 lower-case letters, digits and dashes, without a dash at either end"
+    if raw["type"] == "string_pattern_mismatch":
+        pattern = raw["ctx"]["pattern"]
+        return next((words for part, words in _PATTERNS.items() if part in pattern), f"of the form {pattern}")
     return _WANTED[raw["type"]].format(**raw.get("ctx", {}))
+
+
+_PATTERNS = {
+    "^[a-z0-9](": "1 to 40 lower-case letters, digits and dashes, without a dash at either end",
+    "^https?:": "an address that begins with https:// or http://, without a password in it",
+    "{0,127}$": "at most 128 letters, digits, dots, dashes and underscores",
+    r"^[^\s": "one word, without spaces",
+    r"^[/~$]": "an absolute path, or one that begins with ~ or a variable",
+    r"\x0a-\x1f": "one line of text",
+}
+"""What a text must be, by a part of the pattern that it is checked with."""
+
+
+def _not_among(path: str, known: Collection[str]) -> str:
+    near = fields.closest(path, known)
+    return f"{path} is not a known key" + (f"; did you mean {near!r}?" if near else "")
 
 
 def unknown_key(path: str) -> str:

@@ -1,0 +1,137 @@
+"""A site file on its way to a site: found by name, completed by the administrator's file that it extends, checked.
+
+`sites/NAME.yaml` is looked for in ~/.config/lorafleet/sites, then /etc/lorafleet/sites, then ./sites; a path works too.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from jobs import fields, files, yaml12
+from jobs.errors import JobFileError, Problem
+from jobs.load import line_of, read_text
+from jobs.messages import sentences
+from jobs.slurm_site import SlurmSite
+from jobs.spec import Spec
+
+_KINDS: dict[str, type[SlurmSite]] = {"slurm": SlurmSite}
+_MOST_EXTENDED = 5
+_ENDINGS = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class LoadedSite:
+    """A site and where it came from."""
+
+    site: SlurmSite
+    files: tuple[Path, ...]
+    """The file itself, then those that it extends: their set-up lines are code, so a user is told."""
+    locked: tuple[str, ...] = ()
+    """Keys that an administrator's file has fixed."""
+
+
+def folders() -> tuple[Path, ...]:
+    """Where a site's name is looked for, in this order."""
+    home = os.environ.get("XDG_CONFIG_HOME") or files.in_home("~/.config")
+    return (Path(home) / "lorafleet" / "sites", Path("/etc/lorafleet/sites"), Path("sites"))
+
+
+def find_site(name: str, places: Iterable[Path] | None = None) -> Path:
+    """The file of a site. Raises JobFileError with what there is."""
+    if name.endswith(_ENDINGS) or "/" in name:
+        return files.in_home(name)
+    places = tuple(places if places is not None else folders())
+    for place in places:
+        for ending in _ENDINGS:
+            if (place / f"{name}{ending}").is_file():
+                return place / f"{name}{ending}"
+    known = sorted({path.stem for place in places for path in place.glob("*.y*ml")})
+    near = fields.closest(name, known)
+    hint = f"; did you mean {near}?" if near else f"; there are {', '.join(known)}" if known else ""
+    where = ", ".join(map(str, places))
+    raise JobFileError(name, [Problem("", f"there is no site of this name in {where}{hint}")])
+
+
+def load_site(name: str, places: Iterable[Path] | None = None) -> LoadedSite:
+    """Find, complete and check a site file. Raises JobFileError with every problem found."""
+    path = find_site(name, places)
+    tree, lines, read, locked = _extended(path, ())
+    tree.setdefault("name", path.stem)
+    kind = tree.get("kind")
+    if kind not in _KINDS:
+        sentence = f"kind is {kind!r}, but must be {' or '.join(_KINDS)}" if kind else "kind is missing (kind: slurm)"
+        raise JobFileError(str(path), [Problem("kind", sentence, lines.get("kind"))])
+    try:
+        site = _KINDS[kind].model_validate(tree)
+    except ValidationError as error:
+        problems = [
+            Problem(problem.path, problem.sentence, line_of(lines, problem.path))
+            for problem in sentences(error, known=_keys(_KINDS[kind], ""))
+        ]
+        raise JobFileError(str(path), problems) from None
+    return LoadedSite(site, tuple(read), tuple(sorted(locked)))
+
+
+def _extended(path: Path, through: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, int], list[Path], set[str]]:
+    """(tree, lines of this file, files read, locked keys) of a file laid over what it extends."""
+    if path.resolve() in through or len(through) >= _MOST_EXTENDED:
+        raise JobFileError(str(path), [Problem("extends", "extends goes round in a circle, or through too many files")])
+    document = yaml12.read(read_text(path))
+    if not document.problems and not isinstance(document.value, dict):
+        document.problems.append(Problem("", "a site file is a block of keys"))
+    if document.problems:
+        raise JobFileError(str(path), document.problems)
+    tree: dict[str, Any] = dict(document.value)
+    above = tree.pop("extends", None)
+    own_locks = tree.pop("locked", [])
+    for key, value, right in (("extends", above, str | None), ("locked", own_locks, list)):
+        if not isinstance(value, right):
+            what = "the path of a file" if key == "extends" else "a list of keys"
+            sentence = f"{key} is {value!r}, but must be {what}"
+            raise JobFileError(str(path), [Problem(key, sentence, document.lines.get(key))])
+    if above is None:
+        return tree, document.lines, [path], {str(key) for key in own_locks}
+    base, _, read, locked = _extended((path.parent / files.in_home(above)).absolute(), (*through, path.resolve()))
+    problems = [
+        Problem(key, f"{key} is fixed by {read[0]}, and must not be set here", line_of(document.lines, key))
+        for key in sorted(locked)
+        if _given(tree, key) and fields.get(tree, key) != fields.get(base, key)
+    ]
+    if problems:
+        raise JobFileError(str(path), problems)
+    return _merged(base, tree), document.lines, [path, *read], locked | {str(key) for key in own_locks}
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Blocks are merged key by key; everything else is replaced."""
+    both = dict(base)
+    for key, value in over.items():
+        inner = both.get(key)
+        both[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return both
+
+
+def _given(tree: dict[str, Any], path: str) -> bool:
+    value: Any = tree
+    for part in path.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return False
+        value = value[part]
+    return True
+
+
+def _keys(model: type[Spec], prefix: str) -> list[str]:
+    """Every dotted key that a site file may have."""
+    found = []
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        found.append(f"{prefix}{name}")
+        if isinstance(inner, type) and issubclass(inner, Spec):
+            found += _keys(inner, f"{prefix}{name}.")
+    return found

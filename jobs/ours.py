@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jobs.errors import UserError
 
-PACKAGES = ("jobs", "evaluation", "cluster", "training", "tuning", "commands")
+PACKAGES = ("jobs", "slurm", "evaluation", "cluster", "training", "tuning", "commands")
 
 
 def foreign_packages() -> dict[str, str]:

@@ -1,0 +1,130 @@
+"""What Slurm says of a job, as what it means for a run. Pure.
+
+The words are those of squeue(1) and sacct(1), "JOB STATE CODES" and "JOB REASON CODES", of Slurm 22.05 to 25.05.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from jobs.run import RunState
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One of Slurm's states."""
+
+    run: RunState
+    """What it means for a run whose own status file says no more."""
+    ended: bool
+    """Whether the job is over for good: it has no processes and gets none any more."""
+    sentence: str
+    """In words."""
+
+
+_WAITS, _RUNS, _FAILED, _STOPPED = RunState.PENDING, RunState.RUNNING, RunState.FAILED, RunState.STOPPED
+
+STATES: dict[str, JobState] = {
+    "PENDING": JobState(_WAITS, False, "waits in the queue"),
+    "CONFIGURING": JobState(_WAITS, False, "has its nodes, which are being made ready"),
+    "REQUEUED": JobState(_WAITS, False, "goes back into the queue"),
+    "REQUEUE_FED": JobState(_WAITS, False, "goes back into the queue of a federation"),
+    "REQUEUE_HOLD": JobState(_WAITS, False, "went back into the queue and is held: `scontrol release JOB` lets it go"),
+    "SPECIAL_EXIT": JobState(_WAITS, False, "went back into the queue in the special-exit state, and is held"),
+    "RESV_DEL_HOLD": JobState(_WAITS, False, "is held, since its reservation was deleted"),
+    "RUNNING": JobState(_RUNS, False, "runs"),
+    "COMPLETING": JobState(_RUNS, False, "has ended, and its last processes are being cleared away"),
+    "STAGE_OUT": JobState(_RUNS, False, "has ended, and its files are being moved out"),
+    "SIGNALING": JobState(_RUNS, False, "is being signalled"),
+    "RESIZING": JobState(_RUNS, False, "is about to change its size"),
+    "SUSPENDED": JobState(_RUNS, False, "was suspended, and keeps its nodes' memory"),
+    "STOPPED": JobState(_RUNS, False, "was stopped by a signal, and keeps its cores"),
+    "COMPLETED": JobState(RunState.FINISHED, True, "ended with code 0"),
+    "CANCELLED": JobState(_STOPPED, True, "was cancelled"),
+    "PREEMPTED": JobState(_STOPPED, True, "was preempted by a job of higher priority"),
+    "REVOKED": JobState(_STOPPED, True, "was taken over by another cluster of the federation"),
+    "TIMEOUT": JobState(_STOPPED, True, "came to its time limit"),
+    "DEADLINE": JobState(_STOPPED, True, "came to its deadline"),
+    "NODE_FAIL": JobState(_STOPPED, True, "lost a node"),
+    "FAILED": JobState(_FAILED, True, "ended with another code than 0"),
+    "OUT_OF_MEMORY": JobState(_FAILED, True, "used more memory than it had asked for"),
+    "BOOT_FAIL": JobState(_FAILED, True, "got nodes that did not boot"),
+    "LAUNCH_FAILED": JobState(_FAILED, True, "could not be launched on its nodes"),
+    "RECONFIG_FAIL": JobState(_FAILED, True, "got nodes that could not be reconfigured"),
+}
+
+_CODES = {
+    "PD": "PENDING", "CF": "CONFIGURING", "RQ": "REQUEUED", "RF": "REQUEUE_FED", "RH": "REQUEUE_HOLD",
+    "SE": "SPECIAL_EXIT", "RD": "RESV_DEL_HOLD", "R": "RUNNING", "CG": "COMPLETING", "SO": "STAGE_OUT",
+    "SI": "SIGNALING", "RS": "RESIZING", "S": "SUSPENDED", "ST": "STOPPED", "CD": "COMPLETED", "CA": "CANCELLED",
+    "PR": "PREEMPTED", "RV": "REVOKED", "TO": "TIMEOUT", "DL": "DEADLINE", "NF": "NODE_FAIL", "F": "FAILED",
+    "OOM": "OUT_OF_MEMORY", "BF": "BOOT_FAIL",
+}  # fmt: skip
+"""squeue's short forms."""
+_FLAGS = ("COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESIZING",
+          "SIGNALING", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD")  # fmt: skip
+"""What newer versions say beside a base state (`["COMPLETED", "COMPLETING"]`): it says more than the base does."""
+
+
+def state_word(said: str | list[str]) -> str:
+    """The one word for what Slurm says: `CANCELLED by 1000`, `CANCELLED+`, `CG`, or a list of a base and its flags.
+
+    A word that is not known stays as it is.
+    """
+    words = [_word(part) for part in ([said] if isinstance(said, str) else said)]
+    flags = [word for word in words if word in _FLAGS]
+    return (flags or words or ["UNKNOWN"])[0]
+
+
+def _word(text: str) -> str:
+    word = re.split(r"[\s+]", text.strip(), maxsplit=1)[0].upper()
+    return _CODES.get(word, word)
+
+
+def job_state(said: str | list[str]) -> JobState:
+    """The state that Slurm's words mean; a word of a newer Slurm counts as running, which nothing is done about."""
+    word = state_word(said)
+    return STATES.get(word, JobState(_RUNS, False, f"is {word}, a state that this version of lorafleet does not know"))
+
+
+_REASONS = {
+    "None": "the scheduler has not looked at it yet",
+    "Resources": "it is next, and waits for nodes to come free",
+    "Priority": "jobs of higher priority are before it",
+    "Dependency": "it waits for the end of another job",
+    "DependencyNeverSatisfied": "it waits for a job that ended otherwise than it must: it will never start",
+    "BeginTime": "its begin time has not come (a requeued job waits about two minutes)",
+    "JobHeldUser": "you hold it: `scontrol release JOB` lets it go",
+    "JobHeldAdmin": "an administrator holds it",
+    "JobHoldMaxRequeue": "it was requeued too often, and is held",
+    "Reservation": "it waits for its reservation",
+    "ReqNodeNotAvail": "nodes that it needs are down, drained or reserved (for a maintenance, perhaps)",
+    "PartitionDown": "its partition is down",
+    "PartitionInactive": "its partition takes no jobs to run",
+    "PartitionTimeLimit": "its time limit is above the partition's: it will never start (time_limit in the site file)",
+    "PartitionNodeLimit": "it asks for more nodes than the partition gives a job: it will never start",
+    "BadConstraints": "no node has what it asks for: it will never start",
+    "NodeDown": "a node that it needs is down",
+    "Licenses": "it waits for a licence",
+    "InvalidAccount": "its account is not known, or may not be used: it will never start (account in the site file)",
+    "InvalidQOS": "its QOS is not known, or may not be used: it will never start (qos in the site file)",
+    "JobArrayTaskLimit": "as many tasks of its array run as may at once",
+    "JobLaunchFailure": "it could not be launched (a folder of its output that is not there?)",
+    "Prolog": "its nodes' prolog runs",
+    "Cleaning": "it was requeued, and what was left of it is being cleared away",
+    "SchedDefer": "the scheduler looks at it later",
+}
+_LIMITS = {"QOS": "its QOS", "Assoc": "your account", "MaxCpu": "your account", "MaxNode": "your account"}
+
+
+def why_pending(reason: str) -> str:
+    """Slurm's reason for a job that waits, in words; what is not known is quoted."""
+    short = reason.strip().strip("()")
+    name = re.split(r"[,\s(]", short, maxsplit=1)[0] or "None"
+    if name in _REASONS:
+        return _REASONS[name]
+    for start, whose in _LIMITS.items():
+        if name.startswith(start):
+            return f"{whose} has as much in use as it may ({name})"
+    return f"Slurm says {short}"

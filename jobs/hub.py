@@ -64,7 +64,8 @@ def lacks(folder: Path, *, code: bool = False) -> str | None:
 
 def _lacks_code(folder: Path) -> str | None:
     named = _json(folder / "config.json").get("auto_map") or {}
-    modules = [str(name).partition(".")[0] for name in named.values() if name and "--" not in str(name)]
+    own = [name for name in named.values() if isinstance(name, str) and "--" not in name]
+    modules = [name.partition(".")[0] for name in own]
     missing = [module for module in modules if not (folder / f"{module}.py").is_file()]
     return f"no {missing[0]}.py, which config.json names" if missing else None
 

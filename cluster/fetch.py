@@ -236,6 +236,7 @@ def _download_hub_model(name: HubName, say: Say, *, code: bool) -> Path:
 
 
 def _download_hub_dataset(name: HubName, folder: Path, say: Say) -> Path:
+    from httpx import HTTPError
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -243,7 +244,7 @@ def _download_hub_dataset(name: HubName, folder: Path, say: Say) -> Path:
     commit: str | None = name.revision
     try:  # asked first: `datasets` tries an unreachable hub again and again
         commit = HfApi().dataset_info(name.repo, revision=name.revision, timeout=_ASK_SECONDS).sha
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, ValueError, RuntimeError):
+    except (OSError, HTTPError, HfHubHTTPError, OfflineModeIsEnabled, ValueError, RuntimeError):
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"  # its own cache may have it
         constants.HF_HUB_OFFLINE = True
     from datasets import load_dataset
@@ -251,7 +252,7 @@ def _download_hub_dataset(name: HubName, folder: Path, say: Say) -> Path:
 
     try:
         splits = load_dataset(name.repo, revision=commit)
-    except (OSError, ValueError, DatasetNotFoundError, OfflineModeIsEnabled) as error:
+    except (OSError, HTTPError, ValueError, DatasetNotFoundError, OfflineModeIsEnabled) as error:
         raise unreachable("data.dataset_name", name, error) from error
     with tempfile.TemporaryDirectory(dir=_made(folder.parent)) as scratch:
         unpacked = Path(scratch) / "unpacked"

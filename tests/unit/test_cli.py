@@ -236,6 +236,18 @@ def test_an_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:
     assert len(done.stderr.strip().splitlines()) <= 2
 
 
+def test_an_unreachable_data_set_is_one_sentence(tmp_path: Path, tiny_bert: Path) -> None:
+    """The hub's address is one at which nobody listens; what is asked there is not asked again and again."""
+    job = f"name: x\ntask: classification\nmodel: {{model_name_or_path: {tiny_bert}}}\n"
+    job += "data: {dataset_name: no-such/data}\n"
+    (tmp_path / "job.yaml").write_text(job)
+    done = lorafleet("fetch", "job.yaml", cwd=tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert "no-such/data, which is neither here nor reachable on the hub" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Retrying" not in done.stderr
+
+
 def test_doctor_speaks_json(tmp_path: Path) -> None:
     done = lorafleet("doctor", "--format", "json", cwd=tmp_path)
     findings = {finding["what"]: finding["verdict"] for finding in json.loads(done.stdout)["findings"]}

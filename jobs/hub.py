@@ -39,12 +39,14 @@ _WITHOUT_VOCABULARY = ("CanineTokenizer", "ByT5Tokenizer", "PerceiverTokenizer")
 
 def lacks(folder: Path, *, code: bool = False) -> str | None:
     """What a model's folder lacks to be trained, or None: weights (every shard), a tokenizer and, with `code`, the
-    Python files that its config names.
-
-    transformers makes up an empty tokenizer where there is none, and a model would be trained on unknown tokens alone.
-    """
+    Python files that its config names."""
     if (folder / "model.gguf").is_file():
         return None
+    return lacks_weights(folder) or lacks_tokenizer(folder) or (_lacks_code(folder) if code else None)
+
+
+def lacks_weights(folder: Path) -> str | None:
+    """What is missing of a folder's weights, or None."""
     if not any(folder.glob("*.safetensors")):
         pickled = " (its .bin is a pickle, which is not read: convert it)" if any(folder.glob("*.bin")) else ""
         return f"no weights in safetensors{pickled}"
@@ -54,12 +56,20 @@ def lacks(folder: Path, *, code: bool = False) -> str | None:
         missing = sorted(shard for shard in shards if not (folder / str(shard)).is_file())
         if missing:
             return f"no {missing[0]}, which {index.name} names"
+    return None
+
+
+def lacks_tokenizer(folder: Path) -> str | None:
+    """What is missing of a folder's tokenizer, or None.
+
+    transformers makes up an empty one where there is none, and a model would be trained on unknown tokens alone.
+    """
     tokenizer = folder / "tokenizer_config.json"
     said = _json(tokenizer) if tokenizer.is_file() else {}
     own = "auto_map" in said or said.get("tokenizer_class") in _WITHOUT_VOCABULARY
     if not own and not any(any(folder.glob(pattern)) for pattern in _TOKENIZERS):
         return "no tokenizer (tokenizer.json, vocab.txt, ...)"
-    return _lacks_code(folder) if code else None
+    return None
 
 
 def _lacks_code(folder: Path) -> str | None:
@@ -73,7 +83,11 @@ def _lacks_code(folder: Path) -> str | None:
 def check_whole(name: str, revision: str | None) -> None:
     """Raise AssetError when a model's folder on this machine lacks weights or a tokenizer."""
     folder = model_folder(name, revision)
-    missing = lacks(folder)
+    refuse(name, folder, lacks(folder))
+
+
+def refuse(name: str, folder: Path, missing: str | None) -> None:
+    """Raise AssetError where something is missing of a model's folder."""
     if missing:
         raise AssetError(f"model.model_name_or_path is {name}, but {folder} has {missing}")
 

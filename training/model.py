@@ -15,7 +15,7 @@ from torch import nn
 
 from jobs import files
 from jobs.errors import AssetError, UserError
-from jobs.hub import check_whole, model_folder
+from jobs.hub import lacks_tokenizer, lacks_weights, model_folder, refuse
 from jobs.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -73,6 +73,8 @@ def load_tokenizer(name: str, revision: str | None, *, trust_remote_code: bool) 
     from transformers import AutoTokenizer
 
     folder = safetensors_folder(name, revision)
+    if not (folder / "model.gguf").is_file():
+        refuse(name, folder, lacks_tokenizer(folder))
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
@@ -147,7 +149,7 @@ def safetensors_folder(name: str, revision: str | None) -> Path:
     """The folder with a model's safetensors; a GGUF asset is converted once, under a lock."""
     folder = model_folder(name, revision)
     if not (folder / "model.gguf").is_file():
-        check_whole(name, revision)
+        refuse(name, folder, lacks_weights(folder))
         return folder
     converted = folder.with_name(f"{folder.name}-safetensors")
     with files.locked(converted):

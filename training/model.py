@@ -73,8 +73,7 @@ def load_tokenizer(name: str, revision: str | None, *, trust_remote_code: bool) 
     from transformers import AutoTokenizer
 
     folder = safetensors_folder(name, revision)
-    if not (folder / "model.gguf").is_file():
-        refuse(name, folder, lacks_tokenizer(folder))
+    refuse(name, folder, lacks_tokenizer(folder))
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:

@@ -90,9 +90,11 @@ def wait_for(condition: Callable[[], Any], seconds: float = 300.0) -> Any:
 def kill_tree(process: subprocess.Popen[str]) -> None:
     """kill -9 of a process and all that it started."""
     parent = psutil.Process(process.pid)
-    for victim in [parent, *parent.children(recursive=True)]:
+    victims = [parent, *parent.children(recursive=True)]
+    for victim in victims:
         victim.kill()
     process.wait()
+    psutil.wait_procs(victims, timeout=30)  # a signal that was sent is not a process that is gone
 
 
 FAULTS = Path(__file__).parent / "faults"

@@ -61,6 +61,7 @@ class Rig:
         for number in range(self.gpus):  # device nodes of /dev/null
             os.mknod(self.folder / "dev" / f"nvidia{number}", 0o020666, os.makedev(1, 3))
         self._write_configuration()
+        self._clear_links()  # of a rig whose process was killed
         self._run("ip", "link", "add", _BRIDGE, "type", "bridge")
         self._run("ip", "addr", "add", f"{_NETWORK}.1/24", "dev", _BRIDGE)
         self._run("ip", "link", "set", _BRIDGE, "up")
@@ -185,5 +186,8 @@ PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 P
                 os.kill(pid, signal.SIGKILL)
             with suppress(ChildProcessError):
                 os.waitpid(pid, 0)
+        self._clear_links()
+
+    def _clear_links(self) -> None:
         for link in [_BRIDGE, *(f"lfv{number}" for number in self._numbers())]:
             subprocess.run(["ip", "link", "del", link], capture_output=True, check=False)

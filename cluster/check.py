@@ -18,6 +18,7 @@ from jobs.identity import ADAPTER_FILES, models_of
 from jobs.load import LoadedJob
 from jobs.rows import DATA_SUFFIXES, split_files
 from jobs.spec import JobSpec
+from jobs.support import prompt_hides_label, prompt_too_long
 
 _TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 """Model types of transformers whose layers are Conv1D."""
@@ -123,22 +124,14 @@ def _wrong_prompt(job: JobSpec) -> list[tuple[str, str]]:
     known = shape(model_config(name, job.model.revision) or {})
     if known is None:
         return []
-    tokens, most = max(_possible(job, "prompt_tuning.num_virtual_tokens")), known.positions
+    field = "prompt_tuning.num_virtual_tokens"
     found = []
-    if most and job.model.max_length + tokens > most:
-        sentence = (
-            f"prompt_tuning.num_virtual_tokens is {tokens} and model.max_length {job.model.max_length}, but {name} has "
-            f"{most} positions for both together"
-        )
-        field = "prompt_tuning.num_virtual_tokens"
+    too_long = prompt_too_long(max(_possible(job, field)), job.model.max_length, name, known.positions)
+    if too_long:
         searched = job.search is not None and field in job.search.parameters
-        found.append((f"search.parameters.{field}" if searched else field, sentence))
+        found.append((f"search.parameters.{field}" if searched else field, too_long))
     if job.task == "classification" and known.family != "bert":
-        sentence = (
-            f"method is prompt_tuning, but {name} reads its label off the last token, which transformers does not find "
-            "behind learnt embeddings; use an encoder, task: generation, or lora"
-        )
-        found.append(("method", sentence))
+        found.append(("method", prompt_hides_label(name)))
     return found
 
 

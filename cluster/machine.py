@@ -61,7 +61,7 @@ def local_site() -> LocalSite:
         gpus=gpus.count,
         gpu_memory_gib=gpus.memory_gib,
         gpu_name=gpus.name,
-        without_gpu="" if gpus.count else why_no_gpu(),
+        without_gpu="" if gpus.count else why_no_gpu(gpus.driver),
     )
 
 
@@ -116,17 +116,15 @@ def torch_cuda() -> str | None:
     return found[1] if found else None
 
 
-def why_no_gpu() -> str:
+def why_no_gpu(driver: str) -> str:
     """What a job that asks for GPUs is told on a machine without: the driver, torch's CUDA, and what to install."""
+    if not driver:
+        return "no driver answers (nvidia-smi is not there, fails, or lists no GPU)"
     built = torch_cuda()
-    driver = _driver()
-    if driver is None:
-        return "no driver answers (nvidia-smi is not there, or fails)"
     if built is None:
         return f"driver {driver}, but the installed torch is a CPU build: {install_line(driver)}"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    why = f"CUDA_VISIBLE_DEVICES is {hidden!r}" if hidden is not None else "nvidia-smi lists none"
-    return f"driver {driver}, torch built for CUDA {built}; {why}"
+    return f"driver {driver}, torch built for CUDA {built}, but CUDA_VISIBLE_DEVICES is {hidden!r}"
 
 
 def install_line(driver: str) -> str:
@@ -141,12 +139,6 @@ def install_line(driver: str) -> str:
 
 _WHEELS = ((580, "cu130"), (525, "cu128"))
 """(oldest driver, torch's builds that it runs): CUDA 13 needs 580, CUDA 12 with its minor-version compatibility 525."""
-
-
-def _driver() -> str | None:
-    """The version of NVIDIA's driver, whatever GPUs this process may see."""
-    rows = _ask_driver()
-    return rows[0][2] if rows else None
 
 
 def check_torch(gpus_per_worker: int) -> None:

@@ -164,3 +164,22 @@ def _shown(job: JobSpec, path: str) -> str:
     block, _, leaf = path.partition(".")
     value = getattr(getattr(job, block), leaf)
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def prompt_too_long(tokens: int, max_length: int, model: str, positions: int) -> str | None:
+    """Why a learnt prompt of so many tokens does not fit before the longest row; None where it does, or 0 positions."""
+    if not positions or max_length + tokens <= positions:
+        return None
+    return (
+        f"prompt_tuning.num_virtual_tokens is {tokens} and model.max_length {max_length}, but {model} has {positions} "
+        "positions for both together"
+    )
+
+
+def prompt_hides_label(model: str) -> str:
+    """Why a classifier that reads the label off the last token takes no learnt prompt: transformers finds that token by
+    its id, and behind embeddings takes the last place, which is padding."""
+    return (
+        f"method is prompt_tuning, but {model} reads its label off the last token, which transformers does not find "
+        "behind learnt embeddings; use an encoder, task: generation, or lora"
+    )

@@ -15,6 +15,7 @@ from torch import nn
 from jobs.errors import UserError
 from jobs.identity import ADAPTER_FILES
 from jobs.spec import JobSpec
+from jobs.support import prompt_hides_label, prompt_too_long
 from training.model import HEADS, Base, fresh_heads, load_tokenizer, safetensors_folder
 
 if TYPE_CHECKING:
@@ -86,18 +87,13 @@ def _prompt_config(job: JobSpec, base: Base) -> PeftConfig:
     from peft import PromptTuningConfig, PromptTuningInit
 
     spec = job.prompt_tuning
-    most = getattr(base.model.config, "max_position_embeddings", None)
-    if most and job.model.max_length + spec.num_virtual_tokens > most:
-        raise UserError(
-            f"prompt_tuning.num_virtual_tokens is {spec.num_virtual_tokens} and model.max_length "
-            f"{job.model.max_length}, but the model has {most} positions for both together"
-        )
+    # Validation says both for kinds of models that it knows; here the model itself is asked.
+    most = getattr(base.model.config, "max_position_embeddings", None) or 0
+    wrong = prompt_too_long(spec.num_virtual_tokens, job.model.max_length, type(base.model).__name__, most)
     if job.task == "classification" and hasattr(base.model, "score"):
-        # transformers finds a row's last token by its id; behind embeddings it takes the last place, which is padding.
-        raise UserError(
-            f"method is prompt_tuning, but {type(base.model).__name__} reads its label off the last token, which it "
-            "cannot find behind learnt embeddings; use an encoder, task: generation, or lora"
-        )
+        wrong = prompt_hides_label(type(base.model).__name__)
+    if wrong:
+        raise UserError(wrong)
     text = {}
     if spec.prompt_tuning_init_text:
         text = {

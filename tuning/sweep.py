@@ -178,6 +178,7 @@ class Sweep:
         scratch = make_scratch() if own else None
         if scratch:
             options["_temp_dir"] = str(scratch / "ray")
+        failed = True
         try:
             context = ray.init(log_to_driver=False, configure_logging=False, **options)
             self._hear_signals()  # ray.init has taken SIGTERM for itself
@@ -195,13 +196,11 @@ class Sweep:
             if not own:
                 self._fit_into(nodes_of(ray.nodes()))
             yield {"session_dir": session, "own": own}
-        except BaseException:
-            ray.shutdown()
-            if scratch:
-                keep_logs(scratch, self.run.path / "logs" / f"ray-{attempt}")
-            raise
+            failed = False
         finally:
             ray.shutdown()
+            if scratch and failed:
+                keep_logs(scratch, self.run.path / "logs" / f"ray-{attempt}")
             if scratch:
                 shutil.rmtree(scratch, ignore_errors=True)
 

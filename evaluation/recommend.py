@@ -51,9 +51,9 @@ def _sentence(chosen: Row, best: Row, alike: int, of: int, metric: str, labels: 
     if chosen is best and alike == 1:
         return f"{what}: it has the best {got}, and no other's interval reaches it."
     if chosen is best:
-        return (
-            f"{what}: it has the best {got}, and none of the {alike - 1} that cannot be told apart from it is smaller."
-        )
+        others = f"none of the {alike - 1} that" if alike > 2 else "the one other that"
+        smaller = "is smaller" if alike > 2 else "is not smaller"
+        return f"{what}: it has the best {got}, and {others} cannot be told apart from it {smaller}."
     size = f"{chosen.trainable_parameters:,}" if chosen.trainable_parameters else "?"
     other = f"{best.trainable_parameters:,}" if best.trainable_parameters else "?"
     return (

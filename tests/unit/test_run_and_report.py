@@ -167,6 +167,9 @@ def test_recommendations_by_hand() -> None:
     assert chosen(row("a", 0.80, 900), row("cut", 0.81, 100, "stopped")) == "a"
     assert chosen(row("cut", 0.81, 100, "stopped")) == "cut"
     assert chosen(row("x", 0.9, 1, "failed")) is None
+    pair = [row("a", 0.90, 100), row("b", 0.88, 900)]
+    said = recommend(pair, "accuracy", "maximize", {}, 5).sentence
+    assert said.endswith("and the one other that cannot be told apart from it is not smaller.")
     faster = row("b", 0.88, 900).model_copy(update={"train_seconds": 0.9})
     assert chosen(row("a", 0.90, 900), faster) == "a"  # a tenth of a second of noise decides nothing
     assert chosen() is None

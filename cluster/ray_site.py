@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jobs.errors import PlacementRefused
@@ -78,25 +78,29 @@ def ray_site(address: str) -> RaySite:
             "shows whether one is up; without RAY_ADDRESS a Ray of its own is started on this machine"
         ) from error
     try:
-        nodes = nodes_of(ray.nodes())
-        return RaySite(address=address, nodes=nodes, gpu_memory_gib=_gpu_memory(ray.nodes()))
+        table = ray.nodes()
+        return RaySite(address=address, nodes=nodes_of(table), gpu_memory_gib=_gpu_memory(table))
     finally:
         ray.shutdown()
+
+
+def on_each(table: Iterable[Mapping[str, Any]], look: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call a function on every machine of these rows of `ray.nodes()`; returns Ray's references to the answers."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    ask = ray.remote(num_cpus=0, max_retries=0)(look)
+    places = [NodeAffinitySchedulingStrategy(row["NodeID"], soft=False) for row in table]
+    return [ask.options(scheduling_strategy=place).remote(*arguments) for place in places]
 
 
 def _gpu_memory(table: list[dict[str, Any]]) -> float:
     """The smallest GPU's memory in GiB, asked of the driver of each machine that has some; 0 where one does not say."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from cluster.machine import find_gpus
 
-    ask = ray.remote(num_cpus=0, max_retries=0)(find_gpus)
-    asked = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(row["NodeID"], soft=False)).remote()
-        for row in table
-        if row["Alive"] and row["Resources"].get("GPU")
-    ]
+    asked = on_each([row for row in table if row["Alive"] and row["Resources"].get("GPU")], find_gpus)
     try:
         return min((found.memory_gib for found in ray.get(asked, timeout=_GPU_SECONDS)), default=0.0)
     except ray.exceptions.RayError:  # a machine without lorafleet, or too busy: the plan says that it is not known

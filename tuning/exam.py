@@ -26,8 +26,6 @@ from tuning.nodes import first_line
 from tuning.trial_run import Work
 
 BASE = "base"
-
-
 _PLACED_SECONDS = 900.0
 """How long an examiner may wait for a place."""
 _TRIES = 2
@@ -122,7 +120,7 @@ def examine_all(work: Work, names: list[str], slots: int, *, splits: dict[str, l
             examiner, name = free.pop(), waiting.pop(0)
             try:
                 ray.get(examiner.here.remote(), timeout=_PLACED_SECONDS)
-            except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as error:
+            except ray.exceptions.RayError as error:
                 failed[name] = f"no process for it could be started: {first_line(error)}"
                 continue
             tries[name] += 1

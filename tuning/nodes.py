@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cluster.ray_site import node_name, nodes_of
+from cluster.ray_site import node_name, nodes_of, on_each
 from jobs.errors import AssetError, PlacementRefused
 from jobs.hub import check_whole
 from jobs.placement import labelled
@@ -19,15 +19,11 @@ def check_nodes(run: Path, tokens: Path, job: JobSpec) -> None:
     """Raise PlacementRefused when a machine that may get workers lacks what they open (the run's folder, the tokens,
     the model), or has another lorafleet."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(num_cpus=0, max_retries=0)(_look)
     able = {node.name for node in labelled(nodes_of(ray.nodes()), job.resources.label_selector) if node.cpus}
     alive = [row for row in ray.nodes() if row["Alive"] and node_name(row) in able]
-    places = [NodeAffinitySchedulingStrategy(row["NodeID"], soft=False) for row in alive]
-    answers = [look.options(scheduling_strategy=place).remote(run, tokens, job) for place in places]
     problems = []
-    for row, answer in zip(alive, answers, strict=True):
+    for row, answer in zip(alive, on_each(alive, _look, run, tokens, job), strict=True):
         host = row["NodeManagerHostname"]
         try:
             problems += [f"{host}: {what}" for what in _wrong(ray.get(answer, timeout=_LOOK_SECONDS), run, tokens)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -10,11 +11,39 @@ from jobs.plan import Plan
 from jobs.run import Run, RunState
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Where a run is, asked of the place and not of the last thing written."""
+
+    state: RunState
+    sentence: str = ""
+    """What the place says beside it: why it waits, how it ended, what goes on with it."""
+
+
+class Watch(Protocol):
+    """A run that was handed over, for somebody who waits for its end."""
+
+    detaches: bool
+    """Whether Ctrl-C leaves the run alone: it is in a queue, and not a child of this process."""
+
+    def poll(self) -> int | None:
+        """The driver's exit code once it has ended."""
+
+    def send_signal(self, number: int) -> None:
+        """Pass a signal on."""
+
+
 class Backend(Protocol):
     """A place jobs run. All methods return soon: none waits for the job."""
 
+    def runs_dir(self, given: Path) -> Path:
+        """Where its runs lie, when the user names `given`."""
+
     def plan(self, loaded: LoadedJob, command: str) -> Plan:
         """Everything that would happen."""
+
+    def check(self, plan: Plan) -> list[str]:
+        """What the place has against a plan, a sentence each; nothing is submitted."""
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
         """Write the run's folder and hand it over."""
@@ -22,8 +51,11 @@ class Backend(Protocol):
     def resume(self, run: Run) -> None:
         """Hand an unfinished run over again."""
 
-    def state(self, run: Run) -> RunState:
-        """Where it is, asked of the place and not of the last thing written."""
+    def look(self, run: Run) -> Seen:
+        """Where a run is."""
 
-    def cancel(self, run: Run) -> None:
-        """Ask it to save and end."""
+    def watch(self, run: Run) -> Watch:
+        """The run that was handed over last."""
+
+    def cancel(self, run: Run) -> str:
+        """Ask it to save and end; returns a sentence on what happens."""

@@ -1,22 +1,38 @@
-"""Which backend a site's kind means; each is imported when it is wanted."""
+"""Which backend a site means, or a run that was submitted to it; each is imported when it is wanted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from cluster.backend import Backend
+from jobs import files
+from jobs.run import Run
 from jobs.site import Site
+from jobs.site_file import LoadedSite
+
+SITE_FILE = "site.json"
+"""Of a run that went to a queue: the site as it was then."""
 
 
-def _local(site: Site) -> Backend:
+def backend_here(site: Site) -> Backend:
+    """This machine, or the Ray that RAY_ADDRESS names."""
     from cluster.local import LocalBackend
 
     return LocalBackend(site)
 
 
-BACKENDS: dict[str, Callable[[Site], Backend]] = {"local": _local, "ray": _local}
+def backend_on(site: LoadedSite, nodes: int | None = None) -> Backend:
+    """The cluster of a site file, for a job of so many nodes."""
+    from cluster.slurm_backend import SlurmBackend
+
+    return SlurmBackend(site.site, nodes)
 
 
-def backend_for(site: Site) -> Backend:
-    """The backend that runs on a site."""
-    return BACKENDS[site.kind](site)
+def backend_of(run: Run) -> Backend:
+    """Where a run was submitted to."""
+    stored = files.read_json(run.path / SITE_FILE)
+    if not stored:
+        from cluster.machine import local_site
+
+        return backend_here(local_site())
+    from cluster.slurm_backend import stored_backend
+
+    return stored_backend(stored)

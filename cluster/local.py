@@ -10,10 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cluster.backend import Seen
 from cluster.machine import check_torch
 from cluster.planning import make_plan
 from jobs import files
-from jobs.errors import RunError
+from jobs.errors import ExitCode, RunError
 from jobs.load import LoadedJob, dump_resolved
 from jobs.plan import Plan
 from jobs.run import Run, RunState
@@ -27,9 +28,17 @@ class LocalBackend:
         self.site = site
         self.child: subprocess.Popen[bytes] | None = None
 
+    def runs_dir(self, given: Path) -> Path:
+        """Where the user says."""
+        return given
+
     def plan(self, loaded: LoadedJob, command: str) -> Plan:
         """Everything that would happen. Raises a UserError where the job cannot begin here."""
         return make_plan(loaded, self.site, command)
+
+    def check(self, plan: Plan) -> list[str]:
+        """Nothing that the plan itself has not."""
+        return []
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
         """Write the run's folder, then start its driver."""
@@ -56,18 +65,44 @@ class LocalBackend:
         if run.alive():
             raise RunError(f"{run.id} is running (process {run.status()['pid']}); `lorafleet status {run.id}` shows it")
         clear_leftovers(run)
+        (run.path / "stop").unlink(missing_ok=True)
         self.start(run)
 
-    def state(self, run: Run) -> RunState:
+    def look(self, run: Run) -> Seen:
         """The run's state; one whose driver died without a word is failed."""
-        state = run.state
-        return RunState.FAILED if state is RunState.RUNNING and not run.alive() else state
+        if run.gone():
+            return Seen(RunState.FAILED, f"its driver is gone: `lorafleet resume {run.id}` goes on")
+        return Seen(run.state, str(run.status().get("reason") or ""))
 
-    def cancel(self, run: Run) -> None:
+    def watch(self, run: Run) -> ChildWatch:
+        """The driver that was started last."""
+        assert self.child is not None
+        return ChildWatch(self.child)
+
+    def cancel(self, run: Run) -> str:
         """Ask the run to save and end."""
         if not run.alive():
-            raise RunError(f"{run.id} is not running here: it is {self.state(run)}")
+            raise RunError(f"{run.id} is not running here: it is {self.look(run).state}")
         os.kill(int(run.status()["pid"]), signal.SIGINT)
+        return f"{run.id} saves its trials and ends; `lorafleet resume {run.id}` goes on"
+
+
+class ChildWatch:
+    """A driver that is a child of this process."""
+
+    detaches = False
+
+    def __init__(self, child: subprocess.Popen[bytes]) -> None:
+        self.child = child
+
+    def poll(self) -> int | None:
+        """Its exit code once it has ended; one that a signal ended was interrupted."""
+        code = self.child.poll()
+        return ExitCode.INTERRUPTED if code is not None and code < 0 else code
+
+    def send_signal(self, number: int) -> None:
+        """Pass a signal on."""
+        self.child.send_signal(number)
 
 
 def driver_command() -> list[str]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from jobs.errors import PlacementRefused
+from jobs.errors import LorafleetError, PlacementRefused
 from jobs.site import Node, RaySite
+from jobs.words import counted
 
 _PASSED = (
     "NCCL_",
@@ -105,3 +108,37 @@ def _gpu_memory(table: list[dict[str, Any]]) -> float:
         return min((found.memory_gib for found in ray.get(asked, timeout=_GPU_SECONDS)), default=0.0)
     except ray.exceptions.RayError:  # a machine without lorafleet, or too busy: the plan says that it is not known
         return 0.0
+
+
+def wait_for_nodes(address: str, nodes: int, seconds: float) -> None:
+    """Return when so many nodes of the Ray at an address live. Raises LorafleetError after `seconds`."""
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + seconds
+    while not _listens(host, int(port)):
+        if time.monotonic() > until:
+            raise LorafleetError(f"no Ray listens at {address} after {seconds:.0f} s")
+        time.sleep(0.3)
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+
+    said = "none"
+    while time.monotonic() < until:
+        try:
+            table = GcsClient(address=address).get_all_node_info().values()
+        except Exception as error:  # Ray's client raises many kinds while its server starts
+            said = f"{type(error).__name__}"
+        else:
+            alive = [row for row in table if row.state == 0]
+            if len(alive) >= nodes:
+                return
+            said = counted(len(alive), "node")
+        time.sleep(0.5)
+    raise LorafleetError(f"only {said} of {nodes} after {seconds:.0f} s")
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=1):
+            return True
+    except OSError:
+        return False

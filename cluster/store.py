@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.registry import submitted
 from jobs.errors import RunError
 from jobs.fields import closest
 from jobs.run import Run, RunState
@@ -39,6 +40,12 @@ def find_run(runs: Path, name: str | None) -> Run:
             if (path / "plan.json").is_file() and not path.is_symlink():
                 return Run(path.absolute())
     known = all_runs(runs)
+    if name is not None or not known:  # those on a cluster may lie in its site's folder
+        folders = {run.path.absolute() for run in known}
+        known += [run for run in submitted() if run.path.absolute() not in folders and _readable(run)]
+        for run in known:
+            if run.id == name:
+                return Run(run.path.absolute())
     if name is None:
         if known:
             return Run(known[0].path.absolute())

@@ -24,6 +24,7 @@ from commands import (
     list_runs,
     logs,
     methods,
+    node,
     plan,
     render,
     report,
@@ -71,6 +72,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., object], str], ...] = (
 for _name, _function, _panel in _COMMANDS:
     app.command(_name, rich_help_panel=_panel)(_function)
 app.command("exec", hidden=True)(execute.execute)
+app.add_typer(node.node, hidden=True)
 
 
 @app.callback(invoke_without_command=True)

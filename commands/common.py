@@ -13,6 +13,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from cluster.backend import Backend
+
 
 class Format(StrEnum):
     """How a command prints its data."""
@@ -32,6 +34,10 @@ Nodes = Annotated[
     int | None,
     typer.Option("--nodes", metavar="N", min=1, help="Size of the fleet: as many trials at once as N machines hold."),
 ]
+On = Annotated[
+    str | None,
+    typer.Option("--on", metavar="SITE", help="A cluster: the name of a site file, or its path (docs/slurm.md)."),
+]
 RunName = Annotated[
     str | None, typer.Argument(metavar="[RUN]", help="A run's id, name or folder; the newest if left out.")
 ]
@@ -40,6 +46,21 @@ Output = Annotated[Format, typer.Option("--format", help="What to print.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone.")]
 
 DEFAULT_RUNS = Path("runs")
+
+
+def backend_for(on: str | None, nodes: int | None) -> Backend:
+    """This machine, or the cluster that `--on` names. The site's files are named: their set-up lines are code."""
+    from cluster.backends import backend_here, backend_on
+
+    if on is None:
+        from cluster.machine import site_here
+
+        return backend_here(site_here(nodes))
+    from jobs.site_file import load_site
+
+    loaded = load_site(on)
+    say(f"site {loaded.site.name} from {', extending '.join(map(str, loaded.files))}")
+    return backend_on(loaded, nodes)
 
 
 def console() -> Console:

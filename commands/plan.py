@@ -6,7 +6,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from commands.common import DEFAULT_RUNS, Format, Job, Nodes, Output, Overrides, Runs, console, note_aliases, say
+from commands.common import (
+    DEFAULT_RUNS,
+    Format,
+    Job,
+    Nodes,
+    On,
+    Output,
+    Overrides,
+    Runs,
+    backend_for,
+    console,
+    note_aliases,
+    say,
+)
+from jobs.errors import ExitCode
 from jobs.words import counted
 
 if TYPE_CHECKING:
@@ -19,28 +33,38 @@ def plan(
     job: Job,
     overrides: Overrides = None,
     runs: Runs = DEFAULT_RUNS,
+    on: On = None,
     nodes: Nodes = None,
     output: Output = Format.TEXT,
     train: Annotated[bool, typer.Option("--train", help="The plan of `lorafleet train`.")] = False,
 ) -> None:
     """Print every trial with its values, where they run, the memory, the steps, and what ASHA saves."""
-    from cluster.backends import backend_for
     from cluster.check import check_names
-    from cluster.machine import site_here
     from jobs.load import load_job
 
     loaded = load_job(job, tuple(overrides or ()))
     check_names(loaded, whole=False)
     command = "train" if train or loaded.job.search is None else "sweep"
-    made = backend_for(site_here(nodes)).plan(loaded, command)
+    backend = backend_for(on, nodes)
+    made = backend.plan(loaded, command)
+    refused = backend.check(made)
     if output is Format.JSON:
-        typer.echo(made.model_dump_json(indent=2))
-        return
+        typer.echo(made.model_copy(update={"notes": [*made.notes, *refused]}).model_dump_json(indent=2))
+        raise typer.Exit(ExitCode.GATE_REFUSED if refused else ExitCode.OK)
     note_aliases(loaded.notes)
     for note in made.notes[len(loaded.notes) :]:
         say(f"note: {note}")
     console().print(plan_view(made))
-    console().print(f"run folder      {runs / made.job.name}-...", markup=False)
+    console().print(f"run folder      {backend.runs_dir(runs) / made.job.name}-...", markup=False)
+    if made.files:
+        console().print(f"job             {counted(made.nodes, 'node')} of site {made.site}", markup=False)
+        console().print(f"submitted by    {made.command_line}", markup=False, soft_wrap=True)
+    for name, text in made.files.items():
+        typer.echo(f"\n----- {name}\n{text.rstrip()}")
+    for sentence in refused:
+        say(f"refused: {sentence}")
+    if refused:
+        raise typer.Exit(ExitCode.GATE_REFUSED)
 
 
 _SHOWN = ("train.learning_rate", "lora.lora_r", "lora.lora_alpha", "prompt_tuning.num_virtual_tokens")

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import typer
+
 from commands.common import DEFAULT_RUNS, Format, OneRun, Output, Quiet, Runs, say
+from commands.sweep import Detach, Wait
 
 
-def resume(run: OneRun, runs: Runs = DEFAULT_RUNS, quiet: Quiet = False, output: Output = Format.TEXT) -> None:
+def resume(
+    run: OneRun,
+    runs: Runs = DEFAULT_RUNS,
+    quiet: Quiet = False,
+    output: Output = Format.TEXT,
+    detach: Detach = False,
+    wait: Wait = False,
+) -> None:
     """Go on with a run that was interrupted, killed or failed."""
-    from cluster.backends import backend_for
-    from cluster.machine import local_site
+    from cluster.backends import backend_of
     from cluster.store import find_run
     from commands.view import news
     from commands.watch import follow, show_end
@@ -16,11 +25,14 @@ def resume(run: OneRun, runs: Runs = DEFAULT_RUNS, quiet: Quiet = False, output:
     from jobs.run import RunState
 
     found = find_run(runs, run)
-    backend = backend_for(local_site())
+    backend = backend_of(found)
     if found.state is RunState.FINISHED and all(trial.state.ended for trial in found.trials()):
         say(f"{found.id} is finished: there is nothing left to train")
         return show_end(found, ExitCode.OK, quiet=quiet, output=output)
     known: set[str] = set()
     list(news(found, known))
     backend.resume(found)
-    return follow(found, backend, quiet=quiet, output=output, known=known)
+    if detach:
+        typer.echo(found.id)
+        return None
+    return follow(found, backend, quiet=quiet, output=output, silent=wait, known=known)

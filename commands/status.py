@@ -7,17 +7,20 @@ from commands.common import DEFAULT_RUNS, Format, Output, RunName, Runs, console
 
 def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
     """A line a trial, and the best so far."""
+    from cluster.backends import backend_of
     from cluster.store import find_run
     from commands.view import best_line, run_view, trial_lines
 
     found = find_run(runs, run)
+    seen = backend_of(found).look(found)
     if output is Format.JSON:
         lines = trial_lines(found)
         best = best_line(lines)
         print_json(
             {
                 "run": found.id,
-                "state": found.state,
+                "state": seen.state,
+                "place": seen.sentence,
                 "alive": found.alive(),
                 "phase": found.status().get("phase"),
                 "reason": found.status().get("reason"),
@@ -28,7 +31,5 @@ def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
         return
     screen = console()
     screen.print(run_view(found))
-    if found.gone():
-        screen.print(f"its driver is gone: `lorafleet resume {found.id}` goes on", markup=False)
-    elif found.status().get("reason"):
-        screen.print(str(found.status()["reason"]), markup=False)
+    if seen.sentence:
+        screen.print(f"{seen.state}: {seen.sentence}", markup=False)

@@ -9,10 +9,8 @@ from commands.common import DEFAULT_RUNS, OneRun, Runs
 
 def stop(run: OneRun, runs: Runs = DEFAULT_RUNS) -> None:
     """Ask a running run to save its trials and end; `resume` goes on with it."""
-    from cluster.backends import backend_for
-    from cluster.machine import local_site
+    from cluster.backends import backend_of
     from cluster.store import find_run
 
     found = find_run(runs, run)
-    backend_for(local_site()).cancel(found)
-    typer.echo(f"{found.id} saves its trials and ends; `lorafleet resume {found.id}` goes on")
+    typer.echo(backend_of(found).cancel(found))

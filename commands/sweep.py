@@ -7,8 +7,22 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, Format, Job, Nodes, Output, Overrides, Quiet, Runs, note_aliases, say
+from commands.common import (
+    DEFAULT_RUNS,
+    Format,
+    Job,
+    Nodes,
+    On,
+    Output,
+    Overrides,
+    Quiet,
+    Runs,
+    backend_for,
+    note_aliases,
+    say,
+)
 
+Wait = Annotated[bool, typer.Option("--wait", help="Print no live view, and end with the run's own exit code.")]
 Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return at once; the run goes on in the background.")]
 
 
@@ -16,26 +30,30 @@ def sweep(
     job: Job,
     overrides: Overrides = None,
     runs: Runs = DEFAULT_RUNS,
+    on: On = None,
     nodes: Nodes = None,
     quiet: Quiet = False,
     output: Output = Format.TEXT,
     detach: Detach = False,
+    wait: Wait = False,
 ) -> None:
     """Search for the best configuration, and end with a table and a recommendation."""
-    _start("sweep", job, overrides, runs, nodes, quiet, output, detach)
+    _start("sweep", job, overrides, runs, on, nodes, quiet, output, detach, wait)
 
 
 def train(
     job: Job,
     overrides: Overrides = None,
     runs: Runs = DEFAULT_RUNS,
+    on: On = None,
     nodes: Nodes = None,
     quiet: Quiet = False,
     output: Output = Format.TEXT,
     detach: Detach = False,
+    wait: Wait = False,
 ) -> None:
     """Train one configuration: the job file's own values, whatever it searches."""
-    _start("train", job, overrides, runs, nodes, quiet, output, detach)
+    _start("train", job, overrides, runs, on, nodes, quiet, output, detach, wait)
 
 
 def _start(
@@ -43,15 +61,15 @@ def _start(
     path: Path,
     overrides: list[str] | None,
     runs: Path,
+    on: str | None,
     nodes: int | None,
     quiet: bool,
     output: Format,
     detach: bool,
+    wait: bool,
 ) -> None:
-    from cluster.backends import backend_for
     from cluster.check import check_names
     from cluster.fetch import fetch_job
-    from cluster.machine import site_here
     from commands.watch import follow
     from jobs.errors import JobFileError, Problem
     from jobs.load import load_job
@@ -63,15 +81,16 @@ def _start(
         )
     if not quiet:
         note_aliases(loaded.notes)
+    backend = backend_for(on, nodes)
     check_names(loaded)
-    fetch_job(loaded.job, say if not quiet else lambda _: None)
-    backend = backend_for(site_here(nodes))
+    if on is None:
+        fetch_job(loaded.job, say if not quiet else lambda _: None)
     plan = backend.plan(loaded, command)
     if not quiet:
         for note in plan.notes[len(loaded.notes) :]:
             say(f"note: {note}")
-    run = backend.submit(plan, loaded, runs)
+    run = backend.submit(plan, loaded, backend.runs_dir(runs))
     if detach:
         typer.echo(run.id)
         return
-    follow(run, backend, quiet=quiet, output=output)
+    follow(run, backend, quiet=quiet, output=output, silent=wait)

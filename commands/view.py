@@ -80,8 +80,8 @@ def best_line(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     return best
 
 
-def run_view(run: Run) -> RenderableType:
-    """The live table."""
+def run_view(run: Run, place: str = "") -> RenderableType:
+    """The live table; `place` is what a queue says of the run."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -111,7 +111,7 @@ def run_view(run: Run) -> RenderableType:
     for line in lines:
         style = "bold green" if line is best else _STYLES[line["state"]]
         table.add_row(*(Text(cell) for cell in _cells(line, parameters)), style=style)
-    parts: list[RenderableType] = [head, table]
+    parts: list[RenderableType] = [head, *([Text(place, style="dim")] if place else []), table]
     if best:
         parts.append(
             Text(f"best so far: {best['trial_id']} with {best['metric']} {number(best['score'])}", style="bold")

@@ -17,42 +17,49 @@ from jobs.errors import ExitCode
 from jobs.run import Run
 
 if TYPE_CHECKING:
-    from cluster.backend import Backend
+    from cluster.backend import Backend, Watch
 
-_LOOKS_PER_SECOND = 2
-_LINES_EVERY_SECONDS = 0.5
+_LOOK_EVERY_SECONDS = 0.5
 
 
-def follow(run: Run, backend: Backend, *, quiet: bool, output: Format, known: set[str] | None = None) -> None:
+def follow(
+    run: Run, backend: Backend, *, quiet: bool, output: Format, silent: bool = False, known: set[str] | None = None
+) -> None:
     """Show a run until its driver has ended, then its report. Exits with the driver's code.
 
-    `known` are lines of `news` that were shown before.
+    `silent` waits without a view; `known` are lines of `news` that were shown before.
     """
-    child: Any = getattr(backend, "child", None)
+    watch = backend.watch(run)
     if not quiet:
         say(f"run {run.id} in {run.path}")
-    with _signals_go_to(child):
-        if quiet or output is Format.JSON:
-            child.wait()
-        elif sys.stdout.isatty():
-            _live(run, child)
-        else:
-            _lines(run, child, known or set())
-    code = _exit_code(child.returncode)
-    show_end(run, code, quiet=quiet, output=output)
+    try:
+        with _signals_go_to(watch):
+            if quiet or silent or output is Format.JSON:
+                code = _wait(watch)
+            elif sys.stdout.isatty():
+                code = _live(run, backend, watch)
+            else:
+                code = _lines(run, backend, watch, known or set())
+    except KeyboardInterrupt:
+        say(f"\n{run.id} goes on: `lorafleet logs -f {run.id}` follows it, `lorafleet stop {run.id}` ends it")
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
+    show_end(run, code, quiet=quiet, output=output, sentence=backend.look(run).sentence)
     raise typer.Exit(code)
 
 
 @contextmanager
-def _signals_go_to(child: Any) -> Iterator[None]:
-    """The driver hears Ctrl-C itself (it is in this terminal's process group); the others are passed on."""
+def _signals_go_to(watch: Watch) -> Iterator[None]:
+    """A driver here hears Ctrl-C itself (it is in this terminal's process group), and is passed the other signals."""
 
     def forward(number: int, _frame: Any) -> None:
-        child.send_signal(number)
+        watch.send_signal(number)
 
     def ignore(number: int, _frame: Any) -> None:
         say("stopping: the running trials save first (once more ends them at once)")
 
+    if watch.detaches:
+        yield
+        return
     before = {
         signal.SIGINT: signal.signal(signal.SIGINT, ignore),
         signal.SIGTERM: signal.signal(signal.SIGTERM, forward),
@@ -66,43 +73,62 @@ def _signals_go_to(child: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _exit_code(returned: int) -> int:
-    """A driver that was killed by a signal counts as interrupted; its other codes are ours."""
-    return ExitCode.INTERRUPTED if returned < 0 else returned
+def _wait(watch: Watch) -> int:
+    while (code := watch.poll()) is None:
+        time.sleep(_LOOK_EVERY_SECONDS)
+    return code
 
 
-def _live(run: Run, child: Any) -> None:
+def _live(run: Run, backend: Backend, watch: Watch) -> int:
     from rich.live import Live
 
     from commands.view import run_view
 
-    with Live(run_view(run), console=console(), refresh_per_second=_LOOKS_PER_SECOND, transient=True) as live:
-        while child.poll() is None:
-            live.update(run_view(run))
-            time.sleep(1 / _LOOKS_PER_SECOND)
+    with Live(run_view(run), console=console(), refresh_per_second=2, transient=True) as live:
+        while (code := watch.poll()) is None:
+            live.update(run_view(run, _place(watch)))
+            time.sleep(_LOOK_EVERY_SECONDS)
+    return code
 
 
-def _lines(run: Run, child: Any, seen: set[str]) -> None:
+def _place(watch: Watch) -> str:
+    """What a queue says of the run; nothing for a child."""
+    seen = getattr(watch, "seen", None)
+    return seen.sentence if seen else ""
+
+
+def _lines(run: Run, backend: Backend, watch: Watch, known: set[str]) -> int:
     """What changed, a line a change."""
     from commands.view import news
 
+    place = ""
     while True:
-        ended = child.poll() is not None
-        for line in news(run, seen):
+        code = watch.poll()
+        if code is None and _place(watch) not in ("", place):
+            place = _place(watch)
+            typer.echo(place)
+        for line in news(run, known):
             typer.echo(line)
         sys.stdout.flush()
-        if ended:
-            return
-        time.sleep(_LINES_EVERY_SECONDS)
+        if code is not None:
+            return code
+        time.sleep(_LOOK_EVERY_SECONDS)
 
 
-def show_end(run: Run, code: int, *, quiet: bool, output: Format) -> None:
+def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str = "") -> None:
     """The report of a run that has ended, or why there is none."""
     status = run.status()
-    if code in (ExitCode.OUR_FAULT, ExitCode.USER_INPUT):
-        for line in _last_lines(run.path / "logs" / "driver.log"):
+    log = run.path / "logs" / "driver.log"
+    if not run.trials() and code not in (ExitCode.OK, ExitCode.SOME_TRIALS_FAILED):
+        for line in _last_lines(log):
             say(line)
-        say(f"{run.id} failed; all that its driver said is in {run.path / 'logs' / 'driver.log'}")
+        say(sentence)
+        say(f"{run.id} ended with code {code} before a trial began" + (f"; {log} has more" if log.is_file() else ""))
+        return
+    if code in (ExitCode.OUR_FAULT, ExitCode.USER_INPUT):
+        for line in _last_lines(log):
+            say(line)
+        say(f"{run.id} failed; all that its driver said is in {log}")
         return
     from evaluation.report import build_report, report_json
 

@@ -128,6 +128,11 @@ def model_folder(name: str, revision: str | None) -> Path:
     return folder
 
 
+def converted_folder(folder: Path) -> Path:
+    """Where the safetensors lie that a GGUF asset was converted to, once it was."""
+    return folder.with_name(f"{folder.name}-safetensors")
+
+
 def model_config(name: str, revision: str | None) -> dict[str, Any] | None:
     """config.json of a model, or None where it is not on this machine."""
     try:

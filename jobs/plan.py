@@ -75,5 +75,13 @@ class Plan(Spec):
     """GB on disk of one checkpoint of all trials that run at once; the one before is kept beside it."""
     strategy: str
     """What `auto` came to."""
+    site: str = "here"
+    """Where it would run: this machine, a Ray, or a site by name."""
+    nodes: int = 1
+    """Nodes of the job on a cluster with a queue."""
+    command_line: str = ""
+    """What hands it over to the queue, as it would be typed; RUN stands for the folder of the run."""
+    files: dict[str, str] = {}
+    """What is handed over to a queue, by name."""
     notes: list[str] = []
     """What a reader should know: aliases, unknown sizes, missing data."""

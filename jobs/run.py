@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 from jobs import files
 from jobs.errors import RunError
+from jobs.lease import check_current, started
 from jobs.search import Assignment
 
 State = TypeVar("State", bound=StrEnum)
@@ -69,11 +70,29 @@ def _known(states: type[State], word: str, folder: Path) -> State:
         raise RunError(f"{folder / 'status.json'} says {word!r}, which this version does not know") from None
 
 
+def _written_by_the_newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without those that a stale attempt added after a newer one had begun to write."""
+    kept, newest = [], 0
+    for row in rows:
+        attempt = int(row.get("attempt") or 0)
+        if attempt >= newest:
+            kept.append(row)
+            newest = attempt
+    return kept
+
+
 @dataclass(frozen=True)
 class Trial:
     """One trial's folder."""
 
     path: Path
+    attempt: int | None = None
+    """The attempt that writes; None for those that only read."""
+
+    def check_current(self) -> None:
+        """Raise StaleAttempt when a newer attempt writes this run."""
+        if self.attempt is not None:
+            check_current(self.path.parent.parent, self.attempt)
 
     @property
     def id(self) -> str:
@@ -126,12 +145,19 @@ class Trial:
 
     def set_state(self, state: TrialState, **facts: Any) -> None:
         """Write the state with what goes with it, keeping what was said before."""
-        now = {"updated": time.time(), **({"ended": time.time()} if state.ended else {})}
+        self.check_current()
+        ended = {"ended": time.time()} if state.ended else {}
+        now = {"updated": time.time(), **ended, **_stamp(self.attempt)}
         files.write_json(self.path / "status.json", self.status() | {"state": state} | facts | now)
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl, oldest first."""
-        return files.read_jsonl(self.path / "metrics.jsonl")
+        return _written_by_the_newest(files.read_jsonl(self.path / "metrics.jsonl"))
+
+    def add_row(self, row: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        self.check_current()
+        files.append_jsonl(self.path / "metrics.jsonl", {"time": time.time(), **row, **_stamp(self.attempt)})
 
     def evaluations(self) -> list[dict[str, Any]]:
         """The rows that hold an evaluation."""
@@ -142,11 +168,22 @@ class Trial:
         return files.read_json(self.path / "progress.json")
 
 
+def _stamp(attempt: int | None) -> dict[str, int]:
+    return {} if attempt is None else {"attempt": attempt}
+
+
 @dataclass(frozen=True)
 class Run:
     """One run's folder."""
 
     path: Path
+    attempt: int | None = None
+    """The attempt that writes, which every write carries; None for those that only read."""
+
+    def check_current(self) -> None:
+        """Raise StaleAttempt when a newer attempt writes this run."""
+        if self.attempt is not None:
+            check_current(self.path, self.attempt)
 
     @classmethod
     def create(cls, runs: Path, name: str) -> Run:
@@ -190,14 +227,14 @@ class Run:
 
     def set_state(self, state: RunState, **facts: Any) -> None:
         """Move to a state. Raises RunError on a move that makes no sense, such as finished to stopped."""
+        self.check_current()
         status = self.status()
         before = status.get("state")
         if before is not None and state not in _NEXT[RunState(before)]:
             raise RunError(f"{self.id} is {before} and cannot become {state}")
         ended = {} if state in (RunState.PENDING, RunState.RUNNING) else {"ended": time.time()}
-        files.write_json(
-            self.path / "status.json", status | {"state": state} | facts | ended | {"updated": time.time()}
-        )
+        now = {"updated": time.time(), **_stamp(self.attempt)}
+        files.write_json(self.path / "status.json", status | {"state": state} | facts | ended | now)
 
     @property
     def created(self) -> float:
@@ -224,11 +261,12 @@ class Run:
 
     def trial(self, trial_id: str) -> Trial:
         """The folder of a trial, existing or not."""
-        return Trial(self.path / "trials" / trial_id)
+        return Trial(self.path / "trials" / trial_id, self.attempt)
 
     def trials(self) -> list[Trial]:
         """Every trial that was made, in the order in which they were."""
-        found = [Trial(path) for path in (self.path / "trials").glob("*") if (path / "params.json").is_file()]
+        folders = (self.path / "trials").glob("*")
+        found = [Trial(path, self.attempt) for path in folders if (path / "params.json").is_file()]
         return sorted(found, key=lambda trial: (trial.params().get("index", 0), trial.id))
 
     def add_trial(self, trial_id: str, index: int, assignment: Assignment) -> Trial:
@@ -241,7 +279,9 @@ class Run:
 
     def event(self, kind: str, **facts: Any) -> None:
         """Add a line to events.jsonl."""
-        files.append_jsonl(self.path / "events.jsonl", {"time": time.time(), "event": kind, **facts})
+        self.check_current()
+        row = {"time": time.time(), "event": kind, **facts, **_stamp(self.attempt)}
+        files.append_jsonl(self.path / "events.jsonl", row)
 
     def remarks(self) -> list[str]:
         """What happened beside the plan, a sentence each: damaged checkpoints, trials begun again, fewer at once."""
@@ -264,27 +304,5 @@ class Run:
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The lines of events.jsonl, of one kind or all."""
-        rows = files.read_jsonl(self.path / "events.jsonl")
+        rows = _written_by_the_newest(files.read_jsonl(self.path / "events.jsonl"))
         return [row for row in rows if kind is None or row.get("event") == kind]
-
-
-def started(pid: int) -> int | None:
-    """When a process began (clock ticks since boot, field 22 of /proc/PID/stat): a reused pid has another."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return _started_elsewhere(pid)
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] == "Z" else int(fields[19])
-
-
-def _started_elsewhere(pid: int) -> int | None:
-    """The same without /proc (macOS)."""
-    if Path("/proc/self").is_dir():
-        return None
-    import psutil
-
-    try:
-        return int(psutil.Process(pid).create_time())
-    except psutil.NoSuchProcess:
-        return None

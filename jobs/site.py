@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from jobs.spec import Spec
+from jobs.words import counted
 
 
 class Node(Spec):
@@ -76,4 +77,28 @@ class RaySite(Spec):
         return f"the Ray at {self.address}"
 
 
-Site = LocalSite | RaySite
+class Allocation(Spec):
+    """What a job gets of a cluster with a queue: machines that are alike, and perhaps a head that takes no work."""
+
+    kind: Literal["slurm"] = "slurm"
+    """Which backend runs it."""
+    cluster: str
+    """The site's name."""
+    nodes: tuple[Node, ...]
+    """Its machines."""
+    gpu_memory_gib: float = Field(0.0, ge=0)
+    """Memory of a GPU, in GiB; 0 where it is not known."""
+
+    @property
+    def gpus(self) -> int:
+        """CUDA devices of all machines."""
+        return sum(node.gpus for node in self.nodes)
+
+    @property
+    def called(self) -> str:
+        """What sentences call it."""
+        workers = sum(node.cpus > 0 for node in self.nodes)
+        return f"a job of {counted(workers, 'node')} on site {self.cluster}"
+
+
+Site = LocalSite | RaySite | Allocation

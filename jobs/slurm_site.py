@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from jobs.errors import Problem, SpecProblems
-from jobs.site import Node
+from jobs.site import Allocation, Node
 from jobs.spec import Spec, Texts
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}(?::\d{2}){0,2}|\d+)")
@@ -62,6 +62,28 @@ class RequeueSpec(Spec):
     """Seconds before the time limit at which trials are asked to save (Slurm may be up to a minute early)."""
 
 
+class HeadNode(Spec):
+    """A small machine without GPUs for Ray's head and the driver, as the first part of a heterogeneous job."""
+
+    partition: Word | None = None
+    """Its partition; left out: the site's."""
+    constraint: Word | None = None
+    """Features that it must have."""
+    cpus: int = Field(4, ge=1, le=4096)
+    """CPU cores; no trial runs on them."""
+    memory_gb: float = Field(16.0, gt=0)
+    """Memory, in GB."""
+
+
+class ArraySpec(Spec):
+    """One array task a group of trials, in the place of one Ray over the whole allocation."""
+
+    trials_per_task: int = Field(1, ge=1, le=10_000)
+    """Trials that one task trains, on one node."""
+    max_running: int | None = Field(None, ge=1, le=10_000)
+    """Tasks that run at once (Slurm's `%`); left out: as many as the scheduler lets."""
+
+
 class SlurmSite(Spec):
     """A Slurm cluster, as one group of users meets it."""
 
@@ -91,6 +113,13 @@ class SlurmSite(Spec):
     """Memory of one GPU, in GB; 0 where it is not known, and nothing is said to fit or not."""
     node_types: dict[str, NodeType] = {}
     """Kinds of nodes by name, where they differ: what fits is judged by the smallest."""
+    head: HeadNode | None = None
+    """A machine of its own for the head and the driver (a heterogeneous job); left out: they share the first node."""
+    launch: Literal["ray", "array"] = "ray"
+    """`ray`: one Ray over one allocation. `array`: many small trials that know nothing of each other (grid or random
+    search with scheduler: none), a group of them to a task of a job array."""
+    array: ArraySpec = ArraySpec()
+    """How an array is cut up."""
     nodes: int | None = Field(None, ge=1, le=10_000)
     """Nodes of one allocation; left out: what one trial needs."""
     max_nodes: int | None = Field(None, ge=1, le=10_000)
@@ -142,18 +171,18 @@ class SlurmSite(Spec):
             gpu_memory_gb=min(known, default=0.0),
         )
 
-    def machines(self, nodes: int) -> tuple[Node, ...]:
-        """An allocation of so many nodes, as placement sees it."""
+    def allocation(self, nodes: int) -> Allocation:
+        """A job of so many nodes, as placement sees it."""
         least = self.smallest
-        return tuple(
-            Node(
-                name=f"node {number}",
-                cpus=least.cpus_per_node,
-                memory_gib=least.memory_gb_per_node * 1e9 / 2**30,
-                gpus=least.gpus_per_node,
-            )
+        memory = least.memory_gb_per_node * 1e9 / 2**30
+        machines = [
+            Node(name=f"node {number}", cpus=least.cpus_per_node, memory_gib=memory, gpus=least.gpus_per_node)
             for number in range(1, nodes + 1)
-        )
+        ]
+        if self.head:
+            machines.insert(0, Node(name="head", cpus=0, memory_gib=self.head.memory_gb * 1e9 / 2**30))
+        gpu_memory = least.gpu_memory_gb * 1e9 / 2**30
+        return Allocation(cluster=self.name, nodes=tuple(machines), gpu_memory_gib=gpu_memory)
 
     @property
     def time_limit_seconds(self) -> int:
@@ -188,6 +217,9 @@ class SlurmSite(Spec):
         if self.nodes and self.max_nodes and self.nodes > self.max_nodes:
             sentence = f"nodes is {self.nodes}, but must not be above max_nodes = {self.max_nodes}"
             problems.append(Problem("nodes", sentence))
+        if self.launch == "array" and (self.head or (self.nodes or 1) > 1):
+            sentence = "launch is array, whose tasks have one node each: leave out head and nodes"
+            problems.append(Problem("launch", sentence))
         if self.gpu_type and not self.gpus_per_node:
             problems.append(Problem("gpu_type", f"gpu_type is {self.gpu_type}, but gpus_per_node is 0"))
         if self.requeue.signal_seconds >= self.time_limit_seconds:

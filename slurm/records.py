@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from slurm.states import state_word
+from slurm.states import job_state, state_word
 
 _PAIR = re.compile(r"(?:^|\s)([A-Za-z][A-Za-z0-9/:_]*)=")
 
@@ -53,12 +53,38 @@ def _of_pairs(said: dict[str, str]) -> JobRecord:
     return JobRecord(
         job_id=said["JobId"],
         state=state,
-        reason="" if said.get("Reason") in (None, "None") else said["Reason"],
-        exit_code=int(code) if code.isdigit() else None,
+        reason=_said(said.get("Reason", "")),
+        exit_code=int(code) if code.isdigit() and job_state(state).ended else None,
         signal=int(signal) if signal.isdigit() and int(signal) else None,
-        restarts=int(said.get("Restarts", "0") or 0),
+        restarts=int(restarts) if (restarts := said.get("Restarts", "")).isdigit() else 0,
         nodes="" if said.get("NodeList") in (None, "(null)") else said["NodeList"],
     )
+
+
+def from_squeue(text: str) -> list[JobRecord]:
+    """The jobs of `squeue --noheader --format='%i|%T|%r|%N'`, which every version understands."""
+    rows = [line.split("|") for line in text.splitlines() if line.count("|") == 3]
+    return [
+        JobRecord(job_id=row[0].strip(), state=state_word(row[1]), reason=_said(row[2]), nodes=row[3].strip())
+        for row in rows
+    ]
+
+
+def from_sacct(text: str) -> list[JobRecord]:
+    """The jobs of `sacct --parsable2 --allocations --format=JobID,State,ExitCode,Reason,NodeList,Restarts`."""
+    found = []
+    for line in text.splitlines():
+        if line.count("|") != 5:
+            continue
+        job_id, state, code, reason, nodes, restarts = (part.strip() for part in line.split("|"))
+        pairs = {"JobId": job_id, "JobState": state, "ExitCode": code, "Reason": _said(reason), "Restarts": restarts}
+        known_nodes = {} if nodes == "None assigned" else {"NodeList": nodes}
+        found.append(_of_pairs(pairs | known_nodes))
+    return found
+
+
+def _said(reason: str) -> str:
+    return "" if reason.strip() in ("None", "(null)") else reason.strip()
 
 
 def from_json(text: str) -> list[JobRecord]:

@@ -15,8 +15,9 @@ from torch import nn
 
 from jobs import files
 from jobs.errors import AssetError, UserError
-from jobs.hub import lacks_tokenizer, lacks_weights, model_folder, refuse
+from jobs.hub import converted_folder, lacks_tokenizer, lacks_weights, model_folder, refuse
 from jobs.spec import JobSpec
+from jobs.stage import staged
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -149,12 +150,12 @@ def safetensors_folder(name: str, revision: str | None) -> Path:
     folder = model_folder(name, revision)
     if not (folder / "model.gguf").is_file():
         refuse(name, folder, lacks_weights(folder))
-        return folder
-    converted = folder.with_name(f"{folder.name}-safetensors")
+        return staged(folder)
+    converted = converted_folder(folder)
     with files.locked(converted):
         if not converted.is_dir():
             _convert_gguf(folder, converted)
-    return converted
+    return staged(converted)
 
 
 def _convert_gguf(folder: Path, target: Path) -> None:

@@ -15,7 +15,6 @@ from torch import nn
 from evaluation.metrics import Scores
 from jobs import files, search
 from jobs.errors import disk_full
-from jobs.run import Run
 from jobs.spec import JobSpec
 from training.data import open_tokens
 from training.methods import detach, load_weights
@@ -41,7 +40,7 @@ class Examiner:
     def __init__(self, work: Work) -> None:
         os.chdir(work.run)
         torch.set_num_threads(max(1, work.job.resources.cpus_per_worker))
-        self.work, self.run = work, Run(Path(work.run))
+        self.work, self.run = work, work.written
         self.data = open_tokens(Path(work.tokens))
         self.base: Base | None = None
         self.watchdog: Watchdog | None = None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from jobs import files, rungs
+from jobs import rungs
 from jobs.metrics import is_better
 from jobs.retries import retry_number
 from jobs.run import Run, Trial, TrialState
@@ -78,7 +78,7 @@ class Ledger:
     def report(self, trial: Trial, row: dict[str, Any]) -> bool:
         """Record one report of a trial, unless an earlier attempt did; say whether the trial goes on."""
         if int(row["step"]) > self.last_step.get(trial.id, -1):
-            files.append_jsonl(trial.path / "metrics.jsonl", {"time": time.time(), **row})
+            trial.add_row(row)
             self._remember(trial.id, row)
             self._tell(lambda listener: listener.on_row(trial, row))
         if row.get("rung") is None:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from jobs.run import started
+from jobs.lease import machine, started
 
 _PREFIX = "lf-"
 _OWNER = "owner.json"
@@ -27,7 +27,7 @@ def make_scratch() -> Path:
     parent = Path(usual if len(usual) <= _LONGEST_TMPDIR else "/tmp")
     _clear_orphans(parent)
     scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    owner = {"machine": _machine(), "pid": os.getpid(), "started": started(os.getpid())}
+    owner = {"machine": machine(), "pid": os.getpid(), "started": started(os.getpid())}
     (scratch / _OWNER).write_text(json.dumps(owner))
     os.environ["TMPDIR"] = str(scratch)
     return scratch
@@ -37,17 +37,9 @@ def _clear_orphans(parent: Path) -> None:
     for path in parent.glob(f"{_PREFIX}*/{_OWNER}"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             owner = json.loads(path.read_text())
-            ours = path.stat().st_uid == os.getuid() and owner["machine"] == _machine()
+            ours = path.stat().st_uid == os.getuid() and owner["machine"] == machine()
             if ours and started(int(owner["pid"])) != owner["started"]:
                 shutil.rmtree(path.parent, ignore_errors=True)
-
-
-def _machine() -> list[str]:
-    """Where a process's number means something: containers and machines may share a temporary folder."""
-    try:
-        return [os.uname().nodename, str(Path("/proc/self/ns/pid").readlink())]
-    except OSError:
-        return [os.uname().nodename]
 
 
 def keep_logs(scratch: Path, target: Path) -> None:

@@ -7,11 +7,12 @@ with the trials that have not ended; Tune's snapshots are not used.
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import dataclasses
 import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +25,14 @@ from jobs import files, search
 from jobs.defaults import learning_rate
 from jobs.errors import DiskFull, ExitCode, LorafleetError, RunError, disk_full
 from jobs.identity import facts_of, trial_id
+from jobs.lease import Lease, StaleAttempt
 from jobs.placement import Placement, fitted
 from jobs.run import Run, RunState, Trial, TrialState
 from jobs.schedule import schedule
 from jobs.search import Assignment, known_assignments
 from jobs.site import Node
 from jobs.spec import JobSpec
+from tuning.allocation import allocation_here, begin_in_allocation, saved_mark
 from tuning.nodes import check_nodes
 from tuning.proposals import GivenProposals, Proposals, TpeProposals
 from tuning.scratch import keep_logs, make_scratch
@@ -64,22 +67,28 @@ class Sweep:
 
     def execute(self) -> ExitCode:
         """Run what is left of the sweep, evaluate the finalists, write the report."""
-        with (self.run.path / "driver.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunError(f"{self.run.id} has another driver, which is still running") from error
-            return self._locked_execute()
+        allocation = allocation_here()
+        saved = saved_mark(self.run)
+        lease = Lease.take(self.run.path, allocation | {"saved": saved}, say=_log)
+        try:
+            self.run = dataclasses.replace(self.run, attempt=lease.attempt)
+            lease.keep(_end_at_once)
+            return self._leased_execute(lease.attempt)
+        finally:
+            lease.release()
 
-    def _locked_execute(self) -> ExitCode:
-        self.stop_file.unlink(missing_ok=True)
+    def _leased_execute(self, attempt: int) -> ExitCode:
+        if self.stop_file.is_file() and not self.stop_file.read_text():
+            self.stop_file.unlink()  # a signal's, which is answered; a user's holds until `resume`
         self.run.keep_reserve()
-        attempt = int(self.run.status().get("attempt", 0)) + 1
-        self.run.mark_running(attempt=attempt, reason=None)
+        self.run.mark_running(reason=None)
         self.run.event("attempt", number=attempt)
         with self._stopped_by_signals():
             try:
+                begin_in_allocation(self.run)
                 outcome = self._attempt(attempt)
+            except StaleAttempt:
+                raise
             except LorafleetError as error:
                 self.run.set_state(RunState.FAILED, reason=str(error))
                 raise
@@ -89,6 +98,9 @@ class Sweep:
                     self.run.release_reserve()
                     self.run.set_state(RunState.FAILED, reason=str(full))
                     raise full from error
+                if self.told is not None:  # Slurm ends Ray and the driver in one instant: there was nobody to save
+                    self.run.set_state(RunState.STOPPED, reason=_CUT_OFF, wall_seconds=self._wall())
+                    return ExitCode.REQUEUE
                 self.run.set_state(RunState.FAILED, reason=f"{type(error).__name__}: {error}")
                 raise
         return outcome
@@ -327,6 +339,7 @@ class Sweep:
             str(data.folder),
             self.placement.gpus_per_worker,
             self.searching,
+            self.run.attempt,
         )
 
     def _trainable(self, data: Any) -> Any:
@@ -454,6 +467,21 @@ class Sweep:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+_CUT_OFF = "it was ended before all could be saved: it goes on from the last checkpoints (`lorafleet resume`)"
+
+
+def _log(sentence: str) -> None:
+    """A line of the driver's log."""
+    sys.stderr.write(f"{sentence}\n")
+    sys.stderr.flush()
+
+
+def _end_at_once(sentence: str) -> None:
+    """What becomes of a driver that was overtaken: not one write more."""
+    _log(sentence)
+    os._exit(ExitCode.USER_INPUT)
 
 
 _RAY_ENVIRONMENT = {

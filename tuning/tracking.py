@@ -24,7 +24,16 @@ if TYPE_CHECKING:
 
 Mode = Literal["online", "offline", "disabled"]
 _MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
-_NOT_LOGGED = {"schema_version", "time", "intervals", "evaluated", "trainable_parameters", "host", "first_gradient_at"}
+_NOT_LOGGED = {
+    "schema_version",
+    "time",
+    "intervals",
+    "evaluated",
+    "trainable_parameters",
+    "host",
+    "first_gradient_at",
+    "attempt",
+}
 
 
 @contextlib.contextmanager

@@ -52,6 +52,13 @@ class Work:
     """GPUs of one actor."""
     searching: bool
     """Whether the search's schedule holds, or the training's own."""
+    attempt: int | None = None
+    """The driver's attempt at the run, which every write carries."""
+
+    @property
+    def written(self) -> Run:
+        """The run as this attempt writes it."""
+        return Run(Path(self.run), self.attempt)
 
     def stop_requested(self) -> bool:
         """Whether the run is asked to end (Ctrl-C, `lorafleet stop`, preemption)."""
@@ -78,7 +85,7 @@ class TrialRun:
 
     def __init__(self, work: Work, config: dict[str, Any], data: TokenData) -> None:
         self.work, self.data = work, data
-        self.trial: Trial = Run(Path(work.run)).trial(config["trial_id"])
+        self.trial: Trial = work.written.trial(config["trial_id"])
         self.ranks = Ranks.here()
         self.job = self._small_enough(search.trial(work.job, config["assignment"]))
         self.plan: Schedule = schedule(self.job, len(data.splits["train"]), searching=work.searching)
@@ -183,10 +190,12 @@ class TrialRun:
                 row |= self._evaluated(session)
         if self.leaving or (self.stopping and session.step >= target and not row.get("evaluated")):
             due = session.step >= target
+            self.trial.check_current()
             session.save(self.trial.checkpoint, {"best": self.best, "row": row if due else None, "due": due})
             taken = {"failure": _NODE_LEAVES} if self.leaving else {}
             return {"row": None, "done": False, "stopping": self.stopping} | taken
         if row.get("evaluated") or self.stopping or self._agreed(self._checkpoint_due())[0]:
+            self.trial.check_current()
             session.save(self.trial.checkpoint, {"best": self.best, "row": row})
             self.saved_at = time.monotonic()
         where: dict[str, Any] = {"nodes": self.nodes} if self.nodes > 1 else {}
@@ -254,6 +263,7 @@ class TrialRun:
         score = scores.metrics[metric.name]
         if is_better(score, self.best, metric.goal):
             self.best = score
+            self.trial.check_current()
             session.save_weights(self.trial.weights_of(self.job.method))
         rungs = [index for index, step in enumerate(self.plan.rung_steps) if step == session.step]
         return {

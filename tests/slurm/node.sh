@@ -7,6 +7,10 @@ hostname "$name"
 mount --make-rprivate /
 mount --bind "$rig/hosts" /etc/hosts
 mount -t tmpfs -o mode=1777,size=2g tmpfs /dev/shm
+for own in /tmp/ray "$rig/local"; do # a node's own disk: /tmp itself is shared, since the tests' folders are in it
+    mkdir -p "$own"
+    mount -t tmpfs -o mode=1777,size=2g tmpfs "$own"
+done
 ip link set lo up
 for _ in $(seq 200); do ip link show eth0 >/dev/null 2>&1 && break; sleep .05; done
 ip link set eth0 up

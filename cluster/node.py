@@ -1,0 +1,192 @@
+"""One node of a job: what it has, whether all agree, and which ports are free on all of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.machine import find_gpus
+from jobs import files
+from jobs.errors import PlacementRefused
+from jobs.hub import converted_folder, model_folder
+from jobs.identity import models_of
+from jobs.run import Run, RunState
+from jobs.spec import JobSpec
+from jobs.stage import stage
+
+PINNED = ("python", "lorafleet", "torch", "ray", "transformers", "peft")
+"""What must be the same on every node and at every restart."""
+_FIRST_PORT, _LAST_PORT = 20_000, 32_700
+"""Below the ports that Linux gives to clients (32768 and up)."""
+_WORKERS_AT = 20
+"""The first worker's port in a block; those before are Ray's own."""
+
+
+def look(run: Path, nonce: str, address: str, node: str, number: int, interface: str) -> dict[str, Any]:
+    """What this node has, and what it reads in the run's folder."""
+    gpus = find_gpus()
+    try:
+        seen = (run / nonce).read_text().strip()
+    except OSError:
+        seen = ""
+    wrong = None
+    if not address:
+        wrong = f"has no address on {interface}" if interface else "has no IPv4 address but loopback's"
+    return {
+        "node": node,
+        "number": number,
+        "address": address,
+        "wrong": wrong,
+        "nonce": seen,
+        "driver": gpus.driver,
+        "gpus": gpus.count,
+        "gpu_memory_gib": round(gpus.memory_gib, 1),
+        "busy": busy_ports(),
+        **versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What is installed here, of what is pinned; read without importing it."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in PINNED[1:]:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def busy_ports() -> list[int]:
+    """Ports of our range that something listens on here, on any address; /proc needs no rights for it."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split()
+            port = int(fields[1].rpartition(":")[2], 16)
+            if fields[3] == "0A" and _FIRST_PORT <= port <= _LAST_PORT:
+                found.add(port)
+    return sorted(found)
+
+
+def disagreements(reports: list[dict[str, Any]], nonce: str, nodes: int, pinned: dict[str, str], run: str) -> list[str]:
+    """A sentence for every way in which nodes differ, from each other or from the run's beginning. Pure.
+
+    A head without GPUs is not asked about drivers.
+    """
+    ordered = sorted(reports, key=lambda report: int(report["number"]))
+    found = []
+    if len(ordered) < nodes:
+        answered = ", ".join(report["node"] for report in ordered) or "none"
+        found.append(f"only {len(ordered)} of {nodes} nodes answered ({answered}); what the others said is above")
+    for report in ordered:
+        if report["nonce"] != nonce:
+            found.append(
+                f"{report['node']} does not see {run} as it is now: runs_dir must be a folder that all nodes share"
+            )
+        if report["wrong"]:
+            found.append(f"{report['node']} {report['wrong']}")
+    if found:
+        return found
+    first = ordered[0]
+    for report in ordered[1:]:
+        found += [
+            f"{report['node']} has {name} {report[name]}, and {first['node']} has {first[name]}: the site's setup "
+            "lines must make the same environment on every node"
+            for name in PINNED
+            if report[name] != first[name]
+        ]
+    with_gpus = [report for report in ordered if report["gpus"]]
+    for report in with_gpus[1:]:
+        model = with_gpus[0]
+        found += [
+            f"{report['node']} has {what} {report[name]}{unit}, and {model['node']} has {model[name]}{unit}: ask for "
+            "one kind of node (constraint in the site file)"
+            for name, what, unit in (("driver", "driver", ""), ("gpu_memory_gib", "GPU memory", " GiB"))
+            if report[name] != model[name]
+        ]
+    missing = [name for name in PINNED if first[name] == "not installed"]
+    if missing:
+        found.append(f"{', '.join(missing)} is not installed in the environment that the site's setup lines make")
+    changed = [name for name, version in pinned.items() if name in PINNED and first[name] != version]
+    if changed and not found:
+        what = ", ".join(f"{name} {first[name]} and not {pinned[name]}" for name in changed)
+        found.append(
+            f"the environment has changed since the run began: {first['node']} has {what}; put it back, or start a new "
+            "run"
+        )
+    return found
+
+
+def choose_ports(busy: list[int], cpus: int, job: int) -> tuple[int, int]:
+    """(first, last) of a block of ports that is free on every node. Pure.
+
+    Jobs with numbers near each other begin to look at different blocks, so that two which start at once do not meet.
+    Raises PlacementRefused when there is no free block.
+    """
+    size = -(-(_WORKERS_AT + max(80, 4 * cpus + 40)) // 100) * 100
+    blocks = (_LAST_PORT - _FIRST_PORT) // size
+    taken = set(busy)
+    for step in range(blocks):
+        first = _FIRST_PORT + (job + step) % blocks * size
+        if not taken.intersection(range(first, first + size)):
+            return first, first + size - 1
+    raise PlacementRefused(f"no {size} ports in a row are free on all nodes between {_FIRST_PORT} and {_LAST_PORT}")
+
+
+def agree(run: Path, reports: Path, nonce: str, nodes: int, cpus: int, job: int) -> str:
+    """`ADDRESS FIRST_PORT LAST_PORT` of the job's Ray, when all nodes agree; the environment is pinned the first time.
+
+    Raises PlacementRefused with a sentence that names the node.
+    """
+    answers = read_reports(reports.read_text(errors="replace"))
+    kept = run / "environment.json"
+    pinned = files.read_json(kept)
+    wrong = disagreements(answers, nonce, nodes, pinned, str(run))
+    if wrong:
+        raise PlacementRefused("; ".join(wrong))
+    first = min(answers, key=lambda report: int(report["number"]))
+    if not pinned:
+        files.write_json(kept, {name: first[name] for name in PINNED})
+    ports = choose_ports(sorted({port for report in answers for port in report["busy"]}), cpus, job)
+    return f"{first['address']} {ports[0]} {ports[1]}"
+
+
+def read_reports(text: str) -> list[dict[str, Any]]:
+    """The nodes' answers; whatever else a site's programs print on the way is passed over."""
+    found = []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and {"node", "number", "nonce"} <= set(row):
+            found.append(row)
+    return found
+
+
+def stage_models(run: Run, target: Path, say: Callable[[str], None]) -> None:
+    """Copy the models that a run's trials load to this node's own disk, where they are not there yet."""
+    job = JobSpec.model_validate_json(json.dumps(files.read_json(run.path / "plan.json")["job"]))
+    for name in models_of(job):
+        folder = model_folder(name, job.model.revision)
+        if (folder / "model.gguf").is_file():  # what is loaded is made from it, by the driver
+            folder = converted_folder(folder)
+        if folder.is_dir():
+            say(f"{name} is read from {stage(folder, target, say)}")
+
+
+def mark_failed(run: Run, sentence: str) -> None:
+    """Say in the run's state why its driver never began."""
+    if run.state is RunState.RUNNING or run.state is RunState.PENDING:
+        run.set_state(RunState.FAILED, reason=sentence)
+    else:  # an earlier attempt ended it: stopped -> failed, failed and finished stay what they are
+        run.event("note", sentence=sentence)

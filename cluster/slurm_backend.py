@@ -1,0 +1,363 @@
+"""A Slurm cluster: a run is a job in its queue, found again by the numbers in the run's folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cluster import registry
+from cluster.backend import Seen
+from cluster.backends import SITE_FILE
+from cluster.local import write_run
+from cluster.planning import make_plan
+from jobs import files
+from jobs.assets import cache_dir
+from jobs.errors import AssetError, ExitCode, PlacementRefused, RunError
+from jobs.hub import check_whole, hub_cache
+from jobs.identity import models_of
+from jobs.load import LoadedJob
+from jobs.plan import Plan
+from jobs.rows import load_rows
+from jobs.run import Run, RunState
+from jobs.slurm_site import SlurmSite, slurm_seconds
+from jobs.spec import JobSpec
+from slurm import client
+from slurm.records import JobRecord
+from slurm.render import JOB, Script, nodes_of_job, render, submission
+from slurm.states import job_state, why_pending
+
+_LOOK_SECONDS = 5.0
+"""Between two questions to Slurm about one job."""
+_FOLDER = "slurm"
+
+
+class SlurmBackend:
+    """Submits to the queue of a site."""
+
+    def __init__(self, site: SlurmSite, nodes: int | None = None) -> None:
+        self.site = site
+        self.asked_nodes = nodes
+        if site.cache_dir:
+            cache = files.in_home(os.path.expandvars(site.cache_dir))
+            os.environ["LORAFLEET_CACHE"] = str(cache)
+            os.environ["HF_HUB_CACHE"] = str(cache / "hub")
+
+    def runs_dir(self, given: Path) -> Path:
+        """The site's folder of runs, which the nodes see; without one, what the user gives."""
+        return files.in_home(os.path.expandvars(self.site.runs_dir)) if self.site.runs_dir else given
+
+    def plan(self, loaded: LoadedJob, command: str) -> Plan:
+        """Everything that would happen. Raises a UserError where the job could not begin."""
+        nodes = nodes_of_job(self.site, self.asked_nodes, loaded.job.resources.num_nodes)
+        made = make_plan(loaded, self.site.allocation(nodes), command)
+        script = Script(
+            title=f"lorafleet {made.command}: {made.job.name}, on site {self.site.name}",
+            nodes=nodes,
+            programs=str(Path(sys.executable).parent),
+            exports=_exports(),
+            folders=tuple(dict.fromkeys((str(cache_dir()), str(hub_cache())))),
+            version=_version(),
+        )
+        line = submission(Path("RUN") / _FOLDER / JOB, Path("RUN"), "RUN_ID", 1)
+        return made.model_copy(
+            update={
+                "site": self.site.name,
+                "nodes": nodes,
+                "files": render(self.site, script, self._own_template()),
+                "command_line": shlex.join(line),
+            }
+        )
+
+    def _own_template(self) -> dict[str, str]:
+        if not self.site.template:
+            return {}
+        path = files.in_home(os.path.expandvars(self.site.template))
+        try:
+            return {JOB: path.read_text()}
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlacementRefused(
+                f"template of site {self.site.name} is {path}, which cannot be read: {error}"
+            ) from error
+
+    def check(self, plan: Plan) -> list[str]:
+        """What bash and Slurm have against the job, and what `sbatch --test-only` lets through."""
+        found = [f"bash -n {name}: {complaint}" for name, complaint in _syntax(plan.files)]
+        looks: tuple[Callable[[Plan], str | None], ...] = (self._refused, self._above_the_limit, self._unknown_account)
+        for look in looks:
+            try:
+                sentence = look(plan)
+            except client.SlurmError as error:  # not on a login node: said once
+                return [*found, f"not checked by Slurm: {error}"]
+            found += [sentence] if sentence else []
+        return found
+
+    def _refused(self, plan: Plan) -> str | None:
+        with _scratch() as folder:
+            for name, text in plan.files.items():
+                (folder / name).write_text(text)
+            said = client.test_only(submission(folder / JOB, folder, plan.job.name, 1))
+        return f"sbatch --test-only: {said}" if said else None
+
+    def _above_the_limit(self, _plan: Plan) -> str | None:
+        limit = client.partition_limit(self.site.partition)
+        if limit is None or limit[1] in ("UNLIMITED", "INFINITE"):
+            return None
+        if self.site.time_limit_seconds <= slurm_seconds(limit[1]):
+            return None
+        return (
+            f"time_limit is {self.site.time_limit}, and partition {limit[0]} allows {limit[1]}: the job would wait for "
+            "ever"
+        )
+
+    def _unknown_account(self, _plan: Plan) -> str | None:
+        known = client.accounts() if self.site.account else None
+        if known is None or self.site.account in known:
+            return None
+        return f"account is {self.site.account}, and you may use {', '.join(sorted(known))}"
+
+    def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
+        """Write the run's folder and hand it over. Raises a UserError, and leaves nothing, where that fails."""
+        _check_fetched(loaded)
+        run = write_run(plan, loaded, runs)
+        try:
+            for name, text in plan.files.items():
+                files.write_text(run.path / _FOLDER / name, text)
+            (run.path / "logs").mkdir(exist_ok=True)
+            self._write_site(run, plan.nodes, 1)
+            self._hand_over(run, 1)
+        except BaseException:
+            shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        registry.add(run, self.site.name)
+        return run
+
+    def _write_site(self, run: Run, nodes: int, number: int) -> None:
+        stored = {"site": self.site.model_dump(mode="json"), "nodes": nodes, "submission": number}
+        files.write_json(run.path / SITE_FILE, {"kind": self.site.kind, **stored})
+
+    def _hand_over(self, run: Run, number: int) -> None:
+        """Submit the job, and with the policy `chain` those that go on after it."""
+        chained = self.site.requeue.max_walltime_chain if self.site.requeue.policy == "chain" else 1
+        jobs: list[str] = []
+        for _ in range(chained):
+            after = jobs[-1] if jobs else None
+            line = submission(run.path / _FOLDER / JOB, run.path, run.id, number, after=after)
+            try:
+                jobs.append(client.submit(line))
+            except client.SlurmError:
+                with contextlib.suppress(client.SlurmError):
+                    client.cancel(jobs)
+                raise
+            files.write_text(run.path / _FOLDER / "jobs", "".join(f"{job}\n" for job in jobs))
+
+    def resume(self, run: Run) -> None:
+        """Submit an unfinished run again. Raises RunError while a job of it waits or runs."""
+        live = [record for record in self._records(run) if not job_state(record.state).ended]
+        if live:
+            raise RunError(f"{run.id} has job {live[0].job_id}, which {_sentence(live[0])}")
+        stored = files.read_json(run.path / SITE_FILE)
+        number = int(stored["submission"]) + 1
+        (run.path / "stop").unlink(missing_ok=True)
+        self._write_site(run, int(stored["nodes"]), number)
+        self._hand_over(run, number)
+        run.event("submitted", jobs=_job_ids(run), site=self.site.name)
+        registry.add(run, self.site.name)
+
+    def _records(self, run: Run) -> list[JobRecord]:
+        """What Slurm knows of the jobs of the last submission, in the order in which they run."""
+        return [record for job in _job_ids(run) if (record := client.job(job)) is not None]
+
+    def look(self, run: Run) -> Seen:
+        """Where a run is: asked of Slurm first, of the run's own files where Slurm has forgotten or does not answer."""
+        jobs = _job_ids(run)
+        if not jobs:
+            return Seen(run.state, "it was not handed over to Slurm: `lorafleet resume` does so")
+        try:
+            records = self._records(run)
+        except client.SlurmError as error:
+            return Seen(run.state, f"{error}; its own record says {run.state}")
+        return seen(run, jobs[-1], records)
+
+    def watch(self, run: Run) -> SlurmWatch:
+        """The job, asked about every few seconds."""
+        return SlurmWatch(self, run)
+
+    def cancel(self, run: Run) -> str:
+        """Take a waiting job out of the queue; ask a running one to save and end."""
+        live = [record for record in self._records(run) if not job_state(record.state).ended]
+        if not live:
+            raise RunError(f"{run.id} has no job that waits or runs: it is {self.look(run).state}")
+        running = [record for record in live if job_state(record.state).run is RunState.RUNNING]
+        client.cancel([record.job_id for record in live if record not in running])
+        if running:
+            files.write_text(run.path / "stop", "asked for by a user\n")
+            job = running[0].job_id
+            return (
+                f"{run.id} saves its trials and ends (job {job}); `lorafleet resume {run.id}` goes on, and "
+                f"`scancel {job}` ends it at once"
+            )
+        if run.state in (RunState.PENDING, RunState.RUNNING):
+            run.set_state(RunState.STOPPED, reason="taken out of the queue")
+        return f"{run.id} is out of the queue; `lorafleet resume {run.id}` submits it again"
+
+
+class SlurmWatch:
+    """A run in the queue, for somebody who waits for its end."""
+
+    detaches = True
+
+    def __init__(self, backend: SlurmBackend, run: Run) -> None:
+        self.backend, self.run = backend, run
+        self.looked_at = 0.0
+        self.seen = Seen(run.state)
+
+    def poll(self) -> int | None:
+        """The driver's exit code once no job of the run waits or runs any more."""
+        if time.monotonic() - self.looked_at < _LOOK_SECONDS:
+            return None
+        self.looked_at = time.monotonic()
+        try:
+            records = self.backend._records(self.run)
+        except client.SlurmError as error:
+            self.seen = Seen(self.run.state, str(error))
+            return None
+        self.seen = seen(self.run, _job_ids(self.run)[-1], records)
+        if any(not job_state(record.state).ended for record in records):
+            return None
+        return exit_code(self.run, records)
+
+    def send_signal(self, number: int) -> None:
+        """A job in a queue does not hear this process's signals."""
+
+
+def seen(run: Run, job: str, records: list[JobRecord]) -> Seen:
+    """Where a run is, from what Slurm and its own files say."""
+    written, reason = run.state, str(run.status().get("reason") or "")
+    live = [record for record in records if not job_state(record.state).ended]
+    if live:
+        now = next((record for record in live if job_state(record.state).run is RunState.RUNNING), live[0])
+        return Seen(job_state(now.state).run, f"job {now.job_id} {_sentence(now)}")
+    if written in (RunState.FINISHED, RunState.FAILED, RunState.STOPPED):
+        return Seen(written, reason)
+    last = _last_that_ran(records)
+    if last is None:
+        return Seen(RunState.FAILED, f"Slurm does not know job {job} any more, and it left no word of its end")
+    state = job_state(last.state)
+    code = f" (code {last.exit_code})" if last.exit_code else ""
+    said = f"job {last.job_id} {state.sentence}{code}"
+    if last.reason and last.reason not in ("NonZeroExitCode", last.state):
+        said += f": {last.reason}"
+    if state.run is RunState.STOPPED:
+        return Seen(RunState.STOPPED, f"{said}; `lorafleet resume {run.id}` goes on")
+    tail = _last_words(run, last.job_id)
+    return Seen(RunState.FAILED, said + (f"; its last words: {tail}" if tail else ""))
+
+
+def exit_code(run: Run, records: list[JobRecord]) -> int:
+    """What a run that has ended means for the shell: the driver's own code where it came to one."""
+    written = run.state
+    last = _last_that_ran(records)
+    if last is not None and last.exit_code and not last.signal and last.state == "FAILED":
+        return last.exit_code
+    if written is RunState.FINISHED:
+        return ExitCode.OK
+    if last is not None and job_state(last.state).run is RunState.STOPPED:
+        return ExitCode.INTERRUPTED
+    return ExitCode.INTERRUPTED if written is RunState.STOPPED else ExitCode.OUR_FAULT
+
+
+def _last_that_ran(records: list[JobRecord]) -> JobRecord | None:
+    """Of a chain the last job that did something: its withdrawn successors say nothing."""
+    ran = [record for record in records if record.nodes or record.state != "CANCELLED"]
+    return next(reversed(ran or records), None)
+
+
+def _sentence(record: JobRecord) -> str:
+    state = job_state(record.state)
+    again = f" again (restart {record.restarts})" if record.restarts else ""
+    if record.state == "PENDING":
+        return f"{state.sentence}{again}: {why_pending(record.reason)}"
+    on = f" on {record.nodes}" if record.nodes and state.run is RunState.RUNNING else ""
+    return f"{state.sentence}{on}{again}"
+
+
+def _last_words(run: Run, job: str) -> str:
+    try:
+        lines = (run.path / _FOLDER / f"{job}.out").read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    told = [line.strip() for line in lines if line.strip()]
+    return "; ".join(told[-2:])[:400]
+
+
+def _job_ids(run: Run) -> list[str]:
+    try:
+        text = (run.path / _FOLDER / "jobs").read_text()
+    except OSError:
+        return []
+    return [line.strip() for line in text.splitlines() if re.fullmatch(r"[0-9_]+", line.strip())]
+
+
+def stored_backend(stored: dict[str, Any]) -> SlurmBackend:
+    """The backend of a run, as its site was when it was submitted."""
+    return SlurmBackend(SlurmSite.model_validate_json(json.dumps(stored["site"])), int(stored["nodes"]))
+
+
+def _exports() -> dict[str, str]:
+    """Caches, and no questions to a hub or to W&B from nodes that may have no internet."""
+    return {
+        "LORAFLEET_CACHE": str(cache_dir()),
+        "HF_HUB_CACHE": str(hub_cache()),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "WANDB_MODE": "offline",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _check_fetched(loaded: LoadedJob) -> None:
+    """Raise AssetError when something that the job names is not where the nodes look for it."""
+    job: JobSpec = loaded.job
+    try:
+        for name in models_of(job):
+            check_whole(name, job.model.revision)
+        load_rows(job)
+    except AssetError as error:
+        raise AssetError(
+            f"{error} (nodes of a cluster fetch nothing: `lorafleet fetch {loaded.path} --on SITE`)"
+        ) from error
+
+
+def _syntax(texts: dict[str, str]) -> list[tuple[str, str]]:
+    """What `bash -n` has against the files."""
+    found = []
+    for name, text in texts.items():
+        done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+        if done.returncode:
+            found.append((name, done.stderr.strip().splitlines()[0]))
+    return found
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="lorafleet-") as folder:
+        (Path(folder) / _FOLDER).mkdir()
+        yield Path(folder)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("lorafleet")

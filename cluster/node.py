@@ -14,6 +14,7 @@ from jobs import files
 from jobs.errors import PlacementRefused
 from jobs.hub import converted_folder, model_folder
 from jobs.identity import models_of
+from jobs.orphans import clear_orphans
 from jobs.run import Run, RunState
 from jobs.spec import JobSpec
 from jobs.stage import stage
@@ -26,8 +27,9 @@ _WORKERS_AT = 20
 """The first worker's port in a block; those before are Ray's own."""
 
 
-def look(run: Path, nonce: str, address: str, node: str, number: int, interface: str) -> dict[str, Any]:
-    """What this node has, and what it reads in the run's folder."""
+def look(run: Path, nonce: str, address: str, node: str, number: int, interface: str, scratch: Path) -> dict[str, Any]:
+    """What this node has, and what it reads in the run's folder. What killed jobs left in `scratch` is cleared away."""
+    clear_orphans(scratch)
     gpus = find_gpus()
     try:
         seen = (run / nonce).read_text().strip()

@@ -20,6 +20,7 @@ def look(
     address: Annotated[str, typer.Option()],
     node: Annotated[str, typer.Option()],
     number: Annotated[int, typer.Option()],
+    scratch: Annotated[Path, typer.Option()],
     interface: Annotated[str, typer.Option()] = "",
 ) -> None:
     """Print what this node has as one line of JSON."""
@@ -27,7 +28,7 @@ def look(
 
     from cluster.node import look as look_here
 
-    typer.echo(json.dumps(look_here(run, nonce, address, node, number, interface)))
+    typer.echo(json.dumps(look_here(run, nonce, address, node, number, interface, scratch)))
 
 
 @node.command()

@@ -14,6 +14,7 @@ from jobs.words import counted
 _ENDED = {
     "time-limit": "it had come to its time limit, and had saved",
     "preemption": "it was preempted, and had saved",
+    "nodes-lost": "too few of its nodes were left for one trial, and it had saved",
     "ray-died": "the Ray of its head node had died",
 }
 """What the batch script notes before it goes back into the queue."""

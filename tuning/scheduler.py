@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from jobs.run import Trial, TrialState
 from tuning.faults import host_failure, keep_last_words
 from tuning.ledger import Ledger
+
+_SAME_INSTANT_SECONDS = 1.5
 
 
 class RungScheduler(FIFOScheduler):
@@ -81,8 +84,17 @@ class RungScheduler(FIFOScheduler):
         failure = host_failure(keep_last_words(ours, trial.error_file), ours)
         if "full_disk" in failure:
             self.full_disk(failure["full_disk"])
+        elif failure["failure_class"] == "worker_lost" and self._run_ends():
+            ours.set_state(TrialState.PENDING, reason="interrupted")  # not a failure of its own: no retry is spent
         else:
             self.ledger.fail(ours, failure)
+
+    def _run_ends(self) -> bool:
+        """Whether the run is asked to end: a queue that ends a job tells its processes in no order."""
+        ends = time.monotonic() + _SAME_INSTANT_SECONDS
+        while not (stopping := (self.ledger.run.path / "stop").exists()) and time.monotonic() < ends:
+            time.sleep(0.1)
+        return stopping
 
     def _ours(self, trial: TuneTrial) -> Trial:
         return self.ledger.run.trial(trial.config["trial_id"])

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-from jobs.lease import machine, started
+from jobs.orphans import PREFIX, clear_orphans, write_owner
 
-_PREFIX = "lf-"
-_OWNER = "owner.json"
 _LONGEST_TMPDIR = 24
 _LONGEST_LOG = 5_000_000
 """Bytes of one of Ray's logs that are worth keeping."""
@@ -25,21 +22,11 @@ def make_scratch() -> Path:
     """
     usual = tempfile.gettempdir()
     parent = Path(usual if len(usual) <= _LONGEST_TMPDIR else "/tmp")
-    _clear_orphans(parent)
-    scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    owner = {"machine": machine(), "pid": os.getpid(), "started": started(os.getpid())}
-    (scratch / _OWNER).write_text(json.dumps(owner))
+    clear_orphans(parent)
+    scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    write_owner(scratch)
     os.environ["TMPDIR"] = str(scratch)
     return scratch
-
-
-def _clear_orphans(parent: Path) -> None:
-    for path in parent.glob(f"{_PREFIX}*/{_OWNER}"):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            owner = json.loads(path.read_text())
-            ours = path.stat().st_uid == os.getuid() and owner["machine"] == machine()
-            if ours and started(int(owner["pid"])) != owner["started"]:
-                shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def keep_logs(scratch: Path, target: Path) -> None:

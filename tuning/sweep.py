@@ -23,7 +23,7 @@ from cluster.ray_site import environment_for_workers, nodes_of
 from evaluation.report import build_report, write_report
 from jobs import files, search
 from jobs.defaults import learning_rate
-from jobs.errors import DiskFull, ExitCode, LorafleetError, RunError, disk_full
+from jobs.errors import DiskFull, ExitCode, LorafleetError, PlacementRefused, RunError, disk_full
 from jobs.identity import facts_of, trial_id
 from jobs.lease import Lease, StaleAttempt
 from jobs.placement import Placement, fitted
@@ -39,6 +39,9 @@ from tuning.scratch import keep_logs, make_scratch
 
 _COUNT_SECONDS = 5.0
 _NOTE_SECONDS = 10.0
+_GIVE_BACK_SECONDS = 5.0
+_MACHINES_SECONDS = 15.0
+"""Between two looks at the machines of an allocation."""
 _SAVE_SECONDS = 300.0
 """How long trials may take to save when a run is asked to end."""
 
@@ -58,6 +61,7 @@ class Sweep:
         self.earlier_seconds = float(run.status().get("wall_seconds") or 0.0)
         self.told: signal.Signals | None = None  # the signal that asked for the end
         self.disk_full: str | None = None
+        self.looked_at, self.too_few = time.monotonic(), False
         self.counted = (-_COUNT_SECONDS, 0.0)  # when GPU-hours were last counted, and how many there were
 
     @property
@@ -270,6 +274,7 @@ class Sweep:
             )
             with _quiet_tune():
                 tuner.fit()
+        self._count_what_ray_kept()
         left = [trial for trial in self.run.trials() if not trial.state.ended]
         if left and not self.stop_file.exists() and not self._out_of_budget():
             raise RuntimeError(f"Ray Tune ended while {len(left)} trials were left: {', '.join(t.id for t in left)}")
@@ -280,6 +285,19 @@ class Sweep:
                     ledger.end(trial, TrialState.STOPPED, reason=over)
                 else:
                     trial.set_state(TrialState.PENDING, reason="interrupted")
+
+    def _count_what_ray_kept(self) -> None:
+        """Note the placement groups of stopped trials that Ray did not give back: they hold CPUs and GPUs."""
+        if not self.placement.distributed:
+            return
+        from ray.util.placement_group import placement_group_table
+
+        ends = time.monotonic() + _GIVE_BACK_SECONDS
+        while left := [row for row in placement_group_table().values() if row["state"] != "REMOVED"]:
+            if time.monotonic() > ends:
+                break
+            time.sleep(0.2)
+        self.run.event("ray_left", placement_groups=len(left))
 
     @property
     def _searched_job(self) -> JobSpec:
@@ -362,7 +380,27 @@ class Sweep:
         if signal.getsignal(signal.SIGUSR1) != self._ask:
             self._hear_signals()  # Tune takes SIGUSR1 for itself when it begins
         self._note_wall()
+        self._look_at_machines()
         return self.stop_file.exists() or self._out_of_budget() is not None
+
+    def _look_at_machines(self) -> None:
+        """End, to be requeued, when the nodes that are left of an allocation cannot hold one trial: none comes back."""
+        now = time.monotonic()
+        if not allocation_here() or now - self.looked_at < _MACHINES_SECONDS or self.stop_file.exists():
+            return
+        self.looked_at = now
+        import ray
+
+        try:
+            fitted(self.placement, nodes_of(ray.nodes()))
+        except PlacementRefused as error:
+            if not self.too_few:
+                self.too_few = True  # a node that Ray believes lost for a moment is there at the next look
+                return
+            self.run.event("note", sentence=f"nodes were lost: {error}; saved, to go on in a new allocation")
+            os.kill(os.getpid(), signal.SIGUSR1)
+        else:
+            self.too_few = False
 
     def _note_wall(self) -> None:
         """Write down the time spent, now and then: a killed attempt counts too."""

@@ -1,14 +1,25 @@
-"""One rig for all tests of Slurm."""
+"""One rig for all tests of Slurm, and what a user on its login node has."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jobs.load import LoadedJob
+from jobs.run import Run
+from slurm.records import JobRecord, from_scontrol
+from slurm.states import job_state
 from tests.slurm.rig import Rig, missing
 
 
@@ -25,3 +36,123 @@ def rig() -> Iterator[Rig]:
     finally:
         made.down()
         shutil.rmtree(made.folder, ignore_errors=True)
+
+
+SITE = """
+kind: slurm
+cpus_per_node: 2
+memory_gb_per_node: 3
+time_limit: "15:00"
+nodes: 2
+scratch_dir: {local}
+runs_dir: {runs}
+requeue: {{signal_seconds: 60}}
+"""
+
+
+@dataclass
+class Login:
+    """A user on the login node: a home of their own, a site file, a folder of runs."""
+
+    rig: Rig
+    home: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return self.rig.environment | {
+            "XDG_CONFIG_HOME": str(self.home / "config"),
+            "XDG_STATE_HOME": str(self.home / "state"),
+            "WANDB_API_KEY": PLANTED,
+            "HF_TOKEN": PLANTED,
+            "LORAFLEET_TEST_SECRET": PLANTED,
+        }
+
+    @property
+    def runs(self) -> Path:
+        return self.home / "runs"
+
+    def write_site(self, name: str = "rig", more: str = "", **values: Any) -> None:
+        """A site file in the user's folder; `values` take the place of its keys."""
+        text = SITE.format(local=self.rig.local, runs=self.runs)
+        lines = [line for line in text.splitlines() if line.partition(":")[0] not in values]
+        lines += [f"{key}: {json.dumps(value)}" for key, value in values.items()]
+        folder = self.home / "config" / "lorafleet" / "sites"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n" + more)
+
+    def command(self, *words: str | Path) -> list[str]:
+        return [str(Path(sys.executable).with_name("lorafleet")), *map(str, words)]
+
+    def lorafleet(self, *words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        done = subprocess.run(
+            self.command(*words), cwd=self.home, env=self.environment, capture_output=True, text=True, timeout=600,
+            check=False,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def begin(self, *words: str | Path) -> subprocess.Popen[str]:
+        """Start a command in a process group of its own, as a terminal does."""
+        return subprocess.Popen(
+            self.command(*words), cwd=self.home, env=self.environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def submit(self, loaded: LoadedJob, *words: str, command: str = "sweep", site: str = "rig") -> Run:
+        """Hand a job over and return at once."""
+        path = self.home / f"job-{time.monotonic_ns()}.yaml"
+        path.write_text(loaded.text)
+        done = self.lorafleet(command, path, *loaded.overrides, *words, "--on", site, "--detach")
+        return Run(self.runs / done.stdout.strip())
+
+    def job(self, run: Run) -> str:
+        """The number of a run's job."""
+        return (run.path / "slurm" / "jobs").read_text().split()[0]
+
+    def record(self, run: Run) -> JobRecord:
+        return from_scontrol(self.rig.asked("scontrol", "show", "job", "-o", self.job(run)))[0]
+
+    def ended(self, run: Run, seconds: float = 240) -> JobRecord:
+        """The job once Slurm says that it is over."""
+        return self.when(run, lambda: job_state(self.record(run).state).ended and self.record(run), seconds)
+
+    def when(self, run: Run, condition: Callable[[], Any], seconds: float = 240) -> Any:
+        """What a condition says once it holds; else all that is known of the run."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            found = condition()
+            if found:
+                return found
+            time.sleep(0.2)
+        logs = [*(run.path / "slurm").glob("*.out"), run.path / "logs" / "driver.log", run.path / "status.json"]
+        said = "\n".join(f"== {log}\n{log.read_text()[-3000:]}" for log in logs if log.is_file())
+        raise AssertionError(f"it did not come to that: {self.rig.asked('squeue', '-a')}\n{said}")
+
+    def start_now(self, run: Run) -> None:
+        """A requeued job waits for two minutes: not this one."""
+        self.when(run, lambda: self.record(run).state == "PENDING" and self.record(run).restarts)
+        self.rig.asked("scontrol", "update", f"jobid={self.job(run)}", "StartTime=now")
+
+    def left_behind(self) -> list[str]:
+        """Processes and folders of jobs on the nodes."""
+        found = []
+        for number in self.rig.parents:
+            found += self.rig.processes(number)
+            found += [f"node{number}: {name}" for name in self.rig.on(number, "ls", str(self.rig.local)).split()]
+        return [what for what in found if not what.endswith(f"lorafleet-{os.getuid()}")]
+
+
+PLANTED = "planted-secret-4711"
+
+
+@pytest.fixture
+def login(rig: Rig, tmp_path: Path) -> Iterator[Login]:
+    """A user with a site file `rig`; what their jobs left is cancelled."""
+    made = Login(rig, tmp_path)
+    made.write_site()
+    yield made
+    rig.asked("scancel", "--user=root")
+    ends = time.monotonic() + 60
+    while rig.asked("squeue", "-h") and time.monotonic() < ends:
+        time.sleep(0.2)

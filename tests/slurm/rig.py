@@ -19,7 +19,7 @@ from pathlib import Path
 NODE = Path(__file__).with_name("node.sh")
 _NETWORK = "10.77.0"
 _BRIDGE = "lfslurm"
-_COMMANDS = ("slurmctld", "slurmd", "munged", "ip", "unshare", "nsenter")
+_COMMANDS = ("slurmctld", "slurmd", "munged", "ip", "unshare", "nsenter", "setpriv")
 
 
 def missing() -> str | None:
@@ -43,6 +43,8 @@ class Rig:
     gpus: int = 2
     started: list[int] = field(default_factory=list)
     """Process numbers of what is to be ended, in the order of their start."""
+    parents: dict[int, int] = field(default_factory=dict)
+    """Of each node: the process outside that takes the node with it."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -116,13 +118,13 @@ MinJobAge=3600
 KillWait=5
 InactiveLimit=0
 SlurmdParameters=config_overrides
-SlurmdTimeout=60
+SlurmdTimeout=10
 SlurmctldParameters=preempt_send_user_signal
 GresTypes=gpu
 NodeName=DEFAULT CPUs={self.cpus} RealMemory=8000 Gres=gpu:{self.gpus} State=UNKNOWN
 {names}
 PartitionName=main Nodes=node[1-{self.nodes}] Default=YES MaxTime=1:00:00 DefaultTime=10:00 PriorityTier=10 State=UP
-PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 PriorityTier=1 State=UP
+PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 PriorityTier=1 GraceTime=60 State=UP
 """)
         devices = f"{rig}/dev/nvidia[0-{self.gpus - 1}]"
         (rig / "gres.conf").write_text(f"NodeName=node[1-{self.nodes}] Name=gpu File={devices}\n")
@@ -149,6 +151,7 @@ PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 P
         spaces = ("--net", "--pid", "--uts", "--ipc", "--mount", "--fork", "--kill-child", "--mount-proc")
         node = [str(NODE), f"node{number}", str(self.folder), f"{_NETWORK}.{10 + number}", f"{_NETWORK}.1"]
         parent = self._spawn(["unshare", *spaces, *node], self.folder / "log" / f"node{number}.out")
+        self.parents[number] = parent
         children = Path(f"/proc/{parent}/task/{parent}/children")
         deadline = time.monotonic() + 10
         while not children.read_text().split() and time.monotonic() < deadline:
@@ -157,8 +160,14 @@ PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 P
 
     def _spawn(self, command: list[str], log: Path) -> int:
         with log.open("ab") as out:
+            # A test run that is killed takes its rig along.
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True, env=self.environment
+                ["setpriv", "--pdeathsig", "KILL", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                env=self.environment,
             )
         self.started.append(process.pid)
         return process.pid
@@ -178,6 +187,43 @@ PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 P
         command = ["sbatch", "--parsable", f"--output={self.folder}/log/%j.out", *options, str(path)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env=self.environment)
         return done.stdout.strip()
+
+    @property
+    def local(self) -> Path:
+        """Each node's own disk."""
+        return self.folder / "local"
+
+    def on(self, number: int, *command: str, check: bool = True) -> str:
+        """What a command says that is run inside a node."""
+        inside = Path(f"/proc/{self.parents[number]}/task/{self.parents[number]}/children").read_text().split()[0]
+        spaces = ("--mount", "--net", "--pid", "--uts", "--ipc")
+        line = ["nsenter", f"--target={inside}", *spaces, *command]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=check, env=self.environment)
+        return done.stdout
+
+    def processes(self, number: int) -> list[str]:
+        """Command lines of what runs in a node, beside its own daemons."""
+        lines = self.on(number, "ps", "-eo", "args", "--no-headers").splitlines()
+        return [
+            line for line in lines if not line.startswith(("/bin/bash " + str(NODE), "slurmd", "ps ", "slurmstepd"))
+        ]
+
+    def lose_node(self, number: int) -> None:
+        """A node dies: its machine is gone at once, with all that ran on it."""
+        parent = self.parents.pop(number)
+        os.kill(parent, signal.SIGKILL)
+        os.waitpid(parent, 0)
+        self.started.remove(parent)
+
+    def bring_back(self, number: int) -> None:
+        """A dead node comes back, empty."""
+        subprocess.run(["ip", "link", "del", f"lfv{number}"], capture_output=True, check=False)
+        self._start_node(number)
+        deadline = time.monotonic() + 60
+        while "idle" not in self.asked("sinfo", "-h", "-n", f"node{number}", "-p", "main", "-o", "%T"):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"node{number} did not come back: {self.asked('sinfo', '-Nel')}")
+            time.sleep(0.2)
 
     def down(self) -> None:
         """End every process of it and take the network away."""

@@ -1,0 +1,82 @@
+#!/bin/bash
+# What each node of a job does; started by `srun` from job.sbatch, whose environment it has.
+#   node.sh look NONCE   say what this node has
+#   node.sh ray          be a node of the job's Ray until the job ends; the token of its Ray is read from stdin
+set -uo pipefail
+cd "$LF_RUN" || { echo "$SLURMD_NODENAME does not see $LF_RUN: runs_dir must be a folder that all nodes share" >&2; exit 70; }
+address() {
+    if [ -n "$LF_INTERFACE" ]; then
+        ip -4 -o addr show dev "$LF_INTERFACE" | awk '{split($4, part, "/"); print part[1]; exit}'
+    else
+        { getent ahostsv4 "$SLURMD_NODENAME" | awk '{print $1}'; hostname -I | tr ' ' '\n'; } |
+            awk '/^[0-9.]+$/ && !/^127\./ {print; exit}'
+    fi
+}
+me=$(address)
+if [ "$1" = look ]; then
+    exec lorafleet node look "$LF_RUN" --nonce "slurm/nonce-$LF_ATTEMPT" --address "$me" \
+        --node "$SLURMD_NODENAME" --number "$SLURM_NODEID" --scratch "${LF_HERE%/*}" --interface "$LF_INTERFACE"
+fi
+
+number=$SLURM_NODEID name=$SLURMD_NODENAME gpus=${SLURM_GPUS_ON_NODE:-0}
+stopping=''
+ended() { # CODE SENTENCE
+    [ -z "$stopping" ] || exit 0
+    [ "$number" != 0 ] || : >"$LF_PRIVATE/head-ended"
+    printf '%s: %s\n' "$name" "$2" >>"slurm/lost-$LF_ATTEMPT"
+    exit "$1"
+}
+mask=$(umask)
+umask 077
+mkdir -m 700 "$LF_HERE" || ended 1 "$LF_HERE could not be made"
+trap 'rm -rf "$LF_HERE"' EXIT
+printf '{"machine": ["%s", "%s"], "pid": %d, "started": %s}\n' "$(uname -n)" "$(readlink /proc/self/ns/pid)" \
+    "$$" "$(awk '{print $22}' "/proc/$$/stat")" >"$LF_HERE/owner.json"
+IFS= read -r token
+printf '%s' "$token" >"$LF_HERE/token"
+unset token
+umask "$mask"
+[ "$number" != 0 ] || printf '%s\n' "$SLURM_STEP_ID" >"$LF_PRIVATE/step"
+[ "$(stat -c %a "$LF_HERE/token")" = 600 ] || ended 1 "the token's file could not be kept from other users"
+
+# Caches of compiled kernels and the staged model, on this node's own disk.
+cache=$LF_HERE/cache
+if [ -n "$LF_KEEP" ]; then # it outlives the job, for the next one
+    mkdir -m 700 "$LF_KEEP" 2>/dev/null
+    if [ -O "$LF_KEEP" ] && [ ! -L "$LF_KEEP" ]; then cache=$LF_KEEP; fi
+fi
+export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/extensions
+if [ -n "$LF_STAGE" ]; then
+    export LORAFLEET_STAGE=$cache/models
+    lorafleet node stage "$LF_RUN" || ended 1 "the model could not be brought to $cache"
+fi
+
+# Ray's processes are no tasks of Slurm: libraries that find its variables would join ranks that are not there.
+for variable in "${!SLURM_@}" "${!PMI_@}" "${!PMIX_@}"; do unset "$variable"; done
+unset RAY_ADDRESS ROCR_VISIBLE_DEVICES
+export TMPDIR=$LF_HERE RAY_TMPDIR=$LF_HERE RAY_AUTH_TOKEN_PATH=$LF_HERE/token
+ulimit -n "$(ulimit -Hn)" 2>/dev/null
+cpus=$LF_CPUS
+[ "$number" != 0 ] || [ "$LF_HEAD_WORKS" = 1 ] || cpus=0
+common=(
+    --temp-dir="$LF_HERE/ray" --node-ip-address="$me" --num-cpus="$cpus" --num-gpus="$gpus"
+    --memory="$LF_MEMORY" --object-store-memory="$LF_OBJECTS" --disable-usage-stats
+    --node-manager-port=$((LF_PORT + 1)) --object-manager-port=$((LF_PORT + 2))
+    --runtime-env-agent-port=$((LF_PORT + 3)) --dashboard-agent-grpc-port=$((LF_PORT + 4))
+    --dashboard-agent-listen-port=$((LF_PORT + 5)) --metrics-export-port=$((LF_PORT + 6))
+    --min-worker-port=$((LF_PORT + 20)) --max-worker-port="$LF_LAST" --block
+)
+if [ "$number" = 0 ]; then
+    # The dashboard is on since Ray Train asks its state API for the placement groups of stopped trials.
+    ray start --head --port="$LF_PORT" --include-dashboard=true --dashboard-host="$me" \
+        --dashboard-port=$((LF_PORT + 7)) "${common[@]}" &
+else
+    for _ in $(seq 240); do (exec 3<>"/dev/tcp/$LF_ADDRESS/$LF_PORT") 2>/dev/null && break; sleep 0.5; done
+    ray start --address="$LF_ADDRESS:$LF_PORT" "${common[@]}" &
+fi
+ray=$!
+trap 'stopping=1; kill -TERM "$ray" 2>/dev/null' TERM
+while kill -0 "$ray" 2>/dev/null; do sleep 0.5; done
+wait "$ray"
+code=$?
+ended "$code" "Ray ended with code $code (slurm/ray-$name-$LF_ATTEMPT.log)"

@@ -1,0 +1,162 @@
+"""Sweeps and trainings through a real queue: real Slurm, real Ray on every node, real training."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from jobs.run import Run
+from tests.conftest import JobMaker
+from tests.slurm.conftest import PLANTED, Login
+
+pytestmark = pytest.mark.ray
+
+SEARCH = """
+search:
+  method: random
+  num_samples: 8
+  scheduler: {type: asha, time_attr: samples, max_t: 16384, grace_period: 2048, reduction_factor: 2}
+  parameters:
+    lora.lora_r: {values: [2, 4]}
+    train.learning_rate: {distribution: log_uniform_values, min: 1e-4, max: 1e-2}
+"""
+
+
+def hosts(run: Run) -> set[str]:
+    return {row["host"].partition(":")[0] for trial in run.trials() for row in trial.metrics() if "host" in row}
+
+
+def text_of(folder: Path) -> str:
+    return "".join(path.read_bytes().decode(errors="replace") for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_sweep_over_two_nodes(login: Login, bert_job: JobMaker) -> None:
+    run = login.submit(bert_job(SEARCH))
+    assert f"job {login.job(run)} " in login.lorafleet("status", run.id).stdout
+    tokens = f"cat {login.rig.local}/lf-*-job/token 2>/dev/null"
+    token = login.when(run, lambda: login.rig.on(1, "sh", "-c", tokens, check=False)).strip()
+    log = run.path / "slurm" / f"{login.job(run)}.out"
+    login.when(run, lambda: "Ray is up" in log.read_text())
+    host, port = re.search(r"nodes at ([\d.]+):(\d+)", log.read_text()).groups()  # type: ignore[union-attr]
+    version = f"http://{host}:{int(port) + 7}/api/version"
+    asked = ("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}")
+    assert login.rig.on(1, *asked, version) == "401"
+    assert login.rig.on(1, *asked, "-H", f"Authorization: Bearer {token}", version) == "200"
+    login.when(run, lambda: any(trial.metrics() for trial in run.trials()))
+    said = login.rig.asked("scontrol", "write", "batch_script", login.job(run), "-")
+    said += login.rig.asked("scontrol", "show", "job", "-dd", login.job(run))
+    said += "".join(line for number in login.rig.parents for line in login.rig.processes(number))
+    said += login.rig.on(1, "sh", "-c", f"cat {login.rig.local}/lf-*/ray/session_latest/logs/*", check=False)
+    assert "ray::" in said
+    assert login.ended(run).state == "COMPLETED"
+    assert hosts(run) == {"node1", "node2"}
+    report = json.loads((run.path / "report" / "report.json").read_text())
+    assert report["recommendation"]["trial_id"]
+    assert len(report["trials"]) == 8
+    said += text_of(run.path)
+    assert len(token) == 64
+    assert token not in said
+    assert PLANTED not in said
+    assert login.left_behind() == []
+    assert "finished" in login.lorafleet("status", run.id).stdout
+
+
+def test_trials_of_two_nodes_and_what_they_leave(login: Login, bert_job: JobMaker) -> None:
+    search = (
+        SEARCH.replace("num_samples: 8", "num_samples: 3")
+        .replace("16384", "2048")
+        .replace("grace_period: 2048", "grace_period: 256")
+    )
+    run = login.submit(bert_job(search, resources__num_nodes=2))
+    assert login.ended(run, 400).state == "COMPLETED"
+    lasts = [trial.metrics()[-1] for trial in run.trials()]
+    assert {row["nodes"] for row in lasts} == {2}
+    assert "stopped" in {str(trial.state) for trial in run.trials()}
+    assert [event["placement_groups"] for event in run.events("ray_left")] == [0]
+    assert login.left_behind() == []
+
+
+def test_a_driver_that_fails(login: Login, bert_job: JobMaker) -> None:
+    job = bert_job()
+    rows = login.home / "rows.jsonl"
+    rows.write_text(Path(job.job.data.train_file or "").read_text())
+    login.write_site(setup=[f"rm -f {rows}", f"export PATH={login.command()[0].rpartition('/')[0]}:$PATH"])
+    path = login.home / "job.yaml"
+    path.write_text(job.text)
+    done = login.lorafleet("train", path, f"data.train_file={rows}", "--on", "rig", "--wait", check=False)
+    assert done.returncode == 2
+    assert "rows.jsonl" in done.stderr
+    (run,) = [Run(folder) for folder in login.runs.iterdir()]
+    record = login.ended(run)
+    assert (record.state, record.exit_code) == ("FAILED", 2)
+    said = login.lorafleet("status", run.id).stdout
+    assert "rows.jsonl" in said
+    assert "failed" in said
+    assert login.left_behind() == []
+
+
+def test_ray_that_does_not_start(login: Login, bert_job: JobMaker) -> None:
+    """`ray start` fails on one node alone: the job ends in seconds and says where and why."""
+    programs = login.command()[0].rpartition("/")[0]
+    fake = login.home / "bin"
+    fake.mkdir()
+    (fake / "ray").write_text(
+        f'#!/bin/bash\n[ "$(uname -n)" != node2 ] || {{ echo "no such GPU"; exit 3; }}\nexec {programs}/ray "$@"\n'
+    )
+    (fake / "ray").chmod(0o755)
+    login.write_site(setup=[f"export PATH={fake}:{programs}:$PATH"])
+    run = login.submit(bert_job(SEARCH))
+    record = login.ended(run, 90)
+    assert (record.state, record.exit_code) == ("FAILED", 71)
+    assert "node2: Ray ended with code 3" in login.lorafleet("status", run.id).stdout
+    assert login.left_behind() == []
+
+
+def test_nodes_that_differ(login: Login, bert_job: JobMaker) -> None:
+    """One node has another lorafleet, and cannot see the run's folder: one sentence names it, before Ray is started."""
+    programs = login.command()[0].rpartition("/")[0]
+    fake = login.home / "bin"
+    fake.mkdir()
+    change = """sed -e 's/"torch": "/"torch": "9/'"""
+    (fake / "lorafleet").write_text(
+        f'#!/bin/bash\nif [ "$(uname -n) $1 $2" = "node2 node look" ]; then {programs}/lorafleet "$@" | {change}\n'
+        f'else exec {programs}/lorafleet "$@"; fi\n'
+    )
+    (fake / "lorafleet").chmod(0o755)
+    login.write_site(setup=[f"export PATH={fake}:{programs}:$PATH"])
+    run = login.submit(bert_job(SEARCH))
+    record = login.ended(run, 60)
+    assert (record.state, record.exit_code) == ("FAILED", 70)
+    assert re.search(r"node2 has torch 9\S+, and node1 has", login.lorafleet("status", run.id).stdout)
+
+
+def test_two_sweeps_at_once_on_the_same_nodes(login: Login, bert_job: JobMaker) -> None:
+    search = SEARCH.replace("num_samples: 8", "num_samples: 3")
+    first, second = login.submit(bert_job(search)), login.submit(bert_job(search))
+    login.when(second, lambda: login.record(first).state == login.record(second).state == "RUNNING")
+    for run in (first, second):
+        assert login.ended(run, 400).state == "COMPLETED"
+        assert json.loads((run.path / "report" / "report.json").read_text())["recommendation"]["trial_id"]
+    assert login.left_behind() == []
+
+
+def test_two_attempts_at_one_run(login: Login, bert_job: JobMaker) -> None:
+    run = login.submit(bert_job(train__max_steps=4000), command="train")
+    login.when(run, lambda: any(trial.progress() for trial in run.trials()))
+    refused = login.lorafleet("resume", run.id, check=False)
+    assert refused.returncode == 2
+    assert "runs on node" in refused.stderr
+    began = time.monotonic()
+    again = login.lorafleet("exec", run.path, check=False)  # on the login node: another machine
+    assert again.returncode == 2
+    assert "has another driver, which is still running (node1, job" in again.stderr
+    assert time.monotonic() - began < 45
+    login.lorafleet("stop", run.id)
+    record = login.ended(run)
+    assert (record.state, record.exit_code) == ("FAILED", 130)
+    assert "stopped" in login.lorafleet("status", run.id).stdout
+    assert len(run.events("attempt")) == 1

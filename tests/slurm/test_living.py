@@ -1,0 +1,187 @@
+"""What a scheduler does to jobs, and that the same sweep goes on: nothing that ended is trained again."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections import Counter
+
+import pytest
+
+from jobs.run import Run
+from tests.conftest import JobMaker
+from tests.slurm.conftest import Login
+
+pytestmark = pytest.mark.ray
+
+GRID = """
+search:
+  method: grid
+  scheduler: {type: none, time_attr: samples, max_t: 10000}
+  parameters: {train.learning_rate: {values: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]}}
+"""
+
+
+def begun(login: Login, bert_job: JobMaker, *words: str, site: str = "rig") -> Run:
+    """A sweep of which a trial has ended, and others train and have saved."""
+    job = bert_job(GRID, train__checkpoint_minutes=0.02, search__max_concurrent_trials=2)
+    run = login.submit(job, *words, site=site)
+    login.when(run, lambda: any(trial.state.ended for trial in run.trials()))
+    login.when(run, lambda: any((trial.checkpoint / "checksums.json").is_file() for trial in run.trials()))
+    return run
+
+
+def record_of_ended(run: Run) -> dict[str, bytes]:
+    return {trial.id: (trial.path / "metrics.jsonl").read_bytes() for trial in run.trials() if trial.state.ended}
+
+
+def check_whole(run: Run, before: dict[str, bytes]) -> None:
+    """Every step once, in order, and what had ended byte for byte as it was."""
+    assert before
+    for trial in run.trials():
+        steps = [row["step"] for row in trial.metrics()]
+        assert steps == sorted(set(steps)), trial.id
+    after = record_of_ended(run)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == 6
+    report = json.loads((run.path / "report" / "report.json").read_text())
+    assert report["recommendation"]["trial_id"]
+
+
+def check_wandb(run: Run) -> None:
+    """One record a trial, whole: a requeued one replaced what the first attempt had left."""
+    names = Counter(folder.name.rpartition("-")[2] for folder in run.path.glob("wandb/wandb/offline-run-*"))
+    assert {trial.id for trial in run.trials()} <= set(names)
+    assert set(names.values()) == {1}
+
+
+def test_a_preemption_with_notice(login: Login, bert_job: JobMaker) -> None:
+    login.write_site(partition="low")
+    run = begun(login, bert_job)
+    before = record_of_ended(run)
+    job = login.job(run)
+    urgent = login.rig.sbatch("sleep 5", "--partition=main", "--nodes=2", "--exclusive")
+    login.when(run, lambda: "back into the queue" in (run.path / "slurm" / f"{job}.out").read_text())
+    before |= record_of_ended(run)
+    said = login.lorafleet("status", run.id).stdout
+    assert "pending" in said or "goes back" in said
+    login.start_now(run)
+    login.rig.asked("scontrol", "update", f"jobid={urgent}", "TimeLimit=1")
+    assert login.ended(run).state == "COMPLETED"
+    check_whole(run, before)
+    check_wandb(run)
+    (remark,) = run.remarks()
+    assert remark == f"Slurm started job {job} again (restart 1): it was preempted, and had saved"
+    assert login.left_behind() == []
+
+
+def test_requeued_without_notice(login: Login, bert_job: JobMaker) -> None:
+    run = begun(login, bert_job)
+    before = record_of_ended(run)
+    login.rig.asked("scontrol", "requeue", login.job(run))
+    login.start_now(run)
+    before |= record_of_ended(run)
+    assert login.ended(run).state == "COMPLETED"
+    check_whole(run, before)
+    check_wandb(run)
+    assert "restart 1): it was cut off" in run.remarks()[0]
+    assert login.left_behind() == []
+
+
+@pytest.mark.long
+def test_the_time_limit(login: Login, bert_job: JobMaker) -> None:
+    login.write_site(time_limit="3:00")
+    run = login.submit(bert_job(GRID.replace("10000", "60000"), search__max_concurrent_trials=2))
+    login.start_now(run)
+    before = record_of_ended(run)
+    assert login.ended(run).state == "COMPLETED"
+    check_whole(run, before)
+    assert "it had come to its time limit, and had saved" in run.remarks()[0]
+    assert login.left_behind() == []
+
+
+def test_a_node_dies(login: Login, bert_job: JobMaker) -> None:
+    """The node without the driver: its trial begins again on the other, from its checkpoint."""
+    run = begun(login, bert_job)
+    before = record_of_ended(run)
+    login.rig.lose_node(2)
+    try:
+        record = login.ended(run, 400)
+        assert (record.state, record.exit_code) == ("COMPLETED", 0)
+        check_whole(run, before)
+        assert len(run.events("attempt")) == 1
+    finally:
+        login.rig.bring_back(2)
+    assert login.left_behind() == []
+
+
+def test_the_heads_raylet_dies(login: Login, bert_job: JobMaker) -> None:
+    run = begun(login, bert_job)
+    before = record_of_ended(run)
+    login.rig.on(1, "pkill", "-9", "raylet")
+    login.start_now(run)
+    before |= record_of_ended(run)
+    assert login.ended(run).state == "COMPLETED"
+    check_whole(run, before)
+    assert "the Ray of its head node had died" in run.remarks()[0]
+    assert login.left_behind() == []
+
+
+def test_cancelled_and_resumed(login: Login, bert_job: JobMaker) -> None:
+    run = begun(login, bert_job)
+    before = record_of_ended(run)
+    login.rig.asked("scancel", login.job(run))
+    assert login.ended(run).state == "CANCELLED"
+    said = login.lorafleet("status", run.id).stdout
+    assert "stopped: job" in said or "stopped: it was ended" in said
+    assert login.left_behind() == []
+    before |= record_of_ended(run)
+    done = login.lorafleet("resume", run.id, "--wait")
+    assert "Ship " in done.stdout
+    check_whole(run, before)
+    check_wandb(run)
+
+
+def test_a_chain_of_jobs(login: Login, bert_job: JobMaker) -> None:
+    """Where nothing is requeued, a successor goes on; those that are not needed any more are withdrawn."""
+    login.write_site(requeue={"policy": "chain", "max_walltime_chain": 3, "signal_seconds": 60})
+    run = begun(login, bert_job)
+    jobs = (run.path / "slurm" / "jobs").read_text().split()
+    assert len(jobs) == 3
+    before = record_of_ended(run)
+    login.rig.asked("scancel", "--batch", "--signal=USR1", jobs[0])
+    login.when(run, lambda: len(run.events("attempt")) == 2)
+    before |= record_of_ended(run)
+    login.when(run, lambda: not login.rig.asked("squeue", "-h"))
+    check_whole(run, before)
+    assert run.remarks()[0].startswith(f"job {jobs[1]} goes on after job {jobs[0]}")
+    assert "CANCELLED" in login.rig.asked("scontrol", "show", "job", "-o", jobs[2])
+    assert login.left_behind() == []
+
+
+def test_restarts_that_lead_nowhere(login: Login, bert_job: JobMaker) -> None:
+    login.write_site(requeue={"max_restarts": 0, "signal_seconds": 60})
+    run = login.submit(bert_job(GRID, train__checkpoint_minutes=60))
+    login.when(run, lambda: any(trial.progress() for trial in run.trials()))
+    login.rig.asked("scontrol", "requeue", login.job(run))
+    login.start_now(run)
+    assert login.ended(run).exit_code == 2
+    assert "given up after 1 restart that brought no new checkpoint" in login.lorafleet("status", run.id).stdout
+
+
+def test_what_follows_only_detaches(login: Login, bert_job: JobMaker) -> None:
+    job = bert_job(train__max_steps=4000)
+    path = login.home / "job.yaml"
+    path.write_text(job.text)
+    follower = login.begin("train", path, *job.overrides, "--on", "rig")
+    run = login.when(Run(login.home), lambda: next((Run(p) for p in login.runs.glob("*/slurm/jobs")), None)) and Run(
+        next(login.runs.iterdir())
+    )
+    login.when(run, lambda: any(trial.progress() for trial in run.trials()))
+    follower.send_signal(signal.SIGINT)
+    said, _ = follower.communicate(timeout=30)
+    assert follower.returncode == 130
+    assert f"{run.id} goes on: `lorafleet logs -f {run.id}`" in said
+    assert login.record(run).state == "RUNNING"
+    login.lorafleet("stop", run.id)
+    login.ended(run)

@@ -1,0 +1,188 @@
+"""Batch scripts: the same bytes as ever for five sites, bash that a linter accepts, and values that cannot break out."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs.errors import PlacementRefused
+from jobs.site_file import load_site
+from jobs.slurm_site import SlurmSite
+from slurm.render import JOB, NODE, Script, bash_path, nodes_of_job, options, render, submission
+
+ROOT = Path(__file__).parent.parent.parent
+GOLDEN = ROOT / "tests" / "golden" / "slurm"
+EXPORTS = {"HF_HUB_OFFLINE": "1", "LORAFLEET_CACHE": "/shared/cache", "WANDB_MODE": "offline"}
+BARE = {"kind": "slurm", "name": "bare", "cpus_per_node": 4, "memory_gb_per_node": 16.0}
+"""Nothing but what must be said."""
+PYXIS = BARE | {
+    "name": "pyxis",
+    "gpus_per_node": 2,
+    "gpu_memory_gb": 40.0,
+    "container": {"kind": "pyxis", "image": "registry/lorafleet:0.1.0", "mounts": ["/data:/data"]},
+    "requeue": {"policy": "none"},
+    "nodes": 2,
+}
+
+
+def sites() -> dict[str, SlurmSite]:
+    examples = {path.stem: load_site(str(path)).site for path in sorted((ROOT / "examples" / "sites").glob("*.yaml"))}
+    return examples | {"bare": SlurmSite.model_validate(BARE), "pyxis": SlurmSite.model_validate(PYXIS)}
+
+
+def rendered(site: SlurmSite) -> dict[str, str]:
+    script = Script(
+        title=f"lorafleet sweep: quickstart, on site {site.name}",
+        nodes=nodes_of_job(site, None, 1),
+        programs="/opt/lorafleet/bin",
+        exports=EXPORTS,
+        folders=("/shared/runs", "/shared/cache"),
+        version="0.1.0",
+    )
+    return render(site, script)
+
+
+@pytest.mark.parametrize("name", sites())
+def test_golden_scripts(name: str) -> None:
+    """LORAFLEET_WRITE_GOLDEN=1 writes them anew; the difference is for a reviewer's eyes."""
+    for file, text in rendered(sites()[name]).items():
+        golden = GOLDEN / name / file if file == JOB else GOLDEN / file
+        if os.environ.get("LORAFLEET_WRITE_GOLDEN"):
+            golden.parent.mkdir(parents=True, exist_ok=True)
+            golden.write_text(text)
+        assert golden.read_text() == text
+
+
+def test_there_are_five() -> None:
+    assert len(sites()) == 5
+
+
+@pytest.mark.parametrize("name", sites())
+def test_a_linter_and_bash_accept_them(name: str, tmp_path: Path) -> None:
+    for file, text in rendered(sites()[name]).items():
+        (tmp_path / file).write_text(text)
+        subprocess.run(["bash", "-n", tmp_path / file], check=True)
+        linter = Path(sys.executable).with_name("shellcheck")
+        done = subprocess.run(
+            [linter, "--shell=bash", "--exclude=SC1091", tmp_path / file], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout
+
+
+word = st.text(st.characters(blacklist_categories=("Zs", "Zl", "Zp", "Cc", "Cs")), min_size=1, max_size=12)
+nasty = st.sampled_from(["$(touch OOPS)", "`touch${IFS}OOPS`", "';touch${IFS}OOPS;'", '";touch\tOOPS;"', "$HOME", "a'b",
+                         "\\", "${x:?}", "&", "#", "日本", "--x", "*", "!!", "{{nodes}}", "{%", "a=b", "~"])  # fmt: skip
+words = st.one_of(word, nasty).filter(lambda text: re.fullmatch(r"[^\s\x00-\x1f\x7f]+", text) is not None)
+values = st.one_of(
+    nasty, st.text(st.characters(blacklist_characters="\n\0\r", blacklist_categories=("Cs",)), max_size=20)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(partition=words, account=words, interface=words, image=words, value=values, folder=values, cache=values)
+def test_no_value_breaks_out(
+    tmp_path_factory: pytest.TempPathFactory, partition: str, account: str, interface: str, image: str, value: str,
+    folder: str, cache: str,
+) -> None:  # fmt: skip
+    """What bash makes of the script's assignments is what the site said, and nothing was run."""
+    scratch = "/s" + re.sub(r"[\x00-\x1f\x7f]", "", folder)
+    site = SlurmSite.model_validate(
+        BARE
+        | {
+            "partition": partition,
+            "account": account,
+            "network_interface": interface,
+            "scratch_dir": scratch,
+            "environment": {"MINE": value},
+            "container": {"kind": "apptainer", "image": image, "mounts": [f"/a:{image}"]},
+        }
+    )
+    text = render(site, Script(title="t", nodes=1, exports={"CACHE": cache}, folders=(scratch,), version="1"))[JOB]
+    block, marker, _ = text.partition("# --- From here on")
+    assert marker
+    lines = [line for line in block.splitlines() if line.startswith("#SBATCH ")]
+    assert [shlex.split(line.removeprefix("#SBATCH ")) for line in lines] == [
+        [option] for option in _plain_options(site)
+    ]
+    place = tmp_path_factory.mktemp("place")
+    show = r"""printf '%s\0' "$run" "$interface" "$scratch" "$MINE" "$CACHE" "${inside[@]}" """
+    done = subprocess.run(
+        ["/bin/bash", "-c", f"{block}\n{show}", "job", "/runs/x"],
+        capture_output=True, cwd=place, env={"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8"}, check=True,
+    )  # fmt: skip
+    expected = ["/runs/x", interface, scratch, value, cache, "apptainer", "exec", "--bind", scratch, "--bind"]
+    expected += [f"/a:{image}", image]
+    assert done.stdout.split(b"\0")[:-1] == [text.encode() for text in expected]
+    assert list(place.iterdir()) == []
+
+
+def _plain_options(site: SlurmSite) -> list[str]:
+    return [shlex.split(option)[0] for option in options(site, 1)]
+
+
+def test_paths_of_nodes_are_expanded_there_and_nothing_else() -> None:
+    said = {"$TMPDIR/a b": "/t/a b", "${TMPDIR}": "/t", "~/x y": "/h/x y", "~": "/h", "/a/$TMPDIR": "/a/$TMPDIR"}
+    for path, expected in said.items():
+        command = f"printf %s {bash_path(path)}"
+        done = subprocess.run(
+            ["bash", "-c", command], env={"TMPDIR": "/t", "HOME": "/h"}, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == expected
+
+
+def test_the_forms_in_which_gpus_are_asked_for() -> None:
+    for form, expected in (
+        ("gpus-per-node", "--gpus-per-node=a100:4"),
+        ("gres", "--gres=gpu:a100:4"),
+        ("gpus", "--gpus=a100:12"),
+    ):
+        site = SlurmSite.model_validate(BARE | {"gpus_per_node": 4, "gpu_type": "a100", "gpu_request": form})
+        assert [option for option in options(site, 3) if "gpu" in option or "gres" in option] == [expected]
+
+
+def test_a_head_of_its_own_is_the_first_part_of_a_heterogeneous_job() -> None:
+    site = SlurmSite.model_validate(
+        BARE | {"partition": "gpu", "head": {"cpus": 2, "memory_gb": 8.0}, "gpus_per_node": 1}
+    )
+    lines = options(site, 3)
+    head, workers = lines[: lines.index("hetjob")], lines[lines.index("hetjob") + 1 :]
+    assert {"--nodes=1", "--cpus-per-task=2", "--mem=7629M", "--partition=gpu"} <= set(head)
+    assert {"--nodes=3", "--cpus-per-task=4", "--gpus-per-node=1", "--partition=gpu"} <= set(workers)
+    assert not any("gpu" in option for option in head if "partition" not in option)
+
+
+def test_how_many_nodes_a_job_has() -> None:
+    site = SlurmSite.model_validate(BARE | {"nodes": 2, "max_nodes": 4})
+    assert (nodes_of_job(site, None, 1), nodes_of_job(site, 3, 2)) == (2, 3)
+    with pytest.raises(PlacementRefused, match="nodes of site bare is 2, and each trial needs 3 nodes"):
+        nodes_of_job(site, None, 3)
+    with pytest.raises(PlacementRefused, match="the job would have 5 nodes, and max_nodes of site bare is 4"):
+        nodes_of_job(site, 5, 1)
+
+
+def test_a_template_of_ones_own(tmp_path: Path) -> None:
+    site = SlurmSite.model_validate(BARE)
+    script = Script(title="t", nodes=1)
+    own = "#!/bin/bash\n{% for line in options %}\n#SBATCH {{ line }}\n{% endfor %}\necho {{ values.cpus }}\n"
+    made = render(site, script, {JOB: own})
+    assert made[JOB].endswith("echo 4\n")
+    assert made[NODE] == render(site, script)[NODE]
+    for wrong in ("{{ nothing }}", "{% for %}"):
+        with pytest.raises(PlacementRefused, match="template of site bare cannot be rendered"):
+            render(site, script, {JOB: wrong})
+
+
+def test_paths_of_the_run_are_arguments_and_not_in_the_script() -> None:
+    run = Path("/runs/a b/$(x)")
+    line = submission(run / "slurm" / JOB, run, "name-1", 2, after="17")
+    assert line[-3:] == [str(run / "slurm" / JOB), str(run), "2"]
+    assert "--dependency=afterany:17" in line
+    assert all("/runs" not in text for text in rendered(SlurmSite.model_validate(BARE)).values())

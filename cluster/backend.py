@@ -25,6 +25,8 @@ class Watch(Protocol):
 
     detaches: bool
     """Whether Ctrl-C leaves the run alone: it is in a queue, and not a child of this process."""
+    seen: Seen
+    """What the place said last."""
 
     def poll(self) -> int | None:
         """The driver's exit code once it has ended."""
@@ -59,3 +61,10 @@ class Backend(Protocol):
 
     def cancel(self, run: Run) -> str:
         """Ask it to save and end; returns a sentence on what happens."""
+
+
+class Cluster(Backend, Protocol):
+    """A place with a queue."""
+
+    def examine(self, runs: Path) -> Run:
+        """Submit a short job that looks at nodes and writes `findings.json` into its folder."""

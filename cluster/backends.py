@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.backend import Backend
+from cluster.backend import Backend, Cluster
 from jobs import files
 from jobs.run import Run
 from jobs.site import Site
@@ -19,7 +19,7 @@ def backend_here(site: Site) -> Backend:
     return LocalBackend(site)
 
 
-def backend_on(site: LoadedSite, nodes: int | None = None) -> Backend:
+def backend_on(site: LoadedSite, nodes: int | None = None) -> Cluster:
     """The cluster of a site file, for a job of so many nodes."""
     from cluster.slurm_backend import SlurmBackend
 

@@ -94,6 +94,7 @@ class ChildWatch:
 
     def __init__(self, child: subprocess.Popen[bytes]) -> None:
         self.child = child
+        self.seen = Seen(RunState.RUNNING)
 
     def poll(self) -> int | None:
         """Its exit code once it has ended; one that a signal ended was interrupted."""

@@ -30,7 +30,7 @@ from jobs.load import LoadedJob
 from jobs.plan import Plan
 from jobs.rows import load_rows
 from jobs.run import Run, RunState
-from jobs.slurm_site import SlurmSite, slurm_seconds
+from jobs.slurm_site import RequeueSpec, SlurmSite, slurm_seconds
 from jobs.spec import JobSpec
 from slurm import client
 from slurm.records import JobRecord
@@ -61,23 +61,29 @@ class SlurmBackend:
         """Everything that would happen. Raises a UserError where the job could not begin."""
         nodes = nodes_of_job(self.site, self.asked_nodes, loaded.job.resources.num_nodes)
         made = make_plan(loaded, self.site.allocation(nodes), command)
-        script = Script(
-            title=f"lorafleet {made.command}: {made.job.name}, on site {self.site.name}",
-            nodes=nodes,
-            programs=str(Path(sys.executable).parent),
-            exports=_exports(),
-            folders=tuple(dict.fromkeys((str(cache_dir()), str(hub_cache())))),
-            version=_version(),
-        )
         line = submission(Path("RUN") / _FOLDER / JOB, Path("RUN"), "RUN_ID", 1)
         return made.model_copy(
             update={
                 "site": self.site.name,
                 "nodes": nodes,
-                "files": render(self.site, script, self._own_template()),
+                "files": self._script(f"{made.command}: {made.job.name}", nodes),
                 "command_line": shlex.join(line),
             }
         )
+
+    def _script(self, title: str, nodes: int, verb: str = "exec", *, stage: bool = True) -> dict[str, str]:
+        """The job's files."""
+        script = Script(
+            title=f"lorafleet {title}, on site {self.site.name}",
+            nodes=nodes,
+            verb=verb,
+            programs=str(Path(sys.executable).parent),
+            exports=_exports(),
+            folders=tuple(dict.fromkeys((str(cache_dir()), str(hub_cache())))),
+            version=_version(),
+            stage=stage,
+        )
+        return render(self.site, script, self._own_template())
 
     def _own_template(self) -> dict[str, str]:
         if not self.site.template:
@@ -188,6 +194,21 @@ class SlurmBackend:
         except client.SlurmError as error:
             return Seen(run.state, f"{error}; its own record says {run.state}")
         return seen(run, jobs[-1], records)
+
+    def examine(self, runs: Path) -> Run:
+        """Submit a short job that looks at nodes of the site, at two where there may be two; its folder is a run's."""
+        nodes = self.asked_nodes or min(2, self.site.max_nodes or 2)
+        short = {"time_limit": "15", "requeue": RequeueSpec(policy="none", signal_seconds=60)}
+        backend = SlurmBackend(self.site.model_copy(update=short), nodes)
+        run = Run.create(runs, "doctor")
+        try:
+            for name, text in backend._script("doctor", nodes, "node examine", stage=False).items():
+                files.write_text(run.path / _FOLDER / name, text)
+            backend._hand_over(run, 1)
+        except BaseException:
+            shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        return run
 
     def watch(self, run: Run) -> SlurmWatch:
         """The job, asked about every few seconds."""

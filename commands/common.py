@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from cluster.backend import Backend
+    from cluster.backend import Backend, Cluster
 
 
 class Format(StrEnum):
@@ -49,13 +49,19 @@ DEFAULT_RUNS = Path("runs")
 
 
 def backend_for(on: str | None, nodes: int | None) -> Backend:
-    """This machine, or the cluster that `--on` names. The site's files are named: their set-up lines are code."""
-    from cluster.backends import backend_here, backend_on
+    """This machine, or the cluster that `--on` names."""
+    from cluster.backends import backend_here
 
-    if on is None:
-        from cluster.machine import site_here
+    if on is not None:
+        return cluster_on(on, nodes)
+    from cluster.machine import site_here
 
-        return backend_here(site_here(nodes))
+    return backend_here(site_here(nodes))
+
+
+def cluster_on(on: str, nodes: int | None) -> Cluster:
+    """The cluster of a site. Its files are named: their set-up lines are code."""
+    from cluster.backends import backend_on
     from jobs.site_file import load_site
 
     loaded = load_site(on)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import typer
 
-from commands.common import DEFAULT_RUNS, Format, Output, Runs, console, print_json
+from commands.common import DEFAULT_RUNS, Format, Nodes, On, Output, Runs, cluster_on, console, print_json, say
 from jobs.errors import ExitCode
+
+if TYPE_CHECKING:
+    from cluster.doctor import Finding
 
 _MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "missing": ("missing", "bold red")}
 
 
-def doctor(runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
-    """Look at hardware, packages, caches, W&B and cluster clients; exit code 3 when something needed is missing."""
+def doctor(runs: Runs = DEFAULT_RUNS, on: On = None, nodes: Nodes = None, output: Output = Format.TEXT) -> None:
+    """Look at hardware, packages, caches, W&B and cluster clients; exit code 3 when something needed is missing.
+
+    With --on a short job does it on nodes of the cluster, and tries the link between two of them.
+    """
     from cluster.doctor import examine
 
-    findings = examine(runs)
+    findings = examine(runs) if on is None else _on_nodes(on, nodes, runs)
     if output is Format.JSON:
         print_json({"findings": [finding.as_dict() for finding in findings]})
     else:
@@ -29,3 +38,39 @@ def doctor(runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
         console().print(table)
     if any(finding.verdict == "missing" for finding in findings):
         raise typer.Exit(ExitCode.GATE_REFUSED)
+
+
+def _on_nodes(on: str, nodes: int | None, runs: Path) -> list[Finding]:
+    """Submit the job, wait for it, and take its folder away again."""
+    import contextlib
+    import shutil
+    import time
+
+    from cluster.doctor import Finding
+    from jobs import files
+    from jobs.errors import UserError
+
+    backend = cluster_on(on, nodes)
+    folder = backend.runs_dir(runs)
+    run = backend.examine(folder)
+    watch = backend.watch(run)
+    said = ""
+    try:
+        while (code := watch.poll()) is None:
+            place = watch.seen.sentence
+            if place not in ("", said):
+                said = place
+                say(place)
+            time.sleep(0.5)
+        found = files.read_json(run.path / "findings.json")
+        if not found:
+            log = (run.path / "logs" / "driver.log", *sorted((run.path / "slurm").glob("*.out")))
+            last = "\n".join(path.read_text(errors="replace")[-1500:] for path in log if path.is_file())
+            raise UserError(f"{last}\nthe job ended with code {code} and looked at nothing: {watch.seen.sentence}")
+    except KeyboardInterrupt:
+        with contextlib.suppress(UserError):
+            backend.cancel(run)
+        raise
+    finally:
+        shutil.rmtree(run.path, ignore_errors=True)
+    return [Finding(**finding) for finding in found["findings"]]

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from jobs.assets import Asset
 
-from commands.common import DEFAULT_RUNS, AnyRuns, Format, Output, console, print_json, say
+from commands.common import DEFAULT_RUNS, AnyRuns, Format, On, Output, backend_for, console, print_json, say
 
 
 def fetch(
@@ -20,6 +20,7 @@ def fetch(
     ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the assets.")] = False,
     examples: Annotated[bool, typer.Option("--examples", help="Copy the example job files into ./examples.")] = False,
+    on: On = None,
     output: Output = Format.TEXT,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
@@ -29,6 +30,8 @@ def fetch(
     from jobs.errors import UserError
     from jobs.load import load_job
 
+    if on is not None:
+        backend_for(on, None)  # from here on the caches are those that its nodes see
     if show_list:
         return _list(output)
     if examples:

@@ -25,8 +25,16 @@ _MODELS = {"classification": "asset:minilm-l6", "generation": "asset:smollm2-135
 _BATCH = {"classification": 16, "generation": 4}
 
 
+class SiteKind(StrEnum):
+    """Clusters that a site file can be written for."""
+
+    SLURM = "slurm"
+
+
 def init(
-    train_file: Annotated[Path, typer.Option(help="Your training rows: .jsonl, .json, .csv, .tsv or .parquet.")],
+    train_file: Annotated[
+        Path | None, typer.Option(help="Your training rows: .jsonl, .json, .csv, .tsv or .parquet.")
+    ] = None,
     task: Annotated[TaskName, typer.Option(help="What is learnt.")] = TaskName.CLASSIFICATION,
     validation_file: Annotated[Path | None, typer.Option(help="Rows that the search looks at.")] = None,
     test_file: Annotated[Path | None, typer.Option(help="Rows that are looked at once, after the choice.")] = None,
@@ -36,17 +44,28 @@ def init(
     prompt_column: Annotated[str | None, typer.Option(help="Column with the prompt (generation).")] = None,
     completion_column: Annotated[str | None, typer.Option(help="Column with the answer (generation).")] = None,
     name: Annotated[str, typer.Option(help="Name of the job.")] = "my-job",
-    output: Annotated[Path, typer.Option("--output", "-o", help="The job file to write.")] = Path("job.yaml"),
+    site: Annotated[
+        SiteKind | None, typer.Option(help="Write a site file for the cluster that this is a login node of instead.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="Of the site file; the cluster's default if left out.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The file to write.", show_default="job.yaml")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
-    """Look at your data, and write a commented job file that trains on it."""
+    """Look at your data, and write a commented job file that trains on it; or a site file, with --site."""
     from cluster.check import check_names
     from jobs import files
     from jobs.errors import UserError
     from jobs.load import load_text
     from jobs.rows import load_rows
 
+    if site is not None:
+        return _init_site(partition, output, force)
+    if train_file is None:
+        raise UserError("--train-file is missing: your training rows (or --site slurm, for a cluster's site file)")
+    output = output or Path("job.yaml")
     if output.is_dir():
         raise UserError(f"--output is {output}, which is a folder; name a file in it")
     if output.exists() and not force:
@@ -74,6 +93,26 @@ def init(
     files.write_text(output, text)
     typer.echo(f"{output}  ({counts})")
     typer.echo(f"next: lorafleet plan {output}; lorafleet train {output} (one configuration); lorafleet sweep {output}")
+    return None
+
+
+def _init_site(partition: str | None, output: Path | None, force: bool) -> None:
+    """Ask the cluster, and write the user's site file of its name."""
+    from cluster.slurm_draft import ask_cluster
+    from jobs import files
+    from jobs.errors import UserError
+    from jobs.site_file import folders, load_site
+
+    name, text = ask_cluster(partition)
+    path = output or folders()[0] / f"{name}.yaml"
+    if path.exists() and not force:
+        raise UserError(f"{path} exists already; --force overwrites it, --output names another")
+    files.write_text(path, text)
+    load_site(str(path))
+    typer.echo(text.rstrip())
+    typer.echo(f"\n{path}")
+    where = path.stem if output is None else str(path)
+    typer.echo(f"next: read it; lorafleet doctor --on {where}; lorafleet plan examples/quickstart.yaml --on {where}")
 
 
 def _columns(train_file: Path, task: TaskName, given: dict[str, str | None]) -> dict[str, str]:

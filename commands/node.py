@@ -66,6 +66,18 @@ def wait(address: str, nodes: int) -> None:
 
 
 @node.command()
+def examine(folder: Path) -> None:
+    """Look at all nodes of the job's Ray, for `lorafleet doctor --on`."""
+    from jobs.errors import ExitCode
+    from jobs.ours import check_packages
+
+    check_packages()
+    from tuning.examine import examine as examine_all
+
+    raise typer.Exit(ExitCode.OK if examine_all(folder.absolute()) else ExitCode.GATE_REFUSED)
+
+
+@node.command()
 def failed(run: Path, sentence: str) -> None:
     """Say in the run's state why its driver never began."""
     from cluster.node import mark_failed

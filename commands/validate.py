@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
 
-from commands.common import DEFAULT_RUNS, AnyRuns, Format, Job, Output, Overrides, note_aliases, print_json
+from commands.common import (
+    DEFAULT_RUNS,
+    AnyRuns,
+    Format,
+    Job,
+    On,
+    Output,
+    Overrides,
+    backend_for,
+    note_aliases,
+    print_json,
+    say,
+)
+
+if TYPE_CHECKING:
+    from jobs.load import LoadedJob
 
 
-def validate(job: Job, overrides: Overrides = None, output: Output = Format.TEXT, runs: AnyRuns = DEFAULT_RUNS) -> None:
-    """Check a job file: every problem with its line and the closest right key."""
+def validate(
+    job: Job,
+    overrides: Overrides = None,
+    on: On = None,
+    output: Output = Format.TEXT,
+    runs: AnyRuns = DEFAULT_RUNS,
+) -> None:
+    """Check a job file: every problem with its line and the closest right key; with --on, what the cluster says too."""
     from cluster.check import check_names
     from jobs.errors import ExitCode, JobFileError
     from jobs.load import load_job
@@ -22,8 +45,22 @@ def validate(job: Job, overrides: Overrides = None, output: Output = Format.TEXT
         problems = [{"path": p.path, "line": p.line, "sentence": p.sentence} for p in error.problems]
         print_json({"valid": False, "file": str(job), "problems": problems})
         raise typer.Exit(ExitCode.USER_INPUT) from None
+    refused = _refused(loaded, on)
     if output is Format.JSON:
-        print_json({"valid": True, "file": str(job), "problems": [], "notes": list(loaded.notes)})
-        return
+        problems = [{"path": "", "line": None, "sentence": sentence} for sentence in refused]
+        print_json({"valid": not refused, "file": str(job), "problems": problems, "notes": list(loaded.notes)})
+        raise typer.Exit(ExitCode.GATE_REFUSED if refused else ExitCode.OK)
     note_aliases(loaded.notes)
+    for sentence in refused:
+        say(f"refused: {sentence}")
+    if refused:
+        raise typer.Exit(ExitCode.GATE_REFUSED)
     typer.echo(f"{job} is valid: {loaded.job.task}, {loaded.job.model.model_name_or_path}")
+
+
+def _refused(loaded: LoadedJob, on: str | None) -> list[str]:
+    """What a cluster has against the job."""
+    if on is None:
+        return []
+    backend = backend_for(on, None)
+    return backend.check(backend.plan(loaded, "sweep" if loaded.job.search else "train"))

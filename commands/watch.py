@@ -86,15 +86,9 @@ def _live(run: Run, backend: Backend, watch: Watch) -> int:
 
     with Live(run_view(run), console=console(), refresh_per_second=2, transient=True) as live:
         while (code := watch.poll()) is None:
-            live.update(run_view(run, _place(watch)))
+            live.update(run_view(run, watch.seen.sentence))
             time.sleep(_LOOK_EVERY_SECONDS)
     return code
-
-
-def _place(watch: Watch) -> str:
-    """What a queue says of the run; nothing for a child."""
-    seen = getattr(watch, "seen", None)
-    return seen.sentence if seen else ""
 
 
 def _lines(run: Run, backend: Backend, watch: Watch, known: set[str]) -> int:
@@ -104,8 +98,8 @@ def _lines(run: Run, backend: Backend, watch: Watch, known: set[str]) -> int:
     place = ""
     while True:
         code = watch.poll()
-        if code is None and _place(watch) not in ("", place):
-            place = _place(watch)
+        if code is None and watch.seen.sentence not in ("", place):
+            place = watch.seen.sentence
             typer.echo(place)
         for line in news(run, known):
             typer.echo(line)

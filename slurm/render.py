@@ -43,6 +43,8 @@ class Script:
     """Folders that a container must see."""
     version: str = ""
     """Lorafleet's."""
+    stage: bool = True
+    """Whether models are brought to the nodes' own disks, where the site names one."""
 
 
 def nodes_of_job(site: SlurmSite, asked: int | None, one_trial: int) -> int:
@@ -69,11 +71,11 @@ def render(site: SlurmSite, script: Script, templates: dict[str, str] | None = N
         "site": site,
         "options": options(site, script.nodes),
         "setup": [*_programs(site, script), *site.setup],
-        "values": _values(site, script.nodes),
+        "values": _values(site, script.nodes, stage=script.stage),
         "exports": {name: shlex.quote(value) for name, value in _exports(site, script).items()},
-        "step": [shlex.quote(word) for word in _step(site, script)],
-        "inside": [shlex.quote(word) for word in _inside(site, script)],
-        "lead": [shlex.quote(word) for word in _lead(site, script)],
+        "step": _step(site, script),
+        "inside": _inside(site, script),
+        "lead": _lead(site, script),
         "verb": script.verb,
     }
     rendered = {}
@@ -149,7 +151,7 @@ def _mib(gigabytes: float) -> int:
     return int(gigabytes * 1e9 / 2**20)
 
 
-def _values(site: SlurmSite, nodes: int) -> dict[str, str]:
+def _values(site: SlurmSite, nodes: int, *, stage: bool) -> dict[str, str]:
     """Names of the script's variables and what is assigned to them, as bash."""
     least = site.smallest
     memory = int(least.memory_gb_per_node * 1e9)
@@ -164,12 +166,17 @@ def _values(site: SlurmSite, nodes: int) -> dict[str, str]:
         "interface": shlex.quote(site.network_interface or ""),
         "scratch": scratch,
         "keep": f"{scratch}/lorafleet-$(id -u)" if site.scratch_dir else "''",
-        "stage": "1" if site.scratch_dir else "''",
+        "stage": "1" if site.scratch_dir and stage else "''",
         "policy": site.requeue.policy,
         "max_restarts": str(site.requeue.max_restarts),
         "signal_seconds": str(site.requeue.signal_seconds),
         "time_limit": str(site.time_limit_seconds),
     }
+
+
+def _quoted(word: str) -> str:
+    """A word as bash; one with a comma is quoted too, so that no reader takes it for a list."""
+    return f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word)
 
 
 def bash_path(text: str) -> str:
@@ -201,7 +208,7 @@ def _step(site: SlurmSite, script: Script) -> list[str]:
     """An srun step of one task on each node, beside others that run."""
     words = ["srun", "--overlap", "--export=ALL", "--mpi=none"]
     if site.head:
-        words.append("--het-group=0,1")
+        words.append(_quoted("--het-group=0,1"))
     else:
         words += [f"--nodes={script.nodes}", f"--ntasks={script.nodes}", "--ntasks-per-node=1"]
     return words + _pyxis(site, script)
@@ -210,20 +217,21 @@ def _step(site: SlurmSite, script: Script) -> list[str]:
 def _pyxis(site: SlurmSite, script: Script) -> list[str]:
     if site.container is None or site.container.kind != "pyxis":
         return []
-    mounts = ",".join(f"{folder}:{folder}" for folder in script.folders)
-    given = ",".join(site.container.mounts)
-    both = ",".join(filter(None, (mounts, given)))
-    return [f"--container-image={site.container.image}", f"--container-mounts={both}"]
+    mounts = [f"{folder}:{folder}" for folder in script.folders] + list(site.container.mounts)
+    others = _quoted("".join(f",{mount}" for mount in mounts)) if mounts else ""
+    own = '"$run:$run,$scratch:$scratch"'
+    return [_quoted(f"--container-image={site.container.image}"), f"--container-mounts={own}{others}"]
 
 
 def _inside(site: SlurmSite, script: Script) -> list[str]:
-    """What stands before every program that runs in a node's task."""
+    """What stands before every program that runs in a node's task, as bash."""
     if site.container is None or site.container.kind != "apptainer":
         return ["env"]
     words = ["apptainer", "exec"] + (["--nv"] if site.gpus_per_node else [])
+    words += ["--bind", '"$run"', "--bind", '"$scratch"']
     for folder in (*script.folders, *site.container.mounts):
-        words += ["--bind", folder]
-    return [*words, site.container.image]
+        words += ["--bind", _quoted(folder)]
+    return [*words, _quoted(site.container.image)]
 
 
 def _lead(site: SlurmSite, script: Script) -> list[str]:

@@ -114,7 +114,7 @@ def test_what_fits_is_judged_by_the_smallest_kind_of_node(tmp_path: Path) -> Non
     site = load(tmp_path, PLAIN + kinds)
     least = site.smallest
     assert (least.cpus_per_node, least.memory_gb_per_node, least.gpus_per_node, least.gpu_memory_gb) == (32, 500, 4, 40)
-    first, second = site.machines(2)
+    first, second = site.allocation(2).nodes
     assert (first.cpus, first.gpus, second.name) == (32, 4, "node 2")
     assert first.memory_gib == pytest.approx(465.7, abs=0.1)
 

@@ -36,7 +36,8 @@ def saved_mark(run: Run) -> str:
     for trial in run.trials():
         seal = trial.checkpoint / "checksums.json"
         state = str(trial.state) if trial.state.ended else seal.read_text() if seal.is_file() else ""
-        digest.update(f"{trial.id}:{state}\n".encode())
+        if state:
+            digest.update(f"{trial.id}:{state}\n".encode())
     return digest.hexdigest()[:16]
 
 

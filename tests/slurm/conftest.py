@@ -113,6 +113,16 @@ class Login:
     def record(self, run: Run) -> JobRecord:
         return from_scontrol(self.rig.asked("scontrol", "show", "job", "-o", self.job(run)))[0]
 
+    def over(self, run: Run) -> bool:
+        """Whether all jobs of a run have ended."""
+        jobs = run.path / "slurm" / "jobs"
+        said = (
+            [self.rig.asked("scontrol", "show", "job", "-o", job) for job in jobs.read_text().split()]
+            if (jobs.is_file())
+            else []
+        )
+        return bool(said) and all(job_state(record.state).ended for text in said for record in from_scontrol(text))
+
     def ended(self, run: Run, seconds: float = 240) -> JobRecord:
         """The job once Slurm says that it is over."""
         return self.when(run, lambda: job_state(self.record(run).state).ended and self.record(run), seconds)
@@ -124,6 +134,8 @@ class Login:
             found = condition()
             if found:
                 return found
+            if self.over(run):  # what was waited for does not come any more
+                ends = min(ends, time.monotonic() + 10)
             time.sleep(0.2)
         logs = [*(run.path / "slurm").glob("*.out"), run.path / "logs" / "driver.log", run.path / "status.json"]
         said = "\n".join(f"== {log}\n{log.read_text()[-3000:]}" for log in logs if log.is_file())
@@ -132,6 +144,7 @@ class Login:
     def start_now(self, run: Run) -> None:
         """A requeued job waits for two minutes: not this one."""
         self.when(run, lambda: self.record(run).state == "PENDING" and self.record(run).restarts)
+        time.sleep(3)  # sooner Slurm may still hold the credential of the incarnation that it ended
         self.rig.asked("scontrol", "update", f"jobid={self.job(run)}", "StartTime=now")
 
     def left_behind(self) -> list[str]:

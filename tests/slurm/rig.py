@@ -115,6 +115,7 @@ SwitchType=switch/none
 ReturnToService=2
 JobRequeue=1
 MinJobAge=3600
+FirstJobId=10
 KillWait=5
 InactiveLimit=0
 SlurmdParameters=config_overrides

@@ -161,7 +161,7 @@ def test_a_chain_of_jobs(login: Login, bert_job: JobMaker) -> None:
 
 def test_restarts_that_lead_nowhere(login: Login, bert_job: JobMaker) -> None:
     login.write_site(requeue={"max_restarts": 0, "signal_seconds": 60})
-    run = login.submit(bert_job(GRID, train__checkpoint_minutes=60))
+    run = login.submit(bert_job(GRID, train__checkpoint_minutes=60, train__eval_steps=1250))
     login.when(run, lambda: any(trial.progress() for trial in run.trials()))
     login.rig.asked("scontrol", "requeue", login.job(run))
     login.start_now(run)

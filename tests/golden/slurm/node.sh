@@ -1,6 +1,7 @@
 #!/bin/bash
 # What each node of a job does; started by `srun` from job.sbatch, whose environment it has.
 #   node.sh look NONCE   say what this node has
+#   node.sh keep         copy what Ray's processes said into the run's folder
 #   node.sh ray          be a node of the job's Ray until the job ends; the token of its Ray is read from stdin
 set -uo pipefail
 cd "$LF_RUN" || { echo "$SLURMD_NODENAME does not see $LF_RUN: runs_dir must be a folder that all nodes share" >&2; exit 70; }
@@ -12,6 +13,11 @@ address() {
             awk '/^[0-9.]+$/ && !/^127\./ {print; exit}'
     fi
 }
+if [ "$1" = keep ]; then
+    mkdir -p "slurm/ray-$SLURMD_NODENAME-$LF_ATTEMPT" &&
+        find "$LF_HERE"/ray/session_2*/logs -type f -size -5M -exec cp {} "slurm/ray-$SLURMD_NODENAME-$LF_ATTEMPT" \;
+    exit
+fi
 me=$(address)
 if [ "$1" = look ]; then
     exec lorafleet node look "$LF_RUN" --nonce "slurm/nonce-$LF_ATTEMPT" --address "$me" \

@@ -34,7 +34,7 @@ from jobs.slurm_site import RequeueSpec, SlurmSite, slurm_seconds
 from jobs.spec import JobSpec
 from slurm import client
 from slurm.records import JobRecord
-from slurm.render import JOB, Script, nodes_of_job, render, submission
+from slurm.render import JOB, Script, array_of, nodes_of_job, render, submission
 from slurm.states import job_state, why_pending
 
 _LOOK_SECONDS = 5.0
@@ -59,13 +59,19 @@ class SlurmBackend:
 
     def plan(self, loaded: LoadedJob, command: str) -> Plan:
         """Everything that would happen. Raises a UserError where the job could not begin."""
+        array = self.site.launch == "array" and command == "sweep"
+        if array:
+            check_array(loaded.job, self.site.name)
         nodes = nodes_of_job(self.site, self.asked_nodes, loaded.job.resources.num_nodes)
         made = make_plan(loaded, self.site.allocation(nodes), command)
-        line = submission(Path("RUN") / _FOLDER / JOB, Path("RUN"), "RUN_ID", 1)
+        tasks = -(-len(made.trials) // self.site.array.trials_per_task) if array else 0
+        name = array_of(self.site, tasks) if array else None
+        line = submission(Path("RUN") / _FOLDER / JOB, Path("RUN"), "RUN_ID", 1, array=name)
         return made.model_copy(
             update={
                 "site": self.site.name,
                 "nodes": nodes,
+                "tasks": tasks,
                 "files": self._script(f"{made.command}: {made.job.name}", nodes),
                 "command_line": shlex.join(line),
             }
@@ -141,7 +147,8 @@ class SlurmBackend:
                 files.write_text(run.path / _FOLDER / name, text)
             (run.path / "logs").mkdir(exist_ok=True)
             self._write_site(run, plan.nodes, 1)
-            self._hand_over(run, 1)
+            _write_parts(run, plan, self.site.array.trials_per_task)
+            self._hand_over(run, 1, plan.tasks)
         except BaseException:
             shutil.rmtree(run.path, ignore_errors=True)
             raise
@@ -152,13 +159,14 @@ class SlurmBackend:
         stored = {"site": self.site.model_dump(mode="json"), "nodes": nodes, "submission": number}
         files.write_json(run.path / SITE_FILE, {"kind": self.site.kind, **stored})
 
-    def _hand_over(self, run: Run, number: int) -> None:
-        """Submit the job, and with the policy `chain` those that go on after it."""
+    def _hand_over(self, run: Run, number: int, tasks: int = 0) -> None:
+        """Submit the job: with the policy `chain` those that go on after it too, and with tasks a job array first."""
         chained = self.site.requeue.max_walltime_chain if self.site.requeue.policy == "chain" else 1
+        arrays = [array_of(self.site, tasks)] if tasks else []
         jobs: list[str] = []
-        for _ in range(chained):
+        for array in [*arrays, *[None] * chained]:
             after = jobs[-1] if jobs else None
-            line = submission(run.path / _FOLDER / JOB, run.path, run.id, number, after=after)
+            line = submission(run.path / _FOLDER / JOB, run.path, run.id, number, after=after, array=array)
             try:
                 jobs.append(client.submit(line))
             except client.SlurmError:
@@ -222,7 +230,8 @@ class SlurmBackend:
         running = [record for record in live if job_state(record.state).run is RunState.RUNNING]
         client.cancel([record.job_id for record in live if record not in running])
         if running:
-            files.write_text(run.path / "stop", "asked for by a user\n")
+            for folder in (run.path, *(part.path for part in run.parts())):
+                files.write_text(folder / "stop", "asked for by a user\n")
             job = running[0].job_id
             return (
                 f"{run.id} saves its trials and ends (job {job}); `lorafleet resume {run.id}` goes on, and "
@@ -333,6 +342,36 @@ def _job_ids(run: Run) -> list[str]:
 def stored_backend(stored: dict[str, Any]) -> SlurmBackend:
     """The backend of a run, as its site was when it was submitted."""
     return SlurmBackend(SlurmSite.model_validate_json(json.dumps(stored["site"])), int(stored["nodes"]))
+
+
+def check_array(job: JobSpec, site: str) -> None:
+    """Raise PlacementRefused for a search that tasks which know nothing of each other cannot do."""
+    search = job.search
+    assert search is not None
+    wrong = None
+    if search.scheduler.type != "none":
+        wrong = f"search.scheduler.type is {search.scheduler.type}: tasks share no rungs; use scheduler: {{type: none}}"
+    elif search.method == "tpe":
+        wrong = "search.method is tpe: tasks do not hear of each other's results; use random or grid"
+    elif search.budget.gpu_hours is not None or search.budget.wall_hours is not None:
+        wrong = (
+            "search.budget is set: tasks do not know what the others have spent; use array.max_running and time_limit"
+        )
+    elif job.resources.num_nodes > 1:
+        wrong = f"resources.num_nodes is {job.resources.num_nodes}: a task has one node"
+    if wrong:
+        raise PlacementRefused(f"{wrong} (or launch: ray in site {site}, whose launch is array)")
+
+
+def _write_parts(run: Run, plan: Plan, each: int) -> None:
+    """A folder for each task of the array, with its share of the trials."""
+    for number in range(plan.tasks):
+        part = run.part(number)
+        (part.path / "logs").mkdir(parents=True)
+        part.set_state(RunState.PENDING, created=time.time(), name=plan.job.name)
+        share = [number * each, min(len(plan.trials), (number + 1) * each)]
+        own = plan.model_copy(update={"share": share, "files": {}})
+        files.write_json(part.path / "plan.json", own.model_dump(mode="json"))
 
 
 def _exports() -> dict[str, str]:

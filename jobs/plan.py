@@ -81,6 +81,10 @@ class Plan(Spec):
     """Nodes of the job on a cluster with a queue."""
     command_line: str = ""
     """What hands it over to the queue, as it would be typed; RUN stands for the folder of the run."""
+    tasks: int = 0
+    """Tasks of a job array, where the site has one task a group of trials."""
+    share: list[int] = []
+    """Of a task's own plan: the number of its first trial, and of the one after its last."""
     files: dict[str, str] = {}
     """What is handed over to a queue, by name."""
     notes: list[str] = []

@@ -205,8 +205,17 @@ class Run:
 
     @property
     def id(self) -> str:
-        """The folder's name."""
-        return self.path.name
+        """The folder's name; a part has its run's."""
+        return self.path.parent.parent.name if self.path.parent.name == "parts" else self.path.name
+
+    def part(self, number: int) -> Run:
+        """The part of one task of a job array."""
+        return Run(self.path / "parts" / str(number))
+
+    def parts(self) -> list[Run]:
+        """The parts that were not put together yet."""
+        found = [Run(path.parent) for path in (self.path / "parts").glob("*/plan.json")]
+        return sorted(found, key=lambda part: int(part.path.name))
 
     def keep_reserve(self) -> None:
         """Take some room, which `release_reserve` gives back on the day when the disk is full."""
@@ -265,7 +274,7 @@ class Run:
 
     def trials(self) -> list[Trial]:
         """Every trial that was made, in the order in which they were."""
-        folders = (self.path / "trials").glob("*")
+        folders = [*(self.path / "trials").glob("*"), *(self.path / "parts").glob("*/trials/*")]
         found = [Trial(path, self.attempt) for path in folders if (path / "params.json").is_file()]
         return sorted(found, key=lambda trial: (trial.params().get("index", 0), trial.id))
 

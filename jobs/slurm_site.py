@@ -220,6 +220,9 @@ class SlurmSite(Spec):
         if self.launch == "array" and (self.head or (self.nodes or 1) > 1):
             sentence = "launch is array, whose tasks have one node each: leave out head and nodes"
             problems.append(Problem("launch", sentence))
+        if self.launch == "array" and self.requeue.policy == "chain":
+            sentence = "launch is array, whose tasks do not chain: requeue.policy must be requeue or none"
+            problems.append(Problem("requeue.policy", sentence))
         if self.gpu_type and not self.gpus_per_node:
             problems.append(Problem("gpu_type", f"gpu_type is {self.gpu_type}, but gpus_per_node is 0"))
         if self.requeue.signal_seconds >= self.time_limit_seconds:

@@ -77,6 +77,7 @@ def render(site: SlurmSite, script: Script, templates: dict[str, str] | None = N
         "inside": _inside(site, script),
         "lead": _lead(site, script),
         "verb": script.verb,
+        "caches": _template("caches.sh").rstrip(),
     }
     rendered = {}
     for name in (JOB, NODE):
@@ -243,10 +244,20 @@ def _lead(site: SlurmSite, script: Script) -> list[str]:
     return ["srun", "--overlap", "--export=ALL", "--mpi=none", "--nodes=1", "--ntasks=1", *group, *pyxis]
 
 
-def submission(script: Path, run: Path, name: str, number: int, *, after: str | None = None) -> list[str]:
+def array_of(site: SlurmSite, tasks: int) -> str:
+    """`--array`'s value."""
+    return f"0-{tasks - 1}" + (f"%{site.array.max_running}" if site.array.max_running else "")
+
+
+def submission(
+    script: Path, run: Path, name: str, number: int, *, after: str | None = None, array: str | None = None
+) -> list[str]:
     """The `sbatch` command; run it with an environment of its own, which is what `--export=ALL` hands on."""
     words = ["sbatch", "--parsable", "--export=ALL", f"--job-name={name}", f"--chdir={run}"]
-    words += ["--output=slurm/%j.out", "--error=slurm/%j.out"]
+    log = "slurm/%A_%a.out" if array else "slurm/%j.out"
+    words += [f"--output={log}", f"--error={log}"]
+    if array:
+        words.append(f"--array={array}")
     if after:
         words += [f"--dependency=afterany:{after}", "--kill-on-invalid-dep=yes"]
     return [*words, str(script), str(run), str(number)]

@@ -34,6 +34,7 @@ from jobs.site import Node
 from jobs.spec import JobSpec
 from tuning.allocation import allocation_here, begin_in_allocation, saved_mark
 from tuning.nodes import check_nodes
+from tuning.parts import gather
 from tuning.proposals import GivenProposals, Proposals, TpeProposals
 from tuning.scratch import keep_logs, make_scratch
 
@@ -57,6 +58,7 @@ class Sweep:
         self.job = JobSpec.model_validate_json(json.dumps(stored["job"]))
         self.placement = Placement.model_validate(stored["placement"])
         self.searching = stored["command"] == "sweep"
+        self.share: list[int] = stored.get("share") or []
         self.began = self.noted = time.time()
         self.earlier_seconds = float(run.status().get("wall_seconds") or 0.0)
         self.told: signal.Signals | None = None  # the signal that asked for the end
@@ -90,6 +92,8 @@ class Sweep:
         with self._stopped_by_signals():
             try:
                 begin_in_allocation(self.run)
+                gather(self.run, allocation_here())
+                self.earlier_seconds = float(self.run.status().get("wall_seconds") or 0.0)
                 outcome = self._attempt(attempt)
             except StaleAttempt:
                 raise
@@ -120,7 +124,7 @@ class Sweep:
                     check_nodes(self.run.path, data.folder, self.job)
                 if not self.stop_file.exists():
                     self._search(attempt, data)
-                if not self.stop_file.exists():
+                if not self.stop_file.exists() and not self.share:
                     self._exam(data)
         if self.disk_full:
             raise DiskFull(self.disk_full)
@@ -239,6 +243,10 @@ class Sweep:
         ledger = Ledger(self.run, self.job, self.searching)
         ledger.settle()
         known = known_assignments(self._searched_job, self._name)
+        first = 0
+        if self.share:
+            first, last = self.share
+            known = known[first:last]
         proposals = self._proposals(known)
         for trial in self.run.trials():
             if trial.state.ended:
@@ -247,7 +255,7 @@ class Sweep:
         self.run.event("search", trials=total)
         # Cut decisions of an earlier attempt are settled, and what is left may be nothing.
         searcher = ProposalSearcher(
-            ledger, proposals, total, self._most_open(), lambda a, i: self._make(a, i, data), self._no_more
+            ledger, proposals, total, self._most_open(), lambda a, i: self._make(a, first + i, data), self._no_more
         )
         self._phase("training")
         with trackers(self.run, self.job) as listeners:
@@ -456,12 +464,16 @@ class Sweep:
         wall = self._wall()
         if self.stop_file.exists():
             self.run.set_state(RunState.STOPPED, reason="interrupted: `lorafleet resume` goes on", wall_seconds=wall)
-            write_report(self.run)
+            if not self.share:
+                write_report(self.run)
             return ExitCode.INTERRUPTED if self.told in (None, signal.SIGINT) else ExitCode.REQUEUE
         from tuning.tracking import track_report
 
         states = [trial.state for trial in self.run.trials()]
         failed = states.count(TrialState.FAILED)
+        if self.share:  # the run's last job writes the report, of all parts
+            self.run.set_state(RunState.FINISHED, wall_seconds=wall, phase=None)
+            return ExitCode.OK
         self._phase("writing the report")
         everything_failed = bool(states) and failed == len(states)
         state = RunState.FAILED if everything_failed else RunState.FINISHED

@@ -134,6 +134,7 @@ def test_nodes_that_differ(login: Login, bert_job: JobMaker) -> None:
     assert re.search(r"node2 has torch 9\S+, and node1 has", login.lorafleet("status", run.id).stdout)
 
 
+@pytest.mark.long
 def test_two_sweeps_at_once_on_the_same_nodes(login: Login, bert_job: JobMaker) -> None:
     search = SEARCH.replace("num_samples: 8", "num_samples: 3")
     first, second = login.submit(bert_job(search)), login.submit(bert_job(search))

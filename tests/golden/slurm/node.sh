@@ -13,6 +13,16 @@ address() {
             awk '/^[0-9.]+$/ && !/^127\./ {print; exit}'
     fi
 }
+# Compiled kernels and the staged model lie on this node's own disk; where the site names one, for the next job too.
+caches() { # FOLDER of this job alone
+    local cache=$1/cache
+    if [ -n "$LF_KEEP" ]; then
+        mkdir -m 700 "$LF_KEEP" 2>/dev/null
+        if [ -O "$LF_KEEP" ] && [ ! -L "$LF_KEEP" ]; then cache=$LF_KEEP; fi
+    fi
+    export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/extensions
+    [ -z "$LF_STAGE" ] || export LORAFLEET_STAGE=$cache/models
+}
 if [ "$1" = keep ]; then
     mkdir -p "slurm/ray-$SLURMD_NODENAME-$LF_ATTEMPT" &&
         find "$LF_HERE"/ray/session_2*/logs -type f -size -5M -exec cp {} "slurm/ray-$SLURMD_NODENAME-$LF_ATTEMPT" \;
@@ -45,17 +55,8 @@ umask "$mask"
 [ "$number" != 0 ] || printf '%s\n' "$SLURM_STEP_ID" >"$LF_PRIVATE/step"
 [ "$(stat -c %a "$LF_HERE/token")" = 600 ] || ended 1 "the token's file could not be kept from other users"
 
-# Caches of compiled kernels and the staged model, on this node's own disk.
-cache=$LF_HERE/cache
-if [ -n "$LF_KEEP" ]; then # it outlives the job, for the next one
-    mkdir -m 700 "$LF_KEEP" 2>/dev/null
-    if [ -O "$LF_KEEP" ] && [ ! -L "$LF_KEEP" ]; then cache=$LF_KEEP; fi
-fi
-export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/extensions
-if [ -n "$LF_STAGE" ]; then
-    export LORAFLEET_STAGE=$cache/models
-    lorafleet node stage "$LF_RUN" || ended 1 "the model could not be brought to $cache"
-fi
+caches "$LF_HERE"
+[ -z "$LF_STAGE" ] || lorafleet node stage "$LF_RUN" || ended 1 "the model could not be brought to this node's disk"
 
 # Ray's processes are no tasks of Slurm: libraries that find its variables would join ranks that are not there.
 for variable in "${!SLURM_@}" "${!PMI_@}" "${!PMIX_@}"; do unset "$variable"; done

@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.errors import LorafleetError, PlacementRefused
 from jobs.site import Node, RaySite
+from jobs.variables import may_be_secret
 from jobs.words import counted
 
 _PASSED = (
@@ -29,7 +30,6 @@ _PASSED = (
 )
 """Beginnings of the names that mean the same on every machine: the network, the caches."""
 _GPU_SECONDS = 60.0
-_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
 def environment_for_workers(environment: Mapping[str, str]) -> dict[str, str]:
@@ -37,11 +37,7 @@ def environment_for_workers(environment: Mapping[str, str]) -> dict[str, str]:
 
     Ray writes a job's environment into its logs and shows it on its dashboard.
     """
-    return {
-        name: value
-        for name, value in environment.items()
-        if name.startswith(_PASSED) and not any(word in name.upper() for word in _SECRET)
-    }
+    return {name: value for name, value in environment.items() if name.startswith(_PASSED) and not may_be_secret(name)}
 
 
 def nodes_of(table: Iterable[Mapping[str, Any]]) -> tuple[Node, ...]:

@@ -43,30 +43,39 @@ RunName = Annotated[
 ]
 OneRun = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, name or folder.", show_default=False)]
 Output = Annotated[Format, typer.Option("--format", help="What to print.")]
+Chain = Annotated[
+    int | None,
+    typer.Option(
+        "--max-walltime-chain", metavar="K", min=1, help="K jobs at most, each after the one before: no requeueing."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone.")]
 
 DEFAULT_RUNS = Path("runs")
 
 
-def backend_for(on: str | None, nodes: int | None) -> Backend:
+def backend_for(on: str | None, nodes: int | None, chain: int | None = None) -> Backend:
     """This machine, or the cluster that `--on` names."""
     from cluster.backends import backend_here
+    from jobs.errors import UserError
 
     if on is not None:
-        return cluster_on(on, nodes)
+        return cluster_on(on, nodes, chain)
+    if chain is not None:
+        raise UserError("--max-walltime-chain is for clusters with time limits: it goes with --on SITE")
     from cluster.machine import site_here
 
     return backend_here(site_here(nodes))
 
 
-def cluster_on(on: str, nodes: int | None) -> Cluster:
+def cluster_on(on: str, nodes: int | None, chain: int | None = None) -> Cluster:
     """The cluster of a site. Its files are named: their set-up lines are code."""
     from cluster.backends import backend_on
     from jobs.site_file import load_site
 
     loaded = load_site(on)
     say(f"site {loaded.site.name} from {', extending '.join(map(str, loaded.files))}")
-    return backend_on(loaded, nodes)
+    return backend_on(loaded.chained(chain) if chain else loaded, nodes)
 
 
 def console() -> Console:

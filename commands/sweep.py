@@ -9,6 +9,7 @@ import typer
 
 from commands.common import (
     DEFAULT_RUNS,
+    Chain,
     Format,
     Job,
     Nodes,
@@ -32,13 +33,14 @@ def sweep(
     runs: Runs = DEFAULT_RUNS,
     on: On = None,
     nodes: Nodes = None,
+    chain: Chain = None,
     quiet: Quiet = False,
     output: Output = Format.TEXT,
     detach: Detach = False,
     wait: Wait = False,
 ) -> None:
     """Search for the best configuration, and end with a table and a recommendation."""
-    _start("sweep", job, overrides, runs, on, nodes, quiet, output, detach, wait)
+    _start("sweep", job, overrides, runs, on, nodes, chain, quiet, output, detach, wait)
 
 
 def train(
@@ -47,13 +49,14 @@ def train(
     runs: Runs = DEFAULT_RUNS,
     on: On = None,
     nodes: Nodes = None,
+    chain: Chain = None,
     quiet: Quiet = False,
     output: Output = Format.TEXT,
     detach: Detach = False,
     wait: Wait = False,
 ) -> None:
     """Train one configuration: the job file's own values, whatever it searches."""
-    _start("train", job, overrides, runs, on, nodes, quiet, output, detach, wait)
+    _start("train", job, overrides, runs, on, nodes, chain, quiet, output, detach, wait)
 
 
 def _start(
@@ -63,6 +66,7 @@ def _start(
     runs: Path,
     on: str | None,
     nodes: int | None,
+    chain: int | None,
     quiet: bool,
     output: Format,
     detach: bool,
@@ -81,7 +85,7 @@ def _start(
         )
     if not quiet:
         note_aliases(loaded.notes)
-    backend = backend_for(on, nodes)
+    backend = backend_for(on, nodes, chain)
     check_names(loaded)
     if on is None:
         fetch_job(loaded.job, say if not quiet else lambda _: None)

@@ -5,38 +5,81 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from commands.common import DEFAULT_RUNS, OneRun, Runs, say
+from jobs import files
 from jobs.errors import UserError
+from jobs.run import Run, RunState
 from jobs.words import counted
 
 
 def sync(
-    run: OneRun, runs: Runs = DEFAULT_RUNS, show: bool = typer.Option(False, help="Print the command alone.")
+    run: OneRun,
+    runs: Runs = DEFAULT_RUNS,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Also records of trials that have not ended, as far as they are.")
+    ] = False,
+    show: Annotated[bool, typer.Option("--show", help="Print the command alone.")] = False,
 ) -> None:
-    """Upload a run's W&B records that were written offline (`wandb sync`)."""
+    """Upload a run's W&B records that were written offline (`wandb sync`), each once, when its trial has ended.
+
+    A trial that goes on in another job writes its whole record anew, so no step arrives twice.
+    """
+    from cluster.backends import backend_of
     from cluster.store import find_run
-    from evaluation.report import run_job
 
     found = find_run(runs, run)
-    folders = sorted(found.path.glob("wandb/wandb/offline-run-*"))
-    if not folders:
-        raise UserError(f"{found.id} has no offline W&B records: tracking was online or disabled")
-    command = sync_command(folders)
-    if show:
-        typer.echo(" ".join(command))
-        return
-    base_url = run_job(found).tracking.base_url
+    backend = backend_of(found)
+    done = 0
+    while True:
+        live = backend.look(found).state in (RunState.PENDING, RunState.RUNNING)
+        ready, waiting = records(found, whole=everything or found.state is RunState.FINISHED)
+        if show:
+            typer.echo(" ".join(sync_command(ready)))
+            return
+        if ready:
+            _upload(found, ready)
+            done += len(ready)
+        if not (follow and live):
+            break
+        time.sleep(_LOOK_SECONDS)
+    if not done and not waiting:
+        what = "all of them are uploaded" if list(found.path.glob(_RECORDS)) else "tracking was online or disabled"
+        raise UserError(f"{found.id} has no offline W&B records to upload: {what}")
+    say(f"wandb sync took {counted(done, 'record')} of {found.id}; what it did with each stands above")
+    if waiting:
+        left = f"{counted(len(waiting), 'record')} of trials that have not ended"
+        say(f"{left}: `lorafleet sync {found.id}` takes them later, --all as they are")
+
+
+_RECORDS = "wandb/wandb/offline-run-*"
+_LOOK_SECONDS = 30.0
+
+
+def records(run: Run, *, whole: bool) -> tuple[list[Path], list[Path]]:
+    """(those to upload now, those whose trial has not ended) of the records that were not uploaded yet."""
+    closed = {row["trial_id"] for row in files.read_jsonl(run.path / "wandb" / "closed.jsonl")}
+    left = [folder for folder in sorted(run.path.glob(_RECORDS)) if not list(folder.glob("*.wandb.synced"))]
+    ready = [folder for folder in left if whole or folder.name.rpartition("-")[2] in closed]
+    return ready, [folder for folder in left if folder not in ready]
+
+
+def _upload(run: Run, folders: list[Path]) -> None:
+    from evaluation.report import run_job
+
+    base_url = run_job(run).tracking.base_url
     env = os.environ | ({"WANDB_BASE_URL": base_url} if base_url else {})
-    done = subprocess.run(command, env=env, check=False)
+    done = subprocess.run(sync_command(folders), env=env, check=False)
     if done.returncode:
         raise UserError(
             f"wandb sync ended with code {done.returncode}; it says why above (not logged in? `wandb login`)"
         )
-    say(f"wandb sync took {counted(len(folders), 'record')} of {found.id}; what it did with each stands above")
 
 
 def sync_command(folders: list[Path]) -> list[str]:

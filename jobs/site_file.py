@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from jobs import fields, files, yaml12
-from jobs.errors import JobFileError, Problem
+from jobs.errors import JobFileError, Problem, UserError
 from jobs.load import line_of, read_text
 from jobs.messages import sentences
 from jobs.slurm_site import SlurmSite
@@ -34,6 +34,16 @@ class LoadedSite:
     """The file itself, then those that it extends: their set-up lines are code, so a user is told."""
     locked: tuple[str, ...] = ()
     """Keys that an administrator's file has fixed."""
+
+    def chained(self, jobs: int) -> LoadedSite:
+        """The site with a chain of so many jobs in the place of what it does at a job's end. Raises UserError."""
+        fixed = [key for key in self.locked if key in ("requeue", "requeue.policy", "requeue.max_walltime_chain")]
+        if fixed:
+            raise UserError(f"--max-walltime-chain is {jobs}, but {fixed[0]} is fixed by {self.files[-1]}")
+        if self.site.launch == "array":
+            raise UserError(f"--max-walltime-chain is {jobs}, but launch of site {self.site.name} is array")
+        requeue = self.site.requeue.model_copy(update={"policy": "chain", "max_walltime_chain": jobs})
+        return replace(self, site=self.site.model_copy(update={"requeue": requeue}))
 
 
 def folders() -> tuple[Path, ...]:

@@ -10,9 +10,9 @@ from pydantic import Field, field_validator, model_validator
 from jobs.errors import Problem, SpecProblems
 from jobs.site import Allocation, Node
 from jobs.spec import Spec, Texts
+from jobs.variables import checked_environment
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}(?::\d{2}){0,2}|\d+)")
-_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 _OURS = ("--nodes", "--ntasks", "--cpus-per-task", "--gpus", "--gres", "--mem", "--time", "--output", "--error",
          "--signal", "--requeue", "--no-requeue", "--job-name", "--export", "--partition", "--account", "--qos",
          "--constraint", "--open-mode", "--array", "--dependency")  # fmt: skip
@@ -234,21 +234,6 @@ class SlurmSite(Spec):
         if problems:
             raise SpecProblems(problems)
         return self
-
-
-def checked_environment(environment: dict[str, str]) -> dict[str, str]:
-    """Names and values that may stand in a script. Raises ValueError for names that may hold a secret."""
-    for name, value in environment.items():
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(f"{name!r} is no name of a variable")
-        if any(word in name.upper() for word in _SECRET):
-            raise ValueError(
-                f"{name} may hold a secret, which would stand in the script and in Slurm's records: log in on the "
-                "nodes instead (wandb login, hf auth login)"
-            )
-        if "\n" in value or "\0" in value:
-            raise ValueError(f"{name} has a line break in its value")
-    return environment
 
 
 def slurm_seconds(text: str) -> int:

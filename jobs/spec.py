@@ -15,6 +15,7 @@ from jobs.errors import Problem, SpecProblems
 from jobs.metrics import DEFAULT_METRIC, METRICS, TASK_METRICS, bare_name
 from jobs.rungs import Goal
 from jobs.support import Method, Strategy, refusals
+from jobs.variables import checked_environment
 
 
 class Spec(BaseModel):
@@ -559,8 +560,15 @@ class JobSpec(Spec):
     """How results are measured."""
     tracking: TrackingSpec = TrackingSpec()
     """Weights & Biases."""
+    environment: dict[str, str] = {}
+    """Variables for every process of the job (`NCCL_DEBUG: INFO`). Names that may hold a secret are refused."""
     linked: dict[str, str] = Field(default_factory=dict)
     """Dotted field -> arithmetic on other fields, evaluated anew for each trial (`lora.lora_alpha: 2*lora_r`)."""
+
+    @field_validator("environment")
+    @classmethod
+    def _holds_no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
+        return checked_environment(value)
 
     @property
     def adapts_with_lora(self) -> bool:

@@ -156,13 +156,14 @@ def _values(site: SlurmSite, nodes: int, *, stage: bool) -> dict[str, str]:
     """Names of the script's variables and what is assigned to them, as bash."""
     least = site.smallest
     memory = int(least.memory_gb_per_node * 1e9)
-    objects = max(_LEAST_OBJECTS, min(_OBJECTS, memory // 10))
+    objects = _objects(least.memory_gb_per_node)
     scratch = bash_path(site.scratch_dir or "/tmp")
     return {
         "nodes": str(nodes + (1 if site.head else 0)),
         "cpus": str(least.cpus_per_node),
         "memory": str(max(_LEAST_OBJECTS, memory - objects)),
         "objects": str(objects),
+        "head_objects": str(_objects(site.head.memory_gb) if site.head else objects),
         "head_works": "0" if site.head else "1",
         "interface": shlex.quote(site.network_interface or ""),
         "scratch": scratch,
@@ -178,6 +179,11 @@ def _values(site: SlurmSite, nodes: int, *, stage: bool) -> dict[str, str]:
 def _quoted(word: str) -> str:
     """A word as bash; one with a comma is quoted too, so that no reader takes it for a list."""
     return f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word)
+
+
+def _objects(memory_gb: float) -> int:
+    """Bytes of Ray's object store on a node."""
+    return max(_LEAST_OBJECTS, min(_OBJECTS, int(memory_gb * 1e8)))
 
 
 def bash_path(text: str) -> str:

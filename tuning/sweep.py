@@ -175,6 +175,7 @@ class Sweep:
     def _ray(self, attempt: int) -> Iterator[dict[str, Any]]:
         """A Ray of our own on this machine, or the one that RAY_ADDRESS names."""
         os.chdir(self.run.path)  # Ray puts the driver's folder first on every worker's path: ours holds no packages
+        os.environ.update(self.job.environment)
         for name, value in _RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.placement.slots)
@@ -183,7 +184,7 @@ class Sweep:
         placement = self.placement
         address = os.environ.get("RAY_ADDRESS")
         options: dict[str, Any] = (
-            {"address": address, "runtime_env": {"env_vars": _RAY_ENVIRONMENT | environment_for_workers(os.environ)}}
+            {"address": address, "runtime_env": {"env_vars": self._environment_for_workers()}}
             if address
             else {
                 "address": "local",
@@ -223,6 +224,9 @@ class Sweep:
                 keep_logs(scratch, self.run.path / "logs" / f"ray-{attempt}")
             if scratch:
                 shutil.rmtree(scratch, ignore_errors=True)
+
+    def _environment_for_workers(self) -> dict[str, str]:
+        return _RAY_ENVIRONMENT | environment_for_workers(os.environ) | self.job.environment
 
     def _fit_into(self, nodes: tuple[Node, ...]) -> None:
         """As many trials at once as the cluster really holds. Raises PlacementRefused when it is not one."""
@@ -338,7 +342,7 @@ class Sweep:
         trial = self.run.add_trial(trial_id(job, self.facts), index, assignment)
         params = trial.params()
         if "resolved" not in params:
-            resolved = job.model_dump(mode="json", exclude={"search", "tracking", "name"})
+            resolved = job.model_dump(mode="json", exclude={"search", "tracking", "name", "environment"})
             resolved["train"]["learning_rate"] = learning_rate(job).value
             files.write_json(
                 trial.path / "params.json",

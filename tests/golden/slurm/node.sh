@@ -2,7 +2,8 @@
 # What each node of a job does; started by `srun` from job.sbatch, whose environment it has.
 #   node.sh look NONCE   say what this node has
 #   node.sh keep         copy what Ray's processes said into the run's folder
-#   node.sh ray          be a node of the job's Ray until the job ends; the token of its Ray is read from stdin
+#   node.sh token        keep the token of the job's Ray, which is read from stdin
+#   node.sh ray          be a node of the job's Ray until the job ends
 set -uo pipefail
 cd "$LF_RUN" || { echo "$SLURMD_NODENAME does not see $LF_RUN: runs_dir must be a folder that all nodes share" >&2; exit 70; }
 address() {
@@ -13,6 +14,7 @@ address() {
             awk '/^[0-9.]+$/ && !/^127\./ {print; exit}'
     fi
 }
+LF_HERE=$LF_HERE-$SLURM_NODEID # its own name on each node: some clusters share /tmp
 # Compiled kernels and the staged model lie on this node's own disk; where the site names one, for the next job too.
 caches() { # FOLDER of this job alone
     local cache=$1/cache
@@ -23,6 +25,12 @@ caches() { # FOLDER of this job alone
     export TRITON_CACHE_DIR=$cache/triton TORCHINDUCTOR_CACHE_DIR=$cache/inductor TORCH_EXTENSIONS_DIR=$cache/extensions
     [ -z "$LF_STAGE" ] || export LORAFLEET_STAGE=$cache/models
 }
+safe=${LF_HERE%-*}-token-$SLURMD_NODENAME
+if [ "$1" = token ]; then
+    umask 077
+    mkdir -m 700 "$safe" && IFS= read -r token && [ -n "$token" ] && printf '%s' "$token" >"$safe/token"
+    exit
+fi
 if [ "$1" = keep ]; then
     mkdir -p "slurm/ray-$SLURMD_NODENAME-$LF_ATTEMPT" &&
         find "$LF_HERE"/ray/session_2*/logs -type f -size -5M -exec cp {} "slurm/ray-$SLURMD_NODENAME-$LF_ATTEMPT" \;
@@ -48,12 +56,10 @@ mkdir -m 700 "$LF_HERE" || ended 1 "$LF_HERE could not be made"
 trap 'rm -rf "$LF_HERE"' EXIT
 printf '{"machine": ["%s", "%s"], "pid": %d, "started": %s}\n' "$(uname -n)" "$(readlink /proc/self/ns/pid)" \
     "$$" "$(awk '{print $22}' "/proc/$$/stat")" >"$LF_HERE/owner.json"
-IFS= read -r token
-printf '%s' "$token" >"$LF_HERE/token"
-unset token
+mv "$safe/token" "$LF_HERE/token" && rmdir "$safe"
 umask "$mask"
 [ "$number" != 0 ] || printf '%s\n' "$SLURM_STEP_ID" >"$LF_PRIVATE/step"
-[ "$(stat -c %a "$LF_HERE/token")" = 600 ] || ended 1 "the token's file could not be kept from other users"
+[ "$(stat -c '%a %s' "$LF_HERE/token")" = '600 64' ] || ended 1 "the token of Ray did not come, or others could read it"
 
 caches "$LF_HERE"
 [ -z "$LF_STAGE" ] || lorafleet node stage "$LF_RUN" || ended 1 "the model could not be brought to this node's disk"
@@ -64,6 +70,7 @@ unset RAY_ADDRESS ROCR_VISIBLE_DEVICES
 export TMPDIR=$LF_HERE RAY_TMPDIR=$LF_HERE RAY_AUTH_TOKEN_PATH=$LF_HERE/token
 ulimit -n "$(ulimit -Hn)" 2>/dev/null
 cpus=$LF_CPUS
+[ "$number" != 0 ] || LF_OBJECTS=$LF_HEAD_OBJECTS
 [ "$number" != 0 ] || [ "$LF_HEAD_WORKS" = 1 ] || cpus=0
 common=(
     --temp-dir="$LF_HERE/ray" --node-ip-address="$me" --num-cpus="$cpus" --num-gpus="$gpus"

@@ -1,0 +1,169 @@
+"""What nodes say of themselves, where they differ, which ports they agree on, and what they keep on their own disks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.node import PINNED, busy_ports, choose_ports, disagreements, read_reports, versions
+from jobs.errors import PlacementRefused
+from jobs.stage import stage, staged
+from tuning.allocation import how_the_last_ended, restarts_without_progress
+
+
+def report(number: int, **changed: Any) -> dict[str, Any]:
+    return {
+        "node": f"node{number + 1}", "number": number, "address": f"10.0.0.{number + 1}", "wrong": None, "nonce": "n",
+        "driver": "550.1", "gpus": 4, "gpu_memory_gib": 79.6, "busy": [], **dict.fromkeys(PINNED, "1.0"),
+    } | changed  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("second", "sentence"),
+    [
+        ({"torch": "2.0"}, "node2 has torch 2.0, and node1 has 1.0: the site's setup lines"),
+        ({"nonce": "old"}, "node2 does not see /runs/x as it is now: runs_dir must be a folder that all nodes share"),
+        ({"wrong": "has no address on ib0"}, "node2 has no address on ib0"),
+        ({"driver": "470.2"}, "node2 has driver 470.2, and node1 has 550.1: ask for one kind of node"),
+        ({"gpu_memory_gib": 39.6}, "node2 has GPU memory 39.6 GiB, and node1 has 79.6 GiB"),
+        ({}, None),
+    ],
+)
+def test_a_node_that_differs_is_named(second: dict[str, Any], sentence: str | None) -> None:
+    found = disagreements([report(1, **second), report(0)], "n", 2, {}, "/runs/x")
+    assert (found == []) if sentence is None else (len(found) == 1 and sentence in found[0])
+
+
+def test_nodes_that_do_not_answer() -> None:
+    assert "only 1 of 2 nodes answered (node1)" in disagreements([report(0)], "n", 2, {}, "x")[0]
+
+
+def test_a_head_without_gpus_has_no_driver_to_compare() -> None:
+    assert (
+        disagreements([report(0, gpus=0, driver="", gpu_memory_gib=0.0), report(1), report(2)], "n", 3, {}, "x") == []
+    )
+
+
+def test_the_environment_that_began_a_run_is_held_to() -> None:
+    pinned = dict.fromkeys(PINNED, "1.0") | {"torch": "0.9", "schema_version": 1}
+    (sentence,) = disagreements([report(0), report(1)], "n", 2, pinned, "x")
+    assert "the environment has changed since the run began: node1 has torch 1.0 and not 0.9" in sentence
+    missing = [report(0, peft="not installed"), report(1, peft="not installed")]
+    assert "peft is not installed" in disagreements(missing, "n", 2, {}, "x")[0]
+
+
+def test_what_programs_of_a_site_print_is_passed_over() -> None:
+    import json
+
+    text = f'Loading module cuda\n{json.dumps(report(0))}\n[1, 2]\n{{"node": 1}}\nbye'
+    assert read_reports(text) == [report(0)]
+    assert set(versions()) == set(PINNED)
+
+
+@given(st.sets(st.integers(20_000, 32_700), max_size=40), st.integers(1, 256), st.integers(1, 10**7))
+def test_a_block_of_ports_is_free_everywhere(busy: set[int], cpus: int, job: int) -> None:
+    try:
+        first, last = choose_ports(sorted(busy), cpus, job)
+    except PlacementRefused:
+        assert len(busy) >= 10
+        return
+    assert 20_000 <= first < last < 32_768
+    assert last - first + 1 >= 20 + 4 * cpus
+    assert not busy & set(range(first, last + 1))
+
+
+def test_jobs_with_near_numbers_begin_at_different_blocks() -> None:
+    assert len({choose_ports([], 8, job) for job in range(100)}) == 100
+    with pytest.raises(PlacementRefused, match="ports in a row are free on all nodes"):
+        choose_ports(list(range(20_000, 32_700, 50)), 8, 1)
+
+
+def test_a_port_that_listens_is_busy() -> None:
+    with socket.socket() as listener:
+        for port in range(31_000, 31_100):
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            break
+        listener.listen()
+        assert port in busy_ports()
+    assert port not in busy_ports()
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(os.urandom(100_000))
+    monkeypatch.setenv("LORAFLEET_STAGE", str(tmp_path / "stage"))
+    return folder
+
+
+def test_a_model_is_staged_once_and_checked(model: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    assert staged(model) == model
+    copy = stage(model, tmp_path / "stage", said.append)
+    assert staged(model) == copy
+    assert (copy / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    assert (tmp_path / "stage").stat().st_mode & 0o777 == 0o700
+    made = copy.stat().st_ino
+    assert stage(model, tmp_path / "stage", said.append).stat().st_ino == made
+    assert said == []
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.write(b"damaged")
+    again = stage(model, tmp_path / "stage", said.append)
+    assert "is damaged, and is copied anew" in said[0]
+    assert (again / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    (model / "config.json").write_text('{"changed": 1}')
+    assert staged(model) == model  # the copy is of what was there before
+
+
+def test_no_room_for_a_copy(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**20))
+    said: list[str] = []
+    assert stage(model, tmp_path / "stage", said.append) == model
+    assert "no room for 0.0 GB" in said[0]
+
+
+def line(job: str, restart: int, event: str) -> dict[str, Any]:
+    return {"job": job, "restart": restart, "event": event}
+
+
+@pytest.mark.parametrize(
+    ("history", "sentence"),
+    [
+        ([line("7", 0, "began")], None),
+        ([line("7", 0, "began"), line("7", 0, "time-limit"), line("7", 1, "began")],
+         "Slurm started job 7 again (restart 1): it had come to its time limit, and had saved"),
+        ([line("7", 0, "began"), line("7", 1, "began")], "Slurm started job 7 again (restart 1): it was cut off"),
+        ([line("5", 0, "began"), line("5", 0, "preemption"), line("7", 0, "began")],
+         "job 7 goes on after job 5: it was preempted, and had saved"),
+        ([line("5", 0, "began"), line("5", 0, "ended"), line("7", 0, "began")], None),
+    ],
+)  # fmt: skip
+def test_how_the_incarnation_before_ended(history: list[dict[str, Any]], sentence: str | None) -> None:
+    here = {"slurm_job": "7", "slurm_restart": history[-1]["restart"], "submission": "1"}
+    said = how_the_last_ended(history, here)
+    assert said is None if sentence is None else (said or "").startswith(sentence)
+
+
+def test_restarts_that_bring_nothing_are_counted() -> None:
+    def of(*marks: str, submission: str = "1") -> list[dict[str, Any]]:
+        return [{"submission": submission, "saved": mark} for mark in marks]
+
+    assert restarts_without_progress(of("a")) == 0
+    assert restarts_without_progress(of("a", "b", "b", "b")) == 2
+    assert restarts_without_progress(of("b", "b", "c")) == 0
+    assert restarts_without_progress([*of("b", "b"), *of("b", submission="2")]) == 0  # resumed by hand

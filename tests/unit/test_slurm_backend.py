@@ -1,0 +1,148 @@
+"""Where a run is, from what Slurm and its own files say; what a cluster's own words make of a site file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.slurm_backend import exit_code, seen
+from cluster.slurm_draft import Hardware, draft, hardware
+from jobs.errors import JobFileError, UserError
+from jobs.load import load_text
+from jobs.run import Run, RunState
+from jobs.site_file import load_site
+from slurm import client
+from slurm.records import JobRecord, from_sacct, from_squeue
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    made = Run.create(tmp_path, "x")
+    (made.path / "slurm").mkdir()
+    (made.path / "slurm" / "9.out").write_text("first\nmodule: command not found\nlorafleet: command not found\n")
+    return made
+
+
+def record(state: str, **more: object) -> JobRecord:
+    return JobRecord(job_id="9", state=state, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("records", "state", "sentence", "code"),
+    [
+        ([record("PENDING", reason="Priority")], RunState.PENDING, "job 9 waits in the queue: jobs of higher", None),
+        ([record("PENDING", reason="BeginTime", restarts=2)], RunState.PENDING, "again (restart 2): its begin", None),
+        ([record("RUNNING", nodes="a[1-2]")], RunState.RUNNING, "job 9 runs on a[1-2]", None),
+        ([record("FAILED", exit_code=127)], RunState.FAILED, "(code 127); its last words: module: comm", 127),
+        ([record("TIMEOUT", exit_code=0)], RunState.STOPPED, "came to its time limit; `lorafleet resume x-", 130),
+        ([record("PREEMPTED", exit_code=0)], RunState.STOPPED, "was preempted by a job of higher priority", 130),
+        ([record("OUT_OF_MEMORY", exit_code=0)], RunState.FAILED, "used more memory than it had asked for", 1),
+        ([], RunState.FAILED, "Slurm does not know job 9 any more, and it left no word of its end", 1),
+        ([record("CANCELLED", exit_code=0, nodes="a1"), record("CANCELLED")], RunState.STOPPED, "was cancelled", 130),
+    ],
+)  # fmt: skip
+def test_where_a_run_is(run: Run, records: list[JobRecord], state: RunState, sentence: str, code: int | None) -> None:
+    said = seen(run, "9", records)
+    assert said.state is state
+    assert sentence in said.sentence
+    if code is not None:
+        assert exit_code(run, records) == code
+
+
+def test_what_the_driver_wrote_itself_holds(run: Run) -> None:
+    run.set_state(RunState.RUNNING)
+    run.set_state(RunState.FINISHED, reason="1 of 3 trials failed")
+    assert seen(run, "9", []).state is RunState.FINISHED
+    assert exit_code(run, []) == 0
+    assert exit_code(run, [record("FAILED", exit_code=4)]) == 4
+    assert seen(run, "9", [record("FAILED", exit_code=4)]).sentence == "1 of 3 trials failed"
+
+
+def test_short_forms_that_every_version_prints() -> None:
+    (waits,) = from_squeue("17|PENDING|Resources|\n")
+    assert (waits.job_id, waits.state, waits.reason, waits.nodes) == ("17", "PENDING", "Resources", "")
+    text = "17|CANCELLED by 1000|0:15|None|node[1-2]|1\n18|COMPLETED|0:0|None|None assigned|0\nnoise\n"
+    cancelled, fine = from_sacct(text)
+    assert (cancelled.state, cancelled.signal, cancelled.restarts, cancelled.nodes) == ("CANCELLED", 15, 1, "node[1-2]")
+    assert (fine.state, fine.exit_code, fine.nodes) == ("COMPLETED", 0, "")
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, **said: object) -> None:
+    """Slurm's commands answer so; a number is an exit code, an exception is raised."""
+
+    def ask(command: list[str], *_: object, **__: object) -> client.Said:
+        given = said.get(command[0], 1)
+        if isinstance(given, Exception):
+            raise given
+        return client.Said(given, "", "no") if isinstance(given, int) else client.Said(0, str(given), "")
+
+    monkeypatch.setattr(client, "ask", ask)
+
+
+def test_who_is_asked_in_which_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    down = client.SlurmError("squeue did not answer within 20 s")
+    shown = "JobId=9 JobName=x JobState=FAILED Reason=NonZeroExitCode ExitCode=3:0 Restarts=0 NodeList=a"
+    answer(monkeypatch, squeue="9|RUNNING|None|a\n", sacct=down, scontrol=down)
+    assert client.job("9").state == "RUNNING"  # type: ignore[union-attr]
+    answer(monkeypatch, squeue="9|FAILED|NonZeroExitCode|a\n", scontrol=shown)
+    assert client.job("9").exit_code == 3  # type: ignore[union-attr]
+    answer(monkeypatch, squeue=down, sacct="9|TIMEOUT|0:0|None|a|0\n", scontrol=down)
+    assert client.job("9").state == "TIMEOUT"  # type: ignore[union-attr]
+    answer(monkeypatch)
+    assert client.job("9") is None
+    answer(monkeypatch, squeue=down, sacct=down, scontrol=down)
+    with pytest.raises(client.SlurmError, match="did not answer within 20 s"):
+        client.job("9")
+
+
+def test_commands_that_are_not_there_or_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(client.SlurmError, match="there is no no-such-sbatch here: is this a login node"):
+        client.ask(["no-such-sbatch"])
+    with pytest.raises(client.SlurmError, match=r"sleep did not answer within 0\.1 s"):
+        client.ask(["sleep", "5"], 0.1)
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    assert "WANDB_API_KEY" not in client.job_environment()
+
+
+NODES = [
+    {"NodeName": "g1", "Partitions": "gpu,all", "CPUTot": "64", "RealMemory": "515000", "Gres": "gpu:a100:4(S:0-1)"},
+    {"NodeName": "g2", "Partitions": "gpu,all", "CPUTot": "64", "RealMemory": "515000", "Gres": "gpu:a100:4(S:0-1)"},
+    {"NodeName": "g3", "Partitions": "gpu,all", "CPUTot": "32", "RealMemory": "250000", "Gres": "gpu:v100:2,shard:8"},
+    {"NodeName": "c1", "Partitions": "cpu,all", "CPUTot": "16", "RealMemory": "64000", "Gres": "(null)"},
+]
+PARTITIONS = [
+    {"PartitionName": "cpu", "Default": "YES", "MaxTime": "UNLIMITED"},
+    {"PartitionName": "gpu", "Default": "NO", "MaxTime": "12:00:00"},
+]
+
+
+def test_a_site_file_from_what_the_cluster_says(tmp_path: Path) -> None:
+    for partition, cpus, gpus, smallest, limit in (("gpu", 64, 4, 2, "12:00:00"), (None, 16, 0, 0, "4:00:00")):
+        path = tmp_path / "made.yaml"
+        path.write_text(draft(PARTITIONS, NODES, partition))
+        site = load_site(str(path)).site
+        assert (site.cpus_per_node, site.gpus_per_node, site.smallest.gpus_per_node) == (cpus, gpus, smallest)
+        assert (site.partition, site.time_limit) == (partition or "cpu", limit)
+    assert hardware(NODES[2]) == Hardware(32, 250000, 2, "v100")
+    with pytest.raises(UserError, match="there is no partition gpus; there are cpu, gpu"):
+        draft(PARTITIONS, NODES, "gpus")
+
+
+def test_a_chain_that_an_administrator_has_forbidden(tmp_path: Path) -> None:
+    base = "kind: slurm\ncpus_per_node: 4\nmemory_gb_per_node: 8\n"
+    (tmp_path / "admin.yaml").write_text(f"{base}requeue: {{policy: none}}\nlocked: [requeue.policy]\n")
+    (tmp_path / "mine.yaml").write_text("extends: admin.yaml\naccount: a\n")
+    (tmp_path / "free.yaml").write_text(base)
+    with pytest.raises(UserError, match=r"--max-walltime-chain is 3, but requeue.policy is fixed by .*admin.yaml"):
+        load_site(str(tmp_path / "mine.yaml")).chained(3)
+    chained = load_site(str(tmp_path / "free.yaml")).chained(3).site.requeue
+    assert (chained.policy, chained.max_walltime_chain) == ("chain", 3)
+
+
+def test_variables_of_a_job(tmp_path: Path) -> None:
+    text = "name: a\ntask: classification\nmodel: {model_name_or_path: a/b}\ndata: {dataset_name: a/b}\n"
+    job = load_text(f"{text}environment: {{NCCL_DEBUG: INFO}}\n", tmp_path / "j.yaml").job
+    assert job.environment == {"NCCL_DEBUG": "INFO"}
+    with pytest.raises(JobFileError, match=r"j.yaml:5: environment: .*HF_TOKEN may hold a secret"):
+        load_text(f"{text}environment: {{HF_TOKEN: x}}\n", tmp_path / "j.yaml")

@@ -1,4 +1,5 @@
-"""Writes docs/job-file.md from the job file's own schema, and docs/methods.md. `--check` says whether they are so."""
+"""Writes docs/job-file.md and docs/site-file.md from their schemas, and docs/methods.md. `--check` says whether they
+are so."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ def main() -> int:
     pages = {
         "job-file.md": [*_head(), *_blocks(), *_aliases(FIELD_ALIASES)],
         "methods.md": _methods(),
+        "site-file.md": _site_file(),
     }
     stale = 0
     for name, lines in pages.items():
@@ -64,6 +66,19 @@ def _head() -> list[str]:
         "evaluated anew for each trial. YAML is read by its 1.2 rules: `2e-4` is a number, `no` a text. Relative paths",
         "start at the job file's folder.",
     ]  # fmt: skip
+
+
+def _site_file() -> list[str]:
+    from jobs.slurm_site import NodeType, SlurmSite
+
+    head = [
+        "# The site file of a Slurm cluster",
+        "",
+        "Written by `python scripts/make_docs.py` from the schema; how it is used is in [slurm.md](slurm.md). Beside",
+        "these keys a file may say `extends:` (the file that it is laid over) and `locked:` (keys that files laid over",
+        "it must not set).",
+    ]  # fmt: skip
+    return [*head, *_block(SlurmSite, ""), *_block(NodeType, "node_types.NAME")]
 
 
 def _blocks() -> list[str]:

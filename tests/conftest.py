@@ -19,6 +19,7 @@ WORDS = """the a film plot actor scene very quite rather story it was is and but
 GOOD = ["good", "great", "fine", "lovely", "superb"]
 BAD = ["bad", "poor", "awful", "dull", "weak"]
 ROOT = Path(__file__).parent.parent
+ASSETS = os.environ.get("LORAFLEET_TEST_ASSETS", str(Path.home() / ".cache" / "lorafleet"))
 
 
 @pytest.fixture(scope="session", autouse=True)

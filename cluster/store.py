@@ -74,8 +74,15 @@ def folder_bytes(folder: Path) -> int:
 
 def protected(run: Run) -> str | None:
     """Why a run may not be cleaned, or None."""
+    from cluster.backends import SITE_FILE, backend_of
+
+    live = (RunState.RUNNING, RunState.PENDING)
+    if (run.path / SITE_FILE).is_file():  # what its own record says may be older than what the queue knows
+        state = backend_of(run).look(run).state
+        if state in live:
+            return f"it is {state}; `lorafleet stop {run.id}` first"
     elsewhere = run.status().get("host", os.uname().nodename) != os.uname().nodename
-    if run.alive() or (elsewhere and run.state in (RunState.RUNNING, RunState.PENDING)):
+    if run.alive() or (elsewhere and run.state in live and not (run.path / SITE_FILE).is_file()):
         return f"it is {run.state}; `lorafleet stop {run.id}` first"
     if unsynced(run):
         return f"its W&B record has not been uploaded; `lorafleet sync {run.id}` first, or give --unsynced"

@@ -116,10 +116,11 @@ def _copy_examples() -> None:
     if target.resolve() == source.resolve():
         say("the examples are already here")
         return
-    target.mkdir(exist_ok=True)
-    for path in sorted(source.glob("*.yaml")):
-        if (target / path.name).exists():
-            say(f"kept your {target / path.name}")
+    for path in [*sorted(source.glob("*.yaml")), *sorted(source.glob("sites/*.yaml"))]:
+        copy = target / path.relative_to(source)
+        if copy.exists():
+            say(f"kept your {copy}")
         else:
-            shutil.copy(path, target / path.name)
-            typer.echo(target / path.name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
+            typer.echo(copy)

@@ -27,7 +27,9 @@ def logs(
 
     found = find_run(runs, run)
     if trial is None:
-        files = [found.path / "logs" / "driver.log", found.path / "events.jsonl"]
+        jobs = sorted((found.path / "slurm").glob("*.out"), key=lambda path: path.stat().st_mtime)
+        parts = [part.path / "logs" / "driver.log" for part in found.parts()]
+        files = [*jobs, found.path / "logs" / "driver.log", *parts, found.path / "events.jsonl"]
     else:
         matching = [known for known in found.trials() if known.id.startswith(trial)]
         if len(matching) != 1:

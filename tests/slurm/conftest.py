@@ -148,7 +148,13 @@ class Login:
         self.rig.asked("scontrol", "update", f"jobid={self.job(run)}", "StartTime=now")
 
     def left_behind(self) -> list[str]:
-        """Processes and folders of jobs on the nodes."""
+        """Processes and folders of jobs on the nodes, some seconds after their end."""
+        ends = time.monotonic() + 5
+        while (found := self._left_now()) and time.monotonic() < ends:
+            time.sleep(0.2)
+        return found
+
+    def _left_now(self) -> list[str]:
         found = []
         for number in self.rig.parents:
             found += self.rig.processes(number)

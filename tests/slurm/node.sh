@@ -7,7 +7,7 @@ hostname "$name"
 mount --make-rprivate /
 mount --bind "$rig/hosts" /etc/hosts
 mount -t tmpfs -o mode=1777,size=2g tmpfs /dev/shm
-for own in /tmp/ray "$rig/local"; do # a node's own disk: /tmp itself is shared, since the tests' folders are in it
+for own in /tmp/ray /tmp/disk; do # a node's own disk: /tmp itself is shared, since the tests' folders are in it
     mkdir -p "$own"
     mount -t tmpfs -o mode=1777,size=2g tmpfs "$own"
 done

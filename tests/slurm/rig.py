@@ -192,7 +192,7 @@ PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 P
     @property
     def local(self) -> Path:
         """Each node's own disk."""
-        return self.folder / "local"
+        return Path("/tmp/disk")
 
     def on(self, number: int, *command: str, check: bool = True) -> str:
         """What a command says that is run inside a node."""
@@ -234,6 +234,8 @@ PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 P
             with suppress(ChildProcessError):
                 os.waitpid(pid, 0)
         self._clear_links()
+        with suppress(OSError):
+            self.local.rmdir()
 
     def _clear_links(self) -> None:
         for link in [_BRIDGE, *(f"lfv{number}" for number in self._numbers())]:

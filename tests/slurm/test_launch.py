@@ -50,7 +50,7 @@ def test_a_sweep_over_two_nodes(login: Login, bert_job: JobMaker) -> None:
     said = login.rig.asked("scontrol", "write", "batch_script", login.job(run), "-")
     said += login.rig.asked("scontrol", "show", "job", "-dd", login.job(run))
     said += "".join(line for number in login.rig.parents for line in login.rig.processes(number))
-    said += login.rig.on(1, "sh", "-c", f"cat {login.rig.local}/lf-*/ray/session_latest/logs/*", check=False)
+    said += login.rig.on(1, "sh", "-c", f"cat {login.rig.local}/lf-*/r/session_latest/logs/*", check=False)
     assert "ray::" in said
     assert login.ended(run).state == "COMPLETED"
     assert hosts(run) == {"node1", "node2"}
@@ -161,3 +161,24 @@ def test_two_attempts_at_one_run(login: Login, bert_job: JobMaker) -> None:
     assert (record.state, record.exit_code) == ("FAILED", 130)
     assert "stopped" in login.lorafleet("status", run.id).stdout
     assert len(run.events("attempt")) == 1
+
+
+def test_what_is_not_in_the_cache_is_not_submitted(login: Login, bert_job: JobMaker) -> None:
+    path = login.home / "job.yaml"
+    path.write_text(bert_job().text)
+    done = login.lorafleet("train", path, "model.model_name_or_path=org/name", "--on", "rig", check=False)
+    assert done.returncode == 2
+    assert "org/name, which is not on this machine" in done.stderr
+    assert "`lorafleet fetch" in done.stderr
+    assert list(login.runs.glob("*")) == []
+
+
+@pytest.mark.long
+def test_a_head_of_its_own(login: Login, bert_job: JobMaker) -> None:
+    """A heterogeneous job: the driver and Ray's head on one machine, every trial on the other."""
+    login.write_site(nodes=1, head={"cpus": 1, "memory_gb": 2}, gpus_per_node=1)
+    run = login.submit(bert_job(SEARCH, resources__device="cpu"))
+    assert login.ended(run).state == "COMPLETED"
+    assert hosts(run) == {"node2"}
+    assert run.status()["host"] == "node1"
+    assert login.left_behind() == []

@@ -33,7 +33,7 @@ if [ "$1" = token ]; then
 fi
 if [ "$1" = keep ]; then
     mkdir -p "slurm/ray-$SLURMD_NODENAME-$LF_ATTEMPT" &&
-        find "$LF_HERE"/ray/session_2*/logs -type f -size -5M -exec cp {} "slurm/ray-$SLURMD_NODENAME-$LF_ATTEMPT" \;
+        find "$LF_HERE"/r/session_2*/logs -type f -size -5M -exec cp {} "slurm/ray-$SLURMD_NODENAME-$LF_ATTEMPT" \;
     exit
 fi
 me=$(address)
@@ -73,7 +73,7 @@ cpus=$LF_CPUS
 [ "$number" != 0 ] || LF_OBJECTS=$LF_HEAD_OBJECTS
 [ "$number" != 0 ] || [ "$LF_HEAD_WORKS" = 1 ] || cpus=0
 common=(
-    --temp-dir="$LF_HERE/ray" --node-ip-address="$me" --num-cpus="$cpus" --num-gpus="$gpus"
+    --temp-dir="$LF_HERE/r" --node-ip-address="$me" --num-cpus="$cpus" --num-gpus="$gpus"
     --memory="$LF_MEMORY" --object-store-memory="$LF_OBJECTS" --disable-usage-stats
     --node-manager-port=$((LF_PORT + 1)) --object-manager-port=$((LF_PORT + 2))
     --runtime-env-agent-port=$((LF_PORT + 3)) --dashboard-agent-grpc-port=$((LF_PORT + 4))

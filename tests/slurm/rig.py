@@ -220,7 +220,7 @@ PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 P
         """A dead node comes back, empty."""
         subprocess.run(["ip", "link", "del", f"lfv{number}"], capture_output=True, check=False)
         self._start_node(number)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150
         while "idle" not in self.asked("sinfo", "-h", "-n", f"node{number}", "-p", "main", "-o", "%T"):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"node{number} did not come back: {self.asked('sinfo', '-Nel')}")

@@ -53,7 +53,9 @@ ended() { # CODE SENTENCE
 mask=$(umask)
 umask 077
 mkdir -m 700 "$LF_HERE" || ended 1 "$LF_HERE could not be made"
-trap 'rm -rf "$LF_HERE"' EXIT
+ray=''
+# Ray's processes are one session: what of them outlives `ray start` (modules of the dashboard that still import) ends too.
+trap '[ -z "$ray" ] || pkill -KILL -s "$ray"; rm -rf "$LF_HERE"' EXIT
 printf '{"machine": ["%s", "%s"], "pid": %d, "started": %s}\n' "$(uname -n)" "$(readlink /proc/self/ns/pid)" \
     "$$" "$(awk '{print $22}' "/proc/$$/stat")" >"$LF_HERE/owner.json"
 mv "$safe/token" "$LF_HERE/token" && rmdir "$safe"
@@ -82,11 +84,11 @@ common=(
 )
 if [ "$number" = 0 ]; then
     # The dashboard is on since Ray Train asks its state API for the placement groups of stopped trials.
-    ray start --head --port="$LF_PORT" --include-dashboard=true --dashboard-host="$me" \
+    setsid ray start --head --port="$LF_PORT" --include-dashboard=true --dashboard-host="$me" \
         --dashboard-port=$((LF_PORT + 7)) "${common[@]}" &
 else
     for _ in $(seq 240); do (exec 3<>"/dev/tcp/$LF_ADDRESS/$LF_PORT") 2>/dev/null && break; sleep 0.5; done
-    ray start --address="$LF_ADDRESS:$LF_PORT" "${common[@]}" &
+    setsid ray start --address="$LF_ADDRESS:$LF_PORT" "${common[@]}" &
 fi
 ray=$!
 trap 'stopping=1; kill -TERM "$ray" 2>/dev/null' TERM

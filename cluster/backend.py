@@ -44,8 +44,8 @@ class Backend(Protocol):
     def plan(self, loaded: LoadedJob, command: str) -> Plan:
         """Everything that would happen."""
 
-    def check(self, plan: Plan) -> list[str]:
-        """What the place has against a plan, a sentence each; nothing is submitted."""
+    def check(self, plan: Plan) -> tuple[list[str], list[str]]:
+        """(what the place has against a plan, what it could not be asked), a sentence each; nothing is submitted."""
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
         """Write the run's folder and hand it over."""

@@ -36,9 +36,9 @@ class LocalBackend:
         """Everything that would happen. Raises a UserError where the job cannot begin here."""
         return make_plan(loaded, self.site, command)
 
-    def check(self, plan: Plan) -> list[str]:
+    def check(self, plan: Plan) -> tuple[list[str], list[str]]:
         """Nothing that the plan itself has not."""
-        return []
+        return [], []
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
         """Write the run's folder, then start its driver."""

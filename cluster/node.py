@@ -14,6 +14,7 @@ from jobs import files
 from jobs.errors import PlacementRefused
 from jobs.hub import converted_folder, model_folder
 from jobs.identity import models_of
+from jobs.lease import newest
 from jobs.orphans import clear_orphans
 from jobs.run import Run, RunState
 from jobs.spec import JobSpec
@@ -188,7 +189,8 @@ def stage_models(run: Run, target: Path, say: Callable[[str], None]) -> None:
 
 def mark_failed(run: Run, sentence: str) -> None:
     """Say in the run's state why its driver never began."""
-    if run.state is RunState.RUNNING or run.state is RunState.PENDING:
-        run.set_state(RunState.FAILED, reason=sentence)
-    else:  # an earlier attempt ended it: stopped -> failed, failed and finished stay what they are
-        run.event("note", sentence=sentence)
+    writer = Run(run.path, attempt=newest(run.path) or None)  # rows of older attempts are passed over
+    if run.state in (RunState.RUNNING, RunState.PENDING, RunState.STOPPED):
+        writer.set_state(RunState.FAILED, reason=sentence)
+    else:
+        writer.event("note", sentence=sentence)

@@ -60,6 +60,10 @@ class SlurmBackend:
     def plan(self, loaded: LoadedJob, command: str) -> Plan:
         """Everything that would happen. Raises a UserError where the job could not begin."""
         array = self.site.launch == "array" and command == "sweep"
+        if array and (self.asked_nodes or 1) > 1:
+            raise PlacementRefused(
+                f"--nodes is {self.asked_nodes}, and launch of site {self.site.name} is array: a task has one"
+            )
         if array:
             check_array(loaded.job, self.site.name)
         nodes = nodes_of_job(self.site, self.asked_nodes, loaded.job.resources.num_nodes)
@@ -102,17 +106,17 @@ class SlurmBackend:
                 f"template of site {self.site.name} is {path}, which cannot be read: {error}"
             ) from error
 
-    def check(self, plan: Plan) -> list[str]:
-        """What bash and Slurm have against the job, and what `sbatch --test-only` lets through."""
+    def check(self, plan: Plan) -> tuple[list[str], list[str]]:
+        """What bash and Slurm have against the job, with what `sbatch --test-only` lets through; what was not asked."""
         found = [f"bash -n {name}: {complaint}" for name, complaint in _syntax(plan.files)]
         looks: tuple[Callable[[Plan], str | None], ...] = (self._refused, self._above_the_limit, self._unknown_account)
         for look in looks:
             try:
                 sentence = look(plan)
             except client.SlurmError as error:  # not on a login node: said once
-                return [*found, f"not checked by Slurm: {error}"]
+                return found, [f"not checked by Slurm: {error}"]
             found += [sentence] if sentence else []
-        return found
+        return found, []
 
     def _refused(self, plan: Plan) -> str | None:
         with _scratch() as folder:
@@ -134,7 +138,7 @@ class SlurmBackend:
 
     def _unknown_account(self, _plan: Plan) -> str | None:
         known = client.accounts() if self.site.account else None
-        if known is None or self.site.account in known:
+        if known is None or (self.site.account or "").lower() in known:
             return None
         return f"account is {self.site.account}, and you may use {', '.join(sorted(known))}"
 
@@ -169,7 +173,7 @@ class SlurmBackend:
             line = submission(run.path / _FOLDER / JOB, run.path, run.id, number, after=after, array=array)
             try:
                 jobs.append(client.submit(line))
-            except client.SlurmError:
+            except BaseException:
                 with contextlib.suppress(client.SlurmError):
                     client.cancel(jobs)
                 raise
@@ -185,7 +189,6 @@ class SlurmBackend:
         (run.path / "stop").unlink(missing_ok=True)
         self._write_site(run, int(stored["nodes"]), number)
         self._hand_over(run, number)
-        run.event("submitted", jobs=_job_ids(run), site=self.site.name)
         registry.add(run, self.site.name)
 
     def _records(self, run: Run) -> list[JobRecord]:
@@ -228,11 +231,11 @@ class SlurmBackend:
         if not live:
             raise RunError(f"{run.id} has no job that waits or runs: it is {self.look(run).state}")
         running = [record for record in live if job_state(record.state).run is RunState.RUNNING]
-        client.cancel([record.job_id for record in live if record not in running])
+        client.cancel(_job_ids(run), waiting=bool(running))
         if running:
             for folder in (run.path, *(part.path for part in run.parts())):
                 files.write_text(folder / "stop", "asked for by a user\n")
-            job = running[0].job_id
+            job = _job_ids(run)[0]
             return (
                 f"{run.id} saves its trials and ends (job {job}); `lorafleet resume {run.id}` goes on, and "
                 f"`scancel {job}` ends it at once"

@@ -60,7 +60,7 @@ def draft(partitions: list[dict[str, str]], nodes: list[dict[str, str]], wanted:
 def hardware(node: dict[str, str]) -> Hardware:
     """What one node has, from its line of `scontrol show node -o`."""
     gpus, kind = 0, ""
-    for found in re.finditer(r"gpu(?::([A-Za-z][\w.-]*))?:(\d+)", node.get("Gres", "")):
+    for found in re.finditer(r"gpu(?::([^:(),]+))?:(\d+)(?=[(,]|$)", node.get("Gres", "")):
         gpus, kind = gpus + int(found[2]), found[1] or kind
     return Hardware(int(node.get("CPUTot", 1)), int(node.get("RealMemory", 0)), gpus, kind)
 

@@ -11,6 +11,8 @@ from typing import Annotated
 import typer
 
 from commands.common import DEFAULT_RUNS, RunName, Runs
+from jobs.errors import RunError
+from jobs.run import Run, RunState
 
 
 def logs(
@@ -23,27 +25,44 @@ def logs(
 ) -> None:
     """Print the log of a run, or the record of one of its trials."""
     from cluster.store import find_run
-    from jobs.errors import RunError
 
     found = find_run(runs, run)
-    if trial is None:
-        jobs = sorted((found.path / "slurm").glob("*.out"), key=lambda path: path.stat().st_mtime)
-        parts = [part.path / "logs" / "driver.log" for part in found.parts()]
-        files = [*jobs, found.path / "logs" / "driver.log", *parts, found.path / "events.jsonl"]
-    else:
-        matching = [known for known in found.trials() if known.id.startswith(trial)]
-        if len(matching) != 1:
-            known = ", ".join(known.id for known in matching or found.trials())
-            what = f"several trials that begin with {trial!r}" if matching else f"no trial {trial!r}"
-            raise RunError(f"{found.id} has {what}; {'they are' if matching else 'it has'} {known or 'none yet'}")
-        files = [matching[0].path / "metrics.jsonl", matching[0].path / "traceback.txt"]
     done: dict[Path, int] = {}
+    looked_at = time.monotonic()
+    live = follow and _lives(found)
     while True:
-        for line in _new_lines(files, done):
+        for line in _new_lines(_files(found, trial), done):
             typer.echo(line)
-        if not follow or not found.alive():
+        if not live:
             return
+        if time.monotonic() - looked_at > _LOOK_SECONDS:
+            looked_at, live = time.monotonic(), _lives(found)
         time.sleep(0.5)
+
+
+_LOOK_SECONDS = 5.0
+"""Between two questions whether the run has ended, which may go to a queue."""
+
+
+def _lives(run: Run) -> bool:
+    """Whether more may be written."""
+    from cluster.backends import backend_of
+
+    return backend_of(run).look(run).state in (RunState.PENDING, RunState.RUNNING)
+
+
+def _files(run: Run, trial: str | None) -> list[Path]:
+    """What there is to read now: the jobs of a chain come one after the other."""
+    if trial is None:
+        jobs = sorted((run.path / "slurm").glob("*.out"), key=lambda path: path.stat().st_mtime)
+        parts = [part.path / "logs" / "driver.log" for part in run.parts()]
+        return [*jobs, run.path / "logs" / "driver.log", *parts, run.path / "events.jsonl"]
+    matching = [known for known in run.trials() if known.id.startswith(trial)]
+    if len(matching) != 1:
+        known = ", ".join(known.id for known in matching or run.trials())
+        what = f"several trials that begin with {trial!r}" if matching else f"no trial {trial!r}"
+        raise RunError(f"{run.id} has {what}; {'they are' if matching else 'it has'} {known or 'none yet'}")
+    return [matching[0].path / "metrics.jsonl", matching[0].path / "traceback.txt"]
 
 
 def _new_lines(files: list[Path], done: dict[Path, int]) -> Iterator[str]:

@@ -47,9 +47,9 @@ def plan(
     command = "train" if train or loaded.job.search is None else "sweep"
     backend = backend_for(on, nodes)
     made = backend.plan(loaded, command)
-    refused = backend.check(made)
+    refused, unasked = backend.check(made)
     if output is Format.JSON:
-        typer.echo(made.model_copy(update={"notes": [*made.notes, *refused]}).model_dump_json(indent=2))
+        typer.echo(made.model_copy(update={"notes": [*made.notes, *unasked, *refused]}).model_dump_json(indent=2))
         raise typer.Exit(ExitCode.GATE_REFUSED if refused else ExitCode.OK)
     note_aliases(loaded.notes)
     for note in made.notes[len(loaded.notes) :]:
@@ -61,6 +61,8 @@ def plan(
         console().print(f"submitted by    {made.command_line}", markup=False, soft_wrap=True)
     for name, text in made.files.items():
         typer.echo(f"\n----- {name}\n{text.rstrip()}")
+    for sentence in unasked:
+        say(f"note: {sentence}")
     for sentence in refused:
         say(f"refused: {sentence}")
     if refused:

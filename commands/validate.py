@@ -63,4 +63,7 @@ def _refused(loaded: LoadedJob, on: str | None) -> list[str]:
     if on is None:
         return []
     backend = backend_for(on, None)
-    return backend.check(backend.plan(loaded, "sweep" if loaded.job.search else "train"))
+    refused, unasked = backend.check(backend.plan(loaded, "sweep" if loaded.job.search else "train"))
+    for sentence in unasked:
+        say(f"note: {sentence}")
+    return refused

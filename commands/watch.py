@@ -124,6 +124,8 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
             say(line)
         say(f"{run.id} failed; all that its driver said is in {log}")
         return
+    if code not in (ExitCode.OK, ExitCode.SOME_TRIALS_FAILED, ExitCode.REQUEUE, ExitCode.INTERRUPTED):
+        say(sentence)
     from evaluation.report import build_report, report_json
 
     report = build_report(run)

@@ -29,6 +29,7 @@ class ExitCode(IntEnum):
     USER_INPUT = 2
     GATE_REFUSED = 3
     SOME_TRIALS_FAILED = 4
+    TAKEN = 75
     REQUEUE = 85
     INTERRUPTED = 130
 

@@ -23,7 +23,11 @@ _WATCH_SECONDS = 40.0
 """How long a driver on another machine is watched for a sign of life."""
 
 
-class StaleAttempt(RunError):
+class HasDriver(RunError):
+    """Another driver has the run, and lives."""
+
+
+class StaleAttempt(HasDriver):
     """A newer attempt writes this run: the older one must not any more."""
 
 
@@ -67,6 +71,8 @@ def check_current(run: Path, attempt: int) -> None:
     folder = run / "attempts"
     try:  # opening the folder makes a network file system ask its server what is in it now
         os.close(os.open(folder, os.O_RDONLY))
+    except FileNotFoundError:
+        raise StaleAttempt(f"attempt {attempt} at {run.name} was taken over, and writes no more") from None
     except OSError:
         return
     if (folder / f"{attempt + 1}.json").exists():
@@ -146,7 +152,7 @@ def _create(run: Path, attempt: int, facts: dict[str, Any]) -> bool:
     try:
         os.link(scratch, target)
     except FileExistsError:
-        return False
+        return scratch.stat().st_nlink == 2  # a repeated request whose first answer was lost (NFS): it is ours
     except OSError:  # no hard links here: O_EXCL says as much, though the file is empty for a moment
         try:
             with target.open("x") as file:
@@ -162,10 +168,13 @@ def _check_gone(run: Path, attempt: int, facts: Mapping[str, Any], say: Callable
     """Raise RunError while the driver of an attempt lives, or may."""
     if _end_file(run, attempt).exists():
         return
-    holder = files.read_json(run / "attempts" / f"{attempt}.json")
+    try:
+        holder = files.read_json(run / "attempts" / f"{attempt}.json")
+    except RunError:  # its writer was killed on a file system without hard links
+        holder = {}
     if holder.get("machine") == machine():
         if started(int(holder["pid"])) == holder["pid_started"]:
-            raise RunError(f"{run.name} has another driver, which is still running (process {holder['pid']})")
+            raise HasDriver(f"{run.name} has another driver, which is still running (process {holder['pid']})")
         return
     job, restart = holder.get("slurm_job"), int(holder.get("slurm_restart") or 0)
     if job and facts.get("slurm_job") == job and int(facts.get("slurm_restart") or 0) > restart:
@@ -182,7 +191,7 @@ def _check_gone(run: Path, attempt: int, facts: Mapping[str, Any], say: Callable
         return
     if _read(beat) != first:
         where = f"{host}, job {job}" if job else host
-        raise RunError(f"{run.name} has another driver, which is still running ({where})")
+        raise HasDriver(f"{run.name} has another driver, which is still running ({where})")
 
 
 def _read(path: Path) -> str:

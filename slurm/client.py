@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.errors import UserError
+from jobs.run import RunState
 from slurm.records import JobRecord, from_json, from_sacct, from_scontrol, from_squeue
 from slurm.states import job_state
 
@@ -77,58 +78,71 @@ def test_only(command: Sequence[str]) -> str | None:
 
 
 def job(job_id: str) -> JobRecord | None:
-    """What is known of a job: asked of squeue, then of sacct, then of scontrol; None where nobody knows it any more.
+    """What is known of a job: asked of squeue, then of sacct, then of scontrol; None where it is known to none of them.
 
-    Raises SlurmError only when none of them answers.
+    Of several lines for one number (tasks of an array, parts of a heterogeneous job) one that runs stands for all, else
+    one that waits. Raises SlurmError when nobody can say: a controller that is down is not a job that is gone.
     """
     found: JobRecord | None = None
-    errors: list[SlurmError] = []
+    error: SlurmError | None = None
+    forgotten = False
     for look in (_of_squeue, _of_sacct, _of_scontrol):
         try:
-            record = look(job_id)
-        except SlurmError as error:
-            errors.append(error)
+            records = look(job_id)
+        except SlurmError as refused:
+            error = error or refused
             continue
-        if record is not None:
+        forgotten = forgotten or not records
+        if records:
+            record = min(records, key=_rank)
             if not job_state(record.state).ended or record.exit_code is not None:
                 return record
             found = found or record
-    if found is None and len(errors) == 3:
-        raise errors[0]
+    if found is None and error is not None and not forgotten:
+        raise error
     return found
 
 
-def _of_squeue(job_id: str) -> JobRecord | None:
+def _rank(record: JobRecord) -> int:
+    state = job_state(record.state)
+    return 2 if state.ended else 0 if state.run is RunState.RUNNING else 1
+
+
+def _of_squeue(job_id: str) -> list[JobRecord]:
     said = ask(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--format={_SQUEUE}"])
-    return _newest(from_squeue(said.out)) if said.code == 0 else None
+    return _unless_refused(said, from_squeue)
 
 
-def _of_sacct(job_id: str) -> JobRecord | None:
+def _of_sacct(job_id: str) -> list[JobRecord]:
     said = ask(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", f"--format={_SACCT}"])
-    if said.code:  # no accounting, or a field that it does not know
-        said = ask(["sacct", "--json", f"--jobs={job_id}"])
-        try:
-            return _newest(from_json(said.out)) if said.code == 0 else None
-        except ValueError:
-            return None
-    return _newest(from_sacct(said.out))
+    if said.code:  # a field that it does not know; where there is no accounting this is refused too
+        return _unless_refused(ask(["sacct", "--json", f"--jobs={job_id}"]), from_json)
+    return from_sacct(said.out)
 
 
-def _of_scontrol(job_id: str) -> JobRecord | None:
-    said = ask(["scontrol", "show", "job", "-o", job_id])
-    return _newest(from_scontrol(said.out)) if said.code == 0 else None
+def _of_scontrol(job_id: str) -> list[JobRecord]:
+    return _unless_refused(ask(["scontrol", "show", "job", "-o", job_id]), from_scontrol)
 
 
-def _newest(records: list[JobRecord]) -> JobRecord | None:
-    """Of several lines for one job (tasks of an array, parts of a heterogeneous job) the one that has not ended."""
-    live = [record for record in records if not job_state(record.state).ended]
-    return next(iter(live or records), None)
+def _unless_refused(said: Said, read: Callable[[str], list[JobRecord]]) -> list[JobRecord]:
+    """The records of an answer; none where the number is not known. Raises SlurmError for every other refusal."""
+    if said.code and "invalid job id" in (said.err + said.out).lower():
+        return []
+    if said.code:
+        raise SlurmError(f"Slurm does not answer: {said.sentence or f'code {said.code}'}")
+    try:
+        return read(said.out)
+    except ValueError as error:
+        raise SlurmError(f"Slurm's answer cannot be read: {error}") from error
 
 
-def cancel(job_ids: Sequence[str]) -> None:
-    """Cancel jobs; those that have ended are passed over by scancel itself. Raises SlurmError."""
+def cancel(job_ids: Sequence[str], *, waiting: bool = False) -> None:
+    """Cancel jobs, or only what of them waits; those that have ended are passed over by scancel itself.
+
+    Raises SlurmError.
+    """
     if job_ids:
-        said = ask(["scancel", *job_ids])
+        said = ask(["scancel", *(["--state=PENDING"] if waiting else []), *job_ids])
         if said.code:
             raise SlurmError(f"scancel refused: {said.sentence}")
 
@@ -149,5 +163,5 @@ def accounts() -> set[str] | None:
     """The accounts that this user may charge; None where there is no accounting to ask."""
     user = os.environ.get("USER") or ""
     said = ask(["sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}", "format=account"])
-    found = {line.strip() for line in said.out.splitlines() if line.strip()}
+    found = {line.strip().lower() for line in said.out.splitlines() if line.strip()}
     return found if said.code == 0 and found else None

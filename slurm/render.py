@@ -213,7 +213,8 @@ def _programs(site: SlurmSite, script: Script) -> list[str]:
 
 def _step(site: SlurmSite, script: Script) -> list[str]:
     """An srun step of one task on each node, beside others that run."""
-    words = ["srun", "--overlap", "--export=ALL", "--mpi=none"]
+    # Since 22.05 srun does not take --cpus-per-task over from sbatch, and would bind a task to one core.
+    words = ["srun", "--overlap", "--export=ALL", "--mpi=none", "--cpu-bind=none"]
     if site.head:
         words.append(_quoted("--het-group=0,1"))
     else:

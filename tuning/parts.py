@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from jobs import files
 from jobs.lease import Lease
-from jobs.run import Run
+from jobs.run import Run, Trial
 
 _KEPT = ("warning", "retry", "base_loaded", "note", "tracking_failed")
 """Events of a part that say something of the whole."""
@@ -27,6 +28,7 @@ def gather(run: Run, facts: dict[str, Any]) -> None:
             target = run.path / "trials" / folder.name
             if (folder / "params.json").is_file() and not target.exists():
                 target.parent.mkdir(exist_ok=True)
+                _without_attempts(Trial(folder))
                 folder.rename(target)
         for event in part.events():
             if event["event"] in _KEPT:
@@ -35,10 +37,18 @@ def gather(run: Run, facts: dict[str, Any]) -> None:
         _move_wandb(part.path / "wandb", run.path / "wandb")
         _keep_log(part, run)
         lease.release()
-        shutil.rmtree(part.path)
+        shutil.rmtree(part.path, ignore_errors=True)
     if (run.path / "parts").is_dir():
         run.set_state(run.state, wall_seconds=seconds)
-        (run.path / "parts").rmdir()
+        shutil.rmtree(run.path / "parts", ignore_errors=True)
+
+
+def _without_attempts(trial: Trial) -> None:
+    """A part counts its own attempts, and the run its own: numbers of one mean nothing in the other."""
+    rows = trial.metrics()
+    if rows:
+        bare = [json.dumps({key: value for key, value in row.items() if key != "attempt"}) for row in rows]
+        files.write_text(trial.path / "metrics.jsonl", "\n".join(bare) + "\n")
 
 
 def _move_wandb(source: Path, target: Path) -> None:

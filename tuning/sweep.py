@@ -498,6 +498,8 @@ class Sweep:
 
     def _ask(self, number: int, _frame: Any) -> None:
         """The handler: the first signal asks for the end, the second is it."""
+        if self.told is signal.SIGUSR1 and number == signal.SIGUSR1:
+            return  # a queue may warn twice
         if self.told is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -535,7 +537,7 @@ def _log(sentence: str) -> None:
 def _end_at_once(sentence: str) -> None:
     """What becomes of a driver that was overtaken: not one write more."""
     _log(sentence)
-    os._exit(ExitCode.USER_INPUT)
+    os._exit(ExitCode.TAKEN if allocation_here() else ExitCode.USER_INPUT)
 
 
 _RAY_ENVIRONMENT = {

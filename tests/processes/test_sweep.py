@@ -167,7 +167,8 @@ def test_a_killed_sweep_goes_on_where_it_was(bert_job: JobMaker, place: Path) ->
     assert len(before) < 6
     assert not run.alive()
     status = json.loads(lorafleet("status", "--format", "json", cwd=place).stdout)
-    assert (status["state"], status["alive"]) == ("running", False)
+    assert (status["state"], status["alive"]) == ("failed", False)
+    assert "its driver is gone" in status["place"]
     done = lorafleet("resume", run.id, cwd=place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr + (run.path / "logs" / "driver.log").read_text()
     assert {path: (path / "metrics.jsonl").read_bytes() for path in before} == before

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,16 @@ def read_it_once(login: Login) -> None:
     path.write_text("\n".join([*lines, "memory_gb_per_node: 6", f"runs_dir: {login.runs}", "nodes: 2", ""]))
 
 
+def check_following(login: Login, words: list[str]) -> None:
+    """`logs -f` goes on while the job runs; it is left with Ctrl-C."""
+    follower = login.begin(*words)
+    time.sleep(8)
+    assert follower.poll() is None
+    follower.send_signal(signal.SIGINT)
+    said, _ = follower.communicate(timeout=30)
+    assert "Ray is up" in said
+
+
 @pytest.mark.long
 def test_the_page_takes_a_newcomer_to_a_running_sweep(newcomer: Login) -> None:
     (newcomer.home / "examples").symlink_to(ROOT / "examples")
@@ -45,7 +57,8 @@ def test_the_page_takes_a_newcomer_to_a_running_sweep(newcomer: Login) -> None:
     for line in lines:
         words = line.replace("NAME", "rig").replace("RUN", run.id if run else "RUN").split()[1:]
         if words[:2] == ["logs", "-f"]:
-            words.remove("-f")
+            check_following(newcomer, words)
+            continue
         if words[0] == "sync":  # there is no account: the command that would be run
             words.append("--show")
         done = newcomer.lorafleet(*words)

@@ -75,6 +75,8 @@ def answer(monkeypatch: pytest.MonkeyPatch, **said: object) -> None:
         given = said.get(command[0], 1)
         if isinstance(given, Exception):
             raise given
+        if isinstance(given, client.Said):
+            return given
         return client.Said(given, "", "no") if isinstance(given, int) else client.Said(0, str(given), "")
 
     monkeypatch.setattr(client, "ask", ask)
@@ -89,8 +91,15 @@ def test_who_is_asked_in_which_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert client.job("9").exit_code == 3  # type: ignore[union-attr]
     answer(monkeypatch, squeue=down, sacct="9|TIMEOUT|0:0|None|a|0\n", scontrol=down)
     assert client.job("9").state == "TIMEOUT"  # type: ignore[union-attr]
-    answer(monkeypatch)
+    gone = client.Said(1, "", "slurm_load_jobs error: Invalid job id specified")
+    answer(monkeypatch, squeue=gone, scontrol=gone)
     assert client.job("9") is None
+    answer(monkeypatch)  # refused for another reason: the controller restarts
+    with pytest.raises(client.SlurmError, match="Slurm does not answer: no"):
+        client.job("9")
+    two = "12_[4-9%2]|PENDING|Resources|\n12_3|RUNNING|None|a\n"
+    answer(monkeypatch, squeue=two)
+    assert client.job("12").state == "RUNNING"  # type: ignore[union-attr]
     answer(monkeypatch, squeue=down, sacct=down, scontrol=down)
     with pytest.raises(client.SlurmError, match="did not answer within 20 s"):
         client.job("9")
@@ -124,6 +133,7 @@ def test_a_site_file_from_what_the_cluster_says(tmp_path: Path) -> None:
         site = load_site(str(path)).site
         assert (site.cpus_per_node, site.gpus_per_node, site.smallest.gpus_per_node) == (cpus, gpus, smallest)
         assert (site.partition, site.time_limit) == (partition or "cpu", limit)
+    assert hardware({"CPUTot": "8", "RealMemory": "1000", "Gres": "gpu:3090:4(S:0)"}) == Hardware(8, 1000, 4, "3090")
     assert hardware(NODES[2]) == Hardware(32, 250000, 2, "v100")
     with pytest.raises(UserError, match="there is no partition gpus; there are cpu, gpu"):
         draft(PARTITIONS, NODES, "gpus")

@@ -87,7 +87,7 @@ if [ "$number" = 0 ]; then
     setsid ray start --head --port="$LF_PORT" --include-dashboard=true --dashboard-host="$me" \
         --dashboard-port=$((LF_PORT + 7)) "${common[@]}" &
 else
-    for _ in $(seq 240); do (exec 3<>"/dev/tcp/$LF_ADDRESS/$LF_PORT") 2>/dev/null && break; sleep 0.5; done
+    for _ in $(seq 1800); do (exec 3<>"/dev/tcp/$LF_ADDRESS/$LF_PORT") 2>/dev/null && break; sleep 0.5; done
     setsid ray start --address="$LF_ADDRESS:$LF_PORT" "${common[@]}" &
 fi
 ray=$!

@@ -49,13 +49,13 @@ class SlurmBackend:
         self.site = site
         self.asked_nodes = nodes
         if site.cache_dir:
-            cache = files.in_home(os.path.expandvars(site.cache_dir))
+            cache = _folder_here(site.cache_dir, "cache_dir", site)
             os.environ["LORAFLEET_CACHE"] = str(cache)
             os.environ["HF_HUB_CACHE"] = str(cache / "hub")
 
     def runs_dir(self, given: Path) -> Path:
         """The site's folder of runs, which the nodes see; without one, what the user gives."""
-        return files.in_home(os.path.expandvars(self.site.runs_dir)) if self.site.runs_dir else given
+        return _folder_here(self.site.runs_dir, "runs_dir", self.site) if self.site.runs_dir else given
 
     def plan(self, loaded: LoadedJob, command: str) -> Plan:
         """Everything that would happen. Raises a UserError where the job could not begin."""
@@ -375,6 +375,14 @@ def _write_parts(run: Run, plan: Plan, each: int) -> None:
         share = [number * each, min(len(plan.trials), (number + 1) * each)]
         own = plan.model_copy(update={"share": share, "files": {}})
         files.write_json(part.path / "plan.json", own.model_dump(mode="json"))
+
+
+def _folder_here(text: str, field: str, site: SlurmSite) -> Path:
+    """A folder of the site as this machine has it. Raises PlacementRefused when a variable in it is not set here."""
+    path = os.path.expandvars(text)
+    if path.startswith("$"):
+        raise PlacementRefused(f"{field} of site {site.name} is {text}, and that variable is not set here")
+    return files.in_home(path)
 
 
 def _exports() -> dict[str, str]:

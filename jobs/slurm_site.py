@@ -207,7 +207,12 @@ class SlurmSite(Spec):
             option = re.split(r"[=\s]", line.strip(), maxsplit=1)[0]
             if not option.startswith("-"):
                 raise ValueError(f"{line!r} is no option of sbatch: it must begin with a dash")
-            if any(option == ours or option.startswith(f"{ours}-") for ours in _OURS):
+            if not option.startswith("--"):
+                raise ValueError(
+                    f"{option} is a short form: write the long one, so that a reader knows what it asks for"
+                )
+            begins = len(option) > 3 and any(ours.startswith(option) for ours in _OURS)
+            if begins or any(option == ours or option.startswith(f"{ours}-") for ours in _OURS):
                 raise ValueError(f"{option} is set from other fields of the site, and must not stand here as well")
         return value
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.slurm_backend import exit_code, seen
+from cluster.slurm_backend import SlurmBackend, exit_code, seen
 from cluster.slurm_draft import Hardware, draft, hardware
-from jobs.errors import JobFileError, UserError
+from jobs.errors import JobFileError, PlacementRefused, UserError
 from jobs.load import load_text
 from jobs.run import Run, RunState
 from jobs.site_file import load_site
@@ -148,6 +148,26 @@ def test_a_chain_that_an_administrator_has_forbidden(tmp_path: Path) -> None:
         load_site(str(tmp_path / "mine.yaml")).chained(3)
     chained = load_site(str(tmp_path / "free.yaml")).chained(3).site.requeue
     assert (chained.policy, chained.max_walltime_chain) == ("chain", 3)
+
+
+def test_options_of_sbatch_that_are_ours_however_they_are_spelt(tmp_path: Path) -> None:
+    base = "kind: slurm\ncpus_per_node: 4\nmemory_gb_per_node: 8\n"
+    for option in ("-p gpu", "--part=gpu2", "--gpus-per-task=1", "--gre=gpu:1"):
+        (tmp_path / "x.yaml").write_text(f'{base}extra_sbatch: ["{option}"]\n')
+        with pytest.raises(JobFileError, match="extra_sbatch"):
+            load_site(str(tmp_path / "x.yaml"))
+    (tmp_path / "x.yaml").write_text(f'{base}extra_sbatch: ["--mail-type=FAIL", "--exclusive"]\n')
+    assert load_site(str(tmp_path / "x.yaml")).site.extra_sbatch == ("--mail-type=FAIL", "--exclusive")
+
+
+def test_a_folder_whose_variable_is_not_set_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "kind: slurm\ncpus_per_node: 4\nmemory_gb_per_node: 8\nruns_dir: $NO_SUCH_FOLDER/runs\n"
+    (tmp_path / "x.yaml").write_text(text)
+    backend = SlurmBackend(load_site(str(tmp_path / "x.yaml")).site)
+    with pytest.raises(PlacementRefused, match=r"runs_dir of site x is .NO_SUCH_FOLDER/runs, and that variable is not"):
+        backend.runs_dir(tmp_path)
+    monkeypatch.setenv("NO_SUCH_FOLDER", "/there")
+    assert backend.runs_dir(tmp_path) == Path("/there/runs")
 
 
 def test_variables_of_a_job(tmp_path: Path) -> None:

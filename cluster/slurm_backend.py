@@ -221,6 +221,10 @@ class SlurmBackend:
             raise
         return run
 
+    def end_at_once(self, run: Run) -> None:
+        """Cancel the jobs of a run."""
+        client.cancel(_job_ids(run))
+
     def watch(self, run: Run) -> SlurmWatch:
         """The job, asked about every few seconds."""
         return SlurmWatch(self, run)

@@ -69,7 +69,7 @@ def _on_nodes(on: str, nodes: int | None, runs: Path) -> list[Finding]:
             raise UserError(f"{last}\nthe job ended with code {code} and looked at nothing: {watch.seen.sentence}")
     except KeyboardInterrupt:
         with contextlib.suppress(UserError):
-            backend.cancel(run)
+            backend.end_at_once(run)
         raise
     finally:
         shutil.rmtree(run.path, ignore_errors=True)

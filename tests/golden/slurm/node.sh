@@ -64,6 +64,7 @@ umask "$mask"
 [ "$(stat -c '%a %s' "$LF_HERE/token")" = '600 64' ] || ended 1 "the token of Ray did not come, or others could read it"
 
 caches "$LF_HERE"
+[ "$number" != 0 ] || [ "$LF_HEAD_WORKS" = 1 ] || LF_STAGE='' # a head of its own loads no model
 [ -z "$LF_STAGE" ] || lorafleet node stage "$LF_RUN" || ended 1 "the model could not be brought to this node's disk"
 
 # Ray's processes are no tasks of Slurm: libraries that find its variables would join ranks that are not there.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,12 @@ from jobs import files
 from jobs.errors import PlacementRefused
 from jobs.hub import converted_folder, model_folder
 from jobs.identity import models_of
-from jobs.lease import newest
+from jobs.lease import attempts, newest
 from jobs.orphans import clear_orphans
 from jobs.run import Run, RunState
 from jobs.spec import JobSpec
 from jobs.stage import stage
+from jobs.words import counted
 
 PINNED = ("python", "lorafleet", "torch", "ray", "transformers", "peft")
 """What must be the same on every node and at every restart."""
@@ -145,11 +147,36 @@ def choose_ports(busy: list[int], cpus: int, job: int) -> tuple[int, int]:
     raise PlacementRefused(f"no {size} ports in a row are free on all nodes between {_FIRST_PORT} and {_LAST_PORT}")
 
 
+def starts_without_driver(history: list[dict[str, Any]], attempts: list[dict[str, Any]], submission: str) -> int:
+    """How many of a submission's newest starts never came to a driver, the one that is beginning among them. Pure."""
+    driven = {(attempt.get("slurm_job"), attempt.get("slurm_restart")) for attempt in attempts}
+    count = 0
+    for line in reversed([line for line in history if line["event"] == "began"]):
+        if line.get("submission") != submission or (line["job"], line["restart"]) in driven:
+            break
+        count += 1
+    return count
+
+
+def check_starts(run: Path) -> None:
+    """Raise PlacementRefused when the job was started too often and never came to its driver."""
+    most = int(os.environ.get("LF_MAX_RESTARTS") or 0)
+    history = files.read_jsonl(run / "slurm" / "history.jsonl")
+    count = starts_without_driver(history, attempts(run), os.environ.get("LF_SUBMISSION", ""))
+    if count > most + 1:
+        raise PlacementRefused(
+            f"given up after {counted(count - 1, 'start')} that did not come to training before Slurm ended them "
+            f"(requeue.max_restarts is {most}): a longer time_limit, or a smaller requeue.signal_seconds"
+        )
+
+
 def agree(run: Path, reports: Path, nonce: str, nodes: int, cpus: int, job: int) -> str:
     """`ADDRESS FIRST_PORT LAST_PORT` of the job's Ray, when all nodes agree; the environment is pinned the first time.
 
     Raises PlacementRefused with a sentence that names the node.
     """
+    if "SLURM_ARRAY_TASK_ID" not in os.environ:  # the attempts of a task are those of its part
+        check_starts(run)
     answers = read_reports(reports.read_text(errors="replace"))
     kept = run / "environment.json"
     pinned = files.read_json(kept)

@@ -116,20 +116,21 @@ def wait_for_nodes(address: str, nodes: int, seconds: float) -> None:
             raise LorafleetError(f"no Ray listens at {address} after {seconds:.0f} s")
         time.sleep(0.3)
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import RaySystemError, RpcError
 
-    said = "none"
+    said = "no node"
     while time.monotonic() < until:
         try:
             table = GcsClient(address=address).get_all_node_info().values()
-        except Exception as error:  # Ray's client raises many kinds while its server starts
-            said = f"{type(error).__name__}"
+        except (RpcError, RaySystemError) as error:  # its server starts
+            said = f"no answer ({type(error).__name__})"
         else:
             alive = [row for row in table if row.state == 0]
             if len(alive) >= nodes:
                 return
             said = counted(len(alive), "node")
         time.sleep(0.5)
-    raise LorafleetError(f"only {said} of {nodes} after {seconds:.0f} s")
+    raise LorafleetError(f"the Ray at {address} has {said}, and not {nodes}, after {seconds:.0f} s")
 
 
 def _listens(host: str, port: int) -> bool:

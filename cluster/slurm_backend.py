@@ -40,6 +40,8 @@ from slurm.states import job_state, why_pending
 _LOOK_SECONDS = 5.0
 """Between two questions to Slurm about one job."""
 _FOLDER = "slurm"
+_DRIVERS_CODES = frozenset(ExitCode)
+"""What a driver ends with; a script that did not come to its driver has others."""
 
 
 class SlurmBackend:
@@ -61,9 +63,8 @@ class SlurmBackend:
         """Everything that would happen. Raises a UserError where the job could not begin."""
         array = self.site.launch == "array" and command == "sweep"
         if array and (self.asked_nodes or 1) > 1:
-            raise PlacementRefused(
-                f"--nodes is {self.asked_nodes}, and launch of site {self.site.name} is array: a task has one"
-            )
+            asked = f"--nodes is {self.asked_nodes}, and launch of site {self.site.name} is array"
+            raise PlacementRefused(f"{asked}: a task has one node")
         if array:
             check_array(loaded.job, self.site.name)
         nodes = nodes_of_job(self.site, self.asked_nodes, loaded.job.resources.num_nodes)
@@ -285,9 +286,12 @@ def seen(run: Run, job: str, records: list[JobRecord]) -> Seen:
     if live:
         now = next((record for record in live if job_state(record.state).run is RunState.RUNNING), live[0])
         return Seen(job_state(now.state).run, f"job {now.job_id} {_sentence(now)}")
-    if written in (RunState.FINISHED, RunState.FAILED, RunState.STOPPED):
-        return Seen(written, reason)
     last = _last_that_ran(records)
+    unbegun = last is not None and last.state == "FAILED" and last.exit_code not in _DRIVERS_CODES
+    if written in (RunState.FINISHED, RunState.FAILED, RunState.STOPPED) and not (
+        unbegun and written is RunState.STOPPED  # by an earlier job, which had saved
+    ):
+        return Seen(written, reason)
     if last is None:
         return Seen(RunState.FAILED, f"Slurm does not know job {job} any more, and it left no word of its end")
     state = job_state(last.state)

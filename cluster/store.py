@@ -91,7 +91,7 @@ def protected(run: Run) -> str | None:
 
 def unsynced(run: Run) -> bool:
     """Whether a run holds offline W&B records that no `sync` has uploaded."""
-    offline = list(run.path.glob("wandb/wandb/offline-run-*"))
+    offline = [*run.path.glob("wandb/wandb/offline-run-*"), *run.path.glob("parts/*/wandb/wandb/offline-run-*")]
     return any(not list(folder.glob("*.wandb.synced")) for folder in offline)
 
 

@@ -75,6 +75,7 @@ def cluster_on(on: str, nodes: int | None, chain: int | None = None) -> Cluster:
 
     loaded = load_site(on)
     say(f"site {loaded.site.name} from {', extending '.join(map(str, loaded.files))}")
+    loaded.check_nodes(nodes)
     return backend_on(loaded.chained(chain) if chain else loaded, nodes)
 
 

@@ -135,6 +135,19 @@ class Lease:
         _end_file(self.run, self.attempt).touch()
 
 
+def watch(runs: list[Path], say: Callable[[str], None], *, seconds: float = _WATCH_SECONDS) -> set[Path]:
+    """Of runs whose last driver did not say that it ended, those that give no sign of life: watched all at once."""
+    open_ones = [run for run in runs if newest(run) and not _end_file(run, newest(run)).exists()]
+    # Of a driver on this machine its process tells at once.
+    open_ones = [run for run in open_ones if _holder(run, newest(run)).get("machine") != machine()]
+    if not open_ones:
+        return set()
+    say(f"{len(open_ones)} of {len(runs)} drivers did not say that they ended: watched for {seconds:.0f} s")
+    before = {run: _read(_beat_file(run, newest(run))) for run in open_ones}
+    time.sleep(seconds)
+    return {run for run, beat in before.items() if _read(_beat_file(run, newest(run))) == beat}
+
+
 def _beat_file(run: Path, attempt: int) -> Path:
     return run / "attempts" / f"{attempt}.beat"
 
@@ -168,10 +181,7 @@ def _check_gone(run: Path, attempt: int, facts: Mapping[str, Any], say: Callable
     """Raise RunError while the driver of an attempt lives, or may."""
     if _end_file(run, attempt).exists():
         return
-    try:
-        holder = files.read_json(run / "attempts" / f"{attempt}.json")
-    except RunError:  # its writer was killed on a file system without hard links
-        holder = {}
+    holder = _holder(run, attempt)
     if holder.get("machine") == machine():
         if started(int(holder["pid"])) == holder["pid_started"]:
             raise HasDriver(f"{run.name} has another driver, which is still running (process {holder['pid']})")
@@ -192,6 +202,14 @@ def _check_gone(run: Path, attempt: int, facts: Mapping[str, Any], say: Callable
     if _read(beat) != first:
         where = f"{host}, job {job}" if job else host
         raise HasDriver(f"{run.name} has another driver, which is still running ({where})")
+
+
+def _holder(run: Path, attempt: int) -> dict[str, Any]:
+    """What an attempt said of itself; empty where its writer was killed on a file system without hard links."""
+    try:
+        return files.read_json(run / "attempts" / f"{attempt}.json")
+    except RunError:
+        return {}
 
 
 def _read(path: Path) -> str:

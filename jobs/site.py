@@ -54,15 +54,11 @@ class LocalSite(Spec):
         return "this machine"
 
 
-class RaySite(Spec):
-    """A Ray that is up already, on one machine or several: what RAY_ADDRESS names."""
+class _Machines(Spec):
+    """Several machines that Ray is up on, or will be."""
 
-    kind: Literal["ray"] = "ray"
-    """Which backend runs it."""
-    address: str
-    """Where it listens, or `auto`."""
     nodes: tuple[Node, ...]
-    """Its machines that answer."""
+    """The machines."""
     gpu_memory_gib: float = Field(0.0, ge=0)
     """Memory of a GPU, in GiB; 0 where it is not known."""
 
@@ -70,6 +66,15 @@ class RaySite(Spec):
     def gpus(self) -> int:
         """CUDA devices of all machines."""
         return sum(node.gpus for node in self.nodes)
+
+
+class RaySite(_Machines):
+    """A Ray that is up already, on one machine or several: what RAY_ADDRESS names, as far as it answers."""
+
+    kind: Literal["ray"] = "ray"
+    """Which backend runs it."""
+    address: str
+    """Where it listens, or `auto`."""
 
     @property
     def called(self) -> str:
@@ -77,22 +82,13 @@ class RaySite(Spec):
         return f"the Ray at {self.address}"
 
 
-class Allocation(Spec):
+class Allocation(_Machines):
     """What a job gets of a cluster with a queue: machines that are alike, and perhaps a head that takes no work."""
 
     kind: Literal["slurm"] = "slurm"
     """Which backend runs it."""
     cluster: str
     """The site's name."""
-    nodes: tuple[Node, ...]
-    """Its machines."""
-    gpu_memory_gib: float = Field(0.0, ge=0)
-    """Memory of a GPU, in GiB; 0 where it is not known."""
-
-    @property
-    def gpus(self) -> int:
-        """CUDA devices of all machines."""
-        return sum(node.gpus for node in self.nodes)
 
     @property
     def called(self) -> str:

@@ -35,6 +35,11 @@ class LoadedSite:
     locked: tuple[str, ...] = ()
     """Keys that an administrator's file has fixed."""
 
+    def check_nodes(self, nodes: int | None) -> None:
+        """Raise UserError when `--nodes` says otherwise than a number of nodes that an administrator has fixed."""
+        if nodes is not None and "nodes" in self.locked and nodes != self.site.nodes:
+            raise UserError(f"--nodes is {nodes}, but nodes is fixed at {self.site.nodes} by {self.files[-1]}")
+
     def chained(self, jobs: int) -> LoadedSite:
         """The site with a chain of so many jobs in the place of what it does at a job's end. Raises UserError."""
         fixed = [key for key in self.locked if key in ("requeue", "requeue.policy", "requeue.max_walltime_chain")]
@@ -111,7 +116,7 @@ def _extended(path: Path, through: tuple[Path, ...]) -> tuple[dict[str, Any], di
     problems = [
         Problem(key, f"{key} is fixed by {read[0]}, and must not be set here", line_of(document.lines, key))
         for key in sorted(locked)
-        if _given(tree, key) and fields.get(tree, key) != fields.get(base, key)
+        if _changes(tree, base, key)
     ]
     if problems:
         raise JobFileError(str(path), problems)
@@ -127,13 +132,16 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return both
 
 
-def _given(tree: dict[str, Any], path: str) -> bool:
+def _changes(tree: dict[str, Any], base: dict[str, Any], path: str) -> bool:
+    """Whether a tree says otherwise than the one below it at a key, or takes the block away that the key is in."""
     value: Any = tree
     for part in path.split("."):
-        if not isinstance(value, dict) or part not in value:
+        if not isinstance(value, dict):
+            return True
+        if part not in value:
             return False
         value = value[part]
-    return True
+    return bool(value != fields.get(base, path))
 
 
 def _keys(model: type[Spec], prefix: str) -> list[str]:

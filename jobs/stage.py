@@ -1,4 +1,4 @@
-"""A model's files on a node's own disk: copied once, under a lock, and checked by hash before every use."""
+"""A model's files on a node's own disk: copied once, under a lock, and checked by hash once a job."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ def stage(folder: Path, target: Path, say: Callable[[str], None]) -> Path:
     target.mkdir(mode=0o700, parents=True, exist_ok=True)
     copy = target / _key(folder)
     with files.locked(copy):
+        for left in target.glob(f".{copy.name}-*"):  # of one that was killed while it copied
+            shutil.rmtree(left, ignore_errors=True)
         if (copy / _SEAL).is_file():
             if _whole(copy):
                 return copy
@@ -44,7 +46,7 @@ def stage(folder: Path, target: Path, say: Callable[[str], None]) -> Path:
         if shutil.disk_usage(target).free < size + _SPARE:
             say(f"no room for {size / 1e9:.1f} GB in {target}: the model is read from {folder}")
             return folder
-        scratch = Path(tempfile.mkdtemp(dir=target, prefix=".copy-"))
+        scratch = Path(tempfile.mkdtemp(dir=target, prefix=f".{copy.name}-"))
         try:
             digests = {path.name: _copied(path, scratch / path.name) for path in _model_files(folder)}
             wrong = [name for name, digest in digests.items() if files.sha256_file(scratch / name) != digest]

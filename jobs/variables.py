@@ -17,6 +17,8 @@ def checked_environment(environment: dict[str, str]) -> dict[str, str]:
     for name, value in environment.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError(f"{name!r} is no name of a variable")
+        if name == "RAY_ADDRESS" or name.startswith(("RAY_AUTH_", "LF_", "SLURM_")):
+            raise ValueError(f"{name} is set by lorafleet or by the queue itself, and must not stand here")
         if may_be_secret(name):
             raise ValueError(
                 f"{name} may hold a secret, which would stand in the script and in records that others can read: log "

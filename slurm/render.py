@@ -227,7 +227,7 @@ def _pyxis(site: SlurmSite, script: Script) -> list[str]:
         return []
     mounts = [f"{folder}:{folder}" for folder in script.folders] + list(site.container.mounts)
     others = _quoted("".join(f",{mount}" for mount in mounts)) if mounts else ""
-    own = '"$run:$run,$scratch:$scratch"'
+    own = '"$run:$run,$scratch:$scratch,/tmp:/tmp"' if site.scratch_dir else '"$run:$run,/tmp:/tmp"'
     return [_quoted(f"--container-image={site.container.image}"), f"--container-mounts={own}{others}"]
 
 

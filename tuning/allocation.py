@@ -23,11 +23,11 @@ _CUT_OFF = "it was cut off (a preemption without notice, a lost node, or `scontr
 
 def allocation_here() -> dict[str, Any]:
     """`{"slurm_job", "slurm_restart", "submission"}` of the job that this process is in; empty outside of one."""
-    job = os.environ.get("SLURM_JOB_ID") if os.environ.get("LF_SUBMISSION") else None
+    job = os.environ.get("LF_JOB")
     if job is None:
         return {}
-    restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    return {"slurm_job": job, "slurm_restart": restart, "submission": os.environ["LF_SUBMISSION"]}
+    restart = int(os.environ.get("LF_RESTART") or 0)
+    return {"slurm_job": job, "slurm_restart": restart, "submission": os.environ.get("LF_SUBMISSION", "")}
 
 
 def saved_mark(run: Run) -> str:

@@ -92,8 +92,8 @@ def _four_bits() -> tuple[str, str, str, str]:
         weights = torch.randn(64, 64, device=device)
         packed, state = functional.quantize_4bit(weights, quant_type="nf4")
         error = float((functional.dequantize_4bit(packed, state) - weights).abs().mean())
-    except Exception as error_:  # whatever a missing kernel raises
-        return ("bitsandbytes", "note", f"{type(error_).__name__}: {error_}"[:160], "method: qlora does not run here")
+    except (ImportError, OSError, RuntimeError) as missing:  # a package, a library, a kernel for this device
+        return ("bitsandbytes", "note", f"{type(missing).__name__}: {missing}"[:160], "method: qlora does not run here")
     good = error < 0.2
     return ("bitsandbytes", "ok" if good else "missing", f"NF4 on {device}, mean error {error:.3f}", "")
 
@@ -194,7 +194,7 @@ def _collective(rows: list[dict[str, Any]]) -> Finding:
         meet = ray.get(members[0].address.remote(), timeout=_SECONDS)
         sums = [member.sum_up.remote(meet, rank, len(members)) for rank, member in enumerate(members)]
         answers = ray.get(sums, timeout=_SECONDS)
-    except Exception as error:  # a network that blocks is what is looked for, in whatever form it shows
+    except ray.exceptions.RayError as error:  # what a network that blocks raises in a member, or its silence
         last = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
         return Finding("collective", "missing", f"between {names}: {last}", "network_interface in the site file")
     value, speed, backend = answers[0]

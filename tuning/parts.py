@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from jobs import files
-from jobs.lease import Lease
+from jobs.lease import Lease, watch
 from jobs.run import Run, Trial
 
 _KEPT = ("warning", "retry", "base_loaded", "note", "tracking_failed")
 """Events of a part that say something of the whole."""
 
 
-def gather(run: Run, facts: dict[str, Any]) -> None:
+def gather(run: Run, facts: dict[str, Any], say: Callable[[str], None]) -> None:
     """Move the trials of all parts into the run, ended or not: what has not ended goes on from its checkpoint.
 
     Raises RunError while a part's driver lives. What was moved before a kill is not moved again.
     """
     seconds = float(run.status().get("wall_seconds") or 0.0)
-    for part in run.parts():
-        lease = Lease.take(part.path, facts)  # from here on a driver that comes back is refused
+    parts = run.parts()
+    watched = watch([part.path for part in parts], say)
+    for part in parts:
+        # From here on a driver of the part that comes back is refused.
+        lease = Lease.take(part.path, facts, say=say, **({"seconds": 0.0} if part.path in watched else {}))
         seconds = max(seconds, float(part.status().get("wall_seconds") or 0.0))
         for folder in sorted((part.path / "trials").glob("*")):
             target = run.path / "trials" / folder.name

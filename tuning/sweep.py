@@ -73,6 +73,7 @@ class Sweep:
 
     def execute(self) -> ExitCode:
         """Run what is left of the sweep, evaluate the finalists, write the report."""
+        os.environ.update(self.job.environment)  # before the threads and the libraries that read it
         allocation = allocation_here()
         saved = saved_mark(self.run)
         lease = Lease.take(self.run.path, allocation | {"saved": saved}, say=_log)
@@ -92,7 +93,7 @@ class Sweep:
         with self._stopped_by_signals():
             try:
                 begin_in_allocation(self.run)
-                gather(self.run, allocation_here())
+                gather(self.run, allocation_here(), _log)
                 self.earlier_seconds = float(self.run.status().get("wall_seconds") or 0.0)
                 outcome = self._attempt(attempt)
             except StaleAttempt:
@@ -142,6 +143,7 @@ class Sweep:
 
     def _check_facts(self) -> None:
         """Raise RunError when data or model are not what an earlier attempt trained on."""
+        self.run.check_current()
         before = files.read_json(self.run.path / "facts.json")
         now = {"data_sha256": self.facts.data_sha256, "model_revisions": self.facts.model_revisions}
         for name, digests in now.items():
@@ -175,7 +177,6 @@ class Sweep:
     def _ray(self, attempt: int) -> Iterator[dict[str, Any]]:
         """A Ray of our own on this machine, or the one that RAY_ADDRESS names."""
         os.chdir(self.run.path)  # Ray puts the driver's folder first on every worker's path: ours holds no packages
-        os.environ.update(self.job.environment)
         for name, value in _RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.placement.slots)
@@ -337,6 +338,7 @@ class Sweep:
         return slots + 1 if tpe else 2 * slots
 
     def _make(self, assignment: Assignment, index: int, data: Any) -> Trial:
+        self.run.check_current()
         job = search.trial(self._searched_job, assignment)
         plan = schedule(job, len(data.splits["train"]), searching=self.searching)
         trial = self.run.add_trial(trial_id(job, self.facts), index, assignment)
@@ -450,6 +452,7 @@ class Sweep:
         from tuning.exam import BASE, examine_all
 
         self._phase("evaluating on held-out rows")
+        self.run.check_current()
         report = build_report(self.run)
         whole = [t for t in self.run.trials() if t.state in (TrialState.FINISHED, TrialState.STOPPED)]
         finalists = [t.id for t in whole if t.weights.is_dir() and not (t.path / "test.json").is_file()]
@@ -466,6 +469,7 @@ class Sweep:
 
     def _finish(self) -> ExitCode:
         wall = self._wall()
+        self.run.check_current()
         if self.stop_file.exists():
             self.run.set_state(RunState.STOPPED, reason="interrupted: `lorafleet resume` goes on", wall_seconds=wall)
             if not self.share:

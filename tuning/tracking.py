@@ -138,6 +138,7 @@ class WandbMirror:
         """Open a W&B run of this sweep's group; what a killed attempt left of it is removed."""
         import wandb
 
+        self.run.check_current()
         for left in self.folder.glob(f"wandb/*run-*-{name}"):
             shutil.rmtree(left, ignore_errors=True)
         tracking = self.job.tracking
@@ -205,6 +206,7 @@ class WandbMirror:
             pick = max if self.job.metric.goal == "maximize" else min
             name = self.job.metric.name
             opened.summary[f"best/{name}"] = pick(row[name] for row in best)
+        self.run.check_current()
         opened.finish(exit_code=1 if status.get("state") == "failed" else 0)
         files.append_jsonl(self.closed_file, {"trial_id": trial.id})
 

@@ -80,6 +80,15 @@ class Login:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n" + more)
 
+    def wrap(self, program: str, script: str) -> None:
+        """Put a script of a test's in the place of a program of the jobs; PROGRAM in it is the real one."""
+        real = Path(sys.executable).with_name(program)
+        fake = self.home / "bin"
+        fake.mkdir()
+        (fake / program).write_text(f"#!/bin/bash\n{script.replace('PROGRAM', str(real))}\n")
+        (fake / program).chmod(0o755)
+        self.write_site(setup=[f"export PATH={fake}:{real.parent}:$PATH"])
+
     def command(self, *words: str | Path) -> list[str]:
         return [str(Path(sys.executable).with_name("lorafleet")), *map(str, words)]
 

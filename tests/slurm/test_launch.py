@@ -101,14 +101,7 @@ def test_a_driver_that_fails(login: Login, bert_job: JobMaker) -> None:
 
 def test_ray_that_does_not_start(login: Login, bert_job: JobMaker) -> None:
     """`ray start` fails on one node alone: the job ends in seconds and says where and why."""
-    programs = login.command()[0].rpartition("/")[0]
-    fake = login.home / "bin"
-    fake.mkdir()
-    (fake / "ray").write_text(
-        f'#!/bin/bash\n[ "$(uname -n)" != node2 ] || {{ echo "no such GPU"; exit 3; }}\nexec {programs}/ray "$@"\n'
-    )
-    (fake / "ray").chmod(0o755)
-    login.write_site(setup=[f"export PATH={fake}:{programs}:$PATH"])
+    login.wrap("ray", '[ "$(uname -n)" != node2 ] || { echo "no such GPU"; exit 3; }\nexec PROGRAM "$@"')
     run = login.submit(bert_job(SEARCH))
     record = login.ended(run, 90)
     assert (record.state, record.exit_code) == ("FAILED", 71)
@@ -117,17 +110,10 @@ def test_ray_that_does_not_start(login: Login, bert_job: JobMaker) -> None:
 
 
 def test_nodes_that_differ(login: Login, bert_job: JobMaker) -> None:
-    """One node has another lorafleet, and cannot see the run's folder: one sentence names it, before Ray is started."""
-    programs = login.command()[0].rpartition("/")[0]
-    fake = login.home / "bin"
-    fake.mkdir()
+    """One node has another torch: one sentence names it, before Ray is started."""
     change = """sed -e 's/"torch": "/"torch": "9/'"""
-    (fake / "lorafleet").write_text(
-        f'#!/bin/bash\nif [ "$(uname -n) $1 $2" = "node2 node look" ]; then {programs}/lorafleet "$@" | {change}\n'
-        f'else exec {programs}/lorafleet "$@"; fi\n'
-    )
-    (fake / "lorafleet").chmod(0o755)
-    login.write_site(setup=[f"export PATH={fake}:{programs}:$PATH"])
+    look = '[ "$(uname -n) $1 $2" = "node2 node look" ]'
+    login.wrap("lorafleet", f'if {look}; then PROGRAM "$@" | {change}; else exec PROGRAM "$@"; fi')
     run = login.submit(bert_job(SEARCH))
     record = login.ended(run, 60)
     assert (record.state, record.exit_code) == ("FAILED", 70)

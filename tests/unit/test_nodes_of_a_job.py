@@ -12,7 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.node import PINNED, busy_ports, choose_ports, disagreements, read_reports, versions
+from cluster.node import (
+    PINNED,
+    busy_ports,
+    check_starts,
+    choose_ports,
+    disagreements,
+    read_reports,
+    starts_without_driver,
+    versions,
+)
+from jobs import files
 from jobs.errors import PlacementRefused
 from jobs.stage import stage, staged
 from tuning.allocation import how_the_last_ended, restarts_without_progress
@@ -123,6 +133,9 @@ def test_a_model_is_staged_once_and_checked(model: Path, tmp_path: Path) -> None
     again = stage(model, tmp_path / "stage", said.append)
     assert "is damaged, and is copied anew" in said[0]
     assert (again / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    (tmp_path / "stage" / f".{again.name}-killed").mkdir()  # what a copy that was killed left
+    stage(model, tmp_path / "stage", said.append)
+    assert not list((tmp_path / "stage").glob(".*"))
     (model / "config.json").write_text('{"changed": 1}')
     assert staged(model) == model  # the copy is of what was there before
 
@@ -157,6 +170,29 @@ def test_how_the_incarnation_before_ended(history: list[dict[str, Any]], sentenc
     here = {"slurm_job": "7", "slurm_restart": history[-1]["restart"], "submission": "1"}
     said = how_the_last_ended(history, here)
     assert said is None if sentence is None else (said or "").startswith(sentence)
+
+
+def test_starts_that_never_come_to_a_driver_are_counted() -> None:
+    def began(job: str, restart: int, submission: str = "2") -> dict[str, Any]:
+        return line(job, restart, "began") | {"submission": submission}
+
+    history = [began("7", 0), line("7", 0, "time-limit"), began("7", 1), line("7", 1, "time-limit"), began("7", 2)]
+    driven = [{"slurm_job": "7", "slurm_restart": 0}]
+    assert starts_without_driver(history, [], "2") == 3
+    assert starts_without_driver(history, driven, "2") == 2
+    assert starts_without_driver([began("5", 0, "1"), began("5", 1, "1"), began("7", 0)], [], "2") == 1
+
+
+def test_a_job_that_only_starts_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LF_MAX_RESTARTS", "1")
+    monkeypatch.setenv("LF_SUBMISSION", "1")
+    for restart in range(3):
+        began = line("7", restart, "began") | {"submission": "1"}
+        files.append_jsonl(tmp_path / "slurm" / "history.jsonl", began)
+        if restart < 2:
+            check_starts(tmp_path)
+    with pytest.raises(PlacementRefused, match="given up after 2 starts that did not come to training"):
+        check_starts(tmp_path)
 
 
 def test_restarts_that_bring_nothing_are_counted() -> None:

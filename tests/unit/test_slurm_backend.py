@@ -59,6 +59,15 @@ def test_what_the_driver_wrote_itself_holds(run: Run) -> None:
     assert seen(run, "9", [record("FAILED", exit_code=4)]).sentence == "1 of 3 trials failed"
 
 
+def test_a_job_that_failed_before_its_driver_is_not_what_an_earlier_one_was(run: Run) -> None:
+    run.set_state(RunState.RUNNING)
+    run.set_state(RunState.STOPPED, reason="interrupted: `lorafleet resume` goes on")
+    said = seen(run, "9", [record("FAILED", exit_code=127)])
+    assert said.state is RunState.FAILED
+    assert "(code 127); its last words: module" in said.sentence
+    assert seen(run, "9", [record("FAILED", exit_code=85)]).state is RunState.STOPPED
+
+
 def test_short_forms_that_every_version_prints() -> None:
     (waits,) = from_squeue("17|PENDING|Resources|\n")
     assert (waits.job_id, waits.state, waits.reason, waits.nodes) == ("17", "PENDING", "Resources", "")
@@ -170,9 +179,28 @@ def test_a_folder_whose_variable_is_not_set_here(tmp_path: Path, monkeypatch: py
     assert backend.runs_dir(tmp_path) == Path("/there/runs")
 
 
+def test_locks_are_not_passed_by_the_block_around_them(tmp_path: Path) -> None:
+    base = "kind: slurm\ncpus_per_node: 4\nmemory_gb_per_node: 8\nnodes: 2\n"
+    container = "container: {kind: apptainer, image: /a.sif}\nlocked: [container.image, nodes]\n"
+    (tmp_path / "admin.yaml").write_text(base + container)
+    (tmp_path / "mine.yaml").write_text("extends: admin.yaml\ncontainer: null\n")
+    with pytest.raises(JobFileError, match=r"mine.yaml\S* container.image is fixed by .*admin.yaml"):
+        load_site(str(tmp_path / "mine.yaml"))
+    (tmp_path / "mine.yaml").write_text("extends: admin.yaml\ncontainer: {mounts: [/x:/x]}\n")
+    loaded = load_site(str(tmp_path / "mine.yaml"))
+    loaded.check_nodes(2)
+    with pytest.raises(UserError, match=r"--nodes is 3, but nodes is fixed at 2 by .*admin.yaml"):
+        loaded.check_nodes(3)
+
+
 def test_variables_of_a_job(tmp_path: Path) -> None:
     text = "name: a\ntask: classification\nmodel: {model_name_or_path: a/b}\ndata: {dataset_name: a/b}\n"
     job = load_text(f"{text}environment: {{NCCL_DEBUG: INFO}}\n", tmp_path / "j.yaml").job
     assert job.environment == {"NCCL_DEBUG": "INFO"}
-    with pytest.raises(JobFileError, match=r"j.yaml:5: environment: .*HF_TOKEN may hold a secret"):
-        load_text(f"{text}environment: {{HF_TOKEN: x}}\n", tmp_path / "j.yaml")
+    for name, why in (
+        ("HF_TOKEN", "may hold a secret"),
+        ("RAY_ADDRESS", "is set by lorafleet"),
+        ("LF_RUN", "is set by"),
+    ):
+        with pytest.raises(JobFileError, match=rf"j.yaml:5: environment: .*{name} {why}"):
+            load_text(f"{text}environment: {{{name}: x}}\n", tmp_path / "j.yaml")

@@ -98,6 +98,8 @@ def init(
 
 def _init_site(partition: str | None, output: Path | None, force: bool) -> None:
     """Ask the cluster, and write the user's site file of its name."""
+    import tempfile
+
     from cluster.slurm_draft import ask_cluster
     from jobs import files
     from jobs.errors import UserError
@@ -107,8 +109,11 @@ def _init_site(partition: str | None, output: Path | None, force: bool) -> None:
     path = output or folders()[0] / f"{name}.yaml"
     if path.exists() and not force:
         raise UserError(f"{path} exists already; --force overwrites it, --output names another")
+    with tempfile.TemporaryDirectory(prefix="lorafleet-") as scratch:  # what does not load is not left in the way
+        draft = Path(scratch) / path.name
+        files.write_text(draft, text)
+        load_site(str(draft))
     files.write_text(path, text)
-    load_site(str(path))
     typer.echo(text.rstrip())
     typer.echo(f"\n{path}")
     where = path.stem if output is None else str(path)

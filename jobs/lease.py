@@ -8,6 +8,7 @@ machine is compared with another's, and no flock is used, which network file sys
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -159,7 +160,7 @@ def _end_file(run: Path, attempt: int) -> Path:
 def _create(run: Path, attempt: int, facts: dict[str, Any]) -> bool:
     """Make an attempt's file, whole; False when somebody was first."""
     target = run / "attempts" / f"{attempt}.json"
-    scratch = target.with_name(f".{attempt}-{os.uname().nodename}-{os.getpid()}")
+    scratch = target.with_name(f".{attempt}-{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(4)}")
     own = {"attempt": attempt, "machine": machine(), "pid": os.getpid(), "pid_started": started(os.getpid())}
     files.write_json(scratch, own | facts)
     try:

@@ -14,6 +14,7 @@ import ray
 import torch
 from ray import tune
 
+from jobs import search
 from jobs.errors import disk_full
 from jobs.spec import JobSpec
 from training.data import open_tokens
@@ -27,10 +28,10 @@ _SLACK_GIB = 0.25
 
 
 class WarmTrial(tune.Trainable):
-    """One actor: set up once, then a trial after another through `reset_config`."""
+    """One actor: set up once, then one trial after another through `reset_config`."""
 
     def setup(self, config: dict[str, Any], work: Work) -> None:
-        """Import, load the base, begin the first trial."""
+        """Import, and load the base."""
         began = time.monotonic()
         self.work = work
         os.chdir(work.run)
@@ -41,27 +42,33 @@ class WarmTrial(tune.Trainable):
         self.refused: dict[str, Any] | None = None
         self.usual_gib = 0.0
         self.data = open_tokens(Path(work.tokens))
-        self._begin(config)
+        self._take(config)
+        if not self.unbegun:
+            try:
+                self._base(search.trial(work.job, config["assignment"]))
+            except Exception as error:  # the edge of a trial: what goes wrong in it is its result
+                self.refused = self._failed(error)
         self.setup_seconds = time.monotonic() - began
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Swap the trial; the base stays."""
-        self._begin(new_config)
+        self._take(new_config)
         return True
 
-    def _begin(self, config: dict[str, Any]) -> None:
+    def _take(self, config: dict[str, Any]) -> None:
+        """The next trial is this one. Its folder is not touched before its first step: Tune takes a trial from an
+        actor that is still being set up when a warm one is free sooner, and then both would be in it."""
         self._end()
+        self.trial_config = config
         self.current_id = config["trial_id"]
         self.refused = None
         self.unbegun = self.work.stop_requested()
-        if self.unbegun:
-            return
-        try:
-            self.current = TrialRun(self.work, config, self.data)
-            self.current.leaving_soon = _this_node_leaves
-            self.current.open(self._base(self.current.job))
-        except Exception as error:  # the edge of a trial: what goes wrong in it is its result, and the sweep goes on
-            self.refused = self._failed(error)
+
+    def _open(self) -> TrialRun:
+        self.current = TrialRun(self.work, self.trial_config, self.data)
+        self.current.leaving_soon = _this_node_leaves
+        self.current.open(self._base(self.current.job))
+        return self.current
 
     def _base(self, job: JobSpec) -> Base:
         labels = len(self.data.labels)
@@ -87,12 +94,12 @@ class WarmTrial(tune.Trainable):
             return {"row": None, "done": False, "stopping": True}
         if self.refused is not None:
             return self.refused
-        assert self.current is not None
         try:
-            report = self.current.advance()
-        except Exception as error:  # see _begin
+            current = self.current or self._open()
+            report = current.advance()
+        except Exception as error:  # see `setup`
             return self._failed(error)
-        if self.current.leaving:
+        if current.leaving:
             raise SpoiledProcess(report["failure"])  # the next trial must not begin here either
         return report
 

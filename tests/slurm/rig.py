@@ -220,10 +220,14 @@ PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 P
         """A dead node comes back, empty."""
         subprocess.run(["ip", "link", "del", f"lfv{number}"], capture_output=True, check=False)
         self._start_node(number)
-        deadline = time.monotonic() + 150
-        while "idle" not in self.asked("sinfo", "-h", "-n", f"node{number}", "-p", "main", "-o", "%T"):
+        deadline, seen = time.monotonic() + 150, [""]
+        while seen[-1] != "idle":
+            state = self.asked("sinfo", "-h", "-n", f"node{number}", "-p", "main", "-o", "%T").strip()
+            if state != seen[-1]:
+                seen.append(state)
             if time.monotonic() > deadline:
-                raise RuntimeError(f"node{number} did not come back: {self.asked('sinfo', '-Nel')}")
+                log = (self.folder / "log" / "slurmctld.log").read_text().splitlines()[-20:]
+                raise RuntimeError("\n".join([f"node{number} did not come back, but was {seen}", *log]))
             time.sleep(0.2)
 
     def down(self) -> None:

@@ -88,8 +88,14 @@ def test_yaml_1_2_scalars() -> None:
                      "i": 31, "j": 17}  # fmt: skip
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=8),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+_TEXTS = st.text(max_size=8).filter(
+    # PyYAML dumps some texts bare that are numbers to YAML 1.2, such as 0E0: what it wrote is not what it was given
+    lambda text: isinstance(yaml12.scalar(text), str) or yaml.safe_dump(text)[0] in "'\""
+)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | _TEXTS,
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TEXTS, inner, max_size=3),
                     max_leaves=12))  # fmt: skip
 def test_what_yaml_dumps_we_read(value: object) -> None:
     document = yaml12.read(yaml.safe_dump({"root": value}))

@@ -1,0 +1,51 @@
+"""What the warm actor does between its trials, without Ray."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs.run import Run
+from tests.conftest import JobMaker
+from training.data import prepare
+from tuning.trainable import WarmTrial
+from tuning.trial_run import Work
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.chdir(tmp_path)  # an actor changes into its run's folder
+    return tmp_path
+
+
+def test_an_actor_that_is_being_set_up_does_not_touch_its_trial(bert_job: JobMaker, here: Path) -> None:
+    """Tune gives the trial of an actor that is not up yet to one that is: what the trial says must not be lost."""
+    job = bert_job().job
+    run = Run.create(here / "runs", "warm")
+    trial = run.add_trial("0123456789", 0, {})
+    trial.checkpoint.mkdir(parents=True)
+    (trial.checkpoint / "trained.safetensors").write_bytes(b"half")
+    before = _files(trial.path)
+    threads = torch.get_num_threads()
+    work = Work(job, str(run.path), str(prepare(job).folder), 0, False)
+    config = {"trial_id": trial.id, "assignment": {}}
+    try:
+        slow, warm = WarmTrial.__new__(WarmTrial), WarmTrial.__new__(WarmTrial)
+        slow.setup(config, work)
+        assert slow.base_loads == 1
+        assert _files(trial.path) == before
+        warm.setup(config, work)
+        report = json.loads(warm.step()["report"])
+    finally:
+        torch.set_num_threads(threads)
+    assert "the newest checkpoint is damaged" in report["warning"]
+    assert report["actor"]["base_loads"] == 1
+    warm.cleanup()
+    slow.cleanup()
+
+
+def _files(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

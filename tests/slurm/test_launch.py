@@ -35,7 +35,8 @@ def text_of(folder: Path) -> str:
 
 
 def test_a_sweep_over_two_nodes(login: Login, bert_job: JobMaker) -> None:
-    run = login.submit(bert_job(SEARCH))
+    # trials that last longer than the time by which one node may be up before the other
+    run = login.submit(bert_job(SEARCH.replace("grace_period: 2048", "grace_period: 8192")))
     assert f"job {login.job(run)} " in login.lorafleet("status", run.id).stdout
     tokens = f"cat {login.rig.local}/lf-*-job/token 2>/dev/null"
     token = login.when(run, lambda: login.rig.on(1, "sh", "-c", tokens, check=False)).strip()

@@ -157,8 +157,8 @@ class Login:
         self.rig.asked("scontrol", "update", f"jobid={self.job(run)}", "StartTime=now")
 
     def left_behind(self) -> list[str]:
-        """Processes and folders of jobs on the nodes, some seconds after their end."""
-        ends = time.monotonic() + 5
+        """Processes and folders of jobs on the nodes, once a job that was cancelled has had KillWait's time."""
+        ends = time.monotonic() + 35
         while (found := self._left_now()) and time.monotonic() < ends:
             time.sleep(0.2)
         return found

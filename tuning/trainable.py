@@ -81,12 +81,13 @@ class WarmTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """One report, packed as Tune wants it (see `pack`)."""
+        report = self._step()  # the first one of a trial may load another base
         loads = {
             "name": f"{os.uname().nodename}:{os.getpid()}",
             "base_loads": self.base_loads,
             "seconds": getattr(self, "setup_seconds", 0.0),
         }
-        return pack(self._step() | {"actor": loads})
+        return pack(report | {"actor": loads})
 
     def _step(self) -> dict[str, Any]:
         """`row` for metrics.jsonl and whether the trial is `done`, or its `failure`."""

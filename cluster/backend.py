@@ -50,6 +50,9 @@ class Backend(Protocol):
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
         """Write the run's folder and hand it over."""
 
+    def stage(self) -> None:
+        """Make what is fetched from here on go to where its processes look for it."""
+
     def resume(self, run: Run) -> None:
         """Hand an unfinished run over again."""
 

@@ -7,6 +7,7 @@ from jobs import files
 from jobs.run import Run
 from jobs.site import Site
 from jobs.site_file import LoadedSite
+from jobs.slurm_site import SlurmSite
 
 SITE_FILE = "site.json"
 """Of a run that went to a queue: the site as it was then."""
@@ -21,9 +22,13 @@ def backend_here(site: Site) -> Backend:
 
 def backend_on(site: LoadedSite, nodes: int | None = None) -> Cluster:
     """The cluster of a site file, for a job of so many nodes."""
-    from cluster.slurm_backend import SlurmBackend
+    if isinstance(site.site, SlurmSite):
+        from cluster.slurm_backend import SlurmBackend
 
-    return SlurmBackend(site.site, nodes)
+        return SlurmBackend(site.site, nodes)
+    from cluster.kubernetes_backend import KubernetesBackend
+
+    return KubernetesBackend(site.site, nodes)
 
 
 def backend_of(run: Run) -> Backend:

@@ -60,6 +60,9 @@ class LocalBackend:
                 cwd=run.path,
             )
 
+    def stage(self) -> None:
+        """Nothing: the caches are this machine's."""
+
     def resume(self, run: Run) -> None:
         """Start the driver of a run whose last one is gone. Raises RunError when it still lives."""
         if run.alive():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,3 +223,23 @@ def mark_failed(run: Run, sentence: str) -> None:
         writer.set_state(RunState.FAILED, reason=sentence)
     else:
         writer.event("note", sentence=sentence)
+
+
+def leave(run: Run, seconds: float, *, drain: bool) -> None:
+    """Have a run saved while its pods are taken away; at once where no driver has it any more.
+
+    A worker tells Ray that it goes, and its trials save and move. The head ends the driver, which has all trials saved.
+    """
+    number = newest(run.path)
+    ended = run.path / "attempts" / f"{number}.end"
+    if not number or ended.exists():
+        return
+    if drain:
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod is taken away"]
+        left = ["--deadline-remaining-seconds", str(max(1, int(seconds) - 5))]
+        subprocess.run(["ray", "drain-node", *reason, *left], check=False, timeout=30, stdin=subprocess.DEVNULL)
+    elif not (run.path / "stop").exists():  # a user's holds until `resume`
+        files.write_text(run.path / "stop", "")  # a signal's: the next attempt takes it away
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not ended.exists():
+        time.sleep(1)

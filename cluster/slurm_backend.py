@@ -180,6 +180,9 @@ class SlurmBackend:
                 raise
             files.write_text(run.path / _FOLDER / "jobs", "".join(f"{job}\n" for job in jobs))
 
+    def stage(self) -> None:
+        """Nothing: this machine sees the caches of the nodes, and they were set when the site was read."""
+
     def resume(self, run: Run) -> None:
         """Submit an unfinished run again. Raises RunError while a job of it waits or runs."""
         live = [record for record in self._records(run) if not job_state(record.state).ended]

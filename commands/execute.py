@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from commands.common import say
 
+if TYPE_CHECKING:
+    from jobs.run import Run
 
-def execute(run: Path) -> None:
+_UP_SECONDS = 900.0
+"""How long the pods of a cluster may take to join its Ray."""
+
+
+def execute(
+    run: Path,
+    job: Annotated[
+        Path | None, typer.Option("--job", help="The document of the run, where its folder is not there yet.")
+    ] = None,
+) -> None:
     """Run what is left of a submitted run."""
     from jobs.errors import ExitCode
     from jobs.lease import HasDriver
@@ -17,14 +32,45 @@ def execute(run: Path) -> None:
     from jobs.run import Run
 
     check_packages()
+    found = Run(run.absolute())
+    if job is not None:
+        found = _begin(run.absolute(), job)
     from tuning.allocation import allocation_here
     from tuning.sweep import Sweep
 
     try:
-        code = Sweep(Run(run.absolute())).execute()
+        code = Sweep(found).execute()
     except HasDriver as error:
         if not allocation_here():
             raise
         say(str(error))
         code = ExitCode.TAKEN
     raise typer.Exit(code)
+
+
+def _begin(folder: Path, document: Path) -> Run:
+    """The run's folder, what the job names, and its Ray; what the driver says is written into the folder too."""
+    from cluster.fetch import fetch_job
+    from cluster.ray_site import wait_for_nodes
+    from jobs.handover import unpack
+    from jobs.plan import Plan
+
+    run = unpack(folder, document)
+    _say_it_there_too(run.path / "logs" / "driver.log")
+    if not os.environ.get("HF_HUB_OFFLINE"):
+        fetch_job(Plan.model_validate_json((run.path / "plan.json").read_text()).job, say)
+    address, nodes = os.environ.get("RAY_ADDRESS"), int(os.environ.get("LF_NODES") or 0)
+    if address and nodes and not os.environ.get("LF_AUTOSCALES"):
+        wait_for_nodes(address, nodes + 1, _UP_SECONDS)  # and the head
+    return run
+
+
+def _say_it_there_too(log: Path) -> None:
+    """Both outputs of this process and its children, in a file as well: a cluster's own logs go with it."""
+    log.parent.mkdir(exist_ok=True)
+    tee = subprocess.Popen(["tee", "-i", "-a", str(log)], stdin=subprocess.PIPE, start_new_session=True)
+    assert tee.stdin is not None
+    sys.stdout.flush()
+    for output in (1, 2):
+        os.dup2(tee.stdin.fileno(), output)
+    tee.stdin.close()

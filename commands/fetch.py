@@ -31,7 +31,7 @@ def fetch(
     from jobs.load import load_job
 
     if on is not None:
-        backend_for(on, None)  # from here on the caches are those that its nodes see
+        backend_for(on, None).stage()  # from here on the caches are those that its nodes see
     if show_list:
         return _list(output)
     if examples:

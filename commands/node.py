@@ -84,3 +84,16 @@ def failed(run: Path, sentence: str) -> None:
     from jobs.run import Run
 
     mark_failed(Run(run), sentence)
+
+
+@node.command()
+def leave(
+    run: Path,
+    seconds: Annotated[float, typer.Option(help="How long the pod may still live.")],
+    drain: Annotated[bool, typer.Option("--drain", help="This is a worker: Ray is told that it goes.")] = False,
+) -> None:
+    """Before a pod is taken away: have the trials saved, and return when that is done or the time is up."""
+    from cluster.node import leave as leave_pod
+    from jobs.run import Run
+
+    leave_pod(Run(run), seconds, drain=drain)

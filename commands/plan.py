@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from commands.common import (
     DEFAULT_RUNS,
-    Format,
     Job,
     Nodes,
     On,
-    Output,
     Overrides,
     Runs,
     backend_for,
@@ -21,6 +20,7 @@ from commands.common import (
     say,
 )
 from jobs.errors import ExitCode
+from jobs.plan import MANIFEST
 from jobs.words import counted
 
 if TYPE_CHECKING:
@@ -29,13 +29,21 @@ if TYPE_CHECKING:
     from jobs.plan import Plan, PlannedTrial
 
 
+class PlanFormat(StrEnum):
+    """How a plan is printed."""
+
+    TEXT = "text"
+    JSON = "json"
+    YAML = "yaml"
+
+
 def plan(
     job: Job,
     overrides: Overrides = None,
     runs: Runs = DEFAULT_RUNS,
     on: On = None,
     nodes: Nodes = None,
-    output: Output = Format.TEXT,
+    output: Annotated[PlanFormat, typer.Option("--format", help="What to print.")] = PlanFormat.TEXT,
     train: Annotated[bool, typer.Option("--train", help="The plan of `lorafleet train`.")] = False,
 ) -> None:
     """Print every trial with its values, where they run, the memory, the steps, and what ASHA saves."""
@@ -48,7 +56,10 @@ def plan(
     backend = backend_for(on, nodes)
     made = backend.plan(loaded, command)
     refused, unasked = backend.check(made)
-    if output is Format.JSON:
+    if output is PlanFormat.YAML:
+        _print_manifest(made, unasked, refused)
+        raise typer.Exit(ExitCode.GATE_REFUSED if refused else ExitCode.OK)
+    if output is PlanFormat.JSON:
         typer.echo(made.model_copy(update={"notes": [*made.notes, *unasked, *refused]}).model_dump_json(indent=2))
         raise typer.Exit(ExitCode.GATE_REFUSED if refused else ExitCode.OK)
     note_aliases(loaded.notes)
@@ -57,7 +68,8 @@ def plan(
     console().print(plan_view(made))
     console().print(f"run folder      {backend.runs_dir(runs) / made.job.name}-...", markup=False)
     if made.files:
-        console().print(f"job             {counted(made.nodes, 'node')} of site {made.site}", markup=False)
+        machines = counted(made.nodes, "worker pod" if MANIFEST in made.files else "node")
+        console().print(f"job             {machines} of site {made.site}", markup=False)
         console().print(f"submitted by    {made.command_line}", markup=False, soft_wrap=True)
     for name, text in made.files.items():
         typer.echo(f"\n----- {name}\n{text.rstrip()}")
@@ -67,6 +79,18 @@ def plan(
         say(f"refused: {sentence}")
     if refused:
         raise typer.Exit(ExitCode.GATE_REFUSED)
+
+
+def _print_manifest(made: Plan, unasked: list[str], refused: list[str]) -> None:
+    """The objects of a job on Kubernetes, for `kubectl apply` and for GitOps."""
+    from jobs.errors import UserError
+
+    if MANIFEST not in made.files:
+        raise UserError("--format yaml prints a manifest for Kubernetes: it goes with --on SITE of kind kubernetes")
+    for sentence in [*unasked, *(f"refused: {sentence}" for sentence in refused)]:
+        say(sentence)
+    if not refused:
+        typer.echo(made.files[MANIFEST], nl=False)
 
 
 _SHOWN = ("train.learning_rate", "lora.lora_r", "lora.lora_alpha", "prompt_tuning.num_virtual_tokens")

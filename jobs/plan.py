@@ -9,6 +9,9 @@ from pydantic import Field
 from jobs.placement import Placement
 from jobs.spec import JobSpec, Spec
 
+MANIFEST = "manifest.yaml"
+"""Of a plan's files: the objects of a job on Kubernetes."""
+
 
 class MemoryEstimate(Spec):
     """Memory of one training process, in GiB, by component."""

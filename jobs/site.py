@@ -85,7 +85,7 @@ class RaySite(_Machines):
 class Allocation(_Machines):
     """What a job gets of a cluster with a queue: machines that are alike, and perhaps a head that takes no work."""
 
-    kind: Literal["slurm"] = "slurm"
+    kind: Literal["slurm", "kubernetes"] = "slurm"
     """Which backend runs it."""
     cluster: str
     """The site's name."""
@@ -94,7 +94,8 @@ class Allocation(_Machines):
     def called(self) -> str:
         """What sentences call it."""
         workers = sum(node.cpus > 0 for node in self.nodes)
-        return f"a job of {counted(workers, 'node')} on site {self.cluster}"
+        machines = counted(workers, "node" if self.kind == "slurm" else "worker pod")
+        return f"a job of {machines} on site {self.cluster}"
 
 
 Site = LocalSite | RaySite | Allocation

@@ -15,12 +15,14 @@ from pydantic import ValidationError
 
 from jobs import fields, files, yaml12
 from jobs.errors import JobFileError, Problem, UserError
+from jobs.kubernetes_site import KubernetesSite
 from jobs.load import line_of, read_text
 from jobs.messages import sentences
 from jobs.slurm_site import SlurmSite
 from jobs.spec import Spec
 
-_KINDS: dict[str, type[SlurmSite]] = {"slurm": SlurmSite}
+ClusterSite = SlurmSite | KubernetesSite
+_KINDS: dict[str, type[ClusterSite]] = {"slurm": SlurmSite, "kubernetes": KubernetesSite}
 _MOST_EXTENDED = 5
 _ENDINGS = (".yaml", ".yml")
 
@@ -29,7 +31,7 @@ _ENDINGS = (".yaml", ".yml")
 class LoadedSite:
     """A site and where it came from."""
 
-    site: SlurmSite
+    site: ClusterSite
     files: tuple[Path, ...]
     """The file itself, then those that it extends: their set-up lines are code, so a user is told."""
     locked: tuple[str, ...] = ()
@@ -45,6 +47,9 @@ class LoadedSite:
         fixed = [key for key in self.locked if key in ("requeue", "requeue.policy", "requeue.max_walltime_chain")]
         if fixed:
             raise UserError(f"--max-walltime-chain is {jobs}, but {fixed[0]} is fixed by {self.files[-1]}")
+        if not isinstance(self.site, SlurmSite):
+            sentence = f"site {self.site.name} is no Slurm: deadlines.retries says how often a job begins again"
+            raise UserError(f"--max-walltime-chain is {jobs}, but {sentence}")
         if self.site.launch == "array":
             raise UserError(f"--max-walltime-chain is {jobs}, but launch of site {self.site.name} is array")
         requeue = self.site.requeue.model_copy(update={"policy": "chain", "max_walltime_chain": jobs})

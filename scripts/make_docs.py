@@ -19,6 +19,7 @@ def main() -> int:
         "job-file.md": [*_head(), *_blocks(), *_aliases(FIELD_ALIASES)],
         "methods.md": _methods(),
         "site-file.md": _site_file(),
+        "kubernetes-site-file.md": _kubernetes_site_file(),
     }
     stale = 0
     for name, lines in pages.items():
@@ -79,6 +80,22 @@ def _site_file() -> list[str]:
         "it must not set).",
     ]  # fmt: skip
     return [*head, *_block(SlurmSite, ""), *_block(NodeType, "node_types.NAME")]
+
+
+def _kubernetes_site_file() -> list[str]:
+    from jobs.kubernetes_site import Kai, KubernetesSite, Kueue, SecretRef, Toleration, Volcano, YuniKorn
+
+    head = [
+        "# The site file of a Kubernetes cluster",
+        "",
+        "Written by `python scripts/make_docs.py` from the schema; [kubernetes.md](kubernetes.md) says how it is used.",
+        "A file may also say `extends:` (the file that it is laid over) and `locked:` (keys that files laid over it",
+        "must not set).",
+    ]  # fmt: skip
+    kinds = (Kueue, Volcano, YuniKorn, Kai)
+    queues = [line for model in kinds for line in _block(model, f"scheduler: {model.__name__.lower()}")]
+    parts = [*_block(SecretRef, "secrets.NAME"), *_block(Toleration, "tolerations[]")]
+    return [*head, *_block(KubernetesSite, ""), *queues, *parts]
 
 
 def _blocks() -> list[str]:

@@ -34,7 +34,8 @@ PYXIS = BARE | {
 
 
 def sites() -> dict[str, SlurmSite]:
-    examples = {path.stem: load_site(str(path)).site for path in sorted((ROOT / "examples" / "sites").glob("*.yaml"))}
+    loaded = {path.stem: load_site(str(path)).site for path in sorted((ROOT / "examples" / "sites").glob("*.yaml"))}
+    examples = {name: site for name, site in loaded.items() if isinstance(site, SlurmSite)}
     return examples | {"bare": SlurmSite.model_validate(BARE), "pyxis": SlurmSite.model_validate(PYXIS)}
 
 

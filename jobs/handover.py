@@ -1,0 +1,60 @@
+"""A run as a few texts, for places that do not see the folder of the one who submits: packed there, unpacked here."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from jobs import files
+from jobs.errors import RunError
+from jobs.run import Run, RunState
+
+DOCUMENT = "run.json"
+"""Which of the texts says what the others are."""
+_FILES = ("job.yaml", "resolved.json", "plan.json")
+
+
+def pack(name: str, texts: dict[str, str]) -> dict[str, str]:
+    """The texts of a run by file: those that it begins with, and one with the job's name and lorafleet's version."""
+    own = {"schema_version": 1, "lorafleet": version("lorafleet"), "name": name}
+    return {DOCUMENT: json.dumps(own) + "\n"} | {file: texts[file] for file in _FILES}
+
+
+def unpack(folder: Path, document: Path) -> Run:
+    """The run in a folder, which is made from the texts beside the document where it is not there yet: whole, or not
+    at all.
+
+    Raises RunError when the document was written by another version of lorafleet, or is none.
+    """
+    told = files.read_json(document)
+    if not {"lorafleet", "name"} <= set(told):
+        raise RunError(f"{document} is not the document of a run")
+    here = version("lorafleet")
+    if told["lorafleet"] != here:
+        raise RunError(
+            f"the job was submitted by lorafleet {told['lorafleet']}, and this is {here}: the image must have the "
+            "version of the one who submits"
+        )
+    run = Run(folder)
+    if (folder / "plan.json").is_file():
+        return run
+    scratch = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
+    scratch.mkdir(parents=True)
+    try:
+        for name in _FILES:
+            files.write_text(scratch / name, (document.parent / name).read_text())
+        made = Run(scratch)
+        made.set_state(RunState.PENDING, created=time.time(), name=told["name"])
+        made.keep_reserve()
+        (scratch / "logs").mkdir()
+        scratch.rename(folder)
+    except OSError:
+        if not (folder / "plan.json").is_file():  # another attempt was first
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return run

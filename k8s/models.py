@@ -1,0 +1,227 @@
+"""The part of Kubernetes' and KubeRay's objects that lorafleet writes. Closed: a misspelt field cannot be written.
+
+Field by field after ray.io/v1 of KubeRay v1.7 and the core v1 API; a server prunes what it does not know.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+
+class Part(BaseModel):
+    """The base of all: frozen, closed, written in camel case, without what is not set."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        alias_generator=to_camel,
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
+
+    def tree(self) -> dict[str, Any]:
+        """Plain values, in the order of the fields."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+class Metadata(Part):
+    """ObjectMeta."""
+
+    name: str | None = None
+    namespace: str | None = None
+    labels: dict[str, str] | None = None
+    annotations: dict[str, str] | None = None
+
+
+class KeyRef(Part):
+    """A key of a Secret."""
+
+    name: str
+    key: str
+    optional: bool | None = None
+
+
+class ValueFrom(Part):
+    """Where a variable's value is read from."""
+
+    secret_key_ref: KeyRef
+
+
+class Variable(Part):
+    """EnvVar."""
+
+    name: str
+    value: str | None = None
+    value_from: ValueFrom | None = None
+
+
+class Mount(Part):
+    """VolumeMount."""
+
+    name: str
+    mount_path: str
+    sub_path: str | None = None
+    read_only: bool | None = None
+
+
+class Volume(Part):
+    """Volume: exactly one of the sources."""
+
+    name: str
+    config_map: dict[str, Any] | None = None
+    persistent_volume_claim: dict[str, Any] | None = None
+    empty_dir: dict[str, Any] | None = None
+
+
+class Resources(Part):
+    """ResourceRequirements; requests are the limits, so that a pod is Guaranteed (Ray reads limits alone)."""
+
+    requests: dict[str, str]
+    limits: dict[str, str]
+
+
+class Exec(Part):
+    """ExecAction."""
+
+    command: list[str]
+
+
+class Handler(Part):
+    """LifecycleHandler."""
+
+    exec: Exec
+
+
+class Lifecycle(Part):
+    """What runs before a container is ended."""
+
+    pre_stop: Handler
+
+
+class Container(Part):
+    """Container."""
+
+    name: str
+    image: str
+    image_pull_policy: Literal["IfNotPresent"] | None = "IfNotPresent"
+    ports: list[dict[str, Any]] | None = None
+    resources: Resources
+    env: list[Variable] | None = None
+    security_context: dict[str, Any]
+    lifecycle: Lifecycle | None = None
+    volume_mounts: list[Mount] | None = None
+
+
+class PodSpec(Part):
+    """PodSpec."""
+
+    restart_policy: Literal["Never"] | None = None
+    service_account_name: str | None = None
+    automount_service_account_token: bool | None = None
+    image_pull_secrets: list[dict[str, str]] | None = None
+    priority_class_name: str | None = None
+    termination_grace_period_seconds: int | None = None
+    node_selector: dict[str, str] | None = None
+    tolerations: list[dict[str, str]] | None = None
+    affinity: dict[str, Any] | None = None
+    security_context: dict[str, Any]
+    containers: list[Container]
+    volumes: list[Volume] | None = None
+
+
+class Template(Part):
+    """PodTemplateSpec."""
+
+    metadata: Metadata | None = None
+    spec: PodSpec
+
+
+class HeadGroup(Part):
+    """HeadGroupSpec."""
+
+    service_type: Literal["ClusterIP"] = "ClusterIP"
+    ray_start_params: dict[str, str]
+    template: Template
+
+
+class WorkerGroup(Part):
+    """WorkerGroupSpec."""
+
+    group_name: str
+    replicas: int
+    min_replicas: int
+    max_replicas: int
+    num_of_hosts: int = 1
+    ray_start_params: dict[str, str]
+    labels: dict[str, str]
+    template: Template
+
+
+class RayCluster(Part):
+    """RayClusterSpec."""
+
+    ray_version: str
+    enable_in_tree_autoscaling: bool | None = None
+    autoscaler_options: dict[str, Any] | None = None
+    auth_options: dict[str, str]
+    head_group_spec: HeadGroup
+    worker_group_specs: list[WorkerGroup]
+
+
+class RayJobSpec(Part):
+    """RayJobSpec."""
+
+    submission_mode: Literal["K8sJobMode", "HTTPMode"]
+    entrypoint: str
+    entrypoint_num_cpus: int = 0
+    entrypoint_resources: str
+    metadata: dict[str, str]
+    backoff_limit: int
+    active_deadline_seconds: int | None = None
+    pre_running_deadline_seconds: int | None = None
+    submitter_config: dict[str, int] | None = None
+    submitter_pod_template: Template | None = None
+    shutdown_after_job_finishes: bool | None = None
+    ttl_seconds_after_finished: int | None = None
+    deletion_strategy: dict[str, Any] | None = None
+    ray_cluster_spec: RayCluster
+
+
+class RayJob(Part):
+    """A RayJob of ray.io/v1."""
+
+    api_version: Literal["ray.io/v1"] = "ray.io/v1"
+    kind: Literal["RayJob"] = "RayJob"
+    metadata: Metadata
+    spec: RayJobSpec
+
+
+class ConfigMap(Part):
+    """A ConfigMap."""
+
+    api_version: Literal["v1"] = "v1"
+    kind: Literal["ConfigMap"] = "ConfigMap"
+    metadata: Metadata
+    immutable: bool = True
+    data: dict[str, str]
+
+
+class NetworkPolicySpec(Part):
+    """NetworkPolicySpec."""
+
+    pod_selector: dict[str, Any]
+    policy_types: list[str]
+    ingress: list[dict[str, Any]] = Field(min_length=1)
+
+
+class NetworkPolicy(Part):
+    """A NetworkPolicy."""
+
+    api_version: Literal["networking.k8s.io/v1"] = "networking.k8s.io/v1"
+    kind: Literal["NetworkPolicy"] = "NetworkPolicy"
+    metadata: Metadata
+    spec: NetworkPolicySpec

@@ -215,7 +215,7 @@ class Sweep:
                     "node_id": ray.get_runtime_context().get_node_id(),
                 },
             )
-            if not own:
+            if not own and not os.environ.get("LF_AUTOSCALES"):  # there, machines come when trials wait for them
                 self._fit_into(nodes_of(ray.nodes()))
             yield {"session_dir": session, "own": own}
             failed = False

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
+import yaml
+
 from cluster.backend import Watch
 from cluster.planning import make_plan
 from jobs import files
@@ -16,12 +18,13 @@ from jobs.errors import UserError
 from jobs.handover import pack
 from jobs.kubernetes_site import WORKER_LABELS, KubernetesSite
 from jobs.load import LoadedJob, dump_resolved
+from jobs.placement import nodes_of_job
 from jobs.plan import MANIFEST, Plan
 from jobs.run import Run
 from jobs.spec import JobSpec
 from k8s import crd
 from k8s.lint import lint, lint_site
-from k8s.render import Order, nodes_of_job, render, to_yaml
+from k8s.render import Order, render, to_yaml
 
 _PATHS = ("train_file", "validation_file", "test_file")
 _CRD = "LORAFLEET_RAYJOB_CRD"
@@ -34,7 +37,6 @@ class KubernetesBackend:
     def __init__(self, site: KubernetesSite, nodes: int | None = None) -> None:
         self.site = site
         self.asked_nodes = nodes
-        self.objects: list[dict[str, object]] = []
 
     def runs_dir(self, given: Path) -> Path:
         """Where the storage has them, as pods see it."""
@@ -51,10 +53,8 @@ class KubernetesBackend:
             "resolved.json": dump_resolved(loaded),
             "plan.json": made.model_dump_json(indent=1),
         }
-        self.objects = render(self.site, self._order(made, pack(made.job.name, texts)))
-        return made.model_copy(
-            update={"files": {MANIFEST: to_yaml(self.objects)}, "command_line": f"kubectl apply -f {MANIFEST}"}
-        )
+        manifest = to_yaml(render(self.site, self._order(made, pack(made.job.name, texts))))
+        return made.model_copy(update={"files": {MANIFEST: manifest}, "command_line": f"kubectl apply -f {MANIFEST}"})
 
     def _order(self, made: Plan, texts: dict[str, str]) -> Order:
         # The same job makes the same manifest, so that one under version control changes with the job alone.
@@ -71,19 +71,25 @@ class KubernetesBackend:
 
     def check(self, plan: Plan) -> tuple[list[str], list[str]]:
         """What the schema of KubeRay, the operator's rules and the site have against the job; what was not asked."""
+        objects = list(yaml.safe_load_all(plan.files[MANIFEST]))
         refused = local_paths(plan.job, self.site.storage.mount_path)
         refused += lint_site(
-            self.objects,
+            objects,
             nodes=plan.nodes,
             read_write_many=self.site.storage.read_write_many,
             image=self.site.image,
             version=version("lorafleet"),
         )
-        job, unasked = self.objects[-1], []
+        job, unasked = objects[-1], []
+        if not self.site.internet:
+            unasked.append(
+                f"internet of site {self.site.name} is false: models and data must lie in "
+                f"{self.site.storage.mount_path}/cache already, as `lorafleet fetch` lays them there"
+            )
         if os.environ.get(_CRD):
             refused += [f"schema: {error}" for error in crd.Schema.read(files.in_home(os.environ[_CRD])).errors(job)]
         else:
-            unasked = [f"checked by lorafleet's own models alone: {_CRD} names a file with the schema of your RayJob"]
+            unasked.append(f"not held against your cluster's schema of RayJob: {_CRD} names a file with it")
         refused += [f"{found.path}: {found.sentence}" for found in lint(job)]
         return refused, unasked
 

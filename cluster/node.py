@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -237,7 +238,8 @@ def leave(run: Run, seconds: float, *, drain: bool) -> None:
     if drain:
         reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod is taken away"]
         left = ["--deadline-remaining-seconds", str(max(1, int(seconds) - 5))]
-        subprocess.run(["ray", "drain-node", *reason, *left], check=False, timeout=30, stdin=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a head that is gone: there is nobody to tell
+            subprocess.run(["ray", "drain-node", *reason, *left], check=False, timeout=30, stdin=subprocess.DEVNULL)
     elif not (run.path / "stop").exists():  # a user's holds until `resume`
         files.write_text(run.path / "stop", "")  # a signal's: the next attempt takes it away
     until = time.monotonic() + seconds

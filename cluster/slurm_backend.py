@@ -27,6 +27,7 @@ from jobs.errors import AssetError, ExitCode, PlacementRefused, RunError
 from jobs.hub import check_whole, hub_cache
 from jobs.identity import models_of
 from jobs.load import LoadedJob
+from jobs.placement import nodes_of_job
 from jobs.plan import Plan
 from jobs.rows import load_rows
 from jobs.run import Run, RunState
@@ -34,7 +35,7 @@ from jobs.slurm_site import RequeueSpec, SlurmSite, slurm_seconds
 from jobs.spec import JobSpec
 from slurm import client
 from slurm.records import JobRecord
-from slurm.render import JOB, Script, array_of, nodes_of_job, render, submission
+from slurm.render import JOB, Script, array_of, render, submission
 from slurm.states import job_state, why_pending
 
 _LOOK_SECONDS = 5.0

@@ -36,7 +36,7 @@ Nodes = Annotated[
 ]
 On = Annotated[
     str | None,
-    typer.Option("--on", metavar="SITE", help="A cluster: the name of a site file, or its path (docs/slurm.md)."),
+    typer.Option("--on", metavar="SITE", help="A cluster: the name of a site file, or its path (docs/)."),
 ]
 RunName = Annotated[
     str | None, typer.Argument(metavar="[RUN]", help="A run's id, name or folder; the newest if left out.")

@@ -20,7 +20,6 @@ from commands.common import (
     say,
 )
 from jobs.errors import ExitCode
-from jobs.plan import MANIFEST
 from jobs.words import counted
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ def plan(
     """Print every trial with its values, where they run, the memory, the steps, and what ASHA saves."""
     from cluster.check import check_names
     from jobs.load import load_job
+    from jobs.plan import MANIFEST
 
     loaded = load_job(job, tuple(overrides or ()))
     check_names(loaded, whole=False)
@@ -84,6 +84,7 @@ def plan(
 def _print_manifest(made: Plan, unasked: list[str], refused: list[str]) -> None:
     """The objects of a job on Kubernetes, for `kubectl apply` and for GitOps."""
     from jobs.errors import UserError
+    from jobs.plan import MANIFEST
 
     if MANIFEST not in made.files:
         raise UserError("--format yaml prints a manifest for Kubernetes: it goes with --on SITE of kind kubernetes")

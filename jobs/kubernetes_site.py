@@ -114,7 +114,7 @@ class Volcano(Spec):
 
     kind: Literal["volcano"]
     """Volcano."""
-    queue: Name | None = None
+    queue: Name = "default"
     """Queue."""
 
 
@@ -259,6 +259,11 @@ class KubernetesSite(Spec):
     def called(self) -> str:
         """What sentences call it."""
         return f"site {self.name}"
+
+    @property
+    def machine(self) -> str:
+        """What sentences call one of its machines."""
+        return "worker pod"
 
     def allocation(self, nodes: int) -> Allocation:
         """A job of so many worker pods, as placement sees it."""

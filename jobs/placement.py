@@ -9,7 +9,9 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 
 from jobs.errors import PlacementRefused
+from jobs.kubernetes_site import KubernetesSite
 from jobs.site import LocalSite, Node, Site
+from jobs.slurm_site import SlurmSite
 from jobs.spec import JobSpec, Spec
 from jobs.support import Strategy
 from jobs.words import counted
@@ -35,6 +37,21 @@ class Share(NamedTuple):
     def __str__(self) -> str:
         each = _cores_and_gpus(self.cpus, self.gpus) if self.gpus else counted(self.cpus, "CPU core")
         return f"{self.nodes} nodes x {each}" if self.nodes > 1 else each
+
+
+def nodes_of_job(site: SlurmSite | KubernetesSite, asked: int | None, one_trial: int) -> int:
+    """Machines for trials in one job of a cluster: what `--nodes` says, else the site's, else what one trial needs.
+
+    Raises PlacementRefused for fewer than a trial needs, and for more than the site's max_nodes.
+    """
+    nodes = asked or site.nodes or one_trial
+    if nodes < one_trial:
+        source = "--nodes" if asked else f"nodes of site {site.name}"
+        raise PlacementRefused(f"{source} is {nodes}, and each trial needs {counted(one_trial, site.machine)}")
+    if site.max_nodes and nodes > site.max_nodes:
+        machines = counted(nodes, site.machine)
+        raise PlacementRefused(f"the job would have {machines}, and max_nodes of site {site.name} is {site.max_nodes}")
+    return nodes
 
 
 class Placement(Spec):

@@ -85,7 +85,8 @@ def load_site(name: str, places: Iterable[Path] | None = None) -> LoadedSite:
     tree.setdefault("name", path.stem)
     kind = tree.get("kind")
     if kind not in _KINDS:
-        sentence = f"kind is {kind!r}, but must be {' or '.join(_KINDS)}" if kind else "kind is missing (kind: slurm)"
+        told = f"kind is {kind!r}, but must be" if kind else "kind is missing: must be"
+        sentence = f"{told} {' or '.join(_KINDS)}"
         raise JobFileError(str(path), [Problem("kind", sentence, lines.get("kind"))])
     try:
         site = _KINDS[kind].model_validate(tree)

@@ -154,6 +154,11 @@ class SlurmSite(Spec):
         return f"site {self.name}"
 
     @property
+    def machine(self) -> str:
+        """What sentences call one of its machines."""
+        return "node"
+
+    @property
     def smallest(self) -> NodeType:
         """What every node has at least."""
         own = {

@@ -17,7 +17,6 @@ import yaml
 from jobs.errors import PlacementRefused
 from jobs.handover import DOCUMENT
 from jobs.kubernetes_site import WORKER_LABELS, KubernetesSite, Toleration
-from jobs.words import counted
 from k8s import models
 from k8s.models import Metadata, Mount, Variable, Volume
 
@@ -70,19 +69,6 @@ def object_name(run: str, submission: int) -> str:
 def run_folder(site: KubernetesSite, run: str) -> str:
     """Where pods see a run."""
     return f"{site.storage.mount_path}/runs/{run}"
-
-
-def nodes_of_job(site: KubernetesSite, asked: int | None, one_trial: int) -> int:
-    """Worker pods: what `--nodes` says, else the site's, else what one trial needs. Raises PlacementRefused."""
-    nodes = asked or site.nodes or one_trial
-    if nodes < one_trial:
-        source = "--nodes" if asked else f"nodes of site {site.name}"
-        raise PlacementRefused(f"{source} is {nodes}, and each trial needs {counted(one_trial, 'worker pod')}")
-    if site.max_nodes and nodes > site.max_nodes:
-        raise PlacementRefused(
-            f"the job would have {counted(nodes, 'worker pod')}, and max_nodes of site {site.name} is {site.max_nodes}"
-        )
-    return nodes
 
 
 def render(site: KubernetesSite, order: Order) -> list[dict[str, Any]]:
@@ -157,7 +143,7 @@ def _metadata(site: KubernetesSite, order: Order) -> Metadata:
         labels["kueue.x-k8s.io/queue-name"] = queue.queue
         if queue.priority_class:
             labels["kueue.x-k8s.io/priority-class"] = queue.priority_class
-    elif queue.kind == "volcano" and queue.queue:
+    elif queue.kind == "volcano":
         labels["volcano.sh/queue-name"] = queue.queue
     elif queue.kind == "yunikorn":
         labels |= {
@@ -407,7 +393,8 @@ def _environment(site: KubernetesSite, order: Order, *, head: bool) -> list[Vari
             own["NCCL_IB_HCA"] = site.network.ib_hca
         if site.gpus_per_node:
             own |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    values = [Variable(name=name, value=_literal(value)) for name, value in (own | site.environment).items()]
+    told = {name: value for name, value in (own | site.environment).items() if name not in site.secrets}
+    values = [Variable(name=name, value=_literal(value)) for name, value in told.items()]
     refs = [
         Variable(
             name=name,

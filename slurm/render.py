@@ -16,7 +16,6 @@ from jinja2 import Environment, StrictUndefined, TemplateError
 
 from jobs.errors import PlacementRefused
 from jobs.slurm_site import SlurmSite
-from jobs.words import counted
 
 JOB, NODE = "job.sbatch", "node.sh"
 _OBJECTS = 2**31
@@ -45,19 +44,6 @@ class Script:
     """Lorafleet's."""
     stage: bool = True
     """Whether models are brought to the nodes' own disks, where the site names one."""
-
-
-def nodes_of_job(site: SlurmSite, asked: int | None, one_trial: int) -> int:
-    """Nodes for trials: what `--nodes` says, else the site's, else what one trial needs. Raises PlacementRefused."""
-    nodes = asked or site.nodes or one_trial
-    if nodes < one_trial:
-        source = "--nodes" if asked else f"nodes of site {site.name}"
-        raise PlacementRefused(f"{source} is {nodes}, and each trial needs {counted(one_trial, 'node')}")
-    if site.max_nodes and nodes > site.max_nodes:
-        raise PlacementRefused(
-            f"the job would have {counted(nodes, 'node')}, and max_nodes of site {site.name} is {site.max_nodes}"
-        )
-    return nodes
 
 
 def render(site: SlurmSite, script: Script, templates: dict[str, str] | None = None) -> dict[str, str]:

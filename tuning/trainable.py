@@ -39,15 +39,15 @@ class WarmTrial(tune.Trainable):
         self.base: Base | None = None
         self.base_loads = 0
         self.current: TrialRun | None = None
-        self.refused: dict[str, Any] | None = None
+        self.unloaded: Exception | None = None
         self.usual_gib = 0.0
         self.data = open_tokens(Path(work.tokens))
         self._take(config)
         if not self.unbegun:
             try:
                 self._base(search.trial(work.job, config["assignment"]))
-            except Exception as error:  # the edge of a trial: what goes wrong in it is its result
-                self.refused = self._failed(error)
+            except Exception as error:  # whatever it is, it is the result of the trial that takes its first step here
+                self.unloaded = error
         self.setup_seconds = time.monotonic() - began
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -61,10 +61,12 @@ class WarmTrial(tune.Trainable):
         self._end()
         self.trial_config = config
         self.current_id = config["trial_id"]
-        self.refused = None
         self.unbegun = self.work.stop_requested()
 
     def _open(self) -> TrialRun:
+        error, self.unloaded = self.unloaded, None
+        if error is not None:
+            raise error
         self.current = TrialRun(self.work, self.trial_config, self.data)
         self.current.leaving_soon = _this_node_leaves
         self.current.open(self._base(self.current.job))
@@ -93,12 +95,10 @@ class WarmTrial(tune.Trainable):
         """`row` for metrics.jsonl and whether the trial is `done`, or its `failure`."""
         if self.unbegun:
             return {"row": None, "done": False, "stopping": True}
-        if self.refused is not None:
-            return self.refused
         try:
             current = self.current or self._open()
             report = current.advance()
-        except Exception as error:  # see `setup`
+        except Exception as error:  # the edge of a trial: what goes wrong in it is its result, and the sweep goes on
             return self._failed(error)
         if current.leaving:
             raise SpoiledProcess(report["failure"])  # the next trial must not begin here either

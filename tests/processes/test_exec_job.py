@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cluster.kubernetes_backend import KubernetesBackend
 from jobs.kubernetes_site import WORKER_LABELS, KubernetesSite
+from jobs.plan import MANIFEST
 from jobs.run import Run
 from k8s.lint import get
 from k8s.render import CONFIG, run_folder
@@ -74,12 +76,12 @@ def test_the_entrypoint_makes_the_run_and_goes_on_with_it(bert_job: JobMaker, tm
         "name": "pods", "image": "lorafleet@sha256:" + "1" * 64, "nodes": 2, "cpus_per_node": 1,
         "memory_gb_per_node": 4.0, "storage": {"claim": "runs", "mount_path": str(tmp_path / "mnt")},
     })  # fmt: skip
-    backend = KubernetesBackend(site)
-    backend.plan(bert_job(GRID, train__checkpoint_minutes=0.02, search__max_concurrent_trials=2), "sweep")
-    config, _, job = backend.objects
+    loaded = bert_job(GRID, train__checkpoint_minutes=0.02, search__max_concurrent_trials=2)
+    plan = KubernetesBackend(site).plan(loaded, "sweep")
+    config, _, job = yaml.safe_load_all(plan.files[MANIFEST])
     mounted = tmp_path / "etc"
     mounted.mkdir()
-    for name, text in config["data"].items():  # type: ignore[attr-defined]
+    for name, text in config["data"].items():
         (mounted / name).write_text(text)
     command = str(get(job, "spec.entrypoint")).replace(CONFIG, str(mounted))
     handed = {

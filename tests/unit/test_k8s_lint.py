@@ -12,6 +12,7 @@ from jobs.run import RunState
 from k8s.crd import Schema
 from k8s.lint import RULES, get, lint, quantity
 from k8s.states import job_state, why_pending
+from tests.conftest import ROOT
 from tests.unit.test_k8s_render import bare, rayjob, schema, sites
 
 __all__ = ["schema"]
@@ -148,6 +149,7 @@ def test_what_is_wrong_is_found_where_it_is(
 def test_every_rule_has_a_wrong_example_and_a_source() -> None:
     assert {rule.name for rule in RULES} == {case[0] for case in CASES}
     assert len(RULES) >= 30
+    assert f"{len(RULES)} rules" in (ROOT / "docs" / "kubernetes.md").read_text()
     assert all(rule.source for rule in RULES)
 
 

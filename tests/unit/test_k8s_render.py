@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from jobs.errors import PlacementRefused
 from jobs.kubernetes_site import KubernetesSite
+from jobs.placement import nodes_of_job
 from jobs.site_file import load_site
 from k8s.crd import Schema
 from k8s.lint import get, lint, lint_site, templates
@@ -22,7 +23,6 @@ from k8s.render import (
     Order,
     entrypoint,
     merged,
-    nodes_of_job,
     object_name,
     render,
     to_yaml,

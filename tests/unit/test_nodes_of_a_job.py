@@ -18,12 +18,14 @@ from cluster.node import (
     check_starts,
     choose_ports,
     disagreements,
+    leave,
     read_reports,
     starts_without_driver,
     versions,
 )
 from jobs import files
 from jobs.errors import PlacementRefused
+from jobs.run import Run
 from jobs.stage import stage, staged
 from tuning.allocation import how_the_last_ended, restarts_without_progress
 
@@ -203,3 +205,30 @@ def test_restarts_that_bring_nothing_are_counted() -> None:
     assert restarts_without_progress(of("a", "b", "b", "b")) == 2
     assert restarts_without_progress(of("b", "b", "c")) == 0
     assert restarts_without_progress([*of("b", "b"), *of("b", submission="2")]) == 0  # resumed by hand
+
+
+def test_a_pod_that_goes_has_the_run_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head asks the driver to end, and waits for it; where no driver has the run there is nothing to do."""
+    run = Run.create(tmp_path, "x")
+    stop, attempts = run.path / "stop", run.path / "attempts"
+    leave(run, 60, drain=False)
+    assert not stop.exists()
+    attempts.mkdir()
+    (attempts / "1.json").write_text('{"attempt": 1}')
+    slept: list[float] = []
+
+    def ends(seconds: float) -> None:
+        slept.append(seconds)
+        assert stop.read_text() == ""
+        (attempts / "1.end").touch()
+
+    monkeypatch.setattr("cluster.node.time.sleep", ends)
+    leave(run, 60, drain=False)
+    assert len(slept) == 1
+    stop.unlink()
+    leave(run, 60, drain=False)  # that driver has ended
+    assert not stop.exists()
+    (attempts / "2.json").write_text('{"attempt": 2}')
+    stop.write_text("asked for by a user\n")
+    leave(run, 0, drain=False)
+    assert stop.read_text() == "asked for by a user\n"

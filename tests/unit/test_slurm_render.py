@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import PlacementRefused
+from jobs.placement import nodes_of_job
 from jobs.site_file import load_site
 from jobs.slurm_site import SlurmSite
-from slurm.render import JOB, NODE, Script, bash_path, nodes_of_job, options, render, submission
+from slurm.render import JOB, NODE, Script, bash_path, options, render, submission
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "slurm"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -45,6 +46,28 @@ def test_an_actor_that_is_being_set_up_does_not_touch_its_trial(bert_job: JobMak
     assert report["actor"]["base_loads"] == 1
     warm.cleanup()
     slow.cleanup()
+
+
+def test_a_base_that_cannot_be_loaded_is_the_result_of_the_first_step(bert_job: JobMaker, here: Path) -> None:
+    job = bert_job().job
+    run = Run.create(here / "runs", "warm")
+    trial = run.add_trial("0123456789", 0, {})
+    work = Work(job, str(run.path), str(prepare(job).folder), 0, False)
+    gone = job.model_copy(update={"model": job.model.model_copy(update={"model_name_or_path": str(here / "gone")})})
+    threads = torch.get_num_threads()
+    try:
+        actor = WarmTrial.__new__(WarmTrial)
+        before = _files(trial.path)
+        actor.setup({"trial_id": trial.id, "assignment": {}}, dataclasses.replace(work, job=gone))
+        assert _files(trial.path) == before
+        failure = json.loads(actor.step()["report"])["failure"]
+        actor.work = work  # the actor lives on: the next trial has a base that is there
+        actor.reset_config({"trial_id": trial.id, "assignment": {}})
+        assert "row" in json.loads(actor.step()["report"])
+    finally:
+        torch.set_num_threads(threads)
+    assert "gone" in failure["sentence"]
+    actor.cleanup()
 
 
 def _files(folder: Path) -> dict[Path, bytes]:

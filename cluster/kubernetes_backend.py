@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import hashlib
 import os
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
@@ -54,43 +55,51 @@ class KubernetesBackend:
             "plan.json": made.model_dump_json(indent=1),
         }
         manifest = to_yaml(render(self.site, self._order(made, pack(made.job.name, texts))))
-        return made.model_copy(update={"files": {MANIFEST: manifest}, "command_line": f"kubectl apply -f {MANIFEST}"})
+        context = ["--context", self.site.context] if self.site.context else []
+        line = shlex.join(["kubectl", *context, "apply", "--server-side", "-f", MANIFEST])
+        return made.model_copy(update={"files": {MANIFEST: manifest}, "command_line": line})
 
     def _order(self, made: Plan, texts: dict[str, str]) -> Order:
-        # The same job makes the same manifest, so that one under version control changes with the job alone.
-        mark = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()[:6]
+        # The same job on the same site has one name wherever it is rendered: the plan, which knows what lies in this
+        # machine's cache, has no part in it.
+        own = (made.job.model_dump_json(), made.command, str(made.nodes), version("lorafleet"), self.site.model_dump_json())
+        mark = hashlib.sha256("\0".join(own).encode()).hexdigest()[:6]
         return Order(
             run=f"{made.job.name}-{mark}",
             submission=1,
             nodes=made.nodes,
             texts=texts,
-            version=version("lorafleet"),
             ray_version=version("ray"),
-            user=getpass.getuser(),
+            user=self.site.user or _account(),
         )
 
     def check(self, plan: Plan) -> tuple[list[str], list[str]]:
         """What the schema of KubeRay, the operator's rules and the site have against the job; what was not asked."""
-        objects = list(yaml.safe_load_all(plan.files[MANIFEST]))
+        *_, job = yaml.safe_load_all(plan.files[MANIFEST])
         refused = local_paths(plan.job, self.site.storage.mount_path)
         refused += lint_site(
-            objects,
             nodes=plan.nodes,
             read_write_many=self.site.storage.read_write_many,
             image=self.site.image,
             version=version("lorafleet"),
         )
-        job, unasked = objects[-1], []
+        unasked = []
         if not self.site.internet:
             unasked.append(
-                f"internet of site {self.site.name} is false: models and data must lie in "
-                f"{self.site.storage.mount_path}/cache already, as `lorafleet fetch` lays them there"
+                f"internet of site {self.site.name} is false: models and data must lie on its storage already, in "
+                "cache/ (a pod with `lorafleet fetch JOB.yaml` and the variables of the manifest lays them there)"
             )
         if os.environ.get(_CRD):
             refused += [f"schema: {error}" for error in crd.Schema.read(files.in_home(os.environ[_CRD])).errors(job)]
         else:
             unasked.append(f"not held against your cluster's schema of RayJob: {_CRD} names a file with it")
-        refused += [f"{found.path}: {found.sentence}" for found in lint(job)]
+        try:
+            refused += [f"{found.path}: {found.sentence}" for found in lint(job)]
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            if not self.site.patch:
+                raise
+            what = f"{type(error).__name__}: {error}"
+            refused.append(f"patch of site {self.site.name} gives a field a value of another form ({what})")
         return refused, unasked
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
@@ -126,10 +135,18 @@ class KubernetesBackend:
         _not_yet("a run is not ended")
 
 
+def _account() -> str:
+    """The account here; a container may have none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return "unknown"
+
+
 def _not_yet(what: str) -> NoReturn:
     raise UserError(
         f"{what} by lorafleet itself on Kubernetes yet: `lorafleet plan JOB.yaml --on SITE --format yaml` prints the "
-        "manifest for `kubectl apply -f -`"
+        "manifest for `kubectl apply --server-side -f -`"
     )
 
 
@@ -137,9 +154,10 @@ def local_paths(job: JobSpec, mounted: str) -> list[str]:
     """What the job names by a path that pods do not see, a sentence each."""
     named = {f"data.{field}": getattr(job.data, field) for field in _PATHS}
     named["data.dataset_name"] = job.data.dataset_name if _is_path(job.data.dataset_name) else None
+    named["train.init_adapter"] = job.train.init_adapter
     named["model.model_name_or_path"] = job.model.model_name_or_path
     return [
-        f"{field} is {path}, which pods do not see: name a data set or a model of the hub"
+        f"{field} is {path}, which pods do not see: name one of the hub, or a path in {mounted}"
         for field, path in named.items()
         if path and _is_path(path) and not path.startswith(f"{mounted}/")
     ]

@@ -235,13 +235,15 @@ def leave(run: Run, seconds: float, *, drain: bool) -> None:
     ended = run.path / "attempts" / f"{number}.end"
     if not number or ended.exists():
         return
+    until = time.monotonic() + seconds
     if drain:
         reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod is taken away"]
         left = ["--deadline-remaining-seconds", str(max(1, int(seconds) - 5))]
         with contextlib.suppress(subprocess.TimeoutExpired):  # a head that is gone: there is nobody to tell
             subprocess.run(["ray", "drain-node", *reason, *left], check=False, timeout=30, stdin=subprocess.DEVNULL)
+    elif attempts(run.path)[-1].get("machine", [None])[0] != os.uname().nodename:
+        return  # a driver elsewhere has the run now
     elif not (run.path / "stop").exists():  # a user's holds until `resume`
         files.write_text(run.path / "stop", "")  # a signal's: the next attempt takes it away
-    until = time.monotonic() + seconds
     while time.monotonic() < until and not ended.exists():
         time.sleep(1)

@@ -45,7 +45,20 @@ def execute(
             raise
         say(str(error))
         code = ExitCode.TAKEN
-    raise typer.Exit(code)
+    raise typer.Exit(code if job is None else _as_a_job(found, code))
+
+
+def _as_a_job(run: Run, code: int) -> int:
+    """What Ray is told: it knows success and failure alone, and a failure is tried again on a new cluster.
+
+    A run that is over is none, whatever became of single trials; nor is one that a user ended. A driver that was asked
+    to save, since its pod goes, is.
+    """
+    from jobs.errors import ExitCode
+
+    stop = run.path / "stop"
+    ended_by_user = stop.is_file() and bool(stop.read_text())
+    return ExitCode.OK if ended_by_user or code == ExitCode.SOME_TRIALS_FAILED else code
 
 
 def _begin(folder: Path, document: Path) -> Run:

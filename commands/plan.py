@@ -36,13 +36,16 @@ class PlanFormat(StrEnum):
     YAML = "yaml"
 
 
+Printed = Annotated[PlanFormat, typer.Option("--format", help="What to print; yaml: a manifest for kubectl.")]
+
+
 def plan(
     job: Job,
     overrides: Overrides = None,
     runs: Runs = DEFAULT_RUNS,
     on: On = None,
     nodes: Nodes = None,
-    output: Annotated[PlanFormat, typer.Option("--format", help="What to print.")] = PlanFormat.TEXT,
+    output: Printed = PlanFormat.TEXT,
     train: Annotated[bool, typer.Option("--train", help="The plan of `lorafleet train`.")] = False,
 ) -> None:
     """Print every trial with its values, where they run, the memory, the steps, and what ASHA saves."""

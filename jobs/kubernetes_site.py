@@ -31,12 +31,27 @@ class Toleration(Spec):
 
     key: LabelKey | None = None
     """The taint's key; left out: every taint."""
-    operator: Literal["Exists", "Equal"] = "Exists"
-    """Whether the value counts."""
+    operator: Literal["Exists", "Equal"] | None = None
+    """Whether the value counts; left out: Equal where there is one, else Exists."""
     value: LabelValue | None = None
     """Its value, with `Equal`."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """Which effect; left out: every one."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Toleration:
+        if self.operator == "Exists" and self.value is not None:
+            raise ValueError(f"operator Exists has no value, but value is {self.value}: must be Equal")
+        if self.operator == "Equal" and self.value is None:
+            raise ValueError("operator Equal needs a value")
+        if self.key is None and self.value is not None:
+            raise ValueError(f"value is {self.value}, but there is no key that it is the value of")
+        return self
+
+    def tree(self) -> dict[str, str]:
+        """As Kubernetes wants it."""
+        told = self.model_dump(exclude_none=True)
+        return told | {"operator": self.operator or ("Exists" if self.value is None else "Equal")}
 
 
 class KubernetesHead(Spec):
@@ -66,7 +81,7 @@ class Storage(Spec):
     mount_path: Inside = "/mnt/lorafleet"
     """Where pods see it."""
     read_write_many: bool = True
-    """Whether nodes may have it at the same time; false holds a job to one worker and its head on one node."""
+    """Whether several nodes may have it at the same time; false: one worker pod, on the node of its head."""
 
     @field_validator("sub_path")
     @classmethod
@@ -107,6 +122,12 @@ class Kueue(Spec):
     """Level of the topology that worker pods should share (a node label), such as cloud.provider.com/topology-rack."""
     topology_required: bool = False
     """Whether they must share it."""
+
+    @model_validator(mode="after")
+    def _topology_is_named(self) -> Kueue:
+        if self.topology_required and self.topology is None:
+            raise ValueError("topology_required is true, but topology names no level")
+        return self
 
 
 class Volcano(Spec):
@@ -160,8 +181,8 @@ class Deadlines(Spec):
     hours: float | None = Field(None, gt=0, le=24 * 365)
     """Hours that one attempt may take; each retry, and each time that a queue admits the job again, begins anew."""
     start_minutes: float | None = Field(None, gt=0, le=60 * 24 * 30)
-    """Minutes in which an attempt must run, counted from when a queue has admitted it. Only with a queue that admits
-    the whole job first: without one, waiting for room would end the job."""
+    """Minutes in which an attempt must run, counted from when Kueue has admitted it. Only with Kueue: elsewhere waiting
+    for room would end the job."""
     retries: int = Field(2, ge=0, le=100)
     """New clusters after a failure; each goes on with the run."""
     save_seconds: int = Field(120, ge=30, le=3600)
@@ -169,7 +190,8 @@ class Deadlines(Spec):
 
 
 class Keep(Spec):
-    """How long what has ended stays on the cluster; the run is on the storage for good."""
+    """How long what has ended stays on the cluster; the run is on the storage for good. Kueue wants one time alone: the
+    first, for success and failure, and the RayJob stays."""
 
     cluster_minutes: float = Field(1.0, ge=0, le=60 * 24 * 30)
     """Minutes that the head stays after success."""
@@ -232,7 +254,7 @@ class KubernetesSite(Spec):
     """How worker pods talk to each other."""
     network_policy: bool = True
     """Whether a NetworkPolicy lets in only the job's own pods and the KubeRay operator."""
-    operator_labels: Labels = {"app.kubernetes.io/name": "kuberay"}
+    operator_labels: Labels = {"app.kubernetes.io/component": "kuberay-operator"}
     """What the operator's pods are known by, for that policy."""
     deadlines: Deadlines = Deadlines()
     """When a job is given up."""
@@ -329,10 +351,10 @@ class KubernetesSite(Spec):
         both = sorted(set(self.secrets) & set(self.environment))
         if both:
             problems.append(Problem(f"secrets.{both[0]}", f"{both[0]} stands in secrets and in environment"))
-        if self.deadlines.start_minutes and self.scheduler.kind == "none":
+        if self.deadlines.start_minutes and self.scheduler.kind != "kueue":
             sentence = (
-                "deadlines.start_minutes is set without a queue: the time that a job waits for room would count, and "
-                "end it; leave it out, or name a scheduler"
+                "deadlines.start_minutes is set, and the scheduler is not kueue: the time that a job waits for room "
+                "would count, and end it; must be left out"
             )
             problems.append(Problem("deadlines.start_minutes", sentence))
         if self.autoscale and self.scheduler.kind != "none":

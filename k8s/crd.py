@@ -40,6 +40,9 @@ class Schema:
     @classmethod
     def of(cls, definition: dict[str, Any], version: str = "v1") -> Schema:
         """Of a CustomResourceDefinition. Raises UserError when it does not serve the version."""
+        names = definition.get("spec", {}).get("names", {}) if isinstance(definition, dict) else {}
+        if names.get("kind") != "RayJob":
+            raise UserError("that is no definition of RayJob (`kubectl get crd rayjobs.ray.io -o json` prints it)")
         for known in (definition.get("spec") or {}).get("versions") or []:
             if known.get("name") == version and known.get("served"):
                 return cls(known["schema"]["openAPIV3Schema"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -200,10 +200,8 @@ def _deadlines(job: Tree) -> Found:
 
 @_rule("seen: preRunningDeadlineSeconds counts the time that pods wait for room, and ends the job (docs/kubernetes.md)")
 def _no_deadline_for_waiting(job: Tree) -> Found:
-    labels = get(job, "metadata.labels") or {}
-    queued = any("queue" in key for key in labels)
-    if get(job, "spec.preRunningDeadlineSeconds") and not queued:
-        yield "spec.preRunningDeadlineSeconds", "without a queue that admits first, waiting for room ends the job"
+    if get(job, "spec.preRunningDeadlineSeconds") and not _queued(job):
+        yield "spec.preRunningDeadlineSeconds", "without Kueue, which admits first, waiting for room ends the job"
 
 
 @_rule("ValidateRayJobSpec")
@@ -493,8 +491,8 @@ def _yunikorn(job: Tree) -> Found:
         yield "metadata.labels", "YuniKorn needs yunikorn.apache.org/app-id for a gang"
 
 
-def lint_site(objects: Iterable[Tree], *, nodes: int, read_write_many: bool, image: str, version: str) -> list[str]:
-    """What is wrong between the objects and the site that they are for, a sentence each."""
+def lint_site(*, nodes: int, read_write_many: bool, image: str, version: str) -> list[str]:
+    """What is wrong between a job and the site that it is for, a sentence each."""
     found = []
     if nodes > 1 and not read_write_many:
         found.append(
@@ -504,7 +502,4 @@ def lint_site(objects: Iterable[Tree], *, nodes: int, read_write_many: bool, ima
     tag = image.partition("@")[0].rpartition("/")[2].partition(":")[2]
     if re.match(r"v?\d+\.\d+", tag) and tag.lstrip("v") != version:
         found.append(f"image has lorafleet {tag}, and this is {version}: the pods would refuse the job")
-    names = [get(tree, "metadata.name") for tree in objects]
-    if len(set(names)) > 1:
-        found.append(f"the objects have different names: {', '.join(map(str, names))}")
     return found

@@ -206,7 +206,6 @@ class ConfigMap(Part):
     api_version: Literal["v1"] = "v1"
     kind: Literal["ConfigMap"] = "ConfigMap"
     metadata: Metadata
-    immutable: bool = True
     data: dict[str, str]
 
 

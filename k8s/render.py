@@ -31,6 +31,8 @@ _PLAIN = re.compile(r"[A-Za-z0-9 _./=:,@%+-]*")
 """What the submitter's bash leaves alone."""
 _DRIVER = {"driver": 1}
 _DASHBOARD, _GCS = 8265, 6379
+_LATER = 30
+"""Seconds that a pod has beyond those for saving."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,6 @@ class Order:
     """Worker pods."""
     texts: Mapping[str, str]
     """The job by file, for the driver that has no run folder yet (`jobs.handover`)."""
-    version: str
-    """Lorafleet's."""
     ray_version: str
     """Ray's, which must be the image's."""
     user: str
@@ -79,13 +79,16 @@ def render(site: KubernetesSite, order: Order) -> list[dict[str, Any]]:
     size = sum(len(text.encode()) for text in order.texts.values())
     if size > _LARGEST_DOCUMENT:
         raise PlacementRefused(
-            f"the job has {size:,} bytes with the plan of its trials, and a ConfigMap holds {_LARGEST_DOCUMENT:,}: "
-            "search.num_samples must be smaller"
+            f"the job has {size:,} bytes with the plan of its trials, and a ConfigMap holds {_LARGEST_DOCUMENT:,}: the "
+            "search must have fewer trials"
         )
     meta = _metadata(site, order)
     config = models.ConfigMap(metadata=meta, data=dict(order.texts))
     job = models.RayJob(metadata=meta, spec=_spec(site, order)).tree()
     patched = merged(job, site.patch)
+    for field in ("apiVersion", "kind"):
+        if not isinstance(patched, dict) or patched.get(field) != job[field]:
+            raise PlacementRefused(f"patch of site {site.name} changes {field}, which must be {job[field]}")
     policy = [_network_policy(site, order).tree()] if site.network_policy else []
     return [config.tree(), *policy, patched]
 
@@ -200,10 +203,12 @@ def _clearing_up(site: KubernetesSite) -> dict[str, Any]:
         rule("DeleteCluster", minutes, jobStatus="SUCCEEDED"),
         rule("DeleteSelf", max(minutes, round(keep.object_days * 86400)), jobStatus="SUCCEEDED"),
     ]
-    if not site.autoscale:  # refused together with autoscaling, which takes idle workers away itself
-        rules.append(rule("DeleteWorkers", 0, jobStatus="FAILED"))
-    rules.append(rule("DeleteCluster", head_stays, jobStatus="FAILED"))
-    rules.append(rule("DeleteCluster", head_stays, jobDeploymentStatus="Failed"))
+    # At a deadline only the second condition holds, and what the driver does would go on for as long as its pods live.
+    for condition in ({"jobStatus": "FAILED"}, {"jobDeploymentStatus": "Failed"}):
+        if site.autoscale:  # DeleteWorkers is refused with it
+            rules.append(rule("DeleteCluster", 0, **condition))
+        else:
+            rules += [rule("DeleteWorkers", 0, **condition), rule("DeleteCluster", head_stays, **condition)]
     return {"deletion_strategy": {"deletionRules": rules}}
 
 
@@ -211,11 +216,16 @@ def _cluster(site: KubernetesSite, order: Order) -> models.RayCluster:
     return models.RayCluster(
         ray_version=order.ray_version,
         enable_in_tree_autoscaling=site.autoscale,
-        autoscaler_options={"version": "v2", "idleTimeoutSeconds": 120} if site.autoscale else None,
+        autoscaler_options=_autoscaler() if site.autoscale else None,
         auth_options={"mode": "token"},
         head_group_spec=_head(site, order),
         worker_group_specs=[_workers(site, order)],
     )
+
+
+def _autoscaler() -> dict[str, Any]:
+    """Of the container that KubeRay puts beside the head."""
+    return {"version": "v2", "idleTimeoutSeconds": 120, "securityContext": _container_security()}
 
 
 def _head(site: KubernetesSite, order: Order) -> models.HeadGroup:
@@ -282,6 +292,8 @@ def _workers(site: KubernetesSite, order: Order) -> models.WorkerGroup:
     )
     if site.autoscale:
         spec = spec.model_copy(update={"restart_policy": "Never"})
+    if not site.storage.read_write_many:
+        spec = spec.model_copy(update={"affinity": _on_the_heads_node(order)})
     labels = labels_of(site, order) | {"lorafleet.dev/group": GROUP}
     return models.WorkerGroup(
         group_name=GROUP,
@@ -292,6 +304,13 @@ def _workers(site: KubernetesSite, order: Order) -> models.WorkerGroup:
         labels=WORKER_LABELS,
         template=models.Template(metadata=Metadata(labels=labels, annotations=annotations or None), spec=spec),
     )
+
+
+def _on_the_heads_node(order: Order) -> dict[str, Any]:
+    """A volume that one node may have at a time: the worker goes where the head is."""
+    head = {"matchLabels": {RUN_LABEL: _label(order.run), "ray.io/node-type": "head"}}
+    term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": head}
+    return {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
 
 
 def _submitter(site: KubernetesSite, order: Order) -> models.Template:
@@ -321,9 +340,9 @@ def _pod(
         automount_service_account_token=False,
         image_pull_secrets=[{"name": name} for name in site.pull_secrets] or None,
         priority_class_name=priority_class,
-        termination_grace_period_seconds=site.deadlines.save_seconds + 30,
+        termination_grace_period_seconds=site.deadlines.save_seconds + _LATER,
         node_selector=node_selector or None,
-        tolerations=[one.model_dump(exclude_none=True) for one in tolerations] or None,
+        tolerations=[one.tree() for one in tolerations] or None,
         security_context={
             "runAsNonRoot": True,
             "runAsUser": site.run_as_user,
@@ -377,7 +396,6 @@ def _environment(site: KubernetesSite, order: Order, *, head: bool) -> list[Vari
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",
-        "LF_SUBMISSION": str(order.submission),
         "LF_NODES": str(order.nodes),
     }
     if not site.internet:

@@ -61,6 +61,7 @@ class WarmTrial(tune.Trainable):
         self._end()
         self.trial_config = config
         self.current_id = config["trial_id"]
+        self.unloaded = None  # another trial may have another base
         self.unbegun = self.work.stop_requested()
 
     def _open(self) -> TrialRun:

@@ -214,7 +214,8 @@ def test_a_pod_that_goes_has_the_run_saved(tmp_path: Path, monkeypatch: pytest.M
     leave(run, 60, drain=False)
     assert not stop.exists()
     attempts.mkdir()
-    (attempts / "1.json").write_text('{"attempt": 1}')
+    here, elsewhere = [os.uname().nodename], ["another"]
+    files.write_json(attempts / "1.json", {"machine": here})
     slept: list[float] = []
 
     def ends(seconds: float) -> None:
@@ -228,7 +229,23 @@ def test_a_pod_that_goes_has_the_run_saved(tmp_path: Path, monkeypatch: pytest.M
     stop.unlink()
     leave(run, 60, drain=False)  # that driver has ended
     assert not stop.exists()
-    (attempts / "2.json").write_text('{"attempt": 2}')
+    files.write_json(attempts / "2.json", {"machine": elsewhere})
+    leave(run, 60, drain=False)  # the next one is on another head
+    assert not stop.exists()
+    files.write_json(attempts / "2.json", {"machine": here})
     stop.write_text("asked for by a user\n")
     leave(run, 0, drain=False)
     assert stop.read_text() == "asked for by a user\n"
+
+
+def test_a_worker_that_goes_says_so_to_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run.create(tmp_path, "x")
+    (run.path / "attempts").mkdir()
+    files.write_json(run.path / "attempts" / "1.json", {"machine": ["head"]})
+    said = tmp_path / "said"
+    (tmp_path / "ray").write_text(f'#!/bin/sh\necho "$@" >{said}\ntouch {run.path}/attempts/1.end\n')
+    (tmp_path / "ray").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    leave(run, 60, drain=True)
+    assert said.read_text().startswith("drain-node --reason DRAIN_NODE_REASON_PREEMPTION")
+    assert not (run.path / "stop").exists()

@@ -61,13 +61,16 @@ def test_a_base_that_cannot_be_loaded_is_the_result_of_the_first_step(bert_job: 
         actor.setup({"trial_id": trial.id, "assignment": {}}, dataclasses.replace(work, job=gone))
         assert _files(trial.path) == before
         failure = json.loads(actor.step()["report"])["failure"]
-        actor.work = work  # the actor lives on: the next trial has a base that is there
-        actor.reset_config({"trial_id": trial.id, "assignment": {}})
-        assert "row" in json.loads(actor.step()["report"])
+        for steps in (1, 0):  # the actor lives on, and the next trial has a base that is there
+            actor.setup({"trial_id": trial.id, "assignment": {}}, dataclasses.replace(work, job=gone))
+            assert [json.loads(actor.step()["report"]).get("failure") for _ in range(steps)] == [failure] * steps
+            actor.work = work
+            actor.reset_config({"trial_id": trial.id, "assignment": {}})
+            assert "row" in json.loads(actor.step()["report"])
+            actor.cleanup()
     finally:
         torch.set_num_threads(threads)
     assert "gone" in failure["sentence"]
-    actor.cleanup()
 
 
 def _files(folder: Path) -> dict[Path, bytes]:

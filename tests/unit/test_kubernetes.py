@@ -1,0 +1,163 @@
+"""Kubernetes sites in words, and what the command line says of a job on one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster.kubernetes_backend import KubernetesBackend, local_paths
+from commands.execute import _as_a_job
+from jobs.errors import ExitCode, JobFileError, PlacementRefused, UserError
+from jobs.kubernetes_site import KubernetesSite, Toleration
+from jobs.plan import MANIFEST
+from jobs.run import Run
+from jobs.site_file import load_site
+from k8s.crd import Schema
+from k8s.lint import get
+from k8s.render import render
+from tests.conftest import JobMaker, lorafleet
+from tests.unit.test_k8s_render import IMAGE, ORDER, bare
+
+SITE = f"""
+kind: kubernetes
+image: {IMAGE}
+storage: {{claim: runs}}
+cpus_per_node: 4
+memory_gb_per_node: 16
+internet: true
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "here.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("image: lorafleet:0.1.0", "is not pinned: must be NAME:VERSION@sha256:DIGEST"),
+        ("storage: s3://bucket/runs", "is object storage, which cannot hold runs"),
+        ("storage: runs", "must be a block with the name of a volume claim"),
+        ("storage: {claim: runs, sub_path: a/../../b}", "leaves the volume: no `..` in it"),
+        ("nodes: 3\nmax_nodes: 2", "nodes is 3, but must not be above max_nodes = 2"),
+        ("shared_memory_gb: 16", "shared_memory_gb is 16, but must be below memory_gb_per_node"),
+        ("environment: {HF_TOKEN: x}", "HF_TOKEN may hold a secret"),
+        ("secrets: {A: {name: s, key: k}}\nenvironment: {A: x}", "A stands in secrets and in environment"),
+        ("secrets: {RAY_AUTH_TOKEN: {name: s, key: k}}", "is no name that a variable from a Secret may have"),
+        ("deadlines: {start_minutes: 5}", "the scheduler is not kueue"),
+        ("deadlines: {start_minutes: 5}\nscheduler: {kind: volcano}", "the scheduler is not kueue"),
+        ("autoscale: true\nscheduler: {kind: kueue, queue: q}", "autoscale is true, but kueue admits a whole job"),
+        ("scheduler: {kind: kueue, queue: q, topology_required: true}", "topology names no level"),
+        ("tolerations: [{key: gpu, operator: Exists, value: x}]", "operator Exists has no value"),
+        ("tolerations: [{key: gpu, operator: Equal}]", "operator Equal needs a value"),
+        ("tolerations: [{value: x}]", "there is no key that it is the value of"),
+        ("patch: {spec: {x: [{name: API_TOKEN, value: abc}]}}", "patch sets API_TOKEN, which may hold a secret"),
+        ("gpu_per_node: 4", "gpu_per_node is not a known key; did you mean 'gpus_per_node'?"),
+    ],
+)
+def test_what_a_site_cannot_say(line: str, said: str, tmp_path: Path) -> None:
+    own = {part.partition(":")[0] for part in line.splitlines()}
+    kept = [text for text in SITE.splitlines() if text.partition(":")[0] not in own]
+    with pytest.raises(JobFileError) as caught:
+        load_site(str(written(tmp_path, "\n".join([*kept, line]))))
+    assert said in str(caught.value)
+
+
+def test_tolerations_as_kubernetes_wants_them() -> None:
+    told = [{"key": "gpu"}, {"key": "pool", "value": "ml", "effect": "NoSchedule"}, {}]
+    assert [Toleration.model_validate(one).tree() for one in told] == [
+        {"key": "gpu", "operator": "Exists"},
+        {"key": "pool", "value": "ml", "effect": "NoSchedule", "operator": "Equal"},
+        {"operator": "Exists"},
+    ]
+
+
+def test_a_volume_of_one_node_holds_the_worker_to_the_heads() -> None:
+    job = render(bare(storage={"claim": "runs", "read_write_many": False}), ORDER)[-1]
+    (worker,) = get(job, "spec.rayClusterSpec.workerGroupSpecs")
+    (term,) = get(worker, "template.spec.affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution")
+    assert term["labelSelector"]["matchLabels"]["ray.io/node-type"] == "head"
+    assert get(render(bare(), ORDER)[-1], "spec.rayClusterSpec.workerGroupSpecs")[0]["template"]["spec"].get(
+        "affinity"
+    ) is None  # fmt: skip
+
+
+def test_a_patch_that_leaves_no_rayjob() -> None:
+    with pytest.raises(PlacementRefused, match="patch of site bare changes kind, which must be RayJob"):
+        render(bare(patch={"kind": None}), ORDER)
+
+
+def test_what_is_no_definition_of_a_rayjob(tmp_path: Path) -> None:
+    for text in ("", "{}", '{"spec": {"names": {"kind": "RayCluster"}}}'):
+        with pytest.raises(UserError, match="that is no definition of RayJob"):
+            Schema.read(written(tmp_path, text))
+
+
+def test_a_manifest_on_the_command_line(bert_job: JobMaker, tmp_path: Path) -> None:
+    """A path of this machine is refused with exit code 3; the same path on the volume is not."""
+    job = tmp_path / "job.yaml"
+    loaded = bert_job()
+    job.write_text(loaded.text)
+    site = written(tmp_path, SITE)
+    refused = lorafleet("plan", job, "--on", site, "--format", "yaml", cwd=tmp_path)
+    assert (refused.returncode, refused.stdout) == (ExitCode.GATE_REFUSED, "")
+    assert f"data.train_file is {loaded.job.data.train_file}, which pods do not see" in refused.stderr
+    mounted = written(tmp_path, SITE.replace("claim: runs", "claim: runs, mount_path: /"
+                                             + str(loaded.job.data.train_file).split("/")[1]))  # fmt: skip
+    planned = lorafleet("plan", job, "--on", mounted, "--format", "yaml", cwd=tmp_path)
+    assert planned.returncode == ExitCode.OK, planned.stderr
+    objects = list(yaml.safe_load_all(planned.stdout))
+    assert [tree["kind"] for tree in objects] == ["ConfigMap", "NetworkPolicy", "RayJob"]
+    assert objects[0]["data"]["job.yaml"] == loaded.text
+    done = lorafleet("train", job, "--on", mounted, cwd=tmp_path)
+    assert done.returncode == ExitCode.USER_INPUT
+    assert "lorafleet plan JOB.yaml --on SITE --format yaml" in done.stderr
+    asked = lorafleet("plan", job, "--format", "yaml", cwd=tmp_path)
+    assert asked.returncode == ExitCode.USER_INPUT
+    assert "it goes with --on SITE of kind kubernetes" in asked.stderr
+
+
+def test_names_change_with_the_job_and_the_site_alone(bert_job: JobMaker) -> None:
+    def name(site: KubernetesSite, nodes: int | None = None, **changes: Any) -> str:
+        plan = KubernetesBackend(site, nodes).plan(bert_job(**changes), "train")
+        return str(next(yaml.safe_load_all(plan.files[MANIFEST]))["metadata"]["name"])
+
+    first = name(bare())
+    assert name(bare()) == first
+    others = {name(bare(memory_gb_per_node=8.0)), name(bare(), 2), name(bare(), train__seed=7)}
+    assert len(others | {first}) == 4
+
+
+def test_a_patch_of_another_form_is_the_sites_mistake(bert_job: JobMaker) -> None:
+    head = {"spec": {"rayClusterSpec": {"headGroupSpec": {"rayStartParams": {"num-cpus": 0}}}}}
+    backend = KubernetesBackend(bare(patch=head, internet=True))
+    refused, _ = backend.check(backend.plan(bert_job(), "train"))
+    assert any("patch of site bare gives a field a value of another form" in sentence for sentence in refused)
+
+
+def test_what_pods_do_not_see(bert_job: JobMaker) -> None:
+    job = bert_job(train__init_adapter="/home/me/adapter").job
+    assert any("train.init_adapter is /home/me/adapter" in sentence for sentence in local_paths(job, "/mnt/x"))
+    assert local_paths(job, "") == []
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "told"),
+    [
+        (None, ExitCode.OK, ExitCode.OK),
+        (None, ExitCode.SOME_TRIALS_FAILED, ExitCode.OK),
+        (None, ExitCode.OUR_FAULT, ExitCode.OUR_FAULT),
+        ("", ExitCode.INTERRUPTED, ExitCode.INTERRUPTED),
+        ("asked for by a user\n", ExitCode.INTERRUPTED, ExitCode.OK),
+    ],
+)
+def test_what_ray_is_told(stop: str | None, code: ExitCode, told: ExitCode, tmp_path: Path) -> None:
+    """A failure is tried again on a new cluster: a run that is over, or that a user ended, must be none."""
+    if stop is not None:
+        (tmp_path / "stop").write_text(stop)
+    assert _as_a_job(Run(tmp_path), code) == told

@@ -62,8 +62,8 @@ class KubernetesBackend:
     def _order(self, made: Plan, texts: dict[str, str]) -> Order:
         # The same job on the same site has one name wherever it is rendered: the plan, which knows what lies in this
         # machine's cache, has no part in it.
-        own = (made.job.model_dump_json(), made.command, str(made.nodes), version("lorafleet"), self.site.model_dump_json())
-        mark = hashlib.sha256("\0".join(own).encode()).hexdigest()[:6]
+        own = (made.job.model_dump_json(), self.site.model_dump_json(), made.command, made.nodes, version("lorafleet"))
+        mark = hashlib.sha256("\0".join(map(str, own)).encode()).hexdigest()[:6]
         return Order(
             run=f"{made.job.name}-{mark}",
             submission=1,

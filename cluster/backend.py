@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from cluster.transfer import Which
 from jobs.load import LoadedJob
 from jobs.plan import Plan
 from jobs.run import Run, RunState
+from jobs.spec import JobSpec
+
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,23 @@ class Backend(Protocol):
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
         """Write the run's folder and hand it over."""
 
-    def stage(self) -> None:
-        """Make what is fetched from here on go to where its processes look for it."""
+    def provide(self, job: JobSpec, say: Say) -> str:
+        """Bring all that a job names to where its processes look for it; returns a sentence."""
+
+    def provide_asset(self, name: str, say: Say) -> str:
+        """Bring an asset there; returns its folder."""
 
     def resume(self, run: Run) -> None:
         """Hand an unfinished run over again."""
 
     def look(self, run: Run) -> Seen:
         """Where a run is."""
+
+    def refresh(self, run: Run) -> None:
+        """Bring what a run has written since, where its folder here is but a record of one elsewhere."""
+
+    def pull(self, run: Run, which: Which, say: Say) -> int:
+        """Bring all of a run's record and weights here; returns how many files came."""
 
     def watch(self, run: Run) -> Watch:
         """The run that was handed over last."""

@@ -38,6 +38,10 @@ def backend_of(run: Run) -> Backend:
         from cluster.machine import local_site
 
         return backend_here(local_site())
-    from cluster.slurm_backend import stored_backend
+    if stored["kind"] == "kubernetes":
+        from cluster.kubernetes_backend import stored_backend as of_kubernetes
 
-    return stored_backend(stored)
+        return of_kubernetes(stored)
+    from cluster.slurm_backend import stored_backend as of_slurm
+
+    return of_slurm(stored)

@@ -10,15 +10,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cluster.backend import Seen
+from cluster.backend import Say, Seen
+from cluster.fetch import fetch_asset, fetch_job
 from cluster.machine import check_torch
 from cluster.planning import make_plan
+from cluster.transfer import Which
 from jobs import files
+from jobs.assets import asset
 from jobs.errors import ExitCode, RunError
 from jobs.load import LoadedJob, dump_resolved
 from jobs.plan import Plan
 from jobs.run import Run, RunState
 from jobs.site import Site
+from jobs.spec import JobSpec
 
 
 class LocalBackend:
@@ -60,8 +64,21 @@ class LocalBackend:
                 cwd=run.path,
             )
 
-    def stage(self) -> None:
-        """Nothing: the caches are this machine's."""
+    def provide(self, job: JobSpec, say: Say) -> str:
+        """Fetch it to this machine."""
+        fetch_job(job, say)
+        return "everything it names is on this machine"
+
+    def provide_asset(self, name: str, say: Say) -> str:
+        """Fetch it to this machine."""
+        return str(fetch_asset(asset(name), say))
+
+    def refresh(self, run: Run) -> None:
+        """Nothing: the folder is the run's own."""
+
+    def pull(self, run: Run, which: Which, say: Say) -> int:
+        """Raises RunError: it is all here."""
+        raise RunError(f"{run.id} lies in {run.path} itself: there is nothing to bring")
 
     def resume(self, run: Run) -> None:
         """Start the driver of a run whose last one is gone. Raises RunError when it still lives."""

@@ -6,8 +6,10 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +69,18 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def greet(storage: Path) -> dict[str, Any]:
+    """What is installed here, and what a storage is like."""
+    wrong = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=storage):
+            pass
+    except OSError as error:
+        wrong = f"{storage} cannot be written: {error.strerror}"
+    free = shutil.disk_usage(storage).free / 1e9 if storage.is_dir() else 0.0
+    return {**versions(), "wrong": wrong, "free_gb": round(free, 1)}
 
 
 def busy_ports() -> list[int]:

@@ -10,10 +10,15 @@ from jobs import files
 from jobs.run import Run
 
 
-def registry_file() -> Path:
-    """In the user's state folder (XDG_STATE_HOME)."""
+def state_folder() -> Path:
+    """Of the user (XDG_STATE_HOME)."""
     home = os.environ.get("XDG_STATE_HOME") or files.in_home("~/.local/state")
-    return Path(home) / "lorafleet" / "submitted.jsonl"
+    return Path(home) / "lorafleet"
+
+
+def registry_file() -> Path:
+    """The list of runs."""
+    return state_folder() / "submitted.jsonl"
 
 
 def add(run: Run, site: str) -> None:

@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster import registry
-from cluster.backend import Seen
+from cluster.backend import Say, Seen
 from cluster.backends import SITE_FILE
+from cluster.fetch import fetch_asset, fetch_job
 from cluster.local import write_run
 from cluster.planning import make_plan
+from cluster.transfer import Which
 from jobs import files
-from jobs.assets import cache_dir
+from jobs.assets import asset, cache_dir
 from jobs.errors import AssetError, ExitCode, PlacementRefused, RunError
 from jobs.hub import check_whole, hub_cache
 from jobs.identity import models_of
@@ -181,8 +183,21 @@ class SlurmBackend:
                 raise
             files.write_text(run.path / _FOLDER / "jobs", "".join(f"{job}\n" for job in jobs))
 
-    def stage(self) -> None:
-        """Nothing: this machine sees the caches of the nodes, and they were set when the site was read."""
+    def provide(self, job: JobSpec, say: Say) -> str:
+        """Fetch it to the caches of the nodes, which this machine sees."""
+        fetch_job(job, say)
+        return "everything it names is on the nodes' caches"
+
+    def provide_asset(self, name: str, say: Say) -> str:
+        """Fetch it to the caches of the nodes."""
+        return str(fetch_asset(asset(name), say))
+
+    def refresh(self, run: Run) -> None:
+        """Nothing: the folder is the run's own."""
+
+    def pull(self, run: Run, which: Which, say: Say) -> int:
+        """Raises RunError: it is all here."""
+        raise RunError(f"{run.id} lies in {run.path} itself: there is nothing to bring")
 
     def resume(self, run: Run) -> None:
         """Submit an unfinished run again. Raises RunError while a job of it waits or runs."""

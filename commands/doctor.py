@@ -53,17 +53,18 @@ def _on_nodes(on: str, nodes: int | None, runs: Path) -> list[Finding]:
     backend = cluster_on(on, nodes)
     folder = backend.runs_dir(runs)
     run = backend.examine(folder)
-    watch = backend.watch(run)
-    said = ""
+    said, code = "", None
     try:
-        while (code := watch.poll()) is None:
+        found = files.read_json(run.path / "findings.json")
+        watch = None if found else backend.watch(run)
+        while watch and (code := watch.poll()) is None:
             place = watch.seen.sentence
             if place not in ("", said):
                 said = place
                 say(place)
             time.sleep(0.5)
-        found = files.read_json(run.path / "findings.json")
-        if not found:
+        found = found or files.read_json(run.path / "findings.json")
+        if watch and not found:
             log = (run.path / "logs" / "driver.log", *sorted((run.path / "slurm").glob("*.out")))
             last = "\n".join(path.read_text(errors="replace")[-1500:] for path in log if path.is_file())
             raise UserError(f"{last}\nthe job ended with code {code} and looked at nothing: {watch.seen.sentence}")

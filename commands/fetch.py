@@ -24,14 +24,17 @@ def fetch(
     output: Output = Format.TEXT,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
-    """Fetch all that a job can touch (needs a network, not torch), or list what there is."""
-    from cluster.fetch import fetch_asset, fetch_job
-    from jobs.assets import ASSETS, PREFIX, asset
+    """Fetch all that a job can touch (needs a network, not torch), or list what there is.
+
+    With --on it goes to where the cluster's machines look for it; a Kubernetes site also gets the job's own files.
+    """
+    from cluster.backends import backend_here
+    from cluster.machine import local_site
+    from jobs.assets import ASSETS, PREFIX
     from jobs.errors import UserError
     from jobs.load import load_job
 
-    if on is not None:
-        backend_for(on, None).stage()  # from here on the caches are those that its nodes see
+    backend = backend_here(local_site()) if on is None else backend_for(on, None)
     if show_list:
         return _list(output)
     if examples:
@@ -42,10 +45,9 @@ def fetch(
         if name in ASSETS:
             raise UserError(f"{name!r} is a data set or model: did you mean {PREFIX}{name}?")
         if name.startswith(PREFIX):
-            typer.echo(f"{name}  {fetch_asset(asset(name), say)}")
+            typer.echo(f"{name}  {backend.provide_asset(name, say)}")
         else:
-            fetch_job(load_job(name).job, say)
-            typer.echo(f"{name}: everything it names is on this machine")
+            typer.echo(f"{name}: {backend.provide(load_job(name).job, say)}")
     return None
 
 

@@ -19,12 +19,14 @@ def list_runs(runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
     folders = {run.path.absolute() for run in found}
     for run in [*found, *(run for run in submitted() if run.path.absolute() not in folders)]:
         states = [trial.state for trial in run.trials()]
-        state = "lost its driver" if run.gone() else str(run.state)
+        place = files.read_json(run.path / SITE_FILE)
+        told = place.get("last", {}).get("state") or str(run.state)
+        state = "lost its driver" if run.gone() else told
         rows.append(
             {
                 "run": run.id,
                 "state": state,
-                "on": files.read_json(run.path / SITE_FILE).get("site", {}).get("name", "here"),
+                "on": place.get("site", {}).get("name", "here"),
                 "created": time.strftime("%Y-%m-%d %H:%M", time.localtime(run.created)),
                 "trials": len(states),
                 "ended": sum(found.ended for found in states),

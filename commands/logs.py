@@ -6,13 +6,16 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from commands.common import DEFAULT_RUNS, RunName, Runs
 from jobs.errors import RunError
 from jobs.run import Run, RunState
+
+if TYPE_CHECKING:
+    from cluster.backend import Backend
 
 
 def logs(
@@ -24,19 +27,24 @@ def logs(
     runs: Runs = DEFAULT_RUNS,
 ) -> None:
     """Print the log of a run, or the record of one of its trials."""
+    from cluster.backends import backend_of
     from cluster.store import find_run
 
     found = find_run(runs, run)
+    backend = backend_of(found)
     done: dict[Path, int] = {}
+    backend.refresh(found)
     looked_at = time.monotonic()
-    live = follow and _lives(found)
+    live = follow and _lives(backend, found)
     while True:
         for line in _new_lines(_files(found, trial), done):
             typer.echo(line)
         if not live:
             return
         if time.monotonic() - looked_at > _LOOK_SECONDS:
-            looked_at, live = time.monotonic(), _lives(found)
+            live = _lives(backend, found)
+            backend.refresh(found)
+            looked_at = time.monotonic()
         time.sleep(0.5)
 
 
@@ -44,11 +52,15 @@ _LOOK_SECONDS = 5.0
 """Between two questions whether the run has ended, which may go to a queue."""
 
 
-def _lives(run: Run) -> bool:
+def _lives(backend: Backend, run: Run) -> bool:
     """Whether more may be written."""
-    from cluster.backends import backend_of
+    return backend.look(run).state in (RunState.PENDING, RunState.RUNNING)
 
-    return backend_of(run).look(run).state in (RunState.PENDING, RunState.RUNNING)
+
+def driver_log(run: Run) -> Path:
+    """What the driver said; where its own file could not be brought from a cluster, what its pod did."""
+    own, pods = run.path / "logs" / "driver.log", run.path / "logs" / "submitter.log"
+    return pods if pods.is_file() and not own.is_file() else own
 
 
 def _files(run: Run, trial: str | None) -> list[Path]:
@@ -56,7 +68,7 @@ def _files(run: Run, trial: str | None) -> list[Path]:
     if trial is None:
         jobs = sorted((run.path / "slurm").glob("*.out"), key=lambda path: path.stat().st_mtime)
         parts = [part.path / "logs" / "driver.log" for part in run.parts()]
-        return [*jobs, run.path / "logs" / "driver.log", *parts, run.path / "events.jsonl"]
+        return [*jobs, driver_log(run), *parts, run.path / "events.jsonl"]
     matching = [known for known in run.trials() if known.id.startswith(trial)]
     if len(matching) != 1:
         known = ", ".join(known.id for known in matching or run.trials())

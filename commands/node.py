@@ -87,6 +87,60 @@ def failed(run: Path, sentence: str) -> None:
 
 
 @node.command()
+def send(
+    run: Path,
+    weights: Annotated[str, typer.Option(help="none, best or all.")] = "none",
+    whole: Annotated[bool, typer.Option("--whole", help="W&B's records too.")] = False,
+) -> None:
+    """Print what of a run's record the other side lacks as a compressed tar; it says on one line what it has."""
+    import json
+    import sys
+
+    from cluster.transfer import Which, pack
+    from jobs.run import Run
+
+    have = {name: (size, changed) for name, (size, changed) in json.loads(sys.stdin.readline()).items()}
+    which: Which = "best" if weights == "best" else "all" if weights == "all" else "none"
+    pack(Run(run), have, which, sys.stdout.buffer, whole=whole)
+
+
+@node.command()
+def lacks() -> None:
+    """Print which of the targets on one line of JSON are not in this machine's cache as they should be."""
+    import json
+    import sys
+
+    from cluster.transfer import is_there
+    from jobs.assets import cache_dir
+
+    asked = json.loads(sys.stdin.readline())
+    missing = [one["target"] for one in asked if not is_there(cache_dir() / one["target"], one["digest"])]
+    typer.echo(json.dumps(missing))
+
+
+@node.command()
+def greet() -> None:
+    """Say what this image is, and whether the storage that one line of JSON names can be written."""
+    import json
+    import sys
+
+    from cluster.node import greet as greet_here
+
+    typer.echo(json.dumps(greet_here(Path(json.loads(sys.stdin.readline())["mount"]))))
+
+
+@node.command()
+def receive(target: str, digest: str, file: Annotated[bool, typer.Option("--file")] = False) -> None:
+    """Put what comes in frames on standard input into the cache: whole, or not at all."""
+    import sys
+
+    from cluster.transfer import receive as receive_here
+    from jobs.assets import cache_dir
+
+    receive_here(cache_dir() / target, digest, sys.stdin.buffer, file=file)
+
+
+@node.command()
 def leave(
     run: Path,
     seconds: Annotated[float, typer.Option(help="How long the pod may still live.")],

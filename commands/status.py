@@ -12,7 +12,9 @@ def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
     from commands.view import best_line, run_view, trial_lines
 
     found = find_run(runs, run)
-    seen = backend_of(found).look(found)
+    backend = backend_of(found)
+    backend.refresh(found)
+    seen = backend.look(found)
     if output is Format.JSON:
         lines = trial_lines(found)
         best = best_line(lines)

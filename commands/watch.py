@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from commands.common import Format, console, say
+from commands.logs import driver_log
+from jobs import files
 from jobs.errors import ExitCode
 from jobs.run import Run
 
@@ -112,11 +114,13 @@ def _lines(run: Run, backend: Backend, watch: Watch, known: set[str]) -> int:
 def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str = "") -> None:
     """The report of a run that has ended, or why there is none."""
     status = run.status()
-    log = run.path / "logs" / "driver.log"
-    if not run.trials() and code not in (ExitCode.OK, ExitCode.SOME_TRIALS_FAILED):
+    log = driver_log(run)
+    if not run.trials():
         for line in _last_lines(log):
             say(line)
         say(sentence)
+        if code == ExitCode.OK:  # on a cluster, and its record could not be brought here
+            return
         say(f"{run.id} ended with code {code} before a trial began" + (f"; {log} has more" if log.is_file() else ""))
         return
     if code in (ExitCode.OUR_FAULT, ExitCode.USER_INPUT):
@@ -126,6 +130,7 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
         return
     if code not in (ExitCode.OK, ExitCode.SOME_TRIALS_FAILED, ExitCode.REQUEUE, ExitCode.INTERRUPTED):
         say(sentence)
+    from cluster.backends import SITE_FILE
     from evaluation.report import build_report, report_json
 
     report = build_report(run)
@@ -143,9 +148,12 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
         say(f"\n{run.id} was interrupted; `lorafleet resume {run.id}` goes on")
         return
     typer.echo(f"\nreport   {run.path / 'report' / 'report.html'}")
+    kind = files.read_json(run.path / SITE_FILE).get("kind")
     if report.recommendation.adapter and (run.path / report.recommendation.adapter).is_dir():
         folder = run.path / report.recommendation.adapter
         typer.echo(f"{folder.name:<8} {folder}")
+    elif report.recommendation.adapter and kind == "kubernetes":
+        say(f"`lorafleet pull {run.id}` brings the adapter")
     if status.get("reason"):
         say(f"{run.id}: {status['reason']}")
 

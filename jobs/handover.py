@@ -15,13 +15,13 @@ from jobs.run import Run, RunState
 
 DOCUMENT = "run.json"
 """Which of the texts says what the others are."""
-_FILES = ("job.yaml", "resolved.json", "plan.json")
+TEXTS = ("job.yaml", "resolved.json", "plan.json")
 
 
 def pack(name: str, texts: dict[str, str]) -> dict[str, str]:
     """The texts of a run by file: those that it begins with, and one with the job's name and lorafleet's version."""
     own = {"schema_version": 1, "lorafleet": version("lorafleet"), "name": name}
-    return {DOCUMENT: json.dumps(own) + "\n"} | {file: texts[file] for file in _FILES}
+    return {DOCUMENT: json.dumps(own) + "\n"} | {file: texts[file] for file in TEXTS}
 
 
 def unpack(folder: Path, document: Path) -> Run:
@@ -45,7 +45,7 @@ def unpack(folder: Path, document: Path) -> Run:
     scratch = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     scratch.mkdir(parents=True)
     try:
-        for name in _FILES:
+        for name in TEXTS:
             files.write_text(scratch / name, (document.parent / name).read_text())
         made = Run(scratch)
         made.set_state(RunState.PENDING, created=time.time(), name=told["name"])

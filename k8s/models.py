@@ -108,6 +108,7 @@ class Container(Part):
     name: str
     image: str
     image_pull_policy: Literal["IfNotPresent"] | None = "IfNotPresent"
+    command: list[str] | None = None
     ports: list[dict[str, Any]] | None = None
     resources: Resources
     env: list[Variable] | None = None
@@ -198,6 +199,24 @@ class RayJob(Part):
     kind: Literal["RayJob"] = "RayJob"
     metadata: Metadata
     spec: RayJobSpec
+
+
+class JobSpec(Part):
+    """JobSpec."""
+
+    backoff_limit: int
+    active_deadline_seconds: int
+    ttl_seconds_after_finished: int
+    template: Template
+
+
+class Job(Part):
+    """A Job of batch/v1."""
+
+    api_version: Literal["batch/v1"] = "batch/v1"
+    kind: Literal["Job"] = "Job"
+    metadata: Metadata
+    spec: JobSpec
 
 
 class ConfigMap(Part):

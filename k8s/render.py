@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from jobs import fields
 from jobs.errors import PlacementRefused
 from jobs.handover import DOCUMENT
 from jobs.kubernetes_site import WORKER_LABELS, KubernetesSite, Toleration
@@ -21,8 +22,11 @@ from k8s import models
 from k8s.models import Metadata, Mount, Variable, Volume
 
 RUN_LABEL, ATTEMPT_LABEL, USER_LABEL = "lorafleet.dev/run", "lorafleet.dev/submission", "lorafleet.dev/user"
+CALL_ANNOTATION = "lorafleet.dev/call"
 CONFIG = "/etc/lorafleet"
 GROUP = "workers"
+HEAD, PORTER = "ray-head", "porter"
+"""Containers in which commands are run."""
 _LONGEST_NAME = 47
 """KubeRay refuses longer ones: it adds to them for its own objects (ValidateRayJobMetadata)."""
 _LARGEST_DOCUMENT = 900_000
@@ -51,6 +55,8 @@ class Order:
     """Ray's, which must be the image's."""
     user: str
     """Who submits."""
+    call: str = ""
+    """What tells this call's objects from others with the same name; empty for a manifest that is kept."""
 
 
 def object_name(run: str, submission: int) -> str:
@@ -86,9 +92,10 @@ def render(site: KubernetesSite, order: Order) -> list[dict[str, Any]]:
     config = models.ConfigMap(metadata=meta, data=dict(order.texts))
     job = models.RayJob(metadata=meta, spec=_spec(site, order)).tree()
     patched = merged(job, site.patch)
-    for field in ("apiVersion", "kind"):
-        if not isinstance(patched, dict) or patched.get(field) != job[field]:
-            raise PlacementRefused(f"patch of site {site.name} changes {field}, which must be {job[field]}")
+    for path in ("apiVersion", "kind", "metadata.name", "metadata.namespace"):
+        if fields.get(patched, path) != fields.get(job, path):
+            must = fields.get(job, path)
+            raise PlacementRefused(f"patch of site {site.name} changes {path}, which must be {must}")
     policy = [_network_policy(site, order).tree()] if site.network_policy else []
     return [config.tree(), *policy, patched]
 
@@ -156,7 +163,55 @@ def _metadata(site: KubernetesSite, order: Order) -> Metadata:
         }
     elif queue.kind == "kai":
         labels["kai.scheduler/queue"] = queue.queue
-    return Metadata(name=object_name(order.run, order.submission), namespace=site.namespace, labels=labels)
+    return Metadata(
+        name=object_name(order.run, order.submission),
+        namespace=site.namespace,
+        labels=labels,
+        annotations=_call(order),
+    )
+
+
+def _call(order: Order) -> dict[str, str] | None:
+    return {CALL_ANNOTATION: order.call} if order.call else None
+
+
+def run_label(run: str) -> str:
+    """What a run's objects and pods have as RUN_LABEL."""
+    return _label(run)
+
+
+def porter(site: KubernetesSite, name: str, user: str, seconds: int) -> dict[str, Any]:
+    """A Job with one pod that sees the storage and waits: files go through it. It ends by itself after so long."""
+    labels = site.labels | {
+        "app.kubernetes.io/name": "lorafleet",
+        "app.kubernetes.io/managed-by": "lorafleet",
+        USER_LABEL: _label(site.user or user),
+    }
+    own = labels | ({"kueue.x-k8s.io/queue-name": site.scheduler.queue} if site.scheduler.kind == "kueue" else {})
+    size = {"cpu": "500m", "memory": "1Gi"}
+    cache = f"{site.storage.mount_path}/cache"
+    container = models.Container(
+        name=PORTER,
+        image=site.image,
+        command=["sleep", str(seconds)],
+        resources=models.Resources(requests=size, limits=size),
+        env=[Variable(name="LORAFLEET_CACHE", value=cache), Variable(name="HF_HUB_CACHE", value=f"{cache}/hub")],
+        security_context=_container_security(),
+        volume_mounts=[mount for mount in _mounts(site) if mount.name != "job"],
+    )
+    volumes = [
+        Volume(name="storage", persistent_volume_claim={"claimName": site.storage.claim}),
+        Volume(name="tmp", empty_dir={}),
+    ]
+    spec = _pod(site, [container], site.head.node_selector, site.head.tolerations, None, volumes)
+    spec = spec.model_copy(update={"restart_policy": "Never", "termination_grace_period_seconds": 1})
+    template = models.Template(metadata=Metadata(labels=labels), spec=spec)
+    return models.Job(
+        metadata=Metadata(name=name, namespace=site.namespace, labels=own),
+        spec=models.JobSpec(
+            backoff_limit=0, active_deadline_seconds=seconds, ttl_seconds_after_finished=60, template=template
+        ),
+    ).tree()
 
 
 def _spec(site: KubernetesSite, order: Order) -> models.RayJobSpec:
@@ -232,7 +287,7 @@ def _head(site: KubernetesSite, order: Order) -> models.HeadGroup:
     head = site.head
     size = {"cpu": str(head.cpus), "memory": _mib(head.memory_gb), "ephemeral-storage": _mib(head.ephemeral_gb)}
     container = models.Container(
-        name="ray-head",
+        name=HEAD,
         image=site.image,
         ports=[
             {"name": "gcs-server", "containerPort": _GCS},
@@ -440,7 +495,10 @@ def _network_policy(site: KubernetesSite, order: Order) -> models.NetworkPolicy:
     operator = {"namespaceSelector": {}, "podSelector": {"matchLabels": site.operator_labels}}
     return models.NetworkPolicy(
         metadata=Metadata(
-            name=object_name(order.run, order.submission), namespace=site.namespace, labels=labels_of(site, order)
+            name=object_name(order.run, order.submission),
+            namespace=site.namespace,
+            labels=labels_of(site, order),
+            annotations=_call(order),
         ),
         spec=models.NetworkPolicySpec(
             pod_selector=own,

@@ -24,9 +24,10 @@ ASSETS = os.environ.get("LORAFLEET_TEST_ASSETS", str(Path.home() / ".cache" / "l
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tokens of tests stay out of the user's cache; W&B and the hub are never asked."""
+    """Tokens of tests stay out of the user's cache; W&B, the hub and clusters are never asked."""
     patch = pytest.MonkeyPatch()
     patch.setenv("LORAFLEET_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("KUBECONFIG", "/nonexistent/kubeconfig")  # no cluster of the developer's is ever asked
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setenv("WANDB_MODE", "offline")
     patch.delenv("WANDB_API_KEY", raising=False)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.kubernetes_backend import KubernetesBackend, local_paths
+from cluster.kubernetes_backend import KubernetesBackend
+from cluster.staging import named_paths
 from commands.execute import _as_a_job
 from jobs.errors import ExitCode, JobFileError, PlacementRefused, UserError
 from jobs.kubernetes_site import KubernetesSite, Toleration
@@ -114,9 +115,10 @@ def test_a_manifest_on_the_command_line(bert_job: JobMaker, tmp_path: Path) -> N
     objects = list(yaml.safe_load_all(planned.stdout))
     assert [tree["kind"] for tree in objects] == ["ConfigMap", "NetworkPolicy", "RayJob"]
     assert objects[0]["data"]["job.yaml"] == loaded.text
-    done = lorafleet("train", job, "--on", mounted, cwd=tmp_path)
+    done = lorafleet("train", job, "--on", mounted, "--runs", tmp_path / "runs", cwd=tmp_path)
     assert done.returncode == ExitCode.USER_INPUT
-    assert "lorafleet plan JOB.yaml --on SITE --format yaml" in done.stderr
+    assert "there is no cluster to ask" in done.stderr
+    assert not (tmp_path / "runs").exists()
     asked = lorafleet("plan", job, "--format", "yaml", cwd=tmp_path)
     assert asked.returncode == ExitCode.USER_INPUT
     assert "it goes with --on SITE of kind kubernetes" in asked.stderr
@@ -142,8 +144,12 @@ def test_a_patch_of_another_form_is_the_sites_mistake(bert_job: JobMaker) -> Non
 
 def test_what_pods_do_not_see(bert_job: JobMaker) -> None:
     job = bert_job(train__init_adapter="/home/me/adapter").job
-    assert any("train.init_adapter is /home/me/adapter" in sentence for sentence in local_paths(job, "/mnt/x"))
-    assert local_paths(job, "") == []
+    named = dict(named_paths(job))
+    assert named["train.init_adapter"] == "/home/me/adapter"
+    assert named["data.train_file"] == job.data.train_file
+    assert named["model.model_name_or_path"] == job.model.model_name_or_path
+    asset = bert_job(model__model_name_or_path="asset:minilm-l6").job
+    assert "model.model_name_or_path" not in dict(named_paths(asset))
 
 
 @pytest.mark.parametrize(

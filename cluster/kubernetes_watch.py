@@ -1,0 +1,144 @@
+"""A run on Kubernetes, for somebody who waits for its end: what its RayJob says, and its record as it grows."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from cluster.backend import Seen
+from jobs.errors import ExitCode
+from jobs.run import Run, RunState, TrialState
+from k8s.states import job_state
+
+if TYPE_CHECKING:
+    from cluster.kubernetes_backend import KubernetesBackend
+
+_REFRESH_SECONDS = 10.0
+"""Between two looks into the run's folder."""
+_WHY_SECONDS = 20.0
+"""Between two questions why its pods wait."""
+_DRIVERS_CODES = frozenset(ExitCode)
+_UNSEEN: Any = object()
+
+
+def seen(run: Run, name: str, stored: dict[str, Any], job: dict[str, Any] | None, *, queued: bool) -> Seen:
+    """Where a run is, from its RayJob (None: there is none) and from what is here of its own record."""
+    written, reason = run.state, str(run.status().get("reason") or "")
+    missing = str(stored.get("missing") or "")
+    if job is None:
+        return _without(run, name, stored, written, reason)
+    state = job_state(job.get("status"), queued=queued)
+    if job.get("metadata", {}).get("deletionTimestamp") and not state.ended:
+        return Seen(RunState.RUNNING, f"RayJob {name} is being taken away: its trials are saved first")
+    if not state.ended:
+        return Seen(state.run, f"RayJob {name} {state.sentence}")
+    if state.run is RunState.FINISHED and written in (RunState.STOPPED, RunState.FAILED):
+        return Seen(written, reason)  # for Ray the job has succeeded: there is nothing that another cluster could do
+    if state.run is RunState.FAILED and written is RunState.FAILED and reason:
+        return Seen(RunState.FAILED, reason)
+    if state.run is RunState.STOPPED:
+        return Seen(RunState.STOPPED, f"RayJob {name} {state.sentence}; `lorafleet resume {run.id}` goes on")
+    if state.run is RunState.FINISHED:
+        return Seen(state.run, missing or reason)
+    return Seen(state.run, "; ".join(filter(None, [f"RayJob {name} {state.sentence}", missing])))
+
+
+def _without(run: Run, name: str, stored: dict[str, Any], written: RunState, reason: str) -> Seen:
+    """Of a run whose RayJob is not there: not yet, or not any more."""
+    if not stored.get("handed_over"):
+        return Seen(written, "it was not handed over to the cluster: `lorafleet resume` does so")
+    last = stored.get("last")
+    if last:
+        return Seen(RunState(last["state"]), last["sentence"])
+    if stored.get("stopping"):
+        if written is RunState.FINISHED:
+            return Seen(written, reason)
+        return Seen(RunState.STOPPED, f"it was stopped: `lorafleet resume {run.id}` goes on")
+    if written in (RunState.FINISHED, RunState.FAILED, RunState.STOPPED):
+        return Seen(written, reason)
+    return Seen(
+        RunState.FAILED,
+        f"RayJob {name} is not on the cluster any more, and lorafleet did not take it away; `lorafleet pull {run.id}` "
+        "brings what is on the storage, `lorafleet resume` goes on",
+    )
+
+
+def exit_code(run: Run, found: Seen, job: dict[str, Any] | None) -> int:
+    """What a run that has ended means for the shell: the driver's own code where it is known."""
+    failed = [trial.state is TrialState.FAILED for trial in run.trials()]
+    if found.state is RunState.FINISHED:
+        return ExitCode.SOME_TRIALS_FAILED if any(failed) else ExitCode.OK
+    if found.state is RunState.STOPPED:
+        return ExitCode.INTERRUPTED
+    said = re.search(r"exit code (\d+)", str(((job or {}).get("status") or {}).get("message") or ""))
+    if said and int(said[1]) in _DRIVERS_CODES - {ExitCode.OK}:
+        return int(said[1])
+    return ExitCode.SOME_TRIALS_FAILED if failed and all(failed) else ExitCode.OUR_FAULT
+
+
+class KubernetesWatch:
+    """Two threads: one follows the RayJob, one brings what the run has written since."""
+
+    detaches = True
+
+    def __init__(self, backend: KubernetesBackend, run: Run) -> None:
+        self.backend, self.run = backend, run
+        self.name = backend.name_of(run)
+        self.seen = Seen(run.state)
+        self._job: Any = _UNSEEN
+        self._why, self._asked_why = "", -_WHY_SECONDS
+        self._trouble = ""
+        self._ran = bool(run.trials())
+        self._end = threading.Event()
+        self._changed = threading.Event()
+        for work in (self._follow, self._refresh):
+            threading.Thread(target=work, daemon=True, name=f"{work.__name__} {run.id}").start()
+
+    def _follow(self) -> None:
+        self.backend.client.follow(self.name, self._take, self._fail, self._end)
+
+    def _take(self, job: dict[str, Any] | None) -> None:
+        self._job, self._trouble = job, ""
+        self._changed.set()
+
+    def _fail(self, sentence: str) -> None:
+        self._trouble = sentence
+
+    def _refresh(self) -> None:
+        while not self._end.wait(_REFRESH_SECONDS):
+            if self._job not in (None, _UNSEEN) and self._now().state is RunState.RUNNING:
+                self.backend.refresh(self.run)
+
+    def _now(self) -> Seen:
+        return self.backend.seen(self.run, self._job)
+
+    def poll(self) -> int | None:
+        """The driver's exit code once the RayJob has ended or is gone, with the run's record here as it is then."""
+        if self._job is _UNSEEN:
+            self.seen = Seen(self.run.state, self._trouble)
+            return None
+        job, now = self._job, self._now()
+        self._ran = self._ran or now.state is RunState.RUNNING
+        if now.state in (RunState.PENDING, RunState.RUNNING):
+            self.seen = Seen(now.state, self._trouble or now.sentence + self._waits(now.state))
+            return None
+        self._end.set()
+        ran = self._ran or ((job or {}).get("status") or {}).get("jobStatus") not in (None, "", "PENDING")
+        self.backend.collect(self.run, ran=ran)
+        self.seen = self.backend.settle(self.run, job)
+        return exit_code(self.run, self.seen, job)
+
+    def _waits(self, state: RunState) -> str:
+        """Why its pods do not start, asked now and then."""
+        if state is not RunState.PENDING:
+            return ""
+        if time.monotonic() - self._asked_why > _WHY_SECONDS or self._changed.is_set():
+            self._changed.clear()
+            self._asked_why = time.monotonic()
+            self._why = self.backend.why(self.run, self._job)
+        return f": {self._why}" if self._why else ""
+
+    def send_signal(self, number: int) -> None:
+        """A RayJob does not hear this process's signals."""

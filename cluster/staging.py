@@ -1,0 +1,126 @@
+"""What a job names that lies on this machine, and where it goes on the storage of a cluster that does not see it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.registry import state_folder
+from cluster.transfer import Cargo, digest
+from jobs import files
+from jobs.assets import PREFIX, asset, cache_dir
+from jobs.hub import dataset_folder, hub_cache, hub_model_folder, model_folder
+from jobs.identity import models_of
+from jobs.rows import split_files
+from jobs.spec import JobSpec
+
+_FILES = ("train_file", "validation_file", "test_file")
+
+
+def named_paths(job: JobSpec) -> list[tuple[str, str]]:
+    """(field, path) of everything that a job names by a path of this machine."""
+    named: list[tuple[str, str | None]] = [(f"data.{field}", getattr(job.data, field)) for field in _FILES]
+    named += [("data.dataset_name", job.data.dataset_name), ("train.init_adapter", job.train.init_adapter)]
+    named += [("resources.deepspeed_config", job.resources.deepspeed_config)]
+    named += [("model.model_name_or_path", name) for name in models_of(job)]
+    return [(field, path) for field, path in named if path and path.startswith(("/", "./", "../", "~"))]
+
+
+def own_cargo(path: str) -> Cargo:
+    """A file or folder of the user's: on the storage it lies under the digest of its bytes. Raises OSError."""
+    source = files.in_home(path).resolve()
+    mark = digest(source)
+    return Cargo(source, f"staged/{mark[:16]}/{source.name}", mark)
+
+
+def fetched_cargo(job: JobSpec) -> list[Cargo]:
+    """The models and data of a job that were fetched by name: they go where this machine's cache has them."""
+    found = []
+    for name in models_of(job):
+        if not Path(name).is_absolute():
+            found += _model(name, job.model.revision)
+    data = job.data.dataset_name
+    if data and not Path(data).is_absolute():
+        folder = dataset_folder(data, job.data.dataset_revision)
+        if data.startswith(PREFIX):
+            folder = next(iter(split_files(job.data).values())).parent
+        found.append(asset_cargo(folder))
+    return found
+
+
+def asset_cargo(folder: Path) -> Cargo:
+    """A folder of the cache here, for the same place in the storage's."""
+    return Cargo(folder, str(folder.relative_to(cache_dir())), digest(folder))
+
+
+def _model(name: str, revision: str | None) -> list[Cargo]:
+    folder = model_folder(name, revision)
+    if name.startswith(PREFIX):
+        return [asset_cargo(folder)]
+    found = [Cargo(folder, str(Path("hub") / folder.relative_to(hub_cache())), digest(folder))]
+    reference = folder.parent.parent / "refs" / (revision or "main")
+    if hub_model_folder(name, revision) and reference.is_file():
+        found.append(Cargo(reference, str(Path("hub") / reference.relative_to(hub_cache())), digest(reference)))
+    return found
+
+
+def _ledger() -> Path:
+    return state_folder() / "staged.jsonl"
+
+
+def remember(storage: str, brought: Iterable[Cargo]) -> None:
+    """Note what lies on a storage now."""
+    for cargo in brought:
+        row = {"time": time.time(), "storage": storage, "digest": cargo.digest, "target": cargo.target}
+        files.append_jsonl(_ledger(), row)
+
+
+def staged(storage: str, job: JobSpec, cache: str) -> dict[str, str]:
+    """Path here -> path in the pods, of what a job names and `fetch --on` has brought to a storage as it is now."""
+    there = {row["digest"]: str(row["target"]) for row in files.read_jsonl(_ledger()) if row.get("storage") == storage}
+    found = {}
+    for _, path in named_paths(job) if there else ():
+        try:
+            mark = digest(files.in_home(path).resolve())
+        except OSError:
+            continue
+        if mark in there:
+            found[path] = os.path.join(cache, there[mark])  # noqa: PTH118 - of pods, not of this machine
+    return found
+
+
+def not_brought(storage: str, job: JobSpec) -> list[str]:
+    """What a job names of the hub and of the assets, and this machine has never brought to a storage."""
+    there = {str(row["target"]) for row in files.read_jsonl(_ledger()) if row.get("storage") == storage}
+    data = [(job.data.dataset_name, _target_of_data(job))] if job.data.dataset_name else []
+    models = [(name, _target_of_model(name)) for name in models_of(job)]
+    named = [(str(name), target) for name, target in [*models, *data] if target]
+    return [name for name, target in named if not any(known.startswith(target) for known in there)]
+
+
+def _target_of_data(job: JobSpec) -> str:
+    name = str(job.data.dataset_name)
+    if Path(name).is_absolute():
+        return ""
+    folder = asset(name).folder if name.startswith(PREFIX) else dataset_folder(name, job.data.dataset_revision)
+    return str(folder.relative_to(cache_dir()))
+
+
+def _target_of_model(name: str) -> str:
+    if Path(name).is_absolute():
+        return ""
+    if name.startswith(PREFIX):
+        return str(asset(name).folder.relative_to(cache_dir()))
+    return f"hub/models--{name.replace('/', '--')}"
+
+
+def moved(tree: Any, places: Mapping[str, str]) -> Any:
+    """A tree with every text that is one of these paths replaced."""
+    if isinstance(tree, dict):
+        return {key: moved(value, places) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [moved(value, places) for value in tree]
+    return places.get(tree, tree) if isinstance(tree, str) else tree

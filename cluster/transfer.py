@@ -1,0 +1,258 @@
+"""A run's files between a cluster's storage and the machine of the one who submits, as streams through a pod.
+
+One side packs, the other unpacks; both are lorafleet. What arrives is checked before it takes its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import secrets
+import shutil
+import struct
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from jobs import files
+from jobs.errors import LorafleetError
+from jobs.run import Run
+
+Which = Literal["none", "best", "all"]
+"""Of which trials the weights come along."""
+_NOT_BROUGHT = {"tune", "wandb", "attempts", ".reserve", "stop", "site.json"}
+"""At the top of a run's folder: Ray Tune's own, what `sync` uploads, and what belongs to one side alone."""
+_HEAVY = {"checkpoints", "adapter", "model"}
+"""Of a trial's folder."""
+_SAME_SECONDS = 0.002
+_BLOCK = 2**20
+
+
+# --- a run's record, from the storage
+
+
+def record(run: Run, which: Which = "none", *, whole: bool = False) -> list[Path]:
+    """The files of a run that say what became of it, with the weights of `which` trials; `whole`: W&B's records too."""
+    best = _best(run) if which == "best" else None
+    found = []
+    for path in sorted(run.path.rglob("*")):
+        parts = path.relative_to(run.path).parts
+        top, inner = parts[0], parts[2] if parts[0] == "trials" and len(parts) > 3 else None
+        if path.name.startswith(".") or not path.is_file() or path.is_symlink():
+            continue
+        if top in _NOT_BROUGHT and not (whole and top == "wandb"):
+            continue
+        if inner in _HEAVY and (inner == "checkpoints" or not (which == "all" or parts[1] == best)):
+            continue
+        found.append(path)
+    return found
+
+
+def _best(run: Run) -> str | None:
+    told = files.read_json(run.path / "report" / "report.json").get("recommendation") or {}
+    return told.get("trial_id")
+
+
+def pack(run: Run, have: dict[str, tuple[int, float]], which: Which, out: IO[bytes], *, whole: bool = False) -> None:
+    """Write what of a run's record is not there yet as a compressed tar; `have` is size and time of change by name."""
+    with tarfile.open(fileobj=out, mode="w|gz", compresslevel=1) as archive:
+        for path in record(run, which, whole=whole):
+            name = str(path.relative_to(run.path))
+            try:
+                now = path.stat()
+                size, changed = have.get(name, (-1, 0.0))
+                if size == now.st_size and abs(changed - now.st_mtime) < _SAME_SECONDS:
+                    continue
+                data = path.read_bytes() if now.st_size < _BLOCK else None
+                _add(archive, path, name, data)
+            except FileNotFoundError:  # replaced or taken away while it was read
+                continue
+
+
+def _add(archive: tarfile.TarFile, path: Path, name: str, data: bytes | None) -> None:
+    """A small file is read first: it may grow meanwhile, and a member must have the size that it was given."""
+    info = archive.gettarinfo(str(path), arcname=name)
+    if data is not None:
+        info.size = len(data)
+        archive.addfile(info, io.BytesIO(data))
+        return
+    with path.open("rb") as file:
+        archive.addfile(info, file)
+
+
+def known(folder: Path) -> dict[str, tuple[int, float]]:
+    """Size and time of change of all files below a folder, by name."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file():
+            now = path.stat()
+            found[str(path.relative_to(folder))] = (now.st_size, now.st_mtime)
+    return found
+
+
+class Unpacker:
+    """Takes a compressed tar in blocks, then puts its files into a folder, each in one step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.scratch = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.tar")
+        self.file = self.scratch.open("wb")
+
+    def take(self, block: bytes) -> None:
+        """The next bytes."""
+        self.file.write(block)
+
+    def finish(self) -> int:
+        """Put the files in their places; returns how many. Raises LorafleetError where the stream was cut off."""
+        self.file.close()
+        try:
+            return self._spread()
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise LorafleetError(f"what came for {self.folder.name} is not whole: {error}") from error
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """Forget what came."""
+        self.file.close()
+        self.scratch.unlink(missing_ok=True)
+
+    def _spread(self) -> int:
+        count = 0
+        with tarfile.open(self.scratch, mode="r|gz") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                safe = tarfile.data_filter(member, str(self.folder))
+                target = self.folder / safe.name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+                source = archive.extractfile(member)
+                assert source is not None
+                try:
+                    with scratch.open("wb") as out:
+                        shutil.copyfileobj(source, out)
+                    archive.utime(safe, str(scratch))
+                    scratch.replace(target)
+                finally:
+                    scratch.unlink(missing_ok=True)
+                count += 1
+        return count
+
+
+# --- models and data, to the storage
+
+
+@dataclass(frozen=True)
+class Cargo:
+    """A file or folder that goes to a storage."""
+
+    source: Path
+    target: str
+    """Where in the storage's cache it goes."""
+    digest: str
+    """Of its bytes and their names."""
+
+    @property
+    def bytes(self) -> int:
+        """How large it is."""
+        return sum(path.stat().st_size for path in _files(self.source))
+
+
+def _files(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    return sorted(path for path in source.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+
+
+def digest(source: Path) -> str:
+    """The SHA-256 of a file, or of a folder's files with their names, in hex."""
+    if source.is_file():
+        return files.sha256_file(source)
+    lines = (f"{path.relative_to(source)} {files.sha256_file(path)}\n" for path in _files(source))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def framed(source: Path) -> Iterator[bytes]:
+    """A file or folder as a tar, in blocks that say how long they are: a pod is not told where its input ends."""
+    blocks: list[bytes] = []
+
+    class _Out:
+        def write(self, block: bytes) -> int:
+            blocks.append(bytes(block))
+            return len(block)
+
+    with tarfile.open(fileobj=_Out(), mode="w|") as archive:  # type: ignore[call-overload]
+        for path in _files(source):
+            inner = path.name if source.is_file() else str(path.relative_to(source))
+            info = archive.gettarinfo(str(path.resolve()), arcname=inner)  # the hub's cache is made of links
+            with path.open("rb") as file:
+                archive.addfile(info, file)
+            yield from map(_frame, blocks)
+            blocks.clear()
+    yield from map(_frame, blocks)
+    yield _frame(b"")
+
+
+def _frame(block: bytes) -> bytes:
+    return struct.pack(">I", len(block)) + block
+
+
+class _Unframed(io.RawIOBase):
+    """The stream inside the frames."""
+
+    def __init__(self, source: IO[bytes]) -> None:
+        self.source, self.left, self.ended = source, 0, False
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """The next bytes; none at the end. Raises LorafleetError where the sender stopped in the middle."""
+        if self.ended:
+            return 0
+        if not self.left:
+            (self.left,) = struct.unpack(">I", self._exactly(4))
+            if not self.left:
+                self.ended = True
+                return 0
+        block = self._exactly(min(self.left, len(buffer)))
+        self.left -= len(block)
+        buffer[: len(block)] = block
+        return len(block)
+
+    def _exactly(self, count: int) -> bytes:
+        data = self.source.read(count)
+        if len(data) < count:
+            raise LorafleetError("the sender stopped in the middle")
+        return data
+
+
+def is_there(target: Path, expected: str) -> bool:
+    """Whether a file has these bytes; a folder came whole or not at all, and its name tells what it is."""
+    return target.is_dir() or (target.is_file() and digest(target) == expected)
+
+
+def receive(target: Path, expected: str, source: IO[bytes], *, file: bool) -> None:
+    """Put what `framed` sends where it belongs: whole and as it was, or not at all.
+
+    Raises LorafleetError where its digest is another one.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
+    scratch.mkdir()
+    try:
+        with tarfile.open(fileobj=io.BufferedReader(_Unframed(source), _BLOCK), mode="r|") as archive:
+            archive.extractall(scratch, filter="data")
+        made = scratch / target.name if file else scratch
+        if digest(made) != expected:
+            raise LorafleetError(f"{target} did not arrive as it was sent")
+        if file:
+            made.replace(target)
+        elif not target.exists():  # somebody else may have been first
+            made.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,333 @@
+"""The API server of a cluster, through the official client: what a run needs of it, and nothing more.
+
+Objects are plain trees, as the server sends them. No Secret is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from kubernetes import client, config
+from kubernetes.client.exceptions import ApiException
+from kubernetes.stream import stream
+from kubernetes.watch import Watch
+from urllib3 import Retry
+from urllib3.exceptions import HTTPError
+from websocket import WebSocketException
+
+from k8s.errors import ClusterError, CommandFailed
+
+Tree = dict[str, Any]
+RAYJOBS = {"group": "ray.io", "version": "v1", "plural": "rayjobs"}
+_SECONDS = (5.0, 30.0)
+"""To connect, and for an answer."""
+_WATCH_SECONDS = 240
+"""After which a watch is begun anew: behind a NAT one can hang for ever."""
+_LONGEST_PAUSE = 30.0
+_TRIED = 6
+"""How often a request is tried while the server is too busy or not there."""
+_GONE, _CONFLICT, _FORBIDDEN, _NOT_FOUND = 410, 409, 403, 404
+_BLOCK = 2**17
+"""Bytes of one message into a pod."""
+_STDERR_KEPT = 4000
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Every way in which a request fails, as a sentence."""
+    try:
+        yield
+    except ApiException as error:
+        raise ClusterError(f"{what}: {_sentence(error)}", _status(error)) from error
+    except (HTTPError, WebSocketException, OSError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise ClusterError(f"{what}: the cluster's API server does not answer ({str(reason)[:200]})") from error
+
+
+def _status(error: ApiException) -> int | None:
+    """The status of an answer; a refused WebSocket has it in its words alone."""
+    handshake = re.search(r"Handshake status (\d+)", str(error.reason))
+    return int(handshake[1]) if handshake else error.status or None
+
+
+def _sentence(error: ApiException) -> str:
+    """What the server says, without the JSON around it."""
+    try:
+        said = json.loads(error.body or "")["message"]
+    except (ValueError, KeyError, TypeError):
+        said = str(error.body or error.reason or f"status {error.status}")[:300]
+    right = ' (docs/kubernetes.md, "Rights", says which it needs)' if _status(error) == _FORBIDDEN else ""
+    return " ".join(str(said).split()) + right
+
+
+class Client:
+    """One namespace of one cluster."""
+
+    def __init__(self, namespace: str, context: str | None = None, tried: int = _TRIED) -> None:
+        """Raises ClusterError when neither a kubeconfig nor a service account says where the cluster is."""
+        self.namespace = namespace
+        self.settings = _settings(context)
+        self.settings.retries = Retry(
+            total=tried,
+            status_forcelist=(429, 500, 502, 503, 504),
+            allowed_methods=None,  # a create that was done already is met as a conflict, and is our own
+            backoff_factor=0.5,
+            backoff_max=_LONGEST_PAUSE,
+            retry_after_max=int(_LONGEST_PAUSE),
+            raise_on_status=False,
+        )
+        self.api = client.ApiClient(self.settings)
+        self.custom = client.CustomObjectsApi(self.api)
+        self.core = client.CoreV1Api(self.api)
+
+    @property
+    def host(self) -> str:
+        """The server's address."""
+        return str(self.settings.host)
+
+    # --- the objects of a run
+
+    def create(self, tree: Tree, *, dry_run: bool = False) -> Tree:
+        """Make an object; unknown fields are refused, not dropped.
+
+        Raises ClusterError; its status is 409 where there is one of this name.
+        """
+        options: dict[str, Any] = {"field_validation": "Strict", "_request_timeout": _SECONDS}
+        if dry_run:
+            options["dry_run"] = "All"
+        with _said(f"{tree['kind']} {tree['metadata'].get('name') or ''} was not created".replace("  ", " ")):
+            return self._tree(self._of(tree["kind"]).create(tree, options))
+
+    def get(self, kind: str, name: str) -> Tree | None:
+        """An object, or None where there is none. Raises ClusterError."""
+        with _said(f"{kind} {name} cannot be read"):
+            try:
+                return self._tree(self._of(kind).get(name, {"_request_timeout": _SECONDS}))
+            except ApiException as error:
+                if error.status == _NOT_FOUND:
+                    return None
+                raise
+
+    def delete(self, kind: str, name: str) -> bool:
+        """Ask for an object to be taken away; returns False where there is none. Raises ClusterError."""
+        options = {"propagation_policy": "Background", "_request_timeout": _SECONDS}
+        with _said(f"{kind} {name} cannot be taken away"):
+            try:
+                self._of(kind).delete(name, options)
+            except ApiException as error:
+                if error.status == _NOT_FOUND:
+                    return False
+                raise
+        return True
+
+    def give_to(self, owner: Tree, kind: str, name: str) -> None:
+        """Have an object go when its owner goes. Raises ClusterError."""
+        reference = {
+            "apiVersion": owner["apiVersion"],
+            "kind": owner["kind"],
+            "name": owner["metadata"]["name"],
+            "uid": owner["metadata"]["uid"],
+        }
+        with _said(f"{kind} {name} cannot be given to its owner"):
+            self._of(kind).patch(name, {"metadata": {"ownerReferences": [reference]}}, {"_request_timeout": _SECONDS})
+
+    def _of(self, kind: str) -> _Kind:
+        if kind == "RayJob":
+            return _Kind(self.custom, "custom_object", {**RAYJOBS, "namespace": self.namespace})
+        apis = {
+            "ConfigMap": (self.core, "config_map"),
+            "Pod": (self.core, "pod"),
+            "Job": (client.BatchV1Api(self.api), "job"),
+            "NetworkPolicy": (client.NetworkingV1Api(self.api), "network_policy"),
+            "PersistentVolumeClaim": (self.core, "persistent_volume_claim"),
+        }
+        api, noun = apis[kind]
+        return _Kind(api, noun, {"namespace": self.namespace})
+
+    def _tree(self, value: Any) -> Tree:
+        tree: Tree = self.api.sanitize_for_serialization(value)
+        return tree
+
+    def _body(self, answer: Any) -> bytes:
+        """The bytes of an answer that was not read yet."""
+        if not 200 <= answer.status <= 299:
+            self.api.response_deserialize(answer, {})  # raises what the status means
+        return bytes(answer.data)
+
+    # --- following one
+
+    def follow(
+        self, name: str, seen: Callable[[Tree | None], None], failed: Callable[[str], None], end: threading.Event
+    ) -> None:
+        """Tell of a RayJob as it is, and at each change (None: it is gone), until `end` is set.
+
+        A list and a watch from there, as a reflector does: listed again when the watch ends, is dropped, or its version
+        is too old (410). What goes wrong is told to `failed`, and tried again with growing pauses.
+        """
+        where = {**RAYJOBS, "namespace": self.namespace, "field_selector": f"metadata.name={name}"}
+        pause = 0.0
+        while not end.wait(pause):
+            try:
+                with _said(f"RayJob {name} cannot be followed"):
+                    listed = self.custom.list_namespaced_custom_object(**where, _request_timeout=_SECONDS)
+                    seen(next(iter(listed["items"]), None))
+                    for event in Watch().stream(
+                        self.custom.list_namespaced_custom_object,
+                        **where,
+                        resource_version=listed["metadata"]["resourceVersion"],
+                        timeout_seconds=_WATCH_SECONDS,
+                        _request_timeout=(_SECONDS[0], _WATCH_SECONDS + _SECONDS[1]),
+                    ):
+                        pause = 0.0
+                        if end.is_set():
+                            return
+                        if event["type"] != "BOOKMARK":
+                            seen(None if event["type"] == "DELETED" else event["object"])
+                    pause = 1.0  # a server that ends watches at once is not asked without pause
+            except ClusterError as error:
+                if error.status != _GONE:
+                    failed(str(error))
+                pause = min(_LONGEST_PAUSE, 2 * pause or 0.5)
+
+    # --- pods
+
+    def pods(self, labels: dict[str, str]) -> list[Tree]:
+        """The pods with these labels, the newest first. Raises ClusterError."""
+        selector = ",".join(f"{key}={value}" if value else key for key, value in labels.items())
+        with _said("pods cannot be listed"):
+            listed = self.core.list_namespaced_pod(self.namespace, label_selector=selector, _request_timeout=_SECONDS)
+        trees = [self._tree(pod) for pod in listed.items]
+        return sorted(trees, key=lambda pod: str(pod["metadata"].get("creationTimestamp") or ""), reverse=True)
+
+    def events(self, **involved: str) -> list[Tree]:
+        """The events of an object, by fields of `involvedObject`. Raises ClusterError."""
+        selector = ",".join(f"involvedObject.{key}={value}" for key, value in involved.items())
+        with _said("events cannot be listed"):
+            listed = self.core.list_namespaced_event(self.namespace, field_selector=selector, _request_timeout=_SECONDS)
+        return [self._tree(event) for event in listed.items]
+
+    def log(self, pod: str) -> str:
+        """All that a pod's container has said. Raises ClusterError."""
+        with _said(f"the log of pod {pod} cannot be read"):
+            answer = self.core.read_namespaced_pod_log(
+                pod, self.namespace, _preload_content=False, _request_timeout=_SECONDS
+            )
+            return self._body(answer).decode(errors="replace")
+
+    def run_in(
+        self, pod: str, container: str, command: list[str], take: Callable[[bytes], object], feed: Iterable[bytes] = ()
+    ) -> None:
+        """Run a command in a pod: `feed` goes to its input, and `take` gets what it prints.
+
+        Raises ClusterError, and CommandFailed with the command's last words where it fails.
+        """
+        errors = bytearray()
+        with _said(f"nothing can be run in pod {pod}"):
+            line = stream(
+                client.CoreV1Api(client.ApiClient(self.settings)).connect_get_namespaced_pod_exec,
+                pod,
+                self.namespace,
+                container=container,
+                command=command,
+                stdin=True,
+                stdout=True,
+                stderr=True,
+                tty=False,
+                binary=True,
+                _preload_content=False,
+            )
+            try:
+                for block in feed:
+                    for start in range(0, len(block), _BLOCK):
+                        line.write_stdin(block[start : start + _BLOCK])
+                while line.is_open():
+                    line.update(timeout=1)
+                    for _ in iter(lambda: take(line.read_channel(1)) if line.peek_channel(1) else None, None):
+                        pass
+                    errors += line.read_channel(2)
+                code = line.returncode
+            finally:
+                line.close()
+        if code:
+            words = " ".join(errors.decode(errors="replace")[-_STDERR_KEPT:].split())
+            raise CommandFailed(words or f"{' '.join(command[:3])} ended with code {code} in pod {pod}")
+
+    # --- the cluster itself
+
+    def definition(self) -> Tree | None:
+        """The cluster's CustomResourceDefinition of RayJob, or None where there is none. Raises ClusterError."""
+        api = client.ApiextensionsV1Api(self.api)
+        with _said("the cluster's definition of RayJob cannot be read"):
+            try:  # not through the client's models: they drop what they do not know
+                answer = api.read_custom_resource_definition(
+                    "rayjobs.ray.io", _preload_content=False, _request_timeout=_SECONDS
+                )
+                tree: Tree = json.loads(self._body(answer))
+            except ApiException as error:
+                if error.status == _NOT_FOUND:
+                    return None
+                raise
+        return tree
+
+    def may(self, verb: str, resource: str, group: str = "", subresource: str = "") -> bool:
+        """Whether the user has a right in the namespace. Raises ClusterError."""
+        asked = {"namespace": self.namespace, "verb": verb, "resource": resource, "group": group}
+        if subresource:
+            asked["subresource"] = subresource
+        body = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": asked},
+        }
+        with _said("the cluster cannot be asked for rights"):
+            answer = client.AuthorizationV1Api(self.api).create_self_subject_access_review(
+                body, _request_timeout=_SECONDS
+            )
+        return bool(answer.status.allowed)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The requests about one kind of object in a namespace."""
+
+    api: Any
+    noun: str
+    where: dict[str, str]
+    """What every request says."""
+
+    def create(self, tree: Tree, options: Tree) -> Any:
+        return self._call("create", {"body": tree} | options)
+
+    def get(self, name: str, options: Tree) -> Any:
+        verb = "get" if self.noun == "custom_object" else "read"
+        return self._call(verb, {"name": name} | options)
+
+    def delete(self, name: str, options: Tree) -> Any:
+        return self._call("delete", {"name": name} | options)
+
+    def patch(self, name: str, tree: Tree, options: Tree) -> Any:
+        return self._call("patch", {"name": name, "body": tree} | options)
+
+    def _call(self, verb: str, options: Tree) -> Any:
+        return getattr(self.api, f"{verb}_namespaced_{self.noun}")(**self.where, **options)
+
+
+def _settings(context: str | None) -> client.Configuration:
+    """Where the cluster is and who asks: the kubeconfig, or inside a pod without one its service account."""
+    settings = client.Configuration()
+    try:
+        config.load_kube_config(os.environ.get("KUBECONFIG"), context=context, client_configuration=settings)
+    except config.ConfigException as error:
+        if context is None:
+            with contextlib.suppress(config.ConfigException):
+                config.load_incluster_config(client_configuration=settings)
+                return settings
+        raise ClusterError(f"there is no cluster to ask: {error}") from error
+    return settings

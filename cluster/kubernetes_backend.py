@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 _CRD = "LORAFLEET_RAYJOB_CRD"
 """A file with the CustomResourceDefinition of RayJob."""
 _CONFLICT = 409
+_PATIENCE_AT_THE_END = 120.0
+"""Seconds that the end of a run waits for a pod that brings its record; `pull` waits longer."""
 
 
 class KubernetesBackend:
@@ -380,7 +382,7 @@ class KubernetesBackend:
         """Bring the record of a run that has ended; what hinders it is written down, and `seen` says it."""
         stored = _stored(run)
         try:
-            self._bring(run, "none", whole=False, through_pod=ran)
+            self._bring(run, "none", whole=False, through_pod=ran, up_seconds=_PATIENCE_AT_THE_END)
         except LorafleetError as error:
             missing = f"its record is not here ({error}): `lorafleet pull {run.id}` brings it"
             files.write_json(run.path / SITE_FILE, stored | {"missing": missing})
@@ -391,13 +393,22 @@ class KubernetesBackend:
         files.write_json(run.path / SITE_FILE, {**_stored(run), "missing": None})
         return count
 
-    def _bring(self, run: Run, which: Which, *, whole: bool, through_pod: bool, say: Say = lambda _: None) -> int:
+    def _bring(
+        self,
+        run: Run,
+        which: Which,
+        *,
+        whole: bool,
+        through_pod: bool,
+        say: Say = lambda _: None,
+        up_seconds: float | None = None,
+    ) -> int:
         head = porter.head_of(self.client, run, int(_stored(run)["submission"]))
         if head is not None:
             return porter.bring(head, self.site, run, which, whole=whole)
         if not through_pod:
             return 0
-        with porter.pod_for(self.site, self.client, say) as place:
+        with porter.pod_for(self.site, self.client, say, up_seconds) as place:
             return porter.bring(place, self.site, run, which, whole=whole)
 
     def watch(self, run: Run) -> KubernetesWatch:

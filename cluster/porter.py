@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _LIVES_SECONDS = 4 * 3600
 """After which a pod that was made for a transfer ends by itself, whatever became of the one who made it."""
 _UP_SECONDS = 600.0
+"""How long one may wait for such a pod: its image may have to be pulled."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,18 @@ def head_of(client: Client, run: Run, submission: int) -> Place | None:
     """The head of a run's cluster where it is up. Raises ClusterError."""
     for pod in client.pods(labels_of_submission(run, submission) | {"ray.io/node-type": "head"}):
         states = pod.get("status", {}).get("containerStatuses") or []
-        if any(state["name"] == HEAD and state.get("state", {}).get("running") for state in states):
+        if any(one["name"] == HEAD and "running" in (one.get("state") or {}) for one in states):
             return Place(client, pod["metadata"]["name"], HEAD)
     return None
 
 
 @contextlib.contextmanager
-def pod_for(site: KubernetesSite, client: Client, say: Say) -> Iterator[Place]:
+def pod_for(site: KubernetesSite, client: Client, say: Say, up_seconds: float | None = None) -> Iterator[Place]:
     """A pod that sees the storage, for as long as it is wanted. Raises ClusterError, and UserError when none comes."""
     name = f"lorafleet-{PORTER}-{secrets.token_hex(3)}"
     client.create(porter(site, name, account(), _LIVES_SECONDS))
     try:
-        yield Place(client, _up(client, name, say), PORTER)
+        yield Place(client, _up(client, name, say, up_seconds or _UP_SECONDS), PORTER)
     finally:
         client.delete("Job", name)
 
@@ -80,9 +81,9 @@ def account() -> str:
         return "unknown"
 
 
-def _up(client: Client, name: str, say: Say) -> str:
+def _up(client: Client, name: str, say: Say, seconds: float) -> str:
     """The pod of a Job once it runs."""
-    ends, told = time.monotonic() + _UP_SECONDS, ""
+    ends, told = time.monotonic() + seconds, ""
     why: str | None = None
     while time.monotonic() < ends:
         for pod in client.pods({"job-name": name}):
@@ -97,7 +98,7 @@ def _up(client: Client, name: str, say: Say) -> str:
             told = why
             say(f"the pod for the transfer waits: {why}")
         time.sleep(0.5)
-    within = f"within {_UP_SECONDS / 60:.0f} minutes"
+    within = f"within {seconds / 60:.0f} minutes"
     raise UserError(f"the pod for the transfer did not start {within}: {why or 'no reason is given'}")
 
 

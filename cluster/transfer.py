@@ -5,6 +5,7 @@ One side packs, the other unpacks; both are lorafleet. What arrives is checked b
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import secrets
@@ -57,7 +58,8 @@ def _best(run: Run) -> str | None:
 
 def pack(run: Run, have: dict[str, tuple[int, float]], which: Which, out: IO[bytes], *, whole: bool = False) -> None:
     """Write what of a run's record is not there yet as a compressed tar; `have` is size and time of change by name."""
-    with tarfile.open(fileobj=out, mode="w|gz", compresslevel=1) as archive:
+    packed = gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1)
+    with packed, tarfile.open(fileobj=packed, mode="w|") as archive:
         for path in record(run, which, whole=whole):
             name = str(path.relative_to(run.path))
             try:

@@ -11,7 +11,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from kubernetes import client, config
@@ -99,17 +99,15 @@ class Client:
 
         Raises ClusterError; its status is 409 where there is one of this name.
         """
-        options: dict[str, Any] = {"field_validation": "Strict", "_request_timeout": _SECONDS}
-        if dry_run:
-            options["dry_run"] = "All"
-        with _said(f"{tree['kind']} {tree['metadata'].get('name') or ''} was not created".replace("  ", " ")):
-            return self._tree(self._of(tree["kind"]).create(tree, options))
+        dry = {"dry_run": "All"} if dry_run else {}
+        with _said(f"{tree['kind']} {tree['metadata']['name']} was not created"):
+            return self._ask(self._of(tree["kind"], "create"), body=tree, field_validation="Strict", **dry)
 
     def get(self, kind: str, name: str) -> Tree | None:
         """An object, or None where there is none. Raises ClusterError."""
         with _said(f"{kind} {name} cannot be read"):
             try:
-                return self._tree(self._of(kind).get(name, {"_request_timeout": _SECONDS}))
+                return self._ask(self._of(kind, "read"), name=name)
             except ApiException as error:
                 if error.status == _NOT_FOUND:
                     return None
@@ -117,10 +115,9 @@ class Client:
 
     def delete(self, kind: str, name: str) -> bool:
         """Ask for an object to be taken away; returns False where there is none. Raises ClusterError."""
-        options = {"propagation_policy": "Background", "_request_timeout": _SECONDS}
         with _said(f"{kind} {name} cannot be taken away"):
             try:
-                self._of(kind).delete(name, options)
+                self._ask(self._of(kind, "delete"), name=name, propagation_policy="Background")
             except ApiException as error:
                 if error.status == _NOT_FOUND:
                     return False
@@ -136,23 +133,25 @@ class Client:
             "uid": owner["metadata"]["uid"],
         }
         with _said(f"{kind} {name} cannot be given to its owner"):
-            self._of(kind).patch(name, {"metadata": {"ownerReferences": [reference]}}, {"_request_timeout": _SECONDS})
+            self._ask(self._of(kind, "patch"), name=name, body={"metadata": {"ownerReferences": [reference]}})
 
-    def _of(self, kind: str) -> _Kind:
+    def _of(self, kind: str, verb: str) -> Callable[..., Any]:
+        """The client's function for a verb on a kind of object, in our namespace."""
         if kind == "RayJob":
-            return _Kind(self.custom, "custom_object", {**RAYJOBS, "namespace": self.namespace})
+            name = f"{'get' if verb == 'read' else verb}_namespaced_custom_object"
+            return partial(getattr(self.custom, name), namespace=self.namespace, **RAYJOBS)
         apis = {
             "ConfigMap": (self.core, "config_map"),
-            "Pod": (self.core, "pod"),
             "Job": (client.BatchV1Api(self.api), "job"),
             "NetworkPolicy": (client.NetworkingV1Api(self.api), "network_policy"),
             "PersistentVolumeClaim": (self.core, "persistent_volume_claim"),
         }
         api, noun = apis[kind]
-        return _Kind(api, noun, {"namespace": self.namespace})
+        return partial(getattr(api, f"{verb}_namespaced_{noun}"), namespace=self.namespace)
 
-    def _tree(self, value: Any) -> Tree:
-        tree: Tree = self.api.sanitize_for_serialization(value)
+    def _ask(self, request: Callable[..., Any], **options: Any) -> Tree:
+        """The answer as the server sent it: the client's models refuse one that lacks a field they count on."""
+        tree: Tree = json.loads(self._body(request(**options, _preload_content=False, _request_timeout=_SECONDS)))
         return tree
 
     def _body(self, answer: Any) -> bytes:
@@ -176,7 +175,7 @@ class Client:
         while not end.wait(pause):
             try:
                 with _said(f"RayJob {name} cannot be followed"):
-                    listed = self.custom.list_namespaced_custom_object(**where, _request_timeout=_SECONDS)
+                    listed = self._ask(self.custom.list_namespaced_custom_object, **where)
                     seen(next(iter(listed["items"]), None))
                     for event in Watch().stream(
                         self.custom.list_namespaced_custom_object,
@@ -202,16 +201,16 @@ class Client:
         """The pods with these labels, the newest first. Raises ClusterError."""
         selector = ",".join(f"{key}={value}" if value else key for key, value in labels.items())
         with _said("pods cannot be listed"):
-            listed = self.core.list_namespaced_pod(self.namespace, label_selector=selector, _request_timeout=_SECONDS)
-        trees = [self._tree(pod) for pod in listed.items]
-        return sorted(trees, key=lambda pod: str(pod["metadata"].get("creationTimestamp") or ""), reverse=True)
+            listed = self._ask(self.core.list_namespaced_pod, namespace=self.namespace, label_selector=selector)
+        return sorted(listed["items"], key=_created, reverse=True)
 
     def events(self, **involved: str) -> list[Tree]:
         """The events of an object, by fields of `involvedObject`. Raises ClusterError."""
         selector = ",".join(f"involvedObject.{key}={value}" for key, value in involved.items())
         with _said("events cannot be listed"):
-            listed = self.core.list_namespaced_event(self.namespace, field_selector=selector, _request_timeout=_SECONDS)
-        return [self._tree(event) for event in listed.items]
+            listed = self._ask(self.core.list_namespaced_event, namespace=self.namespace, field_selector=selector)
+        found: list[Tree] = listed["items"]
+        return found
 
     def log(self, pod: str) -> str:
         """All that a pod's container has said. Raises ClusterError."""
@@ -265,16 +264,12 @@ class Client:
         """The cluster's CustomResourceDefinition of RayJob, or None where there is none. Raises ClusterError."""
         api = client.ApiextensionsV1Api(self.api)
         with _said("the cluster's definition of RayJob cannot be read"):
-            try:  # not through the client's models: they drop what they do not know
-                answer = api.read_custom_resource_definition(
-                    "rayjobs.ray.io", _preload_content=False, _request_timeout=_SECONDS
-                )
-                tree: Tree = json.loads(self._body(answer))
+            try:
+                return self._ask(api.read_custom_resource_definition, name="rayjobs.ray.io")
             except ApiException as error:
                 if error.status == _NOT_FOUND:
                     return None
                 raise
-        return tree
 
     def may(self, verb: str, resource: str, group: str = "", subresource: str = "") -> bool:
         """Whether the user has a right in the namespace. Raises ClusterError."""
@@ -287,36 +282,12 @@ class Client:
             "spec": {"resourceAttributes": asked},
         }
         with _said("the cluster cannot be asked for rights"):
-            answer = client.AuthorizationV1Api(self.api).create_self_subject_access_review(
-                body, _request_timeout=_SECONDS
-            )
-        return bool(answer.status.allowed)
+            answer = self._ask(client.AuthorizationV1Api(self.api).create_self_subject_access_review, body=body)
+        return bool(answer["status"]["allowed"])
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """The requests about one kind of object in a namespace."""
-
-    api: Any
-    noun: str
-    where: dict[str, str]
-    """What every request says."""
-
-    def create(self, tree: Tree, options: Tree) -> Any:
-        return self._call("create", {"body": tree} | options)
-
-    def get(self, name: str, options: Tree) -> Any:
-        verb = "get" if self.noun == "custom_object" else "read"
-        return self._call(verb, {"name": name} | options)
-
-    def delete(self, name: str, options: Tree) -> Any:
-        return self._call("delete", {"name": name} | options)
-
-    def patch(self, name: str, tree: Tree, options: Tree) -> Any:
-        return self._call("patch", {"name": name, "body": tree} | options)
-
-    def _call(self, verb: str, options: Tree) -> Any:
-        return getattr(self.api, f"{verb}_namespaced_{self.noun}")(**self.where, **options)
+def _created(tree: Tree) -> str:
+    return str(tree["metadata"].get("creationTimestamp") or "")
 
 
 def _settings(context: str | None) -> client.Configuration:

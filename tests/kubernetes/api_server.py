@@ -8,6 +8,7 @@ of kubernetes-validate.
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -185,10 +186,9 @@ class ApiServer:
 
     def event(self, involved: str, reason: str, message: str, kind: str = "Pod", namespace: str = "default") -> None:
         """An event about an object."""
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self.put_down({
             "apiVersion": "v1", "kind": "Event", "reason": reason, "message": message, "type": "Warning",
-            "metadata": {"name": f"{involved}.{uuid.uuid4().hex[:8]}", "namespace": namespace}, "lastTimestamp": stamp,
+            "metadata": {"name": f"{involved}.{uuid.uuid4().hex[:8]}", "namespace": namespace}, "lastTimestamp": _now(),
             "involvedObject": {"kind": kind, "name": involved, "namespace": namespace},
         })  # fmt: skip
 
@@ -213,8 +213,7 @@ class ApiServer:
         with self.store.lock:
             if key in self.store.objects:
                 raise Refused(409, "AlreadyExists", f'{kind.plural} "{meta["name"]}" already exists')
-            meta |= {"uid": str(uuid.uuid4()), "generation": 1,
-                     "creationTimestamp": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}  # fmt: skip
+            meta |= {"uid": str(uuid.uuid4()), "generation": 1, "creationTimestamp": _now()}
             if not dry:
                 self.store.objects[key] = tree
                 self.store.note("ADDED", tree)
@@ -279,7 +278,7 @@ class ApiServer:
             if tree is None:
                 raise Refused(404, "NotFound", f'{kind.plural} "{name}" not found')
             if not tree["metadata"].get("deletionTimestamp"):
-                tree["metadata"]["deletionTimestamp"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+                tree["metadata"]["deletionTimestamp"] = _now()
             if tree["metadata"].get("finalizers"):
                 self.store.note("MODIFIED", tree)
                 return copy.deepcopy(tree)
@@ -295,10 +294,14 @@ class ApiServer:
         for other, owned in list(self.store.objects.items()):
             if any(owner["uid"] == uid for owner in owned["metadata"].get("ownerReferences") or []):
                 if owned["metadata"].get("finalizers"):
-                    owned["metadata"].setdefault("deletionTimestamp", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+                    owned["metadata"].setdefault("deletionTimestamp", _now())
                     self.store.note("MODIFIED", owned)
                 else:
                     self._gone(other)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _kind(name: str) -> Kind:
@@ -399,7 +402,8 @@ class _Handler(BaseHTTPRequestHandler):
         if known is not None:
             return 200, known
         server = self.server_of
-        found = re.fullmatch(r"(/api/v1|/apis/[^/]+/[^/]+)(?:/namespaces/([^/]+))?/([^/]+)(?:/([^/]+))?(?:/([^/]+))?", path)
+        pattern = r"(/api/v1|/apis/[^/]+/[^/]+)(?:/namespaces/([^/]+))?/([^/]+)(?:/([^/]+))?(?:/([^/]+))?"
+        found = re.fullmatch(pattern, path)
         if found and found[1] == "/api/v1" and found[3] == "namespaces" and not found[2]:
             base, namespace, plural, name, sub = found[1], "", "namespaces", found[4], found[5]
         elif found:
@@ -426,9 +430,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "PATCH" and "apply" in how and server.get(kind.kind, name, namespace or "default") is None:
             return 201, server.create(kind, namespace or "", tree, dry=dry, strict=strict)
         change = (lambda old: _patched(old, tree, how)) if self.command == "PATCH" else (lambda _: tree)
-        return 200, server.replace(
-            kind, namespace or "", name, change, dry=dry, strict=strict, status=sub == "status"
-        )
+        return 200, server.replace(kind, namespace or "", name, change, dry=dry, strict=strict, status=sub == "status")
 
     def _there(self, kind: Kind, name: str, namespace: str) -> Tree:
         found = self.server_of.get(kind.kind, name, namespace)
@@ -442,8 +444,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._watch(kind, namespace, query)
             return 0, None
         with store.lock:
-            items = [copy.deepcopy(tree) for key, tree in store.objects.items()
-                     if key[0] == kind.kind and (not namespace or key[1] == namespace) and _selected(tree, query)]  # fmt: skip
+            all_of = [(key[1], tree) for key, tree in store.objects.items() if key[0] == kind.kind]
+            items = [copy.deepcopy(tree) for where, tree in all_of
+                     if namespace in (None, "", where) and _selected(tree, query)]  # fmt: skip
             return 200, {"kind": f"{kind.kind}List", "apiVersion": kind.api_version, "items": items,
                          "metadata": {"resourceVersion": str(store.version)}}  # fmt: skip
 
@@ -462,7 +465,8 @@ class _Handler(BaseHTTPRequestHandler):
                 if (not namespace or tree["metadata"]["namespace"] == namespace) and _selected(tree, query):
                     self._chunk({"type": "ADDED", "object": tree})
             mark = {"resourceVersion": str(since), "annotations": {"k8s.io/initial-events-end": "true"}}
-            self._chunk({"type": "BOOKMARK", "object": {"kind": kind.kind, "apiVersion": kind.api_version, "metadata": mark}})
+            told = {"kind": kind.kind, "apiVersion": kind.api_version, "metadata": mark}
+            self._chunk({"type": "BOOKMARK", "object": told})
         elif since and since < store.oldest:
             gone = Refused(410, "Expired", f"too old resource version: {since} ({store.oldest})")
             self._chunk({"type": "ERROR", "object": gone.tree})
@@ -484,7 +488,8 @@ class _Handler(BaseHTTPRequestHandler):
                         self.close_connection = True
                         self.connection.shutdown(2)
                         return
-        self.wfile.write(b"0\r\n\r\n")
+        with contextlib.suppress(OSError):  # the client may have gone
+            self.wfile.write(b"0\r\n\r\n")
 
     def _chunk(self, tree: Tree) -> None:
         data = json.dumps(tree).encode() + b"\n"
@@ -515,7 +520,8 @@ class _Handler(BaseHTTPRequestHandler):
             while block := source.read1(2**15):
                 self._frame(bytes([channel]) + block, lock)
 
-        pumps = [threading.Thread(target=pump, args=(process.stdout, 1)), threading.Thread(target=pump, args=(process.stderr, 2))]
+        outputs = ((process.stdout, 1), (process.stderr, 2))
+        pumps = [threading.Thread(target=pump, args=output) for output in outputs]
         for thread in pumps:
             thread.start()
         threading.Thread(target=self._feed, args=(process,), daemon=True).start()
@@ -583,8 +589,8 @@ def _discovery(path: str) -> Tree | None:
     if path == "/api":
         return {"kind": "APIVersions", "versions": ["v1"]}
     if path == "/apis":
-        listed = [{"name": group, "versions": [{"groupVersion": f"{group}/v1", "version": "v1"}],
-                   "preferredVersion": {"groupVersion": f"{group}/v1", "version": "v1"}} for group in groups]  # fmt: skip
+        first = {group: {"groupVersion": f"{group}/v1", "version": "v1"} for group in groups}
+        listed = [{"name": name, "versions": [version], "preferredVersion": version} for name, version in first.items()]
         return {"kind": "APIGroupList", "apiVersion": "v1", "groups": listed}
     for base in ("/api/v1", *(f"/apis/{group}/v1" for group in groups)):
         mine = [kind for kind in KINDS if kind.base == base]
@@ -592,13 +598,14 @@ def _discovery(path: str) -> Tree | None:
             verbs = ["create", "delete", "get", "list", "patch", "update", "watch"]
             listed = [{"name": kind.plural, "singularName": kind.kind.lower(), "namespaced": kind.namespaced,
                        "kind": kind.kind, "verbs": verbs} for kind in mine]  # fmt: skip
-            return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": mine[0].api_version, "resources": listed}
-        if path == f"/openapi/v3{base.removeprefix('')}":
+            version = mine[0].api_version
+            return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version, "resources": listed}
+        if path == f"/openapi/v3{base}":
             paths = {}
             for kind in mine:
                 gvk = {"group": kind.group, "version": kind.version, "kind": kind.kind}
-                told = {"x-kubernetes-group-version-kind": gvk, "parameters": [{"name": "fieldValidation", "in": "query"},
-                                                                              {"name": "dryRun", "in": "query"}]}  # fmt: skip
+                options = [{"name": name, "in": "query"} for name in ("fieldValidation", "dryRun")]
+                told = {"x-kubernetes-group-version-kind": gvk, "parameters": options}
                 paths[f"{base}/namespaces/{{namespace}}/{kind.plural}/{{name}}"] = {"patch": told}
             return {"openapi": "3.0.0", "info": {"title": "double", "version": "1"}, "paths": paths}
     if path == "/openapi/v3":

@@ -1,0 +1,778 @@
+"""A run on Kubernetes over HTTP: the real client against an API server of ours that validates, watches and fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from cluster import staging
+from cluster.backends import SITE_FILE, backend_of
+from cluster.kubernetes_backend import KubernetesBackend
+from cluster.planning import make_plan
+from cluster.transfer import known
+from jobs import files
+from jobs.errors import ExitCode, LorafleetError, PlacementRefused, RunError, UserError
+from jobs.kubernetes_site import KubernetesSite
+from jobs.plan import MANIFEST
+from jobs.run import Run, RunState, TrialState
+from k8s.client import Client
+from k8s.errors import ClusterError, CommandFailed
+from k8s.lint import get
+from k8s.render import ATTEMPT_LABEL, HEAD, RUN_LABEL, run_folder
+from tests.conftest import ROOT, JobMaker, lorafleet
+from tests.kubernetes.api_server import ApiServer, Fault
+from tests.kubernetes.pods import Kubelet, became, secrets_asked
+from tests.unit.test_k8s_render import bare
+
+CRD = Path(os.environ.get("LORAFLEET_RAYJOB_CRD") or ROOT.parent / "shared" / "kuberay" / "rayjobs-v1.7.0.json")
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
+    """A cluster with an empty namespace, which the kubeconfig names."""
+    made = ApiServer(CRD if CRD.is_file() else None)
+    monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig(tmp_path / "kubeconfig")))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def kubelet(server: ApiServer) -> Iterator[Kubelet]:
+    made = Kubelet(server)
+    yield made
+    made.end.set()
+
+
+@pytest.fixture
+def site(tmp_path: Path, opinion_files: dict[str, Path]) -> KubernetesSite:
+    """Its storage is seen by pods where this machine has it, with the data of the jobs in it."""
+    return storage_at(opinion_files["train"].parent.parent)
+
+
+def storage_at(folder: Path, **more: Any) -> KubernetesSite:
+    return bare(storage={"claim": "runs", "mount_path": str(folder)}, internet=True, **more)
+
+
+@pytest.fixture
+def submitted(site: KubernetesSite, bert_job: JobMaker, tmp_path: Path, server: ApiServer) -> Callable[..., Run]:
+    def submit(backend: KubernetesBackend | None = None, **overrides: object) -> Run:
+        backend = backend or KubernetesBackend(site)
+        loaded = bert_job(**overrides)
+        return backend.submit(backend.plan(loaded, "train"), loaded, tmp_path / "runs")
+
+    return submit
+
+
+def name_of(run: Run) -> str:
+    backend = backend_of(run)
+    assert isinstance(backend, KubernetesBackend)
+    return backend.name_of(run)
+
+
+def stored(run: Run) -> dict[str, Any]:
+    return files.read_json(run.path / SITE_FILE)
+
+
+# --- handing over
+
+
+def test_what_is_made(server: ApiServer, submitted: Callable[..., Run]) -> None:
+    run = submitted()
+    name = name_of(run)
+    job = server.get("RayJob", name)
+    assert job is not None
+    assert job["metadata"]["labels"][RUN_LABEL] == run.id
+    for kind in ("ConfigMap", "NetworkPolicy"):
+        made = server.get(kind, name)
+        assert made is not None
+        (owner,) = made["metadata"]["ownerReferences"]
+        assert (owner["kind"], owner["name"], owner["uid"]) == ("RayJob", name, job["metadata"]["uid"])
+    config = server.get("ConfigMap", name)
+    assert config is not None
+    assert json.loads(config["data"]["plan.json"])["job"]["name"] == "tiny"
+    assert json.loads(config["data"]["plan.json"])["files"] == {}
+    assert stored(run)["handed_over"] is True
+    assert backend_of(run).look(run).sentence == f"RayJob {name} was created; the operator has not seen it yet"
+    server.delete(next(kind for kind in _kinds() if kind.kind == "RayJob"), "default", name)
+    assert server.all("ConfigMap") == server.all("NetworkPolicy") == []
+    assert not secrets_asked(server)
+
+
+def _kinds() -> Any:
+    from tests.kubernetes.api_server import KINDS
+
+    return KINDS
+
+
+def test_two_calls_make_two_runs(server: ApiServer, submitted: Callable[..., Run]) -> None:
+    assert name_of(submitted()) != name_of(submitted())
+    assert len(server.all("RayJob")) == 2
+
+
+def test_an_answer_that_is_lost(server: ApiServer, submitted: Callable[..., Run]) -> None:
+    """The server has made the object and could not say so: the client tries again, meets it, and knows it."""
+    server.faults += [Fault("POST", path, after=True) for path in ("configmaps", "networkpolicies", "rayjobs")]
+    run = submitted()
+    assert stored(run)["handed_over"] is True
+    assert len(server.all("RayJob")) == 1
+    assert server.get("ConfigMap", name_of(run))["metadata"]["ownerReferences"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("status", "headers"), [(429, {"Retry-After": "1"}), (503, {}), (500, {})])
+def test_a_busy_server_is_asked_again(
+    status: int, headers: dict[str, str], server: ApiServer, submitted: Callable[..., Run]
+) -> None:
+    server.faults.append(Fault("POST", "rayjobs", status, times=2, headers=headers))
+    began = time.monotonic()
+    run = submitted()
+    assert server.get("RayJob", name_of(run)) is not None
+    if headers:
+        assert time.monotonic() - began >= 2  # as long as it was told to
+
+
+def test_an_object_of_somebody_else_is_left_alone(
+    server: ApiServer, submitted: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jobs.run.secrets.token_hex", lambda _: "abcdef")
+    theirs = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "tiny-abcdef-1"}, "data": {"a": "b"}}
+    server.put_down(theirs)
+    with pytest.raises(RunError, match="there is a ConfigMap tiny-abcdef-1 already, which this call has not made"):
+        submitted()
+    assert server.get("ConfigMap", "tiny-abcdef-1")["data"] == {"a": "b"}  # type: ignore[index]
+    assert server.all("RayJob") == server.all("NetworkPolicy") == []
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("status", [400, 403, 422])
+def test_what_the_server_refuses_leaves_nothing(
+    status: int, server: ApiServer, submitted: Callable[..., Run], tmp_path: Path
+) -> None:
+    server.faults.append(Fault("POST", "rayjobs", status))
+    with pytest.raises(ClusterError, match=f"RayJob tiny-.* was not created: the test wants a {status}"):
+        submitted()
+    assert server.all("ConfigMap") == server.all("NetworkPolicy") == server.all("RayJob") == []
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_server_that_goes_away_in_the_middle(
+    server: ApiServer, submitted: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the job was taken is not known: the record stays, and `resume` hands it over once."""
+    monkeypatch.setattr("k8s.client._TRIED", 1)
+    monkeypatch.setattr("k8s.client.Client.__init__.__defaults__", (None, 1))
+    lost = Fault("POST", "rayjobs", times=20, after=True)
+    server.faults.append(lost)
+    with pytest.raises(RunError, match="Whether the job was taken is not known"):
+        submitted()
+    lost.times = 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    run = Run(folder)
+    assert stored(run)["handed_over"] is False
+    backend_of(run).resume(run)
+    assert stored(run)["handed_over"] is True
+    assert [job["metadata"]["name"] for job in server.all("RayJob")] == [name_of(run)]
+    assert server.get("ConfigMap", name_of(run))["metadata"]["ownerReferences"]  # type: ignore[index]
+
+
+@pytest.mark.skipif(not CRD.is_file(), reason=f"no schema of RayJob at {CRD}")
+def test_unknown_fields_are_refused_by_the_server(
+    server: ApiServer, submitted: Callable[..., Run], site: KubernetesSite, tmp_path: Path
+) -> None:
+    odd = site.model_copy(update={"patch": {"spec": {"entrypointNumCpuz": 1}}})
+    with pytest.raises(ClusterError, match=r"strict decoding error.*entrypointNumCpuz"):
+        submitted(KubernetesBackend(odd))
+    assert server.all("ConfigMap") == []
+
+
+def test_a_local_path_is_refused(server: ApiServer, submitted: Callable[..., Run], tmp_path: Path) -> None:
+    with pytest.raises(PlacementRefused, match=r"data.train_file is .*, which pods do not see: `lorafleet fetch"):
+        submitted(KubernetesBackend(storage_at(Path("/mnt/lorafleet"))))
+    assert not server.requests
+
+
+# --- following
+
+
+FINISHED = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
+
+
+@pytest.mark.parametrize(
+    ("status", "state", "said", "code"),
+    [
+        (FINISHED, "finished", "", ExitCode.OK),
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, "stopped", "was stopped", ExitCode.INTERRUPTED),
+        ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed",
+          "message": "Job entrypoint command failed with exit code 2, last available logs: ..."},
+         "failed", "its driver failed", ExitCode.USER_INPUT),
+        ({"jobDeploymentStatus": "Failed", "jobStatus": "RUNNING", "reason": "DeadlineExceeded"},
+         "stopped", "it came to deadlines.hours", ExitCode.INTERRUPTED),
+        ({"jobDeploymentStatus": "ValidationFailed", "reason": "ValidationFailed", "message": "name too long"},
+         "failed", "was refused by the operator: the operator refused it; name too long", ExitCode.OUR_FAULT),
+    ],
+)  # fmt: skip
+def test_how_it_ends(
+    status: dict[str, str],
+    state: str,
+    said: str,
+    code: int,
+    server: ApiServer,
+    kubelet: Kubelet,
+    submitted: Callable[..., Run],
+) -> None:
+    run = submitted()
+    backend = backend_of(run)
+    watch = backend.watch(run)
+    server.set_status("RayJob", name_of(run), **{**status, "jobStatus": status.get("jobStatus", "")})
+    assert code_of(watch) == code
+    assert (watch.seen.state, said in watch.seen.sentence) == (state, True), watch.seen
+    assert backend.look(run).state == state
+    server.delete(_kinds()[0], "default", name_of(run))  # long afterwards
+    assert backend.look(run).state == state
+
+
+def code_of(watch: Any) -> int:
+    """The exit code, once there is one."""
+    codes: list[int] = []
+
+    def ended() -> bool:
+        code = watch.poll()
+        codes.extend([] if code is None else [code])
+        return bool(codes)
+
+    became(ended)
+    return codes[0]
+
+
+def moves(server: ApiServer, run: Run, watch: Any, **status: str) -> str:
+    """Set a status; returns what the watch says next that is new."""
+    before = watch.seen.sentence
+    server.set_status("RayJob", name_of(run), **status)
+
+    def news() -> str:
+        assert watch.poll() is None
+        sentence: str = watch.seen.sentence
+        return sentence if sentence != before else ""
+
+    return str(became(news))
+
+
+def test_a_watch_sees_every_turn_through_all_faults(
+    server: ApiServer, kubelet: Kubelet, submitted: Callable[..., Run]
+) -> None:
+    run = submitted()
+    name = name_of(run)
+    watch = backend_of(run).watch(run)
+    became(lambda: watch.poll() is None and "operator has not seen it" in watch.seen.sentence)
+    assert "waits for its pods" in moves(server, run, watch, jobDeploymentStatus="Initializing", jobStatus="")
+    server.faults.append(Fault("WATCH", ""))  # the next event is the last of its connection
+    assert "starts the driver" in moves(server, run, watch, jobDeploymentStatus="Running", jobStatus="PENDING")
+    assert watch.seen.state is RunState.PENDING
+    assert moves(server, run, watch, jobStatus="RUNNING") == f"RayJob {name} runs"
+    server.faults += [Fault("WATCH", ""), Fault("GET", "rayjobs.*watch", 500)]
+    moves(server, run, watch, jobDeploymentStatus="Retrying", jobStatus="FAILED", reason="AppFailed")
+    assert "begins again on a new cluster: its driver failed" in watch.seen.sentence
+    assert watch.poll() is None
+    server.forget()  # the version that a watch begins from is too old: 410
+    server.faults.append(Fault("WATCH", ""))
+    assert "runs" in moves(server, run, watch, jobDeploymentStatus="Running", jobStatus="RUNNING", reason="")
+    server.set_status("RayJob", name, **FINISHED)
+    assert code_of(watch) == ExitCode.OK
+
+
+def test_a_version_that_is_too_old_is_listed_again(server: ApiServer) -> None:
+    """Between the list and the watch everything is compacted away."""
+    server.put_down({"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": "old"}})
+    client, end, told, wrong = Client("default"), threading.Event(), [], []
+    listed = client.custom.list_namespaced_custom_object
+    turns: list[bool] = []
+
+    def compacted(**options: Any) -> Any:
+        if "watch" in options:
+            turns.append(True)
+            if len(turns) == 1:
+                server.forget()
+        return listed(**options)
+
+    compacted.__doc__ = listed.__doc__
+    client.custom.list_namespaced_custom_object = compacted  # type: ignore[method-assign]
+    threading.Thread(target=client.follow, args=("old", told.append, wrong.append, end), daemon=True).start()
+    became(lambda: len(told) >= 2)  # listed, refused with 410, listed again
+    server.set_status("RayJob", "old", jobDeploymentStatus="Running")
+    became(lambda: (told[-1] or {}).get("status", {}).get("jobDeploymentStatus") == "Running")
+    end.set()
+    assert wrong == []  # a 410 is nobody's trouble
+
+
+def test_a_queue_that_takes_the_job_back(
+    server: ApiServer, submitted: Callable[..., Run], site: KubernetesSite
+) -> None:
+    """Kueue suspends it: queued again, by no retry of its own."""
+    run = submitted(KubernetesBackend(site.model_copy(update={"scheduler": _kueue()})))
+    watch = backend_of(run).watch(run)
+    assert "is queued: nothing of it runs" in moves(server, run, watch, jobDeploymentStatus="Suspended", jobStatus="")
+    server.event(f"rayjob-{name_of(run)}-1a2b3", "Pending", "couldn't assign flavors to pod set workers: insufficient "
+                 "unused quota for nvidia.com/gpu in flavor a100, 8 more needed", kind="Workload")  # fmt: skip
+    assert "its queue has no room: couldn't assign flavors" in backend_of(run).look(run).sentence
+    assert "runs" in moves(server, run, watch, jobDeploymentStatus="Running", jobStatus="RUNNING")
+    assert "was preempted, and is queued again" in moves(server, run, watch, jobDeploymentStatus="Suspending")
+
+
+def _kueue() -> Any:
+    return bare(scheduler={"kind": "kueue", "queue": "team"}).scheduler
+
+
+def test_why_pods_wait(server: ApiServer, submitted: Callable[..., Run], kubelet: Kubelet) -> None:
+    run = submitted()
+    labels = {RUN_LABEL: run.id, ATTEMPT_LABEL: "1", "ray.io/node-type": "worker"}
+    kubelet.pod("w1", labels, {"containers": [{"name": "ray-worker"}]}, phase="Pending")
+    server.set_status("RayJob", name_of(run), jobDeploymentStatus="Initializing")
+    server.event("w1", "FailedScheduling", "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
+    said = backend_of(run).look(run)
+    assert said.state is RunState.PENDING
+    assert said.sentence.endswith("waits for its pods: no node has enough nvidia.com/gpu free (0 of 3 nodes would do)")
+
+
+def test_a_cluster_that_does_not_answer(
+    server: ApiServer, submitted: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = submitted()
+    server.close()
+    monkeypatch.setattr("k8s.client.Client.__init__.__defaults__", (None, 0))
+    seen = backend_of(run).look(run)
+    assert seen.state is RunState.PENDING
+    assert "the cluster's API server does not answer" in seen.sentence
+
+
+# --- ending and going on
+
+
+def test_stop_waits_for_the_operators_finalizer(server: ApiServer, submitted: Callable[..., Run]) -> None:
+    run = submitted()
+    name, backend = name_of(run), backend_of(run)
+    with server.store.lock:
+        server.store.objects["RayJob", "default", name]["metadata"]["finalizers"] = ["ray.io/rayjob-finalizer"]
+    server.set_status("RayJob", name, jobDeploymentStatus="Running", jobStatus="RUNNING")
+    assert "saves its trials and ends" in backend.cancel(run)
+    assert backend.look(run).sentence == f"RayJob {name} is being taken away: its trials are saved first"
+    with pytest.raises(RunError, match="is still being taken away"):
+        backend.resume(run)
+    with server.store.lock:
+        server._gone(("RayJob", "default", name))
+    seen = backend.look(run)
+    assert (seen.state, seen.sentence) == (RunState.STOPPED, f"it was stopped: `lorafleet resume {run.id}` goes on")
+    assert server.all("ConfigMap") == server.all("NetworkPolicy") == []
+    with pytest.raises(RunError, match="has no RayJob that waits or runs: it is stopped"):
+        backend.cancel(run)
+
+
+def test_resume_hands_over_a_new_rayjob_for_the_same_run(server: ApiServer, submitted: Callable[..., Run]) -> None:
+    run = submitted()
+    first, backend = name_of(run), backend_of(run)
+    with pytest.raises(RunError, match=f"has RayJob {first}, which was created"):
+        backend.resume(run)
+    server.set_status("RayJob", first, jobDeploymentStatus="Failed", jobStatus="FAILED", reason="AppFailed")
+    assert backend.look(run).state is RunState.FAILED
+    backend.resume(run)
+    second = name_of(run)
+    assert (first[-2:], second) == ("-1", f"{first[:-2]}-2")
+    assert [job["metadata"]["name"] for job in server.all("RayJob")] == [second]  # the head that was kept goes
+    job = server.get("RayJob", second)
+    assert job is not None
+    assert get(job, "spec.entrypoint").split()[2] == run_folder(backend.site, run.id)  # type: ignore[attr-defined]
+    assert job["metadata"]["labels"][ATTEMPT_LABEL] == "2"
+    assert backend.look(run).state is RunState.PENDING
+
+
+def test_a_rayjob_that_somebody_deleted(server: ApiServer, submitted: Callable[..., Run]) -> None:
+    run = submitted()
+    server.delete(_kinds()[0], "default", name_of(run))
+    seen = backend_of(run).look(run)
+    assert seen.state is RunState.FAILED
+    assert "is not on the cluster any more, and lorafleet did not take it away" in seen.sentence
+
+
+# --- the record
+
+
+@pytest.fixture
+def on_storage(site: KubernetesSite, submitted: Callable[..., Run]) -> tuple[Run, Run]:
+    """(the record here, the run as a driver would have written it on the storage)."""
+    here = submitted()
+    there = Run(Path(run_folder(site, here.id)))
+    shutil.copytree(here.path, there.path, ignore=shutil.ignore_patterns(SITE_FILE, MANIFEST))
+    there.set_state(RunState.RUNNING)
+    for number, accuracy in enumerate((0.5, 0.75)):
+        trial = there.add_trial(f"trial{number}", number, {"train.learning_rate": 0.1})
+        trial.add_row({"step": 1, "evaluated": True, "accuracy": accuracy})
+        trial.set_state(TrialState.FINISHED)
+        (trial.path / "adapter").mkdir()
+        (trial.path / "adapter" / "adapter_model.safetensors").write_bytes(os.urandom(3_000_000))
+        (trial.checkpoint).mkdir(parents=True)
+        (trial.checkpoint / "state.pt").write_bytes(b"x" * 1000)
+    (there.path / "logs").mkdir(exist_ok=True)
+    (there.path / "logs" / "driver.log").write_text("the driver speaks\n")
+    files.write_json(there.path / "report" / "report.json", {"recommendation": {"trial_id": "trial1"}})
+    (there.path / "wandb" / "wandb").mkdir(parents=True)
+    (there.path / "wandb" / "wandb" / "run.wandb").write_bytes(b"w" * 10)
+    (there.path / "stop").write_text("")
+    yield here, there
+    shutil.rmtree(there.path)
+
+
+def head(kubelet: Kubelet, run: Run, submission: str = "1") -> None:
+    labels = {RUN_LABEL: run.id, ATTEMPT_LABEL: submission, "ray.io/node-type": "head"}
+    kubelet.pod(f"{run.id}-head", labels, {"containers": [{"name": HEAD}]})
+
+
+def names(run: Run) -> set[str]:
+    return {name for name in known(run.path) if not name.startswith(".")}
+
+
+OWN = {"job.yaml", "plan.json", "resolved.json", "status.json", SITE_FILE, MANIFEST}
+
+
+def test_the_record_comes_through_the_head(server: ApiServer, kubelet: Kubelet, on_storage: tuple[Run, Run]) -> None:
+    here, there = on_storage
+    head(kubelet, here)
+    backend_of(here).refresh(here)
+    trials = {f"trials/trial{n}/{name}" for n in (0, 1) for name in ("metrics.jsonl", "params.json", "status.json")}
+    assert names(here) == OWN | trials | {"logs/driver.log", "report/report.json"}
+    assert here.state is RunState.RUNNING
+    assert (here.path / "trials/trial1/metrics.jsonl").read_bytes() == (
+        there.path / "trials/trial1/metrics.jsonl"
+    ).read_bytes()
+    assert backend_of(here).pull(here, "none", lambda _: None) == 1  # W&B's: all else is as it was
+    there.trial("trial0").add_row({"step": 2})
+    assert backend_of(here).pull(here, "none", lambda _: None) == 1
+    assert len(here.trial("trial0").metrics()) == 2
+    assert not server.all("Job")
+    assert not secrets_asked(server)
+
+
+@pytest.mark.parametrize(("which", "come"), [("none", set()), ("best", {"trial1"}), ("all", {"trial0", "trial1"})])
+@pytest.mark.parametrize("protocol", ["v5.channel.k8s.io", "v4.channel.k8s.io"])
+def test_pull_without_a_head_goes_through_a_pod(
+    protocol: str, which: Any, come: set[str], server: ApiServer, kubelet: Kubelet, on_storage: tuple[Run, Run]
+) -> None:
+    here, there = on_storage
+    server.protocols = (protocol,)
+    backend_of(here).pull(here, which, lambda _: None)
+    for name in ("trial0", "trial1"):
+        weights = Path("trials") / name / "adapter" / "adapter_model.safetensors"
+        assert (here.path / weights).is_file() is (name in come)
+        if name in come:
+            assert (here.path / weights).read_bytes() == (there.path / weights).read_bytes()
+    assert "wandb/wandb/run.wandb" in names(here)
+    assert not any("checkpoints" in name or name == "stop" for name in names(here))
+    assert server.all("Job") == server.all("Pod") == []  # taken away again
+
+
+def test_what_was_cut_off_is_not_kept(server: ApiServer, kubelet: Kubelet, on_storage: tuple[Run, Run]) -> None:
+    """A stream that ends in the middle changes nothing here."""
+    here, _ = on_storage
+    head(kubelet, here)
+    whole = kubelet.run
+
+    def cut(pod: Any, command: list[str]) -> subprocess.Popen[bytes]:
+        return whole(pod, ["bash", "-c", f"set -o pipefail; {' '.join(command)} | head -c 300"])
+
+    server.pods_exec = cut
+    before = names(here)
+    with pytest.raises(LorafleetError):
+        backend_of(here).pull(here, "all", lambda _: None)
+    assert names(here) == before
+    assert here.state is RunState.PENDING
+
+
+def test_a_pod_cannot_write_outside_the_record(tmp_path: Path) -> None:
+    """What comes from a pod is unpacked inside the folder or not at all."""
+    from cluster.transfer import Unpacker
+
+    inside = tmp_path / "record"
+    inside.mkdir()
+    evil = tmp_path / "evil.tar.gz"
+    with tarfile.open(evil, "w:gz") as archive:
+        archive.add(__file__, arcname="../outside")
+    unpacker = Unpacker(inside)
+    unpacker.take(evil.read_bytes())
+    with pytest.raises(LorafleetError, match=r"is not whole|outside"):
+        unpacker.finish()
+    assert not (tmp_path / "outside").exists()
+    assert list(inside.iterdir()) == []
+
+
+def test_without_the_right_to_exec_its_pods_log_is_shown(
+    server: ApiServer, kubelet: Kubelet, submitted: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = submitted()
+    head(kubelet, run)
+    labels = {RUN_LABEL: run.id, ATTEMPT_LABEL: "1", "job-name": name_of(run)}
+    kubelet.pod("submitter", labels, {"containers": [{"name": "ray-job-submitter"}]})
+    server.pods_log = lambda pod: f"{pod['metadata']['name']} speaks\n"
+    server.forbidden.append(("get", "/exec$"))
+    done = lorafleet("logs", run.path, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "submitter speaks\n"), done.stderr
+    told = lorafleet("pull", run.path, cwd=tmp_path)
+    assert told.returncode == ExitCode.USER_INPUT
+    assert "nothing can be run in pod" in told.stderr
+    assert '(docs/kubernetes.md, "Rights", says which it needs)' in told.stderr
+
+
+def test_a_run_that_ended_brings_its_record(
+    server: ApiServer, kubelet: Kubelet, on_storage: tuple[Run, Run], tmp_path: Path
+) -> None:
+    """Its head is gone already: through a pod, and the end is the run's own word."""
+    here, there = on_storage
+    there.trial("trial0").set_state(TrialState.FAILED)
+    there.set_state(RunState.FINISHED, reason="1 of 2 trials failed")
+    watch = backend_of(here).watch(here)
+    server.set_status("RayJob", name_of(here), **FINISHED)
+    assert code_of(watch) == ExitCode.SOME_TRIALS_FAILED
+    assert watch.seen.sentence == "1 of 2 trials failed"
+    assert here.trial("trial1").metrics()
+    listed = json.loads(lorafleet("list", "--format", "json", "--runs", here.path.parent, cwd=tmp_path).stdout)
+    assert [(row["state"], row["on"]) for row in listed["runs"]] == [("finished", "bare")]
+
+
+def test_a_record_that_cannot_come_is_said(server: ApiServer, on_storage: tuple[Run, Run]) -> None:
+    here, _ = on_storage
+    server.forbidden.append(("create", "/jobs$"))
+    watch = backend_of(here).watch(here)
+    server.set_status("RayJob", name_of(here), **FINISHED)
+    assert code_of(watch) == ExitCode.OK
+    assert f"`lorafleet pull {here.id}` brings it" in watch.seen.sentence
+
+
+# --- models and data
+
+
+@pytest.fixture
+def away(tmp_path: Path) -> KubernetesSite:
+    """A site whose storage has nothing of this machine."""
+    (tmp_path / "mnt").mkdir()
+    return storage_at(tmp_path / "mnt")
+
+
+def test_fetch_brings_a_jobs_files_to_the_storage(
+    server: ApiServer, kubelet: Kubelet, away: KubernetesSite, bert_job: JobMaker, tmp_path: Path
+) -> None:
+    loaded, said = bert_job(), []
+    backend = KubernetesBackend(away)
+    assert backend._rules(backend.plan(loaded, "train"), _manifest(backend, loaded))
+    assert "4 parts of it brought to the storage" in backend.provide(loaded.job, said.append)
+    plan = backend.plan(loaded, "train")
+    assert plan.job.data.train_file == str(_there(away, loaded.job.data.train_file))
+    for local, pods in (
+        (loaded.job.data.train_file, plan.job.data.train_file),
+        (f"{loaded.job.model.model_name_or_path}/config.json", f"{plan.job.model.model_name_or_path}/config.json"),
+    ):
+        assert Path(str(pods)).read_bytes() == Path(str(local)).read_bytes()
+    assert plan.trials[0].trial_id == make_plan(loaded, away.allocation(1), "train").trials[0].trial_id is not None
+    assert backend._rules(plan, _manifest(backend, loaded)) == []
+    again: list[str] = []
+    backend.provide(loaded.job, again.append)
+    assert all("is there already" in sentence for sentence in again)
+    assert server.all("Job") == []
+
+
+def _manifest(backend: KubernetesBackend, loaded: Any) -> Any:
+    *_, job = yaml.safe_load_all(backend.plan(loaded, "train").files[MANIFEST])
+    return job
+
+
+def _there(site: KubernetesSite, path: str | None) -> Path:
+    cargo = staging.own_cargo(str(path))
+    return Path(site.storage.mount_path) / "cache" / cargo.target
+
+
+def test_a_file_that_changed_since_is_refused(
+    server: ApiServer, kubelet: Kubelet, away: KubernetesSite, bert_job: JobMaker, tmp_path: Path
+) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text(Path(str(bert_job().job.data.train_file)).read_text())
+    loaded = bert_job(data__train_file=str(own))
+    backend = KubernetesBackend(away)
+    backend.provide(loaded.job, lambda _: None)
+    own.write_text(own.read_text() + '{"text": "a late row", "label": "good"}\n')
+    with pytest.raises(PlacementRefused, match=r"data.train_file is .*own.jsonl, which pods do not see"):
+        backend.submit(backend.plan(loaded, "train"), loaded, tmp_path / "runs")
+
+
+def test_what_does_not_arrive_as_it_was_sent(
+    server: ApiServer, kubelet: Kubelet, away: KubernetesSite, bert_job: JobMaker, tmp_path: Path
+) -> None:
+    """The pod checks the bytes: what is wrong is not kept, and not remembered."""
+    whole = kubelet.run
+
+    def spoilt(pod: Any, command: list[str]) -> subprocess.Popen[bytes]:
+        return whole(pod, [*command[:4], "0" * 64, *command[5:]] if command[2] == "receive" else command)
+
+    server.pods_exec = spoilt
+    backend, loaded = KubernetesBackend(away), bert_job()
+    with pytest.raises(CommandFailed, match="did not arrive as it was sent"):
+        backend.provide(loaded.job, lambda _: None)
+    assert not list((tmp_path / "mnt" / "cache" / "staged").glob("*/*.jsonl"))
+    assert staging.staged(backend._storage, loaded.job, "") == {}
+
+
+def test_a_transfer_pod_that_does_not_start(
+    server: ApiServer, kubelet: Kubelet, away: KubernetesSite, bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.porter._UP_SECONDS", 1.5)
+    kubelet.holds_back = lambda _: True
+    said: list[str] = []
+
+    def refused(job: Any) -> bool:
+        name = job["metadata"]["name"]
+        if not any(event["involvedObject"]["name"] == name for event in server.all("Event")):
+            server.event(name, "FailedCreate", 'pods "x" is forbidden: exceeded quota: compute', kind="Job")
+        return True
+
+    kubelet.holds_back = refused
+    with pytest.raises(UserError, match=r"did not start within .* the namespace's quota is used up"):
+        KubernetesBackend(away).provide(bert_job().job, said.append)
+    assert any("the pod for the transfer waits: the namespace's quota is used up" in sentence for sentence in said)
+    assert server.all("Job") == []
+
+
+# --- the cluster is asked
+
+
+@pytest.mark.skipif(not CRD.is_file(), reason=f"no schema of RayJob at {CRD}")
+def test_the_schema_comes_from_the_cluster(
+    server: ApiServer, site: KubernetesSite, bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it may not be read the server tries the job itself; where no cluster answers, that is said."""
+    odd = KubernetesBackend(site.model_copy(update={"patch": {"spec": {"entrypointNumCpuz": 1}}}))
+    plan = odd.plan(bert_job(), "train")
+    assert any("schema: " in sentence and "entrypointNumCpuz" in sentence for sentence in odd.check(plan)[0])
+    good = KubernetesBackend(site)
+    assert good.check(good.plan(bert_job(), "train")) == ([], [])
+    server.forbidden.append(("get", "customresourcedefinitions"))
+    assert any("strict decoding error" in sentence for sentence in odd.check(plan)[0])
+    assert good.check(good.plan(bert_job(), "train")) == ([], [])
+    assert server.all("RayJob") == []
+    server.close()
+    refused, unasked = odd.check(plan)
+    assert refused == []
+    assert "not held against your cluster's schema of RayJob" in unasked[0]
+    monkeypatch.setenv("LORAFLEET_RAYJOB_CRD", str(CRD))
+    assert any("entrypointNumCpuz" in sentence for sentence in odd.check(plan)[0])
+
+
+def test_a_cluster_without_kuberay(site: KubernetesSite, bert_job: JobMaker, tmp_path: Path,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    made = ApiServer(None)
+    monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig(tmp_path / "kubeconfig")))
+    backend = KubernetesBackend(site)
+    assert backend.check(backend.plan(bert_job(), "train"))[0] == [
+        "schema: the cluster has no RayJob: KubeRay is not installed there"
+    ]
+    made.close()
+
+
+def test_doctor_on_a_namespace(server: ApiServer, kubelet: Kubelet, away: KubernetesSite, tmp_path: Path) -> None:
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "runs"},
+             "spec": {"accessModes": ["ReadWriteMany"]}}  # fmt: skip
+    file = tmp_path / "there.yaml"
+    file.write_text(yaml.safe_dump({"kind": "kubernetes", **away.model_dump(mode="json", exclude_defaults=True)}))
+    missing = lorafleet("doctor", "--on", file, "--format", "json", cwd=tmp_path)
+    assert missing.returncode == ExitCode.GATE_REFUSED
+    server.put_down(claim)
+    done = lorafleet("doctor", "--on", file, "--format", "json", cwd=tmp_path)
+    found = {row["what"]: row for row in json.loads(done.stdout)["findings"]}
+    verdicts = {what: row["verdict"] for what, row in found.items()}
+    assert set(verdicts.values()) - {"ok"} == (set() if CRD.is_file() else {"missing"}), found
+    if CRD.is_file():
+        assert done.returncode == 0
+        assert "can be written" in found["storage in a pod"]["found"]
+    server.forbidden += [("delete", "/rayjobs$"), ("create", "/pods/exec$")]
+    told = lorafleet("doctor", "--on", file, "--format", "json", cwd=tmp_path)
+    rows = {row["what"]: row for row in json.loads(told.stdout)["findings"]}
+    assert rows["right to rayjobs"]["found"] == "you may not delete them: to submit, follow and end a run"
+    assert rows["right to pods/exec"]["verdict"] == "missing"
+    assert not secrets_asked(server)
+    assert not list((tmp_path / "runs").iterdir())
+
+
+# --- the command line, and other clients
+
+
+def test_a_run_on_the_command_line(server: ApiServer, kubelet: Kubelet, site: KubernetesSite, bert_job: JobMaker,
+                                   tmp_path: Path) -> None:  # fmt: skip
+    file, job = tmp_path / "there.yaml", tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({"kind": "kubernetes", **site.model_dump(mode="json", exclude_defaults=True)}))
+    job.write_text(bert_job().text)
+    name = lorafleet("train", job, "--on", file, "--detach", cwd=tmp_path, check=True).stdout.strip()
+    rayjob = f"{name}-1"
+    told = json.loads(lorafleet("status", name, "--format", "json", cwd=tmp_path, check=True).stdout)
+    assert told["state"] == "pending"
+    assert told["place"] == f"RayJob {rayjob} was created; the operator has not seen it yet"
+    server.set_status("RayJob", rayjob, jobDeploymentStatus="Running", jobStatus="RUNNING")
+    assert f"running: RayJob {rayjob} runs" in lorafleet("status", name, cwd=tmp_path).stdout
+    assert "saves its trials and ends" in lorafleet("stop", name, cwd=tmp_path).stdout
+    assert f"it was stopped: `lorafleet resume {name}` goes on" in lorafleet("status", name, cwd=tmp_path).stdout
+    assert lorafleet("resume", name, "--detach", cwd=tmp_path).stdout.strip() == name
+    assert server.get("RayJob", f"{name}-2") is not None
+    assert not secrets_asked(server)
+
+
+def test_ctrl_c_only_detaches(server: ApiServer, site: KubernetesSite, bert_job: JobMaker, tmp_path: Path) -> None:
+    import signal
+
+    from tests.kubernetes.pods import BIN
+
+    file, job = tmp_path / "there.yaml", tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({"kind": "kubernetes", **site.model_dump(mode="json", exclude_defaults=True)}))
+    job.write_text(bert_job().text)
+    process = subprocess.Popen([str(BIN / "lorafleet"), "train", str(job), "--on", str(file)], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    assert process.stdout is not None
+    lines = iter(process.stdout.readline, "")
+    assert any("operator has not seen it" in line for line in lines)
+    process.send_signal(signal.SIGINT)
+    said = process.stdout.read()
+    assert process.wait(20) == ExitCode.INTERRUPTED
+    assert "goes on: `lorafleet logs -f tiny-" in said
+    (left,) = server.all("RayJob")
+    assert "deletionTimestamp" not in left["metadata"]
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
+def test_kubectl_takes_the_double_for_a_cluster(
+    server: ApiServer, site: KubernetesSite, bert_job: JobMaker, tmp_path: Path
+) -> None:
+    """A client that nobody here wrote: the manifest as a user applies it, looked at, and waited for."""
+    backend = KubernetesBackend(site)
+    plan = backend.plan(bert_job(), "train")
+    manifest = tmp_path / MANIFEST
+    manifest.write_text(plan.files[MANIFEST])
+    *_, job = yaml.safe_load_all(plan.files[MANIFEST])
+    name = job["metadata"]["name"]
+    env = os.environ | {"HOME": str(tmp_path)}
+
+    def kubectl(*words: str) -> str:
+        done = subprocess.run(["kubectl", *words], env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    words = plan.command_line.split()
+    assert words[:3] == ["kubectl", "apply", "--server-side"]
+    assert "serverside-applied" in kubectl(*words[1:-1], str(manifest))
+    assert name in kubectl("get", "rayjob", "--selector", RUN_LABEL)
+    server.set_status("RayJob", name, **FINISHED)
+    kubectl("wait", f"rayjob/{name}", "--for=jsonpath={.status.jobStatus}=SUCCEEDED", "--timeout=20s")
+    kubectl("delete", "rayjob", name)
+    assert server.all("RayJob") == []

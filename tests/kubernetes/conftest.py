@@ -1,0 +1,130 @@
+"""A cluster of this machine: an API server, and an operator whose pods really run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.load import LoadedJob
+from jobs.run import Run
+from tests.conftest import ROOT
+from tests.kubernetes.api_server import ApiServer
+from tests.kubernetes.operator import Operator, missing
+from tests.kubernetes.pods import BIN
+
+PLANTED = "planted-secret-4712"
+SITE = """
+kind: kubernetes
+image: registry/lorafleet:0.1.0@sha256:{digest}
+storage: {{claim: shared, sub_path: team/me}}
+nodes: 2
+cpus_per_node: 1
+memory_gb_per_node: 3
+head: {{cpus: 1, memory_gb: 3}}
+network: {{interface: eth0}}
+deadlines: {{save_seconds: 60}}
+secrets: {{WANDB_API_KEY: {{name: wandb, key: api-key, optional: true}}, PLANTED: {{name: planted, key: it}}}}
+labels: {{team: ours}}
+"""
+
+
+@dataclass
+class User:
+    """Somebody with a kubeconfig and a home of their own."""
+
+    server: ApiServer
+    operator: Operator
+    home: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        state = {"KUBECONFIG": str(self.home / "kubeconfig"), "XDG_CONFIG_HOME": str(self.home / "config"),
+                 "XDG_STATE_HOME": str(self.home / "state")}  # fmt: skip
+        return os.environ | state
+
+    def write_site(self, name: str = "pods", more: str = "") -> None:
+        folder = self.home / "config" / "lorafleet" / "sites"
+        folder.mkdir(parents=True, exist_ok=True)
+        own = {line.partition(":")[0] for line in more.splitlines()}
+        kept = [line for line in SITE.format(digest="1" * 64).splitlines() if line.partition(":")[0] not in own]
+        (folder / f"{name}.yaml").write_text("\n".join([*kept, more]) + "\n")
+
+    def lorafleet(self, *words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(self.command(*words), cwd=self.home, env=self.environment, capture_output=True, text=True,
+                              timeout=600, check=False)  # fmt: skip
+        assert not check or done.returncode == 0, done.stdout + done.stderr + self.logs()
+        return done
+
+    def command(self, *words: str | Path) -> list[str]:
+        return [str(BIN / "lorafleet"), *map(str, words)]
+
+    def job(self, loaded: LoadedJob) -> Path:
+        """A job file, whose files lie on the storage."""
+        path = self.home / f"job-{time.monotonic_ns()}.yaml"
+        path.write_text(loaded.text)
+        self.lorafleet("fetch", path, "--on", "pods")
+        return path
+
+    def submit(self, loaded: LoadedJob, command: str = "sweep") -> Run:
+        done = self.lorafleet(command, self.job(loaded), *loaded.overrides, "--on", "pods", "--detach")
+        return Run(self.home / "runs" / done.stdout.strip())
+
+    def there(self, run: Run) -> Run:
+        """The run itself, on the storage."""
+        return Run(self.operator.storage / "team" / "me" / "runs" / run.id)
+
+    def status(self, run: Run) -> dict[str, Any]:
+        told: dict[str, Any] = json.loads(self.lorafleet("status", run.id, "--format", "json").stdout)
+        return told
+
+    def when(self, run: Run, condition: Callable[[], Any], seconds: float = 240) -> Any:
+        """What a condition says once it holds; else all that is known."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            found = condition()
+            if found:
+                return found
+            time.sleep(0.2)
+        raise AssertionError(f"it did not come to that: {self.server.all('RayJob')}\n{self.logs()}")
+
+    def logs(self) -> str:
+        """The last words of every pod that there was."""
+        texts = []
+        for log in sorted(self.operator.folder.glob("*/log")):
+            texts.append(f"== {log.parent.name}\n{log.read_text(errors='replace')[-2500:]}")
+        return "\n".join(texts)
+
+
+@pytest.fixture
+def user(tmp_path: Path) -> Iterator[User]:
+    """A namespace with a claim and a Secret. Where pods cannot run, tests are skipped with the reason."""
+    why = missing()
+    if why:
+        pytest.skip(why)
+    beside = ROOT.parent / "shared" / "kuberay" / "rayjobs-v1.7.0.json"
+    definition = Path(os.environ.get("LORAFLEET_RAYJOB_CRD") or beside)
+    server = ApiServer(definition if definition.is_file() else None)
+    folder = Path(tempfile.mkdtemp(prefix="pods-", dir="/tmp"))
+    operator = Operator(server, folder, tmp_path / "storage", secrets={"planted": {"it": PLANTED}})
+    server.put_down({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "shared"},
+                     "spec": {"accessModes": ["ReadWriteMany"]}})  # fmt: skip
+    operator.up()
+    made = User(server, operator, tmp_path)
+    server.kubeconfig(tmp_path / "kubeconfig")
+    made.write_site()
+    try:
+        yield made
+    finally:
+        operator.down()
+        server.close()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cluster.backend import Backend, Cluster
 from jobs import files
+from jobs.ray_cluster_site import RayClusterSite
 from jobs.run import Run
 from jobs.site import Site
 from jobs.site_file import LoadedSite
@@ -26,6 +27,10 @@ def backend_on(site: LoadedSite, nodes: int | None = None) -> Cluster:
         from cluster.slurm_backend import SlurmBackend
 
         return SlurmBackend(site.site, nodes)
+    if isinstance(site.site, RayClusterSite):
+        from cluster.ray_backend import RayBackend
+
+        return RayBackend(site.site, nodes)
     from cluster.kubernetes_backend import KubernetesBackend
 
     return KubernetesBackend(site.site, nodes)
@@ -38,6 +43,10 @@ def backend_of(run: Run) -> Backend:
         from cluster.machine import local_site
 
         return backend_here(local_site())
+    if stored["kind"] == "ray":
+        from cluster.ray_backend import stored_backend as of_ray
+
+        return of_ray(stored)
     if stored["kind"] == "kubernetes":
         from cluster.kubernetes_backend import stored_backend as of_kubernetes
 

@@ -20,17 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from cluster import porter, registry, staging
+from cluster import porter, registry
+from cluster.away import Away, Place, bring, keep, or_said_to_be_missing, seen_last, settled, stored
 from cluster.backend import Say, Seen
 from cluster.backends import SITE_FILE
-from cluster.fetch import fetch_asset, fetch_job
 from cluster.kubernetes_watch import KubernetesWatch, seen
 from cluster.local import write_run
 from cluster.planning import make_plan
 from cluster.porter import account
-from cluster.transfer import Cargo, Which
+from cluster.transfer import Which
 from jobs import files
-from jobs.assets import asset
 from jobs.errors import LorafleetError, PlacementRefused, RunError, UserError
 from jobs.handover import TEXTS, pack
 from jobs.kubernetes_site import WORKER_LABELS, KubernetesSite
@@ -38,12 +37,10 @@ from jobs.load import LoadedJob, dump_resolved
 from jobs.placement import nodes_of_job
 from jobs.plan import MANIFEST, Plan
 from jobs.run import Run, RunState
-from jobs.spec import JobSpec
-from jobs.words import counted
 from k8s import crd
 from k8s.errors import ClusterError
 from k8s.lint import lint, lint_site
-from k8s.render import CALL_ANNOTATION, Order, object_name, render, to_yaml
+from k8s.render import CALL_ANNOTATION, Order, object_name, render, run_folder, to_yaml
 from k8s.states import job_state, why_pending
 
 if TYPE_CHECKING:
@@ -56,12 +53,16 @@ _PATIENCE_AT_THE_END = 120.0
 """Seconds that the end of a run waits for a pod that brings its record; `pull` waits longer."""
 
 
-class KubernetesBackend:
+class KubernetesBackend(Away):
     """Submits RayJobs to a namespace."""
 
     def __init__(self, site: KubernetesSite, nodes: int | None = None) -> None:
         self.site = site
         self.asked_nodes = nodes
+        self.called = f"site {site.name}"
+        self.mount = site.storage.mount_path
+        self.storage = porter.storage_key(site)
+        self.internet = site.internet
 
     @functools.cached_property
     def client(self) -> Client:
@@ -69,10 +70,6 @@ class KubernetesBackend:
         from k8s.client import Client  # a manifest is rendered without it, in half the time
 
         return Client(self.site.namespace, self.site.context)
-
-    def runs_dir(self, given: Path) -> Path:
-        """Where the records are, on this machine: the runs themselves lie on the site's storage."""
-        return given
 
     # --- before: plan, check, bring what is needed
 
@@ -82,8 +79,7 @@ class KubernetesBackend:
         made = make_plan(loaded, self.site.allocation(nodes), command)
         placement = made.placement.model_copy(update={"labels": made.placement.labels | WORKER_LABELS})
         made = made.model_copy(update={"site": self.site.name, "nodes": nodes, "placement": placement})
-        places = staging.staged(self._storage, made.job, self._cache)
-        made = Plan.model_validate_json(json.dumps(staging.moved(made.model_dump(mode="json"), places)))
+        made = self.moved(made)
         texts = {
             "job.yaml": loaded.text,
             "resolved.json": dump_resolved(loaded),
@@ -112,35 +108,16 @@ class KubernetesBackend:
             call=call,
         )
 
-    @property
-    def _storage(self) -> str:
-        return porter.storage_key(self.site)
-
-    @property
-    def _cache(self) -> str:
-        return porter.cache_in_pods(self.site)
-
     def check(self, plan: Plan) -> tuple[list[str], list[str]]:
         """What the schema of KubeRay, the operator's rules and the site have against the job; what was not asked."""
         *_, job = yaml.safe_load_all(plan.files[MANIFEST])
-        refused, unasked = self._rules(plan, job), []
-        missing = [] if self.site.internet else staging.not_brought(self._storage, plan.job)
-        if missing:
-            unasked.append(
-                f"internet of site {self.site.name} is false, and {', '.join(missing)} was not brought to its storage "
-                f"from here: `lorafleet fetch JOB.yaml --on {self.site.name}` does so"
-            )
+        refused, unasked = self._rules(plan, job), self.unbrought(plan.job)
         wrong, source = self._schema(job)
         return [*refused, *(f"schema: {error}" for error in wrong)], [*unasked, *([source] if source else [])]
 
     def _rules(self, plan: Plan, job: Tree) -> list[str]:
         """What is known without asking anybody."""
-        refused = [
-            f"{field} is {path}, which pods do not see: `lorafleet fetch JOB.yaml --on {self.site.name}` brings it to "
-            "the storage as it is now"
-            for field, path in staging.named_paths(plan.job)
-            if not path.startswith(f"{self.site.storage.mount_path}/")
-        ]
+        refused = self.unseen(plan.job)
         refused += lint_site(
             nodes=plan.nodes,
             read_write_many=self.site.storage.read_write_many,
@@ -189,31 +166,9 @@ class KubernetesBackend:
                 return [], f"not held against your cluster's schema of RayJob: {error}"
         return [], ""
 
-    def provide(self, job: JobSpec, say: Say) -> str:
-        """Bring what a job names to the storage: what lies on this machine by a path, and where pods have no internet
-        also what it names of the hub and of the assets, which is fetched to this machine first."""
-        own = [staging.own_cargo(path) for _, path in staging.named_paths(job) if not self._in_pods(path)]
-        if not self.site.internet:
-            fetch_job(job, say)
-            own += staging.fetched_cargo(job)
-        if own:
-            self._deliver(own, say)
-        left = "; what it names of the hub and of the assets is fetched by the pods" if self.site.internet else ""
-        return f"{counted(len(own), 'part')} of it brought to the storage{left}"
-
-    def provide_asset(self, name: str, say: Say) -> str:
-        """Bring an asset to the storage."""
-        folder = fetch_asset(asset(name), say)
-        self._deliver([staging.asset_cargo(folder)], say)
-        return f"{self._cache}/{staging.asset_cargo(folder).target}"
-
-    def _deliver(self, cargo: list[Cargo], say: Say) -> None:
-        with porter.pod_for(self.site, self.client, say) as place:
-            porter.send(place, cargo, say)
-        staging.remember(self._storage, cargo)
-
-    def _in_pods(self, path: str) -> bool:
-        return path.startswith(f"{self.site.storage.mount_path}/")
+    def reached(self, say: Say) -> contextlib.AbstractContextManager[Place]:
+        """A pod that sees the storage."""
+        return porter.pod_for(self.site, self.client, say)
 
     # --- handing over
 
@@ -252,23 +207,23 @@ class KubernetesBackend:
         Their names and what marks them as this call's are written down first: a call that is tried again meets its own
         objects, and knows them.
         """
-        stored = {"kind": self.site.kind, "site": self.site.model_dump(mode="json"), "handed_over": False, **facts}
-        stored.setdefault("call", secrets.token_hex(8))
+        facts = {"call": secrets.token_hex(8)} | facts | {"handed_over": False}
+        facts |= {"kind": self.site.kind, "site": self.site.model_dump(mode="json")}
         texts = {name: (run.path / name).read_text() for name in TEXTS}
-        packed = pack(str(run.status()["name"]), texts)
-        order = self._order(run.id, stored["submission"], stored["nodes"], packed, stored["call"])
+        packed = pack(str(run.status()["name"]), texts, facts["submission"])
+        order = self._order(run.id, facts["submission"], facts["nodes"], packed, facts["call"])
         objects = render(self.site, order)
         files.write_text(run.path / MANIFEST, to_yaml(objects))
-        files.write_json(run.path / SITE_FILE, stored)
+        files.write_json(run.path / SITE_FILE, facts)
         try:
-            *others, job = [self._create(tree, stored["call"]) for tree in objects]
+            *others, job = [self._create(tree, facts["call"]) for tree in objects]
             for tree in others:
                 self.client.give_to(job, tree["kind"], tree["metadata"]["name"])
         except BaseException as error:
             if getattr(error, "refused", True):  # else it is open what there is
-                self._take_back(objects, stored["call"])
+                self._take_back(objects, facts["call"])
             raise
-        files.write_json(run.path / SITE_FILE, stored | {"handed_over": True})
+        keep(run, handed_over=True)
 
     def _create(self, tree: Tree, call: str) -> Tree:
         """Make an object; one that the same call has made before is as good."""
@@ -293,10 +248,10 @@ class KubernetesBackend:
 
     def resume(self, run: Run) -> None:
         """Hand an unfinished run over again, as a RayJob of its own. Raises RunError while one of it lives."""
-        stored, name = _stored(run), self.name_of(run)
+        facts, name = stored(run), self.name_of(run)
         job = self.client.get("RayJob", name)
-        if not stored.get("handed_over"):
-            return self._hand_over(run, {key: stored[key] for key in ("nodes", "submission", "call")})
+        if not facts.get("handed_over"):
+            return self._hand_over(run, {key: facts[key] for key in ("nodes", "submission", "call")})
         if job is not None:
             if job["metadata"].get("deletionTimestamp"):
                 raise RunError(f"RayJob {name} of {run.id} is still being taken away; try again in a minute")
@@ -304,7 +259,7 @@ class KubernetesBackend:
             if not now.ended:
                 raise RunError(f"{run.id} has RayJob {name}, which {now.sentence}")
             self._drop(name)  # its head may still stand there, for its logs
-        return self._hand_over(run, {"nodes": stored["nodes"], "submission": int(stored["submission"]) + 1})
+        return self._hand_over(run, {"nodes": facts["nodes"], "submission": int(facts["submission"]) + 1})
 
     def _drop(self, name: str) -> None:
         for kind in ("RayJob", "ConfigMap", *(["NetworkPolicy"] if self.site.network_policy else [])):
@@ -314,7 +269,7 @@ class KubernetesBackend:
 
     def name_of(self, run: Run) -> str:
         """The name of the run's newest objects."""
-        return object_name(run.id, int(_stored(run)["submission"]))
+        return object_name(run.id, int(stored(run)["submission"]))
 
     @property
     def _queued(self) -> bool:
@@ -322,30 +277,20 @@ class KubernetesBackend:
 
     def seen(self, run: Run, job: Tree | None) -> Seen:
         """Where a run is, when this is its RayJob."""
-        return seen(run, self.name_of(run), _stored(run), job, queued=self._queued)
+        return seen(run, self.name_of(run), job, queued=self._queued)
 
     def look(self, run: Run) -> Seen:
         """Where a run is: asked of the cluster first, of what was seen last where that does not answer."""
         try:
             job = self.client.get("RayJob", self.name_of(run))
         except ClusterError as error:
-            last = _stored(run).get("last")
-            if last:
-                return Seen(RunState(last["state"]), last["sentence"])
-            return Seen(run.state, f"{error}; the record here says {run.state}")
+            return seen_last(run) or Seen(run.state, f"{error}; the record here says {run.state}")
         found = self.seen(run, job)
         if found.state is RunState.PENDING and job is not None:
             why = self.why(run, job)
             return Seen(found.state, found.sentence + (f": {why}" if why else ""))
         if job is not None and job_state(job.get("status")).ended:
-            self.settle(run, job)
-        return found
-
-    def settle(self, run: Run, job: Tree | None) -> Seen:
-        """Note how a run ended, for the time when its RayJob is gone."""
-        found = self.seen(run, job)
-        last = {"state": str(found.state), "sentence": found.sentence}
-        files.write_json(run.path / SITE_FILE, _stored(run) | {"last": last})
+            settled(run, found)
         return found
 
     def why(self, run: Run, job: Tree) -> str:
@@ -356,7 +301,7 @@ class KubernetesBackend:
             cluster = (job.get("status") or {}).get("rayClusterName")
             if cluster:
                 events += self.client.events(name=cluster)
-            for pod in self.client.pods(porter.labels_of_submission(run, int(_stored(run)["submission"]))):
+            for pod in self.client.pods(porter.labels_of_submission(run, int(stored(run)["submission"]))):
                 if pod.get("status", {}).get("phase") == "Pending":
                     events += self.client.events(name=pod["metadata"]["name"])
             if self._queued:
@@ -367,11 +312,11 @@ class KubernetesBackend:
 
     def refresh(self, run: Run) -> None:
         """Bring what the run has written since: its record through its head, or else what its driver has said."""
-        number = int(_stored(run)["submission"])
+        number = int(stored(run)["submission"])
         with contextlib.suppress(UserError, LorafleetError):
             head = porter.head_of(self.client, run, number)
             if head is not None:
-                porter.bring(head, self.site, run)
+                bring(head, run_folder(self.site, run.id), run)
                 return
         with contextlib.suppress(UserError):
             words = porter.submitters_words(self.client, run, number)
@@ -380,17 +325,13 @@ class KubernetesBackend:
 
     def collect(self, run: Run, *, ran: bool) -> None:
         """Bring the record of a run that has ended; what hinders it is written down, and `seen` says it."""
-        stored = _stored(run)
-        try:
+        with or_said_to_be_missing(run):
             self._bring(run, "none", whole=False, through_pod=ran, up_seconds=_PATIENCE_AT_THE_END)
-        except LorafleetError as error:
-            missing = f"its record is not here ({error}): `lorafleet pull {run.id}` brings it"
-            files.write_json(run.path / SITE_FILE, stored | {"missing": missing})
 
     def pull(self, run: Run, which: Which, say: Say) -> int:
         """Bring a run's record, W&B's files and the weights of `which` trials; returns how many files came."""
         count = self._bring(run, which, whole=True, through_pod=True, say=say)
-        files.write_json(run.path / SITE_FILE, {**_stored(run), "missing": None})
+        keep(run, missing=None)
         return count
 
     def _bring(
@@ -403,13 +344,13 @@ class KubernetesBackend:
         say: Say = lambda _: None,
         up_seconds: float | None = None,
     ) -> int:
-        head = porter.head_of(self.client, run, int(_stored(run)["submission"]))
+        head = porter.head_of(self.client, run, int(stored(run)["submission"]))
         if head is not None:
-            return porter.bring(head, self.site, run, which, whole=whole)
+            return bring(head, run_folder(self.site, run.id), run, which, whole=whole)
         if not through_pod:
             return 0
         with porter.pod_for(self.site, self.client, say, up_seconds) as place:
-            return porter.bring(place, self.site, run, which, whole=whole)
+            return bring(place, run_folder(self.site, run.id), run, which, whole=whole)
 
     def watch(self, run: Run) -> KubernetesWatch:
         """The RayJob, followed."""
@@ -421,7 +362,7 @@ class KubernetesBackend:
         if job is None or job_state(job.get("status")).ended:
             raise RunError(f"{run.id} has no RayJob that waits or runs: it is {self.look(run).state}")
         self.refresh(run)
-        files.write_json(run.path / SITE_FILE, _stored(run) | {"stopping": True})
+        keep(run, stopping=True)
         self.end_at_once(run)
         return (
             f"{run.id} saves its trials and ends: RayJob {name} is being taken away; `lorafleet resume {run.id}` goes "
@@ -446,13 +387,9 @@ class KubernetesBackend:
         return run
 
 
-def stored_backend(stored: dict[str, Any]) -> KubernetesBackend:
+def stored_backend(facts: dict[str, Any]) -> KubernetesBackend:
     """The backend of a run's stored site."""
-    return KubernetesBackend(KubernetesSite.model_validate_json(json.dumps(stored["site"])))
-
-
-def _stored(run: Run) -> dict[str, Any]:
-    return files.read_json(run.path / SITE_FILE)
+    return KubernetesBackend(KubernetesSite.model_validate_json(json.dumps(facts["site"])))
 
 
 def _is_of(tree: Tree, call: str) -> bool:

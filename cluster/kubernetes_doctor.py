@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from cluster import porter
+from cluster.away import ask
 from cluster.doctor import Finding
+from cluster.ray_doctor import same_versions, storage
 from jobs.errors import UserError
 from jobs.kubernetes_site import KubernetesSite
 from k8s import crd
@@ -92,18 +93,9 @@ def _a_pod(site: KubernetesSite, client: Client) -> Iterator[Finding]:
     said: list[str] = []
     try:
         with porter.pod_for(site, client, said.append) as place:
-            told = place.ask(["lorafleet", "node", "greet"], {"mount": site.storage.mount_path})
+            told = ask(place, ["lorafleet", "node", "greet"], {"mount": site.storage.mount_path})
     except UserError as error:
         yield Finding("a pod of the image", "missing", str(error))
         return
-    here = version("lorafleet")
-    if told["lorafleet"] != here:
-        yield Finding("lorafleet in the image", "missing", told["lorafleet"], f"here is {here}: they must be the same")
-    else:
-        yield Finding("lorafleet in the image", "ok", here)
-    if told["ray"] != version("ray"):
-        yield Finding("Ray in the image", "missing", told["ray"], f"here is {version('ray')}: they must be the same")
-    if told["wrong"]:
-        yield Finding("storage in a pod", "missing", told["wrong"], "its owner must be run_as_user or run_as_group")
-    else:
-        yield Finding("storage in a pod", "ok", f"can be written, {told['free_gb']:.0f} GB free")
+    yield from same_versions(told, "in the image")
+    yield storage(told, "in a pod", "its owner must be run_as_user or run_as_group")

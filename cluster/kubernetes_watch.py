@@ -7,9 +7,9 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from cluster.away import exit_code, settled, stored, unknown_there
 from cluster.backend import Seen
-from jobs.errors import ExitCode
-from jobs.run import Run, RunState, TrialState
+from jobs.run import Run, RunState
 from k8s.states import job_state
 
 if TYPE_CHECKING:
@@ -19,16 +19,15 @@ _REFRESH_SECONDS = 10.0
 """Between two looks into the run's folder."""
 _WHY_SECONDS = 20.0
 """Between two questions why its pods wait."""
-_DRIVERS_CODES = frozenset(ExitCode)
 _UNSEEN: Any = object()
 
 
-def seen(run: Run, name: str, stored: dict[str, Any], job: dict[str, Any] | None, *, queued: bool) -> Seen:
+def seen(run: Run, name: str, job: dict[str, Any] | None, *, queued: bool) -> Seen:
     """Where a run is, from its RayJob (None: there is none) and from what is here of its own record."""
     written, reason = run.state, str(run.status().get("reason") or "")
-    missing = str(stored.get("missing") or "")
+    missing = str(stored(run).get("missing") or "")
     if job is None:
-        return _without(run, name, stored, written, reason)
+        return unknown_there(run, f"RayJob {name} is not on the cluster any more, and lorafleet did not take it away")
     state = job_state(job.get("status"), queued=queued)
     if job.get("metadata", {}).get("deletionTimestamp") and not state.ended:
         return Seen(RunState.RUNNING, f"RayJob {name} is being taken away: its trials are saved first")
@@ -45,37 +44,10 @@ def seen(run: Run, name: str, stored: dict[str, Any], job: dict[str, Any] | None
     return Seen(state.run, "; ".join(filter(None, [f"RayJob {name} {state.sentence}", missing])))
 
 
-def _without(run: Run, name: str, stored: dict[str, Any], written: RunState, reason: str) -> Seen:
-    """Of a run whose RayJob is not there: not yet, or not any more."""
-    if not stored.get("handed_over"):
-        return Seen(written, "it was not handed over to the cluster: `lorafleet resume` does so")
-    last = stored.get("last")
-    if last:
-        return Seen(RunState(last["state"]), last["sentence"])
-    if stored.get("stopping"):
-        if written is RunState.FINISHED:
-            return Seen(written, reason)
-        return Seen(RunState.STOPPED, f"it was stopped: `lorafleet resume {run.id}` goes on")
-    if written in (RunState.FINISHED, RunState.FAILED, RunState.STOPPED):
-        return Seen(written, reason)
-    return Seen(
-        RunState.FAILED,
-        f"RayJob {name} is not on the cluster any more, and lorafleet did not take it away; `lorafleet pull {run.id}` "
-        "brings what is on the storage, `lorafleet resume` goes on",
-    )
-
-
-def exit_code(run: Run, found: Seen, job: dict[str, Any] | None) -> int:
-    """What a run that has ended means for the shell: the driver's own code where it is known."""
-    failed = [trial.state is TrialState.FAILED for trial in run.trials()]
-    if found.state is RunState.FINISHED:
-        return ExitCode.SOME_TRIALS_FAILED if any(failed) else ExitCode.OK
-    if found.state is RunState.STOPPED:
-        return ExitCode.INTERRUPTED
+def drivers_code(job: dict[str, Any] | None) -> int | None:
+    """What the driver ended with, as Ray told the operator."""
     said = re.search(r"exit code (\d+)", str(((job or {}).get("status") or {}).get("message") or ""))
-    if said and int(said[1]) in _DRIVERS_CODES - {ExitCode.OK}:
-        return int(said[1])
-    return ExitCode.SOME_TRIALS_FAILED if failed and all(failed) else ExitCode.OUR_FAULT
+    return int(said[1]) if said else None
 
 
 class KubernetesWatch:
@@ -127,8 +99,8 @@ class KubernetesWatch:
         self._end.set()
         ran = self._ran or ((job or {}).get("status") or {}).get("jobStatus") not in (None, "", "PENDING")
         self.backend.collect(self.run, ran=ran)
-        self.seen = self.backend.settle(self.run, job)
-        return exit_code(self.run, self.seen, job)
+        self.seen = settled(self.run, self.backend.seen(self.run, job))
+        return exit_code(self.run, self.seen, drivers_code(job))
 
     def _waits(self, state: RunState) -> str:
         """Why its pods do not start, asked now and then."""

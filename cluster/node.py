@@ -17,7 +17,7 @@ from typing import Any
 
 from cluster.machine import find_gpus
 from jobs import files
-from jobs.errors import PlacementRefused
+from jobs.errors import PlacementRefused, RunError
 from jobs.hub import converted_folder, model_folder
 from jobs.identity import models_of
 from jobs.lease import attempts, newest
@@ -238,6 +238,13 @@ def mark_failed(run: Run, sentence: str) -> None:
         writer.set_state(RunState.FAILED, reason=sentence)
     else:
         writer.event("note", sentence=sentence)
+
+
+def ask_to_stop(run: Run) -> None:
+    """Its driver looks for the file, saves, and ends. Raises RunError where there is no run."""
+    if not (run.path / "plan.json").is_file():
+        raise RunError(f"there is no run in {run.path}")
+    files.write_text(run.path / "stop", "asked for by a user\n")
 
 
 def leave(run: Run, seconds: float, *, drain: bool) -> None:

@@ -58,6 +58,18 @@ def nodes_of(table: Iterable[Mapping[str, Any]]) -> tuple[Node, ...]:
     return tuple(sorted(nodes, key=lambda node: node.name))
 
 
+def node_of_state(row: Any) -> Node:
+    """A machine as Ray's state API tells of it."""
+    has = row.resources_total or {}
+    return Node(
+        name=f"{row.node_name or row.node_ip} ({row.node_ip})",
+        cpus=int(has.get("CPU", 0)),
+        gpus=int(has.get("GPU", 0)),
+        memory_gib=round(has.get("memory", 0) / 2**30, 1),
+        labels=row.labels or {},
+    )
+
+
 def node_name(row: Mapping[str, Any]) -> str:
     """`host (address:port)` of a row of `ray.nodes()`."""
     return f"{row['NodeManagerHostname']} ({row['NodeManagerAddress']}:{row['NodeManagerPort']})"

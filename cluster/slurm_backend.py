@@ -21,6 +21,7 @@ from cluster.backend import Say, Seen
 from cluster.backends import SITE_FILE
 from cluster.fetch import fetch_asset, fetch_job
 from cluster.local import write_run
+from cluster.node import ask_to_stop
 from cluster.planning import make_plan
 from cluster.transfer import Which
 from jobs import files
@@ -35,6 +36,7 @@ from jobs.rows import load_rows
 from jobs.run import Run, RunState
 from jobs.slurm_site import RequeueSpec, SlurmSite, slurm_seconds
 from jobs.spec import JobSpec
+from jobs.variables import OFFLINE
 from slurm import client
 from slurm.records import JobRecord
 from slurm.render import JOB, Script, array_of, render, submission
@@ -258,7 +260,7 @@ class SlurmBackend:
         client.cancel(_job_ids(run), waiting=bool(running))
         if running:
             for folder in (run.path, *(part.path for part in run.parts())):
-                files.write_text(folder / "stop", "asked for by a user\n")
+                ask_to_stop(Run(folder))
             job = _job_ids(run)[0]
             return (
                 f"{run.id} saves its trials and ends (job {job}); `lorafleet resume {run.id}` goes on, and "
@@ -417,10 +419,7 @@ def _exports() -> dict[str, str]:
     return {
         "LORAFLEET_CACHE": str(cache_dir()),
         "HF_HUB_CACHE": str(hub_cache()),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "WANDB_MODE": "offline",
+        **OFFLINE,
         "TOKENIZERS_PARALLELISM": "false",
     }
 

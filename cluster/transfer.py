@@ -23,7 +23,7 @@ from jobs.run import Run
 
 Which = Literal["none", "best", "all"]
 """Of which trials the weights come along."""
-_NOT_BROUGHT = {"tune", "wandb", "attempts", ".reserve", "stop", "site.json"}
+_NOT_BROUGHT = {"tune", "wandb", "attempts", ".reserve", "stop", "site.json", "submission.json"}
 """At the top of a run's folder: Ray Tune's own, what `sync` uploads, and what belongs to one side alone."""
 _HEAVY = {"checkpoints", "adapter", "model"}
 """Of a trial's folder."""

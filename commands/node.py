@@ -130,6 +130,23 @@ def greet() -> None:
 
 
 @node.command()
+def relay(source: Path, command: list[str]) -> None:
+    """Run one of these commands on a file's bytes, and print what it says as text: for Ray's job logs."""
+    from cluster.ray_jobs import relay as relay_here
+
+    relay_here(source, command)
+
+
+@node.command()
+def stop(run: Path) -> None:
+    """Ask a run's driver to save and end."""
+    from cluster.node import ask_to_stop
+    from jobs.run import Run
+
+    ask_to_stop(Run(run))
+
+
+@node.command()
 def receive(target: str, digest: str, file: Annotated[bool, typer.Option("--file")] = False) -> None:
     """Put what comes in frames on standard input into the cache: whole, or not at all."""
     import sys

@@ -152,7 +152,7 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
     if report.recommendation.adapter and (run.path / report.recommendation.adapter).is_dir():
         folder = run.path / report.recommendation.adapter
         typer.echo(f"{folder.name:<8} {folder}")
-    elif report.recommendation.adapter and kind == "kubernetes":
+    elif report.recommendation.adapter and kind in ("kubernetes", "ray"):
         say(f"`lorafleet pull {run.id}` brings the adapter")
     if status.get("reason"):
         say(f"{run.id}: {status['reason']}")

@@ -8,6 +8,7 @@ LorafleetError                      exit code 1: ours
 │   ├── DiskFull                    no room for a checkpoint or a record; what was written before is whole
 │   ├── PlacementRefused            the hardware cannot hold what one trial needs
 │   ├── RunError                    no such run, or a run in the wrong state for what was asked
+│   ├── CommandFailed               a command on a cluster's machine failed
 │   └── MissingExtra                an optional package is needed
 └── TrainingFailure                 a trial that cannot go on: it has a class, the sweep goes on without it
 """
@@ -124,6 +125,10 @@ class PlacementRefused(UserError):
 
 class RunError(UserError):
     """No such run, or it is not in a state for what was asked."""
+
+
+class CommandFailed(UserError):
+    """A command on a cluster's machine ended with another code than 0; the text is its last words."""
 
 
 class MissingExtra(UserError):

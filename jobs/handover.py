@@ -16,11 +16,13 @@ from jobs.run import Run, RunState
 DOCUMENT = "run.json"
 """Which of the texts says what the others are."""
 TEXTS = ("job.yaml", "resolved.json", "plan.json")
+_SUBMISSION = "submission.json"
 
 
-def pack(name: str, texts: dict[str, str]) -> dict[str, str]:
-    """The texts of a run by file: those that it begins with, and one with the job's name and lorafleet's version."""
-    own = {"schema_version": 1, "lorafleet": version("lorafleet"), "name": name}
+def pack(name: str, texts: dict[str, str], submission: int = 1) -> dict[str, str]:
+    """The texts of a run by file: those that it begins with, and one with the job's name, lorafleet's version, and how
+    often the run was submitted."""
+    own = {"schema_version": 1, "lorafleet": version("lorafleet"), "name": name, "submission": submission}
     return {DOCUMENT: json.dumps(own) + "\n"} | {file: texts[file] for file in TEXTS}
 
 
@@ -41,6 +43,9 @@ def unpack(folder: Path, document: Path) -> Run:
         )
     run = Run(folder)
     if (folder / "plan.json").is_file():
+        if told.get("submission", 1) > files.read_json(folder / _SUBMISSION).get("number", 1):
+            (folder / "stop").unlink(missing_ok=True)  # its user has resumed it since
+            files.write_json(folder / _SUBMISSION, {"number": told["submission"]})
         return run
     scratch = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     scratch.mkdir(parents=True)

@@ -18,11 +18,12 @@ from jobs.errors import JobFileError, Problem, UserError
 from jobs.kubernetes_site import KubernetesSite
 from jobs.load import line_of, read_text
 from jobs.messages import sentences
+from jobs.ray_cluster_site import RayClusterSite
 from jobs.slurm_site import SlurmSite
 from jobs.spec import Spec
 
-ClusterSite = SlurmSite | KubernetesSite
-_KINDS: dict[str, type[ClusterSite]] = {"slurm": SlurmSite, "kubernetes": KubernetesSite}
+ClusterSite = SlurmSite | KubernetesSite | RayClusterSite
+_KINDS: dict[str, type[ClusterSite]] = {"slurm": SlurmSite, "kubernetes": KubernetesSite, "ray": RayClusterSite}
 _MOST_EXTENDED = 5
 _ENDINGS = (".yaml", ".yml")
 
@@ -48,8 +49,7 @@ class LoadedSite:
         if fixed:
             raise UserError(f"--max-walltime-chain is {jobs}, but {fixed[0]} is fixed by {self.files[-1]}")
         if not isinstance(self.site, SlurmSite):
-            sentence = f"site {self.site.name} is no Slurm: deadlines.retries says how often a job begins again"
-            raise UserError(f"--max-walltime-chain is {jobs}, but {sentence}")
+            raise UserError(f"--max-walltime-chain is {jobs}, but site {self.site.name} is no Slurm")
         if self.site.launch == "array":
             raise UserError(f"--max-walltime-chain is {jobs}, but launch of site {self.site.name} is array")
         requeue = self.site.requeue.model_copy(update={"policy": "chain", "max_walltime_chain": jobs})

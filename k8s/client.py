@@ -22,7 +22,8 @@ from urllib3 import Retry
 from urllib3.exceptions import HTTPError
 from websocket import WebSocketException
 
-from k8s.errors import ClusterError, CommandFailed
+from jobs.errors import CommandFailed
+from k8s.errors import ClusterError
 
 Tree = dict[str, Any]
 RAYJOBS = {"group": "ray.io", "version": "v1", "plural": "rayjobs"}

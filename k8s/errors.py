@@ -22,7 +22,3 @@ class ClusterError(UserError):
     def forbidden(self) -> bool:
         """Whether a right is missing."""
         return self.status == 403
-
-
-class CommandFailed(UserError):
-    """A command in a pod ended with another code than 0."""

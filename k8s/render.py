@@ -18,6 +18,7 @@ from jobs import fields
 from jobs.errors import PlacementRefused
 from jobs.handover import DOCUMENT
 from jobs.kubernetes_site import WORKER_LABELS, KubernetesSite, Toleration
+from jobs.variables import OFFLINE
 from k8s import models
 from k8s.models import Metadata, Mount, Variable, Volume
 
@@ -454,7 +455,7 @@ def _environment(site: KubernetesSite, order: Order, *, head: bool) -> list[Vari
         "LF_NODES": str(order.nodes),
     }
     if not site.internet:
-        own |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "offline"}
+        own |= OFFLINE
     if site.autoscale:
         own["LF_AUTOSCALES"] = "1"
     if head:

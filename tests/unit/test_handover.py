@@ -40,6 +40,21 @@ def test_of_many_at_once_one_makes_it(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["x-a1b2c3"]
 
 
+def test_a_users_stop_holds_until_the_run_is_submitted_again(tmp_path: Path) -> None:
+    """Another attempt at the same submission is stopped as well; the next submission is not."""
+    first = mounted(tmp_path / "first")
+    run = unpack(tmp_path / "x-a1b2c3", first)
+    (run.path / "stop").write_text("asked for by a user\n")
+    unpack(run.path, first)
+    assert (run.path / "stop").exists()
+    second = mounted(tmp_path / "second", **pack("x", TEXTS, 2))
+    unpack(run.path, second)
+    assert not (run.path / "stop").exists()
+    (run.path / "stop").write_text("asked for by a user\n")
+    unpack(run.path, second)
+    assert (run.path / "stop").exists()
+
+
 def test_another_version_is_refused(tmp_path: Path) -> None:
     document = mounted(tmp_path / "etc", **{"run.json": json.dumps({"lorafleet": "9.9.9", "name": "x"})})
     with pytest.raises(RunError, match=r"submitted by lorafleet 9.9.9, and this is .*: the image must have"):

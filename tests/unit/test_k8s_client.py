@@ -22,12 +22,12 @@ from cluster.kubernetes_backend import KubernetesBackend
 from cluster.planning import make_plan
 from cluster.transfer import known
 from jobs import files
-from jobs.errors import ExitCode, LorafleetError, PlacementRefused, RunError, UserError
+from jobs.errors import CommandFailed, ExitCode, LorafleetError, PlacementRefused, RunError, UserError
 from jobs.kubernetes_site import KubernetesSite
 from jobs.plan import MANIFEST
 from jobs.run import Run, RunState, TrialState
 from k8s.client import Client
-from k8s.errors import ClusterError, CommandFailed
+from k8s.errors import ClusterError
 from k8s.lint import get
 from k8s.render import ATTEMPT_LABEL, HEAD, RUN_LABEL, run_folder
 from tests.conftest import ROOT, JobMaker, lorafleet
@@ -197,7 +197,7 @@ def test_unknown_fields_are_refused_by_the_server(
 
 
 def test_a_local_path_is_refused(server: ApiServer, submitted: Callable[..., Run], tmp_path: Path) -> None:
-    with pytest.raises(PlacementRefused, match=r"data.train_file is .*, which pods do not see: `lorafleet fetch"):
+    with pytest.raises(PlacementRefused, match=r"data.train_file is .*, which site bare does not see: `lora"):
         submitted(KubernetesBackend(storage_at(Path("/mnt/lorafleet"))))
     assert not server.requests
 
@@ -606,7 +606,7 @@ def test_a_file_that_changed_since_is_refused(
     backend = KubernetesBackend(away)
     backend.provide(loaded.job, lambda _: None)
     own.write_text(own.read_text() + '{"text": "a late row", "label": "good"}\n')
-    with pytest.raises(PlacementRefused, match=r"data.train_file is .*own.jsonl, which pods do not see"):
+    with pytest.raises(PlacementRefused, match=r"data.train_file is .*own.jsonl, which site bare does not see"):
         backend.submit(backend.plan(loaded, "train"), loaded, tmp_path / "runs")
 
 
@@ -624,7 +624,7 @@ def test_what_does_not_arrive_as_it_was_sent(
     with pytest.raises(CommandFailed, match="did not arrive as it was sent"):
         backend.provide(loaded.job, lambda _: None)
     assert not list((tmp_path / "mnt" / "cache" / "staged").glob("*/*.jsonl"))
-    assert staging.staged(backend._storage, loaded.job, "") == {}
+    assert staging.staged(backend.storage, loaded.job, "") == {}
 
 
 def test_a_transfer_pod_that_does_not_start(

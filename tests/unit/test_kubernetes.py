@@ -107,7 +107,7 @@ def test_a_manifest_on_the_command_line(bert_job: JobMaker, tmp_path: Path) -> N
     site = written(tmp_path, SITE)
     refused = lorafleet("plan", job, "--on", site, "--format", "yaml", cwd=tmp_path)
     assert (refused.returncode, refused.stdout) == (ExitCode.GATE_REFUSED, "")
-    assert f"data.train_file is {loaded.job.data.train_file}, which pods do not see" in refused.stderr
+    assert f"data.train_file is {loaded.job.data.train_file}, which site here does not see" in refused.stderr
     mounted = written(tmp_path, SITE.replace("claim: runs", "claim: runs, mount_path: /"
                                              + str(loaded.job.data.train_file).split("/")[1]))  # fmt: skip
     planned = lorafleet("plan", job, "--on", mounted, "--format", "yaml", cwd=tmp_path)

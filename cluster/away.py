@@ -1,0 +1,213 @@
+"""Places whose machines do not see this one's disks: what a job names is brought there, and what it writes back here.
+
+The folder of a run here is then a record: its plan, what the place said last, and copies of what the run wrote there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluster import staging
+from cluster.backend import Say, Seen
+from cluster.backends import SITE_FILE
+from cluster.fetch import fetch_asset, fetch_job
+from cluster.transfer import Cargo, Unpacker, Which, framed, known
+from jobs import files
+from jobs.assets import asset
+from jobs.errors import CommandFailed, ExitCode, LorafleetError
+from jobs.plan import Plan
+from jobs.run import Run, RunState, TrialState
+from jobs.spec import JobSpec
+from jobs.words import counted
+
+
+class Place(Protocol):
+    """Where commands can be run that see the storage."""
+
+    def run(self, command: list[str], take: Callable[[bytes], object], feed: Iterable[bytes] = ()) -> None:
+        """Run one: `feed` goes to its input, and `take` gets what it prints. Raises UserError where it fails."""
+
+
+def ask(place: Place, command: list[str], question: Any) -> Any:
+    """Run a command that reads one line of JSON and prints one. Raises UserError."""
+    said = bytearray()
+    place.run(command, said.extend, [json.dumps(question).encode() + b"\n"])
+    try:
+        return json.loads(said)
+    except ValueError as error:
+        raise CommandFailed(f"{' '.join(command)} printed no answer: {bytes(said[:200])!r}") from error
+
+
+def bring(place: Place, there: str, run: Run, which: Which = "none", *, whole: bool = False) -> int:
+    """Bring what of the record of the run in folder `there` is not here yet; returns how many files came.
+
+    Raises UserError, and LorafleetError where what comes is cut off: nothing has changed here then.
+    """
+    options = ["--weights", which, *(["--whole"] if whole else [])]
+    unpacker = Unpacker(run.path)
+    try:
+        question = json.dumps(known(run.path)).encode() + b"\n"
+        place.run(["lorafleet", "node", "send", there, *options], unpacker.take, [question])
+        return unpacker.finish()
+    finally:
+        unpacker.drop()
+
+
+def send(place: Place, cargo: Iterable[Cargo], say: Say) -> None:
+    """Lay files and folders on the storage, but those that are there already. Raises UserError."""
+    cargo = list(cargo)
+    asked = [{"target": one.target, "digest": one.digest, "file": one.source.is_file()} for one in cargo]
+    missing = set(ask(place, ["lorafleet", "node", "lacks"], asked))
+    for one in cargo:
+        if one.target not in missing:
+            say(f"{one.source} is there already, as {one.target}")
+            continue
+        say(f"{one.source} ({one.bytes / 1e6:,.1f} MB) goes to {one.target}")
+        kind = ["--file"] if one.source.is_file() else []
+        command = ["lorafleet", "node", "receive", one.target, one.digest, *kind]
+        place.run(command, lambda _: None, framed(one.source))
+
+
+class Away(ABC):
+    """What every such place does alike."""
+
+    called: str
+    """What sentences call its site."""
+    mount: str
+    """Where its machines see the storage."""
+    storage: str
+    """What tells the storage from those of other sites."""
+    internet: bool
+    """Whether its machines fetch from the hub themselves."""
+
+    @abstractmethod
+    def reached(self, say: Say) -> contextlib.AbstractContextManager[Place]:
+        """Something that sees the storage, for as long as it is wanted. Raises UserError when nothing does."""
+
+    def runs_dir(self, given: Path) -> Path:
+        """Where the records are, on this machine: the runs themselves lie on the site's storage."""
+        return given
+
+    @property
+    def cache(self) -> str:
+        """Where its machines see models and data."""
+        return f"{self.mount}/cache"
+
+    def moved(self, made: Plan) -> Plan:
+        """A plan that names what was brought to the storage by its path there."""
+        places = staging.staged(self.storage, made.job, self.cache)
+        return Plan.model_validate_json(json.dumps(staging.moved(made.model_dump(mode="json"), places)))
+
+    def unseen(self, job: JobSpec) -> list[str]:
+        """A sentence for everything that a job names by a path which the machines do not see."""
+        return [
+            f"{field} is {path}, which {self.called} does not see: `lorafleet fetch JOB.yaml --on SITE` brings it to "
+            "the storage as it is now"
+            for field, path in staging.named_paths(job)
+            if not self._there(path)
+        ]
+
+    def unbrought(self, job: JobSpec) -> list[str]:
+        """A sentence, where its machines have no internet, on what was never brought to them from here."""
+        missing = [] if self.internet else staging.not_brought(self.storage, job)
+        if not missing:
+            return []
+        return [
+            f"internet of {self.called} is false, and {', '.join(missing)} was not brought to its storage from here: "
+            "`lorafleet fetch JOB.yaml --on SITE` does so"
+        ]
+
+    def provide(self, job: JobSpec, say: Say) -> str:
+        """Bring what a job names to the storage: what lies on this machine by a path, and where its machines have no
+        internet also what it names of the hub and of the assets, which is fetched to this machine first."""
+        own = [staging.own_cargo(path) for _, path in staging.named_paths(job) if not self._there(path)]
+        if not self.internet:
+            fetch_job(job, say)
+            own += staging.fetched_cargo(job)
+        if own:
+            self._deliver(own, say)
+        left = "; what it names of the hub and of the assets is fetched there" if self.internet else ""
+        return f"{counted(len(own), 'part')} of it brought to the storage of {self.called}{left}"
+
+    def provide_asset(self, name: str, say: Say) -> str:
+        """Bring an asset to the storage; returns its folder there."""
+        cargo = staging.asset_cargo(fetch_asset(asset(name), say))
+        self._deliver([cargo], say)
+        return f"{self.cache}/{cargo.target}"
+
+    def _deliver(self, cargo: list[Cargo], say: Say) -> None:
+        with self.reached(say) as place:
+            send(place, cargo, say)
+        staging.remember(self.storage, cargo)
+
+    def _there(self, path: str) -> bool:
+        return path.startswith(f"{self.mount}/")
+
+
+# --- the record of a run
+
+
+def stored(run: Run) -> dict[str, Any]:
+    """What is kept beside a record: the site as it was, the submission, what was seen last."""
+    return files.read_json(run.path / SITE_FILE)
+
+
+def keep(run: Run, **facts: Any) -> None:
+    """Add to it."""
+    files.write_json(run.path / SITE_FILE, stored(run) | facts)
+
+
+def settled(run: Run, found: Seen) -> Seen:
+    """Note how a run ended, for the time when the place has forgotten it."""
+    keep(run, last={"state": str(found.state), "sentence": found.sentence})
+    return found
+
+
+def seen_last(run: Run) -> Seen | None:
+    """How it ended, if that was seen."""
+    last = stored(run).get("last")
+    return Seen(RunState(last["state"]), last["sentence"]) if last else None
+
+
+def unknown_there(run: Run, what: str) -> Seen:
+    """Of a run of which the place knows nothing: not yet, or not any more."""
+    facts, written, reason = stored(run), run.state, str(run.status().get("reason") or "")
+    if not facts.get("handed_over"):
+        return Seen(written, "it was not handed over: `lorafleet resume` does so")
+    last = seen_last(run)
+    if last:
+        return last
+    if facts.get("stopping") and written is not RunState.FINISHED:
+        return Seen(RunState.STOPPED, f"it was stopped: `lorafleet resume {run.id}` goes on")
+    if written in (RunState.FINISHED, RunState.FAILED, RunState.STOPPED):
+        return Seen(written, reason)
+    sentence = f"{what}; `lorafleet pull {run.id}` brings what is on the storage, `lorafleet resume` goes on"
+    return Seen(RunState.FAILED, sentence)
+
+
+def exit_code(run: Run, found: Seen, said: int | None) -> int:
+    """What a run that has ended means for the shell: the driver's own code (`said`) where it is known."""
+    failed = [trial.state is TrialState.FAILED for trial in run.trials()]
+    if found.state is RunState.FINISHED:
+        return ExitCode.SOME_TRIALS_FAILED if any(failed) else ExitCode.OK
+    if found.state is RunState.STOPPED:
+        return ExitCode.INTERRUPTED
+    if said in frozenset(ExitCode) - {ExitCode.OK}:
+        return int(said)
+    return ExitCode.SOME_TRIALS_FAILED if failed and all(failed) else ExitCode.OUR_FAULT
+
+
+@contextlib.contextmanager
+def or_said_to_be_missing(run: Run) -> Iterator[None]:
+    """What keeps a record from coming is written down, and told with the run's end."""
+    try:
+        yield
+    except LorafleetError as error:
+        keep(run, missing=f"its record is not here ({error}): `lorafleet pull {run.id}` brings it")
+    else:
+        keep(run, missing=None)

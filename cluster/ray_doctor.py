@@ -1,0 +1,53 @@
+"""What a Ray cluster has of all that a job on it needs: asked of its job server, and of a short job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from cluster.away import ask
+from cluster.doctor import Finding
+from jobs.errors import UserError
+from jobs.words import counted
+
+if TYPE_CHECKING:
+    from cluster.ray_backend import RayBackend
+
+
+def findings(backend: RayBackend) -> list[Finding]:
+    """Look at everything. Raises RayUnreachable where no job server answers."""
+    nodes = backend.jobs.nodes()
+    found = [Finding("job server", "ok", backend.site.address)]
+    cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
+    found.append(Finding("machines", "ok", f"{len(nodes)}, with {counted(cpus, 'core')} and {counted(gpus, 'GPU')}"))
+    return [*found, *_a_job(backend)]
+
+
+def _a_job(backend: RayBackend) -> Iterator[Finding]:
+    """A command runs there, sees the storage, and is of the version that is here."""
+    try:
+        with backend.reached(lambda _: None) as place:
+            told = ask(place, ["lorafleet", "node", "greet"], {"mount": backend.mount})
+    except UserError as error:
+        yield Finding("lorafleet on the cluster", "missing", str(error), "install this version in its environment")
+        return
+    yield from same_versions(told, "on the cluster")
+    yield storage(told, "on the cluster", f"every machine must see {backend.mount}, and its user write there")
+
+
+def same_versions(told: dict[str, str], where: str) -> Iterator[Finding]:
+    """Whether lorafleet and Ray are the same there as here."""
+    for what, name in (("lorafleet", "lorafleet"), ("Ray", "ray")):
+        here = version(name)
+        if told[name] == here:
+            yield Finding(f"{what} {where}", "ok", here)
+        else:
+            yield Finding(f"{what} {where}", "missing", told[name], f"here is {here}: they must be the same")
+
+
+def storage(told: dict[str, str], where: str, advice: str) -> Finding:
+    """Whether the storage can be written there."""
+    if told["wrong"]:
+        return Finding(f"storage {where}", "missing", told["wrong"], advice)
+    return Finding(f"storage {where}", "ok", f"can be written, {float(told['free_gb']):.0f} GB free")

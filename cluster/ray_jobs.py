@@ -1,0 +1,185 @@
+"""Ray's job server, through Ray's own client: jobs by their submission id, and commands run as jobs."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import re
+import secrets
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.ray_site import node_of_state
+from jobs.errors import CommandFailed, PlacementRefused, UserError
+from jobs.site import Node
+
+_MOST_BYTES = 500_000_000
+"""Ray takes packages of half a GiB."""
+_COMMAND_SECONDS = 1800.0
+RELAYED = "lorafleet-relay"
+
+
+class RayUnreachable(UserError):
+    """No job server answers, or it answers with an error."""
+
+
+@dataclass(frozen=True)
+class JobInfo:
+    """What Ray says of a job."""
+
+    status: str
+    """PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+    message: str
+    code: int | None
+    """What its command ended with."""
+    metadata: dict[str, str]
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more happens to it."""
+        return self.status in ("STOPPED", "SUCCEEDED", "FAILED")
+
+
+class RayJobs:
+    """The jobs of one Ray cluster."""
+
+    def __init__(self, address: str) -> None:
+        """Raises RayUnreachable when no job server answers."""
+        self.address = address
+        from ray.job_submission import JobSubmissionClient
+
+        with self._said():
+            self.client = JobSubmissionClient(address)
+
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        """Every way in which a request fails, as a sentence."""
+        try:
+            yield
+        except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+            words = " ".join(str(error).split())[:300]
+            raise RayUnreachable(f"the Ray at {self.address} does not take that: {words}") from error
+
+    def version(self) -> str:
+        """Ray's."""
+        with self._said():
+            return str(self.client.get_version())
+
+    def nodes(self) -> tuple[Node, ...]:
+        """The machines that live. Raises RayUnreachable."""
+        from ray.util.state import list_nodes
+        from ray.util.state.exception import RayStateApiException
+
+        with self._said():
+            try:
+                rows = list_nodes(self.address, filters=[("state", "=", "ALIVE")], limit=1000, detail=True)
+            except RayStateApiException as error:
+                raise RuntimeError(str(error)) from error
+        return tuple(sorted((node_of_state(row) for row in rows), key=lambda node: node.name))
+
+    def submit(self, name: str, entrypoint: str, folder: Path | None, metadata: dict[str, str]) -> None:
+        """Hand a job over; the folder is where its command runs. Raises RayUnreachable."""
+        env = {"working_dir": str(folder)} if folder else {}
+        with self._said():
+            self.client.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=env, metadata=metadata)
+
+    def info(self, name: str) -> JobInfo | None:
+        """What is known of a job, or None. Raises RayUnreachable."""
+        with self._said():
+            try:
+                found = self.client.get_job_info(name)
+            except RuntimeError as error:
+                if "404" in str(error) or "does not exist" in str(error):
+                    return None
+                raise
+        status = str(getattr(found.status, "value", found.status))
+        code = found.driver_exit_code
+        return JobInfo(status, str(found.message or ""), code, dict(found.metadata or {}))
+
+    def stop(self, name: str) -> None:
+        """End a job: Ray gives it a few seconds. Raises RayUnreachable."""
+        with self._said():
+            self.client.stop_job(name)
+
+    def words(self, name: str) -> str:
+        """All that a job has said. Raises RayUnreachable."""
+        with self._said():
+            return str(self.client.get_job_logs(name))
+
+    def forget(self, name: str) -> None:
+        """Have Ray forget a job that has ended."""
+        with contextlib.suppress(RuntimeError, OSError):
+            self.client.delete_job(name)
+
+
+@dataclass(frozen=True)
+class AsJobs:
+    """Commands that see the storage, each run as a short job on the cluster's head."""
+
+    jobs: RayJobs
+    environment: dict[str, str]
+
+    def run(self, command: list[str], take: Callable[[bytes], object], feed: Iterable[bytes] = ()) -> None:
+        """Run one: its input goes along as a file, and what it prints comes back in the job's log, as text.
+
+        Raises CommandFailed and RayUnreachable.
+        """
+        name = f"lorafleet-relay-{secrets.token_hex(4)}"
+        told = [f"{key}={value}" for key, value in self.environment.items()]
+        line = ["env", *told, "lorafleet", "node", "relay", "input", "--", *command[2:]]
+        with tempfile.TemporaryDirectory(prefix="lorafleet-") as folder:
+            size = 0
+            with (Path(folder) / "input").open("wb") as file:
+                for block in feed:
+                    size += file.write(block)
+            if size > _MOST_BYTES:
+                raise PlacementRefused(
+                    f"{size / 1e6:,.0f} MB are too much for Ray's job server, which takes {_MOST_BYTES / 1e6:,.0f}: "
+                    "lay it into the storage by hand, and name it by its path there"
+                )
+            self.jobs.submit(name, shlex.join(line), Path(folder), {"lorafleet": "relay"})
+        info = self._ended(name)
+        said = self.jobs.words(name)
+        self.jobs.forget(name)
+        found = re.search(rf"^{RELAYED} (\{{.*\}})$", said, re.MULTILINE)
+        if found is None:
+            words = " ".join((info.message or said).split())[-300:]
+            raise CommandFailed(f"{' '.join(command[:3])} did not run on the cluster: {words}")
+        told_back = json.loads(found[1])
+        if told_back["code"]:
+            raise CommandFailed(told_back["error"] or f"{' '.join(command[:3])} ended with code {told_back['code']}")
+        for line_of in said[found.end() :].split():
+            take(base64.b64decode(line_of))
+
+    def _ended(self, name: str) -> JobInfo:
+        ends = time.monotonic() + _COMMAND_SECONDS
+        while time.monotonic() < ends:
+            info = self.jobs.info(name)
+            if info is not None and info.ended:
+                return info
+            time.sleep(0.3)
+        self.jobs.stop(name)
+        raise CommandFailed(f"job {name} did not end within {_COMMAND_SECONDS / 60:.0f} minutes")
+
+
+def relay(source: Path, command: list[str]) -> None:
+    """At the other end: run one of our own `node` commands on a file's bytes, and print what it says as text."""
+    import subprocess
+    import sys
+
+    script = Path(sys.executable).with_name("lorafleet")
+    with source.open("rb") as file:
+        done = subprocess.run([str(script), "node", *command], stdin=file, capture_output=True, check=False)
+    told: dict[str, Any] = {"code": done.returncode, "error": done.stderr.decode(errors="replace").strip()[-2000:]}
+    out = sys.stdout
+    out.write(f"{RELAYED} {json.dumps(told)}\n")
+    if not done.returncode:
+        for start in range(0, len(done.stdout), 57_000):
+            out.write(base64.b64encode(done.stdout[start : start + 57_000]).decode() + "\n")
+    out.flush()

@@ -73,6 +73,7 @@ def plan(
     if made.files:
         machines = counted(made.nodes, "worker pod" if MANIFEST in made.files else "node")
         console().print(f"job             {machines} of site {made.site}", markup=False)
+    if made.command_line:
         console().print(f"submitted by    {made.command_line}", markup=False, soft_wrap=True)
     for name, text in made.files.items():
         typer.echo(f"\n----- {name}\n{text.rstrip()}")

@@ -30,10 +30,6 @@ class RayClusterSite(Spec):
     """Whether its machines may fetch from the hub and talk to W&B; false: what was brought, and W&B offline."""
     environment: dict[str, str] = {}
     """Variables for the driver. Names that may hold a secret are refused: Ray shows them on its dashboard."""
-    save_seconds: int = Field(120, ge=10, le=3600)
-    """Seconds that `lorafleet stop` gives the trials to save."""
-    nodes: None = None
-    """Not set here: the cluster has what it has."""
 
     @field_validator("environment")
     @classmethod

@@ -40,8 +40,9 @@ class LoadedSite:
 
     def check_nodes(self, nodes: int | None) -> None:
         """Raise UserError when `--nodes` says otherwise than a number of nodes that an administrator has fixed."""
-        if nodes is not None and "nodes" in self.locked and nodes != self.site.nodes:
-            raise UserError(f"--nodes is {nodes}, but nodes is fixed at {self.site.nodes} by {self.files[-1]}")
+        fixed = getattr(self.site, "nodes", None)
+        if nodes is not None and "nodes" in self.locked and nodes != fixed:
+            raise UserError(f"--nodes is {nodes}, but nodes is fixed at {fixed} by {self.files[-1]}")
 
     def chained(self, jobs: int) -> LoadedSite:
         """The site with a chain of so many jobs in the place of what it does at a job's end. Raises UserError."""

@@ -20,6 +20,7 @@ def main() -> int:
         "methods.md": _methods(),
         "site-file.md": _site_file(),
         "kubernetes-site-file.md": _kubernetes_site_file(),
+        "ray-site-file.md": _ray_site_file(),
     }
     stale = 0
     for name, lines in pages.items():
@@ -96,6 +97,17 @@ def _kubernetes_site_file() -> list[str]:
     queues = [line for model in kinds for line in _block(model, f"scheduler: {model.__name__.lower()}")]
     parts = [*_block(SecretRef, "secrets.NAME"), *_block(Toleration, "tolerations[]")]
     return [*head, *_block(KubernetesSite, ""), *queues, *parts]
+
+
+def _ray_site_file() -> list[str]:
+    from jobs.ray_cluster_site import RayClusterSite
+
+    head = [
+        "# The site file of a Ray cluster",
+        "",
+        "Written by `python scripts/make_docs.py` from the schema; [ray.md](ray.md) says how it is used.",
+    ]
+    return [*head, *_block(RayClusterSite, "")]
 
 
 def _blocks() -> list[str]:

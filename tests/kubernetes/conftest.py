@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 
+from cluster.kubernetes_backend import KubernetesBackend
+from jobs.kubernetes_site import KubernetesSite
 from jobs.load import LoadedJob
 from jobs.run import Run
-from tests.conftest import ROOT
+from tests.conftest import JobMaker
 from tests.kubernetes.api_server import ApiServer
 from tests.kubernetes.operator import Operator, missing
-from tests.kubernetes.pods import BIN
+from tests.kubernetes.over_http import CRD, storage_at
+from tests.kubernetes.pods import BIN, Kubelet
 
 PLANTED = "planted-secret-4712"
 SITE = """
@@ -111,9 +114,7 @@ def user(tmp_path: Path) -> Iterator[User]:
     why = missing()
     if why:
         pytest.skip(why)
-    beside = ROOT.parent / "shared" / "kuberay" / "rayjobs-v1.7.0.json"
-    definition = Path(os.environ.get("LORAFLEET_RAYJOB_CRD") or beside)
-    server = ApiServer(definition if definition.is_file() else None)
+    server = ApiServer(CRD if CRD.is_file() else None)
     folder = Path(tempfile.mkdtemp(prefix="pods-", dir="/tmp"))
     operator = Operator(server, folder, tmp_path / "storage", secrets={"planted": {"it": PLANTED}})
     server.put_down({"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "shared"},
@@ -128,3 +129,43 @@ def user(tmp_path: Path) -> Iterator[User]:
         operator.down()
         server.close()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
+    """A cluster with an empty namespace, which the kubeconfig names."""
+    made = ApiServer(CRD if CRD.is_file() else None)
+    monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig(tmp_path / "kubeconfig")))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def kubelet(server: ApiServer) -> Iterator[Kubelet]:
+    made = Kubelet(server)
+    yield made
+    made.end.set()
+
+
+@pytest.fixture
+def site(tmp_path: Path, opinion_files: dict[str, Path]) -> KubernetesSite:
+    """Its storage is seen by pods where this machine has it, with the data of the jobs in it."""
+    return storage_at(opinion_files["train"].parent.parent)
+
+
+@pytest.fixture
+def submitted(site: KubernetesSite, bert_job: JobMaker, tmp_path: Path, server: ApiServer) -> Callable[..., Run]:
+    def submit(backend: KubernetesBackend | None = None, **overrides: object) -> Run:
+        backend = backend or KubernetesBackend(site)
+        loaded = bert_job(**overrides)
+        return backend.submit(backend.plan(loaded, "train"), loaded, tmp_path / "runs")
+
+    return submit
+
+
+@pytest.fixture
+def away(tmp_path: Path) -> KubernetesSite:
+    """A site whose storage has nothing of this machine."""
+    (tmp_path / "mnt").mkdir()
+    return storage_at(tmp_path / "mnt")

@@ -9,7 +9,7 @@ import subprocess
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,61 +29,12 @@ from jobs.run import Run, RunState, TrialState
 from k8s.client import Client
 from k8s.errors import ClusterError
 from k8s.lint import get
-from k8s.render import ATTEMPT_LABEL, HEAD, RUN_LABEL, run_folder
-from tests.conftest import ROOT, JobMaker, lorafleet
+from k8s.render import ATTEMPT_LABEL, RUN_LABEL, run_folder
+from tests.conftest import JobMaker, lorafleet
 from tests.kubernetes.api_server import ApiServer, Fault
+from tests.kubernetes.over_http import CRD, FINISHED, head, name_of, storage_at, stored
 from tests.kubernetes.pods import Kubelet, became, secrets_asked
 from tests.unit.test_k8s_render import bare
-
-CRD = Path(os.environ.get("LORAFLEET_RAYJOB_CRD") or ROOT.parent / "shared" / "kuberay" / "rayjobs-v1.7.0.json")
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
-    """A cluster with an empty namespace, which the kubeconfig names."""
-    made = ApiServer(CRD if CRD.is_file() else None)
-    monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig(tmp_path / "kubeconfig")))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def kubelet(server: ApiServer) -> Iterator[Kubelet]:
-    made = Kubelet(server)
-    yield made
-    made.end.set()
-
-
-@pytest.fixture
-def site(tmp_path: Path, opinion_files: dict[str, Path]) -> KubernetesSite:
-    """Its storage is seen by pods where this machine has it, with the data of the jobs in it."""
-    return storage_at(opinion_files["train"].parent.parent)
-
-
-def storage_at(folder: Path, **more: Any) -> KubernetesSite:
-    return bare(storage={"claim": "runs", "mount_path": str(folder)}, internet=True, **more)
-
-
-@pytest.fixture
-def submitted(site: KubernetesSite, bert_job: JobMaker, tmp_path: Path, server: ApiServer) -> Callable[..., Run]:
-    def submit(backend: KubernetesBackend | None = None, **overrides: object) -> Run:
-        backend = backend or KubernetesBackend(site)
-        loaded = bert_job(**overrides)
-        return backend.submit(backend.plan(loaded, "train"), loaded, tmp_path / "runs")
-
-    return submit
-
-
-def name_of(run: Run) -> str:
-    backend = backend_of(run)
-    assert isinstance(backend, KubernetesBackend)
-    return backend.name_of(run)
-
-
-def stored(run: Run) -> dict[str, Any]:
-    return files.read_json(run.path / SITE_FILE)
-
 
 # --- handing over
 
@@ -205,9 +156,6 @@ def test_a_local_path_is_refused(server: ApiServer, submitted: Callable[..., Run
 # --- following
 
 
-FINISHED = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
-
-
 @pytest.mark.parametrize(
     ("status", "state", "said", "code"),
     [
@@ -255,17 +203,16 @@ def code_of(watch: Any) -> int:
     return codes[0]
 
 
-def moves(server: ApiServer, run: Run, watch: Any, **status: str) -> str:
-    """Set a status; returns what the watch says next that is new."""
-    before = watch.seen.sentence
+def comes(server: ApiServer, run: Run, watch: Any, words: str, **status: str) -> str:
+    """Set a status; returns what the watch says once these words are in it."""
     server.set_status("RayJob", name_of(run), **status)
 
-    def news() -> str:
+    def said() -> str:
         assert watch.poll() is None
         sentence: str = watch.seen.sentence
-        return sentence if sentence != before else ""
+        return sentence if words in sentence else ""
 
-    return str(became(news))
+    return str(became(said))
 
 
 def test_a_watch_sees_every_turn_through_all_faults(
@@ -275,18 +222,17 @@ def test_a_watch_sees_every_turn_through_all_faults(
     name = name_of(run)
     watch = backend_of(run).watch(run)
     became(lambda: watch.poll() is None and "operator has not seen it" in watch.seen.sentence)
-    assert "waits for its pods" in moves(server, run, watch, jobDeploymentStatus="Initializing", jobStatus="")
+    comes(server, run, watch, "waits for its pods", jobDeploymentStatus="Initializing", jobStatus="")
     server.faults.append(Fault("WATCH", ""))  # the next event is the last of its connection
-    assert "starts the driver" in moves(server, run, watch, jobDeploymentStatus="Running", jobStatus="PENDING")
+    comes(server, run, watch, "starts the driver", jobDeploymentStatus="Running", jobStatus="PENDING")
     assert watch.seen.state is RunState.PENDING
-    assert moves(server, run, watch, jobStatus="RUNNING") == f"RayJob {name} runs"
+    comes(server, run, watch, f"RayJob {name} runs", jobStatus="RUNNING")
     server.faults += [Fault("WATCH", ""), Fault("GET", "rayjobs.*watch", 500)]
-    moves(server, run, watch, jobDeploymentStatus="Retrying", jobStatus="FAILED", reason="AppFailed")
-    assert "begins again on a new cluster: its driver failed" in watch.seen.sentence
-    assert watch.poll() is None
+    again = "begins again on a new cluster: its driver failed"
+    comes(server, run, watch, again, jobDeploymentStatus="Retrying", jobStatus="FAILED", reason="AppFailed")
     server.forget()  # the version that a watch begins from is too old: 410
     server.faults.append(Fault("WATCH", ""))
-    assert "runs" in moves(server, run, watch, jobDeploymentStatus="Running", jobStatus="RUNNING", reason="")
+    comes(server, run, watch, "runs", jobDeploymentStatus="Running", jobStatus="RUNNING", reason="")
     server.set_status("RayJob", name, **FINISHED)
     assert code_of(watch) == ExitCode.OK
 
@@ -321,12 +267,12 @@ def test_a_queue_that_takes_the_job_back(
     """Kueue suspends it: queued again, by no retry of its own."""
     run = submitted(KubernetesBackend(site.model_copy(update={"scheduler": _kueue()})))
     watch = backend_of(run).watch(run)
-    assert "is queued: nothing of it runs" in moves(server, run, watch, jobDeploymentStatus="Suspended", jobStatus="")
+    comes(server, run, watch, "is queued: nothing of it runs", jobDeploymentStatus="Suspended", jobStatus="")
     server.event(f"rayjob-{name_of(run)}-1a2b3", "Pending", "couldn't assign flavors to pod set workers: insufficient "
                  "unused quota for nvidia.com/gpu in flavor a100, 8 more needed", kind="Workload")  # fmt: skip
     assert "its queue has no room: couldn't assign flavors" in backend_of(run).look(run).sentence
-    assert "runs" in moves(server, run, watch, jobDeploymentStatus="Running", jobStatus="RUNNING")
-    assert "was preempted, and is queued again" in moves(server, run, watch, jobDeploymentStatus="Suspending")
+    comes(server, run, watch, "runs", jobDeploymentStatus="Running", jobStatus="RUNNING")
+    comes(server, run, watch, "was preempted, and is queued again", jobDeploymentStatus="Suspending")
 
 
 def _kueue() -> Any:
@@ -431,11 +377,6 @@ def on_storage(site: KubernetesSite, submitted: Callable[..., Run]) -> tuple[Run
     shutil.rmtree(there.path)
 
 
-def head(kubelet: Kubelet, run: Run, submission: str = "1") -> None:
-    labels = {RUN_LABEL: run.id, ATTEMPT_LABEL: submission, "ray.io/node-type": "head"}
-    kubelet.pod(f"{run.id}-head", labels, {"containers": [{"name": HEAD}]})
-
-
 def names(run: Run) -> set[str]:
     return {name for name in known(run.path) if not name.startswith(".")}
 
@@ -513,23 +454,6 @@ def test_a_pod_cannot_write_outside_the_record(tmp_path: Path) -> None:
     assert list(inside.iterdir()) == []
 
 
-def test_without_the_right_to_exec_its_pods_log_is_shown(
-    server: ApiServer, kubelet: Kubelet, submitted: Callable[..., Run], tmp_path: Path
-) -> None:
-    run = submitted()
-    head(kubelet, run)
-    labels = {RUN_LABEL: run.id, ATTEMPT_LABEL: "1", "job-name": name_of(run)}
-    kubelet.pod("submitter", labels, {"containers": [{"name": "ray-job-submitter"}]})
-    server.pods_log = lambda pod: f"{pod['metadata']['name']} speaks\n"
-    server.forbidden.append(("get", "/exec$"))
-    done = lorafleet("logs", run.path, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, "submitter speaks\n"), done.stderr
-    told = lorafleet("pull", run.path, cwd=tmp_path)
-    assert told.returncode == ExitCode.USER_INPUT
-    assert "nothing can be run in pod" in told.stderr
-    assert '(docs/kubernetes.md, "Rights", says which it needs)' in told.stderr
-
-
 def test_a_run_that_ended_brings_its_record(
     server: ApiServer, kubelet: Kubelet, on_storage: tuple[Run, Run], tmp_path: Path
 ) -> None:
@@ -556,13 +480,6 @@ def test_a_record_that_cannot_come_is_said(server: ApiServer, on_storage: tuple[
 
 
 # --- models and data
-
-
-@pytest.fixture
-def away(tmp_path: Path) -> KubernetesSite:
-    """A site whose storage has nothing of this machine."""
-    (tmp_path / "mnt").mkdir()
-    return storage_at(tmp_path / "mnt")
 
 
 def test_fetch_brings_a_jobs_files_to_the_storage(
@@ -681,98 +598,3 @@ def test_a_cluster_without_kuberay(site: KubernetesSite, bert_job: JobMaker, tmp
         "schema: the cluster has no RayJob: KubeRay is not installed there"
     ]
     made.close()
-
-
-def test_doctor_on_a_namespace(server: ApiServer, kubelet: Kubelet, away: KubernetesSite, tmp_path: Path) -> None:
-    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "runs"},
-             "spec": {"accessModes": ["ReadWriteMany"]}}  # fmt: skip
-    file = tmp_path / "there.yaml"
-    file.write_text(yaml.safe_dump({"kind": "kubernetes", **away.model_dump(mode="json", exclude_defaults=True)}))
-    missing = lorafleet("doctor", "--on", file, "--format", "json", cwd=tmp_path)
-    assert missing.returncode == ExitCode.GATE_REFUSED
-    server.put_down(claim)
-    done = lorafleet("doctor", "--on", file, "--format", "json", cwd=tmp_path)
-    found = {row["what"]: row for row in json.loads(done.stdout)["findings"]}
-    verdicts = {what: row["verdict"] for what, row in found.items()}
-    assert set(verdicts.values()) - {"ok"} == (set() if CRD.is_file() else {"missing"}), found
-    if CRD.is_file():
-        assert done.returncode == 0
-        assert "can be written" in found["storage in a pod"]["found"]
-    server.forbidden += [("delete", "/rayjobs$"), ("create", "/pods/exec$")]
-    told = lorafleet("doctor", "--on", file, "--format", "json", cwd=tmp_path)
-    rows = {row["what"]: row for row in json.loads(told.stdout)["findings"]}
-    assert rows["right to rayjobs"]["found"] == "you may not delete them: to submit, follow and end a run"
-    assert rows["right to pods/exec"]["verdict"] == "missing"
-    assert not secrets_asked(server)
-    assert not list((tmp_path / "runs").iterdir())
-
-
-# --- the command line, and other clients
-
-
-def test_a_run_on_the_command_line(server: ApiServer, kubelet: Kubelet, site: KubernetesSite, bert_job: JobMaker,
-                                   tmp_path: Path) -> None:  # fmt: skip
-    file, job = tmp_path / "there.yaml", tmp_path / "job.yaml"
-    file.write_text(yaml.safe_dump({"kind": "kubernetes", **site.model_dump(mode="json", exclude_defaults=True)}))
-    job.write_text(bert_job().text)
-    name = lorafleet("train", job, "--on", file, "--detach", cwd=tmp_path, check=True).stdout.strip()
-    rayjob = f"{name}-1"
-    told = json.loads(lorafleet("status", name, "--format", "json", cwd=tmp_path, check=True).stdout)
-    assert told["state"] == "pending"
-    assert told["place"] == f"RayJob {rayjob} was created; the operator has not seen it yet"
-    server.set_status("RayJob", rayjob, jobDeploymentStatus="Running", jobStatus="RUNNING")
-    assert f"running: RayJob {rayjob} runs" in lorafleet("status", name, cwd=tmp_path).stdout
-    assert "saves its trials and ends" in lorafleet("stop", name, cwd=tmp_path).stdout
-    assert f"it was stopped: `lorafleet resume {name}` goes on" in lorafleet("status", name, cwd=tmp_path).stdout
-    assert lorafleet("resume", name, "--detach", cwd=tmp_path).stdout.strip() == name
-    assert server.get("RayJob", f"{name}-2") is not None
-    assert not secrets_asked(server)
-
-
-def test_ctrl_c_only_detaches(server: ApiServer, site: KubernetesSite, bert_job: JobMaker, tmp_path: Path) -> None:
-    import signal
-
-    from tests.kubernetes.pods import BIN
-
-    file, job = tmp_path / "there.yaml", tmp_path / "job.yaml"
-    file.write_text(yaml.safe_dump({"kind": "kubernetes", **site.model_dump(mode="json", exclude_defaults=True)}))
-    job.write_text(bert_job().text)
-    process = subprocess.Popen([str(BIN / "lorafleet"), "train", str(job), "--on", str(file)], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-    assert process.stdout is not None
-    lines = iter(process.stdout.readline, "")
-    assert any("operator has not seen it" in line for line in lines)
-    process.send_signal(signal.SIGINT)
-    said = process.stdout.read()
-    assert process.wait(20) == ExitCode.INTERRUPTED
-    assert "goes on: `lorafleet logs -f tiny-" in said
-    (left,) = server.all("RayJob")
-    assert "deletionTimestamp" not in left["metadata"]
-
-
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
-def test_kubectl_takes_the_double_for_a_cluster(
-    server: ApiServer, site: KubernetesSite, bert_job: JobMaker, tmp_path: Path
-) -> None:
-    """A client that nobody here wrote: the manifest as a user applies it, looked at, and waited for."""
-    backend = KubernetesBackend(site)
-    plan = backend.plan(bert_job(), "train")
-    manifest = tmp_path / MANIFEST
-    manifest.write_text(plan.files[MANIFEST])
-    *_, job = yaml.safe_load_all(plan.files[MANIFEST])
-    name = job["metadata"]["name"]
-    env = os.environ | {"HOME": str(tmp_path)}
-
-    def kubectl(*words: str) -> str:
-        done = subprocess.run(["kubectl", *words], env=env, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    words = plan.command_line.split()
-    assert words[:3] == ["kubectl", "apply", "--server-side"]
-    assert "serverside-applied" in kubectl(*words[1:-1], str(manifest))
-    assert name in kubectl("get", "rayjob", "--selector", RUN_LABEL)
-    server.set_status("RayJob", name, **FINISHED)
-    kubectl("wait", f"rayjob/{name}", "--for=jsonpath={.status.jobStatus}=SUCCEEDED", "--timeout=20s")
-    kubectl("delete", "rayjob", name)
-    assert server.all("RayJob") == []

@@ -1,0 +1,39 @@
+"""Of tests that talk to the API server of ours: names, and runs that were submitted to it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from cluster.backends import SITE_FILE, backend_of
+from cluster.kubernetes_backend import KubernetesBackend
+from jobs import files
+from jobs.kubernetes_site import KubernetesSite
+from jobs.run import Run
+from k8s.render import ATTEMPT_LABEL, HEAD, RUN_LABEL
+from tests.conftest import ROOT
+from tests.kubernetes.pods import Kubelet
+from tests.unit.test_k8s_render import bare
+
+CRD = Path(os.environ.get("LORAFLEET_RAYJOB_CRD") or ROOT.parent / "shared" / "kuberay" / "rayjobs-v1.7.0.json")
+FINISHED = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
+
+
+def storage_at(folder: Path, **more: Any) -> KubernetesSite:
+    return bare(storage={"claim": "runs", "mount_path": str(folder)}, internet=True, **more)
+
+
+def name_of(run: Run) -> str:
+    backend = backend_of(run)
+    assert isinstance(backend, KubernetesBackend)
+    return backend.name_of(run)
+
+
+def stored(run: Run) -> dict[str, Any]:
+    return files.read_json(run.path / SITE_FILE)
+
+
+def head(kubelet: Kubelet, run: Run, submission: str = "1") -> None:
+    labels = {RUN_LABEL: run.id, ATTEMPT_LABEL: submission, "ray.io/node-type": "head"}
+    kubelet.pod(f"{run.id}-head", labels, {"containers": [{"name": HEAD}]})

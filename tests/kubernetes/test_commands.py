@@ -1,0 +1,130 @@
+"""Kubernetes on the command line, over HTTP: real processes, and `kubectl` beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.kubernetes_backend import KubernetesBackend
+from jobs.errors import ExitCode
+from jobs.kubernetes_site import KubernetesSite
+from jobs.plan import MANIFEST
+from jobs.run import Run
+from k8s.render import ATTEMPT_LABEL, RUN_LABEL
+from tests.conftest import JobMaker, lorafleet
+from tests.kubernetes.api_server import ApiServer
+from tests.kubernetes.over_http import CRD, FINISHED, head, name_of
+from tests.kubernetes.pods import BIN, Kubelet, secrets_asked
+
+
+def test_without_the_right_to_exec_its_pods_log_is_shown(
+    server: ApiServer, kubelet: Kubelet, submitted: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = submitted()
+    head(kubelet, run)
+    labels = {RUN_LABEL: run.id, ATTEMPT_LABEL: "1", "job-name": name_of(run)}
+    kubelet.pod("submitter", labels, {"containers": [{"name": "ray-job-submitter"}]})
+    server.pods_log = lambda pod: f"{pod['metadata']['name']} speaks\n"
+    server.forbidden.append(("get", "/exec$"))
+    done = lorafleet("logs", run.path, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "submitter speaks\n"), done.stderr
+    told = lorafleet("pull", run.path, cwd=tmp_path)
+    assert told.returncode == ExitCode.USER_INPUT
+    assert "nothing can be run in pod" in told.stderr
+    assert '(docs/kubernetes.md, "Rights", says which it needs)' in told.stderr
+
+
+def test_doctor_on_a_namespace(server: ApiServer, kubelet: Kubelet, away: KubernetesSite, tmp_path: Path) -> None:
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "runs"},
+             "spec": {"accessModes": ["ReadWriteMany"]}}  # fmt: skip
+    file = tmp_path / "there.yaml"
+    file.write_text(yaml.safe_dump({"kind": "kubernetes", **away.model_dump(mode="json", exclude_defaults=True)}))
+    missing = lorafleet("doctor", "--on", file, "--format", "json", cwd=tmp_path)
+    assert missing.returncode == ExitCode.GATE_REFUSED
+    server.put_down(claim)
+    done = lorafleet("doctor", "--on", file, "--format", "json", cwd=tmp_path)
+    found = {row["what"]: row for row in json.loads(done.stdout)["findings"]}
+    verdicts = {what: row["verdict"] for what, row in found.items()}
+    assert set(verdicts.values()) - {"ok"} == (set() if CRD.is_file() else {"missing"}), found
+    if CRD.is_file():
+        assert done.returncode == 0
+        assert "can be written" in found["storage in a pod"]["found"]
+    server.forbidden += [("delete", "/rayjobs$"), ("create", "/pods/exec$")]
+    told = lorafleet("doctor", "--on", file, "--format", "json", cwd=tmp_path)
+    rows = {row["what"]: row for row in json.loads(told.stdout)["findings"]}
+    assert rows["right to rayjobs"]["found"] == "you may not delete them: to submit, follow and end a run"
+    assert rows["right to pods/exec"]["verdict"] == "missing"
+    assert not secrets_asked(server)
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_run_on_the_command_line(server: ApiServer, kubelet: Kubelet, site: KubernetesSite, bert_job: JobMaker,
+                                   tmp_path: Path) -> None:  # fmt: skip
+    file, job = tmp_path / "there.yaml", tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({"kind": "kubernetes", **site.model_dump(mode="json", exclude_defaults=True)}))
+    job.write_text(bert_job().text)
+    name = lorafleet("train", job, "--on", file, "--detach", cwd=tmp_path, check=True).stdout.strip()
+    rayjob = f"{name}-1"
+    told = json.loads(lorafleet("status", name, "--format", "json", cwd=tmp_path, check=True).stdout)
+    assert told["state"] == "pending"
+    assert told["place"] == f"RayJob {rayjob} was created; the operator has not seen it yet"
+    server.set_status("RayJob", rayjob, jobDeploymentStatus="Running", jobStatus="RUNNING")
+    assert f"running: RayJob {rayjob} runs" in lorafleet("status", name, cwd=tmp_path).stdout
+    assert "saves its trials and ends" in lorafleet("stop", name, cwd=tmp_path).stdout
+    assert f"it was stopped: `lorafleet resume {name}` goes on" in lorafleet("status", name, cwd=tmp_path).stdout
+    assert lorafleet("resume", name, "--detach", cwd=tmp_path).stdout.strip() == name
+    assert server.get("RayJob", f"{name}-2") is not None
+    assert not secrets_asked(server)
+
+
+def test_ctrl_c_only_detaches(server: ApiServer, site: KubernetesSite, bert_job: JobMaker, tmp_path: Path) -> None:
+    file, job = tmp_path / "there.yaml", tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump({"kind": "kubernetes", **site.model_dump(mode="json", exclude_defaults=True)}))
+    job.write_text(bert_job().text)
+    process = subprocess.Popen([str(BIN / "lorafleet"), "train", str(job), "--on", str(file)], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    assert process.stdout is not None
+    lines = iter(process.stdout.readline, "")
+    assert any("operator has not seen it" in line for line in lines)
+    process.send_signal(signal.SIGINT)
+    said = process.stdout.read()
+    assert process.wait(20) == ExitCode.INTERRUPTED
+    assert "goes on: `lorafleet logs -f tiny-" in said
+    (left,) = server.all("RayJob")
+    assert "deletionTimestamp" not in left["metadata"]
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
+def test_kubectl_takes_the_double_for_a_cluster(
+    server: ApiServer, site: KubernetesSite, bert_job: JobMaker, tmp_path: Path
+) -> None:
+    """A client that nobody here wrote: the manifest as a user applies it, looked at, and waited for."""
+    backend = KubernetesBackend(site)
+    plan = backend.plan(bert_job(), "train")
+    manifest = tmp_path / MANIFEST
+    manifest.write_text(plan.files[MANIFEST])
+    *_, job = yaml.safe_load_all(plan.files[MANIFEST])
+    name = job["metadata"]["name"]
+    env = os.environ | {"HOME": str(tmp_path)}
+
+    def kubectl(*words: str) -> str:
+        done = subprocess.run(["kubectl", *words], env=env, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    words = plan.command_line.split()
+    assert words[:3] == ["kubectl", "apply", "--server-side"]
+    assert "serverside-applied" in kubectl(*words[1:-1], str(manifest))
+    assert name in kubectl("get", "rayjob", "--selector", RUN_LABEL)
+    server.set_status("RayJob", name, **FINISHED)
+    kubectl("wait", f"rayjob/{name}", "--for=jsonpath={.status.jobStatus}=SUCCEEDED", "--timeout=20s")
+    kubectl("delete", "rayjob", name)
+    assert server.all("RayJob") == []

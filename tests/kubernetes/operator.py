@@ -20,6 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,8 @@ class Operator:
     """Names of the clusters, in the order in which they were made."""
     ttl_scale: float = 0.1
     made: list[Path] = field(default_factory=list)
+    spawner: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    """Whose one thread starts all pods: a parent's death (--pdeathsig) is that of the thread."""
 
     @property
     def running(self) -> list[str]:
@@ -151,6 +154,7 @@ class Operator:
             thread.join(20)
         for pod in list(self.pods.values()):
             self.kill(pod)
+        self.spawner.shutdown()
         self._clear()
         for target in self.made:
             with contextlib.suppress(OSError):
@@ -197,7 +201,8 @@ class Operator:
         line = ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, str(POD), str(folder), name[:60],
                 f"{_NETWORK}.{number}", f"{_NETWORK}.1"]  # fmt: skip
         with (folder / "log").open("ab") as out:
-            process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
+            options = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "start_new_session": True}
+            process = self.spawner.submit(subprocess.Popen, line, **options).result()
         pod = Pod(name, number, folder, process.pid, spec, variables)
         threading.Thread(target=process.wait, daemon=True).start()
         ends = time.monotonic() + 10

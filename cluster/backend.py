@@ -16,6 +16,10 @@ from jobs.spec import JobSpec
 Say = Callable[[str], None]
 
 
+def quietly(sentence: str) -> None:
+    """Say nothing."""
+
+
 @dataclass(frozen=True)
 class Seen:
     """Where a run is, asked of the place and not of the last thing written."""
@@ -67,7 +71,7 @@ class Backend(Protocol):
     def look(self, run: Run) -> Seen:
         """Where a run is."""
 
-    def refresh(self, run: Run) -> None:
+    def refresh(self, run: Run, say: Say = quietly) -> None:
         """Bring what a run has written since, where its folder here is but a record of one elsewhere."""
 
     def pull(self, run: Run, which: Which, say: Say) -> int:

@@ -22,9 +22,9 @@ import yaml
 
 from cluster import porter, registry
 from cluster.away import Away, Place, bring, keep, or_said_to_be_missing, seen_last, settled, stored
-from cluster.backend import Say, Seen
+from cluster.backend import Say, Seen, quietly
 from cluster.backends import SITE_FILE
-from cluster.kubernetes_watch import KubernetesWatch, seen
+from cluster.kubernetes_watch import KubernetesWatch, has_run, seen
 from cluster.local import write_run
 from cluster.planning import make_plan
 from cluster.porter import account
@@ -252,9 +252,9 @@ class KubernetesBackend(Away):
         job = self.client.get("RayJob", name)
         if not facts.get("handed_over"):
             return self._hand_over(run, {key: facts[key] for key in ("nodes", "submission", "call")})
+        if (job or {}).get("metadata", {}).get("deletionTimestamp") or (job is None and self._saves(run)):
+            raise RunError(f"RayJob {name} of {run.id} is still being taken away; try again in a minute")
         if job is not None:
-            if job["metadata"].get("deletionTimestamp"):
-                raise RunError(f"RayJob {name} of {run.id} is still being taken away; try again in a minute")
             now = job_state(job.get("status"), queued=self._queued)
             if not now.ended:
                 raise RunError(f"{run.id} has RayJob {name}, which {now.sentence}")
@@ -277,7 +277,16 @@ class KubernetesBackend(Away):
 
     def seen(self, run: Run, job: Tree | None) -> Seen:
         """Where a run is, when this is its RayJob."""
+        if job is None and stored(run).get("stopping") and self._saves(run):
+            return Seen(RunState.RUNNING, "its RayJob is gone, and its pods save their trials and end")
         return seen(run, self.name_of(run), job, queued=self._queued)
+
+    def _saves(self, run: Run) -> bool:
+        """Whether pods of a run still live; where nobody can say, they do not."""
+        with contextlib.suppress(UserError):
+            pods = self.client.pods(porter.labels_of_submission(run, int(stored(run)["submission"])))
+            return any(pod.get("status", {}).get("phase") == "Running" for pod in pods)
+        return False
 
     def look(self, run: Run) -> Seen:
         """Where a run is: asked of the cluster first, of what was seen last where that does not answer."""
@@ -310,15 +319,24 @@ class KubernetesBackend(Away):
             return why_pending(events) or ""
         return ""
 
-    def refresh(self, run: Run) -> None:
-        """Bring what the run has written since: its record through its head, or else what its driver has said."""
+    def refresh(self, run: Run, say: Say = quietly) -> None:
+        """Bring what the run has written since: its record through its head, or else what its driver has said.
+
+        Of a run that has ended the record comes once, through a pod where its own are gone.
+        """
         number = int(stored(run)["submission"])
-        with contextlib.suppress(UserError, LorafleetError):
+        with contextlib.suppress(LorafleetError):
             head = porter.head_of(self.client, run, number)
             if head is not None:
                 bring(head, run_folder(self.site, run.id), run)
                 return
-        with contextlib.suppress(UserError):
+        with contextlib.suppress(LorafleetError):
+            job = self.client.get("RayJob", self.name_of(run))
+            if stored(run).get("handed_over") and self.seen(run, job).state not in (RunState.PENDING, RunState.RUNNING):
+                if stored(run).get("collected") != number:
+                    say(f"{run.id} has ended, and its pods are gone: its record comes through one more")
+                    self.collect(run, ran=job is None or has_run(job))
+                return
             words = porter.submitters_words(self.client, run, number)
             if words:
                 files.write_text(run.path / "logs" / "submitter.log", words)
@@ -327,6 +345,7 @@ class KubernetesBackend(Away):
         """Bring the record of a run that has ended; what hinders it is written down, and `seen` says it."""
         with or_said_to_be_missing(run):
             self._bring(run, "none", whole=False, through_pod=ran, up_seconds=_PATIENCE_AT_THE_END)
+        keep(run, collected=int(stored(run)["submission"]))
 
     def pull(self, run: Run, which: Which, say: Say) -> int:
         """Bring a run's record, W&B's files and the weights of `which` trials; returns how many files came."""
@@ -341,7 +360,7 @@ class KubernetesBackend(Away):
         *,
         whole: bool,
         through_pod: bool,
-        say: Say = lambda _: None,
+        say: Say = quietly,
         up_seconds: float | None = None,
     ) -> int:
         head = porter.head_of(self.client, run, int(stored(run)["submission"]))

@@ -44,6 +44,11 @@ def seen(run: Run, name: str, job: dict[str, Any] | None, *, queued: bool) -> Se
     return Seen(state.run, "; ".join(filter(None, [f"RayJob {name} {state.sentence}", missing])))
 
 
+def has_run(job: dict[str, Any] | None) -> bool:
+    """Whether a driver began, so that there is something to bring."""
+    return ((job or {}).get("status") or {}).get("jobStatus") not in (None, "", "PENDING")
+
+
 def drivers_code(job: dict[str, Any] | None) -> int | None:
     """What the driver ended with, as Ray told the operator."""
     said = re.search(r"exit code (\d+)", str(((job or {}).get("status") or {}).get("message") or ""))
@@ -97,8 +102,7 @@ class KubernetesWatch:
             self.seen = Seen(now.state, self._trouble or now.sentence + self._waits(now.state))
             return None
         self._end.set()
-        ran = self._ran or ((job or {}).get("status") or {}).get("jobStatus") not in (None, "", "PENDING")
-        self.backend.collect(self.run, ran=ran)
+        self.backend.collect(self.run, ran=self._ran or has_run(job))
         self.seen = settled(self.run, self.backend.seen(self.run, job))
         return exit_code(self.run, self.seen, drivers_code(job))
 

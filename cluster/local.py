@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cluster.backend import Say, Seen
+from cluster.backend import Say, Seen, quietly
 from cluster.fetch import fetch_asset, fetch_job
 from cluster.machine import check_torch
 from cluster.planning import make_plan
@@ -73,7 +73,7 @@ class LocalBackend:
         """Fetch it to this machine."""
         return str(fetch_asset(asset(name), say))
 
-    def refresh(self, run: Run) -> None:
+    def refresh(self, run: Run, say: Say = quietly) -> None:
         """Nothing: the folder is the run's own."""
 
     def pull(self, run: Run, which: Which, say: Say) -> int:

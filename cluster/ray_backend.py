@@ -30,7 +30,7 @@ from cluster.away import (
     stored,
     unknown_there,
 )
-from cluster.backend import Say, Seen
+from cluster.backend import Say, Seen, quietly
 from cluster.backends import SITE_FILE
 from cluster.local import write_run
 from cluster.planning import make_plan
@@ -174,9 +174,9 @@ class RayBackend(Away):
         now = seen(run, self.name_of(run), found)
         return settled(run, now) if found is not None and found.ended else now
 
-    def refresh(self, run: Run) -> None:
+    def refresh(self, run: Run, say: Say = quietly) -> None:
         """Bring what the run has written since, or else what its driver has said."""
-        with contextlib.suppress(UserError, LorafleetError):
+        with contextlib.suppress(LorafleetError):
             bring(self._place(), self._folder(run.id), run)
             return
         with contextlib.suppress(UserError):

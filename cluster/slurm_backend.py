@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import registry
-from cluster.backend import Say, Seen
+from cluster.backend import Say, Seen, quietly
 from cluster.backends import SITE_FILE
 from cluster.fetch import fetch_asset, fetch_job
 from cluster.local import write_run
@@ -194,7 +194,7 @@ class SlurmBackend:
         """Fetch it to the caches of the nodes."""
         return str(fetch_asset(asset(name), say))
 
-    def refresh(self, run: Run) -> None:
+    def refresh(self, run: Run, say: Say = quietly) -> None:
         """Nothing: the folder is the run's own."""
 
     def pull(self, run: Run, which: Which, say: Say) -> int:

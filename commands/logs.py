@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, RunName, Runs
+from commands.common import DEFAULT_RUNS, RunName, Runs, say
 from jobs.errors import RunError
 from jobs.run import Run, RunState
 
@@ -33,7 +33,7 @@ def logs(
     found = find_run(runs, run)
     backend = backend_of(found)
     done: dict[Path, int] = {}
-    backend.refresh(found)
+    backend.refresh(found, say)
     looked_at = time.monotonic()
     live = follow and _lives(backend, found)
     while True:
@@ -43,7 +43,7 @@ def logs(
             return
         if time.monotonic() - looked_at > _LOOK_SECONDS:
             live = _lives(backend, found)
-            backend.refresh(found)
+            backend.refresh(found, say)
             looked_at = time.monotonic()
         time.sleep(0.5)
 

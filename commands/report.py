@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from commands.common import DEFAULT_RUNS, Format, Output, RunName, Runs, console
+from commands.common import DEFAULT_RUNS, Format, Output, RunName, Runs, console, say
 
 
 def report(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
@@ -15,7 +15,7 @@ def report(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
     from evaluation.report import report_json, write_report
 
     found = find_run(runs, run)
-    backend_of(found).refresh(found)
+    backend_of(found).refresh(found, say)
     made = write_report(found)
     if output is Format.JSON:
         typer.echo(report_json(made))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from commands.common import DEFAULT_RUNS, Format, Output, RunName, Runs, console, print_json
+from commands.common import DEFAULT_RUNS, Format, Output, RunName, Runs, console, print_json, say
 
 
 def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
@@ -13,7 +13,7 @@ def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
 
     found = find_run(runs, run)
     backend = backend_of(found)
-    backend.refresh(found)
+    backend.refresh(found, say)
     seen = backend.look(found)
     if output is Format.JSON:
         lines = trial_lines(found)

@@ -166,7 +166,7 @@ class Operator:
     # --- the kubelet: pods
 
     def _kubelet(self) -> None:
-        """Pods of Jobs are made, and pods whose object is gone are ended."""
+        """Pods of Jobs are made, and pods that are deleted are ended: until then their objects stay."""
         while not self.end.wait(0.1):
             for job in self.server.all("Job"):
                 name = job["metadata"]["name"]
@@ -177,7 +177,7 @@ class Operator:
                     with contextlib.suppress(Refused):
                         self.start(f"{name}-pod", labels, template["spec"], command, job)
             for pod in list(self.pods.values()):
-                if not pod.ending and self.server.get("Pod", pod.name) is None:
+                if not pod.ending and get(self.server.get("Pod", pod.name), "metadata.deletionTimestamp"):
                     pod.ending = True
                     threading.Thread(target=self._end_gently, args=(pod,), daemon=True).start()
 
@@ -217,7 +217,7 @@ class Operator:
         self.server.put_down({
             "apiVersion": "v1", "kind": "Pod", "spec": spec,
             "status": {"phase": "Running", "containerStatuses": states},
-            "metadata": {"name": name, "labels": labels, "ownerReferences": [reference]},
+            "metadata": {"name": name, "labels": labels, "ownerReferences": [reference], "finalizers": ["kubelet"]},
         })  # fmt: skip
         return pod
 
@@ -265,8 +265,9 @@ class Operator:
             self.pods.pop(pod.name, None)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pod.parent, signal.SIGKILL)
-        with contextlib.suppress(Refused):
-            self.server.delete(_kind("Pod"), "default", pod.name)
+        with self.server.store.lock:
+            if ("Pod", "default", pod.name) in self.server.store.objects:
+                self.server._gone(("Pod", "default", pod.name))
         subprocess.run(["ip", "link", "del", f"lfk{pod.number}"], capture_output=True, check=False)
 
     def _end_gently(self, pod: Pod) -> None:

@@ -323,6 +323,28 @@ def test_stop_waits_for_the_operators_finalizer(server: ApiServer, submitted: Ca
         backend.cancel(run)
 
 
+def test_a_stopped_run_is_over_when_its_pods_are(
+    server: ApiServer, kubelet: Kubelet, submitted: Callable[..., Run]
+) -> None:
+    """The RayJob goes at once, and its pods take their time to save."""
+    run = submitted()
+    backend = backend_of(run)
+    server.set_status("RayJob", name_of(run), jobDeploymentStatus="Running", jobStatus="RUNNING")
+    head(kubelet, run)
+    backend.cancel(run)
+    seen = backend.look(run)
+    assert (seen.state, seen.sentence) == (
+        RunState.RUNNING, "its RayJob is gone, and its pods save their trials and end"
+    )  # fmt: skip
+    with pytest.raises(RunError, match="is still being taken away"):
+        backend.resume(run)
+    watch = backend.watch(run)
+    became(lambda: watch.poll() is None and "its pods save" in watch.seen.sentence)
+    server.delete(next(kind for kind in _kinds() if kind.kind == "Pod"), "default", f"{run.id}-head")
+    assert code_of(watch) == ExitCode.INTERRUPTED
+    assert backend.look(run).state is RunState.STOPPED
+
+
 def test_resume_hands_over_a_new_rayjob_for_the_same_run(server: ApiServer, submitted: Callable[..., Run]) -> None:
     run = submitted()
     first, backend = name_of(run), backend_of(run)
@@ -468,6 +490,21 @@ def test_a_run_that_ended_brings_its_record(
     assert here.trial("trial1").metrics()
     listed = json.loads(lorafleet("list", "--format", "json", "--runs", here.path.parent, cwd=tmp_path).stdout)
     assert [(row["state"], row["on"]) for row in listed["runs"]] == [("finished", "bare")]
+
+
+def test_the_record_of_an_ended_run_comes_once(
+    server: ApiServer, kubelet: Kubelet, on_storage: tuple[Run, Run], tmp_path: Path
+) -> None:
+    """Nobody followed it, and its pods are gone: the first who asks has it brought."""
+    here, there = on_storage
+    there.set_state(RunState.FINISHED)
+    server.set_status("RayJob", name_of(here), **FINISHED)
+    said: list[str] = []
+    backend_of(here).refresh(here, said.append)
+    assert said == [f"{here.id} has ended, and its pods are gone: its record comes through one more"]
+    assert here.state is RunState.FINISHED
+    backend_of(here).refresh(here, said.append)
+    assert len(said) == 1
 
 
 def test_a_record_that_cannot_come_is_said(server: ApiServer, on_storage: tuple[Run, Run]) -> None:

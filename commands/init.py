@@ -29,6 +29,7 @@ class SiteKind(StrEnum):
     """Clusters that a site file can be written for."""
 
     SLURM = "slurm"
+    KUBERNETES = "kubernetes"
 
 
 def init(
@@ -45,7 +46,11 @@ def init(
     completion_column: Annotated[str | None, typer.Option(help="Column with the answer (generation).")] = None,
     name: Annotated[str, typer.Option(help="Name of the job.")] = "my-job",
     site: Annotated[
-        SiteKind | None, typer.Option(help="Write a site file for the cluster that this is a login node of instead.")
+        SiteKind | None,
+        typer.Option(help="Write a site file instead: of the Slurm that this is a login node of, or of a namespace."),
+    ] = None,
+    context: Annotated[
+        str | None, typer.Option(help="Of a Kubernetes site file: context of the kubeconfig; the current one if left out.")
     ] = None,
     partition: Annotated[str | None, typer.Option(help="Of the site file; the cluster's default if left out.")] = None,
     output: Annotated[
@@ -62,9 +67,9 @@ def init(
     from jobs.rows import load_rows
 
     if site is not None:
-        return _init_site(partition, output, force)
+        return _init_site(site, partition, context, output, force)
     if train_file is None:
-        raise UserError("--train-file is missing: your training rows (or --site slurm, for a cluster's site file)")
+        raise UserError("--train-file is missing: your training rows (or --site, for a cluster's site file)")
     output = output or Path("job.yaml")
     if output.is_dir():
         raise UserError(f"--output is {output}, which is a folder; name a file in it")
@@ -96,16 +101,24 @@ def init(
     return None
 
 
-def _init_site(partition: str | None, output: Path | None, force: bool) -> None:
+def _init_site(
+    kind: SiteKind, partition: str | None, context: str | None, output: Path | None, force: bool
+) -> None:
     """Ask the cluster, and write the user's site file of its name."""
     import tempfile
 
-    from cluster.slurm_draft import ask_cluster
     from jobs import files
     from jobs.errors import UserError
     from jobs.site_file import folders, load_site
 
-    name, text = ask_cluster(partition)
+    if kind is SiteKind.SLURM:
+        from cluster.slurm_draft import ask_cluster
+
+        name, text = ask_cluster(partition)
+    else:
+        from cluster.kubernetes_draft import ask_cluster as ask_namespace
+
+        name, text = ask_namespace(context)
     path = output or folders()[0] / f"{name}.yaml"
     if path.exists() and not force:
         raise UserError(f"{path} exists already; --force overwrites it, --output names another")

@@ -272,6 +272,34 @@ class Client:
                     return None
                 raise
 
+    def all_of(self, kind: str) -> list[Tree] | None:
+        """The objects of a kind that the user may see; None where it may not, or there is no such kind.
+
+        Raises ClusterError where no server answers.
+        """
+        queues = {"group": "kueue.x-k8s.io", "version": "v1beta1", "plural": "localqueues"}
+        requests = {
+            "Node": partial(self.core.list_node),
+            "PersistentVolumeClaim": partial(
+                self.core.list_namespaced_persistent_volume_claim, namespace=self.namespace
+            ),
+            "LocalQueue": partial(self.custom.list_namespaced_custom_object, namespace=self.namespace, **queues),
+        }
+        with _said(f"objects of kind {kind} cannot be listed"):
+            try:
+                found: list[Tree] = self._ask(requests[kind])["items"]
+            except ApiException as error:
+                if error.status in (_FORBIDDEN, _NOT_FOUND):
+                    return None
+                raise
+        return found
+
+    def serves(self, group: str) -> bool:
+        """Whether the cluster has an API group. Raises ClusterError."""
+        with _said("the cluster's API groups cannot be read"):
+            groups = self._ask(client.ApisApi(self.api).get_api_versions)["groups"]
+        return any(found["name"] == group for found in groups)
+
     def may(self, verb: str, resource: str, group: str = "", subresource: str = "") -> bool:
         """Whether the user has a right in the namespace. Raises ClusterError."""
         asked = {"namespace": self.namespace, "verb": verb, "resource": resource, "group": group}
@@ -285,6 +313,19 @@ class Client:
         with _said("the cluster cannot be asked for rights"):
             answer = self._ask(client.AuthorizationV1Api(self.api).create_self_subject_access_review, body=body)
         return bool(answer["status"]["allowed"])
+
+
+def current(context: str | None) -> tuple[str, str]:
+    """(name, namespace) of a context of the kubeconfig, or of its current one. Raises ClusterError."""
+    try:
+        known, now = config.list_kube_config_contexts(os.environ.get("KUBECONFIG"))
+    except config.ConfigException as error:
+        raise ClusterError(f"there is no cluster to ask: {error}") from error
+    found = next((one for one in known if one["name"] == context), None) if context else now
+    if not found:
+        names = ", ".join(one["name"] for one in known) or "none"
+        raise ClusterError(f"there is no context {context} in the kubeconfig; there are {names}")
+    return str(found["name"]), str(found["context"].get("namespace") or "default")
 
 
 def _created(tree: Tree) -> str:

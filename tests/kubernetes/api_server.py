@@ -58,6 +58,7 @@ KINDS = (
     Kind("Event", "events"),
     Kind("PersistentVolumeClaim", "persistentvolumeclaims"),
     Kind("Namespace", "namespaces", namespaced=False),
+    Kind("Node", "nodes", namespaced=False),
     Kind("NetworkPolicy", "networkpolicies", "networking.k8s.io"),
     Kind("Job", "jobs", "batch"),
     Kind("CustomResourceDefinition", "customresourcedefinitions", "apiextensions.k8s.io", namespaced=False),

@@ -18,6 +18,7 @@ from jobs.errors import ExitCode
 from jobs.kubernetes_site import KubernetesSite
 from jobs.plan import MANIFEST
 from jobs.run import Run
+from jobs.site_file import load_site
 from k8s.render import ATTEMPT_LABEL, RUN_LABEL
 from tests.conftest import JobMaker, lorafleet
 from tests.kubernetes.api_server import ApiServer
@@ -128,3 +129,27 @@ def test_kubectl_takes_the_double_for_a_cluster(
     kubectl("wait", f"rayjob/{name}", "--for=jsonpath={.status.jobStatus}=SUCCEEDED", "--timeout=20s")
     kubectl("delete", "rayjob", name)
     assert server.all("RayJob") == []
+
+
+def test_a_site_file_is_drafted(server: ApiServer, tmp_path: Path) -> None:
+    """What can be seen of the cluster is in it, and it loads; what cannot is said to be a guess."""
+    first, blind = tmp_path / "first.yaml", tmp_path / "blind.yaml"
+    claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim"}
+    server.put_down(claim | {"metadata": {"name": "own"}, "spec": {"accessModes": ["ReadWriteOnce"]}})
+    server.put_down(claim | {"metadata": {"name": "shared"}, "spec": {"accessModes": ["ReadWriteMany"]}})
+    for number, gpus in enumerate(("0", "8", "8")):
+        has = {"cpu": "95", "memory": "900Gi", "nvidia.com/gpu": gpus}
+        server.put_down({"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"n{number}"},
+                         "status": {"allocatable": has}})  # fmt: skip
+    said = lorafleet("init", "--site", "kubernetes", "--output", first, cwd=tmp_path, check=True).stdout
+    site = load_site(str(first)).site
+    assert isinstance(site, KubernetesSite)
+    assert (site.storage.claim, site.gpus_per_node, site.cpus_per_node) == ("shared", 8, 85)
+    assert "# others here: own" in said
+    server.forbidden += [("get", "/nodes$"), ("get", "/persistentvolumeclaims$")]
+    said = lorafleet("init", "--site", "kubernetes", "--output", blind, cwd=tmp_path, check=True).stdout
+    assert "The nodes may not be seen by you" in said
+    assert isinstance(load_site(str(blind)).site, KubernetesSite)
+    nowhere = lorafleet("init", "--site", "kubernetes", "--context", "x", cwd=tmp_path)
+    assert nowhere.returncode == ExitCode.USER_INPUT
+    assert "there is no context x in the kubeconfig; there are double" in nowhere.stderr

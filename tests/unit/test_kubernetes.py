@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from cluster.kubernetes_backend import KubernetesBackend
+from cluster.kubernetes_doctor import RIGHTS
 from cluster.staging import named_paths
 from commands.execute import _as_a_job
 from jobs.errors import ExitCode, JobFileError, PlacementRefused, UserError
@@ -19,7 +20,7 @@ from jobs.site_file import load_site
 from k8s.crd import Schema
 from k8s.lint import get
 from k8s.render import render
-from tests.conftest import JobMaker, lorafleet
+from tests.conftest import ROOT, JobMaker, lorafleet
 from tests.unit.test_k8s_render import IMAGE, ORDER, bare
 
 SITE = f"""
@@ -150,6 +151,22 @@ def test_what_pods_do_not_see(bert_job: JobMaker) -> None:
     assert named["model.model_name_or_path"] == job.model.model_name_or_path
     asset = bert_job(model__model_name_or_path="asset:minilm-l6").job
     assert "model.model_name_or_path" not in dict(named_paths(asset))
+
+
+def test_the_role_has_what_the_doctor_asks_for() -> None:
+    role = yaml.safe_load((ROOT / "k8s" / "role.yaml").read_text())
+    written = {
+        (group, resource): set(rule["verbs"])
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+    }
+    asked = {
+        (group, f"{resource}/{subresource}" if subresource else resource): set(verbs)
+        for resource, group, subresource, verbs, _ in RIGHTS
+    }
+    assert written == asked | {("", "persistentvolumeclaims"): {"get"}}
+    assert not any("secrets" in resource for _, resource in written)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from cluster import porter
 from cluster.away import ask
 from cluster.doctor import Finding
-from cluster.ray_doctor import same_versions, storage
+from cluster.ray_doctor import same_version, storage
 from jobs.errors import UserError
 from jobs.kubernetes_site import KubernetesSite
 from k8s import crd
@@ -97,5 +97,6 @@ def _a_pod(site: KubernetesSite, client: Client) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("a pod of the image", "missing", str(error))
         return
-    yield from same_versions(told, "in the image")
+    for name in ("lorafleet", "ray"):
+        yield same_version(told, name, "in the image")
     yield storage(told, "in a pod", "its owner must be run_as_user or run_as_group")

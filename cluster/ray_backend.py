@@ -13,7 +13,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,13 +100,7 @@ class RayBackend(Away):
 
     def check(self, plan: Plan) -> tuple[list[str], list[str]]:
         """What the cluster has against the job; what was not asked."""
-        return [*self.unseen(plan.job), *self._other_version()], self.unbrought(plan.job)
-
-    def _other_version(self) -> list[str]:
-        theirs, ours = self.jobs.version(), version("ray")
-        if theirs == ours:
-            return []
-        return [f"the Ray of {self.called} is {theirs}, and here it is {ours}: both must be the same"]
+        return self.unseen(plan.job), self.unbrought(plan.job)
 
     def _entrypoint(self, run: str) -> list[str]:
         told = [f"{name}={value}" for name, value in self._variables().items()]
@@ -120,7 +113,7 @@ class RayBackend(Away):
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
         """Make the run's record here, and hand the job over. Raises a UserError, and leaves nothing, where it fails."""
-        refused = [*self.unseen(plan.job), *self._other_version()]
+        refused = self.unseen(plan.job)
         if refused:
             raise PlacementRefused("\n".join(refused))
         run = write_run(plan, loaded, runs)

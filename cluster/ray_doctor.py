@@ -32,18 +32,16 @@ def _a_job(backend: RayBackend) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("lorafleet on the cluster", "missing", str(error), "install this version in its environment")
         return
-    yield from same_versions(told, "on the cluster")
+    yield same_version(told, "lorafleet", "on the cluster")
     yield storage(told, "on the cluster", f"every machine must see {backend.mount}, and its user write there")
 
 
-def same_versions(told: dict[str, str], where: str) -> Iterator[Finding]:
-    """Whether lorafleet and Ray are the same there as here."""
-    for what, name in (("lorafleet", "lorafleet"), ("Ray", "ray")):
-        here = version(name)
-        if told[name] == here:
-            yield Finding(f"{what} {where}", "ok", here)
-        else:
-            yield Finding(f"{what} {where}", "missing", told[name], f"here is {here}: they must be the same")
+def same_version(told: dict[str, str], name: str, where: str) -> Finding:
+    """Whether a package is the same there as here."""
+    here = version(name)
+    if told[name] == here:
+        return Finding(f"{name} {where}", "ok", here)
+    return Finding(f"{name} {where}", "missing", told[name], f"here is {here}: they must be the same")
 
 
 def storage(told: dict[str, str], where: str, advice: str) -> Finding:

@@ -66,11 +66,6 @@ class RayJobs:
             words = " ".join(str(error).split())[:300]
             raise RayUnreachable(f"the Ray at {self.address} does not take that: {words}") from error
 
-    def version(self) -> str:
-        """Ray's."""
-        with self._said():
-            return str(self.client.get_version())
-
     def nodes(self) -> tuple[Node, ...]:
         """The machines that live. Raises RayUnreachable."""
         from ray.util.state import list_nodes

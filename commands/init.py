@@ -50,7 +50,7 @@ def init(
         typer.Option(help="Write a site file instead: of the Slurm that this is a login node of, or of a namespace."),
     ] = None,
     context: Annotated[
-        str | None, typer.Option(help="Of a Kubernetes site file: context of the kubeconfig; the current one if left out.")
+        str | None, typer.Option(help="Of the site file: context of the kubeconfig; the current one if left out.")
     ] = None,
     partition: Annotated[str | None, typer.Option(help="Of the site file; the cluster's default if left out.")] = None,
     output: Annotated[
@@ -101,9 +101,7 @@ def init(
     return None
 
 
-def _init_site(
-    kind: SiteKind, partition: str | None, context: str | None, output: Path | None, force: bool
-) -> None:
+def _init_site(kind: SiteKind, partition: str | None, context: str | None, output: Path | None, force: bool) -> None:
     """Ask the cluster, and write the user's site file of its name."""
     import tempfile
 

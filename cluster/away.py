@@ -43,19 +43,24 @@ def ask(place: Place, command: list[str], question: Any) -> Any:
         raise CommandFailed(f"{' '.join(command)} printed no answer: {bytes(said[:200])!r}") from error
 
 
-def bring(place: Place, there: str, run: Run, which: Which = "none", *, whole: bool = False) -> int:
+def bring(place: Place, there: str, run: Run, which: Which = "none", *, whole: bool = False, wait: bool = True) -> int:
     """Bring what of the record of the run in folder `there` is not here yet; returns how many files came.
 
-    Raises UserError, and LorafleetError where what comes is cut off: nothing has changed here then.
+    One transfer at a time: an older one that ends later would put back what it has read before. Without `wait` nothing
+    is done while another is under way. Raises UserError, and LorafleetError where what comes is cut off: nothing has
+    changed here then.
     """
     options = ["--weights", which, *(["--whole"] if whole else [])]
-    unpacker = Unpacker(run.path)
-    try:
-        question = json.dumps(known(run.path)).encode() + b"\n"
-        place.run(["lorafleet", "node", "send", there, *options], unpacker.take, [question])
-        return unpacker.finish()
-    finally:
-        unpacker.drop()
+    with files.locked(run.path / ".record", wait=wait) as mine:
+        if not mine:
+            return 0
+        unpacker = Unpacker(run.path)
+        try:
+            question = json.dumps(known(run.path)).encode() + b"\n"
+            place.run(["lorafleet", "node", "send", there, *options], unpacker.take, [question])
+            return unpacker.finish()
+        finally:
+            unpacker.drop()
 
 
 def send(place: Place, cargo: Iterable[Cargo], say: Say) -> None:

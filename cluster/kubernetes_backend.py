@@ -328,7 +328,7 @@ class KubernetesBackend(Away):
         with contextlib.suppress(LorafleetError):
             head = porter.head_of(self.client, run, number)
             if head is not None:
-                bring(head, run_folder(self.site, run.id), run)
+                bring(head, run_folder(self.site, run.id), run, wait=False)
                 return
         with contextlib.suppress(LorafleetError):
             job = self.client.get("RayJob", self.name_of(run))

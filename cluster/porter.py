@@ -14,6 +14,7 @@ from cluster.backend import Say
 from jobs.errors import UserError
 from jobs.kubernetes_site import KubernetesSite
 from jobs.run import Run
+from k8s.errors import ClusterError
 from k8s.render import ATTEMPT_LABEL, HEAD, PORTER, RUN_LABEL, porter, run_label
 from k8s.states import why_pending
 
@@ -61,7 +62,8 @@ def pod_for(site: KubernetesSite, client: Client, say: Say, up_seconds: float | 
     try:
         yield Inside(client, _up(client, name, say, up_seconds or _UP_SECONDS), PORTER)
     finally:
-        client.delete("Job", name)
+        with contextlib.suppress(ClusterError):  # it ends by itself in the end
+            client.delete("Job", name)
 
 
 def account() -> str:

@@ -170,7 +170,7 @@ class RayBackend(Away):
     def refresh(self, run: Run, say: Say = quietly) -> None:
         """Bring what the run has written since, or else what its driver has said."""
         with contextlib.suppress(LorafleetError):
-            bring(self._place(), self._folder(run.id), run)
+            bring(self._place(), self._folder(run.id), run, wait=False)
             return
         with contextlib.suppress(UserError):
             words = self.jobs.words(self.name_of(run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.registry import state_folder
-from cluster.transfer import Cargo, digest
+from cluster.transfer import Cargo, digest, files_of
 from jobs import files
 from jobs.assets import PREFIX, asset, cache_dir
 from jobs.hub import dataset_folder, hub_cache, hub_model_folder, model_folder
@@ -75,16 +76,20 @@ def remember(storage: str, brought: Iterable[Cargo]) -> None:
     """Note what lies on a storage now."""
     for cargo in brought:
         row = {"time": time.time(), "storage": storage, "digest": cargo.digest, "target": cargo.target}
-        files.append_jsonl(_ledger(), row)
+        looks = {"source": str(cargo.source), "looks": looks_of(cargo.source)}
+        files.append_jsonl(_ledger(), row | looks)
 
 
 def staged(storage: str, job: JobSpec, cache: str) -> dict[str, str]:
     """Path here -> path in the pods, of what a job names and `fetch --on` has brought to a storage as it is now."""
-    there = {row["digest"]: str(row["target"]) for row in files.read_jsonl(_ledger()) if row.get("storage") == storage}
+    rows = [row for row in files.read_jsonl(_ledger()) if row.get("storage") == storage]
+    there = {row["digest"]: str(row["target"]) for row in rows}
+    unchanged = {(row.get("source"), row.get("looks")): row["digest"] for row in rows}
     found = {}
     for _, path in named_paths(job) if there else ():
+        source = files.in_home(path).resolve()
         try:
-            mark = digest(files.in_home(path).resolve())
+            mark = unchanged.get((str(source), looks_of(source))) or digest(source)
         except OSError:
             continue
         if mark in there:
@@ -115,6 +120,12 @@ def _target_of_model(name: str) -> str:
     if name.startswith(PREFIX):
         return str(asset(name).folder.relative_to(cache_dir()))
     return f"hub/models--{name.replace('/', '--')}"
+
+
+def looks_of(source: Path) -> str:
+    """Names, sizes and times of change of a file or a folder's files: where they are the same, so are the bytes."""
+    told = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files_of(source)]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:32]
 
 
 def moved(tree: Any, places: Mapping[str, str]) -> Any:

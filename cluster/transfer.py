@@ -160,10 +160,11 @@ class Cargo:
     @property
     def bytes(self) -> int:
         """How large it is."""
-        return sum(path.stat().st_size for path in _files(self.source))
+        return sum(path.stat().st_size for path in files_of(self.source))
 
 
-def _files(source: Path) -> list[Path]:
+def files_of(source: Path) -> list[Path]:
+    """The file itself, or all files of a folder but locks, by name."""
     if source.is_file():
         return [source]
     return sorted(path for path in source.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
@@ -173,7 +174,7 @@ def digest(source: Path) -> str:
     """The SHA-256 of a file, or of a folder's files with their names, in hex."""
     if source.is_file():
         return files.sha256_file(source)
-    lines = (f"{path.relative_to(source)} {files.sha256_file(path)}\n" for path in _files(source))
+    lines = (f"{path.relative_to(source)} {files.sha256_file(path)}\n" for path in files_of(source))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -187,7 +188,7 @@ def framed(source: Path) -> Iterator[bytes]:
             return len(block)
 
     with tarfile.open(fileobj=_Out(), mode="w|") as archive:  # type: ignore[call-overload]
-        for path in _files(source):
+        for path in files_of(source):
             inner = path.name if source.is_file() else str(path.relative_to(source))
             info = archive.gettarinfo(str(path.resolve()), arcname=inner)  # the hub's cache is made of links
             with path.open("rb") as file:

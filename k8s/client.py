@@ -10,6 +10,7 @@ import json
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -38,6 +39,8 @@ _GONE, _CONFLICT, _FORBIDDEN, _NOT_FOUND = 410, 409, 403, 404
 _BLOCK = 2**17
 """Bytes of one message into a pod."""
 _STDERR_KEPT = 4000
+_IDLE_SECONDS = 900.0
+"""How long a command in a pod may say nothing: a large model is hashed meanwhile, but a connection may be dead."""
 
 
 @contextlib.contextmanager
@@ -243,15 +246,21 @@ class Client:
                 binary=True,
                 _preload_content=False,
             )
+            line.sock.settimeout(_IDLE_SECONDS)
+            heard = time.monotonic()
             try:
                 for block in feed:
                     for start in range(0, len(block), _BLOCK):
                         line.write_stdin(block[start : start + _BLOCK])
                 while line.is_open():
                     line.update(timeout=1)
-                    for _ in iter(lambda: take(line.read_channel(1)) if line.peek_channel(1) else None, None):
-                        pass
-                    errors += line.read_channel(2)
+                    said, complained = line.read_channel(1), line.read_channel(2)
+                    if said:
+                        take(said)
+                    errors += complained
+                    heard = time.monotonic() if said or complained else heard
+                    if time.monotonic() - heard > _IDLE_SECONDS:
+                        raise TimeoutError(f"nothing came from pod {pod} for {_IDLE_SECONDS / 60:.0f} minutes")
                 code = line.returncode
             finally:
                 line.close()

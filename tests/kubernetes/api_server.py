@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import copy
+import functools
 import hashlib
 import itertools
 import json
@@ -123,11 +124,10 @@ class ApiServer:
         self.pods_log: Callable[[Tree], str] = lambda _: ""
         self.pods_exec: Callable[[Tree, list[str]], subprocess.Popen[bytes]] | None = None
         self.protocols = ("v5.channel.k8s.io", "v4.channel.k8s.io")
-        self.schema = None
+        self.schema: Schema | None = None
         self.closed = False
         if definition is not None:
-            tree = json.loads(definition.read_text())
-            self.schema = Schema.of(tree)
+            tree, self.schema = _read(definition)
             self.put_down(tree)
         self.put_down({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "default"}})
         handler = type("Handler", (_Handler,), {"server_of": self})
@@ -299,6 +299,13 @@ class ApiServer:
                     self.store.note("MODIFIED", owned)
                 else:
                     self._gone(other)
+
+
+@functools.cache
+def _read(definition: Path) -> tuple[Tree, Schema]:
+    """Once for all servers: it is large."""
+    tree = json.loads(definition.read_text())
+    return tree, Schema.of(tree)
 
 
 def _now() -> str:

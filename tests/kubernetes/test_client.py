@@ -492,6 +492,38 @@ def test_a_run_that_ended_brings_its_record(
     assert [(row["state"], row["on"]) for row in listed["runs"]] == [("finished", "bare")]
 
 
+def test_an_older_transfer_puts_nothing_back(
+    server: ApiServer, kubelet: Kubelet, on_storage: tuple[Run, Run], tmp_path: Path
+) -> None:
+    """One that has read the run before its end, and ends after another has brought the end."""
+    here, there = on_storage
+    head(kubelet, here)
+    whole, held = kubelet.run, threading.Event()
+
+    def slow(pod: Any, command: list[str]) -> subprocess.Popen[bytes]:
+        server.pods_exec = whole
+        process = whole(pod, ["bash", "-c", f"{' '.join(command)} > {tmp_path}/read; touch {tmp_path}/done; "
+                              f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done; cat {tmp_path}/read"])  # fmt: skip
+        held.set()
+        return process
+
+    server.pods_exec = slow
+    backend = backend_of(here)
+    older = threading.Thread(target=backend.refresh, args=(here,))
+    older.start()
+    assert held.wait(20)
+    became(lambda: (tmp_path / "done").exists())
+    there.set_state(RunState.FINISHED)
+    backend.refresh(here)  # does not wait: a transfer is under way
+    assert here.state is RunState.PENDING
+    newer = threading.Thread(target=backend.pull, args=(here, "none", lambda _: None))
+    newer.start()
+    (tmp_path / "go").touch()
+    older.join(20)
+    newer.join(20)
+    assert here.state is RunState.FINISHED
+
+
 def test_the_record_of_an_ended_run_comes_once(
     server: ApiServer, kubelet: Kubelet, on_storage: tuple[Run, Run], tmp_path: Path
 ) -> None:

@@ -38,7 +38,7 @@ from jobs.placement import nodes_of_job
 from jobs.plan import MANIFEST, Plan
 from jobs.run import Run, RunState
 from k8s import crd
-from k8s.errors import ClusterError
+from k8s.errors import ClusterError, Conflict
 from k8s.lint import lint, lint_site
 from k8s.render import CALL_ANNOTATION, Order, object_name, render, run_folder, to_yaml
 from k8s.states import job_state, why_pending
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
 
 _CRD = "LORAFLEET_RAYJOB_CRD"
 """A file with the CustomResourceDefinition of RayJob."""
-_CONFLICT = 409
 _PATIENCE_AT_THE_END = 120.0
 """Seconds that the end of a run waits for a pod that brings its record; `pull` waits longer."""
 
@@ -159,11 +158,12 @@ class KubernetesBackend(Away):
         """What the API server itself says, where its schema may not be read."""
         try:
             quick.create(job, dry_run=True)
+        except Conflict:
+            return [], ""
         except ClusterError as error:
-            if error.refused and error.status != _CONFLICT and not error.forbidden:
+            if error.refused and not error.forbidden:
                 return [str(error)], ""
-            if error.status != _CONFLICT:
-                return [], f"not held against your cluster's schema of RayJob: {error}"
+            return [], f"not held against your cluster's schema of RayJob: {error}"
         return [], ""
 
     def reached(self, say: Say) -> contextlib.AbstractContextManager[Place]:
@@ -230,9 +230,7 @@ class KubernetesBackend(Away):
         kind, name = tree["kind"], tree["metadata"]["name"]
         try:
             return {"kind": kind, "apiVersion": tree["apiVersion"]} | self.client.create(tree)
-        except ClusterError as error:
-            if error.status != _CONFLICT:
-                raise
+        except Conflict as error:
             found = self.client.get(kind, name)
             if found is None or not _is_of(found, call):
                 what = f"there is a {kind} {name} already, which this call has not made"

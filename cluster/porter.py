@@ -14,7 +14,7 @@ from cluster.backend import Say
 from jobs.errors import UserError
 from jobs.kubernetes_site import KubernetesSite
 from jobs.run import Run
-from k8s.errors import ClusterError
+from k8s.errors import ClusterError, Conflict
 from k8s.render import ATTEMPT_LABEL, HEAD, PORTER, RUN_LABEL, porter, run_label
 from k8s.states import why_pending
 
@@ -58,8 +58,9 @@ def head_of(client: Client, run: Run, submission: int) -> Inside | None:
 def pod_for(site: KubernetesSite, client: Client, say: Say, up_seconds: float | None = None) -> Iterator[Inside]:
     """A pod that sees the storage, for as long as it is wanted. Raises ClusterError, and UserError when none comes."""
     name = f"lorafleet-{PORTER}-{secrets.token_hex(3)}"
-    client.create(porter(site, name, account(), _LIVES_SECONDS))
     try:
+        with contextlib.suppress(Conflict):  # our own: the first answer was lost
+            client.create(porter(site, name, account(), _LIVES_SECONDS))
         yield Inside(client, _up(client, name, say, up_seconds or _UP_SECONDS), PORTER)
     finally:
         with contextlib.suppress(ClusterError):  # it ends by itself in the end

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import contextlib
 import json
+import os
 import re
 import secrets
 import shlex
@@ -22,11 +24,24 @@ from jobs.site import Node
 _MOST_BYTES = 500_000_000
 """Ray takes packages of half a GiB."""
 _COMMAND_SECONDS = 1800.0
+_SECONDS = (5.0, 60.0)
+"""To connect, and for an answer."""
+_OTHER_ADDRESSES = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
 RELAYED = "lorafleet-relay"
 
 
 class RayUnreachable(UserError):
     """No job server answers, or it answers with an error."""
+
+
+@contextlib.contextmanager
+def _no_other_address() -> Iterator[None]:
+    """Ray's clients take what these variables say before what they are told."""
+    kept = {name: os.environ.pop(name) for name in _OTHER_ADDRESSES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 @dataclass(frozen=True)
@@ -54,15 +69,27 @@ class RayJobs:
         self.address = address
         from ray.job_submission import JobSubmissionClient
 
-        with self._said():
-            self.client = JobSubmissionClient(address)
+        class Client(JobSubmissionClient):  # type: ignore[misc]
+            """Ray's, whose requests may take for ever otherwise."""
+
+            def _do_request(self, *words: Any, **options: Any) -> Any:
+                return super()._do_request(*words, **{"timeout": _SECONDS} | options)
+
+        with self._said(), _no_other_address():
+            self.client = Client(address)
 
     @contextlib.contextmanager
     def _said(self) -> Iterator[None]:
         """Every way in which a request fails, as a sentence."""
+        from ray.exceptions import AuthenticationError, RayError
+
         try:
             yield
-        except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+        except AuthenticationError as error:
+            raise RayUnreachable(
+                f"the Ray at {self.address} wants a token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN in your shell"
+            ) from error
+        except (RayError, ConnectionError, RuntimeError, OSError, ValueError) as error:
             words = " ".join(str(error).split())[:300]
             raise RayUnreachable(f"the Ray at {self.address} does not take that: {words}") from error
 
@@ -71,7 +98,7 @@ class RayJobs:
         from ray.util.state import list_nodes
         from ray.util.state.exception import RayStateApiException
 
-        with self._said():
+        with self._said(), _no_other_address():
             try:
                 rows = list_nodes(self.address, filters=[("state", "=", "ALIVE")], limit=1000, detail=True)
             except RayStateApiException as error:
@@ -90,7 +117,7 @@ class RayJobs:
             try:
                 found = self.client.get_job_info(name)
             except RuntimeError as error:
-                if "404" in str(error) or "does not exist" in str(error):
+                if "status code 404" in str(error) and f"Job {name} does not exist" in str(error):
                     return None
                 raise
         status = str(getattr(found.status, "value", found.status))
@@ -109,7 +136,7 @@ class RayJobs:
 
     def forget(self, name: str) -> None:
         """Have Ray forget a job that has ended."""
-        with contextlib.suppress(RuntimeError, OSError):
+        with contextlib.suppress(RayUnreachable), self._said():
             self.client.delete_job(name)
 
 
@@ -149,8 +176,11 @@ class AsJobs:
         told_back = json.loads(found[1])
         if told_back["code"]:
             raise CommandFailed(told_back["error"] or f"{' '.join(command[:3])} ended with code {told_back['code']}")
-        for line_of in said[found.end() :].split():
-            take(base64.b64decode(line_of))
+        try:
+            for line_of in said[found.end() :].split():
+                take(base64.b64decode(line_of, validate=True))
+        except binascii.Error as error:
+            raise CommandFailed(f"what {' '.join(command[:3])} said came mixed with other words") from error
 
     def _ended(self, name: str) -> JobInfo:
         ends = time.monotonic() + _COMMAND_SECONDS
@@ -172,9 +202,12 @@ def relay(source: Path, command: list[str]) -> None:
     with source.open("rb") as file:
         done = subprocess.run([str(script), "node", *command], stdin=file, capture_output=True, check=False)
     told: dict[str, Any] = {"code": done.returncode, "error": done.stderr.decode(errors="replace").strip()[-2000:]}
+    if len(done.stdout) > _MOST_BYTES:
+        size = f"{len(done.stdout) / 1e6:,.0f} MB"
+        told = {"code": 1, "error": f"{size} are too much for a job's log: copy them from the storage by hand"}
     out = sys.stdout
     out.write(f"{RELAYED} {json.dumps(told)}\n")
-    if not done.returncode:
+    if not told["code"]:
         for start in range(0, len(done.stdout), 57_000):
             out.write(base64.b64encode(done.stdout[start : start + 57_000]).decode() + "\n")
     out.flush()

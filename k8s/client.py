@@ -10,21 +10,21 @@ import json
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
+import yaml
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from kubernetes.stream import stream
 from kubernetes.watch import Watch
 from urllib3 import Retry
 from urllib3.exceptions import HTTPError
-from websocket import WebSocketException
+from websocket import ABNF, WebSocketException
 
 from jobs.errors import CommandFailed
-from k8s.errors import ClusterError
+from k8s.errors import ClusterError, Conflict
 
 Tree = dict[str, Any]
 RAYJOBS = {"group": "ray.io", "version": "v1", "plural": "rayjobs"}
@@ -36,6 +36,8 @@ _LONGEST_PAUSE = 30.0
 _TRIED = 6
 """How often a request is tried while the server is too busy or not there."""
 _GONE, _CONFLICT, _FORBIDDEN, _NOT_FOUND = 410, 409, 403, 404
+_STDOUT, _STDERR, _STATUS = 1, 2, 3
+"""Channels of a command's WebSocket (v4.channel.k8s.io)."""
 _BLOCK = 2**17
 """Bytes of one message into a pod."""
 _STDERR_KEPT = 4000
@@ -49,10 +51,33 @@ def _said(what: str) -> Iterator[None]:
     try:
         yield
     except ApiException as error:
-        raise ClusterError(f"{what}: {_sentence(error)}", _status(error)) from error
+        kind = Conflict if _status(error) == _CONFLICT else ClusterError
+        raise kind(f"{what}: {_sentence(error)}", _status(error)) from error
     except (HTTPError, WebSocketException, OSError) as error:
         reason = getattr(error, "reason", None) or error
         raise ClusterError(f"{what}: the cluster's API server does not answer ({str(reason)[:200]})") from error
+
+
+def _sent(line: Any, block: bytes) -> bool:
+    """Send to a command's input; False where it takes no more."""
+    try:
+        for start in range(0, len(block), _BLOCK):
+            line.write_stdin(block[start : start + _BLOCK])
+    except (WebSocketException, OSError):
+        return False
+    return True
+
+
+def _check_ended(pod: str, command: list[str], status: bytes, errors: str) -> None:
+    """Raise what the last word on a command means; without one the connection broke off."""
+    try:
+        told = json.loads(status)
+    except ValueError:
+        raise ClusterError(f"the connection to pod {pod} broke off while {' '.join(command[:3])} ran") from None
+    if told.get("status") == "Success":
+        return
+    words = " ".join(errors[-_STDERR_KEPT:].split()) or str(told.get("message") or "it did not say why")
+    raise CommandFailed(words)
 
 
 def _status(error: ApiException) -> int | None:
@@ -101,7 +126,7 @@ class Client:
     def create(self, tree: Tree, *, dry_run: bool = False) -> Tree:
         """Make an object; unknown fields are refused, not dropped.
 
-        Raises ClusterError; its status is 409 where there is one of this name.
+        Raises Conflict where there is one of this name, and ClusterError.
         """
         dry = {"dry_run": "All"} if dry_run else {}
         with _said(f"{tree['kind']} {tree['metadata']['name']} was not created"):
@@ -155,7 +180,13 @@ class Client:
 
     def _ask(self, request: Callable[..., Any], **options: Any) -> Tree:
         """The answer as the server sent it: the client's models refuse one that lacks a field they count on."""
-        tree: Tree = json.loads(self._body(request(**options, _preload_content=False, _request_timeout=_SECONDS)))
+        body = self._body(request(**options, _preload_content=False, _request_timeout=_SECONDS))
+        try:
+            tree = json.loads(body)
+        except ValueError:
+            tree = None
+        if not isinstance(tree, dict):
+            raise ClusterError(f"{self.host} does not answer as an API server does: {body[:80]!r}")
         return tree
 
     def _body(self, answer: Any) -> bytes:
@@ -174,30 +205,36 @@ class Client:
         A list and a watch from there, as a reflector does: listed again when the watch ends, is dropped, or its version
         is too old (410). What goes wrong is told to `failed`, and tried again with growing pauses.
         """
-        where = {**RAYJOBS, "namespace": self.namespace, "field_selector": f"metadata.name={name}"}
         pause = 0.0
         while not end.wait(pause):
             try:
-                with _said(f"RayJob {name} cannot be followed"):
-                    listed = self._ask(self.custom.list_namespaced_custom_object, **where)
-                    seen(next(iter(listed["items"]), None))
-                    for event in Watch().stream(
-                        self.custom.list_namespaced_custom_object,
-                        **where,
-                        resource_version=listed["metadata"]["resourceVersion"],
-                        timeout_seconds=_WATCH_SECONDS,
-                        _request_timeout=(_SECONDS[0], _WATCH_SECONDS + _SECONDS[1]),
-                    ):
-                        pause = 0.0
-                        if end.is_set():
-                            return
-                        if event["type"] != "BOOKMARK":
-                            seen(None if event["type"] == "DELETED" else event["object"])
-                    pause = 1.0  # a server that ends watches at once is not asked without pause
+                self._follow(name, seen, end)
+                pause = 1.0  # a server that ends watches at once is not asked without pause
             except ClusterError as error:
                 if error.status != _GONE:
                     failed(str(error))
                 pause = min(_LONGEST_PAUSE, 2 * pause or 0.5)
+            except Exception as error:  # what no server should send, and the client's watch does not expect
+                failed(f"RayJob {name} cannot be followed: {type(error).__name__}: {error}")
+                pause = min(_LONGEST_PAUSE, 2 * pause or 0.5)
+
+    def _follow(self, name: str, seen: Callable[[Tree | None], None], end: threading.Event) -> None:
+        """One list, and one watch from there to its end. Raises ClusterError."""
+        where = {**RAYJOBS, "namespace": self.namespace, "field_selector": f"metadata.name={name}"}
+        with _said(f"RayJob {name} cannot be followed"):
+            listed = self._ask(self.custom.list_namespaced_custom_object, **where)
+            seen(next(iter(listed["items"]), None))
+            for event in Watch().stream(
+                self.custom.list_namespaced_custom_object,
+                **where,
+                resource_version=listed["metadata"]["resourceVersion"],
+                timeout_seconds=_WATCH_SECONDS,
+                _request_timeout=(_SECONDS[0], _WATCH_SECONDS + _SECONDS[1]),
+            ):
+                if end.is_set():
+                    return
+                if isinstance(event, dict) and event["type"] != "BOOKMARK":
+                    seen(None if event["type"] == "DELETED" else event["object"])
 
     # --- pods
 
@@ -231,42 +268,48 @@ class Client:
 
         Raises ClusterError, and CommandFailed with the command's last words where it fails.
         """
-        errors = bytearray()
-        with _said(f"nothing can be run in pod {pod}"):
-            line = stream(
-                client.CoreV1Api(client.ApiClient(self.settings)).connect_get_namespaced_pod_exec,
-                pod,
-                self.namespace,
-                container=container,
-                command=command,
-                stdin=True,
-                stdout=True,
-                stderr=True,
-                tty=False,
-                binary=True,
-                _preload_content=False,
-            )
-            line.sock.settimeout(_IDLE_SECONDS)
-            heard = time.monotonic()
-            try:
-                for block in feed:
-                    for start in range(0, len(block), _BLOCK):
-                        line.write_stdin(block[start : start + _BLOCK])
-                while line.is_open():
-                    line.update(timeout=1)
-                    said, complained = line.read_channel(1), line.read_channel(2)
-                    if said:
-                        take(said)
-                    errors += complained
-                    heard = time.monotonic() if said or complained else heard
-                    if time.monotonic() - heard > _IDLE_SECONDS:
-                        raise TimeoutError(f"nothing came from pod {pod} for {_IDLE_SECONDS / 60:.0f} minutes")
-                code = line.returncode
-            finally:
-                line.close()
-        if code:
-            words = " ".join(errors.decode(errors="replace")[-_STDERR_KEPT:].split())
-            raise CommandFailed(words or f"{' '.join(command[:3])} ended with code {code} in pod {pod}")
+        what = f"nothing can be run in pod {pod}"
+        with _said(what):
+            line = self._line(pod, container, command)
+        errors, status = bytearray(), bytearray()
+        try:
+            for block in feed:
+                if not _sent(line, block):
+                    break  # the command has ended: it says why
+            while True:
+                with _said(what):
+                    opcode, frame = line.sock.recv_data_frame(True)
+                if opcode == ABNF.OPCODE_CLOSE:
+                    break
+                if opcode in (ABNF.OPCODE_BINARY, ABNF.OPCODE_TEXT) and frame.data:
+                    channel, data = frame.data[0], frame.data[1:]
+                    if channel == _STDOUT:
+                        take(data)
+                    elif channel == _STDERR:
+                        errors += data
+                    elif channel == _STATUS:
+                        status += data
+        finally:
+            line.close(timeout=1)
+        _check_ended(pod, command, bytes(status), errors.decode(errors="replace"))
+
+    def _line(self, pod: str, container: str, command: list[str]) -> Any:
+        """The WebSocket of a command. Its client's own reading is not used: it copies all that came at every frame."""
+        line = stream(
+            client.CoreV1Api(client.ApiClient(self.settings)).connect_get_namespaced_pod_exec,
+            pod,
+            self.namespace,
+            container=container,
+            command=command,
+            stdin=True,
+            stdout=True,
+            stderr=True,
+            tty=False,
+            binary=True,
+            _preload_content=False,
+        )
+        line.sock.settimeout(_IDLE_SECONDS)
+        return line
 
     # --- the cluster itself
 
@@ -286,13 +329,18 @@ class Client:
 
         Raises ClusterError where no server answers.
         """
-        queues = {"group": "kueue.x-k8s.io", "version": "v1beta1", "plural": "localqueues"}
         requests = {
             "Node": partial(self.core.list_node),
             "PersistentVolumeClaim": partial(
                 self.core.list_namespaced_persistent_volume_claim, namespace=self.namespace
             ),
-            "LocalQueue": partial(self.custom.list_namespaced_custom_object, namespace=self.namespace, **queues),
+            "LocalQueue": partial(
+                self.custom.list_namespaced_custom_object,
+                namespace=self.namespace,
+                group="kueue.x-k8s.io",
+                version=self._version_of("kueue.x-k8s.io"),
+                plural="localqueues",
+            ),
         }
         with _said(f"objects of kind {kind} cannot be listed"):
             try:
@@ -305,9 +353,13 @@ class Client:
 
     def serves(self, group: str) -> bool:
         """Whether the cluster has an API group. Raises ClusterError."""
+        return bool(self._version_of(group))
+
+    def _version_of(self, group: str) -> str:
+        """What the cluster prefers of an API group; empty where it has none."""
         with _said("the cluster's API groups cannot be read"):
             groups = self._ask(client.ApisApi(self.api).get_api_versions)["groups"]
-        return any(found["name"] == group for found in groups)
+        return next((str(found["preferredVersion"]["version"]) for found in groups if found["name"] == group), "")
 
     def may(self, verb: str, resource: str, group: str = "", subresource: str = "") -> bool:
         """Whether the user has a right in the namespace. Raises ClusterError."""
@@ -328,7 +380,7 @@ def current(context: str | None) -> tuple[str, str]:
     """(name, namespace) of a context of the kubeconfig, or of its current one. Raises ClusterError."""
     try:
         known, now = config.list_kube_config_contexts(os.environ.get("KUBECONFIG"))
-    except config.ConfigException as error:
+    except (config.ConfigException, yaml.YAMLError) as error:
         raise ClusterError(f"there is no cluster to ask: {error}") from error
     found = next((one for one in known if one["name"] == context), None) if context else now
     if not found:
@@ -346,6 +398,8 @@ def _settings(context: str | None) -> client.Configuration:
     settings = client.Configuration()
     try:
         config.load_kube_config(os.environ.get("KUBECONFIG"), context=context, client_configuration=settings)
+    except yaml.YAMLError as error:
+        raise ClusterError(f"the kubeconfig is not whole YAML: {' '.join(str(error).split())[:200]}") from error
     except config.ConfigException as error:
         if context is None:
             with contextlib.suppress(config.ConfigException):

@@ -22,3 +22,7 @@ class ClusterError(UserError):
     def forbidden(self) -> bool:
         """Whether a right is missing."""
         return self.status == 403
+
+
+class Conflict(ClusterError):
+    """There is an object of this name already."""

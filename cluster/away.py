@@ -19,7 +19,7 @@ from cluster.fetch import fetch_asset, fetch_job
 from cluster.transfer import Cargo, Unpacker, Which, framed, known
 from jobs import files
 from jobs.assets import asset
-from jobs.errors import CommandFailed, ExitCode, LorafleetError
+from jobs.errors import CommandFailed, ExitCode, UserError
 from jobs.plan import Plan
 from jobs.run import Run, RunState, TrialState
 from jobs.spec import JobSpec
@@ -47,8 +47,8 @@ def bring(place: Place, there: str, run: Run, which: Which = "none", *, whole: b
     """Bring what of the record of the run in folder `there` is not here yet; returns how many files came.
 
     One transfer at a time: an older one that ends later would put back what it has read before. Without `wait` nothing
-    is done while another is under way. Raises UserError, and LorafleetError where what comes is cut off: nothing has
-    changed here then.
+    is done while another is under way. Raises UserError, also where what comes is cut off: nothing has changed here
+    then.
     """
     options = ["--weights", which, *(["--whole"] if whole else [])]
     with files.locked(run.path / ".record", wait=wait) as mine:
@@ -66,7 +66,7 @@ def bring(place: Place, there: str, run: Run, which: Which = "none", *, whole: b
 def send(place: Place, cargo: Iterable[Cargo], say: Say) -> None:
     """Lay files and folders on the storage, but those that are there already. Raises UserError."""
     cargo = list(cargo)
-    asked = [{"target": one.target, "digest": one.digest, "file": one.source.is_file()} for one in cargo]
+    asked = [{"target": one.target, "digest": one.digest} for one in cargo]
     missing = set(ask(place, ["lorafleet", "node", "lacks"], asked))
     for one in cargo:
         if one.target not in missing:
@@ -162,14 +162,26 @@ def stored(run: Run) -> dict[str, Any]:
     return files.read_json(run.path / SITE_FILE)
 
 
-def keep(run: Run, **facts: Any) -> None:
-    """Add to it."""
-    files.write_json(run.path / SITE_FILE, stored(run) | facts)
+def keep(run: Run, submission: int, **facts: Any) -> None:
+    """Add to what is kept of a submission; of one that was followed by another nothing is kept any more."""
+    path = run.path / SITE_FILE
+    with files.locked(run.path / ".site"):
+        now = files.read_json(path)
+        if now.get("submission") == submission:
+            files.write_json(path, now | facts)
 
 
-def settled(run: Run, found: Seen) -> Seen:
-    """Note how a run ended, for the time when the place has forgotten it."""
-    keep(run, last={"state": str(found.state), "sentence": found.sentence})
+def begin_submission(run: Run, facts: dict[str, Any]) -> None:
+    """Write down what is handed over; what was brought of the submission before says nothing of this one's end."""
+    with files.locked(run.path / ".site"):
+        files.write_json(run.path / SITE_FILE, facts)
+    status = run.status()
+    files.write_json(run.path / "status.json", status | {"state": RunState.PENDING, "reason": None})
+
+
+def settled(run: Run, submission: int, found: Seen) -> Seen:
+    """Note how a submission ended, for the time when the place has forgotten it."""
+    keep(run, submission, last={"state": str(found.state), "sentence": found.sentence})
     return found
 
 
@@ -181,16 +193,16 @@ def seen_last(run: Run) -> Seen | None:
 
 def unknown_there(run: Run, what: str) -> Seen:
     """Of a run of which the place knows nothing: not yet, or not any more."""
-    facts, written, reason = stored(run), run.state, str(run.status().get("reason") or "")
+    facts, state, reason = stored(run), run.state, str(run.status().get("reason") or "")
     if not facts.get("handed_over"):
-        return Seen(written, "it was not handed over: `lorafleet resume` does so")
+        return Seen(state, "it was not handed over: `lorafleet resume` does so")
     last = seen_last(run)
     if last:
         return last
-    if facts.get("stopping") and written is not RunState.FINISHED:
+    if facts.get("stopping") and state is not RunState.FINISHED:
         return Seen(RunState.STOPPED, f"it was stopped: `lorafleet resume {run.id}` goes on")
-    if written in (RunState.FINISHED, RunState.FAILED, RunState.STOPPED):
-        return Seen(written, reason)
+    if state in (RunState.FINISHED, RunState.FAILED, RunState.STOPPED):
+        return Seen(state, reason)
     sentence = f"{what}; `lorafleet pull {run.id}` brings what is on the storage, `lorafleet resume` goes on"
     return Seen(RunState.FAILED, sentence)
 
@@ -208,11 +220,18 @@ def exit_code(run: Run, found: Seen, said: int | None) -> int:
 
 
 @contextlib.contextmanager
-def or_said_to_be_missing(run: Run) -> Iterator[None]:
+def or_said_to_be_missing(run: Run, submission: int) -> Iterator[None]:
     """What keeps a record from coming is written down, and told with the run's end."""
     try:
         yield
-    except LorafleetError as error:
-        keep(run, missing=f"its record is not here ({error}): `lorafleet pull {run.id}` brings it")
+    except UserError as error:
+        sentence = f"its record is not here ({error}): `lorafleet pull {run.id}` brings it"
+        keep(run, submission, missing=sentence, tries=int(stored(run).get("tries") or 0) + 1)
     else:
-        keep(run, missing=None)
+        keep(run, submission, missing=None, collected=True)
+
+
+def written(run: Run) -> tuple[RunState | None, str]:
+    """(state, reason) as the run itself has written them; (None, why) where that could not be brought."""
+    missing = str(stored(run).get("missing") or "")
+    return (None, missing) if missing else (run.state, str(run.status().get("reason") or ""))

@@ -27,6 +27,8 @@ class Seen:
     state: RunState
     sentence: str = ""
     """What the place says beside it: why it waits, how it ended, what goes on with it."""
+    asked: bool = True
+    """Whether the place has said so; else it could not be asked, and this is what was written last."""
 
 
 class Watch(Protocol):

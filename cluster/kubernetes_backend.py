@@ -21,16 +21,15 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from cluster import porter, registry
-from cluster.away import Away, Place, bring, keep, or_said_to_be_missing, seen_last, settled, stored
+from cluster.away import Away, Place, begin_submission, bring, keep, or_said_to_be_missing, seen_last, settled, stored
 from cluster.backend import Say, Seen, quietly
-from cluster.backends import SITE_FILE
 from cluster.kubernetes_watch import KubernetesWatch, has_run, seen
 from cluster.local import write_run
 from cluster.planning import make_plan
 from cluster.porter import account
 from cluster.transfer import Which
 from jobs import files
-from jobs.errors import LorafleetError, PlacementRefused, RunError, UserError
+from jobs.errors import CommandFailed, PlacementRefused, RunError, UserError
 from jobs.handover import TEXTS, pack
 from jobs.kubernetes_site import WORKER_LABELS, KubernetesSite
 from jobs.load import LoadedJob, dump_resolved
@@ -48,6 +47,8 @@ if TYPE_CHECKING:
 
 _CRD = "LORAFLEET_RAYJOB_CRD"
 """A file with the CustomResourceDefinition of RayJob."""
+_TRIES = 3
+"""How often the record of an ended run is tried to be brought unasked."""
 _PATIENCE_AT_THE_END = 120.0
 """Seconds that the end of a run waits for a pod that brings its record; `pull` waits longer."""
 
@@ -70,6 +71,13 @@ class KubernetesBackend(Away):
 
         return Client(self.site.namespace, self.site.context)
 
+    @functools.cached_property
+    def glance(self) -> Client:
+        """The same, for those who only want to know: a cluster that does not answer is tried twice, not for minutes."""
+        from k8s.client import Client
+
+        return Client(self.site.namespace, self.site.context, tried=1)
+
     # --- before: plan, check, bring what is needed
 
     def plan(self, loaded: LoadedJob, command: str) -> Plan:
@@ -84,7 +92,7 @@ class KubernetesBackend(Away):
             "resolved.json": dump_resolved(loaded),
             "plan.json": made.model_dump_json(indent=1),
         }
-        manifest = to_yaml(render(self.site, self._order_to_keep(made, pack(made.job.name, texts))))
+        manifest = to_yaml(render(self.site, self._order_to_keep(made, pack(made.job.name, texts, ray=version("ray")))))
         context = ["--context", self.site.context] if self.site.context else []
         line = shlex.join(["kubectl", *context, "apply", "--server-side", "-f", MANIFEST])
         return made.model_copy(update={"files": {MANIFEST: manifest}, "command_line": line})
@@ -186,18 +194,15 @@ class KubernetesBackend(Away):
         run = write_run(plan.model_copy(update={"files": {}, "command_line": ""}), loaded, runs)
         try:
             self._hand_over(run, {"nodes": plan.nodes, "submission": 1})
-        except UserError as error:
-            if getattr(error, "refused", True):
+        except BaseException as error:
+            if stored(run).get("taken_back", True):
                 shutil.rmtree(run.path, ignore_errors=True)
                 raise
             registry.add(run, self.site.name)
             raise RunError(
-                f"{error}\nWhether the job was taken is not known: `lorafleet status {run.id}` asks, and "
-                f"`lorafleet resume {run.id}` hands it over if it was not"
+                f"{error or type(error).__name__}\nWhether the job was taken is not known: `lorafleet status {run.id}` "
+                f"asks, and `lorafleet resume {run.id}` hands it over if it was not"
             ) from error
-        except BaseException:
-            shutil.rmtree(run.path, ignore_errors=True)
-            raise
         registry.add(run, self.site.name)
         return run
 
@@ -210,20 +215,21 @@ class KubernetesBackend(Away):
         facts = {"call": secrets.token_hex(8)} | facts | {"handed_over": False}
         facts |= {"kind": self.site.kind, "site": self.site.model_dump(mode="json")}
         texts = {name: (run.path / name).read_text() for name in TEXTS}
-        packed = pack(str(run.status()["name"]), texts, facts["submission"])
+        packed = pack(str(run.status()["name"]), texts, facts["submission"], version("ray"))
         order = self._order(run.id, facts["submission"], facts["nodes"], packed, facts["call"])
         objects = render(self.site, order)
         files.write_text(run.path / MANIFEST, to_yaml(objects))
-        files.write_json(run.path / SITE_FILE, facts)
+        begin_submission(run, facts)
         try:
             *others, job = [self._create(tree, facts["call"]) for tree in objects]
             for tree in others:
                 self.client.give_to(job, tree["kind"], tree["metadata"]["name"])
         except BaseException as error:
-            if getattr(error, "refused", True):  # else it is open what there is
-                self._take_back(objects, facts["call"])
+            open_end = isinstance(error, ClusterError) and not error.refused
+            taken_back = not open_end and self._take_back(objects, facts["call"])
+            keep(run, facts["submission"], taken_back=taken_back)
             raise
-        keep(run, handed_over=True)
+        keep(run, facts["submission"], handed_over=True)
 
     def _create(self, tree: Tree, call: str) -> Tree:
         """Make an object; one that the same call has made before is as good."""
@@ -237,12 +243,16 @@ class KubernetesBackend(Away):
                 raise RunError(f"{what}: it is left alone") from error
             return {"kind": kind, "apiVersion": tree["apiVersion"]} | found
 
-    def _take_back(self, objects: list[Tree], call: str) -> None:
-        for tree in reversed(objects):
-            with contextlib.suppress(UserError):
+    def _take_back(self, objects: list[Tree], call: str) -> bool:
+        """Take away what a call has made; returns whether nothing of it is left for sure."""
+        try:
+            for tree in reversed(objects):
                 found = self.client.get(tree["kind"], tree["metadata"]["name"])
                 if found and _is_of(found, call):
                     self.client.delete(tree["kind"], tree["metadata"]["name"])
+        except ClusterError:
+            return False
+        return True
 
     def resume(self, run: Run) -> None:
         """Hand an unfinished run over again, as a RayJob of its own. Raises RunError while one of it lives."""
@@ -289,30 +299,30 @@ class KubernetesBackend(Away):
     def look(self, run: Run) -> Seen:
         """Where a run is: asked of the cluster first, of what was seen last where that does not answer."""
         try:
-            job = self.client.get("RayJob", self.name_of(run))
+            job = self.glance.get("RayJob", self.name_of(run))
         except ClusterError as error:
-            return seen_last(run) or Seen(run.state, f"{error}; the record here says {run.state}")
+            return seen_last(run) or Seen(run.state, f"{error}; the record here says {run.state}", asked=False)
         found = self.seen(run, job)
         if found.state is RunState.PENDING and job is not None:
             why = self.why(run, job)
             return Seen(found.state, found.sentence + (f": {why}" if why else ""))
         if job is not None and job_state(job.get("status")).ended:
-            settled(run, found)
+            settled(run, int(stored(run)["submission"]), found)
         return found
 
     def why(self, run: Run, job: Tree) -> str:
         """Why pods of a run do not start, in words; empty when nothing says so."""
         name = self.name_of(run)
         with contextlib.suppress(UserError):
-            events = self.client.events(name=name)
+            events = self.glance.events(name=name)
             cluster = (job.get("status") or {}).get("rayClusterName")
             if cluster:
-                events += self.client.events(name=cluster)
-            for pod in self.client.pods(porter.labels_of_submission(run, int(stored(run)["submission"]))):
+                events += self.glance.events(name=cluster)
+            for pod in self.glance.pods(porter.labels_of_submission(run, int(stored(run)["submission"]))):
                 if pod.get("status", {}).get("phase") == "Pending":
-                    events += self.client.events(name=pod["metadata"]["name"])
+                    events += self.glance.events(name=pod["metadata"]["name"])
             if self._queued:
-                queue = self.client.events(kind="Workload")
+                queue = self.glance.events(kind="Workload")
                 events += [event for event in queue if f"rayjob-{name}" in event["involvedObject"]["name"]]
             return why_pending(events) or ""
         return ""
@@ -323,32 +333,53 @@ class KubernetesBackend(Away):
         Of a run that has ended the record comes once, through a pod where its own are gone.
         """
         number = int(stored(run)["submission"])
-        with contextlib.suppress(LorafleetError):
-            head = porter.head_of(self.client, run, number)
-            if head is not None:
-                bring(head, run_folder(self.site, run.id), run, wait=False)
+        try:
+            if self.peek(run, number):
                 return
-        with contextlib.suppress(LorafleetError):
-            job = self.client.get("RayJob", self.name_of(run))
+            job = self.glance.get("RayJob", self.name_of(run))
             if stored(run).get("handed_over") and self.seen(run, job).state not in (RunState.PENDING, RunState.RUNNING):
-                if stored(run).get("collected") != number:
+                facts = stored(run)
+                if not facts.get("collected") and int(facts.get("tries") or 0) < _TRIES:
                     say(f"{run.id} has ended, and its pods are gone: its record comes through one more")
-                    self.collect(run, ran=job is None or has_run(job))
+                    self.collect(run, number, ran=job is None or has_run(job))
                 return
-            words = porter.submitters_words(self.client, run, number)
-            if words:
+            self._words(run, number)
+        except ClusterError:
+            return  # `look` says so
+
+    def peek(self, run: Run, submission: int) -> bool:
+        """Bring a run's record through its head; False where that is not up, or does not let one in.
+
+        Raises ClusterError where no API server answers.
+        """
+        head = porter.head_of(self.glance, run, submission)
+        if head is None:
+            return False
+        try:
+            bring(head, run_folder(self.site, run.id), run, wait=False)
+        except (ClusterError, CommandFailed):
+            return False
+        if not (run.path / "logs" / "driver.log").is_file():  # it did not come so far
+            self._words(run, submission)
+        return True
+
+    def _words(self, run: Run, submission: int) -> None:
+        """What the driver has said, as the submitter's pod has it, where the driver's own log is not here."""
+        with contextlib.suppress(ClusterError):
+            words = porter.submitters_words(self.glance, run, submission)
+            if words and not (run.path / "logs" / "driver.log").is_file():
                 files.write_text(run.path / "logs" / "submitter.log", words)
 
-    def collect(self, run: Run, *, ran: bool) -> None:
-        """Bring the record of a run that has ended; what hinders it is written down, and `seen` says it."""
-        with or_said_to_be_missing(run):
+    def collect(self, run: Run, submission: int, *, ran: bool) -> None:
+        """Bring the record of a submission that has ended; what hinders it is written down, and `seen` says it."""
+        self._words(run, submission)
+        with or_said_to_be_missing(run, submission):
             self._bring(run, "none", whole=False, through_pod=ran, up_seconds=_PATIENCE_AT_THE_END)
-        keep(run, collected=int(stored(run)["submission"]))
 
     def pull(self, run: Run, which: Which, say: Say) -> int:
         """Bring a run's record, W&B's files and the weights of `which` trials; returns how many files came."""
         count = self._bring(run, which, whole=True, through_pod=True, say=say)
-        keep(run, missing=None)
+        keep(run, int(stored(run)["submission"]), missing=None, collected=True)
         return count
 
     def _bring(
@@ -378,8 +409,7 @@ class KubernetesBackend(Away):
         name, job = self.name_of(run), self.client.get("RayJob", self.name_of(run))
         if job is None or job_state(job.get("status")).ended:
             raise RunError(f"{run.id} has no RayJob that waits or runs: it is {self.look(run).state}")
-        self.refresh(run)
-        keep(run, stopping=True)
+        keep(run, int(stored(run)["submission"]), stopping=True)
         self.end_at_once(run)
         return (
             f"{run.id} saves its trials and ends: RayJob {name} is being taken away; `lorafleet resume {run.id}` goes "

@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from cluster.away import exit_code, settled, stored, unknown_there
+from cluster.away import exit_code, settled, stored, unknown_there, written
 from cluster.backend import Seen
 from jobs.run import Run, RunState
 from k8s.states import job_state
@@ -24,8 +24,6 @@ _UNSEEN: Any = object()
 
 def seen(run: Run, name: str, job: dict[str, Any] | None, *, queued: bool) -> Seen:
     """Where a run is, from its RayJob (None: there is none) and from what is here of its own record."""
-    written, reason = run.state, str(run.status().get("reason") or "")
-    missing = str(stored(run).get("missing") or "")
     if job is None:
         return unknown_there(run, f"RayJob {name} is not on the cluster any more, and lorafleet did not take it away")
     state = job_state(job.get("status"), queued=queued)
@@ -33,14 +31,16 @@ def seen(run: Run, name: str, job: dict[str, Any] | None, *, queued: bool) -> Se
         return Seen(RunState.RUNNING, f"RayJob {name} is being taken away: its trials are saved first")
     if not state.ended:
         return Seen(state.run, f"RayJob {name} {state.sentence}")
-    if state.run is RunState.FINISHED and written in (RunState.STOPPED, RunState.FAILED):
-        return Seen(written, reason)  # for Ray the job has succeeded: there is nothing that another cluster could do
-    if state.run is RunState.FAILED and written is RunState.FAILED and reason:
+    own, reason = written(run)
+    if state.run is RunState.FINISHED and own in (RunState.STOPPED, RunState.FAILED):
+        return Seen(own, reason)  # for Ray the job has succeeded: there is nothing that another cluster could do
+    if state.run is RunState.FINISHED:
+        return Seen(state.run, reason)
+    if state.run is RunState.FAILED and own is RunState.FAILED and reason:
         return Seen(RunState.FAILED, reason)
     if state.run is RunState.STOPPED:
         return Seen(RunState.STOPPED, f"RayJob {name} {state.sentence}; `lorafleet resume {run.id}` goes on")
-    if state.run is RunState.FINISHED:
-        return Seen(state.run, missing or reason)
+    missing = reason if own is None else ""
     return Seen(state.run, "; ".join(filter(None, [f"RayJob {name} {state.sentence}", missing])))
 
 
@@ -63,6 +63,7 @@ class KubernetesWatch:
     def __init__(self, backend: KubernetesBackend, run: Run) -> None:
         self.backend, self.run = backend, run
         self.name = backend.name_of(run)
+        self.submission = int(stored(run)["submission"])
         self.seen = Seen(run.state)
         self._job: Any = _UNSEEN
         self._why, self._asked_why = "", -_WHY_SECONDS
@@ -86,7 +87,7 @@ class KubernetesWatch:
     def _refresh(self) -> None:
         while not self._end.wait(_REFRESH_SECONDS):
             if self._job not in (None, _UNSEEN) and self._now().state is RunState.RUNNING:
-                self.backend.refresh(self.run)
+                self.backend.peek(self.run, self.submission)
 
     def _now(self) -> Seen:
         return self.backend.seen(self.run, self._job)
@@ -102,8 +103,8 @@ class KubernetesWatch:
             self.seen = Seen(now.state, self._trouble or now.sentence + self._waits(now.state))
             return None
         self._end.set()
-        self.backend.collect(self.run, ran=self._ran or has_run(job))
-        self.seen = settled(self.run, self.backend.seen(self.run, job))
+        self.backend.collect(self.run, self.submission, ran=self._ran or has_run(job))
+        self.seen = settled(self.run, self.submission, self.backend.seen(self.run, job))
         return exit_code(self.run, self.seen, drivers_code(job))
 
     def _waits(self, state: RunState) -> str:

@@ -20,6 +20,7 @@ from cluster import registry
 from cluster.away import (
     Away,
     Place,
+    begin_submission,
     bring,
     exit_code,
     keep,
@@ -28,14 +29,14 @@ from cluster.away import (
     settled,
     stored,
     unknown_there,
+    written,
 )
 from cluster.backend import Say, Seen, quietly
-from cluster.backends import SITE_FILE
 from cluster.local import write_run
 from cluster.planning import make_plan
 from cluster.transfer import Which
 from jobs import files
-from jobs.errors import LorafleetError, PlacementRefused, RunError, UserError
+from jobs.errors import PlacementRefused, RunError, UserError
 from jobs.handover import DOCUMENT, TEXTS, pack
 from jobs.load import LoadedJob
 from jobs.plan import Plan
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from cluster.ray_jobs import AsJobs, JobInfo, RayJobs
 
 _LOOK_SECONDS = 3.0
+_SURE = 3
+"""Looks that find no job before it is taken for lost: a head that is starting knows none."""
 _REFRESH_SECONDS = 30.0
 """Between two looks into the run's folder: each is a job of its own."""
 
@@ -119,16 +122,29 @@ class RayBackend(Away):
         run = write_run(plan, loaded, runs)
         try:
             self._hand_over(run, 1)
-        except BaseException:
-            shutil.rmtree(run.path, ignore_errors=True)
-            raise
+        except BaseException as error:
+            if self._unknown(run):
+                shutil.rmtree(run.path, ignore_errors=True)
+                raise
+            registry.add(run, self.site.name)
+            raise RunError(
+                f"{error or type(error).__name__}\nWhether the job was taken is not known: `lorafleet status {run.id}` "
+                f"asks, and `lorafleet resume {run.id}` hands it over if it was not"
+            ) from error
         registry.add(run, self.site.name)
         return run
+
+    def _unknown(self, run: Run) -> bool:
+        """Whether the cluster has no job of the run for sure."""
+        try:
+            return "submission" not in stored(run) or self.jobs.info(self.name_of(run)) is None
+        except UserError:
+            return False
 
     def _hand_over(self, run: Run, submission: int, call: str = "") -> None:
         call = call or secrets.token_hex(8)
         facts = {"kind": self.site.kind, "site": self.site.model_dump(mode="json"), "submission": submission}
-        files.write_json(run.path / SITE_FILE, facts | {"call": call, "handed_over": False})
+        begin_submission(run, facts | {"call": call, "handed_over": False})
         texts = {name: (run.path / name).read_text() for name in TEXTS}
         name = self.name_of(run)
         with tempfile.TemporaryDirectory(prefix="lorafleet-") as folder:
@@ -141,7 +157,7 @@ class RayBackend(Away):
                 found = self.jobs.info(name)  # an answer may have been lost
                 if found is None or found.metadata.get("call") != call:
                     raise
-        keep(run, handed_over=True)
+        keep(run, submission, handed_over=True)
 
     def resume(self, run: Run) -> None:
         """Hand an unfinished run over again, as a job of its own. Raises RunError while one of it lives."""
@@ -163,29 +179,33 @@ class RayBackend(Away):
         try:
             found = self.jobs.info(self.name_of(run))
         except UserError as error:
-            return seen_last(run) or Seen(run.state, f"{error}; the record here says {run.state}")
+            return seen_last(run) or Seen(run.state, f"{error}; the record here says {run.state}", asked=False)
         now = seen(run, self.name_of(run), found)
-        return settled(run, now) if found is not None and found.ended else now
+        return settled(run, int(stored(run)["submission"]), now) if found is not None and found.ended else now
 
     def refresh(self, run: Run, say: Say = quietly) -> None:
-        """Bring what the run has written since, or else what its driver has said."""
-        with contextlib.suppress(LorafleetError):
-            bring(self._place(), self._folder(run.id), run, wait=False)
-            return
+        """Bring what the run has written since, and what its driver has said where its own log is not here."""
         with contextlib.suppress(UserError):
-            words = self.jobs.words(self.name_of(run))
-            if words:
-                files.write_text(run.path / "logs" / "submitter.log", words)
+            bring(self._place(), self._folder(run.id), run, wait=False)
+        self._words(run)
 
-    def collect(self, run: Run) -> None:
-        """Bring the record of a run that has ended; what hinders it is written down."""
-        with or_said_to_be_missing(run):
+    def _words(self, run: Run) -> None:
+        with contextlib.suppress(UserError):
+            if not (run.path / "logs" / "driver.log").is_file():
+                words = self.jobs.words(self.name_of(run))
+                if words:
+                    files.write_text(run.path / "logs" / "submitter.log", words)
+
+    def collect(self, run: Run, submission: int) -> None:
+        """Bring the record of a submission that has ended; what hinders it is written down."""
+        with or_said_to_be_missing(run, submission):
             bring(self._place(), self._folder(run.id), run)
+        self._words(run)
 
     def pull(self, run: Run, which: Which, say: Say) -> int:
         """Bring a run's record, W&B's files and the weights of `which` trials; returns how many files came."""
         count = bring(self._place(), self._folder(run.id), run, which, whole=True)
-        keep(run, missing=None)
+        keep(run, int(stored(run)["submission"]), missing=None, collected=True)
         return count
 
     def watch(self, run: Run) -> RayWatch:
@@ -197,7 +217,7 @@ class RayBackend(Away):
         name, found = self.name_of(run), self.jobs.info(self.name_of(run))
         if found is None or found.ended:
             raise RunError(f"{run.id} has no job that waits or runs: it is {self.look(run).state}")
-        keep(run, stopping=True)
+        keep(run, int(stored(run)["submission"]), stopping=True)
         if found.status == "RUNNING":  # Ray itself would give it three seconds
             self._place().run(["lorafleet", "node", "stop", self._folder(run.id)], lambda _: None)
             return f"{run.id} saves its trials and ends (job {name}); `lorafleet resume {run.id}` goes on"
@@ -229,8 +249,6 @@ def stored_backend(facts: dict[str, Any]) -> RayBackend:
 
 def seen(run: Run, name: str, job: JobInfo | None) -> Seen:
     """Where a run is, from what Ray says of its job (None: nothing) and from what is here of its own record."""
-    written, reason = run.state, str(run.status().get("reason") or "")
-    missing = str(stored(run).get("missing") or "")
     if job is None:
         return unknown_there(run, f"Ray does not know job {name} any more: a head that begins anew forgets its jobs")
     if job.status == "PENDING":
@@ -238,15 +256,14 @@ def seen(run: Run, name: str, job: JobInfo | None) -> Seen:
         return Seen(RunState.PENDING, f"job {name} waits" + (f": {why}" if why else ""))
     if job.status == "RUNNING":
         return Seen(RunState.RUNNING, f"job {name} runs")
+    own, reason = written(run)
     if job.status == "SUCCEEDED":
-        if written in (RunState.STOPPED, RunState.FAILED):
-            return Seen(written, reason)
-        return Seen(RunState.FINISHED, missing or reason)
-    if job.status == "STOPPED" or written is RunState.STOPPED:
+        return Seen(own if own in (RunState.STOPPED, RunState.FAILED) else RunState.FINISHED, reason)
+    if job.status == "STOPPED" or own is RunState.STOPPED:
         return Seen(RunState.STOPPED, f"job {name} was stopped; `lorafleet resume {run.id}` goes on")
-    words = reason if written is RunState.FAILED else ""
+    words = reason if own is RunState.FAILED else ""
     words = words or f"job {name} failed: {' '.join(job.message.split())[:300]}"
-    return Seen(RunState.FAILED, "; ".join(filter(None, [words, missing])))
+    return Seen(RunState.FAILED, "; ".join(filter(None, [words, reason if own is None else ""])))
 
 
 class RayWatch:
@@ -257,7 +274,9 @@ class RayWatch:
     def __init__(self, backend: RayBackend, run: Run) -> None:
         self.backend, self.run = backend, run
         self.name = backend.name_of(run)
+        self.submission = int(stored(run)["submission"])
         self.seen = Seen(run.state)
+        self._unknown = 0
         self._looked_at = -_LOOK_SECONDS
         self._end = threading.Event()
         threading.Thread(target=self._refresh, daemon=True, name=f"refresh {run.id}").start()
@@ -277,13 +296,14 @@ class RayWatch:
         except UserError as error:
             self.seen = Seen(self.seen.state, str(error))
             return None
+        self._unknown = self._unknown + 1 if job is None else 0
         now = seen(self.run, self.name, job)
-        if now.state in (RunState.PENDING, RunState.RUNNING):
+        if now.state in (RunState.PENDING, RunState.RUNNING) or 0 < self._unknown < _SURE:
             self.seen = now
             return None
         self._end.set()
-        self.backend.collect(self.run)
-        self.seen = settled(self.run, seen(self.run, self.name, job))
+        self.backend.collect(self.run, self.submission)
+        self.seen = settled(self.run, self.submission, seen(self.run, self.name, job))
         code = job.code if job is not None else None
         if code is None and job is not None:
             said = re.search(r"exit code (\d+)", job.message)

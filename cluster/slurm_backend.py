@@ -225,7 +225,7 @@ class SlurmBackend:
         try:
             records = self._records(run)
         except client.SlurmError as error:
-            return Seen(run.state, f"{error}; its own record says {run.state}")
+            return Seen(run.state, f"{error}; its own record says {run.state}", asked=False)
         return seen(run, jobs[-1], records)
 
     def examine(self, runs: Path) -> Run:

@@ -78,9 +78,11 @@ def protected(run: Run) -> str | None:
 
     live = (RunState.RUNNING, RunState.PENDING)
     if (run.path / SITE_FILE).is_file():  # what its own record says may be older than what the queue knows
-        state = backend_of(run).look(run).state
-        if state in live:
-            return f"it is {state}; `lorafleet stop {run.id}` first"
+        seen = backend_of(run).look(run)
+        if seen.state in live:
+            return f"it is {seen.state}; `lorafleet stop {run.id}` first"
+        if not seen.asked:
+            return f"its cluster cannot be asked whether it runs: {seen.sentence}"
     elsewhere = run.status().get("host", os.uname().nodename) != os.uname().nodename
     if run.alive() or (elsewhere and run.state in live and not (run.path / SITE_FILE).is_file()):
         return f"it is {run.state}; `lorafleet stop {run.id}` first"

@@ -5,6 +5,8 @@ One side packs, the other unpacks; both are lorafleet. What arrives is checked b
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gzip
 import hashlib
 import io
@@ -12,19 +14,22 @@ import secrets
 import shutil
 import struct
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from jobs import files
-from jobs.errors import LorafleetError
+from jobs.errors import CommandFailed, disk_full
+from jobs.handover import TEXTS
+from jobs.plan import MANIFEST
 from jobs.run import Run
 
 Which = Literal["none", "best", "all"]
 """Of which trials the weights come along."""
-_NOT_BROUGHT = {"tune", "wandb", "attempts", ".reserve", "stop", "site.json", "submission.json"}
-"""At the top of a run's folder: Ray Tune's own, what `sync` uploads, and what belongs to one side alone."""
+_NOT_BROUGHT = {"tune", "attempts", ".reserve", "stop", "site.json", "submission.json", MANIFEST, *TEXTS}
+"""At the top of a run's folder: Ray Tune's own, and what belongs to one side alone. Neither sent nor taken."""
 _HEAVY = {"checkpoints", "adapter", "model"}
 """Of a trial's folder."""
 _SAME_SECONDS = 0.002
@@ -43,7 +48,7 @@ def record(run: Run, which: Which = "none", *, whole: bool = False) -> list[Path
         top, inner = parts[0], parts[2] if parts[0] == "trials" and len(parts) > 3 else None
         if path.name.startswith(".") or not path.is_file() or path.is_symlink():
             continue
-        if top in _NOT_BROUGHT and not (whole and top == "wandb"):
+        if top in _NOT_BROUGHT or (top == "wandb" and not whole):
             continue
         if inner in _HEAVY and (inner == "checkpoints" or not (which == "all" or parts[1] == best)):
             continue
@@ -68,14 +73,18 @@ def pack(run: Run, have: dict[str, tuple[int, float]], which: Which, out: IO[byt
                 if size == now.st_size and abs(changed - now.st_mtime) < _SAME_SECONDS:
                     continue
                 data = path.read_bytes() if now.st_size < _BLOCK else None
-                _add(archive, path, name, data)
+                _add(archive, path, name, now.st_mtime, data)
             except FileNotFoundError:  # replaced or taken away while it was read
                 continue
 
 
-def _add(archive: tarfile.TarFile, path: Path, name: str, data: bytes | None) -> None:
-    """A small file is read first: it may grow meanwhile, and a member must have the size that it was given."""
+def _add(archive: tarfile.TarFile, path: Path, name: str, changed: float, data: bytes | None) -> None:
+    """A small file is read first: it may grow meanwhile, and a member must have the size that it was given.
+
+    `changed` was asked before: a file that is replaced meanwhile must look older than it is, and come again.
+    """
     info = archive.gettarinfo(str(path), arcname=name)
+    info.mtime = changed
     if data is not None:
         info.size = len(data)
         archive.addfile(info, io.BytesIO(data))
@@ -85,12 +94,13 @@ def _add(archive: tarfile.TarFile, path: Path, name: str, data: bytes | None) ->
 
 
 def known(folder: Path) -> dict[str, tuple[int, float]]:
-    """Size and time of change of all files below a folder, by name."""
+    """Size and time of change of all files below a folder, by name; those in the making are passed over."""
     found = {}
     for path in folder.rglob("*"):
-        if path.is_file():
-            now = path.stat()
-            found[str(path.relative_to(folder))] = (now.st_size, now.st_mtime)
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and not path.name.startswith("."):
+                now = path.stat()
+                found[str(path.relative_to(folder))] = (now.st_size, now.st_mtime)
     return found
 
 
@@ -107,14 +117,25 @@ class Unpacker:
         self.file.write(block)
 
     def finish(self) -> int:
-        """Put the files in their places; returns how many. Raises LorafleetError where the stream was cut off."""
-        self.file.close()
+        """Put the files in their places; returns how many.
+
+        Raises CommandFailed where the stream was cut off or damaged: nothing has changed then. And DiskFull.
+        """
         try:
+            self.file.close()
+            self._check()
             return self._spread()
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise LorafleetError(f"what came for {self.folder.name} is not whole: {error}") from error
+        except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+            full = disk_full(error, self.folder)
+            raise full or CommandFailed(f"what came for {self.folder.name} is not whole: {error}") from error
         finally:
             self.drop()
+
+    def _check(self) -> None:
+        """Read all of it: its length and its checksum stand at the end."""
+        with gzip.open(self.scratch) as file:
+            while file.read(_BLOCK):
+                pass
 
     def drop(self) -> None:
         """Forget what came."""
@@ -128,6 +149,8 @@ class Unpacker:
                 if not member.isfile():
                     continue
                 safe = tarfile.data_filter(member, str(self.folder))
+                if Path(safe.name).parts[0] in _NOT_BROUGHT:  # an honest sender does not
+                    continue
                 target = self.folder / safe.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
@@ -171,9 +194,11 @@ def files_of(source: Path) -> list[Path]:
 
 
 def digest(source: Path) -> str:
-    """The SHA-256 of a file, or of a folder's files with their names, in hex."""
+    """The SHA-256 of a file, or of a folder's files with their names, in hex. Raises FileNotFoundError."""
     if source.is_file():
         return files.sha256_file(source)
+    if not source.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no such file or folder", str(source))
     lines = (f"{path.relative_to(source)} {files.sha256_file(path)}\n" for path in files_of(source))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -214,7 +239,7 @@ class _Unframed(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """The next bytes; none at the end. Raises LorafleetError where the sender stopped in the middle."""
+        """The next bytes; none at the end. Raises CommandFailed where the sender stopped in the middle."""
         if self.ended:
             return 0
         if not self.left:
@@ -230,19 +255,30 @@ class _Unframed(io.RawIOBase):
     def _exactly(self, count: int) -> bytes:
         data = self.source.read(count)
         if len(data) < count:
-            raise LorafleetError("the sender stopped in the middle")
+            raise CommandFailed("the sender stopped in the middle")
         return data
 
 
 def is_there(target: Path, expected: str) -> bool:
-    """Whether a file has these bytes; a folder came whole or not at all, and its name tells what it is."""
-    return target.is_dir() or (target.is_file() and digest(target) == expected)
+    """Whether a file or a folder has these bytes. Of a folder that is written beside it, once it is known."""
+    if not target.exists():
+        return False
+    if target.is_file():
+        return digest(target) == expected
+    seal = _seal(target)
+    if not seal.is_file():
+        files.write_text(seal, digest(target))
+    return seal.read_text() == expected
+
+
+def _seal(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.sha256")
 
 
 def receive(target: Path, expected: str, source: IO[bytes], *, file: bool) -> None:
     """Put what `framed` sends where it belongs: whole and as it was, or not at all.
 
-    Raises LorafleetError where its digest is another one.
+    Raises CommandFailed where its digest is another one.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
@@ -252,10 +288,14 @@ def receive(target: Path, expected: str, source: IO[bytes], *, file: bool) -> No
             archive.extractall(scratch, filter="data")
         made = scratch / target.name if file else scratch
         if digest(made) != expected:
-            raise LorafleetError(f"{target} did not arrive as it was sent")
+            raise CommandFailed(f"{target} did not arrive as it was sent")
         if file:
             made.replace(target)
-        elif not target.exists():  # somebody else may have been first
-            made.rename(target)
+            return
+        if target.exists():  # other bytes under the same name: a branch of the hub that has moved on
+            target.rename(scratch.with_name(f"{scratch.name}.old"))
+        made.rename(target)
+        files.write_text(_seal(target), expected)
     finally:
+        shutil.rmtree(scratch.with_name(f"{scratch.name}.old"), ignore_errors=True)
         shutil.rmtree(scratch, ignore_errors=True)

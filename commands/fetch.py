@@ -26,9 +26,11 @@ def fetch(
 ) -> None:
     """Fetch all that a job can touch (needs a network, not torch), or list what there is.
 
-    With --on it goes to where the cluster's machines look for it; a Kubernetes site also gets the job's own files.
+    With --on it goes to where the cluster's machines look for it: on Kubernetes and on a Ray elsewhere also what the
+    job names by a path of this machine.
     """
     from cluster.backends import backend_here
+    from cluster.check import check_names
     from cluster.machine import local_site
     from jobs.assets import ASSETS, PREFIX
     from jobs.errors import UserError
@@ -47,7 +49,10 @@ def fetch(
         if name.startswith(PREFIX):
             typer.echo(f"{name}  {backend.provide_asset(name, say)}")
         else:
-            typer.echo(f"{name}: {backend.provide(load_job(name).job, say)}")
+            loaded = load_job(name)
+            if on is not None:
+                check_names(loaded, whole=False)
+            typer.echo(f"{name}: {backend.provide(loaded.job, say)}")
     return None
 
 

@@ -25,7 +25,7 @@ def pull(
     ] = Adapters.BEST,
     runs: Runs = DEFAULT_RUNS,
 ) -> None:
-    """Bring report, metrics, W&B's records and adapters of a run on Kubernetes here; only what has changed comes."""
+    """Bring report, metrics, W&B's records and adapters of a run elsewhere (Kubernetes, Ray): what has changed."""
     from cluster.backends import backend_of
     from cluster.store import find_run
     from jobs.words import counted

@@ -19,10 +19,11 @@ TEXTS = ("job.yaml", "resolved.json", "plan.json")
 _SUBMISSION = "submission.json"
 
 
-def pack(name: str, texts: dict[str, str], submission: int = 1) -> dict[str, str]:
-    """The texts of a run by file: those that it begins with, and one with the job's name, lorafleet's version, and how
-    often the run was submitted."""
+def pack(name: str, texts: dict[str, str], submission: int = 1, ray: str | None = None) -> dict[str, str]:
+    """The texts of a run by file: those that it begins with, and one with the job's name, lorafleet's version, Ray's
+    where that must be a certain one, and how often the run was submitted."""
     own = {"schema_version": 1, "lorafleet": version("lorafleet"), "name": name, "submission": submission}
+    own |= {"ray": ray} if ray else {}
     return {DOCUMENT: json.dumps(own) + "\n"} | {file: texts[file] for file in TEXTS}
 
 
@@ -35,12 +36,13 @@ def unpack(folder: Path, document: Path) -> Run:
     told = files.read_json(document)
     if not {"lorafleet", "name"} <= set(told):
         raise RunError(f"{document} is not the document of a run")
-    here = version("lorafleet")
-    if told["lorafleet"] != here:
-        raise RunError(
-            f"the job was submitted by lorafleet {told['lorafleet']}, and this is {here}: the image must have the "
-            "version of the one who submits"
-        )
+    for package in ("lorafleet", "ray"):
+        here = version(package)
+        if told.get(package, here) != here:
+            raise RunError(
+                f"the job was submitted by {package} {told[package]}, and this is {here}: the image must have the "
+                "version of the one who submits"
+            )
     run = Run(folder)
     if (folder / "plan.json").is_file():
         if told.get("submission", 1) > files.read_json(folder / _SUBMISSION).get("number", 1):

@@ -123,10 +123,15 @@ lorafleet doctor --on smoke.yaml
 lorafleet validate examples/quickstart.yaml --on smoke.yaml
 lorafleet fetch examples/quickstart.yaml --on smoke.yaml
 run=$(lorafleet sweep examples/quickstart.yaml --on smoke.yaml --detach)
-until lorafleet status "$run" | tee /dev/stderr | grep -q "^running"; do sleep 10; done
+for _ in $(seq 90); do
+    said=$(lorafleet status "$run" | tee /dev/stderr)
+    grep -q "^running" <<<"$said" && break
+    grep -q "^failed" <<<"$said" && exit 1
+    sleep 10
+done
 sleep 60
 lorafleet stop "$run"
-until ! kubectl --namespace smoke get pods --no-headers 2>/dev/null | grep -q .; do sleep 5; done
+timeout 300 bash -c 'while kubectl --namespace smoke get pods --no-headers 2>/dev/null | grep -q .; do sleep 5; done'
 lorafleet resume "$run" --wait
 lorafleet pull "$run"
 lorafleet report "$run"

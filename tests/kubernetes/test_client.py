@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster import staging
+from cluster import porter, staging
+from cluster.away import keep, send
 from cluster.backends import SITE_FILE, backend_of
 from cluster.kubernetes_backend import KubernetesBackend
 from cluster.planning import make_plan
-from cluster.transfer import known
+from cluster.transfer import Cargo, digest, known
+from commands.logs import driver_log
 from jobs import files
 from jobs.errors import CommandFailed, ExitCode, LorafleetError, PlacementRefused, RunError, UserError
 from jobs.kubernetes_site import KubernetesSite
@@ -29,11 +31,11 @@ from jobs.run import Run, RunState, TrialState
 from k8s.client import Client
 from k8s.errors import ClusterError
 from k8s.lint import get
-from k8s.render import ATTEMPT_LABEL, RUN_LABEL, run_folder
+from k8s.render import ATTEMPT_LABEL, HEAD, RUN_LABEL, run_folder
 from tests.conftest import JobMaker, lorafleet
 from tests.kubernetes.api_server import ApiServer, Fault
 from tests.kubernetes.over_http import CRD, FINISHED, head, name_of, storage_at, stored
-from tests.kubernetes.pods import Kubelet, became, secrets_asked
+from tests.kubernetes.pods import BIN, Kubelet, became, secrets_asked
 from tests.unit.test_k8s_render import bare
 
 # --- handing over
@@ -442,38 +444,42 @@ def test_pull_without_a_head_goes_through_a_pod(
     assert server.all("Job") == server.all("Pod") == []  # taken away again
 
 
-def test_what_was_cut_off_is_not_kept(server: ApiServer, kubelet: Kubelet, on_storage: tuple[Run, Run]) -> None:
-    """A stream that ends in the middle changes nothing here."""
+@pytest.mark.parametrize("spoil", ["head -c 300", "head -c -9", "sed 's/finished/stopped!/; s/trial1/trial0/'"])
+def test_what_did_not_come_whole_is_not_kept(
+    spoil: str, server: ApiServer, kubelet: Kubelet, on_storage: tuple[Run, Run]
+) -> None:
+    """A stream that is cut off, early or late, or damaged on its way, changes nothing here."""
     here, _ = on_storage
     head(kubelet, here)
     whole = kubelet.run
-
-    def cut(pod: Any, command: list[str]) -> subprocess.Popen[bytes]:
-        return whole(pod, ["bash", "-c", f"set -o pipefail; {' '.join(command)} | head -c 300"])
-
-    server.pods_exec = cut
-    before = names(here)
-    with pytest.raises(LorafleetError):
-        backend_of(here).pull(here, "all", lambda _: None)
-    assert names(here) == before
-    assert here.state is RunState.PENDING
+    flip = f"{BIN}/python -c 'import sys; b = bytearray(sys.stdin.buffer.read()); b[len(b) // 2] ^= 1; " \
+        "sys.stdout.buffer.write(b)'"  # fmt: skip
+    server.pods_exec = lambda pod, command: whole(
+        pod, ["bash", "-c", f"{' '.join(command)} | {flip if spoil.startswith('sed') else spoil}"]
+    )
+    before = {name: (here.path / name).read_bytes() for name in names(here)}
+    with pytest.raises(CommandFailed, match="is not whole"):
+        backend_of(here).pull(here, "none", lambda _: None)
+    assert {name: (here.path / name).read_bytes() for name in names(here)} == before
+    assert not list(here.path.parent.glob(".*.tar"))
 
 
 def test_a_pod_cannot_write_outside_the_record(tmp_path: Path) -> None:
-    """What comes from a pod is unpacked inside the folder or not at all."""
+    """What comes from a pod is unpacked inside the folder, and never over what belongs to this side."""
     from cluster.transfer import Unpacker
 
     inside = tmp_path / "record"
     inside.mkdir()
     evil = tmp_path / "evil.tar.gz"
     with tarfile.open(evil, "w:gz") as archive:
-        archive.add(__file__, arcname="../outside")
+        for name in ("site.json", "plan.json", "logs/driver.log", "../outside"):
+            archive.add(__file__, arcname=name)
     unpacker = Unpacker(inside)
     unpacker.take(evil.read_bytes())
     with pytest.raises(LorafleetError, match=r"is not whole|outside"):
         unpacker.finish()
     assert not (tmp_path / "outside").exists()
-    assert list(inside.iterdir()) == []
+    assert [str(path.relative_to(inside)) for path in inside.rglob("*") if path.is_file()] == ["logs/driver.log"]
 
 
 def test_a_run_that_ended_brings_its_record(
@@ -548,6 +554,64 @@ def test_a_record_that_cannot_come_is_said(server: ApiServer, on_storage: tuple[
     assert f"`lorafleet pull {here.id}` brings it" in watch.seen.sentence
 
 
+def test_the_end_of_a_resumed_run_is_its_own(server: ApiServer, kubelet: Kubelet, on_storage: tuple[Run, Run]) -> None:
+    """What was brought of the first submission says nothing of the second one's end, nor does who followed that."""
+    here, there = on_storage
+    head(kubelet, here)
+    backend, first = backend_of(here), name_of(here)
+    there.set_state(RunState.STOPPED, reason="interrupted")
+    backend.refresh(here)
+    server.set_status("RayJob", first, jobDeploymentStatus="Complete", jobStatus="STOPPED")
+    assert backend.look(here).state is RunState.STOPPED
+    backend.resume(here)
+    assert here.state is RunState.PENDING
+    keep(here, 1, last={"state": "stopped", "sentence": "of the first"}, collected=True)
+    assert "last" not in stored(here)
+    server.forbidden.append(("create", "/jobs$"))
+    server.set_status("RayJob", name_of(here), **FINISHED)
+    watch = backend.watch(here)
+    assert code_of(watch) == ExitCode.OK
+    assert watch.seen.state is RunState.FINISHED
+    assert f"`lorafleet pull {here.id}` brings it" in watch.seen.sentence
+
+
+def test_a_driver_that_did_not_come_to_its_folder(
+    server: ApiServer, kubelet: Kubelet, submitted: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Another version in the image, say: what its pod has said is all that there is."""
+    run = submitted()
+    labels = {RUN_LABEL: run.id, ATTEMPT_LABEL: "1", "job-name": name_of(run)}
+    kubelet.pod("submitter", labels, {"containers": [{"name": "ray-job-submitter"}]})
+    head(kubelet, run)
+    server.pods_log = lambda _: "the job was submitted by lorafleet 9.9.9\n"
+    server.set_status("RayJob", name_of(run), jobDeploymentStatus="Failed", jobStatus="FAILED", reason="AppFailed",
+                      message="Job entrypoint command failed with exit code 2, last available logs")  # fmt: skip
+    watch = backend_of(run).watch(run)
+    assert code_of(watch) == ExitCode.USER_INPUT
+    assert driver_log(run).read_text() == "the job was submitted by lorafleet 9.9.9\n"
+
+
+def test_how_a_command_in_a_pod_ends(server: ApiServer, kubelet: Kubelet, submitted: Callable[..., Run]) -> None:
+    run = submitted()
+    head(kubelet, run)
+    client = Client("default")
+    pod = f"{run.id}-head"
+    with pytest.raises(CommandFailed, match="no such thing"):
+        client.run_in(pod, HEAD, ["bash", "-c", "echo no such thing >&2; exit 3"], lambda _: None)
+    said = bytearray()
+    client.run_in(pod, HEAD, ["head", "-c", "20000000", "/dev/zero"], said.extend)
+    assert len(said) == 20_000_000
+    with pytest.raises(CommandFailed, match="full"):  # it takes no more, and says why
+        client.run_in(pod, HEAD, ["bash", "-c", "echo full >&2; exit 1"], lambda _: None, iter([b"x" * 10**6] * 20))
+
+    def dies(_pod: Any, _command: list[str]) -> subprocess.Popen[bytes]:
+        raise ConnectionResetError
+
+    server.pods_exec = dies
+    with pytest.raises(ClusterError, match=r"broke off|does not answer"):
+        client.run_in(pod, HEAD, ["true"], lambda _: None)
+
+
 # --- models and data
 
 
@@ -581,6 +645,22 @@ def _manifest(backend: KubernetesBackend, loaded: Any) -> Any:
 def _there(site: KubernetesSite, path: str | None) -> Path:
     cargo = staging.own_cargo(str(path))
     return Path(site.storage.mount_path) / "cache" / cargo.target
+
+
+def test_a_folder_whose_bytes_have_changed_is_sent_again(server: ApiServer, kubelet: Kubelet, tmp_path: Path) -> None:
+    """The name of a data set of the hub stays while its rows change."""
+    rows, mount = tmp_path / "rows", tmp_path / "mnt"
+    for folder in (rows, mount):
+        folder.mkdir()
+    site = storage_at(mount)
+    said: list[str] = []
+    for text in ("of march\n", "of september\n", "of september\n"):
+        (rows / "train.jsonl").write_text(text)
+        with porter.pod_for(site, Client("default"), said.append) as place:
+            send(place, [Cargo(rows, "datasets/x@main", digest(rows))], said.append)
+        assert (mount / "cache" / "datasets" / "x@main" / "train.jsonl").read_text() == text
+    assert [("is there already" in sentence) for sentence in said] == [False, False, True]
+    assert {path.name for path in (mount / "cache" / "datasets").iterdir()} == {"x@main", ".x@main.sha256"}
 
 
 def test_a_file_that_changed_since_is_refused(

@@ -43,7 +43,14 @@ class User:
     def environment(self) -> dict[str, str]:
         kept = {name: value for name, value in os.environ.items() if name != "LORAFLEET_CACHE"}
         own = {"XDG_CONFIG_HOME": self.home / "config", "XDG_STATE_HOME": self.home / "state"}
-        return kept | {name: str(path) for name, path in own.items()} | {"LORAFLEET_CACHE": str(self.home / "cache")}
+        return (
+            kept
+            | {name: str(path) for name, path in own.items()}
+            | {
+                "LORAFLEET_CACHE": str(self.home / "cache"),
+                "RAY_ADDRESS": "http://127.0.0.1:9",  # of another Ray: the site's own counts
+            }
+        )
 
     def command(self, *words: str | Path) -> list[str]:
         return [str(BIN / "lorafleet"), *map(str, words)]
@@ -111,6 +118,9 @@ def test_fetch_sweep_stop_resume_pull(user: User, bert_job: JobMaker) -> None:
     assert not list(user.home.glob("runs/*"))
     assert "brought to the storage of site up" in user.lorafleet("fetch", job, "--on", "up").stdout
     assert "2 trials at once" in user.lorafleet("plan", job, "--on", "up").stdout
+    typo = user.home / "typo.yaml"
+    typo.write_text(job.read_text().replace("train.jsonl", "trian.jsonl"))
+    assert "trian.jsonl" in user.lorafleet("fetch", typo, "--on", "up", check=False).stderr
 
     follower = subprocess.Popen(user.command("sweep", job, "train.checkpoint_minutes=5", "--on", "up"), cwd=user.home,
                                 env=user.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

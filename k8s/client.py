@@ -277,8 +277,13 @@ class Client:
                 if not _sent(line, block):
                     break  # the command has ended: it says why
             while True:
-                with _said(what):
-                    opcode, frame = line.sock.recv_data_frame(True)
+                try:
+                    with _said(what):
+                        opcode, frame = line.sock.recv_data_frame(True)
+                except ClusterError:
+                    if status:  # all was said, and the other side did not wait for our goodbye
+                        break
+                    raise
                 if opcode == ABNF.OPCODE_CLOSE:
                     break
                 if opcode in (ABNF.OPCODE_BINARY, ABNF.OPCODE_TEXT) and frame.data:

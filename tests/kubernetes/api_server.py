@@ -532,7 +532,8 @@ class _Handler(BaseHTTPRequestHandler):
         pumps = [threading.Thread(target=pump, args=output) for output in outputs]
         for thread in pumps:
             thread.start()
-        threading.Thread(target=self._feed, args=(process,), daemon=True).start()
+        feeder = threading.Thread(target=self._feed, args=(process,), daemon=True)
+        feeder.start()
         code = process.wait()
         for thread in pumps:
             thread.join()
@@ -543,7 +544,7 @@ class _Handler(BaseHTTPRequestHandler):
                       "message": f"command terminated with non-zero exit code: {code}"}  # fmt: skip
         self._frame(b"\x03" + json.dumps(status).encode(), lock)
         self._frame(struct.pack(">H", 1000), lock, opcode=8)
-        time.sleep(0.05)
+        feeder.join(2)  # what the client still sends is taken, as an API server does
 
     def _frame(self, data: bytes, lock: threading.Lock, opcode: int = 2) -> None:
         size = len(data)
@@ -573,13 +574,12 @@ class _Handler(BaseHTTPRequestHandler):
             whole = (mask * (size // 4 + 1))[:size]
             data = (int.from_bytes(data, "big") ^ int.from_bytes(whole, "big")).to_bytes(size, "big")
             if data[:1] == b"\xff":
-                break
+                with contextlib.suppress(OSError):
+                    process.stdin.close()
             if data[:1] == b"\x00":
-                try:
+                with contextlib.suppress(OSError, ValueError):  # a command that has ended takes no more
                     process.stdin.write(data[1:])
                     process.stdin.flush()
-                except OSError:
-                    break
         try:
             process.stdin.close()
         except OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 import time
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.away import exit_code, settled, stored, unknown_there, written
 from cluster.backend import Seen
+from jobs.errors import UserError
 from jobs.run import Run, RunState
 from k8s.states import job_state
 
@@ -87,7 +89,8 @@ class KubernetesWatch:
     def _refresh(self) -> None:
         while not self._end.wait(_REFRESH_SECONDS):
             if self._job not in (None, _UNSEEN) and self._now().state is RunState.RUNNING:
-                self.backend.peek(self.run, self.submission)
+                with contextlib.suppress(UserError):  # `poll` tells what the cluster says
+                    self.backend.peek(self.run, self.submission)
 
     def _now(self) -> Seen:
         return self.backend.seen(self.run, self._job)

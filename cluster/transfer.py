@@ -113,8 +113,11 @@ class Unpacker:
         self.file = self.scratch.open("wb")
 
     def take(self, block: bytes) -> None:
-        """The next bytes."""
-        self.file.write(block)
+        """The next bytes. Raises DiskFull."""
+        try:
+            self.file.write(block)
+        except OSError as error:
+            raise disk_full(error, self.folder) or error from error
 
     def finish(self) -> int:
         """Put the files in their places; returns how many.

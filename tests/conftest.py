@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -180,6 +181,11 @@ train: {{per_device_train_batch_size: 4, learning_rate: 1e-2, max_steps: 6}}
         return load_text(text, tmp_path / "job.yaml", as_overrides(overrides))
 
     return make
+
+
+def hears_ctrl_c() -> None:
+    """Before a program begins: what a shell starts in the background ignores Ctrl-C, and its children do too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def as_overrides(values: dict[str, object]) -> tuple[str, ...]:

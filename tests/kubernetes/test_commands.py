@@ -20,7 +20,7 @@ from jobs.plan import MANIFEST
 from jobs.run import Run
 from jobs.site_file import load_site
 from k8s.render import ATTEMPT_LABEL, RUN_LABEL
-from tests.conftest import JobMaker, lorafleet
+from tests.conftest import JobMaker, hears_ctrl_c, lorafleet
 from tests.kubernetes.api_server import ApiServer
 from tests.kubernetes.over_http import CRD, FINISHED, head, name_of
 from tests.kubernetes.pods import BIN, Kubelet, secrets_asked
@@ -91,7 +91,7 @@ def test_ctrl_c_only_detaches(server: ApiServer, site: KubernetesSite, bert_job:
     file.write_text(yaml.safe_dump({"kind": "kubernetes", **site.model_dump(mode="json", exclude_defaults=True)}))
     job.write_text(bert_job().text)
     process = subprocess.Popen([str(BIN / "lorafleet"), "train", str(job), "--on", str(file)], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=hears_ctrl_c)  # fmt: skip
     assert process.stdout is not None
     lines = iter(process.stdout.readline, "")
     assert any("operator has not seen it" in line for line in lines)

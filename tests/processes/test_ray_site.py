@@ -17,7 +17,7 @@ import pytest
 from jobs.errors import ExitCode
 from jobs.load import LoadedJob
 from jobs.run import Run
-from tests.conftest import JobMaker
+from tests.conftest import JobMaker, hears_ctrl_c
 from tests.processes.conftest import _free_port, wait_for
 
 pytestmark = pytest.mark.ray
@@ -124,7 +124,7 @@ def test_fetch_sweep_stop_resume_pull(user: User, bert_job: JobMaker) -> None:
 
     follower = subprocess.Popen(user.command("sweep", job, "train.checkpoint_minutes=5", "--on", "up"), cwd=user.home,
                                 env=user.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                start_new_session=True)  # fmt: skip
+                                start_new_session=True, preexec_fn=hears_ctrl_c)  # fmt: skip
     wait_for(lambda: list((user.home / "runs").glob("*/site.json")), 60)
     (folder,) = (user.home / "runs").iterdir()
     run, there = Run(folder), user.there(Run(folder))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster import staging
 from cluster.backend import Say, Seen
@@ -24,6 +25,9 @@ from jobs.plan import Plan
 from jobs.run import Run, RunState, TrialState
 from jobs.spec import JobSpec
 from jobs.words import counted
+
+if TYPE_CHECKING:
+    from cluster.doctor import Finding
 
 
 class Place(Protocol):
@@ -93,6 +97,20 @@ class Away(ABC):
     @abstractmethod
     def reached(self, say: Say) -> contextlib.AbstractContextManager[Place]:
         """Something that sees the storage, for as long as it is wanted. Raises UserError when nothing does."""
+
+    @abstractmethod
+    def findings(self) -> list[Finding]:
+        """What the place has of all that a job needs. Raises UserError where it cannot be asked."""
+
+    def examine(self, runs: Path) -> Run:
+        """Look at the place; the findings are in the run's folder."""
+        run = Run.create(runs, "doctor")
+        try:
+            files.write_json(run.path / "findings.json", {"findings": [found.as_dict() for found in self.findings()]})
+        except BaseException:
+            shutil.rmtree(run.path, ignore_errors=True)
+            raise
+        return run
 
     def runs_dir(self, given: Path) -> Path:
         """Where the records are, on this machine: the runs themselves lie on the site's storage."""

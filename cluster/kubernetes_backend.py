@@ -43,6 +43,7 @@ from k8s.render import CALL_ANNOTATION, Order, object_name, render, run_folder, 
 from k8s.states import job_state, why_pending
 
 if TYPE_CHECKING:
+    from cluster.doctor import Finding
     from k8s.client import Client, Tree
 
 _CRD = "LORAFLEET_RAYJOB_CRD"
@@ -420,18 +421,11 @@ class KubernetesBackend(Away):
         """Take the run's objects away."""
         self._drop(self.name_of(run))
 
-    def examine(self, runs: Path) -> Run:
-        """Ask the cluster for what a job needs, and start a pod of the image; the findings are in the run's folder."""
+    def findings(self) -> list[Finding]:
+        """Ask the cluster for what a job needs, and start a pod of the image."""
         from cluster.kubernetes_doctor import findings
 
-        run = Run.create(runs, "doctor")
-        try:
-            found = [finding.as_dict() for finding in findings(self.site, self.client)]
-            files.write_json(run.path / "findings.json", {"findings": found})
-        except BaseException:
-            shutil.rmtree(run.path, ignore_errors=True)
-            raise
-        return run
+        return findings(self.site, self.client)
 
 
 def stored_backend(facts: dict[str, Any]) -> KubernetesBackend:

@@ -46,6 +46,7 @@ from jobs.site import RaySite
 from jobs.variables import OFFLINE
 
 if TYPE_CHECKING:
+    from cluster.doctor import Finding
     from cluster.ray_jobs import AsJobs, JobInfo, RayJobs
 
 _LOOK_SECONDS = 3.0
@@ -228,18 +229,11 @@ class RayBackend(Away):
         """End the run's job; nothing is saved."""
         self.jobs.stop(self.name_of(run))
 
-    def examine(self, runs: Path) -> Run:
-        """Ask the cluster for what a job needs; the findings are in the run's folder."""
+    def findings(self) -> list[Finding]:
+        """Ask the cluster for what a job needs, and run a short one."""
         from cluster.ray_doctor import findings
 
-        run = Run.create(runs, "doctor")
-        try:
-            found = [finding.as_dict() for finding in findings(self)]
-            files.write_json(run.path / "findings.json", {"findings": found})
-        except BaseException:
-            shutil.rmtree(run.path, ignore_errors=True)
-            raise
-        return run
+        return findings(self)
 
 
 def stored_backend(facts: dict[str, Any]) -> RayBackend:

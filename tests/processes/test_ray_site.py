@@ -157,6 +157,7 @@ def test_fetch_sweep_stop_resume_pull(user: User, bert_job: JobMaker) -> None:
     assert len(there.events("attempt")) == 2
 
 
+@pytest.mark.long
 def test_a_job_whose_driver_fails_and_the_doctor(user: User, bert_job: JobMaker) -> None:
     rows = json.loads(user.lorafleet("doctor", "--on", "up", "--format", "json").stdout)["findings"]
     assert {row["verdict"] for row in rows} == {"ok"}, rows

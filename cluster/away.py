@@ -8,20 +8,23 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
-from cluster import staging
+from cluster import registry, staging
 from cluster.backend import Say, Seen
 from cluster.backends import SITE_FILE
 from cluster.fetch import fetch_asset, fetch_job
 from cluster.transfer import Cargo, Unpacker, Which, framed, known
 from jobs import files
 from jobs.assets import asset
-from jobs.errors import CommandFailed, ExitCode, UserError
+from jobs.errors import CommandFailed, ExitCode, RunError, UserError
+from jobs.kubernetes_site import KubernetesSite
 from jobs.plan import Plan
+from jobs.ray_cluster_site import RayClusterSite
 from jobs.run import Run, RunState, TrialState
 from jobs.spec import JobSpec
 from jobs.words import counted
@@ -67,6 +70,27 @@ def bring(place: Place, there: str, run: Run, which: Which = "none", *, whole: b
             unpacker.drop()
 
 
+def bring_unknown(place: Place, there: str, folder: Path) -> None:
+    """Bring the record of a run of which nothing is here into a new folder, whole or not at all.
+
+    Raises UserError, also where there is no run.
+    """
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        unpacker = Unpacker(scratch, texts=True)
+        try:
+            place.run(["lorafleet", "node", "send", there, "--texts"], unpacker.take, [b"{}\n"])
+            unpacker.finish()
+        finally:
+            unpacker.drop()
+        if not (scratch / "plan.json").is_file():
+            raise RunError(f"there is no run in {there} on the storage")
+        scratch.chmod(0o777 & ~files.UMASK)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def send(place: Place, cargo: Iterable[Cargo], say: Say) -> None:
     """Lay files and folders on the storage, but those that are there already. Raises UserError."""
     cargo = list(cargo)
@@ -82,11 +106,16 @@ def send(place: Place, cargo: Iterable[Cargo], say: Say) -> None:
         place.run(command, lambda _: None, framed(one.source))
 
 
-class Away(ABC):
+AwaySite = TypeVar("AwaySite", KubernetesSite, RayClusterSite)
+
+
+class Away(ABC, Generic[AwaySite]):
     """What every such place does alike."""
 
+    site: AwaySite
+    """What its site file says."""
     called: str
-    """What sentences call its site."""
+    """What sentences call it."""
     mount: str
     """Where its machines see the storage."""
     storage: str
@@ -97,6 +126,33 @@ class Away(ABC):
     @abstractmethod
     def reached(self, say: Say) -> contextlib.AbstractContextManager[Place]:
         """Something that sees the storage, for as long as it is wanted. Raises UserError when nothing does."""
+
+    @abstractmethod
+    def folder_of(self, run: str) -> str:
+        """Where its machines see a run."""
+
+    @abstractmethod
+    def newest(self, run: str) -> int:
+        """Which submission of a run the place knows as the newest. Raises UserError."""
+
+    def attach(self, name: str, runs: Path, say: Say) -> Run:
+        """Make a record here of a run that has none: of another machine, or one that nobody's lorafleet has submitted.
+
+        Raises UserError, and leaves nothing, where there is none of this name on the storage.
+        """
+        run = Run(runs.absolute() / name)
+        if run.path.exists():
+            raise RunError(f"there is a record of {name} already: `lorafleet pull {name}`")
+        runs.mkdir(parents=True, exist_ok=True)
+        submission = self.newest(name)
+        with self.reached(say) as place:
+            bring_unknown(place, self.folder_of(name), run.path)
+        nodes = int(files.read_json(run.path / "plan.json").get("nodes") or 1)
+        site = {"kind": self.site.kind, "site": self.site.model_dump(mode="json")}
+        facts = {"submission": submission, "nodes": nodes, "call": "", "handed_over": True}
+        files.write_json(run.path / SITE_FILE, site | facts)
+        registry.add(run, self.site.name)
+        return run
 
     @abstractmethod
     def findings(self) -> list[Finding]:

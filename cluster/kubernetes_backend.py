@@ -39,7 +39,17 @@ from jobs.run import Run, RunState
 from k8s import crd
 from k8s.errors import ClusterError, Conflict
 from k8s.lint import lint, lint_site
-from k8s.render import CALL_ANNOTATION, Order, object_name, render, run_folder, to_yaml
+from k8s.render import (
+    ATTEMPT_LABEL,
+    CALL_ANNOTATION,
+    RUN_LABEL,
+    Order,
+    object_name,
+    render,
+    run_folder,
+    run_label,
+    to_yaml,
+)
 from k8s.states import job_state, why_pending
 
 if TYPE_CHECKING:
@@ -54,7 +64,7 @@ _PATIENCE_AT_THE_END = 120.0
 """Seconds that the end of a run waits for a pod that brings its record; `pull` waits longer."""
 
 
-class KubernetesBackend(Away):
+class KubernetesBackend(Away[KubernetesSite]):
     """Submits RayJobs to a namespace."""
 
     def __init__(self, site: KubernetesSite, nodes: int | None = None) -> None:
@@ -267,14 +277,19 @@ class KubernetesBackend(Away):
             now = job_state(job.get("status"), queued=self._queued)
             if not now.ended:
                 raise RunError(f"{run.id} has RayJob {name}, which {now.sentence}")
-            self._drop(name)  # its head may still stand there, for its logs
+            self.end_at_once(run)  # its head may still stand there, for its logs
         return self._hand_over(run, {"nodes": facts["nodes"], "submission": int(facts["submission"]) + 1})
 
-    def _drop(self, name: str) -> None:
-        for kind in ("RayJob", "ConfigMap", *(["NetworkPolicy"] if self.site.network_policy else [])):
-            self.client.delete(kind, name)
-
     # --- while it lives
+
+    def folder_of(self, run: str) -> str:
+        """Where pods see a run."""
+        return run_folder(self.site, run)
+
+    def newest(self, run: str) -> int:
+        """Which submission of a run the cluster knows as the newest; the first where it has forgotten all."""
+        jobs = self.client.rayjobs({RUN_LABEL: run_label(run)})
+        return max((int(job["metadata"]["labels"].get(ATTEMPT_LABEL) or 1) for job in jobs), default=1)
 
     def name_of(self, run: Run) -> str:
         """The name of the run's newest objects."""
@@ -293,7 +308,7 @@ class KubernetesBackend(Away):
     def _saves(self, run: Run) -> bool:
         """Whether pods of a run still live; where nobody can say, they do not."""
         with contextlib.suppress(UserError):
-            pods = self.client.pods(porter.labels_of_submission(run, int(stored(run)["submission"])))
+            pods = self.glance.pods(porter.labels_of_submission(run, int(stored(run)["submission"])))
             return any(pod.get("status", {}).get("phase") == "Running" for pod in pods)
         return False
 
@@ -357,7 +372,7 @@ class KubernetesBackend(Away):
         if head is None:
             return False
         try:
-            bring(head, run_folder(self.site, run.id), run, wait=False)
+            bring(head, self.folder_of(run.id), run, wait=False)
         except (ClusterError, CommandFailed):
             return False
         if not (run.path / "logs" / "driver.log").is_file():  # it did not come so far
@@ -395,11 +410,11 @@ class KubernetesBackend(Away):
     ) -> int:
         head = porter.head_of(self.client, run, int(stored(run)["submission"]))
         if head is not None:
-            return bring(head, run_folder(self.site, run.id), run, which, whole=whole)
+            return bring(head, self.folder_of(run.id), run, which, whole=whole)
         if not through_pod:
             return 0
         with porter.pod_for(self.site, self.client, say, up_seconds) as place:
-            return bring(place, run_folder(self.site, run.id), run, which, whole=whole)
+            return bring(place, self.folder_of(run.id), run, which, whole=whole)
 
     def watch(self, run: Run) -> KubernetesWatch:
         """The RayJob, followed."""
@@ -418,8 +433,8 @@ class KubernetesBackend(Away):
         )
 
     def end_at_once(self, run: Run) -> None:
-        """Take the run's objects away."""
-        self._drop(self.name_of(run))
+        """Take the run's RayJob away; what belongs to it goes with it."""
+        self.client.delete("RayJob", self.name_of(run))
 
     def findings(self) -> list[Finding]:
         """Ask the cluster for what a job needs, and start a pod of the image."""

@@ -56,7 +56,7 @@ _REFRESH_SECONDS = 30.0
 """Between two looks into the run's folder: each is a job of its own."""
 
 
-class RayBackend(Away):
+class RayBackend(Away[RayClusterSite]):
     """Submits to the job server of a Ray cluster."""
 
     def __init__(self, site: RayClusterSite, nodes: int | None = None) -> None:
@@ -108,10 +108,16 @@ class RayBackend(Away):
 
     def _entrypoint(self, run: str) -> list[str]:
         told = [f"{name}={value}" for name, value in self._variables().items()]
-        return ["env", *told, "lorafleet", "exec", self._folder(run), "--job", DOCUMENT]
+        return ["env", *told, "lorafleet", "exec", self.folder_of(run), "--job", DOCUMENT]
 
-    def _folder(self, run: str) -> str:
+    def folder_of(self, run: str) -> str:
+        """Where the machines see a run."""
         return f"{self.mount}/runs/{run}"
+
+    def newest(self, run: str) -> int:
+        """Which submission of a run Ray knows as the newest; the first where it has forgotten all."""
+        numbers = [name.removeprefix(f"{run}-") for name in self.jobs.names() if name.startswith(f"{run}-")]
+        return max((int(number) for number in numbers if number.isdigit()), default=1)
 
     # --- handing over
 
@@ -187,7 +193,7 @@ class RayBackend(Away):
     def refresh(self, run: Run, say: Say = quietly) -> None:
         """Bring what the run has written since, and what its driver has said where its own log is not here."""
         with contextlib.suppress(UserError):
-            bring(self._place(), self._folder(run.id), run, wait=False)
+            bring(self._place(), self.folder_of(run.id), run, wait=False)
         self._words(run)
 
     def _words(self, run: Run) -> None:
@@ -200,12 +206,12 @@ class RayBackend(Away):
     def collect(self, run: Run, submission: int) -> None:
         """Bring the record of a submission that has ended; what hinders it is written down."""
         with or_said_to_be_missing(run, submission):
-            bring(self._place(), self._folder(run.id), run)
+            bring(self._place(), self.folder_of(run.id), run)
         self._words(run)
 
     def pull(self, run: Run, which: Which, say: Say) -> int:
         """Bring a run's record, W&B's files and the weights of `which` trials; returns how many files came."""
-        count = bring(self._place(), self._folder(run.id), run, which, whole=True)
+        count = bring(self._place(), self.folder_of(run.id), run, which, whole=True)
         keep(run, int(stored(run)["submission"]), missing=None, collected=True)
         return count
 
@@ -220,7 +226,7 @@ class RayBackend(Away):
             raise RunError(f"{run.id} has no job that waits or runs: it is {self.look(run).state}")
         keep(run, int(stored(run)["submission"]), stopping=True)
         if found.status == "RUNNING":  # Ray itself would give it three seconds
-            self._place().run(["lorafleet", "node", "stop", self._folder(run.id)], lambda _: None)
+            self._place().run(["lorafleet", "node", "stop", self.folder_of(run.id)], lambda _: None)
             return f"{run.id} saves its trials and ends (job {name}); `lorafleet resume {run.id}` goes on"
         self.jobs.stop(name)
         return f"{run.id} is taken back; `lorafleet resume {run.id}` submits it again"

@@ -124,6 +124,11 @@ class RayJobs:
         code = found.driver_exit_code
         return JobInfo(status, str(found.message or ""), code, dict(found.metadata or {}))
 
+    def names(self) -> list[str]:
+        """The submission ids that the cluster knows. Raises RayUnreachable."""
+        with self._said():
+            return [str(job.submission_id) for job in self.client.list_jobs() if job.submission_id]
+
     def stop(self, name: str) -> None:
         """End a job: Ray gives it a few seconds. Raises RayUnreachable."""
         with self._said():

@@ -39,8 +39,11 @@ _BLOCK = 2**20
 # --- a run's record, from the storage
 
 
-def record(run: Run, which: Which = "none", *, whole: bool = False) -> list[Path]:
-    """The files of a run that say what became of it, with the weights of `which` trials; `whole`: W&B's records too."""
+def record(run: Run, which: Which = "none", *, whole: bool = False, texts: bool = False) -> list[Path]:
+    """The files of a run that say what became of it, with the weights of `which` trials.
+
+    `whole`: W&B's records too; `texts`: those that it began with, for a side that has none of it.
+    """
     best = _best(run) if which == "best" else None
     found = []
     for path in sorted(run.path.rglob("*")):
@@ -48,7 +51,9 @@ def record(run: Run, which: Which = "none", *, whole: bool = False) -> list[Path
         top, inner = parts[0], parts[2] if parts[0] == "trials" and len(parts) > 3 else None
         if path.name.startswith(".") or not path.is_file() or path.is_symlink():
             continue
-        if top in _NOT_BROUGHT or (top == "wandb" and not whole):
+        if top in _NOT_BROUGHT and not (texts and top in TEXTS):
+            continue
+        if top == "wandb" and not whole:
             continue
         if inner in _HEAVY and (inner == "checkpoints" or not (which == "all" or parts[1] == best)):
             continue
@@ -61,11 +66,19 @@ def _best(run: Run) -> str | None:
     return told.get("trial_id")
 
 
-def pack(run: Run, have: dict[str, tuple[int, float]], which: Which, out: IO[bytes], *, whole: bool = False) -> None:
+def pack(
+    run: Run,
+    have: dict[str, tuple[int, float]],
+    which: Which,
+    out: IO[bytes],
+    *,
+    whole: bool = False,
+    texts: bool = False,
+) -> None:
     """Write what of a run's record is not there yet as a compressed tar; `have` is size and time of change by name."""
     packed = gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1)
     with packed, tarfile.open(fileobj=packed, mode="w|") as archive:
-        for path in record(run, which, whole=whole):
+        for path in record(run, which, whole=whole, texts=texts):
             name = str(path.relative_to(run.path))
             try:
                 now = path.stat()
@@ -107,8 +120,9 @@ def known(folder: Path) -> dict[str, tuple[int, float]]:
 class Unpacker:
     """Takes a compressed tar in blocks, then puts its files into a folder, each in one step."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, texts: bool = False) -> None:
         self.folder = folder
+        self.refused = _NOT_BROUGHT - (set(TEXTS) if texts else set())
         self.scratch = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.tar")
         self.file = self.scratch.open("wb")
 
@@ -152,7 +166,7 @@ class Unpacker:
                 if not member.isfile():
                     continue
                 safe = tarfile.data_filter(member, str(self.folder))
-                if Path(safe.name).parts[0] in _NOT_BROUGHT:  # an honest sender does not
+                if Path(safe.name).parts[0] in self.refused:  # an honest sender does not
                     continue
                 target = self.folder / safe.name
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -91,6 +91,7 @@ def send(
     run: Path,
     weights: Annotated[str, typer.Option(help="none, best or all.")] = "none",
     whole: Annotated[bool, typer.Option("--whole", help="W&B's records too.")] = False,
+    texts: Annotated[bool, typer.Option("--texts", help="The job and the plan too.")] = False,
 ) -> None:
     """Print what of a run's record the other side lacks as a compressed tar; it says on one line what it has."""
     import json
@@ -101,7 +102,7 @@ def send(
 
     have = {name: (size, changed) for name, (size, changed) in json.loads(sys.stdin.readline()).items()}
     which: Which = "best" if weights == "best" else "all" if weights == "all" else "none"
-    pack(Run(run), have, which, sys.stdout.buffer, whole=whole)
+    pack(Run(run), have, which, sys.stdout.buffer, whole=whole, texts=texts)
 
 
 @node.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, OneRun, Runs, say
+from commands.common import DEFAULT_RUNS, OneRun, Runs, cluster_on, say
 
 
 class Adapters(StrEnum):
@@ -23,13 +23,25 @@ def pull(
     adapters: Annotated[
         Adapters, typer.Option("--adapters", help="Whose weights come along: the recommended trial's, all, or none.")
     ] = Adapters.BEST,
+    on: Annotated[
+        str | None,
+        typer.Option("--on", metavar="SITE", help="Where the run is, when there is no record of it here yet."),
+    ] = None,
     runs: Runs = DEFAULT_RUNS,
 ) -> None:
     """Bring report, metrics, W&B's records and adapters of a run elsewhere (Kubernetes, Ray): what has changed."""
+    from cluster.away import Away
     from cluster.backends import backend_of
     from cluster.store import find_run
+    from jobs.errors import UserError
     from jobs.words import counted
 
-    found = find_run(runs, run)
+    if on is None:
+        found = find_run(runs, run)
+    else:
+        place = cluster_on(on, None)
+        if not isinstance(place, Away):
+            raise UserError(f"--on is {on}, a Slurm: its runs lie in its runs_dir itself, and nothing is brought")
+        found = place.attach(run, runs, say)
     count = backend_of(found).pull(found, adapters.value, say)
     typer.echo(f"{counted(count, 'file')} came to {found.path}")

@@ -245,6 +245,19 @@ class Client:
             listed = self._ask(self.core.list_namespaced_pod, namespace=self.namespace, label_selector=selector)
         return sorted(listed["items"], key=_created, reverse=True)
 
+    def rayjobs(self, labels: dict[str, str]) -> list[Tree]:
+        """The RayJobs with these labels. Raises ClusterError."""
+        selector = ",".join(f"{key}={value}" for key, value in labels.items())
+        with _said("RayJobs cannot be listed"):
+            listed = self._ask(
+                self.custom.list_namespaced_custom_object,
+                namespace=self.namespace,
+                label_selector=selector,
+                **RAYJOBS,
+            )
+        found: list[Tree] = listed["items"]
+        return found
+
     def events(self, **involved: str) -> list[Tree]:
         """The events of an object, by fields of `involvedObject`. Raises ClusterError."""
         selector = ",".join(f"involvedObject.{key}={value}" for key, value in involved.items())

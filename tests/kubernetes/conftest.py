@@ -15,10 +15,14 @@ from typing import Any
 
 import pytest
 
+from cluster.backends import SITE_FILE
 from cluster.kubernetes_backend import KubernetesBackend
+from jobs import files
 from jobs.kubernetes_site import KubernetesSite
 from jobs.load import LoadedJob
-from jobs.run import Run
+from jobs.plan import MANIFEST
+from jobs.run import Run, RunState, TrialState
+from k8s.render import run_folder
 from tests.conftest import JobMaker
 from tests.kubernetes.api_server import ApiServer
 from tests.kubernetes.operator import Operator, missing
@@ -169,3 +173,28 @@ def away(tmp_path: Path) -> KubernetesSite:
     """A site whose storage has nothing of this machine."""
     (tmp_path / "mnt").mkdir()
     return storage_at(tmp_path / "mnt")
+
+
+@pytest.fixture
+def on_storage(site: KubernetesSite, submitted: Callable[..., Run]) -> tuple[Run, Run]:
+    """(the record here, the run as a driver would have written it on the storage)."""
+    here = submitted()
+    there = Run(Path(run_folder(site, here.id)))
+    shutil.copytree(here.path, there.path, ignore=shutil.ignore_patterns(SITE_FILE, MANIFEST))
+    there.set_state(RunState.RUNNING)
+    for number, accuracy in enumerate((0.5, 0.75)):
+        trial = there.add_trial(f"trial{number}", number, {"train.learning_rate": 0.1})
+        trial.add_row({"step": 1, "evaluated": True, "accuracy": accuracy})
+        trial.set_state(TrialState.FINISHED)
+        (trial.path / "adapter").mkdir()
+        (trial.path / "adapter" / "adapter_model.safetensors").write_bytes(os.urandom(3_000_000))
+        (trial.checkpoint).mkdir(parents=True)
+        (trial.checkpoint / "state.pt").write_bytes(b"x" * 1000)
+    (there.path / "logs").mkdir(exist_ok=True)
+    (there.path / "logs" / "driver.log").write_text("the driver speaks\n")
+    files.write_json(there.path / "report" / "report.json", {"recommendation": {"trial_id": "trial1"}})
+    (there.path / "wandb" / "wandb").mkdir(parents=True)
+    (there.path / "wandb" / "wandb" / "run.wandb").write_bytes(b"w" * 10)
+    (there.path / "stop").write_text("")
+    yield here, there
+    shutil.rmtree(there.path)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
 import tarfile
 import threading
@@ -23,7 +21,6 @@ from cluster.kubernetes_backend import KubernetesBackend
 from cluster.planning import make_plan
 from cluster.transfer import Cargo, digest, known
 from commands.logs import driver_log
-from jobs import files
 from jobs.errors import CommandFailed, ExitCode, LorafleetError, PlacementRefused, RunError, UserError
 from jobs.kubernetes_site import KubernetesSite
 from jobs.plan import MANIFEST
@@ -374,31 +371,6 @@ def test_a_rayjob_that_somebody_deleted(server: ApiServer, submitted: Callable[.
 
 
 # --- the record
-
-
-@pytest.fixture
-def on_storage(site: KubernetesSite, submitted: Callable[..., Run]) -> tuple[Run, Run]:
-    """(the record here, the run as a driver would have written it on the storage)."""
-    here = submitted()
-    there = Run(Path(run_folder(site, here.id)))
-    shutil.copytree(here.path, there.path, ignore=shutil.ignore_patterns(SITE_FILE, MANIFEST))
-    there.set_state(RunState.RUNNING)
-    for number, accuracy in enumerate((0.5, 0.75)):
-        trial = there.add_trial(f"trial{number}", number, {"train.learning_rate": 0.1})
-        trial.add_row({"step": 1, "evaluated": True, "accuracy": accuracy})
-        trial.set_state(TrialState.FINISHED)
-        (trial.path / "adapter").mkdir()
-        (trial.path / "adapter" / "adapter_model.safetensors").write_bytes(os.urandom(3_000_000))
-        (trial.checkpoint).mkdir(parents=True)
-        (trial.checkpoint / "state.pt").write_bytes(b"x" * 1000)
-    (there.path / "logs").mkdir(exist_ok=True)
-    (there.path / "logs" / "driver.log").write_text("the driver speaks\n")
-    files.write_json(there.path / "report" / "report.json", {"recommendation": {"trial_id": "trial1"}})
-    (there.path / "wandb" / "wandb").mkdir(parents=True)
-    (there.path / "wandb" / "wandb" / "run.wandb").write_bytes(b"w" * 10)
-    (there.path / "stop").write_text("")
-    yield here, there
-    shutil.rmtree(there.path)
 
 
 def names(run: Run) -> set[str]:

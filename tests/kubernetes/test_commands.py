@@ -131,6 +131,30 @@ def test_kubectl_takes_the_double_for_a_cluster(
     assert server.all("RayJob") == []
 
 
+def test_a_run_that_is_unknown_here(
+    server: ApiServer, kubelet: Kubelet, on_storage: tuple[Run, Run], site: KubernetesSite, tmp_path: Path
+) -> None:
+    """Of another machine, or of kubectl: its record is made, and the verbs find it."""
+    here, there = on_storage
+    file, home = tmp_path / "there.yaml", tmp_path / "other"
+    home.mkdir()
+    file.write_text(yaml.safe_dump({"kind": "kubernetes", **site.model_dump(mode="json", exclude_defaults=True)}))
+    server.set_status("RayJob", name_of(here), jobDeploymentStatus="Running", jobStatus="RUNNING")
+    done = lorafleet("pull", here.id, "--on", file, "--adapters", "best", cwd=home, check=True)
+    run = Run(home / "runs" / here.id)
+    for name in ("plan.json", "job.yaml"):
+        assert (run.path / name).read_bytes() == (there.path / name).read_bytes()
+    assert (run.path / "trials" / "trial1" / "adapter" / "adapter_model.safetensors").is_file(), done.stdout
+    told = json.loads(lorafleet("status", here.id, "--format", "json", cwd=home, check=True).stdout)
+    assert (told["state"], told["place"]) == ("running", f"RayJob {name_of(here)} runs")
+    again = lorafleet("pull", here.id, "--on", file, cwd=home)
+    assert f"there is a record of {here.id} already" in again.stderr
+    nobodys = lorafleet("pull", "nobodys-123456", "--on", file, cwd=home)
+    assert nobodys.returncode == ExitCode.USER_INPUT
+    assert "there is no run in" in nobodys.stderr
+    assert [path.name for path in (home / "runs").iterdir() if not path.name.startswith(".")] == [here.id]
+
+
 def test_a_site_file_is_drafted(server: ApiServer, tmp_path: Path) -> None:
     """What can be seen of the cluster is in it, and it loads; what cannot is said to be a guess."""
     first, blind = tmp_path / "first.yaml", tmp_path / "blind.yaml"

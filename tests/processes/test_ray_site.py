@@ -155,6 +155,8 @@ def test_fetch_sweep_stop_resume_pull(user: User, bert_job: JobMaker) -> None:
     weights = Path("trials") / best / "adapter" / "adapter_model.safetensors"
     assert (run.path / weights).read_bytes() == (there.path / weights).read_bytes()
     assert len(there.events("attempt")) == 2
+    user.lorafleet("pull", run.id, "--on", "up", "--runs", user.home / "elsewhere")
+    assert Run(user.home / "elsewhere" / run.id).state == "finished"
 
 
 @pytest.mark.long

@@ -109,6 +109,7 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[User]:
         cluster.shutdown()
 
 
+@pytest.mark.long
 def test_fetch_sweep_stop_resume_pull(user: User, bert_job: JobMaker) -> None:
     """Everything a user types, on one Ray: nothing of the run is on this machine but what is brought."""
     job = user.job(bert_job(GRID.replace("SAMPLES", "40000"), train__checkpoint_minutes=5))

@@ -45,6 +45,9 @@ class Watch(Protocol):
     def send_signal(self, number: int) -> None:
         """Pass a signal on."""
 
+    def close(self) -> None:
+        """Nobody waits any more."""
+
 
 class Backend(Protocol):
     """A place jobs run. All methods return soon: none waits for the job."""

@@ -73,8 +73,16 @@ class KubernetesWatch:
         self._ran = bool(run.trials())
         self._end = threading.Event()
         self._changed = threading.Event()
-        for work in (self._follow, self._refresh):
-            threading.Thread(target=work, daemon=True, name=f"{work.__name__} {run.id}").start()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._follow, self._refresh)]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """End the threads: one that still waits for the network when the process ends may take it down."""
+        self._end.set()
+        self.backend.client.stop_following()
+        for thread in self._threads:
+            thread.join(3)
 
     def _follow(self) -> None:
         self.backend.client.follow(self.name, self._take, self._fail, self._end)

@@ -125,6 +125,9 @@ class ChildWatch:
         """Pass a signal on."""
         self.child.send_signal(number)
 
+    def close(self) -> None:
+        """Nothing: there is nothing of its own."""
+
 
 def driver_command() -> list[str]:
     """The console script beside this Python; without it, the same function with a path that holds no foreign folder."""

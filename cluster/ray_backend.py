@@ -312,3 +312,7 @@ class RayWatch:
 
     def send_signal(self, number: int) -> None:
         """A job elsewhere does not hear this process's signals."""
+
+    def close(self) -> None:
+        """End the thread."""
+        self._end.set()

@@ -299,6 +299,9 @@ class SlurmWatch:
     def send_signal(self, number: int) -> None:
         """A job in a queue does not hear this process's signals."""
 
+    def close(self) -> None:
+        """Nothing: there is nothing of its own."""
+
 
 def seen(run: Run, job: str, records: list[JobRecord]) -> Seen:
     """Where a run is, from what Slurm and its own files say."""

@@ -45,6 +45,8 @@ def follow(
     except KeyboardInterrupt:
         say(f"\n{run.id} goes on: `lorafleet logs -f {run.id}` follows it, `lorafleet stop {run.id}` ends it")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
+    finally:
+        watch.close()
     show_end(run, code, quiet=quiet, output=output, sentence=backend.look(run).sentence)
     raise typer.Exit(code)
 

@@ -115,6 +115,7 @@ class Client:
         self.api = client.ApiClient(self.settings)
         self.custom = client.CustomObjectsApi(self.api)
         self.core = client.CoreV1Api(self.api)
+        self.watching: Watch | None = None
 
     @property
     def host(self) -> str:
@@ -224,7 +225,8 @@ class Client:
         with _said(f"RayJob {name} cannot be followed"):
             listed = self._ask(self.custom.list_namespaced_custom_object, **where)
             seen(next(iter(listed["items"]), None))
-            for event in Watch().stream(
+            self.watching = Watch()
+            for event in self.watching.stream(
                 self.custom.list_namespaced_custom_object,
                 **where,
                 resource_version=listed["metadata"]["resourceVersion"],
@@ -235,6 +237,11 @@ class Client:
                     return
                 if isinstance(event, dict) and event["type"] != "BOOKMARK":
                     seen(None if event["type"] == "DELETED" else event["object"])
+
+    def stop_following(self) -> None:
+        """End a `follow` that waits for news: its connection is cut."""
+        if self.watching is not None:
+            self.watching.stop()
 
     # --- pods
 

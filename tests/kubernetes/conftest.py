@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import pytest
 
 from cluster.backends import SITE_FILE
 from cluster.kubernetes_backend import KubernetesBackend
+from cluster.kubernetes_watch import KubernetesWatch
 from jobs import files
 from jobs.kubernetes_site import KubernetesSite
 from jobs.load import LoadedJob
@@ -110,6 +112,14 @@ class User:
         for log in sorted(self.operator.folder.glob("*/log")):
             texts.append(f"== {log.parent.name}\n{log.read_text(errors='replace')[-2500:]}")
         return "\n".join(texts)
+
+
+@pytest.fixture(autouse=True)
+def _no_watch_is_left() -> Iterator[None]:
+    yield
+    for found in gc.get_objects():
+        if isinstance(found, KubernetesWatch):
+            found.close()
 
 
 @pytest.fixture

@@ -703,6 +703,7 @@ def test_the_schema_comes_from_the_cluster(
     assert good.check(good.plan(bert_job(), "train")) == ([], [])
     assert server.all("RayJob") == []
     server.close()
+    monkeypatch.delenv("LORAFLEET_RAYJOB_CRD", raising=False)
     refused, unasked = odd.check(plan)
     assert refused == []
     assert "not held against your cluster's schema of RayJob" in unasked[0]

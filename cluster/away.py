@@ -12,7 +12,7 @@ import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
 
 from cluster import registry, staging
 from cluster.backend import Say, Seen
@@ -141,10 +141,12 @@ class Away(ABC, Generic[AwaySite]):
         Raises UserError, and leaves nothing, where there is none of this name on the storage.
         """
         run = Run(runs.absolute() / name)
+        if not name or Path(name).name != name:
+            raise RunError(f"RUN is {name!r}, which is no run's id")
         if run.path.exists():
             raise RunError(f"there is a record of {name} already: `lorafleet pull {name}`")
-        runs.mkdir(parents=True, exist_ok=True)
         submission = self.newest(name)
+        runs.mkdir(parents=True, exist_ok=True)
         with self.reached(say) as place:
             bring_unknown(place, self.folder_of(name), run.path)
         nodes = int(files.read_json(run.path / "plan.json").get("nodes") or 1)
@@ -153,6 +155,17 @@ class Away(ABC, Generic[AwaySite]):
         files.write_json(run.path / SITE_FILE, site | facts)
         registry.add(run, self.site.name)
         return run
+
+    def _not_taken(self, run: Run, error: BaseException, *, for_sure: bool) -> NoReturn:
+        """A submission has failed: nothing is left of it, or where it may have been taken the record is kept."""
+        if for_sure:
+            shutil.rmtree(run.path, ignore_errors=True)
+            raise error
+        registry.add(run, self.site.name)
+        raise RunError(
+            f"{error or type(error).__name__}\nWhether the job was taken is not known: `lorafleet status {run.id}` "
+            f"asks, and `lorafleet resume {run.id}` hands it over if it was not"
+        ) from error
 
     @abstractmethod
     def findings(self) -> list[Finding]:

@@ -64,12 +64,6 @@ class Backend(Protocol):
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
         """Write the run's folder and hand it over."""
 
-    def provide(self, job: JobSpec, say: Say) -> str:
-        """Bring all that a job names to where its processes look for it; returns a sentence."""
-
-    def provide_asset(self, name: str, say: Say) -> str:
-        """Bring an asset there; returns its folder."""
-
     def resume(self, run: Run) -> None:
         """Hand an unfinished run over again."""
 
@@ -90,7 +84,13 @@ class Backend(Protocol):
 
 
 class Cluster(Backend, Protocol):
-    """A place with a queue."""
+    """A place of other machines."""
+
+    def provide(self, job: JobSpec, say: Say) -> str:
+        """Bring all that a job names to where its processes look for it; returns a sentence."""
+
+    def provide_asset(self, name: str, say: Say) -> str:
+        """Bring an asset there; returns its folder."""
 
     def examine(self, runs: Path) -> Run:
         """Submit a short job that looks at nodes and writes `findings.json` into its folder."""

@@ -36,6 +36,11 @@ def backend_on(site: LoadedSite, nodes: int | None = None) -> Cluster:
     return KubernetesBackend(site.site, nodes)
 
 
+def lies_elsewhere(run: Run) -> bool:
+    """Whether a run's folder here is but a record of one on a storage that this machine does not see."""
+    return files.read_json(run.path / SITE_FILE).get("kind") in ("kubernetes", "ray")
+
+
 def backend_of(run: Run) -> Backend:
     """Where a run was submitted to."""
     stored = files.read_json(run.path / SITE_FILE)

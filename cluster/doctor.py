@@ -163,3 +163,18 @@ def _clients() -> Iterator[Finding]:
             continue
         said = (done.stdout or done.stderr).strip().splitlines() or ["it says nothing"]
         yield Finding(what, "note" if done.returncode else "ok", said[0])
+
+
+def same_version(told: dict[str, str], name: str, where: str) -> Finding:
+    """Whether a package is the same there as here."""
+    here = importlib.metadata.version(name)
+    if told[name] == here:
+        return Finding(f"{name} {where}", "ok", here)
+    return Finding(f"{name} {where}", "missing", told[name], f"here is {here}: they must be the same")
+
+
+def storage(told: dict[str, str], where: str, advice: str) -> Finding:
+    """Whether the storage can be written there."""
+    if told["wrong"]:
+        return Finding(f"storage {where}", "missing", told["wrong"], advice)
+    return Finding(f"storage {where}", "ok", f"can be written, {float(told['free_gb']):.0f} GB free")

@@ -13,7 +13,6 @@ import json
 import os
 import secrets
 import shlex
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,10 +43,10 @@ from k8s.render import (
     CALL_ANNOTATION,
     RUN_LABEL,
     Order,
+    label,
     object_name,
     render,
     run_folder,
-    run_label,
     to_yaml,
 )
 from k8s.states import job_state, why_pending
@@ -206,14 +205,7 @@ class KubernetesBackend(Away[KubernetesSite]):
         try:
             self._hand_over(run, {"nodes": plan.nodes, "submission": 1})
         except BaseException as error:
-            if stored(run).get("taken_back", True):
-                shutil.rmtree(run.path, ignore_errors=True)
-                raise
-            registry.add(run, self.site.name)
-            raise RunError(
-                f"{error or type(error).__name__}\nWhether the job was taken is not known: `lorafleet status {run.id}` "
-                f"asks, and `lorafleet resume {run.id}` hands it over if it was not"
-            ) from error
+            self._not_taken(run, error, for_sure=stored(run).get("taken_back", True))
         registry.add(run, self.site.name)
         return run
 
@@ -288,7 +280,7 @@ class KubernetesBackend(Away[KubernetesSite]):
 
     def newest(self, run: str) -> int:
         """Which submission of a run the cluster knows as the newest; the first where it has forgotten all."""
-        jobs = self.client.rayjobs({RUN_LABEL: run_label(run)})
+        jobs = self.client.rayjobs({RUN_LABEL: label(run)})
         return max((int(job["metadata"]["labels"].get(ATTEMPT_LABEL) or 1) for job in jobs), default=1)
 
     def name_of(self, run: Run) -> str:
@@ -390,25 +382,27 @@ class KubernetesBackend(Away[KubernetesSite]):
         """Bring the record of a submission that has ended; what hinders it is written down, and `seen` says it."""
         self._words(run, submission)
         with or_said_to_be_missing(run, submission):
-            self._bring(run, "none", whole=False, through_pod=ran, up_seconds=_PATIENCE_AT_THE_END)
+            self._bring(run, submission, "none", through_pod=ran, up_seconds=_PATIENCE_AT_THE_END)
 
     def pull(self, run: Run, which: Which, say: Say) -> int:
         """Bring a run's record, W&B's files and the weights of `which` trials; returns how many files came."""
-        count = self._bring(run, which, whole=True, through_pod=True, say=say)
-        keep(run, int(stored(run)["submission"]), missing=None, collected=True)
+        number = int(stored(run)["submission"])
+        count = self._bring(run, number, which, whole=True, say=say)
+        keep(run, number, missing=None, collected=True)
         return count
 
     def _bring(
         self,
         run: Run,
+        submission: int,
         which: Which,
         *,
-        whole: bool,
-        through_pod: bool,
+        whole: bool = False,
+        through_pod: bool = True,
         say: Say = quietly,
         up_seconds: float | None = None,
     ) -> int:
-        head = porter.head_of(self.client, run, int(stored(run)["submission"]))
+        head = porter.head_of(self.client, run, submission)
         if head is not None:
             return bring(head, self.folder_of(run.id), run, which, whole=whole)
         if not through_pod:

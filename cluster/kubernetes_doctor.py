@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from cluster import porter
 from cluster.away import ask
-from cluster.doctor import Finding
-from cluster.ray_doctor import same_version, storage
+from cluster.doctor import Finding, same_version, storage
 from jobs.errors import UserError
 from jobs.kubernetes_site import KubernetesSite
 from k8s import crd

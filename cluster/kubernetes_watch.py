@@ -6,6 +6,7 @@ import contextlib
 import re
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cluster.away import exit_code, settled, stored, unknown_there, written
@@ -73,7 +74,9 @@ class KubernetesWatch:
         self._ran = bool(run.trials())
         self._end = threading.Event()
         self._changed = threading.Event()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._follow, self._refresh)]
+        self._broken: Exception | None = None
+        works = (self._follow, self._refresh)
+        self._threads = [threading.Thread(target=self._until_broken, args=(work,), daemon=True) for work in works]
         for thread in self._threads:
             thread.start()
 
@@ -83,6 +86,13 @@ class KubernetesWatch:
         self.backend.client.stop_following()
         for thread in self._threads:
             thread.join(3)
+
+    def _until_broken(self, work: Callable[[], None]) -> None:
+        """What breaks a thread is a fault of ours: `poll` raises it, where somebody sees it."""
+        try:
+            work()
+        except Exception as error:  # the edge of a thread
+            self._broken = error
 
     def _follow(self) -> None:
         self.backend.client.follow(self.name, self._take, self._fail, self._end)
@@ -105,6 +115,8 @@ class KubernetesWatch:
 
     def poll(self) -> int | None:
         """The driver's exit code once the RayJob has ended or is gone, with the run's record here as it is then."""
+        if self._broken is not None:
+            raise self._broken
         if self._job is _UNSEEN:
             self.seen = Seen(self.run.state, self._trouble)
             return None

@@ -11,18 +11,15 @@ import sys
 from pathlib import Path
 
 from cluster.backend import Say, Seen, quietly
-from cluster.fetch import fetch_asset, fetch_job
 from cluster.machine import check_torch
 from cluster.planning import make_plan
 from cluster.transfer import Which
 from jobs import files
-from jobs.assets import asset
 from jobs.errors import ExitCode, RunError
 from jobs.load import LoadedJob, dump_resolved
 from jobs.plan import Plan
 from jobs.run import Run, RunState
 from jobs.site import Site
-from jobs.spec import JobSpec
 
 
 class LocalBackend:
@@ -63,15 +60,6 @@ class LocalBackend:
                 stdin=subprocess.DEVNULL,
                 cwd=run.path,
             )
-
-    def provide(self, job: JobSpec, say: Say) -> str:
-        """Fetch it to this machine."""
-        fetch_job(job, say)
-        return "everything it names is on this machine"
-
-    def provide_asset(self, name: str, say: Say) -> str:
-        """Fetch it to this machine."""
-        return str(fetch_asset(asset(name), say))
 
     def refresh(self, run: Run, say: Say = quietly) -> None:
         """Nothing: the folder is the run's own."""

@@ -15,7 +15,7 @@ from jobs.errors import UserError
 from jobs.kubernetes_site import KubernetesSite
 from jobs.run import Run
 from k8s.errors import ClusterError, Conflict
-from k8s.render import ATTEMPT_LABEL, HEAD, PORTER, RUN_LABEL, porter, run_label
+from k8s.render import ATTEMPT_LABEL, HEAD, PORTER, RUN_LABEL, label, porter
 from k8s.states import why_pending
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Inside:
 
 def labels_of_submission(run: Run, submission: int) -> dict[str, str]:
     """What the pods of one RayJob of a run carry."""
-    return {RUN_LABEL: run_label(run.id), ATTEMPT_LABEL: str(submission)}
+    return {RUN_LABEL: label(run.id), ATTEMPT_LABEL: str(submission)}
 
 
 def head_of(client: Client, run: Run, submission: int) -> Inside | None:

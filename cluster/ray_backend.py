@@ -8,7 +8,6 @@ import json
 import re
 import secrets
 import shlex
-import shutil
 import tempfile
 import threading
 import time
@@ -130,18 +129,11 @@ class RayBackend(Away[RayClusterSite]):
         try:
             self._hand_over(run, 1)
         except BaseException as error:
-            if self._unknown(run):
-                shutil.rmtree(run.path, ignore_errors=True)
-                raise
-            registry.add(run, self.site.name)
-            raise RunError(
-                f"{error or type(error).__name__}\nWhether the job was taken is not known: `lorafleet status {run.id}` "
-                f"asks, and `lorafleet resume {run.id}` hands it over if it was not"
-            ) from error
+            self._not_taken(run, error, for_sure=self._has_nothing_of(run))
         registry.add(run, self.site.name)
         return run
 
-    def _unknown(self, run: Run) -> bool:
+    def _has_nothing_of(self, run: Run) -> bool:
         """Whether the cluster has no job of the run for sure."""
         try:
             return "submission" not in stored(run) or self.jobs.info(self.name_of(run)) is None

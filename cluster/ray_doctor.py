@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from cluster.away import ask
-from cluster.doctor import Finding
+from cluster.doctor import Finding, same_version, storage
 from jobs.errors import UserError
 from jobs.words import counted
 
@@ -34,18 +33,3 @@ def _a_job(backend: RayBackend) -> Iterator[Finding]:
         return
     yield same_version(told, "lorafleet", "on the cluster")
     yield storage(told, "on the cluster", f"every machine must see {backend.mount}, and its user write there")
-
-
-def same_version(told: dict[str, str], name: str, where: str) -> Finding:
-    """Whether a package is the same there as here."""
-    here = version(name)
-    if told[name] == here:
-        return Finding(f"{name} {where}", "ok", here)
-    return Finding(f"{name} {where}", "missing", told[name], f"here is {here}: they must be the same")
-
-
-def storage(told: dict[str, str], where: str, advice: str) -> Finding:
-    """Whether the storage can be written there."""
-    if told["wrong"]:
-        return Finding(f"storage {where}", "missing", told["wrong"], advice)
-    return Finding(f"storage {where}", "ok", f"can be written, {float(told['free_gb']):.0f} GB free")

@@ -10,6 +10,7 @@ import errno
 import gzip
 import hashlib
 import io
+import os
 import secrets
 import shutil
 import struct
@@ -221,27 +222,26 @@ def digest(source: Path) -> str:
 
 
 def framed(source: Path) -> Iterator[bytes]:
-    """A file or folder as a tar, in blocks that say how long they are: a pod is not told where its input ends."""
-    blocks: list[bytes] = []
+    """A file or folder as a tar, in blocks that say how long they are: a pod is not told where its input ends.
 
-    class _Out:
-        def write(self, block: bytes) -> int:
-            blocks.append(bytes(block))
-            return len(block)
-
-    with tarfile.open(fileobj=_Out(), mode="w|") as archive:  # type: ignore[call-overload]
-        for path in files_of(source):
-            inner = path.name if source.is_file() else str(path.relative_to(source))
-            info = archive.gettarinfo(str(path.resolve()), arcname=inner)  # the hub's cache is made of links
-            with path.open("rb") as file:
-                archive.addfile(info, file)
-            yield from map(_frame, blocks)
-            blocks.clear()
-    yield from map(_frame, blocks)
+    The tar is written here block by block: a model is larger than the memory of the machine that sends it.
+    """
+    for path in files_of(source):
+        info = tarfile.TarInfo(path.name if source.is_file() else str(path.relative_to(source)))
+        with path.open("rb") as file:
+            info.size = os.fstat(file.fileno()).st_size
+            yield _frame(info.tobuf(tarfile.PAX_FORMAT))
+            while block := file.read(_BLOCK):
+                yield _frame(block)
+        padding = -info.size % tarfile.BLOCKSIZE
+        if padding:
+            yield _frame(bytes(padding))
+    yield _frame(bytes(2 * tarfile.BLOCKSIZE))
     yield _frame(b"")
 
 
 def _frame(block: bytes) -> bytes:
+    """An empty block is the end."""
     return struct.pack(">I", len(block)) + block
 
 

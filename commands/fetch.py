@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from jobs.assets import Asset
 
-from commands.common import DEFAULT_RUNS, AnyRuns, Format, On, Output, backend_for, console, print_json, say
+from commands.common import DEFAULT_RUNS, AnyRuns, Format, On, Output, cluster_on, console, print_json, say
 
 
 def fetch(
@@ -29,14 +29,13 @@ def fetch(
     With --on it goes to where the cluster's machines look for it: on Kubernetes and on a Ray elsewhere also what the
     job names by a path of this machine.
     """
-    from cluster.backends import backend_here
     from cluster.check import check_names
-    from cluster.machine import local_site
-    from jobs.assets import ASSETS, PREFIX
+    from cluster.fetch import fetch_asset, fetch_job
+    from jobs.assets import ASSETS, PREFIX, asset
     from jobs.errors import UserError
     from jobs.load import load_job
 
-    backend = backend_here(local_site()) if on is None else backend_for(on, None)
+    there = cluster_on(on, None) if on is not None else None
     if show_list:
         return _list(output)
     if examples:
@@ -47,12 +46,15 @@ def fetch(
         if name in ASSETS:
             raise UserError(f"{name!r} is a data set or model: did you mean {PREFIX}{name}?")
         if name.startswith(PREFIX):
-            typer.echo(f"{name}  {backend.provide_asset(name, say)}")
+            typer.echo(f"{name}  {there.provide_asset(name, say) if there else fetch_asset(asset(name), say)}")
+            continue
+        loaded = load_job(name)
+        if there:
+            check_names(loaded, whole=False)
+            typer.echo(f"{name}: {there.provide(loaded.job, say)}")
         else:
-            loaded = load_job(name)
-            if on is not None:
-                check_names(loaded, whole=False)
-            typer.echo(f"{name}: {backend.provide(loaded.job, say)}")
+            fetch_job(loaded.job, say)
+            typer.echo(f"{name}: everything it names is on this machine")
     return None
 
 

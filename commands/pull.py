@@ -33,6 +33,7 @@ def pull(
     from cluster.away import Away
     from cluster.backends import backend_of
     from cluster.store import find_run
+    from jobs import files
     from jobs.errors import UserError
     from jobs.words import counted
 
@@ -45,3 +46,6 @@ def pull(
         found = place.attach(run, runs, say)
     count = backend_of(found).pull(found, adapters.value, say)
     typer.echo(f"{counted(count, 'file')} came to {found.path}")
+    told = files.read_json(found.path / "report" / "report.json").get("recommendation") or {}
+    if adapters is Adapters.BEST and not told.get("trial_id"):
+        say("no trial is recommended yet, so no weights came: --adapters all brings those that there are")

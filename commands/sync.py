@@ -31,7 +31,7 @@ def sync(
 
     A trial that goes on in another job writes its whole record anew, so no step arrives twice.
     """
-    from cluster.backends import SITE_FILE, backend_of
+    from cluster.backends import backend_of, lies_elsewhere
     from cluster.store import find_run
 
     found = find_run(runs, run)
@@ -50,8 +50,9 @@ def sync(
             break
         time.sleep(_LOOK_SECONDS)
     if not done and not waiting:
-        away = files.read_json(found.path / SITE_FILE).get("kind") in ("kubernetes", "ray")
-        none = f"`lorafleet pull {found.id}` brings them" if away else "tracking was online or disabled"
+        none = "tracking was online or disabled"
+        if lies_elsewhere(found):
+            none = f"`lorafleet pull {found.id}` brings them"
         what = "all of them are uploaded" if list(found.path.glob(_RECORDS)) else none
         raise UserError(f"{found.id} has no offline W&B records to upload: {what}")
     say(f"wandb sync took {counted(done, 'record')} of {found.id}; what it did with each stands above")

@@ -14,7 +14,6 @@ import typer
 
 from commands.common import Format, console, say
 from commands.logs import driver_log
-from jobs import files
 from jobs.errors import ExitCode
 from jobs.run import Run
 
@@ -132,7 +131,7 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
         return
     if code not in (ExitCode.OK, ExitCode.SOME_TRIALS_FAILED, ExitCode.REQUEUE, ExitCode.INTERRUPTED):
         say(sentence)
-    from cluster.backends import SITE_FILE
+    from cluster.backends import lies_elsewhere
     from evaluation.report import build_report, report_json
 
     report = build_report(run)
@@ -150,11 +149,10 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
         say(f"\n{run.id} was interrupted; `lorafleet resume {run.id}` goes on")
         return
     typer.echo(f"\nreport   {run.path / 'report' / 'report.html'}")
-    kind = files.read_json(run.path / SITE_FILE).get("kind")
     if report.recommendation.adapter and (run.path / report.recommendation.adapter).is_dir():
         folder = run.path / report.recommendation.adapter
         typer.echo(f"{folder.name:<8} {folder}")
-    elif report.recommendation.adapter and kind in ("kubernetes", "ray"):
+    elif report.recommendation.adapter and lies_elsewhere(run):
         say(f"`lorafleet pull {run.id}` brings the adapter")
     if status.get("reason"):
         say(f"{run.id}: {status['reason']}")

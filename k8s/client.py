@@ -215,9 +215,6 @@ class Client:
                 if error.status != _GONE:
                     failed(str(error))
                 pause = min(_LONGEST_PAUSE, 2 * pause or 0.5)
-            except Exception as error:  # what no server should send, and the client's watch does not expect
-                failed(f"RayJob {name} cannot be followed: {type(error).__name__}: {error}")
-                pause = min(_LONGEST_PAUSE, 2 * pause or 0.5)
 
     def _follow(self, name: str, seen: Callable[[Tree | None], None], end: threading.Event) -> None:
         """One list, and one watch from there to its end. Raises ClusterError."""
@@ -225,18 +222,35 @@ class Client:
         with _said(f"RayJob {name} cannot be followed"):
             listed = self._ask(self.custom.list_namespaced_custom_object, **where)
             seen(next(iter(listed["items"]), None))
-            self.watching = Watch()
-            for event in self.watching.stream(
-                self.custom.list_namespaced_custom_object,
-                **where,
-                resource_version=listed["metadata"]["resourceVersion"],
-                timeout_seconds=_WATCH_SECONDS,
-                _request_timeout=(_SECONDS[0], _WATCH_SECONDS + _SECONDS[1]),
-            ):
+            for kind, job in self._events(where, listed["metadata"]["resourceVersion"]):
                 if end.is_set():
                     return
-                if isinstance(event, dict) and event["type"] != "BOOKMARK":
-                    seen(None if event["type"] == "DELETED" else event["object"])
+                if kind != "BOOKMARK":
+                    seen(None if kind == "DELETED" else job)
+
+    def _events(self, where: dict[str, str], version: str) -> Iterator[tuple[str, Tree]]:
+        """(kind, object) of each event of a watch. The client's own takes what comes apart without a look.
+
+        Raises ClusterError for what no API server sends.
+        """
+        self.watching = Watch()
+        events = self.watching.stream(
+            self.custom.list_namespaced_custom_object,
+            **where,
+            resource_version=version,
+            timeout_seconds=_WATCH_SECONDS,
+            _request_timeout=(_SECONDS[0], _WATCH_SECONDS + _SECONDS[1]),
+        )
+        while True:
+            try:
+                event = next(events)
+                told = str(event["type"]), event["object"]
+            except StopIteration:
+                return
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                what = f"{type(error).__name__}: {error}"
+                raise ClusterError(f"{self.host} does not answer as an API server does ({what})") from error
+            yield told
 
     def stop_following(self) -> None:
         """End a `follow` that waits for news: its connection is cut."""

@@ -138,13 +138,14 @@ def labels_of(site: KubernetesSite, order: Order) -> dict[str, str]:
     return site.labels | {
         "app.kubernetes.io/name": "lorafleet",
         "app.kubernetes.io/managed-by": "lorafleet",
-        RUN_LABEL: _label(order.run),
+        RUN_LABEL: label(order.run),
         ATTEMPT_LABEL: str(order.submission),
-        USER_LABEL: _label(site.user or order.user),
+        USER_LABEL: label(site.user or order.user),
     }
 
 
-def _label(text: str) -> str:
+def label(text: str) -> str:
+    """A text as the value of a label, as near as it may be."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:63].strip("-_.") or "unknown"
 
 
@@ -176,17 +177,12 @@ def _call(order: Order) -> dict[str, str] | None:
     return {CALL_ANNOTATION: order.call} if order.call else None
 
 
-def run_label(run: str) -> str:
-    """What a run's objects and pods have as RUN_LABEL."""
-    return _label(run)
-
-
 def porter(site: KubernetesSite, name: str, user: str, seconds: int) -> dict[str, Any]:
     """A Job with one pod that sees the storage and waits: files go through it. It ends by itself after so long."""
     labels = site.labels | {
         "app.kubernetes.io/name": "lorafleet",
         "app.kubernetes.io/managed-by": "lorafleet",
-        USER_LABEL: _label(site.user or user),
+        USER_LABEL: label(site.user or user),
     }
     own = labels | ({"kueue.x-k8s.io/queue-name": site.scheduler.queue} if site.scheduler.kind == "kueue" else {})
     size = {"cpu": "500m", "memory": "1Gi"}
@@ -222,7 +218,7 @@ def _spec(site: KubernetesSite, order: Order) -> models.RayJobSpec:
         submission_mode="HTTPMode" if over_http else "K8sJobMode",
         entrypoint=entrypoint(["lorafleet", "exec", run_folder(site, order.run), "--job", f"{CONFIG}/{DOCUMENT}"]),
         entrypoint_resources=json.dumps(_DRIVER),
-        metadata={"run": _label(order.run), "submission": str(order.submission)},
+        metadata={"run": label(order.run), "submission": str(order.submission)},
         backoff_limit=limits.retries,
         active_deadline_seconds=round(limits.hours * 3600) if limits.hours else None,
         pre_running_deadline_seconds=round(limits.start_minutes * 60) if limits.start_minutes else None,
@@ -364,7 +360,7 @@ def _workers(site: KubernetesSite, order: Order) -> models.WorkerGroup:
 
 def _on_the_heads_node(order: Order) -> dict[str, Any]:
     """A volume that one node may have at a time: the worker goes where the head is."""
-    head = {"matchLabels": {RUN_LABEL: _label(order.run), "ray.io/node-type": "head"}}
+    head = {"matchLabels": {RUN_LABEL: label(order.run), "ray.io/node-type": "head"}}
     term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": head}
     return {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
 
@@ -492,7 +488,7 @@ def _mib(gigabytes: float) -> str:
 
 def _network_policy(site: KubernetesSite, order: Order) -> models.NetworkPolicy:
     """Into a run's pods come its own pods, and to the dashboard the operator."""
-    own = {"matchLabels": {RUN_LABEL: _label(order.run)}}
+    own = {"matchLabels": {RUN_LABEL: label(order.run)}}
     operator = {"namespaceSelector": {}, "podSelector": {"matchLabels": site.operator_labels}}
     return models.NetworkPolicy(
         metadata=Metadata(

@@ -124,6 +124,8 @@ class ApiServer:
         self.pods_log: Callable[[Tree], str] = lambda _: ""
         self.pods_exec: Callable[[Tree, list[str]], subprocess.Popen[bytes]] | None = None
         self.protocols = ("v5.channel.k8s.io", "v4.channel.k8s.io")
+        self.chunk_of: Callable[[Tree], str] = lambda tree: json.dumps(tree) + "\n"
+        """What a watch sends of an event."""
         self.schema: Schema | None = None
         self.closed = False
         if definition is not None:
@@ -500,7 +502,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"0\r\n\r\n")
 
     def _chunk(self, tree: Tree) -> None:
-        data = json.dumps(tree).encode() + b"\n"
+        data = self.server_of.chunk_of(tree).encode()
         self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
         self.wfile.flush()
 

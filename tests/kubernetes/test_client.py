@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import tarfile
 import threading
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from cluster.away import keep, send
 from cluster.backends import SITE_FILE, backend_of
 from cluster.kubernetes_backend import KubernetesBackend
 from cluster.planning import make_plan
-from cluster.transfer import Cargo, digest, known
+from cluster.transfer import Cargo, digest, framed, known, receive
 from commands.logs import driver_log
 from jobs.errors import CommandFailed, ExitCode, LorafleetError, PlacementRefused, RunError, UserError
 from jobs.kubernetes_site import KubernetesSite
@@ -258,6 +260,57 @@ def test_a_version_that_is_too_old_is_listed_again(server: ApiServer) -> None:
     became(lambda: (told[-1] or {}).get("status", {}).get("jobDeploymentStatus") == "Running")
     end.set()
     assert wrong == []  # a 410 is nobody's trouble
+
+
+def test_a_server_that_talks_nonsense_is_asked_again(
+    server: ApiServer, kubelet: Kubelet, submitted: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page of a proxy in the place of a watch's events, and a fault of ours: the one is told, the other raised."""
+    run = submitted()
+    whole, lines = server.chunk_of, ["<html>sign in</html>", '""', '{"type": "ADDED"}']
+    server.chunk_of = lambda tree: lines.pop() + "\n" if lines else whole(tree)
+    watch = backend_of(run).watch(run)
+    ends = time.monotonic() + 30
+    while lines:  # some changes are met by the list, between two watches
+        server.set_status("RayJob", name_of(run), jobDeploymentStatus="Initializing", jobStatus="")
+        assert watch.poll() is None
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+    comes(server, run, watch, "runs", jobDeploymentStatus="Running", jobStatus="RUNNING")
+    monkeypatch.setattr(Client, "_follow", lambda *_: 1 / 0)
+    watch.backend.client.stop_following()
+    with pytest.raises(ZeroDivisionError):
+        became(lambda: watch.poll() is not None)
+
+
+def test_a_large_file_is_never_whole_in_memory(tmp_path: Path) -> None:
+    """And what is sent is what a tar of it would be."""
+    large = tmp_path / "model" / "large.safetensors"
+    large.parent.mkdir()
+    with large.open("wb") as file:
+        file.truncate(300_000_000)
+    (large.parent / "config.json").write_text("{}")
+    tracemalloc.start()
+    sizes = [len(block) for block in framed(large.parent)]
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sum(sizes) > 300_000_000
+    assert most < 10_000_000
+    receive(tmp_path / "there" / "model", digest(large.parent), _Stream(framed(large.parent)), file=False)
+    assert (tmp_path / "there" / "model" / "large.safetensors").stat().st_size == 300_000_000
+
+
+class _Stream(io.RawIOBase):
+    """Blocks as a stream, for a reader that asks for so many bytes."""
+
+    def __init__(self, blocks: Iterator[bytes]) -> None:
+        self.blocks, self.rest = blocks, b""
+
+    def read(self, count: int = -1) -> bytes:
+        while len(self.rest) < count:
+            self.rest += next(self.blocks)
+        data, self.rest = self.rest[:count], self.rest[count:]
+        return data
 
 
 def test_a_queue_that_takes_the_job_back(

@@ -49,6 +49,7 @@ def plan(
     train: Annotated[bool, typer.Option("--train", help="The plan of `lorafleet train`.")] = False,
 ) -> None:
     """Print every trial with its values, where they run, the memory, the steps, and what ASHA saves."""
+    from cluster.away import Away
     from cluster.check import check_names
     from jobs.load import load_job
     from jobs.plan import MANIFEST
@@ -69,7 +70,11 @@ def plan(
     for note in made.notes[len(loaded.notes) :]:
         say(f"note: {note}")
     console().print(plan_view(made))
-    console().print(f"run folder      {backend.runs_dir(runs) / made.job.name}-...", markup=False)
+    name = f"{made.job.name}-..."
+    folder = str(backend.runs_dir(runs) / name)
+    if isinstance(backend, Away):
+        folder = f"{backend.folder_of(name)} on the storage, and its record here in {folder}"
+    console().print(f"run folder      {folder}", markup=False)
     if made.files:
         machines = counted(made.nodes, "worker pod" if MANIFEST in made.files else "node")
         console().print(f"job             {machines} of site {made.site}", markup=False)

@@ -120,6 +120,9 @@ def test_a_manifest_on_the_command_line(bert_job: JobMaker, tmp_path: Path) -> N
     assert done.returncode == ExitCode.USER_INPUT
     assert "there is no cluster to ask" in done.stderr
     assert not (tmp_path / "runs").exists()
+    shown = lorafleet("plan", job, "--on", mounted, cwd=tmp_path)
+    folder = " ".join(shown.stdout.split())
+    assert "/runs/tiny-... on the storage, and its record here in runs/tiny-..." in folder
     asked = lorafleet("plan", job, "--format", "yaml", cwd=tmp_path)
     assert asked.returncode == ExitCode.USER_INPUT
     assert "it goes with --on SITE of kind kubernetes" in asked.stderr

@@ -14,8 +14,9 @@ from jobs.assets import PREFIX, asset
 from jobs.deepspeed import contradictions
 from jobs.errors import AssetError, DataError, JobFileError, Problem
 from jobs.hub import check_whole, model_config, model_folder
-from jobs.identity import ADAPTER_FILES, models_of
+from jobs.identity import ADAPTER_FILES, encoders_of, models_of
 from jobs.load import LoadedJob
+from jobs.own_metrics import wrong
 from jobs.rows import DATA_SUFFIXES, split_files
 from jobs.spec import JobSpec
 from jobs.support import prompt_hides_label, prompt_too_long
@@ -54,10 +55,28 @@ def _wrong(loaded: LoadedJob, *, whole: bool) -> list[tuple[str, str]]:
             found.append(("data.dataset_name", str(error)))
     for field in ("train_file", "validation_file", "test_file"):
         found += _wrong_file(f"data.{field}", getattr(job.data, field))
-    found += _wrong_strategy(loaded) + _wrong_layers(loaded)
+    found += _wrong_strategy(loaded) + _wrong_layers(loaded) + _wrong_metrics(job)
     adapter = job.train.init_adapter
     if adapter and not all((Path(adapter) / name).is_file() for name in ADAPTER_FILES):
         found.append(("train.init_adapter", f"train.init_adapter is {adapter}, but there is no PEFT adapter in it"))
+    return found
+
+
+def _wrong_metrics(job: JobSpec) -> list[tuple[str, str]]:
+    """What is not there of what answers are judged by."""
+    found = []
+    for name, metric in job.evaluate.custom_metrics.items():
+        sentence = wrong(name, metric)
+        if sentence:
+            found.append((f"evaluate.custom_metrics.{name}.function", sentence))
+    for encoder in encoders_of(job):
+        if encoder.startswith(PREFIX):
+            found += _unknown_asset("evaluate.bertscore_model", encoder, "model")
+        elif Path(encoder).is_absolute():
+            try:
+                check_whole(encoder, None)
+            except AssetError as error:
+                found.append(("evaluate.bertscore_model", str(error)))
     return found
 
 

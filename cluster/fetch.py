@@ -24,7 +24,7 @@ from jobs import files
 from jobs.assets import PREFIX, Asset, asset, cache_dir
 from jobs.errors import AssetError
 from jobs.hub import HubName, check_whole, dataset_folder, hub_model_folder, lacks
-from jobs.identity import models_of
+from jobs.identity import encoders_of, models_of
 from jobs.spec import JobSpec
 
 Say = Callable[[str], None]
@@ -38,6 +38,9 @@ def fetch_job(job: JobSpec, say: Say) -> None:
     for name in models_of(job):
         fetch_model(name, job.model.revision, say, code=job.model.trust_remote_code)
         check_whole(name, job.model.revision)
+    for name in encoders_of(job):
+        fetch_model(name, None, say)
+        check_whole(name, None)
     if job.data.dataset_name:
         fetch_dataset(job.data.dataset_name, job.data.dataset_revision, say)
 

@@ -130,7 +130,7 @@ def _read_bytes(job: JobSpec, shape: Shape, bytes_each: int) -> float:
 
 def _logit_bytes(job: JobSpec, shape: Shape, tokens: int, bytes_each: int) -> float:
     """Of a causal model's logits and what a loss makes of them; behind a frozen head they are held in chunks."""
-    if job.task != "generation":
+    if not job.generates:
         return 0.0
     each = 4 * _COPIES_OF_LOGITS + (2 * bytes_each if bytes_each == 2 else 0)
     if job.train.chunked_loss and job.method != "full":

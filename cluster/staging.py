@@ -14,7 +14,8 @@ from cluster.transfer import Cargo, digest, files_of
 from jobs import files
 from jobs.assets import PREFIX, asset, cache_dir
 from jobs.hub import dataset_folder, hub_cache, hub_model_folder, model_folder
-from jobs.identity import models_of
+from jobs.identity import encoders_of, models_of
+from jobs.own_metrics import file_of
 from jobs.rows import split_files
 from jobs.spec import JobSpec
 
@@ -27,6 +28,9 @@ def named_paths(job: JobSpec) -> list[tuple[str, str]]:
     named += [("data.dataset_name", job.data.dataset_name), ("train.init_adapter", job.train.init_adapter)]
     named += [("resources.deepspeed_config", job.resources.deepspeed_config)]
     named += [("model.model_name_or_path", name) for name in models_of(job)]
+    named += [("evaluate.bertscore_model", name) for name in encoders_of(job)]
+    own = job.evaluate.custom_metrics
+    named += [(f"evaluate.custom_metrics.{name}.function", file_of(metric)) for name, metric in own.items()]
     return [(field, path) for field, path in named if path and path.startswith(("/", "./", "../", "~"))]
 
 
@@ -43,6 +47,9 @@ def fetched_cargo(job: JobSpec) -> list[Cargo]:
     for name in models_of(job):
         if not Path(name).is_absolute():
             found += _model(name, job.model.revision)
+    for name in encoders_of(job):
+        if not Path(name).is_absolute():
+            found += _model(name, None)
     data = job.data.dataset_name
     if data and not Path(data).is_absolute():
         folder = dataset_folder(data, job.data.dataset_revision)
@@ -101,7 +108,7 @@ def not_brought(storage: str, job: JobSpec) -> list[str]:
     """What a job names of the hub and of the assets, and this machine has never brought to a storage."""
     there = {str(row["target"]) for row in files.read_jsonl(_ledger()) if row.get("storage") == storage}
     data = [(job.data.dataset_name, _target_of_data(job))] if job.data.dataset_name else []
-    models = [(name, _target_of_model(name)) for name in models_of(job)]
+    models = [(name, _target_of_model(name)) for name in [*models_of(job), *encoders_of(job)]]
     named = [(str(name), target) for name, target in [*models, *data] if target]
     return [name for name, target in named if not any(known.startswith(target) for known in there)]
 
@@ -134,4 +141,7 @@ def moved(tree: Any, places: Mapping[str, str]) -> Any:
         return {key: moved(value, places) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
         return [moved(value, places) for value in tree]
-    return places.get(tree, tree) if isinstance(tree, str) else tree
+    if not isinstance(tree, str):
+        return tree
+    path, colon, name = tree.partition(".py:")  # a function in a file goes with its file
+    return f"{places[f'{path}.py']}:{name}" if colon and f"{path}.py" in places else places.get(tree, tree)

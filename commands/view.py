@@ -32,7 +32,8 @@ def _metric(job: dict[str, Any]) -> tuple[str, str]:
 
     given = (job.get("search") or {}).get("metric")
     name = given["name"] if given else DEFAULT_METRIC[job.get("task", "classification")]
-    return name, METRICS[name].goal
+    goal = given["goal"] if given else METRICS[name].goal
+    return name, str(goal)
 
 
 def _trial_line(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def _trial_line(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
         "total_steps": total,
         "train_loss": now.get("train_loss") if now.get("train_loss") is not None else last.get("train_loss"),
         "metric": metric,
+        "goal": goal,
         "score": best,
         "tokens_per_second": now.get("tokens_per_second"),
         "seconds_left": left,
@@ -70,12 +72,10 @@ def _trial_line(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
 
 def best_line(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The trial with the best score so far."""
-    from jobs.metrics import METRICS
-
     best: dict[str, Any] | None = None
     for line in lines:
         better_than = best["score"] if best else None
-        if line["score"] is not None and is_better(line["score"], better_than, METRICS[line["metric"]].goal):
+        if line["score"] is not None and is_better(line["score"], better_than, line["goal"]):
             best = line
     return best
 

@@ -1,72 +1,108 @@
-"""The metrics of jobs/metrics.py as arithmetic on what a model said of each row, with bootstrap intervals.
+"""The metrics of jobs/metrics.py as arithmetic on what a model did with each row, with bootstrap intervals.
 
 R rows, C classes, S resamples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from evaluation.results import Classified, RowResults
+
 Interval = tuple[float, float]
 _SEED = 20_260_101
 _CHUNK = 200
+_CONFUSION = ("accuracy", "f1", "precision", "recall")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Metrics on some rows, each with its 95 % interval."""
+    """Metrics on some rows, each with its 95 % interval (but for those that only all rows together have)."""
 
     metrics: dict[str, float]
     intervals: dict[str, Interval]
 
 
-def classification_scores(
-    losses_R: np.ndarray, predicted_R: np.ndarray, labels_R: np.ndarray, classes: int, resamples: int
-) -> Scores:
-    """Accuracy, macro F1, macro precision, macro recall and mean loss of rows.
+def scores(results: RowResults, names: Iterable[str], resamples: int) -> Scores:
+    """The named metrics of what a model did with some rows; those that it cannot have are left out.
 
-    A class that is never predicted has precision 0, one that never occurs is left out of the averages
-    (scikit-learn's macro average over the labels that occur in the truth or the predictions, zero_division=0).
+    Perplexity is the exponential of the loss, and so are the ends of its interval.
     """
-    pairs_R = labels_R * classes + predicted_R
-    whole = _from_confusion(_confusion(pairs_R[None, :], classes))
-    metrics = {name: float(values[0]) for name, values in whole.items()} | {"loss": float(losses_R.mean())}
-    sampled: dict[str, list[np.ndarray]] = {name: [] for name in metrics}
-    for rows_SR in _resampled(len(labels_R), resamples):
-        for name, values in _from_confusion(_confusion(pairs_R[rows_SR], classes)).items():
-            sampled[name].append(values)
-        sampled["loss"].append(losses_R[rows_SR].mean(axis=1))
-    return Scores(metrics, {name: _interval(np.concatenate(values)) for name, values in sampled.items()})
+    wanted = [name for name in names if name in results.whole or results.has(name)]
+    by_row = [name for name in wanted if name not in results.whole and name != "perplexity"]
+    every_row = np.arange(len(results))[None, :]
+    metrics = {name: float(statistic(results, name, every_row)[0]) for name in by_row}
+    sampled: dict[str, list[np.ndarray]] = {name: [] for name in by_row}
+    for rows_SR in resampled(len(results), resamples):
+        for name in by_row:
+            sampled[name].append(statistic(results, name, rows_SR))
+    intervals = {name: interval(np.concatenate(values)) for name, values in sampled.items()}
+    if "perplexity" in wanted:
+        metrics["perplexity"] = _exp(metrics["loss"])
+        intervals["perplexity"] = (_exp(intervals["loss"][0]), _exp(intervals["loss"][1]))
+    metrics |= {name: results.whole[name] for name in wanted if name in results.whole}
+    return Scores({name: metrics[name] for name in wanted}, {n: intervals[n] for n in wanted if n in intervals})
 
 
-def generation_scores(nll_R: np.ndarray, tokens_R: np.ndarray, resamples: int) -> Scores:
-    """Mean loss of a target token (every token counts alike, not every row) and its exponential, the perplexity."""
-    loss = nll_R.sum() / tokens_R.sum()
-    sampled = [nll_R[rows].sum(axis=1) / tokens_R[rows].sum(axis=1) for rows in _resampled(len(nll_R), resamples)]
-    low, high = _interval(np.concatenate(sampled))
-    with np.errstate(over="ignore"):
-        perplexity, ends = float(np.exp(loss)), (float(np.exp(low)), float(np.exp(high)))
-    return Scores({"loss": float(loss), "perplexity": perplexity}, {"loss": (low, high), "perplexity": ends})
+def statistic(results: RowResults, name: str, rows_SR: np.ndarray) -> np.ndarray:
+    """A metric of each sample of rows (S).
+
+    The macro averages leave out a class that occurs neither in the truth nor in the predictions; one that is never
+    predicted has precision 0 (scikit-learn's macro average over the labels that occur, zero_division=0).
+    """
+    if name in _CONFUSION and results.classified:
+        return _from_confusion(_confusion(results.classified, rows_SR))[name]
+    if name == "perplexity":
+        with np.errstate(over="ignore"):
+            exponential: np.ndarray = np.exp(statistic(results, "loss", rows_SR))
+        return exponential
+    above_R, below_R = results.ratio(name)
+    return _share(above_R[rows_SR].sum(axis=1), below_R[rows_SR].sum(axis=1))
 
 
-def _resampled(rows: int, resamples: int) -> list[np.ndarray]:
+def resampled(rows: int, resamples: int) -> Iterator[np.ndarray]:
     """Indices of bootstrap samples (Efron 1979), the same for every model: differences between models are paired."""
     random = np.random.default_rng(_SEED)
-    return [random.integers(0, rows, (min(_CHUNK, resamples - done), rows)) for done in range(0, resamples, _CHUNK)]
+    for done in range(0, resamples, _CHUNK):
+        yield random.integers(0, rows, (min(_CHUNK, resamples - done), rows))
 
 
-def _interval(values_S: np.ndarray) -> Interval:
+def interval(values_S: np.ndarray) -> Interval:
+    """The middle 95 % of resampled values."""
     low, high = np.percentile(values_S, [2.5, 97.5])
     return float(low), float(high)
 
 
-def _confusion(pairs_SR: np.ndarray, classes: int) -> np.ndarray:
+def confusion(said: Classified) -> list[list[int]]:
+    """How many rows of each class (outer) were said to be of which (inner)."""
+    counts: list[list[int]] = _confusion(said, np.arange(len(said.label_R))[None, :])[0].tolist()
+    return counts
+
+
+def per_class(said: Classified, labels: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Precision, recall, F1 and how many rows there are, of each class."""
+    counts = np.array(confusion(said), dtype=float)
+    right, true, predicted = np.diagonal(counts), counts.sum(axis=1), counts.sum(axis=0)
+    table = {
+        "precision": _share(right, predicted),
+        "recall": _share(right, true),
+        "f1": _share(2 * right, true + predicted),
+    }
+    return {
+        label: {name: float(values[index]) for name, values in table.items()} | {"support": int(true[index])}
+        for index, label in enumerate(labels)
+    }
+
+
+def _confusion(said: Classified, rows_SR: np.ndarray) -> np.ndarray:
     """Counts [S, true class, predicted class]."""
-    samples = len(pairs_SR)
+    samples, classes = len(rows_SR), said.classes
+    pairs_R = said.label_R * classes + said.predicted_R
     offset = np.arange(samples)[:, None] * classes * classes
-    counts = np.bincount((pairs_SR + offset).ravel(), minlength=samples * classes * classes)
+    counts = np.bincount((pairs_R[rows_SR] + offset).ravel(), minlength=samples * classes * classes)
     return counts.reshape(samples, classes, classes)
 
 
@@ -92,3 +128,8 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 def _average(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
     average: np.ndarray = (values * counted).sum(axis=1) / np.maximum(counted.sum(axis=1), 1)
     return average
+
+
+def _exp(value: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(value))

@@ -8,7 +8,6 @@ import io
 from typing import TYPE_CHECKING
 
 from evaluation.report_text import Cell, columns, headline, notes, number, parameter_columns, plain, terminal_columns
-from jobs.metrics import TASK_METRICS
 from jobs.report import Report, Row
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def markdown(report: Report) -> str:
 def table_csv(report: Report) -> str:
     """One line a row, full precision, one column a number."""
     parameters = parameter_columns(report)
-    names = TASK_METRICS[report.task]
+    names = report.metrics
     plain = (
         "step",
         "samples",

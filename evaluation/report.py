@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from evaluation.recommend import recommend
 from jobs import files
 from jobs.errors import RunError
-from jobs.metrics import TASK_METRICS, is_better
+from jobs.metrics import is_better
 from jobs.report import Failure, Intervals, Metrics, Report, Row
 from jobs.run import Run, Trial
 from jobs.spec import JobSpec
@@ -47,6 +47,7 @@ def build_report(run: Run) -> Report:
         run=run.id,
         state=run.state,
         task=job.task,
+        metrics=list(job.metric_names),
         model=job.model.model_name_or_path,
         data=str(job.data.dataset_name or job.data.train_file),
         metric=metric.name,
@@ -134,10 +135,12 @@ def _row(trial: Trial, job: JobSpec) -> Row:
         state=trial.state.value,
         rung=status.get("rung"),
         params=params.get("assignment", {}),
-        metrics={name: best[name] for name in TASK_METRICS[job.task] if name in best},
+        metrics={name: best[name] for name in job.metric_names if name in best},
         intervals=_intervals(best.get("intervals")),
         test_metrics=_metrics(test, split) or None,
         test_intervals=_intervals(test.get(split, {}).get("intervals")),
+        per_class=test.get(split, {}).get("per_class", {}),
+        confusion=test.get(split, {}).get("confusion", []),
         step=int(last.get("step", 0)),
         samples=int(last.get("samples", 0)),
         train_seconds=last.get("train_seconds"),
@@ -164,7 +167,7 @@ def _best_evaluation(rows: list[dict[str, Any]], job: JobSpec) -> dict[str, Any]
 
 
 def _point(row: dict[str, Any], job: JobSpec) -> dict[str, Any]:
-    keys = ("step", "samples", "train_loss", "learning_rate", "rung", *TASK_METRICS[job.task])
+    keys = ("step", "samples", "train_loss", "learning_rate", "rung", *job.metric_names)
     return {key: row[key] for key in keys if row.get(key) is not None}
 
 

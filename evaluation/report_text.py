@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from jobs.metrics import TASK_METRICS
 from jobs.report import Metrics, Report, Row
 from jobs.words import counted
 
@@ -50,7 +49,7 @@ def columns(report: Report) -> list[tuple[str, Cell]]:
         found.append((path.rpartition(".")[2], _parameter(path)))
     found += [("state", _state), ("rung", _rung(report))]
     found.append((f"validation {report.metric}", lambda row: _with_interval(row.metrics, row.intervals, report.metric)))
-    for name in TASK_METRICS[report.task]:
+    for name in report.metrics:
         found.append((f"{report.held_out} {name}", _held_out(name, wide=name == report.metric)))
     found += [
         ("train time", lambda row: duration(row.train_seconds)),

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,11 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """`write_text` of one object a line."""
+    write_text(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
+
+
 def _last_byte(file: Any) -> bytes:
     file.seek(-1, os.SEEK_END)
     last: bytes = file.read(1)
@@ -91,7 +96,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     rows = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # and at no other end of a line: a text in a row may hold one of Unicode's
         with contextlib.suppress(json.JSONDecodeError):
             row = json.loads(line)
             if isinstance(row, dict):

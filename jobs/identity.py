@@ -91,6 +91,11 @@ def models_of(job: JobSpec) -> list[str]:
     return list(dict.fromkeys([job.model.model_name_or_path, *searched]))
 
 
+def encoders_of(job: JobSpec) -> list[str]:
+    """The models that a job's metrics need."""
+    return [job.evaluate.bertscore_model] if "bertscore_f1" in job.text_metrics else []
+
+
 def trial_id(job: JobSpec, facts: Facts) -> str:
     """Ten hex digits of the SHA-256 of `identity`."""
     text = json.dumps(identity(job, facts), sort_keys=True)
@@ -111,7 +116,7 @@ def identity(job: JobSpec, facts: Facts) -> dict[str, Any]:
     return {
         "training_version": TRAINING_VERSION,
         "prompt_format": PROMPT_FORMAT,
-        "task": job.task,
+        "task": "generation" if job.generates else job.task,
         "method": job.method,
         "model": {
             "revision": facts.model_revisions[name],

@@ -168,6 +168,8 @@ def json_schema() -> dict[str, Any]:
         "anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}],
         **{key: alpha[key] for key in ("description", "default", "title")},
     }
+    own = schema["$defs"]["CustomMetric"]
+    schema["$defs"]["CustomMetric"] = {"anyOf": [own, {"type": "string"}]}
     metric = schema["$defs"]["MetricSpec"]
     metric["required"] = ["name"]
     schema["$defs"]["MetricSpec"] = {"anyOf": [metric, {"type": "string"}]}
@@ -361,12 +363,25 @@ def _absolute_paths(reading: _Reading, folder: Path) -> None:
         value = fields.get(reading.tree, path)
         if isinstance(value, str) and value:
             fields.put(reading.tree, path, str((folder / files.in_home(value)).absolute()))
-    for path in ("model.model_name_or_path", "data.dataset_name"):
+    _absolute_metrics(reading, folder)
+    for path in ("model.model_name_or_path", "data.dataset_name", "evaluate.bertscore_model"):
         name = fields.get(reading.tree, path)
         if isinstance(name, str) and name and not name.startswith("asset:"):
             local = folder / files.in_home(name)
             if looks_like_path(name) or _is_folder(local):
                 fields.put(reading.tree, path, str(local.absolute()))
+
+
+def _absolute_metrics(reading: _Reading, folder: Path) -> None:
+    """`FILE.py:NAME` of the user's own metrics, from the job file's folder on."""
+    own = fields.get(reading.tree, "evaluate.custom_metrics")
+    for name, metric in list(own.items()) if isinstance(own, dict) else ():
+        if isinstance(metric, str):  # the short form
+            own[name] = metric = {"function": metric}
+        function = metric.get("function") if isinstance(metric, dict) else None
+        if isinstance(function, str) and function:
+            path, colon, name = function.partition(":")
+            metric["function"] = f"{(folder / files.in_home(path)).absolute()}{colon}{name}"
 
 
 def _is_folder(path: Path) -> bool:

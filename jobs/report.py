@@ -40,6 +40,10 @@ class Row(Spec):
     """On the test rows; null where they were not run."""
     test_intervals: Intervals = {}
     """95 % bootstrap intervals of `test_metrics`."""
+    per_class: dict[str, dict[str, float]] = {}
+    """Of a classifier on the test rows: label -> precision, recall, f1, and support (rows)."""
+    confusion: list[list[int]] = []
+    """Of a classifier on the test rows: how many rows of each class (outer) were said to be of which (inner)."""
     step: int = 0
     """Optimiser steps trained."""
     samples: int = 0
@@ -89,11 +93,13 @@ class Report(Spec):
     state: str
     """The run's state."""
     task: str
-    """classification or generation."""
+    """classification, generation or summarization."""
     model: str
     """The base model."""
     data: str
     """The data set."""
+    metrics: list[str]
+    """Every metric of the table."""
     metric: str
     """What the search looked at."""
     goal: Goal

@@ -36,6 +36,16 @@ class Row:
     line: int = field(default=0, compare=False)
     """Where it stands in its file."""
 
+    @property
+    def prompt(self) -> str:
+        """What is asked, without a chat template around it; of a row without a conversation, its text."""
+        return "\n\n".join(content for _, content in self.messages[:-1]) if self.messages else self.text
+
+    @property
+    def reference(self) -> str:
+        """The answer that is right; of a row without a conversation, its label."""
+        return self.messages[-1][1] if self.messages else self.label
+
 
 @dataclass(frozen=True)
 class Rows:

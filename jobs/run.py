@@ -99,6 +99,10 @@ class Trial:
         """Its content hash."""
         return self.path.name
 
+    def predictions(self, split: str) -> Path:
+        """What its weights did with each held-out row."""
+        return self.path / f"predictions-{split}.jsonl"
+
     @property
     def checkpoint(self) -> Path:
         """What a resume continues from."""
@@ -271,6 +275,14 @@ class Run:
     def trial(self, trial_id: str) -> Trial:
         """The folder of a trial, existing or not."""
         return Trial(self.path / "trials" / trial_id, self.attempt)
+
+    def base_predictions(self, split: str) -> Path:
+        """What the untuned base did with each row of a split."""
+        return self.path / "report" / f"base-predictions-{split}.jsonl"
+
+    def rows_file(self, split: str) -> Path:
+        """The rows of a split that was judged on."""
+        return self.path / "report" / f"rows-{split}.jsonl"
 
     def trials(self) -> list[Trial]:
         """Every trial that was made, in the order in which they were."""

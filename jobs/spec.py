@@ -12,9 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from jobs import expression
 from jobs.errors import Problem, SpecProblems
-from jobs.metrics import DEFAULT_METRIC, METRICS, TASK_METRICS, bare_name
+from jobs.metrics import (
+    DEFAULT_METRIC,
+    DEFAULT_TEXT_METRICS,
+    LIKELIHOOD_METRICS,
+    METRICS,
+    TEXT_METRICS,
+    bare_name,
+)
 from jobs.rungs import Goal
-from jobs.support import Method, Strategy, refusals
+from jobs.support import CUT_WEIGHTS, Method, Strategy, refusals
 from jobs.variables import checked_environment
 
 
@@ -32,7 +39,7 @@ class Spec(BaseModel):
 
 
 Texts = Annotated[tuple[str, ...], Field(strict=False)]
-Task = Literal["classification", "generation"]
+Task = Literal["classification", "generation", "summarization"]
 DataFormat = Literal["auto", "text_label", "prompt_completion", "instruction", "messages", "text"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -427,7 +434,8 @@ class MetricSpec(Spec):
     """What the search looks at, on the validation rows."""
 
     name: str
-    """accuracy, f1, precision, recall or loss (classification); loss or perplexity (generation)."""
+    """accuracy, f1, precision, recall or loss (classification); loss, perplexity, or one of `evaluate.metrics` and
+    `evaluate.custom_metrics`, for which every evaluation has to write answers (generation, summarization)."""
     goal: Goal
     """maximize or minimize; goes with the name when left out."""
 
@@ -439,15 +447,16 @@ class MetricSpec(Spec):
         if isinstance(raw, dict) and isinstance(raw.get("name"), str):
             name = bare_name(raw["name"])
             known = METRICS.get(name)
-            return {"goal": known.goal if known else "maximize", **raw, "name": name}
+            wanted = known.goal if known and known.goal != "closer to 1" else "maximize"
+            return {"goal": wanted, **raw, "name": name}
         return raw
 
     @model_validator(mode="after")
-    def _known(self) -> MetricSpec:
+    def _goal_is_the_metrics(self) -> MetricSpec:
         known = METRICS.get(self.name)
-        if known is None:
-            raise ValueError(f"name is {self.name!r}, but must be one of {', '.join(METRICS)}")
-        if self.goal != known.goal:
+        if known and known.goal == "closer to 1":
+            raise ValueError(f"name is {self.name!r}, which describes answers: neither more nor less of it is better")
+        if known and self.goal != known.goal:
             raise ValueError(f"goal is {self.goal}, but must be {known.goal} for {self.name}")
         return self
 
@@ -488,7 +497,7 @@ class SearchSpec(Spec):
     method: Literal["random", "grid", "tpe"] = "random"
     """How configurations are chosen: drawn at random, all combinations, or by Optuna's TPE from earlier results."""
     metric: MetricSpec | None = None
-    """What to optimise. Left out: accuracy (classification) or loss (generation)."""
+    """What to optimise. Left out: accuracy (classification) or loss (generation, summarization)."""
     num_samples: int = Field(10, ge=1, le=100_000)
     """Trials of a random or tpe search; a grid has as many as it has combinations."""
     max_concurrent_trials: int | None = Field(None, ge=1)
@@ -505,11 +514,62 @@ class SearchSpec(Spec):
     """Dotted field (`train.learning_rate`) -> what it may be."""
 
 
+MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
+
+
+class CustomMetric(Spec):
+    """A number of your own that an answer gets."""
+
+    function: str = Field(min_length=1, max_length=4096)
+    """`FILE.py:NAME`, a function of (prediction, reference), and of prompt if it names it, that returns a number for
+    one row: its mean is the metric. Or `FILE.py` alone, a metric module of the package `evaluate`. Relative to the
+    job file; it is code, and runs with your rights wherever the job runs."""
+    goal: Goal = "maximize"
+    """Which way is better."""
+
+
 class EvaluateSpec(Spec):
     """How results are measured."""
 
     bootstrap_samples: int = Field(1000, ge=100, le=100_000)
     """Resamples of the rows behind each 95 % interval."""
+    metrics: Texts | None = None
+    """What answers are judged by, beside loss and perplexity: rouge1, rouge2, rougeL, rougeLsum, bertscore_f1,
+    exact_match, contains, length_ratio. Left out: ROUGE and the length ratio (summarization), none (generation)."""
+    custom_metrics: dict[MetricName, CustomMetric] = {}
+    """Metrics of your own, by name."""
+    max_new_tokens: int = Field(64, ge=1, le=100_000)
+    """Longest answer, in tokens, that a model may write."""
+    do_sample: bool = False
+    """Draw each token by its probability; else the likeliest is taken (greedy)."""
+    temperature: float = Field(1.0, gt=0, le=100)
+    """Divides the logits that `do_sample` draws by: below 1 the likely tokens gain."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """`do_sample` draws among the likeliest tokens that have this probability together."""
+    generation_seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of what `do_sample` draws."""
+    sample_rows: int = Field(5, ge=0, le=10_000)
+    """Held-out rows that are answered for the report where no metric asks for answers."""
+    bertscore_model: str = Field("asset:minilm-l6", min_length=1, max_length=400)
+    """Encoder of BERTScore: a hub id, a folder, or `asset:NAME`. Scores of two encoders cannot be compared."""
+    bertscore_layer: int | None = Field(None, ge=1, le=1000)
+    """The encoder's layer whose embeddings are matched, from 1; left out: its last."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in value or ():
+            if name not in TEXT_METRICS:
+                raise ValueError(f"has {name!r}, but must hold some of {', '.join(TEXT_METRICS)}")
+        return tuple(dict.fromkeys(value)) if value is not None else None
+
+    @model_validator(mode="after")
+    def _new_names(self) -> EvaluateSpec:
+        for name in self.custom_metrics:
+            if name in METRICS:
+                sentence = f"evaluate.custom_metrics has {name!r}, which is a metric of our own: name it otherwise"
+                raise SpecProblems([Problem(f"evaluate.custom_metrics.{name}", sentence)])
+        return self
 
 
 class TrackingSpec(Spec):
@@ -535,7 +595,8 @@ class JobSpec(Spec):
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
     """Lower-case letters, digits and dashes, 40 at most: it becomes part of folder names."""
     task: Task
-    """What is learnt: a label for a text (classification), or text that follows text (generation)."""
+    """What is learnt: a label for a text (classification), text that follows text (generation), or a short text for a
+    long one (summarization: as generation, and judged by ROUGE)."""
     method: Method = "lora"
     """How the base is adapted: `lora`; `qlora` (LoRA on a quantised base); `prompt_tuning`; `full` (every weight)."""
     model: ModelSpec
@@ -576,12 +637,35 @@ class JobSpec(Spec):
         return self.method in ("lora", "qlora")
 
     @property
+    def generates(self) -> bool:
+        """Whether the model writes text, and does not name a class."""
+        return self.task != "classification"
+
+    @property
+    def text_metrics(self) -> tuple[str, ...]:
+        """Metrics for which the model has to write answers, the user's own last."""
+        if not self.generates:
+            return ()
+        asked = self.evaluate.metrics
+        return (*(DEFAULT_TEXT_METRICS[self.task] if asked is None else asked), *self.evaluate.custom_metrics)
+
+    @property
+    def extra_metrics(self) -> tuple[str, ...]:
+        """Metrics that cost more than one pass over the rows."""
+        return self.text_metrics if self.generates else tuple(self.evaluate.custom_metrics)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Every metric that a held-out evaluation of this job has."""
+        return (*LIKELIHOOD_METRICS[self.task], *self.extra_metrics)
+
+    @property
     def padding_free(self) -> bool:
         """Whether a pass's rows are laid end to end."""
         if self.train.padding_free != "auto":
             return bool(self.train.padding_free)
         flash = self.model.attn_implementation == "flash_attention_2"
-        return flash and self.task == "generation" and self.method != "prompt_tuning"
+        return flash and self.generates and self.method != "prompt_tuning"
 
     @property
     def changes_base(self) -> bool:
@@ -593,8 +677,7 @@ class JobSpec(Spec):
         """What trials are compared by."""
         if self.search and self.search.metric:
             return self.search.metric
-        name = DEFAULT_METRIC[self.task]
-        return MetricSpec(name=name, goal=METRICS[name].goal)
+        return MetricSpec.model_validate({"name": DEFAULT_METRIC[self.task]})
 
     @model_validator(mode="after")
     def _fields_agree(self) -> JobSpec:
@@ -619,14 +702,25 @@ def _format_problems(job: JobSpec) -> list[Problem]:
 
 
 def _metric_problems(job: JobSpec) -> list[Problem]:
-    if job.metric.name in TASK_METRICS[job.task]:
-        return []
-    known = ", ".join(TASK_METRICS[job.task])
-    return [
-        Problem(
-            "search.metric.name", f"search.metric.name is {job.metric.name}, but must be one of {known} for {job.task}"
+    name, own = job.metric.name, job.evaluate.custom_metrics.get(job.metric.name)
+    known = ", ".join(job.metric_names)
+    if name not in job.metric_names:
+        more = " (evaluate.metrics adds it)" if job.generates and name in TEXT_METRICS else ""
+        sentence = f"search.metric.name is {name}, but must be one of {known} for {job.task}{more}"
+        return [Problem("search.metric.name", sentence)]
+    if own and job.metric.goal != own.goal:
+        sentence = f"search.metric.goal is {job.metric.goal}, but evaluate.custom_metrics.{name} says {own.goal}"
+        return [Problem("search.metric.goal", sentence)]
+    if not job.generates and job.evaluate.metrics:
+        sentence = "evaluate.metrics is for texts that a model writes; classification has its own metrics"
+        return [Problem("evaluate.metrics", sentence)]
+    if name in job.text_metrics and job.resources.strategy in CUT_WEIGHTS:
+        sentence = (
+            f"search.metric.name is {name}, for which the model writes answers in every evaluation, and weights that "
+            f"{job.resources.strategy} cuts up cannot; search by loss, or use ddp, zero1 or zero2"
         )
-    ]
+        return [Problem("search.metric.name", sentence)]
+    return []
 
 
 def _batch_problems(job: JobSpec) -> list[Problem]:

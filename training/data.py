@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a token that is not learnt."""
 SPLITS = ("train", "validation", "test")
+_LAYOUT = 2
+"""Raised when the files of a folder of tokens change."""
+_JUDGED = ("validation", "test")
 _TAIL_TOKENS = 16
 _MEGA_BATCHES = 32
 
@@ -62,6 +65,20 @@ class TokenData:
     chosen_on_test: bool
     pad_id: int
     folder: Path
+    rows_sha256: dict[str, str]
+    """Digest of what the rows of each split say: two models are compared on rows that are the same."""
+
+    def rows(self, split_name: str) -> list[Row]:
+        """The rows of a split that is judged on, as they were before they became tokens."""
+        return [
+            Row(record["text"], record["label"], tuple((role, text) for role, text in record["messages"]))
+            for record in files.read_jsonl(self.folder / f"{split_name}-rows.jsonl")
+        ]
+
+    def has_prompts(self, split_name: str) -> bool:
+        """Whether there is something to answer."""
+        rows = self.rows(split_name)
+        return bool(rows) and bool(rows[0].messages)
 
 
 @dataclass
@@ -114,7 +131,13 @@ def open_tokens(folder: Path) -> TokenData:
         for name in SPLITS
     }
     return TokenData(
-        splits, tuple(meta["labels"]), tuple(meta["warnings"]), meta["chosen_on_test"], meta["pad_id"], folder
+        splits,
+        tuple(meta["labels"]),
+        tuple(meta["warnings"]),
+        meta["chosen_on_test"],
+        meta["pad_id"],
+        folder,
+        meta["rows_sha256"],
     )
 
 
@@ -126,7 +149,8 @@ def _content_key(job: JobSpec) -> str:
     content = {
         "files": {split: files.sha256_file(path) for split, path in split_files(job.data).items()},
         "data": data,
-        "task": job.task,
+        "task": "generation" if job.generates else job.task,
+        "layout": _LAYOUT,
         "tokenizer": model_revision(job.model.model_name_or_path, job.model.revision),
         "max_length": job.model.max_length,
         "prompt_format": PROMPT_FORMAT,
@@ -141,6 +165,7 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
         job.model.model_name_or_path, job.model.revision, trust_remote_code=job.model.trust_remote_code
     )
     warnings = list(rows.warnings)
+    digests: dict[str, str] = {}
     folder.mkdir()
     for name in SPLITS:
         split_rows: list[Row] = getattr(rows, name)
@@ -155,11 +180,16 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
             )
         for part in ("ids", "starts", "targets"):
             np.save(folder / f"{name}-{part}.npy", getattr(made, part))
+        if name in _JUDGED:
+            kept = [{"text": row.text, "label": row.label, "messages": row.messages} for row in split_rows]
+            files.write_jsonl(folder / f"{name}-rows.jsonl", kept)
+            digests[name] = files.sha256_file(folder / f"{name}-rows.jsonl")
     meta = {
         "labels": list(rows.labels),
         "warnings": warnings,
         "chosen_on_test": rows.chosen_on_test,
         "pad_id": int(tokenizer.pad_token_id or 0),
+        "rows_sha256": digests,
     }
     files.write_json(folder / "meta.json", meta)
 
@@ -209,17 +239,28 @@ def _prompt_and_answer(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[li
         tokens = list(tokenizer(row.text, add_special_tokens=False)["input_ids"]) + end
         start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else tokens[:1]
         return start, tokens if tokenizer.bos_token_id is not None else tokens[1:]
-    messages = [{"role": role, "content": content} for role, content in row.messages]
+    answer = _ids(tokenizer, row.reference) + end
     if tokenizer.chat_template:
-        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
+        messages = [{"role": role, "content": content} for role, content in row.messages]
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        prompt = _chat_prompt(row, tokenizer)
         if whole.startswith(prompt):
-            answer = whole[len(prompt) :].rstrip("\n")
-            return _ids(tokenizer, prompt), _ids(tokenizer, answer)
-        return _ids(tokenizer, prompt), _ids(tokenizer, messages[-1]["content"]) + end
-    prompt = "\n\n".join(message["content"] for message in messages[:-1]) + "\n\n"
+            answer = _ids(tokenizer, whole[len(prompt) :].rstrip("\n"))
+    return prompt_tokens(row, tokenizer), answer
+
+
+def prompt_tokens(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of what the last answer follows: training has it before the answer, and generation begins with it."""
+    if tokenizer.chat_template:
+        return _ids(tokenizer, _chat_prompt(row, tokenizer))
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    return start + _ids(tokenizer, prompt), _ids(tokenizer, messages[-1]["content"]) + end
+    return start + _ids(tokenizer, row.prompt + "\n\n")
+
+
+def _chat_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    messages = [{"role": role, "content": content} for role, content in row.messages[:-1]]
+    prompt: str = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return prompt
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -21,7 +21,6 @@ from training.model import HEADS, Base, fresh_heads, load_tokenizer, safetensors
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-_TASK_TYPES = {"classification": "SEQ_CLS", "generation": "CAUSAL_LM"}
 _PEFT_TYPES = {"lora": "LORA", "qlora": "LORA", "prompt_tuning": "PROMPT_TUNING"}
 _PROMPT = ("prompt_encoder.default.embedding.weight", "prompt_embeddings")
 """A learnt prompt's name in the model and in PEFT's file."""
@@ -72,7 +71,7 @@ def _lora_config(job: JobSpec) -> PeftConfig:
     lora = job.lora
     wanted = lora.lora_target_modules
     return LoraConfig(
-        task_type=_TASK_TYPES[job.task],
+        task_type=_task_type(job),
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
@@ -81,6 +80,10 @@ def _lora_config(job: JobSpec) -> PeftConfig:
         use_dora=lora.use_dora,
         init_lora_weights=True if lora.init_lora_weights == "default" else lora.init_lora_weights,
     )
+
+
+def _task_type(job: JobSpec) -> str:
+    return "CAUSAL_LM" if job.generates else "SEQ_CLS"
 
 
 def _prompt_config(job: JobSpec, base: Base) -> PeftConfig:
@@ -101,7 +104,7 @@ def _prompt_config(job: JobSpec, base: Base) -> PeftConfig:
             "prompt_tuning_init_text": spec.prompt_tuning_init_text,
             "tokenizer_name_or_path": str(safetensors_folder(job.model.model_name_or_path, job.model.revision)),
         }
-    return PromptTuningConfig(task_type=_TASK_TYPES[job.task], num_virtual_tokens=spec.num_virtual_tokens, **text)
+    return PromptTuningConfig(task_type=_task_type(job), num_virtual_tokens=spec.num_virtual_tokens, **text)
 
 
 def _check_kind(job: JobSpec, folder: Path) -> None:

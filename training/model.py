@@ -53,7 +53,7 @@ class Base:
 
 def base_key(job: JobSpec, labels: int) -> tuple[Any, ...]:
     """What two trials must share to share a loaded base."""
-    return (job.task, job.model, labels, job.qlora if job.method == "qlora" else None)
+    return (job.generates, job.model, labels, job.qlora if job.method == "qlora" else None)
 
 
 def resolve_device(gpus: int) -> torch.device:

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed, nn
+from torch import distributed
 
-from evaluation.metrics import Scores, classification_scores, generation_scores
+from evaluation.metrics import Scores, scores
 from jobs.defaults import learning_rate
 from jobs.errors import TrainingFailure
 from jobs.schedule import Schedule
@@ -33,24 +33,17 @@ from training.data import (
     Split,
     TokenData,
     end_to_end,
-    evaluation_batches,
     make_batch,
     passes,
     target_count,
 )
+from training.evaluation import OnPass, autocast_dtype, evaluate_rows, nobody
 from training.loss import LossModule
 from training.meter import Meter, gpu_metrics
 from training.methods import attach, compile_blocks, detach, first_values, save_weights, trained_parameters
-from training.model import Base, weight_dtype
+from training.model import Base
 from training.optim import rate_factor
 from training.strategies import Ranks, strategy
-
-OnPass = Callable[[str], None]
-"""Told `training` after each pass of one and `evaluation` before each of the other."""
-
-
-def _nothing(phase: str) -> None:
-    """No one listens."""
 
 
 class TrainingSession:
@@ -70,14 +63,14 @@ class TrainingSession:
         self.model.train()
         self.begun = first_values(job, dict(trained_parameters(self.model)))
         self.peak_rate = learning_rate(job).value
-        self.autocast_dtype = _autocast_dtype(job, base.device)
+        self.autocast_dtype = autocast_dtype(job, base.device)
         fp16 = self.autocast_dtype is torch.float16
         module = LossModule(self.model, job.task, chunked=job.train.chunked_loss, autocast=self.autocast_dtype)
         self.strategy = strategy(job, module, base.device, ranks, self.peak_rate, fp16=fp16)
         split = data.splits["train"]
         self.plan = BatchPlan(split.lengths, schedule.batch_rows, job.train.seed, grouped=job.train.group_by_length)
         self._sums = torch.zeros(2, device=base.device)  # loss and targets since begin_report
-        self.on_pass: OnPass = _nothing
+        self.on_pass: OnPass = nobody
         # The order in which dropout draws is the trial's and the process's own, whatever ran here before.
         torch.manual_seed(job.train.seed + 1 + ranks.rank)
 
@@ -179,18 +172,21 @@ class TrainingSession:
     def evaluate(self, split_name: str = "validation") -> Scores:
         """Metrics of the adapter as it is now, with intervals, on one split. All processes share the rows."""
         began = time.perf_counter()
-        scores = evaluate(
+        name = self.job.metric.name  # what more there is to measure waits for the end: here trials are told apart
+        results = evaluate_rows(
             self.strategy.loss,
             self.job,
             self.data,
             split_name,
             self.base.device,
             self.ranks,
+            metrics=(name,) if name in self.job.extra_metrics else (),
             equal_passes=self.strategy.equal_passes,
             on_pass=self.on_pass,
         )
+        found = scores(results, self.job.metric_names, self.job.evaluate.bootstrap_samples)
         self.meter.eval_seconds += time.perf_counter() - began
-        return scores
+        return found
 
     def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
         """Everything a restart needs: trained values, optimiser, random state, position, and the host's own `extra`."""
@@ -260,83 +256,3 @@ class TrainingSession:
         """Take the method off the base and let go of the optimiser."""
         self.strategy.close()
         detach(self.base, self.model)
-
-
-def evaluate(
-    model: nn.Module,
-    job: JobSpec,
-    data: TokenData,
-    split_name: str,
-    device: torch.device,
-    ranks: Ranks | None = None,
-    *,
-    equal_passes: bool = False,
-    on_pass: OnPass = _nothing,
-) -> Scores:
-    """Metrics of a model (or one in its LossModule) on one split.
-
-    With several processes each takes every n-th pass, and all get the result.
-    With `equal_passes` a process that has one less makes another, since the others wait for it; it is not counted.
-    `on_pass` is called equally often by all, and what it raises ends the evaluation.
-    """
-    ranks = ranks or Ranks()
-    split = data.splits[split_name]
-    module = model
-    if not isinstance(model, LossModule):
-        dtype = _autocast_dtype(job, device)
-        module = LossModule(model, job.task, chunked=job.train.chunked_loss, autocast=dtype)
-    was_training = model.training
-    model.eval()
-    rows_seen: list[np.ndarray] = []
-    losses: list[np.ndarray] = []
-    details: list[np.ndarray] = []
-    classifies = job.task == "classification"
-    every_pass = list(evaluation_batches(split, np.arange(len(split)), job.train.per_device_eval_batch_size))
-    own = every_pass[ranks.rank :: ranks.world_size]
-    spare = len(own) < math.ceil(len(every_pass) / ranks.world_size)
-    try:
-        # FSDP2 makes its buffers in the first pass of all: made in inference mode they could not be trained with.
-        with torch.no_grad() if equal_passes else torch.inference_mode():
-            for rows in own:
-                on_pass("evaluation")
-                batch = make_batch(split, rows, data.pad_id, device, classifies=classifies)
-                _, detail = module(batch)
-                if classifies:
-                    losses.append(nn.functional.cross_entropy(detail, batch.labels, reduction="none").cpu().numpy())
-                    details.append(detail.argmax(dim=1).cpu().numpy())
-                else:
-                    losses.append(detail.cpu().numpy())
-                    details.append(split.lengths[rows] - np.maximum(split.targets[rows], 1))
-                rows_seen.append(rows)
-            if spare:
-                on_pass("evaluation")
-                if equal_passes:
-                    module(make_batch(split, every_pass[0], data.pad_id, device, classifies=classifies))
-    finally:
-        model.train(was_training)
-    order, loss_R, detail_R = _in_row_order(rows_seen, losses, details, ranks)
-    resamples = job.evaluate.bootstrap_samples
-    if classifies:
-        return classification_scores(loss_R, detail_R, split.targets[order], max(2, len(data.labels)), resamples)
-    return generation_scores(loss_R.astype(np.float64), detail_R, resamples)
-
-
-def _in_row_order(
-    rows: list[np.ndarray], losses: list[np.ndarray], details: list[np.ndarray], ranks: Ranks
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What all processes found, by row: the resamples then pick the same rows for every model."""
-    parts: list[Any] = [(rows, losses, details)]
-    if ranks.world_size > 1:
-        parts = [None] * ranks.world_size
-        distributed.all_gather_object(parts, (rows, losses, details))
-    seen, loss, detail = (np.concatenate([array for part in parts for array in part[which]]) for which in range(3))
-    order = np.argsort(seen)
-    return seen[order], loss[order], detail[order]
-
-
-def _autocast_dtype(job: JobSpec, device: torch.device) -> torch.dtype | None:
-    wanted = job.train.mixed_precision
-    if wanted == "auto":
-        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if on_gpu or weight_dtype(job, device) is torch.bfloat16 else None
-    return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]

@@ -12,14 +12,15 @@ import ray
 import torch
 from torch import nn
 
-from evaluation.metrics import Scores
+from evaluation.results import RowResults
+from evaluation.summary import summary
 from jobs import files, search
 from jobs.errors import disk_full
 from jobs.spec import JobSpec
 from training.data import open_tokens
+from training.evaluation import evaluate_rows
 from training.methods import detach, load_weights
 from training.model import Base, fresh_heads, load_base, resolve_device
-from training.session import evaluate
 from training.watchdog import Watchdog
 from tuning.nodes import first_line
 from tuning.trial_run import Work
@@ -59,15 +60,22 @@ class Examiner:
         self.watchdog = Watchdog(stacks, 60 * self.work.job.retries.hang_minutes)
         self.watchdog.beat(setting_up=True)
         try:
-            found = self._base_scores(splits) if name == BASE else self._trial_scores(name, splits)
+            found = self._base_results(splits) if name == BASE else self._trial_results(name, splits)
         except _Stopped:
             return None
         finally:
             self.watchdog.close()
-        record: dict[str, Any] = {split: {"metrics": s.metrics, "intervals": s.intervals} for split, s in found.items()}
+        job = self.work.job
+        record: dict[str, Any] = {}
+        for split, results in found.items():
+            files.write_jsonl(self._predictions(name, split), results.records())
+            record[split] = summary(results, job, self.data.labels)
         target = self._folder(name) / ("base.json" if name == BASE else "test.json")
         files.write_json(target, record | {"seconds": time.monotonic() - began})
         return name
+
+    def _predictions(self, name: str, split: str) -> Path:
+        return self.run.base_predictions(split) if name == BASE else self.run.trial(name).predictions(split)
 
     def _folder(self, name: str) -> Path:
         return self.run.path / "report" if name == BASE else self.run.trial(name).path
@@ -79,23 +87,29 @@ class Examiner:
             self.base = load_base(job, labels, resolve_device(self.work.gpus))
         return self.base
 
-    def _base_scores(self, splits: list[str]) -> dict[str, Scores]:
+    def _base_results(self, splits: list[str]) -> dict[str, RowResults]:
         base = self._loaded(self.work.job)
         fresh_heads(base, self.work.job.train.seed)
-        return {split: self._scores(base.model, self.work.job, split, base) for split in splits}
+        return {split: self._results(base.model, self.work.job, split, base) for split in splits}
 
-    def _trial_scores(self, name: str, splits: list[str]) -> dict[str, Scores]:
+    def _trial_results(self, name: str, splits: list[str]) -> dict[str, RowResults]:
         trial = self.run.trial(name)
         job = search.trial(self.work.job, trial.params()["assignment"])
         base = self._loaded(job)
         model = load_weights(job, base, trial.weights)
         try:
-            return {split: self._scores(model, job, split, base) for split in splits}
+            return {split: self._results(model, job, split, base) for split in splits}
         finally:
             detach(base, model)
 
-    def _scores(self, model: nn.Module, job: JobSpec, split: str, base: Base) -> Scores:
-        return evaluate(model, job, self.data, split, base.device, on_pass=self._on_pass)
+    def _results(self, model: nn.Module, job: JobSpec, split: str, base: Base) -> RowResults:
+        """All that the job asks on the held-out rows, and what it searched by on the others."""
+        held_out = split == "test" or self.data.chosen_on_test
+        metrics = job.extra_metrics if held_out else tuple({job.metric.name} & set(job.extra_metrics))
+        answered = job.evaluate.sample_rows if held_out and not metrics else None
+        return evaluate_rows(
+            model, job, self.data, split, base.device, metrics=metrics, answered=answered, on_pass=self._on_pass
+        )
 
     def _on_pass(self, _phase: str) -> None:
         assert self.watchdog is not None

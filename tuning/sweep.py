@@ -24,8 +24,9 @@ from evaluation.report import build_report, write_report
 from jobs import files, search
 from jobs.defaults import learning_rate
 from jobs.errors import DiskFull, ExitCode, LorafleetError, PlacementRefused, RunError, disk_full
-from jobs.identity import facts_of, trial_id
+from jobs.identity import PROMPT_FORMAT, facts_of, trial_id
 from jobs.lease import Lease, StaleAttempt
+from jobs.metrics import METRIC_VERSION
 from jobs.placement import Placement, fitted
 from jobs.run import Run, RunState, Trial, TrialState
 from jobs.schedule import schedule
@@ -168,6 +169,9 @@ class Sweep:
                 "labels": list(data.labels),
                 "warnings": list(data.warnings),
                 "chosen_on_test": data.chosen_on_test,
+                "rows_sha256": data.rows_sha256,
+                "prompt_format": PROMPT_FORMAT,
+                "metric_version": METRIC_VERSION,
                 "learning_rate": learning_rate(self.job).value,
                 "versions": {name: version(name) for name in packages},
             },
@@ -462,6 +466,7 @@ class Sweep:
         names = [name for name in finalists if name == chosen or reached.get(name, -1) >= last]
         base = [] if (self.run.path / "report" / "base.json").is_file() else [BASE]
         rows = ["test"] if not data.chosen_on_test else ["validation"]
+        files.write_jsonl(self.run.rows_file(rows[0]), (_shown(row) for row in data.rows(rows[0])))
         splits = dict.fromkeys(names, rows) | {BASE: ["validation", *(rows if rows != ["validation"] else [])]}
         failed = examine_all(self._work(data), [*base, *names], self.placement.slots, splits=splits)
         for name, why in failed.items():
@@ -527,6 +532,11 @@ class Sweep:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _shown(row: Any) -> dict[str, Any]:
+    """A held-out row in a run's own folder, which can be read where the data is not."""
+    return {"prompt": row.prompt, "reference": row.reference}
 
 
 _CUT_OFF = "it was ended before all could be saved: it goes on from the last checkpoints (`lorafleet resume`)"

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-from evaluation.metrics import classification_scores, generation_scores
+from evaluation.metrics import scores
+from evaluation.results import Classified, RowResults
 from jobs.errors import TrainingFailure
+from jobs.metrics import LIKELIHOOD_METRICS
 from jobs.schedule import schedule
 from jobs.search import trial
 from jobs.spec import JobSpec, TrainSpec
@@ -434,24 +436,32 @@ def test_learning_rates_by_hand(kind: str, factors: list[float]) -> None:
 def test_metrics_are_scikit_learns(classes: int, rows: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     labels, predicted = random.integers(0, classes, rows), random.integers(0, classes, rows)
-    found = classification_scores(random.random(rows), predicted, labels, classes, 200).metrics
+    found = scores(_classified(labels, predicted, classes), CLASSIFIED, 200).metrics
     precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
     assert found["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
     assert (found["precision"], found["recall"], found["f1"]) == pytest.approx((precision, recall, f1))
 
 
+def _classified(labels: np.ndarray, predicted: np.ndarray, classes: int) -> RowResults:
+    said = Classified(labels, predicted, np.ones(len(labels)), classes)
+    return RowResults(np.zeros(len(labels)), np.ones(len(labels), dtype=int), said)
+
+
 def test_an_interval_covers_its_metric_as_the_formula_says() -> None:
     labels = np.ones(400, dtype=int)
     predicted = np.array([1] * 320 + [0] * 80)
-    low, high = classification_scores(np.zeros(400), predicted, labels, 2, 2000).intervals["accuracy"]
+    low, high = scores(_classified(labels, predicted, 2), CLASSIFIED, 2000).intervals["accuracy"]
     half = 1.96 * (0.8 * 0.2 / 400) ** 0.5  # normal approximation of a share
     assert (low, high) == pytest.approx((0.8 - half, 0.8 + half), abs=0.006)
 
 
+LIKELY, CLASSIFIED = LIKELIHOOD_METRICS["generation"], LIKELIHOOD_METRICS["classification"]
+
+
 def test_perplexity_weighs_tokens_and_not_rows() -> None:
-    found = generation_scores(np.array([10.0, 1.0]), np.array([10, 1]), 100).metrics
+    found = scores(RowResults(np.array([10.0, 1.0]), np.array([10, 1])), LIKELY, 100).metrics
     assert found["loss"] == pytest.approx(1.0)
-    skewed = generation_scores(np.array([20.0, 1.0]), np.array([10, 1]), 100).metrics
+    skewed = scores(RowResults(np.array([20.0, 1.0]), np.array([10, 1])), LIKELY, 100).metrics
     assert skewed["loss"] == pytest.approx(21 / 11)
     assert skewed["perplexity"] == pytest.approx(np.exp(21 / 11))
 

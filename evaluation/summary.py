@@ -1,0 +1,31 @@
+"""What goes into a run's files of what a model did with the rows of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from evaluation.metrics import confusion, per_class, scores
+from evaluation.results import RowResults, from_records
+from jobs import files
+from jobs.spec import JobSpec
+
+
+def summary(results: RowResults, job: JobSpec, labels: Sequence[str]) -> dict[str, Any]:
+    """Metrics with their intervals; of a classifier also by class, and which class it took for which."""
+    found = scores(results, job.metric_names, job.evaluate.bootstrap_samples)
+    record: dict[str, Any] = {"metrics": found.metrics, "intervals": found.intervals, "whole": dict(results.whole)}
+    if results.classified:
+        named = labels or [str(label) for label in range(results.classified.classes)]
+        record |= {"per_class": per_class(results.classified, named), "confusion": confusion(results.classified)}
+    return record
+
+
+def read_results(predictions: Path, record: dict[str, Any]) -> RowResults | None:
+    """What a file of predictions holds, with the `summary` beside it; None where there is no such file."""
+    rows = files.read_jsonl(predictions)
+    if not rows:
+        return None
+    classes = len(record.get("confusion", []))
+    return from_records(rows, classes, record.get("whole", {}))

@@ -148,7 +148,7 @@ def test_classes_are_told_apart() -> None:
 # ---- a user's own ----
 
 
-METRIC = '''
+METRIC = """
 def short(prediction, reference):
     return 1.0 if len(prediction) < 5 else 0.0
 
@@ -163,7 +163,7 @@ def broken(prediction, reference):
 
 def words(prediction, reference):
     return "many"
-'''
+"""
 
 
 @pytest.fixture

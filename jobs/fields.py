@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from jobs.spec import JobSpec
 
-NOT_SEARCHED = ("name", "task", "search", "tracking", "resources", "evaluate", "linked", "data", "environment")
+NOT_SEARCHED = tuple("name task search compare tracking resources evaluate linked data environment".split())
 """Blocks that a search may not vary: it compares trainings on the same rows and the same hardware."""
 _READ = ("model", "lora", "qlora", "prompt_tuning", "train")
 """Blocks whose fields an expression in another block may name without the block: `nan` is not retries.nan."""

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from jobs.base import Spec
 from jobs.errors import Problem, SpecProblems
 from jobs.site import Allocation, Node
-from jobs.spec import Spec
 from jobs.variables import checked_environment, may_be_secret
 
 _DNS = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from jobs import expression, fields, files, search, yaml12
+from jobs import arms, expression, fields, files, search, yaml12
 from jobs.aliases import DISTRIBUTION_ALIASES, FIELD_ALIASES, VALUE_ALIASES
 from jobs.errors import JobFileError, Problem
 from jobs.messages import sentences
@@ -65,7 +65,8 @@ class LoadedJob:
         raw = self.job.model_dump(mode="json")
         flat: dict[str, Any] = {}
         for path in fields.leaves():
-            if path.startswith("search.") and self.job.search is None:
+            block = path.partition(".")[0]
+            if block in ("search", "compare") and getattr(self.job, block) is None:
                 continue
             origin = self.origins.get(path, Origin("default"))
             flat[path] = {"value": fields.get(raw, path), "origin": str(origin)}
@@ -244,7 +245,12 @@ def _translate(reading: _Reading) -> None:
             _report(reading, path, f"{path}: {word} is read as {ours}")
     block = tree.get("search")
     if isinstance(block, dict):
-        _translate_search(reading, block)
+        _translate_metric(reading, block)
+        _translate_parameters(reading, block, _PARAMETERS)
+    arms_of = fields.get(tree, "compare.arms")
+    for name, arm in arms_of.items() if isinstance(arms_of, dict) else ():
+        if isinstance(arm, dict):
+            _translate_parameters(reading, arm, f"compare.arms.{name}.parameters.")
 
 
 def _translate_key(reading: _Reading, block: str, key: str) -> None:
@@ -268,22 +274,22 @@ def _translate_key(reading: _Reading, block: str, key: str) -> None:
     _report(reading, ours, f"{path} is read as {ours}")
 
 
-def _translate_search(reading: _Reading, block: dict[str, Any]) -> None:
-    _translate_metric(reading, block)
+def _translate_parameters(reading: _Reading, block: dict[str, Any], prefix: str) -> None:
+    """What a search tries: other tools' names for fields, and the short forms."""
     parameters = block.get("parameters")
     if not isinstance(parameters, dict):
         return
     for name in list(parameters):
         path = _our_parameter(name)
         if path != name and path in parameters:
-            reading.problem(f"search.parameters.{name}", f"search.parameters.{name} means {path}, which is set as well")
+            reading.problem(f"{prefix}{name}", f"{prefix}{name} means {path}, which is set as well")
             parameters.pop(name)
             continue
         if path != name:
             parameters[path] = parameters.pop(name)
-            reading.lines[f"search.parameters.{path}"] = reading.lines.get(f"search.parameters.{name}", 0)
-            _report(reading, f"search.parameters.{path}", f"search.parameters.{name} is read as {path}")
-        parameters[path] = _long_form(reading, path, parameters[path])
+            reading.lines[f"{prefix}{path}"] = reading.lines.get(f"{prefix}{name}", 0)
+            _report(reading, f"{prefix}{path}", f"{prefix}{name} is read as {path}")
+        parameters[path] = _long_form(reading, path, parameters[path], prefix)
 
 
 def _translate_metric(reading: _Reading, block: dict[str, Any]) -> None:
@@ -301,7 +307,7 @@ def _translate_metric(reading: _Reading, block: dict[str, Any]) -> None:
             _report(reading, path, f"search.metric {name} is read as {metric['name']}")
 
 
-def _long_form(reading: _Reading, path: str, value: Any) -> Any:
+def _long_form(reading: _Reading, path: str, value: Any, prefix: str) -> Any:
     """A list is its values, a text is an expression, and {min, max} alone is uniform."""
     if isinstance(value, list):
         return {"values": value}
@@ -311,15 +317,15 @@ def _long_form(reading: _Reading, path: str, value: Any) -> Any:
         word = value.get("distribution")
         if isinstance(word, str) and word in DISTRIBUTION_ALIASES:
             value["distribution"] = DISTRIBUTION_ALIASES[word]
-            _report(reading, f"search.parameters.{path}.distribution", f"{word} is read as {value['distribution']}")
+            _report(reading, f"{prefix}{path}.distribution", f"{word} is read as {value['distribution']}")
         if "value" in value and "values" not in value:
             value["values"] = [value.pop("value")]
-            _report(reading, f"search.parameters.{path}.values", f"value of {path} is read as values, a list of one")
+            _report(reading, f"{prefix}{path}.values", f"value of {path} is read as values, a list of one")
         if "distribution" not in value and {"min", "max"} <= set(value):
             whole = isinstance(value["min"], int) and isinstance(value["max"], int)
             value["distribution"] = "int_uniform" if whole else "uniform"
             note = f"min and max of {path} alone are read as {value['distribution']}"
-            _report(reading, f"search.parameters.{path}.distribution", note)
+            _report(reading, f"{prefix}{path}.distribution", note)
     return value
 
 
@@ -402,7 +408,8 @@ def _validated(reading: _Reading, path: Path) -> JobSpec:
     except ValidationError as error:
         problems = [reading.placed(problem) for problem in sentences(error)]
         raise JobFileError(str(path), sorted(problems, key=lambda p: p.line or 0)) from None
-    problems = [reading.placed(problem) for problem in search.search_problems(job)]
+    wrong = search.search_problems(job) or arms.compare_problems(job)
+    problems = [reading.placed(problem) for problem in wrong]
     if problems:
         raise JobFileError(str(path), problems)
     return search.trial(job, {}) if job.linked else job

@@ -8,11 +8,12 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field
 
+from jobs.base import Spec
 from jobs.errors import PlacementRefused
 from jobs.kubernetes_site import KubernetesSite
 from jobs.site import LocalSite, Node, Site
 from jobs.slurm_site import SlurmSite
-from jobs.spec import JobSpec, Spec
+from jobs.spec import JobSpec
 from jobs.support import Strategy
 from jobs.words import counted
 

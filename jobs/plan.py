@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import Field
 
+from jobs.base import Spec
 from jobs.placement import Placement
-from jobs.spec import JobSpec, Spec
+from jobs.spec import JobSpec
 
 MANIFEST = "manifest.yaml"
 """Of a plan's files: the objects of a job on Kubernetes."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from jobs.spec import Spec
+from jobs.base import Spec
 from jobs.variables import checked_environment
 
 Inside = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]+$", max_length=200)]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from jobs.base import Spec
 from jobs.rungs import Goal
-from jobs.spec import Spec
 
 
 class Failure(Spec):

@@ -8,7 +8,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,10 @@ class Row:
         """The answer that is right; of a row without a conversation, its label."""
         return self.messages[-1][1] if self.messages else self.label
 
+    def shown(self) -> dict[str, str]:
+        """What a run keeps of a held-out row, to be read where the data is not."""
+        return {"prompt": self.prompt, "reference": self.reference}
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -69,7 +73,7 @@ def load_rows(job: JobSpec) -> Rows:
     sha256 = {split: files.sha256_file(path) for split, path in sources.items()}
     read = {split: _read_split(path, job) for split, path in sources.items()}
     warnings: list[str] = []
-    labels = _labels(read, sources) if job.task == "classification" else ()
+    labels = _labels(read, sources, job.data.labels) if job.task == "classification" else ()
     rows = _three_splits(job.data, read, warnings)
     warnings += _duplicates(rows)
     test = rows["test"]
@@ -81,12 +85,20 @@ def load_rows(job: JobSpec) -> Rows:
 def split_files(data: DataSpec) -> dict[str, Path]:
     """The file of each split that the job names. Raises AssetError or DataError where one is missing."""
     if data.train_file:
-        named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-        found = {split: Path(path) for split, path in named.items() if path}
-        for split, path in found.items():
-            if not path.is_file():
-                raise DataError(f"data.{split}_file is {path}, but there is no such file")
-        return found
+        return _named_files(data)
+    return _splits_of_dataset(data) | _named_files(data)
+
+
+def _named_files(data: DataSpec) -> dict[str, Path]:
+    named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
+    found = {split: Path(path) for split, path in named.items() if path}
+    for split, path in found.items():
+        if not path.is_file():
+            raise DataError(f"data.{split}_file is {path}, but there is no such file")
+    return found
+
+
+def _splits_of_dataset(data: DataSpec) -> dict[str, Path]:
     name = str(data.dataset_name)
     if Path(name).is_absolute():
         return _splits_of_folder(Path(name))
@@ -370,8 +382,17 @@ def _drawn(rows: list[Row], most: int | None, seed: int) -> list[Row]:
     return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), most))]
 
 
-def _labels(rows: dict[str, list[Row]], sources: dict[str, Path]) -> tuple[str, ...]:
-    """Class names, whole numbers in their order and words in the alphabet's. Raises DataError on one class alone."""
+def _labels(rows: dict[str, list[Row]], sources: dict[str, Path], given: Sequence[str] | None) -> tuple[str, ...]:
+    """Class names as given, or else whole numbers in their order and words in the alphabet's.
+
+    Raises DataError on one class alone, and on one that is not among those given.
+    """
+    if given is not None:
+        for split, found in rows.items():
+            for row in found:
+                if row.label not in given:
+                    raise DataError(f"{sources[split]}:{row.line}: the label {row.label!r} is not one of data.labels")
+        return tuple(given)
     counts = Counter(row.label for row in rows["train"])
     if len(counts) < 2:
         only = next(iter(counts))

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from jobs import expression, fields
 from jobs.errors import Problem
 from jobs.messages import sentences
-from jobs.spec import JobSpec, Parameter, Scalar, SearchSpec
+from jobs.search_spec import Parameter, Scalar, SearchSpec
+from jobs.spec import JobSpec
 
 Assignment = dict[str, Scalar]
 """Dotted field -> the value that one trial gives it."""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from jobs.spec import Spec
+from jobs.base import Spec
 from jobs.words import counted
 
 

@@ -14,13 +14,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from jobs import fields, files, yaml12
+from jobs.base import Spec
 from jobs.errors import JobFileError, Problem, UserError
 from jobs.kubernetes_site import KubernetesSite
 from jobs.load import line_of, read_text
 from jobs.messages import sentences
 from jobs.ray_cluster_site import RayClusterSite
 from jobs.slurm_site import SlurmSite
-from jobs.spec import Spec
 
 ClusterSite = SlurmSite | KubernetesSite | RayClusterSite
 _KINDS: dict[str, type[ClusterSite]] = {"slurm": SlurmSite, "kubernetes": KubernetesSite, "ray": RayClusterSite}

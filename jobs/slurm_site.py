@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from jobs.base import Spec, Texts
 from jobs.errors import Problem, SpecProblems
 from jobs.site import Allocation, Node
-from jobs.spec import Spec, Texts
 from jobs.variables import checked_environment
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}(?::\d{2}){0,2}|\d+)")

@@ -6,39 +6,19 @@ The words are HF, PEFT and TRL's for training, W&B's and Ray's for the search.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from jobs import expression
+from jobs.base import Spec, Texts
+from jobs.compare import CompareSpec
 from jobs.errors import Problem, SpecProblems
-from jobs.metrics import (
-    DEFAULT_METRIC,
-    DEFAULT_TEXT_METRICS,
-    LIKELIHOOD_METRICS,
-    METRICS,
-    TEXT_METRICS,
-    bare_name,
-)
+from jobs.metrics import DEFAULT_METRIC, DEFAULT_TEXT_METRICS, LIKELIHOOD_METRICS, METRICS, TEXT_METRICS
 from jobs.rungs import Goal
+from jobs.search_spec import MetricSpec, SearchSpec
 from jobs.support import CUT_WEIGHTS, Method, Strategy, refusals
 from jobs.variables import checked_environment
 
-
-class Spec(BaseModel):
-    """The base of everything that a job file or a run directory says: frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
-
-
-Texts = Annotated[tuple[str, ...], Field(strict=False)]
 Task = Literal["classification", "generation", "summarization"]
 DataFormat = Literal["auto", "text_label", "prompt_completion", "instruction", "messages", "text"]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -87,15 +67,20 @@ class DataSpec(Spec):
     train_file: str | None = Field(None, min_length=1)
     """Training rows: a .jsonl, .json, .csv, .tsv or .parquet file; relative to the job file."""
     validation_file: str | None = Field(None, min_length=1)
-    """Rows that the search and the choice look at. Left out: `validation_fraction` of the training rows."""
+    """Rows that the search and the choice look at, in the place of a data set's own. Where there are none,
+    `validation_fraction` of the training rows is held back."""
     test_file: str | None = Field(None, min_length=1)
-    """Rows that are looked at once, after the choice. Left out: `test_fraction` of the validation rows."""
+    """Rows that are looked at once, after the choice, in the place of a data set's own. Where there are none,
+    `test_fraction` of the validation rows is held back."""
     format: DataFormat = "auto"
     """What a row looks like; `auto` goes by the keys of the first row."""
     text_column: str = "text"
     """Column with the text (classification, plain text)."""
     label_column: str = "label"
     """Column with the class: a string or a whole number."""
+    labels: Texts | None = None
+    """Names of the classes in the order of their ids. Left out: what the training rows have, whole numbers in their
+    order and words in the alphabet's."""
     prompt_column: str = "prompt"
     """Column with the prompt (prompt_completion)."""
     completion_column: str = "completion"
@@ -119,10 +104,8 @@ class DataSpec(Spec):
             raise SpecProblems(
                 [Problem("data", "data must have either dataset_name or train_file, and exactly one of the two")]
             )
-        if self.dataset_name and (self.validation_file or self.test_file):
-            raise SpecProblems(
-                [Problem("data", "data.validation_file and data.test_file go with train_file, not with dataset_name")]
-            )
+        if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
+            raise SpecProblems([Problem("data.labels", "data.labels must be two or more names, each once")])
         return self
 
 
@@ -373,147 +356,6 @@ class RetriesSpec(Spec):
     itself; 0: never."""
 
 
-Scalar = bool | int | float | str
-Distribution = Literal[
-    "uniform", "log_uniform_values", "int_uniform", "q_uniform", "q_log_uniform_values", "categorical"
-]
-
-
-class Parameter(Spec):
-    """What one field may be in a search: `values`, or a `distribution` with its ends, or an `expression`."""
-
-    values: Annotated[tuple[Scalar, ...], Field(strict=False)] | None = None
-    """The choices, tried in turn (grid) or drawn alike often (random, tpe)."""
-    distribution: Distribution | None = None
-    """How a number is drawn between `min` and `max`; `categorical` draws from `values`."""
-    min: int | float | None = None
-    """Smallest value."""
-    max: int | float | None = None
-    """Largest value."""
-    q: int | float | None = Field(None, gt=0)
-    """Step to which the q_ distributions round."""
-    expression: str | None = None
-    """Arithmetic on other fields, such as `2*lora_r`; a bare string under `parameters` is this."""
-
-    @model_validator(mode="after")
-    def _one_meaning(self) -> Parameter:
-        if self.expression is not None:
-            expression.parse(self.expression)
-            if (self.values, self.distribution, self.min, self.max, self.q) != (None,) * 5:
-                raise ValueError("an expression goes alone, without values, distribution, min or max")
-            return self
-        if self.values is not None:
-            return self._choices(self.values)
-        if self.distribution is None or self.distribution == "categorical":
-            raise ValueError("must have values: [...], or a distribution with min and max, or an expression")
-        if self.min is None or self.max is None:
-            raise ValueError(f"{self.distribution} needs min and max")
-        if self.min >= self.max:
-            raise ValueError(f"min is {self.min} and max is {self.max}, but min must be below max")
-        if "log" in self.distribution and self.min <= 0:
-            raise ValueError(f"min is {self.min}, but must be above 0 for {self.distribution}")
-        if self.distribution == "int_uniform" and not (isinstance(self.min, int) and isinstance(self.max, int)):
-            raise ValueError(f"int_uniform needs whole numbers, not {self.min} and {self.max}")
-        if self.distribution.startswith("q_") != (self.q is not None):
-            raise ValueError("q goes with q_uniform and q_log_uniform_values, and they need it")
-        if self.q is not None and self.q > self.max - self.min:
-            raise ValueError(f"q is {self.q}, but must be at most max - min = {self.max - self.min:g}")
-        return self
-
-    def _choices(self, values: tuple[Scalar, ...]) -> Parameter:
-        if not values:
-            raise ValueError("values is empty, but must hold at least one value")
-        if len(set(map(repr, values))) != len(values):
-            raise ValueError(f"values holds the same value twice: {list(values)}")
-        if self.distribution not in (None, "categorical") or (self.min, self.max, self.q) != (None, None, None):
-            raise ValueError("values goes without min, max and q (its distribution is categorical)")
-        return self
-
-
-class MetricSpec(Spec):
-    """What the search looks at, on the validation rows."""
-
-    name: str
-    """accuracy, f1, precision, recall or loss (classification); loss, perplexity, or one of `evaluate.metrics` and
-    `evaluate.custom_metrics`, for which every evaluation has to write answers (generation, summarization)."""
-    goal: Goal
-    """maximize or minimize; goes with the name when left out."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _goal_follows_name(cls, raw: Any) -> Any:
-        if isinstance(raw, str):
-            raw = {"name": raw}
-        if isinstance(raw, dict) and isinstance(raw.get("name"), str):
-            name = bare_name(raw["name"])
-            known = METRICS.get(name)
-            wanted = known.goal if known and known.goal != "closer to 1" else "maximize"
-            return {"goal": wanted, **raw, "name": name}
-        return raw
-
-    @model_validator(mode="after")
-    def _goal_is_the_metrics(self) -> MetricSpec:
-        known = METRICS.get(self.name)
-        if known and known.goal == "closer to 1":
-            raise ValueError(f"name is {self.name!r}, which describes answers: neither more nor less of it is better")
-        if known and self.goal != known.goal:
-            raise ValueError(f"goal is {self.goal}, but must be {known.goal} for {self.name}")
-        return self
-
-
-class SchedulerSpec(Spec):
-    """Which trials are stopped early (Ray's names)."""
-
-    type: Literal["asha", "none"] = "asha"
-    """`asha` stops the worse trials at each rung; `none` trains every trial to the end."""
-    time_attr: Literal["samples", "step", "epoch"] = "samples"
-    """Unit of max_t and grace_period: training rows seen (the same work for every trial), optimiser steps, epochs."""
-    max_t: int | None = Field(None, ge=1, le=1_000_000_000_000)
-    """Where a trial ends, in `time_attr` units. Left out: what `train` says."""
-    grace_period: int | None = Field(None, ge=1)
-    """The first rung, in `time_attr` units. Left out: max_t / reduction_factor^2."""
-    reduction_factor: int = Field(3, ge=2, le=100)
-    """At each rung the best 1/reduction_factor go on; the next rung is this many times as far."""
-
-    @model_validator(mode="after")
-    def _grace_below_max(self) -> SchedulerSpec:
-        if self.grace_period and self.max_t and self.grace_period > self.max_t:
-            raise ValueError(f"grace_period is {self.grace_period}, but must not be above max_t = {self.max_t}")
-        return self
-
-
-class BudgetSpec(Spec):
-    """What the whole search may cost; at its end the running trials stop and the report is written."""
-
-    gpu_hours: float | None = Field(None, gt=0)
-    """GPU-hours over all trials."""
-    wall_hours: float | None = Field(None, gt=0)
-    """Hours on the clock since the sweep began, over all its attempts."""
-
-
-class SearchSpec(Spec):
-    """Which configurations are tried, and how the best is found."""
-
-    method: Literal["random", "grid", "tpe"] = "random"
-    """How configurations are chosen: drawn at random, all combinations, or by Optuna's TPE from earlier results."""
-    metric: MetricSpec | None = None
-    """What to optimise. Left out: accuracy (classification) or loss (generation, summarization)."""
-    num_samples: int = Field(10, ge=1, le=100_000)
-    """Trials of a random or tpe search; a grid has as many as it has combinations."""
-    max_concurrent_trials: int | None = Field(None, ge=1)
-    """Trials at once. Left out: as many as fit the machine."""
-    keep: int = Field(5, ge=1)
-    """Adapters to keep on disk: those of this many best trials, of which one is recommended."""
-    budget: BudgetSpec = BudgetSpec()
-    """Where the search ends early."""
-    scheduler: SchedulerSpec = SchedulerSpec()
-    """Which trials are stopped early."""
-    seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of the drawn configurations."""
-    parameters: dict[str, Parameter] = Field(min_length=1)
-    """Dotted field (`train.learning_rate`) -> what it may be."""
-
-
 MetricName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 
 
@@ -617,6 +459,8 @@ class JobSpec(Spec):
     """What happens to a trial that is ended from outside."""
     search: SearchSpec | None = None
     """What is searched; `lorafleet train` does not look at it."""
+    compare: CompareSpec | None = None
+    """What `lorafleet compare` puts side by side; no other command looks at it."""
     evaluate: EvaluateSpec = EvaluateSpec()
     """How results are measured."""
     tracking: TrackingSpec = TrackingSpec()

@@ -139,7 +139,7 @@ def _block(model: Any, path: str) -> list[str]:
     for block, inner_path in inner:
         lines += _block(block, inner_path)
     if path == "search":
-        from jobs.spec import Parameter
+        from jobs.search_spec import Parameter
 
         lines += _block(Parameter, "search.parameters.FIELD")
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from torch import nn
 
 from evaluation.results import RowResults
 from evaluation.summary import summary
-from jobs import files, search
+from jobs import files
 from jobs.errors import disk_full
+from jobs.run import Run, Trial
 from jobs.spec import JobSpec
-from training.data import open_tokens
+from training.data import TokenData, open_tokens
 from training.evaluation import evaluate_rows
 from training.methods import detach, load_weights
 from training.model import Base, fresh_heads, load_base, resolve_device
@@ -25,7 +27,6 @@ from training.watchdog import Watchdog
 from tuning.nodes import first_line
 from tuning.trial_run import Work
 
-BASE = "base"
 _PLACED_SECONDS = 900.0
 """How long an examiner may wait for a place."""
 _TRIES = 2
@@ -35,14 +36,52 @@ class _Stopped(Exception):
     """The run is to stop."""
 
 
+@dataclass(frozen=True)
+class Exam:
+    """One model to be judged."""
+
+    name: str
+    """What it is called where something is said of it."""
+    job: JobSpec
+    """As what: its base, its method, its metrics."""
+    tokens: str
+    """The folder of the tokenised rows."""
+    weights: str | None
+    """The folder of what was trained; None: the base as it is."""
+    splits: tuple[str, ...]
+    """The rows that it is judged on."""
+    folder: str
+    """Where what is found goes."""
+    record: str
+    """The file in it with the metrics of each split."""
+    predictions: str
+    """The file in it with what it did with each row; SPLIT stands for the split."""
+
+    def predictions_of(self, split: str) -> Path:
+        """The file of one split."""
+        return Path(self.folder) / self.predictions.replace("SPLIT", split)
+
+
+def trial_exam(trial: Trial, job: JobSpec, tokens: str, splits: tuple[str, ...]) -> Exam:
+    """The exam of a trial's best weights."""
+    names = ("test.json", trial.predictions("SPLIT").name)
+    return Exam(trial.id, job, tokens, str(trial.weights), splits, str(trial.path), *names)
+
+
+def base_exam(run: Run, job: JobSpec, tokens: str, splits: tuple[str, ...]) -> Exam:
+    """The exam of a run's untuned base."""
+    path = run.base_predictions("SPLIT")
+    return Exam("base", job, tokens, None, splits, str(path.parent), "base.json", path.name)
+
+
 class Examiner:
-    """An actor with a base, which evaluates one adapter after another."""
+    """An actor with a base, which judges one model after another: the base stays loaded, adapters come and go."""
 
     def __init__(self, work: Work) -> None:
         os.chdir(work.run)
         torch.set_num_threads(max(1, work.job.resources.cpus_per_worker))
-        self.work, self.run = work, work.written
-        self.data = open_tokens(Path(work.tokens))
+        self.work = work
+        self.data: TokenData | None = None
         self.base: Base | None = None
         self.watchdog: Watchdog | None = None
 
@@ -50,65 +89,51 @@ class Examiner:
         """That it is up."""
         return True
 
-    def examine(self, name: str, splits: list[str], attempt: int) -> str | None:
-        """Evaluate a trial's adapter (or, for `base`, the untuned base) on splits; write what was found.
-
-        Returns None when the run is to stop first.
-        """
+    def examine(self, exam: Exam, attempt: int) -> bool:
+        """Judge a model and write what was found. Returns False when the run is to stop first."""
         began = time.monotonic()
-        stacks = self._folder(name) / f"exam-stacks-{name}-{attempt}.txt"
+        folder = Path(exam.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        stacks = folder / f"exam-stacks-{exam.name.replace('/', '-')}-{attempt}.txt"
         self.watchdog = Watchdog(stacks, 60 * self.work.job.retries.hang_minutes)
         self.watchdog.beat(setting_up=True)
+        if self.data is None or str(self.data.folder) != exam.tokens:
+            self.data = open_tokens(Path(exam.tokens))
         try:
-            found = self._base_results(splits) if name == BASE else self._trial_results(name, splits)
+            found = self._results(exam, self.data)
         except _Stopped:
-            return None
+            return False
         finally:
             self.watchdog.close()
-        job = self.work.job
-        record: dict[str, Any] = {}
+        record: dict[str, Any] = {"seconds": time.monotonic() - began}
         for split, results in found.items():
-            files.write_jsonl(self._predictions(name, split), results.records())
-            record[split] = summary(results, job, self.data.labels)
-        target = self._folder(name) / ("base.json" if name == BASE else "test.json")
-        files.write_json(target, record | {"seconds": time.monotonic() - began})
-        return name
+            files.write_jsonl(exam.predictions_of(split), results.records())
+            record[split] = summary(results, exam.job, self.data.labels)
+        files.write_json(folder / exam.record, record)
+        return True
 
-    def _predictions(self, name: str, split: str) -> Path:
-        return self.run.base_predictions(split) if name == BASE else self.run.trial(name).predictions(split)
-
-    def _folder(self, name: str) -> Path:
-        return self.run.path / "report" if name == BASE else self.run.trial(name).path
-
-    def _loaded(self, job: JobSpec) -> Base:
-        labels = len(self.data.labels)
-        if self.base is None or not self.base.serves(job, labels):
+    def _results(self, exam: Exam, data: TokenData) -> dict[str, RowResults]:
+        labels = len(data.labels)
+        if self.base is None or not self.base.serves(exam.job, labels):
             self.base = None
-            self.base = load_base(job, labels, resolve_device(self.work.gpus))
-        return self.base
-
-    def _base_results(self, splits: list[str]) -> dict[str, RowResults]:
-        base = self._loaded(self.work.job)
-        fresh_heads(base, self.work.job.train.seed)
-        return {split: self._results(base.model, self.work.job, split, base) for split in splits}
-
-    def _trial_results(self, name: str, splits: list[str]) -> dict[str, RowResults]:
-        trial = self.run.trial(name)
-        job = search.trial(self.work.job, trial.params()["assignment"])
-        base = self._loaded(job)
-        model = load_weights(job, base, trial.weights)
+            self.base = load_base(exam.job, labels, resolve_device(self.work.gpus))
+        base = self.base
+        if exam.weights is None:
+            fresh_heads(base, exam.job.train.seed)
+            return {split: self._of_split(base.model, exam.job, data, split, base) for split in exam.splits}
+        model = load_weights(exam.job, base, Path(exam.weights))
         try:
-            return {split: self._results(model, job, split, base) for split in splits}
+            return {split: self._of_split(model, exam.job, data, split, base) for split in exam.splits}
         finally:
             detach(base, model)
 
-    def _results(self, model: nn.Module, job: JobSpec, split: str, base: Base) -> RowResults:
+    def _of_split(self, model: nn.Module, job: JobSpec, data: TokenData, split: str, base: Base) -> RowResults:
         """All that the job asks on the held-out rows, and what it searched by on the others."""
-        held_out = split == "test" or self.data.chosen_on_test
+        held_out = split == "test" or data.chosen_on_test
         metrics = job.extra_metrics if held_out else tuple({job.metric.name} & set(job.extra_metrics))
         answered = job.evaluate.sample_rows if held_out and not metrics else None
         return evaluate_rows(
-            model, job, self.data, split, base.device, metrics=metrics, answered=answered, on_pass=self._on_pass
+            model, job, data, split, base.device, metrics=metrics, answered=answered, on_pass=self._on_pass
         )
 
     def _on_pass(self, _phase: str) -> None:
@@ -118,30 +143,30 @@ class Examiner:
             raise _Stopped
 
 
-def examine_all(work: Work, names: list[str], slots: int, *, splits: dict[str, list[str]]) -> dict[str, str]:
-    """Evaluate the named adapters, as many at once as there are slots.
+def examine_all(work: Work, exams: list[Exam], slots: int) -> dict[str, str]:
+    """Judge models, as many at once as there are slots.
 
     Returns why for each that could not be: one that fails costs its own numbers, not the report. An examiner whose
     process dies is replaced, and what it was at is tried once more. Raises DiskFull.
     """
     failed: dict[str, str] = {}
-    waiting, tries = list(names), Counter[str]()
-    free = [_examiner(work) for _ in range(min(slots, len(names)))]
-    running: dict[Any, tuple[str, Any]] = {}
+    waiting, tries = list(exams), Counter[str]()
+    free = [_examiner(work) for _ in range(min(slots, len(exams)))]
+    running: dict[Any, tuple[Exam, Any]] = {}
     while waiting or running:
         while waiting and free:
-            examiner, name = free.pop(), waiting.pop(0)
+            examiner, exam = free.pop(), waiting.pop(0)
             try:
                 ray.get(examiner.here.remote(), timeout=_PLACED_SECONDS)
             except ray.exceptions.RayError as error:
-                failed[name] = f"no process for it could be started: {first_line(error)}"
+                failed[exam.name] = f"no process for it could be started: {first_line(error)}"
                 continue
-            tries[name] += 1
-            running[examiner.examine.remote(name, splits[name], tries[name])] = (name, examiner)
+            tries[exam.name] += 1
+            running[examiner.examine.remote(exam, tries[exam.name])] = (exam, examiner)
         if not running:
-            return failed | dict.fromkeys(waiting, "no process for it could be started")
+            return failed | dict.fromkeys((exam.name for exam in waiting), "no process for it could be started")
         (done, *_), _ = ray.wait(list(running))  # each ends: what hangs is ended by its watchdog
-        name, examiner = running.pop(done)
+        exam, examiner = running.pop(done)
         try:
             ray.get(done)
         except ray.exceptions.RayError as error:
@@ -150,10 +175,10 @@ def examine_all(work: Work, names: list[str], slots: int, *, splits: dict[str, l
                 raise full from error
             ray.kill(examiner)
             examiner = _examiner(work)
-            if isinstance(error, ray.exceptions.RayActorError) and tries[name] < _TRIES:
-                waiting.append(name)
+            if isinstance(error, ray.exceptions.RayActorError) and tries[exam.name] < _TRIES:
+                waiting.append(exam)
             else:
-                failed[name] = first_line(error)
+                failed[exam.name] = first_line(error)
         free.append(examiner)
     return failed
 

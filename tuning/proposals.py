@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from jobs import search
 from jobs.search import Assignment
-from jobs.spec import JobSpec, Parameter
+from jobs.search_spec import Parameter
+from jobs.spec import JobSpec
 
 if TYPE_CHECKING:
     import optuna

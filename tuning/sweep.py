@@ -1,43 +1,36 @@
-"""The only driver: a sweep from its run folder to its report. `train` is a sweep of one assignment.
+"""A search from its run folder to its report. `train` is a search of one assignment.
 
-Runs as `lorafleet exec RUN` in a process of its own. Every attempt reads the run's own files and begins a new Tuner
-with the trials that have not ended; Tune's snapshots are not used.
+Every attempt reads the run's own files and begins a new Tuner with the trials that have not ended; Tune's snapshots are
+not used.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import os
-import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cluster.ray_site import environment_for_workers, nodes_of
+from cluster.ray_site import nodes_of
 from evaluation.report import build_report, write_report
 from jobs import files, search
 from jobs.defaults import learning_rate
-from jobs.errors import DiskFull, ExitCode, LorafleetError, PlacementRefused, RunError, disk_full
+from jobs.errors import DiskFull, ExitCode, PlacementRefused, RunError
 from jobs.identity import PROMPT_FORMAT, facts_of, trial_id
-from jobs.lease import Lease, StaleAttempt
 from jobs.metrics import METRIC_VERSION
-from jobs.placement import Placement, fitted
+from jobs.placement import fitted
 from jobs.run import Run, RunState, Trial, TrialState
 from jobs.schedule import schedule
 from jobs.search import Assignment, known_assignments
-from jobs.site import Node
 from jobs.spec import JobSpec
-from tuning.allocation import allocation_here, begin_in_allocation, saved_mark
+from tuning.allocation import allocation_here
+from tuning.driver import Driver
 from tuning.nodes import check_nodes
-from tuning.parts import gather
 from tuning.proposals import GivenProposals, Proposals, TpeProposals
-from tuning.scratch import keep_logs, make_scratch
 
 _COUNT_SECONDS = 5.0
 _NOTE_SECONDS = 10.0
@@ -48,72 +41,16 @@ _SAVE_SECONDS = 300.0
 """How long trials may take to save when a run is asked to end."""
 
 
-class Sweep:
-    """One attempt at a run."""
+class Sweep(Driver):
+    """One attempt at a search, or at one training."""
 
     def __init__(self, run: Run) -> None:
-        stored = files.read_json(run.path / "plan.json")
-        if not stored:
-            raise RunError(f"{run.path} holds no plan.json: it is not a run, or was not submitted whole")
-        self.run = run
-        self.job = JobSpec.model_validate_json(json.dumps(stored["job"]))
-        self.placement = Placement.model_validate(stored["placement"])
-        self.searching = stored["command"] == "sweep"
-        self.share: list[int] = stored.get("share") or []
-        self.began = self.noted = time.time()
-        self.earlier_seconds = float(run.status().get("wall_seconds") or 0.0)
-        self.told: signal.Signals | None = None  # the signal that asked for the end
-        self.disk_full: str | None = None
+        super().__init__(run)
+        self.searching = self.stored["command"] == "sweep"
+        self.share: list[int] = self.stored.get("share") or []
+        self.judges: bool = self.stored.get("judges", True) and not self.share
         self.looked_at, self.too_few = time.monotonic(), False
         self.counted = (-_COUNT_SECONDS, 0.0)  # when GPU-hours were last counted, and how many there were
-
-    @property
-    def stop_file(self) -> Path:
-        """Its presence asks every process of the run to save and end."""
-        return self.run.path / "stop"
-
-    def execute(self) -> ExitCode:
-        """Run what is left of the sweep, evaluate the finalists, write the report."""
-        os.environ.update(self.job.environment)  # before the threads and the libraries that read it
-        allocation = allocation_here()
-        saved = saved_mark(self.run)
-        lease = Lease.take(self.run.path, allocation | {"saved": saved}, say=_log)
-        try:
-            self.run = dataclasses.replace(self.run, attempt=lease.attempt)
-            lease.keep(_end_at_once)
-            return self._leased_execute(lease.attempt)
-        finally:
-            lease.release()
-
-    def _leased_execute(self, attempt: int) -> ExitCode:
-        if self.stop_file.is_file() and not self.stop_file.read_text():
-            self.stop_file.unlink()  # a signal's, which is answered; a user's holds until `resume`
-        self.run.keep_reserve()
-        self.run.mark_running(reason=None)
-        self.run.event("attempt", number=attempt)
-        with self._stopped_by_signals():
-            try:
-                begin_in_allocation(self.run)
-                gather(self.run, allocation_here(), _log)
-                self.earlier_seconds = float(self.run.status().get("wall_seconds") or 0.0)
-                outcome = self._attempt(attempt)
-            except StaleAttempt:
-                raise
-            except LorafleetError as error:
-                self.run.set_state(RunState.FAILED, reason=str(error))
-                raise
-            except BaseException as error:
-                full = disk_full(error, self.run.path)
-                if full:
-                    self.run.release_reserve()
-                    self.run.set_state(RunState.FAILED, reason=str(full))
-                    raise full from error
-                if self.told is not None:  # Slurm ends Ray and the driver in one instant: there was nobody to save
-                    self.run.set_state(RunState.STOPPED, reason=_CUT_OFF, wall_seconds=self._wall())
-                    return ExitCode.REQUEUE
-                self.run.set_state(RunState.FAILED, reason=f"{type(error).__name__}: {error}")
-                raise
-        return outcome
 
     def _attempt(self, attempt: int) -> ExitCode:
         self._phase("reading data, starting workers")
@@ -126,7 +63,7 @@ class Sweep:
                     check_nodes(self.run.path, data.folder, self.job)
                 if not self.stop_file.exists():
                     self._search(attempt, data)
-                if not self.stop_file.exists() and not self.share:
+                if not self.stop_file.exists() and self.judges:
                     self._exam(data)
         if self.disk_full:
             raise DiskFull(self.disk_full)
@@ -176,69 +113,6 @@ class Sweep:
                 "versions": {name: version(name) for name in packages},
             },
         )
-
-    @contextlib.contextmanager
-    def _ray(self, attempt: int) -> Iterator[dict[str, Any]]:
-        """A Ray of our own on this machine, or the one that RAY_ADDRESS names."""
-        os.chdir(self.run.path)  # Ray puts the driver's folder first on every worker's path: ours holds no packages
-        for name, value in _RAY_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.placement.slots)
-        import ray
-
-        placement = self.placement
-        address = os.environ.get("RAY_ADDRESS")
-        options: dict[str, Any] = (
-            {"address": address, "runtime_env": {"env_vars": self._environment_for_workers()}}
-            if address
-            else {
-                "address": "local",
-                "num_cpus": placement.slots * placement.workers * placement.cpus_per_worker,
-                "num_gpus": placement.slots * placement.workers * placement.gpus_per_worker,
-                # Ray Train frees a stopped trial's workers only when the dashboard's state API is up.
-                "include_dashboard": placement.distributed,
-                "object_store_memory": 200 * 2**20,
-            }
-        )
-        own = address is None
-        scratch = make_scratch() if own else None
-        if scratch:
-            options["_temp_dir"] = str(scratch / "ray")
-        failed = True
-        try:
-            context = ray.init(log_to_driver=False, configure_logging=False, **options)
-            self._hear_signals()  # ray.init has taken SIGTERM for itself
-            session = str(context.address_info.get("session_dir", ""))
-            files.write_json(
-                self.run.path / "logs" / "ray.json",
-                {
-                    "session_dir": session,
-                    "own": own,
-                    "attempt": attempt,
-                    "scratch": str(scratch or ""),
-                    "node_id": ray.get_runtime_context().get_node_id(),
-                },
-            )
-            if not own and not os.environ.get("LF_AUTOSCALES"):  # there, machines come when trials wait for them
-                self._fit_into(nodes_of(ray.nodes()))
-            yield {"session_dir": session, "own": own}
-            failed = False
-        finally:
-            ray.shutdown()
-            if scratch and failed:
-                keep_logs(scratch, self.run.path / "logs" / f"ray-{attempt}")
-            if scratch:
-                shutil.rmtree(scratch, ignore_errors=True)
-
-    def _environment_for_workers(self) -> dict[str, str]:
-        return _RAY_ENVIRONMENT | environment_for_workers(os.environ) | self.job.environment
-
-    def _fit_into(self, nodes: tuple[Node, ...]) -> None:
-        """As many trials at once as the cluster really holds. Raises PlacementRefused when it is not one."""
-        self.placement, fewer = fitted(self.placement, nodes)
-        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.placement.slots)
-        if fewer:
-            self.run.event("placement", slots=self.placement.slots, sentence=fewer)
 
     def _search(self, attempt: int, data: Any) -> None:
         from ray import tune
@@ -420,16 +294,6 @@ class Sweep:
         else:
             self.too_few = False
 
-    def _note_wall(self) -> None:
-        """Write down the time spent, now and then: a killed attempt counts too."""
-        if time.time() - self.noted > _NOTE_SECONDS:
-            self.noted = time.time()
-            self.run.set_state(RunState.RUNNING, wall_seconds=self._wall())
-
-    def _wall(self) -> float:
-        """Seconds on the clock, over all attempts."""
-        return self.earlier_seconds + time.time() - self.began
-
     def _out_of_budget(self) -> str | None:
         """Why no more may be spent, or None."""
         if not self.searching or self.job.search is None:
@@ -453,7 +317,7 @@ class Sweep:
 
     def _exam(self, data: Any) -> None:
         """The base, the recommended trial, and the others that came as far, on the test rows."""
-        from tuning.exam import BASE, examine_all
+        from tuning.exam import base_exam, examine_all, trial_exam
 
         self._phase("evaluating on held-out rows")
         self.run.check_current()
@@ -464,11 +328,16 @@ class Sweep:
         last = max((reached.get(name, -1) for name in finalists), default=-1)
         chosen = report.recommendation.trial_id
         names = [name for name in finalists if name == chosen or reached.get(name, -1) >= last]
-        base = [] if (self.run.path / "report" / "base.json").is_file() else [BASE]
-        rows = ["test"] if not data.chosen_on_test else ["validation"]
-        files.write_jsonl(self.run.rows_file(rows[0]), (_shown(row) for row in data.rows(rows[0])))
-        splits = dict.fromkeys(names, rows) | {BASE: ["validation", *(rows if rows != ["validation"] else [])]}
-        failed = examine_all(self._work(data), [*base, *names], self.placement.slots, splits=splits)
+        rows = ("test",) if not data.chosen_on_test else ("validation",)
+        files.write_jsonl(self.run.rows_file(rows[0]), (row.shown() for row in data.rows(rows[0])))
+        work, tokens = self._work(data), str(data.folder)
+        exams = []
+        if not (self.run.path / "report" / "base.json").is_file():
+            exams.append(base_exam(self.run, work.job, tokens, tuple(dict.fromkeys(("validation", *rows)))))
+        for trial in (self.run.trial(name) for name in names):
+            job = search.trial(work.job, trial.params()["assignment"])
+            exams.append(trial_exam(trial, job, tokens, rows))
+        failed = examine_all(work, exams, self.placement.slots)
         for name, why in failed.items():
             self.run.event("warning", trial_id=name, sentence=f"not evaluated on the held-out rows: {why}")
 
@@ -501,71 +370,6 @@ class Sweep:
         self.run.release_reserve()
         self.disk_full = sentence
         self.stop_file.touch()
-
-    def _phase(self, what: str) -> None:
-        self.run.set_state(RunState.RUNNING, phase=what)
-
-    def _ask(self, number: int, _frame: Any) -> None:
-        """The handler: the first signal asks for the end, the second is it."""
-        if self.told is signal.SIGUSR1 and number == signal.SIGUSR1:
-            return  # a queue may warn twice
-        if self.told is not None:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.told = signal.Signals(number)
-        self.stop_file.touch()
-
-    def _hear_signals(self) -> dict[signal.Signals, Any]:
-        """Install the handlers; returns those that were there."""
-        heard = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish is respected
-            heard.append(signal.SIGHUP)
-        return {number: signal.signal(number, self._ask) for number in heard}
-
-    @contextlib.contextmanager
-    def _stopped_by_signals(self) -> Iterator[None]:
-        """SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the trials to save and end; a second one ends us at once."""
-
-        before = self._hear_signals()
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _shown(row: Any) -> dict[str, Any]:
-    """A held-out row in a run's own folder, which can be read where the data is not."""
-    return {"prompt": row.prompt, "reference": row.reference}
-
-
-_CUT_OFF = "it was ended before all could be saved: it goes on from the last checkpoints (`lorafleet resume`)"
-
-
-def _log(sentence: str) -> None:
-    """A line of the driver's log."""
-    sys.stderr.write(f"{sentence}\n")
-    sys.stderr.flush()
-
-
-def _end_at_once(sentence: str) -> None:
-    """What becomes of a driver that was overtaken: not one write more."""
-    _log(sentence)
-    os._exit(ExitCode.TAKEN if allocation_here() else ExitCode.USER_INPUT)
-
-
-_RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a lost machine's successor takes minutes to come
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-}
 
 
 def _stop_file(path: Path) -> Any:

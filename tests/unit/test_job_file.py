@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from jobs import fields, search, yaml12
+from jobs.base import Spec
 from jobs.errors import JobFileError, UserError
 from jobs.identity import Facts, trial_id
 from jobs.load import json_schema, load_job, load_text
-from jobs.spec import JobSpec, Spec
+from jobs.spec import JobSpec
 from tests.conftest import ROOT, JobMaker, lorafleet
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from jobs.base import Spec
 from jobs.errors import JobFileError
 from jobs.site_file import load_site
 from jobs.slurm_site import SlurmSite, slurm_seconds
-from jobs.spec import Spec
 
 PLAIN = """
 kind: slurm

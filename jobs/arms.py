@@ -1,0 +1,146 @@
+"""The arms of a `compare` block as jobs of their own: what each trains, and as what it is judged. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from jobs import fields, search
+from jobs.compare import ArmSpec
+from jobs.errors import Problem
+from jobs.messages import sentences
+from jobs.search import Assignment
+from jobs.spec import JobSpec
+
+
+def arm_of(job: JobSpec, name: str) -> ArmSpec:
+    """An arm by its name."""
+    assert job.compare is not None
+    return job.compare.arms[name]
+
+
+def trained(job: JobSpec) -> list[str]:
+    """The arms that train, in the file's order."""
+    assert job.compare is not None
+    return [name for name, arm in job.compare.arms.items() if arm.trains]
+
+
+def own_job(job: JobSpec, name: str) -> JobSpec:
+    """The job with what an arm sets, and without search and comparison. Raises pydantic's ValidationError."""
+    arm = arm_of(job, name)
+    raw = job.model_dump()
+    raw |= {"compare": None, "search": None, "method": _method(arm)}
+    if not arm.trains and arm.quantization != "none":
+        raw["qlora"]["quant_type"] = arm.quantization
+    linked = dict(raw["linked"])
+    for path, value in arm.set.items():
+        linked.pop(path, None)
+        fields.put(raw, path, value)
+    raw["linked"] = linked
+    return search.trial(JobSpec.model_validate(raw), {})
+
+
+def _method(arm: ArmSpec) -> str:
+    """The method whose base and adapter an arm has: an adapter on a quantised base is what qlora has."""
+    if arm.trains:
+        return str(arm.method)
+    return "lora" if arm.quantization == "none" else "qlora"
+
+
+def search_job(job: JobSpec, name: str, samples: int | None) -> JobSpec:
+    """The job of an arm's own search; each training sees `samples` rows (None: what `train` says)."""
+    assert job.compare is not None
+    compare, arm = job.compare, arm_of(job, name)
+    own = own_job(job, name)
+    parameters = arm.parameters or {"train.seed": _only(own.train.seed)}
+    block: dict[str, Any] = {
+        "method": compare.method if arm.parameters else "grid",
+        "metric": job.metric.model_dump(),
+        "num_samples": compare.num_samples,
+        "keep": 1,
+        "scheduler": compare.scheduler.model_dump() | _until(samples),
+        "seed": job.search.seed if job.search else 0,
+        "parameters": {path: _raw(value) for path, value in parameters.items()},
+    }
+    return JobSpec.model_validate(own.model_dump() | {"search": block})
+
+
+def judged_job(job: JobSpec, name: str, best: Assignment | None) -> JobSpec:
+    """The job as which an arm is evaluated: its base, its method, and the best configuration that it found."""
+    if not arm_of(job, name).trains:
+        return own_job(job, name)
+    return search.trial(search_job(job, name, None), best or {}).model_copy(update={"search": None, "linked": {}})
+
+
+def seeds_job(job: JobSpec, name: str, best: Assignment, samples: int | None) -> JobSpec | None:
+    """The job that trains an arm's best configuration with its further seeds; None where there are none."""
+    assert job.compare is not None
+    found = judged_job(job, name, best)
+    more = [found.train.seed + number for number in range(1, job.compare.seeds)]
+    if not more:
+        return None
+    block = {
+        "method": "grid",
+        "metric": job.metric.model_dump(),
+        "keep": len(more),
+        "scheduler": {"type": "none", "time_attr": job.compare.scheduler.time_attr} | _until(samples),
+        "parameters": {"train.seed": {"values": more}},
+    }
+    return JobSpec.model_validate(found.model_dump() | {"search": block})
+
+
+def _until(samples: int | None) -> dict[str, Any]:
+    return {} if samples is None else {"time_attr": "samples", "max_t": samples}
+
+
+def _only(value: int) -> Any:
+    return {"values": [value]}
+
+
+def _raw(parameter: Any) -> Any:
+    return parameter if isinstance(parameter, dict) else parameter.model_dump(exclude_none=True)
+
+
+def compare_problems(job: JobSpec) -> list[Problem]:
+    """What is wrong with the arms that their own types do not show."""
+    if job.compare is None:
+        return []
+    found = []
+    for name, arm in job.compare.arms.items():
+        where = f"compare.arms.{name}"
+        unknown = [path for path in arm.set if path not in fields.leaves()]
+        for path in unknown:
+            meant = fields.suggest_path(path)
+            hint = f"; did you mean {meant!r}?" if meant else ""
+            found.append(Problem(f"{where}.set", f"{where}.set has {path!r}, which is not a field of a job{hint}"))
+        if unknown:
+            continue
+        try:
+            made = search_job(job, name, None) if arm.trains else own_job(job, name)
+        except ValidationError as error:
+            found += [Problem(where, f"{where}: {problem.sentence}") for problem in sentences(error)]
+            continue
+        except ValueError as error:
+            found.append(Problem(where, f"{where}: {error}"))
+            continue
+        problems = search.search_problems(made) if arm.trains else []
+        found += [Problem(where, f"{where}: {problem.sentence}") for problem in problems]
+    return found or _unequal(job)
+
+
+def _unequal(job: JobSpec) -> list[Problem]:
+    """Arms whose grids have different numbers of configurations: the larger has had the better chance."""
+    assert job.compare is not None
+    if job.compare.method != "grid":
+        return []
+    sizes = {
+        name: search.grid_size(found)
+        for name in trained(job)
+        if arm_of(job, name).parameters and (found := search_job(job, name, None).search) is not None
+    }
+    if len(set(sizes.values())) <= 1:
+        return []
+    said = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    sentence = f"compare.method is grid, and the arms try different numbers of configurations ({said}): not fair"
+    return [Problem("compare.method", sentence)]

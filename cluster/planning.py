@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from cluster.memory import checkpoint_bytes, estimate, trained_parameters
 from cluster.shape import Shape, shape
-from jobs import rungs, search
+from jobs import arms, rungs, search
 from jobs.defaults import learning_rate
 from jobs.errors import AssetError, JobFileError, Problem
 from jobs.hub import model_config, parameter_count
@@ -47,7 +48,66 @@ class _Known:
 
 
 def make_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
-    """Everything that `sweep` or `train` would do. Raises a UserError where it could not begin."""
+    """Everything that `sweep`, `train` or `compare` would do. Raises a UserError where it could not begin."""
+    return _plan_of_arms(loaded, site) if command == "compare" else _plan(loaded, site, command)
+
+
+def _plan_of_arms(loaded: LoadedJob, site: Site) -> Plan:
+    """The searches of all arms, one after another, then the trainings of each arm's best with further seeds."""
+    job = loaded.job
+    assert job.compare is not None
+    samples, note = _samples(job)
+    plans = {}
+    for name in arms.trained(job):
+        one = dataclasses.replace(loaded, job=arms.search_job(job, name, samples), notes=())
+        plans[name] = _plan(one, site, "sweep")
+    whole = _plan(dataclasses.replace(loaded, job=job.model_copy(update={"compare": None})), site, "train")
+    if not plans:
+        return whole.model_copy(update={"job": job, "command": "compare", "trials": [], "worst_samples": 0})
+    largest = max(plans.values(), key=lambda plan: plan.memory.expected if plan.memory else 0.0)
+    again = sum((job.compare.seeds - 1) * _longest_training(plan) for plan in plans.values())
+    notes = [*loaded.notes, *(note for plan in plans.values() for note in plan.notes), *note]
+    return largest.model_copy(
+        update={
+            "job": job,
+            "command": "compare",
+            "trials": [trial.model_copy(update={"arm": name}) for name, plan in plans.items() for trial in plan.trials],
+            "later_trials": 0,
+            "placement": max((plan.placement for plan in plans.values()), key=lambda place: place.slots),
+            "worst_samples": again + sum(plan.worst_samples for plan in plans.values()),
+            "expected_samples": again + sum(plan.expected_samples for plan in plans.values()),
+            "rung_levels": [],
+            "rung_steps": [],
+            "notes": list(dict.fromkeys(notes)),
+        }
+    )
+
+
+def _longest_training(plan: Plan) -> int:
+    return max(trial.steps for trial in plan.trials) * plan.batch_rows
+
+
+def _samples(job: JobSpec) -> tuple[int | None, list[str]]:
+    """(rows that one training sees, what is to be said of that); None: what `train` says."""
+    assert job.compare is not None
+    budget = job.compare.budget
+    if budget.device_seconds is not None:
+        return None, [
+            f"compare.budget.device_seconds is {budget.device_seconds:g}: each arm's speed is measured first, and the "
+            "rows and steps shown here are those of `train`"
+        ]
+    if budget.tokens is None:
+        return budget.samples, []
+    try:
+        rows = load_rows(job).train
+    except AssetError:
+        return None, []
+    each = sum(_characters(row) for row in rows) / len(rows) / _CHARACTERS_A_TOKEN
+    samples = max(1, round(budget.tokens / each))
+    return samples, [f"compare.budget.tokens is {budget.tokens:,}: about {samples:,} rows, counted when it begins"]
+
+
+def _plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
     searching = command == "sweep" and loaded.job.search is not None
     job = loaded.job if searching else loaded.job.model_copy(update={"search": None})
     known = _known(job)
@@ -217,10 +277,11 @@ def _with_strategy(resolved: JobSpec, strategy: Strategy) -> JobSpec:
 def _longest_tokens(rows: Rows) -> int:
     """A guess from the characters; the tokenizer is not asked here."""
 
-    def characters(row: Row) -> int:
-        return len(row.text) + sum(len(content) for _, content in row.messages)
+    return 8 + round(max(_characters(row) for row in rows.train) / _CHARACTERS_A_TOKEN)
 
-    return 8 + round(max(characters(row) for row in rows.train) / _CHARACTERS_A_TOKEN)
+
+def _characters(row: Row) -> int:
+    return len(row.text) + sum(len(content) for _, content in row.messages)
 
 
 def _host_gib(job: JobSpec, memory: MemoryEstimate | None, known: _Known, *, cuda: bool) -> float:

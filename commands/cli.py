@@ -16,6 +16,7 @@ import typer
 
 from commands import (
     clean,
+    compare,
     doctor,
     execute,
     fetch,
@@ -23,6 +24,7 @@ from commands import (
     init,
     list_runs,
     logs,
+    measure,
     methods,
     node,
     plan,
@@ -61,6 +63,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., object], str], ...] = (
     ("plan", plan.plan, _RUN),
     ("train", sweep.train, _RUN),
     ("sweep", sweep.sweep, _RUN),
+    ("compare", compare.compare, _RUN),
     ("resume", resume.resume, _RUN),
     ("stop", stop.stop, _RUN),
     ("status", status.status, _WATCH),
@@ -74,6 +77,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., object], str], ...] = (
 for _name, _function, _panel in _COMMANDS:
     app.command(_name, rich_help_panel=_panel)(_function)
 app.command("exec", hidden=True)(execute.execute)
+app.command("measure", hidden=True)(measure.measure)
 app.add_typer(node.node, hidden=True)
 
 

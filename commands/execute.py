@@ -14,6 +14,7 @@ from commands.common import say
 
 if TYPE_CHECKING:
     from jobs.run import Run
+    from tuning.driver import Driver
 
 _UP_SECONDS = 900.0
 """How long the pods of a cluster may take to join its Ray."""
@@ -36,16 +37,27 @@ def execute(
     if job is not None:
         found = _begin(run.absolute(), job)
     from tuning.allocation import allocation_here
-    from tuning.sweep import Sweep
 
     try:
-        code = Sweep(found).execute()
+        code = _driver(found).execute()
     except HasDriver as error:
         if not allocation_here():
             raise
         say(str(error))
         code = ExitCode.TAKEN
     raise typer.Exit(code if job is None else _as_a_job(found, code))
+
+
+def _driver(run: Run) -> Driver:
+    from jobs import files
+
+    if files.read_json(run.path / "plan.json").get("command") == "compare":
+        from tuning.compare import Comparison
+
+        return Comparison(run)
+    from tuning.sweep import Sweep
+
+    return Sweep(run)
 
 
 def _as_a_job(run: Run, code: int) -> int:

@@ -47,16 +47,21 @@ def plan(
     nodes: Nodes = None,
     output: Printed = PlanFormat.TEXT,
     train: Annotated[bool, typer.Option("--train", help="The plan of `lorafleet train`.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="The plan of `lorafleet compare`.")] = False,
 ) -> None:
     """Print every trial with its values, where they run, the memory, the steps, and what ASHA saves."""
     from cluster.away import Away
     from cluster.check import check_names
+    from jobs.errors import JobFileError, Problem
     from jobs.load import load_job
     from jobs.plan import MANIFEST
 
     loaded = load_job(job, tuple(overrides or ()))
     check_names(loaded, whole=False)
-    command = "train" if train or loaded.job.search is None else "sweep"
+    if compare and loaded.job.compare is None:
+        raise JobFileError(str(job), [Problem("compare", "there is no compare block; `lorafleet plan` plans the rest")])
+    compares = compare or (loaded.job.compare is not None and loaded.job.search is None and not train)
+    command = "compare" if compares else "train" if train or loaded.job.search is None else "sweep"
     backend = backend_for(on, nodes)
     made = backend.plan(loaded, command)
     refused, unasked = backend.check(made)
@@ -116,16 +121,35 @@ def plan_view(made: Plan) -> RenderableType:
     from jobs import fields
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    paths = list(made.trials[0].assignment)
+    paths = list(dict.fromkeys(path for trial in made.trials for path in trial.assignment))
+    arms = ["arm"] if any(trial.arm for trial in made.trials) else []
     resolved = [trial.resolved for trial in made.trials]
     fixed = [p for p in _SHOWN if p not in paths and any(fields.get(values, p) is not None for values in resolved)]
-    for name in ("#", "trial", *paths, *(path.rpartition(".")[2] for path in fixed), "steps", "GiB"):
-        table.add_column(name, justify="left" if name == "trial" else "right")
+    for name in ("#", *arms, "trial", *paths, *(path.rpartition(".")[2] for path in fixed), "steps", "GiB"):
+        table.add_column(name, justify="left" if name in ("trial", "arm") else "right")
     for number, trial in enumerate(made.trials, start=1):
-        values = [_cell(value) for value in trial.assignment.values()]
+        values = [_cell(trial.assignment.get(path)) for path in paths]
         others = [_cell(fields.get(trial.resolved, path)) for path in fixed]
-        table.add_row(str(number), trial.trial_id or "-", *values, *others, str(trial.steps), _gib(trial, made))
-    return Group(table, Text(""), *(Text(line) for line in plan_lines(made)))
+        named = [str(number), *([trial.arm] if arms else []), trial.trial_id or "-"]
+        table.add_row(*named, *values, *others, str(trial.steps), _gib(trial, made))
+    lines = [*_arm_lines(made), *plan_lines(made)]
+    return Group(table, Text(""), *(Text(line) for line in lines))
+
+
+def _arm_lines(made: Plan) -> list[str]:
+    """What is compared, and how it is kept fair."""
+    compare = made.job.compare
+    if made.command != "compare" or compare is None:
+        return []
+    untrained = [name for name, arm in compare.arms.items() if not arm.trains]
+    budget = compare.budget.model_dump(exclude_none=True)
+    said = ", ".join(f"{value:,g} {name}" for name, value in budget.items()) or "what `train` says"
+    return [
+        f"arms            {', '.join(compare.arms)}" + (f" (no training: {', '.join(untrained)})" if untrained else ""),
+        f"budget          one training of each arm: {said}",
+        f"seeds           each arm's best configuration is trained with {counted(compare.seeds, 'seed')} in all",
+        f"choice          {compare.rule}, by {made.job.metric.name} on the held-out rows and {compare.cost}",
+    ]
 
 
 def _gib(trial: PlannedTrial, made: Plan) -> str:

@@ -40,7 +40,7 @@ def sweep(
     wait: Wait = False,
 ) -> None:
     """Search for the best configuration, and end with a table and a recommendation."""
-    _start("sweep", job, overrides, runs, on, nodes, chain, quiet, output, detach, wait)
+    start("sweep", job, overrides, runs, on, nodes, chain, quiet, output, detach, wait)
 
 
 def train(
@@ -56,10 +56,10 @@ def train(
     wait: Wait = False,
 ) -> None:
     """Train one configuration: the job file's own values, whatever it searches."""
-    _start("train", job, overrides, runs, on, nodes, chain, quiet, output, detach, wait)
+    start("train", job, overrides, runs, on, nodes, chain, quiet, output, detach, wait)
 
 
-def _start(
+def start(
     command: str,
     path: Path,
     overrides: list[str] | None,
@@ -72,6 +72,7 @@ def _start(
     detach: bool,
     wait: bool,
 ) -> None:
+    """Plan a job, submit it, and follow it to its report."""
     from cluster.check import check_names
     from cluster.fetch import fetch_job
     from commands.watch import follow
@@ -82,6 +83,10 @@ def _start(
     if command == "sweep" and loaded.job.search is None:
         raise JobFileError(
             str(path), [Problem("search", "there is no search block; add one, or use `lorafleet train`")]
+        )
+    if command == "compare" and loaded.job.compare is None:
+        raise JobFileError(
+            str(path), [Problem("compare", "there is no compare block; add one, or give two runs to compare")]
         )
     if not quiet:
         note_aliases(loaded.notes)

@@ -26,25 +26,64 @@ class Scores:
     intervals: dict[str, Interval]
 
 
-def scores(results: RowResults, names: Iterable[str], resamples: int) -> Scores:
+def scores(results: RowResults | Sequence[RowResults], names: Iterable[str], resamples: int) -> Scores:
     """The named metrics of what a model did with some rows; those that it cannot have are left out.
 
-    Perplexity is the exponential of the loss, and so are the ends of its interval.
+    Of several models on the same rows, the means over them. Perplexity is the exponential of the loss, and so are the
+    ends of its interval.
     """
-    wanted = [name for name in names if name in results.whole or results.has(name)]
-    by_row = [name for name in wanted if name not in results.whole and name != "perplexity"]
-    every_row = np.arange(len(results))[None, :]
-    metrics = {name: float(statistic(results, name, every_row)[0]) for name in by_row}
+    models = [results] if isinstance(results, RowResults) else list(results)
+    first = models[0]
+    wanted = [name for name in names if name in first.whole or first.has(name)]
+    by_row = [name for name in wanted if name not in first.whole and name != "perplexity"]
+    every_row = np.arange(len(first))[None, :]
+    metrics = {name: float(mean_statistic(models, name, every_row)[0]) for name in by_row}
     sampled: dict[str, list[np.ndarray]] = {name: [] for name in by_row}
-    for rows_SR in resampled(len(results), resamples):
+    for rows_SR in resampled(len(first), resamples):
         for name in by_row:
-            sampled[name].append(statistic(results, name, rows_SR))
+            sampled[name].append(mean_statistic(models, name, rows_SR))
     intervals = {name: interval(np.concatenate(values)) for name, values in sampled.items()}
     if "perplexity" in wanted:
         metrics["perplexity"] = _exp(metrics["loss"])
         intervals["perplexity"] = (_exp(intervals["loss"][0]), _exp(intervals["loss"][1]))
-    metrics |= {name: results.whole[name] for name in wanted if name in results.whole}
+    metrics |= {name: float(np.mean([m.whole[name] for m in models])) for name in wanted if name in first.whole}
     return Scores({name: metrics[name] for name in wanted}, {n: intervals[n] for n in wanted if n in intervals})
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one set of models is from another on the same rows."""
+
+    value: float
+    interval: Interval
+    p_value: float
+
+
+def difference(ours: Sequence[RowResults], theirs: Sequence[RowResults], name: str, resamples: int) -> Difference:
+    """The paired bootstrap of a metric: both sides are seen on the same resampled rows (Efron and Tibshirani 1993).
+
+    The p-value is two-sided: twice the smaller share of differences on either side of 0, each share with one resample
+    more than was drawn (Davison and Hinkley 1997), so that it is never 0.
+    """
+    every_row = np.arange(len(ours[0]))[None, :]
+    value = float((mean_statistic(ours, name, every_row) - mean_statistic(theirs, name, every_row))[0])
+    parts = [
+        mean_statistic(ours, name, rows_SR) - mean_statistic(theirs, name, rows_SR)
+        for rows_SR in resampled(len(ours[0]), resamples)
+    ]
+    found_S = np.concatenate(parts)
+    below, above = (int((found_S <= 0).sum()), int((found_S >= 0).sum()))
+    return Difference(value, interval(found_S), min(1.0, 2 * (1 + min(below, above)) / (1 + len(found_S))))
+
+
+def mean_statistic(models: Sequence[RowResults], name: str, rows_SR: np.ndarray) -> np.ndarray:
+    """A metric of each sample of rows (S), as the mean over models; of perplexities, the geometric mean."""
+    if name == "perplexity":
+        with np.errstate(over="ignore"):
+            exponential: np.ndarray = np.exp(mean_statistic(models, "loss", rows_SR))
+        return exponential
+    mean: np.ndarray = np.mean([statistic(results, name, rows_SR) for results in models], axis=0)
+    return mean
 
 
 def statistic(results: RowResults, name: str, rows_SR: np.ndarray) -> np.ndarray:
@@ -55,10 +94,6 @@ def statistic(results: RowResults, name: str, rows_SR: np.ndarray) -> np.ndarray
     """
     if name in _CONFUSION and results.classified:
         return _from_confusion(_confusion(results.classified, rows_SR))[name]
-    if name == "perplexity":
-        with np.errstate(over="ignore"):
-            exponential: np.ndarray = np.exp(statistic(results, "loss", rows_SR))
-        return exponential
     above_R, below_R = results.ratio(name)
     return _share(above_R[rows_SR].sum(axis=1), below_R[rows_SR].sum(axis=1))
 

@@ -36,14 +36,14 @@ def build_report(run: Run) -> Report:
     job = run_job(run)
     facts = files.read_json(run.path / "facts.json")
     metric = job.metric
-    rows = [_row(trial, job) for trial in run.trials()]
+    plan = files.read_json(run.path / "plan.json")
+    rows = [_row(trial, job) for trial in run.trials()] if plan.get("command") != "compare" else []
     labels = {row.trial_id: describe(row.params) for row in rows}
     ordered = sorted(rows, key=lambda row: _rank(row, metric.name, metric.goal))
     chosen = recommend(ordered, metric.name, metric.goal, labels, job.search.keep if job.search else 1)
-    plan = files.read_json(run.path / "plan.json")
     wanted = ("data_sha256", "model_revisions", "labels")
     shown_facts: dict[str, Any] = {str(key): facts[key] for key in wanted if key in facts}
-    return Report(
+    plain = Report(
         run=run.id,
         state=run.state,
         task=job.task,
@@ -64,6 +64,11 @@ def build_report(run: Run) -> Report:
         versions=facts.get("versions", {}),
         facts=shown_facts,
     )
+    if plan.get("command") != "compare":
+        return plain
+    from evaluation.comparison import comparison_report
+
+    return comparison_report(run, job, plain)
 
 
 def write_report(run: Run) -> Report:

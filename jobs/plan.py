@@ -40,6 +40,8 @@ class PlannedTrial(Spec):
     """Every field that trains, as this trial has it."""
     steps: int
     """Optimiser steps to the end."""
+    arm: str | None = None
+    """The arm of a comparison that tries it."""
     memory: MemoryEstimate | None = None
     """Of one of its processes; None when the model's shape is not known here."""
 
@@ -50,7 +52,7 @@ class Plan(Spec):
     job: JobSpec
     """The job."""
     command: str
-    """`sweep` or `train`."""
+    """`sweep`, `train`, or `compare`."""
     trials: list[PlannedTrial]
     """The trials that are known beforehand (all of a grid or random search; the start-up trials of tpe)."""
     later_trials: int = Field(0, ge=0)
@@ -89,6 +91,8 @@ class Plan(Spec):
     """Tasks of a job array, where the site has one task a group of trials."""
     share: list[int] = []
     """Of a task's own plan: the number of its first trial, and of the one after its last."""
+    judges: bool = True
+    """Whether the run ends with its finalists on the held-out rows; the runs of an arm leave that to the comparison."""
     files: dict[str, str] = {}
     """What is handed over to a queue, by name."""
     notes: list[str] = []

@@ -26,6 +26,8 @@ class Row(Spec):
 
     trial_id: str
     """Content hash; `base` for the base model."""
+    arm: str | None = None
+    """The arm of a comparison that it belongs to."""
     state: Literal["finished", "stopped", "failed", "running", "pending"]
     """Where it is."""
     rung: int | None = None
@@ -70,11 +72,98 @@ class Row(Spec):
     """Points of the loss and metric curves: step, samples, train_loss, and the metrics where evaluated."""
 
 
+class Inference(Spec):
+    """What an arm's model costs where it answers, as medians over rounds in processes of their own."""
+
+    ttft_ms: float | None = None
+    """Milliseconds to the first token of an answer."""
+    tokens_per_second: float | None = None
+    """Tokens of an answer after the first, one answer at a time."""
+    latency_ms: float | None = None
+    """Milliseconds of one row: its class, or its whole answer of a fixed length."""
+    samples_per_second: float | None = None
+    """Rows a second in full batches (classification)."""
+    peak_memory_gib: float | None = None
+    """Largest memory while it answers: of the device (CUDA), or of the whole process (CPU)."""
+    begun_gib: float | None = None
+    """Of that, what the process had before it had a model (CPU)."""
+    load_peak_gib: float | None = None
+    """Largest memory of the process while the model was loaded."""
+    load_seconds: float | None = None
+    """Seconds until the model was loaded."""
+    rounds: int = 0
+    """How often it was measured."""
+    spread: dict[str, tuple[float, float]] = {}
+    """Smallest and largest of the rounds."""
+    threads: int | None = None
+    """CPU threads that it had."""
+
+
+class Arm(Spec):
+    """One way to adapt the base, with all that decides."""
+
+    arm: str
+    """Its name."""
+    what: str
+    """What it is, in words."""
+    metrics: Metrics = {}
+    """On the held-out rows, as the mean over its seeds."""
+    interval: Intervals = {}
+    """95 % bootstrap intervals of `metrics` over rows."""
+    seeds: dict[str, Metrics] = {}
+    """Seed -> the metrics of the model that was trained with it."""
+    configuration: dict[str, Any] = {}
+    """What its search found: dotted field -> value."""
+    tried: int = 0
+    """Configurations that its search tried."""
+    trial_id: str | None = None
+    """The trial whose weights are its first model."""
+    weights: str | None = None
+    """Their folder, relative to the run."""
+    weights_mb: float | None = None
+    """Their size on disk, in MB."""
+    train_seconds: float | None = None
+    """Seconds of one training, as the mean over its seeds; 0 where nothing is trained."""
+    search_seconds: float | None = None
+    """Seconds of training in its search."""
+    gpu_hours: float | None = None
+    """GPU-hours of one training."""
+    peak_memory_gib: float | None = None
+    """Largest memory of one training process, in GiB."""
+    trainable_parameters: int | None = None
+    """Parameters that were trained."""
+    inference: Inference | None = None
+    """What its model costs where it answers."""
+    comparable: bool = True
+    """Whether it was judged on the same rows, in the same way, as the others."""
+    remarks: list[str] = []
+    """What is odd about it."""
+
+
+class Pair(Spec):
+    """Two arms on the same rows."""
+
+    one: str
+    """An arm."""
+    other: str
+    """Another."""
+    metric: str
+    """What they are compared by."""
+    difference: float
+    """The metric of `one` less that of `other`."""
+    interval: tuple[float, float]
+    """Its 95 % paired bootstrap interval over rows."""
+    p_value: float
+    """Two-sided: how easily chance alone makes such a difference."""
+
+
 class Recommendation(Spec):
     """Which trial to ship."""
 
     trial_id: str | None
     """None when no trial has a score."""
+    arm: str | None = None
+    """The arm of a comparison."""
     rule: str
     """How it was chosen."""
     sentence: str
@@ -118,6 +207,10 @@ class Report(Spec):
     """Every trial, best first."""
     recommendation: Recommendation
     """Which to ship."""
+    arms: list[Arm] | None = None
+    """What a comparison put side by side; null for a run that compares nothing."""
+    pairs: list[Pair] = []
+    """Every two arms on the same rows."""
     wall_seconds: float | None = None
     """Time on the clock, over all attempts."""
     warnings: list[str] = []

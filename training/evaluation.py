@@ -158,7 +158,7 @@ def _answers(
     """What the model writes for the first rows; each process writes for its own, and all get all."""
     spec = job.model
     tokenizer = load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)
-    room = _room(model, job)
+    room = room_for_prompts(model, job, job.evaluate.max_new_tokens)
     prompts = [fit(prompt_tokens(row, tokenizer), [], room)[0] for row in data.rows(split_name)[:rows]]
     own = list(range(rows))[ranks.rank :: ranks.world_size]
     dtype = autocast_dtype(job, device)
@@ -178,11 +178,10 @@ def _answers(
     return [together[row] for row in range(rows)]
 
 
-def _room(model: Any, job: JobSpec) -> int:
-    """Tokens that a prompt may have. Raises UserError when the answer leaves it none."""
+def room_for_prompts(model: Any, job: JobSpec, new: int) -> int:
+    """Tokens that a prompt may have before `new` tokens of an answer. Raises UserError when they leave it none."""
     positions = int(getattr(model.config, "max_position_embeddings", None) or 0)
     learnt = job.prompt_tuning.num_virtual_tokens if job.method == "prompt_tuning" else 0
-    new = job.evaluate.max_new_tokens
     if not positions:
         return job.model.max_length
     if positions - learnt - new < _FEWEST_TOKENS:

@@ -1,0 +1,84 @@
+"""One model's inference, measured in this process, which has done nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation.inference import circumstances, classifier_speed, peak_gib, settle_memory, writer_speed
+from jobs.spec import JobSpec
+from training.data import fit, make_batch, open_tokens, prompt_tokens
+from training.evaluation import autocast_dtype, room_for_prompts
+from training.methods import load_weights
+from training.model import fresh_heads, load_base, load_tokenizer, resolve_device
+
+
+def measure(
+    job: JobSpec, tokens: Path, weights: Path | None, split_name: str, gpus: int, rows: int, new_tokens: int
+) -> dict[str, Any]:
+    """Latency, rate and peak memory of a model on the first held-out rows; `begun_gib` is the process's before it had a
+    model, and is part of the peak (on CPU; on a GPU the peak is the device's)."""
+    torch.set_num_threads(max(1, job.resources.cpus_per_worker))
+    device = resolve_device(gpus)
+    data = open_tokens(tokens)
+    import transformers  # noqa: F401 - what every process of this kind has, before what one model needs
+
+    begun = peak_gib()
+    began = time.perf_counter()
+    base = load_base(job, len(data.labels), device)
+    if weights is None:
+        fresh_heads(base, job.train.seed)
+    model: Any = load_weights(job, base, weights) if weights else base.model
+    model.eval()
+    load_seconds, load_peak = time.perf_counter() - began, peak_gib()
+    settle_memory()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    number = min(rows, len(data.splits[split_name]))
+    dtype = autocast_dtype(job, device)
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        if job.generates:
+            found = _writer(model, job, data, split_name, number, new_tokens)
+        else:
+            found = _classifier(model, job, data, split_name, number, device)
+    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else peak_gib()
+    return {
+        **found,
+        "peak_memory_gib": peak,
+        "begun_gib": begun if device.type == "cpu" else None,
+        "load_peak_gib": load_peak,
+        "load_seconds": load_seconds,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        **circumstances(),
+    }
+
+
+def _writer(model: Any, job: JobSpec, data: Any, split_name: str, number: int, new_tokens: int) -> dict[str, Any]:
+    spec = job.model
+    tokenizer = load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)
+    found = [row for row in data.rows(split_name)[:number] if row.messages]
+    if not found:
+        return {}
+    room = room_for_prompts(model, job, new_tokens)
+    prompts = [fit(prompt_tokens(row, tokenizer), [], room)[0] for row in found]
+    return writer_speed(model, tokenizer, prompts, new_tokens)
+
+
+def _classifier(
+    model: Any, job: JobSpec, data: Any, split_name: str, number: int, device: torch.device
+) -> dict[str, Any]:
+    import numpy as np
+
+    split = data.splits[split_name]
+
+    def classify(rows: Sequence[int]) -> None:
+        with torch.inference_mode():
+            batch = make_batch(split, np.asarray(rows), data.pad_id, device, classifies=True)
+            model(**batch.inputs).logits.argmax(dim=1).cpu()
+
+    return classifier_speed(classify, list(range(number)), job.train.per_device_eval_batch_size)

@@ -1,0 +1,289 @@
+"""Several ways to adapt one base, from a run folder to one table.
+
+Each arm that trains is a search of its own, and then its best configuration with further seeds: runs of their own below
+`arms/`, one after another, each with its own driver process, so that nothing of one arm stays for the next. Then all
+arms are judged on the same held-out rows, and measured in processes of their own, in turn.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.local import driver_command
+from evaluation.comparison import best_row
+from evaluation.report import build_report, write_report
+from jobs import arms, files
+from jobs.errors import ExitCode, RunError
+from jobs.identity import encoders_of, facts_of
+from jobs.metrics import METRIC_VERSION
+from jobs.run import ArmFolder, Run, RunState
+from jobs.spec import JobSpec
+from tuning.driver import Driver
+
+_POLL_SECONDS = 0.5
+_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
+
+
+class _Stopped(Exception):
+    """The run is to stop."""
+
+
+class Comparison(Driver):
+    """One attempt at a comparison."""
+
+    def _attempt(self, attempt: int) -> ExitCode:
+        self._phase("reading data")
+        data = self._read_data()
+        try:
+            for name in arms.trained(self.job):
+                self._train(name, data)
+            self._judge(attempt, data)
+        except _Stopped:
+            return self._stopped()
+        return self._finish()
+
+    # ---- training ----
+
+    def _train(self, name: str, data: Any) -> None:
+        """An arm's search, and its best configuration with further seeds."""
+        folder = self.run.arm(name)
+        samples = self._samples(name, data)
+        self._drive(folder.search, arms.search_job(self.job, name, samples), f"{name}: searching")
+        best = best_row(folder.search)
+        if best is None:
+            self.run.event("note", sentence=f"arm {name} has no trained adapter: {_why(folder.search)}")
+            return
+        again = arms.seeds_job(self.job, name, best.params, samples)
+        if again is not None:
+            self._drive(folder.seeds, again, f"{name}: further seeds")
+
+    def _samples(self, name: str, data: Any) -> int | None:
+        """Training rows of one training under the equal budget; None: what `train` says."""
+        assert self.job.compare is not None
+        budget = self.job.compare.budget
+        if budget.tokens is not None:
+            lengths = data.splits["train"].lengths
+            return max(1, math.ceil(budget.tokens / float(lengths.mean())))
+        if budget.device_seconds is not None:
+            raise RunError("compare.budget.device_seconds is not there yet; use samples or tokens")
+        return budget.samples
+
+    def _drive(self, run: Run, job: JobSpec, phase: str) -> None:
+        """One run of an arm to its end, in a process of its own. Raises _Stopped, or RunError when it broke off."""
+        if run.state is RunState.FINISHED:
+            return
+        self._check_stop()
+        self._phase(phase)
+        if not (run.path / "plan.json").is_file():
+            run.path.mkdir(parents=True, exist_ok=True)
+            run.set_state(RunState.PENDING, created=time.time(), name=job.name)
+            plan = self.stored | {"job": job.model_dump(mode="json"), "command": "sweep", "judges": False, "files": {}}
+            files.write_json(run.path / "plan.json", plan)
+        if run.state is RunState.FAILED and run.trials() and all(trial.state.ended for trial in run.trials()):
+            return  # every trial of it failed: said in the report
+        (run.path / "stop").unlink(missing_ok=True)
+        (run.path / "logs").mkdir(exist_ok=True)
+        with (run.path / "logs" / "driver.log").open("ab") as log:
+            child = subprocess.Popen(
+                [*driver_command(), "exec", str(run.path)],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                cwd=run.path,
+                start_new_session=True,  # Ctrl-C is for us: it is asked through its stop file, once
+                preexec_fn=_dies_with_parent,
+            )
+        while (code := child.poll()) is None:
+            if self.stop_file.exists() and not (run.path / "stop").exists():
+                (run.path / "stop").touch()
+            self._note_wall()
+            time.sleep(_POLL_SECONDS)
+        self._check_stop()
+        if code not in (ExitCode.OK, ExitCode.SOME_TRIALS_FAILED) and not run.trials():
+            log_file = run.path / "logs" / "driver.log"
+            raise RunError(f"{phase}: its driver ended with code {code}; {log_file} has what it said")
+
+    def _check_stop(self) -> None:
+        if self.stop_file.exists():
+            raise _Stopped
+
+    # ---- judging ----
+
+    def _judge(self, attempt: int, data: Any) -> None:
+        """Every arm on the held-out rows, and its inference measured."""
+        from tuning.exam import Exam, examine_all
+        from tuning.measure import measure_all
+        from tuning.trial_run import Work
+
+        self._check_stop()
+        self._phase("evaluating on held-out rows")
+        split = "validation" if data.chosen_on_test else "test"
+        files.write_jsonl(self.run.rows_file(split), (row.shown() for row in data.rows(split)))
+        work = Work(self.job, str(self.run.path), str(data.folder), self.placement.gpus_per_worker, False, attempt)
+        judged = self._judged(data)
+        exams = [
+            Exam(
+                f"{one.arm}/{one.seed}",
+                one.job,
+                one.tokens,
+                str(one.weights) if one.weights else None,
+                (split,),
+                str(one.folder),
+                "test.json",
+                "predictions-SPLIT.jsonl",
+            )
+            for one in judged
+            if not (one.folder / "test.json").is_file()
+        ]
+        with self._ray(attempt) as ray_facts:
+            self.run.event("ray", **ray_facts)
+            for what, why in examine_all(work, exams, self.placement.slots).items():
+                self.run.event("warning", trial_id=what, sentence=f"not evaluated on the held-out rows: {why}")
+            self._check_stop()
+            self._phase("measuring inference")
+            firsts = {one.arm: one for one in reversed(judged)}
+            measure_all(self, list(reversed(firsts.values())), split)
+
+    def _judged(self, data: Any) -> list[Judged]:
+        """Every model of every arm, the arm's first seed first."""
+        assert self.job.compare is not None
+        found: list[Judged] = []
+        for name, arm in self.job.compare.arms.items():
+            folder = self.run.arm(name)
+            if arm.trains:
+                found += self._trained(name, folder, data)
+            elif arm.adapter_of:
+                source = self.run.arm(arm.adapter_of)
+                for one in self._trained(arm.adapter_of, source, data):
+                    job = _on_base_of(one.job, arms.own_job(self.job, name))
+                    found.append(Judged(name, one.seed, job, one.weights, folder.judged(one.seed), one.tokens))
+            else:
+                job = arms.judged_job(self.job, name, None)
+                seed = job.train.seed
+                found.append(Judged(name, seed, job, None, folder.judged(seed), self._tokens(job, data)))
+        return found
+
+    def _trained(self, name: str, folder: ArmFolder, data: Any) -> list[Judged]:
+        best = best_row(folder.search)
+        if best is None:
+            return []
+        job = arms.judged_job(self.job, name, best.params)
+        trials = [(job.train.seed, folder.search.trial(best.trial_id))]
+        if folder.seeds.path.is_dir():
+            rows = [row for row in build_report(folder.seeds).trials if row.state == "finished"]
+            more = {int(row.params["train.seed"]): folder.seeds.trial(row.trial_id) for row in rows}
+            trials += sorted(more.items())
+        tokens = self._tokens(job, data)
+        return [
+            Judged(
+                name,
+                seed,
+                job.model_copy(update={"train": job.train.model_copy(update={"seed": seed})}),
+                trial.weights,
+                folder.judged(seed),
+                tokens,
+            )
+            for seed, trial in trials
+            if trial.weights.is_dir()
+        ]
+
+    def _tokens(self, job: JobSpec, data: Any) -> str:
+        """The folder of the rows as an arm's own model reads them."""
+        if job.model == self.job.model:
+            return str(data.folder)
+        from training.data import prepare
+
+        return str(prepare(job).folder)
+
+    # ---- what is written down ----
+
+    def _read_data(self) -> Any:
+        from importlib.metadata import version
+
+        from jobs.hub import model_revision
+        from jobs.identity import PROMPT_FORMAT
+        from training.data import prepare, token_facts
+
+        data = prepare(self.job)
+        facts = facts_of(self.job)
+        before = files.read_json(self.run.path / "facts.json")
+        if before and before["data_sha256"] != facts.data_sha256:
+            raise RunError(f"the data files of {self.run.id} have changed since it began: start a new comparison")
+        counted = token_facts(data)
+        packages = ("lorafleet", "torch", "transformers", "peft", "ray", "accelerate", "numpy")
+        record = {
+            "data_sha256": facts.data_sha256,
+            "model_revisions": facts.model_revisions,
+            "encoders": {name: model_revision(name, None) for name in encoders_of(self.job)},
+            "rows": {name: counts["rows"] for name, counts in counted.items()},
+            "tokens": {name: counts["tokens"] for name, counts in counted.items()},
+            "labels": list(data.labels),
+            "warnings": list(data.warnings),
+            "chosen_on_test": data.chosen_on_test,
+            "rows_sha256": data.rows_sha256,
+            "prompt_format": PROMPT_FORMAT,
+            "metric_version": METRIC_VERSION,
+            "versions": {name: version(name) for name in packages},
+        }
+        files.write_json(self.run.path / "facts.json", record)
+        return data
+
+    def _stopped(self) -> ExitCode:
+        self.run.set_state(
+            RunState.STOPPED, reason="interrupted: `lorafleet resume` goes on", wall_seconds=self._wall()
+        )
+        write_report(self.run)
+        return ExitCode.INTERRUPTED if self.told in (None, signal.SIGINT) else ExitCode.REQUEUE
+
+    def _finish(self) -> ExitCode:
+        wall = self._wall()
+        self._phase("writing the report")
+        failed = sum(trial.status().get("failure") is not None for trial in self.run.trials())
+        reason = f"{failed} of {len(self.run.trials())} trials failed" if failed else None
+        self.run.set_state(RunState.FINISHED, reason=reason, wall_seconds=wall, phase=None)
+        write_report(self.run)
+        return ExitCode.SOME_TRIALS_FAILED if failed else ExitCode.OK
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model of an arm."""
+
+    arm: str
+    seed: int
+    job: JobSpec
+    """As what it is judged."""
+    weights: Path | None
+    """What was trained; None: nothing."""
+    folder: Path
+    """Where what is found goes."""
+    tokens: str
+    """The folder of the rows as its model reads them."""
+
+
+def _on_base_of(trained: JobSpec, base: JobSpec) -> JobSpec:
+    """A trained configuration on another arm's base."""
+    return trained.model_copy(update={"method": base.method, "qlora": base.qlora})
+
+
+def _why(run: Run) -> str:
+    failures = [trial.status().get("failure") for trial in run.trials()]
+    said = [failure["sentence"] for failure in failures if failure]
+    return said[0] if said else str(run.status().get("reason") or "no trial has a score")
+
+
+def _dies_with_parent() -> None:
+    """Before the driver of an arm begins: when we are killed, it is asked to save and end."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGTERM)
+        if os.getppid() == 1:
+            os._exit(ExitCode.INTERRUPTED)

@@ -1,0 +1,73 @@
+"""The inference of several models, each in a process of its own, in turn: one after another, and that several times."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster.local import driver_command
+from jobs import files
+from tuning.nodes import first_line
+
+_SECONDS = 3600.0
+
+
+def run_measurement(request: dict[str, Any], folder: str, threads: int) -> dict[str, Any]:
+    """Measure one model in a fresh process on this node. Raises RuntimeError with what it said when it failed."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [*driver_command(), "measure"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
+        check=False,
+        cwd=folder,
+        env=environment,
+    )
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure_all(comparison: Any, models: list[Any], split: str) -> None:
+    """Measure the models that are named, each where a trial would run; what fails is noted and left out."""
+    spec, job = comparison.job.compare.inference, comparison.job
+    wants = job.resources
+    task = ray.remote(run_measurement).options(
+        num_cpus=wants.cpus_per_worker,
+        num_gpus=comparison.placement.gpus_per_worker,
+        label_selector=wants.label_selector,
+        max_retries=1,
+    )
+    failed: set[str] = set()
+    for number in range(spec.rounds):
+        for one in models:
+            if comparison.stop_file.exists():
+                return
+            ledger = comparison.run.arm(one.arm).inference
+            if one.arm in failed or any(row["round"] == number for row in files.read_jsonl(ledger)):
+                continue
+            request = {
+                "job": one.job.model_dump(mode="json"),
+                "tokens": one.tokens,
+                "weights": str(one.weights) if one.weights else None,
+                "split": split,
+                "gpus": comparison.placement.gpus_per_worker,
+                "rows": spec.rows,
+                "new_tokens": spec.new_tokens,
+            }
+            try:
+                found = ray.get(task.remote(request, str(Path(comparison.run.path)), wants.cpus_per_worker))
+            except ray.exceptions.RayError as error:
+                failed.add(one.arm)
+                sentence = f"its inference was not measured: {first_line(error)}"
+                comparison.run.event("warning", trial_id=one.arm, sentence=sentence)
+                continue
+            files.append_jsonl(ledger, {"round": number, **found})

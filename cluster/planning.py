@@ -65,26 +65,21 @@ def _plan_of_arms(loaded: LoadedJob, site: Site) -> Plan:
     if not plans:
         return whole.model_copy(update={"job": job, "command": "compare", "trials": [], "worst_samples": 0})
     largest = max(plans.values(), key=lambda plan: plan.memory.expected if plan.memory else 0.0)
-    again = sum((job.compare.seeds - 1) * _longest_training(plan) for plan in plans.values())
     notes = [*loaded.notes, *(note for plan in plans.values() for note in plan.notes), *note]
     return largest.model_copy(
         update={
             "job": job,
             "command": "compare",
             "trials": [trial.model_copy(update={"arm": name}) for name, plan in plans.items() for trial in plan.trials],
-            "later_trials": 0,
+            "later_trials": sum(plan.later_trials for plan in plans.values()),
             "placement": max((plan.placement for plan in plans.values()), key=lambda place: place.slots),
-            "worst_samples": again + sum(plan.worst_samples for plan in plans.values()),
-            "expected_samples": again + sum(plan.expected_samples for plan in plans.values()),
+            "worst_samples": sum(plan.worst_samples for plan in plans.values()),
+            "expected_samples": sum(plan.expected_samples for plan in plans.values()),
             "rung_levels": [],
             "rung_steps": [],
             "notes": list(dict.fromkeys(notes)),
         }
     )
-
-
-def _longest_training(plan: Plan) -> int:
-    return max(trial.steps for trial in plan.trials) * plan.batch_rows
 
 
 def _samples(job: JobSpec) -> tuple[int | None, list[str]]:
@@ -123,6 +118,7 @@ def _plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
     trials = [search.trial(job, assignment) for assignment in configurations]
     schedules = [schedule(trial, train_rows or _ASSUMED_ROWS, searching=searching) for trial in trials]
     total = _total(job, len(configurations))
+    again = job.search.seeds - 1 if job.search else 0
     cuda = _uses_gpu(job, site)
     each = [_memory(trial, known, cuda=cuda) for trial in trials]
     strategy, why = choose_strategy(trials, site, _largest(each), cuda=cuda)
@@ -132,12 +128,13 @@ def _plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
     memory = _largest(each)
     placement = place(job, site, total, _host_gib(job, memory, known, cuda=cuda), strategy)
     worst, expected = _cost(job, schedules, total)
+    worst, expected = (rows + again * max(plan.total_samples for plan in schedules) for rows in (worst, expected))
     notes += _too_large(each, site, cuda=cuda)
     return Plan(
         job=job,
         command="sweep" if searching else "train",
         trials=[_planned(*one, known) for one in zip(trials, configurations, schedules, each, strict=True)],
-        later_trials=total - len(configurations),
+        later_trials=total - len(configurations) + again,
         placement=placement,
         batch_rows=schedules[0].batch_rows,
         accumulation_steps=job.train.accumulation_steps(job.resources.world_size),

@@ -1,4 +1,4 @@
-"""`lorafleet measure`: one model's inference in a fresh process. Started by a comparison, never by hand."""
+"""`lorafleet measure`: a model's inference or training speed, in a fresh process. A comparison starts it, no person."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ def measure() -> None:
     from jobs.spec import JobSpec
 
     request = json.loads(sys.stdin.read())
-    from training.measure import measure as measured
+    from training import measure as measured
 
-    found = measured(
-        JobSpec.model_validate_json(json.dumps(request["job"])),
-        Path(request["tokens"]),
+    job, tokens = JobSpec.model_validate_json(json.dumps(request["job"])), Path(request["tokens"])
+    if request["what"] == "pace":
+        typer.echo(json.dumps(measured.pace(job, tokens, request["gpus"])))
+        return
+    found = measured.measure(
+        job,
+        tokens,
         Path(request["weights"]) if request["weights"] else None,
         request["split"],
         request["gpus"],

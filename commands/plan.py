@@ -187,7 +187,10 @@ def plan_lines(made: Plan) -> list[str]:
     cores, gpus = counted(place.cpus_per_worker, "CPU core"), counted(place.gpus_per_worker, "GPU")
     each = f"{counted(place.workers, 'process')} with {cores} and {gpus}"
     lines = []
-    if made.later_trials:
+    tpe = made.job.search is not None and made.job.search.method == "tpe"
+    if made.later_trials and made.command == "sweep" and not tpe:
+        lines.append(f"{counted(made.later_trials, 'trial')} more: the best configuration with further seeds.")
+    elif made.later_trials and tpe:
         first = counted(len(made.trials), "random start-up trial")
         more = f"{made.later_trials} more {'is' if made.later_trials == 1 else 'are'}"
         lines.append(f"TPE's {first}; {more} chosen while the sweep runs, from the results so far.")

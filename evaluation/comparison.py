@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.choose import Choice, choose
-from evaluation.metrics import difference, scores
+from evaluation.metrics import confusion, difference, per_class, scores
 from evaluation.report import build_report, describe
 from evaluation.results import RowResults
+from evaluation.samples import differing, mistakes
 from evaluation.summary import read_results
 from jobs import files
 from jobs.compare import ArmSpec
 from jobs.report import Arm, Inference, Pair, Report, Row
-from jobs.run import ArmFolder, Run
+from jobs.run import Run
+from jobs.search_spec import SEED
 from jobs.spec import JobSpec
 
 _WHAT = {
@@ -28,26 +30,40 @@ _WHAT = {
 }
 
 
-def best_row(run: Run) -> Row | None:
-    """The best trial of an arm's search that was trained to the end, or else of those that were cut."""
-    rows = [row for row in build_report(run).trials if row.state in ("finished", "stopped")]
-    metric = build_report(run).metric
-    return next((row for row in rows if row.metrics.get(metric) is not None), None)
+def trained_rows(arm: Run, spec: ArmSpec) -> list[Row]:
+    """An arm's models that were trained to the end: its best configuration, and that with the further seeds.
+
+    Of an arm that searches nothing, one for each seed. Cut trials count where there is no other.
+    """
+    report = build_report(arm)
+    scored = [row for row in report.trials if row.metrics.get(report.metric) is not None]
+    whole = [row for row in scored if row.state == "finished"] or [row for row in scored if row.state == "stopped"]
+    if not spec.parameters:
+        return sorted(whole, key=seed_of)
+    best = [row for row in whole if not row.repeats][:1]
+    return best + sorted((row for row in whole if row.repeats), key=seed_of) if best else []
 
 
-def arms_of_run(run: Run, job: JobSpec, split: str) -> tuple[list[Arm], list[Pair], list[Row]]:
-    """(the arms, every two of them on the same rows, all trials of all arms)."""
+def seed_of(row: Row) -> int:
+    """The seed of a trial, where it was given one of its own; else -1, before all others."""
+    return int(row.params.get(SEED, -1))
+
+
+def arms_of_run(run: Run, job: JobSpec, split: str) -> tuple[list[Arm], dict[str, list[RowResults]], list[Row]]:
+    """(the arms, what their models did with each row, all trials of all arms)."""
     assert job.compare is not None
-    arms, judged, trials = [], {}, []
+    arms: list[Arm] = []
+    judged: dict[str, list[RowResults]] = {}
+    trials: list[Row] = []
     for name, spec in job.compare.arms.items():
         folder = run.arm(name)
         results = {seed: _judged(folder.judged(seed), split) for seed in folder.judged_seeds()}
         judged[name] = [found for found in results.values() if found is not None]
-        source = run.arm(spec.adapter_of) if spec.adapter_of else folder
+        source = run.arm(spec.adapter_of or name)
         arms.append(_arm(run, job, spec, folder, source, results))
-        for own in folder.runs():
-            trials += [row.model_copy(update={"arm": name}) for row in build_report(own).trials]
-    return arms, pairs_of(judged, job.metric.name, job.evaluate.bootstrap_samples), trials
+        if spec.trains and _begun(folder):
+            trials += [row.model_copy(update={"arm": name}) for row in build_report(folder).trials]
+    return arms, judged, trials
 
 
 def pairs_of(judged: dict[str, list[RowResults]], metric: str, resamples: int) -> list[Pair]:
@@ -80,8 +96,8 @@ def _arm(
     run: Run,
     job: JobSpec,
     spec: ArmSpec,
-    folder: ArmFolder,
-    source: ArmFolder,
+    folder: Run,
+    source: Run,
     results: dict[int, RowResults | None],
 ) -> Arm:
     there = {seed: found for seed, found in results.items() if found is not None}
@@ -89,35 +105,38 @@ def _arm(
     found = scores(list(there.values()), names, resamples) if there else None
     own = {str(seed): scores(one, names, _FEWEST_RESAMPLES).metrics for seed, one in there.items()}
     trained = spec.trains or spec.adapter_of is not None
-    best = best_row(source.search) if trained and source.runs() else None
-    rows = [best] if best else []
-    if source.seeds in source.runs():
-        rows += [row for row in build_report(source.seeds).trials if row.state == "finished"]
-    tried = build_report(source.search).trials if source.runs() else []
-    weights = source.search.trial(best.trial_id).weights if best else None
+    source_spec = job.compare.arms[spec.adapter_of] if spec.adapter_of and job.compare else spec
+    rows = trained_rows(source, source_spec) if trained and _begun(source) else []
+    best = rows[0] if rows else None
+    tried = [row for row in build_report(source).trials if not row.repeats] if rows else []
+    weights = source.trial(best.trial_id).weights if best else None
     return Arm(
-        arm=folder.name,
+        arm=folder.path.name,
         what=_what(spec, best),
         metrics=dict(found.metrics) if found else {},
         interval=found.intervals if found else {},
         seeds={seed: dict(metrics) for seed, metrics in own.items()},
         configuration=best.params if best else {},
-        tried=len(tried) if spec.parameters or spec.adapter_of else 0,
+        tried=len(tried) if source_spec.parameters else 0,
         trial_id=best.trial_id if best else None,
         weights=str(weights.relative_to(run.path)) if weights else None,
         weights_mb=_size_mb(weights) if weights else 0.0,
         train_seconds=_mean([row.train_seconds for row in rows]) if trained else 0.0,
-        search_seconds=sum(row.train_seconds or 0.0 for row in tried) if trained else 0.0,
+        search_seconds=sum(row.train_seconds or 0.0 for row in tried) if source_spec.parameters else 0.0,
         gpu_hours=_mean([row.gpu_hours for row in rows]) if trained else 0.0,
         peak_memory_gib=_mean([row.peak_memory_gib for row in rows]),
         trainable_parameters=best.trainable_parameters if best else 0,
-        inference=_inference(files.read_jsonl(folder.inference)),
+        inference=_inference(files.read_jsonl(folder.inference_file)),
         remarks=_remarks(spec, best, rows, job),
     )
 
 
 _FEWEST_RESAMPLES = 1
 """Where only the values are wanted."""
+
+
+def _begun(arm: Run) -> bool:
+    return (arm.path / "plan.json").is_file()
 
 
 def _what(spec: ArmSpec, best: Row | None) -> str:
@@ -127,7 +146,7 @@ def _what(spec: ArmSpec, best: Row | None) -> str:
     said = _WHAT[str(spec.method)] + (f", {base}" if base else "")
     values = {path: f"{value:.3g}" if isinstance(value, float) else value for path, value in spec.set.items()}
     found = {} if best is None else {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in best.params.items()}
-    found.pop("train.seed", None)
+    found.pop(SEED, None)
     shown = describe(values | found)
     return f"{said}: {shown}" if shown else said
 
@@ -177,7 +196,8 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def comparison_report(run: Run, job: JobSpec, plain: Report) -> Report:
     """A report with the arms of a comparison in it; `plain` has what every run has."""
     assert job.compare is not None
-    arms, pairs, trials = arms_of_run(run, job, plain.held_out)
+    arms, judged, trials = arms_of_run(run, job, plain.held_out)
+    pairs = pairs_of(judged, job.metric.name, job.evaluate.bootstrap_samples)
     compare = job.compare
     choice = Choice(compare.rule, job.metric.name, job.metric.goal, compare.cost, compare.within)
     base = next((arm for arm in arms if arm.arm in _untuned(job)), None)
@@ -188,6 +208,16 @@ def comparison_report(run: Run, job: JobSpec, plain: Report) -> Report:
         "recommendation": choose(arms, pairs, choice),
         "rungs": [],
     }
+    rows = files.read_jsonl(run.rows_file(plain.held_out))
+    firsts = {name: results[0] for name, results in judged.items() if results}
+    labels = [str(label) for label in plain.facts.get("labels", [])]
+    update["samples"] = differing(rows, firsts, labels)
+    chosen = update["recommendation"].arm
+    if chosen in firsts:
+        found = firsts[chosen]
+        update["mistakes"] = mistakes(rows, chosen, found, labels)
+        if found.classified and labels:
+            update["confusion"], update["per_class"] = confusion(found.classified), per_class(found.classified, labels)
     if base is not None and base.metrics:
         update["base"] = plain.base.model_copy(
             update={"state": "finished", "test_metrics": base.metrics, "test_intervals": base.interval}

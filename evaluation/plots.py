@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from evaluation.choose import COSTS, Choice, front
 from evaluation.report import describe
+from jobs.compare import Cost
 from jobs.report import Report, Row
 
 if TYPE_CHECKING:
@@ -28,6 +31,40 @@ def plots(report: Report) -> list[tuple[str, str]]:
     ]
     drawn = [(caption, _draw(report, maker)) for caption, maker in makers]
     return [(caption, svg) for caption, svg in drawn if svg]
+
+
+def arm_plots(report: Report) -> list[tuple[str, str]]:
+    """(caption, SVG) of a comparison's quality against each cost that tells its arms apart."""
+    found = []
+    for cost in ("inference_memory_gib", "latency_ms", "train_seconds"):
+        words = COSTS[cost][0]
+        svg = _draw(report, partial(_pareto, cost=cost))
+        if svg:
+            found.append((f"{report.held_out} {report.metric} against {words}. The line joins what none beats.", svg))
+    return found
+
+
+def _pareto(axes: Axes, report: Report, cost: Cost) -> bool:
+    choice = Choice("pareto", report.metric, report.goal, cost)
+    arms = [arm for arm in report.arms or [] if arm.metrics.get(report.metric) is not None and arm.comparable]
+    priced = [(arm, price) for arm in arms if (price := choice.price(arm)) is not None]
+    if len({price for _, price in priced}) < 2:
+        return False
+    best = front(arms, choice)
+    points = [(choice.price(arm) or 0.0, arm.metrics[report.metric] or 0.0) for arm in best]
+    axes.plot(*zip(*points, strict=True), color=_GREY, linewidth=1.1, zorder=1)
+    for arm, price in priced:
+        chosen = arm.arm == report.recommendation.arm
+        value, ends = arm.metrics[report.metric] or 0.0, arm.interval.get(report.metric)
+        colour = _ACCENT if chosen else "#1c2430" if arm in best else _GREY
+        if ends:
+            axes.plot([price, price], ends, color=colour, linewidth=0.8, alpha=0.6)
+        axes.plot(price, value, marker="o", color=colour, markersize=7, linestyle="none", zorder=3)
+        axes.annotate(arm.arm, (price, value), textcoords="offset points", xytext=(7, 5), fontsize=9, color=colour)
+    axes.margins(x=0.18)
+    axes.set_xlabel(COSTS[cost][0])
+    axes.set_ylabel(f"{report.held_out} {report.metric}")
+    return True
 
 
 def _draw(report: Report, maker: Callable[[Any, Report], bool]) -> str:
@@ -92,7 +129,9 @@ def _against_parameter(axes: Axes, report: Report) -> bool:
     """x is the searched number with the most different values; colour is the searched value with the next most."""
     import matplotlib
 
-    rows = [row for row in report.trials if row.metrics.get(report.metric) is not None]
+    rows = [row for row in report.trials if row.metrics.get(report.metric) is not None and not row.repeats]
+    if report.arms is not None:
+        return False  # arms search different fields, or the same at different values
     values = {
         path: {row.params[path] for row in rows if path in row.params} for path in (rows[0].params if rows else ())
     }

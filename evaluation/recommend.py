@@ -18,7 +18,9 @@ def recommend(rows: list[Row], metric: str, goal: Goal, labels: dict[str, str], 
     training, and its cost is not what it would be.
     """
     scored = [
-        row for row in rows if row.state in ("finished", "stopped", "running") and _score(row, metric) is not None
+        row
+        for row in rows
+        if row.state in ("finished", "stopped", "running") and not row.repeats and _score(row, metric) is not None
     ]
     whole = [row for row in scored if row.state == "finished"] or scored
     if not whole:

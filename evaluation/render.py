@@ -7,7 +7,18 @@ import csv
 import io
 from typing import TYPE_CHECKING
 
-from evaluation.report_text import Cell, columns, headline, notes, number, parameter_columns, plain, terminal_columns
+from evaluation.arms_text import arm_columns, arm_records, pair_cells, terminal_arm_columns
+from evaluation.report_text import (
+    Cell,
+    columns,
+    duration,
+    headline,
+    notes,
+    number,
+    parameter_columns,
+    plain,
+    terminal_columns,
+)
 from jobs.report import Report, Row
 
 if TYPE_CHECKING:
@@ -24,6 +35,8 @@ def terminal(report: Report, width: int) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
+    if report.arms is not None:
+        return _terminal_arms(report, width)
     table = Table(header_style="bold", box=None, pad_edge=False)
     shown = _fitting(report, width)
     for heading, _ in shown:
@@ -38,6 +51,32 @@ def terminal(report: Report, width: int) -> RenderableType:
     return Group(*parts)
 
 
+def _terminal_arms(report: Report, width: int) -> RenderableType:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    arms, shown = report.arms or [], terminal_arm_columns(report)
+    whole = len(shown)
+    for dropped in _ARMS_LEAST_FIRST:
+        if sum(2 + max(len(heading), *(len(cell(arm)) for arm in arms)) for heading, cell in shown) <= width:
+            break
+        shown = [(heading, cell) for heading, cell in shown if heading != dropped]
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for heading, _ in shown:
+        table.add_column(Text(heading), justify="left" if heading == "arm" else "right", no_wrap=True)
+    for arm in arms:
+        style = "bold green" if arm.arm == report.recommendation.arm else "" if arm.comparable else "dim"
+        table.add_row(*(Text(cell(arm)) for _, cell in shown), style=style)
+    parts: list[RenderableType] = [Text(headline(report)), Text(""), table, Text("")]
+    parts.append(Text(report.recommendation.sentence, style="bold"))
+    parts += [Text(f"- {note}", style="dim") for note in notes(report)]
+    if len(shown) < whole:
+        parts.append(Text("- more columns: report.html, arms.csv, or a wider terminal", style="dim"))
+    return Group(*parts)
+
+
+_ARMS_LEAST_FIRST = ("parameters", "train GiB", "samples/s", "row ms", "first ms", "tokens/s", "infer GiB", "train")
 _LEAST_FIRST = ("peak GiB", "tokens/s", "train time", "rung", "parameters", "state")
 
 
@@ -71,10 +110,26 @@ def markdown(report: Report) -> str:
         f"**{plain(report.recommendation.sentence)}**",
     ]
     lines += ["", f"Rule: {report.recommendation.rule}.", ""]
+    if report.arms is not None:
+        columns_of_arms = arm_columns(report)
+        lines += ["| " + " | ".join(heading for heading, _ in columns_of_arms) + " |"]
+        lines += ["|" + "---|" * len(columns_of_arms)]
+        lines += ["| " + " | ".join(plain(cell(arm)) for _, cell in columns_of_arms) + " |" for arm in report.arms]
+        lines += ["", "## Every configuration", ""]
     lines += ["| " + " | ".join(heading for heading, _ in shown) + " |", "|" + "---|" * len(shown)]
     lines += ["| " + " | ".join(plain(cell(row)) for _, cell in shown) + " |" for row in report.shown]
     lines += ["", *(f"- {plain(note)}" for note in notes(report)), ""]
     return "\n".join(lines)
+
+
+def arms_csv(report: Report) -> str:
+    """One line an arm, full precision, one column a number."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    columns_of_arms, rows = arm_records(report)
+    writer.writerow(columns_of_arms)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    return buffer.getvalue()
 
 
 def table_csv(report: Report) -> str:
@@ -92,11 +147,13 @@ def table_csv(report: Report) -> str:
         "gpu_hours",
         "trainable_parameters",
     )
+    arm = ["arm"] if report.arms is not None else []
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
         [
             "trial_id",
+            *arm,
             "state",
             "rung",
             "recommended",
@@ -108,7 +165,8 @@ def table_csv(report: Report) -> str:
         ]
     )
     for row in report.shown:
-        values: list[object] = [row.trial_id, row.state, row.rung, row.trial_id == report.recommendation.trial_id]
+        values: list[object] = [row.trial_id, *([row.arm] if arm else []), row.state, row.rung]
+        values += [row.trial_id == report.recommendation.trial_id]
         values += [row.params.get(path) for path in parameters]
         values += [row.metrics.get(name) for name in names]
         values += [(row.test_metrics or {}).get(name) for name in names]
@@ -130,7 +188,7 @@ def html(report: Report) -> str:
     """One self-contained page: no script, no request, all texts escaped, plots as images inside."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from evaluation.plots import plots
+    from evaluation.plots import arm_plots, plots
 
     environment = Environment(
         loader=PackageLoader("evaluation"),
@@ -139,19 +197,44 @@ def html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["zip"] = zip
     shown = columns(report)
-    images = [(caption, base64.b64encode(svg.encode()).decode()) for caption, svg in plots(report)]
     chosen = report.recommendation.trial_id
     return environment.get_template("report.html.j2").render(
         report=report,
         headline=headline(report),
         headings=[heading for heading, _ in shown],
         rows=[(row, [cell(row) for _, cell in shown]) for row in report.shown],
-        images=images,
+        images=_encoded(plots(report)),
+        arm_images=_encoded(arm_plots(report)),
         notes=notes(report),
         facts=_facts(report),
-        tiles=_tiles(report, report.row(chosen)) if chosen else [],
+        tiles=_arm_tiles(report) if report.arms is not None else _tiles(report, report.row(chosen)) if chosen else [],
+        arm_headings=[heading for heading, _ in arm_columns(report)],
+        arms=[(arm, [cell(arm) for _, cell in arm_columns(report)]) for arm in report.arms or []],
+        pairs=pair_cells(report),
+        number=number,
     )
+
+
+def _encoded(drawn: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(caption, base64.b64encode(svg.encode()).decode()) for caption, svg in drawn]
+
+
+def _arm_tiles(report: Report) -> list[tuple[str, str]]:
+    """The recommended arm in a few numbers."""
+    arm = next((arm for arm in report.arms or [] if arm.arm == report.recommendation.arm), None)
+    if arm is None:
+        return []
+    found = [("arm", arm.arm), (f"{report.held_out} {report.metric}", number(arm.metrics.get(report.metric)))]
+    base = report.base.test_metrics
+    if base:
+        found.append((f"untuned base, {report.metric}", number(base.get(report.metric))))
+    if arm.train_seconds:
+        found.append(("one training", duration(arm.train_seconds)))
+    if arm.inference and arm.inference.peak_memory_gib:
+        found.append(("memory in inference", f"{number(arm.inference.peak_memory_gib, 2)} GiB"))
+    return found
 
 
 def _tiles(report: Report, row: Row) -> list[tuple[str, str]]:

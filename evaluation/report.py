@@ -65,21 +65,48 @@ def build_report(run: Run) -> Report:
         facts=shown_facts,
     )
     if plan.get("command") != "compare":
-        return plain
+        return _with_samples(run, plain)
     from evaluation.comparison import comparison_report
 
     return comparison_report(run, job, plain)
 
 
+def _with_samples(run: Run, report: Report) -> Report:
+    """The report with held-out rows: base and recommended trial side by side, and what the latter gets wrong."""
+    from evaluation.samples import differing, mistakes
+    from evaluation.summary import read_results
+
+    split, chosen = report.held_out, report.recommendation.trial_id
+    rows = files.read_jsonl(run.rows_file(split))
+    if chosen is None or not rows:
+        return report
+    labels = [str(label) for label in report.facts.get("labels", [])]
+    base = files.read_json(run.path / "report" / "base.json").get(split, {})
+    own = files.read_json(run.trial(chosen).path / "test.json").get(split, {})
+    found = {
+        "base": read_results(run.base_predictions(split), base),
+        chosen: read_results(run.trial(chosen).predictions(split), own),
+    }
+    there = {name: results for name, results in found.items() if results is not None}
+    update: dict[str, Any] = {"samples": differing(rows, there, labels)}
+    if chosen in there:
+        row = report.row(chosen)
+        update |= {"per_class": row.per_class, "confusion": row.confusion}
+        update["mistakes"] = mistakes(rows, chosen, there[chosen], labels)
+    return report.model_copy(update=update)
+
+
 def write_report(run: Run) -> Report:
     """Build the report and write it in all its forms below report/, with a card beside the recommended adapter."""
     from evaluation.card import write_card
-    from evaluation.render import html, markdown, table_csv
+    from evaluation.render import arms_csv, html, markdown, table_csv
 
     report = build_report(run)
     folder = run.path / "report"
     files.write_text(folder / "report.json", report_json(report) + "\n")
     files.write_text(folder / "report.csv", table_csv(report))
+    if report.arms is not None:
+        files.write_text(folder / "arms.csv", arms_csv(report))
     files.write_text(folder / "report.md", markdown(report))
     files.write_text(folder / "report.html", html(report))
     write_card(run, report)
@@ -140,6 +167,7 @@ def _row(trial: Trial, job: JobSpec) -> Row:
         state=trial.state.value,
         rung=status.get("rung"),
         params=params.get("assignment", {}),
+        repeats=trial.repeats,
         metrics={name: best[name] for name in job.metric_names if name in best},
         intervals=_intervals(best.get("intervals")),
         test_metrics=_metrics(test, split) or None,

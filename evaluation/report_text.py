@@ -38,18 +38,20 @@ def duration(seconds: float | None) -> str:
 
 
 def parameter_columns(report: Report) -> list[str]:
-    """The searched fields, in the order of the first trial."""
-    return list(report.trials[0].params) if report.trials else []
+    """The searched fields, in the order in which trials have them."""
+    return list(dict.fromkeys(path for row in report.trials for path in row.params))
 
 
 def columns(report: Report) -> list[tuple[str, Cell]]:
     """The table's columns: heading, and how a row fills it."""
     found: list[tuple[str, Cell]] = [("trial", lambda row: row.trial_id)]
+    if report.arms is not None:
+        found.append(("arm", lambda row: row.arm or MISSING))
     for path in parameter_columns(report):
         found.append((path.rpartition(".")[2], _parameter(path)))
     found += [("state", _state), ("rung", _rung(report))]
     found.append((f"validation {report.metric}", lambda row: _with_interval(row.metrics, row.intervals, report.metric)))
-    for name in report.metrics:
+    for name in report.metrics if report.arms is None else ():
         found.append((f"{report.held_out} {name}", _held_out(name, wide=name == report.metric)))
     found += [
         ("train time", lambda row: duration(row.train_seconds)),
@@ -129,6 +131,10 @@ def notes(report: Report) -> list[str]:
         if row.failure
     ]
     found += report.warnings
+    if report.arms is not None:
+        from evaluation.arms_text import arm_notes
+
+        return found + arm_notes(report)
     if report.held_out == "test" and any(row.test_metrics for row in report.trials):
         found.append(
             "The search and the choice looked at the validation rows; the test rows were run once, after the choice."
@@ -143,4 +149,5 @@ def headline(report: Report) -> str:
     rows = ", ".join(f"{counts[name]:,} {name}" for name in ("train", "validation", "test") if counts.get(name))
     of = f" ({rows} rows)" if rows else ""
     took = f", {duration(report.wall_seconds)}" if report.wall_seconds else ""
-    return f"{report.model} on {report.data}{of}, {counted(len(report.trials), 'trial')}{took}, {report.state}"
+    arms = f"{counted(len(report.arms), 'arm')}, " if report.arms is not None else ""
+    return f"{report.model} on {report.data}{of}, {arms}{counted(len(report.trials), 'trial')}{took}, {report.state}"

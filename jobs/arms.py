@@ -11,6 +11,7 @@ from jobs.compare import ArmSpec
 from jobs.errors import Problem
 from jobs.messages import sentences
 from jobs.search import Assignment
+from jobs.search_spec import SEED, Parameter
 from jobs.spec import JobSpec
 
 
@@ -49,19 +50,23 @@ def _method(arm: ArmSpec) -> str:
 
 
 def search_job(job: JobSpec, name: str, samples: int | None) -> JobSpec:
-    """The job of an arm's own search; each training sees `samples` rows (None: what `train` says)."""
+    """The job of an arm's own search, with its further seeds; each training sees `samples` rows (None: what `train`
+    says)."""
     assert job.compare is not None
     compare, arm = job.compare, arm_of(job, name)
     own = own_job(job, name)
-    parameters = arm.parameters or {"train.seed": _only(own.train.seed)}
+    # An arm that searches nothing is trained once for each seed.
+    seeds = [own.train.seed + number for number in range(compare.seeds)]
+    parameters = arm.parameters or {SEED: Parameter(values=tuple(seeds))}
     block: dict[str, Any] = {
         "method": compare.method if arm.parameters else "grid",
         "metric": job.metric.model_dump(),
         "num_samples": compare.num_samples,
-        "keep": 1,
+        "keep": 1 if arm.parameters else compare.seeds,
+        "seeds": compare.seeds if arm.parameters else 1,
         "scheduler": compare.scheduler.model_dump() | _until(samples),
         "seed": job.search.seed if job.search else 0,
-        "parameters": {path: _raw(value) for path, value in parameters.items()},
+        "parameters": {path: value.model_dump(exclude_none=True) for path, value in parameters.items()},
     }
     return JobSpec.model_validate(own.model_dump() | {"search": block})
 
@@ -73,33 +78,8 @@ def judged_job(job: JobSpec, name: str, best: Assignment | None) -> JobSpec:
     return search.trial(search_job(job, name, None), best or {}).model_copy(update={"search": None, "linked": {}})
 
 
-def seeds_job(job: JobSpec, name: str, best: Assignment, samples: int | None) -> JobSpec | None:
-    """The job that trains an arm's best configuration with its further seeds; None where there are none."""
-    assert job.compare is not None
-    found = judged_job(job, name, best)
-    more = [found.train.seed + number for number in range(1, job.compare.seeds)]
-    if not more:
-        return None
-    block = {
-        "method": "grid",
-        "metric": job.metric.model_dump(),
-        "keep": len(more),
-        "scheduler": {"type": "none", "time_attr": job.compare.scheduler.time_attr} | _until(samples),
-        "parameters": {"train.seed": {"values": more}},
-    }
-    return JobSpec.model_validate(found.model_dump() | {"search": block})
-
-
 def _until(samples: int | None) -> dict[str, Any]:
     return {} if samples is None else {"time_attr": "samples", "max_t": samples}
-
-
-def _only(value: int) -> Any:
-    return {"values": [value]}
-
-
-def _raw(parameter: Any) -> Any:
-    return parameter if isinstance(parameter, dict) else parameter.model_dump(exclude_none=True)
 
 
 def compare_problems(job: JobSpec) -> list[Problem]:
@@ -126,7 +106,18 @@ def compare_problems(job: JobSpec) -> list[Problem]:
             continue
         problems = search.search_problems(made) if arm.trains else []
         found += [Problem(where, f"{where}: {problem.sentence}") for problem in problems]
-    return found or _unequal(job)
+    return found or _unequal(job) + _seconds_of_a_group(job)
+
+
+def _seconds_of_a_group(job: JobSpec) -> list[Problem]:
+    assert job.compare is not None
+    if job.compare.budget.device_seconds is None or job.resources.world_size == 1:
+        return []
+    sentence = (
+        "compare.budget.device_seconds is for trials of one process, whose speed can be measured alone; with "
+        f"{job.resources.world_size} processes use samples or tokens"
+    )
+    return [Problem("compare.budget.device_seconds", sentence)]
 
 
 def _unequal(job: JobSpec) -> list[Problem]:

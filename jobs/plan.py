@@ -56,7 +56,7 @@ class Plan(Spec):
     trials: list[PlannedTrial]
     """The trials that are known beforehand (all of a grid or random search; the start-up trials of tpe)."""
     later_trials: int = Field(0, ge=0)
-    """Trials that are chosen while the sweep runs (tpe)."""
+    """Trials that are chosen while the sweep runs: by tpe, and the best configuration with further seeds."""
     placement: Placement
     """Where they go."""
     batch_rows: int

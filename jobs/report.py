@@ -34,6 +34,8 @@ class Row(Spec):
     """The last rung reached, from 0."""
     params: dict[str, Any] = {}
     """Dotted field -> what the search gave it."""
+    repeats: bool = False
+    """Whether it is the best configuration once more, with another seed."""
     metrics: Metrics = {}
     """Of the best adapter on the validation rows: what the choice looks at."""
     intervals: Intervals = {}
@@ -157,6 +159,32 @@ class Pair(Spec):
     """Two-sided: how easily chance alone makes such a difference."""
 
 
+class Answer(Spec):
+    """What one model said of a row."""
+
+    text: str
+    """A class, or what it wrote."""
+    confidence: float | None = None
+    """The probability that it gave the class."""
+    score: float | None = None
+    """The metric by which answers are set apart, of this one."""
+    right: bool | None = None
+    """Whether it is the reference (classes)."""
+
+
+class Sample(Spec):
+    """One held-out row with what several models said of it."""
+
+    row: int
+    """Its number among the held-out rows, from 0."""
+    prompt: str
+    """What was asked, or the text that has a class."""
+    reference: str
+    """What is right."""
+    answers: dict[str, Answer]
+    """Model (arm, trial or `base`) -> its answer."""
+
+
 class Recommendation(Spec):
     """Which trial to ship."""
 
@@ -211,6 +239,14 @@ class Report(Spec):
     """What a comparison put side by side; null for a run that compares nothing."""
     pairs: list[Pair] = []
     """Every two arms on the same rows."""
+    samples: list[Sample] = []
+    """Held-out rows side by side: those first on which the models differ most."""
+    per_class: dict[str, dict[str, float]] = {}
+    """Of the recommended classifier on the held-out rows: label -> precision, recall, f1, and support (rows)."""
+    confusion: list[list[int]] = []
+    """Of it: how many rows of each class (outer) were said to be of which (inner)."""
+    mistakes: list[Sample] = []
+    """Of the recommended classifier: what it got wrong, the most confident first."""
     wall_seconds: float | None = None
     """Time on the clock, over all attempts."""
     warnings: list[str] = []

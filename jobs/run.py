@@ -138,6 +138,11 @@ class Trial:
         """`{"assignment", "index", ...}` as it was written when the trial was made."""
         return files.read_json(self.path / "params.json")
 
+    @property
+    def repeats(self) -> bool:
+        """Whether it is the best configuration of a search, with another seed."""
+        return bool(self.params().get("repeats"))
+
     def status(self) -> dict[str, Any]:
         """`{"state", "rung", "reason", "failure", ...}`."""
         return files.read_json(self.path / "status.json")
@@ -210,18 +215,31 @@ class Run:
     @property
     def id(self) -> str:
         """The folder's name; a part has its run's, and a run of an arm its comparison's before its own."""
-        if self.path.name in ("search", "seeds") and self.path.parent.parent.name == "arms":
-            return f"{self.path.parent.parent.parent.name}-{self.path.parent.name}-{self.path.name}"
+        if self.path.parent.name == "arms":
+            return f"{self.path.parent.parent.name}-{self.path.name}"
         return self.path.parent.parent.name if self.path.parent.name == "parts" else self.path.name
 
-    def arm(self, name: str) -> ArmFolder:
-        """The folder of an arm, existing or not."""
-        return ArmFolder(self.path / "arms" / name)
+    def arm(self, name: str) -> Run:
+        """The run of an arm of a comparison, existing or not."""
+        return Run(self.path / "arms" / name)
 
-    def arms(self) -> list[ArmFolder]:
-        """The arms of a comparison that have begun, the first begun first."""
-        found = [path for path in (self.path / "arms").glob("*") if path.is_dir()]
-        return [ArmFolder(path) for path in sorted(found, key=_begun)]
+    def arms(self) -> list[Run]:
+        """The arms that were begun to be trained, the first begun first."""
+        found = [Run(path.parent) for path in (self.path / "arms").glob("*/plan.json")]
+        return sorted(found, key=lambda arm: arm.created)
+
+    def judged(self, seed: int) -> Path:
+        """Of an arm: what its model of one seed does with the held-out rows, `test.json` and the predictions."""
+        return self.path / "judged" / str(seed)
+
+    def judged_seeds(self) -> list[int]:
+        """Of an arm: the seeds whose models were judged, in order."""
+        return sorted(int(path.parent.name) for path in (self.path / "judged").glob("*/test.json"))
+
+    @property
+    def inference_file(self) -> Path:
+        """Of an arm: what was measured of its inference, a line a round."""
+        return self.path / "inference.jsonl"
 
     def part(self, number: int) -> Run:
         """The part of one task of a job array."""
@@ -299,7 +317,7 @@ class Run:
         """Every trial that was made, in the order in which they were."""
         folders = [*(self.path / "trials").glob("*"), *(self.path / "parts").glob("*/trials/*")]
         if (self.path / "arms").is_dir():
-            return [trial for one in self.arms() for run in one.runs() for trial in run.trials()]
+            return [trial for arm in self.arms() for trial in arm.trials()]
         found = [Trial(path, self.attempt) for path in folders if (path / "params.json").is_file()]
         return sorted(found, key=lambda trial: (trial.params().get("index", 0), trial.id))
 
@@ -340,48 +358,3 @@ class Run:
         """The lines of events.jsonl, of one kind or all."""
         rows = _written_by_the_newest(files.read_jsonl(self.path / "events.jsonl"))
         return [row for row in rows if kind is None or row.get("event") == kind]
-
-
-@dataclass(frozen=True)
-class ArmFolder:
-    """One arm of a comparison."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """The arm's."""
-        return self.path.name
-
-    @property
-    def search(self) -> Run:
-        """The run that found its best configuration."""
-        return Run(self.path / "search")
-
-    @property
-    def seeds(self) -> Run:
-        """The run that trained it with further seeds."""
-        return Run(self.path / "seeds")
-
-    def runs(self) -> list[Run]:
-        """Those of the two that have begun."""
-        return [run for run in (self.search, self.seeds) if (run.path / "plan.json").is_file()]
-
-    def judged(self, seed: int) -> Path:
-        """What its model of one seed does with the held-out rows: `test.json` and the predictions."""
-        return self.path / "judged" / str(seed)
-
-    def judged_seeds(self) -> list[int]:
-        """Seeds whose models were judged, in order."""
-        return sorted(int(path.parent.name) for path in (self.path / "judged").glob("*/test.json"))
-
-    @property
-    def inference(self) -> Path:
-        """What was measured of its inference, a line a round."""
-        return self.path / "inference.jsonl"
-
-
-def _begun(arm: Path) -> float:
-    """When an arm began."""
-    created = files.read_json(arm / "search" / "status.json").get("created")
-    return float(created or arm.stat().st_mtime)

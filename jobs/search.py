@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from jobs import expression, fields
 from jobs.errors import Problem
 from jobs.messages import sentences
-from jobs.search_spec import Parameter, Scalar, SearchSpec
+from jobs.search_spec import SEED, Parameter, Scalar, SearchSpec
 from jobs.spec import JobSpec
 
 Assignment = dict[str, Scalar]
@@ -280,6 +280,17 @@ def _trial_problems(job: JobSpec, assignment: Assignment, where: str) -> list[Pr
     except ValueError as error:
         return [Problem(where, str(error))]
     return []
+
+
+def with_further_seeds(job: JobSpec, best: Assignment) -> list[Assignment]:
+    """A search's best configuration with the seeds after its own."""
+    assert job.search is not None
+    return [best | {SEED: job.train.seed + number} for number in range(1, job.search.seeds)]
+
+
+def repeats(job: JobSpec, assignment: Assignment) -> bool:
+    """Whether a configuration is an earlier one with another seed."""
+    return job.search is not None and SEED in assignment and SEED not in job.search.parameters
 
 
 def impossible(job: JobSpec, assignment: Assignment) -> str | None:

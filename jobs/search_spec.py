@@ -17,6 +17,9 @@ Distribution = Literal[
 ]
 
 
+SEED = "train.seed"
+
+
 class Parameter(Spec):
     """What one field may be in a search: `values`, or a `distribution` with its ends, or an `expression`."""
 
@@ -148,5 +151,14 @@ class SearchSpec(Spec):
     """Which trials are stopped early."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of the drawn configurations."""
+    seeds: int = Field(1, ge=1, le=1000)
+    """Trainings of the best configuration, each with a seed of its own: `train.seed`, and after the search the ones
+    that follow it. They are trained to the end, and show how much of a difference is chance."""
     parameters: dict[str, Parameter] = Field(min_length=1)
     """Dotted field (`train.learning_rate`) -> what it may be."""
+
+    @model_validator(mode="after")
+    def _seeds_once(self) -> SearchSpec:
+        if self.seeds > 1 and SEED in self.parameters:
+            raise ValueError(f"seeds is {self.seeds}, but {SEED} is searched as well; drop one of the two")
+        return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import Any
 import torch
 
 from evaluation.inference import circumstances, classifier_speed, peak_gib, settle_memory, writer_speed
+from jobs.schedule import schedule
 from jobs.spec import JobSpec
 from training.data import fit, make_batch, open_tokens, prompt_tokens
 from training.evaluation import autocast_dtype, room_for_prompts
 from training.methods import load_weights
 from training.model import fresh_heads, load_base, load_tokenizer, resolve_device
+from training.session import TrainingSession
+
+_PACE_STEPS, _WARM_STEPS = 12, 2
 
 
 def measure(
@@ -26,6 +31,9 @@ def measure(
     device = resolve_device(gpus)
     data = open_tokens(tokens)
     import transformers  # noqa: F401 - what every process of this kind has, before what one model needs
+
+    if job.method == "qlora":
+        import bitsandbytes  # noqa: F401
 
     begun = peak_gib()
     began = time.perf_counter()
@@ -56,6 +64,23 @@ def measure(
         "threads": torch.get_num_threads(),
         **circumstances(),
     }
+
+
+def pace(job: JobSpec, tokens: Path, gpus: int) -> dict[str, Any]:
+    """`seconds_per_row` of training, as the median over steps after two that do not count."""
+    torch.set_num_threads(max(1, job.resources.cpus_per_worker))
+    device = resolve_device(gpus)
+    data = open_tokens(tokens)
+    base = load_base(job, len(data.labels), device)
+    plan = schedule(job, len(data.splits["train"]), searching=False)
+    session = TrainingSession.build(job, base, data, plan)
+    seconds: list[float] = []
+    while not session.done and len(seconds) < _PACE_STEPS:
+        began = session.meter.train_seconds
+        session.advance(session.step + 1)
+        seconds.append(session.meter.train_seconds - began)
+    counted = seconds[_WARM_STEPS:] or seconds
+    return {"seconds_per_row": statistics.median(counted) / plan.batch_rows, "steps": len(counted), **circumstances()}
 
 
 def _writer(model: Any, job: JobSpec, data: Any, split_name: str, number: int, new_tokens: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Several ways to adapt one base, from a run folder to one table.
 
-Each arm that trains is a search of its own, and then its best configuration with further seeds: runs of their own below
-`arms/`, one after another, each with its own driver process, so that nothing of one arm stays for the next. Then all
-arms are judged on the same held-out rows, and measured in processes of their own, in turn.
+Each arm that trains is a run of its own below `arms/`: a search, and its best configuration with further seeds. They go
+one after another, each with its own driver process, so that nothing of one arm stays for the next. Then all arms are
+judged on the same held-out rows, and measured in processes of their own, in turn.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from cluster.local import driver_command
-from evaluation.comparison import best_row
-from evaluation.report import build_report, write_report
+from evaluation.comparison import trained_rows
+from evaluation.report import write_report
 from jobs import arms, files
 from jobs.errors import ExitCode, RunError
 from jobs.identity import encoders_of, facts_of
 from jobs.metrics import METRIC_VERSION
-from jobs.run import ArmFolder, Run, RunState
+from jobs.run import Run, RunState
 from jobs.spec import JobSpec
 from tuning.driver import Driver
 
 _POLL_SECONDS = 0.5
+_PACE = "pace.json"
+"""Of an arm: how long a row takes in its training."""
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
@@ -44,6 +46,7 @@ class Comparison(Driver):
         self._phase("reading data")
         data = self._read_data()
         try:
+            self._measure_paces(attempt, data)
             for name in arms.trained(self.job):
                 self._train(name, data)
             self._judge(attempt, data)
@@ -55,16 +58,10 @@ class Comparison(Driver):
 
     def _train(self, name: str, data: Any) -> None:
         """An arm's search, and its best configuration with further seeds."""
-        folder = self.run.arm(name)
-        samples = self._samples(name, data)
-        self._drive(folder.search, arms.search_job(self.job, name, samples), f"{name}: searching")
-        best = best_row(folder.search)
-        if best is None:
-            self.run.event("note", sentence=f"arm {name} has no trained adapter: {_why(folder.search)}")
-            return
-        again = arms.seeds_job(self.job, name, best.params, samples)
-        if again is not None:
-            self._drive(folder.seeds, again, f"{name}: further seeds")
+        arm = self.run.arm(name)
+        self._drive(arm, arms.search_job(self.job, name, self._samples(name, data)), f"training {name}")
+        if not trained_rows(arm, arms.arm_of(self.job, name)):
+            self.run.event("note", sentence=f"arm {name} has no trained weights: {_why(arm)}")
 
     def _samples(self, name: str, data: Any) -> int | None:
         """Training rows of one training under the equal budget; None: what `train` says."""
@@ -74,11 +71,31 @@ class Comparison(Driver):
             lengths = data.splits["train"].lengths
             return max(1, math.ceil(budget.tokens / float(lengths.mean())))
         if budget.device_seconds is not None:
-            raise RunError("compare.budget.device_seconds is not there yet; use samples or tokens")
+            seconds = budget.device_seconds / (self.placement.workers * self._seconds_per_row(name))
+            return max(1, round(seconds))
         return budget.samples
 
+    def _seconds_per_row(self, name: str) -> float:
+        return float(files.read_json(self.run.arm(name).path / _PACE)["seconds_per_row"])
+
+    def _measure_paces(self, attempt: int, data: Any) -> None:
+        """How long a row takes in the training of each arm, once for all attempts."""
+        from tuning.measure import seconds_per_row
+
+        waiting = [name for name in arms.trained(self.job) if not (self.run.arm(name).path / _PACE).is_file()]
+        assert self.job.compare is not None
+        if self.job.compare.budget.device_seconds is None or not waiting:
+            return
+        self._phase("measuring the speed of the arms")
+        with self._ray(attempt):
+            for name in waiting:
+                self._check_stop()
+                job = arms.own_job(self.job, name)
+                found = seconds_per_row(self, job, self._tokens(job, data))
+                files.write_json(self.run.arm(name).path / _PACE, {"seconds_per_row": found})
+
     def _drive(self, run: Run, job: JobSpec, phase: str) -> None:
-        """One run of an arm to its end, in a process of its own. Raises _Stopped, or RunError when it broke off."""
+        """The run of an arm to its end, in a process of its own. Raises _Stopped, or RunError when it broke off."""
         if run.state is RunState.FINISHED:
             return
         self._check_stop()
@@ -160,10 +177,9 @@ class Comparison(Driver):
         for name, arm in self.job.compare.arms.items():
             folder = self.run.arm(name)
             if arm.trains:
-                found += self._trained(name, folder, data)
+                found += self._trained(name, data)
             elif arm.adapter_of:
-                source = self.run.arm(arm.adapter_of)
-                for one in self._trained(arm.adapter_of, source, data):
+                for one in self._trained(arm.adapter_of, data):
                     job = _on_base_of(one.job, arms.own_job(self.job, name))
                     found.append(Judged(name, one.seed, job, one.weights, folder.judged(one.seed), one.tokens))
             else:
@@ -172,29 +188,15 @@ class Comparison(Driver):
                 found.append(Judged(name, seed, job, None, folder.judged(seed), self._tokens(job, data)))
         return found
 
-    def _trained(self, name: str, folder: ArmFolder, data: Any) -> list[Judged]:
-        best = best_row(folder.search)
-        if best is None:
-            return []
-        job = arms.judged_job(self.job, name, best.params)
-        trials = [(job.train.seed, folder.search.trial(best.trial_id))]
-        if folder.seeds.path.is_dir():
-            rows = [row for row in build_report(folder.seeds).trials if row.state == "finished"]
-            more = {int(row.params["train.seed"]): folder.seeds.trial(row.trial_id) for row in rows}
-            trials += sorted(more.items())
-        tokens = self._tokens(job, data)
-        return [
-            Judged(
-                name,
-                seed,
-                job.model_copy(update={"train": job.train.model_copy(update={"seed": seed})}),
-                trial.weights,
-                folder.judged(seed),
-                tokens,
-            )
-            for seed, trial in trials
-            if trial.weights.is_dir()
-        ]
+    def _trained(self, name: str, data: Any) -> list[Judged]:
+        arm, found = self.run.arm(name), []
+        rows = trained_rows(arm, arms.arm_of(self.job, name)) if (arm.path / "plan.json").is_file() else []
+        for row in rows:
+            job, weights = arms.judged_job(self.job, name, row.params), arm.trial(row.trial_id).weights
+            if weights.is_dir():
+                seed = job.train.seed
+                found.append(Judged(name, seed, job, weights, arm.judged(seed), self._tokens(job, data)))
+        return found
 
     def _tokens(self, job: JobSpec, data: Any) -> str:
         """The folder of the rows as an arm's own model reads them."""

@@ -17,6 +17,7 @@ from jobs import rungs
 from jobs.metrics import is_better
 from jobs.retries import retry_number
 from jobs.run import Run, Trial, TrialState
+from jobs.search import Assignment
 from jobs.spec import JobSpec
 
 
@@ -89,7 +90,7 @@ class Ledger:
         """Whether a trial goes on past a rung where its score stands. A decision once made is kept."""
         trial.set_state(trial.state, rung=rung)
         last = rung + 1 >= len(self.run_levels(trial))
-        if not self.halving or last:
+        if not self.halving or last or trial.repeats:
             return True
         assert self.job.search is not None
         made = [e for e in self.run.events("rung") if e["trial_id"] == trial.id and e["rung"] == rung]
@@ -159,13 +160,26 @@ class Ledger:
         return best
 
     def ranked(self) -> list[Trial]:
-        """Trials trained to the end, best first, the sooner made first among equals; then the cut ones likewise."""
+        """Trials trained to the end, best first, the sooner made first among equals; then the cut ones likewise.
+
+        Those that repeat another with a seed of their own are not among them.
+        """
         return self._ranked(TrialState.FINISHED) + self._ranked(TrialState.STOPPED)
 
     def _ranked(self, state: TrialState) -> list[Trial]:
-        scored = [(trial, self.best_score(trial)) for trial in self.run.trials() if trial.state is state]
+        found_here = [trial for trial in self.run.trials() if trial.state is state and not trial.repeats]
+        scored = [(trial, self.best_score(trial)) for trial in found_here]
         found = [(trial, score) for trial, score in scored if score is not None]
         return [trial for trial, _ in sorted(found, key=lambda pair: pair[1], reverse=self.goal == "maximize")]
+
+    def best_of_search(self) -> Assignment | None:
+        """The best configuration, once all that were searched have ended."""
+        searched = [trial for trial in self.run.trials() if not trial.repeats]
+        best = self.ranked()
+        if not best or not all(trial.state.ended for trial in searched):
+            return None
+        assignment: Assignment = best[0].params()["assignment"]
+        return assignment
 
     def _keep_best(self) -> None:
         """Only the best `search.keep` adapters stay on disk."""

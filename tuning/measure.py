@@ -12,6 +12,8 @@ import ray
 
 from cluster.local import driver_command
 from jobs import files
+from jobs.errors import RunError
+from jobs.spec import JobSpec
 from tuning.nodes import first_line
 
 _SECONDS = 3600.0
@@ -36,25 +38,42 @@ def run_measurement(request: dict[str, Any], folder: str, threads: int) -> dict[
     return found
 
 
-def measure_all(comparison: Any, models: list[Any], split: str) -> None:
-    """Measure the models that are named, each where a trial would run; what fails is noted and left out."""
-    spec, job = comparison.job.compare.inference, comparison.job
-    wants = job.resources
-    task = ray.remote(run_measurement).options(
+def _task(comparison: Any) -> Any:
+    """A measurement where a trial would run."""
+    wants = comparison.job.resources
+    return ray.remote(run_measurement).options(
         num_cpus=wants.cpus_per_worker,
         num_gpus=comparison.placement.gpus_per_worker,
         label_selector=wants.label_selector,
         max_retries=1,
     )
+
+
+def seconds_per_row(comparison: Any, job: JobSpec, tokens: str) -> float:
+    """How long a training takes for a row, alone where a trial would run. Raises RunError when it cannot be known."""
+    gpus = comparison.placement.gpus_per_worker
+    request = {"what": "pace", "job": job.model_dump(mode="json"), "tokens": tokens, "gpus": gpus}
+    try:
+        found = ray.get(_task(comparison).remote(request, str(comparison.run.path), job.resources.cpus_per_worker))
+    except ray.exceptions.RayError as error:
+        raise RunError(f"the speed of {job.method} could not be measured: {first_line(error)}") from error
+    return float(found["seconds_per_row"])
+
+
+def measure_all(comparison: Any, models: list[Any], split: str) -> None:
+    """Measure the models that are named, in turn; what fails is noted and left out."""
+    spec, wants = comparison.job.compare.inference, comparison.job.resources
+    task = _task(comparison)
     failed: set[str] = set()
     for number in range(spec.rounds):
         for one in models:
             if comparison.stop_file.exists():
                 return
-            ledger = comparison.run.arm(one.arm).inference
+            ledger = comparison.run.arm(one.arm).inference_file
             if one.arm in failed or any(row["round"] == number for row in files.read_jsonl(ledger)):
                 continue
             request = {
+                "what": "inference",
                 "job": one.job.model_dump(mode="json"),
                 "tokens": one.tokens,
                 "weights": str(one.weights) if one.weights else None,

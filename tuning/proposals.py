@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from jobs import search
@@ -38,6 +38,31 @@ class GivenProposals:
 
     def tell(self, assignment: Assignment, scores: dict[int, float], state: str) -> None:
         """Results change nothing here."""
+
+
+class ThenSeeds:
+    """A search's proposals, and once all have ended the best of them with further seeds."""
+
+    def __init__(self, searched: Proposals, job: JobSpec, best: Callable[[], Assignment | None]) -> None:
+        self.searched, self.job, self.best = searched, job, best
+        self._left: Iterator[Assignment] | None = None
+
+    def next(self) -> Assignment | None:
+        """The next of the search; then, when `best` knows it, of the seeds."""
+        if self._left is None:
+            assignment = self.searched.next()
+            if assignment is not None:
+                return assignment
+            best = self.best()
+            if best is None:
+                return None
+            self._left = iter(search.with_further_seeds(self.job, best))
+        return next(self._left, None)
+
+    def tell(self, assignment: Assignment, scores: dict[int, float], state: str) -> None:
+        """The search hears of its own configurations alone."""
+        if not search.repeats(self.job, assignment):
+            self.searched.tell(assignment, scores, state)
 
 
 class TpeProposals:

@@ -30,7 +30,7 @@ from jobs.spec import JobSpec
 from tuning.allocation import allocation_here
 from tuning.driver import Driver
 from tuning.nodes import check_nodes
-from tuning.proposals import GivenProposals, Proposals, TpeProposals
+from tuning.proposals import GivenProposals, Proposals, ThenSeeds, TpeProposals
 
 _COUNT_SECONDS = 5.0
 _NOTE_SECONDS = 10.0
@@ -130,7 +130,7 @@ class Sweep(Driver):
         if self.share:
             first, last = self.share
             known = known[first:last]
-        proposals = self._proposals(known)
+        proposals = self._proposals(known, ledger)
         for trial in self.run.trials():
             if trial.state.ended:
                 tell(proposals, ledger, trial)
@@ -197,15 +197,21 @@ class Sweep(Driver):
     def _name(self, assignment: Assignment) -> str:
         return trial_id(search.trial(self._searched_job, assignment), self.facts)
 
-    def _proposals(self, known: list[Assignment]) -> Proposals:
+    @property
+    def _further_seeds(self) -> int:
+        """Trainings of the best configuration after the search."""
+        return self.job.search.seeds - 1 if self.searching and self.job.search and not self.share else 0
+
+    def _proposals(self, known: list[Assignment], ledger: Any) -> Proposals:
+        found: Proposals = GivenProposals(known)
         if self.searching and self.job.search and self.job.search.method == "tpe":
-            return TpeProposals(self.job, known, self._name)
-        return GivenProposals(known)
+            found = TpeProposals(self.job, known, self._name)
+        return ThenSeeds(found, self.job, ledger.best_of_search) if self._further_seeds else found
 
     def _total(self, known: list[Assignment]) -> int:
         if self.searching and self.job.search and self.job.search.method == "tpe":
-            return self.job.search.num_samples
-        return len(known)
+            return self.job.search.num_samples + self._further_seeds
+        return len(known) + self._further_seeds
 
     def _most_open(self) -> int:
         """Trials handed out and not ended. TPE is asked as late as it can be without an actor standing idle."""
@@ -234,6 +240,7 @@ class Sweep(Driver):
                     "total_steps": plan.total_steps,
                     "batch_rows": plan.batch_rows,
                     "gpus": self.placement.workers * self.placement.gpus_per_worker,
+                    "repeats": search.repeats(self._searched_job, assignment),
                 },
             )
         return trial

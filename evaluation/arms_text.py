@@ -1,0 +1,159 @@
+"""The arms of a comparison as words, the same in every form they are drawn in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from evaluation.report_text import MISSING, duration, number
+from jobs.report import Arm, Inference, Report
+
+Cell = Callable[[Arm], str]
+
+
+def arm_columns(report: Report) -> list[tuple[str, Cell]]:
+    """Every column: heading, and how an arm fills it. Columns that no arm fills are left out."""
+    found: list[tuple[str, Cell]] = [("arm", lambda arm: arm.arm), ("what", lambda arm: arm.what)]
+    found.append((f"{report.held_out} {report.metric}", _quality(report.metric)))
+    found.append((f"{report.metric} over seeds", _over_seeds(report.metric)))
+    found.append(("p against the best", _p_value(report)))
+    found += [(f"{report.held_out} {name}", _metric(name)) for name in report.metrics if name != report.metric]
+    found += [
+        ("train time", lambda arm: "none" if arm.train_seconds == 0 else duration(arm.train_seconds)),
+        ("search time", lambda arm: duration(arm.search_seconds) if arm.search_seconds else MISSING),
+        ("tried", lambda arm: str(arm.tried) if arm.tried else MISSING),
+        ("GPU-hours", lambda arm: number(arm.gpu_hours, 3) if arm.gpu_hours else MISSING),
+        ("train GiB", lambda arm: number(arm.peak_memory_gib, 2)),
+        ("trained parameters", lambda arm: f"{arm.trainable_parameters:,}" if arm.trainable_parameters else MISSING),
+        ("weights MB", lambda arm: number(arm.weights_mb, 1) if arm.weights_mb else MISSING),
+        *_speeds(),
+    ]
+    arms = report.arms or []
+    return [(heading, cell) for heading, cell in found if any(cell(arm) != MISSING for arm in arms)]
+
+
+def terminal_arm_columns(report: Report) -> list[tuple[str, Cell]]:
+    """The columns that fit a terminal."""
+    wanted = {
+        "arm": "arm",
+        f"{report.held_out} {report.metric}": f"{report.held_out} {report.metric}",
+        f"{report.metric} over seeds": "over seeds",
+        "p against the best": "p",
+        "train time": "train",
+        "train GiB": "train GiB",
+        "trained parameters": "parameters",
+        "first token ms": "first ms",
+        "row ms": "row ms",
+        "tokens/s": "tokens/s",
+        "samples/s": "samples/s",
+        "inference GiB": "infer GiB",
+    }
+    return [(wanted[heading], cell) for heading, cell in arm_columns(report) if heading in wanted]
+
+
+def _speeds() -> list[tuple[str, Cell]]:
+    def speed(read: Callable[[Inference], float | None], digits: int) -> Cell:
+        return lambda arm: number(read(arm.inference), digits) if arm.inference else MISSING
+
+    return [
+        ("first token ms", speed(lambda found: found.ttft_ms, 0)),
+        ("row ms", speed(lambda found: found.latency_ms, 1)),
+        ("tokens/s", speed(lambda found: found.tokens_per_second, 1)),
+        ("samples/s", speed(lambda found: found.samples_per_second, 1)),
+        ("inference GiB", speed(lambda found: found.peak_memory_gib, 2)),
+    ]
+
+
+def _quality(name: str) -> Cell:
+    def cell(arm: Arm) -> str:
+        value, ends = number(arm.metrics.get(name)), arm.interval.get(name)
+        return f"{value} [{number(ends[0])}, {number(ends[1])}]" if ends and value != MISSING else value
+
+    return cell
+
+
+def _metric(name: str) -> Cell:
+    return lambda arm: number(arm.metrics.get(name))
+
+
+def _over_seeds(name: str) -> Cell:
+    def cell(arm: Arm) -> str:
+        values = [value for metrics in arm.seeds.values() if (value := metrics.get(name)) is not None]
+        return f"{number(min(values))} to {number(max(values))} ({len(values)})" if len(values) > 1 else MISSING
+
+    return cell
+
+
+def best_arm(report: Report) -> Arm | None:
+    """The arm with the best metric among those that may be compared."""
+    scored = [arm for arm in report.arms or [] if arm.comparable and arm.metrics.get(report.metric) is not None]
+    pick = max if report.goal == "maximize" else min
+    return pick(scored, key=lambda arm: arm.metrics[report.metric] or 0.0) if scored else None
+
+
+def _p_value(report: Report) -> Cell:
+    best = best_arm(report)
+
+    def cell(arm: Arm) -> str:
+        if best is None or arm.arm == best.arm:
+            return MISSING
+        found = [pair.p_value for pair in report.pairs if {pair.one, pair.other} == {arm.arm, best.arm}]
+        return number(found[0]) if found else MISSING
+
+    return cell
+
+
+def pair_cells(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """(headings, rows) of every two arms' difference: the row's metric less the column's, and its p-value."""
+    names = [arm.arm for arm in report.arms or [] if any(arm.arm in (pair.one, pair.other) for pair in report.pairs)]
+    between: dict[tuple[str, str], tuple[float, float]] = {}
+    for pair in report.pairs:
+        between[pair.one, pair.other] = (pair.difference, pair.p_value)
+        between[pair.other, pair.one] = (-pair.difference, pair.p_value)
+
+    def cell(row: str, column: str) -> str:
+        found = between.get((row, column))
+        return f"{found[0]:+.3f} (p {found[1]:.3f})" if found else MISSING
+
+    return names, [(row, [cell(row, column) for column in names]) for row in names]
+
+
+def arm_notes(report: Report) -> list[str]:
+    """What a reader of the arms must know."""
+    found = [f"{arm.arm}: {remark}." for arm in report.arms or [] for remark in arm.remarks]
+    if report.held_out == "test":
+        found.append(
+            "Each arm's configuration was chosen on the validation rows. The arms are compared on the test rows, which "
+            "no training or search has looked at; the number of the arm that ships is the best of several there, and "
+            "so a little optimistic."
+        )
+    if any(len(arm.seeds) > 1 for arm in report.arms or []):
+        found.append("Metrics are means over an arm's seeds; brackets hold 95 % bootstrap intervals over rows.")
+    if report.pairs:
+        found.append("p: paired bootstrap on the same rows, two-sided, not corrected for the number of pairs.")
+    measured = [arm.inference for arm in report.arms or [] if arm.inference]
+    if measured:
+        rounds, threads = measured[0].rounds, measured[0].threads
+        on_cpu = f", {threads} CPU thread{'s' if threads != 1 else ''}" if measured[0].begun_gib is not None else ""
+        found.append(
+            f"Inference: each arm alone in a fresh process, in turn, {rounds} times{on_cpu}; medians. Memory is the "
+            + ("whole process's, its libraries included." if measured[0].begun_gib is not None else "GPU's.")
+        )
+    return found
+
+
+def arm_records(report: Report) -> tuple[list[str], list[list[Any]]]:
+    """(columns, rows) of all numbers of the arms, for CSV."""
+    plain = ("train_seconds", "search_seconds", "gpu_hours", "peak_memory_gib", "trainable_parameters", "weights_mb")
+    speeds = [name for name in Inference.model_fields if name not in ("spread", "threads")]
+    metrics = [column for name in report.metrics for column in (name, f"{name}_low", f"{name}_high")]
+    columns = ["arm", "what", "recommended", "trial_id", *metrics, *plain, *(f"inference_{name}" for name in speeds)]
+    rows = []
+    for arm in report.arms or []:
+        values: list[Any] = [arm.arm, arm.what, arm.arm == report.recommendation.arm, arm.trial_id]
+        for name in report.metrics:
+            values += [arm.metrics.get(name), *(arm.interval.get(name) or (None, None))]
+        values += [getattr(arm, name) for name in plain]
+        values += [getattr(arm.inference, name) if arm.inference else None for name in speeds]
+        rows.append(values)
+    return columns, rows

@@ -55,7 +55,7 @@ def _wrong(loaded: LoadedJob, *, whole: bool) -> list[tuple[str, str]]:
             found.append(("data.dataset_name", str(error)))
     for field in ("train_file", "validation_file", "test_file"):
         found += _wrong_file(f"data.{field}", getattr(job.data, field))
-    found += _wrong_strategy(loaded) + _wrong_layers(loaded) + _wrong_metrics(job)
+    found += _wrong_strategy(loaded) + _wrong_layers(loaded) + _wrong_metrics(job) + _wrong_arms(job)
     adapter = job.train.init_adapter
     if adapter and not all((Path(adapter) / name).is_file() for name in ADAPTER_FILES):
         found.append(("train.init_adapter", f"train.init_adapter is {adapter}, but there is no PEFT adapter in it"))
@@ -77,6 +77,20 @@ def _wrong_metrics(job: JobSpec) -> list[tuple[str, str]]:
                 check_whole(encoder, None)
             except AssetError as error:
                 found.append(("evaluate.bertscore_model", str(error)))
+    return found
+
+
+def _wrong_arms(job: JobSpec) -> list[tuple[str, str]]:
+    """Weights of arms that are not there."""
+    found = []
+    for name, arm in job.compare.arms.items() if job.compare else ():
+        if arm.weights is None:
+            continue
+        folder, field = Path(arm.weights), f"compare.arms.{name}.weights"
+        wanted = ("config.json",) if arm.method == "full" else ADAPTER_FILES
+        missing = [file for file in wanted if not (folder / file).is_file()]
+        if missing:
+            found.append((field, f"{field} is {folder}, but there is no {missing[0]} in it"))
     return found
 
 

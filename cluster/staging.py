@@ -29,6 +29,8 @@ def named_paths(job: JobSpec) -> list[tuple[str, str]]:
     named += [("resources.deepspeed_config", job.resources.deepspeed_config)]
     named += [("model.model_name_or_path", name) for name in models_of(job)]
     named += [("evaluate.bertscore_model", name) for name in encoders_of(job)]
+    given = job.compare.arms if job.compare else {}
+    named += [(f"compare.arms.{name}.weights", arm.weights) for name, arm in given.items()]
     own = job.evaluate.custom_metrics
     named += [(f"evaluate.custom_metrics.{name}.function", file_of(metric)) for name, metric in own.items()]
     return [(field, path) for field, path in named if path and path.startswith(("/", "./", "../", "~"))]

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, Chain, Format, Nodes, On, Output, Quiet, Runs
-from commands.sweep import Detach, Wait
+from commands.common import DEFAULT_RUNS, Chain, Format, Nodes, On, Output, Quiet, Runs, console
+from commands.sweep import Detach, Wait, start
 
 What = Annotated[
     list[str],
@@ -17,6 +17,9 @@ What = Annotated[
         help="A job file with a compare block, or runs to put side by side.",
         show_default=False,
     ),
+]
+Into = Annotated[
+    Path | None, typer.Option("--output", metavar="DIR", help="Of runs side by side: write the page and tables here.")
 ]
 
 
@@ -30,8 +33,36 @@ def compare(
     output: Output = Format.TEXT,
     detach: Detach = False,
     wait: Wait = False,
+    into: Into = None,
 ) -> None:
     """Train the arms of a job file at equal budget, or put runs side by side; end with a table and a decision."""
-    from commands.sweep import start
+    first = Path(what[0])
+    if first.suffix in (".yaml", ".yml") or first.is_file():
+        start("compare", first, what[1:], runs, on, nodes, chain, quiet, output, detach, wait)
+        return
+    _side_by_side(what, runs, quiet, output, into)
 
-    start("compare", Path(what[0]), what[1:], runs, on, nodes, chain, quiet, output, detach, wait)
+
+def _side_by_side(names: list[str], runs: Path, quiet: bool, output: Format, into: Path | None) -> None:
+    from cluster.store import find_run
+    from evaluation.across import across
+    from evaluation.render import terminal
+    from evaluation.report import report_json, write_forms
+    from jobs.errors import UserError
+
+    found = [find_run(runs, name) for name in names]
+    if len({run.path for run in found}) < 2:
+        raise UserError(f"compare has {names[0]} alone, but must have a job file, or two runs or more")
+    report = across(found)
+    if into is not None:
+        write_forms(report, into)
+    if output is Format.JSON:
+        typer.echo(report_json(report))
+        return
+    if quiet:
+        typer.echo(report.recommendation.sentence)
+        return
+    screen = console()
+    screen.print(terminal(report, screen.width))
+    if into is not None:
+        typer.echo(f"\nreport   {into / 'report.html'}")

@@ -116,7 +116,7 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
     """The report of a run that has ended, or why there is none."""
     status = run.status()
     log = driver_log(run)
-    if not run.trials():
+    if not run.trials() and not (run.path / "report" / "report.json").is_file():
         for line in _last_lines(log):
             say(line)
         say(sentence)

@@ -6,8 +6,8 @@ import json
 
 from evaluation.report_text import number, plain
 from jobs import files
-from jobs.report import Report
-from jobs.run import Run
+from jobs.report import Report, Row
+from jobs.run import Run, Trial
 
 _WHAT = {
     "lora": "LoRA adapter for {}",
@@ -19,11 +19,12 @@ _WHAT = {
 
 def write_card(run: Run, report: Report) -> None:
     """Write README.md and manifest.json beside the recommended weights, if they are on disk."""
-    chosen = report.recommendation.trial_id
-    if chosen is None or not run.trial(chosen).weights.is_dir():
+    chosen, named = report.recommendation.trial_id, report.recommendation.adapter
+    weights = run.path / named if named else run.path
+    if chosen is None or weights == run.path or not (weights.is_dir() and weights.is_relative_to(run.path)):
         return
-    trial = run.trial(chosen)
-    row = report.row(chosen)
+    trial = Trial(weights.parent)
+    row = _with_held_out(report, chosen)
     resolved = trial.params().get("resolved", {})
     manifest = {
         "run": run.id,
@@ -40,11 +41,17 @@ def write_card(run: Run, report: Report) -> None:
         "versions": report.versions,
     }
     files.write_json(trial.weights / "manifest.json", manifest)
-    files.write_text(trial.weights / "README.md", _card(report, chosen, resolved))
+    files.write_text(trial.weights / "README.md", _card(report, row, resolved))
 
 
-def _card(report: Report, chosen: str, resolved: dict[str, object]) -> str:
+def _with_held_out(report: Report, chosen: str) -> Row:
+    """The row of what is shipped; of a comparison's arm, with the arm's metrics on the held-out rows."""
     row = report.row(chosen)
+    arm = next((arm for arm in report.arms or [] if arm.arm == report.recommendation.arm), None)
+    return row if arm is None else row.model_copy(update={"test_metrics": arm.metrics})
+
+
+def _card(report: Report, row: Row, resolved: dict[str, object]) -> str:
     held_out = row.test_metrics or {}
     method = str(resolved.get("method", "lora"))
     lines = [
@@ -54,7 +61,7 @@ def _card(report: Report, chosen: str, resolved: dict[str, object]) -> str:
         f"tags: [{method}, lorafleet]",
         "---",
         "",
-        f"# {'Model' if method == 'full' else 'Adapter'} {chosen}",
+        f"# {'Model' if method == 'full' else 'Adapter'} {row.trial_id}",
         "",
         f"{_WHAT[method].format(plain(report.model))}, trained for {report.task} on {plain(report.data)} "
         f"by run `{report.run}` ({row.step} optimiser steps, {row.samples:,} rows).",

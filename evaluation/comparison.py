@@ -119,13 +119,13 @@ def _arm(
         configuration=best.params if best else {},
         tried=len(tried) if source_spec.parameters else 0,
         trial_id=best.trial_id if best else None,
-        weights=str(weights.relative_to(run.path)) if weights else None,
-        weights_mb=_size_mb(weights) if weights else 0.0,
-        train_seconds=_mean([row.train_seconds for row in rows]) if trained else 0.0,
+        weights=str(weights.relative_to(run.path)) if weights else spec.weights,
+        weights_mb=_size_mb(Path(spec.weights)) if spec.weights else _size_mb(weights) if weights else 0.0,
+        train_seconds=None if spec.weights else _mean([row.train_seconds for row in rows]) if trained else 0.0,
         search_seconds=sum(row.train_seconds or 0.0 for row in tried) if source_spec.parameters else 0.0,
         gpu_hours=_mean([row.gpu_hours for row in rows]) if trained else 0.0,
         peak_memory_gib=_mean([row.peak_memory_gib for row in rows]),
-        trainable_parameters=best.trainable_parameters if best else 0,
+        trainable_parameters=best.trainable_parameters if best else None if spec.weights else 0,
         inference=_inference(files.read_jsonl(folder.inference_file)),
         remarks=_remarks(spec, best, rows, job),
     )
@@ -144,6 +144,8 @@ def _what(spec: ArmSpec, best: Row | None) -> str:
     if spec.adapter_of:
         return f"{spec.adapter_of}'s adapter on {f'the {base} base' if base else 'the base'}, no further training"
     said = _WHAT[str(spec.method)] + (f", {base}" if base else "")
+    if spec.weights:
+        return f"{said}, from {spec.weights}"
     values = {path: f"{value:.3g}" if isinstance(value, float) else value for path, value in spec.set.items()}
     found = {} if best is None else {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in best.params.items()}
     found.pop(SEED, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -97,20 +98,25 @@ def _with_samples(run: Run, report: Report) -> Report:
 
 
 def write_report(run: Run) -> Report:
-    """Build the report and write it in all its forms below report/, with a card beside the recommended adapter."""
+    """Build the report and write it in all its forms below report/, with a card beside the recommended weights."""
     from evaluation.card import write_card
-    from evaluation.render import arms_csv, html, markdown, table_csv
 
     report = build_report(run)
-    folder = run.path / "report"
+    write_forms(report, run.path / "report")
+    write_card(run, report)
+    return report
+
+
+def write_forms(report: Report, folder: Path) -> None:
+    """A report as JSON, CSV, Markdown and a page."""
+    from evaluation.render import arms_csv, html, markdown, table_csv
+
     files.write_text(folder / "report.json", report_json(report) + "\n")
     files.write_text(folder / "report.csv", table_csv(report))
     if report.arms is not None:
         files.write_text(folder / "arms.csv", arms_csv(report))
     files.write_text(folder / "report.md", markdown(report))
     files.write_text(folder / "report.html", html(report))
-    write_card(run, report)
-    return report
 
 
 def report_json(report: Report) -> str:

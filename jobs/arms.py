@@ -32,7 +32,7 @@ def own_job(job: JobSpec, name: str) -> JobSpec:
     arm = arm_of(job, name)
     raw = job.model_dump()
     raw |= {"compare": None, "search": None, "method": _method(arm)}
-    if not arm.trains and arm.quantization != "none":
+    if arm.quantization != "none":
         raw["qlora"]["quant_type"] = arm.quantization
     linked = dict(raw["linked"])
     for path, value in arm.set.items():
@@ -44,7 +44,7 @@ def own_job(job: JobSpec, name: str) -> JobSpec:
 
 def _method(arm: ArmSpec) -> str:
     """The method whose base and adapter an arm has: an adapter on a quantised base is what qlora has."""
-    if arm.trains:
+    if arm.trains or arm.weights:
         return str(arm.method)
     return "lora" if arm.quantization == "none" else "qlora"
 

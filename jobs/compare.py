@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from jobs.base import Spec
 from jobs.errors import Problem, SpecProblems
-from jobs.search_spec import Parameter, SchedulerSpec
+from jobs.search_spec import MetricSpec, Parameter, SchedulerSpec
 from jobs.support import Method
 
 ArmName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
@@ -23,6 +23,8 @@ class ArmSpec(Spec):
 
     method: Method | Literal["base"] | None = None
     """What is trained: lora, qlora, prompt_tuning or full; or `base`: nothing. Left out with `adapter_of`."""
+    weights: str | None = Field(None, min_length=1, max_length=4096)
+    """A folder of what was trained before, with `method` as what: an adapter, or (full) a model. Nothing is trained."""
     adapter_of: ArmName | None = None
     """Another arm, whose adapter this one has without any training of its own (on the base as `quantization` says)."""
     quantization: Literal["none", "nf4", "fp4", "int8"] = "none"
@@ -35,14 +37,16 @@ class ArmSpec(Spec):
     @property
     def trains(self) -> bool:
         """Whether anything is trained."""
-        return self.method not in (None, "base")
+        return self.method not in (None, "base") and self.weights is None
 
     @model_validator(mode="after")
     def _one_kind(self) -> ArmSpec:
         if (self.method is None) == (self.adapter_of is None):
             raise ValueError("must have either method or adapter_of, and exactly one of the two")
-        if self.trains and self.quantization != "none":
-            raise ValueError("quantization is for arms that train nothing; method: qlora trains on a quantised base")
+        if self.weights and self.method in (None, "base"):
+            raise ValueError("weights goes with the method that they were trained by: lora, qlora, prompt_tuning, full")
+        if (self.trains or self.weights) and self.quantization != "none":
+            raise ValueError("quantization is for base and adapter_of; method: qlora says that a base is quantised")
         if not self.trains and self.parameters:
             raise ValueError("parameters is what a search tries, and this arm trains nothing")
         for path in (*self.set, *self.parameters):
@@ -86,6 +90,8 @@ class CompareSpec(Spec):
 
     arms: dict[ArmName, ArmSpec] = Field(min_length=2)
     """Name -> arm."""
+    metric: MetricSpec | None = None
+    """What arms are chosen by. Left out: accuracy (classification) or loss (generation, summarization)."""
     budget: EqualBudget = EqualBudget()
     """The same for one training of every arm. Left out: what `train` says."""
     method: Literal["random", "grid"] = "random"

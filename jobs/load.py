@@ -243,9 +243,11 @@ def _translate(reading: _Reading) -> None:
         if fields.get(tree, path) == word:
             fields.put(tree, path, ours)
             _report(reading, path, f"{path}: {word} is read as {ours}")
+    for name in ("search", "compare"):
+        if isinstance(tree.get(name), dict):
+            _translate_metric(reading, tree[name], f"{name}.metric")
     block = tree.get("search")
     if isinstance(block, dict):
-        _translate_metric(reading, block)
         _translate_parameters(reading, block, _PARAMETERS)
     arms_of = fields.get(tree, "compare.arms")
     for name, arm in arms_of.items() if isinstance(arms_of, dict) else ():
@@ -292,19 +294,19 @@ def _translate_parameters(reading: _Reading, block: dict[str, Any], prefix: str)
         parameters[path] = _long_form(reading, path, parameters[path], prefix)
 
 
-def _translate_metric(reading: _Reading, block: dict[str, Any]) -> None:
+def _translate_metric(reading: _Reading, block: dict[str, Any], where: str) -> None:
     """`metric: eval_f1` is `{name: f1}`."""
-    metric, path = block.get("metric"), "search.metric.name"
+    metric, path = block.get("metric"), f"{where}.name"
     if isinstance(metric, str):
         metric = block["metric"] = {"name": metric}
-        reading.origins[path] = reading.origins.get("search.metric", Origin("file"))
-        if "search.metric" in reading.lines:
-            reading.lines[path] = reading.lines["search.metric"]
+        reading.origins[path] = reading.origins.get(where, Origin("file"))
+        if where in reading.lines:
+            reading.lines[path] = reading.lines[where]
     if isinstance(metric, dict) and isinstance(metric.get("name"), str):
         name = metric["name"]
         metric["name"] = bare_name(name)
         if metric["name"] != name:
-            _report(reading, path, f"search.metric {name} is read as {metric['name']}")
+            _report(reading, path, f"{where} {name} is read as {metric['name']}")
 
 
 def _long_form(reading: _Reading, path: str, value: Any, prefix: str) -> Any:
@@ -370,6 +372,10 @@ def _absolute_paths(reading: _Reading, folder: Path) -> None:
         if isinstance(value, str) and value:
             fields.put(reading.tree, path, str((folder / files.in_home(value)).absolute()))
     _absolute_metrics(reading, folder)
+    arms_of = fields.get(reading.tree, "compare.arms")
+    for arm in arms_of.values() if isinstance(arms_of, dict) else ():
+        if isinstance(arm, dict) and isinstance(arm.get("weights"), str) and arm["weights"]:
+            arm["weights"] = str((folder / files.in_home(arm["weights"])).absolute())
     for path in ("model.model_name_or_path", "data.dataset_name", "evaluate.bertscore_model"):
         name = fields.get(reading.tree, path)
         if isinstance(name, str) and name and not name.startswith("asset:"):

@@ -258,8 +258,8 @@ class Report(Spec):
 
     @property
     def shown(self) -> list[Row]:
-        """The table's rows: the base, then the trials."""
-        return [self.base, *self.trials]
+        """The table's rows: the base, then the trials; a comparison has its base among the arms."""
+        return [self.base, *self.trials] if self.arms is None else self.trials
 
     def row(self, trial_id: str) -> Row:
         """The row of one trial."""

@@ -519,8 +519,9 @@ class JobSpec(Spec):
     @property
     def metric(self) -> MetricSpec:
         """What trials are compared by."""
-        if self.search and self.search.metric:
-            return self.search.metric
+        for block in (self.search, self.compare):
+            if block and block.metric:
+                return block.metric
         return MetricSpec.model_validate({"name": DEFAULT_METRIC[self.task]})
 
     @model_validator(mode="after")

@@ -38,7 +38,7 @@ def measure(
     begun = peak_gib()
     began = time.perf_counter()
     base = load_base(job, len(data.labels), device)
-    if weights is None:
+    if weights is None and not base.own_head:
         fresh_heads(base, job.train.seed)
     model: Any = load_weights(job, base, weights) if weights else base.model
     model.eval()

@@ -38,6 +38,8 @@ class Base:
     device: torch.device
     key: tuple[Any, ...]
     """What it was loaded from: a session for another key needs another base."""
+    own_head: bool = False
+    """Whether the checkpoint has a classification head, which it was trained with."""
     spent: bool = False
     """Whether a method has written to its weights: no other session may have it."""
 
@@ -119,7 +121,18 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
     model.requires_grad_(False)
     if job.method != "qlora" and not sharded:  # quantised weights are on their device already
         model.to(device)
-    return Base(model, device, base_key(job, labels))
+    return Base(model, device, base_key(job, labels), own_head=not job.generates and _has_head(folder))
+
+
+def _has_head(folder: Path) -> bool:
+    """Whether a checkpoint has the weights of a classification head."""
+    from safetensors import safe_open
+
+    def names(path: Path) -> list[str]:
+        with safe_open(str(path), framework="pt") as file:
+            return list(file.keys())
+
+    return any(name.partition(".")[0] in HEADS for path in folder.glob("*.safetensors") for name in names(path))
 
 
 def fresh_heads(base: Base, seed: int, *, full: bool = False) -> None:

@@ -184,8 +184,8 @@ class Comparison(Driver):
                     found.append(Judged(name, one.seed, job, one.weights, folder.judged(one.seed), one.tokens))
             else:
                 job = arms.judged_job(self.job, name, None)
-                seed = job.train.seed
-                found.append(Judged(name, seed, job, None, folder.judged(seed), self._tokens(job, data)))
+                seed, weights = job.train.seed, Path(arm.weights) if arm.weights else None
+                found.append(Judged(name, seed, job, weights, folder.judged(seed), self._tokens(job, data)))
         return found
 
     def _trained(self, name: str, data: Any) -> list[Judged]:

@@ -114,12 +114,14 @@ class Examiner:
 
     def _results(self, exam: Exam, data: TokenData) -> dict[str, RowResults]:
         labels = len(data.labels)
-        if self.base is None or not self.base.serves(exam.job, labels):
+        own = self.base is not None and self.base.own_head and exam.weights is None  # an adapter may have left its own
+        if self.base is None or own or not self.base.serves(exam.job, labels):
             self.base = None
             self.base = load_base(exam.job, labels, resolve_device(self.work.gpus))
         base = self.base
         if exam.weights is None:
-            fresh_heads(base, exam.job.train.seed)
+            if not base.own_head:
+                fresh_heads(base, exam.job.train.seed)
             return {split: self._of_split(base.model, exam.job, data, split, base) for split in exam.splits}
         model = load_weights(exam.job, base, Path(exam.weights))
         try:

@@ -1,0 +1,133 @@
+"""`lorafleet evaluate`: adapters, models and runs on the same rows, in one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from commands.common import DEFAULT_RUNS, Chain, Format, Nodes, On, Output, Quiet, Runs, backend_for, say
+from commands.sweep import Detach, Wait
+
+if TYPE_CHECKING:
+    from jobs.given import Given
+    from jobs.load import LoadedJob
+    from jobs.run import Run
+
+What = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL... [KEY=VALUE]...",
+        help="Runs (RUN, RUN:TRIAL), folders of adapters or models, hub ids, asset:NAME; and fields to set.",
+        show_default=False,
+    ),
+]
+ByJob = Annotated[
+    Path | None,
+    typer.Option("--job", metavar="JOB.yaml", help="The task, rows and metrics; left out: those of the first run."),
+]
+Data = Annotated[
+    Path | None, typer.Option("--data", metavar="FILE", help="Rows to judge by, instead of the job's test rows.")
+]
+Measured = Annotated[
+    bool, typer.Option("--measure", help="Measure speed and memory too, each model in processes of its own.")
+]
+
+
+def evaluate(
+    what: What,
+    job: ByJob = None,
+    data: Data = None,
+    measure: Measured = False,
+    runs: Runs = DEFAULT_RUNS,
+    on: On = None,
+    nodes: Nodes = None,
+    chain: Chain = None,
+    quiet: Quiet = False,
+    output: Output = Format.TEXT,
+    detach: Detach = False,
+    wait: Wait = False,
+) -> None:
+    """Judge adapters, models and runs on the same rows: one base stays loaded, and adapters come and go."""
+    from cluster.check import check_names
+    from cluster.fetch import fetch_job, fetch_model
+    from commands.watch import follow
+
+    loaded = _job(what, job, data, runs, rounds=2 if measure else 0)
+    backend = backend_for(on, nodes, chain)
+    check_names(loaded)
+    if on is None:
+        told = say if not quiet else lambda _: None
+        fetch_job(loaded.job, told)
+        for arm in loaded.job.compare.arms.values() if loaded.job.compare else ():
+            if "model.model_name_or_path" in arm.set:
+                fetch_model(arm.set["model.model_name_or_path"], arm.set.get("model.revision"), told)
+    run = backend.submit(backend.plan(loaded, "compare"), loaded, backend.runs_dir(runs))
+    if detach:
+        typer.echo(run.id)
+        return
+    follow(run, backend, quiet=quiet, output=output, silent=wait)
+
+
+def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, rounds: int) -> LoadedJob:
+    """A job whose comparison has each model as an arm that trains nothing."""
+    import yaml
+
+    from evaluation.report import run_job
+    from jobs.errors import UserError
+    from jobs.given import named
+    from jobs.load import load_job, load_text
+
+    overrides = [word for word in what if "=" in word]
+    found = [_model(word, runs) for word in what if "=" not in word]
+    if not found:
+        raise UserError("evaluate has nothing to judge: name runs, folders of adapters or models, or hub ids")
+    if job is not None:
+        base = load_job(job, tuple(overrides)).job
+    else:
+        first = next((run for _, run in found if run is not None), None)
+        if first is None:
+            raise UserError("--job JOB.yaml is missing: it says what task, rows and metrics; only a run brings its own")
+        base = run_job(first)
+    raw = base.model_dump(mode="json", exclude_defaults=True) | {"name": "evaluate"}
+    for block in ("search", "compare", "linked"):
+        raw.pop(block, None)
+    if data is not None:
+        raw["data"] = {**raw["data"], "test_file": str(data.absolute())}
+        raw["data"].pop("max_test_samples", None)
+    arms = named([model for model, _ in found])
+    if len(arms) == 1:
+        arms["base"] = {"method": "base"}
+    metric = base.metric.model_dump()
+    raw["compare"] = {"arms": arms, "inference": {"rounds": rounds}, "rule": "best", "metric": metric}
+    text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    own = () if job is not None else tuple(overrides)
+    return load_text(text, Path.cwd() / "evaluate.yaml", own)
+
+
+def _model(word: str, runs: Path) -> tuple[Given, Run | None]:
+    """(the model that a word names, the run that it is from)."""
+    from cluster.store import find_run
+    from evaluation.report import build_report
+    from jobs.errors import RunError
+    from jobs.given import is_model_name, of_folder, of_model, of_run
+
+    folder = Path(word).expanduser()
+    if folder.is_dir() and not (folder / "status.json").is_file():
+        return of_folder(folder), None
+    if is_model_name(word):
+        return of_model(word), None
+    name, _, trial_id = word.partition(":")
+    run = find_run(runs, name)
+    if trial_id:
+        weights = run.trial(trial_id).weights
+    else:
+        chosen = build_report(run).recommendation
+        if chosen.trial_id is None or chosen.adapter is None:
+            raise RunError(f"{run.id} recommends nothing yet: name a trial, as {run.id}:TRIAL")
+        trial_id, weights = chosen.trial_id, run.path / chosen.adapter
+    if not weights.is_dir():
+        more = f"`lorafleet pull {run.id}` brings it" if weights.parent.is_dir() else "no such trial was kept"
+        raise RunError(f"{weights} is not on this machine: {more}")
+    return of_run(run, trial_id, weights), run

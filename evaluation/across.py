@@ -1,0 +1,133 @@
+"""Runs side by side, without training anything: ranked where they were judged alike, and marked where they were not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evaluation.choose import Choice, choose
+from evaluation.comparison import arms_of_run, pairs_of
+from evaluation.metrics import scores
+from evaluation.report import build_report, describe, run_job
+from evaluation.results import RowResults
+from evaluation.samples import differing
+from evaluation.summary import read_results
+from jobs import files
+from jobs.report import Arm, Report
+from jobs.run import Run
+
+_MUST_AGREE = {
+    "rows": "the held-out rows",
+    "model": "the base model",
+    "prompt_format": "the prompt format",
+    "metric_version": "the version of the metrics",
+    "encoders": "the encoder of BERTScore",
+}
+"""What two runs must have in common to be ranked."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What one run brings."""
+
+    run: Run
+    report: Report
+    arm: Arm
+    results: list[RowResults]
+    terms: dict[str, Any]
+
+
+def across(runs: Sequence[Run]) -> Report:
+    """One table of what each run recommends. Those that were not judged as the first was are not ranked."""
+    entries = [_entry(run) for run in runs]
+    first = entries[0]
+    arms = [_against(entry, first) for entry in entries]
+    judged = {arm.arm: entry.results for arm, entry in zip(arms, entries, strict=True) if arm.comparable}
+    job = run_job(first.run)
+    pairs = pairs_of(judged, job.metric.name, job.evaluate.bootstrap_samples)
+    choice = Choice("cheapest_within_noise", job.metric.name, job.metric.goal, "train_seconds")
+    rows = files.read_jsonl(first.run.rows_file(first.report.held_out))
+    labels = [str(label) for label in first.report.facts.get("labels", [])]
+    firsts = {name: results[0] for name, results in judged.items() if results}
+    trials = [row.model_copy(update={"arm": entry.run.id}) for entry in entries for row in entry.report.trials]
+    return first.report.model_copy(
+        update={
+            "run": " and ".join(run.id for run in runs),
+            "state": "side by side",
+            "arms": arms,
+            "pairs": pairs,
+            "trials": trials,
+            "samples": differing(rows, firsts, labels),
+            "mistakes": [],
+            "confusion": [],
+            "per_class": {},
+            "rungs": [],
+            "wall_seconds": None,
+            "warnings": [],
+            "recommendation": choose(arms, pairs, choice),
+        }
+    )
+
+
+def _entry(run: Run) -> _Entry:
+    report, job = build_report(run), run_job(run)
+    split = report.held_out
+    facts = files.read_json(run.path / "facts.json")
+    terms = {
+        "rows": facts.get("rows_sha256", {}).get(split),
+        "model": facts.get("model_revisions", {}).get(job.model.model_name_or_path),
+        "prompt_format": facts.get("prompt_format"),
+        "metric_version": facts.get("metric_version"),
+        "encoders": facts.get("encoders", {}) if job.text_metrics else {},
+    }
+    if report.arms is not None:
+        arms, judged, _ = arms_of_run(run, job, split)
+        chosen = next((arm for arm in arms if arm.arm == report.recommendation.arm), arms[0])
+        what = f"{chosen.arm}: {chosen.what}"
+        return _Entry(run, report, chosen.model_copy(update={"arm": run.id, "what": what}), judged[chosen.arm], terms)
+    trial_id = report.recommendation.trial_id
+    found = None
+    if trial_id is not None:
+        record = files.read_json(run.trial(trial_id).path / "test.json").get(split, {})
+        found = read_results(run.trial(trial_id).predictions(split), record)
+    results = [found] if found else []
+    return _Entry(run, report, _arm_of_trial(run, report, results), results, terms)
+
+
+def _arm_of_trial(run: Run, report: Report, results: list[RowResults]) -> Arm:
+    trial_id, job = report.recommendation.trial_id, run_job(run)
+    if trial_id is None:
+        return Arm(arm=run.id, what="no trial with a score", remarks=["it has nothing to ship"], comparable=False)
+    row = report.row(trial_id)
+    values = {path: f"{value:.3g}" if isinstance(value, float) else value for path, value in row.params.items()}
+    found = scores(results, job.metric_names, job.evaluate.bootstrap_samples) if results else None
+    return Arm(
+        arm=run.id,
+        what=f"{job.method}: {describe(values) or trial_id}",
+        metrics=dict(found.metrics) if found else row.test_metrics or {},
+        interval=found.intervals if found else row.test_intervals,
+        configuration=row.params,
+        tried=len(report.trials),
+        trial_id=trial_id,
+        weights=report.recommendation.adapter,
+        train_seconds=row.train_seconds,
+        gpu_hours=row.gpu_hours,
+        peak_memory_gib=row.peak_memory_gib,
+        trainable_parameters=row.trainable_parameters,
+    )
+
+
+def _against(entry: _Entry, first: _Entry) -> Arm:
+    """An entry's arm, marked where it was not judged as the first was."""
+    odd = []
+    if not entry.results:
+        odd.append("it has no predictions of the held-out rows (it was made by an older version, or has not ended)")
+    for name, what in _MUST_AGREE.items():
+        if entry.terms[name] != first.terms[name]:
+            odd.append(f"not ranked: {what} differ{'' if name == 'rows' else 's'} from {first.run.id}'s")
+    if entry.report.held_out != first.report.held_out:
+        odd.append(f"not ranked: it was judged on {entry.report.held_out} rows")
+    if not odd:
+        return entry.arm
+    return entry.arm.model_copy(update={"comparable": False, "remarks": [*entry.arm.remarks, *odd]})

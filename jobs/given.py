@@ -1,0 +1,75 @@
+"""Models that were made before, as the arms of a comparison that trains nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs import fields, files
+from jobs.errors import UserError
+from jobs.identity import ADAPTER_FILES
+from jobs.load import looks_like_path
+from jobs.run import Run
+
+_PEFT_METHODS = {"LORA": "lora", "PROMPT_TUNING": "prompt_tuning"}
+_SHARED = ("model", "qlora", "prompt_tuning")
+"""Blocks that say what a model's base is: an arm keeps those of the run that it is from."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """One model, and what its arm sets of the job that judges it."""
+
+    name: str
+    arm: dict[str, Any]
+
+
+def of_run(run: Run, trial_id: str, weights: Path) -> Given:
+    """The weights of a run's trial, on its own base."""
+    resolved = run.trial(trial_id).params().get("resolved", {})
+    if not resolved:
+        resolved = files.read_json(weights.parent / "params.json").get("resolved", {})
+    values = {path: fields.get(resolved, path) for path in fields.leaves() if path.partition(".")[0] in _SHARED}
+    known = {path: value for path, value in values.items() if value is not None}
+    arm = {"method": resolved.get("method", "lora"), "weights": str(weights), "set": known}
+    return Given(run.id, arm)
+
+
+def of_folder(folder: Path) -> Given:
+    """An adapter's folder, or a model's. Raises UserError for what is neither."""
+    config = folder / ADAPTER_FILES[0]
+    if config.is_file():
+        kind = json.loads(config.read_text()).get("peft_type")
+        if kind not in _PEFT_METHODS:
+            raise UserError(f"{folder} holds an adapter of type {kind}, but must be {' or '.join(_PEFT_METHODS)}")
+        shown = folder.parent.name if folder.name in ("adapter", "model") else folder.name
+        return Given(shown, {"method": _PEFT_METHODS[kind], "weights": str(folder.absolute())})
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds neither {ADAPTER_FILES[0]} nor config.json: it is no adapter and no model")
+    return of_model(str(folder.absolute()), folder.name)
+
+
+def of_model(name: str, shown: str | None = None) -> Given:
+    """A whole model: a hub id, an asset, or a folder."""
+    return Given(shown or name, {"method": "base", "set": {"model.model_name_or_path": name}})
+
+
+def is_model_name(text: str) -> bool:
+    """Whether a text names a model of the hub or an asset, and no path or run."""
+    return text.startswith("asset:") or (text.count("/") == 1 and not looks_like_path(text))
+
+
+def named(models: list[Given]) -> dict[str, dict[str, Any]]:
+    """Arms by names that a job file may have, each once."""
+    found: dict[str, dict[str, Any]] = {}
+    for model in models:
+        name = re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-")[:36].strip("-") or "model"
+        number = 2
+        unique = name
+        while unique in found:
+            unique, number = f"{name}-{number}", number + 1
+        found[unique] = model.arm
+    return found

@@ -53,17 +53,26 @@ def arms_of_run(run: Run, job: JobSpec, split: str) -> tuple[list[Arm], dict[str
     """(the arms, what their models did with each row, all trials of all arms)."""
     assert job.compare is not None
     arms: list[Arm] = []
-    judged: dict[str, list[RowResults]] = {}
     trials: list[Row] = []
     for name, spec in job.compare.arms.items():
         folder = run.arm(name)
         results = {seed: _judged(folder.judged(seed), split) for seed in folder.judged_seeds()}
-        judged[name] = [found for found in results.values() if found is not None]
         source = run.arm(spec.adapter_of or name)
         arms.append(_arm(run, job, spec, folder, source, results))
         if spec.trains and _begun(folder):
             trials += [row.model_copy(update={"arm": name}) for row in build_report(folder).trials]
-    return arms, judged, trials
+    return arms, judged_results(run, job, split), trials
+
+
+def judged_results(run: Run, job: JobSpec, split: str) -> dict[str, list[RowResults]]:
+    """What the models of each arm did with each row, by seed."""
+    assert job.compare is not None
+    found = {}
+    for name in job.compare.arms:
+        arm = run.arm(name)
+        results = [_judged(arm.judged(seed), split) for seed in arm.judged_seeds()]
+        found[name] = [one for one in results if one is not None]
+    return found
 
 
 def pairs_of(judged: dict[str, list[RowResults]], metric: str, resamples: int) -> list[Pair]:

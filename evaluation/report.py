@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -15,6 +15,9 @@ from jobs.metrics import is_better
 from jobs.report import Failure, Intervals, Metrics, Report, Row
 from jobs.run import Run, Trial
 from jobs.spec import JobSpec
+
+if TYPE_CHECKING:
+    from evaluation.results import RowResults
 
 
 def run_job(run: Run) -> JobSpec:
@@ -66,35 +69,47 @@ def build_report(run: Run) -> Report:
         facts=shown_facts,
     )
     if plan.get("command") != "compare":
-        return _with_samples(run, plain)
-    from evaluation.comparison import comparison_report
+        whole = _with_samples(run, plain)
+    else:
+        from evaluation.comparison import comparison_report
 
-    return comparison_report(run, job, plain)
+        whole = comparison_report(run, job, plain)
+    if not (run.path / "ratings").is_dir():
+        return whole
+    from evaluation.rating import ratings_of
+
+    return whole.model_copy(update={"ratings": ratings_of(run)})
 
 
 def _with_samples(run: Run, report: Report) -> Report:
     """The report with held-out rows: base and recommended trial side by side, and what the latter gets wrong."""
     from evaluation.samples import differing, mistakes
-    from evaluation.summary import read_results
 
-    split, chosen = report.held_out, report.recommendation.trial_id
-    rows = files.read_jsonl(run.rows_file(split))
+    chosen = report.recommendation.trial_id
+    rows = files.read_jsonl(run.rows_file(report.held_out))
     if chosen is None or not rows:
         return report
     labels = [str(label) for label in report.facts.get("labels", [])]
-    base = files.read_json(run.path / "report" / "base.json").get(split, {})
-    own = files.read_json(run.trial(chosen).path / "test.json").get(split, {})
-    found = {
-        "base": read_results(run.base_predictions(split), base),
-        chosen: read_results(run.trial(chosen).predictions(split), own),
-    }
-    there = {name: results for name, results in found.items() if results is not None}
+    there = chosen_results(run, report)
     update: dict[str, Any] = {"samples": differing(rows, there, labels)}
     if chosen in there:
         row = report.row(chosen)
         update |= {"per_class": row.per_class, "confusion": row.confusion}
         update["mistakes"] = mistakes(rows, chosen, there[chosen], labels)
     return report.model_copy(update=update)
+
+
+def chosen_results(run: Run, report: Report) -> dict[str, RowResults]:
+    """What a search's untuned base and its recommended trial did with the held-out rows, where they were judged."""
+    from evaluation.summary import read_results
+
+    split, chosen = report.held_out, report.recommendation.trial_id
+    base = files.read_json(run.path / "report" / "base.json").get(split, {})
+    found = {"base": read_results(run.base_predictions(split), base)}
+    if chosen is not None:
+        own = files.read_json(run.trial(chosen).path / "test.json").get(split, {})
+        found[chosen] = read_results(run.trial(chosen).predictions(split), own)
+    return {name: results for name, results in found.items() if results is not None}
 
 
 def write_report(run: Run) -> Report:

@@ -143,6 +143,29 @@ def notes(report: Report) -> list[str]:
     return found
 
 
+def ratings_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows) of what people think: a row a model, a column a criterion; the last row has the agreement."""
+    if report.ratings is None:
+        return [], []
+    judged = report.ratings.judgements
+    criteria = list(dict.fromkeys(one.criterion for one in judged))
+    found = {(one.arm, one.criterion): one for one in judged}
+
+    def cell(arm: str, criterion: str) -> str:
+        one = found.get((arm, criterion))
+        if one is None:
+            return MISSING
+        return f"{one.mean:.2f} [{one.interval[0]:.2f}, {one.interval[1]:.2f}] ({one.rows})"
+
+    rows = [[arm, *(cell(arm, name) for name in criteria)] for arm in dict.fromkeys(one.arm for one in judged)]
+    alphas = {one.criterion: one.alpha for one in judged}
+    agreed = [number(alphas[name], 2) for name in criteria]
+    raters = len(report.ratings.raters)
+    if raters > 1:
+        rows.append([f"agreement of {raters} raters (Krippendorff's alpha)", *agreed])
+    return ["rated 0 to 5, blind", *criteria], rows
+
+
 def headline(report: Report) -> str:
     """One line on what ran."""
     counts = report.rows_count

@@ -41,10 +41,10 @@ class ArmSpec(Spec):
 
     @model_validator(mode="after")
     def _one_kind(self) -> ArmSpec:
-        if (self.method is None) == (self.adapter_of is None):
-            raise ValueError("must have either method or adapter_of, and exactly one of the two")
         if self.weights and self.method in (None, "base"):
             raise ValueError("weights goes with the method that they were trained by: lora, qlora, prompt_tuning, full")
+        if (self.method is None) == (self.adapter_of is None):
+            raise ValueError("must have either method or adapter_of, and exactly one of the two")
         if (self.trains or self.weights) and self.quantization != "none":
             raise ValueError("quantization is for base and adapter_of; method: qlora says that a base is quantised")
         if not self.trains and self.parameters:

@@ -185,6 +185,35 @@ class Sample(Spec):
     """Model (arm, trial or `base`) -> its answer."""
 
 
+class Judgement(Spec):
+    """What people think of one model by one criterion."""
+
+    arm: str
+    """The model: an arm, a trial or `base`."""
+    criterion: str
+    """fluency, coherence or correctness."""
+    mean: float
+    """Over rows, each the mean of its raters; 0 to 5."""
+    interval: tuple[float, float]
+    """Its 95 % bootstrap interval over rows."""
+    rows: int
+    """How many rows were rated."""
+    alpha: float | None = None
+    """Krippendorff's alpha (interval data) of the raters by this criterion, over all models; null with one rater, or
+    where all gave the same."""
+
+
+class Ratings(Spec):
+    """What people think of the models' answers, which they were shown without names."""
+
+    raters: list[str]
+    """Who rated."""
+    judgements: list[Judgement]
+    """One for each model and criterion."""
+    notes: list[str] = []
+    """What raters noted."""
+
+
 class Recommendation(Spec):
     """Which trial to ship."""
 
@@ -245,6 +274,8 @@ class Report(Spec):
     """Of the recommended classifier on the held-out rows: label -> precision, recall, f1, and support (rows)."""
     confusion: list[list[int]] = []
     """Of it: how many rows of each class (outer) were said to be of which (inner)."""
+    ratings: Ratings | None = None
+    """What people think (`lorafleet rate`)."""
     mistakes: list[Sample] = []
     """Of the recommended classifier: what it got wrong, the most confident first."""
     wall_seconds: float | None = None

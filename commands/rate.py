@@ -1,0 +1,115 @@
+"""`lorafleet rate RUN`: a person judges answers without knowing whose they are, on a page or in the terminal."""
+
+from __future__ import annotations
+
+import getpass
+import os
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from commands.common import DEFAULT_RUNS, RunName, Runs, console, say
+
+if TYPE_CHECKING:
+    from evaluation.rating import Item, Notebook
+
+Rater = Annotated[
+    str | None, typer.Option("--rater", metavar="NAME", help="Who rates; left out: the user's name. Kept apart.")
+]
+Rows = Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Held-out rows to rate.")]
+Port = Annotated[int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0: any that is free.")]
+InTerminal = Annotated[bool, typer.Option("--terminal", help="Ask here, without a page.")]
+
+
+def rate(
+    run: RunName = None,
+    runs: Runs = DEFAULT_RUNS,
+    rater: Rater = None,
+    rows: Rows = 20,
+    port: Port = 0,
+    terminal: InTerminal = False,
+) -> None:
+    """Rate the answers of a run's models side by side, blind, from 0 to 5; the report then has what people think."""
+    from cluster.store import find_run
+    from evaluation.rating import Notebook, checked_rater, folder_of, sheet_of_run
+    from jobs import files
+    from jobs.errors import RunError
+
+    found = find_run(runs, run)
+    name = checked_rater(rater or os.environ.get("LORAFLEET_RATER") or getpass.getuser())
+    path = folder_of(found) / f"{name}.jsonl"
+    with files.locked(path, wait=False) as alone:
+        if not alone:
+            raise RunError(f"{name} is rating {found.id} already: end that one, or rate as another (--rater NAME)")
+        book = Notebook.open(path, sheet_of_run(found, name, rows))
+        if terminal:
+            _ask(book)
+        else:
+            _serve(book, found.id, port)
+    say(f"{len(book.scores)} ratings of {name} in {path}; `lorafleet report {found.id}` has them")
+
+
+def _serve(book: Notebook, title: str, port: int) -> None:
+    import uvicorn
+
+    from jobs.errors import UserError
+    from webapp.local import free_socket, new_token
+    from webapp.rate import rating_app
+
+    try:
+        listening = free_socket(port)
+    except OSError as error:
+        raise UserError(f"--port is {port}, which cannot be had on 127.0.0.1: {error.strerror}") from error
+    with listening:
+        token, taken = new_token(), listening.getsockname()[1]
+        app = rating_app(book, title, token, taken)
+        say(f"rate at  http://127.0.0.1:{taken}/#{token}")
+        say("(this machine alone; every rating is kept at once; Ctrl-C ends)")
+        host = os.environ.get("SSH_CONNECTION", "").split()[2:3]
+        if host:
+            say(f"from elsewhere, first: ssh -L {taken}:127.0.0.1:{taken} {host[0]}")
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        server.run(sockets=[listening])
+
+
+def _ask(book: Notebook) -> None:
+    """Every rating that is missing, one after another."""
+    from evaluation.rating import CRITERIA, HIGHEST, LOWEST
+
+    screen = console()
+    keys = f"{LOWEST}-{HIGHEST}, u undoes the last, n TEXT notes, s skips the row, q ends"
+    for number, item in enumerate(book.items, start=1):
+        wanted = [(slot, name) for slot in _slots(item) for name in CRITERIA]
+        if not _missing(book, item, wanted):
+            continue
+        screen.rule(f"row {number} of {len(book.items)}")
+        screen.print(item.prompt, markup=False)
+        for slot, text in zip(_slots(item), item.texts, strict=True):
+            screen.print(f"\n{slot}: {text or '(nothing)'}", markup=False)
+        while left := _missing(book, item, wanted):
+            slot, name = left[0]
+            try:
+                said = typer.prompt(f"answer {slot}, {name} ({keys})").strip()
+            except (typer.Abort, EOFError):
+                return
+            if said == "q":
+                return
+            if said == "s":
+                break
+            if said == "u":
+                book.undo()
+            elif said.startswith("n "):
+                book.note(item.row, said[2:])
+            elif said.isdigit() and LOWEST <= int(said) <= HIGHEST:
+                book.rate(item.row, slot, name, int(said))
+            else:
+                say(f"{said!r} is none of {keys}")
+
+
+def _slots(item: Item) -> list[str]:
+    return [answer["slot"] for answer in item.shown()["answers"]]
+
+
+def _missing(book: Notebook, item: Item, wanted: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    given = book.shown()["scores"]
+    return [(slot, name) for slot, name in wanted if f"{item.row}/{slot}/{name}" not in given]

@@ -1,0 +1,21 @@
+"""What the models of a run wrote for the held-out rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evaluation.comparison import judged_results
+from evaluation.report import build_report, chosen_results, run_job
+from jobs import files
+from jobs.run import Run
+
+
+def answers_of(run: Run) -> tuple[list[dict[str, Any]], dict[str, tuple[str | None, ...]]]:
+    """(the held-out rows, each model's answers): a comparison's arms, else the base and the recommended trial."""
+    report, job = build_report(run), run_job(run)
+    rows = files.read_jsonl(run.rows_file(report.held_out))
+    if report.arms is not None:
+        found = {name: results[0] for name, results in judged_results(run, job, report.held_out).items() if results}
+    else:
+        found = chosen_results(run, report)
+    return rows, {name: results.answers for name, results in found.items() if results.answers}

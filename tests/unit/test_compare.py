@@ -1,0 +1,273 @@
+"""Comparisons: what a block may say, what jobs its arms are, and which arm ships. No Ray here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.machine import site_here
+from cluster.planning import make_plan
+from evaluation.choose import Choice, choose, front
+from evaluation.comparison import pairs_of
+from evaluation.metrics import difference, scores
+from evaluation.results import Classified, RowResults
+from evaluation.samples import differing, mistakes
+from jobs import arms, search
+from jobs.errors import JobFileError
+from jobs.given import named, of_folder
+from jobs.report import Arm, Inference, Pair
+from jobs.spec import JobSpec
+from tests.conftest import JobMaker
+from tuning.proposals import GivenProposals, ThenSeeds
+
+ARMS = """
+compare:
+  arms:
+    base: {method: base}
+    lora:
+      method: lora
+      parameters: {lr: [1e-3, 1e-2], lora.lora_r: [2, 4]}
+    qlora: {method: qlora, set: {train.learning_rate: 5e-3, lora.lora_r: 8}}
+    base-int8: {method: base, quantization: int8}
+    hybrid: {adapter_of: lora, quantization: int8}
+  budget: {samples: 64}
+  method: grid
+  seeds: 3
+"""
+
+
+def block(make: JobMaker, text: str = ARMS) -> JobSpec:
+    return make(text).job
+
+
+# ---- the block ----
+
+
+def test_arms_are_jobs_of_their_own(bert_job: JobMaker) -> None:
+    job = block(bert_job)
+    assert arms.trained(job) == ["lora", "qlora"]
+    lora = arms.search_job(job, "lora", 64)
+    assert lora.search is not None
+    assert search.grid_size(lora.search) == 4
+    assert (lora.search.seeds, lora.search.scheduler.max_t, lora.search.scheduler.type) == (3, 64, "none")
+    assert search.trial(lora, {"lora.lora_r": 2, "train.learning_rate": 1e-3}).lora.lora_alpha == 4  # the file's link
+    qlora = arms.search_job(job, "qlora", 64)
+    assert qlora.search is not None
+    assert list(search.assignments(qlora)) == [{"train.seed": seed} for seed in (42, 43, 44)]
+    assert (qlora.lora.lora_r, qlora.lora.lora_alpha, qlora.train.learning_rate) == (8, 16, 5e-3)
+    best = arms.judged_job(job, "lora", {"lora.lora_r": 2, "train.learning_rate": 1e-3})
+    assert (best.method, best.lora.lora_r, best.lora.lora_alpha, best.search) == ("lora", 2, 4, None)
+    assert arms.judged_job(job, "base", None).method == "lora"
+    int8 = arms.own_job(job, "base-int8")
+    assert (int8.method, int8.qlora.quant_type) == ("qlora", "int8")
+    assert arms.own_job(job, "hybrid").qlora.quant_type == "int8"
+
+
+def test_every_arm_is_planned(bert_job: JobMaker) -> None:
+    made = make_plan(bert_job(ARMS), site_here(None), "compare")
+    assert [trial.arm for trial in made.trials] == ["lora"] * 4 + ["qlora"] * 3
+    assert made.later_trials == 2  # lora's best with two further seeds
+    assert made.worst_samples == (4 + 2 + 3) * 64
+    assert made.command == "compare"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("arms: {a: {method: lora}}", "must be at least 2 long"),
+        ("arms: {a: {method: base}, b: {}}", "must have either method or adapter_of"),
+        ("arms: {a: {method: base}, b: {adapter_of: a}}", "adapter_of is 'a', but must be an arm with an adapter"),
+        ("arms: {a: {method: base}, b: {method: lora, quantization: int8}}", "quantization is for base and adapter_of"),
+        ("arms: {a: {method: base, parameters: {lr: [1]}}, b: {method: lora}}", "this arm trains nothing"),
+        ("arms: {a: {method: base}, b: {method: lora, set: {data.text_column: x}}}", "is the same for all arms"),
+        ("arms: {a: {method: base}, b: {method: lora, set: {lora.r: 8}}}", "did you mean 'lora.lora_r'?"),
+        ("arms: {a: {method: base}, b: {method: lora, set: {lora.lora_r: 0}}}", "lora.lora_r is 0, but must be at"),
+        (
+            "arms: {a: {method: base}, b: {method: lora, parameters: {lr: [1e-3, 0]}}}",
+            "compare.arms.b: search.parameters.train.learning_rate",
+        ),
+        ("arms: {a: {method: base}, b: {method: base}}\n  budget: {samples: 1, tokens: 2}", "must have one of them"),
+        ("arms: {a: {method: base}, b: {method: base}}\n  scheduler: {max_t: 8}", "is what compare.budget says"),
+        (
+            "method: grid\n  arms: {a: {method: lora, parameters: {lr: [1, 2]}}, "
+            "b: {method: full, parameters: {lr: [1]}}}",
+            "different numbers of configurations (a 2, b 1): not fair",
+        ),
+        ("arms: {a: {method: base}, b: {method: base}}\n  metric: rougeL", "must be one of accuracy, f1"),
+        ("arms: {a: {weights: x}, b: {method: base}}", "weights goes with the method that they were trained by"),
+    ],
+)
+def test_a_wrong_block_gets_its_sentence(text: str, sentence: str, bert_job: JobMaker) -> None:
+    with pytest.raises(JobFileError) as caught:
+        bert_job(f"compare:\n  {text}\n")
+    assert sentence in str(caught.value)
+    assert "job.yaml:" in str(caught.value)  # and its line
+
+
+def test_seeds_follow_the_search(bert_job: JobMaker) -> None:
+    text = "search: {method: grid, seeds: 3, scheduler: {type: none, max_t: 16}, parameters: {lr: [1e-3, 1e-2]}}"
+    job = bert_job(text).job
+    best: list[search.Assignment] = []
+    proposals = ThenSeeds(GivenProposals(list(search.assignments(job))), job, lambda: best[0] if best else None)
+    assert [proposals.next() for _ in range(2)] == [{"train.learning_rate": 1e-3}, {"train.learning_rate": 1e-2}]
+    assert proposals.next() is None  # the search has not ended
+    best.append({"train.learning_rate": 1e-2})
+    assert proposals.next() == {"train.learning_rate": 1e-2, "train.seed": 43}
+    assert proposals.next() == {"train.learning_rate": 1e-2, "train.seed": 44}
+    assert proposals.next() is None
+    assert search.repeats(job, {"train.learning_rate": 1e-2, "train.seed": 44})
+    assert not search.repeats(job, {"train.learning_rate": 1e-2})
+    with pytest.raises(JobFileError, match=r"train.seed is searched as well"):
+        bert_job(text.replace("{lr: [1e-3, 1e-2]}", "{train.seed: [1, 2]}"))
+
+
+def test_given_models_are_arms(tmp_path: Path) -> None:
+    adapter = tmp_path / "ab" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    found = named([of_folder(adapter), of_folder(adapter)])
+    assert list(found) == ["ab", "ab-2"]
+    assert found["ab"] == {"method": "lora", "weights": str(adapter)}
+
+
+# ---- pairs ----
+
+
+def classified(right: np.ndarray) -> RowResults:
+    """Results that are right or wrong on given rows."""
+    labels = np.zeros(len(right), dtype=int)
+    said = Classified(labels, np.where(right, 0, 1), np.full(len(right), 0.9), 2)
+    return RowResults(np.where(right, 0.1, 2.0), np.ones(len(right), dtype=int), said)
+
+
+def test_pairs_are_finer_than_intervals() -> None:
+    """Two models that agree on nearly all rows are told apart, though their own intervals overlap widely."""
+    right = np.random.default_rng(0).random(400) < 0.7
+    better = right.copy()
+    better[np.flatnonzero(~right)[:12]] = True
+    one, other = classified(right), classified(better)
+    low, high = (scores(found, ["accuracy"], 1000).intervals["accuracy"] for found in (other, one))
+    assert low[0] < high[1]
+    apart = difference([other], [one], "accuracy", 1000)
+    assert apart.value == pytest.approx(12 / 400)
+    assert apart.interval[0] > 0
+    assert apart.p_value < 0.01
+    assert difference([one], [other], "accuracy", 1000).p_value == apart.p_value
+
+
+def test_the_same_model_is_not_told_apart_from_itself() -> None:
+    found = classified(np.random.default_rng(0).random(50) < 0.5)
+    apart = difference([found], [found], "accuracy", 500)
+    assert (apart.value, apart.interval, apart.p_value) == (0.0, (0.0, 0.0), 1.0)
+
+
+def test_p_values_are_as_often_small_as_they_say() -> None:
+    """Models that differ by chance alone get p < 0.05 about once in twenty times."""
+    random, small = np.random.default_rng(1), 0
+    for _ in range(300):
+        one, other = (classified(random.random(200) < 0.6) for _ in range(2))
+        small += difference([one], [other], "accuracy", 400).p_value < 0.05
+    assert 3 <= small <= 30
+
+
+def test_seeds_are_averaged() -> None:
+    right = np.arange(10) < 5
+    models = [classified(right), classified(np.arange(10) < 7)]
+    assert scores(models, ["accuracy"], 200).metrics["accuracy"] == pytest.approx(0.6)
+    pairs = pairs_of({"a": models, "b": [classified(right)], "gone": []}, "accuracy", 200)
+    assert [(pair.one, pair.other) for pair in pairs] == [("a", "b")]
+    assert pairs[0].difference == pytest.approx(0.1)
+
+
+# ---- the choice ----
+
+
+def arm(name: str, accuracy: float, seconds: float, gib: float = 1.0) -> Arm:
+    return Arm(
+        arm=name,
+        what=name,
+        metrics={"accuracy": accuracy, "loss": 1 - accuracy},
+        interval={"accuracy": (accuracy - 0.02, accuracy + 0.02)},
+        train_seconds=seconds,
+        inference=Inference(peak_memory_gib=gib, latency_ms=10 * gib),
+    )
+
+
+TABLE = [
+    arm("base", 0.50, 0, 1.0),
+    arm("lora", 0.79, 10, 1.1),
+    arm("full", 0.80, 50, 1.0),
+    arm("hybrid", 0.78, 10, 0.6),
+]
+PAIRS = [
+    Pair(one=one, other=other, metric="accuracy", difference=0.0, interval=(0, 0), p_value=p)
+    for one, other, p in (("base", "full", 0.001), ("lora", "full", 0.4), ("full", "hybrid", 0.03))
+]
+
+
+def chosen(rule: str, cost: str = "train_seconds", within: float = 0.0, metric: str = "accuracy") -> tuple[str, str]:
+    goal = "maximize" if metric == "accuracy" else "minimize"
+    found = choose(TABLE, PAIRS, Choice(rule, metric, goal, cost, within))  # type: ignore[arg-type]
+    assert found.arm is not None
+    assert found.rule
+    return found.arm, found.sentence
+
+
+def test_rules_choose_as_they_say() -> None:
+    assert chosen("best")[0] == chosen("best", metric="loss")[0] == "full"
+    name, sentence = chosen("cheapest_within_noise")
+    assert name == "lora"
+    assert "cannot be told apart from the 0.800 [0.780, 0.820] of full (p = 0.40)" in sentence
+    assert "10.0 seconds of training is the least of the 2" in sentence
+    assert chosen("smallest_within", "inference_memory_gib", 0.03)[0] == "hybrid"
+    assert chosen("smallest_within", "inference_memory_gib", 0.015)[0] == "full"
+    name, sentence = chosen("pareto", "inference_memory_gib")
+    assert name == "full"
+    assert "hybrid (0.780 [0.760, 0.800], 0.60 GiB in inference), full (0.800" in sentence
+    assert "base" not in sentence
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    names = [found.arm for found in front(TABLE, Choice("pareto", "accuracy", "maximize", "train_seconds"))]
+    assert names == ["base", "lora", "full"]
+    by_loss = [found.arm for found in front(TABLE, Choice("pareto", "loss", "minimize", "inference_memory_gib"))]
+    assert by_loss == ["hybrid", "full"]
+
+
+def test_nothing_to_choose_from() -> None:
+    empty = [Arm(arm="a", what="a"), arm("b", 0.9, 1).model_copy(update={"comparable": False})]
+    assert choose(empty, [], Choice("best", "accuracy", "maximize", "train_seconds")).arm is None
+
+
+def test_an_unmeasured_arm_is_not_the_cheapest() -> None:
+    table = [arm("a", 0.8, 1), arm("b", 0.8, 1).model_copy(update={"inference": None})]
+    pair = Pair(one="a", other="b", metric="accuracy", difference=0, interval=(0, 0), p_value=1.0)
+    assert choose(table, [pair], Choice("cheapest_within_noise", "accuracy", "maximize", "latency_ms")).arm == "a"
+
+
+# ---- samples ----
+
+
+def test_rows_on_which_models_differ_come_first() -> None:
+    rows = [{"prompt": f"p{row}", "reference": "good"} for row in range(4)]
+    models = {"a": classified(np.array([1, 1, 0, 1], bool)), "b": classified(np.array([1, 0, 0, 0], bool))}
+    found = differing(rows, models, ["good", "bad"])
+    assert [sample.row for sample in found] == [1, 3]
+    assert {name: answer.text for name, answer in found[0].answers.items()} == {"a": "good", "b": "bad"}
+    wrong = mistakes(rows, "b", models["b"], ["good", "bad"])
+    assert [sample.row for sample in wrong] == [1, 2, 3]
+    assert wrong[0].answers["b"].right is False
+
+
+def test_answers_are_set_apart_by_their_metric() -> None:
+    def wrote(values: list[float]) -> RowResults:
+        ratios = {"rouge1": (np.array(values), np.ones(3))}
+        return RowResults(np.ones(3), np.ones(3, dtype=int), None, ("x", None, "z"), ratios)
+
+    rows = [{"prompt": "p", "reference": "r"}] * 3
+    found = differing(rows, {"a": wrote([0.1, 0.9, 0.2]), "b": wrote([0.2, 0.0, 0.9])}, [])
+    assert [sample.row for sample in found] == [2, 0]  # the middle one was not answered
+    assert found[0].answers["b"].score == 0.9

@@ -1,0 +1,74 @@
+"""A page for one person on this machine: on 127.0.0.1 alone, behind a random word, and deaf to other sites' pages.
+
+Others share a login node: they can reach the port, and a page of another site that the user has open can too.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+
+STATIC = Path(__file__).parent / "static"
+TOKEN_HEADER = "X-Lorafleet-Token"
+_MOST_BYTES = 64_000
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+def new_token() -> str:
+    """A word that nobody guesses."""
+    return secrets.token_urlsafe(24)
+
+
+def free_socket(port: int) -> socket.socket:
+    """A socket on 127.0.0.1 that listens on a port, or on any for 0. Raises OSError where it is taken."""
+    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    found.bind(("127.0.0.1", port))
+    return found
+
+
+def guarded(app: FastAPI, token: str, port: int) -> FastAPI:
+    """An app that answers to its own name alone and, below /api, to those who know the token."""
+    hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
+    origins = {f"http://{host}" for host in hosts}
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        if request.headers.get("host") not in hosts:
+            return PlainTextResponse("this page answers to 127.0.0.1 alone", status_code=403)
+        origin = request.headers.get("origin")
+        if origin is not None and origin not in origins:
+            return PlainTextResponse("not from another site", status_code=403)
+        if request.url.path.startswith("/api/"):
+            given = request.headers.get(TOKEN_HEADER, "")
+            if not hmac.compare_digest(given.encode(), token.encode()):
+                return JSONResponse({"error": "the address must be the one that was printed, with its token"}, 403)
+            if int(request.headers.get("content-length") or 0) > _MOST_BYTES:
+                return JSONResponse({"error": "too long"}, 413)
+        answer = await call_next(request)
+        answer.headers["Content-Security-Policy"] = _POLICY
+        answer.headers["X-Content-Type-Options"] = "nosniff"
+        answer.headers["Referrer-Policy"] = "no-referrer"
+        answer.headers["Cache-Control"] = "no-store"
+        return answer
+
+    return app
+
+
+def static(app: FastAPI, names: dict[str, str]) -> None:
+    """Serve files of the package: path -> file name."""
+    kinds = {".js": "text/javascript", ".css": "text/css"}
+    for path, name in names.items():
+        text = (STATIC / name).read_text(encoding="utf-8")
+        kind = kinds.get(Path(name).suffix)
+        answer = HTMLResponse(text) if kind is None else Response(text, media_type=kind)
+        app.get(path, include_in_schema=False)(lambda answer=answer: answer)

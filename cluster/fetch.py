@@ -42,7 +42,7 @@ def fetch_job(job: JobSpec, say: Say) -> None:
         fetch_model(name, None, say)
         check_whole(name, None)
     if job.data.dataset_name:
-        fetch_dataset(job.data.dataset_name, job.data.dataset_revision, say)
+        fetch_dataset(job.data.dataset_name, job.data.dataset_revision, say, job.data.dataset_config_name)
 
 
 def fetch_model(name: str, revision: str | None, say: Say, *, code: bool = False) -> Path:
@@ -66,14 +66,14 @@ def fetch_model(name: str, revision: str | None, say: Say, *, code: bool = False
         raise AssetError(f"{here} has {missing}, and the hub is not reachable to fetch it") from error
 
 
-def fetch_dataset(name: str, revision: str | None, say: Say) -> Path:
+def fetch_dataset(name: str, revision: str | None, say: Say, config: str | None = None) -> Path:
     """The folder with a data set's splits as JSON lines, fetched if need be."""
     if name.startswith(PREFIX):
         return fetch_asset(asset(name), say)
     if Path(name).is_absolute():
         return Path(name)
-    folder = dataset_folder(name, revision)
-    return folder if folder.is_dir() else _download_hub_dataset(HubName(name, revision), folder, say)
+    folder = dataset_folder(name, revision, config)
+    return folder if folder.is_dir() else _download_hub_dataset(HubName(name, revision), config, folder, say)
 
 
 def fetch_asset(wanted: Asset, say: Say) -> Path:
@@ -238,7 +238,7 @@ def _download_hub_model(name: HubName, say: Say, *, code: bool) -> Path:
         raise unreachable("model.model_name_or_path", name, error) from error
 
 
-def _download_hub_dataset(name: HubName, folder: Path, say: Say) -> Path:
+def _download_hub_dataset(name: HubName, config: str | None, folder: Path, say: Say) -> Path:
     from httpx import HTTPError
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -254,14 +254,15 @@ def _download_hub_dataset(name: HubName, folder: Path, say: Say) -> Path:
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        splits = load_dataset(name.repo, revision=commit)
+        splits = load_dataset(name.repo, config, revision=commit)
     except (OSError, HTTPError, ValueError, DatasetNotFoundError, OfflineModeIsEnabled) as error:
         raise unreachable("data.dataset_name", name, error) from error
     with tempfile.TemporaryDirectory(dir=_made(folder.parent)) as scratch:
         unpacked = Path(scratch) / "unpacked"
         for split, rows in splits.items():
             rows.to_json(_made(unpacked) / f"{split}.jsonl", force_ascii=False)
-        files.write_json(unpacked / "source.json", {"repo": name.repo, "asked": name.revision, "commit": commit})
+        source = {"repo": name.repo, "config": config, "asked": name.revision, "commit": commit}
+        files.write_json(unpacked / "source.json", source)
         unpacked.rename(folder)
     return folder
 

@@ -118,7 +118,7 @@ def _plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
     trials = [search.trial(job, assignment) for assignment in configurations]
     schedules = [schedule(trial, train_rows or _ASSUMED_ROWS, searching=searching) for trial in trials]
     total = _total(job, len(configurations))
-    again = job.search.seeds - 1 if job.search else 0
+    again = len(search.after_search(job, {})) if job.search else 0
     cuda = _uses_gpu(job, site)
     each = [_memory(trial, known, cuda=cuda) for trial in trials]
     strategy, why = choose_strategy(trials, site, _largest(each), cuda=cuda)

@@ -54,7 +54,7 @@ def fetched_cargo(job: JobSpec) -> list[Cargo]:
             found += _model(name, None)
     data = job.data.dataset_name
     if data and not Path(data).is_absolute():
-        folder = dataset_folder(data, job.data.dataset_revision)
+        folder = dataset_folder(data, job.data.dataset_revision, job.data.dataset_config_name)
         if data.startswith(PREFIX):
             folder = next(iter(split_files(job.data).values())).parent
         found.append(asset_cargo(folder))
@@ -119,7 +119,8 @@ def _target_of_data(job: JobSpec) -> str:
     name = str(job.data.dataset_name)
     if Path(name).is_absolute():
         return ""
-    folder = asset(name).folder if name.startswith(PREFIX) else dataset_folder(name, job.data.dataset_revision)
+    hub = dataset_folder(name, job.data.dataset_revision, job.data.dataset_config_name)
+    folder = asset(name).folder if name.startswith(PREFIX) else hub
     return str(folder.relative_to(cache_dir()))
 
 

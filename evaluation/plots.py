@@ -11,6 +11,7 @@ from evaluation.choose import COSTS, Choice, front
 from evaluation.report import describe
 from jobs.compare import Cost
 from jobs.report import Report, Row
+from jobs.search import without_fold
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +130,10 @@ def _against_parameter(axes: Axes, report: Report) -> bool:
     """x is the searched number with the most different values; colour is the searched value with the next most."""
     import matplotlib
 
-    rows = [row for row in report.trials if row.metrics.get(report.metric) is not None and not row.repeats]
+    scored = [row for row in report.trials if row.metrics.get(report.metric) is not None and not row.repeats]
+    if report.folds:  # a point a fold
+        scored = [row for row in scored if row.fold is not None]
+    rows = [row.model_copy(update={"params": without_fold(row.params)}) for row in scored]
     if report.arms is not None:
         return False  # arms search different fields, or the same at different values
     values = {

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from jobs.report import Recommendation, Row
+from statistics import fmean, stdev
+from typing import Any
+
+from jobs.report import OverFolds, Recommendation, Row
 from jobs.rungs import Goal
+from jobs.search_spec import FOLD
 
 RULE = (
     "of the best configurations that were trained to the end (as many as search.keep), the one with the fewest trained "
@@ -20,7 +24,10 @@ def recommend(rows: list[Row], metric: str, goal: Goal, labels: dict[str, str], 
     scored = [
         row
         for row in rows
-        if row.state in ("finished", "stopped", "running") and not row.repeats and _score(row, metric) is not None
+        if row.state in ("finished", "stopped", "running")
+        and row.fold is None
+        and not row.repeats
+        and _score(row, metric) is not None
     ]
     whole = [row for row in scored if row.state == "finished"] or scored
     if not whole:
@@ -34,6 +41,39 @@ def recommend(rows: list[Row], metric: str, goal: Goal, labels: dict[str, str], 
         rule=RULE,
         sentence=_sentence(chosen, best, len(alike), len(whole), metric, labels),
     )
+
+
+def over_folds(rows: list[Row], metric: str, goal: Goal) -> list[OverFolds]:
+    """Every configuration of a cross-validation with its mean over folds, the best first."""
+    found: dict[str, tuple[dict[str, Any], list[float]]] = {}
+    for row in rows:
+        score = _score(row, metric)
+        if row.fold is not None and row.state == "finished" and score is not None:
+            params = {path: value for path, value in row.params.items() if path != FOLD}
+            found.setdefault(repr(params), (params, []))[1].append(score)
+    made = [
+        OverFolds(params=params, scores=scores, mean=fmean(scores), deviation=stdev(scores) if len(scores) > 1 else 0.0)
+        for params, scores in found.values()
+    ]
+    sign = -1 if goal == "maximize" else 1
+    return sorted(made, key=lambda one: (-len(one.scores), sign * one.mean))
+
+
+def recommend_over_folds(
+    rows: list[Row], folds: list[OverFolds], metric: str, labels: dict[str, str]
+) -> Recommendation:
+    """The configuration with the best mean over folds, as it was trained on the training rows as they are."""
+    rule = f"the configuration with the best mean {metric} over the folds, trained on the training rows as they are"
+    whole = [row for row in rows if row.fold is None and not row.repeats and _score(row, metric) is not None]
+    if not whole or not folds:
+        sentence = "The best configuration over the folds is not trained yet, so there is none to ship."
+        return Recommendation(trial_id=None, rule=rule, sentence=sentence)
+    row, best = whole[0], folds[0]
+    what = f"Ship {row.trial_id}" + (f" ({labels[row.trial_id]})" if labels.get(row.trial_id) else "")
+    over = f"{best.mean:.3f} ± {best.deviation:.3f} over {len(best.scores)} folds"
+    second = f", against {folds[1].mean:.3f} ± {folds[1].deviation:.3f} of the next" if len(folds) > 1 else ""
+    sentence = f"{what}: its configuration has the best mean {metric}, {over}{second} (± one standard deviation)."
+    return Recommendation(trial_id=row.trial_id, rule=rule, sentence=sentence)
 
 
 def _score(row: Row, metric: str) -> float | None:

@@ -12,6 +12,7 @@ from evaluation.report_text import (
     Cell,
     columns,
     duration,
+    folds_table,
     headline,
     notes,
     number,
@@ -46,18 +47,17 @@ def terminal(report: Report, width: int) -> RenderableType:
         table.add_row(*(Text(cell(row)) for _, cell in shown), style=_style(row, report))
     parts: list[RenderableType] = [Text(headline(report)), Text(""), table, Text("")]
     parts.append(Text(report.recommendation.sentence, style="bold"))
-    parts += _terminal_ratings(report)
+    parts += _terminal_table(*folds_table(report)) + _terminal_table(*ratings_table(report))
     parts += [Text(f"- {note}", style="dim") for note in notes(report)]
     if len(shown) < len(terminal_columns(report)):
         parts.append(Text("- more columns: report.html, report.csv, or a wider terminal", style="dim"))
     return Group(*parts)
 
 
-def _terminal_ratings(report: Report) -> list[RenderableType]:
+def _terminal_table(headings: list[str], rows: list[list[str]]) -> list[RenderableType]:
     from rich.table import Table
     from rich.text import Text
 
-    headings, rows = ratings_table(report)
     if not rows:
         return []
     table = Table(header_style="bold", box=None, pad_edge=False)
@@ -87,7 +87,7 @@ def _terminal_arms(report: Report, width: int) -> RenderableType:
         table.add_row(*(Text(cell(arm)) for _, cell in shown), style=style)
     parts: list[RenderableType] = [Text(headline(report)), Text(""), table, Text("")]
     parts.append(Text(report.recommendation.sentence, style="bold"))
-    parts += _terminal_ratings(report)
+    parts += _terminal_table(*ratings_table(report))
     parts += [Text(f"- {note}", style="dim") for note in notes(report)]
     if len(shown) < whole:
         parts.append(Text("- more columns: report.html, arms.csv, or a wider terminal", style="dim"))
@@ -136,10 +136,10 @@ def markdown(report: Report) -> str:
         lines += ["", "## Every configuration", ""]
     lines += ["| " + " | ".join(heading for heading, _ in shown) + " |", "|" + "---|" * len(shown)]
     lines += ["| " + " | ".join(plain(cell(row)) for _, cell in shown) + " |" for row in report.shown]
-    rated, judged = ratings_table(report)
-    if judged:
-        lines += ["", "| " + " | ".join(rated) + " |", "|" + "---|" * len(rated)]
-        lines += ["| " + " | ".join(map(plain, row)) + " |" for row in judged]
+    for headings, rows in (folds_table(report), ratings_table(report)):
+        if rows:
+            lines += ["", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+            lines += ["| " + " | ".join(map(plain, row)) + " |" for row in rows]
     lines += ["", *(f"- {plain(note)}" for note in notes(report)), ""]
     return "\n".join(lines)
 
@@ -236,6 +236,7 @@ def html(report: Report) -> str:
         arms=[(arm, [cell(arm) for _, cell in arm_columns(report)]) for arm in report.arms or []],
         pairs=pair_cells(report),
         ratings=ratings_table(report),
+        folds=folds_table(report),
         number=number,
     )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from evaluation.recommend import recommend
+from evaluation.recommend import over_folds, recommend, recommend_over_folds
 from jobs import files
 from jobs.errors import RunError
 from jobs.metrics import is_better
@@ -44,7 +44,11 @@ def build_report(run: Run) -> Report:
     rows = [_row(trial, job) for trial in run.trials()] if plan.get("command") != "compare" else []
     labels = {row.trial_id: describe(row.params) for row in rows}
     ordered = sorted(rows, key=lambda row: _rank(row, metric.name, metric.goal))
-    chosen = recommend(ordered, metric.name, metric.goal, labels, job.search.keep if job.search else 1)
+    folds = over_folds(rows, metric.name, metric.goal)
+    if folds:
+        chosen = recommend_over_folds(ordered, folds, metric.name, labels)
+    else:
+        chosen = recommend(ordered, metric.name, metric.goal, labels, job.search.keep if job.search else 1)
     wanted = ("data_sha256", "model_revisions", "labels")
     shown_facts: dict[str, Any] = {str(key): facts[key] for key in wanted if key in facts}
     plain = Report(
@@ -62,6 +66,7 @@ def build_report(run: Run) -> Report:
         held_out="validation" if facts.get("chosen_on_test") else "test",
         base=_base(run, facts),
         trials=ordered,
+        folds=folds,
         recommendation=chosen.model_copy(update={"adapter": _weights(run, chosen.trial_id)}),
         wall_seconds=run.status().get("wall_seconds"),
         warnings=list(facts.get("warnings", [])) + _optimism(facts) + run.remarks(),
@@ -189,6 +194,7 @@ def _row(trial: Trial, job: JobSpec) -> Row:
         rung=status.get("rung"),
         params=params.get("assignment", {}),
         repeats=trial.repeats,
+        fold=trial.fold,
         metrics={name: best[name] for name in job.metric_names if name in best},
         intervals=_intervals(best.get("intervals")),
         test_metrics=_metrics(test, split) or None,

@@ -143,6 +143,19 @@ def notes(report: Report) -> list[str]:
     return found
 
 
+def folds_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows) of a cross-validation: a row a configuration."""
+    if not report.folds:
+        return [], []
+    paths = list(report.folds[0].params)
+    headings = [*(path.rpartition(".")[2] for path in paths), f"mean {report.metric}", "deviation", "folds"]
+    rows = []
+    for one in report.folds:
+        values = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in one.params.values()]
+        rows.append([*values, number(one.mean), number(one.deviation), " ".join(number(score) for score in one.scores)])
+    return headings, rows
+
+
 def ratings_table(report: Report) -> tuple[list[str], list[list[str]]]:
     """(headings, rows) of what people think: a row a model, a column a criterion; the last row has the agreement."""
     if report.ratings is None:

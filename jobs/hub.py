@@ -102,9 +102,10 @@ def hub_model_folder(name: str, revision: str | None) -> Path | None:
     return folder if (folder / "config.json").exists() else None
 
 
-def dataset_folder(name: str, revision: str | None) -> Path:
+def dataset_folder(name: str, revision: str | None, config: str | None = None) -> Path:
     """Where the splits of a hub data set are kept as JSON lines."""
-    return cache_dir() / "datasets" / f"{name.replace('/', '--')}@{revision or 'main'}"
+    folder = f"{name.replace('/', '--')}@{revision or 'main'}"
+    return cache_dir() / "datasets" / (f"{folder}+{config}" if config else folder)
 
 
 def model_folder(name: str, revision: str | None) -> Path:

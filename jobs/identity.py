@@ -111,6 +111,8 @@ def identity(job: JobSpec, facts: Facts) -> dict[str, Any]:
     train["batch_rows"] = job.train.effective_batch_size(job.resources.world_size)
     name = job.model.model_name_or_path
     data = {key: fields.get(raw, f"data.{key}") for key in _DATA_FIELDS}
+    if job.data.fold is not None:
+        data["fold"] = [job.data.fold, job.evaluate.folds]
     if job.data.labels is not None:
         data["labels"] = raw["data"]["labels"]
     if "validation" not in facts.data_sha256:

@@ -34,6 +34,8 @@ class Row(Spec):
     """The last rung reached, from 0."""
     params: dict[str, Any] = {}
     """Dotted field -> what the search gave it."""
+    fold: int | None = None
+    """Which fold of a cross-validation its `metrics` are of; null outside of one."""
     repeats: bool = False
     """Whether it is the best configuration once more, with another seed."""
     metrics: Metrics = {}
@@ -72,6 +74,19 @@ class Row(Spec):
     """Why it stopped."""
     curve: list[dict[str, Any]] = []
     """Points of the loss and metric curves: step, samples, train_loss, and the metrics where evaluated."""
+
+
+class OverFolds(Spec):
+    """One configuration of a cross-validation."""
+
+    params: dict[str, Any]
+    """Dotted field -> what the search gave it."""
+    scores: list[float]
+    """The metric on each fold that was trained to the end."""
+    mean: float
+    """Of the scores."""
+    deviation: float
+    """Their standard deviation (n - 1); 0 for one alone."""
 
 
 class Inference(Spec):
@@ -264,6 +279,8 @@ class Report(Spec):
     """Every trial, best first."""
     recommendation: Recommendation
     """Which to ship."""
+    folds: list[OverFolds] = []
+    """Of a cross-validation: every configuration, the best mean first."""
     arms: list[Arm] | None = None
     """What a comparison put side by side; null for a run that compares nothing."""
     pairs: list[Pair] = []

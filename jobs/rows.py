@@ -102,7 +102,8 @@ def _splits_of_dataset(data: DataSpec) -> dict[str, Path]:
     name = str(data.dataset_name)
     if Path(name).is_absolute():
         return _splits_of_folder(Path(name))
-    folder = asset_folder(name) if name.startswith(PREFIX) else dataset_folder(name, data.dataset_revision)
+    hub = dataset_folder(name, data.dataset_revision, data.dataset_config_name)
+    folder = asset_folder(name) if name.startswith(PREFIX) else hub
     if not folder.is_dir():
         raise AssetError(
             f"data.dataset_name is {HubName(name, data.dataset_revision)}, which is not on this machine: run "

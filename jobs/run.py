@@ -22,6 +22,7 @@ from jobs import files
 from jobs.errors import RunError
 from jobs.lease import check_current, started
 from jobs.search import Assignment
+from jobs.search_spec import FOLD
 
 State = TypeVar("State", bound=StrEnum)
 _RESERVE = 2**20
@@ -137,6 +138,12 @@ class Trial:
     def params(self) -> dict[str, Any]:
         """`{"assignment", "index", ...}` as it was written when the trial was made."""
         return files.read_json(self.path / "params.json")
+
+    @property
+    def fold(self) -> int | None:
+        """Which fold it holds back; None outside of cross-validation."""
+        fold: int | None = self.params().get("assignment", {}).get(FOLD)
+        return fold
 
     @property
     def repeats(self) -> bool:

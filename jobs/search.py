@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from jobs import expression, fields
 from jobs.errors import Problem
 from jobs.messages import sentences
-from jobs.search_spec import SEED, Parameter, Scalar, SearchSpec
+from jobs.search_spec import FOLD, SEED, Parameter, Scalar, SearchSpec
 from jobs.spec import JobSpec
 
 Assignment = dict[str, Scalar]
@@ -118,7 +118,12 @@ def known_assignments(job: JobSpec, name: Callable[[Assignment], str]) -> list[A
         found.setdefault(name(assignment), assignment)
         if len(found) >= wanted:
             break
-    return list(found.values())
+    return [one for assignment in found.values() for one in _on_folds(job, assignment)]
+
+
+def _on_folds(job: JobSpec, assignment: Assignment) -> list[Assignment]:
+    """A configuration once for each fold; without folds, itself."""
+    return [assignment | {FOLD: fold} for fold in range(job.evaluate.folds)] if job.evaluate.folds else [assignment]
 
 
 def _until_nothing_new(
@@ -282,10 +287,17 @@ def _trial_problems(job: JobSpec, assignment: Assignment, where: str) -> list[Pr
     return []
 
 
-def with_further_seeds(job: JobSpec, best: Assignment) -> list[Assignment]:
-    """A search's best configuration with the seeds after its own."""
+def after_search(job: JobSpec, best: Assignment) -> list[Assignment]:
+    """What is trained of a search's best configuration: after folds, on the training rows as they are; and with the
+    seeds after its own."""
     assert job.search is not None
-    return [best | {SEED: job.train.seed + number} for number in range(1, job.search.seeds)]
+    whole = [best] if job.evaluate.folds else []
+    return whole + [best | {SEED: job.train.seed + number} for number in range(1, job.search.seeds)]
+
+
+def without_fold(assignment: Assignment) -> Assignment:
+    """The configuration of a trial, whatever its fold."""
+    return {path: value for path, value in assignment.items() if path != FOLD}
 
 
 def repeats(job: JobSpec, assignment: Assignment) -> bool:

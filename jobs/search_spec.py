@@ -18,6 +18,7 @@ Distribution = Literal[
 
 
 SEED = "train.seed"
+FOLD = "data.fold"
 
 
 class Parameter(Spec):

@@ -64,6 +64,8 @@ class DataSpec(Spec):
     """A hub data set (`org/name`) or `asset:NAME`; the alternative to `train_file`."""
     dataset_revision: str | None = None
     """Branch, tag or commit of a hub data set."""
+    dataset_config_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Configuration of a hub data set that has several, such as `3.0.0`."""
     train_file: str | None = Field(None, min_length=1)
     """Training rows: a .jsonl, .json, .csv, .tsv or .parquet file; relative to the job file."""
     validation_file: str | None = Field(None, min_length=1)
@@ -95,6 +97,8 @@ class DataSpec(Spec):
     """Share of the training rows held back when there is no validation set."""
     test_fraction: float = Field(0.5, gt=0, lt=1)
     """Share of the validation rows held back when there is no test set."""
+    fold: int | None = Field(None, ge=0)
+    """Which of `evaluate.folds` is held back, from 0; a search with folds sets it for each trial."""
     split_seed: int = Field(0, ge=0)
     """Seed of every draw of rows; it does not depend on `train.seed`, so all trials see the same rows."""
 
@@ -375,6 +379,10 @@ class EvaluateSpec(Spec):
 
     bootstrap_samples: int = Field(1000, ge=100, le=100_000)
     """Resamples of the rows behind each 95 % interval."""
+    folds: int | None = Field(None, ge=2, le=100)
+    """Cross-validation for small data: a search trains every configuration so many times, each time with another part
+    of the training and validation rows held back, and chooses by the mean; the best is then trained on the training
+    rows as they are. Rows that are equal stay in one part, and classes are spread evenly."""
     metrics: Texts | None = None
     """What answers are judged by, beside loss and perplexity: rouge1, rouge2, rougeL, rougeLsum, bertscore_f1,
     exact_match, contains, length_ratio. Left out: ROUGE and the length ratio (summarization), none (generation)."""
@@ -531,6 +539,7 @@ class JobSpec(Spec):
             + list(_metric_problems(self))
             + list(_batch_problems(self))
             + list(_budget_problems(self))
+            + list(_fold_problems(self))
             + list(_method_problems(self))
         )
         if problems:
@@ -624,6 +633,27 @@ def _method_problems(job: JobSpec) -> list[Problem]:
             )
         )
     return problems
+
+
+def _fold_problems(job: JobSpec) -> list[Problem]:
+    folds, found = job.evaluate.folds, []
+    if job.data.fold is not None and (folds is None or job.data.fold >= folds):
+        found.append(Problem("data.fold", f"data.fold is {job.data.fold}, but must be below evaluate.folds = {folds}"))
+    if folds is None or job.search is None:
+        return found
+    if job.search.scheduler.type == "asha":
+        sentence = (
+            "search.scheduler.type is asha, but must be none with evaluate.folds: a trial would be cut for the rows of "
+            "its fold, and not for its configuration"
+        )
+        found.append(Problem("search.scheduler.type", sentence))
+    if job.search.method == "tpe":
+        sentence = "search.method is tpe, but must be random or grid with evaluate.folds: TPE looks at single trials"
+        found.append(Problem("search.method", sentence))
+    if job.metric.name in job.extra_metrics:
+        sentence = f"search.metric.name is {job.metric.name}, but must be a likelihood metric with evaluate.folds"
+        found.append(Problem("search.metric.name", sentence))
+    return found
 
 
 def _budget_problems(job: JobSpec) -> list[Problem]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,11 @@ IGNORED = -100
 SPLITS = ("train", "validation", "test")
 _LAYOUT = 2
 """Raised when the files of a folder of tokens change."""
+_NAMES_OF_FILES = (
+    *("train_file", "validation_file", "test_file"),
+    *("dataset_name", "dataset_revision", "dataset_config_name"),
+)
+"""What a job calls its files, whose bytes are what counts."""
 _JUDGED = ("validation", "test")
 _TAIL_TOKENS = 16
 _MEGA_BATCHES = 32
@@ -49,10 +54,39 @@ class Split:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    def part(self, rows: np.ndarray) -> Split:
+        """Some of the rows, in memory."""
+        ids = [np.asarray(self.ids[int(self.starts[row]) : int(self.starts[row + 1])]) for row in rows]
+        starts = np.concatenate([[0], np.cumsum(self.lengths[rows])]).astype(np.int64)
+        return Split(np.concatenate(ids), starts, np.asarray(self.targets)[rows])
+
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each row."""
         return np.diff(self.starts)
+
+
+def joined(one: Split, other: Split) -> Split:
+    """The rows of two splits as one."""
+    starts = np.concatenate([one.starts, other.starts[1:] + one.starts[-1]])
+    return Split(np.concatenate([one.ids, other.ids]), starts, np.concatenate([one.targets, other.targets]))
+
+
+def folds_of(split: Split, folds: int, seed: int, *, classifies: bool) -> np.ndarray:
+    """The fold of each row: drawn by the seed alone, equal rows together, classes spread evenly."""
+    groups: dict[bytes, list[int]] = {}
+    for row in range(len(split)):
+        first, last = int(split.starts[row]), int(split.starts[row + 1])
+        asked = last if classifies else first + int(split.targets[row])
+        groups.setdefault(np.asarray(split.ids[first : asked if asked > first else last]).tobytes(), []).append(row)
+    order = list(groups.values())
+    np.random.default_rng([seed, folds]).shuffle(order)
+    if classifies:
+        order.sort(key=lambda rows: int(split.targets[rows[0]]))  # stable: dealt out class by class
+    fold_R = np.zeros(len(split), dtype=int)
+    for number, rows in enumerate(order):
+        fold_R[rows] = number % folds
+    return fold_R
 
 
 @dataclass(frozen=True)
@@ -74,6 +108,21 @@ class TokenData:
             Row(record["text"], record["label"], tuple((role, text) for role, text in record["messages"]))
             for record in files.read_jsonl(self.folder / f"{split_name}-rows.jsonl")
         ]
+
+    def of_job(self, job: JobSpec) -> TokenData:
+        """The splits that a job trains with: where it holds a fold back, that is its validation split.
+
+        Rows that are equal are in one fold, and each class is spread evenly over all.
+        """
+        fold, folds = job.data.fold, job.evaluate.folds
+        if fold is None or folds is None:
+            return self
+        pool = joined(self.splits["train"], self.splits["validation"])
+        fold_R = folds_of(pool, folds, job.data.split_seed, classifies=not job.generates)
+        parts = {"train": np.flatnonzero(fold_R != fold), "validation": np.flatnonzero(fold_R == fold)}
+        if not len(parts["train"]) or not len(parts["validation"]):
+            raise DataError(f"evaluate.folds is {folds}, but there are too few different rows for that")
+        return replace(self, splits=self.splits | {name: pool.part(rows) for name, rows in parts.items()})
 
     def has_prompts(self, split_name: str) -> bool:
         """Whether there is something to answer."""
@@ -144,7 +193,7 @@ def open_tokens(folder: Path) -> TokenData:
 def _content_key(job: JobSpec) -> str:
     """A digest of all that the tokens depend on."""
     data = job.data.model_dump(mode="json")
-    for name in ("train_file", "validation_file", "test_file", "dataset_name", "dataset_revision"):
+    for name in _NAMES_OF_FILES:
         data.pop(name)
     content = {
         "files": {split: files.sha256_file(path) for split, path in split_files(job.data).items()},

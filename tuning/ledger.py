@@ -11,13 +11,14 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, Protocol
 
 from jobs import rungs
 from jobs.metrics import is_better
 from jobs.retries import retry_number
 from jobs.run import Run, Trial, TrialState
-from jobs.search import Assignment
+from jobs.search import Assignment, without_fold
 from jobs.spec import JobSpec
 
 
@@ -162,27 +163,54 @@ class Ledger:
     def ranked(self) -> list[Trial]:
         """Trials trained to the end, best first, the sooner made first among equals; then the cut ones likewise.
 
-        Those that repeat another with a seed of their own are not among them.
+        Those that repeat another with a seed of their own are not among them, nor are those of a fold.
         """
         return self._ranked(TrialState.FINISHED) + self._ranked(TrialState.STOPPED)
 
     def _ranked(self, state: TrialState) -> list[Trial]:
         found_here = [trial for trial in self.run.trials() if trial.state is state and not trial.repeats]
+        found_here = [trial for trial in found_here if trial.fold is None]
         scored = [(trial, self.best_score(trial)) for trial in found_here]
         found = [(trial, score) for trial, score in scored if score is not None]
         return [trial for trial, _ in sorted(found, key=lambda pair: pair[1], reverse=self.goal == "maximize")]
 
     def best_of_search(self) -> Assignment | None:
         """The best configuration, once all that were searched have ended."""
-        searched = [trial for trial in self.run.trials() if not trial.repeats]
+        trials = self.run.trials()
+        searched = [trial for trial in trials if not trial.repeats and (trial.fold is not None or not self.folds)]
+        if self.folds:
+            return self._best_over_folds(searched)
         best = self.ranked()
         if not best or not all(trial.state.ended for trial in searched):
             return None
         assignment: Assignment = best[0].params()["assignment"]
         return assignment
 
+    @property
+    def folds(self) -> int | None:
+        """Folds of a cross-validation."""
+        return self.job.evaluate.folds if self.searching else None
+
+    def _best_over_folds(self, searched: list[Trial]) -> Assignment | None:
+        """The configuration with the best mean over its folds; one that a fold is missing of only without another."""
+        if not searched or not all(trial.state.ended for trial in searched):
+            return None
+        found: dict[str, tuple[Assignment, list[float]]] = {}
+        for trial in searched:
+            score = self.best_score(trial) if trial.state is TrialState.FINISHED else None
+            if score is not None:
+                assignment = without_fold(trial.params()["assignment"])
+                found.setdefault(repr(assignment), (assignment, []))[1].append(score)
+        if not found:
+            return None
+        sign = 1 if self.goal == "maximize" else -1
+        return max(found.values(), key=lambda pair: (len(pair[1]), sign * fmean(pair[1])))[0]
+
     def _keep_best(self) -> None:
-        """Only the best `search.keep` adapters stay on disk."""
+        """Only the best `search.keep` adapters stay on disk, and none of a fold."""
+        for trial in self.run.trials():
+            if trial.fold is not None and trial.state.ended:
+                shutil.rmtree(trial.weights, ignore_errors=True)
         keep = self.job.search.keep if self.job.search else 1
         for trial in self.ranked()[keep:]:
             shutil.rmtree(trial.weights, ignore_errors=True)

@@ -41,7 +41,7 @@ class GivenProposals:
 
 
 class ThenSeeds:
-    """A search's proposals, and once all have ended the best of them with further seeds."""
+    """A search's proposals, and once all have ended what is trained of the best of them."""
 
     def __init__(self, searched: Proposals, job: JobSpec, best: Callable[[], Assignment | None]) -> None:
         self.searched, self.job, self.best = searched, job, best
@@ -56,7 +56,7 @@ class ThenSeeds:
             best = self.best()
             if best is None:
                 return None
-            self._left = iter(search.with_further_seeds(self.job, best))
+            self._left = iter(search.after_search(self.job, best))
         return next(self._left, None)
 
     def tell(self, assignment: Assignment, scores: dict[int, float], state: str) -> None:

@@ -198,20 +198,21 @@ class Sweep(Driver):
         return trial_id(search.trial(self._searched_job, assignment), self.facts)
 
     @property
-    def _further_seeds(self) -> int:
+    def _afterwards(self) -> int:
         """Trainings of the best configuration after the search."""
-        return self.job.search.seeds - 1 if self.searching and self.job.search and not self.share else 0
+        searching = self.searching and self.job.search is not None and not self.share
+        return len(search.after_search(self.job, {})) if searching else 0
 
     def _proposals(self, known: list[Assignment], ledger: Any) -> Proposals:
         found: Proposals = GivenProposals(known)
         if self.searching and self.job.search and self.job.search.method == "tpe":
             found = TpeProposals(self.job, known, self._name)
-        return ThenSeeds(found, self.job, ledger.best_of_search) if self._further_seeds else found
+        return ThenSeeds(found, self.job, ledger.best_of_search) if self._afterwards else found
 
     def _total(self, known: list[Assignment]) -> int:
         if self.searching and self.job.search and self.job.search.method == "tpe":
-            return self.job.search.num_samples + self._further_seeds
-        return len(known) + self._further_seeds
+            return self.job.search.num_samples + self._afterwards
+        return len(known) + self._afterwards
 
     def _most_open(self) -> int:
         """Trials handed out and not ended. TPE is asked as late as it can be without an actor standing idle."""
@@ -224,7 +225,7 @@ class Sweep(Driver):
     def _make(self, assignment: Assignment, index: int, data: Any) -> Trial:
         self.run.check_current()
         job = search.trial(self._searched_job, assignment)
-        plan = schedule(job, len(data.splits["train"]), searching=self.searching)
+        plan = schedule(job, len(data.of_job(job).splits["train"]), searching=self.searching)
         trial = self.run.add_trial(trial_id(job, self.facts), index, assignment)
         params = trial.params()
         if "resolved" not in params:

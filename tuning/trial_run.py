@@ -84,10 +84,11 @@ class TrialRun:
     """A session with its trial's folder: what both hosts do around the loop."""
 
     def __init__(self, work: Work, config: dict[str, Any], data: TokenData) -> None:
-        self.work, self.data = work, data
+        self.work = work
         self.trial: Trial = work.written.trial(config["trial_id"])
         self.ranks = Ranks.here()
         self.job = self._small_enough(search.trial(work.job, config["assignment"]))
+        self.data = data = data.of_job(self.job)
         self.plan: Schedule = schedule(self.job, len(data.splits["train"]), searching=work.searching)
         self.best: float | None = None
         self.unrecorded: dict[str, Any] | None = None

@@ -13,14 +13,19 @@ from cluster.planning import make_plan
 from evaluation.choose import Choice, choose, front
 from evaluation.comparison import pairs_of
 from evaluation.metrics import difference, scores
+from evaluation.render import html
+from evaluation.report import build_report
 from evaluation.results import Classified, RowResults
 from evaluation.samples import differing, mistakes
-from jobs import arms, search
+from jobs import arms, files, search
 from jobs.errors import JobFileError
 from jobs.given import named, of_folder
 from jobs.report import Arm, Inference, Pair
+from jobs.run import Run, TrialState
 from jobs.spec import JobSpec
 from tests.conftest import JobMaker
+from training.data import Split, joined, prepare
+from tuning.ledger import Ledger
 from tuning.proposals import GivenProposals, ThenSeeds
 
 ARMS = """
@@ -271,3 +276,95 @@ def test_answers_are_set_apart_by_their_metric() -> None:
     found = differing(rows, {"a": wrote([0.1, 0.9, 0.2]), "b": wrote([0.2, 0.0, 0.9])}, [])
     assert [sample.row for sample in found] == [2, 0]  # the middle one was not answered
     assert found[0].answers["b"].score == 0.9
+
+
+# ---- folds ----
+
+
+FOLDS = """
+evaluate: {folds: 4}
+search: {method: grid, seeds: 2, scheduler: {type: none}, parameters: {lora.lora_r: [2, 4]}}
+"""
+
+
+def test_folds_hold_every_row_back_once(bert_job: JobMaker) -> None:
+    job = bert_job(FOLDS).job
+    data = prepare(job)
+    pool = len(data.splits["train"]) + len(data.splits["validation"])
+    parts = [data.of_job(search.trial(job, {"data.fold": fold})) for fold in range(4)]
+    held = [tuple(row.tolist()) for part in parts for row in rows_of(part.splits["validation"])]
+    assert len(held) == pool
+    together = joined(data.splits["train"], data.splits["validation"])
+    assert sorted(held) == sorted(tuple(row.tolist()) for row in rows_of(together))
+    for part in parts:
+        train = {tuple(row.tolist()) for row in rows_of(part.splits["train"])}
+        held_here = {tuple(row.tolist()) for row in rows_of(part.splits["validation"])}
+        assert not train & held_here  # equal rows are together
+        assert len(part.splits["train"]) + len(part.splits["validation"]) == pool
+        shares = [float(np.mean(split.targets)) for split in (part.splits["validation"], together)]
+        assert shares[0] == pytest.approx(shares[1], abs=0.05)
+        assert part.splits["test"] is data.splits["test"]
+    again = data.of_job(search.trial(job, {"data.fold": 1}))
+    assert np.array_equal(again.splits["train"].ids, parts[1].splits["train"].ids)
+    assert data.of_job(job) is data
+
+
+def rows_of(split: Split) -> list[np.ndarray]:
+    return [np.asarray(split.ids[split.starts[row] : split.starts[row + 1]]) for row in range(len(split))]
+
+
+def test_every_configuration_is_tried_on_every_fold(bert_job: JobMaker) -> None:
+    job = bert_job(FOLDS).job
+    found = search.known_assignments(job, repr)
+    assert [one["data.fold"] for one in found] == [0, 1, 2, 3] * 2
+    assert search.after_search(job, {"lora.lora_r": 4}) == [{"lora.lora_r": 4}, {"lora.lora_r": 4, "train.seed": 43}]
+    made = make_plan(bert_job(FOLDS), site_here(None), "sweep")
+    assert (len(made.trials), made.later_trials) == (8, 2)
+    assert len({trial.trial_id for trial in made.trials}) == 8
+
+
+def test_the_best_mean_over_folds_is_trained_whole(bert_job: JobMaker, tmp_path: Path) -> None:
+    job = bert_job(FOLDS).job
+    run = Run.create(tmp_path, "folds")
+    ledger = Ledger(run, job, searching=True)
+    scores = {2: [0.9, 0.5, 0.9, 0.5], 4: [0.8, 0.8, 0.8, 0.7]}
+    for index, assignment in enumerate(search.known_assignments(job, repr)):
+        trial = run.add_trial(f"t{index}", index, assignment)
+        score = scores[int(assignment["lora.lora_r"])][int(assignment["data.fold"])]
+        trial.add_row({"step": 1, "samples": 8, "accuracy": score, "loss": 1.0, "evaluated": True})
+        trial.weights.mkdir()
+        assert ledger.best_of_search() is None
+        ledger.end(trial, TrialState.FINISHED)
+        assert not trial.weights.is_dir()  # a fold's weights are nobody's
+    assert ledger.best_of_search() == {"lora.lora_r": 4}
+    whole = run.add_trial("whole", 8, {"lora.lora_r": 4})
+    whole.add_row({"step": 1, "samples": 8, "accuracy": 0.75, "loss": 1.0, "evaluated": True})
+    whole.weights.mkdir()
+    ledger.end(whole, TrialState.FINISHED)
+    assert ledger.best_of_search() == {"lora.lora_r": 4}
+    assert whole.weights.is_dir()
+    plan = make_plan(bert_job(FOLDS), site_here(None), "sweep")
+    files.write_json(run.path / "plan.json", plan.model_dump(mode="json"))
+    report = build_report(run)
+    assert [(one.params["lora.lora_r"], one.mean) for one in report.folds] == [
+        (4, pytest.approx(0.775)),
+        (2, pytest.approx(0.7)),
+    ]
+    assert report.recommendation.trial_id == "whole"
+    assert "0.775 ± 0.050 over 4 folds, against 0.700 ± 0.231 of the next" in report.recommendation.sentence
+    assert "Over the folds" in html(report)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (FOLDS.replace("type: none", "type: asha"), "must be none with evaluate.folds"),
+        (FOLDS.replace("method: grid", "method: tpe"), "must be random or grid with evaluate.folds"),
+        ("data: {fold: 4}\n" + FOLDS, "data.fold is 4, but must be below evaluate.folds = 4"),
+    ],
+)
+def test_what_does_not_go_with_folds(text: str, sentence: str, bert_job: JobMaker) -> None:
+    overrides = {"data__fold": 4} if text.startswith("data") else {}
+    with pytest.raises(JobFileError) as caught:
+        bert_job(text.removeprefix("data: {fold: 4}\n"), **overrides)
+    assert sentence in str(caught.value)

@@ -135,7 +135,12 @@ def write_run(plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
 
 
 def clear_leftovers(run: Run) -> None:
-    """End what a killed driver left of its own Ray: processes that have its session's folder on their command line."""
+    """End what killed drivers left of their own Ray: processes that have its session's folder on their command line."""
+    for one in [run, *run.arms()]:
+        _clear_session(one)
+
+
+def _clear_session(run: Run) -> None:
     import psutil
 
     ray = files.read_json(run.path / "logs" / "ray.json")

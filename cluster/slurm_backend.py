@@ -392,6 +392,9 @@ def check_array(job: JobSpec, site: str) -> None:
         wrong = (
             "search.budget is set: tasks do not know what the others have spent; use array.max_running and time_limit"
         )
+    elif job.evaluate.folds or search.seeds > 1:
+        named = "evaluate.folds" if job.evaluate.folds else "search.seeds"
+        wrong = f"{named} is set: what comes after the search needs what all tasks have found"
     elif job.resources.num_nodes > 1:
         wrong = f"resources.num_nodes is {job.resources.num_nodes}: a task has one node"
     if wrong:

@@ -93,7 +93,8 @@ def protected(run: Run) -> str | None:
 
 def unsynced(run: Run) -> bool:
     """Whether a run holds offline W&B records that no `sync` has uploaded."""
-    offline = [*run.path.glob("wandb/wandb/offline-run-*"), *run.path.glob("parts/*/wandb/wandb/offline-run-*")]
+    kept = "wandb/wandb/offline-run-*"
+    offline = [folder for inside in ("", "parts/*/", "arms/*/") for folder in run.path.glob(f"{inside}{kept}")]
     return any(not list(folder.glob("*.wandb.synced")) for folder in offline)
 
 

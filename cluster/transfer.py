@@ -49,6 +49,8 @@ def record(run: Run, which: Which = "none", *, whole: bool = False, texts: bool 
     found = []
     for path in sorted(run.path.rglob("*")):
         parts = path.relative_to(run.path).parts
+        if parts[0] == "arms" and len(parts) > 3:
+            parts = parts[2:]  # an arm is a run of its own
         top, inner = parts[0], parts[2] if parts[0] == "trials" and len(parts) > 3 else None
         if path.name.startswith(".") or not path.is_file() or path.is_symlink():
             continue

@@ -53,7 +53,7 @@ def sync(
         none = "tracking was online or disabled"
         if lies_elsewhere(found):
             none = f"`lorafleet pull {found.id}` brings them"
-        what = "all of them are uploaded" if list(found.path.glob(_RECORDS)) else none
+        what = "all of them are uploaded" if _all_records(found) else none
         raise UserError(f"{found.id} has no offline W&B records to upload: {what}")
     say(f"wandb sync took {counted(done, 'record')} of {found.id}; what it did with each stands above")
     if waiting:
@@ -62,15 +62,21 @@ def sync(
 
 
 _RECORDS = "wandb/wandb/offline-run-*"
+_CLOSED = "wandb/closed.jsonl"
 _LOOK_SECONDS = 30.0
 
 
 def records(run: Run, *, whole: bool) -> tuple[list[Path], list[Path]]:
     """(those to upload now, those whose trial has not ended) of the records that were not uploaded yet."""
-    closed = {row["trial_id"] for row in files.read_jsonl(run.path / "wandb" / "closed.jsonl")}
-    left = [folder for folder in sorted(run.path.glob(_RECORDS)) if not list(folder.glob("*.wandb.synced"))]
+    closed = {row["trial_id"] for one in [run, *run.arms()] for row in files.read_jsonl(one.path / _CLOSED)}
+    left = [folder for folder in _all_records(run) if not list(folder.glob("*.wandb.synced"))]
     ready = [folder for folder in left if whole or folder.name.rpartition("-")[2] in closed]
     return ready, [folder for folder in left if folder not in ready]
+
+
+def _all_records(run: Run) -> list[Path]:
+    """Those of a run, and of a comparison's arms."""
+    return [folder for one in [run, *run.arms()] for folder in sorted(one.path.glob(_RECORDS))]
 
 
 def _upload(run: Run, folders: list[Path]) -> None:

@@ -30,7 +30,7 @@ def trial_lines(run: Run) -> list[dict[str, Any]]:
 def _metric(job: dict[str, Any]) -> tuple[str, str]:
     from jobs.metrics import DEFAULT_METRIC, METRICS
 
-    given = (job.get("search") or {}).get("metric")
+    given = (job.get("search") or job.get("compare") or {}).get("metric")
     name = given["name"] if given else DEFAULT_METRIC[job.get("task", "classification")]
     goal = given["goal"] if given else METRICS[name].goal
     return name, str(goal)
@@ -54,6 +54,7 @@ def _trial_line(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
     left = seconds / step * (total - step) if seconds and step and state == "running" else None
     return {
         "trial_id": trial.id,
+        "arm": trial.arm,
         "state": state,
         "params": params.get("assignment", {}),
         "rung": status.get("rung"),
@@ -94,9 +95,11 @@ def run_view(run: Run, place: str = "") -> RenderableType:
     phase = status.get("phase") or status.get("state")
     head = Text.assemble((run.id, "bold"), f"  {phase}  {ended} of {total} trials ended  {took}")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    parameters = list(lines[0]["params"]) if lines else []
+    parameters = list(dict.fromkeys(path for line in lines for path in line["params"]))
+    arms = any(line["arm"] for line in lines)
     for name in (
         "",
+        *(["arm"] if arms else []),
         "trial",
         *(path.rpartition(".")[2] for path in parameters),
         "rung",
@@ -106,11 +109,11 @@ def run_view(run: Run, place: str = "") -> RenderableType:
         "tokens/s",
         "left",
     ):
-        table.add_column(name, justify="left" if name in ("", "trial") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("", "trial", "arm") else "right", no_wrap=True)
     best = best_line(lines)
     for line in lines:
         style = "bold green" if line is best else _STYLES[line["state"]]
-        table.add_row(*(Text(cell) for cell in _cells(line, parameters)), style=style)
+        table.add_row(*(Text(cell) for cell in _cells(line, parameters, arms=arms)), style=style)
     parts: list[RenderableType] = [head, *([Text(place, style="dim")] if place else []), table]
     if best:
         parts.append(
@@ -119,12 +122,13 @@ def run_view(run: Run, place: str = "") -> RenderableType:
     return Group(*parts)
 
 
-def _cells(line: dict[str, Any], parameters: list[str]) -> list[str]:
-    values = [line["params"].get(path) for path in parameters]
+def _cells(line: dict[str, Any], parameters: list[str], *, arms: bool) -> list[str]:
+    values = [line["params"].get(path, "-") for path in parameters]
     shown = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
     rung = "-" if line["rung"] is None else f"{line['rung'] + 1}/{line['rungs']}"
     return [
         _MARKS[line["state"]],
+        *([line["arm"] or "-"] if arms else []),
         line["trial_id"],
         *shown,
         rung,
@@ -153,7 +157,7 @@ def _all_news(run: Run) -> Iterator[str]:
         yield f"note: {warning}"
     for trial in run.trials():
         values = describe(trial.params().get("assignment", {}))
-        name = f"{trial.id} ({values})" if values else trial.id
+        name = " ".join(filter(None, (trial.arm, trial.id, f"({values})" if values else "")))
         for row in trial.evaluations():
             yield (
                 f"{name} step {row['step']}: {metric} {number(row.get(metric))}, "

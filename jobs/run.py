@@ -140,6 +140,12 @@ class Trial:
         return files.read_json(self.path / "params.json")
 
     @property
+    def arm(self) -> str | None:
+        """The arm of a comparison that it belongs to."""
+        run = self.path.parent.parent
+        return run.name if run.parent.name == "arms" else None
+
+    @property
     def fold(self) -> int | None:
         """Which fold it holds back; None outside of cross-validation."""
         fold: int | None = self.params().get("assignment", {}).get(FOLD)

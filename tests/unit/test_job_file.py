@@ -20,7 +20,7 @@ from jobs.load import json_schema, load_job, load_text
 from jobs.spec import JobSpec
 from tests.conftest import ROOT, JobMaker, lorafleet
 
-EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+EXAMPLES = sorted([*(ROOT / "examples").glob("*.yaml"), *(ROOT / "examples" / "studies").glob("*.yaml")])
 BAD_JOBS = sorted((ROOT / "tests" / "bad" / "jobs").glob("*.yaml"))
 MINIMAL = """
 name: x

@@ -247,12 +247,14 @@ class Comparison(Driver):
         return ExitCode.INTERRUPTED if self.told in (None, signal.SIGINT) else ExitCode.REQUEUE
 
     def _finish(self) -> ExitCode:
+        from tuning.tracking import track_report
+
         wall = self._wall()
         self._phase("writing the report")
         failed = sum(trial.status().get("failure") is not None for trial in self.run.trials())
         reason = f"{failed} of {len(self.run.trials())} trials failed" if failed else None
         self.run.set_state(RunState.FINISHED, reason=reason, wall_seconds=wall, phase=None)
-        write_report(self.run)
+        track_report(self.run, self.job, write_report(self.run))
         return ExitCode.SOME_TRIALS_FAILED if failed else ExitCode.OK
 
 

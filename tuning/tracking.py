@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from evaluation.report_text import columns
+from evaluation.arms_text import arm_records
+from evaluation.report_text import columns, folds_table, ratings_table
 from jobs import files
 from jobs.run import Run, Trial
 from jobs.spec import JobSpec
@@ -76,13 +77,36 @@ def track_report(run: Run, job: JobSpec, report: Report) -> None:
 def _track_table(run: Run, job: JobSpec, report: Report, mode: Mode) -> None:
     import wandb
 
-    shown = columns(report)
     opened = WandbMirror(run, job, mode).init(f"{run.id}-report", "report", job_type="report", config={})
-    rows = [[cell(row) for _, cell in shown] for row in report.shown]
-    opened.log({"configurations": wandb.Table(columns=[heading for heading, _ in shown], data=rows)})
+    tables = _tables(report, samples=job.tracking.upload_samples)
+    opened.log({name: wandb.Table(columns=headings, data=rows) for name, (headings, rows) in tables.items()})
+    opened.summary["recommended_arm"] = report.recommendation.arm
     opened.summary["recommendation"] = report.recommendation.sentence
     opened.summary["recommended_trial"] = report.recommendation.trial_id
     opened.finish()
+
+
+def _tables(report: Report, *, samples: bool) -> dict[str, tuple[list[str], list[list[Any]]]]:
+    """The report's tables by name; texts of rows and models only where they may be sent."""
+    shown = columns(report)
+    rows = [[cell(row) for _, cell in shown] for row in report.shown]
+    found: dict[str, tuple[list[str], list[list[Any]]]] = {
+        "configurations": ([heading for heading, _ in shown], rows),
+        "arms": arm_records(report),
+        "pairs": (
+            ["one", "other", "metric", "difference", "low", "high", "p_value"],
+            [[p.one, p.other, p.metric, p.difference, *p.interval, p.p_value] for p in report.pairs],
+        ),
+        "folds": folds_table(report),
+        "ratings": ratings_table(report),
+    }
+    models = list(report.samples[0].answers) if report.samples else []
+    if samples:
+        found["samples"] = (
+            ["row", "prompt", "reference", *models],
+            [[s.row, s.prompt, s.reference, *(s.answers[name].text for name in models)] for s in report.samples],
+        )
+    return {name: table for name, table in found.items() if table[1]}
 
 
 def wandb_mode(job: JobSpec) -> Mode:
@@ -189,7 +213,8 @@ class WandbMirror:
 
     def _log(self, opened: Any, row: dict[str, Any]) -> None:
         known = {key: value for key, value in files.finite(row).items() if key not in _NOT_LOGGED and value is not None}
-        metrics = {_wandb_name(key, evaluated=bool(row.get("evaluated"))): value for key, value in known.items()}
+        names = self.job.metric_names if row.get("evaluated") else ()
+        metrics = {_wandb_name(key, names): value for key, value in known.items()}
         opened.log(metrics, step=int(row["step"]))
 
     def on_end(self, trial: Trial) -> None:
@@ -217,7 +242,7 @@ class WandbMirror:
         self.open.clear()
 
 
-def _wandb_name(key: str, *, evaluated: bool) -> str:
+def _wandb_name(key: str, evaluated: Sequence[str]) -> str:
     """W&B's habit of panels by prefix: eval/accuracy, train/loss, system numbers by their own names."""
     training = {
         "train_loss": "train/loss",
@@ -229,6 +254,6 @@ def _wandb_name(key: str, *, evaluated: bool) -> str:
     }
     if key in training:
         return training[key]
-    if evaluated and key in ("accuracy", "f1", "precision", "recall", "loss", "perplexity", "rung"):
+    if key in evaluated or (evaluated and key == "rung"):
         return f"eval/{key}"
     return f"perf/{key}"

@@ -22,7 +22,6 @@ compare:
     base: {method: base}
     lora: {method: lora, parameters: {train.learning_rate: [1e-3, 3e-2]}}
     full: {method: full, set: {train.learning_rate: 3e-3}}
-    base-int8: {method: base, quantization: int8}
     hybrid: {adapter_of: lora, quantization: int8}
   budget: {samples: 640}
   method: grid
@@ -39,7 +38,7 @@ def test_arms_end_in_a_decision(bert_job: JobMaker, place: Path) -> None:
     report = Report.model_validate_json(json.dumps(raw))
     assert run.state is RunState.FINISHED
     arms = {arm["arm"]: arm for arm in raw["arms"]}
-    assert list(arms) == ["base", "lora", "full", "base-int8", "hybrid"]
+    assert list(arms) == ["base", "lora", "full", "hybrid"]
     for arm in arms.values():
         assert {"arm", "metrics", "interval", "train_seconds", "gpu_hours", "peak_memory_gib", "inference"} <= set(arm)
         assert arm["interval"]["accuracy"][0] <= arm["metrics"]["accuracy"] <= arm["interval"]["accuracy"][1]
@@ -50,11 +49,11 @@ def test_arms_end_in_a_decision(bert_job: JobMaker, place: Path) -> None:
     assert set(arms["lora"]["seeds"]) == set(arms["hybrid"]["seeds"]) == set(arms["full"]["seeds"]) == {"42", "43"}
     assert (arms["base"]["train_seconds"], arms["base"]["tried"], arms["lora"]["tried"]) == (0.0, 0, 2)
     assert arms["hybrid"]["train_seconds"] == arms["lora"]["train_seconds"] > 0
-    assert arms["full"]["trainable_parameters"] > 10 * arms["lora"]["trainable_parameters"]
+    assert arms["full"]["trainable_parameters"] > 5 * arms["lora"]["trainable_parameters"]
     # INT8 rounds the base: the hybrid's answers are the adapter's own, or nearly.
     assert abs(arms["hybrid"]["metrics"]["accuracy"] - arms["lora"]["metrics"]["accuracy"]) <= 0.06
     assert max(arms["lora"]["metrics"]["accuracy"], arms["full"]["metrics"]["accuracy"]) > 0.75
-    assert len(raw["pairs"]) == 10
+    assert len(raw["pairs"]) == 6
     assert report.recommendation.arm in arms
     assert report.recommendation.sentence in said.replace("\n", " ") or report.recommendation.arm in said
     assert len([row for row in report.trials if row.arm == "lora"]) == 3  # two that were searched, one more seed

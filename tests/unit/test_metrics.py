@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bert_score import BERTScorer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
@@ -106,6 +105,8 @@ def test_a_ratio_of_lengths_is_of_all_words() -> None:
 
 
 def test_bertscore_is_bert_scores(tiny_bert: Path, tmp_path: Path) -> None:
+    from bert_score import BERTScorer  # it takes its time
+
     sentences = [row["text"] for row in opinions(40, 5)]
     predictions, references = sentences[:20], sentences[20:]
     told = shutil.copytree(tiny_bert, tmp_path / "told")  # it cannot do without a tokenizer that says its length

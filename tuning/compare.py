@@ -105,8 +105,8 @@ class Comparison(Driver):
             run.set_state(RunState.PENDING, created=time.time(), name=job.name)
             plan = self.stored | {"job": job.model_dump(mode="json"), "command": "sweep", "judges": False, "files": {}}
             files.write_json(run.path / "plan.json", plan)
-        if run.state is RunState.FAILED and run.trials() and all(trial.state.ended for trial in run.trials()):
-            return  # every trial of it failed: said in the report
+        if _all_failed(run):
+            return  # said in the report
         (run.path / "stop").unlink(missing_ok=True)
         (run.path / "logs").mkdir(exist_ok=True)
         with (run.path / "logs" / "driver.log").open("ab") as log:
@@ -125,9 +125,10 @@ class Comparison(Driver):
             self._note_wall()
             time.sleep(_POLL_SECONDS)
         self._check_stop()
-        if code not in (ExitCode.OK, ExitCode.SOME_TRIALS_FAILED) and not run.trials():
+        if run.state is not RunState.FINISHED and not _all_failed(run):
+            said = run.status().get("reason") or f"its driver ended with code {code}"
             log_file = run.path / "logs" / "driver.log"
-            raise RunError(f"{phase}: its driver ended with code {code}; {log_file} has what it said")
+            raise RunError(f"{phase}: {said} (`lorafleet resume` goes on; {log_file} has what it said)")
 
     def _check_stop(self) -> None:
         if self.stop_file.exists():
@@ -277,6 +278,12 @@ class Judged:
 def _on_base_of(trained: JobSpec, base: JobSpec) -> JobSpec:
     """A trained configuration on another arm's base."""
     return trained.model_copy(update={"method": base.method, "qlora": base.qlora})
+
+
+def _all_failed(run: Run) -> bool:
+    """Whether an arm came to its end without one trained trial."""
+    trials = run.trials()
+    return run.state is RunState.FAILED and bool(trials) and all(trial.state.ended for trial in trials)
 
 
 def _why(run: Run) -> str:

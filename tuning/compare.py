@@ -96,8 +96,8 @@ class Comparison(Driver):
 
     def _drive(self, run: Run, job: JobSpec, phase: str) -> None:
         """The run of an arm to its end, in a process of its own. Raises _Stopped, or RunError when it broke off."""
-        if run.state is RunState.FINISHED:
-            return
+        if _over(run):
+            return  # where no trial of it was trained, the report says so
         self._check_stop()
         self._phase(phase)
         if not (run.path / "plan.json").is_file():
@@ -105,8 +105,6 @@ class Comparison(Driver):
             run.set_state(RunState.PENDING, created=time.time(), name=job.name)
             plan = self.stored | {"job": job.model_dump(mode="json"), "command": "sweep", "judges": False, "files": {}}
             files.write_json(run.path / "plan.json", plan)
-        if _all_failed(run):
-            return  # said in the report
         (run.path / "stop").unlink(missing_ok=True)
         (run.path / "logs").mkdir(exist_ok=True)
         with (run.path / "logs" / "driver.log").open("ab") as log:
@@ -125,7 +123,7 @@ class Comparison(Driver):
             self._note_wall()
             time.sleep(_POLL_SECONDS)
         self._check_stop()
-        if run.state is not RunState.FINISHED and not _all_failed(run):
+        if not _over(run):
             said = run.status().get("reason") or f"its driver ended with code {code}"
             log_file = run.path / "logs" / "driver.log"
             raise RunError(f"{phase}: {said} (`lorafleet resume` goes on; {log_file} has what it said)")
@@ -280,10 +278,11 @@ def _on_base_of(trained: JobSpec, base: JobSpec) -> JobSpec:
     return trained.model_copy(update={"method": base.method, "qlora": base.qlora})
 
 
-def _all_failed(run: Run) -> bool:
-    """Whether an arm came to its end without one trained trial."""
+def _over(run: Run) -> bool:
+    """Whether an arm came to its end, be it without one trained trial."""
     trials = run.trials()
-    return run.state is RunState.FAILED and bool(trials) and all(trial.state.ended for trial in trials)
+    all_failed = run.state is RunState.FAILED and bool(trials) and all(trial.state.ended for trial in trials)
+    return run.state is RunState.FINISHED or all_failed
 
 
 def _why(run: Run) -> str:

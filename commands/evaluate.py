@@ -51,7 +51,7 @@ def evaluate(
 ) -> None:
     """Judge adapters, models and runs on the same rows: one base stays loaded, and adapters come and go."""
     from cluster.check import check_names
-    from cluster.fetch import fetch_job, fetch_model
+    from cluster.fetch import fetch_job
     from commands.watch import follow
 
     loaded = _job(what, job, data, runs, rounds=2 if measure else 0)
@@ -60,9 +60,6 @@ def evaluate(
     if on is None:
         told = say if not quiet else lambda _: None
         fetch_job(loaded.job, told)
-        for arm in loaded.job.compare.arms.values() if loaded.job.compare else ():
-            if "model.model_name_or_path" in arm.set:
-                fetch_model(arm.set["model.model_name_or_path"], arm.set.get("model.revision"), told)
     run = backend.submit(backend.plan(loaded, "compare"), loaded, backend.runs_dir(runs))
     if detach:
         typer.echo(run.id)

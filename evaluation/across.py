@@ -14,6 +14,7 @@ from evaluation.results import RowResults
 from evaluation.samples import differing
 from evaluation.summary import read_results
 from jobs import files
+from jobs.arms import arm_of
 from jobs.report import Arm, Report
 from jobs.run import Run
 
@@ -85,6 +86,8 @@ def _entry(run: Run) -> _Entry:
         arms, judged, _ = arms_of_run(run, job, split)
         chosen = next((arm for arm in arms if arm.arm == report.recommendation.arm), arms[0])
         what = f"{chosen.arm}: {chosen.what}"
+        model = arm_of(job, chosen.arm).set.get("model.model_name_or_path", job.model.model_name_or_path)
+        terms["model"] = facts.get("model_revisions", {}).get(str(model))
         return _Entry(run, report, chosen.model_copy(update={"arm": run.id, "what": what}), judged[chosen.arm], terms)
     trial_id = report.recommendation.trial_id
     found = None

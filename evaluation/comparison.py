@@ -36,7 +36,7 @@ def trained_rows(arm: Run, spec: ArmSpec) -> list[Row]:
     Of an arm that searches nothing, one for each seed. Cut trials count where there is no other.
     """
     report = build_report(arm)
-    scored = [row for row in report.trials if row.metrics.get(report.metric) is not None]
+    scored = [row for row in report.trials if row.metrics.get(report.metric) is not None and row.fold is None]
     whole = [row for row in scored if row.state == "finished"] or [row for row in scored if row.state == "stopped"]
     if not spec.parameters:
         return sorted(whole, key=seed_of)
@@ -117,7 +117,8 @@ def _arm(
     source_spec = job.compare.arms[spec.adapter_of] if spec.adapter_of and job.compare else spec
     rows = trained_rows(source, source_spec) if trained and _begun(source) else []
     best = rows[0] if rows else None
-    tried = [row for row in build_report(source).trials if not row.repeats] if rows else []
+    searched = [row for row in build_report(source).trials if not row.repeats] if rows else []
+    tried = [row for row in searched if row.fold in (None, 0)]
     weights = source.trial(best.trial_id).weights if best else None
     return Arm(
         arm=folder.path.name,
@@ -131,7 +132,7 @@ def _arm(
         weights=str(weights.relative_to(run.path)) if weights else spec.weights,
         weights_mb=_size_mb(Path(spec.weights)) if spec.weights else _size_mb(weights) if weights else 0.0,
         train_seconds=None if spec.weights else _mean([row.train_seconds for row in rows]) if trained else 0.0,
-        search_seconds=sum(row.train_seconds or 0.0 for row in tried) if source_spec.parameters else 0.0,
+        search_seconds=sum(row.train_seconds or 0.0 for row in searched) if source_spec.parameters else 0.0,
         gpu_hours=_mean([row.gpu_hours for row in rows]) if trained else 0.0,
         peak_memory_gib=_mean([row.peak_memory_gib for row in rows]),
         trainable_parameters=best.trainable_parameters if best else None if spec.weights else 0,

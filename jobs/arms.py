@@ -68,7 +68,10 @@ def search_job(job: JobSpec, name: str, samples: int | None) -> JobSpec:
         "seed": job.search.seed if job.search else 0,
         "parameters": {path: value.model_dump(exclude_none=True) for path, value in parameters.items()},
     }
-    return JobSpec.model_validate(own.model_dump() | {"search": block})
+    raw = own.model_dump() | {"search": block}
+    if not arm.parameters:
+        raw["evaluate"]["folds"] = None  # there is nothing to choose
+    return JobSpec.model_validate(raw)
 
 
 def judged_job(job: JobSpec, name: str, best: Assignment | None) -> JobSpec:

@@ -84,11 +84,16 @@ def facts_of(job: JobSpec) -> Facts:
     )
 
 
+_MODEL = "model.model_name_or_path"
+
+
 def models_of(job: JobSpec) -> list[str]:
-    """The base models that a job or its search names."""
-    parameter = job.search.parameters.get("model.model_name_or_path") if job.search else None
+    """The base models that a job, its search or its arms name."""
+    parameter = job.search.parameters.get(_MODEL) if job.search else None
     searched = [str(value) for value in parameter.values] if parameter and parameter.values else []
-    return list(dict.fromkeys([job.model.model_name_or_path, *searched]))
+    arms = job.compare.arms.values() if job.compare else ()
+    others = [str(arm.set[_MODEL]) for arm in arms if _MODEL in arm.set]
+    return list(dict.fromkeys([job.model.model_name_or_path, *searched, *others]))
 
 
 def encoders_of(job: JobSpec) -> list[str]:

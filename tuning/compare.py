@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,17 @@ from evaluation.comparison import trained_rows
 from evaluation.report import write_report
 from jobs import arms, files
 from jobs.errors import ExitCode, RunError
-from jobs.identity import encoders_of, facts_of
-from jobs.metrics import METRIC_VERSION
+from jobs.identity import facts_of
 from jobs.run import Run, RunState
 from jobs.spec import JobSpec
 from tuning.driver import Driver
+from tuning.facts import record_of
 
 _POLL_SECONDS = 0.5
 _PACE = "pace.json"
 """Of an arm: how long a row takes in its training."""
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
+_LIBC = ctypes.CDLL(None)  # before there is a fork
 
 
 class _Stopped(Exception):
@@ -115,13 +117,16 @@ class Comparison(Driver):
                 stdin=subprocess.DEVNULL,
                 cwd=run.path,
                 start_new_session=True,  # Ctrl-C is for us: it is asked through its stop file, once
-                preexec_fn=_dies_with_parent,
+                preexec_fn=partial(_die_with, os.getpid()),
             )
         while (code := child.poll()) is None:
             if self.stop_file.exists() and not (run.path / "stop").exists():
                 (run.path / "stop").touch()
             self._note_wall()
             time.sleep(_POLL_SECONDS)
+        if code == ExitCode.REQUEUE and self.told is None:  # too few machines of an allocation are left
+            self.told = signal.SIGUSR1
+            self.stop_file.touch()
         self._check_stop()
         if not _over(run):
             said = run.status().get("reason") or f"its driver ended with code {code}"
@@ -208,34 +213,14 @@ class Comparison(Driver):
     # ---- what is written down ----
 
     def _read_data(self) -> Any:
-        from importlib.metadata import version
-
-        from jobs.hub import model_revision
-        from jobs.identity import PROMPT_FORMAT
-        from training.data import prepare, token_facts
+        from training.data import prepare
 
         data = prepare(self.job)
         facts = facts_of(self.job)
         before = files.read_json(self.run.path / "facts.json")
         if before and before["data_sha256"] != facts.data_sha256:
             raise RunError(f"the data files of {self.run.id} have changed since it began: start a new comparison")
-        counted = token_facts(data)
-        packages = ("lorafleet", "torch", "transformers", "peft", "ray", "accelerate", "numpy")
-        record = {
-            "data_sha256": facts.data_sha256,
-            "model_revisions": facts.model_revisions,
-            "encoders": {name: model_revision(name, None) for name in encoders_of(self.job)},
-            "rows": {name: counts["rows"] for name, counts in counted.items()},
-            "tokens": {name: counts["tokens"] for name, counts in counted.items()},
-            "labels": list(data.labels),
-            "warnings": list(data.warnings),
-            "chosen_on_test": data.chosen_on_test,
-            "rows_sha256": data.rows_sha256,
-            "prompt_format": PROMPT_FORMAT,
-            "metric_version": METRIC_VERSION,
-            "versions": {name: version(name) for name in packages},
-        }
-        files.write_json(self.run.path / "facts.json", record)
+        files.write_json(self.run.path / "facts.json", record_of(self.job, facts, data))
         return data
 
     def _stopped(self) -> ExitCode:
@@ -291,9 +276,9 @@ def _why(run: Run) -> str:
     return said[0] if said else str(run.status().get("reason") or "no trial has a score")
 
 
-def _dies_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """Before the driver of an arm begins: when we are killed, it is asked to save and end."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGTERM)
-        if os.getppid() == 1:
+        _LIBC.prctl(_DIES_WITH_PARENT, signal.SIGTERM)
+        if os.getppid() != parent:  # killed in this very moment
             os._exit(ExitCode.INTERRUPTED)

@@ -20,8 +20,7 @@ from evaluation.report import build_report, write_report
 from jobs import files, search
 from jobs.defaults import learning_rate
 from jobs.errors import DiskFull, ExitCode, PlacementRefused, RunError
-from jobs.identity import PROMPT_FORMAT, facts_of, trial_id
-from jobs.metrics import METRIC_VERSION
+from jobs.identity import facts_of, trial_id
 from jobs.placement import fitted
 from jobs.run import Run, RunState, Trial, TrialState
 from jobs.schedule import schedule
@@ -29,6 +28,7 @@ from jobs.search import Assignment, known_assignments
 from jobs.spec import JobSpec
 from tuning.allocation import allocation_here
 from tuning.driver import Driver
+from tuning.facts import record_of
 from tuning.nodes import check_nodes
 from tuning.proposals import GivenProposals, Proposals, ThenSeeds, TpeProposals
 
@@ -71,12 +71,13 @@ class Sweep(Driver):
 
     def _read_data(self) -> Any:
         """The rows as tokens, and what is known of them written down."""
-        from training.data import prepare, token_facts
+        from training.data import prepare
 
         data = prepare(self.job)
         self.facts = facts_of(self._searched_job)
         self._check_facts()
-        self._write_facts(data, token_facts(data))
+        record = record_of(self.job, self.facts, data) | {"learning_rate": learning_rate(self.job).value}
+        files.write_json(self.run.path / "facts.json", record)
         return data
 
     def _check_facts(self) -> None:
@@ -91,28 +92,6 @@ class Sweep(Driver):
                     f"the {what} of {self.run.id} have changed since it began (facts.json has their digests): put the "
                     "old ones back, or start a new sweep"
                 )
-
-    def _write_facts(self, data: Any, counted: dict[str, Any]) -> None:
-        from importlib.metadata import version
-
-        packages = ("lorafleet", "torch", "transformers", "peft", "ray", "accelerate", "numpy")
-        files.write_json(
-            self.run.path / "facts.json",
-            {
-                "data_sha256": self.facts.data_sha256,
-                "model_revisions": self.facts.model_revisions,
-                "rows": {name: facts["rows"] for name, facts in counted.items()},
-                "tokens": {name: facts["tokens"] for name, facts in counted.items()},
-                "labels": list(data.labels),
-                "warnings": list(data.warnings),
-                "chosen_on_test": data.chosen_on_test,
-                "rows_sha256": data.rows_sha256,
-                "prompt_format": PROMPT_FORMAT,
-                "metric_version": METRIC_VERSION,
-                "learning_rate": learning_rate(self.job).value,
-                "versions": {name: version(name) for name in packages},
-            },
-        )
 
     def _search(self, attempt: int, data: Any) -> None:
         from ray import tune

@@ -1,0 +1,37 @@
+"""What a run is of: digests, revisions, rows, versions. Written down before anything is trained."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from jobs.hub import model_revision
+from jobs.identity import PROMPT_FORMAT, Facts, encoders_of
+from jobs.metrics import METRIC_VERSION
+from jobs.spec import JobSpec
+
+if TYPE_CHECKING:
+    from training.data import TokenData
+
+_PACKAGES = ("lorafleet", "torch", "transformers", "peft", "ray", "accelerate", "numpy")
+
+
+def record_of(job: JobSpec, facts: Facts, data: TokenData) -> dict[str, Any]:
+    """The contents of facts.json: what two runs must have in common to be compared, and what a reader may ask."""
+    from training.data import token_facts
+
+    counted = token_facts(data)
+    return {
+        "data_sha256": facts.data_sha256,
+        "model_revisions": facts.model_revisions,
+        "encoders": {name: model_revision(name, None) for name in encoders_of(job)},
+        "rows": {name: counts["rows"] for name, counts in counted.items()},
+        "tokens": {name: counts["tokens"] for name, counts in counted.items()},
+        "labels": list(data.labels),
+        "warnings": list(data.warnings),
+        "chosen_on_test": data.chosen_on_test,
+        "rows_sha256": data.rows_sha256,
+        "prompt_format": PROMPT_FORMAT,
+        "metric_version": METRIC_VERSION,
+        "versions": {name: version(name) for name in _PACKAGES},
+    }

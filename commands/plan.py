@@ -189,7 +189,9 @@ def plan_lines(made: Plan) -> list[str]:
     lines = []
     tpe = made.job.search is not None and made.job.search.method == "tpe"
     if made.later_trials and made.command == "sweep" and not tpe:
-        lines.append(f"{counted(made.later_trials, 'trial')} more: the best configuration with further seeds.")
+        whole = ["on the training rows as they are"] if made.job.evaluate.folds else []
+        seeds = ["with further seeds"] if made.job.search and made.job.search.seeds > 1 else []
+        lines.append(f"{counted(made.later_trials, 'trial')} more: the best one, {' and '.join([*whole, *seeds])}.")
     elif made.later_trials and tpe:
         first = counted(len(made.trials), "random start-up trial")
         more = f"{made.later_trials} more {'is' if made.later_trials == 1 else 'are'}"

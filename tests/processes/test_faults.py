@@ -198,8 +198,8 @@ def test_a_signal_saves_within_seconds_wherever_it_comes(
 @pytest.mark.parametrize(
     ("fault", "at", "flag"),
     [
-        pytest.param("die", "Examiner._scores", "", id="once"),
-        pytest.param("oom", "Examiner._trial_scores", "/dev/full/never", id="always", marks=pytest.mark.long),
+        pytest.param("die", "Examiner._of_split", "", id="once"),
+        pytest.param("oom", "load_weights", "/dev/full/never", id="always", marks=pytest.mark.long),
     ],
 )
 def test_what_happens_on_the_held_out_rows_costs_numbers_and_not_the_report(

@@ -196,7 +196,7 @@ def _inference(rows: list[dict[str, Any]]) -> Inference | None:
 def _size_mb(folder: Path) -> float | None:
     if not folder.is_dir():
         return None
-    kept = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".json")]
+    kept = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]  # cards come and go
     return sum(path.stat().st_size for path in kept) / 1e6
 
 

@@ -113,7 +113,7 @@ def _model(word: str, runs: Path) -> tuple[Given, Run | None]:
     folder = Path(word).expanduser()
     if folder.is_dir() and not (folder / "status.json").is_file():
         return of_folder(folder), None
-    if is_model_name(word):
+    if is_model_name(word) and not folder.is_dir():
         return of_model(word), None
     name, _, trial_id = word.partition(":")
     run = find_run(runs, name)

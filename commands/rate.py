@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 from typing import TYPE_CHECKING, Annotated
@@ -69,7 +70,8 @@ def _serve(book: Notebook, title: str, port: int) -> None:
         if host:
             say(f"from elsewhere, first: ssh -L {taken}:127.0.0.1:{taken} {host[0]}")
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-        server.run(sockets=[listening])
+        with contextlib.suppress(KeyboardInterrupt):  # it is told again, once the page is closed
+            server.run(sockets=[listening])
 
 
 def _ask(book: Notebook) -> None:

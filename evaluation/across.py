@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluation.choose import Choice, choose
-from evaluation.comparison import arms_of_run, pairs_of
+from evaluation.comparison import arms_of_run, finite_intervals, finite_metrics, pairs_of
 from evaluation.metrics import scores
 from evaluation.report import build_report, describe, run_job
 from evaluation.results import RowResults
@@ -24,8 +24,12 @@ _MUST_AGREE = {
     "prompt_format": "the prompt format",
     "metric_version": "the version of the metrics",
     "encoders": "the encoder of BERTScore",
+    "labels": "the order of the classes",
+    "max_length": "the length to which rows are cut",
+    "answers": "the way in which answers are written",
 }
 """What two runs must have in common to be ranked."""
+_ANSWERS = {"max_new_tokens", "do_sample", "temperature", "top_p", "generation_seed", "bertscore_layer"}
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,9 @@ def _entry(run: Run) -> _Entry:
         "prompt_format": facts.get("prompt_format"),
         "metric_version": facts.get("metric_version"),
         "encoders": facts.get("encoders", {}) if job.text_metrics else {},
+        "labels": facts.get("labels", []),
+        "max_length": job.model.max_length,
+        "answers": job.evaluate.model_dump(include=_ANSWERS) if job.text_metrics else {},
     }
     if report.arms is not None:
         arms, judged, _ = arms_of_run(run, job, split)
@@ -108,8 +115,8 @@ def _arm_of_trial(run: Run, report: Report, results: list[RowResults]) -> Arm:
     return Arm(
         arm=run.id,
         what=f"{job.method}: {describe(values) or trial_id}",
-        metrics=dict(found.metrics) if found else row.test_metrics or {},
-        interval=found.intervals if found else row.test_intervals,
+        metrics=finite_metrics(found) if found else row.test_metrics or {},
+        interval=finite_intervals(found) if found else row.test_intervals,
         configuration=row.params,
         tried=len(report.trials),
         trial_id=trial_id,

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evaluation.choose import Choice, choose
-from evaluation.metrics import confusion, difference, per_class, scores
+from evaluation.metrics import Scores, confusion, difference, per_class, scores
 from evaluation.report import build_report, describe
 from evaluation.results import RowResults
 from evaluation.samples import differing, mistakes
 from evaluation.summary import read_results
 from jobs import files
 from jobs.compare import ArmSpec
-from jobs.report import Arm, Inference, Pair, Report, Row
+from jobs.report import Arm, Inference, Intervals, Metrics, Pair, Report, Row
 from jobs.run import Run
 from jobs.search_spec import SEED
 from jobs.spec import JobSpec
@@ -82,7 +85,12 @@ def pairs_of(judged: dict[str, list[RowResults]], metric: str, resamples: int) -
         ours, theirs = judged[one], judged[other]
         if len(ours[0]) != len(theirs[0]) or not (ours[0].has(metric) and theirs[0].has(metric)):
             continue
+        same_targets = np.array_equal(ours[0].targets_R, theirs[0].targets_R)
+        if metric in ("loss", "perplexity") and not same_targets:
+            continue  # other tokens: a loss of one is not a loss of the other
         apart = difference(ours, theirs, metric, resamples)
+        if not all(map(math.isfinite, (apart.value, *apart.interval))):
+            continue
         found.append(
             Pair(
                 one=one,
@@ -118,14 +126,15 @@ def _arm(
     rows = trained_rows(source, source_spec) if trained and _begun(source) else []
     best = rows[0] if rows else None
     searched = [row for row in build_report(source).trials if not row.repeats] if rows else []
-    tried = [row for row in searched if row.fold in (None, 0)]
+    folded = any(row.fold is not None for row in searched)
+    tried = [row for row in searched if row.fold == 0 or not folded]
     weights = source.trial(best.trial_id).weights if best else None
     return Arm(
         arm=folder.path.name,
         what=_what(spec, best),
-        metrics=dict(found.metrics) if found else {},
-        interval=found.intervals if found else {},
-        seeds={seed: dict(metrics) for seed, metrics in own.items()},
+        metrics=finite_metrics(found) if found else {},
+        interval=finite_intervals(found) if found else {},
+        seeds={seed: files.finite(metrics) for seed, metrics in own.items()},
         configuration=best.params if best else {},
         tried=len(tried) if source_spec.parameters else 0,
         trial_id=best.trial_id if best else None,
@@ -133,12 +142,22 @@ def _arm(
         weights_mb=_size_mb(Path(spec.weights)) if spec.weights else _size_mb(weights) if weights else 0.0,
         train_seconds=None if spec.weights else _mean([row.train_seconds for row in rows]) if trained else 0.0,
         search_seconds=sum(row.train_seconds or 0.0 for row in searched) if source_spec.parameters else 0.0,
-        gpu_hours=_mean([row.gpu_hours for row in rows]) if trained else 0.0,
+        gpu_hours=None if spec.weights else _mean([row.gpu_hours for row in rows]) if trained else 0.0,
         peak_memory_gib=_mean([row.peak_memory_gib for row in rows]),
         trainable_parameters=best.trainable_parameters if best else None if spec.weights else 0,
         inference=_inference(files.read_jsonl(folder.inference_file)),
         remarks=_remarks(spec, best, rows, job),
     )
+
+
+def finite_metrics(found: Scores) -> Metrics:
+    """Metrics with None for what is no number, as the loss of a model that gives NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in found.metrics.items()}
+
+
+def finite_intervals(found: Scores) -> Intervals:
+    """Intervals without those that have no ends."""
+    return {name: ends for name, ends in found.intervals.items() if all(map(math.isfinite, ends))}
 
 
 _FEWEST_RESAMPLES = 1

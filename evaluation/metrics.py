@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.results import Classified, RowResults
+from evaluation.results import CONFUSION, Classified, RowResults
 
 Interval = tuple[float, float]
 _SEED = 20_260_101
 _CHUNK = 200
-_CONFUSION = ("accuracy", "f1", "precision", "recall")
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Scores:
 def scores(results: RowResults | Sequence[RowResults], names: Iterable[str], resamples: int) -> Scores:
     """The named metrics of what a model did with some rows; those that it cannot have are left out.
 
-    Of several models on the same rows, the means over them. Perplexity is the exponential of the loss, and so are the
-    ends of its interval.
+    Of several models on the same rows (an arm's seeds), the means over them; intervals are then over rows and over the
+    models that were drawn. Perplexity is the exponential of the loss, and so are the ends of its interval.
     """
     models = [results] if isinstance(results, RowResults) else list(results)
     first = models[0]
@@ -39,9 +38,9 @@ def scores(results: RowResults | Sequence[RowResults], names: Iterable[str], res
     every_row = np.arange(len(first))[None, :]
     metrics = {name: float(mean_statistic(models, name, every_row)[0]) for name in by_row}
     sampled: dict[str, list[np.ndarray]] = {name: [] for name in by_row}
-    for rows_SR in resampled(len(first), resamples):
+    for number, rows_SR in enumerate(resampled(len(first), resamples)):
         for name in by_row:
-            sampled[name].append(mean_statistic(models, name, rows_SR))
+            sampled[name].append(_drawn_statistic(models, name, rows_SR, number))
     intervals = {name: interval(np.concatenate(values)) for name, values in sampled.items()}
     if "perplexity" in wanted:
         metrics["perplexity"] = _exp(metrics["loss"])
@@ -60,7 +59,8 @@ class Difference:
 
 
 def difference(ours: Sequence[RowResults], theirs: Sequence[RowResults], name: str, resamples: int) -> Difference:
-    """The paired bootstrap of a metric: both sides are seen on the same resampled rows (Efron and Tibshirani 1993).
+    """The paired bootstrap of a metric: both sides are seen on the same resampled rows (Efron and Tibshirani 1993), each
+    with its models drawn anew, so that a difference between lucky and unlucky seeds is none.
 
     The p-value is two-sided: twice the smaller share of differences on either side of 0, each share with one resample
     more than was drawn (Davison and Hinkley 1997), so that it is never 0.
@@ -68,12 +68,26 @@ def difference(ours: Sequence[RowResults], theirs: Sequence[RowResults], name: s
     every_row = np.arange(len(ours[0]))[None, :]
     value = float((mean_statistic(ours, name, every_row) - mean_statistic(theirs, name, every_row))[0])
     parts = [
-        mean_statistic(ours, name, rows_SR) - mean_statistic(theirs, name, rows_SR)
-        for rows_SR in resampled(len(ours[0]), resamples)
+        _drawn_statistic(ours, name, rows_SR, 2 * number) - _drawn_statistic(theirs, name, rows_SR, 2 * number + 1)
+        for number, rows_SR in enumerate(resampled(len(ours[0]), resamples))
     ]
     found_S = np.concatenate(parts)
     below, above = (int((found_S <= 0).sum()), int((found_S >= 0).sum()))
     return Difference(value, interval(found_S), min(1.0, 2 * (1 + min(below, above)) / (1 + len(found_S))))
+
+
+def _drawn_statistic(models: Sequence[RowResults], name: str, rows_SR: np.ndarray, number: int) -> np.ndarray:
+    """A metric of each sample of rows (S), each as the mean over as many models as there are, drawn with replacement."""
+    if len(models) == 1:
+        return mean_statistic(models, name, rows_SR)
+    if name == "perplexity":
+        with np.errstate(over="ignore"):
+            exponential: np.ndarray = np.exp(_drawn_statistic(models, "loss", rows_SR, number))
+        return exponential
+    values_MS = np.stack([statistic(results, name, rows_SR) for results in models])
+    drawn_MS = np.random.default_rng([_SEED, number]).integers(0, len(models), values_MS.shape)
+    mean: np.ndarray = np.take_along_axis(values_MS, drawn_MS, axis=0).mean(axis=0)
+    return mean
 
 
 def mean_statistic(models: Sequence[RowResults], name: str, rows_SR: np.ndarray) -> np.ndarray:
@@ -92,7 +106,7 @@ def statistic(results: RowResults, name: str, rows_SR: np.ndarray) -> np.ndarray
     The macro averages leave out a class that occurs neither in the truth nor in the predictions; one that is never
     predicted has precision 0 (scikit-learn's macro average over the labels that occur, zero_division=0).
     """
-    if name in _CONFUSION and results.classified:
+    if name in CONFUSION and results.classified:
         return _from_confusion(_confusion(results.classified, rows_SR))[name]
     above_R, below_R = results.ratio(name)
     return _share(above_R[rows_SR].sum(axis=1), below_R[rows_SR].sum(axis=1))

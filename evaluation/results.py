@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+CONFUSION = ("accuracy", "f1", "precision", "recall")
+"""What is worked out from how often each class was taken for which."""
 Ratio = tuple[np.ndarray, np.ndarray]
 """A metric by row: what is added up, and what the sum is divided by."""
 
@@ -48,7 +50,7 @@ class RowResults:
 
     def has(self, name: str) -> bool:
         """Whether a metric can be worked out from the rows."""
-        return name in ("loss", "perplexity") or name in self.ratios or self.classified is not None
+        return name in ("loss", "perplexity", *self.ratios) or (self.classified is not None and name in CONFUSION)
 
     def records(self) -> Iterable[dict[str, Any]]:
         """One object a row, for a file of JSON lines."""

@@ -76,7 +76,11 @@ def _answer(row: int, found: RowResults, labels: Sequence[str]) -> Answer:
     if said is not None:
         predicted, label = int(said.predicted_R[row]), int(said.label_R[row])
         text = labels[predicted] if predicted < len(labels) else str(predicted)
-        return Answer(text=text, confidence=float(said.confidence_R[row]), right=predicted == label)
+        return Answer(text=text, confidence=_number(said.confidence_R[row]), right=predicted == label)
     name = _setting_apart(found)
-    score = float(found.ratios[name][0][row]) if name else None
+    score = _number(found.ratios[name][0][row]) if name else None
     return Answer(text=found.answers[row] or "", score=score)
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -350,7 +350,7 @@ class Run:
 
     def remarks(self) -> list[str]:
         """What happened beside the plan, a sentence each: damaged checkpoints, trials begun again, fewer at once."""
-        said = []
+        said = [f"{arm.path.name}: {sentence}" for arm in self.arms() for sentence in arm.remarks()]
         for event in self.events():
             if event.get("event") == "warning":
                 said.append(f"{event['trial_id']}: {event['sentence']}")

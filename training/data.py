@@ -77,8 +77,10 @@ def folds_of(split: Split, folds: int, seed: int, *, classifies: bool) -> np.nda
     groups: dict[bytes, list[int]] = {}
     for row in range(len(split)):
         first, last = int(split.starts[row]), int(split.starts[row + 1])
-        asked = last if classifies else first + int(split.targets[row])
-        groups.setdefault(np.asarray(split.ids[first : asked if asked > first else last]).tobytes(), []).append(row)
+        asked = int(split.targets[row])
+        plain = classifies or asked <= 1  # a text alone has a start token, or nothing, before what is learnt
+        key = split.ids[first : last if plain else first + asked]
+        groups.setdefault(np.asarray(key).tobytes(), []).append(row)
     order = list(groups.values())
     np.random.default_rng([seed, folds]).shuffle(order)
     if classifies:

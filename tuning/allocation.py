@@ -31,13 +31,15 @@ def allocation_here() -> dict[str, Any]:
 
 
 def saved_mark(run: Run) -> str:
-    """What a run has saved, as a digest: ended trials and the newest checkpoints of the others."""
+    """What a run has saved, as a digest: ended trials, the newest checkpoints of the others, arms that were judged."""
     digest = hashlib.sha256()
     for trial in run.trials():
         seal = trial.checkpoint / "checksums.json"
         state = str(trial.state) if trial.state.ended else seal.read_text() if seal.is_file() else ""
         if state:
             digest.update(f"{trial.id}:{state}\n".encode())
+    for path in sorted([*run.path.glob("arms/*/judged/*/test.json"), *run.path.glob("arms/*/inference.jsonl")]):
+        digest.update(f"{path.relative_to(run.path)}:{path.stat().st_size}\n".encode())
     return digest.hexdigest()[:16]
 
 

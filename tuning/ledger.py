@@ -174,10 +174,14 @@ class Ledger:
         found = [(trial, score) for trial, score in scored if score is not None]
         return [trial for trial, _ in sorted(found, key=lambda pair: pair[1], reverse=self.goal == "maximize")]
 
+    def searched(self) -> list[Trial]:
+        """The trials of the search itself, without what is trained of its best."""
+        trials = self.run.trials()
+        return [trial for trial in trials if not trial.repeats and (trial.fold is not None or not self.folds)]
+
     def best_of_search(self) -> Assignment | None:
         """The best configuration, once all that were searched have ended."""
-        trials = self.run.trials()
-        searched = [trial for trial in trials if not trial.repeats and (trial.fold is not None or not self.folds)]
+        searched = self.searched()
         if self.folds:
             return self._best_over_folds(searched)
         best = self.ranked()

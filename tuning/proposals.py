@@ -43,14 +43,17 @@ class GivenProposals:
 class ThenSeeds:
     """A search's proposals, and once all have ended what is trained of the best of them."""
 
-    def __init__(self, searched: Proposals, job: JobSpec, best: Callable[[], Assignment | None]) -> None:
+    def __init__(
+        self, searched: Proposals, job: JobSpec, best: Callable[[], Assignment | None], is_full: Callable[[], bool]
+    ) -> None:
         self.searched, self.job, self.best = searched, job, best
+        self.is_full = is_full  # whether the search has made all its trials: TPE would go on for ever
         self._left: Iterator[Assignment] | None = None
 
     def next(self) -> Assignment | None:
         """The next of the search; then, when `best` knows it, of the seeds."""
         if self._left is None:
-            assignment = self.searched.next()
+            assignment = None if self.is_full() else self.searched.next()
             if assignment is not None:
                 return assignment
             best = self.best()

@@ -186,7 +186,10 @@ class Sweep(Driver):
         found: Proposals = GivenProposals(known)
         if self.searching and self.job.search and self.job.search.method == "tpe":
             found = TpeProposals(self.job, known, self._name)
-        return ThenSeeds(found, self.job, ledger.best_of_search) if self._afterwards else found
+        if not self._afterwards:
+            return found
+        most = self._total(known) - self._afterwards
+        return ThenSeeds(found, self.job, ledger.best_of_search, lambda: len(ledger.searched()) >= most)
 
     def _total(self, known: list[Assignment]) -> int:
         if self.searching and self.job.search and self.job.search.method == "tpe":

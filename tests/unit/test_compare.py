@@ -116,7 +116,8 @@ def test_seeds_follow_the_search(bert_job: JobMaker) -> None:
     text = "search: {method: grid, seeds: 3, scheduler: {type: none, max_t: 16}, parameters: {lr: [1e-3, 1e-2]}}"
     job = bert_job(text).job
     best: list[search.Assignment] = []
-    proposals = ThenSeeds(GivenProposals(list(search.assignments(job))), job, lambda: best[0] if best else None)
+    searched = GivenProposals(list(search.assignments(job)))
+    proposals = ThenSeeds(searched, job, lambda: best[0] if best else None, lambda: False)
     assert [proposals.next() for _ in range(2)] == [{"train.learning_rate": 1e-3}, {"train.learning_rate": 1e-2}]
     assert proposals.next() is None  # the search has not ended
     best.append({"train.learning_rate": 1e-2})

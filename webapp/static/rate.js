@@ -4,6 +4,7 @@ const token = location.hash.slice(1);
 const get = (id) => document.getElementById(id);
 let sheet = null;
 let at = 0; // the row that is shown
+let last = Promise.resolve(); // what is being written: one after another, in the order of the keys
 let marked = 0; // which of its ratings is marked: place = answer * criteria + criterion
 
 async function ask(path, body) {
@@ -97,18 +98,26 @@ function draw() {
 async function rate(index, score) {
   const item = sheet.items[at];
   const { slot, criterion } = place(index);
-  try {
-    await ask("/api/rate", { row: item.row, slot, criterion, score });
-  } catch (error) {
-    say(error);
-    return;
-  }
-  say(null);
-  sheet.scores[key(item, slot, criterion)] = score;
-  if (sheet.items[at] !== item) return draw();
+  const name = key(item, slot, criterion);
+  const before = sheet.scores[name];
+  sheet.scores[name] = score; // shown, and the next one marked, at once: keys come faster than a disk writes
   marked = Math.min(index + 1, places() - 1);
-  if (firstMissing(item) < 0 && at + 1 < sheet.items.length && index === places() - 1) return go(at + 1);
-  draw();
+  if (firstMissing(item) < 0 && at + 1 < sheet.items.length && index === places() - 1) go(at + 1);
+  else draw();
+  last = last.then(async () => {
+    try {
+      await ask("/api/rate", { row: item.row, slot, criterion, score });
+      say(null);
+    } catch (error) {
+      if (before === undefined) delete sheet.scores[name];
+      else sheet.scores[name] = before;
+      at = sheet.items.indexOf(item);
+      marked = index;
+      draw();
+      say(error);
+    }
+  });
+  await last;
 }
 
 function go(to) {
@@ -119,6 +128,7 @@ function go(to) {
 }
 
 async function undo() {
+  await last;
   try {
     sheet = await ask("/api/undo", {});
     say(null);

@@ -24,7 +24,7 @@ from jobs import files
 from jobs.assets import PREFIX, Asset, asset, cache_dir
 from jobs.errors import AssetError
 from jobs.hub import HubName, check_whole, dataset_folder, hub_model_folder, lacks
-from jobs.identity import encoders_of, models_of
+from jobs.identity import encoders_of, models_of, revision_of
 from jobs.spec import JobSpec
 
 Say = Callable[[str], None]
@@ -36,8 +36,8 @@ _ASK_SECONDS = 10.0
 def fetch_job(job: JobSpec, say: Say) -> None:
     """Fetch all that a job can touch: its model (every searched one), its tokenizer and its data."""
     for name in models_of(job):
-        fetch_model(name, job.model.revision, say, code=job.model.trust_remote_code)
-        check_whole(name, job.model.revision)
+        fetch_model(name, revision_of(job, name), say, code=job.model.trust_remote_code)
+        check_whole(name, revision_of(job, name))
     for name in encoders_of(job):
         fetch_model(name, None, say)
         check_whole(name, None)

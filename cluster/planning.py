@@ -49,6 +49,8 @@ class _Known:
 
 def make_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
     """Everything that `sweep`, `train` or `compare` would do. Raises a UserError where it could not begin."""
+    other = "search" if command == "compare" else "compare"  # what a command does not look at decides nothing
+    loaded = dataclasses.replace(loaded, job=loaded.job.model_copy(update={other: None}))
     return _plan_of_arms(loaded, site) if command == "compare" else _plan(loaded, site, command)
 
 

@@ -106,9 +106,9 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
 def _model(word: str, runs: Path) -> tuple[Given, Run | None]:
     """(the model that a word names, the run that it is from)."""
     from cluster.store import find_run
-    from evaluation.report import build_report
+    from evaluation.report import build_report, run_job
     from jobs.errors import RunError
-    from jobs.given import is_model_name, of_folder, of_model, of_run
+    from jobs.given import is_model_name, of_arm, of_folder, of_model, of_run
 
     folder = Path(word).expanduser()
     if folder.is_dir() and not (folder / "status.json").is_file():
@@ -118,9 +118,15 @@ def _model(word: str, runs: Path) -> tuple[Given, Run | None]:
     name, _, trial_id = word.partition(":")
     run = find_run(runs, name)
     if trial_id:
-        weights = run.trial(trial_id).weights
+        found = next((trial for trial in run.trials() if trial.id == trial_id), run.trial(trial_id))
+        weights = found.weights
     else:
-        chosen = build_report(run).recommendation
+        report = build_report(run)
+        chosen, arms = report.recommendation, run_job(run).compare
+        spec = arms.arms[chosen.arm] if report.arms is not None and arms and chosen.arm else None
+        if spec and chosen.arm and not spec.trains:
+            folder = run.path / chosen.adapter if chosen.adapter else None
+            return of_arm(run, run_job(run), chosen.arm, folder), run
         if chosen.trial_id is None or chosen.adapter is None:
             raise RunError(f"{run.id} recommends nothing yet: name a trial, as {run.id}:TRIAL")
         trial_id, weights = chosen.trial_id, run.path / chosen.adapter

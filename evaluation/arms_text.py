@@ -128,7 +128,7 @@ def arm_notes(report: Report) -> list[str]:
             "so a little optimistic."
         )
     if any(len(arm.seeds) > 1 for arm in report.arms or []):
-        found.append("Metrics are means over an arm's seeds; brackets hold 95 % bootstrap intervals over rows and seeds.")
+        found.append("Metrics are means over an arm's seeds; brackets hold 95 % bootstrap intervals (rows, seeds).")
     if report.pairs:
         found.append("p: paired bootstrap on the same rows, seeds drawn too; two-sided, not corrected for many pairs.")
     measured = [arm.inference for arm in report.arms or [] if arm.inference]

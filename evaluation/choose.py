@@ -73,7 +73,7 @@ def choose(arms: list[Arm], pairs: list[Pair], choice: Choice) -> Recommendation
 
 def _eligible(scored: list[Arm], best: Arm, pairs: list[Pair], choice: Choice) -> list[Arm]:
     if choice.rule == "cheapest_within_noise":
-        return [arm for arm in scored if arm is best or _p_value(arm, best, pairs) >= ALIKE]
+        return [arm for arm in scored if arm is best or (_p_value(arm, best, pairs) or 0.0) >= ALIKE]
     if choice.rule == "smallest_within":
         return [arm for arm in scored if choice.score(arm) >= choice.score(best) - choice.within]
     return [best]
@@ -89,9 +89,9 @@ def front(arms: list[Arm], choice: Choice) -> list[Arm]:
     return found
 
 
-def _p_value(one: Arm, other: Arm, pairs: list[Pair]) -> float:
-    """Of two arms' difference; 0 where they were not compared."""
-    return next((pair.p_value for pair in pairs if {pair.one, pair.other} == {one.arm, other.arm}), 0.0)
+def _p_value(one: Arm, other: Arm, pairs: list[Pair]) -> float | None:
+    """Of two arms' difference; None where they were not compared row by row."""
+    return next((pair.p_value for pair in pairs if {pair.one, pair.other} == {one.arm, other.arm}), None)
 
 
 def rule_text(choice: Choice) -> str:
@@ -116,15 +116,18 @@ def _sentence(chosen: Arm, best: Arm, eligible: list[Arm], scored: list[Arm], pa
         return f"Ship {chosen.arm}: it has the best {got}. None beats these in both: {there or 'no cost was measured'}."
     if choice.rule == "best" or (chosen is best and len(eligible) == 1):
         other = _next_best(best, scored, choice)
-        apart = f", p = {_p_value(best, other, pairs):.3f} against {other.arm}" if other else ""
-        alone = "" if choice.rule == "best" or len(scored) == 1 else ", and no other comes near it"
+        p = _p_value(best, other, pairs) if other else None
+        apart = f", p = {p:.3f} against {other.arm}" if other and p is not None else ""
+        alone = "" if choice.rule == "best" or p is None else ", and no other comes near it"
         return f"Ship {best.arm}: it has the best {got}{alone}{apart}."
+    if choice.price(chosen) is None:
+        return f"Ship {best.arm}: it has the best {got}; {COSTS[choice.cost][0]} was measured of none."
     price = f"{_price(chosen, choice)} is the least"
     if chosen is best:
         return f"Ship {best.arm}: it has the best {got}, and {price} of the {len(eligible)} arms {_near(choice)}."
     of = f"{_score(best, choice)} of {best.arm}"
     if choice.rule == "cheapest_within_noise":
-        apart = f"cannot be told apart from the {of} (p = {_p_value(chosen, best, pairs):.2f})"
+        apart = f"cannot be told apart from the {of} (p = {_p_value(chosen, best, pairs) or 0.0:.2f})"
     else:
         apart = f"is within {choice.within:g} of the {of}"
     return (

@@ -59,8 +59,9 @@ class Difference:
 
 
 def difference(ours: Sequence[RowResults], theirs: Sequence[RowResults], name: str, resamples: int) -> Difference:
-    """The paired bootstrap of a metric: both sides are seen on the same resampled rows (Efron and Tibshirani 1993), each
-    with its models drawn anew, so that a difference between lucky and unlucky seeds is none.
+    """The paired bootstrap of a metric: both sides are seen on the same resampled rows (Efron and Tibshirani 1993).
+
+    Each side's models are drawn anew as well, so that a difference between lucky and unlucky seeds is none.
 
     The p-value is two-sided: twice the smaller share of differences on either side of 0, each share with one resample
     more than was drawn (Davison and Hinkley 1997), so that it is never 0.
@@ -77,7 +78,7 @@ def difference(ours: Sequence[RowResults], theirs: Sequence[RowResults], name: s
 
 
 def _drawn_statistic(models: Sequence[RowResults], name: str, rows_SR: np.ndarray, number: int) -> np.ndarray:
-    """A metric of each sample of rows (S), each as the mean over as many models as there are, drawn with replacement."""
+    """A metric of each sample of rows (S), as the mean over as many models as there are, drawn with replacement."""
     if len(models) == 1:
         return mean_statistic(models, name, rows_SR)
     if name == "perplexity":

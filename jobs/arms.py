@@ -34,6 +34,8 @@ def own_job(job: JobSpec, name: str) -> JobSpec:
     raw |= {"compare": None, "search": None, "method": _method(arm)}
     if arm.quantization != "none":
         raw["qlora"]["quant_type"] = arm.quantization
+    if "model.model_name_or_path" in arm.set:
+        raw["model"]["revision"] = None  # the job's is of another model
     linked = dict(raw["linked"])
     for path, value in arm.set.items():
         linked.pop(path, None)

@@ -14,6 +14,7 @@ from jobs.support import Method
 ArmName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
 Rule = Literal["cheapest_within_noise", "best", "smallest_within", "pareto"]
 Cost = Literal["train_seconds", "gpu_hours", "peak_memory_gib", "inference_memory_gib", "latency_ms", "weights_mb"]
+_EQUAL_FOR_ALL = {"train.num_train_epochs", "train.max_steps", "train.seed"}
 _OWN_BLOCKS = ("model", "lora", "qlora", "prompt_tuning", "train")
 """Blocks that arms may differ in: rows, hardware and metrics are the same for all."""
 
@@ -49,6 +50,8 @@ class ArmSpec(Spec):
             raise ValueError("quantization is for base and adapter_of; method: qlora says that a base is quantised")
         if not self.trains and self.parameters:
             raise ValueError("parameters is what a search tries, and this arm trains nothing")
+        for path in _EQUAL_FOR_ALL & {*self.set, *self.parameters}:
+            raise ValueError(f"{path!r} is the same for all arms: budget and seeds are compare's to say")
         for path in (*self.set, *self.parameters):
             if path.partition(".")[0] not in _OWN_BLOCKS:
                 raise ValueError(f"{path!r} is the same for all arms; they may differ in {', '.join(_OWN_BLOCKS)}")
@@ -122,6 +125,9 @@ class CompareSpec(Spec):
                 known = [other for other, spec in self.arms.items() if spec.method in ("lora", "qlora")]
                 sentence = f"adapter_of is {arm.adapter_of!r}, but must be an arm with an adapter: {', '.join(known)}"
                 problems.append(Problem(f"compare.arms.{name}.adapter_of", f"compare.arms.{name}.{sentence}"))
+        if self.budget != EqualBudget() and self.scheduler.time_attr != "samples":
+            sentence = f"compare.scheduler.time_attr is {self.scheduler.time_attr}, but must be samples with a budget"
+            problems.append(Problem("compare.scheduler.time_attr", sentence))
         if self.scheduler.max_t is not None:
             sentence = "compare.scheduler.max_t is what compare.budget says; drop it"
             problems.append(Problem("compare.scheduler.max_t", sentence))

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs import fields, files
+from jobs.arms import arm_of, own_job
 from jobs.errors import UserError
 from jobs.identity import ADAPTER_FILES
 from jobs.load import looks_like_path
 from jobs.run import Run
+from jobs.spec import JobSpec
 
 _PEFT_METHODS = {"LORA": "lora", "PROMPT_TUNING": "prompt_tuning"}
 _SHARED = ("model", "qlora", "prompt_tuning")
@@ -33,9 +35,20 @@ def of_run(run: Run, trial_id: str, weights: Path) -> Given:
     if not resolved:
         resolved = files.read_json(weights.parent / "params.json").get("resolved", {})
     values = {path: fields.get(resolved, path) for path in fields.leaves() if path.partition(".")[0] in _SHARED}
-    known = {path: value for path, value in values.items() if value is not None}
+    known = {path: value for path, value in values.items() if value is not None or path == "model.revision"}
     arm = {"method": resolved.get("method", "lora"), "weights": str(weights), "set": known}
     return Given(run.id, arm)
+
+
+def of_arm(run: Run, job: JobSpec, name: str, weights: Path | None) -> Given:
+    """What a comparison ships where that is no trial on its own base: an untrained base, or an adapter on another."""
+    spec, own = arm_of(job, name), own_job(job, name)
+    paths = [path for path in fields.leaves() if path.startswith(("model.", "qlora."))]
+    base = {path: fields.get(own.model_dump(), path) for path in paths}
+    known = {path: value for path, value in base.items() if value is not None or path == "model.revision"}
+    if weights is None:
+        return Given(run.id, {"method": "base", "quantization": spec.quantization, "set": known})
+    return Given(run.id, {"method": own.method, "weights": str(weights), "set": known})
 
 
 def of_folder(folder: Path) -> Given:

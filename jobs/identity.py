@@ -78,7 +78,7 @@ def facts_of(job: JobSpec) -> Facts:
     bare = job.model_copy(update={"train": job.train.model_copy(update={"learning_rate": None})})
     return Facts(
         {split: files.sha256_file(path) for split, path in split_files(job.data).items()},
-        {name: model_revision(name, job.model.revision) for name in models_of(job)},
+        {name: model_revision(name, revision_of(job, name)) for name in models_of(job)},
         {method: learning_rate(bare.model_copy(update={"method": method})).value for method in METHOD_BLOCKS},
         files.sha256_file(Path(adapter) / ADAPTER_FILES[1]) if adapter else "",
     )
@@ -87,13 +87,23 @@ def facts_of(job: JobSpec) -> Facts:
 _MODEL = "model.model_name_or_path"
 
 
+def arm_models_of(job: JobSpec) -> list[tuple[str, str | None]]:
+    """(name, revision) of the base models that arms have of their own."""
+    arms = job.compare.arms.values() if job.compare else ()
+    return [(str(arm.set[_MODEL]), arm.set.get("model.revision")) for arm in arms if _MODEL in arm.set]
+
+
+def revision_of(job: JobSpec, name: str) -> str | None:
+    """The revision in which a job means one of its models."""
+    own = dict(arm_models_of(job))
+    return own[name] if name in own and name != job.model.model_name_or_path else job.model.revision
+
+
 def models_of(job: JobSpec) -> list[str]:
     """The base models that a job, its search or its arms name."""
     parameter = job.search.parameters.get(_MODEL) if job.search else None
     searched = [str(value) for value in parameter.values] if parameter and parameter.values else []
-    arms = job.compare.arms.values() if job.compare else ()
-    others = [str(arm.set[_MODEL]) for arm in arms if _MODEL in arm.set]
-    return list(dict.fromkeys([job.model.model_name_or_path, *searched, *others]))
+    return list(dict.fromkeys([job.model.model_name_or_path, *searched, *(name for name, _ in arm_models_of(job))]))
 
 
 def encoders_of(job: JobSpec) -> list[str]:

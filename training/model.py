@@ -38,6 +38,8 @@ class Base:
     device: torch.device
     key: tuple[Any, ...]
     """What it was loaded from: a session for another key needs another base."""
+    dtype: torch.dtype = torch.float32
+    """Number format of its weights that are not quantised."""
     own_head: bool = False
     """Whether the checkpoint has a classification head, which it was trained with."""
     spent: bool = False
@@ -45,7 +47,8 @@ class Base:
 
     def serves(self, job: JobSpec, labels: int) -> bool:
         """Whether a session of this job may have it."""
-        return not self.spent and self.key == base_key(job, labels)
+        same = self.key == base_key(job, labels) and self.dtype is weight_dtype(job, self.device)
+        return same and not self.spent
 
     @property
     def parameters(self) -> int:
@@ -121,7 +124,8 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
     model.requires_grad_(False)
     if job.method != "qlora" and not sharded:  # quantised weights are on their device already
         model.to(device)
-    return Base(model, device, base_key(job, labels), own_head=not job.generates and _has_head(folder))
+    own_head = not job.generates and _has_head(folder)
+    return Base(model, device, base_key(job, labels), dtype=weight_dtype(job, device), own_head=own_head)
 
 
 def _has_head(folder: Path) -> bool:

@@ -44,6 +44,9 @@ class _Stopped(Exception):
 class Comparison(Driver):
     """One attempt at a comparison."""
 
+    unjudged: dict[str, str] = {}
+    """Models that could not be evaluated, and why."""
+
     def _attempt(self, attempt: int) -> ExitCode:
         self._phase("reading data")
         data = self._read_data()
@@ -107,7 +110,6 @@ class Comparison(Driver):
             run.set_state(RunState.PENDING, created=time.time(), name=job.name)
             plan = self.stored | {"job": job.model_dump(mode="json"), "command": "sweep", "judges": False, "files": {}}
             files.write_json(run.path / "plan.json", plan)
-        (run.path / "stop").unlink(missing_ok=True)
         (run.path / "logs").mkdir(exist_ok=True)
         with (run.path / "logs" / "driver.log").open("ab") as log:
             child = subprocess.Popen(
@@ -167,7 +169,8 @@ class Comparison(Driver):
         ]
         with self._ray(attempt) as ray_facts:
             self.run.event("ray", **ray_facts)
-            for what, why in examine_all(work, exams, self.placement.slots).items():
+            self.unjudged = examine_all(work, exams, self.placement.slots)
+            for what, why in self.unjudged.items():
                 self.run.event("warning", trial_id=what, sentence=f"not evaluated on the held-out rows: {why}")
             self._check_stop()
             self._phase("measuring inference")
@@ -182,6 +185,10 @@ class Comparison(Driver):
             folder = self.run.arm(name)
             if arm.trains:
                 found += self._trained(name, data)
+            elif arm.adapter_of and (given := arms.arm_of(self.job, arm.adapter_of).weights):
+                job = _on_base_of(arms.judged_job(self.job, arm.adapter_of, None), arms.own_job(self.job, name))
+                seed = job.train.seed
+                found.append(Judged(name, seed, job, Path(given), folder.judged(seed), self._tokens(job, data)))
             elif arm.adapter_of:
                 for one in self._trained(arm.adapter_of, data):
                     job = _on_base_of(one.job, arms.own_job(self.job, name))
@@ -237,7 +244,12 @@ class Comparison(Driver):
         self._phase("writing the report")
         failed = sum(trial.status().get("failure") is not None for trial in self.run.trials())
         reason = f"{failed} of {len(self.run.trials())} trials failed" if failed else None
-        self.run.set_state(RunState.FINISHED, reason=reason, wall_seconds=wall, phase=None)
+        if self.unjudged:
+            names = ", ".join(self.unjudged)
+            reason = f"not evaluated on the held-out rows: {names}; `lorafleet resume` tries again"
+            failed += len(self.unjudged)
+        state = RunState.FAILED if self.unjudged else RunState.FINISHED
+        self.run.set_state(state, reason=reason, wall_seconds=wall, phase=None)
         track_report(self.run, self.job, write_report(self.run))
         return ExitCode.SOME_TRIALS_FAILED if failed else ExitCode.OK
 

@@ -11,7 +11,7 @@ import pytest
 from cluster.machine import site_here
 from cluster.planning import make_plan
 from evaluation.choose import Choice, choose, front
-from evaluation.comparison import pairs_of
+from evaluation.comparison import finite_intervals, finite_metrics, pairs_of
 from evaluation.metrics import difference, scores
 from evaluation.render import html
 from evaluation.report import build_report
@@ -24,9 +24,9 @@ from jobs.report import Arm, Inference, Pair
 from jobs.run import Run, TrialState
 from jobs.spec import JobSpec
 from tests.conftest import JobMaker
-from training.data import Split, joined, prepare
+from training.data import Split, folds_of, joined, prepare
 from tuning.ledger import Ledger
-from tuning.proposals import GivenProposals, ThenSeeds
+from tuning.proposals import GivenProposals, ThenSeeds, TpeProposals
 
 ARMS = """
 compare:
@@ -279,6 +279,52 @@ def test_answers_are_set_apart_by_their_metric() -> None:
     assert found[0].answers["b"].score == 0.9
 
 
+def test_seeds_widen_what_is_not_known() -> None:
+    """Two arms whose seeds cross are not told apart by rows alone."""
+    rows = np.arange(1000)
+    ours = [classified(rows < share) for share in (560, 700, 760)]
+    theirs = [classified(rows < share) for share in (600, 650, 640)]
+    assert difference(ours, theirs, "accuracy", 1000).p_value > 0.1
+    assert difference(ours[1:], theirs[:2], "accuracy", 1000).p_value < 0.05
+
+
+def test_a_model_that_gives_no_numbers_costs_its_own_alone() -> None:
+    broken = classified(np.arange(10) < 5)
+    broken = RowResults(np.full(10, np.nan), broken.targets_R, broken.classified)
+    found = scores([broken], ["accuracy", "loss"], 100)
+    assert finite_metrics(found) == {"accuracy": 0.5, "loss": None}
+    assert set(finite_intervals(found)) == {"accuracy"}
+    assert pairs_of({"a": [broken], "b": [classified(np.arange(10) < 3)]}, "loss", 100) == []
+
+
+def test_losses_of_other_tokens_are_no_pair() -> None:
+    one, other = (RowResults(np.ones(4), np.full(4, tokens)) for tokens in (5, 10))
+    assert pairs_of({"a": [one], "b": [other]}, "loss", 100) == []
+
+
+def test_arms_that_were_not_compared_row_by_row() -> None:
+    sentence = choose(TABLE[:2], [], Choice("cheapest_within_noise", "accuracy", "maximize", "train_seconds")).sentence
+    assert "p =" not in sentence
+    assert "comes near" not in sentence
+    bare = [found.model_copy(update={"inference": None}) for found in TABLE[1:3]]
+    sentence = choose(bare, PAIRS, Choice("cheapest_within_noise", "accuracy", "maximize", "latency_ms")).sentence
+    assert sentence.endswith("ms was measured of none.")
+
+
+def test_tpe_makes_way_for_the_seeds(bert_job: JobMaker) -> None:
+    text = "search: {method: tpe, num_samples: 3, seeds: 2, scheduler: {type: none}, "
+    text += "parameters: {lr: {min: 0.1, max: 0.2}}}"
+    job = bert_job(text).job
+    made: list[search.Assignment] = []
+    tpe = TpeProposals(job, search.known_assignments(job, repr), repr)
+    proposals = ThenSeeds(tpe, job, lambda: made[0], lambda: len(made) >= 3)
+    for _ in range(3):
+        made.append(proposals.next() or {})
+    assert not any("train.seed" in one for one in made)
+    assert proposals.next() == made[0] | {"train.seed": 43}
+    assert proposals.next() is None
+
+
 # ---- folds ----
 
 
@@ -308,6 +354,13 @@ def test_folds_hold_every_row_back_once(bert_job: JobMaker) -> None:
     again = data.of_job(search.trial(job, {"data.fold": 1}))
     assert np.array_equal(again.splits["train"].ids, parts[1].splits["train"].ids)
     assert data.of_job(job) is data
+
+
+def test_plain_texts_have_folds_too() -> None:
+    rows = [[2, 5 + number, 6] for number in range(9)]
+    starts = np.arange(0, 28, 3)
+    split = Split(np.array(rows, dtype=np.int32).ravel(), starts, np.ones(9, dtype=np.int64))
+    assert np.bincount(folds_of(split, 3, 0, classifies=False)).tolist() == [3, 3, 3]
 
 
 def rows_of(split: Split) -> list[np.ndarray]:

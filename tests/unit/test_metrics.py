@@ -356,6 +356,14 @@ def test_classes_come_back_from_their_file(bert_job: JobMaker, tmp_path: Path) -
     assert scores(again, ["short"], 100).metrics["short"] == 1.0  # `good` and `bad` are short
 
 
+def test_a_classifier_with_a_metric_of_the_users_own_trains(bert_job: JobMaker, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(METRIC)
+    made = session(bert_job("evaluate: {custom_metrics: {short: {function: mine.py:short}}}").job)
+    assert "short" not in made.evaluate().metrics  # it waits for the end
+    text = "search: {metric: short, parameters: {lr: [1e-3]}}\nevaluate: {custom_metrics: {short: mine.py:short}}"
+    assert session(bert_job(text).job).evaluate().metrics["short"] == 1.0
+
+
 def test_what_generation_leaves_of_a_model(llama_job: JobMaker) -> None:
     """The next trial trains as if nothing had been written."""
     job = llama_job("evaluate: {metrics: [rouge1], max_new_tokens: 3}").job

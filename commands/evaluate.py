@@ -125,8 +125,8 @@ def _model(word: str, runs: Path) -> tuple[Given, Run | None]:
         chosen, arms = report.recommendation, run_job(run).compare
         spec = arms.arms[chosen.arm] if report.arms is not None and arms and chosen.arm else None
         if spec and chosen.arm and not spec.trains:
-            folder = run.path / chosen.adapter if chosen.adapter else None
-            return of_arm(run, run_job(run), chosen.arm, folder), run
+            given = run.path / chosen.adapter if chosen.adapter else None
+            return of_arm(run, run_job(run), chosen.arm, given), run
         if chosen.trial_id is None or chosen.adapter is None:
             raise RunError(f"{run.id} recommends nothing yet: name a trial, as {run.id}:TRIAL")
         trial_id, weights = chosen.trial_id, run.path / chosen.adapter

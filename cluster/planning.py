@@ -75,6 +75,7 @@ def _plan_of_arms(loaded: LoadedJob, site: Site) -> Plan:
             "trials": [trial.model_copy(update={"arm": name}) for name, plan in plans.items() for trial in plan.trials],
             "later_trials": sum(plan.later_trials for plan in plans.values()),
             "placement": max((plan.placement for plan in plans.values()), key=lambda place: place.slots),
+            "placements": {name: plan.placement for name, plan in plans.items()},
             "worst_samples": sum(plan.worst_samples for plan in plans.values()),
             "expected_samples": sum(plan.expected_samples for plan in plans.values()),
             "rung_levels": [],

@@ -7,6 +7,7 @@ from typing import Any
 
 from evaluation.report_text import MISSING, duration, number
 from jobs.report import Arm, Inference, Report
+from jobs.words import counted
 
 Cell = Callable[[Arm], str]
 
@@ -136,7 +137,7 @@ def arm_notes(report: Report) -> list[str]:
         rounds, threads = measured[0].rounds, measured[0].threads
         on_cpu = f", {threads} CPU thread{'s' if threads != 1 else ''}" if measured[0].begun_gib is not None else ""
         found.append(
-            f"Inference: each arm alone in a fresh process, in turn, {rounds} times{on_cpu}; medians. Memory is the "
+            f"Inference: each arm alone in a fresh process, in turn, {counted(rounds, 'time')}{on_cpu}; medians. Memory is the "
             + ("whole process's, its libraries included." if measured[0].begun_gib is not None else "GPU's.")
         )
     return found

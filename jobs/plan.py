@@ -91,6 +91,8 @@ class Plan(Spec):
     """Tasks of a job array, where the site has one task a group of trials."""
     share: list[int] = []
     """Of a task's own plan: the number of its first trial, and of the one after its last."""
+    placements: dict[str, Placement] = {}
+    """Of a comparison: where the trials of each arm go, as its own memory and number of trials allow."""
     judges: bool = True
     """Whether the run ends with its finalists on the held-out rows; the runs of an arm leave that to the comparison."""
     files: dict[str, str] = {}

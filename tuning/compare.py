@@ -109,7 +109,8 @@ class Comparison(Driver):
             run.path.mkdir(parents=True, exist_ok=True)
             run.set_state(RunState.PENDING, created=time.time(), name=job.name)
             plan = self.stored | {"job": job.model_dump(mode="json"), "command": "sweep", "judges": False, "files": {}}
-            files.write_json(run.path / "plan.json", plan)
+            own = self.stored.get("placements", {}).get(run.path.name)
+            files.write_json(run.path / "plan.json", plan | ({"placement": own} if own else {}))
         (run.path / "logs").mkdir(exist_ok=True)
         with (run.path / "logs" / "driver.log").open("ab") as log:
             child = subprocess.Popen(

@@ -136,9 +136,10 @@ def arm_notes(report: Report) -> list[str]:
     if measured:
         rounds, threads = measured[0].rounds, measured[0].threads
         on_cpu = f", {threads} CPU thread{'s' if threads != 1 else ''}" if measured[0].begun_gib is not None else ""
+        whose = "whole process's, its libraries included" if measured[0].begun_gib is not None else "GPU's"
         found.append(
             f"Inference: each arm alone in a fresh process, in turn, {counted(rounds, 'time')}{on_cpu}; medians. "
-            "Memory is the " + ("whole process's, its libraries included." if measured[0].begun_gib is not None else "GPU's.")
+            f"Memory is the {whose}."
         )
     return found
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from cluster.backend import Backend, Cluster
+    from jobs.report import Report
 
 
 class Format(StrEnum):
@@ -96,6 +97,22 @@ def print_json(value: Any) -> None:
     from jobs.files import finite
 
     typer.echo(json.dumps(finite(value), indent=2))
+
+
+def show_report(report: Report, output: Format, *, quiet: bool = False) -> bool:
+    """A report as it was asked for; returns whether a person reads it, who may be told more."""
+    from evaluation.render import terminal
+    from evaluation.report import report_json
+
+    if output is Format.JSON:
+        typer.echo(report_json(report))
+        return False
+    if quiet:
+        typer.echo(report.recommendation.sentence)
+        return False
+    screen = console()
+    screen.print(terminal(report, screen.width))
+    return True
 
 
 def note_aliases(notes: tuple[str, ...]) -> None:

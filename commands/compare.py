@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, Chain, Format, Nodes, On, Output, Quiet, Runs, console
+from commands.common import DEFAULT_RUNS, Chain, Format, Nodes, On, Output, Quiet, Runs, show_report
 from commands.sweep import Detach, Wait, start
 
 What = Annotated[
@@ -46,8 +46,7 @@ def compare(
 def _side_by_side(names: list[str], runs: Path, quiet: bool, output: Format, into: Path | None) -> None:
     from cluster.store import find_run
     from evaluation.across import across
-    from evaluation.render import terminal
-    from evaluation.report import report_json, write_forms
+    from evaluation.report import write_forms
     from jobs.errors import UserError
 
     found = [find_run(runs, name) for name in names]
@@ -56,13 +55,5 @@ def _side_by_side(names: list[str], runs: Path, quiet: bool, output: Format, int
     report = across(found)
     if into is not None:
         write_forms(report, into)
-    if output is Format.JSON:
-        typer.echo(report_json(report))
-        return
-    if quiet:
-        typer.echo(report.recommendation.sentence)
-        return
-    screen = console()
-    screen.print(terminal(report, screen.width))
-    if into is not None:
+    if show_report(report, output, quiet=quiet) and into is not None:
         typer.echo(f"\nreport   {into / 'report.html'}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from commands.common import Format, console, say
+from commands.common import Format, console, say, show_report
 from commands.logs import driver_log
 from jobs.errors import ExitCode
 from jobs.run import Run
@@ -132,19 +132,11 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
     if code not in (ExitCode.OK, ExitCode.SOME_TRIALS_FAILED, ExitCode.REQUEUE, ExitCode.INTERRUPTED):
         say(sentence)
     from cluster.backends import lies_elsewhere
-    from evaluation.report import build_report, report_json
+    from evaluation.report import build_report
 
     report = build_report(run)
-    if output is Format.JSON:
-        typer.echo(report_json(report))
+    if not show_report(report, output, quiet=quiet):
         return
-    if quiet:
-        typer.echo(report.recommendation.sentence)
-        return
-    from evaluation.render import terminal
-
-    screen = console()
-    screen.print(terminal(report, screen.width))
     if code in (ExitCode.INTERRUPTED, ExitCode.REQUEUE):
         say(f"\n{run.id} was interrupted; `lorafleet resume {run.id}` goes on")
         return

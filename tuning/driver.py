@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from tuning.scratch import keep_logs, make_scratch
 _NOTE_SECONDS = 10.0
 
 
-class Driver:
+class Driver(ABC):
     """One attempt at a run."""
 
     def __init__(self, run: Run) -> None:
@@ -47,9 +48,9 @@ class Driver:
         self.told: signal.Signals | None = None  # the signal that asked for the end
         self.disk_full: str | None = None
 
+    @abstractmethod
     def _attempt(self, attempt: int) -> ExitCode:
         """Do what is left of the run."""
-        raise NotImplementedError
 
     @property
     def stop_file(self) -> Path:

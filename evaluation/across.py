@@ -9,10 +9,9 @@ from typing import Any
 from evaluation.choose import Choice, choose
 from evaluation.comparison import arms_of_run, finite_intervals, finite_metrics, pairs_of
 from evaluation.metrics import scores
-from evaluation.report import build_report, describe, run_job
+from evaluation.report import build_report, chosen_results, run_job, short
 from evaluation.results import RowResults
 from evaluation.samples import differing
-from evaluation.summary import read_results
 from jobs import files
 from jobs.arms import arm_of
 from jobs.report import Arm, Report
@@ -96,11 +95,7 @@ def _entry(run: Run) -> _Entry:
         model = arm_of(job, chosen.arm).set.get("model.model_name_or_path", job.model.model_name_or_path)
         terms["model"] = facts.get("model_revisions", {}).get(str(model))
         return _Entry(run, report, chosen.model_copy(update={"arm": run.id, "what": what}), judged[chosen.arm], terms)
-    trial_id = report.recommendation.trial_id
-    found = None
-    if trial_id is not None:
-        record = files.read_json(run.trial(trial_id).path / "test.json").get(split, {})
-        found = read_results(run.trial(trial_id).predictions(split), record)
+    found = chosen_results(run, report).get(str(report.recommendation.trial_id))
     results = [found] if found else []
     return _Entry(run, report, _arm_of_trial(run, report, results), results, terms)
 
@@ -110,11 +105,10 @@ def _arm_of_trial(run: Run, report: Report, results: list[RowResults]) -> Arm:
     if trial_id is None:
         return Arm(arm=run.id, what="no trial with a score", remarks=["it has nothing to ship"], comparable=False)
     row = report.row(trial_id)
-    values = {path: f"{value:.3g}" if isinstance(value, float) else value for path, value in row.params.items()}
     found = scores(results, job.metric_names, job.evaluate.bootstrap_samples) if results else None
     return Arm(
         arm=run.id,
-        what=f"{job.method}: {describe(values) or trial_id}",
+        what=f"{job.method}: {short(row.params) or trial_id}",
         metrics=finite_metrics(found) if found else row.test_metrics or {},
         interval=finite_intervals(found) if found else row.test_intervals,
         configuration=row.params,

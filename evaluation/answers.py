@@ -15,7 +15,8 @@ def answers_of(run: Run) -> tuple[list[dict[str, Any]], dict[str, tuple[str | No
     report, job = build_report(run), run_job(run)
     rows = files.read_jsonl(run.rows_file(report.held_out))
     if report.arms is not None:
-        found = {name: results[0] for name, results in judged_results(run, job, report.held_out).items() if results}
+        judged = judged_results(run, job, report.held_out)
+        found = {name: next(iter(results.values())) for name, results in judged.items() if results}
     else:
         found = chosen_results(run, report)
     return rows, {name: results.answers for name, results in found.items() if results.answers}

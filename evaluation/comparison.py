@@ -13,7 +13,7 @@ import numpy as np
 
 from evaluation.choose import Choice, choose
 from evaluation.metrics import Scores, confusion, difference, per_class, scores
-from evaluation.report import build_report, describe
+from evaluation.report import build_report, short
 from evaluation.results import RowResults
 from evaluation.samples import differing, mistakes
 from evaluation.summary import read_results
@@ -33,12 +33,11 @@ _WHAT = {
 }
 
 
-def trained_rows(arm: Run, spec: ArmSpec) -> list[Row]:
+def trained_rows(report: Report, spec: ArmSpec) -> list[Row]:
     """An arm's models that were trained to the end: its best configuration, and that with the further seeds.
 
     Of an arm that searches nothing, one for each seed. Cut trials count where there is no other.
     """
-    report = build_report(arm)
     scored = [row for row in report.trials if row.metrics.get(report.metric) is not None and row.fold is None]
     whole = [row for row in scored if row.state == "finished"] or [row for row in scored if row.state == "stopped"]
     if not spec.parameters:
@@ -55,26 +54,26 @@ def seed_of(row: Row) -> int:
 def arms_of_run(run: Run, job: JobSpec, split: str) -> tuple[list[Arm], dict[str, list[RowResults]], list[Row]]:
     """(the arms, what their models did with each row, all trials of all arms)."""
     assert job.compare is not None
-    arms: list[Arm] = []
-    trials: list[Row] = []
-    for name, spec in job.compare.arms.items():
-        folder = run.arm(name)
-        results = {seed: _judged(folder.judged(seed), split) for seed in folder.judged_seeds()}
-        source = run.arm(spec.adapter_of or name)
-        arms.append(_arm(run, job, spec, folder, source, results))
-        if spec.trains and _begun(folder):
-            trials += [row.model_copy(update={"arm": name}) for row in build_report(folder).trials]
-    return arms, judged_results(run, job, split), trials
+    judged = judged_results(run, job, split)
+    reports = {arm.path.name: build_report(arm) for arm in run.arms()}
+    arms = [_arm(run, job, name, reports, judged[name]) for name in job.compare.arms]
+    trials = [
+        row.model_copy(update={"arm": name})
+        for name in job.compare.arms
+        if name in reports
+        for row in reports[name].trials
+    ]
+    return arms, {name: list(results.values()) for name, results in judged.items()}, trials
 
 
-def judged_results(run: Run, job: JobSpec, split: str) -> dict[str, list[RowResults]]:
-    """What the models of each arm did with each row, by seed."""
+def judged_results(run: Run, job: JobSpec, split: str) -> dict[str, dict[int, RowResults]]:
+    """What the models of each arm did with each row: arm -> seed -> results."""
     assert job.compare is not None
-    found = {}
+    found: dict[str, dict[int, RowResults]] = {}
     for name in job.compare.arms:
         arm = run.arm(name)
-        results = [_judged(arm.judged(seed), split) for seed in arm.judged_seeds()]
-        found[name] = [one for one in results if one is not None]
+        results = {seed: _judged(arm.judged(seed), split) for seed in arm.judged_seeds()}
+        found[name] = {seed: one for seed, one in results.items() if one is not None}
     return found
 
 
@@ -109,28 +108,24 @@ def _judged(folder: Path, split: str) -> RowResults | None:
     return read_results(folder / f"predictions-{split}.jsonl", record) if record else None
 
 
-def _arm(
-    run: Run,
-    job: JobSpec,
-    spec: ArmSpec,
-    folder: Run,
-    source: Run,
-    results: dict[int, RowResults | None],
-) -> Arm:
-    there = {seed: found for seed, found in results.items() if found is not None}
+def _arm(run: Run, job: JobSpec, name: str, reports: dict[str, Report], there: dict[int, RowResults]) -> Arm:
+    assert job.compare is not None
+    spec = job.compare.arms[name]
     resamples, names = job.evaluate.bootstrap_samples, job.metric_names
     found = scores(list(there.values()), names, resamples) if there else None
     own = {str(seed): scores(one, names, _FEWEST_RESAMPLES).metrics for seed, one in there.items()}
     trained = spec.trains or spec.adapter_of is not None
-    source_spec = job.compare.arms[spec.adapter_of] if spec.adapter_of and job.compare else spec
-    rows = trained_rows(source, source_spec) if trained and _begun(source) else []
+    origin = spec.adapter_of or name
+    source, source_spec, report = run.arm(origin), job.compare.arms[origin], reports.get(origin)
+    given = source_spec.weights
+    rows = trained_rows(report, source_spec) if report is not None and trained else []
     best = rows[0] if rows else None
-    searched = [row for row in build_report(source).trials if not row.repeats] if rows else []
+    searched = [row for row in report.trials if not row.repeats] if report is not None and rows else []
     folded = any(row.fold is not None for row in searched)
     tried = [row for row in searched if row.fold == 0 or not folded]
     weights = source.trial(best.trial_id).weights if best else None
     return Arm(
-        arm=folder.path.name,
+        arm=name,
         what=_what(spec, best),
         metrics=finite_metrics(found) if found else {},
         interval=finite_intervals(found) if found else {},
@@ -138,14 +133,14 @@ def _arm(
         configuration=best.params if best else {},
         tried=len(tried) if source_spec.parameters else 0,
         trial_id=best.trial_id if best else None,
-        weights=str(weights.relative_to(run.path)) if weights else spec.weights,
-        weights_mb=_size_mb(Path(spec.weights)) if spec.weights else _size_mb(weights) if weights else 0.0,
-        train_seconds=None if spec.weights else _mean([row.train_seconds for row in rows]) if trained else 0.0,
+        weights=str(weights.relative_to(run.path)) if weights else given,
+        weights_mb=_size_mb(Path(given)) if given else _size_mb(weights) if weights else 0.0,
+        train_seconds=None if given else _mean([row.train_seconds for row in rows]) if trained else 0.0,
         search_seconds=sum(row.train_seconds or 0.0 for row in searched) if source_spec.parameters else 0.0,
-        gpu_hours=None if spec.weights else _mean([row.gpu_hours for row in rows]) if trained else 0.0,
+        gpu_hours=None if given else _mean([row.gpu_hours for row in rows]) if trained else 0.0,
         peak_memory_gib=_mean([row.peak_memory_gib for row in rows]),
-        trainable_parameters=best.trainable_parameters if best else None if spec.weights else 0,
-        inference=_inference(files.read_jsonl(folder.inference_file)),
+        trainable_parameters=best.trainable_parameters if best else None if given else 0,
+        inference=_inference(files.read_jsonl(run.arm(name).inference_file)),
         remarks=_remarks(spec, best, rows, job),
     )
 
@@ -164,10 +159,6 @@ _FEWEST_RESAMPLES = 1
 """Where only the values are wanted."""
 
 
-def _begun(arm: Run) -> bool:
-    return (arm.path / "plan.json").is_file()
-
-
 def _what(spec: ArmSpec, best: Row | None) -> str:
     base = {"none": "", "nf4": "4-bit (NF4)", "fp4": "4-bit (FP4)", "int8": "INT8"}[spec.quantization]
     if spec.adapter_of:
@@ -175,10 +166,8 @@ def _what(spec: ArmSpec, best: Row | None) -> str:
     said = _WHAT[str(spec.method)] + (f", {base}" if base else "")
     if spec.weights:
         return f"{said}, from {spec.weights}"
-    values = {path: f"{value:.3g}" if isinstance(value, float) else value for path, value in spec.set.items()}
-    found = {} if best is None else {k: f"{v:.3g}" if isinstance(v, float) else v for k, v in best.params.items()}
-    found.pop(SEED, None)
-    shown = describe(values | found)
+    found = {path: value for path, value in best.params.items() if path != SEED} if best else {}
+    shown = short(spec.set | found)
     return f"{said}: {shown}" if shown else said
 
 

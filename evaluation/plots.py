@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from evaluation.choose import COSTS, Choice, front
-from evaluation.report import describe
+from evaluation.report import short
 from jobs.compare import Cost
 from jobs.report import Report, Row
 from jobs.search import without_fold
@@ -193,8 +193,4 @@ def _legend(axes: Axes, report: Report) -> None:
         return
     row = report.row(chosen)
     handles = [Line2D([], [], color=_ACCENT, linewidth=2.2), Line2D([], [], color=_GREY)]
-    axes.legend(handles, [f"recommended: {describe(_short(row)) or chosen}", "the other trials"], frameon=False)
-
-
-def _short(row: Row) -> dict[str, Any]:
-    return {path: f"{value:.3g}" if isinstance(value, float) else value for path, value in row.params.items()}
+    axes.legend(handles, [f"recommended: {short(row.params) or chosen}", "the other trials"], frameon=False)

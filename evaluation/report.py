@@ -149,6 +149,11 @@ def describe(params: dict[str, Any]) -> str:
     return ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in params.items())
 
 
+def short(params: dict[str, Any]) -> str:
+    """`describe` with numbers of three digits."""
+    return describe({path: f"{value:.3g}" if isinstance(value, float) else value for path, value in params.items()})
+
+
 def _weights(run: Run, trial_id: str | None) -> str | None:
     return str(run.trial(trial_id).weights.relative_to(run.path)) if trial_id else None
 

@@ -557,23 +557,24 @@ def _format_problems(job: JobSpec) -> list[Problem]:
 
 def _metric_problems(job: JobSpec) -> list[Problem]:
     name, own = job.metric.name, job.evaluate.custom_metrics.get(job.metric.name)
+    where = "compare.metric" if job.compare and not (job.search and job.search.metric) else "search.metric"
     known = ", ".join(job.metric_names)
     if name not in job.metric_names:
         more = " (evaluate.metrics adds it)" if job.generates and name in TEXT_METRICS else ""
-        sentence = f"search.metric.name is {name}, but must be one of {known} for {job.task}{more}"
-        return [Problem("search.metric.name", sentence)]
+        sentence = f"{where}.name is {name}, but must be one of {known} for {job.task}{more}"
+        return [Problem(f"{where}.name", sentence)]
     if own and job.metric.goal != own.goal:
-        sentence = f"search.metric.goal is {job.metric.goal}, but evaluate.custom_metrics.{name} says {own.goal}"
-        return [Problem("search.metric.goal", sentence)]
+        sentence = f"{where}.goal is {job.metric.goal}, but evaluate.custom_metrics.{name} says {own.goal}"
+        return [Problem(f"{where}.goal", sentence)]
     if not job.generates and job.evaluate.metrics:
         sentence = "evaluate.metrics is for texts that a model writes; classification has its own metrics"
         return [Problem("evaluate.metrics", sentence)]
     if name in job.text_metrics and job.resources.strategy in CUT_WEIGHTS:
         sentence = (
-            f"search.metric.name is {name}, for which the model writes answers in every evaluation, and weights that "
+            f"{where}.name is {name}, for which the model writes answers in every evaluation, and weights that "
             f"{job.resources.strategy} cuts up cannot; search by loss, or use ddp, zero1 or zero2"
         )
-        return [Problem("search.metric.name", sentence)]
+        return [Problem(f"{where}.name", sentence)]
     return []
 
 

@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,10 +106,7 @@ class TokenData:
 
     def rows(self, split_name: str) -> list[Row]:
         """The rows of a split that is judged on, as they were before they became tokens."""
-        return [
-            Row(record["text"], record["label"], tuple((role, text) for role, text in record["messages"]))
-            for record in files.read_jsonl(self.folder / f"{split_name}-rows.jsonl")
-        ]
+        return _rows_of(self.folder / f"{split_name}-rows.jsonl")
 
     def of_job(self, job: JobSpec) -> TokenData:
         """The splits that a job trains with: where it holds a fold back, that is its validation split.
@@ -155,6 +152,15 @@ class Batch:
             return {"input_ids": self.ids_BT, "position_ids": self.positions_BT}
         assert self.mask_BT is not None
         return {"input_ids": self.ids_BT, "attention_mask": self.mask_BT}
+
+
+@lru_cache(maxsize=8)
+def _rows_of(path: Path) -> list[Row]:
+    """What `_tokenize` kept; a folder of tokens never changes."""
+    return [
+        Row(record["text"], record["label"], tuple((role, text) for role, text in record["messages"]))
+        for record in files.read_jsonl(path)
+    ]
 
 
 def prepare(job: JobSpec) -> TokenData:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from evaluation.results import Classified, RowResults
 from evaluation.text_metrics import text_metrics
 from jobs.errors import UserError
 from jobs.hub import model_folder
-from jobs.spec import JobSpec
+from jobs.spec import JobSpec, ModelSpec
 from training.data import TokenData, evaluation_batches, fit, make_batch, prompt_tokens
 from training.loss import LossModule
 from training.model import load_tokenizer, weight_dtype
@@ -156,8 +157,7 @@ def _answers(
     on_pass: OnPass,
 ) -> list[str]:
     """What the model writes for the first rows; each process writes for its own, and all get all."""
-    spec = job.model
-    tokenizer = load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)
+    tokenizer = _tokenizer(job.model)
     room = room_for_prompts(model, job, job.evaluate.max_new_tokens)
     prompts = [fit(prompt_tokens(row, tokenizer), [], room)[0] for row in data.rows(split_name)[:rows]]
     own = list(range(rows))[ranks.rank :: ranks.world_size]
@@ -176,6 +176,12 @@ def _answers(
     distributed.all_gather_object(gathered, dict(zip(own, written, strict=True)))
     together = {row: text for part in gathered for row, text in part.items()}
     return [together[row] for row in range(rows)]
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(spec: ModelSpec) -> Any:
+    """A model's tokenizer, read once for all evaluations of a process."""
+    return load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)
 
 
 def room_for_prompts(model: Any, job: JobSpec, new: int) -> int:

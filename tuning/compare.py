@@ -21,7 +21,7 @@ from typing import Any
 
 from cluster.local import driver_command
 from evaluation.comparison import trained_rows
-from evaluation.report import write_report
+from evaluation.report import build_report, write_report
 from jobs import arms, files
 from jobs.errors import ExitCode, RunError
 from jobs.identity import facts_of
@@ -65,7 +65,7 @@ class Comparison(Driver):
         """An arm's search, and its best configuration with further seeds."""
         arm = self.run.arm(name)
         self._drive(arm, arms.search_job(self.job, name, self._samples(name, data)), f"training {name}")
-        if not trained_rows(arm, arms.arm_of(self.job, name)):
+        if not trained_rows(build_report(arm), arms.arm_of(self.job, name)):
             self.run.event("note", sentence=f"arm {name} has no trained weights: {_why(arm)}")
 
     def _samples(self, name: str, data: Any) -> int | None:
@@ -202,8 +202,9 @@ class Comparison(Driver):
 
     def _trained(self, name: str, data: Any) -> list[Judged]:
         arm, found = self.run.arm(name), []
-        rows = trained_rows(arm, arms.arm_of(self.job, name)) if (arm.path / "plan.json").is_file() else []
-        for row in rows:
+        if not (arm.path / "plan.json").is_file():
+            return []
+        for row in trained_rows(build_report(arm), arms.arm_of(self.job, name)):
             job, weights = arms.judged_job(self.job, name, row.params), arm.trial(row.trial_id).weights
             if weights.is_dir():
                 seed = job.train.seed

@@ -212,7 +212,7 @@ class Ledger:
 
     def _keep_best(self) -> None:
         """Only the best `search.keep` adapters stay on disk, and none of a fold."""
-        for trial in self.run.trials():
+        for trial in self.run.trials() if self.folds else ():
             if trial.fold is not None and trial.state.ended:
                 shutil.rmtree(trial.weights, ignore_errors=True)
         keep = self.job.search.keep if self.job.search else 1

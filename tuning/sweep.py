@@ -33,7 +33,6 @@ from tuning.nodes import check_nodes
 from tuning.proposals import GivenProposals, Proposals, ThenSeeds, TpeProposals
 
 _COUNT_SECONDS = 5.0
-_NOTE_SECONDS = 10.0
 _GIVE_BACK_SECONDS = 5.0
 _MACHINES_SECONDS = 15.0
 """Between two looks at the machines of an allocation."""
@@ -189,7 +188,8 @@ class Sweep(Driver):
         if not self._afterwards:
             return found
         most = self._total(known) - self._afterwards
-        return ThenSeeds(found, self.job, ledger.best_of_search, lambda: len(ledger.searched()) >= most)
+        endless = isinstance(found, TpeProposals)
+        return ThenSeeds(found, self.job, ledger.best_of_search, lambda: endless and len(ledger.searched()) >= most)
 
     def _total(self, known: list[Assignment]) -> int:
         if self.searching and self.job.search and self.job.search.method == "tpe":

@@ -21,7 +21,7 @@ COSTS: dict[str, tuple[str, str, Callable[[Arm], float | None]]] = {
         ".2f",
         lambda arm: arm.inference.peak_memory_gib if arm.inference else None,
     ),
-    "latency_ms": ("ms", ".1f", lambda arm: first_ms(arm)),
+    "latency_ms": ("ms until it answers", ".1f", lambda arm: first_ms(arm)),
     "weights_mb": ("MB of trained weights", ".1f", lambda arm: arm.weights_mb),
 }
 """Cost -> what it is, how it is written, and an arm's."""

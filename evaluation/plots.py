@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from evaluation.choose import COSTS, Choice, front
 from evaluation.report import short
 from jobs.compare import Cost
-from jobs.report import Report, Row
+from jobs.report import Arm, Report, Row
 from jobs.search import without_fold
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 _STATE_MARKS = {"finished": "o", "stopped": "x", "failed": "X", "running": ">", "pending": "."}
 _GREY = "#9aa3ad"
 _ACCENT = "#c2410c"
+_DARK = "#1c2430"
+_NEAR = 0.04
+"""Share of a plot's width and height within which two points are one to the eye."""
 _AT_RUNGS = " at the rungs. A line that ends at a cross was cut there."
 
 
@@ -57,15 +60,32 @@ def _pareto(axes: Axes, report: Report, cost: Cost) -> bool:
     for arm, price in priced:
         chosen = arm.arm == report.recommendation.arm
         value, ends = arm.metrics[report.metric] or 0.0, arm.interval.get(report.metric)
-        colour = _ACCENT if chosen else "#1c2430" if arm in best else _GREY
+        colour = _ACCENT if chosen else _DARK if arm in best else _GREY
         if ends:
             axes.plot([price, price], ends, color=colour, linewidth=0.8, alpha=0.6)
         axes.plot(price, value, marker="o", color=colour, markersize=7, linestyle="none", zorder=3)
-        axes.annotate(arm.arm, (price, value), textcoords="offset points", xytext=(7, 5), fontsize=9, color=colour)
+    for names, at, colour in _labels(priced, report):
+        axes.annotate(names, at, textcoords="offset points", xytext=(7, 5), fontsize=9, color=colour)
     axes.margins(x=0.18)
     axes.set_xlabel(COSTS[cost][0])
     axes.set_ylabel(f"{report.held_out} {report.metric}")
     return True
+
+
+def _labels(priced: list[tuple[Arm, float]], report: Report) -> list[tuple[str, tuple[float, float], str]]:
+    """(names, place, colour): arms that lie on each other share a label."""
+    values = [arm.metrics[report.metric] or 0.0 for arm, _ in priced]
+    wide = (max(price for _, price in priced) - min(price for _, price in priced)) or 1.0
+    high = (max(values) - min(values)) or 1.0
+    found: list[tuple[list[str], tuple[float, float]]] = []
+    for (arm, price), value in zip(priced, values, strict=True):
+        near = [names for names, (x, y) in found if abs(x - price) < _NEAR * wide and abs(y - value) < _NEAR * high]
+        if near:
+            near[0].append(arm.arm)
+        else:
+            found.append(([arm.arm], (price, value)))
+    chosen = report.recommendation.arm
+    return [(", ".join(names), at, _ACCENT if chosen in names else _DARK) for names, at in found]
 
 
 def _draw(report: Report, maker: Callable[[Any, Report], bool]) -> str:

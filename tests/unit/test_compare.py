@@ -308,7 +308,7 @@ def test_arms_that_were_not_compared_row_by_row() -> None:
     assert "comes near" not in sentence
     bare = [found.model_copy(update={"inference": None}) for found in TABLE[1:3]]
     sentence = choose(bare, PAIRS, Choice("cheapest_within_noise", "accuracy", "maximize", "latency_ms")).sentence
-    assert sentence.endswith("ms was measured of none.")
+    assert sentence.endswith("ms until it answers was measured of none.")
 
 
 def test_tpe_makes_way_for_the_seeds(bert_job: JobMaker) -> None:

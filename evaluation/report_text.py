@@ -78,12 +78,19 @@ def terminal_columns(report: Report) -> list[tuple[str, Cell]]:
         ("rung", _rung(report)),
         (f"val {report.metric}", lambda row: _with_half(row.metrics, row.intervals, report.metric)),
         (f"{split} {report.metric}", lambda row: _with_half(row.test_metrics or {}, row.test_intervals, report.metric)),
+        *((f"{split} {name}", _held_out(name, wide=False)) for name in shown_of_texts(report)),
         ("train time", lambda row: duration(row.train_seconds)),
         ("tokens/s", lambda row: number(row.tokens_per_second, 0)),
         ("peak GiB", lambda row: number(row.peak_memory_gib, 2)),
         ("parameters", lambda row: MISSING if row.trainable_parameters is None else f"{row.trainable_parameters:,}"),
     ]
     return found
+
+
+def shown_of_texts(report: Report) -> list[str]:
+    """The metrics of answers for which even a terminal has room."""
+    wanted = [name for name in ("rougeL", "bertscore_f1", "exact_match") if name != report.metric]
+    return [name for name in wanted if name in report.metrics]
 
 
 def _with_half(metrics: Metrics, intervals: dict[str, tuple[float, float]], name: str) -> str:

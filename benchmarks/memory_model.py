@@ -127,7 +127,7 @@ def measure(case: Case) -> float:
         targets = np.zeros(rows) if case.task == "classification" else np.ones(rows)
         split = Split(ids, np.arange(rows + 1) * case.tokens, targets.astype(np.int64))
         labels = ("a", "b") if case.task == "classification" else ()
-        data = TokenData({"train": split}, labels, (), False, 0, Path(scratch))
+        data = TokenData({"train": split}, labels, (), False, 0, Path(scratch), {})
         job = case.spec(Path(scratch))
         free_unused_memory(device)
         before = memory_in_use_gib(device)

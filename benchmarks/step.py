@@ -16,6 +16,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ def _fixed(data: TokenData, length: int) -> TokenData:
     rows = np.flatnonzero(split.lengths >= length)[:1024]
     ids = np.concatenate([split.ids[split.starts[row] : split.starts[row] + length] for row in rows])
     cut = Split(ids, np.arange(len(rows) + 1) * length, np.asarray(split.targets[rows]))
-    return TokenData(data.splits | {"train": cut}, data.labels, (), False, data.pad_id, data.folder)
+    return replace(data, splits=data.splits | {"train": cut})
 
 
 def ours(job: JobSpec, data: TokenData, base: Base, steps: int, *, grouped: bool) -> float:
@@ -234,7 +235,7 @@ def _repeated(data: TokenData, length: int) -> TokenData:
     split = data.splits["train"]
     rows = min(256, len(split.ids) // length)
     cut = Split(split.ids[: rows * length], np.arange(rows + 1) * length, np.asarray(split.targets[:rows]))
-    return TokenData(data.splits | {"train": cut}, data.labels, (), False, data.pad_id, data.folder)
+    return replace(data, splits=data.splits | {"train": cut})
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """`write_text` of one object a line."""
-    write_text(path, "".join(json.dumps(finite(row), ensure_ascii=False) + "\n" for row in rows))
+    versioned = ({"schema_version": SCHEMA_VERSION, **finite(row)} for row in rows)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in versioned))
 
 
 def _last_byte(file: Any) -> bytes:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a token that is not learnt."""
 SPLITS = ("train", "validation", "test")
-_LAYOUT = 2
+_LAYOUT = 3
 """Raised when the files of a folder of tokens change."""
 _NAMES_OF_FILES = (
     *("train_file", "validation_file", "test_file"),

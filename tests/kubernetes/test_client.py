@@ -20,6 +20,7 @@ from cluster import porter, staging
 from cluster.away import keep, send
 from cluster.backends import SITE_FILE, backend_of
 from cluster.kubernetes_backend import KubernetesBackend
+from cluster.kubernetes_watch import KubernetesWatch
 from cluster.planning import make_plan
 from cluster.transfer import Cargo, digest, framed, known, receive
 from commands.logs import driver_log
@@ -270,6 +271,7 @@ def test_a_server_that_talks_nonsense_is_asked_again(
     whole, lines = server.chunk_of, ["<html>sign in</html>", '""', '{"type": "ADDED"}']
     server.chunk_of = lambda tree: lines.pop() + "\n" if lines else whole(tree)
     watch = backend_of(run).watch(run)
+    assert isinstance(watch, KubernetesWatch)
     ends = time.monotonic() + 30
     while lines:  # some changes are met by the list, between two watches
         server.set_status("RayJob", name_of(run), jobDeploymentStatus="Initializing", jobStatus="")

@@ -41,14 +41,14 @@ def test_the_second_rung_keeps_the_best_third() -> None:
 
 
 def test_the_first_to_arrive_goes_on_and_the_second_must_beat_it() -> None:
-    assert rungs.goes_on(*places(0.5), places(0.5), 3)
-    assert rungs.goes_on(*places(0.6), places(0.5, 0.6), 3)
-    assert not rungs.goes_on(*places(0.4), places(0.5, 0.4), 3)
+    assert rungs.goes_on(places(0.5)[0], places(0.5), 3)
+    assert rungs.goes_on(places(0.6)[0], places(0.5, 0.6), 3)
+    assert not rungs.goes_on(places(0.4)[0], places(0.5, 0.4), 3)
 
 
 def test_ties_go_on_and_nan_never_does() -> None:
-    assert rungs.goes_on(*places(0.5), places(0.5, 0.5, 0.5), 3)
-    assert not rungs.goes_on(*places(math.nan), places(math.nan), 3)
+    assert rungs.goes_on(places(0.5)[0], places(0.5, 0.5, 0.5), 3)
+    assert not rungs.goes_on(places(math.nan)[0], places(math.nan), 3)
     assert rungs.rung_cutoff(places(math.nan, 0.2), 3) == places(0.2)[0]
     assert not rungs.goes_on(rungs.place(None, 0.1, "maximize"), places(math.nan), 3)
 

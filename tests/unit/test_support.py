@@ -157,10 +157,11 @@ def test_auto_finds_what_every_trial_of_a_search_can_run_under(bert_job: JobMake
 
 def planned(loaded: LoadedJob) -> str:
     """What `lorafleet plan` prints."""
-    screen = Console(width=200, file=io.StringIO())
+    text = io.StringIO()
+    screen = Console(width=200, file=text)
     nodes = tuple(Node(name=name, cpus=4, memory_gib=50) for name in "ab")
     screen.print(plan_view(make_plan(loaded, RaySite(address="auto", nodes=nodes), "sweep")))
-    return screen.file.getvalue()
+    return text.getvalue()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jobs.given import Given
     from jobs.load import LoadedJob
     from jobs.run import Run
+    from jobs.spec import JobSpec
 
 What = Annotated[
     list[str],
@@ -87,12 +88,15 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
         if first is None:
             raise UserError("--job JOB.yaml is missing: it says what task, rows and metrics; only a run brings its own")
         base = run_job(first)
+    labels = class_order([run for _, run in found if run is not None], base)
     raw = base.model_dump(mode="json", exclude_defaults=True) | {"name": "evaluate"}
     for block in ("search", "compare", "linked"):
         raw.pop(block, None)
     if data is not None:
         raw["data"] = {**raw["data"], "test_file": str(data.absolute())}
         raw["data"].pop("max_test_samples", None)
+    if labels and base.data.labels is None:
+        raw["data"]["labels"] = labels
     arms = named([model for model, _ in found])
     if len(arms) == 1:
         arms["base"] = {"method": "base"}
@@ -101,6 +105,26 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
     text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
     own = () if job is not None else tuple(overrides)
     return load_text(text, Path.cwd() / "evaluate.yaml", own)
+
+
+def class_order(runs: list[Run], job: JobSpec) -> list[str]:
+    """The classes in the order in which the runs' heads have them. Raises UserError where they differ."""
+    from jobs import files
+    from jobs.errors import UserError
+
+    if job.task != "classification":
+        return []
+    known = {run.id: files.read_json(run.path / "facts.json").get("labels") for run in runs}
+    wanted, owner = list(job.data.labels or []), "the job's data.labels"
+    for name, labels in known.items():
+        if labels and wanted and labels != wanted:
+            raise UserError(
+                f"the classes of {name} are {', '.join(labels)} in this order, but {owner} are {', '.join(wanted)}: "
+                "they cannot be judged in one table"
+            )
+        if labels and not wanted:
+            wanted, owner = labels, f"those of {name}"
+    return wanted
 
 
 def _model(word: str, runs: Path) -> tuple[Given, Run | None]:

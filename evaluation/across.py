@@ -80,6 +80,7 @@ def _entry(run: Run) -> _Entry:
     facts = files.read_json(run.path / "facts.json")
     terms = {
         "rows": facts.get("rows_sha256", {}).get(split),
+        "trained_on": facts.get("rows_sha256", {}).get("train"),
         "model": facts.get("model_revisions", {}).get(job.model.model_name_or_path),
         "prompt_format": facts.get("prompt_format"),
         "metric_version": facts.get("metric_version"),
@@ -132,6 +133,9 @@ def _against(entry: _Entry, first: _Entry) -> Arm:
             odd.append(f"not ranked: {what} differ{'' if name == 'rows' else 's'} from {first.run.id}'s")
     if entry.report.held_out != first.report.held_out:
         odd.append(f"not ranked: it was judged on {entry.report.held_out} rows")
-    if not odd:
-        return entry.arm
-    return entry.arm.model_copy(update={"comparable": False, "remarks": [*entry.arm.remarks, *odd]})
+    remarks = [*entry.arm.remarks, *odd]
+    if entry.terms["trained_on"] != first.terms["trained_on"]:
+        remarks.append(
+            f"it was trained on other rows than {first.run.id}: whether held-out rows were among them is not known"
+        )
+    return entry.arm.model_copy(update={"comparable": entry.arm.comparable and not odd, "remarks": remarks})

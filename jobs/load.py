@@ -28,6 +28,8 @@ _PATH_FIELDS = (
     "train.init_adapter",
     "resources.deepspeed_config",
 )
+_NAME_FIELDS = ("model.model_name_or_path", "data.dataset_name", "evaluate.bertscore_model")
+"""Names of the hub, of a package, or paths."""
 
 
 @dataclass(frozen=True)
@@ -367,21 +369,26 @@ def _link(reading: _Reading) -> None:
 
 def _absolute_paths(reading: _Reading, folder: Path) -> None:
     """Relative paths of a job file start at the file's own folder."""
-    for path in _PATH_FIELDS:
+    for path in (*_PATH_FIELDS, *_NAME_FIELDS):
         value = fields.get(reading.tree, path)
         if isinstance(value, str) and value:
-            fields.put(reading.tree, path, str((folder / files.in_home(value)).absolute()))
+            fields.put(reading.tree, path, _absolute(path, value, folder))
     _absolute_metrics(reading, folder)
     arms_of = fields.get(reading.tree, "compare.arms")
     for arm in arms_of.values() if isinstance(arms_of, dict) else ():
         if isinstance(arm, dict) and isinstance(arm.get("weights"), str) and arm["weights"]:
             arm["weights"] = str((folder / files.in_home(arm["weights"])).absolute())
-    for path in ("model.model_name_or_path", "data.dataset_name", "evaluate.bertscore_model"):
-        name = fields.get(reading.tree, path)
-        if isinstance(name, str) and name and not name.startswith("asset:"):
-            local = folder / files.in_home(name)
-            if looks_like_path(name) or _is_folder(local):
-                fields.put(reading.tree, path, str(local.absolute()))
+        own = arm.get("set") if isinstance(arm, dict) else None
+        if isinstance(own, dict):
+            paths = {path: own[path] for path in (*_PATH_FIELDS, *_NAME_FIELDS) if own.get(path)}
+            own |= {path: _absolute(path, value, folder) for path, value in paths.items() if isinstance(value, str)}
+
+
+def _absolute(path: str, value: str, folder: Path) -> str:
+    """A field's path from the file's folder on; a name that is no path stays as it is."""
+    local = folder / files.in_home(value)
+    is_path = path in _PATH_FIELDS or (not value.startswith("asset:") and (looks_like_path(value) or _is_folder(local)))
+    return str(local.absolute()) if is_path else value
 
 
 def _absolute_metrics(reading: _Reading, folder: Path) -> None:

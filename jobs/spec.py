@@ -16,7 +16,7 @@ from jobs.errors import Problem, SpecProblems
 from jobs.metrics import DEFAULT_METRIC, DEFAULT_TEXT_METRICS, LIKELIHOOD_METRICS, METRICS, TEXT_METRICS
 from jobs.rungs import Goal
 from jobs.search_spec import MetricSpec, SearchSpec
-from jobs.support import CUT_WEIGHTS, Method, Strategy, refusals
+from jobs.support import Method, Strategy, refusals
 from jobs.variables import checked_environment
 
 Task = Literal["classification", "generation", "summarization"]
@@ -532,6 +532,11 @@ class JobSpec(Spec):
                 return block.metric
         return MetricSpec.model_validate({"name": DEFAULT_METRIC[self.task]})
 
+    @property
+    def metric_block(self) -> str:
+        """Where that is said, or would be."""
+        return "compare.metric" if self.compare and not (self.search and self.search.metric) else "search.metric"
+
     @model_validator(mode="after")
     def _fields_agree(self) -> JobSpec:
         problems = (
@@ -557,7 +562,7 @@ def _format_problems(job: JobSpec) -> list[Problem]:
 
 def _metric_problems(job: JobSpec) -> list[Problem]:
     name, own = job.metric.name, job.evaluate.custom_metrics.get(job.metric.name)
-    where = "compare.metric" if job.compare and not (job.search and job.search.metric) else "search.metric"
+    where = job.metric_block
     known = ", ".join(job.metric_names)
     if name not in job.metric_names:
         more = " (evaluate.metrics adds it)" if job.generates and name in TEXT_METRICS else ""
@@ -569,12 +574,6 @@ def _metric_problems(job: JobSpec) -> list[Problem]:
     if not job.generates and job.evaluate.metrics:
         sentence = "evaluate.metrics is for texts that a model writes; classification has its own metrics"
         return [Problem("evaluate.metrics", sentence)]
-    if name in job.text_metrics and job.resources.strategy in CUT_WEIGHTS:
-        sentence = (
-            f"{where}.name is {name}, for which the model writes answers in every evaluation, and weights that "
-            f"{job.resources.strategy} cuts up cannot; search by loss, or use ddp, zero1 or zero2"
-        )
-        return [Problem(f"{where}.name", sentence)]
     return []
 
 

@@ -150,6 +150,15 @@ def refusals(job: JobSpec) -> list[tuple[str, str]]:
                 "resources.workers_per_node or num_nodes, or strategy: auto",
             )
         )
+    if strategy in CUT_WEIGHTS and job.metric.name in job.text_metrics:
+        where = f"{job.metric_block}.name"
+        found.append(
+            (
+                where,
+                f"{where} is {job.metric.name}, for which the model writes answers in every evaluation, and weights "
+                f"that {strategy} cuts up cannot; search by loss, or use ddp, zero1 or zero2",
+            )
+        )
     if job.resources.deepspeed_config and not strategy.startswith("zero"):
         found.append(
             (

@@ -237,10 +237,10 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
             )
         for part in ("ids", "starts", "targets"):
             np.save(folder / f"{name}-{part}.npy", getattr(made, part))
+        kept = [{"text": row.text, "label": row.label, "messages": row.messages} for row in split_rows]
+        digests[name] = _digest(kept)
         if name in _JUDGED:
-            kept = [{"text": row.text, "label": row.label, "messages": row.messages} for row in split_rows]
             files.write_jsonl(folder / f"{name}-rows.jsonl", kept)
-            digests[name] = files.sha256_file(folder / f"{name}-rows.jsonl")
     meta = {
         "labels": list(rows.labels),
         "warnings": warnings,
@@ -249,6 +249,14 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
         "rows_sha256": digests,
     }
     files.write_json(folder / "meta.json", meta)
+
+
+def _digest(rows: list[dict[str, Any]]) -> str:
+    """SHA-256 of what rows say, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _classification(

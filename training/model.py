@@ -6,6 +6,7 @@ import logging
 import shutil
 import tempfile
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,6 +138,27 @@ def _has_head(folder: Path) -> bool:
             return list(file.keys())
 
     return any(name.partition(".")[0] in HEADS for path in folder.glob("*.safetensors") for name in names(path))
+
+
+def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
+    """Have a model's configuration say what its outputs mean, wherever it is saved."""
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {label: index for index, label in enumerate(labels)}
+
+
+def check_class_order(named: Mapping[Any, str], labels: Sequence[str], what: str) -> None:
+    """Raises UserError where a trained head's own names are the data's in another order: it would be judged wrongly.
+
+    `named` is an `id2label`. Other names, and the `LABEL_0` of a model that was never told, say nothing of the order.
+    """
+    own = [str(named[key]) for key in sorted(named, key=int)]
+    if [name.casefold() for name in own] != [label.casefold() for label in labels] and (
+        sorted(name.casefold() for name in own) == sorted(label.casefold() for label in labels)
+    ):
+        raise UserError(
+            f"{what} has its classes in the order {', '.join(own)}, but the data has them as {', '.join(labels)}: "
+            f"set data.labels to the model's order"
+        )
 
 
 def fresh_heads(base: Base, seed: int, *, full: bool = False) -> None:

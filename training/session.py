@@ -41,7 +41,7 @@ from training.evaluation import OnPass, autocast_dtype, evaluate_rows, nobody
 from training.loss import LossModule
 from training.meter import Meter, gpu_metrics
 from training.methods import attach, compile_blocks, detach, first_values, save_weights, trained_parameters
-from training.model import Base
+from training.model import Base, name_classes
 from training.optim import rate_factor
 from training.strategies import Ranks, strategy
 
@@ -55,6 +55,8 @@ class TrainingSession:
         self.first_gradient_at: float | None = None
         self.classifies = job.task == "classification"
         self.meter = Meter(base.device)
+        if data.labels:
+            name_classes(base.model, data.labels)
         self.model = attach(job, base)
         if job.train.torch_compile:
             compile_blocks(self.model)

@@ -22,7 +22,7 @@ from jobs.spec import JobSpec
 from training.data import TokenData, open_tokens
 from training.evaluation import evaluate_rows
 from training.methods import detach, load_weights
-from training.model import Base, fresh_heads, load_base, resolve_device
+from training.model import Base, check_class_order, fresh_heads, load_base, resolve_device
 from training.watchdog import Watchdog
 from tuning.nodes import first_line
 from tuning.trial_run import Work
@@ -120,9 +120,13 @@ class Examiner:
             self.base = load_base(exam.job, labels, resolve_device(self.work.gpus))
         base = self.base
         if exam.weights is None:
-            if not base.own_head:
+            if base.own_head:
+                check_class_order(base.model.config.id2label, data.labels, exam.job.model.model_name_or_path)
+            else:
                 fresh_heads(base, exam.job.train.seed)
             return {split: self._of_split(base.model, exam.job, data, split, base) for split in exam.splits}
+        config = files.read_json(Path(exam.weights) / "config.json")  # of a whole model; an adapter has none
+        check_class_order(config.get("id2label", {}), data.labels, exam.weights)
         model = load_weights(exam.job, base, Path(exam.weights))
         try:
             return {split: self._of_split(model, exam.job, data, split, base) for split in exam.splits}

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.machine import site_here
 from cluster.planning import make_plan
+from commands.evaluate import class_order
 from evaluation.choose import Choice, choose, front
 from evaluation.comparison import finite_intervals, finite_metrics, pairs_of
 from evaluation.metrics import difference, scores
@@ -18,7 +19,7 @@ from evaluation.report import build_report
 from evaluation.results import Classified, RowResults
 from evaluation.samples import differing, mistakes
 from jobs import arms, files, search
-from jobs.errors import JobFileError
+from jobs.errors import JobFileError, UserError
 from jobs.given import named, of_folder
 from jobs.report import Arm, Inference, Pair
 from jobs.run import Run, TrialState
@@ -137,6 +138,26 @@ def test_given_models_are_arms(tmp_path: Path) -> None:
     found = named([of_folder(adapter), of_folder(adapter)])
     assert list(found) == ["ab", "ab-2"]
     assert found["ab"] == {"method": "lora", "weights": str(adapter)}
+
+
+def test_a_path_in_an_arm_starts_at_the_job_file(bert_job: JobMaker) -> None:
+    other = "other: {method: lora, set: {model.model_name_or_path: ../models/mine, train.learning_rate: 1e-3}}"
+    job = bert_job(f"compare: {{arms: {{a: {{method: base}}, {other}}}}}")
+    given = Path(str(arms.arm_of(job.job, "other").set["model.model_name_or_path"]))
+    assert given == (job.path.parent / "../models/mine").absolute()
+
+
+def test_classes_in_another_order_are_not_judged_together(bert_job: JobMaker, tmp_path: Path) -> None:
+    runs = [Run(tmp_path / name) for name in ("a", "b", "old")]
+    for run, facts in zip(runs, ({"labels": ["bad", "good"]}, {"labels": ["good", "bad"]}, {}), strict=True):
+        files.write_json(run.path / "facts.json", facts)
+    job = bert_job().job
+    assert class_order([runs[0], runs[2]], job) == ["bad", "good"]
+    assert class_order([runs[2]], job) == []
+    with pytest.raises(UserError, match=r"classes of b are good, bad in this order, but those of a are bad, good"):
+        class_order(runs, job)
+    with pytest.raises(UserError, match=r"classes of a are bad, good in this order, but the job's data.labels are"):
+        class_order(runs, bert_job(data__labels=["good", "bad"]).job)
 
 
 # ---- pairs ----

@@ -29,7 +29,7 @@ from tests.unit.test_training import CPU, finish, session
 from training.data import prepare, prompt_tokens
 from training.evaluation import evaluate_rows
 from training.methods import attach, load_weights, trained_parameters
-from training.model import load_base, load_tokenizer
+from training.model import check_class_order, load_base, load_tokenizer
 
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 PAIRS = [
@@ -354,6 +354,18 @@ def test_classes_come_back_from_their_file(bert_job: JobMaker, tmp_path: Path) -
     again = from_records(list(results.records()), 2, {})
     assert scores(again, job.metric_names, 200) == scores(results, job.metric_names, 200)
     assert scores(again, ["short"], 100).metrics["short"] == 1.0  # `good` and `bad` are short
+
+
+def test_a_saved_model_names_its_classes(bert_job: JobMaker, tmp_path: Path) -> None:
+    made = session(bert_job(method="full").job)
+    made.save_weights(tmp_path / "model")
+    named = json.loads((tmp_path / "model" / "config.json").read_text())["id2label"]
+    assert named == {"0": "bad", "1": "good"}
+    check_class_order(named, ("bad", "good"), "it")
+    check_class_order(named, ("neg", "pos"), "it")  # who knows
+    check_class_order({0: "LABEL_0", 1: "LABEL_1"}, ("good", "bad"), "it")
+    with pytest.raises(UserError, match=r"classes in the order bad, good, but the data has .* set data.labels"):
+        check_class_order(named, ("Good", "Bad"), "it")
 
 
 def test_a_classifier_with_a_metric_of_the_users_own_trains(bert_job: JobMaker, tmp_path: Path) -> None:

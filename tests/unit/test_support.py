@@ -147,6 +147,17 @@ def test_auto_cuts_weights_up_only_where_they_do_not_fit(
     assert why
 
 
+def test_weights_that_write_answers_stay_whole(llama_job: JobMaker) -> None:
+    site = LocalSite(cpus=8, memory_gib=500, gpus=2, gpu_memory_gib=24)
+    memory = MemoryEstimate(components={}, low=99, expected=99, high=99, of="GPU memory")
+    block = "evaluate: {metrics: [rouge1]}\nsearch: {metric: METRIC, parameters: {lr: [1e-3]}}"
+    by_loss, by_rouge = (llama_job(block.replace("METRIC", name), **TWO) for name in ("loss", "rouge1"))
+    assert choose_strategy([by_loss.job], site, memory, cuda=True)[0] == "fsdp"
+    assert choose_strategy([by_rouge.job], site, memory, cuda=True)[0] == "ddp"
+    with pytest.raises(JobFileError, match=r"search.metric.name is rouge1, .* that zero3 cuts up cannot"):
+        llama_job(block.replace("METRIC", "rouge1"), **TWO, resources__strategy="zero3")
+
+
 def test_auto_finds_what_every_trial_of_a_search_can_run_under(bert_job: JobMaker) -> None:
     site = LocalSite(cpus=8, memory_gib=500, gpus=2, gpu_memory_gib=24)
     memory = MemoryEstimate(components={}, low=99, expected=99, high=99, of="GPU memory")

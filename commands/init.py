@@ -19,10 +19,20 @@ class TaskName(StrEnum):
 
     CLASSIFICATION = "classification"
     GENERATION = "generation"
+    SUMMARIZATION = "summarization"
 
 
-_MODELS = {"classification": "asset:minilm-l6", "generation": "asset:smollm2-135m-instruct"}
-_BATCH = {"classification": 16, "generation": 4}
+_MODELS = {
+    "classification": "asset:minilm-l6",
+    "generation": "asset:smollm2-135m-instruct",
+    "summarization": "asset:smollm2-135m-instruct",
+}
+_BATCH = {"classification": 16, "generation": 4, "summarization": 4}
+_LENGTH = {"classification": 256, "generation": 512, "summarization": 1024}
+_PROMPTS = ("prompt", "question", "input", "source")
+_ANSWERS = ("completion", "answer", "response", "output", "target")
+_DOCUMENTS = ("document", "article", "dialogue", "text", "content", "report")
+_SUMMARIES = ("summary", "highlights", "abstract", "headline")
 
 
 class SiteKind(StrEnum):
@@ -42,8 +52,12 @@ def init(
     model: Annotated[str | None, typer.Option(help="Hub id, folder or asset:NAME.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column with the text.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column with the class.")] = None,
-    prompt_column: Annotated[str | None, typer.Option(help="Column with the prompt (generation).")] = None,
-    completion_column: Annotated[str | None, typer.Option(help="Column with the answer (generation).")] = None,
+    prompt_column: Annotated[
+        str | None, typer.Option(help="Column with the prompt (generation), or the long text (summarization).")
+    ] = None,
+    completion_column: Annotated[
+        str | None, typer.Option(help="Column with the answer (generation), or the short text (summarization).")
+    ] = None,
     name: Annotated[str, typer.Option(help="Name of the job.")] = "my-job",
     site: Annotated[
         SiteKind | None,
@@ -143,7 +157,7 @@ def _columns(train_file: Path, task: TaskName, given: dict[str, str | None]) -> 
     if first is None:
         raise DataError(f"{train_file} holds no row that can be read")
     if task is not TaskName.CLASSIFICATION:
-        return _generation_columns(train_file, first, given)
+        return _generation_columns(train_file, task, first, given)
     text, label = given["text_column"], given["label_column"]
     if not (text or label) and {"messages", "instruction"} & set(first):
         raise DataError(f"{train_file} holds conversations or instructions: give --task generation")
@@ -158,23 +172,27 @@ def _columns(train_file: Path, task: TaskName, given: dict[str, str | None]) -> 
     return {key: str(column) for key, column in found.items()}
 
 
-def _generation_columns(train_file: Path, first: dict[str, object], given: dict[str, str | None]) -> dict[str, str]:
+def _generation_columns(
+    train_file: Path, task: TaskName, first: dict[str, object], given: dict[str, str | None]
+) -> dict[str, str]:
     from jobs.errors import DataError
 
-    if given["text_column"]:
+    shortens = task is TaskName.SUMMARIZATION
+    if given["text_column"] and not shortens:
         return {"text_column": given["text_column"]}
     if {"messages", "instruction"} & set(first):
         return {}
-    prompt = given["prompt_column"] or _first_of(first, ("prompt", "question", "input", "source"))
-    answers = ("completion", "answer", "response", "output", "target")
+    prompts, answers = (_DOCUMENTS + _PROMPTS, _SUMMARIES + _ANSWERS) if shortens else (_PROMPTS, _ANSWERS)
+    prompt = given["prompt_column"] or given["text_column"] or _first_of(first, prompts)
     completion = given["completion_column"] or _first_of(first, answers)
     if prompt and completion:
         return {"prompt_column": prompt, "completion_column": completion}
-    if "text" in first:
+    if "text" in first and not shortens:
         return {}
+    plain = "" if shortens else ", or --text-column for plain text"
     raise DataError(
         f"{train_file} has the columns {', '.join(map(str, first))}: say which with --prompt-column and "
-        "--completion-column, or --text-column for plain text"
+        f"--completion-column{plain}"
     )
 
 
@@ -202,15 +220,14 @@ def _draft(
     lines = [f"  {key}: {_quoted(_relative(path, folder))}" for key, path in data.items() if path]
     lines += [f"  {key}: {_quoted(column)}" for key, column in columns.items()]
     metric = "accuracy" if task is TaskName.CLASSIFICATION else "loss"
-    length = 256 if task is TaskName.CLASSIFICATION else 512
     return f"""\
 # Written by `lorafleet init`. Every field and its default: `lorafleet render {output.name}`.
 name: {_quoted(name)}
-task: {task.value}                     # classification | generation
+task: {task.value}                     # {" | ".join(TaskName)}
 
 model:
   model_name_or_path: {_quoted(model)}   # a hub id, a folder, or asset:NAME (`lorafleet fetch --list`)
-  max_length: {length}                     # tokens; longer rows are cut, and counted in a warning
+  max_length: {_LENGTH[task]}                     # tokens; longer rows are cut, and counted in a warning
 
 data:                                 # {counts}
 {chr(10).join(lines)}

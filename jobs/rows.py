@@ -24,6 +24,9 @@ DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _MOST_SHOWN = 10
 _ROLES = ("system", "user", "assistant", "tool")
 
+_MOST_BEGUN = 48
+"""Words of a text alone that a model is given to go on from."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -38,13 +41,24 @@ class Row:
 
     @property
     def prompt(self) -> str:
-        """What is asked, without a chat template around it; of a row without a conversation, its text."""
-        return "\n\n".join(content for _, content in self.messages[:-1]) if self.messages else self.text
+        """What is asked, without a chat template around it; a text with a label; the beginning of a text alone."""
+        if self.messages:
+            return "\n\n".join(content for _, content in self.messages[:-1])
+        return self.text if self.label else self.text[: self._beginning]
 
     @property
     def reference(self) -> str:
-        """The answer that is right; of a row without a conversation, its label."""
-        return self.messages[-1][1] if self.messages else self.label
+        """The answer that is right; a text's label; how a text alone goes on."""
+        if self.messages:
+            return self.messages[-1][1]
+        return self.label or self.text[self._beginning :].strip()
+
+    @property
+    def _beginning(self) -> int:
+        """Characters of a text alone after which a model is to go on: half its words, but few."""
+        ends = [word.end() for word in re.finditer(r"\S+", self.text)]
+        words = min(len(ends) // 2, _MOST_BEGUN)
+        return ends[words - 1] if words else len(self.text)
 
     def shown(self) -> dict[str, str]:
         """What a run keeps of a held-out row, to be read where the data is not."""

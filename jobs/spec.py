@@ -399,7 +399,8 @@ class EvaluateSpec(Spec):
     generation_seed: int = Field(0, ge=0, lt=2**32)
     """Seed of what `do_sample` draws."""
     sample_rows: int = Field(5, ge=0, le=10_000)
-    """Held-out rows that are answered for the report where no metric asks for answers."""
+    """Held-out rows that are answered for the report where no metric asks for answers; a text alone (`format: text`)
+    is continued from its beginning."""
     bertscore_model: str = Field("asset:minilm-l6", min_length=1, max_length=400)
     """Encoder of BERTScore: a hub id, a folder, or `asset:NAME`. Scores of two encoders cannot be compared."""
     bertscore_layer: int | None = Field(None, ge=1, le=1000)

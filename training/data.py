@@ -123,11 +123,6 @@ class TokenData:
             raise DataError(f"evaluate.folds is {folds}, but there are too few different rows for that")
         return replace(self, splits=self.splits | {name: pool.part(rows) for name, rows in parts.items()})
 
-    def has_prompts(self, split_name: str) -> bool:
-        """Whether there is something to answer."""
-        rows = self.rows(split_name)
-        return bool(rows) and bool(rows[0].messages)
-
 
 @dataclass
 class Batch:
@@ -315,11 +310,14 @@ def _prompt_and_answer(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[li
 
 
 def prompt_tokens(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of what the last answer follows: training has it before the answer, and generation begins with it."""
-    if tokenizer.chat_template:
+    """Token ids of what the last answer follows: training has it before the answer, and generation begins with it.
+
+    Of a text alone: its beginning, as it stands.
+    """
+    if row.messages and tokenizer.chat_template:
         return _ids(tokenizer, _chat_prompt(row, tokenizer))
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    return start + _ids(tokenizer, row.prompt + "\n\n")
+    return start + _ids(tokenizer, f"{row.prompt}\n\n" if row.messages else row.prompt)
 
 
 def _chat_prompt(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:

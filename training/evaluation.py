@@ -68,7 +68,7 @@ def evaluate_rows(
         if not job.generates:
             return _with_own_metrics(found, job, data, split_name, metrics)
         rows = len(data.splits[split_name]) if metrics and answered is None else answered or 0
-        if rows == 0 or not data.has_prompts(split_name):
+        if min(rows, len(found)) == 0:
             return found
         answers = _answers(module.model, job, data, split_name, min(rows, len(found)), ranks, device, on_pass)
         return _judged(found, answers, job, data, split_name, metrics, device)

@@ -14,7 +14,7 @@ import yaml
 
 from cluster.machine import install_line
 from jobs.hub import lacks
-from jobs.load import load_text
+from jobs.load import load_job, load_text
 from jobs.translate import translate
 from tests.conftest import ROOT, lorafleet, opinions, write_rows
 
@@ -75,6 +75,19 @@ def test_init_writes_a_job_that_loads(columns: tuple[str, str], tmp_path: Path) 
     assert lorafleet("validate", "job.yaml", cwd=tmp_path).returncode == 0
     again = lorafleet("init", "--train-file", "my data.jsonl", cwd=tmp_path)
     assert (again.returncode, "exists already" in again.stderr) == (2, True)
+
+
+def test_init_for_summaries(tmp_path: Path) -> None:
+    rows = [{"id": row, "article": f"{row} " + "long words " * 9, "highlights": f"{row} short"} for row in range(40)]
+    write_rows(tmp_path / "news.jsonl", rows)
+    done = lorafleet("init", "--task", "summarization", "--train-file", "news.jsonl", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    job = load_job(tmp_path / "job.yaml").job
+    assert (job.task, job.data.prompt_column, job.data.completion_column) == ("summarization", "article", "highlights")
+    write_rows(tmp_path / "x.jsonl", [{"article": "a", "bar": "b"}])
+    wrong = lorafleet("init", "--task", "summarization", "--train-file", "x.jsonl", "-o", "x.yaml", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "has the columns article, bar: say which with --prompt-column and --completion-column" in wrong.stderr
 
 
 def test_init_asks_for_the_column_it_cannot_guess(tmp_path: Path) -> None:

@@ -23,8 +23,9 @@ from evaluation.summary import read_results, summary
 from evaluation.text_metrics import MOST_WORDS, text_metrics
 from jobs import files
 from jobs.errors import AssetError, JobFileError, UserError
+from jobs.rows import Row
 from jobs.spec import CustomMetric, EvaluateSpec
-from tests.conftest import JobMaker, opinions
+from tests.conftest import JobMaker, opinions, write_rows
 from tests.unit.test_training import CPU, finish, session
 from training.data import prepare, prompt_tokens
 from training.evaluation import evaluate_rows
@@ -333,6 +334,34 @@ def test_a_few_answers_for_the_report(llama_job: JobMaker) -> None:
     results = evaluate_rows(base.model, job, prepare(job), "test", CPU, answered=3)
     assert [answer is None for answer in results.answers] == [False] * 3 + [True] * 29
     assert set(scores(results, job.metric_names, 100).metrics) == {"loss", "perplexity"}
+
+
+def test_a_text_alone_is_continued(llama_job: JobMaker, tmp_path: Path) -> None:
+    rows = [{"text": " ".join(row["text"] for row in opinions(3, seed))} for seed in range(24)]
+    for split, few in (("train", rows[:16]), ("validation", rows[16:20]), ("test", rows[20:])):
+        write_rows(tmp_path / f"{split}.jsonl", few)
+    own = {f"data__{split}_file": str(tmp_path / f"{split}.jsonl") for split in ("train", "validation", "test")}
+    job = llama_job("evaluate: {metrics: [rouge1], max_new_tokens: 4, sample_rows: 2}", **own).job
+    data = prepare(job)
+    row, tokenizer = data.rows("test")[0], load_tokenizer(job.model.model_name_or_path, None, trust_remote_code=False)
+    assert row.text.startswith(row.prompt)
+    assert f"{row.prompt} {row.reference}" == row.text
+    assert len(row.prompt.split()) == len(row.text.split()) // 2
+    first = data.splits["test"]
+    learnt = first.ids[first.starts[0] : first.starts[1]].tolist()
+    given = prompt_tokens(row, tokenizer)
+    assert given == learnt[: len(given)]  # as it stands in training
+    base = load_base(job, 0, CPU)
+    shown = evaluate_rows(base.model, job, data, "test", CPU, answered=2).answers
+    assert [answer is None for answer in shown] == [False, False, True, True]
+    assert "rouge1" in evaluate_rows(base.model, job, data, "test", CPU, metrics=("rouge1",)).ratios
+
+
+def test_how_a_text_is_cut_to_be_continued() -> None:
+    assert (Row(text="one").prompt, Row(text="one").reference) == ("one", "")
+    assert (Row(text=" one\ttwo  three").prompt, Row(text=" one\ttwo  three").reference) == (" one", "two  three")
+    assert len(Row(text="word " * 1000).prompt.split()) == 48
+    assert (Row(text="a b", label="x").prompt, Row(text="a b", label="x").reference) == ("a b", "x")
 
 
 def test_an_answer_needs_room(llama_job: JobMaker) -> None:

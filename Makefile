@@ -5,6 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
+UNIT = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit
+
 .PHONY: install packages quickstart test test-all check unit clean
 .DEFAULT_GOAL := help
 
@@ -29,13 +31,14 @@ packages:
 	scripts/test-packages
 
 unit: install packages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit
+	$(UNIT) -m 'not long'
 
 # The checks first, then the tests without Ray, then those with it; all that is needed is installed above.
 test: check unit
 	$(BIN)/python -m pytest -q tests --ignore=tests/unit -m 'not long'
 
-test-all: check unit
+test-all: check install packages
+	$(UNIT) --hypothesis-profile thorough
 	$(BIN)/python -m pytest -q tests --ignore=tests/unit
 
 clean:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from jobs.load import LoadedJob, load_text
 
@@ -21,6 +22,10 @@ GOOD = ["good", "great", "fine", "lovely", "superb"]
 BAD = ["bad", "poor", "awful", "dull", "weak"]
 ROOT = Path(__file__).parent.parent
 ASSETS = os.environ.get("LORAFLEET_TEST_ASSETS", str(Path.home() / ".cache" / "lorafleet"))
+
+settings.register_profile("quick", max_examples=25, deadline=None)
+settings.register_profile("thorough", max_examples=100, deadline=None)
+settings.load_profile("quick")  # `make test-all` takes the other
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.errors import PlacementRefused
@@ -121,7 +121,6 @@ texts = st.one_of(nasty, st.text(others, max_size=20))
 variables = st.dictionaries(st.from_regex(r"\AA[A-Z0-9_]{0,8}\Z"), texts, max_size=4)
 
 
-@settings(max_examples=100, deadline=None)
 @given(values=variables, document=st.text(max_size=60), user=texts)
 def test_no_value_breaks_out(values: dict[str, str], document: str, user: str) -> None:
     """Whatever a value is, the manifest that is read back has it as a value, and nothing that a shell reads has it."""
@@ -142,7 +141,6 @@ def test_no_value_breaks_out(values: dict[str, str], document: str, user: str) -
 
 
 @given(st.lists(st.one_of(texts, st.from_regex(r"\A[a-z0-9/._=-]{1,12}\Z")), min_size=1, max_size=4))
-@settings(max_examples=60, deadline=None)
 def test_a_command_is_its_words_or_is_refused(words: list[str]) -> None:
     """KubeRay pastes the command into a bash script: bash must read the very words."""
     try:

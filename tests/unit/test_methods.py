@@ -38,6 +38,9 @@ METHODS = {
     },
     "full": {"method": "full", "train__learning_rate": 3e-3},
 }
+FURTHER = {"rslora", "pissa_niter_4", "pissa_rslora", "olora", "fp4", "prompt_text"}
+"""Near kin of others: left to the long run."""
+EACH_METHOD = [pytest.param(name, marks=[pytest.mark.long] if name in FURTHER else []) for name in METHODS]
 WRITES_TO_BASE = {"pissa", "pissa_niter_4", "pissa_rslora", "olora", "full"}
 
 
@@ -66,7 +69,7 @@ def read_plainly(job: JobSpec, folder: Path) -> torch.nn.Module:
     return PeftModel.from_pretrained(fresh(job).model, str(folder))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EACH_METHOD)
 @pytest.mark.parametrize("task", ["classification", "generation"])
 def test_a_method_learns_and_plain_peft_reads_it(
     name: str, task: str, bert_job: JobMaker, llama_job: JobMaker, tmp_path: Path
@@ -109,7 +112,7 @@ def test_all_linear_reaches_every_matrix_but_the_head(
     assert adapted(llama_job(model__model_name_or_path=str(tiny_gpt_neo)).job) == 2 * 6
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EACH_METHOD)
 def test_first_or_last_on_a_warm_base_a_trial_is_the_same(name: str, bert_job: JobMaker) -> None:
     job = bert_job(**METHODS[name]).job
     base = fresh(job)
@@ -127,7 +130,7 @@ def test_first_or_last_on_a_warm_base_a_trial_is_the_same(name: str, bert_job: J
     assert equal(values, alone[1])
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EACH_METHOD)
 @pytest.mark.parametrize("task", ["classification", "generation"])
 def test_an_evaluation_does_not_change_the_training(
     name: str, task: str, bert_job: JobMaker, llama_job: JobMaker

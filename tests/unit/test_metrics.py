@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from torch import nn
@@ -65,7 +65,6 @@ def test_rouge_lsum_takes_sentences_apart() -> None:
     assert expected > values("rougeL", [prediction], [reference])[0]
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(*[st.text(alphabet=st.characters(max_codepoint=127), max_size=60)] * 2), min_size=1))
 def test_words_of_english_letters_are_rouge_scores(pairs: list[tuple[str, str]]) -> None:
     theirs = RougeScorer(["rouge1"], use_stemmer=True)

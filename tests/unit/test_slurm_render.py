@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.errors import PlacementRefused
@@ -91,7 +91,6 @@ values = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
 @given(partition=words, account=words, interface=words, image=words, value=values, folder=values, cache=values)
 def test_no_value_breaks_out(
     tmp_path_factory: pytest.TempPathFactory, partition: str, account: str, interface: str, image: str, value: str,

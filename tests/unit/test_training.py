@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
@@ -58,7 +58,6 @@ def checksum(model: torch.nn.Module) -> float:
 
 
 @given(st.integers(1, 70), st.integers(1, 12), st.booleans())
-@settings(max_examples=40)
 def test_every_epoch_shows_every_row_once(rows: int, batch: int, grouped: bool) -> None:
     plan = BatchPlan(np.arange(1, rows + 1), batch, seed=1, grouped=grouped)
     steps = 32 * rows // np.gcd(32 * batch, rows) // 32 * 1 or 1
@@ -432,7 +431,6 @@ def test_learning_rates_by_hand(kind: str, factors: list[float]) -> None:
 
 
 @given(st.integers(2, 5), st.integers(3, 40), st.integers(0, 1000))
-@settings(max_examples=50)
 def test_metrics_are_scikit_learns(classes: int, rows: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     labels, predicted = random.integers(0, classes, rows), random.integers(0, classes, rows)

@@ -74,7 +74,7 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
 
     from evaluation.report import run_job
     from jobs.errors import UserError
-    from jobs.given import named
+    from jobs.given import Given, check_base, named
     from jobs.load import load_job, load_text
 
     overrides = [word for word in what if "=" in word]
@@ -89,6 +89,8 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
             raise UserError("--job JOB.yaml is missing: it says what task, rows and metrics; only a run brings its own")
         base = run_job(first)
     labels = class_order([run for _, run in found if run is not None], base)
+    for model, _ in found:
+        check_base(model, base)
     raw = base.model_dump(mode="json", exclude_defaults=True) | {"name": "evaluate"}
     for block in ("search", "compare", "linked"):
         raw.pop(block, None)
@@ -97,9 +99,8 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
         raw["data"].pop("max_test_samples", None)
     if labels and base.data.labels is None:
         raw["data"]["labels"] = labels
-    arms = named([model for model, _ in found])
-    if len(arms) == 1:
-        arms["base"] = {"method": "base"}
+    alone = [Given("base", {"method": "base"})] if len(found) == 1 else []
+    arms = named([model for model, _ in found] + alone)
     metric = base.metric.model_dump()
     raw["compare"] = {"arms": arms, "inference": {"rounds": rounds}, "rule": "best", "metric": metric}
     text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)

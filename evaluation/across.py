@@ -13,7 +13,7 @@ from evaluation.report import build_report, chosen_results, run_job, short
 from evaluation.results import RowResults
 from evaluation.samples import differing
 from jobs import files
-from jobs.arms import arm_of
+from jobs.arms import own_job
 from jobs.report import Arm, Report
 from jobs.run import Run
 
@@ -22,6 +22,7 @@ _MUST_AGREE = {
     "model": "the base model",
     "prompt_format": "the prompt format",
     "metric_version": "the version of the metrics",
+    "custom_metrics": "the metrics of one's own",
     "encoders": "the encoder of BERTScore",
     "labels": "the order of the classes",
     "max_length": "the length to which rows are cut",
@@ -49,7 +50,8 @@ def across(runs: Sequence[Run]) -> Report:
     arms = [_against(entry, first) for entry in entries]
     judged = {arm.arm: entry.results for arm, entry in zip(arms, entries, strict=True) if arm.comparable}
     job = run_job(first.run)
-    pairs = pairs_of(judged, job.metric.name, job.evaluate.bootstrap_samples)
+    by_number = {name: dict(enumerate(found)) for name, found in judged.items()}
+    pairs = pairs_of(by_number, job.metric.name, job.evaluate.bootstrap_samples)
     choice = Choice("cheapest_within_noise", job.metric.name, job.metric.goal, "train_seconds")
     rows = files.read_jsonl(first.run.rows_file(first.report.held_out))
     labels = [str(label) for label in first.report.facts.get("labels", [])]
@@ -64,6 +66,8 @@ def across(runs: Sequence[Run]) -> Report:
             "trials": trials,
             "samples": differing(rows, firsts, labels),
             "mistakes": [],
+            "ratings": None,
+            "folds": [],
             "confusion": [],
             "per_class": {},
             "rungs": [],
@@ -84,6 +88,7 @@ def _entry(run: Run) -> _Entry:
         "model": facts.get("model_revisions", {}).get(job.model.model_name_or_path),
         "prompt_format": facts.get("prompt_format"),
         "metric_version": facts.get("metric_version"),
+        "custom_metrics": facts.get("custom_metrics", {}),
         "encoders": facts.get("encoders", {}) if job.text_metrics else {},
         "labels": facts.get("labels", []),
         "max_length": job.model.max_length,
@@ -93,9 +98,11 @@ def _entry(run: Run) -> _Entry:
         arms, judged, _ = arms_of_run(run, job, split)
         chosen = next((arm for arm in arms if arm.arm == report.recommendation.arm), arms[0])
         what = f"{chosen.arm}: {chosen.what}"
-        model = arm_of(job, chosen.arm).set.get("model.model_name_or_path", job.model.model_name_or_path)
-        terms["model"] = facts.get("model_revisions", {}).get(str(model))
-        return _Entry(run, report, chosen.model_copy(update={"arm": run.id, "what": what}), judged[chosen.arm], terms)
+        own = own_job(job, chosen.arm).model
+        terms["model"] = facts.get("model_revisions", {}).get(own.model_name_or_path)
+        terms["max_length"] = own.max_length
+        results = list(judged[chosen.arm].values())
+        return _Entry(run, report, chosen.model_copy(update={"arm": run.id, "what": what}), results, terms)
     found = chosen_results(run, report).get(str(report.recommendation.trial_id))
     results = [found] if found else []
     return _Entry(run, report, _arm_of_trial(run, report, results), results, terms)

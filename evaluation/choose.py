@@ -118,7 +118,9 @@ def _sentence(chosen: Arm, best: Arm, eligible: list[Arm], scored: list[Arm], pa
         other = _next_best(best, scored, choice)
         p = _p_value(best, other, pairs) if other else None
         apart = f", p = {p:.3f} against {other.arm}" if other and p is not None else ""
-        alone = "" if choice.rule == "best" or p is None else ", and no other comes near it"
+        alone = "" if choice.rule == "best" or other is None else ", and no other comes near it"
+        if choice.rule == "cheapest_within_noise" and other and p is None:
+            alone = "; it was not compared row by row with the others, so that noise is not known"
         return f"Ship {best.arm}: it has the best {got}{alone}{apart}."
     if choice.price(chosen) is None:
         return f"Ship {best.arm}: it has the best {got}; {COSTS[choice.cost][0]} was measured of none."

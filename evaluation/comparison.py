@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +51,33 @@ def seed_of(row: Row) -> int:
     return int(row.params.get(SEED, -1))
 
 
-def arms_of_run(run: Run, job: JobSpec, split: str) -> tuple[list[Arm], dict[str, list[RowResults]], list[Row]]:
-    """(the arms, what their models did with each row, all trials of all arms)."""
+def arms_of_run(run: Run, job: JobSpec, split: str) -> tuple[list[Arm], dict[str, dict[int, RowResults]], list[Row]]:
+    """(the arms, what their models did with each row: arm -> seed -> results, all trials of all arms)."""
     assert job.compare is not None
     judged = judged_results(run, job, split)
     reports = {arm.path.name: build_report(arm) for arm in run.arms()}
-    arms = [_arm(run, job, name, reports, judged[name]) for name in job.compare.arms]
+    arms = _comparable([_arm(run, job, name, reports, judged[name]) for name in job.compare.arms], judged, job)
     trials = [
         row.model_copy(update={"arm": name})
         for name in job.compare.arms
         if name in reports
         for row in reports[name].trials
     ]
-    return arms, {name: list(results.values()) for name, results in judged.items()}, trials
+    return arms, judged, trials
+
+
+def _comparable(arms: list[Arm], judged: dict[str, dict[int, RowResults]], job: JobSpec) -> list[Arm]:
+    """The arms, those marked whose likelihoods are of other tokens than the first's: no loss ranks them."""
+    firsts = {name: next(iter(results.values())) for name, results in judged.items() if results}
+    if job.metric.name not in ("loss", "perplexity") or not firsts:
+        return arms
+    name, first = next(iter(firsts.items()))
+    odd = {other for other, found in firsts.items() if not np.array_equal(found.targets_R, first.targets_R)}
+    remark = f"not ranked by {job.metric.name}: its model reads the rows as other tokens than that of {name}"
+    return [
+        arm.model_copy(update={"comparable": False, "remarks": [*arm.remarks, remark]}) if arm.arm in odd else arm
+        for arm in arms
+    ]
 
 
 def judged_results(run: Run, job: JobSpec, split: str) -> dict[str, dict[int, RowResults]]:
@@ -77,17 +91,27 @@ def judged_results(run: Run, job: JobSpec, split: str) -> dict[str, dict[int, Ro
     return found
 
 
-def pairs_of(judged: dict[str, list[RowResults]], metric: str, resamples: int) -> list[Pair]:
-    """Every two arms that have results, compared on the same rows."""
+Judged = Mapping[str, Mapping[int, RowResults]]
+"""Arm -> seed -> what its model did with each row."""
+
+
+def pairs_of(judged: Judged, metric: str, resamples: int, origins: Mapping[str, str] | None = None) -> list[Pair]:
+    """Every two arms that have results, compared on the same rows.
+
+    `origins` names the arm whose adapters an arm has, where they are not its own: such two have the same models.
+    """
     found = []
     for one, other in itertools.combinations([name for name, results in judged.items() if results], 2):
-        ours, theirs = judged[one], judged[other]
+        by_seed, given = (judged[one], judged[other]), origins or {}
+        common = [seed for seed in by_seed[0] if seed in by_seed[1]]
+        same_models = given.get(one, one) == given.get(other, other) and bool(common)
+        ours, theirs = ([own[seed] for seed in (common if same_models else own)] for own in by_seed)
         if len(ours[0]) != len(theirs[0]) or not (ours[0].has(metric) and theirs[0].has(metric)):
             continue
         same_targets = np.array_equal(ours[0].targets_R, theirs[0].targets_R)
         if metric in ("loss", "perplexity") and not same_targets:
             continue  # other tokens: a loss of one is not a loss of the other
-        apart = difference(ours, theirs, metric, resamples)
+        apart = difference(ours, theirs, metric, resamples, same_models=same_models)
         if not all(map(math.isfinite, (apart.value, *apart.interval))):
             continue
         found.append(
@@ -217,8 +241,9 @@ def comparison_report(run: Run, job: JobSpec, plain: Report) -> Report:
     """A report with the arms of a comparison in it; `plain` has what every run has."""
     assert job.compare is not None
     arms, judged, trials = arms_of_run(run, job, plain.held_out)
-    pairs = pairs_of(judged, job.metric.name, job.evaluate.bootstrap_samples)
     compare = job.compare
+    origins = {name: arm.adapter_of for name, arm in compare.arms.items() if arm.adapter_of}
+    pairs = pairs_of(judged, job.metric.name, job.evaluate.bootstrap_samples, origins)
     choice = Choice(compare.rule, job.metric.name, job.metric.goal, compare.cost, compare.within)
     base = next((arm for arm in arms if arm.arm in _untuned(job)), None)
     update: dict[str, Any] = {
@@ -229,7 +254,7 @@ def comparison_report(run: Run, job: JobSpec, plain: Report) -> Report:
         "rungs": [],
     }
     rows = files.read_jsonl(run.rows_file(plain.held_out))
-    firsts = {name: results[0] for name, results in judged.items() if results}
+    firsts = {name: next(iter(results.values())) for name, results in judged.items() if results}
     labels = [str(label) for label in plain.facts.get("labels", [])]
     update["samples"] = differing(rows, firsts, labels)
     chosen = update["recommendation"].arm

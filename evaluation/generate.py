@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from jobs.spec import EvaluateSpec
@@ -40,11 +41,24 @@ def write_answers(
             on_batch()
             rows = order[start : start + batch_rows]
             inputs = padded(model, [prompts[row] for row in rows], pad)
-            written = inner.generate(**inputs, generation_config=config)
+            with own_settings(inner, config):
+                written = inner.generate(**inputs, generation_config=config)
             given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
             for row, tokens in zip(rows, written[:, given:].tolist(), strict=True):
                 answers[row] = decoded(tokens, ends, tokenizer)
     return answers
+
+
+@contextmanager
+def own_settings(model: Any, config: Any) -> Iterator[None]:
+    """Have `generate` do what it is told alone: transformers takes what is left open from the model's own settings, and
+    a base that comes with a penalty for repetition would have it count differently for prompts that are embeddings."""
+    before = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 def padded(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:

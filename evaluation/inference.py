@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.generate import padded
+from evaluation.generate import own_settings, padded
 
 _BATCHES = 3
 
@@ -80,11 +80,12 @@ def writer_speed(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], n
         for number, prompt in enumerate([prompts[0], *prompts]):
             clock = _Clock()
             began = time.perf_counter()
-            inner.generate(
-                **padded(model, [prompt], pad),
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([clock]),
-            )
+            with own_settings(inner, config):
+                inner.generate(
+                    **padded(model, [prompt], pad),
+                    generation_config=config,
+                    stopping_criteria=StoppingCriteriaList([clock]),
+                )
             if number:
                 first.append(clock.times[0] - began)
                 rates.append((len(clock.times) - 1) / (clock.times[-1] - clock.times[0]))

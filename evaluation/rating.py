@@ -24,7 +24,8 @@ CRITERIA = ("fluency", "coherence", "correctness")
 LOWEST, HIGHEST = 0, 5
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESAMPLES = 1000
-_SLOTS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_SLOTS = (*_LETTERS, *(first + second for first in _LETTERS for second in _LETTERS))
 
 
 @dataclass(frozen=True)
@@ -107,21 +108,22 @@ class Notebook:
         self._set(key, score)
 
     def undo(self) -> tuple[int, str, str] | None:
-        """Take the last rating back; returns its (row, place, criterion)."""
-        if not self.history:
+        """Take the last rating back; returns its (row, place, criterion). None: nothing of this sheet was rated."""
+        if not self.history or self.history[-1][0][:2] not in self._units:
             return None
         (row, arm, criterion), _ = self.history[-1]
         self._write({"undo": True})
         self._take_back()
-        item = next((item for item in self.items if item.row == row), None)
-        return (row, _SLOTS[item.arms.index(arm)], criterion) if item and arm in item.arms else None
+        item = next(item for item in self.items if item.row == row)
+        return row, _SLOTS[item.arms.index(arm)], criterion
 
     def note(self, row: int, text: str) -> None:
         """Note a text on a row. Raises UserError for a row that is not on the sheet."""
         if row not in {item.row for item in self.items}:
             raise UserError(f"row {row} is not on the sheet")
-        self._write({"row": row, "note": text[:4000]})
-        self.notes[row] = text[:4000]
+        whole = text[:4000].encode(errors="replace").decode()  # half a character would be written, and never read
+        self._write({"row": row, "note": whole})
+        self.notes[row] = whole
 
     def shown(self) -> dict[str, Any]:
         """What a rater sees: rows, answers, and own ratings by place."""
@@ -144,11 +146,16 @@ class Notebook:
     @property
     def missing(self) -> int:
         """Ratings that the sheet still wants."""
-        return sum(len(item.arms) for item in self.items) * len(CRITERIA) - len(self.scores)
+        return len(self._units) * len(CRITERIA) - sum(key[:2] in self._units for key in self.scores)
+
+    @property
+    def _units(self) -> set[tuple[int, str]]:
+        """What is on the sheet: (row, arm)."""
+        return {(item.row, arm) for item in self.items for arm in item.arms}
 
     def _arm(self, row: int, slot: str) -> str:
         item = next((item for item in self.items if item.row == row), None)
-        place = _SLOTS.find(slot) if len(slot) == 1 else -1
+        place = _SLOTS.index(slot) if slot in _SLOTS else -1
         if item is None or not 0 <= place < len(item.arms):
             raise UserError(f"row {row}, answer {slot} is not on the sheet")
         return item.arms[place]

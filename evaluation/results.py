@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,28 +64,29 @@ class RowResults:
             else:
                 record["tokens"] = int(self.targets_R[row])
                 record["answer"] = self.answers[row] if self.answers else None
-            for name, (above_R, below_R) in self.ratios.items():
-                record[name] = [float(above_R[row]), float(below_R[row])]
+            if self.ratios:  # apart, since a user's own metric may have any name
+                record["metrics"] = {name: [float(part[row]) for part in pair] for name, pair in self.ratios.items()}
             yield record
 
 
-def from_records(records: list[dict[str, Any]], classes: int, whole: Mapping[str, float]) -> RowResults:
+def from_records(records: list[dict[str, Any]], classes: int, whole: Mapping[str, float | None]) -> RowResults:
     """What `records` gave, read back."""
     first = records[0]
 
     def column(name: str, kind: type = float) -> np.ndarray:
         return np.array([record[name] for record in records], dtype=kind)
 
+    parts_R = [record.get("metrics", {}) for record in records]
     ratios = {
         name: (
-            np.array([record[name][0] for record in records], dtype=float),
-            np.array([record[name][1] for record in records], dtype=float),
+            np.array([parts[name][0] for parts in parts_R], dtype=float),
+            np.array([parts[name][1] for parts in parts_R], dtype=float),
         )
-        for name, value in first.items()
-        if isinstance(value, list)
+        for name in parts_R[0]
     }
+    numbers: dict[str, float] = {name: math.nan if value is None else value for name, value in whole.items()}
     if "predicted" in first:
         said = Classified(column("label", int), column("predicted", int), column("confidence"), classes)
-        return RowResults(column("loss"), np.ones(len(records), dtype=int), said, (), ratios, whole)
+        return RowResults(column("loss"), np.ones(len(records), dtype=int), said, (), ratios, numbers)
     answers = tuple(record["answer"] for record in records)
-    return RowResults(column("loss"), column("tokens", int), None, answers, ratios, whole)
+    return RowResults(column("loss"), column("tokens", int), None, answers, ratios, numbers)

@@ -54,7 +54,7 @@ def _apart(models: list[RowResults]) -> np.ndarray:
     answered_R = np.array(
         [all(found.answers and found.answers[row] is not None for found in models) for row in range(len(models[0]))]
     )
-    name = _setting_apart(models[0])
+    name = next((name for name in (*_PREFERRED, *models[0].ratios) if all(name in m.ratios for m in models)), None)
     values = [found.ratios[name][0] if name else found.loss_R / np.maximum(found.targets_R, 1) for found in models]
     spread_R = np.ptp(np.stack(values), axis=0)
     return np.where(answered_R, spread_R, -1.0)

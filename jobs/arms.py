@@ -34,10 +34,11 @@ def own_job(job: JobSpec, name: str) -> JobSpec:
     raw |= {"compare": None, "search": None, "method": _method(arm)}
     if arm.quantization != "none":
         raw["qlora"]["quant_type"] = arm.quantization
-    if "model.model_name_or_path" in arm.set:
+    given = (arm_of(job, arm.adapter_of).set if arm.adapter_of else {}) | arm.set
+    if "model.model_name_or_path" in given:
         raw["model"]["revision"] = None  # the job's is of another model
     linked = dict(raw["linked"])
-    for path, value in arm.set.items():
+    for path, value in given.items():
         linked.pop(path, None)
         fields.put(raw, path, value)
     raw["linked"] = linked
@@ -57,7 +58,7 @@ def search_job(job: JobSpec, name: str, samples: int | None) -> JobSpec:
     assert job.compare is not None
     compare, arm = job.compare, arm_of(job, name)
     own = own_job(job, name)
-    # An arm that searches nothing is trained once for each seed.
+    # An arm that searches nothing is trained once for each seed: none of them is stopped early for doing worse.
     seeds = [own.train.seed + number for number in range(compare.seeds)]
     parameters = arm.parameters or {SEED: Parameter(values=tuple(seeds))}
     block: dict[str, Any] = {
@@ -66,7 +67,7 @@ def search_job(job: JobSpec, name: str, samples: int | None) -> JobSpec:
         "num_samples": compare.num_samples,
         "keep": 1 if arm.parameters else compare.seeds,
         "seeds": compare.seeds if arm.parameters else 1,
-        "scheduler": compare.scheduler.model_dump() | _until(samples),
+        "scheduler": compare.scheduler.model_dump() | _until(samples) | ({} if arm.parameters else {"type": "none"}),
         "seed": job.search.seed if job.search else 0,
         "parameters": {path: value.model_dump(exclude_none=True) for path, value in parameters.items()},
     }
@@ -128,13 +129,14 @@ def _seconds_of_a_group(job: JobSpec) -> list[Problem]:
 def _unequal(job: JobSpec) -> list[Problem]:
     """Arms whose grids have different numbers of configurations: the larger has had the better chance."""
     assert job.compare is not None
-    if job.compare.method != "grid":
-        return []
-    sizes = {
-        name: search.grid_size(found)
-        for name in trained(job)
-        if arm_of(job, name).parameters and (found := search_job(job, name, None).search) is not None
-    }
+    sizes = {}
+    for name in trained(job):
+        found = search_job(job, name, None).search
+        if found is not None and arm_of(job, name).parameters:
+            finite = all(parameter.values for parameter in found.parameters.values() if parameter.expression is None)
+            grid = search.grid_size(found) if finite else None
+            drawn = None if job.compare.method == "grid" else job.compare.num_samples
+            sizes[name] = min(size for size in (grid, drawn) if size is not None)
     if len(set(sizes.values())) <= 1:
         return []
     said = ", ".join(f"{name} {size}" for name, size in sizes.items())

@@ -50,6 +50,9 @@ class ArmSpec(Spec):
             raise ValueError("quantization is for base and adapter_of; method: qlora says that a base is quantised")
         if not self.trains and self.parameters:
             raise ValueError("parameters is what a search tries, and this arm trains nothing")
+        for path in self.set if self.adapter_of else ():
+            if not path.startswith("qlora."):
+                raise ValueError(f"{path!r} is what {self.adapter_of} was trained with; only qlora's fields may differ")
         for path in _EQUAL_FOR_ALL & {*self.set, *self.parameters}:
             raise ValueError(f"{path!r} is the same for all arms: budget and seeds are compare's to say")
         for path in (*self.set, *self.parameters):

@@ -32,12 +32,19 @@ class Given:
 def of_run(run: Run, trial_id: str, weights: Path) -> Given:
     """The weights of a run's trial, on its own base."""
     resolved = run.trial(trial_id).params().get("resolved", {})
-    if not resolved:
-        resolved = files.read_json(weights.parent / "params.json").get("resolved", {})
+    return _of_resolved(run.id, resolved or _resolved_beside(weights), weights)
+
+
+def _resolved_beside(weights: Path) -> dict[str, Any]:
+    """What a trial that left these weights was trained as, where its folder or its card is still there."""
+    found: dict[str, Any] = files.read_json(weights.parent / "params.json").get("resolved", {})
+    return found or files.read_json(weights / "manifest.json").get("resolved", {})
+
+
+def _of_resolved(name: str, resolved: dict[str, Any], weights: Path) -> Given:
     values = {path: fields.get(resolved, path) for path in fields.leaves() if path.partition(".")[0] in _SHARED}
     known = {path: value for path, value in values.items() if value is not None or path == "model.revision"}
-    arm = {"method": resolved.get("method", "lora"), "weights": str(weights), "set": known}
-    return Given(run.id, arm)
+    return Given(name, {"method": resolved.get("method", "lora"), "weights": str(weights), "set": known})
 
 
 def of_arm(run: Run, job: JobSpec, name: str, weights: Path | None) -> Given:
@@ -59,10 +66,27 @@ def of_folder(folder: Path) -> Given:
         if kind not in _PEFT_METHODS:
             raise UserError(f"{folder} holds an adapter of type {kind}, but must be {' or '.join(_PEFT_METHODS)}")
         shown = folder.parent.name if folder.name in ("adapter", "model") else folder.name
+        resolved = _resolved_beside(folder.absolute())
+        if resolved:
+            return _of_resolved(shown, resolved, folder.absolute())
         return Given(shown, {"method": _PEFT_METHODS[kind], "weights": str(folder.absolute())})
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds neither {ADAPTER_FILES[0]} nor config.json: it is no adapter and no model")
     return of_model(str(folder.absolute()), folder.name)
+
+
+def check_base(model: Given, job: JobSpec) -> None:
+    """Raises UserError for an adapter of somebody else's that names another base of the hub than the job does."""
+    config = Path(str(model.arm.get("weights", ""))) / ADAPTER_FILES[0]
+    if "set" in model.arm or not config.is_file():
+        return
+    trained_on, ours = json.loads(config.read_text()).get("base_model_name_or_path"), job.model.model_name_or_path
+    both = [name for name in (trained_on, ours) if isinstance(name, str) and is_model_name(name)]
+    if len(both) == 2 and both[0].casefold() != both[1].casefold():
+        raise UserError(
+            f"{config.parent} was trained on {trained_on}, but the job's base is {ours}: "
+            f"set model.model_name_or_path={trained_on}"
+        )
 
 
 def of_model(name: str, shown: str | None = None) -> Given:

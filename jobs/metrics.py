@@ -43,6 +43,13 @@ METRICS = {
 METRIC_VERSION = 1
 """Raised with every change to what a metric's name means; scores of two versions are not ranked against each other."""
 
+ROW_WORDS = frozenset(
+    "attempt epoch eval_seconds evaluated first_gradient_at gpu_hours host intervals learning_rate nodes "
+    "peak_memory_gib rung samples samples_per_second schema_version step time tokens tokens_per_second train_loss "
+    "train_seconds trainable_parameters".split()
+)
+"""What a line of metrics.jsonl says beside its metrics."""
+
 TEXT_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bertscore_f1", "exact_match", "contains", "length_ratio")
 """Metrics of what a model writes: it has to write for them, token by token."""
 

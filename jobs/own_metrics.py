@@ -5,12 +5,19 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from jobs import files
 from jobs.spec import CustomMetric
 
 
 def file_of(metric: CustomMetric) -> str:
     """The file that a metric is in."""
     return metric.function.partition(":")[0]
+
+
+def digest(metric: CustomMetric) -> str:
+    """What a metric is, whatever its name: SHA-256 of its file, and the function in it."""
+    path, _, function = metric.function.partition(":")
+    return f"{files.sha256_file(Path(path))}:{function}"
 
 
 def wrong(name: str, metric: CustomMetric) -> str | None:

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from jobs.base import Spec, Texts
 from jobs.compare import CompareSpec
 from jobs.errors import Problem, SpecProblems
-from jobs.metrics import DEFAULT_METRIC, DEFAULT_TEXT_METRICS, LIKELIHOOD_METRICS, METRICS, TEXT_METRICS
+from jobs.metrics import DEFAULT_METRIC, DEFAULT_TEXT_METRICS, LIKELIHOOD_METRICS, METRICS, ROW_WORDS, TEXT_METRICS
 from jobs.rungs import Goal
 from jobs.search_spec import MetricSpec, SearchSpec
 from jobs.support import Method, Strategy, refusals
@@ -417,8 +417,9 @@ class EvaluateSpec(Spec):
     @model_validator(mode="after")
     def _new_names(self) -> EvaluateSpec:
         for name in self.custom_metrics:
-            if name in METRICS:
-                sentence = f"evaluate.custom_metrics has {name!r}, which is a metric of our own: name it otherwise"
+            if name in METRICS or name in ROW_WORDS:
+                what = "a metric of our own" if name in METRICS else "a word of every row of metrics"
+                sentence = f"evaluate.custom_metrics has {name!r}, which is {what}: name it otherwise"
                 raise SpecProblems([Problem(f"evaluate.custom_metrics.{name}", sentence)])
         return self
 

@@ -86,9 +86,7 @@ def pace(job: JobSpec, tokens: Path, gpus: int) -> dict[str, Any]:
 def _writer(model: Any, job: JobSpec, data: Any, split_name: str, number: int, new_tokens: int) -> dict[str, Any]:
     spec = job.model
     tokenizer = load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)
-    found = [row for row in data.rows(split_name)[:number] if row.messages]
-    if not found:
-        return {}
+    found = data.rows(split_name)[:number]
     room = room_for_prompts(model, job, new_tokens)
     prompts = [fit(prompt_tokens(row, tokenizer), [], room)[0] for row in found]
     return writer_speed(model, tokenizer, prompts, new_tokens)

@@ -73,7 +73,7 @@ class Comparison(Driver):
         assert self.job.compare is not None
         budget = self.job.compare.budget
         if budget.tokens is not None:
-            lengths = data.splits["train"].lengths
+            lengths = self._own_tokens(arms.own_job(self.job, name), data).splits["train"].lengths
             return max(1, math.ceil(budget.tokens / float(lengths.mean())))
         if budget.device_seconds is not None:
             seconds = budget.device_seconds / (self.placement.workers * self._seconds_per_row(name))
@@ -213,11 +213,14 @@ class Comparison(Driver):
 
     def _tokens(self, job: JobSpec, data: Any) -> str:
         """The folder of the rows as an arm's own model reads them."""
+        return str(self._own_tokens(job, data).folder)
+
+    def _own_tokens(self, job: JobSpec, data: Any) -> Any:
         if job.model == self.job.model:
-            return str(data.folder)
+            return data
         from training.data import prepare
 
-        return str(prepare(job).folder)
+        return prepare(job)
 
     # ---- what is written down ----
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.hub import model_revision
 from jobs.identity import PROMPT_FORMAT, Facts, encoders_of
 from jobs.metrics import METRIC_VERSION
+from jobs.own_metrics import digest
 from jobs.spec import JobSpec
 
 if TYPE_CHECKING:
@@ -33,5 +34,6 @@ def record_of(job: JobSpec, facts: Facts, data: TokenData) -> dict[str, Any]:
         "rows_sha256": data.rows_sha256,
         "prompt_format": PROMPT_FORMAT,
         "metric_version": METRIC_VERSION,
+        "custom_metrics": {name: digest(metric) for name, metric in job.evaluate.custom_metrics.items()},
         "versions": {name: version(name) for name in _PACKAGES},
     }

@@ -71,4 +71,8 @@ def static(app: FastAPI, names: dict[str, str]) -> None:
         text = (STATIC / name).read_text(encoding="utf-8")
         kind = kinds.get(Path(name).suffix)
         answer = HTMLResponse(text) if kind is None else Response(text, media_type=kind)
-        app.get(path, include_in_schema=False)(lambda answer=answer: answer)
+        app.get(path, include_in_schema=False)(_always(answer))
+
+
+def _always(answer: Response) -> Callable[[], Response]:
+    return lambda: answer  # without parameters: FastAPI would take them from the address

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,13 @@ from evaluation.results import Classified, RowResults
 from evaluation.samples import differing, mistakes
 from jobs import arms, files, search
 from jobs.errors import JobFileError, UserError
-from jobs.given import named, of_folder
+from jobs.given import Given, check_base, named, of_folder
 from jobs.report import Arm, Inference, Pair
 from jobs.run import Run, TrialState
 from jobs.spec import JobSpec
 from tests.conftest import JobMaker
 from training.data import Split, folds_of, joined, prepare
+from tuning.compare import Comparison
 from tuning.ledger import Ledger
 from tuning.proposals import GivenProposals, ThenSeeds, TpeProposals
 
@@ -103,6 +105,15 @@ def test_every_arm_is_planned(bert_job: JobMaker) -> None:
             "different numbers of configurations (a 2, b 1): not fair",
         ),
         ("arms: {a: {method: base}, b: {method: base}}\n  metric: rougeL", "must be one of accuracy, f1"),
+        (
+            "arms: {a: {method: lora}, b: {adapter_of: a, set: {model.max_length: 9}}}",
+            "'model.max_length' is what a was trained with; only qlora's fields may differ",
+        ),
+        (
+            "num_samples: 4\n  arms: {a: {method: lora, parameters: {lr: [1, 2]}}, "
+            "b: {method: full, parameters: {lr: {min: 0.1, max: 1.0}}}}",
+            "different numbers of configurations (a 2, b 4): not fair",
+        ),
         ("arms: {a: {weights: x}, b: {method: base}}", "weights goes with the method that they were trained by"),
     ],
 )
@@ -138,6 +149,25 @@ def test_given_models_are_arms(tmp_path: Path) -> None:
     found = named([of_folder(adapter), of_folder(adapter)])
     assert list(found) == ["ab", "ab-2"]
     assert found["ab"] == {"method": "lora", "weights": str(adapter)}
+    alone = named([of_folder(adapter), Given("ab", {"method": "base"})])
+    assert [arm["method"] for arm in alone.values()] == ["lora", "base"]
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path, bert_job: JobMaker) -> None:
+    job = bert_job().job
+    job = job.model_copy(update={"model": job.model.model_copy(update={"model_name_or_path": "org/ours"})})
+    config = {"peft_type": "LORA", "base_model_name_or_path": "org/theirs"}
+    files.write_json(tmp_path / "adapter_config.json", config)
+    with pytest.raises(UserError, match=r"was trained on org/theirs, but the job's base is org/ours"):
+        check_base(of_folder(tmp_path), job)
+    files.write_json(tmp_path / "adapter_config.json", config | {"base_model_name_or_path": "Org/Ours"})
+    check_base(of_folder(tmp_path), job)
+    resolved = {"method": "qlora", "model": {"model_name_or_path": "org/theirs"}, "qlora": {"quant_type": "nf4"}}
+    files.write_json(tmp_path / "manifest.json", {"resolved": resolved})  # a card says what the adapter is of
+    given = of_folder(tmp_path)
+    assert given.arm["method"] == "qlora"
+    assert given.arm["set"]["model.model_name_or_path"] == "org/theirs"
+    check_base(given, job)
 
 
 def test_a_path_in_an_arm_starts_at_the_job_file(bert_job: JobMaker) -> None:
@@ -204,7 +234,7 @@ def test_seeds_are_averaged() -> None:
     right = np.arange(10) < 5
     models = [classified(right), classified(np.arange(10) < 7)]
     assert scores(models, ["accuracy"], 200).metrics["accuracy"] == pytest.approx(0.6)
-    pairs = pairs_of({"a": models, "b": [classified(right)], "gone": []}, "accuracy", 200)
+    pairs = pairs_of({"a": dict(enumerate(models)), "b": {0: classified(right)}, "gone": {}}, "accuracy", 200)
     assert [(pair.one, pair.other) for pair in pairs] == [("a", "b")]
     assert pairs[0].difference == pytest.approx(0.1)
 
@@ -309,18 +339,90 @@ def test_seeds_widen_what_is_not_known() -> None:
     assert difference(ours[1:], theirs[:2], "accuracy", 1000).p_value < 0.05
 
 
+def test_an_adapter_on_another_base_is_compared_seed_by_seed() -> None:
+    """What the base costs is not hidden by how far seeds lie apart: both arms have the same adapters."""
+    rows = np.arange(400)
+    lora = {seed: classified(rows < share) for seed, share in ((42, 300), (43, 268), (44, 332))}
+    hybrid = {seed: classified(rows < share) for seed, share in ((44, 316), (42, 284), (43, 252))}
+    apart = pairs_of({"lora": lora, "hybrid": hybrid}, "accuracy", 1000, {"hybrid": "lora"})[0]
+    assert apart.difference == pytest.approx(0.04)
+    assert apart.p_value < 0.01
+    assert pairs_of({"lora": lora, "hybrid": hybrid}, "accuracy", 1000)[0].p_value > 0.1  # as arms of their own
+
+
+def test_few_seeds_say_little() -> None:
+    """Arms that differ by their seeds alone (all rows move together, as losses do) are seldom told apart."""
+    random, small = np.random.default_rng(3), 0
+    rows = random.normal(1.0, 0.2, 200)
+
+    def seeds() -> list[RowResults]:
+        shifts = random.normal(0.0, 0.05, 3)
+        return [RowResults(rows + shift, np.ones(200, dtype=int)) for shift in shifts]
+
+    for _ in range(200):
+        small += difference(seeds(), seeds(), "loss", 300).p_value < 0.05
+    assert small <= 40  # one in five, where draws that are not widened say one in four
+
+
+def test_arms_whose_losses_are_of_other_tokens_are_not_ranked(tmp_path: Path, llama_job: JobMaker) -> None:
+    job = llama_job("compare: {arms: {a: {method: base}, b: {method: base, set: {model.max_length: 32}}}}").job
+    run = Run.create(tmp_path, "tiny")
+    files.write_json(run.path / "plan.json", {"job": job.model_dump(mode="json"), "command": "compare"})
+    for name, tokens in (("a", 10), ("b", 5)):
+        results = RowResults(np.full(6, 9.0), np.full(6, tokens))
+        folder = run.arm(name).judged(42)
+        files.write_jsonl(folder / "predictions-test.jsonl", results.records())
+        files.write_json(folder / "test.json", {"test": {"whole": {}}})
+    report = build_report(run)
+    assert report.arms is not None
+    assert [arm.comparable for arm in report.arms] == [True, False]
+    assert "its model reads the rows as other tokens than that of a" in report.arms[1].remarks[0]
+    assert report.recommendation.arm == "a"
+
+
+def test_a_budget_of_tokens_is_of_the_arms_own_tokens(llama_job: JobMaker) -> None:
+    text = "compare: {arms: {a: {method: lora}, b: {method: lora, set: {model.max_length: 8}}}, budget: {tokens: 500}}"
+    job = llama_job(text).job
+    data = prepare(job)
+    comparison = Comparison.__new__(Comparison)
+    comparison.job = job
+    rows = [comparison._samples(name, data) for name in ("a", "b")]
+    lengths = [prepare(arms.own_job(job, name)).splits["train"].lengths.mean() for name in ("a", "b")]
+    assert rows == [math.ceil(500 / mean) for mean in lengths]
+    assert rows[1] is not None
+    assert rows[1] > (rows[0] or 0)
+
+
+def test_an_arm_that_searches_nothing_has_all_its_seeds(bert_job: JobMaker) -> None:
+    job = block(bert_job, ARMS.replace("seeds: 3", "seeds: 3\n  scheduler: {type: asha}"))
+    lora, qlora = (arms.search_job(job, name, 64).search for name in ("lora", "qlora"))
+    assert lora is not None
+    assert qlora is not None
+    assert (lora.scheduler.type, qlora.scheduler.type) == ("asha", "none")
+
+
+def test_models_with_other_metrics_are_set_apart_by_their_loss() -> None:
+    def wrote(name: str, values: list[float], losses: list[float]) -> RowResults:
+        ratios = {name: (np.array(values), np.ones(2))}
+        return RowResults(np.array(losses), np.ones(2, dtype=int), None, ("x", "y"), ratios)
+
+    models = {"a": wrote("rougeL", [0.1, 0.9], [1.0, 1.0]), "b": wrote("exact_match", [1, 0], [1.0, 3.0])}
+    found = differing([{"prompt": "p", "reference": "r"}] * 2, models, [])
+    assert [sample.row for sample in found] == [1, 0]
+
+
 def test_a_model_that_gives_no_numbers_costs_its_own_alone() -> None:
     broken = classified(np.arange(10) < 5)
     broken = RowResults(np.full(10, np.nan), broken.targets_R, broken.classified)
     found = scores([broken], ["accuracy", "loss"], 100)
     assert finite_metrics(found) == {"accuracy": 0.5, "loss": None}
     assert set(finite_intervals(found)) == {"accuracy"}
-    assert pairs_of({"a": [broken], "b": [classified(np.arange(10) < 3)]}, "loss", 100) == []
+    assert pairs_of({"a": {0: broken}, "b": {0: classified(np.arange(10) < 3)}}, "loss", 100) == []
 
 
 def test_losses_of_other_tokens_are_no_pair() -> None:
     one, other = (RowResults(np.ones(4), np.full(4, tokens)) for tokens in (5, 10))
-    assert pairs_of({"a": [one], "b": [other]}, "loss", 100) == []
+    assert pairs_of({"a": {0: one}, "b": {0: other}}, "loss", 100) == []
 
 
 def test_arms_that_were_not_compared_row_by_row() -> None:

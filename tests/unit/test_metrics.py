@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -325,6 +326,39 @@ def test_a_learnt_answer_is_written(llama_job: JobMaker, tmp_path: Path) -> None
     assert again is not None
     assert scores(again, job.metric_names, 200) == found
     assert again.answers == results.answers
+
+
+def test_metrics_of_any_name_and_no_number_come_back(tmp_path: Path) -> None:
+    """A user's metric may be called as a field of the file is, and a module may have no number for one model."""
+    ratios = {name: (np.array([0.25, 0.75]), np.ones(2)) for name in ("answer", "tokens", "predicted", "row")}
+    results = RowResults(np.ones(2), np.full(2, 3), None, ("a", "b"), ratios, {"matthews": math.nan})
+    files.write_jsonl(tmp_path / "p.jsonl", results.records())
+    files.write_json(tmp_path / "s.json", {"whole": dict(results.whole)})
+    again = read_results(tmp_path / "p.jsonl", files.read_json(tmp_path / "s.json"))
+    assert again is not None
+    assert again.answers == ("a", "b")
+    found = scores(again, ["loss", *ratios, "matthews"], 100)
+    assert (found.metrics["answer"], found.metrics["loss"]) == (0.5, 1 / 3)
+    assert math.isnan(found.metrics["matthews"])
+
+
+@pytest.mark.parametrize("name", ["step", "evaluated", "learning_rate"])
+def test_a_word_of_a_runs_files_is_no_metric(name: str, bert_job: JobMaker) -> None:
+    with pytest.raises(JobFileError, match=f"has '{name}', which is a word of every row of metrics: name it otherwise"):
+        bert_job(f"evaluate: {{custom_metrics: {{{name}: mine.py:short}}}}")
+
+
+def test_a_models_own_settings_do_not_change_its_answers(llama_job: JobMaker) -> None:
+    """A penalty that a base comes with would count differently for a learnt prompt, which goes in as embeddings."""
+    job = llama_job("evaluate: {max_new_tokens: 12}").job
+    model = load_base(job, 0, CPU).model
+    tokenizer = load_tokenizer(job.model.model_name_or_path, None, trust_remote_code=False)
+    prompts = [prompt_tokens(row, tokenizer) for row in prepare(job).rows("test")[:4]]
+    plain = write_answers(model, tokenizer, prompts, job.evaluate, 2)
+    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.no_repeat_ngram_size = 1
+    assert write_answers(model, tokenizer, prompts, job.evaluate, 2) == plain
+    assert model.generation_config.repetition_penalty == 5.0
 
 
 def test_a_few_answers_for_the_report(llama_job: JobMaker) -> None:

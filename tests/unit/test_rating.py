@@ -110,6 +110,23 @@ def test_what_is_rated_is_kept_and_taken_back(answered: Run) -> None:
             book.rate(*wrong)
 
 
+def test_many_arms_and_odd_notes(answered: Run) -> None:
+    rows, answers = [{"prompt": "p", "reference": "r"}] * 2, {f"arm{number}": ["x", "y"] for number in range(30)}
+    items = sheet(rows, answers, "ann", 2)
+    slots = [answer["slot"] for answer in items[0].shown()["answers"]]
+    assert (len(slots), slots[0], slots[26], slots[29]) == (30, "A", "AA", "AD")
+    path = folder_of(answered) / "ann.jsonl"
+    book = Notebook.open(path, items)
+    book.rate(items[0].row, "AD", "fluency", 3)
+    book.note(items[0].row, "half a smile \ud83d")
+    assert book.missing == 2 * 30 * 3 - 1
+    json.dumps(Notebook.open(path, items).shown(), ensure_ascii=False).encode()
+    fewer = Notebook.open(path, [item for item in items if item.row != items[0].row])
+    assert fewer.missing == 30 * 3  # what is not on this sheet does not count
+    assert fewer.undo() is None  # nor is it taken back unseen
+    assert len(fewer.scores) == 1
+
+
 def test_two_raters_go_into_the_report(answered: Run) -> None:
     for name, shift in (("ann", 0), ("ben", 1)):
         items = sheet_of_run(answered, name, 3)

@@ -150,9 +150,9 @@ get("undo").addEventListener("click", undo);
 get("note").addEventListener("change", async () => {
   const item = sheet.items[at];
   const text = get("note").value;
+  sheet.notes[item.row] = text; // at once: a click elsewhere draws the page anew before the server answers
   try {
     await ask("/api/note", { row: item.row, text });
-    sheet.notes[item.row] = text;
     say(null);
   } catch (error) {
     say(error);

@@ -131,8 +131,8 @@ def class_order(runs: list[Run], job: JobSpec) -> list[str]:
 def _model(word: str, runs: Path) -> tuple[Given, Run | None]:
     """(the model that a word names, the run that it is from)."""
     from cluster.store import find_run
-    from evaluation.report import build_report, run_job
-    from jobs.errors import RunError
+    from evaluation.report import run_job
+    from evaluation.shipped import shipped
     from jobs.given import is_model_name, of_arm, of_folder, of_model, of_run
 
     folder = Path(word).expanduser()
@@ -141,21 +141,9 @@ def _model(word: str, runs: Path) -> tuple[Given, Run | None]:
     if is_model_name(word) and not folder.is_dir():
         return of_model(word), None
     name, _, trial_id = word.partition(":")
-    run = find_run(runs, name)
-    if trial_id:
-        found = next((trial for trial in run.trials() if trial.id == trial_id), run.trial(trial_id))
-        weights = found.weights
-    else:
-        report = build_report(run)
-        chosen, arms = report.recommendation, run_job(run).compare
-        spec = arms.arms[chosen.arm] if report.arms is not None and arms and chosen.arm else None
-        if spec and chosen.arm and not spec.trains:
-            given = run.path / chosen.adapter if chosen.adapter else None
-            return of_arm(run, run_job(run), chosen.arm, given), run
-        if chosen.trial_id is None or chosen.adapter is None:
-            raise RunError(f"{run.id} recommends nothing yet: name a trial, as {run.id}:TRIAL")
-        trial_id, weights = chosen.trial_id, run.path / chosen.adapter
-    if not weights.is_dir():
-        more = f"`lorafleet pull {run.id}` brings it" if weights.parent.is_dir() else "no such trial was kept"
-        raise RunError(f"{weights} is not on this machine: {more}")
-    return of_run(run, trial_id, weights), run
+    found = shipped(find_run(runs, name), trial_id)
+    if found.arm and found.untrained:
+        return of_arm(found.run, run_job(found.run), found.arm, found.weights), found.run
+    assert found.trial_id is not None
+    assert found.weights is not None
+    return of_run(found.run, found.trial_id, found.weights), found.run

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from jobs.base import Spec, Texts
 from jobs.compare import CompareSpec
 from jobs.errors import Problem, SpecProblems
+from jobs.export import ExportSpec
 from jobs.metrics import DEFAULT_METRIC, DEFAULT_TEXT_METRICS, LIKELIHOOD_METRICS, METRICS, ROW_WORDS, TEXT_METRICS
 from jobs.rungs import Goal
 from jobs.search_spec import MetricSpec, SearchSpec
@@ -473,6 +474,8 @@ class JobSpec(Spec):
     """What `lorafleet compare` puts side by side; no other command looks at it."""
     evaluate: EvaluateSpec = EvaluateSpec()
     """How results are measured."""
+    export: ExportSpec = ExportSpec()
+    """How exported models are compared with their source."""
     tracking: TrackingSpec = TrackingSpec()
     """Weights & Biases."""
     environment: dict[str, str] = {}

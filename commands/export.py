@@ -1,0 +1,112 @@
+"""`lorafleet export`: an adapter as something that can be deployed, checked against what it was made from."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from commands.common import DEFAULT_RUNS, Format, OneRun, Output, Runs, console, print_json, say
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from deployment.export import Outcome
+    from jobs.export import Target
+
+
+def export(
+    run: OneRun,
+    to: Annotated[
+        str, typer.Option("--to", metavar="TARGET,...", help="What to make, separated by commas; `all` for all.")
+    ] = "merged,onnx,onnx-int8",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for the targets.", show_default="RUN/export"),
+    ] = None,
+    runs: Runs = DEFAULT_RUNS,
+    form: Output = Format.TEXT,
+) -> None:
+    """Make a run's model (RUN, or RUN:TRIAL) into files to deploy, and set aside what no longer does as its source."""
+    from cluster.store import find_run
+    from deployment.export import export as make
+    from evaluation.shipped import shipped
+    from jobs.errors import ExitCode
+
+    targets = _targets(to)
+    name, _, trial_id = run.partition(":")
+    found = find_run(runs, name)
+    out = (output or found.path / "export").absolute()
+    with redirect_stdout(sys.stderr):  # libraries greet; what we print is for programs too
+        outcomes = make(shipped(found, trial_id), targets, out, say)
+    if form is Format.JSON:
+        print_json({outcome.target: _record(outcome) for outcome in outcomes})
+    else:
+        console().print(_table(outcomes))
+        say(f"in {out}")
+    if any(outcome.parity and not outcome.accepted for outcome in outcomes):
+        raise typer.Exit(ExitCode.GATE_REFUSED)
+    if not any(outcome.accepted for outcome in outcomes):
+        raise typer.Exit(ExitCode.USER_INPUT)
+
+
+def _targets(text: str) -> list[Target]:
+    from jobs.errors import UserError
+    from jobs.export import TARGETS
+    from jobs.fields import closest
+
+    if text.strip() == "all":
+        return list(TARGETS)
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    known = {str(target): target for target in TARGETS}
+    for word in words:
+        if word not in known:
+            meant = closest(word, TARGETS)
+            hint = f"; did you mean {meant}?" if meant else ""
+            raise UserError(f"--to has {word!r}, but must be some of {', '.join(TARGETS)}, or all{hint}")
+    if not words:
+        raise UserError(f"--to is empty, but must be some of {', '.join(TARGETS)}, or all")
+    return [known[word] for word in words]
+
+
+def _record(outcome: Outcome) -> dict[str, object]:
+    return {
+        "accepted": outcome.accepted,
+        "folder": str(outcome.folder) if outcome.folder else None,
+        "unavailable": outcome.unavailable,
+        "parity": outcome.parity.model_dump(mode="json") if outcome.parity else None,
+        "seconds": outcome.seconds,
+    }
+
+
+def _table(outcomes: list[Outcome]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from deployment.runtime import files_mb
+    from evaluation.report_text import number
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title in ("target", "", "MB", "logits within", "agreement", "metric", "source", "target"):
+        table.add_column(title, justify="left" if title in ("target", "") else "right", overflow="fold")
+    for outcome in outcomes:
+        if outcome.parity is None:
+            table.add_row(outcome.target, f"unavailable: {outcome.unavailable}")
+            continue
+        judged = outcome.parity.judged
+        assert outcome.folder is not None
+        verdict = "accepted" if outcome.accepted else f"rejected: {'; '.join(outcome.parity.reasons)}"
+        table.add_row(
+            outcome.target,
+            verdict,
+            f"{files_mb(outcome.folder):.1f}",
+            number(judged.max_logit_difference),
+            f"{judged.agreement:.3f}",
+            judged.metric,
+            number(judged.before),
+            number(judged.after),
+        )
+    return table

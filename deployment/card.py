@@ -1,0 +1,81 @@
+"""What lies beside an exported model: a card for people, and a script of thirty lines that runs it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from deployment.runtime import files_mb
+from evaluation.report_text import number, plain
+from evaluation.shipped import Shipped
+from jobs import files
+from jobs.assets import ASSETS, PREFIX
+from jobs.export import WHAT, Artefact, Parity
+
+_RUNNERS = Path(__file__).parent / "runners"
+
+
+def write_card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped) -> None:
+    """README.md, and run.py where ONNX Runtime alone runs it."""
+    if artefact.target != "merged":
+        kind = "classify" if artefact.task == "classification" else "write"
+        shutil.copy(_RUNNERS / f"{kind}.py", folder / "run.py")
+    files.write_text(folder / "README.md", _card(folder, artefact, parity, given))
+
+
+def _card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped) -> str:
+    source, judged = artefact.source, parity.judged
+    base, data = str(source["base"]), str(given.job.data.dataset_name or given.job.data.train_file)
+    lines = [
+        f"# {plain(base)}, {plain(given.job.name)}: {artefact.target}",
+        "",
+        f"{WHAT[artefact.target]}. Made from run `{source['run']}`, trial `{source['trial_id']}` "
+        f"({source['method']}, {artefact.task}).",
+        "",
+        f"- base: {plain(base)} (revision `{source['revision']}`), licence: {licence(base)}",
+        f"- data: {plain(data)}, licence: {licence(data)}",
+        f"- weights and graph: {files_mb(folder):.1f} MB",
+        "",
+        "## Compared with its source",
+        "",
+        f"| on {judged.rows} held-out rows | source | this |",
+        "|---|---|---|",
+        f"| {judged.metric} | {_with(judged.before, judged.before_interval)} | "
+        f"{_with(judged.after, judged.after_interval)} |",
+        f"| largest logit difference | | {number(judged.max_logit_difference)} |",
+        f"| same {'class' if judged.metric == 'accuracy' else 'likeliest token'} | | {judged.agreement:.3f} |",
+        "",
+        f"{'Accepted' if parity.accepted else 'REJECTED: ' + '; '.join(parity.reasons)}.",
+        *(f"\n{remark[0].upper()}{remark[1:]}." for remark in parity.remarks),
+        "",
+        "## How to run it",
+        "",
+        *_how(artefact),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _how(artefact: Artefact) -> list[str]:
+    if artefact.target != "merged":
+        return [
+            "    pip install onnxruntime numpy tokenizers",
+            f'    python run.py "{"a text" if artefact.task == "classification" else "a prompt"}"',
+            "",
+            "`run.py` is all there is to it: copy from it. `artefact.json` says what it needs to know.",
+        ]
+    kind = "SequenceClassification" if artefact.task == "classification" else "CausalLM"
+    return [
+        "    from transformers import AutoTokenizer, AutoModelFor" + kind,
+        f"    model = AutoModelFor{kind}.from_pretrained('FOLDER')",
+        "    tokenizer = AutoTokenizer.from_pretrained('FOLDER')",
+    ]
+
+
+def licence(name: str) -> str:
+    """Of an asset its licence; of anything else, whom to ask."""
+    asset = ASSETS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    return asset.licence if asset else "not known here: see its own page"
+
+
+def _with(value: float | None, ends: tuple[float, float] | None) -> str:
+    return f"{number(value)} [{number(ends[0])}, {number(ends[1])}]" if ends else number(value)

@@ -1,0 +1,249 @@
+"""What `lorafleet export` does: build each target, compare it with its source, keep it or set it aside.
+
+Every target is made in a scratch folder and moved when it is whole and judged: the output never holds half of one.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from deployment.card import write_card
+from deployment.merge import Source
+from deployment.onnx_model import OPSET, cache_shape, export_onnx, to_fp16, to_int8
+from deployment.parity import HeldOut, Seen, judge, look
+from deployment.runtime import ARTEFACT_FILE, Loaded, TorchClassifier, TorchDecoder, files_mb, open_artefact
+from deployment.unavailable import why_not
+from evaluation.shipped import Shipped
+from jobs import files
+from jobs.export import NEEDS, TARGETS, Artefact, Gate, Judged, Parity, Target, gate_of, verdict
+from jobs.hub import model_revision
+
+REJECTED = "rejected"
+SUMMARY = "export.json"
+_SENTINEL = "\x00PROMPT\x00"
+_PACKAGES = ("lorafleet", "torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one target."""
+
+    target: Target
+    folder: Path | None = None
+    """Where it lies; None: it could not be made here."""
+    parity: Parity | None = None
+    unavailable: str | None = None
+    """Why it could not be made here."""
+    seconds: float = 0.0
+
+    @property
+    def accepted(self) -> bool:
+        """Whether it may be shipped."""
+        return self.parity is not None and self.parity.accepted
+
+
+def export(given: Shipped, targets: Sequence[Target], out: Path, tell: Callable[[str], None]) -> list[Outcome]:
+    """Make the targets below `out`: what passes its gate in `out/TARGET`, what does not in `out/rejected/TARGET`.
+
+    Raises UserError for a model that cannot be merged. What this machine cannot make is an outcome with its reason.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    wanted = [target for target in TARGETS if target in targets]
+    with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch:
+        work = _Work(given, Path(scratch), out, tell)
+        outcomes = [work.outcome(target) for target in wanted]
+    _write_summary(given, outcomes, out)
+    return outcomes
+
+
+class _Work:
+    """One export: the source is loaded once, seen once, and gone before anything is built from it."""
+
+    def __init__(self, given: Shipped, scratch: Path, out: Path, tell: Callable[[str], None]) -> None:
+        self.given, self.scratch, self.out, self.tell = given, scratch, out, tell
+        self.built: dict[Target, Path] = {}
+        tell("loading the source and what it says of held-out rows")
+        source = Source(given)
+        self.held_out = held_out_rows(source)
+        classifies = bool(self.held_out.classes)
+        self.seen: Seen = look((TorchClassifier if classifies else TorchDecoder)(source.model), self.held_out)
+        self.int8_base = source.quantised and given.job.qlora.quant_type == "int8"
+        self.about = about(source)
+        tell("merging the adapter into the weights")
+        source.merge(self._place("merged"))
+        self.built["merged"] = self._place("merged")
+        del source
+        gc.collect()
+
+    def _place(self, target: Target) -> Path:
+        return self.scratch / target
+
+    def outcome(self, target: Target) -> Outcome:
+        """Build, judge and move one target."""
+        reason = why_not(target)
+        if reason:
+            return Outcome(target, unavailable=reason)
+        began = time.monotonic()
+        folder = self._build(target)
+        files.write_json(folder / ARTEFACT_FILE, self._artefact(target).model_dump(mode="json"))
+        self.tell(f"comparing {target} with its source")
+        parity = self._judged(target, folder)
+        files.write_json(folder / "parity.json", parity.model_dump(mode="json"))
+        write_card(folder, self._artefact(target), parity, self.given)
+        place = self.out / (target if parity.accepted else f"{REJECTED}/{target}")
+        _move(folder, place)
+        self.built[target] = place
+        stale = self.out / (f"{REJECTED}/{target}" if parity.accepted else target)
+        shutil.rmtree(stale, ignore_errors=True)
+        return Outcome(target, place, parity, seconds=time.monotonic() - began)
+
+    def _build(self, target: Target) -> Path:
+        """The folder of a target, made from what it needs."""
+        if target in self.built:
+            return self.built[target]
+        source = self._build(NEEDS[target])
+        folder = self._place(target)
+        self.tell(f"building {target}")
+        classifies = self.about.task == "classification"
+        if target == "onnx":
+            export_onnx(source, folder, classifies=classifies)
+        elif target == "onnx-fp16":
+            to_fp16(source, folder)
+        else:
+            to_int8(source, folder, self.scratch)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if (self.built["merged"] / name).is_file() and not (folder / name).is_file():
+                shutil.copy(self.built["merged"] / name, folder / name)
+        self.built[target] = folder
+        return folder
+
+    def _judged(self, target: Target, folder: Path) -> Parity:
+        loaded: Loaded = open_artefact(folder)
+        judged: Judged = judge(self.seen, look(loaded.model, self.held_out))
+        del loaded
+        gc.collect()
+        spec = self.given.job.export
+        gate: Gate = gate_of(spec, target, generates=not self.held_out.classes, int8_base=self.int8_base)
+        reasons = verdict(gate, judged)
+        return Parity(
+            target=target, accepted=not reasons, reasons=reasons, gate=gate, judged=judged, remarks=self._remarks()
+        )
+
+    def _remarks(self) -> list[str]:
+        if self.given.job.method != "qlora" or self.given.weights is None:
+            return []
+        kind = self.given.job.qlora.quant_type.upper()
+        said = [
+            f"the adapter was merged onto the {kind} base's values, unpacked: what packing lost stays lost, and the "
+            "files are as large as those of a base that never was packed"
+        ]
+        if self.int8_base:
+            said.append("the source rounds what goes into its INT8 matrices as well, and no target does")
+        return said
+
+    def _artefact(self, target: Target) -> Artefact:
+        onnx = target.startswith("onnx")
+        return self.about.model_copy(update={"target": target, "opset": OPSET if onnx else None})
+
+
+def held_out_rows(source: Source) -> HeldOut:
+    """The first test rows of the job's data (validation, where there are no others), at most `export.rows`."""
+    data, job = source.data, source.job
+    split = data.splits["validation" if data.chosen_on_test else "test"]
+    chosen = [row for row in range(len(split)) if job.task == "classification" or split.lengths[row] > 2]
+    rows, targets = [], []
+    for row in chosen[: job.export.rows]:
+        first, last = int(split.starts[row]), int(split.starts[row + 1])
+        ids = tuple(int(token) for token in split.ids[first:last])
+        if job.generates and len(ids) - max(1, int(split.targets[row])) < 1:
+            continue
+        rows.append(ids)
+        targets.append(int(split.targets[row]))
+    return HeldOut(tuple(rows), tuple(targets), data.pad_id, 0 if job.generates else len(data.labels))
+
+
+def about(source: Source) -> Artefact:
+    """What every target of a source says of itself."""
+    job, config, tokenizer = source.job, source.base.model.config, source.tokenizer
+    before, after, start = prompt_frame(tokenizer) if job.generates else ("", "", [])
+    layers, heads, size = cache_shape(config) if job.generates else (0, 0, 0)
+    given = source.given
+    return Artefact(
+        target="merged",
+        task=job.task,
+        source={
+            "run": given.run.id,
+            "trial_id": given.trial_id,
+            "arm": given.arm,
+            "method": job.method,
+            "base": job.model.model_name_or_path,
+            "revision": model_revision(job.model.model_name_or_path, job.model.revision),
+        },
+        labels=list(source.data.labels),
+        max_length=job.model.max_length,
+        positions=getattr(config, "max_position_embeddings", None),
+        ends=_ends(source) if job.generates else [],
+        pad_id=source.data.pad_id,
+        start=start,
+        before=before,
+        after=after,
+        layers=layers,
+        heads=heads,
+        head_size=size,
+        versions={name: found for name in _PACKAGES if (found := _version(name))},
+    )
+
+
+def _ends(source: Source) -> list[int]:
+    from evaluation.generate import end_tokens
+
+    return end_tokens(source.base.model, source.tokenizer)
+
+
+def prompt_frame(tokenizer: Any) -> tuple[str, str, list[int]]:
+    """(text before what is asked, text after it, tokens before both), as training has them."""
+    if tokenizer.chat_template:
+        asked = [{"role": "user", "content": _SENTINEL}]
+        whole = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        before, _, after = whole.partition(_SENTINEL)
+        return before, after, []
+    return "", "\n\n", [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _move(folder: Path, place: Path) -> None:
+    """Put a whole folder in its place, in the stead of one that was there before."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(place, ignore_errors=True)
+    folder.rename(place)
+
+
+def _write_summary(given: Shipped, outcomes: Sequence[Outcome], out: Path) -> None:
+    """export.json: every target that was asked for so far, and what became of it."""
+    before = files.read_json(out / SUMMARY).get("targets", {})
+    now = {
+        outcome.target: {
+            "accepted": outcome.accepted,
+            "folder": str(outcome.folder.relative_to(out)) if outcome.folder else None,
+            "unavailable": outcome.unavailable,
+            "reasons": outcome.parity.reasons if outcome.parity else [],
+            "files_mb": files_mb(outcome.folder) if outcome.folder else None,
+            "seconds": round(outcome.seconds, 1),
+        }
+        for outcome in outcomes
+    }
+    files.write_json(out / SUMMARY, {"run": given.run.id, "trial_id": given.trial_id, "targets": before | now})

@@ -1,0 +1,109 @@
+"""One model of a run, loaded as it was trained; and its adapter put into the weights of its base."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from evaluation.shipped import Shipped
+from jobs.errors import UserError
+from training.data import TokenData, prepare
+from training.methods import detach, load_weights
+from training.model import Base, fresh_heads, load_base, load_tokenizer, name_classes
+
+CPU = torch.device("cpu")
+
+
+class Source:
+    """What is exported: on the CPU, in the number format of its training there."""
+
+    def __init__(self, given: Shipped) -> None:
+        if given.job.method == "prompt_tuning" and given.weights is not None:
+            raise UserError(
+                "method is prompt_tuning, but only weights can be merged and exported: a learnt prompt stands before "
+                "the text and stays an adapter (method lora, qlora or full)"
+            )
+        self.given, self.job = given, given.job
+        self.data: TokenData = prepare(given.job)
+        spec = given.job.model
+        self.tokenizer = load_tokenizer(
+            spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+        self.base: Base = load_base(given.job, len(self.data.labels), CPU)
+        self.model: Any = self._adapted()
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the base was packed by bitsandbytes."""
+        return self.job.method == "qlora"
+
+    def _adapted(self) -> nn.Module:
+        if self.given.weights is not None:
+            return load_weights(self.job, self.base, self.given.weights).eval()
+        if not self.base.own_head:
+            fresh_heads(self.base, self.job.train.seed)
+        return self.base.model.eval()
+
+    def merge(self, folder: Path) -> None:
+        """Write the model with its adapter in its weights as plain transformers loads it. The source is spent by it.
+
+        A quantised base is unpacked first, into the number format that it computed in: what was lost in packing stays
+        lost, since the adapter was trained on it, and nothing more is.
+        """
+        model = self.model
+        if self.quantised:
+            if self.given.weights is not None:
+                detach(self.base, model)
+            _unpack(self.base.model)
+            model = self._adapted()
+        if hasattr(model, "merge_and_unload"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = model.merge_and_unload(safe_merge=True)  # raises ValueError at a weight that is no number
+        _save(model, self.data.labels, folder)
+        self.tokenizer.save_pretrained(str(folder))
+        self.model = None
+
+
+def _unpack(model: nn.Module) -> None:
+    """Give every matrix that bitsandbytes packed its values back, as an ordinary layer."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    packed = [(path, module) for path, module in model.named_modules() if type(module).__name__ in _PACKED]
+    for path, module in packed:
+        weight = dequantize_module_weight(module).data.to(getattr(module, "compute_dtype", None) or model.dtype)
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, dtype=weight.dtype)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if module.bias is not None:
+            plain.bias = nn.Parameter(module.bias.data.to(weight.dtype), requires_grad=False)
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, plain)
+
+
+_PACKED = ("Linear4bit", "Linear8bitLt")
+
+
+def _save(model: Any, labels: Sequence[str], folder: Path) -> None:
+    """Write a model whose config says nothing of quantisation, with the names of its classes."""
+    config = type(model.config)(
+        **{key: value for key, value in model.config.to_dict().items() if key not in _OF_THE_LOADING}
+    )
+    config.use_cache = True
+    with torch.device("meta"):
+        plain = type(model)(config)  # for its way of being saved alone: transformers will not write what was packed
+    if labels:
+        name_classes(plain, labels)
+    plain.config.dtype = next(model.parameters()).dtype
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        plain.generation_config = generation
+    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    plain.save_pretrained(str(folder), state_dict=weights)
+
+
+_OF_THE_LOADING = {"quantization_config", "_name_or_path", "transformers_version", "model_type", "use_cache"}

@@ -1,0 +1,158 @@
+"""Whether a target still does what its source does, on rows that no training has seen.
+
+T tokens of a row, P positions that are compared, C classes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from deployment.decoding import Decoder, left_padded, positions_of
+from deployment.runtime import right_padded
+from evaluation.metrics import scores
+from evaluation.results import Classified, RowResults
+from jobs.export import Judged
+
+_RESAMPLES = 1000
+_MOST_POSITIONS = 32
+"""Positions of a row whose logits are kept and compared: all of a vocabulary's numbers at each."""
+_STEPPED = 3
+"""Rows that are given token by token as well."""
+_STEPS = 8
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows that a source and its targets are shown."""
+
+    rows: tuple[tuple[int, ...], ...]
+    """Token ids."""
+    targets: tuple[int, ...]
+    """The class, or how many tokens of the row are given before what is learnt."""
+    pad_id: int
+    classes: int = 0
+    """0: a causal model."""
+
+    def places(self, row: int) -> np.ndarray:
+        """Positions of a row whose next token is compared: evenly spread over those that are learnt."""
+        first, last = max(1, self.targets[row]) - 1, len(self.rows[row]) - 2
+        return np.unique(np.linspace(first, last, min(_MOST_POSITIONS, last - first + 1)).round().astype(int))
+
+
+@dataclass
+class Seen:
+    """What a model said of held-out rows."""
+
+    logits: list[np.ndarray]
+    """Of each row: at its places (P x V), or of its classes (C)."""
+    results: RowResults
+    stepped: list[np.ndarray] = field(default_factory=list)
+    """Of the first rows, given in steps: at the places of the last steps (P x V)."""
+
+
+def look(model: Any, held_out: HeldOut) -> Seen:
+    """Show a model all rows, whole; and some of them as answers are written."""
+    return _classes(model, held_out) if held_out.classes else _tokens(model, held_out)
+
+
+def _classes(model: Any, held_out: HeldOut) -> Seen:
+    parts = []
+    for start in range(0, len(held_out.rows), _BATCH):
+        parts.append(model.logits(*right_padded(held_out.rows[start : start + _BATCH], held_out.pad_id)))
+    logits_RC = np.concatenate(parts).astype(np.float64)
+    shifted_RC = logits_RC - logits_RC.max(axis=1, keepdims=True)
+    log_RC = shifted_RC - np.log(np.exp(shifted_RC).sum(axis=1, keepdims=True))
+    label_R, rows = np.array(held_out.targets), np.arange(len(held_out.rows))
+    said_R = logits_RC.argmax(axis=1)
+    said = Classified(label_R, said_R, np.exp(log_RC[rows, said_R]), held_out.classes)
+    return Seen(list(logits_RC), RowResults(-log_RC[rows, label_R], np.ones(len(rows), int), said))
+
+
+def _tokens(model: Decoder, held_out: HeldOut) -> Seen:
+    logits, losses, counts = [], [], []
+    for number, row in enumerate(held_out.rows):
+        ids_1T = np.array([row], np.int64)
+        mask_1T = np.ones_like(ids_1T)
+        found_1TV, _ = model.step(ids_1T, mask_1T, positions_of(mask_1T), None)
+        first = max(1, held_out.targets[number])
+        learnt_PV = found_1TV[0, first - 1 : -1].astype(np.float64)
+        losses.append(_nll(learnt_PV, ids_1T[0, first:]).sum())
+        counts.append(len(row) - first)
+        logits.append(found_1TV[0, held_out.places(number)])
+    results = RowResults(np.array(losses), np.array(counts))
+    return Seen(logits, results, _in_steps(model, held_out))
+
+
+def _in_steps(model: Decoder, held_out: HeldOut) -> list[np.ndarray]:
+    """The first rows beside each other, padded on the left: all but their last tokens at once, then one by one.
+
+    What is wrong with a cache, a mask or a position shows here and nowhere else.
+    """
+    rows = [row for row in held_out.rows[:_STEPPED] if len(row) > _STEPS + 1]
+    if not rows:
+        return []
+    ids_BT, mask_BT = left_padded([row[:-_STEPS] for row in rows], held_out.pad_id)
+    found_BTV, cache = model.step(ids_BT, mask_BT, positions_of(mask_BT), None)
+    said = [found_BTV[:, -1]]
+    for step in range(_STEPS, 1, -1):
+        mask_BT = np.concatenate([mask_BT, np.ones((len(rows), 1), np.int64)], axis=1)
+        new_B1 = np.array([[row[-step]] for row in rows], np.int64)
+        found_BTV, cache = model.step(new_B1, mask_BT, positions_of(mask_BT)[:, -1:], cache)
+        said.append(found_BTV[:, -1])
+    return list(np.stack(said, axis=1))
+
+
+def _nll(logits_PV: np.ndarray, tokens_P: np.ndarray) -> np.ndarray:
+    top_P1 = logits_PV.max(axis=1, keepdims=True)
+    total_P = np.log(np.exp(logits_PV - top_P1).sum(axis=1)) + top_P1[:, 0]
+    found: np.ndarray = total_P - logits_PV[np.arange(len(tokens_P)), tokens_P]
+    return found
+
+
+def judge(source: Seen, target: Seen) -> Judged:
+    """How far a target is from its source."""
+    name = "accuracy" if source.results.classified else "perplexity"
+    apart = [np.abs(one.astype(np.float64) - other) for one, other in zip(source.logits, target.logits, strict=True)]
+    alike = [one.argmax(axis=-1) == other.argmax(axis=-1) for one, other in _pairs(source, target)]
+    before, after = (_score(seen.results, name) for seen in (source, target))
+    whole = np.concatenate([part.ravel() for part in apart])
+    return Judged(
+        rows=len(source.logits),
+        positions=sum(part.size for part in alike),
+        max_logit_difference=_number(whole.max()),
+        mean_logit_difference=_number(whole.mean()),
+        agreement=float(np.concatenate([np.atleast_1d(part) for part in alike]).mean()),
+        steps=sum(len(part) for part in target.stepped),
+        step_logit_difference=_apart(source.stepped, target.stepped),
+        metric=name,
+        before=before[0],
+        before_interval=before[1],
+        after=after[0],
+        after_interval=after[1],
+    )
+
+
+def _pairs(source: Seen, target: Seen) -> Sequence[tuple[np.ndarray, np.ndarray]]:
+    return list(zip(source.logits, target.logits, strict=True))
+
+
+def _apart(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float | None:
+    if not ours or not theirs:
+        return None
+    return _number(np.max([np.abs(one - other).max() for one, other in zip(ours, theirs, strict=True)]))
+
+
+def _score(results: RowResults, name: str) -> tuple[float | None, tuple[float, float] | None]:
+    names = ["accuracy"] if name == "accuracy" else ["loss", "perplexity"]
+    found = scores(results, names, _RESAMPLES)
+    value, ends = _number(found.metrics[name]), found.intervals[name]
+    return value, ends if np.isfinite(ends).all() else None
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,222 @@
+"""An exported folder, ready to be asked: by ONNX Runtime, or by PyTorch. B rows, T tokens, S tokens so far."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deployment.decoding import Decoder, left_padded
+from deployment.extras import onnxruntime_here
+from jobs import files
+from jobs.errors import UserError
+from jobs.export import Artefact
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+ARTEFACT_FILE = "artefact.json"
+ONNX_FILE = "model.onnx"
+
+
+@dataclass
+class Loaded:
+    """An exported folder with its model in memory."""
+
+    folder: Path
+    artefact: Artefact
+    model: Any
+    """A Decoder, or a Classifier."""
+
+    @property
+    def generates(self) -> bool:
+        """Whether it writes text, and does not name a class."""
+        return self.artefact.task != "classification"
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Text to tokens and back, without transformers."""
+        from tokenizers import Tokenizer
+
+        made: Tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        made.no_padding()
+        made.no_truncation()
+        return made
+
+    def prompt(self, text: str) -> list[int]:
+        """Tokens of what is asked, as training had them before an answer."""
+        found = self.artefact
+        whole = f"{found.before}{text}{found.after}"
+        return [*found.start, *self.tokenizer.encode(whole, add_special_tokens=False).ids]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        said: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return said
+
+    def probabilities(self, texts: Sequence[str]) -> np.ndarray:
+        """Of a classifier: the probability of each class (columns) of each text (rows)."""
+        rows = [self.tokenizer.encode(text).ids[: self.artefact.max_length] for text in texts]
+        logits_BC = self.model.logits(*right_padded(rows, self.artefact.pad_id))
+        exp_BC = np.exp(logits_BC - logits_BC.max(axis=1, keepdims=True))
+        shares: np.ndarray = exp_BC / exp_BC.sum(axis=1, keepdims=True)
+        return shares
+
+
+def right_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """(ids_BT, mask_BT) of rows of one width, the padding last."""
+    ids_BT, mask_BT = left_padded([list(reversed(row)) for row in rows], pad_id)
+    return np.ascontiguousarray(ids_BT[:, ::-1]), np.ascontiguousarray(mask_BT[:, ::-1])
+
+
+def open_artefact(folder: Path, threads: int = 0) -> Loaded:
+    """Load what `export` made. `threads` 0 leaves their number to the runtime. Raises UserError for another folder."""
+    artefact = read_artefact(folder)
+    loader = open_merged if artefact.target == "merged" else open_onnx
+    return Loaded(folder, artefact, loader(folder, artefact, threads))
+
+
+def read_artefact(folder: Path) -> Artefact:
+    """What a folder says of itself."""
+    path = folder / ARTEFACT_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {ARTEFACT_FILE}: `lorafleet export` makes such folders")
+    found = files.read_json(path)
+    found.pop("schema_version", None)
+    return Artefact.model_validate_json(json.dumps(found))
+
+
+def open_onnx(folder: Path, artefact: Artefact, threads: int) -> Decoder | OnnxClassifier:
+    """A model of ONNX Runtime on the CPU."""
+    session = onnx_session(folder / ONNX_FILE, threads)
+    return OnnxClassifier(session) if artefact.task == "classification" else OnnxDecoder(session, artefact)
+
+
+def onnx_session(path: Path, threads: int, providers: Sequence[Any] = ("CPUExecutionProvider",)) -> Any:
+    """A session that runs on the provider that was asked for, or is none.
+
+    Raises UserError where ONNX Runtime has quietly taken another: a CPU's time would pass for a GPU's.
+    """
+    onnxruntime = onnxruntime_here()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    check_provider(session, providers)
+    return session
+
+
+def check_provider(session: Any, providers: Sequence[Any]) -> None:
+    """Raises UserError unless a session's first provider is the one that was asked for."""
+    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    found = session.get_providers()
+    if found[0] != wanted:
+        raise UserError(
+            f"ONNX Runtime was asked for {wanted} and fell back to {found[0]}: its libraries are not on this machine"
+        )
+
+
+class OnnxClassifier:
+    """Texts to classes."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+
+    def logits(self, ids_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+        """logits_BC in float32."""
+        (found,) = self.session.run(["logits"], {"input_ids": ids_BT, "attention_mask": mask_BT})
+        logits: np.ndarray = found.astype(np.float32, copy=False)
+        return logits
+
+
+class OnnxDecoder:
+    """One graph for prompts and for single tokens, with keys and values in and out."""
+
+    def __init__(self, session: Any, artefact: Artefact) -> None:
+        self.session = session
+        inputs = {given.name: given for given in session.get_inputs()}
+        self.past = [name for name in inputs if name.startswith("past_key_values.")]
+        self.present = [name.replace("past_key_values.", "present.") for name in self.past]
+        self.wants_positions = "position_ids" in inputs
+        half = bool(self.past) and inputs[self.past[0]].type == "tensor(float16)"
+        self.kind = np.float16 if half else np.float32
+        self.shape = (artefact.heads, 0, artefact.head_size)
+
+    def step(
+        self, ids_BT: np.ndarray, mask_BS: np.ndarray, positions_BT: np.ndarray, cache: Any
+    ) -> tuple[np.ndarray, Any]:
+        """(logits_BTV, the cache with the new tokens in it)."""
+        if cache is None:
+            cache = [np.zeros((len(ids_BT), *self.shape), self.kind)] * len(self.past)
+        given = {"input_ids": ids_BT, "attention_mask": mask_BS, **dict(zip(self.past, cache, strict=True))}
+        if self.wants_positions:
+            given["position_ids"] = positions_BT
+        logits, *present = self.session.run(["logits", *self.present], given)
+        return logits.astype(np.float32, copy=False), present
+
+
+def open_merged(folder: Path, artefact: Artefact, threads: int) -> Decoder | TorchClassifier:
+    """A model folder by plain transformers, on the CPU."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    if threads:
+        torch.set_num_threads(threads)
+    classifies = artefact.task == "classification"
+    kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    model = kind.from_pretrained(str(folder), use_safetensors=True).eval()
+    return TorchClassifier(model) if classifies else TorchDecoder(model)
+
+
+class TorchClassifier:
+    """A classifier of PyTorch, with whatever adapter it has."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def logits(self, ids_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+        """logits_BC in float32."""
+        import torch
+
+        device = next(self.model.parameters()).device
+        with torch.inference_mode():
+            ids, mask = (torch.from_numpy(array).to(device) for array in (ids_BT, mask_BT))
+            found: np.ndarray = self.model(input_ids=ids, attention_mask=mask).logits.float().cpu().numpy()
+        return found
+
+
+class TorchDecoder:
+    """A causal model of PyTorch, with whatever adapter it has."""
+
+    def __init__(self, model: Any) -> None:
+        # PEFT's own forward hides from transformers that the model takes positions (evaluation/generate.py).
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    def step(
+        self, ids_BT: np.ndarray, mask_BS: np.ndarray, positions_BT: np.ndarray, cache: Any
+    ) -> tuple[np.ndarray, Any]:
+        """(logits_BTV, the cache with the new tokens in it)."""
+        import torch
+        from transformers import DynamicCache
+
+        device = next(self.model.parameters()).device
+        ids, mask, places = (torch.from_numpy(array).to(device) for array in (ids_BT, mask_BS, positions_BT))
+        cache = DynamicCache(config=self.model.config) if cache is None else cache
+        with torch.inference_mode():
+            found = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
+            )
+        return found.logits.float().cpu().numpy(), found.past_key_values
+
+
+def files_mb(folder: Path) -> float:
+    """Size on disk of what a model needs: weights and graph, not its card."""
+    kept = (".onnx", ".data", ".safetensors")
+    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kept) / 1e6

@@ -1,0 +1,180 @@
+"""What an export makes, and when it is still what it was made from. Pure."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+from pydantic import Field
+
+from jobs.base import Spec
+
+Target = Literal["merged", "onnx", "onnx-fp16", "onnx-int8"]
+TARGETS: tuple[Target, ...] = get_args(Target)
+WHAT: dict[Target, str] = {
+    "merged": "the adapter in the weights (safetensors)",
+    "onnx": "ONNX, float32",
+    "onnx-fp16": "ONNX, weights in float16",
+    "onnx-int8": "ONNX, weights in INT8",
+}
+NEEDS: dict[Target, Target] = {
+    "onnx": "merged",
+    "onnx-fp16": "onnx",
+    "onnx-int8": "onnx",
+}
+"""What a target is made from."""
+
+
+class Gate(Spec):
+    """How far a target may be from its source; what is left out of a job file is as the target's default says."""
+
+    max_logit_difference: float | None = Field(None, gt=0)
+    """Largest absolute difference of a logit, over held-out rows."""
+    min_agreement: float | None = Field(None, gt=0, le=1)
+    """Smallest share of positions with the same likeliest token, or of rows with the same class."""
+    max_metric_drop: float | None = Field(None, ge=0)
+    """How much worse the metric may be: of accuracy in points, of perplexity as a share of it (0.01 is 1 %)."""
+
+
+class ExportSpec(Spec):
+    """What `lorafleet export` compares by."""
+
+    rows: int = Field(64, ge=1, le=100_000)
+    """Held-out rows on which a target is compared with its source."""
+    parity: dict[Target, Gate] = {}
+    """Target -> how far it may be from its source, in the place of its defaults (docs/export.md)."""
+
+
+_EXACT = Gate(max_logit_difference=1e-3, min_agreement=0.99, max_metric_drop=0.01)
+_HALF = Gate(max_logit_difference=None, min_agreement=0.99, max_metric_drop=0.01)
+_CLASSES: dict[Target, Gate] = {
+    "onnx-int8": Gate(max_logit_difference=None, min_agreement=0.95, max_metric_drop=0.02),
+}
+_WRITERS: dict[Target, Gate] = {
+    "onnx-int8": Gate(max_logit_difference=None, min_agreement=0.85, max_metric_drop=0.05),
+}
+_ALWAYS: dict[Target, Gate] = {"onnx-fp16": _HALF}
+
+
+def gate_of(spec: ExportSpec, target: Target, *, generates: bool, int8_base: bool = False) -> Gate:
+    """The gate of a target: the job's, field by field, over the default.
+
+    A source on an INT8 base rounds what goes into its matrices too; a target that does not is no copy of its logits.
+    """
+    default = (_WRITERS if generates else _CLASSES).get(target) or _ALWAYS.get(target, _EXACT)
+    if int8_base:
+        default = default.model_copy(update={"max_logit_difference": None})
+    own = spec.parity.get(target)
+    return default if own is None else default.model_copy(update=own.model_dump(exclude_none=True))
+
+
+class Judged(Spec):
+    """How far one target is from its source, on the same rows."""
+
+    rows: int
+    """Held-out rows that both saw."""
+    positions: int
+    """Positions (or rows, of a classifier) whose logits were compared."""
+    max_logit_difference: float | None
+    """Largest absolute difference of a logit; null where one is no number."""
+    mean_logit_difference: float | None
+    """Their mean absolute difference."""
+    agreement: float
+    """Share of positions (rows) with the same likeliest token (class)."""
+    steps: int = 0
+    """Tokens that were given one by one, over rows of unequal length beside each other."""
+    step_logit_difference: float | None = None
+    """The largest difference where rows are given token by token, and padded on the left, as answers are written."""
+    metric: str
+    """accuracy or perplexity."""
+    before: float | None
+    """The metric of the source; null where it is no number."""
+    before_interval: tuple[float, float] | None
+    """Its 95 % bootstrap interval over rows."""
+    after: float | None
+    """The metric of the target; null where it is no number."""
+    after_interval: tuple[float, float] | None
+    """Its 95 % bootstrap interval over rows."""
+
+
+class Parity(Spec):
+    """parity.json: whether a target may be shipped, and why not."""
+
+    target: Target
+    """What was made."""
+    accepted: bool
+    """Whether it behaves like its source."""
+    reasons: list[str] = []
+    """Why it is not accepted, a sentence each."""
+    gate: Gate
+    """What was asked of it."""
+    judged: Judged
+    """What was found."""
+    remarks: list[str] = []
+    """What else there is to know."""
+
+
+def verdict(gate: Gate, judged: Judged) -> list[str]:
+    """Why a target is refused, a sentence each; nothing, and it is accepted. What is no number is refused."""
+    found = judged.max_logit_difference
+    if found is None or judged.after is None or (judged.steps and judged.step_logit_difference is None):
+        return ["it says what is no number (NaN, or beyond all bounds)"]
+    reasons = []
+    worst = max(found, judged.step_logit_difference or 0.0)
+    if gate.max_logit_difference is not None and not worst <= gate.max_logit_difference:
+        reasons.append(f"a logit differs by {worst:.2g}, and may by {gate.max_logit_difference:g}")
+    if gate.min_agreement is not None and not judged.agreement >= gate.min_agreement:
+        what = "classes" if judged.metric == "accuracy" else "likeliest tokens"
+        reasons.append(f"{judged.agreement:.3f} of {what} agree, and {gate.min_agreement:g} must")
+    drop = metric_drop(judged)
+    if gate.max_metric_drop is not None and drop is not None and drop > gate.max_metric_drop:
+        reasons.append(
+            f"{judged.metric} goes from {judged.before:.4g} to {judged.after:.4g}, and may get worse by "
+            f"{gate.max_metric_drop:g}{'' if judged.metric == 'accuracy' else ' of it'}"
+        )
+    return reasons
+
+
+def metric_drop(judged: Judged) -> float | None:
+    """How much worse the target's metric is: accuracy in points, perplexity as a share; None where one is no number."""
+    if judged.before is None or judged.after is None:
+        return None
+    if judged.metric == "accuracy":
+        return judged.before - judged.after
+    return judged.after / judged.before - 1
+
+
+class Artefact(Spec):
+    """artefact.json: what a folder holds, for whoever runs it."""
+
+    target: Target
+    """What it is."""
+    task: Literal["classification", "generation", "summarization"]
+    """What it does."""
+    source: dict[str, Any]
+    """run, trial_id, method, base, revision."""
+    labels: list[str] = []
+    """Of a classifier: what its outputs mean, in order."""
+    max_length: int
+    """Tokens of a row in training: longer ones were cut."""
+    positions: int | None = None
+    """Tokens that the model has places for; null: as many as are given."""
+    ends: list[int] = []
+    """Tokens at which an answer is over."""
+    pad_id: int
+    """The token that fills rows up."""
+    start: list[int] = []
+    """Tokens before the text, where the prompt does not name them itself."""
+    before: str = ""
+    """What stands before what is asked, from the chat template."""
+    after: str = ""
+    """What stands between what is asked and the answer."""
+    layers: int = 0
+    """Of a decoder: how many pairs of keys and values it keeps."""
+    heads: int = 0
+    """Heads of a key."""
+    head_size: int = 0
+    """Numbers of a head."""
+    opset: int | None = None
+    """ONNX operator set."""
+    versions: dict[str, str] = {}
+    """Package -> version that made it."""

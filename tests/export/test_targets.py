@@ -1,0 +1,178 @@
+"""From an adapter to files: merged, ONNX, float16, INT8; each compared with its source, by the real ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.machine import site_here
+from cluster.planning import make_plan
+from deployment import export as exporting
+from deployment.decoding import write
+from deployment.export import export
+from deployment.merge import Source
+from deployment.parity import judge, look
+from deployment.runtime import TorchDecoder, open_artefact
+from evaluation.shipped import shipped
+from jobs import files
+from jobs.export import TARGETS, Gate, gate_of, verdict
+from jobs.load import LoadedJob
+from jobs.run import Run, TrialState
+from tests.conftest import JobMaker, lorafleet, opinions
+from tests.unit.test_training import finish, session
+
+
+def trained(loaded: LoadedJob, folder: Path) -> Run:
+    """A run of one trial, as a driver leaves it, without Ray."""
+    run = Run.create(folder / "runs", loaded.job.name)
+    files.write_json(run.path / "plan.json", make_plan(loaded, site_here(None), "train").model_dump(mode="json"))
+    trial = run.add_trial("aaaa", 0, {})
+    made = session(loaded.job)
+    finish(made)
+    made.save_weights(trial.weights_of(loaded.job.method))
+    trial.add_row({"step": 1, "samples": 8, "loss": 1.0, "accuracy": 0.9, "evaluated": True, "train_seconds": 1.0})
+    trial.set_state(TrialState.FINISHED)
+    return run
+
+
+def quiet(_: str) -> None:
+    """Nobody listens."""
+
+
+LONG = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    "model", ["tiny_gpt2", pytest.param("tiny_llama", marks=LONG), pytest.param("tiny_gpt_neo", marks=LONG)]
+)
+def test_a_writer_through_every_target(
+    model: str, llama_job: JobMaker, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    place = request.getfixturevalue(model)
+    run = trained(llama_job(model__model_name_or_path=str(place), train__max_steps=30), tmp_path)
+    out = tmp_path / "out"
+    outcomes = {outcome.target: outcome for outcome in export(shipped(run), TARGETS, out, quiet)}
+    assert list(outcomes) == list(TARGETS)
+    for name in ("merged", "onnx"):
+        parity = outcomes[name].parity
+        assert parity is not None
+        assert parity.accepted, parity.reasons
+        assert parity.judged.max_logit_difference < 1e-4
+        assert parity.judged.step_logit_difference < 1e-4
+        assert parity.judged.after == pytest.approx(parity.judged.before, rel=1e-4)
+    loaded = {name: open_artefact(outcome.folder, 1) for name, outcome in outcomes.items() if outcome.folder}
+    about = loaded["onnx"].artefact
+    prompts = [loaded["onnx"].prompt(text) for text in ("is it a good film", "is it bad")]
+    answers = [write(found.model, prompts, 6, about.ends, about.pad_id) for found in loaded.values()]
+    assert answers[0] == answers[1] == answers[2]
+    alone = [write(loaded["onnx"].model, [prompt], 6, about.ends, about.pad_id)[0] for prompt in prompts]
+    assert alone == answers[1]  # what stands beside a row does not change it
+    assert not list(out.glob(".*"))
+    assert json.loads((out / "export.json").read_text())["targets"]["onnx"]["accepted"] is True
+    said = subprocess.run(
+        [sys.executable, "run.py", "is it a good film"], cwd=out / "onnx", capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == loaded["onnx"].text(answers[1][0]).strip() or len(answers[1][0]) == 6
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"method": "qlora"},
+        pytest.param({"method": "full", "train__learning_rate": 3e-3}, marks=LONG),
+        pytest.param({"lora__use_dora": True}, marks=LONG),
+        pytest.param({"lora__init_lora_weights": "pissa", "train__learning_rate": 3e-3}, marks=LONG),
+        pytest.param({"method": "qlora", "qlora__quant_type": "int8"}, marks=LONG),
+    ],
+)
+def test_a_classifier_through_every_target(how: dict[str, object], bert_job: JobMaker, tmp_path: Path) -> None:
+    run = trained(bert_job(**{"train__max_steps": 150, "train__learning_rate": 1e-2, **how}), tmp_path)
+    done = lorafleet("export", run.id, "--to", "all", "-o", "out", "--format", "json", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert list(found) == list(TARGETS)
+    exact = how.get("qlora__quant_type") != "int8"
+    for name in ("merged", "onnx") if exact else ():
+        assert found[name]["parity"]["judged"]["max_logit_difference"] < 1e-4
+    out = tmp_path / "out"
+    loaded = open_artefact(out / "onnx-int8", 1)
+    assert loaded.artefact.labels == ["bad", "good"]
+    texts = [str(row["text"]) for row in opinions(16, 5)]
+    merged = open_artefact(out / "merged", 1)
+    assert (loaded.probabilities(texts).argmax(1) == merged.probabilities(texts).argmax(1)).mean() > 0.9
+    said = subprocess.run(
+        [sys.executable, "run.py", *texts[:2]], cwd=out / "onnx-int8", capture_output=True, text=True, check=True
+    )
+    assert [line.split("\t")[0] for line in said.stdout.splitlines()] == [
+        ["bad", "good"][index] for index in loaded.probabilities(texts[:2]).argmax(1)
+    ]
+    card = (out / "onnx-int8" / "README.md").read_text()
+    assert "Accepted" in card
+    if how.get("method") == "qlora":
+        assert "merged onto the" in card
+    config = json.loads((out / "merged" / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "good"}
+    assert "quantization_config" not in config
+
+
+# ---- what is wrong is caught ----
+
+
+class OneTooFar(TorchDecoder):
+    """Counts positions wrongly once there is a cache."""
+
+    def step(self, ids_BT, mask_BS, positions_BT, cache):
+        return super().step(ids_BT, mask_BS, positions_BT + (cache is not None), cache)
+
+
+def test_planted_faults_are_caught(llama_job: JobMaker, tiny_gpt2: Path, tmp_path: Path) -> None:
+    job = llama_job(model__model_name_or_path=str(tiny_gpt2), train__max_steps=60, train__learning_rate=1e-2)
+    run = trained(job, tmp_path)
+    source = Source(shipped(run))
+    held_out = exporting.held_out_rows(source)
+    seen = look(TorchDecoder(source.model), held_out)
+    gates = {name: gate_of(job.job.export, name, generates=True) for name in TARGETS}
+    assert verdict(gates["onnx"], judge(seen, look(TorchDecoder(source.model), held_out))) == []
+
+    late = judge(seen, look(OneTooFar(source.model), held_out))
+    assert late.max_logit_difference < 1e-4  # whole rows do not show it
+    assert "a logit differs" in verdict(gates["onnx"], late)[0]
+
+    with source.model.disable_adapter():
+        bare = judge(seen, look(TorchDecoder(source.model), held_out))
+    assert all(verdict(gate, bare) for gate in gates.values())
+
+    block = source.model.get_base_model().transformer.h[0].mlp
+    with torch.no_grad():  # a matrix that was turned
+        weight = block.c_fc.base_layer.weight if hasattr(block.c_fc, "base_layer") else block.c_fc.weight
+        weight.copy_(weight.flip(0))
+    swapped = judge(seen, look(TorchDecoder(source.model), held_out))
+    assert all(verdict(gates[name], swapped) for name in ("merged", "onnx"))
+
+    with torch.no_grad():
+        weight.fill_(float("nan"))
+    broken = judge(seen, look(TorchDecoder(source.model), held_out))
+    assert broken.max_logit_difference is None
+    assert "no number" in verdict(Gate(), broken)[0]
+
+
+def test_what_is_refused_is_set_aside(bert_job: JobMaker, tmp_path: Path) -> None:
+    """Exit code 3; what passed before and does not now is no longer where it would be taken for good."""
+    block = "export: {parity: {onnx: {max_logit_difference: 1e-12}}}"
+    run = trained(bert_job(block, train__max_steps=30), tmp_path)
+    stale = tmp_path / "out" / "onnx"
+    stale.mkdir(parents=True)
+    (stale / "old").touch()
+    done = lorafleet("export", run.id, "--to", "merged,onnx", "-o", "out", cwd=tmp_path)
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert "rejected: a logit differs by" in " ".join(done.stdout.split())
+    assert (tmp_path / "out" / "merged" / "model.safetensors").is_file()
+    assert not stale.exists()
+    rejected = tmp_path / "out" / "rejected" / "onnx"
+    assert json.loads((rejected / "parity.json").read_text())["accepted"] is False
+    assert "REJECTED" in (rejected / "README.md").read_text()

@@ -137,7 +137,8 @@ def _against(entry: _Entry, first: _Entry) -> Arm:
         odd.append("it has no predictions of the held-out rows (it was made by an older version, or has not ended)")
     for name, what in _MUST_AGREE.items():
         if entry.terms[name] != first.terms[name]:
-            odd.append(f"not ranked: {what} differ{'' if name == 'rows' else 's'} from {first.run.id}'s")
+            verb = "differ" if what.split(" of ")[0].endswith("s") else "differs"
+            odd.append(f"not ranked: {what} {verb} from {first.run.id}'s")
     if entry.report.held_out != first.report.held_out:
         odd.append(f"not ranked: it was judged on {entry.report.held_out} rows")
     remarks = [*entry.arm.remarks, *odd]

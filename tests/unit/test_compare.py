@@ -12,6 +12,7 @@ import pytest
 from cluster.machine import site_here
 from cluster.planning import make_plan
 from commands.evaluate import class_order
+from evaluation.across import across
 from evaluation.choose import Choice, choose, front
 from evaluation.comparison import finite_intervals, finite_metrics, pairs_of
 from evaluation.metrics import difference, scores
@@ -19,9 +20,11 @@ from evaluation.render import html
 from evaluation.report import build_report
 from evaluation.results import Classified, RowResults
 from evaluation.samples import differing, mistakes
+from evaluation.summary import summary
 from jobs import arms, files, search
 from jobs.errors import JobFileError, UserError
 from jobs.given import Given, check_base, named, of_folder
+from jobs.load import LoadedJob
 from jobs.report import Arm, Inference, Pair
 from jobs.run import Run, TrialState
 from jobs.spec import JobSpec
@@ -446,6 +449,48 @@ def test_tpe_makes_way_for_the_seeds(bert_job: JobMaker) -> None:
     assert not any("train.seed" in one for one in made)
     assert proposals.next() == made[0] | {"train.seed": 43}
     assert proposals.next() is None
+
+
+# ---- runs side by side ----
+
+
+def ended(loaded: LoadedJob, folder: Path, right: int, **facts: object) -> Run:
+    """A run of one trial that was judged on 40 rows, of which so many were right."""
+    run = Run.create(folder, loaded.job.name)
+    files.write_json(run.path / "plan.json", make_plan(loaded, site_here(None), "train").model_dump(mode="json"))
+    known = {"labels": ["bad", "good"], "rows_sha256": {"train": "a", "test": "b"}, "chosen_on_test": False}
+    files.write_json(run.path / "facts.json", known | facts)
+    trial = run.add_trial("aaaa", 0, {})
+    trial.add_row({"step": 1, "samples": 8, "accuracy": 0.5, "loss": 1.0, "evaluated": True, "train_seconds": right})
+    trial.set_state(TrialState.FINISHED)
+    trial.weights.mkdir()
+    results = classified(np.arange(40) < right)
+    files.write_jsonl(trial.predictions("test"), results.records())
+    files.write_json(trial.path / "test.json", {"test": summary(results, loaded.job, ("bad", "good"))})
+    files.write_jsonl(run.rows_file("test"), [{"prompt": f"row {row}", "reference": "bad"} for row in range(40)])
+    return run
+
+
+def test_runs_side_by_side_are_ranked_where_they_were_judged_alike(bert_job: JobMaker, tmp_path: Path) -> None:
+    job = bert_job()
+    own = bert_job("evaluate: {custom_metrics: {short: {function: mine.py:short}}}")
+    last_week, now = ended(job, tmp_path / "1", 20), ended(job, tmp_path / "2", 38)
+    elsewhere = ended(job, tmp_path / "3", 40, rows_sha256={"train": "c", "test": "b"})
+    other_rows = ended(job, tmp_path / "4", 40, rows_sha256={"train": "a", "test": "z"})
+    other_metric = ended(own, tmp_path / "5", 40, custom_metrics={"short": "0:short"})
+    found = across([last_week, now, elsewhere, other_rows, other_metric])
+    assert found.arms is not None
+    marks = {arm.arm: (arm.comparable, arm.remarks) for arm in found.arms}
+    assert marks[last_week.id] == marks[now.id] == (True, [])
+    assert marks[elsewhere.id][0]
+    assert "it was trained on other rows than" in marks[elsewhere.id][1][0]
+    assert marks[other_rows.id] == (False, [f"not ranked: the held-out rows differ from {last_week.id}'s"])
+    assert marks[other_metric.id][1] == [f"not ranked: the metrics of one's own differ from {last_week.id}'s"]
+    assert found.recommendation.arm in (now.id, elsewhere.id)
+    pair = next(pair for pair in found.pairs if {pair.one, pair.other} == {last_week.id, now.id})
+    assert (abs(pair.difference), pair.p_value < 0.01) == (pytest.approx(18 / 40), True)
+    assert {arm.arm for arm in found.arms if not arm.comparable}.isdisjoint({pair.other for pair in found.pairs})
+    assert (found.ratings, found.folds) == (None, [])
 
 
 # ---- folds ----

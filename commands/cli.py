@@ -15,6 +15,8 @@ from typing import NoReturn
 import typer
 
 from commands import (
+    benchmark,
+    chat,
     clean,
     compare,
     doctor,
@@ -75,6 +77,8 @@ _COMMANDS: tuple[tuple[str, Callable[..., object], str], ...] = (
     ("report", report.report, _WATCH),
     ("rate", rate.rate, _WATCH),
     ("export", export.export, _WATCH),
+    ("benchmark", benchmark.benchmark, _WATCH),
+    ("chat", chat.chat, _WATCH),
     ("pull", pull.pull, _WATCH),
     ("list", list_runs.list_runs, _KEEP),
     ("clean", clean.clean, _KEEP),

@@ -14,6 +14,12 @@ def measure() -> None:
     from jobs.spec import JobSpec
 
     request = json.loads(sys.stdin.read())
+    if request["what"] == "artefact":
+        from deployment.measure import measure_artefact
+
+        amount = (request["rows"], request["new_tokens"], request["batch_rows"], request["threads"])
+        typer.echo(json.dumps(measure_artefact(Path(request["folder"]), *amount)))
+        return
     from training import measure as measured
 
     job, tokens = JobSpec.model_validate_json(json.dumps(request["job"])), Path(request["tokens"])

@@ -164,7 +164,7 @@ def _arm(run: Run, job: JobSpec, name: str, reports: dict[str, Report], there: d
         gpu_hours=None if given else _mean([row.gpu_hours for row in rows]) if trained else 0.0,
         peak_memory_gib=_mean([row.peak_memory_gib for row in rows]),
         trainable_parameters=best.trainable_parameters if best else None if given else 0,
-        inference=_inference(files.read_jsonl(run.arm(name).inference_file)),
+        inference=inference_of(files.read_jsonl(run.arm(name).inference_file)),
         remarks=_remarks(spec, best, rows, job),
     )
 
@@ -215,7 +215,8 @@ def _remarks(spec: ArmSpec, best: Row | None, rows: list[Row], job: JobSpec) -> 
     return said
 
 
-def _inference(rows: list[dict[str, Any]]) -> Inference | None:
+def inference_of(rows: list[dict[str, Any]]) -> Inference | None:
+    """Medians and spread of what was measured, a row a round."""
     if not rows:
         return None
     names = [name for name in Inference.model_fields if name not in ("rounds", "spread", "threads")]

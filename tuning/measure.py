@@ -2,46 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from cluster.local import driver_command
+from cluster.apart import measured_apart
 from jobs import files
 from jobs.errors import RunError
 from jobs.spec import JobSpec
 from tuning.nodes import first_line
 
-_SECONDS = 3600.0
-
-
-def run_measurement(request: dict[str, Any], folder: str, threads: int) -> dict[str, Any]:
-    """Measure one model in a fresh process on this node. Raises RuntimeError with what it said when it failed."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [*driver_command(), "measure"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        timeout=_SECONDS,
-        check=False,
-        cwd=folder,
-        env=environment,
-    )
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
 
 def _task(comparison: Any) -> Any:
     """A measurement where a trial would run."""
     wants = comparison.job.resources
-    return ray.remote(run_measurement).options(
+    return ray.remote(measured_apart).options(
         num_cpus=wants.cpus_per_worker,
         num_gpus=comparison.placement.gpus_per_worker,
         label_selector=wants.label_selector,

@@ -74,10 +74,41 @@ def test_a_writer_through_every_target(
     assert alone == answers[1]  # what stands beside a row does not change it
     assert not list(out.glob(".*"))
     assert json.loads((out / "export.json").read_text())["targets"]["onnx"]["accepted"] is True
+    whole = loaded["onnx"].text(answers[1][0])
+    told = lorafleet("chat", out / "onnx", "--max-new-tokens", "6", "-p", "is it a good film", cwd=tmp_path)
+    assert told.stdout == f"{whole}\n"
+    drawn = ("chat", out / "onnx", "--temperature", "2", "--seed", "1", "-p", "is it bad")
+    assert lorafleet(*drawn, cwd=tmp_path).stdout == lorafleet(*drawn, cwd=tmp_path).stdout
+    long = lorafleet("chat", out / "onnx", "-p", "good " * 200, cwd=tmp_path)
+    assert (long.returncode, "but the model has 128 positions" in long.stderr) == (2, True)
+    everything_in_one_table(run, out, tmp_path)
     said = subprocess.run(
         [sys.executable, "run.py", "is it a good film"], cwd=out / "onnx", capture_output=True, text=True, check=True
     )
     assert said.stdout.strip() == loaded["onnx"].text(answers[1][0]).strip() or len(answers[1][0]) == 6
+
+
+def everything_in_one_table(run: Run, out: Path, place: Path) -> None:
+    """Measured, and what is not there says why."""
+    known = json.loads((out / "export.json").read_text())
+    known["targets"]["onnx-fp16"] |= {"folder": None, "unavailable": "no room"}
+    (out / "onnx-fp16").rename(place / "away")
+    (out / "export.json").write_text(json.dumps(known))
+    few = ("--rounds", "1", "--rows", "2", "--new-tokens", "4", "--format", "json")
+    done = lorafleet("benchmark", run.id, "--export", out, *few, cwd=place)
+    assert done.returncode == 0, done.stderr
+    arms = {arm["arm"]: arm for arm in json.loads(done.stdout)["arms"]}
+    assert list(arms) == ["base", "adapter", *TARGETS]
+    assert arms["onnx-fp16"]["remarks"] == ["unavailable: no room"]
+    assert arms["onnx-fp16"]["inference"] is None
+    for name in ("base", "adapter", "merged", "onnx", "onnx-int8"):
+        speed = arms[name]["inference"]
+        assert speed["ttft_ms"] > 0
+        assert speed["tokens_per_second"] > 0
+        assert speed["load_seconds"] > 0
+        assert speed["peak_memory_gib"] > speed["begun_gib"] > 0
+    assert arms["onnx"]["metrics"]["perplexity"] > 1
+    assert "unavailable: no room" in (out / "benchmark" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -110,6 +141,13 @@ def test_a_classifier_through_every_target(how: dict[str, object], bert_job: Job
     )
     assert [line.split("\t")[0] for line in said.stdout.splitlines()] == [
         ["bad", "good"][index] for index in loaded.probabilities(texts[:2]).argmax(1)
+    ]
+    piped = subprocess.run(
+        [Path(sys.executable).with_name("lorafleet"), "chat", out / "onnx-int8"],
+        input="\n".join(texts[:2]), capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert [line.split("\t")[0] for line in piped.stdout.splitlines()] == [
+        line.split("\t")[0] for line in said.stdout.splitlines()
     ]
     card = (out / "onnx-int8" / "README.md").read_text()
     assert "Accepted" in card

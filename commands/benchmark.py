@@ -1,0 +1,41 @@
+"""`lorafleet benchmark`: every variant of a model in one table, each measured in processes of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from commands.common import DEFAULT_RUNS, Format, OneRun, Output, Runs, say, show_report
+
+
+def benchmark(
+    run: OneRun,
+    exported: Annotated[
+        Path | None,
+        typer.Option("--export", metavar="DIR", help="Where an export put its targets.", show_default="RUN/export"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each variant is measured, in turn.")] = 3,
+    rows: Annotated[int, typer.Option(min=1, help="Held-out rows that are answered or classified one by one.")] = 8,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of every answer.")] = 32,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
+    runs: Runs = DEFAULT_RUNS,
+    output: Output = Format.TEXT,
+) -> None:
+    """Measure base, adapter and exported targets of a run (RUN, or RUN:TRIAL): size, speed, memory, metric."""
+    from cluster.store import find_run
+    from deployment.benchmark import Amount, variants
+    from deployment.benchmark import benchmark as measure
+    from evaluation.report import write_forms
+    from evaluation.shipped import shipped
+
+    name, _, trial_id = run.partition(":")
+    found = find_run(runs, name)
+    given = shipped(found, trial_id)
+    out = (exported or found.path / "export").absolute()
+    amount = Amount(rounds, rows, new_tokens, threads)
+    report = measure(given, variants(given, out, amount), out, amount, say)
+    write_forms(report, out / "benchmark")
+    if show_report(report, output):
+        typer.echo(f"\n{out / 'benchmark' / 'report.html'}")

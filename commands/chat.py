@@ -1,0 +1,79 @@
+"""`lorafleet chat`: try an exported model in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from deployment.decoding import Sampling
+    from deployment.runtime import Loaded
+
+
+def chat(
+    artefact: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `lorafleet export` made.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this alone, and end.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0: the likeliest token each time; above, tokens are drawn.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest that have it together.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of what is drawn.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as the runtime likes.")] = 0,
+) -> None:
+    """Ask an exported model, a line at a time: each line alone, as in training. A classifier names the class."""
+    from deployment.decoding import Sampling
+    from deployment.runtime import open_artefact
+
+    loaded = open_artefact(artefact, threads)
+    drawn = Sampling(temperature, top_p, seed) if temperature > 0 else None
+    for line in [prompt] if prompt is not None else _lines():
+        if not line.strip():
+            continue
+        if loaded.generates:
+            for piece in _answer(loaded, line, max_new_tokens, drawn):
+                typer.echo(piece, nl=False)
+            typer.echo()
+        else:
+            (shares,) = loaded.probabilities([line])
+            best = int(shares.argmax())
+            typer.echo(f"{loaded.artefact.labels[best]}\t{shares[best]:.3f}")
+
+
+def _lines() -> Iterator[str]:
+    """What a person types, or what is piped in."""
+    while True:
+        if sys.stdin.isatty():
+            typer.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.rstrip("\n")
+
+
+def _answer(loaded: Loaded, line: str, most: int, drawn: Sampling | None) -> Iterator[str]:
+    """The text of an answer as it grows. A token may be half a character: it waits for the other half."""
+    from deployment.decoding import tokens_of
+    from jobs.errors import UserError
+
+    about, prompt = loaded.artefact, loaded.prompt(line)
+    room = (about.positions or sys.maxsize) - len(prompt)
+    if room < 1:
+        raise UserError(f"the prompt has {len(prompt)} tokens, but the model has {about.positions} positions")
+    said: list[int] = []
+    shown = ""
+    for (token,) in tokens_of(loaded.model, [prompt], min(most, room), about.ends, about.pad_id, drawn):
+        if token is None:
+            break
+        said.append(token)
+        text = loaded.text(said)
+        if not text.endswith("\ufffd"):
+            yield text[len(shown) :]
+            shown = text
+    yield loaded.text(said)[len(shown) :]

@@ -1,0 +1,181 @@
+"""Every variant of one model in one table: the base, the adapter on it, and what an export made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.apart import measured_apart
+from deployment.export import REJECTED, SUMMARY
+from deployment.runtime import files_mb
+from evaluation.comparison import inference_of
+from evaluation.report import build_report
+from evaluation.report_text import number
+from evaluation.shipped import Shipped
+from jobs import files
+from jobs.export import TARGETS, WHAT, Parity
+from jobs.report import Arm, Recommendation, Report
+from training.data import TokenData, fit, prepare, prompt_tokens
+from training.model import load_tokenizer
+
+LEDGER = "measured.jsonl"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One thing to measure, or why it cannot be."""
+
+    name: str
+    what: str
+    request: dict[str, Any] | None = None
+    """What a fresh process is asked; None: it cannot run here."""
+    unavailable: str | None = None
+    folder: Path | None = None
+    parity: Parity | None = None
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is measured."""
+
+    rounds: int
+    rows: int
+    new_tokens: int
+    threads: int
+
+
+def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
+    """The base, the adapter, and every target that an export has made, or could not."""
+    data = prepare(given.job)
+    split = "validation" if data.chosen_on_test else "test"
+    job = given.job.model_dump(mode="json")
+    plain = {"what": "inference", "job": job, "tokens": str(data.folder), "split": split, "gpus": 0}
+    plain |= {"rows": amount.rows, "new_tokens": amount.new_tokens}
+    found = [Variant("base", "the base, untuned", plain | {"weights": None})]
+    if given.weights is not None:
+        found.append(Variant("adapter", f"{given.job.method}, as trained", plain | {"weights": str(given.weights)}))
+    rows = _rows(given, data, split, amount)
+    known = files.read_json(out / SUMMARY).get("targets", {})
+    for target in TARGETS:
+        if target not in known:
+            continue
+        folder = out / target
+        if not folder.is_dir():
+            folder = out / REJECTED / target
+        if not folder.is_dir():
+            found.append(Variant(target, WHAT[target], unavailable=str(known[target]["unavailable"] or "it is gone")))
+            continue
+        request = {"what": "artefact", "folder": str(folder), "rows": rows, "new_tokens": amount.new_tokens}
+        request |= {"batch_rows": given.job.train.per_device_eval_batch_size, "threads": amount.threads}
+        record = files.read_json(folder / "parity.json")
+        record.pop("schema_version", None)
+        parity = Parity.model_validate_json(json.dumps(record))
+        found.append(Variant(target, WHAT[target], request, folder=folder, parity=parity))
+    return found
+
+
+def _rows(given: Shipped, data: TokenData, split_name: str, amount: Amount) -> list[list[int]]:
+    """The tokens that every variant is given: prompts with room for an answer, or texts."""
+    if given.job.generates:
+        spec = given.job.model
+        tokenizer = load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)
+        rows = data.rows(split_name)[: amount.rows]
+        return [fit(prompt_tokens(row, tokenizer), [], spec.max_length)[0] for row in rows]
+    split = data.splits[split_name]
+    ends = [(int(split.starts[row]), int(split.starts[row + 1])) for row in range(min(amount.rows, len(split)))]
+    return [split.ids[first:last].tolist() for first, last in ends]
+
+
+def benchmark(
+    given: Shipped, found: Sequence[Variant], out: Path, amount: Amount, tell: Callable[[str], None]
+) -> Report:
+    """Measure each variant in processes of its own, in turn, `rounds` times, and put them in one table.
+
+    Interleaved, so that a machine that is busy for a while costs all alike. What fails is said in its row.
+    """
+    ledger = out / "benchmark" / LEDGER
+    ledger.unlink(missing_ok=True)
+    failed: dict[str, str] = {}
+    for turn in range(amount.rounds):
+        for variant in found:
+            if variant.request is None or variant.name in failed:
+                continue
+            tell(f"measuring {variant.name} (round {turn + 1} of {amount.rounds})")
+            try:
+                measured = measured_apart(variant.request, given.run.path, amount.threads)
+            except RuntimeError as error:
+                failed[variant.name] = str(error)
+                continue
+            files.append_jsonl(ledger, {"variant": variant.name, "round": turn, **measured})
+    rows = files.read_jsonl(ledger)
+    arms = [_arm(given, one, [row for row in rows if row["variant"] == one.name], failed) for one in found]
+    report = build_report(given.run)
+    metric = "perplexity" if given.job.generates else "accuracy"
+    return report.model_copy(
+        update={
+            "state": "benchmark",
+            "arms": arms,
+            "metric": metric,
+            "metrics": [metric],
+            "goal": "minimize" if given.job.generates else "maximize",
+            "trials": [],
+            "pairs": [],
+            "samples": [],
+            "mistakes": [],
+            "rungs": [],
+            "ratings": None,
+            "folds": [],
+            "recommendation": _fastest(arms),
+        }
+    )
+
+
+def _arm(given: Shipped, variant: Variant, rows: list[dict[str, Any]], failed: dict[str, str]) -> Arm:
+    judged = variant.parity.judged if variant.parity else None
+    remarks = [f"rejected: {reason}" for reason in (variant.parity.reasons if variant.parity else [])]
+    if variant.unavailable:
+        remarks.append(f"unavailable: {variant.unavailable}")
+    if variant.name in failed:
+        remarks.append(f"not measured: {failed[variant.name]}")
+    passed = variant.parity is None or variant.parity.accepted
+    return Arm(
+        arm=variant.name,
+        what=variant.what,
+        metrics={judged.metric: judged.after} if judged else {},
+        interval={judged.metric: judged.after_interval} if judged and judged.after_interval else {},
+        weights=str(variant.folder) if variant.folder else None,
+        weights_mb=_size(given, variant),
+        inference=inference_of(rows),
+        comparable=passed and not variant.unavailable and variant.name not in failed,
+        remarks=remarks,
+    )
+
+
+def _size(given: Shipped, variant: Variant) -> float | None:
+    if variant.folder is not None:
+        return files_mb(variant.folder)
+    return files_mb(given.weights) if variant.name == "adapter" and given.weights is not None else None
+
+
+def _fastest(arms: Sequence[Arm]) -> Recommendation:
+    """Of the targets that passed their gate, the one that answers soonest."""
+    rule = "of the targets that passed their gate, the fastest"
+    timed = [
+        arm for arm in arms if arm.comparable and arm.metrics and arm.inference and arm.inference.latency_ms is not None
+    ]
+    if not timed:
+        return Recommendation(trial_id=None, rule=rule, sentence="No target that passed its gate was measured.")
+    best = min(timed, key=lambda arm: (arm.inference and arm.inference.latency_ms) or 0.0)
+    assert best.inference is not None
+    what = "ms a row" if best.inference.ttft_ms is None else "ms an answer"
+    return Recommendation(
+        trial_id=None,
+        arm=best.arm,
+        rule=rule,
+        sentence=f"Deploy {best.arm}: {number(best.inference.latency_ms, 1)} {what}, {number(best.weights_mb, 1)} MB, "
+        f"and it passed its gate.",
+        adapter=best.weights,
+    )

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from commands.common import DEFAULT_RUNS, AnyRuns
+
 if TYPE_CHECKING:
     from deployment.decoding import Sampling
     from deployment.runtime import Loaded
@@ -26,6 +28,7 @@ def chat(
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of what is drawn.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as the runtime likes.")] = 0,
+    runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
     """Ask an exported model, a line at a time: each line alone, as in training. A classifier names the class."""
     from deployment.decoding import Sampling

@@ -35,7 +35,7 @@ unit: install packages
 
 # The checks first, then the tests without Ray, then those with it; all that is needed is installed above.
 test: check unit
-	$(BIN)/python -m pytest -q tests --ignore=tests/unit -m 'not long'
+	$(BIN)/python -m pytest -q tests --ignore=tests/unit -m 'not long' --durations 25
 
 test-all: check install packages
 	$(UNIT) --hypothesis-profile thorough

@@ -10,6 +10,7 @@ from tests.conftest import JobMaker
 from tests.unit.test_training import session
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 def test_compiled_blocks_train_the_same(llama_job: JobMaker) -> None:
     losses = {}

@@ -6,13 +6,14 @@ import pytest
 
 from benchmarks.memory_model import CASES, Case, expected, measured_gib
 
-FAST = 6
+SHORT = {"BERT, LoRA r 8 on query and value", "Llama, full", "Llama, QLoRA nf4"}
+"""An encoder, a decoder, a quantised one: what `make test` looks at."""
 """So many of the cases are run each time, the rest by `make test-all`."""
 
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=case.name, marks=[pytest.mark.long] if i >= FAST else []) for i, case in enumerate(CASES)],
+    [pytest.param(case, id=case.name, marks=[] if case.name in SHORT else [pytest.mark.long]) for case in CASES],
 )
 def test_the_estimate_is_within_a_fifth_of_the_peak(case: Case) -> None:
     memory = expected(case)

@@ -54,6 +54,7 @@ def test_trials_over_two_machines_are_trained_and_searched(bert_job: JobMaker, p
     assert together[0]["loss"] == pytest.approx(newest(place).trials()[0].evaluations()[0]["loss"], rel=1e-4)
 
 
+@pytest.mark.long
 def test_trials_stay_on_the_machines_that_are_asked_for(bert_job: JobMaker, place: Path, machines: Machines) -> None:
     """The others would do as well: that a warm trial and a gang of two both land right by chance is one in nine."""
     loaded = bert_job(train__max_steps=1_000_000, train__eval_steps=100_000)

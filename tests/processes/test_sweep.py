@@ -102,6 +102,7 @@ search:
     assert "failed: nan" in done.stdout
 
 
+@pytest.mark.long
 def test_tpe_keeps_every_slot_warm(bert_job: JobMaker, place: Path) -> None:
     search = LONGER.replace("num_samples: 8", "num_samples: 14\n  method: tpe")
     run, done = sweep(bert_job(search), place)
@@ -228,6 +229,7 @@ def test_stop_saves_and_a_killed_worker_is_started_again(bert_job: JobMaker, pla
         assert steps == sorted(set(steps))  # it went on from its checkpoint, and reported nothing twice
 
 
+@pytest.mark.long
 def test_a_spent_budget_ends_in_a_whole_report(bert_job: JobMaker, place: Path) -> None:
     slow = RANDOM.replace("max_t: 144", "max_t: 100000").replace("type: asha", "type: none")
     run, done = sweep(bert_job(slow, search__budget={"wall_hours": 30 / 3600}), place)

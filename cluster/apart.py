@@ -15,7 +15,18 @@ _SECONDS = 3600.0
 
 def measured_apart(request: dict[str, Any], folder: str | Path, threads: int) -> dict[str, Any]:
     """What `lorafleet measure` finds, on this node. Raises RuntimeError with what it said when it failed."""
-    done = subprocess.run(
+    try:
+        done = _run(request, folder, threads)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"it took more than {_SECONDS / 60:.0f} minutes") from error
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _run(request: dict[str, Any], folder: str | Path, threads: int) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [*driver_command(), "measure"],
         input=json.dumps(request),
         capture_output=True,
@@ -25,7 +36,3 @@ def measured_apart(request: dict[str, Any], folder: str | Path, threads: int) ->
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
     )
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found

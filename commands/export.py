@@ -47,6 +47,8 @@ def export(
     else:
         console().print(_table(outcomes))
         say(f"in {out}")
+    if any(outcome.failure for outcome in outcomes):
+        raise typer.Exit(ExitCode.OUR_FAULT)
     if any(outcome.parity and not outcome.accepted for outcome in outcomes):
         raise typer.Exit(ExitCode.GATE_REFUSED)
     if not any(outcome.accepted for outcome in outcomes):
@@ -77,6 +79,7 @@ def _record(outcome: Outcome) -> dict[str, object]:
         "accepted": outcome.accepted,
         "folder": str(outcome.folder) if outcome.folder else None,
         "unavailable": outcome.unavailable,
+        "failure": outcome.failure,
         "parity": outcome.parity.model_dump(mode="json") if outcome.parity else None,
         "seconds": outcome.seconds,
     }
@@ -94,7 +97,8 @@ def _table(outcomes: list[Outcome]) -> Table:
         table.add_column(title, justify="left" if title in ("target", "") else "right", overflow="fold")
     for outcome in outcomes:
         if outcome.parity is None:
-            table.add_row(outcome.target, f"unavailable: {outcome.unavailable}")
+            failed = f"failed: {outcome.failure}" if outcome.failure else f"unavailable: {outcome.unavailable}"
+            table.add_row(outcome.target, failed)
             continue
         judged = outcome.parity.judged
         assert outcome.folder is not None

@@ -10,14 +10,18 @@ from typing import Any
 
 from cluster.apart import measured_apart
 from deployment.export import REJECTED, SUMMARY
+from deployment.merge import in_float32
 from deployment.runtime import files_mb
 from evaluation.comparison import inference_of
 from evaluation.report import build_report
 from evaluation.report_text import number
 from evaluation.shipped import Shipped
 from jobs import files
-from jobs.export import TARGETS, WHAT, Parity
+from jobs.errors import UserError
+from jobs.export import TARGETS, WHAT, Judged, Parity
+from jobs.hub import model_folder
 from jobs.report import Arm, Recommendation, Report
+from jobs.spec import JobSpec
 from training.data import TokenData, fit, prepare, prompt_tokens
 from training.model import load_tokenizer
 
@@ -49,18 +53,26 @@ class Amount:
 
 def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
     """The base, the adapter, and every target that an export has made, or could not."""
-    data = prepare(given.job)
+    known = files.read_json(out / SUMMARY).get("targets", {})
+    if not known:
+        raise UserError(f"{out} holds no {SUMMARY}: `lorafleet export` makes one, --export names its folder")
+    given_job = _measured_as(given.job, amount)
+    data = prepare(given_job)
     split = "validation" if data.chosen_on_test else "test"
-    job = given.job.model_dump(mode="json")
+    job = given_job.model_dump(mode="json")
     plain = {"what": "inference", "job": job, "tokens": str(data.folder), "split": split, "gpus": 0}
     plain |= {"rows": amount.rows, "new_tokens": amount.new_tokens}
-    found = [Variant("base", "the base, untuned", plain | {"weights": None})]
+    base = f"the base, untuned{f', {given.job.qlora.quant_type.upper()}' if given.job.method == 'qlora' else ''}"
+    found = [Variant("base", base, plain | {"weights": None})]
     if given.weights is not None:
         found.append(Variant("adapter", f"{given.job.method}, as trained", plain | {"weights": str(given.weights)}))
     rows = _rows(given, data, split, amount)
-    known = files.read_json(out / SUMMARY).get("targets", {})
     for target in TARGETS:
         if target not in known:
+            continue
+        of = (known[target]["run"], known[target]["trial_id"])
+        if of != (given.run.id, given.trial_id):
+            found.append(Variant(target, WHAT[target], unavailable=f"it was made from {of[0]}, trial {of[1]}"))
             continue
         folder = out / target
         if not folder.is_dir():
@@ -77,13 +89,27 @@ def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
     return found
 
 
+def _measured_as(job: JobSpec, amount: Amount) -> JobSpec:
+    """The job with as many threads as the others get, and computing in float32 as they do."""
+    resources = job.resources.model_copy(update={"cpus_per_worker": amount.threads})
+    return in_float32(job).model_copy(update={"resources": resources})
+
+
+def positions_of_model(name: str, revision: str | None) -> int | None:
+    """Tokens that a model has places for; None where it does not say."""
+    found: int | None = files.read_json(model_folder(name, revision) / "config.json").get("max_position_embeddings")
+    return found
+
+
 def _rows(given: Shipped, data: TokenData, split_name: str, amount: Amount) -> list[list[int]]:
     """The tokens that every variant is given: prompts with room for an answer, or texts."""
     if given.job.generates:
         spec = given.job.model
         tokenizer = load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)
         rows = data.rows(split_name)[: amount.rows]
-        return [fit(prompt_tokens(row, tokenizer), [], spec.max_length)[0] for row in rows]
+        positions = positions_of_model(spec.model_name_or_path, spec.revision) or spec.max_length + amount.new_tokens
+        room = max(1, min(spec.max_length, positions - amount.new_tokens))
+        return [fit(prompt_tokens(row, tokenizer), [], room)[0] for row in rows]
     split = data.splits[split_name]
     ends = [(int(split.starts[row]), int(split.starts[row + 1])) for row in range(min(amount.rows, len(split)))]
     return [split.ids[first:last].tolist() for first, last in ends]
@@ -111,7 +137,8 @@ def benchmark(
                 continue
             files.append_jsonl(ledger, {"variant": variant.name, "round": turn, **measured})
     rows = files.read_jsonl(ledger)
-    arms = [_arm(given, one, [row for row in rows if row["variant"] == one.name], failed) for one in found]
+    judged = next((one.parity.judged for one in found if one.parity), None)
+    arms = [_arm(given, one, [row for row in rows if row["variant"] == one.name], failed, judged) for one in found]
     report = build_report(given.run)
     metric = "perplexity" if given.job.generates else "accuracy"
     return report.model_copy(
@@ -133,8 +160,20 @@ def benchmark(
     )
 
 
-def _arm(given: Shipped, variant: Variant, rows: list[dict[str, Any]], failed: dict[str, str]) -> Arm:
+def _arm(
+    given: Shipped, variant: Variant, rows: list[dict[str, Any]], failed: dict[str, str], source: Judged | None
+) -> Arm:
+    """`source`: what was found of the adapter, when a target was compared with it."""
     judged = variant.parity.judged if variant.parity else None
+    metrics, interval = {}, {}
+    if judged:
+        metrics[judged.metric], ends = judged.after, judged.after_interval
+    elif source and variant.name == "adapter":
+        metrics[source.metric], ends = source.before, source.before_interval
+    else:
+        ends = None
+    if ends:
+        interval[next(iter(metrics))] = ends
     remarks = [f"rejected: {reason}" for reason in (variant.parity.reasons if variant.parity else [])]
     if variant.unavailable:
         remarks.append(f"unavailable: {variant.unavailable}")
@@ -144,8 +183,8 @@ def _arm(given: Shipped, variant: Variant, rows: list[dict[str, Any]], failed: d
     return Arm(
         arm=variant.name,
         what=variant.what,
-        metrics={judged.metric: judged.after} if judged else {},
-        interval={judged.metric: judged.after_interval} if judged and judged.after_interval else {},
+        metrics=metrics,
+        interval=interval,
         weights=str(variant.folder) if variant.folder else None,
         weights_mb=_size(given, variant),
         inference=inference_of(rows),
@@ -164,7 +203,9 @@ def _fastest(arms: Sequence[Arm]) -> Recommendation:
     """Of the targets that passed their gate, the one that answers soonest."""
     rule = "of the targets that passed their gate, the fastest"
     timed = [
-        arm for arm in arms if arm.comparable and arm.metrics and arm.inference and arm.inference.latency_ms is not None
+        arm
+        for arm in arms
+        if arm.comparable and arm.arm in TARGETS and arm.inference and arm.inference.latency_ms is not None
     ]
     if not timed:
         return Recommendation(trial_id=None, rule=rule, sentence="No target that passed its gate was measured.")

@@ -114,7 +114,7 @@ def probabilities(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
     if sampling.top_p < 1:
         order = np.argsort(-shares_V, kind="stable")
         before = np.cumsum(shares_V[order]) - shares_V[order]
-        shares_V[order[before >= sampling.top_p]] = 0.0
+        shares_V[order[1:][before[1:] >= sampling.top_p]] = 0.0
         shares_V = shares_V / shares_V.sum()
     kept: np.ndarray = shares_V
     return kept

@@ -9,6 +9,7 @@ import gc
 import shutil
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -23,12 +24,14 @@ from deployment.runtime import ARTEFACT_FILE, Loaded, TorchClassifier, TorchDeco
 from deployment.unavailable import why_not
 from evaluation.shipped import Shipped
 from jobs import files
+from jobs.errors import UserError
 from jobs.export import NEEDS, TARGETS, Artefact, Gate, Judged, Parity, Target, gate_of, verdict
 from jobs.hub import model_revision
+from jobs.rows import Row
 
 REJECTED = "rejected"
 SUMMARY = "export.json"
-_SENTINEL = "\x00PROMPT\x00"
+_SENTINEL = "what-is-asked-7f3a"
 _PACKAGES = ("lorafleet", "torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
 
 
@@ -42,6 +45,8 @@ class Outcome:
     parity: Parity | None = None
     unavailable: str | None = None
     """Why it could not be made here."""
+    failure: str | None = None
+    """Why it could not be made at all."""
     seconds: float = 0.0
 
     @property
@@ -55,12 +60,18 @@ def export(given: Shipped, targets: Sequence[Target], out: Path, tell: Callable[
 
     Raises UserError for a model that cannot be merged. What this machine cannot make is an outcome with its reason.
     """
+    for target in targets:
+        for place in (out / target, out / REJECTED / target):
+            if place.exists() and not (place / ARTEFACT_FILE).is_file():
+                raise UserError(f"{place} is there already, and not from an export: name another --output")
     out.mkdir(parents=True, exist_ok=True)
     wanted = [target for target in TARGETS if target in targets]
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch:
         work = _Work(given, Path(scratch), out, tell)
-        outcomes = [work.outcome(target) for target in wanted]
-    _write_summary(given, outcomes, out)
+        outcomes = []
+        for target in wanted:
+            outcomes.append(work.outcome(target))
+            _write_summary(given, outcomes[-1], out)
     return outcomes
 
 
@@ -92,6 +103,17 @@ class _Work:
         if reason:
             return Outcome(target, unavailable=reason)
         began = time.monotonic()
+        try:
+            return self._made(target, began)
+        except (OSError, MemoryError):
+            raise  # of the machine, and not of this target
+        except Exception as error:  # whatever an exporter raises at a model that it does not know
+            notes = self.out / f"{target}-traceback.txt"
+            files.write_text(notes, traceback.format_exc())
+            said = (str(error).strip().splitlines() or [""])[0][:200]
+            return Outcome(target, failure=f"{type(error).__name__}: {said} (its traceback is in {notes})")
+
+    def _made(self, target: Target, began: float) -> Outcome:
         folder = self._build(target)
         files.write_json(folder / ARTEFACT_FILE, self._artefact(target).model_dump(mode="json"))
         self.tell(f"comparing {target} with its source")
@@ -172,8 +194,8 @@ def held_out_rows(source: Source) -> HeldOut:
 
 def about(source: Source) -> Artefact:
     """What every target of a source says of itself."""
-    job, config, tokenizer = source.job, source.base.model.config, source.tokenizer
-    before, after, start = prompt_frame(tokenizer) if job.generates else ("", "", [])
+    job, config = source.job, source.base.model.config
+    before, after, start = _frame(source) if job.generates else ("", "", [])
     layers, heads, size = cache_shape(config) if job.generates else (0, 0, 0)
     given = source.given
     return Artefact(
@@ -208,14 +230,30 @@ def _ends(source: Source) -> list[int]:
     return end_tokens(source.base.model, source.tokenizer)
 
 
-def prompt_frame(tokenizer: Any) -> tuple[str, str, list[int]]:
-    """(text before what is asked, text after it, tokens before both), as training has them."""
-    if tokenizer.chat_template:
-        asked = [{"role": "user", "content": _SENTINEL}]
-        whole = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-        before, _, after = whole.partition(_SENTINEL)
-        return before, after, []
-    return "", "\n\n", [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+def _frame(source: Source) -> tuple[str, str, list[int]]:
+    data = source.data
+    rows = data.rows("validation" if data.chosen_on_test else "test")
+    return prompt_frame(source.tokenizer, rows[0])
+
+
+def prompt_frame(tokenizer: Any, row: Row) -> tuple[str, str, list[int]]:
+    """(text before what is asked, text after it, tokens before both), as training has them around rows like this one.
+
+    A system message before the question is part of the frame. Raises UserError for a chat template that does not leave
+    the question as it is.
+    """
+    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    if not row.messages:
+        return "", "", start
+    if not tokenizer.chat_template:
+        return "", "\n\n", start
+    system = [{"role": role, "content": content} for role, content in row.messages[:1] if role == "system"]
+    asked = [*system, {"role": "user", "content": _SENTINEL}]
+    whole = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    parts: list[str] = whole.split(_SENTINEL)
+    if len(parts) != 2:
+        raise UserError("the model's chat template changes what is asked: prompts cannot be framed outside of it")
+    return parts[0], parts[1], []
 
 
 def _version(name: str) -> str | None:
@@ -228,22 +266,27 @@ def _version(name: str) -> str | None:
 def _move(folder: Path, place: Path) -> None:
     """Put a whole folder in its place, in the stead of one that was there before."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(place, ignore_errors=True)
+    old = place.with_name(f".{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
     folder.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_summary(given: Shipped, outcomes: Sequence[Outcome], out: Path) -> None:
-    """export.json: every target that was asked for so far, and what became of it."""
+def _write_summary(given: Shipped, outcome: Outcome, out: Path) -> None:
+    """export.json: every target that was asked for so far, of which model, and what became of it."""
     before = files.read_json(out / SUMMARY).get("targets", {})
     now = {
         outcome.target: {
+            "run": given.run.id,
+            "trial_id": given.trial_id,
             "accepted": outcome.accepted,
             "folder": str(outcome.folder.relative_to(out)) if outcome.folder else None,
-            "unavailable": outcome.unavailable,
+            "unavailable": outcome.unavailable or outcome.failure,
             "reasons": outcome.parity.reasons if outcome.parity else [],
             "files_mb": files_mb(outcome.folder) if outcome.folder else None,
             "seconds": round(outcome.seconds, 1),
         }
-        for outcome in outcomes
     }
-    files.write_json(out / SUMMARY, {"run": given.run.id, "trial_id": given.trial_id, "targets": before | now})
+    files.write_json(out / SUMMARY, {"targets": before | now})

@@ -6,16 +6,12 @@ import importlib
 import importlib.util
 from typing import Any
 
-from jobs.errors import UserError
+from jobs.errors import MissingExtra
 
 EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
 }
 """Extra -> the modules that it brings."""
-
-
-class MissingExtra(UserError):
-    """An optional package is not installed."""
 
 
 def require(extra: str, purpose: str) -> None:

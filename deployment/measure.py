@@ -6,11 +6,12 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from deployment.decoding import tokens_of
-from deployment.runtime import Loaded, open_artefact, read_artefact, right_padded
-from evaluation.inference import circumstances, classifier_speed, peak_gib, settle_memory
+from deployment.runtime import Loaded, TorchDecoder, open_artefact, read_artefact, right_padded
+from evaluation.inference import circumstances, classifier_speed, peak_gib, settle_memory, writer_speed
 
 
 def measure_artefact(
@@ -42,6 +43,7 @@ def measure_artefact(
 def _import_runtime(folder: Path) -> None:
     """What every process of this kind has, before what one model needs."""
     if read_artefact(folder).target == "merged":
+        import torch  # noqa: F401
         import transformers  # noqa: F401
     else:
         import onnxruntime  # noqa: F401
@@ -55,7 +57,9 @@ def _classify(loaded: Loaded, rows: Sequence[Sequence[int]]) -> Any:
 
 
 def _writer(loaded: Loaded, rows: Sequence[Sequence[int]], new_tokens: int) -> dict[str, Any]:
-    """As evaluation.inference.writer_speed: one prompt at a time, greedy, a fixed number of tokens, medians."""
+    """One prompt at a time, greedy, a fixed number of tokens, medians; PyTorch's models by transformers' own loop."""
+    if isinstance(loaded.model, TorchDecoder):
+        return writer_speed(loaded.model.model, SimpleNamespace(pad_token_id=loaded.artefact.pad_id), rows, new_tokens)
     first, rates, whole = [], [], []
     for number, prompt in enumerate([rows[0], *rows]):
         began = time.perf_counter()

@@ -12,6 +12,7 @@ from torch import nn
 
 from evaluation.shipped import Shipped
 from jobs.errors import UserError
+from jobs.spec import JobSpec
 from training.data import TokenData, prepare
 from training.methods import detach, load_weights
 from training.model import Base, fresh_heads, load_base, load_tokenizer, name_classes
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 class Source:
-    """What is exported: on the CPU, in the number format of its training there."""
+    """What is exported: on the CPU, in float32."""
 
     def __init__(self, given: Shipped) -> None:
         if given.job.method == "prompt_tuning" and given.weights is not None:
@@ -28,13 +29,13 @@ class Source:
                 "method is prompt_tuning, but only weights can be merged and exported: a learnt prompt stands before "
                 "the text and stays an adapter (method lora, qlora or full)"
             )
-        self.given, self.job = given, given.job
-        self.data: TokenData = prepare(given.job)
-        spec = given.job.model
+        self.given, self.job = given, in_float32(given.job)
+        self.data: TokenData = prepare(self.job)
+        spec = self.job.model
         self.tokenizer = load_tokenizer(
             spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code
         )
-        self.base: Base = load_base(given.job, len(self.data.labels), CPU)
+        self.base: Base = load_base(self.job, len(self.data.labels), CPU)
         self.model: Any = self._adapted()
 
     @property
@@ -52,7 +53,7 @@ class Source:
     def merge(self, folder: Path) -> None:
         """Write the model with its adapter in its weights as plain transformers loads it. The source is spent by it.
 
-        A quantised base is unpacked first, into the number format that it computed in: what was lost in packing stays
+        A quantised base is unpacked first: what was lost in packing stays
         lost, since the adapter was trained on it, and nothing more is.
         """
         model = self.model
@@ -70,15 +71,27 @@ class Source:
         self.model = None
 
 
+def in_float32(job: JobSpec) -> JobSpec:
+    """A job whose model computes in float32: what a target is compared with has no rounding of its own."""
+    train = job.train.model_copy(update={"mixed_precision": "no"})
+    qlora = job.qlora.model_copy(update={"compute_dtype": "float32"})
+    model = job.model.model_copy(update={"dtype": "float32"})
+    return job.model_copy(update={"train": train, "qlora": qlora, "model": model})
+
+
 def _unpack(model: nn.Module) -> None:
     """Give every matrix that bitsandbytes packed its values back, as an ordinary layer."""
     from peft.utils.integrations import dequantize_module_weight
+    from transformers.pytorch_utils import Conv1D
 
     packed = [(path, module) for path, module in model.named_modules() if type(module).__name__ in _PACKED]
     for path, module in packed:
         weight = dequantize_module_weight(module).data.to(getattr(module, "compute_dtype", None) or model.dtype)
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias=module.bias is not None, dtype=weight.dtype)
-        plain.weight = nn.Parameter(weight, requires_grad=False)
+        # transformers turns GPT-2's matrices (Conv1D) before it packs them.
+        turned = getattr(module, "source_cls", None) is Conv1D
+        kind: Any = Conv1D if turned else nn.Linear
+        plain = kind(*weight.shape) if turned else kind(*reversed(weight.shape), bias=module.bias is not None)
+        plain.weight = nn.Parameter(weight.T.contiguous() if turned else weight, requires_grad=False)
         if module.bias is not None:
             plain.bias = nn.Parameter(module.bias.data.to(weight.dtype), requires_grad=False)
         parent, _, name = path.rpartition(".")

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from deployment.extras import require
-from deployment.runtime import ONNX_FILE
+from deployment.runtime import ONNX_FILE, files_mb
 from jobs.errors import UserError
 
 OPSET = 18
+_MOST_IN_MEMORY_MB = 1800
 
 
 def export_onnx(merged: Path, out: Path, *, classifies: bool) -> None:
@@ -132,10 +133,12 @@ def to_fp16(source: Path, out: Path) -> None:
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    model = onnx.load(str(source / ONNX_FILE))
+    path = source / ONNX_FILE
+    # A model in memory goes through protobuf, which ends at 2 GB; one on disk is written once more beside itself.
+    large = files_mb(source) > _MOST_IN_MEMORY_MB
     with _quiet():
         # onnxconverter-common's function of the same name leaves stale types, and ONNX Runtime refuses its models.
-        half = convert_float_to_float16(model, keep_io_types=True)
+        half = convert_float_to_float16(str(path) if large else onnx.load(str(path)), keep_io_types=True)
     _write(half, out)
 
 

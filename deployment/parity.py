@@ -18,9 +18,9 @@ from evaluation.results import Classified, RowResults
 from jobs.export import Judged
 
 _RESAMPLES = 1000
-_MOST_POSITIONS = 32
-"""Positions of a row whose logits are kept and compared: all of a vocabulary's numbers at each."""
-_STEPPED = 3
+_ALL_POSITIONS, _MOST_POSITIONS, _FEWEST_POSITIONS = 1024, 32, 2
+"""Positions whose logits are kept and compared, each with all of a vocabulary's numbers: over all rows, and of one."""
+_STEPPED = 4
 """Rows that are given token by token as well."""
 _STEPS = 8
 _BATCH = 8
@@ -41,7 +41,19 @@ class HeldOut:
     def places(self, row: int) -> np.ndarray:
         """Positions of a row whose next token is compared: evenly spread over those that are learnt."""
         first, last = max(1, self.targets[row]) - 1, len(self.rows[row]) - 2
-        return np.unique(np.linspace(first, last, min(_MOST_POSITIONS, last - first + 1)).round().astype(int))
+        most = min(_MOST_POSITIONS, max(_FEWEST_POSITIONS, _ALL_POSITIONS // len(self.rows)))
+        return np.unique(np.linspace(first, last, min(most, last - first + 1)).round().astype(int))
+
+    def stepped(self) -> tuple[list[tuple[int, ...]], int]:
+        """(rows of unequal length that are given in steps, how many last tokens of each are given one by one)."""
+        by_length: dict[int, tuple[int, ...]] = {}
+        for row in self.rows:
+            by_length.setdefault(len(row), row)
+        long = [length for length in by_length if length > _STEPS + 1]
+        few = sorted(long or [length for length in by_length if length > 2])
+        places = np.unique(np.linspace(0, len(few) - 1, _STEPPED).astype(int))
+        chosen = [by_length[few[place]] for place in places if few]
+        return chosen, min([_STEPS, *(len(row) - 2 for row in chosen)])
 
 
 @dataclass
@@ -89,17 +101,17 @@ def _tokens(model: Decoder, held_out: HeldOut) -> Seen:
 
 
 def _in_steps(model: Decoder, held_out: HeldOut) -> list[np.ndarray]:
-    """The first rows beside each other, padded on the left: all but their last tokens at once, then one by one.
+    """Some rows beside each other, padded on the left: all but their last tokens at once, then one by one.
 
     What is wrong with a cache, a mask or a position shows here and nowhere else.
     """
-    rows = [row for row in held_out.rows[:_STEPPED] if len(row) > _STEPS + 1]
+    rows, steps = held_out.stepped()
     if not rows:
         return []
-    ids_BT, mask_BT = left_padded([row[:-_STEPS] for row in rows], held_out.pad_id)
+    ids_BT, mask_BT = left_padded([row[:-steps] for row in rows], held_out.pad_id)
     found_BTV, cache = model.step(ids_BT, mask_BT, positions_of(mask_BT), None)
     said = [found_BTV[:, -1]]
-    for step in range(_STEPS, 1, -1):
+    for step in range(steps, 1, -1):
         mask_BT = np.concatenate([mask_BT, np.ones((len(rows), 1), np.int64)], axis=1)
         new_B1 = np.array([[row[-step]] for row in rows], np.int64)
         found_BTV, cache = model.step(new_B1, mask_BT, positions_of(mask_BT)[:, -1:], cache)
@@ -117,18 +129,19 @@ def _nll(logits_PV: np.ndarray, tokens_P: np.ndarray) -> np.ndarray:
 def judge(source: Seen, target: Seen) -> Judged:
     """How far a target is from its source."""
     name = "accuracy" if source.results.classified else "perplexity"
-    apart = [np.abs(one.astype(np.float64) - other) for one, other in zip(source.logits, target.logits, strict=True)]
-    alike = [one.argmax(axis=-1) == other.argmax(axis=-1) for one, other in _pairs(source, target)]
     before, after = (_score(seen.results, name) for seen in (source, target))
-    whole = np.concatenate([part.ravel() for part in apart])
+    largest, mean = _distance(source.logits, target.logits)
+    alike = _agreeing(source.logits, target.logits)
+    in_steps = _agreeing(source.stepped, target.stepped)
     return Judged(
         rows=len(source.logits),
-        positions=sum(part.size for part in alike),
-        max_logit_difference=_number(whole.max()),
-        mean_logit_difference=_number(whole.mean()),
-        agreement=float(np.concatenate([np.atleast_1d(part) for part in alike]).mean()),
-        steps=sum(len(part) for part in target.stepped),
-        step_logit_difference=_apart(source.stepped, target.stepped),
+        positions=len(alike),
+        max_logit_difference=_number(largest),
+        mean_logit_difference=_number(mean),
+        agreement=float(alike.mean()),
+        steps=len(in_steps),
+        step_agreement=float(in_steps.mean()) if len(in_steps) else None,
+        step_logit_difference=_number(_distance(source.stepped, target.stepped)[0]) if len(in_steps) else None,
         metric=name,
         before=before[0],
         before_interval=before[1],
@@ -137,14 +150,20 @@ def judge(source: Seen, target: Seen) -> Judged:
     )
 
 
-def _pairs(source: Seen, target: Seen) -> Sequence[tuple[np.ndarray, np.ndarray]]:
-    return list(zip(source.logits, target.logits, strict=True))
+def _distance(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> tuple[float, float]:
+    """(largest, mean) absolute difference of logits; row by row, since all of them fill gigabytes."""
+    largest, total, count = 0.0, 0.0, 0
+    for one, other in zip(ours, theirs, strict=True):
+        apart = np.abs(one - other)
+        largest = float(np.maximum(largest, apart.max()))  # NaN stays
+        total, count = total + float(apart.sum(dtype=np.float64)), count + apart.size
+    return largest, total / max(1, count)
 
 
-def _apart(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float | None:
-    if not ours or not theirs:
-        return None
-    return _number(np.max([np.abs(one - other).max() for one, other in zip(ours, theirs, strict=True)]))
+def _agreeing(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> np.ndarray:
+    """Where the likeliest token (class) is the same."""
+    alike = [np.atleast_1d(one.argmax(-1) == two.argmax(-1)) for one, two in zip(ours, theirs, strict=True)]
+    return np.concatenate(alike) if alike else np.zeros(0, bool)
 
 
 def _score(results: RowResults, name: str) -> tuple[float | None, tuple[float, float] | None]:

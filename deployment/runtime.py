@@ -61,7 +61,9 @@ class Loaded:
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Of a classifier: the probability of each class (columns) of each text (rows)."""
-        rows = [self.tokenizer.encode(text).ids[: self.artefact.max_length] for text in texts]
+        # It keeps the token that closes a text, as in training; cutting the ids would not.
+        self.tokenizer.enable_truncation(self.artefact.max_length)
+        rows = [self.tokenizer.encode(text).ids for text in texts]
         logits_BC = self.model.logits(*right_padded(rows, self.artefact.pad_id))
         exp_BC = np.exp(logits_BC - logits_BC.max(axis=1, keepdims=True))
         shares: np.ndarray = exp_BC / exp_BC.sum(axis=1, keepdims=True)

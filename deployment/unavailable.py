@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from deployment.extras import MissingExtra, require
+from deployment.extras import require
+from jobs.errors import MissingExtra
 from jobs.export import Target
 
 

@@ -84,6 +84,8 @@ class Judged(Spec):
     """Tokens that were given one by one, over rows of unequal length beside each other."""
     step_logit_difference: float | None = None
     """The largest difference where rows are given token by token, and padded on the left, as answers are written."""
+    step_agreement: float | None = None
+    """Share of those tokens after which the likeliest next one is the same."""
     metric: str
     """accuracy or perplexity."""
     before: float | None
@@ -113,6 +115,10 @@ class Parity(Spec):
     """What else there is to know."""
 
 
+_FEW_STEPS = 0.1
+"""Less is asked of the few tokens that are given one by one: of thirty, one is three in a hundred."""
+
+
 def verdict(gate: Gate, judged: Judged) -> list[str]:
     """Why a target is refused, a sentence each; nothing, and it is accepted. What is no number is refused."""
     found = judged.max_logit_difference
@@ -125,8 +131,13 @@ def verdict(gate: Gate, judged: Judged) -> list[str]:
     if gate.min_agreement is not None and not judged.agreement >= gate.min_agreement:
         what = "classes" if judged.metric == "accuracy" else "likeliest tokens"
         reasons.append(f"{judged.agreement:.3f} of {what} agree, and {gate.min_agreement:g} must")
+    by_steps = judged.step_agreement
+    if gate.min_agreement is not None and by_steps is not None and by_steps < gate.min_agreement - _FEW_STEPS:
+        reasons.append(
+            f"token by token {by_steps:.3f} of likeliest tokens agree, and {gate.min_agreement - _FEW_STEPS:g} must"
+        )
     drop = metric_drop(judged)
-    if gate.max_metric_drop is not None and drop is not None and drop > gate.max_metric_drop:
+    if gate.max_metric_drop is not None and drop is not None and drop > gate.max_metric_drop + 1e-9:
         reasons.append(
             f"{judged.metric} goes from {judged.before:.4g} to {judged.after:.4g}, and may get worse by "
             f"{gate.max_metric_drop:g}{'' if judged.metric == 'accuracy' else ' of it'}"

@@ -12,6 +12,8 @@ MOST = 128  # tokens of an answer
 here = Path(__file__).parent
 about = json.loads((here / "artefact.json").read_text(encoding="utf-8"))
 tokenizer = Tokenizer.from_file(str(here / "tokenizer.json"))
+tokenizer.no_padding()
+tokenizer.no_truncation()
 session = onnxruntime.InferenceSession(str(here / "model.onnx"), providers=["CPUExecutionProvider"])
 inputs = {one.name: one for one in session.get_inputs()}
 past_names = [name for name in inputs if name.startswith("past_key_values.")]
@@ -23,7 +25,7 @@ for prompt in sys.argv[1:]:
     past = [np.zeros((1, about["heads"], 0, about["head_size"]), kind)] * len(past_names)
     said: list[int] = []
     new, seen = ids, 0
-    while len(said) < MOST:
+    while len(said) < MOST and seen + len(new) <= (about["positions"] or sys.maxsize):
         seen += len(new)
         given = {"input_ids": np.array([new], np.int64), "attention_mask": np.ones((1, seen), np.int64)}
         if "position_ids" in inputs:

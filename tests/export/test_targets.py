@@ -47,6 +47,20 @@ def quiet(_: str) -> None:
 LONG = pytest.mark.long
 
 
+@LONG
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_packed_matrices_of_gpt2_are_unpacked_as_they_were(
+    quant_type: str, llama_job: JobMaker, tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    """transformers turns them over before it packs them."""
+    how = {"model__model_name_or_path": str(tiny_gpt2), "method": "qlora", "qlora__quant_type": quant_type}
+    run = trained(llama_job(**how, train__max_steps=30), tmp_path)
+    merged = export(shipped(run), ["merged"], tmp_path / "out", quiet)[0]
+    assert merged.parity is not None
+    assert merged.accepted, merged.parity.reasons
+    assert quant_type == "int8" or merged.parity.judged.max_logit_difference < 1e-4
+
+
 @pytest.mark.parametrize(
     "model", ["tiny_gpt2", pytest.param("tiny_llama", marks=LONG), pytest.param("tiny_gpt_neo", marks=LONG)]
 )
@@ -85,7 +99,7 @@ def test_a_writer_through_every_target(
     said = subprocess.run(
         [sys.executable, "run.py", "is it a good film"], cwd=out / "onnx", capture_output=True, text=True, check=True
     )
-    assert said.stdout.strip() == loaded["onnx"].text(answers[1][0]).strip() or len(answers[1][0]) == 6
+    assert said.stdout.strip().startswith(whole.strip())  # it goes on to 128 tokens, or to the end of the positions
 
 
 def everything_in_one_table(run: Run, out: Path, place: Path) -> None:
@@ -180,6 +194,7 @@ def test_planted_faults_are_caught(llama_job: JobMaker, tiny_gpt2: Path, tmp_pat
     late = judge(seen, look(OneTooFar(source.model), held_out))
     assert late.max_logit_difference < 1e-4  # whole rows do not show it
     assert "a logit differs" in verdict(gates["onnx"], late)[0]
+    assert late.step_logit_difference > 0.01
 
     with source.model.disable_adapter():
         bare = judge(seen, look(TorchDecoder(source.model), held_out))
@@ -206,6 +221,10 @@ def test_what_is_refused_is_set_aside(bert_job: JobMaker, tmp_path: Path) -> Non
     stale = tmp_path / "out" / "onnx"
     stale.mkdir(parents=True)
     (stale / "old").touch()
+    foreign = lorafleet("export", run.id, "--to", "merged,onnx", "-o", "out", cwd=tmp_path)
+    assert (foreign.returncode, (stale / "old").is_file()) == (2, True)
+    assert "is there already, and not from an export" in foreign.stderr
+    (stale / "artefact.json").touch()
     done = lorafleet("export", run.id, "--to", "merged,onnx", "-o", "out", cwd=tmp_path)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "rejected: a logit differs by" in " ".join(done.stdout.split())

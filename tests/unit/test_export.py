@@ -11,11 +11,13 @@ from deployment import extras
 from deployment.decoding import Sampling, left_padded, positions_of, probabilities, write
 from deployment.export import prompt_frame
 from deployment.merge import Source
+from deployment.parity import HeldOut
 from deployment.runtime import check_provider, read_artefact
 from deployment.unavailable import why_not
 from evaluation.shipped import Shipped
 from jobs.errors import JobFileError, UserError
 from jobs.export import Gate, Judged, gate_of, metric_drop, verdict
+from jobs.rows import Row
 from jobs.run import Run
 from tests.conftest import JobMaker, lorafleet
 
@@ -61,6 +63,7 @@ def test_what_a_token_is_drawn_by() -> None:
     assert probabilities(logits, Sampling()) == pytest.approx([0.5, 0.3, 0.15, 0.05])
     assert probabilities(logits, Sampling(top_p=0.6)) == pytest.approx([0.625, 0.375, 0, 0])
     assert probabilities(logits, Sampling(top_p=0.5)) == pytest.approx([1, 0, 0, 0])
+    assert probabilities(logits, Sampling(top_p=0.0)) == pytest.approx([1, 0, 0, 0])
     assert probabilities(logits, Sampling(temperature=0.5))[0] == pytest.approx(0.25 / 0.365)
 
 
@@ -83,9 +86,12 @@ def test_a_gate_says_what_is_wrong() -> None:
     assert verdict(gate, judged()) == []
     assert verdict(gate, judged(max_logit_difference=0.5)) == ["a logit differs by 0.5, and may by 0.001"]
     assert verdict(gate, judged(steps=8, step_logit_difference=0.25)) == ["a logit differs by 0.25, and may by 0.001"]
+    late = judged(steps=8, step_logit_difference=0.0, step_agreement=0.5)
+    assert verdict(gate, late) == ["token by token 0.500 of likeliest tokens agree, and 0.89 must"]
     assert verdict(gate, judged(agreement=0.98)) == ["0.980 of likeliest tokens agree, and 0.99 must"]
     assert verdict(gate, judged(after=10.2)) == ["perplexity goes from 10 to 10.2, and may get worse by 0.01 of it"]
     assert verdict(gate, judged(after=9.0)) == []
+    assert verdict(gate, judged(metric="accuracy", before=0.9, after=0.89)) == []  # exactly as much as may be
     worse = judged(metric="accuracy", before=0.9, after=0.88)
     assert metric_drop(worse) == pytest.approx(0.02)
     assert verdict(gate, worse) == ["accuracy goes from 0.9 to 0.88, and may get worse by 0.01"]
@@ -139,13 +145,33 @@ def test_another_provider_is_not_taken_for_the_one(tmp_path: Path) -> None:
 
 def test_the_frame_of_a_prompt() -> None:
     class Chat:
-        chat_template = "x"
+        chat_template, bos_token_id = "x", 7
 
         def apply_chat_template(self, messages, **_):
-            return f"<u>{messages[0]['content']}</u><a>"
+            return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<a>"
+
+    class Shouting(Chat):
+        def apply_chat_template(self, messages, **_):
+            return messages[-1]["content"].upper()
 
     class Plain:
         chat_template, bos_token_id = None, 7
 
-    assert prompt_frame(Chat()) == ("<u>", "</u><a>", [])
-    assert prompt_frame(Plain()) == ("", "\n\n", [7])
+    asked = Row(messages=(("user", "is it?"), ("assistant", "yes")))
+    told = Row(messages=(("system", "be short"), *asked.messages))
+    assert prompt_frame(Chat(), asked) == ("<user>", "<a>", [])
+    assert prompt_frame(Chat(), told) == ("<system>be short<user>", "<a>", [])
+    assert prompt_frame(Plain(), asked) == ("", "\n\n", [7])
+    assert prompt_frame(Chat(), Row(text="a text alone")) == ("", "", [7])
+    with pytest.raises(UserError, match="chat template changes what is asked"):
+        prompt_frame(Shouting(), asked)
+
+
+def test_rows_that_are_given_in_steps_are_of_unequal_length() -> None:
+    rows = tuple(tuple(range(length)) for length in (3, 4, 30, 30, 12, 20))
+    chosen, steps = HeldOut(rows, (1,) * 6, 0).stepped()
+    assert ([len(row) for row in chosen], steps) == ([12, 20, 30], 8)
+    chosen, steps = HeldOut(rows[:2], (1,) * 2, 0).stepped()
+    assert ([len(row) for row in chosen], steps) == ([3, 4], 1)
+    places = [HeldOut(rows * times, (1,) * 6 * times, 0).places(2) for times in (1, 20, 500)]
+    assert [len(found) for found in places] == [29, 8, 2]  # all of them, an equal share, the fewest

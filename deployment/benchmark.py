@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.apart import measured_apart
-from deployment.export import REJECTED, SUMMARY
+from deployment.export import SUMMARY
 from deployment.merge import in_float32
-from deployment.runtime import files_mb
+from deployment.runtime import files_mb, read_record
 from evaluation.comparison import inference_of
-from evaluation.report import build_report
+from evaluation.report import bare, build_report
 from evaluation.report_text import number
 from evaluation.shipped import Shipped
 from jobs import files
 from jobs.errors import UserError
 from jobs.export import TARGETS, WHAT, Judged, Parity
-from jobs.hub import model_folder
 from jobs.report import Arm, Recommendation, Report
 from jobs.spec import JobSpec
 from training.data import TokenData, fit, prepare, prompt_tokens
-from training.model import load_tokenizer
+from training.model import load_tokenizer, safetensors_folder
 
 LEDGER = "measured.jsonl"
 
@@ -74,17 +72,13 @@ def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
         if of != (given.run.id, given.trial_id):
             found.append(Variant(target, WHAT[target], unavailable=f"it was made from {of[0]}, trial {of[1]}"))
             continue
-        folder = out / target
-        if not folder.is_dir():
-            folder = out / REJECTED / target
-        if not folder.is_dir():
+        folder = out / str(known[target]["folder"] or target)
+        if known[target]["folder"] is None or not folder.is_dir():
             found.append(Variant(target, WHAT[target], unavailable=str(known[target]["unavailable"] or "it is gone")))
             continue
         request = {"what": "artefact", "folder": str(folder), "rows": rows, "new_tokens": amount.new_tokens}
         request |= {"batch_rows": given.job.train.per_device_eval_batch_size, "threads": amount.threads}
-        record = files.read_json(folder / "parity.json")
-        record.pop("schema_version", None)
-        parity = Parity.model_validate_json(json.dumps(record))
+        parity = read_record(folder / "parity.json", Parity)
         found.append(Variant(target, WHAT[target], request, folder=folder, parity=parity))
     return found
 
@@ -96,8 +90,11 @@ def _measured_as(job: JobSpec, amount: Amount) -> JobSpec:
 
 
 def positions_of_model(name: str, revision: str | None) -> int | None:
-    """Tokens that a model has places for; None where it does not say."""
-    found: int | None = files.read_json(model_folder(name, revision) / "config.json").get("max_position_embeddings")
+    """Tokens that a model has places for, by whatever name its kind has for them; None where it does not say."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(safetensors_folder(name, revision)))
+    found: int | None = getattr(config, "max_position_embeddings", None)
     return found
 
 
@@ -139,22 +136,16 @@ def benchmark(
     rows = files.read_jsonl(ledger)
     judged = next((one.parity.judged for one in found if one.parity), None)
     arms = [_arm(given, one, [row for row in rows if row["variant"] == one.name], failed, judged) for one in found]
-    report = build_report(given.run)
     metric = "perplexity" if given.job.generates else "accuracy"
-    return report.model_copy(
+    said = [f"{metric} is of the {judged.rows} rows on which targets were compared with their source"] if judged else []
+    return bare(build_report(given.run)).model_copy(
         update={
             "state": "benchmark",
             "arms": arms,
             "metric": metric,
             "metrics": [metric],
             "goal": "minimize" if given.job.generates else "maximize",
-            "trials": [],
-            "pairs": [],
-            "samples": [],
-            "mistakes": [],
-            "rungs": [],
-            "ratings": None,
-            "folds": [],
+            "warnings": said,
             "recommendation": _fastest(arms),
         }
     )

@@ -81,6 +81,7 @@ class _Work:
     def __init__(self, given: Shipped, scratch: Path, out: Path, tell: Callable[[str], None]) -> None:
         self.given, self.scratch, self.out, self.tell = given, scratch, out, tell
         self.built: dict[Target, Path] = {}
+        self.failed: set[Target] = set()
         tell("loading the source and what it says of held-out rows")
         source = Source(given)
         self.held_out = held_out_rows(source)
@@ -103,21 +104,19 @@ class _Work:
         if reason:
             return Outcome(target, unavailable=reason)
         began = time.monotonic()
+        broken = NEEDS.get(target)
+        if broken in self.failed:
+            return Outcome(target, failure=f"it is made from {broken}, which failed")
         try:
-            return self._made(target, began)
+            folder, parity = self._made(target)
         except (OSError, MemoryError):
             raise  # of the machine, and not of this target
-        except Exception as error:  # whatever an exporter raises at a model that it does not know
+        except Exception as error:  # exporters and runtimes have no error of their own in common
+            self.failed.add(target)
             notes = self.out / f"{target}-traceback.txt"
             files.write_text(notes, traceback.format_exc())
             said = (str(error).strip().splitlines() or [""])[0][:200]
             return Outcome(target, failure=f"{type(error).__name__}: {said} (its traceback is in {notes})")
-
-    def _made(self, target: Target, began: float) -> Outcome:
-        folder = self._build(target)
-        files.write_json(folder / ARTEFACT_FILE, self._artefact(target).model_dump(mode="json"))
-        self.tell(f"comparing {target} with its source")
-        parity = self._judged(target, folder)
         files.write_json(folder / "parity.json", parity.model_dump(mode="json"))
         write_card(folder, self._artefact(target), parity, self.given)
         place = self.out / (target if parity.accepted else f"{REJECTED}/{target}")
@@ -126,6 +125,13 @@ class _Work:
         stale = self.out / (f"{REJECTED}/{target}" if parity.accepted else target)
         shutil.rmtree(stale, ignore_errors=True)
         return Outcome(target, place, parity, seconds=time.monotonic() - began)
+
+    def _made(self, target: Target) -> tuple[Path, Parity]:
+        """What exporters and runtimes of others do: the target's folder, and how far it is from its source."""
+        folder = self._build(target)
+        files.write_json(folder / ARTEFACT_FILE, self._artefact(target).model_dump(mode="json"))
+        self.tell(f"comparing {target} with its source")
+        return folder, self._judged(target, folder)
 
     def _build(self, target: Target) -> Path:
         """The folder of a target, made from what it needs."""

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from deployment.decoding import Decoder, left_padded
 from deployment.extras import onnxruntime_here
 from jobs import files
+from jobs.base import Spec
 from jobs.errors import UserError
 from jobs.export import Artefact
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 ARTEFACT_FILE = "artefact.json"
 ONNX_FILE = "model.onnx"
+Record = TypeVar("Record", bound=Spec)
 
 
 @dataclass
@@ -88,9 +90,14 @@ def read_artefact(folder: Path) -> Artefact:
     path = folder / ARTEFACT_FILE
     if not path.is_file():
         raise UserError(f"{folder} holds no {ARTEFACT_FILE}: `lorafleet export` makes such folders")
+    return read_record(path, Artefact)
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """A file of an exported folder as the object that it was written from."""
     found = files.read_json(path)
     found.pop("schema_version", None)
-    return Artefact.model_validate_json(json.dumps(found))
+    return kind.model_validate_json(json.dumps(found))
 
 
 def open_onnx(folder: Path, artefact: Artefact, threads: int) -> Decoder | OnnxClassifier:

@@ -9,7 +9,7 @@ from typing import Any
 from evaluation.choose import Choice, choose
 from evaluation.comparison import arms_of_run, finite_intervals, finite_metrics, pairs_of
 from evaluation.metrics import scores
-from evaluation.report import build_report, chosen_results, run_job, short
+from evaluation.report import bare, build_report, chosen_results, run_job, short
 from evaluation.results import RowResults
 from evaluation.samples import differing
 from jobs import files
@@ -57,7 +57,7 @@ def across(runs: Sequence[Run]) -> Report:
     labels = [str(label) for label in first.report.facts.get("labels", [])]
     firsts = {name: results[0] for name, results in judged.items() if results}
     trials = [row.model_copy(update={"arm": entry.run.id}) for entry in entries for row in entry.report.trials]
-    return first.report.model_copy(
+    return bare(first.report).model_copy(
         update={
             "run": " and ".join(run.id for run in runs),
             "state": "side by side",
@@ -65,14 +65,6 @@ def across(runs: Sequence[Run]) -> Report:
             "pairs": pairs,
             "trials": trials,
             "samples": differing(rows, firsts, labels),
-            "mistakes": [],
-            "ratings": None,
-            "folds": [],
-            "confusion": [],
-            "per_class": {},
-            "rungs": [],
-            "wall_seconds": None,
-            "warnings": [],
             "recommendation": choose(arms, pairs, choice),
         }
     )

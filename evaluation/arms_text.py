@@ -123,7 +123,7 @@ def pair_cells(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
 def arm_notes(report: Report) -> list[str]:
     """What a reader of the arms must know."""
     found = [f"{arm.arm}: {remark}." for arm in report.arms or [] for remark in arm.remarks]
-    if report.held_out == "test":
+    if report.held_out == "test" and any(arm.seeds for arm in report.arms or []):
         found.append(
             "Each arm's configuration was chosen on the validation rows. The arms are compared on the test rows, which "
             "no training or search has looked at; the number of the arm that ships is the best of several there, and "

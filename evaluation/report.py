@@ -104,6 +104,25 @@ def _with_samples(run: Run, report: Report) -> Report:
     return report.model_copy(update=update)
 
 
+def bare(report: Report) -> Report:
+    """A run's report without what is of its own trials and its own end: a table of something else is put into it."""
+    return report.model_copy(
+        update={
+            "trials": [],
+            "pairs": [],
+            "samples": [],
+            "mistakes": [],
+            "rungs": [],
+            "folds": [],
+            "confusion": [],
+            "per_class": {},
+            "ratings": None,
+            "wall_seconds": None,
+            "warnings": [],
+        }
+    )
+
+
 def chosen_results(run: Run, report: Report) -> dict[str, RowResults]:
     """What a search's untuned base and its recommended trial did with the held-out rows, where they were judged."""
     from evaluation.summary import read_results

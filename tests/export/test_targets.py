@@ -214,6 +214,22 @@ def test_planted_faults_are_caught(llama_job: JobMaker, tiny_gpt2: Path, tmp_pat
     assert "no number" in verdict(Gate(), broken)[0]
 
 
+def test_a_target_that_cannot_be_made_costs_itself_and_what_is_made_from_it(
+    bert_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_such_operator(*_: object, **__: object) -> None:
+        raise RuntimeError("no operator for this\nand much more")
+
+    monkeypatch.setattr(exporting, "export_onnx", no_such_operator)
+    run, out = trained(bert_job(train__max_steps=8), tmp_path), tmp_path / "out"
+    made = {outcome.target: outcome for outcome in export(shipped(run), TARGETS, out, quiet)}
+    assert made["merged"].accepted
+    assert made["onnx"].failure == f"RuntimeError: no operator for this (its traceback is in {out}/onnx-traceback.txt)"
+    assert made["onnx-int8"].failure == "it is made from onnx, which failed"
+    assert "no_such_operator" in (out / "onnx-traceback.txt").read_text()
+    assert "no operator" in json.loads((out / "export.json").read_text())["targets"]["onnx"]["unavailable"]
+
+
 def test_what_is_refused_is_set_aside(bert_job: JobMaker, tmp_path: Path) -> None:
     """Exit code 3; what passed before and does not now is no longer where it would be taken for good."""
     block = "export: {parity: {onnx: {max_logit_difference: 1e-12}}}"

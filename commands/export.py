@@ -93,7 +93,7 @@ def _table(outcomes: list[Outcome]) -> Table:
     from evaluation.report_text import number
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("target", "", "MB", "logits within", "agreement", "metric", "source", "target"):
+    for title in ("target", "", "MB", "logits within", "agreement", "metric", "before", "after"):
         table.add_column(title, justify="left" if title in ("target", "") else "right", overflow="fold")
     for outcome in outcomes:
         if outcome.parity is None:

@@ -19,6 +19,13 @@ def benchmark(
     rounds: Annotated[int, typer.Option(min=1, help="How often each variant is measured, in turn.")] = 3,
     rows: Annotated[int, typer.Option(min=1, help="Held-out rows that are answered or classified one by one.")] = 8,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of every answer.")] = 32,
+    batch_sizes: Annotated[
+        str | None, typer.Option("--batch-sizes", metavar="N,...", help="Measure batches of so many rows as well.")
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option("--lengths", metavar="N,...", help="Tokens of a row in these batches.", show_default="64"),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
     runs: Runs = DEFAULT_RUNS,
     output: Output = Format.TEXT,
@@ -29,13 +36,28 @@ def benchmark(
     from deployment.benchmark import benchmark as measure
     from evaluation.report import write_forms
     from evaluation.shipped import shipped
+    from evaluation.wandb_report import track_report
 
+    sizes, tokens = _numbers("--batch-sizes", batch_sizes), _numbers("--lengths", lengths)
+    points = tuple((size, length) for length in tokens or (64,) for size in sizes or (1,)) if sizes or tokens else ()
+    amount = Amount(rounds, rows, new_tokens, threads, points)
     name, _, trial_id = run.partition(":")
     found = find_run(runs, name)
     given = shipped(found, trial_id)
     out = (exported or found.path / "export").absolute()
-    amount = Amount(rounds, rows, new_tokens, threads)
     report = measure(given, variants(given, out, amount), out, amount, say)
     write_forms(report, out / "benchmark")
+    track_report(found, given.job, report, "benchmark")
     if show_report(report, output):
         typer.echo(f"\n{out / 'benchmark' / 'report.html'}")
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """The numbers of an option. Raises UserError for other words."""
+    from jobs.errors import UserError
+
+    words = [word.strip() for word in (text or "").split(",") if word.strip()]
+    wrong = next((word for word in words if not word.isdecimal() or int(word) < 1), None)
+    if wrong is not None:
+        raise UserError(f"{option} has {wrong!r}, but must be whole numbers above 0, separated by commas")
+    return tuple(dict.fromkeys(int(word) for word in words))

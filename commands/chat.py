@@ -5,15 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from commands.common import DEFAULT_RUNS, AnyRuns
-
-if TYPE_CHECKING:
-    from deployment.decoding import Sampling
-    from deployment.runtime import Loaded
 
 
 def chat(
@@ -31,6 +27,7 @@ def chat(
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
     """Ask an exported model, a line at a time: each line alone, as in training. A classifier names the class."""
+    from deployment.answers import pieces
     from deployment.decoding import Sampling
     from deployment.runtime import open_artefact
 
@@ -40,8 +37,8 @@ def chat(
         if not line.strip():
             continue
         if loaded.generates:
-            for piece in _answer(loaded, line, max_new_tokens, drawn):
-                typer.echo(piece, nl=False)
+            for piece in pieces(loaded, loaded.prompt(line), max_new_tokens, drawn):
+                typer.echo(piece.text, nl=False)
             typer.echo()
         else:
             (shares,) = loaded.probabilities([line])
@@ -58,25 +55,3 @@ def _lines() -> Iterator[str]:
         if not line:
             return
         yield line.rstrip("\n")
-
-
-def _answer(loaded: Loaded, line: str, most: int, drawn: Sampling | None) -> Iterator[str]:
-    """The text of an answer as it grows. A token may be half a character: it waits for the other half."""
-    from deployment.decoding import tokens_of
-    from jobs.errors import UserError
-
-    about, prompt = loaded.artefact, loaded.prompt(line)
-    room = (about.positions or sys.maxsize) - len(prompt)
-    if room < 1:
-        raise UserError(f"the prompt has {len(prompt)} tokens, but the model has {about.positions} positions")
-    said: list[int] = []
-    shown = ""
-    for (token,) in tokens_of(loaded.model, [prompt], min(most, room), about.ends, about.pad_id, drawn):
-        if token is None:
-            break
-        said.append(token)
-        text = loaded.text(said)
-        if not text.endswith("\ufffd"):
-            yield text[len(shown) :]
-            shown = text
-    yield loaded.text(said)[len(shown) :]

@@ -15,18 +15,37 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from deployment.export import Outcome
-    from jobs.export import Target
+    from jobs.export import Budget, Target
+
+_USUAL = "merged,onnx,onnx-int8"
+_SMALL = "onnx,onnx-fp16,onnx-int8,onnx-int4"
 
 
 def export(
     run: OneRun,
     to: Annotated[
-        str, typer.Option("--to", metavar="TARGET,...", help="What to make, separated by commas; `all` for all.")
-    ] = "merged,onnx,onnx-int8",
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="TARGET,...",
+            help="What to make, separated by commas; `all` for all.",
+            show_default=f"{_USUAL}; with a budget {_SMALL}",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="DIR", help="Folder for the targets.", show_default="RUN/export"),
     ] = None,
+    budget_mb: Annotated[
+        float | None, typer.Option(min=0, help="MB that a device has for the model: the best that fits is picked.")
+    ] = None,
+    max_ms_per_token: Annotated[
+        float | None, typer.Option(min=0, help="Milliseconds that a token (of a classifier: a row) may take here.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads with which targets are measured.")] = 1,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Measure what passes, for its card and a budget.")
+    ] = True,
     runs: Runs = DEFAULT_RUNS,
     form: Output = Format.TEXT,
 ) -> None:
@@ -34,25 +53,50 @@ def export(
     from cluster.store import find_run
     from deployment.export import export as make
     from evaluation.shipped import shipped
-    from jobs.errors import ExitCode
+    from jobs.export import pick
 
-    targets = _targets(to)
+    budget = _budget(budget_mb, max_ms_per_token, measure=measure)
+    targets = _targets(to or (_SMALL if budget else _USUAL))
     name, _, trial_id = run.partition(":")
     found = find_run(runs, name)
     out = (output or found.path / "export").absolute()
     with redirect_stdout(sys.stderr):  # libraries greet; what we print is for programs too
-        outcomes = make(shipped(found, trial_id), targets, out, say)
+        outcomes = make(shipped(found, trial_id), targets, out, say, threads if measure else 0)
+    picked, sentence = None, ""
+    if budget:
+        picked, sentence = pick([outcome.offer for outcome in outcomes if outcome.offer], budget)
     if form is Format.JSON:
-        print_json({outcome.target: _record(outcome) for outcome in outcomes})
+        targets_made = {outcome.target: _record(outcome) for outcome in outcomes}
+        print_json({"targets": targets_made, "picked": picked.target if picked else None, "sentence": sentence})
     else:
         console().print(_table(outcomes))
+        if sentence:
+            typer.echo(sentence)
         say(f"in {out}")
+    _end(outcomes, nothing_fits=budget is not None and picked is None)
+
+
+def _end(outcomes: list[Outcome], *, nothing_fits: bool) -> None:
+    """The exit code."""
+    from jobs.errors import ExitCode
+
     if any(outcome.failure for outcome in outcomes):
         raise typer.Exit(ExitCode.OUR_FAULT)
-    if any(outcome.parity and not outcome.accepted for outcome in outcomes):
+    if nothing_fits or any(outcome.parity and not outcome.accepted for outcome in outcomes):
         raise typer.Exit(ExitCode.GATE_REFUSED)
     if not any(outcome.accepted for outcome in outcomes):
         raise typer.Exit(ExitCode.USER_INPUT)
+
+
+def _budget(files_mb: float | None, ms: float | None, *, measure: bool) -> Budget | None:
+    from jobs.errors import UserError
+    from jobs.export import Budget
+
+    if files_mb is None and ms is None:
+        return None
+    if ms is not None and not measure:
+        raise UserError("--max-ms-per-token needs what --no-measure leaves out: use one of them")
+    return Budget(files_mb=files_mb or None, ms=ms or None)
 
 
 def _targets(text: str) -> list[Target]:
@@ -82,6 +126,7 @@ def _record(outcome: Outcome) -> dict[str, object]:
         "failure": outcome.failure,
         "parity": outcome.parity.model_dump(mode="json") if outcome.parity else None,
         "seconds": outcome.seconds,
+        "inference": outcome.speed.model_dump(mode="json") if outcome.speed else None,
     }
 
 
@@ -89,11 +134,12 @@ def _table(outcomes: list[Outcome]) -> Table:
     from rich import box
     from rich.table import Table
 
+    from deployment.export import ms_each
     from deployment.runtime import files_mb
     from evaluation.report_text import number
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("target", "", "MB", "logits within", "agreement", "metric", "before", "after"):
+    for title in ("target", "", "MB", "ms", "logits within", "agreement", "metric", "before", "after"):
         table.add_column(title, justify="left" if title in ("target", "") else "right", overflow="fold")
     for outcome in outcomes:
         if outcome.parity is None:
@@ -107,6 +153,7 @@ def _table(outcomes: list[Outcome]) -> Table:
             outcome.target,
             verdict,
             f"{files_mb(outcome.folder):.1f}",
+            number(ms_each(outcome.speed), 1),
             number(judged.max_logit_difference),
             f"{judged.agreement:.3f}",
             judged.metric,

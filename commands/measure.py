@@ -14,11 +14,12 @@ def measure() -> None:
     from jobs.spec import JobSpec
 
     request = json.loads(sys.stdin.read())
+    points = request.get("points", [])
     if request["what"] == "artefact":
         from deployment.measure import measure_artefact
 
         amount = (request["rows"], request["new_tokens"], request["batch_rows"], request["threads"])
-        typer.echo(json.dumps(measure_artefact(Path(request["folder"]), *amount)))
+        typer.echo(json.dumps(measure_artefact(Path(request["folder"]), *amount, points)))
         return
     from training import measure as measured
 
@@ -34,5 +35,6 @@ def measure() -> None:
         request["gpus"],
         request["rows"],
         request["new_tokens"],
+        points,
     )
     typer.echo(json.dumps(found))

@@ -11,7 +11,8 @@ from cluster.apart import measured_apart
 from deployment.export import SUMMARY
 from deployment.merge import in_float32
 from deployment.runtime import files_mb, read_record
-from evaluation.comparison import inference_of
+from evaluation.arms_text import BENCHMARK
+from evaluation.comparison import batches_of, inference_of
 from evaluation.report import bare, build_report
 from evaluation.report_text import number
 from evaluation.shipped import Shipped
@@ -47,6 +48,8 @@ class Amount:
     rows: int
     new_tokens: int
     threads: int
+    points: tuple[tuple[int, int], ...] = ()
+    """Batches that are measured as well: (rows, tokens of each)."""
 
 
 def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
@@ -59,7 +62,8 @@ def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
     split = "validation" if data.chosen_on_test else "test"
     job = given_job.model_dump(mode="json")
     plain = {"what": "inference", "job": job, "tokens": str(data.folder), "split": split, "gpus": 0}
-    plain |= {"rows": amount.rows, "new_tokens": amount.new_tokens}
+    plain |= {"rows": amount.rows, "new_tokens": amount.new_tokens, "points": amount.points}
+    _check_room(given, amount)
     base = f"the base, untuned{f', {given.job.qlora.quant_type.upper()}' if given.job.method == 'qlora' else ''}"
     found = [Variant("base", base, plain | {"weights": None})]
     if given.weights is not None:
@@ -77,10 +81,22 @@ def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
             found.append(Variant(target, WHAT[target], unavailable=str(known[target]["unavailable"] or "it is gone")))
             continue
         request = {"what": "artefact", "folder": str(folder), "rows": rows, "new_tokens": amount.new_tokens}
+        request |= {"points": amount.points}
         request |= {"batch_rows": given.job.train.per_device_eval_batch_size, "threads": amount.threads}
         parity = read_record(folder / "parity.json", Parity)
         found.append(Variant(target, WHAT[target], request, folder=folder, parity=parity))
     return found
+
+
+def _check_room(given: Shipped, amount: Amount) -> None:
+    """Raises UserError for batches that are longer than the model."""
+    spec = given.job.model
+    positions = positions_of_model(spec.model_name_or_path, spec.revision)
+    answer = amount.new_tokens if given.job.generates else 0
+    longest = max((length for _, length in amount.points), default=0)
+    if positions is not None and longest + answer > positions:
+        more = f", and an answer takes {answer}" if answer else ""
+        raise UserError(f"--lengths has {longest}, but the model has {positions} positions{more}")
 
 
 def _measured_as(job: JobSpec, amount: Amount) -> JobSpec:
@@ -140,7 +156,7 @@ def benchmark(
     said = [f"{metric} is of the {judged.rows} rows on which targets were compared with their source"] if judged else []
     return bare(build_report(given.run)).model_copy(
         update={
-            "state": "benchmark",
+            "state": BENCHMARK,
             "arms": arms,
             "metric": metric,
             "metrics": [metric],
@@ -179,6 +195,7 @@ def _arm(
         weights=str(variant.folder) if variant.folder else None,
         weights_mb=_size(given, variant),
         inference=inference_of(rows),
+        batches=batches_of(rows),
         comparable=passed and not variant.unavailable and variant.name not in failed,
         remarks=remarks,
     )

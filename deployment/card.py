@@ -11,19 +11,22 @@ from evaluation.shipped import Shipped
 from jobs import files
 from jobs.assets import ASSETS, PREFIX
 from jobs.export import WHAT, Artefact, Parity
+from jobs.report import Inference
 
 _RUNNERS = Path(__file__).parent / "runners"
 
 
-def write_card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped) -> None:
+def write_card(
+    folder: Path, artefact: Artefact, parity: Parity, given: Shipped, speed: Inference | None = None
+) -> None:
     """README.md, and run.py where ONNX Runtime alone runs it."""
-    if artefact.target != "merged":
+    if artefact.target.startswith("onnx"):
         kind = "classify" if artefact.task == "classification" else "write"
         shutil.copy(_RUNNERS / f"{kind}.py", folder / "run.py")
-    files.write_text(folder / "README.md", _card(folder, artefact, parity, given))
+    files.write_text(folder / "README.md", _card(folder, artefact, parity, given, speed))
 
 
-def _card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped) -> str:
+def _card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped, speed: Inference | None) -> str:
     source, judged = artefact.source, parity.judged
     base, data = str(source["base"]), str(given.job.data.dataset_name or given.job.data.train_file)
     lines = [
@@ -35,6 +38,7 @@ def _card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped) -> s
         f"- base: {plain(base)} (revision `{source['revision']}`), licence: {licence(base)}",
         f"- data: {plain(data)}, licence: {licence(data)}",
         f"- weights and graph: {files_mb(folder):.1f} MB",
+        *_speed(speed),
         "",
         "## Compared with its source",
         "",
@@ -55,7 +59,22 @@ def _card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped) -> s
     return "\n".join(lines) + "\n"
 
 
+def _speed(speed: Inference | None) -> list[str]:
+    """What it took where it was exported."""
+    if speed is None:
+        return []
+    threads = f"{speed.threads} CPU thread{'' if speed.threads == 1 else 's'} of {speed.cpu or 'an unknown CPU'}"
+    if speed.tokens_per_second:
+        took = f"{1000 / speed.tokens_per_second:.1f} ms a token, {number(speed.ttft_ms, 1)} ms to the first"
+    else:
+        took = f"{number(speed.latency_ms, 1)} ms a row"
+    return [f"- speed: {took}; {number(speed.peak_memory_gib, 2)} GiB at most, on {threads}"]
+
+
 def _how(artefact: Artefact) -> list[str]:
+    if artefact.target in _BY_LORAFLEET:
+        extra, more = _BY_LORAFLEET[artefact.target]
+        return [f"    pip install 'lorafleet[{extra}]'", "    lorafleet chat FOLDER", "", more]
     if artefact.target != "merged":
         return [
             "    pip install onnxruntime numpy tokenizers",
@@ -69,6 +88,21 @@ def _how(artefact: Artefact) -> list[str]:
         f"    model = AutoModelFor{kind}.from_pretrained('FOLDER')",
         "    tokenizer = AutoTokenizer.from_pretrained('FOLDER')",
     ]
+
+
+_BY_LORAFLEET = {
+    "tensorrt": (
+        "tensorrt",
+        "`engines/` was built for one kind of GPU and one version of TensorRT; on another it is built anew from "
+        "`model.onnx`.",
+    ),
+    "executorch": (
+        "executorch",
+        "`model.pte` has one method, `forward`: token ids (int64, 1 x T) to logits (float32), of each token or of the "
+        "classes. There is no cache: a text is read again for each token. `artefact.json` says what else an app needs: "
+        "end tokens, and what stands around a prompt. Its C++, Kotlin and Swift runtimes: docs.pytorch.org/executorch.",
+    ),
+}
 
 
 def licence(name: str) -> str:

@@ -19,6 +19,30 @@ class Decoder(Protocol):
         ...
 
 
+class RowByRow:
+    """Rows one after another, without the padding before them: for models that count from what they are given first."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+
+    def step(
+        self, ids_BT: np.ndarray, mask_BS: np.ndarray, positions_BT: np.ndarray, cache: Any
+    ) -> tuple[np.ndarray, Any]:
+        """(logits_BTV, each row's cache); logits of padding are 0."""
+        kept_BT = mask_BS[:, -ids_BT.shape[1] :] == 1
+        caches, said = [], []
+        for row, kept_T in enumerate(kept_BT):
+            one, mask_1S = slice(row, row + 1), np.ones((1, int(mask_BS[row].sum())), np.int64)
+            before = None if cache is None else cache[row]
+            logits_1TV, after = self.decoder.step(ids_BT[one, kept_T], mask_1S, positions_BT[one, kept_T], before)
+            said.append(logits_1TV[0])
+            caches.append(after)
+        logits_BTV = np.zeros((*ids_BT.shape, said[0].shape[-1]), np.float32)
+        for row, kept_T in enumerate(kept_BT):
+            logits_BTV[row, kept_T] = said[row]
+        return logits_BTV, caches
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn."""

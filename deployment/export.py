@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import sys
 import tempfile
 import time
 import traceback
@@ -16,23 +17,40 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cluster.apart import measured_apart
 from deployment.card import write_card
+from deployment.edge import export_executorch
+from deployment.int4 import to_int4
 from deployment.merge import Source
 from deployment.onnx_model import OPSET, cache_shape, export_onnx, to_fp16, to_int8
 from deployment.parity import HeldOut, Seen, judge, look
 from deployment.runtime import ARTEFACT_FILE, Loaded, TorchClassifier, TorchDecoder, files_mb, open_artefact
-from deployment.unavailable import why_not
+from deployment.tensorrt import to_tensorrt
+from deployment.unavailable import Unavailable, why_not
+from evaluation.comparison import inference_of
 from evaluation.shipped import Shipped
 from jobs import files
 from jobs.errors import UserError
-from jobs.export import NEEDS, TARGETS, Artefact, Gate, Judged, Parity, Target, gate_of, verdict
+from jobs.export import NEEDS, TARGETS, Artefact, Gate, Judged, Offer, Parity, Target, gate_of, verdict
 from jobs.hub import model_revision
+from jobs.report import Inference
 from jobs.rows import Row
 
 REJECTED = "rejected"
 SUMMARY = "export.json"
+_MEASURED_ROWS, _MEASURED_TOKENS = 4, 16
 _SENTINEL = "what-is-asked-7f3a"
-_PACKAGES = ("lorafleet", "torch", "transformers", "peft", "onnx", "onnxscript", "onnxruntime", "onnxruntime-genai")
+_PACKAGES = (
+    "lorafleet",
+    "torch",
+    "transformers",
+    "peft",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-genai",
+    "executorch",
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +66,22 @@ class Outcome:
     failure: str | None = None
     """Why it could not be made at all."""
     seconds: float = 0.0
+    speed: Inference | None = None
+    """What it takes on this machine; None: not measured."""
+
+    @property
+    def offer(self) -> Offer | None:
+        """What it has for a device; None for what was not accepted."""
+        if self.parity is None or not self.accepted or self.folder is None or self.parity.judged.after is None:
+            return None
+        judged = self.parity.judged
+        return Offer(
+            target=self.target,
+            files_mb=files_mb(self.folder),
+            ms=ms_each(self.speed),
+            metric=judged.metric,
+            value=self.parity.judged.after,
+        )
 
     @property
     def accepted(self) -> bool:
@@ -55,10 +89,13 @@ class Outcome:
         return self.parity is not None and self.parity.accepted
 
 
-def export(given: Shipped, targets: Sequence[Target], out: Path, tell: Callable[[str], None]) -> list[Outcome]:
+def export(
+    given: Shipped, targets: Sequence[Target], out: Path, tell: Callable[[str], None], threads: int = 0
+) -> list[Outcome]:
     """Make the targets below `out`: what passes its gate in `out/TARGET`, what does not in `out/rejected/TARGET`.
 
-    Raises UserError for a model that cannot be merged. What this machine cannot make is an outcome with its reason.
+    What passes is measured with so many CPU threads, in a process of its own; 0: it is not. Raises UserError for a
+    model that cannot be merged. What this machine cannot make is an outcome with its reason.
     """
     for target in targets:
         for place in (out / target, out / REJECTED / target):
@@ -67,7 +104,7 @@ def export(given: Shipped, targets: Sequence[Target], out: Path, tell: Callable[
     out.mkdir(parents=True, exist_ok=True)
     wanted = [target for target in TARGETS if target in targets]
     with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch:
-        work = _Work(given, Path(scratch), out, tell)
+        work = _Work(given, Path(scratch), out, tell, threads)
         outcomes = []
         for target in wanted:
             outcomes.append(work.outcome(target))
@@ -78,8 +115,8 @@ def export(given: Shipped, targets: Sequence[Target], out: Path, tell: Callable[
 class _Work:
     """One export: the source is loaded once, seen once, and gone before anything is built from it."""
 
-    def __init__(self, given: Shipped, scratch: Path, out: Path, tell: Callable[[str], None]) -> None:
-        self.given, self.scratch, self.out, self.tell = given, scratch, out, tell
+    def __init__(self, given: Shipped, scratch: Path, out: Path, tell: Callable[[str], None], threads: int) -> None:
+        self.given, self.scratch, self.out, self.tell, self.threads = given, scratch, out, tell, threads
         self.built: dict[Target, Path] = {}
         self.failed: set[Target] = set()
         tell("loading the source and what it says of held-out rows")
@@ -109,6 +146,8 @@ class _Work:
             return Outcome(target, failure=f"it is made from {broken}, which failed")
         try:
             folder, parity = self._made(target)
+        except Unavailable as error:
+            return Outcome(target, unavailable=str(error))
         except (OSError, MemoryError):
             raise  # of the machine, and not of this target
         except Exception as error:  # exporters and runtimes have no error of their own in common
@@ -118,13 +157,32 @@ class _Work:
             said = (str(error).strip().splitlines() or [""])[0][:200]
             return Outcome(target, failure=f"{type(error).__name__}: {said} (its traceback is in {notes})")
         files.write_json(folder / "parity.json", parity.model_dump(mode="json"))
-        write_card(folder, self._artefact(target), parity, self.given)
+        speed = self._speed(target, folder) if parity.accepted and self.threads else None
+        write_card(folder, self._artefact(target), parity, self.given, speed)
         place = self.out / (target if parity.accepted else f"{REJECTED}/{target}")
         _move(folder, place)
         self.built[target] = place
         stale = self.out / (f"{REJECTED}/{target}" if parity.accepted else target)
         shutil.rmtree(stale, ignore_errors=True)
-        return Outcome(target, place, parity, seconds=time.monotonic() - began)
+        return Outcome(target, place, parity, seconds=time.monotonic() - began, speed=speed)
+
+    def _speed(self, target: Target, folder: Path) -> Inference | None:
+        """What it takes on this machine: a first number, for the card and a budget; `benchmark` compares."""
+        self.tell(f"measuring {target}")
+        room = (self.about.positions or sys.maxsize) - _MEASURED_TOKENS
+        try:
+            request = {
+                "what": "artefact",
+                "folder": str(folder),
+                "rows": self.held_out.asked(_MEASURED_ROWS, max(1, room)),
+                "new_tokens": _MEASURED_TOKENS,
+                "batch_rows": self.given.job.train.per_device_eval_batch_size,
+                "threads": self.threads,
+            }
+            return inference_of([measured_apart(request, self.out, self.threads)])
+        except RuntimeError as error:
+            self.tell(f"{target} was not measured: {error}")
+            return None
 
     def _made(self, target: Target) -> tuple[Path, Parity]:
         """What exporters and runtimes of others do: the target's folder, and how far it is from its source."""
@@ -145,9 +203,16 @@ class _Work:
             export_onnx(source, folder, classifies=classifies)
         elif target == "onnx-fp16":
             to_fp16(source, folder)
-        else:
+        elif target == "onnx-int8":
             to_int8(source, folder, self.scratch)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
+        elif target == "onnx-int4":
+            to_int4(source, folder, self.scratch, classifies=classifies)
+        elif target == "tensorrt":
+            to_tensorrt(source, folder, self._artefact(target))
+        else:
+            longest = min(self.about.positions or self.about.max_length, 2 * self.about.max_length)
+            export_executorch(source, folder, classifies=classifies, longest=longest)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (self.built["merged"] / name).is_file() and not (folder / name).is_file():
                 shutil.copy(self.built["merged"] / name, folder / name)
         self.built[target] = folder
@@ -178,7 +243,7 @@ class _Work:
         return said
 
     def _artefact(self, target: Target) -> Artefact:
-        onnx = target.startswith("onnx")
+        onnx = target in ("onnx", "onnx-fp16", "onnx-int8", "tensorrt")
         return self.about.model_copy(update={"target": target, "opset": OPSET if onnx else None})
 
 
@@ -262,6 +327,13 @@ def prompt_frame(tokenizer: Any, row: Row) -> tuple[str, str, list[int]]:
     return parts[0], parts[1], []
 
 
+def ms_each(speed: Inference | None) -> float | None:
+    """Milliseconds a token, or (of a classifier) a row; None where it was not measured."""
+    if speed is None:
+        return None
+    return 1000 / speed.tokens_per_second if speed.tokens_per_second else speed.latency_ms
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -292,6 +364,7 @@ def _write_summary(given: Shipped, outcome: Outcome, out: Path) -> None:
             "unavailable": outcome.unavailable or outcome.failure,
             "reasons": outcome.parity.reasons if outcome.parity else [],
             "files_mb": files_mb(outcome.folder) if outcome.folder else None,
+            "ms": ms_each(outcome.speed),
             "seconds": round(outcome.seconds, 1),
         }
     }

@@ -10,6 +10,8 @@ from jobs.errors import MissingExtra
 
 EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "int4": ("onnx", "onnxruntime", "onnxruntime_genai"),
+    "executorch": ("executorch",),
 }
 """Extra -> the modules that it brings."""
 

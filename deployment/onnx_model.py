@@ -30,7 +30,7 @@ def export_onnx(merged: Path, out: Path, *, classifies: bool) -> None:
     model = kind.from_pretrained(str(merged), attn_implementation="eager", dtype=torch.float32).eval()
     wrapped, inputs, shapes, given, made = _classifier(model) if classifies else _decoder(model)
     out.mkdir(parents=True, exist_ok=True)
-    with _quiet(), torch.inference_mode(False), torch.no_grad():
+    with quiet(), torch.inference_mode(False), torch.no_grad():
         torch.onnx.export(
             wrapped.eval(),
             inputs,
@@ -136,7 +136,7 @@ def to_fp16(source: Path, out: Path) -> None:
     path = source / ONNX_FILE
     # A model in memory goes through protobuf, which ends at 2 GB; one on disk is written once more beside itself.
     large = files_mb(source) > _MOST_IN_MEMORY_MB
-    with _quiet():
+    with quiet():
         # onnxconverter-common's function of the same name leaves stale types, and ONNX Runtime refuses its models.
         half = convert_float_to_float16(str(path) if large else onnx.load(str(path)), keep_io_types=True)
     _write(half, out)
@@ -151,7 +151,7 @@ def to_int8(source: Path, out: Path, scratch: Path) -> None:
     prepared = scratch / "prepared"
     prepared.mkdir(parents=True)
     out.mkdir(parents=True, exist_ok=True)
-    with _quiet():
+    with quiet():
         # Folds the transposed embedding of a tied head into a constant: else the largest matrix stays in float32.
         quant_pre_process(
             str(source / ONNX_FILE),
@@ -185,7 +185,7 @@ def _write(model: Any, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporters print progress and advice; a reader of ours is told what was found instead."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root", "")]
     levels = [logger.level for logger in loggers]

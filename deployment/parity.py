@@ -44,6 +44,13 @@ class HeldOut:
         most = min(_MOST_POSITIONS, max(_FEWEST_POSITIONS, _ALL_POSITIONS // len(self.rows)))
         return np.unique(np.linspace(first, last, min(most, last - first + 1)).round().astype(int))
 
+    def asked(self, most: int, room: int) -> list[list[int]]:
+        """The first `most` rows as they are asked: prompts of at most `room` tokens, or whole texts."""
+        rows = [list(row) for row in self.rows[:most]]
+        if self.classes:
+            return rows
+        return [row[: max(1, given)][-room:] for row, given in zip(rows, self.targets, strict=False)]
+
     def stepped(self) -> tuple[list[tuple[int, ...]], int]:
         """(rows of unequal length that are given in steps, how many last tokens of each are given one by one)."""
         by_length: dict[int, tuple[int, ...]] = {}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from deployment.decoding import Decoder, left_padded
-from deployment.extras import onnxruntime_here
+from deployment.decoding import Decoder, RowByRow, left_padded
+from deployment.extras import onnxruntime_here, require
 from jobs import files
 from jobs.base import Spec
 from jobs.errors import UserError
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 ARTEFACT_FILE = "artefact.json"
 ONNX_FILE = "model.onnx"
+PTE_FILE = "model.pte"
 Record = TypeVar("Record", bound=Spec)
 
 
@@ -81,8 +82,8 @@ def right_padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray
 def open_artefact(folder: Path, threads: int = 0) -> Loaded:
     """Load what `export` made. `threads` 0 leaves their number to the runtime. Raises UserError for another folder."""
     artefact = read_artefact(folder)
-    loader = open_merged if artefact.target == "merged" else open_onnx
-    return Loaded(folder, artefact, loader(folder, artefact, threads))
+    others = {"merged": open_merged, "tensorrt": open_tensorrt, "executorch": open_executorch}
+    return Loaded(folder, artefact, others.get(artefact.target, open_onnx)(folder, artefact, threads))
 
 
 def read_artefact(folder: Path) -> Artefact:
@@ -103,7 +104,31 @@ def read_record(path: Path, kind: type[Record]) -> Record:
 def open_onnx(folder: Path, artefact: Artefact, threads: int) -> Decoder | OnnxClassifier:
     """A model of ONNX Runtime on the CPU."""
     session = onnx_session(folder / ONNX_FILE, threads)
+    if artefact.task == "classification":
+        return OnnxClassifier(session)
+    decoder = OnnxDecoder(session, artefact)
+    # Its attention counts positions by the mask's sum, as for rows that are padded last.
+    return RowByRow(decoder) if artefact.target == "onnx-int4" else decoder
+
+
+def open_tensorrt(folder: Path, artefact: Artefact, threads: int) -> Decoder | OnnxClassifier:
+    """A model of ONNX Runtime on TensorRT, which builds or reads its engines. Raises UserError where it is not used."""
+    from deployment.tensorrt import missing, providers
+
+    if reason := missing():
+        raise UserError(reason)
+    session = onnx_session(folder / ONNX_FILE, threads, providers(folder, artefact))
     return OnnxClassifier(session) if artefact.task == "classification" else OnnxDecoder(session, artefact)
+
+
+def open_executorch(folder: Path, artefact: Artefact, threads: int) -> Decoder | EdgeClassifier:
+    """A model of ExecuTorch's own runtime. It takes as many threads as it likes."""
+    require("executorch", "running an ExecuTorch model")
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(folder / PTE_FILE)
+    method = program.load_method("forward")
+    return EdgeClassifier(method) if artefact.task == "classification" else RowByRow(EdgeDecoder(method))
 
 
 def onnx_session(path: Path, threads: int, providers: Sequence[Any] = ("CPUExecutionProvider",)) -> Any:
@@ -143,6 +168,39 @@ class OnnxClassifier:
         (found,) = self.session.run(["logits"], {"input_ids": ids_BT, "attention_mask": mask_BT})
         logits: np.ndarray = found.astype(np.float32, copy=False)
         return logits
+
+
+class EdgeClassifier:
+    """Texts to classes by ExecuTorch, one by one."""
+
+    def __init__(self, method: Any) -> None:
+        self.method = method
+
+    def logits(self, ids_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+        """logits_BC in float32."""
+        rows = [ids_T[mask_T == 1][None] for ids_T, mask_T in zip(ids_BT, mask_BT, strict=True)]
+        return np.concatenate([_edge(self.method, ids_1T) for ids_1T in rows])
+
+
+class EdgeDecoder:
+    """A causal model of ExecuTorch, which keeps nothing: the whole text is read again for each token. One row."""
+
+    def __init__(self, method: Any) -> None:
+        self.method = method
+
+    def step(
+        self, ids_BT: np.ndarray, mask_BS: np.ndarray, positions_BT: np.ndarray, cache: Any
+    ) -> tuple[np.ndarray, Any]:
+        """(logits_BTV, the tokens so far)."""
+        so_far_BS = ids_BT if cache is None else np.concatenate([cache, ids_BT], axis=1)
+        return _edge(self.method, so_far_BS)[:, -ids_BT.shape[1] :], so_far_BS
+
+
+def _edge(method: Any, ids_1T: np.ndarray) -> np.ndarray:
+    import torch
+
+    found: np.ndarray = method.execute([torch.from_numpy(np.ascontiguousarray(ids_1T))])[0].float().numpy().copy()
+    return found
 
 
 class OnnxDecoder:
@@ -227,5 +285,5 @@ class TorchDecoder:
 
 def files_mb(folder: Path) -> float:
     """Size on disk of what a model needs: weights and graph, not its card."""
-    kept = (".onnx", ".data", ".safetensors")
+    kept = (".onnx", ".data", ".safetensors", ".pte")
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kept) / 1e6

@@ -1,17 +1,33 @@
-"""Why a target cannot be made on this machine, in one sentence."""
+"""Why a target cannot be made on this machine, or of this model, in one sentence."""
 
 from __future__ import annotations
 
 from deployment.extras import require
-from jobs.errors import MissingExtra
+from jobs.errors import MissingExtra, UserError
 from jobs.export import Target
+
+_EXTRA_OF: dict[Target, str] = {
+    "onnx": "onnx",
+    "onnx-fp16": "onnx",
+    "onnx-int8": "onnx",
+    "onnx-int4": "int4",
+    "executorch": "executorch",
+}
+
+
+class Unavailable(UserError):
+    """A target that cannot be made of this model: nothing failed."""
 
 
 def why_not(target: Target) -> str | None:
-    """Why not; None where it can be made."""
+    """Why not on this machine; None where it can be made."""
+    if target == "tensorrt":
+        from deployment.tensorrt import missing
+
+        return missing()
     try:
-        if target.startswith("onnx"):
-            require("onnx", target)
-    except MissingExtra as missing:
-        return str(missing)
+        if target in _EXTRA_OF:
+            require(_EXTRA_OF[target], target)
+    except MissingExtra as error:
+        return str(error)
     return None

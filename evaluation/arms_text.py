@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from evaluation.report_text import MISSING, duration, number, shown_of_texts
-from jobs.report import Arm, Inference, Report
+from jobs.report import Arm, BatchSpeed, Inference, Report
 from jobs.words import counted
 
 Cell = Callable[[Arm], str]
+BENCHMARK = "benchmark"
+"""The state of a report that is a benchmark's: what loading takes and what lies on disk matter there."""
 
 
 def arm_columns(report: Report) -> list[tuple[str, Cell]]:
@@ -49,6 +51,7 @@ def terminal_arm_columns(report: Report) -> list[tuple[str, Cell]]:
         "tokens/s": "tokens/s",
         "samples/s": "samples/s",
         "inference GiB": "infer GiB",
+        **({"load s": "load s", "weights MB": "MB"} if report.state == BENCHMARK else {}),
     }
     return [(wanted[heading], cell) for heading, cell in arm_columns(report) if heading in wanted]
 
@@ -63,6 +66,7 @@ def _speeds() -> list[tuple[str, Cell]]:
         ("tokens/s", speed(lambda found: found.tokens_per_second, 1)),
         ("samples/s", speed(lambda found: found.samples_per_second, 1)),
         ("inference GiB", speed(lambda found: found.peak_memory_gib, 2)),
+        ("load s", speed(lambda found: found.load_seconds, 1)),
     ]
 
 
@@ -120,6 +124,33 @@ def pair_cells(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
     return names, [(row, [cell(row, column) for column in names]) for row in names]
 
 
+def batches_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows) of what sizes of batches take; columns that nothing fills are left out."""
+    headings = ["arm", "rows", "tokens a row", "first token ms", "tokens/s", "batch ms", "samples/s"]
+    rows = [
+        [
+            arm.arm,
+            str(point.batch_size),
+            str(point.length),
+            number(point.ttft_ms, 0),
+            number(point.tokens_per_second, 1),
+            number(point.latency_ms, 1),
+            number(point.samples_per_second, 1),
+        ]
+        for arm in report.arms or []
+        for point in arm.batches
+    ]
+    kept = [place for place in range(len(headings)) if any(row[place] != MISSING for row in rows)]
+    return [headings[place] for place in kept], [[row[place] for place in kept] for row in rows]
+
+
+def batch_records(report: Report) -> tuple[list[str], list[list[Any]]]:
+    """(columns, rows) of the same numbers, in full."""
+    names = list(BatchSpeed.model_fields)
+    rows = [[arm.arm, *(getattr(point, name) for name in names)] for arm in report.arms or [] for point in arm.batches]
+    return ["arm", *names], rows
+
+
 def arm_notes(report: Report) -> list[str]:
     """What a reader of the arms must know."""
     found = [f"{arm.arm}: {remark}." for arm in report.arms or [] for remark in arm.remarks]
@@ -148,7 +179,7 @@ def arm_notes(report: Report) -> list[str]:
 def arm_records(report: Report) -> tuple[list[str], list[list[Any]]]:
     """(columns, rows) of all numbers of the arms, for CSV."""
     plain = ("train_seconds", "search_seconds", "gpu_hours", "peak_memory_gib", "trainable_parameters", "weights_mb")
-    speeds = [name for name in Inference.model_fields if name not in ("spread", "threads")]
+    speeds = [name for name in Inference.model_fields if name not in ("spread", "threads", "cpu", "cpu_flags")]
     metrics = [column for name in report.metrics for column in (name, f"{name}_low", f"{name}_high")]
     columns = ["arm", "what", "recommended", "trial_id", *metrics, *plain, *(f"inference_{name}" for name in speeds)]
     rows = []

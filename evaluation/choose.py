@@ -12,6 +12,9 @@ from jobs.rungs import Goal
 ALIKE = 0.05
 """Two arms whose p-value is at least this cannot be told apart."""
 
+SAME_COST = 1.05
+"""Costs that differ by less are the same: twice the same training takes times further apart."""
+
 COSTS: dict[str, tuple[str, str, Callable[[Arm], float | None]]] = {
     "train_seconds": ("seconds of training", ".1f", lambda arm: arm.train_seconds),
     "gpu_hours": ("GPU-hours of training", ".3f", lambda arm: arm.gpu_hours),
@@ -64,7 +67,9 @@ def choose(arms: list[Arm], pairs: list[Pair], choice: Choice) -> Recommendation
     best = max(scored, key=choice.score)  # the first of equals
     eligible = _eligible(scored, best, pairs, choice)
     priced = [arm for arm in eligible if choice.price(arm) is not None]
-    chosen = min(priced, key=lambda arm: (choice.price(arm) or 0.0, -choice.score(arm))) if priced else best
+    least = min((choice.price(arm) or 0.0 for arm in priced), default=0.0)
+    near = [arm for arm in priced if (choice.price(arm) or 0.0) <= SAME_COST * least]
+    chosen = max(near, key=lambda arm: (choice.score(arm), -(choice.price(arm) or 0.0))) if near else best
     sentence = _sentence(chosen, best, eligible, scored, pairs, choice)
     return Recommendation(
         trial_id=chosen.trial_id, arm=chosen.arm, rule=rule_text(choice), sentence=sentence, adapter=chosen.weights
@@ -124,7 +129,9 @@ def _sentence(chosen: Arm, best: Arm, eligible: list[Arm], scored: list[Arm], pa
         return f"Ship {best.arm}: it has the best {got}{alone}{apart}."
     if choice.price(chosen) is None:
         return f"Ship {best.arm}: it has the best {got}; {COSTS[choice.cost][0]} was measured of none."
-    price = f"{_price(chosen, choice)} is the least"
+    least = min(known for arm in eligible if (known := choice.price(arm)) is not None)
+    near = "" if choice.price(chosen) == least else f"within {SAME_COST - 1:.0%} of "
+    price = f"{_price(chosen, choice)} is {near}the least"
     if chosen is best:
         return f"Ship {best.arm}: it has the best {got}, and {price} of the {len(eligible)} arms {_near(choice)}."
     of = f"{_score(best, choice)} of {best.arm}"

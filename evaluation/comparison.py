@@ -19,7 +19,7 @@ from evaluation.samples import differing, mistakes
 from evaluation.summary import read_results
 from jobs import files
 from jobs.compare import ArmSpec
-from jobs.report import Arm, Inference, Intervals, Metrics, Pair, Report, Row
+from jobs.report import Arm, BatchSpeed, Inference, Intervals, Metrics, Pair, Report, Row
 from jobs.run import Run
 from jobs.search_spec import SEED
 from jobs.spec import JobSpec
@@ -219,11 +219,26 @@ def inference_of(rows: list[dict[str, Any]]) -> Inference | None:
     """Medians and spread of what was measured, a row a round."""
     if not rows:
         return None
-    names = [name for name in Inference.model_fields if name not in ("rounds", "spread", "threads")]
+    names = [name for name in Inference.model_fields if name not in _NOT_MEDIANS]
     columns = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
     found = {name: statistics.median(values) for name, values in columns.items() if values}
     spread = {name: (min(values), max(values)) for name, values in columns.items() if len(values) > 1}
-    return Inference(**found, rounds=len(rows), spread=spread, threads=rows[-1].get("threads"))
+    last = {name: rows[-1].get(name) for name in ("threads", "cpu", "cpu_flags")}
+    return Inference(**found, rounds=len(rows), spread=spread, **last)
+
+
+_NOT_MEDIANS = ("rounds", "spread", "threads", "cpu", "cpu_flags")
+
+
+def batches_of(rows: list[dict[str, Any]]) -> list[BatchSpeed]:
+    """Medians over rounds of what was measured at each size of a batch."""
+    found: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for point in (point for row in rows for point in row.get("at", [])):
+        found.setdefault((point["batch_size"], point["length"]), []).append(point)
+    return [
+        BatchSpeed(**{name: statistics.median(point[name] for point in points) for name in points[0]})
+        for points in found.values()
+    ]
 
 
 def _size_mb(folder: Path) -> float | None:

@@ -7,7 +7,14 @@ import csv
 import io
 from typing import TYPE_CHECKING
 
-from evaluation.arms_text import arm_columns, arm_records, pair_cells, terminal_arm_columns
+from evaluation.arms_text import (
+    arm_columns,
+    arm_records,
+    batch_records,
+    batches_table,
+    pair_cells,
+    terminal_arm_columns,
+)
 from evaluation.report_text import (
     Cell,
     columns,
@@ -87,7 +94,7 @@ def _terminal_arms(report: Report, width: int) -> RenderableType:
         table.add_row(*(Text(cell(arm)) for _, cell in shown), style=style)
     parts: list[RenderableType] = [Text(headline(report)), Text(""), table, Text("")]
     parts.append(Text(report.recommendation.sentence, style="bold"))
-    parts += _terminal_table(*ratings_table(report))
+    parts += _terminal_table(*batches_table(report)) + _terminal_table(*ratings_table(report))
     parts += [Text(f"- {note}", style="dim") for note in notes(report)]
     if len(shown) < whole:
         parts.append(Text("- more columns: report.html, arms.csv, or a wider terminal", style="dim"))
@@ -133,10 +140,12 @@ def markdown(report: Report) -> str:
         lines += ["| " + " | ".join(heading for heading, _ in columns_of_arms) + " |"]
         lines += ["|" + "---|" * len(columns_of_arms)]
         lines += ["| " + " | ".join(plain(cell(arm)) for _, cell in columns_of_arms) + " |" for arm in report.arms]
+    if report.arms is not None and report.shown:
         lines += ["", "## Every configuration", ""]
-    lines += ["| " + " | ".join(heading for heading, _ in shown) + " |", "|" + "---|" * len(shown)]
-    lines += ["| " + " | ".join(plain(cell(row)) for _, cell in shown) + " |" for row in report.shown]
-    for headings, rows in (folds_table(report), ratings_table(report)):
+    if report.shown:
+        lines += ["| " + " | ".join(heading for heading, _ in shown) + " |", "|" + "---|" * len(shown)]
+        lines += ["| " + " | ".join(plain(cell(row)) for _, cell in shown) + " |" for row in report.shown]
+    for headings, rows in (batches_table(report), folds_table(report), ratings_table(report)):
         if rows:
             lines += ["", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
             lines += ["| " + " | ".join(map(plain, row)) + " |" for row in rows]
@@ -150,6 +159,16 @@ def arms_csv(report: Report) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     columns_of_arms, rows = arm_records(report)
     writer.writerow(columns_of_arms)
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    return buffer.getvalue()
+
+
+def batches_csv(report: Report) -> str:
+    """One line an arm and size of a batch."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    headings, rows = batch_records(report)
+    writer.writerow(headings)
     writer.writerows([_cell(value) for value in row] for row in rows)
     return buffer.getvalue()
 
@@ -237,6 +256,7 @@ def html(report: Report) -> str:
         pairs=pair_cells(report),
         ratings=ratings_table(report),
         folds=folds_table(report),
+        batches=batches_table(report),
         number=number,
     )
 

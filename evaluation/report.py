@@ -148,12 +148,14 @@ def write_report(run: Run) -> Report:
 
 def write_forms(report: Report, folder: Path) -> None:
     """A report as JSON, CSV, Markdown and a page."""
-    from evaluation.render import arms_csv, html, markdown, table_csv
+    from evaluation.render import arms_csv, batches_csv, html, markdown, table_csv
 
     files.write_text(folder / "report.json", report_json(report) + "\n")
     files.write_text(folder / "report.csv", table_csv(report))
     if report.arms is not None:
         files.write_text(folder / "arms.csv", arms_csv(report))
+    if any(arm.batches for arm in report.arms or []):
+        files.write_text(folder / "batches.csv", batches_csv(report))
     files.write_text(folder / "report.md", markdown(report))
     files.write_text(folder / "report.html", html(report))
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from pydantic import Field
 
 from jobs.base import Spec
 
-Target = Literal["merged", "onnx", "onnx-fp16", "onnx-int8"]
+Target = Literal["merged", "onnx", "onnx-fp16", "onnx-int8", "onnx-int4", "tensorrt", "executorch"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 WHAT: dict[Target, str] = {
     "merged": "the adapter in the weights (safetensors)",
     "onnx": "ONNX, float32",
     "onnx-fp16": "ONNX, weights in float16",
     "onnx-int8": "ONNX, weights in INT8",
+    "onnx-int4": "ONNX, weights in INT4 by blocks",
+    "tensorrt": "ONNX on TensorRT, float16",
+    "executorch": "ExecuTorch (XNNPACK), float32",
 }
 NEEDS: dict[Target, Target] = {
     "onnx": "merged",
     "onnx-fp16": "onnx",
     "onnx-int8": "onnx",
+    "onnx-int4": "merged",
+    "tensorrt": "onnx",
+    "executorch": "merged",
 }
 """What a target is made from."""
 
@@ -51,8 +58,9 @@ _CLASSES: dict[Target, Gate] = {
 }
 _WRITERS: dict[Target, Gate] = {
     "onnx-int8": Gate(max_logit_difference=None, min_agreement=0.85, max_metric_drop=0.05),
+    "onnx-int4": Gate(max_logit_difference=None, min_agreement=0.75, max_metric_drop=0.15),
 }
-_ALWAYS: dict[Target, Gate] = {"onnx-fp16": _HALF}
+_ALWAYS: dict[Target, Gate] = {"onnx-fp16": _HALF, "tensorrt": _HALF}
 
 
 def gate_of(spec: ExportSpec, target: Target, *, generates: bool, int8_base: bool = False) -> Gate:
@@ -152,6 +160,72 @@ def metric_drop(judged: Judged) -> float | None:
     if judged.metric == "accuracy":
         return judged.before - judged.after
     return judged.after / judged.before - 1
+
+
+class Offer(Spec):
+    """A target that passed its gate, by what a device asks of it."""
+
+    target: Target
+    """Which."""
+    files_mb: float
+    """MB on disk."""
+    ms: float | None
+    """Milliseconds a token (of a classifier: a row); null where it was not measured."""
+    metric: str
+    """accuracy or perplexity."""
+    value: float
+    """The metric on held-out rows."""
+
+
+class Budget(Spec):
+    """What a device has room and time for."""
+
+    files_mb: float | None = Field(None, gt=0)
+    """MB on disk, at most."""
+    ms: float | None = Field(None, gt=0)
+    """Milliseconds a token (of a classifier: a row), at most."""
+
+
+_ALIKE = 1e-3
+"""Metrics so near each other are the same: float16 and float32 differ by less."""
+
+
+def pick(offers: Sequence[Offer], budget: Budget) -> tuple[Offer | None, str]:
+    """(the best that fits, a sentence with the reason). Best by metric; of those alike, the smallest."""
+    if not offers:
+        return None, "No target passed its gate, so none can be picked."
+    fitting = [offer for offer in offers if not _beyond(offer, budget)]
+    if not fitting:
+        why = "; ".join(f"{offer.target} {', '.join(_beyond(offer, budget))}" for offer in offers)
+        return None, f"Nothing fits: {why}."
+    higher = fitting[0].metric == "accuracy"
+    best = (max if higher else min)(offer.value for offer in fitting)
+    alike = [offer for offer in fitting if abs(offer.value - best) <= _ALIKE * max(1.0, abs(best))]
+    chosen = min(alike, key=lambda offer: offer.files_mb)
+    said = [f"{chosen.files_mb:.1f} MB" + (f" of {budget.files_mb:g}" if budget.files_mb else "")]
+    if chosen.ms is not None:
+        said.append(f"{chosen.ms:.1f} ms {_each(chosen)}" + (f" of {budget.ms:g}" if budget.ms else ""))
+    return (
+        chosen,
+        f"{chosen.target} fits and is the best that does: {', '.join(said)}, {chosen.metric} {chosen.value:.4g}.",
+    )
+
+
+def _each(offer: Offer) -> str:
+    return "a row" if offer.metric == "accuracy" else "a token"
+
+
+def _beyond(offer: Offer, budget: Budget) -> list[str]:
+    """What of a budget an offer does not keep, and by how much."""
+    found = []
+    if budget.files_mb is not None and offer.files_mb > budget.files_mb:
+        over = offer.files_mb - budget.files_mb
+        found.append(f"has {offer.files_mb:.1f} MB, {over:.1f} more than {budget.files_mb:g}")
+    if budget.ms is not None and offer.ms is None:
+        found.append("was not measured")
+    elif budget.ms is not None and offer.ms is not None and offer.ms > budget.ms:
+        found.append(f"takes {offer.ms:.1f} ms {_each(offer)}, {offer.ms - budget.ms:.1f} more than {budget.ms:g}")
+    return found
 
 
 class Artefact(Spec):

@@ -114,6 +114,29 @@ class Inference(Spec):
     """Smallest and largest of the rounds."""
     threads: int | None = None
     """CPU threads that it had."""
+    cpu: str | None = None
+    """The processor."""
+    cpu_flags: str | None = None
+    """What of its instruction sets decides the speed of small numbers."""
+    load_average: float | None = None
+    """How busy the machine was: processes that ran or waited, over the last minute."""
+
+
+class BatchSpeed(Spec):
+    """What an arm's model takes for one size of a batch, as medians over rounds."""
+
+    batch_size: int
+    """Rows side by side."""
+    length: int
+    """Tokens of each: of a prompt, or of a text to classify."""
+    ttft_ms: float | None = None
+    """Milliseconds to the first token of the answers."""
+    tokens_per_second: float | None = None
+    """Tokens of all answers together, after the first."""
+    latency_ms: float | None = None
+    """Milliseconds of the whole batch."""
+    samples_per_second: float | None = None
+    """Rows a second (classification)."""
 
 
 class Arm(Spec):
@@ -151,6 +174,8 @@ class Arm(Spec):
     """Parameters that were trained."""
     inference: Inference | None = None
     """What its model costs where it answers."""
+    batches: list[BatchSpeed] = []
+    """The same for sizes of batches that a benchmark was asked for."""
     comparable: bool = True
     """Whether it was judged on the same rows, in the same way, as the others."""
     remarks: list[str] = []

@@ -129,6 +129,15 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose heads have 64 numbers: with smaller ones that share keys, ONNX Runtime 1.32 attends wrongly."""
+    return _decoder(
+        tmp_path_factory.mktemp("wide-llama"), "llama", hidden_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=128, max_position_embeddings=128,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GPT-2 of two layers; its matrices are transposed Conv1D layers."""
     return _decoder(

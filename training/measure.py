@@ -10,10 +10,19 @@ from typing import Any
 
 import torch
 
-from evaluation.inference import circumstances, classifier_speed, peak_gib, settle_memory, writer_speed
+from evaluation.inference import (
+    Classify,
+    circumstances,
+    classifier_speed,
+    peak_gib,
+    settle_memory,
+    speeds_at,
+    transformers_answer,
+    writer_speed,
+)
 from jobs.schedule import schedule
 from jobs.spec import JobSpec
-from training.data import fit, make_batch, open_tokens, prompt_tokens
+from training.data import TokenData, fit, open_tokens, prompt_tokens
 from training.evaluation import autocast_dtype, room_for_prompts
 from training.methods import load_weights
 from training.model import fresh_heads, load_base, load_tokenizer, resolve_device
@@ -23,10 +32,18 @@ _PACE_STEPS, _WARM_STEPS = 12, 2
 
 
 def measure(
-    job: JobSpec, tokens: Path, weights: Path | None, split_name: str, gpus: int, rows: int, new_tokens: int
+    job: JobSpec,
+    tokens: Path,
+    weights: Path | None,
+    split_name: str,
+    gpus: int,
+    rows: int,
+    new_tokens: int,
+    points: Sequence[Sequence[int]] = (),
 ) -> dict[str, Any]:
     """Latency, rate and peak memory of a model on the first held-out rows; `begun_gib` is the process's before it had a
-    model, and is part of the peak (on CPU; on a GPU the peak is the device's)."""
+    model, and is part of the peak (on CPU; on a GPU the peak is the device's). `points` are batches to measure as well,
+    each (rows, tokens of a row)."""
     torch.set_num_threads(max(1, job.resources.cpus_per_worker))
     device = resolve_device(gpus)
     data = open_tokens(tokens)
@@ -50,9 +67,15 @@ def measure(
     dtype = autocast_dtype(job, device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         if job.generates:
-            found = _writer(model, job, data, split_name, number, new_tokens)
+            given = _prompts(model, job, data, split_name, number, new_tokens)
+            answer = transformers_answer(model, data.pad_id, new_tokens)
+            found = writer_speed(answer, given)
+            found |= speeds_at(answer, given, points, generates=True)
         else:
-            found = _classifier(model, job, data, split_name, number, device)
+            given = _texts(data, split_name, number)
+            classify = _classify(model, data.pad_id, device)
+            found = classifier_speed(classify, given, job.train.per_device_eval_batch_size)
+            found |= speeds_at(classify, given, points, generates=False)
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else peak_gib()
     return {
         **found,
@@ -83,25 +106,28 @@ def pace(job: JobSpec, tokens: Path, gpus: int) -> dict[str, Any]:
     return {"seconds_per_row": statistics.median(counted) / plan.batch_rows, "steps": len(counted), **circumstances()}
 
 
-def _writer(model: Any, job: JobSpec, data: Any, split_name: str, number: int, new_tokens: int) -> dict[str, Any]:
+def _prompts(
+    model: Any, job: JobSpec, data: TokenData, split_name: str, number: int, new_tokens: int
+) -> list[list[int]]:
     spec = job.model
     tokenizer = load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)
     found = data.rows(split_name)[:number]
     room = room_for_prompts(model, job, new_tokens)
-    prompts = [fit(prompt_tokens(row, tokenizer), [], room)[0] for row in found]
-    return writer_speed(model, tokenizer, prompts, new_tokens)
+    return [fit(prompt_tokens(row, tokenizer), [], room)[0] for row in found]
 
 
-def _classifier(
-    model: Any, job: JobSpec, data: Any, split_name: str, number: int, device: torch.device
-) -> dict[str, Any]:
-    import numpy as np
-
+def _texts(data: TokenData, split_name: str, number: int) -> list[list[int]]:
     split = data.splits[split_name]
+    ends = [(int(split.starts[row]), int(split.starts[row + 1])) for row in range(number)]
+    return [split.ids[first:last].tolist() for first, last in ends]
 
-    def classify(rows: Sequence[int]) -> None:
+
+def _classify(model: Any, pad_id: int, device: torch.device) -> Classify:
+    def classify(rows: Sequence[Sequence[int]]) -> None:
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[pad_id] * (width - len(row))] for row in rows], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
         with torch.inference_mode():
-            batch = make_batch(split, np.asarray(rows), data.pad_id, device, classifies=True)
-            model(**batch.inputs).logits.argmax(dim=1).cpu()
+            model(input_ids=ids, attention_mask=mask).logits.argmax(dim=1).cpu()
 
-    return classifier_speed(classify, list(range(number)), job.train.per_device_eval_batch_size)
+    return classify

@@ -243,7 +243,7 @@ class Comparison(Driver):
         return ExitCode.INTERRUPTED if self.told in (None, signal.SIGINT) else ExitCode.REQUEUE
 
     def _finish(self) -> ExitCode:
-        from tuning.tracking import track_report
+        from evaluation.wandb_report import track_report
 
         wall = self._wall()
         self._phase("writing the report")

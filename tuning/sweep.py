@@ -339,7 +339,7 @@ class Sweep(Driver):
             if not self.share:
                 write_report(self.run)
             return ExitCode.INTERRUPTED if self.told in (None, signal.SIGINT) else ExitCode.REQUEUE
-        from tuning.tracking import track_report
+        from evaluation.wandb_report import track_report
 
         states = [trial.state for trial in self.run.trials()]
         failed = states.count(TrialState.FAILED)

@@ -7,24 +7,18 @@ A trial's W&B id is the run's and the trial's name together. A resumed sweep wri
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from evaluation.arms_text import arm_records
-from evaluation.report_text import columns, folds_table, ratings_table
+from evaluation.wandb_report import Mode, not_fatal, open_wandb, wandb_mode, wanted_mode
 from jobs import files
 from jobs.run import Run, Trial
 from jobs.spec import JobSpec
 
 if TYPE_CHECKING:
-    from jobs.report import Report
     from tuning.ledger import Listener
 
-Mode = Literal["online", "offline", "disabled"]
-_MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 _NOT_LOGGED = {
     "schema_version",
     "time",
@@ -44,96 +38,16 @@ def trackers(run: Run, job: JobSpec) -> Iterator[list[Listener]]:
     if mode == "disabled":
         yield []
         return
-    if mode == "offline" and _wanted(job) == "online":
+    if mode == "offline" and wanted_mode(job) == "online":
         run.event("note", sentence="tracking.mode is online, but nobody is logged in to W&B: its record is offline")
     mirror = WandbMirror(run, job, mode)
-    with _not_fatal(run):
+    with not_fatal(run):
         mirror.catch_up()
     try:
         yield [mirror]
     finally:
-        with _not_fatal(run):
+        with not_fatal(run):
             mirror.close()
-
-
-@contextlib.contextmanager
-def _not_fatal(run: Run) -> Iterator[None]:
-    """A tracker that fails is noted; the record is in the run, and the sweep goes on."""
-    try:
-        yield
-    except Exception as error:  # whatever W&B's client may raise
-        run.event("tracking_failed", error=f"{type(error).__name__}: {error}"[:500])
-
-
-def track_report(run: Run, job: JobSpec, report: Report) -> None:
-    """One more W&B run beside the trials': the table of all of them, and the recommendation."""
-    mode = wandb_mode(job)
-    if mode == "disabled":
-        return
-    with _not_fatal(run):
-        _track_table(run, job, report, mode)
-
-
-def _track_table(run: Run, job: JobSpec, report: Report, mode: Mode) -> None:
-    import wandb
-
-    opened = WandbMirror(run, job, mode).init(f"{run.id}-report", "report", job_type="report", config={})
-    tables = _tables(report, samples=job.tracking.upload_samples)
-    opened.log({name: wandb.Table(columns=headings, data=rows) for name, (headings, rows) in tables.items()})
-    opened.summary["recommended_arm"] = report.recommendation.arm
-    opened.summary["recommendation"] = report.recommendation.sentence
-    opened.summary["recommended_trial"] = report.recommendation.trial_id
-    opened.finish()
-
-
-def _tables(report: Report, *, samples: bool) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """The report's tables by name; texts of rows and models only where they may be sent."""
-    shown = columns(report)
-    rows = [[cell(row) for _, cell in shown] for row in report.shown]
-    found: dict[str, tuple[list[str], list[list[Any]]]] = {
-        "configurations": ([heading for heading, _ in shown], rows),
-        "arms": arm_records(report),
-        "pairs": (
-            ["one", "other", "metric", "difference", "low", "high", "p_value"],
-            [[p.one, p.other, p.metric, p.difference, *p.interval, p.p_value] for p in report.pairs],
-        ),
-        "folds": folds_table(report),
-        "ratings": ratings_table(report),
-    }
-    models = list(report.samples[0].answers) if report.samples else []
-    if samples:
-        found["samples"] = (
-            ["row", "prompt", "reference", *models],
-            [[s.row, s.prompt, s.reference, *(s.answers[name].text for name in models)] for s in report.samples],
-        )
-    return {name: table for name, table in found.items() if table[1]}
-
-
-def wandb_mode(job: JobSpec) -> Mode:
-    """online, offline or disabled; online only with a key at hand, and nothing ever prompts."""
-    wanted = _wanted(job)
-    if wanted in ("offline", "disabled"):
-        return wanted
-    return "online" if _logged_in(job) else "offline"
-
-
-def _wanted(job: JobSpec) -> Mode | None:
-    wanted = job.tracking.mode if job.tracking.mode != "auto" else os.environ.get("WANDB_MODE", "auto")
-    return next((mode for mode in _MODES if wanted == mode), None)
-
-
-def _logged_in(job: JobSpec) -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    import netrc
-    from urllib.parse import urlparse
-
-    host = urlparse(job.tracking.base_url or os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    try:
-        return netrc.netrc(str(path)).authenticators(host or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 class WandbMirror:
@@ -158,47 +72,15 @@ class WandbMirror:
                 self.on_begin(trial)
                 self.on_end(trial)
 
-    def init(self, name: str, shown: str, *, job_type: str, config: dict[str, Any]) -> Any:
-        """Open a W&B run of this sweep's group; what a killed attempt left of it is removed."""
-        import wandb
-
-        self.run.check_current()
-        for left in self.folder.glob(f"wandb/*run-*-{name}"):
-            shutil.rmtree(left, ignore_errors=True)
-        tracking = self.job.tracking
-        settings: dict[str, Any] = {
-            "silent": True,
-            "disable_git": True,
-            "disable_code": True,
-            "save_code": False,
-            "console": "off",
-            "disable_job_creation": True,
-        }
-        if tracking.base_url:
-            settings["base_url"] = tracking.base_url
-        return wandb.init(
-            mode=self.mode,
-            id=name,
-            name=shown,
-            group=self.run.id,
-            job_type=job_type,
-            project=tracking.project,
-            entity=tracking.entity,
-            tags=list(tracking.tags),
-            dir=str(self.folder),
-            config=config,
-            reinit="create_new",
-            resume="allow" if self.mode == "online" else None,
-            settings=wandb.Settings(**settings),
-        )
-
     def on_begin(self, trial: Trial) -> None:
         """Open a trial's run, with what it has trained so far."""
         if trial.id in self.open:
             return
         params = trial.params()
         config = {"assignment": params.get("assignment", {}), **params.get("resolved", {})}
-        opened = self.init(f"{self.run.id}-{trial.id}", trial.id, job_type="trial", config=config)
+        opened = open_wandb(
+            self.run, self.job, self.mode, f"{self.run.id}-{trial.id}", trial.id, job_type="trial", config=config
+        )
         self.open[trial.id] = opened
         done = int(opened.step) if self.mode == "online" else 0
         for row in trial.metrics():

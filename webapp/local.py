@@ -36,8 +36,32 @@ def free_socket(port: int) -> socket.socket:
     return found
 
 
-def guarded(app: FastAPI, token: str, port: int) -> FastAPI:
-    """An app that answers to its own name alone and, below /api, to those who know the token."""
+Admit = Callable[[Request], Response | None]
+"""Whether a request may come in: None, or what it is answered instead."""
+
+
+def by_token(token: str) -> Admit:
+    """Below /api, those who know the token of the page's address."""
+
+    def admit(request: Request) -> Response | None:
+        if not request.url.path.startswith("/api/"):
+            return None
+        if not same(request.headers.get(TOKEN_HEADER, ""), token):
+            return JSONResponse({"error": "the address must be the one that was printed, with its token"}, 403)
+        if int(request.headers.get("content-length") or 0) > _MOST_BYTES:
+            return JSONResponse({"error": "too long"}, 413)
+        return None
+
+    return admit
+
+
+def same(given: str, token: str) -> bool:
+    """Whether somebody knows a token; the time that it takes does not say how nearly."""
+    return hmac.compare_digest(given.encode(), token.encode())
+
+
+def guarded(app: FastAPI, port: int, admit: Admit) -> FastAPI:
+    """An app that answers to its own name alone, to no other site's pages, and to those who are admitted."""
     hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
     origins = {f"http://{host}" for host in hosts}
 
@@ -48,12 +72,9 @@ def guarded(app: FastAPI, token: str, port: int) -> FastAPI:
         origin = request.headers.get("origin")
         if origin is not None and origin not in origins:
             return PlainTextResponse("not from another site", status_code=403)
-        if request.url.path.startswith("/api/"):
-            given = request.headers.get(TOKEN_HEADER, "")
-            if not hmac.compare_digest(given.encode(), token.encode()):
-                return JSONResponse({"error": "the address must be the one that was printed, with its token"}, 403)
-            if int(request.headers.get("content-length") or 0) > _MOST_BYTES:
-                return JSONResponse({"error": "too long"}, 413)
+        refusal = admit(request)
+        if refusal is not None:
+            return refusal
         answer = await call_next(request)
         answer.headers["Content-Security-Policy"] = _POLICY
         answer.headers["X-Content-Type-Options"] = "nosniff"

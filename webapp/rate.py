@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from evaluation.rating import Notebook
 from jobs.errors import UserError
-from webapp.local import guarded, static
+from webapp.local import by_token, guarded, static
 
 
 class Rated(BaseModel):
@@ -64,4 +64,4 @@ def rating_app(book: Notebook, title: str, token: str, port: int) -> FastAPI:
         return {"missing": book.missing}
 
     static(app, {"/": "rate.html", "/rate.js": "rate.js", "/rate.css": "rate.css"})
-    return guarded(app, token, port)
+    return guarded(app, port, by_token(token))

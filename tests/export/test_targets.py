@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -40,6 +41,14 @@ def trained(loaded: LoadedJob, folder: Path) -> Run:
     return run
 
 
+EDGE = ["executorch"] if importlib.util.find_spec("executorch") else []
+"""ExecuTorch is large, and not among what the tests install."""
+
+
+def exact(how: dict[str, object]) -> bool:
+    return how.get("qlora__quant_type") != "int8"
+
+
 def quiet(_: str) -> None:
     """Nobody listens."""
 
@@ -72,7 +81,10 @@ def test_a_writer_through_every_target(
     out = tmp_path / "out"
     outcomes = {outcome.target: outcome for outcome in export(shipped(run), TARGETS, out, quiet)}
     assert list(outcomes) == list(TARGETS)
-    for name in ("merged", "onnx"):
+    if model != "tiny_llama":
+        assert outcomes["onnx-int4"].unavailable is not None
+        assert "has no INT4 builder for models of type" in outcomes["onnx-int4"].unavailable
+    for name in ("merged", "onnx", *EDGE):
         parity = outcomes[name].parity
         assert parity is not None
         assert parity.accepted, parity.reasons
@@ -108,7 +120,7 @@ def everything_in_one_table(run: Run, out: Path, place: Path) -> None:
     known["targets"]["onnx-fp16"] |= {"folder": None, "unavailable": "no room"}
     (out / "onnx-fp16").rename(place / "away")
     (out / "export.json").write_text(json.dumps(known))
-    few = ("--rounds", "1", "--rows", "2", "--new-tokens", "4", "--format", "json")
+    few = ("--rounds", "1", "--rows", "2", "--new-tokens", "4", "--batch-sizes", "1,3", "--format", "json")
     done = lorafleet("benchmark", run.id, "--export", out, *few, cwd=place)
     assert done.returncode == 0, done.stderr
     arms = {arm["arm"]: arm for arm in json.loads(done.stdout)["arms"]}
@@ -121,8 +133,50 @@ def everything_in_one_table(run: Run, out: Path, place: Path) -> None:
         assert speed["tokens_per_second"] > 0
         assert speed["load_seconds"] > 0
         assert speed["peak_memory_gib"] > speed["begun_gib"] > 0
+    for name in ("base", "adapter", "merged", "onnx"):
+        assert [(one["batch_size"], one["length"]) for one in arms[name]["batches"]] == [(1, 64), (3, 64)]
+        assert all(one["tokens_per_second"] > 0 for one in arms[name]["batches"])
+    assert (out / "benchmark" / "batches.csv").read_text().startswith("arm,batch_size,length,ttft_ms")
+    assert "By size of the batch" in (out / "benchmark" / "report.html").read_text()
+    assert list((run.path / "wandb").glob("wandb/offline-run-*-benchmark"))
+    far = lorafleet("benchmark", run.id, "--export", out, "--lengths", "125", cwd=place)
+    assert (far.returncode, "but the model has 128 positions, and an answer takes 32" in far.stderr) == (2, True)
     assert arms["onnx"]["metrics"]["perplexity"] > 1
     assert "unavailable: no room" in (out / "benchmark" / "report.html").read_text()
+
+
+def test_a_llama_in_int4(llama_job: JobMaker, wide_llama: Path, tmp_path: Path) -> None:
+    job = llama_job(
+        "export: {parity: {onnx-int4: {min_agreement: 0.9}}}",
+        model__model_name_or_path=str(wide_llama), train__max_steps=60,
+    )  # fmt: skip
+    run, out = trained(job, tmp_path), tmp_path / "out"
+    done = lorafleet("export", run.id, "--to", "merged,onnx-int4", "-o", out, "--budget-mb", "50", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fits and is the best that does" in done.stdout
+    loaded = open_artefact(out / "onnx-int4", 1)
+    about = loaded.artefact
+    prompts = [loaded.prompt(text) for text in ("is it a good film", "is it bad")]
+    both = write(loaded.model, prompts, 6, about.ends, about.pad_id)
+    assert both == [write(loaded.model, [prompt], 6, about.ends, about.pad_id)[0] for prompt in prompts]
+    said = subprocess.run(
+        [sys.executable, "run.py", "is it bad"], cwd=out / "onnx-int4", capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip().startswith(loaded.text(both[1]).strip())
+    assert "ms a token" in (out / "onnx-int4" / "README.md").read_text()
+
+
+@pytest.mark.skipif(not EDGE, reason="executorch is not installed: pip install 'lorafleet[executorch]'")
+def test_a_writer_on_a_small_device(llama_job: JobMaker, tiny_llama: Path, tmp_path: Path) -> None:
+    run = trained(llama_job(model__model_name_or_path=str(tiny_llama), train__max_steps=30), tmp_path)
+    merged, edge = export(shipped(run), ["merged", "executorch"], tmp_path / "out", quiet, threads=1)
+    assert edge.accepted, edge
+    assert edge.speed is not None
+    assert edge.speed.tokens_per_second > 0
+    prompt = ("-p", "is it a good film", "--max-new-tokens", "6")
+    both = [lorafleet("chat", outcome.folder, *prompt, cwd=tmp_path).stdout for outcome in (merged, edge)]
+    assert both[0] == both[1] != ""
+    assert "docs.pytorch.org/executorch" in (edge.folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -139,10 +193,16 @@ def test_a_classifier_through_every_target(how: dict[str, object], bert_job: Job
     run = trained(bert_job(**{"train__max_steps": 150, "train__learning_rate": 1e-2, **how}), tmp_path)
     done = lorafleet("export", run.id, "--to", "all", "-o", "out", "--format", "json", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout)["targets"]
     assert list(found) == list(TARGETS)
-    exact = how.get("qlora__quant_type") != "int8"
-    for name in ("merged", "onnx") if exact else ():
+    assert found["onnx-int4"]["unavailable"] == (
+        "onnxruntime-genai builds INT4 models that write text, and this one names classes"
+    )
+    assert found["tensorrt"]["unavailable"].startswith("tensorrt needs an NVIDIA GPU")
+    assert found["onnx-int8"]["inference"]["latency_ms"] > 0
+    if EDGE:
+        assert found["executorch"]["parity"]["judged"]["max_logit_difference"] < (1e-4 if exact(how) else 10)
+    for name in ("merged", "onnx") if exact(how) else ():
         assert found[name]["parity"]["judged"]["max_logit_difference"] < 1e-4
     out = tmp_path / "out"
     loaded = open_artefact(out / "onnx-int8", 1)

@@ -308,6 +308,15 @@ def test_an_unmeasured_arm_is_not_the_cheapest() -> None:
     assert choose(table, [pair], Choice("cheapest_within_noise", "accuracy", "maximize", "latency_ms")).arm == "a"
 
 
+def test_costs_that_differ_by_less_than_two_runs_of_one_thing_are_the_same() -> None:
+    pair = Pair(one="lora", other="qlora", metric="accuracy", difference=0.01, interval=(0, 0), p_value=0.6)
+    choice = Choice("cheapest_within_noise", "accuracy", "maximize", "train_seconds")
+    near = choose([arm("lora", 0.71, 22.2), arm("qlora", 0.70, 21.6)], [pair], choice)
+    assert near.arm == "lora"
+    assert "22.2 seconds of training is within 5% of the least of the 2 arms" in near.sentence
+    assert choose([arm("lora", 0.71, 30.0), arm("qlora", 0.70, 21.6)], [pair], choice).arm == "qlora"
+
+
 # ---- samples ----
 
 

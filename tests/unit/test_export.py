@@ -7,16 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deployment import extras
-from deployment.decoding import Sampling, left_padded, positions_of, probabilities, write
+from deployment import extras, runtime, tensorrt
+from deployment.answers import pieces
+from deployment.decoding import RowByRow, Sampling, left_padded, positions_of, probabilities, write
 from deployment.export import prompt_frame
 from deployment.merge import Source
 from deployment.parity import HeldOut
-from deployment.runtime import check_provider, read_artefact
+from deployment.runtime import Loaded, check_provider, read_artefact
 from deployment.unavailable import why_not
 from evaluation.shipped import Shipped
 from jobs.errors import JobFileError, UserError
-from jobs.export import Gate, Judged, gate_of, metric_drop, verdict
+from jobs.export import Artefact, Budget, Gate, Judged, Offer, gate_of, metric_drop, pick, verdict
 from jobs.rows import Row
 from jobs.run import Run
 from tests.conftest import JobMaker, lorafleet
@@ -72,6 +73,62 @@ def test_padding_is_not_counted() -> None:
     assert positions_of(mask).tolist() == [[0, 0, 0], [0, 1, 2]]
 
 
+def test_rows_that_go_one_by_one_are_given_without_padding() -> None:
+    decoder = Counting()
+    assert write(RowByRow(decoder), [[1, 2], [5]], 3, ends=[8], pad_id=0) == [[3, 4, 5], [6, 7]]
+    given = [(ids.tolist(), mask.shape, positions.tolist()) for ids, mask, positions in decoder.seen[:4]]
+    assert given == [
+        ([[1, 2]], (1, 2), [[0, 1]]),
+        ([[5]], (1, 1), [[0]]),
+        ([[3]], (1, 3), [[2]]),
+        ([[6]], (1, 2), [[1]]),
+    ]
+
+
+# ---- answers as they grow ----
+
+ABOUT = Artefact(
+    target="onnx", task="generation", source={"run": "r", "trial_id": "t"}, max_length=16, positions=12, ends=[9],
+    pad_id=0, layers=2, heads=3, head_size=4,
+)  # fmt: skip
+
+
+class Letters(Loaded):
+    """Token n is the n-th of some texts; a half of a character waits for its other half."""
+
+    TEXTS = ("a", "b", "c", "d", "e", "f\ufffd", "fé", "g", "h", "")
+
+    def text(self, tokens):
+        said = "".join(self.TEXTS[token] for token in tokens)
+        return said.replace("f\ufffdfé", "fé")
+
+
+def letters(size: int = 10) -> Letters:
+    return Letters(Path("x"), ABOUT, Counting(size))
+
+
+def test_an_answer_grows_by_whole_characters() -> None:
+    found = list(pieces(letters(), [3], 20, None))
+    assert [(piece.text, piece.tokens, piece.end) for piece in found] == [
+        ("e", 1, None), ("fé", 3, None), ("g", 4, None), ("h", 5, None), ("", 5, "stop"),
+    ]  # fmt: skip
+    assert [piece.text for piece in pieces(letters(), [0], 2, None)] == ["b", "c", ""]
+    assert list(pieces(letters(), [0], 2, None))[-1].end == "length"
+    with pytest.raises(UserError, match="has 12 tokens, but the model has 12 positions"):
+        list(pieces(letters(), [1] * 12, 5, None))
+    assert list(pieces(letters(), [1] * 10, 5, None))[-1].tokens == 2  # as many as there is room for
+    with pytest.raises(UserError, match="the prompt is empty"):
+        list(pieces(letters(), [], 5, None))
+
+
+def test_an_answer_ends_before_a_stop_text() -> None:
+    whole = list(pieces(letters(), [0], 9, None, ["cd"]))
+    assert ("".join(piece.text for piece in whole), whole[-1].end) == ("b", "stop")
+    assert [piece.text for piece in whole] == ["b", ""]  # nothing of the stop text was let out
+    almost = list(pieces(letters(), [0], 3, None, ["cx"]))
+    assert "".join(piece.text for piece in almost) == "bcd"
+
+
 # ---- gates ----
 
 
@@ -109,6 +166,39 @@ def test_a_job_moves_the_gates(bert_job: JobMaker) -> None:
         bert_job("export: {parity: {onnx-int9: {min_agreement: 0.5}}}")
 
 
+# ---- a device's budget ----
+
+
+def test_the_best_that_fits_is_picked() -> None:
+    def offer(target, files_mb, ms, value, metric="perplexity"):
+        return Offer(target=target, files_mb=files_mb, ms=ms, value=value, metric=metric)
+
+    three = [offer("onnx", 500, 20, 12.0), offer("onnx-fp16", 250, 21, 12.001), offer("onnx-int8", 163.04, 7, 12.4)]
+    found, said = pick(three, Budget(files_mb=300))
+    assert found is three[1]
+    assert said == "onnx-fp16 fits and is the best that does: 250.0 MB of 300, 21.0 ms a token, perplexity 12."
+    assert pick(three, Budget(ms=30))[0] is three[1]  # as good as float32, and smaller
+    assert pick(three, Budget(files_mb=600, ms=10))[0] is three[2]
+    found, said = pick(three, Budget(files_mb=200, ms=5))
+    assert found is None
+    assert "onnx has 500.0 MB, 300.0 more than 200, takes 20.0 ms a token, 15.0 more than 5" in said
+    assert said.endswith("onnx-int8 takes 7.0 ms a token, 2.0 more than 5.")
+    classes = [offer("onnx", 90, 3, 0.81, "accuracy"), offer("onnx-int8", 30, None, 0.80, "accuracy")]
+    assert pick(classes, Budget(files_mb=100))[0] is classes[0]
+    assert pick(classes, Budget(files_mb=50, ms=9))[1] == (
+        "Nothing fits: onnx has 90.0 MB, 40.0 more than 50; onnx-int8 was not measured."
+    )
+    assert pick([], Budget(ms=1))[1] == "No target passed its gate, so none can be picked."
+
+
+def test_words_of_a_budget_that_do_not_go_together(tmp_path: Path) -> None:
+    done = lorafleet("export", "x", "--max-ms-per-token", "3", "--no-measure", cwd=tmp_path)
+    assert (done.returncode, "needs what --no-measure leaves out" in done.stderr) == (2, True)
+    done = lorafleet("benchmark", "x", "--batch-sizes", "1,two", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--batch-sizes has 'two', but must be whole numbers above 0" in done.stderr
+
+
 # ---- refusals ----
 
 
@@ -121,7 +211,7 @@ def test_a_learnt_prompt_is_no_weight(bert_job: JobMaker, tmp_path: Path) -> Non
 def test_words_that_are_no_target(tmp_path: Path) -> None:
     done = lorafleet("export", "x", "--to", "onxx", cwd=tmp_path)
     assert done.returncode == 2
-    known = "merged, onnx, onnx-fp16, onnx-int8, or all"
+    known = "merged, onnx, onnx-fp16, onnx-int8, onnx-int4, tensorrt, executorch, or all"
     assert f"--to has 'onxx', but must be some of {known}; did you mean onnx?" in done.stderr
 
 
@@ -129,6 +219,38 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else True)
     assert why_not("onnx-int8") == "onnx-int8 needs onnxruntime: pip install 'lorafleet[onnx]'"
     assert why_not("merged") is None
+    assert why_not("onnx-int4") == "onnx-int4 needs onnxruntime: pip install 'lorafleet[int4]'"
+    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
+    assert why_not("executorch") == "executorch needs executorch: pip install 'lorafleet[executorch]'"
+    assert why_not("onnx") == "onnx needs onnx, onnxscript, onnxruntime: pip install 'lorafleet[onnx]'"
+
+
+def test_tensorrt_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import torch
+
+    install = "pip uninstall onnxruntime, then pip install 'lorafleet[tensorrt]'"
+    none = f"tensorrt needs an NVIDIA GPU, and there is none here; on a machine that has one: {install}"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert why_not("tensorrt") == none
+    with pytest.raises(UserError, match="needs an NVIDIA GPU, and there is none here"):
+        runtime.open_tensorrt(tmp_path, ABOUT, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there is no GPU here: what it would say then
+    assert why_not("tensorrt") == (
+        f"tensorrt needs an onnxruntime that was built with it, and this one was not: {install}"
+    )
+
+
+def test_tensorrts_engines_are_for_one_token_as_for_a_prompt(tmp_path: Path) -> None:
+    shapes = tensorrt.profiles(ABOUT)
+    assert shapes["min"]["past_key_values.1.value"] == (1, 3, 0, 4)
+    assert shapes["min"]["attention_mask"] == (1, 1)
+    assert shapes["max"]["input_ids"] == (8, 12)
+    assert shapes["max"]["attention_mask"] == (8, 24)
+    (name, options), second = tensorrt.providers(tmp_path, ABOUT)
+    assert (name, second) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
+    assert options["trt_profile_opt_shapes"].startswith("input_ids:1x1,attention_mask:1x13,position_ids:1x1,")
+    classes = tensorrt.profiles(ABOUT.model_copy(update={"task": "classification"}))
+    assert classes["max"] == {"input_ids": (8, 16), "attention_mask": (8, 16)}
 
 
 def test_another_provider_is_not_taken_for_the_one(tmp_path: Path) -> None:

@@ -1,0 +1,250 @@
+"""An exported model behind OpenAI's addresses: a real server, with a model that counts."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+
+from commands.serve import production
+from deployment.runtime import Loaded
+from jobs.errors import UserError
+from jobs.export import Artefact
+from tests.conftest import lorafleet
+from tests.unit.test_export import ABOUT, Counting
+from webapp.local import free_socket
+from webapp.openai import Limits, serving_app
+
+TOKEN = "a-word"
+USUAL = Limits()
+
+
+class Letters:
+    """The letter a is token 0, and so on."""
+
+    def encode(self, text: str, **_: object) -> Any:
+        class Encoded:
+            ids = [ord(letter) - ord("a") for letter in text]
+
+        return Encoded()
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "".join(chr(ord("a") + token) for token in ids)
+
+    def enable_truncation(self, _: int) -> None: ...
+
+
+class Slow(Counting):
+    """Takes its time."""
+
+    def __init__(self) -> None:
+        super().__init__(26)
+        self.go = threading.Event()
+        self.go.set()
+
+    def step(self, *given: Any) -> Any:
+        self.go.wait(20)
+        return super().step(*given)
+
+
+class Lengths:
+    """The class of a text is whether it is long."""
+
+    def logits(self, ids_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+        long_B = mask_BT.sum(axis=1) > 3
+        return np.stack([~long_B * 5.0, long_B * 5.0], axis=1).astype(np.float32)
+
+
+def loaded(model: Any, **about: object) -> Loaded:
+    made = Loaded(Path("x"), ABOUT.model_copy(update={"positions": 60, "ends": [25], **about}), model)
+    made.__dict__["tokenizer"] = Letters()  # a cached property
+    return made
+
+
+def framed(turns: list[dict[str, str]]) -> str:
+    if turns[0]["role"] == "system":
+        raise UserError("the model's chat template refuses these messages: no system")
+    return "".join(turn["content"] for turn in turns)
+
+
+@contextmanager
+def served(model: Loaded, limits: Limits = USUAL) -> Iterator[int]:
+    listening = free_socket(0)
+    port = listening.getsockname()[1]
+    app = serving_app(model, "tiny", TOKEN, port, limits, framed)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield port
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listening.close()
+
+
+def ask(port: int, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    sent = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"} | headers
+    text = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
+    connection.request("GET" if text is None else "POST", path, text, sent)
+    answer = connection.getresponse()
+    said = answer.read().decode()
+    connection.close()
+    return answer.status, json.loads(said) if said.startswith("{") else said
+
+
+def test_answers_as_openais_clients_expect_them() -> None:
+    with served(loaded(Counting(26))) as port:
+        assert ask(port, "/v1/models")[1]["data"][0]["id"] == "tiny"
+        code, said = ask(port, "/v1/completions", {"model": "tiny", "prompt": "abc", "max_tokens": 4, "temperature": 0})
+        assert (code, said["object"], said["model"]) == (200, "text_completion", "tiny")
+        assert said["choices"] == [{"index": 0, "text": "defg", "finish_reason": "length", "logprobs": None}]
+        assert said["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+        both = ask(port, "/v1/completions", {"prompt": ["ab", "wx"], "temperature": 0, "stop": "fg"})[1]
+        assert [(one["text"], one["finish_reason"]) for one in both["choices"]] == [("cde", "stop"), ("y", "stop")]
+        one = {"messages": [{"role": "user", "content": "ab"}], "temperature": 0, "max_tokens": 2, "user": "somebody"}
+        said = ask(port, "/v1/chat/completions", one)[1]
+        assert said["choices"][0]["message"] == {"role": "assistant", "content": "cd"}
+        turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "g"))]
+        said = ask(port, "/v1/chat/completions", {"messages": turns, "temperature": 0, "max_completion_tokens": 1})[1]
+        assert said["choices"][0]["message"]["content"] == "h"
+        drawn = {"prompt": "ab", "temperature": 2, "seed": 5, "max_tokens": 8}
+        assert ask(port, "/v1/completions", drawn)[1]["choices"] == ask(port, "/v1/completions", drawn)[1]["choices"]
+        assert ask(port, "/v1/classify", {"input": "a"})[0] == 404  # it writes
+
+
+def test_answers_stream() -> None:
+    with served(loaded(Counting(26))) as port:
+        asked = {"messages": [{"role": "user", "content": "ab"}], "temperature": 0, "max_tokens": 3, "stream": True}
+        code, said = ask(port, "/v1/chat/completions", asked)
+        lines = [line.removeprefix("data: ") for line in said.split("\n\n") if line]
+        assert (code, lines[-1]) == (200, "[DONE]")
+        parts = [json.loads(line)["choices"][0] for line in lines[:-1]]
+        assert parts[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(part["delta"]["content"] for part in parts) == "cde"
+        assert parts[-1]["finish_reason"] == "length"
+        code, said = ask(port, "/v1/completions", {"prompt": "x", "temperature": 0, "stream": True})
+        assert [json.loads(line[6:])["choices"][0]["text"] for line in said.split("\n\n")[:-2]] == ["y", ""]
+
+
+def test_what_would_change_an_answer_is_refused_and_not_ignored() -> None:
+    with served(loaded(Counting(26)), Limits(body_kb=4, new_tokens=8)) as port:
+
+        def refused(path: str, body: Any, **headers: str) -> tuple[int, str]:
+            code, said = ask(port, path, body, **headers)
+            return code, said["error"]["message"] if isinstance(said, dict) else said
+
+        good = {"prompt": "ab"}
+        assert refused("/v1/completions", good | {"presence_penalty": 0.5}) == (
+            400, "presence_penalty is not supported here",
+        )  # fmt: skip
+        assert ask(port, "/v1/completions", good | {"presence_penalty": 0, "logit_bias": {}})[0] == 200
+        assert refused("/v1/completions", good | {"n": 2})[0] == 400
+        assert refused("/v1/completions", good | {"max_tokens": 9}) == (
+            400, "max_tokens is 9, but this server gives 8 at most",
+        )  # fmt: skip
+        assert refused("/v1/completions", good | {"model": "gpt-5"}) == (
+            404, "there is no model 'gpt-5' here, only 'tiny'",
+        )  # fmt: skip
+        assert refused("/v1/completions", good | {"temperature": "hot"})[1].startswith("temperature: ")
+        assert refused("/v1/completions", {"prompt": "a" * 60})[1].startswith("the prompt has 60 tokens, but")
+        assert refused("/v1/completions", {"prompt": "a" * 60, "stream": True})[0] == 400  # before it streams
+        assert refused("/v1/completions", {"prompt": ["a", "b"], "stream": True})[1] == "stream is for one prompt"
+        assert refused("/v1/completions", b"{")[0] == 400
+        assert refused("/v1/chat/completions", {"messages": []})[0] == 400
+        system = {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}
+        assert refused("/v1/chat/completions", system)[1].endswith("refuses these messages: no system")
+        assert refused("/v1/completions", {"prompt": "a" * 5000}) == (413, "the request is larger than 4 KB")
+        assert refused("/v1/completions", good, Authorization="Bearer no")[0] == 401
+        assert refused("/v1/completions", good, Authorization="Bearer é".encode().decode("latin-1"))[0] == 401
+        assert refused("/v1/completions", good, Origin="http://elsewhere")[0] == 403
+        assert refused("/v1/completions", good, Host="elsewhere")[0] == 403
+
+
+def test_a_body_of_unknown_length_ends_as_well() -> None:
+    with served(loaded(Counting(26)), Limits(body_kb=4)) as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        chunks = iter([b"x" * 1000] * 50)
+        headers = {"Authorization": f"Bearer {TOKEN}", "Transfer-Encoding": "chunked"}
+        with suppress(BrokenPipeError, ConnectionResetError):  # it may have hung up already
+            connection.request("POST", "/v1/completions", chunks, headers, encode_chunked=True)
+        assert connection.getresponse().status == 413
+
+
+def test_so_many_at_once_and_so_many_that_wait() -> None:
+    model = Slow()
+    with served(loaded(model), Limits(at_once=1, waiting=1)) as port:
+        model.go.clear()
+        codes: list[int] = []
+        asked = {"prompt": "ab", "max_tokens": 2, "temperature": 0}
+        threads = [
+            threading.Thread(target=lambda: codes.append(ask(port, "/v1/completions", asked)[0])) for _ in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        until = time.time() + 15
+        while len(codes) < 4 and time.time() < until:
+            time.sleep(0.01)
+        assert codes == [429] * 4  # nobody was answered yet: one is in work, one waits
+        model.go.set()
+        for thread in threads:
+            thread.join(20)
+        assert sorted(codes) == [200, 200, 429, 429, 429, 429]
+        assert ask(port, "/v1/completions", asked)[0] == 200  # turns were given back
+
+
+def test_a_client_that_leaves_gives_its_turn_back() -> None:
+    model = Slow()
+    with served(loaded(model), Limits(at_once=1, waiting=0)) as port:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        body = json.dumps({"prompt": "a", "max_tokens": 20, "temperature": 0, "stream": True})
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", body, headers)
+        answer = connection.getresponse()
+        answer.read(10)
+        connection.close()
+        answer.close()
+        asked, until = {"prompt": "ab", "max_tokens": 1, "temperature": 0}, time.time() + 10
+        while (code := ask(port, "/v1/completions", asked)[0]) != 200 and time.time() < until:
+            time.sleep(0.05)
+        assert code == 200
+
+
+def test_classes_as_vllm_names_them() -> None:
+    about = {"task": "classification", "labels": ["short", "long"]}
+    with served(loaded(Lengths(), **about)) as port:
+        said = ask(port, "/v1/classify", {"input": ["ab", "abcdef"]})[1]
+        assert [one["label"] for one in said["data"]] == ["short", "long"]
+        assert said["data"][0]["probs"] == pytest.approx([0.9933, 0.0067], abs=1e-4)
+        assert said["data"][1]["num_classes"] == 2
+        assert ask(port, "/classify", {"input": "ab"})[1]["data"][0]["label"] == "short"
+        assert ask(port, "/v1/completions", {"prompt": "a"})[0] == 404
+
+
+def test_what_serves_it_in_production() -> None:
+    merged = ABOUT.model_copy(update={"target": "merged"})
+    assert production(merged, Path("/m y/merged")) == "vllm serve '/m y/merged' --max-model-len 12"
+    classes = merged.model_copy(update={"task": "classification", "positions": None})
+    assert production(classes, Path("/m")) == "vllm serve /m --runner pooling"
+    assert production(ABOUT, Path("/m")).startswith("`lorafleet export r:t --to merged`")
+
+
+def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
+    done = lorafleet("serve", tmp_path, cwd=tmp_path)
+    assert (done.returncode, "holds no artefact.json" in done.stderr) == (2, True)
+
+
+def test_an_artefact_is_what_it_was_when_it_was_written() -> None:
+    assert Artefact.model_validate_json(ABOUT.model_dump_json()) == ABOUT

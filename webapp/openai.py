@@ -1,0 +1,373 @@
+"""An exported model behind the addresses that OpenAI's clients know: to try and to test with, one machine, few users.
+
+What changes an answer and is not supported is refused, never ignored: a client then knows what it got.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployment.answers import Piece, pieces, room_for
+from deployment.decoding import Sampling
+from deployment.runtime import Loaded
+from jobs.errors import UserError
+from webapp.local import Admit, guarded, same
+
+_CHANGES_NOTHING = frozenset("user metadata store stream_options service_tier parallel_tool_calls".split())
+_MOST_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes on."""
+
+    body_kb: int = 256
+    """KB of a request."""
+    new_tokens: int = 512
+    """Tokens of an answer."""
+    at_once: int = 1
+    """Answers that are written at the same time."""
+    waiting: int = 8
+    """Requests that may wait for their turn; the next is told to come back (429)."""
+
+
+class Refused(Exception):
+    """A request that is answered with an error, as OpenAI's clients expect one."""
+
+    def __init__(self, message: str, code: int = 400, about: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.about = code, about
+
+
+class _Asked(BaseModel):
+    """What all requests have; other fields are let through to be judged by name."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    model: str | None = None
+
+
+class _Writing(_Asked):
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    seed: int | None = Field(None, ge=0)
+    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stream: bool | None = None
+    n: Literal[1] | None = None
+
+    @property
+    def sampling(self) -> Sampling | None:
+        """OpenAI's temperature is 1 where none is given."""
+        heat = 1.0 if self.temperature is None else self.temperature
+        if heat == 0:
+            return None
+        drawn_by = self.seed if self.seed is not None else uuid.uuid4().int % 2**32
+        return Sampling(heat, 1.0 if self.top_p is None else self.top_p, drawn_by)
+
+    @property
+    def stops(self) -> list[str]:
+        """Texts at which an answer is over."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [text for text in given if text]
+
+
+class Completion(_Writing):
+    """POST /v1/completions."""
+
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
+    max_tokens: int | None = Field(None, ge=1)
+
+
+class Turn(BaseModel):
+    """One message."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Chat(_Writing):
+    """POST /v1/chat/completions."""
+
+    messages: list[Turn] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+
+class Classify(_Asked):
+    """POST /v1/classify, as vLLM has it."""
+
+    input: str | Annotated[list[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
+
+
+class _Turns:
+    """So many at once, and so many that wait."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.free = threading.Semaphore(limits.at_once)
+        self.places = threading.Semaphore(limits.at_once + limits.waiting)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold a turn, once it has come. Raises Refused where too many wait."""
+        if not self.places.acquire(blocking=False):
+            raise Refused("too many requests wait already: try again soon", 429)
+        try:
+            with self.free:
+                yield
+        finally:
+            self.places.release()
+
+
+@dataclass
+class _Server:
+    loaded: Loaded
+    name: str
+    limits: Limits
+    framed: Callable[[list[dict[str, str]]], str]
+    made: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.turns = _Turns(self.limits)
+
+    def check(self, asked: _Asked) -> None:
+        """Raises Refused for another model's name and for what would change the answer if it were heeded."""
+        if asked.model is not None and asked.model != self.name:
+            raise Refused(f"there is no model {asked.model!r} here, only {self.name!r}", 404, "model")
+        for key, value in (asked.model_extra or {}).items():
+            if key not in _CHANGES_NOTHING and value not in (None, 0, False, [], {}, ""):
+                raise Refused(f"{key} is not supported here", 400, key)
+
+    def most(self, asked: int | None, default: int) -> int:
+        """Tokens of an answer. Raises Refused above the limit."""
+        if asked is not None and asked > self.limits.new_tokens:
+            raise Refused(f"max_tokens is {asked}, but this server gives {self.limits.new_tokens} at most", 400)
+        return asked or min(default, self.limits.new_tokens)
+
+    def prompt(self, turns: list[Turn]) -> list[int]:
+        """Tokens of a conversation, up to where the answer begins."""
+        if len(turns) == 1 and turns[0].role == "user":
+            return self.loaded.prompt(turns[0].content)  # with training's own system message
+        text = self.framed([turn.model_dump() for turn in turns])
+        return list(self.loaded.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def raw(self, text: str) -> list[int]:
+        """Tokens of a text that is to be continued as it is."""
+        about = self.loaded.artefact
+        return [*about.start, *self.loaded.tokenizer.encode(text, add_special_tokens=False).ids]
+
+    def answer(self, prompt: list[int], most: int, asked: _Writing) -> Iterator[Piece]:
+        """The pieces of an answer, in its turn."""
+        with self.turns.turn():
+            yield from pieces(self.loaded, prompt, most, asked.sampling, asked.stops)
+
+
+def serving_app(
+    loaded: Loaded, name: str, token: str, port: int, limits: Limits, framed: Callable[[list[dict[str, str]]], str]
+) -> FastAPI:
+    """The addresses of one model. `framed` makes a conversation a text; it raises UserError where it cannot."""
+    app = FastAPI(title="lorafleet serve", docs_url=None, redoc_url=None, openapi_url=None)
+    server = _Server(loaded, name, limits, framed)
+    _errors(app)
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        one = {"id": name, "object": "model", "created": server.made, "owned_by": "lorafleet"}
+        return {"object": "list", "data": [one]}
+
+    if loaded.generates:
+        _writers(app, server)
+    else:
+        _classifiers(app, server)
+    app.add_middleware(_Body, most=1000 * limits.body_kb)
+    return guarded(app, port, by_bearer(token))
+
+
+def _writers(app: FastAPI, server: _Server) -> None:
+    @app.post("/v1/completions", response_model=None)
+    async def complete(asked: Completion) -> Response | dict[str, Any]:
+        server.check(asked)
+        texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+        prompts, most = [server.raw(text) for text in texts], server.most(asked.max_tokens, 16)
+        head = _head("cmpl", "text_completion", server)
+        if asked.stream and len(prompts) > 1:
+            raise Refused("stream is for one prompt", 400, "stream")
+        if asked.stream:
+
+            def shape(piece: Piece) -> dict[str, Any]:
+                return {"index": 0, "text": piece.text, "finish_reason": piece.end, "logprobs": None}
+
+            return await _stream(server, prompts[0], most, asked, head, shape)
+        answers = await run_in_threadpool(lambda: [_whole(server, prompt, most, asked) for prompt in prompts])
+        choices = [
+            {"index": index, "text": text, "finish_reason": last.end, "logprobs": None}
+            for index, (text, last) in enumerate(answers)
+        ]
+        return {**head, "choices": choices, "usage": _usage(prompts, [last for _, last in answers])}
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def converse(asked: Chat) -> Response | dict[str, Any]:
+        server.check(asked)
+        prompt = server.prompt(asked.messages)
+        most = server.most(asked.max_completion_tokens or asked.max_tokens, server.limits.new_tokens)
+        if asked.stream:
+
+            def shape(piece: Piece) -> dict[str, Any]:
+                return {"index": 0, "delta": {"content": piece.text}, "finish_reason": piece.end}
+
+            head = _head("chatcmpl", "chat.completion.chunk", server)
+            first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+            return await _stream(server, prompt, most, asked, head, shape, first)
+        text, last = await run_in_threadpool(_whole, server, prompt, most, asked)
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": last.end}
+        head = _head("chatcmpl", "chat.completion", server)
+        return {**head, "choices": [choice], "usage": _usage([prompt], [last])}
+
+
+def _classifiers(app: FastAPI, server: _Server) -> None:
+    labels = server.loaded.artefact.labels
+
+    @app.post("/v1/classify")
+    @app.post("/classify")
+    def classify(asked: Classify) -> dict[str, Any]:
+        server.check(asked)
+        texts = [asked.input] if isinstance(asked.input, str) else asked.input
+        with server.turns.turn():
+            shares_RC = server.loaded.probabilities(texts)
+        data = [
+            {"index": index, "label": labels[int(row_C.argmax())], "probs": row_C.tolist(), "num_classes": len(labels)}
+            for index, row_C in enumerate(shares_RC)
+        ]
+        return {**_head("classify", "list", server), "data": data}
+
+
+def _head(kind: str, what: str, server: _Server) -> dict[str, Any]:
+    now = int(time.time())
+    return {"id": f"{kind}-{uuid.uuid4().hex[:24]}", "object": what, "created": now, "model": server.name}
+
+
+def _whole(server: _Server, prompt: list[int], most: int, asked: _Writing) -> tuple[str, Piece]:
+    found = list(server.answer(prompt, most, asked))
+    return "".join(piece.text for piece in found), found[-1]
+
+
+def _usage(prompts: list[list[int]], last: list[Piece]) -> dict[str, int]:
+    given, made = sum(map(len, prompts)), sum(piece.tokens for piece in last)
+    return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
+
+
+async def _stream(
+    server: _Server,
+    prompt: list[int],
+    most: int,
+    asked: _Writing,
+    head: dict[str, Any],
+    shape: Callable[[Piece], dict[str, Any]],
+    first: dict[str, Any] | None = None,
+) -> Response:
+    """Server-sent events. The first piece is written before the answer begins: what is refused has its own code."""
+    room_for(server.loaded, prompt, most)
+    answer = server.answer(prompt, most, asked)
+    piece = await run_in_threadpool(next, answer, None)
+
+    async def events() -> AsyncIterator[str]:
+        now = piece
+        try:
+            if first is not None:
+                yield _event({**head, "choices": [first]})
+            while now is not None:
+                yield _event({**head, "choices": [shape(now)]})
+                now = await run_in_threadpool(next, answer, None)
+            yield "data: [DONE]\n\n"
+        finally:
+            answer.close()  # type: ignore[attr-defined]  # a generator; a client that leaves gives its turn back
+
+    return StreamingResponse(events(), media_type="text/event-stream")
+
+
+def _event(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def by_bearer(token: str) -> Admit:
+    """Those who send the token as OpenAI's clients send a key."""
+
+    def admit(request: Request) -> Response | None:
+        if same(request.headers.get("authorization", ""), f"Bearer {token}"):
+            return None
+        return _error("the API key is not the one that `lorafleet serve` printed", 401, None)
+
+    return admit
+
+
+def _error(message: str, code: int, about: str | None) -> JSONResponse:
+    kind = "invalid_request_error" if code < 500 else "server_error"
+    more = {"Retry-After": "1"} if code == 429 else None
+    return JSONResponse({"error": {"message": message, "type": kind, "param": about, "code": None}}, code, headers=more)
+
+
+def _errors(app: FastAPI) -> None:
+    @app.exception_handler(Refused)
+    async def refused(_request: Any, error: Refused) -> Response:
+        return _error(str(error), error.code, error.about)
+
+    @app.exception_handler(UserError)
+    async def impossible(_request: Any, error: UserError) -> Response:
+        return _error(str(error), 400, None)
+
+    @app.exception_handler(RequestValidationError)
+    async def misspelt(_request: Any, error: RequestValidationError) -> Response:
+        found = error.errors()[0]
+        where = ".".join(str(part) for part in found["loc"] if part != "body") or "the request"
+        return _error(f"{where}: {found['msg']}", 400, where)
+
+
+class _Body:
+    """Bodies end where they may, whether they say how long they are or not."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request whose body is too long with 413."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        parts, size, more = list[bytes](), 0, True
+        while more:
+            message = await receive()
+            if message["type"] != "http.request":
+                return
+            parts.append(message.get("body", b""))
+            size, more = size + len(parts[-1]), message.get("more_body", False)
+            if size > self.most:
+                text = f"the request is larger than {self.most // 1000} KB"
+                await _error(text, 413, None)(scope, receive, send)
+                return
+        body, given = b"".join(parts), False
+
+        async def again() -> Message:
+            nonlocal given
+            if given:
+                return await receive()
+            given = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self.app(scope, again, send)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, Format, OneRun, Output, Runs, say, show_report
+from commands.common import DEFAULT_RUNS, Format, OneRun, Output, Runs, hush_libraries, say, show_report
 
 
 def benchmark(
@@ -38,6 +38,7 @@ def benchmark(
     from evaluation.shipped import shipped
     from evaluation.wandb_report import track_report
 
+    hush_libraries()
     sizes, tokens = _numbers("--batch-sizes", batch_sizes), _numbers("--lengths", lengths)
     points = tuple((size, length) for length in tokens or (64,) for size in sizes or (1,)) if sizes or tokens else ()
     amount = Amount(rounds, rows, new_tokens, threads, points)

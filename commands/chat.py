@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, AnyRuns
+from commands.common import DEFAULT_RUNS, AnyRuns, hush_libraries
 
 
 def chat(
@@ -31,6 +31,7 @@ def chat(
     from deployment.decoding import Sampling
     from deployment.runtime import open_artefact
 
+    hush_libraries()
     loaded = open_artefact(artefact, threads)
     drawn = Sampling(temperature, top_p, seed) if temperature > 0 else None
     for line in [prompt] if prompt is not None else _lines():

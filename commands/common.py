@@ -92,6 +92,13 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
+def hush_libraries() -> None:
+    """What libraries log below an error is for their own developers: greetings, deprecations, progress."""
+    import logging
+
+    logging.disable(logging.WARNING)
+
+
 def print_json(value: Any) -> None:
     """Data for programs."""
     from jobs.files import finite

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, Format, OneRun, Output, Runs, console, print_json, say
+from commands.common import DEFAULT_RUNS, Format, OneRun, Output, Runs, console, hush_libraries, print_json, say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,6 +55,7 @@ def export(
     from evaluation.shipped import shipped
     from jobs.export import pick
 
+    hush_libraries()
     budget = _budget(budget_mb, max_ms_per_token, measure=measure)
     targets = _targets(to or (_SMALL if budget else _USUAL))
     name, _, trial_id = run.partition(":")
@@ -133,25 +134,26 @@ def _record(outcome: Outcome) -> dict[str, object]:
 def _table(outcomes: list[Outcome]) -> Table:
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from deployment.export import ms_each
     from deployment.runtime import files_mb
     from evaluation.report_text import number
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)  # texts, not markup: an extra's brackets are none
     for title in ("target", "", "MB", "ms", "logits within", "agreement", "metric", "before", "after"):
         table.add_column(title, justify="left" if title in ("target", "") else "right", overflow="fold")
     for outcome in outcomes:
         if outcome.parity is None:
             failed = f"failed: {outcome.failure}" if outcome.failure else f"unavailable: {outcome.unavailable}"
-            table.add_row(outcome.target, failed)
+            table.add_row(outcome.target, Text(failed))
             continue
         judged = outcome.parity.judged
         assert outcome.folder is not None
         verdict = "accepted" if outcome.accepted else f"rejected: {'; '.join(outcome.parity.reasons)}"
         table.add_row(
             outcome.target,
-            verdict,
+            Text(verdict),
             f"{files_mb(outcome.folder):.1f}",
             number(ms_each(outcome.speed), 1),
             number(judged.max_logit_difference),

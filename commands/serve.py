@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, AnyRuns, say
+from commands.common import DEFAULT_RUNS, AnyRuns, hush_libraries, say
 
 if TYPE_CHECKING:
     import socket
@@ -37,11 +36,13 @@ def serve(
     """
     import uvicorn
 
+    from deployment.conversation import framed
     from deployment.runtime import open_artefact, read_artefact
     from jobs.errors import UserError
     from webapp.local import free_socket, new_token
     from webapp.openai import Limits, serving_app
 
+    hush_libraries()
     about = read_artefact(artefact)
     try:
         listening = free_socket(port)
@@ -54,7 +55,7 @@ def serve(
         token = own or new_token()
         limits = Limits(max_body_kb, max_tokens, concurrency, queue)
         name = artefact.absolute().name
-        app = serving_app(loaded, name, token, taken, limits, lambda turns: _framed(artefact, turns))
+        app = serving_app(loaded, name, token, taken, limits, lambda turns: framed(artefact, turns))
         say(f"for production: {production(about, artefact)}")
         _invite(about, name, token if own is None else None, listening)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
@@ -84,23 +85,3 @@ def production(about: Artefact, folder: Path) -> str:
     kind = ["--runner", "pooling"] if about.task == "classification" else []
     length = ["--max-model-len", str(about.positions)] if about.positions else []
     return shlex.join(["vllm", "serve", str(folder.absolute()), *kind, *length])
-
-
-def _framed(folder: Path, turns: list[dict[str, str]]) -> str:
-    """A conversation as the model's chat template writes it. Raises UserError where it has none, or refuses."""
-    from jobs.errors import UserError
-
-    tokenizer = _tokenizer(folder)
-    if not tokenizer.chat_template:
-        raise UserError("this model has no chat template: it takes one user message alone")
-    try:
-        return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # templates raise what they like
-        raise UserError(f"the model's chat template refuses these messages: {error}") from error
-
-
-@functools.cache
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(folder))

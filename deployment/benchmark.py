@@ -38,6 +38,8 @@ class Variant:
     unavailable: str | None = None
     folder: Path | None = None
     parity: Parity | None = None
+    score: dict[str, Any] | None = None
+    """How good it is, where no parity says so: metric, value, interval."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
     plain |= {"rows": amount.rows, "new_tokens": amount.new_tokens, "points": amount.points}
     _check_room(given, amount)
     base = f"the base, untuned{f', {given.job.qlora.quant_type.upper()}' if given.job.method == 'qlora' else ''}"
-    found = [Variant("base", base, plain | {"weights": None})]
+    found = [Variant("base", base, plain | {"weights": None}, score=files.read_json(out / SUMMARY).get("base"))]
     if given.weights is not None:
         found.append(Variant("adapter", f"{given.job.method}, as trained", plain | {"weights": str(given.weights)}))
     rows = _rows(given, data, split, amount)
@@ -177,6 +179,9 @@ def _arm(
         metrics[judged.metric], ends = judged.after, judged.after_interval
     elif source and variant.name == "adapter":
         metrics[source.metric], ends = source.before, source.before_interval
+    elif variant.score:
+        metrics[variant.score["metric"]] = variant.score["value"]
+        ends = tuple(variant.score["interval"]) if variant.score["interval"] else None
     else:
         ends = None
     if ends:

@@ -12,7 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from deployment.edge import export_executorch
 from deployment.int4 import to_int4
 from deployment.merge import Source
 from deployment.onnx_model import OPSET, cache_shape, export_onnx, to_fp16, to_int8
-from deployment.parity import HeldOut, Seen, judge, look
+from deployment.parity import HeldOut, Score, Seen, judge, look, score
 from deployment.runtime import ARTEFACT_FILE, Loaded, TorchClassifier, TorchDecoder, files_mb, open_artefact
 from deployment.tensorrt import to_tensorrt
 from deployment.unavailable import Unavailable, why_not
@@ -108,7 +108,7 @@ def export(
         outcomes = []
         for target in wanted:
             outcomes.append(work.outcome(target))
-            _write_summary(given, outcomes[-1], out)
+            _write_summary(given, outcomes[-1], out, work.base)
     return outcomes
 
 
@@ -124,6 +124,7 @@ class _Work:
         self.held_out = held_out_rows(source)
         classifies = bool(self.held_out.classes)
         self.seen: Seen = look((TorchClassifier if classifies else TorchDecoder)(source.model), self.held_out)
+        self.base = _base_of(source.model, self.held_out)
         self.int8_base = source.quantised and given.job.qlora.quant_type == "int8"
         self.about = about(source)
         tell("merging the adapter into the weights")
@@ -247,6 +248,14 @@ class _Work:
         return self.about.model_copy(update={"target": target, "opset": OPSET if onnx else None})
 
 
+def _base_of(model: Any, held_out: HeldOut) -> Score | None:
+    """How good the base is without its adapter on the same rows; None where all of it was trained."""
+    if not hasattr(model, "disable_adapter"):
+        return None
+    with model.disable_adapter():
+        return score((TorchClassifier if held_out.classes else TorchDecoder)(model), held_out)
+
+
 def held_out_rows(source: Source) -> HeldOut:
     """The first test rows of the job's data (validation, where there are no others), at most `export.rows`."""
     data, job = source.data, source.job
@@ -352,7 +361,7 @@ def _move(folder: Path, place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_summary(given: Shipped, outcome: Outcome, out: Path) -> None:
+def _write_summary(given: Shipped, outcome: Outcome, out: Path, base: Score | None) -> None:
     """export.json: every target that was asked for so far, of which model, and what became of it."""
     before = files.read_json(out / SUMMARY).get("targets", {})
     now = {
@@ -368,4 +377,4 @@ def _write_summary(given: Shipped, outcome: Outcome, out: Path) -> None:
             "seconds": round(outcome.seconds, 1),
         }
     }
-    files.write_json(out / SUMMARY, {"targets": before | now})
+    files.write_json(out / SUMMARY, {"targets": before | now, "base": asdict(base) if base else None})

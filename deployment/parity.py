@@ -93,6 +93,11 @@ def _classes(model: Any, held_out: HeldOut) -> Seen:
 
 
 def _tokens(model: Decoder, held_out: HeldOut) -> Seen:
+    return Seen(*_whole(model, held_out), _in_steps(model, held_out))
+
+
+def _whole(model: Decoder, held_out: HeldOut) -> tuple[list[np.ndarray], RowResults]:
+    """(logits at the places that are compared, how well each row was foretold)."""
     logits, losses, counts = [], [], []
     for number, row in enumerate(held_out.rows):
         ids_1T = np.array([row], np.int64)
@@ -103,8 +108,7 @@ def _tokens(model: Decoder, held_out: HeldOut) -> Seen:
         losses.append(_nll(learnt_PV, ids_1T[0, first:]).sum())
         counts.append(len(row) - first)
         logits.append(found_1TV[0, held_out.places(number)])
-    results = RowResults(np.array(losses), np.array(counts))
-    return Seen(logits, results, _in_steps(model, held_out))
+    return logits, RowResults(np.array(losses), np.array(counts))
 
 
 def _in_steps(model: Decoder, held_out: HeldOut) -> list[np.ndarray]:
@@ -155,6 +159,22 @@ def judge(source: Seen, target: Seen) -> Judged:
         after=after[0],
         after_interval=after[1],
     )
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good a model is on held-out rows."""
+
+    metric: str
+    value: float | None
+    interval: tuple[float, float] | None
+
+
+def score(model: Any, held_out: HeldOut) -> Score:
+    """The metric by which targets are judged, of any model."""
+    results = _classes(model, held_out).results if held_out.classes else _whole(model, held_out)[1]
+    name = "accuracy" if results.classified else "perplexity"
+    return Score(name, *_score(results, name))
 
 
 def _distance(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> tuple[float, float]:

@@ -122,9 +122,13 @@ def open_tensorrt(folder: Path, artefact: Artefact, threads: int) -> Decoder | O
 
 
 def open_executorch(folder: Path, artefact: Artefact, threads: int) -> Decoder | EdgeClassifier:
-    """A model of ExecuTorch's own runtime. It takes as many threads as it likes."""
+    """A model of ExecuTorch's own runtime."""
     require("executorch", "running an ExecuTorch model")
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
     from executorch.runtime import Runtime
+
+    if threads:
+        _unsafe_reset_threadpool(threads)
 
     program = Runtime.get().load_program(folder / PTE_FILE)
     method = program.load_method("forward")

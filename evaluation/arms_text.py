@@ -66,8 +66,12 @@ def _speeds() -> list[tuple[str, Cell]]:
         ("tokens/s", speed(lambda found: found.tokens_per_second, 1)),
         ("samples/s", speed(lambda found: found.samples_per_second, 1)),
         ("inference GiB", speed(lambda found: found.peak_memory_gib, 2)),
-        ("load s", speed(lambda found: found.load_seconds, 1)),
+        ("load s", lambda arm: _seconds(arm.inference.load_seconds) if arm.inference else MISSING),
     ]
+
+
+def _seconds(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}"
 
 
 def _quality(name: str) -> Cell:

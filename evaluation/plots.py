@@ -64,12 +64,17 @@ def _pareto(axes: Axes, report: Report, cost: Cost) -> bool:
         if ends:
             axes.plot([price, price], ends, color=colour, linewidth=0.8, alpha=0.6)
         axes.plot(price, value, marker="o", color=colour, markersize=7, linestyle="none", zorder=3)
-    for names, at, colour in _labels(priced, report):
-        axes.annotate(names, at, textcoords="offset points", xytext=(7, 5), fontsize=9, color=colour)
+    labels = sorted(_labels(priced, report), key=lambda label: label[1])
+    for number, (names, at, colour) in enumerate(labels):
+        beside = (7, _LABEL_HEIGHTS[number % len(_LABEL_HEIGHTS)])  # neighbours may be as good as each other
+        axes.annotate(names, at, textcoords="offset points", xytext=beside, fontsize=9, color=colour)
     axes.margins(x=0.18)
     axes.set_xlabel(COSTS[cost][0])
     axes.set_ylabel(f"{report.held_out} {report.metric}")
     return True
+
+
+_LABEL_HEIGHTS = (5, -13, 19, -27)
 
 
 def _labels(priced: list[tuple[Arm, float]], report: Report) -> list[tuple[str, tuple[float, float], str]]:

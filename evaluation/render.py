@@ -8,6 +8,7 @@ import io
 from typing import TYPE_CHECKING
 
 from evaluation.arms_text import (
+    BENCHMARK,
     arm_columns,
     arm_records,
     batch_records,
@@ -272,7 +273,7 @@ def _arm_tiles(report: Report) -> list[tuple[str, str]]:
         return []
     found = [("arm", arm.arm), (f"{report.held_out} {report.metric}", number(arm.metrics.get(report.metric)))]
     base = report.base.test_metrics
-    if base:
+    if base and report.state != BENCHMARK:  # of other rows
         found.append((f"untuned base, {report.metric}", number(base.get(report.metric))))
     if arm.train_seconds:
         found.append(("one training", duration(arm.train_seconds)))

@@ -21,7 +21,7 @@ from deployment.parity import judge, look
 from deployment.runtime import TorchDecoder, open_artefact
 from evaluation.shipped import shipped
 from jobs import files
-from jobs.export import TARGETS, Gate, gate_of, verdict
+from jobs.export import TARGETS, Gate, Target, gate_of, verdict
 from jobs.load import LoadedJob
 from jobs.run import Run, TrialState
 from tests.conftest import JobMaker, lorafleet, opinions
@@ -41,7 +41,7 @@ def trained(loaded: LoadedJob, folder: Path) -> Run:
     return run
 
 
-EDGE = ["executorch"] if importlib.util.find_spec("executorch") else []
+EDGE: list[Target] = ["executorch"] if importlib.util.find_spec("executorch") else []
 """ExecuTorch is large, and not among what the tests install."""
 
 
@@ -84,7 +84,8 @@ def test_a_writer_through_every_target(
     if model != "tiny_llama":
         assert outcomes["onnx-int4"].unavailable is not None
         assert "has no INT4 builder for models of type" in outcomes["onnx-int4"].unavailable
-    for name in ("merged", "onnx", *EDGE):
+    exact_ones: list[Target] = ["merged", "onnx", *EDGE]
+    for name in exact_ones:
         parity = outcomes[name].parity
         assert parity is not None
         assert parity.accepted, parity.reasons
@@ -120,6 +121,9 @@ def everything_in_one_table(run: Run, out: Path, place: Path) -> None:
     known["targets"]["onnx-fp16"] |= {"folder": None, "unavailable": "no room"}
     (out / "onnx-fp16").rename(place / "away")
     (out / "export.json").write_text(json.dumps(known))
+    gone = lorafleet("export", run.id, "--to", "tensorrt", "-o", place / "trt", cwd=place)
+    assert gone.returncode == 2
+    assert "pip install 'lorafleet[tensorrt]'" in " ".join(gone.stdout.split())  # not as markup, which ends there
     few = ("--rounds", "1", "--rows", "2", "--new-tokens", "4", "--batch-sizes", "1,3", "--format", "json")
     done = lorafleet("benchmark", run.id, "--export", out, *few, cwd=place)
     assert done.returncode == 0, done.stderr
@@ -141,7 +145,7 @@ def everything_in_one_table(run: Run, out: Path, place: Path) -> None:
     assert list((run.path / "wandb").glob("wandb/offline-run-*-benchmark"))
     far = lorafleet("benchmark", run.id, "--export", out, "--lengths", "125", cwd=place)
     assert (far.returncode, "but the model has 128 positions, and an answer takes 32" in far.stderr) == (2, True)
-    assert arms["onnx"]["metrics"]["perplexity"] > 1
+    assert arms["base"]["metrics"]["perplexity"] > arms["onnx"]["metrics"]["perplexity"] > 1
     assert "unavailable: no room" in (out / "benchmark" / "report.html").read_text()
 
 

@@ -48,10 +48,22 @@ class _Known:
 
 
 def make_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
-    """Everything that `sweep`, `train` or `compare` would do. Raises a UserError where it could not begin."""
+    """Everything that `sweep`, `train`, `compare`, `export` or `benchmark` would do.
+
+    Raises a UserError where it could not begin.
+    """
+    if command in ("export", "benchmark"):
+        return _plan_of_delivery(loaded, site, command)
     other = "search" if command == "compare" else "compare"  # what a command does not look at decides nothing
     loaded = dataclasses.replace(loaded, job=loaded.job.model_copy(update={other: None}))
     return _plan_of_arms(loaded, site) if command == "compare" else _plan(loaded, site, command)
+
+
+def _plan_of_delivery(loaded: LoadedJob, site: Site, command: str) -> Plan:
+    """A job without trials, in the place of one."""
+    job = loaded.job.model_copy(update={"search": None, "compare": None})
+    nothing = {"trials": [], "worst_samples": 0, "expected_samples": 0, "rung_levels": [], "rung_steps": []}
+    return _plan(dataclasses.replace(loaded, job=job), site, "train").model_copy(update={"command": command} | nothing)
 
 
 def _plan_of_arms(loaded: LoadedJob, site: Site) -> Plan:

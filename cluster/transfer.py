@@ -27,12 +27,14 @@ from jobs.handover import TEXTS
 from jobs.plan import MANIFEST
 from jobs.run import Run
 
-Which = Literal["none", "best", "all"]
-"""Of which trials the weights come along."""
+Which = Literal["none", "best", "all", "exports"]
+"""Of which trials the weights come along; or what was exported from them."""
 _NOT_BROUGHT = {"tune", "attempts", ".reserve", "stop", "site.json", "submission.json", MANIFEST, *TEXTS}
 """At the top of a run's folder: Ray Tune's own, and what belongs to one side alone. Neither sent nor taken."""
 _HEAVY = {"checkpoints", "adapter", "model"}
 """Of a trial's folder."""
+_SAID = (".json", ".jsonl", ".md", ".html", ".csv")
+"""Of a folder of exported models: what says what they are."""
 _SAME_SECONDS = 0.002
 _BLOCK = 2**20
 
@@ -57,6 +59,8 @@ def record(run: Run, which: Which = "none", *, whole: bool = False, texts: bool 
         if top in _NOT_BROUGHT and not (texts and top in TEXTS):
             continue
         if top == "wandb" and not whole:
+            continue
+        if top == "export" and which != "exports" and path.suffix not in _SAID:
             continue
         if inner in _HEAVY and (inner == "checkpoints" or not (which == "all" or parts[1] == best)):
             continue

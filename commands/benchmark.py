@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, Format, OneRun, Output, Runs, hush_libraries, say, show_report
+from commands.common import DEFAULT_RUNS, Format, On, OneRun, Output, Runs, hush_libraries, say, show_report
+from commands.deliver import deliver
+from commands.sweep import Detach, Wait
 
 
 def benchmark(
@@ -28,9 +30,31 @@ def benchmark(
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
     runs: Runs = DEFAULT_RUNS,
+    on: On = None,
     output: Output = Format.TEXT,
+    detach: Detach = False,
+    wait: Wait = False,
 ) -> None:
     """Measure base, adapter and exported targets of a run (RUN, or RUN:TRIAL): size, speed, memory, metric."""
+    from jobs.export import Delivery
+
+    hush_libraries()
+    sizes, tokens = _numbers("--batch-sizes", batch_sizes), _numbers("--lengths", lengths)
+    points = tuple((size, length) for length in tokens or (64,) for size in sizes or (1,)) if sizes or tokens else ()
+    name, _, trial_id = run.partition(":")
+    if on is not None:
+        wanted = Delivery(
+            run=name,
+            trial_id=trial_id,
+            output=str(exported) if exported else "",
+            threads=threads,
+            rounds=rounds,
+            rows=rows,
+            new_tokens=new_tokens,
+            points=points,
+        )
+        deliver("benchmark", name, wanted, runs, on, output=output, detach=detach, wait=wait)
+        return
     from cluster.store import find_run
     from deployment.benchmark import Amount, variants
     from deployment.benchmark import benchmark as measure
@@ -38,11 +62,7 @@ def benchmark(
     from evaluation.shipped import shipped
     from evaluation.wandb_report import track_report
 
-    hush_libraries()
-    sizes, tokens = _numbers("--batch-sizes", batch_sizes), _numbers("--lengths", lengths)
-    points = tuple((size, length) for length in tokens or (64,) for size in sizes or (1,)) if sizes or tokens else ()
     amount = Amount(rounds, rows, new_tokens, threads, points)
-    name, _, trial_id = run.partition(":")
     found = find_run(runs, name)
     given = shipped(found, trial_id)
     out = (exported or found.path / "export").absolute()

@@ -13,8 +13,8 @@ import typer
 from commands.common import say
 
 if TYPE_CHECKING:
+    from cluster.driver import Driver
     from jobs.run import Run
-    from tuning.driver import Driver
 
 _UP_SECONDS = 900.0
 """How long the pods of a cluster may take to join its Ray."""
@@ -36,7 +36,7 @@ def execute(
     found = Run(run.absolute())
     if job is not None:
         found = _begin(run.absolute(), job)
-    from tuning.allocation import allocation_here
+    from cluster.allocation import allocation_here
 
     try:
         code = _driver(found).execute()
@@ -51,7 +51,12 @@ def execute(
 def _driver(run: Run) -> Driver:
     from jobs import files
 
-    if files.read_json(run.path / "plan.json").get("command") == "compare":
+    command = files.read_json(run.path / "plan.json").get("command")
+    if command in ("export", "benchmark"):
+        from deployment.driver import DeliveryDriver
+
+        return DeliveryDriver(run)
+    if command == "compare":
         from tuning.compare import Comparison
 
         return Comparison(run)
@@ -70,7 +75,8 @@ def _as_a_job(run: Run, code: int) -> int:
 
     stop = run.path / "stop"
     ended_by_user = stop.is_file() and bool(stop.read_text())
-    return ExitCode.OK if ended_by_user or code == ExitCode.SOME_TRIALS_FAILED else code
+    known = (ExitCode.SOME_TRIALS_FAILED, ExitCode.GATE_REFUSED)
+    return ExitCode.OK if ended_by_user or code in known else code
 
 
 def _begin(folder: Path, document: Path) -> Run:

@@ -89,19 +89,20 @@ def failed(run: Path, sentence: str) -> None:
 @node.command()
 def send(
     run: Path,
-    weights: Annotated[str, typer.Option(help="none, best or all.")] = "none",
+    weights: Annotated[str, typer.Option(help="none, best, all or exports.")] = "none",
     whole: Annotated[bool, typer.Option("--whole", help="W&B's records too.")] = False,
     texts: Annotated[bool, typer.Option("--texts", help="The job and the plan too.")] = False,
 ) -> None:
     """Print what of a run's record the other side lacks as a compressed tar; it says on one line what it has."""
     import json
     import sys
+    from typing import get_args
 
     from cluster.transfer import Which, pack
     from jobs.run import Run
 
     have = {name: (size, changed) for name, (size, changed) in json.loads(sys.stdin.readline()).items()}
-    which: Which = "best" if weights == "best" else "all" if weights == "all" else "none"
+    which: Which = next((known for known in get_args(Which) if known == weights), "none")
     pack(Run(run), have, which, sys.stdout.buffer, whole=whole, texts=texts)
 
 

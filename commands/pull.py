@@ -16,12 +16,13 @@ class Adapters(StrEnum):
     BEST = "best"
     ALL = "all"
     NONE = "none"
+    EXPORTS = "exports"
 
 
 def pull(
     run: OneRun,
     adapters: Annotated[
-        Adapters, typer.Option("--adapters", help="Whose weights come along: the recommended trial's, all, or none.")
+        Adapters, typer.Option("--adapters", help="Whose weights come along: the recommended trial's, all, none, or exported models.")
     ] = Adapters.BEST,
     on: Annotated[
         str | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
@@ -14,7 +15,9 @@ import typer
 
 from commands.common import Format, console, say, show_report
 from commands.logs import driver_log
+from jobs import files
 from jobs.errors import ExitCode
+from jobs.export import EXPORTED
 from jobs.run import Run
 
 if TYPE_CHECKING:
@@ -116,6 +119,12 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
     """The report of a run that has ended, or why there is none."""
     status = run.status()
     log = driver_log(run)
+    if (run.path / EXPORTED).is_file():
+        from commands.deliver import show_exported
+        from jobs.export import Exported
+
+        show_exported(Exported.model_validate_json(json.dumps(_told(run.path / EXPORTED))), output)
+        return
     if not run.trials() and not (run.path / "report" / "report.json").is_file():
         for line in _last_lines(log):
             say(line)
@@ -148,6 +157,12 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
         say(f"`lorafleet pull {run.id}` brings the adapter")
     if status.get("reason"):
         say(f"{run.id}: {status['reason']}")
+
+
+def _told(path: Path) -> dict[str, Any]:
+    told = files.read_json(path)
+    told.pop("schema_version", None)
+    return told
 
 
 def _last_lines(path: Path, count: int = 3) -> list[str]:

@@ -12,7 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,21 @@ from evaluation.comparison import inference_of
 from evaluation.shipped import Shipped
 from jobs import files
 from jobs.errors import UserError
-from jobs.export import NEEDS, TARGETS, Artefact, Gate, Judged, Offer, Parity, Target, gate_of, verdict
+from jobs.export import (
+    NEEDS,
+    TARGETS,
+    Artefact,
+    Delivery,
+    Exported,
+    Gate,
+    Judged,
+    Made,
+    Parity,
+    Target,
+    gate_of,
+    pick,
+    verdict,
+)
 from jobs.hub import model_revision
 from jobs.report import Inference
 from jobs.rows import Row
@@ -53,45 +67,9 @@ _PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one target."""
-
-    target: Target
-    folder: Path | None = None
-    """Where it lies; None: it could not be made here."""
-    parity: Parity | None = None
-    unavailable: str | None = None
-    """Why it could not be made here."""
-    failure: str | None = None
-    """Why it could not be made at all."""
-    seconds: float = 0.0
-    speed: Inference | None = None
-    """What it takes on this machine; None: not measured."""
-
-    @property
-    def offer(self) -> Offer | None:
-        """What it has for a device; None for what was not accepted."""
-        if self.parity is None or not self.accepted or self.folder is None or self.parity.judged.after is None:
-            return None
-        judged = self.parity.judged
-        return Offer(
-            target=self.target,
-            files_mb=files_mb(self.folder),
-            ms=ms_each(self.speed),
-            metric=judged.metric,
-            value=self.parity.judged.after,
-        )
-
-    @property
-    def accepted(self) -> bool:
-        """Whether it may be shipped."""
-        return self.parity is not None and self.parity.accepted
-
-
 def export(
     given: Shipped, targets: Sequence[Target], out: Path, tell: Callable[[str], None], threads: int = 0
-) -> list[Outcome]:
+) -> list[Made]:
     """Make the targets below `out`: what passes its gate in `out/TARGET`, what does not in `out/rejected/TARGET`.
 
     What passes is measured with so many CPU threads, in a process of its own; 0: it is not. Raises UserError for a
@@ -136,19 +114,19 @@ class _Work:
     def _place(self, target: Target) -> Path:
         return self.scratch / target
 
-    def outcome(self, target: Target) -> Outcome:
-        """Build, judge and move one target."""
+    def outcome(self, target: Target) -> Made:
+        """Build, judge, measure and move one target."""
         reason = why_not(target)
         if reason:
-            return Outcome(target, unavailable=reason)
+            return Made(target=target, unavailable=reason)
         began = time.monotonic()
         broken = NEEDS.get(target)
         if broken in self.failed:
-            return Outcome(target, failure=f"it is made from {broken}, which failed")
+            return Made(target=target, failure=f"it is made from {broken}, which failed")
         try:
             folder, parity = self._made(target)
         except Unavailable as error:
-            return Outcome(target, unavailable=str(error))
+            return Made(target=target, unavailable=str(error))
         except (OSError, MemoryError):
             raise  # of the machine, and not of this target
         except Exception as error:  # exporters and runtimes have no error of their own in common
@@ -156,7 +134,7 @@ class _Work:
             notes = self.out / f"{target}-traceback.txt"
             files.write_text(notes, traceback.format_exc())
             said = (str(error).strip().splitlines() or [""])[0][:200]
-            return Outcome(target, failure=f"{type(error).__name__}: {said} (its traceback is in {notes})")
+            return Made(target=target, failure=f"{type(error).__name__}: {said} (its traceback is in {notes})")
         files.write_json(folder / "parity.json", parity.model_dump(mode="json"))
         speed = self._speed(target, folder) if parity.accepted and self.threads else None
         write_card(folder, self._artefact(target), parity, self.given, speed)
@@ -165,7 +143,15 @@ class _Work:
         self.built[target] = place
         stale = self.out / (f"{REJECTED}/{target}" if parity.accepted else target)
         shutil.rmtree(stale, ignore_errors=True)
-        return Outcome(target, place, parity, seconds=time.monotonic() - began, speed=speed)
+        return Made(
+            target=target,
+            accepted=parity.accepted,
+            folder=str(place),
+            parity=parity,
+            files_mb=files_mb(place),
+            inference=speed,
+            seconds=time.monotonic() - began,
+        )
 
     def _speed(self, target: Target, folder: Path) -> Inference | None:
         """What it takes on this machine: a first number, for the card and a budget; `benchmark` compares."""
@@ -336,13 +322,6 @@ def prompt_frame(tokenizer: Any, row: Row) -> tuple[str, str, list[int]]:
     return parts[0], parts[1], []
 
 
-def ms_each(speed: Inference | None) -> float | None:
-    """Milliseconds a token, or (of a classifier) a row; None where it was not measured."""
-    if speed is None:
-        return None
-    return 1000 / speed.tokens_per_second if speed.tokens_per_second else speed.latency_ms
-
-
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -361,20 +340,29 @@ def _move(folder: Path, place: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_summary(given: Shipped, outcome: Outcome, out: Path, base: Score | None) -> None:
+def _write_summary(given: Shipped, made: Made, out: Path, base: Score | None) -> None:
     """export.json: every target that was asked for so far, of which model, and what became of it."""
     before = files.read_json(out / SUMMARY).get("targets", {})
     now = {
-        outcome.target: {
+        made.target: {
             "run": given.run.id,
             "trial_id": given.trial_id,
-            "accepted": outcome.accepted,
-            "folder": str(outcome.folder.relative_to(out)) if outcome.folder else None,
-            "unavailable": outcome.unavailable or outcome.failure,
-            "reasons": outcome.parity.reasons if outcome.parity else [],
-            "files_mb": files_mb(outcome.folder) if outcome.folder else None,
-            "ms": ms_each(outcome.speed),
-            "seconds": round(outcome.seconds, 1),
+            "accepted": made.accepted,
+            "folder": str(Path(made.folder).relative_to(out)) if made.folder else None,
+            "unavailable": made.unavailable or made.failure,
+            "reasons": made.parity.reasons if made.parity else [],
+            "files_mb": made.files_mb,
+            "ms": made.ms,
+            "seconds": round(made.seconds, 1),
         }
     }
     files.write_json(out / SUMMARY, {"targets": before | now, "base": asdict(base) if base else None})
+
+
+def delivered(given: Shipped, wanted: Delivery, out: Path, tell: Callable[[str], None]) -> Exported:
+    """Do what was asked for, and pick what fits a device."""
+    made = export(given, wanted.targets, out, tell, wanted.threads)
+    if wanted.budget is None:
+        return Exported(targets=made, output=str(out))
+    picked, sentence = pick([one.offer for one in made if one.offer], wanted.budget)
+    return Exported(targets=made, picked=picked.target if picked else None, sentence=sentence, output=str(out))

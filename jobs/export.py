@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 
 from jobs.base import Spec
+from jobs.errors import ExitCode
+from jobs.report import Inference
 
 Target = Literal["merged", "onnx", "onnx-fp16", "onnx-int8", "onnx-int4", "tensorrt", "executorch"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -226,6 +228,97 @@ def _beyond(offer: Offer, budget: Budget) -> list[str]:
     elif budget.ms is not None and offer.ms is not None and offer.ms > budget.ms:
         found.append(f"takes {offer.ms:.1f} ms {_each(offer)}, {offer.ms - budget.ms:.1f} more than {budget.ms:g}")
     return found
+
+
+EXPORTED = "exported.json"
+"""Of the run of an export: what became of it."""
+
+
+class Delivery(Spec):
+    """What an export or a benchmark is asked for where it runs as a job of its own."""
+
+    run: str
+    """The run whose model it is: its folder's name beside this one, or its path there."""
+    trial_id: str = ""
+    """The trial; empty: what the run recommends."""
+    output: str = ""
+    """Folder of the targets; empty: `export` in the run's folder."""
+    targets: tuple[Target, ...] = ()
+    """What to make."""
+    threads: int = 1
+    """CPU threads with which targets are measured; 0: they are not."""
+    budget: Budget | None = None
+    """What a device has."""
+    rounds: int = 3
+    """Of a benchmark: how often each variant is measured."""
+    rows: int = 8
+    """Of a benchmark: held-out rows."""
+    new_tokens: int = 32
+    """Of a benchmark: tokens of every answer."""
+    points: tuple[tuple[int, int], ...] = ()
+    """Of a benchmark: batches that are measured as well, (rows, tokens of each)."""
+
+
+class Made(Spec):
+    """One line of what became of an export."""
+
+    target: Target
+    """Which."""
+    accepted: bool = False
+    """Whether it may be shipped."""
+    folder: str | None = None
+    """Where it lies; null: it could not be made."""
+    unavailable: str | None = None
+    """Why this machine or this model cannot have it."""
+    failure: str | None = None
+    """Why it could not be made at all."""
+    parity: Parity | None = None
+    """How far it is from its source."""
+    files_mb: float | None = None
+    """MB on disk."""
+    inference: Inference | None = None
+    """What it takes where it was made; null: not measured."""
+    seconds: float = 0.0
+    """Seconds that it took to make."""
+
+    @property
+    def ms(self) -> float | None:
+        """Milliseconds a token, or (of a classifier) a row; None where it was not measured."""
+        speed = self.inference
+        if speed is None:
+            return None
+        return 1000 / speed.tokens_per_second if speed.tokens_per_second else speed.latency_ms
+
+    @property
+    def offer(self) -> Offer | None:
+        """What it has for a device; None for what was not accepted."""
+        if not self.accepted or self.parity is None or self.parity.judged.after is None or self.files_mb is None:
+            return None
+        judged = self.parity.judged
+        assert judged.after is not None
+        return Offer(target=self.target, files_mb=self.files_mb, ms=self.ms, metric=judged.metric, value=judged.after)
+
+
+class Exported(Spec):
+    """What became of an export."""
+
+    targets: list[Made]
+    """In the order in which they were made."""
+    picked: Target | None = None
+    """The best that fits the budget."""
+    sentence: str = ""
+    """Why."""
+    output: str
+    """Folder of the targets."""
+
+    @property
+    def code(self) -> ExitCode:
+        """What the command ends with."""
+        if any(one.failure for one in self.targets):
+            return ExitCode.OUR_FAULT
+        if any(one.parity and not one.accepted for one in self.targets) or (self.sentence and self.picked is None):
+            return ExitCode.GATE_REFUSED
+        return ExitCode.OK if any(one.accepted for one in self.targets) else ExitCode.USER_INPUT
 
 
 class Artefact(Spec):

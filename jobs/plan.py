@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from jobs.base import Spec
+from jobs.export import Delivery
 from jobs.placement import Placement
 from jobs.spec import JobSpec
 
@@ -52,7 +53,7 @@ class Plan(Spec):
     job: JobSpec
     """The job."""
     command: str
-    """`sweep`, `train`, or `compare`."""
+    """`sweep`, `train`, `compare`, `export`, or `benchmark`."""
     trials: list[PlannedTrial]
     """The trials that are known beforehand (all of a grid or random search; the start-up trials of tpe)."""
     later_trials: int = Field(0, ge=0)
@@ -95,6 +96,8 @@ class Plan(Spec):
     """Of a comparison: where the trials of each arm go, as its own memory and number of trials allow."""
     judges: bool = True
     """Whether the run ends with its finalists on the held-out rows; the runs of an arm leave that to the comparison."""
+    delivery: Delivery | None = None
+    """Of an export or a benchmark: what is asked for."""
     files: dict[str, str] = {}
     """What is handed over to a queue, by name."""
     notes: list[str] = []

@@ -27,7 +27,7 @@ from jobs.errors import ExitCode, RunError
 from jobs.identity import facts_of
 from jobs.run import Run, RunState
 from jobs.spec import JobSpec
-from tuning.driver import Driver
+from tuning.driver import TrainingDriver
 from tuning.facts import record_of
 
 _POLL_SECONDS = 0.5
@@ -41,7 +41,7 @@ class _Stopped(Exception):
     """The run is to stop."""
 
 
-class Comparison(Driver):
+class Comparison(TrainingDriver):
     """One attempt at a comparison."""
 
     unjudged: dict[str, str] = {}

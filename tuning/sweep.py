@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from cluster.allocation import allocation_here
 from cluster.ray_site import nodes_of
 from evaluation.report import build_report, write_report
 from jobs import files, search
@@ -26,8 +27,7 @@ from jobs.run import Run, RunState, Trial, TrialState
 from jobs.schedule import schedule
 from jobs.search import Assignment, known_assignments
 from jobs.spec import JobSpec
-from tuning.allocation import allocation_here
-from tuning.driver import Driver
+from tuning.driver import TrainingDriver
 from tuning.facts import record_of
 from tuning.nodes import check_nodes
 from tuning.proposals import GivenProposals, Proposals, ThenSeeds, TpeProposals
@@ -40,7 +40,7 @@ _SAVE_SECONDS = 300.0
 """How long trials may take to save when a run is asked to end."""
 
 
-class Sweep(Driver):
+class Sweep(TrainingDriver):
     """One attempt at a search, or at one training."""
 
     def __init__(self, run: Run) -> None:

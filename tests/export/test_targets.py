@@ -92,7 +92,7 @@ def test_a_writer_through_every_target(
         assert parity.judged.max_logit_difference < 1e-4
         assert parity.judged.step_logit_difference < 1e-4
         assert parity.judged.after == pytest.approx(parity.judged.before, rel=1e-4)
-    loaded = {name: open_artefact(outcome.folder, 1) for name, outcome in outcomes.items() if outcome.folder}
+    loaded = {name: open_artefact(Path(outcome.folder), 1) for name, outcome in outcomes.items() if outcome.folder}
     about = loaded["onnx"].artefact
     prompts = [loaded["onnx"].prompt(text) for text in ("is it a good film", "is it bad")]
     answers = [write(found.model, prompts, 6, about.ends, about.pad_id) for found in loaded.values()]
@@ -175,12 +175,12 @@ def test_a_writer_on_a_small_device(llama_job: JobMaker, tiny_llama: Path, tmp_p
     run = trained(llama_job(model__model_name_or_path=str(tiny_llama), train__max_steps=30), tmp_path)
     merged, edge = export(shipped(run), ["merged", "executorch"], tmp_path / "out", quiet, threads=1)
     assert edge.accepted, edge
-    assert edge.speed is not None
-    assert edge.speed.tokens_per_second > 0
+    assert edge.inference is not None
+    assert edge.inference.tokens_per_second > 0
     prompt = ("-p", "is it a good film", "--max-new-tokens", "6")
-    both = [lorafleet("chat", outcome.folder, *prompt, cwd=tmp_path).stdout for outcome in (merged, edge)]
+    both = [lorafleet("chat", str(outcome.folder), *prompt, cwd=tmp_path).stdout for outcome in (merged, edge)]
     assert both[0] == both[1] != ""
-    assert "docs.pytorch.org/executorch" in (edge.folder / "README.md").read_text()
+    assert "docs.pytorch.org/executorch" in (Path(str(edge.folder)) / "README.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from cluster.transfer import record
+from jobs import files
 from jobs.errors import RunError
 from jobs.handover import pack, unpack
-from jobs.run import RunState
+from jobs.run import Run, RunState
 
 TEXTS = {"job.yaml": "name: x\n", "resolved.json": "{}\n", "plan.json": '{"schema_version": 1}\n'}
 
@@ -66,3 +68,12 @@ def test_what_is_no_document(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(RunError, match="is not the document of a run"):
         unpack(tmp_path / "x-a1b2c3", tmp_path / "run.json")
+
+
+def test_exported_models_come_when_they_are_wanted(tmp_path: Path) -> None:
+    run = Run(tmp_path / "r")
+    for name in ("export/onnx/model.onnx.data", "export/onnx/parity.json", "export/export.json", "status.json"):
+        files.write_text(run.path / name, "{}")
+    assert {path.name for path in record(run)} == {"parity.json", "export.json", "status.json"}
+    assert {path.name for path in record(run, "all")} == {"parity.json", "export.json", "status.json"}
+    assert "model.onnx.data" in {path.name for path in record(run, "exports")}

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.allocation import how_the_last_ended, restarts_without_progress
 from cluster.node import (
     PINNED,
     busy_ports,
@@ -27,7 +28,6 @@ from jobs import files
 from jobs.errors import PlacementRefused
 from jobs.run import Run
 from jobs.stage import stage, staged
-from tuning.allocation import how_the_last_ended, restarts_without_progress
 
 
 def report(number: int, **changed: Any) -> dict[str, Any]:

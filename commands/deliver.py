@@ -1,0 +1,119 @@
+"""An export or a benchmark as a job of its own on a cluster, and how an export's end is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from commands.common import Format, cluster_on, console, print_json, say
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from cluster.backend import Cluster
+    from jobs.export import Delivery, Exported
+    from jobs.load import LoadedJob
+    from jobs.run import Run
+
+
+def deliver(
+    command: str,
+    name: str,
+    wanted: Delivery,
+    runs: Path,
+    on: str,
+    *,
+    quiet: bool = False,
+    output: Format,
+    detach: bool,
+    wait: bool,
+) -> None:
+    """Submit it where the run lies, and follow it. `name` is the run's, `wanted.run` is found out here."""
+    from cluster.store import find_run
+    from commands.watch import follow
+
+    backend = cluster_on(on, None)
+    source = find_run(backend.runs_dir(runs), name)
+    wanted = wanted.model_copy(update={"run": _as_seen_there(source, backend, on)})
+    loaded = _job(source, command)
+    plan = backend.plan(loaded, command).model_copy(update={"delivery": wanted})
+    run = backend.submit(plan, loaded, backend.runs_dir(runs))
+    if detach:
+        typer.echo(run.id)
+        return
+    follow(run, backend, quiet=quiet, output=output, silent=wait)
+
+
+def _as_seen_there(source: Run, backend: Cluster, on: str) -> str:
+    """The run's name beside the new one, or its path. Raises UserError where the site does not have it."""
+    from cluster.away import Away
+    from cluster.backends import SITE_FILE, lies_elsewhere
+    from jobs import files
+    from jobs.errors import UserError
+
+    if not isinstance(backend, Away):
+        if lies_elsewhere(source):
+            raise UserError(f"{source.id} lies on the storage of another cluster than {on}: name that one with --on")
+        return str(source.path)  # nodes of a Slurm see the folders of its login node
+    stored = files.read_json(source.path / SITE_FILE).get("site") or {}
+    if not lies_elsewhere(source) or stored.get("name") != backend.site.name:
+        raise UserError(f"{source.id} did not run on {on}: what is exported there must lie on its storage")
+    return source.id
+
+
+def _job(source: Run, command: str) -> LoadedJob:
+    """The run's job under another name, for the place that it needs."""
+    import yaml
+
+    from evaluation.report import run_job
+    from jobs.load import load_text
+
+    raw = run_job(source).model_dump(mode="json", exclude_defaults=True) | {"name": command}
+    for block in ("search", "compare", "linked"):
+        raw.pop(block, None)
+    return load_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), Path.cwd() / f"{command}.yaml", ())
+
+
+def show_exported(found: Exported, output: Format) -> None:
+    """An export's targets as a table, or as data."""
+    if output is Format.JSON:
+        made = {one.target: one.model_dump(mode="json", exclude={"target"}) | {"ms": one.ms} for one in found.targets}
+        print_json({"targets": made, "picked": found.picked, "sentence": found.sentence, "output": found.output})
+        return
+    console().print(_table(found))
+    if found.sentence:
+        typer.echo(found.sentence)
+    say(f"in {found.output}")
+
+
+def _table(found: Exported) -> Table:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from evaluation.report_text import number
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)  # texts, not markup: an extra's brackets are none
+    for title in ("target", "", "MB", "ms", "logits within", "agreement", "metric", "before", "after"):
+        table.add_column(title, justify="left" if title in ("target", "") else "right", overflow="fold")
+    for one in found.targets:
+        if one.parity is None:
+            table.add_row(
+                one.target, Text(f"failed: {one.failure}" if one.failure else f"unavailable: {one.unavailable}")
+            )
+            continue
+        judged = one.parity.judged
+        table.add_row(
+            one.target,
+            Text("accepted" if one.accepted else f"rejected: {'; '.join(one.parity.reasons)}"),
+            number(one.files_mb, 1),
+            number(one.ms, 1),
+            number(judged.max_logit_difference),
+            f"{judged.agreement:.3f}",
+            judged.metric,
+            number(judged.before),
+            number(judged.after),
+        )
+    return table

@@ -22,7 +22,8 @@ class Adapters(StrEnum):
 def pull(
     run: OneRun,
     adapters: Annotated[
-        Adapters, typer.Option("--adapters", help="Whose weights come along: the recommended trial's, all, none, or exported models.")
+        Adapters,
+        typer.Option("--adapters", help="Weights that come along: the recommended trial's, all, none, or exported models."),
     ] = Adapters.BEST,
     on: Annotated[
         str | None,

@@ -23,7 +23,7 @@ def pull(
     run: OneRun,
     adapters: Annotated[
         Adapters,
-        typer.Option("--adapters", help="Weights that come along: the recommended trial's, all, none, or exported models."),
+        typer.Option("--adapters", help="Weights that come along: of the best trial, all, none, or exported models."),
     ] = Adapters.BEST,
     on: Annotated[
         str | None,

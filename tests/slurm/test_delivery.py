@@ -29,12 +29,18 @@ def test_a_model_is_exported_measured_and_judged_where_it_lies(login: Login, ber
     assert "benchmark-" in listed
     again = json.loads(login.lorafleet("report", "benchmark", "--format", "json").stdout)
     assert [arm["arm"] for arm in again["arms"]] == ["base", "adapter", "merged", "onnx", "tensorrt"]
-    judged = login.lorafleet("evaluate", run.id, *there, "--format", "json")
+
+
+@pytest.mark.long
+def test_a_model_is_judged_where_it_lies(login: Login, bert_job: JobMaker) -> None:
+    run = trained(bert_job(train__max_steps=8), login.home)
+    judged = login.lorafleet("evaluate", run.id, "--on", "rig", "--wait", "--format", "json")
     arms = {arm["arm"]: arm["metrics"]["accuracy"] for arm in json.loads(judged.stdout)["arms"]}
     assert len(arms) == 2
     assert all(0 <= accuracy <= 1 for accuracy in arms.values())
 
 
+@pytest.mark.long
 def test_a_target_that_is_refused_ends_the_job_with_its_code(login: Login, bert_job: JobMaker) -> None:
     strict = "export: {parity: {onnx: {max_logit_difference: 1e-12}}}"
     run = trained(bert_job(strict, train__max_steps=8), login.home)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import os
 import random
 import signal
@@ -212,3 +215,26 @@ def lorafleet(*words: str | Path, cwd: Path, check: bool = False, **env: str) ->
     return subprocess.run(
         command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=900, check=check
     )
+
+
+def lorafleet_here(*words: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has imported everything already: for tests of what a command says."""
+    from commands.cli import main
+
+    said, told, code = io.StringIO(), io.StringIO(), 0
+    before, here, argv = dict(os.environ), Path.cwd(), sys.argv
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = ["lorafleet", *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(told):
+            main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = argv
+        os.chdir(here)
+        os.environ.clear()
+        os.environ.update(before)
+        logging.disable(logging.NOTSET)
+    return subprocess.CompletedProcess(sys.argv, code, said.getvalue(), told.getvalue())

@@ -16,7 +16,7 @@ from cluster.machine import install_line
 from jobs.hub import lacks
 from jobs.load import load_job, load_text
 from jobs.translate import translate
-from tests.conftest import ROOT, lorafleet, opinions, write_rows
+from tests.conftest import ROOT, lorafleet, lorafleet_here, opinions, write_rows
 
 HEAVY = ("torch", "ray", "transformers", "peft", "matplotlib", "sklearn", "datasets", "wandb")
 
@@ -47,7 +47,7 @@ def test_no_command_that_reads_imports_torch_or_ray(command: str, tmp_path: Path
 
 
 def test_help_lists_every_command(tmp_path: Path) -> None:
-    shown = lorafleet("--help", cwd=tmp_path).stdout
+    shown = lorafleet_here("--help", cwd=tmp_path).stdout
     for command in ("sweep", "train", "plan", "validate", "report", "resume", "doctor", "init", "fetch", "import"):
         assert command in shown
 
@@ -55,13 +55,15 @@ def test_help_lists_every_command(tmp_path: Path) -> None:
 def test_schema_is_a_schema(tmp_path: Path) -> None:
     from jsonschema import Draft202012Validator
 
-    Draft202012Validator.check_schema(json.loads(lorafleet("schema", cwd=tmp_path).stdout))
+    Draft202012Validator.check_schema(json.loads(lorafleet_here("schema", cwd=tmp_path).stdout))
 
 
 def test_validate_says_yes_and_no_in_json(tmp_path: Path) -> None:
-    good = lorafleet("validate", ROOT / "examples" / "quickstart.yaml", "--format", "json", cwd=tmp_path)
+    good = lorafleet_here("validate", ROOT / "examples" / "quickstart.yaml", "--format", "json", cwd=tmp_path)
     assert json.loads(good.stdout)["valid"] is True
-    bad = lorafleet("validate", ROOT / "examples" / "quickstart.yaml", "train.sed=1", "--format", "json", cwd=tmp_path)
+    bad = lorafleet_here(
+        "validate", ROOT / "examples" / "quickstart.yaml", "train.sed=1", "--format", "json", cwd=tmp_path
+    )
     assert bad.returncode == 2
     assert "did you mean 'seed'" in json.loads(bad.stdout)["problems"][0]["sentence"]
 
@@ -70,29 +72,29 @@ def test_validate_says_yes_and_no_in_json(tmp_path: Path) -> None:
 def test_init_writes_a_job_that_loads(columns: tuple[str, str], tmp_path: Path) -> None:
     rows = [dict(zip(columns, row.values(), strict=True)) for row in opinions(60, 4)]
     write_rows(tmp_path / "my data.jsonl", rows)
-    done = lorafleet("init", "--task", "classification", "--train-file", "my data.jsonl", cwd=tmp_path)
+    done = lorafleet_here("init", "--task", "classification", "--train-file", "my data.jsonl", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert lorafleet("validate", "job.yaml", cwd=tmp_path).returncode == 0
-    again = lorafleet("init", "--train-file", "my data.jsonl", cwd=tmp_path)
+    assert lorafleet_here("validate", "job.yaml", cwd=tmp_path).returncode == 0
+    again = lorafleet_here("init", "--train-file", "my data.jsonl", cwd=tmp_path)
     assert (again.returncode, "exists already" in again.stderr) == (2, True)
 
 
 def test_init_for_summaries(tmp_path: Path) -> None:
     rows = [{"id": row, "article": f"{row} " + "long words " * 9, "highlights": f"{row} short"} for row in range(40)]
     write_rows(tmp_path / "news.jsonl", rows)
-    done = lorafleet("init", "--task", "summarization", "--train-file", "news.jsonl", cwd=tmp_path)
+    done = lorafleet_here("init", "--task", "summarization", "--train-file", "news.jsonl", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     job = load_job(tmp_path / "job.yaml").job
     assert (job.task, job.data.prompt_column, job.data.completion_column) == ("summarization", "article", "highlights")
     write_rows(tmp_path / "x.jsonl", [{"article": "a", "bar": "b"}])
-    wrong = lorafleet("init", "--task", "summarization", "--train-file", "x.jsonl", "-o", "x.yaml", cwd=tmp_path)
+    wrong = lorafleet_here("init", "--task", "summarization", "--train-file", "x.jsonl", "-o", "x.yaml", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "has the columns article, bar: say which with --prompt-column and --completion-column" in wrong.stderr
 
 
 def test_init_asks_for_the_column_it_cannot_guess(tmp_path: Path) -> None:
     write_rows(tmp_path / "x.jsonl", [{"foo": "a", "bar": "b"}])
-    done = lorafleet("init", "--train-file", "x.jsonl", cwd=tmp_path)
+    done = lorafleet_here("init", "--train-file", "x.jsonl", cwd=tmp_path)
     assert done.returncode == 2
     assert "has the columns foo, bar: say which one with --text-column" in done.stderr
 
@@ -141,7 +143,7 @@ bf16: true
 
 def test_imports_say_what_they_carry_and_what_they_lose(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(AXOLOTL)
-    done = lorafleet("import", "--from", "axolotl", "a.yaml", cwd=tmp_path)
+    done = lorafleet_here("import", "--from", "axolotl", "a.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     job = load_text(done.stdout, tmp_path / "job.yaml").job
     assert (job.lora.lora_r, job.lora.lora_alpha, job.train.learning_rate) == (32, 16, 2e-4)
@@ -161,7 +163,7 @@ def test_imports_say_what_they_carry_and_what_they_lose(tmp_path: Path) -> None:
     assert any("only 'identity' of identity, alpaca_en_demo" in line for line in made.lost)
     assert translate("llamafactory", {"stage": "dpo"}, "x").lost[0].startswith("stage: 'dpo' is another kind")
     (tmp_path / "b.yaml").write_text(AXOLOTL + "eval_steps: 0.05\ngradient_checkpointing: unsloth\ntf32: false\n")
-    done = lorafleet("import", "--from", "axolotl", "b.yaml", cwd=tmp_path)
+    done = lorafleet_here("import", "--from", "axolotl", "b.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "not carried over: train.eval_steps is 0.05, but must be a whole number" in done.stderr
     assert "not carried over: tf32" not in done.stderr
@@ -170,7 +172,7 @@ def test_imports_say_what_they_carry_and_what_they_lose(tmp_path: Path) -> None:
 def test_a_job_that_wants_gpus_is_told_why_there_are_none(tmp_path: Path) -> None:
     example = ROOT / "examples" / "quickstart.yaml"
     for wanted in ("resources.device=cuda", "resources.gpus_per_node=1"):
-        done = lorafleet("plan", example, wanted, cwd=tmp_path, PATH=str(Path(sys.executable).parent))
+        done = lorafleet_here("plan", example, wanted, cwd=tmp_path, PATH=str(Path(sys.executable).parent))
         assert done.returncode == 2
         assert "this machine has no GPU that can be used: no driver answers" in done.stderr
 
@@ -193,10 +195,10 @@ def test_every_command_takes_runs() -> None:
 
 def test_more_machines_than_there_are(tmp_path: Path) -> None:
     example = ROOT / "examples" / "quickstart.yaml"
-    done = lorafleet("plan", example, "--nodes", "2", cwd=tmp_path)
+    done = lorafleet_here("plan", example, "--nodes", "2", cwd=tmp_path)
     assert done.returncode == 2
     assert "--nodes is 2, and this is one machine" in done.stderr
-    assert lorafleet("plan", example, "--nodes", "1", "--runs", "elsewhere", cwd=tmp_path).returncode == 0
+    assert lorafleet_here("plan", example, "--nodes", "1", "--runs", "elsewhere", cwd=tmp_path).returncode == 0
 
 
 def test_a_model_folder_without_weights_or_tokenizer_is_refused(tmp_path: Path, tiny_bert: Path) -> None:
@@ -226,7 +228,7 @@ def test_a_broken_off_download_is_not_a_whole_model(tmp_path: Path) -> None:
 
 
 def test_fetch_lists_pins(tmp_path: Path) -> None:
-    assets = json.loads(lorafleet("fetch", "--list", "--format", "json", cwd=tmp_path).stdout)["assets"]
+    assets = json.loads(lorafleet_here("fetch", "--list", "--format", "json", cwd=tmp_path).stdout)["assets"]
     assert {asset["name"] for asset in assets} >= {"asset:minilm-l6", "asset:smollm2-135m-instruct",
                                                    "asset:rotten-tomatoes", "asset:aclsum"}  # fmt: skip
     assert all(len(asset["sha256"]) == 64 and asset["licence"] for asset in assets)
@@ -242,7 +244,7 @@ def test_fetch_copies_the_examples(tmp_path: Path) -> None:
 def test_an_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:
     text = (ROOT / "examples" / "quickstart.yaml").read_text().replace("asset:minilm-l6 ", "no-such/model ")
     (tmp_path / "job.yaml").write_text(text)
-    done = lorafleet("fetch", "job.yaml", cwd=tmp_path, HF_HUB_OFFLINE="1")
+    done = lorafleet_here("fetch", "job.yaml", cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert done.returncode == 2
     assert "neither here nor reachable on the hub" in done.stderr
     assert "Traceback" not in done.stderr
@@ -254,7 +256,7 @@ def test_an_unreachable_data_set_is_one_sentence(tmp_path: Path, tiny_bert: Path
     job = f"name: x\ntask: classification\nmodel: {{model_name_or_path: {tiny_bert}}}\n"
     job += "data: {dataset_name: no-such/data}\n"
     (tmp_path / "job.yaml").write_text(job)
-    done = lorafleet("fetch", "job.yaml", cwd=tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    done = lorafleet_here("fetch", "job.yaml", cwd=tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
     assert done.returncode == 2, done.stderr
     assert "no-such/data, which is neither here nor reachable on the hub" in done.stderr
     assert "Traceback" not in done.stderr
@@ -262,7 +264,7 @@ def test_an_unreachable_data_set_is_one_sentence(tmp_path: Path, tiny_bert: Path
 
 
 def test_doctor_speaks_json(tmp_path: Path) -> None:
-    done = lorafleet("doctor", "--format", "json", cwd=tmp_path)
+    done = lorafleet_here("doctor", "--format", "json", cwd=tmp_path)
     findings = {finding["what"]: finding["verdict"] for finding in json.loads(done.stdout)["findings"]}
     assert findings["Python"] == findings["torch"] == findings["package names"] == "ok"
 

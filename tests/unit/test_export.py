@@ -20,7 +20,7 @@ from jobs.errors import JobFileError, UserError
 from jobs.export import Artefact, Budget, Gate, Judged, Offer, gate_of, metric_drop, pick, verdict
 from jobs.rows import Row
 from jobs.run import Run
-from tests.conftest import JobMaker, lorafleet
+from tests.conftest import JobMaker, lorafleet_here
 
 
 class Counting:
@@ -192,9 +192,9 @@ def test_the_best_that_fits_is_picked() -> None:
 
 
 def test_words_of_a_budget_that_do_not_go_together(tmp_path: Path) -> None:
-    done = lorafleet("export", "x", "--max-ms-per-token", "3", "--no-measure", cwd=tmp_path)
+    done = lorafleet_here("export", "x", "--max-ms-per-token", "3", "--no-measure", cwd=tmp_path)
     assert (done.returncode, "needs what --no-measure leaves out" in done.stderr) == (2, True)
-    done = lorafleet("benchmark", "x", "--batch-sizes", "1,two", cwd=tmp_path)
+    done = lorafleet_here("benchmark", "x", "--batch-sizes", "1,two", cwd=tmp_path)
     assert done.returncode == 2
     assert "--batch-sizes has 'two', but must be whole numbers above 0" in done.stderr
 
@@ -209,7 +209,7 @@ def test_a_learnt_prompt_is_no_weight(bert_job: JobMaker, tmp_path: Path) -> Non
 
 
 def test_words_that_are_no_target(tmp_path: Path) -> None:
-    done = lorafleet("export", "x", "--to", "onxx", cwd=tmp_path)
+    done = lorafleet_here("export", "x", "--to", "onxx", cwd=tmp_path)
     assert done.returncode == 2
     known = "merged, onnx, onnx-fp16, onnx-int8, onnx-int4, tensorrt, executorch, or all"
     assert f"--to has 'onxx', but must be some of {known}; did you mean onnx?" in done.stderr

@@ -18,7 +18,7 @@ from jobs.errors import JobFileError, UserError
 from jobs.identity import Facts, trial_id
 from jobs.load import json_schema, load_job, load_text
 from jobs.spec import JobSpec
-from tests.conftest import ROOT, JobMaker, lorafleet
+from tests.conftest import ROOT, JobMaker, lorafleet_here
 
 EXAMPLES = sorted([*(ROOT / "examples").glob("*.yaml"), *(ROOT / "examples" / "studies").glob("*.yaml")])
 BAD_JOBS = sorted((ROOT / "tests" / "bad" / "jobs").glob("*.yaml"))
@@ -56,7 +56,7 @@ def test_there_are_at_least_thirty_bad_files() -> None:
 
 def test_a_bad_file_ends_the_command_with_code_2_and_no_traceback(tmp_path: Path) -> None:
     for command in ("validate", "sweep", "plan", "render"):
-        done = lorafleet(command, BAD_JOBS[0], cwd=tmp_path)
+        done = lorafleet_here(command, BAD_JOBS[0], cwd=tmp_path)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
         assert done.stdout == ""
@@ -255,7 +255,7 @@ def test_environment_of_a_foreign_package_does_not_matter_to_the_control_plane(t
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "__init__.py").write_text("raise SystemExit('foreign')")
     (tmp_path / "ok.yaml").write_text(MINIMAL)
-    assert lorafleet("validate", "ok.yaml", cwd=tmp_path).returncode == 0
+    assert lorafleet_here("validate", "ok.yaml", cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from jobs.site_file import load_site
 from k8s.crd import Schema
 from k8s.lint import get
 from k8s.render import render
-from tests.conftest import ROOT, JobMaker, lorafleet
+from tests.conftest import ROOT, JobMaker, lorafleet_here
 from tests.unit.test_k8s_render import IMAGE, ORDER, bare
 
 SITE = f"""
@@ -106,24 +106,24 @@ def test_a_manifest_on_the_command_line(bert_job: JobMaker, tmp_path: Path) -> N
     loaded = bert_job()
     job.write_text(loaded.text)
     site = written(tmp_path, SITE)
-    refused = lorafleet("plan", job, "--on", site, "--format", "yaml", cwd=tmp_path)
+    refused = lorafleet_here("plan", job, "--on", site, "--format", "yaml", cwd=tmp_path)
     assert (refused.returncode, refused.stdout) == (ExitCode.GATE_REFUSED, "")
     assert f"data.train_file is {loaded.job.data.train_file}, which site here does not see" in refused.stderr
     mounted = written(tmp_path, SITE.replace("claim: runs", "claim: runs, mount_path: /"
                                              + str(loaded.job.data.train_file).split("/")[1]))  # fmt: skip
-    planned = lorafleet("plan", job, "--on", mounted, "--format", "yaml", cwd=tmp_path)
+    planned = lorafleet_here("plan", job, "--on", mounted, "--format", "yaml", cwd=tmp_path)
     assert planned.returncode == ExitCode.OK, planned.stderr
     objects = list(yaml.safe_load_all(planned.stdout))
     assert [tree["kind"] for tree in objects] == ["ConfigMap", "NetworkPolicy", "RayJob"]
     assert objects[0]["data"]["job.yaml"] == loaded.text
-    done = lorafleet("train", job, "--on", mounted, "--runs", tmp_path / "runs", cwd=tmp_path)
+    done = lorafleet_here("train", job, "--on", mounted, "--runs", tmp_path / "runs", cwd=tmp_path)
     assert done.returncode == ExitCode.USER_INPUT
     assert "there is no cluster to ask" in done.stderr
     assert not (tmp_path / "runs").exists()
-    shown = lorafleet("plan", job, "--on", mounted, cwd=tmp_path)
+    shown = lorafleet_here("plan", job, "--on", mounted, cwd=tmp_path)
     folder = " ".join(shown.stdout.split())
     assert "/runs/tiny-... on the storage, and its record here in runs/tiny-..." in folder
-    asked = lorafleet("plan", job, "--format", "yaml", cwd=tmp_path)
+    asked = lorafleet_here("plan", job, "--format", "yaml", cwd=tmp_path)
     assert asked.returncode == ExitCode.USER_INPUT
     assert "it goes with --on SITE of kind kubernetes" in asked.stderr
 

@@ -27,7 +27,7 @@ from jobs.load import LoadedJob
 from jobs.report import Row
 from jobs.run import Run, RunState, TrialState
 from jobs.site import LocalSite
-from tests.conftest import JobMaker, lorafleet
+from tests.conftest import JobMaker, lorafleet_here
 
 EVIL = "<script>alert('x')</script>"
 BASE = {"validation": 0.5, "test": 0.49}
@@ -262,9 +262,9 @@ def test_clean_never_touches_a_running_or_unsynced_run(finished: Run) -> None:
 
 def test_clean_and_find_take_no_empty_name_and_no_other_folder(finished: Run) -> None:
     runs = finished.path.parent
-    assert lorafleet("clean", "", "--runs", runs, cwd=runs).returncode == 2
-    assert lorafleet("clean", "--older-than", "-5", "--runs", runs, cwd=runs).returncode == 2
-    assert lorafleet("stop", "", "--runs", runs, cwd=runs).returncode == 2
+    assert lorafleet_here("clean", "", "--runs", runs, cwd=runs).returncode == 2
+    assert lorafleet_here("clean", "--older-than", "-5", "--runs", runs, cwd=runs).returncode == 2
+    assert lorafleet_here("stop", "", "--runs", runs, cwd=runs).returncode == 2
     with pytest.raises(RunError):
         store.find_run(runs, str(finished.trial("aaaa").path))
     (runs / "link").symlink_to(finished.path)
@@ -277,10 +277,10 @@ def test_clean_and_find_take_no_empty_name_and_no_other_folder(finished: Run) ->
 def test_sync_gives_wandb_a_command_that_it_understands(finished: Run, tmp_path: Path) -> None:
     """W&B's own command line reads it; without an account it ends there, which is as far as it can be tried."""
     (finished.path / "wandb" / "wandb" / "offline-run-20260101_000000-x").mkdir(parents=True)
-    done = lorafleet("sync", "tiny", "--runs", finished.path.parent, cwd=tmp_path, WANDB_API_KEY="")
+    done = lorafleet_here("sync", "tiny", "--runs", finished.path.parent, cwd=tmp_path, WANDB_API_KEY="")
     assert "options have been removed" not in done.stderr + done.stdout
     assert "No such option" not in done.stderr + done.stdout
-    shown = lorafleet("sync", "tiny", "--show", "--runs", finished.path.parent, cwd=tmp_path)
+    shown = lorafleet_here("sync", "tiny", "--show", "--runs", finished.path.parent, cwd=tmp_path)
     assert " sync " in shown.stdout
 
 
@@ -304,11 +304,11 @@ def test_a_run_of_another_version_gets_a_sentence(finished: Run, tmp_path: Path)
     plan, status = finished.path / "plan.json", finished.path / "status.json"
     before = plan.read_text()
     plan.write_text(before.replace('"task":', '"task_of_tomorrow": 1, "task":', 1))
-    done = lorafleet("report", finished.path, cwd=tmp_path)
+    done = lorafleet_here("report", finished.path, cwd=tmp_path)
     assert (done.returncode, "is of another version of lorafleet" in done.stderr) == (2, True)
     plan.write_text(before)
     status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "hibernating"}))
-    done = lorafleet("status", finished.path, cwd=tmp_path)
+    done = lorafleet_here("status", finished.path, cwd=tmp_path)
     assert (done.returncode, "says 'hibernating', which this version" in done.stderr) == (2, True)
 
 
@@ -318,25 +318,25 @@ def test_a_run_of_another_machine_is_not_called_dead(finished: Run, tmp_path: Pa
     for host, gone in (("node17", False), (os.uname().nodename, True)):
         status.write_text(json.dumps(said | {"host": host}))
         assert finished.gone() is gone
-        assert ("driver is gone" in lorafleet("status", finished.path, cwd=tmp_path).stdout) is gone
+        assert ("driver is gone" in lorafleet_here("status", finished.path, cwd=tmp_path).stdout) is gone
 
 
 def test_logs_of_an_ambiguous_trial(finished: Run, tmp_path: Path) -> None:
     for name in ("abc1", "abc2"):
         finished.add_trial(name, 7, {})
-    done = lorafleet("logs", finished.path, "abc", cwd=tmp_path)
+    done = lorafleet_here("logs", finished.path, "abc", cwd=tmp_path)
     assert (done.returncode, "several trials that begin with 'abc'; they are abc1, abc2" in done.stderr) == (2, True)
 
 
 def test_commands_that_read_a_run(finished: Run, tmp_path: Path) -> None:
     runs = finished.path.parent
     for words in (("status",), ("report",), ("list",), ("logs", "tiny", "aaaa"), ("clean", "tiny", "--dry-run")):
-        done = lorafleet(*words, "--runs", runs, cwd=tmp_path)
+        done = lorafleet_here(*words, "--runs", runs, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert any(word in done.stdout for word in ("aaaa", finished.id, "step=1"))
     for words in (("status",), ("report",), ("list",)):
-        json.loads(lorafleet(*words, "--format", "json", "--runs", runs, cwd=tmp_path).stdout)
-    missing = lorafleet("report", "nothing", "--runs", runs, cwd=tmp_path)
+        json.loads(lorafleet_here(*words, "--format", "json", "--runs", runs, cwd=tmp_path).stdout)
+    missing = lorafleet_here("report", "nothing", "--runs", runs, cwd=tmp_path)
     assert (missing.returncode, missing.stdout) == (2, "")
     assert "there is no run 'nothing'" in missing.stderr
 

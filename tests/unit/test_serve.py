@@ -19,7 +19,7 @@ from commands.serve import production
 from deployment.runtime import Loaded
 from jobs.errors import UserError
 from jobs.export import Artefact
-from tests.conftest import lorafleet
+from tests.conftest import lorafleet_here
 from tests.unit.test_export import ABOUT, Counting
 from webapp.local import free_socket
 from webapp.openai import Limits, serving_app
@@ -242,7 +242,7 @@ def test_what_serves_it_in_production() -> None:
 
 
 def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
-    done = lorafleet("serve", tmp_path, cwd=tmp_path)
+    done = lorafleet_here("serve", tmp_path, cwd=tmp_path)
     assert (done.returncode, "holds no artefact.json" in done.stderr) == (2, True)
 
 

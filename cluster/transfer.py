@@ -54,13 +54,14 @@ def record(run: Run, which: Which = "none", *, whole: bool = False, texts: bool 
         if parts[0] == "arms" and len(parts) > 3:
             parts = parts[2:]  # an arm is a run of its own
         top, inner = parts[0], parts[2] if parts[0] == "trials" and len(parts) > 3 else None
-        if path.name.startswith(".") or not path.is_file() or path.is_symlink():
+        if any(part.startswith(".") for part in parts) or not path.is_file() or path.is_symlink():
             continue
         if top in _NOT_BROUGHT and not (texts and top in TEXTS):
             continue
         if top == "wandb" and not whole:
             continue
-        if top == "export" and which != "exports" and path.suffix not in _SAID:
+        said = path.suffix in _SAID and path.name != "tokenizer.json"
+        if top == "export" and which != "exports" and not said:
             continue
         if inner in _HEAVY and (inner == "checkpoints" or not (which == "all" or parts[1] == best)):
             continue

@@ -46,7 +46,7 @@ def benchmark(
         wanted = Delivery(
             run=name,
             trial_id=trial_id,
-            output=str(exported) if exported else "",
+            output=str(exported.absolute()) if exported else "",
             threads=threads,
             rounds=rounds,
             rows=rows,

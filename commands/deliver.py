@@ -34,16 +34,30 @@ def deliver(
     from cluster.store import find_run
     from commands.watch import follow
 
-    backend = cluster_on(on, None)
+    backend = cluster_on(on, 1)
     source = find_run(backend.runs_dir(runs), name)
+    _check(wanted, backend, on)
     wanted = wanted.model_copy(update={"run": _as_seen_there(source, backend, on)})
-    loaded = _job(source, command)
+    loaded = _job(source, command, wanted)
     plan = backend.plan(loaded, command).model_copy(update={"delivery": wanted})
     run = backend.submit(plan, loaded, backend.runs_dir(runs))
     if detach:
         typer.echo(run.id)
         return
     follow(run, backend, quiet=quiet, output=output, silent=wait)
+
+
+def _check(wanted: Delivery, backend: Cluster, on: str) -> None:
+    """Raises UserError for what a place whose disks this machine does not see cannot do."""
+    from cluster.away import Away
+    from jobs.errors import UserError
+
+    if not isinstance(backend, Away):
+        return
+    if wanted.output:
+        raise UserError(f"another folder than the run's own export cannot be named on {on}: it lies on its storage")
+    if "tensorrt" in wanted.targets:
+        raise UserError(f"--to has tensorrt, but on {on} the head does the work, and it has no GPU")
 
 
 def _as_seen_there(source: Run, backend: Cluster, on: str) -> str:
@@ -63,8 +77,8 @@ def _as_seen_there(source: Run, backend: Cluster, on: str) -> str:
     return source.id
 
 
-def _job(source: Run, command: str) -> LoadedJob:
-    """The run's job under another name, for the place that it needs."""
+def _job(source: Run, command: str, wanted: Delivery) -> LoadedJob:
+    """The run's job under another name, with what one process needs: a GPU for TensorRT alone."""
     import yaml
 
     from evaluation.report import run_job
@@ -73,6 +87,9 @@ def _job(source: Run, command: str) -> LoadedJob:
     raw = run_job(source).model_dump(mode="json", exclude_defaults=True) | {"name": command}
     for block in ("search", "compare", "linked"):
         raw.pop(block, None)
+    one = {"cpus_per_worker": max(1, wanted.threads), "gpus_per_node": 1 if "tensorrt" in wanted.targets else 0}
+    kept = {key: value for key, value in raw.get("resources", {}).items() if key == "label_selector"}
+    raw["resources"] = kept | one
     return load_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), Path.cwd() / f"{command}.yaml", ())
 
 

@@ -72,11 +72,12 @@ def _as_a_job(run: Run, code: int) -> int:
     to save, since its pod goes, is.
     """
     from jobs.errors import ExitCode
+    from jobs.run import RunState
 
     stop = run.path / "stop"
     ended_by_user = stop.is_file() and bool(stop.read_text())
-    known = (ExitCode.SOME_TRIALS_FAILED, ExitCode.GATE_REFUSED)
-    return ExitCode.OK if ended_by_user or code in known else code
+    over = run.state is RunState.FINISHED  # an export whose gate refused, or with a target that failed, is none
+    return ExitCode.OK if ended_by_user or over or code == ExitCode.SOME_TRIALS_FAILED else code
 
 
 def _begin(folder: Path, document: Path) -> Run:

@@ -36,10 +36,10 @@ def export(
         typer.Option("--output", "-o", metavar="DIR", help="Folder for the targets.", show_default="RUN/export"),
     ] = None,
     budget_mb: Annotated[
-        float | None, typer.Option(min=0, help="MB that a device has for the model: the best that fits is picked.")
+        float | None, typer.Option(min=0.001, help="MB that a device has for the model: the best that fits is picked.")
     ] = None,
     max_ms_per_token: Annotated[
-        float | None, typer.Option(min=0, help="Milliseconds that a token (of a classifier: a row) may take here.")
+        float | None, typer.Option(min=0.001, help="Milliseconds that a token (of a classifier: a row) may take here.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads with which targets are measured.")] = 1,
     measure: Annotated[
@@ -60,7 +60,7 @@ def export(
     wanted = Delivery(
         run=name,
         trial_id=trial_id,
-        output=str(output) if output else "",
+        output=str(output.absolute()) if output else "",
         targets=tuple(_targets(to or (_SMALL if budget else _USUAL))),
         threads=threads if measure else 0,
         budget=budget,
@@ -88,7 +88,7 @@ def _budget(files_mb: float | None, ms: float | None, *, measure: bool) -> Budge
         return None
     if ms is not None and not measure:
         raise UserError("--max-ms-per-token needs what --no-measure leaves out: use one of them")
-    return Budget(files_mb=files_mb or None, ms=ms or None)
+    return Budget(files_mb=files_mb, ms=ms)
 
 
 def _targets(text: str) -> list[Target]:

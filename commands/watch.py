@@ -17,7 +17,7 @@ from commands.common import Format, console, say, show_report
 from commands.logs import driver_log
 from jobs import files
 from jobs.errors import ExitCode
-from jobs.export import EXPORTED
+from jobs.export import EXPORTED, Exported
 from jobs.run import Run
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def follow(
     finally:
         watch.close()
     show_end(run, code, quiet=quiet, output=output, sentence=backend.look(run).sentence)
-    raise typer.Exit(code)
+    exported = _exported(run)
+    raise typer.Exit(exported.code if exported and code == ExitCode.OK else code)
 
 
 @contextmanager
@@ -119,11 +120,11 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
     """The report of a run that has ended, or why there is none."""
     status = run.status()
     log = driver_log(run)
-    if (run.path / EXPORTED).is_file():
+    exported = _exported(run)
+    if exported:
         from commands.deliver import show_exported
-        from jobs.export import Exported
 
-        show_exported(Exported.model_validate_json(json.dumps(_told(run.path / EXPORTED))), output)
+        show_exported(exported, output)
         return
     if not run.trials() and not (run.path / "report" / "report.json").is_file():
         for line in _last_lines(log):
@@ -159,10 +160,11 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
         say(f"{run.id}: {status['reason']}")
 
 
-def _told(path: Path) -> dict[str, Any]:
-    told = files.read_json(path)
+def _exported(run: Run) -> Exported | None:
+    """What became of an export; None for other runs."""
+    told = files.read_json(run.path / EXPORTED)
     told.pop("schema_version", None)
-    return told
+    return Exported.model_validate_json(json.dumps(told)) if told else None
 
 
 def _last_lines(path: Path, count: int = 3) -> list[str]:

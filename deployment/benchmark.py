@@ -67,7 +67,9 @@ def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
     plain |= {"rows": amount.rows, "new_tokens": amount.new_tokens, "points": amount.points}
     _check_room(given, amount)
     base = f"the base, untuned{f', {given.job.qlora.quant_type.upper()}' if given.job.method == 'qlora' else ''}"
-    found = [Variant("base", base, plain | {"weights": None}, score=files.read_json(out / SUMMARY).get("base"))]
+    score = files.read_json(out / SUMMARY).get("base") or {}
+    ours = (score.get("run"), score.get("trial_id")) == (given.run.id, given.trial_id)
+    found = [Variant("base", base, plain | {"weights": None}, score=score if ours else None)]
     if given.weights is not None:
         found.append(Variant("adapter", f"{given.job.method}, as trained", plain | {"weights": str(given.weights)}))
     rows = _rows(given, data, split, amount)

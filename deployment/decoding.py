@@ -19,18 +19,27 @@ class Decoder(Protocol):
         ...
 
 
-class RowByRow:
-    """Rows one after another, without the padding before them: for models that count from what they are given first."""
+class _RowCaches(list[Any]):
+    """A cache for each row."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+
+class RowByRow:
+    """Rows one after another, without the padding before them: for models that count from what they are given first.
+
+    With `together` rows that have no padding go side by side.
+    """
+
+    def __init__(self, decoder: Decoder, *, together: bool = False) -> None:
+        self.decoder, self.together = decoder, together
 
     def step(
         self, ids_BT: np.ndarray, mask_BS: np.ndarray, positions_BT: np.ndarray, cache: Any
     ) -> tuple[np.ndarray, Any]:
         """(logits_BTV, each row's cache); logits of padding are 0."""
+        if self.together and mask_BS.all() and not isinstance(cache, _RowCaches):
+            return self.decoder.step(ids_BT, mask_BS, positions_BT, cache)
         kept_BT = mask_BS[:, -ids_BT.shape[1] :] == 1
-        caches, said = [], []
+        caches, said = _RowCaches(), []
         for row, kept_T in enumerate(kept_BT):
             one, mask_1S = slice(row, row + 1), np.ones((1, int(mask_BS[row].sum())), np.int64)
             before = None if cache is None else cache[row]

@@ -19,8 +19,8 @@ from jobs.export import EXPORTED, Delivery
 from jobs.run import Run, RunState
 
 
-class _Stopped(Exception):
-    """Somebody asked for the end."""
+class _Stopped(BaseException):
+    """Somebody asked for the end: no failure of a target."""
 
 
 class DeliveryDriver(Driver):
@@ -31,6 +31,7 @@ class DeliveryDriver(Driver):
         self.wanted = Delivery.model_validate_json(json.dumps(self.stored["delivery"]))
 
     def _attempt(self, attempt: int) -> ExitCode:
+        (self.run.path / EXPORTED).unlink(missing_ok=True)  # an earlier attempt's
         source = find_run(self.run.path.parent, self.wanted.run)
         given = shipped(source, self.wanted.trial_id)
         out = Path(self.wanted.output or source.path / "export").absolute()

@@ -26,7 +26,7 @@ from deployment.onnx_model import OPSET, cache_shape, export_onnx, to_fp16, to_i
 from deployment.parity import HeldOut, Score, Seen, judge, look, score
 from deployment.runtime import ARTEFACT_FILE, Loaded, TorchClassifier, TorchDecoder, files_mb, open_artefact
 from deployment.tensorrt import to_tensorrt
-from deployment.unavailable import Unavailable, why_not
+from deployment.unavailable import why_not
 from evaluation.comparison import inference_of
 from evaluation.shipped import Shipped
 from jobs import files
@@ -125,7 +125,7 @@ class _Work:
             return Made(target=target, failure=f"it is made from {broken}, which failed")
         try:
             folder, parity = self._made(target)
-        except Unavailable as error:
+        except UserError as error:
             return Made(target=target, unavailable=str(error))
         except (OSError, MemoryError):
             raise  # of the machine, and not of this target
@@ -197,7 +197,7 @@ class _Work:
         elif target == "tensorrt":
             to_tensorrt(source, folder, self._artefact(target))
         else:
-            longest = min(self.about.positions or self.about.max_length, 2 * self.about.max_length)
+            longest = self._artefact(target).positions or self.about.max_length
             export_executorch(source, folder, classifies=classifies, longest=longest)
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (self.built["merged"] / name).is_file() and not (folder / name).is_file():
@@ -231,7 +231,12 @@ class _Work:
 
     def _artefact(self, target: Target) -> Artefact:
         onnx = target in ("onnx", "onnx-fp16", "onnx-int8", "tensorrt")
-        return self.about.model_copy(update={"target": target, "opset": OPSET if onnx else None})
+        room = self.about.positions or sys.maxsize
+        # What is built for sizes that are known beforehand ends where those do.
+        longest = {"executorch": 2, "tensorrt": 4}.get(target)
+        positions = min(room, longest * self.about.max_length) if longest else self.about.positions
+        update = {"target": target, "opset": OPSET if onnx else None, "positions": positions}
+        return self.about.model_copy(update=update)
 
 
 def _base_of(model: Any, held_out: HeldOut) -> Score | None:
@@ -356,7 +361,8 @@ def _write_summary(given: Shipped, made: Made, out: Path, base: Score | None) ->
             "seconds": round(made.seconds, 1),
         }
     }
-    files.write_json(out / SUMMARY, {"targets": before | now, "base": asdict(base) if base else None})
+    of = {"run": given.run.id, "trial_id": given.trial_id}
+    files.write_json(out / SUMMARY, {"targets": before | now, "base": asdict(base) | of if base else None})
 
 
 def delivered(given: Shipped, wanted: Delivery, out: Path, tell: Callable[[str], None]) -> Exported:

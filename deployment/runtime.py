@@ -108,16 +108,17 @@ def open_onnx(folder: Path, artefact: Artefact, threads: int) -> Decoder | OnnxC
         return OnnxClassifier(session)
     decoder = OnnxDecoder(session, artefact)
     # Its attention counts positions by the mask's sum, as for rows that are padded last.
-    return RowByRow(decoder) if artefact.target == "onnx-int4" else decoder
+    return RowByRow(decoder, together=True) if artefact.target == "onnx-int4" else decoder
 
 
 def open_tensorrt(folder: Path, artefact: Artefact, threads: int) -> Decoder | OnnxClassifier:
     """A model of ONNX Runtime on TensorRT, which builds or reads its engines. Raises UserError where it is not used."""
-    from deployment.tensorrt import missing, providers
+    from deployment.tensorrt import check_engines, missing, providers
 
     if reason := missing():
         raise UserError(reason)
     session = onnx_session(folder / ONNX_FILE, threads, providers(folder, artefact))
+    check_engines(folder)
     return OnnxClassifier(session) if artefact.task == "classification" else OnnxDecoder(session, artefact)
 
 
@@ -146,7 +147,8 @@ def onnx_session(path: Path, threads: int, providers: Sequence[Any] = ("CPUExecu
     if threads:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+    # Else a run that fails is quietly tried again on other providers, under the name of the first.
+    session = onnxruntime.InferenceSession(str(path), options, providers=list(providers), enable_fallback=0)
     check_provider(session, providers)
     return session
 
@@ -289,5 +291,5 @@ class TorchDecoder:
 
 def files_mb(folder: Path) -> float:
     """Size on disk of what a model needs: weights and graph, not its card."""
-    kept = (".onnx", ".data", ".safetensors", ".pte")
-    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in kept) / 1e6
+    kept = (".onnx", ".data", ".safetensors", ".pte", ".engine")
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in kept) / 1e6

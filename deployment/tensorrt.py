@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deployment.extras import onnxruntime_here
+from jobs.errors import UserError
 from jobs.export import Artefact
 
 PROVIDER = "TensorrtExecutionProvider"
 _ENGINES = "engines"
-_MOST_ROWS, _USUAL_ROWS = 8, 1
+_MOST_TEXTS, _MOST_ANSWERS, _USUAL_ROWS = 64, 8, 1
 _USUAL_TOKENS = 64
 _INSTALL = "pip uninstall onnxruntime, then pip install 'lorafleet[tensorrt]'"
 
@@ -28,7 +31,31 @@ def missing() -> str | None:
         return f"tensorrt needs onnxruntime-gpu: {_INSTALL}"
     if PROVIDER not in onnxruntime_here().get_available_providers():
         return f"tensorrt needs an onnxruntime that was built with it, and this one was not: {_INSTALL}"
+    try:
+        importlib.import_module("tensorrt")  # loads the libraries that the provider looks for
+    except ImportError as error:
+        return f"tensorrt needs NVIDIA's libraries, which cannot be loaded here ({error}): {_INSTALL}"
     return None
+
+
+def check_engines(folder: Path) -> None:
+    """Raises UserError unless TensorRT has built an engine: it can take no node, and stay the session's first name."""
+    if not any((folder / _ENGINES).glob("*.engine")):
+        raise UserError("TensorRT took no part of this model: all of it would run elsewhere, under its name")
+
+
+def memory_gib() -> float | None:
+    """GiB of the GPU that this process holds, as its driver says; None where it does not."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        running = [one for device in devices for one in pynvml.nvmlDeviceGetComputeRunningProcesses(device)]
+    except pynvml.NVMLError:
+        return None
+    own = [one.usedGpuMemory for one in running if one.pid == os.getpid() and one.usedGpuMemory]
+    return sum(own) / 2**30 if own else None
 
 
 def to_tensorrt(source: Path, out: Path, artefact: Artefact) -> None:
@@ -56,18 +83,18 @@ def providers(folder: Path, artefact: Artefact) -> list[Any]:
 
 def profiles(artefact: Artefact) -> dict[str, dict[str, tuple[int, ...]]]:
     """min, opt and max -> input -> its shape: from one new token to the longest text, with all that came before."""
-    longest = min(artefact.positions or artefact.max_length, 4 * artefact.max_length)
+    longest = artefact.positions or artefact.max_length
     usual = min(_USUAL_TOKENS, longest)
     if artefact.task == "classification":
         return {
             "min": _classifier(1, 1),
             "opt": _classifier(_USUAL_ROWS, usual),
-            "max": _classifier(_MOST_ROWS, artefact.max_length),
+            "max": _classifier(_MOST_TEXTS, artefact.max_length),
         }
     return {
         "min": _decoder(artefact, 1, 1, 0),
         "opt": _decoder(artefact, _USUAL_ROWS, 1, usual),
-        "max": _decoder(artefact, _MOST_ROWS, longest, longest),
+        "max": _decoder(artefact, _MOST_ANSWERS, longest, longest),
     }
 
 

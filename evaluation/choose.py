@@ -12,8 +12,9 @@ from jobs.rungs import Goal
 ALIKE = 0.05
 """Two arms whose p-value is at least this cannot be told apart."""
 
-SAME_COST = 1.05
-"""Costs that differ by less are the same: twice the same training takes times further apart."""
+SAME_TIME = 1.05
+"""Times that differ by less are the same: twice the same training takes times further apart."""
+_TIMES = ("train_seconds", "gpu_hours", "latency_ms")
 
 COSTS: dict[str, tuple[str, str, Callable[[Arm], float | None]]] = {
     "train_seconds": ("seconds of training", ".1f", lambda arm: arm.train_seconds),
@@ -54,6 +55,11 @@ class Choice:
         assert value is not None
         return value if self.goal == "maximize" else -value
 
+    @property
+    def slack(self) -> float:
+        """Costs up to so many times the least are the least."""
+        return SAME_TIME if self.cost in _TIMES else 1.0
+
     def price(self, arm: Arm) -> float | None:
         """What an arm costs, in the cost that was asked for."""
         return COSTS[self.cost][2](arm)
@@ -68,7 +74,7 @@ def choose(arms: list[Arm], pairs: list[Pair], choice: Choice) -> Recommendation
     eligible = _eligible(scored, best, pairs, choice)
     priced = [arm for arm in eligible if choice.price(arm) is not None]
     least = min((choice.price(arm) or 0.0 for arm in priced), default=0.0)
-    near = [arm for arm in priced if (choice.price(arm) or 0.0) <= SAME_COST * least]
+    near = [arm for arm in priced if (choice.price(arm) or 0.0) <= choice.slack * least]
     chosen = max(near, key=lambda arm: (choice.score(arm), -(choice.price(arm) or 0.0))) if near else best
     sentence = _sentence(chosen, best, eligible, scored, pairs, choice)
     return Recommendation(
@@ -101,7 +107,7 @@ def _p_value(one: Arm, other: Arm, pairs: list[Pair]) -> float | None:
 
 def rule_text(choice: Choice) -> str:
     """A rule in words."""
-    words = COSTS[choice.cost][0]
+    words = COSTS[choice.cost][0] + (f" (within {SAME_TIME - 1:.0%}: the same)" if choice.slack > 1 else "")
     if choice.rule == "cheapest_within_noise":
         return (
             f"of the arms that cannot be told apart from the best by {choice.metric} on the held-out rows (paired "
@@ -130,7 +136,7 @@ def _sentence(chosen: Arm, best: Arm, eligible: list[Arm], scored: list[Arm], pa
     if choice.price(chosen) is None:
         return f"Ship {best.arm}: it has the best {got}; {COSTS[choice.cost][0]} was measured of none."
     least = min(known for arm in eligible if (known := choice.price(arm)) is not None)
-    near = "" if choice.price(chosen) == least else f"within {SAME_COST - 1:.0%} of "
+    near = "" if choice.price(chosen) == least else f"within {SAME_TIME - 1:.0%} of "
     price = f"{_price(chosen, choice)} is {near}the least"
     if chosen is best:
         return f"Ship {best.arm}: it has the best {got}, and {price} of the {len(eligible)} arms {_near(choice)}."

@@ -195,7 +195,7 @@ _ALIKE = 1e-3
 def pick(offers: Sequence[Offer], budget: Budget) -> tuple[Offer | None, str]:
     """(the best that fits, a sentence with the reason). Best by metric; of those alike, the smallest."""
     if not offers:
-        return None, "No target passed its gate, so none can be picked."
+        return None, "There is no target that passed its gate, so none can be picked."
     fitting = [offer for offer in offers if not _beyond(offer, budget)]
     if not fitting:
         why = "; ".join(f"{offer.target} {', '.join(_beyond(offer, budget))}" for offer in offers)
@@ -316,9 +316,11 @@ class Exported(Spec):
         """What the command ends with."""
         if any(one.failure for one in self.targets):
             return ExitCode.OUR_FAULT
-        if any(one.parity and not one.accepted for one in self.targets) or (self.sentence and self.picked is None):
-            return ExitCode.GATE_REFUSED
-        return ExitCode.OK if any(one.accepted for one in self.targets) else ExitCode.USER_INPUT
+        judged = [one for one in self.targets if one.parity]
+        if not judged:
+            return ExitCode.USER_INPUT
+        nothing_fits = self.sentence and self.picked is None
+        return ExitCode.GATE_REFUSED if nothing_fits or not all(one.accepted for one in judged) else ExitCode.OK
 
 
 class Artefact(Spec):

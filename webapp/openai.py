@@ -5,20 +5,22 @@ What changes an answer and is not supported is refused, never ignored: a client 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployment.answers import Piece, pieces, room_for
@@ -27,7 +29,24 @@ from deployment.runtime import Loaded
 from jobs.errors import UserError
 from webapp.local import Admit, guarded, same
 
-_CHANGES_NOTHING = frozenset("user metadata store stream_options service_tier parallel_tool_calls".split())
+_CHANGES_NOTHING = frozenset("user metadata store service_tier parallel_tool_calls safety_identifier".split())
+_AS_WITHOUT = {
+    "best_of": ("1",),
+    "echo": ("false",),
+    "frequency_penalty": ("0", "0.0"),
+    "functions": ("[]",),
+    "logit_bias": ("{}",),
+    "logprobs": ("false",),
+    "presence_penalty": ("0", "0.0"),
+    "response_format": ('{"type": "text"}',),
+    "suffix": ('""',),
+    "tool_choice": ('"none"', '"auto"'),
+    "tools": ("[]",),
+}
+"""What is not supported -> values of it, as JSON, that ask for nothing."""
+_COLDEST = 1e-4
+_GONE = "lorafleet.gone"
+"""Of a request: an event that is set once its client has left."""
 _MOST_PROMPTS = 64
 
 
@@ -60,10 +79,18 @@ class _Asked(BaseModel):
     model: str | None = None
 
 
+class StreamOptions(BaseModel):
+    """What a stream has beside the answer."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    include_usage: bool = False
+
+
 class _Writing(_Asked):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = None
+    stream_options: StreamOptions | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     stream: bool | None = None
     n: Literal[1] | None = None
@@ -72,10 +99,10 @@ class _Writing(_Asked):
     def sampling(self) -> Sampling | None:
         """OpenAI's temperature is 1 where none is given."""
         heat = 1.0 if self.temperature is None else self.temperature
-        if heat == 0:
+        if heat < _COLDEST:
             return None
-        drawn_by = self.seed if self.seed is not None else uuid.uuid4().int % 2**32
-        return Sampling(heat, 1.0 if self.top_p is None else self.top_p, drawn_by)
+        drawn_by = self.seed if self.seed is not None else uuid.uuid4().int
+        return Sampling(heat, 1.0 if self.top_p is None else self.top_p, drawn_by % 2**63)
 
     @property
     def stops(self) -> list[str]:
@@ -91,12 +118,25 @@ class Completion(_Writing):
     max_tokens: int | None = Field(None, ge=1)
 
 
+class TextPart(BaseModel):
+    """A part of a message."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+    type: Literal["text"]
+    text: str
+
+
 class Turn(BaseModel):
     """One message."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     role: Literal["system", "user", "assistant"]
-    content: str
+    content: str | list[TextPart]
+
+    @property
+    def text(self) -> str:
+        """Its text, whose parts are put together."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class Chat(_Writing):
@@ -148,7 +188,8 @@ class _Server:
         if asked.model is not None and asked.model != self.name:
             raise Refused(f"there is no model {asked.model!r} here, only {self.name!r}", 404, "model")
         for key, value in (asked.model_extra or {}).items():
-            if key not in _CHANGES_NOTHING and value not in (None, 0, False, [], {}, ""):
+            nothing = value is None or json.dumps(value) in _AS_WITHOUT.get(key, ())
+            if key not in _CHANGES_NOTHING and not nothing:
                 raise Refused(f"{key} is not supported here", 400, key)
 
     def most(self, asked: int | None, default: int) -> int:
@@ -160,8 +201,8 @@ class _Server:
     def prompt(self, turns: list[Turn]) -> list[int]:
         """Tokens of a conversation, up to where the answer begins."""
         if len(turns) == 1 and turns[0].role == "user":
-            return self.loaded.prompt(turns[0].content)  # with training's own system message
-        text = self.framed([turn.model_dump() for turn in turns])
+            return self.loaded.prompt(turns[0].text)  # with training's own system message
+        text = self.framed([{"role": turn.role, "content": turn.text} for turn in turns])
         return list(self.loaded.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def raw(self, text: str) -> list[int]:
@@ -169,10 +210,25 @@ class _Server:
         about = self.loaded.artefact
         return [*about.start, *self.loaded.tokenizer.encode(text, add_special_tokens=False).ids]
 
-    def answer(self, prompt: list[int], most: int, asked: _Writing) -> Iterator[Piece]:
+    def answer(self, prompt: list[int], most: int, asked: _Writing) -> Generator[Piece]:
         """The pieces of an answer, in its turn."""
         with self.turns.turn():
             yield from pieces(self.loaded, prompt, most, asked.sampling, asked.stops)
+
+    def whole(
+        self, prompts: list[list[int]], most: int, asked: _Writing, gone: threading.Event
+    ) -> list[tuple[str, Piece]]:
+        """(text, last piece) of each answer, all in one turn; it ends early for a client that has left."""
+        found = []
+        with self.turns.turn():
+            for prompt in prompts:
+                said, last = "", Piece("", 0)
+                for last in pieces(self.loaded, prompt, most, asked.sampling, asked.stops):
+                    said += last.text
+                    if gone.is_set():
+                        raise Refused("the client has left", 499)
+                found.append((said, last))
+        return found
 
 
 def serving_app(
@@ -187,10 +243,16 @@ def serving_app(
     def health() -> dict[str, str]:
         return {"status": "ok"}
 
+    one = {"id": name, "object": "model", "created": server.made, "owned_by": "lorafleet"}
+
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        one = {"id": name, "object": "model", "created": server.made, "owned_by": "lorafleet"}
         return {"object": "list", "data": [one]}
+
+    @app.get("/v1/models/{which}")
+    def model(which: str) -> dict[str, Any]:
+        server.check(_Asked(model=which))
+        return one
 
     if loaded.generates:
         _writers(app, server)
@@ -202,7 +264,7 @@ def serving_app(
 
 def _writers(app: FastAPI, server: _Server) -> None:
     @app.post("/v1/completions", response_model=None)
-    async def complete(asked: Completion) -> Response | dict[str, Any]:
+    async def complete(asked: Completion, request: Request) -> Response | dict[str, Any]:
         server.check(asked)
         texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
         prompts, most = [server.raw(text) for text in texts], server.most(asked.max_tokens, 16)
@@ -215,7 +277,7 @@ def _writers(app: FastAPI, server: _Server) -> None:
                 return {"index": 0, "text": piece.text, "finish_reason": piece.end, "logprobs": None}
 
             return await _stream(server, prompts[0], most, asked, head, shape)
-        answers = await run_in_threadpool(lambda: [_whole(server, prompt, most, asked) for prompt in prompts])
+        answers = await _patiently(request, lambda gone: server.whole(prompts, most, asked, gone))
         choices = [
             {"index": index, "text": text, "finish_reason": last.end, "logprobs": None}
             for index, (text, last) in enumerate(answers)
@@ -223,7 +285,7 @@ def _writers(app: FastAPI, server: _Server) -> None:
         return {**head, "choices": choices, "usage": _usage(prompts, [last for _, last in answers])}
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def converse(asked: Chat) -> Response | dict[str, Any]:
+    async def converse(asked: Chat, request: Request) -> Response | dict[str, Any]:
         server.check(asked)
         prompt = server.prompt(asked.messages)
         most = server.most(asked.max_completion_tokens or asked.max_tokens, server.limits.new_tokens)
@@ -235,7 +297,7 @@ def _writers(app: FastAPI, server: _Server) -> None:
             head = _head("chatcmpl", "chat.completion.chunk", server)
             first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
             return await _stream(server, prompt, most, asked, head, shape, first)
-        text, last = await run_in_threadpool(_whole, server, prompt, most, asked)
+        ((text, last),) = await _patiently(request, lambda gone: server.whole([prompt], most, asked, gone))
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": last.end}
         head = _head("chatcmpl", "chat.completion", server)
         return {**head, "choices": [choice], "usage": _usage([prompt], [last])}
@@ -263,9 +325,12 @@ def _head(kind: str, what: str, server: _Server) -> dict[str, Any]:
     return {"id": f"{kind}-{uuid.uuid4().hex[:24]}", "object": what, "created": now, "model": server.name}
 
 
-def _whole(server: _Server, prompt: list[int], most: int, asked: _Writing) -> tuple[str, Piece]:
-    found = list(server.answer(prompt, most, asked))
-    return "".join(piece.text for piece in found), found[-1]
+_Found = TypeVar("_Found")
+
+
+async def _patiently(request: Request, work: Callable[[threading.Event], _Found]) -> _Found:
+    """Do work in a thread; the event that it is given says that the client has left."""
+    return await run_in_threadpool(work, request.scope[_GONE])
 
 
 def _usage(prompts: list[list[int]], last: list[Piece]) -> dict[str, int]:
@@ -292,12 +357,16 @@ async def _stream(
         try:
             if first is not None:
                 yield _event({**head, "choices": [first]})
+            tokens = 0
             while now is not None:
+                tokens = now.tokens
                 yield _event({**head, "choices": [shape(now)]})
                 now = await run_in_threadpool(next, answer, None)
+            if asked.stream_options and asked.stream_options.include_usage:
+                yield _event({**head, "choices": [], "usage": _usage([prompt], [Piece("", tokens)])})
             yield "data: [DONE]\n\n"
         finally:
-            answer.close()  # type: ignore[attr-defined]  # a generator; a client that leaves gives its turn back
+            answer.close()  # a client that leaves gives its turn back
 
     return StreamingResponse(events(), media_type="text/event-stream")
 
@@ -328,6 +397,10 @@ def _errors(app: FastAPI) -> None:
     async def refused(_request: Any, error: Refused) -> Response:
         return _error(str(error), error.code, error.about)
 
+    @app.exception_handler(HTTPException)
+    async def no_such_address(_request: Any, error: HTTPException) -> Response:
+        return _error(str(error.detail), error.status_code, None)
+
     @app.exception_handler(UserError)
     async def impossible(_request: Any, error: UserError) -> Response:
         return _error(str(error), 400, None)
@@ -340,7 +413,7 @@ def _errors(app: FastAPI) -> None:
 
 
 class _Body:
-    """Bodies end where they may, whether they say how long they are or not."""
+    """Bodies end where they may, whether they say how long they are or not; and a client that leaves is noticed."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self.app, self.most = app, most
@@ -362,12 +435,24 @@ class _Body:
                 await _error(text, 413, None)(scope, receive, send)
                 return
         body, given = b"".join(parts), False
+        gone, left = scope.setdefault(_GONE, threading.Event()), asyncio.Event()
 
         async def again() -> Message:
             nonlocal given
             if given:
-                return await receive()
+                await left.wait()
+                return {"type": "http.disconnect"}
             given = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, again, send)
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            gone.set()
+            left.set()
+
+        watcher = asyncio.create_task(watch())
+        try:
+            await self.app(scope, again, send)
+        finally:
+            watcher.cancel()

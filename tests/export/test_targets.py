@@ -13,17 +13,19 @@ import torch
 
 from cluster.machine import site_here
 from cluster.planning import make_plan
+from commands.execute import _as_a_job
 from deployment import export as exporting
 from deployment.decoding import write
+from deployment.driver import DeliveryDriver
 from deployment.export import export
 from deployment.merge import Source
 from deployment.parity import judge, look
 from deployment.runtime import TorchDecoder, open_artefact
 from evaluation.shipped import shipped
 from jobs import files
-from jobs.export import TARGETS, Gate, Target, gate_of, verdict
+from jobs.export import TARGETS, Delivery, Gate, Target, gate_of, verdict
 from jobs.load import LoadedJob
-from jobs.run import Run, TrialState
+from jobs.run import Run, RunState, TrialState
 from tests.conftest import JobMaker, lorafleet, opinions
 from tests.unit.test_training import finish, session
 
@@ -292,6 +294,38 @@ def test_a_target_that_cannot_be_made_costs_itself_and_what_is_made_from_it(
     assert made["onnx-int8"].failure == "it is made from onnx, which failed"
     assert "no_such_operator" in (out / "onnx-traceback.txt").read_text()
     assert "no operator" in json.loads((out / "export.json").read_text())["targets"]["onnx"]["unavailable"]
+
+
+def test_who_asks_for_the_end_gets_it(bert_job: JobMaker, tmp_path: Path) -> None:
+    """A stop is no failure of a target, and what was there before stays."""
+    job = bert_job(train__max_steps=8)
+    run = trained(job, tmp_path)
+    out = run.path / "export"
+    export(shipped(run), ["merged", "onnx"], out, quiet)
+    before = (out / "export.json").read_text()
+    delivery = Run.create(run.path.parent, "export")
+    wanted = Delivery(run=run.id, targets=("merged", "onnx"))
+    plan = make_plan(job, site_here(None), "export").model_copy(update={"delivery": wanted})
+    files.write_json(delivery.path / "plan.json", plan.model_dump(mode="json"))
+    driver = DeliveryDriver(delivery)
+    said: list[str] = []
+
+    def stop_at(sentence: str) -> None:
+        said.append(sentence)
+        if sentence == "building onnx":
+            driver.stop_file.write_text("a user")
+        DeliveryDriver._tell(driver, sentence)
+
+    driver._tell = stop_at
+    assert driver.execute() == 130
+    assert delivery.state is RunState.STOPPED
+    assert said[-1] == "building onnx"
+    assert json.loads((out / "export.json").read_text())["targets"]["onnx"] == json.loads(before)["targets"]["onnx"]
+    assert not list(out.glob(".building-*"))
+    driver.stop_file.unlink()
+    assert DeliveryDriver(delivery).execute() == 0
+    assert (delivery.state, _as_a_job(delivery, 3)) == (RunState.FINISHED, 0)
+    assert json.loads((delivery.path / "exported.json").read_text())["targets"][1]["accepted"] is True
 
 
 def test_what_is_refused_is_set_aside(bert_job: JobMaker, tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_the_best_that_fits_is_picked() -> None:
     assert pick(classes, Budget(files_mb=50, ms=9))[1] == (
         "Nothing fits: onnx has 90.0 MB, 40.0 more than 50; onnx-int8 was not measured."
     )
-    assert pick([], Budget(ms=1))[1] == "No target passed its gate, so none can be picked."
+    assert pick([], Budget(ms=1))[1] == "There is no target that passed its gate, so none can be picked."
 
 
 def test_words_of_a_budget_that_do_not_go_together(tmp_path: Path) -> None:
@@ -244,13 +244,13 @@ def test_tensorrts_engines_are_for_one_token_as_for_a_prompt(tmp_path: Path) -> 
     shapes = tensorrt.profiles(ABOUT)
     assert shapes["min"]["past_key_values.1.value"] == (1, 3, 0, 4)
     assert shapes["min"]["attention_mask"] == (1, 1)
-    assert shapes["max"]["input_ids"] == (8, 12)
+    assert shapes["max"]["input_ids"] == (8, 12)  # as far as its positions go
     assert shapes["max"]["attention_mask"] == (8, 24)
     (name, options), second = tensorrt.providers(tmp_path, ABOUT)
     assert (name, second) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
     assert options["trt_profile_opt_shapes"].startswith("input_ids:1x1,attention_mask:1x13,position_ids:1x1,")
     classes = tensorrt.profiles(ABOUT.model_copy(update={"task": "classification"}))
-    assert classes["max"] == {"input_ids": (8, 16), "attention_mask": (8, 16)}
+    assert classes["max"] == {"input_ids": (64, 16), "attention_mask": (64, 16)}
 
 
 def test_another_provider_is_not_taken_for_the_one(tmp_path: Path) -> None:

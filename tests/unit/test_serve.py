@@ -120,6 +120,10 @@ def test_answers_as_openais_clients_expect_them() -> None:
         turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "g"))]
         said = ask(port, "/v1/chat/completions", {"messages": turns, "temperature": 0, "max_completion_tokens": 1})[1]
         assert said["choices"][0]["message"]["content"] == "h"
+        one["messages"] = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+        assert ask(port, "/v1/chat/completions", one)[1]["choices"][0]["message"]["content"] == "cd"
+        cold = {"prompt": "ab", "temperature": 1e-310, "seed": -1, "max_tokens": 1}
+        assert ask(port, "/v1/completions", cold)[1]["choices"][0]["text"] == "c"
         drawn = {"prompt": "ab", "temperature": 2, "seed": 5, "max_tokens": 8}
         assert ask(port, "/v1/completions", drawn)[1]["choices"] == ask(port, "/v1/completions", drawn)[1]["choices"]
         assert ask(port, "/v1/classify", {"input": "a"})[0] == 404  # it writes
@@ -135,6 +139,9 @@ def test_answers_stream() -> None:
         assert parts[0]["delta"] == {"role": "assistant", "content": ""}
         assert "".join(part["delta"]["content"] for part in parts) == "cde"
         assert parts[-1]["finish_reason"] == "length"
+        asked["stream_options"] = {"include_usage": True}
+        last = json.loads(ask(port, "/v1/chat/completions", asked)[1].split("\n\n")[-3].removeprefix("data: "))
+        assert (last["choices"], last["usage"]["completion_tokens"], last["usage"]["total_tokens"]) == ([], 3, 5)
         code, said = ask(port, "/v1/completions", {"prompt": "x", "temperature": 0, "stream": True})
         assert [json.loads(line[6:])["choices"][0]["text"] for line in said.split("\n\n")[:-2]] == ["y", ""]
 
@@ -150,7 +157,12 @@ def test_what_would_change_an_answer_is_refused_and_not_ignored() -> None:
         assert refused("/v1/completions", good | {"presence_penalty": 0.5}) == (
             400, "presence_penalty is not supported here",
         )  # fmt: skip
-        assert ask(port, "/v1/completions", good | {"presence_penalty": 0, "logit_bias": {}})[0] == 200
+        for nothing in ({"presence_penalty": 0, "logit_bias": {}}, {"best_of": 1, "response_format": {"type": "text"}}):
+            assert ask(port, "/v1/completions", good | nothing)[0] == 200
+        assert refused("/v1/completions", good | {"logprobs": 0}) == (400, "logprobs is not supported here")
+        assert refused("/v1/nothing", good) == (404, "Not Found")
+        assert ask(port, "/v1/models/tiny")[1]["id"] == "tiny"
+        assert ask(port, "/v1/models/other")[0] == 404
         assert refused("/v1/completions", good | {"n": 2})[0] == 400
         assert refused("/v1/completions", good | {"max_tokens": 9}) == (
             400, "max_tokens is 9, but this server gives 8 at most",
@@ -205,19 +217,30 @@ def test_so_many_at_once_and_so_many_that_wait() -> None:
         assert ask(port, "/v1/completions", asked)[0] == 200  # turns were given back
 
 
-def test_a_client_that_leaves_gives_its_turn_back() -> None:
-    model = Slow()
-    with served(loaded(model), Limits(at_once=1, waiting=0)) as port:
+class Sleepy(Counting):
+    """Half a second a token, and more than a minute for a whole answer."""
+
+    def step(self, *given: Any) -> Any:
+        time.sleep(0.5)
+        return super().step(*given)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_gives_its_turn_back(stream: bool) -> None:
+    with served(loaded(Sleepy(26), positions=1000, ends=[]), Limits(at_once=1, waiting=0)) as port:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-        body = json.dumps({"prompt": "a", "max_tokens": 20, "temperature": 0, "stream": True})
+        body = json.dumps({"prompt": "a", "max_tokens": 200, "temperature": 0, "stream": stream})
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
         connection.request("POST", "/v1/completions", body, headers)
-        answer = connection.getresponse()
-        answer.read(10)
+        time.sleep(1)
+        if stream:
+            answer = connection.getresponse()
+            answer.read(10)
+            answer.close()
         connection.close()
-        answer.close()
-        asked, until = {"prompt": "ab", "max_tokens": 1, "temperature": 0}, time.time() + 10
+        asked, until = {"prompt": "ab", "max_tokens": 1, "temperature": 0}, time.time() + 20
         while (code := ask(port, "/v1/completions", asked)[0]) != 200 and time.time() < until:
+            assert code == 429
             time.sleep(0.05)
         assert code == 200
 

@@ -81,10 +81,10 @@ def _job(source: Run, command: str, wanted: Delivery) -> LoadedJob:
     """The run's job under another name, with what one process needs: a GPU for TensorRT alone."""
     import yaml
 
-    from evaluation.report import run_job
+    from evaluation.report import job_here
     from jobs.load import load_text
 
-    raw = run_job(source).model_dump(mode="json", exclude_defaults=True) | {"name": command}
+    raw = job_here(source).model_dump(mode="json", exclude_defaults=True) | {"name": command}
     for block in ("search", "compare", "linked"):
         raw.pop(block, None)
     one = {"cpus_per_worker": max(1, wanted.threads), "gpus_per_node": 1 if "tensorrt" in wanted.targets else 0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -11,6 +11,7 @@ from commands.common import DEFAULT_RUNS, Chain, Format, Nodes, On, Output, Quie
 from commands.sweep import Detach, Wait
 
 if TYPE_CHECKING:
+    from cluster.backend import Cluster
     from jobs.given import Given
     from jobs.load import LoadedJob
     from jobs.run import Run
@@ -58,9 +59,11 @@ def evaluate(
     loaded = _job(what, job, data, runs, rounds=2 if measure else 0)
     backend = backend_for(on, nodes, chain)
     check_names(loaded)
+    told = say if not quiet else lambda _: None
     if on is None:
-        told = say if not quiet else lambda _: None
         fetch_job(loaded.job, told)
+    else:  # there is no job file with which a user could
+        cast("Cluster", backend).provide(loaded.job, told)
     run = backend.submit(backend.plan(loaded, "compare"), loaded, backend.runs_dir(runs))
     if detach:
         typer.echo(run.id)
@@ -72,7 +75,7 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
     """A job whose comparison has each model as an arm that trains nothing."""
     import yaml
 
-    from evaluation.report import run_job
+    from evaluation.report import job_here
     from jobs.errors import UserError
     from jobs.given import Given, check_base, named
     from jobs.load import load_job, load_text
@@ -87,7 +90,7 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
         first = next((run for _, run in found if run is not None), None)
         if first is None:
             raise UserError("--job JOB.yaml is missing: it says what task, rows and metrics; only a run brings its own")
-        base = run_job(first)
+        base = job_here(first)
     labels = class_order([run for _, run in found if run is not None], base)
     for model, _ in found:
         check_base(model, base)
@@ -146,4 +149,20 @@ def _model(word: str, runs: Path) -> tuple[Given, Run | None]:
         return of_arm(found.run, run_job(found.run), found.arm, found.weights), found.run
     assert found.trial_id is not None
     assert found.weights is not None
-    return of_run(found.run, found.trial_id, found.weights), found.run
+    return _on_its_base(of_run(found.run, found.trial_id, found.weights), found.run), found.run
+
+
+def _on_its_base(model: Given, run: Run) -> Given:
+    """A model whose base is named as the machine here has it, and not as the run's own machines had."""
+    from dataclasses import replace
+
+    from evaluation.report import job_here, run_job
+
+    there, here = (job.model.model_name_or_path for job in (run_job(run), job_here(run)))
+    own = model.arm.get("set", {})
+    if there == here or own.get(_BASE) != there:
+        return model
+    return replace(model, arm={**model.arm, "set": {**own, _BASE: here}})
+
+
+_BASE = "model.model_name_or_path"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deployment.extras import require
-from deployment.runtime import ONNX_FILE, files_mb
+from deployment.runtime import ONNX_FILE, cache_word, files_mb
 from jobs.errors import UserError
 
 OPSET = 18
@@ -71,6 +71,7 @@ def _decoder(model: Any) -> tuple[Any, tuple[Any, ...], tuple[Any, ...], list[st
     from transformers import DynamicCache
 
     layers, heads, size = cache_shape(model.config)
+    word = cache_word(model)
 
     class Decoder(torch.nn.Module):
         def __init__(self) -> None:
@@ -91,8 +92,8 @@ def _decoder(model: Any) -> tuple[Any, tuple[Any, ...], tuple[Any, ...], list[st
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=cache,
                 use_cache=True,
+                **{word: cache},
             )
             kept = [cache.layers[layer] for layer in range(layers)]
             return found.logits, [part for layer in kept for part in (layer.keys, layer.values)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -271,6 +272,7 @@ class TorchDecoder:
     def __init__(self, model: Any) -> None:
         # PEFT's own forward hides from transformers that the model takes positions (evaluation/generate.py).
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.word = cache_word(self.model)
 
     def step(
         self, ids_BT: np.ndarray, mask_BS: np.ndarray, positions_BT: np.ndarray, cache: Any
@@ -284,9 +286,14 @@ class TorchDecoder:
         cache = DynamicCache(config=self.model.config) if cache is None else cache
         with torch.inference_mode():
             found = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
+                input_ids=ids, attention_mask=mask, position_ids=places, use_cache=True, **{self.word: cache}
             )
-        return found.logits.float().cpu().numpy(), found.past_key_values
+        return found.logits.float().cpu().numpy(), cache  # it has grown
+
+
+def cache_word(model: Any) -> str:
+    """What a causal model calls its keys and values: transformers has a new word for them."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def files_mb(folder: Path) -> float:

@@ -35,6 +35,19 @@ def run_job(run: Run) -> JobSpec:
         ) from None
 
 
+def job_here(run: Run) -> JobSpec:
+    """The job of a run with the paths of the machine that submitted it: its plan has those of where it ran."""
+    raw = run_job(run).model_dump(mode="json")
+    for path, told in files.read_json(run.path / "resolved.json").get("fields", {}).items():
+        *blocks, name = path.split(".")
+        block = raw
+        for key in blocks:
+            block = block.get(key) or {}
+        if isinstance(block.get(name), str) and isinstance(told.get("value"), str):
+            block[name] = told["value"]
+    return JobSpec.model_validate_json(json.dumps(raw))
+
+
 def build_report(run: Run) -> Report:
     """Read a run and say what it found so far."""
     job = run_job(run)

@@ -80,6 +80,28 @@ def test_a_sweep_in_two_worker_pods(user: User, bert_job: JobMaker) -> None:
 
 
 @pytest.mark.long
+def test_a_model_is_exported_and_judged_where_it_lies(user: User, bert_job: JobMaker) -> None:
+    """The head pod does the work; what it made is brought when it is asked for."""
+    job = user.job(bert_job(train__max_steps=20))
+    user.lorafleet("train", job, "--on", "pods", "--wait")
+    (run,) = [Run(folder) for folder in (user.home / "runs").iterdir()]
+    done = user.lorafleet("export", run.id, "--to", "merged,onnx", "--on", "pods", "--wait", "--format", "json")
+    found = json.loads(done.stdout)["targets"]
+    assert [name for name, one in found.items() if one["accepted"]] == ["merged", "onnx"]
+    assert not (run.path / "export").exists()
+    user.lorafleet("pull", run.id, "--adapters", "exports")
+    there = user.there(run).path / "export" / "onnx" / "model.onnx.data"
+    assert (run.path / "export" / "onnx" / "model.onnx.data").read_bytes() == there.read_bytes()
+    user.lorafleet("pull", run.id)
+    judged = user.lorafleet("evaluate", run.id, "--on", "pods", "--wait", "--format", "json")
+    assert len(json.loads(judged.stdout)["arms"]) == 2
+    elsewhere = user.lorafleet("export", run.id, "--on", "pods", "-o", "x", check=False)
+    assert (elsewhere.returncode, "another folder than the run's own export" in elsewhere.stderr) == (2, True)
+    refused = user.lorafleet("export", run.id, "--on", "pods", "--to", "tensorrt", check=False)
+    assert (refused.returncode, "the head does the work, and it has no GPU" in refused.stderr) == (2, True)
+
+
+@pytest.mark.long
 def test_a_driver_that_fails(user: User, bert_job: JobMaker) -> None:
     """What the user can mend is told with its sentence and code; nothing is tried again where retries is 0."""
     user.write_site(more="deadlines: {retries: 0, save_seconds: 60}")

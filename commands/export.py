@@ -41,6 +41,10 @@ def export(
     max_ms_per_token: Annotated[
         float | None, typer.Option(min=0.001, help="Milliseconds that a token (of a classifier: a row) may take here.")
     ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Held-out rows to compare on.", show_default="export.rows of the job, 64"),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads with which targets are measured.")] = 1,
     measure: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Measure what passes, for its card and a budget.")
@@ -63,6 +67,7 @@ def export(
         output=str(output.absolute()) if output else "",
         targets=tuple(_targets(to or (_SMALL if budget else _USUAL))),
         threads=threads if measure else 0,
+        held_out=rows,
         budget=budget,
     )
     if on is not None:

@@ -12,7 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -367,6 +367,9 @@ def _write_summary(given: Shipped, made: Made, out: Path, base: Score | None) ->
 
 def delivered(given: Shipped, wanted: Delivery, out: Path, tell: Callable[[str], None]) -> Exported:
     """Do what was asked for, and pick what fits a device."""
+    if wanted.held_out is not None:
+        spec = given.job.export.model_copy(update={"rows": wanted.held_out})
+        given = replace(given, job=given.job.model_copy(update={"export": spec}))
     made = export(given, wanted.targets, out, tell, wanted.threads)
     if wanted.budget is None:
         return Exported(targets=made, output=str(out))

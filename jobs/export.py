@@ -247,6 +247,8 @@ class Delivery(Spec):
     """What to make."""
     threads: int = 1
     """CPU threads with which targets are measured; 0: they are not."""
+    held_out: int | None = None
+    """Held-out rows on which targets are compared with their source; null: the job's `export.rows`."""
     budget: Budget | None = None
     """What a device has."""
     rounds: int = 3

@@ -144,14 +144,71 @@ def to_fp16(source: Path, out: Path) -> None:
 
 
 def to_int8(source: Path, out: Path, scratch: Path) -> None:
-    """Weights in INT8 by column, activations as they come (dynamic quantisation)."""
+    """Weights in INT8 by column, and what goes into them as it comes (dynamic quantisation): the fastest.
+
+    What goes in is rounded by one scale for all of it. In models with a few very large activations, as trained Llamas
+    have, little is left of the others; and on a CPU with AVX2 and without VNNI such sums overflow.
+    """
     require("onnx", "exporting to ONNX")
     from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    prepared = _prepared(source, scratch)
+    out.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        quantize_dynamic(
+            str(prepared),
+            str(out / ONNX_FILE),
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            use_external_data_format=True,
+        )
+
+
+def to_int8_by_blocks(source: Path, out: Path, scratch: Path) -> None:
+    """Weights in INT8 by blocks of 32, each with a scale of its own; what goes in is rounded by such blocks too.
+
+    Measured with a tuned SmolLM2-135M on 4 x 160 tokens: perplexity 52.2 becomes 51.8 with 180 MB, where `to_int8`
+    gives what is no language (84 where its weights have 7 bits, so that nothing overflows).
+    """
+    require("onnx", "exporting to ONNX")
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+    from onnxruntime.quantization.onnx_model import ONNXModel
+
+    between = scratch / "by-blocks"
+    between.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        model = ONNXModel(onnx.load(str(_prepared(source, scratch))))
+        model.replace_gemm_with_matmul()
+        rounded = MatMulNBitsQuantizer(
+            model.model, bits=8, block_size=_BLOCK, is_symmetric=True, accuracy_level=_ACTIVATIONS_IN_INT8
+        )
+        rounded.process()
+        rounded.model.save_model_to_file(str(between / ONNX_FILE), use_external_data_format=True)
+        # The embedding, which is looked up and not multiplied.
+        quantize_dynamic(
+            str(between / ONNX_FILE),
+            str(out / ONNX_FILE),
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["Gather"],
+            use_external_data_format=True,
+        )
+    shutil.rmtree(between)
+
+
+_BLOCK, _ACTIVATIONS_IN_INT8 = 32, 4
+
+
+def _prepared(source: Path, scratch: Path) -> Path:
+    """The graph with its constants folded, made once."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = scratch / "prepared"
+    if prepared.exists():
+        return prepared / ONNX_FILE
     prepared.mkdir(parents=True)
-    out.mkdir(parents=True, exist_ok=True)
     with quiet():
         # Folds the transposed embedding of a tied head into a constant: else the largest matrix stays in float32.
         quant_pre_process(
@@ -162,14 +219,7 @@ def to_int8(source: Path, out: Path, scratch: Path) -> None:
             all_tensors_to_one_file=True,
             external_data_location=f"{ONNX_FILE}.data",
         )
-        quantize_dynamic(
-            str(prepared / ONNX_FILE),
-            str(out / ONNX_FILE),
-            weight_type=QuantType.QInt8,
-            per_channel=True,
-            use_external_data_format=True,
-        )
-    shutil.rmtree(prepared)
+    return prepared / ONNX_FILE
 
 
 def _write(model: Any, out: Path) -> None:

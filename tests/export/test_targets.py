@@ -296,6 +296,32 @@ def test_a_target_that_cannot_be_made_costs_itself_and_what_is_made_from_it(
     assert "no operator" in json.loads((out / "export.json").read_text())["targets"]["onnx"]["unavailable"]
 
 
+def test_int8_is_made_another_way_where_the_fast_one_fails(
+    llama_job: JobMaker, tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: a dynamic quantisation that turns the largest matrix over, as overflow would spoil it."""
+
+    def spoilt(source: Path, out: Path, scratch: Path) -> None:
+        import onnx
+
+        model = onnx.load(str(source / "model.onnx"))
+        largest = max(model.graph.initializer, key=lambda one: len(one.raw_data))
+        largest.raw_data = bytes(reversed(largest.raw_data))
+        out.mkdir(parents=True)
+        onnx.save_model(model, str(out / "model.onnx"), save_as_external_data=True, location="model.onnx.data")
+
+    monkeypatch.setattr(exporting, "to_int8", spoilt)
+    run = trained(llama_job(model__model_name_or_path=str(tiny_gpt2), train__max_steps=30), tmp_path)
+    onnx, int8 = export(shipped(run), ["onnx", "onnx-int8"], tmp_path / "out", quiet, threads=1)
+    assert int8.accepted, int8.parity
+    assert "in INT8 by blocks, since dynamic quantisation did not pass" in int8.parity.remarks[-1]
+    assert int8.parity.judged.agreement > 0.9
+    assert int8.files_mb < 0.6 * onnx.files_mb
+    assert int8.inference.tokens_per_second > 0
+    assert "In INT8 by blocks" in (Path(str(int8.folder)) / "README.md").read_text()
+    assert {path.name for path in Path(str(int8.folder)).iterdir()} >= {"model.onnx", "model.onnx.data", "run.py"}
+
+
 def test_who_asks_for_the_end_gets_it(bert_job: JobMaker, tmp_path: Path) -> None:
     """A stop is no failure of a target, and what was there before stays."""
     job = bert_job(train__max_steps=8)

@@ -236,9 +236,20 @@ def batches_of(rows: list[dict[str, Any]]) -> list[BatchSpeed]:
     for point in (point for row in rows for point in row.get("at", [])):
         found.setdefault((point["batch_size"], point["length"]), []).append(point)
     return [
-        BatchSpeed(**{name: statistics.median(point[name] for point in points) for name in points[0]})
-        for points in found.values()
+        BatchSpeed(
+            batch_size=size,
+            length=length,
+            **{
+                name: statistics.median(point[name] for point in points)
+                for name in points[0]
+                if name not in _OF_A_BATCH
+            },
+        )
+        for (size, length), points in found.items()
     ]
+
+
+_OF_A_BATCH = ("batch_size", "length")
 
 
 def _size_mb(folder: Path) -> float | None:

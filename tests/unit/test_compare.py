@@ -14,7 +14,7 @@ from cluster.planning import make_plan
 from commands.evaluate import class_order
 from evaluation.across import across
 from evaluation.choose import Choice, choose, front
-from evaluation.comparison import finite_intervals, finite_metrics, pairs_of
+from evaluation.comparison import batches_of, finite_intervals, finite_metrics, pairs_of
 from evaluation.metrics import difference, scores
 from evaluation.render import html
 from evaluation.report import build_report
@@ -315,6 +315,16 @@ def test_costs_that_differ_by_less_than_two_runs_of_one_thing_are_the_same() -> 
     assert near.arm == "lora"
     assert "22.2 seconds of training is within 5% of the least of the 2 arms" in near.sentence
     assert choose([arm("lora", 0.71, 30.0), arm("qlora", 0.70, 21.6)], [pair], choice).arm == "qlora"
+
+
+def test_sizes_of_batches_are_put_together_over_rounds() -> None:
+    def measured(seconds: float) -> dict[str, object]:
+        return {"at": [{"batch_size": 4, "length": 128, "latency_ms": seconds, "samples_per_second": 4 / seconds}]}
+
+    (found,) = batches_of([measured(1.0), measured(2.0)])
+    assert (found.batch_size, found.length, found.latency_ms, found.samples_per_second) == (4, 128, 1.5, 3.0)
+    assert found.tokens_per_second is None
+    assert batches_of([{"latency_ms": 3.0}]) == []
 
 
 # ---- samples ----

@@ -249,7 +249,8 @@ def batches_of(rows: list[dict[str, Any]]) -> list[BatchSpeed]:
     ]
 
 
-_OF_A_BATCH = ("batch_size", "length")
+def _numbers_of(point: dict[str, Any]) -> list[str]:
+    return [name for name in point if name not in ("batch_size", "length")]
 
 
 def _size_mb(folder: Path) -> float | None:

@@ -239,11 +239,7 @@ def batches_of(rows: list[dict[str, Any]]) -> list[BatchSpeed]:
         BatchSpeed(
             batch_size=size,
             length=length,
-            **{
-                name: statistics.median(point[name] for point in points)
-                for name in points[0]
-                if name not in _OF_A_BATCH
-            },
+            **{name: statistics.median(point[name] for point in points) for name in _numbers_of(points[0])},
         )
         for (size, length), points in found.items()
     ]

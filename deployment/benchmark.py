@@ -157,7 +157,9 @@ def benchmark(
     judged = next((one.parity.judged for one in found if one.parity), None)
     arms = [_arm(given, one, [row for row in rows if row["variant"] == one.name], failed, judged) for one in found]
     metric = "perplexity" if given.job.generates else "accuracy"
-    said = [f"{metric} is of the {judged.rows} rows on which targets were compared with their source"] if judged else []
+    compared = sorted({one.parity.judged.rows for one in found if one.parity})
+    rows_text = " to ".join(dict.fromkeys(str(number_of) for number_of in (compared[:1] + compared[-1:])))
+    said = [f"{metric} is of the {rows_text} rows on which targets were compared with their source"] if judged else []
     return bare(build_report(given.run)).model_copy(
         update={
             "state": BENCHMARK,
@@ -166,7 +168,7 @@ def benchmark(
             "metrics": [metric],
             "goal": "minimize" if given.job.generates else "maximize",
             "warnings": said,
-            "recommendation": _fastest(arms),
+            "recommendation": _fastest(arms, metric),
         }
     )
 
@@ -214,7 +216,7 @@ def _size(given: Shipped, variant: Variant) -> float | None:
     return files_mb(given.weights) if variant.name == "adapter" and given.weights is not None else None
 
 
-def _fastest(arms: Sequence[Arm]) -> Recommendation:
+def _fastest(arms: Sequence[Arm], metric: str) -> Recommendation:
     """Of the targets that passed their gate, the one that answers soonest."""
     rule = "of the targets that passed their gate, the fastest"
     timed = [
@@ -232,6 +234,15 @@ def _fastest(arms: Sequence[Arm]) -> Recommendation:
         arm=best.arm,
         rule=rule,
         sentence=f"Deploy {best.arm}: {number(best.inference.latency_ms, 1)} {what}, {number(best.weights_mb, 1)} MB, "
-        f"and it passed its gate.",
+        f"and it passed its gate{_metric_beside(best, arms, metric)}.",
         adapter=best.weights,
     )
+
+
+def _metric_beside(best: Arm, arms: Sequence[Arm], metric: str) -> str:
+    """What it gives up for that, beside the adapter that it is from."""
+    source = next((arm.metrics.get(metric) for arm in arms if arm.arm == "adapter"), None)
+    own = best.metrics.get(metric)
+    if own is None or source is None:
+        return ""
+    return f" ({metric} {number(own)}, where the adapter has {number(source)})"

@@ -240,7 +240,9 @@ def open_merged(folder: Path, artefact: Artefact, threads: int) -> Decoder | Tor
     """A model folder by plain transformers, on the CPU."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.utils import logging as told
 
+    told.disable_progress_bar()
     if threads:
         torch.set_num_threads(threads)
     classifies = artefact.task == "classification"

@@ -330,7 +330,7 @@ def test_who_asks_for_the_end_gets_it(bert_job: JobMaker, tmp_path: Path) -> Non
     export(shipped(run), ["merged", "onnx"], out, quiet)
     before = (out / "export.json").read_text()
     delivery = Run.create(run.path.parent, "export")
-    wanted = Delivery(run=run.id, targets=("merged", "onnx"))
+    wanted = Delivery(run=run.id, targets=("merged", "onnx"), threads=0)
     plan = make_plan(job, site_here(None), "export").model_copy(update={"delivery": wanted})
     files.write_json(delivery.path / "plan.json", plan.model_dump(mode="json"))
     driver = DeliveryDriver(delivery)
@@ -365,7 +365,7 @@ def test_what_is_refused_is_set_aside(bert_job: JobMaker, tmp_path: Path) -> Non
     assert (foreign.returncode, (stale / "old").is_file()) == (2, True)
     assert "is there already, and not from an export" in foreign.stderr
     (stale / "artefact.json").touch()
-    done = lorafleet("export", run.id, "--to", "merged,onnx", "-o", "out", cwd=tmp_path)
+    done = lorafleet("export", run.id, "--to", "merged,onnx", "--no-measure", "-o", "out", cwd=tmp_path)
     assert done.returncode == 3, done.stdout + done.stderr
     assert "rejected: a logit differs by" in " ".join(done.stdout.split())
     assert (tmp_path / "out" / "merged" / "model.safetensors").is_file()

@@ -57,7 +57,7 @@ class Driver(ABC):
         return self.run.path / "stop"
 
     def execute(self) -> ExitCode:
-        """Run what is left of the sweep, evaluate the finalists, write the report."""
+        """Do what is left of the run, and write down how it ended."""
         os.environ.update(self.job.environment)  # before the threads and the libraries that read it
         allocation = allocation_here()
         saved = saved_mark(self.run)
@@ -130,8 +130,7 @@ class Driver(ABC):
 
     @contextlib.contextmanager
     def _stopped_by_signals(self) -> Iterator[None]:
-        """SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the trials to save and end; a second one ends us at once."""
-
+        """SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask for the end; a second one is it."""
         before = self._hear_signals()
         try:
             yield

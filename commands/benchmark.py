@@ -36,7 +36,7 @@ def benchmark(
     wait: Wait = False,
 ) -> None:
     """Measure base, adapter and exported targets of a run (RUN, or RUN:TRIAL): size, speed, memory, metric."""
-    from jobs.export import Delivery
+    from jobs.exported import Delivery
 
     hush_libraries()
     sizes, tokens = _numbers("--batch-sizes", batch_sizes), _numbers("--lengths", lengths)
@@ -53,7 +53,7 @@ def benchmark(
             new_tokens=new_tokens,
             points=points,
         )
-        deliver("benchmark", name, wanted, runs, on, output=output, detach=detach, wait=wait)
+        deliver("benchmark", wanted, runs, on, output=output, detach=detach, wait=wait)
         return
     from cluster.store import find_run
     from deployment.benchmark import Amount, variants

@@ -13,51 +13,39 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from cluster.backend import Cluster
-    from jobs.export import Delivery, Exported
+    from jobs.exported import Delivery, Exported
     from jobs.load import LoadedJob
     from jobs.run import Run
 
 
-def deliver(
-    command: str,
-    name: str,
-    wanted: Delivery,
-    runs: Path,
-    on: str,
-    *,
-    quiet: bool = False,
-    output: Format,
-    detach: bool,
-    wait: bool,
-) -> None:
-    """Submit it where the run lies, and follow it. `name` is the run's, `wanted.run` is found out here."""
+def deliver(command: str, wanted: Delivery, runs: Path, on: str, *, output: Format, detach: bool, wait: bool) -> None:
+    """Submit it where the run lies, and follow it. `wanted.run` is as the user names it."""
     from cluster.store import find_run
     from commands.watch import follow
 
     backend = cluster_on(on, 1)
-    source = find_run(backend.runs_dir(runs), name)
-    _check(wanted, backend, on)
+    source = find_run(backend.runs_dir(runs), wanted.run)
+    _check_output(wanted, backend, on)
     wanted = wanted.model_copy(update={"run": _as_seen_there(source, backend, on)})
-    loaded = _job(source, command, wanted)
+    loaded = _job(source, command, wanted, backend)
     plan = backend.plan(loaded, command).model_copy(update={"delivery": wanted})
     run = backend.submit(plan, loaded, backend.runs_dir(runs))
     if detach:
         typer.echo(run.id)
         return
-    follow(run, backend, quiet=quiet, output=output, silent=wait)
+    follow(run, backend, quiet=False, output=output, silent=wait)
 
 
-def _check(wanted: Delivery, backend: Cluster, on: str) -> None:
-    """Raises UserError for what a place whose disks this machine does not see cannot do."""
+def _check_output(wanted: Delivery, backend: Cluster, on: str) -> None:
+    """Raises UserError for a folder of this machine where the site does not see its disks."""
     from cluster.away import Away
     from jobs.errors import UserError
 
-    if not isinstance(backend, Away):
-        return
-    if wanted.output:
-        raise UserError(f"another folder than the run's own export cannot be named on {on}: it lies on its storage")
-    if "tensorrt" in wanted.targets:
-        raise UserError(f"--to has tensorrt, but on {on} the head does the work, and it has no GPU")
+    if wanted.output and isinstance(backend, Away):
+        raise UserError(
+            f"{wanted.output} is a folder of this machine, which {on} does not see: leave --output (--export) out, and "
+            "the targets are in the run's own export there"
+        )
 
 
 def _as_seen_there(source: Run, backend: Cluster, on: str) -> str:
@@ -77,20 +65,31 @@ def _as_seen_there(source: Run, backend: Cluster, on: str) -> str:
     return source.id
 
 
-def _job(source: Run, command: str, wanted: Delivery) -> LoadedJob:
-    """The run's job under another name, with what one process needs: a GPU for TensorRT alone."""
-    import yaml
+def _job(source: Run, command: str, wanted: Delivery, backend: Cluster) -> LoadedJob:
+    """The run's job under another name, with what one process needs: for TensorRT a GPU, where there are any.
 
+    Away, the head does the work, and it has none.
+    """
+    from cluster.away import Away
     from evaluation.report import job_here
-    from jobs.load import load_text
+    from jobs.load import load_derived
 
-    raw = job_here(source).model_dump(mode="json", exclude_defaults=True) | {"name": command}
-    for block in ("search", "compare", "linked"):
-        raw.pop(block, None)
-    one = {"cpus_per_worker": max(1, wanted.threads), "gpus_per_node": 1 if "tensorrt" in wanted.targets else 0}
-    kept = {key: value for key, value in raw.get("resources", {}).items() if key == "label_selector"}
-    raw["resources"] = kept | one
-    return load_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), Path.cwd() / f"{command}.yaml", ())
+    job = job_here(source)
+    on_gpu = "tensorrt" in wanted.targets and not isinstance(backend, Away)
+    resources = {
+        "cpus_per_worker": max(1, wanted.threads),
+        "gpus_per_node": "auto" if on_gpu else 0,
+        "label_selector": job.resources.label_selector,
+    }
+    return load_derived(job, command, {"resources": resources})
+
+
+def exported_of(run: Run) -> Exported | None:
+    """What became of an export; None for other runs, and for one that has not come so far."""
+    from jobs.exported import EXPORTED, Exported, read_record
+
+    path = run.path / EXPORTED
+    return read_record(path, Exported) if path.is_file() else None
 
 
 def show_exported(found: Exported, output: Format) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -73,12 +74,10 @@ def evaluate(
 
 def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, rounds: int) -> LoadedJob:
     """A job whose comparison has each model as an arm that trains nothing."""
-    import yaml
-
     from evaluation.report import job_here
     from jobs.errors import UserError
     from jobs.given import Given, check_base, named
-    from jobs.load import load_job, load_text
+    from jobs.load import load_derived, load_job, set_of
 
     overrides = [word for word in what if "=" in word]
     found = [_model(word, runs) for word in what if "=" not in word]
@@ -94,21 +93,18 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
     labels = class_order([run for _, run in found if run is not None], base)
     for model, _ in found:
         check_base(model, base)
-    raw = base.model_dump(mode="json", exclude_defaults=True) | {"name": "evaluate"}
-    for block in ("search", "compare", "linked"):
-        raw.pop(block, None)
+    rows = set_of(base)["data"]
     if data is not None:
-        raw["data"] = {**raw["data"], "test_file": str(data.absolute())}
-        raw["data"].pop("max_test_samples", None)
+        rows["test_file"] = str(data.absolute())
+        rows.pop("max_test_samples", None)
     if labels and base.data.labels is None:
-        raw["data"]["labels"] = labels
+        rows["labels"] = labels
     alone = [Given("base", {"method": "base"})] if len(found) == 1 else []
     arms = named([model for model, _ in found] + alone)
     metric = base.metric.model_dump()
-    raw["compare"] = {"arms": arms, "inference": {"rounds": rounds}, "rule": "best", "metric": metric}
-    text = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    compare = {"arms": arms, "inference": {"rounds": rounds}, "rule": "best", "metric": metric}
     own = () if job is not None else tuple(overrides)
-    return load_text(text, Path.cwd() / "evaluate.yaml", own)
+    return load_derived(base, "evaluate", {"data": rows, "compare": compare}, own)
 
 
 def class_order(runs: list[Run], job: JobSpec) -> list[str]:
@@ -154,8 +150,6 @@ def _model(word: str, runs: Path) -> tuple[Given, Run | None]:
 
 def _on_its_base(model: Given, run: Run) -> Given:
     """A model whose base is named as the machine here has it, and not as the run's own machines had."""
-    from dataclasses import replace
-
     from evaluation.report import job_here, run_job
 
     there, here = (job.model.model_name_or_path for job in (run_job(run), job_here(run)))

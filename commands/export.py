@@ -14,7 +14,8 @@ from commands.deliver import deliver, show_exported
 from commands.sweep import Detach, Wait
 
 if TYPE_CHECKING:
-    from jobs.export import Budget, Target
+    from jobs.export import Target
+    from jobs.exported import Budget
 
 _USUAL = "merged,onnx,onnx-int8"
 _SMALL = "onnx,onnx-fp16,onnx-int8,onnx-int4"
@@ -56,7 +57,7 @@ def export(
     wait: Wait = False,
 ) -> None:
     """Make a run's model (RUN, or RUN:TRIAL) into files to deploy, and set aside what no longer does as its source."""
-    from jobs.export import Delivery
+    from jobs.exported import Delivery
 
     hush_libraries()
     budget = _budget(budget_mb, max_ms_per_token, measure=measure)
@@ -71,7 +72,7 @@ def export(
         budget=budget,
     )
     if on is not None:
-        deliver("export", name, wanted, runs, on, output=form, detach=detach, wait=wait)
+        deliver("export", wanted, runs, on, output=form, detach=detach, wait=wait)
         return
     from cluster.store import find_run
     from deployment.export import delivered
@@ -87,7 +88,7 @@ def export(
 
 def _budget(files_mb: float | None, ms: float | None, *, measure: bool) -> Budget | None:
     from jobs.errors import UserError
-    from jobs.export import Budget
+    from jobs.exported import Budget
 
     if files_mb is None and ms is None:
         return None

@@ -15,7 +15,7 @@ from commands.common import DEFAULT_RUNS, AnyRuns, hush_libraries, say
 if TYPE_CHECKING:
     import socket
 
-    from jobs.export import Artefact
+    from jobs.exported import Artefact
 
 _KEY = "LORAFLEET_API_KEY"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -14,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from commands.common import Format, console, say, show_report
+from commands.deliver import exported_of, show_exported
 from commands.logs import driver_log
-from jobs import files
 from jobs.errors import ExitCode
-from jobs.export import EXPORTED, Exported
 from jobs.run import Run
 
 if TYPE_CHECKING:
@@ -50,7 +48,7 @@ def follow(
     finally:
         watch.close()
     show_end(run, code, quiet=quiet, output=output, sentence=backend.look(run).sentence)
-    exported = _exported(run)
+    exported = exported_of(run)
     raise typer.Exit(exported.code if exported and code == ExitCode.OK else code)
 
 
@@ -120,10 +118,8 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
     """The report of a run that has ended, or why there is none."""
     status = run.status()
     log = driver_log(run)
-    exported = _exported(run)
+    exported = exported_of(run)
     if exported:
-        from commands.deliver import show_exported
-
         show_exported(exported, output)
         return
     if not run.trials() and not (run.path / "report" / "report.json").is_file():
@@ -158,13 +154,6 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
         say(f"`lorafleet pull {run.id}` brings the adapter")
     if status.get("reason"):
         say(f"{run.id}: {status['reason']}")
-
-
-def _exported(run: Run) -> Exported | None:
-    """What became of an export; None for other runs."""
-    told = files.read_json(run.path / EXPORTED)
-    told.pop("schema_version", None)
-    return Exported.model_validate_json(json.dumps(told)) if told else None
 
 
 def _last_lines(path: Path, count: int = 3) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from cluster.apart import measured_apart
 from deployment.export import SUMMARY
 from deployment.merge import in_float32
-from deployment.runtime import files_mb, read_record
+from deployment.runtime import files_mb
 from evaluation.arms_text import BENCHMARK
 from evaluation.comparison import batches_of, inference_of
 from evaluation.report import bare, build_report
@@ -18,7 +18,8 @@ from evaluation.report_text import number
 from evaluation.shipped import Shipped
 from jobs import files
 from jobs.errors import UserError
-from jobs.export import TARGETS, WHAT, Judged, Parity
+from jobs.export import TARGETS, WHAT
+from jobs.exported import Judged, Parity, read_record
 from jobs.report import Arm, Recommendation, Report
 from jobs.spec import JobSpec
 from training.data import TokenData, fit, prepare, prompt_tokens
@@ -56,7 +57,8 @@ class Amount:
 
 def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
     """The base, the adapter, and every target that an export has made, or could not."""
-    known = files.read_json(out / SUMMARY).get("targets", {})
+    summary = files.read_json(out / SUMMARY)
+    known = summary.get("targets", {})
     if not known:
         raise UserError(f"{out} holds no {SUMMARY}: `lorafleet export` makes one, --export names its folder")
     given_job = _measured_as(given.job, amount)
@@ -67,7 +69,7 @@ def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
     plain |= {"rows": amount.rows, "new_tokens": amount.new_tokens, "points": amount.points}
     _check_room(given, amount)
     base = f"the base, untuned{f', {given.job.qlora.quant_type.upper()}' if given.job.method == 'qlora' else ''}"
-    score = files.read_json(out / SUMMARY).get("base") or {}
+    score = summary.get("base") or {}
     ours = (score.get("run"), score.get("trial_id")) == (given.run.id, given.trial_id)
     found = [Variant("base", base, plain | {"weights": None}, score=score if ours else None)]
     if given.weights is not None:
@@ -84,9 +86,15 @@ def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
         if known[target]["folder"] is None or not folder.is_dir():
             found.append(Variant(target, WHAT[target], unavailable=str(known[target]["unavailable"] or "it is gone")))
             continue
-        request = {"what": "artefact", "folder": str(folder), "rows": rows, "new_tokens": amount.new_tokens}
-        request |= {"points": amount.points}
-        request |= {"batch_rows": given.job.train.per_device_eval_batch_size, "threads": amount.threads}
+        request = {
+            "what": "artefact",
+            "folder": str(folder),
+            "rows": rows,
+            "new_tokens": amount.new_tokens,
+            "points": amount.points,
+            "batch_rows": given.job.train.per_device_eval_batch_size,
+            "threads": amount.threads,
+        }
         parity = read_record(folder / "parity.json", Parity)
         found.append(Variant(target, WHAT[target], request, folder=folder, parity=parity))
     return found
@@ -127,9 +135,7 @@ def _rows(given: Shipped, data: TokenData, split_name: str, amount: Amount) -> l
         positions = positions_of_model(spec.model_name_or_path, spec.revision) or spec.max_length + amount.new_tokens
         room = max(1, min(spec.max_length, positions - amount.new_tokens))
         return [fit(prompt_tokens(row, tokenizer), [], room)[0] for row in rows]
-    split = data.splits[split_name]
-    ends = [(int(split.starts[row]), int(split.starts[row + 1])) for row in range(min(amount.rows, len(split)))]
-    return [split.ids[first:last].tolist() for first, last in ends]
+    return data.tokens(split_name, amount.rows)
 
 
 def benchmark(
@@ -158,8 +164,8 @@ def benchmark(
     arms = [_arm(given, one, [row for row in rows if row["variant"] == one.name], failed, judged) for one in found]
     metric = "perplexity" if given.job.generates else "accuracy"
     compared = sorted({one.parity.judged.rows for one in found if one.parity})
-    rows_text = " to ".join(dict.fromkeys(str(number_of) for number_of in (compared[:1] + compared[-1:])))
-    said = [f"{metric} is of the {rows_text} rows on which targets were compared with their source"] if judged else []
+    ends = " to ".join(map(str, dict.fromkeys([*compared[:1], *compared[-1:]])))
+    said = [f"{metric} is of the {ends} rows on which targets were compared with their source"] if judged else []
     return bare(build_report(given.run)).model_copy(
         update={
             "state": BENCHMARK,

@@ -10,7 +10,8 @@ from evaluation.report_text import number, plain
 from evaluation.shipped import Shipped
 from jobs import files
 from jobs.assets import ASSETS, PREFIX
-from jobs.export import WHAT, Artefact, Parity
+from jobs.export import WHAT
+from jobs.exported import Artefact, Parity
 from jobs.report import Inference
 
 _RUNNERS = Path(__file__).parent / "runners"

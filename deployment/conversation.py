@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
+
 from jobs.errors import UserError
 
 
@@ -20,7 +22,7 @@ def framed(folder: Path, turns: Sequence[dict[str, str]]) -> str:
         raise UserError("this model has no chat template: it takes one user message alone")
     try:
         return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # templates raise what they like
+    except TemplateError as error:
         raise UserError(f"the model's chat template refuses these messages: {error}") from error
 
 

@@ -15,7 +15,7 @@ from evaluation.shipped import Shipped, shipped
 from evaluation.wandb_report import track_report
 from jobs import files
 from jobs.errors import ExitCode
-from jobs.export import EXPORTED, Delivery
+from jobs.exported import EXPORTED, Delivery
 from jobs.run import Run, RunState
 
 

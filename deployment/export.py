@@ -26,26 +26,13 @@ from deployment.onnx_model import OPSET, cache_shape, export_onnx, to_fp16, to_i
 from deployment.parity import HeldOut, Score, Seen, judge, look, score
 from deployment.runtime import ARTEFACT_FILE, Loaded, TorchClassifier, TorchDecoder, files_mb, open_artefact
 from deployment.tensorrt import to_tensorrt
-from deployment.unavailable import why_not
+from deployment.unavailable import Unavailable, why_not
 from evaluation.comparison import inference_of
 from evaluation.shipped import Shipped
 from jobs import files
-from jobs.errors import UserError
-from jobs.export import (
-    NEEDS,
-    TARGETS,
-    Artefact,
-    Delivery,
-    Exported,
-    Gate,
-    Judged,
-    Made,
-    Parity,
-    Target,
-    gate_of,
-    pick,
-    verdict,
-)
+from jobs.errors import MissingExtra, UserError
+from jobs.export import NEEDS, TARGETS, Gate, Target, gate_of
+from jobs.exported import Artefact, Delivery, Exported, Judged, Made, Parity, pick, verdict
 from jobs.hub import model_revision
 from jobs.report import Inference
 from jobs.rows import Row
@@ -122,10 +109,11 @@ class _Work:
         began = time.monotonic()
         broken = NEEDS.get(target)
         if broken in self.failed:
-            return Made(target=target, failure=f"it is made from {broken}, which failed")
+            return Made(target=target, failure=f"it is made from {broken}, which could not be made")
         try:
             folder, parity = self._made(target)
-        except UserError as error:
+        except (Unavailable, MissingExtra) as error:
+            self.failed.add(target)
             return Made(target=target, unavailable=str(error))
         except (OSError, MemoryError):
             raise  # of the machine, and not of this target

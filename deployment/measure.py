@@ -14,12 +14,10 @@ from evaluation.inference import (
     Answer,
     Classify,
     circumstances,
-    classifier_speed,
+    measured,
     peak_gib,
     settle_memory,
-    speeds_at,
     transformers_answer,
-    writer_speed,
 )
 
 
@@ -39,18 +37,11 @@ def measure_artefact(
     loaded = open_artefact(folder, threads)
     load_seconds, load_peak = time.perf_counter() - began, peak_gib()
     settle_memory()
-    if loaded.generates:
-        answer = _answer(loaded, new_tokens)
-        found = writer_speed(answer, rows)
-    else:
-        classify = _classify(loaded)
-        found = classifier_speed(classify, rows, batch_rows)
+    work = _answer(loaded, new_tokens) if loaded.generates else _classify(loaded)
     on_tensorrt = loaded.artefact.target == "tensorrt"
-    peak = memory_gib() if on_tensorrt else peak_gib()  # before larger batches, which not everybody asks for
-    found |= speeds_at(answer if loaded.generates else classify, rows, points, generates=loaded.generates)
+    peak = memory_gib if on_tensorrt else peak_gib
     return {
-        **found,
-        "peak_memory_gib": peak,
+        **measured(work, rows, batch_rows, points, peak, generates=loaded.generates),
         "begun_gib": None if on_tensorrt else begun,
         "load_peak_gib": load_peak,
         "load_seconds": load_seconds,

@@ -15,7 +15,7 @@ from deployment.decoding import Decoder, left_padded, positions_of
 from deployment.runtime import right_padded
 from evaluation.metrics import scores
 from evaluation.results import Classified, RowResults
-from jobs.export import Judged
+from jobs.exported import Judged
 
 _RESAMPLES = 1000
 _ALL_POSITIONS, _MOST_POSITIONS, _FEWEST_POSITIONS = 1024, 32, 2

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deployment.decoding import Decoder, RowByRow, left_padded
 from deployment.extras import onnxruntime_here, require
-from jobs import files
-from jobs.base import Spec
+from deployment.unavailable import Unavailable
 from jobs.errors import UserError
-from jobs.export import Artefact
+from jobs.exported import Artefact, read_record
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 ARTEFACT_FILE = "artefact.json"
 ONNX_FILE = "model.onnx"
 PTE_FILE = "model.pte"
-Record = TypeVar("Record", bound=Spec)
 
 
 @dataclass
@@ -95,13 +92,6 @@ def read_artefact(folder: Path) -> Artefact:
     return read_record(path, Artefact)
 
 
-def read_record(path: Path, kind: type[Record]) -> Record:
-    """A file of an exported folder as the object that it was written from."""
-    found = files.read_json(path)
-    found.pop("schema_version", None)
-    return kind.model_validate_json(json.dumps(found))
-
-
 def open_onnx(folder: Path, artefact: Artefact, threads: int) -> Decoder | OnnxClassifier:
     """A model of ONNX Runtime on the CPU."""
     session = onnx_session(folder / ONNX_FILE, threads)
@@ -113,11 +103,11 @@ def open_onnx(folder: Path, artefact: Artefact, threads: int) -> Decoder | OnnxC
 
 
 def open_tensorrt(folder: Path, artefact: Artefact, threads: int) -> Decoder | OnnxClassifier:
-    """A model of ONNX Runtime on TensorRT, which builds or reads its engines. Raises UserError where it is not used."""
+    """A model of ONNX Runtime on TensorRT, which builds or reads its engines. Raises Unavailable where it is not."""
     from deployment.tensorrt import check_engines, missing, providers
 
     if reason := missing():
-        raise UserError(reason)
+        raise Unavailable(reason)
     session = onnx_session(folder / ONNX_FILE, threads, providers(folder, artefact))
     check_engines(folder)
     return OnnxClassifier(session) if artefact.task == "classification" else OnnxDecoder(session, artefact)
@@ -140,7 +130,7 @@ def open_executorch(folder: Path, artefact: Artefact, threads: int) -> Decoder |
 def onnx_session(path: Path, threads: int, providers: Sequence[Any] = ("CPUExecutionProvider",)) -> Any:
     """A session that runs on the provider that was asked for, or is none.
 
-    Raises UserError where ONNX Runtime has quietly taken another: a CPU's time would pass for a GPU's.
+    Raises Unavailable where ONNX Runtime has quietly taken another: a CPU's time would pass for a GPU's.
     """
     onnxruntime = onnxruntime_here()
     options = onnxruntime.SessionOptions()
@@ -155,12 +145,13 @@ def onnx_session(path: Path, threads: int, providers: Sequence[Any] = ("CPUExecu
 
 
 def check_provider(session: Any, providers: Sequence[Any]) -> None:
-    """Raises UserError unless a session's first provider is the one that was asked for."""
+    """Raises Unavailable unless a session's first provider is the one that was asked for."""
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     found = session.get_providers()
     if found[0] != wanted:
-        raise UserError(
-            f"ONNX Runtime was asked for {wanted} and fell back to {found[0]}: its libraries are not on this machine"
+        raise Unavailable(
+            f"ONNX Runtime was asked for {wanted} and fell back to {found[0]}: its libraries cannot be loaded here, or "
+            "it refused the model"
         )
 
 

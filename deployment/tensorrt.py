@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from deployment.extras import onnxruntime_here
-from jobs.errors import UserError
-from jobs.export import Artefact
+from deployment.unavailable import Unavailable
+from jobs.exported import Artefact
 
 PROVIDER = "TensorrtExecutionProvider"
 _ENGINES = "engines"
@@ -39,9 +39,9 @@ def missing() -> str | None:
 
 
 def check_engines(folder: Path) -> None:
-    """Raises UserError unless TensorRT has built an engine: it can take no node, and stay the session's first name."""
+    """Raises Unavailable unless TensorRT has built an engine: it can take no node and stay the session's first."""
     if not any((folder / _ENGINES).glob("*.engine")):
-        raise UserError("TensorRT took no part of this model: all of it would run elsewhere, under its name")
+        raise Unavailable("TensorRT took no part of this model: all of it would run elsewhere, under its name")
 
 
 def memory_gib() -> float | None:

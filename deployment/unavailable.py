@@ -16,7 +16,7 @@ _EXTRA_OF: dict[Target, str] = {
 
 
 class Unavailable(UserError):
-    """A target that cannot be made of this model: nothing failed."""
+    """What this machine or this model cannot have: nothing failed."""
 
 
 def why_not(target: Target) -> str | None:

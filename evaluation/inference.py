@@ -103,6 +103,24 @@ def speeds_at(
     return {"at": found} if found else {}
 
 
+def measured(
+    work: Classify | Answer,
+    rows: Sequence[Sequence[int]],
+    batch_rows: int,
+    points: Sequence[Sequence[int]],
+    peak: Callable[[], float | None],
+    *,
+    generates: bool,
+) -> dict[str, Any]:
+    """A loaded model's speed on rows and on batches (`points`), and `peak_memory_gib` of the rows alone: larger
+    batches, which not everybody asks for, come after it."""
+    if generates:
+        found = writer_speed(cast("Answer", work), rows)
+    else:
+        found = classifier_speed(cast("Classify", work), rows, batch_rows)
+    return found | {"peak_memory_gib": peak()} | speeds_at(work, rows, points, generates=generates)
+
+
 def _sized(row: Sequence[int], length: int) -> list[int]:
     return [row[place % len(row)] for place in range(length)]
 

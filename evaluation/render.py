@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from evaluation.arms_text import (
     BENCHMARK,
@@ -156,19 +156,17 @@ def markdown(report: Report) -> str:
 
 def arms_csv(report: Report) -> str:
     """One line an arm, full precision, one column a number."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    columns_of_arms, rows = arm_records(report)
-    writer.writerow(columns_of_arms)
-    writer.writerows([_cell(value) for value in row] for row in rows)
-    return buffer.getvalue()
+    return _csv(*arm_records(report))
 
 
 def batches_csv(report: Report) -> str:
     """One line an arm and size of a batch."""
+    return _csv(*batch_records(report))
+
+
+def _csv(headings: list[str], rows: list[list[Any]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    headings, rows = batch_records(report)
     writer.writerow(headings)
     writer.writerows([_cell(value) for value in row] for row in rows)
     return buffer.getvalue()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from evaluation.arms_text import arm_records, batch_records
 from evaluation.report_text import columns, folds_table, ratings_table
+from jobs.lease import StaleAttempt
 from jobs.run import Run
 from jobs.spec import JobSpec
 
@@ -26,6 +27,8 @@ def not_fatal(run: Run) -> Iterator[None]:
     """A tracker that fails is noted; the record is in the run, and the sweep goes on."""
     try:
         yield
+    except StaleAttempt:
+        raise
     except Exception as error:  # whatever W&B's client may raise
         run.event("tracking_failed", error=f"{type(error).__name__}: {error}"[:500])
 

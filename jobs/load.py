@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import ValidationError
 
 from jobs import arms, expression, fields, files, search, yaml12
@@ -118,6 +119,20 @@ def load_job(path: str | Path, overrides: tuple[str, ...] = ()) -> LoadedJob:
     path = Path(path)
     text = read_text(path)
     return load_text(text, path, overrides)
+
+
+def load_derived(job: JobSpec, name: str, blocks: dict[str, Any], overrides: tuple[str, ...] = ()) -> LoadedJob:
+    """A job under another name, with other blocks in the place of its own, and nothing to search or to compare but what
+    they say."""
+    raw = {key: value for key, value in set_of(job).items() if key not in ("search", "compare", "linked")}
+    text = yaml.safe_dump(raw | {"name": name} | blocks, sort_keys=False, allow_unicode=True)
+    return load_text(text, Path.cwd() / f"{name}.yaml", overrides)
+
+
+def set_of(job: JobSpec) -> dict[str, Any]:
+    """What a job sets, as a file would have it: all that is not the default."""
+    found: dict[str, Any] = job.model_dump(mode="json", exclude_defaults=True)
+    return found
 
 
 def load_text(text: str, path: Path, overrides: tuple[str, ...] = ()) -> LoadedJob:

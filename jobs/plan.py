@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from jobs.base import Spec
-from jobs.export import Delivery
+from jobs.exported import Delivery
 from jobs.placement import Placement
 from jobs.spec import JobSpec
 

@@ -108,6 +108,12 @@ class TokenData:
         """The rows of a split that is judged on, as they were before they became tokens."""
         return _rows_of(self.folder / f"{split_name}-rows.jsonl")
 
+    def tokens(self, split_name: str, most: int) -> list[list[int]]:
+        """The first rows of a split, as the tokens that they are stored as."""
+        split = self.splits[split_name]
+        ends = [(int(split.starts[row]), int(split.starts[row + 1])) for row in range(min(most, len(split)))]
+        return [split.ids[first:last].tolist() for first, last in ends]
+
     def of_job(self, job: JobSpec) -> TokenData:
         """The splits that a job trains with: where it holds a fold back, that is its validation split.
 

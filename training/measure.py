@@ -14,12 +14,10 @@ from evaluation.inference import (
     Answer,
     Classify,
     circumstances,
-    classifier_speed,
+    measured,
     peak_gib,
     settle_memory,
-    speeds_at,
     transformers_answer,
-    writer_speed,
 )
 from jobs.schedule import schedule
 from jobs.spec import JobSpec
@@ -66,23 +64,21 @@ def measure(
         torch.cuda.reset_peak_memory_stats(device)
     number = min(rows, len(data.splits[split_name]))
     dtype = autocast_dtype(job, device)
+    if job.generates:
+        given = _prompts(model, job, data, split_name, number, new_tokens)
+        work: Answer | Classify = transformers_answer(model, data.pad_id, new_tokens)
+    else:
+        given = data.tokens(split_name, number)
+        work = _classify(model, data.pad_id, device)
+
+    def peak() -> float:
+        return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else peak_gib()
+
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        if job.generates:
-            given = _prompts(model, job, data, split_name, number, new_tokens)
-            answer = transformers_answer(model, data.pad_id, new_tokens)
-            work: Answer | Classify = answer
-            found = writer_speed(answer, given)
-        else:
-            given = _texts(data, split_name, number)
-            classify = _classify(model, data.pad_id, device)
-            work = classify
-            found = classifier_speed(classify, given, job.train.per_device_eval_batch_size)
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else peak_gib()
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        found |= speeds_at(work, given, points, generates=job.generates)  # larger than the peak's
+        batch_rows = job.train.per_device_eval_batch_size
+        found = measured(work, given, batch_rows, points, peak, generates=job.generates)
     return {
         **found,
-        "peak_memory_gib": peak,
         "begun_gib": begun if device.type == "cpu" else None,
         "load_peak_gib": load_peak,
         "load_seconds": load_seconds,
@@ -117,12 +113,6 @@ def _prompts(
     found = data.rows(split_name)[:number]
     room = room_for_prompts(model, job, new_tokens)
     return [fit(prompt_tokens(row, tokenizer), [], room)[0] for row in found]
-
-
-def _texts(data: TokenData, split_name: str, number: int) -> list[list[int]]:
-    split = data.splits[split_name]
-    ends = [(int(split.starts[row]), int(split.starts[row + 1])) for row in range(number)]
-    return [split.ids[first:last].tolist() for first, last in ends]
 
 
 def _classify(model: Any, pad_id: int, device: torch.device) -> Classify:

@@ -23,7 +23,8 @@ from deployment.parity import judge, look
 from deployment.runtime import TorchDecoder, open_artefact
 from evaluation.shipped import shipped
 from jobs import files
-from jobs.export import TARGETS, Delivery, Gate, Target, gate_of, verdict
+from jobs.export import TARGETS, Gate, Target, gate_of
+from jobs.exported import Delivery, verdict
 from jobs.load import LoadedJob
 from jobs.run import Run, RunState, TrialState
 from tests.conftest import JobMaker, lorafleet, opinions
@@ -291,7 +292,7 @@ def test_a_target_that_cannot_be_made_costs_itself_and_what_is_made_from_it(
     made = {outcome.target: outcome for outcome in export(shipped(run), TARGETS, out, quiet)}
     assert made["merged"].accepted
     assert made["onnx"].failure == f"RuntimeError: no operator for this (its traceback is in {out}/onnx-traceback.txt)"
-    assert made["onnx-int8"].failure == "it is made from onnx, which failed"
+    assert made["onnx-int8"].failure == "it is made from onnx, which could not be made"
     assert "no_such_operator" in (out / "onnx-traceback.txt").read_text()
     assert "no operator" in json.loads((out / "export.json").read_text())["targets"]["onnx"]["unavailable"]
 
@@ -352,6 +353,8 @@ def test_who_asks_for_the_end_gets_it(bert_job: JobMaker, tmp_path: Path) -> Non
     assert DeliveryDriver(delivery).execute() == 0
     assert (delivery.state, _as_a_job(delivery, 3)) == (RunState.FINISHED, 0)
     assert json.loads((delivery.path / "exported.json").read_text())["targets"][1]["accepted"] is True
+    shown = lorafleet("report", delivery.id, cwd=tmp_path)
+    assert (shown.returncode, shown.stdout.count("accepted")) == (0, 2)
 
 
 def test_what_is_refused_is_set_aside(bert_job: JobMaker, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from deployment.export import prompt_frame
 from deployment.merge import Source
 from deployment.parity import HeldOut
 from deployment.runtime import Loaded, check_provider, read_artefact
-from deployment.unavailable import why_not
+from deployment.unavailable import Unavailable, why_not
 from evaluation.shipped import Shipped
 from jobs.errors import JobFileError, UserError
-from jobs.export import Artefact, Budget, Gate, Judged, Offer, gate_of, metric_drop, pick, verdict
+from jobs.export import Gate, gate_of
+from jobs.exported import Artefact, Budget, Judged, Offer, metric_drop, pick, verdict
 from jobs.rows import Row
 from jobs.run import Run
 from tests.conftest import JobMaker, lorafleet_here
@@ -238,6 +239,14 @@ def test_tensorrt_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert why_not("tensorrt") == (
         f"tensorrt needs an onnxruntime that was built with it, and this one was not: {install}"
     )
+
+
+def test_a_session_that_tensorrt_takes_no_part_in_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable, match="took no part of this model"):
+        tensorrt.check_engines(tmp_path)
+    (tmp_path / "engines").mkdir()
+    (tmp_path / "engines" / "whole.engine").touch()
+    tensorrt.check_engines(tmp_path)
 
 
 def test_tensorrts_engines_are_for_one_token_as_for_a_prompt(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -16,9 +17,10 @@ import pytest
 import uvicorn
 
 from commands.serve import production
+from deployment.conversation import framed as framed_by
 from deployment.runtime import Loaded
 from jobs.errors import UserError
-from jobs.export import Artefact
+from jobs.exported import Artefact
 from tests.conftest import lorafleet_here
 from tests.unit.test_export import ABOUT, Counting
 from webapp.local import free_socket
@@ -254,6 +256,24 @@ def test_classes_as_vllm_names_them() -> None:
         assert said["data"][1]["num_classes"] == 2
         assert ask(port, "/classify", {"input": "ab"})[1]["data"][0]["label"] == "short"
         assert ask(port, "/v1/completions", {"prompt": "a"})[0] == 404
+
+
+def test_a_conversation_is_framed_by_the_models_own_template(tiny_llama: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    for name in ("plain", "chat", "strict"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in tiny_llama.glob("tokenizer*"):
+            shutil.copy(path, folder)
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="has no chat template: it takes one user message alone"):
+        framed_by(tmp_path / "plain", turns)
+    said = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}"
+    (tmp_path / "chat" / "chat_template.jinja").write_text(said + "{% if add_generation_prompt %}<a>{% endif %}")
+    assert framed_by(tmp_path / "chat", turns) == "<u>a<a>b<u>c<a>"
+    (tmp_path / "strict" / "chat_template.jinja").write_text("{{ raise_exception('one turn alone') }}")
+    with pytest.raises(UserError, match="refuses these messages: one turn alone"):
+        framed_by(tmp_path / "strict", turns)
 
 
 def test_what_serves_it_in_production() -> None:

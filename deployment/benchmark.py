@@ -11,10 +11,9 @@ from cluster.apart import measured_apart
 from deployment.export import SUMMARY
 from deployment.merge import in_float32
 from deployment.runtime import files_mb
-from evaluation.arms_text import BENCHMARK
 from evaluation.comparison import batches_of, inference_of
 from evaluation.report import bare, build_report
-from evaluation.report_text import number
+from evaluation.report_text import BENCHMARK, number
 from evaluation.shipped import Shipped
 from jobs import files
 from jobs.errors import UserError

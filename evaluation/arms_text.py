@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from evaluation.report_text import MISSING, duration, number, shown_of_texts
+from evaluation.report_text import BENCHMARK, MISSING, duration, number, shown_of_texts
 from jobs.report import Arm, BatchSpeed, Inference, Report
 from jobs.words import counted
 
 Cell = Callable[[Arm], str]
-BENCHMARK = "benchmark"
-"""The state of a report that is a benchmark's: what loading takes and what lies on disk matter there."""
 
 
 def arm_columns(report: Report) -> list[tuple[str, Cell]]:

@@ -8,7 +8,6 @@ import io
 from typing import TYPE_CHECKING, Any
 
 from evaluation.arms_text import (
-    BENCHMARK,
     arm_columns,
     arm_records,
     batch_records,
@@ -17,6 +16,7 @@ from evaluation.arms_text import (
     terminal_arm_columns,
 )
 from evaluation.report_text import (
+    BENCHMARK,
     Cell,
     columns,
     duration,

@@ -8,6 +8,8 @@ from jobs.report import Metrics, Report, Row
 from jobs.words import counted
 
 Cell = Callable[[Row], str]
+BENCHMARK = "benchmark"
+"""The state of a report that is a benchmark's: what loading takes and what lies on disk matter there."""
 MISSING = "-"
 
 
@@ -193,6 +195,6 @@ def headline(report: Report) -> str:
     of = f" ({rows} rows)" if rows else ""
     took = f", {duration(report.wall_seconds)}" if report.wall_seconds else ""
     arms = f"{counted(len(report.arms), 'arm')}, " if report.arms is not None else ""
-    if report.arms is not None and report.state == "benchmark":
+    if report.arms is not None and report.state == BENCHMARK:
         return f"{report.model} on {report.data}, {counted(len(report.arms), 'variant')} measured side by side"
     return f"{report.model} on {report.data}{of}, {arms}{counted(len(report.trials), 'trial')}{took}, {report.state}"

@@ -164,8 +164,11 @@ def test_a_llama_in_int4(llama_job: JobMaker, wide_llama: Path, tmp_path: Path) 
     loaded = open_artefact(out / "onnx-int4", 1)
     about = loaded.artefact
     prompts = [loaded.prompt(text) for text in ("is it a good film", "is it bad")]
+    alike = [prompts[1], [*prompts[1][:-1], prompts[0][-2]]]  # of one length: side by side; others go one by one
     both = write(loaded.model, prompts, 6, about.ends, about.pad_id)
-    assert both == [write(loaded.model, [prompt], 6, about.ends, about.pad_id)[0] for prompt in prompts]
+    for given in (prompts, alike):
+        alone = [write(loaded.model, [prompt], 6, about.ends, about.pad_id)[0] for prompt in given]
+        assert write(loaded.model, given, 6, about.ends, about.pad_id) == alone
     said = subprocess.run(
         [sys.executable, "run.py", "is it bad"], cwd=out / "onnx-int4", capture_output=True, text=True, check=True
     )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from cluster.backend import Cluster
-    from jobs.exported import Delivery, Exported
+    from jobs.exported import Delivery, Exported, Made
     from jobs.load import LoadedJob
     from jobs.run import Run
 
@@ -99,37 +99,35 @@ def show_exported(found: Exported, output: Format) -> None:
         print_json({"targets": made, "picked": found.picked, "sentence": found.sentence, "output": found.output})
         return
     console().print(_table(found))
+    for one in found.targets:
+        why = one.failure or one.unavailable or ("; ".join(one.parity.reasons) if one.parity else "")
+        if why:
+            typer.echo(f"{one.target}: {_state(one)}: {why}")
     if found.sentence:
         typer.echo(found.sentence)
     say(f"in {found.output}")
 
 
+def _state(one: Made) -> str:
+    if one.parity is not None:
+        return "accepted" if one.accepted else "rejected"
+    return "failed" if one.failure else "unavailable"
+
+
 def _table(found: Exported) -> Table:
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     from evaluation.report_text import number
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)  # texts, not markup: an extra's brackets are none
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("target", "", "MB", "ms", "logits within", "agreement", "metric", "before", "after"):
-        table.add_column(title, justify="left" if title in ("target", "") else "right", overflow="fold")
+        table.add_column(title, justify="left" if title in ("target", "") else "right", no_wrap=True)
     for one in found.targets:
-        if one.parity is None:
-            table.add_row(
-                one.target, Text(f"failed: {one.failure}" if one.failure else f"unavailable: {one.unavailable}")
-            )
-            continue
-        judged = one.parity.judged
-        table.add_row(
-            one.target,
-            Text("accepted" if one.accepted else f"rejected: {'; '.join(one.parity.reasons)}"),
-            number(one.files_mb, 1),
-            number(one.ms, 1),
-            number(judged.max_logit_difference),
-            f"{judged.agreement:.3f}",
-            judged.metric,
-            number(judged.before),
-            number(judged.after),
-        )
+        cells = [one.target, _state(one)]
+        if one.parity is not None:
+            judged = one.parity.judged
+            cells += [number(one.files_mb, 1), number(one.ms, 1), number(judged.max_logit_difference)]
+            cells += [f"{judged.agreement:.3f}", judged.metric, number(judged.before), number(judged.after)]
+        table.add_row(*cells)
     return table

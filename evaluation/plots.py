@@ -64,17 +64,31 @@ def _pareto(axes: Axes, report: Report, cost: Cost) -> bool:
         if ends:
             axes.plot([price, price], ends, color=colour, linewidth=0.8, alpha=0.6)
         axes.plot(price, value, marker="o", color=colour, markersize=7, linestyle="none", zorder=3)
-    labels = sorted(_labels(priced, report), key=lambda label: label[1])
-    for number, (names, at, colour) in enumerate(labels):
-        beside = (7, _LABEL_HEIGHTS[number % len(_LABEL_HEIGHTS)])  # neighbours may be as good as each other
-        axes.annotate(names, at, textcoords="offset points", xytext=beside, fontsize=9, color=colour)
     axes.margins(x=0.18)
     axes.set_xlabel(COSTS[cost][0])
     axes.set_ylabel(f"{report.held_out} {report.metric}")
+    _write_beside(axes, _labels(priced, report))
     return True
 
 
-_LABEL_HEIGHTS = (5, -13, 19, -27)
+def _write_beside(axes: Axes, labels: list[tuple[str, tuple[float, float], str]]) -> None:
+    """Each name beside its point, where it lies on no other name."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # until then nothing has its place
+    taken: list[Any] = []
+    for names, at, colour in sorted(labels, key=lambda label: label[1]):
+        text = axes.annotate(names, at, textcoords="offset points", xytext=_BESIDE[0], fontsize=9, color=colour)
+        for beside in _BESIDE:
+            text.xyann = beside
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+
+
+_BESIDE = ((7, 5), (7, -13), (7, 19), (7, -27), (7, 33), (7, -41))
+"""Points to the right and up from a mark, the nearest first."""
 
 
 def _labels(priced: list[tuple[Arm, float]], report: Report) -> list[tuple[str, tuple[float, float], str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from evaluation.across import across
 from evaluation.choose import Choice, choose, front
 from evaluation.comparison import batches_of, finite_intervals, finite_metrics, pairs_of
 from evaluation.metrics import difference, scores
+from evaluation.plots import _write_beside
 from evaluation.render import html
 from evaluation.report import build_report
 from evaluation.results import Classified, RowResults
@@ -325,6 +327,20 @@ def test_sizes_of_batches_are_put_together_over_rounds() -> None:
     assert (found.batch_size, found.length, found.latency_ms, found.samples_per_second) == (4, 128, 1.5, 3.0)
     assert found.tokens_per_second is None
     assert batches_of([{"latency_ms": 3.0}]) == []
+
+
+def test_names_in_a_plot_do_not_lie_on_each_other() -> None:
+    """Arms as good as each other, and nearly as fast: the marks differ, and the names would not."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 3.2))
+    labels = [(f"a-long-name-{number}", (1.0 + 0.06 * number, 0.5), "#000000") for number in range(5)]
+    axes.plot([1.0, 2.0], [0.4, 0.6])
+    _write_beside(axes, labels)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 5
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    pyplot.close(figure)
 
 
 # ---- samples ----

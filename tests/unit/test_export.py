@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from commands.common import Format
+from commands.deliver import show_exported
 from deployment import extras, runtime, tensorrt
 from deployment.answers import pieces
 from deployment.decoding import RowByRow, Sampling, left_padded, positions_of, probabilities, write
@@ -18,7 +20,7 @@ from deployment.unavailable import Unavailable, why_not
 from evaluation.shipped import Shipped
 from jobs.errors import JobFileError, UserError
 from jobs.export import Gate, gate_of
-from jobs.exported import Artefact, Budget, Judged, Offer, metric_drop, pick, verdict
+from jobs.exported import Artefact, Budget, Exported, Judged, Made, Offer, Parity, metric_drop, pick, verdict
 from jobs.rows import Row
 from jobs.run import Run
 from tests.conftest import JobMaker, lorafleet_here
@@ -306,3 +308,35 @@ def test_rows_that_are_given_in_steps_are_of_unequal_length() -> None:
     assert ([len(row) for row in chosen], steps) == ([3, 4], 1)
     places = [HeldOut(rows * times, (1,) * 6 * times, 0).places(2) for times in (1, 20, 500)]
     assert [len(found) for found in places] == [29, 8, 2]  # all of them, an equal share, the fewest
+
+
+def test_an_exports_table_has_its_reasons_below_it(capsys: pytest.CaptureFixture[str]) -> None:
+    def made(accepted: bool, reasons: list[str]) -> Parity:
+        return Parity(target="onnx", accepted=accepted, reasons=reasons, gate=Gate(), judged=judged())
+
+    found = Exported(
+        output="/out",
+        targets=[
+            Made(target="onnx", accepted=True, folder="/out/onnx", parity=made(True, []), files_mb=12.34),
+            Made(target="onnx-int8", folder="/out/rejected", parity=made(False, ["a logit differs by 9"]), files_mb=1),
+            Made(target="tensorrt", unavailable="needs a GPU: pip install 'lorafleet[tensorrt]'"),
+            Made(target="executorch", failure="RuntimeError: no operator"),
+        ],
+    )
+    show_exported(found, Format.TEXT)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [line.split()[:2] for line in lines if line.startswith(("onnx", "tensorrt", "executorch"))][:4] == [
+        ["onnx", "accepted"], ["onnx-int8", "rejected"], ["tensorrt", "unavailable"], ["executorch", "failed"],
+    ]  # fmt: skip
+    assert "12.3" in next(line for line in lines if line.startswith("onnx "))
+    assert lines[-3:] == [
+        "onnx-int8: rejected: a logit differs by 9",
+        "tensorrt: unavailable: needs a GPU: pip install 'lorafleet[tensorrt]'",
+        "executorch: failed: RuntimeError: no operator",
+    ]
+    assert found.code == 1
+    assert found.model_copy(update={"targets": found.targets[:3]}).code == 3
+    assert found.model_copy(update={"targets": found.targets[2:3]}).code == 2
+    assert found.model_copy(update={"targets": [found.targets[0], found.targets[2]]}).code == 0
+    nothing = {"targets": found.targets[:1], "sentence": "Nothing fits: it is too large."}
+    assert found.model_copy(update=nothing).code == 3

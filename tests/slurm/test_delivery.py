@@ -1,4 +1,4 @@
-"""An export, a benchmark and an evaluation as jobs of a queue."""
+"""A comparison, an export, a benchmark and an evaluation as jobs of a queue."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from jobs.report import Report
 from tests.conftest import JobMaker
 from tests.export.test_targets import trained
 from tests.slurm.conftest import Login
@@ -29,6 +30,32 @@ def test_a_model_is_exported_measured_and_judged_where_it_lies(login: Login, ber
     assert "benchmark-" in listed
     again = json.loads(login.lorafleet("report", "benchmark", "--format", "json").stdout)
     assert [arm["arm"] for arm in again["arms"]] == ["base", "adapter", "merged", "onnx", "tensorrt"]
+
+
+ARMS = """
+compare:
+  arms:
+    base: {method: base}
+    lora: {method: lora, parameters: {train.learning_rate: [3e-3, 1e-2]}}
+    hybrid: {adapter_of: lora, quantization: int8}
+  budget: {samples: 1280}
+  seeds: 2
+  inference: {rounds: 1, rows: 4}
+"""
+
+
+@pytest.mark.long
+def test_arms_are_trained_on_the_nodes_of_a_job(login: Login, bert_job: JobMaker) -> None:
+    run = login.submit(bert_job(ARMS), command="compare")
+    assert login.ended(run).state == "COMPLETED"
+    report = Report.model_validate_json((run.path / "report" / "report.json").read_text())
+    arms = {arm.arm: arm for arm in report.arms or []}
+    assert list(arms) == ["base", "lora", "hybrid"]
+    assert set(arms["lora"].seeds) == set(arms["hybrid"].seeds) == {"42", "43"}
+    assert all(arm.inference and arm.inference.latency_ms for arm in arms.values())
+    assert report.recommendation.arm in arms
+    assert report.recommendation.sentence in " ".join(login.lorafleet("report", run.id).stdout.split())
+    assert login.left_behind() == []
 
 
 @pytest.mark.long

@@ -24,7 +24,7 @@ from jobs import files
 from jobs.assets import PREFIX, Asset, asset, cache_dir
 from jobs.errors import AssetError
 from jobs.hub import HubName, check_whole, dataset_folder, hub_model_folder, lacks
-from jobs.identity import encoders_of, models_of, revision_of
+from jobs.identity import bases_of, encoders_of
 from jobs.spec import JobSpec
 
 Say = Callable[[str], None]
@@ -35,9 +35,9 @@ _ASK_SECONDS = 10.0
 
 def fetch_job(job: JobSpec, say: Say) -> None:
     """Fetch all that a job can touch: its model (every searched one), its tokenizer and its data."""
-    for name in models_of(job):
-        fetch_model(name, revision_of(job, name), say, code=job.model.trust_remote_code)
-        check_whole(name, revision_of(job, name))
+    for name, revision in bases_of(job):
+        fetch_model(name, revision, say, code=job.model.trust_remote_code)
+        check_whole(name, revision)
     for name in encoders_of(job):
         fetch_model(name, None, say)
         check_whole(name, None)

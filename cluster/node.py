@@ -19,7 +19,7 @@ from cluster.machine import find_gpus
 from jobs import files
 from jobs.errors import PlacementRefused, RunError
 from jobs.hub import converted_folder, model_folder
-from jobs.identity import models_of
+from jobs.identity import bases_of
 from jobs.lease import attempts, newest
 from jobs.orphans import clear_orphans
 from jobs.run import Run, RunState
@@ -223,8 +223,8 @@ def read_reports(text: str) -> list[dict[str, Any]]:
 def stage_models(run: Run, target: Path, say: Callable[[str], None]) -> None:
     """Copy the models that a run's trials load to this node's own disk, where they are not there yet."""
     job = JobSpec.model_validate_json(json.dumps(files.read_json(run.path / "plan.json")["job"]))
-    for name in models_of(job):
-        folder = model_folder(name, job.model.revision)
+    for name, revision in bases_of(job):
+        folder = model_folder(name, revision)
         if (folder / "model.gguf").is_file():  # what is loaded is made from it, by the driver
             folder = converted_folder(folder)
         if folder.is_dir():

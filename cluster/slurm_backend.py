@@ -28,7 +28,7 @@ from jobs import files
 from jobs.assets import asset, cache_dir
 from jobs.errors import AssetError, ExitCode, PlacementRefused, RunError
 from jobs.hub import check_whole, hub_cache
-from jobs.identity import models_of
+from jobs.identity import bases_of
 from jobs.load import LoadedJob
 from jobs.placement import nodes_of_job
 from jobs.plan import Plan
@@ -434,8 +434,8 @@ def _check_fetched(loaded: LoadedJob) -> None:
     """Raise AssetError when something that the job names is not where the nodes look for it."""
     job: JobSpec = loaded.job
     try:
-        for name in models_of(job):
-            check_whole(name, job.model.revision)
+        for name, revision in bases_of(job):
+            check_whole(name, revision)
         load_rows(job)
     except AssetError as error:
         raise AssetError(

@@ -14,7 +14,7 @@ from cluster.transfer import Cargo, digest, files_of
 from jobs import files
 from jobs.assets import PREFIX, asset, cache_dir
 from jobs.hub import dataset_folder, hub_cache, hub_model_folder, model_folder
-from jobs.identity import encoders_of, models_of, revision_of
+from jobs.identity import bases_of, encoders_of, models_of
 from jobs.own_metrics import file_of
 from jobs.rows import split_files
 from jobs.spec import JobSpec
@@ -46,9 +46,9 @@ def own_cargo(path: str) -> Cargo:
 def fetched_cargo(job: JobSpec) -> list[Cargo]:
     """The models and data of a job that were fetched by name: they go where this machine's cache has them."""
     found = []
-    for name in models_of(job):
+    for name, revision in bases_of(job):
         if not Path(name).is_absolute():
-            found += _model(name, revision_of(job, name))
+            found += _model(name, revision)
     for name in encoders_of(job):
         if not Path(name).is_absolute():
             found += _model(name, None)

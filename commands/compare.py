@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, Chain, Format, Nodes, On, Output, Quiet, Runs, show_report
+from commands.common import DEFAULT_RUNS, Chain, Format, Nodes, On, Output, Quiet, Runs, say, show_report
 from commands.sweep import Detach, Wait, start
 
 What = Annotated[
@@ -38,18 +38,33 @@ def compare(
     """Train the arms of a job file at equal budget, or put runs side by side; end with a table and a decision."""
     first = Path(what[0])
     if first.suffix in (".yaml", ".yml") or first.is_file():
+        _no_use({"--output": into is not None}, "of a job file, whose run has a report/ of its own")
         start("compare", first, what[1:], runs, on, nodes, chain, quiet, output, detach, wait)
         return
+    given = {"--on": on, "--nodes": nodes, "--max-walltime-chain": chain, "--detach": detach, "--wait": wait}
+    _no_use({name: bool(value) for name, value in given.items()}, "of runs side by side, which trains nothing")
     _side_by_side(what, runs, quiet, output, into)
 
 
+def _no_use(given: dict[str, bool], why: str) -> None:
+    """Raises UserError for an option that would do nothing."""
+    from jobs.errors import UserError
+
+    useless = [name for name, there in given.items() if there]
+    if useless:
+        raise UserError(f"{', '.join(useless)} has no use in a comparison {why}: leave it out")
+
+
 def _side_by_side(names: list[str], runs: Path, quiet: bool, output: Format, into: Path | None) -> None:
+    from cluster.backends import backend_of
     from cluster.store import find_run
     from evaluation.across import across
     from evaluation.report import write_forms
     from jobs.errors import UserError
 
     found = [find_run(runs, name) for name in names]
+    for run in found:
+        backend_of(run).refresh(run, say)
     if len({run.path for run in found}) < 2:
         raise UserError(f"compare has {names[0]} alone, but must have a job file, or two runs or more")
     report = across(found)

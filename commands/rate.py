@@ -80,7 +80,10 @@ def _ask(book: Notebook) -> None:
 
     screen = console()
     keys = f"{LOWEST}-{HIGHEST}, u undoes the last, n TEXT notes, s skips the row, q ends"
-    for number, item in enumerate(book.items, start=1):
+    at = 0
+    while at < len(book.items):
+        number, item = at + 1, book.items[at]
+        at += 1
         wanted = [(slot, name) for slot in _slots(item) for name in CRITERIA]
         if not _missing(book, item, wanted):
             continue
@@ -99,7 +102,12 @@ def _ask(book: Notebook) -> None:
             if said == "s":
                 break
             if said == "u":
-                book.undo()
+                undone = book.undo()
+                if undone is None:
+                    say("there is nothing to undo")
+                elif undone[0] != item.row:  # back to that row, and then on from there
+                    at = next(place for place, other in enumerate(book.items) if other.row == undone[0])
+                    break
             elif said.startswith("n "):
                 book.note(item.row, said[2:])
             elif said.isdigit() and LOWEST <= int(said) <= HIGHEST:

@@ -14,6 +14,7 @@ from evaluation.results import RowResults
 from evaluation.samples import differing
 from jobs import files
 from jobs.arms import own_job
+from jobs.identity import known_revision
 from jobs.report import Arm, Report
 from jobs.run import Run
 
@@ -50,8 +51,15 @@ def across(runs: Sequence[Run]) -> Report:
     arms = [_against(entry, first) for entry in entries]
     judged = {arm.arm: entry.results for arm, entry in zip(arms, entries, strict=True) if arm.comparable}
     job = run_job(first.run)
-    by_number = {name: dict(enumerate(found)) for name, found in judged.items()}
-    pairs = pairs_of(by_number, job.metric.name, job.evaluate.bootstrap_samples)
+    pairs = [
+        pair
+        for group in _alike(entries)
+        for pair in pairs_of(
+            {entry.arm.arm: dict(enumerate(entry.results)) for entry in group},
+            job.metric.name,
+            job.evaluate.bootstrap_samples,
+        )
+    ]
     choice = Choice("cheapest_within_noise", job.metric.name, job.metric.goal, "train_seconds")
     rows = files.read_jsonl(first.run.rows_file(first.report.held_out))
     labels = [str(label) for label in first.report.facts.get("labels", [])]
@@ -70,6 +78,16 @@ def across(runs: Sequence[Run]) -> Report:
     )
 
 
+def _alike(entries: list[_Entry]) -> list[list[_Entry]]:
+    """The entries in groups that were judged alike: a difference within one is of the models alone."""
+    groups: list[list[_Entry]] = []
+    for entry in entries:
+        if entry.results and entry.arm.comparable:
+            group = next((group for group in groups if not _odds(entry, group[0])), None)
+            group.append(entry) if group else groups.append([entry])
+    return groups
+
+
 def _entry(run: Run) -> _Entry:
     report, job = build_report(run), run_job(run)
     split = report.held_out
@@ -77,7 +95,7 @@ def _entry(run: Run) -> _Entry:
     terms = {
         "rows": facts.get("rows_sha256", {}).get(split),
         "trained_on": facts.get("rows_sha256", {}).get("train"),
-        "model": facts.get("model_revisions", {}).get(job.model.model_name_or_path),
+        "model": known_revision(facts.get("model_revisions", {}), job),
         "prompt_format": facts.get("prompt_format"),
         "metric_version": facts.get("metric_version"),
         "custom_metrics": facts.get("custom_metrics", {}),
@@ -90,9 +108,9 @@ def _entry(run: Run) -> _Entry:
         arms, judged, _ = arms_of_run(run, job, split)
         chosen = next((arm for arm in arms if arm.arm == report.recommendation.arm), arms[0])
         what = f"{chosen.arm}: {chosen.what}"
-        own = own_job(job, chosen.arm).model
-        terms["model"] = facts.get("model_revisions", {}).get(own.model_name_or_path)
-        terms["max_length"] = own.max_length
+        own = own_job(job, chosen.arm)
+        terms["model"] = known_revision(facts.get("model_revisions", {}), own)
+        terms["max_length"] = own.model.max_length
         results = list(judged[chosen.arm].values())
         return _Entry(run, report, chosen.model_copy(update={"arm": run.id, "what": what}), results, terms)
     found = chosen_results(run, report).get(str(report.recommendation.trial_id))
@@ -122,17 +140,25 @@ def _arm_of_trial(run: Run, report: Report, results: list[RowResults]) -> Arm:
     )
 
 
-def _against(entry: _Entry, first: _Entry) -> Arm:
-    """An entry's arm, marked where it was not judged as the first was."""
+_NO_PREDICTIONS = "it has no predictions of the held-out rows (it was made by an older version, or has not ended)"
+
+
+def _odds(entry: _Entry, first: _Entry) -> list[str]:
+    """How an entry was judged otherwise than another."""
     odd = []
-    if not entry.results:
-        odd.append("it has no predictions of the held-out rows (it was made by an older version, or has not ended)")
     for name, what in _MUST_AGREE.items():
         if entry.terms[name] != first.terms[name]:
             verb = "differ" if what.split(" of ")[0].endswith("s") else "differs"
-            odd.append(f"not ranked: {what} {verb} from {first.run.id}'s")
+            odd.append(f"{what} {verb} from {first.run.id}'s")
     if entry.report.held_out != first.report.held_out:
-        odd.append(f"not ranked: it was judged on {entry.report.held_out} rows")
+        odd.append(f"it was judged on {entry.report.held_out} rows")
+    return odd
+
+
+def _against(entry: _Entry, first: _Entry) -> Arm:
+    """An entry's arm, marked where it was not judged as the first was."""
+    odd = [] if entry.results else [f"not ranked: {_NO_PREDICTIONS}"]
+    odd += [f"not ranked: {what}" for what in _odds(entry, first)]
     remarks = [*entry.arm.remarks, *odd]
     if entry.terms["trained_on"] != first.terms["trained_on"]:
         remarks.append(

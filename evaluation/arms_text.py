@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from evaluation.report_text import BENCHMARK, MISSING, duration, number, shown_of_texts
-from jobs.report import Arm, BatchSpeed, Inference, Report
+from jobs.report import Arm, BatchSpeed, Inference, Pair, Report
 from jobs.words import counted
 
 Cell = Callable[[Arm], str]
@@ -112,18 +112,50 @@ def _p_value(report: Report) -> Cell:
 
 
 def pair_cells(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """(headings, rows) of every two arms' difference: the row's metric less the column's, and its p-value."""
+    """(headings, rows) of every two arms' difference: the row's metric less the column's, p-value and interval."""
     names = [arm.arm for arm in report.arms or [] if any(arm.arm in (pair.one, pair.other) for pair in report.pairs)]
-    between: dict[tuple[str, str], tuple[float, float]] = {}
-    for pair in report.pairs:
-        between[pair.one, pair.other] = (pair.difference, pair.p_value)
-        between[pair.other, pair.one] = (-pair.difference, pair.p_value)
+    between = {(pair.one, pair.other): pair for pair in report.pairs}
+    between |= {(pair.other, pair.one): _turned(pair) for pair in report.pairs}
 
     def cell(row: str, column: str) -> str:
         found = between.get((row, column))
-        return f"{found[0]:+.3f} (p {found[1]:.3f})" if found else MISSING
+        if found is None:
+            return MISSING
+        return f"{found.difference:+.3f} (p {found.p_value:.3f})\n[{found.interval[0]:+.3f}, {found.interval[1]:+.3f}]"
 
     return names, [(row, [cell(row, column) for column in names]) for row in names]
+
+
+def _turned(pair: Pair) -> Pair:
+    """The same pair from the other side."""
+    ends = (-pair.interval[1], -pair.interval[0])
+    return Pair(
+        one=pair.other,
+        other=pair.one,
+        metric=pair.metric,
+        difference=-pair.difference,
+        interval=ends,
+        p_value=pair.p_value,
+    )
+
+
+def _difference(pair: Pair) -> str:
+    return f"{pair.difference:+.3f} [{pair.interval[0]:+.3f}, {pair.interval[1]:+.3f}]"
+
+
+_FEW = 3
+"""So many pairs are shown whole where there is little room."""
+
+
+def pairs_table(report: Report, *, whole: bool) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows) of arms' differences on the same rows: every two (`whole`), or each against the best."""
+    best = best_arm(report)
+    shown = list(report.pairs)
+    if best is not None and not whole and len(shown) > _FEW:
+        shown = [pair for pair in shown if best.arm in (pair.one, pair.other)]
+    turned = [_turned(pair) if best is not None and pair.one == best.arm else pair for pair in shown]
+    headings = ["difference", f"{report.held_out} {report.metric} [95 %]", "p"]
+    return headings, [[f"{pair.one} - {pair.other}", _difference(pair), number(pair.p_value)] for pair in turned]
 
 
 def batches_table(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -164,8 +196,12 @@ def arm_notes(report: Report) -> list[str]:
         )
     if any(len(arm.seeds) > 1 for arm in report.arms or []):
         found.append("Metrics are means over an arm's seeds; brackets hold 95 % bootstrap intervals (rows, seeds).")
+    several = any(len(arm.seeds) > 1 for arm in report.arms or [])
+    if not several and any(arm.tried or (arm.train_seconds and arm.seeds) for arm in report.arms or []):
+        found.append("One training an arm: how far another seed would move it is in no interval and no p-value.")
     if report.pairs:
-        found.append("p: paired bootstrap on the same rows, seeds drawn too; two-sided, not corrected for many pairs.")
+        drawn = ", seeds drawn too" if several else ""
+        found.append(f"p: paired bootstrap on the same rows{drawn}; two-sided, not corrected for many pairs.")
     measured = [arm.inference for arm in report.arms or [] if arm.inference]
     if measured:
         rounds, threads = measured[0].rounds, measured[0].threads

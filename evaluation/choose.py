@@ -68,6 +68,10 @@ class Choice:
 def choose(arms: list[Arm], pairs: list[Pair], choice: Choice) -> Recommendation:
     """The arm to ship, and why, in words."""
     scored = [arm for arm in arms if arm.comparable and arm.metrics.get(choice.metric) is not None]
+    unranked = [arm.arm for arm in arms if not arm.comparable]
+    if unranked and len(scored) < 2:
+        sentence = "Nothing is ranked: no two of them were judged alike (the remarks say what differs)."
+        return Recommendation(trial_id=None, rule=rule_text(choice), sentence=sentence)
     if not scored:
         return Recommendation(trial_id=None, rule=rule_text(choice), sentence="No arm has a score yet.")
     best = max(scored, key=choice.score)  # the first of equals
@@ -77,8 +81,15 @@ def choose(arms: list[Arm], pairs: list[Pair], choice: Choice) -> Recommendation
     near = [arm for arm in priced if (choice.price(arm) or 0.0) <= choice.slack * least]
     chosen = max(near, key=lambda arm: (choice.score(arm), -(choice.price(arm) or 0.0))) if near else best
     sentence = _sentence(chosen, best, eligible, scored, pairs, choice)
+    if unranked:
+        sentence += f" Not ranked beside the other {len(scored)}: {', '.join(unranked)}."
     return Recommendation(
-        trial_id=chosen.trial_id, arm=chosen.arm, rule=rule_text(choice), sentence=sentence, adapter=chosen.weights
+        trial_id=chosen.trial_id,
+        arm=chosen.arm,
+        rule=rule_text(choice),
+        cost=choice.cost,
+        sentence=sentence,
+        adapter=chosen.weights,
     )
 
 

@@ -15,7 +15,7 @@ from evaluation.choose import Choice, choose
 from evaluation.metrics import Scores, confusion, difference, per_class, scores
 from evaluation.report import build_report, short
 from evaluation.results import RowResults
-from evaluation.samples import differing, mistakes
+from evaluation.samples import differing, mistakes, worst
 from evaluation.summary import read_results
 from jobs import files
 from jobs.compare import ArmSpec
@@ -67,12 +67,16 @@ def arms_of_run(run: Run, job: JobSpec, split: str) -> tuple[list[Arm], dict[str
 
 
 def _comparable(arms: list[Arm], judged: dict[str, dict[int, RowResults]], job: JobSpec) -> list[Arm]:
-    """The arms, those marked whose likelihoods are of other tokens than the first's: no loss ranks them."""
+    """The arms, those marked whose likelihoods are of other tokens than most arms': no loss ranks them."""
     firsts = {name: next(iter(results.values())) for name, results in judged.items() if results}
     if job.metric.name not in ("loss", "perplexity") or not firsts:
         return arms
-    name, first = next(iter(firsts.items()))
-    odd = {other for other, found in firsts.items() if not np.array_equal(found.targets_R, first.targets_R)}
+    alike = {
+        name: [other for other, found in firsts.items() if np.array_equal(found.targets_R, one.targets_R)]
+        for name, one in firsts.items()
+    }
+    name = max(alike, key=lambda name: len(alike[name]))  # the first of equals
+    odd = firsts.keys() - set(alike[name])
     remark = f"not ranked by {job.metric.name}: its model reads the rows as other tokens than that of {name}"
     return [
         arm.model_copy(update={"comparable": False, "remarks": [*arm.remarks, remark]}) if arm.arm in odd else arm
@@ -285,6 +289,7 @@ def comparison_report(run: Run, job: JobSpec, plain: Report) -> Report:
     if chosen in firsts:
         found = firsts[chosen]
         update["mistakes"] = mistakes(rows, chosen, found, labels)
+        update["worst"] = worst(rows, chosen, found, labels)
         if found.classified and labels:
             update["confusion"], update["per_class"] = confusion(found.classified), per_class(found.classified, labels)
     if base is not None and base.metrics:

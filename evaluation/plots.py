@@ -1,21 +1,26 @@
-"""The report's three plots, as SVG: loss curves, metric against a searched number, and the rungs."""
+"""The report's plots, as SVG: loss curves, metric against each searched field, the rungs, and quality against cost."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from evaluation.choose import COSTS, Choice, front
 from evaluation.report import short
 from jobs.compare import Cost
 from jobs.report import Arm, Report, Row
 from jobs.search import without_fold
+from jobs.search_spec import SEED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_USUAL: tuple[Cost, ...] = ("inference_memory_gib", "latency_ms", "train_seconds")
+"""Costs that are drawn whatever the rule weighs."""
+_MOST_COLOURS = 8
+"""More values than these are not told apart by colour."""
 _STATE_MARKS = {"finished": "o", "stopped": "x", "failed": "X", "running": ">", "pending": "."}
 _GREY = "#9aa3ad"
 _ACCENT = "#c2410c"
@@ -27,12 +32,15 @@ _AT_RUNGS = " at the rungs. A line that ends at a cross was cut there."
 
 def plots(report: Report) -> list[tuple[str, str]]:
     """(caption, SVG) of each plot that the report has data for."""
-    several = len(report.trials) > 1
+    several, by_arm = len(report.trials) > 1, len(_arm_colours(report)) > 1
+    whose = "by arm" if by_arm else "by trial. The recommended trial is drawn in colour"
     makers: list[tuple[str, Callable[[Axes, Report], bool]]] = [
-        (f"Training loss{' by trial. The recommended trial is drawn in colour' if several else ''}.", _loss_curves),
-        (f"Validation {report.metric} against what was searched; crosses were cut early.", _against_parameter),
+        (f"Training loss{f' {whose}' if several else ''}.", _loss_curves),
         (f"Validation {report.metric}{_AT_RUNGS if several else ' while it was trained.'}", _rungs),
     ]
+    for path in _searched(report):
+        caption = f"Validation {report.metric} against {path}; crosses were cut early."
+        makers.append((caption, partial(_against_parameter, across=path)))
     drawn = [(caption, _draw(report, maker)) for caption, maker in makers]
     return [(caption, svg) for caption, svg in drawn if svg]
 
@@ -40,7 +48,8 @@ def plots(report: Report) -> list[tuple[str, str]]:
 def arm_plots(report: Report) -> list[tuple[str, str]]:
     """(caption, SVG) of a comparison's quality against each cost that tells its arms apart."""
     found = []
-    for cost in ("inference_memory_gib", "latency_ms", "train_seconds"):
+    asked: list[Cost] = [cost for cost in get_args(Cost) if cost == report.recommendation.cost]
+    for cost in dict.fromkeys([*asked, *_USUAL]):
         words = COSTS[cost][0]
         svg = _draw(report, partial(_pareto, cost=cost))
         if svg:
@@ -165,54 +174,99 @@ def _rungs(axes: Axes, report: Report) -> bool:
     return drawn
 
 
-def _against_parameter(axes: Axes, report: Report) -> bool:
-    """x is the searched number with the most different values; colour is the searched value with the next most."""
+def _configurations(report: Report) -> list[Row]:
+    """The trials that a search tried and that have a score: a point each, a point a fold of a cross-validation."""
+    scored = [row for row in report.trials if row.metrics.get(report.metric) is not None and not row.repeats]
+    if report.folds:
+        scored = [row for row in scored if row.fold is not None]
+    return [row.model_copy(update={"params": without_fold(row.params)}) for row in scored]
+
+
+def _values(rows: list[Row]) -> dict[str, list[Any]]:
+    """Searched field -> its different values, in order; a seed is none, nor what has one value alone."""
+    found: dict[str, set[Any]] = {}
+    for row in rows:
+        for path, value in row.params.items():
+            if path != SEED and isinstance(value, str | int | float):
+                found.setdefault(path, set()).add(value)
+    numbers = {path: all(isinstance(value, int | float) for value in values) for path, values in found.items()}
+    return {
+        path: sorted(values) if numbers[path] else sorted(values, key=str)
+        for path, values in found.items()
+        if len(values) > 1
+    }
+
+
+def _searched(report: Report) -> list[str]:
+    """The fields that a plot each is drawn of, the one with the most values first."""
+    values = _values(_configurations(report))
+    return sorted(values, key=lambda path: -len(values[path]))
+
+
+def _against_parameter(axes: Axes, report: Report, across: str) -> bool:
+    """x is one searched field; colour is the arm, or the other searched field with the most values that can be told
+    apart."""
     import matplotlib
 
-    scored = [row for row in report.trials if row.metrics.get(report.metric) is not None and not row.repeats]
-    if report.folds:  # a point a fold
-        scored = [row for row in scored if row.fold is not None]
-    rows = [row.model_copy(update={"params": without_fold(row.params)}) for row in scored]
-    if report.arms is not None:
-        return False  # arms search different fields, or the same at different values
-    values = {
-        path: {row.params[path] for row in rows if path in row.params} for path in (rows[0].params if rows else ())
-    }
-    numbers = [path for path, found in values.items() if all(isinstance(v, int | float) for v in found)]
-    if not numbers:
-        return False
-    across = max(numbers, key=lambda path: len(values[path]))
-    others = sorted((path for path in values if path != across), key=lambda path: -len(values[path]))
-    groups: list[Any] = sorted(values[others[0]], key=str) if others else [None]
-    if groups != [None] and all(isinstance(value, int | float) for value in groups):
-        groups = sorted(groups)
-    colours = matplotlib.colormaps["viridis"].resampled(max(2, len(groups)))
-    scores: dict[str, Any] = {row.trial_id: row.metrics[report.metric] for row in rows}
-    for index, group in enumerate(groups):
-        colour = colours(index / max(1, len(groups) - 1) * 0.85)
-        label = f"{others[0].rpartition('.')[2]} {group}" if others else None
+    rows = _configurations(report)
+    values = _values(rows)
+    rows = [row for row in rows if across in row.params]
+    by_arm = _arm_colours(report)
+    other = next(
+        (path for path in _searched(report) if path != across and len(values[path]) <= _MOST_COLOURS and not by_arm),
+        None,
+    )
+    colours: dict[Any, Any] = {None: _DARK}
+    if by_arm:
+        colours = {arm: colour for arm, colour in by_arm.items() if any(row.arm == arm for row in rows)}
+    elif other is not None:
+        shades = matplotlib.colormaps["viridis"].resampled(len(values[other]))
+        colours = {value: shades(place / (len(values[other]) - 1) * 0.85) for place, value in enumerate(values[other])}
+
+    def group(row: Row) -> Any:
+        return row.arm if by_arm else row.params.get(other) if other else None
+
+    numbers = all(isinstance(value, int | float) for value in values[across])
+    named: set[Any] = set()
+    for key, colour in colours.items():
+        label = str(key) if by_arm else f"{str(other).rpartition('.')[2]} {key}"
         for state, mark in _STATE_MARKS.items():
-            chosen = [r for r in rows if r.state == state and (not others or r.params[others[0]] == group)]
+            chosen = [row for row in rows if row.state == state and group(row) == key]
             if chosen:
                 axes.plot(
-                    [r.params[across] for r in chosen],
-                    [scores[r.trial_id] for r in chosen],
+                    [row.params[across] if numbers else values[across].index(row.params[across]) for row in chosen],
+                    [row.metrics[report.metric] or 0.0 for row in chosen],
                     marker=mark,
                     linestyle="none",
                     color=colour,
                     markersize=7,
-                    label=label,
+                    label=None if key is None or key in named else label,
                 )
-                label = None
-    ends = [value for value in values[across] if value > 0]
-    if ends and len(ends) == len(values[across]) and max(ends) / min(ends) >= 10:
+                named.add(key)
+    if not numbers:
+        axes.set_xticks(range(len(values[across])), [str(value) for value in values[across]])
+        axes.margins(x=0.2)
+    elif values[across][0] > 0 and values[across][-1] / values[across][0] >= _MANY_TIMES:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # data may hold dollar signs: no TeX is parsed
     axes.set_xlabel(across)
     axes.set_ylabel(f"validation {report.metric}")
-    if others:
+    if None not in colours:
         axes.legend(frameon=False)
     return True
+
+
+_MANY_TIMES = 10
+"""Where the largest is so many times the smallest, values are drawn by their logarithms."""
+
+
+def _arm_colours(report: Report) -> dict[str, Any]:
+    """Arm that trained something -> its colour; empty where only one did, or where there are too many."""
+    import matplotlib
+
+    names = list(dict.fromkeys(row.arm for row in report.trials if row.arm is not None))
+    palette = matplotlib.colormaps["Dark2"].colors  # type: ignore[attr-defined]
+    return dict(zip(names, palette, strict=False)) if 1 < len(names) <= len(palette) else {}
 
 
 def _recommended_last(report: Report) -> list[Row]:
@@ -221,13 +275,19 @@ def _recommended_last(report: Report) -> list[Row]:
 
 def _line(row: Row, report: Report) -> dict[str, Any]:
     chosen = row.trial_id == report.recommendation.trial_id
-    return {"color": _ACCENT if chosen else _GREY, "linewidth": 2.2 if chosen else 1.1, "zorder": 3 if chosen else 2}
+    colours = _arm_colours(report)
+    colour = colours.get(row.arm or "", _ACCENT if chosen else _GREY)
+    return {"color": colour, "linewidth": 2.2 if chosen else 1.1, "zorder": 3 if chosen else 2}
 
 
 def _legend(axes: Axes, report: Report) -> None:
     from matplotlib.lines import Line2D
 
-    chosen = report.recommendation.trial_id
+    chosen, colours = report.recommendation.trial_id, _arm_colours(report)
+    if colours:
+        handles = [Line2D([], [], color=colour) for colour in colours.values()]
+        axes.legend(handles, list(colours), frameon=False)
+        return
     if chosen is None or len(report.trials) == 1:
         return
     row = report.row(chosen)

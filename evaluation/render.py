@@ -13,6 +13,7 @@ from evaluation.arms_text import (
     batch_records,
     batches_table,
     pair_cells,
+    pairs_table,
     terminal_arm_columns,
 )
 from evaluation.report_text import (
@@ -95,7 +96,9 @@ def _terminal_arms(report: Report, width: int) -> RenderableType:
         table.add_row(*(Text(cell(arm)) for _, cell in shown), style=style)
     parts: list[RenderableType] = [Text(headline(report)), Text(""), table, Text("")]
     parts.append(Text(report.recommendation.sentence, style="bold"))
-    parts += _terminal_table(*batches_table(report)) + _terminal_table(*ratings_table(report))
+    parts.append(Text(f"Rule: {report.recommendation.rule}.", style="dim"))
+    for table_of in (pairs_table(report, whole=False), batches_table(report), ratings_table(report)):
+        parts += _terminal_table(*table_of)
     parts += [Text(f"- {note}", style="dim") for note in notes(report)]
     if len(shown) < whole:
         parts.append(Text("- more columns: report.html, arms.csv, or a wider terminal", style="dim"))
@@ -146,7 +149,8 @@ def markdown(report: Report) -> str:
     if report.shown:
         lines += ["| " + " | ".join(heading for heading, _ in shown) + " |", "|" + "---|" * len(shown)]
         lines += ["| " + " | ".join(plain(cell(row)) for _, cell in shown) + " |" for row in report.shown]
-    for headings, rows in (batches_table(report), folds_table(report), ratings_table(report)):
+    tables = (pairs_table(report, whole=True), batches_table(report), folds_table(report), ratings_table(report))
+    for headings, rows in tables:
         if rows:
             lines += ["", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
             lines += ["| " + " | ".join(map(plain, row)) + " |" for row in rows]
@@ -299,6 +303,7 @@ def _facts(report: Report) -> list[tuple[str, str]]:
         found.append(("rungs", f"{'; '.join(f'{level:,}' for level in report.rungs)} {report.time_attr}"))
     found += [(f"SHA-256 of {split}", digest) for split, digest in report.facts.get("data_sha256", {}).items()]
     found += [(f"revision of {name}", revision) for name, revision in report.facts.get("model_revisions", {}).items()]
+    found += [(f"BERTScore with {name}", what) for name, what in report.facts.get("bertscore", {}).items()]
     if report.facts.get("labels"):
         found.append(("labels", ", ".join(map(str, report.facts["labels"]))))
     found.append(("versions", ", ".join(f"{name} {version}" for name, version in report.versions.items())))

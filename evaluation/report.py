@@ -67,6 +67,10 @@ def build_report(run: Run) -> Report:
         chosen = recommend(ordered, metric.name, metric.goal, labels, job.search.keep if job.search else 1)
     wanted = ("data_sha256", "model_revisions", "labels")
     shown_facts: dict[str, Any] = {str(key): facts[key] for key in wanted if key in facts}
+    if facts.get("encoders"):
+        layer = job.evaluate.bertscore_layer
+        of = f"layer {layer}" if layer is not None else "its last layer"
+        shown_facts["bertscore"] = {name: f"{of}, {revision}" for name, revision in facts["encoders"].items()}
     plain = Report(
         run=run.id,
         state=run.state,
@@ -104,7 +108,7 @@ def build_report(run: Run) -> Report:
 
 def _with_samples(run: Run, report: Report) -> Report:
     """The report with held-out rows: base and recommended trial side by side, and what the latter gets wrong."""
-    from evaluation.samples import differing, mistakes
+    from evaluation.samples import differing, mistakes, worst
 
     chosen = report.recommendation.trial_id
     rows = files.read_jsonl(run.rows_file(report.held_out))
@@ -117,6 +121,7 @@ def _with_samples(run: Run, report: Report) -> Report:
         row = report.row(chosen)
         update |= {"per_class": row.per_class, "confusion": row.confusion}
         update["mistakes"] = mistakes(rows, chosen, there[chosen], labels)
+        update["worst"] = worst(rows, chosen, there[chosen], labels)
     return report.model_copy(update=update)
 
 
@@ -128,6 +133,7 @@ def bare(report: Report) -> Report:
             "pairs": [],
             "samples": [],
             "mistakes": [],
+            "worst": [],
             "rungs": [],
             "folds": [],
             "confusion": [],

@@ -39,6 +39,20 @@ def mistakes(
     return [_sample(int(row), rows, {name: found}, labels) for row in order[:most] if wrong_R[row]]
 
 
+def worst(
+    rows: Sequence[Mapping[str, Any]], name: str, found: RowResults, labels: Sequence[str], most: int = MOST
+) -> list[Sample]:
+    """The rows to whose right class a classifier gives the least probability, that `mistakes` does not show.
+
+    Of two classes there are none: the surest mistake is the worst row.
+    """
+    if found.classified is None or len(rows) != len(found) or len(labels) < 3:
+        return []
+    shown = {sample.row for sample in mistakes(rows, name, found, labels, most)}
+    order = np.argsort(-np.where(np.isfinite(found.loss_R), found.loss_R, -np.inf), kind="stable")[:most]
+    return [_sample(int(row), rows, {name: found}, labels) for row in order if int(row) not in shown]
+
+
 def _apart(models: list[RowResults]) -> np.ndarray:
     """How far models are apart on each row; below 0 where there is nothing to show.
 

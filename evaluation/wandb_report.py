@@ -16,7 +16,7 @@ from jobs.run import Run
 from jobs.spec import JobSpec
 
 if TYPE_CHECKING:
-    from jobs.report import Report
+    from jobs.report import Report, Sample
 
 Mode = Literal["online", "offline", "disabled"]
 _MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
@@ -69,13 +69,28 @@ def _tables(report: Report, *, samples: bool) -> dict[str, tuple[list[str], list
         "folds": folds_table(report),
         "ratings": ratings_table(report),
     }
-    models = list(report.samples[0].answers) if report.samples else []
-    if samples:
-        found["samples"] = (
-            ["row", "prompt", "reference", *models],
-            [[s.row, s.prompt, s.reference, *(s.answers[name].text for name in models)] for s in report.samples],
+    if report.per_class:
+        names = list(next(iter(report.per_class.values())))
+        found["per_class"] = (["class", *names], [[of, *values.values()] for of, values in report.per_class.items()])
+        found["confusion"] = (
+            ["truth", *report.per_class],
+            [[of, *counts] for of, counts in zip(report.per_class, report.confusion, strict=False)],
         )
+    if samples:
+        found |= {name: _samples(getattr(report, name)) for name in ("samples", "mistakes", "worst")}
     return {name: table for name, table in found.items() if table[1]}
+
+
+def _samples(rows: list[Sample]) -> tuple[list[str], list[list[Any]]]:
+    models = list(rows[0].answers) if rows else []
+    said = [[row.answers[name] for name in models] for row in rows]
+    sure = any(answer.confidence is not None for answers in said for answer in answers)
+    headings = ["row", "prompt", "reference", *models, *([f"{name} confidence" for name in models] if sure else [])]
+    values = [
+        [answer.text for answer in answers] + ([answer.confidence for answer in answers] if sure else [])
+        for answers in said
+    ]
+    return headings, [[row.row, row.prompt, row.reference, *more] for row, more in zip(rows, values, strict=True)]
 
 
 def wandb_mode(job: JobSpec) -> Mode:

@@ -78,32 +78,45 @@ def facts_of(job: JobSpec) -> Facts:
     bare = job.model_copy(update={"train": job.train.model_copy(update={"learning_rate": None})})
     return Facts(
         {split: files.sha256_file(path) for split, path in split_files(job.data).items()},
-        {name: model_revision(name, revision_of(job, name)) for name in models_of(job)},
+        _revisions(job),
         {method: learning_rate(bare.model_copy(update={"method": method})).value for method in METHOD_BLOCKS},
         files.sha256_file(Path(adapter) / ADAPTER_FILES[1]) if adapter else "",
     )
 
 
+def _revisions(job: JobSpec) -> dict[str, str]:
+    """Model -> what identifies it; one that arms have in several revisions is there as NAME, and as NAME@REVISION."""
+    found: dict[str, str] = {}
+    for name, revision in bases_of(job):
+        found[f"{name}@{revision}" if name in found else name] = model_revision(name, revision)
+    return found
+
+
+def known_revision(revisions: dict[str, str], job: JobSpec) -> str | None:
+    """What identifies the base of a job (an arm's own, it may be) among `model_revisions`."""
+    name = job.model.model_name_or_path
+    return revisions.get(f"{name}@{job.model.revision}", revisions.get(name))
+
+
 _MODEL = "model.model_name_or_path"
 
 
-def arm_models_of(job: JobSpec) -> list[tuple[str, str | None]]:
-    """(name, revision) of the base models that arms have of their own."""
-    arms = job.compare.arms.values() if job.compare else ()
-    return [(str(arm.set[_MODEL]), arm.set.get("model.revision")) for arm in arms if _MODEL in arm.set]
-
-
-def revision_of(job: JobSpec, name: str) -> str | None:
-    """The revision in which a job means one of its models."""
-    own = dict(arm_models_of(job))
-    return own[name] if name in own and name != job.model.model_name_or_path else job.model.revision
+def bases_of(job: JobSpec) -> list[tuple[str, str | None]]:
+    """(name, revision) of the base models that a job, its search or its arms name, each once."""
+    name, revision = job.model.model_name_or_path, job.model.revision
+    parameter = job.search.parameters.get(_MODEL) if job.search else None
+    found = [(name, revision)]
+    found += [(str(value), revision) for value in (parameter.values if parameter else None) or []]
+    for arm in job.compare.arms.values() if job.compare else ():
+        own = str(arm.set.get(_MODEL, name))
+        known = None if _MODEL in arm.set else revision  # the job's is of another model
+        found.append((own, arm.set.get("model.revision", known)))
+    return list(dict.fromkeys(found))
 
 
 def models_of(job: JobSpec) -> list[str]:
-    """The base models that a job, its search or its arms name."""
-    parameter = job.search.parameters.get(_MODEL) if job.search else None
-    searched = [str(value) for value in parameter.values] if parameter and parameter.values else []
-    return list(dict.fromkeys([job.model.model_name_or_path, *searched, *(name for name, _ in arm_models_of(job))]))
+    """Their names."""
+    return list(dict.fromkeys(name for name, _ in bases_of(job)))
 
 
 def encoders_of(job: JobSpec) -> list[str]:
@@ -124,7 +137,6 @@ def identity(job: JobSpec, facts: Facts) -> dict[str, Any]:
     train["learning_rate"] = job.train.learning_rate or facts.learning_rates[job.method]
     train["init_adapter"] = facts.adapter_sha256
     train["batch_rows"] = job.train.effective_batch_size(job.resources.world_size)
-    name = job.model.model_name_or_path
     data = {key: fields.get(raw, f"data.{key}") for key in _DATA_FIELDS}
     if job.data.fold is not None:
         data["fold"] = [job.data.fold, job.evaluate.folds]
@@ -138,7 +150,7 @@ def identity(job: JobSpec, facts: Facts) -> dict[str, Any]:
         "task": "generation" if job.generates else job.task,
         "method": job.method,
         "model": {
-            "revision": facts.model_revisions[name],
+            "revision": known_revision(facts.model_revisions, job),
             "max_length": job.model.max_length,
             "dtype": job.model.dtype,
         },

@@ -263,6 +263,8 @@ class Recommendation(Spec):
     """The arm of a comparison."""
     rule: str
     """How it was chosen."""
+    cost: str | None = None
+    """Of a comparison: what its rule weighs quality against."""
     sentence: str
     """The choice and its reason, in words."""
     adapter: str | None = None
@@ -318,6 +320,9 @@ class Report(Spec):
     """Of it: how many rows of each class (outer) were said to be of which (inner)."""
     ratings: Ratings | None = None
     """What people think (`lorafleet rate`)."""
+    worst: list[Sample] = []
+    """Of a classifier of more than two classes: the rows to whose right class it gives the least probability, where
+    they are not among `mistakes`."""
     mistakes: list[Sample] = []
     """Of the recommended classifier: what it got wrong, the most confident first."""
     wall_seconds: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -9,25 +10,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from cluster.machine import site_here
 from cluster.planning import make_plan
+from commands.compare import compare
 from commands.evaluate import class_order
 from evaluation.across import across
+from evaluation.arms_text import pair_cells, pairs_table
 from evaluation.choose import Choice, choose, front
 from evaluation.comparison import batches_of, finite_intervals, finite_metrics, pairs_of
 from evaluation.metrics import difference, scores
-from evaluation.plots import _write_beside
-from evaluation.render import html
+from evaluation.plots import _write_beside, arm_plots, plots
+from evaluation.render import html, markdown, terminal
 from evaluation.report import build_report
 from evaluation.results import Classified, RowResults
-from evaluation.samples import differing, mistakes
+from evaluation.samples import differing, mistakes, worst
 from evaluation.summary import summary
+from evaluation.wandb_report import _tables
 from jobs import arms, files, search
+from jobs.compare import Cost
 from jobs.errors import JobFileError, UserError
 from jobs.given import Given, check_base, named, of_folder
+from jobs.identity import bases_of, known_revision
 from jobs.load import LoadedJob
-from jobs.report import Arm, Inference, Pair
+from jobs.report import Answer, Arm, Inference, Pair, Report, Row, Sample
 from jobs.run import Run, TrialState
 from jobs.spec import JobSpec
 from tests.conftest import JobMaker
@@ -270,6 +277,28 @@ PAIRS = [
 ]
 
 
+def compared(table: list[Arm], pairs: list[Pair], cost: Cost = "train_seconds") -> Report:
+    """A report of a comparison."""
+    return Report(
+        run="tiny-1",
+        state="finished",
+        task="classification",
+        model="m",
+        data="d",
+        metric="accuracy",
+        goal="maximize",
+        metrics=["accuracy", "loss"],
+        rows_count={},
+        rungs=[],
+        time_attr="samples",
+        base=Row(trial_id="base", state="finished"),
+        trials=[],
+        recommendation=choose(table, pairs, Choice("cheapest_within_noise", "accuracy", "maximize", cost)),
+        arms=table,
+        pairs=pairs,
+    )
+
+
 def chosen(rule: str, cost: str = "train_seconds", within: float = 0.0, metric: str = "accuracy") -> tuple[str, str]:
     goal = "maximize" if metric == "accuracy" else "minimize"
     found = choose(TABLE, PAIRS, Choice(rule, metric, goal, cost, within))  # type: ignore[arg-type]
@@ -302,6 +331,98 @@ def test_the_front_is_what_nothing_beats() -> None:
 def test_nothing_to_choose_from() -> None:
     empty = [Arm(arm="a", what="a"), arm("b", 0.9, 1).model_copy(update={"comparable": False})]
     assert choose(empty, [], Choice("best", "accuracy", "maximize", "train_seconds")).arm is None
+
+
+def test_what_was_not_judged_alike_has_no_winner() -> None:
+    apart = arm("b", 0.9, 1).model_copy(update={"comparable": False})
+    by_quality = Choice("best", "accuracy", "maximize", "train_seconds")
+    for two in ([arm("a", 0.5, 1), apart], [apart, arm("a", 0.5, 1)]):
+        found = choose(two, [], by_quality)
+        assert (found.arm, found.trial_id) == (None, None)
+        assert found.sentence.startswith("Nothing is ranked: no two")
+    among = choose([arm("a", 0.5, 1), apart, arm("c", 0.6, 1)], [], by_quality)
+    assert among.arm == "c"
+    assert among.sentence.endswith("Not ranked beside the other 2: b.")
+
+
+def test_differences_are_shown_with_their_intervals() -> None:
+    """Few pairs whole, many against the best in a terminal; all of them in Markdown and on the page."""
+    pair = Pair(one="full", other="hybrid", metric="accuracy", difference=0.02, interval=(-0.01, 0.05), p_value=0.2)
+    report = compared(TABLE, [*PAIRS[:2], pair])
+    headings, few = pairs_table(report, whole=False)
+    assert headings == ["difference", "test accuracy [95 %]", "p"]
+    assert ["hybrid - full", "-0.020 [-0.050, +0.010]", "0.200"] in few  # the best is what is taken away
+    many = [*PAIRS, pair.model_copy(update={"one": "base", "other": "lora"})]
+    assert len(pairs_table(compared(TABLE, many), whole=False)[1]) == 3
+    assert len(pairs_table(compared(TABLE, many), whole=True)[1]) == 4
+    names, cells = pair_cells(report)
+    assert dict(cells)["hybrid"][names.index("full")] == "-0.020 (p 0.200)\n[-0.050, +0.010]"
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(terminal(report, 120))
+    for text in (shown.getvalue(), markdown(report), html(report)):
+        assert "[-0.050, +0.010]" in text or "[-0.010, +0.050]" in text
+        assert "of the arms that cannot be told apart" in " ".join(text.split())
+
+
+def test_a_comparison_draws_every_searched_field_and_the_cost_of_its_rule() -> None:
+    def trial(name: str, of: str, score: float, **params: object) -> Row:
+        curve = [{"samples": seen, "train_loss": 1.0 / seen, "accuracy": score} for seen in (8, 16)]
+        return Row(trial_id=name, arm=of, state="finished", params=params, metrics={"accuracy": score}, curve=curve)
+
+    trials = [
+        trial(f"{of}{lr}", of, 0.5 + lr, **{"train.learning_rate": lr, "lora.lora_target_modules": layers})
+        for of in ("lora", "qlora")
+        for lr, layers in ((0.01, "q_proj"), (0.1, "all-linear"))
+    ]
+    trials.append(trial("seed", "lora", 0.6, **{"train.seed": 43}))
+    sized = [one.model_copy(update={"weights_mb": place}) for place, one in enumerate(TABLE)]
+    report = compared(sized, PAIRS, "weights_mb").model_copy(update={"trials": trials})
+    drawn = dict(plots(report))
+    assert [text for text in drawn if " against " in text] == [
+        "Validation accuracy against train.learning_rate; crosses were cut early.",
+        "Validation accuracy against lora.lora_target_modules; crosses were cut early.",
+    ]
+    assert "all-linear" in drawn["Validation accuracy against lora.lora_target_modules; crosses were cut early."]
+    assert all(">qlora<" in svg for text, svg in drawn.items())  # colours are arms, and the legend says which
+    captions = [text for text, _ in arm_plots(report)]
+    assert captions[0] == "test accuracy against MB of trained weights. The line joins what none beats."
+    assert len(captions) == 4
+
+
+def test_the_tables_of_a_tracker_have_the_analysis_of_errors() -> None:
+    sample = Sample(row=3, prompt="p", reference="good", answers={"lora": Answer(text="bad", confidence=0.9)})
+    known = {"good": {"precision": 0.5, "recall": 1.0, "f1": 0.7, "support": 2.0}, "bad": dict.fromkeys("abcd", 0.0)}
+    report = compared(TABLE, PAIRS).model_copy(
+        update={"per_class": known, "confusion": [[2, 0], [2, 0]], "mistakes": [sample]}
+    )
+    quiet = _tables(report, samples=False)
+    assert quiet["confusion"] == (["truth", "good", "bad"], [["good", 2, 0], ["bad", 2, 0]])
+    assert quiet["per_class"][1][0] == ["good", 0.5, 1.0, 0.7, 2.0]
+    assert len(quiet["pairs"][1]) == 3
+    assert not {"samples", "mistakes", "worst"} & set(quiet)  # texts go nowhere unasked
+    columns, rows = _tables(report, samples=True)["mistakes"]
+    assert columns == ["row", "prompt", "reference", "lora", "lora confidence"]
+    assert rows == [[3, "p", "good", "bad", 0.9]]
+
+
+def test_options_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--on, --wait has no use in a comparison of runs side by side"):
+        compare(["one", "other"], on="rig", wait=True)
+    (tmp_path / "job.yaml").write_text("name: x\n")
+    with pytest.raises(UserError, match="--output has no use in a comparison of a job file"):
+        compare([str(tmp_path / "job.yaml")], into=tmp_path)
+
+
+def test_an_arms_own_revision_is_another_model(bert_job: JobMaker) -> None:
+    job = block(
+        bert_job,
+        "compare: {arms: {a: {method: base}, b: {method: base, set: {model.revision: r2}}, "
+        "c: {method: base, set: {model.model_name_or_path: /other}}}}",
+    )
+    name = job.model.model_name_or_path
+    assert bases_of(job) == [(name, None), (name, "r2"), ("/other", None)]
+    known = {name: "first", f"{name}@r2": "second", "/other": "third"}
+    assert [known_revision(known, arms.own_job(job, of)) for of in "abc"] == ["first", "second", "third"]
 
 
 def test_an_unmeasured_arm_is_not_the_cheapest() -> None:
@@ -355,6 +476,16 @@ def test_rows_on_which_models_differ_come_first() -> None:
     wrong = mistakes(rows, "b", models["b"], ["good", "bad"])
     assert [sample.row for sample in wrong] == [1, 2, 3]
     assert wrong[0].answers["b"].right is False
+
+
+def test_the_worst_rows_of_several_classes_are_not_the_surest_mistakes() -> None:
+    rows = [{"prompt": f"p{row}", "reference": "x"} for row in range(4)]
+    said = Classified(np.array([0, 1, 2, 0]), np.array([0, 0, 0, 1]), np.array([0.9, 0.8, 0.5, 0.4]), 3)
+    found = RowResults(np.array([0.1, 1.7, 4.0, 2.0]), np.ones(4, dtype=int), classified=said)
+    wrong = mistakes(rows, "m", found, ("a", "b", "c"), most=2)
+    assert [sample.row for sample in wrong] == [1, 2]
+    assert [sample.row for sample in worst(rows, "m", found, ("a", "b", "c"), most=2)] == [3]
+    assert worst(rows, "m", found, ("a", "b")) == []
 
 
 def test_answers_are_set_apart_by_their_metric() -> None:
@@ -415,7 +546,8 @@ def test_arms_whose_losses_are_of_other_tokens_are_not_ranked(tmp_path: Path, ll
     assert report.arms is not None
     assert [arm.comparable for arm in report.arms] == [True, False]
     assert "its model reads the rows as other tokens than that of a" in report.arms[1].remarks[0]
-    assert report.recommendation.arm == "a"
+    assert report.recommendation.arm is None
+    assert report.recommendation.sentence.startswith("Nothing is ranked")
 
 
 def test_a_budget_of_tokens_is_of_the_arms_own_tokens(llama_job: JobMaker) -> None:
@@ -526,6 +658,11 @@ def test_runs_side_by_side_are_ranked_where_they_were_judged_alike(bert_job: Job
     assert (abs(pair.difference), pair.p_value < 0.01) == (pytest.approx(18 / 40), True)
     assert {arm.arm for arm in found.arms if not arm.comparable}.isdisjoint({pair.other for pair in found.pairs})
     assert (found.ratings, found.folds) == (None, [])
+    # Those that are unlike the first, and like each other, are compared with each other; the first has no match here.
+    twin = ended(job, tmp_path / "6", 30, rows_sha256={"train": "a", "test": "z"})
+    apart = across([now, other_rows, twin])
+    assert apart.recommendation.arm is None
+    assert [{pair.one, pair.other} for pair in apart.pairs] == [{other_rows.id, twin.id}]
 
 
 # ---- folds ----

@@ -172,3 +172,13 @@ def test_rating_in_the_terminal(answered: Run) -> None:
     book = Notebook.open(folder_of(answered) / "ann.jsonl", sheet_of_run(answered, "ann", 20))
     assert list(book.scores.values()) == [5, 3]
     assert list(book.notes.values()) == ["odd"]
+    # Undoing at a row's beginning goes back to the row before.
+    first = len(book.items[0].texts) * len(CRITERIA)
+    words = ["4"] * (first - 2) + ["u", "1", "u", "u", "2", "0", "q"]
+    done = subprocess.run(
+        command, cwd=answered.path.parent.parent, input="\n".join(words) + "\n", text=True, capture_output=True,
+        timeout=120, check=True,
+    )  # fmt: skip
+    book = Notebook.open(folder_of(answered) / "ann.jsonl", sheet_of_run(answered, "ann", 20))
+    assert len(book.scores) == first
+    assert list(book.scores.values())[-2:] == [2, 0]

@@ -103,6 +103,8 @@ def show_exported(found: Exported, output: Format) -> None:
         why = one.failure or one.unavailable or ("; ".join(one.parity.reasons) if one.parity else "")
         if why:
             typer.echo(f"{one.target}: {_state(one)}: {why}")
+        for remark in one.parity.remarks if one.parity else []:
+            typer.echo(f"{one.target}: {remark}")
     if found.sentence:
         typer.echo(found.sentence)
     say(f"in {found.output}")

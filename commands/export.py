@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, Format, On, OneRun, Output, Runs, hush_libraries, say
+from commands.common import DEFAULT_RUNS, Format, On, OneRun, Output, Runs, ended_by_signals, hush_libraries, say
 from commands.deliver import deliver, show_exported
 from commands.sweep import Detach, Wait
 
@@ -80,7 +80,7 @@ def export(
 
     found = find_run(runs, name)
     out = (output or found.path / "export").absolute()
-    with redirect_stdout(sys.stderr):  # libraries greet; what we print is for programs too
+    with ended_by_signals(), redirect_stdout(sys.stderr):  # libraries greet; what we print is for programs too
         exported = delivered(shipped(found, trial_id), wanted, out, say)
     show_exported(exported, form)
     raise typer.Exit(exported.code)

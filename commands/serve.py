@@ -51,7 +51,7 @@ def serve(
     with listening:
         say(f"loading {artefact}")
         loaded = open_artefact(artefact, threads)
-        taken, own = listening.getsockname()[1], os.environ.get(_KEY)
+        taken, own = listening.getsockname()[1], os.environ.get(_KEY) or None
         token = own or new_token()
         limits = Limits(max_body_kb, max_tokens, concurrency, queue)
         name = artefact.absolute().name
@@ -76,12 +76,19 @@ def _invite(about: Artefact, name: str, token: str | None, listening: socket.soc
 
 
 def production(about: Artefact, folder: Path) -> str:
-    """The line that serves the same model by vLLM, which takes a merged model."""
-    if about.target != "merged":
-        run = (
-            f"{about.source['run']}:{about.source['trial_id']}" if about.source.get("trial_id") else about.source["run"]
-        )
-        return f"`lorafleet export {run} --to merged`, and vLLM with its folder: vllm serve MERGED"
+    """The line that serves the same model by vLLM, which takes a merged model: this one, or the one beside it."""
+    from deployment.runtime import ARTEFACT_FILE, read_artefact
+
+    merged = folder.absolute() if about.target == "merged" else folder.absolute().with_name("merged")
+    there = (merged / ARTEFACT_FILE).is_file() and read_artefact(merged)
+    same = about.target == "merged" or (there and there.source == about.source)
+    if there and about.target != "merged":
+        about = there
     kind = ["--runner", "pooling"] if about.task == "classification" else []
     length = ["--max-model-len", str(about.positions)] if about.positions else []
-    return shlex.join(["vllm", "serve", str(folder.absolute()), *kind, *length])
+    line = shlex.join(["vllm", "serve", str(merged) if same else "MERGED", *kind, *length])
+    if same:
+        return line
+    source = about.source
+    run = f"{source['run']}:{source['trial_id']}" if source.get("trial_id") else source["run"]
+    return f"`lorafleet export {run} --to merged`, and vLLM with its folder: {line}"

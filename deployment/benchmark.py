@@ -10,7 +10,7 @@ from typing import Any
 from cluster.apart import measured_apart
 from deployment.export import SUMMARY
 from deployment.merge import in_float32
-from deployment.runtime import files_mb
+from deployment.runtime import files_mb, read_artefact
 from evaluation.comparison import batches_of, inference_of
 from evaluation.report import bare, build_report
 from evaluation.report_text import BENCHMARK, number
@@ -40,6 +40,8 @@ class Variant:
     parity: Parity | None = None
     score: dict[str, Any] | None = None
     """How good it is, where no parity says so: metric, value, interval."""
+    remarks: tuple[str, ...] = ()
+    """What is odd about it."""
 
 
 @dataclass(frozen=True)
@@ -85,18 +87,42 @@ def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
         if known[target]["folder"] is None or not folder.is_dir():
             found.append(Variant(target, WHAT[target], unavailable=str(known[target]["unavailable"] or "it is gone")))
             continue
+        answer = amount.new_tokens if given.job.generates else 0
+        longest = max(map(len, rows), default=0)
+        points, why = fitting(read_artefact(folder).positions, longest, answer, amount.points)
+        if points is None:
+            found.append(Variant(target, WHAT[target], unavailable=why))
+            continue
         request = {
             "what": "artefact",
             "folder": str(folder),
             "rows": rows,
             "new_tokens": amount.new_tokens,
-            "points": amount.points,
+            "points": points,
             "batch_rows": given.job.train.per_device_eval_batch_size,
             "threads": amount.threads,
         }
         parity = read_record(folder / "parity.json", Parity)
-        found.append(Variant(target, WHAT[target], request, folder=folder, parity=parity))
+        remarks = (*([why] if why else []), *parity.remarks)
+        found.append(Variant(target, WHAT[target], request, folder=folder, parity=parity, remarks=remarks))
     return found
+
+
+Points = Sequence[tuple[int, int]]
+
+
+def fitting(ends: int | None, longest: int, answer: int, points: Points) -> tuple[Points | None, str]:
+    """(batches that a target has room for, what it has none for); None: not even for the longest row alone.
+
+    `ends`: tokens that it has places for. A program for known sizes ends sooner than the model that it is made from.
+    """
+    if ends is None:
+        return points, ""
+    if longest + answer > ends:
+        return None, f"its program ends at {ends} tokens, and the longest row takes {longest + answer}"
+    fit = [point for point in points if point[1] + answer <= ends]
+    left = sorted({length for _, length in points} - {length for _, length in fit})
+    return fit, f"batches of {', '.join(map(str, left))} tokens unavailable: its program ends at {ends}" if left else ""
 
 
 def _check_room(given: Shipped, amount: Amount) -> None:
@@ -196,6 +222,7 @@ def _arm(
     if ends:
         interval[next(iter(metrics))] = ends
     remarks = [f"rejected: {reason}" for reason in (variant.parity.reasons if variant.parity else [])]
+    remarks += variant.remarks
     if variant.unavailable:
         remarks.append(f"unavailable: {variant.unavailable}")
     if variant.name in failed:
@@ -218,7 +245,10 @@ def _arm(
 def _size(given: Shipped, variant: Variant) -> float | None:
     if variant.folder is not None:
         return files_mb(variant.folder)
-    return files_mb(given.weights) if variant.name == "adapter" and given.weights is not None else None
+    if variant.name == "adapter" and given.weights is not None:
+        return files_mb(given.weights)
+    spec = given.job.model
+    return files_mb(safetensors_folder(spec.model_name_or_path, spec.revision)) if variant.name == "base" else None
 
 
 def _fastest(arms: Sequence[Arm], metric: str) -> Recommendation:

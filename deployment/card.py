@@ -38,7 +38,7 @@ def _card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped, spee
         "",
         f"- base: {plain(base)} (revision `{source['revision']}`), licence: {licence(base)}",
         f"- data: {plain(data)}, licence: {licence(data)}",
-        f"- weights and graph: {files_mb(folder):.1f} MB",
+        f"- weights, graph and tokenizer: {files_mb(folder):.1f} MB",
         *_speed(speed),
         "",
         "## Compared with its source",

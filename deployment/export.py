@@ -6,7 +6,9 @@ Every target is made in a scratch folder and moved when it is whole and judged: 
 from __future__ import annotations
 
 import gc
+import os
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -17,6 +19,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from cluster.apart import measured_apart
 from deployment.card import write_card
 from deployment.edge import export_executorch
@@ -24,13 +28,20 @@ from deployment.int4 import to_int4
 from deployment.merge import Source
 from deployment.onnx_model import OPSET, cache_shape, export_onnx, to_fp16, to_int8, to_int8_by_blocks
 from deployment.parity import HeldOut, Score, Seen, judge, look, score
-from deployment.runtime import ARTEFACT_FILE, Loaded, TorchClassifier, TorchDecoder, files_mb, open_artefact
+from deployment.runtime import (
+    ARTEFACT_FILE,
+    Loaded,
+    TorchClassifier,
+    TorchDecoder,
+    files_mb,
+    open_artefact,
+)
 from deployment.tensorrt import to_tensorrt
 from deployment.unavailable import Unavailable, why_not
 from evaluation.comparison import inference_of
 from evaluation.shipped import Shipped
 from jobs import files
-from jobs.errors import MissingExtra, UserError
+from jobs.errors import MissingExtra, UserError, disk_full
 from jobs.export import NEEDS, TARGETS, Gate, Target, gate_of
 from jobs.exported import Artefact, Delivery, Exported, Judged, Made, Parity, pick, verdict
 from jobs.hub import model_revision
@@ -67,14 +78,34 @@ def export(
             if place.exists() and not (place / ARTEFACT_FILE).is_file():
                 raise UserError(f"{place} is there already, and not from an export: name another --output")
     out.mkdir(parents=True, exist_ok=True)
+    _sweep_up(out)
     wanted = [target for target in TARGETS if target in targets]
-    with tempfile.TemporaryDirectory(dir=out, prefix=".building-") as scratch:
-        work = _Work(given, Path(scratch), out, tell, threads)
-        outcomes = []
-        for target in wanted:
-            outcomes.append(work.outcome(target))
-            _write_summary(given, outcomes[-1], out, work.base)
+    try:
+        with tempfile.TemporaryDirectory(dir=out, prefix=f"{_scratch_of_host()}{os.getpid()}-") as scratch:
+            work = _Work(given, Path(scratch), out, tell, threads)
+            outcomes = []
+            for target in wanted:
+                outcomes.append(work.outcome(target))
+                _write_summary(given, outcomes[-1], out, work.base)
+    except Exception as error:
+        full = disk_full(error, out, "export again: what was accepted is kept")
+        if full:
+            raise full from error
+        raise
     return outcomes
+
+
+def _scratch_of_host() -> str:
+    return f".building-{socket.gethostname()}-"
+
+
+def _sweep_up(out: Path) -> None:
+    """Remove what exports of this machine left that were killed; other machines may be at work on the same disk."""
+    begun = _scratch_of_host()
+    for left in out.glob(f"{begun}*"):
+        number = left.name.removeprefix(begun).partition("-")[0]
+        if not (number.isdecimal() and psutil.pid_exists(int(number))):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 class _Work:
@@ -86,6 +117,7 @@ class _Work:
         self.failed: set[Target] = set()
         tell("loading the source and what it says of held-out rows")
         source = Source(given)
+        self.packed_mb = source.size_mb if source.quantised else None
         self.held_out = held_out_rows(source)
         classifies = bool(self.held_out.classes)
         self.seen: Seen = look((TorchClassifier if classifies else TorchDecoder)(source.model), self.held_out)
@@ -103,6 +135,14 @@ class _Work:
 
     def outcome(self, target: Target) -> Made:
         """Build, judge, measure and move one target."""
+        made = self._outcome(target)
+        if made.parity is None:  # under its name nothing of another model may stay
+            for place in (self.out / target, self.out / REJECTED / target):
+                if place.is_dir() and files.read_json(place / ARTEFACT_FILE).get("source") != self.about.source:
+                    shutil.rmtree(place)
+        return made
+
+    def _outcome(self, target: Target) -> Made:
         reason = why_not(target)
         if reason:
             return Made(target=target, unavailable=reason)
@@ -115,9 +155,11 @@ class _Work:
         except (Unavailable, MissingExtra) as error:
             self.failed.add(target)
             return Made(target=target, unavailable=str(error))
-        except (OSError, MemoryError):
+        except MemoryError:
             raise  # of the machine, and not of this target
         except Exception as error:  # exporters and runtimes have no error of their own in common
+            if disk_full(error, self.out):
+                raise
             self.failed.add(target)
             notes = self.out / f"{target}-traceback.txt"
             files.write_text(notes, traceback.format_exc())
@@ -173,7 +215,14 @@ class _Work:
         """INT8 the other way, where the fast one fails: slower, and nearer to the source."""
         self.tell("rounding activations as a whole does not pass: building onnx-int8 by blocks")
         other = folder.with_name("onnx-int8-by-blocks")
-        to_int8_by_blocks(self.built["onnx"], other, self.scratch)
+        try:
+            to_int8_by_blocks(self.built["onnx"], other, self.scratch)
+        except Exception as error:
+            if disk_full(error, self.out):
+                raise
+            return first.model_copy(
+                update={"remarks": [*first.remarks, f"by blocks it could not be made: {type(error).__name__}: {error}"]}
+            )
         for path in other.iterdir():
             path.replace(folder / path.name)
         other.rmdir()
@@ -224,9 +273,10 @@ class _Work:
         if self.given.job.method != "qlora" or self.given.weights is None:
             return []
         kind = self.given.job.qlora.quant_type.upper()
+        merged_mb = files_mb(self.built["merged"])
         said = [
-            f"the adapter was merged onto the {kind} base's values, unpacked: what packing lost stays lost, and the "
-            "files are as large as those of a base that never was packed"
+            f"the adapter was merged onto the {kind} base's values, unpacked to float32: what packing lost stays lost, "
+            f"and merged weights take {merged_mb:.1f} MB where the packed base takes {self.packed_mb or 0.0:.1f}"
         ]
         if self.int8_base:
             said.append("the source rounds what goes into its INT8 matrices as well, and no target does")
@@ -269,7 +319,7 @@ def held_out_rows(source: Source) -> HeldOut:
 def about(source: Source) -> Artefact:
     """What every target of a source says of itself."""
     job, config = source.job, source.base.model.config
-    before, after, start = _frame(source) if job.generates else ("", "", [])
+    before, after, start, system = _frame(source) if job.generates else ("", "", [], "")
     layers, heads, size = cache_shape(config) if job.generates else (0, 0, 0)
     given = source.given
     return Artefact(
@@ -291,6 +341,7 @@ def about(source: Source) -> Artefact:
         start=start,
         before=before,
         after=after,
+        system=system,
         layers=layers,
         heads=heads,
         head_size=size,
@@ -304,30 +355,31 @@ def _ends(source: Source) -> list[int]:
     return end_tokens(source.base.model, source.tokenizer)
 
 
-def _frame(source: Source) -> tuple[str, str, list[int]]:
+def _frame(source: Source) -> tuple[str, str, list[int], str]:
     data = source.data
     rows = data.rows("validation" if data.chosen_on_test else "test")
     return prompt_frame(source.tokenizer, rows[0])
 
 
-def prompt_frame(tokenizer: Any, row: Row) -> tuple[str, str, list[int]]:
+def prompt_frame(tokenizer: Any, row: Row) -> tuple[str, str, list[int], str]:
     """(text before what is asked, text after it, tokens before both), as training has them around rows like this one.
 
-    A system message before the question is part of the frame. Raises UserError for a chat template that does not leave
-    the question as it is.
+    A system message before the question is part of the frame, and comes alone as well, last. Raises UserError for a
+    chat template that does not leave the question as it is.
     """
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     if not row.messages:
-        return "", "", start
+        return "", "", start, ""
+    system = next((content for role, content in row.messages[:1] if role == "system"), "")
     if not tokenizer.chat_template:
-        return "", "\n\n", start
-    system = [{"role": role, "content": content} for role, content in row.messages[:1] if role == "system"]
-    asked = [*system, {"role": "user", "content": _SENTINEL}]
+        return f"{system}\n\n" if system else "", "\n\n", start, system
+    first = [{"role": "system", "content": system}] if system else []
+    asked = [*first, {"role": "user", "content": _SENTINEL}]
     whole = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
     parts: list[str] = whole.split(_SENTINEL)
     if len(parts) != 2:
         raise UserError("the model's chat template changes what is asked: prompts cannot be framed outside of it")
-    return parts[0], parts[1], []
+    return parts[0], parts[1], [], system
 
 
 def _version(name: str) -> str | None:

@@ -43,6 +43,11 @@ class Source:
         """Whether the base was packed by bitsandbytes."""
         return self.job.method == "qlora"
 
+    @property
+    def size_mb(self) -> float:
+        """MB of its weights as they are loaded, packed ones as they are packed."""
+        return sum(weight.numel() * weight.element_size() for weight in self.base.model.parameters()) / 1e6
+
     def _adapted(self) -> nn.Module:
         if self.given.weights is not None:
             return load_weights(self.job, self.base, self.given.weights).eval()

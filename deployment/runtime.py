@@ -65,6 +65,8 @@ class Loaded:
         # It keeps the token that closes a text, as in training; cutting the ids would not.
         self.tokenizer.enable_truncation(self.artefact.max_length)
         rows = [self.tokenizer.encode(text).ids for text in texts]
+        if not all(rows):
+            raise UserError("a text is empty: it must have at least one token")
         logits_BC = self.model.logits(*right_padded(rows, self.artefact.pad_id))
         exp_BC = np.exp(logits_BC - logits_BC.max(axis=1, keepdims=True))
         shares: np.ndarray = exp_BC / exp_BC.sum(axis=1, keepdims=True)
@@ -290,6 +292,7 @@ def cache_word(model: Any) -> str:
 
 
 def files_mb(folder: Path) -> float:
-    """Size on disk of what a model needs: weights and graph, not its card."""
+    """Size on disk of what a model needs where it runs: weights, graph and tokenizer, not its card."""
     kept = (".onnx", ".data", ".safetensors", ".pte", ".engine")
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in kept) / 1e6
+    needed = [path for path in folder.rglob("*") if path.suffix in kept or path.name == "tokenizer.json"]
+    return sum(path.stat().st_size for path in needed) / 1e6

@@ -93,8 +93,11 @@ class DiskFull(UserError):
     """There is no room on a disk that the run writes to."""
 
 
-def disk_full(error: BaseException, folder: Path) -> DiskFull | None:
-    """The sentence for an error that a full disk (or a spent quota) explains, or None.
+_RESUME = "`lorafleet resume` goes on from the last good checkpoints"
+
+
+def disk_full(error: BaseException, folder: Path, then: str = _RESUME) -> DiskFull | None:
+    """The sentence for an error that a full disk (or a spent quota) explains, or None; `then`: what to do.
 
     torch and safetensors write with code of their own, whose errors have no errno: theirs are known by their words, and
     by how much room there is.
@@ -104,10 +107,7 @@ def disk_full(error: BaseException, folder: Path) -> DiskFull | None:
     likely = "No space left" in words or "Disk quota" in words
     if not known and not likely and not ("failed writing file" in words and _free(folder) < _LITTLE):
         return None
-    return DiskFull(
-        f"the disk of {folder} is full ({_free(folder) / 1e6:,.0f} MB free): free some space, then `lorafleet resume` "
-        "goes on from the last good checkpoints"
-    )
+    return DiskFull(f"the disk of {folder} is full ({_free(folder) / 1e6:,.0f} MB free): free some space, then {then}")
 
 
 _LITTLE = 16_000_000

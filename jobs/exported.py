@@ -256,13 +256,15 @@ class Exported(Spec):
     @property
     def code(self) -> ExitCode:
         """What the command ends with."""
+        judged = [one for one in self.targets if one.parity]
+        if not all(one.accepted for one in judged):
+            return ExitCode.GATE_REFUSED
         if any(one.failure for one in self.targets):
             return ExitCode.OUR_FAULT
-        judged = [one for one in self.targets if one.parity]
         if not judged:
             return ExitCode.USER_INPUT
         nothing_fits = self.sentence and self.picked is None
-        return ExitCode.GATE_REFUSED if nothing_fits or not all(one.accepted for one in judged) else ExitCode.OK
+        return ExitCode.GATE_REFUSED if nothing_fits else ExitCode.OK
 
 
 class Artefact(Spec):
@@ -288,6 +290,8 @@ class Artefact(Spec):
     """Tokens before the text, where the prompt does not name them itself."""
     before: str = ""
     """What stands before what is asked, from the chat template."""
+    system: str = ""
+    """The system message that training's rows begin with; `before` has it in it."""
     after: str = ""
     """What stands between what is asked and the answer."""
     layers: int = 0

@@ -129,7 +129,7 @@ class TextPart(BaseModel):
 class Turn(BaseModel):
     """One message."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True)
     role: Literal["system", "user", "assistant"]
     content: str | list[TextPart]
 
@@ -161,15 +161,29 @@ class _Turns:
         self.places = threading.Semaphore(limits.at_once + limits.waiting)
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """Hold a turn, once it has come. Raises Refused where too many wait."""
+    def turn(self, gone: threading.Event) -> Iterator[None]:
+        """Hold a turn, once it has come. Raises Refused where too many wait, and for a client that leaves meanwhile."""
         if not self.places.acquire(blocking=False):
             raise Refused("too many requests wait already: try again soon", 429)
         try:
-            with self.free:
+            while not self.free.acquire(timeout=_LOOK_SECONDS):
+                check_there(gone)
+            try:
                 yield
+            finally:
+                self.free.release()
         finally:
             self.places.release()
+
+
+_LOOK_SECONDS = 0.2
+"""How often a request that waits looks whether its client is still there."""
+
+
+def check_there(gone: threading.Event) -> None:
+    """Raises Refused for a client that has left: nobody reads it, and its turn is given back."""
+    if gone.is_set():
+        raise Refused("the client has left", 499)
 
 
 @dataclass
@@ -202,17 +216,23 @@ class _Server:
         """Tokens of a conversation, up to where the answer begins."""
         if len(turns) == 1 and turns[0].role == "user":
             return self.loaded.prompt(turns[0].text)  # with training's own system message
-        text = self.framed([{"role": turn.role, "content": turn.text} for turn in turns])
+        said = [{"role": turn.role, "content": turn.text} for turn in turns]
+        own = self.loaded.artefact.system
+        if own and all(turn.role != "system" for turn in turns):
+            said.insert(0, {"role": "system", "content": own})
+        text = self.framed(said)
         return list(self.loaded.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def raw(self, text: str) -> list[int]:
         """Tokens of a text that is to be continued as it is."""
-        about = self.loaded.artefact
-        return [*about.start, *self.loaded.tokenizer.encode(text, add_special_tokens=False).ids]
+        start = self.loaded.artefact.start
+        if not start:  # a chat template names its own; here the tokenizer does
+            return list(self.loaded.tokenizer.encode(text, add_special_tokens=True).ids)
+        return [*start, *self.loaded.tokenizer.encode(text, add_special_tokens=False).ids]
 
-    def answer(self, prompt: list[int], most: int, asked: _Writing) -> Generator[Piece]:
+    def answer(self, prompt: list[int], most: int, asked: _Writing, gone: threading.Event) -> Generator[Piece]:
         """The pieces of an answer, in its turn."""
-        with self.turns.turn():
+        with self.turns.turn(gone):
             yield from pieces(self.loaded, prompt, most, asked.sampling, asked.stops)
 
     def whole(
@@ -220,13 +240,12 @@ class _Server:
     ) -> list[tuple[str, Piece]]:
         """(text, last piece) of each answer, all in one turn; it ends early for a client that has left."""
         found = []
-        with self.turns.turn():
+        with self.turns.turn(gone):
             for prompt in prompts:
                 said, last = "", Piece("", 0)
                 for last in pieces(self.loaded, prompt, most, asked.sampling, asked.stops):
                     said += last.text
-                    if gone.is_set():
-                        raise Refused("the client has left", 499)
+                    check_there(gone)
                 found.append((said, last))
         return found
 
@@ -276,7 +295,7 @@ def _writers(app: FastAPI, server: _Server) -> None:
             def shape(piece: Piece) -> dict[str, Any]:
                 return {"index": 0, "text": piece.text, "finish_reason": piece.end, "logprobs": None}
 
-            return await _stream(server, prompts[0], most, asked, head, shape)
+            return await _stream(server, request, prompts[0], most, asked, head, shape)
         answers = await _patiently(request, lambda gone: server.whole(prompts, most, asked, gone))
         choices = [
             {"index": index, "text": text, "finish_reason": last.end, "logprobs": None}
@@ -287,6 +306,10 @@ def _writers(app: FastAPI, server: _Server) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def converse(asked: Chat, request: Request) -> Response | dict[str, Any]:
         server.check(asked)
+        for turn in asked.messages:
+            for key, value in (turn.model_extra or {}).items():
+                if value:  # clients send back what they got, with nulls in it
+                    raise Refused(f"messages: {key} is not supported here", 400, "messages")
         prompt = server.prompt(asked.messages)
         most = server.most(asked.max_completion_tokens or asked.max_tokens, server.limits.new_tokens)
         if asked.stream:
@@ -296,7 +319,7 @@ def _writers(app: FastAPI, server: _Server) -> None:
 
             head = _head("chatcmpl", "chat.completion.chunk", server)
             first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-            return await _stream(server, prompt, most, asked, head, shape, first)
+            return await _stream(server, request, prompt, most, asked, head, shape, first)
         ((text, last),) = await _patiently(request, lambda gone: server.whole([prompt], most, asked, gone))
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": last.end}
         head = _head("chatcmpl", "chat.completion", server)
@@ -308,10 +331,10 @@ def _classifiers(app: FastAPI, server: _Server) -> None:
 
     @app.post("/v1/classify")
     @app.post("/classify")
-    def classify(asked: Classify) -> dict[str, Any]:
+    def classify(asked: Classify, request: Request) -> dict[str, Any]:
         server.check(asked)
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
-        with server.turns.turn():
+        with server.turns.turn(request.scope[_GONE]):
             shares_RC = server.loaded.probabilities(texts)
         data = [
             {"index": index, "label": labels[int(row_C.argmax())], "probs": row_C.tolist(), "num_classes": len(labels)}
@@ -338,8 +361,24 @@ def _usage(prompts: list[list[int]], last: list[Piece]) -> dict[str, int]:
     return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
 
 
+class _Events(StreamingResponse):
+    """A stream that ends its answer however it ends: a client may have left before the first event was sent."""
+
+    def __init__(self, events: AsyncIterator[str], answer: Generator[Piece]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self.answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events; give the turn back."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answer.close()
+
+
 async def _stream(
     server: _Server,
+    request: Request,
     prompt: list[int],
     most: int,
     asked: _Writing,
@@ -349,26 +388,29 @@ async def _stream(
 ) -> Response:
     """Server-sent events. The first piece is written before the answer begins: what is refused has its own code."""
     room_for(server.loaded, prompt, most)
-    answer = server.answer(prompt, most, asked)
-    piece = await run_in_threadpool(next, answer, None)
+    gone = request.scope[_GONE]
+    answer = server.answer(prompt, most, asked, gone)
+    try:
+        piece = await run_in_threadpool(next, answer, None)
+        check_there(gone)
+    except BaseException:
+        answer.close()
+        raise
 
     async def events() -> AsyncIterator[str]:
         now = piece
-        try:
-            if first is not None:
-                yield _event({**head, "choices": [first]})
-            tokens = 0
-            while now is not None:
-                tokens = now.tokens
-                yield _event({**head, "choices": [shape(now)]})
-                now = await run_in_threadpool(next, answer, None)
-            if asked.stream_options and asked.stream_options.include_usage:
-                yield _event({**head, "choices": [], "usage": _usage([prompt], [Piece("", tokens)])})
-            yield "data: [DONE]\n\n"
-        finally:
-            answer.close()  # a client that leaves gives its turn back
+        if first is not None:
+            yield _event({**head, "choices": [first]})
+        tokens = 0
+        while now is not None:
+            tokens = now.tokens
+            yield _event({**head, "choices": [shape(now)]})
+            now = await run_in_threadpool(next, answer, None)
+        if asked.stream_options and asked.stream_options.include_usage:
+            yield _event({**head, "choices": [], "usage": _usage([prompt], [Piece("", tokens)])})
+        yield "data: [DONE]\n\n"
 
-    return StreamingResponse(events(), media_type="text/event-stream")
+    return _Events(events(), answer)
 
 
 def _event(data: dict[str, Any]) -> str:
@@ -404,6 +446,10 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(UserError)
     async def impossible(_request: Any, error: UserError) -> Response:
         return _error(str(error), 400, None)
+
+    @app.exception_handler(Exception)
+    async def ours(_request: Any, error: Exception) -> Response:  # its traceback is in the server's terminal
+        return _error(f"a fault of lorafleet: {type(error).__name__}", 500, None)
 
     @app.exception_handler(RequestValidationError)
     async def misspelt(_request: Any, error: RequestValidationError) -> Response:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -23,6 +29,7 @@ from deployment.parity import judge, look
 from deployment.runtime import TorchDecoder, open_artefact
 from evaluation.shipped import shipped
 from jobs import files
+from jobs.errors import DiskFull
 from jobs.export import TARGETS, Gate, Target, gate_of
 from jobs.exported import Delivery, verdict
 from jobs.load import LoadedJob
@@ -111,11 +118,38 @@ def test_a_writer_through_every_target(
     assert lorafleet(*drawn, cwd=tmp_path).stdout == lorafleet(*drawn, cwd=tmp_path).stdout
     long = lorafleet("chat", out / "onnx", "-p", "good " * 200, cwd=tmp_path)
     assert (long.returncode, "but the model has 128 positions" in long.stderr) == (2, True)
+    asked_over_http(out / "onnx", "is it a good film", whole, tmp_path)
     everything_in_one_table(run, out, tmp_path)
     said = subprocess.run(
         [sys.executable, "run.py", "is it a good film"], cwd=out / "onnx", capture_output=True, text=True, check=True
     )
     assert said.stdout.strip().startswith(whole.strip())  # it goes on to 128 tokens, or to the end of the positions
+
+
+def asked_over_http(folder: Path, prompt: str, answer: str, place: Path) -> None:
+    """`lorafleet serve`, as the line that it prints says. The key of an empty variable is a new one."""
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("lorafleet"), "serve", folder, "--port", "0"],
+        cwd=place, stderr=subprocess.PIPE, text=True, env=os.environ | {"LORAFLEET_API_KEY": ""},
+    )  # fmt: skip
+    assert process.stderr is not None
+    try:
+        said = ""
+        while "curl" not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        assert f"vllm serve {folder.parent}/merged" in said
+        key = re.search(r"export LORAFLEET_API_KEY=(\S+)", said).group(1)  # type: ignore[union-attr]
+        address = re.search(r"at (http://127\.0\.0\.1:\d+/v1)", said).group(1)  # type: ignore[union-attr]
+        body = {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 6}
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+        request = urllib.request.Request(f"{address}/chat/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=60) as found:
+            assert json.load(found)["choices"][0]["message"]["content"] == answer
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
 
 
 def everything_in_one_table(run: Run, out: Path, place: Path) -> None:
@@ -242,6 +276,28 @@ def test_a_classifier_through_every_target(how: dict[str, object], bert_job: Job
     assert "quantization_config" not in config
 
 
+@pytest.mark.parametrize("model", ["tiny_gpt2", pytest.param("tiny_llama", marks=LONG)])
+def test_a_decoder_that_names_classes(
+    model: str, bert_job: JobMaker, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """It looks at the last token that is no padding, in every target."""
+    place = request.getfixturevalue(model)
+    job = bert_job(model__model_name_or_path=str(place), train__max_steps=60, train__learning_rate=1e-2)
+    run = trained(job, tmp_path)
+    wanted: list[Target] = ["merged", "onnx", "onnx-fp16", "onnx-int8"]
+    made = {one.target: one for one in export(shipped(run), wanted, tmp_path / "out", quiet)}
+    for name in wanted:
+        assert made[name].accepted, (name, made[name])
+    assert made["onnx"].parity.judged.max_logit_difference < 1e-4
+    texts = [str(row["text"]) for row in opinions(12, 5)]  # of different lengths: the shorter ones are padded
+    opened = [open_artefact(tmp_path / "out" / name, 1) for name in ("merged", "onnx")]
+    together = [one.probabilities(texts) for one in opened]
+    assert together[0] == pytest.approx(together[1], abs=1e-4)
+    alone = [float(opened[1].probabilities([text])[0, 0]) for text in texts]
+    assert alone == pytest.approx(together[1][:, 0].tolist(), abs=1e-4)
+    assert 0 < together[1][:, 0].min() < 0.5 < together[1][:, 0].max() < 1
+
+
 # ---- what is wrong is caught ----
 
 
@@ -298,6 +354,30 @@ def test_a_target_that_cannot_be_made_costs_itself_and_what_is_made_from_it(
     assert made["onnx-int8"].failure == "it is made from onnx, which could not be made"
     assert "no_such_operator" in (out / "onnx-traceback.txt").read_text()
     assert "no operator" in json.loads((out / "export.json").read_text())["targets"]["onnx"]["unavailable"]
+    # An older one of this model stays where it cannot be made again; one of another model is not taken for it.
+    ours, theirs = made["merged"].folder, {"run": "another"}
+    (out / "onnx").mkdir()
+    shutil.copy(Path(str(ours)) / "artefact.json", out / "onnx")
+    export(shipped(run), ["onnx"], out, quiet)
+    assert (out / "onnx").is_dir()
+    about = json.loads((out / "onnx" / "artefact.json").read_text()) | {"source": theirs}
+    (out / "onnx" / "artefact.json").write_text(json.dumps(about))
+    export(shipped(run), ["onnx"], out, quiet)
+    assert not (out / "onnx").exists()
+
+
+def test_a_full_disk_is_no_fault_of_a_target(
+    bert_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(exporting, "export_onnx", full)
+    run, out = trained(bert_job(train__max_steps=8), tmp_path), tmp_path / "out"
+    with pytest.raises(DiskFull, match="free some space, then export again: what was accepted is kept"):
+        export(shipped(run), ["merged", "onnx"], out, quiet)
+    assert (out / "merged" / "model.safetensors").is_file()
+    assert not list(out.glob(".building-*"))
 
 
 def test_int8_is_made_another_way_where_the_fast_one_fails(

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +16,9 @@ from commands.common import Format
 from commands.deliver import show_exported
 from deployment import extras, runtime, tensorrt
 from deployment.answers import pieces
+from deployment.benchmark import fitting
 from deployment.decoding import RowByRow, Sampling, left_padded, positions_of, probabilities, write
-from deployment.export import prompt_frame
+from deployment.export import _sweep_up, prompt_frame
 from deployment.merge import Source
 from deployment.parity import HeldOut
 from deployment.runtime import Loaded, check_provider, read_artefact
@@ -23,7 +29,7 @@ from jobs.export import Gate, gate_of
 from jobs.exported import Artefact, Budget, Exported, Judged, Made, Offer, Parity, metric_drop, pick, verdict
 from jobs.rows import Row
 from jobs.run import Run
-from tests.conftest import JobMaker, lorafleet_here
+from tests.conftest import ROOT, JobMaker, lorafleet_here
 
 
 class Counting:
@@ -292,10 +298,11 @@ def test_the_frame_of_a_prompt() -> None:
 
     asked = Row(messages=(("user", "is it?"), ("assistant", "yes")))
     told = Row(messages=(("system", "be short"), *asked.messages))
-    assert prompt_frame(Chat(), asked) == ("<user>", "<a>", [])
-    assert prompt_frame(Chat(), told) == ("<system>be short<user>", "<a>", [])
-    assert prompt_frame(Plain(), asked) == ("", "\n\n", [7])
-    assert prompt_frame(Chat(), Row(text="a text alone")) == ("", "", [7])
+    assert prompt_frame(Chat(), asked) == ("<user>", "<a>", [], "")
+    assert prompt_frame(Chat(), told) == ("<system>be short<user>", "<a>", [], "be short")
+    assert prompt_frame(Plain(), asked) == ("", "\n\n", [7], "")
+    assert prompt_frame(Plain(), told) == ("be short\n\n", "\n\n", [7], "be short")
+    assert prompt_frame(Chat(), Row(text="a text alone")) == ("", "", [7], "")
     with pytest.raises(UserError, match="chat template changes what is asked"):
         prompt_frame(Shouting(), asked)
 
@@ -310,9 +317,41 @@ def test_rows_that_are_given_in_steps_are_of_unequal_length() -> None:
     assert [len(found) for found in places] == [29, 8, 2]  # all of them, an equal share, the fewest
 
 
+def test_a_program_ends_where_it_ends() -> None:
+    points = [(1, 64), (4, 64), (1, 200)]
+    assert fitting(None, 100, 32, points) == (points, "")
+    assert fitting(300, 100, 32, points) == (points, "")
+    assert fitting(192, 100, 32, points) == (
+        points[:2], "batches of 200 tokens unavailable: its program ends at 192",
+    )  # fmt: skip
+    assert fitting(96, 80, 32, points) == (None, "its program ends at 96 tokens, and the longest row takes 112")
+
+
+def test_what_a_killed_export_left_is_swept_up(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    begun = f".building-{socket.gethostname()}-"
+    names = {f"{begun}{os.getpid()}-x": True, f"{begun}{dead.pid}-x": False, f".building-elsewhere-{dead.pid}-x": True}
+    for name in names:
+        (tmp_path / name).mkdir()
+    _sweep_up(tmp_path)
+    assert {name: (tmp_path / name).exists() for name in names} == names
+
+
+def test_runners_need_three_packages_alone() -> None:
+    """Of the folder that somebody takes away: onnxruntime, numpy, tokenizers, and Python's own."""
+    for runner in (ROOT / "deployment" / "runners").glob("[a-z]*.py"):
+        nodes = list(ast.walk(ast.parse(runner.read_text())))
+        named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        named |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+        foreign = {name.partition(".")[0] for name in named} - sys.stdlib_module_names
+        assert foreign == {"onnxruntime", "numpy", "tokenizers"}, runner
+
+
 def test_an_exports_table_has_its_reasons_below_it(capsys: pytest.CaptureFixture[str]) -> None:
     def made(accepted: bool, reasons: list[str]) -> Parity:
-        return Parity(target="onnx", accepted=accepted, reasons=reasons, gate=Gate(), judged=judged())
+        remarks = ["unpacked to float32"] if accepted else []
+        return Parity(target="onnx", accepted=accepted, reasons=reasons, gate=Gate(), judged=judged(), remarks=remarks)
 
     found = Exported(
         output="/out",
@@ -329,12 +368,14 @@ def test_an_exports_table_has_its_reasons_below_it(capsys: pytest.CaptureFixture
         ["onnx", "accepted"], ["onnx-int8", "rejected"], ["tensorrt", "unavailable"], ["executorch", "failed"],
     ]  # fmt: skip
     assert "12.3" in next(line for line in lines if line.startswith("onnx "))
-    assert lines[-3:] == [
+    assert lines[-4:] == [
+        "onnx: unpacked to float32",
         "onnx-int8: rejected: a logit differs by 9",
         "tensorrt: unavailable: needs a GPU: pip install 'lorafleet[tensorrt]'",
         "executorch: failed: RuntimeError: no operator",
     ]
-    assert found.code == 1
+    assert found.code == 3  # one was rejected, whatever else went wrong
+    assert found.model_copy(update={"targets": [found.targets[0], found.targets[3]]}).code == 1
     assert found.model_copy(update={"targets": found.targets[:3]}).code == 3
     assert found.model_copy(update={"targets": found.targets[2:3]}).code == 2
     assert found.model_copy(update={"targets": [found.targets[0], found.targets[2]]}).code == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import shutil
@@ -33,9 +34,11 @@ USUAL = Limits()
 class Letters:
     """The letter a is token 0, and so on."""
 
-    def encode(self, text: str, **_: object) -> Any:
+    special: tuple[int, ...] = ()
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> Any:
         class Encoded:
-            ids = [ord(letter) - ord("a") for letter in text]
+            ids = [*(self.special if add_special_tokens else []), *(ord(letter) - ord("a") for letter in text)]
 
         return Encoded()
 
@@ -247,6 +250,79 @@ def test_a_client_that_leaves_gives_its_turn_back(stream: bool) -> None:
         assert code == 200
 
 
+def begin(port: int, **asked: object) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps({"prompt": "a", "temperature": 0, **asked}), headers)
+    return connection
+
+
+def test_a_client_that_leaves_before_the_first_word_gives_its_turn_back() -> None:
+    """The collector of garbage, which would find what was forgotten one day, has nothing to do with it."""
+    with served(loaded(Sleepy(26), positions=1000, ends=[]), Limits(at_once=1, waiting=0)) as port:
+        gc.disable()
+        try:
+            for _ in range(3):
+                connection = begin(port, max_tokens=200, stream=True)
+                time.sleep(0.2)
+                connection.close()
+                until = time.time() + 10
+                while (code := ask(port, "/v1/completions", {"prompt": "a", "max_tokens": 1})[0]) == 429:
+                    assert time.time() < until, "the turn was never given back"
+                    time.sleep(0.05)
+                assert code == 200
+        finally:
+            gc.enable()
+
+
+def test_a_client_that_leaves_while_it_waits_gives_its_place_back() -> None:
+    model = Slow()
+    with served(loaded(model), Limits(at_once=1, waiting=1)) as port:
+        model.go.clear()
+        working = begin(port, max_tokens=2)
+        time.sleep(0.3)
+        begin(port, max_tokens=2).close()
+        time.sleep(1.0)
+        waits = begin(port, max_tokens=2)  # 429, were the place still taken
+        time.sleep(0.3)
+        model.go.set()
+        assert [working.getresponse().status, waits.getresponse().status] == [200, 200]
+        working.close()
+        waits.close()
+
+
+def test_a_fault_of_ours_has_the_form_of_an_error() -> None:
+    class Broken:
+        def logits(self, *_: object) -> None:
+            raise IndexError("argmax")
+
+    about = {"task": "classification", "labels": ["short", "long"]}
+    with served(loaded(Broken(), **about)) as port:
+        code, said = ask(port, "/v1/classify", {"input": "a"})
+        assert (code, said["error"]["message"]) == (500, "a fault of lorafleet: IndexError")
+        code, said = ask(port, "/v1/classify", {"input": ["a", ""]})
+        assert (code, said["error"]["message"]) == (400, "a text is empty: it must have at least one token")
+
+
+def test_prompts_begin_as_training_and_the_tokenizer_have_them() -> None:
+    """Training's system message in a conversation of several turns; a raw text gets the tokenizer's own beginning."""
+    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "g"))]
+    asked = {"messages": turns, "temperature": 0, "max_tokens": 1}
+    with served(loaded(Counting(26), system="pqr")) as port:
+        code, said = ask(port, "/v1/chat/completions", asked)
+        assert (code, said["error"]["message"]) == (400, "the model's chat template refuses these messages: no system")
+    beginning = loaded(Counting(26), start=[])
+    beginning.tokenizer.special = (0,)  # type: ignore[attr-defined]
+    with served(beginning) as port:
+        assert ask(port, "/v1/completions", {"prompt": "ab"})[1]["usage"]["prompt_tokens"] == 3  # one is special
+    with served(loaded(Counting(26), start=[1, 2])) as port:
+        assert ask(port, "/v1/completions", {"prompt": "ab"})[1]["usage"]["prompt_tokens"] == 4
+        odd = {"messages": [{"role": "user", "content": "a", "name": "ann"}]}
+        assert ask(port, "/v1/chat/completions", odd)[1]["error"]["message"] == "messages: name is not supported here"
+        odd["messages"] = [{"role": "user", "content": "a", "tool_calls": None}]
+        assert ask(port, "/v1/chat/completions", odd)[0] == 200
+
+
 def test_classes_as_vllm_names_them() -> None:
     about = {"task": "classification", "labels": ["short", "long"]}
     with served(loaded(Lengths(), **about)) as port:
@@ -276,12 +352,17 @@ def test_a_conversation_is_framed_by_the_models_own_template(tiny_llama: Path, t
         framed_by(tmp_path / "strict", turns)
 
 
-def test_what_serves_it_in_production() -> None:
+def test_what_serves_it_in_production(tmp_path: Path) -> None:
     merged = ABOUT.model_copy(update={"target": "merged"})
     assert production(merged, Path("/m y/merged")) == "vllm serve '/m y/merged' --max-model-len 12"
     classes = merged.model_copy(update={"task": "classification", "positions": None})
     assert production(classes, Path("/m")) == "vllm serve /m --runner pooling"
-    assert production(ABOUT, Path("/m")).startswith("`lorafleet export r:t --to merged`")
+    other = production(ABOUT.model_copy(update={"task": "classification"}), tmp_path / "onnx")
+    assert other.startswith("`lorafleet export r:t --to merged`")
+    assert other.endswith("vllm serve MERGED --runner pooling --max-model-len 12")
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "artefact.json").write_text(merged.model_dump_json())
+    assert production(ABOUT, tmp_path / "onnx") == f"vllm serve {tmp_path}/merged --max-model-len 12"
 
 
 def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:

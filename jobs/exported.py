@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from jobs import files
 from jobs.base import Spec
-from jobs.errors import ExitCode
+from jobs.errors import ExitCode, UserError
 from jobs.export import Gate, Target
 from jobs.report import Inference
 
@@ -307,7 +307,12 @@ class Artefact(Spec):
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
-    """A file of an exported folder as the object that it was written from."""
+    """A file of an exported folder as the object that it was written from. Raises UserError for another version's."""
     found = files.read_json(path)
     found.pop("schema_version", None)
-    return kind.model_validate_json(json.dumps(found))
+    try:
+        return kind.model_validate_json(json.dumps(found))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is of another version of lorafleet: {where}: {first['msg']}") from None

@@ -33,6 +33,7 @@ def free_socket(port: int) -> socket.socket:
     found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     found.bind(("127.0.0.1", port))
+    found.listen(128)  # who asks before the server is up waits, and is not sent away
     return found
 
 

@@ -83,6 +83,7 @@ class Examiner:
         self.work = work
         self.data: TokenData | None = None
         self.base: Base | None = None
+        self.loads = 0  # how often a base was loaded
         self.watchdog: Watchdog | None = None
 
     def here(self) -> bool:
@@ -105,7 +106,7 @@ class Examiner:
             return False
         finally:
             self.watchdog.close()
-        record: dict[str, Any] = {"seconds": time.monotonic() - began}
+        record: dict[str, Any] = {"seconds": time.monotonic() - began, "base_loads": self.loads}
         for split, results in found.items():
             files.write_jsonl(exam.predictions_of(split), results.records())
             record[split] = summary(results, exam.job, self.data.labels)
@@ -118,6 +119,7 @@ class Examiner:
         if self.base is None or own or not self.base.serves(exam.job, labels):
             self.base = None
             self.base = load_base(exam.job, labels, resolve_device(self.work.gpus))
+            self.loads += 1
         base = self.base
         if exam.weights is None:
             if base.own_head:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from deployment.export import export
 from evaluation.rating import sheet_of_run
+from evaluation.shipped import shipped
 from jobs import files
 from jobs.errors import ExitCode
 from jobs.report import Report
 from jobs.run import Run, RunState
 from tests.conftest import JobMaker, lorafleet, opinions, write_rows
+from tests.export.test_targets import trained
 from tests.processes.conftest import begin, interrupt, newest, sweep, wait_for
 
 ARMS = """
@@ -83,6 +87,39 @@ def test_arms_end_in_a_decision(bert_job: JobMaker, place: Path) -> None:
     assert (first["comparable"], second["comparable"]) == (True, False)
     assert f"not ranked: the held-out rows differ from {run.id}'s" in second["remarks"]
     assert "not ranked" in (place / "side" / "report.html").read_text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_models_of_every_kind_are_judged_together(
+    kind: str, bert_job: JobMaker, llama_job: JobMaker, tiny_bert: Path, tiny_llama: Path, place: Path
+) -> None:
+    """A run, an adapter's folder, a merged model, and a base that is no run's; one process takes the whole machine."""
+    if kind == "bert":
+        job, base, metric = bert_job(train__max_steps=60), tiny_bert, "accuracy"
+    else:
+        asked = "evaluate: {metrics: [rouge1], max_new_tokens: 3}"
+        job, base, metric = llama_job(asked, train__max_steps=60), tiny_llama, "rouge1"
+    run = trained(job, place)
+    export(shipped(run), ["merged"], place / "out", lambda _: None)
+    models = (run.id, run.trial("aaaa").weights, place / "out" / "merged", base)
+    more = ("--measure", f"resources.cpus_per_worker={os.cpu_count()}", "--format", "json")
+    judged = lorafleet("evaluate", *models, *more, cwd=place)
+    assert judged.returncode == ExitCode.OK, judged.stderr + (newest(place).path / "logs" / "driver.log").read_text()
+    found = json.loads(judged.stdout)
+    arms = found["arms"]
+    assert len(arms) == 4
+    scores = [arm["metrics"][metric] for arm in arms]
+    assert scores[1:3] == pytest.approx([scores[0]] * 2, abs=0.02)
+    assert scores[3] < scores[0] - 0.1
+    assert all(arm["inference"]["latency_ms"] > 0 for arm in arms)
+    assert not found["trials"]
+    loads = [
+        files.read_json(record)["base_loads"]
+        for arm in arms[:2]
+        for record in newest(place).arm(arm["arm"]).path.rglob("test.json")
+    ]
+    assert loads == [1, 1]  # the base stayed, and adapters went on and off it
 
 
 WRITERS = """

@@ -118,12 +118,21 @@ def test_a_writer_through_every_target(
     assert lorafleet(*drawn, cwd=tmp_path).stdout == lorafleet(*drawn, cwd=tmp_path).stdout
     long = lorafleet("chat", out / "onnx", "-p", "good " * 200, cwd=tmp_path)
     assert (long.returncode, "but the model has 128 positions" in long.stderr) == (2, True)
+    assert floats_of(out / "onnx-int8") == []
     asked_over_http(out / "onnx", "is it a good film", whole, tmp_path)
     everything_in_one_table(run, out, tmp_path)
     said = subprocess.run(
         [sys.executable, "run.py", "is it a good film"], cwd=out / "onnx", capture_output=True, text=True, check=True
     )
     assert said.stdout.strip().startswith(whole.strip())  # it goes on to 128 tokens, or to the end of the positions
+
+
+def floats_of(folder: Path) -> list[str]:
+    """The matrices of an ONNX file that are in float32."""
+    import onnx
+
+    graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
+    return [one.name for one in graph.initializer if one.data_type == onnx.TensorProto.FLOAT and len(one.dims) > 1]
 
 
 def asked_over_http(folder: Path, prompt: str, answer: str, place: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from cluster.allocation import allocation_here, begin_in_allocation, saved_mark
 from jobs import files
-from jobs.errors import ExitCode, LorafleetError, RunError, disk_full
+from jobs.errors import DiskFull, ExitCode, LorafleetError, RunError, disk_full
 from jobs.lease import Lease, StaleAttempt
 from jobs.placement import Placement
 from jobs.run import Run, RunState
@@ -83,6 +83,8 @@ class Driver(ABC):
             except StaleAttempt:
                 raise
             except LorafleetError as error:
+                if isinstance(error, DiskFull):  # what it was at has said so already
+                    self.run.release_reserve()
                 self.run.set_state(RunState.FAILED, reason=str(error))
                 raise
             except BaseException as error:

@@ -29,7 +29,7 @@ from jobs.spec import JobSpec
 
 Say = Callable[[str], None]
 _PIP_SECONDS = 1800
-_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.tiktoken"]
+_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.tiktoken", "README.md"]
 _ASK_SECONDS = 10.0
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import yaml
+
 from deployment.runtime import files_mb
 from evaluation.report_text import number, plain
 from evaluation.shipped import Shipped
 from jobs import files
 from jobs.assets import ASSETS, PREFIX
+from jobs.errors import AssetError
 from jobs.export import WHAT
 from jobs.exported import Artefact, Parity
+from jobs.hub import model_folder
 from jobs.report import Inference
 
 _RUNNERS = Path(__file__).parent / "runners"
@@ -36,8 +40,8 @@ def _card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped, spee
         f"{WHAT[artefact.target]}. Made from run `{source['run']}`, trial `{source['trial_id']}` "
         f"({source['method']}, {artefact.task}).",
         "",
-        f"- base: {plain(base)} (revision `{source['revision']}`), licence: {licence(base)}",
-        f"- data: {plain(data)}, licence: {licence(data)}",
+        f"- base: {plain(base)} (revision `{source['revision']}`), licence: {_licence_of_base(given)}",
+        f"- data: {plain(data)}, licence: {licence(data, Path(data))}",
         f"- weights, graph and tokenizer: {files_mb(folder):.1f} MB",
         *_speed(speed),
         "",
@@ -106,10 +110,32 @@ _BY_LORAFLEET = {
 }
 
 
-def licence(name: str) -> str:
-    """Of an asset its licence; of anything else, whom to ask."""
+def _licence_of_base(given: Shipped) -> str:
+    spec = given.job.model
+    try:
+        return licence(spec.model_name_or_path, model_folder(spec.model_name_or_path, spec.revision))
+    except AssetError:
+        return licence(spec.model_name_or_path)
+
+
+def licence(name: str, folder: Path | None = None) -> str:
+    """Of an asset its licence; of what has a card in its folder, what that says; of anything else, whom to ask."""
     asset = ASSETS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
-    return asset.licence if asset else "not known here: see its own page"
+    if asset:
+        return asset.licence
+    declared = _declared(folder / "README.md") if folder is not None else None
+    return f"{plain(declared)} (says its card)" if declared else "not known here: see its own page"
+
+
+def _declared(card: Path) -> str | None:
+    """The licence in the head of a card, as the hub has them: YAML between two lines of dashes."""
+    try:
+        parts = card.read_text(errors="replace").split("---\n", 2)
+        head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except (OSError, yaml.YAMLError):
+        return None
+    found = head.get("license_name") or head.get("license") if isinstance(head, dict) else None
+    return ", ".join(map(str, found)) if isinstance(found, list) else str(found) if found else None
 
 
 def _with(value: float | None, ends: tuple[float, float] | None) -> str:

@@ -17,6 +17,7 @@ from commands.deliver import show_exported
 from deployment import extras, runtime, tensorrt
 from deployment.answers import pieces
 from deployment.benchmark import fitting
+from deployment.card import licence
 from deployment.decoding import RowByRow, Sampling, left_padded, positions_of, probabilities, write
 from deployment.export import _sweep_up, prompt_frame
 from deployment.merge import Source
@@ -336,6 +337,20 @@ def test_what_a_killed_export_left_is_swept_up(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
     _sweep_up(tmp_path)
     assert {name: (tmp_path / name).exists() for name in names} == names
+
+
+def test_a_licence_is_what_a_card_says(tmp_path: Path) -> None:
+    assert licence("asset:smollm2-135m-instruct") == "Apache-2.0"
+    assert licence("org/model", tmp_path) == licence("org/model") == "not known here: see its own page"
+    for text, said in (
+        ("---\nlicense: mit\ntags: [x]\n---\n# A model\n", "mit (says its card)"),
+        ("---\nlicense: other\nlicense_name: a-licence\n---\n", "a-licence (says its card)"),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", "mit, apache-2.0 (says its card)"),
+        ("# A model\n\n---\nlicense: mit\n---\n", "not known here: see its own page"),
+        ("---\n{broken: [\n---\n", "not known here: see its own page"),
+    ):
+        (tmp_path / "README.md").write_text(text)
+        assert licence("org/model", tmp_path) == said
 
 
 def test_runners_need_three_packages_alone() -> None:

@@ -163,7 +163,11 @@ def begin_resume(run: Run, place: Path, runs: Path) -> subprocess.Popen[str]:
     ("number", "at", "code"),
     [
         pytest.param(
-            signal.SIGTERM, "training.session:evaluate", ExitCode.REQUEUE, id="in-evaluation", marks=pytest.mark.long
+            signal.SIGTERM,
+            "training.session:evaluate_rows",
+            ExitCode.REQUEUE,
+            id="in-evaluation",
+            marks=pytest.mark.long,
         ),
         pytest.param(signal.SIGUSR1, "training.model:load_base", ExitCode.REQUEUE, id="in-set-up"),
         pytest.param(
@@ -198,15 +202,15 @@ def test_a_signal_saves_within_seconds_wherever_it_comes(
 @pytest.mark.parametrize(
     ("fault", "at", "flag"),
     [
-        pytest.param("die", "Examiner._of_split", "", id="once"),
-        pytest.param("oom", "load_weights", "/dev/full/never", id="always", marks=pytest.mark.long),
+        pytest.param("die", "tuning.exam:Examiner._of_split", "", id="once"),
+        pytest.param("oom", "tuning.exam:load_weights", "/dev/full/never", id="always", marks=pytest.mark.long),
     ],
 )
 def test_what_happens_on_the_held_out_rows_costs_numbers_and_not_the_report(
     bert_job: JobMaker, place: Path, fault: str, at: str, flag: str
 ) -> None:
     """A process that dies there is replaced, and what it was at tried again; what never works is left out, aloud."""
-    env = planted(place, f"tuning.exam:{at}", fault, **({"flag": flag} if flag else {}))
+    env = planted(place, at, fault, **({"flag": flag} if flag else {}))
     loaded = bert_job(train__max_steps=8)
     done = lorafleet("train", save(loaded, place), *loaded.overrides, cwd=place, **env)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr

@@ -16,7 +16,7 @@ from tests.processes.conftest import KILLS, Machines, begin, kill_tree, newest, 
 PHASES = {
     "set-up": ("training.model:load_base", 1),
     "training": ("training.session:TrainingSession._optimiser_step", 14),
-    "evaluation": ("training.session:evaluate", 2),
+    "evaluation": ("training.session:evaluate_rows", 2),
     "saving": ("training.checkpoint:save_state", 2),
 }
 LONG = {"train__max_steps": 24, "train__eval_steps": 8, "lora__lora_dropout": 0.1,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import importlib
+import operator
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +24,16 @@ from training.watchdog import Watchdog
 from tuning.faults import SpoiledProcess, classify, host_failure, is_device_error
 from tuning.ledger import Ledger
 from tuning.trial_run import OneRowTooMany
+
+
+def test_where_faults_are_planted_there_is_something() -> None:
+    """A function that is renamed would leave its long tests to fail, which are not run every day."""
+    texts = [path.read_text() for path in (ROOT / "tests" / "processes").glob("*.py")]
+    places = {found for text in texts for found in re.findall(r'"((?:training|tuning)[a-z_.]*:[A-Za-z_.]+)"', text)}
+    assert len(places) >= 6
+    for place in places:
+        module, _, path = place.partition(":")
+        assert callable(operator.attrgetter(path)(importlib.import_module(module))), place
 
 
 def test_each_class_has_its_own_limit() -> None:

@@ -110,7 +110,8 @@ def not_brought(storage: str, job: JobSpec) -> list[str]:
     """What a job names of the hub and of the assets, and this machine has never brought to a storage."""
     there = {str(row["target"]) for row in files.read_jsonl(_ledger()) if row.get("storage") == storage}
     data = [(job.data.dataset_name, _target_of_data(job))] if job.data.dataset_name else []
-    models = [(name, _target_of_model(name)) for name in [*models_of(job), *encoders_of(job)]]
+    bases = [*bases_of(job), *((name, None) for name in encoders_of(job))]
+    models = [(name, target) for name, revision in bases for target in _targets_of_model(name, revision, there)]
     named = [(str(name), target) for name, target in [*models, *data] if target]
     return [name for name, target in named if not any(known.startswith(target) for known in there)]
 
@@ -124,12 +125,15 @@ def _target_of_data(job: JobSpec) -> str:
     return str(folder.relative_to(cache_dir()))
 
 
-def _target_of_model(name: str) -> str:
+def _targets_of_model(name: str, revision: str | None, there: Iterable[str]) -> list[str]:
+    """Where a model must lie: of the hub its revision's name or its snapshot, whichever was brought."""
     if Path(name).is_absolute():
-        return ""
+        return []
     if name.startswith(PREFIX):
-        return str(asset(name).folder.relative_to(cache_dir()))
-    return f"hub/models--{name.replace('/', '--')}"
+        return [str(asset(name).folder.relative_to(cache_dir()))]
+    repository = f"hub/models--{name.replace('/', '--')}"
+    snapshot = f"{repository}/snapshots/{revision}"
+    return [snapshot if revision and snapshot in there else f"{repository}/refs/{revision or 'main'}"]
 
 
 def looks_of(source: Path) -> str:

@@ -106,7 +106,8 @@ def _ask(book: Notebook) -> None:
                 if undone is None:
                     say("there is nothing to undo")
                 elif undone[0] != item.row:  # back to that row, and then on from there
-                    at = next(place for place, other in enumerate(book.items) if other.row == undone[0])
+                    back = next(place for place, other in enumerate(book.items) if other.row == undone[0])
+                    at = min(at - 1, back)  # of a longer sheet the row may come later: it is asked there
                     break
             elif said.startswith("n "):
                 book.note(item.row, said[2:])

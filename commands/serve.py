@@ -77,13 +77,16 @@ def _invite(about: Artefact, name: str, token: str | None, listening: socket.soc
 
 def production(about: Artefact, folder: Path) -> str:
     """The line that serves the same model by vLLM, which takes a merged model: this one, or the one beside it."""
-    from deployment.runtime import ARTEFACT_FILE, read_artefact
+    from deployment.runtime import read_artefact
+    from jobs.errors import UserError
 
-    merged = folder.absolute() if about.target == "merged" else folder.absolute().with_name("merged")
-    there = (merged / ARTEFACT_FILE).is_file() and read_artefact(merged)
-    same = about.target == "merged" or (there and there.source == about.source)
-    if there and about.target != "merged":
-        about = there
+    merged, same = folder.absolute(), about.target == "merged"
+    if not same:
+        merged = merged.with_name("merged")
+        with contextlib.suppress(UserError):  # there is none, or one of another version
+            beside = read_artefact(merged)
+            same = beside.source == about.source
+            about = beside if same else about
     kind = ["--runner", "pooling"] if about.task == "classification" else []
     length = ["--max-model-len", str(about.positions)] if about.positions else []
     line = shlex.join(["vllm", "serve", str(merged) if same else "MERGED", *kind, *length])

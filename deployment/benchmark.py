@@ -247,8 +247,11 @@ def _size(given: Shipped, variant: Variant) -> float | None:
         return files_mb(variant.folder)
     if variant.name == "adapter" and given.weights is not None:
         return files_mb(given.weights)
-    spec = given.job.model
-    return files_mb(safetensors_folder(spec.model_name_or_path, spec.revision)) if variant.name == "base" else None
+    if variant.name != "base":
+        return None
+    folder = safetensors_folder(given.job.model.model_name_or_path, given.job.model.revision)
+    needed = [*folder.glob("*.safetensors"), *folder.glob("tokenizer.json")]  # a hub's folder may hold other formats
+    return sum(path.stat().st_size for path in needed) / 1e6
 
 
 def _fastest(arms: Sequence[Arm], metric: str) -> Recommendation:

@@ -41,7 +41,7 @@ def _card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped, spee
         f"({source['method']}, {artefact.task}).",
         "",
         f"- base: {plain(base)} (revision `{source['revision']}`), licence: {_licence_of_base(given)}",
-        f"- data: {plain(data)}, licence: {licence(data, Path(data))}",
+        f"- data: {plain(data)}, licence: {licence(data, Path(data) if Path(data).is_absolute() else None)}",
         f"- weights, graph and tokenizer: {files_mb(folder):.1f} MB",
         *_speed(speed),
         "",
@@ -132,7 +132,7 @@ def _declared(card: Path) -> str | None:
     try:
         parts = card.read_text(errors="replace").split("---\n", 2)
         head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
-    except (OSError, yaml.YAMLError):
+    except (OSError, ValueError, yaml.YAMLError):  # a date that is none is a ValueError
         return None
     found = head.get("license_name") or head.get("license") if isinstance(head, dict) else None
     return ", ".join(map(str, found)) if isinstance(found, list) else str(found) if found else None

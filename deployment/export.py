@@ -5,10 +5,9 @@ Every target is made in a scratch folder and moved when it is whole and judged: 
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -18,8 +17,6 @@ from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from cluster.apart import measured_apart
 from deployment.card import write_card
@@ -80,32 +77,34 @@ def export(
     out.mkdir(parents=True, exist_ok=True)
     _sweep_up(out)
     wanted = [target for target in TARGETS if target in targets]
-    try:
-        with tempfile.TemporaryDirectory(dir=out, prefix=f"{_scratch_of_host()}{os.getpid()}-") as scratch:
+    with tempfile.TemporaryDirectory(dir=out, prefix=_SCRATCH) as scratch, files.locked(Path(scratch) / _HELD):
+        try:
             work = _Work(given, Path(scratch), out, tell, threads)
             outcomes = []
             for target in wanted:
                 outcomes.append(work.outcome(target))
                 _write_summary(given, outcomes[-1], out, work.base)
-    except Exception as error:
-        full = disk_full(error, out, "export again: what was accepted is kept")
-        if full:
-            raise full from error
-        raise
+        except Exception as error:
+            full = disk_full(error, out, "export again: what was accepted is kept")
+            if full:
+                raise full from error
+            raise
     return outcomes
 
 
-def _scratch_of_host() -> str:
-    return f".building-{socket.gethostname()}-"
+_SCRATCH, _HELD = ".building-", "held"
+_BEGUN_SECONDS = 60
 
 
 def _sweep_up(out: Path) -> None:
-    """Remove what exports of this machine left that were killed; other machines may be at work on the same disk."""
-    begun = _scratch_of_host()
-    for left in out.glob(f"{begun}*"):
-        number = left.name.removeprefix(begun).partition("-")[0]
-        if not (number.isdecimal() and psutil.pid_exists(int(number))):
-            shutil.rmtree(left, ignore_errors=True)
+    """Remove what exports left that were killed: what nobody holds, here or on another machine with the same disk."""
+    for left in out.glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError):  # it is gone by itself, or its disk knows no locks
+            if time.time() - left.stat().st_mtime < _BEGUN_SECONDS and not list(left.iterdir()):
+                continue  # about to be held
+            with files.locked(left / _HELD, wait=False) as ours:
+                if ours:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 class _Work:
@@ -217,6 +216,8 @@ class _Work:
         other = folder.with_name("onnx-int8-by-blocks")
         try:
             to_int8_by_blocks(self.built["onnx"], other, self.scratch)
+        except MemoryError:
+            raise
         except Exception as error:
             if disk_full(error, self.out):
                 raise

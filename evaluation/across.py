@@ -106,7 +106,9 @@ def _entry(run: Run) -> _Entry:
     }
     if report.arms is not None:
         arms, judged, _ = arms_of_run(run, job, split)
-        chosen = next((arm for arm in arms if arm.arm == report.recommendation.arm), arms[0])
+        chosen = next((arm for arm in arms if arm.arm == report.recommendation.arm), None)
+        if chosen is None:
+            return _Entry(run, report, _nothing(run), [], terms)
         what = f"{chosen.arm}: {chosen.what}"
         own = own_job(job, chosen.arm)
         terms["model"] = known_revision(facts.get("model_revisions", {}), own)
@@ -118,10 +120,14 @@ def _entry(run: Run) -> _Entry:
     return _Entry(run, report, _arm_of_trial(run, report, results), results, terms)
 
 
+def _nothing(run: Run) -> Arm:
+    return Arm(arm=run.id, what="no recommendation", remarks=["it has nothing to ship"], comparable=False)
+
+
 def _arm_of_trial(run: Run, report: Report, results: list[RowResults]) -> Arm:
     trial_id, job = report.recommendation.trial_id, run_job(run)
     if trial_id is None:
-        return Arm(arm=run.id, what="no trial with a score", remarks=["it has nothing to ship"], comparable=False)
+        return _nothing(run)
     row = report.row(trial_id)
     found = scores(results, job.metric_names, job.evaluate.bootstrap_samples) if results else None
     return Arm(

@@ -69,7 +69,7 @@ def choose(arms: list[Arm], pairs: list[Pair], choice: Choice) -> Recommendation
     """The arm to ship, and why, in words."""
     scored = [arm for arm in arms if arm.comparable and arm.metrics.get(choice.metric) is not None]
     unranked = [arm.arm for arm in arms if not arm.comparable]
-    if unranked and len(scored) < 2:
+    if unranked and len(arms) - len(unranked) < 2:
         sentence = "Nothing is ranked: no two of them were judged alike (the remarks say what differs)."
         return Recommendation(trial_id=None, rule=rule_text(choice), sentence=sentence)
     if not scored:

@@ -220,8 +220,10 @@ def _against_parameter(axes: Axes, report: Report, across: str) -> bool:
     if by_arm:
         colours = {arm: colour for arm, colour in by_arm.items() if any(row.arm == arm for row in rows)}
     elif other is not None:
-        shades = matplotlib.colormaps["viridis"].resampled(len(values[other]))
-        colours = {value: shades(place / (len(values[other]) - 1) * 0.85) for place, value in enumerate(values[other])}
+        shades = matplotlib.colormaps["viridis"]
+        colours = {None: _GREY} | {
+            value: shades(place / (len(values[other]) - 1) * 0.85) for place, value in enumerate(values[other])
+        }
 
     def group(row: Row) -> Any:
         return row.arm if by_arm else row.params.get(other) if other else None
@@ -242,7 +244,7 @@ def _against_parameter(axes: Axes, report: Report, across: str) -> bool:
                     markersize=7,
                     label=None if key is None or key in named else label,
                 )
-                named.add(key)
+                named |= {key} - {None}
     if not numbers:
         axes.set_xticks(range(len(values[across])), [str(value) for value in values[across]])
         axes.margins(x=0.2)
@@ -251,7 +253,7 @@ def _against_parameter(axes: Axes, report: Report, across: str) -> bool:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # data may hold dollar signs: no TeX is parsed
     axes.set_xlabel(across)
     axes.set_ylabel(f"validation {report.metric}")
-    if None not in colours:
+    if named:
         axes.legend(frameon=False)
     return True
 

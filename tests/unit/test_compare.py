@@ -340,6 +340,8 @@ def test_what_was_not_judged_alike_has_no_winner() -> None:
         found = choose(two, [], by_quality)
         assert (found.arm, found.trial_id) == (None, None)
         assert found.sentence.startswith("Nothing is ranked: no two")
+    alone = choose([arm("a", 0.5, 1), apart, Arm(arm="c", what="NaN")], [], by_quality)
+    assert alone.arm == "a"  # two are alike, and one of them has no number
     among = choose([arm("a", 0.5, 1), apart, arm("c", 0.6, 1)], [], by_quality)
     assert among.arm == "c"
     assert among.sentence.endswith("Not ranked beside the other 2: b.")
@@ -384,6 +386,16 @@ def test_a_comparison_draws_every_searched_field_and_the_cost_of_its_rule() -> N
     ]
     assert "all-linear" in drawn["Validation accuracy against lora.lora_target_modules; crosses were cut early."]
     assert all(">qlora<" in svg for text, svg in drawn.items())  # colours are arms, and the legend says which
+    many = [
+        trial(
+            f"{of}{lr}", f"arm-{of}", 0.5, **{"train.learning_rate": lr} | ({"lora.lora_r": 8 * of} if of < 3 else {})
+        )
+        for of in range(1, 11)
+        for lr in (0.01, 0.1)
+    ]
+    for text, svg in plots(report.model_copy(update={"trials": many})):
+        if "train.learning_rate" in text:  # more arms than colours: all of them are there, by what some searched too
+            assert svg.count("<use ") >= len(many)
     captions = [text for text, _ in arm_plots(report)]
     assert captions[0] == "test accuracy against MB of trained weights. The line joins what none beats."
     assert len(captions) == 4
@@ -548,6 +560,9 @@ def test_arms_whose_losses_are_of_other_tokens_are_not_ranked(tmp_path: Path, ll
     assert "its model reads the rows as other tokens than that of a" in report.arms[1].remarks[0]
     assert report.recommendation.arm is None
     assert report.recommendation.sentence.startswith("Nothing is ranked")
+    beside = across([run, run])  # nor is one of them taken for what the run recommends
+    assert beside.arms is not None
+    assert [(arm.comparable, arm.remarks[0]) for arm in beside.arms] == [(False, "it has nothing to ship")] * 2
 
 
 def test_a_budget_of_tokens_is_of_the_arms_own_tokens(llama_job: JobMaker) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from deployment.parity import HeldOut
 from deployment.runtime import Loaded, check_provider, read_artefact
 from deployment.unavailable import Unavailable, why_not
 from evaluation.shipped import Shipped
+from jobs import files
 from jobs.errors import JobFileError, UserError
 from jobs.export import Gate, gate_of
 from jobs.exported import Artefact, Budget, Exported, Judged, Made, Offer, Parity, metric_drop, pick, verdict
@@ -329,14 +328,15 @@ def test_a_program_ends_where_it_ends() -> None:
 
 
 def test_what_a_killed_export_left_is_swept_up(tmp_path: Path) -> None:
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    begun = f".building-{socket.gethostname()}-"
-    names = {f"{begun}{os.getpid()}-x": True, f"{begun}{dead.pid}-x": False, f".building-elsewhere-{dead.pid}-x": True}
-    for name in names:
-        (tmp_path / name).mkdir()
+    for name in ("held", "killed", "begun", "old"):
+        (tmp_path / f".building-{name}").mkdir()
+    (tmp_path / ".building-killed" / "merged").mkdir()
+    os.utime(tmp_path / ".building-old", (0, 0))
+    with files.locked(tmp_path / ".building-held" / "held"):
+        _sweep_up(tmp_path)
+    assert {path.name for path in tmp_path.glob(".building-*")} == {".building-held", ".building-begun"}
     _sweep_up(tmp_path)
-    assert {name: (tmp_path / name).exists() for name in names} == names
+    assert {path.name for path in tmp_path.glob(".building-*")} == {".building-begun"}
 
 
 def test_a_licence_is_what_a_card_says(tmp_path: Path) -> None:

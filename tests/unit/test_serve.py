@@ -53,11 +53,12 @@ class Slow(Counting):
 
     def __init__(self) -> None:
         super().__init__(26)
-        self.go = threading.Event()
+        self.go, self.begun = threading.Event(), threading.Event()
         self.go.set()
 
     def step(self, *given: Any) -> Any:
-        self.go.wait(20)
+        self.begun.set()
+        self.go.wait(60)
         return super().step(*given)
 
 
@@ -280,13 +281,20 @@ def test_a_client_that_leaves_while_it_waits_gives_its_place_back() -> None:
     with served(loaded(model), Limits(at_once=1, waiting=1)) as port:
         model.go.clear()
         working = begin(port, max_tokens=2)
-        time.sleep(0.3)
+        assert model.begun.wait(20)
         begin(port, max_tokens=2).close()
-        time.sleep(1.0)
-        waits = begin(port, max_tokens=2)  # 429, were the place still taken
-        time.sleep(0.3)
+        until = time.time() + 20
+        while True:  # who is turned away is told at once; who waits, is told nothing yet
+            waits = begin(port, max_tokens=2)
+            assert waits.sock is not None
+            waits.sock.settimeout(1)
+            try:
+                assert waits.getresponse().status == 429
+            except TimeoutError:
+                break
+            assert time.time() < until, "the place was never given back"
         model.go.set()
-        assert [working.getresponse().status, waits.getresponse().status] == [200, 200]
+        assert working.getresponse().status == 200
         working.close()
         waits.close()
 
@@ -363,6 +371,12 @@ def test_what_serves_it_in_production(tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "artefact.json").write_text(merged.model_dump_json())
     assert production(ABOUT, tmp_path / "onnx") == f"vllm serve {tmp_path}/merged --max-model-len 12"
+    another = {"source": {"run": "other", "trial_id": "t9"}, "task": "classification", "positions": 99}
+    (tmp_path / "merged" / "artefact.json").write_text(merged.model_copy(update=another).model_dump_json())
+    said = production(ABOUT, tmp_path / "onnx")
+    assert said == "`lorafleet export r:t --to merged`, and vLLM with its folder: vllm serve MERGED --max-model-len 12"
+    (tmp_path / "merged" / "artefact.json").write_text('{"of": "another version"}')
+    assert production(ABOUT, tmp_path / "onnx") == said
 
 
 def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:

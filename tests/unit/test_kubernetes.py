@@ -10,7 +10,8 @@ import yaml
 
 from cluster.kubernetes_backend import KubernetesBackend
 from cluster.kubernetes_doctor import RIGHTS
-from cluster.staging import named_paths
+from cluster.staging import named_paths, not_brought, remember
+from cluster.transfer import Cargo
 from commands.execute import _as_a_job
 from jobs.errors import ExitCode, JobFileError, PlacementRefused, UserError
 from jobs.kubernetes_site import KubernetesSite, Toleration
@@ -187,3 +188,26 @@ def test_what_ray_is_told(stop: str | None, code: ExitCode, told: ExitCode, tmp_
     if stop is not None:
         (tmp_path / "stop").write_text(stop)
     assert _as_a_job(Run(tmp_path), code) == told
+
+
+def test_what_was_brought_is_told_apart_by_its_revision(
+    bert_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An arm's own revision of a model is another model for machines that have no internet."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    arms = "compare: {arms: {a: {method: base}, b: {method: base, set: {model.revision: r2}}}}"
+    job = bert_job(arms, model__model_name_or_path="org/m").job
+
+    def brought(name: str) -> None:
+        (tmp_path / "thing").write_text(name)
+        remember("there", [Cargo(tmp_path / "thing", f"hub/models--org--m/{name}", name)])
+
+    assert not_brought("there", job) == ["org/m", "org/m"]
+    brought("refs/main")
+    assert not_brought("there", job) == ["org/m"]
+    brought("refs/r2")
+    assert not_brought("there", job) == []
+    pinned = job.model_copy(update={"compare": None, "model": job.model.model_copy(update={"revision": "0123abc"})})
+    assert not_brought("there", pinned) == ["org/m"]
+    brought("snapshots/0123abc")
+    assert not_brought("there", pinned) == []

@@ -76,6 +76,7 @@ def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
     if given.weights is not None:
         found.append(Variant("adapter", f"{given.job.method}, as trained", plain | {"weights": str(given.weights)}))
     rows = _rows(given, data, split, amount)
+    answer, longest = amount.new_tokens if given.job.generates else 0, max(map(len, rows), default=0)
     for target in TARGETS:
         if target not in known:
             continue
@@ -87,8 +88,6 @@ def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
         if known[target]["folder"] is None or not folder.is_dir():
             found.append(Variant(target, WHAT[target], unavailable=str(known[target]["unavailable"] or "it is gone")))
             continue
-        answer = amount.new_tokens if given.job.generates else 0
-        longest = max(map(len, rows), default=0)
         points, why = fitting(read_artefact(folder).positions, longest, answer, amount.points)
         if points is None:
             found.append(Variant(target, WHAT[target], unavailable=why))

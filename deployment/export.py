@@ -25,14 +25,7 @@ from deployment.int4 import to_int4
 from deployment.merge import Source
 from deployment.onnx_model import OPSET, cache_shape, export_onnx, to_fp16, to_int8, to_int8_by_blocks
 from deployment.parity import HeldOut, Score, Seen, judge, look, score
-from deployment.runtime import (
-    ARTEFACT_FILE,
-    Loaded,
-    TorchClassifier,
-    TorchDecoder,
-    files_mb,
-    open_artefact,
-)
+from deployment.runtime import ARTEFACT_FILE, Loaded, TorchClassifier, TorchDecoder, files_mb, open_artefact
 from deployment.tensorrt import to_tensorrt
 from deployment.unavailable import Unavailable, why_not
 from evaluation.comparison import inference_of
@@ -84,7 +77,7 @@ def export(
             for target in wanted:
                 outcomes.append(work.outcome(target))
                 _write_summary(given, outcomes[-1], out, work.base)
-        except Exception as error:
+        except Exception as error:  # safetensors and ONNX have errors of their own for a full disk
             full = disk_full(error, out, "export again: what was accepted is kept")
             if full:
                 raise full from error
@@ -154,16 +147,9 @@ class _Work:
         except (Unavailable, MissingExtra) as error:
             self.failed.add(target)
             return Made(target=target, unavailable=str(error))
-        except MemoryError:
-            raise  # of the machine, and not of this target
         except Exception as error:  # exporters and runtimes have no error of their own in common
-            if disk_full(error, self.out):
-                raise
             self.failed.add(target)
-            notes = self.out / f"{target}-traceback.txt"
-            files.write_text(notes, traceback.format_exc())
-            said = (str(error).strip().splitlines() or [""])[0][:200]
-            return Made(target=target, failure=f"{type(error).__name__}: {said} (its traceback is in {notes})")
+            return Made(target=target, failure=self._noted(error, target))
         files.write_json(folder / "parity.json", parity.model_dump(mode="json"))
         speed = self._speed(target, folder) if parity.accepted and self.threads else None
         write_card(folder, self._artefact(target), parity, self.given, speed)
@@ -181,6 +167,18 @@ class _Work:
             inference=speed,
             seconds=time.monotonic() - began,
         )
+
+    def _noted(self, error: Exception, name: str) -> str:
+        """A fault in a sentence, with its traceback in a file.
+
+        Raises it again where it is of the machine, whose memory or disk is full: the other targets would end alike.
+        """
+        if isinstance(error, MemoryError) or disk_full(error, self.out):
+            raise error
+        notes = self.out / f"{name}-traceback.txt"
+        files.write_text(notes, traceback.format_exc())
+        said = (str(error).strip().splitlines() or [""])[0][:200]
+        return f"{type(error).__name__}: {said} (its traceback is in {notes})"
 
     def _speed(self, target: Target, folder: Path) -> Inference | None:
         """What it takes on this machine: a first number, for the card and a budget; `benchmark` compares."""
@@ -216,14 +214,9 @@ class _Work:
         other = folder.with_name("onnx-int8-by-blocks")
         try:
             to_int8_by_blocks(self.built["onnx"], other, self.scratch)
-        except MemoryError:
-            raise
-        except Exception as error:
-            if disk_full(error, self.out):
-                raise
-            return first.model_copy(
-                update={"remarks": [*first.remarks, f"by blocks it could not be made: {type(error).__name__}: {error}"]}
-            )
+        except Exception as error:  # the quantiser's: the first way's verdict stands
+            remark = f"by blocks it could not be made: {self._noted(error, 'onnx-int8-by-blocks')}"
+            return first.model_copy(update={"remarks": [*first.remarks, remark]})
         for path in other.iterdir():
             path.replace(folder / path.name)
         other.rmdir()

@@ -128,15 +128,9 @@ def pair_cells(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
 
 def _turned(pair: Pair) -> Pair:
     """The same pair from the other side."""
-    ends = (-pair.interval[1], -pair.interval[0])
-    return Pair(
-        one=pair.other,
-        other=pair.one,
-        metric=pair.metric,
-        difference=-pair.difference,
-        interval=ends,
-        p_value=pair.p_value,
-    )
+    low, high = pair.interval
+    turned = {"one": pair.other, "other": pair.one, "difference": -pair.difference, "interval": (-high, -low)}
+    return pair.model_copy(update=turned)
 
 
 def _difference(pair: Pair) -> str:
@@ -194,10 +188,10 @@ def arm_notes(report: Report) -> list[str]:
             "no training or search has looked at; the number of the arm that ships is the best of several there, and "
             "so a little optimistic."
         )
-    if any(len(arm.seeds) > 1 for arm in report.arms or []):
-        found.append("Metrics are means over an arm's seeds; brackets hold 95 % bootstrap intervals (rows, seeds).")
     several = any(len(arm.seeds) > 1 for arm in report.arms or [])
-    if not several and any(arm.tried or (arm.train_seconds and arm.seeds) for arm in report.arms or []):
+    if several:
+        found.append("Metrics are means over an arm's seeds; brackets hold 95 % bootstrap intervals (rows, seeds).")
+    elif any(arm.tried or (arm.train_seconds and arm.seeds) for arm in report.arms or []):
         found.append("One training an arm: how far another seed would move it is in no interval and no p-value.")
     if report.pairs:
         drawn = ", seeds drawn too" if several else ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -22,6 +24,8 @@ _USUAL: tuple[Cost, ...] = ("inference_memory_gib", "latency_ms", "train_seconds
 _MOST_COLOURS = 8
 """More values than these are not told apart by colour."""
 _STATE_MARKS = {"finished": "o", "stopped": "x", "failed": "X", "running": ">", "pending": "."}
+_PALETTE = ("#1b9e77", "#d95f02", "#7570b3", "#e7298a", "#66a61e", "#e6ab02", "#a6761d", "#666666")
+"""ColorBrewer's Dark2."""
 _GREY = "#9aa3ad"
 _ACCENT = "#c2410c"
 _DARK = "#1c2430"
@@ -32,13 +36,13 @@ _AT_RUNGS = " at the rungs. A line that ends at a cross was cut there."
 
 def plots(report: Report) -> list[tuple[str, str]]:
     """(caption, SVG) of each plot that the report has data for."""
-    several, by_arm = len(report.trials) > 1, len(_arm_colours(report)) > 1
+    several, by_arm = len(report.trials) > 1, bool(_arm_colours(report))
     whose = "by arm" if by_arm else "by trial. The recommended trial is drawn in colour"
     makers: list[tuple[str, Callable[[Axes, Report], bool]]] = [
         (f"Training loss{f' {whose}' if several else ''}.", _loss_curves),
         (f"Validation {report.metric}{_AT_RUNGS if several else ' while it was trained.'}", _rungs),
     ]
-    for path in _searched(report):
+    for path in _by_most_values(_values(_configurations(report))):
         caption = f"Validation {report.metric} against {path}; crosses were cut early."
         makers.append((caption, partial(_against_parameter, across=path)))
     drawn = [(caption, _draw(report, maker)) for caption, maker in makers]
@@ -147,30 +151,30 @@ def _draw(report: Report, maker: Callable[[Any, Report], bool]) -> str:
 
 
 def _loss_curves(axes: Axes, report: Report) -> bool:
-    drawn = False
+    drawn, colours = False, _arm_colours(report)
     for row in _recommended_last(report):
         points = [(p["samples"], p["train_loss"]) for p in row.curve if p.get("train_loss") is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), marker=".", **_line(row, report))
+            axes.plot(*zip(*points, strict=True), marker=".", **_line(row, report, colours))
             drawn = True
     axes.set_xlabel("training rows seen")
     axes.set_ylabel("training loss")
-    _legend(axes, report)
+    _legend(axes, report, colours)
     return drawn
 
 
 def _rungs(axes: Axes, report: Report) -> bool:
-    drawn = False
+    drawn, colours = False, _arm_colours(report)
     for row in _recommended_last(report):
         points = [(p["samples"], p[report.metric]) for p in row.curve if p.get(report.metric) is not None]
         if points:
-            line = _line(row, report)
+            line = _line(row, report, colours)
             axes.plot(*zip(*points, strict=True), marker=".", **line)
             axes.plot(*points[-1], marker=_STATE_MARKS[row.state], color=line["color"], markersize=7, linestyle="none")
             drawn = drawn or len(points) > 1  # points alone say no more than the table
     axes.set_xlabel("training rows seen")
     axes.set_ylabel(f"validation {report.metric}")
-    _legend(axes, report)
+    _legend(axes, report, colours)
     return drawn
 
 
@@ -197,58 +201,63 @@ def _values(rows: list[Row]) -> dict[str, list[Any]]:
     }
 
 
-def _searched(report: Report) -> list[str]:
-    """The fields that a plot each is drawn of, the one with the most values first."""
-    values = _values(_configurations(report))
+def _by_most_values(values: dict[str, list[Any]]) -> list[str]:
     return sorted(values, key=lambda path: -len(values[path]))
 
 
-def _against_parameter(axes: Axes, report: Report, across: str) -> bool:
-    """x is one searched field; colour is the arm, or the other searched field with the most values that can be told
-    apart."""
+@dataclass(frozen=True)
+class _Colouring:
+    """What the points of one plot are coloured by."""
+
+    colours: dict[Any, Any]
+    """Key -> colour; None is the key of points that have none."""
+    key: Callable[[Row], Any]
+    name: str = ""
+    """What stands before a key in the legend."""
+
+
+def _colouring(report: Report, values: dict[str, list[Any]], across: str) -> _Colouring:
+    """By arm; else by the other searched field with the most values that can be told apart."""
     import matplotlib
 
-    rows = _configurations(report)
-    values = _values(rows)
-    rows = [row for row in rows if across in row.params]
-    by_arm = _arm_colours(report)
-    other = next(
-        (path for path in _searched(report) if path != across and len(values[path]) <= _MOST_COLOURS and not by_arm),
-        None,
-    )
-    colours: dict[Any, Any] = {None: _DARK}
-    if by_arm:
-        colours = {arm: colour for arm, colour in by_arm.items() if any(row.arm == arm for row in rows)}
-    elif other is not None:
-        shades = matplotlib.colormaps["viridis"]
-        colours = {None: _GREY} | {
-            value: shades(place / (len(values[other]) - 1) * 0.85) for place, value in enumerate(values[other])
-        }
+    arms = _arm_colours(report)
+    if arms:
+        return _Colouring(dict(arms), lambda row: row.arm)
+    others = [path for path in _by_most_values(values) if path != across and len(values[path]) <= _MOST_COLOURS]
+    if not others:
+        return _Colouring({None: _DARK}, lambda _: None)
+    shades, last = matplotlib.colormaps["viridis"], len(values[others[0]]) - 1
+    by_value = {value: shades(place / last * 0.85) for place, value in enumerate(values[others[0]])}
+    name = f"{others[0].rpartition('.')[2]} "
+    return _Colouring({None: _GREY} | by_value, lambda row: row.params.get(others[0]), name)
 
-    def group(row: Row) -> Any:
-        return row.arm if by_arm else row.params.get(other) if other else None
 
-    numbers = all(isinstance(value, int | float) for value in values[across])
+def _against_parameter(axes: Axes, report: Report, across: str) -> bool:
+    """x is one searched field."""
+    tried = _configurations(report)
+    values = _values(tried)
+    rows, along = [row for row in tried if across in row.params], values[across]
+    numbers = all(isinstance(value, int | float) for value in along)
+    coloured = _colouring(report, values, across)
     named: set[Any] = set()
-    for key, colour in colours.items():
-        label = str(key) if by_arm else f"{str(other).rpartition('.')[2]} {key}"
-        for state, mark in _STATE_MARKS.items():
-            chosen = [row for row in rows if row.state == state and group(row) == key]
-            if chosen:
-                axes.plot(
-                    [row.params[across] if numbers else values[across].index(row.params[across]) for row in chosen],
-                    [row.metrics[report.metric] or 0.0 for row in chosen],
-                    marker=mark,
-                    linestyle="none",
-                    color=colour,
-                    markersize=7,
-                    label=None if key is None or key in named else label,
-                )
-                named |= {key} - {None}
+    for key, state in itertools.product(coloured.colours, _STATE_MARKS):
+        chosen = [row for row in rows if row.state == state and coloured.key(row) == key]
+        if not chosen:
+            continue
+        axes.plot(
+            [row.params[across] if numbers else along.index(row.params[across]) for row in chosen],
+            [row.metrics[report.metric] or 0.0 for row in chosen],
+            marker=_STATE_MARKS[state],
+            linestyle="none",
+            color=coloured.colours[key],
+            markersize=7,
+            label=None if key is None or key in named else f"{coloured.name}{key}",
+        )
+        named |= {key} - {None}
     if not numbers:
-        axes.set_xticks(range(len(values[across])), [str(value) for value in values[across]])
+        axes.set_xticks(range(len(along)), [str(value) for value in along])
         axes.margins(x=0.2)
-    elif values[across][0] > 0 and values[across][-1] / values[across][0] >= _MANY_TIMES:
+    elif along[0] > 0 and along[-1] / along[0] >= _MANY_TIMES:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # data may hold dollar signs: no TeX is parsed
     axes.set_xlabel(across)
@@ -262,30 +271,26 @@ _MANY_TIMES = 10
 """Where the largest is so many times the smallest, values are drawn by their logarithms."""
 
 
-def _arm_colours(report: Report) -> dict[str, Any]:
+def _arm_colours(report: Report) -> dict[str, str]:
     """Arm that trained something -> its colour; empty where only one did, or where there are too many."""
-    import matplotlib
-
     names = list(dict.fromkeys(row.arm for row in report.trials if row.arm is not None))
-    palette = matplotlib.colormaps["Dark2"].colors  # type: ignore[attr-defined]
-    return dict(zip(names, palette, strict=False)) if 1 < len(names) <= len(palette) else {}
+    return dict(zip(names, _PALETTE, strict=False)) if 1 < len(names) <= len(_PALETTE) else {}
 
 
 def _recommended_last(report: Report) -> list[Row]:
     return sorted(report.trials, key=lambda row: row.trial_id == report.recommendation.trial_id)
 
 
-def _line(row: Row, report: Report) -> dict[str, Any]:
+def _line(row: Row, report: Report, colours: dict[str, str]) -> dict[str, Any]:
     chosen = row.trial_id == report.recommendation.trial_id
-    colours = _arm_colours(report)
     colour = colours.get(row.arm or "", _ACCENT if chosen else _GREY)
     return {"color": colour, "linewidth": 2.2 if chosen else 1.1, "zorder": 3 if chosen else 2}
 
 
-def _legend(axes: Axes, report: Report) -> None:
+def _legend(axes: Axes, report: Report, colours: dict[str, str]) -> None:
     from matplotlib.lines import Line2D
 
-    chosen, colours = report.recommendation.trial_id, _arm_colours(report)
+    chosen = report.recommendation.trial_id
     if colours:
         handles = [Line2D([], [], color=colour) for colour in colours.values()]
         axes.legend(handles, list(colours), frameon=False)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from evaluation.recommend import over_folds, recommend, recommend_over_folds
 from jobs import files
 from jobs.errors import RunError
+from jobs.messages import of_another_version
 from jobs.metrics import is_better
 from jobs.report import Failure, Intervals, Metrics, Report, Row
 from jobs.run import Run, Trial
@@ -28,11 +29,7 @@ def run_job(run: Run) -> JobSpec:
     try:
         return JobSpec.model_validate_json(json.dumps(plan["job"]))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise RunError(
-            f"{run.path / 'plan.json'} is of another version of lorafleet: {where}: {first['msg']}"
-        ) from None
+        raise RunError(of_another_version(run.path / "plan.json", error)) from None
 
 
 def job_here(run: Run) -> JobSpec:

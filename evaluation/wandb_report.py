@@ -74,7 +74,7 @@ def _tables(report: Report, *, samples: bool) -> dict[str, tuple[list[str], list
         found["per_class"] = (["class", *names], [[of, *values.values()] for of, values in report.per_class.items()])
         found["confusion"] = (
             ["truth", *report.per_class],
-            [[of, *counts] for of, counts in zip(report.per_class, report.confusion, strict=False)],
+            [[of, *counts] for of, counts in zip(report.per_class, report.confusion, strict=True)],
         )
     if samples:
         found |= {name: _samples(getattr(report, name)) for name in ("samples", "mistakes", "worst")}

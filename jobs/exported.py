@@ -13,6 +13,7 @@ from jobs import files
 from jobs.base import Spec
 from jobs.errors import ExitCode, UserError
 from jobs.export import Gate, Target
+from jobs.messages import of_another_version
 from jobs.report import Inference
 
 Record = TypeVar("Record", bound=Spec)
@@ -313,6 +314,4 @@ def read_record(path: Path, kind: type[Record]) -> Record:
     try:
         return kind.model_validate_json(json.dumps(found))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} is of another version of lorafleet: {where}: {first['msg']}") from None
+        raise UserError(of_another_version(path, error)) from None

@@ -137,6 +137,9 @@ def identity(job: JobSpec, facts: Facts) -> dict[str, Any]:
     train["learning_rate"] = job.train.learning_rate or facts.learning_rates[job.method]
     train["init_adapter"] = facts.adapter_sha256
     train["batch_rows"] = job.train.effective_batch_size(job.resources.world_size)
+    revision = known_revision(facts.model_revisions, job)
+    if revision is None:
+        raise KeyError(job.model.model_name_or_path)
     data = {key: fields.get(raw, f"data.{key}") for key in _DATA_FIELDS}
     if job.data.fold is not None:
         data["fold"] = [job.data.fold, job.evaluate.folds]
@@ -150,7 +153,7 @@ def identity(job: JobSpec, facts: Facts) -> dict[str, Any]:
         "task": "generation" if job.generates else job.task,
         "method": job.method,
         "model": {
-            "revision": known_revision(facts.model_revisions, job),
+            "revision": revision,
             "max_length": job.model.max_length,
             "dtype": job.model.dtype,
         },

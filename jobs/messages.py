@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from jobs import fields
 from jobs.errors import Problem, SpecProblems
+
+
+def of_another_version(path: Path, error: ValidationError) -> str:
+    """What to say of a file of ours that this version does not read."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{path} is of another version of lorafleet: {where}: {first['msg']}"
+
 
 _WANTED = {
     "greater_than": "above {gt}",

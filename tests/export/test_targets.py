@@ -382,27 +382,33 @@ def test_a_full_disk_is_no_fault_of_a_target(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(exporting, "export_onnx", full)
-    run, out = trained(bert_job(train__max_steps=8), tmp_path), tmp_path / "out"
+    job = bert_job(train__max_steps=8)
+    run, out = trained(job, tmp_path), tmp_path / "out"
     with pytest.raises(DiskFull, match="free some space, then export again: what was accepted is kept"):
         export(shipped(run), ["merged", "onnx"], out, quiet)
     assert (out / "merged" / "model.safetensors").is_file()
     assert not list(out.glob(".building-*"))
+    delivery = delivery_of(run, job, ("onnx",))  # as a job: its last words have the room that was kept for them
+    with pytest.raises(DiskFull):
+        DeliveryDriver(delivery).execute()
+    assert (delivery.state, (delivery.path / ".reserve").exists()) == (RunState.FAILED, False)
+    assert "export again" in str(delivery.status()["reason"])
+
+
+def spoilt(source: Path, out: Path, scratch: Path) -> None:
+    """Planted: a dynamic quantisation that turns the largest matrix over, as overflow would spoil it."""
+    import onnx
+
+    model = onnx.load(str(source / "model.onnx"))
+    largest = max(model.graph.initializer, key=lambda one: len(one.raw_data))
+    largest.raw_data = bytes(reversed(largest.raw_data))
+    out.mkdir(parents=True)
+    onnx.save_model(model, str(out / "model.onnx"), save_as_external_data=True, location="model.onnx.data")
 
 
 def test_int8_is_made_another_way_where_the_fast_one_fails(
     llama_job: JobMaker, tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Planted: a dynamic quantisation that turns the largest matrix over, as overflow would spoil it."""
-
-    def spoilt(source: Path, out: Path, scratch: Path) -> None:
-        import onnx
-
-        model = onnx.load(str(source / "model.onnx"))
-        largest = max(model.graph.initializer, key=lambda one: len(one.raw_data))
-        largest.raw_data = bytes(reversed(largest.raw_data))
-        out.mkdir(parents=True)
-        onnx.save_model(model, str(out / "model.onnx"), save_as_external_data=True, location="model.onnx.data")
-
     monkeypatch.setattr(exporting, "to_int8", spoilt)
     run = trained(llama_job(model__model_name_or_path=str(tiny_gpt2), train__max_steps=30), tmp_path)
     onnx, int8 = export(shipped(run), ["onnx", "onnx-int8"], tmp_path / "out", quiet, threads=1)
@@ -415,6 +421,33 @@ def test_int8_is_made_another_way_where_the_fast_one_fails(
     assert {path.name for path in Path(str(int8.folder)).iterdir()} >= {"model.onnx", "model.onnx.data", "run.py"}
 
 
+def test_int8_that_no_way_makes_well_is_rejected(
+    llama_job: JobMaker, tiny_gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The verdict on the fast way stands, and what the other one said is beside it."""
+
+    def impossible(*_: object) -> None:
+        raise RuntimeError("no blocks")
+
+    monkeypatch.setattr(exporting, "to_int8", spoilt)
+    monkeypatch.setattr(exporting, "to_int8_by_blocks", impossible)
+    run, out = trained(llama_job(model__model_name_or_path=str(tiny_gpt2)), tmp_path), tmp_path / "out"
+    (int8,) = export(shipped(run), ["onnx-int8"], out, quiet)
+    assert (int8.accepted, int8.failure, int8.folder) == (False, None, str(out / "rejected" / "onnx-int8"))
+    assert int8.parity.reasons
+    assert int8.parity.remarks[-1].startswith("by blocks it could not be made: RuntimeError: no blocks")
+    assert "impossible" in (out / "onnx-int8-by-blocks-traceback.txt").read_text()
+
+
+def delivery_of(run: Run, job: LoadedJob, targets: tuple[Target, ...]) -> Run:
+    """An export as a run of its own, before its driver begins."""
+    delivery = Run.create(run.path.parent, "export")
+    wanted = Delivery(run=run.id, targets=targets, threads=0)
+    plan = make_plan(job, site_here(None), "export").model_copy(update={"delivery": wanted})
+    files.write_json(delivery.path / "plan.json", plan.model_dump(mode="json"))
+    return delivery
+
+
 def test_who_asks_for_the_end_gets_it(bert_job: JobMaker, tmp_path: Path) -> None:
     """A stop is no failure of a target, and what was there before stays."""
     job = bert_job(train__max_steps=8)
@@ -422,10 +455,7 @@ def test_who_asks_for_the_end_gets_it(bert_job: JobMaker, tmp_path: Path) -> Non
     out = run.path / "export"
     export(shipped(run), ["merged", "onnx"], out, quiet)
     before = (out / "export.json").read_text()
-    delivery = Run.create(run.path.parent, "export")
-    wanted = Delivery(run=run.id, targets=("merged", "onnx"), threads=0)
-    plan = make_plan(job, site_here(None), "export").model_copy(update={"delivery": wanted})
-    files.write_json(delivery.path / "plan.json", plan.model_dump(mode="json"))
+    delivery = delivery_of(run, job, ("merged", "onnx"))
     driver = DeliveryDriver(delivery)
     said: list[str] = []
 

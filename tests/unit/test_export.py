@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import os
+import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from commands.common import Format
+from commands.common import Format, ended_by_signals
 from commands.deliver import show_exported
 from deployment import extras, runtime, tensorrt
 from deployment.answers import pieces
@@ -337,6 +338,16 @@ def test_what_a_killed_export_left_is_swept_up(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.glob(".building-*")} == {".building-held", ".building-begun"}
     _sweep_up(tmp_path)
     assert {path.name for path in tmp_path.glob(".building-*")} == {".building-begun"}
+
+
+def test_a_signal_ends_an_export_as_an_error_does() -> None:
+    before, cleared = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(SystemExit) as ended, ended_by_signals():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            cleared.append(True)
+    assert (ended.value.code, cleared, signal.getsignal(signal.SIGTERM)) == (143, [True], before)
 
 
 def test_a_licence_is_what_a_card_says(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,17 @@ WRITES_TO_BASE = {"pissa", "pissa_niter_4", "pissa_rslora", "olora", "full"}
 def fresh(job: JobSpec) -> Base:
     data = prepare(job)
     return load_base(job, len(data.labels) if job.task == "classification" else 0, CPU)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what a process has mapped")
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_a_packed_base_lets_go_of_its_file(quant_type: str, llama_job: JobMaker) -> None:
+    job = llama_job(method="qlora", qlora__quant_type=quant_type).job
+    base = load_base(job, 0, CPU)
+    gc.collect()
+    mapped = Path("/proc/self/maps").read_text()
+    assert f"{job.model.model_name_or_path}/model.safetensors" not in mapped
+    assert base.model.get_input_embeddings().weight.is_floating_point()  # what would have held it
 
 
 def logits(model: torch.nn.Module, job: JobSpec) -> torch.Tensor:

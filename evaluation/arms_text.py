@@ -183,14 +183,11 @@ def arm_notes(report: Report) -> list[str]:
     """What a reader of the arms must know."""
     found = [f"{arm.arm}: {remark}." for arm in report.arms or [] for remark in arm.remarks]
     if report.held_out == "test" and any(arm.seeds for arm in report.arms or []):
-        searched = (
-            "Each arm's configuration was chosen on the validation rows. "
-            if any(arm.tried for arm in report.arms or [])
-            else ""
-        )
+        if any(arm.tried for arm in report.arms or []):
+            found.append("Each arm's configuration was chosen on the validation rows.")
         found.append(
-            f"{searched}The arms are compared on the test rows, which no training or search has looked at; the number of "
-            "the arm that ships is the best of several there, and so a little optimistic."
+            "The arms are compared on the test rows, which no training or search has looked at; the number of the arm "
+            "that ships is the best of several there, and so a little optimistic."
         )
     several = any(len(arm.seeds) > 1 for arm in report.arms or [])
     if several:

@@ -22,6 +22,8 @@ _REFRESH_SECONDS = 10.0
 """Between two looks into the run's folder."""
 _WHY_SECONDS = 20.0
 """Between two questions why its pods wait."""
+_SECONDS_TO_END = 3.0
+"""For a watch's threads, once it is closed."""
 _UNSEEN: Any = object()
 
 
@@ -83,9 +85,11 @@ class KubernetesWatch:
     def close(self) -> None:
         """End the threads: one that still waits for the network when the process ends may take it down."""
         self._end.set()
-        self.backend.client.stop_following()
-        for thread in self._threads:
-            thread.join(3)
+        ends = time.monotonic() + _SECONDS_TO_END
+        while any(thread.is_alive() for thread in self._threads) and time.monotonic() < ends:
+            self.backend.client.stop_following()  # not once: a watch that is being opened does not hear it yet
+            for thread in self._threads:
+                thread.join(0.05)
 
     def _until_broken(self, work: Callable[[], None]) -> None:
         """What breaks a thread is a fault of ours: `poll` raises it, where somebody sees it."""

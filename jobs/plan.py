@@ -19,9 +19,9 @@ class MemoryEstimate(Spec):
     """Memory of one training process, in GiB, by component."""
 
     components: dict[str, float]
-    """Base weights, adapter, gradients, optimiser, activations, logits, runtime."""
+    """Base weights, adapter, gradients, optimiser, activations, logits, allocator, runtime."""
     low: float
-    """A tenth below what is expected."""
+    """A tenth below what is expected, when an allocator keeps nothing that is freed."""
     expected: float
     """The sum of the components, less what is never there at the same time."""
     high: float

@@ -280,9 +280,13 @@ def test_a_server_that_talks_nonsense_is_asked_again(
         time.sleep(0.1)
     comes(server, run, watch, "runs", jobDeploymentStatus="Running", jobStatus="RUNNING")
     monkeypatch.setattr(Client, "_follow", lambda *_: 1 / 0)
-    watch.backend.client.stop_following()
+
+    def ended() -> bool:
+        watch.backend.client.stop_following()  # a watch that is being opened does not hear it
+        return watch.poll() is not None
+
     with pytest.raises(ZeroDivisionError):
-        became(lambda: watch.poll() is not None)
+        became(ended)
 
 
 def test_a_large_file_is_never_whole_in_memory(tmp_path: Path) -> None:

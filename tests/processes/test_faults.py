@@ -97,7 +97,8 @@ def test_a_trial_that_never_fits_is_given_up_and_the_others_go_on(bert_job: JobM
         assert trial.status()["retries"] == {"oom": 4}
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_hang_ends_with_every_stack_and_the_trial_goes_on(bert_job: JobMaker, place: Path, workers: int) -> None:
     """One process stops answering; with two, the other waits for it in a collective."""
     loaded = bert_job(resources__workers_per_node=workers, retries__hang_minutes=0.5, train__max_steps=24,
@@ -220,6 +221,7 @@ def test_what_happens_on_the_held_out_rows_costs_numbers_and_not_the_report(
     assert ("not evaluated on the held-out rows: MemoryError: no room (planted)" in done.stdout) is bool(flag)
 
 
+@pytest.mark.long
 def test_nothing_is_left_behind(bert_job: JobMaker, place: Path) -> None:
     """No process, no session of Ray's, no file for a while: after an end, after a failure, after a stop."""
     before = left_behind()

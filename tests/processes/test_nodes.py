@@ -54,6 +54,10 @@ def test_trials_over_two_machines_are_trained_and_searched(bert_job: JobMaker, p
     assert together[0]["loss"] == pytest.approx(newest(place).trials()[0].evaluations()[0]["loss"], rel=1e-4)
 
 
+def _all_of(count: int, hosts: list[str]) -> list[str]:
+    return hosts if len(hosts) == count else []
+
+
 @pytest.mark.long
 def test_trials_stay_on_the_machines_that_are_asked_for(bert_job: JobMaker, place: Path, machines: Machines) -> None:
     """The others would do as well: that a warm trial and a gang of two both land right by chance is one in nine."""
@@ -61,7 +65,7 @@ def test_trials_stay_on_the_machines_that_are_asked_for(bert_job: JobMaker, plac
     for pool, nodes, actor in (("one", 1, "ResourceTrainable"), ("two", 2, "RayTrainWorker")):
         asked = [f"resources.num_nodes={nodes}", f"resources.label_selector.pool={pool}"]
         process = begin(loaded, place, *asked, command="train", **machines.environment)
-        hosts = wait_for(lambda name=actor: machines.hosts(name))
+        hosts = wait_for(lambda name=actor, count=nodes: _all_of(count, machines.hosts(name)))
         assert {node.node_id for node in machines.workers if node.node_labels["pool"] == pool} == set(hosts)
         interrupt(process)
         shown, _ = process.communicate(timeout=120)

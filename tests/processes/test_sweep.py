@@ -128,6 +128,7 @@ search:
     assert all(row["metrics"]["perplexity"] > 1 for row in data["trials"])
 
 
+@pytest.mark.long
 def test_methods_are_searched_like_any_other_field(bert_job: JobMaker, place: Path) -> None:
     """One warm actor: what writes to the base costs a new one, what does not shares it."""
     search = """
@@ -239,16 +240,16 @@ def test_a_spent_budget_ends_in_a_whole_report(bert_job: JobMaker, place: Path) 
     assert (run.path / "report" / "report.html").is_file()
 
 
-@pytest.mark.parametrize("workers", [2])
-def test_two_workers_are_one_with_twice_the_accumulation(bert_job: JobMaker, place: Path, workers: int) -> None:
+@pytest.mark.long
+def test_two_workers_are_one_with_twice_the_accumulation(bert_job: JobMaker, place: Path) -> None:
     together, done = sweep(
-        bert_job(train__per_device_train_batch_size=4, resources__workers_per_node=workers), place, command="train"
+        bert_job(train__per_device_train_batch_size=4, resources__workers_per_node=2), place, command="train"
     )
     assert done.returncode == ExitCode.OK, (
         done.stdout + done.stderr + (together.path / "logs" / "driver.log").read_text()
     )
     alone, done = sweep(
-        bert_job(train__per_device_train_batch_size=4, train__gradient_accumulation_steps=workers),
+        bert_job(train__per_device_train_batch_size=4, train__gradient_accumulation_steps=2),
         place,
         command="train",
     )

@@ -160,20 +160,13 @@ def begin_resume(run: Run, place: Path, runs: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "at", "code"),
     [
-        pytest.param(
-            signal.SIGTERM,
-            "training.session:evaluate_rows",
-            ExitCode.REQUEUE,
-            id="in-evaluation",
-            marks=pytest.mark.long,
-        ),
+        pytest.param(signal.SIGTERM, "training.session:evaluate_rows", ExitCode.REQUEUE, id="in-evaluation"),
         pytest.param(signal.SIGUSR1, "training.model:load_base", ExitCode.REQUEUE, id="in-set-up"),
-        pytest.param(
-            signal.SIGINT, "training.methods:load_weights", ExitCode.INTERRUPTED, id="held-out", marks=pytest.mark.long
-        ),
+        pytest.param(signal.SIGINT, "training.methods:load_weights", ExitCode.INTERRUPTED, id="held-out"),
     ],
 )
 def test_a_signal_saves_within_seconds_wherever_it_comes(

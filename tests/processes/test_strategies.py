@@ -31,8 +31,8 @@ VARIANTS: dict[str, dict[str, object]] = {
     "prompt_tuning": {"method": "prompt_tuning", "train__learning_rate": 0.1},
     "full": {"method": "full", "train__learning_rate": 3e-3},
 }
-FURTHER = ("zero1", "zero2")
-"""Their engine is that of zero3, which the short run has."""
+FURTHER = ("fsdp", "zero1", "zero2")
+"""zero3 cuts up weights as fsdp does, with the engine of the other two; the short run has it and ddp."""
 NOT_SUPPORTED = {("fsdp", "int8"), ("zero3", "int8")}
 
 

@@ -23,9 +23,8 @@ _COPIES_OF_SCORES = 3.25
 _COPIES_OF_LOGITS = 3
 """In float32, at the worst moment of a plain cross-entropy: logits, their log-softmax, and a gradient."""
 _KEPT_BY_GLIBC = 0.6
-_MOST_KEPT_BY_GLIBC = 1.0
-"""On CPU, of what comes and goes in a step: glibc seldom finds room for an aligned block where one as large was freed
-(sourceware.org bug 14581) and takes more instead. Measured: benchmarks/memory_model.py."""
+"""On CPU, as a share of what comes and goes in a step: glibc seldom finds room for an aligned block where one as large
+was freed (sourceware.org bug 14581), and takes more instead. benchmarks/memory_model.py measures it."""
 
 
 def estimate(
@@ -52,7 +51,8 @@ def estimate(
     block = _block_bytes(job, shape, bytes_each) + kept
     activations = tokens * _kept_bytes(job, shape, block, bytes_each)
     logits = _logit_bytes(job, shape, tokens, bytes_each)
-    passing = 0.0 if cuda else (tokens * shape.layers * block + logits) / GIB
+    passing = (tokens * shape.layers * block + logits) / GIB
+    freed = {} if cuda else {"allocator": _KEPT_BY_GLIBC * passing}
     components = {
         "base weights": ((weights + copies) / cut["weights"] + _gathered_bytes(job, shape, bytes_each)) / GIB,
         "adapter": 0.0 if job.method == "full" else trained * number / cut["weights"] / GIB,
@@ -68,14 +68,12 @@ def estimate(
     if job.train.gradient_checkpointing:
         lesser += min(tokens * block / GIB, components["logits"])
     taken = sum(components.values()) - lesser
-    if not cuda:
-        components["allocator"] = _KEPT_BY_GLIBC * passing
     unseen = 0 if kept else tokens * _kept_bytes(job, shape, scores, 0) / GIB
     return MemoryEstimate(
-        components={name: round(gib, 3) for name, gib in components.items()},
+        components={name: round(gib, 3) for name, gib in (components | freed).items()},
         low=round(0.9 * taken, 2),
-        expected=round(taken + _KEPT_BY_GLIBC * passing, 2),
-        high=round(1.2 * (taken + unseen) + _MOST_KEPT_BY_GLIBC * passing, 2),
+        expected=round(taken + sum(freed.values()), 2),
+        high=round(1.2 * (taken + unseen) + (passing if freed else 0), 2),
         of="GPU memory" if cuda else "process memory",
     )
 

@@ -21,7 +21,7 @@ class MemoryEstimate(Spec):
     components: dict[str, float]
     """Base weights, adapter, gradients, optimiser, activations, logits, allocator, runtime."""
     low: float
-    """A tenth below what is expected, when an allocator keeps nothing that is freed."""
+    """A tenth below what is expected where an allocator keeps nothing that was freed."""
     expected: float
     """The sum of the components, less what is never there at the same time."""
     high: float

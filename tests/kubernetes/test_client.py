@@ -289,6 +289,20 @@ def test_a_server_that_talks_nonsense_is_asked_again(
         became(ended)
 
 
+def test_a_watch_that_is_being_opened_is_closed_too(
+    server: ApiServer, kubelet: Kubelet, submitted: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not hear that it should stop: here, two times."""
+    watch = backend_of(run := submitted()).watch(run)
+    assert isinstance(watch, KubernetesWatch)
+    became(lambda: watch.poll() is None and "operator has not seen it" in watch.seen.sentence)
+    heard, stop = [False, False], Client.stop_following
+    monkeypatch.setattr(Client, "stop_following", lambda client: heard.pop() if heard else stop(client))
+    watch.close()
+    assert not heard
+    assert not [thread for thread in watch._threads if thread.is_alive()]
+
+
 def test_a_large_file_is_never_whole_in_memory(tmp_path: Path) -> None:
     """And what is sent is what a tar of it would be."""
     large = tmp_path / "model" / "large.safetensors"

@@ -15,6 +15,7 @@ from cluster.planning import make_plan
 from cluster.shape import shape
 from commands.plan import plan_view
 from jobs.load import LoadedJob
+from jobs.plan import MemoryEstimate
 from jobs.site import LocalSite
 from tests.conftest import JobMaker
 from tests.unit.test_training import session
@@ -104,6 +105,25 @@ def test_what_is_trained_whole_is_kept_in_float32_on_gpus(llama_job: JobMaker) -
     assert (whole["gradients"], whole["optimiser"]) == pytest.approx((4 * gib, 8 * gib), abs=1e-3)
     assert (half["gradients"], half["optimiser"]) == pytest.approx((2 * gib, 4 * gib), abs=1e-3)
     assert cut["optimiser"] == pytest.approx(12 * gib / 2, abs=1e-3)
+
+
+def test_on_cpu_what_glibc_keeps_of_freed_memory_is_a_part(llama_job: JobMaker) -> None:
+    """Gradient checkpointing lessens what a step keeps, and not what it frees."""
+    known = shape(LLAMA)
+    assert known is not None
+
+    def of(*, cuda: bool, **train: object) -> MemoryEstimate:
+        job = llama_job(**{f"train__{name}": value for name, value in train.items()}).job
+        return estimate(job, known, known.parameters, 100, cuda=cuda)
+
+    plain, frugal = of(cuda=False), of(cuda=False, gradient_checkpointing=True)
+    kept = plain.components["allocator"]
+    assert kept == pytest.approx(0.6 * (plain.components["activations"] + plain.components["logits"]), abs=2e-3)
+    assert plain.low == pytest.approx(0.9 * (plain.expected - kept), abs=0.01)
+    assert plain.high > plain.expected + kept / 2
+    assert frugal.components["activations"] < plain.components["activations"]
+    assert frugal.components["allocator"] == kept
+    assert "allocator" not in of(cuda=True).components
 
 
 def test_what_does_not_fit_is_marked(llama_job: JobMaker, tmp_path: Path) -> None:

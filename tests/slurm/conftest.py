@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 from jobs.load import LoadedJob
 from jobs.run import Run
 from slurm.records import JobRecord, from_scontrol
-from slurm.states import job_state
+from slurm.states import JobState, job_state
 from tests.slurm.rig import Rig, missing
 
 
@@ -135,6 +136,18 @@ class Login:
     def ended(self, run: Run, seconds: float = 240) -> JobRecord:
         """The job once Slurm says that it is over."""
         return self.when(run, lambda: job_state(self.record(run).state).ended and self.record(run), seconds)
+
+    def ended_however_often(self, run: Run) -> JobRecord:
+        """The job once it is over, with no wait where it is requeued again: how often depends on the machine."""
+        while not self.when(run, partial(self._ended_or_back, run, self.record(run).restarts)).ended:
+            self.start_now(run)
+        return self.record(run)
+
+    def _ended_or_back(self, run: Run, restarts: int) -> JobState | None:
+        record = self.record(run)
+        state = job_state(record.state)
+        back = record.state == "PENDING" and record.restarts > restarts
+        return state if state.ended or back else None
 
     def when(self, run: Run, condition: Callable[[], Any], seconds: float = 240) -> Any:
         """What a condition says once it holds; else all that is known of the run."""

@@ -217,7 +217,7 @@ def plan_lines(made: Plan) -> list[str]:
     else:
         lines.append(f"cost            {made.worst_samples:,} rows over {counted(total, 'trial')}")
     if made.memory:
-        parts = ", ".join(f"{name} {gib:.2f}" for name, gib in made.memory.components.items())
+        parts = ", ".join(f"{name} {gib:.2f}" for name, gib in made.memory.components.items() if round(gib, 2))
         lines.append(
             f"memory          {made.memory.low:.1f} / {made.memory.expected:.1f} / {made.memory.high:.1f} GiB of "
             f"{made.memory.of} (low / expected / high): {parts}"

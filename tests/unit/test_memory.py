@@ -141,5 +141,6 @@ def test_what_does_not_fit_is_marked(llama_job: JobMaker, tmp_path: Path) -> Non
         screen.print(plan_view(made))
         shown = screen.file.getvalue()  # type: ignore[attr-defined]
         assert ("does not fit" in shown) is not fits
+        assert " 0.00" not in shown  # a part that is nothing is not named
         assert any("1 of 1 trials are expected to need up to" in note for note in made.notes) is not fits
         assert "MB for the trials that run at once, at least every 10 minutes" in shown

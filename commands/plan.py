@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -132,8 +133,9 @@ def plan_view(made: Plan) -> RenderableType:
         others = [_cell(fields.get(trial.resolved, path)) for path in fixed]
         named = [str(number), *([trial.arm] if arms else []), trial.trial_id or "-"]
         table.add_row(*named, *values, *others, str(trial.steps), _gib(trial, made))
-    lines = [*_arm_lines(made), *plan_lines(made)]
-    return Group(table, Text(""), *(Text(line) for line in lines))
+    below = textwrap.TextWrapper(console().width, subsequent_indent=" " * 16, break_on_hyphens=False)
+    lines = [below.fill(line) for line in (*_arm_lines(made), *plan_lines(made))]
+    return Group(table, Text(""), *map(Text, lines))
 
 
 def _arm_lines(made: Plan) -> list[str]:

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from jobs.run import Run
+from jobs.run import Run, RunState
 from tests.conftest import JobMaker
 from tests.slurm.conftest import Login
 
@@ -127,6 +127,28 @@ def test_the_heads_raylet_dies(login: Login, bert_job: JobMaker) -> None:
     check_whole(run, before)
     assert "the Ray of its head node had died" in run.remarks()[0]
     assert login.left_behind() == []
+
+
+def test_cancelled_while_ray_starts(login: Login, bert_job: JobMaker) -> None:
+    """Slurm ends the steps of a job with it: that is no fault of theirs."""
+    run = login.submit(bert_job(GRID))
+    login.when(run, lambda: list(run.path.glob("slurm/ray-*.log")))
+    login.rig.asked("scancel", login.job(run))
+    assert login.ended(run).state == "CANCELLED"
+    assert run.state is RunState.PENDING
+    assert "was cancelled" in login.lorafleet("status", run.id).stdout
+    assert login.left_behind() == []
+
+
+@pytest.mark.long
+def test_requeued_while_its_nodes_are_asked(login: Login, bert_job: JobMaker) -> None:
+    run = login.submit(bert_job(GRID.replace("5000", "500")))
+    login.when(run, lambda: (run.path / "slurm" / "history.jsonl").is_file())
+    login.rig.asked("scontrol", "requeue", login.job(run))
+    login.start_now(run)
+    assert login.ended(run).state == "COMPLETED"
+    assert run.state is RunState.FINISHED
+    assert "restart 1): it was cut off" in run.remarks()[0]
 
 
 @pytest.mark.long

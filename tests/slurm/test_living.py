@@ -8,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from jobs import files
 from jobs.run import Run, RunState
 from tests.conftest import JobMaker
 from tests.slurm.conftest import Login
@@ -38,12 +39,17 @@ def record_of_ended(run: Run) -> dict[str, bytes]:
 def check_whole(run: Run, before: dict[str, bytes]) -> None:
     """Every step once, in order, and what had ended byte for byte as it was."""
     assert before
+    after = record_of_ended(run)
+    assert {name: after[name] for name in before} == before
+    check_steps(run)
+
+
+def check_steps(run: Run) -> None:
+    """Every step of all four trials once, in order, and a decision."""
+    assert len(record_of_ended(run)) == 4
     for trial in run.trials():
         steps = [row["step"] for row in trial.metrics()]
         assert steps == sorted(set(steps)), trial.id
-    after = record_of_ended(run)
-    assert {name: after[name] for name in before} == before
-    assert len(after) == 4
     report = json.loads((run.path / "report" / "report.json").read_text())
     assert report["recommendation"]["trial_id"]
 
@@ -94,9 +100,12 @@ def test_the_time_limit(login: Login, bert_job: JobMaker) -> None:
     login.write_site(time_limit="3:00")
     run = login.submit(bert_job(GRID.replace("5000", "60000"), search__max_concurrent_trials=2))
     login.start_now(run)
-    before = record_of_ended(run)
+    saved = {trial.path / "metrics.jsonl": trial.metrics() for trial in run.trials()}
     assert login.ended_however_often(run).state == "COMPLETED"
-    check_whole(run, before)
+    check_steps(run)
+    assert any(saved.values())
+    for path, rows in saved.items():  # nothing that had been trained was trained again
+        assert files.read_jsonl(path)[: len(rows)] == rows
     assert "it had come to its time limit, and had saved" in run.remarks()[0]
     assert login.left_behind() == []
 

@@ -75,7 +75,8 @@ def plan(
     note_aliases(loaded.notes)
     for note in made.notes[len(loaded.notes) :]:
         say(f"note: {note}")
-    console().print(plan_view(made))
+    screen = console()
+    screen.print(plan_view(made, screen.width))
     name = f"{made.job.name}-..."
     folder = str(backend.runs_dir(runs) / name)
     if isinstance(backend, Away):
@@ -113,8 +114,8 @@ _SHOWN = ("train.learning_rate", "lora.lora_r", "lora.lora_alpha", "prompt_tunin
 """What a plan's table shows of every trial, where its method has it."""
 
 
-def plan_view(made: Plan) -> RenderableType:
-    """The plan as a table and a few lines."""
+def plan_view(made: Plan, width: int) -> RenderableType:
+    """The plan as a table and a few lines; what does not fit a screen of so many columns goes on below its name."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -133,7 +134,7 @@ def plan_view(made: Plan) -> RenderableType:
         others = [_cell(fields.get(trial.resolved, path)) for path in fixed]
         named = [str(number), *([trial.arm] if arms else []), trial.trial_id or "-"]
         table.add_row(*named, *values, *others, str(trial.steps), _gib(trial, made))
-    below = textwrap.TextWrapper(console().width, subsequent_indent=" " * 16, break_on_hyphens=False)
+    below = textwrap.TextWrapper(width, subsequent_indent=" " * 16, break_on_hyphens=False)
     lines = [below.fill(line) for line in (*_arm_lines(made), *plan_lines(made))]
     return Group(table, Text(""), *map(Text, lines))
 

@@ -155,8 +155,9 @@ def test_requeued_while_its_nodes_are_asked(login: Login, bert_job: JobMaker) ->
     login.when(run, lambda: (run.path / "slurm" / "history.jsonl").is_file())
     login.rig.asked("scontrol", "requeue", login.job(run))
     login.start_now(run)
+    assert run.state is RunState.PENDING
     assert login.ended(run).state == "COMPLETED"
-    assert run.state is RunState.FINISHED
+    assert Run(run.path).state is RunState.FINISHED
     assert "restart 1): it was cut off" in run.remarks()[0]
 
 

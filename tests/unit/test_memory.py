@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_marked(llama_job: JobMaker, tmp_path: Path) -> Non
         assert made.trials[0].memory is not None
         assert (made.trials[0].memory.expected < made.gpu_memory_gib) is fits
         screen = Console(width=160, file=io.StringIO())
-        screen.print(plan_view(made))
+        screen.print(plan_view(made, screen.width))
         shown = screen.file.getvalue()  # type: ignore[attr-defined]
         assert ("does not fit" in shown) is not fits
         assert " 0.00" not in shown  # a part that is nothing is not named

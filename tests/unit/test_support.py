@@ -166,13 +166,22 @@ def test_auto_finds_what_every_trial_of_a_search_can_run_under(bert_job: JobMake
     assert choose_strategy(trials, site, memory, cuda=True)[0] == "ddp"
 
 
-def planned(loaded: LoadedJob) -> str:
+def planned(loaded: LoadedJob, width: int = 200) -> str:
     """What `lorafleet plan` prints."""
     text = io.StringIO()
-    screen = Console(width=200, file=text)
+    screen = Console(width=width, file=text)
     nodes = tuple(Node(name=name, cpus=4, memory_gib=50) for name in "ab")
-    screen.print(plan_view(make_plan(loaded, RaySite(address="auto", nodes=nodes), "sweep")))
+    screen.print(plan_view(make_plan(loaded, RaySite(address="auto", nodes=nodes), "sweep"), screen.width))
     return text.getvalue()
+
+
+def test_a_narrow_screen_has_long_lines_go_on_below_their_names() -> None:
+    lines = planned(load_job(ROOT / "examples" / "quickstart.yaml"), 80).splitlines()
+    said = lines[lines.index("") + 1 :]
+    assert max(map(len, lines)) <= 80
+    assert len(said) > len([line for line in said if line[0] != " "])  # some did not fit
+    assert all(line.startswith(" " * 16) for line in said if line[0] == " ")
+    assert {line[13:16] for line in said if line[0] != " "} == {" " * 3}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)

@@ -146,6 +146,7 @@ def test_cancelled_while_ray_starts(login: Login, bert_job: JobMaker) -> None:
     assert login.ended(run).state == "CANCELLED"
     assert run.state is RunState.PENDING
     assert "was cancelled" in login.lorafleet("status", run.id).stdout
+    assert "did not" not in login.lorafleet("logs", run.id).stdout  # nothing is blamed
     assert login.left_behind() == []
 
 

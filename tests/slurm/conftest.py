@@ -180,8 +180,15 @@ class Login:
         found = []
         for number in self.rig.parents:
             found += self.rig.processes(number)
-            found += [f"node{number}: {name}" for name in self.rig.on(number, "ls", str(self.rig.local)).split()]
-        return [what for what in found if not what.endswith(f"lorafleet-{os.getuid()}")]
+        return found + [what for what in self.folders() if not what.endswith(f"lorafleet-{os.getuid()}")]
+
+    def folders(self) -> list[str]:
+        """What lies on the nodes' own disks."""
+        return [
+            f"node{number}: {name}"
+            for number in self.rig.parents
+            for name in self.rig.on(number, "ls", str(self.rig.local)).split()
+        ]
 
 
 PLANTED = "planted-secret-4711"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.errors import PlacementRefused
+from jobs.orphans import clear_orphans
 from jobs.placement import nodes_of_job
 from jobs.site_file import load_site
 from jobs.slurm_site import SlurmSite
@@ -192,3 +195,33 @@ def test_paths_of_the_run_are_arguments_and_not_in_the_script() -> None:
     assert line[-3:] == [str(run / "slurm" / JOB), str(run), "2"]
     assert "--dependency=afterany:17" in line
     assert all("/runs" not in text for text in rendered(SlurmSite.model_validate(BARE)).values())
+
+
+def test_a_token_that_was_not_taken_goes_with_its_step(tmp_path: Path) -> None:
+    (tmp_path / NODE).write_text(rendered(sites()["bare"])[NODE])
+    (tmp_path / "bin").mkdir()
+    slow = tmp_path / "bin" / "ip"  # asked for an address before the token is taken
+    slow.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\nexec sleep 60\n")
+    slow.chmod(0o755)
+    names = {"SLURM_NODEID": "1", "SLURMD_NODENAME": "n2", "LF_INTERFACE": "eth9", "LF_KEEP": "", "LF_STAGE": ""}
+    names |= {"LF_RUN": str(tmp_path), "LF_HERE": str(tmp_path / "lf-1-ab"), "PATH": f"{slow.parent}:{os.defpath}"}
+    subprocess.run(["bash", NODE, "token"], cwd=tmp_path, env=names, input="secret\n", text=True, check=True)
+    assert (tmp_path / "lf-1-ab-token-n2" / "token").read_text() == "secret"
+    step = subprocess.Popen(["bash", NODE, "ray"], cwd=tmp_path, env=names, start_new_session=True)
+    while not (tmp_path / "asked").exists():
+        assert step.poll() is None
+        time.sleep(0.02)
+    os.killpg(step.pid, signal.SIGTERM)
+    assert step.wait(20) != 0
+    assert not list(tmp_path.glob("lf-*"))
+
+
+def test_a_token_that_no_step_came_for_is_cleared_away(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / name for name in ("lf-1-ab-token-n1", "lf-2-cd-token-n1", "of-somebody-token-n1"))
+    for folder in (old, new, other):
+        folder.mkdir()
+        (folder / "token").touch()
+    for folder in (old, other):
+        os.utime(folder, (0, 0))
+    clear_orphans(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [new, other]

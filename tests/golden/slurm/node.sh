@@ -26,6 +26,7 @@ caches() { # FOLDER of this job alone
     [ -z "$LF_STAGE" ] || export LORAFLEET_STAGE=$cache/models
 }
 safe=${LF_HERE%-*}-token-$SLURMD_NODENAME
+[ "$1" != ray ] || trap 'rm -rf "$safe"' EXIT # the job may end before its token was taken
 if [ "$1" = token ]; then
     umask 077
     mkdir -m 700 "$safe" && IFS= read -r token && [ -n "$token" ] && printf '%s' "$token" >"$safe/token"
@@ -55,7 +56,7 @@ umask 077
 mkdir -m 700 "$LF_HERE" || ended 1 "$LF_HERE could not be made"
 ray=''
 # Ray's processes are one session: what of them outlives `ray start` (modules of the dashboard that still import) ends too.
-trap '[ -z "$ray" ] || pkill -KILL -s "$ray"; rm -rf "$LF_HERE"' EXIT
+trap '[ -z "$ray" ] || pkill -KILL -s "$ray"; rm -rf "$LF_HERE" "$safe"' EXIT
 printf '{"machine": ["%s", "%s"], "pid": %d, "started": %s}\n' "$(uname -n)" "$(readlink /proc/self/ns/pid)" \
     "$$" "$(awk '{print $22}' "/proc/$$/stat")" >"$LF_HERE/owner.json"
 mv "$safe/token" "$LF_HERE/token" && rmdir "$safe"

@@ -115,8 +115,8 @@ def measure(case: Case) -> float:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    from evaluation.tokens import Split, TokenData
     from jobs.schedule import Schedule
-    from training.data import Split, TokenData
     from training.meter import free_unused_memory, memory_in_use_gib, peak_memory_gib, reset_peak_memory
     from training.model import load_base
     from training.session import TrainingSession
@@ -129,8 +129,8 @@ def measure(case: Case) -> float:
         kind.from_config(config).save_pretrained(scratch)
         rows = 8 * case.rows
         ids = np.random.default_rng(0).integers(5, 1000, rows * case.tokens).astype(np.int32)
-        targets = np.zeros(rows) if case.task == "classification" else np.ones(rows)
-        split = Split(ids, np.arange(rows + 1) * case.tokens, targets.astype(np.int64))
+        starts, classifies = np.arange(rows + 1) * case.tokens, case.task == "classification"
+        split = Split.of_classes(ids, starts, np.zeros(rows)) if classifies else Split.of_texts(ids, starts)
         labels = ("a", "b") if case.task == "classification" else ()
         data = TokenData({"train": split}, labels, (), False, 0, Path(scratch), {})
         job = case.spec(Path(scratch))

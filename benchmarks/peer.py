@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from evaluation.tokens import Split, TokenData
 from jobs.spec import JobSpec
-from training.data import IGNORED, Split, TokenData
+from training.data import IGNORED
 
 
 class Rows(torch.utils.data.Dataset):
@@ -21,11 +22,11 @@ class Rows(torch.utils.data.Dataset):
 
     @staticmethod
     def _item(split: Split, row: int, classifies: bool) -> dict[str, Any]:
-        ids = split.ids[split.starts[row] : split.starts[row + 1]].astype(int).tolist()
+        span = slice(int(split.starts[row]), int(split.starts[row + 1]))
+        ids = split.ids[span].astype(int).tolist()
         if classifies:
             return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": int(split.targets[row])}
-        first = int(split.targets[row])
-        labels = [IGNORED] * first + ids[first:]
+        labels = np.where(split.learnt[span], ids, IGNORED).tolist()
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
     def __len__(self) -> int:

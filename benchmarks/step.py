@@ -24,10 +24,11 @@ import torch
 
 from benchmarks.peer import machine_line, trainer_for
 from cluster.fetch import fetch_job
+from evaluation.tokens import Split, TokenData
 from jobs.load import load_job
 from jobs.schedule import Schedule
 from jobs.spec import JobSpec
-from training.data import BatchPlan, Split, TokenData, prepare
+from training.data import BatchPlan, prepare
 from training.loss import ChunkedNll
 from training.meter import peak_memory_gib, reset_peak_memory
 from training.model import Base, load_base
@@ -73,7 +74,7 @@ def _fixed(data: TokenData, length: int) -> TokenData:
     split = data.splits["train"]
     rows = np.flatnonzero(split.lengths >= length)[:1024]
     ids = np.concatenate([split.ids[split.starts[row] : split.starts[row] + length] for row in rows])
-    cut = Split(ids, np.arange(len(rows) + 1) * length, np.asarray(split.targets[rows]))
+    cut = Split.of_classes(ids, np.arange(len(rows) + 1) * length, np.asarray(split.targets[rows]))
     return replace(data, splits=data.splits | {"train": cut})
 
 
@@ -234,7 +235,7 @@ def _repeated(data: TokenData, length: int) -> TokenData:
     """Rows of exactly `length` tokens, from the text end to end."""
     split = data.splits["train"]
     rows = min(256, len(split.ids) // length)
-    cut = Split(split.ids[: rows * length], np.arange(rows + 1) * length, np.asarray(split.targets[:rows]))
+    cut = Split.of_texts(np.asarray(split.ids[: rows * length]), np.arange(rows + 1) * length)
     return replace(data, splits=data.splits | {"train": cut})
 
 

@@ -158,8 +158,9 @@ def peer_trial(config: dict, work: Work, grouped: bool) -> None:  # type: ignore
     from transformers import TrainerCallback
 
     from benchmarks.peer import trainer_for
+    from evaluation.tokens import open_tokens
     from jobs import search
-    from training.data import BatchPlan, open_tokens
+    from training.data import BatchPlan
 
     torch.set_num_threads(1)
     asked = config["trial"]

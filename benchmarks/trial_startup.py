@@ -99,7 +99,7 @@ def first_gradient(config: dict) -> None:  # type: ignore[type-arg]
     """What the worker does: the distributed host's own set-up, and one step."""
     import torch
 
-    from training.data import open_tokens
+    from evaluation.tokens import open_tokens
     from training.model import load_base, resolve_device
     from tuning.trial_run import TrialRun
 

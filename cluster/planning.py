@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cluster.memory import checkpoint_bytes, estimate, trained_parameters
 from cluster.shape import Shape, shape
@@ -15,13 +16,17 @@ from jobs.identity import METHOD_BLOCKS, Facts, facts_of, trial_id
 from jobs.load import LoadedJob
 from jobs.placement import Placement, place
 from jobs.plan import MemoryEstimate, Plan, PlannedTrial
-from jobs.rows import Row, Rows, load_rows
+from jobs.row_formats import Row
+from jobs.rows import Rows, load_rows
 from jobs.schedule import Schedule, schedule
 from jobs.search import Assignment
 from jobs.site import Site
 from jobs.spec import JobSpec
 from jobs.support import CUT_WEIGHTS, Strategy, refusals
 from jobs.words import counted
+
+if TYPE_CHECKING:
+    from evaluation.tokens import TokenData
 
 _ASSUMED_ROWS = 1000
 _CHARACTERS_A_TOKEN = 3.0
@@ -39,6 +44,10 @@ class _Known:
     """The model that all trials share, and its weights: counted in the files where they are, else from the shape."""
     longest: int
     """Tokens of the longest row; where the rows are not here, the most that there can be."""
+    train_examples: int | None
+    """Sequences that one epoch trains on: the training rows, or more where a row becomes several examples."""
+    data: tuple[str, ...]
+    """What the rows are as tokens, a line each; empty where the tokenizer is not here."""
     notes: tuple[str, ...]
 
     @property
@@ -129,7 +138,7 @@ def _plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
     if job.search and job.search.method == "random" and len(configurations) < job.search.num_samples:
         there_are = counted(len(configurations), "different configuration")
         notes.append(f"search.num_samples is {job.search.num_samples}, but its parameters make only {there_are}")
-    train_rows = len(known.rows.train) if known.rows else None
+    train_rows = known.train_examples
     trials = [search.trial(job, assignment) for assignment in configurations]
     schedules = [schedule(trial, train_rows or _ASSUMED_ROWS, searching=searching) for trial in trials]
     total = _total(job, len(configurations))
@@ -154,6 +163,7 @@ def _plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
         batch_rows=schedules[0].batch_rows,
         accumulation_steps=job.train.accumulation_steps(job.resources.world_size),
         train_rows=train_rows,
+        data=list(known.data),
         rung_levels=list(schedules[0].rung_levels),
         rung_steps=list(schedules[0].rung_steps),
         worst_samples=worst,
@@ -178,8 +188,43 @@ def _known(job: JobSpec) -> _Known:
         facts = facts_of(job) if rows else None
     except AssetError as missing:
         notes.append(f"{missing}; trial ids are not known yet")
+    tokens = _tokens(job, notes) if rows and facts and job.generates else None
+    if rows and tokens:
+        longest, examples = tokens.longest, len(tokens.splits["train"])
+        notes = [*tokens.warnings, *(note for note in notes if note not in tokens.warnings)]
+        return _Known(rows, facts, _model(job), longest, examples, tuple(token_lines(tokens)), tuple(notes))
     longest = _longest_tokens(rows) if rows else job.model.max_length
-    return _Known(rows, facts, _model(job), longest, tuple(notes))
+    return _Known(rows, facts, _model(job), longest, len(rows.train) if rows else None, (), tuple(notes))
+
+
+def _tokens(job: JobSpec, notes: list[str]) -> TokenData | None:
+    """Return the rows as tokens, made here or taken from the cache; None (and a note) without the tokenizer.
+
+    Only the chat template says how many examples a conversation becomes, and what it cannot render.
+    """
+    from evaluation.tokens import prepare
+
+    try:
+        return prepare(job)
+    except AssetError as missing:
+        notes.append(f"{missing}; how rows become tokens was not looked at")
+        return None
+
+
+def token_lines(tokens: TokenData) -> list[str]:
+    """Say what the rows of each split are as tokens."""
+    lines = []
+    for name, split in tokens.splits.items():
+        if not len(split):
+            continue
+        examples = f" in {len(split):,} examples" if len(split) != split.rows else ""
+        lengths = sorted(int(length) for length in split.lengths)
+        learnt = int(split.target_counts.sum())
+        lines.append(
+            f"{name}: {counted(split.rows, 'row')}{examples}, {int(split.starts[-1]):,} tokens ({learnt:,} learnt), "
+            f"{lengths[len(lengths) // 2]} a row (median), {lengths[-1]} at most"
+        )
+    return lines
 
 
 def _model(job: JobSpec) -> tuple[Shape, int] | None:
@@ -293,7 +338,7 @@ def _longest_tokens(rows: Rows) -> int:
 
 
 def _characters(row: Row) -> int:
-    return len(row.text) + sum(len(content) for _, content in row.messages)
+    return len(row.text) + sum(len(message.content) for message in row.messages)
 
 
 def _host_gib(job: JobSpec, memory: MemoryEstimate | None, known: _Known, *, cuda: bool) -> float:

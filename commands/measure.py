@@ -21,6 +21,11 @@ def measure() -> None:
         amount = (request["rows"], request["new_tokens"], request["batch_rows"], request["threads"])
         typer.echo(json.dumps(measure_artefact(Path(request["folder"]), *amount, points)))
         return
+    if request["what"] == "answers":
+        from deployment.called import answer_prompts
+
+        typer.echo(json.dumps(answer_prompts(Path(request["folder"]), request["prompts"], request["new_tokens"])))
+        return
     from training import measure as measured
 
     job, tokens = JobSpec.model_validate_json(json.dumps(request["job"])), Path(request["tokens"])

@@ -199,6 +199,7 @@ def plan_lines(made: Plan) -> list[str]:
         first = counted(len(made.trials), "random start-up trial")
         more = f"{made.later_trials} more {'is' if made.later_trials == 1 else 'are'}"
         lines.append(f"TPE's {first}; {more} chosen while the sweep runs, from the results so far.")
+    lines += [f"{'data' if number == 0 else '':<16}{line}" for number, line in enumerate(made.data)]
     lines += [
         f"training rows   {rows}",
         f"one step        {_step(made)}",

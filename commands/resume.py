@@ -21,10 +21,12 @@ def resume(
     from cluster.store import find_run
     from commands.view import news
     from commands.watch import follow, show_end
+    from evaluation.shipped import check_prompt_format
     from jobs.errors import ExitCode
     from jobs.run import RunState
 
     found = find_run(runs, run)
+    check_prompt_format(found)
     backend = backend_of(found)
     if found.state is RunState.FINISHED and all(trial.state.ended for trial in found.trials()):
         say(f"{found.id} is finished: there is nothing left to train")

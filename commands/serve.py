@@ -55,7 +55,9 @@ def serve(
         token = own or new_token()
         limits = Limits(max_body_kb, max_tokens, concurrency, queue)
         name = artefact.absolute().name
-        app = serving_app(loaded, name, token, taken, limits, lambda turns: framed(artefact, turns))
+        app = serving_app(
+            loaded, name, token, taken, limits, lambda turns: framed(artefact, turns, about.chat_template_kwargs)
+        )
         say(f"for production: {production(about, artefact)}")
         _invite(about, name, token if own is None else None, listening)
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))

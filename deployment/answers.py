@@ -9,6 +9,7 @@ from typing import Literal
 
 from deployment.decoding import Sampling, tokens_of
 from deployment.runtime import Loaded
+from jobs.answer_frame import AnswerFrame
 from jobs.errors import UserError
 
 _HALF_A_CHARACTER = "\ufffd"
@@ -36,14 +37,22 @@ def room_for(loaded: Loaded, prompt: Sequence[int], most: int) -> int:
 
 
 def pieces(
-    loaded: Loaded, prompt: Sequence[int], most: int, sampling: Sampling | None, stops: Sequence[str] = ()
+    loaded: Loaded,
+    prompt: Sequence[int],
+    most: int,
+    sampling: Sampling | None,
+    stops: Sequence[str] = (),
+    *,
+    raw: bool = False,
 ) -> Iterator[Piece]:
-    """An answer of at most `most` tokens, up to the first of the stop texts; greedy without `sampling`.
+    """Yield an answer of at most `most` tokens, up to the first of the stop texts; greedy without `sampling`.
 
     A token may be half a character, and the end of a piece the beginning of a stop text: both wait for what follows.
+    What a chat template has the model write before its answer is left out, unless a text is continued (`raw`).
     """
     about, said, shown = loaded.artefact, list[int](), ""
-    text, end = "", "length"
+    text, end, stopped = "", "length", False
+    frame = None if raw else loaded.frame_after(prompt)
     for (token,) in tokens_of(
         loaded.model, [prompt], room_for(loaded, prompt, most), about.ends, about.pad_id, sampling
     ):
@@ -51,16 +60,28 @@ def pieces(
             end = "stop"
             break
         said.append(token)
-        text = loaded.text(said)
+        text = _text(loaded, said, frame, finished=False)
         cut = first_of(text, stops)
         if cut is not None:
-            text, end = text[:cut], "stop"
+            text, end, stopped = text[:cut], "stop", True
             break
         sure = text[: len(text) - begun(text, stops)]
         if len(sure) > len(shown) and not sure.endswith(_HALF_A_CHARACTER):
             yield Piece(sure[len(shown) :], len(said))
             shown = sure
+    if not stopped:
+        text = _text(loaded, said, frame, finished=True)
     yield Piece(text[len(shown) :], len(said), "stop" if end == "stop" else "length")
+
+
+def _text(loaded: Loaded, tokens: Sequence[int], frame: AnswerFrame | None, *, finished: bool) -> str:
+    """Return the answer that tokens hold so far; empty while they may still be the frame before it."""
+    if frame is None:
+        return loaded.decode(tokens)
+    written = loaded.decode(tokens, False)
+    visible = frame.visible(written, finished=finished)
+    text = loaded.decode(tokens) if visible == written else frame.without_special_tokens(visible)
+    return text.lstrip()
 
 
 def first_of(text: str, stops: Sequence[str]) -> int | None:

@@ -15,14 +15,15 @@ from evaluation.comparison import batches_of, inference_of
 from evaluation.report import bare, build_report
 from evaluation.report_text import BENCHMARK, number
 from evaluation.shipped import Shipped
+from evaluation.tokens import TokenData, row_encoder
 from jobs import files
 from jobs.errors import UserError
 from jobs.export import TARGETS, WHAT
 from jobs.exported import Judged, Parity, read_record
 from jobs.report import Arm, Recommendation, Report
 from jobs.spec import JobSpec
-from training.data import TokenData, fit, prepare, prompt_tokens
-from training.model import load_tokenizer, safetensors_folder
+from training.data import prepare
+from training.model import safetensors_folder
 
 LEDGER = "measured.jsonl"
 
@@ -153,12 +154,11 @@ def positions_of_model(name: str, revision: str | None) -> int | None:
 def _rows(given: Shipped, data: TokenData, split_name: str, amount: Amount) -> list[list[int]]:
     """The tokens that every variant is given: prompts with room for an answer, or texts."""
     if given.job.generates:
-        spec = given.job.model
-        tokenizer = load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)
+        spec, encoder = given.job.model, row_encoder(given.job)
         rows = data.rows(split_name)[: amount.rows]
         positions = positions_of_model(spec.model_name_or_path, spec.revision) or spec.max_length + amount.new_tokens
         room = max(1, min(spec.max_length, positions - amount.new_tokens))
-        return [fit(prompt_tokens(row, tokenizer), [], room)[0] for row in rows]
+        return [encoder.prompt(row, room) for row in rows]
     return data.tokens(split_name, amount.rows)
 
 

@@ -10,13 +10,14 @@ import yaml
 from deployment.runtime import files_mb
 from evaluation.report_text import number, plain
 from evaluation.shipped import Shipped
-from jobs import files
+from jobs import answer_frame, files
 from jobs.assets import ASSETS, PREFIX
 from jobs.errors import AssetError
 from jobs.export import WHAT
-from jobs.exported import Artefact, Parity
+from jobs.exported import Artefact, Judged, Parity
 from jobs.hub import model_folder
 from jobs.report import Inference
+from jobs.words import counted
 
 _RUNNERS = Path(__file__).parent / "runners"
 
@@ -24,11 +25,19 @@ _RUNNERS = Path(__file__).parent / "runners"
 def write_card(
     folder: Path, artefact: Artefact, parity: Parity, given: Shipped, speed: Inference | None = None
 ) -> None:
-    """README.md, and run.py where ONNX Runtime alone runs it."""
-    if artefact.target.startswith("onnx"):
-        kind = "classify" if artefact.task == "classification" else "write"
-        shutil.copy(_RUNNERS / f"{kind}.py", folder / "run.py")
+    """Write README.md."""
     files.write_text(folder / "README.md", _card(folder, artefact, parity, given, speed))
+
+
+def write_runner(folder: Path, artefact: Artefact) -> None:
+    """Write run.py where ONNX Runtime alone runs the model, and the module beside it that finds the answer."""
+    if not artefact.target.startswith("onnx"):
+        return
+    if artefact.task == "classification":
+        shutil.copy(_RUNNERS / "classify.py", folder / "run.py")
+        return
+    shutil.copy(_RUNNERS / "write.py", folder / "run.py")
+    shutil.copy(Path(str(answer_frame.__file__)), folder / "answer_frame.py")
 
 
 def _card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped, speed: Inference | None) -> str:
@@ -52,6 +61,7 @@ def _card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped, spee
         f"| {judged.metric} | {_with(judged.before, judged.before_interval)} | "
         f"{_with(judged.after, judged.after_interval)} |",
         f"| largest logit difference | | {number(judged.max_logit_difference)} |",
+        *_called(judged),
         f"| same {'class' if judged.metric == 'accuracy' else 'likeliest token'} | | {judged.agreement:.3f} |",
         "",
         f"{'Accepted' if parity.accepted else 'REJECTED: ' + '; '.join(parity.reasons)}.",
@@ -62,6 +72,17 @@ def _card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped, spee
         *_how(artefact),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _called(judged: Judged) -> list[str]:
+    """Rows on what a user who asks a prompt alone gets."""
+    if judged.called_prompts is None or judged.called_answers is None:
+        return []
+    rows = counted(judged.called_rows, "row")
+    return [
+        f"| prompts framed as in training, of {rows} that were asked as you ask | | {judged.called_prompts:.3f} |",
+        f"| answers to them that are the source's | | {judged.called_answers:.3f} |",
+    ]
 
 
 def _speed(speed: Inference | None) -> list[str]:
@@ -76,6 +97,10 @@ def _speed(speed: Inference | None) -> list[str]:
     return [f"- speed: {took}; {number(speed.peak_memory_gib, 2)} GiB at most, on {threads}"]
 
 
+def _writes(artefact: Artefact) -> bool:
+    return artefact.task != "classification"
+
+
 def _how(artefact: Artefact) -> list[str]:
     if artefact.target in _BY_LORAFLEET:
         extra, more = _BY_LORAFLEET[artefact.target]
@@ -85,7 +110,8 @@ def _how(artefact: Artefact) -> list[str]:
             "    pip install onnxruntime numpy tokenizers",
             f'    python run.py "{"a text" if artefact.task == "classification" else "a prompt"}"',
             "",
-            "`run.py` is all there is to it: copy from it. `artefact.json` says what it needs to know.",
+            "`run.py` is all there is to it: copy from it. `artefact.json` says what it needs to know"
+            + (", and `answer_frame.py` finds the answer in what the model writes." if _writes(artefact) else "."),
         ]
     kind = "SequenceClassification" if artefact.task == "classification" else "CausalLM"
     return [

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
+from evaluation.tokenizer import read_tokenizer
+from jobs.chat_format import ChatFormat, TemplateRefusal
+from jobs.conversation import Message
 from jobs.errors import UserError
 
 
-def framed(folder: Path, turns: Sequence[dict[str, str]]) -> str:
-    """Messages (role, content), up to where the answer begins.
+def framed(folder: Path, turns: Sequence[dict[str, str]], template_kwargs: Mapping[str, Any] | None = None) -> str:
+    """Render messages (role, content) with the variables of training, up to where the answer begins.
 
     Raises UserError where the model has no chat template, or where that refuses the messages.
     """
-    tokenizer = _tokenizer(folder)
-    if not tokenizer.chat_template:
+    chat = _format(folder, json.dumps(dict(template_kwargs or {}), sort_keys=True))
+    if not chat.template:
         raise UserError("this model has no chat template: it takes one user message alone")
     try:
-        return str(tokenizer.apply_chat_template(list(turns), add_generation_prompt=True, tokenize=False))
-    except TemplateError as error:
-        raise UserError(f"the model's chat template refuses these messages: {error}") from error
+        return chat.render([Message(turn["role"], turn["content"]) for turn in turns], generation=True)
+    except TemplateRefusal as error:
+        raise UserError(str(error).replace("this row", "these messages")) from error
 
 
 @functools.cache
-def _tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(folder))
+def _format(folder: Path, template_kwargs: str) -> ChatFormat:
+    return ChatFormat(read_tokenizer(str(folder), folder), template_kwargs=json.loads(template_kwargs))

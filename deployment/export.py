@@ -13,13 +13,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from cluster.apart import measured_apart
-from deployment.card import write_card
+from deployment.called import NEW_TOKENS, Calls, called, calls_of
+from deployment.card import write_card, write_runner
 from deployment.edge import export_executorch
 from deployment.int4 import to_int4
 from deployment.merge import Source
@@ -30,13 +31,17 @@ from deployment.tensorrt import to_tensorrt
 from deployment.unavailable import Unavailable, why_not
 from evaluation.comparison import inference_of
 from evaluation.shipped import Shipped
+from evaluation.tokens import TokenData, row_encoder
 from jobs import files
+from jobs.chat_format import ChatFormat
+from jobs.conversation import Message
 from jobs.errors import MissingExtra, UserError, disk_full
 from jobs.export import NEEDS, TARGETS, Gate, Target, gate_of
 from jobs.exported import Artefact, Delivery, Exported, Judged, Made, Parity, pick, verdict
 from jobs.hub import model_revision
 from jobs.report import Inference
-from jobs.rows import Row
+from jobs.words import counted
+from training.evaluation import room_for_prompts
 
 REJECTED = "rejected"
 SUMMARY = "export.json"
@@ -114,8 +119,10 @@ class _Work:
         classifies = bool(self.held_out.classes)
         self.seen: Seen = look((TorchClassifier if classifies else TorchDecoder)(source.model), self.held_out)
         self.base = _base_of(source.model, self.held_out)
+        self.systems = source.data.systems
         self.int8_base = source.quantised and given.job.qlora.quant_type == "int8"
         self.about = about(source)
+        self.calls = _calls(source) if not classifies else None
         tell("merging the adapter into the weights")
         source.merge(self._place("merged"))
         self.built["merged"] = self._place("merged")
@@ -202,6 +209,7 @@ class _Work:
         """What exporters and runtimes of others do: the target's folder, and how far it is from its source."""
         folder = self._build(target)
         files.write_json(folder / ARTEFACT_FILE, self._artefact(target).model_dump(mode="json"))
+        write_runner(folder, self._artefact(target))
         self.tell(f"comparing {target} with its source")
         parity = self._judged(target, folder)
         if target == "onnx-int8" and not parity.accepted:
@@ -256,6 +264,7 @@ class _Work:
         judged: Judged = judge(self.seen, look(loaded.model, self.held_out))
         del loaded
         gc.collect()
+        judged = judged.model_copy(update=self._called(folder))
         spec = self.given.job.export
         gate: Gate = gate_of(spec, target, generates=not self.held_out.classes, int8_base=self.int8_base)
         reasons = verdict(gate, judged)
@@ -263,7 +272,32 @@ class _Work:
             target=target, accepted=not reasons, reasons=reasons, gate=gate, judged=judged, remarks=self._remarks()
         )
 
+    def _called(self, folder: Path) -> dict[str, Any]:
+        """Ask a target as its user will, where a prompt alone can ask a held-out row."""
+        if self.calls is None or not self.calls.prompts:
+            return {}
+        prompts, answers = called(folder, self.calls, self.threads)
+        return {"called_rows": len(self.calls.prompts), "called_prompts": prompts, "called_answers": answers}
+
     def _remarks(self) -> list[str]:
+        return [*self._of_calls(), *self._of_packing()]
+
+    def _of_calls(self) -> list[str]:
+        """Say which rows a prompt alone cannot ask."""
+        remarks = []
+        if self.systems > 1:
+            remarks.append(
+                "training's rows do not all have the same system message, so that none stands before a prompt; send "
+                "one in a conversation where it matters"
+            )
+        if self.calls is not None and self.calls.others:
+            remarks.append(
+                f"{counted(self.calls.others, 'held-out row')} cannot be asked by a prompt alone (earlier turns, "
+                "tools, or a system message that not all rows have)"
+            )
+        return remarks
+
+    def _of_packing(self) -> list[str]:
         if self.given.job.method != "qlora" or self.given.weights is None:
             return []
         kind = self.given.job.qlora.quant_type.upper()
@@ -294,6 +328,14 @@ def _base_of(model: Any, held_out: HeldOut) -> Score | None:
         return score((TorchClassifier if held_out.classes else TorchDecoder)(model), held_out)
 
 
+def _calls(source: Source) -> Calls:
+    """Ask the source what a user will ask its targets."""
+    split = "validation" if source.data.chosen_on_test else "test"
+    room = room_for_prompts(source.base.model, source.job, NEW_TOKENS)
+    encoder = row_encoder(source.job, source.chat)
+    return calls_of(TorchDecoder(source.model), encoder, source.data, split, room, source.ends)
+
+
 def held_out_rows(source: Source) -> HeldOut:
     """The first test rows of the job's data (validation, where there are no others), at most `export.rows`."""
     data, job = source.data, source.job
@@ -313,7 +355,7 @@ def held_out_rows(source: Source) -> HeldOut:
 def about(source: Source) -> Artefact:
     """What every target of a source says of itself."""
     job, config = source.job, source.base.model.config
-    before, after, start, system = _frame(source) if job.generates else ("", "", [], "")
+    frame = prompt_frame(source.chat, source.data) if job.generates else PromptFrame()
     layers, heads, size = cache_shape(config) if job.generates else (0, 0, 0)
     given = source.given
     return Artefact(
@@ -330,12 +372,15 @@ def about(source: Source) -> Artefact:
         labels=list(source.data.labels),
         max_length=job.model.max_length,
         positions=getattr(config, "max_position_embeddings", None),
-        ends=_ends(source) if job.generates else [],
+        ends=source.ends if job.generates else [],
         pad_id=source.data.pad_id,
-        start=start,
-        before=before,
-        after=after,
-        system=system,
+        start=frame.start,
+        before=frame.before,
+        after=frame.after,
+        system=frame.system,
+        strip=frame.strip,
+        answer_frame=source.data.frame.as_dict() if source.data.frame else None,
+        chat_template_kwargs=dict(job.data.chat_template_kwargs),
         layers=layers,
         heads=heads,
         head_size=size,
@@ -343,37 +388,37 @@ def about(source: Source) -> Artefact:
     )
 
 
-def _ends(source: Source) -> list[int]:
-    from evaluation.generate import end_tokens
+@dataclass(frozen=True)
+class PromptFrame:
+    """What stands around a prompt of a user."""
 
-    return end_tokens(source.base.model, source.tokenizer)
+    before: str = ""
+    after: str = ""
+    start: list[int] = field(default_factory=list)
+    """Tokens before the text, where the prompt does not name them itself."""
+    system: str = ""
+    """The system message that `before` holds."""
+    strip: bool = False
+    """Whether the chat template takes the spaces off the ends of what is asked."""
 
 
-def _frame(source: Source) -> tuple[str, str, list[int], str]:
-    data = source.data
-    rows = data.rows("validation" if data.chosen_on_test else "test")
-    return prompt_frame(source.tokenizer, rows[0])
+def prompt_frame(chat: ChatFormat, data: TokenData) -> PromptFrame:
+    """Return what training has around the prompt of a row, so that a runner can put it around any text.
 
-
-def prompt_frame(tokenizer: Any, row: Row) -> tuple[str, str, list[int], str]:
-    """(text before what is asked, text after it, tokens before both), as training has them around rows like this one.
-
-    A system message before the question is part of the frame, and comes alone as well, last. Raises UserError for a
-    chat template that does not leave the question as it is.
+    A system message is part of it only where all rows have the same one. Raises UserError for a chat template that does
+    not leave the question as it is.
     """
-    start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    if not row.messages:
-        return "", "", start, ""
-    system = next((content for role, content in row.messages[:1] if role == "system"), "")
-    if not tokenizer.chat_template:
-        return f"{system}\n\n" if system else "", "\n\n", start, system
-    first = [{"role": "system", "content": system}] if system else []
-    asked = [*first, {"role": "user", "content": _SENTINEL}]
-    whole = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
-    parts: list[str] = whole.split(_SENTINEL)
+    if data.frame is None:  # texts alone
+        bos = chat.tokenizer.bos_token_id
+        return PromptFrame(start=[] if bos is None else [bos])
+    system = data.system or ""
+    first = [Message("system", system)] if system else []
+    whole = chat.render([*first, Message("user", _SENTINEL)], generation=True)
+    parts = whole.split(_SENTINEL)
     if len(parts) != 2:
         raise UserError("the model's chat template changes what is asked: prompts cannot be framed outside of it")
-    return parts[0], parts[1], [], system
+    spaced = chat.render([*first, Message("user", f" {_SENTINEL}\n")], generation=True)
+    return PromptFrame(parts[0], parts[1], chat.start_ids, system, strip=spaced == whole)
 
 
 def _version(name: str) -> str | None:

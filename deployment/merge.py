@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from evaluation.generate import end_tokens
 from evaluation.shipped import Shipped
+from evaluation.tokenizer import chat_format
+from evaluation.tokens import TokenData
 from jobs.errors import UserError
 from jobs.spec import JobSpec
-from training.data import TokenData, prepare
+from training.data import prepare
 from training.methods import detach, load_weights
-from training.model import Base, fresh_heads, load_base, load_tokenizer, name_classes
+from training.model import Base, fresh_heads, load_base, name_classes
 
 CPU = torch.device("cpu")
 
@@ -31,10 +34,8 @@ class Source:
             )
         self.given, self.job = given, in_float32(given.job)
         self.data: TokenData = prepare(self.job)
-        spec = self.job.model
-        self.tokenizer = load_tokenizer(
-            spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code
-        )
+        self.chat = chat_format(self.job)
+        self.tokenizer = self.chat.tokenizer
         self.base: Base = load_base(self.job, len(self.data.labels), CPU)
         self.model: Any = self._adapted()
 
@@ -42,6 +43,11 @@ class Source:
     def quantised(self) -> bool:
         """Whether the base was packed by bitsandbytes."""
         return self.job.method == "qlora"
+
+    @property
+    def ends(self) -> list[int]:
+        """Tokens at which an answer is over: the model's own, and the one that its chat template writes."""
+        return list(dict.fromkeys([*end_tokens(self.base.model, self.tokenizer), *self.data.ends]))
 
     @property
     def size_mb(self) -> float:
@@ -71,6 +77,9 @@ class Source:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 model = model.merge_and_unload(safe_merge=True)  # raises ValueError at a weight that is no number
+        if self.job.generates and getattr(model, "generation_config", None) is not None:
+            # Whoever loads the model (transformers, vLLM) ends answers where its chat template does.
+            model.generation_config.eos_token_id = self.ends
         _save(model, self.data.labels, folder)
         self.tokenizer.save_pretrained(str(folder))
         self.model = None

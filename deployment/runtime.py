@@ -14,6 +14,7 @@ import numpy as np
 from deployment.decoding import Decoder, RowByRow, left_padded
 from deployment.extras import onnxruntime_here, require
 from deployment.unavailable import Unavailable
+from jobs.answer_frame import AnswerFrame
 from jobs.errors import UserError
 from jobs.exported import Artefact, read_record
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 ARTEFACT_FILE = "artefact.json"
+PROMPT_TAIL = 32
+"""Tokens of a prompt that show whether it ends in an open thinking block."""
 ONNX_FILE = "model.onnx"
 PTE_FILE = "model.pte"
 
@@ -50,15 +53,21 @@ class Loaded:
         return made
 
     def prompt(self, text: str) -> list[int]:
-        """Tokens of what is asked, as training had them before an answer."""
-        found = self.artefact
-        whole = f"{found.before}{text}{found.after}"
-        return [*found.start, *self.tokenizer.encode(whole, add_special_tokens=False).ids]
+        """Return the tokens of what is asked, as training had them before an answer."""
+        about = self.artefact
+        whole = f"{about.before}{text.strip() if about.strip else text}{about.after}"
+        return [*about.start, *self.tokenizer.encode(whole, add_special_tokens=False).ids]
 
-    def text(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
-        said: str = self.tokenizer.decode(list(tokens), skip_special_tokens=True)
-        return said
+    def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of tokens."""
+        text: str = self.tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def frame_after(self, prompt: Sequence[int]) -> AnswerFrame | None:
+        """Return what the model writes before its answer to a prompt; None: it was trained on texts alone."""
+        if self.artefact.answer_frame is None:
+            return None
+        return AnswerFrame.from_dict(self.artefact.answer_frame).after(self.decode(prompt[-PROMPT_TAIL:], False))
 
     def probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Of a classifier: the probability of each class (columns) of each text (rows)."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from jobs.answer_frame import AnswerFrame
 from jobs.spec import EvaluateSpec
 
 
@@ -16,9 +17,13 @@ def write_answers(
     spec: EvaluateSpec,
     batch_rows: int,
     on_batch: Callable[[], None] = lambda: None,
+    *,
+    ends: Sequence[int] = (),
+    frame: AnswerFrame | None = None,
 ) -> list[str]:
-    """What a causal model writes after each prompt (token ids), without the prompt and without end tokens.
+    """Return the answer that a causal model writes to each prompt (token ids), without frame and end tokens.
 
+    `ends` are end tokens beside the model's own (those of its chat template), `frame` is what stands before an answer.
     Prompts alike in length go together. What `do_sample` draws depends on the seed, on which rows there are and on how
     many go together, and on nothing that ran before. `on_batch` is called before each batch; what it raises ends it.
     """
@@ -27,7 +32,7 @@ def write_answers(
 
     # PEFT's own generate hides from transformers that the model takes positions: GPT-2 would count the padding.
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    ends = end_tokens(inner, tokenizer)
+    ends = list(dict.fromkeys([*end_tokens(inner, tokenizer), *ends]))
     options: dict[str, Any] = {"max_new_tokens": spec.max_new_tokens, "do_sample": spec.do_sample, "use_cache": True}
     if spec.do_sample:
         options |= {"temperature": spec.temperature, "top_p": spec.top_p, "top_k": 0}
@@ -45,8 +50,12 @@ def write_answers(
                 written = inner.generate(**inputs, generation_config=config)
             given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
             for row, tokens in zip(rows, written[:, given:].tolist(), strict=True):
-                answers[row] = decoded(tokens, ends, tokenizer)
+                answers[row] = decoded(tokens, ends, tokenizer, frame, prompts[row])
     return answers
+
+
+_PROMPT_TAIL = 32
+"""Tokens of a prompt that show whether it ends in an open thinking block."""
 
 
 @contextmanager
@@ -88,8 +97,20 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(token for token in found if token is not None))
 
 
-def decoded(tokens: Sequence[int], ends: Sequence[int], tokenizer: Any) -> str:
-    """The text of new tokens up to the first that ends an answer, without spaces at its ends."""
+def decoded(
+    tokens: Sequence[int],
+    ends: Sequence[int],
+    tokenizer: Any,
+    frame: AnswerFrame | None = None,
+    prompt: Sequence[int] = (),
+) -> str:
+    """Return the answer in new tokens up to the first that ends it, without spaces at its ends."""
+
+    def decode(ids: Sequence[int], skip_special_tokens: bool) -> str:
+        text: str = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
     over = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    text: str = tokenizer.decode(list(tokens[:over]), skip_special_tokens=True)
-    return text.strip()
+    if frame is None:
+        return decode(tokens[:over], True).strip()
+    return frame.after(decode(prompt[-_PROMPT_TAIL:], False)).answer(tokens[:over], decode)

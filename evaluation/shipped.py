@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.report import build_report, run_job
-from jobs import search
+from jobs import files, search
 from jobs.arms import arm_of, judged_job
 from jobs.errors import RunError
+from jobs.identity import prompt_format
 from jobs.run import Run, Trial
 from jobs.spec import JobSpec
 
@@ -33,6 +34,7 @@ def shipped(run: Run, trial_id: str = "") -> Shipped:
 
     Raises RunError where there is none, or where its weights are not on this machine.
     """
+    check_prompt_format(run)
     if trial_id:
         trial = next((found for found in run.trials() if found.id == trial_id), run.trial(trial_id))
         return Shipped(run, job_of(trial), _there(run, trial.weights), trial_id, trial.arm)
@@ -48,6 +50,18 @@ def shipped(run: Run, trial_id: str = "") -> Shipped:
     if chosen.trial_id is None or weights is None:
         raise RunError(f"{run.id} recommends nothing yet: name a trial, as {run.id}:TRIAL")
     return Shipped(run, job_of(Trial(weights.parent)), _there(run, weights), chosen.trial_id)
+
+
+def check_prompt_format(run: Run) -> None:
+    """Raise RunError for a run that another version trained on other tokens than this one would make of its rows."""
+    trained = files.read_json(run.path / "facts.json").get("prompt_format")
+    job = run_job(run)
+    if trained is not None and trained != prompt_format(job):
+        raise RunError(
+            f"{run.id} was trained with prompt format {trained}, and this version of lorafleet has "
+            f"{prompt_format(job)}: it would build other prompts and end tokens than the training had. Use the version "
+            "that trained it, or train it again; its report and `lorafleet compare RUN RUN` still work"
+        )
 
 
 def job_of(trial: Trial) -> JobSpec:

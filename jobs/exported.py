@@ -38,6 +38,12 @@ class Judged(Spec):
     """The largest difference where rows are given token by token, and padded on the left, as answers are written."""
     step_agreement: float | None = None
     """Share of those tokens after which the likeliest next one is the same."""
+    called_rows: int = 0
+    """Held-out rows that were asked as a user asks: by the runner beside the model, in a process of its own."""
+    called_prompts: float | None = None
+    """Share of these whose prompt had the very tokens that training gives the row."""
+    called_answers: float | None = None
+    """Share of these whose answer begins as the source's own."""
     metric: str
     """accuracy or perplexity."""
     before: float | None
@@ -87,6 +93,10 @@ def verdict(gate: Gate, judged: Judged) -> list[str]:
     if gate.min_agreement is not None and by_steps is not None and by_steps < gate.min_agreement - _FEW_STEPS:
         reasons.append(
             f"token by token {by_steps:.3f} of likeliest tokens agree, and {gate.min_agreement - _FEW_STEPS:g} must"
+        )
+    if judged.called_prompts is not None and judged.called_prompts < 1:
+        reasons.append(
+            f"{judged.called_prompts:.3f} of the prompts that a user asks are framed as in training, and all must be"
         )
     drop = metric_drop(judged)
     if gate.max_metric_drop is not None and drop is not None and drop > gate.max_metric_drop + 1e-9:
@@ -292,9 +302,16 @@ class Artefact(Spec):
     before: str = ""
     """What stands before what is asked, from the chat template."""
     system: str = ""
-    """The system message that training's rows begin with; `before` has it in it."""
+    """The system message that all rows of training begin with; `before` has it in it. Empty: they have none, or not
+    all the same."""
     after: str = ""
     """What stands between what is asked and the answer."""
+    strip: bool = False
+    """Whether the chat template takes the spaces off the ends of what is asked."""
+    answer_frame: dict[str, Any] | None = None
+    """What the model writes before its answer, as `answer_frame.py` reads it; null: what it writes is the answer."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables that the chat template was rendered with."""
     layers: int = 0
     """Of a decoder: how many pairs of keys and values it keeps."""
     heads: int = 0

@@ -19,9 +19,18 @@ from jobs.spec import JobSpec
 
 TRAINING_VERSION = 1
 """Raised with every change to what our training does with the same values; old ids then no longer match."""
-PROMPT_FORMAT = 1
-"""Raised with every change to how rows become tokens."""
+_PROMPT_FORMATS = {"classification": 1, "generation": 2}
+"""Task -> version of how its rows become tokens, raised with every change. 2: conversations as their chat template says
+(every turn of the assistant is learnt, through the token that ends it)."""
 
+_CONVERSATION_FIELDS = (
+    "messages_column",
+    "system_prompt",
+    "chat_template",
+    "chat_template_kwargs",
+    "assistant_only_loss",
+    "train_on_turns",
+)
 _DATA_FIELDS = (
     "format",
     "text_column",
@@ -124,6 +133,16 @@ def encoders_of(job: JobSpec) -> list[str]:
     return [job.evaluate.bertscore_model] if "bertscore_f1" in job.text_metrics else []
 
 
+def prompt_format(job: JobSpec) -> int:
+    """Return the version of how this job's rows become tokens."""
+    return _PROMPT_FORMATS["generation" if job.generates else job.task]
+
+
+def conversation_terms(job: JobSpec) -> dict[str, Any]:
+    """Return what decides how a conversation is rendered and which part of it is learnt."""
+    return job.data.model_dump(mode="json", include=set(_CONVERSATION_FIELDS)) if job.generates else {}
+
+
 def trial_id(job: JobSpec, facts: Facts) -> str:
     """Ten hex digits of the SHA-256 of `identity`."""
     text = json.dumps(identity(job, facts), sort_keys=True)
@@ -141,6 +160,7 @@ def identity(job: JobSpec, facts: Facts) -> dict[str, Any]:
     if revision is None:
         raise KeyError(job.model.model_name_or_path)
     data = {key: fields.get(raw, f"data.{key}") for key in _DATA_FIELDS}
+    data |= conversation_terms(job)
     if job.data.fold is not None:
         data["fold"] = [job.data.fold, job.evaluate.folds]
     if job.data.labels is not None:
@@ -149,7 +169,7 @@ def identity(job: JobSpec, facts: Facts) -> dict[str, Any]:
         data["validation_fraction"] = job.data.validation_fraction
     return {
         "training_version": TRAINING_VERSION,
-        "prompt_format": PROMPT_FORMAT,
+        "prompt_format": prompt_format(job),
         "task": "generation" if job.generates else job.task,
         "method": job.method,
         "model": {

@@ -388,6 +388,7 @@ def _absolute_paths(reading: _Reading, folder: Path) -> None:
         value = fields.get(reading.tree, path)
         if isinstance(value, str) and value:
             fields.put(reading.tree, path, _absolute(path, value, folder))
+    _read_chat_template(reading, folder)
     _absolute_metrics(reading, folder)
     arms_of = fields.get(reading.tree, "compare.arms")
     for arm in arms_of.values() if isinstance(arms_of, dict) else ():
@@ -397,6 +398,37 @@ def _absolute_paths(reading: _Reading, folder: Path) -> None:
         if isinstance(own, dict):
             paths = {path: own[path] for path in (*_PATH_FIELDS, *_NAME_FIELDS) if own.get(path)}
             own |= {path: _absolute(path, value, folder) for path, value in paths.items() if isinstance(value, str)}
+
+
+_CHAT_TEMPLATE = "data.chat_template"
+
+
+def _read_chat_template(reading: _Reading, folder: Path) -> None:
+    """Put a template's text in the place of the file that holds it: jobs then run where that file is not."""
+    value = fields.get(reading.tree, _CHAT_TEMPLATE)
+    if not isinstance(value, str) or not value or is_template_text(value):
+        return
+    path = folder / files.in_home(value)
+    if not path.is_file():
+        if looks_like_path(value) or path.suffix:
+            reading.problem(_CHAT_TEMPLATE, f"{_CHAT_TEMPLATE} is {value}, but there is no such file")
+        return  # the name of one of the tokenizer's own templates
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reading.problem(_CHAT_TEMPLATE, f"{_CHAT_TEMPLATE} is {value}, which cannot be read as text: {error}")
+        return
+    if not is_template_text(text):
+        reading.problem(_CHAT_TEMPLATE, f"{_CHAT_TEMPLATE} is {value}, but that file holds no Jinja template")
+        return
+    fields.put(reading.tree, _CHAT_TEMPLATE, text)
+    origin = reading.origins.get(_CHAT_TEMPLATE, Origin("file"))
+    reading.origins[_CHAT_TEMPLATE] = Origin(origin.kind, f"{origin.detail}, read from {value}".removeprefix(", "))
+
+
+def is_template_text(value: str) -> bool:
+    """Whether a value of `data.chat_template` is a template itself, and not a name."""
+    return "{{" in value or "{%" in value
 
 
 def _absolute(path: str, value: str, folder: Path) -> str:

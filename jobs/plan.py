@@ -65,7 +65,9 @@ class Plan(Spec):
     accumulation_steps: int
     """Passes in one optimiser step, on each process."""
     train_rows: int | None
-    """Training rows, or None when the data is not on this machine."""
+    """Sequences of one epoch (a conversation may become several), or None when the data is not on this machine."""
+    data: list[str] = []
+    """What the rows are as tokens, a line for each split; empty where the tokenizer is not on this machine."""
     rung_levels: list[int]
     """Rungs, in `time_attr` units."""
     rung_steps: list[int]

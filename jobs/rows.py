@@ -17,52 +17,13 @@ from jobs import files
 from jobs.assets import PREFIX, asset_folder
 from jobs.errors import AssetError, DataError
 from jobs.hub import HubName, dataset_folder
+from jobs.row_formats import BadRow, Row, convert, row_format
 from jobs.spec import DataFormat, DataSpec, JobSpec
 from jobs.words import counted
 
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _MOST_SHOWN = 10
-_ROLES = ("system", "user", "assistant", "tool")
-
-_MOST_BEGUN = 48
-"""Words of a text alone that a model is given to go on from."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row, whatever it was read from: a text with a label, a text alone, or a conversation to answer."""
-
-    text: str = ""
-    label: str = ""
-    messages: tuple[tuple[str, str], ...] = ()
-    """(role, content) pairs; the last one is the assistant's and is what is learnt."""
-    line: int = field(default=0, compare=False)
-    """Where it stands in its file."""
-
-    @property
-    def prompt(self) -> str:
-        """What is asked, without a chat template around it; a text with a label; the beginning of a text alone."""
-        if self.messages:
-            return "\n\n".join(content for _, content in self.messages[:-1])
-        return self.text if self.label else self.text[: self._beginning]
-
-    @property
-    def reference(self) -> str:
-        """The answer that is right; a text's label; how a text alone goes on."""
-        if self.messages:
-            return self.messages[-1][1]
-        return self.label or self.text[self._beginning :].strip()
-
-    @property
-    def _beginning(self) -> int:
-        """Characters of a text alone after which a model is to go on: half its words, but few."""
-        ends = [word.end() for word in re.finditer(r"\S+", self.text)]
-        words = min(len(ends) // 2, _MOST_BEGUN)
-        return ends[words - 1] if words else len(self.text)
-
-    def shown(self) -> dict[str, str]:
-        """What a run keeps of a held-out row, to be read where the data is not."""
-        return {"prompt": self.prompt, "reference": self.reference}
+_MAX_KEYS_NAMED = 12
 
 
 @dataclass(frozen=True)
@@ -85,8 +46,9 @@ def load_rows(job: JobSpec) -> Rows:
     """All rows of a job, checked and split. Raises DataError with every bad row (ten are shown)."""
     sources = split_files(job.data)
     sha256 = {split: files.sha256_file(path) for split, path in sources.items()}
-    read = {split: _read_split(path, job) for split, path in sources.items()}
-    warnings: list[str] = []
+    unused: Counter[str] = Counter()
+    read = {split: _read_split(path, job, unused) for split, path in sources.items()}
+    warnings: list[str] = _unused_note(unused)
     labels = _labels(read, sources, job.data.labels) if job.task == "classification" else ()
     rows = _three_splits(job.data, read, warnings)
     warnings += _duplicates(rows)
@@ -94,6 +56,15 @@ def load_rows(job: JobSpec) -> Rows:
     return Rows(
         rows["train"], rows["validation"], test or rows["validation"], labels, sha256, tuple(warnings), not test
     )
+
+
+def _unused_note(unused: Counter[str]) -> list[str]:
+    """Name every key of the rows that is not used, once, with its count."""
+    if not unused:
+        return []
+    named = [f"{what} ({counted(count, 'time')})" for what, count in sorted(unused.items())]
+    more = f", and {len(named) - _MAX_KEYS_NAMED} more" if len(named) > _MAX_KEYS_NAMED else ""
+    return [f"not used: {', '.join(named[:_MAX_KEYS_NAMED])}{more}"]
 
 
 def split_files(data: DataSpec) -> dict[str, Path]:
@@ -224,129 +195,40 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
         table = parquet.read_table(path)
     except (ArrowException, OSError) as error:
         raise DataError(f"{path} is not a Parquet file ({str(error).splitlines()[0]})") from None
-    yield from enumerate(table.to_pylist(), start=1)
+    for number, record in enumerate(table.to_pylist(), start=1):
+        yield number, {key: _without_nulls(value) for key, value in record.items()}
 
 
-def _read_split(path: Path, job: JobSpec) -> list[Row]:
+def _without_nulls(value: Any) -> Any:
+    """Drop the keys that Parquet fills up: there every struct of a column has the keys of all others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    return value
+
+
+def _read_split(path: Path, job: JobSpec, unused: Counter[str]) -> list[Row]:
+    """Read all rows of a file. Keys that no row format knows are counted in `unused`."""
     rows, bad = [], []
     chosen: DataFormat | None = None
     for number, record in read_records(path):
-        if isinstance(record, dict):
-            chosen = chosen or row_format(record, job)
-            made = _row(record, chosen, job.data)
-        else:
-            made = record
-        if isinstance(made, Row):
-            rows.append(replace(made, line=number))
-        else:
-            bad.append(f"{path}:{number}: {made}")
+        if not isinstance(record, dict):
+            bad.append(f"{path}:{number}: {record}")
+            continue
+        chosen = chosen or row_format(record, job)
+        try:
+            row = convert(record, chosen, job.data, unused)
+        except BadRow as error:
+            bad.append(f"{path}:{number}: {error}")
+            continue
+        rows.append(replace(row, line=number))
     if bad:
         more = f"\nand {len(bad) - _MOST_SHOWN} more" if len(bad) > _MOST_SHOWN else ""
         raise DataError("\n".join(bad[:_MOST_SHOWN]) + more)
     if not rows:
         raise DataError(f"{path} holds no rows")
     return rows
-
-
-def row_format(record: dict[str, Any], job: JobSpec) -> DataFormat:
-    """The format that the job names, or else that the keys of a row show."""
-    if job.data.format != "auto":
-        return job.data.format
-    if job.task == "classification":
-        return "text_label"
-    if "messages" in record:
-        return "messages"
-    if "instruction" in record:
-        return "instruction"
-    return "prompt_completion" if job.data.prompt_column in record else "text"
-
-
-def _row(record: dict[str, Any], kind: DataFormat, data: DataSpec) -> Row | str:
-    """A row from a record, or the sentence that says what is wrong with it."""
-    if kind == "text_label":
-        return _text_label(record, data)
-    if kind == "messages":
-        return _messages(record)
-    if kind == "text":
-        return _checked_text(record, data.text_column, lambda text: Row(text=text))
-    if kind == "instruction":
-        extra = record.get("input") or ""
-        if not isinstance(extra, str):
-            return "input must be a text"
-        half = _half_character("input", extra)
-        if half:
-            return half
-        prompt, answer = "instruction", "output"
-    else:
-        extra, prompt, answer = "", data.prompt_column, data.completion_column
-    for key in (prompt, answer):
-        wrong = _wrong_text(record, key)
-        if wrong:
-            return wrong
-    asked = f"{record[prompt]}\n\n{extra}" if extra else record[prompt]
-    return Row(messages=(("user", asked), ("assistant", record[answer])))
-
-
-def _wrong_text(record: dict[str, Any], key: str) -> str | None:
-    if key not in record:
-        known = ", ".join(map(str, list(record)[:8]))
-        return f"no column {key!r} (there are: {known})"
-    if not isinstance(record[key], str):
-        return f"{key} is {json.dumps(record[key], default=str)[:40]}, but must be a text"
-    if not record[key].strip():
-        return f"{key} is empty"
-    return _half_character(key, record[key])
-
-
-def _half_character(key: str, text: str) -> str | None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return f"{key} holds half a character (a lone surrogate): it was cut or wrongly decoded"
-    return None
-
-
-def _checked_text(record: dict[str, Any], key: str, make: Any) -> Row | str:
-    wrong = _wrong_text(record, key)
-    row: Row | str = wrong or make(record[key])
-    return row
-
-
-def _text_label(record: dict[str, Any], data: DataSpec) -> Row | str:
-    wrong = _wrong_text(record, data.text_column)
-    if wrong:
-        return wrong
-    if data.label_column not in record:
-        known = ", ".join(map(str, list(record)[:8]))
-        return f"no column {data.label_column!r} (there are: {known})"
-    label = record[data.label_column]
-    if isinstance(label, bool):
-        label = str(label).lower()
-    if not isinstance(label, str | int) or not str(label).strip():
-        return f"{data.label_column} is {json.dumps(label, default=str)[:40]}, but must be a text or a whole number"
-    half = _half_character(data.label_column, str(label))
-    return half or Row(text=record[data.text_column], label=str(label).strip())
-
-
-def _messages(record: dict[str, Any]) -> Row | str:
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        return "messages must be a list of {role, content}"
-    pairs = []
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            return "each of messages must be {role, content} with a text as content"
-        if message.get("role") not in _ROLES:
-            return f"role is {message.get('role')!r}, but must be one of {', '.join(_ROLES)}"
-        half = _half_character("content", message["content"])
-        if half:
-            return half
-        pairs.append((message["role"], message["content"]))
-    if pairs[-1][0] != "assistant" or not pairs[-1][1].strip():
-        return "the last of messages must be the assistant's, and not empty: it is what is learnt"
-    if len(pairs) < 2:
-        return "messages must have something before the assistant's answer: it is the prompt"
-    return Row(messages=tuple(pairs))
 
 
 def _three_splits(data: DataSpec, read: dict[str, list[Row]], warnings: list[str]) -> dict[str, list[Row]]:
@@ -376,7 +258,7 @@ def _held_back(rows: list[Row], share: float, seed: int) -> tuple[list[Row], lis
     """(held back, left): a seeded draw; equal rows stay together, so that none is on both sides."""
     groups: dict[Row, list[Row]] = {}
     for row in rows:
-        groups.setdefault(Row(text=row.text, messages=row.messages[:-1]), []).append(row)
+        groups.setdefault(row.question, []).append(row)
     keys = list(groups)
     random.Random(seed).shuffle(keys)
     wanted = max(1, round(len(rows) * share))
@@ -427,13 +309,13 @@ def _labels(rows: dict[str, list[Row]], sources: dict[str, Path], given: Sequenc
 def _duplicates(rows: dict[str, list[Row]]) -> list[str]:
     """Warnings about rows that stand twice, in one split or (worse) on both sides."""
     warnings = []
-    seen = Counter(_question(row) for row in rows["train"])
+    seen = Counter(row.question for row in rows["train"])
     twice = sum(seen.values()) - len(seen)
     if twice:
         stands = "training row stands" if twice == 1 else "training rows stand"
         warnings.append(f"{twice} {stands} more than once")
     for split in ("validation", "test"):
-        leaked = sum(_question(row) in seen for row in rows[split])
+        leaked = sum(row.question in seen for row in rows[split])
         if leaked:
             among = f"of {counted(len(rows[split]), f'{split} row')}"
             warnings.append(f"{_are(leaked, among)} also among the training rows: results are optimistic")
@@ -442,10 +324,6 @@ def _duplicates(rows: dict[str, list[Row]]) -> list[str]:
 
 def _are(number: int, among: str) -> str:
     return f"{number:,} {among} {'is' if number == 1 else 'are'}"
-
-
-def _question(row: Row) -> tuple[str, tuple[tuple[str, str], ...]]:
-    return (row.text, row.messages[:-1])
 
 
 def majority_share(rows: Iterable[Row]) -> float:

@@ -6,7 +6,7 @@ The words are HF, PEFT and TRL's for training, W&B's and Ray's for the search.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -22,6 +22,10 @@ from jobs.variables import checked_environment
 
 Task = Literal["classification", "generation", "summarization"]
 DataFormat = Literal["auto", "text_label", "prompt_completion", "instruction", "messages", "text"]
+_TEMPLATE_ARGUMENTS = frozenset(
+    {"add_generation_prompt", "bos_token", "chat_template", "continue_final_message", "conversation", "documents"}
+    | {"eos_token", "messages", "return_assistant_tokens_mask", "return_dict", "tokenize", "tools"}
+)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -88,6 +92,21 @@ class DataSpec(Spec):
     """Column with the prompt (prompt_completion)."""
     completion_column: str = "completion"
     """Column with the answer to learn (prompt_completion)."""
+    messages_column: str | None = Field(None, min_length=1)
+    """Column with the conversation (messages): a list of `{role, content}` or of ShareGPT's `{from, value}`. Left out:
+    `messages`, else `conversations` or `conversation`."""
+    system_prompt: str | None = Field(None, min_length=1, max_length=100_000)
+    """System message for rows that bring none."""
+    chat_template: str | None = Field(None, min_length=1, max_length=1_000_000)
+    """Chat template in the place of the tokenizer's own: a file (relative to the job file), the name of one of the
+    tokenizer's named templates, or the template's text. A file is read when the job is loaded."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables for the chat template, such as `{enable_thinking: false}`: in training, metrics and exported models."""
+    assistant_only_loss: bool = True
+    """Learn only what the assistant says. `false`: every token of a conversation (but for messages with weight 0).
+    TRL's default is false."""
+    train_on_turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns are learnt: all, or the last one alone. Metrics of answers judge the last one."""
     max_train_samples: int | None = Field(None, ge=1)
     """Use at most this many training rows, drawn with `split_seed`."""
     max_validation_samples: int | None = Field(None, ge=1)
@@ -102,6 +121,17 @@ class DataSpec(Spec):
     """Which of `evaluate.folds` is held back, from 0; a search with folds sets it for each trial."""
     split_seed: int = Field(0, ge=0)
     """Seed of every draw of rows; it does not depend on `train.seed`, so all trials see the same rows."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _template_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not name.isidentifier() or name in _TEMPLATE_ARGUMENTS:
+                raise ValueError(
+                    f"has {name!r}, but must hold variables of the chat template, and none of "
+                    f"{', '.join(sorted(_TEMPLATE_ARGUMENTS))}, which are set for each row"
+                )
+        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> DataSpec:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,13 @@ from evaluation import bertscore, custom
 from evaluation.generate import write_answers
 from evaluation.results import Classified, RowResults
 from evaluation.text_metrics import text_metrics
+from evaluation.tokens import TokenData, row_encoder
 from jobs.errors import UserError
 from jobs.hub import model_folder
-from jobs.spec import JobSpec, ModelSpec
-from training.data import TokenData, evaluation_batches, fit, make_batch, prompt_tokens
+from jobs.spec import JobSpec
+from training.data import evaluation_batches, make_batch
 from training.loss import LossModule
-from training.model import load_tokenizer, weight_dtype
+from training.model import weight_dtype
 from training.strategies import Ranks
 
 OnPass = Callable[[str], None]
@@ -67,7 +67,7 @@ def evaluate_rows(
         found = _passes(module, job, data, split_name, device, ranks, equal_passes=equal_passes, on_pass=on_pass)
         if not job.generates:
             return _with_own_metrics(found, job, data, split_name, metrics)
-        rows = len(data.splits[split_name]) if metrics and answered is None else answered or 0
+        rows = len(found) if metrics and answered is None else answered or 0
         if min(rows, len(found)) == 0:
             return found
         answers = _answers(module.model, job, data, split_name, min(rows, len(found)), ranks, device, on_pass)
@@ -105,16 +105,15 @@ def _passes(
                 confidence_B, predicted_B = (t.cpu().numpy() for t in detail.softmax(dim=1).max(dim=1))
                 parts.append((rows, losses, predicted_B, confidence_B))
             else:
-                targets_B = split.lengths[rows] - np.maximum(split.targets[rows], 1)
-                parts.append((rows, detail.cpu().numpy(), targets_B, np.zeros(len(rows))))
+                parts.append((rows, detail.cpu().numpy(), split.target_counts[rows], np.zeros(len(rows))))
         if spare:
             on_pass("evaluation")
             if equal_passes:
                 module(make_batch(split, every_pass[0], data.pad_id, device, classifies=classifies))
     loss_R, detail_R, confidence_R = _in_row_order(parts, ranks)
     loss_R = loss_R.astype(np.float64)
-    if not classifies:
-        return RowResults(loss_R, detail_R)
+    if not classifies:  # a row of several examples is judged as one
+        return RowResults(split.by_row(loss_R), split.by_row(detail_R))
     truth_R = np.asarray(split.targets)
     said = Classified(truth_R, detail_R, confidence_R, max(2, len(data.labels)))
     return RowResults(loss_R, np.ones(len(loss_R), dtype=int), said)
@@ -157,15 +156,22 @@ def _answers(
     on_pass: OnPass,
 ) -> list[str]:
     """What the model writes for the first rows; each process writes for its own, and all get all."""
-    tokenizer = _tokenizer(job.model)
+    encoder = row_encoder(job)
     room = room_for_prompts(model, job, job.evaluate.max_new_tokens)
-    prompts = [fit(prompt_tokens(row, tokenizer), [], room)[0] for row in data.rows(split_name)[:rows]]
+    prompts = [encoder.prompt(row, room) for row in data.rows(split_name)[:rows]]
     own = list(range(rows))[ranks.rank :: ranks.world_size]
     dtype = autocast_dtype(job, device)
     batch_rows = job.train.per_device_eval_batch_size
     with torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
         written = write_answers(
-            model, tokenizer, [prompts[row] for row in own], job.evaluate, batch_rows, lambda: on_pass("evaluation")
+            model,
+            encoder.format.tokenizer,
+            [prompts[row] for row in own],
+            job.evaluate,
+            batch_rows,
+            lambda: on_pass("evaluation"),
+            ends=data.ends,
+            frame=data.frame,
         )
     most = math.ceil(rows / ranks.world_size / batch_rows)
     for _ in range(most - math.ceil(len(own) / batch_rows)):
@@ -176,12 +182,6 @@ def _answers(
     distributed.all_gather_object(gathered, dict(zip(own, written, strict=True)))
     together = {row: text for part in gathered for row, text in part.items()}
     return [together[row] for row in range(rows)]
-
-
-@lru_cache(maxsize=2)
-def _tokenizer(spec: ModelSpec) -> Any:
-    """A model's tokenizer, read once for all evaluations of a process."""
-    return load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)
 
 
 def room_for_prompts(model: Any, job: JobSpec, new: int) -> int:

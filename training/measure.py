@@ -19,12 +19,12 @@ from evaluation.inference import (
     settle_memory,
     transformers_answer,
 )
+from evaluation.tokens import TokenData, open_tokens, row_encoder
 from jobs.schedule import schedule
 from jobs.spec import JobSpec
-from training.data import TokenData, fit, open_tokens, prompt_tokens
 from training.evaluation import autocast_dtype, room_for_prompts
 from training.methods import load_weights
-from training.model import fresh_heads, load_base, load_tokenizer, resolve_device
+from training.model import fresh_heads, load_base, resolve_device
 from training.session import TrainingSession
 
 _PACE_STEPS, _WARM_STEPS = 12, 2
@@ -62,7 +62,7 @@ def measure(
     settle_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    number = min(rows, len(data.splits[split_name]))
+    number = min(rows, data.splits[split_name].rows)
     dtype = autocast_dtype(job, device)
     if job.generates:
         given = _prompts(model, job, data, split_name, number, new_tokens)
@@ -108,11 +108,8 @@ def pace(job: JobSpec, tokens: Path, gpus: int) -> dict[str, Any]:
 def _prompts(
     model: Any, job: JobSpec, data: TokenData, split_name: str, number: int, new_tokens: int
 ) -> list[list[int]]:
-    spec = job.model
-    tokenizer = load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)
-    found = data.rows(split_name)[:number]
-    room = room_for_prompts(model, job, new_tokens)
-    return [fit(prompt_tokens(row, tokenizer), [], room)[0] for row in found]
+    encoder, room = row_encoder(job), room_for_prompts(model, job, new_tokens)
+    return [encoder.prompt(row, room) for row in data.rows(split_name)[:number]]
 
 
 def _classify(model: Any, pad_id: int, device: torch.device) -> Classify:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from evaluation.tokenizer import quiet_libraries, read_tokenizer
 from jobs import files
 from jobs.errors import AssetError, UserError
-from jobs.hub import converted_folder, lacks_tokenizer, lacks_weights, model_folder, refuse
+from jobs.hub import converted_folder, lacks_weights, model_folder, refuse
 from jobs.spec import JobSpec
 from jobs.stage import staged
 
@@ -76,16 +77,9 @@ def resolve_device(gpus: int) -> torch.device:
 
 
 def load_tokenizer(name: str, revision: str | None, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Padding goes to the right, with the end token where there is no padding token."""
-    from transformers import AutoTokenizer
-
+    """Return a model's tokenizer as it comes; `evaluation.tokenizer.chat_format` has it with the job's template."""
     folder = safetensors_folder(name, revision)
-    refuse(name, folder, lacks_tokenizer(folder))
-    with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    tokenizer.padding_side = "right"
+    tokenizer: PreTrainedTokenizerBase = read_tokenizer(name, folder, trust_remote_code=trust_remote_code)
     return tokenizer
 
 
@@ -112,7 +106,7 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
     loader = AutoModelForSequenceClassification if job.task == "classification" else AutoModelForCausalLM
     torch.manual_seed(_LOAD_SEED)
     try:
-        with _quiet():
+        with quiet_libraries():
             model = loader.from_pretrained(folder, **options)
     except (OSError, ValueError, ImportError) as error:
         raise AssetError(f"{spec.model_name_or_path} cannot be loaded for {job.task}: {error}") from error
@@ -214,7 +208,7 @@ def _convert_gguf(folder: Path, target: Path) -> None:
     values are copied into a model made from a config without the quantisation."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with _quiet(), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+    with quiet_libraries(), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
         loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
         dropped = {"quantization_config", "_name_or_path", "transformers_version", "model_type"}
@@ -274,24 +268,3 @@ def weight_dtype(job: JobSpec, device: torch.device) -> torch.dtype:
         return dtype
     frozen_on_gpu = device.type == "cuda" and job.method != "full"
     return torch.bfloat16 if frozen_on_gpu and torch.cuda.is_bf16_supported() else torch.float32
-
-
-class _quiet:
-    """transformers' loading reports and progress bars, left out: they would tear the live view."""
-
-    def __enter__(self) -> None:
-        from transformers.utils import logging as hf_logging
-
-        self.level = hf_logging.get_verbosity()
-        hf_logging.set_verbosity_error()
-        hf_logging.disable_progress_bar()
-        self.caught = warnings.catch_warnings()
-        self.caught.__enter__()
-        warnings.simplefilter("ignore")
-        logging.getLogger("peft").setLevel(logging.ERROR)
-
-    def __exit__(self, *error: object) -> None:
-        from transformers.utils import logging as hf_logging
-
-        self.caught.__exit__(None, None, None)
-        hf_logging.set_verbosity(self.level)

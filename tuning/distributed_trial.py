@@ -49,7 +49,7 @@ def _worker(config: dict[str, Any]) -> None:
     from ray import train
     from ray.train.torch import get_device
 
-    from training.data import open_tokens
+    from evaluation.tokens import open_tokens
     from training.model import load_base, resolve_device
 
     work: Work = config["work"]

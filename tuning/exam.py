@@ -15,11 +15,11 @@ from torch import nn
 
 from evaluation.results import RowResults
 from evaluation.summary import summary
+from evaluation.tokens import TokenData, open_tokens
 from jobs import files
 from jobs.errors import disk_full
 from jobs.run import Run, Trial
 from jobs.spec import JobSpec
-from training.data import TokenData, open_tokens
 from training.evaluation import evaluate_rows
 from training.methods import detach, load_weights
 from training.model import Base, check_class_order, fresh_heads, load_base, resolve_device

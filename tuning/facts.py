@@ -6,22 +6,29 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from jobs.hub import model_revision
-from jobs.identity import PROMPT_FORMAT, Facts, encoders_of
+from jobs.identity import Facts, conversation_terms, encoders_of, prompt_format
 from jobs.metrics import METRIC_VERSION
 from jobs.own_metrics import digest
 from jobs.spec import JobSpec
 
 if TYPE_CHECKING:
-    from training.data import TokenData
+    from evaluation.tokens import TokenData
 
 _PACKAGES = ("lorafleet", "torch", "transformers", "peft", "ray", "accelerate", "numpy")
 
 
+def _conversation(job: JobSpec, data: TokenData) -> dict[str, Any]:
+    """Return what decides how conversations were rendered and learnt; nothing where none were."""
+    if data.frame is None:
+        return {}
+    return conversation_terms(job) | {"template_sha256": data.template_sha256}
+
+
 def record_of(job: JobSpec, facts: Facts, data: TokenData) -> dict[str, Any]:
     """The contents of facts.json: what two runs must have in common to be compared, and what a reader may ask."""
-    from training.data import token_facts
+    from evaluation.tokens import token_counts
 
-    counted = token_facts(data)
+    counted = token_counts(data)
     return {
         "data_sha256": facts.data_sha256,
         "model_revisions": facts.model_revisions,
@@ -32,7 +39,8 @@ def record_of(job: JobSpec, facts: Facts, data: TokenData) -> dict[str, Any]:
         "warnings": list(data.warnings),
         "chosen_on_test": data.chosen_on_test,
         "rows_sha256": data.rows_sha256,
-        "prompt_format": PROMPT_FORMAT,
+        "prompt_format": prompt_format(job),
+        "conversation": _conversation(job, data),
         "metric_version": METRIC_VERSION,
         "custom_metrics": {name: digest(metric) for name, metric in job.evaluate.custom_metrics.items()},
         "versions": {name: version(name) for name in _PACKAGES},

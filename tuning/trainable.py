@@ -14,10 +14,10 @@ import ray
 import torch
 from ray import tune
 
+from evaluation.tokens import open_tokens
 from jobs import search
 from jobs.errors import disk_full
 from jobs.spec import JobSpec
-from training.data import open_tokens
 from training.meter import free_unused_memory, memory_in_use_gib
 from training.model import Base, load_base, resolve_device
 from tuning.faults import SpoiledProcess, classify, is_device_error, is_oom, keep_traceback

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from evaluation.tokens import TokenData
 from jobs import files, search
 from jobs.errors import TrainingFailure
 from jobs.metrics import is_better
@@ -22,7 +23,6 @@ from jobs.schedule import Schedule, schedule
 from jobs.spec import JobSpec
 from jobs.words import counted
 from training.checkpoint import newest_good
-from training.data import TokenData
 from training.model import Base
 from training.session import TrainingSession
 from training.strategies import Ranks

@@ -233,7 +233,8 @@ class _Server:
     def answer(self, prompt: list[int], most: int, asked: _Writing, gone: threading.Event) -> Generator[Piece]:
         """The pieces of an answer, in its turn."""
         with self.turns.turn(gone):
-            yield from pieces(self.loaded, prompt, most, asked.sampling, asked.stops)
+            raw = isinstance(asked, Completion)
+            yield from pieces(self.loaded, prompt, most, asked.sampling, asked.stops, raw=raw)
 
     def whole(
         self, prompts: list[list[int]], most: int, asked: _Writing, gone: threading.Event
@@ -243,7 +244,8 @@ class _Server:
         with self.turns.turn(gone):
             for prompt in prompts:
                 said, last = "", Piece("", 0)
-                for last in pieces(self.loaded, prompt, most, asked.sampling, asked.stops):
+                raw = isinstance(asked, Completion)
+                for last in pieces(self.loaded, prompt, most, asked.sampling, asked.stops, raw=raw):
                     said += last.text
                     check_there(gone)
                 found.append((said, last))

@@ -111,7 +111,7 @@ def test_a_writer_through_every_target(
     assert alone == answers[1]  # what stands beside a row does not change it
     assert not list(out.glob(".*"))
     assert json.loads((out / "export.json").read_text())["targets"]["onnx"]["accepted"] is True
-    whole = loaded["onnx"].text(answers[1][0])
+    whole = loaded["onnx"].decode(answers[1][0])
     told = lorafleet("chat", out / "onnx", "--max-new-tokens", "6", "-p", "is it a good film", cwd=tmp_path)
     assert told.stdout == f"{whole}\n"
     drawn = ("chat", out / "onnx", "--temperature", "2", "--seed", "1", "-p", "is it bad")
@@ -215,7 +215,7 @@ def test_a_llama_in_int4(llama_job: JobMaker, wide_llama: Path, tmp_path: Path) 
     said = subprocess.run(
         [sys.executable, "run.py", "is it bad"], cwd=out / "onnx-int4", capture_output=True, text=True, check=True
     )
-    assert said.stdout.strip().startswith(loaded.text(both[1]).strip())
+    assert said.stdout.strip().startswith(loaded.decode(both[1]).strip())
     assert "ms a token" in (out / "onnx-int4" / "README.md").read_text()
 
 

@@ -27,6 +27,7 @@ from evaluation.report import build_report
 from evaluation.results import Classified, RowResults
 from evaluation.samples import differing, mistakes, worst
 from evaluation.summary import summary
+from evaluation.tokens import Split, folds_of, joined
 from evaluation.wandb_report import _tables
 from jobs import arms, files, search
 from jobs.compare import Cost
@@ -38,7 +39,7 @@ from jobs.report import Answer, Arm, Inference, Pair, Report, Row, Sample
 from jobs.run import Run, TrialState
 from jobs.spec import JobSpec
 from tests.conftest import JobMaker
-from training.data import Split, folds_of, joined, prepare
+from training.data import prepare
 from tuning.compare import Comparison
 from tuning.ledger import Ledger
 from tuning.proposals import GivenProposals, ThenSeeds, TpeProposals
@@ -714,7 +715,7 @@ def test_folds_hold_every_row_back_once(bert_job: JobMaker) -> None:
 def test_plain_texts_have_folds_too() -> None:
     rows = [[2, 5 + number, 6] for number in range(9)]
     starts = np.arange(0, 28, 3)
-    split = Split(np.array(rows, dtype=np.int32).ravel(), starts, np.ones(9, dtype=np.int64))
+    split = Split.of_texts(np.array(rows, dtype=np.int32).ravel(), starts)
     assert np.bincount(folds_of(split, 3, 0, classifies=False)).tolist() == [3, 3, 3]
 
 

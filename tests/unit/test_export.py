@@ -18,17 +18,19 @@ from deployment.answers import pieces
 from deployment.benchmark import fitting
 from deployment.card import licence
 from deployment.decoding import RowByRow, Sampling, left_padded, positions_of, probabilities, write
-from deployment.export import _sweep_up, prompt_frame
+from deployment.export import PromptFrame, _sweep_up, prompt_frame
 from deployment.merge import Source
 from deployment.parity import HeldOut
 from deployment.runtime import Loaded, check_provider, read_artefact
 from deployment.unavailable import Unavailable, why_not
 from evaluation.shipped import Shipped
+from evaluation.tokens import TokenData
 from jobs import files
+from jobs.answer_frame import AnswerFrame
+from jobs.chat_format import ChatFormat
 from jobs.errors import JobFileError, UserError
 from jobs.export import Gate, gate_of
 from jobs.exported import Artefact, Budget, Exported, Judged, Made, Offer, Parity, metric_drop, pick, verdict
-from jobs.rows import Row
 from jobs.run import Run
 from tests.conftest import ROOT, JobMaker, lorafleet_here
 
@@ -108,7 +110,7 @@ class Letters(Loaded):
 
     TEXTS = ("a", "b", "c", "d", "e", "f\ufffd", "fé", "g", "h", "")
 
-    def text(self, tokens):
+    def decode(self, tokens, skip_special_tokens=True):
         said = "".join(self.TEXTS[token] for token in tokens)
         return said.replace("f\ufffdfé", "fé")
 
@@ -285,27 +287,38 @@ def test_another_provider_is_not_taken_for_the_one(tmp_path: Path) -> None:
 
 def test_the_frame_of_a_prompt() -> None:
     class Chat:
-        chat_template, bos_token_id = "x", 7
+        chat_template, bos_token_id, eos_token_id = "x", 7, 8
+
+        def get_chat_template(self):
+            return self.chat_template
 
         def apply_chat_template(self, messages, **_):
             return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<a>"
+
+    class Trimming(Chat):
+        def apply_chat_template(self, messages, **_):
+            return "".join(f"<{m['role']}>{m['content'].strip()}" for m in messages) + "<a>"
 
     class Shouting(Chat):
         def apply_chat_template(self, messages, **_):
             return messages[-1]["content"].upper()
 
     class Plain:
-        chat_template, bos_token_id = None, 7
+        chat_template, bos_token_id, eos_token_id = None, 7, 8
 
-    asked = Row(messages=(("user", "is it?"), ("assistant", "yes")))
-    told = Row(messages=(("system", "be short"), *asked.messages))
-    assert prompt_frame(Chat(), asked) == ("<user>", "<a>", [], "")
-    assert prompt_frame(Chat(), told) == ("<system>be short<user>", "<a>", [], "be short")
-    assert prompt_frame(Plain(), asked) == ("", "\n\n", [7], "")
-    assert prompt_frame(Plain(), told) == ("be short\n\n", "\n\n", [7], "be short")
-    assert prompt_frame(Chat(), Row(text="a text alone")) == ("", "", [7], "")
+    def frame(tokenizer, system=None, conversations=True):
+        marks = AnswerFrame() if conversations else None
+        data = TokenData({}, (), (), False, 0, Path(), {}, frame=marks, system=system)
+        return prompt_frame(ChatFormat(tokenizer), data)
+
+    assert frame(Chat()) == PromptFrame("<user>", "<a>")
+    assert frame(Chat(), "be short") == PromptFrame("<system>be short<user>", "<a>", system="be short")
+    assert frame(Trimming()) == PromptFrame("<user>", "<a>", strip=True)
+    assert frame(Plain()) == PromptFrame("", "\n\n", [7])
+    assert frame(Plain(), "be short") == PromptFrame("be short\n\n", "\n\n", [7], "be short")
+    assert frame(Chat(), conversations=False) == PromptFrame(start=[7])
     with pytest.raises(UserError, match="chat template changes what is asked"):
-        prompt_frame(Shouting(), asked)
+        frame(Shouting())
 
 
 def test_rows_that_are_given_in_steps_are_of_unequal_length() -> None:
@@ -371,7 +384,12 @@ def test_runners_need_three_packages_alone() -> None:
         named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         named |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
         foreign = {name.partition(".")[0] for name in named} - sys.stdlib_module_names
-        assert foreign == {"onnxruntime", "numpy", "tokenizers"}, runner
+        beside = {"answer_frame"} if runner.name == "write.py" else set()
+        assert foreign - beside == {"onnxruntime", "numpy", "tokenizers"}, runner
+    frame = ast.parse((ROOT / "jobs" / "answer_frame.py").read_text())  # is copied beside them
+    modules = {str(node.module).partition(".")[0] for node in ast.walk(frame) if isinstance(node, ast.ImportFrom)}
+    assert modules <= sys.stdlib_module_names
+    assert not any(isinstance(node, ast.Import) for node in ast.walk(frame))
 
 
 def test_an_exports_table_has_its_reasons_below_it(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,12 +24,14 @@ from evaluation.results import Classified, RowResults, from_records
 from evaluation.summary import read_results, summary
 from evaluation.text_metrics import MOST_WORDS, text_metrics
 from jobs import files
+from jobs.chat_format import ChatFormat
+from jobs.encoding import RowEncoder
 from jobs.errors import AssetError, JobFileError, UserError
-from jobs.rows import Row
+from jobs.row_formats import Row
 from jobs.spec import CustomMetric, EvaluateSpec
 from tests.conftest import JobMaker, opinions, write_rows
 from tests.unit.test_training import CPU, finish, session
-from training.data import prepare, prompt_tokens
+from training.data import prepare
 from training.evaluation import evaluate_rows
 from training.methods import attach, load_weights, trained_parameters
 from training.model import check_class_order, load_base, load_tokenizer
@@ -43,6 +46,10 @@ PAIRS = [
     ("don't stop_me now 3.14", "Don't stop me now, 3.14!"),
     ("same words\nsame lines", "same words\nsame lines"),
 ]
+
+
+def prompt_tokens(row: Row, tokenizer: Any) -> list[int]:
+    return RowEncoder(ChatFormat(tokenizer), 512).prompt(row, 512)
 
 
 def values(name: str, predictions: list[str], references: list[str]) -> np.ndarray:

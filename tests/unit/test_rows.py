@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.conversation import Message
 from jobs.errors import DataError
 from jobs.load import load_text
 from jobs.rows import Rows, load_rows, majority_share
@@ -172,7 +173,7 @@ def test_generation_formats_become_conversations(
     path = write_rows(tmp_path / "x.jsonl", [record] * 10 + [record])
     (tmp_path / "v.jsonl").write_text(path.read_text())
     found = rows_of(path, "generation", validation_file=str(tmp_path / "v.jsonl"))
-    assert found.train[0].messages == messages
+    assert found.train[0].messages == tuple(Message(role, content) for role, content in messages)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
 from evaluation.metrics import scores
 from evaluation.results import Classified, RowResults
+from evaluation.tokens import TokenData
+from jobs.encoding import fit
 from jobs.errors import TrainingFailure
 from jobs.metrics import LIKELIHOOD_METRICS
 from jobs.schedule import schedule
@@ -21,7 +23,7 @@ from jobs.spec import JobSpec, TrainSpec
 from tests.conftest import JobMaker
 from training import loss
 from training.checkpoint import before, newest_good
-from training.data import BatchPlan, TokenData, fit, make_batch, passes, prepare
+from training.data import BatchPlan, make_batch, passes, prepare
 from training.loss import LossModule
 from training.methods import checkpoints_gradients
 from training.model import Base, load_base

@@ -1,0 +1,111 @@
+"""A job's tokenizer and chat format, loaded once. Needs transformers, and no model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jobs.chat_format import ChatFormat
+from jobs.errors import AssetError, UserError
+from jobs.hub import converted_folder, lacks_tokenizer, model_folder, refuse
+from jobs.load import is_template_text
+from jobs.spec import JobSpec
+from jobs.stage import staged
+
+
+def tokenizer_folder(name: str, revision: str | None) -> Path:
+    """Return the folder of a model's tokenizer. Raises AssetError where the model is not on this machine."""
+    folder = model_folder(name, revision)
+    if not (folder / "model.gguf").is_file():
+        return staged(folder)
+    converted = converted_folder(folder)
+    if not converted.is_dir():
+        raise AssetError(f"{name} is a GGUF file that was not converted yet; `lorafleet data` and `train` do it")
+    return staged(converted)
+
+
+def read_tokenizer(name: str, folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Load a tokenizer. Padding goes to the right, with the end token where there is no padding token."""
+    from transformers import AutoTokenizer
+
+    refuse(name, folder, lacks_tokenizer(folder))
+    with quiet_libraries():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def chat_format(job: JobSpec) -> ChatFormat:
+    """Return the chat format of a job's model: its tokenizer, with the chat template and variables of the job.
+
+    Raises AssetError where the model is not on this machine, UserError for a template that the tokenizer has not.
+    """
+    spec, data = job.model, job.data
+    kwargs = json.dumps(data.chat_template_kwargs, sort_keys=True)
+    return _chat_format(spec.model_name_or_path, spec.revision, spec.trust_remote_code, data.chat_template, kwargs)
+
+
+@lru_cache(maxsize=4)
+def _chat_format(
+    name: str, revision: str | None, trust_remote_code: bool, template: str | None, kwargs: str
+) -> ChatFormat:
+    folder = tokenizer_folder(name, revision)
+    tokenizer = read_tokenizer(name, folder, trust_remote_code=trust_remote_code)
+    apply_template(tokenizer, template, name)
+    return ChatFormat(tokenizer, end_ids(folder), json.loads(kwargs))
+
+
+def apply_template(tokenizer: Any, template: str | None, model: str) -> None:
+    """Give a tokenizer the chat template that `data.chat_template` names. Raises UserError for an unknown name."""
+    if template is None:
+        return
+    if is_template_text(template):
+        tokenizer.chat_template = template
+        return
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if template not in named:
+        known = f"it has {', '.join(sorted(named))}" if named else "it has no named templates"
+        raise UserError(
+            f"data.chat_template is {template}, which is neither a file nor a template of {model}'s tokenizer ({known})"
+        )
+    tokenizer.chat_template = named[template]
+
+
+def end_ids(folder: Path) -> list[int]:
+    """Return the tokens at which a model's own configuration ends an answer."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        try:
+            value = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        except (ValueError, AttributeError) as error:
+            raise AssetError(f"{path} cannot be read: {error}") from error
+        ids = value if isinstance(value, list) else [value]
+        whole = [token for token in ids if isinstance(token, int)]
+        if whole:
+            return whole
+    return []
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Leave out transformers' loading reports and progress bars: they would tear the live view."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.getLogger("peft").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(level)

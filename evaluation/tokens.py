@@ -27,7 +27,7 @@ from jobs.errors import DataError
 from jobs.hub import model_revision
 from jobs.identity import prompt_format
 from jobs.row_formats import Row
-from jobs.rows import Rows, load_rows, split_files
+from jobs.rows import Rows, file_of_split, load_rows, split_files
 from jobs.spec import JobSpec
 from jobs.words import counted
 
@@ -295,7 +295,7 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
             split, counts[name] = _classification(split_rows, rows.labels, chat.tokenizer, job.model.max_length)
         else:
             encoder = row_encoder(job, chat)
-            split, answers = _generation(split_rows, encoder, _file_of(name, job))
+            split, answers = _generation(split_rows, encoder, file_of_split(name, job))
             counts[name] = dict(encoder.counts)
         warnings += _length_notes(name, len(split_rows), counts[name], job.model.max_length)
         for part in _PARTS:
@@ -304,7 +304,7 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
         digests[name] = _digest(records)
         if name in _JUDGED:
             files.write_jsonl(folder / f"{name}-rows.jsonl", _with_answers(records, answers))
-    systems = _systems(rows) if job.generates else set()
+    systems = system_messages(rows) if job.generates else set()
     conversations = any(row.messages for row in rows.train)
     meta = {
         "labels": list(rows.labels),
@@ -328,7 +328,7 @@ def _with_answers(records: list[dict[str, Any]], answers: Sequence[str] | None) 
     return [record | {"answer": answer} for record, answer in zip(records, answers, strict=True)]
 
 
-def _systems(rows: Rows) -> set[str | None]:
+def system_messages(rows: Rows) -> set[str | None]:
     """Return the different system messages of all conversations; None stands for those without one."""
     systems: set[str | None] = set()
     for split in (rows.train, rows.validation, rows.test):
@@ -439,12 +439,6 @@ def _classification(
     if longer:
         encoded = tokenizer([row.text for row in rows], truncation=True, max_length=max_length)["input_ids"]
     return _pack(encoded, [ids[row.label] for row in rows], list(range(len(rows)))), {"cut": longer}
-
-
-def _file_of(split: str, job: JobSpec) -> Path:
-    """Return the file that a split's rows were read from; what has none was held back from the split before it."""
-    sources = split_files(job.data)
-    return sources.get(split) or (sources.get("validation") if split == "test" else None) or sources["train"]
 
 
 def _generation(rows: list[Row], encoder: RowEncoder, file: Path) -> tuple[Split, list[str]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os.path import commonprefix
 from typing import Any, Literal
@@ -430,6 +430,14 @@ class ChatFormat:
         visible = self.frame.after(prompt).visible(body)
         return self.frame.without_special_tokens(visible).strip()
 
+    def _renders_alike(self, messages: Sequence[Message], last: Message, tools: str) -> bool:
+        """Whether a conversation is the same text with another last message."""
+        try:
+            other = self.render([*messages[:-1], last], tools, generation=False)
+        except TemplateRefusal:
+            return False
+        return other == self.render(messages, tools, generation=False)
+
     def _check_thinking(self, prompt: str, kept: str) -> None:
         """Refuse thoughts behind a prompt that has closed its thinking block (`enable_thinking: false`)."""
         for first, last in _THINKING_TAGS:
@@ -442,16 +450,10 @@ class ChatFormat:
     def _check_rendered(self, prompt: str, kept: str, messages: Sequence[Message], tools: str) -> None:
         """Compare what a row says with what the template made of it."""
         message = messages[-1]
-        for tool in _tool_list(tools) or ():
-            name = str(tool.get("function", tool).get("name"))
-            if name not in prompt:
-                raise TemplateRefusal(
-                    f"the model's chat template does not render the tools (no {name!r} in the prompt)"
-                )
-        for call in message.calls:
-            name = str(call["function"]["name"])
-            if name not in kept:
-                raise TemplateRefusal(f"the model's chat template does not render the tool call {name!r}")
+        if tools and self.render(messages[:-1], generation=True) == prompt:
+            raise TemplateRefusal("the model's chat template does not render tools, but the row has some")
+        if message.tool_calls and self._renders_alike(messages, replace(message, tool_calls=""), tools):
+            raise TemplateRefusal("the model's chat template does not render tool_calls, but the row has some")
         if message.reasoning and _squeezed(message.reasoning) not in _squeezed(kept):
             raise TemplateRefusal("the model's chat template does not render reasoning_content")
         answer = self.frame.visible(message.content)

@@ -40,21 +40,34 @@ class Rows:
     warnings: tuple[str, ...] = ()
     chosen_on_test: bool = False
     """Whether there is no test split, so that the choice is judged on the rows that it was made with."""
+    format: DataFormat = "auto"
+    """What a training row looks like."""
 
 
-def load_rows(job: JobSpec) -> Rows:
-    """All rows of a job, checked and split. Raises DataError with every bad row (ten are shown)."""
+def load_rows(job: JobSpec, bad: list[str] | None = None) -> Rows:
+    """Return all rows of a job, checked and split.
+
+    Raises DataError with the bad rows (ten are shown). With a list in `bad` they are put there instead, and left out.
+    """
     sources = split_files(job.data)
     sha256 = {split: files.sha256_file(path) for split, path in sources.items()}
     unused: Counter[str] = Counter()
-    read = {split: _read_split(path, job, unused) for split, path in sources.items()}
+    formats: dict[str, DataFormat] = {}
+    read = {split: _read_split(path, job, unused, bad, formats) for split, path in sources.items()}
     warnings: list[str] = _unused_note(unused)
     labels = _labels(read, sources, job.data.labels) if job.task == "classification" else ()
     rows = _three_splits(job.data, read, warnings)
     warnings += _duplicates(rows)
     test = rows["test"]
     return Rows(
-        rows["train"], rows["validation"], test or rows["validation"], labels, sha256, tuple(warnings), not test
+        rows["train"],
+        rows["validation"],
+        test or rows["validation"],
+        labels,
+        sha256,
+        tuple(warnings),
+        not test,
+        next(iter(formats.values())),
     )
 
 
@@ -81,6 +94,12 @@ def _named_files(data: DataSpec) -> dict[str, Path]:
         if not path.is_file():
             raise DataError(f"data.{split}_file is {path}, but there is no such file")
     return found
+
+
+def file_of_split(split: str, job: JobSpec) -> Path:
+    """Return the file that a split's rows were read from; what has none was held back from the split before it."""
+    sources = split_files(job.data)
+    return sources.get(split) or (sources.get("validation") if split == "test" else None) or sources["train"]
 
 
 def _splits_of_dataset(data: DataSpec) -> dict[str, Path]:
@@ -208,26 +227,30 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
-def _read_split(path: Path, job: JobSpec, unused: Counter[str]) -> list[Row]:
-    """Read all rows of a file. Keys that no row format knows are counted in `unused`."""
+def _read_split(
+    path: Path, job: JobSpec, unused: Counter[str], collected: list[str] | None, formats: dict[str, DataFormat]
+) -> list[Row]:
+    """Read all rows of a file. Keys that are not known are counted in `unused`; the format is put in `formats`."""
     rows, bad = [], []
     chosen: DataFormat | None = None
     for number, record in read_records(path):
         if not isinstance(record, dict):
             bad.append(f"{path}:{number}: {record}")
             continue
-        chosen = chosen or row_format(record, job)
+        chosen = formats.setdefault(str(path), chosen or row_format(record, job))
         try:
             row = convert(record, chosen, job.data, unused)
         except BadRow as error:
             bad.append(f"{path}:{number}: {error}")
             continue
         rows.append(replace(row, line=number))
-    if bad:
+    if collected is not None:
+        collected += bad
+    elif bad:
         more = f"\nand {len(bad) - _MOST_SHOWN} more" if len(bad) > _MOST_SHOWN else ""
         raise DataError("\n".join(bad[:_MOST_SHOWN]) + more)
     if not rows:
-        raise DataError(f"{path} holds no rows")
+        raise DataError(f"{path} holds no rows" if not bad else f"{path} holds no row that can be used: {bad[0]}")
     return rows
 
 

@@ -223,3 +223,20 @@ def learnt_spans(ids: list[int], learnt: list[bool]) -> Iterator[list[int]]:
             span = []
     if span:
         yield span
+
+
+def model_folder(family: Family, folder: Path) -> Path:
+    """A tiny Llama with a family's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = family.tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=64, max_position_embeddings=2048, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=[tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(name) for name in family.ends)],
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -52,7 +52,8 @@ task: generation
 method: full
 model: {{model_name_or_path: "{folder}", max_length: 2048}}
 data: {{train_file: "{path}", validation_file: "{path}", test_file: "{path}", chat_template_kwargs: {kwargs}}}
-train: {{per_device_train_batch_size: 4, learning_rate: 5e-3, lr_scheduler_type: constant, max_steps: {_STEPS}, group_by_length: false}}
+train: {{per_device_train_batch_size: 4, learning_rate: 5e-3, lr_scheduler_type: constant, max_steps: {_STEPS},
+         group_by_length: false}}
 evaluate: {{metrics: [exact_match], max_new_tokens: 40}}
 """,
         tmp_path / "job.yaml",

@@ -1,0 +1,164 @@
+"""`lorafleet data`: what is said of the rows before anything runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from commands.data import data_view
+from evaluation.data_report import DataReport, data_report
+from jobs.load import load_text
+from tests.conftest import lorafleet_here, write_rows
+from tests.unit.chat_families import BY_NAME, model_folder
+from training.data import prepare
+
+
+def chat_row(question: str, answer: str, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **more}
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(BY_NAME["qwen3"], tmp_path_factory.mktemp("chat") / "model")
+
+
+def job_file(
+    folder: Path, model: Path, rows: dict[str, list[Any]], max_length: int = 64, task: str = "generation"
+) -> Path:
+    files = {f"{name}_file": str(write_rows(folder / f"{name}.jsonl", found)) for name, found in rows.items()}
+    text = f"name: look\ntask: {task}\nmodel: {{model_name_or_path: {model}, max_length: {max_length}}}\n"
+    path = folder / "job.yaml"
+    path.write_text(f"{text}data: {json.dumps(files)}\n")
+    return path
+
+
+def report_of(path: Path, **options: Any) -> DataReport:
+    return data_report(load_text(path.read_text(), path).job, **options)
+
+
+ROWS = {
+    "train": [
+        chat_row("country 1?", "city 1"),
+        chat_row("country 1?", "city 1"),
+        chat_row("country 2?", "city 2<|im_end|>"),
+        chat_row("why? " * 60, "city 3"),
+        {
+            "messages": [
+                *chat_row("country 4?", "city 4")["messages"],
+                *chat_row("country 5?", "city 5")["messages"],
+            ]
+        },
+        chat_row("country 6?", "<think>\nso\n</think>\n\n", note="x"),
+    ],
+    "validation": [chat_row("country 1?", "city 1"), chat_row("country 7?", "city 7")],
+    "test": [chat_row("country 8?", "city 8")],
+}
+
+
+def test_a_report_counts_what_is_odd(chat_model: Path, tmp_path: Path) -> None:
+    path = job_file(tmp_path, chat_model, ROWS)
+    report = report_of(path)
+    train, validation, test = report.splits
+    assert report.format == "messages"
+    assert (train.rows, train.examples, validation.rows, test.rows) == (6, 7, 2, 1)  # Qwen3: a turn, an example
+    assert (train.repeated, validation.also_in_train, test.also_in_train) == (1, 1, 0)
+    assert (train.longer, train.cut, train.shortened) == (1, 1, 0)
+    assert train.special_tokens == {"<|im_end|>": 1}
+    assert train.empty_answers == 1
+    assert train.lengths is not None
+    assert train.lengths.longest > 64
+    assert sum(bucket.examples for bucket in train.histogram) == 7
+    assert not report.bad_rows
+    assert any("column 'note'" in note for note in report.notes)
+    # The numbers are those of what is trained on.
+    split = prepare(load_text(path.read_text(), path).job).splits["train"]
+    assert train.tokens == len(split.ids)
+    assert train.learnt_tokens == int(np.sum(split.learnt))
+
+
+def test_bad_rows_are_all_named_and_the_rest_is_looked_at(chat_model: Path, tmp_path: Path) -> None:
+    rows = {
+        **ROWS,
+        "train": [*ROWS["train"], chat_row("country?", ""), {"messages": "x"}, chat_row("a", "b", tools="[")],
+    }
+    path = job_file(tmp_path, chat_model, rows)
+    report = report_of(path)
+    assert [line.partition(": ")[0] for line in report.bad_rows] == [f"{tmp_path}/train.jsonl:{n}" for n in (7, 8, 9)]
+    assert report.splits[0].rows == 6
+    found = lorafleet_here("data", path, cwd=tmp_path)
+    assert found.returncode == 2
+    assert "3 bad rows" in found.stdout
+    assert "train.jsonl:8: messages must be a list of {role, content}" in found.stdout
+    as_json = lorafleet_here("data", path, "--format", "json", cwd=tmp_path)
+    assert as_json.returncode == 2
+    assert DataReport.model_validate_json(as_json.stdout).bad_rows == report.bad_rows
+
+
+def test_rows_are_shown_as_tokens(chat_model: Path, tmp_path: Path) -> None:
+    path = job_file(tmp_path, chat_model, ROWS)
+    found = lorafleet_here("data", path, "--show", "5", cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    plain = found.stdout.replace("·", "").replace("↵\n", "\n")
+    assert "«<think>\n\n</think>\n\ncity 1<|im_end|>»" in plain
+    assert "example 2 of 2" in plain
+    report = report_of(path, show=5)
+    (example,) = report.shown[0].examples
+    assert "".join(token.text for token in example if token.learnt) == "<think>\n\n</think>\n\ncity 1<|im_end|>"
+    assert [row.line for row in report.shown] == [1, 2, 3, 4, 5]
+    held_out = report_of(path, show=1, split="test")
+    assert "country 8?" in "".join(token.text for token in held_out.shown[0].examples[0])
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_view_fits_a_terminal(width: int, chat_model: Path, tmp_path: Path) -> None:
+    import io
+
+    from rich.console import Console
+
+    screen = Console(width=width, file=io.StringIO(), force_terminal=True, color_system="standard")
+    report = report_of(job_file(tmp_path, chat_model, ROWS), show=2)
+    with screen.capture() as capture:
+        screen.print(data_view(report, coloured=True))
+    text = capture.get()
+    assert "\x1b[1;32m" in text  # what is learnt
+    assert "«" not in text
+
+
+def test_characters_are_shown_whole(chat_model: Path, tmp_path: Path) -> None:
+    path = job_file(tmp_path, chat_model, {**ROWS, "train": [chat_row("🌧 雨?", "naïve ☀️")] * 2})
+    (example,) = report_of(path, show=1).shown[0].examples
+    text = "".join(token.text for token in example)
+    assert "🌧 雨?" in text
+    assert "naïve ☀️" in text
+    assert "\ufffd" not in text
+
+
+def test_classes_are_counted(tiny_bert: Path, opinion_files: dict[str, Path], tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in opinion_files["train"].read_text().splitlines()]
+    path = job_file(
+        tmp_path, tiny_bert, {"train": rows, "validation": rows[:8], "test": rows[8:12]}, 8, "classification"
+    )
+    report = report_of(path, show=1)
+    train = report.splits[0]
+    assert train.classes == {
+        "bad": sum(row["label"] == "bad" for row in rows),
+        "good": sum(row["label"] == "good" for row in rows),
+    }
+    assert train.learnt_tokens is None
+    assert train.cut == train.longer > 0
+    assert report.splits[1].also_in_train == 8
+    assert report.shown[0].label in ("good", "bad")
+    assert "classes: bad" in lorafleet_here("data", path, cwd=tmp_path).stdout
+
+
+def test_without_the_model_the_rows_are_looked_at_all_the_same(tmp_path: Path) -> None:
+    path = job_file(tmp_path, Path("org/model"), ROWS)
+    report = report_of(path)
+    assert report.splits[0].rows == 6
+    assert report.splits[0].tokens is None
+    assert any("how rows become tokens was not looked at" in note for note in report.notes)
+    assert lorafleet_here("data", path, cwd=tmp_path).returncode == 0

@@ -1,0 +1,284 @@
+"""Every shape of a row that people post: read as what it is, or refused with its file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.conversation import Message
+from jobs.errors import DataError
+from jobs.load import load_text
+from jobs.row_formats import Row
+from jobs.rows import Rows, load_rows
+from tests.conftest import write_rows
+
+USER, ANSWER = Message("user", "u"), Message("assistant", "a")
+CALL = '[{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]'
+
+
+def load(path: Path, **data: Any) -> Rows:
+    settings = json.dumps({"train_file": str(path), "validation_file": str(path), "test_file": str(path), **data})
+    text = f"name: shapes\ntask: generation\nmodel: {{model_name_or_path: org/model}}\ndata: {settings}\n"
+    return load_rows(load_text(text, path.with_name("job.yaml")).job)
+
+
+def read(record: dict[str, Any], tmp_path: Path, **data: Any) -> Row:
+    return load(write_rows(tmp_path / "rows.jsonl", [record]), **data).train[0]
+
+
+def turns(*messages: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"messages": list(messages), **more}
+
+
+def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+@pytest.mark.parametrize(
+    ("record", "messages"),
+    [
+        # Alpaca
+        (
+            {"instruction": "u", "input": "", "output": "a", "system": "s"},
+            (Message("system", "s"), USER, ANSWER),
+        ),
+        (
+            {"instruction": "u", "input": "x", "output": "a", "history": [["h", "b"], ["i", "c"]]},
+            (
+                Message("user", "h"),
+                Message("assistant", "b"),
+                Message("user", "i"),
+                Message("assistant", "c"),
+                Message("user", "u\n\nx"),
+                ANSWER,
+            ),
+        ),
+        ({"instruction": "u", "output": "a", "history": [], "system": ""}, (USER, ANSWER)),
+        ({"prompt": "u", "completion": "a", "system_prompt": "s"}, (Message("system", "s"), USER, ANSWER)),
+        # OpenAI and Hugging Face
+        (turns(said("user", "u"), said("assistant", "a", weight=1)), (USER, ANSWER)),
+        (turns(said("user", "u"), said("assistant", "a", weight=None)), (USER, ANSWER)),
+        (
+            turns(said("user", "h"), said("assistant", "b", weight=0), said("user", "u"), said("assistant", "a")),
+            (Message("user", "h"), Message("assistant", "b", learn=False), USER, ANSWER),
+        ),
+        (
+            turns(said("user", "h"), said("assistant", "b", train=False), said("user", "u"), said("assistant", "a")),
+            (Message("user", "h"), Message("assistant", "b", learn=False), USER, ANSWER),
+        ),
+        (
+            turns(said("user", [{"type": "text", "text": "u"}]), said("assistant", [{"type": "text", "text": "a"}])),
+            (USER, ANSWER),
+        ),
+        (
+            turns(said("user", [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]), said("assistant", "a")),
+            (Message("user", "xy"), ANSWER),
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a", reasoning_content="r")),
+            (USER, Message("assistant", "a", reasoning="r")),
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a", thinking="r")),
+            (USER, Message("assistant", "a", reasoning="r")),
+        ),
+        (turns(said("user", "u"), said("assistant", "a"), system="s"), (Message("system", "s"), USER, ANSWER)),
+        (
+            turns(said("developer", "d"), said("user", "u"), said("assistant", "a")),
+            (Message("developer", "d"), USER, ANSWER),
+        ),
+        (
+            turns(
+                said("user", "u"),
+                said("assistant", None, tool_calls=[{"function": {"name": "f", "arguments": '{"x": 1}'}}]),
+                said("tool", "1", tool_call_id="c1", name="f"),
+                said("assistant", "a"),
+            ),
+            (
+                USER,
+                Message("assistant", "", tool_calls=CALL),
+                Message("tool", "1", name="f", tool_call_id="c1"),
+                ANSWER,
+            ),
+        ),
+        # ShareGPT, and `conversations` with roles
+        ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}, (USER, ANSWER)),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "s"},
+                    {"from": "human", "value": "u"},
+                    {"from": "gpt", "value": "a"},
+                ]
+            },
+            (Message("system", "s"), USER, ANSWER),
+        ),
+        (
+            {
+                "system": "s",
+                "conversations": [
+                    {"from": "human", "value": "u"},
+                    {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                    {"from": "observation", "value": "1"},
+                    {"from": "gpt", "value": "a"},
+                ],
+            },
+            (Message("system", "s"), USER, Message("assistant", "", tool_calls=CALL), Message("tool", "1"), ANSWER),
+        ),
+        ({"conversations": [said("user", "u"), said("assistant", "a")]}, (USER, ANSWER)),
+        # TRL's conversational prompt and completion: the loss is on the completion
+        ({"prompt": [said("user", "u")], "completion": [said("assistant", "a")]}, (USER, ANSWER)),
+        (
+            {
+                "prompt": [said("user", "h"), said("assistant", "b"), said("user", "u")],
+                "completion": [said("assistant", "a")],
+            },
+            (Message("user", "h"), Message("assistant", "b", learn=False), Message("user", "u", learn=False), ANSWER),
+        ),
+    ],
+)  # fmt: skip
+def test_a_row_is_read_as_what_it_is(record: dict[str, Any], messages: tuple[Message, ...], tmp_path: Path) -> None:
+    found = read(record, tmp_path).messages
+    learnt = [one.learn for one in found if one.role == "assistant"]
+    assert learnt == [one.learn for one in messages if one.role == "assistant"]
+    assert [one.as_record() | {"learn": True} for one in found] == [
+        one.as_record() | {"learn": True} for one in messages
+    ]
+
+
+def test_a_conversation_is_stored_and_read_again(tmp_path: Path) -> None:
+    record = turns(
+        said("user", "u"),
+        said("assistant", "", tool_calls=json.loads(CALL), reasoning_content="r", weight=0),
+        said("tool", "1", name="f", tool_call_id="c"),
+        said("assistant", "a"),
+        tools=[{"type": "function", "function": {"name": "f"}}],
+    )
+    row = read(record, tmp_path)
+    assert Row.from_record(json.loads(json.dumps(row.as_record()))) == row
+    assert row.messages[1].calls[0]["function"]["arguments"] == {"x": 1}
+    assert json.loads(row.tools)[0]["function"]["name"] == "f"
+    as_text = {**record, "tools": json.dumps(record["tools"])}
+    assert read(as_text, tmp_path) == row
+
+
+def test_the_column_of_messages_can_be_named(tmp_path: Path) -> None:
+    record = {"chat": [said("user", "u"), said("assistant", "a")], "messages": [said("user", "other")], "text": "t"}
+    assert read(record, tmp_path, messages_column="chat").messages == (USER, ANSWER)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: no column 'dialog' \(there are: chat, messages, text\)"):
+        read(record, tmp_path, messages_column="dialog")
+
+
+def test_a_system_prompt_goes_to_rows_without_one(tmp_path: Path) -> None:
+    rows = [
+        turns(said("user", "u"), said("assistant", "a")),
+        turns(said("system", "own"), said("user", "u"), said("assistant", "a")),
+        {**turns(said("user", "u"), said("assistant", "a")), "system": "column"},
+    ]
+    found = load(write_rows(tmp_path / "rows.jsonl", rows), system_prompt="default").train
+    assert [row.messages[0].content for row in found] == ["default", "own", "column"]
+
+
+@pytest.mark.parametrize(
+    ("record", "sentence"),
+    [
+        (turns(said("user", "u"), said("assistant", "a", weight=2)), "weight of message 2 is 2, but must be 0 or 1"),
+        (turns(said("user", "u"), said("assistant", "a", weight=0.5)), "weight of message 2 is 0.5, but must be"),
+        (turns(said("user", "u"), said("assistant", "a", weight=True)), "weight of message 2 is true"),
+        (turns(said("user", "u"), said("assistant", "a", train="no")), 'train of message 2 is "no", but must be true'),
+        (turns(said("user", "u"), said("assistant", "a", train=True, weight=0)), "says both that it is learnt"),
+        (turns(said("user", [{"type": "image", "url": "x"}]), said("assistant", "a")), "a part of type 'image'"),
+        (turns(said("user", [{"type": "image_url"}]), said("assistant", "a")), "only {type: text, text} can be learnt"),
+        (turns(said("user", "u"), said("assistant", "a", reasoning_content=3)), "reasoning_content of message 2 is 3"),
+        (turns(said("user", "u", reasoning_content="r"), said("assistant", "a")), "only an assistant's message has"),
+        (turns(said("user", "u"), said("assistant", "a", reasoning="r", thinking="t")), "which differ: keep one"),
+        (turns(said("user", "u"), said("assistant", "a", tool_calls="x")), "tool_calls of message 2 is"),
+        (turns(said("user", "u"), said("assistant", "", tool_calls=[{"id": "1"}])), "each must name a function"),
+        (
+            turns(said("user", "u"), said("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": "x"}}])),
+            "arguments of a tool call of message 2 is",
+        ),
+        (turns(said("user", "u", tool_calls=[{"name": "f"}]), said("assistant", "a")), "only an assistant calls tools"),
+        (turns(said("user", "u"), said("assistant", "a"), tools=["f"]), "tools is"),
+        (turns(said("user", "u"), said("assistant", "a"), tools="[f"), "which is not JSON"),
+        (turns(said("user", "u"), said("assistant", "a"), images=["x.png"]), "images is"),
+        (turns(said("user", "u"), said("assistant", "a"), documents=[{}]), "documents is"),
+        (turns(said("user", "u"), said("assistant", "a"), functions=[{"name": "f"}]), "name them in tools"),
+        (turns(said("user", "u"), said("assistant", "a", function_call={"name": "f"})), "function_call of message 2"),
+        (turns(said("system", "s"), said("user", "u"), said("assistant", "a"), system="t"), "contradict each other"),
+        (turns(said("user", "u"), said("assistant", "")), "must be the assistant's, and not empty"),
+        (turns(said("user", "u"), said("assistant", ""), said("user", "v"), said("assistant", "a")), "message 2 is"),
+        (turns(said("user", "u"), said("assistant", "a"), said("user", "v")), "the last of messages must be"),
+        (turns(said("system", "s"), said("assistant", "a")), "must have something before"),
+        (turns(said("narrator", "u"), said("assistant", "a")), "role is 'narrator', but must be one of"),
+        ({"conversations": [{"from": "alien", "value": "u"}, {"from": "gpt", "value": "a"}]}, "from is 'alien'"),
+        ({"conversations": [{"speaker": "u"}, {"from": "gpt", "value": "a"}]}, "message 1 has neither role nor from"),
+        ({"instruction": "u", "output": "a", "history": "x"}, "must be a list of [question, answer] pairs"),
+        ({"instruction": "u", "output": "a", "history": [["x"]]}, "must be a list of [question, answer] pairs"),
+        ({"instruction": "u", "output": "a", "system": 3}, "system is 3, but must be a text"),
+        ({"prompt": [said("user", "u")], "completion": "a"}, "must be a list of messages as the other column has one"),
+        ({"prompt": "u", "completion": [said("assistant", "a")]}, "must be a list of messages"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_used_is_named(record: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [record])
+    with pytest.raises(DataError) as error:
+        load(path)
+    assert str(error.value).startswith(f"{path}:1: ")
+    assert sentence in str(error.value)
+
+
+def test_keys_that_are_not_known_are_named_once(tmp_path: Path) -> None:
+    rows = [
+        {**turns(said("user", "u", lang="en"), said("assistant", "a", rating=5)), "id": number, "source": "web"}
+        for number in range(3)
+    ]
+    found = load(write_rows(tmp_path / "rows.jsonl", rows))
+    notes = [note for note in found.warnings if note.startswith("not used: ")]
+    assert notes == [
+        "not used: column 'id' (9 times), column 'source' (9 times), message key 'lang' (9 times), "
+        "message key 'rating' (9 times)"
+    ]
+    weighed = [turns(said("user", "u", weight=1), said("assistant", "a"))]
+    notes = [note for note in load(write_rows(tmp_path / "rows.jsonl", weighed)).warnings if "not used" in note]
+    assert notes == ["not used: weight 1 of a user message, which is not learnt (3 times)"]
+
+
+def test_parquet_fills_structs_up_with_nulls(tmp_path: Path) -> None:
+    """Its calls have the arguments of all others: what is null there was never said."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [
+        turns(
+            said("user", "u"),
+            said("assistant", "", tool_calls=json.loads(CALL)),
+            said("tool", "1"),
+            said("assistant", "a"),
+        ),
+        turns(
+            said("user", "v"),
+            said(
+                "assistant", "", tool_calls=[{"type": "function", "function": {"name": "g", "arguments": {"y": "2"}}}]
+            ),
+            said("tool", "2"),
+            said("assistant", "b"),
+        ),
+    ]
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pa.Table.from_pylist(rows), path)
+    first, second = load(path).train
+    assert first.messages[1].calls[0]["function"]["arguments"] == {"x": 1}
+    assert second.messages[1].calls[0]["function"]["arguments"] == {"y": "2"}
+
+
+def test_a_question_with_two_answers_stays_on_one_side(tmp_path: Path) -> None:
+    rows = [turns(said("user", f"u{number % 6}"), said("assistant", f"a{number}")) for number in range(24)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    text = f'name: x\ntask: generation\nmodel: {{model_name_or_path: o/m}}\ndata: {{train_file: "{path}"}}\n'
+    found = load_rows(load_text(text, tmp_path / "job.yaml").job)
+    train = {row.question for row in found.train}
+    assert not train & {row.question for row in found.validation}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.tokenizer import read_tokenizer
-from jobs.chat_format import ChatFormat, TemplateRefusal
+from jobs.chat_template import ChatTemplate, TemplateRefusal
 from jobs.conversation import Message
 from jobs.errors import UserError
 
@@ -19,8 +19,8 @@ def framed(folder: Path, turns: Sequence[dict[str, str]], template_kwargs: Mappi
 
     Raises UserError where the model has no chat template, or where that refuses the messages.
     """
-    chat = _format(folder, json.dumps(dict(template_kwargs or {}), sort_keys=True))
-    if not chat.template:
+    chat = _template(folder, json.dumps(dict(template_kwargs or {}), sort_keys=True))
+    if not chat.source:
         raise UserError("this model has no chat template: it takes one user message alone")
     try:
         return chat.render([Message(turn["role"], turn["content"]) for turn in turns], generation=True)
@@ -29,5 +29,5 @@ def framed(folder: Path, turns: Sequence[dict[str, str]], template_kwargs: Mappi
 
 
 @functools.cache
-def _format(folder: Path, template_kwargs: str) -> ChatFormat:
-    return ChatFormat(read_tokenizer(str(folder), folder), template_kwargs=json.loads(template_kwargs))
+def _template(folder: Path, template_kwargs: str) -> ChatTemplate:
+    return ChatTemplate(read_tokenizer(str(folder), folder), json.loads(template_kwargs))

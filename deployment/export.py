@@ -413,11 +413,11 @@ def prompt_frame(chat: ChatFormat, data: TokenData) -> PromptFrame:
         return PromptFrame(start=[] if bos is None else [bos])
     system = data.system or ""
     first = [Message("system", system)] if system else []
-    whole = chat.render([*first, Message("user", _SENTINEL)], generation=True)
+    whole = chat.template.render([*first, Message("user", _SENTINEL)], generation=True)
     parts = whole.split(_SENTINEL)
     if len(parts) != 2:
         raise UserError("the model's chat template changes what is asked: prompts cannot be framed outside of it")
-    spaced = chat.render([*first, Message("user", f" {_SENTINEL}\n")], generation=True)
+    spaced = chat.template.render([*first, Message("user", f" {_SENTINEL}\n")], generation=True)
     return PromptFrame(parts[0], parts[1], chat.start_ids, system, strip=spaced == whole)
 
 

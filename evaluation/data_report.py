@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ from pydantic import Field
 from evaluation.tokenizer import chat_format
 from evaluation.tokens import SPLITS, row_encoder, system_messages, template_notes
 from jobs.base import Spec
-from jobs.chat_format import ChatFormat, TemplateRefusal
+from jobs.chat_format import ChatFormat
+from jobs.chat_template import TemplateRefusal
 from jobs.encoding import Example, RowEncoder
 from jobs.errors import AssetError
 from jobs.row_formats import Row
@@ -238,9 +238,9 @@ def _histogram(lengths: list[int]) -> list[Bucket]:
 
 def _special_tokens(rows: list[Row], chat: ChatFormat) -> dict[str, int]:
     """Count the rows whose texts contain a special token's text."""
-    if not chat.special_texts:
+    pattern = chat.template.special_pattern
+    if pattern is None:
         return {}
-    pattern = re.compile("|".join(map(re.escape, chat.special_texts)))
     counts: Counter[str] = Counter()
     for row in rows:
         texts = [row.text, *(message.content for message in row.messages)]

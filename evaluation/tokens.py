@@ -21,7 +21,8 @@ from evaluation.tokenizer import chat_format
 from jobs import files
 from jobs.answer_frame import THINKING, AnswerFrame
 from jobs.assets import cache_dir
-from jobs.chat_format import ChatFormat, TemplateRefusal
+from jobs.chat_format import ChatFormat
+from jobs.chat_template import TemplateRefusal
 from jobs.encoding import Example, RowEncoder
 from jobs.errors import DataError
 from jobs.hub import model_revision
@@ -287,6 +288,7 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
     warnings = list(rows.warnings)
     digests: dict[str, str] = {}
     counts: dict[str, Any] = {}
+    ends_seen: dict[int, None] = {}
     folder.mkdir()
     for name in SPLITS:
         split_rows: list[Row] = getattr(rows, name)
@@ -297,6 +299,7 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
             encoder = row_encoder(job, chat)
             split, answers = _generation(split_rows, encoder, file_of_split(name, job))
             counts[name] = dict(encoder.counts)
+            ends_seen |= encoder.ends
         warnings += _length_notes(name, len(split_rows), counts[name], job.model.max_length)
         for part in _PARTS:
             np.save(folder / f"{name}-{part}.npy", getattr(split, part))
@@ -306,17 +309,18 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
             files.write_jsonl(folder / f"{name}-rows.jsonl", _with_answers(records, answers))
     systems = system_messages(rows) if job.generates else set()
     conversations = any(row.messages for row in rows.train)
+    source = chat.template.source
     meta = {
         "labels": list(rows.labels),
         "warnings": warnings + (template_notes(chat, systems) if conversations else []),
         "chosen_on_test": rows.chosen_on_test,
         "pad_id": int(chat.tokenizer.pad_token_id or 0),
         "rows_sha256": digests,
-        "ends": chat.ends if conversations else chat.model_ends,
+        "ends": list(dict.fromkeys([*chat.ends, *ends_seen])) if conversations else chat.model_ends,
         "frame": chat.frame.as_dict() if conversations else None,
         "system": next(iter(systems)) if len(systems) == 1 else None,
         "systems": len(systems),
-        "template_sha256": hashlib.sha256(chat.template.encode()).hexdigest() if chat.template else "",
+        "template_sha256": hashlib.sha256(source.encode()).hexdigest() if source else "",
         "counts": counts,
     }
     files.write_json(folder / "meta.json", meta)
@@ -347,6 +351,8 @@ def _length_notes(name: str, rows: int, counts: dict[str, Any], max_length: int)
         notes.append(f"{counts['shortened']} of {rows} {name} rows are {longer} and lost their oldest turns")
     if counts.get("cut"):
         notes.append(f"{counts['cut']} of {rows} {name} rows are {longer} and were cut")
+    if counts.get("nothing"):
+        notes.append(f"in {counts['nothing']} of the {name} rows that were cut nothing is left to learn")
     if counts.get("split"):
         notes.append(
             f"{counts['split']} of {rows} {name} rows became {counts['examples']} examples, one for each turn that is "
@@ -358,7 +364,7 @@ def _length_notes(name: str, rows: int, counts: dict[str, Any], max_length: int)
 def template_notes(chat: ChatFormat, systems: set[str | None]) -> list[str]:
     """Say what the chat template does with these rows that its user should know."""
     notes = [text.format(rows=counted(chat.counts[name], "row")) for name, text in _REMARKS if chat.counts[name]]
-    if not chat.template:
+    if not chat.template.source:
         return notes
     ending, tokenizer = chat.ending, chat.tokenizer
     if ending.token is None:
@@ -376,7 +382,7 @@ def template_notes(chat: ChatFormat, systems: set[str | None]) -> list[str]:
         notes.append("the chat template has no generation prompt: the model writes the header of its turn itself")
     if chat.generation_prompt == "always":
         notes.append("the chat template adds the header of the next answer to every text: it is not learnt")
-    if chat.tells_the_date:
+    if chat.template.tells_the_date:
         notes.append(
             "the chat template writes today's date into every prompt; data.chat_template_kwargs can fix it "
             "(date_string: 26 Jul 2024)"
@@ -404,6 +410,17 @@ _REMARKS = (
         "boundary_merged",
         "in {rows} a token would stand over the end of the prompt: the answer is cut into tokens alone",
     ),
+    (
+        "end_inside",
+        "in {rows} an answer contains an end token: the model learns to write it, and generation ends there",
+    ),
+    ("special_inside", "in {rows} a message contains the text of a special token, which becomes that token"),
+    (
+        "answer_lossy",
+        "in {rows} the tokenizer cannot write the answer exactly (it normalises it, or does not know a word): metrics "
+        "compare with what it can write",
+    ),
+    ("no_answer", "in {rows} the last answer is a call of tools behind reasoning: metrics of answers score it 0"),
     ("system_dropped", "in {rows} the chat template drops the system message"),
     ("user_dropped", "in {rows} the chat template drops or changes what the user says"),
     ("answer_changed", "in {rows} the chat template changes the answer: what it renders is learnt"),

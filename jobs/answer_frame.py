@@ -28,6 +28,9 @@ class AnswerFrame:
     prompt_opens: bool = False
     """Whether the prompt itself ends inside the frame (an open thinking block): all text begins within it. `after` says
     so of each prompt."""
+    strict: bool = True
+    """Whether a frame that was begun and never closed holds no answer. False where no template is known to write one:
+    the text is then the answer, as it stands."""
     closing: str = ""
     """Text that ends a turn where the template's end of turn is not a single token."""
     special_tokens: tuple[str, ...] = ()
@@ -46,6 +49,7 @@ class AnswerFrame:
         return {
             "marker": self.marker,
             "opener": self.opener,
+            "strict": self.strict,
             "closing": self.closing,
             "special_tokens": list(self.special_tokens),
         }
@@ -62,9 +66,10 @@ class AnswerFrame:
         """
         begins = text.lstrip()
         if self.prompt_opens or begins.startswith(self.opener):
-            _, closed, text = text.partition(self.marker)
-            if not closed:
+            _, closed, behind = text.partition(self.marker)
+            if not closed and (self.strict or not finished):
                 return ""
+            text = behind if closed else text
         elif not finished and self.opener.startswith(begins):
             return ""
         if self.closing and text.rstrip().endswith(self.closing):

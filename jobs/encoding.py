@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from jobs.chat_format import ChatFormat, TemplateRefusal, Turn
+from jobs.chat_format import ChatFormat, Turn
+from jobs.chat_template import TemplateRefusal
 from jobs.conversation import Message, learnable_turns
 from jobs.row_formats import Row
 
@@ -47,8 +48,10 @@ class RowEncoder:
         self.format, self.max_length = chat_format, max_length
         self.train_on_turns, self.assistant_only_loss = train_on_turns, assistant_only_loss
         self.counts: Counter[str] = Counter()
-        """Rows that were `cut`, that lost their oldest turns (`shortened`), or that became several examples (`split`)
-        and how many `examples` those are."""
+        """Rows that were `cut`, that lost their oldest turns (`shortened`), that became several examples (`split`, and
+        how many `examples` those are), and examples of which a cut left `nothing` to learn."""
+        self.ends: dict[int, None] = {}
+        """Tokens with which learnt turns ended."""
 
     def encode(self, row: Row) -> EncodedRow:
         """Return a row's examples. Raises TemplateRefusal for a row that teaches nothing or cannot be rendered."""
@@ -100,6 +103,7 @@ class RowEncoder:
 
     def _conversation(self, messages: tuple[Message, ...], turns: list[int], tools: str) -> EncodedRow:
         rendered = [self.format.turn(messages, index, tools) for index in turns]
+        self.ends |= {turn.end: None for turn in rendered if turn.end is not None}
         last = rendered[-1]
         row_ids = [*last.prompt_ids, *last.answer_ids]
         together = all(_begins(row_ids, turn) for turn in rendered[:-1])
@@ -137,8 +141,11 @@ class RowEncoder:
         """A turn whose last exchange alone is too long."""
         self.counts["cut"] += 1
         prompt, answer = fit(turn.prompt_ids, turn.answer_ids, self.max_length)
-        shorter = Turn(prompt, answer, turn.reference, turn.learnt[: len(answer)])
-        return _example([*prompt, *answer], [shorter])
+        shorter = replace(turn, prompt_ids=prompt, answer_ids=answer, learnt=turn.learnt[: len(answer)])
+        example = _example([*prompt, *answer], [shorter])
+        if not any(example.learnt):
+            self.counts["nothing"] += 1
+        return example
 
     def _everything(self, messages: tuple[Message, ...], tools: str) -> EncodedRow:
         """A conversation that is learnt whole (`assistant_only_loss: false`), but for answers with weight 0."""
@@ -148,13 +155,22 @@ class RowEncoder:
         if len(ids) > self.max_length and shorter is not None:
             self.counts["shortened"] += 1
             return EncodedRow(self._everything(shorter, tools).examples, last.reference)
-        if len(ids) > self.max_length:
-            self.counts["cut"] += 1
-            ids = [token for part in fit(last.prompt_ids, last.answer_ids, self.max_length) for token in part]
+        text = "".join(self.format.template.decode(ids).split())
+        if any("".join(message.reasoning.split()) not in text for message in messages):
+            raise TemplateRefusal(
+                "the chat template leaves out the reasoning of earlier turns: it cannot be learnt with "
+                "data.assistant_only_loss: false (with true each turn is rendered for itself)"
+            )
         learnt = [False, *[True] * (len(ids) - 1)]
         for index, message in enumerate(messages):
             if message.role == "assistant" and not message.learn:
                 self._leave_out(messages, index, tools, ids, learnt)
+        if len(ids) > self.max_length:
+            self.counts["cut"] += 1
+            begin = len(last.prompt_ids)
+            prompt, answer = fit(range(begin), range(begin, len(ids)), self.max_length)
+            kept = [*prompt, *answer]
+            ids, learnt = [ids[place] for place in kept], [learnt[place] for place in kept]
         return EncodedRow([Example(ids, learnt, min(len(last.prompt_ids), len(ids) - 1))], last.reference)
 
     def _leave_out(

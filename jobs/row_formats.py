@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobs.conversation import ROLES, Message
@@ -194,9 +194,23 @@ def _check_columns(record: Mapping[str, Any], known: set[str]) -> None:
 def _messages_column(record: Mapping[str, Any], data: DataSpec) -> str | None:
     if data.messages_column is not None:
         return data.messages_column if data.messages_column in record else None
-    return next((name for name in CONVERSATION_COLUMNS if isinstance(record.get(name), list)), None) or next(
-        (name for name in CONVERSATION_COLUMNS[:1] if name in record), None
-    )
+    for name in CONVERSATION_COLUMNS:
+        if isinstance(_from_text_cell(record.get(name)), list):
+            return name
+    return CONVERSATION_COLUMNS[0] if CONVERSATION_COLUMNS[0] in record else None
+
+
+def _from_text_cell(value: Any) -> Any:
+    """Return the list of messages that a text cell (of a CSV file, say) holds as JSON; anything else as it is."""
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+        return value
+    try:
+        messages = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    shapes = ({"role", "content"}, {"from", "value"})
+    whole = all(isinstance(one, dict) and any(shape <= set(one) for shape in shapes) for one in messages)
+    return messages if whole else value
 
 
 def _text_label(record: Mapping[str, Any], data: DataSpec) -> Row:
@@ -213,9 +227,10 @@ def _text_label(record: Mapping[str, Any], data: DataSpec) -> Row:
 
 
 def _instruction(record: Mapping[str, Any]) -> list[Message]:
-    extra = record.get("input") or ""
+    extra = record.get("input")
+    extra = "" if extra is None else extra
     if not isinstance(extra, str):
-        raise BadRow("input must be a text")
+        raise BadRow(f"input is {_short(extra)}, but must be a text")
     _check_whole_characters("input", extra)
     asked, answer = _text(record, "instruction"), _text(record, "output")
     asked = f"{asked}\n\n{extra}" if extra else asked
@@ -223,15 +238,18 @@ def _instruction(record: Mapping[str, Any]) -> list[Message]:
 
 
 def _prompt_completion(record: Mapping[str, Any], data: DataSpec, unused: Counter[str]) -> list[Message]:
-    prompt, completion = record.get(data.prompt_column), record.get(data.completion_column)
+    columns = (data.prompt_column, data.completion_column)
+    prompt, completion = (_from_text_cell(record.get(column)) for column in columns)
     if isinstance(prompt, list) or isinstance(completion, list):
-        return _conversational(record, data, unused)
+        return _conversational({**record, columns[0]: prompt, columns[1]: completion}, data, unused)
     asked, answer = _text(record, data.prompt_column), _text(record, data.completion_column)
     return [*_history(record), Message("user", asked), Message("assistant", answer)]
 
 
 def _conversational(record: Mapping[str, Any], data: DataSpec, unused: Counter[str]) -> list[Message]:
     """TRL's conversational prompt and completion: two lists of messages, of which the second is learnt."""
+    if record.get("history") not in (None, "", []):
+        raise BadRow("history stands beside a list of messages: put its turns into the list")
     for column in (data.prompt_column, data.completion_column):
         if column not in record:
             raise BadRow(_no_column(record, column))
@@ -242,11 +260,7 @@ def _conversational(record: Mapping[str, Any], data: DataSpec, unused: Counter[s
     before = _messages(record[data.prompt_column], data.prompt_column, unused, whole=False)
     after = _messages(record[data.completion_column], data.completion_column, unused)
     # TRL's loss is on the completion: an assistant's turn in the prompt is context.
-    context = [
-        Message(one.role, one.content, one.reasoning, one.tool_calls, one.name, one.tool_call_id, learn=False)
-        for one in before
-    ]
-    return [*context, *after]
+    return [*(replace(one, learn=False) if one.role == "assistant" else one for one in before), *after]
 
 
 def _history(record: Mapping[str, Any]) -> list[Message]:
@@ -330,7 +344,11 @@ def _message(value: Any, place: int, unused: Counter[str]) -> Message:
     text = _content(content, place)
     calls = _tool_calls(record.get("tool_calls"), place)
     if record.get("from") in ("function_call", "tool_call"):
+        if calls:
+            raise BadRow(f"message {place} is a function call and has tool_calls as well: keep one")
         text, calls = "", _sharegpt_call(text, place)
+    if role != "tool":
+        known -= {"name", "tool_call_id"}
     for key in record:
         if key not in known:
             unused[f"message key {key!r}"] += 1
@@ -341,6 +359,9 @@ def _message(value: Any, place: int, unused: Counter[str]) -> Message:
     name, call_id = record.get("name", ""), record.get("tool_call_id", "")
     if not isinstance(name, str) or not isinstance(call_id, str):
         raise BadRow(f"name and tool_call_id of message {place} must be texts")
+    _check_whole_characters("name", f"{name}{call_id}")
+    if role != "tool":
+        name, call_id = "", ""
     return Message(role, text, reasoning, calls, name, call_id, learn)
 
 
@@ -401,7 +422,9 @@ def _tools(value: Any) -> str:
         return ""
     if not isinstance(value, list) or not all(_is_tool(tool) for tool in value):
         raise BadRow(f"tools is {_short(value)}, but must be a list of functions, each with a name")
-    return json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
+    _check_whole_characters("tools", text)
+    return text
 
 
 def _is_tool(tool: Any) -> bool:
@@ -418,19 +441,41 @@ def _tool_calls(value: Any, place: int) -> str:
         return ""
     if not isinstance(value, list):
         raise BadRow(f"tool_calls of message {place} is {_short(value)}, but must be a list")
-    return json.dumps([_call(call, place) for call in value], ensure_ascii=False)
+    text = json.dumps([_call(call, place) for call in value], ensure_ascii=False)
+    _check_whole_characters(f"tool_calls of message {place}", text)
+    return text
+
+
+_CALL_KEYS = frozenset({"id", "type", "function", "index"})
+_FUNCTION_KEYS = frozenset({"name", "arguments", "parameters", "input"})
+"""Other names of a call's arguments: Llama's, and Anthropic's."""
 
 
 def _call(value: Any, place: int) -> dict[str, Any]:
+    what = f"a tool call of message {place}"
     function = value.get("function", value) if isinstance(value, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
         raise BadRow(f"tool_calls of message {place} has {_short(value)}, but each must name a function")
-    arguments = _from_json(function.get("arguments", {}), f"arguments of a tool call of message {place}")
+    allowed = _CALL_KEYS if function is not value else _CALL_KEYS | _FUNCTION_KEYS
+    strange = [key for key in value if key not in allowed]
+    strange += [key for key in function if function is not value and key not in _FUNCTION_KEYS]
+    if strange:
+        raise BadRow(f"{what} has {strange[0]!r}, which cannot be used: it may have id, type, name and arguments")
+    if value.get("type") not in (None, "function"):
+        raise BadRow(f"type of {what} is {_short(value['type'])}, but must be function")
+    given = [key for key in ("arguments", "parameters", "input") if function.get(key) is not None]
+    if len(given) > 1:
+        raise BadRow(f"{what} has both {given[0]} and {given[1]}: keep one")
+    arguments = _from_json(function[given[0]], f"arguments of {what}") if given else {}
+    arguments = {} if arguments == "" else arguments  # OpenAI's calls without arguments
     if not isinstance(arguments, Mapping):
-        raise BadRow(f"arguments of a tool call of message {place} is {_short(arguments)}, but must be an object")
+        raise BadRow(f"arguments of {what} is {_short(arguments)}, but must be an object")
     call: dict[str, Any] = {"type": "function"}
-    if isinstance(value.get("id"), str):
-        call["id"] = value["id"]
+    call_id = value.get("id")
+    if call_id is not None and not isinstance(call_id, str):
+        raise BadRow(f"id of {what} is {_short(call_id)}, but must be a text")
+    if call_id:
+        call["id"] = call_id
     call["function"] = {"name": function["name"], "arguments": dict(arguments)}
     return call
 

@@ -108,12 +108,17 @@ class Family:
         return ChatFormat(tokenizer, [tokenizer.convert_tokens_to_ids(name) for name in self.ends], self.kwargs)
 
 
-def trl_template(name: str) -> str:
-    """Read a chat template from TRL's wheel. Importing TRL would take seconds."""
+def trl_templates() -> Path:
+    """The folder of chat templates in TRL's wheel. Importing TRL would take seconds."""
     spec = find_spec("trl")
     assert spec is not None
     assert spec.origin is not None
-    return (Path(spec.origin).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return Path(spec.origin).parent / "chat_templates"
+
+
+def trl_template(name: str) -> str:
+    """Read one of them."""
+    return (trl_templates() / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 @cache
@@ -225,16 +230,17 @@ def learnt_spans(ids: list[int], learnt: list[bool]) -> Iterator[list[int]]:
         yield span
 
 
-def model_folder(family: Family, folder: Path) -> Path:
-    """A tiny Llama with a family's tokenizer."""
+def model_folder(family: Family, folder: Path, hidden: int = 32) -> Path:
+    """A tiny Llama of two heads with a family's tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = family.tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=64, max_position_embeddings=2048, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=hidden, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, intermediate_size=64, max_position_embeddings=2048, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
         eos_token_id=[tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(name) for name in family.ends)],
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

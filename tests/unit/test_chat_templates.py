@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobs.answer_frame import AnswerFrame
-from jobs.chat_format import ChatFormat, TemplateRefusal
+from jobs.chat_format import ChatFormat
+from jobs.chat_template import TemplateRefusal
 from jobs.conversation import Message
 from jobs.encoding import RowEncoder
 from jobs.row_formats import Row
@@ -21,6 +22,8 @@ from tests.unit.chat_families import (
     build_tokenizer,
     conversation,
     learnt_spans,
+    trl_template,
+    trl_templates,
 )
 
 QUESTION, ANSWER = "what is the capital of country 9?", "it is city 9."
@@ -379,6 +382,154 @@ def test_an_end_that_a_text_brings_is_not_doubled() -> None:
         assert example.learnt == [False, *[True] * (len(example.ids) - 1)]
 
 
+# ---- every template that TRL ships, whatever it writes ----
+
+_TWO_CALLS = (
+    '[{"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": {"city": "Paris"}}},'
+    ' {"type": "function", "id": "abcdefghj", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]'
+)
+_ROWS = {
+    "turns": Row(messages=conversation("USER1 q?", "a1", "USER2 q?", "a2", system="SYSTEM s")),
+    "repeated": Row(messages=conversation("USER1 q?", "a1", "USER1 q?", "a2", "USER1 q?", "a1")),
+    "echo": Row(messages=conversation("USER1 q?", "it is", "USER2 q?", "end")),
+    "reasoning": Row(
+        messages=(
+            *conversation("USER1 q?", "a1", "USER2 q?"),
+            Message("assistant", "a2", reasoning="I count."),
+        )
+    ),
+    "inline": Row(messages=conversation("USER1 q?", "a1", "USER2 q?", "<think>\nI count.\n</think>\n\na2")),
+    "tools": Row(
+        messages=(
+            Message("user", "USER1 q?"),
+            Message("assistant", "", tool_calls=_CALL),
+            Message("tool", "TOOL sunny", name="weather", tool_call_id="abcdefghi"),
+            Message("assistant", "It is."),
+        ),
+        tools=_WEATHER,
+    ),
+    "thoughts and tools": Row(
+        messages=(
+            Message("user", "USER1 q?"),
+            Message("assistant", "", tool_calls=_CALL, reasoning="I call."),
+            Message("tool", "TOOL sunny", name="weather", tool_call_id="abcdefghi"),
+            Message("assistant", "It is.", reasoning="I see."),
+        ),
+        tools=_WEATHER,
+    ),
+    "two calls": Row(
+        messages=(Message("user", "USER1 q?"), Message("assistant", "", tool_calls=_TWO_CALLS)), tools=_WEATHER
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{}, {"enable_thinking": False}, pytest.param({"enable_thinking": True}, marks=pytest.mark.long)],
+    ids=str,
+)
+@pytest.mark.parametrize("name", sorted(path.stem for path in trl_templates().glob("*.jinja")))
+def test_what_others_say_is_never_learnt(name: str, variables: dict[str, bool]) -> None:
+    """Each row is learnt exactly, or refused: no user, system or tool is learnt, and a right answer is seen as one."""
+    tokenizer = build_tokenizer(trl_template(name), "<|eos|>", "<|bos|>")
+    for what, row in _ROWS.items():
+        encoder = RowEncoder(ChatFormat(tokenizer, (), variables), 4000)
+        try:
+            encoded = encoder.encode(row)
+        except TemplateRefusal:
+            continue
+        learnt = "".join(spans_of(encoder, row))
+        assert not any(word in learnt for word in ("USER", "SYSTEM", "TOOL", "q?")), (what, learnt)
+        for message in row.messages:
+            if message.role == "assistant":
+                assert message.content.rpartition("</think>")[2].strip() in learnt, (what, learnt)
+                assert message.reasoning in learnt, (what, learnt)
+                assert all(call["function"]["arguments"]["city"] in learnt for call in message.calls), (what, learnt)
+        last = encoded.examples[-1]
+        *_, span = learnt_spans(last.ids, last.learnt)
+        right = predicted(encoder, last.ids[: last.answer_start], last.ids[last.answer_start :])
+        assert right == encoded.reference or encoder.format.counts["no_answer"], (what, right, encoded.reference)
+        assert span[-1] == last.ids[-1] in encoder.format.ends or span[-1] in encoder.ends
+        alone = RowEncoder(ChatFormat(tokenizer, (), variables), 4000).encode(row)
+        again = encoder.encode(row)  # what came before does not change a row
+        assert [one.ids for one in alone.examples] == [one.ids for one in again.examples]
+
+
+@pytest.mark.parametrize("name", ["qwen3_8", "glm4moe", "nemotron_3_nano", "qwen3_training", "qwen3_5_think"])
+def test_thoughts_behind_a_closed_block_are_refused(name: str) -> None:
+    tokenizer = build_tokenizer(trl_template(name), "<|eos|>")
+    encoder = RowEncoder(ChatFormat(tokenizer, (), {"enable_thinking": False}), 4000)
+    with pytest.raises(TemplateRefusal, match=r"closes the thinking block before the answer|reasoning_content"):
+        encoder.encode(_ROWS["reasoning"])
+
+
+def test_calls_that_are_not_all_rendered_are_refused() -> None:
+    row = Row(messages=_ROWS["two calls"].messages, tools=_WEATHER)
+    with pytest.raises(TemplateRefusal, match="does not render all tool_calls"):
+        encoder_of(BY_NAME["gpt-oss"]).encode(row)
+    names_alone = CHATML.replace(
+        "{{ m['content'] }}", "{{ m['content'] }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}"
+    )
+    encoder = RowEncoder(ChatFormat(build_tokenizer(names_alone, "<|im_end|>")), 4000)
+    with pytest.raises(TemplateRefusal, match="does not render all tool_calls"):
+        encoder.encode(Row(messages=(Message("user", "weather?"), Message("assistant", "", tool_calls=_CALL))))
+
+
+def test_what_tools_answer_is_not_dropped() -> None:
+    messages = (
+        *conversation("weather?", "let me look"),
+        Message("tool", "42 degrees"),
+        Message("assistant", "It is 42."),
+    )
+    with pytest.raises(TemplateRefusal, match="does not render what a tool answers"):
+        encoder_of(BY_NAME["phi3"]).encode(Row(messages=messages))
+
+
+def test_an_end_token_inside_an_answer_is_counted() -> None:
+    encoder = encoder_of(BY_NAME["qwen2.5"])
+    encoded = encoder.encode(Row(messages=conversation("how does a turn end?", "with <|im_end|> or not")))
+    assert encoded.reference == "with"  # what generation stops at
+    assert encoder.format.counts == {"end_inside": 1, "special_inside": 1}
+
+
+def test_frames_are_known_as_tokenizers_decode_them() -> None:
+    """Sentencepiece puts a space behind a special token: `<|im_start|> assistant`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "▁", "\n", *"abcdefghijklmnopqrstuvwxyz0123456789?.QAFBW", "▁assistant", "▁city", "▁9"]
+    tokenizer = Tokenizer(models.Unigram([(word, -1.0 - place / 100) for place, word in enumerate(words)], unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", unk_token="<unk>")
+    fast.chat_template = BY_NAME["no-generation-prompt"].text
+    encoder = RowEncoder(ChatFormat(fast), 4000)
+    encoded = encoder.encode(Row(messages=conversation("why?", "city 9")))
+    (example,) = encoded.examples
+    assert encoded.reference == "city 9"
+    assert predicted(encoder, example.ids[: example.answer_start], example.ids[example.answer_start :]) == "city 9"
+
+
+def test_markers_hold_where_tokens_merge_over_the_prompts_end() -> None:
+    template = _MARKED.replace("{% generation %}", "\nNote. {% generation %}")
+    encoder = RowEncoder(ChatFormat(build_tokenizer(template, "<|im_end|>")), 4000)
+    (span,) = spans_of(encoder, Row(messages=conversation("and 1?", "city 1")))
+    assert span.strip() == "city 1<|im_end|>"
+    assert not encoder.format.counts["markers_unusable"]
+
+
+def test_reasoning_of_earlier_turns_cannot_be_learnt_in_one_text() -> None:
+    messages = (
+        Message("user", "and 1?"), Message("assistant", "city 1", reasoning="I count."),
+        Message("user", "and 2?"), Message("assistant", "city 2", reasoning="I add."),
+    )  # fmt: skip
+    row = Row(messages=messages)
+    with pytest.raises(TemplateRefusal, match="leaves out the reasoning of earlier turns"):
+        encoder_of(BY_NAME["qwen3"], assistant_only_loss=False).encode(row)
+    assert len(spans_of(encoder_of(BY_NAME["qwen3"]), row)) == 2
+
+
 # ---- the frame around an answer ----
 
 
@@ -388,6 +539,8 @@ def test_an_end_that_a_text_brings_is_not_doubled() -> None:
         (AnswerFrame(), "city 9", "city 9"),
         (AnswerFrame(), "<think>\nso\n</think>\n\ncity 9", "\n\ncity 9"),
         (AnswerFrame(), "<think>\nso", ""),
+        (AnswerFrame(strict=False), "<think> is the tag", "<think> is the tag"),
+        (AnswerFrame(strict=False), "<think>\nso\n</think>\ncity 9", "\ncity 9"),
         (AnswerFrame(), "a </think> inside", "a </think> inside"),
         (AnswerFrame(prompt_opens=True), "so\n</think>\n\ncity 9", "\n\ncity 9"),
         (AnswerFrame(prompt_opens=True), "city 9", ""),

@@ -129,6 +129,17 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
             (Message("system", "s"), USER, Message("assistant", "", tool_calls=CALL), Message("tool", "1"), ANSWER),
         ),
         ({"conversations": [said("user", "u"), said("assistant", "a")]}, (USER, ANSWER)),
+        # cells of a CSV file
+        (
+            {"prompt": json.dumps([said("user", "u")]), "completion": json.dumps([said("assistant", "a")])},
+            (USER, ANSWER),
+        ),
+        ({"conversations": json.dumps([said("user", "u"), said("assistant", "a")])}, (USER, ANSWER)),
+        # Llama's word for the arguments of a call
+        (
+            turns(said("user", "u"), said("assistant", "", tool_calls=[{"name": "f", "parameters": {"x": 1}}])),
+            (USER, Message("assistant", "", tool_calls=CALL)),
+        ),
         # TRL's conversational prompt and completion: the loss is on the completion
         ({"prompt": [said("user", "u")], "completion": [said("assistant", "a")]}, (USER, ANSWER)),
         (
@@ -202,6 +213,24 @@ def test_a_system_prompt_goes_to_rows_without_one(tmp_path: Path) -> None:
             "arguments of a tool call of message 2 is",
         ),
         (turns(said("user", "u", tool_calls=[{"name": "f"}]), said("assistant", "a")), "only an assistant calls tools"),
+        (
+            turns(said("user", "u"), said("assistant", "", tool_calls=[{"name": "f", "args": {"x": 1}}])),
+            "a tool call of message 2 has 'args', which cannot be used",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "", tool_calls=[{"type": "custom", "function": {"name": "f"}}])),
+            "type of a tool call of message 2",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "", tool_calls=[{"id": 5, "function": {"name": "f"}}])),
+            "id of a tool call of message 2 is 5",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "", tool_calls=[{"name": "f", "arguments": {"x": "\ud800"}}])),
+            "half a character",
+        ),
+        ({"prompt": [said("user", "u")], "completion": [said("assistant", "a")], "history": [["a", "b"]]}, "history"),
+        ({"instruction": "u", "input": 0, "output": "a"}, "input is 0, but must be a text"),
         (turns(said("user", "u"), said("assistant", "a"), tools=["f"]), "tools is"),
         (turns(said("user", "u"), said("assistant", "a"), tools="[f"), "which is not JSON"),
         (turns(said("user", "u"), said("assistant", "a"), images=["x.png"]), "images is"),

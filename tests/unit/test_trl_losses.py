@@ -88,7 +88,9 @@ def their_trainer(folder: Path, data: list[dict[str, Any]], tmp_path: Path) -> A
     return SFTTrainer(model, settings, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
 
 
-@pytest.mark.parametrize("family", _WITH_MARKERS, ids=str)
+@pytest.mark.parametrize(
+    "family", [*_WITH_MARKERS[:2], *(pytest.param(one, marks=pytest.mark.long) for one in _WITH_MARKERS[2:])], ids=str
+)
 def test_losses_are_trls_where_the_template_has_markers(family: Family, tmp_path: Path) -> None:
     data = rows(turns=3)
     folder = model_folder(family, tmp_path / "model")

@@ -113,7 +113,11 @@ _NEWLINES = (
 """Models that TRL trains on templates of its own, which learn newlines around a turn as well."""
 
 
-@pytest.mark.parametrize("family", _NEWLINES, ids=str)
+@pytest.mark.parametrize(
+    "family",
+    [*_NEWLINES[:2], *(pytest.param(one, marks=pytest.mark.long) for one in _NEWLINES[2:])],
+    ids=str,
+)
 def test_losses_are_trls_less_its_newlines(family: Family, tmp_path: Path) -> None:
     data = rows(turns=3 if family.together else 1)
     folder = model_folder(family, tmp_path / "model")

@@ -48,7 +48,8 @@ task: generation
 method: full
 model: {{model_name_or_path: "{folder}", max_length: 1024}}
 data: {{train_file: "{path}", validation_file: "{path}", test_file: "{path}", chat_template_kwargs: {template_kwargs}}}
-train: {{per_device_train_batch_size: 4, learning_rate: 3e-3, lr_scheduler_type: constant, max_steps: 60}}
+train: {{per_device_train_batch_size: 4, learning_rate: 3e-3, lr_scheduler_type: constant, max_steps: 100,
+         group_by_length: false}}
 """
     loaded: LoadedJob = load_text(text, tmp_path / "job.yaml")
     return trained(loaded, tmp_path)
@@ -108,6 +109,7 @@ def _by_transformers(folder: Path, question: str) -> str:
     return str(tokenizer.decode(written, skip_special_tokens=True))
 
 
+@pytest.mark.long
 def test_one_system_message_of_all_rows_stands_before_every_prompt(tmp_path: Path) -> None:
     run = chat_run(BY_NAME["qwen2.5"], rows(("be kind",)), tmp_path)
     (made,) = export(shipped(run), ["onnx"], tmp_path / "out", quiet)
@@ -158,6 +160,7 @@ def test_a_runner_that_frames_prompts_otherwise_is_refused(monkeypatch: pytest.M
     assert any("0.000 of the prompts that a user asks are framed as in training" in why for why in made.parity.reasons)
 
 
+@pytest.mark.long
 def test_variables_of_the_template_go_with_the_model(tmp_path: Path) -> None:
     run = chat_run(BY_NAME["qwen3"], rows(("",)), tmp_path, "{enable_thinking: false}")
     (made,) = export(shipped(run), ["onnx"], tmp_path / "out", quiet)

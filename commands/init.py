@@ -159,7 +159,7 @@ def _columns(train_file: Path, task: TaskName, given: dict[str, str | None]) -> 
     if task is not TaskName.CLASSIFICATION:
         return _generation_columns(train_file, task, first, given)
     text, label = given["text_column"], given["label_column"]
-    if not (text or label) and {"messages", "instruction"} & set(first):
+    if not (text or label) and _is_conversation(first):
         raise DataError(f"{train_file} holds conversations or instructions: give --task generation")
     found = {
         "text_column": text or _first_of(first, ("text", "sentence", "review", "content", "tweet", "body", "comment")),
@@ -180,7 +180,8 @@ def _generation_columns(
     shortens = task is TaskName.SUMMARIZATION
     if given["text_column"] and not shortens:
         return {"text_column": given["text_column"]}
-    if {"messages", "instruction"} & set(first):
+    named = given["prompt_column"] or given["completion_column"]
+    if _is_conversation(first) and not named:
         return {}
     prompts, answers = (_DOCUMENTS + _PROMPTS, _SUMMARIES + _ANSWERS) if shortens else (_PROMPTS, _ANSWERS)
     prompt = given["prompt_column"] or given["text_column"] or _first_of(first, prompts)
@@ -194,6 +195,13 @@ def _generation_columns(
         f"{train_file} has the columns {', '.join(map(str, first))}: say which with --prompt-column and "
         f"--completion-column{plain}"
     )
+
+
+def _is_conversation(first: dict[str, object]) -> bool:
+    """Whether a row has a conversation, or an instruction, under its usual name."""
+    from jobs.row_formats import CONVERSATION_COLUMNS
+
+    return bool({*CONVERSATION_COLUMNS, "instruction"} & set(first))
 
 
 def _first_of(record: dict[str, object], names: tuple[str, ...]) -> str | None:

@@ -35,6 +35,9 @@ FIELD_ALIASES = {
     "eval_file": "data.validation_file",
     "val_file": "data.validation_file",
     "max_samples": "data.max_train_samples",
+    "field_messages": "data.messages_column",
+    "default_system": "data.system_prompt",
+    "default_system_message": "data.system_prompt",
     "wandb_project": "tracking.project",
     "wandb_entity": "tracking.entity",
     "num_workers": "resources.workers_per_node",
@@ -86,6 +89,8 @@ VALUE_ALIASES = {
     ("task", "sequence_classification"): "classification",
     ("data.format", "alpaca"): "instruction",
     ("data.format", "chat"): "messages",
+    ("data.format", "sharegpt"): "messages",
+    ("data.format", "conversational"): "messages",
     ("data.format", "chat_template"): "messages",
     ("data.format", "completion"): "text",
 }

@@ -45,6 +45,7 @@ _TOOLS: dict[str, dict[str, str]] = {
         "val_set_size": "data.validation_fraction",
         "wandb_project": "tracking.project",
         "wandb_entity": "tracking.entity",
+        "default_system_message": "data.system_prompt",
     },
     "llamafactory": _SAME
     | {
@@ -62,6 +63,7 @@ _TOOLS: dict[str, dict[str, str]] = {
         "adapter_name_or_path": "train.init_adapter",
         "max_samples": "data.max_train_samples",
         "val_size": "data.validation_fraction",
+        "default_system": "data.system_prompt",
     },
 }
 TOOLS = tuple(_TOOLS)
@@ -273,20 +275,63 @@ def _axolotl_data(value: Any, made: Translation) -> None:
         made.lost.append(f"datasets: only the first of {len(sets)} is carried over; put the rows into one file")
     first = sets[0] if isinstance(sets[0], dict) else {"path": sets[0]}
     _source(str(first.get("path", "")), made)
-    kinds = {"alpaca": "instruction", "chat_template": "messages", "completion": "text"}
+    kinds = {"alpaca": "instruction", "chat_template": "messages", "sharegpt": "messages", "completion": "text"}
     kind = str(first.get("type", ""))
-    if kind == "sharegpt":
-        made.lost.append(
-            "datasets.type: 'sharegpt' has rows of conversations/from/value, and here they are messages/role/content: "
-            "rename them in the file"
-        )
-    elif kind in kinds:
+    if kind in kinds:
         made.put("data.format", kinds[kind])
     elif kind:
         made.lost.append(f"datasets.type: {kind!r} is not a format here; see data.format")
+    if first.get("field_messages"):
+        made.put("data.messages_column", str(first["field_messages"]))
+    for key, usual in _AXOLOTL_TURNS.items():
+        if first.get(key, usual) != usual:
+            made.lost.append(
+                f"datasets.{key}: {first[key]!r} is not done here; turns are learnt as {usual!r} says there"
+            )
     for key in first:
-        if key not in ("path", "type", "ds_type"):
+        if key not in ("path", "type", "ds_type", "field_messages", *_AXOLOTL_TURNS):
             made.lost.append(f"datasets.{key}: {first[key]!r} has no counterpart")
+
+
+_AXOLOTL_TURNS: dict[str, Any] = {
+    "roles_to_train": ["assistant"],
+    "train_on_eos": "turn",
+    "message_property_mappings": {"role": "from", "content": "value"},
+}
+"""Settings of axolotl's conversations, as rows are read and learnt here."""
+
+
+def _whole_text(key: str) -> Callable[[Any, Translation], None]:
+    """Learning what the user says as well (`train_on_inputs`, `train_on_prompt`)."""
+
+    def take(value: Any, made: Translation) -> None:
+        if value is True:
+            made.put("data.assistant_only_loss", False)
+        elif value is not False:
+            made.lost.append(f"{key}: {value!r} is not understood")
+
+    return take
+
+
+def _mask_history(value: Any, made: Translation) -> None:
+    if value is True:
+        made.put("data.train_on_turns", "last")
+
+
+def _enable_thinking(value: Any, made: Translation) -> None:
+    made.put("data.chat_template_kwargs", {"enable_thinking": value})
+
+
+def _axolotl_template(value: Any, made: Translation) -> None:
+    if value not in ("tokenizer_default", "jinja"):
+        made.lost.append(
+            f"chat_template: {value!r} is one of axolotl's own templates, and here the tokenizer's is used; another "
+            "goes into a file that data.chat_template names"
+        )
+
+
+def _template_text(value: Any, made: Translation) -> None:
+    made.put("data.chat_template", value)
 
 
 def _source(name: str, made: Translation) -> None:
@@ -332,6 +377,9 @@ def _attention(value: Any, made: Translation) -> None:
 
 _AXOLOTL: dict[str, Callable[[Any, Translation], None]] = {
     "adapter": _method("adapter"),
+    "train_on_inputs": _whole_text("train_on_inputs"),
+    "chat_template": _axolotl_template,
+    "chat_template_jinja": _template_text,
     "flash_attention": _attention,
     "special_tokens": _lost("is not set here: the tokenizer's own are used")("special_tokens"),
     "datasets": _axolotl_data,
@@ -349,6 +397,9 @@ _AXOLOTL: dict[str, Callable[[Any, Translation], None]] = {
 }
 _LLAMAFACTORY: dict[str, Callable[[Any, Translation], None]] = {
     "finetuning_type": _method("finetuning_type"),
+    "mask_history": _mask_history,
+    "train_on_prompt": _whole_text("train_on_prompt"),
+    "enable_thinking": _enable_thinking,
     "stage": _stage,
     "dataset": _llamafactory_data,
     "lora_target": _target,

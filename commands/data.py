@@ -80,6 +80,7 @@ def data_view(report: DataReport, *, coloured: bool) -> RenderableType:
     from rich.text import Text
 
     from evaluation.data_report import relative_file
+    from jobs.words import counted
 
     files = dict.fromkeys(relative_file(split.file) for split in report.splits)
     parts: list[RenderableType] = [Text(f"{report.format} rows of {', '.join(files)}"), Text(""), _table(report)]
@@ -88,17 +89,32 @@ def data_view(report: DataReport, *, coloured: bool) -> RenderableType:
         parts += [Text(""), Text(f"tokens of the training examples (model.max_length is {report.max_length})")]
         parts += [Text(line) for line in _bars(train)]
     for split in report.splits:
-        parts += [Text(line) for line in _findings(split)]
+        parts += _findings(split)
     if report.notes:
-        parts += [Text(""), Text("notes"), *(Text(f"- {note}") for note in report.notes)]
+        parts += [Text(""), Text("notes"), *map(_item, report.notes)]
     if report.bad_rows:
-        parts += [Text(""), Text(f"{len(report.bad_rows)} bad rows", style="bold red")]
+        parts += [Text(""), Text(counted(len(report.bad_rows), "bad row"), style="bold red")]
         parts += [Text(line) for line in report.bad_rows[:_MAX_BAD_ROWS]]
         more = len(report.bad_rows) - _MAX_BAD_ROWS
         parts += [Text(f"and {more} more (--format json has all)")] if more > 0 else []
+    if report.shown:
+        learnt = "green" if coloured else "between « and »"
+        parts += [Text(""), Text(f"rows as tokens: `·` between two, `↵` for a line's end; what is learnt is {learnt}")]
     for row in report.shown:
         parts += [Text(""), *_shown(row, coloured=coloured)]
     return Group(*parts)
+
+
+def _item(text: str) -> RenderableType:
+    """Lay out one point of a list, its further lines below its first word."""
+    from rich.padding import Padding
+    from rich.table import Table
+
+    line = Table.grid(padding=0)
+    line.add_column(width=2)
+    line.add_column()
+    line.add_row("-", Padding(text))
+    return line
 
 
 def _table(report: DataReport) -> RenderableType:
@@ -106,7 +122,7 @@ def _table(report: DataReport) -> RenderableType:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("split")
-    for name in ("rows", "examples", "tokens", "learnt", "median", "95 %", "longest", "cut"):
+    for name in ("rows", "examples", "tokens", "learnt", "median", "95 %", "longest", "too long"):
         table.add_column(name, justify="right")
     for split in report.splits:
         lengths = split.lengths
@@ -132,27 +148,29 @@ def _bars(split: SplitReport) -> list[str]:
     ]
 
 
-def _findings(split: SplitReport) -> list[str]:
-    """Say what is odd about a split, a line each."""
+def _findings(split: SplitReport) -> list[RenderableType]:
+    """Say what is odd about a split, a point each."""
+    from rich.text import Text
+
     from jobs.words import counted
 
     lines = []
     if split.classes:
         lines.append(f"classes: {', '.join(f'{label} {count:,}' for label, count in split.classes.items())}")
     if split.repeated:
-        lines.append(f"{counted(split.repeated, 'row')} repeat the prompt or text of another")
+        lines.append(f"prompt or text of another row: {counted(split.repeated, 'row')}")
     if split.also_in_train:
-        lines.append(f"{counted(split.also_in_train, 'row')} are also among the training rows")
+        lines.append(f"also among the training rows: {counted(split.also_in_train, 'row')}")
     if split.shortened:
-        lines.append(f"{counted(split.shortened, 'row')} lose their oldest turns to model.max_length")
+        lines.append(f"longer than model.max_length, without the oldest turns: {counted(split.shortened, 'row')}")
     if split.cut:
-        lines.append(f"{counted(split.cut, 'row')} are cut at model.max_length")
+        lines.append(f"longer than model.max_length, cut: {counted(split.cut, 'row')}")
     if split.empty_answers:
-        lines.append(f"{counted(split.empty_answers, 'answer')} are empty")
+        lines.append(f"empty answers: {split.empty_answers:,}")
     if split.special_tokens:
         named = ", ".join(f"{token} in {counted(count, 'row')}" for token, count in split.special_tokens.items())
         lines.append(f"special tokens inside texts: {named}")
-    return ["", split.split, *(f"- {line}" for line in lines)] if lines else []
+    return [Text(""), Text(split.split), *map(_item, lines)] if lines else []
 
 
 def _shown(row: ShownRow, *, coloured: bool) -> list[Text]:

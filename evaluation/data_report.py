@@ -187,7 +187,9 @@ def _with_tokens(report: SplitReport, rows: list[Row], job: JobSpec, chat: ChatF
         try:
             whole = uncut.encode(row)
             sizes = [len(example.ids) for example in whole.examples]
+            counts = chat.counts.copy()
             kept = whole if max(sizes) <= job.model.max_length else encoder.encode(row)
+            chat.counts = counts  # the row was counted already
         except TemplateRefusal as error:
             bad.append(f"{report.file}:{row.line}: {error}")
             continue

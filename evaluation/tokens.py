@@ -23,7 +23,7 @@ from jobs.answer_frame import THINKING, AnswerFrame
 from jobs.assets import cache_dir
 from jobs.chat_format import ChatFormat
 from jobs.chat_template import TemplateRefusal
-from jobs.encoding import Example, RowEncoder
+from jobs.encoding import RowEncoder
 from jobs.errors import DataError
 from jobs.hub import model_revision
 from jobs.identity import prompt_format
@@ -460,26 +460,33 @@ def _classification(
 
 def _generation(rows: list[Row], encoder: RowEncoder, file: Path) -> tuple[Split, list[str]]:
     """Return (tokens, the answer of each row). Raises DataError with every row that the chat template refuses."""
-    examples: list[Example] = []
-    groups, answers, bad = [], [], []
+    ids: list[np.ndarray] = []
+    learnt: list[np.ndarray] = []
+    starts, groups, answers, bad = [], [], [], []
     for number, row in enumerate(rows):
         try:
             encoded = encoder.encode(row)
         except TemplateRefusal as error:
             bad.append(f"{file}:{row.line}: {error}")
             continue
-        examples += encoded.examples
-        groups += [number] * len(encoded.examples)
+        for example in encoded.examples:  # as arrays at once: lists of 100,000 rows take gigabytes
+            ids.append(np.array(example.ids, dtype=np.int32))
+            learnt.append(np.array(example.learnt, dtype=bool))
+            starts.append(example.answer_start)
+            groups.append(number)
         answers.append(encoded.reference)
     if bad:
         more = f"\nand {len(bad) - _MAX_SHOWN} more" if len(bad) > _MAX_SHOWN else ""
         raise DataError("\n".join(bad[:_MAX_SHOWN]) + more)
-    learnt = [flag for example in examples for flag in example.learnt]
-    split = _pack([example.ids for example in examples], [example.answer_start for example in examples], groups, learnt)
-    return split, answers
+    return _pack(ids, starts, groups, learnt), answers
 
 
-def _pack(rows: list[list[int]], targets: list[int], groups: list[int], learnt: Sequence[bool] = ()) -> Split:
+def _pack(
+    rows: Sequence[Sequence[int] | np.ndarray],
+    targets: list[int],
+    groups: list[int],
+    learnt: Sequence[np.ndarray] = (),
+) -> Split:
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     if len(lengths) and not lengths.min():
         raise DataError("a row has no tokens: it holds only characters that the tokenizer drops")
@@ -489,7 +496,7 @@ def _pack(rows: list[list[int]], targets: list[int], groups: list[int], learnt: 
         flat,
         starts,
         np.array(targets, dtype=np.int64),
-        np.array(learnt, dtype=bool),
+        np.concatenate(learnt) if learnt else np.zeros(0, dtype=bool),
         np.array(groups, dtype=np.int64),
     )
 

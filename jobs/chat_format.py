@@ -262,10 +262,11 @@ class ChatFormat:
 
     def prompt_ids(self, messages: Sequence[Message], tools: str = "") -> list[int]:
         """Return the tokens of a prompt: what the model is given before it answers."""
-        return self._prompt_ids(self.template.render(messages, tools, generation=True))
+        return self._started(self.template.ids(self.template.render(messages, tools, generation=True)))
 
-    def _prompt_ids(self, text: str) -> list[int]:
-        ids, start = self.template.ids(text), self.start_ids
+    def _started(self, ids: list[int]) -> list[int]:
+        """Return a prompt's tokens with the start token, unless the text brings it or the template does."""
+        start = self.start_ids
         return ids if start and ids[:1] == start else [*start, *ids]
 
     def turn(self, messages: Sequence[Message], index: int, tools: str = "") -> Turn:
@@ -278,8 +279,9 @@ class ChatFormat:
         kept, end = self._cut(written, before, tools)
         self._check_thinking(written.prompt, kept)
         self._check_rendered(written.prompt, kept, before, tools)
-        prompt_ids = self._prompt_ids(written.prompt)
-        answer_ids, offsets = self._answer_ids(written.prompt, prompt_ids, kept)
+        alone = self.template.ids(written.prompt)
+        prompt_ids = self._started(alone)
+        answer_ids, offsets = self._answer_ids(written.prompt, alone, kept)
         learnt = self._marked(written, kept, before, tools, offsets)
         if end is not None and answer_ids[-1:] != [end]:
             answer_ids, learnt = [*answer_ids, end], [*learnt, True]
@@ -382,14 +384,13 @@ class ChatFormat:
             return kept, following[0]
         return kept, self.ending.token
 
-    def _answer_ids(self, prompt: str, prompt_ids: list[int], kept: str) -> tuple[list[int], list[Range]]:
+    def _answer_ids(self, prompt: str, alone: list[int], kept: str) -> tuple[list[int], list[Range]]:
         """Return the tokens of an answer behind its prompt, and the characters of `kept` that each covers.
 
-        Those of the whole text, where the prompt is cut in the same way with and without the answer; else the answer's
-        own: at inference the prompt stands alone, and a token over both would never be seen there.
+        Those of the whole text, where the prompt has the same tokens with and without the answer (`alone`); else the
+        answer's own: at inference the prompt stands alone, and a token over both would never be seen there.
         """
         ids, offsets = self.template.ids_with_offsets(prompt + kept)
-        alone = self.template.ids(prompt)
         if ids[: len(alone)] == alone:
             shifted = [(first - len(prompt), last - len(prompt)) for first, last in offsets[len(alone) :]]
             return ids[len(alone) :], shifted

@@ -50,14 +50,26 @@ def chat_format(job: JobSpec) -> ChatFormat:
     """
     spec, data = job.model, job.data
     kwargs = json.dumps(data.chat_template_kwargs, sort_keys=True)
-    return _chat_format(spec.model_name_or_path, spec.revision, spec.trust_remote_code, data.chat_template, kwargs)
+    folder = tokenizer_folder(spec.model_name_or_path, spec.revision)
+    name = spec.model_name_or_path
+    return _chat_format(name, folder, _stamps(folder), spec.trust_remote_code, data.chat_template, kwargs)
+
+
+def _stamps(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return what changes when a tokenizer's files do: a folder may be written again while this process lives."""
+    files = [path for path in folder.iterdir() if path.suffix in (".json", ".jinja", ".model", ".txt")]
+    return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(files))
 
 
 @lru_cache(maxsize=4)
 def _chat_format(
-    name: str, revision: str | None, trust_remote_code: bool, template: str | None, kwargs: str
+    name: str,
+    folder: Path,
+    _stamps: tuple[tuple[str, int, int], ...],
+    trust_remote_code: bool,
+    template: str | None,
+    kwargs: str,
 ) -> ChatFormat:
-    folder = tokenizer_folder(name, revision)
     tokenizer = read_tokenizer(name, folder, trust_remote_code=trust_remote_code)
     apply_template(tokenizer, template, name)
     return ChatFormat(tokenizer, end_ids(folder), json.loads(kwargs))

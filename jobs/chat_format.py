@@ -339,8 +339,11 @@ class ChatFormat:
 
     def _answer_at_the_end(self, whole: str, message: Message) -> int | None:
         """Return where an answer begins that the rendered conversation ends with; None: it does not."""
-        ends_with = f"{message.content.strip()}{self.ending.tail}"
-        return len(whole) - len(ends_with) if message.content.strip() and whole.endswith(ends_with) else None
+        for content in (message.content, message.content.strip()):
+            ends_with = f"{content}{self.ending.tail}"
+            if content.strip() and whole.endswith(ends_with):
+                return len(whole) - len(ends_with)
+        return None
 
     def _cut(self, written: _Written, messages: Sequence[Message], tools: str) -> tuple[str, int | None]:
         """Return (what the model writes of a turn's text, the token with which it has to end)."""

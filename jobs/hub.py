@@ -170,7 +170,8 @@ def _folder_digest(folder: Path) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
+    named_templates = folder / "additional_chat_templates"
+    for file in sorted([*folder.iterdir(), *(named_templates.iterdir() if named_templates.is_dir() else ())]):
         if file.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja", ".py") and file.is_file():
             digest.update(f"{file.name}:{files.sha256_file(file)}\n".encode())
     return digest.hexdigest()

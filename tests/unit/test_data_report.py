@@ -162,3 +162,45 @@ def test_without_the_model_the_rows_are_looked_at_all_the_same(tmp_path: Path) -
     assert report.splits[0].tokens is None
     assert any("how rows become tokens was not looked at" in note for note in report.notes)
     assert lorafleet_here("data", path, cwd=tmp_path).returncode == 0
+
+
+def test_named_templates_and_files_of_templates(tmp_path: Path) -> None:
+    """`data.chat_template`: a file, a name, or neither; and variables of the template."""
+    from evaluation.tokenizer import chat_format
+    from jobs.errors import JobFileError, UserError
+    from jobs.identity import facts_of, trial_id
+
+    folder = model_folder(BY_NAME["qwen2.5"], tmp_path / "model")
+    named = folder / "additional_chat_templates"
+    named.mkdir()
+    (named / "short.jinja").write_text("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% if loud %}Hey: {% endif %}{% endif %}"
+    )
+    (tmp_path / "plain.txt").write_text("no template")
+    path = job_file(tmp_path, folder, ROWS)
+
+    def job(*overrides: str) -> Any:
+        return load_text(path.read_text(), path, overrides).job
+
+    own = job("data.chat_template=own.jinja")
+    assert own.data.chat_template.startswith("{% for m")
+    assert chat_format(own).template.source == (tmp_path / "own.jinja").read_text()
+    assert chat_format(job("data.chat_template=short")).template.source == (named / "short.jinja").read_text()
+    assert chat_format(job()).template.source != chat_format(own).template.source
+    loud = job("data.chat_template=own.jinja", "data.chat_template_kwargs.loud=true")
+    first = prepare(loud).splits["train"]
+    assert "Hey: " in chat_format(loud).tokenizer.decode(np.asarray(first.ids[: first.starts[1]]))
+    ids = {trial_id(one, facts_of(one)) for one in (job(), own, loud, job("data.train_on_turns=last"))}
+    assert len(ids) == 4
+    with pytest.raises(UserError, match=r"neither a file nor a template of .*'s tokenizer \(it has default, short\)"):
+        chat_format(job("data.chat_template=tool_use"))
+    for value, sentence in (
+        ("missing.jinja", "but there is no such file"),
+        ("plain.txt", "but that file holds no Jinja template"),
+    ):
+        with pytest.raises(JobFileError, match=sentence):
+            job(f"data.chat_template={value}")
+    with pytest.raises(JobFileError, match="none of add_generation_prompt"):
+        job("data.chat_template_kwargs.tools=x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from evaluation.tokens import TokenData
 
 _ASSUMED_ROWS = 1000
+_MAX_CLASSES = 10
+"""Classes whose rows a plan counts."""
 _CHARACTERS_A_TOKEN = 3.0
 _HOST_GIB_OF_A_GPU_TRIAL = 3.0
 _BYTES_OF_A_READ_WEIGHT = 2
@@ -194,7 +197,20 @@ def _known(job: JobSpec) -> _Known:
         notes = [*tokens.warnings, *(note for note in notes if note not in tokens.warnings)]
         return _Known(rows, facts, _model(job), longest, examples, tuple(token_lines(tokens)), tuple(notes))
     longest = _longest_tokens(rows) if rows else job.model.max_length
-    return _Known(rows, facts, _model(job), longest, len(rows.train) if rows else None, (), tuple(notes))
+    lines = tuple(_class_lines(rows)) if rows and rows.labels else ()
+    return _Known(rows, facts, _model(job), longest, len(rows.train) if rows else None, lines, tuple(notes))
+
+
+def _class_lines(rows: Rows) -> list[str]:
+    """Say how many rows each class has in each split."""
+    splits = {"train": rows.train, "validation": rows.validation, "test": rows.test}
+    lines = []
+    for name, split in splits.items():
+        counts = Counter(row.label for row in split)
+        shown = [f"{label} {counts[label]:,}" for label in rows.labels[:_MAX_CLASSES]]
+        more = ", ..." if len(rows.labels) > _MAX_CLASSES else ""
+        lines.append(f"{name}: {counted(len(split), 'row')} ({', '.join(shown)}{more})")
+    return lines
 
 
 def _tokens(job: JobSpec, notes: list[str]) -> TokenData | None:

@@ -141,6 +141,33 @@ def test_an_answer_ends_before_a_stop_text() -> None:
     assert "".join(piece.text for piece in almost) == "bcd"
 
 
+class Thinking(Loaded):
+    """A model that thinks before it answers: token n is the n-th of some texts."""
+
+    TEXTS = ("Q", "<think>", "so", " it", "</think>", "\n\n", "city", " 9", "<|s|>", "")
+
+    def decode(self, tokens, skip_special_tokens=True):
+        said = "".join(self.TEXTS[token] for token in tokens)
+        return said.replace("<|s|>", "") if skip_special_tokens else said
+
+
+def test_a_frame_is_held_back_until_the_answer_begins() -> None:
+    frame = AnswerFrame(special_tokens=("<|s|>",)).as_dict()
+    about = ABOUT.model_copy(update={"answer_frame": frame})
+    loaded = Thinking(Path("x"), about, Counting(10))
+    whole = list(pieces(loaded, [0], 9, None))
+    assert [piece.text for piece in whole if piece.text] == ["city", " 9"]
+    assert (whole[0].tokens, whole[-1].end) == (6, "stop")
+    raw = "".join(piece.text for piece in pieces(loaded, [0], 9, None, raw=True))
+    assert raw == "<think>so it</think>\n\ncity 9"  # a text that is continued has no frame
+    unfinished = list(pieces(loaded, [0], 3, None))  # no answer yet, and none is made up
+    assert ["".join(piece.text for piece in unfinished), unfinished[-1].end] == ["", "length"]
+    inside = "".join(piece.text for piece in pieces(loaded, [0, 1], 9, None))  # the prompt ends in the block
+    assert inside == "city 9"
+    no_frame = Thinking(Path("x"), ABOUT, Counting(10))
+    assert "".join(piece.text for piece in pieces(no_frame, [0], 9, None)).startswith("<think>so")
+
+
 # ---- gates ----
 
 
@@ -155,6 +182,11 @@ def test_a_gate_says_what_is_wrong() -> None:
     assert verdict(gate, judged()) == []
     assert verdict(gate, judged(max_logit_difference=0.5)) == ["a logit differs by 0.5, and may by 0.001"]
     assert verdict(gate, judged(steps=8, step_logit_difference=0.25)) == ["a logit differs by 0.25, and may by 0.001"]
+    other_prompts = judged(called_rows=4, called_prompts=0.5, called_answers=0.5)
+    assert verdict(gate, other_prompts) == [
+        "0.500 of the prompts that a user asks are framed as in training, and all must be"
+    ]
+    assert verdict(gate, judged(called_rows=4, called_prompts=1.0, called_answers=0.5)) == []
     late = judged(steps=8, step_logit_difference=0.0, step_agreement=0.5)
     assert verdict(gate, late) == ["token by token 0.500 of likeliest tokens agree, and 0.89 must"]
     assert verdict(gate, judged(agreement=0.98)) == ["0.980 of likeliest tokens agree, and 0.99 must"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, AnyRuns, Format, Job, Output, Overrides, console, note_aliases
+from commands.common import DEFAULT_RUNS, AnyRuns, Format, Job, Output, Overrides, console, hush_libraries, note_aliases
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -45,6 +45,7 @@ def data(
     from jobs.errors import ExitCode
     from jobs.load import load_job
 
+    hush_libraries()
     loaded = load_job(job, tuple(overrides or ()))
     check_names(loaded, whole=False)
     _convert(loaded.job)

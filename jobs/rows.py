@@ -54,7 +54,8 @@ def load_rows(job: JobSpec, bad: list[str] | None = None) -> Rows:
     unused: Counter[str] = Counter()
     formats: dict[str, DataFormat] = {}
     read = {split: _read_split(path, job, unused, bad, formats) for split, path in sources.items()}
-    warnings: list[str] = _unused_note(unused)
+    ours = (job.data.dataset_name or "").startswith(PREFIX)  # what an asset's columns hold is known
+    warnings: list[str] = [] if ours else _unused_note(unused)
     labels = _labels(read, sources, job.data.labels) if job.task == "classification" else ()
     rows = _three_splits(job.data, read, warnings)
     warnings += _duplicates(rows)

@@ -91,6 +91,7 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
             raise UserError("--job JOB.yaml is missing: it says what task, rows and metrics; only a run brings its own")
         base = job_here(first)
     labels = class_order([run for _, run in found if run is not None], base)
+    check_prompts([run for _, run in found if run is not None], base)
     for model, _ in found:
         check_base(model, base)
     rows = set_of(base)["data"]
@@ -125,6 +126,26 @@ def class_order(runs: list[Run], job: JobSpec) -> list[str]:
         if labels and not wanted:
             wanted, owner = labels, f"those of {name}"
     return wanted
+
+
+_PROMPT_FIELDS = ("chat_template", "chat_template_kwargs", "system_prompt")
+
+
+def check_prompts(runs: list[Run], job: JobSpec) -> None:
+    """Raise UserError for runs that were trained with other prompts than the job would ask them with."""
+    from evaluation.report import run_job
+    from jobs.errors import UserError
+
+    if not job.generates:
+        return
+    for run in runs:
+        trained = run_job(run).data
+        for name in _PROMPT_FIELDS:
+            if getattr(trained, name) != getattr(job.data, name):
+                raise UserError(
+                    f"{run.id} was trained with another data.{name} than the job asks with: its answers would not be "
+                    f"those of its training. Evaluate it alone: `lorafleet evaluate {run.id}`"
+                )
 
 
 def _model(word: str, runs: Path) -> tuple[Given, Run | None]:

@@ -33,7 +33,7 @@ def validate(
 ) -> None:
     """Check a job file: every problem with its line and the closest right key; with --on, what the cluster says too."""
     from cluster.check import check_names
-    from jobs.errors import DataError, ExitCode, JobFileError
+    from jobs.errors import ExitCode, JobFileError, UserError
     from jobs.load import load_job
 
     notes: list[str] = []
@@ -41,17 +41,17 @@ def validate(
         loaded = load_job(job, tuple(overrides or ()))
         check_names(loaded)
         notes = [*loaded.notes, *_data_notes(loaded)]
-    except DataError as error:
-        if output is Format.TEXT:
-            raise
-        bad_rows = [{"path": "data", "line": None, "sentence": line} for line in str(error).splitlines()]
-        print_json({"valid": False, "file": str(job), "problems": bad_rows})
-        raise typer.Exit(ExitCode.USER_INPUT) from None
     except JobFileError as error:
         if output is Format.TEXT:
             raise
         problems = [{"path": p.path, "line": p.line, "sentence": p.sentence} for p in error.problems]
         print_json({"valid": False, "file": str(job), "problems": problems})
+        raise typer.Exit(ExitCode.USER_INPUT) from None
+    except UserError as error:  # of the rows, or of the chat template
+        if output is Format.TEXT:
+            raise
+        bad_rows = [{"path": "data", "line": None, "sentence": line} for line in str(error).splitlines()]
+        print_json({"valid": False, "file": str(job), "problems": bad_rows})
         raise typer.Exit(ExitCode.USER_INPUT) from None
     refused = _refused(loaded, on)
     if output is Format.JSON:
@@ -67,16 +67,21 @@ def validate(
 
 
 def _data_notes(loaded: LoadedJob) -> list[str]:
-    """Say what the chat template makes of the rows, where both are on this machine. Raises DataError for bad rows."""
+    """Say what the chat templates make of the rows, where both are on this machine. Raises UserError for bad rows."""
     from evaluation.tokens import prepare
+    from jobs.arms import own_job
     from jobs.errors import AssetError
 
-    if not loaded.job.generates:
+    job = loaded.job
+    if not job.generates:
         return []
-    try:
-        return list(prepare(loaded.job).warnings)
-    except AssetError as missing:
-        return [f"{missing}; how rows become tokens was not looked at"]
+    notes: list[str] = []
+    for one in [job, *(own_job(job, name) for name in (job.compare.arms if job.compare else ()))]:
+        try:
+            notes += prepare(one).warnings
+        except AssetError as missing:
+            notes.append(f"{missing}; how rows become tokens was not looked at")
+    return list(dict.fromkeys(notes))
 
 
 def _refused(loaded: LoadedJob, on: str | None) -> list[str]:

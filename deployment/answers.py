@@ -81,6 +81,8 @@ def _text(loaded: Loaded, tokens: Sequence[int], frame: AnswerFrame | None, *, f
     written = loaded.decode(tokens, False)
     visible = frame.visible(written, finished=finished)
     text = loaded.decode(tokens) if visible == written else frame.without_special_tokens(visible)
+    if frame.closing:  # what may begin the text that ends a turn waits for what follows
+        text = text.rstrip() if finished else text[: len(text) - begun(text, [frame.closing])].rstrip()
     return text.lstrip()
 
 

@@ -21,6 +21,7 @@ from deployment.decoding import Decoder, write
 from deployment.runtime import open_artefact
 from evaluation.generate import decoded
 from evaluation.tokens import TokenData
+from jobs.conversation import Message
 from jobs.encoding import RowEncoder
 from jobs.row_formats import Row
 
@@ -46,7 +47,8 @@ def calls_of(model: Decoder, encoder: RowEncoder, data: TokenData, split: str, r
     """Ask the source its first held-out rows, each in the frame of its training, and keep what it answers."""
     rows = data.rows(split)
     chosen = [row for row in rows if _is_callable(row, data.system)][:ROWS]
-    prompts = [row.messages[-2].content if row.messages else row.prompt for row in chosen]
+    chosen = [row for row in chosen if len(_prompt_of(row).encode()) <= _MAX_ARGUMENT]
+    prompts = [_prompt_of(row) for row in chosen]
     ids = [encoder.prompt(row, room) for row in chosen]
     whole = [len(prompt) < room for prompt in ids]  # what was cut to fit is no prompt that a user would ask
     ids = [prompt for prompt, fits in zip(ids, whole, strict=True) if fits]
@@ -59,19 +61,27 @@ def calls_of(model: Decoder, encoder: RowEncoder, data: TokenData, split: str, r
     return Calls(tuple(prompts), tuple(map(tuple, ids)), answers, others)
 
 
-def _is_callable(row: Row, system: str | None) -> bool:
+_MAX_ARGUMENT = 64_000
+"""Bytes of a prompt that goes to `run.py` as an argument: Linux takes 128 KiB."""
+
+
+def _prompt_of(row: Row) -> str:
+    return row.messages[-2].content if row.messages else row.prompt
+
+
+def _is_callable(row: Row, system: Message | None) -> bool:
     if not row.messages:
         return bool(row.prompt)
     roles = [message.role for message in row.messages]
-    if row.tools or roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+    if row.tools or roles[-2:] != ["user", "assistant"] or len(roles) > 3:
         return False
-    return (row.messages[0].content if roles[0] == "system" else None) == system
+    return (row.messages[0] if len(roles) == 3 else None) == system
 
 
 def called(folder: Path, calls: Calls, threads: int) -> tuple[float, float]:
     """Return (share of prompts with the tokens of training, share of answers that are the source's).
 
-    Raises RuntimeError with what the runner said where it failed.
+    Raises RuntimeError with what the runner said where it failed, and TimeoutExpired.
     """
     records = _by_runner(folder, calls, threads) if (folder / RUNNER).is_file() else _by_us(folder, calls, threads)
     pairs = list(zip(records, calls.prompt_ids, calls.answers, strict=True))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -276,7 +277,11 @@ class _Work:
         """Ask a target as its user will, where a prompt alone can ask a held-out row."""
         if self.calls is None or not self.calls.prompts:
             return {}
-        prompts, answers = called(folder, self.calls, self.threads)
+        try:
+            prompts, answers = called(folder, self.calls, self.threads)
+        except subprocess.TimeoutExpired:
+            self.tell(f"{folder.name} was not asked as a user asks: it takes too long")
+            return {}
         return {"called_rows": len(self.calls.prompts), "called_prompts": prompts, "called_answers": answers}
 
     def _remarks(self) -> list[str]:
@@ -377,7 +382,8 @@ def about(source: Source) -> Artefact:
         start=frame.start,
         before=frame.before,
         after=frame.after,
-        system=frame.system,
+        system=frame.system.content if frame.system else "",
+        system_role=frame.system.role if frame.system else "",
         strip=frame.strip,
         answer_frame=source.data.frame.as_dict() if source.data.frame else None,
         chat_template_kwargs=dict(job.data.chat_template_kwargs),
@@ -396,7 +402,7 @@ class PromptFrame:
     after: str = ""
     start: list[int] = field(default_factory=list)
     """Tokens before the text, where the prompt does not name them itself."""
-    system: str = ""
+    system: Message | None = None
     """The system message that `before` holds."""
     strip: bool = False
     """Whether the chat template takes the spaces off the ends of what is asked."""
@@ -411,14 +417,13 @@ def prompt_frame(chat: ChatFormat, data: TokenData) -> PromptFrame:
     if data.frame is None:  # texts alone
         bos = chat.tokenizer.bos_token_id
         return PromptFrame(start=[] if bos is None else [bos])
-    system = data.system or ""
-    first = [Message("system", system)] if system else []
+    first = [data.system] if data.system else []
     whole = chat.template.render([*first, Message("user", _SENTINEL)], generation=True)
     parts = whole.split(_SENTINEL)
     if len(parts) != 2:
         raise UserError("the model's chat template changes what is asked: prompts cannot be framed outside of it")
     spaced = chat.template.render([*first, Message("user", f" {_SENTINEL}\n")], generation=True)
-    return PromptFrame(parts[0], parts[1], chat.start_ids, system, strip=spaced == whole)
+    return PromptFrame(parts[0], parts[1], chat.start_ids, data.system, strip=spaced == whole)
 
 
 def _version(name: str) -> str | None:

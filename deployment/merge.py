@@ -79,7 +79,7 @@ class Source:
                 model = model.merge_and_unload(safe_merge=True)  # raises ValueError at a weight that is no number
         if self.job.generates and getattr(model, "generation_config", None) is not None:
             # Whoever loads the model (transformers, vLLM) ends answers where its chat template does.
-            model.generation_config.eos_token_id = self.ends
+            model.generation_config.eos_token_id = self.ends or None
         _save(model, self.data.labels, folder)
         self.tokenizer.save_pretrained(str(folder))
         self.model = None

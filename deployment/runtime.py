@@ -56,7 +56,9 @@ class Loaded:
         """Return the tokens of what is asked, as training had them before an answer."""
         about = self.artefact
         whole = f"{about.before}{text.strip() if about.strip else text}{about.after}"
-        return [*about.start, *self.tokenizer.encode(whole, add_special_tokens=False).ids]
+        ids: list[int] = self.tokenizer.encode(whole, add_special_tokens=False).ids
+        brings_start = bool(about.start) and ids[: len(about.start)] == about.start
+        return ids if brings_start else [*about.start, *ids]
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of tokens."""

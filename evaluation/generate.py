@@ -113,4 +113,5 @@ def decoded(
     over = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
     if frame is None:
         return decode(tokens[:over], True).strip()
-    return frame.after(decode(prompt[-_PROMPT_TAIL:], False)).answer(tokens[:over], decode)
+    end = tokens[over] if over < len(tokens) else None
+    return frame.after(decode(prompt[-_PROMPT_TAIL:], False)).answer(tokens[:over], decode, end)

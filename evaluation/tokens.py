@@ -23,6 +23,7 @@ from jobs.answer_frame import THINKING, AnswerFrame
 from jobs.assets import cache_dir
 from jobs.chat_format import ChatFormat
 from jobs.chat_template import TemplateRefusal
+from jobs.conversation import Message
 from jobs.encoding import RowEncoder
 from jobs.errors import DataError
 from jobs.hub import model_revision
@@ -169,7 +170,7 @@ class TokenData:
     """Tokens at which an answer is over."""
     frame: AnswerFrame | None = None
     """What the model writes before an answer; None: the rows are no conversations."""
-    system: str | None = None
+    system: Message | None = None
     """The system message that all rows have; None: they have none, or not all the same."""
     systems: int = 0
     """How many different system messages the rows have, none among them."""
@@ -248,7 +249,7 @@ def open_tokens(folder: Path) -> TokenData:
         meta["rows_sha256"],
         tuple(meta["ends"]),
         AnswerFrame.from_dict(meta["frame"]) if meta["frame"] else None,
-        meta["system"],
+        Message.from_record(meta["system"]) if meta["system"] else None,
         meta["systems"],
         meta["template_sha256"],
         meta["counts"],
@@ -290,10 +291,13 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
     counts: dict[str, Any] = {}
     ends_seen: dict[int, None] = {}
     folder.mkdir()
+    split = _pack([], [], [])
+    answers: list[str] | None = None
     for name in SPLITS:
         split_rows: list[Row] = getattr(rows, name)
-        answers: list[str] | None = None
-        if job.task == "classification":
+        if name == "test" and rows.chosen_on_test:
+            counts[name] = {}  # the validation rows once more: they are not counted again
+        elif job.task == "classification":
             split, counts[name] = _classification(split_rows, rows.labels, chat.tokenizer, job.model.max_length)
         else:
             encoder = row_encoder(job, chat)
@@ -301,7 +305,7 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
             counts[name] = dict(encoder.counts)
             ends_seen |= encoder.ends
         warnings += _length_notes(name, len(split_rows), counts[name], job.model.max_length)
-        for part in _PARTS:
+        for part in _PARTS:  # of the validation split again, where there is no other
             np.save(folder / f"{name}-{part}.npy", getattr(split, part))
         records = [row.as_record() for row in split_rows]
         digests[name] = _digest(records)
@@ -309,7 +313,7 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
             files.write_jsonl(folder / f"{name}-rows.jsonl", _with_answers(records, answers))
     systems = system_messages(rows) if job.generates else set()
     conversations = any(row.messages for row in rows.train)
-    source = chat.template.source
+    source = chat.template.source if conversations else ""
     meta = {
         "labels": list(rows.labels),
         "warnings": warnings + (template_notes(chat, systems) if conversations else []),
@@ -318,7 +322,7 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
         "rows_sha256": digests,
         "ends": list(dict.fromkeys([*chat.ends, *ends_seen])) if conversations else chat.model_ends,
         "frame": chat.frame.as_dict() if conversations else None,
-        "system": next(iter(systems)) if len(systems) == 1 else None,
+        "system": _common_system(systems),
         "systems": len(systems),
         "template_sha256": hashlib.sha256(source.encode()).hexdigest() if source else "",
         "counts": counts,
@@ -332,25 +336,39 @@ def _with_answers(records: list[dict[str, Any]], answers: Sequence[str] | None) 
     return [record | {"answer": answer} for record, answer in zip(records, answers, strict=True)]
 
 
-def system_messages(rows: Rows) -> set[str | None]:
+def _common_system(systems: set[System | None]) -> dict[str, str] | None:
+    """Return the system message that all rows have; None where they have none, or not all the same."""
+    (system,) = systems if len(systems) == 1 else (None,)
+    return None if system is None else {"role": system[0], "content": system[1]}
+
+
+System = tuple[str, str]
+"""(role, content) of the message with which a conversation begins: the role is system or developer."""
+
+
+def system_messages(rows: Rows) -> set[System | None]:
     """Return the different system messages of all conversations; None stands for those without one."""
-    systems: set[str | None] = set()
+    systems: set[System | None] = set()
     for split in (rows.train, rows.validation, rows.test):
         for row in split:
             if row.messages:
                 first = row.messages[0]
-                systems.add(first.content if first.role in ("system", "developer") else None)
+                systems.add((first.role, first.content) if first.role in ("system", "developer") else None)
     return systems
 
 
 def _length_notes(name: str, rows: int, counts: dict[str, Any], max_length: int) -> list[str]:
     """Say what model.max_length took away, and which rows became several examples."""
     notes = []
-    longer = f"longer than model.max_length = {max_length} tokens"
     if counts.get("shortened"):
-        notes.append(f"{counts['shortened']} of {rows} {name} rows are {longer} and lost their oldest turns")
+        notes.append(
+            f"{counts['shortened']} of {rows} {name} rows are longer than model.max_length = {max_length} tokens and "
+            "lost their oldest turns"
+        )
     if counts.get("cut"):
-        notes.append(f"{counts['cut']} of {rows} {name} rows are {longer} and were cut")
+        notes.append(
+            f"{counts['cut']} of {rows} {name} rows are longer than model.max_length = {max_length} tokens and were cut"
+        )
     if counts.get("nothing"):
         notes.append(f"in {counts['nothing']} of the {name} rows that were cut nothing is left to learn")
     if counts.get("split"):
@@ -361,7 +379,7 @@ def _length_notes(name: str, rows: int, counts: dict[str, Any], max_length: int)
     return notes
 
 
-def template_notes(chat: ChatFormat, systems: set[str | None]) -> list[str]:
+def template_notes(chat: ChatFormat, systems: set[System | None]) -> list[str]:
     """Say what the chat template does with these rows that its user should know."""
     notes = [text.format(rows=counted(chat.counts[name], "row")) for name, text in _REMARKS if chat.counts[name]]
     if not chat.template.source:
@@ -383,10 +401,8 @@ def template_notes(chat: ChatFormat, systems: set[str | None]) -> list[str]:
     if chat.generation_prompt == "always":
         notes.append("the chat template adds the header of the next answer to every text: it is not learnt")
     if chat.template.tells_the_date:
-        notes.append(
-            "the chat template writes today's date into every prompt; data.chat_template_kwargs can fix it "
-            "(date_string: 26 Jul 2024)"
-        )
+        fix = "; data.chat_template_kwargs: {date_string: 26 Jul 2024} fixes it" if chat.template.takes_a_date else ""
+        notes.append(f"the chat template writes the day of rendering into every prompt{fix}")
     if len(systems) > 1:
         notes.append(
             "the rows do not all have the same system message: an exported model puts none before a prompt of its own"
@@ -420,7 +436,11 @@ _REMARKS = (
         "in {rows} the tokenizer cannot write the answer exactly (it normalises it, or does not know a word): metrics "
         "compare with what it can write",
     ),
-    ("no_answer", "in {rows} the last answer is a call of tools behind reasoning: metrics of answers score it 0"),
+    (
+        "no_answer",
+        "in {rows} the last answer is a call of tools, which this template does not tell from an unfinished frame: "
+        "metrics of answers score it 0",
+    ),
     ("system_dropped", "in {rows} the chat template drops the system message"),
     ("user_dropped", "in {rows} the chat template drops or changes what the user says"),
     ("answer_changed", "in {rows} the chat template changes the answer: what it renders is learnt"),

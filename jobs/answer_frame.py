@@ -35,13 +35,16 @@ class AnswerFrame:
     """Text that ends a turn where the template's end of turn is not a single token."""
     special_tokens: tuple[str, ...] = ()
     """Texts of special tokens: they are never part of an answer."""
+    call_ends: tuple[int, ...] = ()
+    """End tokens of turns that call tools and have no answer in the frame: all that is written is compared."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AnswerFrame:
         """Read what `as_dict` wrote. Missing keys keep their defaults, so that older files stay readable."""
         known = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
-        if "special_tokens" in known:
-            known["special_tokens"] = tuple(known["special_tokens"])
+        for name in ("special_tokens", "call_ends"):
+            if name in known:
+                known[name] = tuple(known[name])
         return cls(**known)
 
     def as_dict(self) -> dict[str, Any]:
@@ -52,6 +55,7 @@ class AnswerFrame:
             "strict": self.strict,
             "closing": self.closing,
             "special_tokens": list(self.special_tokens),
+            "call_ends": list(self.call_ends),
         }
 
     def after(self, prompt: str) -> AnswerFrame:
@@ -76,10 +80,15 @@ class AnswerFrame:
             text = text.rstrip().removesuffix(self.closing)
         return text
 
-    def answer(self, tokens: Sequence[int], decode: Decode, *, finished: bool = True) -> str:
-        """Return the answer that new tokens (without the end token) hold, without spaces at its ends."""
+    def answer(self, tokens: Sequence[int], decode: Decode, end: int | None = None) -> str:
+        """Return the answer that new tokens hold, without spaces at its ends.
+
+        `tokens` do not include the end token; `end` is that token, None where generation was cut off.
+        """
+        if end is not None and end in self.call_ends:
+            return decode(tokens, True).strip()
         written = decode(tokens, False)
-        visible = self.visible(written, finished=finished)
+        visible = self.visible(written)
         if visible == written:
             return decode(tokens, True).strip()
         return self.without_special_tokens(visible).strip()

@@ -220,8 +220,15 @@ class ChatFormat:
             opener, marker = THINKING
         knows = before or reason_after or opened or any(tag in self.template.source for tag in (opener, marker))
         closing = self._as_decoded(self.ending.closing)
+        # A call's own end token tells that no answer comes (gpt-oss); where both end alike the frame has to tell.
+        calls = [self.call_end] if self.call_end not in (None, self.ending.token) else []
         return AnswerFrame(
-            marker, opener, strict=bool(knows), closing=closing, special_tokens=self.template.special_texts
+            marker,
+            opener,
+            strict=bool(knows),
+            closing=closing,
+            special_tokens=self.template.special_texts,
+            call_ends=tuple(token for token in calls if token is not None),
         )
 
     @cached_property
@@ -393,18 +400,27 @@ class ChatFormat:
         Those of the whole text, where the prompt has the same tokens with and without the answer (`alone`); else the
         answer's own: at inference the prompt stands alone, and a token over both would never be seen there.
         """
-        ids, offsets = self.template.ids_with_offsets(prompt + kept)
+        encode = self._encode
+        ids, offsets = encode(prompt + kept)
         if ids[: len(alone)] == alone:
             shifted = [(first - len(prompt), last - len(prompt)) for first, last in offsets[len(alone) :]]
             return ids[len(alone) :], shifted
         self.counts["boundary_merged"] += 1
-        return self.template.ids_with_offsets(kept)
+        return encode(kept)
+
+    def _encode(self, text: str) -> tuple[list[int], list[Range]]:
+        """Return tokens with the characters that they cover; only a template with markers needs the latter."""
+        if self.template.has_markers:
+            return self.template.ids_with_offsets(text)
+        ids = self.template.ids(text)
+        return ids, [(0, 0)] * len(ids)
 
     def _reference(self, prompt: str, prompt_ids: list[int], answer_ids: list[int], kept: str, message: Message) -> str:
         """Return what metrics make of a model that writes exactly what is learnt: truth and prediction go one way."""
         over = next((place for place, token in enumerate(answer_ids) if token in self.ends), len(answer_ids))
         frame = self.frame.after(self.template.decode(prompt_ids[-_PROMPT_TAIL:]))
-        reference = frame.answer(answer_ids[:over], self.template.decode)
+        end = answer_ids[over] if over < len(answer_ids) else None
+        reference = frame.answer(answer_ids[:over], self.template.decode, end)
         if over < len(answer_ids) - 1:
             self.counts["end_inside"] += 1
         if not reference and message.tool_calls:
@@ -426,9 +442,8 @@ class ChatFormat:
         message = messages[-1]
         if tools and self.template.render(messages[:-1], generation=True) == prompt:
             raise TemplateRefusal("the model's chat template does not render tools, but the row has some")
-        for one in messages:
-            if one.tool_calls:
-                self._check_calls(messages, one, tools)
+        if message.tool_calls:
+            self._check_calls(messages, message, tools)
         self._check_reasoning(prompt, kept, messages)
         answer = self.frame.visible(message.content)
         if _squeezed(answer) not in _squeezed(kept):
@@ -472,18 +487,24 @@ class ChatFormat:
             if call["function"]["arguments"]:
                 empty = {**call, "function": {**call["function"], "arguments": {}}}
                 variants.append(json.dumps([*calls[:number], empty, *calls[number + 1 :]]))
+        rendered = self.template.render(messages[: place + 1], tools, generation=False)
         for variant in variants:
-            others = [*messages[:place], replace(message, tool_calls=variant), *messages[place + 1 :]]
-            if self._renders_alike(messages[: place + 1], others[: place + 1], tools):
+            other = [*messages[:place], replace(message, tool_calls=variant)]
+            if self._renders_as(other, tools, rendered):
                 raise TemplateRefusal("the model's chat template does not render all tool_calls of the row")
 
-    def _renders_alike(self, one: Sequence[Message], other: Sequence[Message], tools: str) -> bool:
-        """Whether two conversations are the same text."""
+    def _renders_as(self, messages: Sequence[Message], tools: str, text: str) -> bool:
+        """Whether a conversation is rendered as a text."""
         try:
-            text = self.template.render(other, tools, generation=False)
+            return self.template.render(messages, tools, generation=False) == text
         except TemplateRefusal:
             return False
-        return text == self.template.render(one, tools, generation=False)
+
+    def check_context(self, messages: Sequence[Message], tools: str = "") -> None:
+        """Refuse a conversation of whose unlearnt turns the template drops tool calls."""
+        for message in messages:
+            if message.tool_calls and not message.learn:
+                self._check_calls(messages, message, tools)
 
     def _marked(
         self, written: _Written, kept: str, messages: Sequence[Message], tools: str, offsets: Sequence[Range]

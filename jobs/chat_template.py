@@ -13,6 +13,7 @@ from jobs.errors import DataError, UserError
 
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CLOCK = re.compile(r"\bstrftime_now\b")
+_PROBE = "Probe7f3a"
 _PART_SEPARATOR = "\n\n"
 """Between the parts of a conversation where the tokenizer has no chat template."""
 
@@ -54,10 +55,28 @@ class ChatTemplate:
         """Whether the template itself says what the assistant writes (`{% generation %}`)."""
         return bool(_MARKERS.search(self.source))
 
+    @property
+    def takes_a_date(self) -> bool:
+        """Whether the variable `date_string` says which day prompts hold."""
+        return "date_string" in self.source
+
     @cached_property
     def tells_the_date(self) -> bool:
         """Whether prompts hold the day on which they are rendered."""
-        return bool(_CLOCK.search(self.source)) and "date_string" not in self.variables
+        fixed = self.takes_a_date and "date_string" in self.variables
+        return bool(_CLOCK.search(self.source)) and not fixed
+
+    @cached_property
+    def takes_parts(self) -> bool:
+        """Whether the template takes a message's content only as a list of parts (those of Idefics and LLaVA do)."""
+        probe = [Message("user", _PROBE), Message("assistant", _PROBE)]
+        texts: list[str] = []
+        for as_parts in (False, True):
+            try:
+                texts.append(self._call(probe, "", {"tokenize": False}, as_text=False, as_parts=as_parts))
+            except _template_errors():
+                texts.append("")
+        return texts[0].count(_PROBE) < len(probe) <= texts[1].count(_PROBE)
 
     @cached_property
     def atoms(self) -> frozenset[int]:
@@ -91,7 +110,7 @@ class ChatTemplate:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def ids_with_offsets(self, text: str) -> tuple[list[int], list[Range]]:
-        """Return the tokens of a text, and the characters that each covers."""
+        """Return the tokens of a text, and the characters that each covers (of a fast tokenizer)."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return list(encoded["input_ids"]), [(int(first), int(last)) for first, last in encoded["offset_mapping"]]
 
@@ -128,17 +147,19 @@ class ChatTemplate:
         errors = _template_errors()
         calls = any(message.tool_calls for message in messages)
         try:
-            return self._call(messages, tools, options, as_text=False)
+            return self._call(messages, tools, options, as_text=False, as_parts=self.takes_parts)
         except errors as error:
             if calls:
                 try:
-                    return self._call(messages, tools, options, as_text=True)
+                    return self._call(messages, tools, options, as_text=True, as_parts=self.takes_parts)
                 except errors:
                     pass  # what it says of objects is what counts
             raise TemplateRefusal(f"the model's chat template refuses this row: {error}") from error
 
-    def _call(self, messages: Sequence[Message], tools: str, options: dict[str, Any], *, as_text: bool) -> Any:
-        dictionaries = [message.for_template(arguments_as_text=as_text) for message in messages]
+    def _call(
+        self, messages: Sequence[Message], tools: str, options: dict[str, Any], *, as_text: bool, as_parts: bool
+    ) -> Any:
+        dictionaries = [message.for_template(arguments_as_text=as_text, as_parts=as_parts) for message in messages]
         described = json.loads(tools) if tools else None
         return self.tokenizer.apply_chat_template(dictionaries, tools=described, **options, **self.variables)
 

@@ -33,12 +33,14 @@ class Message:
         calls: list[dict[str, Any]] = json.loads(self.tool_calls) if self.tool_calls else []
         return calls
 
-    def for_template(self, *, arguments_as_text: bool = False) -> dict[str, Any]:
+    def for_template(self, *, arguments_as_text: bool = False, as_parts: bool = False) -> dict[str, Any]:
         """Build the dictionary that a chat template takes (Hugging Face's form).
 
         Most templates take a call's arguments as an object; with `arguments_as_text` they are JSON, as OpenAI has them.
+        With `as_parts` the content is a list of one text part.
         """
-        message: dict[str, Any] = {"role": self.role, "content": self.content}
+        content: Any = [{"type": "text", "text": self.content}] if as_parts else self.content
+        message: dict[str, Any] = {"role": self.role, "content": content}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:

@@ -64,8 +64,12 @@ class RowEncoder:
                 "the first question"
             )
         before, of_format = Counter(self.counts), Counter(self.format.counts)
-        messages = row.messages[: turns[-1] + 1]
-        encoded = self._conversation(messages, turns, row.tools)
+        self.format.check_context(row.messages, row.tools)
+        if self.assistant_only_loss:
+            encoded = self._conversation(row.messages[: turns[-1] + 1], turns, row.tools)
+        else:
+            reference = self.format.turn(row.messages, turns[-1], row.tools).reference
+            encoded = EncodedRow([self._everything(row.messages, row.tools)], reference)
         for name in ("cut", "shortened"):  # rows are counted, not what was done to their examples
             if self.counts[name] > before[name]:
                 self.counts[name] = before[name] + 1
@@ -82,7 +86,8 @@ class RowEncoder:
             ids = self.format.text_ids(row.prompt)
             return fit(ids, [], room)[0]
         turns = learnable_turns(row.messages, "last")
-        messages = row.messages[: turns[-1]] if turns else row.messages[:-1]
+        answered = row.messages[: turns[-1] + 1] if turns else row.messages
+        messages = self._fitting(answered, row.tools)[0][:-1]  # as training has it: with room for the answer
         while True:
             ids = self.format.prompt_ids(messages, row.tools)
             shorter = _without_oldest(messages)
@@ -105,37 +110,61 @@ class RowEncoder:
         rendered = [self.format.turn(messages, index, tools) for index in turns]
         self.ends |= {turn.end: None for turn in rendered if turn.end is not None}
         last = rendered[-1]
-        row_ids = [*last.prompt_ids, *last.answer_ids]
-        together = all(_begins(row_ids, turn) for turn in rendered[:-1])
-        if not self.assistant_only_loss:
-            return self._everything(messages, tools)
-        if not together:
+        if not all(_begins(last, turn) for turn in rendered[:-1]):
             self.counts["split"] += 1
             self.counts["examples"] += len(turns)
-            examples = [self._alone(messages[: index + 1], index, tools) for index in turns]
+            examples = [self._alone(messages[: index + 1], tools) for index in turns]
             return EncodedRow(examples, last.reference)
-        if len(row_ids) <= self.max_length:
-            return EncodedRow([_example(row_ids, rendered)], last.reference)
-        shorter = _without_oldest(messages)
-        if shorter is None:
-            return EncodedRow([self._cut(last)], last.reference)
-        self.counts["shortened"] += 1
-        dropped = len(messages) - len(shorter)
-        kept = [index - dropped for index in turns if index - dropped > _leading(shorter)]
-        return EncodedRow(self._conversation(shorter, kept, tools).examples, last.reference)
+        if _length(last) > self.max_length:
+            shorter, _ = self._fitting(messages, tools)
+            dropped = len(messages) - len(shorter)
+            if dropped:
+                self.counts["shortened"] += 1
+                kept = [index - dropped for index in turns if index - dropped > _leading(shorter)]
+                rendered = [self.format.turn(shorter, index, tools) for index in kept]
+        return EncodedRow(self._stretches(rendered), last.reference)
 
-    def _alone(self, messages: tuple[Message, ...], index: int, tools: str) -> Example:
-        """One turn as an example of its own, without its oldest turns where it is too long."""
-        turn = self.format.turn(messages, index, tools)
-        shorter: tuple[Message, ...] | None = messages
-        while len(turn.prompt_ids) + len(turn.answer_ids) > self.max_length:
-            shorter = _without_oldest(messages)
-            if shorter is None:
-                return self._cut(turn)
+    def _stretches(self, turns: list[Turn]) -> list[Example]:
+        """Return one example of all turns that fit together, and a cut one for each turn that does not.
+
+        Turns are too long here where nothing more can be dropped: after one question, with many calls of tools.
+        """
+        fitting = [turn for turn in turns if _length(turn) <= self.max_length]
+        together = [_example([*fitting[-1].prompt_ids, *fitting[-1].answer_ids], fitting)] if fitting else []
+        return [*together, *(self._cut(turn) for turn in turns[len(fitting) :])]
+
+    def _alone(self, messages: tuple[Message, ...], tools: str) -> Example:
+        """Return the last turn as an example of its own, without the oldest turns where it is too long."""
+        shorter, turn = self._fitting(messages, tools)
+        if len(shorter) < len(messages):
             self.counts["shortened"] += 1
-            messages = shorter
-            turn = self.format.turn(messages, len(messages) - 1, tools)
+        if _length(turn) > self.max_length:
+            return self._cut(turn)
         return _example([*turn.prompt_ids, *turn.answer_ids], [turn])
+
+    def _fitting(self, messages: tuple[Message, ...], tools: str) -> tuple[tuple[Message, ...], Turn]:
+        """Return a conversation, and its last turn, without as many of its oldest exchanges as do not fit.
+
+        The number is found by halving: a turn of a long conversation takes long to render.
+        """
+        turn = self.format.turn(messages, len(messages) - 1, tools)
+        if _length(turn) <= self.max_length:
+            return messages, turn
+        candidates = _shorter_ones(messages)
+        low, high = 0, len(candidates)  # those before `low` are too long, the one at `high` is not (or is not there)
+        turns: dict[int, Turn] = {}
+        while low < high:
+            middle = (low + high) // 2
+            turns[middle] = self.format.turn(candidates[middle], len(candidates[middle]) - 1, tools)
+            if _length(turns[middle]) <= self.max_length:
+                high = middle
+            else:
+                low = middle + 1
+        if not candidates:
+            return messages, turn
+        chosen = min(high, len(candidates) - 1)
+        shorter = candidates[chosen]
+        return shorter, turns.get(chosen) or self.format.turn(shorter, len(shorter) - 1, tools)
 
     def _cut(self, turn: Turn) -> Example:
         """A turn whose last exchange alone is too long."""
@@ -147,37 +176,33 @@ class RowEncoder:
             self.counts["nothing"] += 1
         return example
 
-    def _everything(self, messages: tuple[Message, ...], tools: str) -> EncodedRow:
-        """A conversation that is learnt whole (`assistant_only_loss: false`), but for answers with weight 0."""
-        last = self.format.turn(messages, len(messages) - 1, tools)
-        ids = [*last.prompt_ids, *last.answer_ids]
-        shorter = _without_oldest(messages)
-        if len(ids) > self.max_length and shorter is not None:
+    def _everything(self, messages: tuple[Message, ...], tools: str) -> Example:
+        """Return a conversation that is learnt whole (`assistant_only_loss: false`), but for weight 0."""
+        shorter, last = self._fitting(messages, tools)
+        if len(shorter) < len(messages):
             self.counts["shortened"] += 1
-            return EncodedRow(self._everything(shorter, tools).examples, last.reference)
+        ids = [*last.prompt_ids, *last.answer_ids]
         text = "".join(self.format.template.decode(ids).split())
-        if any("".join(message.reasoning.split()) not in text for message in messages):
+        if any("".join(message.reasoning.split()) not in text for message in shorter):
             raise TemplateRefusal(
                 "the chat template leaves out the reasoning of earlier turns: it cannot be learnt with "
                 "data.assistant_only_loss: false (with true each turn is rendered for itself)"
             )
         learnt = [False, *[True] * (len(ids) - 1)]
-        for index, message in enumerate(messages):
+        for index, message in enumerate(shorter):
             if message.role == "assistant" and not message.learn:
-                self._leave_out(messages, index, tools, ids, learnt)
+                self._leave_out(shorter, index, tools, last, learnt)
         if len(ids) > self.max_length:
             self.counts["cut"] += 1
             begin = len(last.prompt_ids)
             prompt, answer = fit(range(begin), range(begin, len(ids)), self.max_length)
-            kept = [*prompt, *answer]
-            ids, learnt = [ids[place] for place in kept], [learnt[place] for place in kept]
-        return EncodedRow([Example(ids, learnt, min(len(last.prompt_ids), len(ids) - 1))], last.reference)
+            places = [*prompt, *answer]
+            ids, learnt = [ids[place] for place in places], [learnt[place] for place in places]
+        return Example(ids, learnt, min(len(last.prompt_ids), len(ids) - 1))
 
-    def _leave_out(
-        self, messages: tuple[Message, ...], index: int, tools: str, ids: list[int], learnt: list[bool]
-    ) -> None:
+    def _leave_out(self, messages: tuple[Message, ...], index: int, tools: str, last: Turn, learnt: list[bool]) -> None:
         turn = self.format.turn(messages, index, tools)
-        if not _begins(ids, turn):
+        if not _begins(last, turn):
             raise TemplateRefusal(
                 "an answer has weight 0, but this chat template renders earlier turns differently from the last one: "
                 "the answer cannot be left out of the loss with data.assistant_only_loss: false"
@@ -186,10 +211,14 @@ class RowEncoder:
         learnt[first : first + len(turn.answer_ids)] = [False] * len(turn.answer_ids)
 
 
-def _begins(row_ids: Sequence[int], turn: Turn) -> bool:
-    """Whether a row's tokens begin with a turn exactly as generation would meet it."""
-    end = len(turn.prompt_ids) + len(turn.answer_ids)
-    return list(row_ids[:end]) == [*turn.prompt_ids, *turn.answer_ids]
+def _length(turn: Turn) -> int:
+    return len(turn.prompt_ids) + len(turn.answer_ids)
+
+
+def _begins(last: Turn, turn: Turn) -> bool:
+    """Whether a conversation's tokens begin with an earlier turn exactly as generation would meet it."""
+    ids = [*last.prompt_ids, *last.answer_ids]
+    return ids[: _length(turn)] == [*turn.prompt_ids, *turn.answer_ids]
 
 
 def _example(ids: list[int], turns: Sequence[Turn]) -> Example:
@@ -208,9 +237,15 @@ def _leading(messages: Sequence[Message]) -> int:
 
 def _without_oldest(messages: tuple[Message, ...]) -> tuple[Message, ...] | None:
     """Return a conversation without its first exchange; None: it has only one. System messages stay."""
+    shorter = _shorter_ones(messages)
+    return shorter[0] if shorter else None
+
+
+def _shorter_ones(messages: tuple[Message, ...]) -> list[tuple[Message, ...]]:
+    """Return a conversation without its first exchange, without its first two, and so on to its last one alone."""
     leading = _leading(messages)
     questions = [place for place, one in enumerate(messages) if one.role == "user" and place > leading]
-    return (*messages[:leading], *messages[questions[0] :]) if questions else None
+    return [(*messages[:leading], *messages[place:]) for place in questions]
 
 
 def fit(prompt: Sequence[int], answer: Sequence[int], max_length: int) -> tuple[list[int], list[int]]:

@@ -304,6 +304,8 @@ class Artefact(Spec):
     system: str = ""
     """The system message that all rows of training begin with; `before` has it in it. Empty: they have none, or not
     all the same."""
+    system_role: str = ""
+    """Role of that message: system or developer. Empty: there is none (or `system` is of an older version)."""
     after: str = ""
     """What stands between what is asked and the answer."""
     strip: bool = False

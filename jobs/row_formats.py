@@ -41,8 +41,15 @@ _FLAG_KEYS = ("train", "training", "loss")
 _UNSUPPORTED_COLUMNS = (
     *("images", "image", "videos", "video", "audios", "audio"),
     *("documents", "functions", "function_call", "weight", "loss_weight"),
+    *("chat_template_kwargs", "enable_thinking", "rejected", "assistant_masks"),
 )
-_UNSUPPORTED_IN_MESSAGE = (*("function_call", "audio", "image", "images", "video", "refusal", "train_detail"),)
+"""Columns that change what a row means and cannot be used."""
+_UNLEARNT_COLUMNS = ("train", "training", "loss")
+"""Columns by which a row says that nothing of it is learnt."""
+_UNSUPPORTED_IN_MESSAGE = (
+    *("function_call", "audio", "image", "images", "video", "refusal", "train_detail"),
+    *("mask", "prefix"),
+)
 _WORDS_BEGUN = 48
 
 
@@ -164,6 +171,8 @@ def _conversation_row(
         if column is None:
             raise BadRow(_no_column(record, data.messages_column or "messages"))
         known.add(column)
+        if record.get("history") not in (None, "", []):
+            raise BadRow(f"history stands beside {column}: put its turns into the list")
         messages = _messages(record[column], column, unused)
     elif kind == "instruction":
         known |= {"instruction", "input", "output", "history"}
@@ -187,8 +196,13 @@ def _check_columns(record: Mapping[str, Any], known: set[str]) -> None:
             "functions": "; name them in tools",
             "function_call": "; name it in tool_calls",
             "weight": "; a message can have weight 0 or 1",
+            "chat_template_kwargs": "; data.chat_template_kwargs is for all rows",
+            "enable_thinking": "; data.chat_template_kwargs is for all rows",
         }
         raise BadRow(f"{key} is {_short(value)}, which cannot be used here{advice.get(key, '')}; drop the column")
+    for key in _UNLEARNT_COLUMNS:
+        if key not in known and record.get(key) is False:
+            raise BadRow(f"{key} is false: nothing of this row is to be learnt; drop the row, or the column")
 
 
 def _messages_column(record: Mapping[str, Any], data: DataSpec) -> str | None:
@@ -202,7 +216,7 @@ def _messages_column(record: Mapping[str, Any], data: DataSpec) -> str | None:
 
 def _from_text_cell(value: Any) -> Any:
     """Return the list of messages that a text cell (of a CSV file, say) holds as JSON; anything else as it is."""
-    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
         messages = json.loads(value)

@@ -139,6 +139,12 @@ class DataSpec(Spec):
             raise SpecProblems(
                 [Problem("data", "data must have either dataset_name or train_file, and exactly one of the two")]
             )
+        if not self.assistant_only_loss and self.train_on_turns == "last":
+            sentence = (
+                "data.train_on_turns is last, but must be all with data.assistant_only_loss: false, which learns every "
+                "token of a conversation"
+            )
+            raise SpecProblems([Problem("data.train_on_turns", sentence)])
         if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
             raise SpecProblems([Problem("data.labels", "data.labels must be two or more names, each once")])
         return self

@@ -284,10 +284,8 @@ def _axolotl_data(value: Any, made: Translation) -> None:
     if first.get("field_messages"):
         made.put("data.messages_column", str(first["field_messages"]))
     for key, usual in _AXOLOTL_TURNS.items():
-        if first.get(key, usual) != usual:
-            made.lost.append(
-                f"datasets.{key}: {first[key]!r} is not done here; turns are learnt as {usual!r} says there"
-            )
+        if first.get(key, usual) not in (usual, {"role": "role", "content": "content"}):
+            made.lost.append(f"datasets.{key}: {first[key]!r} has no counterpart; here it is as with {usual!r} there")
     for key in first:
         if key not in ("path", "type", "ds_type", "field_messages", *_AXOLOTL_TURNS):
             made.lost.append(f"datasets.{key}: {first[key]!r} has no counterpart")
@@ -316,6 +314,8 @@ def _whole_text(key: str) -> Callable[[Any, Translation], None]:
 def _mask_history(value: Any, made: Translation) -> None:
     if value is True:
         made.put("data.train_on_turns", "last")
+    elif value is not False:
+        made.lost.append(f"mask_history: {value!r} is not understood")
 
 
 def _enable_thinking(value: Any, made: Translation) -> None:

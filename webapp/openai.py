@@ -217,9 +217,10 @@ class _Server:
         if len(turns) == 1 and turns[0].role == "user":
             return self.loaded.prompt(turns[0].text)  # with training's own system message
         said = [{"role": turn.role, "content": turn.text} for turn in turns]
-        own = self.loaded.artefact.system
-        if own and all(turn.role != "system" for turn in turns):
-            said.insert(0, {"role": "system", "content": own})
+        about = self.loaded.artefact
+        role = about.system_role or ("system" if about.system else "")
+        if role and all(turn.role != "system" for turn in turns):
+            said.insert(0, {"role": role, "content": about.system})
         text = self.framed(said)
         return list(self.loaded.tokenizer.encode(text, add_special_tokens=False).ids)
 

@@ -28,10 +28,11 @@ kind = np.float16 if inputs[past_names[0]].type == "tensor(float16)" else np.flo
 
 for prompt in asked.prompts:
     whole = about["before"] + (prompt.strip() if about["strip"] else prompt) + about["after"]
-    ids = about["start"] + tokenizer.encode(whole, add_special_tokens=False).ids
+    ids, start = tokenizer.encode(whole, add_special_tokens=False).ids, about["start"]
+    ids = ids if start and ids[: len(start)] == start else start + ids  # a text may bring its own start token
     past = [np.zeros((1, about["heads"], 0, about["head_size"]), kind)] * len(past_names)
     written: list[int] = []
-    new, seen = ids, 0
+    new, seen, end = ids, 0, None
     while len(written) < asked.max_new_tokens and seen + len(new) <= (about["positions"] or sys.maxsize):
         seen += len(new)
         given = {"input_ids": np.array([new], np.int64), "attention_mask": np.ones((1, seen), np.int64)}
@@ -40,10 +41,11 @@ for prompt in asked.prompts:
         logits, *past = session.run(None, given | dict(zip(past_names, past, strict=True)))
         token = int(logits[0, -1].argmax())
         if token in about["ends"]:
+            end = token
             break
         written, new = [*written, token], [token]
     text = tokenizer.decode(written, skip_special_tokens=True).strip()
     if about["answer_frame"]:
         frame = AnswerFrame.from_dict(about["answer_frame"]).after(whole)
-        text = frame.answer(written, lambda tokens, skip: tokenizer.decode(list(tokens), skip_special_tokens=skip))
+        text = frame.answer(written, lambda some, skip: tokenizer.decode(list(some), skip_special_tokens=skip), end)
     print(json.dumps({"prompt_ids": ids, "ids": written, "text": text}) if asked.json else text)

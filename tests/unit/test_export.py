@@ -28,6 +28,7 @@ from evaluation.tokens import TokenData
 from jobs import files
 from jobs.answer_frame import AnswerFrame
 from jobs.chat_format import ChatFormat
+from jobs.conversation import Message
 from jobs.errors import JobFileError, UserError
 from jobs.export import Gate, gate_of
 from jobs.exported import Artefact, Budget, Exported, Judged, Made, Offer, Parity, metric_drop, pick, verdict
@@ -344,10 +345,12 @@ def test_the_frame_of_a_prompt() -> None:
         return prompt_frame(ChatFormat(tokenizer), data)
 
     assert frame(Chat()) == PromptFrame("<user>", "<a>")
-    assert frame(Chat(), "be short") == PromptFrame("<system>be short<user>", "<a>", system="be short")
+    short, none = Message("system", "be short"), Message("developer", "")
+    assert frame(Chat(), short) == PromptFrame("<system>be short<user>", "<a>", system=short)
+    assert frame(Chat(), none) == PromptFrame("<developer><user>", "<a>", system=none)
     assert frame(Trimming()) == PromptFrame("<user>", "<a>", strip=True)
     assert frame(Plain()) == PromptFrame("", "\n\n", [7])
-    assert frame(Plain(), "be short") == PromptFrame("be short\n\n", "\n\n", [7], "be short")
+    assert frame(Plain(), short) == PromptFrame("be short\n\n", "\n\n", [7], short)
     assert frame(Chat(), conversations=False) == PromptFrame(start=[7])
     with pytest.raises(UserError, match="chat template changes what is asked"):
         frame(Shouting())

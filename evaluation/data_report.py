@@ -1,4 +1,4 @@
-"""What a job's rows are, before anything runs: bad rows, repetitions, leaks, classes, lengths, and what is learnt."""
+"""Report on a job's rows before anything runs: bad rows, repetitions, leaks, classes, lengths, and what is learnt."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ class Bucket(Spec):
     up_to: int
     """Examples of at most so many tokens, and more than the bucket before."""
     examples: int
-    """How many."""
+    """Number of examples."""
 
 
 class SplitReport(Spec):
-    """What the rows of one split are."""
+    """Numbers of one split."""
 
     split: str
     """train, validation or test."""
@@ -78,7 +78,7 @@ class SplitReport(Spec):
     also_in_train: int = 0
     """Held-out rows whose prompt (or text) is among the training rows."""
     classes: dict[str, int] = {}
-    """Of a classifier: rows of each class."""
+    """Rows of each class (classification)."""
     empty_answers: int = 0
     """Rows whose answer is empty, apart from what stands around it."""
     special_tokens: dict[str, int] = {}
@@ -93,7 +93,7 @@ class ShownToken(Spec):
     text: str
     """Its text."""
     learnt: bool
-    """Whether the loss is of it."""
+    """True if the loss is of this token."""
 
 
 class ShownRow(Spec):
@@ -104,23 +104,23 @@ class ShownRow(Spec):
     line: int
     """Its line in the file."""
     label: str = ""
-    """Of a classifier: its class."""
+    """Class of the row (classification)."""
     examples: list[list[ShownToken]]
     """The sequences that it becomes."""
 
 
 class DataReport(Spec):
-    """What `lorafleet data` says."""
+    """The report that `lorafleet data` prints."""
 
     schema_version: Literal[1] = 1
     format: str
-    """What a row looks like: text_label, prompt_completion, instruction, messages or text."""
+    """Format of a row: text_label, prompt_completion, instruction, messages or text."""
     max_length: int
     """model.max_length, in tokens."""
     splits: list[SplitReport]
     """Train, validation and test rows."""
     notes: list[str] = []
-    """What the user should know."""
+    """Remarks on the data and the chat template, a sentence each."""
     bad_rows: list[str] = []
     """Rows that cannot be used, each with file and line."""
     shown: list[ShownRow] = Field(default_factory=list)
@@ -147,8 +147,8 @@ def data_report(job: JobSpec, show: int = 0, split: str = "train") -> DataReport
     for name in SPLITS:
         if name == "test" and rows.chosen_on_test:
             continue  # the validation rows once more
-        found = _split_report(name, job, rows, train)
-        splits.append(_with_tokens(found, getattr(rows, name), job, chat, bad) if chat else found)
+        report = _split_report(name, job, rows, train)
+        splits.append(_with_tokens(report, getattr(rows, name), job, chat, bad) if chat else report)
     if chat and any(row.messages for row in rows.train):
         notes += template_notes(chat, system_messages(rows))
     shown = _shown(getattr(rows, split)[:show], split, job, chat) if chat else []
@@ -158,7 +158,7 @@ def data_report(job: JobSpec, show: int = 0, split: str = "train") -> DataReport
 
 
 def _split_report(name: str, job: JobSpec, rows: Rows, train: Counter[Row]) -> SplitReport:
-    """What needs no tokenizer."""
+    """Count what needs no tokenizer."""
     split_rows: list[Row] = getattr(rows, name)
     questions = Counter(row.question for row in split_rows)
     classes = Counter(row.label for row in split_rows)

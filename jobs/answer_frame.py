@@ -41,14 +41,14 @@ class AnswerFrame:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AnswerFrame:
         """Read what `as_dict` wrote. Missing keys keep their defaults, so that older files stay readable."""
-        known = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
+        fields = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
         for name in ("special_tokens", "call_ends"):
-            if name in known:
-                known[name] = tuple(known[name])
-        return cls(**known)
+            if name in fields:
+                fields[name] = tuple(fields[name])
+        return cls(**fields)
 
     def as_dict(self) -> dict[str, Any]:
-        """The frame as JSON values."""
+        """Return the frame as JSON values."""
         return {
             "marker": self.marker,
             "opener": self.opener,

@@ -140,12 +140,12 @@ class ChatFormat:
         candidates = [token for token in common if token in self.template.atoms]
         if not candidates:
             candidates = [token for token in tail_ids if token in self.template.atoms]
-        known = [token for token in candidates if token in self.model_ends]
+        declared = [token for token in candidates if token in self.model_ends]
         if candidates:
             # What comes only at the end of a conversation (`<|end|>\n<|endoftext|>`, a header that is always added) is
             # not of this turn; else the last token closes it (`<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`).
-            unknown = candidates[0] if only_at_the_end else candidates[-1]
-            token = known[0] if known else unknown
+            undeclared = candidates[0] if only_at_the_end else candidates[-1]
+            token = declared[0] if declared else undeclared
             return _Ending(tail, self._through(tail, token), token, appended=False)
         closing = _whole_lines(tail, tail if follow_up is None else follow_up)
         kept = tail[: tail.find(closing) + len(closing)] if closing else ""
@@ -218,14 +218,14 @@ class ChatFormat:
             marker, opener = reason_after, reason_before or THINKING[0]
         else:
             opener, marker = THINKING
-        knows = before or reason_after or opened or any(tag in self.template.source for tag in (opener, marker))
+        writes_frames = before or reason_after or opened or any(tag in self.template.source for tag in (opener, marker))
         closing = self._as_decoded(self.ending.closing)
         # A call's own end token tells that no answer comes (gpt-oss); where both end alike the frame has to tell.
         calls = [self.call_end] if self.call_end not in (None, self.ending.token) else []
         return AnswerFrame(
             marker,
             opener,
-            strict=bool(knows),
+            strict=bool(writes_frames),
             closing=closing,
             special_tokens=self.template.special_texts,
             call_ends=tuple(token for token in calls if token is not None),

@@ -96,7 +96,7 @@ class RowEncoder:
             messages = shorter
 
     def _text(self, text: str) -> Example:
-        """A text alone, learnt whole. Start and end tokens that it brings are not added again."""
+        """Encode a text alone, which is learnt whole. Start and end tokens that it brings are not added again."""
         ids = self.format.text_ids(text)
         end = self.format.model_ends[:1]
         if end and ids[-1:] != end:
@@ -167,7 +167,7 @@ class RowEncoder:
         return shorter, turns.get(chosen) or self.format.turn(shorter, len(shorter) - 1, tools)
 
     def _cut(self, turn: Turn) -> Example:
-        """A turn whose last exchange alone is too long."""
+        """Cut a turn whose last exchange alone is too long."""
         self.counts["cut"] += 1
         prompt, answer = fit(turn.prompt_ids, turn.answer_ids, self.max_length)
         shorter = replace(turn, prompt_ids=prompt, answer_ids=answer, learnt=turn.learnt[: len(answer)])

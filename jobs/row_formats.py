@@ -150,14 +150,14 @@ def row_format(record: Mapping[str, Any], job: JobSpec) -> DataFormat:
 def convert(record: Mapping[str, Any], kind: DataFormat, data: DataSpec, unused: Counter[str]) -> Row:
     """Build a row from a record. Raises BadRow. Keys that are not known are counted in `unused`."""
     if kind == "text_label":
-        row, known = _text_label(record, data), {data.text_column, data.label_column}
+        row, used = _text_label(record, data), {data.text_column, data.label_column}
     elif kind == "text":
-        row, known = Row(text=_text(record, data.text_column)), {data.text_column}
+        row, used = Row(text=_text(record, data.text_column)), {data.text_column}
     else:
-        row, known = _conversation_row(record, kind, data, unused)
-        _check_columns(record, known)
+        row, used = _conversation_row(record, kind, data, unused)
+        _check_columns(record, used)
     for key, value in record.items():
-        if key not in known and value is not None:
+        if key not in used and value is not None:
             unused[f"column {key!r}"] += 1
     return row
 
@@ -165,32 +165,32 @@ def convert(record: Mapping[str, Any], kind: DataFormat, data: DataSpec, unused:
 def _conversation_row(
     record: Mapping[str, Any], kind: DataFormat, data: DataSpec, unused: Counter[str]
 ) -> tuple[Row, set[str]]:
-    known = {*_SYSTEM_COLUMNS, "tools"}
+    used = {*_SYSTEM_COLUMNS, "tools"}
     if kind == "messages":
         column = _messages_column(record, data)
         if column is None:
             raise BadRow(_no_column(record, data.messages_column or "messages"))
-        known.add(column)
+        used.add(column)
         if record.get("history") not in (None, "", []):
             raise BadRow(f"history stands beside {column}: put its turns into the list")
         messages = _messages(record[column], column, unused)
     elif kind == "instruction":
-        known |= {"instruction", "input", "output", "history"}
+        used |= {"instruction", "input", "output", "history"}
         messages = _instruction(record)
     else:
-        known |= {data.prompt_column, data.completion_column, "history"}
+        used |= {data.prompt_column, data.completion_column, "history"}
         messages = _prompt_completion(record, data, unused)
     messages = _with_system(messages, record, data)
     if not any(message.role in ("user", "tool") for message in messages):
         raise BadRow("messages must have something before the assistant's answer: it is the prompt")
-    return Row(messages=tuple(messages), tools=_tools(record.get("tools"))), known
+    return Row(messages=tuple(messages), tools=_tools(record.get("tools"))), used
 
 
-def _check_columns(record: Mapping[str, Any], known: set[str]) -> None:
+def _check_columns(record: Mapping[str, Any], used: set[str]) -> None:
     """Refuse columns that would change what the row means and cannot be used."""
     for key in _UNSUPPORTED_COLUMNS:
         value = record.get(key)
-        if key in known or value in (None, "", [], {}, 1, 1.0):
+        if key in used or value in (None, "", [], {}, 1, 1.0):
             continue
         advice = {
             "functions": "; name them in tools",
@@ -201,7 +201,7 @@ def _check_columns(record: Mapping[str, Any], known: set[str]) -> None:
         }
         raise BadRow(f"{key} is {_short(value)}, which cannot be used here{advice.get(key, '')}; drop the column")
     for key in _UNLEARNT_COLUMNS:
-        if key not in known and record.get(key) is False:
+        if key not in used and record.get(key) is False:
             raise BadRow(f"{key} is false: nothing of this row is to be learnt; drop the row, or the column")
 
 
@@ -337,15 +337,15 @@ def _message(value: Any, place: int, unused: Counter[str]) -> Message:
     if not isinstance(value, Mapping):
         raise BadRow(f"message {place} is {_short(value)}, but must be {{role, content}}")
     record = {key: one for key, one in value.items() if one is not None}
-    known = {*_REASONING_KEYS, *_FLAG_KEYS, "weight", "tool_calls", "tool_call_id", "name"}
+    used = {*_REASONING_KEYS, *_FLAG_KEYS, "weight", "tool_calls", "tool_call_id", "name"}
     if "role" in record:
-        known |= {"role", "content"}
+        used |= {"role", "content"}
         role = record["role"]
         if role not in ROLES:
             raise BadRow(f"role is {role!r}, but must be one of {', '.join(ROLES)}")
         content = record.get("content", "" if record.get("tool_calls") else None)
     elif "from" in record:
-        known |= {"from", "value"}
+        used |= {"from", "value"}
         role = _SHAREGPT_ROLES.get(str(record["from"]))
         if role is None:
             raise BadRow(f"from is {record['from']!r}, but must be one of {', '.join(_SHAREGPT_ROLES)}")
@@ -362,9 +362,9 @@ def _message(value: Any, place: int, unused: Counter[str]) -> Message:
             raise BadRow(f"message {place} is a function call and has tool_calls as well: keep one")
         text, calls = "", _sharegpt_call(text, place)
     if role != "tool":
-        known -= {"name", "tool_call_id"}
+        used -= {"name", "tool_call_id"}
     for key in record:
-        if key not in known:
+        if key not in used:
             unused[f"message key {key!r}"] += 1
     reasoning = _reasoning(record, role, place)
     learn = _learn(record, role, place, unused)
@@ -477,10 +477,10 @@ def _call(value: Any, place: int) -> dict[str, Any]:
         raise BadRow(f"{what} has {strange[0]!r}, which cannot be used: it may have id, type, name and arguments")
     if value.get("type") not in (None, "function"):
         raise BadRow(f"type of {what} is {_short(value['type'])}, but must be function")
-    given = [key for key in ("arguments", "parameters", "input") if function.get(key) is not None]
-    if len(given) > 1:
-        raise BadRow(f"{what} has both {given[0]} and {given[1]}: keep one")
-    arguments = _from_json(function[given[0]], f"arguments of {what}") if given else {}
+    keys = [key for key in ("arguments", "parameters", "input") if function.get(key) is not None]
+    if len(keys) > 1:
+        raise BadRow(f"{what} has both {keys[0]} and {keys[1]}: keep one")
+    arguments = _from_json(function[keys[0]], f"arguments of {what}") if keys else {}
     arguments = {} if arguments == "" else arguments  # OpenAI's calls without arguments
     if not isinstance(arguments, Mapping):
         raise BadRow(f"arguments of {what} is {_short(arguments)}, but must be an object")

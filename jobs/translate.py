@@ -300,7 +300,7 @@ _AXOLOTL_TURNS: dict[str, Any] = {
 
 
 def _whole_text(key: str) -> Callable[[Any, Translation], None]:
-    """Learning what the user says as well (`train_on_inputs`, `train_on_prompt`)."""
+    """Carry over that what the user says is learnt as well (`train_on_inputs`, `train_on_prompt`)."""
 
     def take(value: Any, made: Translation) -> None:
         if value is True:

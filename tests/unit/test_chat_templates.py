@@ -537,6 +537,77 @@ def test_reasoning_of_earlier_turns_cannot_be_learnt_in_one_text() -> None:
     assert len(spans_of(encoder_of(BY_NAME["qwen3"]), row)) == 2
 
 
+def test_a_call_behind_thoughts_is_compared_whole() -> None:
+    """gpt-oss ends it with a token of its own: no answer comes, and what was called is compared."""
+    row = Row(messages=_ROWS["thoughts and tools"].messages[:2], tools=_WEATHER)
+    encoder = encoder_of(BY_NAME["gpt-oss"])
+    encoded = encoder.encode(row)
+    (example,) = encoded.examples
+    prompt, written = example.ids[: example.answer_start], example.ids[example.answer_start :]
+    assert '{"city": "Paris"}' in encoded.reference
+    assert predicted(encoder, prompt, written) == encoded.reference
+    assert predicted(encoder, prompt, written[:-3]) == ""  # it was cut off: there is no answer yet
+    assert not encoder.format.counts["no_answer"]
+
+
+def _agent_row(calls: int) -> Row:
+    messages = [Message("user", "weather?")]
+    for _ in range(calls):
+        messages += [Message("assistant", "", tool_calls=_CALL), Message("tool", "sunny " * 20, name="weather")]
+    return Row(messages=(*messages, Message("assistant", "done")), tools=_WEATHER)
+
+
+def test_a_long_row_of_calls_keeps_the_turns_that_fit() -> None:
+    """After one question nothing can be dropped: turns that fit are learnt together, and the others are cut."""
+    whole = encoder_of(BY_NAME["qwen2.5"]).encode(_agent_row(4)).examples[0]
+    encoder = encoder_of(BY_NAME["qwen2.5"], max_length=len(whole.ids) - 60)
+    examples = encoder.encode(_agent_row(4)).examples
+    learnt = [
+        text for one in examples for text in map(encoder.format.template.decode, learnt_spans(one.ids, one.learnt))
+    ]
+    assert len(learnt) == 5
+    assert sum("</tool_call>" in text for text in learnt) == 4
+    assert learnt[-1] == "done<|im_end|>"
+    assert encoder.counts == {"cut": 1}
+
+
+@pytest.mark.parametrize("kept", range(1, 8))
+def test_no_more_turns_are_dropped_than_needed(kept: int) -> None:
+    turns = [text for number in range(8) for text in (f"and country {number}?", f"it is city {number}.")]
+    last_ones = Row(messages=conversation(*turns[-2 * kept :]))
+    room = len(encoder_of(BY_NAME["chatml-base"]).encode(last_ones).examples[0].ids)
+    encoder = encoder_of(BY_NAME["chatml-base"], max_length=room)
+    (example,) = encoder.encode(Row(messages=conversation(*turns))).examples
+    assert example.ids == encoder.encode(last_ones).examples[0].ids
+    assert encoder.prompt(Row(messages=conversation(*turns)), 4000) == example.ids[: example.answer_start]
+
+
+@pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
+def test_templates_that_want_parts_get_them(name: str) -> None:
+    tokenizer = build_tokenizer(trl_template(name), "<end_of_utterance>")
+    encoder = RowEncoder(ChatFormat(tokenizer), 4000)
+    (span,) = spans_of(encoder, Row(messages=conversation("why?", "city 9")))
+    assert span.strip() == "city 9<end_of_utterance>"
+
+
+def test_a_tokenizer_without_offsets() -> None:
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    encoder = RowEncoder(ChatFormat(tokenizer), 4000)
+    assert spans_of(encoder, Row(messages=conversation("why?", "city 9"))) == ["city 9</s>"]
+
+
+def test_the_day_in_a_prompt_is_known() -> None:
+    dated = BY_NAME["llama3.2"].format()
+    assert dated.template.tells_the_date
+    fixed = ChatFormat(dated.tokenizer, (), {"date_string": "26 Jul 2024"})
+    assert not fixed.template.tells_the_date
+    assert "26 Jul 2024" in fixed.template.render(conversation("why?"), generation=True)
+    gpt_oss = ChatFormat(BY_NAME["gpt-oss"].tokenizer(), (), {"date_string": "26 Jul 2024"})
+    assert gpt_oss.template.tells_the_date  # it does not take that variable
+
+
 # ---- the frame around an answer ----
 
 

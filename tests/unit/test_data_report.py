@@ -204,3 +204,12 @@ def test_named_templates_and_files_of_templates(tmp_path: Path) -> None:
             job(f"data.chat_template={value}")
     with pytest.raises(JobFileError, match="none of add_generation_prompt"):
         job("data.chat_template_kwargs.tools=x")
+
+
+def test_rows_that_are_judged_twice_are_counted_once(chat_model: Path, tmp_path: Path) -> None:
+    rows = {"train": [chat_row(f"country {n}?", f"city {n}<|im_end|>x") for n in range(5)], "validation": ROWS["test"]}
+    data = prepare(load_text(job_file(tmp_path, chat_model, rows).read_text(), tmp_path / "job.yaml").job)
+    assert data.chosen_on_test
+    assert any(note.startswith("in 5 rows an answer contains an end token") for note in data.warnings)
+    assert data.rows("test") == data.rows("validation")
+    assert np.array_equal(data.splits["test"].ids, data.splits["validation"].ids)

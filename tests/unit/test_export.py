@@ -169,6 +169,23 @@ def test_a_frame_is_held_back_until_the_answer_begins() -> None:
     assert "".join(piece.text for piece in pieces(no_frame, [0], 9, None)).startswith("<think>so")
 
 
+def test_a_text_that_ends_a_turn_is_held_back() -> None:
+    class Ending(Thinking):
+        TEXTS = ("Q", "city", " 9", "\n", "##", "# End", "", "", "", "")
+
+    about = ABOUT.model_copy(update={"answer_frame": AnswerFrame(strict=False, closing="### End").as_dict()})
+    texts = [piece.text for piece in pieces(Ending(Path("x"), about, Counting(10)), [0], 9, None)]
+    assert "".join(texts) == "city 9"
+    assert not any("#" in text for text in texts)
+
+
+def test_a_prompt_that_brings_its_start_token_gets_no_other(tiny_llama: Path) -> None:
+    about = ABOUT.model_copy(update={"start": [2]})  # [BOS]
+    loaded = Loaded(tiny_llama, about, Counting(10))
+    assert loaded.prompt("film")[0] == 2
+    assert loaded.prompt("[BOS] film") == loaded.prompt("film")
+
+
 # ---- gates ----
 
 

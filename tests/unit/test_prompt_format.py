@@ -54,6 +54,15 @@ def test_runs_of_this_version_and_classifiers_of_any_are_taken(
     assert shipped(run_of(bert_job(), tmp_path / "classes", 1), "aaaa").trial_id == "aaaa"
 
 
+def test_runs_with_other_prompts_are_not_asked_alike(llama_job: JobMaker, tmp_path: Path) -> None:
+    plain = run_of(llama_job(), tmp_path, 2)
+    told = run_of(llama_job(name="told", data__system_prompt="good"), tmp_path, 2)
+    words = ("evaluate", f"{plain.id}:aaaa", f"{told.id}:aaaa", "--runs", str(plain.path.parent))
+    done = lorafleet_here(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"{told.id} was trained with another data.system_prompt than the job asks with" in done.stderr
+
+
 def test_runs_with_other_prompts_are_not_ranked(llama_job: JobMaker, tmp_path: Path) -> None:
     runs = []
     for number, terms in enumerate(({"train_on_turns": "all"}, {"train_on_turns": "last"})):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from jobs.conversation import Message
-from jobs.errors import DataError
+from jobs.errors import DataError, JobFileError
 from jobs.load import load_text
 from jobs.row_formats import Row
 from jobs.rows import Rows, load_rows
@@ -134,7 +134,7 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
             {"prompt": json.dumps([said("user", "u")]), "completion": json.dumps([said("assistant", "a")])},
             (USER, ANSWER),
         ),
-        ({"conversations": json.dumps([said("user", "u"), said("assistant", "a")])}, (USER, ANSWER)),
+        ({"conversations": json.dumps([said("user", "u"), said("assistant", "a")], indent=1)}, (USER, ANSWER)),
         # Llama's word for the arguments of a call
         (
             turns(said("user", "u"), said("assistant", "", tool_calls=[{"name": "f", "parameters": {"x": 1}}])),
@@ -235,6 +235,10 @@ def test_a_system_prompt_goes_to_rows_without_one(tmp_path: Path) -> None:
         (turns(said("user", "u"), said("assistant", "a"), tools="[f"), "which is not JSON"),
         (turns(said("user", "u"), said("assistant", "a"), images=["x.png"]), "images is"),
         (turns(said("user", "u"), said("assistant", "a"), documents=[{}]), "documents is"),
+        (turns(said("user", "u"), said("assistant", "a"), train=False), "train is false: nothing of this row is to be"),
+        (turns(said("user", "u"), said("assistant", "a"), enable_thinking=False), "data.chat_template_kwargs is for"),
+        (turns(said("user", "u"), said("assistant", "a"), history=[["x", "y"]]), "history stands beside messages"),
+        (turns(said("user", "u"), said("assistant", "a", prefix=True)), "prefix of message 2 cannot be used"),
         (turns(said("user", "u"), said("assistant", "a"), functions=[{"name": "f"}]), "name them in tools"),
         (turns(said("user", "u"), said("assistant", "a", function_call={"name": "f"})), "function_call of message 2"),
         (turns(said("system", "s"), said("user", "u"), said("assistant", "a"), system="t"), "contradict each other"),
@@ -311,3 +315,9 @@ def test_a_question_with_two_answers_stays_on_one_side(tmp_path: Path) -> None:
     found = load_rows(load_text(text, tmp_path / "job.yaml").job)
     train = {row.question for row in found.train}
     assert not train & {row.question for row in found.validation}
+
+
+def test_all_tokens_of_the_last_turn_alone_is_a_contradiction(tmp_path: Path) -> None:
+    record = turns(said("user", "u"), said("assistant", "a"))
+    with pytest.raises(JobFileError, match="train_on_turns is last, but must be all with"):
+        read(record, tmp_path, assistant_only_loss=False, train_on_turns="last")

@@ -108,13 +108,13 @@ def data_view(report: DataReport, *, coloured: bool) -> RenderableType:
 
 def _item(text: str) -> RenderableType:
     """Lay out one point of a list, its further lines below its first word."""
-    from rich.padding import Padding
     from rich.table import Table
+    from rich.text import Text
 
     line = Table.grid(padding=0)
     line.add_column(width=2)
     line.add_column()
-    line.add_row("-", Padding(text))
+    line.add_row("-", Text(text))
     return line
 
 

@@ -11,6 +11,7 @@ import typer
 from commands.common import DEFAULT_RUNS, AnyRuns, say
 
 if TYPE_CHECKING:
+    from jobs.rows import Rows
     from jobs.spec import JobSpec
 
 
@@ -107,7 +108,7 @@ def init(
     counts = f"{len(rows.train):,} training, {len(rows.validation):,} validation, {len(rows.test):,} test rows"
     if rows.labels:
         counts += f"; {len(rows.labels)} labels"
-    text = _draft(name, task, base, data, columns, output, counts, _max_t(len(rows.train), loaded.job))
+    text = _draft(name, task, base, data, columns, output, counts, _max_t(_examples(loaded.job, rows), loaded.job))
     load_text(text, output)
     files.write_text(output, text)
     typer.echo(f"{output}  ({counts})")
@@ -206,6 +207,17 @@ def _is_conversation(first: dict[str, object]) -> bool:
 
 def _first_of(record: dict[str, object], names: tuple[str, ...]) -> str | None:
     return next((name for name in names if name in record), None)
+
+
+def _examples(job: JobSpec, rows: Rows) -> int:
+    """Sequences of one epoch: a conversation may become several, where the tokenizer is here to tell."""
+    from evaluation.tokens import prepare
+    from jobs.errors import AssetError
+
+    try:
+        return len(prepare(job).splits["train"]) if job.generates else len(rows.train)
+    except AssetError:
+        return len(rows.train)
 
 
 def _max_t(train_rows: int, job: JobSpec) -> int:

@@ -150,7 +150,10 @@ def data_report(job: JobSpec, show: int = 0, split: str = "train") -> DataReport
         report = _split_report(name, job, rows, train)
         splits.append(_with_tokens(report, getattr(rows, name), job, chat, bad) if chat else report)
     if chat and any(row.messages for row in rows.train):
-        notes += template_notes(chat, system_messages(rows))
+        try:
+            notes += template_notes(chat, system_messages(rows))
+        except TemplateRefusal as error:
+            notes.append(f"the chat template cannot be used: {error}")
     shown = _shown(getattr(rows, split)[:show], split, job, chat) if chat else []
     return DataReport(
         format=rows.format, max_length=job.model.max_length, splits=splits, notes=notes, bad_rows=bad, shown=shown

@@ -45,6 +45,14 @@ def job_here(run: Run) -> JobSpec:
     return JobSpec.model_validate_json(json.dumps(raw))
 
 
+def _data_name(job: JobSpec) -> str:
+    """Return the data set of a run; of one that trains nothing, the file that it was evaluated on."""
+    trains = job.compare is None or any(arm.trains for arm in job.compare.arms.values())
+    if not trains and job.data.test_file:
+        return job.data.test_file
+    return str(job.data.dataset_name or job.data.train_file)
+
+
 def build_report(run: Run) -> Report:
     """Read a run and say what it found so far."""
     job = run_job(run)
@@ -74,7 +82,7 @@ def build_report(run: Run) -> Report:
         task=job.task,
         metrics=list(job.metric_names),
         model=job.model.model_name_or_path,
-        data=str(job.data.dataset_name or job.data.train_file),
+        data=_data_name(job),
         metric=metric.name,
         goal=metric.goal,
         rows_count=facts.get("rows", {}),

@@ -382,6 +382,8 @@ def _length_notes(name: str, rows: int, counts: dict[str, Any], max_length: int)
 def template_notes(chat: ChatFormat, systems: set[System | None]) -> list[str]:
     """Say what the chat template does with these rows that its user should know."""
     notes = [text.format(rows=counted(chat.counts[name], "row")) for name, text in _REMARKS if chat.counts[name]]
+    for name in chat.template.unused_variables:
+        notes.append(f"data.chat_template_kwargs has {name}, which the chat template does not use: it changes nothing")
     if not chat.template.source:
         return notes
     ending, tokenizer = chat.ending, chat.tokenizer

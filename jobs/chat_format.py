@@ -438,10 +438,8 @@ class ChatFormat:
                 raise TemplateRefusal(_THINKS_AFTER_ALL)
 
     def _check_rendered(self, prompt: str, kept: str, messages: Sequence[Message], tools: str) -> None:
-        """Compare what a row says with what the template made of it."""
+        """Compare what a turn says with what the template made of it."""
         message = messages[-1]
-        if tools and self.template.render(messages[:-1], generation=True) == prompt:
-            raise TemplateRefusal("the model's chat template does not render tools, but the row has some")
         if message.tool_calls:
             self._check_calls(messages, message, tools)
         self._check_reasoning(prompt, kept, messages)
@@ -450,21 +448,29 @@ class ChatFormat:
             if not self.frame.after(prompt).visible(kept).strip():
                 raise TemplateRefusal("the model's chat template does not render the answer")
             self.counts["answer_changed"] += 1
+
+    def check_context(self, messages: Sequence[Message], tools: str = "") -> None:
+        """Compare what stands before the last turn with what the template made of it; once a conversation.
+
+        Raises TemplateRefusal for tools, tool calls or tools' answers that are dropped, and counts what else is.
+        """
+        prompt = self.template.render(messages[:-1], tools, generation=True)
+        if tools and self.template.render(messages[:-1], generation=True) == prompt:
+            raise TemplateRefusal("the model's chat template does not render tools, but the row has some")
         squeezed = _squeezed(prompt)
-        for earlier in messages[:-1]:
-            if _is_in(earlier.content, squeezed):
+        for message in messages[:-1]:
+            if message.tool_calls and not message.learn:
+                self._check_calls(messages, message, tools)
+            if _is_in(message.content, squeezed):
                 continue
-            if earlier.role == "tool":
-                raise TemplateRefusal(
-                    "the model's chat template does not render what a tool answers, but the row has it"
-                )
-            if earlier.role == "user":
+            if message.role == "tool":
+                raise TemplateRefusal("the model's chat template does not render what a tool answers")
+            if message.role == "user":
                 self.counts["user_dropped"] += 1
-            elif earlier.role != "assistant":
+            elif message.role != "assistant":
                 self.counts["system_dropped"] += 1
-        texts = [one.content for one in messages]
         pattern = self.template.special_pattern
-        if pattern is not None and any(pattern.search(text) for text in texts):
+        if pattern is not None and any(pattern.search(message.content) for message in messages):
             self.counts["special_inside"] += 1
 
     def _check_reasoning(self, prompt: str, kept: str, messages: Sequence[Message]) -> None:
@@ -499,12 +505,6 @@ class ChatFormat:
             return self.template.render(messages, tools, generation=False) == text
         except TemplateRefusal:
             return False
-
-    def check_context(self, messages: Sequence[Message], tools: str = "") -> None:
-        """Refuse a conversation of whose unlearnt turns the template drops tool calls."""
-        for message in messages:
-            if message.tool_calls and not message.learn:
-                self._check_calls(messages, message, tools)
 
     def _marked(
         self, written: _Written, kept: str, messages: Sequence[Message], tools: str, offsets: Sequence[Range]

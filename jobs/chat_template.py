@@ -55,6 +55,11 @@ class ChatTemplate:
         """Whether the template itself says what the assistant writes (`{% generation %}`)."""
         return bool(_MARKERS.search(self.source))
 
+    @cached_property
+    def unused_variables(self) -> list[str]:
+        """Variables of the job that the template never mentions."""
+        return [name for name in self.variables if not re.search(rf"\b{re.escape(name)}\b", self.source)]
+
     @property
     def takes_a_date(self) -> bool:
         """Whether the variable `date_string` says which day prompts hold."""
@@ -154,7 +159,8 @@ class ChatTemplate:
                     return self._call(messages, tools, options, as_text=True, as_parts=self.takes_parts)
                 except errors:
                     pass  # what it says of objects is what counts
-            raise TemplateRefusal(f"the model's chat template refuses this row: {error}") from error
+            what = str(error) or type(error).__name__
+            raise TemplateRefusal(f"the model's chat template refuses this row: {what}") from error
 
     def _call(
         self, messages: Sequence[Message], tools: str, options: dict[str, Any], *, as_text: bool, as_parts: bool
@@ -177,4 +183,5 @@ def _template_errors() -> tuple[type[Exception], ...]:
     """What rendering a template raises: jinja's own errors, and those of the expressions in it."""
     from jinja2 import TemplateError
 
-    return (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError)
+    own = (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError)
+    return (TemplateError, *own, RecursionError, MemoryError)

@@ -98,9 +98,12 @@ class RowEncoder:
     def _text(self, text: str) -> Example:
         """Encode a text alone, which is learnt whole. Start and end tokens that it brings are not added again."""
         ids = self.format.text_ids(text)
-        end = self.format.model_ends[:1]
-        if end and ids[-1:] != end:
-            ids = [*ids, *end]
+        ends = self.format.model_ends[:1]
+        if ends and ends[0] in ids:  # a text may bring its own end token, and a newline behind it
+            last = len(ids) - 1 - ids[::-1].index(ends[0])
+            ids = ids if self.format.template.decode(ids[last + 1 :]).strip() else ids[: last + 1]
+        if ends and ids[-1:] != ends:
+            ids = [*ids, *ends]
         if len(ids) > self.max_length:
             self.counts["cut"] += 1
             ids = ids[: self.max_length]
@@ -113,10 +116,11 @@ class RowEncoder:
         if not all(_begins(last, turn) for turn in rendered[:-1]):
             self.counts["split"] += 1
             self.counts["examples"] += len(turns)
-            examples = [self._alone(messages[: index + 1], tools) for index in turns]
+            pairs = zip(turns, rendered, strict=True)
+            examples = [self._alone(messages[: index + 1], tools, turn) for index, turn in pairs]
             return EncodedRow(examples, last.reference)
         if _length(last) > self.max_length:
-            shorter, _ = self._fitting(messages, tools)
+            shorter, _ = self._fitting(messages, tools, last)
             dropped = len(messages) - len(shorter)
             if dropped:
                 self.counts["shortened"] += 1
@@ -133,38 +137,37 @@ class RowEncoder:
         together = [_example([*fitting[-1].prompt_ids, *fitting[-1].answer_ids], fitting)] if fitting else []
         return [*together, *(self._cut(turn) for turn in turns[len(fitting) :])]
 
-    def _alone(self, messages: tuple[Message, ...], tools: str) -> Example:
+    def _alone(self, messages: tuple[Message, ...], tools: str, turn: Turn) -> Example:
         """Return the last turn as an example of its own, without the oldest turns where it is too long."""
-        shorter, turn = self._fitting(messages, tools)
+        shorter, turn = self._fitting(messages, tools, turn)
         if len(shorter) < len(messages):
             self.counts["shortened"] += 1
         if _length(turn) > self.max_length:
             return self._cut(turn)
         return _example([*turn.prompt_ids, *turn.answer_ids], [turn])
 
-    def _fitting(self, messages: tuple[Message, ...], tools: str) -> tuple[tuple[Message, ...], Turn]:
+    def _fitting(
+        self, messages: tuple[Message, ...], tools: str, turn: Turn | None = None
+    ) -> tuple[tuple[Message, ...], Turn]:
         """Return a conversation, and its last turn, without as many of its oldest exchanges as do not fit.
 
-        The number is found by halving: a turn of a long conversation takes long to render.
+        The number is found by halving, and by the prompt alone: long conversations take long to render.
         """
-        turn = self.format.turn(messages, len(messages) - 1, tools)
-        if _length(turn) <= self.max_length:
-            return messages, turn
-        candidates = _shorter_ones(messages)
-        low, high = 0, len(candidates)  # those before `low` are too long, the one at `high` is not (or is not there)
-        turns: dict[int, Turn] = {}
-        while low < high:
-            middle = (low + high) // 2
-            turns[middle] = self.format.turn(candidates[middle], len(candidates[middle]) - 1, tools)
-            if _length(turns[middle]) <= self.max_length:
-                high = middle
-            else:
-                low = middle + 1
+        turn = turn or self.format.turn(messages, len(messages) - 1, tools)
+        candidates = _shorter_ones(messages) if _length(turn) > self.max_length else []
         if not candidates:
             return messages, turn
-        chosen = min(high, len(candidates) - 1)
-        shorter = candidates[chosen]
-        return shorter, turns.get(chosen) or self.format.turn(shorter, len(shorter) - 1, tools)
+        answer, low, high = len(turn.answer_ids), 0, len(candidates) - 1
+        while low < high:
+            middle = (low + high) // 2
+            prompt = self.format.prompt_ids(candidates[middle][:-1], tools)
+            low, high = (low, middle) if len(prompt) + answer <= self.max_length else (middle + 1, high)
+        while True:
+            shorter = candidates[low]
+            turn = self.format.turn(shorter, len(shorter) - 1, tools)
+            if _length(turn) <= self.max_length or low == len(candidates) - 1:
+                return shorter, turn
+            low += 1  # the answer has more tokens here, in a template that renders it otherwise
 
     def _cut(self, turn: Turn) -> Example:
         """Cut a turn whose last exchange alone is too long."""

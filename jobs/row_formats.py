@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jobs.answer_frame import THINKING
 from jobs.conversation import ROLES, Message
 from jobs.spec import DataFormat, DataSpec, JobSpec
 
@@ -211,7 +212,7 @@ def _messages_column(record: Mapping[str, Any], data: DataSpec) -> str | None:
     for name in CONVERSATION_COLUMNS:
         if isinstance(_from_text_cell(record.get(name)), list):
             return name
-    return CONVERSATION_COLUMNS[0] if CONVERSATION_COLUMNS[0] in record else None
+    return CONVERSATION_COLUMNS[0] if record.get(CONVERSATION_COLUMNS[0]) is not None else None
 
 
 def _from_text_cell(value: Any) -> Any:
@@ -253,9 +254,9 @@ def _instruction(record: Mapping[str, Any]) -> list[Message]:
 
 def _prompt_completion(record: Mapping[str, Any], data: DataSpec, unused: Counter[str]) -> list[Message]:
     columns = (data.prompt_column, data.completion_column)
-    prompt, completion = (_from_text_cell(record.get(column)) for column in columns)
-    if isinstance(prompt, list) or isinstance(completion, list):
-        return _conversational({**record, columns[0]: prompt, columns[1]: completion}, data, unused)
+    cells = {column: _from_text_cell(record[column]) for column in columns if column in record}
+    if any(isinstance(cell, list) for cell in cells.values()):
+        return _conversational({**record, **cells}, data, unused)
     asked, answer = _text(record, data.prompt_column), _text(record, data.completion_column)
     return [*_history(record), Message("user", asked), Message("assistant", answer)]
 
@@ -279,7 +280,7 @@ def _conversational(record: Mapping[str, Any], data: DataSpec, unused: Counter[s
 
 def _history(record: Mapping[str, Any]) -> list[Message]:
     """Alpaca's `history`: pairs of question and answer before this one."""
-    history = record.get("history")
+    history = _from_json(record.get("history"), "history")
     if history in (None, "", []):
         return []
     if not isinstance(history, list):
@@ -317,7 +318,7 @@ def _messages(value: Any, column: str, unused: Counter[str], *, whole: bool = Tr
     if isinstance(value, str):  # in CSV and some Parquet files
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BadRow(f"{column} must be a list of {{role, content}}") from None
     if not isinstance(value, list) or not value:
         raise BadRow(f"{column} must be a list of {{role, content}}")
@@ -367,6 +368,8 @@ def _message(value: Any, place: int, unused: Counter[str]) -> Message:
         if key not in used:
             unused[f"message key {key!r}"] += 1
     reasoning = _reasoning(record, role, place)
+    if reasoning and THINKING[1] in text:
+        raise BadRow(f"message {place} has reasoning both in a field and as {THINKING[0]} in its content: keep one")
     learn = _learn(record, role, place, unused)
     if calls and role != "assistant":
         raise BadRow(f"message {place} has tool_calls, but its role is {role}: only an assistant calls tools")
@@ -397,7 +400,7 @@ def _content(value: Any, place: int) -> str:
 
 
 def _reasoning(record: Mapping[str, Any], role: str, place: int) -> str:
-    texts = {key: record[key] for key in _REASONING_KEYS if record.get(key) not in (None, "")}
+    texts = {key: record[key] for key in _REASONING_KEYS if str(record.get(key) or "").strip()}
     for key, text in texts.items():
         if not isinstance(text, str):
             raise BadRow(f"{key} of message {place} is {_short(text)}, but must be a text")

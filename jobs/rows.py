@@ -165,11 +165,26 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
+class RepeatedKey(Exception):
+    """A JSON object that has a key twice: the first value would be lost without a word."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKey(next(key for key in keys if keys.count(key) > 1))
+    return record
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     for number, line in enumerate(_text(path).split("\n"), start=1):
         if line.strip():
             try:
-                record = json.loads(line)
+                record = json.loads(line, object_pairs_hook=_unique_keys)
+            except RepeatedKey as error:
+                yield number, f"the key {error.args[0]!r} stands twice in one object: keep one"
+                continue
             except (ValueError, RecursionError) as error:
                 yield number, f"not JSON ({getattr(error, 'msg', 'too deep')})"
                 continue
@@ -178,7 +193,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     try:
-        records = json.loads(_text(path))
+        records = json.loads(_text(path), object_pairs_hook=_unique_keys)
+    except RepeatedKey as error:
+        raise DataError(f"{path}: the key {error.args[0]!r} stands twice in one object: keep one") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}); one object a line is .jsonl") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
@@ -263,7 +280,10 @@ def _three_splits(data: DataSpec, read: dict[str, list[Row]], warnings: list[str
         validation, train = _held_back(train, data.validation_fraction, data.split_seed)
         warnings.append(f"no validation set: {_are(len(validation), 'of the training rows')} held back for it")
     if not validation or not train:
-        raise DataError("there are too few training rows to hold any back for validation; give data.validation_file")
+        raise DataError(
+            "there are too few training rows with different prompts to hold any back for validation; give "
+            "data.validation_file"
+        )
     if test is None and len(validation) >= 4:
         held, left = _held_back(validation, data.test_fraction, data.split_seed + 1)
         if left:  # rows of one text stay together, and may be all that there are

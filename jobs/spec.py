@@ -23,7 +23,9 @@ from jobs.variables import checked_environment
 Task = Literal["classification", "generation", "summarization"]
 DataFormat = Literal["auto", "text_label", "prompt_completion", "instruction", "messages", "text"]
 _TEMPLATE_ARGUMENTS = frozenset(
-    {"add_generation_prompt", "bos_token", "chat_template", "continue_final_message", "conversation", "documents"}
+    {"add_special_tokens", "max_length", "padding", "processor_kwargs", "return_tensors", "tokenizer_kwargs"}
+    | {"truncation"}
+    | {"add_generation_prompt", "bos_token", "chat_template", "continue_final_message", "conversation", "documents"}
     | {"eos_token", "messages", "return_assistant_tokens_mask", "return_dict", "tokenize", "tools"}
 )
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -98,8 +100,8 @@ class DataSpec(Spec):
     system_prompt: str | None = Field(None, min_length=1, max_length=100_000)
     """System message for rows that bring none."""
     chat_template: str | None = Field(None, min_length=1, max_length=1_000_000)
-    """Chat template in the place of the tokenizer's own: a file (relative to the job file), the name of one of the
-    tokenizer's named templates, or the template's text. A file is read when the job is loaded."""
+    """Chat template in the place of the tokenizer's own: a file (relative to the job file), or the name of one of the
+    tokenizer's named templates. A file is read when the job is loaded."""
     chat_template_kwargs: dict[str, Any] = {}
     """Variables for the chat template, such as `{enable_thinking: false}`: in training, metrics and exported models."""
     assistant_only_loss: bool = True

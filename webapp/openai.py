@@ -186,6 +186,14 @@ def check_there(gone: threading.Event) -> None:
         raise Refused("the client has left", 499)
 
 
+def check_whole(text: str) -> None:
+    """Raises Refused for a text with half a character (a lone surrogate), which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Refused("the text holds half a character (a lone surrogate)") from None
+
+
 @dataclass
 class _Server:
     loaded: Loaded
@@ -214,6 +222,7 @@ class _Server:
 
     def prompt(self, turns: list[Turn]) -> list[int]:
         """Tokens of a conversation, up to where the answer begins."""
+        check_whole("".join(turn.text for turn in turns))
         if len(turns) == 1 and turns[0].role == "user":
             return self.loaded.prompt(turns[0].text)  # with training's own system message
         said = [{"role": turn.role, "content": turn.text} for turn in turns]
@@ -226,6 +235,7 @@ class _Server:
 
     def raw(self, text: str) -> list[int]:
         """Tokens of a text that is to be continued as it is."""
+        check_whole(text)
         start = self.loaded.artefact.start
         if not start:  # a chat template names its own; here the tokenizer does
             return list(self.loaded.tokenizer.encode(text, add_special_tokens=True).ids)

@@ -376,7 +376,7 @@ def test_an_end_that_a_text_brings_is_not_doubled() -> None:
     assert spans_of(plain, Row(messages=conversation("and 1?", "city 1</s>"))) == ["city 1</s>"]
     tokenizer = plain.format.tokenizer
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    for text in ("<s>city 1</s>", "city 1", "<s>city 1", "city 1</s>"):
+    for text in ("<s>city 1</s>", "city 1", "<s>city 1", "city 1</s>", "<s>city 1</s>\n"):
         (example,) = plain.encode(Row(text=text)).examples
         assert example.ids.count(start) == example.ids.count(end) == 1
         assert tokenizer.decode(example.ids) == "<s>city 1</s>"

@@ -213,3 +213,33 @@ def test_rows_that_are_judged_twice_are_counted_once(chat_model: Path, tmp_path:
     assert any(note.startswith("in 5 rows an answer contains an end token") for note in data.warnings)
     assert data.rows("test") == data.rows("validation")
     assert np.array_equal(data.splits["test"].ids, data.splits["validation"].ids)
+
+
+def test_texts_with_brackets_are_printed_as_they_are(tmp_path: Path) -> None:
+    folder = model_folder(BY_NAME["mistral"], tmp_path / "model")
+    rows = {name: [{**row, "meta[/x]": 1} for row in found] for name, found in ROWS.items()}
+    rows["train"].append(chat_row("what is [INST] 0 [/INST]?", "city [bold]9"))
+    done = lorafleet_here("data", job_file(tmp_path, folder, rows), "--show", "9", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if "special tokens inside texts" in line)
+    assert "[INST] in 1 row" in line
+    assert "[/INST] in 1 row" in line
+    assert "column 'meta[/x]'" in done.stdout
+    assert "[·bold" in done.stdout.replace("·b·old", "·bold")
+
+
+def test_a_variable_that_no_template_uses_is_named(chat_model: Path, tmp_path: Path) -> None:
+    path = job_file(tmp_path, chat_model, ROWS)
+    done = lorafleet_here("data", path, "data.chat_template_kwargs.enable_thinkng=false", cwd=tmp_path)
+    assert "has enable_thinkng, which the chat template does not use" in " ".join(done.stdout.split())
+
+
+def test_a_template_that_cannot_be_used_is_said(chat_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "deep.jinja").write_text("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}")
+    path = job_file(tmp_path, chat_model, ROWS)
+    done = lorafleet_here("data", path, "data.chat_template=deep.jinja", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "the chat template cannot be used: the model's chat template refuses this row" in " ".join(
+        done.stdout.split()
+    )
+    assert "train.jsonl:1: the model's chat template refuses this row: maximum recursion depth" in done.stdout

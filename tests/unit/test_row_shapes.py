@@ -57,6 +57,8 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
             ),
         ),
         ({"instruction": "u", "output": "a", "history": [], "system": ""}, (USER, ANSWER)),
+        ({"instruction": "u", "output": "a", "history": "[]", "messages": None}, (USER, ANSWER)),
+        (turns(said("user", "u"), said("assistant", "a", reasoning_content=" ")), (USER, ANSWER)),
         ({"prompt": "u", "completion": "a", "system_prompt": "s"}, (Message("system", "s"), USER, ANSWER)),
         # OpenAI and Hugging Face
         (turns(said("user", "u"), said("assistant", "a", weight=1)), (USER, ANSWER)),
@@ -249,7 +251,13 @@ def test_a_system_prompt_goes_to_rows_without_one(tmp_path: Path) -> None:
         (turns(said("narrator", "u"), said("assistant", "a")), "role is 'narrator', but must be one of"),
         ({"conversations": [{"from": "alien", "value": "u"}, {"from": "gpt", "value": "a"}]}, "from is 'alien'"),
         ({"conversations": [{"speaker": "u"}, {"from": "gpt", "value": "a"}]}, "message 1 has neither role nor from"),
-        ({"instruction": "u", "output": "a", "history": "x"}, "must be a list of [question, answer] pairs"),
+        ({"instruction": "u", "output": "a", "history": 3}, "must be a list of [question, answer] pairs"),
+        ({"instruction": "u", "output": "a", "history": "x"}, 'history is "x", which is not JSON'),
+        (
+            turns(said("user", "u"), said("assistant", "<think>t</think>a", reasoning_content="r")),
+            "has reasoning both in a field and as <think> in its content",
+        ),
+        ({"messages": "[" * 100_000}, "messages must be a list"),
         ({"instruction": "u", "output": "a", "history": [["x"]]}, "must be a list of [question, answer] pairs"),
         ({"instruction": "u", "output": "a", "system": 3}, "system is 3, but must be a text"),
         ({"prompt": [said("user", "u")], "completion": "a"}, "must be a list of messages as the other column has one"),
@@ -321,3 +329,14 @@ def test_all_tokens_of_the_last_turn_alone_is_a_contradiction(tmp_path: Path) ->
     record = turns(said("user", "u"), said("assistant", "a"))
     with pytest.raises(JobFileError, match="train_on_turns is last, but must be all with"):
         read(record, tmp_path, assistant_only_loss=False, train_on_turns="last")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "u", "completion": "a"}\n{"prompt": "u", "completion": "a", "prompt": "v"}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: the key 'prompt' stands twice in one object"):
+        load(path)
+    whole = tmp_path / "rows.json"
+    whole.write_text('[{"messages": [{"role": "user", "content": "u", "content": "v"}]}]')
+    with pytest.raises(DataError, match="the key 'content' stands twice in one object"):
+        load(whole)

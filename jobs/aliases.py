@@ -91,6 +91,8 @@ VALUE_ALIASES = {
     ("data.format", "chat"): "messages",
     ("data.format", "sharegpt"): "messages",
     ("data.format", "conversational"): "messages",
+    ("data.format", "chatml"): "messages",
+    ("data.format", "openai"): "messages",
     ("data.format", "chat_template"): "messages",
     ("data.format", "completion"): "text",
 }

@@ -180,6 +180,7 @@ def test_what_would_change_an_answer_is_refused_and_not_ignored() -> None:
         assert refused("/v1/completions", {"prompt": "a" * 60})[1].startswith("the prompt has 60 tokens, but")
         assert refused("/v1/completions", {"prompt": "a" * 60, "stream": True})[0] == 400  # before it streams
         assert refused("/v1/completions", {"prompt": ["a", "b"], "stream": True})[1] == "stream is for one prompt"
+        assert "surrogate" in refused("/v1/completions", {"prompt": "\ud800"})[1]
         assert refused("/v1/completions", b"{")[0] == 400
         assert refused("/v1/chat/completions", {"messages": []})[0] == 400
         system = {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}

@@ -14,7 +14,7 @@ import numpy as np
 from deployment.decoding import Decoder, RowByRow, left_padded
 from deployment.extras import onnxruntime_here, require
 from deployment.unavailable import Unavailable
-from jobs.answer_frame import AnswerFrame
+from jobs.answer_frame import PROMPT_TAIL, AnswerFrame
 from jobs.errors import UserError
 from jobs.exported import Artefact, read_record
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 ARTEFACT_FILE = "artefact.json"
-PROMPT_TAIL = 32
-"""Tokens of a prompt that show whether it ends in an open thinking block."""
 ONNX_FILE = "model.onnx"
 PTE_FILE = "model.pte"
 

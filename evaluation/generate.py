@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from jobs.answer_frame import AnswerFrame
+from jobs.answer_frame import PROMPT_TAIL, AnswerFrame
 from jobs.spec import EvaluateSpec
 
 
@@ -52,10 +52,6 @@ def write_answers(
             for row, tokens in zip(rows, written[:, given:].tolist(), strict=True):
                 answers[row] = decoded(tokens, ends, tokenizer, frame, prompts[row])
     return answers
-
-
-_PROMPT_TAIL = 32
-"""Tokens of a prompt that show whether it ends in an open thinking block."""
 
 
 @contextmanager
@@ -114,4 +110,4 @@ def decoded(
     if frame is None:
         return decode(tokens[:over], True).strip()
     end = tokens[over] if over < len(tokens) else None
-    return frame.after(decode(prompt[-_PROMPT_TAIL:], False)).answer(tokens[:over], decode, end)
+    return frame.after(decode(prompt[-PROMPT_TAIL:], False)).answer(tokens[:over], decode, end)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 THINKING = ("<think>", "</think>")
+PROMPT_TAIL = 32
+"""Tokens of a prompt that show whether it ends in an open thinking block."""
 
 Decode = Callable[[Sequence[int], bool], str]
 """(token ids, whether special tokens are left out) -> text."""

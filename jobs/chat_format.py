@@ -15,7 +15,7 @@ from functools import cached_property
 from os.path import commonprefix
 from typing import Any, Literal, TypeVar
 
-from jobs.answer_frame import THINKING, AnswerFrame
+from jobs.answer_frame import PROMPT_TAIL, THINKING, AnswerFrame
 from jobs.chat_template import ChatTemplate, Range, TemplateRefusal
 from jobs.conversation import Message
 
@@ -38,8 +38,6 @@ _THINKING_TAGS = (
     ("<reasoning>", "</reasoning>"),
     ("<|channel>thought", "<channel|>"),
 )
-_PROMPT_TAIL = 32
-"""Tokens of a prompt that show whether it ends in an open thinking block."""
 
 
 _Result = TypeVar("_Result")
@@ -418,7 +416,7 @@ class ChatFormat:
     def _reference(self, prompt: str, prompt_ids: list[int], answer_ids: list[int], kept: str, message: Message) -> str:
         """Return what metrics make of a model that writes exactly what is learnt: truth and prediction go one way."""
         over = next((place for place, token in enumerate(answer_ids) if token in self.ends), len(answer_ids))
-        frame = self.frame.after(self.template.decode(prompt_ids[-_PROMPT_TAIL:]))
+        frame = self.frame.after(self.template.decode(prompt_ids[-PROMPT_TAIL:]))
         end = answer_ids[over] if over < len(answer_ids) else None
         reference = frame.answer(answer_ids[:over], self.template.decode, end)
         if over < len(answer_ids) - 1:

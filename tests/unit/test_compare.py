@@ -546,6 +546,19 @@ def test_few_seeds_say_little() -> None:
     assert small <= 40  # one in five, where draws that are not widened say one in four
 
 
+@pytest.mark.parametrize(
+    ("method", "named"), [("base", "test.jsonl"), ("lora", "train.jsonl")], ids=["nothing is trained", "trained"]
+)
+def test_a_report_names_the_rows_that_were_judged(method: str, named: str, tmp_path: Path, llama_job: JobMaker) -> None:
+    arms = f"{{base: {{method: base}}, a: {{method: {method}}}}}"
+    job = llama_job(f"compare: {{arms: {arms}}}", data__test_file="test.jsonl").job
+    data = job.data.model_copy(update={"train_file": "train.jsonl"})
+    run = Run.create(tmp_path, "tiny")
+    plan = {"job": job.model_copy(update={"data": data}).model_dump(mode="json"), "command": "compare"}
+    files.write_json(run.path / "plan.json", plan)
+    assert Path(build_report(run).data).name == named
+
+
 def test_arms_whose_losses_are_of_other_tokens_are_not_ranked(tmp_path: Path, llama_job: JobMaker) -> None:
     job = llama_job("compare: {arms: {a: {method: base}, b: {method: base, set: {model.max_length: 32}}}}").job
     run = Run.create(tmp_path, "tiny")

@@ -11,13 +11,14 @@ from typing import Any
 from cluster.shape import shape
 from jobs import fields
 from jobs.assets import PREFIX, asset
+from jobs.data_files import DATA_SUFFIXES, data_suffix
 from jobs.deepspeed import contradictions
 from jobs.errors import AssetError, DataError, JobFileError, Problem
 from jobs.hub import check_whole, model_config, model_folder
 from jobs.identity import ADAPTER_FILES, encoders_of, models_of
 from jobs.load import LoadedJob
 from jobs.own_metrics import wrong
-from jobs.rows import DATA_SUFFIXES, split_files
+from jobs.rows import split_files
 from jobs.spec import JobSpec
 from jobs.support import prompt_hides_label, prompt_too_long
 
@@ -183,6 +184,6 @@ def _wrong_file(field: str, name: str | None) -> list[tuple[str, str]]:
     if not path.is_file():
         what = "that is a folder, not a file" if path.is_dir() else "there is no such file"
         return [(field, f"{field} is {name}, but {what}")]
-    if path.suffix.lower() not in DATA_SUFFIXES:
+    if data_suffix(path) is None:
         return [(field, f"{field} is {name}, but must end in one of {', '.join(DATA_SUFFIXES)}")]
     return []

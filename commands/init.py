@@ -45,7 +45,7 @@ class SiteKind(StrEnum):
 
 def init(
     train_file: Annotated[
-        Path | None, typer.Option(help="Your training rows: .jsonl, .json, .csv, .tsv or .parquet.")
+        Path | None, typer.Option(help="Your training rows: .jsonl, .json, .csv, .tsv (also .gz, .zst) or .parquet.")
     ] = None,
     task: Annotated[TaskName, typer.Option(help="What is learnt.")] = TaskName.CLASSIFICATION,
     validation_file: Annotated[Path | None, typer.Option(help="Rows that the search looks at.")] = None,
@@ -148,8 +148,8 @@ def _init_site(kind: SiteKind, partition: str | None, context: str | None, outpu
 
 def _columns(train_file: Path, task: TaskName, given: dict[str, str | None]) -> dict[str, str]:
     """The columns' names: as given, else the usual words for them that the first row has."""
+    from jobs.data_files import read_records
     from jobs.errors import DataError
-    from jobs.rows import read_records
 
     if not train_file.is_file():
         what = "that is a folder, not a file" if train_file.is_dir() else "there is no such file"

@@ -159,7 +159,7 @@ def convert(record: Mapping[str, Any], kind: DataFormat, data: DataSpec, unused:
         _check_columns(record, used)
     for key, value in record.items():
         if key not in used and value is not None:
-            unused[f"column {key!r}"] += 1
+            unused[f"column {key!r}" if key else "the column without a name"] += 1
     return row
 
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from jobs import files
 from jobs.assets import PREFIX, asset_folder
+from jobs.data_files import DATA_SUFFIXES, read_records
 from jobs.errors import AssetError, DataError
 from jobs.hub import HubName, dataset_folder
 from jobs.row_formats import BadRow, Row, convert, row_format
 from jobs.spec import DataFormat, DataSpec, JobSpec
 from jobs.words import counted
 
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _MOST_SHOWN = 10
 _MAX_KEYS_NAMED = 12
 
@@ -53,9 +49,10 @@ def load_rows(job: JobSpec, bad: list[str] | None = None) -> Rows:
     sha256 = {split: files.sha256_file(path) for split, path in sources.items()}
     unused: Counter[str] = Counter()
     formats: dict[str, DataFormat] = {}
-    read = {split: _read_split(path, job, unused, bad, formats) for split, path in sources.items()}
+    notes: list[str] = []
+    read = {split: _read_split(path, job, unused, bad, formats, notes) for split, path in sources.items()}
     ours = (job.data.dataset_name or "").startswith(PREFIX)  # what an asset's columns hold is known
-    warnings: list[str] = [] if ours else _unused_note(unused)
+    warnings = list(dict.fromkeys(notes)) + ([] if ours else _unused_note(unused))
     labels = _labels(read, sources, job.data.labels) if job.task == "classification" else ()
     rows = _three_splits(job.data, read, warnings)
     warnings += _duplicates(rows)
@@ -140,118 +137,18 @@ def _splits_of_folder(folder: Path) -> dict[str, Path]:
     return found
 
 
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """(line, record) pairs of a file; a record that cannot be read is a sentence instead."""
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".ndjson"):
-        yield from _read_jsonl(path)
-    elif suffix == ".json":
-        yield from _read_json(path)
-    elif suffix in (".csv", ".tsv"):
-        yield from _read_csv(path, "\t" if suffix == ".tsv" else ",")
-    elif suffix == ".parquet":
-        yield from _read_parquet(path)
-    else:
-        raise DataError(f"{path} ends in {suffix or 'nothing'}, but must be .jsonl, .json, .csv, .tsv or .parquet")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 text; convert it first (iconv -f latin1 -t utf-8)") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-
-
-class RepeatedKey(Exception):
-    """A JSON object that has a key twice: the first value would be lost without a word."""
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise RepeatedKey(next(key for key in keys if keys.count(key) > 1))
-    return record
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                record = json.loads(line, object_pairs_hook=_unique_keys)
-            except RepeatedKey as error:
-                yield number, f"the key {error.args[0]!r} stands twice in one object: keep one"
-                continue
-            except (ValueError, RecursionError) as error:
-                yield number, f"not JSON ({getattr(error, 'msg', 'too deep')})"
-                continue
-            yield number, record if isinstance(record, dict) else "a row must be a JSON object {...}"
-
-
-def _read_json(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    try:
-        records = json.loads(_text(path), object_pairs_hook=_unique_keys)
-    except RepeatedKey as error:
-        raise DataError(f"{path}: the key {error.args[0]!r} stands twice in one object: keep one") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}); one object a line is .jsonl") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
-        raise DataError(f"{path}: not JSON that can be read ({type(error).__name__})") from None
-    if not isinstance(records, list):
-        raise DataError(f"{path} must hold a JSON list of rows; one object a line is .jsonl")
-    for number, record in enumerate(records, start=1):
-        yield number, record if isinstance(record, dict) else "a row must be a JSON object {...}"
-
-
-def _read_csv(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    csv.field_size_limit(100_000_000)
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter, strict=True)
-    began = 1
-    try:
-        header = reader.fieldnames or ()
-        twice = sorted({name for name in header if list(header).count(name) > 1})
-        if twice:
-            raise DataError(f"{path}:1: the column {twice[0]!r} stands twice in the header")
-        for record in reader:
-            if record.get(None) is not None:
-                yield reader.line_num, f"has more columns than the header ({len(header)})"
-            else:
-                yield reader.line_num, dict(record)
-            began = reader.line_num
-    except csv.Error as error:
-        yield began + 1, f"not CSV: {error} (a quote that is never closed?)"
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        table = parquet.read_table(path)
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a Parquet file ({str(error).splitlines()[0]})") from None
-    for number, record in enumerate(table.to_pylist(), start=1):
-        yield number, {key: _without_nulls(value) for key, value in record.items()}
-
-
-def _without_nulls(value: Any) -> Any:
-    """Drop the keys that Parquet fills up: there every struct of a column has the keys of all others."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    if isinstance(value, list):
-        return [_without_nulls(one) for one in value]
-    return value
-
-
 def _read_split(
-    path: Path, job: JobSpec, unused: Counter[str], collected: list[str] | None, formats: dict[str, DataFormat]
+    path: Path,
+    job: JobSpec,
+    unused: Counter[str],
+    collected: list[str] | None,
+    formats: dict[str, DataFormat],
+    notes: list[str],
 ) -> list[Row]:
     """Read all rows of a file. Keys that are not known are counted in `unused`; the format is put in `formats`."""
     rows, bad = [], []
     chosen: DataFormat | None = None
-    for number, record in read_records(path):
+    for number, record in read_records(path, notes):
         if not isinstance(record, dict):
             bad.append(f"{path}:{number}: {record}")
             continue

@@ -74,7 +74,8 @@ class DataSpec(Spec):
     dataset_config_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     """Configuration of a hub data set that has several, such as `3.0.0`."""
     train_file: str | None = Field(None, min_length=1)
-    """Training rows: a .jsonl, .json, .csv, .tsv or .parquet file; relative to the job file."""
+    """Training rows: a .jsonl, .json, .csv, .tsv or .parquet file, all but the last also as .gz or .zst; relative to
+    the job file. In .csv commas, semicolons, tabs or bars separate columns; in .tsv quotes are text."""
     validation_file: str | None = Field(None, min_length=1)
     """Rows that the search and the choice look at, in the place of a data set's own. Where there are none,
     `validation_fraction` of the training rows is held back."""

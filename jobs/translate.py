@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs import fields
 from jobs.aliases import OPTIMIZERS
+from jobs.data_files import data_suffix
 
 _SAME = {
     "lora_alpha": "lora.lora_alpha",
@@ -335,8 +336,7 @@ def _template_text(value: Any, made: Translation) -> None:
 
 
 def _source(name: str, made: Translation) -> None:
-    suffixes = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-    made.put("data.train_file" if Path(name).suffix in suffixes else "data.dataset_name", name)
+    made.put("data.train_file" if data_suffix(Path(name)) else "data.dataset_name", name)
 
 
 def _llamafactory_data(value: Any, made: Translation) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from jobs.conversation import Message
 from jobs.errors import DataError
@@ -30,9 +33,17 @@ BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "wide-csv": ("x.csv", b"text,label\na,b\nc,d,e\n", "x.csv:3: has more columns than the header (2)"),
     "no-such-column": ("x.csv", b"sentence,label\na,b\n", "no column 'text' (there are: sentence, label)"),
     "json-not-a-list": ("x.json", b'{"text": "a"}', "must hold a JSON list of rows"),
-    "wrong-ending": ("x.xml", b"<a/>", "must be .jsonl, .json, .csv, .tsv or .parquet"),
+    "wrong-ending": ("x.xml", b"<a/>", "must end in one of .jsonl, .ndjson, .json, .csv"),
     "not-parquet": ("x.parquet", b"hello", "is not a Parquet file"),
     "open-quote": ("x.csv", b'text,label\na,b\n"never closed,c\nd,e\n', "x.csv:3: not CSV"),
+    "wide-tsv": ("x.tsv", b"text\tlabel\na\tb\tc\n", "x.tsv:2: has more columns than the header (2)"),
+    "narrow-tsv": ("x.tsv", b"text\tlabel\na\n", "x.tsv:2: label is null"),
+    "tsv-header-twice": ("x.tsv", b"text\ttext\na\tb\n", "the column 'text' stands twice in the header"),
+    "not-gzip": ("x.jsonl.gz", GOOD_LINE.encode(), "x.jsonl.gz cannot be read: Not a gzipped file"),
+    "cut-gzip": ("x.csv.gz", gzip.compress(b"text,label\na,b\n")[:-9], "x.csv.gz cannot be read"),
+    "not-zstd": ("x.jsonl.zst", GOOD_LINE.encode(), "x.jsonl.zst cannot be read"),
+    "utf-16-without-mark": ("x.csv", "text,label\na,b\n".encode("utf-16-le"), "if it is UTF-16 text, convert it"),
+    "half-of-utf-16": ("x.csv", "text,label\na,b\n".encode("utf-16")[:-1], "begins as UTF-16 text, but is none"),
     "header-twice": ("x.csv", b"text,label,text\na,b,c\n", "the column 'text' stands twice in the header"),
     "half-a-character": ("x.jsonl", b'{"text": "\\ud83d", "label": "a"}\n', "x.jsonl:1: text holds half a character"),
     "blank-label": ("x.jsonl", b'{"text": "a", "label": "  "}\n', "x.jsonl:1: label is"),
@@ -76,26 +87,104 @@ def numbered(count: int, labels: str = "ab") -> list[dict[str, str]]:
     return [{"text": f"row {index}", "label": labels[index % len(labels)]} for index in range(count)]
 
 
+def write_records(path: Path, rows: list[dict[str, str]]) -> Path:
+    """Write rows in the format that a path's ending names."""
+    suffix = path.suffix.lower()
+    if suffix == ".jsonl":
+        return write_rows(path, rows)
+    if suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        comma = "," if suffix == ".csv" else "\t"
+        path.write_text("".join(comma.join(row) + "\n" for row in [("text", "label"), *(r.values() for r in rows)]))
+    return path
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "tsv", "json", "parquet"])
 def test_every_format_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
     rows = numbered(20)
-    path = tmp_path / f"x.{suffix}"
-    if suffix == "jsonl":
-        write_rows(path, rows)
-    elif suffix == "json":
-        path.write_text(json.dumps(rows))
-    elif suffix == "parquet":
-        import pyarrow
-        from pyarrow import parquet
-
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        comma = "," if suffix == "csv" else "\t"
-        path.write_text("".join(comma.join(row) + "\n" for row in [("text", "label"), *(r.values() for r in rows)]))
+    path = write_records(tmp_path / f"x.{suffix}", rows)
     found = rows_of(path, validation_fraction=0.4)
     everything = [*found.train, *found.validation, *found.test]
     assert sorted(row.text for row in everything) == sorted(row["text"] for row in rows)
     assert found.labels == ("a", "b")
+
+
+@pytest.mark.parametrize(("sign", "named"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")])
+def test_another_delimiter_is_found_and_said(sign: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(f"text{sign}label\n" + "".join(f'"row {i}{sign} ""x"", y"{sign}{"ab"[i % 2]}\n' for i in range(30)))
+    rows = rows_of(path)
+    everything = [*rows.train, *rows.validation, *rows.test]
+    assert {row.text for row in everything} == {f'row {index}{sign} "x", y' for index in range(30)}
+    assert f"x.csv: columns are separated by {named}" in rows.warnings
+
+
+def test_a_comma_in_the_header_decides(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("text,label,a;b\n" + "".join(f"row; {index},{'ab'[index % 2]},\n" for index in range(30)))
+    rows = rows_of(path)
+    assert {row.text for row in rows.train} <= {f"row; {index}" for index in range(30)}
+    assert not any("separated" in warning for warning in rows.warnings)
+
+
+def test_quotes_in_tsv_are_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.tsv"
+    texts = [f"row {index}" for index in range(30)]
+    texts[5], texts[9], texts[11], texts[20] = '"It works for me', 'he said ok"', 'they called it "good"', '"whole"'
+    path.write_text("text\tlabel\r\n" + "".join(f"{text}\t{'ab'[i % 2]}\r\n" for i, text in enumerate(texts)))
+    rows = rows_of(path, validation_fraction=0.4)
+    found = sorted([*rows.train, *rows.validation, *rows.test], key=lambda row: row.line)
+    assert [row.text for row in found] == texts
+    assert [row.line for row in found] == list(range(2, 32))
+    assert [row.label for row in found] == ["ab"[index % 2] for index in range(30)]
+    quoted = [warning for warning in rows.warnings if "in quotes" in warning]
+    assert quoted == [
+        "x.tsv: 1 row with a cell in quotes, which are part of the text in .tsv; a file with tabs that quotes as CSV "
+        "does is named .csv"
+    ]
+
+
+def test_rows_of_several_lines_are_said(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    lines = [f"row {index},{'ab'[index % 2]}\n" for index in range(30)]
+    lines[3] = '"two\nlines",b\n'
+    path.write_text("text,label\n\n" + "".join(lines))
+    said = [warning for warning in rows_of(path).warnings if "x.csv" in warning]
+    assert said == [
+        "x.csv: 30 rows on 32 lines: cells in quotes may hold several lines (the first such row ends on line 7)"
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
+def test_a_byte_order_mark_says_the_encoding(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    mark = "\ufeff" if encoding.endswith(("le", "be")) else ""
+    text = mark + "text,label\n" + "".join(f"caf\u00e9 {index},{'ab'[index % 2]}\n" for index in range(30))
+    path.write_bytes(text.encode(encoding))
+    rows = rows_of(path)
+    assert {row.text for row in rows.train} <= {f"caf\u00e9 {index}" for index in range(30)}
+
+
+def test_an_index_column_is_named_as_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(",text,label\n" + "".join(f"{i},row {i},{'ab'[i % 2]}\n" for i in range(30)))
+    assert "not used: the column without a name (30 times)" in rows_of(path).warnings
+
+
+@pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst", "csv.gz", "tsv.zst", "json.gz", "JSONL.GZ"])
+def test_compressed_files_give_the_same_rows(suffix: str, tmp_path: Path) -> None:
+    plain = tmp_path / f"x.{suffix.rpartition('.')[0]}"
+    write_records(plain, numbered(30))
+    packed = tmp_path / f"y.{suffix}"
+    content = plain.read_bytes()
+    if suffix.endswith("zst"):
+        packed.write_bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
+    else:
+        packed.write_bytes(gzip.compress(content))
+    assert rows_of(packed).train == rows_of(plain).train
 
 
 def test_what_is_not_given_is_held_back_and_no_row_is_on_two_sides(tmp_path: Path) -> None:

@@ -1,0 +1,235 @@
+"""Reading data files record by record: JSON Lines, JSON, CSV, TSV and Parquet, plain or compressed."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import DataError
+from jobs.words import counted
+
+_PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_COMPRESSED = (".gz", ".zst")
+DATA_SUFFIXES = (
+    *_PLAIN,
+    *(f"{suffix}{packed}" for suffix in _PLAIN if suffix != ".parquet" for packed in _COMPRESSED),
+)
+"""Endings of the files that are read. Parquet has a compression of its own."""
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+_MAX_FIELD = 100_000_000
+_BEGINNING = 1000
+"""Bytes of a file in which text of another encoding shows."""
+
+Record = dict[str, Any] | str
+"""The values of a row by column; or what is wrong with it, as a sentence."""
+
+
+def data_suffix(path: Path) -> str | None:
+    """Return the ending that says how a file is read (`.jsonl`, `.csv.gz`), or None where there is none."""
+    name = path.name.lower()
+    return next((suffix for suffix in sorted(DATA_SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None)
+
+
+def read_records(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int, Record]]:
+    """Yield (line, record) of each row of a file. What is odd about the file as a whole is added to `notes`.
+
+    Raises DataError where the file cannot be read as its name says.
+    """
+    suffix = data_suffix(path)
+    notes = [] if notes is None else notes
+    if suffix is None:
+        raise DataError(f"{path} ends in {path.suffix or 'nothing'}, but must end in one of {', '.join(DATA_SUFFIXES)}")
+    if suffix == ".parquet":
+        yield from _read_parquet(path)
+    elif suffix.startswith((".jsonl", ".ndjson")):
+        yield from _read_jsonl(path)
+    elif suffix.startswith(".json"):
+        yield from _read_json(path)
+    elif suffix.startswith(".csv"):
+        yield from _read_csv(path, notes)
+    else:
+        yield from _read_tsv(path, notes)
+
+
+def _text(path: Path) -> str:
+    data = _bytes(path)
+    if data.startswith(_UTF16_MARKS):
+        try:
+            return data.decode("utf-16")
+        except UnicodeDecodeError:
+            raise DataError(f"{path}: begins as UTF-16 text, but is none; convert it to UTF-8 first") from None
+    if b"\0" in data[:_BEGINNING]:
+        raise DataError(f"{path} holds zero bytes: if it is UTF-16 text, convert it first (iconv -f utf-16 -t utf-8)")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{path}:{line}: not UTF-8 text; convert it first (iconv -f windows-1252 -t utf-8, if it is Western text)"
+        ) from None
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        if path.suffix.lower() == ".gz":
+            return gzip.decompress(data)
+        if path.suffix.lower() == ".zst":
+            return _without_zstd(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return data
+
+
+def _without_zstd(data: bytes) -> bytes:
+    import pyarrow
+
+    with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd") as stream:
+        return bytes(stream.read())
+
+
+class RepeatedKey(Exception):
+    """A JSON object that has a key twice: the first value would be lost without a word."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKey(next(key for key in keys if keys.count(key) > 1))
+    return record
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line.strip():
+            try:
+                record = json.loads(line, object_pairs_hook=_unique_keys)
+            except RepeatedKey as error:
+                yield number, f"the key {error.args[0]!r} stands twice in one object: keep one"
+                continue
+            except (ValueError, RecursionError) as error:
+                yield number, f"not JSON ({getattr(error, 'msg', 'too deep')})"
+                continue
+            yield number, record if isinstance(record, dict) else "a row must be a JSON object {...}"
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, Record]]:
+    try:
+        records = json.loads(_text(path), object_pairs_hook=_unique_keys)
+    except RepeatedKey as error:
+        raise DataError(f"{path}: the key {error.args[0]!r} stands twice in one object: keep one") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}); one object a line is .jsonl") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
+        raise DataError(f"{path}: not JSON that can be read ({type(error).__name__})") from None
+    if not isinstance(records, list):
+        raise DataError(f"{path} must hold a JSON list of rows; one object a line is .jsonl")
+    for number, record in enumerate(records, start=1):
+        yield number, record if isinstance(record, dict) else "a row must be a JSON object {...}"
+
+
+def _read_csv(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
+    """Read CSV as RFC 4180 has it: a cell in quotes may hold the delimiter, and lines."""
+    csv.field_size_limit(_MAX_FIELD)
+    text = _text(path)
+    delimiter = _delimiter(text)
+    if delimiter != ",":
+        notes.append(f"{path.name}: columns are separated by {_OTHER_DELIMITERS[delimiter]}")
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    began, rows, first_long = 1, 0, None
+    try:
+        header = reader.fieldnames or ()
+        _check_header(path, list(header))
+        began = reader.line_num
+        for record in reader:
+            rows += 1
+            if first_long is None and reader.line_num - began > 1 and _has_lines(record):
+                first_long = reader.line_num
+            if record.get(None) is not None:
+                yield reader.line_num, f"has more columns than the header ({len(header)})"
+            else:
+                yield reader.line_num, dict(record)
+            began = reader.line_num
+    except csv.Error as error:
+        yield began + 1, f"not CSV: {error} (a quote that is never closed?)"
+        return
+    if first_long is not None:
+        lines = counted(len(text.splitlines()) - 1, "line")
+        notes.append(
+            f"{path.name}: {counted(rows, 'row')} on {lines}: cells in quotes may hold several lines (the first such "
+            f"row ends on line {first_long})"
+        )
+
+
+def _has_lines(record: dict[str | Any, Any]) -> bool:
+    return any("\n" in str(value) or "\r" in str(value) for value in record.values())
+
+
+def _delimiter(text: str) -> str:
+    """Return what separates the columns of a CSV file: another sign where the header has it, and no comma."""
+    header = next(iter(text.splitlines()), "")
+    if "," in header:
+        return ","
+    return next((sign for sign in _OTHER_DELIMITERS if sign in header), ",")
+
+
+def _read_tsv(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
+    """Read a line as a row and a tab as the end of a cell: TSV (IANA's text/tab-separated-values) has no quoting."""
+    lines = [line.removesuffix("\r") for line in _text(path).split("\n")]
+    header = lines[0].split("\t") if lines[0] else []
+    _check_header(path, header)
+    quoted = 0
+    for number, line in enumerate(lines[1:], start=2):
+        if not line:
+            continue
+        cells = line.split("\t")
+        quoted += any(_looks_quoted(cell) for cell in cells)
+        if len(cells) > len(header):
+            yield number, f"has more columns than the header ({len(header)})"
+        else:
+            missing = [None] * (len(header) - len(cells))
+            yield number, dict(zip(header, [*cells, *missing], strict=True))
+    if quoted:
+        notes.append(
+            f"{path.name}: {counted(quoted, 'row')} with a cell in quotes, which are part of the text in .tsv; a file "
+            "with tabs that quotes as CSV does is named .csv"
+        )
+
+
+def _looks_quoted(cell: str) -> bool:
+    """Whether a cell is written as CSV writes one that it has to quote."""
+    return len(cell) > 1 and cell[0] == cell[-1] == '"' and cell.count('"') % 2 == 0
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{path}:1: the column {twice[0]!r} stands twice in the header")
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Record]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.read_table(path)
+    except (ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a Parquet file ({str(error).splitlines()[0]})") from None
+    for number, record in enumerate(table.to_pylist(), start=1):
+        yield number, {key: _without_nulls(value) for key, value in record.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    """Drop the keys that Parquet fills up: there every struct of a column has the keys of all others."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    return value

@@ -149,6 +149,7 @@ def load_text(text: str, path: Path, overrides: tuple[str, ...] = ()) -> LoadedJ
     for override in overrides:
         _override(reading, override)
     _translate(reading)
+    _choose_format(reading)
     _link(reading)
     _absolute_paths(reading, path.parent)
     if reading.problems:
@@ -356,6 +357,49 @@ def _report(reading: _Reading, path: str, note: str) -> None:
     line = reading.line(path)
     reading.notes.append(f"line {line}: {note}" if line else note)
     reading.origins[path] = Origin("alias", note)
+
+
+_COLUMNS: dict[str, dict[str, str | None]] = {
+    "text_label": {"text_column": "text", "label_column": "label"},
+    "prompt_completion": {"prompt_column": "prompt", "completion_column": "completion"},
+    "instruction": {},
+    "messages": {"messages_column": None},
+    "text": {"text_column": "text"},
+}
+"""Format of rows -> the columns that it reads, with the names that they have where the job gives none."""
+
+
+def _choose_format(reading: _Reading) -> None:
+    """Have the columns that a job names decide `data.format` where it is left open; refuse those that it does not read.
+
+    A column under its usual name contradicts nothing: `lorafleet render` writes out all of them.
+    """
+    data, task = reading.tree.get("data"), reading.tree.get("task")
+    if not isinstance(data, dict):
+        return
+    usual = {column: name for columns in _COLUMNS.values() for column, name in columns.items()}
+    given = [column for column in usual if data.get(column) is not None]
+    named = [column for column in given if data[column] != usual[column]]
+    kind = "text_label" if task == "classification" else data.get("format", "auto")
+    if kind == "auto":
+        read = {kind: set(columns) for kind, columns in _COLUMNS.items() if kind != "text_label"}
+        deciding = named or given
+        fitting = [kind for kind, columns in read.items() if deciding and columns >= set(deciding)]
+        if fitting:
+            fields.put(reading.tree, "data.format", fitting[0])
+            reading.origins["data.format"] = Origin("derived", f"from data.{deciding[0]}")
+            return
+        if not named:
+            return
+        readers = [kind for kind, columns in read.items() if columns & set(named)]
+        kind = readers[0] if readers else "text"
+    for column in named:
+        if kind in _COLUMNS and column not in _COLUMNS[kind]:
+            columns = " and ".join(f"data.{name}" for name in _COLUMNS[kind]) or "none that can be named"
+            what = f"rows of {task if task == 'classification' else kind}"
+            reading.problem(
+                f"data.{column}", f"data.{column} is {data[column]!r}, but {what} have other columns: {columns}"
+            )
 
 
 def _link(reading: _Reading) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -238,7 +238,18 @@ def _text_label(record: Mapping[str, Any], data: DataSpec) -> Row:
     if not isinstance(label, str | int) or not str(label).strip():
         raise BadRow(f"{data.label_column} is {_short(label)}, but must be a text or a whole number")
     _check_whole_characters(data.label_column, str(label))
-    return Row(text=text, label=str(label).strip())
+    return Row(text=text, label=_class_name(str(label).strip(), data.labels))
+
+
+def _class_name(label: str, names: Sequence[str] | None) -> str:
+    """Return the name of a class: a whole number is a place among the names, unless one of them is a number itself."""
+    if names is None or label in names or any(map(_is_whole, names)):
+        return label
+    return names[int(label)] if _is_whole(label) and int(label) in range(len(names)) else label
+
+
+def _is_whole(text: str) -> bool:
+    return re.fullmatch(r"-?[0-9]{1,18}", text) is not None
 
 
 def _instruction(record: Mapping[str, Any]) -> list[Message]:

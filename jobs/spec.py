@@ -83,14 +83,14 @@ class DataSpec(Spec):
     """Rows that are looked at once, after the choice, in the place of a data set's own. Where there are none,
     `test_fraction` of the validation rows is held back."""
     format: DataFormat = "auto"
-    """What a row looks like; `auto` goes by the keys of the first row."""
+    """What a row looks like; `auto` goes by the columns that are named here, else by the keys of the first row."""
     text_column: str = "text"
     """Column with the text (classification, plain text)."""
     label_column: str = "label"
     """Column with the class: a string or a whole number."""
     labels: Texts | None = None
-    """Names of the classes in the order of their ids. Left out: what the training rows have, whole numbers in their
-    order and words in the alphabet's."""
+    """Names of the classes in the order of their ids: `[negative, positive]` names the classes 0 and 1 of rows with
+    whole numbers. Left out: what the training rows have, whole numbers in their order and words in the alphabet's."""
     prompt_column: str = "prompt"
     """Column with the prompt (prompt_completion)."""
     completion_column: str = "completion"
@@ -124,6 +124,13 @@ class DataSpec(Spec):
     """Which of `evaluate.folds` is held back, from 0; a search with folds sets it for each trial."""
     split_seed: int = Field(0, ge=0)
     """Seed of every draw of rows; it does not depend on `train.seed`, so all trials see the same rows."""
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _numbers_as_texts(cls, value: object) -> object:
+        if not isinstance(value, list | tuple):
+            return value
+        return [str(name) if isinstance(name, int) and not isinstance(name, bool) else name for name in value]
 
     @field_validator("chat_template_kwargs")
     @classmethod

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from jobs.conversation import Message
-from jobs.errors import DataError
+from jobs.errors import DataError, JobFileError
 from jobs.load import load_text
 from jobs.rows import Rows, load_rows, majority_share
 from jobs.spec import JobSpec
@@ -185,6 +185,92 @@ def test_compressed_files_give_the_same_rows(suffix: str, tmp_path: Path) -> Non
     else:
         packed.write_bytes(gzip.compress(content))
     assert rows_of(packed).train == rows_of(plain).train
+
+
+def graded(count: int) -> list[dict[str, str]]:
+    """Rows that several formats could read: an instruction, a pair and a text."""
+    return [
+        {
+            "instruction": "Grade it.",
+            "output": "5",
+            "question": f"capital {i}?",
+            "answer": f"city {i}",
+            "text": f"t {i}",
+        }
+        | {"prompt": f"p {i}", "completion": f"c {i}"}
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "question", "answer"),
+    [
+        ({}, "Grade it.", "5"),
+        ({"prompt_column": "question", "completion_column": "answer"}, "capital 0?", "city 0"),
+        ({"prompt_column": "question", "completion_column": "output"}, "capital 0?", "5"),
+        ({"completion_column": "answer"}, "p 0", "city 0"),
+        ({"prompt_column": "prompt"}, "p 0", "c 0"),
+        ({"text_column": "text"}, "", "t 0"),
+        ({"text_column": "answer"}, "", "city 0"),
+        ({"format": "instruction"}, "Grade it.", "5"),
+        ({"format": "instruction", "prompt_column": "prompt"}, "Grade it.", "5"),
+    ],
+)
+def test_the_columns_that_are_named_are_learnt(
+    columns: dict[str, str], question: str, answer: str, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "x.jsonl", graded(1))
+    other = write_rows(tmp_path / "y.jsonl", graded(8))
+    row = rows_of(path, "generation", validation_file=other, **columns).train[0]
+    learnt = [message.content for message in row.messages] or ["", row.text]
+    assert learnt == [question, answer]
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "sentence"),
+    [
+        ("generation", {"text_column": "a", "prompt_column": "b"}, "data.text_column is 'a', but rows of"),
+        ("generation", {"label_column": "a"}, "data.label_column is 'a', but rows of"),
+        ("generation", {"format": "messages", "prompt_column": "a"}, "rows of messages have other columns"),
+        ("generation", {"format": "instruction", "completion_column": "a"}, "none that can be named"),
+        ("generation", {"messages_column": "a", "text_column": "b"}, "data.text_column is 'b', but rows of messages"),
+        ("classification", {"prompt_column": "a"}, "rows of classification have other columns: data.text_column and"),
+        ("classification", {"messages_column": "a"}, "data.messages_column is 'a', but"),
+    ],
+)
+def test_columns_that_are_not_read_are_refused(
+    task: str, columns: dict[str, str], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(JobFileError) as caught:
+        job_for(tmp_path / "x.jsonl", task, **columns)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "values", "found"),
+    [
+        (["negative", "positive"], [0, 1], ["negative", "positive"]),
+        (["negative", "positive"], ["0", "1"], ["negative", "positive"]),
+        (["negative", "positive"], ["positive", "negative"], ["positive", "negative"]),
+        ([0, 1], [0, 1], ["0", "1"]),
+        ([1, 0], [0, 1], ["0", "1"]),
+        (["2", "x"], ["2", "x"], ["2", "x"]),
+    ],
+)
+def test_classes_that_are_numbers_have_names(
+    labels: list[object], values: list[object], found: list[str], tmp_path: Path
+) -> None:
+    rows = [{"text": f"row {index}", "label": values[index % 2]} for index in range(8)]
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    read = rows_of(path, labels=labels, validation_file=path)
+    assert read.labels == tuple(map(str, labels))
+    assert [row.label for row in read.train[:2]] == found
+
+
+def test_a_number_that_has_no_name_is_refused(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "x.jsonl", [{"text": f"row {index}", "label": index % 3} for index in range(9)])
+    with pytest.raises(DataError, match=r"x\.jsonl:3: the label '2' is not one of data.labels"):
+        rows_of(path, labels=["negative", "positive"])
 
 
 def test_what_is_not_given_is_held_back_and_no_row_is_on_two_sides(tmp_path: Path) -> None:

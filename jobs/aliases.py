@@ -52,9 +52,7 @@ FIELD_ALIASES = {
 
 DISTRIBUTION_ALIASES = {
     "loguniform": "log_uniform_values",
-    "log_uniform": "log_uniform_values",
     "qloguniform": "q_log_uniform_values",
-    "q_log_uniform": "q_log_uniform_values",
     "quniform": "q_uniform",
     "int": "int_uniform",
     "randint": "int_uniform",
@@ -62,6 +60,9 @@ DISTRIBUTION_ALIASES = {
     "choice": "categorical",
     "constant": "categorical",
 }
+
+EXPONENT_DISTRIBUTIONS = {"log_uniform": "log_uniform_values", "q_log_uniform": "q_log_uniform_values"}
+"""W&B's distributions whose ends are exponents of e -> those whose ends are values."""
 
 OPTIMIZERS = {
     "adamw_torch_fused": "adamw_torch",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from jobs import arms, expression, fields, files, search, yaml12
-from jobs.aliases import DISTRIBUTION_ALIASES, FIELD_ALIASES, VALUE_ALIASES
+from jobs.aliases import DISTRIBUTION_ALIASES, EXPONENT_DISTRIBUTIONS, FIELD_ALIASES, VALUE_ALIASES
 from jobs.errors import JobFileError, Problem
 from jobs.messages import sentences
 from jobs.metrics import bare_name
@@ -29,6 +30,8 @@ _PATH_FIELDS = (
     "train.init_adapter",
     "resources.deepspeed_config",
 )
+_MAX_EXPONENT = 700
+"""Above it e to the power is no number that a float holds."""
 _NAME_FIELDS = ("model.model_name_or_path", "data.dataset_name", "evaluate.bertscore_model")
 """Names of the hub, of a package, or paths."""
 
@@ -338,6 +341,9 @@ def _long_form(reading: _Reading, path: str, value: Any, prefix: str) -> Any:
         if isinstance(word, str) and word in DISTRIBUTION_ALIASES:
             value["distribution"] = DISTRIBUTION_ALIASES[word]
             _report(reading, f"{prefix}{path}.distribution", f"{word} is read as {value['distribution']}")
+        if isinstance(word, str) and word in EXPONENT_DISTRIBUTIONS:
+            reading.problem(f"{prefix}{path}.distribution", _exponents(path, word, value))
+            value["distribution"] = EXPONENT_DISTRIBUTIONS[word]  # said once: a second pass follows the overrides
         if "value" in value and "values" not in value:
             value["values"] = [value.pop("value")]
             _report(reading, f"{prefix}{path}.values", f"value of {path} is read as values, a list of one")
@@ -347,6 +353,17 @@ def _long_form(reading: _Reading, path: str, value: Any, prefix: str) -> Any:
             note = f"min and max of {path} alone are read as {value['distribution']}"
             _report(reading, f"{prefix}{path}.distribution", note)
     return value
+
+
+def _exponents(path: str, word: str, value: dict[str, Any]) -> str:
+    """Say what a distribution of W&B with exponents as its ends is called with values as its ends."""
+    ours = EXPONENT_DISTRIBUTIONS[word]
+    ends = {name: value[name] for name in ("min", "max") if isinstance(value.get(name), int | float)}
+    powers = ", ".join(f"{name}: {math.exp(end):.3g}" for name, end in ends.items() if abs(end) < _MAX_EXPONENT)
+    return (
+        f"distribution of {path} is {word}, whose ends W&B reads as exponents of e: write {ours} with {powers}, or "
+        f"{ours} with the ends as they are if they are values"
+    )
 
 
 def _report(reading: _Reading, path: str, note: str) -> None:

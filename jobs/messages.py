@@ -61,6 +61,12 @@ def sentences(error: ValidationError, known: Collection[str] | None = None) -> l
             problems[path] = Problem(path, f"{path} must be a list of numbers, texts or true/false, one level deep")
             continue
         sentence = _sentence(path, raw, known)
+        if raw["type"] == "model_type" and path.startswith("search.parameters."):
+            problems[path] = Problem(
+                path,
+                f"{path} is {shown(raw['input'])}, but must say what it may be: {{values: [{shown(raw['input'])}]}}",
+            )
+            continue
         if path in problems:  # the branches of a union: "a whole number", "'auto'"
             earlier = problems[path].sentence
             if "finite number" in sentence + earlier:

@@ -127,6 +127,27 @@ search:
     assert str(loaded.origins["lora.lora_r"]).startswith("alias")
 
 
+@pytest.mark.parametrize(
+    ("parameter", "sentence"),
+    [
+        (
+            "{distribution: log_uniform, min: -9.21, max: -4.6}",
+            "is log_uniform, whose ends W&B reads as exponents of e: write log_uniform_values with min: 0.0001, max: "
+            "0.0101, or log_uniform_values with the ends as they are",
+        ),
+        ("{distribution: q_log_uniform, min: 1, max: 4, q: 1}", "write q_log_uniform_values with min: 2.72, max: 54.6"),
+        ("8", "is 8, but must say what it may be: {values: [8]}"),
+        ("true", "is true, but must say what it may be: {values: [true]}"),
+    ],
+)
+def test_a_parameter_that_says_something_else_is_refused_once(parameter: str, sentence: str, tmp_path: Path) -> None:
+    text = f"{MINIMAL}search: {{parameters: {{lora.lora_r: {parameter}}}}}\n"
+    with pytest.raises(JobFileError) as caught:
+        load_text(text, tmp_path / "job.yaml")
+    assert sentence in str(caught.value)
+    assert len(caught.value.problems) == 1
+
+
 def test_an_alias_beside_the_real_key_is_a_contradiction(tmp_path: Path) -> None:
     with pytest.raises(JobFileError, match=r"lora_rank means lora.lora_r, which is set as well"):
         load_text(MINIMAL + "lora: {lora_r: 8, lora_rank: 4}\n", tmp_path / "job.yaml")

@@ -260,6 +260,8 @@ def _translate(reading: _Reading) -> None:
         (block, key) for block, inner in list(tree.items()) if isinstance(inner, dict) for key in list(inner)
     ]:
         _translate_key(reading, block, key)
+    for name in ("search", "compare"):
+        _translate_scheduler(reading, f"{name}.scheduler")
     for (path, word), ours in VALUE_ALIASES.items():
         if fields.get(tree, path) == word:
             fields.put(tree, path, ours)
@@ -295,6 +297,24 @@ def _translate_key(reading: _Reading, block: str, key: str) -> None:
         return
     fields.put(reading.tree, ours, value)
     _report(reading, ours, f"{path} is read as {ours}")
+
+
+def _translate_scheduler(reading: _Reading, where: str) -> None:
+    """Other tools' words inside a scheduler's own block, such as `early_terminate: {eta: 2}`."""
+    block = fields.get(reading.tree, where)
+    for key in list(block) if isinstance(block, dict) else ():
+        scheduler, _, leaf = FIELD_ALIASES.get(key, "").rpartition(".")
+        if scheduler != "search.scheduler":
+            continue
+        if leaf in block:
+            reading.problem(f"{where}.{key}", f"{where}.{key} means {where}.{leaf}, which is set as well")
+            block.pop(key)
+            continue
+        block[leaf] = block.pop(key)
+        line = reading.line(f"{where}.{key}") or reading.line("search.early_terminate")
+        if line:
+            reading.lines[f"{where}.{leaf}"] = line
+        _report(reading, f"{where}.{leaf}", f"{where}.{key} is read as {where}.{leaf}")
 
 
 def _translate_parameters(reading: _Reading, block: dict[str, Any], prefix: str) -> None:

@@ -148,6 +148,20 @@ def test_a_parameter_that_says_something_else_is_refused_once(parameter: str, se
     assert len(caught.value.problems) == 1
 
 
+@pytest.mark.parametrize("block", ["early_terminate: {type: hyperband, eta: 4}", "scheduler: {eta: 4}", "eta: 4"])
+def test_eta_is_understood_wherever_a_scheduler_is_described(block: str, tmp_path: Path) -> None:
+    loaded = load_text(f"{MINIMAL}search: {{{block}, parameters: {{lora.lora_r: [4, 8]}}}}\n", tmp_path / "job.yaml")
+    assert loaded.job.search is not None
+    assert loaded.job.search.scheduler.reduction_factor == 4
+    assert any("eta is read as search.scheduler.reduction_factor" in note for note in loaded.notes)
+
+
+def test_eta_beside_the_real_key_is_a_contradiction(tmp_path: Path) -> None:
+    search = "search: {scheduler: {eta: 4, reduction_factor: 3}, parameters: {lora.lora_r: [4, 8]}}"
+    with pytest.raises(JobFileError, match=r"scheduler\.eta means search\.scheduler\.reduction_factor, which is set"):
+        load_text(f"{MINIMAL}{search}\n", tmp_path / "job.yaml")
+
+
 def test_an_alias_beside_the_real_key_is_a_contradiction(tmp_path: Path) -> None:
     with pytest.raises(JobFileError, match=r"lora_rank means lora.lora_r, which is set as well"):
         load_text(MINIMAL + "lora: {lora_r: 8, lora_rank: 4}\n", tmp_path / "job.yaml")

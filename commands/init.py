@@ -45,7 +45,7 @@ class SiteKind(StrEnum):
 
 def init(
     train_file: Annotated[
-        Path | None, typer.Option(help="Your training rows: .jsonl, .json, .csv, .tsv (also .gz, .zst) or .parquet.")
+        Path | None, typer.Option(help="Your training rows: .jsonl, .json, .csv, .tsv, .parquet (or .gz, .zst).")
     ] = None,
     task: Annotated[TaskName, typer.Option(help="What is learnt.")] = TaskName.CLASSIFICATION,
     validation_file: Annotated[Path | None, typer.Option(help="Rows that the search looks at.")] = None,

@@ -61,8 +61,11 @@ DISTRIBUTION_ALIASES = {
     "constant": "categorical",
 }
 
-EXPONENT_DISTRIBUTIONS = {"log_uniform": "log_uniform_values", "q_log_uniform": "q_log_uniform_values"}
-"""W&B's distributions whose ends are exponents of e -> those whose ends are values."""
+EXPONENT_DISTRIBUTIONS = {
+    "log_uniform": "log_uniform_values",
+    "q_log_uniform": "q_log_uniform_values",
+}
+"""W&B's distributions with exponents of e as their ends -> the same with values as their ends."""
 
 OPTIMIZERS = {
     "adamw_torch_fused": "adamw_torch",

@@ -1,4 +1,4 @@
-"""Reading data files record by record: JSON Lines, JSON, CSV, TSV and Parquet, plain or compressed."""
+"""Data files, record by record: JSON Lines, JSON, CSV, TSV and Parquet, plain or compressed."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ Record = dict[str, Any] | str
 
 
 def data_suffix(path: Path) -> str | None:
-    """Return the ending that says how a file is read (`.jsonl`, `.csv.gz`), or None where there is none."""
+    """Return the ending that decides how a file is read (`.jsonl`, `.csv.gz`), or None."""
     name = path.name.lower()
-    return next((suffix for suffix in sorted(DATA_SUFFIXES, key=len, reverse=True) if name.endswith(suffix)), None)
+    return next((suffix for suffix in DATA_SUFFIXES if name.endswith(suffix)), None)
 
 
 def read_records(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int, Record]]:
-    """Yield (line, record) of each row of a file. What is odd about the file as a whole is added to `notes`.
+    """Yield (line, record) for each row of a file; add remarks about the whole file to `notes`.
 
     Raises DataError where the file cannot be read as its name says.
     """
     suffix = data_suffix(path)
     notes = [] if notes is None else notes
     if suffix is None:
-        raise DataError(f"{path} ends in {path.suffix or 'nothing'}, but must end in one of {', '.join(DATA_SUFFIXES)}")
+        ending = path.suffix or "nothing"
+        raise DataError(f"{path} ends in {ending}, but must end in one of {', '.join(DATA_SUFFIXES)}")
     if suffix == ".parquet":
         yield from _read_parquet(path)
     elif suffix.startswith((".jsonl", ".ndjson")):
@@ -64,7 +65,7 @@ def _text(path: Path) -> str:
         try:
             return data.decode("utf-16")
         except UnicodeDecodeError:
-            raise DataError(f"{path}: begins as UTF-16 text, but is none; convert it to UTF-8 first") from None
+            raise DataError(f"{path} starts with a UTF-16 mark, but is not valid UTF-16: save it as UTF-8") from None
     if b"\0" in data[:_BEGINNING]:
         raise DataError(f"{path} holds zero bytes: if it is UTF-16 text, convert it first (iconv -f utf-16 -t utf-8)")
     try:
@@ -162,7 +163,7 @@ def _read_csv(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
         yield began + 1, f"not CSV: {error} (a quote that is never closed?)"
         return
     if first_long is not None:
-        lines = counted(len(text.splitlines()) - 1, "line")
+        lines = counted(reader.line_num - 1, "line")
         notes.append(
             f"{path.name}: {counted(rows, 'row')} on {lines}: cells in quotes may hold several lines (the first such "
             f"row ends on line {first_long})"

@@ -190,6 +190,8 @@ def json_schema() -> dict[str, Any]:
         "anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": "string"}],
         **{key: alpha[key] for key in ("description", "default", "title")},
     }
+    labels = schema["$defs"]["DataSpec"]["properties"]["labels"]["anyOf"][0]
+    labels["items"] = {"type": ["string", "integer"]}
     own = schema["$defs"]["CustomMetric"]
     schema["$defs"]["CustomMetric"] = {"anyOf": [own, {"type": "string"}]}
     metric = schema["$defs"]["MetricSpec"]
@@ -406,37 +408,46 @@ _COLUMNS: dict[str, dict[str, str | None]] = {
 """Format of rows -> the columns that it reads, with the names that they have where the job gives none."""
 
 
+_USUAL_COLUMNS = {column: name for columns in _COLUMNS.values() for column, name in columns.items()}
+
+
 def _choose_format(reading: _Reading) -> None:
-    """Have the columns that a job names decide `data.format` where it is left open; refuse those that it does not read.
+    """Set `data.format` from the columns that a job names; refuse columns that no format reads.
 
     A column under its usual name contradicts nothing: `lorafleet render` writes out all of them.
     """
     data, task = reading.tree.get("data"), reading.tree.get("task")
     if not isinstance(data, dict):
         return
-    usual = {column: name for columns in _COLUMNS.values() for column, name in columns.items()}
-    given = [column for column in usual if data.get(column) is not None]
-    named = [column for column in given if data[column] != usual[column]]
-    kind = "text_label" if task == "classification" else data.get("format", "auto")
-    if kind == "auto":
-        read = {kind: set(columns) for kind, columns in _COLUMNS.items() if kind != "text_label"}
-        deciding = named or given
-        fitting = [kind for kind, columns in read.items() if deciding and columns >= set(deciding)]
-        if fitting:
-            fields.put(reading.tree, "data.format", fitting[0])
-            reading.origins["data.format"] = Origin("derived", f"from data.{deciding[0]}")
-            return
-        if not named:
-            return
-        readers = [kind for kind, columns in read.items() if columns & set(named)]
-        kind = readers[0] if readers else "text"
-    for column in named:
-        if kind in _COLUMNS and column not in _COLUMNS[kind]:
-            columns = " and ".join(f"data.{name}" for name in _COLUMNS[kind]) or "none that can be named"
-            what = f"rows of {task if task == 'classification' else kind}"
-            reading.problem(
-                f"data.{column}", f"data.{column} is {data[column]!r}, but {what} have other columns: {columns}"
-            )
+    columns = [column for column in _USUAL_COLUMNS if data.get(column) is not None]
+    renamed = [column for column in columns if data[column] != _USUAL_COLUMNS[column]]
+    row_format = "text_label" if task == "classification" else data.get("format", "auto")
+    if row_format in _COLUMNS:
+        _refuse_unread(reading, row_format, {column: data[column] for column in renamed})
+        return
+    deciding = renamed or columns
+    if row_format != "auto" or not deciding:
+        return
+    formats = [name for name in _COLUMNS if name != "text_label"]
+    reading_all = [name for name in formats if set(deciding) <= set(_COLUMNS[name])]
+    if reading_all:
+        fields.put(reading.tree, "data.format", reading_all[0])
+        reading.origins["data.format"] = Origin("derived", f"from data.{deciding[0]}")
+    elif renamed:
+        named = " and ".join(f"data.{column}" for column in renamed)
+        verb, them = ("is", "it") if len(renamed) == 1 else ("are", "all of them")
+        sentence = f"{named} {verb} set, but no row format of {task} reads {them}"
+        reading.problem(f"data.{renamed[0]}", sentence)
+
+
+def _refuse_unread(reading: _Reading, row_format: str, renamed: dict[str, Any]) -> None:
+    """Add a problem for each column that a row format does not read."""
+    columns = " and ".join(f"data.{column}" for column in _COLUMNS[row_format])
+    advice = f"it reads {columns}" if columns else "its columns have fixed names"
+    for column, name in renamed.items():
+        if column not in _COLUMNS[row_format]:
+            sentence = f"data.{column} is {name!r}, but the row format {row_format} does not read it; {advice}"
+            reading.problem(f"data.{column}", sentence)
 
 
 def _link(reading: _Reading) -> None:

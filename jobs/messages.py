@@ -62,10 +62,10 @@ def sentences(error: ValidationError, known: Collection[str] | None = None) -> l
             continue
         sentence = _sentence(path, raw, known)
         if raw["type"] == "model_type" and path.startswith("search.parameters."):
-            problems[path] = Problem(
-                path,
-                f"{path} is {shown(raw['input'])}, but must say what it may be: {{values: [{shown(raw['input'])}]}}",
-            )
+            value = shown(raw["input"])
+            example = "..." if raw["input"] is None else value
+            sentence = f"{path} is {value}, but must list what it may be: {{values: [{example}]}}"
+            problems[path] = Problem(path, sentence)
             continue
         if path in problems:  # the branches of a union: "a whole number", "'auto'"
             earlier = problems[path].sentence

@@ -136,8 +136,9 @@ search:
             "0.0101, or log_uniform_values with the ends as they are",
         ),
         ("{distribution: q_log_uniform, min: 1, max: 4, q: 1}", "write q_log_uniform_values with min: 2.72, max: 54.6"),
-        ("8", "is 8, but must say what it may be: {values: [8]}"),
-        ("true", "is true, but must say what it may be: {values: [true]}"),
+        ("8", "is 8, but must list what it may be: {values: [8]}"),
+        ("", "is empty, but must list what it may be: {values: [...]}"),
+        ("true", "is true, but must list what it may be: {values: [true]}"),
     ],
 )
 def test_a_parameter_that_says_something_else_is_refused_once(parameter: str, sentence: str, tmp_path: Path) -> None:
@@ -146,6 +147,12 @@ def test_a_parameter_that_says_something_else_is_refused_once(parameter: str, se
         load_text(text, tmp_path / "job.yaml")
     assert sentence in str(caught.value)
     assert len(caught.value.problems) == 1
+
+
+def test_labels_that_are_numbers_fit_the_schema(tmp_path: Path) -> None:
+    text = MINIMAL.replace("}\n", ", labels: [0, positive]}\n").replace("l6, labels: [0, positive]}", "l6}")
+    Draft202012Validator(json_schema()).validate(yaml.safe_load(text))
+    assert load_text(text, tmp_path / "job.yaml").job.data.labels == ("0", "positive")
 
 
 @pytest.mark.parametrize("block", ["early_terminate: {type: hyperband, eta: 4}", "scheduler: {eta: 4}", "eta: 4"])

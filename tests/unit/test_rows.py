@@ -43,7 +43,11 @@ BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "cut-gzip": ("x.csv.gz", gzip.compress(b"text,label\na,b\n")[:-9], "x.csv.gz cannot be read"),
     "not-zstd": ("x.jsonl.zst", GOOD_LINE.encode(), "x.jsonl.zst cannot be read"),
     "utf-16-without-mark": ("x.csv", "text,label\na,b\n".encode("utf-16-le"), "if it is UTF-16 text, convert it"),
-    "half-of-utf-16": ("x.csv", "text,label\na,b\n".encode("utf-16")[:-1], "begins as UTF-16 text, but is none"),
+    "half-of-utf-16": (
+        "x.csv",
+        "text,label\na,b\n".encode("utf-16")[:-1],
+        "starts with a UTF-16 mark, but is not valid UTF-16",
+    ),
     "header-twice": ("x.csv", b"text,label,text\na,b,c\n", "the column 'text' stands twice in the header"),
     "half-a-character": ("x.jsonl", b'{"text": "\\ud83d", "label": "a"}\n', "x.jsonl:1: text holds half a character"),
     "blank-label": ("x.jsonl", b'{"text": "a", "label": "  "}\n', "x.jsonl:1: label is"),
@@ -229,13 +233,33 @@ def test_the_columns_that_are_named_are_learnt(
 @pytest.mark.parametrize(
     ("task", "columns", "sentence"),
     [
-        ("generation", {"text_column": "a", "prompt_column": "b"}, "data.text_column is 'a', but rows of"),
-        ("generation", {"label_column": "a"}, "data.label_column is 'a', but rows of"),
-        ("generation", {"format": "messages", "prompt_column": "a"}, "rows of messages have other columns"),
-        ("generation", {"format": "instruction", "completion_column": "a"}, "none that can be named"),
-        ("generation", {"messages_column": "a", "text_column": "b"}, "data.text_column is 'b', but rows of messages"),
-        ("classification", {"prompt_column": "a"}, "rows of classification have other columns: data.text_column and"),
-        ("classification", {"messages_column": "a"}, "data.messages_column is 'a', but"),
+        (
+            "generation",
+            {"text_column": "a", "prompt_column": "b"},
+            "data.text_column and data.prompt_column are set, but no row format of generation reads all of them",
+        ),
+        ("generation", {"label_column": "a"}, "data.label_column is set, but no row format of generation reads it"),
+        (
+            "generation",
+            {"format": "messages", "prompt_column": "a"},
+            "data.prompt_column is 'a', but the row format messages does not read it; it reads data.messages_column",
+        ),
+        (
+            "generation",
+            {"format": "instruction", "completion_column": "a"},
+            "data.completion_column is 'a', but the row format instruction does not read it",
+        ),
+        ("generation", {"messages_column": "a", "text_column": "b"}, "data.messages_column are set, but no row format"),
+        (
+            "classification",
+            {"prompt_column": "a"},
+            "data.prompt_column is 'a', but the row format text_label does not read it; it reads data.text_column and",
+        ),
+        (
+            "classification",
+            {"messages_column": "a"},
+            "data.messages_column is 'a', but the row format text_label does not read it",
+        ),
     ],
 )
 def test_columns_that_are_not_read_are_refused(

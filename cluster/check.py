@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from cluster.shape import shape
 from jobs import fields
+from jobs.adapters import adapter_refusal
+from jobs.arms import own_job, search_job
 from jobs.assets import PREFIX, asset
 from jobs.data_files import DATA_SUFFIXES, data_suffix
 from jobs.deepspeed import contradictions
@@ -17,13 +18,24 @@ from jobs.errors import AssetError, DataError, JobFileError, Problem
 from jobs.hub import check_whole, model_config, model_folder
 from jobs.identity import ADAPTER_FILES, encoders_of, models_of
 from jobs.load import LoadedJob
+from jobs.model_kinds import (
+    HEAD_NAMES,
+    classification_refusal,
+    generation_refusal,
+    has_transposed_layers,
+    is_causal,
+    learnt_positions,
+    length_refusal,
+    model_type,
+    text_config,
+    tied_refusal,
+    tied_targets,
+)
 from jobs.own_metrics import wrong
 from jobs.rows import split_files
 from jobs.spec import JobSpec
 from jobs.support import prompt_hides_label, prompt_too_long
-
-_TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-"""Model types of transformers whose layers are Conv1D."""
+from jobs.weight_names import is_named, layer_names, weight_shapes
 
 
 def check_names(loaded: LoadedJob, *, whole: bool = True) -> None:
@@ -56,11 +68,21 @@ def _wrong(loaded: LoadedJob, *, whole: bool) -> list[tuple[str, str]]:
             found.append(("data.dataset_name", str(error)))
     for field in ("train_file", "validation_file", "test_file"):
         found += _wrong_file(f"data.{field}", getattr(job.data, field))
-    found += _wrong_strategy(loaded) + _wrong_layers(loaded) + _wrong_metrics(job) + _wrong_arms(job)
-    adapter = job.train.init_adapter
-    if adapter and not all((Path(adapter) / name).is_file() for name in ADAPTER_FILES):
-        found.append(("train.init_adapter", f"train.init_adapter is {adapter}, but there is no PEFT adapter in it"))
-    return found
+    found += _wrong_strategy(loaded) + _wrong_models(loaded) + _wrong_metrics(job) + _wrong_arms(job)
+    return found + _wrong_adapter(job)
+
+
+def _wrong_adapter(job: JobSpec) -> list[tuple[str, str]]:
+    """What is against the adapter that is continued."""
+    field, adapter = "train.init_adapter", job.train.init_adapter
+    if not adapter:
+        return []
+    folder = Path(adapter)
+    if not all((folder / name).is_file() for name in ADAPTER_FILES):
+        return [(field, f"{field} is {adapter}, but there is no PEFT adapter in it")]
+    config = model_config(job.model.model_name_or_path, job.model.revision)
+    sentence = adapter_refusal(folder, job.method, config, field)
+    return [(field, sentence)] if sentence else []
 
 
 def _wrong_metrics(job: JobSpec) -> list[tuple[str, str]]:
@@ -92,6 +114,11 @@ def _wrong_arms(job: JobSpec) -> list[tuple[str, str]]:
         missing = [file for file in wanted if not (folder / file).is_file()]
         if missing:
             found.append((field, f"{field} is {folder}, but there is no {missing[0]} in it"))
+        elif arm.method != "full":
+            model = own_job(job, name).model
+            config = model_config(model.model_name_or_path, model.revision)
+            sentence = adapter_refusal(folder, str(arm.method), config, field)
+            found += [(field, sentence)] if sentence else []
     return found
 
 
@@ -124,24 +151,116 @@ def _wrong_strategy(loaded: LoadedJob) -> list[tuple[str, str]]:
     return found
 
 
-def _wrong_layers(loaded: LoadedJob) -> list[tuple[str, str]]:
-    """What the model's kind of layers cannot do, where its config is on this machine."""
+def _wrong_models(loaded: LoadedJob) -> list[tuple[str, str]]:
+    """What a job and its arms ask of models that their configs say they cannot do."""
     job = loaded.job
+    own = _wrong_model(job)
+    searched = job.search.parameters if job.search else {}
+    found = [(f"search.parameters.{field}" if field in searched else field, sentence) for field, sentence in own]
+    for where, arm_job in _arm_jobs(job):
+        of_arm = [one for one in _wrong_model(arm_job) if one not in own]
+        found += [(where, f"{where}: {sentence}") for _, sentence in of_arm]
+    return found
+
+
+def _arm_jobs(job: JobSpec) -> list[tuple[str, JobSpec]]:
+    """Each arm that sets something of its own, with its place in the file."""
+    if job.compare is None:
+        return []
+    names = [name for name, arm in job.compare.arms.items() if arm.set or arm.method != job.method or arm.parameters]
+    return [
+        (f"compare.arms.{name}", search_job(job, name, None) if job.compare.arms[name].trains else own_job(job, name))
+        for name in names
+    ]
+
+
+def _wrong_model(job: JobSpec) -> list[tuple[str, str]]:
+    """What the config of a job's model says against the job, by field; nothing where it is not on this machine."""
+    name = job.model.model_name_or_path
+    config = model_config(name, job.model.revision)
+    if not config:
+        return []
+    refusal = generation_refusal if job.generates else classification_refusal
+    sentence = refusal(config, name)
+    if sentence:
+        return [("model.model_name_or_path", sentence)]
+    return _too_long(job, config) + _wrong_layers(job, config) + _wrong_targets(job, config)
+
+
+def _too_long(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows, or a learnt prompt before them, for which the model has no positions."""
+    name, field = job.model.model_name_or_path, "model.max_length"
+    longest = max(_possible(job, field))
+    sentence = length_refusal(config, name, longest)
+    if sentence:
+        return [(field, sentence)]
+    if "prompt_tuning" not in _possible(job, "method"):
+        return []
+    tokens = "prompt_tuning.num_virtual_tokens"
+    too_long = prompt_too_long(max(_possible(job, tokens)), longest, name, learnt_positions(config))
+    found = [(tokens, too_long)] if too_long else []
+    if job.task == "classification" and is_causal(config):
+        found.append(("method", prompt_hides_label(name)))
+    return found
+
+
+def _wrong_layers(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the model's kind of layers cannot do."""
     methods = _possible(job, "method")
-    if "prompt_tuning" in methods:
-        found = _wrong_prompt(job)
-        if found:
-            return found
     if not {"lora", "qlora"} & set(methods) or "olora" not in _possible(job, "lora.init_lora_weights"):
         return []
-    kind = (model_config(job.model.model_name_or_path, job.model.revision) or {}).get("model_type")
-    if kind not in _TRANSPOSED:
+    if not has_transposed_layers(config):
         return []
     sentence = (
-        f"lora.init_lora_weights is olora, but the matrices of {job.model.model_name_or_path} ({kind}) are stored "
-        "transposed (Conv1D), which PEFT's OLoRA does not turn; use pissa or default"
+        f"lora.init_lora_weights is olora, but the matrices of {job.model.model_name_or_path} "
+        f"({model_type(config)}) are stored transposed (Conv1D), which PEFT's OLoRA does not turn; use pissa or default"
     )
     return [("lora.init_lora_weights", sentence)]
+
+
+_TARGETS = "lora.lora_target_modules"
+
+
+def _wrong_targets(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Layers that get an adapter and that the model does not have, or has twice."""
+    if not {"lora", "qlora"} & set(_possible(job, "method")):
+        return []
+    found = []
+    layers = _layers_of(job, config)
+    for value in _possible(job, _TARGETS):
+        names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
+        if names == ("all-linear",):
+            continue
+        tied = tied_targets(names, config) if job.generates else []
+        if tied:
+            found.append((_TARGETS, tied_refusal(tied, job.model.model_name_or_path)))
+        unknown = [name for name in names if layers and not any(is_named(path, (name,)) for path in layers)]
+        if unknown:
+            last = sorted({path.rpartition(".")[2] for path in layers if not path.rpartition(".")[2].isdigit()})
+            near = fields.closest(unknown[0], last)
+            hint = f"did you mean {near!r}?" if near else f"it has {', '.join(last[:_MOST_LAYERS])}"
+            sentence = f"{_TARGETS} has {unknown[0]!r}, but {job.model.model_name_or_path} has no such layer; {hint}"
+            found.append((_TARGETS, sentence))
+    return found
+
+
+_MOST_LAYERS = 16
+
+
+def _layers_of(job: JobSpec, config: dict[str, Any]) -> set[str]:
+    """Return the layers that a model's weights name; empty where they are not here, or are named otherwise when loaded.
+
+    transformers puts the experts of a mixture together under other names than a checkpoint has.
+    """
+    if any("expert" in key for key in text_config(config)):
+        return set()
+    try:
+        folder = model_folder(job.model.model_name_or_path, job.model.revision)
+    except AssetError:
+        return set()
+    layers = layer_names(weight_shapes(folder))
+    heads = HEAD_NAMES if job.generates else {"classifier", "score"}
+    return layers | heads if layers else set()
 
 
 def _possible(job: JobSpec, path: str) -> list[Any]:
@@ -150,23 +269,6 @@ def _possible(job: JobSpec, path: str) -> list[Any]:
     if searched is None or searched.expression is not None:
         return [fields.get(job.model_dump(), path)]
     return list(searched.values) if searched.values is not None else [searched.min, searched.max]
-
-
-def _wrong_prompt(job: JobSpec) -> list[tuple[str, str]]:
-    """A learnt prompt that the model has no room for, or behind which it does not find its label."""
-    name = job.model.model_name_or_path
-    known = shape(model_config(name, job.model.revision) or {})
-    if known is None:
-        return []
-    field = "prompt_tuning.num_virtual_tokens"
-    found = []
-    too_long = prompt_too_long(max(_possible(job, field)), job.model.max_length, name, known.positions)
-    if too_long:
-        searched = job.search is not None and field in job.search.parameters
-        found.append((f"search.parameters.{field}" if searched else field, too_long))
-    if job.task == "classification" and known.family != "bert":
-        found.append(("method", prompt_hides_label(name)))
-    return found
 
 
 def _unknown_asset(field: str, name: str, kind: str) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -99,8 +100,9 @@ def init(
     columns = _columns(train_file, task, given)
     data = {"train_file": train_file, "validation_file": validation_file, "test_file": test_file}
     base = _relative_model(model, output) if model else _MODELS[task]
-    text = _draft(name, task, base, data, columns, output, "")
-    loaded = load_text(text, output)
+    draft = partial(_draft, name, task, base, data, columns, output)
+    length = _max_length(task, load_text(draft(_LENGTH[task], ""), output).job)
+    loaded = load_text(draft(length, ""), output)
     check_names(loaded)
     rows = load_rows(loaded.job)
     for warning in rows.warnings:
@@ -108,7 +110,7 @@ def init(
     counts = f"{len(rows.train):,} training, {len(rows.validation):,} validation, {len(rows.test):,} test rows"
     if rows.labels:
         counts += f"; {len(rows.labels)} labels"
-    text = _draft(name, task, base, data, columns, output, counts, _max_t(_examples(loaded.job, rows), loaded.job))
+    text = draft(length, counts, _max_t(_examples(loaded.job, rows), loaded.job))
     load_text(text, output)
     files.write_text(output, text)
     typer.echo(f"{output}  ({counts})")
@@ -226,6 +228,16 @@ def _max_t(train_rows: int, job: JobSpec) -> int:
     return max(batch * 9, min(2 * train_rows, 10_000) // batch * batch)
 
 
+def _max_length(task: TaskName, job: JobSpec) -> int:
+    """Return the longest row for a task, or the model's learnt positions where they are fewer."""
+    from jobs.hub import model_config
+    from jobs.model_kinds import learnt_positions
+
+    config = model_config(job.model.model_name_or_path, job.model.revision)
+    positions = learnt_positions(config) if config else 0
+    return min(_LENGTH[task], positions or _LENGTH[task])
+
+
 def _draft(
     name: str,
     task: TaskName,
@@ -233,6 +245,7 @@ def _draft(
     data: dict[str, Path | None],
     columns: dict[str, str],
     output: Path,
+    max_length: int,
     counts: str,
     max_t: int = 2000,
 ) -> str:
@@ -247,7 +260,7 @@ task: {task.value}                     # {" | ".join(TaskName)}
 
 model:
   model_name_or_path: {_quoted(model)}   # a hub id, a folder, or asset:NAME (`lorafleet fetch --list`)
-  max_length: {_LENGTH[task]}                     # tokens; longer rows are cut, and counted in a warning
+  max_length: {max_length}                     # tokens; longer rows are cut, and counted in a warning
 
 data:                                 # {counts}
 {chr(10).join(lines)}

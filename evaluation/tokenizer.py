@@ -43,6 +43,11 @@ def read_tokenizer(name: str, folder: Path, *, trust_remote_code: bool = False) 
     return tokenizer
 
 
+def padding_id(tokenizer: Any) -> int:
+    """Return the id that rows are padded with."""
+    return int(tokenizer.pad_token_id or 0)
+
+
 def chat_format(job: JobSpec) -> ChatFormat:
     """Return the chat format of a job's model: its tokenizer, with the chat template and variables of the job.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.tokenizer import chat_format
+from evaluation.tokenizer import chat_format, padding_id
 from jobs import files
 from jobs.answer_frame import THINKING, AnswerFrame
 from jobs.assets import cache_dir
@@ -26,8 +26,9 @@ from jobs.chat_template import TemplateRefusal
 from jobs.conversation import Message
 from jobs.encoding import RowEncoder
 from jobs.errors import DataError
-from jobs.hub import model_revision
+from jobs.hub import model_config, model_revision
 from jobs.identity import prompt_format
+from jobs.model_kinds import stated_labels
 from jobs.row_formats import Row
 from jobs.rows import Rows, file_of_split, load_rows, split_files
 from jobs.spec import JobSpec
@@ -311,6 +312,7 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
         digests[name] = _digest(records)
         if name in _JUDGED:
             files.write_jsonl(folder / f"{name}-rows.jsonl", _with_answers(records, answers))
+    warnings += _head_note(job, len(rows.labels))
     systems = system_messages(rows) if job.generates else set()
     conversations = any(row.messages for row in rows.train)
     source = chat.template.source if conversations else ""
@@ -318,7 +320,7 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
         "labels": list(rows.labels),
         "warnings": warnings + (template_notes(chat, systems) if conversations else []),
         "chosen_on_test": rows.chosen_on_test,
-        "pad_id": int(chat.tokenizer.pad_token_id or 0),
+        "pad_id": padding_id(chat.tokenizer),
         "rows_sha256": digests,
         "ends": list(dict.fromkeys([*chat.ends, *ends_seen])) if conversations else chat.model_ends,
         "frame": chat.frame.as_dict() if conversations else None,
@@ -328,6 +330,16 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
         "counts": counts,
     }
     files.write_json(folder / "meta.json", meta)
+
+
+def _head_note(job: JobSpec, classes: int) -> list[str]:
+    """Say that a base's own classification head does not have the classes of the rows."""
+    spec = job.model
+    own = stated_labels(model_config(spec.model_name_or_path, spec.revision) or {})
+    if job.generates or own in (None, classes):
+        return []
+    name = spec.model_name_or_path
+    return [f"{name} has a classification head for {own} classes, and the rows have {classes}: a new head is drawn"]
 
 
 def _with_answers(records: list[dict[str, Any]], answers: Sequence[str] | None) -> list[dict[str, Any]]:

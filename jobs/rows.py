@@ -16,10 +16,13 @@ from jobs.errors import AssetError, DataError
 from jobs.hub import HubName, dataset_folder
 from jobs.row_formats import BadRow, Row, convert, row_format
 from jobs.spec import DataFormat, DataSpec, JobSpec
+from jobs.splits import hold_back
 from jobs.words import counted
 
 _MOST_SHOWN = 10
 _MAX_KEYS_NAMED = 12
+_FEWEST_TO_HALVE = 4
+"""Validation rows of which some can be held back for a test."""
 
 
 @dataclass(frozen=True)
@@ -174,18 +177,16 @@ def _three_splits(data: DataSpec, read: dict[str, list[Row]], warnings: list[str
     train = read["train"]
     validation, test = read.get("validation"), read.get("test")
     if validation is None:
-        validation, train = _held_back(train, data.validation_fraction, data.split_seed)
+        if len(train) < 2:
+            raise DataError("there is one training row: none can be held back; give data.validation_file")
+        validation, train = hold_back(train, data.validation_fraction, data.split_seed, "data.validation_fraction")
         warnings.append(f"no validation set: {_are(len(validation), 'of the training rows')} held back for it")
-    if not validation or not train:
-        raise DataError(
-            "there are too few training rows with different prompts to hold any back for validation; give "
-            "data.validation_file"
-        )
-    if test is None and len(validation) >= 4:
-        held, left = _held_back(validation, data.test_fraction, data.split_seed + 1)
-        if left:  # rows of one text stay together, and may be all that there are
-            test, validation = held, left
+    if test is None and len(validation) >= _FEWEST_TO_HALVE:
+        try:
+            test, validation = hold_back(validation, data.test_fraction, data.split_seed + 1, "data.test_fraction")
             warnings.append(f"no test set: {_are(len(test), 'of the validation rows')} held back for it")
+        except DataError as impossible:  # rows of one text stay together, and may be all that there are
+            warnings.append(str(impossible))
     if not test:
         warnings.append("no test set and too few validation rows to hold any back: results are optimistic")
     return {
@@ -193,25 +194,6 @@ def _three_splits(data: DataSpec, read: dict[str, list[Row]], warnings: list[str
         "validation": _drawn(validation, data.max_validation_samples, data.split_seed),
         "test": _drawn(test or [], data.max_test_samples, data.split_seed),
     }
-
-
-def _held_back(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(held back, left): a seeded draw; equal rows stay together, so that none is on both sides."""
-    groups: dict[Row, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.question, []).append(row)
-    keys = list(groups)
-    random.Random(seed).shuffle(keys)
-    wanted = max(1, round(len(rows) * share))
-    held: set[Row] = set()
-    count = 0
-    for key in keys:
-        if count >= wanted:
-            break
-        held.add(key)
-        count += len(groups[key])
-    kept = [row for key in groups if key not in held for row in groups[key]]
-    return [row for key in groups if key in held for row in groups[key]], kept
 
 
 def _drawn(rows: list[Row], most: int | None, seed: int) -> list[Row]:

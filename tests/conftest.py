@@ -80,7 +80,7 @@ def question_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return files
 
 
-def _tokenizer(folder: Path, **special: str) -> int:
+def word_tokenizer(folder: Path, **special: str) -> int:
     """A word-level tokenizer of the tests' words; returns the size of its vocabulary."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -100,7 +100,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("tiny-bert")
-    size = _tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    size = word_tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=size, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
@@ -115,7 +115,7 @@ def _decoder(folder: Path, kind: str, **shape: Any) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    size = _tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]")
+    size = word_tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]")
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, vocab_size=size, pad_token_id=0, bos_token_id=2, eos_token_id=3, **shape)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)

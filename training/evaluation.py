@@ -19,6 +19,7 @@ from evaluation.text_metrics import text_metrics
 from evaluation.tokens import TokenData, row_encoder
 from jobs.errors import UserError
 from jobs.hub import model_folder
+from jobs.model_kinds import learnt_positions
 from jobs.spec import JobSpec
 from training.data import evaluation_batches, make_batch
 from training.loss import LossModule
@@ -186,7 +187,8 @@ def _answers(
 
 def room_for_prompts(model: Any, job: JobSpec, new: int) -> int:
     """Tokens that a prompt may have before `new` tokens of an answer. Raises UserError when they leave it none."""
-    positions = int(getattr(model.config, "max_position_embeddings", None) or 0)
+    config = model.config.to_dict()
+    positions = learnt_positions(config) or int(getattr(model.config, "max_position_embeddings", None) or 0)
     learnt = job.prompt_tuning.num_virtual_tokens if job.method == "prompt_tuning" else 0
     if not positions:
         return job.model.max_length

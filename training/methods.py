@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import warnings
 from pathlib import Path
@@ -12,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from jobs.adapters import adapter_refusal
 from jobs.errors import UserError
 from jobs.identity import ADAPTER_FILES
+from jobs.model_kinds import learnt_positions, tied_refusal
 from jobs.spec import JobSpec
 from jobs.support import prompt_hides_label, prompt_too_long
-from training.model import HEADS, Base, fresh_heads, load_tokenizer, safetensors_folder
+from jobs.weight_names import is_named
+from training.model import HEADS, PEFT_HEADS, Base, fresh_heads, load_tokenizer, safetensors_folder
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-_PEFT_TYPES = {"lora": "LORA", "qlora": "LORA", "prompt_tuning": "PROMPT_TUNING"}
 _PROMPT = ("prompt_encoder.default.embedding.weight", "prompt_embeddings")
 """A learnt prompt's name in the model and in PEFT's file."""
 
@@ -42,18 +43,16 @@ def attach(job: JobSpec, base: Base) -> nn.Module:
         base.spent = True
         base.model.requires_grad_(True)
         return base.model
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if job.train.init_adapter:
-            _check_kind(job, Path(job.train.init_adapter))
-            adapted: PeftModel = PeftModel.from_pretrained(base.model, job.train.init_adapter, is_trainable=True)
-            return adapted
-        config = _prompt_config(job, base) if job.method == "prompt_tuning" else _lora_config(job)
+            return _continued(job, base, Path(job.train.init_adapter))
+        config = _prompt_config(job, base) if job.method == "prompt_tuning" else _lora_config(job, base)
         base.spent = base.spent or job.changes_base
         try:
-            return get_peft_model(base.model, config)
+            return _with_all_targets(job, get_peft_model(base.model, config))
         except ValueError as error:
             raise UserError(f"lora.lora_target_modules is {job.lora.lora_target_modules!r}, but {error}") from error
         except RuntimeError as error:
@@ -65,12 +64,42 @@ def attach(job: JobSpec, base: Base) -> nn.Module:
             ) from error
 
 
-def _lora_config(job: JobSpec) -> PeftConfig:
+def _continued(job: JobSpec, base: Base, folder: Path) -> nn.Module:
+    """Return the base with an adapter that is trained on, with the job's dropout."""
+    from peft import PeftConfig, PeftModel
+
+    for name in ADAPTER_FILES:
+        if not (folder / name).is_file():
+            raise UserError(f"train.init_adapter is {folder}, but there is no {name} in it")
+    wrong = adapter_refusal(folder, job.method, base.model.config.to_dict(), "train.init_adapter")
+    if wrong:
+        raise UserError(wrong)
+    config = PeftConfig.from_pretrained(str(folder))
+    if hasattr(config, "lora_dropout"):
+        config.lora_dropout = job.lora.lora_dropout
+    adapted: PeftModel = PeftModel.from_pretrained(base.model, str(folder), is_trainable=True, config=config)
+    return adapted
+
+
+def _with_all_targets(job: JobSpec, model: PeftModel) -> PeftModel:
+    """Return the model. Raises UserError for a name in `lora_target_modules` that PEFT found no layer of."""
+    names = job.lora.lora_target_modules
+    if job.adapts_with_lora and not isinstance(names, str):
+        unknown = [name for name in names if not any(is_named(path, (name,)) for path in model.targeted_module_names)]
+        if unknown:
+            kind = type(model.get_base_model()).__name__
+            raise UserError(f"lora.lora_target_modules has {unknown[0]!r}, but {kind} has no such layer")
+    return model
+
+
+def _lora_config(job: JobSpec, base: Base) -> PeftConfig:
     from peft import LoraConfig
 
     lora = job.lora
     wanted = lora.lora_target_modules
+    _refuse_tied(job, base)
     return LoraConfig(
+        modules_to_save=_saved_modules(base),
         task_type=_task_type(job),
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
@@ -91,10 +120,16 @@ def _prompt_config(job: JobSpec, base: Base) -> PeftConfig:
 
     spec = job.prompt_tuning
     # Validation says both for kinds of models that it knows; here the model itself is asked.
-    most = getattr(base.model.config, "max_position_embeddings", None) or 0
+    most = learnt_positions(base.model.config.to_dict())
     wrong = prompt_too_long(spec.num_virtual_tokens, job.model.max_length, type(base.model).__name__, most)
     if job.task == "classification" and hasattr(base.model, "score"):
         wrong = prompt_hides_label(type(base.model).__name__)
+    outside = [path for path in base.drawn if not any(name in path for name in PEFT_HEADS)]
+    if outside:
+        wrong = (
+            f"method is prompt_tuning, but the checkpoint has no weights for {outside[0]} of "
+            f"{type(base.model).__name__}, which a learnt prompt does not train or save; use lora or full"
+        )
     if wrong:
         raise UserError(wrong)
     text = {}
@@ -107,14 +142,36 @@ def _prompt_config(job: JobSpec, base: Base) -> PeftConfig:
     return PromptTuningConfig(task_type=_task_type(job), num_virtual_tokens=spec.num_virtual_tokens, **text)
 
 
-def _check_kind(job: JobSpec, folder: Path) -> None:
-    """Raise UserError unless a folder holds a PEFT adapter in safetensors, of the kind that the job's method trains."""
-    for name in ADAPTER_FILES:
-        if not (folder / name).is_file():
-            raise UserError(f"train.init_adapter is {folder}, but there is no {name} in it")
-    kind = json.loads((folder / ADAPTER_FILES[0]).read_text()).get("peft_type")
-    if kind != _PEFT_TYPES[job.method]:
-        raise UserError(f"train.init_adapter is {folder}, which is of type {kind}, but method is {job.method}")
+def _refuse_tied(job: JobSpec, base: Base) -> None:
+    """Raise UserError where an adapter would go on a matrix that is the embedding and the output head at once."""
+    names = job.lora.lora_target_modules
+    model = base.model
+    head = model.get_output_embeddings() if job.generates else None
+    if isinstance(names, str) or head is None or head.weight is not model.get_input_embeddings().weight:
+        return
+    shared = (head, model.get_input_embeddings())
+    paths = [path for path, module in model.named_modules() if any(module is one for one in shared)]
+    tied = [name for name in names if any(is_named(path, (name,)) for path in paths)]
+    if tied:
+        raise UserError(tied_refusal(tied, job.model.model_name_or_path))
+
+
+def _saved_modules(base: Base) -> list[str] | None:
+    """Return what is trained whole and saved with the adapter, beside the heads that PEFT saves by itself.
+
+    That is what is drawn anew: a head's inner layer, or a pooler that the checkpoint lacks. Frozen or under an adapter
+    it would be random again, and otherwise, wherever the adapter is loaded.
+    """
+    modules = [path for path, _ in base.model.named_modules()]
+    heads = [name for name in HEADS if name not in PEFT_HEADS and hasattr(base.model, name)]
+    saved = [*heads, *base.drawn]
+    for path in saved:
+        if sum(one.endswith(path) for one in modules) > 1:  # PEFT goes by the end of a name
+            raise UserError(
+                f"the checkpoint has no weights for {path} of {type(base.model).__name__}, and PEFT cannot save them "
+                "with an adapter; use method: full, or a checkpoint that was trained as a classifier"
+            )
+    return saved or None
 
 
 def detach(base: Base, model: nn.Module) -> None:
@@ -243,6 +300,9 @@ def load_weights(job: JobSpec, base: Base, folder: Path) -> nn.Module:
         return base.model
     from peft import PeftModel
 
+    wrong = adapter_refusal(folder, job.method, base.model.config.to_dict(), "the adapter")
+    if wrong:
+        raise UserError(wrong)
     fresh_heads(base, job.train.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

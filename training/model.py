@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -14,18 +15,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from evaluation.tokenizer import quiet_libraries, read_tokenizer
+from evaluation.tokenizer import padding_id, quiet_libraries, read_tokenizer
 from jobs import files
 from jobs.errors import AssetError, UserError
 from jobs.hub import converted_folder, lacks_weights, model_folder, refuse
+from jobs.model_kinds import classification_refusal, generation_refusal, is_causal, length_refusal
 from jobs.spec import JobSpec
 from jobs.stage import staged
+from jobs.weight_names import weight_shapes
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HEADS = ("classifier", "score", "pre_classifier", "classification_head")
 """Names under which transformers keeps the layers that a classifier adds to a base."""
+
+PEFT_HEADS = ("classifier", "score")
+"""Those that PEFT trains and saves with an adapter of a classifier by itself."""
 
 _LOAD_SEED = 0
 _BLOCK = 64
@@ -43,7 +49,9 @@ class Base:
     dtype: torch.dtype = torch.float32
     """Number format of its weights that are not quantised."""
     own_head: bool = False
-    """Whether the checkpoint has a classification head, which it was trained with."""
+    """Whether the checkpoint has a classification head for the job's classes, which it was trained with."""
+    drawn: tuple[str, ...] = ()
+    """Modules beside the head that the checkpoint lacks (a pooler): drawn anew for each trial, as heads are."""
     spent: bool = False
     """Whether a method has written to its weights: no other session may have it."""
 
@@ -92,27 +100,29 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
 
     spec = job.model
     folder = safetensors_folder(spec.model_name_or_path, spec.revision)
+    _check_kind(job, folder)
     options: dict[str, Any] = {
         "dtype": weight_dtype(job, device),
         "trust_remote_code": spec.trust_remote_code,
         "use_safetensors": True,
+        "output_loading_info": True,
     }
     if spec.attn_implementation != "auto":
         options["attn_implementation"] = spec.attn_implementation
     if job.task == "classification":
-        options["num_labels"] = labels
+        options |= {"num_labels": labels, "ignore_mismatched_sizes": True}  # the head's; others are refused below
     if job.method == "qlora":
-        options |= {"quantization_config": _quantization(job, device), "device_map": {"": device}}
+        options |= {"quantization_config": _quantization(job, device, folder), "device_map": {"": device}}
     loader = AutoModelForSequenceClassification if job.task == "classification" else AutoModelForCausalLM
     torch.manual_seed(_LOAD_SEED)
     try:
         with quiet_libraries():
-            model = loader.from_pretrained(folder, **options)
-    except (OSError, ValueError, ImportError) as error:
+            model, loading = loader.from_pretrained(folder, **options)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise AssetError(f"{spec.model_name_or_path} cannot be loaded for {job.task}: {error}") from error
-    if model.config.pad_token_id is None:
-        tokenizer = load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)
-        model.config.pad_token_id = tokenizer.pad_token_id
+    drawn = _drawn_anew(model, loading, spec.model_name_or_path, classifies=not job.generates)
+    _refuse_packed(model, drawn)
+    _settle_padding(job, model)
     model.config.use_cache = False
     if job.method == "qlora" and device.type == "cpu":
         _settle_4bit_on_cpu(model, spec.model_name_or_path)
@@ -120,8 +130,85 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
     model.requires_grad_(False)
     if job.method != "qlora" and not sharded:  # quantised weights are on their device already
         model.to(device)
-    own_head = not job.generates and _has_head(folder)
-    return Base(model, device, base_key(job, labels), dtype=weight_dtype(job, device), own_head=own_head)
+    own_head = not job.generates and _has_head(folder) and not any(_is_head(path) for path in drawn)
+    beside = tuple(path for path in drawn if not _is_head(path))
+    return Base(model, device, base_key(job, labels), weight_dtype(job, device), own_head, beside)
+
+
+def _check_kind(job: JobSpec, folder: Path) -> None:
+    """Raise UserError for a model that cannot do the job's task, or whose positions are too few.
+
+    `lorafleet validate` says the same; here it is asked once more, of models that were not on that machine.
+    """
+    name = job.model.model_name_or_path
+    config = json.loads((folder / "config.json").read_text())
+    refusal = generation_refusal if job.generates else classification_refusal
+    wrong = refusal(config, name) or length_refusal(config, name, job.model.max_length)
+    if wrong:
+        raise UserError(wrong)
+
+
+def _settle_padding(job: JobSpec, model: PreTrainedModel) -> None:
+    """Have a decoder look for the padding that rows get.
+
+    Its classifier reads the class off the last token that is not padding, by the id in its config; with another one, or
+    none, it would read padding. An encoder's id stays: RoBERTa counts its positions from it.
+    """
+    config = model.config.get_text_config()
+    if config.pad_token_id is not None and (job.generates or not is_causal(model.config.to_dict())):
+        return
+    spec = job.model
+    tokenizer = load_tokenizer(spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code)
+    model.config.pad_token_id = config.pad_token_id = padding_id(tokenizer)
+
+
+def _drawn_anew(model: PreTrainedModel, loading: Mapping[str, Any], name: str, *, classifies: bool) -> tuple[str, ...]:
+    """Return the paths of the modules whose weights the checkpoint lacks, or has in another size.
+
+    Raises AssetError where those are not a classifier's head or pooler: the model would be random there.
+    """
+    mismatched = {one[0] if isinstance(one, tuple) else one for one in loading["mismatched_keys"]}
+    lost = set(loading["missing_keys"]) | mismatched
+    inside = f"{model.base_model_prefix}."
+    paths: dict[str, None] = {}
+    for key in sorted(lost):
+        path = _lost_as_a_whole(model, key, lost)
+        may_be_new = not key.startswith(inside) or "pool" in path
+        if not classifies or not may_be_new:
+            what = "in another size than its config says" if key in mismatched else "not in its files"
+            more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+            raise AssetError(
+                f"model.model_name_or_path is {name}, but {key}{more} of {type(model).__name__} is {what}: it is a "
+                "checkpoint of another kind, or not whole, and would be random there"
+            )
+        paths[path] = None
+    return tuple(paths)
+
+
+def _refuse_packed(model: PreTrainedModel, drawn: Sequence[str]) -> None:
+    """Raise UserError where bitsandbytes has packed what is to be trained."""
+    for path in drawn:
+        kinds = {type(module).__name__ for module in model.get_submodule(path).modules()}
+        if kinds & {"Linear4bit", "Linear8bitLt"}:
+            raise UserError(
+                f"method is qlora, but the checkpoint has no weights for {path} of {type(model).__name__}, which must "
+                "be trained and cannot be quantised; use lora"
+            )
+
+
+def _lost_as_a_whole(model: nn.Module, key: str, lost: set[str]) -> str:
+    """Return the path of the outermost module with this weight of which nothing was found."""
+    parts = key.split(".")
+    for depth in range(1, len(parts)):
+        path = ".".join(parts[:depth])
+        names = {f"{path}.{name}" for name, _ in model.get_submodule(path).named_parameters()}
+        if names <= lost:
+            return path
+    return key
+
+
+def _is_head(path: str) -> bool:
+    return path.partition(".")[0] in HEADS
 
 
 def _let_go_of_the_file(model: nn.Module) -> None:
@@ -168,7 +255,7 @@ def check_class_order(named: Mapping[Any, str], labels: Sequence[str], what: str
 
 
 def fresh_heads(base: Base, seed: int, *, full: bool = False) -> None:
-    """Give the base a new classification head, drawn from `seed` alone.
+    """Give the base a new classification head, and what else its checkpoint lacks, drawn from `seed` alone.
 
     It is in float32, as every adapter is beside which it is trained, or (`full`) in the base's own number format.
 
@@ -177,17 +264,15 @@ def fresh_heads(base: Base, seed: int, *, full: bool = False) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     spread = getattr(base.model.config, "initializer_range", 0.02)
-    for name in HEADS:
-        head = getattr(base.model, name, None)
-        if head is None:
-            continue
-        for module in head.modules():
-            if isinstance(module, nn.Linear):
-                weight = torch.empty(module.weight.shape).normal_(0.0, spread, generator=generator)
-                kind = {"device": module.weight.device, "dtype": base.model.dtype if full else torch.float32}
-                module.weight = nn.Parameter(weight.to(**kind), requires_grad=False)
-                if module.bias is not None:
-                    module.bias = nn.Parameter(torch.zeros(module.bias.shape, **kind), requires_grad=False)
+    dtype = base.model.dtype if full else torch.float32
+    heads = [getattr(base.model, name, None) for name in HEADS]
+    for head in (*heads, *(base.model.get_submodule(path) for path in base.drawn)):
+        for module in head.modules() if head is not None else ():
+            for name, old in list(module.named_parameters(recurse=False)):
+                values = torch.zeros(old.shape) if name == "bias" else torch.ones(old.shape)
+                if old.dim() > 1:
+                    values.normal_(0.0, spread, generator=generator)
+                setattr(module, name, nn.Parameter(values.to(device=old.device, dtype=dtype), requires_grad=False))
 
 
 def safetensors_folder(name: str, revision: str | None) -> Path:
@@ -240,12 +325,15 @@ def _settle_4bit_on_cpu(model: PreTrainedModel, name: str) -> None:
             )
 
 
-def _quantization(job: JobSpec, device: torch.device) -> BitsAndBytesConfig:
-    """How bitsandbytes packs the frozen matrices; heads stay as they are, since they are trained."""
+def _quantization(job: JobSpec, device: torch.device, folder: Path) -> BitsAndBytesConfig:
+    """How bitsandbytes packs the frozen matrices; heads, and a pooler that the checkpoint lacks, are trained and stay
+    as they are."""
     from transformers import BitsAndBytesConfig
 
     spec = job.qlora
     kept = [*HEADS, "lm_head", "embed_out"]
+    if not any("pooler" in name for name in weight_shapes(folder)):
+        kept.append("pooler")
     if spec.quant_type == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")  # a line a layer and step

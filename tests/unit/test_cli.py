@@ -290,7 +290,8 @@ def test_gpus_that_torch_cannot_reach_are_said_before_anything_starts(tmp_path: 
     rows = write_rows(tmp_path / "x.jsonl", opinions(60, 4))
     lorafleet("init", "--train-file", rows, cwd=tmp_path, check=True)
     path = f"{fake.parent}:{os.environ['PATH']}"
-    done = lorafleet("sweep", "job.yaml", f"model.model_name_or_path={tiny_bert}", cwd=tmp_path, PATH=path)
+    tiny = (f"model.model_name_or_path={tiny_bert}", "model.max_length=64")
+    done = lorafleet("sweep", "job.yaml", *tiny, cwd=tmp_path, PATH=path)
     assert done.returncode == 2
     assert "driver 550.54" in done.stderr
     assert "torch is a CPU build: pip install 'torch>=2.9,<2.14' --index-url" in done.stderr

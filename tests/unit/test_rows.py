@@ -6,15 +6,20 @@ import gzip
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from jobs.conversation import Message
 from jobs.errors import DataError, JobFileError
 from jobs.load import load_text
+from jobs.row_formats import Row
 from jobs.rows import Rows, load_rows, majority_share
 from jobs.spec import JobSpec
+from jobs.splits import hold_back
 from tests.conftest import write_rows
 
 GOOD_LINE = '{"text": "fine", "label": "a"}\n{"text": "bad", "label": "b"}\n'
@@ -405,3 +410,79 @@ def test_line_separators_inside_a_field_are_part_of_it(tmp_path: Path) -> None:
     lines = [f'"a\x85b\u2028{index}",x' if index % 2 else f"c{index},y" for index in range(30)]
     (tmp_path / "x.csv").write_text("\n".join(["text,label", *lines]) + "\n")
     assert sum(len(rows) for rows in (rows_of(tmp_path / "x.csv").train, rows_of(tmp_path / "x.csv").validation)) >= 28
+
+
+def _asked(prompts: list[str], labels: list[str] | None = None) -> list[Row]:
+    return [Row(text=prompt, label=(labels or ["x"] * len(prompts))[place]) for place, prompt in enumerate(prompts)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_the_split_of_a_classifier_is_scikit_learns(seed: int, share: float) -> None:
+    from sklearn.model_selection import StratifiedShuffleSplit
+
+    random = np.random.default_rng(seed)
+    labels = [f"class {number}" for number in random.choice(5, size=203, p=[0.5, 0.3, 0.1, 0.06, 0.04])]
+    rows = _asked([f"text {place}" for place in range(len(labels))], labels)
+    wanted = round(len(rows) * share)
+    theirs = StratifiedShuffleSplit(1, test_size=wanted, train_size=len(rows) - wanted, random_state=seed)
+    _, test = next(theirs.split(np.zeros(len(rows)), labels))
+    held, left = hold_back(rows, share, seed, "data.validation_fraction")
+    assert {row.text for row in held} == {rows[place].text for place in test}
+    assert len(held) + len(left) == len(rows)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_split_of_texts_is_scikit_learns(seed: int) -> None:
+    from sklearn.model_selection import ShuffleSplit
+
+    rows = _asked([f"text {place}" for place in range(91)])
+    _, test = next(ShuffleSplit(1, test_size=9, random_state=seed).split(rows))
+    held, _ = hold_back(rows, 0.1, seed, "data.validation_fraction")
+    assert {row.text for row in held} == {rows[place].text for place in test}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_large_group_of_equal_prompts_is_not_the_validation_set(seed: int) -> None:
+    rows = _asked([f"text {place}" for place in range(500)] + ["Summarise:"] * 500)
+    held, left = hold_back(rows, 0.1, seed, "data.validation_fraction")
+    assert len(held) == 100
+    assert not {row.text for row in held} & {row.text for row in left}
+
+
+def test_prompts_that_repeat_too_often_are_named(tmp_path: Path) -> None:
+    rows = [{"prompt": "Say it:" if place % 2 else "Sing:", "completion": str(place)} for place in range(100)]
+    path = write_rows(tmp_path / "x.jsonl", rows)
+    with pytest.raises(DataError, match=r"10 of 100 rows, .* 'S\w+.*:' stands in 50 of them: give data.valid"):
+        rows_of(path, task="generation")
+
+
+def test_a_class_of_one_row_stays_in_training() -> None:
+    for seed in range(20):
+        rows = _asked([f"text {place}" for place in range(21)], ["a"] * 10 + ["b"] * 10 + ["rare"])
+        _, left = hold_back(rows, 0.5, seed, "data.validation_fraction")
+        assert "rare" in {row.label for row in left}
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 30), min_size=2, max_size=40),
+    st.floats(0.02, 0.9),
+    st.integers(0, 1000),
+    st.integers(1, 4),
+)
+def test_what_is_held_back_is_near_the_share(sizes: list[int], share: float, seed: int, classes: int) -> None:
+    prompts = [f"p{group}" for group, size in enumerate(sizes) for _ in range(size)]
+    labels = [f"c{int(prompt[1:]) % classes}" for prompt in prompts]
+    rows = _asked(prompts, labels)
+    try:
+        held, left = hold_back(rows, share, seed, "data.validation_fraction")
+    except DataError as error:
+        assert max(sizes) > 1 or len(rows) < 4
+        assert f"stands in {max(sizes)} of them" in str(error)
+        return
+    target = max(1, round(len(rows) * share))
+    assert target / 2 <= len(held) <= 2 * target
+    assert left
+    assert not {row.text for row in held} & {row.text for row in left}
+    assert {row.label for row in left} == set(labels)

@@ -108,8 +108,8 @@ def test_olora_on_transposed_layers_is_refused(llama_job: JobMaker, tiny_gpt2: P
 def test_a_learnt_prompt_must_fit_and_leave_the_label_to_be_found(bert_job: JobMaker, tiny_gpt2: Path) -> None:
     prompt = {"method": "prompt_tuning"}
     check_names(bert_job(**prompt))
-    with pytest.raises(JobFileError, match=r"num_virtual_tokens is 2000 and model\.max_length .* positions for both"):
-        check_names(bert_job(**prompt, prompt_tuning__num_virtual_tokens=2000, model__max_length=2048))
+    with pytest.raises(JobFileError, match=r"num_virtual_tokens is 40 and model\.max_length .* positions for both"):
+        check_names(bert_job(**prompt, prompt_tuning__num_virtual_tokens=40, model__max_length=60))
     with pytest.raises(JobFileError, match="reads its label off the last token"):
         check_names(bert_job(**prompt, model__model_name_or_path=str(tiny_gpt2)))
     searched = "{method: {values: [lora, prompt_tuning]}, PROMPT: {values: [4, %d]}}"

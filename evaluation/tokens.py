@@ -26,9 +26,8 @@ from jobs.chat_template import TemplateRefusal
 from jobs.conversation import Message
 from jobs.encoding import RowEncoder
 from jobs.errors import DataError
-from jobs.hub import model_config, model_revision
+from jobs.hub import model_revision
 from jobs.identity import prompt_format
-from jobs.model_kinds import stated_labels
 from jobs.row_formats import Row
 from jobs.rows import Rows, file_of_split, load_rows, split_files
 from jobs.spec import JobSpec
@@ -312,7 +311,6 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
         digests[name] = _digest(records)
         if name in _JUDGED:
             files.write_jsonl(folder / f"{name}-rows.jsonl", _with_answers(records, answers))
-    warnings += _head_note(job, len(rows.labels))
     systems = system_messages(rows) if job.generates else set()
     conversations = any(row.messages for row in rows.train)
     source = chat.template.source if conversations else ""
@@ -330,16 +328,6 @@ def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
         "counts": counts,
     }
     files.write_json(folder / "meta.json", meta)
-
-
-def _head_note(job: JobSpec, classes: int) -> list[str]:
-    """Say that a base's own classification head does not have the classes of the rows."""
-    spec = job.model
-    own = stated_labels(model_config(spec.model_name_or_path, spec.revision) or {})
-    if job.generates or own in (None, classes):
-        return []
-    name = spec.model_name_or_path
-    return [f"{name} has a classification head for {own} classes, and the rows have {classes}: a new head is drawn"]
 
 
 def _with_answers(records: list[dict[str, Any]], answers: Sequence[str] | None) -> list[dict[str, Any]]:

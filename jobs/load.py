@@ -15,6 +15,7 @@ import yaml
 from pydantic import ValidationError
 
 from jobs import arms, expression, fields, files, search, yaml12
+from jobs.adapters import DROPOUT, fixed_fields, read_config
 from jobs.aliases import DISTRIBUTION_ALIASES, EXPONENT_DISTRIBUTIONS, FIELD_ALIASES, VALUE_ALIASES
 from jobs.errors import JobFileError, Problem
 from jobs.messages import sentences
@@ -155,6 +156,7 @@ def load_text(text: str, path: Path, overrides: tuple[str, ...] = ()) -> LoadedJ
     _choose_format(reading)
     _link(reading)
     _absolute_paths(reading, path.parent)
+    _take_adapter(reading)
     if reading.problems:
         raise JobFileError(str(path), reading.problems)
     job = _validated(reading, path)
@@ -274,10 +276,8 @@ def _translate(reading: _Reading) -> None:
     block = tree.get("search")
     if isinstance(block, dict):
         _translate_parameters(reading, block, _PARAMETERS)
-    arms_of = fields.get(tree, "compare.arms")
-    for name, arm in arms_of.items() if isinstance(arms_of, dict) else ():
-        if isinstance(arm, dict):
-            _translate_parameters(reading, arm, f"compare.arms.{name}.parameters.")
+    for name, arm in _arms_of(tree):
+        _translate_parameters(reading, arm, f"compare.arms.{name}.parameters.")
 
 
 def _translate_key(reading: _Reading, block: str, key: str) -> None:
@@ -482,14 +482,90 @@ def _absolute_paths(reading: _Reading, folder: Path) -> None:
             fields.put(reading.tree, path, _absolute(path, value, folder))
     _read_chat_template(reading, folder)
     _absolute_metrics(reading, folder)
-    arms_of = fields.get(reading.tree, "compare.arms")
-    for arm in arms_of.values() if isinstance(arms_of, dict) else ():
-        if isinstance(arm, dict) and isinstance(arm.get("weights"), str) and arm["weights"]:
+    for _, arm in _arms_of(reading.tree):
+        if isinstance(arm.get("weights"), str) and arm["weights"]:
             arm["weights"] = str((folder / files.in_home(arm["weights"])).absolute())
-        own = arm.get("set") if isinstance(arm, dict) else None
+        own = arm.get("set")
         if isinstance(own, dict):
             paths = {path: own[path] for path in (*_PATH_FIELDS, *_NAME_FIELDS) if own.get(path)}
             own |= {path: _absolute(path, value, folder) for path, value in paths.items() if isinstance(value, str)}
+
+
+_INIT_ADAPTER = "train.init_adapter"
+
+
+def _take_adapter(reading: _Reading) -> None:
+    """Set what an adapter that is continued fixes; refuse what the job sets or searches otherwise."""
+    tree = reading.tree
+    links = tree["linked"] if isinstance(tree.get("linked"), dict) else {}
+    origin = Origin("derived", f"from {_INIT_ADAPTER}")
+    for name, value in _fixed_by(fields.get(tree, _INIT_ADAPTER)).items():
+        own = links.get(name, fields.get(tree, name))
+        _refuse_other(reading, name, own, value, name)
+        for where, parameters in _searches(tree):
+            if name in parameters:
+                sentence = f"{name} is fixed by {_INIT_ADAPTER} at {_as_text(value)}, and cannot be searched"
+                reading.problem(f"{where}.{name}", sentence)
+        if own is None:
+            fields.put(tree, name, value)
+            reading.origins[name] = origin
+    for arm_name, arm in _arms_of(tree):
+        own_settings = arm["set"] if isinstance(arm.get("set"), dict) else {}
+        for name, value in _fixed_by(own_settings.get(_INIT_ADAPTER)).items():
+            _refuse_other(reading, name, own_settings.get(name), value, f"compare.arms.{arm_name}")
+            own_settings[name] = value
+            if name in (arm.get("parameters") or {}):
+                sentence = f"{name} is fixed by the arm's {_INIT_ADAPTER} at {_as_text(value)}, and cannot be searched"
+                reading.problem(f"compare.arms.{arm_name}.parameters.{name}", sentence)
+    for where, parameters in _searches(tree):
+        if _INIT_ADAPTER in parameters:
+            sentence = f"{_INIT_ADAPTER} cannot be searched: give each adapter an arm of its own in compare"
+            reading.problem(f"{where}.{_INIT_ADAPTER}", sentence)
+
+
+def _fixed_by(adapter: Any) -> dict[str, Any]:
+    """Return what an adapter's folder fixes, and its dropout; nothing where it is not on this machine."""
+    config = read_config(Path(adapter)) if isinstance(adapter, str) and adapter else None
+    if config is None:
+        return {}
+    dropout = {DROPOUT: config["lora_dropout"]} if config.get("lora_dropout") is not None else {}
+    return fixed_fields(config) | dropout
+
+
+def _refuse_other(reading: _Reading, name: str, own: Any, value: Any, where: str) -> None:
+    """Add a problem where a job sets another value than its adapter has; its dropout may be another."""
+    if own is None or name == DROPOUT or own == value:
+        return
+    if name == "lora.lora_target_modules" and _names_of(own) == _names_of(value):
+        return
+    sentence = (
+        f"{name} is {_as_text(own)}, but {_INIT_ADAPTER} is an adapter with {_as_text(value)}, which cannot be "
+        "changed: leave the field out"
+    )
+    reading.problem(where, sentence)
+
+
+def _names_of(value: Any) -> list[str]:
+    return sorted(part.strip() for part in value.split(",")) if isinstance(value, str) else sorted(map(str, value))
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return ", ".join(map(str, value)) if isinstance(value, list) else f"{value}"
+
+
+def _searches(tree: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the places that try values of the whole job's fields, with what they try."""
+    places = [("search.parameters", fields.get(tree, "search.parameters"))]
+    places += [(f"compare.arms.{name}.parameters", arm.get("parameters")) for name, arm in _arms_of(tree)]
+    return [(where, parameters) for where, parameters in places if isinstance(parameters, dict)]
+
+
+def _arms_of(tree: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    arms_of = fields.get(tree, "compare.arms")
+    items = arms_of.items() if isinstance(arms_of, dict) else ()
+    return [(name, arm) for name, arm in items if isinstance(arm, dict)]
 
 
 _CHAT_TEMPLATE = "data.chat_template"

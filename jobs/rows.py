@@ -13,7 +13,8 @@ from jobs import files
 from jobs.assets import PREFIX, asset_folder
 from jobs.data_files import DATA_SUFFIXES, read_records
 from jobs.errors import AssetError, DataError
-from jobs.hub import HubName, dataset_folder
+from jobs.hub import HubName, dataset_folder, model_config
+from jobs.model_kinds import stated_labels
 from jobs.row_formats import BadRow, Row, convert, row_format
 from jobs.spec import DataFormat, DataSpec, JobSpec
 from jobs.splits import hold_back
@@ -58,7 +59,7 @@ def load_rows(job: JobSpec, bad: list[str] | None = None) -> Rows:
     warnings = list(dict.fromkeys(notes)) + ([] if ours else _unused_note(unused))
     labels = _labels(read, sources, job.data.labels) if job.task == "classification" else ()
     rows = _three_splits(job.data, read, warnings)
-    warnings += _duplicates(rows)
+    warnings += _duplicates(rows) + _head_note(job, len(labels))
     test = rows["test"]
     return Rows(
         rows["train"],
@@ -70,6 +71,16 @@ def load_rows(job: JobSpec, bad: list[str] | None = None) -> Rows:
         not test,
         next(iter(formats.values())),
     )
+
+
+def _head_note(job: JobSpec, classes: int) -> list[str]:
+    """Say that a base's own classification head does not have the classes of the rows."""
+    spec = job.model
+    own = stated_labels(model_config(spec.model_name_or_path, spec.revision) or {})
+    if job.generates or own in (None, classes):
+        return []
+    name = spec.model_name_or_path
+    return [f"{name} has a classification head for {own} classes, and the rows have {classes}: a new head is drawn"]
 
 
 def _unused_note(unused: Counter[str]) -> list[str]:

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from cluster.check import check_names
+from cluster.planning import make_plan
 from jobs import model_kinds
+from jobs.arms import own_job
 from jobs.errors import AssetError, JobFileError, UserError
+from jobs.load import load_text
 from jobs.model_kinds import (
     CAUSAL_TYPES,
     DECODER_IF_SAID,
@@ -21,12 +24,13 @@ from jobs.model_kinds import (
     is_causal,
     learnt_positions,
 )
+from jobs.site import LocalSite
 from tests.conftest import JobMaker, lorafleet_here, write_rows
 from tests.unit.test_training import CPU, finish, session
 from tests.unit.tiny_models import save_tiny, tiny_config
 from training.data import make_batch, prepare
 from training.evaluation import evaluate_rows
-from training.methods import attach
+from training.methods import attach, load_weights
 from training.model import load_base
 
 NOT_CAUSAL_TEXT = {
@@ -356,3 +360,102 @@ def test_init_writes_a_length_that_the_model_has(tmp_path: Path, tiny_bert: Path
     done = lorafleet_here("init", "--train-file", "x.jsonl", "--model", str(tiny_bert), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "max_length: 64 " in (tmp_path / "job.yaml").read_text()
+
+
+def _adapter(folder: Path, base: Path, auto: str = "AutoModelForCausalLM", **config: Any) -> Path:
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    kind = "CAUSAL_LM" if "Causal" in auto else "SEQ_CLS"
+    model = getattr(transformers, auto).from_pretrained(base)
+    get_peft_model(model, LoraConfig(task_type=kind, **config)).save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_that_is_continued_says_its_rank_alpha_and_layers(
+    llama_job: JobMaker, tiny_llama: Path, tmp_path: Path
+) -> None:
+    plain = {"r": 4, "lora_alpha": 4, "target_modules": ["q_proj"], "lora_dropout": 0.1, "use_rslora": True}
+    adapter = _adapter(tmp_path / "r4", tiny_llama, **plain)
+    text = llama_job().text.replace("lora: {lora_r: 4}\n", "")
+    loaded = load_text(text, tmp_path / "job.yaml", (f"train.init_adapter={adapter}",))
+    lora = loaded.job.lora
+    assert (lora.lora_r, lora.lora_alpha, lora.lora_target_modules) == (4, 4.0, ("q_proj",))
+    assert (lora.use_rslora, lora.use_dora, lora.lora_dropout) == (True, False, 0.1)
+    assert str(loaded.origins["lora.lora_r"]) == "derived (from train.init_adapter)"
+    planned = make_plan(loaded, LocalSite(cpus=2, memory_gib=8.0), "train").trials[0].resolved["lora"]
+    assert (planned["lora_r"], planned["lora_alpha"], planned["lora_target_modules"]) == (4, 4.0, ["q_proj"])
+    changed = load_text(text, tmp_path / "job.yaml", (f"train.init_adapter={adapter}", "lora.lora_dropout=0.3"))
+    made = session(changed.job)
+    config = made.model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 4, 0.3)
+    assert {module.p for name, module in made.model.named_modules() if name.endswith("lora_dropout.default")} == {0.3}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"lora__lora_r": 16}, "lora.lora_r is 16, but train.init_adapter is an adapter with 4"),
+        ({"lora__lora_alpha": "2*lora_r"}, "lora.lora_alpha is 2*lora_r, but train.init_adapter is an adapter with 8"),
+        ({"lora__lora_target_modules": "all-linear"}, "but train.init_adapter is an adapter with q_proj, v_proj"),
+        ({"lora__use_dora": True}, "lora.use_dora is true, but train.init_adapter is an adapter with false"),
+        (
+            {"search__parameters": {"lora.lora_r": {"values": [4, 8]}}},
+            "lora.lora_r is fixed by train.init_adapter at",
+        ),
+        (
+            {"search__parameters": {"train.init_adapter": {"values": ["a", "b"]}}},
+            "train.init_adapter cannot be searched",
+        ),
+        (
+            {"compare": {"arms": {"x": {"method": "lora", "parameters": {"lora.lora_r": [4, 8]}}}}},
+            "fixed by train.init",
+        ),
+        ({"lora__lora_target_modules": "v_proj, q_proj"}, None),
+        ({"lora__lora_r": 4}, None),
+    ],
+)
+def test_what_an_adapter_fixes_cannot_be_set_or_searched(
+    overrides: dict[str, Any], words: str | None, llama_job: JobMaker, tiny_llama: Path, tmp_path: Path
+) -> None:
+    adapter = _adapter(tmp_path / "r4", tiny_llama, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    own = {"train__init_adapter": str(adapter)} | overrides
+    if words is None:
+        llama_job(**own)
+        return
+    with pytest.raises(JobFileError) as error:
+        llama_job(**own)
+    assert words in str(error.value)
+
+
+def test_an_arms_own_adapter_fixes_what_the_arm_trains(llama_job: JobMaker, tiny_llama: Path, tmp_path: Path) -> None:
+    adapter = _adapter(tmp_path / "r2", tiny_llama, r=2, lora_alpha=8, target_modules=["q_proj"])
+    arms = (
+        f"compare: {{arms: {{new: {{method: lora}}, old: {{method: lora, set: {{train.init_adapter: {adapter}}}}}}}}}"
+    )
+    job = llama_job(arms).job
+    assert own_job(job, "old").lora.lora_r == 2
+    assert own_job(job, "new").lora.lora_r == 4
+    wrong = arms.replace("}}}}", ", lora.lora_r: 8}}}}")
+    with pytest.raises(JobFileError, match=r"compare|lora\.lora_r is 8, but train\.init_adapter is an adapter with 2"):
+        llama_job(wrong)
+
+
+def test_an_adapter_with_resized_embeddings_gets_a_sentence(
+    llama_job: JobMaker, tiny_llama: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    vocabulary = model.config.vocab_size
+    model.resize_token_embeddings(vocabulary + 8)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "big", save_embedding_layers=True)
+    words = rf"embeddings resized to {vocabulary + 8} tokens, but the base has {vocabulary}: resize the base"
+    text = llama_job().text.replace("lora: {lora_r: 4}\n", "")
+    loaded = load_text(text, tmp_path / "job.yaml", (f"train.init_adapter={tmp_path / 'big'}",))
+    with pytest.raises(JobFileError, match=words):
+        check_names(loaded)
+    with pytest.raises(UserError, match=words):
+        load_weights(loaded.job, load_base(loaded.job, 0, CPU), tmp_path / "big")

@@ -193,7 +193,8 @@ def _known(job: JobSpec) -> _Known:
         notes.append(f"{missing}; trial ids are not known yet")
     tokens = _tokens(job, notes) if rows and facts and job.generates else None
     if rows and tokens:
-        longest, examples = tokens.longest, len(tokens.splits["train"])
+        longest, examples = tokens.longest, tokens.training_rows(job)
+        longest = job.model.max_length if job.train.packing else longest
         notes = [*tokens.warnings, *(note for note in notes if note not in tokens.warnings)]
         return _Known(rows, facts, _model(job), longest, examples, tuple(token_lines(tokens)), tuple(notes))
     longest = _longest_tokens(rows) if rows else job.model.max_length

@@ -6,6 +6,7 @@ earlier turn differently from the last one.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import tempfile
@@ -31,10 +32,11 @@ from jobs.identity import prompt_format
 from jobs.row_formats import Row
 from jobs.rows import Rows, file_of_split, load_rows, split_files
 from jobs.spec import JobSpec
+from jobs.splits import SPLIT_VERSION
 from jobs.words import counted
 
 SPLITS = ("train", "validation", "test")
-_LAYOUT = 4
+_LAYOUT = 5
 """Raised when the files of a folder of tokens change."""
 _NAMES_OF_FILES = (
     *("train_file", "validation_file", "test_file"),
@@ -112,6 +114,54 @@ class Split:
         return sums
 
 
+@dataclass(frozen=True)
+class PackedSplit(Split):
+    """A split whose rows are several examples, one after another."""
+
+    positions: np.ndarray
+    """Place of each token in its own example (int64)."""
+
+
+def packs(lengths: np.ndarray, most: int) -> list[list[int]]:
+    """Return examples in rows of at most `most` tokens: the longest first, each into the fullest row that has room.
+
+    Source: best-fit decreasing, as TRL's `packing_strategy: bfd`.
+    """
+    rows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}
+    rooms: list[int] = []  # those of by_room, ascending
+    for example in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[example])
+        place = bisect.bisect_left(rooms, length)
+        if place == len(rooms):
+            number, room = len(rows), most
+            rows.append([])
+        else:
+            room = rooms[place]
+            number = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[place]
+        rows[number].append(int(example))
+        room = max(0, room - length)
+        if room:
+            if room not in by_room:
+                bisect.insort(rooms, room)
+            by_room.setdefault(room, []).append(number)
+    return rows
+
+
+def packed(split: Split, most: int) -> PackedSplit:
+    """Return a split's examples in rows of at most `most` tokens, in memory."""
+    rows = packs(split.lengths, most)
+    order = np.array([example for row in rows for example in row], dtype=np.int64)
+    laid = split.part(order)
+    lengths = split.lengths[order]
+    ends = np.cumsum([len(row) for row in rows])
+    starts = np.concatenate([[0], np.cumsum(lengths)[ends - 1]]).astype(np.int64)
+    positions = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return PackedSplit(laid.ids, starts, np.ones(len(rows), np.int64), laid.learnt, np.arange(len(rows)), positions)
+
+
 def joined(one: Split, other: Split) -> Split:
     """Return the rows of two splits as one."""
     starts = np.concatenate([one.starts, other.starts[1:] + one.starts[-1]])
@@ -183,6 +233,11 @@ class TokenData:
     def longest(self) -> int:
         """Tokens of the longest training example."""
         return int(self.splits["train"].lengths.max())
+
+    def training_rows(self, job: JobSpec) -> int:
+        """Return how many rows an epoch of a job has: examples, or packed rows of them."""
+        split = self.of_job(job).splits["train"]
+        return len(packs(split.lengths, job.model.max_length)) if job.train.packing else len(split)
 
     def rows(self, split_name: str) -> list[Row]:
         """Return the rows of a split that is judged on, as they were before they became tokens."""
@@ -266,6 +321,7 @@ def _content_key(job: JobSpec) -> str:
         "data": data,
         "task": "generation" if job.generates else job.task,
         "layout": _LAYOUT,
+        "split_version": SPLIT_VERSION,
         "tokenizer": model_revision(job.model.model_name_or_path, job.model.revision),
         "max_length": job.model.max_length,
         "prompt_format": prompt_format(job),

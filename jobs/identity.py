@@ -16,6 +16,7 @@ from jobs.defaults import learning_rate
 from jobs.hub import model_revision
 from jobs.rows import split_files
 from jobs.spec import JobSpec
+from jobs.splits import SPLIT_VERSION
 
 TRAINING_VERSION = 1
 """Raised with every change to what our training does with the same values; old ids then no longer match."""
@@ -143,6 +144,10 @@ def conversation_terms(job: JobSpec) -> dict[str, Any]:
     return job.data.model_dump(mode="json", include=set(_CONVERSATION_FIELDS)) if job.generates else {}
 
 
+_WHERE_SET = ("warmup_steps", "early_stopping_patience", "packing")
+"""Fields of `train` that are part of an identity only where they are set: earlier trials keep theirs."""
+
+
 def trial_id(job: JobSpec, facts: Facts) -> str:
     """Ten hex digits of the SHA-256 of `identity`."""
     text = json.dumps(identity(job, facts), sort_keys=True)
@@ -153,6 +158,9 @@ def identity(job: JobSpec, facts: Facts) -> dict[str, Any]:
     """The values that a trial's weights depend on."""
     raw = job.model_dump(mode="json")
     train = {key: value for key, value in raw["train"].items() if key not in _OUTSIDE_TRAIN}
+    for name in _WHERE_SET:
+        if train[name] is None or train[name] is False:
+            del train[name]
     train["learning_rate"] = job.train.learning_rate or facts.learning_rates[job.method]
     train["init_adapter"] = facts.adapter_sha256
     train["batch_rows"] = job.train.effective_batch_size(job.resources.world_size)
@@ -166,7 +174,7 @@ def identity(job: JobSpec, facts: Facts) -> dict[str, Any]:
     if job.data.labels is not None:
         data["labels"] = raw["data"]["labels"]
     if "validation" not in facts.data_sha256:
-        data["validation_fraction"] = job.data.validation_fraction
+        data |= {"validation_fraction": job.data.validation_fraction, "split_version": SPLIT_VERSION}
     return {
         "training_version": TRAINING_VERSION,
         "prompt_format": prompt_format(job),

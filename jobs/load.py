@@ -499,8 +499,11 @@ def _take_adapter(reading: _Reading) -> None:
     tree = reading.tree
     links = tree["linked"] if isinstance(tree.get("linked"), dict) else {}
     origin = Origin("derived", f"from {_INIT_ADAPTER}")
-    for name, value in _fixed_by(fields.get(tree, _INIT_ADAPTER)).items():
+    fixed = _fixed_by(fields.get(tree, _INIT_ADAPTER))
+    for name, value in fixed.items():
         own = links.get(name, fields.get(tree, name))
+        if name in links and _worked_out(links[name], name, fixed) == value:
+            continue
         _refuse_other(reading, name, own, value, name)
         for where, parameters in _searches(tree):
             if name in parameters:
@@ -530,6 +533,16 @@ def _fixed_by(adapter: Any) -> dict[str, Any]:
         return {}
     dropout = {DROPOUT: config["lora_dropout"]} if config.get("lora_dropout") is not None else {}
     return fixed_fields(config) | dropout
+
+
+def _worked_out(text: Any, field_name: str, fixed: dict[str, Any]) -> float | int | None:
+    """Return what arithmetic on an adapter's own values comes to, such as `2*lora_r`; None: it needs others."""
+    try:
+        tree = expression.parse(str(text))
+        values = {name: fixed[fields.full_path(name, field_name)] for name in expression.names(tree)}
+        return expression.evaluate(tree, values)
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _refuse_other(reading: _Reading, name: str, own: Any, value: Any, where: str) -> None:

@@ -23,7 +23,7 @@ STARTUP_TRIALS = 10
 """Trials that TPE draws at random before it models anything (Optuna's default)."""
 NOT_IDENTITY = {
     **dict.fromkeys(
-        ("model.model_name_or_path", "model.max_length"),
+        ("model.model_name_or_path", "model.max_length", "train.packing"),
         "a search may not vary: rows become tokens once for all trials",
     ),
     "model.revision": "a search may not vary: name each revision's folder in model.model_name_or_path",

@@ -243,6 +243,8 @@ class TrainSpec(Spec):
     `decay_ratio` of the steps and then to 0 in a line (a trial that is cut before was trained like one that is not)."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of all steps in which the learning rate rises from 0 to its peak (not used by `constant`)."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Optimiser steps in which it rises; the alternative to `warmup_ratio`."""
     decay_ratio: float = Field(0.2, gt=0, lt=1)
     """Share of all steps in which `warmup_stable_decay` lets the learning rate fall to 0."""
     weight_decay: float = Field(0.0, ge=0, le=1)
@@ -254,6 +256,9 @@ class TrainSpec(Spec):
     """The gradient's norm is clipped to this."""
     eval_steps: int | None = Field(None, ge=1)
     """Optimiser steps between evaluations. Left out: at every rung of a search, else after every epoch."""
+    early_stopping_patience: int | None = Field(None, ge=1)
+    """Evaluations in a row without a better metric after which a trial ends. Left out: it trains to its end. The
+    weights of its best evaluation are kept either way."""
     checkpoint_minutes: float = Field(10.0, gt=0)
     """Minutes between checkpoints inside a trial; every evaluation saves one as well."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
@@ -265,6 +270,9 @@ class TrainSpec(Spec):
     padding_free: Literal["auto"] | bool = "auto"
     """Lay a pass's rows end to end instead of padding them (causal models; the loss is the same). `auto`: with
     `flash_attention_2`, which skips what one row is to another; other attention works it out and masks it."""
+    packing: bool = False
+    """Lay short examples one after another into rows of up to `model.max_length` tokens (tasks that write text). Each
+    sees only itself, and the loss is the same; rows of a batch, and steps of an epoch, are then packed ones."""
     torch_compile: bool = False
     """Compile the model's blocks with torch.compile; the first steps take a minute, which short trials never win
     back. Needs a C++ compiler on CPU."""
@@ -286,7 +294,11 @@ class TrainSpec(Spec):
                     )
                 ]
             )
-        if self.lr_scheduler_type == "warmup_stable_decay" and self.warmup_ratio + self.decay_ratio > 1:
+        if self.warmup_steps is not None and self.warmup_ratio != TrainSpec.model_fields["warmup_ratio"].default:
+            sentence = "train has both warmup_steps and warmup_ratio, but must have one of them"
+            raise SpecProblems([Problem("train.warmup_steps", sentence)])
+        by_ratio = self.warmup_steps is None and self.warmup_ratio + self.decay_ratio > 1
+        if self.lr_scheduler_type == "warmup_stable_decay" and by_ratio:
             raise SpecProblems(
                 [
                     Problem(
@@ -653,6 +665,14 @@ def _method_problems(job: JobSpec) -> list[Problem]:
                 "train.padding_free",
                 "train.padding_free is true, but must be false or auto for classification (its models look at a row "
                 "from both sides) and for prompt_tuning (a learnt prompt stands before each row)",
+            )
+        )
+    if job.train.packing and (job.task == "classification" or job.method == "prompt_tuning"):
+        problems.append(
+            Problem(
+                "train.packing",
+                "train.packing is true, but must be false for classification (its models look at a row from both "
+                "sides) and for prompt_tuning (a learnt prompt stands before each row)",
             )
         )
     if job.method == "full" and job.model.dtype == "float16":

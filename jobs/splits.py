@@ -15,6 +15,8 @@ from jobs.errors import DataError
 from jobs.row_formats import Row
 from jobs.words import counted
 
+SPLIT_VERSION = 2
+"""Raised when other rows are held back."""
 _MAX_SHOWN = 60
 
 

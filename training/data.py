@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from evaluation import tokens
-from evaluation.tokens import Split, TokenData
+from evaluation.tokens import PackedSplit, Split, TokenData
 from jobs.spec import JobSpec
 from training.model import safetensors_folder
 
@@ -132,6 +132,27 @@ def make_batch(split: Split, rows: np.ndarray, pad_id: int, device: torch.device
     return Batch(ids_BT, mask_BT, label_tensor, target_count(split, rows, classifies=classifies), int(lengths.sum()))
 
 
+def make_packed_batch(split: PackedSplit, rows: np.ndarray, pad_id: int, device: torch.device) -> Batch:
+    """Pad some rows of several examples to the longest of them; padding is an example of its own at each row's end."""
+    lengths = split.lengths[rows]
+    width = int(lengths.max())
+    ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    positions = np.zeros((len(rows), width), dtype=np.int64)
+    for place, row in enumerate(rows):
+        span = slice(int(split.starts[row]), int(split.starts[row + 1]))
+        length = span.stop - span.start
+        ids[place, :length] = split.ids[span]
+        labels[place, :length] = np.where(split.learnt[span], split.ids[span], IGNORED)
+        positions[place, :length] = split.positions[span]
+        positions[place, length:] = np.arange(width - length)
+    ids_BT, labels_BT, positions_BT = (
+        torch.from_numpy(array).to(device, non_blocking=True) for array in (ids, labels, positions)
+    )
+    targets = target_count(split, rows, classifies=False)
+    return Batch(ids_BT, None, labels_BT, targets, int(lengths.sum()), positions_BT)
+
+
 def end_to_end(split: Split, rows: np.ndarray, device: torch.device) -> Batch:
     """Some rows as one, without padding. A row's first token is never a target, so none is predicted across rows."""
     ids, labels, positions = [], [], []
@@ -139,7 +160,7 @@ def end_to_end(split: Split, rows: np.ndarray, device: torch.device) -> Batch:
         span = slice(int(split.starts[row]), int(split.starts[row + 1]))
         row_ids = np.asarray(split.ids[span], dtype=np.int64)
         ids.append(row_ids)
-        positions.append(np.arange(len(row_ids)))
+        positions.append(split.positions[span] if isinstance(split, PackedSplit) else np.arange(len(row_ids)))
         labels.append(np.where(split.learnt[span], row_ids, IGNORED))
     ids_1T, labels_1T, positions_1T = (
         torch.from_numpy(np.concatenate(parts)).unsqueeze(0).to(device, non_blocking=True)

@@ -94,7 +94,7 @@ def pace(job: JobSpec, tokens: Path, gpus: int) -> dict[str, Any]:
     device = resolve_device(gpus)
     data = open_tokens(tokens)
     base = load_base(job, len(data.labels), device)
-    plan = schedule(job, len(data.splits["train"]), searching=False)
+    plan = schedule(job, data.training_rows(job), searching=False)
     session = TrainingSession.build(job, base, data, plan)
     seconds: list[float] = []
     while not session.done and len(seconds) < _PACE_STEPS:

@@ -38,7 +38,7 @@ def rate_factor(step: int, total: int, train: TrainSpec) -> float:
     """What the peak rate is multiplied by in optimiser step `step` (from 0) of `total`."""
     if train.lr_scheduler_type == "constant":
         return 1.0
-    warmup = math.ceil(train.warmup_ratio * total)
+    warmup = math.ceil(train.warmup_ratio * total) if train.warmup_steps is None else train.warmup_steps
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if train.lr_scheduler_type == "constant_with_warmup":

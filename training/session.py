@@ -22,8 +22,9 @@ import torch
 from torch import distributed
 
 from evaluation.metrics import Scores, scores
+from evaluation.tokens import PackedSplit, packed
 from jobs.defaults import learning_rate
-from jobs.errors import TrainingFailure
+from jobs.errors import TrainingFailure, UserError
 from jobs.schedule import Schedule
 from jobs.spec import JobSpec
 from training import checkpoint
@@ -34,6 +35,7 @@ from training.data import (
     TokenData,
     end_to_end,
     make_batch,
+    make_packed_batch,
     passes,
     target_count,
 )
@@ -44,6 +46,10 @@ from training.methods import attach, compile_blocks, detach, first_values, save_
 from training.model import Base, name_classes
 from training.optim import rate_factor
 from training.strategies import Ranks, strategy
+
+_SAME_LOSS = 1e-3
+_SAME_ROUNDED_LOSS = 3e-2
+"""How far apart the loss of two examples may be in one row and alone, in float32 and in 16 bits."""
 
 
 class TrainingSession:
@@ -70,7 +76,10 @@ class TrainingSession:
         module = LossModule(self.model, job.task, chunked=job.train.chunked_loss, autocast=self.autocast_dtype)
         self.strategy = strategy(job, module, base.device, ranks, self.peak_rate, fp16=fp16)
         split = data.splits["train"]
+        self.rows = split = packed(split, job.model.max_length) if job.train.packing else split
         self.plan = BatchPlan(split.lengths, schedule.batch_rows, job.train.seed, grouped=job.train.group_by_length)
+        if job.padding_free or job.train.packing:
+            self._check_apart(data.splits["train"])
         self._sums = torch.zeros(2, device=base.device)  # loss and targets since begin_report
         self.on_pass: OnPass = nobody
         # The order in which dropout draws is the trial's and the process's own, whatever ran here before.
@@ -120,7 +129,7 @@ class TrainingSession:
 
     def _optimiser_step(self) -> None:
         rows = self.plan.rows(self.step)
-        split = self.data.splits["train"]
+        split = self.rows
         # Counted over all processes and passes: a mean of means would weigh a token by the length of its neighbours.
         targets = max(1, target_count(split, rows, classifies=self.classifies))
         own = passes(rows, self.job.train.per_device_train_batch_size, self.ranks.rank, self.ranks.world_size)
@@ -145,9 +154,41 @@ class TrainingSession:
         self.meter.tokens += int(split.lengths[rows].sum())
 
     def _batch(self, split: Split, rows: np.ndarray) -> Batch:
-        if self.job.padding_free:
-            return end_to_end(split, rows, self.base.device)
+        flat = self.job.padding_free or self.job.model.attn_implementation == "flash_attention_2"
+        if self.job.padding_free or (self.job.train.packing and flat):
+            return end_to_end(split, rows, self.base.device)  # FlashAttention tells examples apart in one row alone
+        if isinstance(split, PackedSplit):
+            return make_packed_batch(split, rows, self.data.pad_id, self.base.device)
         return make_batch(split, rows, self.data.pad_id, self.base.device, classifies=self.classifies)
+
+    def _check_apart(self, split: Split) -> None:
+        """Raise UserError where an example behind another one in a row has another loss than alone.
+
+        Models with a state or a convolution over the row, or without a place for positions, do not keep them apart.
+        """
+        pair = np.argsort(split.lengths, kind="stable")[:2]
+        if len(pair) < 2:
+            return
+        device, pad_id = self.base.device, self.data.pad_id
+        alone = [make_batch(split, pair[place : place + 1], pad_id, device, classifies=False) for place in (0, 1)]
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                expected = sum(float(self.strategy.loss(batch)[0]) for batch in alone)
+                found = float(self.strategy.loss(end_to_end(split, pair, device))[0])
+        except TypeError:  # the model takes no position_ids
+            found = expected = math.nan
+        finally:
+            self.model.train(was_training)
+        tolerance = _SAME_LOSS if self.autocast_dtype is None else _SAME_ROUNDED_LOSS
+        if not math.isclose(found, expected, rel_tol=tolerance, abs_tol=tolerance):
+            field = "train.packing" if self.job.train.packing else "train.padding_free"
+            kind = type(self.base.model).__name__
+            raise UserError(
+                f"{field} is true, but {kind} does not keep the examples of one row apart (two together have a loss of "
+                f"{found:.4f}, alone {expected:.4f}): set it to false"
+            )
 
     def _report(self) -> dict[str, Any]:
         sums = self._sums.clone()
@@ -163,7 +204,7 @@ class TrainingSession:
         return {
             "step": self.step,
             "samples": self.meter.samples,
-            "epoch": round(self.meter.samples / len(self.data.splits["train"]), 4),
+            "epoch": round(self.meter.samples / len(self.rows), 4),
             "train_loss": loss_sum / targets if targets else None,
             "learning_rate": rate,
             "trainable_parameters": self.trainable_parameters,

@@ -207,7 +207,7 @@ class Sweep(TrainingDriver):
     def _make(self, assignment: Assignment, index: int, data: Any) -> Trial:
         self.run.check_current()
         job = search.trial(self._searched_job, assignment)
-        plan = schedule(job, len(data.of_job(job).splits["train"]), searching=self.searching)
+        plan = schedule(job, data.training_rows(job), searching=self.searching)
         trial = self.run.add_trial(trial_id(job, self.facts), index, assignment)
         params = trial.params()
         if "resolved" not in params:

@@ -88,9 +88,11 @@ class TrialRun:
         self.trial: Trial = work.written.trial(config["trial_id"])
         self.ranks = Ranks.here()
         self.job = self._small_enough(search.trial(work.job, config["assignment"]))
-        self.data = data = data.of_job(self.job)
-        self.plan: Schedule = schedule(self.job, len(data.splits["train"]), searching=work.searching)
+        rows = data.training_rows(self.job)
+        self.data = data.of_job(self.job)
+        self.plan: Schedule = schedule(self.job, rows, searching=work.searching)
         self.best: float | None = None
+        self.no_better = 0  # evaluations in a row since the best
         self.unrecorded: dict[str, Any] | None = None
         self.warning: str | None = None
         self.session: TrainingSession | None = None
@@ -138,7 +140,7 @@ class TrialRun:
         self.warning = "; ".join(filter(None, (self.warning, damaged))) or None
         if folder is not None:
             extra = self.session.load(folder)
-            self.best = extra.get("best")
+            self.best, self.no_better = extra.get("best"), extra.get("no_better", 0)
             # The last report before a kill may not have reached the driver: it is made again, the driver knows.
             self.unrecorded, self.due = extra.get("row"), bool(extra.get("due"))
         self.watchdog.rest()
@@ -165,7 +167,9 @@ class TrialRun:
         """Train to the next evaluation (or for some seconds), save, and say what is to be reported."""
         said, self.warning = self.warning, None
         try:
-            return self._advance() | ({"warning": said} if said else {})
+            report = self._advance()
+            said = "; ".join(filter(None, (said, self._why_early(report)))) or None
+            return report | ({"warning": said} if said else {})
         finally:
             self.watchdog.rest()
 
@@ -175,7 +179,7 @@ class TrialRun:
         self.watchdog.beat()
         if self.unrecorded is not None and not self.due:
             row, self.unrecorded = self.unrecorded, None
-            return {"row": row, "done": session.done}
+            return {"row": row, "done": self._is_done(session)}
         if self._cut():
             return {"row": None, "done": True}
         if self.due:  # the checkpoint was written in front of an evaluation, which now comes first
@@ -192,16 +196,32 @@ class TrialRun:
         if self.leaving or (self.stopping and session.step >= target and not row.get("evaluated")):
             due = session.step >= target
             self.trial.check_current()
-            session.save(self.trial.checkpoint, {"best": self.best, "row": row if due else None, "due": due})
+            session.save(self.trial.checkpoint, self._own_state() | {"row": row if due else None, "due": due})
             taken = {"failure": _NODE_LEAVES} if self.leaving else {}
             return {"row": None, "done": False, "stopping": self.stopping} | taken
         if row.get("evaluated") or self.stopping or self._agreed(self._checkpoint_due())[0]:
             self.trial.check_current()
-            session.save(self.trial.checkpoint, {"best": self.best, "row": row})
+            session.save(self.trial.checkpoint, self._own_state() | {"row": row})
             self.saved_at = time.monotonic()
         where: dict[str, Any] = {"nodes": self.nodes} if self.nodes > 1 else {}
         where |= {"host": f"{os.uname().nodename}:{os.getpid()}", "first_gradient_at": session.first_gradient_at}
-        return {"row": row | where, "done": session.done, "stopping": self.stopping}
+        return {"row": row | where, "done": self._is_done(session), "stopping": self.stopping}
+
+    def _own_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the session's own."""
+        return {"best": self.best, "no_better": self.no_better}
+
+    def _is_done(self, session: TrainingSession) -> bool:
+        """Whether the last step was taken, or enough evaluations have passed without a better one."""
+        patience = self.job.train.early_stopping_patience
+        return session.done or (patience is not None and self.no_better >= patience)
+
+    def _why_early(self, report: dict[str, Any]) -> str | None:
+        """Say that a trial ends before its last step for want of a better evaluation."""
+        if not report["done"] or report["row"] is None or self.session is None or self.session.done:
+            return None
+        evaluations = counted(self.no_better, "evaluation")
+        return f"ended early, after step {self.session.step}: no better {self.job.metric.name} in {evaluations}"
 
     def _train(self, session: TrainingSession, target: int) -> dict[str, Any]:
         """Until the target, the next report is due, or the run is to stop; with a heartbeat in between."""
@@ -263,9 +283,11 @@ class TrialRun:
         metric = self.job.metric
         score = scores.metrics[metric.name]
         if is_better(score, self.best, metric.goal):
-            self.best = score
+            self.best, self.no_better = score, 0
             self.trial.check_current()
             session.save_weights(self.trial.weights_of(self.job.method))
+        else:
+            self.no_better += 1
         rungs = [index for index, step in enumerate(self.plan.rung_steps) if step == session.step]
         return {
             "evaluated": True,

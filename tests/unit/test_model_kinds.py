@@ -396,7 +396,7 @@ def test_an_adapter_that_is_continued_says_its_rank_alpha_and_layers(
     ("overrides", "words"),
     [
         ({"lora__lora_r": 16}, "lora.lora_r is 16, but train.init_adapter is an adapter with 4"),
-        ({"lora__lora_alpha": "2*lora_r"}, "lora.lora_alpha is 2*lora_r, but train.init_adapter is an adapter with 8"),
+        ({"lora__lora_alpha": "4*lora_r"}, "lora.lora_alpha is 4*lora_r, but train.init_adapter is an adapter with 8"),
         ({"lora__lora_target_modules": "all-linear"}, "but train.init_adapter is an adapter with q_proj, v_proj"),
         ({"lora__use_dora": True}, "lora.use_dora is true, but train.init_adapter is an adapter with false"),
         (
@@ -413,6 +413,7 @@ def test_an_adapter_that_is_continued_says_its_rank_alpha_and_layers(
         ),
         ({"lora__lora_target_modules": "v_proj, q_proj"}, None),
         ({"lora__lora_r": 4}, None),
+        ({"lora__lora_alpha": "2*lora_r"}, None),
     ],
 )
 def test_what_an_adapter_fixes_cannot_be_set_or_searched(

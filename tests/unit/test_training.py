@@ -38,7 +38,7 @@ CPU = torch.device("cpu")
 def session(job: JobSpec, base: Base | None = None) -> TrainingSession:
     data = prepare(job)
     base = base or load_base(job, len(data.labels), CPU)
-    return TrainingSession.build(job, base, data, schedule(job, len(data.splits["train"]), searching=False))
+    return TrainingSession.build(job, base, data, schedule(job, data.training_rows(job), searching=False))
 
 
 def finish(made: TrainingSession) -> tuple[float, dict[str, torch.Tensor]]:

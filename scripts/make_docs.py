@@ -126,23 +126,74 @@ def _block(model: Any, path: str) -> list[str]:
         "",
         " ".join((model.__doc__ or "").split()),
         "",
-        "| key | default | meaning |",
-        "|---|---|---|",
+        "| key | allowed | default | meaning |",
+        "|---|---|---|---|",
     ]
     inner = []
+    schema = model.model_json_schema()
     for name, field in model.model_fields.items():
         block = block_of(field.annotation)
         if block:
             inner.append((block, f"{path}.{name}" if path else name))
         default = "required" if field.is_required() else "see below" if block else _default(field)
-        lines.append(f"| `{name}` | {default} | {' '.join((field.description or '').split()).replace('|', '/')} |")
+        meaning = " ".join((field.description or "").split()).replace("|", "/")
+        allowed = "a block" if block else _allowed(schema["properties"][name], schema.get("$defs", {}))
+        lines.append(f"| `{name}` | {allowed} | {default} | {meaning} |")
     for block, inner_path in inner:
         lines += _block(block, inner_path)
-    if path == "search":
-        from jobs.search_spec import Parameter
-
-        lines += _block(Parameter, "search.parameters.FIELD")
+    for named, of_name in _named_blocks().get(path, ()):
+        lines += _block(of_name, named)
     return lines
+
+
+def _named_blocks() -> dict[str, list[tuple[str, Any]]]:
+    """Return the blocks whose keys are names of the user's own, by the block that they are in."""
+    from jobs.compare import ArmSpec
+    from jobs.export import Gate
+    from jobs.search_spec import Parameter
+    from jobs.spec import CustomMetric
+
+    return {
+        "search": [("search.parameters.FIELD", Parameter)],
+        "compare": [("compare.arms.NAME", ArmSpec)],
+        "evaluate": [("evaluate.custom_metrics.NAME", CustomMetric)],
+        "export": [("export.parity.TARGET", Gate)],
+    }
+
+
+def _allowed(schema: dict[str, Any], named: dict[str, Any]) -> str:
+    """Say which values a part of a JSON Schema allows."""
+    if "$ref" in schema:
+        return _allowed(named[schema["$ref"].rpartition("/")[2]], named)
+    if "anyOf" in schema or "oneOf" in schema:
+        parts = [_allowed(part, named) for part in schema.get("anyOf") or schema["oneOf"]]
+        return " or ".join(dict.fromkeys(part for part in parts if part))
+    words = schema.get("enum") or ([schema["const"]] if "const" in schema else None)
+    if words:
+        return ", ".join(f"`{word}`" for word in words)
+    kind = schema.get("type")
+    if kind == "array":
+        inner = _allowed(schema.get("items", {}), named)
+        return f"a list: {inner}" if inner else "a list"
+    if kind in ("integer", "number"):
+        return _number("whole number" if kind == "integer" else "number", schema)
+    if kind == "object" and schema.get("propertyNames", {}).get("enum"):
+        return f"a block of {', '.join(f'`{word}`' for word in schema['propertyNames']['enum'])}"
+    return {"boolean": "`true`, `false`", "string": "text", "object": "a block", "null": ""}.get(kind, "")
+
+
+_BOUNDS = {
+    "minimum": "at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
+"""Keys of JSON Schema, as words."""
+
+
+def _number(kind: str, schema: dict[str, Any]) -> str:
+    bounds = [f"{words} {schema[key]:,g}" for key, words in _BOUNDS.items() if key in schema]
+    return f"{kind}, {' and '.join(bounds)}" if bounds else kind
 
 
 def _default(field: Any) -> str:

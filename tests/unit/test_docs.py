@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
+from pydantic import BaseModel
 
+from jobs.data_files import DATA_SUFFIXES
 from jobs.load import load_text
+from jobs.row_formats import convert, row_format
+from jobs.spec import DataFormat, DataSpec, JobSpec
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -18,6 +26,64 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 def test_the_reference_of_the_job_file_is_up_to_date() -> None:
     done = subprocess.run([sys.executable, "scripts/make_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def _words_of(annotation: Any) -> set[str]:
+    """Every word of every Literal in a type."""
+    if get_origin(annotation) is Literal:
+        return set(map(str, get_args(annotation)))
+    return set().union(*map(_words_of, get_args(annotation)))
+
+
+def _every_field(model: type[BaseModel]) -> Iterator[tuple[str, Any]]:
+    """Name and type of each field of a block, and of the blocks in it."""
+    for name, field in model.model_fields.items():
+        yield name, field.annotation
+        for part in _models_in(field.annotation):
+            yield from _every_field(part)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models_in(part)]
+
+
+def test_the_reference_has_every_field_with_every_word_that_it_may_be() -> None:
+    rows: dict[str, list[str]] = {}
+    for line in (ROOT / "docs/job-file.md").read_text().splitlines():
+        cells = line.split(" | ")
+        if line.startswith("| `"):
+            rows.setdefault(cells[0].strip("| `"), []).append(cells[1])
+    fields = list(_every_field(JobSpec))
+    assert len(fields) > 100
+    for name, annotation in fields:
+        words = _words_of(annotation)
+        assert any(all(f"`{word}`" in allowed for word in words) for allowed in rows.get(name, [])), name
+
+
+def test_the_page_of_data_formats_has_every_format_and_column() -> None:
+    page = (ROOT / "docs/data-formats.md").read_text()
+    for word in get_args(DataFormat):
+        assert f"### `{word}`" in page or word == "auto"
+    for name in DataSpec.model_fields:
+        elsewhere = name in ("dataset_revision", "dataset_config_name", "system_prompt", "fold") or "template" in name
+        assert f"data.{name}" in page or elsewhere, name
+    for suffix in DATA_SUFFIXES:
+        assert f"`.{suffix.split('.')[1]}`" in page, suffix
+
+
+def test_the_rows_of_the_page_are_what_it_calls_them(tmp_path: Path) -> None:
+    page = (ROOT / "docs/data-formats.md").read_text()
+    shown = re.findall(r"### `(\w+)`\n.*?```json\n(.*?)\n```", page, re.DOTALL)
+    assert [name for name, _ in shown] == [word for word in get_args(DataFormat) if word != "auto"]
+    for name, row in shown:
+        task = "classification" if name == "text_label" else "generation"
+        job = f"name: x\ntask: {task}\nmodel: {{model_name_or_path: asset:minilm-l6}}\ndata: {{train_file: x.jsonl}}\n"
+        record = json.loads(row)
+        loaded = load_text(job, tmp_path / "job.yaml").job
+        assert row_format(record, loaded) == name
+        assert convert(record, name, loaded.data, Counter())
 
 
 def test_every_link_leads_somewhere() -> None:

@@ -17,7 +17,7 @@ from jobs.deepspeed import contradictions
 from jobs.errors import AssetError, DataError, JobFileError, Problem
 from jobs.hub import check_whole, model_config, model_folder
 from jobs.identity import ADAPTER_FILES, encoders_of, models_of
-from jobs.load import LoadedJob
+from jobs.load import LoadedJob, load_job
 from jobs.model_kinds import (
     HEAD_NAMES,
     classification_refusal,
@@ -38,14 +38,32 @@ from jobs.support import prompt_hides_label, prompt_too_long
 from jobs.weight_names import is_named, layer_names, weight_shapes
 
 
+def load_checked(path: Path, overrides: tuple[str, ...], *, whole: bool = True) -> LoadedJob:
+    """Load a job and check its names. Raises JobFileError with all problems of both."""
+    try:
+        loaded = load_job(path, overrides)
+    except JobFileError as error:
+        if not isinstance(error.rest, LoadedJob):
+            raise
+        further = name_problems(error.rest, whole=whole)
+        raise JobFileError(error.file, [*error.problems, *further], error.rest) from None
+    check_names(loaded, whole=whole)
+    return loaded
+
+
 def check_names(loaded: LoadedJob, *, whole: bool = True) -> None:
     """Raise JobFileError with every name that cannot be right. Hub names are not looked up.
 
     Without `whole` a model's folder may hold its config alone: enough for a plan.
     """
-    problems = [loaded.located(Problem(path, sentence)) for path, sentence in _wrong(loaded, whole=whole)]
+    problems = name_problems(loaded, whole=whole)
     if problems:
-        raise JobFileError(str(loaded.path), problems)
+        raise JobFileError(str(loaded.path), problems, loaded)
+
+
+def name_problems(loaded: LoadedJob, *, whole: bool = True) -> list[Problem]:
+    """Return what `check_names` raises."""
+    return [loaded.located(Problem(path, sentence)) for path, sentence in _wrong(loaded, whole=whole)]
 
 
 def _wrong(loaded: LoadedJob, *, whole: bool) -> list[tuple[str, str]]:

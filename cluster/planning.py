@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,13 +18,15 @@ from jobs.identity import METHOD_BLOCKS, Facts, facts_of, trial_id
 from jobs.load import LoadedJob
 from jobs.placement import Placement, place
 from jobs.plan import MemoryEstimate, Plan, PlannedTrial
+from jobs.precision import attention_refusal, planned_formats
 from jobs.row_formats import Row
 from jobs.rows import Rows, load_rows
 from jobs.schedule import Schedule, schedule
 from jobs.search import Assignment
-from jobs.site import Site
+from jobs.site import LocalSite, Site
 from jobs.spec import JobSpec
 from jobs.support import CUT_WEIGHTS, Strategy, refusals
+from jobs.unused import unused_notes
 from jobs.words import counted
 
 if TYPE_CHECKING:
@@ -132,8 +135,9 @@ def _samples(job: JobSpec) -> tuple[int | None, list[str]]:
 def _plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
     searching = command == "sweep" and loaded.job.search is not None
     job = loaded.job if searching else loaded.job.model_copy(update={"search": None})
+    refuse_attention(job, site, str(loaded.path))
     known = _known(job)
-    notes = [*loaded.notes, *known.notes]
+    notes = [*loaded.notes, *unused_notes(loaded, command), *known.notes]
     rate = learning_rate(job)
     if job.train.learning_rate is None and "train.learning_rate" not in (job.search.parameters if job.search else {}):
         notes.append(f"train.learning_rate is {rate.value:g} by default ({rate.rule})")
@@ -146,7 +150,7 @@ def _plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
     schedules = [schedule(trial, train_rows or _ASSUMED_ROWS, searching=searching) for trial in trials]
     total = _total(job, len(configurations))
     again = len(search.after_search(job, {})) if job.search else 0
-    cuda = _uses_gpu(job, site)
+    cuda = uses_gpu(job, site)
     each = [_memory(trial, known, cuda=cuda) for trial in trials]
     strategy, why = choose_strategy(trials, site, _largest(each), cuda=cuda)
     if strategy != job.resources.strategy:
@@ -175,8 +179,21 @@ def _plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
         gpu_memory_gib=site.gpu_memory_gib if cuda else 0.0,
         checkpoint_gb=_checkpoint_gb(trials, known, placement.slots, cuda=cuda),
         strategy=_strategy(placement, why),
+        number_formats=planned_formats(trials[0] if trials else job, cuda=cuda),
         notes=notes,
     )
+
+
+def refuse_attention(job: JobSpec, site: Site, path: str) -> None:
+    """Raise JobFileError for an attention that cannot be used on a site.
+
+    Which packages are installed is known of this machine alone.
+    """
+    here = isinstance(site, LocalSite)
+    has_flash = not here or importlib.util.find_spec("flash_attn") is not None
+    sentence = attention_refusal(job, cuda=uses_gpu(job, site), has_flash=has_flash)
+    if sentence:
+        raise JobFileError(path, [Problem("model.attn_implementation", sentence)])
 
 
 def _known(job: JobSpec) -> _Known:
@@ -300,7 +317,8 @@ def _planned(
     )
 
 
-def _uses_gpu(job: JobSpec, site: Site) -> bool:
+def uses_gpu(job: JobSpec, site: Site) -> bool:
+    """Whether a job's trials run on GPUs of a site."""
     return site.gpus > 0 and job.resources.device != "cpu" and job.resources.gpus_per_node != 0
 
 

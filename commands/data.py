@@ -40,14 +40,12 @@ def data(
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
     """Look at the rows: bad ones, repetitions, leaks, classes, lengths, and what of them is learnt."""
-    from cluster.check import check_names
+    from cluster.check import load_checked
     from evaluation.data_report import data_report
     from jobs.errors import ExitCode
-    from jobs.load import load_job
 
     hush_libraries()
-    loaded = load_job(job, tuple(overrides or ()))
-    check_names(loaded, whole=False)
+    loaded = load_checked(job, tuple(overrides or ()), whole=False)
     _convert(loaded.job)
     report = data_report(loaded.job, show, split)
     if output is Format.JSON:

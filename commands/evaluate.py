@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -59,7 +61,8 @@ def evaluate(
 
     loaded = _job(what, job, data, runs, rounds=2 if measure else 0)
     backend = backend_for(on, nodes, chain)
-    check_names(loaded)
+    with _no_file_of_theirs():
+        check_names(loaded)
     told = say if not quiet else lambda _: None
     if on is None:
         fetch_job(loaded.job, told)
@@ -96,6 +99,7 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
         check_base(model, base)
     rows = set_of(base)["data"]
     if data is not None:
+        _check_data(data)
         rows["test_file"] = str(data.absolute())
         rows.pop("max_test_samples", None)
     if labels and base.data.labels is None:
@@ -105,7 +109,31 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
     metric = base.metric.model_dump()
     compare = {"arms": arms, "inference": {"rounds": rounds}, "rule": "best", "metric": metric}
     own = () if job is not None else tuple(overrides)
-    return load_derived(base, "evaluate", {"data": rows, "compare": compare}, own)
+    with _no_file_of_theirs():
+        return load_derived(base, "evaluate", {"data": rows, "compare": compare}, own)
+
+
+@contextmanager
+def _no_file_of_theirs() -> Iterator[None]:
+    """Give problems of the job that is made here without a file: its file is none that the user has."""
+    from jobs.errors import JobFileError, UserError
+
+    try:
+        yield
+    except JobFileError as error:
+        raise UserError("\n".join(problem.sentence for problem in error.problems)) from None
+
+
+def _check_data(path: Path) -> None:
+    """Raise UserError where --data names no file of rows."""
+    from jobs.data_files import DATA_SUFFIXES, data_suffix
+    from jobs.errors import UserError
+
+    if not path.is_file():
+        what = "that is a folder, not a file" if path.is_dir() else "there is no such file"
+        raise UserError(f"--data is {path}, but {what}")
+    if data_suffix(path) is None:
+        raise UserError(f"--data is {path}, but must end in one of {', '.join(DATA_SUFFIXES)}")
 
 
 def class_order(runs: list[Run], job: JobSpec) -> list[str]:

@@ -52,13 +52,11 @@ def plan(
 ) -> None:
     """Print every trial with its values, where they run, the memory, the steps, and what ASHA saves."""
     from cluster.away import Away
-    from cluster.check import check_names
+    from cluster.check import load_checked
     from jobs.errors import JobFileError, Problem
-    from jobs.load import load_job
     from jobs.plan import MANIFEST
 
-    loaded = load_job(job, tuple(overrides or ()))
-    check_names(loaded, whole=False)
+    loaded = load_checked(job, tuple(overrides or ()), whole=False)
     if compare and loaded.job.compare is None:
         raise JobFileError(str(job), [Problem("compare", "there is no compare block; `lorafleet plan` plans the rest")])
     compares = compare or (loaded.job.compare is not None and loaded.job.search is None and not train)
@@ -206,6 +204,7 @@ def plan_lines(made: Plan) -> list[str]:
         f"placement       {counted(place.slots, 'trial')} at once, each {each}; "
         f"{counted(place.waves, 'wave')} if none were cut; limited by {place.limited_by}",
         f"strategy        {made.strategy}",
+        *([f"number format   {made.number_formats}"] if made.number_formats else []),
     ]
     search = made.job.search
     if made.command == "sweep" and search and search.scheduler.type == "asha":

@@ -73,13 +73,12 @@ def start(
     wait: bool,
 ) -> None:
     """Plan a job, submit it, and follow it to its report."""
-    from cluster.check import check_names
+    from cluster.check import load_checked
     from cluster.fetch import fetch_job
     from commands.watch import follow
     from jobs.errors import JobFileError, Problem
-    from jobs.load import load_job
 
-    loaded = load_job(path, tuple(overrides or ()))
+    loaded = load_checked(path, tuple(overrides or ()))
     if command == "sweep" and loaded.job.search is None:
         raise JobFileError(
             str(path), [Problem("search", "there is no search block; add one, or use `lorafleet train`")]
@@ -91,7 +90,6 @@ def start(
     if not quiet:
         note_aliases(loaded.notes)
     backend = backend_for(on, nodes, chain)
-    check_names(loaded)
     if on is None:
         fetch_job(loaded.job, say if not quiet else lambda _: None)
     plan = backend.plan(loaded, command)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,42 +22,33 @@ from commands.common import (
 )
 
 if TYPE_CHECKING:
+    from jobs.errors import Problem
     from jobs.load import LoadedJob
+    from jobs.spec import JobSpec
 
 
 def validate(
     job: Job,
     overrides: Overrides = None,
     on: On = None,
+    data: Annotated[bool, typer.Option("--data/--no-data", help="Read the data files too.")] = True,
     output: Output = Format.TEXT,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
     """Check a job file: every problem with its line and the closest right key; with --on, what the cluster says too."""
-    from cluster.check import check_names
-    from jobs.errors import ExitCode, JobFileError, UserError
-    from jobs.load import load_job
+    from jobs.errors import ExitCode, JobFileError
 
-    notes: list[str] = []
-    try:
-        loaded = load_job(job, tuple(overrides or ()))
-        check_names(loaded)
-        notes = [*loaded.notes, *_data_notes(loaded)]
-    except JobFileError as error:
+    loaded, problems, notes = _looked_at(job, tuple(overrides or ()), data=data, here=on is None)
+    if loaded is None or problems:
         if output is Format.TEXT:
-            raise
-        problems = [{"path": p.path, "line": p.line, "sentence": p.sentence} for p in error.problems]
-        print_json({"valid": False, "file": str(job), "problems": problems})
-        raise typer.Exit(ExitCode.USER_INPUT) from None
-    except UserError as error:  # of the rows, or of the chat template
-        if output is Format.TEXT:
-            raise
-        bad_rows = [{"path": "data", "line": None, "sentence": line} for line in str(error).splitlines()]
-        print_json({"valid": False, "file": str(job), "problems": bad_rows})
-        raise typer.Exit(ExitCode.USER_INPUT) from None
+            raise JobFileError(str(job), problems)
+        listed = [{"path": p.path, "line": p.line, "sentence": p.sentence} for p in problems]
+        print_json({"valid": False, "file": str(job), "problems": listed})
+        raise typer.Exit(ExitCode.USER_INPUT)
     refused = _refused(loaded, on)
     if output is Format.JSON:
-        problems = [{"path": "", "line": None, "sentence": sentence} for sentence in refused]
-        print_json({"valid": not refused, "file": str(job), "problems": problems, "notes": notes})
+        listed = [{"path": "", "line": None, "sentence": sentence} for sentence in refused]
+        print_json({"valid": not refused, "file": str(job), "problems": listed, "notes": notes})
         raise typer.Exit(ExitCode.GATE_REFUSED if refused else ExitCode.OK)
     note_aliases(tuple(notes))
     for sentence in refused:
@@ -66,22 +58,66 @@ def validate(
     typer.echo(f"{job} is valid: {loaded.job.task}, {loaded.job.model.model_name_or_path}")
 
 
-def _data_notes(loaded: LoadedJob) -> list[str]:
-    """Say what the chat templates make of the rows, where both are on this machine. Raises UserError for bad rows."""
+def _looked_at(
+    path: Path, overrides: tuple[str, ...], *, data: bool, here: bool
+) -> tuple[LoadedJob | None, list[Problem], list[str]]:
+    """Return (the job, every problem of its file, its names and its rows, notes).
+
+    With problems the job is what is right of it, so that the rest is looked at as well.
+    """
+    from cluster.check import name_problems
+    from cluster.machine import local_site
+    from cluster.planning import refuse_attention
+    from jobs.errors import JobFileError, Problem
+    from jobs.load import LoadedJob, load_job
+    from jobs.unused import unused_notes
+
+    problems: list[Problem] = []
+    try:
+        loaded = load_job(path, overrides)
+    except JobFileError as error:
+        problems += error.problems
+        if not isinstance(error.rest, LoadedJob):
+            return None, problems, []
+        loaded = error.rest
+    problems += name_problems(loaded)
+    if here:
+        try:
+            refuse_attention(loaded.job, local_site(), str(path))
+        except JobFileError as error:
+            problems += [loaded.located(problem) for problem in error.problems]
+    command = "sweep" if loaded.job.search else "compare" if loaded.job.compare else "train"
+    notes = [*loaded.notes, *unused_notes(loaded, command)]
+    if data and not any(problem.path.startswith("data") for problem in problems):
+        wrong, of_rows = _looked_at_rows(loaded.job, with_model=not problems)
+        problems += [Problem("data", sentence) for sentence in wrong]
+        notes += of_rows
+    return loaded, problems, list(dict.fromkeys(notes))
+
+
+def _looked_at_rows(job: JobSpec, *, with_model: bool) -> tuple[list[str], list[str]]:
+    """Return (what is wrong with the rows, notes on them), and what the chat templates make of them.
+
+    What is not on this machine is not looked at, and said. Without `with_model` the rows alone are.
+    """
     from evaluation.tokens import prepare
     from jobs.arms import own_job
-    from jobs.errors import AssetError
+    from jobs.errors import AssetError, UserError
+    from jobs.rows import load_rows
 
-    job = loaded.job
-    if not job.generates:
-        return []
     notes: list[str] = []
-    for one in [job, *(own_job(job, name) for name in (job.compare.arms if job.compare else ()))]:
+    arms = [own_job(job, name) for name in (job.compare.arms if job.compare else ())] if with_model else []
+    for one in [job, *arms]:
         try:
-            notes += prepare(one).warnings
+            if job.generates and with_model:
+                notes += prepare(one).warnings
+            else:
+                notes += load_rows(one).warnings
         except AssetError as missing:
             notes.append(f"{missing}; how rows become tokens was not looked at")
-    return list(dict.fromkeys(notes))
+        except UserError as error:
+            return str(error).splitlines(), notes
+    return [], notes
 
 
 def _refused(loaded: LoadedJob, on: str | None) -> list[str]:

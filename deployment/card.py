@@ -17,6 +17,7 @@ from jobs.export import WHAT
 from jobs.exported import Artefact, Judged, Parity
 from jobs.hub import model_folder
 from jobs.report import Inference
+from jobs.run import Trial
 from jobs.words import counted
 
 _RUNNERS = Path(__file__).parent / "runners"
@@ -52,6 +53,7 @@ def _card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped, spee
         f"- base: {plain(base)} (revision `{source['revision']}`), licence: {_licence_of_base(given)}",
         f"- data: {plain(data)}, licence: {licence(data, Path(data) if Path(data).is_absolute() else None)}",
         f"- weights, graph and tokenizer: {files_mb(folder):.1f} MB",
+        *_formats(given),
         *_speed(speed),
         "",
         "## Compared with its source",
@@ -95,6 +97,13 @@ def _speed(speed: Inference | None) -> list[str]:
     else:
         took = f"{number(speed.latency_ms, 1)} ms a row"
     return [f"- speed: {took}; {number(speed.peak_memory_gib, 2)} GiB at most, on {threads}"]
+
+
+def _formats(given: Shipped) -> list[str]:
+    """What it was trained in."""
+    rows = Trial(given.weights.parent).metrics() if given.weights is not None else []
+    formats = rows[-1].get("number_formats") if rows else None
+    return [f"- trained with {formats}"] if formats else []
 
 
 def _writes(artefact: Artefact) -> bool:

@@ -263,6 +263,7 @@ def _row(trial: Trial, job: JobSpec) -> Row:
         peak_memory_gib=last.get("peak_memory_gib"),
         gpu_hours=params.get("gpus", 0) * seconds / 3600 if last else None,
         trainable_parameters=last.get("trainable_parameters"),
+        number_formats=last.get("number_formats"),
         failure=Failure(**failure) if failure else None,
         reason=status.get("reason"),
         curve=[_point(row, job) for row in rows],

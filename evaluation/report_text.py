@@ -140,6 +140,8 @@ def notes(report: Report) -> list[str]:
         if row.failure
     ]
     found += report.warnings
+    formats = list(dict.fromkeys(row.number_formats for row in report.trials if row.number_formats))
+    found += [f"Trained with {'; or with '.join(formats)}."] if formats else []
     if report.arms is not None:
         from evaluation.arms_text import arm_notes
 

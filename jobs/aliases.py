@@ -50,6 +50,74 @@ FIELD_ALIASES = {
     "eta": "search.scheduler.reduction_factor",
 }
 
+_NO_COUNTERPART = """
+    lr_scheduler_kwargs optim_args adam_beta1 adam_beta2 adam_epsilon optim_target_modules
+    average_tokens_across_devices label_smoothing_factor tf32 torch_compile_backend torch_compile_mode
+    liger_kernel_config use_cache neftune_noise_alpha torch_empty_cache_steps logging_strategy
+    logging_steps logging_first_step log_on_each_node logging_nan_inf_filter
+    include_num_input_tokens_seen log_level log_level_replica disable_tqdm trackio_space_id
+    trackio_bucket_id trackio_static_space_id eval_delay prediction_loss_only eval_on_start
+    eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics
+    batch_eval_metrics save_only_model save_on_each_node save_total_limit enable_jit_checkpoint
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+    ignore_data_skip restore_callback_states_from_checkpoint full_determinism accelerator_config
+    parallelism_config dataloader_drop_last dataloader_num_workers dataloader_pin_memory
+    dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
+    dataloader_in_order remove_unused_columns label_names length_column_name
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
+    ddp_timeout debug skip_memory_metrics do_train do_eval do_predict local_rank model_init_kwargs
+    router_aux_loss_coef dataset_kwargs dataset_num_proc eos_token truncation_mode shuffle_dataset
+    packing_strategy pad_to_multiple_of eval_packing loss_type activation_offloading pad_token
+    lora_target_parameters lora_modules_to_save lora_task_type half_precision_backend logging_dir
+    overwrite_output_dir fp16_opt_level
+"""
+_COUNTERPARTS = {
+    "output_dir": "the option --runs",
+    **dict.fromkeys(("bf16", "bf16_full_eval"), "train.mixed_precision: bf16"),
+    **dict.fromkeys(("fp16", "fp16_full_eval"), "train.mixed_precision: fp16"),
+    **dict.fromkeys(
+        ("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+        "train.gradient_checkpointing",
+    ),
+    "use_liger_kernel": "train.chunked_loss, which is on",
+    "auto_find_batch_size": "retries.oom, which halves the rows of a pass",
+    "report_to": "tracking.mode",
+    "run_name": "name",
+    **dict.fromkeys(("eval_strategy", "evaluation_strategy"), "train.eval_steps"),
+    **dict.fromkeys(("save_strategy", "save_steps"), "train.checkpoint_minutes"),
+    "load_best_model_at_end": "always so: the weights of the best evaluation are kept",
+    "metric_for_best_model": "search.metric.name",
+    "greater_is_better": "search.metric.goal",
+    "data_seed": "train.seed (order of the rows) and data.split_seed (which rows)",
+    **dict.fromkeys(("use_cpu", "no_cuda"), "resources.device: cpu"),
+    "deepspeed": "resources.strategy and resources.deepspeed_config",
+    **dict.fromkeys(("fsdp", "fsdp_config"), "resources.strategy: fsdp"),
+    "resume_from_checkpoint": "the command `lorafleet resume RUN`",
+    "train_sampling_strategy": "train.group_by_length",
+    "dataset_text_field": "data.text_column",
+    "completion_only_loss": "data.assistant_only_loss",
+    "chat_template_path": "data.chat_template",
+    "model_revision": "model.revision",
+    "use_peft": "method",
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "method: qlora, with qlora.quant_type"),
+    "bnb_4bit_quant_type": "qlora.quant_type",
+    "bnb_4bit_quant_storage": "qlora.quant_storage",
+    "bnb_4bit_compute_dtype": "qlora.compute_dtype",
+    "use_bnb_nested_quant": "qlora.use_double_quant",
+}
+HF_ARGUMENTS: dict[str, str | None] = dict.fromkeys(_NO_COUNTERPART.split()) | _COUNTERPARTS
+"""Arguments of Hugging Face's Trainer and of TRL that are no fields here -> what comes nearest; None: nothing."""
+
+
+def foreign_hint(key: str) -> str | None:
+    """Say what one of Hugging Face's arguments is here; None for a key that is not theirs."""
+    leaf = key.rpartition(".")[2]
+    if leaf not in HF_ARGUMENTS:
+        return None
+    nearest = HF_ARGUMENTS[leaf]
+    return f"here it is {nearest}" if nearest else "it is Hugging Face's, and has no counterpart here"
+
+
 DISTRIBUTION_ALIASES = {
     "loguniform": "log_uniform_values",
     "qloguniform": "q_log_uniform_values",

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from jobs import fields, search
+from jobs.aliases import foreign_hint
 from jobs.compare import ArmSpec
 from jobs.errors import Problem
 from jobs.messages import sentences
@@ -98,7 +99,8 @@ def compare_problems(job: JobSpec) -> list[Problem]:
         unknown = [path for path in arm.set if path not in fields.leaves()]
         for path in unknown:
             meant = fields.suggest_path(path)
-            hint = f"; did you mean {meant!r}?" if meant else ""
+            foreign = foreign_hint(path)
+            hint = f"; {foreign}" if foreign else f"; did you mean {meant!r}?" if meant else ""
             found.append(Problem(f"{where}.set", f"{where}.set has {path!r}, which is not a field of a job{hint}"))
         if unknown:
             continue

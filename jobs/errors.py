@@ -72,9 +72,10 @@ class SpecProblems(ValueError):
 class JobFileError(UserError):
     """A job file with at least one problem; the message is one line a problem."""
 
-    def __init__(self, file: str, problems: list[Problem]) -> None:
+    def __init__(self, file: str, problems: list[Problem], rest: object = None) -> None:
         self.file = file
         self.problems = problems
+        self.rest = rest  # the LoadedJob of all fields that are right, where they make one
         super().__init__("\n".join(problem.located(file) for problem in problems))
 
     def __reduce__(self) -> tuple[type[JobFileError], tuple[str, list[Problem]]]:

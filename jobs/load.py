@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -157,10 +159,19 @@ def load_text(text: str, path: Path, overrides: tuple[str, ...] = ()) -> LoadedJ
     _link(reading)
     _absolute_paths(reading, path.parent)
     _take_adapter(reading)
-    if reading.problems:
-        raise JobFileError(str(path), reading.problems)
-    job = _validated(reading, path)
-    return LoadedJob(job, path, text, overrides, reading.origins, tuple(reading.notes), reading.lines)
+    job, wrong = _validated(reading)
+    problems = _once([*reading.problems, *wrong])
+    loaded = (
+        LoadedJob(job, path, text, overrides, reading.origins, tuple(reading.notes), reading.lines) if job else None
+    )
+    if problems or loaded is None:
+        raise JobFileError(str(path), sorted(problems, key=lambda problem: problem.line or 0), loaded)
+    return loaded
+
+
+def _once(problems: list[Problem]) -> list[Problem]:
+    """Return the first problem of each field."""
+    return list({problem.path or problem.sentence: problem for problem in reversed(problems)}.values())[::-1]
 
 
 def read_text(path: Path) -> str:
@@ -249,8 +260,13 @@ def _ours(path: str) -> str:
 
 
 def _our_parameter(name: str) -> str:
-    """The dotted field that a search means by a name: ours, another tool's, or a leaf that only one block has."""
-    path = FIELD_ALIASES.get(name, name)
+    """The dotted field that a search, an arm or a link means by a name: ours, another tool's, or a leaf that only one
+    block has."""
+    if name in fields.leaves():
+        return name
+    path = FIELD_ALIASES.get(name) or FIELD_ALIASES.get(name.rpartition(".")[2], name)
+    if path.startswith("search."):
+        return name
     if "." in path or path in fields.leaves():
         return path
     same = [known for known in fields.leaves() if known.endswith(f".{path}")]
@@ -278,6 +294,11 @@ def _translate(reading: _Reading) -> None:
         _translate_parameters(reading, block, _PARAMETERS)
     for name, arm in _arms_of(tree):
         _translate_parameters(reading, arm, f"compare.arms.{name}.parameters.")
+        _translate_names(reading, arm.get("set"), f"compare.arms.{name}.set.")
+    links = tree["linked"] if isinstance(tree.get("linked"), dict) else {}
+    _translate_names(reading, links, "linked.")
+    for path, text in links.items():
+        links[path] = _our_expression(text, path) if isinstance(text, str) else text
 
 
 def _translate_key(reading: _Reading, block: str, key: str) -> None:
@@ -337,6 +358,46 @@ def _translate_parameters(reading: _Reading, block: dict[str, Any], prefix: str)
         parameters[path] = _long_form(reading, path, parameters[path], prefix)
 
 
+def _translate_names(reading: _Reading, settings: Any, prefix: str) -> None:
+    """Other tools' names and words where fields are named by their whole path."""
+    for name in list(settings) if isinstance(settings, dict) else ():
+        path = _our_parameter(str(name))
+        if path != name and path in settings:
+            reading.problem(f"{prefix}{name}", f"{prefix}{name} means {path}, which is set as well")
+            settings.pop(name)
+            continue
+        if path != name:
+            settings[path] = settings.pop(name)
+            _report(reading, f"{prefix}{path}", f"{prefix}{name} is read as {path}")
+        word = settings[path]
+        ours = VALUE_ALIASES.get((path, word)) if isinstance(word, str) else None
+        if ours is not None:
+            settings[path] = ours
+            _report(reading, f"{prefix}{path}", f"{path}: {word} is read as {ours}")
+
+
+def _our_words(reading: _Reading, path: str, values: list[Any], prefix: str) -> list[Any]:
+    """The values that a search tries, with other tools' words as ours."""
+    ours = [VALUE_ALIASES.get((path, value), value) if isinstance(value, str) else value for value in values]
+    for theirs, own in zip(values, ours, strict=True):
+        if own != theirs:
+            _report(reading, f"{prefix}{path}", f"{path}: {theirs} is read as {own}")
+    return ours
+
+
+def _our_expression(text: str, beside: str) -> str:
+    """Arithmetic with other tools' names of fields as ours: `2*rank`."""
+    try:
+        names = expression.names(expression.parse(text))
+    except ValueError:
+        return text
+    for name in names:
+        ours = FIELD_ALIASES.get(name.rpartition(".")[2])
+        if ours and fields.full_path(name, beside) not in fields.leaves():
+            text = re.sub(rf"(?<![\w.]){re.escape(name)}(?![\w.])", ours, text)
+    return text
+
+
 def _translate_metric(reading: _Reading, block: dict[str, Any], where: str) -> None:
     """`metric: eval_f1` is `{name: f1}`."""
     metric, path = block.get("metric"), f"{where}.name"
@@ -355,10 +416,12 @@ def _translate_metric(reading: _Reading, block: dict[str, Any], where: str) -> N
 def _long_form(reading: _Reading, path: str, value: Any, prefix: str) -> Any:
     """A list is its values, a text is an expression, and {min, max} alone is uniform."""
     if isinstance(value, list):
-        return {"values": value}
+        return {"values": _our_words(reading, path, value, prefix)}
     if isinstance(value, str):
-        return {"expression": value}
+        return {"expression": _our_expression(value, path)}
     if isinstance(value, dict):
+        if isinstance(value.get("values"), list):
+            value["values"] = _our_words(reading, path, value["values"], prefix)
         word = value.get("distribution")
         if isinstance(word, str) and word in DISTRIBUTION_ALIASES:
             value["distribution"] = DISTRIBUTION_ALIASES[word]
@@ -459,6 +522,7 @@ def _link(reading: _Reading) -> None:
         value = fields.get(reading.tree, path)
         if not isinstance(value, str) or path.startswith("linked") or not fields.is_number(path):
             continue
+        value = _our_expression(value, path)
         try:
             used = expression.names(expression.parse(value))
         except ValueError:
@@ -643,17 +707,60 @@ def looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _validated(reading: _Reading, path: Path) -> JobSpec:
-    try:
-        job = JobSpec.model_validate(reading.tree)
-    except ValidationError as error:
-        problems = [reading.placed(problem) for problem in sentences(error)]
-        raise JobFileError(str(path), sorted(problems, key=lambda p: p.line or 0)) from None
-    wrong = search.search_problems(job) or arms.compare_problems(job)
-    problems = [reading.placed(problem) for problem in wrong]
-    if problems:
-        raise JobFileError(str(path), problems)
-    return search.trial(job, {}) if job.linked else job
+def _validated(reading: _Reading) -> tuple[JobSpec | None, list[Problem]]:
+    """Return (the job, every problem). With problems it is the job without the fields that are wrong, if that is one.
+
+    Without them, what the other fields say against each other is seen as well.
+    """
+    problems: list[Problem] = []
+    tree = copy.deepcopy(reading.tree)
+    for problem in reading.problems:
+        _drop(tree, problem.path)
+    for _ in range(_MOST_PASSES):
+        try:
+            job = JobSpec.model_validate(tree)
+            break
+        except ValidationError as error:
+            dropped = [problem.path for problem in (*reading.problems, *problems)]
+            found = [problem for problem in sentences(error) if not _is_of(problem.path, dropped)]
+            problems += found
+            taken = [_drop(tree, problem.path) for problem in found]
+            if not any(taken):
+                return None, [reading.placed(problem) for problem in problems]
+    else:
+        return None, [reading.placed(problem) for problem in problems]
+    dropped = [problem.path for problem in (*reading.problems, *problems)]
+    further = search.search_problems(job) or arms.compare_problems(job)
+    problems += [problem for problem in further if not _is_of(problem.path, dropped)]
+    return search.trial(job, {}) if job.linked and not problems else job, [reading.placed(one) for one in problems]
+
+
+_SOME_NAME = "job"
+_MOST_PASSES = 8
+"""Validations of one file, each without the fields that were wrong in the one before."""
+
+
+def _is_of(path: str, dropped: list[str]) -> bool:
+    """Whether a problem is about a field that was left out for an earlier one, or about the block around it."""
+    return any(path == one or one.startswith(f"{path}.") or path.startswith(f"{one}.") for one in dropped if one)
+
+
+def _drop(tree: dict[str, Any], path: str) -> bool:
+    """Take a field out; a key with dots in it (of a search) is one. A name, which must be there, becomes another."""
+    if path == "name":
+        renamed = tree.get("name") != _SOME_NAME
+        tree["name"] = _SOME_NAME
+        return renamed
+    for key in [key for key in tree if path == key or path.startswith(f"{key}.")]:
+        if path == key:
+            del tree[key]
+            return True
+        if isinstance(tree[key], dict) and _drop(tree[key], path.removeprefix(f"{key}.")):
+            return True
+        if not isinstance(tree[key], dict):
+            del tree[key]
+            return True
+    return False
 
 
 def dump_resolved(loaded: LoadedJob) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from jobs import fields
+from jobs.aliases import foreign_hint
 from jobs.errors import Problem, SpecProblems
 
 
@@ -58,7 +59,7 @@ def sentences(error: ValidationError, known: Collection[str] | None = None) -> l
             continue
         path = _path(raw["loc"])
         if path.startswith("search.parameters.") and path.endswith(".values") and raw["type"] != "tuple_type":
-            problems[path] = Problem(path, f"{path} must be a list of numbers, texts or true/false, one level deep")
+            problems.setdefault(path, Problem(path, _too_deep(path, raw["input"])))
             continue
         sentence = _sentence(path, raw, known)
         if raw["type"] == "model_type" and path.startswith("search.parameters."):
@@ -78,6 +79,17 @@ def sentences(error: ValidationError, known: Collection[str] | None = None) -> l
     return list(problems.values())
 
 
+def _too_deep(path: str, value: Any) -> str:
+    sentence = f"{path} must be a list of numbers, texts or true/false, one level deep"
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        return sentence
+    return f'{sentence}: a list is one value when it is written as "{",".join(value)}"'
+
+
+_HALF = {"fp16": "float16", "float16": "float16", "half": "float16", "bf16": "bfloat16", "bfloat16": "bfloat16"}
+"""What people call 16-bit weights -> torch's name."""
+
+
 def _sentence(path: str, raw: Any, known: Collection[str] | None) -> str:
     match raw["type"]:
         case "extra_forbidden":
@@ -89,6 +101,9 @@ def _sentence(path: str, raw: Any, known: Collection[str] | None) -> str:
             return f"{path}: {message}" if path else message
         case "string_too_short" | "too_short" if raw["ctx"]["min_length"] == 1:
             return f"{path} is empty, but must hold something"
+        case "literal_error" if path.endswith(".quantization") and raw["input"] in _HALF:
+            said = f"{path} is {shown(raw['input'])}, but must be {_wanted(raw)}"
+            return f"{said}; weights in 16 bits are `set: {{model.dtype: {_HALF[raw['input']]}}}`"
         case kind if kind in _WANTED:
             return f"{path} is {shown(raw['input'])}, but must be {_wanted(raw)}"
     return f"{path}: {raw['msg']}"
@@ -128,6 +143,9 @@ def unknown_key(path: str) -> str:
         return f"{path} is not a known key; {hint}"
     prefix = f"{block}." if block else ""
     here = {known.removeprefix(prefix).split(".")[0] for known in fields.leaves() if known.startswith(prefix)}
+    foreign = foreign_hint(leaf)
+    if foreign:
+        return f"{path} is not a known key; {foreign}"
     near = fields.closest(leaf, here)
     if near:
         return f"{path} is not a known key; did you mean {near!r}?"

@@ -84,6 +84,8 @@ class Plan(Spec):
     """GB on disk of one checkpoint of all trials that run at once; the one before is kept beside it."""
     strategy: str
     """What `auto` came to."""
+    number_formats: str = ""
+    """Number formats of weights and arithmetic; where trials differ, those of the first."""
     site: str = "here"
     """Where it would run: this machine, a Ray, or a site by name."""
     nodes: int = 1

@@ -68,6 +68,8 @@ class Row(Spec):
     """GPUs times hours of training and evaluation."""
     trainable_parameters: int | None = None
     """Parameters that were trained."""
+    number_formats: str | None = None
+    """What weights and arithmetic were in."""
     failure: Failure | None = None
     """Why it failed."""
     reason: str | None = None

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from jobs import expression, fields
+from jobs.aliases import foreign_hint
 from jobs.errors import Problem
 from jobs.messages import sentences
 from jobs.search_spec import FOLD, SEED, Parameter, Scalar, SearchSpec
@@ -217,7 +218,8 @@ def _parameter_problems(job: JobSpec, path: str, parameter: Parameter) -> list[P
         meant = fields.suggest_path(path)
         if meant and (meant.split(".")[0] in fields.NOT_SEARCHED or meant in NOT_IDENTITY):
             meant = None  # that may not be searched either
-        hint = f"; did you mean {meant!r}?" if meant else ""
+        foreign = foreign_hint(path)
+        hint = f"; {foreign}" if foreign else f"; did you mean {meant!r}?" if meant else ""
         return [Problem(where, f"search.parameters has {path!r}, which is not a field of a job{hint}")]
     if path.split(".")[0] in fields.NOT_SEARCHED:
         return [Problem(where, f"search.parameters has {path!r}, but a search may not vary {path.split('.')[0]}")]

@@ -23,7 +23,7 @@ from jobs.model_kinds import learnt_positions
 from jobs.spec import JobSpec
 from training.data import evaluation_batches, make_batch
 from training.loss import LossModule
-from training.model import weight_dtype
+from training.model import has_bfloat16, weight_dtype
 from training.strategies import Ranks
 
 OnPass = Callable[[str], None]
@@ -228,6 +228,5 @@ def autocast_dtype(job: JobSpec, device: torch.device) -> torch.dtype | None:
     """Number format of mixed precision; None without it."""
     wanted = job.train.mixed_precision
     if wanted == "auto":
-        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return torch.bfloat16 if on_gpu or weight_dtype(job, device) is torch.bfloat16 else None
+        return torch.bfloat16 if has_bfloat16(device) or weight_dtype(job, device) is torch.bfloat16 else None
     return {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted]

@@ -101,6 +101,7 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
     spec = job.model
     folder = safetensors_folder(spec.model_name_or_path, spec.revision)
     _check_kind(job, folder)
+    check_formats(job, device)
     options: dict[str, Any] = {
         "dtype": weight_dtype(job, device),
         "trust_remote_code": spec.trust_remote_code,
@@ -355,4 +356,24 @@ def weight_dtype(job: JobSpec, device: torch.device) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, job.model.dtype)
         return dtype
     frozen_on_gpu = device.type == "cuda" and job.method != "full"
-    return torch.bfloat16 if frozen_on_gpu and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if frozen_on_gpu and has_bfloat16(device) else torch.float32
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a GPU computes in bfloat16 itself; torch also emulates it, many times slower."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def check_formats(job: JobSpec, device: torch.device) -> None:
+    """Raise UserError for a number format that the job names and the GPU does not have."""
+    if device.type != "cuda" or has_bfloat16(device):
+        return
+    for field, value, wanted in (
+        ("train.mixed_precision", job.train.mixed_precision, "bf16"),
+        ("model.dtype", job.model.dtype, "bfloat16"),
+    ):
+        if value == wanted:
+            gpu = torch.cuda.get_device_name(device)
+            raise UserError(
+                f"{field} is {value}, but {gpu} has no bfloat16: use auto, or fp16 in train.mixed_precision"
+            )

@@ -25,6 +25,7 @@ from evaluation.metrics import Scores, scores
 from evaluation.tokens import PackedSplit, packed
 from jobs.defaults import learning_rate
 from jobs.errors import TrainingFailure, UserError
+from jobs.precision import formats_text
 from jobs.schedule import Schedule
 from jobs.spec import JobSpec
 from training import checkpoint
@@ -101,6 +102,12 @@ class TrainingSession:
     def done(self) -> bool:
         """Whether the last step has been taken."""
         return self.step >= self.schedule.total_steps
+
+    @property
+    def number_formats(self) -> str:
+        """What weights and arithmetic are in, in words."""
+        arithmetic = None if self.autocast_dtype is None else str(self.autocast_dtype).removeprefix("torch.")
+        return formats_text(self.job, str(self.base.dtype).removeprefix("torch."), arithmetic)
 
     @property
     def trainable_parameters(self) -> int:
@@ -208,6 +215,7 @@ class TrainingSession:
             "train_loss": loss_sum / targets if targets else None,
             "learning_rate": rate,
             "trainable_parameters": self.trainable_parameters,
+            "number_formats": self.number_formats,
             **self.meter.rates(),
             **gpu_metrics(self.base.device),
         }

@@ -1,0 +1,246 @@
+"""What `validate` and `plan` say before anything runs: every problem at once, in the user's own words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cluster.planning import make_plan, refuse_attention
+from commands.plan import plan_lines
+from jobs import fields
+from jobs.aliases import FIELD_ALIASES, HF_ARGUMENTS
+from jobs.arms import own_job
+from jobs.errors import JobFileError, UserError
+from jobs.load import load_text
+from jobs.precision import planned_formats
+from jobs.search import NOT_IDENTITY
+from jobs.site import LocalSite
+from jobs.unused import unused_notes
+from tests.conftest import JobMaker, lorafleet_here, write_rows
+from tests.unit.test_training import finish, session
+from training.model import check_formats
+
+HEAD = "name: x\ntask: classification\nmodel: {model_name_or_path: asset:minilm-l6}\ndata: {train_file: x.jsonl}\n"
+CPU_SITE = LocalSite(cpus=4, memory_gib=16.0)
+GPU_SITE = LocalSite(cpus=4, memory_gib=16.0, gpus=1, gpu_memory_gib=80.0)
+
+
+def _job(text: str, *overrides: str, head: str = HEAD) -> Any:
+    return load_text(head + text, Path("/nowhere/job.yaml"), overrides)
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    """Of the file's keys and values, of fields that contradict each other, of names, and of arms and searches."""
+    (tmp_path / "job.yaml").write_text(
+        "name: BAD NAME\n"
+        "task: classification\n"
+        "model: {model_name_or_path: ./nosuch, max_length: 32}\n"
+        "data: {train_file: nosuch.jsonl}\n"
+        "lora: {lora_r: 0, lora_alhpa: 3}\n"
+        "train: {learning_rate: abc, packing: true, per_device_train_batch_size: 3, global_batch_size: 16}\n"
+        "search: {parameters: {lora.lora_r: 8, train.sed: [1]}}\n"
+    )
+    said = lorafleet_here("validate", "job.yaml", cwd=tmp_path).stderr
+    for words in (
+        "job.yaml:1: name is 'BAD NAME'",
+        "job.yaml:5: lora.lora_r is 0",
+        "lora.lora_alhpa is not a known key; did you mean 'lora_alpha'?",
+        "job.yaml:6: train.learning_rate is 'abc'",
+        "train.global_batch_size is 16, but must be a multiple",
+        "train.packing is true, but must be false for classification",
+        "search.parameters.lora.lora_r is 8, but must list what it may be: {values: [8]}",
+        "search.parameters has 'train.sed'",
+        "model.model_name_or_path is",
+        "job.yaml:4: data.train_file is",
+    ):
+        assert words in said, words
+    assert len(said.splitlines()) == 10
+    listed = json.loads(lorafleet_here("validate", "job.yaml", "--format", "json", cwd=tmp_path).stdout)
+    assert len(listed["problems"]) == 10
+
+
+def test_validate_reads_the_data_files(tmp_path: Path) -> None:
+    write_rows(tmp_path / "x.jsonl", [{"text": "a", "label": "x"}, {"text": "b"}])
+    (tmp_path / "job.yaml").write_text(HEAD)
+    done = lorafleet_here("validate", "job.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "x.jsonl:2: " in done.stderr
+    assert lorafleet_here("validate", "job.yaml", "--no-data", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
+def test_attention_that_needs_a_gpu(name: str, bert_job: JobMaker, tmp_path: Path) -> None:
+    loaded = bert_job(model__attn_implementation=name)
+    with pytest.raises(JobFileError, match=f"is {name}, which trains on a GPU alone, .* runs on CPU; use sdpa"):
+        make_plan(loaded, CPU_SITE, "train")
+    with pytest.raises(JobFileError, match="runs on CPU"):
+        refuse_attention(bert_job(model__attn_implementation=name, resources__device="cpu").job, GPU_SITE, "job.yaml")
+    refuse_attention(bert_job(model__attn_implementation="flex_attention").job, GPU_SITE, "job.yaml")
+
+
+def test_a_package_for_attention_that_is_not_installed(bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(JobFileError, match="flash-attn is not installed"):
+        refuse_attention(bert_job(model__attn_implementation="flash_attention_2").job, GPU_SITE, "job.yaml")
+
+
+def test_bfloat16_that_the_gpu_does_not_have(bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch says that a V100 has it, since it emulates it."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    gpu = torch.device("cuda")
+    check_formats(bert_job().job, gpu)
+    for field, value in (("train__mixed_precision", "bf16"), ("model__dtype", "bfloat16")):
+        with pytest.raises(UserError, match=f"is {value}, but Tesla V100 has no bfloat16"):
+            check_formats(bert_job(**{field: value}).job, gpu)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cuda", "line"),
+    [
+        ({}, False, "weights float32; arithmetic float32"),
+        ({"train__mixed_precision": "bf16"}, False, "weights float32; arithmetic bfloat16 (autocast)"),
+        ({"model__dtype": "bfloat16"}, False, "weights bfloat16; arithmetic bfloat16 (autocast)"),
+        ({"method": "qlora"}, False, "weights nf4, the rest float32; arithmetic float32"),
+        ({}, True, "weights bfloat16; arithmetic bfloat16 (autocast), where the GPU has bfloat16"),
+        ({"method": "full"}, True, "weights float32; arithmetic bfloat16 (autocast), where the GPU has bfloat16"),
+        ({"train__mixed_precision": "no", "model__dtype": "float32"}, True, "weights float32; arithmetic float32"),
+    ],
+)
+def test_number_formats_are_said(overrides: dict[str, Any], cuda: bool, line: str, bert_job: JobMaker) -> None:
+    loaded = bert_job(**overrides, train__max_steps=1)
+    assert planned_formats(loaded.job, cuda=cuda) == line
+    if not cuda:
+        made = make_plan(loaded, CPU_SITE, "train")
+        assert f"number format   {line}" in plan_lines(made)
+        trained = session(loaded.job)
+        finish(trained)
+        assert trained.number_formats == line  # what it was is what the plan said
+
+
+@pytest.mark.parametrize(
+    ("text", "command", "words"),
+    [
+        ("evaluate: {folds: 3}\n", "train", "evaluate.folds is set, but not used: train trains once"),
+        ("evaluate: {folds: 3}\n", "sweep", None),
+        ("qlora: {quant_type: fp4}\n", "train", "qlora.quant_type is set, but not used: method is lora"),
+        ("method: full\nlora: {lora_r: 4, lora_alpha: 8}\n", "train", "lora.lora_r and lora.lora_alpha are set, but"),
+        ("train: {lr_scheduler_type: constant, warmup_steps: 4}\n", "train", "constant has no warm-up"),
+        ("train: {decay_ratio: 0.3}\n", "train", "only lr_scheduler_type warmup_stable_decay has it"),
+        ("evaluate: {temperature: 0.5}\n", "train", "evaluate.do_sample is false"),
+        ("evaluate: {max_new_tokens: 5}\n", "train", "a classifier writes no answers"),
+        ("train: {num_train_epochs: 2, max_steps: 5}\n", "train", "train.max_steps comes before it"),
+        ("lora: {lora_r: 4}\n", "train", None),
+    ],
+)
+def test_what_nothing_looks_at_is_said(text: str, command: str, words: str | None) -> None:
+    notes = unused_notes(_job(text), command)
+    assert notes == [] if words is None else any(words in note for note in notes), notes
+
+
+def test_what_some_trials_use_is_used() -> None:
+    searched = _job("qlora: {quant_type: int8}\nsearch: {parameters: {method: [lora, qlora]}, method: grid}\n")
+    assert unused_notes(searched, "sweep") == []
+
+
+ALIASES = sorted(name for name, ours in FIELD_ALIASES.items() if ours.startswith(("lora.", "train.")))
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_an_alias_is_understood_everywhere(name: str) -> None:
+    ours = FIELD_ALIASES[name]
+    block = ours.split(".")[0]
+    words = {
+        "lora_target_modules": "[query]",
+        "lr_scheduler_type": "cosine",
+        "optim": "adamw_8bit",
+        "learning_rate": "2",
+    }
+    value = words.get(ours.split(".")[1], "32")
+    said = fields.get(_job(f"{ours.replace('.', ': {')}: {value}}}\n").job.model_dump(), ours)
+    for text in (f"{name}: {value}\n", f"{block}: {{{name}: {value}}}\n"):
+        assert fields.get(_job(text).job.model_dump(), ours) == said
+    for override in (f"{name}={value}", f"{block}.{name}={value}"):
+        assert fields.get(_job("", override).job.model_dump(), ours) == said
+    quoted = '"query"' if value == "[query]" else value
+    for key in (name, f"{block}.{name}"):
+        if ours not in NOT_IDENTITY:
+            searched = _job(f"search: {{method: grid, parameters: {{{key}: [{quoted}]}}}}\n").job.search
+            assert list(searched.parameters) == [ours]
+        arm = f"compare: {{arms: {{a: {{method: lora}}, b: {{method: lora, set: {{{key}: {value}}}}}}}}}\n"
+        if ours != "train.num_train_epochs":  # the budget of all arms
+            assert fields.get(own_job(_job(arm).job, "b").model_dump(), ours) == said
+
+
+def test_aliases_in_arithmetic() -> None:
+    assert _job('lora: {r: 8, alpha: "2*rank"}\n').job.lora.lora_alpha == 16
+    searched = _job('search: {parameters: {r: [4, 8], lora.alpha: "2*r"}, method: grid}\n')
+    assert searched.job.search.parameters["lora.lora_alpha"].expression == "2*lora.lora_r"
+    assert _job("lora: {r: 8}\nlinked: {lora.alpha: 3*r}\n").job.lora.lora_alpha == 24
+
+
+def test_words_of_other_tools_in_a_search() -> None:
+    searched = _job("search: {parameters: {optimizer: [adamw_torch_fused, adamw_bnb_8bit]}, method: grid}\n")
+    assert searched.job.search.parameters["train.optim"].values == ("adamw_torch", "adamw_8bit")
+    assert sum("is read as" in note for note in searched.notes) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("search: {parameters: {lora.lora_r: 8}}\n", "must list what it may be: {values: [8]}"),
+        (
+            "search: {parameters: {lora.lora_target_modules: [[query, value], [query]]}}\n",
+            'a list is one value when it is written as "query,value"',
+        ),
+        (
+            "compare: {arms: {a: {method: base, quantization: fp16}, b: {method: lora}}}\n",
+            "weights in 16 bits are `set: {model.dtype: float16}`",
+        ),
+        ("train: {adam_beta1: 0.8}\n", "train.adam_beta1 is not a known key; it is Hugging Face's, and has no counter"),
+        ("fp16: true\n", "fp16 is not a known key; here it is train.mixed_precision: fp16"),
+        ("train: {save_steps: 5}\n", "here it is train.checkpoint_minutes"),
+        ("train: {metric_for_best_model: f1}\n", "here it is search.metric.name"),
+        ("search: {parameters: {train.adam_beta2: [0.9]}}\n", "has no counterpart here"),
+    ],
+)
+def test_hints_name_what_works(text: str, words: str) -> None:
+    with pytest.raises(JobFileError) as error:
+        _job(text)
+    assert words in str(error.value)
+
+
+def test_a_list_in_a_search_works_as_the_hint_says() -> None:
+    job = _job('search: {method: grid, parameters: {lora.lora_target_modules: ["query,value", query]}}\n').job
+    assert job.search.parameters["lora.lora_target_modules"].values == ("query,value", "query")
+
+
+def test_every_argument_of_the_trainer_is_known_here_or_hinted_at() -> None:
+    from transformers import TrainingArguments
+    from trl import ModelConfig, SFTConfig
+
+    leaves = {path.rpartition(".")[2] for path in fields.leaves()}
+    for config in (TrainingArguments, SFTConfig, ModelConfig):
+        for field in dataclass_fields(config):
+            assert field.name in leaves | set(FIELD_ALIASES) | set(HF_ARGUMENTS), field.name
+    for name in HF_ARGUMENTS:
+        assert name not in leaves | set(FIELD_ALIASES), name
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("nosuch.jsonl", "no such file"), (".", "a folder"), ("x.txt", "end in one")]
+)
+def test_evaluate_names_the_users_own_option(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("x\n")
+    write_rows(tmp_path / "x.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
+    (tmp_path / "job.yaml").write_text(HEAD)
+    done = lorafleet_here("evaluate", "asset:minilm-l6", "--job", "job.yaml", "--data", name, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"--data is {name}, but" in done.stderr
+    assert words in done.stderr
+    assert "evaluate.yaml" not in done.stderr

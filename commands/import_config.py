@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from commands.common import DEFAULT_RUNS, AnyRuns, say
+
+if TYPE_CHECKING:
+    from jobs.translate import Translation
 
 
 class Tool(StrEnum):
@@ -16,45 +19,62 @@ class Tool(StrEnum):
 
     AXOLOTL = "axolotl"
     LLAMAFACTORY = "llamafactory"
+    TRL = "trl"
+    WANDB = "wandb"
+
+
+_STAND_INS = {
+    "task": "classification",
+    "model": {"model_name_or_path": "asset:minilm-l6", "max_length": 128},
+    "data": {"dataset_name": "asset:rotten-tomatoes"},
+}
+"""Model and data of a sweep file, which names none."""
 
 
 def import_config(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The other tool's YAML.", show_default=False)],
     source: Annotated[Tool, typer.Option("--from", help="Which tool wrote it.")],
     name: Annotated[str, typer.Option(help="Name of the job.")] = "imported",
+    job: Annotated[
+        Path | None,
+        typer.Option("--job", metavar="JOB.yaml", help="With --from wandb: the job that is to be searched."),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write; printed if left out.")] = None,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
-    """Translate a config into a job file, and say what could not be carried over."""
+    """Translate a config into a job file, and say what is not carried over or is done otherwise."""
     import yaml
 
-    from jobs import files, yaml12
-    from jobs.errors import JobFileError, Problem, UserError
-    from jobs.load import load_text, read_text
+    from jobs import files
+    from jobs.errors import JobFileError, UserError
+    from jobs.load import load_text
     from jobs.translate import translate, without_refused
+    from jobs.translate_sweep import translate_sweep
 
-    document = yaml12.read(read_text(file))
-    if document.problems:
-        raise JobFileError(str(file), document.problems)
-    if not isinstance(document.value, dict):
-        raise JobFileError(str(file), [Problem("", "a config is a block of keys")])
-    made = translate(source, document.value, name)
+    config = _read(file)
+    if job is not None and source is not Tool.WANDB:
+        raise UserError(f"--job goes with --from wandb; a config of {source.value} names its own model and data")
+    if source is Tool.WANDB:
+        made = translate_sweep(config, name)
+        _put_on(made, job, file)
+    else:
+        made = translate(source, config, name)
+    folder = (job or output or Path("job.yaml")).parent
     while True:
         body = yaml.safe_dump(made.tree, sort_keys=False, allow_unicode=True)
         try:
-            load_text(body, output or Path("job.yaml"))
+            load_text(body, folder / "job.yaml")
             break
         except JobFileError as error:
             if not without_refused(made, [(problem.path, problem.sentence) for problem in error.problems]):
-                said = "; ".join(problem.sentence for problem in error.problems)
-                raise UserError(f"{file} makes a job that cannot run: {said}") from None
+                wrong = "; ".join([*(problem.sentence for problem in error.problems), *made.lost])
+                raise UserError(f"{file} makes a job that cannot run: {wrong}") from None
+    said = [("not carried over", made.lost), ("assumed", made.assumed), ("otherwise", made.otherwise)]
     text = f"# Translated from {file.name} ({source.value}).\n"
-    text += "".join(f"# Not carried over: {line}\n" for line in made.lost)
-    text += "".join(f"# Assumed: {line}\n" for line in made.assumed) + body
-    for line in made.lost:
-        say(f"not carried over: {line}")
-    for line in made.assumed:
-        say(f"assumed: {line}")
+    text += "".join(f"# {what.capitalize()}: {line}\n" for what, lines in said for line in lines) + body
+    for what, lines in said:
+        for line in lines:
+            say(f"{what}: {line}")
     if made.dropped:
         say(f"without meaning here: {', '.join(made.dropped)}")
     if output is None:
@@ -64,3 +84,46 @@ def import_config(
     else:
         files.write_text(output, text)
         typer.echo(str(output))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return the blocks of a YAML file. Raises JobFileError."""
+    from jobs import yaml12
+    from jobs.errors import JobFileError, Problem
+    from jobs.load import read_text
+
+    document = yaml12.read(read_text(file))
+    if document.problems:
+        raise JobFileError(str(file), document.problems)
+    if not isinstance(document.value, dict):
+        raise JobFileError(str(file), [Problem("", "a config is a block of keys")])
+    return document.value
+
+
+def _put_on(made: Translation, job: Path | None, file: Path) -> None:
+    """Add what a sweep file does not say: the job that it searches, or a stand-in.
+
+    Raises UserError where nothing of the sweep is left to search.
+    """
+    from jobs import fields
+    from jobs.errors import UserError
+
+    if not fields.get(made.tree, "search.parameters"):
+        lost = "; ".join(made.lost)
+        raise UserError(f"{file}: none of its parameters is a field of a job, so there is nothing to search ({lost})")
+    if job is not None:
+        own = _read(job)
+        made.tree = _laid_over(own | {"search": {}}, {key: value for key, value in made.tree.items() if key != "name"})
+        return
+    made.assumed.append("model and data: a sweep file has none, and those of the quickstart stand in (see --job)")
+    made.tree = _laid_over(_STAND_INS, made.tree)
+    made.tree = {"name": made.tree.pop("name"), **made.tree}
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return two trees as one; `above` wins."""
+    both = dict(below)
+    for key, value in above.items():
+        inner = both.get(key)
+        both[key] = _laid_over(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+    return both

@@ -98,3 +98,15 @@ def put(tree: dict[str, Any], path: str, value: Any) -> None:
             tree[part] = {}
         tree = tree[part]
     tree[leaf] = value
+
+
+def drop(tree: dict[str, Any], path: str) -> bool:
+    """Take out the value at a dotted path; a key with dots in it (of a search) is one. Returns whether it was there."""
+    for key in [key for key in tree if path == key or path.startswith(f"{key}.")]:
+        inner = tree[key]
+        if path == key or not isinstance(inner, dict):
+            del tree[key]
+            return True
+        if drop(inner, path.removeprefix(f"{key}.")):
+            return True
+    return False

@@ -252,14 +252,14 @@ _PARAMETERS = "search.parameters."
 def _ours(path: str) -> str:
     """The field that an override of another tool's spelling means: `lora_rank`, `lora.rank`, `search.parameters.lr`."""
     if path.startswith(_PARAMETERS):
-        return _PARAMETERS + _our_parameter(path.removeprefix(_PARAMETERS))
+        return _PARAMETERS + our_field(path.removeprefix(_PARAMETERS))
     ours = FIELD_ALIASES.get(path.rpartition(".")[2])
     if ours is None or path in fields.leaves() or (path.startswith("search.") and not ours.startswith("search.")):
         return path
     return ours
 
 
-def _our_parameter(name: str) -> str:
+def our_field(name: str) -> str:
     """The dotted field that a search, an arm or a link means by a name: ours, another tool's, or a leaf that only one
     block has."""
     if name in fields.leaves():
@@ -346,7 +346,7 @@ def _translate_parameters(reading: _Reading, block: dict[str, Any], prefix: str)
     if not isinstance(parameters, dict):
         return
     for name in list(parameters):
-        path = _our_parameter(name)
+        path = our_field(name)
         if path != name and path in parameters:
             reading.problem(f"{prefix}{name}", f"{prefix}{name} means {path}, which is set as well")
             parameters.pop(name)
@@ -361,7 +361,7 @@ def _translate_parameters(reading: _Reading, block: dict[str, Any], prefix: str)
 def _translate_names(reading: _Reading, settings: Any, prefix: str) -> None:
     """Other tools' names and words where fields are named by their whole path."""
     for name in list(settings) if isinstance(settings, dict) else ():
-        path = _our_parameter(str(name))
+        path = our_field(str(name))
         if path != name and path in settings:
             reading.problem(f"{prefix}{name}", f"{prefix}{name} means {path}, which is set as well")
             settings.pop(name)
@@ -715,7 +715,7 @@ def _validated(reading: _Reading) -> tuple[JobSpec | None, list[Problem]]:
     problems: list[Problem] = []
     tree = copy.deepcopy(reading.tree)
     for problem in reading.problems:
-        _drop(tree, problem.path)
+        _leave_out(tree, problem.path)
     for _ in range(_MOST_PASSES):
         try:
             job = JobSpec.model_validate(tree)
@@ -724,7 +724,7 @@ def _validated(reading: _Reading) -> tuple[JobSpec | None, list[Problem]]:
             dropped = [problem.path for problem in (*reading.problems, *problems)]
             found = [problem for problem in sentences(error) if not _is_of(problem.path, dropped)]
             problems += found
-            taken = [_drop(tree, problem.path) for problem in found]
+            taken = [_leave_out(tree, problem.path) for problem in found]
             if not any(taken):
                 return None, [reading.placed(problem) for problem in problems]
     else:
@@ -740,27 +740,18 @@ _MOST_PASSES = 8
 """Validations of one file, each without the fields that were wrong in the one before."""
 
 
+def _leave_out(tree: dict[str, Any], path: str) -> bool:
+    """Take a field out of a job; its name, which must be there, becomes another."""
+    if path != "name":
+        return fields.drop(tree, path)
+    renamed = tree.get("name") != _SOME_NAME
+    tree["name"] = _SOME_NAME
+    return renamed
+
+
 def _is_of(path: str, dropped: list[str]) -> bool:
     """Whether a problem is about a field that was left out for an earlier one, or about the block around it."""
     return any(path == one or one.startswith(f"{path}.") or path.startswith(f"{one}.") for one in dropped if one)
-
-
-def _drop(tree: dict[str, Any], path: str) -> bool:
-    """Take a field out; a key with dots in it (of a search) is one. A name, which must be there, becomes another."""
-    if path == "name":
-        renamed = tree.get("name") != _SOME_NAME
-        tree["name"] = _SOME_NAME
-        return renamed
-    for key in [key for key in tree if path == key or path.startswith(f"{key}.")]:
-        if path == key:
-            del tree[key]
-            return True
-        if isinstance(tree[key], dict) and _drop(tree[key], path.removeprefix(f"{key}.")):
-            return True
-        if not isinstance(tree[key], dict):
-            del tree[key]
-            return True
-    return False
 
 
 def dump_resolved(loaded: LoadedJob) -> str:

@@ -1,4 +1,4 @@
-"""Configs of axolotl and LLaMA-Factory as job files. What could not be carried over is said, key by key. Pure."""
+"""Configs of axolotl, LLaMA-Factory and TRL as job files. What is done otherwise is said, key by key. Pure."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ _SAME = {
     "loraplus_lr_ratio": "lora.loraplus_lr_ratio",
     "eval_steps": "train.eval_steps",
     "seed": "train.seed",
+    "group_by_length": "train.group_by_length",
+    "early_stopping_patience": "train.early_stopping_patience",
 }
 
 _TOOLS: dict[str, dict[str, str]] = {
@@ -41,7 +43,6 @@ _TOOLS: dict[str, dict[str, str]] = {
         "micro_batch_size": "train.per_device_train_batch_size",
         "eval_batch_size": "train.per_device_eval_batch_size",
         "lr_scheduler": "train.lr_scheduler_type",
-        "group_by_length": "train.group_by_length",
         "lora_model_dir": "train.init_adapter",
         "val_set_size": "data.validation_fraction",
         "wandb_project": "tracking.project",
@@ -65,6 +66,33 @@ _TOOLS: dict[str, dict[str, str]] = {
         "max_samples": "data.max_train_samples",
         "val_size": "data.validation_fraction",
         "default_system": "data.system_prompt",
+        "double_quantization": "qlora.use_double_quant",
+    },
+    "trl": _SAME
+    | {
+        "model_name_or_path": "model.model_name_or_path",
+        "model_revision": "model.revision",
+        "dtype": "model.dtype",
+        "torch_dtype": "model.dtype",
+        "max_length": "model.max_length",
+        "max_seq_length": "model.max_length",
+        "dataset_config": "data.dataset_config_name",
+        "dataset_text_field": "data.text_column",
+        "chat_template": "data.chat_template",
+        "chat_template_path": "data.chat_template",
+        "lora_r": "lora.lora_r",
+        "lora_target_modules": "lora.lora_target_modules",
+        "use_dora": "lora.use_dora",
+        "use_rslora": "lora.use_rslora",
+        "bnb_4bit_quant_type": "qlora.quant_type",
+        "use_bnb_nested_quant": "qlora.use_double_quant",
+        "num_train_epochs": "train.num_train_epochs",
+        "per_device_train_batch_size": "train.per_device_train_batch_size",
+        "per_device_eval_batch_size": "train.per_device_eval_batch_size",
+        "optim": "train.optim",
+        "lr_scheduler_type": "train.lr_scheduler_type",
+        "assistant_only_loss": "data.assistant_only_loss",
+        "completion_only_loss": "data.assistant_only_loss",
     },
 }
 TOOLS = tuple(_TOOLS)
@@ -102,6 +130,21 @@ _MEANS_NOTHING_HERE = {
     "resume_from_checkpoint",
     "ddp_timeout",
     "save_only_model",
+    "logging_strategy",
+    "log_level",
+    "dataset_num_proc",
+    "dataset_processes",
+    "pad_to_sequence_len",
+    "gradient_checkpointing_kwargs",
+    "do_predict",
+    "push_to_hub",
+    "hub_strategy",
+    "remove_unused_columns",
+    "eval_table_size",
+    "tokenizer_type",
+    "model_type",
+    "include_tokens_per_second",
+    "eval_sample_packing",
 }
 
 
@@ -115,7 +158,9 @@ class Translation:
     dropped: list[str] = field(default_factory=list)
     """Keys that say how, not what: they have no meaning here."""
     assumed: list[str] = field(default_factory=list)
-    """What the other tool does where its config says nothing, and we would do otherwise."""
+    """What the other tool does where its config says nothing: it is carried over."""
+    otherwise: list[str] = field(default_factory=list)
+    """What the other tool does, and this one does otherwise."""
 
     def put(self, path: str, value: Any) -> None:
         """Set a field, a float where the field wants one."""
@@ -127,11 +172,12 @@ def translate(tool: str, config: dict[str, Any], name: str) -> Translation:
     made = Translation()
     made.put("name", name)
     made.put("task", "generation")
-    special = _AXOLOTL if tool == "axolotl" else _LLAMAFACTORY
+    special = _SPECIAL[tool]
     for key, value in config.items():
-        if value is None or key in _MEANS_NOTHING_HERE:
-            if value is not None:
-                made.dropped.append(key)
+        if value is None:
+            continue
+        if key in _MEANS_NOTHING_HERE and key not in special:
+            made.dropped.append(key)
         elif value is False and key not in special and key not in _TOOLS[tool]:
             made.dropped.append(key)  # what is not done there is not missed here
         elif key in special:
@@ -142,47 +188,96 @@ def translate(tool: str, config: dict[str, Any], name: str) -> Translation:
             made.lost.append(f"{key}: {_shown(key, value)} has no counterpart")
     if tool == "axolotl" and not config.get("adapter"):
         made.put("method", "full")  # what axolotl does without one
-    if tool == "llamafactory":
-        _its_defaults(config, made)
+    if tool == "trl" and made.tree.get("method") != "qlora":
+        made.put("method", "lora" if config.get("use_peft") else "full")  # what TRL does without it
+    _its_defaults(tool, config, made)
     return made
 
 
-_LLAMAFACTORY_DEFAULTS: tuple[tuple[str, str, float], ...] = (
-    ("lora_rank", "lora.lora_r", 8),
-    ("learning_rate", "train.learning_rate", 5e-5),
-    ("per_device_train_batch_size", "train.per_device_train_batch_size", 8),
-    ("cutoff_len", "model.max_length", 2048),
-    ("warmup_ratio", "train.warmup_ratio", 0.0),
-)
+_DEFAULTS: dict[str, tuple[tuple[tuple[str, ...], str, Any], ...]] = {
+    "axolotl": (
+        (("num_epochs", "max_steps"), "train.num_train_epochs", 1),
+        (("micro_batch_size",), "train.per_device_train_batch_size", 1),
+        (("lr_scheduler",), "train.lr_scheduler_type", "cosine"),
+        (("warmup_ratio", "warmup_steps"), "train.warmup_ratio", 0.03),
+        (("group_by_length",), "train.group_by_length", False),
+    ),
+    "llamafactory": (
+        (("lora_rank",), "lora.lora_r", 8),
+        (("learning_rate",), "train.learning_rate", 5e-5),
+        (("per_device_train_batch_size",), "train.per_device_train_batch_size", 8),
+        (("cutoff_len",), "model.max_length", 2048),
+        (("warmup_ratio", "warmup_steps"), "train.warmup_ratio", 0.0),
+        (("group_by_length",), "train.group_by_length", False),
+        (("gradient_checkpointing", "disable_gradient_checkpointing"), "train.gradient_checkpointing", True),
+    ),
+    "trl": (
+        (("learning_rate",), "train.learning_rate", 2e-5),
+        (("per_device_train_batch_size",), "train.per_device_train_batch_size", 8),
+        (("max_length", "max_seq_length"), "model.max_length", 1024),
+        (("dtype", "torch_dtype"), "model.dtype", "float32"),
+        (("warmup_ratio", "warmup_steps"), "train.warmup_ratio", 0.0),
+        (("gradient_checkpointing",), "train.gradient_checkpointing", True),
+        (("group_by_length",), "train.group_by_length", False),
+        (("lora_dropout",), "lora.lora_dropout", 0.05),
+        (("lora_target_modules",), "lora.lora_target_modules", ["q_proj", "v_proj"]),
+        (("use_bnb_nested_quant",), "qlora.use_double_quant", False),
+    ),
+}
+"""(keys that say it there, field here, what the tool does without them), where that is not what we do without."""
+_CALLED = {"axolotl": "axolotl", "llamafactory": "LLaMA-Factory", "trl": "TRL"}
 
 
-def _its_defaults(config: dict[str, Any], made: Translation) -> None:
-    """LLaMA-Factory's defaults that differ from ours, where the config leaves them to it."""
-    if made.tree.get("method", "lora") != "full" and "lora_alpha" not in config:
+def _its_defaults(tool: str, config: dict[str, Any], made: Translation) -> None:
+    """Carry over what the tool does where the config says nothing, and say what is done otherwise here."""
+    method = made.tree.get("method", "lora")
+    if tool == "llamafactory" and method != "full" and config.get("lora_alpha") is None:
         made.put("lora.lora_alpha", "2*lora_r")
         made.assumed.append("lora_alpha: twice the rank, as LLaMA-Factory has it where it is left out")
-    for key, path, value in _LLAMAFACTORY_DEFAULTS:
-        if key not in config and (key != "lora_rank" or made.tree.get("method", "lora") != "full"):
-            made.put(path, value)
-            made.assumed.append(f"{key}: {value:g}, LLaMA-Factory's default")
+    for keys, path, value in _DEFAULTS[tool]:
+        block = path.partition(".")[0]
+        unused = (block == "lora" and method == "full") or (block == "qlora" and method != "qlora")
+        if unused or any(config.get(key) is not None for key in keys) or fields.get(made.tree, path) is not None:
+            continue
+        made.put(path, value)
+        made.assumed.append(f"{keys[0]}: {_shown(keys[0], value)}, {_CALLED[tool]}'s default")
+    _said_otherwise(tool, config, made)
+
+
+def _said_otherwise(tool: str, config: dict[str, Any], made: Translation) -> None:
+    """Say what the tool does and no field here does."""
+    no_share = not config.get("val_set_size" if tool == "axolotl" else "val_size")
+    if tool != "trl" and no_share and "validation_file" not in made.tree.get("data", {}):
+        made.otherwise.append(
+            f"{_CALLED[tool]} trains on all rows; here 0.1 of them (data.validation_fraction) are held back"
+        )
+    if tool == "axolotl":
+        made.otherwise.append("rows above sequence_len: axolotl drops them, here they are cut")
+        if config.get("warmup_ratio") is None and config.get("warmup_steps") is None:
+            made.otherwise.append("warm-up: 3 % of the steps in both, but axolotl's are at most 100")
+    if tool == "trl" and config.get("assistant_only_loss") is None and config.get("completion_only_loss") is None:
+        made.otherwise.append(
+            "conversations: TRL learns every token, here the assistant's turns are learnt "
+            "(data.assistant_only_loss: false does as TRL)"
+        )
 
 
 def without_refused(made: Translation, refused: list[tuple[str, str]]) -> bool:
     """Drop the fields that our own check refuses, each with its sentence; whether there was one to drop."""
     dropped = False
     for path, sentence in refused:
-        block, _, leaf = path.rpartition(".")
-        holder = fields.get(made.tree, block) if block else made.tree
-        if isinstance(holder, dict) and leaf in holder and path not in ("model.model_name_or_path", "name", "task"):
-            del holder[leaf]
+        if path and path not in ("model.model_name_or_path", "name", "task") and fields.drop(made.tree, path):
             made.lost.append(sentence)
             dropped = True
     return dropped
 
 
+_SECRET_WORDS = {"token", "key", "apikey", "secret", "password"}
+
+
 def _shown(key: str, value: Any) -> str:
     """A value in words, unless its key says that it is a secret."""
-    secret = any(word in key.lower() for word in ("token", "key", "secret", "password"))
+    secret = _SECRET_WORDS & set(key.lower().split("_"))
     if secret:
         return "its value (not shown)"
     return str(value).lower() if isinstance(value, bool) else repr(value)
@@ -193,12 +288,16 @@ def _carry(path: str, key: str, value: Any, made: Translation) -> None:
         value = _as_number(value, path)
     elif isinstance(value, str) and value in ("true", "True", "false", "False"):
         value = value in ("true", "True")
+    if path == "train.max_steps" and isinstance(value, int) and value < 1:
+        return  # Hugging Face's way to say that epochs count
     if path == "train.lr_scheduler_type" and value not in _SCHEDULES:
         made.lost.append(f"{key}: {value!r} is none of {', '.join(_SCHEDULES)}")
     elif path == "train.optim" and OPTIMIZERS.get(value, value) not in OPTIMIZERS.values():
         made.lost.append(f"{key}: {value!r} is none of {', '.join(sorted(set(OPTIMIZERS.values())))}")
     elif path == "train.optim":
         made.put(path, OPTIMIZERS.get(value, value))
+    elif path == "data.validation_fraction" and value == 0:
+        return  # said with what is done otherwise
     elif path == "data.validation_fraction" and not (isinstance(value, int | float) and 0 < value < 1):
         made.lost.append(f"{key}: {value!r} is not a share of the rows; give data.validation_file")
     elif path == "lora.lora_target_modules" and value in ("all", "all-linear"):
@@ -256,8 +355,57 @@ def _lost(
     return named
 
 
+def _warmup_steps(value: Any, made: Translation) -> None:
+    """Carry over a number of steps; newer Hugging Face takes a share below 1 under the same key."""
+    steps = _as_number(value, "train.warmup_steps") if isinstance(value, str) else value
+    if isinstance(steps, float) and 0 < steps < 1:
+        made.put("train.warmup_ratio", steps)
+    else:
+        made.put("train.warmup_steps", int(steps) if isinstance(steps, float) and steps.is_integer() else steps)
+        fields.drop(made.tree, "train.warmup_ratio")  # steps come first there
+
+
+def _warmup_ratio(value: Any, made: Translation) -> None:
+    if fields.get(made.tree, "train.warmup_steps") is None:
+        _carry("train.warmup_ratio", "warmup_ratio", value, made)
+
+
+def _packed(key: str) -> Callable[[Any, Translation], None]:
+    """Carry over packing; what is packed here never sees its neighbours."""
+
+    def take(value: Any, made: Translation) -> None:
+        if value is True:
+            made.put("train.packing", True)
+            if key == "packing":
+                made.otherwise.append("packing: here examples of one row do not see each other")
+        elif value is not False:
+            made.lost.append(f"{key}: {value!r} is not understood")
+
+    return take
+
+
+def _report_to(value: Any, made: Translation) -> None:
+    names = value if isinstance(value, list) else [value]
+    if "wandb" not in names and "all" not in names:
+        made.put("tracking.mode", "disabled")
+
+
+def _flash(key: str) -> Callable[[Any, Translation], None]:
+    """Attention is a matter of the machine: what is safe everywhere is kept, and the other said."""
+
+    def take(value: Any, made: Translation) -> None:
+        if value in ("sdpa", "eager", "flex_attention"):
+            made.put("model.attn_implementation", value)
+        elif value not in (False, "auto", "disabled"):
+            made.lost.append(
+                f"{key}: {_shown(key, value)} is left to model.attn_implementation: auto; set flash_attention_2 where "
+                "there is a GPU and the package flash-attn"
+            )
+
+    return take
+
+
 _distributed = _lost("is a launcher's setting; see resources in the job file")
-_packing = _lost("is not done here; rows are batched by length instead (train.group_by_length)")
 
 
 def _precision(key: str, ours: str) -> Callable[[Any, Translation], None]:
@@ -270,34 +418,75 @@ def _precision(key: str, ours: str) -> Callable[[Any, Translation], None]:
     return take
 
 
+_AXOLOTL_FORMATS = {
+    "alpaca": "instruction",
+    "chat_template": "messages",
+    "sharegpt": "messages",
+    "completion": "text",
+}
+_AXOLOTL_TURNS: dict[str, Any] = {"roles_to_train": ["assistant"], "train_on_eos": "turn"}
+"""Settings of axolotl's conversations, as rows are learnt here."""
+_AXOLOTL_FIELDS = {"name": "data.dataset_config_name", "revision": "data.dataset_revision", "field": "data.text_column"}
+_KEYS_OF_TURNS = ({"role": "role", "content": "content"}, {"role": "from", "content": "value"})
+_ROLES = {"user": {"user", "human"}, "assistant": {"assistant", "gpt"}, "system": {"system"}, "tool": {"tool"}}
+
+
 def _axolotl_data(value: Any, made: Translation) -> None:
     sets = value if isinstance(value, list) and value else [value or {}]
     if len(sets) > 1:
         made.lost.append(f"datasets: only the first of {len(sets)} is carried over; put the rows into one file")
-    first = sets[0] if isinstance(sets[0], dict) else {"path": sets[0]}
-    _source(str(first.get("path", "")), made)
-    kinds = {"alpaca": "instruction", "chat_template": "messages", "sharegpt": "messages", "completion": "text"}
-    kind = str(first.get("type", ""))
-    if kind in kinds:
-        made.put("data.format", kinds[kind])
+    first = dict(sets[0]) if isinstance(sets[0], dict) else {"path": sets[0]}
+    _source(str(first.pop("path", "")), made)
+    kind = first.pop("type", None)
+    if isinstance(kind, str) and kind in _AXOLOTL_FORMATS:
+        made.put("data.format", _AXOLOTL_FORMATS[kind])
     elif kind:
         made.lost.append(f"datasets.type: {kind!r} is not a format here; see data.format")
-    if first.get("field_messages"):
-        made.put("data.messages_column", str(first["field_messages"]))
+    messages = first.pop("field_messages", None)
+    if messages and _AXOLOTL_FORMATS.get(str(kind)) == "messages":
+        made.put("data.messages_column", str(messages))
+    _keys_of_turns(first, made)
     for key, usual in _AXOLOTL_TURNS.items():
-        if first.get(key, usual) not in (usual, {"role": "role", "content": "content"}):
+        if first.get(key, usual) != usual:
             made.lost.append(f"datasets.{key}: {first[key]!r} has no counterpart; here it is as with {usual!r} there")
-    for key in first:
-        if key not in ("path", "type", "ds_type", "field_messages", *_AXOLOTL_TURNS):
-            made.lost.append(f"datasets.{key}: {first[key]!r} has no counterpart")
+        first.pop(key, None)
+    for key, path in _AXOLOTL_FIELDS.items():
+        if first.get(key):
+            made.put(path, str(first.pop(key)))
+    for key, said in first.items():
+        if said is not None and key != "ds_type" and not (key == "split" and said == "train"):
+            made.lost.append(f"datasets.{key}: {said!r} has no counterpart")
 
 
-_AXOLOTL_TURNS: dict[str, Any] = {
-    "roles_to_train": ["assistant"],
-    "train_on_eos": "turn",
-    "message_property_mappings": {"role": "from", "content": "value"},
-}
-"""Settings of axolotl's conversations, as rows are read and learnt here."""
+def _keys_of_turns(first: dict[str, Any], made: Translation) -> None:
+    """Take what a message's keys and roles are called there: both usual ways are read here as they are."""
+    mapping = dict(first.pop("message_property_mappings", None) or {})
+    for key, name in (("message_field_role", "role"), ("message_field_content", "content")):
+        if first.get(key):
+            mapping.setdefault(name, first[key])
+        first.pop(key, None)
+    named = {"role": "role", "content": "content"} | mapping
+    if mapping and not any(named == usual for usual in _KEYS_OF_TURNS):
+        said = ", ".join(f"{ours} is {theirs!r}" for ours, theirs in mapping.items())
+        made.lost.append(
+            f"datasets.message_property_mappings: {said}, but rows must have role and content, or from and value"
+        )
+    roles = first.pop("roles", None) or {}
+    for role, names in roles.items() if isinstance(roles, dict) else ():
+        unknown = sorted(set(names if isinstance(names, list) else [names]) - _ROLES.get(str(role), set()))
+        if unknown:
+            made.lost.append(
+                f"datasets.roles: {', '.join(map(str, unknown))} as {role} is not read here; rename it in the rows"
+            )
+
+
+def _test_datasets(value: Any, made: Translation) -> None:
+    sets = value if isinstance(value, list) else [value]
+    path = sets[0].get("path") if sets and isinstance(sets[0], dict) else None
+    if isinstance(path, str) and data_suffix(Path(path)):
+        made.put("data.validation_file", path)
+    else:
+        made.lost.append(f"test_datasets: {value!r} is no file; name one in data.validation_file")
 
 
 def _whole_text(key: str) -> Callable[[Any, Translation], None]:
@@ -313,9 +502,9 @@ def _whole_text(key: str) -> Callable[[Any, Translation], None]:
 
 
 def _mask_history(value: Any, made: Translation) -> None:
-    if value is True:
-        made.put("data.train_on_turns", "last")
-    elif value is not False:
+    if isinstance(value, bool):
+        made.put("data.train_on_turns", "last" if value else "all")
+    else:
         made.lost.append(f"mask_history: {value!r} is not understood")
 
 
@@ -370,9 +559,52 @@ def _stage(value: Any, made: Translation) -> None:
         made.lost.append(f"stage: {value!r} is another kind of training; here it is supervised fine-tuning (sft)")
 
 
-def _attention(value: Any, made: Translation) -> None:
-    if value is True:
-        made.put("model.attn_implementation", "flash_attention_2")
+def _quant_type(value: Any, made: Translation) -> None:
+    made.put("qlora.quant_type", value)
+
+
+def _no_checkpointing(value: Any, made: Translation) -> None:
+    made.put("train.gradient_checkpointing", value is not True)
+
+
+def _eval_dataset(value: Any, made: Translation) -> None:
+    if isinstance(value, str) and data_suffix(Path(value)):
+        made.put("data.validation_file", value)
+    else:
+        made.lost.append(f"eval_dataset: {value!r} is no file; name one in data.validation_file")
+
+
+def _split_name(key: str, usual: tuple[str, ...]) -> Callable[[Any, Translation], None]:
+    def take(value: Any, made: Translation) -> None:
+        if value not in usual:
+            made.lost.append(f"{key}: {value!r} has no counterpart; a data set's splits are train, validation and test")
+
+    return take
+
+
+def _environment(value: Any, made: Translation) -> None:
+    if isinstance(value, dict):
+        made.put("environment", {str(name): str(text) for name, text in value.items()})
+    else:
+        made.lost.append("env: it is no block of variables")
+
+
+def _trl_data(value: Any, made: Translation) -> None:
+    _source(str(value), made)
+
+
+def _trl_mixture(value: Any, made: Translation) -> None:
+    sets = value if isinstance(value, list) else [value]
+    first = sets[0] if sets and isinstance(sets[0], dict) else {}
+    if len(sets) > 1:
+        made.lost.append(f"datasets: only the first of {len(sets)} is carried over; put the rows into one file")
+    _source(str(first.get("path", "")), made)
+    if first.get("name"):
+        made.put("data.dataset_config_name", str(first["name"]))
+
+
+def _peft(value: Any, made: Translation) -> None:
+    """Nothing: `translate` asks for it, since without it TRL trains every weight."""
 
 
 _AXOLOTL: dict[str, Callable[[Any, Translation], None]] = {
@@ -380,7 +612,12 @@ _AXOLOTL: dict[str, Callable[[Any, Translation], None]] = {
     "train_on_inputs": _whole_text("train_on_inputs"),
     "chat_template": _axolotl_template,
     "chat_template_jinja": _template_text,
-    "flash_attention": _attention,
+    "flash_attention": _flash("flash_attention"),
+    "attn_implementation": _flash("attn_implementation"),
+    "sdp_attention": _lost("is what model.attn_implementation: auto means")("sdp_attention"),
+    "warmup_steps": _warmup_steps,
+    "warmup_ratio": _warmup_ratio,
+    "test_datasets": _test_datasets,
     "special_tokens": _lost("is not set here: the tokenizer's own are used")("special_tokens"),
     "datasets": _axolotl_data,
     "lora_target_linear": _target_linear,
@@ -391,9 +628,8 @@ _AXOLOTL: dict[str, Callable[[Any, Translation], None]] = {
     "deepspeed": _distributed("deepspeed"),
     "fsdp": _distributed("fsdp"),
     "fsdp_config": _distributed("fsdp_config"),
-    "sample_packing": _packing("sample_packing"),
+    "sample_packing": _packed("sample_packing"),
     "trust_remote_code": _lost("needs a model.revision of a full commit here")("trust_remote_code"),
-    "pad_to_sequence_len": _packing("pad_to_sequence_len"),
 }
 _LLAMAFACTORY: dict[str, Callable[[Any, Translation], None]] = {
     "finetuning_type": _method("finetuning_type"),
@@ -407,7 +643,39 @@ _LLAMAFACTORY: dict[str, Callable[[Any, Translation], None]] = {
     "bf16": _precision("bf16", "bf16"),
     "fp16": _precision("fp16", "fp16"),
     "deepspeed": _distributed("deepspeed"),
-    "packing": _packing("packing"),
+    "packing": _packed("packing"),
+    "neat_packing": _packed("neat_packing"),
+    "flash_attn": _flash("flash_attn"),
+    "warmup_steps": _warmup_steps,
+    "warmup_ratio": _warmup_ratio,
+    "report_to": _report_to,
+    "quantization_method": _lost("is not used here; bitsandbytes is", unless=("bnb", "bitsandbytes"))(
+        "quantization_method"
+    ),
+    "quantization_type": _quant_type,
+    "disable_gradient_checkpointing": _no_checkpointing,
+    "eval_dataset": _eval_dataset,
     "trust_remote_code": _lost("needs a model.revision of a full commit here")("trust_remote_code"),
     "template": _lost("is taken from the tokenizer's own chat template")("template"),
 }
+_TRL: dict[str, Callable[[Any, Translation], None]] = {
+    "dataset_name": _trl_data,
+    "datasets": _trl_mixture,
+    "dataset_train_split": _split_name("dataset_train_split", ("train",)),
+    "dataset_test_split": _split_name("dataset_test_split", ("test", "validation")),
+    "use_peft": _peft,
+    "load_in_4bit": _quantised("load_in_4bit", "nf4"),
+    "load_in_8bit": _quantised("load_in_8bit", "int8"),
+    "bf16": _precision("bf16", "bf16"),
+    "fp16": _precision("fp16", "fp16"),
+    "attn_implementation": _flash("attn_implementation"),
+    "packing": _packed("neat_packing"),
+    "warmup_steps": _warmup_steps,
+    "warmup_ratio": _warmup_ratio,
+    "report_to": _report_to,
+    "env": _environment,
+    "accelerate_config": _distributed("accelerate_config"),
+    "deepspeed": _distributed("deepspeed"),
+    "trust_remote_code": _lost("needs a model.revision of a full commit here")("trust_remote_code"),
+}
+_SPECIAL = {"axolotl": _AXOLOTL, "llamafactory": _LLAMAFACTORY, "trl": _TRL}

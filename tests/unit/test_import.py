@@ -1,0 +1,417 @@
+"""Configs of other tools as jobs: their defaults, their `false`, and what is done otherwise here."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs import fields
+from jobs.load import load_job
+from jobs.translate import Translation, translate
+from jobs.translate_sweep import translate_sweep
+from tests.conftest import lorafleet_here
+
+PUBLISHED = {
+    "axolotl-llama-3-lora-1b": """
+base_model: NousResearch/Llama-3.2-1B
+strict: false
+datasets: [{path: teknium/GPT4-LLM-Cleaned, type: alpaca}]
+dataset_prepared_path: last_run_prepared
+val_set_size: 0.1
+output_dir: ./outputs/lora-out
+adapter: lora
+lora_model_dir:
+sequence_len: 2048
+sample_packing: true
+eval_sample_packing: true
+pad_to_sequence_len: true
+lora_r: 16
+lora_alpha: 32
+lora_dropout: 0.05
+lora_target_modules: [gate_proj, down_proj, up_proj, q_proj, v_proj, k_proj, o_proj]
+wandb_project:
+gradient_accumulation_steps: 2
+micro_batch_size: 2
+num_epochs: 1
+optimizer: adamw_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+bf16: auto
+tf32: false
+gradient_checkpointing: true
+resume_from_checkpoint:
+logging_steps: 1
+flash_attention: true
+loss_watchdog_threshold: 5.0
+loss_watchdog_patience: 3
+warmup_steps: 10
+evals_per_epoch: 4
+saves_per_epoch: 1
+weight_decay: 0.0
+special_tokens: {pad_token: "<|end_of_text|>"}
+""",
+    "axolotl-llama-3-instruct-lora-8b": """
+base_model: NousResearch/Meta-Llama-3-8B-Instruct
+model_type: LlamaForCausalLM
+tokenizer_type: AutoTokenizer
+load_in_8bit: true
+load_in_4bit: false
+chat_template: llama3
+datasets:
+  - path: fozziethebeat/alpaca_messages_2k_test
+    type: chat_template
+    field_messages: messages
+    message_property_mappings: {role: role, content: content}
+    roles: {user: [user], assistant: [assistant]}
+val_set_size: 0.05
+sequence_len: 4096
+sample_packing: false
+pad_to_sequence_len: true
+adapter: lora
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 4
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+bf16: auto
+gradient_checkpointing: true
+flash_attention: true
+warmup_steps: 10
+weight_decay: 0.0
+""",
+    "axolotl-llama-3-fft-8b": """
+base_model: NousResearch/Meta-Llama-3.1-8B
+datasets: [{path: tatsu-lab/alpaca, type: alpaca}]
+val_set_size: 0.05
+sequence_len: 8192
+sample_packing: true
+pad_to_sequence_len: true
+gradient_accumulation_steps: 8
+micro_batch_size: 1
+num_epochs: 1
+optimizer: paged_adamw_8bit
+lr_scheduler: cosine
+learning_rate: 2e-5
+bf16: auto
+gradient_checkpointing: true
+gradient_checkpointing_kwargs: {use_reentrant: false}
+flash_attention: true
+warmup_steps: 100
+weight_decay: 0.0
+""",
+    "llamafactory-llama3_lora_sft": """
+model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct
+trust_remote_code: true
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset: identity,alpaca_en_demo
+template: llama3
+cutoff_len: 2048
+max_samples: 1000
+overwrite_cache: true
+preprocessing_num_workers: 16
+output_dir: saves/llama3-8b/lora/sft
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: true
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+""",
+    "llamafactory-llama3_lora_sft_bnb_npu": """
+model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct
+quantization_bit: 4
+quantization_method: bnb
+double_quantization: false
+stage: sft
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+dataset: identity,alpaca_en_demo
+template: llama3
+cutoff_len: 2048
+save_only_model: false
+report_to: none
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+""",
+    "llamafactory-qwen3_full_sft": """
+model_name_or_path: Qwen/Qwen3-4B-Instruct-2507
+stage: sft
+finetuning_type: full
+deepspeed: examples/deepspeed/ds_z3_config.json
+dataset: identity,alpaca_en_demo
+template: qwen3_nothink
+cutoff_len: 2048
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 2
+learning_rate: 1.0e-5
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+resume_from_checkpoint: null
+""",
+    "trl-example_config": """
+model_name_or_path: Qwen/Qwen2.5-0.5B
+dataset_name: stanfordnlp/imdb
+report_to: none
+learning_rate: 0.0001
+lr_scheduler_type: cosine
+""",
+}
+"""Keys and values of example configs of axolotl (examples/llama-3), LLaMA-Factory (examples) and TRL (cli_configs)."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_makes_a_job_that_plan_accepts(name: str, tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text(PUBLISHED[name])
+    tool = name.partition("-")[0]
+    done = lorafleet_here("import", "--from", tool, "theirs.yaml", "-o", "job.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    planned = lorafleet_here("plan", "job.yaml", cwd=tmp_path)
+    assert planned.returncode == 0, planned.stderr
+    job, theirs = load_job(tmp_path / "job.yaml").job, yaml.safe_load(PUBLISHED[name])
+    rows = theirs.get("micro_batch_size", theirs.get("per_device_train_batch_size", 8))
+    assert job.train.effective_batch_size(1) == rows * theirs.get("gradient_accumulation_steps", 1)
+    assert job.train.learning_rate == float(theirs["learning_rate"])
+    assert job.train.lr_scheduler_type == "cosine"
+    assert job.train.warmup_steps == theirs.get("warmup_steps")
+    assert job.train.packing == bool(theirs.get("sample_packing"))
+    full = theirs.get("finetuning_type") == "full" or (tool != "llamafactory" and "lora_r" not in theirs)
+    quantised = theirs.get("load_in_8bit") or theirs.get("quantization_bit")
+    assert job.method == ("full" if full else "qlora" if quantised else "lora")
+
+
+def _of(tool: str, **config: Any) -> Translation:
+    least = {
+        "axolotl": {"base_model": "a/b", "adapter": "lora", "datasets": [{"path": "x.jsonl", "type": "chat_template"}]},
+        "llamafactory": {"model_name_or_path": "a/b", "finetuning_type": "lora", "dataset": "x.jsonl"},
+        "trl": {"model_name_or_path": "a/b", "dataset_name": "a/c", "use_peft": True},
+    }
+    return translate(tool, least[tool] | config, "x")
+
+
+@pytest.mark.parametrize(
+    ("tool", "defaults"),
+    [
+        (
+            "axolotl",
+            {
+                "train.num_train_epochs": 1,
+                "train.per_device_train_batch_size": 1,
+                "train.lr_scheduler_type": "cosine",
+                "train.warmup_ratio": 0.03,
+                "train.group_by_length": False,
+            },
+        ),
+        (
+            "llamafactory",
+            {
+                "lora.lora_r": 8,
+                "lora.lora_alpha": "2*lora_r",
+                "train.learning_rate": 5e-5,
+                "train.per_device_train_batch_size": 8,
+                "model.max_length": 2048,
+                "train.warmup_ratio": 0.0,
+                "train.gradient_checkpointing": True,
+            },
+        ),
+        (
+            "trl",
+            {
+                "train.learning_rate": 2e-5,
+                "train.per_device_train_batch_size": 8,
+                "model.max_length": 1024,
+                "lora.lora_dropout": 0.05,
+                "lora.lora_target_modules": ["q_proj", "v_proj"],
+                "train.warmup_ratio": 0.0,
+            },
+        ),
+    ],
+)
+def test_what_a_tool_does_where_nothing_is_said(tool: str, defaults: dict[str, Any]) -> None:
+    made = _of(tool)
+    for path, value in defaults.items():
+        assert fields.get(made.tree, path) == value, path
+    assert len(made.assumed) >= len(defaults)
+    assert fields.get(made.tree, "data.train_on_turns") in (None, "all")
+
+
+@pytest.mark.parametrize(
+    ("tool", "said", "path", "value"),
+    [
+        ("llamafactory", {"quantization_bit": 4, "double_quantization": False}, "qlora.use_double_quant", False),
+        ("llamafactory", {"mask_history": False}, "data.train_on_turns", "all"),
+        ("llamafactory", {"mask_history": True}, "data.train_on_turns", "last"),
+        ("llamafactory", {"enable_thinking": False}, "data.chat_template_kwargs", {"enable_thinking": False}),
+        ("llamafactory", {"train_on_prompt": True}, "data.assistant_only_loss", False),
+        ("llamafactory", {"warmup_steps": 20}, "train.warmup_steps", 20),
+        ("llamafactory", {"warmup_steps": 0.1}, "train.warmup_ratio", 0.1),
+        ("llamafactory", {"neat_packing": True}, "train.packing", True),
+        ("llamafactory", {"disable_gradient_checkpointing": True}, "train.gradient_checkpointing", False),
+        ("llamafactory", {"report_to": "none"}, "tracking.mode", "disabled"),
+        ("llamafactory", {"report_to": "wandb"}, "tracking.mode", None),
+        ("axolotl", {"train_on_inputs": True}, "data.assistant_only_loss", False),
+        ("axolotl", {"warmup_steps": 10, "warmup_ratio": 0.2}, "train.warmup_steps", 10),
+        ("axolotl", {"warmup_steps": 10, "warmup_ratio": 0.2}, "train.warmup_ratio", None),
+        ("axolotl", {"group_by_length": True}, "train.group_by_length", True),
+        ("axolotl", {"early_stopping_patience": 3}, "train.early_stopping_patience", 3),
+        ("axolotl", {"sample_packing": False}, "train.packing", None),
+        ("axolotl", {"test_datasets": [{"path": "v.jsonl"}]}, "data.validation_file", "v.jsonl"),
+        ("trl", {"assistant_only_loss": True}, "data.assistant_only_loss", True),
+        ("trl", {"completion_only_loss": False}, "data.assistant_only_loss", False),
+        ("trl", {"load_in_4bit": True}, "qlora.use_double_quant", False),
+        ("trl", {"load_in_4bit": True, "use_bnb_nested_quant": True}, "qlora.use_double_quant", True),
+        ("trl", {"use_peft": False}, "method", "full"),
+        ("trl", {"max_steps": -1}, "train.max_steps", None),
+        ("trl", {"packing": True}, "train.packing", True),
+        ("trl", {"env": {"NCCL_DEBUG": "INFO"}}, "environment", {"NCCL_DEBUG": "INFO"}),
+    ],
+)
+def test_what_is_said_is_carried_over(tool: str, said: dict[str, Any], path: str, value: Any) -> None:
+    made = _of(tool, **said)
+    assert fields.get(made.tree, path) == value
+    assert not any(line.startswith(tuple(said)) for line in made.lost), made.lost
+
+
+@pytest.mark.parametrize(
+    ("turns", "lost"),
+    [
+        ({"field_messages": "conversations", "message_property_mappings": {"role": "from", "content": "value"}}, None),
+        ({"message_field_role": "from", "message_field_content": "value"}, None),
+        ({"message_property_mappings": {"role": "role"}}, None),
+        ({"message_property_mappings": {"role": "speaker", "content": "text"}}, "must have role and content"),
+        ({"roles": {"user": ["human", "user"], "assistant": ["gpt"]}}, None),
+        ({"roles": {"user": ["client"]}}, "client as user is not read here"),
+        ({"roles_to_train": ["assistant"], "train_on_eos": "turn"}, None),
+        ({"roles_to_train": ["assistant", "user"]}, "datasets.roles_to_train"),
+        ({"train_on_eos": "all"}, "datasets.train_on_eos"),
+        ({"split": "train", "name": "main"}, None),
+        ({"split": "train[:10%]"}, "datasets.split"),
+    ],
+)
+def test_axolotls_conversations(turns: dict[str, Any], lost: str | None) -> None:
+    made = _of("axolotl", datasets=[{"path": "x.jsonl", "type": "chat_template"} | turns])
+    assert made.lost == [] if lost is None else any(lost in line for line in made.lost), made.lost
+    assert made.tree["data"]["format"] == "messages"
+    if "field_messages" in turns:
+        assert made.tree["data"]["messages_column"] == "conversations"
+
+
+def test_what_is_done_otherwise_is_said() -> None:
+    assert any("trains on all rows" in line for line in _of("axolotl").otherwise)
+    assert not any("trains on all rows" in line for line in _of("axolotl", val_set_size=0.1).otherwise)
+    assert any("axolotl drops them, here they are cut" in line for line in _of("axolotl").otherwise)
+    assert any("do not see each other" in line for line in _of("llamafactory", packing=True).otherwise)
+    assert any("TRL learns every token" in line for line in _of("trl").otherwise)
+    assert _of("axolotl", val_set_size=0).lost == []
+
+
+def test_secrets_of_a_config_are_not_shown() -> None:
+    (line,) = _of("llamafactory", hf_hub_token="hf_abc").lost
+    assert "hf_abc" not in line
+    assert "128" in _of("axolotl", eval_max_new_tokens=128).lost[0]
+
+
+SWEEP = {
+    "program": "train.py",
+    "method": "bayes",
+    "metric": {"name": "val_accuracy", "goal": "maximize"},
+    "run_cap": 6,
+    "project": "mine",
+    "parameters": {
+        "lr": {"distribution": "log_uniform", "min": -9.0, "max": -4.0},
+        "weight_decay": {"distribution": "log_uniform_values", "min": 1e-4, "max": 0.1},
+        "r": {"values": [4, 8]},
+        "lora_dropout": {"min": 0.0, "max": 0.2},
+        "optimizer": {"values": ["sgd", "adamw_torch_fused"]},
+        "epochs": {"value": 2},
+        "layers": {"values": [1, 2]},
+    },
+    "early_terminate": {"type": "hyperband", "s": 2, "eta": 3, "max_iter": 27},
+    "command": ["${program}"],
+}
+
+
+def test_a_sweep_of_wandb_is_a_search(tmp_path: Path) -> None:
+    made = translate_sweep(SWEEP, "x")
+    search = made.tree["search"]
+    assert (search["method"], search["num_samples"], search["metric"]["name"]) == ("tpe", 6, "accuracy")
+    rate = search["parameters"]["train.learning_rate"]
+    assert (rate["distribution"], rate["min"], rate["max"]) == ("log_uniform_values", math.exp(-9), math.exp(-4))
+    assert search["parameters"]["train.weight_decay"]["min"] == 1e-4
+    assert search["parameters"]["train.optim"] == {"values": ["adamw_torch"]}
+    assert made.tree["train"]["num_train_epochs"] == 2
+    scheduler = {"type": "asha", "time_attr": "epoch", "reduction_factor": 3, "max_t": 27, "grace_period": 3}
+    assert search["scheduler"] == scheduler
+    for words in ("program:", "command:", "parameters.layers:", "may not be 'sgd'"):
+        assert any(words in line for line in made.lost), words
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
+    done = lorafleet_here("import", "--from", "wandb", "sweep.yaml", "-o", "job.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "those of the quickstart stand in" in done.stderr
+    assert lorafleet_here("plan", "job.yaml", cwd=tmp_path).returncode == 0
+    assert load_job(tmp_path / "job.yaml").job.tracking.project == "mine"
+
+
+@pytest.mark.parametrize(
+    ("said", "scheduler"),
+    [
+        ({"type": "hyperband", "min_iter": 2}, {"grace_period": 2, "reduction_factor": 3}),
+        ({"type": "hyperband", "min_iter": 1, "eta": 2, "max_iter": 8}, {"grace_period": 1, "max_t": 8}),
+        ({"type": "hyperband", "max_iter": 9, "s": 1, "eta": 3}, {"grace_period": 3, "max_t": 9}),
+        (None, {"type": "none"}),
+    ],
+)
+def test_early_terminate(said: Any, scheduler: dict[str, Any]) -> None:
+    found = translate_sweep(SWEEP | {"early_terminate": said}, "x").tree["search"]["scheduler"]
+    assert {key: found[key] for key in scheduler} == scheduler
+
+
+def test_a_sweep_goes_on_the_users_own_job(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
+    own = "name: own\ntask: classification\nmodel: {model_name_or_path: org/m}\ndata: {train_file: x.jsonl}\n"
+    (tmp_path / "own.yaml").write_text(own + "search: {parameters: {train.seed: [1]}}\n")
+    done = lorafleet_here("import", "--from", "wandb", "sweep.yaml", "--job", "own.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    tree = yaml.safe_load(done.stdout)
+    assert (tree["name"], tree["model"]) == ("own", {"model_name_or_path": "org/m"})
+    assert "train.seed" not in tree["search"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "text", "words"),
+    [
+        ("wandb", "method: grid\nparameters: {layers: {values: [1]}}\n", "there is nothing to search"),
+        ("trl", "model_name_or_path: a/b\n", "makes a job that cannot run: data is missing"),
+    ],
+)
+def test_what_makes_no_job_is_an_error(tool: str, text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    done = lorafleet_here("import", "--from", tool, "x.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr

@@ -6,7 +6,7 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -145,3 +145,22 @@ def note_aliases(notes: tuple[str, ...]) -> None:
     """What was understood though it is spelt otherwise here."""
     for note in notes:
         say(f"note: {note}")
+
+
+@contextlib.contextmanager
+def options_blamed(options: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Give problems of a job that a command makes without its file, which the user does not have.
+
+    `options` says which option of the command a field is from: its name stands in the sentence.
+    """
+    from jobs.errors import JobFileError, UserError
+
+    try:
+        yield
+    except JobFileError as error:
+        sentences = []
+        for problem in error.problems:
+            field = next((one for one in options or {} if problem.sentence.startswith(f"{one} is")), "")
+            option = (options or {}).get(field, "")
+            sentences.append(option + problem.sentence.removeprefix(field))
+        raise UserError("\n".join(sentences)) from None

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from commands.common import DEFAULT_RUNS, Chain, Format, Nodes, On, Output, Quiet, Runs, backend_for, say
+from commands.common import (
+    DEFAULT_RUNS,
+    Chain,
+    Format,
+    Nodes,
+    On,
+    Output,
+    Quiet,
+    Runs,
+    backend_for,
+    options_blamed,
+    say,
+)
 from commands.sweep import Detach, Wait
 
 if TYPE_CHECKING:
@@ -61,7 +71,7 @@ def evaluate(
 
     loaded = _job(what, job, data, runs, rounds=2 if measure else 0)
     backend = backend_for(on, nodes, chain)
-    with _no_file_of_theirs():
+    with options_blamed():
         check_names(loaded)
     told = say if not quiet else lambda _: None
     if on is None:
@@ -109,19 +119,8 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
     metric = base.metric.model_dump()
     compare = {"arms": arms, "inference": {"rounds": rounds}, "rule": "best", "metric": metric}
     own = () if job is not None else tuple(overrides)
-    with _no_file_of_theirs():
+    with options_blamed():
         return load_derived(base, "evaluate", {"data": rows, "compare": compare}, own)
-
-
-@contextmanager
-def _no_file_of_theirs() -> Iterator[None]:
-    """Give problems of the job that is made here without a file: its file is none that the user has."""
-    from jobs.errors import JobFileError, UserError
-
-    try:
-        yield
-    except JobFileError as error:
-        raise UserError("\n".join(problem.sentence for problem in error.problems)) from None
 
 
 def _check_data(path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, AnyRuns, say
+from commands.common import DEFAULT_RUNS, AnyRuns, options_blamed, say
 
 if TYPE_CHECKING:
     from jobs.rows import Rows
@@ -29,6 +29,14 @@ _MODELS = {
     "generation": "asset:smollm2-135m-instruct",
     "summarization": "asset:smollm2-135m-instruct",
 }
+_OPTIONS = {
+    "data.train_file": "--train-file",
+    "data.validation_file": "--validation-file",
+    "data.test_file": "--test-file",
+    "model.model_name_or_path": "--model",
+    "name": "--name",
+}
+"""Field of a job -> the option that it is from."""
 _BATCH = {"classification": 16, "generation": 4, "summarization": 4}
 _LENGTH = {"classification": 256, "generation": 512, "summarization": 1024}
 _PROMPTS = ("prompt", "question", "input", "source")
@@ -101,9 +109,10 @@ def init(
     data = {"train_file": train_file, "validation_file": validation_file, "test_file": test_file}
     base = _relative_model(model, output) if model else _MODELS[task]
     draft = partial(_draft, name, task, base, data, columns, output)
-    length = _max_length(task, load_text(draft(_LENGTH[task], ""), output).job)
-    loaded = load_text(draft(length, ""), output)
-    check_names(loaded)
+    with options_blamed(_OPTIONS):
+        length = _max_length(task, load_text(draft(_LENGTH[task], ""), output).job)
+        loaded = load_text(draft(length, ""), output)
+        check_names(loaded)
     rows = load_rows(loaded.job)
     for warning in rows.warnings:
         say(f"note: {warning}")

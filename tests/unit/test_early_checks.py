@@ -244,3 +244,13 @@ def test_evaluate_names_the_users_own_option(name: str, words: str, tmp_path: Pa
     assert f"--data is {name}, but" in done.stderr
     assert words in done.stderr
     assert "evaluate.yaml" not in done.stderr
+
+
+def test_init_names_the_users_own_options(tmp_path: Path) -> None:
+    write_rows(tmp_path / "x.jsonl", [{"text": f"a {number}", "label": number % 2} for number in range(20)])
+    for option, words in (("--validation-file", "no such file"), ("--model", "does not exist"), ("--name", "must be")):
+        value = "./Nosuch.jsonl"
+        done = lorafleet_here("init", "--train-file", "x.jsonl", option, value, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"{option} is "), done.stderr
+        assert words in done.stderr

@@ -248,7 +248,7 @@ def test_evaluate_names_the_users_own_option(name: str, words: str, tmp_path: Pa
 
 def test_init_names_the_users_own_options(tmp_path: Path) -> None:
     write_rows(tmp_path / "x.jsonl", [{"text": f"a {number}", "label": number % 2} for number in range(20)])
-    for option, words in (("--validation-file", "no such file"), ("--model", "does not exist"), ("--name", "must be")):
+    for option, words in (("--validation-file", "no such file"), ("--model", "does not exist")):
         value = "./Nosuch.jsonl"
         done = lorafleet_here("init", "--train-file", "x.jsonl", option, value, cwd=tmp_path)
         assert done.returncode == 2

@@ -311,7 +311,10 @@ def _relative_model(model: str, output: Path) -> str:
     from jobs import files
 
     is_folder = model.startswith((".", "/", "~")) or Path(model).is_dir()
-    return _relative(files.in_home(model), output.absolute().parent) if is_folder else model
+    if not is_folder:
+        return model
+    path = _relative(files.in_home(model), output.absolute().parent)
+    return path if Path(path).is_absolute() else f"./{path}"  # without it a folder that is gone were a hub id
 
 
 def _quoted(text: str) -> str:

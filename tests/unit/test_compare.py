@@ -104,7 +104,7 @@ def test_every_arm_is_planned(bert_job: JobMaker) -> None:
         ("arms: {a: {method: base}, b: {method: lora, quantization: int8}}", "quantization is for base and adapter_of"),
         ("arms: {a: {method: base, parameters: {lr: [1]}}, b: {method: lora}}", "this arm trains nothing"),
         ("arms: {a: {method: base}, b: {method: lora, set: {data.text_column: x}}}", "is the same for all arms"),
-        ("arms: {a: {method: base}, b: {method: lora, set: {lora.r: 8}}}", "did you mean 'lora.lora_r'?"),
+        ("arms: {a: {method: base}, b: {method: lora, set: {lora.lora_rr: 8}}}", "did you mean 'lora.lora_r'?"),
         ("arms: {a: {method: base}, b: {method: lora, set: {lora.lora_r: 0}}}", "lora.lora_r is 0, but must be at"),
         (
             "arms: {a: {method: base}, b: {method: lora, parameters: {lr: [1e-3, 0]}}}",

@@ -134,7 +134,7 @@ def test_what_does_not_fit_is_marked(llama_job: JobMaker, tmp_path: Path) -> Non
     big = job.model_copy(update={"model": job.model.model_copy(update={"model_name_or_path": str(tmp_path / "big")})})
     site = LocalSite(cpus=8, memory_gib=900, gpus=1, gpu_memory_gib=24)
     for resolved, fits in ((job, True), (big, False)):
-        made = make_plan(LoadedJob(resolved, "", Path("job.yaml"), {}, (), ()), site, "train")
+        made = make_plan(LoadedJob(resolved, Path("job.yaml"), ""), site, "train")
         assert made.trials[0].memory is not None
         assert (made.trials[0].memory.expected < made.gpu_memory_gib) is fits
         screen = Console(width=160, file=io.StringIO())

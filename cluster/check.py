@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jobs.hub import check_whole, model_config, model_folder
 from jobs.identity import ADAPTER_FILES, encoders_of, models_of
 from jobs.load import LoadedJob, load_job
 from jobs.model_kinds import (
-    HEAD_NAMES,
+    can_pack,
     classification_refusal,
     generation_refusal,
     has_transposed_layers,
@@ -27,6 +28,7 @@ from jobs.model_kinds import (
     learnt_positions,
     length_refusal,
     model_type,
+    packing_refusal,
     text_config,
     tied_refusal,
     tied_targets,
@@ -99,7 +101,7 @@ def _wrong_adapter(job: JobSpec) -> list[tuple[str, str]]:
     if not all((folder / name).is_file() for name in ADAPTER_FILES):
         return [(field, f"{field} is {adapter}, but there is no PEFT adapter in it")]
     config = model_config(job.model.model_name_or_path, job.model.revision)
-    sentence = adapter_refusal(folder, job.method, config, field)
+    sentence = adapter_refusal(folder, job.method, config, field, generates=job.generates)
     return [(field, sentence)] if sentence else []
 
 
@@ -133,10 +135,11 @@ def _wrong_arms(job: JobSpec) -> list[tuple[str, str]]:
         if missing:
             found.append((field, f"{field} is {folder}, but there is no {missing[0]} in it"))
         elif arm.method != "full":
-            model = own_job(job, name).model
-            config = model_config(model.model_name_or_path, model.revision)
-            sentence = adapter_refusal(folder, str(arm.method), config, field)
-            found += [(field, sentence)] if sentence else []
+            with suppress(ValueError):
+                model = own_job(job, name).model
+                config = model_config(model.model_name_or_path, model.revision)
+                sentence = adapter_refusal(folder, str(arm.method), config, field, generates=job.generates)
+                found += [(field, sentence)] if sentence else []
     return found
 
 
@@ -176,7 +179,8 @@ def _wrong_models(loaded: LoadedJob) -> list[tuple[str, str]]:
     searched = job.search.parameters if job.search else {}
     found = [(f"search.parameters.{field}" if field in searched else field, sentence) for field, sentence in own]
     for where, arm_job in _arm_jobs(job):
-        of_arm = [one for one in _wrong_model(arm_job) if one not in own]
+        adapters = _wrong_adapter(arm_job) if arm_job.train.init_adapter != job.train.init_adapter else []
+        of_arm = [one for one in _wrong_model(arm_job) + adapters if one not in own]
         found += [(where, f"{where}: {sentence}") for _, sentence in of_arm]
     return found
 
@@ -185,11 +189,13 @@ def _arm_jobs(job: JobSpec) -> list[tuple[str, JobSpec]]:
     """Each arm that sets something of its own, with its place in the file."""
     if job.compare is None:
         return []
-    names = [name for name, arm in job.compare.arms.items() if arm.set or arm.method != job.method or arm.parameters]
-    return [
-        (f"compare.arms.{name}", search_job(job, name, None) if job.compare.arms[name].trains else own_job(job, name))
-        for name in names
-    ]
+    found = []
+    for name, arm in job.compare.arms.items():
+        if not (arm.set or arm.method != job.method or arm.parameters):
+            continue
+        with suppress(ValueError):  # pydantic's too: what is wrong with the arm itself is said where the file is loaded
+            found.append((f"compare.arms.{name}", search_job(job, name, None) if arm.trains else own_job(job, name)))
+    return found
 
 
 def _wrong_model(job: JobSpec) -> list[tuple[str, str]]:
@@ -199,10 +205,22 @@ def _wrong_model(job: JobSpec) -> list[tuple[str, str]]:
     if not config:
         return []
     refusal = generation_refusal if job.generates else classification_refusal
-    sentence = refusal(config, name)
-    if sentence:
+    try:
+        sentence = refusal(config, name)
+        if sentence:
+            return [("model.model_name_or_path", sentence)]
+        further = _too_long(job, config) + _wrong_layers(job, config) + _wrong_targets(job, config)
+        return further + _wrong_packing(job, config)
+    except (TypeError, ValueError, AttributeError) as error:  # a config is whatever somebody wrote
+        sentence = f"model.model_name_or_path is {name}, whose config.json cannot be understood: {error}"
         return [("model.model_name_or_path", sentence)]
-    return _too_long(job, config) + _wrong_layers(job, config) + _wrong_targets(job, config)
+
+
+def _wrong_packing(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Packed rows for a model that is known not to keep examples apart."""
+    if not job.train.packing or can_pack(config):
+        return []
+    return [("train.packing", packing_refusal("train.packing", job.model.model_name_or_path))]
 
 
 def _too_long(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
@@ -241,8 +259,8 @@ _TARGETS = "lora.lora_target_modules"
 
 def _wrong_targets(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
     """Layers that get an adapter and that the model does not have, or has twice."""
-    if not {"lora", "qlora"} & set(_possible(job, "method")):
-        return []
+    if not {"lora", "qlora"} & set(_possible(job, "method")) or job.train.init_adapter:
+        return []  # an adapter that is continued has found its layers
     found = []
     layers = _layers_of(job, config)
     for value in _possible(job, _TARGETS):
@@ -252,17 +270,23 @@ def _wrong_targets(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]
         tied = tied_targets(names, config) if job.generates else []
         if tied:
             found.append((_TARGETS, tied_refusal(tied, job.model.model_name_or_path)))
-        unknown = [name for name in names if layers and not any(is_named(path, (name,)) for path in layers)]
+        unknown = [name for name in names if layers and not any(_means(name, path) for path in layers)]
         if unknown:
             last = sorted({path.rpartition(".")[2] for path in layers if not path.rpartition(".")[2].isdigit()})
             near = fields.closest(unknown[0], last)
             hint = f"did you mean {near!r}?" if near else f"it has {', '.join(last[:_MOST_LAYERS])}"
-            sentence = f"{_TARGETS} has {unknown[0]!r}, but {job.model.model_name_or_path} has no such layer; {hint}"
+            which = ", ".join(map(repr, unknown))
+            sentence = f"{_TARGETS} has {which}, but {job.model.model_name_or_path} has no such layer; {hint}"
             found.append((_TARGETS, sentence))
     return found
 
 
 _MOST_LAYERS = 16
+
+
+def _means(name: str, path: str) -> bool:
+    """Whether a target means a layer; a checkpoint's paths may lack the prefix that a loaded model's have."""
+    return is_named(path, (name,)) or name.endswith(f".{path}")
 
 
 def _layers_of(job: JobSpec, config: dict[str, Any]) -> set[str]:
@@ -276,9 +300,7 @@ def _layers_of(job: JobSpec, config: dict[str, Any]) -> set[str]:
         folder = model_folder(job.model.model_name_or_path, job.model.revision)
     except AssetError:
         return set()
-    layers = layer_names(weight_shapes(folder))
-    heads = HEAD_NAMES if job.generates else {"classifier", "score"}
-    return layers | heads if layers else set()
+    return layer_names(weight_shapes(folder))
 
 
 def _possible(job: JobSpec, path: str) -> list[Any]:

@@ -52,6 +52,8 @@ def import_config(
     from jobs.translate_sweep import translate_sweep
 
     config = _read(file)
+    if job is not None and output is not None and job.absolute().parent != output.absolute().parent:
+        raise UserError(f"--output is {output}, but must be in the folder of --job {job}: its paths start there")
     if job is not None and source is not Tool.WANDB:
         raise UserError(f"--job goes with --from wandb; a config of {source.value} names its own model and data")
     if source is Tool.WANDB:
@@ -107,12 +109,16 @@ def _put_on(made: Translation, job: Path | None, file: Path) -> None:
     """
     from jobs import fields
     from jobs.errors import UserError
+    from jobs.load import load_job
 
     if not fields.get(made.tree, "search.parameters"):
-        lost = "; ".join(made.lost)
-        raise UserError(f"{file}: none of its parameters is a field of a job, so there is nothing to search ({lost})")
+        lost = f" ({'; '.join(made.lost)})" if made.lost else ""
+        raise UserError(f"{file}: none of its parameters is a field of a job, so there is nothing to search{lost}")
     if job is not None:
+        load_job(job)  # what is wrong in it is its own
         own = _read(job)
+        if own.get("search"):
+            made.otherwise.append(f"the search block of {job} is replaced by the sweep's")
         made.tree = _laid_over(own | {"search": {}}, {key: value for key, value in made.tree.items() if key != "name"})
         return
     made.assumed.append("model and data: a sweep file has none, and those of the quickstart stand in (see --job)")

@@ -24,6 +24,10 @@ DROPOUT = "lora.lora_dropout"
 """The field that an adapter has a value of, but that may be changed."""
 
 
+_LAST_LAYERS = ("classifier.weight", ".score.weight", "classifier.out_proj.weight")
+"""How the weights of a classifier's last layer end: one row for each class."""
+
+
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Return an adapter's configuration; None where there is none that can be read."""
     try:
@@ -48,15 +52,28 @@ def fixed_fields(config: dict[str, Any]) -> dict[str, Any]:
     return fixed
 
 
-def adapter_refusal(folder: Path, method: str, model: dict[str, Any] | None, field: str) -> str | None:
-    """Say why an adapter cannot be put on a base with the config `model`; None where nothing is against it."""
+_TASKS = {"CAUSAL_LM": "writes text", "SEQ_CLS": "names classes"}
+
+
+def adapter_refusal(
+    folder: Path, method: str, model: dict[str, Any] | None, field: str, *, generates: bool, classes: int = 0
+) -> str | None:
+    """Say why an adapter cannot be put on a base with the config `model`; None where nothing is against it.
+
+    `generates`: whether the job writes text. `classes`: how many it tells apart; 0 where that is not known.
+    """
     config = read_config(folder)
     if config is None:
         return f"{field} is {folder}, but its {ADAPTER_FILES[0]} cannot be read"
     kind = config.get("peft_type")
     if kind != PEFT_TYPES.get(method):
         return f"{field} is {folder}, which is of type {kind}, but method is {method}"
+    task = config.get("task_type")
+    if task in _TASKS and task != ("CAUSAL_LM" if generates else "SEQ_CLS"):
+        return f"{field} is {folder}, which {_TASKS[task]} ({task}), and the job's task is another"
     for name, shape in weight_shapes(folder / ADAPTER_FILES[1]).items():
+        if classes and name.endswith(_LAST_LAYERS) and shape[:1] != (classes,):
+            return f"{field} is {folder}, whose head tells {shape[0]} classes apart, but the rows have {classes}"
         table = name.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2]
         if not name.endswith(".weight") or table not in EMBEDDING_NAMES | HEAD_NAMES:
             continue

@@ -41,7 +41,10 @@ def own_job(job: JobSpec, name: str) -> JobSpec:
     linked = dict(raw["linked"])
     for path, value in given.items():
         linked.pop(path, None)
-        fields.put(raw, path, value)
+        if isinstance(value, str) and path in fields.leaves() and fields.is_number(path):
+            linked[path] = value  # arithmetic on the arm's own values
+        else:
+            fields.put(raw, path, value)
     raw["linked"] = linked
     return search.trial(JobSpec.model_validate(raw), {})
 

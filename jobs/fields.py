@@ -51,6 +51,13 @@ def is_number(path: str) -> bool:
     return bool(kinds & {int, float}) and str not in kinds
 
 
+def is_whole(path: str) -> bool:
+    """Whether a field holds a whole number."""
+    annotation = leaves()[path].annotation
+    kinds = set(typing.get_args(annotation)) or {annotation}
+    return int in kinds and float not in kinds
+
+
 def closest(word: str, known: typing.Iterable[str]) -> str | None:
     """The known word that a misspelt one most likely means, or None."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

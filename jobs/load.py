@@ -370,6 +370,8 @@ def _translate_names(reading: _Reading, settings: Any, prefix: str) -> None:
             settings[path] = settings.pop(name)
             _report(reading, f"{prefix}{path}", f"{prefix}{name} is read as {path}")
         word = settings[path]
+        if isinstance(word, str) and path in fields.leaves() and fields.is_number(path):
+            settings[path] = word = _our_expression(word, path)
         ours = VALUE_ALIASES.get((path, word)) if isinstance(word, str) else None
         if ours is not None:
             settings[path] = ours
@@ -443,11 +445,18 @@ def _long_form(reading: _Reading, path: str, value: Any, prefix: str) -> Any:
 def _exponents(path: str, word: str, value: dict[str, Any]) -> str:
     """Say what a distribution of W&B with exponents as its ends is called with values as its ends."""
     ours = EXPONENT_DISTRIBUTIONS[word]
+    whole = path in fields.leaves() and fields.is_whole(path)
     ends = {name: value[name] for name in ("min", "max") if isinstance(value.get(name), int | float)}
-    powers = ", ".join(f"{name}: {math.exp(end):.3g}" for name, end in ends.items() if abs(end) < _MAX_EXPONENT)
+    worked_out = {name: math.exp(end) for name, end in ends.items() if abs(end) < _MAX_EXPONENT}
+    if whole:
+        ours = "q_log_uniform_values"
+        rounded = {"min": math.ceil, "max": math.floor}
+        worked_out = {name: rounded[name](end) for name, end in worked_out.items()}
+    powers = ", ".join(f"{name}: {end:.3g}" for name, end in worked_out.items()) + (", q: 1" if whole else "")
+    said = f"with {powers}, or {ours} " if len(worked_out) == 2 else ""
     return (
-        f"distribution of {path} is {word}, whose ends W&B reads as exponents of e: write {ours} with {powers}, or "
-        f"{ours} with the ends as they are if they are values"
+        f"distribution of {path} is {word}, whose ends W&B reads as exponents of e: write {ours} {said}with the ends "
+        "as they are if they are values"
     )
 
 

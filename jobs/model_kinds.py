@@ -108,7 +108,8 @@ EMBEDDING_NAMES = frozenset(("embed_tokens", "wte", "word_embeddings", "embed_in
 
 def model_type(config: Config) -> str:
     """Return a config's model type, or an empty text."""
-    return str(config.get("model_type") or "")
+    kind = config.get("model_type")
+    return kind if isinstance(kind, str) else ""
 
 
 def text_config(config: Config) -> Config:
@@ -136,9 +137,12 @@ def is_causal(config: Config) -> bool:
         return True
     if kind in DECODER_IF_SAID:
         return config.get("is_decoder") is True
-    return not is_known(kind) and any(
-        str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in config.get("architectures") or ()
-    )
+    return not is_known(kind) and any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in _architectures(config))
+
+
+def _architectures(config: Config) -> list[str]:
+    names = config.get("architectures")
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
 def is_known(kind: str) -> bool:
@@ -158,12 +162,18 @@ def learnt_positions(config: Config) -> int:
     if config.get("position_embedding_type", "absolute") != "absolute":
         return 0
     said = next((config[name] for name in _POSITION_FIELDS if config.get(name)), None)
-    positions = int(said if said is not None else _USUAL_POSITIONS[kind])
+    positions = _USUAL_POSITIONS[kind] if said is None else _whole(said, "positions")
     if kind not in _ROBERTA_LIKE:
         return positions
     padding = config.get("pad_token_id")
-    before = padding if isinstance(padding, int) and kind != "mpnet" else _ROBERTA_PADDING
-    return positions - before - 1
+    before = _ROBERTA_PADDING if padding is None or kind == "mpnet" else _whole(padding, "pad_token_id")
+    return max(0, positions - before - 1)
+
+
+def _whole(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{what} is {value!r}, and no whole number")
+    return value
 
 
 def has_tied_embeddings(config: Config) -> bool:
@@ -199,8 +209,8 @@ def tied_refusal(names: list[str], model: str) -> str:
 def generation_refusal(config: Config, name: str) -> str | None:
     """Say why a model cannot learn to write text; None where it can, or where the config says too little."""
     kind = model_type(config)
-    if not kind and not config.get("architectures"):
-        return None
+    if not kind or not isinstance(config.get("text_config") or {}, dict):
+        return _cannot_be_read(name)
     if is_encoder_decoder(config):
         return (
             f"model.model_name_or_path is {name}, which is an encoder-decoder ({kind}), but must be a "
@@ -211,16 +221,39 @@ def generation_refusal(config: Config, name: str) -> str | None:
     if kind in DECODER_IF_SAID:
         what = f"an encoder ({kind} without is_decoder: true), whose tokens see the answer they predict"
     else:
-        what = f"of type {kind or config.get('architectures')}, which is no causal decoder"
+        what = f"of type {kind}, which is no causal decoder"
     return (
         f"model.model_name_or_path is {name}, which is {what}, but must be a causal decoder such as "
         "GPT-2, Llama or Qwen for a task that writes text"
     )
 
 
+def _cannot_be_read(name: str) -> str:
+    return (
+        f"model.model_name_or_path is {name}, whose config.json has no model_type (or a text_config that is no block): "
+        "nothing can load it"
+    )
+
+
+_CANNOT_PACK = frozenset(("bloom", "mpt", "biogpt", "opt", "openai-gpt", "xglm"))
+"""Causal types in which an example is reached by what stands before it in its row, or that take no positions."""
+
+
+def can_pack(config: Config) -> bool:
+    """Whether a model may keep the examples of one row apart; each training looks once more."""
+    return model_type(config) not in _CANNOT_PACK
+
+
+def packing_refusal(field: str, model: str) -> str:
+    """Say that a model does not keep the examples of one row apart."""
+    return f"{field} is true, but {model} does not keep the examples of one row apart: set it to false"
+
+
 def classification_refusal(config: Config, name: str) -> str | None:
     """Say why a model cannot learn to name a class; None where it can."""
     kind = model_type(config)
+    if not kind or not isinstance(config.get("text_config") or {}, dict):
+        return _cannot_be_read(name)
     if is_encoder_decoder(config):
         return (
             f"model.model_name_or_path is {name}, which is an encoder-decoder ({kind}), but must be an "
@@ -255,10 +288,10 @@ def length_refusal(config: Config, name: str, max_length: int, virtual_tokens: i
 
 def stated_labels(config: Config) -> int | None:
     """Return how many classes a classifier's config has; None where it is no classifier."""
-    names = [str(name) for name in config.get("architectures") or ()]
-    if not any(name.endswith("ForSequenceClassification") for name in names):
+    if not any(name.endswith("ForSequenceClassification") for name in _architectures(config)):
         return None
     labels = config.get("id2label")
     if isinstance(labels, dict) and labels:
         return len(labels)
-    return int(config.get("num_labels") or 2)
+    classes = config.get("num_labels")
+    return classes if isinstance(classes, int) and classes > 0 else 2

@@ -194,7 +194,8 @@ def _three_splits(data: DataSpec, read: dict[str, list[Row]], warnings: list[str
         warnings.append(f"no validation set: {_are(len(validation), 'of the training rows')} held back for it")
     if test is None and len(validation) >= _FEWEST_TO_HALVE:
         try:
-            test, validation = hold_back(validation, data.test_fraction, data.split_seed + 1, "data.test_fraction")
+            seed = data.split_seed + 1
+            test, validation = hold_back(validation, data.test_fraction, seed, "data.test_fraction", keep_classes=False)
             warnings.append(f"no test set: {_are(len(test), 'of the validation rows')} held back for it")
         except DataError as impossible:  # rows of one text stay together, and may be all that there are
             warnings.append(str(impossible))

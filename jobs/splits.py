@@ -6,6 +6,7 @@ ShuffleSplit), which the client does not need to have; a test compares the two.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -27,14 +28,21 @@ class Group(NamedTuple):
     label: str
 
 
-def hold_back(rows: Sequence[Row], share: float, seed: int, field: str) -> tuple[list[Row], list[Row]]:
+def hold_back(
+    rows: Sequence[Row], share: float, seed: int, field: str, *, keep_classes: bool = True
+) -> tuple[list[Row], list[Row]]:
     """Return (held back, left), both in the rows' order.
 
-    `field` names the share in errors. Raises DataError where prompts repeat so often that no set of
-    whole groups comes near the share.
+    `field` names the share in errors; with `keep_classes` every class stays among what is left (training rows need
+    them all). Raises DataError where prompts repeat so often, or classes are so small, that no set of whole groups
+    comes near the share.
     """
-    target = max(1, round(len(rows) * share))
+    target = max(1, min(len(rows) - 1, round(len(rows) * share)))
     groups = _groups(rows)
+    if not keep_classes:  # then classes are a matter of proportion alone, and only where each has rows for both sides
+        counts = Counter(group.label for group in groups)
+        whole = min(counts.values()) > 1 and target >= len(counts)
+        groups = groups if whole else [group._replace(label="") for group in groups]
     held = _drawn(groups, target, np.random.RandomState(seed)) if len(groups) > 1 else []
     places = {place for group in held for place in group.places}
     if not places or not target <= 2 * len(places) <= 4 * target:
@@ -138,10 +146,17 @@ def _rows_in(groups: Sequence[Group]) -> int:
 
 
 def _refusal(rows: Sequence[Row], groups: list[Group], share: float, target: int, field: str) -> str:
+    file = field.replace("_fraction", "_file")
     largest = max(groups, key=lambda group: len(group.places))
+    if len(largest.places) == 1:
+        classes = len({group.label for group in groups})
+        what = f"each of the {classes} classes must keep one" if classes > 1 else "none can be spared"
+        return (
+            f"{field} is {share:g}, {target:,} of {counted(len(rows), 'row')}, but that is too few to hold so many "
+            f"back ({what}): give {file}"
+        )
     prompt = " ".join(rows[largest.places[0]].prompt.split())
     shown = prompt if len(prompt) <= _MAX_SHOWN else f"{prompt[: _MAX_SHOWN - 3]}..."
-    file = field.replace("_fraction", "_file")
     return (
         f"{field} is {share:g}, {target:,} of {counted(len(rows), 'row')}, but rows with the same prompt "
         f"stay on one side and {shown!r} stands in {len(largest.places):,} of them: give {file}, or make "

@@ -84,15 +84,13 @@ _TOOLS: dict[str, dict[str, str]] = {
         "lora_target_modules": "lora.lora_target_modules",
         "use_dora": "lora.use_dora",
         "use_rslora": "lora.use_rslora",
-        "bnb_4bit_quant_type": "qlora.quant_type",
         "use_bnb_nested_quant": "qlora.use_double_quant",
         "num_train_epochs": "train.num_train_epochs",
         "per_device_train_batch_size": "train.per_device_train_batch_size",
         "per_device_eval_batch_size": "train.per_device_eval_batch_size",
         "optim": "train.optim",
         "lr_scheduler_type": "train.lr_scheduler_type",
-        "assistant_only_loss": "data.assistant_only_loss",
-        "completion_only_loss": "data.assistant_only_loss",
+        "bnb_4bit_compute_dtype": "qlora.compute_dtype",
     },
 }
 TOOLS = tuple(_TOOLS)
@@ -144,6 +142,10 @@ _MEANS_NOTHING_HERE = {
     "tokenizer_type",
     "model_type",
     "include_tokens_per_second",
+    "load_best_model_at_end",
+    "run_name",
+    "metric_for_best_model",
+    "greater_is_better",
     "eval_sample_packing",
 }
 
@@ -173,6 +175,7 @@ def translate(tool: str, config: dict[str, Any], name: str) -> Translation:
     made.put("name", name)
     made.put("task", "generation")
     special = _SPECIAL[tool]
+    config = _plain(config)
     for key, value in config.items():
         if value is None:
             continue
@@ -180,10 +183,14 @@ def translate(tool: str, config: dict[str, Any], name: str) -> Translation:
             made.dropped.append(key)
         elif value is False and key not in special and key not in _TOOLS[tool]:
             made.dropped.append(key)  # what is not done there is not missed here
-        elif key in special:
-            special[key](value, made)
-        elif key in _TOOLS[tool]:
-            _carry(_TOOLS[tool][key], key, value, made)
+        elif key in special or key in _TOOLS[tool]:
+            try:
+                if key in special:
+                    special[key](value, made)
+                else:
+                    _carry(_TOOLS[tool][key], key, value, made)
+            except (TypeError, ValueError, AttributeError):  # a list where a word is, and the like
+                made.lost.append(f"{key}: {_shown(key, value)} is not understood")
         else:
             made.lost.append(f"{key}: {_shown(key, value)} has no counterpart")
     if tool == "axolotl" and not config.get("adapter"):
@@ -192,6 +199,34 @@ def translate(tool: str, config: dict[str, Any], name: str) -> Translation:
         made.put("method", "lora" if config.get("use_peft") else "full")  # what TRL does without it
     _its_defaults(tool, config, made)
     return made
+
+
+_TRUTHS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
+"""What YAML 1.1, which these tools read, and their own parsers take for true and false."""
+_FIRST = ("load_in_4bit", "load_in_8bit", "quantization_bit")
+"""Keys that say whether a base is quantised: those that say how come after them."""
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with its words for true and false as such, without what says nothing, in an order of our own."""
+    said = {str(key): value for key, value in config.items()}
+    for key, value in said.items():
+        if isinstance(value, str) and value.lower() in _TRUTHS:
+            said[key] = _TRUTHS[value.lower()]
+    steps = _number(said.get("max_steps"))
+    if steps is not None and steps < 1:
+        said["max_steps"] = None  # Hugging Face's way to say that epochs count
+    warmup = _number(said.get("warmup_steps"))
+    if warmup == 0 and _number(said.get("warmup_ratio")):
+        said["warmup_steps"] = None  # steps come first there only where there are some
+    return {key: said[key] for key in sorted(said, key=lambda key: key not in _FIRST)}
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+    except ValueError:
+        return None
 
 
 _DEFAULTS: dict[str, tuple[tuple[tuple[str, ...], str, Any], ...]] = {
@@ -278,7 +313,7 @@ _SECRET_WORDS = {"token", "key", "apikey", "secret", "password"}
 def _shown(key: str, value: Any) -> str:
     """A value in words, unless its key says that it is a secret."""
     secret = _SECRET_WORDS & set(key.lower().split("_"))
-    if secret:
+    if secret or isinstance(value, dict) or "@" in str(value):
         return "its value (not shown)"
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
@@ -288,8 +323,6 @@ def _carry(path: str, key: str, value: Any, made: Translation) -> None:
         value = _as_number(value, path)
     elif isinstance(value, str) and value in ("true", "True", "false", "False"):
         value = value in ("true", "True")
-    if path == "train.max_steps" and isinstance(value, int) and value < 1:
-        return  # Hugging Face's way to say that epochs count
     if path == "train.lr_scheduler_type" and value not in _SCHEDULES:
         made.lost.append(f"{key}: {value!r} is none of {', '.join(_SCHEDULES)}")
     elif path == "train.optim" and OPTIMIZERS.get(value, value) not in OPTIMIZERS.values():
@@ -302,6 +335,8 @@ def _carry(path: str, key: str, value: Any, made: Translation) -> None:
         made.lost.append(f"{key}: {value!r} is not a share of the rows; give data.validation_file")
     elif path == "lora.lora_target_modules" and value in ("all", "all-linear"):
         made.put(path, "all-linear")
+    elif path == "lora.lora_target_modules" and isinstance(value, str) and set(value) & set("()[]*+?|^$\\"):
+        made.lost.append(f"{key}: {value!r} is a pattern; here layers are named (a name means all that end so)")
     else:
         made.put(path, value)
 
@@ -330,8 +365,12 @@ def _quantised(key: str, quant_type: str | None = None) -> Callable[[Any, Transl
     """A quantised base: `quant_type` where the key itself says how, else by the number of bits."""
 
     def take(value: Any, made: Translation) -> None:
-        kind = {4: "nf4", 8: "int8"}.get(value) if quant_type is None else quant_type
+        bits = _number(value)
+        kind = {4: "nf4", 8: "int8"}.get(int(bits)) if quant_type is None and bits is not None else quant_type
         if value is False:
+            return
+        if value is not True and quant_type is not None:
+            made.lost.append(f"{key}: {value!r} is neither true nor false")
             return
         if kind is None:
             made.lost.append(f"{key}: {value!r} is not 4 or 8, which a base is quantised to here")
@@ -436,7 +475,7 @@ def _axolotl_data(value: Any, made: Translation) -> None:
     if len(sets) > 1:
         made.lost.append(f"datasets: only the first of {len(sets)} is carried over; put the rows into one file")
     first = dict(sets[0]) if isinstance(sets[0], dict) else {"path": sets[0]}
-    _source(str(first.pop("path", "")), made)
+    _source(_path_of(first), made)
     kind = first.pop("type", None)
     if isinstance(kind, str) and kind in _AXOLOTL_FORMATS:
         made.put("data.format", _AXOLOTL_FORMATS[kind])
@@ -458,9 +497,24 @@ def _axolotl_data(value: Any, made: Translation) -> None:
             made.lost.append(f"datasets.{key}: {said!r} has no counterpart")
 
 
+def _path_of(first: dict[str, Any]) -> str:
+    """Take the file or hub id of a data set; `data_files` name the file where `path` is a loader of `datasets`."""
+    path = str(first.pop("path", ""))
+    named = first.get("data_files")
+    named = named[0] if isinstance(named, list) and len(named) == 1 else named
+    if isinstance(named, str) and path in ("json", "csv", "parquet", "text"):
+        first.pop("data_files")
+        return named
+    return path
+
+
 def _keys_of_turns(first: dict[str, Any], made: Translation) -> None:
     """Take what a message's keys and roles are called there: both usual ways are read here as they are."""
-    mapping = dict(first.pop("message_property_mappings", None) or {})
+    mapping = first.pop("message_property_mappings", None) or {}
+    if not isinstance(mapping, dict):
+        made.lost.append(f"datasets.message_property_mappings: {mapping!r} is not understood")
+        mapping = {}
+    mapping = dict(mapping)
     for key, name in (("message_field_role", "role"), ("message_field_content", "content")):
         if first.get(key):
             mapping.setdefault(name, first[key])
@@ -473,7 +527,8 @@ def _keys_of_turns(first: dict[str, Any], made: Translation) -> None:
         )
     roles = first.pop("roles", None) or {}
     for role, names in roles.items() if isinstance(roles, dict) else ():
-        unknown = sorted(set(names if isinstance(names, list) else [names]) - _ROLES.get(str(role), set()))
+        listed = {str(one) for one in (names if isinstance(names, list) else [names])}
+        unknown = sorted(listed - _ROLES.get(str(role), set()))
         if unknown:
             made.lost.append(
                 f"datasets.roles: {', '.join(map(str, unknown))} as {role} is not read here; rename it in the rows"
@@ -483,6 +538,8 @@ def _keys_of_turns(first: dict[str, Any], made: Translation) -> None:
 def _test_datasets(value: Any, made: Translation) -> None:
     sets = value if isinstance(value, list) else [value]
     path = sets[0].get("path") if sets and isinstance(sets[0], dict) else None
+    if len(sets) > 1:
+        made.lost.append(f"test_datasets: only the first of {len(sets)} is carried over; put the rows into one file")
     if isinstance(path, str) and data_suffix(Path(path)):
         made.put("data.validation_file", path)
     else:
@@ -529,7 +586,8 @@ def _source(name: str, made: Translation) -> None:
 
 
 def _llamafactory_data(value: Any, made: Translation) -> None:
-    names = [part.strip() for part in str(value).split(",")]
+    parts = value if isinstance(value, list) else str(value).split(",")
+    names = [str(part).strip() for part in parts]
     if len(names) > 1:
         made.lost.append(
             f"dataset: only {names[0]!r} of {', '.join(names)} is carried over; put the rows into one file"
@@ -560,7 +618,35 @@ def _stage(value: Any, made: Translation) -> None:
 
 
 def _quant_type(value: Any, made: Translation) -> None:
-    made.put("qlora.quant_type", value)
+    """Which 4-bit format; with 8 bits it says nothing there either."""
+    if fields.get(made.tree, "qlora.quant_type") in ("nf4", "fp4"):
+        made.put("qlora.quant_type", value)
+
+
+def _pissa(value: Any, made: Translation) -> None:
+    if value is True:
+        made.put("lora.init_lora_weights", "pissa")
+
+
+def _init_weights(value: Any, made: Translation) -> None:
+    if value is not True:
+        made.put("lora.init_lora_weights", value)
+
+
+def _completion_only(value: Any, made: Translation) -> None:
+    """Whether prompts are learnt; `assistant_only_loss` is the same question of conversations."""
+    own = fields.get(made.tree, "data.assistant_only_loss")
+    if own is not None and own != value:
+        made.lost.append("completion_only_loss: assistant_only_loss says otherwise, and here the two are one field")
+        return
+    made.put("data.assistant_only_loss", value)
+
+
+def _assistant_only(value: Any, made: Translation) -> None:
+    own = fields.get(made.tree, "data.assistant_only_loss")
+    if own is not None and own != value:
+        made.lost.append("completion_only_loss: assistant_only_loss says otherwise, and here the two are one field")
+    made.put("data.assistant_only_loss", value)
 
 
 def _no_checkpointing(value: Any, made: Translation) -> None:
@@ -598,9 +684,13 @@ def _trl_mixture(value: Any, made: Translation) -> None:
     first = sets[0] if sets and isinstance(sets[0], dict) else {}
     if len(sets) > 1:
         made.lost.append(f"datasets: only the first of {len(sets)} is carried over; put the rows into one file")
-    _source(str(first.get("path", "")), made)
+    first = dict(first)
+    _source(_path_of(first), made)
     if first.get("name"):
-        made.put("data.dataset_config_name", str(first["name"]))
+        made.put("data.dataset_config_name", str(first.pop("name")))
+    for key, said in first.items():
+        if said is not None and not (key == "split" and said == "train"):
+            made.lost.append(f"datasets.{key}: {said!r} has no counterpart")
 
 
 def _peft(value: Any, made: Translation) -> None:
@@ -617,6 +707,7 @@ _AXOLOTL: dict[str, Callable[[Any, Translation], None]] = {
     "sdp_attention": _lost("is what model.attn_implementation: auto means")("sdp_attention"),
     "warmup_steps": _warmup_steps,
     "warmup_ratio": _warmup_ratio,
+    "peft_init_lora_weights": _init_weights,
     "test_datasets": _test_datasets,
     "special_tokens": _lost("is not set here: the tokenizer's own are used")("special_tokens"),
     "datasets": _axolotl_data,
@@ -653,6 +744,7 @@ _LLAMAFACTORY: dict[str, Callable[[Any, Translation], None]] = {
         "quantization_method"
     ),
     "quantization_type": _quant_type,
+    "pissa_init": _pissa,
     "disable_gradient_checkpointing": _no_checkpointing,
     "eval_dataset": _eval_dataset,
     "trust_remote_code": _lost("needs a model.revision of a full commit here")("trust_remote_code"),
@@ -669,7 +761,10 @@ _TRL: dict[str, Callable[[Any, Translation], None]] = {
     "bf16": _precision("bf16", "bf16"),
     "fp16": _precision("fp16", "fp16"),
     "attn_implementation": _flash("attn_implementation"),
-    "packing": _packed("neat_packing"),
+    "packing": _packed("packing of TRL"),
+    "assistant_only_loss": _assistant_only,
+    "completion_only_loss": _completion_only,
+    "bnb_4bit_quant_type": _quant_type,
     "warmup_steps": _warmup_steps,
     "warmup_ratio": _warmup_ratio,
     "report_to": _report_to,

@@ -31,6 +31,7 @@ def translate_sweep(config: dict[str, Any], name: str) -> Translation:
     made = Translation()
     made.put("name", name)
     method = config.get("method", "random")
+    method = method if isinstance(method, str) else repr(method)
     if method in _METHODS:
         made.put("search.method", _METHODS[method])
     else:
@@ -38,11 +39,16 @@ def translate_sweep(config: dict[str, Any], name: str) -> Translation:
     if method == "bayes":
         made.otherwise.append("method: bayes is a Gaussian process there, and Optuna's TPE here")
     metric = config.get("metric")
+    metric = {"name": metric} if isinstance(metric, str) else metric
+    if metric is not None and not (isinstance(metric, dict) and metric.get("name")):
+        made.lost.append("metric: it has no name; the task's own is used")
     if isinstance(metric, dict) and metric.get("name"):
         made.put("search.metric", {key: metric[key] for key in ("name", "goal") if key in metric})
         fields.put(made.tree, "search.metric.name", bare_name(str(metric["name"])))
-    if config.get("run_cap") is not None:
-        made.put("search.num_samples", config["run_cap"])
+    if config.get("run_cap") is not None and method == "grid":
+        made.otherwise.append("run_cap: a grid tries all its combinations here")
+    elif config.get("run_cap") is not None:
+        made.put("search.num_samples", _whole(config["run_cap"]))
     elif method != "grid":
         made.otherwise.append(f"run_cap: without one {method} has no end there; here search.num_samples does")
     for key in ("project", "entity"):
@@ -50,8 +56,14 @@ def translate_sweep(config: dict[str, Any], name: str) -> Translation:
             made.put(f"tracking.{key}", str(config[key]))
     parameters = config.get("parameters")
     for key, said in parameters.items() if isinstance(parameters, dict) else ():
-        _parameter(str(key), said, made)
-    _early_terminate(config.get("early_terminate"), made)
+        try:
+            _parameter(str(key), said, made)
+        except (TypeError, ValueError):  # a list where a word is, and the like
+            made.lost.append(f"parameters.{key}: {said!r} is not understood")
+    try:
+        _early_terminate(config.get("early_terminate"), made)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        _without_early_terminate(f"early_terminate: {config['early_terminate']!r} is not understood", made)
     known = ("method", "metric", "run_cap", "project", "entity", "parameters", "early_terminate", "name")
     for key, value in config.items():
         if key not in known and value is not None:
@@ -69,6 +81,10 @@ def _parameter(key: str, said: Any, made: Translation) -> None:
     if not isinstance(said, dict) or "parameters" in said:
         made.lost.append(f"{where}: {said!r} is no parameter that is read here")
         return
+    taken = fields.get(made.tree, "search.parameters") or {}
+    if path in taken or ("value" in said and fields.get(made.tree, path) is not None):
+        made.lost.append(f"{where}: {path} is named twice")
+        return
     if "value" in said:
         made.put(path, said["value"])
         return
@@ -77,7 +93,7 @@ def _parameter(key: str, said: Any, made: Translation) -> None:
     ends = {name: said[name] for name in ("min", "max") if name in said}
     if kind in EXPONENT_DISTRIBUTIONS:
         try:
-            ends = {name: math.exp(float(end)) for name, end in ends.items()}
+            ends = {name: _end(path, name, math.exp(float(end))) for name, end in ends.items()}
         except (OverflowError, ValueError):
             made.lost.append(f"{where}: {kind} has ends that are no exponents of e")
             return
@@ -130,23 +146,50 @@ def _field(key: str) -> str:
 
 def _early_terminate(said: Any, made: Translation) -> None:
     """Carry Hyperband over as ASHA: its first bracket is the first rung, and eta what the rungs are apart."""
-    if said is None:
+    if said is None or said is False or said == "none":
         made.put("search.scheduler.type", "none")
         return
+    if said == "hyperband":
+        said = {"type": said}
     if not isinstance(said, dict) or said.get("type") != "hyperband":
-        made.lost.append(f"early_terminate: {said!r} is not hyperband")
+        _without_early_terminate(f"early_terminate: {said!r} is not hyperband", made)
         return
-    eta = said.get("eta", _ETA)
+    eta = _whole(_ETA if said.get("eta") is None else said["eta"])
+    if eta < 2:
+        _without_early_terminate(f"early_terminate: eta is {eta}, but must be at least 2", made)
+        return
     made.put("search.scheduler", {"type": "asha", "time_attr": "epoch", "reduction_factor": eta})
     if said.get("min_iter") is not None:
-        made.put("search.scheduler.grace_period", said["min_iter"])
+        made.put("search.scheduler.grace_period", _whole(said["min_iter"]))
     if said.get("max_iter") is not None:
-        made.put("search.scheduler.max_t", said["max_iter"])
+        made.put("search.scheduler.max_t", _whole(said["max_iter"]))
         if said.get("min_iter") is None:
-            first = said["max_iter"] / eta ** said.get("s", 1)
+            first = _whole(said["max_iter"]) / eta ** _whole(1 if said.get("s") is None else said["s"])
             made.put("search.scheduler.grace_period", max(1, int(first)))
     made.otherwise.append(
         "early_terminate: an iteration is a line that a run logs there, and an epoch here (search.scheduler.time_attr)"
     )
     if "strict" in said:
         made.lost.append("early_terminate.strict: ASHA stops all but the best 1/eta at each rung")
+    for key in set(said) - {"type", "s", "eta", "min_iter", "max_iter", "strict"}:
+        made.lost.append(f"early_terminate.{key}: has no counterpart")
+
+
+def _without_early_terminate(why: str, made: Translation) -> None:
+    made.put("search.scheduler", {"type": "none"})
+    made.lost.append(f"{why}; no trial is stopped early")
+
+
+def _whole(value: Any) -> int:
+    """Return a whole number, which may be written as text. Raises ValueError or TypeError."""
+    number = float(value)
+    if isinstance(value, bool) or not number.is_integer():
+        raise ValueError(value)
+    return int(number)
+
+
+def _end(path: str, name: str, value: float) -> float | int:
+    """Return an end of a range, a whole one inside it where the field holds whole numbers."""
+    if not fields.is_whole(path):
+        return value
+    return max(1, math.ceil(value)) if name == "min" else math.floor(value)

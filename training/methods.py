@@ -66,19 +66,31 @@ def attach(job: JobSpec, base: Base) -> nn.Module:
 
 def _continued(job: JobSpec, base: Base, folder: Path) -> nn.Module:
     """Return the base with an adapter that is trained on, with the job's dropout."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
 
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
             raise UserError(f"train.init_adapter is {folder}, but there is no {name} in it")
-    wrong = adapter_refusal(folder, job.method, base.model.config.to_dict(), "train.init_adapter")
-    if wrong:
-        raise UserError(wrong)
+    _refuse_adapter(job, base, folder, "train.init_adapter")
     config = PeftConfig.from_pretrained(str(folder))
+    if config.is_prompt_learning:  # which PEFT loads for inference alone
+        config.inference_mode = False
+        prompted: PeftModel = get_peft_model(base.model, config)
+        set_peft_model_state_dict(prompted, load_peft_weights(str(folder), device="cpu"))
+        return prompted
     if hasattr(config, "lora_dropout"):
         config.lora_dropout = job.lora.lora_dropout
     adapted: PeftModel = PeftModel.from_pretrained(base.model, str(folder), is_trainable=True, config=config)
     return adapted
+
+
+def _refuse_adapter(job: JobSpec, base: Base, folder: Path, field: str) -> None:
+    """Raise UserError for an adapter that is of another kind, task or size than the job and its base."""
+    config = base.model.config
+    classes = 0 if job.generates else int(config.num_labels)
+    wrong = adapter_refusal(folder, job.method, config.to_dict(), field, generates=job.generates, classes=classes)
+    if wrong:
+        raise UserError(wrong)
 
 
 def _with_all_targets(job: JobSpec, model: PeftModel) -> PeftModel:
@@ -300,9 +312,7 @@ def load_weights(job: JobSpec, base: Base, folder: Path) -> nn.Module:
         return base.model
     from peft import PeftModel
 
-    wrong = adapter_refusal(folder, job.method, base.model.config.to_dict(), "the adapter")
-    if wrong:
-        raise UserError(wrong)
+    _refuse_adapter(job, base, folder, "the adapter")
     fresh_heads(base, job.train.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -33,6 +33,8 @@ HEADS = ("classifier", "score", "pre_classifier", "classification_head")
 PEFT_HEADS = ("classifier", "score")
 """Those that PEFT trains and saves with an adapter of a classifier by itself."""
 
+_OF_A_MODEL = (OSError, ValueError, ImportError, RuntimeError, TypeError, AttributeError, KeyError, AssertionError)
+"""What transformers raises at a folder whose config or weights are not what they should be."""
 _LOAD_SEED = 0
 _BLOCK = 64
 """Weights under one scale in bitsandbytes' 4-bit formats."""
@@ -96,6 +98,7 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
 
     Weights that the checkpoint lacks (a pooler, say) come from a fixed seed, so that every process has the same base.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     spec = job.model
@@ -107,11 +110,12 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
         "trust_remote_code": spec.trust_remote_code,
         "use_safetensors": True,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # of a classifier's head; others are refused below
     }
     if spec.attn_implementation != "auto":
         options["attn_implementation"] = spec.attn_implementation
     if job.task == "classification":
-        options |= {"num_labels": labels, "ignore_mismatched_sizes": True}  # the head's; others are refused below
+        options["num_labels"] = labels
     if job.method == "qlora":
         options |= {"quantization_config": _quantization(job, device, folder), "device_map": {"": device}}
     loader = AutoModelForSequenceClassification if job.task == "classification" else AutoModelForCausalLM
@@ -119,7 +123,7 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
     try:
         with quiet_libraries():
             model, loading = loader.from_pretrained(folder, **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (*_OF_A_MODEL, SafetensorError) as error:
         raise AssetError(f"{spec.model_name_or_path} cannot be loaded for {job.task}: {error}") from error
     drawn = _drawn_anew(model, loading, spec.model_name_or_path, classifies=not job.generates)
     _refuse_packed(model, drawn)
@@ -144,7 +148,10 @@ def _check_kind(job: JobSpec, folder: Path) -> None:
     name = job.model.model_name_or_path
     config = json.loads((folder / "config.json").read_text())
     refusal = generation_refusal if job.generates else classification_refusal
-    wrong = refusal(config, name) or length_refusal(config, name, job.model.max_length)
+    try:
+        wrong = refusal(config, name) or length_refusal(config, name, job.model.max_length)
+    except (TypeError, ValueError, AttributeError) as error:  # a config is whatever somebody wrote
+        raise AssetError(f"{name} has a config.json that cannot be understood: {error}") from error
     if wrong:
         raise UserError(wrong)
 

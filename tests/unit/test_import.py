@@ -415,3 +415,99 @@ def test_what_makes_no_job_is_an_error(tool: str, text: str, words: str, tmp_pat
     done = lorafleet_here("import", "--from", tool, "x.yaml", cwd=tmp_path)
     assert done.returncode == 2
     assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("tool", "said", "path", "value"),
+    [
+        ("axolotl", {"load_in_4bit": "no"}, "method", "lora"),
+        ("axolotl", {"load_in_8bit": "false"}, "method", "lora"),
+        ("axolotl", {"sample_packing": "yes"}, "train.packing", True),
+        ("axolotl", {"gradient_checkpointing": "on"}, "train.gradient_checkpointing", True),
+        ("axolotl", {"train_on_inputs": "off"}, "data.assistant_only_loss", None),
+        ("trl", {"use_peft": "no"}, "method", "full"),
+        ("llamafactory", {"mask_history": "True"}, "data.train_on_turns", "last"),
+        ("llamafactory", {"warmup_steps": 0, "warmup_ratio": 0.1}, "train.warmup_ratio", 0.1),
+        ("llamafactory", {"warmup_ratio": 0.1, "warmup_steps": 0}, "train.warmup_steps", None),
+        ("axolotl", {"max_steps": -1}, "train.num_train_epochs", 1),
+        ("axolotl", {"max_steps": 0}, "train.max_steps", None),
+        ("trl", {"bnb_4bit_quant_type": "fp4", "load_in_4bit": True}, "qlora.quant_type", "fp4"),
+        ("trl", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "qlora.quant_type", "fp4"),
+        ("trl", {"load_in_8bit": True, "bnb_4bit_quant_type": "fp4"}, "qlora.quant_type", "int8"),
+        ("llamafactory", {"quantization_type": "fp4", "quantization_bit": 8}, "qlora.quant_type", "int8"),
+        ("llamafactory", {"quantization_bit": "4"}, "qlora.quant_type", "nf4"),
+        ("llamafactory", {"pissa_init": True}, "lora.init_lora_weights", "pissa"),
+        ("llamafactory", {"dataset": ["x.jsonl", "v.jsonl"]}, "data.train_file", "x.jsonl"),
+        ("axolotl", {"datasets": [{"path": "json", "data_files": "a.jsonl"}]}, "data.train_file", "a.jsonl"),
+    ],
+)
+def test_words_numbers_and_orders_of_other_tools(tool: str, said: dict[str, Any], path: str, value: Any) -> None:
+    assert fields.get(_of(tool, **said).tree, path) == value
+
+
+@pytest.mark.parametrize(
+    ("tool", "said"),
+    [
+        ("axolotl", {"optimizer": ["adamw_torch"]}),
+        ("axolotl", {"load_in_4bit": "maybe"}),
+        ("axolotl", {"lora_target_modules": r"model.layers.[\d]+.mlp.up_proj"}),
+        ("llamafactory", {"quantization_bit": [4, 8]}),
+        ("trl", {"assistant_only_loss": True, "completion_only_loss": False}),
+        ("trl", {"datasets": [{"path": "a/b", "split": "train[:5%]"}]}),
+        ("axolotl", {"test_datasets": [{"path": "a.jsonl"}, {"path": "b.jsonl"}]}),
+        ("axolotl", {"datasets": [{"path": "x.jsonl", "message_property_mappings": ["role"]}]}),
+        ("axolotl", {"datasets": [{"path": "x.jsonl", "type": "chat_template", "roles": {"user": [1, "human"]}}]}),
+    ],
+)
+def test_what_is_not_understood_is_said(tool: str, said: dict[str, Any]) -> None:
+    assert _of(tool, **said).lost
+
+
+def test_nested_secrets_are_not_shown() -> None:
+    made = _of("axolotl", auth={"token": "s3cr3t"}, mlflow_tracking_uri="https://u:pw@h")
+    assert not any("s3cr3t" in line or "pw@" in line for line in made.lost)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        *("none", False, "bayesian", {"type": "envelope"}, {"type": "hyperband", "eta": 0, "max_iter": 9}),
+        *({"type": "hyperband", "max_iter": [9]}, {"type": "hyperband", "eta": 1, "max_iter": 9}),
+    ],
+)
+def test_no_trial_is_stopped_by_what_was_not_carried_over(said: Any) -> None:
+    made = translate_sweep(SWEEP | {"early_terminate": said}, "x")
+    assert made.tree["search"]["scheduler"] == {"type": "none"}
+    assert said in ("none", False) or any("no trial is stopped early" in line for line in made.lost)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "lost"),
+    [
+        ({"lr": {"distribution": "log_uniform", "min": None, "max": 1}}, "parameters.lr"),
+        ({"lr": {"distribution": ["uniform"], "min": 0.1, "max": 1}}, "parameters.lr"),
+        ({"lr": {"values": [0.1]}, "learning_rate": {"values": [0.2]}}, "is named twice"),
+    ],
+)
+def test_parameters_that_are_not_understood(parameters: dict[str, Any], lost: str) -> None:
+    made = translate_sweep({"method": "grid", "parameters": parameters}, "x")
+    assert any(lost in line for line in made.lost), made.lost
+
+
+def test_exponents_of_whole_numbers_are_whole() -> None:
+    rank = {"distribution": "q_log_uniform", "min": 1, "max": 4, "q": 1}
+    made = translate_sweep({"method": "random", "parameters": {"r": rank}}, "x")
+    assert made.tree["search"]["parameters"]["lora.lora_r"]["min"] == 3  # e
+    assert made.tree["search"]["parameters"]["lora.lora_r"]["max"] == 54  # e ** 4
+    assert any("run_cap" in line for line in translate_sweep({"method": "grid", "run_cap": 1}, "x").otherwise)
+
+
+def test_the_users_own_job_is_blamed_for_its_own_faults(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
+    (tmp_path / "own.yaml").write_text("name: own\ntask: classification\nmodel: {model_name_or_path: org/m}\n")
+    done = lorafleet_here("import", "--from", "wandb", "sweep.yaml", "--job", "own.yaml", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "own.yaml: data is missing" in done.stderr
+    elsewhere = ("--job", "own.yaml", "-o", "sub/job.yaml")
+    done = lorafleet_here("import", "--from", "wandb", "sweep.yaml", *elsewhere, cwd=tmp_path)
+    assert "must be in the folder of --job" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -313,7 +314,7 @@ def test_what_is_searched_and_an_arm_are_looked_at(bert_job: JobMaker) -> None:
 
 def test_layers_that_the_model_does_not_have(bert_job: JobMaker, llama_job: JobMaker) -> None:
     names = {"lora__lora_target_modules": ["query", "v_prog"]}
-    with pytest.raises(JobFileError, match=r"has 'v_prog', but .* has no such layer; it has classifier, dense, key"):
+    with pytest.raises(JobFileError, match=r"has 'v_prog', but .* has no such layer; it has dense, key"):
         check_names(bert_job(**names))
     with pytest.raises(UserError, match=r"has 'v_prog', but BertForSequenceClassification has no such layer"):
         attach(bert_job(**names).job, load_base(bert_job().job, 2, CPU))
@@ -459,3 +460,100 @@ def test_an_adapter_with_resized_embeddings_gets_a_sentence(
         check_names(loaded)
     with pytest.raises(UserError, match=words):
         load_weights(loaded.job, load_base(loaded.job, 0, CPU), tmp_path / "big")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("{lora.lora_r: 0}", "{lora.lora_r: abc}", "{lora.lora_r: null}", "{lora.foo: 1}"),
+        *("{train.learning_rate: [1, 2]}", "{lora.lora_target_modules: []}", "{train.packing: true}"),
+        "{train.global_batch_size: 17}",
+    ],
+)
+def test_a_wrong_value_of_an_arm_is_a_sentence(value: str, bert_job: JobMaker, tmp_path: Path) -> None:
+    text = bert_job().text + f"compare: {{arms: {{a: {{method: lora}}, b: {{method: lora, set: {value}}}}}}}\n"
+    (tmp_path / "job.yaml").write_text(text)
+    for words in (("validate", "job.yaml"), ("plan", "job.yaml", "--compare")):
+        done = lorafleet_here(*words, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert "compare.arms.b" in done.stderr
+
+
+def test_arithmetic_of_an_arm_is_its_own(bert_job: JobMaker) -> None:
+    arms = "compare: {arms: {a: {method: lora}, b: {method: lora, set: {lora.lora_r: 16, alpha: 3*r}}}}"
+    job = bert_job(arms).job
+    assert own_job(job, "b").lora.lora_alpha == 48
+    assert own_job(job, "a").lora.lora_alpha == 8
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"model_type": ["bert"]},
+        {"model_type": None},
+        {"max_position_embeddings": [64]},
+        {"max_position_embeddings": "abc"},
+        {"architectures": 3, "model_type": "unheard-of"},
+        {"num_labels": "x"},
+        {"pad_token_id": [0, 1]},
+        {"text_config": [1]},
+    ],
+)
+def test_an_odd_config_is_a_sentence_or_fine(odd: dict[str, Any], bert_job: JobMaker, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "roberta", pad_token_id=1)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | odd))
+    loaded = bert_job(model__model_name_or_path=str(folder))
+    (tmp_path / "job.yaml").write_text(loaded.text.replace(loaded.job.model.model_name_or_path, str(folder)))
+    done = lorafleet_here("validate", "job.yaml", f"model.model_name_or_path={folder}", cwd=tmp_path)
+    assert done.returncode in (0, 2), done.stderr
+    assert "fault of lorafleet" not in done.stderr
+    with pytest.raises((AssetError, UserError)) if done.returncode else suppress(AssetError, UserError):
+        load_base(loaded.job, 2, CPU)
+
+
+def test_broken_weights_are_a_sentence(bert_job: JobMaker, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "bert")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(AssetError, match="cannot be loaded for classification"):
+        load_base(bert_job(model__model_name_or_path=str(folder)).job, 2, CPU)
+
+
+def test_adapters_that_do_not_fit_the_task(
+    bert_job: JobMaker, llama_job: JobMaker, tiny_llama: Path, tmp_path: Path
+) -> None:
+    writes = _adapter(tmp_path / "lm", tiny_llama, r=4, target_modules=["q_proj"])
+    names = _adapter(tmp_path / "cls", tiny_llama, "AutoModelForSequenceClassification", r=4, target_modules=["q_proj"])
+    text = bert_job().text.replace('lora: {lora_r: 4, lora_alpha: "2*lora_r"}\n', "")
+    base = (f"model.model_name_or_path={tiny_llama}",)
+    classifier = load_text(text, tmp_path / "job.yaml", (*base, f"train.init_adapter={writes}"))
+    with pytest.raises(JobFileError, match=r"which writes text .CAUSAL_LM., and the job's task is another"):
+        check_names(classifier)
+    writer = llama_job(train__init_adapter=str(names), lora__lora_alpha=8)
+    with pytest.raises(JobFileError, match=r"which names classes .SEQ_CLS."):
+        check_names(writer)
+    three = load_text(text, tmp_path / "job.yaml", (*base, f"train.init_adapter={names}")).job
+    rows = [{"text": f"is it {number}", "label": f"c{number % 3}"} for number in range(30)]
+    data = three.data.model_copy(update={"train_file": str(write_rows(tmp_path / "three.jsonl", rows))})
+    data = data.model_copy(update={"validation_file": None, "test_file": None})
+    with pytest.raises(UserError, match="whose head tells 2 classes apart, but the rows have 3"):
+        session(three.model_copy(update={"data": data}))
+
+
+def test_a_learnt_prompt_is_trained_on(bert_job: JobMaker, tmp_path: Path) -> None:
+    prompt = {"method": "prompt_tuning", "prompt_tuning__num_virtual_tokens": 4, "train__learning_rate": 0.1}
+    first = session(bert_job(**prompt).job)
+    finish(first)
+    first.save_weights(tmp_path / "first")
+    before = first.evaluate("train").metrics["loss"]
+    on = session(bert_job(**prompt, train__init_adapter=str(tmp_path / "first")).job)
+    assert on.evaluate("train").metrics["loss"] == pytest.approx(before, rel=1e-5)
+    finish(on)
+    assert on.evaluate("train").metrics["loss"] < before
+
+
+def test_a_path_with_the_loaded_models_prefix_is_a_layer(bert_job: JobMaker) -> None:
+    path = "bert.encoder.layer.0.attention.self.query"
+    check_names(bert_job(lora__lora_target_modules=[path]))
+    with pytest.raises(JobFileError, match="has 'score', 'embed_out', but"):
+        check_names(bert_job(lora__lora_target_modules=["query", "score", "embed_out"]))

@@ -106,7 +106,7 @@ def test_packing_changes_neither_loss_nor_gradient(
         assert torch.allclose(packed_values[name], value, atol=1e-4), name
 
 
-@pytest.mark.parametrize("kind", ["qwen3_next", "bloom", "mpt"])
+@pytest.mark.parametrize("kind", ["qwen3_next", "bloom", "mpt", "opt", "openai-gpt", "xglm", "biogpt"])
 @pytest.mark.parametrize("field", ["packing", "padding_free"])
 def test_a_model_that_does_not_keep_examples_apart_is_refused(
     kind: str, field: str, llama_job: JobMaker, tmp_path: Path

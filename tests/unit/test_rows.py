@@ -486,3 +486,19 @@ def test_what_is_held_back_is_near_the_share(sizes: list[int], share: float, see
     assert left
     assert not {row.text for row in held} & {row.text for row in left}
     assert {row.label for row in left} == set(labels)
+
+
+@pytest.mark.parametrize(("classes", "each"), [(150, 10), (100, 2), (50, 3), (10, 40)])
+def test_many_classes_have_a_test_set(classes: int, each: int, tmp_path: Path) -> None:
+    """Training rows need every class, a validation set of one row a class is halved all the same."""
+    rows = [{"text": f"row {place}", "label": f"c{place % classes}"} for place in range(classes * each)]
+    found = rows_of(write_rows(tmp_path / "x.jsonl", rows))
+    assert not found.chosen_on_test
+    assert abs(len(found.test) - len(found.validation)) <= 1
+    assert {row.label for row in found.train} == {row["label"] for row in rows}
+
+
+def test_too_few_rows_of_many_classes_are_said_as_what_they_are(tmp_path: Path) -> None:
+    rows = [{"text": f"row {place}", "label": f"c{place}"} for place in range(100)]
+    with pytest.raises(DataError, match=r"too few to hold so many back .each of the 100 classes must keep one"):
+        rows_of(write_rows(tmp_path / "x.jsonl", rows))

@@ -148,6 +148,7 @@ def _plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
     train_rows = known.train_examples
     trials = [search.trial(job, assignment) for assignment in configurations]
     schedules = [schedule(trial, train_rows or _ASSUMED_ROWS, searching=searching) for trial in trials]
+    notes += _long_warmup(trials, schedules)
     total = _total(job, len(configurations))
     again = len(search.after_search(job, {})) if job.search else 0
     cuda = uses_gpu(job, site)
@@ -182,6 +183,18 @@ def _plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
         number_formats=planned_formats(trials[0] if trials else job, cuda=cuda),
         notes=notes,
     )
+
+
+def _long_warmup(trials: list[JobSpec], schedules: list[Schedule]) -> list[str]:
+    """Say when a trial ends before its learning rate has risen to its peak."""
+    for trial, plan in zip(trials, schedules, strict=True):
+        steps = trial.train.warmup_steps
+        if steps is not None and steps >= plan.total_steps and trial.train.lr_scheduler_type != "constant":
+            return [
+                f"train.warmup_steps is {steps:,}, and a trial has {counted(plan.total_steps, 'step')}: the learning "
+                "rate does not reach its peak"
+            ]
+    return []
 
 
 def refuse_attention(job: JobSpec, site: Site, path: str) -> None:

@@ -168,6 +168,7 @@ def _columns(train_file: Path, task: TaskName, given: dict[str, str | None]) -> 
     first = next((record for _, record in read_records(train_file) if isinstance(record, dict)), None)
     if first is None:
         raise DataError(f"{train_file} holds no row that can be read")
+    _refuse_columns(task, given)
     if task is not TaskName.CLASSIFICATION:
         return _generation_columns(train_file, task, first, given)
     text, label = given["text_column"], given["label_column"]
@@ -182,6 +183,22 @@ def _columns(train_file: Path, task: TaskName, given: dict[str, str | None]) -> 
             known = ", ".join(map(str, first))
             raise DataError(f"{train_file} has the columns {known}: say which one with --{key.replace('_', '-')}")
     return {key: str(column) for key, column in found.items()}
+
+
+def _refuse_columns(task: TaskName, given: dict[str, str | None]) -> None:
+    """Raise UserError for columns that a task does not read, or that do not go together."""
+    from jobs.errors import UserError
+
+    named = {name for name, column in given.items() if column}
+    unread = {"prompt_column", "completion_column"} if task is TaskName.CLASSIFICATION else {"label_column"}
+    if task is not TaskName.CLASSIFICATION and "text_column" in named and named != {"text_column"}:
+        unread = {"text_column"}  # a text alone, or a prompt and its answer
+    wrong = sorted(named & unread)
+    if wrong:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in wrong)
+        beside = sorted(f"--{name.replace('_', '-')}" for name in named - unread)
+        with_them = f" with {', '.join(beside)}" if beside else ""
+        raise UserError(f"{options} {'is' if len(wrong) == 1 else 'are'} not read for --task {task.value}{with_them}")
 
 
 def _generation_columns(

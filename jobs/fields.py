@@ -53,7 +53,7 @@ def is_number(path: str) -> bool:
 
 def is_whole(path: str) -> bool:
     """Whether a field holds a whole number."""
-    annotation = leaves()[path].annotation
+    annotation = leaves()[path].annotation if path in leaves() else None
     kinds = set(typing.get_args(annotation)) or {annotation}
     return int in kinds and float not in kinds
 

@@ -445,13 +445,14 @@ def _long_form(reading: _Reading, path: str, value: Any, prefix: str) -> Any:
 def _exponents(path: str, word: str, value: dict[str, Any]) -> str:
     """Say what a distribution of W&B with exponents as its ends is called with values as its ends."""
     ours = EXPONENT_DISTRIBUTIONS[word]
-    whole = path in fields.leaves() and fields.is_whole(path)
     ends = {name: value[name] for name in ("min", "max") if isinstance(value.get(name), int | float)}
-    worked_out = {name: math.exp(end) for name, end in ends.items() if abs(end) < _MAX_EXPONENT}
+    worked_out: dict[str, float] = {name: math.exp(end) for name, end in ends.items() if abs(end) < _MAX_EXPONENT}
+    rounded: dict[str, float] = {
+        name: math.ceil(end) if name == "min" else math.floor(end) for name, end in worked_out.items()
+    }
+    whole = fields.is_whole(path) and len(rounded) == 2 and rounded["min"] < rounded["max"]
     if whole:
-        ours = "q_log_uniform_values"
-        rounded = {"min": math.ceil, "max": math.floor}
-        worked_out = {name: rounded[name](end) for name, end in worked_out.items()}
+        ours, worked_out = "q_log_uniform_values", rounded
     powers = ", ".join(f"{name}: {end:.3g}" for name, end in worked_out.items()) + (", q: 1" if whole else "")
     said = f"with {powers}, or {ours} " if len(worked_out) == 2 else ""
     return (
@@ -573,6 +574,8 @@ def _take_adapter(reading: _Reading) -> None:
     links = tree["linked"] if isinstance(tree.get("linked"), dict) else {}
     origin = Origin("derived", f"from {_INIT_ADAPTER}")
     fixed = _fixed_by(fields.get(tree, _INIT_ADAPTER))
+    for note in _notes_on(fields.get(tree, _INIT_ADAPTER)):
+        reading.notes.append(f"{_INIT_ADAPTER}: {note}")
     for name, value in fixed.items():
         own = links.get(name, fields.get(tree, name))
         if name in links and _worked_out(links[name], name, fixed) == value:
@@ -606,6 +609,13 @@ def _fixed_by(adapter: Any) -> dict[str, Any]:
         return {}
     dropout = {DROPOUT: config["lora_dropout"]} if config.get("lora_dropout") is not None else {}
     return fixed_fields(config) | dropout
+
+
+def _notes_on(adapter: Any) -> list[str]:
+    """Say what an adapter has that no field here shows."""
+    config = read_config(Path(adapter)) if isinstance(adapter, str) and adapter else None
+    patterns = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules")
+    return [f"the adapter has a {name}, which stays as it is" for name in patterns if (config or {}).get(name)]
 
 
 def _worked_out(text: Any, field_name: str, fixed: dict[str, Any]) -> float | int | None:

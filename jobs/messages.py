@@ -74,7 +74,8 @@ def sentences(error: ValidationError, known: Collection[str] | None = None) -> l
                 continue_with = sentence if "finite number" in sentence else earlier
                 problems[path] = Problem(path, continue_with)
                 continue
-            sentence = earlier if raw["type"] not in _WANTED else f"{earlier} or {_wanted(raw)}"
+            known_already = raw["type"] not in _WANTED or earlier.endswith(_wanted(raw))
+            sentence = earlier if known_already else f"{earlier} or {_wanted(raw)}"
         problems[path] = Problem(path, sentence)
     return list(problems.values())
 

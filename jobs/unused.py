@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from jobs import fields
 from jobs.identity import METHOD_BLOCKS
 from jobs.load import LoadedJob
 from jobs.spec import JobSpec
@@ -67,7 +68,8 @@ _RULES = (
 def unused_notes(loaded: LoadedJob, command: str) -> list[str]:
     """Return a sentence for each field that the user set and that nothing looks at."""
     job = loaded.job
-    said = [path for path, origin in loaded.origins.items() if origin.kind in _SET]
+    leaves = fields.leaves()
+    said = [path for path, origin in loaded.origins.items() if origin.kind in _SET and path in leaves]
     varied = set(job.search.parameters) if job.search and command == "sweep" else set()
     notes = []
     for rule in _RULES:

@@ -254,3 +254,33 @@ def test_init_names_the_users_own_options(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert done.stderr.startswith(f"{option} is "), done.stderr
         assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (
+            ("--task", "generation", "--prompt-column", "a", "--text-column", "b"),
+            "--text-column is not read for",
+        ),
+        (("--prompt-column", "a"), "--prompt-column is not read for --task classification"),
+        (("--task", "summarization", "--label-column", "a"), "--label-column is not read for --task summarization"),
+    ],
+)
+def test_init_refuses_columns_that_it_would_not_read(words: tuple[str, ...], refused: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / "x.jsonl", [{"text": "a", "a": "b", "b": "c", "label": "d"}])
+    done = lorafleet_here("init", "--train-file", "x.jsonl", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert refused in done.stderr
+
+
+@pytest.mark.parametrize("text", ["data: {train_file: x.jsonl, labels: [true, false]}\n"])
+def test_one_type_is_named_once(text: str) -> None:
+    with pytest.raises(JobFileError) as error:
+        _job(text, head=HEAD.replace("data: {train_file: x.jsonl}\n", ""))
+    assert "a text or a text" not in str(error.value)
+
+
+def test_a_warm_up_longer_than_a_trial_is_said(bert_job: JobMaker) -> None:
+    notes = make_plan(bert_job(train__warmup_steps=1000, train__max_steps=8), CPU_SITE, "train").notes
+    assert any("warmup_steps is 1,000, and a trial has 8 steps: the learning rate does" in note for note in notes)

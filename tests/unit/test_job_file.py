@@ -135,7 +135,10 @@ search:
             "is log_uniform, whose ends W&B reads as exponents of e: write log_uniform_values with min: 0.0001, max: "
             "0.0101, or log_uniform_values with the ends as they are",
         ),
-        ("{distribution: q_log_uniform, min: 1, max: 4, q: 1}", "write q_log_uniform_values with min: 2.72, max: 54.6"),
+        (
+            "{distribution: q_log_uniform, min: 1, max: 4, q: 1}",
+            "write q_log_uniform_values with min: 3, max: 54, q: 1",
+        ),
         ("8", "is 8, but must list what it may be: {values: [8]}"),
         ("", "is empty, but must list what it may be: {values: [...]}"),
         ("true", "is true, but must list what it may be: {values: [true]}"),

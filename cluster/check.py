@@ -264,6 +264,8 @@ def _wrong_targets(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]
     found = []
     layers = _layers_of(job, config)
     for value in _possible(job, _TARGETS):
+        if not isinstance(value, str | list | tuple):
+            continue  # said where the file is loaded
         names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
         if names == ("all-linear",):
             continue

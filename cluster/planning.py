@@ -149,6 +149,11 @@ def _plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
     trials = [search.trial(job, assignment) for assignment in configurations]
     schedules = [schedule(trial, train_rows or _ASSUMED_ROWS, searching=searching) for trial in trials]
     notes += _long_warmup(trials, schedules)
+    if job.train.packing and known.train_examples is not None and known.train_examples < schedules[0].batch_rows:
+        notes.append(
+            f"train.packing makes {counted(known.train_examples, 'row')} of an epoch, and a step has "
+            f"{schedules[0].batch_rows}: each step sees the data several times (train.per_device_train_batch_size)"
+        )
     total = _total(job, len(configurations))
     again = len(search.after_search(job, {})) if job.search else 0
     cuda = uses_gpu(job, site)

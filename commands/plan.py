@@ -199,7 +199,9 @@ def plan_lines(made: Plan) -> list[str]:
         lines.append(f"TPE's {first}; {more} chosen while the sweep runs, from the results so far.")
     lines += [f"{'data' if number == 0 else '':<16}{line}" for number, line in enumerate(made.data)]
     lines += [
-        f"one epoch       {rows} examples" if made.job.generates and made.data else f"training rows   {rows}",
+        f"one epoch       {rows} {'packed rows' if made.job.train.packing else 'examples'}"
+        if made.job.generates and made.data
+        else f"training rows   {rows}",
         f"one step        {_step(made)}",
         f"placement       {counted(place.slots, 'trial')} at once, each {each}; "
         f"{counted(place.waves, 'wave')} if none were cut; limited by {place.limited_by}",

@@ -115,11 +115,29 @@ class Split:
 
 
 @dataclass(frozen=True)
-class PackedSplit(Split):
-    """A split whose rows are several examples, one after another."""
+class PackedRows:
+    """Rows of several examples each, one after another; the tokens stay in the split's files."""
 
-    positions: np.ndarray
-    """Place of each token in its own example (int64)."""
+    split: Split
+    members: list[np.ndarray]
+    """The examples of each row, in their order."""
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row."""
+        return np.array([self.split.lengths[examples].sum() for examples in self.members], dtype=np.int64)
+
+    @cached_property
+    def target_counts(self) -> np.ndarray:
+        """Learnt tokens of each row."""
+        return np.array([self.split.target_counts[examples].sum() for examples in self.members], dtype=np.int64)
+
+    def examples(self, rows: np.ndarray) -> np.ndarray:
+        """Return the examples of some rows, one row after another."""
+        return np.concatenate([self.members[row] for row in rows])
 
 
 def packs(lengths: np.ndarray, most: int) -> list[list[int]]:
@@ -150,16 +168,9 @@ def packs(lengths: np.ndarray, most: int) -> list[list[int]]:
     return rows
 
 
-def packed(split: Split, most: int) -> PackedSplit:
-    """Return a split's examples in rows of at most `most` tokens, in memory."""
-    rows = packs(split.lengths, most)
-    order = np.array([example for row in rows for example in row], dtype=np.int64)
-    laid = split.part(order)
-    lengths = split.lengths[order]
-    ends = np.cumsum([len(row) for row in rows])
-    starts = np.concatenate([[0], np.cumsum(lengths)[ends - 1]]).astype(np.int64)
-    positions = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return PackedSplit(laid.ids, starts, np.ones(len(rows), np.int64), laid.learnt, np.arange(len(rows)), positions)
+def packed(split: Split, most: int) -> PackedRows:
+    """Return a split's examples in rows of at most `most` tokens."""
+    return PackedRows(split, [np.array(row, dtype=np.int64) for row in packs(split.lengths, most)])
 
 
 def joined(one: Split, other: Split) -> Split:

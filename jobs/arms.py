@@ -117,7 +117,7 @@ def compare_problems(job: JobSpec) -> list[Problem]:
             continue
         problems = search.search_problems(made) if arm.trains else []
         found += [Problem(where, f"{where}: {problem.sentence}") for problem in problems]
-    return found or _unequal(job) + _seconds_of_a_group(job)
+    return found or _unequal(job) + _seconds_of_a_group(job) + _unequal_rows(job)
 
 
 def _seconds_of_a_group(job: JobSpec) -> list[Problem]:
@@ -129,6 +129,17 @@ def _seconds_of_a_group(job: JobSpec) -> list[Problem]:
         f"{job.resources.world_size} processes use samples or tokens"
     )
     return [Problem("compare.budget.device_seconds", sentence)]
+
+
+def _unequal_rows(job: JobSpec) -> list[Problem]:
+    """Arms of which some pack their rows: a number of rows is not the same work for all."""
+    assert job.compare is not None
+    packed = {own_job(job, name).train.packing for name in trained(job)}
+    budget = job.compare.budget
+    if len(packed) < 2 or budget.tokens is not None or budget.device_seconds is not None:
+        return []
+    sentence = "compare.budget must be tokens or device_seconds where arms differ in train.packing: rows are not equal"
+    return [Problem("compare.budget", sentence)]
 
 
 def _unequal(job: JobSpec) -> list[Problem]:

@@ -175,8 +175,14 @@ def identity(job: JobSpec, facts: Facts) -> dict[str, Any]:
         data["labels"] = raw["data"]["labels"]
     if "validation" not in facts.data_sha256:
         data |= {"validation_fraction": job.data.validation_fraction, "split_version": SPLIT_VERSION}
+    if job.train.early_stopping_patience is not None:  # then what an evaluation sees, and when, decides when it ends
+        train["early_stopping"] = {
+            "eval_steps": job.train.eval_steps,
+            "metric": job.metric.model_dump(mode="json"),
+            "rows": [job.data.max_validation_samples, None if "test" in facts.data_sha256 else job.data.test_fraction],
+        }
     return {
-        "training_version": TRAINING_VERSION,
+        "training_version": TRAINING_VERSION + (job.task == "classification"),
         "prompt_format": prompt_format(job),
         "task": "generation" if job.generates else job.task,
         "method": job.method,

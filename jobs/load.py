@@ -254,6 +254,8 @@ def _ours(path: str) -> str:
     if path.startswith(_PARAMETERS):
         return _PARAMETERS + our_field(path.removeprefix(_PARAMETERS))
     ours = FIELD_ALIASES.get(path.rpartition(".")[2])
+    if ours and path.startswith("compare.") and ours.startswith("search."):
+        ours = f"compare.{ours.removeprefix('search.')}"
     if ours is None or path in fields.leaves() or (path.startswith("search.") and not ours.startswith("search.")):
         return path
     return ours
@@ -325,6 +327,8 @@ def _translate_key(reading: _Reading, block: str, key: str) -> None:
 def _translate_scheduler(reading: _Reading, where: str) -> None:
     """Other tools' words inside a scheduler's own block, such as `early_terminate: {eta: 2}`."""
     block = fields.get(reading.tree, where)
+    if isinstance(block, dict):
+        _translate_hyperband(reading, block, where)
     for key in list(block) if isinstance(block, dict) else ():
         scheduler, _, leaf = FIELD_ALIASES.get(key, "").rpartition(".")
         if scheduler != "search.scheduler":
@@ -338,6 +342,35 @@ def _translate_scheduler(reading: _Reading, where: str) -> None:
         if line:
             reading.lines[f"{where}.{leaf}"] = line
         _report(reading, f"{where}.{leaf}", f"{where}.{key} is read as {where}.{leaf}")
+
+
+_ITERATIONS = {"min_iter": "grace_period", "max_iter": "max_t"}
+"""W&B's words for the ends of Hyperband -> Ray's for ASHA."""
+_ETA = 3
+"""What W&B takes where Hyperband has no eta."""
+
+
+def _translate_hyperband(reading: _Reading, block: dict[str, Any], where: str) -> None:
+    """W&B's `min_iter`, `max_iter` and `s`, whose iterations are epochs here."""
+    given = [key for key in ("min_iter", "max_iter", "s") if key in block]
+    if not given:
+        return
+    eta = block.get("eta", block.get("reduction_factor", _ETA))
+    brackets = block.pop("s", None)
+    for key, ours in _ITERATIONS.items():
+        if key in block and ours in block:
+            reading.problem(f"{where}.{key}", f"{where}.{key} means {where}.{ours}, which is set as well")
+            block.pop(key)
+        elif key in block:
+            block[ours] = block.pop(key)
+    numbers = [block.get("max_t"), eta, 1 if brackets is None else brackets]
+    if "grace_period" not in block and all(isinstance(one, int) and one > 0 for one in numbers):
+        block["grace_period"] = max(1, numbers[0] // numbers[1] ** numbers[2])
+    block.setdefault("reduction_factor", block.pop("eta", eta))
+    block.setdefault("time_attr", "epoch")
+    said = {key: block[key] for key in ("time_attr", "grace_period", "max_t", "reduction_factor") if key in block}
+    values = ", ".join(f"{key}: {value}" for key, value in said.items())
+    _report(reading, where, f"{' and '.join(given)} of {where} are read as {values}; an iteration is an epoch here")
 
 
 def _translate_parameters(reading: _Reading, block: dict[str, Any], prefix: str) -> None:
@@ -585,14 +618,16 @@ def _take_adapter(reading: _Reading) -> None:
             if name in parameters:
                 sentence = f"{name} is fixed by {_INIT_ADAPTER} at {_as_text(value)}, and cannot be searched"
                 reading.problem(f"{where}.{name}", sentence)
-        if own is None:
+        if own is None and isinstance(tree.get(name.partition(".")[0], {}), dict):
             fields.put(tree, name, value)
             reading.origins[name] = origin
     for arm_name, arm in _arms_of(tree):
         own_settings = arm["set"] if isinstance(arm.get("set"), dict) else {}
-        for name, value in _fixed_by(own_settings.get(_INIT_ADAPTER)).items():
+        own_adapter = own_settings.get(_INIT_ADAPTER)
+        for name, value in (_fixed_by(own_adapter) if own_adapter else fixed).items():
             _refuse_other(reading, name, own_settings.get(name), value, f"compare.arms.{arm_name}")
-            own_settings[name] = value
+            if own_adapter:
+                own_settings.setdefault(name, value)
             if name in (arm.get("parameters") or {}):
                 sentence = f"{name} is fixed by the arm's {_INIT_ADAPTER} at {_as_text(value)}, and cannot be searched"
                 reading.problem(f"compare.arms.{arm_name}.parameters.{name}", sentence)
@@ -642,7 +677,9 @@ def _refuse_other(reading: _Reading, name: str, own: Any, value: Any, where: str
 
 
 def _names_of(value: Any) -> list[str]:
-    return sorted(part.strip() for part in value.split(",")) if isinstance(value, str) else sorted(map(str, value))
+    if isinstance(value, str):
+        return sorted(part.strip() for part in value.split(","))
+    return sorted(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
 
 
 def _as_text(value: Any) -> str:

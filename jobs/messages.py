@@ -102,9 +102,9 @@ def _sentence(path: str, raw: Any, known: Collection[str] | None) -> str:
             return f"{path}: {message}" if path else message
         case "string_too_short" | "too_short" if raw["ctx"]["min_length"] == 1:
             return f"{path} is empty, but must hold something"
-        case "literal_error" if path.endswith(".quantization") and raw["input"] in _HALF:
+        case "literal_error" if path.endswith(".quantization") and str(raw["input"]) in _HALF:
             said = f"{path} is {shown(raw['input'])}, but must be {_wanted(raw)}"
-            return f"{said}; weights in 16 bits are `set: {{model.dtype: {_HALF[raw['input']]}}}`"
+            return f"{said}; weights in 16 bits are `set: {{model.dtype: {_HALF[str(raw['input'])]}}}`"
         case kind if kind in _WANTED:
             return f"{path} is {shown(raw['input'])}, but must be {_wanted(raw)}"
     return f"{path}: {raw['msg']}"

@@ -73,7 +73,7 @@ DEFAULT_METRIC = {"classification": "accuracy", "generation": "loss", "summariza
 
 def bare_name(name: str) -> str:
     """`eval_f1`, `eval/f1` and `validation_f1` are all the metric `f1`: other tools prefix, we do not."""
-    for prefix in ("eval_", "eval/", "validation_", "val_"):
+    for prefix in ("eval_", "eval/", "validation_", "validation/", "valid_", "valid/", "val_", "val/"):
         name = name.removeprefix(prefix)
     return name
 

@@ -131,7 +131,9 @@ def is_causal(config: Config) -> bool:
     causal where its architecture is called so.
     """
     kind = model_type(config)
-    if is_encoder_decoder(config):
+    inner = text_config(config)
+    both_ways = inner.get("use_bidirectional_attention") is True or inner.get("is_causal") is False
+    if is_encoder_decoder(config) or both_ways:
         return False
     if kind in CAUSAL_TYPES:
         return True
@@ -218,7 +220,9 @@ def generation_refusal(config: Config, name: str) -> str | None:
         )
     if is_causal(config):
         return None
-    if kind in DECODER_IF_SAID:
+    if kind in CAUSAL_TYPES:
+        what = f"of type {kind} with attention in both directions, whose tokens see the answer they predict"
+    elif kind in DECODER_IF_SAID:
         what = f"an encoder ({kind} without is_decoder: true), whose tokens see the answer they predict"
     else:
         what = f"of type {kind}, which is no causal decoder"
@@ -235,7 +239,13 @@ def _cannot_be_read(name: str) -> str:
     )
 
 
-_CANNOT_PACK = frozenset(("bloom", "mpt", "biogpt", "opt", "openai-gpt", "xglm"))
+_CANNOT_PACK = frozenset(
+    """
+    bailing_hybrid bamba biogpt bloom falcon_h1 falcon_mamba jamba kimi_linear lara_mini lfm3 mamba mamba2 minimax mpt
+    nemotron_h olmo_hybrid openai-gpt opt qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp
+    qwen4_exp_text recurrent_gemma rwkv xglm xlstm zamba zamba2
+    """.split()
+)
 """Causal types in which an example is reached by what stands before it in its row, or that take no positions."""
 
 

@@ -157,7 +157,7 @@ def trial(job: JobSpec, assignment: Assignment) -> JobSpec:
 
 def _as_field(path: str, value: Scalar) -> Scalar:
     """A whole float where the field counts things: a drawn 16.0 is a rank of 16."""
-    if isinstance(value, float) and value.is_integer() and fields.leaves()[path].annotation is int:
+    if isinstance(value, float) and value.is_integer() and fields.is_whole(path):
         return int(value)
     return value
 

@@ -122,7 +122,7 @@ class DataSpec(Spec):
     """Share of the validation rows held back when there is no test set."""
     fold: int | None = Field(None, ge=0)
     """Which of `evaluate.folds` is held back, from 0; a search with folds sets it for each trial."""
-    split_seed: int = Field(0, ge=0)
+    split_seed: int = Field(0, ge=0, lt=2**32 - 1)
     """Seed of every draw of rows; it does not depend on `train.seed`, so all trials see the same rows."""
 
     @field_validator("labels", mode="before")

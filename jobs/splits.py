@@ -74,7 +74,8 @@ def _drawn(groups: list[Group], target: int, random: np.random.RandomState) -> l
         rest = [group for group in order if id(group) not in chosen]
         held += _filling(rest, target - rows, keep_one_of=_left_in_class(rest))
     if 2 * _rows_in(held) < target:
-        spare = [group for group in groups if _left_in_class(groups)(group)]
+        members = Counter(group.label for group in groups)
+        spare = [group for group in groups if members[group.label] > 1]
         held = sorted(spare, key=lambda group: len(group.places))[:1]
     return held
 
@@ -83,7 +84,10 @@ def _drawn_by_class(
     groups: list[Group], labels: list[str], target: int, random: np.random.RandomState
 ) -> tuple[list[Group], list[Group]]:
     """Return (all groups in the order of the draw, those that are held back)."""
-    members = [[group for group in groups if group.label == label] for label in labels]
+    by_label: dict[str, list[Group]] = {label: [] for label in labels}
+    for group in groups:
+        by_label[group.label].append(group)
+    members = list(by_label.values())
     counts = np.array([_rows_in(of_class) for of_class in members])
     left = proportional(counts, int(counts.sum()) - target, random)
     wanted = proportional(counts - left, target, random)
@@ -157,9 +161,11 @@ def _refusal(rows: Sequence[Row], groups: list[Group], share: float, target: int
         )
     prompt = " ".join(rows[largest.places[0]].prompt.split())
     shown = prompt if len(prompt) <= _MAX_SHOWN else f"{prompt[: _MAX_SHOWN - 3]}..."
+    least = min(len(group.places) for group in groups) / len(rows)
+    larger = f", or a {field} of {least:.2g} or more" if share < least < 1 else ""
     return (
         f"{field} is {share:g}, {target:,} of {counted(len(rows), 'row')}, but rows with the same prompt "
-        f"stay on one side and {shown!r} stands in {len(largest.places):,} of them: give {file}, or make "
+        f"stay on one side and {shown!r} stands in {len(largest.places):,} of them: give {file}{larger}, or make "
         "the prompts differ (where the text that an answer depends on is in another column, it belongs "
         "into the prompt)"
     )

@@ -255,7 +255,6 @@ _DEFAULTS: dict[str, tuple[tuple[tuple[str, ...], str, Any], ...]] = {
         (("gradient_checkpointing",), "train.gradient_checkpointing", True),
         (("group_by_length",), "train.group_by_length", False),
         (("lora_dropout",), "lora.lora_dropout", 0.05),
-        (("lora_target_modules",), "lora.lora_target_modules", ["q_proj", "v_proj"]),
         (("use_bnb_nested_quant",), "qlora.use_double_quant", False),
     ),
 }
@@ -290,7 +289,9 @@ def _said_otherwise(tool: str, config: dict[str, Any], made: Translation) -> Non
         made.otherwise.append("rows above sequence_len: axolotl drops them, here they are cut")
         if config.get("warmup_ratio") is None and config.get("warmup_steps") is None:
             made.otherwise.append("warm-up: 3 % of the steps in both, but axolotl's are at most 100")
-    if tool == "trl" and config.get("assistant_only_loss") is None and config.get("completion_only_loss") is None:
+    if tool == "trl" and config.get("use_peft") and not config.get("lora_target_modules"):
+        made.otherwise.append("lora_target_modules: PEFT chooses by the model there, here it is all-linear")
+    if tool == "trl" and not config.get("assistant_only_loss") and config.get("completion_only_loss") is None:
         made.otherwise.append(
             "conversations: TRL learns every token, here the assistant's turns are learnt "
             "(data.assistant_only_loss: false does as TRL)"
@@ -301,6 +302,7 @@ def without_refused(made: Translation, refused: list[tuple[str, str]]) -> bool:
     """Drop the fields that our own check refuses, each with its sentence; whether there was one to drop."""
     dropped = False
     for path, sentence in refused:
+        path = "search.metric" if path == "search.metric.name" else path
         if path and path not in ("model.model_name_or_path", "name", "task") and fields.drop(made.tree, path):
             made.lost.append(sentence)
             dropped = True
@@ -643,6 +645,9 @@ def _completion_only(value: Any, made: Translation) -> None:
 
 
 def _assistant_only(value: Any, made: Translation) -> None:
+    """Carry over `true`; `false` means whole conversations there, and no prompts of prompt and completion."""
+    if value is False:
+        return
     own = fields.get(made.tree, "data.assistant_only_loss")
     if own is not None and own != value:
         made.lost.append("completion_only_loss: assistant_only_loss says otherwise, and here the two are one field")

@@ -21,6 +21,7 @@ _NOT_CARRIED = {
     "controller": "has no counterpart",
     "description": "has no counterpart",
 }
+_METRICS = {"acc": "accuracy"}
 _DISTRIBUTIONS = ("uniform", "log_uniform_values", "int_uniform", "q_uniform", "q_log_uniform_values", "categorical")
 _ETA = 3
 """What W&B takes where `early_terminate` says no eta."""
@@ -44,11 +45,15 @@ def translate_sweep(config: dict[str, Any], name: str) -> Translation:
         made.lost.append("metric: it has no name; the task's own is used")
     if isinstance(metric, dict) and metric.get("name"):
         made.put("search.metric", {key: metric[key] for key in ("name", "goal") if key in metric})
-        fields.put(made.tree, "search.metric.name", bare_name(str(metric["name"])))
+        name_here = bare_name(str(metric["name"]))
+        fields.put(made.tree, "search.metric.name", _METRICS.get(name_here, name_here))
     if config.get("run_cap") is not None and method == "grid":
         made.otherwise.append("run_cap: a grid tries all its combinations here")
     elif config.get("run_cap") is not None:
-        made.put("search.num_samples", _whole(config["run_cap"]))
+        try:
+            made.put("search.num_samples", _whole(config["run_cap"]))
+        except (TypeError, ValueError):
+            made.lost.append(f"run_cap: {config['run_cap']!r} is no whole number")
     elif method != "grid":
         made.otherwise.append(f"run_cap: without one {method} has no end there; here search.num_samples does")
     for key in ("project", "entity"):

@@ -21,6 +21,8 @@ class _Rule(NamedTuple):
     names: tuple[str, ...]
     applies: Callable[[JobSpec, str], bool]
     why: str
+    decided_by: str = ""
+    """The field that decides it: a search or an arm may give it other values."""
 
 
 _RULES = (
@@ -29,11 +31,13 @@ _RULES = (
         ("train.warmup_ratio", "train.warmup_steps"),
         lambda job, _: job.train.lr_scheduler_type == "constant",
         "lr_scheduler_type constant has no warm-up (constant_with_warmup has)",
+        "train.lr_scheduler_type",
     ),
     _Rule(
         ("train.decay_ratio",),
         lambda job, _: job.train.lr_scheduler_type != "warmup_stable_decay",
         "only lr_scheduler_type warmup_stable_decay has it",
+        "train.lr_scheduler_type",
     ),
     _Rule(
         ("evaluate.temperature", "evaluate.top_p", "evaluate.generation_seed"),
@@ -71,10 +75,12 @@ def unused_notes(loaded: LoadedJob, command: str) -> list[str]:
     leaves = fields.leaves()
     said = [path for path, origin in loaded.origins.items() if origin.kind in _SET and path in leaves]
     varied = set(job.search.parameters) if job.search and command == "sweep" else set()
+    for arm in job.compare.arms.values() if job.compare and command == "compare" else ():
+        varied |= {*arm.set, *arm.parameters}
     notes = []
     for rule in _RULES:
         named = [path for path in rule.names if path in said]
-        if named and rule.applies(job, command):
+        if named and rule.decided_by not in varied and rule.applies(job, command):
             notes.append(f"{_listed(named)} set, but not used: {rule.why}")
     if "method" not in varied and not (job.compare and command == "compare"):
         for block in _BLOCKS:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from evaluation import tokens
-from evaluation.tokens import PackedSplit, Split, TokenData
+from evaluation.tokens import PackedRows, Split, TokenData
 from jobs.spec import JobSpec
 from training.model import safetensors_folder
 
@@ -132,45 +132,49 @@ def make_batch(split: Split, rows: np.ndarray, pad_id: int, device: torch.device
     return Batch(ids_BT, mask_BT, label_tensor, target_count(split, rows, classifies=classifies), int(lengths.sum()))
 
 
-def make_packed_batch(split: PackedSplit, rows: np.ndarray, pad_id: int, device: torch.device) -> Batch:
+def make_packed_batch(packed: PackedRows, rows: np.ndarray, pad_id: int, device: torch.device) -> Batch:
     """Pad some rows of several examples to the longest of them; padding is an example of its own at each row's end."""
-    lengths = split.lengths[rows]
+    lengths = packed.lengths[rows]
     width = int(lengths.max())
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
     positions = np.zeros((len(rows), width), dtype=np.int64)
     for place, row in enumerate(rows):
-        span = slice(int(split.starts[row]), int(split.starts[row + 1]))
-        length = span.stop - span.start
-        ids[place, :length] = split.ids[span]
-        labels[place, :length] = np.where(split.learnt[span], split.ids[span], IGNORED)
-        positions[place, :length] = split.positions[span]
+        row_ids, row_labels, row_positions = _laid(packed.split, packed.members[row])
+        length = len(row_ids)
+        ids[place, :length], labels[place, :length], positions[place, :length] = row_ids, row_labels, row_positions
         positions[place, length:] = np.arange(width - length)
     ids_BT, labels_BT, positions_BT = (
         torch.from_numpy(array).to(device, non_blocking=True) for array in (ids, labels, positions)
     )
-    targets = target_count(split, rows, classifies=False)
+    targets = target_count(packed, rows, classifies=False)
     return Batch(ids_BT, None, labels_BT, targets, int(lengths.sum()), positions_BT)
 
 
-def end_to_end(split: Split, rows: np.ndarray, device: torch.device) -> Batch:
-    """Some rows as one, without padding. A row's first token is never a target, so none is predicted across rows."""
+def _laid(split: Split, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (ids, labels, positions) of examples one after another. A first token is never a target, so that none is
+    predicted across examples."""
     ids, labels, positions = [], [], []
-    for row in rows:
-        span = slice(int(split.starts[row]), int(split.starts[row + 1]))
-        row_ids = np.asarray(split.ids[span], dtype=np.int64)
-        ids.append(row_ids)
-        positions.append(split.positions[span] if isinstance(split, PackedSplit) else np.arange(len(row_ids)))
-        labels.append(np.where(split.learnt[span], row_ids, IGNORED))
+    for example in examples:
+        span = slice(int(split.starts[example]), int(split.starts[example + 1]))
+        example_ids = np.asarray(split.ids[span], dtype=np.int64)
+        ids.append(example_ids)
+        positions.append(np.arange(len(example_ids)))
+        labels.append(np.where(split.learnt[span], example_ids, IGNORED))
+    return np.concatenate(ids), np.concatenate(labels), np.concatenate(positions)
+
+
+def end_to_end(split: Split | PackedRows, rows: np.ndarray, device: torch.device) -> Batch:
+    """Some rows as one, without padding."""
+    examples, whole = (split.examples(rows), split.split) if isinstance(split, PackedRows) else (rows, split)
     ids_1T, labels_1T, positions_1T = (
-        torch.from_numpy(np.concatenate(parts)).unsqueeze(0).to(device, non_blocking=True)
-        for parts in (ids, labels, positions)
+        torch.from_numpy(part).unsqueeze(0).to(device, non_blocking=True) for part in _laid(whole, examples)
     )
-    targets = target_count(split, rows, classifies=False)
+    targets = target_count(whole, examples, classifies=False)
     return Batch(ids_1T, None, labels_1T, targets, ids_1T.numel(), positions_1T)
 
 
-def target_count(split: Split, rows: np.ndarray, *, classifies: bool) -> int:
+def target_count(split: Split | PackedRows, rows: np.ndarray, *, classifies: bool) -> int:
     """Rows (classification) or tokens (generation) that are learnt in these rows."""
     if classifies:
         return len(rows)

@@ -75,6 +75,7 @@ def _continued(job: JobSpec, base: Base, folder: Path) -> nn.Module:
     config = PeftConfig.from_pretrained(str(folder))
     if config.is_prompt_learning:  # which PEFT loads for inference alone
         config.inference_mode = False
+        config.prompt_tuning_init = "RANDOM"  # its values are read below; a text would want its tokenizer
         prompted: PeftModel = get_peft_model(base.model, config)
         set_peft_model_state_dict(prompted, load_peft_weights(str(folder), device="cpu"))
         return prompted

@@ -40,13 +40,21 @@ def rate_factor(step: int, total: int, train: TrainSpec) -> float:
         return 1.0
     warmup = math.ceil(train.warmup_ratio * total) if train.warmup_steps is None else train.warmup_steps
     if step < warmup:
-        return (step + 1) / (warmup + 1)
+        rising = (step + 1) / (warmup + 1)
+        return min(rising, _stable_decay(step, total, train)) if train.lr_scheduler_type == _WSD else rising
     if train.lr_scheduler_type == "constant_with_warmup":
         return 1.0
-    if train.lr_scheduler_type == "warmup_stable_decay":
-        return min(1.0, max(0, total - step) / max(1, math.ceil(train.decay_ratio * total)))
+    if train.lr_scheduler_type == _WSD:
+        return _stable_decay(step, total, train)
     left = max(0.0, (total - step) / max(1, total - warmup))
     return left if train.lr_scheduler_type == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+
+
+_WSD = "warmup_stable_decay"
+
+
+def _stable_decay(step: int, total: int, train: TrainSpec) -> float:
+    return min(1.0, max(0, total - step) / max(1, math.ceil(train.decay_ratio * total)))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import torch
 from torch import distributed
 
 from evaluation.metrics import Scores, scores
-from evaluation.tokens import PackedSplit, joined, packed
+from evaluation.tokens import PackedRows, packed
 from jobs.defaults import learning_rate
 from jobs.errors import TrainingFailure, UserError
 from jobs.model_kinds import packing_refusal
@@ -57,6 +56,11 @@ _SAME_ROUNDED_LOSS = 3e-2
 """How far apart the loss of an example may be in a row and alone, in float32 and in 16 bits."""
 
 
+_PROBED = 64
+_FEWEST_PROBED = 2
+"""Tokens of the examples with which a model is asked whether it keeps them apart."""
+
+
 class TrainingSession:
     """One trial on its base. Every process of the trial calls every method, in the same order."""
 
@@ -81,8 +85,8 @@ class TrainingSession:
         module = LossModule(self.model, job.task, chunked=job.train.chunked_loss, autocast=self.autocast_dtype)
         self.strategy = strategy(job, module, base.device, ranks, self.peak_rate, fp16=fp16)
         split = data.splits["train"]
-        self.rows = split = packed(split, job.model.max_length) if job.train.packing else split
-        self.plan = BatchPlan(split.lengths, schedule.batch_rows, job.train.seed, grouped=job.train.group_by_length)
+        self.rows: Split | PackedRows = packed(split, job.model.max_length) if job.train.packing else split
+        self.plan = BatchPlan(self.rows.lengths, schedule.batch_rows, job.train.seed, grouped=job.train.group_by_length)
         if job.padding_free or job.train.packing:
             self._check_apart(data.splits["train"])
         self._sums = torch.zeros(2, device=base.device)  # loss and targets since begin_report
@@ -164,11 +168,11 @@ class TrainingSession:
         self.meter.samples += len(rows)
         self.meter.tokens += int(split.lengths[rows].sum())
 
-    def _batch(self, split: Split, rows: np.ndarray) -> Batch:
+    def _batch(self, split: Split | PackedRows, rows: np.ndarray) -> Batch:
         flat = self.job.padding_free or self.job.model.attn_implementation == "flash_attention_2"
         if self.job.padding_free or (self.job.train.packing and flat):
             return end_to_end(split, rows, self.base.device)  # FlashAttention tells examples apart in one row alone
-        if isinstance(split, PackedSplit):
+        if isinstance(split, PackedRows):
             return make_packed_batch(split, rows, self.data.pad_id, self.base.device)
         return make_batch(split, rows, self.data.pad_id, self.base.device, classifies=self.classifies)
 
@@ -178,28 +182,30 @@ class TrainingSession:
         What stands before it must change nothing, and its loss must be that of the example by itself. Models with a
         state or a convolution over the row, or without a place for positions, do not keep examples apart.
         """
-        if len(split) < 2:
+        examples = np.argsort(split.lengths, kind="stable")[-2:]
+        first, second = (_tokens_of(split, example)[:_PROBED] for example in (examples[0], examples[-1]))
+        candidates = (first[::-1], np.resize(second, len(first)), np.roll(first, 1))
+        other = next((tokens for tokens in candidates if not np.array_equal(tokens, first)), None)
+        if other is None or len(second) < _FEWEST_PROBED:
             return
-        pair = np.argsort(split.lengths, kind="stable")[-2:]
-        first, second = split.part(pair[:1]), split.part(pair[1:])
-        nothing = replace(first, learnt=np.zeros_like(first.learnt))
-        other = replace(nothing, ids=first.ids[::-1].copy())
         rows = np.arange(1)
-        both = [packed(joined(one, second), int(split.lengths[pair].sum())) for one in (nothing, other)]
-        alone = make_batch(second, rows, self.data.pad_id, self.base.device, classifies=False)
+        alone = make_batch(_probe([second]), rows, self.data.pad_id, self.base.device, classifies=False)
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.no_grad():
-                behind, behind_other = (float(self.strategy.loss(self._batch(one, rows))[0]) for one in both)
+                pairs = [PackedRows(_probe([tokens, second]), [np.arange(2)]) for tokens in (first, other)]
+                behind, behind_other = (float(self.strategy.loss(self._batch(pair, rows))[0]) for pair in pairs)
                 by_itself = float(self.strategy.loss(alone)[0])
         except TypeError:  # the model takes no position_ids
             behind = behind_other = by_itself = math.nan
         finally:
             self.model.train(was_training)
         exact = self.autocast_dtype is None and self.base.dtype is torch.float32
-        same = math.isclose(behind, behind_other, rel_tol=_UNTOUCHED if exact else _SAME_LOSS)
-        if not same or not math.isclose(behind, by_itself, rel_tol=_SAME_LOSS if exact else _SAME_ROUNDED_LOSS):
+        near = _SAME_LOSS if exact else _SAME_ROUNDED_LOSS
+        # Behind two others the same sums are worked out in the same order: in 16 bits too the loss is the same.
+        untouched = math.isclose(behind, behind_other, rel_tol=_UNTOUCHED)
+        if not untouched or not math.isclose(behind, by_itself, rel_tol=near):
             field = "train.packing" if self.job.train.packing else "train.padding_free"
             raise UserError(packing_refusal(field, type(self.base.model).__name__))
 
@@ -313,3 +319,16 @@ class TrainingSession:
         """Take the method off the base and let go of the optimiser."""
         self.strategy.close()
         detach(self.base, self.model)
+
+
+def _tokens_of(split: Split, example: int) -> np.ndarray:
+    return np.asarray(split.ids[int(split.starts[example]) : int(split.starts[example + 1])])
+
+
+def _probe(examples: list[np.ndarray]) -> Split:
+    """Return examples of which the last alone is learnt."""
+    starts = np.concatenate([[0], np.cumsum([len(tokens) for tokens in examples])])
+    learnt = np.zeros(int(starts[-1]), dtype=bool)
+    learnt[int(starts[-2]) + 1 :] = True
+    places = np.arange(len(examples))
+    return Split(np.concatenate(examples), starts, np.ones(len(examples), dtype=np.int64), learnt, places)

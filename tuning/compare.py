@@ -73,8 +73,10 @@ class Comparison(TrainingDriver):
         assert self.job.compare is not None
         budget = self.job.compare.budget
         if budget.tokens is not None:
-            lengths = self._own_tokens(arms.own_job(self.job, name), data).splits["train"].lengths
-            return max(1, math.ceil(budget.tokens / float(lengths.mean())))
+            job = arms.own_job(self.job, name)
+            own = self._own_tokens(job, data)
+            mean = float(own.splits["train"].lengths.sum()) / own.training_rows(job)  # of packed rows, where they are
+            return max(1, math.ceil(budget.tokens / mean))
         if budget.device_seconds is not None:
             seconds = budget.device_seconds / (self.placement.workers * self._seconds_per_row(name))
             return max(1, round(seconds))

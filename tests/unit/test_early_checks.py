@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -20,10 +21,12 @@ from jobs.load import load_text
 from jobs.precision import planned_formats
 from jobs.search import NOT_IDENTITY
 from jobs.site import LocalSite
+from jobs.spec import TrainSpec
 from jobs.unused import unused_notes
 from tests.conftest import JobMaker, lorafleet_here, write_rows
 from tests.unit.test_training import finish, session
 from training.model import check_formats
+from training.optim import rate_factor
 
 HEAD = "name: x\ntask: classification\nmodel: {model_name_or_path: asset:minilm-l6}\ndata: {train_file: x.jsonl}\n"
 CPU_SITE = LocalSite(cpus=4, memory_gib=16.0)
@@ -284,3 +287,61 @@ def test_one_type_is_named_once(text: str) -> None:
 def test_a_warm_up_longer_than_a_trial_is_said(bert_job: JobMaker) -> None:
     notes = make_plan(bert_job(train__warmup_steps=1000, train__max_steps=8), CPU_SITE, "train").notes
     assert any("warmup_steps is 1,000, and a trial has 8 steps: the learning rate does" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("terminate", "scheduler"),
+    [
+        ("{type: hyperband, min_iter: 1, eta: 2}", ("epoch", 1, None, 2)),
+        ("{type: hyperband, s: 2, eta: 3, max_iter: 27}", ("epoch", 3, 27, 3)),
+        ("{type: hyperband, max_iter: 9}", ("epoch", 3, 9, 3)),
+    ],
+)
+def test_early_terminate_of_wandb_in_a_job(terminate: str, scheduler: tuple[Any, ...]) -> None:
+    job = _job(f"search: {{parameters: {{lora.lora_r: [4, 8]}}, method: grid, early_terminate: {terminate}}}\n").job
+    found = job.search.scheduler
+    assert (found.time_attr, found.grace_period, found.max_t, found.reduction_factor) == scheduler
+    assert found.type == "asha"
+
+
+def test_whole_numbers_that_may_be_left_out_are_drawn_whole() -> None:
+    parameter = "{distribution: int_uniform, min: 0, max: 100}"
+    assert _job(f"search: {{parameters: {{train.warmup_steps: {parameter}}}}}\n").job.search
+
+
+@pytest.mark.parametrize("text", ["data: {train_file: x.jsonl, split_seed: 4294967295}\n"])
+def test_a_seed_that_no_generator_takes(text: str) -> None:
+    with pytest.raises(JobFileError, match="split_seed is 4294967295, but must be below"):
+        _job(text, head=HEAD.replace("data: {train_file: x.jsonl}\n", ""))
+
+
+def test_a_quantization_that_is_a_list_is_a_sentence() -> None:
+    with pytest.raises(JobFileError, match="quantization is"):
+        _job("compare: {arms: {a: {method: base, quantization: [1]}, b: {method: lora}}}\n")
+
+
+def test_what_a_search_decides_is_not_called_unused() -> None:
+    text = (
+        "train: {decay_ratio: 0.3}\nsearch: {method: grid, parameters: {train.lr_scheduler_type: [linear, cosine]}}\n"
+    )
+    assert unused_notes(_job(text), "sweep") == []
+
+
+def test_arms_that_pack_and_arms_that_do_not_are_not_compared_by_rows(llama_job: JobMaker) -> None:
+    arms = "compare: {arms: {a: {method: lora}, b: {method: lora, set: {train.packing: true}}}, budget: {samples: 100}}"
+    with pytest.raises(JobFileError, match=r"must be tokens or device_seconds where arms differ in train.packing"):
+        llama_job(arms)
+    llama_job(arms.replace("samples", "tokens"))
+
+
+def test_an_override_of_a_comparison_stays_in_it() -> None:
+    arms = "compare: {arms: {a: {method: lora}, b: {method: full}}, scheduler: {type: asha}, budget: {samples: 100}}\n"
+    assert _job(arms, "compare.scheduler.eta=2").job.compare.scheduler.reduction_factor == 2
+
+
+def test_a_warm_up_into_the_decay_has_no_step_between() -> None:
+    train = TrainSpec.model_validate(
+        {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 90, "decay_ratio": 0.2}
+    )
+    factors = [rate_factor(step, 100, train) for step in range(100)]
+    assert max(abs(one - other) for one, other in itertools.pairwise(factors)) < 0.06

@@ -247,7 +247,6 @@ def _of(tool: str, **config: Any) -> Translation:
                 "train.per_device_train_batch_size": 8,
                 "model.max_length": 1024,
                 "lora.lora_dropout": 0.05,
-                "lora.lora_target_modules": ["q_proj", "v_proj"],
                 "train.warmup_ratio": 0.0,
             },
         ),

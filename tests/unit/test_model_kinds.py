@@ -557,3 +557,22 @@ def test_a_path_with_the_loaded_models_prefix_is_a_layer(bert_job: JobMaker) -> 
     check_names(bert_job(lora__lora_target_modules=[path]))
     with pytest.raises(JobFileError, match="has 'score', 'embed_out', but"):
         check_names(bert_job(lora__lora_target_modules=["query", "score", "embed_out"]))
+
+
+def test_arms_do_not_change_the_adapter_of_the_job(llama_job: JobMaker, tiny_llama: Path, tmp_path: Path) -> None:
+    adapter = _adapter(tmp_path / "r4", tiny_llama, r=4, lora_alpha=8, target_modules=["q_proj"], lora_dropout=0.1)
+    arms = "compare: {arms: {a: {method: lora}, b: {method: lora, set: {lora.lora_r: 16}}}}"
+    own = {"train__init_adapter": str(adapter)}
+    with pytest.raises(JobFileError, match=r"lora\.lora_r is 16, but train\.init_adapter is an adapter with 4"):
+        llama_job(arms, **own)
+    dropout = "compare: {arms: {a: {method: lora}, b: {method: lora, set: {lora.lora_dropout: 0.3}}}}"
+    assert own_job(llama_job(dropout, **own).job, "b").lora.lora_dropout == 0.3
+    with pytest.raises(JobFileError, match="lora_target_modules is 5"):
+        llama_job(lora__lora_target_modules=5, **own)
+
+
+@pytest.mark.parametrize("said", [{"use_bidirectional_attention": True}, {"is_causal": False}])
+def test_attention_in_both_directions_is_not_causal(said: dict[str, Any]) -> None:
+    config = {"model_type": "gemma3_text"} | said
+    assert not is_causal(config)
+    assert "attention in both directions" in str(generation_refusal(config, "x"))

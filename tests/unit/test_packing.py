@@ -16,7 +16,7 @@ from jobs.errors import JobFileError, UserError
 from jobs.identity import Facts, trial_id
 from jobs.run import Run
 from jobs.spec import TrainSpec
-from tests.conftest import JobMaker
+from tests.conftest import JobMaker, write_rows
 from tests.unit.test_training import CPU, finish, session
 from tests.unit.tiny_models import save_tiny
 from training.data import make_packed_batch, prepare
@@ -51,11 +51,14 @@ def test_a_packed_row_is_its_examples(llama_job: JobMaker) -> None:
     rows = packs(split.lengths, 48)
     assert len(laid) == len(rows) < len(split)
     for number, examples in enumerate(rows):
-        span = slice(int(laid.starts[number]), int(laid.starts[number + 1]))
         one = [slice(int(split.starts[example]), int(split.starts[example + 1])) for example in examples]
-        assert laid.ids[span].tolist() == [int(token) for part in one for token in split.ids[part]]
-        assert laid.learnt[span].tolist() == [bool(learnt) for part in one for learnt in split.learnt[part]]
-        assert laid.positions[span].tolist() == [place for part in one for place in range(part.stop - part.start)]
+        batch = make_packed_batch(laid, np.array([number]), 0, CPU)
+        ids = [int(token) for part in one for token in split.ids[part]]
+        learnt = [bool(said) for part in one for said in split.learnt[part]]
+        labels = [token if said else -100 for token, said in zip(ids, learnt, strict=True)]
+        assert (batch.ids_BT[0].tolist(), batch.labels[0].tolist()) == (ids, labels)
+        assert batch.positions_BT is not None
+        assert batch.positions_BT[0].tolist() == [place for part in one for place in range(part.stop - part.start)]
     batch = make_packed_batch(laid, np.arange(3), 0, CPU)
     assert batch.targets == int(laid.target_counts[:3].sum())
     assert batch.real_tokens == int(laid.lengths[:3].sum())
@@ -115,6 +118,30 @@ def test_a_model_that_does_not_keep_examples_apart_is_refused(
     job = llama_job(model__model_name_or_path=str(folder), **{f"train__{field}": True}).job
     with pytest.raises(UserError, match=rf"train\.{field} is true, but \w+ does not keep the examples of one row"):
         session(job)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "opt", "rwkv", "jamba"])
+@pytest.mark.parametrize("own", [{}, {"train__mixed_precision": "bf16"}, {"model__dtype": "bfloat16"}])
+def test_nothing_hides_that_a_model_does_not_keep_examples_apart(
+    kind: str, own: dict[str, str], llama_job: JobMaker, tmp_path: Path
+) -> None:
+    """Neither one row that is the longest of all, nor 16 bits, in which much looks alike."""
+    rows = [{"prompt": f"is it {'very ' * (number % 4)}good", "completion": "yes"} for number in range(40)]
+    rows.append({"prompt": "is it good or bad " * 6, "completion": "no"})
+    folder = save_tiny(tmp_path / "model", kind, "AutoModelForCausalLM")
+    file = str(write_rows(tmp_path / "rows.jsonl", rows))
+    named = {"model__model_name_or_path": str(folder), "data__train_file": file}
+    with pytest.raises(UserError, match="does not keep the examples of one row apart"):
+        session(llama_job(**named, **own, train__packing=True).job)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi", "lfm2", "gpt_neo"])
+@pytest.mark.parametrize("own", [{}, {"train__mixed_precision": "bf16"}, {"model__dtype": "bfloat16"}])
+def test_a_model_that_keeps_them_apart_is_packed(
+    kind: str, own: dict[str, str], llama_job: JobMaker, tmp_path: Path
+) -> None:
+    folder = save_tiny(tmp_path / "model", kind, "AutoModelForCausalLM")
+    session(llama_job(model__model_name_or_path=str(folder), **own, train__packing=True).job)
 
 
 def test_what_does_not_go_with_packing(bert_job: JobMaker, llama_job: JobMaker) -> None:

@@ -209,9 +209,16 @@ def refuse_attention(job: JobSpec, site: Site, path: str) -> None:
     """
     here = isinstance(site, LocalSite)
     has_flash = not here or importlib.util.find_spec("flash_attn") is not None
-    sentence = attention_refusal(job, cuda=uses_gpu(job, site), has_flash=has_flash)
-    if sentence:
-        raise JobFileError(path, [Problem("model.attn_implementation", sentence)])
+    field = "model.attn_implementation"
+    searched = job.search.parameters.get(field) if job.search else None
+    values = list((searched.values if searched else None) or [job.model.attn_implementation])
+    values += [arm.set[field] for arm in job.compare.arms.values() if field in arm.set] if job.compare else []
+    for value in dict.fromkeys(values):
+        model = job.model.model_copy(update={"attn_implementation": value})
+        one = job.model_copy(update={"model": model})
+        sentence = attention_refusal(one, cuda=uses_gpu(job, site), has_flash=has_flash)
+        if sentence:
+            raise JobFileError(path, [Problem(field, sentence)])
 
 
 def _known(job: JobSpec) -> _Known:

@@ -86,6 +86,14 @@ def test_attention_that_needs_a_gpu(name: str, bert_job: JobMaker, tmp_path: Pat
     refuse_attention(bert_job(model__attn_implementation="flex_attention").job, GPU_SITE, "job.yaml")
 
 
+def test_attention_of_a_search_and_of_an_arm(bert_job: JobMaker) -> None:
+    search = "search: {method: grid, parameters: {model.attn_implementation: [sdpa, flash_attention_2]}}"
+    arms = "compare: {arms: {a: {method: lora}, b: {method: lora, set: {model.attn_implementation: flex_attention}}}}"
+    for text in (search, arms):
+        with pytest.raises(JobFileError, match="trains on a GPU alone"):
+            refuse_attention(bert_job(text).job, CPU_SITE, "job.yaml")
+
+
 def test_a_package_for_attention_that_is_not_installed(bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(JobFileError, match="flash-attn is not installed"):

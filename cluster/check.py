@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from jobs import fields
-from jobs.adapters import adapter_refusal
+from jobs.adapters import ADAPTER_FILES, adapter_refusal
 from jobs.arms import own_job, search_job
 from jobs.assets import PREFIX, asset
 from jobs.data_files import DATA_SUFFIXES, data_suffix
 from jobs.deepspeed import contradictions
 from jobs.errors import AssetError, DataError, JobFileError, Problem
 from jobs.hub import check_whole, model_config, model_folder
-from jobs.identity import ADAPTER_FILES, encoders_of, models_of
+from jobs.identity import encoders_of, models_of
 from jobs.load import LoadedJob, load_job
 from jobs.model_kinds import (
     can_pack,
@@ -93,7 +93,7 @@ def _wrong(loaded: LoadedJob, *, whole: bool) -> list[tuple[str, str]]:
 
 
 def _wrong_adapter(job: JobSpec) -> list[tuple[str, str]]:
-    """What is against the adapter that is continued."""
+    """Return what is against the adapter that is continued."""
     field, adapter = "train.init_adapter", job.train.init_adapter
     if not adapter:
         return []
@@ -173,7 +173,7 @@ def _wrong_strategy(loaded: LoadedJob) -> list[tuple[str, str]]:
 
 
 def _wrong_models(loaded: LoadedJob) -> list[tuple[str, str]]:
-    """What a job and its arms ask of models that their configs say they cannot do."""
+    """Return what a job and its arms ask of models that their configs say they cannot do."""
     job = loaded.job
     own = _wrong_model(job)
     searched = job.search.parameters if job.search else {}
@@ -186,7 +186,7 @@ def _wrong_models(loaded: LoadedJob) -> list[tuple[str, str]]:
 
 
 def _arm_jobs(job: JobSpec) -> list[tuple[str, JobSpec]]:
-    """Each arm that sets something of its own, with its place in the file."""
+    """Return the job of each arm that sets something of its own, with its place in the file."""
     if job.compare is None:
         return []
     found = []
@@ -199,7 +199,7 @@ def _arm_jobs(job: JobSpec) -> list[tuple[str, JobSpec]]:
 
 
 def _wrong_model(job: JobSpec) -> list[tuple[str, str]]:
-    """What the config of a job's model says against the job, by field; nothing where it is not on this machine."""
+    """Return what the config of a job's model says against the job, by field; nothing where it is not here."""
     name = job.model.model_name_or_path
     config = model_config(name, job.model.revision)
     if not config:
@@ -217,14 +217,14 @@ def _wrong_model(job: JobSpec) -> list[tuple[str, str]]:
 
 
 def _wrong_packing(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
-    """Packed rows for a model that is known not to keep examples apart."""
+    """Refuse packed rows for a model that is known not to keep examples apart."""
     if not job.train.packing or can_pack(config):
         return []
     return [("train.packing", packing_refusal("train.packing", job.model.model_name_or_path))]
 
 
 def _too_long(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
-    """Rows, or a learnt prompt before them, for which the model has no positions."""
+    """Refuse rows, or a learnt prompt before them, for which the model has no positions."""
     name, field = job.model.model_name_or_path, "model.max_length"
     longest = max(_possible(job, field))
     sentence = length_refusal(config, name, longest)
@@ -241,7 +241,7 @@ def _too_long(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _wrong_layers(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the model's kind of layers cannot do."""
+    """Refuse what the model's kind of layers cannot do."""
     methods = _possible(job, "method")
     if not {"lora", "qlora"} & set(methods) or "olora" not in _possible(job, "lora.init_lora_weights"):
         return []
@@ -258,7 +258,7 @@ _TARGETS = "lora.lora_target_modules"
 
 
 def _wrong_targets(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
-    """Layers that get an adapter and that the model does not have, or has twice."""
+    """Refuse adapters on layers that the model does not have, or that are two things at once."""
     if not {"lora", "qlora"} & set(_possible(job, "method")) or job.train.init_adapter:
         return []  # an adapter that is continued has found its layers
     found = []

@@ -100,7 +100,7 @@ def _speed(speed: Inference | None) -> list[str]:
 
 
 def _formats(given: Shipped) -> list[str]:
-    """What it was trained in."""
+    """Return a line on the number formats of the training."""
     rows = Trial(given.weights.parent).metrics() if given.weights is not None else []
     formats = rows[-1].get("number_formats") if rows else None
     return [f"- trained with {formats}"] if formats else []

@@ -127,12 +127,12 @@ class PackedRows:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row."""
+        """Return the tokens of each row."""
         return np.array([self.split.lengths[examples].sum() for examples in self.members], dtype=np.int64)
 
     @cached_property
     def target_counts(self) -> np.ndarray:
-        """Learnt tokens of each row."""
+        """Return the learnt tokens of each row."""
         return np.array([self.split.target_counts[examples].sum() for examples in self.members], dtype=np.int64)
 
     def examples(self, rows: np.ndarray) -> np.ndarray:

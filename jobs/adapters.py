@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jobs.identity import ADAPTER_FILES
 from jobs.model_kinds import EMBEDDING_NAMES, HEAD_NAMES, has_tied_embeddings, text_config
 from jobs.weight_names import weight_shapes
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""What PEFT keeps an adapter in."""
 PEFT_TYPES = {"lora": "LORA", "qlora": "LORA", "prompt_tuning": "PROMPT_TUNING"}
 """Method -> PEFT's name of its adapters."""
 _LORA_FIELDS = {

@@ -132,7 +132,7 @@ def _seconds_of_a_group(job: JobSpec) -> list[Problem]:
 
 
 def _unequal_rows(job: JobSpec) -> list[Problem]:
-    """Arms of which some pack their rows: a number of rows is not the same work for all."""
+    """Refuse a budget of rows where some arms pack theirs: a number of rows is not the same work for all."""
     assert job.compare is not None
     packed = {own_job(job, name).train.packing for name in trained(job)}
     budget = job.compare.budget

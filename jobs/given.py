@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs import fields, files
+from jobs.adapters import ADAPTER_FILES
 from jobs.arms import arm_of, own_job
 from jobs.errors import UserError
-from jobs.identity import ADAPTER_FILES
 from jobs.load import looks_like_path
 from jobs.run import Run
 from jobs.spec import JobSpec

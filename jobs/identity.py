@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import fields, files
+from jobs.adapters import ADAPTER_FILES
 from jobs.defaults import learning_rate
 from jobs.hub import model_revision
 from jobs.rows import split_files
@@ -62,10 +63,6 @@ _OUTSIDE_TRAIN = {
     "gradient_accumulation_steps",
     "global_batch_size",
 }
-
-
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-"""What PEFT keeps an adapter in."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from jobs import arms, expression, fields, files, search, yaml12
 from jobs.adapters import DROPOUT, fixed_fields, read_config
 from jobs.aliases import DISTRIBUTION_ALIASES, EXPONENT_DISTRIBUTIONS, FIELD_ALIASES, VALUE_ALIASES
 from jobs.errors import JobFileError, Problem
+from jobs.hyperband import WORDS, as_asha
 from jobs.messages import sentences
 from jobs.metrics import bare_name
 from jobs.spec import JobSpec
@@ -262,8 +263,8 @@ def _ours(path: str) -> str:
 
 
 def our_field(name: str) -> str:
-    """The dotted field that a search, an arm or a link means by a name: ours, another tool's, or a leaf that only one
-    block has."""
+    """Return the dotted field that a search, an arm or a link means by a name: ours, another tool's, or a leaf that
+    only one block has."""
     if name in fields.leaves():
         return name
     path = FIELD_ALIASES.get(name) or FIELD_ALIASES.get(name.rpartition(".")[2], name)
@@ -344,33 +345,24 @@ def _translate_scheduler(reading: _Reading, where: str) -> None:
         _report(reading, f"{where}.{leaf}", f"{where}.{key} is read as {where}.{leaf}")
 
 
-_ITERATIONS = {"min_iter": "grace_period", "max_iter": "max_t"}
-"""W&B's words for the ends of Hyperband -> Ray's for ASHA."""
-_ETA = 3
-"""What W&B takes where Hyperband has no eta."""
-
-
 def _translate_hyperband(reading: _Reading, block: dict[str, Any], where: str) -> None:
-    """W&B's `min_iter`, `max_iter` and `s`, whose iterations are epochs here."""
-    given = [key for key in ("min_iter", "max_iter", "s") if key in block]
-    if not given:
+    """Translate W&B's `min_iter`, `max_iter` and `s` (`eta` alone is a word for what Ray calls otherwise)."""
+    words = [key for key in WORDS if key in block]
+    if not set(words) - {"eta"}:
         return
-    eta = block.get("eta", block.get("reduction_factor", _ETA))
-    brackets = block.pop("s", None)
-    for key, ours in _ITERATIONS.items():
-        if key in block and ours in block:
-            reading.problem(f"{where}.{key}", f"{where}.{key} means {where}.{ours}, which is set as well")
-            block.pop(key)
-        elif key in block:
-            block[ours] = block.pop(key)
-    numbers = [block.get("max_t"), eta, 1 if brackets is None else brackets]
-    if "grace_period" not in block and all(isinstance(one, int) and one > 0 for one in numbers):
-        block["grace_period"] = max(1, numbers[0] // numbers[1] ** numbers[2])
-    block.setdefault("reduction_factor", block.pop("eta", eta))
-    block.setdefault("time_attr", "epoch")
-    said = {key: block[key] for key in ("time_attr", "grace_period", "max_t", "reduction_factor") if key in block}
-    values = ", ".join(f"{key}: {value}" for key, value in said.items())
-    _report(reading, where, f"{' and '.join(given)} of {where} are read as {values}; an iteration is an epoch here")
+    try:
+        asha = as_asha({"eta": block.get("reduction_factor")} | block)
+    except (TypeError, ValueError, OverflowError) as error:
+        reading.problem(where, f"{where} has W&B's words of Hyperband, but they are not understood: {error}")
+        asha = {}
+    for key in words:
+        block.pop(key)
+    for key, value in asha.items():
+        if key in block and block[key] != value and key != "time_attr":
+            reading.problem(f"{where}.{key}", f"{where}.{key} is set, and {' and '.join(words)} say it as well")
+        block.setdefault(key, value)
+    values = ", ".join(f"{key}: {value}" for key, value in asha.items())
+    _report(reading, where, f"{' and '.join(words)} of {where} are read as {values}; an iteration is an epoch here")
 
 
 def _translate_parameters(reading: _Reading, block: dict[str, Any], prefix: str) -> None:
@@ -392,7 +384,7 @@ def _translate_parameters(reading: _Reading, block: dict[str, Any], prefix: str)
 
 
 def _translate_names(reading: _Reading, settings: Any, prefix: str) -> None:
-    """Other tools' names and words where fields are named by their whole path."""
+    """Translate other tools' names and words where fields are named by their whole path."""
     for name in list(settings) if isinstance(settings, dict) else ():
         path = our_field(str(name))
         if path != name and path in settings:
@@ -412,7 +404,7 @@ def _translate_names(reading: _Reading, settings: Any, prefix: str) -> None:
 
 
 def _our_words(reading: _Reading, path: str, values: list[Any], prefix: str) -> list[Any]:
-    """The values that a search tries, with other tools' words as ours."""
+    """Return the values that a search tries, with other tools' words as ours."""
     ours = [VALUE_ALIASES.get((path, value), value) if isinstance(value, str) else value for value in values]
     for theirs, own in zip(values, ours, strict=True):
         if own != theirs:
@@ -421,7 +413,7 @@ def _our_words(reading: _Reading, path: str, values: list[Any], prefix: str) -> 
 
 
 def _our_expression(text: str, beside: str) -> str:
-    """Arithmetic with other tools' names of fields as ours: `2*rank`."""
+    """Return arithmetic with other tools' names of fields as ours: `2*rank`."""
     try:
         names = expression.names(expression.parse(text))
     except ValueError:

@@ -209,7 +209,7 @@ def tied_refusal(names: list[str], model: str) -> str:
 
 
 def generation_refusal(config: Config, name: str) -> str | None:
-    """Say why a model cannot learn to write text; None where it can, or where the config says too little."""
+    """Say why a model cannot learn to write text; None where it can."""
     kind = model_type(config)
     if not kind or not isinstance(config.get("text_config") or {}, dict):
         return _cannot_be_read(name)
@@ -283,16 +283,14 @@ _SEES_PADDING = frozenset(
 """Model types whose result for a row depends on how far it is padded."""
 
 
-def length_refusal(config: Config, name: str, max_length: int, virtual_tokens: int = 0) -> str | None:
-    """Say why rows of `max_length` tokens behind a learnt prompt do not fit; None where they do."""
+def length_refusal(config: Config, name: str, max_length: int) -> str | None:
+    """Say why rows of `max_length` tokens do not fit; None where they do."""
     positions = learnt_positions(config)
-    if not positions or max_length + virtual_tokens <= positions:
+    if not positions or max_length <= positions:
         return None
-    room = positions - virtual_tokens
-    behind = f" behind {virtual_tokens} virtual tokens" if virtual_tokens else ""
     return (
         f"model.max_length is {max_length}, but {name} has learnt {positions} positions: set "
-        f"model.max_length to at most {room}{behind}"
+        f"model.max_length to at most {positions}"
     )
 
 

@@ -93,7 +93,6 @@ _TOOLS: dict[str, dict[str, str]] = {
         "bnb_4bit_compute_dtype": "qlora.compute_dtype",
     },
 }
-TOOLS = tuple(_TOOLS)
 
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay")
 _MEANS_NOTHING_HERE = {
@@ -323,8 +322,6 @@ def _shown(key: str, value: Any) -> str:
 def _carry(path: str, key: str, value: Any, made: Translation) -> None:
     if isinstance(value, str) and fields.is_number(path):
         value = _as_number(value, path)
-    elif isinstance(value, str) and value in ("true", "True", "false", "False"):
-        value = value in ("true", "True")
     if path == "train.lr_scheduler_type" and value not in _SCHEDULES:
         made.lost.append(f"{key}: {value!r} is none of {', '.join(_SCHEDULES)}")
     elif path == "train.optim" and OPTIMIZERS.get(value, value) not in OPTIMIZERS.values():
@@ -432,7 +429,7 @@ def _report_to(value: Any, made: Translation) -> None:
 
 
 def _flash(key: str) -> Callable[[Any, Translation], None]:
-    """Attention is a matter of the machine: what is safe everywhere is kept, and the other said."""
+    """Carry over attention that works everywhere; say the other, which is a matter of the machine."""
 
     def take(value: Any, made: Translation) -> None:
         if value in ("sdpa", "eager", "flex_attention"):
@@ -620,7 +617,7 @@ def _stage(value: Any, made: Translation) -> None:
 
 
 def _quant_type(value: Any, made: Translation) -> None:
-    """Which 4-bit format; with 8 bits it says nothing there either."""
+    """Carry over which 4-bit format; with 8 bits it says nothing there either."""
     if fields.get(made.tree, "qlora.quant_type") in ("nf4", "fp4"):
         made.put("qlora.quant_type", value)
 
@@ -699,7 +696,7 @@ def _trl_mixture(value: Any, made: Translation) -> None:
 
 
 def _peft(value: Any, made: Translation) -> None:
-    """Nothing: `translate` asks for it, since without it TRL trains every weight."""
+    """Do nothing: `translate` asks for the key, since without it TRL trains every weight."""
 
 
 _AXOLOTL: dict[str, Callable[[Any, Translation], None]] = {

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from jobs import fields
 from jobs.aliases import DISTRIBUTION_ALIASES, EXPONENT_DISTRIBUTIONS, VALUE_ALIASES
+from jobs.hyperband import WORDS, as_asha
 from jobs.load import our_field
 from jobs.metrics import bare_name
 from jobs.translate import Translation
@@ -23,8 +24,6 @@ _NOT_CARRIED = {
 }
 _METRICS = {"acc": "accuracy"}
 _DISTRIBUTIONS = ("uniform", "log_uniform_values", "int_uniform", "q_uniform", "q_log_uniform_values", "categorical")
-_ETA = 3
-"""What W&B takes where `early_terminate` says no eta."""
 
 
 def translate_sweep(config: dict[str, Any], name: str) -> Translation:
@@ -67,7 +66,7 @@ def translate_sweep(config: dict[str, Any], name: str) -> Translation:
             made.lost.append(f"parameters.{key}: {said!r} is not understood")
     try:
         _early_terminate(config.get("early_terminate"), made)
-    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         _without_early_terminate(f"early_terminate: {config['early_terminate']!r} is not understood", made)
     known = ("method", "metric", "run_cap", "project", "entity", "parameters", "early_terminate", "name")
     for key, value in config.items():
@@ -159,24 +158,13 @@ def _early_terminate(said: Any, made: Translation) -> None:
     if not isinstance(said, dict) or said.get("type") != "hyperband":
         _without_early_terminate(f"early_terminate: {said!r} is not hyperband", made)
         return
-    eta = _whole(_ETA if said.get("eta") is None else said["eta"])
-    if eta < 2:
-        _without_early_terminate(f"early_terminate: eta is {eta}, but must be at least 2", made)
-        return
-    made.put("search.scheduler", {"type": "asha", "time_attr": "epoch", "reduction_factor": eta})
-    if said.get("min_iter") is not None:
-        made.put("search.scheduler.grace_period", _whole(said["min_iter"]))
-    if said.get("max_iter") is not None:
-        made.put("search.scheduler.max_t", _whole(said["max_iter"]))
-        if said.get("min_iter") is None:
-            first = _whole(said["max_iter"]) / eta ** _whole(1 if said.get("s") is None else said["s"])
-            made.put("search.scheduler.grace_period", max(1, int(first)))
+    made.put("search.scheduler", {"type": "asha"} | as_asha(said))
     made.otherwise.append(
         "early_terminate: an iteration is a line that a run logs there, and an epoch here (search.scheduler.time_attr)"
     )
     if "strict" in said:
         made.lost.append("early_terminate.strict: ASHA stops all but the best 1/eta at each rung")
-    for key in set(said) - {"type", "s", "eta", "min_iter", "max_iter", "strict"}:
+    for key in set(said) - {"type", "strict", *WORDS}:
         made.lost.append(f"early_terminate.{key}: has no counterpart")
 
 

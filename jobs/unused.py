@@ -16,7 +16,7 @@ _BLOCKS = ("lora", "qlora", "prompt_tuning")
 
 
 class _Rule(NamedTuple):
-    """Fields that are not looked at, when, and why; a name with a dot at its end means all of a block."""
+    """Fields that are not looked at, when, and why."""
 
     names: tuple[str, ...]
     applies: Callable[[JobSpec, str], bool]

@@ -165,7 +165,7 @@ def _laid(split: Split, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
 
 
 def end_to_end(split: Split | PackedRows, rows: np.ndarray, device: torch.device) -> Batch:
-    """Some rows as one, without padding."""
+    """Lay some rows end to end as one, without padding."""
     examples, whole = (split.examples(rows), split.split) if isinstance(split, PackedRows) else (rows, split)
     ids_1T, labels_1T, positions_1T = (
         torch.from_numpy(part).unsqueeze(0).to(device, non_blocking=True) for part in _laid(whole, examples)

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from jobs.adapters import adapter_refusal
+from jobs.adapters import ADAPTER_FILES, adapter_refusal
 from jobs.errors import UserError
-from jobs.identity import ADAPTER_FILES
 from jobs.model_kinds import learnt_positions, tied_refusal
 from jobs.spec import JobSpec
 from jobs.support import prompt_hides_label, prompt_too_long

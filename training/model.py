@@ -126,7 +126,7 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
     except (*_OF_A_MODEL, SafetensorError) as error:
         raise AssetError(f"{spec.model_name_or_path} cannot be loaded for {job.task}: {error}") from error
     drawn = _drawn_anew(model, loading, spec.model_name_or_path, classifies=not job.generates)
-    _refuse_packed(model, drawn)
+    _refuse_quantised(model, drawn)
     _settle_padding(job, model)
     model.config.use_cache = False
     if job.method == "qlora" and device.type == "cpu":
@@ -193,7 +193,7 @@ def _drawn_anew(model: PreTrainedModel, loading: Mapping[str, Any], name: str, *
     return tuple(paths)
 
 
-def _refuse_packed(model: PreTrainedModel, drawn: Sequence[str]) -> None:
+def _refuse_quantised(model: PreTrainedModel, drawn: Sequence[str]) -> None:
     """Raise UserError where bitsandbytes has packed what is to be trained."""
     for path in drawn:
         kinds = {type(module).__name__ for module in model.get_submodule(path).modules()}

@@ -113,7 +113,7 @@ class TrainingSession:
 
     @property
     def number_formats(self) -> str:
-        """What weights and arithmetic are in, in words."""
+        """Return the number formats of weights and arithmetic, in words."""
         arithmetic = None if self.autocast_dtype is None else str(self.autocast_dtype).removeprefix("torch.")
         return formats_text(self.job, str(self.base.dtype).removeprefix("torch."), arithmetic)
 

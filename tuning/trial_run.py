@@ -208,7 +208,7 @@ class TrialRun:
         return {"row": row | where, "done": self._is_done(session), "stopping": self.stopping}
 
     def _own_state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the session's own."""
+        """Return what a checkpoint keeps beside the session's own state."""
         return {"best": self.best, "no_better": self.no_better}
 
     def _is_done(self, session: TrainingSession) -> bool:

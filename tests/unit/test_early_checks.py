@@ -303,6 +303,7 @@ def test_a_warm_up_longer_than_a_trial_is_said(bert_job: JobMaker) -> None:
         ("{type: hyperband, min_iter: 1, eta: 2}", ("epoch", 1, None, 2)),
         ("{type: hyperband, s: 2, eta: 3, max_iter: 27}", ("epoch", 3, 27, 3)),
         ("{type: hyperband, max_iter: 9}", ("epoch", 3, 9, 3)),
+        ("{type: hyperband, min_iter: 2, reduction_factor: 4}", ("epoch", 2, None, 4)),
     ],
 )
 def test_early_terminate_of_wandb_in_a_job(terminate: str, scheduler: tuple[Any, ...]) -> None:
@@ -310,6 +311,12 @@ def test_early_terminate_of_wandb_in_a_job(terminate: str, scheduler: tuple[Any,
     found = job.search.scheduler
     assert (found.time_attr, found.grace_period, found.max_t, found.reduction_factor) == scheduler
     assert found.type == "asha"
+
+
+@pytest.mark.parametrize("words", ["min_iter: 2, grace_period: 3", "max_iter: many", "min_iter: 1, eta: 1"])
+def test_words_of_hyperband_that_make_no_sense(words: str) -> None:
+    with pytest.raises(JobFileError, match=r"search\.scheduler"):
+        _job(f"search: {{parameters: {{lora.lora_r: [4, 8]}}, early_terminate: {{type: hyperband, {words}}}}}\n")
 
 
 def test_whole_numbers_that_may_be_left_out_are_drawn_whole() -> None:

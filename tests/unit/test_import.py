@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jobs import fields
-from jobs.load import load_job
+from jobs.load import load_job, load_text
 from jobs.translate import Translation, translate
 from jobs.translate_sweep import translate_sweep
 from tests.conftest import lorafleet_here
@@ -510,3 +510,60 @@ def test_the_users_own_job_is_blamed_for_its_own_faults(tmp_path: Path) -> None:
     elsewhere = ("--job", "own.yaml", "-o", "sub/job.yaml")
     done = lorafleet_here("import", "--from", "wandb", "sweep.yaml", *elsewhere, cwd=tmp_path)
     assert "must be in the folder of --job" in done.stderr
+
+
+AXOLOTL = """
+base_model: org/model
+load_in_8bit: true
+datasets:
+  - path: data.jsonl
+    type: alpaca
+val_set_size: 0.1
+sequence_len: 1024
+sample_packing: true
+adapter: lora
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+micro_batch_size: 2
+gradient_accumulation_steps: 4
+num_epochs: 4
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 2e-4
+bf16: auto
+output_dir: ./out
+"""
+
+
+def test_imports_say_what_they_carry_and_what_they_lose(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(AXOLOTL)
+    done = lorafleet_here("import", "--from", "axolotl", "a.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    job = load_text(done.stdout, tmp_path / "job.yaml").job
+    assert (job.lora.lora_r, job.lora.lora_alpha, job.train.learning_rate) == (32, 16, 2e-4)
+    assert (job.model.max_length, job.train.gradient_accumulation_steps, job.data.format) == (1024, 4, "instruction")
+    assert (job.method, job.qlora.quant_type, job.train.optim) == ("qlora", "int8", "adamw_8bit")
+    assert job.train.packing
+    assert not any(f"not carried over: {key}" in done.stderr for key in ("load_in_8bit", "optimizer"))
+    made = translate(
+        "llamafactory",
+        yaml.safe_load(PUBLISHED["llamafactory-llama3_lora_sft"]) | {"lora_target": "q_proj,v_proj"},
+        "x",
+    )
+    assert made.tree["lora"] == {"lora_target_modules": ["q_proj", "v_proj"], "lora_r": 8, "lora_alpha": "2*lora_r"}
+    assert any("lora_alpha: twice the rank" in line for line in made.assumed)
+    assert made.tree["train"]["mixed_precision"] == "bf16"
+    four = translate("llamafactory", {"finetuning_type": "lora", "quantization_bit": 4}, "x").tree
+    assert (four["method"], four["qlora"]) == ("qlora", {"quant_type": "nf4"})
+    assert "quantization_bit: 3" in translate("llamafactory", {"quantization_bit": 3}, "x").lost[0]
+    assert translate("axolotl", {"adapter": None}, "x").tree["method"] == "full"
+    assert translate("axolotl", {"adapter": "lora", "optimizer": "lion"}, "x").lost[0].startswith("optimizer: 'lion'")
+    assert any("only 'identity' of identity, alpaca_en_demo" in line for line in made.lost)
+    assert translate("llamafactory", {"stage": "dpo"}, "x").lost[0].startswith("stage: 'dpo' is another kind")
+    (tmp_path / "b.yaml").write_text(AXOLOTL + "eval_steps: 0.05\ngradient_checkpointing: unsloth\ntf32: false\n")
+    done = lorafleet_here("import", "--from", "axolotl", "b.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not carried over: train.eval_steps is 0.05, but must be a whole number" in done.stderr
+    assert "not carried over: tf32" not in done.stderr

@@ -71,7 +71,7 @@ def import_config(
             if not without_refused(made, [(problem.path, problem.sentence) for problem in error.problems]):
                 wrong = "; ".join([*(problem.sentence for problem in error.problems), *made.lost])
                 raise UserError(f"{file} makes a job that cannot run: {wrong}") from None
-    said = [("not carried over", made.lost), ("assumed", made.assumed), ("otherwise", made.otherwise)]
+    said = [("not carried over", made.lost), ("assumed", made.assumed), ("differs", made.otherwise)]
     text = f"# Translated from {file.name} ({source.value}).\n"
     text += "".join(f"# {what.capitalize()}: {line}\n" for what, lines in said for line in lines) + body
     for what, lines in said:

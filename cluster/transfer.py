@@ -31,6 +31,13 @@ Which = Literal["none", "best", "all", "exports"]
 """Of which trials the weights come along; or what was exported from them."""
 _NOT_BROUGHT = {"tune", "attempts", ".reserve", "stop", "site.json", "submission.json", MANIFEST, *TEXTS}
 """At the top of a run's folder: Ray Tune's own, and what belongs to one side alone. Neither sent nor taken."""
+_TOPS = frozenset(
+    {"status.json", "facts.json", "events.jsonl", "environment.json", "findings.json", "exported.json"}
+    | {"inference.jsonl", "pace.json", "trials", "arms", "parts", "judged", "report", "wandb", "logs", "export"}
+    | {"ratings", "slurm", "submission.json", MANIFEST, *TEXTS}
+)
+"""All that may lie at the top of a run's folder (docs/run-directory.md) and may travel."""
+_LONGEST_NAME, _DEEPEST = 1000, 12
 _HEAVY = {"checkpoints", "adapter", "model"}
 """Of a trial's folder."""
 _SAID = (".json", ".jsonl", ".md", ".html", ".csv")
@@ -125,6 +132,17 @@ def known(folder: Path) -> dict[str, tuple[int, float]]:
     return found
 
 
+def check_name(name: str) -> None:
+    """Raise CommandFailed for a name that is not that of a file of a run's record, as it stands.
+
+    Nothing is tidied up: `trials/../plan.json` is refused, and not taken for `plan.json`.
+    """
+    parts = name.split("/")
+    plain = all(part and not part.startswith(".") and part.isprintable() and "\\" not in part for part in parts)
+    if not plain or len(name) > _LONGEST_NAME or len(parts) > _DEEPEST:
+        raise CommandFailed(f"what came holds {name[:200]!r}, which is no file of a run's record: nothing was taken")
+
+
 class Unpacker:
     """Takes a compressed tar in blocks, then puts its files into a folder, each in one step."""
 
@@ -157,15 +175,24 @@ class Unpacker:
             self.drop()
 
     def _check(self) -> None:
-        """Read all of it: its length and its checksum stand at the end."""
+        """Read all of it: its length and its checksum stand at the end. Raises CommandFailed for a hostile name."""
         with gzip.open(self.scratch) as file:
             while file.read(_BLOCK):
                 pass
+        with tarfile.open(self.scratch, mode="r|gz") as archive:
+            for member in archive:
+                check_name(member.name)
 
     def drop(self) -> None:
         """Forget what came."""
         self.file.close()
         self.scratch.unlink(missing_ok=True)
+
+    def _is_taken(self, parts: list[str]) -> bool:
+        """Whether a file is one that the other side writes; an arm or a part is a run of its own."""
+        if parts[0] in ("arms", "parts") and len(parts) > 2:
+            return parts[2] in _TOPS and parts[2] not in _NOT_BROUGHT - set(TEXTS)
+        return parts[0] in _TOPS and parts[0] not in self.refused
 
     def _spread(self) -> int:
         count = 0
@@ -174,7 +201,8 @@ class Unpacker:
                 if not member.isfile():
                     continue
                 safe = tarfile.data_filter(member, str(self.folder))
-                if Path(safe.name).parts[0] in self.refused:  # an honest sender does not
+                check_name(safe.name)
+                if not self._is_taken(safe.name.split("/")):  # of another version, or of a sender that is not honest
                     continue
                 target = self.folder / safe.name
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -521,10 +521,10 @@ def test_a_pod_cannot_write_outside_the_record(tmp_path: Path) -> None:
             archive.add(__file__, arcname=name)
     unpacker = Unpacker(inside)
     unpacker.take(evil.read_bytes())
-    with pytest.raises(LorafleetError, match=r"is not whole|outside"):
+    with pytest.raises(LorafleetError, match="outside"):
         unpacker.finish()
     assert not (tmp_path / "outside").exists()
-    assert [str(path.relative_to(inside)) for path in inside.rglob("*") if path.is_file()] == ["logs/driver.log"]
+    assert not list(inside.rglob("*"))
 
 
 def test_a_run_that_ended_brings_its_record(

@@ -93,7 +93,7 @@ class KubernetesBackend(Away[KubernetesSite]):
     def plan(self, loaded: LoadedJob, command: str) -> Plan:
         """Everything that would happen. Raises a UserError where the job could not begin."""
         nodes = nodes_of_job(self.site, self.asked_nodes, loaded.job.resources.num_nodes)
-        made = make_plan(loaded, self.site.allocation(nodes), command)
+        made = make_plan(loaded, self.site.allocation(nodes), command, self.site.allow_environment)
         placement = made.placement.model_copy(update={"labels": made.placement.labels | WORKER_LABELS})
         made = made.model_copy(update={"site": self.site.name, "nodes": nodes, "placement": placement})
         made = self.moved(made)

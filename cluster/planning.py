@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from jobs.site import LocalSite, Site
 from jobs.spec import JobSpec
 from jobs.support import CUT_WEIGHTS, Strategy, refusals
 from jobs.unused import unused_notes
+from jobs.variables import changes_code
 from jobs.words import counted
 
 if TYPE_CHECKING:
@@ -62,11 +64,13 @@ class _Known:
         return len(self.rows.labels) if self.rows else 2
 
 
-def make_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
+def make_plan(loaded: LoadedJob, site: Site, command: str, allowed: Collection[str] = ()) -> Plan:
     """Everything that `sweep`, `train`, `compare`, `export` or `benchmark` would do.
 
-    Raises a UserError where it could not begin.
+    `allowed` are the variables which the site lets a job set though they change what code runs. Raises a UserError
+    where it could not begin.
     """
+    refuse_environment(loaded, allowed)
     if command in ("export", "benchmark"):
         return _plan_of_delivery(loaded, site, command)
     other = "search" if command == "compare" else "compare"  # what a command does not look at decides nothing
@@ -200,6 +204,24 @@ def _long_warmup(trials: list[JobSpec], schedules: list[Schedule]) -> list[str]:
                 "rate does not reach its peak"
             ]
     return []
+
+
+def refuse_environment(loaded: LoadedJob, allowed: Collection[str]) -> None:
+    """Raise JobFileError for variables of a job that change which code runs, unless the site allows them by name.
+
+    A job file is data, which people take from each other: what it runs must be seen in it.
+    """
+    problems = [
+        Problem(
+            f"environment.{name}",
+            f"environment.{name} changes which code runs, and a job file must not: export it in your shell, or let "
+            "the site file say so (environment, or allow_environment)",
+        )
+        for name in loaded.job.environment
+        if changes_code(name) and name not in allowed
+    ]
+    if problems:
+        raise JobFileError(str(loaded.path), [loaded.located(problem) for problem in problems])
 
 
 def refuse_attention(job: JobSpec, site: Site, path: str) -> None:

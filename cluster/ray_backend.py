@@ -95,7 +95,7 @@ class RayBackend(Away[RayClusterSite]):
         there = RaySite(
             address=self.site.address, nodes=self.jobs.nodes(), gpu_memory_gib=self.site.gpu_memory_gb * 1e9 / 2**30
         )
-        made = self.moved(make_plan(loaded, there, command))
+        made = self.moved(make_plan(loaded, there, command, self.site.allow_environment))
         line = shlex.join(self._entrypoint("RUN"))
         return made.model_copy(
             update={"site": self.site.name, "command_line": f"ray job submit --address {self.site.address} -- {line}"}

@@ -73,7 +73,7 @@ class SlurmBackend:
         if array:
             check_array(loaded.job, self.site.name)
         nodes = nodes_of_job(self.site, self.asked_nodes, loaded.job.resources.num_nodes)
-        made = make_plan(loaded, self.site.allocation(nodes), command)
+        made = make_plan(loaded, self.site.allocation(nodes), command, self.site.allow_environment)
         tasks = -(-len(made.trials) // self.site.array.trials_per_task) if array else 0
         name = array_of(self.site, tasks) if array else None
         line = submission(Path("RUN") / _FOLDER / JOB, Path("RUN"), "RUN_ID", 1, array=name)

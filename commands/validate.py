@@ -19,6 +19,7 @@ from commands.common import (
     note_aliases,
     print_json,
     say,
+    tell,
 )
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def validate(
         say(f"refused: {sentence}")
     if refused:
         raise typer.Exit(ExitCode.GATE_REFUSED)
-    typer.echo(f"{job} is valid: {loaded.job.task}, {loaded.job.model.model_name_or_path}")
+    tell(f"{job} is valid: {loaded.job.task}, {loaded.job.model.model_name_or_path}")
 
 
 def _looked_at(
@@ -66,8 +67,6 @@ def _looked_at(
     With problems the job is what is right of it, so that the rest is looked at as well.
     """
     from cluster.check import name_problems
-    from cluster.machine import local_site
-    from cluster.planning import refuse_attention
     from jobs.errors import JobFileError, Problem
     from jobs.load import LoadedJob, load_job
     from jobs.unused import unused_notes
@@ -82,10 +81,7 @@ def _looked_at(
         loaded = error.rest
     problems += name_problems(loaded)
     if here:
-        try:
-            refuse_attention(loaded.job, local_site(), str(path))
-        except JobFileError as error:
-            problems += [loaded.located(problem) for problem in error.problems]
+        problems += _refused_here(loaded)
     command = "sweep" if loaded.job.search else "compare" if loaded.job.compare else "train"
     notes = [*loaded.notes, *unused_notes(loaded, command)]
     if data and not any(problem.path.startswith("data") for problem in problems):
@@ -93,6 +89,24 @@ def _looked_at(
         problems += [Problem("data", sentence) for sentence in wrong]
         notes += of_rows
     return loaded, problems, list(dict.fromkeys(notes))
+
+
+def _refused_here(loaded: LoadedJob) -> list[Problem]:
+    """Return what this machine has against the job."""
+    from cluster.machine import local_site
+    from cluster.planning import refuse_attention, refuse_environment
+    from jobs.errors import JobFileError
+
+    problems: list[Problem] = []
+    try:
+        refuse_environment(loaded, ())
+    except JobFileError as error:
+        problems += error.problems
+    try:
+        refuse_attention(loaded.job, local_site(), str(loaded.path))
+    except JobFileError as error:
+        problems += [loaded.located(problem) for problem in error.problems]
+    return problems
 
 
 def _looked_at_rows(job: JobSpec, *, with_model: bool) -> tuple[list[str], list[str]]:

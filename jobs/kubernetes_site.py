@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from jobs.base import Spec
+from jobs.base import Spec, Texts
 from jobs.errors import Problem, SpecProblems
 from jobs.site import Allocation, Node
 from jobs.variables import checked_environment, may_be_secret
@@ -266,6 +266,8 @@ class KubernetesSite(Spec):
     """Variables of the head and the workers that are read from Secrets, such as WANDB_API_KEY and HF_TOKEN."""
     environment: dict[str, str] = {}
     """Variables for every process. Names that may hold a secret are refused: they would stand in the manifest."""
+    allow_environment: Texts = ()
+    """Variables that a job's `environment` may set though they change which code runs, such as TRITON_CACHE_DIR."""
     labels: Labels = {}
     """Labels of everything that is made: team, cost centre."""
     user: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")] | None = None

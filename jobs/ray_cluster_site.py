@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from jobs.base import Spec
+from jobs.base import Spec, Texts
 from jobs.variables import checked_environment
 
 Inside = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]+$", max_length=200)]
@@ -30,6 +30,8 @@ class RayClusterSite(Spec):
     """Whether its machines may fetch from the hub and talk to W&B; false: what was brought, and W&B offline."""
     environment: dict[str, str] = {}
     """Variables for the driver. Names that may hold a secret are refused: Ray shows them on its dashboard."""
+    allow_environment: Texts = ()
+    """Variables that a job's `environment` may set though they change which code runs, such as TRITON_CACHE_DIR."""
 
     @field_validator("environment")
     @classmethod

@@ -6,12 +6,41 @@ import re
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "offline"}
 """What keeps machines without internet from asking hubs and W&B."""
-_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+_SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "COOKIE", "BEARER")
+_CODE_WORDS = (
+    r"LD_\w+|DYLD_\w+|BASH_\w+|GIT_\w+|SSH_\w+|OPENSSL_\w+|PERL\w+|RUBY\w+|PIP_\w+|UV_\w+|CONDA_\w+|XDG_\w+"
+    r"|MATPLOTLIB\w*|MPL\w+|LORAFLEET_\w+|CUDA_INJECTION\w+|_\w+"
+    r"|\w*(HOOKS?|PLUGINS?|PRELOAD\w*|STARTUP|EXECUTABLE|COMPILER|LAUNCHER|WRAPPER|COMMAND|_CMD|_TOOL|BACKEND)"
+    r"|\w*(PATH|_HOME|_ROOT|MODULES?|LIBRARY|LIBRARIES|CACHE|_LIBS?|_INIT|_RC|_ENV_FILE|CONF|CONFIG|CONF_FILE|CONFIG_FILE)"
+    r"|\w*(MODULE|LIBRARY|EXTENSIONS|PLUGIN|CACHE|CODE|LIB|BIN|CONFIG)_(DIR|PATH|FILE|ROOT|HOME|NAME)S?"
+    r"|\w*(CC|CXX|NVCC|CFLAGS|CXXFLAGS|CPPFLAGS|LDFLAGS|OPTIONS|PYTHON)"
+    r"|PATH|HOME|ENV|IFS|PS4|SHELL|SHELLOPTS|BASHOPTS|PROMPT_COMMAND|EDITOR|VISUAL|PAGER|BROWSER|TERMINFO|NLSPATH"
+    r"|OMP_TOOL\w*|NVCC\w*|ZDOTDIR|VIRTUAL_ENV|KUBECONFIG|INPUTRC|TMPDIR|TMP|TEMP|HOSTFILE|HF_ENDPOINT|HF_MIRROR|WANDB_BASE_URL"
+)
+_CHANGES_CODE = re.compile(_CODE_WORDS, re.IGNORECASE)
+_PYTHON_HARMLESS = frozenset(
+    f"PYTHON{name}"
+    for name in "HASHSEED UNBUFFERED FAULTHANDLER UTF8 IOENCODING DONTWRITEBYTECODE MALLOC TRACEMALLOC SAFEPATH "
+    "NOUSERSITE ASYNCIODEBUG INTMAXSTRDIGITS DEVMODE".split()
+)
+"""All that Python reads beside these says which modules it loads, or from where."""
+_HARMLESS = frozenset({"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}) | _PYTHON_HARMLESS
+"""Names that only sound like it: of the allocator."""
 
 
 def may_be_secret(name: str) -> bool:
     """Whether a variable's name sounds like one whose value nobody else must see."""
     return any(word in name.upper() for word in _SECRET)
+
+
+def changes_code(name: str) -> bool:
+    """Return whether a variable says which programs, modules or libraries are run, or where they come from.
+
+    Told by its name: what loads code has a few usual words, and a new library brings new names with the same words.
+    """
+    if name.upper().startswith("PYTHON"):
+        return name not in _HARMLESS
+    return name not in _HARMLESS and _CHANGES_CODE.fullmatch(name) is not None
 
 
 def checked_environment(environment: dict[str, str]) -> dict[str, str]:

@@ -360,3 +360,32 @@ def test_a_warm_up_into_the_decay_has_no_step_between() -> None:
     )
     factors = [rate_factor(step, 100, train) for step in range(100)]
     assert max(abs(one - other) for one, other in itertools.pairwise(factors)) < 0.06
+
+
+CODE = (
+    "PYTHONPATH PYTHONSTARTUP PYTHONHOME PYTHONWARNINGS PYTHONBREAKPOINT PYTHONUSERBASE PYTHONPYCACHEPREFIX LD_PRELOAD "
+    "LD_LIBRARY_PATH LD_AUDIT DYLD_INSERT_LIBRARIES BASH_ENV ENV PATH HOME SHELLOPTS PS4 IFS GCONV_PATH "
+    "OMP_TOOL_LIBRARIES NCCL_NET_PLUGIN NCCL_TUNER_PLUGIN NCCL_CONF_FILE RAY_RUNTIME_ENV_HOOK RAY_START_HOOK CUDA_HOME "
+    "CC CXX NVCC_PREPEND_FLAGS CFLAGS TRITON_CACHE_DIR TORCH_EXTENSIONS_DIR TORCHINDUCTOR_CACHE_DIR HF_MODULES_CACHE "
+    "HF_HOME XDG_CACHE_HOME MPLBACKEND GIT_SSH_COMMAND OPENSSL_CONF NODE_OPTIONS JAVA_TOOL_OPTIONS PAGER KUBECONFIG "
+    "CUDA_INJECTION64_PATH UCX_MODULE_DIR DS_ENV_FILE LORAFLEET_CACHE TRITON_PTXAS_PATH RAY_preload_python_modules "
+    "PERL5LIB LIBRARY_PATH"
+).split()
+HARMLESS = (
+    "NCCL_DEBUG NCCL_SOCKET_IFNAME NCCL_IB_HCA OMP_NUM_THREADS MKL_NUM_THREADS TZ LANG "
+    "CUDA_VISIBLE_DEVICES CUDA_LAUNCH_BLOCKING PYTORCH_CUDA_ALLOC_CONF MALLOC_MMAP_THRESHOLD_ HF_HUB_OFFLINE "
+    "MY_SETTING WANDB_MODE WANDB_PROJECT https_proxy NO_PROXY TORCH_DISTRIBUTED_DEBUG GLOO_SOCKET_IFNAME "
+    "PYTHONHASHSEED PYTHONUNBUFFERED RAY_memory_usage_threshold DATA_DIR"
+).split()
+
+
+def test_a_job_does_not_change_which_code_runs(bert_job: JobMaker) -> None:
+    loaded = bert_job(environment=dict.fromkeys(CODE, "/tmp/theirs"))
+    with pytest.raises(JobFileError) as caught:
+        make_plan(loaded, CPU_SITE, "train", allowed=CODE[:3])
+    assert [problem.path.removeprefix("environment.") for problem in caught.value.problems] == CODE[3:]
+    make_plan(loaded, CPU_SITE, "train", allowed=CODE)
+
+
+def test_a_job_sets_what_is_harmless(bert_job: JobMaker) -> None:
+    make_plan(bert_job(environment=dict.fromkeys(HARMLESS, "1")), CPU_SITE, "train")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, Format, On, OneRun, Output, Runs, hush_libraries, say, show_report
+from commands.common import DEFAULT_RUNS, Format, On, OneRun, Output, Runs, hush_libraries, say, show_report, tell
 from commands.deliver import deliver
 from commands.sweep import Detach, Wait
 
@@ -70,7 +70,7 @@ def benchmark(
     write_forms(report, out / "benchmark")
     track_report(found, given.job, report, "benchmark")
     if show_report(report, output):
-        typer.echo(f"\n{out / 'benchmark' / 'report.html'}")
+        tell(f"\n{out / 'benchmark' / 'report.html'}")
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, AnyRuns, hush_libraries
+from commands.common import DEFAULT_RUNS, AnyRuns, hush_libraries, tell
 
 
 def chat(
@@ -39,19 +39,19 @@ def chat(
             continue
         if loaded.generates:
             for piece in pieces(loaded, loaded.prompt(line), max_new_tokens, drawn):
-                typer.echo(piece.text, nl=False)
-            typer.echo()
+                tell(piece.text, nl=False)
+            tell()
         else:
             (shares,) = loaded.probabilities([line])
             best = int(shares.argmax())
-            typer.echo(f"{loaded.artefact.labels[best]}\t{shares[best]:.3f}")
+            tell(f"{loaded.artefact.labels[best]}\t{shares[best]:.3f}")
 
 
 def _lines() -> Iterator[str]:
     """What a person types, or what is piped in."""
     while True:
         if sys.stdin.isatty():
-            typer.echo("> ", nl=False, err=True)
+            tell("> ", nl=False, err=True)
         line = sys.stdin.readline()
         if not line:
             return

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, RunName, Runs
+from commands.common import DEFAULT_RUNS, RunName, Runs, tell
 from jobs.errors import ExitCode, UserError
 
 
@@ -30,8 +30,8 @@ def clean(
     results = [store.clean(found, dry_run=dry_run, even_unsynced=unsynced) for found in chosen]
     for result in results:
         if result.kept_because:
-            typer.echo(f"kept     {result.run}: {result.kept_because}")
+            tell(f"kept     {result.run}: {result.kept_because}")
         else:
-            typer.echo(f"{'would free' if dry_run else 'freed'}  {result.bytes / 1e6:.1f} MB  {result.run}")
+            tell(f"{'would free' if dry_run else 'freed'}  {result.bytes / 1e6:.1f} MB  {result.run}")
     if run is not None and results[0].kept_because:
         raise typer.Exit(ExitCode.GATE_REFUSED)

@@ -46,6 +46,7 @@ from commands import (
     sync,
     validate,
 )
+from commands.common import say
 from jobs.errors import ExitCode, LorafleetError, UserError
 
 app = typer.Typer(
@@ -109,7 +110,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(str(error), err=True)
+        say(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
@@ -119,7 +120,7 @@ def main() -> None:
     except OSError as error:
         if error.errno not in _OF_THE_PATH or error.filename is None or _INSIDE in str(error.filename):
             _our_fault(error)
-        typer.echo(f"{error.filename}: {error.strerror}", err=True)
+        say(f"{error.filename}: {error.strerror}")
         sys.exit(ExitCode.USER_INPUT)
     except Exception as error:  # the edge of the program
         _our_fault(error)
@@ -135,10 +136,7 @@ _INSIDE = "site-packages"
 
 def _our_fault(error: Exception) -> NoReturn:
     code = error.exit_code if isinstance(error, LorafleetError) else ExitCode.OUR_FAULT
-    typer.echo(
-        f"{type(error).__name__}: {error}\nThis is a fault of lorafleet; the traceback is in {_keep(error)}",
-        err=True,
-    )
+    say(f"{type(error).__name__}: {error}\nThis is a fault of lorafleet; the traceback is in {_keep(error)}")
     sys.exit(code)
 
 

@@ -85,14 +85,21 @@ def cluster_on(on: str, nodes: int | None, chain: int | None = None) -> Cluster:
 
 def console() -> Console:
     """Standard output. Not a terminal: no colours, and wide enough that no table is cut."""
-    from rich.console import Console
+    from commands.screen import Screen
 
-    return Console(soft_wrap=False) if sys.stdout.isatty() else Console(width=200, no_color=True, highlight=False)
+    return Screen(soft_wrap=False) if sys.stdout.isatty() else Screen(width=200, no_color=True, highlight=False)
 
 
 def say(text: str) -> None:
     """One line to standard error: what happens, beside the data."""
-    typer.echo(text, err=True)
+    tell(text, err=True)
+
+
+def tell(text: object = "", *, nl: bool = True, err: bool = False) -> None:
+    """Print a text of anybody's: names, reasons and what a model wrote cannot steer the terminal."""
+    from jobs.words import printable
+
+    typer.echo(printable(str(text)), nl=nl, err=err)
 
 
 @contextlib.contextmanager
@@ -122,7 +129,7 @@ def print_json(value: Any) -> None:
     """Data for programs."""
     from jobs.files import finite
 
-    typer.echo(json.dumps(finite(value), indent=2))
+    typer.echo(json.dumps(finite(value), indent=2))  # in ASCII: nothing in it steers a terminal
 
 
 def show_report(report: Report, output: Format, *, quiet: bool = False) -> bool:
@@ -134,7 +141,7 @@ def show_report(report: Report, output: Format, *, quiet: bool = False) -> bool:
         typer.echo(report_json(report))
         return False
     if quiet:
-        typer.echo(report.recommendation.sentence)
+        tell(report.recommendation.sentence)
         return False
     screen = console()
     screen.print(terminal(report, screen.width))

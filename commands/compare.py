@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, Chain, Format, Nodes, On, Output, Quiet, Runs, say, show_report
+from commands.common import DEFAULT_RUNS, Chain, Format, Nodes, On, Output, Quiet, Runs, say, show_report, tell
 from commands.sweep import Detach, Wait, start
 
 What = Annotated[
@@ -71,4 +71,4 @@ def _side_by_side(names: list[str], runs: Path, quiet: bool, output: Format, int
     if into is not None:
         write_forms(report, into)
     if show_report(report, output, quiet=quiet) and into is not None:
-        typer.echo(f"\nreport   {into / 'report.html'}")
+        tell(f"\nreport   {into / 'report.html'}")

@@ -49,7 +49,9 @@ def data(
     _convert(loaded.job)
     report = data_report(loaded.job, show, split)
     if output is Format.JSON:
-        typer.echo(report.model_dump_json(indent=2))
+        from jobs.words import printable_json
+
+        typer.echo(printable_json(report.model_dump_json(indent=2)))
     else:
         note_aliases(loaded.notes)
         screen = console()

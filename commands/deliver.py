@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
-from commands.common import Format, cluster_on, console, print_json, say
+from commands.common import Format, cluster_on, console, print_json, say, tell
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +29,7 @@ def deliver(command: str, wanted: Delivery, runs: Path, on: str, *, output: Form
     plan = backend.plan(loaded, command).model_copy(update={"delivery": wanted})
     run = backend.submit(plan, loaded, backend.runs_dir(runs))
     if detach:
-        typer.echo(run.id)
+        tell(run.id)
         return
     follow(run, backend, quiet=False, output=output, silent=wait)
 
@@ -102,11 +100,11 @@ def show_exported(found: Exported, output: Format) -> None:
     for one in found.targets:
         why = one.failure or one.unavailable or ("; ".join(one.parity.reasons) if one.parity else "")
         if why:
-            typer.echo(f"{one.target}: {_state(one)}: {why}")
+            tell(f"{one.target}: {_state(one)}: {why}")
         for remark in one.parity.remarks if one.parity else []:
-            typer.echo(f"{one.target}: {remark}")
+            tell(f"{one.target}: {remark}")
     if found.sentence:
-        typer.echo(found.sentence)
+        tell(found.sentence)
     say(f"in {found.output}")
 
 

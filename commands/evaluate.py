@@ -20,6 +20,7 @@ from commands.common import (
     backend_for,
     options_blamed,
     say,
+    tell,
 )
 from commands.sweep import Detach, Wait
 
@@ -80,7 +81,7 @@ def evaluate(
         cast("Cluster", backend).provide(loaded.job, told)
     run = backend.submit(backend.plan(loaded, "compare"), loaded, backend.runs_dir(runs))
     if detach:
-        typer.echo(run.id)
+        tell(run.id)
         return
     follow(run, backend, quiet=quiet, output=output, silent=wait)
 

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from jobs.assets import Asset
 
-from commands.common import DEFAULT_RUNS, AnyRuns, Format, On, Output, cluster_on, console, print_json, say
+from commands.common import DEFAULT_RUNS, AnyRuns, Format, On, Output, cluster_on, console, print_json, say, tell
 
 
 def fetch(
@@ -46,15 +46,15 @@ def fetch(
         if name in ASSETS:
             raise UserError(f"{name!r} is a data set or model: did you mean {PREFIX}{name}?")
         if name.startswith(PREFIX):
-            typer.echo(f"{name}  {there.provide_asset(name, say) if there else fetch_asset(asset(name), say)}")
+            tell(f"{name}  {there.provide_asset(name, say) if there else fetch_asset(asset(name), say)}")
             continue
         loaded = load_job(name)
         if there:
             check_names(loaded, whole=False)
-            typer.echo(f"{name}: {there.provide(loaded.job, say)}")
+            tell(f"{name}: {there.provide(loaded.job, say)}")
         else:
             fetch_job(loaded.job, say)
-            typer.echo(f"{name}: everything it names is on this machine")
+            tell(f"{name}: everything it names is on this machine")
     return None
 
 
@@ -132,4 +132,4 @@ def _copy_examples() -> None:
         else:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
-            typer.echo(copy)
+            tell(copy)

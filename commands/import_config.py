@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from commands.common import DEFAULT_RUNS, AnyRuns, say
+from commands.common import DEFAULT_RUNS, AnyRuns, say, tell
 
 if TYPE_CHECKING:
     from jobs.translate import Translation
@@ -80,12 +80,12 @@ def import_config(
     if made.dropped:
         say(f"without meaning here: {', '.join(made.dropped)}")
     if output is None:
-        typer.echo(text, nl=False)
+        tell(text, nl=False)
     elif output.exists():
         raise UserError(f"{output} exists already; --output names another")
     else:
         files.write_text(output, text)
-        typer.echo(str(output))
+        tell(str(output))
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, AnyRuns, options_blamed, say
+from commands.common import DEFAULT_RUNS, AnyRuns, options_blamed, say, tell
 
 if TYPE_CHECKING:
     from jobs.rows import Rows
@@ -122,8 +122,8 @@ def init(
     text = draft(length, counts, _max_t(_examples(loaded.job, rows), loaded.job))
     load_text(text, output)
     files.write_text(output, text)
-    typer.echo(f"{output}  ({counts})")
-    typer.echo(f"next: lorafleet plan {output}; lorafleet train {output} (one configuration); lorafleet sweep {output}")
+    tell(f"{output}  ({counts})")
+    tell(f"next: lorafleet plan {output}; lorafleet train {output} (one configuration); lorafleet sweep {output}")
     return None
 
 
@@ -151,10 +151,10 @@ def _init_site(kind: SiteKind, partition: str | None, context: str | None, outpu
         files.write_text(draft, text)
         load_site(str(draft))
     files.write_text(path, text)
-    typer.echo(text.rstrip())
-    typer.echo(f"\n{path}")
+    tell(text.rstrip())
+    tell(f"\n{path}")
     where = path.stem if output is None else str(path)
-    typer.echo(f"next: read it; lorafleet doctor --on {where}; lorafleet plan examples/quickstart.yaml --on {where}")
+    tell(f"next: read it; lorafleet doctor --on {where}; lorafleet plan examples/quickstart.yaml --on {where}")
 
 
 def _columns(train_file: Path, task: TaskName, given: dict[str, str | None]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, RunName, Runs, say
+from commands.common import DEFAULT_RUNS, RunName, Runs, say, tell
 from jobs.errors import RunError
 from jobs.run import Run, RunState
 
@@ -38,7 +38,7 @@ def logs(
     live = follow and _lives(backend, found)
     while True:
         for line in _new_lines(_files(found, trial), done):
-            typer.echo(line)
+            tell(line.rstrip("\r").rpartition("\r")[2])  # of a bar that draws over itself, its last state
         if not live:
             return
         if time.monotonic() - looked_at > _LOOK_SECONDS:

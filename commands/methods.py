@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import typer
-
-from commands.common import DEFAULT_RUNS, AnyRuns, Format, Output, print_json
+from commands.common import DEFAULT_RUNS, AnyRuns, Format, Output, print_json, tell
 
 
 def methods(output: Output = Format.TEXT, runs: AnyRuns = DEFAULT_RUNS) -> None:
@@ -15,7 +13,7 @@ def methods(output: Output = Format.TEXT, runs: AnyRuns = DEFAULT_RUNS) -> None:
         fields = ("method", "strategy", "devices", "supported", "reason")
         print_json({"cells": [{name: getattr(cell, name) for name in fields} for cell in table()]})
         return
-    typer.echo(table_text())
+    tell(table_text())
 
 
 def table_text() -> str:

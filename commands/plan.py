@@ -19,6 +19,7 @@ from commands.common import (
     console,
     note_aliases,
     say,
+    tell,
 )
 from jobs.errors import ExitCode
 from jobs.words import counted
@@ -68,7 +69,13 @@ def plan(
         _print_manifest(made, unasked, refused)
         raise typer.Exit(ExitCode.GATE_REFUSED if refused else ExitCode.OK)
     if output is PlanFormat.JSON:
-        typer.echo(made.model_copy(update={"notes": [*made.notes, *unasked, *refused]}).model_dump_json(indent=2))
+        from jobs.words import printable_json
+
+        typer.echo(
+            printable_json(
+                made.model_copy(update={"notes": [*made.notes, *unasked, *refused]}).model_dump_json(indent=2)
+            )
+        )
         raise typer.Exit(ExitCode.GATE_REFUSED if refused else ExitCode.OK)
     note_aliases(loaded.notes)
     for note in made.notes[len(loaded.notes) :]:
@@ -86,7 +93,7 @@ def plan(
     if made.command_line:
         console().print(f"submitted by    {made.command_line}", markup=False, soft_wrap=True)
     for name, text in made.files.items():
-        typer.echo(f"\n----- {name}\n{text.rstrip()}")
+        tell(f"\n----- {name}\n{text.rstrip()}")
     for sentence in unasked:
         say(f"note: {sentence}")
     for sentence in refused:
@@ -105,7 +112,7 @@ def _print_manifest(made: Plan, unasked: list[str], refused: list[str]) -> None:
     for sentence in [*unasked, *(f"refused: {sentence}" for sentence in refused)]:
         say(sentence)
     if not refused:
-        typer.echo(made.files[MANIFEST], nl=False)
+        tell(made.files[MANIFEST], nl=False)
 
 
 _SHOWN = ("train.learning_rate", "lora.lora_r", "lora.lora_alpha", "prompt_tuning.num_virtual_tokens")

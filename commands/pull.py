@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, OneRun, Runs, cluster_on, say
+from commands.common import DEFAULT_RUNS, OneRun, Runs, cluster_on, say, tell
 
 
 class Adapters(StrEnum):
@@ -47,7 +47,7 @@ def pull(
             raise UserError(f"--on is {on}, a Slurm: its runs lie in its runs_dir itself, and nothing is brought")
         found = place.attach(run, runs, say)
     count = backend_of(found).pull(found, adapters.value, say)
-    typer.echo(f"{counted(count, 'file')} came to {found.path}")
+    tell(f"{counted(count, 'file')} came to {found.path}")
     told = files.read_json(found.path / "report" / "report.json").get("recommendation") or {}
     if adapters is Adapters.BEST and not told.get("trial_id"):
         say("no trial is recommended yet, so no weights came: --adapters all brings those that there are")

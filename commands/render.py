@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import typer
-
-from commands.common import DEFAULT_RUNS, AnyRuns, Format, Job, Output, Overrides, print_json
+from commands.common import DEFAULT_RUNS, AnyRuns, Format, Job, Output, Overrides, print_json, tell
 
 
 def render(job: Job, overrides: Overrides = None, output: Output = Format.TEXT, runs: AnyRuns = DEFAULT_RUNS) -> None:
@@ -22,7 +20,7 @@ def render(job: Job, overrides: Overrides = None, output: Output = Format.TEXT, 
         return
     width = max(len(path) for path in resolved)
     for path, field in resolved.items():
-        typer.echo(f"{path:<{width}}  {_shown(field['value'])}  # {field['origin']}")
+        tell(f"{path:<{width}}  {_shown(field['value'])}  # {field['origin']}")
 
 
 def _shown(value: object) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import typer
-
-from commands.common import DEFAULT_RUNS, Format, Output, RunName, Runs, say, show_report
+from commands.common import DEFAULT_RUNS, Format, Output, RunName, Runs, say, show_report, tell
 
 
 def report(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
@@ -21,4 +19,4 @@ def report(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
         show_exported(exported, output)
         return
     if show_report(write_report(found), output):
-        typer.echo(f"\nreport   {found.path / 'report' / 'report.html'}")
+        tell(f"\nreport   {found.path / 'report' / 'report.html'}")

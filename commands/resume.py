@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import typer
-
-from commands.common import DEFAULT_RUNS, Format, OneRun, Output, Quiet, Runs, say
+from commands.common import DEFAULT_RUNS, Format, OneRun, Output, Quiet, Runs, say, tell
 from commands.sweep import Detach, Wait
 
 
@@ -35,6 +33,6 @@ def resume(
     list(news(found, known))
     backend.resume(found)
     if detach:
-        typer.echo(found.id)
+        tell(found.id)
         return None
     return follow(found, backend, quiet=quiet, output=output, silent=wait, known=known)

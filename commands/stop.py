@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import typer
-
-from commands.common import DEFAULT_RUNS, OneRun, Runs
+from commands.common import DEFAULT_RUNS, OneRun, Runs, tell
 
 
 def stop(run: OneRun, runs: Runs = DEFAULT_RUNS) -> None:
@@ -13,4 +11,4 @@ def stop(run: OneRun, runs: Runs = DEFAULT_RUNS) -> None:
     from cluster.store import find_run
 
     found = find_run(runs, run)
-    typer.echo(backend_of(found).cancel(found))
+    tell(backend_of(found).cancel(found))

@@ -21,6 +21,7 @@ from commands.common import (
     backend_for,
     note_aliases,
     say,
+    tell,
 )
 
 Wait = Annotated[bool, typer.Option("--wait", help="Print no live view, and end with the run's own exit code.")]
@@ -98,6 +99,6 @@ def start(
             say(f"note: {note}")
     run = backend.submit(plan, loaded, backend.runs_dir(runs))
     if detach:
-        typer.echo(run.id)
+        tell(run.id)
         return
     follow(run, backend, quiet=quiet, output=output, silent=wait)

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, OneRun, Runs, say
+from commands.common import DEFAULT_RUNS, OneRun, Runs, say, tell
 from jobs import files
 from jobs.errors import UserError
 from jobs.run import Run, RunState
@@ -41,7 +41,7 @@ def sync(
         live = backend.look(found).state in (RunState.PENDING, RunState.RUNNING)
         ready, waiting = records(found, whole=everything or found.state is RunState.FINISHED)
         if show:
-            typer.echo(" ".join(sync_command(ready)))
+            tell(" ".join(sync_command(ready)))
             return
         if ready:
             _upload(found, ready)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from commands.common import Format, console, say, show_report
+from commands.common import Format, console, say, show_report, tell
 from commands.deliver import exported_of, show_exported
 from commands.logs import driver_log
 from jobs.errors import ExitCode
@@ -87,11 +87,12 @@ def _wait(watch: Watch) -> int:
 def _live(run: Run, backend: Backend, watch: Watch) -> int:
     from rich.live import Live
 
+    from commands.screen import Harmless
     from commands.view import run_view
 
-    with Live(run_view(run), console=console(), refresh_per_second=2, transient=True) as live:
+    with Live(Harmless(run_view(run)), console=console(), refresh_per_second=2, transient=True) as live:
         while (code := watch.poll()) is None:
-            live.update(run_view(run, watch.seen.sentence))
+            live.update(Harmless(run_view(run, watch.seen.sentence)))
             time.sleep(_LOOK_EVERY_SECONDS)
     return code
 
@@ -105,9 +106,9 @@ def _lines(run: Run, backend: Backend, watch: Watch, known: set[str]) -> int:
         code = watch.poll()
         if code is None and watch.seen.sentence not in ("", place):
             place = watch.seen.sentence
-            typer.echo(place)
+            tell(place)
         for line in news(run, known):
-            typer.echo(line)
+            tell(line)
         sys.stdout.flush()
         if code is not None:
             return code
@@ -146,10 +147,10 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
     if code in (ExitCode.INTERRUPTED, ExitCode.REQUEUE):
         say(f"\n{run.id} was interrupted; `lorafleet resume {run.id}` goes on")
         return
-    typer.echo(f"\nreport   {run.path / 'report' / 'report.html'}")
+    tell(f"\nreport   {run.path / 'report' / 'report.html'}")
     if report.recommendation.adapter and (run.path / report.recommendation.adapter).is_dir():
         folder = run.path / report.recommendation.adapter
-        typer.echo(f"{folder.name:<8} {folder}")
+        tell(f"{folder.name:<8} {folder}")
     elif report.recommendation.adapter and lies_elsewhere(run):
         say(f"`lorafleet pull {run.id}` brings the adapter")
     if status.get("reason"):

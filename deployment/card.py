@@ -45,12 +45,12 @@ def _card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped, spee
     source, judged = artefact.source, parity.judged
     base, data = str(source["base"]), str(given.job.data.dataset_name or given.job.data.train_file)
     lines = [
-        f"# {plain(base)}, {plain(given.job.name)}: {artefact.target}",
+        f"# {plain(base)}, {plain(given.job.name)}: {plain(artefact.target)}",
         "",
-        f"{WHAT[artefact.target]}. Made from run `{source['run']}`, trial `{source['trial_id']}` "
-        f"({source['method']}, {artefact.task}).",
+        f"{WHAT[artefact.target]}. Made from run {plain(str(source['run']))}, trial {plain(str(source['trial_id']))} "
+        f"({plain(str(source['method']))}, {artefact.task}).",
         "",
-        f"- base: {plain(base)} (revision `{source['revision']}`), licence: {_licence_of_base(given)}",
+        f"- base: {plain(base)} (revision {plain(str(source['revision']))}), licence: {_licence_of_base(given)}",
         f"- data: {plain(data)}, licence: {licence(data, Path(data) if Path(data).is_absolute() else None)}",
         f"- weights, graph and tokenizer: {files_mb(folder):.1f} MB",
         *_formats(given),
@@ -60,14 +60,14 @@ def _card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped, spee
         "",
         f"| on {judged.rows} held-out rows | source | this |",
         "|---|---|---|",
-        f"| {judged.metric} | {_with(judged.before, judged.before_interval)} | "
+        f"| {plain(judged.metric)} | {_with(judged.before, judged.before_interval)} | "
         f"{_with(judged.after, judged.after_interval)} |",
         f"| largest logit difference | | {number(judged.max_logit_difference)} |",
         *_called(judged),
         f"| same {'class' if judged.metric == 'accuracy' else 'likeliest token'} | | {judged.agreement:.3f} |",
         "",
-        f"{'Accepted' if parity.accepted else 'REJECTED: ' + '; '.join(parity.reasons)}.",
-        *(f"\n{remark[0].upper()}{remark[1:]}." for remark in parity.remarks),
+        f"{'Accepted' if parity.accepted else 'REJECTED: ' + plain('; '.join(parity.reasons))}.",
+        *(f"\n{plain(remark[0].upper() + remark[1:])}." for remark in parity.remarks),
         "",
         "## How to run it",
         "",
@@ -91,7 +91,7 @@ def _speed(speed: Inference | None) -> list[str]:
     """What it took where it was exported."""
     if speed is None:
         return []
-    threads = f"{speed.threads} CPU thread{'' if speed.threads == 1 else 's'} of {speed.cpu or 'an unknown CPU'}"
+    threads = f"{speed.threads} CPU thread{'' if speed.threads == 1 else 's'} of {plain(speed.cpu or 'an unknown CPU')}"
     if speed.tokens_per_second:
         took = f"{1000 / speed.tokens_per_second:.1f} ms a token, {number(speed.ttft_ms, 1)} ms to the first"
     else:
@@ -103,7 +103,7 @@ def _formats(given: Shipped) -> list[str]:
     """Return a line on the number formats of the training."""
     rows = Trial(given.weights.parent).metrics() if given.weights is not None else []
     formats = rows[-1].get("number_formats") if rows else None
-    return [f"- trained with {formats}"] if formats else []
+    return [f"- trained with {plain(str(formats))}"] if formats else []
 
 
 def _writes(artefact: Artefact) -> bool:

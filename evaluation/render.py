@@ -138,21 +138,21 @@ def markdown(report: Report) -> str:
         "",
         f"**{plain(report.recommendation.sentence)}**",
     ]
-    lines += ["", f"Rule: {report.recommendation.rule}.", ""]
+    lines += ["", f"Rule: {plain(report.recommendation.rule)}.", ""]
     if report.arms is not None:
         columns_of_arms = arm_columns(report)
-        lines += ["| " + " | ".join(heading for heading, _ in columns_of_arms) + " |"]
+        lines += ["| " + " | ".join(plain(heading) for heading, _ in columns_of_arms) + " |"]
         lines += ["|" + "---|" * len(columns_of_arms)]
         lines += ["| " + " | ".join(plain(cell(arm)) for _, cell in columns_of_arms) + " |" for arm in report.arms]
     if report.arms is not None and report.shown:
         lines += ["", "## Every configuration", ""]
     if report.shown:
-        lines += ["| " + " | ".join(heading for heading, _ in shown) + " |", "|" + "---|" * len(shown)]
+        lines += ["| " + " | ".join(plain(heading) for heading, _ in shown) + " |", "|" + "---|" * len(shown)]
         lines += ["| " + " | ".join(plain(cell(row)) for _, cell in shown) + " |" for row in report.shown]
     tables = (pairs_table(report, whole=True), batches_table(report), folds_table(report), ratings_table(report))
     for headings, rows in tables:
         if rows:
-            lines += ["", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+            lines += ["", "| " + " | ".join(map(plain, headings)) + " |", "|" + "---|" * len(headings)]
             lines += ["| " + " | ".join(map(plain, row)) + " |" for row in rows]
     lines += ["", *(f"- {plain(note)}" for note in notes(report)), ""]
     return "\n".join(lines)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from jobs.report import Metrics, Report, Row
-from jobs.words import counted
+from jobs.words import counted, printable
 
 Cell = Callable[[Row], str]
 BENCHMARK = "benchmark"
@@ -22,11 +23,19 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}"
 
 
+_READ_AS_MORE = re.compile(r"[&<>]|:(?=//)|(?<=mailto):|(?<=xmpp):|(?<=\S)@(?=\S)|(?<=www)\.", re.IGNORECASE)
+
+
 def plain(text: str) -> str:
-    """A text that Markdown shows as it is, on one line."""
-    for mark in ("\\", "`", "*", "_", "~", "&", "<", ">", "|", "["):
+    """A text that every reader of Markdown shows as it is, on one line: no HTML, no link, no picture, no format.
+
+    HTML's marks and those that make links of bare addresses are written as entities, for not every reader knows a
+    backslash before them.
+    """
+    for mark in ("\\", "`", "*", "_", "~", "|", "["):
         text = text.replace(mark, f"\\{mark}")
-    return " ".join(text.split())
+    text = _READ_AS_MORE.sub(lambda found: f"&#{ord(found[0])};", text)
+    return " ".join(printable(text).split())
 
 
 def duration(seconds: float | None) -> str:

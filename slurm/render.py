@@ -11,11 +11,16 @@ import shlex
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2 import StrictUndefined
+from jinja2.exceptions import SecurityError
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from jobs.errors import PlacementRefused
 from jobs.slurm_site import SlurmSite
+from jobs.words import printable
 
 JOB, NODE = "job.sbatch", "node.sh"
 _OBJECTS = 2**31
@@ -52,9 +57,9 @@ def render(site: SlurmSite, script: Script, templates: dict[str, str] | None = N
     Raises PlacementRefused for a template that jinja2 cannot render.
     """
     context = {
-        "title": script.title,
-        "version": script.version,
-        "site": site,
+        "title": _one_line(script.title),
+        "version": _one_line(script.version),
+        "site": site.model_dump(mode="json"),
         "options": options(site, script.nodes),
         "setup": [*_programs(site, script), *site.setup],
         "values": _values(site, script.nodes, stage=script.stage),
@@ -70,12 +75,36 @@ def render(site: SlurmSite, script: Script, templates: dict[str, str] | None = N
         text = (templates or {}).get(name) or _template(name)
         try:
             rendered[name] = _ENVIRONMENT.from_string(text).render(context)
-        except TemplateError as error:
-            raise PlacementRefused(f"the template of site {site.name} cannot be rendered: {error}") from error
+        except Exception as error:  # the expressions are the template's own, and may fail in any way
+            raise PlacementRefused(
+                f"the template of site {site.name} cannot be rendered: {type(error).__name__}: {error}"
+            ) from error
     return rendered
 
 
-_ENVIRONMENT = Environment(
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Templates read values and write text: they reach no object behind a value, and make no text without end."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """Multiply numbers, and repeat short texts. Raises SecurityError."""
+        for value, times in ((left, right), (right, left)):
+            repeats = isinstance(value, str | list | tuple) and isinstance(times, int)
+            if operator == "**" or (repeats and len(value) * times > _LONGEST_TEXT):
+                raise SecurityError(f"{operator} makes more than a template may")
+        return super().call_binop(context, operator, left, right)
+
+
+_LONGEST_TEXT = 100_000
+
+
+def _one_line(text: str) -> str:
+    """A text as one quoted word that a comment can hold too: a line break would end the comment."""
+    return shlex.quote(" ".join(printable(text).split()))
+
+
+_ENVIRONMENT = _Sandbox(
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -84,6 +113,7 @@ _ENVIRONMENT = Environment(
     comment_start_string="<#",  # bash has ${#name}
     comment_end_string="#>",
 )
+_ENVIRONMENT.filters["quote"] = lambda value: shlex.quote(str(value))
 
 
 def _template(name: str) -> str:

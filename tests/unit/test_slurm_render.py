@@ -184,9 +184,50 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
     made = render(site, script, {JOB: own})
     assert made[JOB].endswith("echo 4\n")
     assert made[NODE] == render(site, script)[NODE]
-    for wrong in ("{{ nothing }}", "{% for %}"):
+    assert "'a; b'" in render(site, script, {JOB: "{{ 'a; b' | quote }} {{ site.cpus_per_node }}"})[JOB]
+    for wrong in ("{{ nothing }}", "{% for %}", "{{ 1 / 0 }}", "{{ none.x }}", "{{ 'a' + 1 }}"):
         with pytest.raises(PlacementRefused, match="template of site bare cannot be rendered"):
             render(site, script, {JOB: wrong})
+
+
+ESCAPES = (
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ cycler.__init__.__globals__.os.popen('touch EVIL').read() }}",
+    "{{ lipsum.__globals__['os'].system('touch EVIL') }}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ (site | attr('__class__')).__base__ }}",
+    "{{ options.append('x') }}",
+    "{{ values.update({'cpus': 'x'}) }}",
+    "{{ site.clear() }}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}",
+    "{{ 'x' * 10 ** 9 }}",
+    "{{ 10 ** 10 ** 10 }}",
+    "{{ 'x' * 1000000000 }}",
+    "{% for a in range(10000000) %}{% endfor %}",
+)
+
+
+@pytest.mark.parametrize("text", ESCAPES)
+def test_a_template_reaches_nothing(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `plan` renders starts nothing, reads no file and changes no value."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PlacementRefused, match="template of site bare cannot be rendered"):
+        render(SlurmSite.model_validate(BARE), Script(title="t", nodes=1), {JOB: text})
+    assert not list(tmp_path.iterdir())
+
+
+NO_COMMENT = ["x\ntouch EVIL", "x\r\n#SBATCH --wrap=x", "$(touch EVIL)", "`id`", "'; id; '", "\x1b[2J"]
+
+
+@pytest.mark.parametrize("hostile", NO_COMMENT)
+def test_no_value_of_a_comment_leaves_it(hostile: str) -> None:
+    site = SlurmSite.model_validate(BARE)
+    plain = render(site, Script(title="t", nodes=1, version="1"))[JOB].splitlines()
+    made = render(site, Script(title=hostile, nodes=1, version=hostile))[JOB].splitlines()
+    assert len(made) == len(plain)
+    assert [line for line, other in zip(made, plain, strict=True) if line != other] == made[1:3]
+    assert all(line.startswith("# ") and line.isprintable() for line in made[1:3])
 
 
 def test_paths_of_the_run_are_arguments_and_not_in_the_script() -> None:

@@ -51,9 +51,8 @@ def rate(
 
 
 def _serve(book: Notebook, title: str, port: int) -> None:
-    import uvicorn
-
     from jobs.errors import UserError
+    from webapp.guard import serve as answer_requests
     from webapp.local import free_socket, new_token
     from webapp.rate import rating_app
 
@@ -69,9 +68,8 @@ def _serve(book: Notebook, title: str, port: int) -> None:
         host = os.environ.get("SSH_CONNECTION", "").split()[2:3]
         if host:
             say(f"from elsewhere, first: ssh -L {taken}:127.0.0.1:{taken} {host[0]}")
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
         with contextlib.suppress(KeyboardInterrupt):  # it is told again, once the page is closed
-            server.run(sockets=[listening])
+            answer_requests(app, listening)
 
 
 def _ask(book: Notebook) -> None:

@@ -34,11 +34,10 @@ def serve(
 
     The API key is LORAFLEET_API_KEY, or a random one that is printed.
     """
-    import uvicorn
-
     from deployment.conversation import framed
     from deployment.runtime import open_artefact, read_artefact
     from jobs.errors import UserError
+    from webapp.guard import serve as answer_requests
     from webapp.local import free_socket, new_token
     from webapp.openai import Limits, serving_app
 
@@ -60,9 +59,8 @@ def serve(
         )
         say(f"for production: {production(about, artefact)}")
         _invite(about, name, token if own is None else None, listening)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
         with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[listening])
+            answer_requests(app, listening)
 
 
 def _invite(about: Artefact, name: str, token: str | None, listening: socket.socket) -> None:

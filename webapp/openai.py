@@ -5,7 +5,6 @@ What changes an answer and is not supported is refused, never ignored: a client 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import threading
 import time
@@ -21,12 +20,13 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from deployment.answers import Piece, pieces, room_for
 from deployment.decoding import Sampling
 from deployment.runtime import Loaded
 from jobs.errors import UserError
+from webapp.guard import GONE, Body
 from webapp.local import Admit, guarded, same
 
 _CHANGES_NOTHING = frozenset("user metadata store service_tier parallel_tool_calls safety_identifier".split())
@@ -45,8 +45,6 @@ _AS_WITHOUT = {
 }
 """What is not supported -> values of it, as JSON, that ask for nothing."""
 _COLDEST = 1e-4
-_GONE = "lorafleet.gone"
-"""Of a request: an event that is set once its client has left."""
 _MOST_PROMPTS = 64
 
 
@@ -290,7 +288,7 @@ def serving_app(
         _writers(app, server)
     else:
         _classifiers(app, server)
-    app.add_middleware(_Body, most=1000 * limits.body_kb)
+    app.add_middleware(Body, most=1000 * limits.body_kb, refuse=lambda text, code: _error(text, code, None))
     return guarded(app, port, by_bearer(token))
 
 
@@ -347,7 +345,7 @@ def _classifiers(app: FastAPI, server: _Server) -> None:
     def classify(asked: Classify, request: Request) -> dict[str, Any]:
         server.check(asked)
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
-        with server.turns.turn(request.scope[_GONE]):
+        with server.turns.turn(request.scope[GONE]):
             shares_RC = server.loaded.probabilities(texts)
         data = [
             {"index": index, "label": labels[int(row_C.argmax())], "probs": row_C.tolist(), "num_classes": len(labels)}
@@ -366,7 +364,7 @@ _Found = TypeVar("_Found")
 
 async def _patiently(request: Request, work: Callable[[threading.Event], _Found]) -> _Found:
     """Do work in a thread; the event that it is given says that the client has left."""
-    return await run_in_threadpool(work, request.scope[_GONE])
+    return await run_in_threadpool(work, request.scope[GONE])
 
 
 def _usage(prompts: list[list[int]], last: list[Piece]) -> dict[str, int]:
@@ -401,7 +399,7 @@ async def _stream(
 ) -> Response:
     """Server-sent events. The first piece is written before the answer begins: what is refused has its own code."""
     room_for(server.loaded, prompt, most)
-    gone = request.scope[_GONE]
+    gone = request.scope[GONE]
     answer = server.answer(prompt, most, asked, gone)
     try:
         piece = await run_in_threadpool(next, answer, None)
@@ -469,49 +467,3 @@ def _errors(app: FastAPI) -> None:
         found = error.errors()[0]
         where = ".".join(str(part) for part in found["loc"] if part != "body") or "the request"
         return _error(f"{where}: {found['msg']}", 400, where)
-
-
-class _Body:
-    """Bodies end where they may, whether they say how long they are or not; and a client that leaves is noticed."""
-
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self.app, self.most = app, most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request whose body is too long with 413."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        parts, size, more = list[bytes](), 0, True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return
-            parts.append(message.get("body", b""))
-            size, more = size + len(parts[-1]), message.get("more_body", False)
-            if size > self.most:
-                text = f"the request is larger than {self.most // 1000} KB"
-                await _error(text, 413, None)(scope, receive, send)
-                return
-        body, given = b"".join(parts), False
-        gone, left = scope.setdefault(_GONE, threading.Event()), asyncio.Event()
-
-        async def again() -> Message:
-            nonlocal given
-            if given:
-                await left.wait()
-                return {"type": "http.disconnect"}
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            gone.set()
-            left.set()
-
-        watcher = asyncio.create_task(watch())
-        try:
-            await self.app(scope, again, send)
-        finally:
-            watcher.cancel()

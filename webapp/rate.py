@@ -11,7 +11,10 @@ from pydantic import BaseModel, ConfigDict
 
 from evaluation.rating import Notebook
 from jobs.errors import UserError
+from webapp.guard import Body
 from webapp.local import by_token, guarded, static
+
+_MOST_BYTES = 64_000
 
 
 class Rated(BaseModel):
@@ -64,4 +67,5 @@ def rating_app(book: Notebook, title: str, token: str, port: int) -> FastAPI:
         return {"missing": book.missing}
 
     static(app, {"/": "rate.html", "/rate.js": "rate.js", "/rate.css": "rate.css"})
+    app.add_middleware(Body, most=_MOST_BYTES, refuse=lambda text, code: JSONResponse({"error": text}, code))
     return guarded(app, port, by_token(token))

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 
 from commands.serve import production
 from deployment.conversation import framed as framed_by
@@ -24,6 +23,7 @@ from jobs.errors import UserError
 from jobs.exported import Artefact
 from tests.conftest import lorafleet_here
 from tests.unit.test_export import ABOUT, Counting
+from webapp.guard import server_of
 from webapp.local import free_socket
 from webapp.openai import Limits, serving_app
 
@@ -87,7 +87,7 @@ def served(model: Loaded, limits: Limits = USUAL) -> Iterator[int]:
     listening = free_socket(0)
     port = listening.getsockname()[1]
     app = serving_app(model, "tiny", TOKEN, port, limits, framed)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+    server = server_of(app)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     while not server.started:

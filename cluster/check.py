@@ -16,8 +16,8 @@ from jobs.assets import PREFIX, asset
 from jobs.data_files import DATA_SUFFIXES, data_suffix
 from jobs.deepspeed import contradictions
 from jobs.errors import AssetError, DataError, JobFileError, Problem
-from jobs.hub import check_whole, model_config, model_folder
-from jobs.identity import encoders_of, models_of
+from jobs.hub import check_whole, code_refusal, model_config, model_folder
+from jobs.identity import bases_of, encoders_of, models_of
 from jobs.load import LoadedJob, load_job
 from jobs.model_kinds import (
     can_pack,
@@ -78,6 +78,9 @@ def _wrong(loaded: LoadedJob, *, whole: bool) -> list[tuple[str, str]]:
                 check_whole(name, None) if whole else model_folder(name, None)
             except AssetError as error:
                 found.append(("model.model_name_or_path", str(error)))
+    for name, revision in bases_of(job) if job.model.trust_remote_code else ():
+        sentence = code_refusal(name, revision)
+        found += [("model.trust_remote_code", sentence)] if sentence else []
     data = job.data.dataset_name
     if data and data.startswith(PREFIX):
         found += _unknown_asset("data.dataset_name", data, "dataset")

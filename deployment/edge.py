@@ -17,7 +17,9 @@ def export_executorch(merged: Path, out: Path, *, classifies: bool, longest: int
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    model = kind.from_pretrained(str(merged), attn_implementation="eager", dtype=torch.float32).eval()
+    model = kind.from_pretrained(
+        str(merged), attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+    ).eval()
 
     class Whole(torch.nn.Module):
         def __init__(self) -> None:

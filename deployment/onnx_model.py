@@ -27,7 +27,9 @@ def export_onnx(merged: Path, out: Path, *, classifies: bool) -> None:
 
     kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
     # Fused attention gives other numbers where a whole row is masked, as padding on the left has it; eager does not.
-    model = kind.from_pretrained(str(merged), attn_implementation="eager", dtype=torch.float32).eval()
+    model = kind.from_pretrained(
+        str(merged), attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+    ).eval()
     wrapped, inputs, shapes, given, made = _classifier(model) if classifies else _decoder(model)
     out.mkdir(parents=True, exist_ok=True)
     with quiet(), torch.inference_mode(False), torch.no_grad():

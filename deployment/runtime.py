@@ -249,7 +249,7 @@ def open_merged(folder: Path, artefact: Artefact, threads: int) -> Decoder | Tor
         torch.set_num_threads(threads)
     classifies = artefact.task == "classification"
     kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    model = kind.from_pretrained(str(folder), use_safetensors=True).eval()
+    model = kind.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False).eval()
     return TorchClassifier(model) if classifies else TorchDecoder(model)
 
 

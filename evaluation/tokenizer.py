@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs.chat_format import ChatFormat
 from jobs.errors import AssetError, UserError
-from jobs.hub import converted_folder, lacks_tokenizer, model_folder, refuse
+from jobs.hub import check_code, converted_folder, lacks_tokenizer, model_folder, refuse
 from jobs.load import is_template_text
 from jobs.spec import JobSpec
 from jobs.stage import staged
@@ -57,6 +57,8 @@ def chat_format(job: JobSpec) -> ChatFormat:
     kwargs = json.dumps(data.chat_template_kwargs, sort_keys=True)
     folder = tokenizer_folder(spec.model_name_or_path, spec.revision)
     name = spec.model_name_or_path
+    if spec.trust_remote_code:
+        check_code(name, spec.revision)
     return _chat_format(name, folder, _stamps(folder), spec.trust_remote_code, data.chat_template, kwargs)
 
 

@@ -53,6 +53,8 @@ def fixed_fields(config: dict[str, Any]) -> dict[str, Any]:
     return fixed
 
 
+_IMPORTS = ("megatron_config", "tokenizer_kwargs")
+"""Keys with which PEFT imports a module by name, or lets a tokenizer bring code."""
 _TASKS = {"CAUSAL_LM": "writes text", "SEQ_CLS": "names classes"}
 
 
@@ -69,6 +71,9 @@ def adapter_refusal(
     kind = config.get("peft_type")
     if kind != PEFT_TYPES.get(method):
         return f"{field} is {folder}, which is of type {kind}, but method is {method}"
+    code = next((key for key in _IMPORTS if config.get(key)), None)
+    if code:
+        return f"{field} is {folder}, whose {ADAPTER_FILES[0]} has {code}, which names code to run"
     task = config.get("task_type")
     if task in _TASKS and task != ("CAUSAL_LM" if generates else "SEQ_CLS"):
         return f"{field} is {folder}, which {_TASKS[task]} ({task}), and the job's task is another"

@@ -177,6 +177,65 @@ def _folder_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def code_digest(folder: Path) -> str:
+    """Return the SHA-256 over the names and bytes of all files of a model's folder but its weights, in hex."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for file in sorted(folder.rglob("*")):
+        if file.suffix not in _WEIGHTS and file.is_file():
+            digest.update(f"{file.relative_to(folder).as_posix()}\0{files.sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+def code_refusal(name: str, revision: str | None) -> str | None:
+    """Say why code of a model must not be run; None where it is pinned as a whole, or is not on this machine yet.
+
+    A hub model is pinned by its commit; a folder can change, so that the hash of what is in it now must be named. Code
+    that the config takes from another repository (`org/other--module.Class`) is pinned by neither.
+    """
+    try:
+        folder = model_folder(name, revision)
+    except AssetError:
+        return None
+    for file in ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json"):
+        named = _json(folder / file).get("auto_map") if (folder / file).is_file() else None
+        elsewhere = [text for text in _texts(named) if "--" in text]
+        if elsewhere:
+            return (
+                f"model.trust_remote_code is true, but {folder / file} takes code from another repository "
+                f"({elsewhere[0][:100]}), which model.revision does not pin: copy it into the model's folder"
+            )
+    if not Path(name).is_absolute():
+        return None
+    now = code_digest(folder)
+    if revision == now:
+        return None
+    return (
+        f"model.trust_remote_code is true and model.revision is {revision}, but the files of {folder} have the SHA-256 "
+        f"{now}: read its code, and name that revision if it may run"
+    )
+
+
+def _texts(value: Any) -> list[str]:
+    """Return every text in a tree."""
+    if isinstance(value, dict):
+        return [text for inner in value.values() for text in _texts(inner)]
+    if isinstance(value, list):
+        return [text for inner in value for text in _texts(inner)]
+    return [value] if isinstance(value, str) else []
+
+
+def check_code(name: str, revision: str | None) -> None:
+    """Raise AssetError where code of a model must not be run."""
+    sentence = code_refusal(name, revision)
+    if sentence:
+        raise AssetError(sentence)
+
+
 def parameter_count(name: str, revision: str | None) -> int | None:
     """Weights of a model: pinned for an asset, read from safetensors headers for a folder; None when unknown."""
     if name.startswith(PREFIX):

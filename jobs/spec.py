@@ -28,7 +28,7 @@ _TEMPLATE_ARGUMENTS = frozenset(
     | {"add_generation_prompt", "bos_token", "chat_template", "continue_final_message", "conversation", "documents"}
     | {"eos_token", "messages", "return_assistant_tokens_mask", "return_dict", "tokenize", "tools"}
 )
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 class ModelSpec(Spec):
@@ -47,7 +47,8 @@ class ModelSpec(Spec):
     """Which attention transformers uses; `auto`: torch's scaled dot product (`sdpa`) where the model has it.
     `flash_attention_2` needs a GPU and the flash-attn package."""
     trust_remote_code: bool = False
-    """Whether code from the model's repository may run. Needs `revision` to be a full commit."""
+    """Whether code from the model's repository may run. Needs `revision` to be a full commit; of a folder, the SHA-256
+    of its files without the weights, which `lorafleet validate` prints."""
 
     @model_validator(mode="after")
     def _remote_code_is_pinned(self) -> ModelSpec:
@@ -56,8 +57,8 @@ class ModelSpec(Spec):
                 [
                     Problem(
                         "model.trust_remote_code",
-                        "model.trust_remote_code is true, but must go with a model.revision of 40 hex digits: "
-                        "code that can change under you is not run",
+                        "model.trust_remote_code is true, but must go with a model.revision of 40 hex digits (of a "
+                        "folder, 64): code that can change under you is not run",
                     )
                 ]
             )

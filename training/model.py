@@ -18,7 +18,7 @@ from torch import nn
 from evaluation.tokenizer import padding_id, quiet_libraries, read_tokenizer
 from jobs import files
 from jobs.errors import AssetError, UserError
-from jobs.hub import converted_folder, lacks_weights, model_folder, refuse
+from jobs.hub import check_code, converted_folder, lacks_weights, model_folder, refuse
 from jobs.model_kinds import classification_refusal, generation_refusal, is_causal, length_refusal
 from jobs.spec import JobSpec
 from jobs.stage import staged
@@ -89,6 +89,8 @@ def resolve_device(gpus: int) -> torch.device:
 def load_tokenizer(name: str, revision: str | None, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Return a model's tokenizer as it comes; `evaluation.tokenizer.chat_format` has it with the job's template."""
     folder = safetensors_folder(name, revision)
+    if trust_remote_code:
+        check_code(name, revision)
     tokenizer: PreTrainedTokenizerBase = read_tokenizer(name, folder, trust_remote_code=trust_remote_code)
     return tokenizer
 
@@ -103,6 +105,8 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
 
     spec = job.model
     folder = safetensors_folder(spec.model_name_or_path, spec.revision)
+    if spec.trust_remote_code:
+        check_code(spec.model_name_or_path, spec.revision)
     _check_kind(job, folder)
     check_formats(job, device)
     options: dict[str, Any] = {
@@ -302,8 +306,10 @@ def _convert_gguf(folder: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_libraries(), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf", trust_remote_code=False)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file="model.gguf", dtype=torch.float32, trust_remote_code=False
+        )
         dropped = {"quantization_config", "_name_or_path", "transformers_version", "model_type"}
         values = {key: value for key, value in loaded.config.to_dict().items() if key not in dropped}
         plain = type(loaded)(type(loaded.config)(**values)).float()

@@ -27,6 +27,7 @@ from jobs.plan import Plan
 from jobs.ray_cluster_site import RayClusterSite
 from jobs.run import Run, RunState, TrialState
 from jobs.spec import JobSpec
+from jobs.trust import remember
 from jobs.words import counted
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ class Away(ABC, Generic[AwaySite]):
         runs.mkdir(parents=True, exist_ok=True)
         with self.reached(say) as place:
             bring_unknown(place, self.folder_of(name), run.path)
+        remember(run.path)
         nodes = int(files.read_json(run.path / "plan.json").get("nodes") or 1)
         site = {"kind": self.site.kind, "site": self.site.model_dump(mode="json")}
         facts = {"submission": submission, "nodes": nodes, "call": "", "handed_over": True}

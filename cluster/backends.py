@@ -9,6 +9,7 @@ from jobs.run import Run
 from jobs.site import Site
 from jobs.site_file import LoadedSite
 from jobs.slurm_site import SlurmSite
+from jobs.trust import distrust
 
 SITE_FILE = "site.json"
 """Of a run that went to a queue: the site as it was then."""
@@ -41,8 +42,13 @@ def lies_elsewhere(run: Run) -> bool:
     return files.read_json(run.path / SITE_FILE).get("kind") in ("kubernetes", "ray")
 
 
-def backend_of(run: Run) -> Backend:
-    """Where a run was submitted to."""
+def backend_of(run: Run, *, trust: bool = False) -> Backend:
+    """Where a run was submitted to. A run that this user's lorafleet has not made is only read, but with `trust`."""
+    from cluster.stranger import Stranger
+
+    why = None if trust else distrust(run.path)
+    if why is not None:
+        return Stranger(why)
     stored = files.read_json(run.path / SITE_FILE)
     if not stored:
         from cluster.machine import local_site

@@ -26,6 +26,8 @@ from jobs.run import Run, RunState
 from jobs.spec import JobSpec
 
 _NOTE_SECONDS = 10.0
+_SAME_WISH_SECONDS = 1.0
+"""A second signal this soon is the first one once more."""
 
 
 class Driver(ABC):
@@ -41,6 +43,7 @@ class Driver(ABC):
         self.began = self.noted = time.time()
         self.earlier_seconds = float(run.status().get("wall_seconds") or 0.0)
         self.told: signal.Signals | None = None  # the signal that asked for the end
+        self.told_at = 0.0
         self.disk_full: str | None = None
 
     @abstractmethod
@@ -58,10 +61,15 @@ class Driver(ABC):
 
     def execute(self) -> ExitCode:
         """Do what is left of the run, and write down how it ended."""
+        if self.run.path.stat().st_mode & 0o040:  # `share: group`: what is written is for the group's eyes as well
+            files.share_with_group()
         os.environ.update(self.job.environment)  # before the threads and the libraries that read it
         allocation = allocation_here()
         saved = saved_mark(self.run)
-        lease = Lease.take(self.run.path, allocation | {"saved": saved}, say=log)
+        try:
+            lease = Lease.take(self.run.path, allocation | {"saved": saved}, say=log)
+        except OSError as error:
+            raise disk_full(error, self.run.path) or error from error
         try:
             self.run = dataclasses.replace(self.run, attempt=lease.attempt)
             lease.keep(_end_at_once)
@@ -117,6 +125,9 @@ class Driver(ABC):
         """The handler: the first signal asks for the end, the second is it."""
         if self.told is signal.SIGUSR1 and number == signal.SIGUSR1:
             return  # a queue may warn twice
+        if self.told is not None and time.monotonic() - self.told_at < _SAME_WISH_SECONDS:
+            return  # one that was sent to a process and to its group
+        self.told_at = time.monotonic()
         if self.told is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

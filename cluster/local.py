@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from cluster.backend import Say, Seen, quietly
@@ -15,8 +15,9 @@ from cluster.machine import check_torch
 from cluster.planning import make_plan
 from cluster.transfer import Which
 from jobs import files
-from jobs.errors import ExitCode, RunError
+from jobs.errors import ExitCode, RunError, disk_full
 from jobs.load import LoadedJob, dump_resolved
+from jobs.orphans import clear_orphans
 from jobs.plan import Plan
 from jobs.run import Run, RunState
 from jobs.site import Site
@@ -49,17 +50,22 @@ class LocalBackend:
         return run
 
     def start(self, run: Run) -> None:
-        """Start the driver. It stays in this process group: a terminal that closes takes it along."""
+        """Start the driver, in a process group of its own: all signals reach it through the command that follows it.
+
+        Whether the run is this user's own was asked before.
+        """
         logs = run.path / "logs"
         logs.mkdir(exist_ok=True)
         with (logs / "driver.log").open("ab") as log:
             self.child = subprocess.Popen(
-                [*driver_command(), "exec", str(run.path)],
+                [*driver_command(), "exec", str(run.path), "--trust"],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 cwd=run.path,
+                process_group=0,
             )
+        _STARTED.append(self.child)
 
     def refresh(self, run: Run, say: Say = quietly) -> None:
         """Nothing: the folder is the run's own."""
@@ -72,7 +78,8 @@ class LocalBackend:
         """Start the driver of a run whose last one is gone. Raises RunError when it still lives."""
         if run.alive():
             raise RunError(f"{run.id} is running (process {run.status()['pid']}); `lorafleet status {run.id}` shows it")
-        clear_leftovers(run)
+        clear_orphans(Path(tempfile.gettempdir()))
+        clear_orphans(Path("/tmp"))  # nosec B108  # only what is ours
         (run.path / "stop").unlink(missing_ok=True)
         self.start(run)
 
@@ -117,6 +124,16 @@ class ChildWatch:
         """Nothing: there is nothing of its own."""
 
 
+_STARTED: list[subprocess.Popen[bytes]] = []
+
+
+def interrupt_drivers() -> None:
+    """Pass Ctrl-C on to drivers that this process has started, before anybody follows them."""
+    for child in _STARTED:
+        if child.poll() is None:
+            child.send_signal(signal.SIGINT)
+
+
 def driver_command() -> list[str]:
     """The console script beside this Python; without it, the same function with a path that holds no foreign folder."""
     script = Path(sys.executable).with_name("lorafleet")
@@ -128,32 +145,14 @@ def driver_command() -> list[str]:
 def write_run(plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
     """A new run's folder, whole, and pending."""
     run = Run.create(runs, plan.job.name)
-    files.write_text(run.path / "job.yaml", loaded.text)
-    files.write_text(run.path / "resolved.json", dump_resolved(loaded))
-    files.write_json(run.path / "plan.json", plan.model_dump(mode="json"))
+    try:
+        files.write_text(run.path / "job.yaml", loaded.text)
+        files.write_text(run.path / "resolved.json", dump_resolved(loaded))
+        files.write_json(run.path / "plan.json", plan.model_dump(mode="json"))
+    except BaseException as error:
+        shutil.rmtree(run.path, ignore_errors=True)
+        full = disk_full(error, runs, "start again")
+        if full is not None:
+            raise full from error
+        raise
     return run
-
-
-def clear_leftovers(run: Run) -> None:
-    """End what killed drivers left of their own Ray: processes that have its session's folder on their command line."""
-    for one in [run, *run.arms()]:
-        _clear_session(one)
-
-
-def _clear_session(run: Run) -> None:
-    import psutil
-
-    ray = files.read_json(run.path / "logs" / "ray.json")
-    session = Path(str(ray.get("session_dir") or "/")).name
-    if not ray.get("own") or not session.startswith("session_"):
-        return
-    left = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(session in word for word in process.info["cmdline"] or []):
-            left.append(process)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=10)
-    if ray.get("scratch"):
-        shutil.rmtree(Path(ray["scratch"]), ignore_errors=True)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
 from jobs import files
 from jobs.run import Run
-
-
-def state_folder() -> Path:
-    """Of the user (XDG_STATE_HOME)."""
-    home = os.environ.get("XDG_STATE_HOME") or files.in_home("~/.local/state")
-    return Path(home) / "lorafleet"
+from jobs.user import state_folder
 
 
 def registry_file() -> Path:

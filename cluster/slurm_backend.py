@@ -87,7 +87,7 @@ class SlurmBackend:
             }
         )
 
-    def _script(self, title: str, nodes: int, verb: str = "exec", *, stage: bool = True) -> dict[str, str]:
+    def _script(self, title: str, nodes: int, verb: str = "exec --trust", *, stage: bool = True) -> dict[str, str]:
         """The job's files."""
         script = Script(
             title=f"lorafleet {title}, on site {self.site.name}",
@@ -106,7 +106,7 @@ class SlurmBackend:
             return {}
         path = files.in_home(os.path.expandvars(self.site.template))
         try:
-            return {JOB: path.read_text()}
+            return {JOB: files.read_plain_text(path)}
         except (OSError, UnicodeDecodeError) as error:
             raise PlacementRefused(
                 f"template of site {self.site.name} is {path}, which cannot be read: {error}"

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.registry import state_folder
 from cluster.transfer import Cargo, digest, files_of
 from jobs import files
 from jobs.assets import PREFIX, asset, cache_dir
@@ -18,6 +17,7 @@ from jobs.identity import bases_of, encoders_of, models_of
 from jobs.own_metrics import file_of
 from jobs.rows import split_files
 from jobs.spec import JobSpec
+from jobs.user import state_folder
 
 _FILES = ("train_file", "validation_file", "test_file")
 
@@ -38,7 +38,7 @@ def named_paths(job: JobSpec) -> list[tuple[str, str]]:
 
 def own_cargo(path: str) -> Cargo:
     """A file or folder of the user's: on the storage it lies under the digest of its bytes. Raises OSError."""
-    source = files.in_home(path).resolve()
+    source = files.real(files.in_home(path))
     mark = digest(source)
     return Cargo(source, f"staged/{mark[:16]}/{source.name}", mark)
 
@@ -96,7 +96,7 @@ def staged(storage: str, job: JobSpec, cache: str) -> dict[str, str]:
     unchanged = {(row.get("source"), row.get("looks")): row["digest"] for row in rows}
     found = {}
     for _, path in named_paths(job) if there else ():
-        source = files.in_home(path).resolve()
+        source = files.real(files.in_home(path))
         try:
             mark = unchanged.get((str(source), looks_of(source))) or digest(source)
         except OSError:

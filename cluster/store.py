@@ -12,19 +12,23 @@ from cluster.registry import submitted
 from jobs.errors import RunError
 from jobs.fields import closest
 from jobs.run import Run, RunState
+from jobs.tracebacks import at_run
+from jobs.trust import forget
 
 
-def all_runs(runs: Path) -> list[Run]:
-    """The runs of a folder, newest first."""
+def all_runs(runs: Path, damaged: list[str] | None = None) -> list[Run]:
+    """The runs of a folder, newest first; what is wrong with those that cannot be read is added to `damaged`."""
+    said: list[str] = [] if damaged is None else damaged
     found = [Run(path.parent) for path in runs.glob("*/plan.json") if not path.parent.is_symlink()]
-    return sorted((run for run in found if _readable(run)), key=lambda run: run.created, reverse=True)
+    return sorted((run for run in found if _readable(run, said)), key=lambda run: run.created, reverse=True)
 
 
-def _readable(run: Run) -> bool:
-    """Whether a folder's status is a run's: another program's folder, or one half-copied, is passed over."""
+def _readable(run: Run, damaged: list[str]) -> bool:
+    """Whether a folder's status is a run's. Another program's folder is passed over."""
     try:
         return bool(run.state) and run.created >= 0
-    except (ValueError, OSError, RunError):
+    except (ValueError, OSError, RunError) as error:
+        damaged.append(f"{run.path.name} is left out: {error}")
         return False
 
 
@@ -33,6 +37,12 @@ def find_run(runs: Path, name: str | None) -> Run:
 
     Raises RunError with what there is.
     """
+    found = _found(runs, name)
+    at_run(found.path)
+    return found
+
+
+def _found(runs: Path, name: str | None) -> Run:
     if name is not None and not name.strip():
         raise RunError("RUN is empty; `lorafleet list` shows the runs")
     if name:
@@ -42,7 +52,7 @@ def find_run(runs: Path, name: str | None) -> Run:
     known = all_runs(runs)
     if name is not None or not known:  # those on a cluster may lie in its site's folder
         folders = {run.path.absolute() for run in known}
-        known += [run for run in submitted() if run.path.absolute() not in folders and _readable(run)]
+        known += [run for run in submitted() if run.path.absolute() not in folders and _readable(run, [])]
         for run in known:
             if run.id == name:
                 return Run(run.path.absolute())
@@ -105,6 +115,7 @@ def clean(run: Run, *, dry_run: bool, even_unsynced: bool = False) -> Cleaned:
         return Cleaned(run.id, 0, reason)
     size = folder_bytes(run.path)
     if not dry_run:
+        forget(run.path)
         shutil.rmtree(run.path)
     return Cleaned(run.id, size, None)
 

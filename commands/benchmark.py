@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, Format, On, OneRun, Output, Runs, hush_libraries, say, show_report, tell
+from commands.common import (
+    DEFAULT_RUNS,
+    Format,
+    On,
+    OneRun,
+    Output,
+    Runs,
+    Trust,
+    confirm_trust,
+    hush_libraries,
+    say,
+    show_report,
+    tell,
+)
 from commands.deliver import deliver
 from commands.sweep import Detach, Wait
 
@@ -34,6 +47,7 @@ def benchmark(
     output: Output = Format.TEXT,
     detach: Detach = False,
     wait: Wait = False,
+    trust: Trust = False,
 ) -> None:
     """Measure base, adapter and exported targets of a run (RUN, or RUN:TRIAL): size, speed, memory, metric."""
     from jobs.exported import Delivery
@@ -53,7 +67,7 @@ def benchmark(
             new_tokens=new_tokens,
             points=points,
         )
-        deliver("benchmark", wanted, runs, on, output=output, detach=detach, wait=wait)
+        deliver("benchmark", wanted, runs, on, output=output, detach=detach, wait=wait, trust=trust)
         return
     from cluster.store import find_run
     from deployment.benchmark import Amount, variants
@@ -64,6 +78,7 @@ def benchmark(
 
     amount = Amount(rounds, rows, new_tokens, threads, points)
     found = find_run(runs, name)
+    confirm_trust(found, "benchmark", trust=trust)
     given = shipped(found, trial_id)
     out = (exported or found.path / "export").absolute()
     report = measure(given, variants(given, out, amount), out, amount, say)

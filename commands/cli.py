@@ -6,8 +6,6 @@ import errno
 import os
 import sys
 import tempfile
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -47,7 +45,10 @@ from commands import (
     validate,
 )
 from commands.common import say
-from jobs.errors import ExitCode, LorafleetError, UserError
+from jobs.errors import ExitCode, LorafleetError, UserError, disk_full
+from jobs.orphans import clear_orphans
+from jobs.tracebacks import keep
+from jobs.words import cut
 
 app = typer.Typer(
     name="lorafleet",
@@ -103,6 +104,7 @@ def _main(version: bool = typer.Option(False, "--version", help="Print the versi
 
         typer.echo(installed("lorafleet"))
         raise typer.Exit
+    clear_orphans(Path(tempfile.gettempdir()))  # what an earlier command left that was killed, a token among it
 
 
 def main() -> None:
@@ -110,14 +112,21 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        say(str(error))
+        say("\n".join(cut(line) for line in str(error).split("\n")))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        local = sys.modules.get("cluster.local")
+        if local is not None:
+            local.interrupt_drivers()
         sys.exit(ExitCode.INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.OK)
     except OSError as error:
+        full = disk_full(error, Path(error.filename or tempfile.gettempdir()), "try again")
+        if full is not None:
+            say(str(full))
+            sys.exit(ExitCode.USER_INPUT)
         if error.errno not in _OF_THE_PATH or error.filename is None or _INSIDE in str(error.filename):
             _our_fault(error)
         say(f"{error.filename}: {error.strerror}")
@@ -136,14 +145,5 @@ _INSIDE = "site-packages"
 
 def _our_fault(error: Exception) -> NoReturn:
     code = error.exit_code if isinstance(error, LorafleetError) else ExitCode.OUR_FAULT
-    say(f"{type(error).__name__}: {error}\nThis is a fault of lorafleet; the traceback is in {_keep(error)}")
+    say(f"{type(error).__name__}: {error}\nThis is a fault of lorafleet; the traceback is in {keep(error)}")
     sys.exit(code)
-
-
-def _keep(error: BaseException) -> Path:
-    """Write a traceback to a file of its own."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    handle, name = tempfile.mkstemp(prefix=f"lorafleet-{stamp}-", suffix=".txt")
-    with os.fdopen(handle, "w") as file:
-        file.write("".join(traceback.format_exception(error)))
-    return Path(name)

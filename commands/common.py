@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from cluster.backend import Backend, Cluster
     from jobs.report import Report
+    from jobs.run import Run
 
 
 class Format(StrEnum):
@@ -44,6 +45,9 @@ On = Annotated[
 ]
 RunName = Annotated[
     str | None, typer.Argument(metavar="[RUN]", help="A run's id, name or folder; the newest if left out.")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Act on what a run says that you did not make here (docs/security.md).")
 ]
 OneRun = Annotated[str, typer.Argument(metavar="RUN", help="A run's id, name or folder.", show_default=False)]
 Output = Annotated[Format, typer.Option("--format", help="What to print.")]
@@ -81,6 +85,13 @@ def cluster_on(on: str, nodes: int | None, chain: int | None = None) -> Cluster:
     say(f"site {loaded.site.name} from {', extending '.join(map(str, loaded.files))}")
     loaded.check_nodes(nodes)
     return backend_on(loaded.chained(chain) if chain else loaded, nodes)
+
+
+def confirm_trust(run: Run, command: str, *, trust: bool) -> None:
+    """Raise RunError for a run that this user's lorafleet has not made, but with `--trust`."""
+    from jobs.trust import check_trusted, what_runs
+
+    check_trusted(run.path, command, what_runs(run.path), trust=trust)
 
 
 def console() -> Console:

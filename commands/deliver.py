@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from commands.common import Format, cluster_on, console, print_json, say, tell
+from commands.common import Format, cluster_on, confirm_trust, console, print_json, say, tell
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,13 +16,24 @@ if TYPE_CHECKING:
     from jobs.run import Run
 
 
-def deliver(command: str, wanted: Delivery, runs: Path, on: str, *, output: Format, detach: bool, wait: bool) -> None:
+def deliver(
+    command: str,
+    wanted: Delivery,
+    runs: Path,
+    on: str,
+    *,
+    output: Format,
+    detach: bool,
+    wait: bool,
+    trust: bool,
+) -> None:
     """Submit it where the run lies, and follow it. `wanted.run` is as the user names it."""
     from cluster.store import find_run
     from commands.watch import follow
 
     backend = cluster_on(on, 1)
     source = find_run(backend.runs_dir(runs), wanted.run)
+    confirm_trust(source, command, trust=trust)
     _check_output(wanted, backend, on)
     wanted = wanted.model_copy(update={"run": _as_seen_there(source, backend, on)})
     loaded = _job(source, command, wanted, backend)

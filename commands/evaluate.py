@@ -17,7 +17,9 @@ from commands.common import (
     Output,
     Quiet,
     Runs,
+    Trust,
     backend_for,
+    confirm_trust,
     options_blamed,
     say,
     tell,
@@ -64,13 +66,14 @@ def evaluate(
     output: Output = Format.TEXT,
     detach: Detach = False,
     wait: Wait = False,
+    trust: Trust = False,
 ) -> None:
     """Judge adapters, models and runs on the same rows: one base stays loaded, and adapters come and go."""
     from cluster.check import check_names
     from cluster.fetch import fetch_job
     from commands.watch import follow
 
-    loaded = _job(what, job, data, runs, rounds=2 if measure else 0)
+    loaded = _job(what, job, data, runs, rounds=2 if measure else 0, trust=trust)
     backend = backend_for(on, nodes, chain)
     with options_blamed():
         check_names(loaded)
@@ -86,7 +89,7 @@ def evaluate(
     follow(run, backend, quiet=quiet, output=output, silent=wait)
 
 
-def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, rounds: int) -> LoadedJob:
+def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, rounds: int, trust: bool) -> LoadedJob:
     """A job whose comparison has each model as an arm that trains nothing."""
     from evaluation.report import job_here
     from jobs.errors import UserError
@@ -94,7 +97,7 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
     from jobs.load import load_derived, load_job, set_of
 
     overrides = [word for word in what if "=" in word]
-    found = [_model(word, runs) for word in what if "=" not in word]
+    found = [_model(word, runs, trust=trust) for word in what if "=" not in word]
     if not found:
         raise UserError("evaluate has nothing to judge: name runs, folders of adapters or models, or hub ids")
     if job is not None:
@@ -126,12 +129,12 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
 
 def _check_data(path: Path) -> None:
     """Raise UserError where --data names no file of rows."""
+    from jobs import files
     from jobs.data_files import DATA_SUFFIXES, data_suffix
     from jobs.errors import UserError
 
     if not path.is_file():
-        what = "that is a folder, not a file" if path.is_dir() else "there is no such file"
-        raise UserError(f"--data is {path}, but {what}")
+        raise UserError(f"--data is {path}, but {files.no_file(path)}")
     if data_suffix(path) is None:
         raise UserError(f"--data is {path}, but must end in one of {', '.join(DATA_SUFFIXES)}")
 
@@ -176,7 +179,7 @@ def check_prompts(runs: list[Run], job: JobSpec) -> None:
                 )
 
 
-def _model(word: str, runs: Path) -> tuple[Given, Run | None]:
+def _model(word: str, runs: Path, *, trust: bool) -> tuple[Given, Run | None]:
     """(the model that a word names, the run that it is from)."""
     from cluster.store import find_run
     from evaluation.report import run_job
@@ -189,7 +192,9 @@ def _model(word: str, runs: Path) -> tuple[Given, Run | None]:
     if is_model_name(word) and not folder.is_dir():
         return of_model(word), None
     name, _, trial_id = word.partition(":")
-    found = shipped(find_run(runs, name), trial_id)
+    run = find_run(runs, name)
+    confirm_trust(run, "evaluate", trust=trust)
+    found = shipped(run, trial_id)
     if found.arm and found.untrained:
         return of_arm(found.run, run_job(found.run), found.arm, found.weights), found.run
     assert found.trial_id is not None

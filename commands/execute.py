@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands.common import say
+from commands.common import Trust, confirm_trust, say
 
 if TYPE_CHECKING:
     from cluster.driver import Driver
@@ -25,17 +25,22 @@ def execute(
     job: Annotated[
         Path | None, typer.Option("--job", help="The document of the run, where its folder is not there yet.")
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Run what is left of a submitted run."""
     from jobs.errors import ExitCode
     from jobs.lease import HasDriver
     from jobs.ours import check_packages
     from jobs.run import Run
+    from jobs.tracebacks import at_run
 
     check_packages()
     found = Run(run.absolute())
+    at_run(found.path)
     if job is not None:
         found = _begin(run.absolute(), job)
+    else:
+        confirm_trust(found, "exec", trust=trust)
     from cluster.allocation import allocation_here
 
     try:

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, Format, On, OneRun, Output, Runs, ended_by_signals, hush_libraries, say
+from commands.common import (
+    DEFAULT_RUNS,
+    Format,
+    On,
+    OneRun,
+    Output,
+    Runs,
+    Trust,
+    confirm_trust,
+    ended_by_signals,
+    hush_libraries,
+    say,
+)
 from commands.deliver import deliver, show_exported
 from commands.sweep import Detach, Wait
 
@@ -55,6 +67,7 @@ def export(
     form: Output = Format.TEXT,
     detach: Detach = False,
     wait: Wait = False,
+    trust: Trust = False,
 ) -> None:
     """Make a run's model (RUN, or RUN:TRIAL) into files to deploy, and set aside what no longer does as its source."""
     from jobs.exported import Delivery
@@ -72,13 +85,14 @@ def export(
         budget=budget,
     )
     if on is not None:
-        deliver("export", wanted, runs, on, output=form, detach=detach, wait=wait)
+        deliver("export", wanted, runs, on, output=form, detach=detach, wait=wait, trust=trust)
         return
     from cluster.store import find_run
     from deployment.export import delivered
     from evaluation.shipped import shipped
 
     found = find_run(runs, name)
+    confirm_trust(found, "export", trust=trust)
     out = (output or found.path / "export").absolute()
     with ended_by_signals(), redirect_stdout(sys.stderr):  # libraries greet; what we print is for programs too
         exported = delivered(shipped(found, trial_id), wanted, out, say)

@@ -20,6 +20,9 @@ def fetch(
     ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the assets.")] = False,
     examples: Annotated[bool, typer.Option("--examples", help="Copy the example job files into ./examples.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every byte of what was fetched, and compare it.")
+    ] = False,
     on: On = None,
     output: Output = Format.TEXT,
     runs: AnyRuns = DEFAULT_RUNS,
@@ -30,10 +33,11 @@ def fetch(
     job names by a path of this machine.
     """
     from cluster.check import check_names
-    from cluster.fetch import fetch_asset, fetch_job
+    from cluster.fetch import fetch_asset, fetch_job, verify_job
     from jobs.assets import ASSETS, PREFIX, asset
     from jobs.errors import UserError
     from jobs.load import load_job
+    from jobs.verified import check_unchanged
 
     there = cluster_on(on, None) if on is not None else None
     if show_list:
@@ -46,7 +50,10 @@ def fetch(
         if name in ASSETS:
             raise UserError(f"{name!r} is a data set or model: did you mean {PREFIX}{name}?")
         if name.startswith(PREFIX):
-            tell(f"{name}  {there.provide_asset(name, say) if there else fetch_asset(asset(name), say)}")
+            folder = there.provide_asset(name, say) if there else fetch_asset(asset(name), say)
+            if verify and not there:
+                check_unchanged(Path(folder), whole=True, content=asset(name).content)
+            tell(f"{name}  {folder}")
             continue
         loaded = load_job(name)
         if there:
@@ -54,6 +61,8 @@ def fetch(
             tell(f"{name}: {there.provide(loaded.job, say)}")
         else:
             fetch_job(loaded.job, say)
+            if verify:
+                verify_job(loaded.job, say)
             tell(f"{name}: everything it names is on this machine")
     return None
 

@@ -159,12 +159,12 @@ def _init_site(kind: SiteKind, partition: str | None, context: str | None, outpu
 
 def _columns(train_file: Path, task: TaskName, given: dict[str, str | None]) -> dict[str, str]:
     """The columns' names: as given, else the usual words for them that the first row has."""
+    from jobs import files
     from jobs.data_files import read_records
     from jobs.errors import DataError
 
     if not train_file.is_file():
-        what = "that is a folder, not a file" if train_file.is_dir() else "there is no such file"
-        raise DataError(f"--train-file is {train_file}, but {what}")
+        raise DataError(f"--train-file is {train_file}, but {files.no_file(train_file)}")
     first = next((record for _, record in read_records(train_file) if isinstance(record, dict)), None)
     if first is None:
         raise DataError(f"{train_file} holds no row that can be read")

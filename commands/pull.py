@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, OneRun, Runs, cluster_on, say, tell
+from commands.common import DEFAULT_RUNS, OneRun, Runs, Trust, cluster_on, say, tell
 
 
 class Adapters(StrEnum):
@@ -30,6 +30,7 @@ def pull(
         typer.Option("--on", metavar="SITE", help="Where the run is, when there is no record of it here yet."),
     ] = None,
     runs: Runs = DEFAULT_RUNS,
+    trust: Trust = False,
 ) -> None:
     """Bring report, metrics, W&B's records and adapters of a run elsewhere (Kubernetes, Ray): what has changed."""
     from cluster.away import Away
@@ -46,7 +47,7 @@ def pull(
         if not isinstance(place, Away):
             raise UserError(f"--on is {on}, a Slurm: its runs lie in its runs_dir itself, and nothing is brought")
         found = place.attach(run, runs, say)
-    count = backend_of(found).pull(found, adapters.value, say)
+    count = backend_of(found, trust=trust).pull(found, adapters.value, say)
     tell(f"{counted(count, 'file')} came to {found.path}")
     told = files.read_json(found.path / "report" / "report.json").get("recommendation") or {}
     if adapters is Adapters.BEST and not told.get("trial_id"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, RunName, Runs, console, say
+from commands.common import DEFAULT_RUNS, RunName, Runs, Trust, confirm_trust, console, say
 
 if TYPE_CHECKING:
     from evaluation.rating import Item, Notebook
@@ -29,6 +29,7 @@ def rate(
     rows: Rows = 20,
     port: Port = 0,
     terminal: InTerminal = False,
+    trust: Trust = False,
 ) -> None:
     """Rate the answers of a run's models side by side, blind, from 0 to 5; the report then has what people think."""
     from cluster.store import find_run
@@ -37,6 +38,7 @@ def rate(
     from jobs.errors import RunError
 
     found = find_run(runs, run)
+    confirm_trust(found, "rate", trust=trust)
     name = checked_rater(rater or os.environ.get("LORAFLEET_RATER") or getpass.getuser())
     path = folder_of(found) / f"{name}.jsonl"
     with files.locked(path, wait=False) as alone:

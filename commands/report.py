@@ -10,7 +10,8 @@ def report(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
     from cluster.backends import backend_of
     from cluster.store import find_run
     from commands.deliver import exported_of, show_exported
-    from evaluation.report import write_report
+    from evaluation.report import build_report, write_report
+    from jobs.trust import distrust
 
     found = find_run(runs, run)
     backend_of(found).refresh(found, say)
@@ -18,5 +19,9 @@ def report(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
     if exported:
         show_exported(exported, output)
         return
-    if show_report(write_report(found), output):
+    stranger = distrust(found.path)
+    report_of_it = build_report(found) if stranger else write_report(found)
+    if stranger:
+        say(f"note: {stranger}; its report is shown, and nothing is written there")
+    if show_report(report_of_it, output) and not stranger:
         tell(f"\nreport   {found.path / 'report' / 'report.html'}")

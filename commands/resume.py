@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from commands.common import DEFAULT_RUNS, Format, OneRun, Output, Quiet, Runs, say, tell
+from commands.common import DEFAULT_RUNS, Format, OneRun, Output, Quiet, Runs, Trust, confirm_trust, say, tell
 from commands.sweep import Detach, Wait
 
 
@@ -13,6 +13,7 @@ def resume(
     output: Output = Format.TEXT,
     detach: Detach = False,
     wait: Wait = False,
+    trust: Trust = False,
 ) -> None:
     """Go on with a run that was interrupted, killed or failed."""
     from cluster.backends import backend_of
@@ -24,8 +25,9 @@ def resume(
     from jobs.run import RunState
 
     found = find_run(runs, run)
+    confirm_trust(found, "resume", trust=trust)
     check_prompt_format(found)
-    backend = backend_of(found)
+    backend = backend_of(found, trust=trust)
     if found.state is RunState.FINISHED and all(trial.state.ended for trial in found.trials()):
         say(f"{found.id} is finished: there is nothing left to train")
         return show_end(found, ExitCode.OK, quiet=quiet, output=output)

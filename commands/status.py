@@ -28,10 +28,13 @@ def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
                 "reason": found.status().get("reason"),
                 "best": best["trial_id"] if best else None,
                 "trials": lines,
+                "damaged": found.damages(),
             }
         )
         return
     screen = console()
     screen.print(run_view(found))
+    for sentence in found.damages():
+        screen.print(sentence, markup=False)
     if seen.sentence:
         screen.print(f"{seen.state}: {seen.sentence}", markup=False)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from evaluation.report_text import duration, number
 from jobs import files
+from jobs.errors import RunError
 from jobs.metrics import is_better
+from jobs.records import damaged_where_wrong
 from jobs.run import Run, Trial, TrialState
 
 if TYPE_CHECKING:
@@ -22,9 +25,13 @@ _STYLES = {"running": "cyan", "finished": "green", "stopped": "dim", "failed": "
 
 def trial_lines(run: Run) -> list[dict[str, Any]]:
     """What is known of each trial, as data."""
-    metric = files.read_json(run.path / "plan.json").get("job", {})
-    name, goal = _metric(metric)
-    return [_trial_line(trial, name, goal) for trial in run.trials()]
+    with damaged_where_wrong(run.path / "plan.json"):
+        name, goal = _metric(files.read_json(run.path / "plan.json").get("job", {}))
+    lines = []
+    for trial in run.trials():
+        with contextlib.suppress(RunError), damaged_where_wrong(trial.path):  # named among the run's remarks
+            lines.append(_trial_line(trial, name, goal))
+    return lines
 
 
 def _metric(job: dict[str, Any]) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from cluster.backend import Backend, Watch
 
 _LOOK_EVERY_SECONDS = 0.5
+SAME_WISH_SECONDS = 1.0
 
 
 def follow(
@@ -54,23 +56,31 @@ def follow(
 
 @contextmanager
 def _signals_go_to(watch: Watch) -> Iterator[None]:
-    """A driver here hears Ctrl-C itself (it is in this terminal's process group), and is passed the other signals."""
+    """Pass signals on to a driver here: whoever sends them, and to whom, it is told once, by this process.
+
+    A terminal that closes, or a supervisor, may send one signal to the command and to its group: that is one wish.
+    """
+    told = [float("-inf")]
 
     def forward(number: int, _frame: Any) -> None:
+        if number == signal.SIGHUP:  # the terminal is gone: to write to it would be an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for output in (1, 2):
+                os.dup2(nowhere, output)
+        if time.monotonic() - told[0] < SAME_WISH_SECONDS:
+            return
+        told[0] = time.monotonic()
         watch.send_signal(number)
-
-    def ignore(number: int, _frame: Any) -> None:
-        say("stopping: the running trials save first (once more ends them at once)")
+        if number != signal.SIGUSR1:
+            say("stopping: the running trials save first (once more ends them at once)")
 
     if watch.detaches:
         yield
         return
-    before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, ignore),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, forward),
-        signal.SIGHUP: signal.signal(signal.SIGHUP, forward),
-        signal.SIGUSR1: signal.signal(signal.SIGUSR1, forward),
-    }
+    heard = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish is respected
+        heard.append(signal.SIGHUP)
+    before = {number: signal.signal(number, forward) for number in heard}
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from jobs import files
 from jobs.errors import RunError
 from jobs.messages import of_another_version
 from jobs.metrics import is_better
+from jobs.records import FACTS, DamagedFile, damaged_where_wrong, read_record
 from jobs.report import Failure, Intervals, Metrics, Report, Row
 from jobs.run import Run, Trial
 from jobs.spec import JobSpec
@@ -56,13 +58,13 @@ def _data_name(job: JobSpec) -> str:
 def build_report(run: Run) -> Report:
     """Read a run and say what it found so far."""
     job = run_job(run)
-    facts = files.read_json(run.path / "facts.json")
+    facts = read_record(run.path / "facts.json", FACTS)
     metric = job.metric
     plan = files.read_json(run.path / "plan.json")
     written = run.path / "report" / "report.json"
     if plan.get("command") == "benchmark" and written.is_file():  # it has no trials to be built from
         return Report.model_validate_json(written.read_text())
-    rows = [_row(trial, job) for trial in run.trials()] if plan.get("command") != "compare" else []
+    rows = _rows(run, job) if plan.get("command") != "compare" else []
     labels = {row.trial_id: describe(row.params) for row in rows}
     ordered = sorted(rows, key=lambda row: _rank(row, metric.name, metric.goal))
     folds = over_folds(rows, metric.name, metric.goal)
@@ -76,28 +78,30 @@ def build_report(run: Run) -> Report:
         layer = job.evaluate.bertscore_layer
         of = f"layer {layer}" if layer is not None else "its last layer"
         shown_facts["bertscore"] = {name: f"{of}, {revision}" for name, revision in facts["encoders"].items()}
-    plain = Report(
-        run=run.id,
-        state=run.state,
-        task=job.task,
-        metrics=list(job.metric_names),
-        model=job.model.model_name_or_path,
-        data=_data_name(job),
-        metric=metric.name,
-        goal=metric.goal,
-        rows_count=facts.get("rows", {}),
-        rungs=plan.get("rung_levels", []),
-        time_attr=job.search.scheduler.time_attr if job.search and plan.get("command") == "sweep" else "step",
-        held_out="validation" if facts.get("chosen_on_test") else "test",
-        base=_base(run, facts),
-        trials=ordered,
-        folds=folds,
-        recommendation=chosen.model_copy(update={"adapter": _weights(run, chosen.trial_id)}),
-        wall_seconds=run.status().get("wall_seconds"),
-        warnings=list(facts.get("warnings", [])) + _optimism(facts) + run.remarks(),
-        versions=facts.get("versions", {}),
-        facts=shown_facts,
-    )
+    damages = run.damages({row.trial_id for row in rows})
+    with damaged_where_wrong(run.path / "plan.json"):
+        plain = Report(
+            run=run.id,
+            state=run.state,
+            task=job.task,
+            metrics=list(job.metric_names),
+            model=job.model.model_name_or_path,
+            data=_data_name(job),
+            metric=metric.name,
+            goal=metric.goal,
+            rows_count=facts.get("rows", {}),
+            rungs=plan.get("rung_levels", []),
+            time_attr=job.search.scheduler.time_attr if job.search and plan.get("command") == "sweep" else "step",
+            held_out="validation" if facts.get("chosen_on_test") else "test",
+            base=_checked_base(run, facts),
+            trials=ordered,
+            folds=folds,
+            recommendation=chosen.model_copy(update={"adapter": _weights(run, chosen.trial_id)}),
+            wall_seconds=run.status().get("wall_seconds"),
+            warnings=[*facts.get("warnings", []), *_optimism(facts), *run.remarks(), *damages],
+            versions=facts.get("versions", {}),
+            facts=shown_facts,
+        )
     if plan.get("command") != "compare":
         whole = _with_samples(run, plain)
     else:
@@ -231,6 +235,20 @@ def _metrics(measured: dict[str, Any], split: str) -> Metrics:
 
 def _intervals(raw: dict[str, Any] | None) -> Intervals:
     return {name: (float(ends[0]), float(ends[1])) for name, ends in (raw or {}).items() if None not in ends}
+
+
+def _checked_base(run: Run, facts: dict[str, Any]) -> Row:
+    with damaged_where_wrong(run.path / "report" / "base.json"):
+        return _base(run, facts)
+
+
+def _rows(run: Run, job: JobSpec) -> list[Row]:
+    """Return a row for each trial that can be read; the others are among the run's remarks."""
+    found = []
+    for trial in run.trials():
+        with contextlib.suppress(DamagedFile), damaged_where_wrong(trial.path):
+            found.append(_row(trial, job))
+    return found
 
 
 def _row(trial: Trial, job: JobSpec) -> Row:

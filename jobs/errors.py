@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
+from jobs.words import one_line
+
 
 class ExitCode(IntEnum):
     """What the command line answers to the shell."""
@@ -58,7 +60,7 @@ class Problem:
     def located(self, file: str) -> str:
         """`file:line: sentence`, the form editors can jump to."""
         where = f"{file}:{self.line}" if self.line else file
-        return f"{where}: {self.sentence}"
+        return one_line(f"{where}: {self.sentence}")
 
 
 class SpecProblems(ValueError):

@@ -11,13 +11,13 @@ from pydantic import ValidationError
 from jobs import fields
 from jobs.aliases import foreign_hint
 from jobs.errors import Problem, SpecProblems
+from jobs.words import cut
 
 
 def of_another_version(path: Path, error: ValidationError) -> str:
     """What to say of a file of ours that this version does not read."""
-    first = error.errors(include_url=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    return f"{path} is of another version of lorafleet: {where}: {first['msg']}"
+    first = sentences(error, known=())[0]
+    return f"{path} is of another version of lorafleet, or damaged: {first.sentence}"
 
 
 _WANTED = {
@@ -32,6 +32,24 @@ _WANTED = {
     "bool_type": "true or false",
     "string_type": "a text",
     "literal_error": "{expected}",
+    "enum": "{expected}",
+    "int_parsing": "a whole number",
+    "int_parsing_size": "a whole number that is not that large",
+    "float_parsing": "a number",
+    "bool_parsing": "true or false",
+    "string_unicode": "a text without half characters",
+    "too_long": "at most {max_length} long",
+    "set_type": "a list",
+    "iterable_type": "a list",
+    "mapping_type": "a block of keys",
+    "model_attributes_type": "a block of keys",
+    "none_required": "empty",
+    "invalid_key": "a block whose keys are texts",
+    "json_invalid": "JSON",
+    "json_type": "JSON",
+    "bytes_type": "a text",
+    "int_too_big": "a smaller number",
+    "multiple_of": "a multiple of {multiple_of}",
     "string_pattern_mismatch": "of the form {pattern}",
     "string_too_short": "at least {min_length} characters long",
     "string_too_long": "at most {max_length} characters long",
@@ -91,7 +109,14 @@ _HALF = {"fp16": "float16", "float16": "float16", "half": "float16", "bf16": "bf
 """What people call 16-bit weights -> torch's name."""
 
 
+def sentence_of(raw: Any) -> str:
+    """Return one of pydantic's errors in the words that all our messages have."""
+    inside = tuple(part for part in raw["loc"] if part != "body")  # of a request
+    return _sentence(_path(inside) or "the request", raw, ())
+
+
 def _sentence(path: str, raw: Any, known: Collection[str] | None) -> str:
+    path = cut(path, _LONGEST_KEY)
     match raw["type"]:
         case "extra_forbidden":
             return unknown_key(path) if known is None else _not_among(path, known)
@@ -107,7 +132,10 @@ def _sentence(path: str, raw: Any, known: Collection[str] | None) -> str:
             return f"{said}; weights in 16 bits are `set: {{model.dtype: {_HALF[str(raw['input'])]}}}`"
         case kind if kind in _WANTED:
             return f"{path} is {shown(raw['input'])}, but must be {_wanted(raw)}"
-    return f"{path}: {raw['msg']}"
+    return f"{path} is {shown(raw['input'])}, which cannot be used here"
+
+
+_LONGEST_KEY = 120
 
 
 def _wanted(raw: Any) -> str:

@@ -10,23 +10,52 @@ runs/quickstart-3f9a1c/
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import shutil
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jobs import files
-from jobs.errors import RunError
+from jobs.errors import RunError, disk_full
 from jobs.lease import check_current, started
+from jobs.records import (
+    EVENTS,
+    METRIC_ROWS,
+    PARAMS,
+    PROGRESS,
+    RUN_STATUS,
+    TRIAL_STATUS,
+    DamagedFile,
+    read_record,
+    read_rows,
+)
 from jobs.search import Assignment
 from jobs.search_spec import FOLD
+from jobs.tracebacks import at_run
+from jobs.trust import remember
+from jobs.user import user_config
 
 State = TypeVar("State", bound=StrEnum)
 _RESERVE = 2**20
 """Bytes; random ones, since some file systems keep no room for zeros."""
+
+
+def make_run_folder(path: Path) -> None:
+    """Make a run's folder, which its user alone can open; with `share: group` in their settings a group reads it too.
+
+    Raises FileExistsError.
+    """
+    shared = user_config().share == "group"
+    path.mkdir(mode=0o700)
+    if shared:
+        path.chmod(0o750)  # of a group that the folder above hands down (setgid), or the user's first
+    remember(path)
 
 
 class RunState(StrEnum):
@@ -137,7 +166,7 @@ class Trial:
 
     def params(self) -> dict[str, Any]:
         """`{"assignment", "index", ...}` as it was written when the trial was made."""
-        return files.read_json(self.path / "params.json")
+        return read_record(self.path / "params.json", PARAMS)
 
     @property
     def arm(self) -> str | None:
@@ -158,7 +187,7 @@ class Trial:
 
     def status(self) -> dict[str, Any]:
         """`{"state", "rung", "reason", "failure", ...}`."""
-        return files.read_json(self.path / "status.json")
+        return read_record(self.path / "status.json", TRIAL_STATUS)
 
     @property
     def state(self) -> TrialState:
@@ -174,7 +203,7 @@ class Trial:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows of metrics.jsonl, oldest first."""
-        return _written_by_the_newest(files.read_jsonl(self.path / "metrics.jsonl"))
+        return _written_by_the_newest(read_rows(self.path / "metrics.jsonl", METRIC_ROWS))
 
     def add_row(self, row: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
@@ -187,7 +216,7 @@ class Trial:
 
     def progress(self) -> dict[str, Any]:
         """The heartbeat of a running trial."""
-        return files.read_json(self.path / "progress.json")
+        return read_record(self.path / "progress.json", PROGRESS)
 
 
 def _stamp(attempt: int | None) -> dict[str, int]:
@@ -217,12 +246,17 @@ class Run:
         while True:
             path = runs.absolute() / f"{name}-{secrets.token_hex(3)}"
             try:
-                path.mkdir()
+                make_run_folder(path)
             except FileExistsError:
                 continue
             run = cls(path)
-            run.set_state(RunState.PENDING, created=time.time(), name=name)
-            run.keep_reserve()
+            at_run(path)
+            try:
+                run.set_state(RunState.PENDING, created=time.time(), name=name)
+                run.keep_reserve()
+            except OSError as error:
+                shutil.rmtree(path, ignore_errors=True)
+                raise disk_full(error, runs, "start again") or error from error
             return run
 
     @property
@@ -273,7 +307,7 @@ class Run:
 
     def status(self) -> dict[str, Any]:
         """`{"state", "reason", "pid", ...}`."""
-        return files.read_json(self.path / "status.json")
+        return read_record(self.path / "status.json", RUN_STATUS)
 
     @property
     def state(self) -> RunState:
@@ -331,14 +365,48 @@ class Run:
         folders = [*(self.path / "trials").glob("*"), *(self.path / "parts").glob("*/trials/*")]
         if (self.path / "arms").is_dir():
             return [trial for arm in self.arms() for trial in arm.trials()]
-        found = [Trial(path, self.attempt) for path in folders if (path / "params.json").is_file()]
-        return sorted(found, key=lambda trial: (trial.params().get("index", 0), trial.id))
+        found = []
+        for path in folders:
+            if (path / "params.json").is_file():
+                with contextlib.suppress(RunError):  # `damages` names it
+                    trial = Trial(path, self.attempt)
+                    index = trial.params().get("index", 0)
+                    trial.state  # noqa: B018 - a word that is none raises
+                    found.append((index, trial.id, trial))
+        return [trial for _, _, trial in sorted(found, key=lambda row: row[:2])]
+
+    def damages(self, whole: Collection[str] = ()) -> list[str]:
+        """A sentence for each trial that cannot be read, and for each that was made and is gone.
+
+        `whole` are the ids of trials that were read already.
+        """
+        if (self.path / "arms").is_dir():
+            return [f"{arm.path.name}: {sentence}" for arm in self.arms() for sentence in arm.damages(whole)]
+        said, there = [], set(whole)
+        for path in [*(self.path / "trials").glob("*"), *(self.path / "parts").glob("*/trials/*")]:
+            trial = Trial(path)
+            if trial.id in there:
+                continue
+            try:
+                if trial.params() and trial.state and trial.metrics() is not None and trial.progress() is not None:
+                    there.add(trial.id)
+                elif any(path.iterdir()):
+                    said.append(f"{path / 'params.json'} is gone: the trial is left out")
+                    there.add(trial.id)
+            except (RunError, OSError) as error:
+                said.append(f"trial {trial.id} is left out: {error}")
+                there.add(trial.id)
+        with contextlib.suppress(DamagedFile):
+            made = dict.fromkeys(row["trial_id"] for row in self.events("trial") if "trial_id" in row)
+            said += [f"trial {name} was made, and its folder is gone" for name in made if name not in there]
+        return said
 
     def add_trial(self, trial_id: str, index: int, assignment: Assignment) -> Trial:
         """Make a trial's folder, if it is not there already."""
         trial = self.trial(trial_id)
         if not (trial.path / "params.json").is_file():
             files.write_json(trial.path / "params.json", {"index": index, "assignment": assignment})
+            self.event("trial", trial_id=trial_id)
             trial.set_state(TrialState.PENDING)
         return trial
 
@@ -369,5 +437,5 @@ class Run:
 
     def events(self, kind: str | None = None) -> list[dict[str, Any]]:
         """The lines of events.jsonl, of one kind or all."""
-        rows = _written_by_the_newest(files.read_jsonl(self.path / "events.jsonl"))
+        rows = _written_by_the_newest(read_rows(self.path / "events.jsonl", EVENTS))
         return [row for row in rows if kind is None or row.get("event") == kind]

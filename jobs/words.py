@@ -12,6 +12,23 @@ _UNPRINTABLE = re.compile(
 """x, hides or turns round text, or cannot be written as UTF-8; not line breaks and tabs."""
 
 
+_LONGEST_LINE, _HEAD, _TAIL = 1000, 560, 360
+"""Characters of a sentence, and of its two ends where it is cut: a value of 300 characters has room in it."""
+
+
+def one_line(text: str) -> str:
+    """Return a text with its line breaks spelt: a key or a value of a file does not make a second message."""
+    return text.replace("\r", "\\r").replace("\n", "\\n")
+
+
+def cut(text: str, most: int = _LONGEST_LINE) -> str:
+    """Return a text of at most about `most` characters: its beginning and its end, and how much is left out."""
+    if len(text) <= most:
+        return text
+    head, tail = most * _HEAD // _LONGEST_LINE, most * _TAIL // _LONGEST_LINE
+    return f"{text[:head]}... ({len(text) - head - tail:,} more) ...{text[-tail:]}"
+
+
 def printable(text: str) -> str:
     """Return a text that cannot steer the terminal that shows it: control characters are spelt, colours are gone."""
     return _UNPRINTABLE.sub(_spelt, _COLOURS.sub("", text))

@@ -37,7 +37,7 @@ class Script:
     """One line that says what it is."""
     nodes: int
     """Nodes for trials; a head of its own comes on top."""
-    verb: str = "exec"
+    verb: str = "exec --trust"
     """What `lorafleet` does in the allocation, with the run's folder as its argument."""
     programs: str = ""
     """Folder of lorafleet's programs, for sites without `setup` lines and container."""
@@ -173,7 +173,7 @@ def _values(site: SlurmSite, nodes: int, *, stage: bool) -> dict[str, str]:
     least = site.smallest
     memory = int(least.memory_gb_per_node * 1e9)
     objects = _objects(least.memory_gb_per_node)
-    scratch = bash_path(site.scratch_dir or "/tmp")
+    scratch = bash_path(site.scratch_dir or "/tmp")  # nosec B108  # mkdir -m 700
     return {
         "nodes": str(nodes + (1 if site.head else 0)),
         "cpus": str(least.cpus_per_node),

@@ -36,6 +36,7 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Tokens of tests stay out of the user's cache; W&B, the hub and clusters are never asked."""
     patch = pytest.MonkeyPatch()
     patch.setenv("LORAFLEET_CACHE", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
     patch.setenv("KUBECONFIG", "/nonexistent/kubeconfig")  # no cluster of the developer's is ever asked
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setenv("WANDB_MODE", "offline")

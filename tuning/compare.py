@@ -116,7 +116,7 @@ class Comparison(TrainingDriver):
         (run.path / "logs").mkdir(exist_ok=True)
         with (run.path / "logs" / "driver.log").open("ab") as log:
             child = subprocess.Popen(
-                [*driver_command(), "exec", str(run.path)],
+                [*driver_command(), "exec", str(run.path), "--trust"],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,

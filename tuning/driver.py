@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +13,8 @@ from cluster.ray_site import environment_for_workers, nodes_of
 from jobs import files
 from jobs.placement import fitted
 from jobs.site import Node
+from tuning.local_ray import keep_secrets_out_of_tune, local_ray
 from tuning.parts import gather
-from tuning.scratch import keep_logs, make_scratch
 
 
 class TrainingDriver(Driver):
@@ -32,51 +31,39 @@ class TrainingDriver(Driver):
         for name, value in _RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.placement.slots)
+        address = os.environ.get("RAY_ADDRESS")
+        with self._joined(address) if address else self._own_ray(attempt) as context:
+            import ray
+
+            keep_secrets_out_of_tune()
+            self._hear_signals()  # ray.init has taken SIGTERM for itself
+            facts = {"session_dir": str(context.address_info.get("session_dir", "")), "own": not address}
+            node = {"attempt": attempt, "node_id": ray.get_runtime_context().get_node_id()}
+            files.write_json(self.run.path / "logs" / "ray.json", facts | node)
+            if address and not os.environ.get("LF_AUTOSCALES"):  # there, machines come when trials wait for them
+                self._fit_into(nodes_of(ray.nodes()))
+            yield facts
+
+    @contextlib.contextmanager
+    def _joined(self, address: str) -> Iterator[Any]:
         import ray
 
-        placement = self.placement
-        address = os.environ.get("RAY_ADDRESS")
-        options: dict[str, Any] = (
-            {"address": address, "runtime_env": {"env_vars": self._environment_for_workers()}}
-            if address
-            else {
-                "address": "local",
-                "num_cpus": placement.slots * placement.workers * placement.cpus_per_worker,
-                "num_gpus": placement.slots * placement.workers * placement.gpus_per_worker,
-                # Ray Train frees a stopped trial's workers only when the dashboard's state API is up.
-                "include_dashboard": placement.distributed,
-                "object_store_memory": 200 * 2**20,
-            }
-        )
-        own = address is None
-        scratch = make_scratch() if own else None
-        if scratch:
-            options["_temp_dir"] = str(scratch / "ray")
-        failed = True
+        environment = {"env_vars": self._environment_for_workers()}
         try:
-            context = ray.init(log_to_driver=False, configure_logging=False, **options)
-            self._hear_signals()  # ray.init has taken SIGTERM for itself
-            session = str(context.address_info.get("session_dir", ""))
-            files.write_json(
-                self.run.path / "logs" / "ray.json",
-                {
-                    "session_dir": session,
-                    "own": own,
-                    "attempt": attempt,
-                    "scratch": str(scratch or ""),
-                    "node_id": ray.get_runtime_context().get_node_id(),
-                },
-            )
-            if not own and not os.environ.get("LF_AUTOSCALES"):  # there, machines come when trials wait for them
-                self._fit_into(nodes_of(ray.nodes()))
-            yield {"session_dir": session, "own": own}
-            failed = False
+            yield ray.init(address=address, log_to_driver=False, configure_logging=False, runtime_env=environment)
         finally:
             ray.shutdown()
-            if scratch and failed:
-                keep_logs(scratch, self.run.path / "logs" / f"ray-{attempt}")
-            if scratch:
-                shutil.rmtree(scratch, ignore_errors=True)
+
+    def _own_ray(self, attempt: int) -> contextlib.AbstractContextManager[Any]:
+        placement = self.placement
+        options = {
+            "num_cpus": placement.slots * placement.workers * placement.cpus_per_worker,
+            "num_gpus": placement.slots * placement.workers * placement.gpus_per_worker,
+            # Ray Train frees a stopped trial's workers only when the dashboard's state API is up.
+            "include_dashboard": placement.distributed,
+            "object_store_memory": 200 * 2**20,
+        }
+        return local_ray(options, self.run.path / "logs" / f"ray-{attempt}", log)
 
     def _environment_for_workers(self) -> dict[str, str]:
         return _RAY_ENVIRONMENT | environment_for_workers(os.environ) | self.job.environment

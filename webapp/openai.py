@@ -26,6 +26,7 @@ from deployment.answers import Piece, pieces, room_for
 from deployment.decoding import Sampling
 from deployment.runtime import Loaded
 from jobs.errors import UserError
+from jobs.messages import sentence_of
 from webapp.guard import GONE, Body
 from webapp.local import Admit, guarded, same
 
@@ -466,4 +467,4 @@ def _errors(app: FastAPI) -> None:
     async def misspelt(_request: Any, error: RequestValidationError) -> Response:
         found = error.errors()[0]
         where = ".".join(str(part) for part in found["loc"] if part != "body") or "the request"
-        return _error(f"{where}: {found['msg']}", 400, where)
+        return _error(sentence_of(found), 400, where)

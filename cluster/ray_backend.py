@@ -85,7 +85,8 @@ class RayBackend(Away[RayClusterSite]):
         return AsJobs(self.jobs, self._variables())
 
     def _variables(self) -> dict[str, str]:
-        own = {"LORAFLEET_CACHE": self.cache, "HF_HUB_CACHE": f"{self.cache}/hub", "TOKENIZERS_PARALLELISM": "false"}
+        own = {"LORAFLEET_CACHE": self.cache, "HF_HUB_CACHE": f"{self.cache}/hub"}
+        own |= {"LORAFLEET_TRUSTED_FOLDERS": self.mount, "TOKENIZERS_PARALLELISM": "false"}
         return own | ({} if self.internet else OFFLINE) | self.site.environment
 
     # --- before

@@ -13,7 +13,7 @@ from typing import Any
 
 from jobs.chat_format import ChatFormat
 from jobs.errors import AssetError, UserError
-from jobs.hub import check_code, converted_folder, lacks_tokenizer, model_folder, refuse
+from jobs.hub import check_code, check_fetched, converted_folder, lacks_tokenizer, model_folder, refuse
 from jobs.load import is_template_text
 from jobs.spec import JobSpec
 from jobs.stage import staged
@@ -23,6 +23,7 @@ def tokenizer_folder(name: str, revision: str | None) -> Path:
     """Return the folder of a model's tokenizer. Raises AssetError where the model is not on this machine."""
     folder = model_folder(name, revision)
     if not (folder / "model.gguf").is_file():
+        check_fetched(name, folder)
         return staged(folder)
     converted = converted_folder(folder)
     if not converted.is_dir():
@@ -36,7 +37,7 @@ def read_tokenizer(name: str, folder: Path, *, trust_remote_code: bool = False) 
 
     refuse(name, folder, lacks_tokenizer(folder))
     with quiet_libraries():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)  # nosec B615  # a folder of this machine
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"

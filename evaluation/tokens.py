@@ -33,6 +33,7 @@ from jobs.row_formats import Row
 from jobs.rows import Rows, file_of_split, load_rows, split_files
 from jobs.spec import JobSpec
 from jobs.splits import SPLIT_VERSION
+from jobs.verified import check_cache
 from jobs.words import counted
 
 SPLITS = ("train", "validation", "test")
@@ -287,6 +288,7 @@ def prepare(job: JobSpec) -> TokenData:
 
     Raises DataError or AssetError with what is wrong, before anything is trained.
     """
+    check_cache(cache_dir())
     folder = cache_dir() / "tokens" / _content_key(job)
     with files.locked(folder):
         if not (folder / "meta.json").is_file():

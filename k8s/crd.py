@@ -53,7 +53,7 @@ class Schema:
         """From a file with the CustomResourceDefinition, JSON or YAML. Raises UserError."""
         try:
             text = path.read_text()
-            tree = json.loads(text) if text.lstrip().startswith("{") else yaml.load(text, Loader=_LOADER)
+            tree = json.loads(text) if text.lstrip().startswith("{") else yaml.load(text, Loader=_LOADER)  # nosec B506  # a SafeLoader
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"the schema of RayJob cannot be read from {path}: {error}") from error
         return cls.of(tree)

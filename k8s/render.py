@@ -192,7 +192,11 @@ def porter(site: KubernetesSite, name: str, user: str, seconds: int) -> dict[str
         image=site.image,
         command=["sleep", str(seconds)],
         resources=models.Resources(requests=size, limits=size),
-        env=[Variable(name="LORAFLEET_CACHE", value=cache), Variable(name="HF_HUB_CACHE", value=f"{cache}/hub")],
+        env=[
+            Variable(name="LORAFLEET_CACHE", value=cache),
+            Variable(name="HF_HUB_CACHE", value=f"{cache}/hub"),
+            Variable(name="LORAFLEET_TRUSTED_FOLDERS", value=site.storage.mount_path),
+        ],
         security_context=_container_security(),
         volume_mounts=[mount for mount in _mounts(site) if mount.name != "job"],
     )
@@ -305,7 +309,7 @@ def _head(site: KubernetesSite, order: Order) -> models.HeadGroup:
             "num-cpus": "0",
             "num-gpus": "0",
             "resources": f"'{json.dumps(_DRIVER)}'",  # through a shell
-            "dashboard-host": "0.0.0.0",
+            "dashboard-host": "0.0.0.0",  # nosec B104  # the pod's, behind the network policy
         },
         template=models.Template(metadata=Metadata(labels=labels_of(site, order), annotations=annotations), spec=spec),
     )
@@ -336,7 +340,7 @@ def _workers(site: KubernetesSite, order: Order) -> models.WorkerGroup:
         env=_environment(site, order, head=False),
         security_context=_container_security(add=("IPC_LOCK",) if network.rdma_resource else ()),
         lifecycle=_before_the_end(site, order, ["--drain"]),
-        volume_mounts=[*_mounts(site), Mount(name="shm", mount_path="/dev/shm")],
+        volume_mounts=[*_mounts(site), Mount(name="shm", mount_path="/dev/shm")],  # nosec B108  # the pod's own
     )
     memory = Volume(name="shm", empty_dir={"medium": "Memory", "sizeLimit": _mib(shared)})
     spec = _pod(
@@ -427,7 +431,7 @@ def _mounts(site: KubernetesSite) -> list[Mount]:
     return [
         Mount(name="job", mount_path=CONFIG, read_only=True),
         Mount(name="storage", mount_path=storage.mount_path, sub_path=storage.sub_path),
-        Mount(name="tmp", mount_path="/tmp"),
+        Mount(name="tmp", mount_path="/tmp"),  # nosec B108  # the pod's own
     ]
 
 
@@ -443,8 +447,9 @@ def _environment(site: KubernetesSite, order: Order, *, head: bool) -> list[Vari
     cache = f"{site.storage.mount_path}/cache"
     own = {
         "LORAFLEET_CACHE": cache,
+        "LORAFLEET_TRUSTED_FOLDERS": site.storage.mount_path,
         "HF_HUB_CACHE": f"{cache}/hub",
-        "HF_HOME": "/tmp/huggingface",
+        "HF_HOME": "/tmp/huggingface",  # nosec B108  # the pod's own
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",

@@ -18,10 +18,11 @@ from torch import nn
 from evaluation.tokenizer import padding_id, quiet_libraries, read_tokenizer
 from jobs import files
 from jobs.errors import AssetError, UserError
-from jobs.hub import check_code, converted_folder, lacks_weights, model_folder, refuse
+from jobs.hub import check_code, check_fetched, converted_folder, lacks_weights, model_folder, refuse
 from jobs.model_kinds import classification_refusal, generation_refusal, is_causal, length_refusal
 from jobs.spec import JobSpec
 from jobs.stage import staged
+from jobs.verified import check_unchanged, seal
 from jobs.weight_names import weight_shapes
 
 if TYPE_CHECKING:
@@ -292,11 +293,14 @@ def safetensors_folder(name: str, revision: str | None) -> Path:
     folder = model_folder(name, revision)
     if not (folder / "model.gguf").is_file():
         refuse(name, folder, lacks_weights(folder))
+        check_fetched(name, folder)
         return staged(folder)
     converted = converted_folder(folder)
     with files.locked(converted):
         if not converted.is_dir():
             _convert_gguf(folder, converted)
+            seal(converted)
+        check_unchanged(converted)
     return staged(converted)
 
 
@@ -306,8 +310,8 @@ def _convert_gguf(folder: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     with quiet_libraries(), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf", trust_remote_code=False)
-        loaded = AutoModelForCausalLM.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf", trust_remote_code=False)  # nosec B615  # a folder of this machine
+        loaded = AutoModelForCausalLM.from_pretrained(  # nosec B615  # a folder of this machine
             folder, gguf_file="model.gguf", dtype=torch.float32, trust_remote_code=False
         )
         dropped = {"quantization_config", "_name_or_path", "transformers_version", "model_type"}

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jobs import fields
+from jobs import fields, files
 from jobs.adapters import ADAPTER_FILES, adapter_refusal
 from jobs.arms import own_job, search_job
 from jobs.assets import PREFIX, asset
@@ -164,8 +164,8 @@ def _wrong_strategy(loaded: LoadedJob) -> list[tuple[str, str]]:
     own = job.resources.deepspeed_config
     if own:
         try:
-            said = json.loads(Path(own).read_text())
-        except (OSError, ValueError) as error:
+            said = json.loads(files.read_plain_text(Path(own)))
+        except (OSError, ValueError, RecursionError) as error:
             sentence = f"resources.deepspeed_config is {own}, which is no JSON file that can be read: {error}"
             return [*found, ("resources.deepspeed_config", sentence)]
         if not isinstance(said, dict):
@@ -329,8 +329,7 @@ def _wrong_file(field: str, name: str | None) -> list[tuple[str, str]]:
         return []
     path = Path(name)
     if not path.is_file():
-        what = "that is a folder, not a file" if path.is_dir() else "there is no such file"
-        return [(field, f"{field} is {name}, but {what}")]
+        return [(field, f"{field} is {name}, but {files.no_file(path)}")]
     if data_suffix(path) is None:
         return [(field, f"{field} is {name}, but must end in one of {', '.join(DATA_SUFFIXES)}")]
     return []

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jobs import files
 from jobs.model_kinds import EMBEDDING_NAMES, HEAD_NAMES, has_tied_embeddings, text_config
 from jobs.weight_names import weight_shapes
 
@@ -32,7 +33,7 @@ _LAST_LAYERS = ("classifier.weight", ".score.weight", "classifier.out_proj.weigh
 def read_config(folder: Path) -> dict[str, Any] | None:
     """Return an adapter's configuration; None where there is none that can be read."""
     try:
-        value = json.loads((folder / ADAPTER_FILES[0]).read_text())
+        value = json.loads(files.read_plain_text(folder / ADAPTER_FILES[0]))
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import DataError
+from jobs.files import no_file
 from jobs.words import counted
 
 _PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -24,6 +25,8 @@ DATA_SUFFIXES = (
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _MAX_FIELD = 100_000_000
+_LEAST_UNPACKED, _UNPACKED_RATIO = 100_000_000, 200
+"""Bytes that a compressed file may always hold, and how often its own size beyond them."""
 _BEGINNING = 1000
 """Bytes of a file in which text of another encoding shows."""
 
@@ -79,21 +82,32 @@ def _text(path: Path) -> str:
 
 def _bytes(path: Path) -> bytes:
     try:
+        if not path.is_file():  # a pipe is not waited for
+            raise DataError(f"{path} cannot be read: {no_file(path)}")
         data = path.read_bytes()
+        most = _LEAST_UNPACKED + _UNPACKED_RATIO * len(data)
         if path.suffix.lower() == ".gz":
-            return gzip.decompress(data)
+            with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
+                return _at_most(path, packed.read(most + 1), most)
         if path.suffix.lower() == ".zst":
-            return _without_zstd(data)
+            return _at_most(path, _without_zstd(data, most + 1), most)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return data
 
 
-def _without_zstd(data: bytes) -> bytes:
+def _at_most(path: Path, data: bytes, most: int) -> bytes:
+    """Raise DataError for a file that grows beyond all texts when it is unpacked: it is made to fill the memory."""
+    if len(data) > most:
+        raise DataError(f"{path} unpacks to more than {_UNPACKED_RATIO} times its size: unpack it yourself, and look")
+    return data
+
+
+def _without_zstd(data: bytes, most: int) -> bytes:
     import pyarrow
 
     with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd") as stream:
-        return bytes(stream.read())
+        return bytes(stream.read(most))
 
 
 class RepeatedKey(Exception):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jobs import fields, files
-from jobs.adapters import ADAPTER_FILES
+from jobs.adapters import ADAPTER_FILES, read_config
 from jobs.arms import arm_of, own_job
 from jobs.errors import UserError
 from jobs.load import looks_like_path
@@ -62,7 +61,7 @@ def of_folder(folder: Path) -> Given:
     """An adapter's folder, or a model's. Raises UserError for what is neither."""
     config = folder / ADAPTER_FILES[0]
     if config.is_file():
-        kind = json.loads(config.read_text()).get("peft_type")
+        kind = (read_config(folder) or {}).get("peft_type")
         if kind not in _PEFT_METHODS:
             raise UserError(f"{folder} holds an adapter of type {kind}, but must be {' or '.join(_PEFT_METHODS)}")
         shown = folder.parent.name if folder.name in ("adapter", "model") else folder.name
@@ -80,7 +79,7 @@ def check_base(model: Given, job: JobSpec) -> None:
     config = Path(str(model.arm.get("weights", ""))) / ADAPTER_FILES[0]
     if "set" in model.arm or not config.is_file():
         return
-    trained_on, ours = json.loads(config.read_text()).get("base_model_name_or_path"), job.model.model_name_or_path
+    trained_on, ours = (read_config(config.parent) or {}).get("base_model_name_or_path"), job.model.model_name_or_path
     both = [name for name in (trained_on, ours) if isinstance(name, str) and is_model_name(name)]
     if len(both) == 2 and both[0].casefold() != both[1].casefold():
         raise UserError(

@@ -178,7 +178,7 @@ def _once(problems: list[Problem]) -> list[Problem]:
 def read_text(path: Path) -> str:
     """The text of a job file; one sentence when it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return files.read_plain_text(path, encoding="utf-8-sig")
     except FileNotFoundError:
         sentence = "no such file"
     except IsADirectoryError:
@@ -704,10 +704,10 @@ def _read_chat_template(reading: _Reading, folder: Path) -> None:
     path = folder / files.in_home(value)
     if not path.is_file():
         if looks_like_path(value) or path.suffix:
-            reading.problem(_CHAT_TEMPLATE, f"{_CHAT_TEMPLATE} is {value}, but there is no such file")
+            reading.problem(_CHAT_TEMPLATE, f"{_CHAT_TEMPLATE} is {value}, but {files.no_file(path)}")
         return  # the name of one of the tokenizer's own templates
     try:
-        text = path.read_text(encoding="utf-8")
+        text = files.read_plain_text(path)
     except (OSError, UnicodeDecodeError) as error:
         reading.problem(_CHAT_TEMPLATE, f"{_CHAT_TEMPLATE} is {value}, which cannot be read as text: {error}")
         return

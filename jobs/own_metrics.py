@@ -27,10 +27,10 @@ def wrong(name: str, metric: CustomMetric) -> str | None:
     if not path.endswith(".py"):
         return f"{field} is {metric.function}, but must be FILE.py:NAME (or FILE.py, a module of the package evaluate)"
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+        tree = ast.parse(files.read_plain_text(Path(path)))
     except OSError as error:
         return f"{field} is {metric.function}, but {path} cannot be read: {error.strerror}"
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return f"{field} is {metric.function}, but {path} is not Python: {error}"
     defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     if function and function not in defined:

@@ -104,7 +104,7 @@ def _named_files(data: DataSpec) -> dict[str, Path]:
     found = {split: Path(path) for split, path in named.items() if path}
     for split, path in found.items():
         if not path.is_file():
-            raise DataError(f"data.{split}_file is {path}, but there is no such file")
+            raise DataError(f"data.{split}_file is {path}, but {files.no_file(path)}")
     return found
 
 

@@ -102,7 +102,7 @@ def load_site(name: str, places: Iterable[Path] | None = None) -> LoadedSite:
 
 def _extended(path: Path, through: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, int], list[Path], set[str]]:
     """(tree, lines of this file, files read, locked keys) of a file laid over what it extends."""
-    if path.resolve() in through or len(through) >= _MOST_EXTENDED:
+    if files.real(path) in through or len(through) >= _MOST_EXTENDED:
         raise JobFileError(str(path), [Problem("extends", "extends goes round in a circle, or through too many files")])
     document = yaml12.read(read_text(path))
     if not document.problems and not isinstance(document.value, dict):
@@ -119,7 +119,7 @@ def _extended(path: Path, through: tuple[Path, ...]) -> tuple[dict[str, Any], di
             raise JobFileError(str(path), [Problem(key, sentence, document.lines.get(key))])
     if above is None:
         return tree, document.lines, [path], {str(key) for key in own_locks}
-    base, _, read, locked = _extended((path.parent / files.in_home(above)).absolute(), (*through, path.resolve()))
+    base, _, read, locked = _extended((path.parent / files.in_home(above)).absolute(), (*through, files.real(path)))
     problems = [
         Problem(key, f"{key} is fixed by {read[0]}, and must not be set here", line_of(document.lines, key))
         for key in sorted(locked)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from jobs import files
 from jobs.deepspeed import engine_config
 from jobs.spec import JobSpec
 from training.methods import Tensors, trained_parameters
@@ -240,7 +241,7 @@ class Zero(Alone):
         self.stage = int(self.job.resources.strategy[-1])
         self.equal_passes = self.stage == 3
         file = self.job.resources.deepspeed_config
-        own = json.loads(Path(file).read_text()) if file else {}
+        own = json.loads(files.read_plain_text(Path(file))) if file else {}
         first = next(iter(trained_parameters(self.module.model).values()))
         config = engine_config(self.job, own, bf16=first.dtype is torch.bfloat16)
         if self.stage == 3:

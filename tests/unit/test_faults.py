@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import operator
+import os
 import pickle
 import re
 import signal
@@ -19,7 +20,7 @@ from jobs.errors import FAILURE_CLASSES, DataError, TrainingFailure, disk_full
 from jobs.retries import retry_number
 from jobs.run import Run, Trial, TrialState
 from jobs.spec import RetriesSpec
-from tests.conftest import ROOT, JobMaker
+from tests.conftest import ROOT, JobMaker, lorafleet_here
 from training.watchdog import Watchdog
 from tuning.faults import SpoiledProcess, classify, host_failure, is_device_error
 from tuning.ledger import Ledger
@@ -195,3 +196,25 @@ dog.close()
     assert stacks.exists() is not comes_back
     if not comes_back:
         assert "most recent call first" in stacks.read_text()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")
+@pytest.mark.parametrize("kilobytes", [4, 40, 600])
+def test_a_disk_that_is_full_at_the_start(kilobytes: int, bert_job: JobMaker, tmp_path: Path) -> None:
+    """One sentence, code 2, and nothing half-made. The disk has room for less than a run's first files."""
+    loaded = bert_job()
+    (tmp_path / "job.yaml").write_text(loaded.text)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("no mount is allowed here")
+    try:
+        done = lorafleet_here("train", "job.yaml", "--runs", disk / "runs", cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert "full" in done.stderr.splitlines()[-1]
+        assert len(done.stderr.splitlines()) <= 2
+        assert "fault of lorafleet" not in done.stderr
+        assert not list((disk / "runs").glob("*")) if (disk / "runs").is_dir() else True
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -146,7 +146,7 @@ def positions_of_model(name: str, revision: str | None) -> int | None:
     """Tokens that a model has places for, by whatever name its kind has for them; None where it does not say."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(str(safetensors_folder(name, revision)), trust_remote_code=False)
+    config = AutoConfig.from_pretrained(str(safetensors_folder(name, revision)), trust_remote_code=False)  # nosec B615  # a folder of this machine
     found: int | None = getattr(config, "max_position_embeddings", None)
     return found
 

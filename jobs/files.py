@@ -28,7 +28,10 @@ def in_home(path: str) -> Path:
 
 def real(path: Path) -> Path:
     """Return a path without links; one whose links go round stays as it is, and cannot be opened."""
-    return Path(os.path.realpath(path))
+    try:
+        return Path(os.path.realpath(path))
+    except ValueError:  # a zero byte in the name
+        return path
 
 
 def no_file(path: Path) -> str:

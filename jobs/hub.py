@@ -53,8 +53,11 @@ def lacks_weights(folder: Path) -> str | None:
         return f"no weights in safetensors{pickled}"
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(_json(index).get("weight_map", {}).values())
-        missing = sorted(shard for shard in shards if not (folder / str(shard)).is_file())
+        mapped = _json(index).get("weight_map", {})
+        shards = list(mapped.values()) if isinstance(mapped, dict) else [mapped]
+        if not all(isinstance(name, str) and Path(name).name == name and name.isprintable() for name in shards):
+            return f"an {index.name} whose weight_map does not name files of the folder"
+        missing = sorted(shard for shard in set(shards) if not (folder / shard).is_file())
         if missing:
             return f"no {missing[0]}, which {index.name} names"
     return None
@@ -272,5 +275,5 @@ def _safetensors_parameters(file: Path) -> int:
         try:
             header = json.loads(opened.read(length)) if length < 100_000_000 else {}
             return sum(math.prod(tensor["shape"]) for key, tensor in header.items() if key != "__metadata__")
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise AssetError(f"{file} is not a whole safetensors file") from error

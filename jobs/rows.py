@@ -18,7 +18,7 @@ from jobs.model_kinds import stated_labels
 from jobs.row_formats import BadRow, Row, convert, row_format
 from jobs.spec import DataFormat, DataSpec, JobSpec
 from jobs.splits import hold_back
-from jobs.words import counted
+from jobs.words import counted, cut, one_line
 
 _MOST_SHOWN = 10
 _MAX_KEYS_NAMED = 12
@@ -164,13 +164,13 @@ def _read_split(
     chosen: DataFormat | None = None
     for number, record in read_records(path, notes):
         if not isinstance(record, dict):
-            bad.append(f"{path}:{number}: {record}")
+            bad.append(cut(one_line(f"{path}:{number}: {record}")))
             continue
         chosen = formats.setdefault(str(path), chosen or row_format(record, job))
         try:
             row = convert(record, chosen, job.data, unused)
         except BadRow as error:
-            bad.append(f"{path}:{number}: {error}")
+            bad.append(cut(one_line(f"{path}:{number}: {error}")))
             continue
         rows.append(replace(row, line=number))
     if collected is not None:

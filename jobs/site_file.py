@@ -85,7 +85,7 @@ def load_site(name: str, places: Iterable[Path] | None = None) -> LoadedSite:
     tree, lines, read, locked = _extended(path, ())
     tree.setdefault("name", path.stem)
     kind = tree.get("kind")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         told = f"kind is {kind!r}, but must be" if kind else "kind is missing: must be"
         sentence = f"{told} {' or '.join(_KINDS)}"
         raise JobFileError(str(path), [Problem("kind", sentence, lines.get("kind"))])

@@ -92,14 +92,17 @@ def _shown(line: str) -> str:
     """A record as words: `14:03:22 step 42 accuracy 0.743 ...`."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return line
     if not isinstance(row, dict):
         return line
     row.pop("schema_version", None)
     for name in ("intervals", "first_gradient_at"):
         row.pop(name, None)
-    stamp = time.strftime("%H:%M:%S", time.localtime(row.pop("time", 0)))
+    try:
+        stamp = time.strftime("%H:%M:%S", time.localtime(row.pop("time", 0)))
+    except (TypeError, ValueError, OverflowError, OSError):  # a line that was damaged
+        return line
     return f"{stamp} " + " ".join(f"{key}={_short(value)}" for key, value in row.items() if value is not None)
 
 

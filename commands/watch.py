@@ -17,7 +17,7 @@ from commands.common import Format, console, say, show_report, tell
 from commands.deliver import exported_of, show_exported
 from commands.logs import driver_log
 from jobs.errors import ExitCode
-from jobs.run import Run
+from jobs.run import Run, RunState
 
 if TYPE_CHECKING:
     from cluster.backend import Backend, Watch
@@ -132,6 +132,9 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
     exported = exported_of(run)
     if exported:
         show_exported(exported, output)
+        return
+    if code in (ExitCode.TAKEN, ExitCode.USER_INPUT) and run.state is RunState.RUNNING and not run.gone():
+        say(f"{run.id} has another driver, and goes on with it: `lorafleet logs -f {run.id}` follows")
         return
     if not run.trials() and not (run.path / "report" / "report.json").is_file():
         for line in _last_lines(log):

@@ -31,6 +31,10 @@ _ACCENT = "#c2410c"
 _DARK = "#1c2430"
 _NEAR = 0.04
 """Share of a plot's width and height within which two points are one to the eye."""
+_MOST_LINES = 100
+"""Trials whose curves are drawn, the best first: more lines than these are one grey area."""
+_MOST_MARKS = 400
+"""Points that are drawn as shapes; more of them as a picture, which has a bounded size."""
 _AT_RUNGS = " at the rungs. A line that ends at a cross was cut there."
 
 
@@ -38,15 +42,28 @@ def plots(report: Report) -> list[tuple[str, str]]:
     """(caption, SVG) of each plot that the report has data for."""
     several, by_arm = len(report.trials) > 1, bool(_arm_colours(report))
     whose = "by arm" if by_arm else "by trial. The recommended trial is drawn in colour"
+    few, which = _best(report)
     makers: list[tuple[str, Callable[[Axes, Report], bool]]] = [
-        (f"Training loss{f' {whose}' if several else ''}.", _loss_curves),
-        (f"Validation {report.metric}{_AT_RUNGS if several else ' while it was trained.'}", _rungs),
+        (f"Training loss{f' {whose}' if several else ''}.{which}", lambda axes, _: _loss_curves(axes, few)),
+        (
+            f"Validation {report.metric}{_AT_RUNGS if several else ' while it was trained.'}{which}",
+            lambda axes, _: _rungs(axes, few),
+        ),
     ]
     for path in _by_most_values(_values(_configurations(report))):
         caption = f"Validation {report.metric} against {path}; crosses were cut early."
         makers.append((caption, partial(_against_parameter, across=path)))
     drawn = [(caption, _draw(report, maker)) for caption, maker in makers]
     return [(caption, svg) for caption, svg in drawn if svg]
+
+
+def _best(report: Report) -> tuple[Report, str]:
+    """Return the report with as many trials as curves can be told apart of, and a sentence where some are left out."""
+    if len(report.trials) <= _MOST_LINES:
+        return report, ""
+    chosen = [row for row in report.trials[_MOST_LINES:] if row.trial_id == report.recommendation.trial_id]
+    rows = [*report.trials[:_MOST_LINES], *chosen]
+    return report.model_copy(update={"trials": rows}), f" The best {len(rows)} of {len(report.trials):,} are drawn."
 
 
 def arm_plots(report: Report) -> list[tuple[str, str]]:
@@ -122,9 +139,7 @@ def _labels(priced: list[tuple[Arm, float]], report: Report) -> list[tuple[str, 
 
 def _draw(report: Report, maker: Callable[[Any, Report], bool]) -> str:
     import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as pyplot
+    from matplotlib.figure import Figure  # without pyplot, which takes half a second
 
     settings = {
         "svg.hashsalt": "lorafleet",
@@ -139,15 +154,12 @@ def _draw(report: Report, maker: Callable[[Any, Report], bool]) -> str:
         "text.parse_math": False,
     }
     with matplotlib.rc_context(settings):
-        figure, axes = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
-        try:
-            if not maker(axes, report):
-                return ""
-            buffer = io.StringIO()
-            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-            return buffer.getvalue()
-        finally:
-            pyplot.close(figure)
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        if not maker(figure.subplots(), report):
+            return ""
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        return buffer.getvalue()
 
 
 def _loss_curves(axes: Axes, report: Report) -> bool:
@@ -250,7 +262,8 @@ def _against_parameter(axes: Axes, report: Report, across: str) -> bool:
             marker=_STATE_MARKS[state],
             linestyle="none",
             color=coloured.colours[key],
-            markersize=7,
+            markersize=7 if len(rows) <= _MOST_MARKS else 4,
+            rasterized=len(rows) > _MOST_MARKS,
             label=None if key is None or key in named else f"{coloured.name}{key}",
         )
         named |= {key} - {None}
@@ -262,8 +275,8 @@ def _against_parameter(axes: Axes, report: Report, across: str) -> bool:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # data may hold dollar signs: no TeX is parsed
     axes.set_xlabel(across)
     axes.set_ylabel(f"validation {report.metric}")
-    if named:
-        axes.legend(frameon=False)
+    if named:  # to look for the best place takes long where there is much
+        axes.legend(frameon=False, loc="best" if len(rows) <= _MOST_MARKS else "upper right")
     return True
 
 
@@ -299,4 +312,5 @@ def _legend(axes: Axes, report: Report, colours: dict[str, str]) -> None:
         return
     row = report.row(chosen)
     handles = [Line2D([], [], color=_ACCENT, linewidth=2.2), Line2D([], [], color=_GREY)]
-    axes.legend(handles, [f"recommended: {short(row.params) or chosen}", "the other trials"], frameon=False)
+    words = [f"recommended: {short(row.params) or chosen}", "the other trials"]
+    axes.legend(handles, words, frameon=False, loc="best" if len(report.trials) < _MOST_LINES else "upper left")

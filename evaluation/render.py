@@ -244,11 +244,20 @@ def html(report: Report) -> str:
     environment.filters["zip"] = zip
     shown = columns(report)
     chosen = report.recommendation.trial_id
+    table = [(row, [cell(row) for _, cell in shown]) for row in report.shown]
+    chosen_last = [pair for pair in table[_UNFOLDED:] if pair[0].trial_id == chosen]
+    if chosen_last:
+        table = [
+            *table[: _UNFOLDED - 1],
+            *chosen_last,
+            *(pair for pair in table[_UNFOLDED - 1 :] if pair not in chosen_last),
+        ]
     return environment.get_template("report.html.j2").render(
         report=report,
         headline=headline(report),
         headings=[heading for heading, _ in shown],
-        rows=[(row, [cell(row) for _, cell in shown]) for row in report.shown],
+        rows=table[:_UNFOLDED],
+        folded=table[_UNFOLDED:],
         images=_encoded(plots(report)),
         arm_images=_encoded(arm_plots(report)),
         notes=notes(report),
@@ -262,6 +271,10 @@ def html(report: Report) -> str:
         batches=batches_table(report),
         number=number,
     )
+
+
+_UNFOLDED = 100
+"""Rows of the table that are seen at once."""
 
 
 def _encoded(drawn: list[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -17,7 +17,9 @@ from jobs.metrics import is_better
 from jobs.records import FACTS, DamagedFile, damaged_where_wrong, read_record
 from jobs.report import Failure, Intervals, Metrics, Report, Row
 from jobs.run import Run, Trial
+from jobs.search_spec import FOLD
 from jobs.spec import JobSpec
+from jobs.words import printable_json
 
 if TYPE_CHECKING:
     from evaluation.results import RowResults
@@ -193,7 +195,7 @@ def write_forms(report: Report, folder: Path) -> None:
 
 def report_json(report: Report) -> str:
     """The report as JSON; a number that is none is null."""
-    return json.dumps(files.finite(report.model_dump(mode="json")), indent=2)
+    return printable_json(report.model_dump_json(indent=2))  # pydantic writes null for what is no number
 
 
 def describe(params: dict[str, Any]) -> str:
@@ -264,8 +266,8 @@ def _row(trial: Trial, job: JobSpec) -> Row:
         state=trial.state.value,
         rung=status.get("rung"),
         params=params.get("assignment", {}),
-        repeats=trial.repeats,
-        fold=trial.fold,
+        repeats=bool(params.get("repeats")),
+        fold=params.get("assignment", {}).get(FOLD),
         metrics={name: best[name] for name in job.metric_names if name in best},
         intervals=_intervals(best.get("intervals")),
         test_metrics=_metrics(test, split) or None,

@@ -65,7 +65,10 @@ def read_plain(path: Path, most: int = _MOST) -> bytes:
     if not stat.S_ISREG(now.st_mode):
         raise OSError(errno.EINVAL, no_file(path), str(path))
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        data = file.read(most + 1)
+        size = now.st_size + 1  # to ask for more than there is takes as long as to fetch it
+        data = file.read(size)
+        if len(data) == size or size == 1:
+            data += file.read(most + 1)
     if len(data) > most:
         raise OSError(errno.EFBIG, f"it is larger than {most / 1e6:,.0f} MB", str(path))
     return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -36,6 +37,8 @@ class TrainingDriver(Driver):
             import ray
 
             keep_secrets_out_of_tune()
+            for name in ("ray.tune", "ray.train", "ray.air"):
+                logging.getLogger(name).setLevel(logging.ERROR)  # their warnings are for those who write trainables
             self._hear_signals()  # ray.init has taken SIGTERM for itself
             facts = {"session_dir": str(context.address_info.get("session_dir", "")), "own": not address}
             node = {"attempt": attempt, "node_id": ray.get_runtime_context().get_node_id()}
@@ -79,6 +82,7 @@ class TrainingDriver(Driver):
 _RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # with which `verbose=0` still draws a box
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a lost machine's successor takes minutes to come
     "TUNE_DISABLE_SIGINT_HANDLER": "1",

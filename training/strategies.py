@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import distributed, nn
 from jobs import files
 from jobs.deepspeed import engine_config
 from jobs.spec import JobSpec
+from training.build_locks import clear_stale_locks
 from training.methods import Tensors, trained_parameters
 from training.optim import build_optimizer, set_rate
 
@@ -236,6 +238,8 @@ class Zero(Alone):
         here, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
         if here not in path.split(os.pathsep):
             os.environ["PATH"] = f"{here}{os.pathsep}{path}"
+        for lock in clear_stale_locks():
+            warnings.warn(f"{lock} was left by a build that was killed, and is removed", stacklevel=2)
         import deepspeed
 
         self.stage = int(self.job.resources.strategy[-1])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
 import json
+import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,24 @@ def _without_zstd(data: bytes, most: int) -> bytes:
         return bytes(stream.read(most))
 
 
+_LARGE = 100_000_000
+
+
+@contextlib.contextmanager
+def shown_progress(path: Path) -> Iterator[Callable[[int], object]]:
+    """Draw a bar for a large file, where a person looks; yields what is to be told how many bytes were read."""
+    size = path.stat().st_size
+    if size < _LARGE or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"reading {path.name}", total=size)
+        yield lambda count: bar.advance(task, count)
+
+
 class RepeatedKey(Exception):
     """A JSON object that has a key twice: the first value would be lost without a word."""
 
@@ -123,17 +143,21 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                record = json.loads(line, object_pairs_hook=_unique_keys)
-            except RepeatedKey as error:
-                yield number, f"the key {error.args[0]!r} stands twice in one object: keep one"
-                continue
-            except (ValueError, RecursionError) as error:
-                yield number, f"not JSON ({getattr(error, 'msg', 'too deep')})"
-                continue
-            yield number, record if isinstance(record, dict) else "a row must be a JSON object {...}"
+    with shown_progress(path) as read:
+        for number, line in enumerate(_text(path).split("\n"), start=1):
+            read(len(line) + 1)
+            if line.strip():
+                yield number, _json_record(line)
+
+
+def _json_record(line: str) -> Record:
+    try:
+        record = json.loads(line, object_pairs_hook=_unique_keys)
+    except RepeatedKey as error:
+        return f"the key {error.args[0]!r} stands twice in one object: keep one"
+    except (ValueError, RecursionError) as error:
+        return f"not JSON ({getattr(error, 'msg', 'too deep')})"
+    return record if isinstance(record, dict) else "a row must be a JSON object {...}"
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Record]]:

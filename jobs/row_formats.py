@@ -228,17 +228,30 @@ def _from_text_cell(value: Any) -> Any:
     return messages if whole else value
 
 
+def plain_columns(kind: DataFormat, data: DataSpec) -> tuple[str, ...] | None:
+    """Return the columns whose cells make a row of a format; None where a row can have more to it."""
+    if kind == "text_label":
+        return (data.text_column, data.label_column)
+    if kind == "text":
+        return (data.text_column,)
+    return (data.prompt_column, data.completion_column) if kind == "prompt_completion" else None
+
+
 def _text_label(record: Mapping[str, Any], data: DataSpec) -> Row:
     text = _text(record, data.text_column)
     if data.label_column not in record:
         raise BadRow(_no_column(record, data.label_column))
-    label = record[data.label_column]
+    return Row(text=text, label=class_of(record[data.label_column], data))
+
+
+def class_of(label: Any, data: DataSpec) -> str:
+    """Return the class that a label names. Raises BadRow."""
     if isinstance(label, bool):
         label = str(label).lower()
     if not isinstance(label, str | int) or not str(label).strip():
         raise BadRow(f"{data.label_column} is {_short(label)}, but must be a text or a whole number")
     _check_whole_characters(data.label_column, str(label))
-    return Row(text=text, label=_class_name(str(label).strip(), data.labels))
+    return _class_name(str(label).strip(), data.labels)
 
 
 def _class_name(label: str, names: Sequence[str] | None) -> str:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from jobs import files
 from jobs.assets import PREFIX, asset_folder
+from jobs.columns import AnyRows, ColumnRows, first_record, label_counts, read_columns, taken
 from jobs.data_files import DATA_SUFFIXES, read_records
 from jobs.errors import AssetError, DataError
 from jobs.hub import HubName, dataset_folder, model_config
 from jobs.model_kinds import stated_labels
-from jobs.row_formats import BadRow, Row, convert, row_format
+from jobs.row_formats import BadRow, convert, row_format
 from jobs.spec import DataFormat, DataSpec, JobSpec
 from jobs.splits import hold_back
 from jobs.words import counted, cut, one_line
@@ -30,9 +33,9 @@ _FEWEST_TO_HALVE = 4
 class Rows:
     """The three splits of a job's data."""
 
-    train: list[Row]
-    validation: list[Row]
-    test: list[Row]
+    train: AnyRows
+    validation: AnyRows
+    test: AnyRows
     labels: tuple[str, ...] = ()
     """Class names in the order of their ids (classification)."""
     sha256: dict[str, str] = field(default_factory=dict)
@@ -158,8 +161,15 @@ def _read_split(
     collected: list[str] | None,
     formats: dict[str, DataFormat],
     notes: list[str],
-) -> list[Row]:
+) -> AnyRows:
     """Read all rows of a file. Keys that are not known are counted in `unused`; the format is put in `formats`."""
+    first = first_record(path)
+    if first is not None:
+        kind = row_format(first, job)
+        columns = read_columns(path, kind, job.data, unused)
+        if columns:
+            formats.setdefault(str(path), kind)
+            return columns
     rows, bad = [], []
     chosen: DataFormat | None = None
     for number, record in read_records(path, notes):
@@ -183,7 +193,7 @@ def _read_split(
     return rows
 
 
-def _three_splits(data: DataSpec, read: dict[str, list[Row]], warnings: list[str]) -> dict[str, list[Row]]:
+def _three_splits(data: DataSpec, read: dict[str, AnyRows], warnings: list[str]) -> dict[str, AnyRows]:
     """Train, validation and test rows; what is not given is held back from the split before it."""
     train = read["train"]
     validation, test = read.get("validation"), read.get("test")
@@ -208,24 +218,24 @@ def _three_splits(data: DataSpec, read: dict[str, list[Row]], warnings: list[str
     }
 
 
-def _drawn(rows: list[Row], most: int | None, seed: int) -> list[Row]:
+def _drawn(rows: AnyRows, most: int | None, seed: int) -> AnyRows:
     if most is None or most >= len(rows):
         return rows
-    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), most))]
+    return taken(rows, sorted(random.Random(seed).sample(range(len(rows)), most)))
 
 
-def _labels(rows: dict[str, list[Row]], sources: dict[str, Path], given: Sequence[str] | None) -> tuple[str, ...]:
+def _labels(rows: dict[str, AnyRows], sources: dict[str, Path], given: Sequence[str] | None) -> tuple[str, ...]:
     """Class names as given, or else whole numbers in their order and words in the alphabet's.
 
     Raises DataError on one class alone, and on one that is not among those given.
     """
     if given is not None:
         for split, found in rows.items():
-            for row in found:
+            for row in found if set(label_counts(found)) - set(given) else ():
                 if row.label not in given:
                     raise DataError(f"{sources[split]}:{row.line}: the label {row.label!r} is not one of data.labels")
         return tuple(given)
-    counts = Counter(row.label for row in rows["train"])
+    counts = label_counts(rows["train"])
     if len(counts) < 2:
         only = next(iter(counts))
         raise DataError(
@@ -234,34 +244,48 @@ def _labels(rows: dict[str, list[Row]], sources: dict[str, Path], given: Sequenc
     if len(counts) > 1000:
         raise DataError(f"{sources['train']}: there are {len(counts)} labels; is data.label_column the right column?")
     for split in ("validation", "test"):
-        unknown = sorted({row.label for row in rows.get(split, [])} - set(counts))
+        unknown = sorted(set(label_counts(rows.get(split, []))) - set(counts))
         if unknown:
             raise DataError(f"the {split} rows have labels that no training row has: {', '.join(unknown[:5])}")
     numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in counts)
     return tuple(sorted(counts, key=int) if numeric else sorted(counts))
 
 
-def _duplicates(rows: dict[str, list[Row]]) -> list[str]:
+def _duplicates(rows: dict[str, AnyRows]) -> list[str]:
     """Warnings about rows that stand twice, in one split or (worse) on both sides."""
     warnings = []
-    seen = Counter(row.question for row in rows["train"])
-    twice = sum(seen.values()) - len(seen)
+    columns = {split: found.questions() for split, found in rows.items() if isinstance(found, ColumnRows)}
+    in_columns = all(split in columns or not len(found) for split, found in rows.items())
+    if in_columns:
+        different = np.unique(columns["train"])
+    else:
+        seen = {row.question for row in rows["train"]}
+    twice = len(rows["train"]) - (len(different) if in_columns else len(seen))
     if twice:
         stands = "training row stands" if twice == 1 else "training rows stand"
         warnings.append(f"{twice} {stands} more than once")
     for split in ("validation", "test"):
-        leaked = sum(row.question in seen for row in rows[split])
+        if in_columns:
+            leaked = _number_among(columns[split], different) if len(rows[split]) else 0
+        else:
+            leaked = sum(row.question in seen for row in rows[split])
         if leaked:
             among = f"of {counted(len(rows[split]), f'{split} row')}"
             warnings.append(f"{_are(leaked, among)} also among the training rows: results are optimistic")
     return warnings
 
 
+def _number_among(values: np.ndarray, ordered: np.ndarray) -> int:
+    """Return how many values are among others, which are different and in their order."""
+    places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return int((ordered[places] == values).sum())
+
+
 def _are(number: int, among: str) -> str:
     return f"{number:,} {among} {'is' if number == 1 else 'are'}"
 
 
-def majority_share(rows: Iterable[Row]) -> float:
+def majority_share(rows: AnyRows) -> float:
     """Share of the most frequent label: what a classifier gets that always says the same."""
-    counts = Counter(row.label for row in rows)
+    counts = label_counts(rows)
     return max(counts.values()) / sum(counts.values())

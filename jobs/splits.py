@@ -6,12 +6,12 @@ ShuffleSplit), which the client does not need to have; a test compares the two.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from jobs.columns import AnyRows, ColumnRows, label_counts, taken
 from jobs.errors import DataError
 from jobs.row_formats import Row
 from jobs.words import counted
@@ -21,16 +21,26 @@ SPLIT_VERSION = 2
 _MAX_SHOWN = 60
 
 
-class Group(NamedTuple):
-    """Rows with one prompt, by their places, which stay on one side."""
+@dataclass(frozen=True)
+class _Groups:
+    """Rows with one prompt, which stay on one side. G groups, in the order of their first row, of N rows."""
 
-    places: list[int]
-    label: str
+    of_row: np.ndarray
+    """(N) the group of each row."""
+    firsts: np.ndarray
+    """(G) the place of each group's first row."""
+    sizes: np.ndarray
+    """(G) rows of each group."""
+    labels: np.ndarray
+    """(G) class of each group, numbered in the order of the names."""
+
+    def __len__(self) -> int:
+        return len(self.firsts)
 
 
 def hold_back(
-    rows: Sequence[Row], share: float, seed: int, field: str, *, keep_classes: bool = True
-) -> tuple[list[Row], list[Row]]:
+    rows: AnyRows, share: float, seed: int, field: str, *, keep_classes: bool = True
+) -> tuple[AnyRows, AnyRows]:
     """Return (held back, left), both in the rows' order.
 
     `field` names the share in errors; with `keep_classes` every class stays among what is left (training rows need
@@ -40,64 +50,81 @@ def hold_back(
     target = max(1, min(len(rows) - 1, round(len(rows) * share)))
     groups = _groups(rows)
     if not keep_classes:  # then classes are a matter of proportion alone, and only where each has rows for both sides
-        counts = Counter(group.label for group in groups)
-        whole = min(counts.values()) > 1 and target >= len(counts)
-        groups = groups if whole else [group._replace(label="") for group in groups]
-    held = _drawn(groups, target, np.random.RandomState(seed)) if len(groups) > 1 else []
-    places = {place for group in held for place in group.places}
-    if not places or not target <= 2 * len(places) <= 4 * target:
+        counts = np.unique(groups.labels, return_counts=True)[1]
+        if not (counts.min() > 1 and target >= len(counts)):
+            groups = replace(groups, labels=np.zeros_like(groups.labels))
+    held = _drawn(groups, target, np.random.RandomState(seed)) if len(groups) > 1 else np.array([], dtype=np.int64)
+    is_held = np.zeros(len(groups), dtype=bool)
+    is_held[held] = True
+    places = is_held[groups.of_row]
+    number = int(places.sum())
+    if not number or not target <= 2 * number <= 4 * target:
         raise DataError(_refusal(rows, groups, share, target, field))
-    held_back = [row for place, row in enumerate(rows) if place in places]
-    return held_back, [row for place, row in enumerate(rows) if place not in places]
+    return taken(rows, np.flatnonzero(places)), taken(rows, np.flatnonzero(~places))
 
 
-def _groups(rows: Sequence[Row]) -> list[Group]:
-    """Return the rows with each prompt, in the order of their first."""
-    by_prompt: dict[Row, Group] = {}
-    for place, row in enumerate(rows):
-        by_prompt.setdefault(row.question, Group([], row.label)).places.append(place)
-    return list(by_prompt.values())
-
-
-def _drawn(groups: list[Group], target: int, random: np.random.RandomState) -> list[Group]:
-    """Return groups with about `target` rows together, each class in proportion."""
-    labels = sorted({group.label for group in groups})
-    if len(labels) == 1:
-        order = [groups[index] for index in random.permutation(len(groups))]
-        held = _filling(order, target)
+def _groups(rows: AnyRows) -> _Groups:
+    names = {name: place for place, name in enumerate(sorted(label_counts(rows)))}
+    if isinstance(rows, ColumnRows):
+        of_row, firsts = _numbered(rows.questions())
+        labels = rows.label_codes(names)[firsts]
     else:
-        order, held = _drawn_by_class(groups, labels, target, random)
-    rows = _rows_in(held)
+        by_prompt: dict[Row, int] = {}
+        of_row = np.array([by_prompt.setdefault(row.question, len(by_prompt)) for row in rows], dtype=np.int64)
+        firsts = np.unique(of_row, return_index=True)[1]
+        labels = np.array([names[rows[place].label] for place in firsts], dtype=np.int64)
+    return _Groups(of_row, firsts, np.bincount(of_row, minlength=len(firsts)), labels)
+
+
+def _numbered(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (the group (N) of equal values, numbered by first appearance; the place (G) of each group's first)."""
+    ordered = np.sort(values)
+    if not (ordered[1:] == ordered[:-1]).any():  # as nearly always, and with less memory
+        every = np.arange(len(values), dtype=np.int32)
+        return every, every
+    del ordered
+    _, firsts, of_value = np.unique(values, return_index=True, return_inverse=True)
+    order = np.argsort(firsts)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return rank[of_value], firsts[order]
+
+
+def _drawn(groups: _Groups, target: int, random: np.random.RandomState) -> np.ndarray:
+    """Return groups with about `target` rows together, each class in proportion."""
+    different = np.unique(groups.labels)
+    if len(different) == 1:
+        order = random.permutation(len(groups))
+        held = _filling(groups, order, target)
+    else:
+        order, held = _drawn_by_class(groups, different, target, random)
+    rows = int(groups.sizes[held].sum())
     if rows < target:
         # What a class could not fill with whole groups, others do.
-        chosen = {id(group) for group in held}
-        rest = [group for group in order if id(group) not in chosen]
-        held += _filling(rest, target - rows, keep_one_of=_left_in_class(rest))
-    if 2 * _rows_in(held) < target:
-        members = Counter(group.label for group in groups)
-        spare = [group for group in groups if members[group.label] > 1]
-        held = sorted(spare, key=lambda group: len(group.places))[:1]
+        rest = order[~np.isin(order, held)]
+        more = _filling(groups, rest, target - rows, keep_one_of=_left_in_class(groups, rest))
+        held = np.concatenate([held, more])
+    if 2 * int(groups.sizes[held].sum()) < target:
+        members = np.bincount(groups.labels)
+        spare = np.flatnonzero(members[groups.labels] > 1)
+        held = spare[np.argsort(groups.sizes[spare], kind="stable")][:1]
     return held
 
 
 def _drawn_by_class(
-    groups: list[Group], labels: list[str], target: int, random: np.random.RandomState
-) -> tuple[list[Group], list[Group]]:
+    groups: _Groups, different: np.ndarray, target: int, random: np.random.RandomState
+) -> tuple[np.ndarray, np.ndarray]:
     """Return (all groups in the order of the draw, those that are held back)."""
-    by_label: dict[str, list[Group]] = {label: [] for label in labels}
-    for group in groups:
-        by_label[group.label].append(group)
-    members = list(by_label.values())
-    counts = np.array([_rows_in(of_class) for of_class in members])
+    members = [np.flatnonzero(groups.labels == label) for label in different]
+    counts = np.array([int(groups.sizes[of_class].sum()) for of_class in members])
     left = proportional(counts, int(counts.sum()) - target, random)
     wanted = proportional(counts - left, target, random)
-    order: list[Group] = []
-    held: list[Group] = []
+    order, held = [], []
     for of_class, rows, all_rows in zip(members, wanted, counts, strict=True):
-        shuffled = [of_class[index] for index in random.permutation(len(of_class))][::-1]
-        order += shuffled
-        held += _filling(shuffled, min(int(rows), int(all_rows) - 1))  # training rows have every class
-    return order, held
+        shuffled = of_class[random.permutation(len(of_class))][::-1]
+        order.append(shuffled)
+        held.append(_filling(groups, shuffled, min(int(rows), int(all_rows) - 1)))  # training rows have every class
+    return np.concatenate(order), np.concatenate(held)
 
 
 def proportional(counts: np.ndarray, draws: int, random: np.random.RandomState) -> np.ndarray:
@@ -120,52 +147,55 @@ def proportional(counts: np.ndarray, draws: int, random: np.random.RandomState) 
     return whole
 
 
-def _filling(groups: list[Group], most: int, keep_one_of: Callable[[Group], bool] | None = None) -> list[Group]:
+def _filling(
+    groups: _Groups, order: np.ndarray, most: int, keep_one_of: Callable[[int], bool] | None = None
+) -> np.ndarray:
     """Return the groups, in their order, that fit into `most` rows together."""
-    taken: list[Group] = []
-    for group in groups:
-        if len(group.places) <= most and (keep_one_of is None or keep_one_of(group)):
-            taken.append(group)
-            most -= len(group.places)
-    return taken
+    if keep_one_of is None and (groups.sizes[order] == 1).all():
+        return order[: max(0, most)]
+    found = []
+    for group in order.tolist():
+        size = int(groups.sizes[group])
+        if size <= most and (keep_one_of is None or keep_one_of(group)):
+            found.append(group)
+            most -= size
+            if not most:
+                break
+    return np.array(found, dtype=np.int64)
 
 
-def _left_in_class(groups: list[Group]) -> Callable[[Group], bool]:
+def _left_in_class(groups: _Groups, rest: np.ndarray) -> Callable[[int], bool]:
     """Return a check that a class still has another group; each group that passes counts as taken."""
-    left: dict[str, int] = {}
-    for group in groups:
-        left[group.label] = left.get(group.label, 0) + 1
+    left = np.bincount(groups.labels[rest], minlength=int(groups.labels.max()) + 1)
 
-    def spare(group: Group) -> bool:
-        if left[group.label] <= 1:
+    def spare(group: int) -> bool:
+        label = groups.labels[group]
+        if left[label] <= 1:
             return False
-        left[group.label] -= 1
+        left[label] -= 1
         return True
 
     return spare
 
 
-def _rows_in(groups: Sequence[Group]) -> int:
-    return sum(len(group.places) for group in groups)
-
-
-def _refusal(rows: Sequence[Row], groups: list[Group], share: float, target: int, field: str) -> str:
+def _refusal(rows: AnyRows, groups: _Groups, share: float, target: int, field: str) -> str:
     file = field.replace("_fraction", "_file")
-    largest = max(groups, key=lambda group: len(group.places))
-    if len(largest.places) == 1:
-        classes = len({group.label for group in groups})
+    largest = int(np.argmax(groups.sizes))
+    size = int(groups.sizes[largest])
+    if size == 1:
+        classes = len(np.unique(groups.labels))
         what = f"each of the {classes} classes must keep one" if classes > 1 else "none can be spared"
         return (
             f"{field} is {share:g}, {target:,} of {counted(len(rows), 'row')}, but that is too few to hold so many "
             f"back ({what}): give {file}"
         )
-    prompt = " ".join(rows[largest.places[0]].prompt.split())
+    prompt = " ".join(rows[int(groups.firsts[largest])].prompt.split())
     shown = prompt if len(prompt) <= _MAX_SHOWN else f"{prompt[: _MAX_SHOWN - 3]}..."
-    least = min(len(group.places) for group in groups) / len(rows)
+    least = int(groups.sizes.min()) / len(rows)
     larger = f", or a {field} of {least:.2g} or more" if share < least < 1 else ""
     return (
         f"{field} is {share:g}, {target:,} of {counted(len(rows), 'row')}, but rows with the same prompt "
-        f"stay on one side and {shown!r} stands in {len(largest.places):,} of them: give {file}{larger}, or make "
+        f"stay on one side and {shown!r} stands in {size:,} of them: give {file}{larger}, or make "
         "the prompts differ (where the text that an answer depends on is in another column, it belongs "
         "into the prompt)"
     )

@@ -1,0 +1,179 @@
+"""Large files are read in columns, and mean the same as record by record: rows, lines, labels, errors, splits."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs import columns
+from jobs.columns import ColumnRows
+from jobs.errors import DataError
+from jobs.load import load_text
+from jobs.rows import Rows, load_rows, majority_share
+from jobs.splits import hold_back
+from tests.unit.test_fuzz import STRANGE_TEXTS
+
+
+@pytest.fixture(autouse=True)
+def _small_files_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "_FEWEST_BYTES", 0)
+
+
+def both_ways(folder: Path, name: str, rows: list[Any] | bytes, task: str, more: str = "") -> tuple[Any, Any, bool]:
+    """What a file is read as in columns and record by record, (rows or the error), and whether columns were used."""
+    path = folder / name
+    if name.endswith(".parquet"):
+        import pyarrow
+        from pyarrow import parquet
+
+        assert not isinstance(rows, bytes)
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_bytes(rows if isinstance(rows, bytes) else "".join(json.dumps(row) + "\n" for row in rows).encode())
+    job = load_text(
+        f"name: x\ntask: {task}\nmodel: {{model_name_or_path: asset:minilm-l6}}\n"
+        f"data: {{train_file: {path}, {more}}}\n",
+        folder / "job.yaml",
+        (),
+    ).job
+
+    def read() -> Any:
+        try:
+            return load_rows(job)
+        except DataError as error:
+            return str(error)
+
+    fast = read()
+    used = isinstance(fast, Rows) and isinstance(fast.train, ColumnRows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns, "_FEWEST_BYTES", 2**60)
+        return fast, read(), used
+
+
+def check_same(fast: Any, slow: Any) -> None:
+    if isinstance(slow, str) or isinstance(fast, str):
+        assert fast == slow
+        return
+    for name in ("train", "validation", "test"):
+        one, other = list(getattr(fast, name)), list(getattr(slow, name))
+        assert one == other
+        assert [row.line for row in one] == [row.line for row in other]
+    assert (fast.labels, fast.warnings, fast.chosen_on_test, fast.format, fast.sha256) == (
+        slow.labels, slow.warnings, slow.chosen_on_test, slow.format, slow.sha256,
+    )  # fmt: skip
+
+
+def texts(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    draw = random.Random(seed)
+    return [{"text": f"text {draw.randrange(count * 3)}", "label": draw.choice(["b", "a", "c"])} for _ in range(count)]
+
+
+ODD: dict[str, list[Any] | bytes] = {
+    "plain": texts(200),
+    "whole numbers": [row | {"label": "abc".index(row["label"])} for row in texts(100)],
+    "with more columns": [row | {"id": n, "note": None if n % 3 else "x"} for n, row in enumerate(texts(100))],
+    "labels with blanks": [row | {"label": f" {row['label']} "} for row in texts(100)],
+    "labels like dates": [row | {"label": f"2020-01-0{n % 3 + 1}"} for n, row in enumerate(texts(100))],
+    "texts like dates": [row | {"text": f"2020-01-0{n % 9 + 1}T00:00:00"} for n, row in enumerate(texts(100))],
+    "mixed labels": [row | {"label": n % 2 if n % 5 else "a"} for n, row in enumerate(texts(100))],
+    "truths": [row | {"label": n % 2 == 0} for n, row in enumerate(texts(100))],
+    "a blank line": b"".join(json.dumps(row).encode() + b"\n\n" for row in texts(60)),
+    "windows": b"".join(json.dumps(row).encode() + b"\r\n" for row in texts(60)),
+    "no end": b"\n".join(json.dumps(row).encode() for row in texts(60)),
+    "a mark": b"\xef\xbb\xbf" + b"".join(json.dumps(row).encode() + b"\n" for row in texts(60)),
+    "an empty text": [*texts(50), {"text": "", "label": "a"}],
+    "a blank text": [*texts(50), {"text": "\u00a0\u2003 \x1c", "label": "a"}],
+    "a missing label": [*texts(50), {"text": "x"}],
+    "a null": [*texts(50), {"text": None, "label": "a"}],
+    "a number": [*texts(50), {"text": 7, "label": "a"}],
+    "a list": [*texts(50), [1]],
+    "half a character": [*texts(50), {"text": "\ud800", "label": "a"}],
+    "no utf-8": b'{"text": "a\xff", "label": "a"}\n' * 3,
+    "a key twice": b'{"text": "a", "text": "b", "label": "a"}\n' * 3,
+    "no json": b'{"text": "a", "label": "a"}\n{"text": \n',
+    "a tower": [*texts(50), {"text": "x", "label": "a", "deep": [[[{"a": [1]}]]]}],
+    "a later column": [*texts(3000), {"text": "x", "label": "a", "new": 1}],
+    "one class": [row | {"label": "a"} for row in texts(50)],
+    "every text twice": texts(30) * 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_classes_are_read_alike(kind: str, tmp_path: Path) -> None:
+    fast, slow, used = both_ways(tmp_path, "rows.jsonl", ODD[kind], "classification")
+    check_same(fast, slow)
+    if kind in ("plain", "whole numbers", "with more columns", "labels with blanks", "every text twice", "no end"):
+        assert used
+
+
+@pytest.mark.parametrize("kind", ["plain", "whole numbers", "with more columns", "truths", "a null", "mixed"])
+def test_parquet_is_read_alike(kind: str, tmp_path: Path) -> None:
+    rows = ODD.get(kind, texts(50))
+    assert isinstance(rows, list)
+    fast, slow, _ = both_ways(tmp_path, "rows.parquet", rows, "classification")
+    check_same(fast, slow)
+
+
+ANSWERS: dict[str, list[Any]] = {
+    "plain": [{"prompt": f"ask {n % 40}", "completion": f"say {n}"} for n in range(120)],
+    "with columns": [{"prompt": f"a {n}", "completion": "b", "id": n, "source": "x"} for n in range(60)],
+    "with a system": [{"prompt": f"a {n}", "completion": "b", "system": "be brief"} for n in range(60)],
+    "with an empty system": [{"prompt": f"a {n}", "completion": "b", "system": None} for n in range(60)],
+    "with history": [{"prompt": f"a {n}", "completion": "b", "history": [["q", "r"]]} for n in range(60)],
+    "with tools": [{"prompt": f"a {n}", "completion": "b", "tools": "[]"} for n in range(60)],
+    "with weights": [{"prompt": f"a {n}", "completion": "b", "weight": 1} for n in range(60)],
+    "with zero weights": [{"prompt": f"a {n}", "completion": "b", "weight": 0} for n in range(60)],
+    "with images": [{"prompt": f"a {n}", "completion": "b", "image": "x.png"} for n in range(60)],
+    "lists as texts": [{"prompt": '[{"role": "user", "content": "a"}]', "completion": "b"}] * 30,
+    "brackets": [{"prompt": f"[{n}] what", "completion": "[1, 2]"} for n in range(60)],
+    "conversational": [{"prompt": [{"role": "user", "content": f"a {n}"}],
+                        "completion": [{"role": "assistant", "content": "b"}]} for n in range(60)],
+    "an empty answer": [{"prompt": f"a {n}", "completion": "b" if n else ""} for n in range(60)],
+    "texts alone": [{"text": f"a long text {n}"} for n in range(60)],
+    "messages": [{"messages": [{"role": "user", "content": f"a {n}"}, {"role": "assistant", "content": "b"}]}
+                 for n in range(60)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("more", ["", "system_prompt: be kind"])
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_answers_are_read_alike(kind: str, more: str, tmp_path: Path) -> None:
+    fast, slow, used = both_ways(tmp_path, "rows.jsonl", ANSWERS[kind], "generation", more)
+    check_same(fast, slow)
+    if kind in ("plain", "with columns", "with an empty system", "texts alone"):
+        assert used
+
+
+ANY_ROW = st.fixed_dictionaries(
+    {"text": STRANGE_TEXTS | st.text(max_size=6), "label": st.sampled_from("abc")},
+    optional={"x": STRANGE_TEXTS, "y": st.integers()},
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(ANY_ROW, min_size=4, max_size=12))
+def test_any_texts_are_read_alike(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(columns, "_FEWEST_BYTES", 0)
+        fast, slow, _ = both_ways(tmp_path_factory.mktemp("any"), "rows.jsonl", rows, "classification")
+    check_same(fast, slow)
+
+
+def test_a_part_of_columns_is_a_list_of_rows(tmp_path: Path) -> None:
+    fast, _, used = both_ways(tmp_path, "rows.jsonl", texts(300), "classification")
+    assert used
+    rows = fast.train
+    listed = list(rows)
+    assert (rows[0], rows[-1], rows[3:7], rows[::50]) == (listed[0], listed[-1], listed[3:7], listed[::50])
+    assert majority_share(rows) == majority_share(listed)
+    for share in (0.1, 0.5):
+        one, other = hold_back(rows, share, 3, "x"), hold_back(listed, share, 3, "x")
+        assert [list(part) for part in one] == [list(part) for part in other]
+    with pytest.raises(IndexError):
+        rows[len(rows)]

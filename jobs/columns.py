@@ -6,10 +6,10 @@ a single row. Whatever is odd makes `read_columns` return None, and the file is 
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from jobs.conversation import Message
 from jobs.data_files import data_suffix, shown_progress
-from jobs.row_formats import BadRow, Row, class_of, convert, plain_columns
+from jobs.row_formats import Row, class_of, convert, plain_columns
 from jobs.spec import DataFormat, DataSpec
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _BLOCK_ROWS = 8192
 _BLOCK_BYTES = 1 * 2**20
+_PARQUET_ROWS = 65_536
 _FEWEST_BYTES = 4_000_000
 """Smaller files are read record by record, which is as fast."""
 _SHORT = 8
@@ -37,7 +38,7 @@ class ColumnRows(Sequence[Row]):
     def __init__(
         self,
         make: Callable[[tuple[str, ...], str, int], Row],
-        columns: Sequence[pyarrow.ChunkedArray],
+        columns: Sequence[pyarrow.Array],
         labels: tuple[str, ...],
         codes: np.ndarray | None,
         places: np.ndarray | None = None,
@@ -145,112 +146,177 @@ def read_columns(path: Path, kind: DataFormat, data: DataSpec, unused: Counter[s
     needed = plain_columns(kind, data)
     if needed is None:
         return None
-    texts = [name for name in needed if kind != "text_label" or name != data.label_column]
+    names = [name for name in needed if kind != "text_label" or name != data.label_column]
     try:
-        table = _table(path, texts)
-    except Exception:  # as above
+        found = _read(path, names, data.label_column if kind == "text_label" else None, data, kind)
+    except Exception:  # pyarrow's errors are many, and _Odd is among them: the slow way has words for all
         return None
-    if any(name not in table.column_names for name in needed):
-        return None
-    if not all(_plain_texts(table.column(name), cells_may_be_json=kind != "prompt_completion") for name in texts):
-        return None
-    found = _classes(table.column(data.label_column), data) if kind == "text_label" else ((), None)
-    if found is None:
-        return None
-    others = {name: table.column(name) for name in table.column_names if name not in needed}
-    if kind == "prompt_completion" and not _are_harmless(others, table, needed, data):
-        return None
-    for name, column in others.items():
-        if len(column) > column.null_count:
-            unused[f"column {name!r}" if name else "the column without a name"] += len(column) - column.null_count
-    return ColumnRows(_maker(kind, data), [table.column(name) for name in texts], *found)
+    for name, count in found.others.items():
+        if count:
+            unused[f"column {name!r}" if name else "the column without a name"] += count
+    columns = [column.array() for column in found.texts.values()]
+    return ColumnRows(_maker(kind, data), columns, tuple(found.labels), found.codes())
 
 
-def _table(path: Path, texts: Sequence[str]) -> pyarrow.Table:
-    """Read a file. Raises pyarrow's errors, and ValueError where rows are not lines."""
+class _Odd(Exception):
+    """A row has something that only the slow way has words for."""
+
+
+class _Texts:
+    """All texts of a column one after another, in memory that is taken as it fills."""
+
+    def __init__(self, most: int) -> None:
+        self.data, self.used = np.empty(most, dtype=np.uint8), 0
+        self.ends: list[np.ndarray] = []
+
+    def add(self, column: pyarrow.Array) -> None:
+        """Take over the texts of a batch."""
+        wide = "large" in str(column.type)
+        offsets = np.frombuffer(column.buffers()[1], dtype=np.int64 if wide else np.int32)
+        offsets = offsets[column.offset : column.offset + len(column) + 1].astype(np.int64)
+        size = int(offsets[-1] - offsets[0])
+        if self.used + size > len(self.data):
+            raise _Odd
+        if size:
+            own = np.frombuffer(column.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]]
+            self.data[self.used : self.used + size] = own
+        self.ends.append(offsets[1:] - offsets[0] + self.used)
+        self.used += size
+
+    def array(self) -> pyarrow.Array:
+        """Return the whole column (N)."""
+        import pyarrow
+
+        offsets = np.concatenate([np.zeros(1, dtype=np.int64), *self.ends])
+        buffers = [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(self.data[: self.used])]
+        return pyarrow.LargeStringArray.from_buffers(len(offsets) - 1, buffers[1], buffers[2])
+
+
+@dataclass
+class _Read:
+    """What a file holds."""
+
+    texts: dict[str, _Texts]
+    labels: dict[str, int] = field(default_factory=dict)
+    """Class -> its number."""
+    numbers: list[np.ndarray] = field(default_factory=list)
+    others: dict[str, int] = field(default_factory=dict)
+    """Column that is not needed -> rows that have a value in it."""
+
+    def codes(self) -> np.ndarray | None:
+        """Return the class (N) of each row; None where there are no classes."""
+        return np.concatenate(self.numbers) if self.numbers else None
+
+
+def _read(path: Path, names: Sequence[str], label: str | None, data: DataSpec, kind: DataFormat) -> _Read:
+    """Read a file batch by batch. Raises _Odd, and pyarrow's errors."""
+    conversational = kind == "prompt_completion"
+    found, first = _Read({name: _Texts(8 * path.stat().st_size) for name in names}), True
+    with shown_progress(path) as read:
+        for batch, size in _batches(path, names):
+            own = {*names, *([label] if label else [])}
+            if not own <= set(batch.schema.names):
+                raise _Odd
+            for name in names:
+                _check_texts(batch.column(name), may_be_json=conversational)
+                found.texts[name].add(batch.column(name))
+            if label is not None:
+                found.numbers.append(_codes(batch.column(label), data, found.labels))
+            for name in batch.schema.names:
+                if name not in own:
+                    column = batch.column(name)
+                    found.others[name] = found.others.get(name, 0) + len(column) - column.null_count
+            if conversational and (
+                any(found.others.get(name) for name in _MEANINGFUL)
+                or (first and conversational and _odd(batch, names, data))
+            ):
+                raise _Odd
+            first = False
+            read(size)
+    if first:
+        raise _Odd
+    return found
+
+
+def _batches(path: Path, names: Sequence[str]) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
+    """Yield (rows, about how many bytes they are). Raises pyarrow's errors, and _Odd where rows are no lines."""
     import pyarrow
     from pyarrow import json as arrow_json
     from pyarrow import parquet
 
     if data_suffix(path) == ".parquet":
-        return parquet.read_table(path, memory_map=False)
-    with path.open("rb") as file:  # blank lines would shift the numbers of all after them
-        lines, last = 0, b"\n"
-        while block := file.read(_BLOCK_BYTES):
-            lines += block.count(b"\n")
-            if b"\n\n" in last + block or b"\n\r" in block:
-                raise ValueError("blank lines")
-            last = block[-1:]
+        file = parquet.ParquetFile(path)
+        size = path.stat().st_size // max(1, file.metadata.num_rows) * _PARQUET_ROWS
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+            yield batch, size
+        return
+    lines, rows = _lines(path), 0
     # Texts that look like dates would be read as dates: what is needed is said to be text.
-    schema = pyarrow.schema([(name, pyarrow.string()) for name in texts])
+    schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
     with arrow_json.open_json(  # block by block: `read_json` holds all of them while it works
         path,
         read_options=arrow_json.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False),
         parse_options=arrow_json.ParseOptions(explicit_schema=schema),
-        memory_pool=pyarrow.system_memory_pool(),
+        memory_pool=pyarrow.system_memory_pool(),  # which gives back what it is given back
     ) as reader:
-        with shown_progress(path) as read:
-            batches = []
-            for batch in reader:
-                batches.append(batch)
-                read(_BLOCK_BYTES)
-        table = pyarrow.Table.from_batches(batches, reader.schema)
-    if len(table) != lines + (last != b"\n"):
-        raise ValueError("rows are not lines")
-    return table
+        pool = pyarrow.system_memory_pool()
+        for number, batch in enumerate(reader):
+            rows += len(batch)
+            yield batch, _BLOCK_BYTES
+            if number % 32 == 31:
+                pool.release_unused()
+        pool.release_unused()
+    if rows != lines:
+        raise _Odd
 
 
-def _plain_texts(column: pyarrow.ChunkedArray, *, cells_may_be_json: bool) -> bool:
-    """Whether all cells are texts that hold something and are whole characters."""
+def _lines(path: Path) -> int:
+    """Count a file's lines. Raises _Odd for blank ones, which would shift the numbers of all after them."""
+    lines, last = 0, b"\n"
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            lines += block.count(b"\n")
+            if b"\n\n" in last + block[:1] or b"\n\n" in block or b"\n\r" in block:
+                raise _Odd
+            last = block[-1:]
+    return lines + (last != b"\n")
+
+
+def _check_texts(column: pyarrow.Array, *, may_be_json: bool) -> None:
+    """Raise _Odd unless all cells are texts that hold something and are whole characters."""
     import pyarrow
     from pyarrow import compute
 
     if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)) or column.null_count:
-        return False
-    for chunk in column.chunks:  # one after another: what is worked out for all at once takes the memory again
-        try:
-            chunk.validate(full=True)  # UTF-8
-        except pyarrow.ArrowInvalid:
-            return False
-        short = compute.less_equal(compute.binary_length(chunk), _SHORT)
-        blank = compute.equal(compute.utf8_trim_whitespace(chunk), "")
-        doubtful = compute.filter(chunk, compute.or_(short, blank)).to_pylist()
-        if not all(text.strip() for text in doubtful):
-            return False
-        if not cells_may_be_json and compute.any(compute.match_substring_regex(chunk, r"^\s*\[")).as_py():
-            return False
-    return True
+        raise _Odd
+    column.validate(full=True)  # UTF-8
+    short = compute.less_equal(compute.binary_length(column), _SHORT)
+    blank = compute.equal(compute.utf8_trim_whitespace(column), "")
+    doubtful = compute.filter(column, compute.or_(short, blank)).to_pylist()
+    if not all(text.strip() for text in doubtful):
+        raise _Odd
+    if may_be_json and compute.any(compute.match_substring_regex(column, r"^\s*\[")).as_py():
+        raise _Odd
 
 
-def _classes(column: pyarrow.ChunkedArray, data: DataSpec) -> tuple[tuple[str, ...], np.ndarray] | None:
-    """Return (class names, the place of each row's among them); None where a label is none."""
+def _codes(column: pyarrow.Array, data: DataSpec, labels: dict[str, int]) -> np.ndarray:
+    """Return the number of each row's class; new classes are put in `labels`. Raises _Odd and BadRow."""
     import pyarrow
 
-    kinds = pyarrow.types
-    if column.null_count or not (kinds.is_string(column.type) or kinds.is_int64(column.type)):
-        return None
-    encoded = column.dictionary_encode().combine_chunks()
-    encoded = encoded.chunk(0) if hasattr(encoded, "chunk") else encoded
-    names = []
-    for value in encoded.dictionary.to_pylist():
-        try:
-            names.append(class_of(value, data))
-        except BadRow:
-            return None
-    different = tuple(dict.fromkeys(names))
-    place = np.array([different.index(name) for name in names], dtype=np.int32)
-    return different, place[encoded.indices.to_numpy(zero_copy_only=False)]
+    if column.null_count or not (pyarrow.types.is_string(column.type) or pyarrow.types.is_int64(column.type)):
+        raise _Odd
+    encoded = column.dictionary_encode()
+    names = [class_of(value, data) for value in encoded.dictionary.to_pylist()]
+    numbers = np.array([labels.setdefault(name, len(labels)) for name in names], dtype=np.int32)
+    found: np.ndarray = numbers[encoded.indices.to_numpy(zero_copy_only=False)]
+    return found
 
 
-def _are_harmless(others: Mapping[str, Any], table: pyarrow.Table, needed: Sequence[str], data: DataSpec) -> bool:
-    """Whether the further columns say nothing of a conversation: a row with all of them has to be the plain one."""
-    if any(len(column) > column.null_count for name, column in others.items() if name in _MEANINGFUL):
-        return False
-    first = {name: table.column(name)[0].as_py() for name in table.column_names}
-    with contextlib.suppress(BadRow):
-        plain = _maker("prompt_completion", data)(tuple(first[name] for name in needed), "", 0)
-        return convert(first, "prompt_completion", data, Counter()) == plain
-    return False
+def _odd(batch: pyarrow.RecordBatch, names: Sequence[str], data: DataSpec) -> bool:
+    """Whether a first row with all its columns is another one than that of the needed columns alone."""
+    first = batch.slice(0, 1).to_pylist()[0]
+    plain = _maker("prompt_completion", data)(tuple(first[name] for name in names), "", 0)
+    return convert(first, "prompt_completion", data, Counter()) != plain
 
 
 _MEANINGFUL = frozenset(

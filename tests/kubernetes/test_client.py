@@ -458,7 +458,7 @@ def test_the_record_comes_through_the_head(server: ApiServer, kubelet: Kubelet, 
     head(kubelet, here)
     backend_of(here).refresh(here)
     trials = {f"trials/trial{n}/{name}" for n in (0, 1) for name in ("metrics.jsonl", "params.json", "status.json")}
-    assert names(here) == OWN | trials | {"logs/driver.log", "report/report.json"}
+    assert names(here) == OWN | trials | {"events.jsonl", "logs/driver.log", "report/report.json"}
     assert here.state is RunState.RUNNING
     assert (here.path / "trials/trial1/metrics.jsonl").read_bytes() == (
         there.path / "trials/trial1/metrics.jsonl"

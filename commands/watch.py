@@ -145,6 +145,9 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
         say(f"{run.id} ended with code {code} before a trial began" + (f"; {log} has more" if log.is_file() else ""))
         return
     if code in (ExitCode.OUR_FAULT, ExitCode.USER_INPUT):
+        if run.gone():
+            say(f"{run.id} lost its driver, or the Ray under it; `lorafleet resume {run.id}` goes on ({log} has more)")
+            return
         for line in _last_lines(log):
             say(line)
         say(f"{run.id} failed; all that its driver said is in {log}")
@@ -158,7 +161,8 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
     if not show_report(report, output, quiet=quiet):
         return
     if code in (ExitCode.INTERRUPTED, ExitCode.REQUEUE):
-        say(f"\n{run.id} was interrupted; `lorafleet resume {run.id}` goes on")
+        what = "lost its driver, or the Ray under it" if run.gone() else "was interrupted"
+        say(f"\n{run.id} {what}; `lorafleet resume {run.id}` goes on")
         return
     tell(f"\nreport   {run.path / 'report' / 'report.html'}")
     if report.recommendation.adapter and (run.path / report.recommendation.adapter).is_dir():

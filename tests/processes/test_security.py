@@ -192,3 +192,22 @@ def test_what_a_killed_run_left_goes_with_the_next_command(bert_job: JobMaker, p
     assert not scratch.exists()
     _, left = psutil.wait_procs(family, timeout=20)
     assert [one.cmdline() for one in left] == []
+
+
+@pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
+def test_a_ray_that_dies_is_a_sentence(bert_job: JobMaker, place: Path, victim: str) -> None:
+    """The run says what goes on with it, and `resume` finishes it."""
+    from tests.conftest import lorafleet
+
+    process = begin(bert_job(train__max_steps=3000), place, command="train")
+    wait_for(lambda: scratch_of(process))
+    wait_for(lambda: newest(place).trials() and newest(place).trials()[0].progress())
+    family = psutil.Process(process.pid).children(recursive=True)
+    next(one for one in family if victim in one.name()).kill()
+    said, _ = process.communicate(timeout=240)
+    assert "`lorafleet resume" in said, said
+    assert "Traceback" not in said
+    assert process.returncode != ExitCode.OK
+    assert not newest(place).alive()
+    done = lorafleet("resume", newest(place).path, cwd=place)
+    assert done.returncode == ExitCode.OK, done.stdout + done.stderr

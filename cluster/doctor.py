@@ -16,6 +16,7 @@ from cluster.machine import cpu_count, find_gpus, free_memory_gib, install_line,
 from jobs.assets import ASSETS, cache_dir
 from jobs.hub import hub_cache
 from jobs.ours import foreign_packages
+from jobs.trust import others_can_write
 from jobs.words import counted
 
 Verdict = Literal["ok", "missing", "note"]
@@ -45,6 +46,7 @@ def examine(runs: Path) -> list[Finding]:
         _clashes,
         lambda: _disk(runs),
         _caches,
+        lambda: _access(runs),
         _wandb,
         _clients,
     )
@@ -126,6 +128,21 @@ def _caches() -> Iterator[Finding]:
     yield Finding("assets", "ok", f"{', '.join(here) or 'none fetched yet'} in {cache_dir()}")
     models = list(hub_cache().glob("models--*"))
     yield Finding("hub cache", "ok", f"{counted(len(models), 'model')} in {hub_cache()}")
+
+
+def _access(runs: Path) -> Iterator[Finding]:
+    """Who else on this machine can change or read what matters (docs/security.md)."""
+    remedy = "chmod go-w, or list it in trusted_folders of ~/.config/lorafleet/config.yaml"
+    places = {"caches": cache_dir(), "the hub cache": hub_cache(), "runs": runs.absolute()}
+    open_ones = {what: others_can_write(folder) for what, folder in places.items() if folder.is_dir()}
+    for what, sentence in open_ones.items():
+        if sentence:
+            yield Finding(f"access to {what}", "note" if what == "runs" else "missing", sentence, remedy)
+    token = Path.home() / ".ray" / "auth_token"
+    if token.is_file() and token.stat().st_mode & 0o077:
+        yield Finding("Ray's old token", "note", f"{token} can be read by others", "delete it: no run needs it")
+    if not any(open_ones.values()):
+        yield Finding("access", "ok", "nobody else can change caches and runs")
 
 
 def _wandb() -> Iterator[Finding]:

@@ -339,3 +339,20 @@ def test_what_ray_made_anew_goes_in_time(tmp_path: Path) -> None:
 def test_the_state_of_a_run_that_is_not_ours(strangers: Run) -> None:
     files.write_json(strangers.path / "status.json", strangers.status() | {"state": "running"})
     assert backend_of(strangers).look(strangers).state is RunState.RUNNING
+
+
+def test_doctor_says_who_can_change_what_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("LORAFLEET_CACHE", str(cache))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "nobody else can change caches and runs" in lorafleet_here("doctor", cwd=tmp_path).stdout
+    cache.chmod(0o777)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("x")
+    (tmp_path / ".ray" / "auth_token").chmod(0o644)
+    said = json.loads(lorafleet_here("doctor", "--format", "json", cwd=tmp_path).stdout)
+    found = {row["what"]: row["verdict"] for row in said["findings"]}
+    assert found["access to caches"] == "missing"
+    assert found["Ray's old token"] == "note"

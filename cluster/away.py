@@ -86,7 +86,7 @@ def bring_unknown(place: Place, there: str, folder: Path) -> None:
             unpacker.drop()
         if not (scratch / "plan.json").is_file():
             raise RunError(f"there is no run in {there} on the storage")
-        scratch.chmod(0o777 & ~files.UMASK)
+        scratch.chmod(0o700)
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

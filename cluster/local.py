@@ -56,7 +56,7 @@ class LocalBackend:
         """
         logs = run.path / "logs"
         logs.mkdir(exist_ok=True)
-        with (logs / "driver.log").open("ab") as log:
+        with files.opened_to_append(logs / "driver.log") as log:
             self.child = subprocess.Popen(
                 [*driver_command(), "exec", str(run.path), "--trust"],
                 stdout=log,

@@ -22,7 +22,7 @@ class Stranger:
 
     def look(self, run: Run) -> Seen:
         """Its state as it was written. Its processes, its queue and its cluster are not asked."""
-        return Seen(run.state, str(run.status().get("reason") or ""))
+        return Seen(run.state, f"{self.why}; nobody was asked", asked=False)
 
     def refresh(self, run: Run, say: Say = quietly) -> None:
         """Nothing: where it lies elsewhere, that place is not asked."""

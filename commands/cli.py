@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -104,7 +105,8 @@ def _main(version: bool = typer.Option(False, "--version", help="Print the versi
 
         typer.echo(installed("lorafleet"))
         raise typer.Exit
-    clear_orphans(Path(tempfile.gettempdir()))  # what an earlier command left that was killed, a token among it
+    with contextlib.suppress(OSError):  # there may be no temporary folder that can be written
+        clear_orphans(Path(tempfile.gettempdir()))  # what an earlier command left that was killed, a token among it
 
 
 def main() -> None:
@@ -123,7 +125,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.OK)
     except OSError as error:
-        full = disk_full(error, Path(error.filename or tempfile.gettempdir()), "try again")
+        full = disk_full(error, Path(error.filename or "/"), "try again")
         if full is not None:
             say(str(full))
             sys.exit(ExitCode.USER_INPUT)

@@ -39,10 +39,10 @@ def execute(
     at_run(found.path)
     if job is not None:
         found = _begin(run.absolute(), job)
-    else:
-        confirm_trust(found, "exec", trust=trust)
     from cluster.allocation import allocation_here
 
+    if job is None and not allocation_here():  # there, whoever submitted the job has been asked
+        confirm_trust(found, "exec", trust=trust)
     try:
         code = _driver(found).execute()
     except HasDriver as error:

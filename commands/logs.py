@@ -79,7 +79,7 @@ def _files(run: Run, trial: str | None) -> list[Path]:
 
 def _new_lines(files: list[Path], done: dict[Path, int]) -> Iterator[str]:
     for path in files:
-        if not path.exists():
+        if not path.is_file():  # a pipe would be waited for
             continue
         with path.open(errors="replace") as file:
             file.seek(done.get(path, 0))

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, OneRun, Runs, say, tell
+from commands.common import DEFAULT_RUNS, OneRun, Runs, Trust, confirm_trust, say, tell
 from jobs import files
 from jobs.errors import UserError
 from jobs.run import Run, RunState
@@ -26,6 +26,7 @@ def sync(
         bool, typer.Option("--all", help="Also records of trials that have not ended, as far as they are.")
     ] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the command alone.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Upload a run's W&B records that were written offline (`wandb sync`), each once, when its trial has ended.
 
@@ -35,7 +36,8 @@ def sync(
     from cluster.store import find_run
 
     found = find_run(runs, run)
-    backend = backend_of(found)
+    confirm_trust(found, "sync", trust=trust)
+    backend = backend_of(found, trust=trust)
     done = 0
     while True:
         live = backend.look(found).state in (RunState.PENDING, RunState.RUNNING)

@@ -65,7 +65,8 @@ def build_report(run: Run) -> Report:
     plan = files.read_json(run.path / "plan.json")
     written = run.path / "report" / "report.json"
     if plan.get("command") == "benchmark" and written.is_file():  # it has no trials to be built from
-        return Report.model_validate_json(written.read_text())
+        with damaged_where_wrong(written):
+            return Report.model_validate_json(written.read_text())
     rows = _rows(run, job) if plan.get("command") != "compare" else []
     labels = {row.trial_id: describe(row.params) for row in rows}
     ordered = sorted(rows, key=lambda row: _rank(row, metric.name, metric.goal))

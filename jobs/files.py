@@ -64,6 +64,8 @@ def read_plain(path: Path, most: int = _MOST) -> bytes:
         raise IsADirectoryError(errno.EISDIR, "that is a folder, not a file", str(path))
     if not stat.S_ISREG(now.st_mode):
         raise OSError(errno.EINVAL, no_file(path), str(path))
+    if now.st_size > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most / 1e6:,.0f} MB", str(path))
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         size = now.st_size + 1  # to ask for more than there is takes as long as to fetch it
         data = file.read(size)
@@ -159,6 +161,19 @@ def _opened(path: Path, flags: int) -> BinaryIO:
         os.close(handle)
         raise RunError(f"{path} is no plain file of lorafleet's: take it away")
     return os.fdopen(handle, "rb+" if flags & os.O_APPEND == 0 else "ab+")
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    """Write a file in place. Raises RunError for links and what is no file, as `append_jsonl` does."""
+    with _opened(path, os.O_RDWR) as file:
+        file.truncate()
+        file.write(data)
+
+
+def opened_to_append(path: Path) -> BinaryIO:
+    """Open a log. Raises RunError for links and what is no file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return _opened(path, os.O_RDWR | os.O_APPEND)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:

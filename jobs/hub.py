@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from jobs import files
 from jobs.assets import PREFIX, asset, asset_folder, cache_dir
 from jobs.errors import AssetError
+from jobs.trust import others_can_write
 from jobs.verified import check_cache, check_unchanged
 
 
@@ -209,6 +211,11 @@ def code_digest(folder: Path) -> str:
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
 
 
+_OWN_CODE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+"""A class in a module of the model's folder, as `auto_map` names it."""
+_FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
 def code_refusal(name: str, revision: str | None) -> str | None:
     """Say why code of a model must not be run; None where it is pinned as a whole, or is not on this machine yet.
 
@@ -221,14 +228,24 @@ def code_refusal(name: str, revision: str | None) -> str | None:
         return None
     for file in ("config.json", "tokenizer_config.json", "processor_config.json", "generation_config.json"):
         named = _json(folder / file).get("auto_map") if (folder / file).is_file() else None
-        elsewhere = [text for text in _texts(named) if "--" in text]
+        elsewhere = [text for text in _texts(named) if not _OWN_CODE.fullmatch(text)]
         if elsewhere:
             return (
-                f"model.trust_remote_code is true, but {folder / file} takes code from another repository "
-                f"({elsewhere[0][:100]}), which model.revision does not pin: copy it into the model's folder"
+                f"model.trust_remote_code is true, but {folder / file} takes code from another place "
+                f"({elsewhere[0][:100]!r}), which model.revision does not pin: copy it into the model's folder"
             )
     if not Path(name).is_absolute():
-        return None
+        if name.startswith(PREFIX) or _FULL_COMMIT.fullmatch(revision or ""):
+            return None
+        return (
+            f"model.trust_remote_code is true and model.revision is {revision}, but must be a commit of 40 hex digits"
+        )
+    linked = next((path for path in folder.rglob("*") if path.is_symlink() and path.is_dir()), None)
+    if linked is not None:
+        return f"model.trust_remote_code is true, but {linked} is a link to a folder, which has no hash of its own"
+    sentence = others_can_write(folder)
+    if sentence:
+        return f"model.trust_remote_code is true, but {sentence}: its code can change after it was looked at"
     now = code_digest(folder)
     if revision == now:
         return None

@@ -123,7 +123,7 @@ class Lease:
             number += 1
             try:
                 check_current(self.run, self.attempt)
-                _beat_file(self.run, self.attempt).write_text(str(number))
+                files.overwrite(_beat_file(self.run, self.attempt), str(number).encode())
             except StaleAttempt as error:
                 on_stale(str(error))
                 return
@@ -133,7 +133,7 @@ class Lease:
     def release(self) -> None:
         """Say that this driver has ended, so that the next need not watch it."""
         self.ended.set()
-        _end_file(self.run, self.attempt).touch()
+        files.overwrite(_end_file(self.run, self.attempt), b"")
 
 
 def watch(runs: list[Path], say: Callable[[str], None], *, seconds: float = _WATCH_SECONDS) -> set[Path]:

@@ -254,24 +254,26 @@ def _labels(rows: dict[str, AnyRows], sources: dict[str, Path], given: Sequence[
 def _duplicates(rows: dict[str, AnyRows]) -> list[str]:
     """Warnings about rows that stand twice, in one split or (worse) on both sides."""
     warnings = []
-    columns = {split: found.questions() for split, found in rows.items() if isinstance(found, ColumnRows)}
-    in_columns = all(split in columns or not len(found) for split, found in rows.items())
-    if in_columns:
-        different = np.unique(columns["train"])
+    train, others = rows["train"], {split: rows[split] for split in ("validation", "test")}
+    if isinstance(train, ColumnRows):
+        different = np.unique(train.questions())
+        twice = len(train) - len(different)
+        listed = {row.question for found in others.values() if not isinstance(found, ColumnRows) for row in found}
+        among = {row.question for row in train if row.question in listed} if listed else set()
     else:
-        seen = {row.question for row in rows["train"]}
-    twice = len(rows["train"]) - (len(different) if in_columns else len(seen))
+        among = {row.question for row in train}
+        twice = len(train) - len(among)
     if twice:
         stands = "training row stands" if twice == 1 else "training rows stand"
         warnings.append(f"{twice} {stands} more than once")
-    for split in ("validation", "test"):
-        if in_columns:
-            leaked = _number_among(columns[split], different) if len(rows[split]) else 0
+    for split, found in others.items():
+        if isinstance(train, ColumnRows) and isinstance(found, ColumnRows):
+            leaked = _number_among(found.questions(), different)
         else:
-            leaked = sum(row.question in seen for row in rows[split])
+            leaked = sum(row.question in among for row in found)
         if leaked:
-            among = f"of {counted(len(rows[split]), f'{split} row')}"
-            warnings.append(f"{_are(leaked, among)} also among the training rows: results are optimistic")
+            of_all = f"of {counted(len(found), f'{split} row')}"
+            warnings.append(f"{_are(leaked, of_all)} also among the training rows: results are optimistic")
     return warnings
 
 

@@ -54,7 +54,7 @@ def make_run_folder(path: Path) -> None:
     shared = user_config().share == "group"
     path.mkdir(mode=0o700)
     if shared:
-        path.chmod(0o750)  # of a group that the folder above hands down (setgid), or the user's first
+        path.chmod(0o750 | (path.stat().st_mode & 0o2000))  # of a group that the folder above hands down (setgid)
     remember(path)
 
 
@@ -281,7 +281,8 @@ class Run:
 
     def judged_seeds(self) -> list[int]:
         """Of an arm: the seeds whose models were judged, in order."""
-        return sorted(int(path.parent.name) for path in (self.path / "judged").glob("*/test.json"))
+        folders = [path.parent.name for path in (self.path / "judged").glob("*/test.json")]
+        return sorted(int(name) for name in folders if name.isdecimal())
 
     @property
     def inference_file(self) -> Path:
@@ -294,12 +295,12 @@ class Run:
 
     def parts(self) -> list[Run]:
         """The parts that were not put together yet."""
-        found = [Run(path.parent) for path in (self.path / "parts").glob("*/plan.json")]
+        found = [Run(path.parent) for path in (self.path / "parts").glob("*/plan.json") if path.parent.name.isdecimal()]
         return sorted(found, key=lambda part: int(part.path.name))
 
     def keep_reserve(self) -> None:
         """Take some room, which `release_reserve` gives back on the day when the disk is full."""
-        (self.path / ".reserve").write_bytes(secrets.token_bytes(_RESERVE))
+        files.overwrite(self.path / ".reserve", secrets.token_bytes(_RESERVE))
 
     def release_reserve(self) -> None:
         """Make room for the last words of a run."""

@@ -139,13 +139,21 @@ def _until_nothing_new(
         yield assignment
 
 
+_NEVER_ASSIGNED = ("model.trust_remote_code", "model.revision")
+"""Fields that decide what code runs: a trial's own record does not."""
+
+
 def trial(job: JobSpec, assignment: Assignment) -> JobSpec:
     """The job of one trial: the searched fields set, linked values worked out, and everything checked again.
 
     Raises pydantic's ValidationError or a ValueError when the assignment makes an impossible job.
     """
     raw = job.model_dump()
+    searched = job.search.parameters if job.search else {}
     for path, value in assignment.items():
+        own = path in searched or path == FOLD
+        if not own and (path.partition(".")[0] in fields.NOT_SEARCHED or path in _NEVER_ASSIGNED):
+            raise ValueError(f"{path} is no field that a trial can have of its own")
         fields.put(raw, path, _as_field(path, value))
     links = dict(job.linked)
     if job.search:

@@ -16,8 +16,15 @@ def at_run(run: Path) -> None:
     _RUN[:] = [run]
 
 
-def keep(error: BaseException) -> Path:
-    """Write a traceback to a file of its own; returns the file."""
+def keep(error: BaseException) -> Path | str:
+    """Write a traceback to a file of its own; returns the file, or the traceback where no file can be written."""
+    try:
+        return _kept(error)
+    except OSError:
+        return "".join(traceback.format_exception(error))
+
+
+def _kept(error: BaseException) -> Path:
     from jobs.trust import distrust
 
     name = f"lorafleet-{time.strftime('%Y%m%d-%H%M%S')}-"

@@ -11,6 +11,7 @@ import errno
 import grp
 import os
 import pwd
+import secrets
 import stat
 import struct
 from pathlib import Path
@@ -28,10 +29,22 @@ _WRITE = 2
 def remember(run: Path) -> None:
     """Note that this user's lorafleet has made a run folder. A state folder that cannot be written costs the note."""
     try:
-        row = {"path": str(run.absolute())}
-        files.write_json(_note(run), row)
+        mark = secrets.token_hex(16)
+        files.write_text(run / _MARK, mark)
+        files.write_json(_note(run), {"path": str(run.absolute()), "mark": mark})
     except OSError:
         return
+
+
+_MARK = ".own"
+"""A random word in a run's folder and in the note on it: an inode alone is given to another folder again."""
+
+
+def _mark_of(run: Path) -> str:
+    try:
+        return files.read_plain_text(run / _MARK, 100)
+    except (OSError, ValueError):
+        return ""
 
 
 def forget(run: Path) -> None:
@@ -59,10 +72,15 @@ def distrust(run: Path) -> str | None:
         sentence = sentence or (others_can_write(state_folder()) if state_folder().is_dir() else None)
         if sentence:
             return sentence
-        if _note(folder).is_file():
+        note = files.read_json(_note(folder)) if _note(folder).is_file() else {}
+        if note.get("mark") and note["mark"] == _mark_of(folder):
             return None
-    except OSError as error:
+    except (OSError, RunError) as error:
+        if isinstance(error, RunError):
+            return str(error)
         return f"{error.filename or folder} cannot be looked at: {error.strerror}"
+    if not os.access(next(one for one in (state_folder(), *state_folder().parents) if one.exists()), os.W_OK):
+        return f"{folder} is not known: {state_folder()}, where your runs are noted, cannot be written (XDG_STATE_HOME)"
     return f"{folder} was not made by your lorafleet where it lies: it was copied, or made by another user or version"
 
 
@@ -85,20 +103,26 @@ def check_trusted(run: Path, command: str, runs_of_it: list[str], *, trust: bool
 
 def others_can_write(folder: Path) -> str | None:
     """Say which other user can change a folder, by itself or by putting another in its place; None where none can."""
-    trusted = [Path(files.in_home(one)) for one in user_config().trusted_folders]
-    chain = dict.fromkeys([folder.absolute(), *folder.absolute().parents])
     resolved = files.real(folder)
-    chain |= dict.fromkeys([resolved, *resolved.parents])
+    if _is_trusted(resolved):  # with all that is above it: its writers could put another in its place, and are trusted
+        return None
+    chain = dict.fromkeys([folder.absolute(), *folder.absolute().parents, resolved, *resolved.parents])
     for place in chain:
-        if any(place == one or place in one.parents or one in place.parents for one in trusted):
-            continue
         now = place.lstat()
-        if stat.S_ISLNK(now.st_mode):
-            continue  # what it leads to is in the resolved chain, and who can replace it is its parent's matter
+        if stat.S_ISLNK(now.st_mode):  # what it leads to is in the chain; its owner can turn it round
+            if now.st_uid not in (os.geteuid(), 0):
+                return f"{place} is a link of user {_user(now.st_uid)}"
+            continue
         sentence = _open_to(place, now, own=place in (folder.absolute(), resolved))
         if sentence:
             return sentence
     return None
+
+
+def _is_trusted(resolved: Path) -> bool:
+    """Whether a folder lies in one that the user has listed."""
+    trusted = [files.real(files.in_home(one)) for one in user_config().trusted_folders]
+    return any(one == resolved or one in resolved.parents for one in trusted)
 
 
 def _open_to(place: Path, now: os.stat_result, *, own: bool) -> str | None:
@@ -129,6 +153,8 @@ def _open_to(place: Path, now: os.stat_result, *, own: bool) -> str | None:
 def _inner_writers(folder: Path) -> str | None:
     """Look at what is inside, where others can reach it."""
     top = folder.stat()
+    if _is_trusted(files.real(folder)):
+        return None
     if not top.st_mode & 0o011 and _acl(folder) is None:
         return None
     for path, folders, names in os.walk(folder):
@@ -201,6 +227,18 @@ def what_runs(run: Path) -> list[str]:
     elif site:
         own = _inner(site, "site")
         found.append(f"requests to site {own.get('name')} ({own.get('address') or site.get('kind')})")
+    own = _inner(site, "site")
+    if own.get("setup") or own.get("template"):
+        found.append(f"the set-up lines and template of site {own.get('name')}")
+    address = _inner(job, "tracking").get("base_url")
+    if address:
+        found.append(f"W&B at {address}")
+    output = _inner(plan, "delivery").get("output")
+    if output:
+        found.append(f"exported files in {output}")
+    nested = sorted({path.parent.parent.name for path in run.glob("*/*/plan.json")})
+    if nested:
+        found.append(f"what the plans below {' and '.join(nested)} say")
     model = _inner(job, "model").get("model_name_or_path")
     data = _inner(job, "data").get("train_file") or _inner(job, "data").get("dataset_name")
     return [*found, f"a {plan.get('command', 'training')} of {model} on {data}"]

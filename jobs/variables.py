@@ -18,6 +18,12 @@ _CODE_WORDS = (
     r"|OMP_TOOL\w*|NVCC\w*|ZDOTDIR|VIRTUAL_ENV|KUBECONFIG|INPUTRC|TMPDIR|TMP|TEMP|HOSTFILE|HF_ENDPOINT|HF_MIRROR|WANDB_BASE_URL"
 )
 _CHANGES_CODE = re.compile(_CODE_WORDS, re.IGNORECASE)
+_ELSEWHERE = re.compile(
+    r"RAY_\w+|\w*_PROXY|\w*CERT\w*|\w*CA_BUNDLE|NETRC|COVERAGE_\w+|OMPI_\w+|PMI\w+|\w*OVERRIDE\w*|\w*TRUST_REMOTE_CODE"
+    r"|\w*WEIGHTS_ONLY\w*|\w*(BASE_URL|ENDPOINT|_HOST|REGISTRY|INDEX_URL|MIRROR)|SQL\w*|R_\w+|NODE_\w+|JAVA_\w+",
+    re.IGNORECASE,
+)
+"""What says whom the programs talk to, or gives a library its settings as a whole."""
 _PYTHON_HARMLESS = frozenset(
     f"PYTHON{name}"
     for name in "HASHSEED UNBUFFERED FAULTHANDLER UTF8 IOENCODING DONTWRITEBYTECODE MALLOC TRACEMALLOC SAFEPATH "
@@ -34,13 +40,14 @@ def may_be_secret(name: str) -> bool:
 
 
 def changes_code(name: str) -> bool:
-    """Return whether a variable says which programs, modules or libraries are run, or where they come from.
+    """Return whether a variable says which programs, modules or libraries are run, whence they come, or whom they ask.
 
     Told by its name: what loads code has a few usual words, and a new library brings new names with the same words.
     """
     if name.upper().startswith("PYTHON"):
         return name not in _HARMLESS
-    return name not in _HARMLESS and _CHANGES_CODE.fullmatch(name) is not None
+    found = _CHANGES_CODE.fullmatch(name) or _ELSEWHERE.fullmatch(name)
+    return found is not None and name not in _HARMLESS
 
 
 def checked_environment(environment: dict[str, str]) -> dict[str, str]:

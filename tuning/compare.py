@@ -114,7 +114,7 @@ class Comparison(TrainingDriver):
             own = self.stored.get("placements", {}).get(run.path.name)
             files.write_json(run.path / "plan.json", plan | ({"placement": own} if own else {}))
         (run.path / "logs").mkdir(exist_ok=True)
-        with (run.path / "logs" / "driver.log").open("ab") as log:
+        with files.opened_to_append(run.path / "logs" / "driver.log") as log:
             child = subprocess.Popen(
                 [*driver_command(), "exec", str(run.path), "--trust"],
                 stdout=log,

@@ -105,6 +105,8 @@ def unusable(body: bytes) -> str | None:
 
     None for a body that can, and for one that is no JSON at all, which the app has its own words for.
     """
+    if body.startswith(b"\xef\xbb\xbf") or b"\0" in body:  # UTF-16 and UTF-32, which JSON's readers guess
+        return "the request is not UTF-8"
     try:
         value = json.loads(body.decode(), parse_constant=_no_number, parse_float=_finite) if body else None
         json.dumps(value, ensure_ascii=False).encode()

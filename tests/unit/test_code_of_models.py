@@ -13,7 +13,7 @@ from cluster.check import name_problems
 from evaluation.tokenizer import chat_format
 from jobs.adapters import adapter_refusal
 from jobs.errors import AssetError
-from jobs.hub import code_digest
+from jobs.hub import code_digest, code_refusal
 from tests.conftest import JobMaker
 from training.model import load_base, load_tokenizer
 
@@ -84,19 +84,31 @@ def test_what_was_read_runs_until_it_changes(bait: tuple[Path, Path], llama_job:
         load_base(loaded.job, 2, CPU)
 
 
+@pytest.mark.parametrize("code", ["evil/other--own.Own", "/tmp/x/evil.Own", "../evil.Own", "own"])
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_code_of_another_repository_is_pinned_by_nothing(
-    bait: tuple[Path, Path], llama_job: JobMaker, file: str
+def test_code_of_another_place_is_pinned_by_nothing(
+    bait: tuple[Path, Path], llama_job: JobMaker, file: str, code: str
 ) -> None:
     folder, _ = bait
     said = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps(said | {"auto_map": {"AutoTokenizer": ["evil/other--own.Own", None]}}))
+    (folder / file).write_text(json.dumps(said | {"auto_map": {"AutoTokenizer": [code, None]}}))
     loaded = llama_job(
         model__model_name_or_path=str(folder),
         model__trust_remote_code=True,
         model__revision=code_digest(folder),
     )
-    assert "takes code from another repository" in name_problems(loaded)[0].sentence
+    assert "takes code from another place" in name_problems(loaded)[0].sentence
+
+
+def test_what_can_change_is_not_pinned(bait: tuple[Path, Path], llama_job: JobMaker, tmp_path: Path) -> None:
+    """A folder that a link leads to, and one that others can write; of the hub a branch that looks like a hash."""
+    folder, _ = bait
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "package").symlink_to(tmp_path / "elsewhere")
+    assert "is a link to a folder" in str(code_refusal(str(folder), code_digest(folder)))
+    (folder / "package").unlink()
+    folder.chmod(0o777)
+    assert "can be written by every user" in str(code_refusal(str(folder), code_digest(folder)))
 
 
 def test_weights_do_not_count_and_every_other_file_does(tmp_path: Path) -> None:

@@ -102,6 +102,11 @@ def test_numbers_and_texts_that_are_none_are_told(word: bytes) -> None:
     assert unusable(b'{"x": [1e300, "\\ud83d\\ude00", -0.0]}') is None
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-32-be"])
+def test_another_encoding_is_no_way_round(encoding: str) -> None:
+    assert unusable('{"a": NaN}'.encode(encoding)) == "the request is not UTF-8"
+
+
 def test_a_body_without_a_length_counts_as_well(site: tuple[int, str, bytes]) -> None:
     port, path, _ = site
     head = request(port, path, b"").replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")

@@ -168,7 +168,7 @@ def strangers(finished: Run, tmp_path: Path) -> Run:  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "words", [["resume"], ["stop"], ["pull"], ["evaluate"], ["export"], ["benchmark"], ["rate"], ["exec"]]
+    "words", [["sync"], ["resume"], ["stop"], ["pull"], ["evaluate"], ["export"], ["benchmark"], ["rate"], ["exec"]]
 )
 def test_nothing_of_a_strangers_run_is_run(strangers: Run, tmp_path: Path, words: list[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in strangers.path.rglob("*")}
@@ -356,3 +356,60 @@ def test_doctor_says_who_can_change_what_matters(tmp_path: Path, monkeypatch: py
     found = {row["what"]: row["verdict"] for row in said["findings"]}
     assert found["access to caches"] == "missing"
     assert found["Ray's old token"] == "note"
+
+
+NEVER = ["environment.LD_PRELOAD", "evaluate.custom_metrics", "model.trust_remote_code", "model.revision",
+         "tracking.mode", "data.train_file", "resources.deepspeed_config"]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", NEVER)
+def test_a_trials_record_does_not_say_what_runs(path: str, finished: Run) -> None:  # noqa: F811
+    """It may come from a cluster's storage, and is put into the job by `export` and `evaluate`."""
+    from evaluation.shipped import job_of
+
+    trial = finished.trial("aaaa")
+    files.write_json(trial.path / "params.json", {"index": 0, "assignment": {path: "/tmp/evil"}})
+    with pytest.raises((RunError, ValueError), match="no field that a trial can have"):
+        job_of(trial)
+
+
+def test_what_is_written_in_place_follows_no_link(own: Run, tmp_path: Path) -> None:
+    victim = tmp_path / "authorized_keys"
+    victim.write_text("key")
+    for name in (".reserve", "attempts/1.beat", "attempts/1.end", "logs/driver.log"):
+        (own.path / name).parent.mkdir(exist_ok=True)
+        (own.path / name).unlink(missing_ok=True)
+        (own.path / name).symlink_to(victim)
+    from jobs.lease import Lease
+
+    with pytest.raises(RunError, match="take it away"):
+        own.keep_reserve()
+    with pytest.raises(RunError, match="take it away"):
+        Lease(own.path, 1).release()
+    with pytest.raises(RunError, match="take it away"):
+        files.opened_to_append(own.path / "logs" / "driver.log")
+    assert victim.read_text() == "key"
+
+
+def test_an_inode_alone_proves_nothing(own: Run) -> None:
+    """A folder that was removed gives its inode to the next one, which may be an archive of the same name."""
+    (own.path / ".own").write_text("another")
+    assert "was not made by your lorafleet" in str(distrust(own.path))
+
+
+def test_a_trusted_folder_says_nothing_of_its_neighbours(
+    own: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.path.parent.chmod(0o777)
+    neighbour = tmp_path / "runs" / "team"
+    neighbour.mkdir()
+    monkeypatch.setenv("LORAFLEET_TRUSTED_FOLDERS", str(neighbour))
+    assert "can be written by every user" in str(distrust(own.path))
+    link = tmp_path / "link"
+    link.symlink_to(own.path.parent)
+    monkeypatch.setenv("LORAFLEET_TRUSTED_FOLDERS", str(link))
+    assert distrust(own.path) is None
+    assert distrust(link / own.path.name) is None
+    (own.path / "plan.json").chmod(0o666)
+    own.path.chmod(0o755)
+    assert distrust(own.path) is None

@@ -94,7 +94,7 @@ class SlurmBackend:
             nodes=nodes,
             verb=verb,
             programs=str(Path(sys.executable).parent),
-            exports=_exports(),
+            exports=_exports() | (_in_a_container() if self.site.container else {}),
             folders=tuple(dict.fromkeys((str(cache_dir()), str(hub_cache())))),
             version=_version(),
             stage=stage,
@@ -428,6 +428,11 @@ def _exports() -> dict[str, str]:
         **OFFLINE,
         "TOKENIZERS_PARALLELISM": "false",
     }
+
+
+def _in_a_container() -> dict[str, str]:
+    """What was looked at on the login node: inside, the machine's root and other users may have no names."""
+    return {"LORAFLEET_TRUSTED_FOLDERS": os.pathsep.join(dict.fromkeys((str(cache_dir()), str(hub_cache()))))}
 
 
 def _check_fetched(loaded: LoadedJob) -> None:

@@ -50,7 +50,8 @@ def unpack(folder: Path, document: Path) -> Run:
             files.write_json(folder / _SUBMISSION, {"number": told["submission"]})
         return run
     scratch = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
-    scratch.mkdir(parents=True)
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    scratch.mkdir(mode=0o700)
     try:
         for name in TEXTS:
             files.write_text(scratch / name, (document.parent / name).read_text())

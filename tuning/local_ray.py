@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,9 +67,6 @@ def _started(options: Mapping[str, Any], scratch: Path, seconds: int) -> Any:
         "RAY_gcs_server_port_wait_time_s": str(seconds),
     }
     os.environ.pop("RAY_AUTH_TOKEN", None)
-    if sys.platform == "linux":  # processes of one trial meet on loopback as well
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     import ray
     from ray._private import ray_constants, services
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Reading large files of rows: in columns against record by record, each in a process of its own, in turn.
+"""Benchmark reading large data files: in columns and record by record, taking turns in separate processes.
 
 python -m benchmarks.rows [--rows 500000]
 """
@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-WORDS = "the a film plot actor scene very quite rather story it was is and but with of in great fine awful dull".split()
+WORDS = "the a film plot actor scene very rather story it was and but with great fine awful dull".split()
 READ = """
 import resource, sys, time
 from pathlib import Path
@@ -25,7 +25,8 @@ import pyarrow.json, pyarrow.compute
 path, task, way = sys.argv[1:]
 if way == "records":
     columns._FEWEST_BYTES = 2**60
-text = f"name: x\\ntask: {task}\\nmodel: {{model_name_or_path: asset:minilm-l6}}\\ndata: {{train_file: {path}}}\\n"
+text = f"name: x\\ntask: {task}\\nmodel: {{model_name_or_path: asset:minilm-l6}}\\n"
+text += f"data: {{train_file: {path}}}\\n"
 job = load_text(text, Path("job.yaml"), ()).job
 before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 load_rows(job)
@@ -34,20 +35,44 @@ print(time.process_time() - began, (after - before) * 1024 / Path(path).stat().s
 """
 
 
-def write(path: Path, task: str, rows: int) -> None:
-    """Write rows of the shape that most files have."""
-    draw = random.Random(0)
+def write_rows(path: Path, task: str, rows: int) -> None:
+    """Write rows with random texts of about 100 characters."""
+    random_words = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for number in range(rows):
-            text = f"{' '.join(draw.choices(WORDS, k=18))} {number}"
-            answer = {"label": draw.choice(["good", "bad"])}
-            if task == "generation":
-                answer = {"completion": " ".join(draw.choices(WORDS, k=8))}
-            file.write(json.dumps({"text" if task == "classification" else "prompt": text} | answer) + "\n")
+            text = f"{' '.join(random_words.choices(WORDS, k=18))} {number}"
+            if task == "classification":
+                row = {"text": text, "label": random_words.choice(["good", "bad"])}
+            else:
+                row = {"prompt": text, "completion": " ".join(random_words.choices(WORDS, k=8))}
+            file.write(json.dumps(row) + "\n")
+
+
+def measure(path: Path, task: str, way: str) -> tuple[float, float]:
+    """Read a file in a new process; returns (CPU seconds, peak memory as a multiple of its size)."""
+    command = [sys.executable, "-c", READ, str(path), task, way]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    seconds, memory = output.split()
+    return float(seconds), float(memory)
+
+
+def compare(path: Path, task: str, rounds: int) -> None:
+    """Measure both ways in turn and print medians and their ratios."""
+    results: dict[str, list[tuple[float, float]]] = {"columns": [], "records": []}
+    for _ in range(rounds):
+        for way in results:
+            results[way].append(measure(path, task, way))
+    seconds = {way: statistics.median(row[0] for row in rows) for way, rows in results.items()}
+    memory = {way: statistics.median(row[1] for row in rows) for way, rows in results.items()}
+    for way in results:
+        sys.stdout.write(f"  {way:<8} {seconds[way]:6.1f} CPU s, {memory[way]:.2f} times the file\n")
+    faster = seconds["records"] / seconds["columns"]
+    smaller = memory["records"] / memory["columns"]
+    sys.stdout.write(f"  records / columns: time {faster:.1f}, memory {smaller:.1f}\n")
 
 
 def main() -> None:
-    """Print seconds and memory of both ways, and their ratios."""
+    """Run the benchmark for classification and generation."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=500_000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -55,23 +80,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for task in ("classification", "generation"):
             path = Path(folder) / f"{task}.jsonl"
-            write(path, task, arguments.rows)
-            seen: dict[str, list[tuple[float, float]]] = {"columns": [], "records": []}
-            for _ in range(arguments.rounds):
-                for way, found in seen.items():
-                    command = [sys.executable, "-c", READ, str(path), task, way]
-                    done = subprocess.run(command, capture_output=True, text=True, check=True)
-                    seconds, memory = map(float, done.stdout.split())
-                    found.append((seconds, memory))
-            middle = {
-                way: [statistics.median(part) for part in zip(*found, strict=True)] for way, found in seen.items()
-            }
-            size = path.stat().st_size / 1e6
-            sys.stdout.write(f"{task}: {arguments.rows:,} rows, {size:.0f} MB\n")
-            for way, (seconds, memory) in middle.items():
-                sys.stdout.write(f"  {way:<8} {seconds:6.1f} CPU s   {memory:.2f} times the file's size\n")
-            ratio = [middle["records"][part] / middle["columns"][part] for part in (0, 1)]
-            sys.stdout.write(f"  records / columns: {ratio[0]:.1f} in time, {ratio[1]:.1f} in memory\n")
+            write_rows(path, task, arguments.rows)
+            megabytes = path.stat().st_size / 1e6
+            sys.stdout.write(f"{task}: {arguments.rows:,} rows, {megabytes:.0f} MB\n")
+            compare(path, task, arguments.rounds)
 
 
 if __name__ == "__main__":

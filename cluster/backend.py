@@ -49,8 +49,30 @@ class Watch(Protocol):
         """Nobody waits any more."""
 
 
-class Backend(Protocol):
-    """A place jobs run. All methods return soon: none waits for the job."""
+class RunBackend(Protocol):
+    """What can be done with a run that was submitted. All methods return soon: none waits for the job."""
+
+    def resume(self, run: Run) -> None:
+        """Submit an unfinished run again."""
+
+    def look(self, run: Run) -> Seen:
+        """Return the state of a run."""
+
+    def refresh(self, run: Run, say: Say = quietly) -> None:
+        """Download what a run has written since, where its local folder is a record of a remote one."""
+
+    def pull(self, run: Run, which: Which, say: Say) -> int:
+        """Download all of a run's record and weights; returns the number of files."""
+
+    def watch(self, run: Run) -> Watch:
+        """Return a watch on the run that was submitted last."""
+
+    def cancel(self, run: Run) -> str:
+        """Ask a run to save and end; returns a sentence on what happens."""
+
+
+class Backend(RunBackend, Protocol):
+    """A place jobs run."""
 
     def runs_dir(self, given: Path) -> Path:
         """Where its runs lie, when the user names `given`."""
@@ -63,24 +85,6 @@ class Backend(Protocol):
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
         """Write the run's folder and hand it over."""
-
-    def resume(self, run: Run) -> None:
-        """Hand an unfinished run over again."""
-
-    def look(self, run: Run) -> Seen:
-        """Where a run is."""
-
-    def refresh(self, run: Run, say: Say = quietly) -> None:
-        """Bring what a run has written since, where its folder here is but a record of one elsewhere."""
-
-    def pull(self, run: Run, which: Which, say: Say) -> int:
-        """Bring all of a run's record and weights here; returns how many files came."""
-
-    def watch(self, run: Run) -> Watch:
-        """The run that was handed over last."""
-
-    def cancel(self, run: Run) -> str:
-        """Ask it to save and end; returns a sentence on what happens."""
 
 
 class Cluster(Backend, Protocol):

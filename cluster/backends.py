@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.backend import Backend, Cluster
+from cluster.backend import Backend, Cluster, RunBackend
 from jobs import files
 from jobs.ray_cluster_site import RayClusterSite
 from jobs.run import Run
@@ -42,13 +42,16 @@ def lies_elsewhere(run: Run) -> bool:
     return files.read_json(run.path / SITE_FILE).get("kind") in ("kubernetes", "ray")
 
 
-def backend_of(run: Run, *, trust: bool = False) -> Backend:
-    """Where a run was submitted to. A run that this user's lorafleet has not made is only read, but with `trust`."""
+def backend_of(run: Run, *, trust: bool = False) -> RunBackend:
+    """Return the backend that a run was submitted to.
+
+    A run that this user's lorafleet did not create is only read, unless `trust` is set.
+    """
     from cluster.stranger import Stranger
 
-    why = None if trust else distrust(run.path)
-    if why is not None:
-        return Stranger(why)
+    reason = None if trust else distrust(run.path)
+    if reason is not None:
+        return Stranger(reason)
     stored = files.read_json(run.path / SITE_FILE)
     if not stored:
         from cluster.machine import local_site

@@ -1,66 +1,45 @@
-"""A run folder that this user's lorafleet has not made: it is read, and nothing that it names is asked or touched."""
+"""Read-only access to runs that this user's lorafleet did not create."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NoReturn
 
 from cluster.backend import Say, Seen, Watch, quietly
 from cluster.transfer import Which
 from jobs.errors import RunError
-from jobs.load import LoadedJob
-from jobs.plan import Plan
 from jobs.run import Run
-from jobs.trust import what_runs
+from jobs.trust import refusal
 
 
 class Stranger:
-    """The place of such a run: what its files say last is all that is known of it."""
+    """Backend of a run that is not trusted: reports what its files say, and contacts nothing that they name."""
 
-    def __init__(self, why: str) -> None:
-        self.why = why
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        """Why the run is not trusted."""
 
     def look(self, run: Run) -> Seen:
-        """Its state as it was written. Its processes, its queue and its cluster are not asked."""
-        return Seen(run.state, f"{self.why}; nobody was asked", asked=False)
+        """Return the last recorded state. No process, queue or cluster is asked."""
+        return Seen(run.state, f"{self.reason}; nobody was asked", asked=False)
 
     def refresh(self, run: Run, say: Say = quietly) -> None:
-        """Nothing: where it lies elsewhere, that place is not asked."""
+        """Do nothing: a cluster that the run names is not contacted."""
 
     def resume(self, run: Run) -> None:
-        """Raises RunError."""
+        """Raise RunError."""
         self._refuse("resume", run)
 
     def cancel(self, run: Run) -> str:
-        """Raises RunError: a process or a job that it names may be another's."""
+        """Raise RunError: the process or job that the run names may belong to another run."""
         self._refuse("stop", run)
 
     def pull(self, run: Run, which: Which, say: Say) -> int:
-        """Raises RunError."""
+        """Raise RunError."""
         self._refuse("pull", run)
 
     def watch(self, run: Run) -> Watch:
-        """Raises RunError."""
+        """Raise RunError."""
         self._refuse("resume", run)
 
     def _refuse(self, command: str, run: Run) -> NoReturn:
-        raise RunError(
-            f"{self.why}. `{command}` would act on what it says: {'; '.join(what_runs(run.path))}. Look into it first; "
-            "--trust goes on (docs/security.md)"
-        )
-
-    def runs_dir(self, given: Path) -> Path:
-        """Nothing is submitted here."""
-        raise NotImplementedError
-
-    def plan(self, loaded: LoadedJob, command: str) -> Plan:
-        """Nothing is submitted here."""
-        raise NotImplementedError
-
-    def check(self, plan: Plan) -> tuple[list[str], list[str]]:
-        """Nothing is submitted here."""
-        raise NotImplementedError
-
-    def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
-        """Nothing is submitted here."""
-        raise NotImplementedError
+        raise RunError(refusal(self.reason, command, run.path))

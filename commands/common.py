@@ -89,12 +89,11 @@ def cluster_on(on: str, nodes: int | None, chain: int | None = None) -> Cluster:
 
 def confirm_trust(run: Run, command: str, *, trust: bool) -> None:
     """Raise RunError for a run that this user's lorafleet has not made, but with `--trust`."""
-    from jobs.trust import check_trusted, distrust, what_runs
+    from jobs.trust import check_trusted
 
-    why = distrust(run.path) if trust else None
-    if why is not None:
-        say(f"note: {why}. `{command}` runs what it says: {'; '.join(what_runs(run.path))}")
-    check_trusted(run.path, command, what_runs(run.path), trust=trust)
+    note = check_trusted(run.path, command, trust=trust)
+    if note is not None:
+        say(f"note: {note}")
 
 
 def console() -> Console:

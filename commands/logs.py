@@ -15,7 +15,7 @@ from jobs.errors import RunError
 from jobs.run import Run, RunState
 
 if TYPE_CHECKING:
-    from cluster.backend import Backend
+    from cluster.backend import RunBackend
 
 
 def logs(
@@ -52,7 +52,7 @@ _LOOK_SECONDS = 5.0
 """Between two questions whether the run has ended, which may go to a queue."""
 
 
-def _lives(backend: Backend, run: Run) -> bool:
+def _lives(backend: RunBackend, run: Run) -> bool:
     """Whether more may be written."""
     return backend.look(run).state in (RunState.PENDING, RunState.RUNNING)
 

@@ -20,14 +20,14 @@ from jobs.errors import ExitCode
 from jobs.run import Run, RunState
 
 if TYPE_CHECKING:
-    from cluster.backend import Backend, Watch
+    from cluster.backend import RunBackend, Watch
 
 _LOOK_EVERY_SECONDS = 0.5
 SAME_WISH_SECONDS = 1.0
 
 
 def follow(
-    run: Run, backend: Backend, *, quiet: bool, output: Format, silent: bool = False, known: set[str] | None = None
+    run: Run, backend: RunBackend, *, quiet: bool, output: Format, silent: bool = False, known: set[str] | None = None
 ) -> None:
     """Show a run until its driver has ended, then its report. Exits with the driver's code.
 
@@ -94,7 +94,7 @@ def _wait(watch: Watch) -> int:
     return code
 
 
-def _live(run: Run, backend: Backend, watch: Watch) -> int:
+def _live(run: Run, backend: RunBackend, watch: Watch) -> int:
     from rich.live import Live
 
     from commands.screen import Harmless
@@ -107,7 +107,7 @@ def _live(run: Run, backend: Backend, watch: Watch) -> int:
     return code
 
 
-def _lines(run: Run, backend: Backend, watch: Watch, known: set[str]) -> int:
+def _lines(run: Run, backend: RunBackend, watch: Watch, known: set[str]) -> int:
     """What changed, a line a change."""
     from commands.view import news
 

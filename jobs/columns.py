@@ -17,7 +17,7 @@ import numpy as np
 
 from jobs.conversation import Message
 from jobs.data_files import data_suffix, shown_progress
-from jobs.row_formats import Row, class_of, convert, plain_columns
+from jobs.row_formats import BadRow, Row, class_of, convert, plain_columns
 from jobs.spec import DataFormat, DataSpec
 
 if TYPE_CHECKING:
@@ -126,19 +126,19 @@ def label_counts(rows: AnyRows) -> Counter[str]:
 def first_record(path: Path) -> dict[str, Any] | None:
     """Return the first row of a large file that may be read in columns; None for any other file."""
     suffix = data_suffix(path)
-    try:
-        if suffix not in (".jsonl", ".ndjson", ".parquet") or path.stat().st_size < _FEWEST_BYTES:
-            return None
-        if suffix == ".parquet":
-            from pyarrow import parquet
-
-            batch = next(parquet.ParquetFile(path).iter_batches(batch_size=1))
-            return dict(batch.to_pylist()[0])
-        with path.open("rb") as file:
-            found = json.loads(file.readline(_BLOCK_BYTES).decode("utf-8"))
-    except Exception:  # pyarrow's errors are many; the slow way has words for all of them
+    if suffix not in (".jsonl", ".ndjson", ".parquet") or not path.is_file() or path.stat().st_size < _FEWEST_BYTES:
         return None
-    return found if isinstance(found, dict) else None
+    from pyarrow import ArrowException, parquet
+
+    try:
+        if suffix == ".parquet":
+            batches = parquet.ParquetFile(path).iter_batches(batch_size=1)
+            return next((dict(batch.to_pylist()[0]) for batch in batches if len(batch)), None)
+        with path.open("rb") as file:
+            record = json.loads(file.readline(_BLOCK_BYTES).decode("utf-8"))
+    except (ArrowException, OSError, ValueError, RecursionError):  # read record by record, the file gets its message
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def read_columns(path: Path, kind: DataFormat, data: DataSpec, unused: Counter[str]) -> ColumnRows | None:
@@ -146,10 +146,12 @@ def read_columns(path: Path, kind: DataFormat, data: DataSpec, unused: Counter[s
     needed = plain_columns(kind, data)
     if needed is None:
         return None
+    from pyarrow import ArrowException
+
     names = [name for name in needed if kind != "text_label" or name != data.label_column]
     try:
         found = _read(path, names, data.label_column if kind == "text_label" else None, data, kind)
-    except Exception:  # pyarrow's errors are many, and _Odd is among them: the slow way has words for all
+    except (_Odd, BadRow, ArrowException, OSError, ValueError):  # read record by record, the row gets its message
         return None
     for name, count in found.others.items():
         if count:

@@ -8,6 +8,8 @@ import time
 import traceback
 from pathlib import Path
 
+from jobs.errors import UserError
+
 _RUN: list[Path] = []
 
 
@@ -20,7 +22,7 @@ def keep(error: BaseException) -> Path | str:
     """Write a traceback to a file of its own; returns the file, or the traceback where no file can be written."""
     try:
         return _kept(error)
-    except OSError:
+    except (OSError, UserError):  # a full disk; settings of the user's that cannot be read
         return "".join(traceback.format_exception(error))
 
 

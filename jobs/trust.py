@@ -75,30 +75,38 @@ def distrust(run: Path) -> str | None:
         note = files.read_json(_note(folder)) if _note(folder).is_file() else {}
         if note.get("mark") and note["mark"] == _mark_of(folder):
             return None
-    except (OSError, RunError) as error:
-        if isinstance(error, RunError):
-            return str(error)
+    except RunError as error:  # a damaged note
+        return str(error)
+    except OSError as error:
         return f"{error.filename or folder} cannot be looked at: {error.strerror}"
     if not os.access(next(one for one in (state_folder(), *state_folder().parents) if one.exists()), os.W_OK):
         return f"{folder} is not known: {state_folder()}, where your runs are noted, cannot be written (XDG_STATE_HOME)"
     return f"{folder} was not made by your lorafleet where it lies: it was copied, or made by another user or version"
 
 
-def check_trusted(run: Path, command: str, runs_of_it: list[str], *, trust: bool) -> None:
-    """Raise RunError for a run that is not this user's own, with what `command` would run of it.
+def check_trusted(run: Path, command: str, *, trust: bool) -> str | None:
+    """Raise RunError for a run that is not this user's own, with what `command` would run.
 
-    With `trust` it is taken for their own from now on, where nobody else can write it.
+    With `trust`, return a note on what runs instead (None for the user's own runs). A folder that belongs to the
+    user is then remembered as their own.
     """
-    sentence = distrust(run)
-    if sentence is None:
-        return
-    if trust:
-        folder = outermost(run.absolute())
-        if folder.stat().st_uid == os.geteuid():
-            remember(folder)
-        return
-    what = f"`{command}` would run what it says: {'; '.join(runs_of_it)}" if runs_of_it else "it may name any code"
-    raise RunError(f"{sentence}. {what}. Look into it first; --trust goes on (docs/security.md)")
+    reason = distrust(run)
+    if reason is None:
+        return None
+    if not trust:
+        raise RunError(refusal(reason, command, run))
+    folder = outermost(run.absolute())
+    if folder.stat().st_uid == os.geteuid():
+        remember(folder)
+    return f"{reason}. `{command}` runs what it says: {'; '.join(what_runs(run))}"
+
+
+def refusal(reason: str, command: str, run: Path) -> str:
+    """Return the message for a command on a run that is not trusted."""
+    return (
+        f"{reason}. `{command}` would run what it says: {'; '.join(what_runs(run))}. Look into it first; --trust goes "
+        "on (docs/security.md)"
+    )
 
 
 def others_can_write(folder: Path) -> str | None:

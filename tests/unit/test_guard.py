@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,31 +15,13 @@ from fastapi import FastAPI
 
 from evaluation.rating import CRITERIA, Item, Notebook
 from tests.unit.test_export import Counting
-from tests.unit.test_serve import loaded
+from tests.unit.test_serve import loaded, running
 from webapp import guard
-from webapp.guard import server_of, unusable
-from webapp.local import free_socket
+from webapp.guard import unusable
 from webapp.openai import Limits, serving_app
 from webapp.rate import rating_app
 
 TOKEN = "t0ken"
-
-
-@contextmanager
-def running(app_of: Any) -> Iterator[int]:
-    listening = free_socket(0)
-    port = listening.getsockname()[1]
-    server = server_of(app_of(port))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield port
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join(20)
-        listening.close()
 
 
 def serve_app(port: int) -> FastAPI:
@@ -70,11 +51,11 @@ def request(port: int, path: str, body: bytes, key: str = TOKEN, more: str = "Co
 def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[int, str, bytes]]:
     """(port, an address that takes a body, a body that is right) of each server that there is."""
     if request.param == "serve":
-        with running(serve_app) as port:
+        with running(serve_app, at_once=True) as port:
             yield port, "/v1/completions", json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1}).encode()
         return
     book = Notebook.open(tmp_path / "ann.jsonl", [Item(0, "p", "r", ("a", "b"), ("x", "y"))])
-    with running(lambda port: rating_app(book, "t", TOKEN, port)) as port:
+    with running(lambda port: rating_app(book, "t", TOKEN, port), at_once=True) as port:
         body = {"row": 0, "slot": "A", "criterion": CRITERIA[0], "score": 3}
         yield port, "/api/rate", json.dumps(body).encode()
 
@@ -179,7 +160,7 @@ def test_an_answer_that_nobody_reads_ends(monkeypatch: pytest.MonkeyPatch) -> No
 
         return StreamingResponse(b"x" * 100_000 for _ in range(10_000))
 
-    with running(lambda _port: app) as port:
+    with running(lambda _port: app, at_once=True) as port:
         connection = socket.create_connection(("127.0.0.1", port), timeout=10)
         connection.sendall(b"GET /long HTTP/1.1\r\nHost: x\r\n\r\n")
         time.sleep(3)

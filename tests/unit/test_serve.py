@@ -8,13 +8,14 @@ import json
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
 
 from commands.serve import production
 from deployment.conversation import framed as framed_by
@@ -83,11 +84,11 @@ def framed(turns: list[dict[str, str]]) -> str:
 
 
 @contextmanager
-def served(model: Loaded, limits: Limits = USUAL) -> Iterator[int]:
+def running(app_of: Callable[[int], FastAPI], *, at_once: bool = False) -> Iterator[int]:
+    """Serve the app of a port; `at_once` does not wait for open connections at the end."""
     listening = free_socket(0)
     port = listening.getsockname()[1]
-    app = serving_app(model, "tiny", TOKEN, port, limits, framed)
-    server = server_of(app)
+    server = server_of(app_of(port))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     while not server.started:
@@ -95,9 +96,15 @@ def served(model: Loaded, limits: Limits = USUAL) -> Iterator[int]:
     try:
         yield port
     finally:
-        server.should_exit = True
+        server.should_exit, server.force_exit = True, at_once
         thread.join(20)
         listening.close()
+
+
+@contextmanager
+def served(model: Loaded, limits: Limits = USUAL) -> Iterator[int]:
+    with running(lambda port: serving_app(model, "tiny", TOKEN, port, limits, framed)) as port:
+        yield port
 
 
 def ask(port: int, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:

@@ -20,7 +20,7 @@ class Stranger:
 
     def look(self, run: Run) -> Seen:
         """Return the last recorded state. No process, queue or cluster is asked."""
-        return Seen(run.state, f"{self.reason}; nobody was asked", asked=False)
+        return Seen(run.state, f"{self.reason}; its processes and its cluster were not contacted", asked=False)
 
     def refresh(self, run: Run, say: Say = quietly) -> None:
         """Do nothing: a cluster that the run names is not contacted."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
@@ -275,8 +275,10 @@ def _against_parameter(axes: Axes, report: Report, across: str) -> bool:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")  # data may hold dollar signs: no TeX is parsed
     axes.set_xlabel(across)
     axes.set_ylabel(f"validation {report.metric}")
-    if named:  # to look for the best place takes long where there is much
-        axes.legend(frameon=False, loc="best" if len(rows) <= _MOST_MARKS else "upper right")
+    if named and len(rows) <= _MOST_MARKS:
+        axes.legend(frameon=False)
+    elif named:
+        _legend_above(axes, *axes.get_legend_handles_labels())
     return True
 
 
@@ -300,6 +302,13 @@ def _line(row: Row, report: Report, colours: dict[str, str]) -> dict[str, Any]:
     return {"color": colour, "linewidth": 2.2 if chosen else 1.1, "zorder": 3 if chosen else 2}
 
 
+def _legend_above(axes: Axes, handles: Sequence[Any], words: Sequence[str]) -> None:
+    """Draw the legend above a crowded plot, where matplotlib would search long for a free place inside."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.legend(handles, words, frameon=False, loc="outside upper left", ncols=4)
+
+
 def _legend(axes: Axes, report: Report, colours: dict[str, str]) -> None:
     from matplotlib.lines import Line2D
 
@@ -313,4 +322,7 @@ def _legend(axes: Axes, report: Report, colours: dict[str, str]) -> None:
     row = report.row(chosen)
     handles = [Line2D([], [], color=_ACCENT, linewidth=2.2), Line2D([], [], color=_GREY)]
     words = [f"recommended: {short(row.params) or chosen}", "the other trials"]
-    axes.legend(handles, words, frameon=False, loc="best" if len(report.trials) < _MOST_LINES else "upper left")
+    if len(report.trials) < _MOST_LINES:
+        axes.legend(handles, words, frameon=False)
+    else:
+        _legend_above(axes, handles, words)

@@ -81,7 +81,10 @@ def distrust(run: Path) -> str | None:
         return f"{error.filename or folder} cannot be looked at: {error.strerror}"
     if not os.access(next(one for one in (state_folder(), *state_folder().parents) if one.exists()), os.W_OK):
         return f"{folder} is not known: {state_folder()}, where your runs are noted, cannot be written (XDG_STATE_HOME)"
-    return f"{folder} was not made by your lorafleet where it lies: it was copied, or made by another user or version"
+    return (
+        f"{folder} was not created by your lorafleet at this location: it was copied, or created by another user or an "
+        "earlier version"
+    )
 
 
 def check_trusted(run: Path, command: str, *, trust: bool) -> str | None:

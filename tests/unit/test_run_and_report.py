@@ -357,3 +357,23 @@ def test_a_plan_of_tpe_shows_the_start_up_trials_and_counts_the_others(bert_job:
     search = SEARCH.replace("num_samples: 3", "num_samples: 16\n  method: tpe").replace("[1, 2]", "[1,2,3,4,5,6]")
     plan = _plan(bert_job(search))
     assert (len(plan["trials"]), plan["later_trials"]) == (10, 6)  # type: ignore[arg-type]
+
+
+def test_a_large_report_folds_its_rows_and_draws_the_best(finished: Run) -> None:
+    """Of 900 trials 100 rows are seen at once and the best 100 curves are drawn; no row is left out of the page."""
+    from evaluation.plots import plots
+    from evaluation.render import html
+
+    report = build_report(finished)
+    row = report.row("bbbb")
+    many = [row.model_copy(update={"trial_id": f"t{number:04d}"}) for number in range(900)]
+    large = report.model_copy(update={"trials": [*many, *report.trials]})
+    page = html(large)
+    shown, folded = page.split("more trials, ranked lower")
+    assert shown.count("<tr") < 110
+    assert all(trial.trial_id in page for trial in large.trials)
+    assert report.recommendation.trial_id in shown  # the recommended trial is never folded
+    assert folded.count("<tr") > 790
+    captions = [caption for caption, _ in plots(large)]
+    assert any("The best 101 of 904 are drawn." in caption for caption in captions)
+    assert max(len(svg) for _, svg in plots(large)) < 400_000

@@ -61,7 +61,7 @@ def test_what_was_made_here_is_the_users_own(own: Run) -> None:
 def test_a_copy_is_not(own: Run) -> None:
     copy = own.path.parent.parent / "else" / own.path.name
     shutil.copytree(own.path, copy)
-    assert "was not made by your lorafleet" in str(distrust(copy))
+    assert "was not created by your lorafleet" in str(distrust(copy))
     remember(copy)
     assert distrust(copy) is None
     forget(copy)
@@ -174,7 +174,7 @@ def test_nothing_of_a_strangers_run_is_run(strangers: Run, tmp_path: Path, words
     before = {path: path.stat().st_mtime_ns for path in strangers.path.rglob("*")}
     done = lorafleet_here(*words, strangers.path, cwd=tmp_path)
     assert done.returncode == 2
-    for said in ("was not made by your lorafleet", "custom metric m (", "environment TZ", "--trust", "security.md"):
+    for said in ("was not created by your lorafleet", "custom metric m (", "environment TZ", "--trust", "security.md"):
         assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "it-ran").exists()
@@ -394,7 +394,7 @@ def test_what_is_written_in_place_follows_no_link(own: Run, tmp_path: Path) -> N
 def test_an_inode_alone_proves_nothing(own: Run) -> None:
     """A folder that was removed gives its inode to the next one, which may be an archive of the same name."""
     (own.path / ".own").write_text("another")
-    assert "was not made by your lorafleet" in str(distrust(own.path))
+    assert "was not created by your lorafleet" in str(distrust(own.path))
 
 
 def test_a_trusted_folder_says_nothing_of_its_neighbours(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from evaluation.report import build_report
@@ -111,19 +111,26 @@ def test_values_of_wrong_types_are_told(name: str, finished: Run) -> None:  # no
         tried(run, (["list"], ["status"], ["report"]))
 
 
-@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(data=st.data())
-def test_any_damage_is_told(data: st.DataObject, finished: Run) -> None:  # noqa: F811
+@pytest.mark.parametrize("examples", [10, pytest.param(2000, marks=pytest.mark.long)])
+def test_any_damage_is_told(examples: int, finished: Run) -> None:  # noqa: F811
     """Bytes flipped, cut and put in anywhere, in any file, and seen by any command."""
-    run = read_only(finished)
-    paths = sorted(path for path in run.path.rglob("*") if path.is_file() and path.name != ".reserve")
-    for _ in range(data.draw(st.integers(1, 3))):
-        path = data.draw(st.sampled_from(paths))
-        raw = path.read_bytes()
-        at, length = data.draw(st.integers(0, len(raw))), data.draw(st.integers(0, 20))
-        junk = data.draw(st.binary(max_size=8) | st.sampled_from([b"null", b"[]", b"{}", b"1e999", b'"', b"\n", b"-"]))
-        path.write_bytes(raw[:at] + junk + raw[at + length :])
-    tried(run, [data.draw(st.sampled_from(COMMANDS))])
+
+    @settings(max_examples=examples, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+    @given(data=st.data())
+    def damaged_and_tried(data: st.DataObject) -> None:
+        run = read_only(finished)
+        paths = sorted(path for path in run.path.rglob("*") if path.is_file() and path.name != ".reserve")
+        for _ in range(data.draw(st.integers(1, 3))):
+            path = data.draw(st.sampled_from(paths))
+            raw = path.read_bytes()
+            at, length = data.draw(st.integers(0, len(raw))), data.draw(st.integers(0, 20))
+            path.write_bytes(raw[:at] + data.draw(st.binary(max_size=8) | JUNK) + raw[at + length :])
+        tried(run, [data.draw(st.sampled_from(COMMANDS))])
+
+    damaged_and_tried()
+
+
+JUNK = st.sampled_from([b"null", b"[]", b"{}", b"1e999", b'"', b"\n", b"-"])
 
 
 def test_a_trial_that_is_gone_is_named(finished: Run) -> None:  # noqa: F811

@@ -5,7 +5,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-UNIT = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit
+# Three on two cores: some of them wait, for sockets and for processes.
+UNIT = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist worksteal tests/unit
 
 .PHONY: install packages quickstart test test-all check unit clean
 .DEFAULT_GOAL := help

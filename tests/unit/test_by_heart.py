@@ -34,7 +34,7 @@ def rows(family: Family) -> list[dict[str, object]]:
 
 
 _SHORT = (
-    *("qwen3", "glm4.5", "gpt-oss", "deepseek-v3"),
+    *("qwen3", "gpt-oss"),
     *("chatml-base", "no-generation-prompt", "no-end-token"),
 )
 """Families whose frames differ most; the others are for `make test-all`."""

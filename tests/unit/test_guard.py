@@ -98,19 +98,19 @@ def test_a_body_without_a_length_counts_as_well(site: tuple[int, str, bytes]) ->
 @pytest.mark.parametrize("begun", [b"", b"G", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-A: "])
 def test_a_slow_head_is_not_waited_for(site: tuple[int, str, bytes], begun: bytes, monkeypatch: Any) -> None:
     """Nor is one whose bytes come one by one."""
-    monkeypatch.setattr(guard, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr(guard, "HEAD_SECONDS", 0.4)
     assert seconds_open(site[0], begun) < 5
 
 
 def test_a_slow_head_after_a_request(site: tuple[int, str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "HEAD_SECONDS", 1.0)
+    monkeypatch.setattr(guard, "HEAD_SECONDS", 0.4)
     port, path, right = site
     assert seconds_open(port, request(port, path, right, more="") + b"GET / HT") < 6
 
 
 @pytest.mark.parametrize("key", [TOKEN, "another"])
 def test_a_slow_body_is_not_waited_for(site: tuple[int, str, bytes], key: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(guard, "BODY_SECONDS", 1.0)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.4)
     port, path, right = site
     begun = request(port, path, right, key, "").replace(f"Length: {len(right)}".encode(), b"Length: 900")
     assert seconds_open(port, begun) < 5
@@ -119,7 +119,7 @@ def test_a_slow_body_is_not_waited_for(site: tuple[int, str, bytes], key: str, m
 def seconds_open(port: int, begun: bytes) -> float:
     """How long a client is heard that sends a byte now and then."""
     began = time.monotonic()
-    with socket.create_connection(("127.0.0.1", port), timeout=0.3) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=0.1) as connection:
         connection.sendall(begun)
         while time.monotonic() - began < 12:
             try:
@@ -151,7 +151,7 @@ def test_so_many_connections_and_no_more(site: tuple[int, str, bytes], monkeypat
 
 def test_an_answer_that_nobody_reads_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its connection is closed, and its turn is another's."""
-    monkeypatch.setattr(guard, "UNREAD_SECONDS", 1.0)
+    monkeypatch.setattr(guard, "UNREAD_SECONDS", 0.4)
     app = FastAPI()
 
     @app.get("/long")

@@ -84,7 +84,8 @@ def test_without_hard_links_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert Lease.take(tmp_path, {}).attempt == 2
 
 
-def test_a_stale_writer_is_refused(tmp_path: Path) -> None:
+def test_a_stale_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "_BEAT_SECONDS", 0.5)
     run = Run.create(tmp_path, "x")
     Lease.take(run.path, {}).release()
     old = Run(run.path, attempt=1)

@@ -98,7 +98,7 @@ def test_a_method_learns_and_plain_peft_reads_it(
     assert torch.allclose(logits(read_plainly(job, tmp_path / "weights"), job), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("model", ["tiny_gpt2", "tiny_gpt_neo"])
+@pytest.mark.parametrize("model", ["tiny_gpt2", pytest.param("tiny_gpt_neo", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", ["lora", "dora", "pissa", "nf4", "int8", "prompt_tuning", "full"])
 def test_older_decoders(
     name: str, model: str, llama_job: JobMaker, request: pytest.FixtureRequest, tmp_path: Path

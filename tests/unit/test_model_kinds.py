@@ -173,7 +173,14 @@ DECODERS = (
 )
 
 
-@pytest.mark.parametrize(("kind", "pad"), [*product(ENCODERS, [0]), *product(DECODERS, [0, 5, None])])
+ALWAYS = {("bert", 0), ("deberta-v2", 0), ("modernbert", 0), *product(("gpt2", "llama", "qwen3"), [0, 5, None])}
+KINDS = [
+    pytest.param(*pair, marks=[] if pair in ALWAYS else [pytest.mark.long])
+    for pair in (*product(ENCODERS, [0]), *product(DECODERS, [0, 5, None]))
+]
+
+
+@pytest.mark.parametrize(("kind", "pad"), KINDS)
 def test_a_class_does_not_depend_on_the_batch(kind: str, pad: int | None, bert_job: JobMaker, tmp_path: Path) -> None:
     """The config of a decoder may have another padding id than the tokenizer, or none; an encoder does not look."""
     folder = save_tiny(tmp_path / "model", kind, pad_token_id=pad)

@@ -124,7 +124,7 @@ def test_the_chunked_loss_is_the_plain_one(rows: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("method", ["lora", "prompt_tuning", "qlora", "full"])
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2", "tiny_gpt_neo"])
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2", pytest.param("tiny_gpt_neo", marks=pytest.mark.long)])
 @pytest.mark.parametrize("how", [{"train__chunked_loss": False}, {"train__gradient_checkpointing": True}])
 def test_cheaper_ways_have_the_same_loss(
     how: dict[str, object], model: str, method: str, llama_job: JobMaker, request: pytest.FixtureRequest
@@ -136,7 +136,7 @@ def test_cheaper_ways_have_the_same_loss(
     assert other.evaluate().metrics["loss"] == pytest.approx(plain.evaluate().metrics["loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2", "tiny_gpt_neo"])
+@pytest.mark.parametrize("model", ["tiny_llama", "tiny_gpt2", pytest.param("tiny_gpt_neo", marks=pytest.mark.long)])
 @pytest.mark.parametrize("how", [{"method": "lora"}, {"method": "full"}, {"train__chunked_loss": False}])
 def test_rows_end_to_end_have_the_loss_of_padded_ones(
     how: dict[str, object], model: str, llama_job: JobMaker, request: pytest.FixtureRequest

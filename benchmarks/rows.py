@@ -1,4 +1,4 @@
-"""Benchmark reading large data files: in columns and record by record, taking turns in separate processes.
+"""Benchmark reading large data files: as they are read and as Python objects, taking turns in separate processes.
 
 python -m benchmarks.rows [--rows 500000]
 """
@@ -23,7 +23,7 @@ from jobs.load import load_text
 from jobs.rows import load_rows
 import pyarrow.json, pyarrow.compute
 path, task, way = sys.argv[1:]
-if way == "records":
+if way == "objects":
     columns._FEWEST_BYTES = 2**60
 text = f"name: x\\ntask: {task}\\nmodel: {{model_name_or_path: asset:minilm-l6}}\\n"
 text += f"data: {{train_file: {path}}}\\n"
@@ -35,17 +35,31 @@ print(time.process_time() - began, (after - before) * 1024 / Path(path).stat().s
 """
 
 
-def write_rows(path: Path, task: str, rows: int) -> None:
+SHAPES = {
+    "classes.jsonl": "classification",
+    "classes.csv": "classification",
+    "answers.jsonl": "generation",
+    "conversations.jsonl": "generation",
+}
+"""File -> the task that reads it."""
+
+
+def write_rows(path: Path, rows: int) -> None:
     """Write rows with random texts of about 100 characters."""
     random_words = random.Random(0)
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            file.write("text,label\n")
         for number in range(rows):
             text = f"{' '.join(random_words.choices(WORDS, k=18))} {number}"
-            if task == "classification":
-                row = {"text": text, "label": random_words.choice(["good", "bad"])}
-            else:
-                row = {"prompt": text, "completion": " ".join(random_words.choices(WORDS, k=8))}
-            file.write(json.dumps(row) + "\n")
+            label, answer = random_words.choice(["good", "bad"]), " ".join(random_words.choices(WORDS, k=8))
+            turns = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+            row: dict[str, object] = {
+                "classes": {"text": text, "label": label},
+                "answers": {"prompt": text, "completion": answer},
+                "conversations": {"messages": turns},
+            }[path.stem]  # type: ignore[assignment]
+            file.write(f"{text},{label}\n" if path.suffix == ".csv" else json.dumps(row) + "\n")
 
 
 def measure(path: Path, task: str, way: str) -> tuple[float, float]:
@@ -58,7 +72,7 @@ def measure(path: Path, task: str, way: str) -> tuple[float, float]:
 
 def compare(path: Path, task: str, rounds: int) -> None:
     """Measure both ways in turn and print medians and their ratios."""
-    results: dict[str, list[tuple[float, float]]] = {"columns": [], "records": []}
+    results: dict[str, list[tuple[float, float]]] = {"as read": [], "objects": []}
     for _ in range(rounds):
         for way in results:
             results[way].append(measure(path, task, way))
@@ -66,23 +80,23 @@ def compare(path: Path, task: str, rounds: int) -> None:
     memory = {way: statistics.median(row[1] for row in rows) for way, rows in results.items()}
     for way in results:
         sys.stdout.write(f"  {way:<8} {seconds[way]:6.1f} CPU s, {memory[way]:.2f} times the file\n")
-    faster = seconds["records"] / seconds["columns"]
-    smaller = memory["records"] / memory["columns"]
-    sys.stdout.write(f"  records / columns: time {faster:.1f}, memory {smaller:.1f}\n")
+    faster = seconds["objects"] / seconds["as read"]
+    smaller = memory["objects"] / memory["as read"]
+    sys.stdout.write(f"  objects / as read: time {faster:.1f}, memory {smaller:.1f}\n")
 
 
 def main() -> None:
-    """Run the benchmark for classification and generation."""
+    """Run the benchmark for each shape of file."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=500_000)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for task in ("classification", "generation"):
-            path = Path(folder) / f"{task}.jsonl"
-            write_rows(path, task, arguments.rows)
+        for name, task in SHAPES.items():
+            path = Path(folder) / name
+            write_rows(path, arguments.rows)
             megabytes = path.stat().st_size / 1e6
-            sys.stdout.write(f"{task}: {arguments.rows:,} rows, {megabytes:.0f} MB\n")
+            sys.stdout.write(f"{name}: {arguments.rows:,} rows, {megabytes:.0f} MB\n")
             compare(path, task, arguments.rounds)
 
 

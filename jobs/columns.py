@@ -6,18 +6,22 @@ a single row. Whatever is odd makes `read_columns` return None, and the file is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jobs.conversation import Message
-from jobs.data_files import data_suffix, shown_progress
+from jobs.data_files import data_suffix, parquet_batches, read_records, shown_progress
+from jobs.errors import DataError
 from jobs.row_formats import BadRow, Row, class_of, convert, plain_columns
+from jobs.row_lists import LargeRows
 from jobs.spec import DataFormat, DataSpec
 
 if TYPE_CHECKING:
@@ -25,15 +29,14 @@ if TYPE_CHECKING:
 
 _BLOCK_ROWS = 8192
 _BLOCK_BYTES = 1 * 2**20
-_PARQUET_ROWS = 65_536
 _FEWEST_BYTES = 4_000_000
 """Smaller files are read record by record, which is as fast."""
 _SHORT = 8
 """Characters of a text that is looked at by Python itself, whose idea of white space counts."""
 
 
-class ColumnRows(Sequence[Row]):
-    """Rows whose cells lie in Arrow's columns. A part of them shares the columns."""
+class ColumnRows(LargeRows):
+    """Rows whose cells lie in Arrow's columns."""
 
     def __init__(
         self,
@@ -41,41 +44,19 @@ class ColumnRows(Sequence[Row]):
         columns: Sequence[pyarrow.Array],
         labels: tuple[str, ...],
         codes: np.ndarray | None,
-        places: np.ndarray | None = None,
-        hashes: np.ndarray | None = None,
+        lines: np.ndarray | None = None,
     ) -> None:
-        """`make` builds a row of its cells, its label and its line; `codes` (N) are places in `labels`."""
-        self._make, self._columns, self._labels, self._codes = make, columns, labels, codes
-        self._places = np.arange(len(columns[0]), dtype=np.int32) if places is None else places
-        self._hashes = hashes
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, place: int) -> Row: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Row]: ...
-    def __getitem__(self, place: int | slice) -> Row | list[Row]:
-        if isinstance(place, slice):
-            return list(self.take(np.arange(len(self))[place]))
-        return next(self._rows_at(self._places[[place]]))
-
-    def __iter__(self) -> Iterator[Row]:
-        for begin in range(0, len(self), _BLOCK_ROWS):
-            yield from self._rows_at(self._places[begin : begin + _BLOCK_ROWS])
+        """`make` builds a row of its cells, its label and its line (its number, where `lines` is None)."""
+        super().__init__(np.arange(len(columns[0]), dtype=np.int32), labels, codes)
+        self._make, self._columns, self._lines = make, columns, lines
+        self._hashes: np.ndarray | None = None
 
     def _rows_at(self, places: np.ndarray) -> Iterator[Row]:
         cells = zip(*(column.take(places).to_pylist() for column in self._columns), strict=True)
         names = [""] * len(places) if self._codes is None else [self._labels[code] for code in self._codes[places]]
-        for texts, name, place in zip(cells, names, places, strict=True):
-            yield self._make(texts, name, int(place) + 1)
-
-    def take(self, places: np.ndarray) -> ColumnRows:
-        """Return the rows at some places, in that order."""
-        return ColumnRows(
-            self._make, self._columns, self._labels, self._codes, self._places[places], self._all_hashes()
-        )
+        lines = places + 1 if self._lines is None else self._lines[places]
+        for texts, name, line in zip(cells, names, lines.tolist(), strict=True):
+            yield self._make(texts, name, line)
 
     def _all_hashes(self) -> np.ndarray:
         if self._hashes is None:
@@ -87,47 +68,23 @@ class ColumnRows(Sequence[Row]):
             self._hashes = hashes
         return self._hashes
 
-    def questions(self) -> np.ndarray:
-        """Return a number (N, int64) for what each row asks: Python's keyed 64-bit hash of the text or the prompt."""
-        found: np.ndarray = self._all_hashes()[self._places]
-        return found
 
-    def label_counts(self) -> Counter[str]:
-        """Return how many rows each class has."""
-        if self._codes is None:
-            return Counter({"": len(self)})
-        counts = np.bincount(self._codes[self._places], minlength=len(self._labels))
-        return Counter({name: int(count) for name, count in zip(self._labels, counts, strict=True) if count})
-
-    def label_codes(self, names: Mapping[str, int]) -> np.ndarray:
-        """Return the place (N) of each row's class among `names`."""
-        if self._codes is None:
-            return np.full(len(self), names[""], dtype=np.int32)
-        own = np.array([names.get(name, -1) for name in self._labels], dtype=np.int32)
-        found: np.ndarray = own[self._codes[self._places]]
-        return found
-
-
-AnyRows = Sequence[Row]
-
-
-def taken(rows: AnyRows, places: Sequence[int] | np.ndarray) -> AnyRows:
-    """Return the rows at some places, in that order."""
-    if isinstance(rows, ColumnRows):
-        return rows.take(np.asarray(places))
-    return [rows[place] for place in places]
-
-
-def label_counts(rows: AnyRows) -> Counter[str]:
-    """Return how many rows each class has."""
-    return rows.label_counts() if isinstance(rows, ColumnRows) else Counter(row.label for row in rows)
+def is_large(path: Path) -> bool:
+    """Whether a file's rows are kept in less memory than Python's objects take."""
+    return path.is_file() and path.stat().st_size >= _FEWEST_BYTES
 
 
 def first_record(path: Path) -> dict[str, Any] | None:
     """Return the first row of a large file that may be read in columns; None for any other file."""
     suffix = data_suffix(path)
-    if suffix not in (".jsonl", ".ndjson", ".parquet") or not path.is_file() or path.stat().st_size < _FEWEST_BYTES:
+    if suffix not in (".jsonl", ".ndjson", ".parquet", ".csv", ".tsv") or not is_large(path):
         return None
+    if suffix in (".csv", ".tsv"):
+        try:
+            record = next(iter(read_records(path)), (0, ""))[1]
+        except DataError:
+            return None
+        return record if isinstance(record, dict) else None
     from pyarrow import ArrowException, parquet
 
     try:
@@ -141,8 +98,13 @@ def first_record(path: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def read_columns(path: Path, kind: DataFormat, data: DataSpec, unused: Counter[str]) -> ColumnRows | None:
-    """Read a file in columns; None where a single row has something to say. Columns not known are put in `unused`."""
+def read_columns(
+    path: Path, kind: DataFormat, data: DataSpec, unused: Counter[str], notes: list[str]
+) -> ColumnRows | None:
+    """Read a file in columns; None where a single row has something to say.
+
+    Columns that are not known are put in `unused`, remarks about the whole file in `notes`.
+    """
     needed = plain_columns(kind, data)
     if needed is None:
         return None
@@ -151,13 +113,21 @@ def read_columns(path: Path, kind: DataFormat, data: DataSpec, unused: Counter[s
     names = [name for name in needed if kind != "text_label" or name != data.label_column]
     try:
         found = _read(path, names, data.label_column if kind == "text_label" else None, data, kind)
-    except (_Odd, BadRow, ArrowException, OSError, ValueError):  # read record by record, the row gets its message
+    except (
+        _Odd,
+        BadRow,
+        DataError,
+        ArrowException,
+        OSError,
+        ValueError,
+    ):  # read record by record, the row gets its message
         return None
     for name, count in found.others.items():
         if count:
             unused[f"column {name!r}" if name else "the column without a name"] += count
+    notes += found.notes
     columns = [column.array() for column in found.texts.values()]
-    return ColumnRows(_maker(kind, data), columns, tuple(found.labels), found.codes())
+    return ColumnRows(_maker(kind, data), columns, tuple(found.labels), found.codes(), found.lines_of_rows())
 
 
 class _Odd(Exception):
@@ -204,6 +174,13 @@ class _Read:
     numbers: list[np.ndarray] = field(default_factory=list)
     others: dict[str, int] = field(default_factory=dict)
     """Column that is not needed -> rows that have a value in it."""
+    lines: list[np.ndarray] = field(default_factory=list)
+    """Line on which each row ends, where rows may have several."""
+    notes: list[str] = field(default_factory=list)
+
+    def lines_of_rows(self) -> np.ndarray | None:
+        """Return the line (N) of each row; None where it is the row's number."""
+        return np.concatenate(self.lines) if self.lines else None
 
     def codes(self) -> np.ndarray | None:
         """Return the class (N) of each row; None where there are no classes."""
@@ -214,8 +191,9 @@ def _read(path: Path, names: Sequence[str], label: str | None, data: DataSpec, k
     """Read a file batch by batch. Raises _Odd, and pyarrow's errors."""
     conversational = kind == "prompt_completion"
     found, first = _Read({name: _Texts(8 * path.stat().st_size) for name in names}), True
-    with shown_progress(path) as read:
-        for batch, size in _batches(path, names):
+    by_records = data_suffix(path) in (".csv", ".tsv")
+    with contextlib.nullcontext(lambda _: None) if by_records else shown_progress(path) as read:
+        for batch, size in _batches(path, names, found):
             own = {*names, *([label] if label else [])}
             if not own <= set(batch.schema.names):
                 raise _Odd
@@ -240,18 +218,36 @@ def _read(path: Path, names: Sequence[str], label: str | None, data: DataSpec, k
     return found
 
 
-def _batches(path: Path, names: Sequence[str]) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
+def _batches(path: Path, names: Sequence[str], found: _Read) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
     """Yield (rows, about how many bytes they are). Raises pyarrow's errors, and _Odd where rows are no lines."""
+    suffix = data_suffix(path)
+    if suffix == ".parquet":
+        yield from parquet_batches(path)
+    elif suffix in (".csv", ".tsv"):
+        for batch in _table_batches(path, found):
+            yield batch, 0  # the bar is drawn by what reads the records
+    else:
+        yield from _json_batches(path, names)
+
+
+def _table_batches(path: Path, found: _Read) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the rows of a CSV or TSV file, read as they are everywhere. Raises _Odd for a bad one."""
+    import pyarrow
+
+    records = read_records(path, found.notes)
+    while block := list(islice(records, _BLOCK_ROWS)):
+        rows = [record for _, record in block if isinstance(record, dict)]
+        if len(rows) < len(block):
+            raise _Odd
+        found.lines.append(np.array([line for line, _ in block], dtype=np.int32))
+        columns = {name: pyarrow.array([row[name] for row in rows], pyarrow.string()) for name in rows[0]}
+        yield pyarrow.RecordBatch.from_pydict(columns)
+
+
+def _json_batches(path: Path, names: Sequence[str]) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
     import pyarrow
     from pyarrow import json as arrow_json
-    from pyarrow import parquet
 
-    if data_suffix(path) == ".parquet":
-        file = parquet.ParquetFile(path)
-        size = path.stat().st_size // max(1, file.metadata.num_rows) * _PARQUET_ROWS
-        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
-            yield batch, size
-        return
     lines, rows = _lines(path), 0
     # Texts that look like dates would be read as dates: what is needed is said to be text.
     schema = pyarrow.schema([(name, pyarrow.string()) for name in names])

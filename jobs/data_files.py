@@ -9,13 +9,16 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from jobs.errors import DataError
 from jobs.files import no_file
 from jobs.words import counted
+
+if TYPE_CHECKING:
+    import pyarrow
 
 _PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _COMPRESSED = (".gz", ".zst")
@@ -29,6 +32,10 @@ _OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _MAX_FIELD = 100_000_000
 _LEAST_UNPACKED, _UNPACKED_RATIO = 100_000_000, 200
 """Bytes that a compressed file may always hold, and how often its own size beyond them."""
+_PARQUET_STEP, _JOINED_ROWS, _JOINED_BYTES = 256, 8192, 16_000_000
+"""Rows that are unpacked at a time: few, because each may be large; and what is then looked at together."""
+_ROW_BYTES = 16
+"""What a row takes at least, whatever is in it."""
 _BEGINNING = 1000
 """Bytes of a file in which text of another encoding shows."""
 
@@ -62,6 +69,68 @@ def read_records(path: Path, notes: list[str] | None = None) -> Iterator[tuple[i
         yield from _read_csv(path, notes)
     else:
         yield from _read_tsv(path, notes)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Open a file's bytes; those of a packed one are unpacked in memory. Raises DataError."""
+    if path.suffix.lower() in _COMPRESSED:
+        return io.BytesIO(_bytes(path))
+    try:
+        if not path.is_file():  # a pipe is not waited for
+            raise DataError(f"{path} cannot be read: {no_file(path)}")
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _is_utf8(path: Path) -> bool:
+    """Whether a file is read piece by piece; what does not look like UTF-8 is read by `_text`, which has the words."""
+    with _opened(path) as file:
+        beginning = file.read(_BEGINNING)
+    return not beginning.startswith(_UTF16_MARKS) and b"\0" not in beginning
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file without their ends; a carriage return is a character of its line."""
+    if not _is_utf8(path):
+        yield from _text(path).split("\n")
+        return
+    with shown_progress(path) as read, _opened(path) as file:
+        encoding, ended = "utf-8-sig", True
+        for line in file:
+            read(len(line))
+            try:
+                text = line.decode(encoding)
+            except UnicodeDecodeError:
+                _text(path)  # which raises
+                raise
+            encoding, ended = "utf-8", text.endswith("\n")
+            yield text.removesuffix("\n")
+        if ended:
+            yield ""
+
+
+@contextlib.contextmanager
+def _table_text(path: Path) -> Iterator[TextIO]:
+    """Open a file's characters, line ends as they are."""
+    if not _is_utf8(path):
+        yield io.StringIO(_text(path), newline="")
+        return
+    with shown_progress(path) as read, _opened(path) as file:
+        yield io.TextIOWrapper(_Counted(file, read), encoding="utf-8-sig", newline="")
+
+
+class _Counted(io.BufferedReader):
+    """A file that tells how many bytes were read of it."""
+
+    def __init__(self, file: BinaryIO, read: Callable[[int], object]) -> None:
+        super().__init__(file)  # type: ignore[arg-type]
+        self._told = read
+
+    def read1(self, size: int = -1, /) -> bytes:
+        data = super().read1(size)
+        self._told(len(data))
+        return data
 
 
 def _text(path: Path) -> str:
@@ -99,10 +168,14 @@ def _bytes(path: Path) -> bytes:
 
 
 def _at_most(path: Path, data: bytes, most: int) -> bytes:
-    """Raise DataError for a file that grows beyond all texts when it is unpacked: it is made to fill the memory."""
-    if len(data) > most:
-        raise DataError(f"{path} unpacks to more than {_UNPACKED_RATIO} times its size: unpack it yourself, and look")
+    _check_unpacked(path, len(data), most)
     return data
+
+
+def _check_unpacked(path: Path, size: int, most: int) -> None:
+    """Raise DataError for a file that grows beyond all texts when it is unpacked: it is made to fill the memory."""
+    if size > most:
+        raise DataError(f"{path} unpacks to more than {_UNPACKED_RATIO} times its size: unpack it yourself, and look")
 
 
 def _without_zstd(data: bytes, most: int) -> bytes:
@@ -142,17 +215,18 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
-    with shown_progress(path) as read:
-        for number, line in enumerate(_text(path).split("\n"), start=1):
-            read(len(line) + 1)
-            if line.strip():
-                yield number, _json_record(line)
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            yield number, _json_record(line)
 
 
 def _json_record(line: str) -> Record:
     try:
-        record = json.loads(line, object_pairs_hook=_unique_keys)
+        record = _DECODER.decode(line)
     except RepeatedKey as error:
         return f"the key {error.args[0]!r} stands twice in one object: keep one"
     except (ValueError, RecursionError) as error:
@@ -178,11 +252,19 @@ def _read_json(path: Path) -> Iterator[tuple[int, Record]]:
 def _read_csv(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
     """Read CSV as RFC 4180 has it: a cell in quotes may hold the delimiter, and lines."""
     csv.field_size_limit(_MAX_FIELD)
-    text = _text(path)
-    delimiter = _delimiter(text)
-    if delimiter != ",":
-        notes.append(f"{path.name}: columns are separated by {_OTHER_DELIMITERS[delimiter]}")
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        with _table_text(path) as text:
+            delimiter = _delimiter(text.readline())
+        if delimiter != ",":
+            notes.append(f"{path.name}: columns are separated by {_OTHER_DELIMITERS[delimiter]}")
+        with _table_text(path) as text:
+            yield from _csv_records(path, csv.DictReader(text, delimiter=delimiter, strict=True), notes)
+    except UnicodeDecodeError:
+        _text(path)  # which raises
+        raise
+
+
+def _csv_records(path: Path, reader: csv.DictReader[str], notes: list[str]) -> Iterator[tuple[int, Record]]:
     began, rows, first_long = 1, 0, None
     try:
         header = reader.fieldnames or ()
@@ -222,11 +304,12 @@ def _delimiter(text: str) -> str:
 
 def _read_tsv(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
     """Read a line as a row and a tab as the end of a cell: TSV (IANA's text/tab-separated-values) has no quoting."""
-    lines = [line.removesuffix("\r") for line in _text(path).split("\n")]
-    header = lines[0].split("\t") if lines[0] else []
+    lines = (line.removesuffix("\r") for line in _lines(path))
+    first = next(lines, "")
+    header = first.split("\t") if first else []
     _check_header(path, header)
     quoted = 0
-    for number, line in enumerate(lines[1:], start=2):
+    for number, line in enumerate(lines, start=2):
         if not line:
             continue
         cells = line.split("\t")
@@ -255,14 +338,60 @@ def _check_header(path: Path, header: list[str]) -> None:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Record]]:
-    from pyarrow import ArrowException, parquet
+    from pyarrow import ArrowException
 
-    try:
-        table = parquet.read_table(path)
-    except (ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a Parquet file ({str(error).splitlines()[0]})") from None
-    for number, record in enumerate(table.to_pylist(), start=1):
-        yield number, {key: _without_nulls(value) for key, value in record.items()}
+    number = 0
+    with shown_progress(path) as read:
+        try:
+            for batch, size in parquet_batches(path):
+                read(size)
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, {key: _without_nulls(value) for key, value in record.items()}
+        except (ArrowException, OSError) as error:
+            raise DataError(f"{path} is not a Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def parquet_batches(path: Path) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
+    """Yield (some rows, their part of the file's bytes).
+
+    Raises pyarrow's errors, and DataError where a few bytes stand for very many: one text may be a million rows.
+    """
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(path)
+    whole = path.stat().st_size
+    unpacked, most = 0, _LEAST_UNPACKED + _UNPACKED_RATIO * whole
+    _check_unpacked(path, file.metadata.num_rows * _ROW_BYTES, most)
+    each = whole / max(1, file.metadata.num_rows)
+    for batch in _joined(map(_without_dictionaries, file.iter_batches(batch_size=_PARQUET_STEP))):
+        unpacked += batch.nbytes
+        _check_unpacked(path, unpacked, most)
+        yield batch, int(len(batch) * each)
+
+
+def _without_dictionaries(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """Write out the values of columns that hold a number for each of a few values."""
+    import pyarrow
+
+    columns = [
+        column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column for column in batch.columns
+    ]
+    return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
+
+
+def _joined(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+    """Yield what lies one behind the other as one, up to so many rows and bytes."""
+    import pyarrow
+
+    held: list[pyarrow.RecordBatch] = []
+    for batch in batches:
+        held.append(batch)
+        if sum(map(len, held)) >= _JOINED_ROWS or sum(one.nbytes for one in held) >= _JOINED_BYTES:
+            yield pyarrow.concat_batches(held)
+            held = []
+    if held:
+        yield pyarrow.concat_batches(held)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -36,6 +36,8 @@ _SHAREGPT_ROLES = {
     "function_call": "assistant",
     "tool_call": "assistant",
 }
+_CALLING_ROLES = ("function_call", "tool_call")
+"""Those of ShareGPT whose text is a tool call."""
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _FLAG_KEYS = ("train", "training", "loss")
 """Of a message: axolotl's and ms-swift's words for whether it is learnt."""
@@ -189,6 +191,8 @@ def _conversation_row(
 
 def _check_columns(record: Mapping[str, Any], used: set[str]) -> None:
     """Refuse columns that would change what the row means and cannot be used."""
+    if not record.keys() - used:
+        return
     for key in _UNSUPPORTED_COLUMNS:
         value = record.get(key)
         if key in used or value in (None, "", [], {}, 1, 1.0):
@@ -359,6 +363,9 @@ def _messages(value: Any, column: str, unused: Counter[str], *, whole: bool = Tr
 
 
 def _message(value: Any, place: int, unused: Counter[str]) -> Message:
+    plain = _plain_message(value)
+    if plain is not None:
+        return plain
     if not isinstance(value, Mapping):
         raise BadRow(f"message {place} is {_short(value)}, but must be {{role, content}}")
     record = {key: one for key, one in value.items() if one is not None}
@@ -382,7 +389,7 @@ def _message(value: Any, place: int, unused: Counter[str]) -> Message:
             raise BadRow(f"{key} of message {place} cannot be used here: drop it, or the row")
     text = _content(content, place)
     calls = _tool_calls(record.get("tool_calls"), place)
-    if record.get("from") in ("function_call", "tool_call"):
+    if record.get("from") in _CALLING_ROLES:
         if calls:
             raise BadRow(f"message {place} is a function call and has tool_calls as well: keep one")
         text, calls = "", _sharegpt_call(text, place)
@@ -404,6 +411,19 @@ def _message(value: Any, place: int, unused: Counter[str]) -> Message:
     if role != "tool":
         name, call_id = "", ""
     return Message(role, text, reasoning, calls, name, call_id, learn)
+
+
+def _plain_message(value: Any) -> Message | None:
+    """Read a message that has a role, a text and nothing else, as nearly all have; None for any other."""
+    if not isinstance(value, dict) or len(value) != 2:
+        return None
+    role, content = value.get("role"), value.get("content")
+    if role is None and isinstance(value.get("from"), str) and value["from"] not in _CALLING_ROLES:
+        role, content = _SHAREGPT_ROLES.get(value["from"]), value.get("value")
+    if role not in ROLES or not isinstance(content, str):
+        return None
+    _check_whole_characters("content", content)
+    return Message(role, content)
 
 
 def _content(value: Any, place: int) -> str:

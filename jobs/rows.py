@@ -13,12 +13,13 @@ import numpy as np
 
 from jobs import files
 from jobs.assets import PREFIX, asset_folder
-from jobs.columns import AnyRows, ColumnRows, first_record, label_counts, read_columns, taken
+from jobs.columns import first_record, is_large, read_columns
 from jobs.data_files import DATA_SUFFIXES, read_records
 from jobs.errors import AssetError, DataError
 from jobs.hub import HubName, dataset_folder, model_config
 from jobs.model_kinds import stated_labels
-from jobs.row_formats import BadRow, convert, row_format
+from jobs.row_formats import BadRow, Row, convert, row_format
+from jobs.row_lists import AnyRows, LargeRows, RowPacker, comparable, label_counts, taken
 from jobs.spec import DataFormat, DataSpec, JobSpec
 from jobs.splits import hold_back
 from jobs.words import counted, cut, one_line
@@ -166,31 +167,53 @@ def _read_split(
     first = first_record(path)
     if first is not None:
         kind = row_format(first, job)
-        columns = read_columns(path, kind, job.data, unused)
+        columns = read_columns(path, kind, job.data, unused, notes)
         if columns:
             formats.setdefault(str(path), kind)
             return columns
-    rows, bad = [], []
+    packer, listed = RowPacker(), list[Row]()
+    add = packer.append if is_large(path) else listed.append
+    bad = _BadRows(collected)
     chosen: DataFormat | None = None
     for number, record in read_records(path, notes):
         if not isinstance(record, dict):
-            bad.append(cut(one_line(f"{path}:{number}: {record}")))
+            bad.add(f"{path}:{number}: {record}")
             continue
         chosen = formats.setdefault(str(path), chosen or row_format(record, job))
         try:
             row = convert(record, chosen, job.data, unused)
         except BadRow as error:
-            bad.append(cut(one_line(f"{path}:{number}: {error}")))
+            bad.add(f"{path}:{number}: {error}")
             continue
-        rows.append(replace(row, line=number))
-    if collected is not None:
-        collected += bad
-    elif bad:
-        more = f"\nand {len(bad) - _MOST_SHOWN} more" if len(bad) > _MOST_SHOWN else ""
-        raise DataError("\n".join(bad[:_MOST_SHOWN]) + more)
+        add(replace(row, line=number))
+    rows = packer.rows() or listed
+    if collected is None and bad.count:
+        raise DataError(str(bad))
     if not rows:
-        raise DataError(f"{path} holds no rows" if not bad else f"{path} holds no row that can be used: {bad[0]}")
+        first_bad = f"{path} holds no row that can be used: {bad.first}"
+        raise DataError(first_bad if bad.count else f"{path} holds no rows")
     return rows
+
+
+class _BadRows:
+    """What is wrong with the rows of a file: all of it in `collected`, or the first few and how many there are."""
+
+    def __init__(self, collected: list[str] | None) -> None:
+        self.count, self.first, self._shown, self._collected = 0, "", list[str](), collected
+
+    def add(self, sentence: str) -> None:
+        """Note what is wrong with a row."""
+        sentence = cut(one_line(sentence))
+        self.count += 1
+        self.first = self.first or sentence
+        if self._collected is not None:
+            self._collected.append(sentence)
+        elif self.count <= _MOST_SHOWN:
+            self._shown.append(sentence)
+
+    def __str__(self) -> str:
+        more = [f"and {self.count - _MOST_SHOWN} more"] if self.count > _MOST_SHOWN else []
+        return "\n".join(self._shown + more)
 
 
 def _three_splits(data: DataSpec, read: dict[str, AnyRows], warnings: list[str]) -> dict[str, AnyRows]:
@@ -255,10 +278,10 @@ def _duplicates(rows: dict[str, AnyRows]) -> list[str]:
     """Warnings about rows that stand twice, in one split or (worse) on both sides."""
     warnings = []
     train, others = rows["train"], {split: rows[split] for split in ("validation", "test")}
-    if isinstance(train, ColumnRows):
+    if isinstance(train, LargeRows):
         different = np.unique(train.questions())
         twice = len(train) - len(different)
-        listed = {row.question for found in others.values() if not isinstance(found, ColumnRows) for row in found}
+        listed = {row.question for found in others.values() if not comparable(train, found) for row in found}
         among = {row.question for row in train if row.question in listed} if listed else set()
     else:
         among = {row.question for row in train}
@@ -267,7 +290,7 @@ def _duplicates(rows: dict[str, AnyRows]) -> list[str]:
         stands = "training row stands" if twice == 1 else "training rows stand"
         warnings.append(f"{twice} {stands} more than once")
     for split, found in others.items():
-        if isinstance(train, ColumnRows) and isinstance(found, ColumnRows):
+        if isinstance(found, LargeRows) and comparable(train, found):
             leaked = _number_among(found.questions(), different)
         else:
             leaked = sum(row.question in among for row in found)

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jobs.columns import AnyRows, ColumnRows, label_counts, taken
 from jobs.errors import DataError
 from jobs.row_formats import Row
+from jobs.row_lists import AnyRows, LargeRows, label_counts, taken
 from jobs.words import counted
 
 SPLIT_VERSION = 2
@@ -65,7 +65,7 @@ def hold_back(
 
 def _groups(rows: AnyRows) -> _Groups:
     names = {name: place for place, name in enumerate(sorted(label_counts(rows)))}
-    if isinstance(rows, ColumnRows):
+    if isinstance(rows, LargeRows):
         of_row, firsts = _numbered(rows.questions())
         labels = rows.label_codes(names)[firsts]
     else:

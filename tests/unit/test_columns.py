@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,14 @@ from hypothesis import strategies as st
 
 from jobs import columns
 from jobs.columns import ColumnRows
+from jobs.conversation import Message
 from jobs.errors import DataError
 from jobs.load import load_text
+from jobs.row_formats import Row
+from jobs.row_lists import PackedRows, RowPacker
 from jobs.rows import Rows, load_rows, majority_share
 from jobs.splits import hold_back
+from tests.conftest import ROOT
 from tests.unit.test_fuzz import STRANGE_TEXTS
 
 
@@ -112,6 +118,84 @@ def test_classes_are_read_alike(kind: str, tmp_path: Path) -> None:
         assert used
 
 
+TABLES: dict[str, str] = {
+    "plain": "text,label\n" + "".join(f"words {n},{'ab'[n % 2]}\n" for n in range(80)),
+    "quoted": "text,label\n" + "".join(f'"words, ""{n}""",{"ab"[n % 2]}\n' for n in range(80)),
+    "lines": "text,label,id\n" + "".join(f'"words\n{"x" * (n % 3)}\r\n{n}",{"ab"[n % 2]},\n' for n in range(80)),
+    "windows": "text,label\r\n" + "".join(f"words {n},{'ab'[n % 2]}\r\n" for n in range(80)),
+    "blank lines": "text,label\n" + "".join(f"words {n},{'ab'[n % 2]}\n\n" for n in range(80)),
+    "semicolons": "text;label\n" + "".join(f"words, {n};{'ab'[n % 2]}\n" for n in range(80)),
+    "a mark": "\ufefftext,label\n" + "".join(f"wörds {n},{'ab'[n % 2]}\n" for n in range(80)),
+    "a long row": "text,label\n" + "".join(f"words {n},{'ab'[n % 2]}{',' * (n == 40)}\n" for n in range(80)),
+    "a short row": "text,label\n" + "".join(f"words {n}{',ab'[: 2 * (n != 40)]}\n" for n in range(80)),
+    "another column": "text,label,id\n" + "".join(f"words {n},{'ab'[n % 2]},{n or ''}\n" for n in range(80)),
+    "an empty text": "text,label\n" + "".join(f"{'words' if n else ''},{'ab'[n % 2]}\n" for n in range(80)),
+    "an open quote": "text,label\n" + "".join(f"words {n},{'ab'[n % 2]}\n" for n in range(80)) + '"x,a\n',
+    "twice a column": "text,text\na,b\n",
+    "nothing": "",
+    "a header": "text,label\n",
+}
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+@pytest.mark.parametrize("kind", TABLES)
+def test_tables_are_read_alike(kind: str, ending: str, tmp_path: Path) -> None:
+    text = TABLES[kind].replace(",", "\t") if ending == "tsv" else TABLES[kind]
+    fast, slow, used = both_ways(tmp_path, f"rows.{ending}", text.encode(), "classification")
+    check_same(fast, slow)
+    if kind in ("plain", "windows", "another column", "a mark") or (kind in ("quoted", "lines") and ending == "csv"):
+        assert used
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+def test_other_encodings_are_read_alike(encoding: str, ending: str, tmp_path: Path) -> None:
+    text = "text,label\n" + "".join(f"wörds {n},{'ab'[n % 2]}\n" for n in range(80))
+    if ending == "jsonl":
+        text = "".join(json.dumps({"text": f"wörds {n}", "label": "ab"[n % 2]}, ensure_ascii=False) + "\n"
+                       for n in range(80))  # fmt: skip
+    if ending == "tsv":
+        text = text.replace(",", "\t")
+    fast, slow, _ = both_ways(tmp_path, f"rows.{ending}", text.encode(encoding), "classification")
+    check_same(fast, slow)
+    assert ("not UTF-8 text" in str(fast)) == (encoding == "latin-1")
+
+
+def bomb(kind: str, path: Path) -> None:
+    """A small Parquet file that holds very much."""
+    import pyarrow
+    from pyarrow import parquet
+
+    if kind == "rows":
+        schema = pyarrow.schema([("text", pyarrow.string()), ("label", pyarrow.string())])
+        block = pyarrow.Table.from_pydict({"text": ["a"] * 1_000_000, "label": ["b"] * 1_000_000}, schema=schema)
+        with parquet.ParquetWriter(path, schema) as writer:
+            for _ in range(30):
+                writer.write_table(block)
+        return
+    numbers = pyarrow.array([0] * 200_000, pyarrow.int32())
+    texts = pyarrow.DictionaryArray.from_arrays(numbers, pyarrow.array(["x" * 300_000]))
+    table = pyarrow.Table.from_arrays([texts, numbers], names=["text", "label"])
+    schema = table.schema if kind == "dictionary" else None
+    parquet.write_table(table.replace_schema_metadata(None), path, store_schema=schema is not None)
+
+
+@pytest.mark.parametrize("kind", ["rows", "dictionary", "plain"])
+def test_a_parquet_file_cannot_fill_the_memory(kind: str, tmp_path: Path) -> None:
+    bomb(kind, tmp_path / "b.parquet")
+    assert (tmp_path / "b.parquet").stat().st_size < 2_000_000
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
+        "from pathlib import Path; from jobs.data_files import read_records; from jobs.errors import DataError\n"
+        f"try: print(sum(1 for _ in read_records(Path({str(tmp_path / 'b.parquet')!r}))))\n"
+        "except DataError as error: print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "unpacks to more than 200 times its size" in done.stdout, done.stderr
+    assert int(done.stdout.split()[-1]) < 1_000_000, "kilobytes"
+
+
 @pytest.mark.parametrize("kind", ["plain", "whole numbers", "with more columns", "truths", "a null", "mixed"])
 def test_parquet_is_read_alike(kind: str, tmp_path: Path) -> None:
     rows = ODD.get(kind, texts(50))
@@ -148,6 +232,8 @@ def test_answers_are_read_alike(kind: str, more: str, tmp_path: Path) -> None:
     check_same(fast, slow)
     if kind in ("plain", "with columns", "with an empty system", "texts alone"):
         assert used
+    if kind in ("messages", "conversational", "with a system"):
+        assert isinstance(fast.train, PackedRows)
 
 
 ANY_ROW = st.fixed_dictionaries(
@@ -177,3 +263,20 @@ def test_a_part_of_columns_is_a_list_of_rows(tmp_path: Path) -> None:
         assert [list(part) for part in one] == [list(part) for part in other]
     with pytest.raises(IndexError):
         rows[len(rows)]
+
+
+def test_packed_rows_keep_every_field() -> None:
+    """Field by field, those that do not count as a difference too."""
+    message = Message("assistant", "é\U0001f600", "thought", "[]", "n", "id", False)
+    rows = [
+        Row(text="a", label="x", line=7),
+        Row(messages=(Message("user", ""), message), tools="[1]", line=2**40, answer="b"),
+        Row(messages=(message,), answer=None),
+    ]
+    packer = RowPacker()
+    for row in rows:
+        packer.append(row)
+    packed = packer.rows()
+    assert [vars(row) for row in packed] == [vars(row) for row in rows]
+    assert [row.question for row in packed] == [row.question for row in rows]
+    assert RowPacker().rows() == []

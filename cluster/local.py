@@ -142,9 +142,9 @@ def driver_command() -> list[str]:
     return [sys.executable, "-P", "-c", "from commands.cli import main; main()"]
 
 
-def write_run(plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
-    """A new run's folder, whole, and pending."""
-    run = Run.create(runs, plan.job.name)
+def write_run(plan: Plan, loaded: LoadedJob, runs: Path, share: str = "none") -> Run:
+    """A new run's folder, whole, and pending; `share` is a site's (`make_run_folder`)."""
+    run = Run.create(runs, plan.job.name, share)
     try:
         files.write_text(run.path / "job.yaml", loaded.text)
         files.write_text(run.path / "resolved.json", dump_resolved(loaded))

@@ -151,7 +151,7 @@ class SlurmBackend:
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
         """Write the run's folder and hand it over. Raises a UserError, and leaves nothing, where that fails."""
         _check_fetched(loaded)
-        run = write_run(plan, loaded, runs)
+        run = write_run(plan, loaded, runs, self.site.share)
         try:
             for name, text in plan.files.items():
                 files.write_text(run.path / _FOLDER / name, text)
@@ -233,7 +233,7 @@ class SlurmBackend:
         nodes = self.asked_nodes or min(2, self.site.max_nodes or 2)
         short = {"time_limit": "15", "requeue": RequeueSpec(policy="none", signal_seconds=60)}
         backend = SlurmBackend(self.site.model_copy(update=short), nodes)
-        run = Run.create(runs, "doctor")
+        run = Run.create(runs, "doctor", self.site.share)
         try:
             for name, text in backend._script("doctor", nodes, "node examine", stage=False).items():
                 files.write_text(run.path / _FOLDER / name, text)

@@ -46,12 +46,12 @@ _RESERVE = 2**20
 """Bytes; random ones, since some file systems keep no room for zeros."""
 
 
-def make_run_folder(path: Path) -> None:
-    """Make a run's folder, which its user alone can open; with `share: group` in their settings a group reads it too.
+def make_run_folder(path: Path, share: str = "none") -> None:
+    """Make a run's folder, which its user alone can open.
 
-    Raises FileExistsError.
+    With `share` "group", or `share: group` in the user's settings, its group can read it too. Raises FileExistsError.
     """
-    shared = user_config().share == "group"
+    shared = "group" in (share, user_config().share)
     path.mkdir(mode=0o700)
     if shared:
         path.chmod(0o750 | (path.stat().st_mode & 0o2000))  # of a group that the folder above hands down (setgid)
@@ -237,8 +237,8 @@ class Run:
             check_current(self.path, self.attempt)
 
     @classmethod
-    def create(cls, runs: Path, name: str) -> Run:
-        """A new, empty run folder with a name of its own."""
+    def create(cls, runs: Path, name: str, share: str = "none") -> Run:
+        """A new, empty run folder with a name of its own; `share` is a site's (`make_run_folder`)."""
         try:
             runs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -246,7 +246,7 @@ class Run:
         while True:
             path = runs.absolute() / f"{name}-{secrets.token_hex(3)}"
             try:
-                make_run_folder(path)
+                make_run_folder(path, share)
             except FileExistsError:
                 continue
             run = cls(path)

@@ -133,6 +133,8 @@ class SlurmSite(Spec):
     they come from is printed."""
     environment: dict[str, str] = {}
     """Variables for every process. Names that may hold a secret are refused: they would stand in the script."""
+    share: Literal["none", "group"] = "none"
+    """Who may read new run folders beside their owner: `group`, that of the folder above. They hold held-out texts."""
     allow_environment: Texts = ()
     """Variables that a job's `environment` may set though they change which code runs, such as TRITON_CACHE_DIR."""
     container: Container | None = None

@@ -140,6 +140,12 @@ def test_a_group_that_the_user_trusts(own: Run, tmp_path: Path) -> None:
         user_config()
 
 
+def test_a_group_may_read_where_the_site_says_so(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "runs", "x", share="group")
+    assert stat.S_IMODE(run.path.stat().st_mode) == 0o750
+    assert stat.S_IMODE(Run.create(tmp_path / "runs", "x").path.stat().st_mode) == 0o700
+
+
 def test_a_group_may_read_where_the_user_says_so(tmp_path: Path) -> None:
     config = tmp_path / "config" / "lorafleet" / "config.yaml"
     config.parent.mkdir(parents=True)

@@ -156,3 +156,26 @@ def test_the_second_signal_is_the_end(bert_job: JobMaker, place: Path) -> None:
     assert done.returncode == ExitCode.OK, done.stderr
     lorafleet("stop", newest(place).path, cwd=place)
     wait_for(lambda: not newest(place).alive())
+
+
+def test_of_three_that_resume_at_once_one_trains(bert_job: JobMaker, place: Path) -> None:
+    """The others say who does, and end with the code for it; none says that the run has failed."""
+    process = begin(bert_job(**LONG), place, command="train")
+    wait_for(lambda: training(place))
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=120)
+    run = newest(place)
+    line = [str(Path(sys.executable).with_name("lorafleet")), "resume", str(run.path)]
+    several = [
+        subprocess.Popen(line, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(3)
+    ]
+    said = [one.communicate(timeout=300)[0] for one in several]
+    codes = [one.returncode for one in several]
+    assert codes.count(ExitCode.OK) == 1, said
+    for code, text in zip(codes, said, strict=True):
+        if code != ExitCode.OK:
+            assert code in (ExitCode.TAKEN, ExitCode.USER_INPUT), text
+            assert "has another driver" in text, text
+            assert "failed" not in text, text
+    assert newest(place).state is RunState.FINISHED
+    assert len([row for row in run.events() if row.get("event") == "attempt"]) == 2

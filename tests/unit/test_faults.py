@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.errors import FAILURE_CLASSES, DataError, TrainingFailure, disk_full
+from jobs.errors import FAILURE_CLASSES, DataError, RunError, TrainingFailure, disk_full
 from jobs.retries import retry_number
 from jobs.run import Run, Trial, TrialState
 from jobs.spec import RetriesSpec
@@ -218,3 +218,34 @@ def test_a_disk_that_is_full_at_the_start(kilobytes: int, bert_job: JobMaker, tm
         assert not list((disk / "runs").glob("*")) if (disk / "runs").is_dir() else True
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_ray_that_does_not_come_up_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more time each, and what its processes said is kept. Their failure itself is a stand-in."""
+    from tuning import local_ray
+
+    tried: list[int] = []
+
+    def started(_options: object, scratch: Path, seconds: int) -> str:
+        tried.append(seconds)
+        log = scratch / "ray" / "session_2026-01-01" / "logs" / "gcs_server.out"
+        log.parent.mkdir(parents=True)
+        log.write_text(f"try {len(tried)}")
+        if len(tried) < comes_up_at:
+            raise RuntimeError("no node is known\nmore")
+        return "a Ray"
+
+    monkeypatch.setattr(local_ray, "_started", started)
+    comes_up_at, told = 3, list[str]()
+    with local_ray.local_ray({}, tmp_path / "logs", told.append) as context:
+        assert context == "a Ray"
+    assert tried == [30, 120, 240]
+    assert told == [f"Ray did not come up in {n} s (no node is known): tried again, with more time" for n in (30, 120)]
+    assert (tmp_path / "logs" / "gcs_server.out").read_text() == "try 2"
+    comes_up_at = 9
+    tried.clear()
+    with (
+        pytest.raises(RunError, match=r"in 3 tries \(no node is known; load \d+\): `lorafleet resume` goes on when"),
+        local_ray.local_ray({}, tmp_path / "logs", told.append),
+    ):
+        pass

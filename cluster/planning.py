@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cluster.memory import checkpoint_bytes, estimate, trained_parameters
 from cluster.shape import Shape, shape
+from evaluation.baselines import of_classes
+from evaluation.verdict import of_rows
 from jobs import arms, rungs, search
 from jobs.defaults import learning_rate
 from jobs.errors import AssetError, JobFileError, Problem
@@ -21,6 +22,7 @@ from jobs.placement import Placement, place
 from jobs.plan import MemoryEstimate, Plan, PlannedTrial
 from jobs.precision import attention_refusal, planned_formats
 from jobs.row_formats import Row
+from jobs.row_lists import AnyRows, label_counts
 from jobs.rows import Rows, load_rows
 from jobs.schedule import Schedule, schedule
 from jobs.search import Assignment
@@ -248,7 +250,7 @@ def _known(job: JobSpec) -> _Known:
     rows = facts = None
     try:
         rows = load_rows(job)
-        notes += rows.warnings
+        notes += [*rows.warnings, *_cautions(job, rows)]
     except AssetError as missing:
         notes.append(f"{missing}; rows are taken as {_ASSUMED_ROWS:,}")
     try:
@@ -262,19 +264,44 @@ def _known(job: JobSpec) -> _Known:
         notes = [*tokens.warnings, *(note for note in notes if note not in tokens.warnings)]
         return _Known(rows, facts, _model(job), longest, examples, tuple(token_lines(tokens)), tuple(notes))
     longest = _longest_tokens(rows) if rows else job.model.max_length
-    lines = tuple(_class_lines(rows)) if rows and rows.labels else ()
+    lines = (*_class_lines(rows), *_to_beat(job, rows)) if rows and rows.labels else ()
     return _Known(rows, facts, _model(job), longest, len(rows.train) if rows else None, lines, tuple(notes))
+
+
+def _cautions(job: JobSpec, rows: Rows) -> list[str]:
+    """Say what of the rows will speak against the decision."""
+    return of_rows(_counts(rows) if rows.labels else {}, _deciding(job, rows), len(_splits(rows)[_deciding(job, rows)]))
+
+
+def _deciding(job: JobSpec, rows: Rows) -> str:
+    """Return the split that is decided on: a search's, or the held-out rows of a comparison."""
+    return "validation" if job.compare is None or rows.chosen_on_test else "test"
+
+
+def _splits(rows: Rows) -> dict[str, AnyRows]:
+    return {"train": rows.train, "validation": rows.validation, "test": rows.test}
+
+
+def _counts(rows: Rows) -> dict[str, dict[str, int]]:
+    """Return how many rows each class has in each split."""
+    return {name: dict.fromkeys(rows.labels, 0) | label_counts(split) for name, split in _splits(rows).items()}
+
+
+def _to_beat(job: JobSpec, rows: Rows) -> list[str]:
+    """Say what the commonest class alone gets."""
+    counts, split = _counts(rows), _deciding(job, rows)
+    common, metrics = of_classes(counts["train"], counts[split])
+    value = metrics.get(job.metric.name)
+    return [] if value is None else [f"to beat: always {common}, {job.metric.name} {value:.3f} ({split})"]
 
 
 def _class_lines(rows: Rows) -> list[str]:
     """Say how many rows each class has in each split."""
-    splits = {"train": rows.train, "validation": rows.validation, "test": rows.test}
     lines = []
-    for name, split in splits.items():
-        counts = Counter(row.label for row in split)
+    for name, counts in _counts(rows).items():
         shown = [f"{label} {counts[label]:,}" for label in rows.labels[:_MAX_CLASSES]]
         more = ", ..." if len(rows.labels) > _MAX_CLASSES else ""
-        lines.append(f"{name}: {counted(len(split), 'row')} ({', '.join(shown)}{more})")
+        lines.append(f"{name}: {counted(sum(counts.values()), 'row')} ({', '.join(shown)}{more})")
     return lines
 
 

@@ -58,11 +58,16 @@ class Shape:
     """Of the model's own layers."""
     attention_dropout: float = 0.0
     """Of attention's scores."""
+    norms: int = 0
+    """Weights of all norms, where they are known."""
 
     @property
     def parameters(self) -> int:
-        """All weights, but for biases and norms (below one in a hundred): for a model whose weights are not here."""
-        return self.matrices + self.hidden * (self.vocabulary * (1 if self.tied else 2) + self.positions)
+        """All weights, for a model whose weights are not here.
+
+        Exact for Llama and Mistral without biases; of others biases and norms are left out (below one in a hundred).
+        """
+        return self.matrices + self.norms + self.hidden * (self.vocabulary * (1 if self.tied else 2) + self.positions)
 
     @property
     def inner(self) -> int:
@@ -146,6 +151,7 @@ def shape(config: dict[str, Any]) -> Shape | None:
         tied=bool(config.get("tie_word_embeddings", family != "llama" or kind.startswith("gemma"))),
         dropout=_first(config, _DROPOUTS, _USUAL_DROPOUT.get(kind, 0.0)),
         attention_dropout=_first(config, _ATTENTION_DROPOUTS, _USUAL_DROPOUT.get(kind, 0.0)),
+        norms=(2 * layers + 1) * hidden if kind in ("llama", "mistral") else 0,  # two a layer, and the last
     )
 
 

@@ -154,6 +154,8 @@ def show_report(report: Report, output: Format, *, quiet: bool = False) -> bool:
         typer.echo(report_json(report))
         return False
     if quiet:
+        for caution in report.cautions:
+            tell(f"! {caution}")
         tell(report.recommendation.sentence)
         return False
     screen = console()

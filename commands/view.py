@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from evaluation.report_text import duration, number
@@ -13,6 +14,9 @@ from jobs.errors import RunError
 from jobs.metrics import is_better
 from jobs.records import damaged_where_wrong
 from jobs.run import Run, Trial, TrialState
+from jobs.search import without_fold
+from jobs.search_spec import FOLD
+from jobs.words import counted
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -79,13 +83,36 @@ def _trial_line(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
 
 
 def best_line(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The trial with the best score so far."""
+    """The trial with the best score so far; one fold's trial alone is none."""
     best: dict[str, Any] | None = None
-    for line in lines:
+    for line in (line for line in lines if FOLD not in line["params"]):
         better_than = best["score"] if best else None
         if line["score"] is not None and is_better(line["score"], better_than, line["goal"]):
             best = line
     return best
+
+
+def best_over_folds(lines: list[dict[str, Any]]) -> str | None:
+    """Say which configuration has the best mean, of those with scores on the most folds; None without folds."""
+    by_configuration: dict[str, tuple[dict[str, Any], list[float]]] = {}
+    for line in lines:
+        if FOLD in line["params"] and line["score"] is not None:
+            params = without_fold(line["params"])
+            by_configuration.setdefault(repr(params), (params, []))[1].append(line["score"])
+    if not by_configuration:
+        return None
+    most = max(len(scores) for _, scores in by_configuration.values())
+    means = [(fmean(scores), params) for params, scores in by_configuration.values() if len(scores) == most]
+    pick = max if lines[0]["goal"] == "maximize" else min
+    mean, params = pick(means, key=lambda one: one[0])
+    return (
+        f"best mean so far: {_described(params)} with {lines[0]['metric']} {number(mean)} over {counted(most, 'fold')}"
+    )
+
+
+def _described(params: dict[str, Any]) -> str:
+    shown = {path: f"{value:.3g}" if isinstance(value, float) else value for path, value in params.items()}
+    return ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in shown.items())
 
 
 def run_view(run: Run, place: str = "") -> RenderableType:
@@ -122,10 +149,13 @@ def run_view(run: Run, place: str = "") -> RenderableType:
         style = "bold green" if line is best else _STYLES[line["state"]]
         table.add_row(*(Text(cell) for cell in _cells(line, parameters, arms=arms)), style=style)
     parts: list[RenderableType] = [head, *([Text(place, style="dim")] if place else []), table]
+    over_folds = best_over_folds(lines)
     if best:
         parts.append(
             Text(f"best so far: {best['trial_id']} with {best['metric']} {number(best['score'])}", style="bold")
         )
+    elif over_folds:
+        parts.append(Text(over_folds, style="bold"))
     return Group(*parts)
 
 

@@ -17,7 +17,6 @@ from evaluation.metrics import scores
 from evaluation.results import Classified, RowResults
 from jobs.exported import Judged
 
-_RESAMPLES = 1000
 _ALL_POSITIONS, _MOST_POSITIONS, _FEWEST_POSITIONS = 1024, 32, 2
 """Positions whose logits are kept and compared, each with all of a vocabulary's numbers: over all rows, and of one."""
 _STEPPED = 4
@@ -195,7 +194,7 @@ def _agreeing(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> np.nd
 
 def _score(results: RowResults, name: str) -> tuple[float | None, tuple[float, float] | None]:
     names = ["accuracy"] if name == "accuracy" else ["loss", "perplexity"]
-    found = scores(results, names, _RESAMPLES)
+    found = scores(results, names)
     value, ends = _number(found.metrics[name]), found.intervals[name]
     return value, ends if np.isfinite(ends).all() else None
 

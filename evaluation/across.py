@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluation.choose import Choice, choose
-from evaluation.comparison import arms_of_run, finite_intervals, finite_metrics, pairs_of
+from evaluation.comparison import arms_of_run, compared, finite_intervals, finite_metrics, pairs_of
 from evaluation.metrics import scores
 from evaluation.report import bare, build_report, chosen_results, run_job, short
 from evaluation.results import RowResults
@@ -52,17 +52,30 @@ def across(runs: Sequence[Run]) -> Report:
     arms = [_against(entry, first) for entry in entries]
     judged = {arm.arm: entry.results for arm, entry in zip(arms, entries, strict=True) if arm.comparable}
     job = run_job(first.run)
-    pairs = [
-        pair
-        for group in _alike(entries)
-        for pair in pairs_of(
-            {entry.arm.arm: dict(enumerate(entry.results)) for entry in group},
-            job.metric.name,
-            job.evaluate.bootstrap_samples,
-        )
+    metric = job.metric
+    by_metric = [
+        [
+            each
+            for group in _alike(entries)
+            for each in compared(
+                {entry.arm.arm: dict(enumerate(entry.results)) for entry in group},
+                one.name,
+                one.goal,
+                job.evaluate.bootstrap_samples,
+            )
+        ]
+        for one in job.decision_metrics
     ]
-    choice = Choice("cheapest_within_noise", job.metric.name, job.metric.goal, "train_seconds")
+    deciding = [each for groups in by_metric for each in groups if first.arm.arm in each.names]
     rows = files.read_jsonl(first.run.rows_file(first.report.held_out))
+    choice = Choice(
+        "cheapest_within_tolerance",
+        metric.name,
+        metric.goal,
+        "train_seconds",
+        tolerances=job.tolerances,
+        rows=len(rows),
+    )
     labels = [str(label) for label in first.report.facts.get("labels", [])]
     firsts = {name: results[0] for name, results in judged.items() if results}
     trials = [row.model_copy(update={"arm": entry.run.id}) for entry in entries for row in entry.report.trials]
@@ -71,10 +84,10 @@ def across(runs: Sequence[Run]) -> Report:
             "run": " and ".join(run.id for run in runs),
             "state": "side by side",
             "arms": arms,
-            "pairs": pairs,
+            "pairs": pairs_of(by_metric[0]),
             "trials": trials,
             "samples": differing(rows, firsts, labels),
-            "recommendation": choose(arms, pairs, choice),
+            "recommendation": choose(arms, deciding, choice),
         }
     )
 
@@ -131,7 +144,7 @@ def _arm_of_trial(run: Run, report: Report, results: list[RowResults]) -> Arm:
     if trial_id is None:
         return _nothing(run)
     row = report.row(trial_id)
-    found = scores(results, job.metric_names, job.evaluate.bootstrap_samples) if results else None
+    found = scores(results, job.metric_names) if results else None
     return Arm(
         arm=run.id,
         what=f"{job.method}: {short(row.params) or trial_id}",

@@ -126,20 +126,22 @@ def pair_cells(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
         found = between.get((row, column))
         if found is None:
             return MISSING
-        return f"{found.difference:+.3f} (p {found.p_value:.3f})\n[{found.interval[0]:+.3f}, {found.interval[1]:+.3f}]"
+        ends = f"\n[{found.interval[0]:+.3f}, {found.interval[1]:+.3f}]" if found.interval else ""
+        p_value = "" if found.p_value is None else f" (p {found.p_value:.3f})"
+        return f"{found.difference:+.3f}{p_value}{ends}"
 
     return names, [(row, [cell(row, column) for column in names]) for row in names]
 
 
 def _turned(pair: Pair) -> Pair:
     """The same pair from the other side."""
-    low, high = pair.interval
-    turned = {"one": pair.other, "other": pair.one, "difference": -pair.difference, "interval": (-high, -low)}
+    ends = (-pair.interval[1], -pair.interval[0]) if pair.interval else None
+    turned = {"one": pair.other, "other": pair.one, "difference": -pair.difference, "interval": ends}
     return pair.model_copy(update=turned)
 
 
 def _difference(pair: Pair) -> str:
-    return f"{pair.difference:+.3f} [{pair.interval[0]:+.3f}, {pair.interval[1]:+.3f}]"
+    return f"{pair.difference:+.3f}" + (f" [{pair.interval[0]:+.3f}, {pair.interval[1]:+.3f}]" if pair.interval else "")
 
 
 _FEW = 3

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from evaluation.decide import Option, Words, decide, sentence, tolerance_of
+from evaluation.intervals import SHARES
+from evaluation.paired import Comparison
 from jobs.compare import Cost, Rule
-from jobs.report import Arm, Pair, Recommendation
+from jobs.report import Arm, Recommendation
 from jobs.rungs import Goal
-
-ALIKE = 0.05
-"""Two arms whose p-value is at least this cannot be told apart."""
 
 SAME_TIME = 1.05
 """Times that differ by less are the same: twice the same training takes times further apart."""
@@ -48,6 +48,10 @@ class Choice:
     goal: Goal
     cost: Cost
     within: float = 0.0
+    tolerances: Mapping[str, float | None] = field(default_factory=dict)
+    """Metric -> how much of it may be lost; None where the job does not say."""
+    rows: int = 0
+    """Held-out rows."""
 
     def score(self, arm: Arm) -> float:
         """An arm's metric, turned so that more is better."""
@@ -65,40 +69,79 @@ class Choice:
         return COSTS[self.cost][2](arm)
 
 
-def choose(arms: list[Arm], pairs: list[Pair], choice: Choice) -> Recommendation:
-    """The arm to ship, and why, in words."""
+def choose(arms: list[Arm], comparisons: Sequence[Comparison], choice: Choice) -> Recommendation:
+    """Return the arm to ship, and why, in words. `comparisons` are by each metric that decides, the first first."""
     scored = [arm for arm in arms if arm.comparable and arm.metrics.get(choice.metric) is not None]
     unranked = [arm.arm for arm in arms if not arm.comparable]
+    rule = rule_text(choice)
     if unranked and len(arms) - len(unranked) < 2:
-        sentence = "Nothing is ranked: no two of them were judged alike (the remarks say what differs)."
-        return Recommendation(trial_id=None, rule=rule_text(choice), sentence=sentence)
+        said = "Nothing is ranked: no two of them were judged alike (the remarks say what differs)."
+        return Recommendation(trial_id=None, rule=rule, sentence=said)
     if not scored:
-        return Recommendation(trial_id=None, rule=rule_text(choice), sentence="No arm has a score yet.")
-    best = max(scored, key=choice.score)  # the first of equals
-    eligible = _eligible(scored, best, pairs, choice)
-    priced = [arm for arm in eligible if choice.price(arm) is not None]
-    least = min((choice.price(arm) or 0.0 for arm in priced), default=0.0)
-    near = [arm for arm in priced if (choice.price(arm) or 0.0) <= choice.slack * least]
-    chosen = max(near, key=lambda arm: (choice.score(arm), -(choice.price(arm) or 0.0))) if near else best
-    sentence = _sentence(chosen, best, eligible, scored, pairs, choice)
+        return Recommendation(trial_id=None, rule=rule, sentence="No arm has a score yet.")
+    options = {arm.arm: Option(arm.arm, choice.score(arm), choice.price(arm)) for arm in scored}
+    decision = decide(list(options.values()), comparisons, choice.tolerances, choice.rows, choice.slack)
+    by_name = {arm.arm: arm for arm in scored}
+    if choice.rule == "cheapest_within_tolerance" or decision.too_few_rows:
+        chosen = by_name[decision.chosen.name if not decision.too_few_rows else decision.best.name]
+        words = Words("arm", "held-out row", lambda name: name, lambda one: _price(by_name[one.name], choice))
+        said = sentence(decision, comparisons, choice.tolerances, words, lambda name: _got(by_name[name], choice))
+    else:
+        chosen, said = _by_score(scored, by_name[decision.best.name], comparisons, choice)
     if unranked:
-        sentence += f" Not ranked beside the other {len(scored)}: {', '.join(unranked)}."
+        said += f" Not ranked beside the other {len(scored)}: {', '.join(unranked)}."
     return Recommendation(
         trial_id=chosen.trial_id,
         arm=chosen.arm,
-        rule=rule_text(choice),
+        rule=rule,
         cost=choice.cost,
-        sentence=sentence,
+        sentence=said,
         adapter=chosen.weights,
+        decided=not decision.too_few_rows,
     )
 
 
-def _eligible(scored: list[Arm], best: Arm, pairs: list[Pair], choice: Choice) -> list[Arm]:
-    if choice.rule == "cheapest_within_noise":
-        return [arm for arm in scored if arm is best or (_p_value(arm, best, pairs) or 0.0) >= ALIKE]
-    if choice.rule == "smallest_within":
-        return [arm for arm in scored if choice.score(arm) >= choice.score(best) - choice.within]
-    return [best]
+def _by_score(scored: list[Arm], best: Arm, comparisons: Sequence[Comparison], choice: Choice) -> tuple[Arm, str]:
+    """Return (the arm, the sentence) of the rules that look at scores alone."""
+    got = _got(best, choice)
+    if choice.rule == "pareto":
+        there = ", ".join(f"{arm.arm} ({_score(arm, choice)}, {_price(arm, choice)})" for arm in front(scored, choice))
+        return (
+            best,
+            f"Ship {best.arm}: it has the best {got}. None beats these in both: {there or 'no cost was measured'}.",
+        )
+    if choice.rule == "best":
+        return best, f"Ship {best.arm}: it has the best {got}{_against_next(best, scored, comparisons, choice)}."
+    near = [arm for arm in scored if choice.score(arm) >= choice.score(best) - choice.within]
+    priced = [arm for arm in near if choice.price(arm) is not None]
+    if not priced:
+        return best, f"Ship {best.arm}: it has the best {got}; {COSTS[choice.cost][0]} was measured of none."
+    least = min(choice.price(arm) or 0.0 for arm in priced)
+    cheap = [arm for arm in priced if (choice.price(arm) or 0.0) <= choice.slack * least]
+    chosen = max(cheap, key=lambda arm: (choice.score(arm), -(choice.price(arm) or 0.0)))
+    close = "" if choice.price(chosen) == least else f"within {SAME_TIME - 1:.0%} of "
+    price = f"{_price(chosen, choice)} is {close}the least"
+    if chosen is best:
+        return (
+            best,
+            f"Ship {best.arm}: it has the best {got}, and {price} of the {len(near)} arms within {choice.within:g}.",
+        )
+    return chosen, (
+        f"Ship {chosen.arm}: its {_got(chosen, choice)} is within {choice.within:g} of the {_score(best, choice)} of "
+        f"{best.arm}, and {price} of the {len(near)} for which that holds ({_price(best, choice)} for {best.arm})."
+    )
+
+
+def _against_next(best: Arm, scored: list[Arm], comparisons: Sequence[Comparison], choice: Choice) -> str:
+    """Write the p-value of the best against the one after it, where they were compared row by row."""
+    others = [arm for arm in scored if arm is not best]
+    if not others or not comparisons:
+        return ""
+    other = max(others, key=choice.score)
+    if not {best.arm, other.arm} <= set(comparisons[0].names):
+        return ""
+    p_value = comparisons[0].p_value(best.arm, other.arm)
+    return f", p = {p_value:.3f} against {other.arm}" if p_value is not None else ""
 
 
 def front(arms: list[Arm], choice: Choice) -> list[Arm]:
@@ -111,18 +154,15 @@ def front(arms: list[Arm], choice: Choice) -> list[Arm]:
     return found
 
 
-def _p_value(one: Arm, other: Arm, pairs: list[Pair]) -> float | None:
-    """Of two arms' difference; None where they were not compared row by row."""
-    return next((pair.p_value for pair in pairs if {pair.one, pair.other} == {one.arm, other.arm}), None)
-
-
 def rule_text(choice: Choice) -> str:
-    """A rule in words."""
+    """Return a rule in words."""
     words = COSTS[choice.cost][0] + (f" (within {SAME_TIME - 1:.0%}: the same)" if choice.slack > 1 else "")
-    if choice.rule == "cheapest_within_noise":
+    if choice.rule == "cheapest_within_tolerance":
+        kept = may_lose_all(choice.tolerances)
         return (
-            f"of the arms that cannot be told apart from the best by {choice.metric} on the held-out rows (paired "
-            f"bootstrap, p at least {ALIKE:g}), the one that needs least: {words}"
+            f"of the arms that the held-out rows show to lose at most {kept} against the best by {choice.metric} "
+            f"(simultaneous 95 % intervals of paired differences), the one that needs least: {words}; where they show "
+            "it of none, the best"
         )
     if choice.rule == "smallest_within":
         return f"of the arms within {choice.within:g} of the best {choice.metric}, the one that needs least: {words}"
@@ -131,46 +171,19 @@ def rule_text(choice: Choice) -> str:
     return f"the best {choice.metric} on the held-out rows"
 
 
-def _sentence(chosen: Arm, best: Arm, eligible: list[Arm], scored: list[Arm], pairs: list[Pair], choice: Choice) -> str:
-    got = f"{choice.metric} {_score(chosen, choice)}"
-    if choice.rule == "pareto":
-        there = ", ".join(f"{arm.arm} ({_score(arm, choice)}, {_price(arm, choice)})" for arm in front(scored, choice))
-        return f"Ship {chosen.arm}: it has the best {got}. None beats these in both: {there or 'no cost was measured'}."
-    if choice.rule == "best" or (chosen is best and len(eligible) == 1):
-        other = _next_best(best, scored, choice)
-        p = _p_value(best, other, pairs) if other else None
-        apart = f", p = {p:.3f} against {other.arm}" if other and p is not None else ""
-        alone = "" if choice.rule == "best" or other is None else ", and no other comes near it"
-        if choice.rule == "cheapest_within_noise" and other and p is None:
-            alone = "; it was not compared row by row with the others, so that noise is not known"
-        return f"Ship {best.arm}: it has the best {got}{alone}{apart}."
-    if choice.price(chosen) is None:
-        return f"Ship {best.arm}: it has the best {got}; {COSTS[choice.cost][0]} was measured of none."
-    least = min(known for arm in eligible if (known := choice.price(arm)) is not None)
-    near = "" if choice.price(chosen) == least else f"within {SAME_TIME - 1:.0%} of "
-    price = f"{_price(chosen, choice)} is {near}the least"
-    if chosen is best:
-        return f"Ship {best.arm}: it has the best {got}, and {price} of the {len(eligible)} arms {_near(choice)}."
-    of = f"{_score(best, choice)} of {best.arm}"
-    if choice.rule == "cheapest_within_noise":
-        apart = f"cannot be told apart from the {of} (p = {_p_value(chosen, best, pairs) or 0.0:.2f})"
-    else:
-        apart = f"is within {choice.within:g} of the {of}"
-    return (
-        f"Ship {chosen.arm}: its {got} {apart}, and {price} of the {len(eligible)} for which that holds "
-        f"({_price(best, choice)} for {best.arm})."
-    )
+def may_lose_all(tolerances: Mapping[str, float | None]) -> str:
+    """Write how much of each metric may be lost."""
+    return " and ".join(_may_lose(name, given) for name, given in tolerances.items())
 
 
-def _near(choice: Choice) -> str:
-    if choice.rule == "smallest_within":
-        return f"within {choice.within:g} of it"
-    return "that cannot be told apart from it"
+def _may_lose(name: str, given: float | None) -> str:
+    if given is not None:
+        return f"{given:g} of {name}"
+    return f"{tolerance_of(name, None, 1.0):g} of {name}" if name in SHARES else f"1 % of {name}"
 
 
-def _next_best(best: Arm, scored: list[Arm], choice: Choice) -> Arm | None:
-    others = [arm for arm in scored if arm is not best]
-    return max(others, key=choice.score) if others else None
+def _got(arm: Arm, choice: Choice) -> str:
+    return f"{choice.metric} {_score(arm, choice)}"
 
 
 def _score(arm: Arm, choice: Choice) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from evaluation import verdict
 from evaluation.choose import Choice, choose
-from evaluation.metrics import Scores, confusion, difference, per_class, scores
+from evaluation.intervals import contributions
+from evaluation.metrics import Scores, confusion, per_class, scores
+from evaluation.paired import Candidate, Comparison
 from evaluation.report import build_report, short
 from evaluation.results import RowResults
 from evaluation.samples import differing, mistakes, worst
@@ -21,6 +24,7 @@ from jobs import files
 from jobs.compare import ArmSpec
 from jobs.report import Arm, BatchSpeed, Inference, Intervals, Metrics, Pair, Report, Row
 from jobs.run import Run
+from jobs.rungs import Goal
 from jobs.search_spec import SEED
 from jobs.spec import JobSpec
 
@@ -99,36 +103,49 @@ Judged = Mapping[str, Mapping[int, RowResults]]
 """Arm -> seed -> what its model did with each row."""
 
 
-def pairs_of(judged: Judged, metric: str, resamples: int, origins: Mapping[str, str] | None = None) -> list[Pair]:
-    """Every two arms that have results, compared on the same rows.
+def compared(
+    judged: Judged, metric: str, goal: Goal, draws: int, origins: Mapping[str, str] | None = None
+) -> list[Comparison]:
+    """Compare the arms that have results, on the same rows: all of them at once, where their losses are of the same
+    tokens. The first group is the largest.
 
     `origins` names the arm whose adapters an arm has, where they are not its own: such two have the same models.
     """
-    found = []
-    for one, other in itertools.combinations([name for name, results in judged.items() if results], 2):
-        by_seed, given = (judged[one], judged[other]), origins or {}
-        common = [seed for seed in by_seed[0] if seed in by_seed[1]]
-        same_models = given.get(one, one) == given.get(other, other) and bool(common)
-        ours, theirs = ([own[seed] for seed in (common if same_models else own)] for own in by_seed)
-        if len(ours[0]) != len(theirs[0]) or not (ours[0].has(metric) and theirs[0].has(metric)):
+    groups: list[list[Candidate]] = []
+    for name, results in judged.items():
+        models = [results[seed] for seed in sorted(results)]
+        if not models or not all(one.has(metric) for one in models):
             continue
-        same_targets = np.array_equal(ours[0].targets_R, theirs[0].targets_R)
-        if metric in ("loss", "perplexity") and not same_targets:
-            continue  # other tokens: a loss of one is not a loss of the other
-        apart = difference(ours, theirs, metric, resamples, same_models=same_models)
-        if not all(map(math.isfinite, (apart.value, *apart.interval))):
+        if not all(np.isfinite(contributions(one, metric)).all() for one in models):
             continue
-        found.append(
-            Pair(
-                one=one,
-                other=other,
-                metric=metric,
-                difference=apart.value,
-                interval=apart.interval,
-                p_value=apart.p_value,
-            )
+        candidate = Candidate(name, models, (origins or {}).get(name))
+        group = next((group for group in groups if _same_rows(group[0].models[0], models[0], metric)), None)
+        group.append(candidate) if group else groups.append([candidate])
+    groups.sort(key=len, reverse=True)
+    return [Comparison(group, metric, goal, draws) for group in groups if len(group) > 1]
+
+
+def _same_rows(one: RowResults, other: RowResults, metric: str) -> bool:
+    """Whether two models were judged on the same rows; a loss of other tokens is another loss."""
+    if len(one) != len(other):
+        return False
+    return metric not in ("loss", "perplexity") or np.array_equal(one.targets_R, other.targets_R)
+
+
+def pairs_of(comparisons: Iterable[Comparison]) -> list[Pair]:
+    """Return every two arms that were compared."""
+    return [
+        Pair(
+            one=one,
+            other=other,
+            metric=each.metric,
+            difference=each.difference(one, other),
+            interval=each.interval(one, other),
+            p_value=each.p_value(one, other),
         )
-    return found
+        for each in comparisons
+        for one, other in itertools.combinations(each.names, 2)
+    ]
 
 
 def _judged(folder: Path, split: str) -> RowResults | None:
@@ -139,9 +156,9 @@ def _judged(folder: Path, split: str) -> RowResults | None:
 def _arm(run: Run, job: JobSpec, name: str, reports: dict[str, Report], there: dict[int, RowResults]) -> Arm:
     assert job.compare is not None
     spec = job.compare.arms[name]
-    resamples, names = job.evaluate.bootstrap_samples, job.metric_names
-    found = scores(list(there.values()), names, resamples) if there else None
-    own = {str(seed): scores(one, names, _FEWEST_RESAMPLES).metrics for seed, one in there.items()}
+    names = job.metric_names
+    found = scores(list(there.values()), names) if there else None
+    own = {str(seed): scores(one, names).metrics for seed, one in there.items()}
     trained = spec.trains or spec.adapter_of is not None
     origin = spec.adapter_of or name
     source, source_spec, report = run.arm(origin), job.compare.arms[origin], reports.get(origin)
@@ -181,10 +198,6 @@ def finite_metrics(found: Scores) -> Metrics:
 def finite_intervals(found: Scores) -> Intervals:
     """Intervals without those that have no ends."""
     return {name: ends for name, ends in found.intervals.items() if all(map(math.isfinite, ends))}
-
-
-_FEWEST_RESAMPLES = 1
-"""Where only the values are wanted."""
 
 
 def _what(spec: ArmSpec, best: Row | None) -> str:
@@ -265,23 +278,32 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def comparison_report(run: Run, job: JobSpec, plain: Report) -> Report:
-    """A report with the arms of a comparison in it; `plain` has what every run has."""
+def comparison_report(run: Run, job: JobSpec, plain: Report, counts: Mapping[str, Mapping[str, int]]) -> Report:
+    """A report with the arms of a comparison in it; `plain` has what every run has, `counts` the rows of each class."""
     assert job.compare is not None
     arms, judged, trials = arms_of_run(run, job, plain.held_out)
     compare = job.compare
     origins = {name: arm.adapter_of for name, arm in compare.arms.items() if arm.adapter_of}
-    pairs = pairs_of(judged, job.metric.name, job.evaluate.bootstrap_samples, origins)
-    choice = Choice(compare.rule, job.metric.name, job.metric.goal, compare.cost, compare.within)
+    metric, draws = job.metric, job.evaluate.bootstrap_samples
+    by_metric = [compared(judged, one.name, one.goal, draws, origins) for one in job.decision_metrics]
+    rows = files.read_jsonl(run.rows_file(plain.held_out))
+    choice = Choice(
+        compare.rule,
+        metric.name,
+        metric.goal,
+        compare.cost,
+        compare.within,
+        job.tolerances,
+        len(rows),
+    )
     base = next((arm for arm in arms if arm.arm in _untuned(job)), None)
     update: dict[str, Any] = {
         "arms": arms,
-        "pairs": pairs,
+        "pairs": pairs_of(by_metric[0]),
         "trials": trials,
-        "recommendation": choose(arms, pairs, choice),
+        "recommendation": choose(arms, [groups[0] for groups in by_metric if groups], choice),
         "rungs": [],
     }
-    rows = files.read_jsonl(run.rows_file(plain.held_out))
     firsts = {name: next(iter(results.values())) for name, results in judged.items() if results}
     labels = [str(label) for label in plain.facts.get("labels", [])]
     update["samples"] = differing(rows, firsts, labels)
@@ -292,6 +314,21 @@ def comparison_report(run: Run, job: JobSpec, plain: Report) -> Report:
         update["worst"] = worst(rows, chosen, found, labels)
         if found.classified and labels:
             update["confusion"], update["per_class"] = confusion(found.classified), per_class(found.classified, labels)
+    arm = next((arm for arm in arms if arm.arm == chosen), None)
+    update["recommendation"], cautions = verdict.checked(
+        update["recommendation"],
+        metric.name,
+        metric.goal,
+        arm.metrics.get(metric.name) if arm else None,
+        arm.interval.get(metric.name) if arm else None,
+        [one.model_copy(update={"metrics": one.test_metrics}) for one in plain.baselines],
+        "held-out rows",
+    )
+    cautions += verdict.of_rows(counts, plain.held_out, len(rows))
+    trained = next((row for row in trials if arm and arm.trial_id and row.trial_id == arm.trial_id), None)
+    cautions += verdict.of_model(metric.name, metric.goal, trained, update.get("confusion", []), labels)
+    cautions += verdict.of_scores(metric.name, [one.metrics.get(metric.name) for one in arms])
+    update["cautions"] = cautions
     if base is not None and base.metrics:
         update["base"] = plain.base.model_copy(
             update={"state": "finished", "test_metrics": base.metrics, "test_intervals": base.interval}

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.metrics import interval, resampled
+from evaluation.intervals import mean_interval
 from jobs import files
 from jobs.errors import RunError, UserError
 from jobs.report import Judgement, Ratings
@@ -23,7 +23,6 @@ from jobs.run import Run
 CRITERIA = ("fluency", "coherence", "correctness")
 LOWEST, HIGHEST = 0, 5
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_RESAMPLES = 1000
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _SLOTS = (*_LETTERS, *(first + second for first in _LETTERS for second in _LETTERS))
 
@@ -209,13 +208,12 @@ def ratings_of(run: Run) -> Ratings | None:
         agreement = alpha(values_RU) if units else None
         for arm, rows in by_arm.items():
             values_U = np.array(list(rows.values()))
-            parts = [values_U[rows_SR].mean(axis=1) for rows_SR in resampled(len(values_U), _RESAMPLES)]
             judgements.append(
                 Judgement(
                     arm=arm,
                     criterion=criterion,
                     mean=float(values_U.mean()),
-                    interval=interval(np.concatenate(parts)),
+                    interval=_of_scores(values_U),
                     rows=len(values_U),
                     alpha=agreement,
                 )
@@ -226,6 +224,12 @@ def ratings_of(run: Run) -> Ratings | None:
         judgements=judgements,
         notes=[f"{name}, row {row}: {text}" for name, row, text in notes],
     )
+
+
+def _of_scores(values_U: np.ndarray) -> tuple[float, float] | None:
+    """Return the 95 % interval of a mean of scores, which are from 0 to 5."""
+    found = mean_interval(values_U)
+    return (max(0.0, found[0]), min(5.0, found[1])) if found else None
 
 
 def sheet_of_run(run: Run, rater: str, most: int) -> list[Item]:

@@ -55,6 +55,7 @@ def terminal(report: Report, width: int) -> RenderableType:
     for row in report.shown:
         table.add_row(*(Text(cell(row)) for _, cell in shown), style=_style(row, report))
     parts: list[RenderableType] = [Text(headline(report)), Text(""), table, Text("")]
+    parts += [Text(f"! {caution}", style="yellow") for caution in report.cautions]
     parts.append(Text(report.recommendation.sentence, style="bold"))
     parts += _terminal_table(*folds_table(report)) + _terminal_table(*ratings_table(report))
     parts += [Text(f"- {note}", style="dim") for note in notes(report)]
@@ -95,6 +96,7 @@ def _terminal_arms(report: Report, width: int) -> RenderableType:
         style = "bold green" if arm.arm == report.recommendation.arm else "" if arm.comparable else "dim"
         table.add_row(*(Text(cell(arm)) for _, cell in shown), style=style)
     parts: list[RenderableType] = [Text(headline(report)), Text(""), table, Text("")]
+    parts += [Text(f"! {caution}", style="yellow") for caution in report.cautions]
     parts.append(Text(report.recommendation.sentence, style="bold"))
     parts.append(Text(f"Rule: {report.recommendation.rule}.", style="dim"))
     for table_of in (pairs_table(report, whole=False), batches_table(report), ratings_table(report)):
@@ -136,6 +138,8 @@ def markdown(report: Report) -> str:
         "",
         plain(headline(report)),
         "",
+        *(f"- caution: {plain(caution)}" for caution in report.cautions),
+        *([""] if report.cautions else []),
         f"**{plain(report.recommendation.sentence)}**",
     ]
     lines += ["", f"Rule: {plain(report.recommendation.rule)}.", ""]

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from evaluation.recommend import over_folds, recommend, recommend_over_folds
+from evaluation.recommend import MOST_COMPARED, Choosing, over_folds, recommend, recommend_over_folds
 from jobs import files
 from jobs.errors import RunError
 from jobs.messages import of_another_version
 from jobs.metrics import is_better
 from jobs.records import FACTS, DamagedFile, damaged_where_wrong, read_record
-from jobs.report import Failure, Intervals, Metrics, Report, Row
+from jobs.report import Baseline, Failure, Intervals, Metrics, Report, Row
 from jobs.run import Run, Trial
+from jobs.search import without_fold
 from jobs.search_spec import FOLD
 from jobs.spec import JobSpec
 from jobs.words import printable_json
@@ -67,14 +68,15 @@ def build_report(run: Run) -> Report:
     if plan.get("command") == "benchmark" and written.is_file():  # it has no trials to be built from
         with damaged_where_wrong(written):
             return Report.model_validate_json(written.read_text())
-    rows = _rows(run, job) if plan.get("command") != "compare" else []
+    rows = rows_of(run, job) if plan.get("command") != "compare" else []
     labels = {row.trial_id: describe(row.params) for row in rows}
     ordered = sorted(rows, key=lambda row: _rank(row, metric.name, metric.goal))
     folds = over_folds(rows, metric.name, metric.goal)
+    choosing = choosing_of(job, facts.get("rows", {}).get("validation", 0), labels)
     if folds:
-        chosen = recommend_over_folds(ordered, folds, metric.name, labels)
+        chosen = recommend_over_folds(ordered, folds, choosing, results_over_folds(run, job))
     else:
-        chosen = recommend(ordered, metric.name, metric.goal, labels, job.search.keep if job.search else 1)
+        chosen = recommend(ordered, choosing, _results_of_best(run, ordered, job))
     wanted = ("data_sha256", "model_revisions", "labels")
     shown_facts: dict[str, Any] = {str(key): facts[key] for key in wanted if key in facts}
     if facts.get("encoders"):
@@ -97,6 +99,7 @@ def build_report(run: Run) -> Report:
             time_attr=job.search.scheduler.time_attr if job.search and plan.get("command") == "sweep" else "step",
             held_out="validation" if facts.get("chosen_on_test") else "test",
             base=_checked_base(run, facts),
+            baselines=_baselines(run, facts, job),
             trials=ordered,
             folds=folds,
             recommendation=chosen.model_copy(update={"adapter": _weights(run, chosen.trial_id)}),
@@ -106,16 +109,113 @@ def build_report(run: Run) -> Report:
             facts=shown_facts,
         )
     if plan.get("command") != "compare":
-        whole = _with_samples(run, plain)
+        whole = _with_verdict(_with_samples(run, plain), facts)
     else:
         from evaluation.comparison import comparison_report
 
-        whole = comparison_report(run, job, plain)
+        whole = comparison_report(run, job, plain, facts.get("class_counts", {}))
     if not (run.path / "ratings").is_dir():
         return whole
     from evaluation.rating import ratings_of
 
     return whole.model_copy(update={"ratings": ratings_of(run)})
+
+
+def _baselines(run: Run, facts: dict[str, Any], job: JobSpec) -> list[Baseline]:
+    """Return what needs no training; nothing where a run of an earlier version did not count its classes."""
+    held_out = "validation" if facts.get("chosen_on_test") else "test"
+    counts = facts.get("class_counts") or {}
+    if counts.get("train"):
+        from evaluation.baselines import of_classes
+
+        common, metrics = of_classes(counts["train"], counts.get("validation", {}))
+        tested = of_classes(counts["train"], counts.get(held_out, {}))[1]
+        return [Baseline(what=f"always saying {common!r}", metrics=dict(metrics), test_metrics=dict(tested))]
+    with damaged_where_wrong(run.baselines_file):
+        stored = files.read_json(run.baselines_file)
+        chosen, judged = stored.get("validation") or {}, stored.get(held_out) or {}
+        return [
+            Baseline(what=name, metrics=chosen.get(name, {}), test_metrics=judged.get(name, {}))
+            for name in dict.fromkeys([*chosen, *judged])
+        ]
+
+
+def _with_verdict(report: Report, facts: dict[str, Any]) -> Report:
+    """The report of a search, with what is to be said before its recommendation is followed."""
+    from evaluation import verdict
+
+    chosen = next((row for row in report.trials if row.trial_id == report.recommendation.trial_id), None)
+    metric, goal = report.metric, report.goal
+    baselines = list(report.baselines)
+    if report.base.metrics.get(metric) is not None:
+        baselines.append(Baseline(what="the untrained base", metrics=report.base.metrics))
+    recommendation, cautions = verdict.checked(
+        report.recommendation,
+        metric,
+        goal,
+        chosen.metrics.get(metric) if chosen else None,
+        chosen.intervals.get(metric) if chosen else None,
+        baselines,
+        "validation rows",
+    )
+    counts = facts.get("class_counts") or {}
+    if report.task == "classification" and not counts:
+        cautions.append(
+            "an earlier version made the run and did not count its classes: it is compared with no baseline"
+        )
+    cautions += verdict.of_rows(counts, "validation", int(report.rows_count.get("validation", 0)))
+    cautions += verdict.of_model(metric, goal, chosen, report.confusion, [str(one) for one in facts.get("labels", [])])
+    cautions += verdict.of_scores(metric, [row.metrics.get(metric) for row in report.trials])
+    return report.model_copy(update={"recommendation": recommendation, "cautions": cautions})
+
+
+def choosing_of(job: JobSpec, rows: int = 0, labels: dict[str, str] | None = None) -> Choosing:
+    """Return by what a job's search chooses; `rows` are its validation rows, `labels` its trials in words."""
+    search = job.search
+    return Choosing(
+        job.metric.name,
+        job.metric.goal,
+        job.tolerances,
+        tuple((one.name, one.goal) for one in job.metric.also),
+        search.keep if search else 1,
+        rows,
+        job.evaluate.bootstrap_samples,
+        labels or {},
+    )
+
+
+def _results_of_best(run: Run, ordered: list[Row], job: JobSpec) -> dict[str, RowResults]:
+    """Return what the best trials did with each validation row, of those of which it is known."""
+    wanted = [row.trial_id for row in ordered if row.metrics.get(job.metric.name) is not None and row.fold is None]
+    found = {name: stored_results(run.trial(name), job) for name in wanted[:MOST_COMPARED]}
+    return {name: results for name, results in found.items() if results is not None}
+
+
+def results_over_folds(run: Run, job: JobSpec) -> dict[str, RowResults]:
+    """Return what each configuration did with every row of all folds (`recommend.name_of`), where that is known."""
+    from evaluation.results import joined
+
+    parts: dict[str, dict[int, RowResults]] = {}
+    for trial in run.trials():
+        if trial.fold is None or trial.state.value != "finished":
+            continue
+        found = stored_results(trial, job)
+        if found is not None:
+            assignment = without_fold(trial.params().get("assignment", {}))
+            parts.setdefault(repr(assignment), {})[trial.fold] = found
+    most = max((len(folds) for folds in parts.values()), default=0)
+    return {name: joined([folds[n] for n in sorted(folds)]) for name, folds in parts.items() if len(folds) == most}
+
+
+def stored_results(trial: Trial, job: JobSpec) -> RowResults | None:
+    """Return what a trial's best weights did with each validation row; None where that is not there, or damaged."""
+    from evaluation.results import unpacked
+
+    try:
+        found, step = unpacked(files.read_plain(trial.validation_results))
+    except (OSError, ValueError):
+        return None
+    return found if step == _best_evaluation(trial.metrics(), job).get("step") else None
 
 
 def _with_samples(run: Run, report: Report) -> Report:
@@ -245,7 +345,7 @@ def _checked_base(run: Run, facts: dict[str, Any]) -> Row:
         return _base(run, facts)
 
 
-def _rows(run: Run, job: JobSpec) -> list[Row]:
+def rows_of(run: Run, job: JobSpec) -> list[Row]:
     """Return a row for each trial that can be read; the others are among the run's remarks."""
     found = []
     for trial in run.trials():

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from jobs.report import Metrics, Report, Row
-from jobs.words import counted, printable
+from jobs.words import counted, printable, unsigned_zero
 
 Cell = Callable[[Row], str]
 BENCHMARK = "benchmark"
@@ -20,7 +20,7 @@ def number(value: float | None, digits: int = 3) -> str:
         return MISSING
     if value and (abs(value) >= 1e5 or abs(value) < 10**-digits):
         return f"{value:.2e}"
-    return f"{value:.{digits}f}"
+    return unsigned_zero(value, digits)
 
 
 _READ_AS_MORE = re.compile(r"[&<>]|:(?=//)|(?<=mailto):|(?<=xmpp):|(?<=\S)@(?=\S)|(?<=www)\.", re.IGNORECASE)
@@ -87,8 +87,8 @@ def terminal_columns(report: Report) -> list[tuple[str, Cell]]:
     found += [
         ("state", _state),
         ("rung", _rung(report)),
-        (f"val {report.metric}", lambda row: _with_half(row.metrics, row.intervals, report.metric)),
-        (f"{split} {report.metric}", lambda row: _with_half(row.test_metrics or {}, row.test_intervals, report.metric)),
+        (f"val {report.metric}", lambda row: _briefly(row.metrics, row.intervals, report.metric)),
+        (f"{split} {report.metric}", lambda row: _briefly(row.test_metrics or {}, row.test_intervals, report.metric)),
         *((f"{split} {name}", _held_out(name, wide=False)) for name in shown_of_texts(report)),
         ("train time", lambda row: duration(row.train_seconds)),
         ("tokens/s", lambda row: number(row.tokens_per_second, 0)),
@@ -104,10 +104,10 @@ def shown_of_texts(report: Report) -> list[str]:
     return [name for name in wanted if name in report.metrics]
 
 
-def _with_half(metrics: Metrics, intervals: dict[str, tuple[float, float]], name: str) -> str:
-    """A metric with half the width of its 95 % interval: `0.757 ±0.048`."""
+def _briefly(metrics: Metrics, intervals: dict[str, tuple[float, float]], name: str) -> str:
+    """A metric with its 95 % interval in little room: `0.757 [0.71, 0.80]`."""
     value, ends = number(metrics.get(name)), intervals.get(name)
-    return f"{value} ±{number((ends[1] - ends[0]) / 2)}" if ends and value != MISSING else value
+    return f"{value} [{number(ends[0], 2)}, {number(ends[1], 2)}]" if ends and value != MISSING else value
 
 
 def _parameter(path: str) -> Cell:
@@ -159,7 +159,9 @@ def notes(report: Report) -> list[str]:
         found.append(
             "The search and the choice looked at the validation rows; the test rows were run once, after the choice."
         )
-    found.append("Square brackets and ± hold 95 % bootstrap intervals over rows (not over seeds).")
+    found.append(
+        "Square brackets hold 95 % intervals over rows (not over seeds); where there are none, the rows are too few."
+    )
     return found
 
 
@@ -188,7 +190,8 @@ def ratings_table(report: Report) -> tuple[list[str], list[list[str]]]:
         one = found.get((arm, criterion))
         if one is None:
             return MISSING
-        return f"{one.mean:.2f} [{one.interval[0]:.2f}, {one.interval[1]:.2f}] ({one.rows})"
+        ends = f" [{one.interval[0]:.2f}, {one.interval[1]:.2f}]" if one.interval else ""
+        return f"{one.mean:.2f}{ends} ({one.rows})"
 
     rows = [[arm, *(cell(arm, name) for name in criteria)] for arm in dict.fromkeys(one.arm for one in judged)]
     alphas = {one.criterion: one.alpha for one in judged}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,80 @@ class RowResults:
             if self.ratios:  # apart, since a user's own metric may have any name
                 record["metrics"] = {name: [float(part[row]) for part in pair] for name, pair in self.ratios.items()}
             yield record
+
+
+def packed(results: RowResults, step: int) -> bytes:
+    """Return the numbers of each row as safetensors (answers are left out); `step` is that of the weights."""
+    from safetensors.numpy import save
+
+    tensors = {"loss": results.loss_R, "targets": results.targets_R}
+    about = {"step": str(step), "whole": json.dumps(dict(results.whole))}
+    if results.classified:
+        said = results.classified
+        tensors |= {"label": said.label_R, "predicted": said.predicted_R, "confidence": said.confidence_R}
+        about["classes"] = str(said.classes)
+    for name, (above_R, below_R) in results.ratios.items():
+        tensors |= {f"ratio/{name}/above": above_R, f"ratio/{name}/below": below_R}
+    data: bytes = save({name: np.ascontiguousarray(one) for name, one in tensors.items()}, about)
+    return data
+
+
+def unpacked(data: bytes) -> tuple[RowResults, int]:
+    """Return (what `packed` was given, the step). Raises ValueError for what is no such thing."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        size = int.from_bytes(data[:8], "little")
+        about = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        tensors = load(data)
+        rows = len(tensors["loss"])
+        if any(one.shape != (rows,) for one in tensors.values()):
+            raise ValueError("rows that do not agree")
+        said = None
+        if "classes" in about:
+            classes, label_R, predicted_R = int(about["classes"]), tensors["label"], tensors["predicted"]
+            if (
+                rows
+                and not 0 <= min(label_R.min(), predicted_R.min()) <= max(label_R.max(), predicted_R.max()) < classes
+            ):
+                raise ValueError("a class that there is not")
+            said = Classified(label_R.astype(int), predicted_R.astype(int), tensors["confidence"], classes)
+        names = [name.removeprefix("ratio/").removesuffix("/above") for name in tensors if name.endswith("/above")]
+        ratios = {name: (tensors[f"ratio/{name}/above"], tensors[f"ratio/{name}/below"]) for name in names}
+        whole = {str(name): float(value) for name, value in json.loads(about["whole"]).items()}
+        return RowResults(tensors["loss"], tensors["targets"], said, (), ratios, whole), int(about["step"])
+    except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not results of rows ({error})") from error
+
+
+def joined(parts: Sequence[RowResults]) -> RowResults:
+    """Return the results of several sets of rows as one; metrics of all rows together are left out."""
+    first = parts[0]
+    said = [one.classified for one in parts if one.classified]
+    classified = None
+    if said:
+        classified = Classified(
+            np.concatenate([one.label_R for one in said]),
+            np.concatenate([one.predicted_R for one in said]),
+            np.concatenate([one.confidence_R for one in said]),
+            max(one.classes for one in said),
+        )
+    names = [name for name in first.ratios if all(name in one.ratios for one in parts)]
+    ratios = {
+        name: (
+            np.concatenate([one.ratios[name][0] for one in parts]),
+            np.concatenate([one.ratios[name][1] for one in parts]),
+        )
+        for name in names
+    }
+    return RowResults(
+        np.concatenate([one.loss_R for one in parts]),
+        np.concatenate([one.targets_R for one in parts]),
+        classified,
+        (),
+        ratios,
+    )
 
 
 def from_records(records: list[dict[str, Any]], classes: int, whole: Mapping[str, float | None]) -> RowResults:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluation.baselines import of_answers
 from evaluation.metrics import confusion, per_class, scores
 from evaluation.results import RowResults, from_records
 from jobs import files
+from jobs.row_formats import Row
+from jobs.run import Run
 from jobs.spec import JobSpec
 
 
 def summary(results: RowResults, job: JobSpec, labels: Sequence[str]) -> dict[str, Any]:
     """Metrics with their intervals; of a classifier also by class, and which class it took for which."""
-    found = scores(results, job.metric_names, job.evaluate.bootstrap_samples)
+    found = scores(results, job.metric_names)
     record: dict[str, Any] = {"metrics": found.metrics, "intervals": found.intervals, "whole": dict(results.whole)}
     if results.classified:
         named = labels or [str(label) for label in range(results.classified.classes)]
         record |= {"per_class": per_class(results.classified, named), "confusion": confusion(results.classified)}
     return record
+
+
+def write_baselines(run: Run, job: JobSpec, rows: Mapping[str, Sequence[Row]]) -> None:
+    """Write what answers that need no model get on each split, once, where the job judges answers."""
+    if not job.text_metrics or run.baselines_file.is_file():
+        return
+    files.write_json(run.baselines_file, {split: of_answers(some, job.text_metrics) for split, some in rows.items()})
 
 
 def read_results(predictions: Path, record: dict[str, Any]) -> RowResults | None:

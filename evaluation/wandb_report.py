@@ -64,7 +64,7 @@ def _tables(report: Report, *, samples: bool) -> dict[str, tuple[list[str], list
         "batches": batch_records(report),
         "pairs": (
             ["one", "other", "metric", "difference", "low", "high", "p_value"],
-            [[p.one, p.other, p.metric, p.difference, *p.interval, p.p_value] for p in report.pairs],
+            [[p.one, p.other, p.metric, p.difference, *(p.interval or (None, None)), p.p_value] for p in report.pairs],
         ),
         "folds": folds_table(report),
         "ratings": ratings_table(report),

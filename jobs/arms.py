@@ -67,7 +67,7 @@ def search_job(job: JobSpec, name: str, samples: int | None) -> JobSpec:
     parameters = arm.parameters or {SEED: Parameter(values=tuple(seeds))}
     block: dict[str, Any] = {
         "method": compare.method if arm.parameters else "grid",
-        "metric": job.metric.model_dump(),
+        "metric": job.metric.model_dump(exclude={"also"}),  # what must be kept is decided between arms
         "num_samples": compare.num_samples,
         "keep": 1 if arm.parameters else compare.seeds,
         "seeds": compare.seeds if arm.parameters else 1,

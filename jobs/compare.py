@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from jobs.base import Spec
 from jobs.errors import Problem, SpecProblems
-from jobs.search_spec import MetricSpec, Parameter, SchedulerSpec
+from jobs.search_spec import MetricSpec, Parameter, SchedulerSpec, Tolerance
 from jobs.support import Method
 
 ArmName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
-Rule = Literal["cheapest_within_noise", "best", "smallest_within", "pareto"]
+Rule = Literal["cheapest_within_tolerance", "best", "smallest_within", "pareto"]
 Cost = Literal["train_seconds", "gpu_hours", "peak_memory_gib", "inference_memory_gib", "latency_ms", "weights_mb"]
 _EQUAL_FOR_ALL = {"train.num_train_epochs", "train.max_steps", "train.seed"}
 _OWN_BLOCKS = ("model", "lora", "qlora", "prompt_tuning", "train")
@@ -108,9 +108,14 @@ class CompareSpec(Spec):
     """Whether an arm's search stops its worse trials early; `budget` says where they end."""
     seeds: int = Field(3, ge=1, le=100)
     """Trainings of each arm's best configuration, each with a seed of its own: the search's, and the ones after it."""
-    rule: Rule = "cheapest_within_noise"
-    """How an arm is chosen: the `best`; the cheapest of those that cannot be told apart from it; the one with the least
-    `cost` `within` so much of it; or `pareto`: the best, with all that nothing beats in both quality and cost."""
+    rule: Rule = "cheapest_within_tolerance"
+    """How an arm is chosen: the `best`; the cheapest of those of which the held-out rows show that they lose at most
+    `tolerance` against it; the one with the least `cost` `within` so much of it; or `pareto`: the best, with all that
+    nothing beats in both quality and cost."""
+    tolerance: Tolerance | dict[str, Tolerance] | None = None
+    """For `cheapest_within_tolerance`: how much of the metric an arm may lose against the best. Of several metrics: a
+    block with a number for each. Left out: 0.01 of a metric between 0 and 1, and 1 % of the best's value of any
+    other."""
     within: float = Field(0.01, ge=0)
     """For `smallest_within`: how much of the metric may be given up."""
     cost: Cost = "train_seconds"
@@ -118,6 +123,11 @@ class CompareSpec(Spec):
     milliseconds (a row's, or to the first token), or MB on disk of what was trained."""
     inference: InferenceSpec = InferenceSpec()
     """How the finished arms are measured."""
+
+    @field_validator("rule", mode="before")
+    @classmethod
+    def _earlier_name(cls, value: Any) -> Any:
+        return "cheapest_within_tolerance" if value == "cheapest_within_noise" else value
 
     @model_validator(mode="after")
     def _arms_agree(self) -> CompareSpec:

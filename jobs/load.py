@@ -433,6 +433,13 @@ def _translate_metric(reading: _Reading, block: dict[str, Any], where: str) -> N
         reading.origins[path] = reading.origins.get(where, Origin("file"))
         if where in reading.lines:
             reading.lines[path] = reading.lines[where]
+    if isinstance(metric, list) and metric and isinstance(metric[0], str):
+        also = [{"name": one} if isinstance(one, str) else one for one in metric[1:]]
+        metric = block["metric"] = {"name": metric[0], "also": also}
+        for name in (path, f"{where}.also"):
+            reading.origins[name] = reading.origins.get(where, Origin("file"))
+            if where in reading.lines:
+                reading.lines[name] = reading.lines[where]
     if isinstance(metric, dict) and isinstance(metric.get("name"), str):
         name = metric["name"]
         metric["name"] = bare_name(name)

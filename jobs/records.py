@@ -133,6 +133,7 @@ class Facts(TypedDict, total=False):
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     rows: dict[str, int]
     labels: list[Any] | None
+    class_counts: dict[str, dict[str, int]]
     warnings: list[str]
     versions: dict[str, str]
     data_sha256: dict[str, str]

@@ -41,11 +41,11 @@ class Row(Spec):
     metrics: Metrics = {}
     """Of the best adapter on the validation rows: what the choice looks at."""
     intervals: Intervals = {}
-    """95 % bootstrap intervals of `metrics`."""
+    """95 % intervals of `metrics`, where the rows bear one."""
     test_metrics: Metrics | None = None
     """On the test rows; null where they were not run."""
     test_intervals: Intervals = {}
-    """95 % bootstrap intervals of `test_metrics`."""
+    """95 % intervals of `test_metrics`, where the rows bear one."""
     per_class: dict[str, dict[str, float]] = {}
     """Of a classifier on the test rows: label -> precision, recall, f1, and support (rows)."""
     confusion: list[list[int]] = []
@@ -151,7 +151,7 @@ class Arm(Spec):
     metrics: Metrics = {}
     """On the held-out rows, as the mean over its seeds."""
     interval: Intervals = {}
-    """95 % bootstrap intervals of `metrics` over rows."""
+    """95 % intervals of `metrics` over rows and seeds, where the rows bear one."""
     seeds: dict[str, Metrics] = {}
     """Seed -> the metrics of the model that was trained with it."""
     configuration: dict[str, Any] = {}
@@ -195,10 +195,10 @@ class Pair(Spec):
     """What they are compared by."""
     difference: float
     """The metric of `one` less that of `other`."""
-    interval: tuple[float, float]
-    """Its 95 % paired bootstrap interval over rows."""
-    p_value: float
-    """Two-sided: how easily chance alone makes such a difference."""
+    interval: tuple[float, float] | None
+    """Its 95 % interval, which holds for all pairs at once; null where the rows are too few for one."""
+    p_value: float | None
+    """Two-sided, adjusted for the number of arms: how easily chance alone makes such a difference; null likewise."""
 
 
 class Answer(Spec):
@@ -236,8 +236,8 @@ class Judgement(Spec):
     """fluency, coherence or correctness."""
     mean: float
     """Over rows, each the mean of its raters; 0 to 5."""
-    interval: tuple[float, float]
-    """Its 95 % bootstrap interval over rows."""
+    interval: tuple[float, float] | None = None
+    """Its 95 % interval over rows; null where they are too few for one."""
     rows: int
     """How many rows were rated."""
     alpha: float | None = None
@@ -256,6 +256,17 @@ class Ratings(Spec):
     """What raters noted."""
 
 
+class Baseline(Spec):
+    """What needs no training, on the same rows."""
+
+    what: str
+    """What it does: always the commonest class, an empty answer."""
+    metrics: Metrics = {}
+    """On the rows that the choice looked at."""
+    test_metrics: Metrics = {}
+    """On the held-out rows."""
+
+
 class Recommendation(Spec):
     """Which trial to ship."""
 
@@ -269,6 +280,9 @@ class Recommendation(Spec):
     """Of a comparison: what its rule weighs quality against."""
     sentence: str
     """The choice and its reason, in words."""
+    decided: bool = True
+    """Whether it says `Ship`: false where the rows are too few to tell any two apart, and where nothing beats the best
+    baseline. The best by score is named all the same."""
     adapter: str | None = None
     """Folder of the adapter (or, from method `full`, of the model), relative to the run."""
 
@@ -304,6 +318,10 @@ class Report(Spec):
     """Which rows the test metrics are of: `validation` means the choice was made on these rows."""
     base: Row
     """The base model without training."""
+    baselines: list[Baseline] = []
+    """What needs no training."""
+    cautions: list[str] = []
+    """What speaks against trusting the recommendation."""
     trials: list[Row]
     """Every trial, best first."""
     recommendation: Recommendation

@@ -134,6 +134,11 @@ class Trial:
         return self.path / f"predictions-{split}.jsonl"
 
     @property
+    def validation_results(self) -> Path:
+        """What its best weights so far did with each validation row."""
+        return self.path / "validation-results.safetensors"
+
+    @property
     def checkpoint(self) -> Path:
         """What a resume continues from."""
         return self.path / "checkpoints" / "last"
@@ -356,6 +361,11 @@ class Run:
     def base_predictions(self, split: str) -> Path:
         """What the untuned base did with each row of a split."""
         return self.path / "report" / f"base-predictions-{split}.jsonl"
+
+    @property
+    def baselines_file(self) -> Path:
+        """What answers that need no model get, by split."""
+        return self.path / "report" / "baselines.json"
 
     def rows_file(self, split: str) -> Path:
         """The rows of a split that was judged on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,8 @@ Distribution = Literal[
 ]
 
 
+Tolerance = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+"""How much of a metric may be lost, in its own unit."""
 SEED = "train.seed"
 FOLD = "data.fold"
 
@@ -72,8 +74,8 @@ class Parameter(Spec):
         return self
 
 
-class MetricSpec(Spec):
-    """What the search looks at, on the validation rows."""
+class NamedMetric(Spec):
+    """A metric and its direction."""
 
     name: str
     """accuracy, f1, precision, recall or loss (classification); loss, perplexity, or one of `evaluate.metrics` and
@@ -94,13 +96,29 @@ class MetricSpec(Spec):
         return raw
 
     @model_validator(mode="after")
-    def _goal_is_the_metrics(self) -> MetricSpec:
+    def _goal_is_the_metrics(self) -> Self:
         known = METRICS.get(self.name)
         if known and known.goal == "closer to 1":
             raise ValueError(f"name is {self.name!r}, which describes answers: neither more nor less of it is better")
         if known and self.goal != known.goal:
             raise ValueError(f"goal is {self.goal}, but must be {known.goal} for {self.name}")
         return self
+
+
+class MetricSpec(NamedMetric):
+    """What the search looks at, on the validation rows. A list of names is the first of them, `also` the others."""
+
+    also: Annotated[tuple[NamedMetric, ...], Field(strict=False)] = ()
+    """Further metrics, none of which may be lost by what ships: the first decides which is the best, and a cheaper one
+    must keep all of them within the tolerance."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_is_first_and_others(cls, raw: Any) -> Any:
+        if isinstance(raw, list | tuple) and raw:
+            first = {"name": raw[0]} if isinstance(raw[0], str) else raw[0]
+            return {**first, "also": list(raw[1:])} if isinstance(first, dict) else raw
+        return raw
 
 
 class SchedulerSpec(Spec):
@@ -144,6 +162,10 @@ class SearchSpec(Spec):
     """Trials of a random or tpe search; a grid has as many as it has combinations."""
     max_concurrent_trials: int | None = Field(None, ge=1)
     """Trials at once. Left out: as many as fit the machine."""
+    tolerance: Tolerance | dict[str, Tolerance] | None = None
+    """How much of the metric a configuration with fewer trained parameters may lose against the best: it ships if the
+    validation rows show that it loses no more. Of several metrics: a block with a number for each. Left out: 0.01 of a
+    metric between 0 and 1, and 1 % of the best's value of any other."""
     keep: int = Field(5, ge=1)
     """Adapters to keep on disk: those of this many best trials, of which one is recommended."""
     budget: BudgetSpec = BudgetSpec()

@@ -16,7 +16,7 @@ from jobs.errors import Problem, SpecProblems
 from jobs.export import ExportSpec
 from jobs.metrics import DEFAULT_METRIC, DEFAULT_TEXT_METRICS, LIKELIHOOD_METRICS, METRICS, ROW_WORDS, TEXT_METRICS
 from jobs.rungs import Goal
-from jobs.search_spec import MetricSpec, SearchSpec
+from jobs.search_spec import MetricSpec, NamedMetric, SearchSpec
 from jobs.support import Method, Strategy, refusals
 from jobs.variables import checked_environment
 
@@ -437,8 +437,8 @@ class CustomMetric(Spec):
 class EvaluateSpec(Spec):
     """How results are measured."""
 
-    bootstrap_samples: int = Field(1000, ge=100, le=100_000)
-    """Resamples of the rows behind each 95 % interval."""
+    bootstrap_samples: int = Field(10_000, ge=100, le=100_000)
+    """Draws of the largest difference behind the intervals that hold for all candidates at once."""
     folds: int | None = Field(None, ge=2, le=100)
     """Cross-validation for small data: a search trains every configuration so many times, each time with another part
     of the training and validation rows held back, and chooses by the mean; the best is then trained on the training
@@ -597,6 +597,18 @@ class JobSpec(Spec):
         return MetricSpec.model_validate({"name": DEFAULT_METRIC[self.task]})
 
     @property
+    def decision_metrics(self) -> tuple[NamedMetric, ...]:
+        """All that decide: the first finds the best, and what ships must keep all."""
+        return (self.metric, *self.metric.also)
+
+    @property
+    def tolerances(self) -> dict[str, float | None]:
+        """How much of each metric that decides may be lost; None where the job does not say."""
+        block = self.compare or self.search
+        given = block.tolerance if block else None
+        return {one.name: given.get(one.name) if isinstance(given, dict) else given for one in self.decision_metrics}
+
+    @property
     def metric_block(self) -> str:
         """Where that is said, or would be."""
         return "compare.metric" if self.compare and not (self.search and self.search.metric) else "search.metric"
@@ -625,16 +637,27 @@ def _format_problems(job: JobSpec) -> list[Problem]:
 
 
 def _metric_problems(job: JobSpec) -> list[Problem]:
-    name, own = job.metric.name, job.evaluate.custom_metrics.get(job.metric.name)
     where = job.metric_block
     known = ", ".join(job.metric_names)
-    if name not in job.metric_names:
-        more = " (evaluate.metrics adds it)" if job.generates and name in TEXT_METRICS else ""
-        sentence = f"{where}.name is {name}, but must be one of {known} for {job.task}{more}"
-        return [Problem(f"{where}.name", sentence)]
-    if own and job.metric.goal != own.goal:
-        sentence = f"{where}.goal is {job.metric.goal}, but evaluate.custom_metrics.{name} says {own.goal}"
-        return [Problem(f"{where}.goal", sentence)]
+    names = [one.name for one in job.decision_metrics]
+    for place, metric in enumerate(job.decision_metrics):
+        at = where if place == 0 else f"{where}.also.{place - 1}"
+        name, own = metric.name, job.evaluate.custom_metrics.get(metric.name)
+        if name not in job.metric_names:
+            more = " (evaluate.metrics adds it)" if job.generates and name in TEXT_METRICS else ""
+            sentence = f"{at}.name is {name}, but must be one of {known} for {job.task}{more}"
+            return [Problem(f"{at}.name", sentence)]
+        if own and metric.goal != own.goal:
+            sentence = f"{at}.goal is {metric.goal}, but evaluate.custom_metrics.{name} says {own.goal}"
+            return [Problem(f"{at}.goal", sentence)]
+        if names.count(name) > 1:
+            return [Problem(where, f"{where} has {name} twice: name each metric once")]
+    block = where.partition(".")[0]
+    given = getattr(getattr(job, block), "tolerance", None)
+    for name in given if isinstance(given, dict) else ():
+        if name not in names:
+            sentence = f"{block}.tolerance has {name}, but must have metrics of {where}: {', '.join(names)}"
+            return [Problem(f"{block}.tolerance", sentence)]
     if not job.generates and job.evaluate.metrics:
         sentence = "evaluate.metrics is for texts that a model writes; classification has its own metrics"
         return [Problem("evaluate.metrics", sentence)]
@@ -722,9 +745,10 @@ def _fold_problems(job: JobSpec) -> list[Problem]:
     if job.search.method == "tpe":
         sentence = "search.method is tpe, but must be random or grid with evaluate.folds: TPE looks at single trials"
         found.append(Problem("search.method", sentence))
-    if job.metric.name in job.extra_metrics:
-        sentence = f"search.metric.name is {job.metric.name}, but must be a likelihood metric with evaluate.folds"
-        found.append(Problem("search.metric.name", sentence))
+    for one in job.decision_metrics:
+        if one.name in job.extra_metrics:
+            sentence = f"search.metric.name is {one.name}, but must be a likelihood metric with evaluate.folds"
+            found.append(Problem("search.metric.name", sentence))
     return found
 
 

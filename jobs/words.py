@@ -57,3 +57,9 @@ def counted(number: int, what: str) -> str:
     """`1 trial`, `2 trials`, `3 processes`."""
     ending = "" if number == 1 else "es" if what.endswith("s") else "s"
     return f"{number:,} {what}{ending}"
+
+
+def unsigned_zero(value: float, digits: int = 3) -> str:
+    """Write a number; one that rounds to 0 has no sign."""
+    written = f"{value:.{digits}f}"
+    return written.lstrip("-") if float(written) == 0 else written

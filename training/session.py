@@ -22,6 +22,7 @@ import torch
 from torch import distributed
 
 from evaluation.metrics import Scores, scores
+from evaluation.results import RowResults
 from evaluation.tokens import PackedRows, packed
 from jobs.defaults import learning_rate
 from jobs.errors import TrainingFailure, UserError
@@ -234,8 +235,13 @@ class TrainingSession:
 
     def evaluate(self, split_name: str = "validation") -> Scores:
         """Metrics of the adapter as it is now, with intervals, on one split. All processes share the rows."""
+        return self.judge(split_name)[0]
+
+    def judge(self, split_name: str = "validation") -> tuple[Scores, RowResults]:
+        """`evaluate`, with what the adapter did with each row."""
         began = time.perf_counter()
-        name = self.job.metric.name  # what more there is to measure waits for the end: here trials are told apart
+        # What more there is to measure waits for the end: here trials are told apart.
+        names = [one.name for one in self.job.decision_metrics if one.name in self.job.extra_metrics]
         results = evaluate_rows(
             self.strategy.loss,
             self.job,
@@ -243,13 +249,13 @@ class TrainingSession:
             split_name,
             self.base.device,
             self.ranks,
-            metrics=(name,) if name in self.job.extra_metrics else (),
+            metrics=names,
             equal_passes=self.strategy.equal_passes,
             on_pass=self.on_pass,
         )
-        found = scores(results, self.job.metric_names, self.job.evaluate.bootstrap_samples)
+        found = scores(results, self.job.metric_names)
         self.meter.eval_seconds += time.perf_counter() - began
-        return found
+        return found, results
 
     def save(self, folder: Path, extra: dict[str, Any] | None = None) -> None:
         """Everything a restart needs: trained values, optimiser, random state, position, and the host's own `extra`."""

@@ -22,6 +22,7 @@ from typing import Any
 from cluster.local import driver_command
 from evaluation.comparison import trained_rows
 from evaluation.report import build_report, write_report
+from evaluation.summary import write_baselines
 from jobs import arms, files
 from jobs.errors import ExitCode, RunError
 from jobs.identity import facts_of
@@ -154,6 +155,7 @@ class Comparison(TrainingDriver):
         self._phase("evaluating on held-out rows")
         split = "validation" if data.chosen_on_test else "test"
         files.write_jsonl(self.run.rows_file(split), (row.shown() for row in data.rows(split)))
+        write_baselines(self.run, self.job, {split: data.rows(split)})
         work = Work(self.job, str(self.run.path), str(data.folder), self.placement.gpus_per_worker, False, attempt)
         judged = self._judged(data)
         exams = [

@@ -138,7 +138,8 @@ class Examiner:
     def _of_split(self, model: nn.Module, job: JobSpec, data: TokenData, split: str, base: Base) -> RowResults:
         """All that the job asks on the held-out rows, and what it searched by on the others."""
         held_out = split == "test" or data.chosen_on_test
-        metrics = job.extra_metrics if held_out else tuple({job.metric.name} & set(job.extra_metrics))
+        deciding = [one.name for one in job.decision_metrics if one.name in job.extra_metrics]
+        metrics = job.extra_metrics if held_out else tuple(deciding)
         answered = job.evaluate.sample_rows if held_out and not metrics else None
         return evaluate_rows(
             model, job, data, split, base.device, metrics=metrics, answered=answered, on_pass=self._on_pass

@@ -24,6 +24,18 @@ def _conversation(job: JobSpec, data: TokenData) -> dict[str, Any]:
     return conversation_terms(job) | {"template_sha256": data.template_sha256}
 
 
+def class_counts(data: TokenData) -> dict[str, dict[str, int]]:
+    """Return how many rows each class has in each split; nothing where there are no classes."""
+    import numpy as np
+
+    if not data.labels:
+        return {}
+    return {
+        name: dict(zip(data.labels, np.bincount(split.targets, minlength=len(data.labels)).tolist(), strict=True))
+        for name, split in data.splits.items()
+    }
+
+
 def record_of(job: JobSpec, facts: Facts, data: TokenData) -> dict[str, Any]:
     """The contents of facts.json: what two runs must have in common to be compared, and what a reader may ask."""
     from evaluation.tokens import token_counts
@@ -36,6 +48,7 @@ def record_of(job: JobSpec, facts: Facts, data: TokenData) -> dict[str, Any]:
         "rows": {name: counts["rows"] for name, counts in counted.items()},
         "tokens": {name: counts["tokens"] for name, counts in counted.items()},
         "labels": list(data.labels),
+        "class_counts": class_counts(data),
         "warnings": list(data.warnings),
         "chosen_on_test": data.chosen_on_test,
         "rows_sha256": data.rows_sha256,

@@ -11,9 +11,10 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import Any, Protocol
 
+from evaluation.recommend import decide_over_folds, name_of, over_folds
+from evaluation.report import choosing_of, results_over_folds, rows_of
 from jobs import rungs
 from jobs.metrics import is_better
 from jobs.retries import retry_number
@@ -199,16 +200,15 @@ class Ledger:
         """The configuration with the best mean over its folds; one that a fold is missing of only without another."""
         if not searched or not all(trial.state.ended for trial in searched):
             return None
-        found: dict[str, tuple[Assignment, list[float]]] = {}
-        for trial in searched:
-            score = self.best_score(trial) if trial.state is TrialState.FINISHED else None
-            if score is not None:
-                assignment = without_fold(trial.params()["assignment"])
-                found.setdefault(repr(assignment), (assignment, []))[1].append(score)
-        if not found:
+        rows = [row for row in rows_of(self.run, self.job) if row.fold is not None]
+        folds = over_folds(rows, self.metric, self.goal)
+        if not folds:
             return None
-        sign = 1 if self.goal == "maximize" else -1
-        return max(found.values(), key=lambda pair: (len(pair[1]), sign * fmean(pair[1])))[0]
+        sizes = {repr(without_fold(row.params)): row.trainable_parameters for row in rows}
+        results = results_over_folds(self.run, self.job)
+        decision, _ = decide_over_folds(folds, choosing_of(self.job), results, sizes)
+        chosen = decision.best.name if decision.too_few_rows else decision.chosen.name
+        return next(one.params for one in folds if name_of(one) == chosen)
 
     def _keep_best(self) -> None:
         """Only the best `search.keep` adapters stay on disk, and none of a fold."""

@@ -18,6 +18,7 @@ from typing import Any
 from cluster.allocation import allocation_here
 from cluster.ray_site import nodes_of
 from evaluation.report import build_report, write_report
+from evaluation.summary import write_baselines
 from jobs import files, search
 from jobs.defaults import learning_rate
 from jobs.errors import DiskFull, ExitCode, PlacementRefused, RunError
@@ -320,6 +321,7 @@ class Sweep(TrainingDriver):
         names = [name for name in finalists if name == chosen or reached.get(name, -1) >= last]
         rows = ("test",) if not data.chosen_on_test else ("validation",)
         files.write_jsonl(self.run.rows_file(rows[0]), (row.shown() for row in data.rows(rows[0])))
+        write_baselines(self.run, self.job, {name: data.rows(name) for name in dict.fromkeys(("validation", *rows))})
         work, tokens = self._work(data), str(data.folder)
         exams = []
         if not (self.run.path / "report" / "base.json").is_file():

@@ -66,7 +66,7 @@ evaluate: {{metrics: [exact_match], max_new_tokens: 40}}
     session = TrainingSession.build(job, base, data, Schedule(_STEPS, 4, 1, (), (_STEPS,), (1,)))
     session.advance(_STEPS)
     results = evaluate_rows(session.strategy.loss, job, data, "test", base.device, metrics=job.text_metrics)
-    found = scores(results, job.metric_names, 100)
+    found = scores(results, job.metric_names)
     assert found.metrics["loss"] < 0.1
     assert found.metrics["exact_match"] == 1.0, results.answers
     assert results.answers == _ANSWERS

@@ -19,8 +19,10 @@ from commands.evaluate import class_order
 from evaluation.across import across
 from evaluation.arms_text import pair_cells, pairs_table
 from evaluation.choose import Choice, choose, front
-from evaluation.comparison import batches_of, finite_intervals, finite_metrics, pairs_of
-from evaluation.metrics import difference, scores
+from evaluation.comparison import batches_of, compared, finite_intervals, finite_metrics, pairs_of
+from evaluation.metrics import scores
+from evaluation.paired import Candidate
+from evaluation.paired import Comparison as Paired
 from evaluation.plots import _write_beside, arm_plots, plots
 from evaluation.render import html, markdown, terminal
 from evaluation.report import build_report
@@ -219,19 +221,33 @@ def test_pairs_are_finer_than_intervals() -> None:
     better = right.copy()
     better[np.flatnonzero(~right)[:12]] = True
     one, other = classified(right), classified(better)
-    low, high = (scores(found, ["accuracy"], 1000).intervals["accuracy"] for found in (other, one))
+    low, high = (scores(found, ["accuracy"]).intervals["accuracy"] for found in (other, one))
     assert low[0] < high[1]
-    apart = difference([other], [one], "accuracy", 1000)
-    assert apart.value == pytest.approx(12 / 400)
-    assert apart.interval[0] > 0
-    assert apart.p_value < 0.01
-    assert difference([one], [other], "accuracy", 1000).p_value == apart.p_value
+    apart = against([other], [one])
+    assert apart.difference("a", "b") == pytest.approx(12 / 400)
+    assert (apart.interval("a", "b") or (0, 0))[0] > 0
+    assert (apart.p_value("a", "b") or 1) < 0.01
+    assert against([one], [other]).p_value("a", "b") == apart.p_value("a", "b")
+
+
+def against(ours: list[RowResults], theirs: list[RowResults], metric: str = "accuracy") -> Paired:
+    """Two arms by their models."""
+    goal = "minimize" if metric == "loss" else "maximize"
+    return Paired([Candidate("a", ours), Candidate("b", theirs)], metric, goal)
+
+
+def p_of(ours: list[RowResults], theirs: list[RowResults], metric: str = "accuracy") -> float:
+    found = against(ours, theirs, metric).p_value("a", "b")
+    assert found is not None
+    return found
 
 
 def test_the_same_model_is_not_told_apart_from_itself() -> None:
     found = classified(np.random.default_rng(0).random(50) < 0.5)
-    apart = difference([found], [found], "accuracy", 500)
-    assert (apart.value, apart.interval, apart.p_value) == (0.0, (0.0, 0.0), 1.0)
+    apart = against([found], [found])
+    assert (apart.difference("a", "b"), apart.p_value("a", "b")) == (0.0, 1.0)
+    low, high = apart.interval("a", "b") or (1, 1)
+    assert low == pytest.approx(-high) and high > 0  # 50 equal answers leave a few per cent open
 
 
 def test_p_values_are_as_often_small_as_they_say() -> None:
@@ -239,15 +255,16 @@ def test_p_values_are_as_often_small_as_they_say() -> None:
     random, small = np.random.default_rng(1), 0
     for _ in range(300):
         one, other = (classified(random.random(200) < 0.6) for _ in range(2))
-        small += difference([one], [other], "accuracy", 400).p_value < 0.05
+        small += p_of([one], [other]) < 0.05
     assert 3 <= small <= 30
 
 
 def test_seeds_are_averaged() -> None:
     right = np.arange(10) < 5
     models = [classified(right), classified(np.arange(10) < 7)]
-    assert scores(models, ["accuracy"], 200).metrics["accuracy"] == pytest.approx(0.6)
-    pairs = pairs_of({"a": dict(enumerate(models)), "b": {0: classified(right)}, "gone": {}}, "accuracy", 200)
+    assert scores(models, ["accuracy"]).metrics["accuracy"] == pytest.approx(0.6)
+    judged = {"a": dict(enumerate(models)), "b": {0: classified(right)}, "gone": {}}
+    pairs = pairs_of(compared(judged, "accuracy", "maximize", 200))
     assert [(pair.one, pair.other) for pair in pairs] == [("a", "b")]
     assert pairs[0].difference == pytest.approx(0.1)
 
@@ -272,13 +289,23 @@ TABLE = [
     arm("full", 0.80, 50, 1.0),
     arm("hybrid", 0.78, 10, 0.6),
 ]
-PAIRS = [
-    Pair(one=one, other=other, metric="accuracy", difference=0.0, interval=(0, 0), p_value=p)
-    for one, other, p in (("base", "full", 0.001), ("lora", "full", 0.4), ("full", "hybrid", 0.03))
-]
+PAIRED = Paired(
+    [Candidate(arm.arm, [classified(np.arange(5000) < 5000 * (arm.metrics["accuracy"] or 0))]) for arm in TABLE],
+    "accuracy",
+    "maximize",
+)
+PAIRS = [pair for pair in pairs_of([PAIRED]) if "full" in (pair.one, pair.other)]
 
 
-def compared(table: list[Arm], pairs: list[Pair], cost: Cost = "train_seconds") -> Report:
+def choice(rule: str, cost: str = "train_seconds", within: float = 0.0, metric: str = "accuracy") -> Choice:
+    goal = "maximize" if metric == "accuracy" else "minimize"
+    return Choice(rule, metric, goal, cost, within, {metric: 0.02}, 5000)  # type: ignore[arg-type]
+
+
+WITHIN_TOLERANCE = choice("cheapest_within_tolerance")
+
+
+def report_of(table: list[Arm], pairs: list[Pair], cost: Cost = "train_seconds") -> Report:
     """A report of a comparison."""
     return Report(
         run="tiny-1",
@@ -294,15 +321,14 @@ def compared(table: list[Arm], pairs: list[Pair], cost: Cost = "train_seconds") 
         time_attr="samples",
         base=Row(trial_id="base", state="finished"),
         trials=[],
-        recommendation=choose(table, pairs, Choice("cheapest_within_noise", "accuracy", "maximize", cost)),
+        recommendation=choose(table, [PAIRED], choice("cheapest_within_tolerance", cost)),
         arms=table,
         pairs=pairs,
     )
 
 
 def chosen(rule: str, cost: str = "train_seconds", within: float = 0.0, metric: str = "accuracy") -> tuple[str, str]:
-    goal = "maximize" if metric == "accuracy" else "minimize"
-    found = choose(TABLE, PAIRS, Choice(rule, metric, goal, cost, within))  # type: ignore[arg-type]
+    found = choose(TABLE, [PAIRED] if metric == "accuracy" else [], choice(rule, cost, within, metric))
     assert found.arm is not None
     assert found.rule
     return found.arm, found.sentence
@@ -310,10 +336,13 @@ def chosen(rule: str, cost: str = "train_seconds", within: float = 0.0, metric: 
 
 def test_rules_choose_as_they_say() -> None:
     assert chosen("best")[0] == chosen("best", metric="loss")[0] == "full"
-    name, sentence = chosen("cheapest_within_noise")
+    name, sentence = chosen("cheapest_within_tolerance")
     assert name == "lora"
-    assert "cannot be told apart from the 0.800 [0.780, 0.820] of full (p = 0.40)" in sentence
-    assert "10.0 seconds of training is the least of the 2" in sentence
+    assert sentence.startswith(
+        "Ship lora: it costs least (10.0 seconds of training) of the 2 that are shown to lose no more than the "
+        "tolerance on 5,000 held-out rows: accuracy 0.790 [0.770, 0.810], against accuracy 0.800 [0.780, 0.820] of "
+        "full (50.0 seconds of training). It loses 0.010 of accuracy, at most 0.01"
+    )
     assert chosen("smallest_within", "inference_memory_gib", 0.03)[0] == "hybrid"
     assert chosen("smallest_within", "inference_memory_gib", 0.015)[0] == "full"
     name, sentence = chosen("pareto", "inference_memory_gib")
@@ -323,7 +352,7 @@ def test_rules_choose_as_they_say() -> None:
 
 
 def test_the_front_is_what_nothing_beats() -> None:
-    names = [found.arm for found in front(TABLE, Choice("pareto", "accuracy", "maximize", "train_seconds"))]
+    names = [found.arm for found in front(TABLE, choice("pareto"))]
     assert names == ["base", "lora", "full"]
     by_loss = [found.arm for found in front(TABLE, Choice("pareto", "loss", "minimize", "inference_memory_gib"))]
     assert by_loss == ["hybrid", "full"]
@@ -351,20 +380,20 @@ def test_what_was_not_judged_alike_has_no_winner() -> None:
 def test_differences_are_shown_with_their_intervals() -> None:
     """Few pairs whole, many against the best in a terminal; all of them in Markdown and on the page."""
     pair = Pair(one="full", other="hybrid", metric="accuracy", difference=0.02, interval=(-0.01, 0.05), p_value=0.2)
-    report = compared(TABLE, [*PAIRS[:2], pair])
+    report = report_of(TABLE, [*PAIRS[:2], pair])
     headings, few = pairs_table(report, whole=False)
     assert headings == ["difference", "test accuracy [95 %]", "p"]
     assert ["hybrid - full", "-0.020 [-0.050, +0.010]", "0.200"] in few  # the best is what is taken away
     many = [*PAIRS, pair.model_copy(update={"one": "base", "other": "lora"})]
-    assert len(pairs_table(compared(TABLE, many), whole=False)[1]) == 3
-    assert len(pairs_table(compared(TABLE, many), whole=True)[1]) == 4
+    assert len(pairs_table(report_of(TABLE, many), whole=False)[1]) == 3
+    assert len(pairs_table(report_of(TABLE, many), whole=True)[1]) == 4
     names, cells = pair_cells(report)
     assert dict(cells)["hybrid"][names.index("full")] == "-0.020 (p 0.200)\n[-0.050, +0.010]"
     shown = io.StringIO()
     Console(file=shown, width=120).print(terminal(report, 120))
     for text in (shown.getvalue(), markdown(report), html(report)):
         assert "[-0.050, +0.010]" in text or "[-0.010, +0.050]" in text
-        assert "of the arms that cannot be told apart" in " ".join(text.split())
+        assert "of the arms that the held-out rows show to lose at most" in " ".join(text.split())
 
 
 def test_a_comparison_draws_every_searched_field_and_the_cost_of_its_rule() -> None:
@@ -379,7 +408,7 @@ def test_a_comparison_draws_every_searched_field_and_the_cost_of_its_rule() -> N
     ]
     trials.append(trial("seed", "lora", 0.6, **{"train.seed": 43}))
     sized = [one.model_copy(update={"weights_mb": place}) for place, one in enumerate(TABLE)]
-    report = compared(sized, PAIRS, "weights_mb").model_copy(update={"trials": trials})
+    report = report_of(sized, PAIRS, "weights_mb").model_copy(update={"trials": trials})
     drawn = dict(plots(report))
     assert [text for text in drawn if " against " in text] == [
         "Validation accuracy against train.learning_rate; crosses were cut early.",
@@ -405,7 +434,7 @@ def test_a_comparison_draws_every_searched_field_and_the_cost_of_its_rule() -> N
 def test_the_tables_of_a_tracker_have_the_analysis_of_errors() -> None:
     sample = Sample(row=3, prompt="p", reference="good", answers={"lora": Answer(text="bad", confidence=0.9)})
     known = {"good": {"precision": 0.5, "recall": 1.0, "f1": 0.7, "support": 2.0}, "bad": dict.fromkeys("abcd", 0.0)}
-    report = compared(TABLE, PAIRS).model_copy(
+    report = report_of(TABLE, PAIRS).model_copy(
         update={"per_class": known, "confusion": [[2, 0], [2, 0]], "mistakes": [sample]}
     )
     quiet = _tables(report, samples=False)
@@ -438,19 +467,26 @@ def test_an_arms_own_revision_is_another_model(bert_job: JobMaker) -> None:
     assert [known_revision(known, arms.own_job(job, of)) for of in "abc"] == ["first", "second", "third"]
 
 
+def alike(*names: str) -> list[Paired]:
+    """Arms of which the second is right on one row of 5,000 less."""
+    right = [classified(np.arange(5000) < 3550 - place) for place in range(len(names))]
+    found = [Candidate(name, [one]) for name, one in zip(names, right, strict=True)]
+    return [Paired(found, "accuracy", "maximize")]
+
+
 def test_an_unmeasured_arm_is_not_the_cheapest() -> None:
     table = [arm("a", 0.8, 1), arm("b", 0.8, 1).model_copy(update={"inference": None})]
-    pair = Pair(one="a", other="b", metric="accuracy", difference=0, interval=(0, 0), p_value=1.0)
-    assert choose(table, [pair], Choice("cheapest_within_noise", "accuracy", "maximize", "latency_ms")).arm == "a"
+    assert choose(table, alike("a", "b"), choice("cheapest_within_tolerance", "latency_ms")).arm == "a"
 
 
 def test_costs_that_differ_by_less_than_two_runs_of_one_thing_are_the_same() -> None:
-    pair = Pair(one="lora", other="qlora", metric="accuracy", difference=0.01, interval=(0, 0), p_value=0.6)
-    choice = Choice("cheapest_within_noise", "accuracy", "maximize", "train_seconds")
-    near = choose([arm("lora", 0.71, 22.2), arm("qlora", 0.70, 21.6)], [pair], choice)
+    near = choose([arm("lora", 0.71, 22.2), arm("qlora", 0.70, 21.6)], alike("lora", "qlora"), WITHIN_TOLERANCE)
     assert near.arm == "lora"
-    assert "22.2 seconds of training is within 5% of the least of the 2 arms" in near.sentence
-    assert choose([arm("lora", 0.71, 30.0), arm("qlora", 0.70, 21.6)], [pair], choice).arm == "qlora"
+    assert (
+        "and costs least (22.2 seconds of training): 1 other arm would lose no more than the tolerance" in near.sentence
+    )
+    far = choose([arm("lora", 0.71, 30.0), arm("qlora", 0.70, 21.6)], alike("lora", "qlora"), WITHIN_TOLERANCE)
+    assert far.arm == "qlora"
 
 
 def test_sizes_of_batches_are_put_together_over_rounds() -> None:
@@ -517,8 +553,8 @@ def test_seeds_widen_what_is_not_known() -> None:
     rows = np.arange(1000)
     ours = [classified(rows < share) for share in (560, 700, 760)]
     theirs = [classified(rows < share) for share in (600, 650, 640)]
-    assert difference(ours, theirs, "accuracy", 1000).p_value > 0.1
-    assert difference(ours[1:], theirs[:2], "accuracy", 1000).p_value < 0.05
+    assert p_of(ours, theirs) > 0.1
+    assert p_of(ours[1:], theirs[1:]) < 0.3  # two seeds each leave two degrees of freedom
 
 
 def test_an_adapter_on_another_base_is_compared_seed_by_seed() -> None:
@@ -526,10 +562,12 @@ def test_an_adapter_on_another_base_is_compared_seed_by_seed() -> None:
     rows = np.arange(400)
     lora = {seed: classified(rows < share) for seed, share in ((42, 300), (43, 268), (44, 332))}
     hybrid = {seed: classified(rows < share) for seed, share in ((44, 316), (42, 284), (43, 252))}
-    apart = pairs_of({"lora": lora, "hybrid": hybrid}, "accuracy", 1000, {"hybrid": "lora"})[0]
+    both = {"lora": lora, "hybrid": hybrid}
+    apart = pairs_of(compared(both, "accuracy", "maximize", 1000, {"hybrid": "lora"}))[0]
     assert apart.difference == pytest.approx(0.04)
     assert apart.p_value < 0.01
-    assert pairs_of({"lora": lora, "hybrid": hybrid}, "accuracy", 1000)[0].p_value > 0.1  # as arms of their own
+    alone = pairs_of(compared(both, "accuracy", "maximize", 1000))[0]
+    assert (alone.p_value or 0) > 0.1  # as arms of their own
 
 
 def test_few_seeds_say_little() -> None:
@@ -542,8 +580,8 @@ def test_few_seeds_say_little() -> None:
         return [RowResults(rows + shift, np.ones(200, dtype=int)) for shift in shifts]
 
     for _ in range(200):
-        small += difference(seeds(), seeds(), "loss", 300).p_value < 0.05
-    assert small <= 40  # one in five, where draws that are not widened say one in four
+        small += p_of(seeds(), seeds(), "loss") < 0.05
+    assert small <= 16  # one in twenty, give or take
 
 
 @pytest.mark.parametrize(
@@ -613,23 +651,23 @@ def test_models_with_other_metrics_are_set_apart_by_their_loss() -> None:
 def test_a_model_that_gives_no_numbers_costs_its_own_alone() -> None:
     broken = classified(np.arange(10) < 5)
     broken = RowResults(np.full(10, np.nan), broken.targets_R, broken.classified)
-    found = scores([broken], ["accuracy", "loss"], 100)
+    found = scores([broken], ["accuracy", "loss"])
     assert finite_metrics(found) == {"accuracy": 0.5, "loss": None}
     assert set(finite_intervals(found)) == {"accuracy"}
-    assert pairs_of({"a": {0: broken}, "b": {0: classified(np.arange(10) < 3)}}, "loss", 100) == []
+    assert compared({"a": {0: broken}, "b": {0: classified(np.arange(10) < 3)}}, "loss", "minimize", 100) == []
 
 
 def test_losses_of_other_tokens_are_no_pair() -> None:
     one, other = (RowResults(np.ones(4), np.full(4, tokens)) for tokens in (5, 10))
-    assert pairs_of({"a": {0: one}, "b": {0: other}}, "loss", 100) == []
+    assert compared({"a": {0: one}, "b": {0: other}}, "loss", "minimize", 100) == []
 
 
 def test_arms_that_were_not_compared_row_by_row() -> None:
-    sentence = choose(TABLE[:2], [], Choice("cheapest_within_noise", "accuracy", "maximize", "train_seconds")).sentence
+    sentence = choose(TABLE[:2], [], WITHIN_TOLERANCE).sentence
     assert "p =" not in sentence
-    assert "comes near" not in sentence
+    assert sentence.endswith("What they did with each row is not stored, so these were judged by score alone: base.")
     bare = [found.model_copy(update={"inference": None}) for found in TABLE[1:3]]
-    sentence = choose(bare, PAIRS, Choice("cheapest_within_noise", "accuracy", "maximize", "latency_ms")).sentence
+    sentence = choose(bare, [PAIRED], choice("smallest_within", "latency_ms", 0.02)).sentence
     assert sentence.endswith("ms until it answers was measured of none.")
 
 
@@ -774,7 +812,7 @@ def test_the_best_mean_over_folds_is_trained_whole(bert_job: JobMaker, tmp_path:
         (2, pytest.approx(0.7)),
     ]
     assert report.recommendation.trial_id == "whole"
-    assert "0.775 ± 0.050 over 4 folds, against 0.700 ± 0.231 of the next" in report.recommendation.sentence
+    assert "it has the best mean accuracy 0.775 ± 0.050 over 4 folds" in report.recommendation.sentence
     assert "Over the folds" in html(report)
 
 

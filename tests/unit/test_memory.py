@@ -144,3 +144,34 @@ def test_what_does_not_fit_is_marked(llama_job: JobMaker, tmp_path: Path) -> Non
         assert " 0.00" not in shown  # a part that is nothing is not named
         assert any("1 of 1 trials are expected to need up to" in note for note in made.notes) is not fits
         assert "MB for the trials that run at once, at least every 10 minutes" in shown
+
+
+LLAMA_3B = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 3072, "num_hidden_layers": 28,
+    "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 8192,
+    "vocab_size": 128256, "tie_word_embeddings": True, "max_position_embeddings": 131072,
+}  # fmt: skip
+"""The config of Llama-3.2-3B, as far as it counts."""
+
+
+@pytest.mark.parametrize(
+    ("how", "count"),
+    [
+        ({"lora__lora_r": 32, "lora__lora_target_modules": ["q_proj", "v_proj"]}, 9_175_040),
+        ({"lora__lora_r": 64, "lora__lora_target_modules": ["q_proj", "v_proj"]}, 18_350_080),
+        ({"lora__lora_r": 32, "lora__lora_target_modules": ["q_proj", "v_proj"], "lora__use_dora": True}, 9_289_728),
+        ({"lora__lora_r": 10, "lora__lora_target_modules": ["gate_proj", "up_proj", "down_proj"]}, 9_461_760),
+        (
+            {"method": "prompt_tuning", "prompt_tuning__num_virtual_tokens": 200, "model__max_length": 768},
+            614_400,
+        ),
+        ({"method": "full"}, 3_212_749_824),
+    ],
+    ids=["LoRA r32", "LoRA r64", "DoRA r32", "LoRA r10 on the MLP", "prompt tuning", "full"],
+)
+def test_counts_are_those_of_pefts_method_comparison(how: dict[str, object], count: int, llama_job: JobMaker) -> None:
+    """Source: huggingface/peft, method_comparison/MetaMathQA/results, `num_trainable_params`."""
+    known = shape(LLAMA_3B)
+    assert known is not None
+    job = llama_job(**how).job
+    assert (known.parameters if job.method == "full" else trained_parameters(job, known, 0)) == count

@@ -106,7 +106,7 @@ def test_what_is_equal_and_what_holds_the_other() -> None:
 def test_a_ratio_of_lengths_is_of_all_words() -> None:
     ratios = text_metrics(("length_ratio",), ["one two three", "one"], ["one", "one two three"])
     results = RowResults(np.zeros(2), np.ones(2, dtype=int), None, ("", ""), ratios)
-    assert scores(results, ["length_ratio"], 100).metrics["length_ratio"] == 1.0  # and not the mean of 3 and 1/3
+    assert scores(results, ["length_ratio"]).metrics["length_ratio"] == 1.0  # and not the mean of 3 and 1/3
 
 
 # ---- BERTScore ----
@@ -213,8 +213,8 @@ class Longest(evaluate.Metric):
 """)
     by_row, whole = own(path, "")
     assert (by_row, whole) == ({}, {"mine": 6.0})
-    results = RowResults(np.zeros(2), np.ones(2, dtype=int), None, ("", ""), {}, whole)
-    found = scores(results, ["loss", "mine"], 100)
+    results = RowResults(np.arange(6.0), np.ones(6, dtype=int), None, ("",) * 6, {}, whole)
+    found = scores(results, ["loss", "mine"])
     assert found.metrics["mine"] == 6.0
     assert set(found.intervals) == {"loss"}
 
@@ -319,7 +319,7 @@ def test_a_learnt_answer_is_written(llama_job: JobMaker, tmp_path: Path) -> None
     finish(made)
     data = prepare(job)
     results = evaluate_rows(made.model, job, data, "test", CPU, metrics=job.extra_metrics)
-    found = scores(results, job.metric_names, 200)
+    found = scores(results, job.metric_names)
     rows = data.rows("test")
     assert found.metrics["exact_match"] == np.mean(
         [answer == row.reference for answer, row in zip(results.answers, rows, strict=True)]
@@ -331,7 +331,7 @@ def test_a_learnt_answer_is_written(llama_job: JobMaker, tmp_path: Path) -> None
     assert record["metrics"] == found.metrics
     again = read_results(tmp_path / "p.jsonl", record)
     assert again is not None
-    assert scores(again, job.metric_names, 200) == found
+    assert scores(again, job.metric_names) == found
     assert again.answers == results.answers
 
 
@@ -344,7 +344,7 @@ def test_metrics_of_any_name_and_no_number_come_back(tmp_path: Path) -> None:
     again = read_results(tmp_path / "p.jsonl", files.read_json(tmp_path / "s.json"))
     assert again is not None
     assert again.answers == ("a", "b")
-    found = scores(again, ["loss", *ratios, "matthews"], 100)
+    found = scores(again, ["loss", *ratios, "matthews"])
     assert (found.metrics["answer"], found.metrics["loss"]) == (0.5, 1 / 3)
     assert math.isnan(found.metrics["matthews"])
 
@@ -373,7 +373,7 @@ def test_a_few_answers_for_the_report(llama_job: JobMaker) -> None:
     base = load_base(job, 0, CPU)
     results = evaluate_rows(base.model, job, prepare(job), "test", CPU, answered=3)
     assert [answer is None for answer in results.answers] == [False] * 3 + [True] * 29
-    assert set(scores(results, job.metric_names, 100).metrics) == {"loss", "perplexity"}
+    assert set(scores(results, job.metric_names).metrics) == {"loss", "perplexity"}
 
 
 def test_a_text_alone_is_continued(llama_job: JobMaker, tmp_path: Path) -> None:
@@ -421,8 +421,8 @@ def test_classes_come_back_from_their_file(bert_job: JobMaker, tmp_path: Path) -
     data = prepare(job)
     results = evaluate_rows(load_weights(job, base, tmp_path / "adapter"), job, data, "test", CPU, metrics=("short",))
     again = from_records(list(results.records()), 2, {})
-    assert scores(again, job.metric_names, 200) == scores(results, job.metric_names, 200)
-    assert scores(again, ["short"], 100).metrics["short"] == 1.0  # `good` and `bad` are short
+    assert scores(again, job.metric_names) == scores(results, job.metric_names)
+    assert scores(again, ["short"]).metrics["short"] == 1.0  # `good` and `bad` are short
 
 
 def test_a_saved_model_names_its_classes(bert_job: JobMaker, tmp_path: Path) -> None:

@@ -436,7 +436,7 @@ def test_learning_rates_by_hand(kind: str, factors: list[float]) -> None:
 def test_metrics_are_scikit_learns(classes: int, rows: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     labels, predicted = random.integers(0, classes, rows), random.integers(0, classes, rows)
-    found = scores(_classified(labels, predicted, classes), CLASSIFIED, 200).metrics
+    found = scores(_classified(labels, predicted, classes), CLASSIFIED).metrics
     precision, recall, f1, _ = precision_recall_fscore_support(labels, predicted, average="macro", zero_division=0)
     assert found["accuracy"] == pytest.approx(accuracy_score(labels, predicted))
     assert (found["precision"], found["recall"], found["f1"]) == pytest.approx((precision, recall, f1))
@@ -450,7 +450,7 @@ def _classified(labels: np.ndarray, predicted: np.ndarray, classes: int) -> RowR
 def test_an_interval_covers_its_metric_as_the_formula_says() -> None:
     labels = np.ones(400, dtype=int)
     predicted = np.array([1] * 320 + [0] * 80)
-    low, high = scores(_classified(labels, predicted, 2), CLASSIFIED, 2000).intervals["accuracy"]
+    low, high = scores(_classified(labels, predicted, 2), CLASSIFIED).intervals["accuracy"]
     half = 1.96 * (0.8 * 0.2 / 400) ** 0.5  # normal approximation of a share
     assert (low, high) == pytest.approx((0.8 - half, 0.8 + half), abs=0.006)
 
@@ -459,9 +459,9 @@ LIKELY, CLASSIFIED = LIKELIHOOD_METRICS["generation"], LIKELIHOOD_METRICS["class
 
 
 def test_perplexity_weighs_tokens_and_not_rows() -> None:
-    found = scores(RowResults(np.array([10.0, 1.0]), np.array([10, 1])), LIKELY, 100).metrics
+    found = scores(RowResults(np.array([10.0, 1.0]), np.array([10, 1])), LIKELY).metrics
     assert found["loss"] == pytest.approx(1.0)
-    skewed = scores(RowResults(np.array([20.0, 1.0]), np.array([10, 1])), LIKELY, 100).metrics
+    skewed = scores(RowResults(np.array([20.0, 1.0]), np.array([10, 1])), LIKELY).metrics
     assert skewed["loss"] == pytest.approx(21 / 11)
     assert skewed["perplexity"] == pytest.approx(np.exp(21 / 11))
 

@@ -1,0 +1,487 @@
+"""Intervals, paired tests and the rule that ships: hand-worked numbers, scikit-learn's, and coverage by simulation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn.metrics import f1_score, log_loss, precision_score, recall_score
+
+from evaluation import paired
+from evaluation.baselines import of_answers, of_classes
+from evaluation.decide import Option, decide, open_question
+from evaluation.intervals import contributions, interval_of, mean_interval, why_none, wilson
+from evaluation.metrics import scores
+from evaluation.paired import Candidate, Comparison, sign_flip
+from evaluation.results import Classified, RowResults
+from evaluation.verdict import checked, of_model, of_rows, of_scores
+from jobs.conversation import Message
+from jobs.errors import JobFileError
+from jobs.report import Baseline, Recommendation
+from jobs.report import Row as TrialRow
+from jobs.row_formats import Row
+from jobs.rungs import Goal
+from jobs.spec import JobSpec
+from jobs.words import unsigned_zero
+from tests.conftest import JobMaker
+
+DATA_SETS = 4000
+"""In each simulation of the long tests."""
+
+
+def classified(label: np.ndarray, predicted: np.ndarray, classes: int) -> RowResults:
+    rows = len(label)
+    said = Classified(np.asarray(label), np.asarray(predicted), np.ones(rows), classes)
+    return RowResults(np.ones(rows), np.ones(rows, dtype=int), said)
+
+
+def right_or_wrong(right: np.ndarray) -> RowResults:
+    return classified(np.zeros(len(right), dtype=int), 1 - np.asarray(right).astype(int), 2)
+
+
+def judged(values: np.ndarray, name: str = "rougeL") -> RowResults:
+    rows = len(values)
+    ratios = {name: (np.asarray(values, dtype=float), np.ones(rows))}
+    return RowResults(np.ones(rows), np.ones(rows, dtype=int), ratios=ratios)
+
+
+def losses(loss: np.ndarray, tokens: np.ndarray) -> RowResults:
+    return RowResults(np.asarray(loss, dtype=float), np.asarray(tokens, dtype=int))
+
+
+# ---- one candidate
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("name", "theirs"), [("f1", f1_score), ("precision", precision_score), ("recall", recall_score)]
+)
+def test_contributions_have_the_metric_as_their_mean(name: str, theirs: Callable[..., float], seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    label, predicted = draw.integers(0, 3, 40), draw.integers(0, 4, 40)  # one class is never right
+    found = classified(label, predicted, 5)  # and one occurs nowhere
+    expected = theirs(label, predicted, average="macro", zero_division=0)
+    assert contributions(found, name).mean() == pytest.approx(expected)
+    assert scores(found, [name]).metrics[name] == pytest.approx(expected)
+
+
+def test_a_row_moves_a_macro_average_by_its_contribution() -> None:
+    """To first order: with one row more of a kind the metric changes by (contribution - metric) / rows."""
+    draw = np.random.default_rng(0)
+    label = draw.integers(0, 3, 3000)
+    predicted = np.where(draw.random(3000) < 0.7, label, draw.integers(0, 3, 3000))
+    for name, theirs in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
+        before = theirs(label, predicted, average="macro")
+        added_R = contributions(classified(label, predicted, 3), name)
+        for row in range(20):
+            after = theirs(np.append(label, label[row]), np.append(predicted, predicted[row]), average="macro")
+            assert after - before == pytest.approx((added_R[row] - before) / 3001, rel=0.02, abs=1e-8)
+
+
+def test_losses_and_perplexities() -> None:
+    found = losses(np.array([10.0, 30.0]), np.array([10, 10]))
+    assert contributions(found, "loss").tolist() == pytest.approx([1.0, 3.0])
+    assert contributions(found, "perplexity").mean() == pytest.approx(math.exp(2.0))
+    uneven = losses(np.array([10.0, 30.0]), np.array([5, 15]))
+    assert contributions(uneven, "loss").tolist() == pytest.approx([2.0, 2.0])  # both have 2 nats a token
+
+
+def test_wilsons_interval() -> None:
+    """10 of 20, and 0 of 10, worked by hand: (p + z2/2n ± z sqrt(p(1-p)/n + z2/4n2)) / (1 + z2/n)."""
+    assert wilson(10, 20) == pytest.approx((0.29930, 0.70070), abs=1e-5)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
+    theirs = stats.binomtest(17, 30).proportion_ci(method="wilson")
+    assert interval_of(right_or_wrong(np.arange(30) < 17), "accuracy") == pytest.approx((theirs.low, theirs.high))
+
+
+def test_a_mean_of_symmetric_numbers_has_students_interval() -> None:
+    values = np.array([-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0])
+    half = stats.t.ppf(0.975, 6) * values.std(ddof=1) / math.sqrt(7)
+    assert mean_interval(values) == pytest.approx((-half, half))
+
+
+def test_what_rows_cannot_bear_is_not_given() -> None:
+    assert interval_of(right_or_wrong(np.ones(5)), "accuracy") is None
+    assert "5 rows are too few" in str(why_none([right_or_wrong(np.ones(5))], "accuracy"))
+    label = np.array([0] * 50 + [1] * 9)
+    assert interval_of(classified(label, label, 2), "f1") is None
+    assert why_none([classified(label, label, 2)], "f1") == "a class has 9 rows, and an interval of f1 needs 10 of each"
+    assert interval_of(classified(label, label, 2), "accuracy") is not None
+    more = np.append(label, 1)
+    low, high = interval_of(classified(more, more, 2), "f1") or (0.0, 0.0)
+    assert (0.8 < low < 0.95, high) == (True, 1.0)
+    assert interval_of(judged(np.full(30, 0.5)), "rougeL") is None  # all the same: nothing is known of the spread
+    low, high = interval_of(judged(np.zeros(30)), "rougeL") or (0.5, 0.5)
+    assert (low, high) == pytest.approx((0.0, 0.11351), abs=1e-4)  # as of 0 of 30
+
+
+def test_intervals_stay_where_the_metric_is() -> None:
+    low, high = interval_of(judged(np.array([0.0] * 29 + [1.0])), "rougeL") or (-1, 2)
+    assert 0 <= low < high <= 1
+    low, high = interval_of(
+        [judged(np.array([0.1] * 29 + [0.9])), judged(np.array([0.1] * 28 + [0.9] * 2))], "rougeL"
+    ) or (0, 0)
+    assert 0 <= low < 0.145 < high <= 1
+
+
+def test_seeds_widen_an_interval() -> None:
+    draw = np.random.default_rng(1)
+    one = draw.random(400) < 0.7
+    alike = [right_or_wrong(one), right_or_wrong(one), right_or_wrong(one)]
+    apart = [right_or_wrong(draw.random(400) < share) for share in (0.6, 0.7, 0.8)]
+
+    def width(models: list[RowResults]) -> float:
+        low, high = interval_of(models, "accuracy") or (0.0, 0.0)
+        return high - low
+
+    assert width(apart) > 3 * width(alike)
+
+
+# ---- two candidates
+
+
+@pytest.mark.parametrize(
+    ("differences", "p_value"),
+    [
+        ([1, 1], 2 / 4),  # 2 rows cannot give less
+        ([1, 0], 1.0),
+        ([0, 0], 1.0),
+        ([1] * 5, 2 / 32),  # nor can 5 give less than 0.0625
+        ([1, 1, 1, 1, -1], 12 / 32),  # sums of 3 and 5: 5 + 1 of 32 choices, and as many below 0
+        ([3, 1, 1, 1, 1], 2 / 32),
+        ([2, 1, -1], 6 / 8),  # sums 4 (1), 2 (2), 0 (2), -2 (2), -4 (1): 6 of 8 are as far
+        ([1] * 12 + [-1] * 3 + [0] * 5, 2 * (455 + 105 + 15 + 1) / 2**15),  # ties do not count
+        ([1] * 20, 2 / 2**20),
+    ],
+)
+def test_the_sign_flip_test_by_hand(differences: list[float], p_value: float) -> None:
+    assert sign_flip(np.array(differences, dtype=float)) == pytest.approx(p_value)
+
+
+def test_the_sign_flip_test_is_scipys() -> None:
+    draw = np.random.default_rng(2)
+    for rows in (4, 9, 12):
+        values = draw.normal(0.4, 1, rows)
+        theirs = stats.permutation_test((values,), np.mean, permutation_type="samples", n_resamples=np.inf)
+        assert sign_flip(values) == pytest.approx(theirs.pvalue)
+    many = draw.normal(0.2, 1, 100)
+    assert sign_flip(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.02)
+
+
+def two(one: RowResults, other: RowResults, metric: str, goal: str = "maximize") -> Comparison:
+    return Comparison([Candidate("a", [one]), Candidate("b", [other])], metric, goal)  # type: ignore[arg-type]
+
+
+def test_two_candidates_have_the_paired_t_interval() -> None:
+    draw = np.random.default_rng(3)
+    tokens = np.ones(300, dtype=int)
+    base = draw.gamma(2, 1, 300)
+    one, other = losses(base, tokens), losses(base + draw.normal(0.05, 0.2, 300), tokens)
+    found = two(one, other, "loss", "minimize")
+    theirs = stats.ttest_rel(one.loss_R, other.loss_R)
+    expected = theirs.confidence_interval()
+    assert found.interval("a", "b") == pytest.approx((expected.low, expected.high), rel=0.02)
+    assert found.p_value("a", "b") == pytest.approx(theirs.pvalue, abs=2e-4)
+    assert (found.worse("b", "a") > 0, found.is_worse("b", "a"), found.is_worse("a", "b")) == (True, True, False)
+
+
+@pytest.mark.parametrize(("rows", "least"), [(2, 0.5), (3, 0.25), (5, 0.0625), (6, 0.03125)])
+def test_few_rows_have_their_floor(rows: int, least: float) -> None:
+    found = two(right_or_wrong(np.ones(rows)), right_or_wrong(np.zeros(rows)), "accuracy")
+    assert found.p_value("a", "b") == pytest.approx(least)
+    assert (found.interval("a", "b") is None) == (rows < 6)
+    assert found.is_worse("b", "a") == (rows >= 6)
+
+
+def test_rows_on_which_nothing_differs_do_not_show_that_nothing_ever_will() -> None:
+    """As by the rule of three: 100 equal answers leave 3 % of the rows open, 1,000 leave 0.3 %."""
+    for rows, shown in ((100, False), (1000, True)):
+        same = right_or_wrong(np.arange(rows) < rows // 2)
+        assert (two(same, same, "accuracy").most_worse("b", "a") <= 0.01) == shown
+    assert two(same, same, "accuracy").p_value("a", "b") == 1.0
+
+
+def test_macro_averages_of_rare_classes_decide_nothing() -> None:
+    label = np.array([0] * 200 + [1] * 5)
+    found = two(classified(label, label, 2), classified(label, label * 0, 2), "f1")
+    assert (found.interval("a", "b"), found.p_value("a", "b"), found.is_worse("b", "a")) == (None, None, False)
+    assert found.unsupported == "a class has 5 rows, and an interval of f1 needs 10 of each"
+
+
+def test_seeds_that_two_candidates_share_are_no_difference() -> None:
+    draw = np.random.default_rng(4)
+    tokens = np.ones(500, dtype=int)
+    base = draw.gamma(2, 1, 500)
+    lucky = (0.0, 0.3, 0.6)
+    lora = [losses(base + shift, tokens) for shift in lucky]
+    hybrid = [losses(base + shift + 0.05 + draw.normal(0, 0.01, 500), tokens) for shift in lucky]
+    shared = Comparison([Candidate("lora", lora), Candidate("hybrid", hybrid, "lora")], "loss", "minimize")
+    alone = Comparison([Candidate("lora", lora), Candidate("hybrid", hybrid)], "loss", "minimize")
+    assert (shared.is_worse("hybrid", "lora"), alone.is_worse("hybrid", "lora")) == (True, False)
+
+
+# ---- many candidates, and the rule
+
+
+def test_more_candidates_need_more() -> None:
+    """With the best of 30 equal ones beside it, a difference that two alone would have is none."""
+    draw = np.random.default_rng(5)
+    best, next_best = draw.random(400) < 0.8, draw.random(400) < 0.72
+    alone = two(right_or_wrong(best), right_or_wrong(next_best), "accuracy")
+    others = [Candidate(f"c{n}", [right_or_wrong(draw.random(400) < 0.72)]) for n in range(30)]
+    near = [Candidate("a", [right_or_wrong(best)]), Candidate("b", [right_or_wrong(next_best)])]
+    among = Comparison([*near, *others], "accuracy", "maximize")
+    assert alone.critical(0, 1) == pytest.approx(stats.t.ppf(0.975, 399), abs=1e-3)
+    assert 3.4 < among.critical(0, 1) < 4.0  # the studentised range of 32, over the root of 2
+    assert (among.p_value("a", "b") or 0) > 5 * (alone.p_value("a", "b") or 0)
+
+
+def options(prices: dict[str, float], comparison: Comparison) -> list[Option]:
+    sign = 1 if comparison.goal == "maximize" else -1
+    return [Option(name, sign * comparison.value(name), price) for name, price in prices.items()]
+
+
+def three(rows: int, rates: tuple[float, float, float], seed: int = 0) -> Comparison:
+    """Three classifiers that differ on few rows: a good one, and two that lose some of its right answers."""
+    draw = np.random.default_rng(seed)
+    hard = draw.random(rows)
+    found = [Candidate(name, [right_or_wrong(hard < rate)]) for name, rate in zip("abc", rates, strict=True)]
+    return Comparison(found, "accuracy", "maximize")
+
+
+def test_the_cheapest_ships_of_which_it_is_shown_that_it_loses_little() -> None:
+    found = three(4000, (0.8, 0.798, 0.7))
+    decision = decide(options({"a": 30, "b": 20, "c": 10}, found), [found], {}, 4000)
+    assert (decision.best.name, decision.chosen.name) == ("a", "b")
+    assert [one.name for one in decision.worse] == ["c"]
+    assert decision.undecided == ()
+    assert open_question(decision, [found], {}) is None
+
+
+def test_the_best_ships_where_the_rows_do_not_show_it() -> None:
+    found = three(200, (0.8, 0.795, 0.7))
+    decision = decide(options({"a": 30, "b": 20, "c": 10}, found), [found], {}, 200)
+    assert (decision.chosen.name, [one.name for one in decision.undecided]) == ("a", ["b"])
+    question = open_question(decision, [found], {}) or ""
+    assert question.startswith("b costs less, but 200 rows cannot tell (accuracy 0.005 worse [")
+    assert "where 0.01 may be lost); about " in question
+    needed = int(question.rpartition("about ")[2].split()[0].replace(",", ""))
+    more = three(int(1.3 * needed), (0.8, 0.795, 0.7), seed=1)
+    assert decide(options({"a": 30, "b": 20, "c": 10}, more), [more], {}, 200).chosen.name == "b"
+    generous = decide(options({"a": 30, "b": 20, "c": 10}, found), [found], {"accuracy": 0.05}, 200)
+    assert generous.chosen.name == "b"
+
+
+def test_every_metric_that_decides_must_be_kept() -> None:
+    found = three(4000, (0.8, 0.798, 0.7))
+    draw = np.random.default_rng(6)
+    other = Comparison(
+        [Candidate(name, [judged(draw.beta(2, 2, 4000) * much)]) for name, much in (("a", 1), ("b", 0.9), ("c", 1))],
+        "rougeL",
+        "maximize",
+    )
+    decision = decide(options({"a": 30, "b": 20, "c": 10}, found), [found, other], {}, 4000)
+    assert (decision.chosen.name, [one.name for one in decision.worse]) == ("a", ["b", "c"])
+
+
+def test_a_tie_goes_to_the_cheapest() -> None:
+    same = right_or_wrong(np.arange(20) < 10)
+    found = Comparison([Candidate(name, [same]) for name in "abc"], "accuracy", "maximize")
+    decision = decide(options({"a": 3, "b": 1, "c": 2}, found), [found], {}, 20)
+    assert (decision.best.name, decision.chosen.name) == ("b", "b")
+
+
+def test_without_results_row_by_row_only_the_best_ships() -> None:
+    found = [Option("a", 0.8, 2.0), Option("b", 0.8, 3.0), Option("c", 0.7, 1.0)]
+    decision = decide(found, [], {}, 100)
+    assert (decision.chosen.name, [one.name for one in decision.incomparable]) == ("a", ["b", "c"])
+
+
+def test_no_number_is_minus_nothing() -> None:
+    assert [unsigned_zero(value) for value in (-0.0001, -0.0, 0.0004, -0.001)] == ["0.000", "0.000", "0.000", "-0.001"]
+
+
+@pytest.mark.parametrize("block", ["search", "compare"])
+def test_several_metrics_of_one_decision(block: str, llama_job: JobMaker) -> None:
+    what = "parameters: {lr: [0.001, 0.01]}" if block == "search" else "arms: {a: {method: lora}, b: {method: base}}"
+    text = (
+        f"evaluate: {{metrics: [rougeL, exact_match]}}\n{block}: {{metric: [eval_rougeL, exact_match, loss], {what}}}"
+    )
+    job = llama_job(text).job
+    assert [(one.name, one.goal) for one in job.decision_metrics] == [
+        ("rougeL", "maximize"), ("exact_match", "maximize"), ("loss", "minimize"),
+    ]  # fmt: skip
+    assert job.tolerances == dict.fromkeys(("rougeL", "exact_match", "loss"))
+    longer = text.replace("loss],", "loss], tolerance: {loss: 0.2},")
+    assert llama_job(longer).job.tolerances == {"rougeL": None, "exact_match": None, "loss": 0.2}
+    assert JobSpec.model_validate_json(job.model_dump_json()) == job
+    for wrong, sentence in (
+        (text.replace(", loss]", ", rougeL]"), "has rougeL twice"),
+        (text.replace(", loss]", ", bleu]"), "bleu, but must be one of"),
+        (longer.replace("{loss:", "{rouge1:"), f"{block}.tolerance has rouge1, but must have metrics of"),
+    ):
+        with pytest.raises(JobFileError, match=sentence):
+            llama_job(wrong)
+
+
+# ---- what needs no training, and what speaks against a decision
+
+
+def test_the_commonest_class_is_scikit_learns() -> None:
+    train, held_out = {"a": 50, "b": 30, "c": 20}, {"a": 10, "b": 25, "c": 5, "d": 0}
+    common, metrics = of_classes(train, held_out)
+    label = np.repeat(["a", "b", "c"], [10, 25, 5])
+    said = np.full(40, "a")
+    assert common == "a"
+    assert metrics["accuracy"] == 0.25
+    for name, theirs in (("f1", f1_score), ("precision", precision_score), ("recall", recall_score)):
+        assert metrics[name] == pytest.approx(theirs(label, said, average="macro", zero_division=0))
+    chances = np.tile([0.5, 0.3, 0.2], (40, 1))
+    assert metrics["loss"] == pytest.approx(log_loss(label, chances, labels=["a", "b", "c"]))
+    assert "loss" not in of_classes(train, held_out | {"d": 1})[1]  # no training row has it
+    assert of_classes(train, {})[1] == {}
+
+
+def test_answers_that_need_no_model() -> None:
+    rows = [
+        Row(messages=(Message("user", "the cat sat"), Message("assistant", "the cat sat"))),
+        Row(messages=(Message("system", "be brief"), Message("user", "the dog"), Message("assistant", "a tree"))),
+    ]
+    found = of_answers(rows, ["rougeL", "exact_match", "bertscore_f1"])
+    assert found["an empty answer"] == {"rougeL": 0.0, "exact_match": 0.0}
+    assert found["the question as its own answer"] == {"rougeL": 0.5, "exact_match": 0.5}
+    assert of_answers(rows, ["bertscore_f1"]) == of_answers([], ["rougeL"]) == {}
+
+
+SHIP = Recommendation(trial_id="t", rule="r", sentence="Ship t: it has the best accuracy.")
+
+
+def verdict_of(
+    value: float,
+    ends: tuple[float, float] | None,
+    *baselines: float,
+    metric: str = "accuracy",
+    goal: Goal = "maximize",
+) -> tuple[bool, str, list[str]]:
+    known = [Baseline(what=f"baseline {place}", metrics={metric: one}) for place, one in enumerate(baselines)]
+    found, remarks = checked(SHIP, metric, goal, value, ends, known, "validation rows")
+    return found.decided, found.sentence, remarks
+
+
+def test_what_does_not_beat_the_baseline_is_not_shipped() -> None:
+    assert verdict_of(0.8, (0.7, 0.9), 0.5, 0.6) == (True, SHIP.sentence, [])
+    decided, sentence, _ = verdict_of(0.58, (0.5, 0.65), 0.58)
+    assert not decided
+    assert sentence == (
+        "Nothing here is worth shipping: on the validation rows t is the best with accuracy 0.580 [0.500, 0.650], and "
+        "baseline 0 has 0.580."
+    )
+    assert verdict_of(0.6, (0.5, 0.7), 0.58)[2] == [
+        "the accuracy 0.600 [0.500, 0.700] of t cannot be told apart from the 0.580 of baseline 0"
+    ]
+    assert "and being never right has 0.000" in verdict_of(0.0, None)[1]  # arms that all score nothing
+    assert verdict_of(1.2, (1.0, 1.4), 2.0, metric="loss", goal="minimize") == (True, SHIP.sentence, [])
+    assert "worth shipping" in verdict_of(2.1, None, 2.0, metric="loss", goal="minimize")[1]
+    assert verdict_of(2.1, None, metric="loss", goal="minimize")[0]  # nothing to compare with
+
+
+def test_remarks_on_rows_and_models() -> None:
+    counts = {"validation": {"a": 5, "b": 0, "c": 0}, "test": {"a": 1, "b": 2, "c": 3}}
+    assert of_rows(counts, "validation", 5) == [
+        "the decision rests on 5 validation rows: with fewer than 100 little is shown",
+        "2 classes have no validation row: b, c; nothing is known of them",
+    ]
+    assert of_rows({}, "test", 100) == []
+    curve = [{"step": 1, "accuracy": 0.6}, {"step": 2, "accuracy": 0.7}, {"step": 2}, {"step": 3, "accuracy": 0.75}]
+    row = TrialRow(trial_id="t", state="finished", curve=curve)
+    assert of_model("accuracy", "maximize", row, [[3, 0], [2, 0]], ["a", "b"]) == [
+        "1 class is never predicted: b",
+        "the accuracy of t was still getting better when its training ended (0.700, then 0.750): longer training may "
+        "give more",
+    ]
+    assert of_model("accuracy", "minimize", row, [[3, 0], [0, 2]], ["a", "b"]) == []
+    assert of_scores("rougeL", [0.0, 0.0, None]) == [
+        "all 2 have rougeL 0: the metric or the answers' form may be wrong"
+    ]
+    assert of_scores("rougeL", [0.0, 0.1]) == of_scores("loss", [0.0, 0.0]) == []
+
+
+# ---- coverage
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [30, 100, 1000])
+@pytest.mark.parametrize("share", [0.5, 0.75, 0.9])
+def test_coverage_of_accuracy(rows: int, share: float) -> None:
+    right = np.random.default_rng(rows).binomial(rows, share, DATA_SETS)
+    inside = [low <= share <= high for low, high in (wilson(int(number), rows) for number in right)]
+    assert 0.92 <= np.mean(inside) <= 0.98
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [30, 100, 1000])
+@pytest.mark.parametrize("kind", ["normal", "beta", "gamma"])
+def test_coverage_of_means(rows: int, kind: str) -> None:
+    draw = np.random.default_rng(rows)
+    make, mean = {
+        "normal": (lambda: draw.normal(1, 1, rows), 1.0),
+        "beta": (lambda: draw.beta(2, 3, rows), 0.4),
+        "gamma": (lambda: draw.gamma(2, 0.5, rows), 1.0),
+    }[kind]
+    found = [mean_interval(make()) or (0.0, 0.0) for _ in range(DATA_SETS)]
+    assert 0.92 <= np.mean([low <= mean <= high for low, high in found]) <= 0.97
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [100, 1000])
+@pytest.mark.parametrize(
+    ("shares", "right"), [((0.5, 0.5), (0.8, 0.9)), ((0.85, 0.15), (0.95, 0.6)), ((0.2, 0.2, 0.6), (0.5, 0.7, 0.9))]
+)
+def test_coverage_of_macro_f1(rows: int, shares: tuple[float, ...], right: tuple[float, ...]) -> None:
+    draw, classes = np.random.default_rng(rows), len(shares)
+    said_CC = (np.eye(classes) * np.array(right)[:, None]) + (1 - np.eye(classes)) * (
+        (1 - np.array(right)) / (classes - 1)
+    )[:, None]
+    cells_CC = np.array(shares)[:, None] * said_CC
+    true_C, said_C = cells_CC.sum(axis=1), cells_CC.sum(axis=0)
+    truth = float((2 * np.diagonal(cells_CC) / (true_C + said_C)).mean())
+    inside = []
+    for _ in range(DATA_SETS):
+        label = draw.choice(classes, rows, p=shares)
+        if np.bincount(label, minlength=classes).min() < 10:
+            continue
+        predicted = (said_CC[label].cumsum(axis=1) < draw.random(rows)[:, None]).sum(axis=1)
+        low, high = interval_of(classified(label, predicted, classes), "f1") or (0.0, 0.0)
+        inside.append(low <= truth <= high)
+    assert len(inside) > DATA_SETS / 2
+    assert 0.92 <= np.mean(inside) <= 0.97
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["accuracy", "loss"])
+@pytest.mark.parametrize(
+    ("candidates", "rows", "data_sets"), [(2, 30, 4000), (2, 300, 4000), (10, 100, 4000), (50, 100, 4000)]
+)
+def test_equal_candidates_are_rarely_said_to_differ(
+    kind: str, candidates: int, rows: int, data_sets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any of them from the best, which is picked on the same rows."""
+    monkeypatch.setattr(paired, "_DRAWS", 500)
+    monkeypatch.setattr(paired, "_FLIPS", 500)
+    draw = np.random.default_rng(7)
+    wrong = 0
+    for _ in range(DATA_SETS):
+        hard = draw.random(rows)
+        if kind == "accuracy":
+            chance = np.where(hard < 0.6, 0.97, 0.5)
+            models = [right_or_wrong(draw.random(rows) < chance) for _ in range(candidates)]
+        else:
+            models = [losses(hard + draw.normal(0, 0.2, rows), np.ones(rows)) for _ in range(candidates)]
+        goal = "maximize" if kind == "accuracy" else "minimize"
+        found = Comparison([Candidate(str(n), [one]) for n, one in enumerate(models)], kind, goal)  # type: ignore[arg-type]
+        best = str(int(np.argmax(found.values_K) if goal == "maximize" else np.argmin(found.values_K)))
+        wrong += any(found.is_worse(name, best) for name in found.names if name != best)
+    assert wrong / DATA_SETS <= 0.06

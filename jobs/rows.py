@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -19,9 +18,9 @@ from jobs.errors import AssetError, DataError
 from jobs.hub import HubName, dataset_folder, model_config
 from jobs.model_kinds import stated_labels
 from jobs.row_formats import BadRow, Row, convert, row_format
-from jobs.row_lists import AnyRows, LargeRows, RowPacker, comparable, label_counts, taken
+from jobs.row_lists import AnyRows, LargeRows, RowPacker, comparable, label_counts
 from jobs.spec import DataFormat, DataSpec, JobSpec
-from jobs.splits import hold_back
+from jobs.splits import hold_back, sampled
 from jobs.words import counted, cut, one_line
 
 _MOST_SHOWN = 10
@@ -235,16 +234,10 @@ def _three_splits(data: DataSpec, read: dict[str, AnyRows], warnings: list[str])
     if not test:
         warnings.append("no test set and too few validation rows to hold any back: results are optimistic")
     return {
-        "train": _drawn(train, data.max_train_samples, data.split_seed),
-        "validation": _drawn(validation, data.max_validation_samples, data.split_seed),
-        "test": _drawn(test or [], data.max_test_samples, data.split_seed),
+        "train": sampled(train, data.max_train_samples, data.split_seed),
+        "validation": sampled(validation, data.max_validation_samples, data.split_seed),
+        "test": sampled(test or [], data.max_test_samples, data.split_seed),
     }
-
-
-def _drawn(rows: AnyRows, most: int | None, seed: int) -> AnyRows:
-    if most is None or most >= len(rows):
-        return rows
-    return taken(rows, sorted(random.Random(seed).sample(range(len(rows)), most)))
 
 
 def _labels(rows: dict[str, AnyRows], sources: dict[str, Path], given: Sequence[str] | None) -> tuple[str, ...]:

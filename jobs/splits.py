@@ -6,8 +6,9 @@ ShuffleSplit), which the client does not need to have; a test compares the two.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from random import Random
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from jobs.row_formats import Row
 from jobs.row_lists import AnyRows, LargeRows, label_counts, taken
 from jobs.words import counted
 
-SPLIT_VERSION = 2
+SPLIT_VERSION = 3
 """Raised when other rows are held back."""
 _MAX_SHOWN = 60
 
@@ -43,16 +44,14 @@ def hold_back(
 ) -> tuple[AnyRows, AnyRows]:
     """Return (held back, left), both in the rows' order.
 
-    `field` names the share in errors; with `keep_classes` every class stays among what is left (training rows need
-    them all). Raises DataError where prompts repeat so often, or classes are so small, that no set of whole groups
-    comes near the share.
+    `field` names the share in errors; with `keep_classes` every class must stay among what is left (training rows need
+    them all), without it where that is possible. Raises DataError where prompts repeat so often, or classes are so
+    small, that no set of whole groups comes near the share.
     """
     target = max(1, min(len(rows) - 1, round(len(rows) * share)))
     groups = _groups(rows)
-    if not keep_classes:  # then classes are a matter of proportion alone, and only where each has rows for both sides
-        counts = np.unique(groups.labels, return_counts=True)[1]
-        if not (counts.min() > 1 and target >= len(counts)):
-            groups = replace(groups, labels=np.zeros_like(groups.labels))
+    if not keep_classes and len(groups) - len(np.unique(groups.labels)) < target:
+        groups = replace(groups, labels=np.zeros_like(groups.labels))  # most classes have one row: no proportion is
     held = _drawn(groups, target, np.random.RandomState(seed)) if len(groups) > 1 else np.array([], dtype=np.int64)
     is_held = np.zeros(len(groups), dtype=bool)
     is_held[held] = True
@@ -61,6 +60,30 @@ def hold_back(
     if not number or not target <= 2 * number <= 4 * target:
         raise DataError(_refusal(rows, groups, share, target, field))
     return taken(rows, np.flatnonzero(places)), taken(rows, np.flatnonzero(~places))
+
+
+def sampled(rows: AnyRows, most: int | None, seed: int) -> AnyRows:
+    """Return so many rows, drawn with each class in proportion and with a row at least, where there are more."""
+    if most is None or most >= len(rows):
+        return rows
+    counts = label_counts(rows)
+    names = {name: place for place, name in enumerate(sorted(counts))}
+    if len(names) == 1:
+        return taken(rows, sorted(Random(seed).sample(range(len(rows)), most)))
+    labels = _codes(rows, names)
+    drawn = np.random.RandomState(seed)
+    sizes = np.array([counts[name] for name in names])
+    wanted = proportional(sizes, most, drawn)
+    for place in np.flatnonzero(wanted == 0) if most >= len(names) else ():
+        wanted[int(np.argmax(wanted))] -= 1
+        wanted[place] = 1
+    places = [drawn.permutation(np.flatnonzero(labels == place))[: int(number)] for place, number in enumerate(wanted)]
+    return taken(rows, np.sort(np.concatenate(places)))
+
+
+def _codes(rows: AnyRows, names: Mapping[str, int]) -> np.ndarray:
+    """Return the place (N) of each row's class among `names`."""
+    return rows.label_codes(names) if isinstance(rows, LargeRows) else np.array([names[row.label] for row in rows])
 
 
 def _groups(rows: AnyRows) -> _Groups:

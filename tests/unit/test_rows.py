@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,10 @@ from jobs.conversation import Message
 from jobs.errors import DataError, JobFileError
 from jobs.load import load_text
 from jobs.row_formats import Row
+from jobs.row_lists import RowPacker
 from jobs.rows import Rows, load_rows, majority_share
 from jobs.spec import JobSpec
-from jobs.splits import hold_back
+from jobs.splits import hold_back, sampled
 from tests.conftest import write_rows
 
 GOOD_LINE = '{"text": "fine", "label": "a"}\n{"text": "bad", "label": "b"}\n'
@@ -455,6 +457,35 @@ def test_prompts_that_repeat_too_often_are_named(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "x.jsonl", rows)
     with pytest.raises(DataError, match=r"10 of 100 rows, .* 'S\w+.*:' stands in 50 of them: give data.valid"):
         rows_of(path, task="generation")
+
+
+@pytest.mark.parametrize("most", [3, 10, 37, 100, 400])
+def test_fewer_rows_have_the_classes_in_proportion(most: int) -> None:
+    labels = ["a"] * 300 + ["b"] * 96 + ["rare"] * 4
+    rows = _asked([f"text {place}" for place in range(400)], labels)
+    packer = RowPacker()
+    for row in rows:
+        packer.append(row)
+    found = [list(sampled(some, most, 7)) for some in (rows, packer.rows())]
+    assert found[0] == found[1]
+    counts = Counter(row.label for row in found[0])
+    assert sum(counts.values()) == len(found[0]) == most
+    assert set(counts) == {"a", "b", "rare"}
+    assert abs(counts["a"] - 0.75 * most) <= 2
+    order = [int(row.text.split()[1]) for row in found[0]]
+    assert order == sorted(order)
+    assert list(sampled(rows, most, 8)) != found[0] or most == 400
+    assert list(sampled(rows, None, 7)) == rows
+
+
+def test_test_rows_have_the_classes_in_proportion_though_one_is_rare() -> None:
+    rows = _asked([f"text {place}" for place in range(101)], ["a"] * 80 + ["b"] * 20 + ["rare"])
+    held, left = hold_back(rows, 0.5, 3, "data.test_fraction", keep_classes=False)
+    counts = Counter(row.label for row in held)
+    assert (counts["rare"], counts["b"]) == (0, 10)
+    assert "rare" in {row.label for row in left}
+    singles = _asked([f"text {place}" for place in range(10)], [str(place) for place in range(10)])
+    assert len(hold_back(singles, 0.5, 3, "data.test_fraction", keep_classes=False)[0]) == 5
 
 
 def test_a_class_of_one_row_stays_in_training() -> None:

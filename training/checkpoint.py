@@ -32,8 +32,9 @@ def replaced_folder(target: Path, *, keep: bool = False) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     old = before(target)
     try:
-        scratch.chmod(0o755)
         yield scratch
+        for path in (scratch, *scratch.rglob("*")):  # some writers make files that their owner alone can read
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~files.UMASK)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)

@@ -484,3 +484,13 @@ def test_long_rows_are_counted_before_training(bert_job: JobMaker) -> None:
 def test_searched_trials_resolve(bert_job: JobMaker) -> None:
     job = bert_job().job
     assert trial(job, {"lora.lora_r": 2}).lora.lora_alpha == 4
+
+
+def test_weights_are_as_readable_as_the_users_other_files(bert_job: JobMaker, tmp_path: Path) -> None:
+    """safetensors writes files that their owner alone can read."""
+    made = session(bert_job().job)
+    made.save_weights(tmp_path / "weights")
+    made.close()
+    (tmp_path / "own").touch()
+    usual = (tmp_path / "own").stat().st_mode & 0o777
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "weights").iterdir()} == {usual}

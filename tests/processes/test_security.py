@@ -158,7 +158,7 @@ class Watcher:
             self.found |= {(name, where) for name, value in SECRETS.items() if value.encode() in data}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_no_secret_of_the_environment_is_written(bert_job: JobMaker, place: Path, tmp_path: Path, workers: int) -> None:
     """Neither into a file (the run's, W&B's, Ray's, temporary ones) nor onto a command line, of any process."""
     temporary = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
@@ -197,6 +197,7 @@ def test_what_a_killed_run_left_goes_with_the_next_command(bert_job: JobMaker, p
     assert [one.cmdline() for one in left] == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("victim", ["raylet", "gcs_server"])
 def test_a_ray_that_dies_is_a_sentence(bert_job: JobMaker, place: Path, victim: str) -> None:
     """The run says what goes on with it, and `resume` finishes it."""

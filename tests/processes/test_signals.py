@@ -67,7 +67,10 @@ WAYS: dict[str, tuple[Callable[[Any], None], int]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param(way, marks=[pytest.mark.long] if way in ("pid", "group", "supervisor") else []) for way in WAYS],
+)
 def test_a_signal_stops_a_run(way: str, bert_job: JobMaker, place: Path) -> None:
     send, code = WAYS[way]
     process = begin(bert_job(**LONG), place, command="train")
@@ -158,6 +161,7 @@ def test_the_second_signal_is_the_end(bert_job: JobMaker, place: Path) -> None:
     wait_for(lambda: not newest(place).alive())
 
 
+@pytest.mark.long
 def test_of_three_that_resume_at_once_one_trains(bert_job: JobMaker, place: Path) -> None:
     """The others say who does, and end with the code for it; none says that the run has failed."""
     process = begin(bert_job(**LONG), place, command="train")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from evaluation.report_text import BENCHMARK, MISSING, duration, number, shown_of_texts
+from evaluation.report_text import BENCHMARK, MISSING, duration, number, shown_metrics
 from jobs.report import Arm, BatchSpeed, Inference, Pair, Report
 from jobs.words import counted
 
@@ -40,7 +40,7 @@ def terminal_arm_columns(report: Report) -> list[tuple[str, Cell]]:
         f"{report.held_out} {report.metric}": f"{report.held_out} {report.metric}",
         f"{report.metric} over seeds": "over seeds",
         "p against the best": "p",
-        **{f"{report.held_out} {name}": name for name in shown_of_texts(report)},
+        **{f"{report.held_out} {name}": name for name in shown_metrics(report)},
         "train time": "train",
         "train GiB": "train GiB",
         "trained parameters": "parameters",

@@ -147,8 +147,12 @@ class Comparison:
         """Return how many standard errors the simultaneous interval of two candidates reaches."""
         from scipy.special import ndtr
 
-        normal = max(float(np.quantile(self._largest_S, 1 - LEVEL)), 1.959964)
-        return student(self._freedom(one, other), float(ndtr(normal)))
+        return student(self._freedom(one, other), float(ndtr(self._normal)))
+
+    @cached_property
+    def _normal(self) -> float:
+        """How many standard deviations the largest of normal differences exceeds in one draw of twenty."""
+        return max(float(np.quantile(self._largest_S, 1 - LEVEL)), 1.959964)
 
     def difference(self, one: str, other: str) -> float:
         """Return the metric of `one` less that of `other`."""

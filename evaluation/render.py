@@ -28,7 +28,9 @@ from evaluation.report_text import (
     parameter_columns,
     plain,
     ratings_table,
+    shown_metrics,
     terminal_columns,
+    with_interval,
 )
 from jobs.report import Report, Row
 
@@ -85,7 +87,7 @@ def _terminal_arms(report: Report, width: int) -> RenderableType:
 
     arms, shown = report.arms or [], terminal_arm_columns(report)
     whole = len(shown)
-    for dropped in _ARMS_LEAST_FIRST:
+    for dropped in (*_ARMS_LEAST_FIRST, *reversed(shown_metrics(report))):
         if sum(2 + max(len(heading), *(len(cell(arm)) for arm in arms)) for heading, cell in shown) <= width:
             break
         shown = [(heading, cell) for heading, cell in shown if heading != dropped]
@@ -113,7 +115,8 @@ _LEAST_FIRST = ("peak GiB", "tokens/s", "train time", "rung", "parameters", "sta
 
 def _fitting(report: Report, width: int) -> list[tuple[str, Cell]]:
     shown = terminal_columns(report)
-    for dropped in _LEAST_FIRST:
+    further = [heading for heading, _ in shown if heading.rpartition(" ")[2] in shown_metrics(report)]
+    for dropped in (*_LEAST_FIRST, *reversed(further)):
         if _table_width(report, shown) <= width:
             break
         shown = [(heading, cell) for heading, cell in shown if heading != dropped]
@@ -128,6 +131,43 @@ def _style(row: Row, report: Report) -> str:
     if row.trial_id == report.recommendation.trial_id:
         return "bold green"
     return "red" if row.failure else "dim" if row.state in ("stopped", "pending") else ""
+
+
+def one_trial(report: Report, row: Row) -> RenderableType:
+    """All that is known of one trial, or of the base, for a terminal."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = [Text(f"{row.trial_id} of {report.run}: {row.state}", style="bold")]
+    facts = {
+        "values": ", ".join(f"{path}={value}" for path, value in row.params.items()),
+        "trained": f"{row.step:,} steps, {row.samples:,} rows, {duration(row.train_seconds)}" if row.step else "",
+        "parameters": f"{row.trainable_parameters:,} trained" if row.trainable_parameters else "",
+        "formats": row.number_formats or "",
+        "memory": f"{number(row.peak_memory_gib, 2)} GiB at most" if row.peak_memory_gib else "",
+        "reason": row.reason or "",
+        "failure": f"{row.failure.failure_class}: {row.failure.sentence}" if row.failure else "",
+    }
+    parts += [Text(f"{name:<11} {value}") for name, value in facts.items() if value]
+    names = [name for name in report.metrics if name in row.metrics or name in (row.test_metrics or {})]
+    headings = ["metric", "validation", report.held_out]
+    tested = row.test_metrics or {}
+    measured = [
+        [name, with_interval(row.metrics, row.intervals, name), with_interval(tested, row.test_intervals, name)]
+        for name in names
+    ]
+    parts += _terminal_table(headings, measured)
+    if row.per_class:
+        columns_of_class = list(next(iter(row.per_class.values())))
+        lines = [
+            [label, *(number(values[name], 0 if name == "support" else 3) for name in columns_of_class)]
+            for label, values in row.per_class.items()
+        ]
+        parts += _terminal_table(["class", *columns_of_class], lines)
+    known = [name for name in ("step", "samples", "train_loss", *report.metrics) if any(name in at for at in row.curve)]
+    points = [[number(at.get(name), 0 if name in ("step", "samples") else 3) for name in known] for at in row.curve]
+    parts += _terminal_table(known, points) if known else []
+    return Group(*parts)
 
 
 def markdown(report: Report) -> str:

@@ -61,7 +61,7 @@ def columns(report: Report) -> list[tuple[str, Cell]]:
     for path in parameter_columns(report):
         found.append((path.rpartition(".")[2], _parameter(path)))
     found += [("state", _state), ("rung", _rung(report))]
-    found.append((f"validation {report.metric}", lambda row: _with_interval(row.metrics, row.intervals, report.metric)))
+    found.append((f"validation {report.metric}", lambda row: with_interval(row.metrics, row.intervals, report.metric)))
     for name in report.metrics if report.arms is None else ():
         found.append((f"{report.held_out} {name}", _held_out(name, wide=name == report.metric)))
     found += [
@@ -89,7 +89,7 @@ def terminal_columns(report: Report) -> list[tuple[str, Cell]]:
         ("rung", _rung(report)),
         (f"val {report.metric}", lambda row: _briefly(row.metrics, row.intervals, report.metric)),
         (f"{split} {report.metric}", lambda row: _briefly(row.test_metrics or {}, row.test_intervals, report.metric)),
-        *((f"{split} {name}", _held_out(name, wide=False)) for name in shown_of_texts(report)),
+        *((f"{split} {name}", _held_out(name, wide=False)) for name in shown_metrics(report)),
         ("train time", lambda row: duration(row.train_seconds)),
         ("tokens/s", lambda row: number(row.tokens_per_second, 0)),
         ("peak GiB", lambda row: number(row.peak_memory_gib, 2)),
@@ -98,10 +98,13 @@ def terminal_columns(report: Report) -> list[tuple[str, Cell]]:
     return found
 
 
-def shown_of_texts(report: Report) -> list[str]:
-    """The metrics of answers for which even a terminal has room."""
-    wanted = [name for name in ("rougeL", "bertscore_f1", "exact_match") if name != report.metric]
-    return [name for name in wanted if name in report.metrics]
+_ALWAYS = ("accuracy", "f1", "precision", "recall", "loss")
+"""Metrics that nobody has to ask for, and that follow each other."""
+
+
+def shown_metrics(report: Report) -> list[str]:
+    """The metrics that a terminal shows beside the one that decides: those that were asked for, and perplexity."""
+    return [name for name in report.metrics if name != report.metric and name not in _ALWAYS]
 
 
 def _briefly(metrics: Metrics, intervals: dict[str, tuple[float, float]], name: str) -> str:
@@ -131,11 +134,12 @@ def _state(row: Row) -> str:
 
 def _held_out(name: str, *, wide: bool) -> Cell:
     if wide:
-        return lambda row: _with_interval(row.test_metrics or {}, row.test_intervals, name)
+        return lambda row: with_interval(row.test_metrics or {}, row.test_intervals, name)
     return lambda row: number((row.test_metrics or {}).get(name))
 
 
-def _with_interval(metrics: Metrics, intervals: dict[str, tuple[float, float]], name: str) -> str:
+def with_interval(metrics: Metrics, intervals: dict[str, tuple[float, float]], name: str) -> str:
+    """A metric with its 95 % interval, where it has one."""
     value = number(metrics.get(name))
     ends = intervals.get(name)
     return f"{value} [{number(ends[0])}, {number(ends[1])}]" if ends and value != MISSING else value

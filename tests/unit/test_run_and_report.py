@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import multiprocessing
@@ -379,6 +380,18 @@ def test_commands_that_read_a_run(finished: Run, tmp_path: Path) -> None:
         assert any(word in done.stdout for word in ("aaaa", finished.id, "step=1"))
     for words in (("status",), ("report",), ("list",)):
         json.loads(lorafleet_here(*words, "--format", "json", "--runs", runs, cwd=tmp_path).stdout)
+    one = lorafleet_here("report", "tiny:aaaa", "--runs", runs, cwd=tmp_path).stdout
+    assert "accuracy   0.700 [0.650, 0.750]  0.690" in one
+    assert "lora.lora_r=2" in one
+    found = json.loads(lorafleet_here("report", "tiny:aaaa", "--format", "json", "--runs", runs, cwd=tmp_path).stdout)
+    assert (found["trial_id"], found["metrics"]["accuracy"]) == ("aaaa", 0.7)
+    table = lorafleet_here("report", "--format", "csv", "--runs", runs, cwd=tmp_path).stdout
+    assert len(list(csv.DictReader(io.StringIO(table)))) == 5
+    line = lorafleet_here("report", "tiny:base", "--format", "csv", "--runs", runs, cwd=tmp_path).stdout
+    assert {row["trial_id"] for row in csv.DictReader(io.StringIO(line))} == {"base"}
+    unknown = lorafleet_here("report", "tiny:zzz", "--runs", runs, cwd=tmp_path)
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert "has no trial zzz; it has base, bbbb, aaaa" in unknown.stderr
     missing = lorafleet_here("report", "nothing", "--runs", runs, cwd=tmp_path)
     assert (missing.returncode, missing.stdout) == (2, "")
     assert "there is no run 'nothing'" in missing.stderr

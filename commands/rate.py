@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from commands.common import DEFAULT_RUNS, RunName, Runs, Trust, confirm_trust, console, say
+from commands.common import DEFAULT_RUNS, RunName, Runs, Trust, confirm_trust, console, say, tell
 
 if TYPE_CHECKING:
     from evaluation.rating import Item, Notebook
@@ -75,7 +75,14 @@ def _serve(book: Notebook, title: str, port: int) -> None:
 
 
 def _ask(book: Notebook) -> None:
-    """Every rating that is missing, one after another."""
+    """Every rating that is missing, one after another, and at the end whose the answers were."""
+    _ask_missing(book)
+    for one in book.means():
+        scores = ", ".join(f"{criterion} {mean:.2f}" for criterion, mean in one["means"].items())
+        tell(f"{one['arm']}: {scores} (means of your ratings of {one['rows']} rows)")
+
+
+def _ask_missing(book: Notebook) -> None:
     from evaluation.rating import CRITERIA, HIGHEST, LOWEST
 
     screen = console()
@@ -88,7 +95,10 @@ def _ask(book: Notebook) -> None:
         if not _missing(book, item, wanted):
             continue
         screen.rule(f"row {number} of {len(book.items)}")
-        screen.print(item.prompt, markup=False)
+        for role, text in item.turns:
+            screen.print(f"{role}: {text}", markup=False)
+        if not item.turns:
+            screen.print(item.prompt, markup=False)
         for slot, text in zip(_slots(item), item.texts, strict=True):
             screen.print(f"\n{slot}: {text or '(nothing)'}", markup=False)
         while left := _missing(book, item, wanted):

@@ -37,11 +37,16 @@ class Item:
     arms: tuple[str, ...]
     """The arm in each place; a rater is not told."""
     texts: tuple[str, ...]
+    turns: tuple[tuple[str, str], ...] = ()
+    """Of a conversation: who said what before the answer."""
 
     def shown(self) -> dict[str, Any]:
         """What a rater sees."""
         answers = [{"slot": slot, "text": text} for slot, text in zip(_SLOTS, self.texts, strict=False)]
-        return {"row": self.row, "prompt": self.prompt, "reference": self.reference, "answers": answers}
+        turns = [{"role": role, "text": text} for role, text in self.turns]
+        return {
+            "row": self.row, "prompt": self.prompt, "turns": turns, "reference": self.reference, "answers": answers
+        }  # fmt: skip
 
 
 def sheet(
@@ -58,7 +63,8 @@ def sheet(
         arms = list(answers)
         draw.shuffle(arms)
         texts = tuple(answers[arm][row] or "" for arm in arms)
-        items.append(Item(row, rows[row]["prompt"], rows[row]["reference"], tuple(arms), texts))
+        turns = tuple((str(turn["role"]), str(turn["text"])) for turn in rows[row].get("turns", ()))
+        items.append(Item(row, rows[row]["prompt"], rows[row]["reference"], tuple(arms), texts, turns))
     return items
 
 
@@ -123,6 +129,23 @@ class Notebook:
         whole = text[:4000].encode(errors="replace").decode()  # half a character would be written, and never read
         self._write({"row": row, "note": whole})
         self.notes[row] = whole
+
+    def means(self) -> list[dict[str, Any]]:
+        """What a rater may see once everything is rated: which answers were whose, and each one's mean scores."""
+        if self.missing:
+            return []
+        arms = list(dict.fromkeys(arm for item in self.items for arm in item.arms))
+        return [
+            {
+                "arm": arm,
+                "rows": len(self.items),
+                "means": {
+                    criterion: float(np.mean([self.scores[item.row, arm, criterion] for item in self.items]))
+                    for criterion in CRITERIA
+                },
+            }
+            for arm in sorted(arms)
+        ]
 
     def shown(self) -> dict[str, Any]:
         """What a rater sees: rows, answers, and own ratings by place."""

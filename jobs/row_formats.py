@@ -111,9 +111,11 @@ class Row:
             return Row(messages=self.messages[: self._answered], tools=self.tools)
         return Row(text=self.text)
 
-    def shown(self) -> dict[str, str]:
-        """What a run keeps of a held-out row, to be read where the data is not."""
-        return {"prompt": self.prompt, "reference": self.reference}
+    def shown(self) -> dict[str, Any]:
+        """What a run keeps of a held-out row, to be read where the data is not; of a conversation its turns too."""
+        asked = self.messages[: self._answered] if self.messages else ()
+        turns = [{"role": one.role, "text": one.content or one.tool_calls} for one in asked]
+        return {"prompt": self.prompt, "reference": self.reference} | ({"turns": turns} if turns else {})
 
     def as_record(self) -> dict[str, Any]:
         """Build the JSON object that is stored; `from_record` reads it."""

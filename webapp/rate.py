@@ -48,6 +48,10 @@ def rating_app(book: Notebook, title: str, token: str, port: int) -> FastAPI:
     def sheet() -> dict[str, Any]:
         return book.shown() | {"title": title}
 
+    @app.get("/api/means")
+    def means() -> dict[str, Any]:
+        return {"means": book.means()}
+
     @app.post("/api/rate")
     def rate(rated: Rated) -> dict[str, Any]:
         with one_at_a_time:

@@ -159,6 +159,13 @@ def test_a_rater_in_a_browser_and_a_server_that_is_killed(answered: Run, tmp_pat
             "A/fluency/4", "A/coherence/3", "A/correctness/5", "B/fluency/1", "B/coherence/1", "B/correctness/1",
         ]  # fmt: skip
         browser.save_screenshot(str(tmp_path / "rate.png"))
+        press(Keys.ARROW_RIGHT)
+        says("row 2 of 5")
+        assert not browser.find_element(By.ID, "done").is_displayed()
+        press(*"3" * 24)
+        says("30 of 30 rated")
+        wait.until(lambda page: "2.60" in page.find_element(By.ID, "means").text)  # (1 + 4 * 3) / 5
+        assert {"aaaa", "base"} <= set(browser.find_element(By.ID, "means").text.split())
         if os.environ.get("LORAFLEET_KEEP_SCREENS"):
             shutil.copy(tmp_path / "rate.png", os.environ["LORAFLEET_KEEP_SCREENS"])
         server.end(signal.SIGINT)

@@ -17,7 +17,9 @@ from evaluation.rating import CRITERIA, Notebook, alpha, checked_rater, folder_o
 from evaluation.render import html, markdown
 from evaluation.report import build_report
 from jobs import files
+from jobs.conversation import Message
 from jobs.errors import RunError, UserError
+from jobs.row_formats import Row
 from jobs.run import Run, RunState, TrialState
 from tests.conftest import JobMaker
 
@@ -108,6 +110,31 @@ def test_what_is_rated_is_kept_and_taken_back(answered: Run) -> None:
     for wrong in ((99, "A", "fluency", 1), (row, "C", "fluency", 1), (row, "A", "beauty", 1), (row, "A", "fluency", 6)):
         with pytest.raises(UserError):
             book.rate(*wrong)
+
+
+def test_whose_the_answers_were_is_told_at_the_end() -> None:
+    rows, answers = [{"prompt": "p", "reference": "r"}] * 2, {"base": ["x", "y"], "lora": ["v", "w"]}
+    book = Notebook(Path("/dev/null"), sheet(rows, answers, "ann", 2))
+    for place, item in enumerate(book.items):
+        for arm in item.arms:
+            for criterion in CRITERIA:
+                assert book.means() == []
+                book.scores[item.row, arm, criterion] = (4 if arm == "lora" else 1) + place
+    assert book.means() == [
+        {"arm": "base", "rows": 2, "means": dict.fromkeys(CRITERIA, 1.5)},
+        {"arm": "lora", "rows": 2, "means": dict.fromkeys(CRITERIA, 4.5)},
+    ]
+
+
+def test_the_turns_of_a_conversation_have_their_speakers() -> None:
+    asked = (Message("system", "be brief"), Message("user", "hi"), Message("assistant", "", tool_calls="[1]"))
+    shown = Row(messages=(*asked, Message("user", "and?"), Message("assistant", "yes"))).shown()
+    assert [(turn["role"], turn["text"]) for turn in shown["turns"]] == [
+        ("system", "be brief"), ("user", "hi"), ("assistant", "[1]"), ("user", "and?"),
+    ]  # fmt: skip
+    assert "turns" not in Row(text="a text", label="x").shown()
+    (item,) = sheet([shown], {"a": ["b"], "c": ["d"]}, "ann", 1)
+    assert item.shown()["turns"][1] == {"role": "user", "text": "hi"}
 
 
 def test_many_arms_and_odd_notes(answered: Run) -> None:

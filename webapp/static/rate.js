@@ -63,7 +63,7 @@ function draw() {
   get("title").textContent = sheet.title;
   get("progress").textContent = `row ${at + 1} of ${sheet.items.length}, ${rated} of ${wanted()} rated`;
   get("number").textContent = `held-out row ${item.row}`;
-  get("prompt").textContent = item.prompt;
+  get("prompt").replaceChildren(...drawnPrompt(item));
   get("reference").textContent = item.reference;
   get("note").value = sheet.notes[item.row] || "";
   const answers = get("answers");
@@ -92,7 +92,35 @@ function draw() {
     answers.append(box);
   }
   get("row").hidden = false;
-  get("done").hidden = rated < wanted();
+  const ended = rated >= wanted();
+  if (ended) queueMicrotask(() => last.then(drawMeans)); // after what is being written
+  get("done").hidden = !ended;
+}
+
+// A conversation names who speaks; a text alone is shown as it is.
+function drawnPrompt(item) {
+  if (!item.turns.length) return [item.prompt];
+  return item.turns.map((turn) => {
+    const box = element("div", undefined, { class: "turn" });
+    box.append(element("b", turn.role), turn.text);
+    return box;
+  });
+}
+
+// Which answers were whose is told when nothing can be rated by it any more.
+async function drawMeans() {
+  try {
+    const { means } = await ask("/api/means");
+    const rows = means.map((one) => [one.arm, ...sheet.criteria.map((name) => one.means[name].toFixed(2))]);
+    const lines = [["mean of your ratings", ...sheet.criteria], ...rows].map((cells, index) => {
+      const line = element("tr");
+      line.append(...cells.map((cell) => element(index ? "td" : "th", cell)));
+      return line;
+    });
+    get("means").replaceChildren(...(means.length ? lines : []));
+  } catch (error) {
+    say(error);
+  }
 }
 
 async function rate(index, score) {

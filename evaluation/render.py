@@ -142,6 +142,7 @@ def one_trial(report: Report, row: Row) -> RenderableType:
     facts = {
         "values": ", ".join(f"{path}={value}" for path, value in row.params.items()),
         "trained": f"{row.step:,} steps, {row.samples:,} rows, {duration(row.train_seconds)}" if row.step else "",
+        "evaluated": f"{row.eval_samples_per_second:,.0f} rows a second" if row.eval_samples_per_second else "",
         "parameters": f"{row.trainable_parameters:,} trained" if row.trainable_parameters else "",
         "formats": row.number_formats or "",
         "memory": f"{number(row.peak_memory_gib, 2)} GiB at most" if row.peak_memory_gib else "",
@@ -229,6 +230,10 @@ def table_csv(report: Report) -> str:
         "samples",
         "train_seconds",
         "eval_seconds",
+        "eval_runtime",
+        "eval_samples_per_second",
+        "eval_steps_per_second",
+        "seconds_per_answer",
         "samples_per_second",
         "tokens_per_second",
         "peak_memory_gib",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -348,13 +349,14 @@ def _checked_base(run: Run, facts: dict[str, Any]) -> Row:
 def rows_of(run: Run, job: JobSpec) -> list[Row]:
     """Return a row for each trial that can be read; the others are among the run's remarks."""
     found = []
+    validation = files.read_json(run.path / "facts.json").get("rows", {}).get("validation")
     for trial in run.trials():
         with contextlib.suppress(DamagedFile), damaged_where_wrong(trial.path):
-            found.append(_row(trial, job))
+            found.append(_row(trial, job, validation))
     return found
 
 
-def _row(trial: Trial, job: JobSpec) -> Row:
+def _row(trial: Trial, job: JobSpec, validation: int | None) -> Row:
     params, status, rows = trial.params(), trial.status(), trial.metrics()
     best = _best_evaluation(rows, job)
     last = rows[-1] if rows else {}
@@ -362,6 +364,8 @@ def _row(trial: Trial, job: JobSpec) -> Row:
     split = "test" if "test" in test else "validation"
     failure = status.get("failure")
     seconds = (last.get("train_seconds") or 0.0) + (last.get("eval_seconds") or 0.0)
+    of_fold = params.get("assignment", {}).get(FOLD) is not None
+    speed = _evaluation_speed(rows, job, None if of_fold else validation)
     return Row(
         trial_id=trial.id,
         state=trial.state.value,
@@ -379,6 +383,10 @@ def _row(trial: Trial, job: JobSpec) -> Row:
         samples=int(last.get("samples", 0)),
         train_seconds=last.get("train_seconds"),
         eval_seconds=last.get("eval_seconds"),
+        eval_runtime=speed.get("eval_runtime"),
+        eval_samples_per_second=speed.get("eval_samples_per_second"),
+        eval_steps_per_second=speed.get("eval_steps_per_second"),
+        seconds_per_answer=speed.get("seconds_per_answer"),
         samples_per_second=last.get("samples_per_second"),
         tokens_per_second=last.get("tokens_per_second"),
         peak_memory_gib=last.get("peak_memory_gib"),
@@ -389,6 +397,23 @@ def _row(trial: Trial, job: JobSpec) -> Row:
         reason=status.get("reason"),
         curve=[_point(row, job) for row in rows],
     )
+
+
+def _evaluation_speed(rows: list[dict[str, Any]], job: JobSpec, validation: int | None) -> dict[str, float | None]:
+    """Return how fast a trial was evaluated: Hugging Face's names, and seconds an answer; `validation` are its rows."""
+    evaluations = sum(bool(row.get("evaluated")) for row in rows)
+    seconds = rows[-1].get("eval_seconds") if rows else None
+    if not (evaluations and seconds and isinstance(validation, int) and validation):
+        return {}
+    runtime = seconds / evaluations
+    each = job.train.per_device_eval_batch_size * job.resources.world_size
+    answers = any(one.name in job.text_metrics for one in job.decision_metrics)
+    return {
+        "eval_runtime": runtime,
+        "eval_samples_per_second": validation / runtime,
+        "eval_steps_per_second": math.ceil(validation / each) / runtime,
+        "seconds_per_answer": runtime / validation if answers else None,
+    }
 
 
 def _best_evaluation(rows: list[dict[str, Any]], job: JobSpec) -> dict[str, Any]:

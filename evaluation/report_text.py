@@ -68,6 +68,9 @@ def columns(report: Report) -> list[tuple[str, Cell]]:
         ("train time", lambda row: duration(row.train_seconds)),
         ("samples/s", lambda row: number(row.samples_per_second, 1)),
         ("tokens/s", lambda row: number(row.tokens_per_second, 0)),
+        ("one evaluation", lambda row: duration(row.eval_runtime)),
+        ("evaluated rows/s", lambda row: number(row.eval_samples_per_second, 1)),
+        *([("s an answer", lambda row: number(row.seconds_per_answer, 2))] if _answered(report) else []),
         ("peak GiB", lambda row: number(row.peak_memory_gib, 2)),
         (
             "trained parameters",
@@ -77,6 +80,10 @@ def columns(report: Report) -> list[tuple[str, Cell]]:
     if any(row.gpu_hours for row in report.trials):
         found.append(("GPU-hours", lambda row: number(row.gpu_hours, 3)))
     return found
+
+
+def _answered(report: Report) -> bool:
+    return any(row.seconds_per_answer is not None for row in report.trials)
 
 
 def terminal_columns(report: Report) -> list[tuple[str, Cell]]:

@@ -57,7 +57,15 @@ class Row(Spec):
     train_seconds: float | None = None
     """Seconds of training alone: no start-up, no evaluation."""
     eval_seconds: float | None = None
-    """Seconds of evaluation."""
+    """Seconds of all its evaluations."""
+    eval_runtime: float | None = None
+    """Seconds of one evaluation on the validation rows, on average."""
+    eval_samples_per_second: float | None = None
+    """Validation rows per second of evaluation."""
+    eval_steps_per_second: float | None = None
+    """Passes (`train.per_device_eval_batch_size` rows on each process) per second of evaluation."""
+    seconds_per_answer: float | None = None
+    """Seconds of evaluation for a row that is answered, where every evaluation writes answers."""
     samples_per_second: float | None = None
     """Training rows per second of training."""
     tokens_per_second: float | None = None

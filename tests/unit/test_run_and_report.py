@@ -149,6 +149,14 @@ def test_the_report_has_the_shape_that_is_promised(finished: Run) -> None:
     assert set(data["recommendation"]) >= {"trial_id", "rule", "sentence"}
 
 
+def test_the_speed_of_evaluation_stands_beside_that_of_training(finished: Run) -> None:
+    """Two evaluations of 64 rows in one second together: half a second each, 128 rows and 4 passes of 32 a second."""
+    row = build_report(finished).row("aaaa")
+    assert (row.eval_runtime, row.eval_samples_per_second, row.eval_steps_per_second) == (0.5, 128.0, 4.0)
+    assert row.seconds_per_answer is None
+    assert "evaluated rows/s" in html(build_report(finished))
+
+
 def test_the_smallest_that_is_shown_to_lose_little_is_recommended(finished: Run) -> None:
     found = build_report(finished).recommendation
     assert found.trial_id == "aaaa"  # a quarter of the parameters, and 0.01 less on the same 3,000 rows

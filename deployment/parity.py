@@ -195,8 +195,8 @@ def _agreeing(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> np.nd
 def _score(results: RowResults, name: str) -> tuple[float | None, tuple[float, float] | None]:
     names = ["accuracy"] if name == "accuracy" else ["loss", "perplexity"]
     found = scores(results, names)
-    value, ends = _number(found.metrics[name]), found.intervals[name]
-    return value, ends if np.isfinite(ends).all() else None
+    value, ends = _number(found.metrics[name]), found.intervals.get(name)  # few rows have none
+    return value, ends if ends is not None and np.isfinite(ends).all() else None
 
 
 def _number(value: float) -> float | None:

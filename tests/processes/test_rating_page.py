@@ -166,6 +166,9 @@ def test_a_rater_in_a_browser_and_a_server_that_is_killed(answered: Run, tmp_pat
         says("30 of 30 rated")
         wait.until(lambda page: "2.60" in page.find_element(By.ID, "means").text)  # (1 + 4 * 3) / 5
         assert {"aaaa", "base"} <= set(browser.find_element(By.ID, "means").text.split())
+        browser.save_screenshot(str(tmp_path / "rated.png"))
+        if os.environ.get("LORAFLEET_KEEP_SCREENS"):
+            shutil.copy(tmp_path / "rated.png", os.environ["LORAFLEET_KEEP_SCREENS"])
         if os.environ.get("LORAFLEET_KEEP_SCREENS"):
             shutil.copy(tmp_path / "rate.png", os.environ["LORAFLEET_KEEP_SCREENS"])
         server.end(signal.SIGINT)
@@ -176,7 +179,6 @@ def test_a_rater_in_a_browser_and_a_server_that_is_killed(answered: Run, tmp_pat
     found = ratings_of(answered)
     assert found is not None
     first = sheet_of_run(answered, "ann", 20)[0]
-    assert {one.arm: one.mean for one in found.judgements if one.criterion == "fluency"} == dict(
-        zip(first.arms, (4.0, 1.0), strict=True)
-    )
+    fluency = {one.arm: one.mean for one in found.judgements if one.criterion == "fluency"}
+    assert fluency == pytest.approx(dict(zip(first.arms, ((4 + 4 * 3) / 5, (1 + 4 * 3) / 5), strict=True)))
     assert found.notes == [f"ann, row {sheet_of_run(answered, 'ann', 20)[1].row}: reads well"]

@@ -166,9 +166,6 @@ def test_a_rater_in_a_browser_and_a_server_that_is_killed(answered: Run, tmp_pat
         says("30 of 30 rated")
         wait.until(lambda page: "2.60" in page.find_element(By.ID, "means").text)  # (1 + 4 * 3) / 5
         assert {"aaaa", "base"} <= set(browser.find_element(By.ID, "means").text.split())
-        browser.save_screenshot(str(tmp_path / "rated.png"))
-        if os.environ.get("LORAFLEET_KEEP_SCREENS"):
-            shutil.copy(tmp_path / "rated.png", os.environ["LORAFLEET_KEEP_SCREENS"])
         if os.environ.get("LORAFLEET_KEEP_SCREENS"):
             shutil.copy(tmp_path / "rate.png", os.environ["LORAFLEET_KEEP_SCREENS"])
         server.end(signal.SIGINT)

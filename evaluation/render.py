@@ -32,7 +32,7 @@ from evaluation.report_text import (
     terminal_columns,
     with_interval,
 )
-from jobs.report import Report, Row
+from jobs.report import Arm, Report, Row
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -85,7 +85,7 @@ def _terminal_arms(report: Report, width: int) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    arms, shown = report.arms or [], terminal_arm_columns(report)
+    arms, shown = report.shown_arms, terminal_arm_columns(report)
     whole = len(shown)
     for dropped in (*_ARMS_LEAST_FIRST, *reversed(shown_metrics(report))):
         if sum(2 + max(len(heading), *(len(cell(arm)) for arm in arms)) for heading, cell in shown) <= width:
@@ -188,7 +188,9 @@ def markdown(report: Report) -> str:
         columns_of_arms = arm_columns(report)
         lines += ["| " + " | ".join(plain(heading) for heading, _ in columns_of_arms) + " |"]
         lines += ["|" + "---|" * len(columns_of_arms)]
-        lines += ["| " + " | ".join(plain(cell(arm)) for _, cell in columns_of_arms) + " |" for arm in report.arms]
+        lines += [
+            "| " + " | ".join(plain(cell(arm)) for _, cell in columns_of_arms) + " |" for arm in report.shown_arms
+        ]
     if report.arms is not None and report.shown:
         lines += ["", "## Every configuration", ""]
     if report.shown:
@@ -313,7 +315,7 @@ def html(report: Report) -> str:
         facts=_facts(report),
         tiles=_arm_tiles(report) if report.arms is not None else _tiles(report, report.row(chosen)) if chosen else [],
         arm_headings=[heading for heading, _ in arm_columns(report)],
-        arms=[(arm, [cell(arm) for _, cell in arm_columns(report)]) for arm in report.arms or []],
+        arms=_arm_rows(report),
         pairs=pair_cells(report),
         ratings=ratings_table(report),
         folds=folds_table(report),
@@ -328,6 +330,14 @@ _UNFOLDED = 100
 
 def _encoded(drawn: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return [(caption, base64.b64encode(svg.encode()).decode()) for caption, svg in drawn]
+
+
+def _arm_rows(report: Report) -> list[tuple[Arm, list[str]]]:
+    """Return (an arm, its cells) for each row of a comparison's table."""
+    if report.arms is None:
+        return []
+    columns_of_arms = arm_columns(report)
+    return [(arm, [cell(arm) for _, cell in columns_of_arms]) for arm in report.shown_arms]
 
 
 def _arm_tiles(report: Report) -> list[tuple[str, str]]:

@@ -131,12 +131,13 @@ def _baselines(run: Run, facts: dict[str, Any], job: JobSpec) -> list[Baseline]:
 
         common, metrics = of_classes(counts["train"], counts.get("validation", {}))
         tested = of_classes(counts["train"], counts.get(held_out, {}))[1]
-        return [Baseline(what=f"always saying {common!r}", metrics=dict(metrics), test_metrics=dict(tested))]
+        what = f"always saying {common!r}"
+        return [Baseline(name=f"always {common}", what=what, metrics=dict(metrics), test_metrics=dict(tested))]
     with damaged_where_wrong(run.baselines_file):
         stored = files.read_json(run.baselines_file)
         chosen, judged = stored.get("validation") or {}, stored.get(held_out) or {}
         return [
-            Baseline(what=name, metrics=chosen.get(name, {}), test_metrics=judged.get(name, {}))
+            Baseline(name=name, what=name, metrics=chosen.get(name, {}), test_metrics=judged.get(name, {}))
             for name in dict.fromkeys([*chosen, *judged])
         ]
 

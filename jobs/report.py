@@ -267,6 +267,8 @@ class Ratings(Spec):
 class Baseline(Spec):
     """What needs no training, on the same rows."""
 
+    name: str = ""
+    """What tables call it."""
     what: str
     """What it does: always the commonest class, an empty answer."""
     metrics: Metrics = {}
@@ -364,8 +366,26 @@ class Report(Spec):
 
     @property
     def shown(self) -> list[Row]:
-        """The table's rows: the base, then the trials; a comparison has its base among the arms."""
-        return [self.base, *self.trials] if self.arms is None else self.trials
+        """The table's rows: the base and the baselines, then the trials; a comparison has them among the arms."""
+        if self.arms is not None:
+            return self.trials
+        baselines = [
+            Row(
+                trial_id=one.name or one.what,
+                state="finished",
+                metrics=one.metrics,
+                test_metrics=one.test_metrics or None,
+                trainable_parameters=0,
+            )
+            for one in self.baselines
+        ]
+        return [self.base, *baselines, *self.trials]
+
+    @property
+    def shown_arms(self) -> list[Arm]:
+        """The rows of a comparison's table: the arms, and what needs no training."""
+        baselines = [Arm(arm=one.name or one.what, what="nothing", metrics=one.test_metrics) for one in self.baselines]
+        return [*(self.arms or []), *baselines]
 
     def row(self, trial_id: str) -> Row:
         """The row of one trial."""

@@ -469,7 +469,6 @@ def test_equal_candidates_are_rarely_said_to_differ(
     kind: str, candidates: int, rows: int, data_sets: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any of them from the best, which is picked on the same rows."""
-    monkeypatch.setattr(paired, "_DRAWS", 500)
     monkeypatch.setattr(paired, "_FLIPS", 500)
     draw = np.random.default_rng(7)
     wrong = 0
@@ -481,7 +480,7 @@ def test_equal_candidates_are_rarely_said_to_differ(
         else:
             models = [losses(hard + draw.normal(0, 0.2, rows), np.ones(rows)) for _ in range(candidates)]
         goal = "maximize" if kind == "accuracy" else "minimize"
-        found = Comparison([Candidate(str(n), [one]) for n, one in enumerate(models)], kind, goal)  # type: ignore[arg-type]
+        found = Comparison([Candidate(str(n), [one]) for n, one in enumerate(models)], kind, goal, 500)  # type: ignore[arg-type]
         best = str(int(np.argmax(found.values_K) if goal == "maximize" else np.argmin(found.values_K)))
         wrong += any(found.is_worse(name, best) for name in found.names if name != best)
     assert wrong / DATA_SETS <= 0.06

@@ -14,6 +14,12 @@ from tests.slurm.conftest import Login
 pytestmark = pytest.mark.ray
 
 
+@pytest.fixture(autouse=True)
+def _by_the_same_user(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that are made in this process are those of the user who logs in."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(login.home / "state"))
+
+
 def test_a_model_is_exported_measured_and_judged_where_it_lies(login: Login, bert_job: JobMaker) -> None:
     run = trained(bert_job(train__max_steps=30, train__learning_rate=1e-2), login.home)
     there = ("--on", "rig", "--wait")

@@ -1,4 +1,4 @@
-"""Benchmark reading large data files: as they are read and as Python objects, taking turns in separate processes.
+"""Benchmark reading large data files: in columns or packed, against Python objects, in separate processes.
 
 python -m benchmarks.rows [--rows 500000]
 """
@@ -52,7 +52,8 @@ def write_rows(path: Path, rows: int) -> None:
             file.write("text,label\n")
         for number in range(rows):
             text = f"{' '.join(random_words.choices(WORDS, k=18))} {number}"
-            label, answer = random_words.choice(["good", "bad"]), " ".join(random_words.choices(WORDS, k=8))
+            label = random_words.choice(["good", "bad"])
+            answer = " ".join(random_words.choices(WORDS, k=8))
             turns = [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
             row: dict[str, object] = {
                 "classes": {"text": text, "label": label},

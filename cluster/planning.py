@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from cluster.memory import checkpoint_bytes, estimate, trained_parameters
 from cluster.shape import Shape, shape
-from evaluation.baselines import of_classes
-from evaluation.verdict import of_rows
+from evaluation.baselines import majority_class
+from evaluation.verdict import check_rows
 from jobs import arms, rungs, search
 from jobs.defaults import learning_rate
 from jobs.errors import AssetError, JobFileError, Problem
@@ -250,7 +250,7 @@ def _known(job: JobSpec) -> _Known:
     rows = facts = None
     try:
         rows = load_rows(job)
-        notes += [*rows.warnings, *_cautions(job, rows)]
+        notes += [*rows.warnings, *_check_decision(job, rows)]
     except AssetError as missing:
         notes.append(f"{missing}; rows are taken as {_ASSUMED_ROWS:,}")
     try:
@@ -264,17 +264,19 @@ def _known(job: JobSpec) -> _Known:
         notes = [*tokens.warnings, *(note for note in notes if note not in tokens.warnings)]
         return _Known(rows, facts, _model(job), longest, examples, tuple(token_lines(tokens)), tuple(notes))
     longest = _longest_tokens(rows) if rows else job.model.max_length
-    lines = (*_class_lines(rows), *_to_beat(job, rows)) if rows and rows.labels else ()
+    lines = tuple(_class_lines(job, rows)) if rows and rows.labels else ()
     return _Known(rows, facts, _model(job), longest, len(rows.train) if rows else None, lines, tuple(notes))
 
 
-def _cautions(job: JobSpec, rows: Rows) -> list[str]:
-    """Say what of the rows will speak against the decision."""
-    return of_rows(_counts(rows) if rows.labels else {}, _deciding(job, rows), len(_splits(rows)[_deciding(job, rows)]))
+def _check_decision(job: JobSpec, rows: Rows) -> list[str]:
+    """Return cautions about the rows that will decide."""
+    split = _deciding_split(job, rows)
+    counts = _count_classes(rows) if rows.labels else {}
+    return check_rows(counts, split, len(_splits(rows)[split]))
 
 
-def _deciding(job: JobSpec, rows: Rows) -> str:
-    """Return the split that is decided on: a search's, or the held-out rows of a comparison."""
+def _deciding_split(job: JobSpec, rows: Rows) -> str:
+    """Return the split that decides: validation for a search, the held-out rows for a comparison."""
     return "validation" if job.compare is None or rows.chosen_on_test else "test"
 
 
@@ -282,26 +284,25 @@ def _splits(rows: Rows) -> dict[str, AnyRows]:
     return {"train": rows.train, "validation": rows.validation, "test": rows.test}
 
 
-def _counts(rows: Rows) -> dict[str, dict[str, int]]:
-    """Return how many rows each class has in each split."""
-    return {name: dict.fromkeys(rows.labels, 0) | label_counts(split) for name, split in _splits(rows).items()}
+def _count_classes(rows: Rows) -> dict[str, dict[str, int]]:
+    """Return split -> class -> number of rows."""
+    counts = {}
+    for name, split in _splits(rows).items():
+        counts[name] = dict.fromkeys(rows.labels, 0) | label_counts(split)
+    return counts
 
 
-def _to_beat(job: JobSpec, rows: Rows) -> list[str]:
-    """Say what the commonest class alone gets."""
-    counts, split = _counts(rows), _deciding(job, rows)
-    common, metrics = of_classes(counts["train"], counts[split])
-    value = metrics.get(job.metric.name)
-    return [] if value is None else [f"to beat: always {common}, {job.metric.name} {value:.3f} ({split})"]
-
-
-def _class_lines(rows: Rows) -> list[str]:
-    """Say how many rows each class has in each split."""
-    lines = []
-    for name, counts in _counts(rows).items():
-        shown = [f"{label} {counts[label]:,}" for label in rows.labels[:_MAX_CLASSES]]
+def _class_lines(job: JobSpec, rows: Rows) -> list[str]:
+    """Describe how many rows each class has in each split, and the majority-class baseline."""
+    lines, counts = [], _count_classes(rows)
+    for name, of_split in counts.items():
+        shown = [f"{label} {of_split[label]:,}" for label in rows.labels[:_MAX_CLASSES]]
         more = ", ..." if len(rows.labels) > _MAX_CLASSES else ""
-        lines.append(f"{name}: {counted(sum(counts.values()), 'row')} ({', '.join(shown)}{more})")
+        lines.append(f"{name}: {counted(sum(of_split.values()), 'row')} ({', '.join(shown)}{more})")
+    split, metric = _deciding_split(job, rows), job.metric.name
+    label, metrics = majority_class(counts["train"], counts[split])
+    if metric in metrics:
+        lines.append(f"baseline: always predicting {label!r} has {metric} {metrics[metric]:.3f} ({split})")
     return lines
 
 

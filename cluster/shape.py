@@ -63,11 +63,12 @@ class Shape:
 
     @property
     def parameters(self) -> int:
-        """All weights, for a model whose weights are not here.
+        """Number of parameters, for a model whose weights are not downloaded.
 
-        Exact for Llama and Mistral without biases; of others biases and norms are left out (below one in a hundred).
+        Exact for Llama and Mistral models without biases. For others, biases and norms (below 1 %) are left out.
         """
-        return self.matrices + self.norms + self.hidden * (self.vocabulary * (1 if self.tied else 2) + self.positions)
+        embeddings = self.vocabulary * (1 if self.tied else 2) + self.positions
+        return self.matrices + self.norms + self.hidden * embeddings
 
     @property
     def inner(self) -> int:

@@ -26,7 +26,9 @@ ReportOutput = Annotated[ReportFormat, typer.Option("--format", help="What to pr
 ReportName = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RUN[:TRIAL]]", help="Id, job name or folder of a run, or one of its trials.", show_default=False
+        metavar="[RUN[:TRIAL]]",
+        help="Id, job name or folder of a run, or one of its trials. Default: the newest run.",
+        show_default=False,
     ),
 ]
 
@@ -59,11 +61,16 @@ def report(run: ReportName = None, runs: Runs = DEFAULT_RUNS, output: ReportOutp
     if output is ReportFormat.CSV:
         from evaluation.render import arms_csv, table_csv
 
-        for line in (table_csv if report_of_it.arms is None else arms_csv)(report_of_it).splitlines():
-            tell(line)
+        _print_csv(table_csv(report_of_it) if report_of_it.arms is None else arms_csv(report_of_it))
         return
     if show_report(report_of_it, plain) and not stranger:
         tell(f"\nreport   {found.path / 'report' / 'report.html'}")
+
+
+def _print_csv(text: str) -> None:
+    """Print CSV line by line: a cell in quotes keeps its line feeds, all other control characters are escaped."""
+    for line in text.removesuffix("\n").split("\n"):
+        tell(line)
 
 
 def _show_trial(report: Report, trial_id: str, output: ReportFormat) -> None:
@@ -80,7 +87,6 @@ def _show_trial(report: Report, trial_id: str, output: ReportFormat) -> None:
     if output is ReportFormat.JSON:
         tell(printable_json(row.model_dump_json(indent=2)))
     elif output is ReportFormat.CSV:
-        for line in table_csv(report.model_copy(update={"trials": [row], "arms": None})).splitlines():
-            tell(line)
+        _print_csv(table_csv(report, [row]))
     else:
         console().print(one_trial(report, row))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from evaluation.report_text import duration, number
+from evaluation.report_text import describe, duration, number, short
 from jobs import files
 from jobs.errors import RunError
 from jobs.metrics import is_better
@@ -93,26 +93,23 @@ def best_line(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def best_over_folds(lines: list[dict[str, Any]]) -> str | None:
-    """Say which configuration has the best mean, of those with scores on the most folds; None without folds."""
-    by_configuration: dict[str, tuple[dict[str, Any], list[float]]] = {}
+    """Describe the configuration with the best mean so far, among those with the most finished folds.
+
+    Returns None outside of a cross-validation.
+    """
+    scores_of: dict[str, tuple[dict[str, Any], list[float]]] = {}
     for line in lines:
         if FOLD in line["params"] and line["score"] is not None:
             params = without_fold(line["params"])
-            by_configuration.setdefault(repr(params), (params, []))[1].append(line["score"])
-    if not by_configuration:
+            scores_of.setdefault(repr(params), (params, []))[1].append(line["score"])
+    if not scores_of:
         return None
-    most = max(len(scores) for _, scores in by_configuration.values())
-    means = [(fmean(scores), params) for params, scores in by_configuration.values() if len(scores) == most]
+    folds = max(len(scores) for _, scores in scores_of.values())
+    means = [(fmean(scores), params) for params, scores in scores_of.values() if len(scores) == folds]
     pick = max if lines[0]["goal"] == "maximize" else min
-    mean, params = pick(means, key=lambda one: one[0])
-    return (
-        f"best mean so far: {_described(params)} with {lines[0]['metric']} {number(mean)} over {counted(most, 'fold')}"
-    )
-
-
-def _described(params: dict[str, Any]) -> str:
-    shown = {path: f"{value:.3g}" if isinstance(value, float) else value for path, value in params.items()}
-    return ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in shown.items())
+    mean, params = pick(means, key=lambda pair: pair[0])
+    score = f"{lines[0]['metric']} {number(mean)}"
+    return f"best mean so far: {short(params)} with {score} over {counted(folds, 'fold')}"
 
 
 def run_view(run: Run, place: str = "") -> RenderableType:
@@ -186,7 +183,6 @@ def news(run: Run, seen: set[str]) -> Iterator[str]:
 
 
 def _all_news(run: Run) -> Iterator[str]:
-    from evaluation.report import describe
 
     plan = files.read_json(run.path / "plan.json").get("job", {})
     metric, _ = _metric(plan)

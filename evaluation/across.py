@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from evaluation.choose import Choice, choose
-from evaluation.comparison import arms_of_run, compared, finite_intervals, finite_metrics, pairs_of
+from evaluation.comparison import arms_of_run, compare_arms, finite_intervals, finite_metrics, list_pairs
 from evaluation.metrics import scores
-from evaluation.report import bare, build_report, chosen_results, run_job, short
+from evaluation.report import bare, build_report, chosen_results, run_job
+from evaluation.report_text import short
 from evaluation.results import RowResults
 from evaluation.samples import differing
 from jobs import files
@@ -57,10 +58,9 @@ def across(runs: Sequence[Run]) -> Report:
         [
             each
             for group in _alike(entries)
-            for each in compared(
+            for each in compare_arms(
                 {entry.arm.arm: dict(enumerate(entry.results)) for entry in group},
-                one.name,
-                one.goal,
+                one,
                 job.evaluate.bootstrap_samples,
             )
         ]
@@ -84,7 +84,7 @@ def across(runs: Sequence[Run]) -> Report:
             "run": " and ".join(run.id for run in runs),
             "state": "side by side",
             "arms": arms,
-            "pairs": pairs_of(by_metric[0]),
+            "pairs": list_pairs(by_metric[0]),
             "trials": trials,
             "samples": differing(rows, firsts, labels),
             "recommendation": choose(arms, deciding, choice),

@@ -1,7 +1,4 @@
-"""What needs no training: always the commonest class, an empty answer, the question as its own answer. Pure.
-
-N rows, C classes.
-"""
+"""Metrics of baselines that need no training: the most common class, an empty answer, the question as the answer."""
 
 from __future__ import annotations
 
@@ -10,60 +7,69 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from evaluation.text_metrics import text_metrics
 from jobs.metrics import TEXT_METRICS
 from jobs.row_formats import Row
 
-MOST_ROWS = 2_000
-"""Rows of which answers are judged."""
-_OF_ANSWERS = tuple(name for name in TEXT_METRICS if name not in ("bertscore_f1", "length_ratio"))
+MAX_ROWS = 2_000
+"""Rows on which the answers are evaluated: ROUGE takes about 1 ms per row."""
+_METRICS_OF_ANSWERS = tuple(name for name in TEXT_METRICS if name not in ("bertscore_f1", "length_ratio"))
+"""Metrics that need no encoder and no code of the user."""
 
 
-def of_classes(train: Mapping[str, int], held_out: Mapping[str, int]) -> tuple[str, dict[str, float]]:
-    """Return (the commonest training class, the metrics on other rows of always saying it). The loss is that of the
-    classes' shares among the training rows, as the probabilities of every row.
+def majority_class(train_counts: Mapping[str, int], counts: Mapping[str, int]) -> tuple[str, dict[str, float]]:
+    """Evaluate a classifier that always predicts the most common class of the training rows.
 
-    `train` and `held_out` have the rows of each class.
+    Args:
+        train_counts: Class -> training rows.
+        counts: Class -> rows to evaluate on.
+
+    Returns:
+        The class, and accuracy, f1, precision and recall as scikit-learn computes them. `loss` is that of predicting
+        the class frequencies of the training rows; it is left out if a class has no training row.
     """
-    common = max(train, key=lambda name: train[name])  # the first of equals
-    rows, right = sum(held_out.values()), held_out.get(common, 0)
+    majority = max(train_counts, key=lambda label: train_counts[label])
+    rows = sum(counts.values())
     if not rows:
-        return common, {}
-    occurring = {name for name, count in held_out.items() if count} | {common}
-    share, parts = right / rows, len(occurring)
-    known = sum(train.values())
-    chances = {name: train.get(name, 0) / known for name in held_out}
-    loss = sum(count * -math.log(chances[name]) for name, count in held_out.items() if count and chances[name] > 0)
+        return majority, {}
+    hits = counts.get(majority, 0)
+    occurring = len({label for label, count in counts.items() if count} | {majority})
+    accuracy = hits / rows
     metrics = {
-        "accuracy": share,
-        "f1": 2 * right / (right + rows) / parts,
-        "precision": share / parts,
-        "recall": (1.0 if right else 0.0) / parts,
+        "accuracy": accuracy,
+        "f1": 2 * hits / (hits + rows) / occurring,
+        "precision": accuracy / occurring,
+        "recall": (1.0 if hits else 0.0) / occurring,
     }
-    if all(chances[name] > 0 for name, count in held_out.items() if count):
-        metrics["loss"] = loss / rows
-    return common, metrics
+    train_rows = sum(train_counts.values())
+    evaluated = {label: count for label, count in counts.items() if count}
+    if all(train_counts.get(label) for label in evaluated):
+        log_likelihood = sum(count * math.log(train_counts[label] / train_rows) for label, count in evaluated.items())
+        metrics["loss"] = -log_likelihood / rows
+    return majority, metrics
 
 
-def of_answers(rows: Sequence[Row], names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return the metrics of an empty answer and of the question as its own answer, on the first rows; those alone that
-    need no encoder and no code of the user's."""
-    wanted = [name for name in names if name in _OF_ANSWERS]
-    if not wanted or not rows:
+def trivial_answers(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Evaluate an empty answer and the question as the answer, on up to `MAX_ROWS` rows.
+
+    Returns baseline -> metric -> value, for the metrics that need no encoder and no code of the user.
+    """
+    from evaluation.text_metrics import text_metrics
+
+    names = [name for name in metrics if name in _METRICS_OF_ANSWERS]
+    if not names or not rows:
         return {}
-    judged = rows[:MOST_ROWS]
-    references = [row.reference for row in judged]
+    rows = rows[:MAX_ROWS]
+    references = [row.reference for row in rows]
     answers = {
-        "an empty answer": [""] * len(judged),
-        "the question as its own answer": [_question(row) for row in judged],
+        "an empty answer": [""] * len(rows),
+        "the question as the answer": [_last_question(row) for row in rows],
     }
-    found = {name: text_metrics(wanted, said, references) for name, said in answers.items()}
-    return {
-        name: {metric: float(np.sum(above) / max(1e-12, np.sum(below))) for metric, (above, below) in ratios.items()}
-        for name, ratios in found.items()
-    }
+    results = {}
+    for baseline, texts in answers.items():
+        ratios = text_metrics(names, texts, references)
+        results[baseline] = {name: float(np.mean(numerator)) for name, (numerator, _) in ratios.items()}
+    return results
 
 
-def _question(row: Row) -> str:
-    """Return what was asked last."""
+def _last_question(row: Row) -> str:
     return row.messages[-2].content if len(row.messages) > 1 else row.prompt

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from evaluation.decide import Option, Words, decide, sentence, tolerance_of
-from evaluation.intervals import SHARES
+from evaluation.decide import Option, Tolerances, Wording, decide, describe_tolerances, explain, format_interval
 from evaluation.paired import Comparison
 from jobs.compare import Cost, Rule
 from jobs.report import Arm, Recommendation
@@ -48,10 +48,10 @@ class Choice:
     goal: Goal
     cost: Cost
     within: float = 0.0
-    tolerances: Mapping[str, float | None] = field(default_factory=dict)
-    """Metric -> how much of it may be lost; None where the job does not say."""
+    tolerances: Tolerances = field(default_factory=dict)
+    """One entry for every metric that decides, the first metric first."""
     rows: int = 0
-    """Held-out rows."""
+    """Number of held-out rows."""
 
     def score(self, arm: Arm) -> float:
         """An arm's metric, turned so that more is better."""
@@ -70,71 +70,83 @@ class Choice:
 
 
 def choose(arms: list[Arm], comparisons: Sequence[Comparison], choice: Choice) -> Recommendation:
-    """Return the arm to ship, and why, in words. `comparisons` are by each metric that decides, the first first."""
-    scored = [arm for arm in arms if arm.comparable and arm.metrics.get(choice.metric) is not None]
-    unranked = [arm.arm for arm in arms if not arm.comparable]
+    """Choose an arm by the rule of the job file. `comparisons` has one entry per deciding metric."""
+    ranked = [arm for arm in arms if arm.comparable and arm.metrics.get(choice.metric) is not None]
+    excluded = [arm.arm for arm in arms if not arm.comparable]
     rule = rule_text(choice)
-    if unranked and len(arms) - len(unranked) < 2:
-        said = "Nothing is ranked: no two of them were judged alike (the remarks say what differs)."
-        return Recommendation(trial_id=None, rule=rule, sentence=said)
-    if not scored:
+    if excluded and len(arms) - len(excluded) < 2:
+        sentence = "Nothing is ranked: no two of them were judged alike (the remarks say what differs)."
+        return Recommendation(trial_id=None, rule=rule, sentence=sentence)
+    if not ranked:
         return Recommendation(trial_id=None, rule=rule, sentence="No arm has a score yet.")
-    options = {arm.arm: Option(arm.arm, choice.score(arm), choice.price(arm)) for arm in scored}
-    decision = decide(list(options.values()), comparisons, choice.tolerances, choice.rows, choice.slack)
-    by_name = {arm.arm: arm for arm in scored}
-    if choice.rule == "cheapest_within_tolerance" or decision.too_few_rows:
-        chosen = by_name[decision.chosen.name if not decision.too_few_rows else decision.best.name]
-        words = Words("arm", "held-out row", lambda name: name, lambda one: _price(by_name[one.name], choice))
-        said = sentence(decision, comparisons, choice.tolerances, words, lambda name: _got(by_name[name], choice))
+    by_name = {arm.arm: arm for arm in ranked}
+    options = [Option(arm.arm, choice.score(arm), choice.price(arm)) for arm in ranked]
+    decision = decide(options, comparisons, choice.tolerances, choice.rows, choice.slack)
+    if decision.has_too_few_rows or choice.rule == "cheapest_within_tolerance":
+        option = decision.best if decision.has_too_few_rows else decision.chosen
+        chosen = by_name[option.name]
+        wording = Wording(
+            noun="arm",
+            row_noun="held-out row",
+            describe=lambda name: name,
+            format_cost=lambda option: _price(by_name[option.name], choice),
+            format_score=lambda name: f"{choice.metric} {_score(by_name[name], choice)}",
+        )
+        sentence = explain(decision, comparisons, choice.tolerances, wording)
     else:
-        chosen, said = _by_score(scored, by_name[decision.best.name], comparisons, choice)
-    if unranked:
-        said += f" Not ranked beside the other {len(scored)}: {', '.join(unranked)}."
+        chosen, sentence = _choose_by_score(ranked, by_name[decision.best.name], comparisons, choice)
+    if excluded:
+        sentence += f" Not ranked beside the other {len(ranked)}: {', '.join(excluded)}."
     return Recommendation(
         trial_id=chosen.trial_id,
         arm=chosen.arm,
         rule=rule,
         cost=choice.cost,
-        sentence=said,
+        sentence=sentence,
         adapter=chosen.weights,
-        decided=not decision.too_few_rows,
+        decided=not decision.has_too_few_rows,
     )
 
 
-def _by_score(scored: list[Arm], best: Arm, comparisons: Sequence[Comparison], choice: Choice) -> tuple[Arm, str]:
-    """Return (the arm, the sentence) of the rules that look at scores alone."""
-    got = _got(best, choice)
+def _choose_by_score(
+    ranked: list[Arm], best: Arm, comparisons: Sequence[Comparison], choice: Choice
+) -> tuple[Arm, str]:
+    """Apply a rule that uses scores only. Return the arm and the sentence."""
+    score = f"{choice.metric} {_score(best, choice)}"
     if choice.rule == "pareto":
-        there = ", ".join(f"{arm.arm} ({_score(arm, choice)}, {_price(arm, choice)})" for arm in front(scored, choice))
-        return (
-            best,
-            f"Ship {best.arm}: it has the best {got}. None beats these in both: {there or 'no cost was measured'}.",
-        )
+        arms = [f"{arm.arm} ({_score(arm, choice)}, {_price(arm, choice)})" for arm in front(ranked, choice)]
+        unbeaten = ", ".join(arms) or "no cost was measured"
+        return best, f"Ship {best.arm}: it has the best {score}. None beats these in both: {unbeaten}."
     if choice.rule == "best":
-        return best, f"Ship {best.arm}: it has the best {got}{_against_next(best, scored, comparisons, choice)}."
-    near = [arm for arm in scored if choice.score(arm) >= choice.score(best) - choice.within]
-    priced = [arm for arm in near if choice.price(arm) is not None]
-    if not priced:
-        return best, f"Ship {best.arm}: it has the best {got}; {COSTS[choice.cost][0]} was measured of none."
-    least = min(choice.price(arm) or 0.0 for arm in priced)
-    cheap = [arm for arm in priced if (choice.price(arm) or 0.0) <= choice.slack * least]
-    chosen = max(cheap, key=lambda arm: (choice.score(arm), -(choice.price(arm) or 0.0)))
-    close = "" if choice.price(chosen) == least else f"within {SAME_TIME - 1:.0%} of "
+        p_value = _format_p_value(best, ranked, comparisons, choice)
+        return best, f"Ship {best.arm}: it has the best {score}{p_value}."
+    return _smallest_within(ranked, best, score, choice)
+
+
+def _smallest_within(ranked: list[Arm], best: Arm, score: str, choice: Choice) -> tuple[Arm, str]:
+    """Apply the rule `smallest_within`."""
+    near = [arm for arm in ranked if choice.score(arm) >= choice.score(best) - choice.within]
+    costs = {arm.arm: cost for arm in near if (cost := choice.price(arm)) is not None}
+    if not costs:
+        return best, f"Ship {best.arm}: it has the best {score}; {COSTS[choice.cost][0]} was measured of none."
+    lowest = min(costs.values())
+    cheap = [arm for arm in near if costs.get(arm.arm, math.inf) <= choice.slack * lowest]
+    chosen = max(cheap, key=lambda arm: (choice.score(arm), -costs[arm.arm]))
+    close = "" if costs[chosen.arm] == lowest else f"within {SAME_TIME - 1:.0%} of "
     price = f"{_price(chosen, choice)} is {close}the least"
     if chosen is best:
-        return (
-            best,
-            f"Ship {best.arm}: it has the best {got}, and {price} of the {len(near)} arms within {choice.within:g}.",
-        )
+        arms = f"the {len(near)} arms within {choice.within:g}"
+        return best, f"Ship {best.arm}: it has the best {score}, and {price} of {arms}."
     return chosen, (
-        f"Ship {chosen.arm}: its {_got(chosen, choice)} is within {choice.within:g} of the {_score(best, choice)} of "
-        f"{best.arm}, and {price} of the {len(near)} for which that holds ({_price(best, choice)} for {best.arm})."
+        f"Ship {chosen.arm}: its {choice.metric} {_score(chosen, choice)} is within {choice.within:g} of the "
+        f"{_score(best, choice)} of {best.arm}, and {price} of the {len(near)} for which that holds "
+        f"({_price(best, choice)} for {best.arm})."
     )
 
 
-def _against_next(best: Arm, scored: list[Arm], comparisons: Sequence[Comparison], choice: Choice) -> str:
-    """Write the p-value of the best against the one after it, where they were compared row by row."""
-    others = [arm for arm in scored if arm is not best]
+def _format_p_value(best: Arm, ranked: list[Arm], comparisons: Sequence[Comparison], choice: Choice) -> str:
+    """Format the p-value of the best arm against the next best, or "" if they were not compared."""
+    others = [arm for arm in ranked if arm is not best]
     if not others or not comparisons:
         return ""
     other = max(others, key=choice.score)
@@ -158,11 +170,10 @@ def rule_text(choice: Choice) -> str:
     """Return a rule in words."""
     words = COSTS[choice.cost][0] + (f" (within {SAME_TIME - 1:.0%}: the same)" if choice.slack > 1 else "")
     if choice.rule == "cheapest_within_tolerance":
-        kept = may_lose_all(choice.tolerances)
         return (
-            f"of the arms that the held-out rows show to lose at most {kept} against the best by {choice.metric} "
-            f"(simultaneous 95 % intervals of paired differences), the one that needs least: {words}; where they show "
-            "it of none, the best"
+            f"the arm that needs least ({words}) of those that lose at most {describe_tolerances(choice.tolerances)} "
+            "against the best (simultaneous 95 % intervals of paired differences on the held-out rows); if there is "
+            "none, the best"
         )
     if choice.rule == "smallest_within":
         return f"of the arms within {choice.within:g} of the best {choice.metric}, the one that needs least: {words}"
@@ -171,25 +182,9 @@ def rule_text(choice: Choice) -> str:
     return f"the best {choice.metric} on the held-out rows"
 
 
-def may_lose_all(tolerances: Mapping[str, float | None]) -> str:
-    """Write how much of each metric may be lost."""
-    return " and ".join(_may_lose(name, given) for name, given in tolerances.items())
-
-
-def _may_lose(name: str, given: float | None) -> str:
-    if given is not None:
-        return f"{given:g} of {name}"
-    return f"{tolerance_of(name, None, 1.0):g} of {name}" if name in SHARES else f"1 % of {name}"
-
-
-def _got(arm: Arm, choice: Choice) -> str:
-    return f"{choice.metric} {_score(arm, choice)}"
-
-
 def _score(arm: Arm, choice: Choice) -> str:
     ends = arm.interval.get(choice.metric)
-    span = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
-    return f"{arm.metrics[choice.metric]:.3f}{span}"
+    return f"{arm.metrics[choice.metric]:.3f}" + (f" {format_interval(ends)}" if ends else "")
 
 
 def _price(arm: Arm, choice: Choice) -> str:

@@ -13,10 +13,10 @@ import numpy as np
 
 from evaluation import verdict
 from evaluation.choose import Choice, choose
-from evaluation.intervals import contributions
 from evaluation.metrics import Scores, confusion, per_class, scores
-from evaluation.paired import Candidate, Comparison
-from evaluation.report import build_report, short
+from evaluation.paired import Candidate, Comparison, comparable_candidates
+from evaluation.report import build_report
+from evaluation.report_text import short
 from evaluation.results import RowResults
 from evaluation.samples import differing, mistakes, worst
 from evaluation.summary import read_results
@@ -24,8 +24,7 @@ from jobs import files
 from jobs.compare import ArmSpec
 from jobs.report import Arm, BatchSpeed, Inference, Intervals, Metrics, Pair, Report, Row
 from jobs.run import Run
-from jobs.rungs import Goal
-from jobs.search_spec import SEED
+from jobs.search_spec import SEED, NamedMetric
 from jobs.spec import JobSpec
 
 _WHAT = {
@@ -103,48 +102,54 @@ Judged = Mapping[str, Mapping[int, RowResults]]
 """Arm -> seed -> what its model did with each row."""
 
 
-def compared(
-    judged: Judged, metric: str, goal: Goal, draws: int, origins: Mapping[str, str] | None = None
+def compare_arms(
+    judged: Judged, metric: NamedMetric, draws: int, origins: Mapping[str, str] | None = None
 ) -> list[Comparison]:
-    """Compare the arms that have results, on the same rows: all of them at once, where their losses are of the same
-    tokens. The first group is the largest.
+    """Compare the arms that were evaluated on the same rows, the largest group first.
 
-    `origins` names the arm whose adapters an arm has, where they are not its own: such two have the same models.
+    Args:
+        judged: Arm -> seed -> per-row results.
+        metric: What to compare by. Losses of different tokens form different groups.
+        draws: Draws of the bootstrap.
+        origins: Arm -> the arm whose adapters it has, if they are not its own.
     """
-    groups: list[list[Candidate]] = []
+    candidates = []
     for name, results in judged.items():
-        models = [results[seed] for seed in sorted(results)]
-        if not models or not all(one.has(metric) for one in models):
-            continue
-        if not all(np.isfinite(contributions(one, metric)).all() for one in models):
-            continue
-        candidate = Candidate(name, models, (origins or {}).get(name))
-        group = next((group for group in groups if _same_rows(group[0].models[0], models[0], metric)), None)
-        group.append(candidate) if group else groups.append([candidate])
+        if results:
+            models = [results[seed] for seed in sorted(results)]
+            candidates.append(Candidate(name, models, (origins or {}).get(name)))
+    groups: list[list[Candidate]] = []
+    for candidate in comparable_candidates(candidates, metric.name):
+        first = candidate.models[0]
+        group = next((group for group in groups if _share_rows(group[0].models[0], first, metric.name)), None)
+        if group is None:
+            groups.append([candidate])
+        else:
+            group.append(candidate)
     groups.sort(key=len, reverse=True)
-    return [Comparison(group, metric, goal, draws) for group in groups if len(group) > 1]
+    return [Comparison(group, metric.name, metric.goal, draws) for group in groups if len(group) > 1]
 
 
-def _same_rows(one: RowResults, other: RowResults, metric: str) -> bool:
-    """Whether two models were judged on the same rows; a loss of other tokens is another loss."""
-    if len(one) != len(other):
+def _share_rows(results: RowResults, other: RowResults, metric: str) -> bool:
+    """Return True if a metric of both is over the same rows and, for a loss, over the same tokens."""
+    if len(results) != len(other):
         return False
-    return metric not in ("loss", "perplexity") or np.array_equal(one.targets_R, other.targets_R)
+    return metric not in ("loss", "perplexity") or np.array_equal(results.targets_R, other.targets_R)
 
 
-def pairs_of(comparisons: Iterable[Comparison]) -> list[Pair]:
-    """Return every two arms that were compared."""
+def list_pairs(comparisons: Iterable[Comparison]) -> list[Pair]:
+    """Return every pair of arms that was compared."""
     return [
         Pair(
             one=one,
             other=other,
-            metric=each.metric,
-            difference=each.difference(one, other),
-            interval=each.interval(one, other),
-            p_value=each.p_value(one, other),
+            metric=comparison.metric,
+            difference=comparison.difference(one, other),
+            interval=comparison.interval(one, other),
+            p_value=comparison.p_value(one, other),
         )
-        for each in comparisons
-        for one, other in itertools.combinations(each.names, 2)
+        for comparison in comparisons
+        for one, other in itertools.combinations(comparison.names, 2)
     ]
 
 
@@ -285,7 +290,7 @@ def comparison_report(run: Run, job: JobSpec, plain: Report, counts: Mapping[str
     compare = job.compare
     origins = {name: arm.adapter_of for name, arm in compare.arms.items() if arm.adapter_of}
     metric, draws = job.metric, job.evaluate.bootstrap_samples
-    by_metric = [compared(judged, one.name, one.goal, draws, origins) for one in job.decision_metrics]
+    by_metric = [compare_arms(judged, one, draws, origins) for one in job.decision_metrics]
     rows = files.read_jsonl(run.rows_file(plain.held_out))
     choice = Choice(
         compare.rule,
@@ -299,7 +304,7 @@ def comparison_report(run: Run, job: JobSpec, plain: Report, counts: Mapping[str
     base = next((arm for arm in arms if arm.arm in _untuned(job)), None)
     update: dict[str, Any] = {
         "arms": arms,
-        "pairs": pairs_of(by_metric[0]),
+        "pairs": list_pairs(by_metric[0]),
         "trials": trials,
         "recommendation": choose(arms, [groups[0] for groups in by_metric if groups], choice),
         "rungs": [],
@@ -315,7 +320,7 @@ def comparison_report(run: Run, job: JobSpec, plain: Report, counts: Mapping[str
         if found.classified and labels:
             update["confusion"], update["per_class"] = confusion(found.classified), per_class(found.classified, labels)
     arm = next((arm for arm in arms if arm.arm == chosen), None)
-    update["recommendation"], cautions = verdict.checked(
+    update["recommendation"], cautions = verdict.check_against_baselines(
         update["recommendation"],
         metric.name,
         metric.goal,
@@ -324,10 +329,11 @@ def comparison_report(run: Run, job: JobSpec, plain: Report, counts: Mapping[str
         [one.model_copy(update={"metrics": one.test_metrics}) for one in plain.baselines],
         "held-out rows",
     )
-    cautions += verdict.of_rows(counts, plain.held_out, len(rows))
-    trained = next((row for row in trials if arm and arm.trial_id and row.trial_id == arm.trial_id), None)
-    cautions += verdict.of_model(metric.name, metric.goal, trained, update.get("confusion", []), labels)
-    cautions += verdict.of_scores(metric.name, [one.metrics.get(metric.name) for one in arms])
+    trial = next((row for row in trials if arm and arm.trial_id and row.trial_id == arm.trial_id), None)
+    cautions += verdict.check_rows(counts, plain.held_out, len(rows))
+    cautions += verdict.check_predictions(update.get("confusion", []), labels)
+    cautions += verdict.check_convergence(trial, metric.name, metric.goal)
+    cautions += verdict.check_scores(metric.name, [one.metrics.get(metric.name) for one in arms])
     update["cautions"] = cautions
     if base is not None and base.metrics:
         update["base"] = plain.base.model_copy(

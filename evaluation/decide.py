@@ -1,7 +1,7 @@
-"""Which candidate to ship, by one rule for sweeps and comparisons. Pure.
+"""Decide which candidate to ship. Sweeps, folds and comparisons share this rule.
 
-The cheapest candidate ships of which the rows show that it loses no more than the tolerance against the best, by every
-metric that decides; the best by score ships where they show it of none that is cheaper.
+The cheapest candidate ships for which the rows show that it loses at most the tolerance against the best, in every
+metric that decides. If they show it for no cheaper candidate, the best by score ships.
 """
 
 from __future__ import annotations
@@ -10,222 +10,295 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from evaluation.intervals import FEWEST_ROWS, SHARES
+from evaluation.intervals import MIN_ROWS, SHARES
 from evaluation.paired import Comparison
 from jobs.words import counted, unsigned_zero
 
-SHARE_TOLERANCE = 0.01
-"""What may be lost of a metric between 0 and 1 where the job does not say."""
-RELATIVE_TOLERANCE = 0.01
-"""What may be lost of any other, as a part of the best's value."""
+DEFAULT_SHARE_TOLERANCE = 0.01
+"""Default tolerance for metrics between 0 and 1."""
+DEFAULT_RELATIVE_TOLERANCE = 0.01
+"""Default tolerance for all other metrics, relative to the value of the best candidate."""
+_MAX_NAMES = 5
 
-
-_MOST_NAMED = 5
+Tolerances = Mapping[str, float | None]
+"""Metric -> how much of it may be lost. None selects the default of the metric."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """A candidate with what the decision needs of it."""
+    """A candidate with its score and cost."""
 
     name: str
     score: float
-    """The first metric, turned so that more is better."""
-    price: float | None
-    """What it costs; None where that is not known."""
+    """The first metric, with the sign that makes larger values better."""
+    cost: float | None
+    """Cost in the unit of the decision; None if it was not measured."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What was chosen, and what the rows show of the others."""
+    """The chosen option, and what the rows show about the others."""
 
     chosen: Option
     best: Option
-    """The best by score: of equals the cheapest."""
+    """The option with the best score; the cheapest of equals."""
     eligible: tuple[Option, ...]
-    """The best, and all of which it is shown that they lose no more than the tolerance."""
+    """The best, and all options that lose at most the tolerance."""
     worse: tuple[Option, ...]
-    """Those of which it is shown that they are worse than the best."""
+    """Options that are shown to be worse than the best."""
     undecided: tuple[Option, ...]
-    """Those that are cheaper than what was chosen, of which neither is shown."""
-    incomparable: tuple[Option, ...]
-    """Those of which no result row by row is known."""
+    """Options that are cheaper than `chosen` and for which the rows show neither."""
+    unranked: tuple[Option, ...]
+    """Options without per-row results."""
     rows: int
-    """Rows that it was decided on; 0 where that is not known."""
+    """Number of rows; 0 if unknown."""
 
     @property
-    def too_few_rows(self) -> bool:
-        """Whether no difference between two candidates could be shown on so many rows."""
-        return 0 < self.rows < FEWEST_ROWS
+    def has_too_few_rows(self) -> bool:
+        """True if no difference could be shown with so few rows."""
+        return 0 < self.rows < MIN_ROWS
 
 
-def tolerance_of(metric: str, given: float | None, best: float) -> float:
-    """Return how much of a metric may be lost: what the job says, or 0.01 of a share and 1 % of anything else."""
-    if given is not None:
-        return given
-    return SHARE_TOLERANCE if metric in SHARES else RELATIVE_TOLERANCE * abs(best)
+def resolve_tolerance(comparison: Comparison, tolerances: Tolerances, best: str) -> float:
+    """Return how much of a metric may be lost against the best candidate."""
+    tolerance = tolerances.get(comparison.metric)
+    if tolerance is not None:
+        return tolerance
+    if comparison.metric in SHARES:
+        return DEFAULT_SHARE_TOLERANCE
+    return DEFAULT_RELATIVE_TOLERANCE * abs(comparison.value(best))
+
+
+def describe_tolerances(tolerances: Tolerances) -> str:
+    """Return the tolerances as text, such as "0.01 of accuracy and 1 % of perplexity"."""
+    texts = []
+    for metric, tolerance in tolerances.items():
+        if tolerance is None and metric not in SHARES:
+            texts.append(f"{DEFAULT_RELATIVE_TOLERANCE:.0%} of {metric}".replace("%", " %"))
+        else:
+            texts.append(f"{DEFAULT_SHARE_TOLERANCE if tolerance is None else tolerance:g} of {metric}")
+    return " and ".join(texts)
 
 
 def decide(
     options: Sequence[Option],
     comparisons: Sequence[Comparison],
-    tolerances: Mapping[str, float | None],
+    tolerances: Tolerances,
     rows: int,
     slack: float = 1.0,
 ) -> Decision:
-    """Choose among options, of which the first are better where all else is equal.
+    """Choose one of the options.
 
-    `comparisons` are by each metric that decides, the first by which the best is found. With `slack` above 1, prices up
-    to so many times the least are the least.
+    Args:
+        options: At least one. Earlier options win ties.
+        comparisons: One per deciding metric, the first metric first.
+        tolerances: One entry per deciding metric.
+        rows: Number of rows; 0 if unknown.
+        slack: Costs up to this factor above the lowest count as equal.
     """
-    best = max(options, key=lambda one: (one.score, -_price(one)))
-    eligible, worse, incomparable = [best], [], []
-    undecided = []
-    for one in options:
-        if one is best:
+    best = max(options, key=lambda option: (option.score, -_cost(option)))
+    eligible, worse, undecided, unranked = [best], [], [], []
+    for option in options:
+        if option is best:
             continue
-        if len(comparisons) < max(1, len(tolerances)) or any(
-            {one.name, best.name} - set(each.names) for each in comparisons
-        ):
-            incomparable.append(one)
-            continue
-        if all(
-            each.most_worse(one.name, best.name)
-            <= tolerance_of(each.metric, tolerances.get(each.metric), each.value(best.name))
-            for each in comparisons
-        ):
-            eligible.append(one)
-        elif any(each.is_worse(one.name, best.name) for each in comparisons):
-            worse.append(one)
+        if not _are_compared(option, best, comparisons, len(tolerances)):
+            unranked.append(option)
+        elif _is_within_tolerance(option, best, comparisons, tolerances):
+            eligible.append(option)
+        elif any(each.is_worse(option.name, best.name) for each in comparisons):
+            worse.append(option)
         else:
-            undecided.append(one)
-    priced = [one for one in eligible if one.price is not None]
-    least = min((_price(one) for one in priced), default=0.0)
-    near = [one for one in priced if _price(one) <= slack * least]
-    chosen = max(near, key=lambda one: (one.score, -_price(one))) if near else best
-    cheaper = tuple(one for one in undecided if _price(one) < _price(chosen))
-    return Decision(chosen, best, tuple(eligible), tuple(worse), cheaper, tuple(incomparable), rows)
-
-
-def _price(one: Option) -> float:
-    return math.inf if one.price is None else one.price
-
-
-@dataclass(frozen=True)
-class Words:
-    """How a sentence speaks of the options."""
-
-    noun: str
-    """What one of them is: an arm, a configuration."""
-    rows: str
-    """What they were judged on: validation rows."""
-    called: Callable[[str], str]
-    """What an option is called where it is first named."""
-    price: Callable[[Option], str]
-    """What it costs."""
-
-
-def sentence(
-    decision: Decision,
-    comparisons: Sequence[Comparison],
-    tolerances: Mapping[str, float | None],
-    words: Words,
-    scored: Callable[[str], str],
-) -> str:
-    """Say what ships and why; `scored` writes an option's metric with its interval."""
-    chosen, best = decision.chosen, decision.best
-    on = f"on {counted(decision.rows, words.rows) if decision.rows else f'the {words.rows}s'}"
-    if decision.too_few_rows:
-        return (
-            f"Too few rows to decide: the score is of {counted(decision.rows, words.rows)}, and {FEWEST_ROWS} are the "
-            f"least on which two {words.noun}s can be told apart. The best score is that of {words.called(best.name)}: "
-            f"{scored(best.name)}."
-        )
-    ship = f"Ship {words.called(chosen.name)}:"
-    if chosen is not best:
-        lost = "; ".join(_loss(each, chosen.name, best.name, tolerances) for each in comparisons)
-        said = (
-            f"{ship} it costs least ({words.price(chosen)}) of the {len(decision.eligible)} that are shown to lose no "
-            f"more than the tolerance {on}: {scored(chosen.name)}, against {scored(best.name)} of {best.name} "
-            f"({words.price(best)}). {lost}."
-        )
-    else:
-        said = f"{ship} it has the best {scored(best.name)} {on}"
-        if len(decision.eligible) > 1:
-            also = counted(len(decision.eligible) - 1, f"other {words.noun}")
-            said += f", and costs least ({words.price(best)}): {also} would lose no more than the tolerance"
-        elif decision.worse and not decision.undecided:
-            nearest = max(decision.worse, key=lambda one: one.score)
-            said += f"; the nearest that is shown to be worse is {nearest.name} ({_shown(comparisons, nearest, best)})"
-        said += "."
-    question = open_question(decision, comparisons, tolerances)
-    said += f" {question}." if question else ""
-    if decision.incomparable:
-        names = ", ".join(one.name for one in decision.incomparable[:_MOST_NAMED])
-        more = (
-            f" and {len(decision.incomparable) - _MOST_NAMED} more" if len(decision.incomparable) > _MOST_NAMED else ""
-        )
-        said += f" What they did with each row is not stored, so these were judged by score alone: {names}{more}."
-    return said
-
-
-def _loss(comparison: Comparison, name: str, best: str, tolerances: Mapping[str, float | None]) -> str:
-    """Say how much an option that ships loses against the best, by one metric."""
-    tolerance = tolerance_of(comparison.metric, tolerances.get(comparison.metric), comparison.value(best))
-    loss, most = comparison.worse(name, best), comparison.most_worse(name, best)
-    return (
-        f"It loses {unsigned_zero(loss)} of {comparison.metric}, at most {unsigned_zero(most)} (95 %, all compared at "
-        f"once), where {tolerance:.2g} may be lost"
+            undecided.append(option)
+    chosen = _cheapest(eligible, best, slack)
+    cheaper = tuple(option for option in undecided if _cost(option) < _cost(chosen))
+    return Decision(
+        chosen=chosen,
+        best=best,
+        eligible=tuple(eligible),
+        worse=tuple(worse),
+        undecided=cheaper,
+        unranked=tuple(unranked),
+        rows=rows,
     )
 
 
-def _shown(comparisons: Sequence[Comparison], one: Option, best: Option) -> str:
-    """Write the difference by which an option is worse than the best, in the first metric that shows it."""
-    each = next(each for each in comparisons if each.is_worse(one.name, best.name))
-    ends, p_value = each.interval(best.name, one.name), each.p_value(best.name, one.name)
-    assert ends is not None
-    assert p_value is not None
-    if each.goal == "minimize":
-        ends = (-ends[1], -ends[0])
-    return f"{each.metric} {unsigned_zero(each.worse(one.name, best.name))} worse {span(ends)}, p = {p_value:.3f}"
+def _are_compared(option: Option, best: Option, comparisons: Sequence[Comparison], metrics: int) -> bool:
+    """Return True if both options were compared in every deciding metric."""
+    if len(comparisons) < max(1, metrics):
+        return False
+    return all({option.name, best.name} <= set(each.names) for each in comparisons)
 
 
-def open_question(
-    decision: Decision, comparisons: Sequence[Comparison], tolerances: Mapping[str, float | None]
+def _is_within_tolerance(
+    option: Option, best: Option, comparisons: Sequence[Comparison], tolerances: Tolerances
+) -> bool:
+    return all(
+        each.max_loss(option.name, best.name) <= resolve_tolerance(each, tolerances, best.name) for each in comparisons
+    )
+
+
+def _cheapest(eligible: Sequence[Option], best: Option, slack: float) -> Option:
+    """Return the cheapest option; among equal costs the one with the best score."""
+    measured = [option for option in eligible if option.cost is not None]
+    if not measured:
+        return best
+    lowest = min(map(_cost, measured))
+    cheap = [option for option in measured if _cost(option) <= slack * lowest]
+    return max(cheap, key=lambda option: (option.score, -_cost(option)))
+
+
+def _cost(option: Option) -> float:
+    return math.inf if option.cost is None else option.cost
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How sentences refer to options."""
+
+    noun: str
+    """Singular noun for an option, such as "arm"."""
+    row_noun: str
+    """Singular noun for a row, such as "validation row"."""
+    describe: Callable[[str], str]
+    """Option name -> its name with a short description."""
+    format_cost: Callable[[Option], str]
+    """Option -> its cost with the unit."""
+    format_score: Callable[[str], str]
+    """Option name -> its score with the interval."""
+
+
+def explain(
+    decision: Decision,
+    comparisons: Sequence[Comparison],
+    tolerances: Tolerances,
+    wording: Wording,
+) -> str:
+    """Return the recommendation with its reason, in a few sentences."""
+    if decision.has_too_few_rows:
+        return _explain_too_few_rows(decision, wording)
+    if decision.chosen is decision.best:
+        sentences = [_explain_best(decision, comparisons, wording)]
+    else:
+        sentences = _explain_cheaper(decision, comparisons, tolerances, wording)
+    open_question = explain_open_question(decision, comparisons, tolerances, wording)
+    if open_question:
+        sentences.append(open_question)
+    if decision.unranked:
+        names = _list_names(decision.unranked)
+        sentences.append(
+            f"There are no comparable per-row results of {names} (not stored or not finite); only their scores were "
+            "compared."
+        )
+    return " ".join(sentences)
+
+
+def _explain_too_few_rows(decision: Decision, wording: Wording) -> str:
+    best = decision.best.name
+    return (
+        f"Too few rows to decide: there are {counted(decision.rows, wording.row_noun)}, and at least {MIN_ROWS} are "
+        f"needed to tell two {wording.noun}s apart. {wording.describe(best)} has the best score: "
+        f"{wording.format_score(best)}."
+    )
+
+
+def _explain_best(decision: Decision, comparisons: Sequence[Comparison], wording: Wording) -> str:
+    best = decision.best
+    sentence = f"Ship {wording.describe(best.name)}: it has the best score, {wording.format_score(best.name)}, on "
+    sentence += f"{_count_rows(decision, wording)}."
+    others = len(decision.eligible) - 1
+    if others:
+        verb = "is" if others == 1 else "are"
+        return (
+            f"{sentence} {counted(others, f'other {wording.noun}')} {verb} within the tolerance, but not clearly "
+            f"cheaper ({wording.format_cost(best)} for {best.name})."
+        )
+    if decision.worse and not decision.undecided:
+        nearest = max(decision.worse, key=lambda option: option.score)
+        return f"{sentence} {_explain_worse(nearest, best, comparisons)}"
+    return sentence
+
+
+def _explain_worse(option: Option, best: Option, comparisons: Sequence[Comparison]) -> str:
+    comparison = next(each for each in comparisons if each.is_worse(option.name, best.name))
+    interval = comparison.loss_interval(option.name, best.name)
+    p_value = comparison.p_value(option.name, best.name)
+    loss = unsigned_zero(comparison.loss(option.name, best.name))
+    ends = format_interval(interval) if interval else ""
+    return f"{option.name} is worse in {comparison.metric} by {loss} {ends} (p = {p_value:.3f})."
+
+
+def _explain_cheaper(
+    decision: Decision, comparisons: Sequence[Comparison], tolerances: Tolerances, wording: Wording
+) -> list[str]:
+    chosen, best = decision.chosen, decision.best
+    lowest = min(map(_cost, decision.eligible))
+    about = "" if _cost(chosen) == lowest else "about "
+    sentences = [
+        f"Ship {wording.describe(chosen.name)}: it has {about}the lowest cost ({wording.format_cost(chosen)}) of the "
+        f"{len(decision.eligible)} {wording.noun}s within the tolerance.",
+        f"Its score on {_count_rows(decision, wording)} is {wording.format_score(chosen.name)}; the best is "
+        f"{wording.format_score(best.name)} of {best.name} ({wording.format_cost(best)}).",
+    ]
+    for each in comparisons:
+        loss = unsigned_zero(each.loss(chosen.name, best.name))
+        max_loss = unsigned_zero(each.max_loss(chosen.name, best.name))
+        tolerance = resolve_tolerance(each, tolerances, best.name)
+        sentences.append(
+            f"It loses {loss} in {each.metric}, at most {max_loss} with 95 % confidence (tolerance {tolerance:.2g})."
+        )
+    return sentences
+
+
+def explain_open_question(
+    decision: Decision, comparisons: Sequence[Comparison], tolerances: Tolerances, wording: Wording
 ) -> str | None:
-    """Say what the rows could not decide of the cheaper option that comes nearest, and how many rows would.
+    """Describe the best cheaper option that the rows could not decide on, and how many rows would be enough.
 
-    None where nothing is open. The sentence begins with the option's name.
+    Returns None if there is no such option.
     """
     if not decision.undecided:
         return None
-    near = max(decision.undecided, key=lambda one: one.score)
-    best, needed = decision.best, 0
-    parts = []
+    option, best = max(decision.undecided, key=lambda one: one.score), decision.best
+    losses, rows_needed = [], 0
     for each in comparisons:
-        tolerance = tolerance_of(each.metric, tolerances.get(each.metric), each.value(best.name))
-        if each.most_worse(near.name, best.name) <= tolerance:
+        tolerance = resolve_tolerance(each, tolerances, best.name)
+        if each.max_loss(option.name, best.name) <= tolerance:
             continue
-        ends = each.interval(best.name, near.name)
-        if ends is None:
-            parts.append(f"{each.metric} has no interval: {each.unsupported}")
+        interval = each.loss_interval(option.name, best.name)
+        if interval is None:
+            losses.append(f"{each.metric} has no interval ({each.missing_reason})")
             continue
-        if each.goal == "minimize":
-            ends = (-ends[1], -ends[0])
-        loss = unsigned_zero(each.worse(near.name, best.name))
-        parts.append(f"{each.metric} {loss} worse {span(ends)}, where {tolerance:.2g} may be lost")
-        needed = max(needed, each.rows_to_decide(near.name, best.name, tolerance) or 0)
-    more = f"; about {_rounded(needed):,} rows would decide it" if needed > decision.rows else ""
+        loss = unsigned_zero(each.loss(option.name, best.name))
+        losses.append(f"it loses {loss} {format_interval(interval)} in {each.metric} (tolerance {tolerance:.2g})")
+        rows_needed = max(rows_needed, each.rows_needed(option.name, best.name, tolerance) or 0)
+    sentence = (
+        f"{option.name} is cheaper ({wording.format_cost(option)}), but {_count_rows(decision, wording)} do not show "
+        f"whether it is within the tolerance: {'; '.join(losses)}."
+    )
+    if rows_needed > decision.rows:
+        sentence += f" About {_round_up(rows_needed):,} rows would show it."
     others = len(decision.undecided) - 1
-    also = f", nor of {counted(others, 'other')}" if others else ""
-    return f"{near.name} costs less, but {counted(decision.rows, 'row')} cannot tell{also} ({'; '.join(parts)}){more}"
+    if others:
+        sentence += f" The same is open for {counted(others, f'other {wording.noun}')}."
+    return sentence
 
 
-def span(ends: tuple[float, float]) -> str:
-    """Write an interval."""
-    return f"[{unsigned_zero(ends[0])}, {unsigned_zero(ends[1])}]"
+def _count_rows(decision: Decision, wording: Wording) -> str:
+    return counted(decision.rows, wording.row_noun) if decision.rows else f"the {wording.row_noun}s"
 
 
-def _rounded(rows: int) -> int:
-    """Return a number of rows with two digits: it is an estimate."""
-    digits: int = 10 ** max(0, len(str(rows)) - 2)
-    return math.ceil(rows / digits) * digits
+def _list_names(options: Sequence[Option]) -> str:
+    names = ", ".join(option.name for option in options[:_MAX_NAMES])
+    hidden = len(options) - _MAX_NAMES
+    return f"{names} and {hidden} more" if hidden > 0 else names
+
+
+def format_interval(interval: tuple[float, float]) -> str:
+    """Format an interval as `[low, high]`."""
+    return f"[{unsigned_zero(interval[0])}, {unsigned_zero(interval[1])}]"
+
+
+def _round_up(rows: int) -> int:
+    """Round a number of rows up to two digits: it is an estimate."""
+    digit: int = 10 ** max(0, len(str(rows)) - 2)
+    return math.ceil(rows / digit) * digit

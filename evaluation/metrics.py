@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.intervals import Interval, contributions, counts, interval_of
+from evaluation.intervals import Interval, confidence_interval, confusion_counts, contributions
 from evaluation.results import Classified, RowResults
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Metrics on some rows, each with its 95 % interval where the rows bear one (`intervals.why_none`)."""
+    """Metrics on some rows, each with its 95 % interval where the rows bear one (`intervals.missing_reason`)."""
 
     metrics: dict[str, float]
     intervals: dict[str, Interval]
@@ -39,7 +39,7 @@ def scores(results: RowResults | Sequence[RowResults], names: Iterable[str]) -> 
             metrics[name] = _exp(float(np.mean([contributions(one, "loss").mean() for one in models])))
         elif first.has(name):
             metrics[name] = float(np.mean([contributions(one, name).mean() for one in models]))
-        found = interval_of(models, name) if name in metrics else None
+        found = confidence_interval(models, name) if name in metrics else None
         if found is not None:
             intervals[name] = found
     return Scores(metrics, intervals)
@@ -47,13 +47,13 @@ def scores(results: RowResults | Sequence[RowResults], names: Iterable[str]) -> 
 
 def confusion(said: Classified) -> list[list[int]]:
     """How many rows of each class (outer) were said to be of which (inner)."""
-    cells: list[list[int]] = counts(said).astype(int).tolist()
+    cells: list[list[int]] = confusion_counts(said).astype(int).tolist()
     return cells
 
 
 def per_class(said: Classified, labels: Sequence[str]) -> dict[str, dict[str, float]]:
     """Precision, recall, F1 and how many rows there are, of each class."""
-    cells = counts(said)
+    cells = confusion_counts(said)
     right, true, predicted = np.diagonal(cells), cells.sum(axis=1), cells.sum(axis=0)
     table = {
         "precision": _share(right, predicted),

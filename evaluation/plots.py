@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 from evaluation.choose import COSTS, Choice, front
-from evaluation.report import short
+from evaluation.report_text import short
 from jobs.compare import Cost
 from jobs.report import Arm, Report, Row
 from jobs.search import without_fold

@@ -1,4 +1,4 @@
-"""Which trial of a search to ship: the smallest that is shown to lose little against the best. Pure."""
+"""Recommend a trial of a search: the smallest that loses little against the best."""
 
 from __future__ import annotations
 
@@ -7,195 +7,240 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
-from evaluation.choose import may_lose_all
-from evaluation.decide import Decision, Option, Words, decide, sentence, span
-from evaluation.paired import DRAWS, Candidate, Comparison
+from evaluation.decide import (
+    Decision,
+    Option,
+    Tolerances,
+    Wording,
+    decide,
+    describe_tolerances,
+    explain,
+    format_interval,
+)
+from evaluation.paired import DEFAULT_DRAWS, Candidate, Comparison, comparable_candidates
+from evaluation.report_text import describe
 from evaluation.results import RowResults
 from jobs.report import OverFolds, Recommendation, Row
 from jobs.rungs import Goal
 from jobs.search import without_fold
 
-MOST_COMPARED = 50
-"""Configurations, the best by score, that are compared with each other row by row."""
+MAX_COMPARED = 50
+"""Only this many candidates, the best by score, are compared row by row."""
 
 
 @dataclass(frozen=True)
-class Choosing:
-    """By what a search chooses."""
+class SearchRule:
+    """How a search chooses a trial."""
 
     metric: str
     goal: Goal
-    tolerances: Mapping[str, float | None]
-    """How much of each metric that decides may be lost, the first first; None: as the metric has it."""
+    tolerances: Tolerances
+    """One entry for every metric that decides, the first metric first."""
     also: tuple[tuple[str, Goal], ...] = ()
-    """Further metrics, and which way is better."""
+    """Further metrics that decide."""
     keep: int = 5
-    """Adapters on disk: those of this many best trials."""
+    """Number of best trials whose adapters are on disk."""
     rows: int = 0
-    """Validation rows."""
-    draws: int = DRAWS
+    """Number of validation rows; 0 if unknown."""
+    draws: int = DEFAULT_DRAWS
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Trial -> its searched values in words."""
+    """Trial id -> its searched values as text."""
 
-    def rule(self, of: str) -> str:
-        """Return the rule in words; `of` says which configurations it is about."""
+    def describe(self, candidates: str) -> str:
+        """Return the rule as text for the given kind of candidates."""
         return (
-            f"{of}, the one with the fewest trained parameters that the validation rows show to lose at most "
-            f"{may_lose_all(self.tolerances)} against the best (simultaneous 95 % intervals of paired "
-            "differences); where they show it of none, the best"
+            f"of {candidates}, the one with the fewest trained parameters that loses at most "
+            f"{describe_tolerances(self.tolerances)} against the best (simultaneous 95 % intervals of paired "
+            "differences on the validation rows); if there is none, the best"
         )
 
+    def describe_trial(self, trial_id: str) -> str:
+        """Return a trial id with its searched values."""
+        label = self.labels.get(trial_id)
+        return f"{trial_id} ({label})" if label else trial_id
 
-def recommend(rows: list[Row], choosing: Choosing, results: Mapping[str, RowResults]) -> Recommendation:
-    """Return the recommendation for a table. `results` are what trials did with each validation row.
 
-    Trials that were cut are left out while any trial was trained to the end: a cut trial's score is of a shorter
-    training, and its cost is not what it would be.
+def recommend(rows: list[Row], rule: SearchRule, results: Mapping[str, RowResults]) -> Recommendation:
+    """Recommend a trial.
+
+    Trials that were stopped early are ignored if any trial was trained to the end: their scores and costs are those of
+    a shorter training.
+
+    Args:
+        rows: All trials.
+        rule: How to choose.
+        results: Trial id -> its results on every validation row. May be incomplete.
     """
-    metric, keep = choosing.metric, choosing.keep
-    rule = choosing.rule("of the best configurations that were trained to the end (as many as search.keep)")
+    rule_text = rule.describe("the best configurations that were trained to the end (search.keep of them)")
+    trials = _ranked_trials(rows, rule)
+    if not trials:
+        sentence = "No trial has a score yet, so there is none to ship."
+        return Recommendation(trial_id=None, rule=rule_text, sentence=sentence)
+    by_id = {row.trial_id: row for row in trials}
+    compared = {row.trial_id: results[row.trial_id] for row in trials[:MAX_COMPARED] if row.trial_id in results}
+    comparisons = _compare(compared, rule)
+    decision = decide(_options(trials[: rule.keep], rule), comparisons, rule.tolerances, _count_rows(compared, rule))
+    wording = Wording(
+        noun="configuration",
+        row_noun="validation row",
+        describe=rule.describe_trial,
+        format_cost=_format_size,
+        format_score=lambda trial_id: _format_score(by_id[trial_id], rule.metric),
+    )
+    sentence = explain(decision, comparisons, rule.tolerances, wording)
+    if len(trials) == 1:
+        ended = "trained to the end" if trials[0].state == "finished" else "with a score"
+        sentence += f" It is the only configuration {ended}, so there was nothing to choose from."
+    option = decision.best if decision.has_too_few_rows else decision.chosen
+    return Recommendation(
+        trial_id=option.name,
+        rule=rule_text,
+        sentence=sentence,
+        decided=not decision.has_too_few_rows,
+    )
+
+
+def _ranked_trials(rows: list[Row], rule: SearchRule) -> list[Row]:
+    """Return the trials to choose from, the best first."""
     scored = [
         row
         for row in rows
         if row.state in ("finished", "stopped", "running")
         and row.fold is None
         and not row.repeats
-        and _score(row, metric) is not None
+        and row.metrics.get(rule.metric) is not None
     ]
-    whole = [row for row in scored if row.state == "finished"] or scored
-    if not whole:
-        return Recommendation(trial_id=None, rule=rule, sentence="No trial has a score yet, so there is none to ship.")
-    whole = sorted(whole, key=lambda row: _score(row, metric) or 0.0, reverse=choosing.goal == "maximize")
-    family = {row.trial_id: results[row.trial_id] for row in whole[:MOST_COMPARED] if row.trial_id in results}
-    comparisons = _comparisons(family, choosing)
-    decision = decide(_options(whole[:keep], choosing), comparisons, choosing.tolerances, _rows(family, choosing))
-    by_id = {row.trial_id: row for row in whole}
-    chosen = by_id[decision.best.name if decision.too_few_rows else decision.chosen.name]
-
-    def called(trial_id: str) -> str:
-        return f"{trial_id} ({choosing.labels[trial_id]})" if choosing.labels.get(trial_id) else trial_id
-
-    said = sentence(
-        decision,
-        comparisons,
-        choosing.tolerances,
-        Words("configuration", "validation row", called, _price),
-        lambda trial_id: f"{metric} {_with_span(by_id[trial_id], metric)}",
+    finished = [row for row in scored if row.state == "finished"]
+    return sorted(
+        finished or scored,
+        key=lambda row: row.metrics[rule.metric] or 0.0,
+        reverse=rule.goal == "maximize",
     )
-    if len(whole) == 1:
-        ended = "trained to the end" if whole[0].state == "finished" else "with a score"
-        said += f" It is the only configuration {ended}, so there was nothing to choose."
-    return Recommendation(trial_id=chosen.trial_id, rule=rule, sentence=said, decided=not decision.too_few_rows)
 
 
-def _comparisons(family: Mapping[str, RowResults], choosing: Choosing) -> list[Comparison]:
-    """Compare trials that have results of the same rows; nothing where there are not two."""
-    lengths, found = [len(one) for one in family.values()], []
-    for metric, goal in ((choosing.metric, choosing.goal), *choosing.also):
-        alike = {name: one for name, one in family.items() if len(one) == max(lengths) and one.has(metric)}
-        if len(alike) > 1:
-            candidates = [Candidate(name, [one]) for name, one in alike.items()]
-            found.append(Comparison(candidates, metric, goal, choosing.draws))
-    return found
+def _compare(results: Mapping[str, RowResults], rule: SearchRule) -> list[Comparison]:
+    """Compare candidates in every deciding metric. Candidates with other numbers of rows are left out."""
+    comparisons = []
+    max_rows = max((len(one) for one in results.values()), default=0)
+    candidates = [Candidate(name, [one]) for name, one in results.items() if len(one) == max_rows]
+    for metric, goal in ((rule.metric, rule.goal), *rule.also):
+        comparable = comparable_candidates(candidates, metric)
+        if len(comparable) > 1:
+            comparisons.append(Comparison(comparable, metric, goal, rule.draws))
+    return comparisons
 
 
-def _options(rows: Sequence[Row], choosing: Choosing) -> list[Option]:
-    sign = 1 if choosing.goal == "maximize" else -1
-    return [
-        Option(row.trial_id, sign * (_score(row, choosing.metric) or 0.0), row.trainable_parameters) for row in rows
-    ]
+def _options(rows: Sequence[Row], rule: SearchRule) -> list[Option]:
+    sign = 1 if rule.goal == "maximize" else -1
+    options = []
+    for row in rows:
+        score = sign * (row.metrics[rule.metric] or 0.0)
+        options.append(Option(row.trial_id, score, row.trainable_parameters))
+    return options
 
 
-def _rows(family: Mapping[str, RowResults], choosing: Choosing) -> int:
-    return max((len(one) for one in family.values()), default=choosing.rows)
+def _count_rows(results: Mapping[str, RowResults], rule: SearchRule) -> int:
+    return max((len(one) for one in results.values()), default=rule.rows)
 
 
-def _price(option: Option) -> str:
-    return "size not known" if option.price is None else f"{option.price:,} trained parameters"
+def _format_size(option: Option) -> str:
+    return "unknown size" if option.cost is None else f"{option.cost:,} trained parameters"
+
+
+def _format_score(row: Row, metric: str) -> str:
+    interval = row.intervals.get(metric)
+    return f"{metric} {row.metrics[metric]:.3f}" + (f" {format_interval(interval)}" if interval else "")
 
 
 def over_folds(rows: list[Row], metric: str, goal: Goal) -> list[OverFolds]:
-    """Every configuration of a cross-validation with its mean over folds, the best first."""
-    found: dict[str, tuple[dict[str, Any], list[float]]] = {}
+    """Return every configuration of a cross-validation with its mean over folds, the best first."""
+    scores_of: dict[str, tuple[dict[str, Any], list[float]]] = {}
     for row in rows:
-        score = _score(row, metric)
+        score = row.metrics.get(metric)
         if row.fold is not None and row.state == "finished" and score is not None:
             params = without_fold(row.params)
-            found.setdefault(repr(params), (params, []))[1].append(score)
-    made = [
-        OverFolds(params=params, scores=scores, mean=fmean(scores), deviation=stdev(scores) if len(scores) > 1 else 0.0)
-        for params, scores in found.values()
-    ]
+            scores_of.setdefault(repr(params), (params, []))[1].append(score)
+    configurations = []
+    for params, scores in scores_of.values():
+        deviation = stdev(scores) if len(scores) > 1 else 0.0
+        configurations.append(OverFolds(params=params, scores=scores, mean=fmean(scores), deviation=deviation))
     sign = -1 if goal == "maximize" else 1
-    return sorted(made, key=lambda one: (-len(one.scores), sign * one.mean))
+    return sorted(configurations, key=lambda one: (-len(one.scores), sign * one.mean))
 
 
 def decide_over_folds(
-    folds: list[OverFolds], choosing: Choosing, results: Mapping[str, RowResults], sizes: Mapping[str, int | None]
+    folds: list[OverFolds],
+    rule: SearchRule,
+    results: Mapping[str, RowResults],
+    sizes: Mapping[str, int | None],
 ) -> tuple[Decision, list[Comparison]]:
-    """Choose among configurations by the same rule: what each did with every row of all folds, by `name_of` it.
+    """Choose a configuration of a cross-validation on the rows of all folds.
 
-    Those that a fold is missing of are left out while another has all.
+    Configurations that lack a fold are ignored if another has all of them.
+
+    Args:
+        folds: All configurations, the best first.
+        rule: How to choose.
+        results: `configuration_key` -> its results on the rows of all folds.
+        sizes: `configuration_key` -> trained parameters.
     """
-    most = len(folds[0].scores)
-    whole = [one for one in folds if len(one.scores) == most]
-    sign = 1 if choosing.goal == "maximize" else -1
-    options = [Option(name_of(one), sign * one.mean, sizes.get(name_of(one))) for one in whole]
-    family = {name_of(one): results[name_of(one)] for one in whole[:MOST_COMPARED] if name_of(one) in results}
-    comparisons = _comparisons(family, choosing)
-    return decide(options, comparisons, choosing.tolerances, _rows(family, choosing)), comparisons
+    max_folds = len(folds[0].scores)
+    complete = [one for one in folds if len(one.scores) == max_folds]
+    sign = 1 if rule.goal == "maximize" else -1
+    options = []
+    for one in complete:
+        key = configuration_key(one)
+        options.append(Option(key, sign * one.mean, sizes.get(key)))
+    keys = [option.name for option in options[:MAX_COMPARED]]
+    compared = {key: results[key] for key in keys if key in results}
+    comparisons = _compare(compared, rule)
+    return decide(options, comparisons, rule.tolerances, _count_rows(compared, rule)), comparisons
 
 
-def name_of(one: OverFolds) -> str:
-    """Return what a configuration is called among others."""
-    return repr(one.params)
+def configuration_key(configuration: OverFolds) -> str:
+    """Return the key of a configuration."""
+    return repr(configuration.params)
 
 
 def recommend_over_folds(
     rows: list[Row],
     folds: list[OverFolds],
-    choosing: Choosing,
+    rule: SearchRule,
     results: Mapping[str, RowResults],
 ) -> Recommendation:
-    """Return the configuration that the folds choose, as it was trained on the training rows as they are."""
-    metric = choosing.metric
-    rule = choosing.rule("of the configurations, over the validation rows of all folds together")
-    whole = [row for row in rows if row.fold is None and not row.repeats and _score(row, metric) is not None]
-    if not whole or not folds:
-        said = "The best configuration over the folds is not trained yet, so there is none to ship."
-        return Recommendation(trial_id=None, rule=rule, sentence=said)
-    row = whole[0]
-    params = without_fold(row.params)
-    sizes = {repr(without_fold(one.params)): one.trainable_parameters for one in rows}
-    decision, comparisons = decide_over_folds(folds, choosing, results, sizes)
-    by_name = {name_of(one): one for one in folds}
+    """Recommend the trial of the chosen configuration that was trained on all training rows."""
+    rule_text = rule.describe("the configurations, on the validation rows of all folds together")
+    trials = [row for row in rows if row.fold is None and not row.repeats and row.metrics.get(rule.metric) is not None]
+    if not trials or not folds:
+        sentence = "The best configuration over the folds is not trained yet, so there is none to ship."
+        return Recommendation(trial_id=None, rule=rule_text, sentence=sentence)
+    trial = trials[0]
+    trial_key = repr(without_fold(trial.params))
+    sizes = {repr(without_fold(row.params)): row.trainable_parameters for row in rows}
+    decision, comparisons = decide_over_folds(folds, rule, results, sizes)
+    by_key = {configuration_key(one): one for one in folds}
 
-    def called(name: str) -> str:
-        if name != repr(params):
-            return described(by_name[name].params)
-        return (
-            f"{row.trial_id} ({choosing.labels[row.trial_id]})" if choosing.labels.get(row.trial_id) else row.trial_id
-        )
+    def describe_configuration(key: str) -> str:
+        return rule.describe_trial(trial.trial_id) if key == trial_key else describe(by_key[key].params)
 
-    def scored(name: str) -> str:
-        one = by_name[name]
-        return f"mean {metric} {one.mean:.3f} ± {one.deviation:.3f} over {len(one.scores)} folds"
+    def format_score(key: str) -> str:
+        one = by_key[key]
+        return f"mean {rule.metric} {one.mean:.3f} ± {one.deviation:.3f} over {len(one.scores)} folds"
 
-    said = sentence(decision, comparisons, choosing.tolerances, Words("configuration", "row", called, _price), scored)
-    if repr(params) not in (decision.chosen.name, decision.best.name):
-        said = f"{row.trial_id} was trained whole, by the rule of an earlier version. By this one: {said}"
-    return Recommendation(trial_id=row.trial_id, rule=rule, sentence=said, decided=not decision.too_few_rows)
-
-
-def described(params: Mapping[str, Any]) -> str:
-    """Return searched values in words."""
-    return ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in params.items())
-
-
-def _score(row: Row, metric: str) -> float | None:
-    return row.metrics.get(metric)
-
-
-def _with_span(row: Row, metric: str) -> str:
-    ends = row.intervals.get(metric)
-    return f"{_score(row, metric):.3f}{f' {span(ends)}' if ends else ''}"
+    wording = Wording(
+        noun="configuration",
+        row_noun="row",
+        describe=describe_configuration,
+        format_cost=_format_size,
+        format_score=format_score,
+    )
+    sentence = explain(decision, comparisons, rule.tolerances, wording)
+    option = decision.best if decision.has_too_few_rows else decision.chosen
+    if trial_key != option.name:
+        sentence = f"{trial.trial_id} was trained by the rule of an earlier version. By the current rule: {sentence}"
+    return Recommendation(
+        trial_id=trial.trial_id,
+        rule=rule_text,
+        sentence=sentence,
+        decided=not decision.has_too_few_rows,
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from evaluation.arms_text import (
@@ -134,7 +135,7 @@ def _style(row: Row, report: Report) -> str:
 
 
 def one_trial(report: Report, row: Row) -> RenderableType:
-    """All that is known of one trial, or of the base, for a terminal."""
+    """Render the details of one trial, or of the base, for a terminal."""
     from rich.console import Group
     from rich.text import Text
 
@@ -179,7 +180,7 @@ def markdown(report: Report) -> str:
         "",
         plain(headline(report)),
         "",
-        *(f"- caution: {plain(caution)}" for caution in report.cautions),
+        *(f"- **Caution:** {plain(caution)}" for caution in report.cautions),
         *([""] if report.cautions else []),
         f"**{plain(report.recommendation.sentence)}**",
     ]
@@ -188,9 +189,7 @@ def markdown(report: Report) -> str:
         columns_of_arms = arm_columns(report)
         lines += ["| " + " | ".join(plain(heading) for heading, _ in columns_of_arms) + " |"]
         lines += ["|" + "---|" * len(columns_of_arms)]
-        lines += [
-            "| " + " | ".join(plain(cell(arm)) for _, cell in columns_of_arms) + " |" for arm in report.shown_arms
-        ]
+        lines += ["| " + " | ".join(map(plain, cells)) + " |" for _, cells in _arm_rows(report)]
     if report.arms is not None and report.shown:
         lines += ["", "## Every configuration", ""]
     if report.shown:
@@ -223,8 +222,8 @@ def _csv(headings: list[str], rows: list[list[Any]]) -> str:
     return buffer.getvalue()
 
 
-def table_csv(report: Report) -> str:
-    """One line a row, full precision, one column a number."""
+def table_csv(report: Report, rows: Sequence[Row] | None = None) -> str:
+    """Return one line per row with full precision. `rows` defaults to all rows of the table."""
     parameters = parameter_columns(report)
     names = report.metrics
     plain = (
@@ -259,7 +258,7 @@ def table_csv(report: Report) -> str:
             "failure",
         ]
     )
-    for row in report.shown:
+    for row in report.shown if rows is None else rows:
         values: list[object] = [row.trial_id, *([row.arm] if arm else []), row.state, row.rung]
         values += [row.trial_id == report.recommendation.trial_id]
         values += [row.params.get(path) for path in parameters]

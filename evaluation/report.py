@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from evaluation.recommend import MOST_COMPARED, Choosing, over_folds, recommend, recommend_over_folds
+from evaluation.recommend import MAX_COMPARED, SearchRule, over_folds, recommend, recommend_over_folds
+from evaluation.report_text import describe
 from jobs import files
 from jobs.errors import RunError
 from jobs.messages import of_another_version
@@ -69,15 +70,16 @@ def build_report(run: Run) -> Report:
     if plan.get("command") == "benchmark" and written.is_file():  # it has no trials to be built from
         with damaged_where_wrong(written):
             return Report.model_validate_json(written.read_text())
-    rows = rows_of(run, job) if plan.get("command") != "compare" else []
+    validation_rows = int(facts.get("rows", {}).get("validation", 0))
+    rows = load_trial_rows(run, job, validation_rows) if plan.get("command") != "compare" else []
     labels = {row.trial_id: describe(row.params) for row in rows}
     ordered = sorted(rows, key=lambda row: _rank(row, metric.name, metric.goal))
     folds = over_folds(rows, metric.name, metric.goal)
-    choosing = choosing_of(job, facts.get("rows", {}).get("validation", 0), labels)
+    rule = search_rule(job, validation_rows, labels)
     if folds:
-        chosen = recommend_over_folds(ordered, folds, choosing, results_over_folds(run, job))
+        chosen = recommend_over_folds(ordered, folds, rule, load_fold_results(run, rows))
     else:
-        chosen = recommend(ordered, choosing, _results_of_best(run, ordered, job))
+        chosen = recommend(ordered, rule, _load_best_results(run, ordered, metric.name))
     wanted = ("data_sha256", "model_revisions", "labels")
     shown_facts: dict[str, Any] = {str(key): facts[key] for key in wanted if key in facts}
     if facts.get("encoders"):
@@ -100,7 +102,7 @@ def build_report(run: Run) -> Report:
             time_attr=job.search.scheduler.time_attr if job.search and plan.get("command") == "sweep" else "step",
             held_out="validation" if facts.get("chosen_on_test") else "test",
             base=_checked_base(run, facts),
-            baselines=_baselines(run, facts, job),
+            baselines=_load_baselines(run, facts),
             trials=ordered,
             folds=folds,
             recommendation=chosen.model_copy(update={"adapter": _weights(run, chosen.trial_id)}),
@@ -110,7 +112,7 @@ def build_report(run: Run) -> Report:
             facts=shown_facts,
         )
     if plan.get("command") != "compare":
-        whole = _with_verdict(_with_samples(run, plain), facts)
+        whole = _add_verdict(_with_samples(run, plain), facts)
     else:
         from evaluation.comparison import comparison_report
 
@@ -122,102 +124,115 @@ def build_report(run: Run) -> Report:
     return whole.model_copy(update={"ratings": ratings_of(run)})
 
 
-def _baselines(run: Run, facts: dict[str, Any], job: JobSpec) -> list[Baseline]:
-    """Return what needs no training; nothing where a run of an earlier version did not count its classes."""
+def _load_baselines(run: Run, facts: dict[str, Any]) -> list[Baseline]:
+    """Return the baselines that need no training. Empty for classification runs of earlier versions."""
     held_out = "validation" if facts.get("chosen_on_test") else "test"
     counts = facts.get("class_counts") or {}
     if counts.get("train"):
-        from evaluation.baselines import of_classes
+        from evaluation.baselines import majority_class
 
-        common, metrics = of_classes(counts["train"], counts.get("validation", {}))
-        tested = of_classes(counts["train"], counts.get(held_out, {}))[1]
-        what = f"always saying {common!r}"
-        return [Baseline(name=f"always {common}", what=what, metrics=dict(metrics), test_metrics=dict(tested))]
+        label, metrics = majority_class(counts["train"], counts.get("validation", {}))
+        _, test_metrics = majority_class(counts["train"], counts.get(held_out, {}))
+        return [
+            Baseline(
+                name=f"always {label}",
+                what=f"always predicting {label!r}",
+                metrics=dict(metrics),
+                test_metrics=dict(test_metrics),
+            )
+        ]
     with damaged_where_wrong(run.baselines_file):
         stored = files.read_json(run.baselines_file)
-        chosen, judged = stored.get("validation") or {}, stored.get(held_out) or {}
+        metrics_of, test_metrics_of = stored.get("validation") or {}, stored.get(held_out) or {}
         return [
-            Baseline(name=name, what=name, metrics=chosen.get(name, {}), test_metrics=judged.get(name, {}))
-            for name in dict.fromkeys([*chosen, *judged])
+            Baseline(name=name, what=name, metrics=metrics_of.get(name, {}), test_metrics=test_metrics_of.get(name, {}))
+            for name in dict.fromkeys([*metrics_of, *test_metrics_of])
         ]
 
 
-def _with_verdict(report: Report, facts: dict[str, Any]) -> Report:
-    """The report of a search, with what is to be said before its recommendation is followed."""
+def _add_verdict(report: Report, facts: dict[str, Any]) -> Report:
+    """Check the recommendation of a search against the baselines and add cautions."""
     from evaluation import verdict
 
-    chosen = next((row for row in report.trials if row.trial_id == report.recommendation.trial_id), None)
     metric, goal = report.metric, report.goal
-    baselines = list(report.baselines)
-    if report.base.metrics.get(metric) is not None:
-        baselines.append(Baseline(what="the untrained base", metrics=report.base.metrics))
-    recommendation, cautions = verdict.checked(
+    recommended = next((row for row in report.trials if row.trial_id == report.recommendation.trial_id), None)
+    base = Baseline(what="the untrained base model", metrics=report.base.metrics)
+    recommendation, cautions = verdict.check_against_baselines(
         report.recommendation,
         metric,
         goal,
-        chosen.metrics.get(metric) if chosen else None,
-        chosen.intervals.get(metric) if chosen else None,
-        baselines,
+        recommended.metrics.get(metric) if recommended else None,
+        recommended.intervals.get(metric) if recommended else None,
+        [*report.baselines, base],
         "validation rows",
     )
     counts = facts.get("class_counts") or {}
     if report.task == "classification" and not counts:
-        cautions.append(
-            "an earlier version made the run and did not count its classes: it is compared with no baseline"
-        )
-    cautions += verdict.of_rows(counts, "validation", int(report.rows_count.get("validation", 0)))
-    cautions += verdict.of_model(metric, goal, chosen, report.confusion, [str(one) for one in facts.get("labels", [])])
-    cautions += verdict.of_scores(metric, [row.metrics.get(metric) for row in report.trials])
+        cautions.append("The run was made by an earlier version, which stored no class counts: there is no baseline.")
+    labels = [str(label) for label in facts.get("labels") or []]
+    cautions += verdict.check_rows(counts, "validation", report.rows_count.get("validation", 0))
+    cautions += verdict.check_predictions(report.confusion, labels)
+    cautions += verdict.check_convergence(recommended, metric, goal)
+    cautions += verdict.check_scores(metric, [row.metrics.get(metric) for row in report.trials])
     return report.model_copy(update={"recommendation": recommendation, "cautions": cautions})
 
 
-def choosing_of(job: JobSpec, rows: int = 0, labels: dict[str, str] | None = None) -> Choosing:
-    """Return by what a job's search chooses; `rows` are its validation rows, `labels` its trials in words."""
-    search = job.search
-    return Choosing(
-        job.metric.name,
-        job.metric.goal,
-        job.tolerances,
-        tuple((one.name, one.goal) for one in job.metric.also),
-        search.keep if search else 1,
-        rows,
-        job.evaluate.bootstrap_samples,
-        labels or {},
+def search_rule(job: JobSpec, rows: int = 0, labels: dict[str, str] | None = None) -> SearchRule:
+    """Return the rule by which a job's search chooses.
+
+    Args:
+        job: The job.
+        rows: Number of validation rows; 0 if unknown.
+        labels: Trial id -> its searched values as text.
+    """
+    return SearchRule(
+        metric=job.metric.name,
+        goal=job.metric.goal,
+        tolerances=job.tolerances,
+        also=tuple((metric.name, metric.goal) for metric in job.metric.also),
+        keep=job.search.keep if job.search else 1,
+        rows=rows,
+        draws=job.evaluate.bootstrap_samples,
+        labels=labels or {},
     )
 
 
-def _results_of_best(run: Run, ordered: list[Row], job: JobSpec) -> dict[str, RowResults]:
-    """Return what the best trials did with each validation row, of those of which it is known."""
-    wanted = [row.trial_id for row in ordered if row.metrics.get(job.metric.name) is not None and row.fold is None]
-    found = {name: stored_results(run.trial(name), job) for name in wanted[:MOST_COMPARED]}
-    return {name: results for name, results in found.items() if results is not None}
+def _load_best_results(run: Run, ordered: list[Row], metric: str) -> dict[str, RowResults]:
+    """Load the validation results of the best trials, as far as they are stored."""
+    candidates = [row for row in ordered if row.metrics.get(metric) is not None and row.fold is None]
+    results = {row.trial_id: load_validation_results(run, row) for row in candidates[:MAX_COMPARED]}
+    return {trial_id: one for trial_id, one in results.items() if one is not None}
 
 
-def results_over_folds(run: Run, job: JobSpec) -> dict[str, RowResults]:
-    """Return what each configuration did with every row of all folds (`recommend.name_of`), where that is known."""
-    from evaluation.results import joined
+def load_fold_results(run: Run, rows: list[Row]) -> dict[str, RowResults]:
+    """Load the validation results of every configuration of a cross-validation, all folds joined.
 
-    parts: dict[str, dict[int, RowResults]] = {}
-    for trial in run.trials():
-        if trial.fold is None or trial.state.value != "finished":
-            continue
-        found = stored_results(trial, job)
-        if found is not None:
-            assignment = without_fold(trial.params().get("assignment", {}))
-            parts.setdefault(repr(assignment), {})[trial.fold] = found
-    most = max((len(folds) for folds in parts.values()), default=0)
-    return {name: joined([folds[n] for n in sorted(folds)]) for name, folds in parts.items() if len(folds) == most}
+    Returns `configuration_key` -> results, for the configurations with the most stored folds.
+    """
+    from evaluation.results import concatenate
+
+    by_fold: dict[str, dict[int, RowResults]] = {}
+    for row in rows:
+        results = load_validation_results(run, row) if row.fold is not None and row.state == "finished" else None
+        if results is not None and row.fold is not None:
+            by_fold.setdefault(repr(without_fold(row.params)), {})[row.fold] = results
+    max_folds = max((len(folds) for folds in by_fold.values()), default=0)
+    complete = {key: folds for key, folds in by_fold.items() if len(folds) == max_folds}
+    return {key: concatenate([folds[fold] for fold in sorted(folds)]) for key, folds in complete.items()}
 
 
-def stored_results(trial: Trial, job: JobSpec) -> RowResults | None:
-    """Return what a trial's best weights did with each validation row; None where that is not there, or damaged."""
-    from evaluation.results import unpacked
+def load_validation_results(run: Run, row: Row) -> RowResults | None:
+    """Load what the best weights of a trial did with each validation row.
+
+    Returns None if nothing is stored (runs of earlier versions), or if the file is damaged or of another step.
+    """
+    from evaluation.results import deserialize
 
     try:
-        found, step = unpacked(files.read_plain(trial.validation_results))
+        results, step = deserialize(files.read_plain(run.trial(row.trial_id).validation_results))
     except (OSError, ValueError):
         return None
-    return found if step == _best_evaluation(trial.metrics(), job).get("step") else None
+    return results if step == row.weights_step else None
 
 
 def _with_samples(run: Run, report: Report) -> Report:
@@ -301,16 +316,6 @@ def report_json(report: Report) -> str:
     return printable_json(report.model_dump_json(indent=2))  # pydantic writes null for what is no number
 
 
-def describe(params: dict[str, Any]) -> str:
-    """Searched values in words: `lora_r=8, learning_rate=0.00126`."""
-    return ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in params.items())
-
-
-def short(params: dict[str, Any]) -> str:
-    """`describe` with numbers of three digits."""
-    return describe({path: f"{value:.3g}" if isinstance(value, float) else value for path, value in params.items()})
-
-
 def _weights(run: Run, trial_id: str | None) -> str | None:
     return str(run.trial(trial_id).weights.relative_to(run.path)) if trial_id else None
 
@@ -347,17 +352,22 @@ def _checked_base(run: Run, facts: dict[str, Any]) -> Row:
         return _base(run, facts)
 
 
-def rows_of(run: Run, job: JobSpec) -> list[Row]:
-    """Return a row for each trial that can be read; the others are among the run's remarks."""
-    found = []
-    validation = files.read_json(run.path / "facts.json").get("rows", {}).get("validation")
+def load_trial_rows(run: Run, job: JobSpec, validation_rows: int = 0) -> list[Row]:
+    """Return a row for each trial that can be read. Damaged trials are among the run's remarks.
+
+    Args:
+        run: The run.
+        job: Its job.
+        validation_rows: Number of validation rows, for the speed of evaluation; 0 if unknown.
+    """
+    rows = []
     for trial in run.trials():
         with contextlib.suppress(DamagedFile), damaged_where_wrong(trial.path):
-            found.append(_row(trial, job, validation))
-    return found
+            rows.append(_row(trial, job, validation_rows))
+    return rows
 
 
-def _row(trial: Trial, job: JobSpec, validation: int | None) -> Row:
+def _row(trial: Trial, job: JobSpec, validation_rows: int) -> Row:
     params, status, rows = trial.params(), trial.status(), trial.metrics()
     best = _best_evaluation(rows, job)
     last = rows[-1] if rows else {}
@@ -365,15 +375,15 @@ def _row(trial: Trial, job: JobSpec, validation: int | None) -> Row:
     split = "test" if "test" in test else "validation"
     failure = status.get("failure")
     seconds = (last.get("train_seconds") or 0.0) + (last.get("eval_seconds") or 0.0)
-    of_fold = params.get("assignment", {}).get(FOLD) is not None
-    speed = _evaluation_speed(rows, job, None if of_fold else validation)
+    fold = params.get("assignment", {}).get(FOLD)
+    speed = _evaluation_speed(rows, job, validation_rows) if fold is None else {}
     return Row(
         trial_id=trial.id,
         state=trial.state.value,
         rung=status.get("rung"),
         params=params.get("assignment", {}),
         repeats=bool(params.get("repeats")),
-        fold=params.get("assignment", {}).get(FOLD),
+        fold=fold,
         metrics={name: best[name] for name in job.metric_names if name in best},
         intervals=_intervals(best.get("intervals")),
         test_metrics=_metrics(test, split) or None,
@@ -381,6 +391,7 @@ def _row(trial: Trial, job: JobSpec, validation: int | None) -> Row:
         per_class=test.get(split, {}).get("per_class", {}),
         confusion=test.get(split, {}).get("confusion", []),
         step=int(last.get("step", 0)),
+        weights_step=best.get("step"),
         samples=int(last.get("samples", 0)),
         train_seconds=last.get("train_seconds"),
         eval_seconds=last.get("eval_seconds"),
@@ -400,21 +411,28 @@ def _row(trial: Trial, job: JobSpec, validation: int | None) -> Row:
     )
 
 
-def _evaluation_speed(rows: list[dict[str, Any]], job: JobSpec, validation: int | None) -> dict[str, float | None]:
-    """Return how fast a trial was evaluated: Hugging Face's names, and seconds an answer; `validation` are its rows."""
+def _evaluation_speed(rows: list[dict[str, Any]], job: JobSpec, validation_rows: int) -> dict[str, float]:
+    """Compute the speed of the evaluations of a trial, under the names of Hugging Face's Trainer.
+
+    Args:
+        rows: Lines of the trial's metrics.jsonl.
+        job: The job.
+        validation_rows: Rows of one evaluation; 0 if unknown.
+    """
     evaluations = sum(bool(row.get("evaluated")) for row in rows)
     seconds = rows[-1].get("eval_seconds") if rows else None
-    if not (evaluations and seconds and isinstance(validation, int) and validation):
+    if not evaluations or not seconds or not validation_rows:
         return {}
     runtime = seconds / evaluations
-    each = job.train.per_device_eval_batch_size * job.resources.world_size
-    answers = any(one.name in job.text_metrics for one in job.decision_metrics)
-    return {
+    batch_size = job.train.per_device_eval_batch_size * job.resources.world_size
+    speed = {
         "eval_runtime": runtime,
-        "eval_samples_per_second": validation / runtime,
-        "eval_steps_per_second": math.ceil(validation / each) / runtime,
-        "seconds_per_answer": runtime / validation if answers else None,
+        "eval_samples_per_second": validation_rows / runtime,
+        "eval_steps_per_second": math.ceil(validation_rows / batch_size) / runtime,
     }
+    if any(metric.name in job.text_metrics for metric in job.decision_metrics):
+        speed["seconds_per_answer"] = runtime / validation_rows
+    return speed
 
 
 def _best_evaluation(rows: list[dict[str, Any]], job: JobSpec) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from jobs.report import Metrics, Report, Row
 from jobs.words import counted, printable, unsigned_zero
@@ -223,3 +224,13 @@ def headline(report: Report) -> str:
     if report.arms is not None and report.state == BENCHMARK:
         return f"{report.model} on {report.data}, {counted(len(report.arms), 'variant')} measured side by side"
     return f"{report.model} on {report.data}{of}, {arms}{counted(len(report.trials), 'trial')}{took}, {report.state}"
+
+
+def describe(params: dict[str, Any]) -> str:
+    """Return searched values as text: `lora_r=8, learning_rate=0.00126`."""
+    return ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in params.items())
+
+
+def short(params: dict[str, Any]) -> str:
+    """Return `describe` with numbers of three digits."""
+    return describe({path: f"{value:.3g}" if isinstance(value, float) else value for path, value in params.items()})

@@ -12,6 +12,8 @@ import numpy as np
 
 CONFUSION = ("accuracy", "f1", "precision", "recall")
 """What is worked out from how often each class was taken for which."""
+MAX_CLASSES = 4096
+"""Most classes of stored results: a confusion matrix of them takes 128 MB."""
 Ratio = tuple[np.ndarray, np.ndarray]
 """A metric by row: what is added up, and what the sum is divided by."""
 
@@ -70,62 +72,70 @@ class RowResults:
             yield record
 
 
-def packed(results: RowResults, step: int) -> bytes:
-    """Return the numbers of each row as safetensors (answers are left out); `step` is that of the weights."""
+def serialize(results: RowResults, step: int) -> bytes:
+    """Serialise per-row results as safetensors, without the answers. `step` is that of the weights."""
     from safetensors.numpy import save
 
     tensors = {"loss": results.loss_R, "targets": results.targets_R}
-    about = {"step": str(step), "whole": json.dumps(dict(results.whole))}
+    metadata = {"step": str(step), "whole": json.dumps(dict(results.whole))}
     if results.classified:
-        said = results.classified
-        tensors |= {"label": said.label_R, "predicted": said.predicted_R, "confidence": said.confidence_R}
-        about["classes"] = str(said.classes)
+        classified = results.classified
+        tensors["label"] = classified.label_R
+        tensors["predicted"] = classified.predicted_R
+        tensors["confidence"] = classified.confidence_R
+        metadata["classes"] = str(classified.classes)
     for name, (above_R, below_R) in results.ratios.items():
         tensors |= {f"ratio/{name}/above": above_R, f"ratio/{name}/below": below_R}
-    data: bytes = save({name: np.ascontiguousarray(one) for name, one in tensors.items()}, about)
+    data: bytes = save({name: np.ascontiguousarray(one) for name, one in tensors.items()}, metadata)
     return data
 
 
-def unpacked(data: bytes) -> tuple[RowResults, int]:
-    """Return (what `packed` was given, the step). Raises ValueError for what is no such thing."""
+def deserialize(data: bytes) -> tuple[RowResults, int]:
+    """Return the results and the step that `serialize` wrote. The data is untrusted.
+
+    Raises ValueError for anything else.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
-        size = int.from_bytes(data[:8], "little")
-        about = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        header_size = int.from_bytes(data[:8], "little")
+        metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__", {})
         tensors = load(data)
         rows = len(tensors["loss"])
-        if any(one.shape != (rows,) for one in tensors.values()):
-            raise ValueError("rows that do not agree")
-        said = None
-        if "classes" in about:
-            classes, label_R, predicted_R = int(about["classes"]), tensors["label"], tensors["predicted"]
-            if (
-                rows
-                and not 0 <= min(label_R.min(), predicted_R.min()) <= max(label_R.max(), predicted_R.max()) < classes
-            ):
-                raise ValueError("a class that there is not")
-            said = Classified(label_R.astype(int), predicted_R.astype(int), tensors["confidence"], classes)
+        if any(tensor.shape != (rows,) for tensor in tensors.values()):
+            raise ValueError("the tensors have different numbers of rows")
+        classified = _read_classified(tensors, int(metadata["classes"])) if "classes" in metadata else None
         names = [name.removeprefix("ratio/").removesuffix("/above") for name in tensors if name.endswith("/above")]
         ratios = {name: (tensors[f"ratio/{name}/above"], tensors[f"ratio/{name}/below"]) for name in names}
-        whole = {str(name): float(value) for name, value in json.loads(about["whole"]).items()}
-        return RowResults(tensors["loss"], tensors["targets"], said, (), ratios, whole), int(about["step"])
+        whole = {str(name): float(value) for name, value in json.loads(metadata["whole"]).items()}
+        results = RowResults(tensors["loss"], tensors["targets"], classified, (), ratios, whole)
+        return results, int(metadata["step"])
     except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not results of rows ({error})") from error
+        raise ValueError(f"not per-row results ({error})") from error
 
 
-def joined(parts: Sequence[RowResults]) -> RowResults:
-    """Return the results of several sets of rows as one; metrics of all rows together are left out."""
+def _read_classified(tensors: Mapping[str, np.ndarray], classes: int) -> Classified:
+    label_R, predicted_R = tensors["label"].astype(int), tensors["predicted"].astype(int)
+    if classes > MAX_CLASSES:
+        raise ValueError(f"{classes} classes")
+    classes_R = np.concatenate([label_R, predicted_R])
+    if len(classes_R) and not 0 <= classes_R.min() <= classes_R.max() < classes:
+        raise ValueError("a class is out of range")
+    return Classified(label_R, predicted_R, tensors["confidence"], classes)
+
+
+def concatenate(parts: Sequence[RowResults]) -> RowResults:
+    """Return the results of several sets of rows as one. Metrics of all rows together are left out."""
     first = parts[0]
-    said = [one.classified for one in parts if one.classified]
+    classified_parts = [part.classified for part in parts if part.classified]
     classified = None
-    if said:
+    if classified_parts:
         classified = Classified(
-            np.concatenate([one.label_R for one in said]),
-            np.concatenate([one.predicted_R for one in said]),
-            np.concatenate([one.confidence_R for one in said]),
-            max(one.classes for one in said),
+            np.concatenate([part.label_R for part in classified_parts]),
+            np.concatenate([part.predicted_R for part in classified_parts]),
+            np.concatenate([part.confidence_R for part in classified_parts]),
+            max(part.classes for part in classified_parts),
         )
     names = [name for name in first.ratios if all(name in one.ratios for one in parts)]
     ratios = {

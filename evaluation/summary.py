@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.baselines import of_answers
+from evaluation.baselines import trivial_answers
 from evaluation.metrics import confusion, per_class, scores
 from evaluation.results import RowResults, from_records
 from jobs import files
@@ -26,10 +26,11 @@ def summary(results: RowResults, job: JobSpec, labels: Sequence[str]) -> dict[st
 
 
 def write_baselines(run: Run, job: JobSpec, rows: Mapping[str, Sequence[Row]]) -> None:
-    """Write what answers that need no model get on each split, once, where the job judges answers."""
+    """Write the metrics of trivial answers for each split (split -> rows), once and only if answers are evaluated."""
     if not job.text_metrics or run.baselines_file.is_file():
         return
-    files.write_json(run.baselines_file, {split: of_answers(some, job.text_metrics) for split, some in rows.items()})
+    baselines = {split: trivial_answers(split_rows, job.text_metrics) for split, split_rows in rows.items()}
+    files.write_json(run.baselines_file, baselines)
 
 
 def read_results(predictions: Path, record: dict[str, Any]) -> RowResults | None:

@@ -1,108 +1,132 @@
-"""Whether what was chosen is worth shipping, and what to be careful about. Pure."""
+"""Check a recommendation before a user follows it: against the baselines, and for known reasons to distrust it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from evaluation.decide import span, tolerance_of
-from evaluation.intervals import SHARES
+from evaluation.decide import DEFAULT_RELATIVE_TOLERANCE, DEFAULT_SHARE_TOLERANCE, format_interval
+from evaluation.intervals import SHARES, Interval
 from jobs.metrics import is_better
 from jobs.report import Baseline, Recommendation, Row
 from jobs.rungs import Goal
 from jobs.words import counted, unsigned_zero
 
 FEW_ROWS = 100
-"""Below so many rows a decision gets a remark."""
-_MOST_NAMED = 5
+"""With fewer rows a decision gets a caution."""
+_MAX_NAMES = 5
 
 
-def checked(
+def check_against_baselines(
     recommendation: Recommendation,
     metric: str,
     goal: Goal,
     value: float | None,
-    ends: tuple[float, float] | None,
+    interval: Interval | None,
     baselines: Sequence[Baseline],
     rows: str,
 ) -> tuple[Recommendation, list[str]]:
-    """Return (the recommendation, which does not say `Ship` of what does not beat the best baseline; remarks on it).
+    """Withdraw a recommendation that does not beat the best baseline.
 
-    `value` is the metric of what was chosen and `ends` its interval, on the rows that the baselines are of, which
-    `rows` names.
+    Args:
+        recommendation: Returned unchanged if nothing was decided.
+        value: Metric of the recommended trial or arm.
+        interval: Its 95 % interval.
+        baselines: Baselines on the same rows.
+        rows: What the rows are called, such as "validation rows".
+
+    Returns:
+        The recommendation, and a caution if the interval contains the baseline.
     """
-    chosen = recommendation.arm or recommendation.trial_id
-    if chosen is None or value is None:
+    name = recommendation.arm or recommendation.trial_id
+    if name is None or value is None or not recommendation.decided:
         return recommendation, []
-    known = [(one.what, found) for one in baselines if (found := one.metrics.get(metric)) is not None]
+    values = [(baseline.what, baseline.metrics.get(metric)) for baseline in baselines]
+    known = [(what, baseline) for what, baseline in values if baseline is not None]
     if metric in SHARES and goal == "maximize":
-        known.append(("being never right", 0.0))
+        known.append(("a model that is always wrong", 0.0))
     if not known:
         return recommendation, []
-    what, best = (max if goal == "maximize" else min)(known, key=lambda one: one[1])
-    had = f"{metric} {unsigned_zero(value)}" + (f" {span(ends)}" if ends else "")
+    pick = max if goal == "maximize" else min
+    what, best = pick(known, key=lambda pair: pair[1])
+    score = f"{metric} {unsigned_zero(value)}" + (f" {format_interval(interval)}" if interval else "")
     if not is_better(value, best, goal):
         sentence = (
-            f"Nothing here is worth shipping: on the {rows} {chosen} is the best with {had}, and {what} has "
-            f"{unsigned_zero(best)}."
+            f"Do not ship: on the {rows} the best is {name} with {score}, which does not beat {what} "
+            f"({unsigned_zero(best)})."
         )
         return recommendation.model_copy(update={"sentence": sentence, "decided": False}), []
-    reaches = ends is not None and (ends[0] <= best if goal == "maximize" else ends[1] >= best)
-    remark = f"the {had} of {chosen} cannot be told apart from the {unsigned_zero(best)} of {what}"
-    return recommendation, [remark] if reaches else []
+    if interval is None or not _contains(interval, best, goal):
+        return recommendation, []
+    return recommendation, [f"{name} ({score}) is not clearly better than {what} ({unsigned_zero(best)})."]
 
 
-def of_rows(counts: Mapping[str, Mapping[str, int]], split: str, rows: int) -> list[str]:
-    """Return remarks on the rows that decide: too few of them, classes without any. `counts` has them by split, class.
+def _contains(interval: Interval, baseline: float, goal: Goal) -> bool:
+    return interval[0] <= baseline if goal == "maximize" else interval[1] >= baseline
 
-    They are the same in a plan and in a report.
+
+def check_rows(counts: Mapping[str, Mapping[str, int]], split: str, rows: int) -> list[str]:
+    """Return cautions about the rows of a decision. Used by plans and reports.
+
+    Args:
+        counts: Split -> class -> rows; empty without classes.
+        split: The split that decides.
+        rows: Its number of rows; 0 if unknown.
     """
-    found = []
+    cautions = []
     if 0 < rows < FEW_ROWS:
-        found.append(
-            f"the decision rests on {counted(rows, f'{split} row')}: with fewer than {FEW_ROWS} little is shown"
+        cautions.append(
+            f"The decision rests on {counted(rows, f'{split} row')}; with fewer than {FEW_ROWS}, only large "
+            "differences can be shown."
         )
     for name in dict.fromkeys((split, "test")):
-        missing = [label for label, count in counts.get(name, {}).items() if not count]
-        if missing and any(counts[name].values()):
-            are = "class has" if len(missing) == 1 else "classes have"
-            found.append(f"{len(missing)} {are} no {name} row: {_named(missing)}; nothing is known of them")
-    return found
+        of_split = counts.get(name, {})
+        empty = [label for label, count in of_split.items() if not count]
+        if empty and any(of_split.values()):
+            classes = "1 class has" if len(empty) == 1 else f"{len(empty)} classes have"
+            cautions.append(f"{classes} no {name} rows, so their quality is unknown: {_list_names(empty)}.")
+    return cautions
 
 
-def of_model(
-    metric: str, goal: Goal, row: Row | None, confusion: Sequence[Sequence[int]], labels: Sequence[str]
-) -> list[str]:
-    """Return remarks on what was chosen: classes that it never says, a metric that was still getting better."""
-    found = []
-    silent = [
-        label
-        for place, label in enumerate(labels)
-        if confusion and sum(confusion[place]) and not any(line[place] for line in confusion)
+def check_predictions(confusion: Sequence[Sequence[int]], labels: Sequence[str]) -> list[str]:
+    """Return a caution about classes that a classifier never predicts, given its confusion matrix."""
+    if not confusion:
+        return []
+    missing = []
+    for index, label in enumerate(labels):
+        if sum(confusion[index]) and not any(line[index] for line in confusion):
+            missing.append(label)
+    if not missing:
+        return []
+    classes = "1 class is" if len(missing) == 1 else f"{len(missing)} classes are"
+    return [f"{classes} never predicted: {_list_names(missing)}."]
+
+
+def check_convergence(row: Row | None, metric: str, goal: Goal) -> list[str]:
+    """Return a caution if the metric of a trial was still improving at its last evaluation."""
+    values = [point[metric] for point in row.curve if point.get(metric) is not None] if row else []
+    if row is None or len(values) < 2:
+        return []
+    *earlier, last = values
+    previous = max(earlier) if goal == "maximize" else min(earlier)
+    gain = last - previous if goal == "maximize" else previous - last
+    threshold = DEFAULT_SHARE_TOLERANCE if metric in SHARES else DEFAULT_RELATIVE_TOLERANCE * abs(last)
+    if gain <= threshold:
+        return []
+    return [
+        f"The {metric} of {row.trial_id} was still improving when its training ended ({previous:.3f}, then "
+        f"{last:.3f}). Longer training may help."
     ]
-    if silent:
-        are = "class is" if len(silent) == 1 else "classes are"
-        found.append(f"{len(silent)} {are} never predicted: {_named(silent)}")
-    points = [(point["step"], point[metric]) for point in row.curve if point.get(metric) is not None] if row else []
-    if len(points) > 1:
-        *before, (_, last) = points
-        best = (max if goal == "maximize" else min)(value for _, value in before)
-        gained = (last - best) * (1 if goal == "maximize" else -1)
-        if gained > tolerance_of(metric, None, last):
-            found.append(
-                f"the {metric} of {row.trial_id if row else ''} was still getting better when its training ended "
-                f"({best:.3f}, then {last:.3f}): longer training may give more"
-            )
-    return found
 
 
-def of_scores(metric: str, values: Sequence[float | None]) -> list[str]:
-    """Return a remark where everything scored 0."""
-    known = [value for value in values if value is not None]
-    if len(known) > 1 and not any(known) and metric in SHARES:
-        return [f"all {len(known)} have {metric} 0: the metric or the answers' form may be wrong"]
-    return []
+def check_scores(metric: str, values: Sequence[float | None]) -> list[str]:
+    """Return a caution if every candidate has the score 0."""
+    scores = [value for value in values if value is not None]
+    if len(scores) < 2 or any(scores) or metric not in SHARES:
+        return []
+    return [f"All {len(scores)} candidates have {metric} 0. Check the metric and the format of the answers."]
 
 
-def _named(labels: Sequence[str]) -> str:
-    more = f" and {len(labels) - _MOST_NAMED} more" if len(labels) > _MOST_NAMED else ""
-    return ", ".join(labels[:_MOST_NAMED]) + more
+def _list_names(labels: Sequence[str]) -> str:
+    names = ", ".join(labels[:_MAX_NAMES])
+    hidden = len(labels) - _MAX_NAMES
+    return f"{names} and {hidden} more" if hidden > 0 else names

@@ -71,65 +71,67 @@ def read_records(path: Path, notes: list[str] | None = None) -> Iterator[tuple[i
         yield from _read_tsv(path, notes)
 
 
-def _opened(path: Path) -> BinaryIO:
-    """Open a file's bytes; those of a packed one are unpacked in memory. Raises DataError."""
+@contextlib.contextmanager
+def _open_utf8(path: Path) -> Iterator[BinaryIO | None]:
+    """Open a data file for streaming. Compressed files are decompressed in memory, once.
+
+    Yields None for a file that does not look like UTF-8: `_text` reads it, or explains what to do. Raises DataError.
+    """
     if path.suffix.lower() in _COMPRESSED:
-        return io.BytesIO(_bytes(path))
-    try:
-        if not path.is_file():  # a pipe is not waited for
-            raise DataError(f"{path} cannot be read: {no_file(path)}")
-        return path.open("rb")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
-
-
-def _is_utf8(path: Path) -> bool:
-    """Whether a file is read piece by piece; what does not look like UTF-8 is read by `_text`, which has the words."""
-    with _opened(path) as file:
+        file: BinaryIO = io.BytesIO(_bytes(path))
+    else:
+        try:
+            if not path.is_file():  # never wait for a pipe
+                raise DataError(f"{path} cannot be read: {no_file(path)}")
+            file = path.open("rb")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
+    with file:
         beginning = file.read(_BEGINNING)
-    return not beginning.startswith(_UTF16_MARKS) and b"\0" not in beginning
+        file.seek(0)
+        yield None if beginning.startswith(_UTF16_MARKS) or b"\0" in beginning else file
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file without their ends; a carriage return is a character of its line."""
-    if not _is_utf8(path):
-        yield from _text(path).split("\n")
-        return
-    with shown_progress(path) as read, _opened(path) as file:
-        encoding, ended = "utf-8-sig", True
+    """Yield the lines of a file without their line feeds. A carriage return is part of its line."""
+    with shown_progress(path) as advance, _open_utf8(path) as file:
+        if file is None:
+            yield from _text(path).split("\n")
+            return
+        encoding, has_ended = "utf-8-sig", True
         for line in file:
-            read(len(line))
+            advance(len(line))
             try:
                 text = line.decode(encoding)
             except UnicodeDecodeError:
-                _text(path)  # which raises
+                _text(path)  # raises a DataError that names the line
                 raise
-            encoding, ended = "utf-8", text.endswith("\n")
+            encoding, has_ended = "utf-8", text.endswith("\n")
             yield text.removesuffix("\n")
-        if ended:
+        if has_ended:
             yield ""
 
 
 @contextlib.contextmanager
-def _table_text(path: Path) -> Iterator[TextIO]:
-    """Open a file's characters, line ends as they are."""
-    if not _is_utf8(path):
-        yield io.StringIO(_text(path), newline="")
-        return
-    with shown_progress(path) as read, _opened(path) as file:
-        yield io.TextIOWrapper(_Counted(file, read), encoding="utf-8-sig", newline="")
+def _open_text(path: Path) -> Iterator[TextIO]:
+    """Open the text of a file, with its line ends as they are."""
+    with shown_progress(path) as advance, _open_utf8(path) as file:
+        if file is None:
+            yield io.StringIO(_text(path), newline="")
+        else:
+            yield io.TextIOWrapper(_ProgressReader(file, advance), encoding="utf-8-sig", newline="")
 
 
-class _Counted(io.BufferedReader):
-    """A file that tells how many bytes were read of it."""
+class _ProgressReader(io.BufferedReader):
+    """A file that reports how many bytes were read."""
 
-    def __init__(self, file: BinaryIO, read: Callable[[int], object]) -> None:
+    def __init__(self, file: BinaryIO, advance: Callable[[int], object]) -> None:
         super().__init__(file)  # type: ignore[arg-type]
-        self._told = read
+        self._advance = advance
 
     def read1(self, size: int = -1, /) -> bytes:
         data = super().read1(size)
-        self._told(len(data))
+        self._advance(len(data))
         return data
 
 
@@ -216,6 +218,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
+"""Made once: `json.loads` would make one for every row."""
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
@@ -253,11 +256,11 @@ def _read_csv(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
     """Read CSV as RFC 4180 has it: a cell in quotes may hold the delimiter, and lines."""
     csv.field_size_limit(_MAX_FIELD)
     try:
-        with _table_text(path) as text:
+        with _open_text(path) as text:
             delimiter = _delimiter(text.readline())
-        if delimiter != ",":
-            notes.append(f"{path.name}: columns are separated by {_OTHER_DELIMITERS[delimiter]}")
-        with _table_text(path) as text:
+            text.seek(0)
+            if delimiter != ",":
+                notes.append(f"{path.name}: columns are separated by {_OTHER_DELIMITERS[delimiter]}")
             yield from _csv_records(path, csv.DictReader(text, delimiter=delimiter, strict=True), notes)
     except UnicodeDecodeError:
         _text(path)  # which raises
@@ -353,9 +356,10 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Record]]:
 
 
 def parquet_batches(path: Path) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
-    """Yield (some rows, their part of the file's bytes).
+    """Yield batches of a Parquet file with their share of the file's bytes.
 
-    Raises pyarrow's errors, and DataError where a few bytes stand for very many: one text may be a million rows.
+    Raises pyarrow's errors, and DataError for a file that is far larger decompressed: dictionary encoding can store a
+    million equal texts in a few bytes.
     """
     from pyarrow import parquet
 
@@ -371,7 +375,7 @@ def parquet_batches(path: Path) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
 
 
 def _without_dictionaries(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-    """Write out the values of columns that hold a number for each of a few values."""
+    """Decode dictionary-encoded columns, so that their size counts."""
     import pyarrow
 
     columns = [
@@ -381,17 +385,19 @@ def _without_dictionaries(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
 
 
 def _joined(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
-    """Yield what lies one behind the other as one, up to so many rows and bytes."""
+    """Concatenate small batches up to `_JOINED_ROWS` rows or `_JOINED_BYTES` bytes."""
     import pyarrow
 
-    held: list[pyarrow.RecordBatch] = []
+    pending: list[pyarrow.RecordBatch] = []
+    rows = size = 0
     for batch in batches:
-        held.append(batch)
-        if sum(map(len, held)) >= _JOINED_ROWS or sum(one.nbytes for one in held) >= _JOINED_BYTES:
-            yield pyarrow.concat_batches(held)
-            held = []
-    if held:
-        yield pyarrow.concat_batches(held)
+        pending.append(batch)
+        rows, size = rows + len(batch), size + batch.nbytes
+        if rows >= _JOINED_ROWS or size >= _JOINED_BYTES:
+            yield pyarrow.concat_batches(pending)
+            pending, rows, size = [], 0, 0
+    if pending:
+        yield pyarrow.concat_batches(pending)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -433,9 +433,10 @@ def _translate_metric(reading: _Reading, block: dict[str, Any], where: str) -> N
         reading.origins[path] = reading.origins.get(where, Origin("file"))
         if where in reading.lines:
             reading.lines[path] = reading.lines[where]
-    if isinstance(metric, list) and metric and isinstance(metric[0], str):
-        also = [{"name": one} if isinstance(one, str) else one for one in metric[1:]]
-        metric = block["metric"] = {"name": metric[0], "also": also}
+    if isinstance(metric, list) and metric:
+        first, *others = [{"name": one} if isinstance(one, str) else one for one in metric]
+        if isinstance(first, dict):
+            metric = block["metric"] = {**first, "also": others}
         for name in (path, f"{where}.also"):
             reading.origins[name] = reading.origins.get(where, Origin("file"))
             if where in reading.lines:

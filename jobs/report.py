@@ -52,6 +52,8 @@ class Row(Spec):
     """Of a classifier on the test rows: how many rows of each class (outer) were said to be of which (inner)."""
     step: int = 0
     """Optimiser steps trained."""
+    weights_step: int | None = None
+    """Optimiser step of the weights on disk: the best evaluation. `metrics` are theirs."""
     samples: int = 0
     """Training rows seen."""
     train_seconds: float | None = None

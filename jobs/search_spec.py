@@ -106,19 +106,11 @@ class NamedMetric(Spec):
 
 
 class MetricSpec(NamedMetric):
-    """What the search looks at, on the validation rows. A list of names is the first of them, `also` the others."""
+    """What trials are compared by, on the validation rows. In a job file, a list of names sets `name` and `also`."""
 
     also: Annotated[tuple[NamedMetric, ...], Field(strict=False)] = ()
-    """Further metrics, none of which may be lost by what ships: the first decides which is the best, and a cheaper one
-    must keep all of them within the tolerance."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _list_is_first_and_others(cls, raw: Any) -> Any:
-        if isinstance(raw, list | tuple) and raw:
-            first = {"name": raw[0]} if isinstance(raw[0], str) else raw[0]
-            return {**first, "also": list(raw[1:])} if isinstance(first, dict) else raw
-        return raw
+    """Further metrics that decide. The first metric determines the best candidate; a cheaper one must be within the
+    tolerance in all of them."""
 
 
 class SchedulerSpec(Spec):

@@ -235,10 +235,10 @@ class TrainingSession:
 
     def evaluate(self, split_name: str = "validation") -> Scores:
         """Metrics of the adapter as it is now, with intervals, on one split. All processes share the rows."""
-        return self.judge(split_name)[0]
+        return self.evaluate_with_rows(split_name)[0]
 
-    def judge(self, split_name: str = "validation") -> tuple[Scores, RowResults]:
-        """`evaluate`, with what the adapter did with each row."""
+    def evaluate_with_rows(self, split_name: str = "validation") -> tuple[Scores, RowResults]:
+        """Return `evaluate`, and what the adapter did with each row."""
         began = time.perf_counter()
         # What more there is to measure waits for the end: here trials are told apart.
         names = [one.name for one in self.job.decision_metrics if one.name in self.job.extra_metrics]

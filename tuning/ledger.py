@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from evaluation.recommend import decide_over_folds, name_of, over_folds
-from evaluation.report import choosing_of, results_over_folds, rows_of
+from evaluation.recommend import configuration_key, decide_over_folds, over_folds
+from evaluation.report import load_fold_results, load_trial_rows, search_rule
 from jobs import rungs
 from jobs.metrics import is_better
 from jobs.retries import retry_number
@@ -200,15 +200,15 @@ class Ledger:
         """The configuration with the best mean over its folds; one that a fold is missing of only without another."""
         if not searched or not all(trial.state.ended for trial in searched):
             return None
-        rows = [row for row in rows_of(self.run, self.job) if row.fold is not None]
+        rows = [row for row in load_trial_rows(self.run, self.job) if row.fold is not None]
         folds = over_folds(rows, self.metric, self.goal)
         if not folds:
             return None
         sizes = {repr(without_fold(row.params)): row.trainable_parameters for row in rows}
-        results = results_over_folds(self.run, self.job)
-        decision, _ = decide_over_folds(folds, choosing_of(self.job), results, sizes)
-        chosen = decision.best.name if decision.too_few_rows else decision.chosen.name
-        return next(one.params for one in folds if name_of(one) == chosen)
+        results = load_fold_results(self.run, rows)
+        decision, _ = decide_over_folds(folds, search_rule(self.job), results, sizes)
+        option = decision.best if decision.has_too_few_rows else decision.chosen
+        return next(one.params for one in folds if configuration_key(one) == option.name)
 
     def _keep_best(self) -> None:
         """Only the best `search.keep` adapters stay on disk, and none of a fold."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from evaluation.results import packed
+from evaluation.results import serialize
 from evaluation.tokens import TokenData
 from jobs import files, search
 from jobs.errors import TrainingFailure
@@ -280,7 +280,7 @@ class TrialRun:
         )
 
     def _evaluated(self, session: TrainingSession) -> dict[str, Any]:
-        scores, results = session.judge("validation")
+        scores, results = session.evaluate_with_rows("validation")
         metric = self.job.metric
         score = scores.metrics[metric.name]
         if is_better(score, self.best, metric.goal):
@@ -288,7 +288,7 @@ class TrialRun:
             self.trial.check_current()
             session.save_weights(self.trial.weights_of(self.job.method))
             if session.ranks.rank == 0:
-                files.write_bytes(self.trial.validation_results, packed(results, session.step))
+                files.write_bytes(self.trial.validation_results, serialize(results, session.step))
         else:
             self.no_better += 1
         rungs = [index for index, step in enumerate(self.plan.rung_steps) if step == session.step]

@@ -83,7 +83,8 @@ def own_addresses() -> list[str]:
 
 AS_NOBODY = f"""
 import os, sys
-from ray._raylet import GcsClient  # before: another user may not read where it is installed
+from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError  # before: another user may not read where it is installed
 
 os.setgid({NOBODY})
 os.setuid({NOBODY})
@@ -93,7 +94,7 @@ try:
         print(open(target).read())
     else:
         print(len(GcsClient(address=target).get_all_node_info()))
-except Exception as error:
+except (PermissionError, AuthenticationError) as error:
     print(type(error).__name__)
 """
 """Reads a file, or asks a Ray for its nodes as a driver does that joins it; prints the answer or the error's name."""

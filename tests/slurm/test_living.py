@@ -175,7 +175,7 @@ def test_cancelled_and_resumed(login: Login, bert_job: JobMaker) -> None:
     assert login.left_behind() == []
     before |= record_of_ended(run)
     done = login.lorafleet("resume", run.id, "--wait")
-    assert re.search(r"^(Ship |Nothing here is worth shipping)", done.stdout, re.MULTILINE), done.stdout
+    assert re.search(r"^(Ship |Do not ship)", done.stdout, re.MULTILINE), done.stdout
     check_whole(run, before)
     check_wandb(run)
 

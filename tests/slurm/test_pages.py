@@ -71,7 +71,7 @@ def test_the_page_takes_a_newcomer_to_a_running_sweep(newcomer: Login) -> None:
             assert run is not None
             newcomer.ended(run)
         if words[0] == "resume":
-            assert re.search(r"^(Ship |Nothing here is worth shipping)", done.stdout, re.MULTILINE), done.stdout
+            assert re.search(r"^(Ship |Do not ship)", done.stdout, re.MULTILINE), done.stdout
     assert run is not None
     assert newcomer.record(run).state == "COMPLETED"
     assert newcomer.left_behind() == []

@@ -19,7 +19,7 @@ from commands.evaluate import class_order
 from evaluation.across import across
 from evaluation.arms_text import pair_cells, pairs_table
 from evaluation.choose import Choice, choose, front
-from evaluation.comparison import batches_of, compared, finite_intervals, finite_metrics, pairs_of
+from evaluation.comparison import batches_of, compare_arms, finite_intervals, finite_metrics, list_pairs
 from evaluation.metrics import scores
 from evaluation.paired import Candidate
 from evaluation.paired import Comparison as Paired
@@ -39,6 +39,7 @@ from jobs.identity import bases_of, known_revision
 from jobs.load import LoadedJob
 from jobs.report import Answer, Arm, Inference, Pair, Report, Row, Sample
 from jobs.run import Run, TrialState
+from jobs.search_spec import NamedMetric
 from jobs.spec import JobSpec
 from tests.conftest import JobMaker
 from training.data import prepare
@@ -46,6 +47,8 @@ from tuning.compare import Comparison
 from tuning.ledger import Ledger
 from tuning.proposals import GivenProposals, ThenSeeds, TpeProposals
 
+ACCURACY = NamedMetric(name="accuracy", goal="maximize")
+LOSS = NamedMetric(name="loss", goal="minimize")
 ARMS = """
 compare:
   arms:
@@ -264,7 +267,7 @@ def test_seeds_are_averaged() -> None:
     models = [classified(right), classified(np.arange(10) < 7)]
     assert scores(models, ["accuracy"]).metrics["accuracy"] == pytest.approx(0.6)
     judged = {"a": dict(enumerate(models)), "b": {0: classified(right)}, "gone": {}}
-    pairs = pairs_of(compared(judged, "accuracy", "maximize", 200))
+    pairs = list_pairs(compare_arms(judged, ACCURACY, 200))
     assert [(pair.one, pair.other) for pair in pairs] == [("a", "b")]
     assert pairs[0].difference == pytest.approx(0.1)
 
@@ -294,7 +297,7 @@ PAIRED = Paired(
     "accuracy",
     "maximize",
 )
-PAIRS = [pair for pair in pairs_of([PAIRED]) if "full" in (pair.one, pair.other)]
+PAIRS = [pair for pair in list_pairs([PAIRED]) if "full" in (pair.one, pair.other)]
 
 
 def choice(rule: str, cost: str = "train_seconds", within: float = 0.0, metric: str = "accuracy") -> Choice:
@@ -339,10 +342,11 @@ def test_rules_choose_as_they_say() -> None:
     name, sentence = chosen("cheapest_within_tolerance")
     assert name == "lora"
     assert sentence.startswith(
-        "Ship lora: it costs least (10.0 seconds of training) of the 2 that are shown to lose no more than the "
-        "tolerance on 5,000 held-out rows: accuracy 0.790 [0.770, 0.810], against accuracy 0.800 [0.780, 0.820] of "
-        "full (50.0 seconds of training). It loses 0.010 of accuracy, at most 0.01"
+        "Ship lora: it has the lowest cost (10.0 seconds of training) of the 2 arms within the tolerance. Its score on "
+        "5,000 held-out rows is accuracy 0.790 [0.770, 0.810]; the best is accuracy 0.800 [0.780, 0.820] of full (50.0 "
+        "seconds of training). It loses 0.010 in accuracy, at most 0.01"
     )
+    assert sentence.endswith(" with 95 % confidence (tolerance 0.02).")
     assert chosen("smallest_within", "inference_memory_gib", 0.03)[0] == "hybrid"
     assert chosen("smallest_within", "inference_memory_gib", 0.015)[0] == "full"
     name, sentence = chosen("pareto", "inference_memory_gib")
@@ -393,7 +397,7 @@ def test_differences_are_shown_with_their_intervals() -> None:
     Console(file=shown, width=120).print(terminal(report, 120))
     for text in (shown.getvalue(), markdown(report), html(report)):
         assert "[-0.050, +0.010]" in text or "[-0.010, +0.050]" in text
-        assert "of the arms that the held-out rows show to lose at most" in " ".join(text.split())
+        assert "of those that lose at most 0.02 of accuracy against the best" in " ".join(text.split())
 
 
 def test_a_comparison_draws_every_searched_field_and_the_cost_of_its_rule() -> None:
@@ -482,9 +486,7 @@ def test_an_unmeasured_arm_is_not_the_cheapest() -> None:
 def test_costs_that_differ_by_less_than_two_runs_of_one_thing_are_the_same() -> None:
     near = choose([arm("lora", 0.71, 22.2), arm("qlora", 0.70, 21.6)], alike("lora", "qlora"), WITHIN_TOLERANCE)
     assert near.arm == "lora"
-    assert (
-        "and costs least (22.2 seconds of training): 1 other arm would lose no more than the tolerance" in near.sentence
-    )
+    assert "1 other arm is within the tolerance, but not clearly cheaper (22.2 seconds of training for" in near.sentence
     far = choose([arm("lora", 0.71, 30.0), arm("qlora", 0.70, 21.6)], alike("lora", "qlora"), WITHIN_TOLERANCE)
     assert far.arm == "qlora"
 
@@ -563,10 +565,10 @@ def test_an_adapter_on_another_base_is_compared_seed_by_seed() -> None:
     lora = {seed: classified(rows < share) for seed, share in ((42, 300), (43, 268), (44, 332))}
     hybrid = {seed: classified(rows < share) for seed, share in ((44, 316), (42, 284), (43, 252))}
     both = {"lora": lora, "hybrid": hybrid}
-    apart = pairs_of(compared(both, "accuracy", "maximize", 1000, {"hybrid": "lora"}))[0]
+    apart = list_pairs(compare_arms(both, ACCURACY, 1000, {"hybrid": "lora"}))[0]
     assert apart.difference == pytest.approx(0.04)
     assert apart.p_value < 0.01
-    alone = pairs_of(compared(both, "accuracy", "maximize", 1000))[0]
+    alone = list_pairs(compare_arms(both, ACCURACY, 1000))[0]
     assert (alone.p_value or 0) > 0.1  # as arms of their own
 
 
@@ -654,18 +656,20 @@ def test_a_model_that_gives_no_numbers_costs_its_own_alone() -> None:
     found = scores([broken], ["accuracy", "loss"])
     assert finite_metrics(found) == {"accuracy": 0.5, "loss": None}
     assert set(finite_intervals(found)) == {"accuracy"}
-    assert compared({"a": {0: broken}, "b": {0: classified(np.arange(10) < 3)}}, "loss", "minimize", 100) == []
+    assert compare_arms({"a": {0: broken}, "b": {0: classified(np.arange(10) < 3)}}, LOSS, 100) == []
 
 
 def test_losses_of_other_tokens_are_no_pair() -> None:
     one, other = (RowResults(np.ones(4), np.full(4, tokens)) for tokens in (5, 10))
-    assert compared({"a": {0: one}, "b": {0: other}}, "loss", "minimize", 100) == []
+    assert compare_arms({"a": {0: one}, "b": {0: other}}, LOSS, 100) == []
 
 
 def test_arms_that_were_not_compared_row_by_row() -> None:
     sentence = choose(TABLE[:2], [], WITHIN_TOLERANCE).sentence
     assert "p =" not in sentence
-    assert sentence.endswith("What they did with each row is not stored, so these were judged by score alone: base.")
+    assert sentence.endswith(
+        "There are no comparable per-row results of base (not stored or not finite); only their scores were compared."
+    )
     bare = [found.model_copy(update={"inference": None}) for found in TABLE[1:3]]
     sentence = choose(bare, [PAIRED], choice("smallest_within", "latency_ms", 0.02)).sentence
     assert sentence.endswith("ms until it answers was measured of none.")
@@ -812,7 +816,7 @@ def test_the_best_mean_over_folds_is_trained_whole(bert_job: JobMaker, tmp_path:
         (2, pytest.approx(0.7)),
     ]
     assert report.recommendation.trial_id == "whole"
-    assert "it has the best mean accuracy 0.775 ± 0.050 over 4 folds" in report.recommendation.sentence
+    assert "it has the best score, mean accuracy 0.775 ± 0.050 over 4 folds" in report.recommendation.sentence
     assert "Over the folds" in html(report)
 
 

@@ -11,13 +11,25 @@ from scipy import stats
 from sklearn.metrics import f1_score, log_loss, precision_score, recall_score
 
 from evaluation import paired
-from evaluation.baselines import of_answers, of_classes
-from evaluation.decide import Option, decide, open_question
-from evaluation.intervals import contributions, interval_of, mean_interval, why_none, wilson
+from evaluation.baselines import majority_class, trivial_answers
+from evaluation.decide import Option, Wording, decide, explain, explain_open_question
+from evaluation.intervals import (
+    confidence_interval,
+    contributions,
+    mean_interval,
+    missing_reason,
+    wilson_interval,
+)
 from evaluation.metrics import scores
-from evaluation.paired import Candidate, Comparison, sign_flip
+from evaluation.paired import Candidate, Comparison, sign_flip_test
 from evaluation.results import Classified, RowResults
-from evaluation.verdict import checked, of_model, of_rows, of_scores
+from evaluation.verdict import (
+    check_against_baselines,
+    check_convergence,
+    check_predictions,
+    check_rows,
+    check_scores,
+)
 from jobs.conversation import Message
 from jobs.errors import JobFileError
 from jobs.report import Baseline, Recommendation
@@ -68,6 +80,14 @@ def test_contributions_have_the_metric_as_their_mean(name: str, theirs: Callable
     assert scores(found, [name]).metrics[name] == pytest.approx(expected)
 
 
+def test_a_macro_average_of_many_classes() -> None:
+    draw = np.random.default_rng(8)
+    label = np.concatenate([np.arange(1000), draw.integers(0, 1000, 3000)])
+    predicted = np.where(draw.random(4000) < 0.6, label, draw.integers(0, 1000, 4000))
+    added_R = contributions(classified(label, predicted, 1000), "f1")
+    assert added_R.mean() == pytest.approx(f1_score(label, predicted, average="macro"))
+
+
 def test_a_row_moves_a_macro_average_by_its_contribution() -> None:
     """To first order: with one row more of a kind the metric changes by (contribution - metric) / rows."""
     draw = np.random.default_rng(0)
@@ -91,10 +111,12 @@ def test_losses_and_perplexities() -> None:
 
 def test_wilsons_interval() -> None:
     """10 of 20, and 0 of 10, worked by hand: (p + z2/2n ± z sqrt(p(1-p)/n + z2/4n2)) / (1 + z2/n)."""
-    assert wilson(10, 20) == pytest.approx((0.29930, 0.70070), abs=1e-5)
-    assert wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
+    assert wilson_interval(10, 20) == pytest.approx((0.29930, 0.70070), abs=1e-5)
+    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-5)
     theirs = stats.binomtest(17, 30).proportion_ci(method="wilson")
-    assert interval_of(right_or_wrong(np.arange(30) < 17), "accuracy") == pytest.approx((theirs.low, theirs.high))
+    assert confidence_interval(right_or_wrong(np.arange(30) < 17), "accuracy") == pytest.approx(
+        (theirs.low, theirs.high)
+    )
 
 
 def test_a_mean_of_symmetric_numbers_has_students_interval() -> None:
@@ -104,24 +126,29 @@ def test_a_mean_of_symmetric_numbers_has_students_interval() -> None:
 
 
 def test_what_rows_cannot_bear_is_not_given() -> None:
-    assert interval_of(right_or_wrong(np.ones(5)), "accuracy") is None
-    assert "5 rows are too few" in str(why_none([right_or_wrong(np.ones(5))], "accuracy"))
+    assert confidence_interval(right_or_wrong(np.ones(5)), "accuracy") is None
+    assert "5 rows are too few" in str(missing_reason([right_or_wrong(np.ones(5))], "accuracy"))
     label = np.array([0] * 50 + [1] * 9)
-    assert interval_of(classified(label, label, 2), "f1") is None
-    assert why_none([classified(label, label, 2)], "f1") == "a class has 9 rows, and an interval of f1 needs 10 of each"
-    assert interval_of(classified(label, label, 2), "accuracy") is not None
+    assert confidence_interval(classified(label, label, 2), "f1") is None
+    assert (
+        missing_reason([classified(label, label, 2)], "f1")
+        == "a class has 9 rows, and an interval of f1 needs at least 10 rows of every class"
+    )
+    assert confidence_interval(classified(label, label, 2), "accuracy") is not None
     more = np.append(label, 1)
-    low, high = interval_of(classified(more, more, 2), "f1") or (0.0, 0.0)
+    low, high = confidence_interval(classified(more, more, 2), "f1") or (0.0, 0.0)
     assert (0.8 < low < 0.95, high) == (True, 1.0)
-    assert interval_of(judged(np.full(30, 0.5)), "rougeL") is None  # all the same: nothing is known of the spread
-    low, high = interval_of(judged(np.zeros(30)), "rougeL") or (0.5, 0.5)
+    assert (
+        confidence_interval(judged(np.full(30, 0.5)), "rougeL") is None
+    )  # all the same: nothing is known of the spread
+    low, high = confidence_interval(judged(np.zeros(30)), "rougeL") or (0.5, 0.5)
     assert (low, high) == pytest.approx((0.0, 0.11351), abs=1e-4)  # as of 0 of 30
 
 
 def test_intervals_stay_where_the_metric_is() -> None:
-    low, high = interval_of(judged(np.array([0.0] * 29 + [1.0])), "rougeL") or (-1, 2)
+    low, high = confidence_interval(judged(np.array([0.0] * 29 + [1.0])), "rougeL") or (-1, 2)
     assert 0 <= low < high <= 1
-    low, high = interval_of(
+    low, high = confidence_interval(
         [judged(np.array([0.1] * 29 + [0.9])), judged(np.array([0.1] * 28 + [0.9] * 2))], "rougeL"
     ) or (0, 0)
     assert 0 <= low < 0.145 < high <= 1
@@ -134,7 +161,7 @@ def test_seeds_widen_an_interval() -> None:
     apart = [right_or_wrong(draw.random(400) < share) for share in (0.6, 0.7, 0.8)]
 
     def width(models: list[RowResults]) -> float:
-        low, high = interval_of(models, "accuracy") or (0.0, 0.0)
+        low, high = confidence_interval(models, "accuracy") or (0.0, 0.0)
         return high - low
 
     assert width(apart) > 3 * width(alike)
@@ -158,7 +185,7 @@ def test_seeds_widen_an_interval() -> None:
     ],
 )
 def test_the_sign_flip_test_by_hand(differences: list[float], p_value: float) -> None:
-    assert sign_flip(np.array(differences, dtype=float)) == pytest.approx(p_value)
+    assert sign_flip_test(np.array(differences, dtype=float)) == pytest.approx(p_value)
 
 
 def test_the_sign_flip_test_is_scipys() -> None:
@@ -166,9 +193,9 @@ def test_the_sign_flip_test_is_scipys() -> None:
     for rows in (4, 9, 12):
         values = draw.normal(0.4, 1, rows)
         theirs = stats.permutation_test((values,), np.mean, permutation_type="samples", n_resamples=np.inf)
-        assert sign_flip(values) == pytest.approx(theirs.pvalue)
+        assert sign_flip_test(values) == pytest.approx(theirs.pvalue)
     many = draw.normal(0.2, 1, 100)
-    assert sign_flip(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.02)
+    assert sign_flip_test(many) == pytest.approx(stats.ttest_1samp(many, 0).pvalue, abs=0.02)
 
 
 def two(one: RowResults, other: RowResults, metric: str, goal: str = "maximize") -> Comparison:
@@ -185,7 +212,7 @@ def test_two_candidates_have_the_paired_t_interval() -> None:
     expected = theirs.confidence_interval()
     assert found.interval("a", "b") == pytest.approx((expected.low, expected.high), rel=0.02)
     assert found.p_value("a", "b") == pytest.approx(theirs.pvalue, abs=2e-4)
-    assert (found.worse("b", "a") > 0, found.is_worse("b", "a"), found.is_worse("a", "b")) == (True, True, False)
+    assert (found.loss("b", "a") > 0, found.is_worse("b", "a"), found.is_worse("a", "b")) == (True, True, False)
 
 
 @pytest.mark.parametrize(("rows", "least"), [(2, 0.5), (3, 0.25), (5, 0.0625), (6, 0.03125)])
@@ -200,7 +227,7 @@ def test_rows_on_which_nothing_differs_do_not_show_that_nothing_ever_will() -> N
     """As by the rule of three: 100 equal answers leave 3 % of the rows open, 1,000 leave 0.3 %."""
     for rows, shown in ((100, False), (1000, True)):
         same = right_or_wrong(np.arange(rows) < rows // 2)
-        assert (two(same, same, "accuracy").most_worse("b", "a") <= 0.01) == shown
+        assert (two(same, same, "accuracy").max_loss("b", "a") <= 0.01) == shown
     assert two(same, same, "accuracy").p_value("a", "b") == 1.0
 
 
@@ -208,7 +235,7 @@ def test_macro_averages_of_rare_classes_decide_nothing() -> None:
     label = np.array([0] * 200 + [1] * 5)
     found = two(classified(label, label, 2), classified(label, label * 0, 2), "f1")
     assert (found.interval("a", "b"), found.p_value("a", "b"), found.is_worse("b", "a")) == (None, None, False)
-    assert found.unsupported == "a class has 5 rows, and an interval of f1 needs 10 of each"
+    assert found.missing_reason == "a class has 5 rows, and an interval of f1 needs at least 10 rows of every class"
 
 
 def test_seeds_that_two_candidates_share_are_no_difference() -> None:
@@ -234,8 +261,8 @@ def test_more_candidates_need_more() -> None:
     others = [Candidate(f"c{n}", [right_or_wrong(draw.random(400) < 0.72)]) for n in range(30)]
     near = [Candidate("a", [right_or_wrong(best)]), Candidate("b", [right_or_wrong(next_best)])]
     among = Comparison([*near, *others], "accuracy", "maximize")
-    assert alone.critical(0, 1) == pytest.approx(stats.t.ppf(0.975, 399), abs=1e-3)
-    assert 3.4 < among.critical(0, 1) < 4.0  # the studentised range of 32, over the root of 2
+    assert alone.critical_value(0, 1) == pytest.approx(stats.t.ppf(0.975, 399), abs=1e-3)
+    assert 3.4 < among.critical_value(0, 1) < 4.0  # the studentised range of 32, over the root of 2
     assert (among.p_value("a", "b") or 0) > 5 * (alone.p_value("a", "b") or 0)
 
 
@@ -252,23 +279,42 @@ def three(rows: int, rates: tuple[float, float, float], seed: int = 0) -> Compar
     return Comparison(found, "accuracy", "maximize")
 
 
+WORDING = Wording(
+    noun="arm",
+    row_noun="row",
+    describe=lambda name: name,
+    format_cost=lambda option: f"{option.cost:g} s",
+    format_score=lambda name: f"score of {name}",
+)
+
+
 def test_the_cheapest_ships_of_which_it_is_shown_that_it_loses_little() -> None:
     found = three(4000, (0.8, 0.798, 0.7))
     decision = decide(options({"a": 30, "b": 20, "c": 10}, found), [found], {}, 4000)
     assert (decision.best.name, decision.chosen.name) == ("a", "b")
     assert [one.name for one in decision.worse] == ["c"]
     assert decision.undecided == ()
-    assert open_question(decision, [found], {}) is None
+    assert explain_open_question(decision, [found], {}, WORDING) is None
+    sentence = explain(decision, [found], {}, WORDING)
+    assert sentence.startswith(
+        "Ship b: it has the lowest cost (20 s) of the 2 arms within the tolerance. Its score on 4,000 rows is score of "
+        "b; the best is score of a of a (30 s). It loses 0.00"
+    )
+    assert sentence.endswith(" with 95 % confidence (tolerance 0.01).")
 
 
 def test_the_best_ships_where_the_rows_do_not_show_it() -> None:
     found = three(200, (0.8, 0.795, 0.7))
     decision = decide(options({"a": 30, "b": 20, "c": 10}, found), [found], {}, 200)
     assert (decision.chosen.name, [one.name for one in decision.undecided]) == ("a", ["b"])
-    question = open_question(decision, [found], {}) or ""
-    assert question.startswith("b costs less, but 200 rows cannot tell (accuracy 0.005 worse [")
-    assert "where 0.01 may be lost); about " in question
-    needed = int(question.rpartition("about ")[2].split()[0].replace(",", ""))
+    sentence = explain(decision, [found], {}, WORDING)
+    assert sentence.startswith(
+        "Ship a: it has the best score, score of a, on 200 rows. b is cheaper (20 s), but 200 rows do not show whether "
+        "it is within the tolerance: it loses 0.005 ["
+    )
+    assert "] in accuracy (tolerance 0.01). About " in sentence
+    assert sentence.endswith(" rows would show it.")
+    needed = int(sentence.rpartition("About ")[2].split()[0].replace(",", ""))
     more = three(int(1.3 * needed), (0.8, 0.795, 0.7), seed=1)
     assert decide(options({"a": 30, "b": 20, "c": 10}, more), [more], {}, 200).chosen.name == "b"
     generous = decide(options({"a": 30, "b": 20, "c": 10}, found), [found], {"accuracy": 0.05}, 200)
@@ -297,7 +343,7 @@ def test_a_tie_goes_to_the_cheapest() -> None:
 def test_without_results_row_by_row_only_the_best_ships() -> None:
     found = [Option("a", 0.8, 2.0), Option("b", 0.8, 3.0), Option("c", 0.7, 1.0)]
     decision = decide(found, [], {}, 100)
-    assert (decision.chosen.name, [one.name for one in decision.incomparable]) == ("a", ["b", "c"])
+    assert (decision.chosen.name, [one.name for one in decision.unranked]) == ("a", ["b", "c"])
 
 
 def test_no_number_is_minus_nothing() -> None:
@@ -332,7 +378,7 @@ def test_several_metrics_of_one_decision(block: str, llama_job: JobMaker) -> Non
 
 def test_the_commonest_class_is_scikit_learns() -> None:
     train, held_out = {"a": 50, "b": 30, "c": 20}, {"a": 10, "b": 25, "c": 5, "d": 0}
-    common, metrics = of_classes(train, held_out)
+    common, metrics = majority_class(train, held_out)
     label = np.repeat(["a", "b", "c"], [10, 25, 5])
     said = np.full(40, "a")
     assert common == "a"
@@ -341,8 +387,8 @@ def test_the_commonest_class_is_scikit_learns() -> None:
         assert metrics[name] == pytest.approx(theirs(label, said, average="macro", zero_division=0))
     chances = np.tile([0.5, 0.3, 0.2], (40, 1))
     assert metrics["loss"] == pytest.approx(log_loss(label, chances, labels=["a", "b", "c"]))
-    assert "loss" not in of_classes(train, held_out | {"d": 1})[1]  # no training row has it
-    assert of_classes(train, {})[1] == {}
+    assert "loss" not in majority_class(train, held_out | {"d": 1})[1]  # no training row has it
+    assert majority_class(train, {})[1] == {}
 
 
 def test_answers_that_need_no_model() -> None:
@@ -350,63 +396,70 @@ def test_answers_that_need_no_model() -> None:
         Row(messages=(Message("user", "the cat sat"), Message("assistant", "the cat sat"))),
         Row(messages=(Message("system", "be brief"), Message("user", "the dog"), Message("assistant", "a tree"))),
     ]
-    found = of_answers(rows, ["rougeL", "exact_match", "bertscore_f1"])
+    found = trivial_answers(rows, ["rougeL", "exact_match", "bertscore_f1"])
     assert found["an empty answer"] == {"rougeL": 0.0, "exact_match": 0.0}
-    assert found["the question as its own answer"] == {"rougeL": 0.5, "exact_match": 0.5}
-    assert of_answers(rows, ["bertscore_f1"]) == of_answers([], ["rougeL"]) == {}
+    assert found["the question as the answer"] == {"rougeL": 0.5, "exact_match": 0.5}
+    assert trivial_answers(rows, ["bertscore_f1"]) == trivial_answers([], ["rougeL"]) == {}
 
 
 SHIP = Recommendation(trial_id="t", rule="r", sentence="Ship t: it has the best accuracy.")
 
 
-def verdict_of(
+def check(
     value: float,
-    ends: tuple[float, float] | None,
+    interval: tuple[float, float] | None,
     *baselines: float,
     metric: str = "accuracy",
     goal: Goal = "maximize",
+    recommendation: Recommendation = SHIP,
 ) -> tuple[bool, str, list[str]]:
     known = [Baseline(what=f"baseline {place}", metrics={metric: one}) for place, one in enumerate(baselines)]
-    found, remarks = checked(SHIP, metric, goal, value, ends, known, "validation rows")
-    return found.decided, found.sentence, remarks
+    found, cautions = check_against_baselines(recommendation, metric, goal, value, interval, known, "validation rows")
+    return found.decided, found.sentence, cautions
 
 
 def test_what_does_not_beat_the_baseline_is_not_shipped() -> None:
-    assert verdict_of(0.8, (0.7, 0.9), 0.5, 0.6) == (True, SHIP.sentence, [])
-    decided, sentence, _ = verdict_of(0.58, (0.5, 0.65), 0.58)
+    assert check(0.8, (0.7, 0.9), 0.5, 0.6) == (True, SHIP.sentence, [])
+    decided, sentence, _ = check(0.58, (0.5, 0.65), 0.58)
     assert not decided
     assert sentence == (
-        "Nothing here is worth shipping: on the validation rows t is the best with accuracy 0.580 [0.500, 0.650], and "
-        "baseline 0 has 0.580."
+        "Do not ship: on the validation rows the best is t with accuracy 0.580 [0.500, 0.650], which does not beat "
+        "baseline 0 (0.580)."
     )
-    assert verdict_of(0.6, (0.5, 0.7), 0.58)[2] == [
-        "the accuracy 0.600 [0.500, 0.700] of t cannot be told apart from the 0.580 of baseline 0"
+    assert check(0.6, (0.5, 0.7), 0.58)[2] == [
+        "t (accuracy 0.600 [0.500, 0.700]) is not clearly better than baseline 0 (0.580)."
     ]
-    assert "and being never right has 0.000" in verdict_of(0.0, None)[1]  # arms that all score nothing
-    assert verdict_of(1.2, (1.0, 1.4), 2.0, metric="loss", goal="minimize") == (True, SHIP.sentence, [])
-    assert "worth shipping" in verdict_of(2.1, None, 2.0, metric="loss", goal="minimize")[1]
-    assert verdict_of(2.1, None, metric="loss", goal="minimize")[0]  # nothing to compare with
+    assert "a model that is always wrong (0.000)" in check(0.0, None)[1]  # arms that all score nothing
+    assert check(1.2, (1.0, 1.4), 2.0, metric="loss", goal="minimize") == (True, SHIP.sentence, [])
+    assert check(2.1, None, 2.0, metric="loss", goal="minimize")[1].startswith("Do not ship")
+    assert check(2.1, None, metric="loss", goal="minimize")[0]  # nothing to compare with
 
 
-def test_remarks_on_rows_and_models() -> None:
+def test_what_was_not_decided_is_not_refused_either() -> None:
+    """Three rows do not show that a model is no better than a baseline."""
+    few = SHIP.model_copy(update={"decided": False, "sentence": "Too few rows to decide."})
+    assert check(0.3, None, 0.5, recommendation=few) == (False, "Too few rows to decide.", [])
+
+
+def test_cautions_about_rows_and_models() -> None:
     counts = {"validation": {"a": 5, "b": 0, "c": 0}, "test": {"a": 1, "b": 2, "c": 3}}
-    assert of_rows(counts, "validation", 5) == [
-        "the decision rests on 5 validation rows: with fewer than 100 little is shown",
-        "2 classes have no validation row: b, c; nothing is known of them",
+    assert check_rows(counts, "validation", 5) == [
+        "The decision rests on 5 validation rows; with fewer than 100, only large differences can be shown.",
+        "2 classes have no validation rows, so their quality is unknown: b, c.",
     ]
-    assert of_rows({}, "test", 100) == []
+    assert check_rows({}, "test", 100) == []
     curve = [{"step": 1, "accuracy": 0.6}, {"step": 2, "accuracy": 0.7}, {"step": 2}, {"step": 3, "accuracy": 0.75}]
     row = TrialRow(trial_id="t", state="finished", curve=curve)
-    assert of_model("accuracy", "maximize", row, [[3, 0], [2, 0]], ["a", "b"]) == [
-        "1 class is never predicted: b",
-        "the accuracy of t was still getting better when its training ended (0.700, then 0.750): longer training may "
-        "give more",
+    assert check_predictions([[3, 0], [2, 0]], ["a", "b"]) == ["1 class is never predicted: b."]
+    assert check_predictions([[3, 0], [0, 2]], ["a", "b"]) == check_predictions([], ["a", "b"]) == []
+    assert check_convergence(row, "accuracy", "maximize") == [
+        "The accuracy of t was still improving when its training ended (0.700, then 0.750). Longer training may help."
     ]
-    assert of_model("accuracy", "minimize", row, [[3, 0], [0, 2]], ["a", "b"]) == []
-    assert of_scores("rougeL", [0.0, 0.0, None]) == [
-        "all 2 have rougeL 0: the metric or the answers' form may be wrong"
+    assert check_convergence(row, "accuracy", "minimize") == check_convergence(None, "loss", "minimize") == []
+    assert check_scores("rougeL", [0.0, 0.0, None]) == [
+        "All 2 candidates have rougeL 0. Check the metric and the format of the answers."
     ]
-    assert of_scores("rougeL", [0.0, 0.1]) == of_scores("loss", [0.0, 0.0]) == []
+    assert check_scores("rougeL", [0.0, 0.1]) == check_scores("loss", [0.0, 0.0]) == []
 
 
 # ---- coverage
@@ -417,7 +470,7 @@ def test_remarks_on_rows_and_models() -> None:
 @pytest.mark.parametrize("share", [0.5, 0.75, 0.9])
 def test_coverage_of_accuracy(rows: int, share: float) -> None:
     right = np.random.default_rng(rows).binomial(rows, share, DATA_SETS)
-    inside = [low <= share <= high for low, high in (wilson(int(number), rows) for number in right)]
+    inside = [low <= share <= high for low, high in (wilson_interval(int(number), rows) for number in right)]
     assert 0.92 <= np.mean(inside) <= 0.98
 
 
@@ -454,7 +507,7 @@ def test_coverage_of_macro_f1(rows: int, shares: tuple[float, ...], right: tuple
         if np.bincount(label, minlength=classes).min() < 10:
             continue
         predicted = (said_CC[label].cumsum(axis=1) < draw.random(rows)[:, None]).sum(axis=1)
-        low, high = interval_of(classified(label, predicted, classes), "f1") or (0.0, 0.0)
+        low, high = confidence_interval(classified(label, predicted, classes), "f1") or (0.0, 0.0)
         inside.append(low <= truth <= high)
     assert len(inside) > DATA_SETS / 2
     assert 0.92 <= np.mean(inside) <= 0.97
@@ -481,6 +534,6 @@ def test_equal_candidates_are_rarely_said_to_differ(
             models = [losses(hard + draw.normal(0, 0.2, rows), np.ones(rows)) for _ in range(candidates)]
         goal = "maximize" if kind == "accuracy" else "minimize"
         found = Comparison([Candidate(str(n), [one]) for n, one in enumerate(models)], kind, goal, 500)  # type: ignore[arg-type]
-        best = str(int(np.argmax(found.values_K) if goal == "maximize" else np.argmin(found.values_K)))
+        best = str(int(np.argmax(found._means_K) if goal == "maximize" else np.argmin(found._means_K)))
         wrong += any(found.is_worse(name, best) for name in found.names if name != best)
     assert wrong / DATA_SETS <= 0.06

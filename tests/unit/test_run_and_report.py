@@ -21,10 +21,10 @@ from cluster import store
 from cluster.local import write_run
 from cluster.planning import make_plan
 from commands.view import trial_lines
-from evaluation.recommend import Choosing, recommend
+from evaluation.recommend import SearchRule, recommend
 from evaluation.render import html, markdown, table_csv, terminal
 from evaluation.report import build_report, report_json, write_report
-from evaluation.results import Classified, RowResults, packed
+from evaluation.results import Classified, RowResults, serialize
 from jobs import files
 from jobs.errors import RunError
 from jobs.load import LoadedJob
@@ -122,7 +122,7 @@ def finished(bert_job: JobMaker, tmp_path: Path) -> Run:
             })  # fmt: skip
         trial.set_state(TrialState(state), rung=1)
         (trial.path / "adapter").mkdir()
-        files.write_bytes(trial.validation_results, packed(right(score, 3000), 3))
+        files.write_bytes(trial.validation_results, serialize(right(score, 3000), 3))
     broken = run.add_trial("dddd", 3, {"lora.lora_r": 2, "train.seed": 2})
     broken.set_state(TrialState.FAILED, failure={"failure_class": "nan", "sentence": f"loss {EVIL} = | `x`"})
     test = {"accuracy": 0.69, "f1": 0.69, "precision": 0.7, "recall": 0.7, "loss": 0.6}
@@ -160,11 +160,14 @@ def test_the_speed_of_evaluation_stands_beside_that_of_training(finished: Run) -
 def test_the_smallest_that_is_shown_to_lose_little_is_recommended(finished: Run) -> None:
     found = build_report(finished).recommendation
     assert found.trial_id == "aaaa"  # a quarter of the parameters, and 0.01 less on the same 3,000 rows
-    assert "accuracy 0.700 [0.650, 0.750], against accuracy 0.710 [0.660, 0.760] of bbbb" in found.sentence
-    assert "It loses 0.010 of accuracy, at most 0.01" in found.sentence
+    assert "is accuracy 0.700 [0.650, 0.750]; the best is accuracy 0.710 [0.660, 0.760] of bbbb" in found.sentence
+    assert "It loses 0.010 in accuracy, at most 0.01" in found.sentence
 
 
-@pytest.mark.parametrize("damage", ["missing", "of another step", "no tensors", "a class too many", "other rows"])
+@pytest.mark.parametrize(
+    "damage",
+    ["missing", "of another step", "no tensors", "a class too many", "other rows", "no numbers", "a million classes"],
+)
 def test_the_best_is_recommended_where_nothing_is_known_of_each_row(finished: Run, damage: str) -> None:
     """As of runs of earlier versions."""
     path = finished.trial("aaaa").validation_results
@@ -172,17 +175,24 @@ def test_the_best_is_recommended_where_nothing_is_known_of_each_row(finished: Ru
     if damage == "missing":
         path.unlink()
     elif damage == "of another step":
-        files.write_bytes(path, packed(strange, 1))
+        files.write_bytes(path, serialize(strange, 1))
     elif damage == "no tensors":
         files.write_bytes(path, b"\xff" * 100)
+    elif damage == "no numbers":
+        assert strange.classified is not None
+        files.write_bytes(path, serialize(replace(strange, classified=None, loss_R=np.full(3000, np.nan)), 3))
+    elif damage == "a million classes":
+        assert strange.classified is not None
+        many = replace(strange, classified=replace(strange.classified, classes=1_000_000))
+        files.write_bytes(path, serialize(many, 3))
     elif damage == "other rows":
-        files.write_bytes(path, packed(right(0.7, 20), 3))
+        files.write_bytes(path, serialize(right(0.7, 20), 3))
     else:
         assert strange.classified is not None
-        files.write_bytes(path, packed(replace(strange, classified=replace(strange.classified, classes=1)), 3))
+        files.write_bytes(path, serialize(replace(strange, classified=replace(strange.classified, classes=1)), 3))
     found = build_report(finished).recommendation
     assert found.trial_id == "bbbb"
-    assert "What they did with each row is not stored, so these were judged by score alone: aaaa" in found.sentence
+    assert "There are no comparable per-row results of aaaa (not stored or not finite)" in found.sentence
 
 
 def row(name: str, score: float, size: int, state: str = "finished", half: float = 0.02) -> Row:
@@ -199,10 +209,22 @@ def right(share: float, rows: int = 1000) -> RowResults:
     return RowResults(np.ones(rows), np.ones(rows, dtype=int), said)
 
 
+def test_a_metric_that_is_no_number_costs_only_its_trial() -> None:
+    """Its loss diverged: it cannot be shown to keep it, and the others are compared all the same."""
+    rows = [row("a", 0.90, 900), row("b", 0.898, 100), row("c", 0.898, 50)]
+    results = {one.trial_id: right(one.metrics["accuracy"] or 0) for one in rows}
+    results["c"] = replace(results["c"], loss_R=np.full(1000, np.nan))
+    tolerances = {"accuracy": 0.02, "loss": 0.1}
+    rule = SearchRule("accuracy", "maximize", tolerances, also=(("loss", "minimize"),))
+    found = recommend(rows, rule, results)
+    assert found.trial_id == "b"
+    assert "There are no comparable per-row results of c (not stored or not finite)" in found.sentence
+
+
 def test_recommendations_by_hand() -> None:
     def found(*rows: Row, keep: int = 5, stored: bool = True, count: int = 1000) -> Recommendation:
         results = {one.trial_id: right(one.metrics["accuracy"] or 0, count) for one in rows if stored}
-        return recommend(list(rows), Choosing("accuracy", "maximize", {"accuracy": 0.02}, keep=keep), results)
+        return recommend(list(rows), SearchRule("accuracy", "maximize", {"accuracy": 0.02}, keep=keep), results)
 
     assert found(row("a", 0.90, 900), row("b", 0.80, 100)).trial_id == "a"  # b is shown to be worse
     assert found(row("a", 0.90, 900), row("b", 0.898, 100)).trial_id == "b"
@@ -212,18 +234,18 @@ def test_recommendations_by_hand() -> None:
     assert found(row("a", 0.80, 900), row("cut", 0.81, 100, "stopped")).trial_id == "a"
     alone = found(row("cut", 0.81, 100, "stopped"))
     assert alone.trial_id == "cut"
-    assert alone.sentence.endswith("It is the only configuration with a score, so there was nothing to choose.")
+    assert alone.sentence.endswith("It is the only configuration with a score, so there was nothing to choose from.")
     ended = found(row("a", 0.81, 100), row("cut", 0.81, 100, "stopped")).sentence
-    assert ended.endswith("It is the only configuration trained to the end, so there was nothing to choose.")
+    assert ended.endswith("It is the only configuration trained to the end, so there was nothing to choose from.")
     assert found(row("x", 0.9, 1, "failed")).trial_id is None
     said = found(row("a", 0.90, 100), row("b", 0.898, 900)).sentence
-    assert "and costs least (100 trained parameters): 1 other configuration would lose no more than" in said
+    assert "1 other configuration is within the tolerance, but not clearly cheaper (100 trained parameters" in said
     faster = row("b", 0.898, 900).model_copy(update={"train_seconds": 0.9})
     assert found(row("a", 0.90, 900), faster).trial_id == "a"  # a tenth of a second of noise decides nothing
     assert found(row("a", 0.90, 900), row("b", 0.90, 100)).trial_id == "b"  # a tie goes to the cheapest
     few = found(row("a", 0.8, 900), row("b", 0.6, 100), count=5)
     assert (few.trial_id, few.decided) == ("a", False)
-    assert few.sentence.startswith("Too few rows to decide: the score is of 5 validation rows, and 6 are the least")
+    assert few.sentence.startswith("Too few rows to decide: there are 5 validation rows, and at least 6 are needed")
     assert found().trial_id is None
 
 
@@ -395,8 +417,9 @@ def test_commands_that_read_a_run(finished: Run, tmp_path: Path) -> None:
     assert (found["trial_id"], found["metrics"]["accuracy"]) == ("aaaa", 0.7)
     table = lorafleet_here("report", "--format", "csv", "--runs", runs, cwd=tmp_path).stdout
     assert len(list(csv.DictReader(io.StringIO(table)))) == 5
-    line = lorafleet_here("report", "tiny:base", "--format", "csv", "--runs", runs, cwd=tmp_path).stdout
-    assert {row["trial_id"] for row in csv.DictReader(io.StringIO(line))} == {"base"}
+    for name in ("base", "aaaa"):
+        line = lorafleet_here("report", f"tiny:{name}", "--format", "csv", "--runs", runs, cwd=tmp_path).stdout
+        assert [row["trial_id"] for row in csv.DictReader(io.StringIO(line))] == [name]
     unknown = lorafleet_here("report", "tiny:zzz", "--runs", runs, cwd=tmp_path)
     assert (unknown.returncode, unknown.stdout) == (2, "")
     assert "has no trial zzz; it has base, bbbb, aaaa" in unknown.stderr

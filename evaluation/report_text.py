@@ -172,7 +172,8 @@ def notes(report: Report) -> list[str]:
             "The search and the choice looked at the validation rows; the test rows were run once, after the choice."
         )
     found.append(
-        "Square brackets hold 95 % intervals over rows (not over seeds); where there are none, the rows are too few."
+        "Square brackets hold 95 % intervals over rows (not over seeds). Baselines have none, nor do metrics with too "
+        "few rows."
     )
     return found
 

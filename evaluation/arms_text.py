@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from evaluation.report_text import BENCHMARK, MISSING, duration, number, shown_metrics
+from evaluation.report_text import BENCHMARK, MISSING, duration, format_p_value, number, shown_metrics
 from jobs.report import Arm, BatchSpeed, Inference, Pair, Report
 from jobs.words import counted
 
@@ -111,7 +111,7 @@ def _p_value(report: Report) -> Cell:
         if best is None or arm.arm == best.arm:
             return MISSING
         found = [pair.p_value for pair in report.pairs if {pair.one, pair.other} == {arm.arm, best.arm}]
-        return number(found[0]) if found else MISSING
+        return format_p_value(found[0]) if found else MISSING
 
     return cell
 
@@ -127,7 +127,7 @@ def pair_cells(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
         if found is None:
             return MISSING
         ends = f"\n[{found.interval[0]:+.3f}, {found.interval[1]:+.3f}]" if found.interval else ""
-        p_value = "" if found.p_value is None else f" (p {found.p_value:.3f})"
+        p_value = "" if found.p_value is None else f" (p {format_p_value(found.p_value)})"
         return f"{found.difference:+.3f}{p_value}{ends}"
 
     return names, [(row, [cell(row, column) for column in names]) for row in names]
@@ -156,7 +156,9 @@ def pairs_table(report: Report, *, whole: bool) -> tuple[list[str], list[list[st
         shown = [pair for pair in shown if best.arm in (pair.one, pair.other)]
     turned = [_turned(pair) if best is not None and pair.one == best.arm else pair for pair in shown]
     headings = ["difference", f"{report.held_out} {report.metric} [95 %]", "p"]
-    return headings, [[f"{pair.one} - {pair.other}", _difference(pair), number(pair.p_value)] for pair in turned]
+    return headings, [
+        [f"{pair.one} - {pair.other}", _difference(pair), format_p_value(pair.p_value)] for pair in turned
+    ]
 
 
 def batches_table(report: Report) -> tuple[list[str], list[list[str]]]:
@@ -198,12 +200,14 @@ def arm_notes(report: Report) -> list[str]:
         )
     several = any(len(arm.seeds) > 1 for arm in report.arms or [])
     if several:
-        found.append("Metrics are means over an arm's seeds; brackets hold 95 % bootstrap intervals (rows, seeds).")
+        found.append("Metrics are means over an arm's seeds; brackets hold 95 % intervals over rows and seeds.")
     elif any(arm.tried or (arm.train_seconds and arm.seeds) for arm in report.arms or []):
         found.append("One training an arm: how far another seed would move it is in no interval and no p-value.")
     if report.pairs:
-        drawn = ", seeds drawn too" if several else ""
-        found.append(f"p: paired bootstrap on the same rows{drawn}; two-sided, not corrected for many pairs.")
+        units = "rows and seeds" if several else "rows"
+        found.append(
+            f"p-values and intervals of differences: paired by {units}, two-sided, adjusted for the number of arms."
+        )
     measured = [arm.inference for arm in report.arms or [] if arm.inference]
     if measured:
         rounds, threads = measured[0].rounds, measured[0].threads

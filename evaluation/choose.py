@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from evaluation.decide import Option, Tolerances, Wording, decide, describe_tolerances, explain, format_interval
 from evaluation.paired import Comparison
+from evaluation.report_text import describe_p_value
 from jobs.compare import Cost, Rule
 from jobs.report import Arm, Recommendation
 from jobs.rungs import Goal
@@ -153,7 +154,7 @@ def _format_p_value(best: Arm, ranked: list[Arm], comparisons: Sequence[Comparis
     if not {best.arm, other.arm} <= set(comparisons[0].names):
         return ""
     p_value = comparisons[0].p_value(best.arm, other.arm)
-    return f", p = {p_value:.3f} against {other.arm}" if p_value is not None else ""
+    return "" if p_value is None else f", {describe_p_value(p_value)} against {other.arm}"
 
 
 def front(arms: list[Arm], choice: Choice) -> list[Arm]:
@@ -168,11 +169,13 @@ def front(arms: list[Arm], choice: Choice) -> list[Arm]:
 
 def rule_text(choice: Choice) -> str:
     """Return a rule in words."""
-    words = COSTS[choice.cost][0] + (f" (within {SAME_TIME - 1:.0%}: the same)" if choice.slack > 1 else "")
+    words = COSTS[choice.cost][0]
+    if choice.slack > 1:
+        words += f" (differences below {SAME_TIME - 1:.0%} count as equal)"
     if choice.rule == "cheapest_within_tolerance":
         return (
-            f"the arm that needs least ({words}) of those that lose at most {describe_tolerances(choice.tolerances)} "
-            "against the best (simultaneous 95 % intervals of paired differences on the held-out rows); if there is "
+            f"among the arms that lose at most {describe_tolerances(choice.tolerances)} against the best (simultaneous "
+            f"95 % intervals of paired differences on the held-out rows), the one with the least {words}; if there is "
             "none, the best"
         )
     if choice.rule == "smallest_within":

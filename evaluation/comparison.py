@@ -332,7 +332,7 @@ def comparison_report(run: Run, job: JobSpec, plain: Report, counts: Mapping[str
     trial = next((row for row in trials if arm and arm.trial_id and row.trial_id == arm.trial_id), None)
     cautions += verdict.check_rows(counts, plain.held_out, len(rows))
     cautions += verdict.check_predictions(update.get("confusion", []), labels)
-    cautions += verdict.check_convergence(trial, metric.name, metric.goal)
+    cautions += verdict.check_convergence(chosen, trial, metric.name, metric.goal)
     cautions += verdict.check_scores(metric.name, [one.metrics.get(metric.name) for one in arms])
     update["cautions"] = cautions
     if base is not None and base.metrics:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from evaluation.intervals import MIN_ROWS, SHARES
 from evaluation.paired import Comparison
+from evaluation.report_text import describe_p_value
 from jobs.words import counted, unsigned_zero
 
 DEFAULT_SHARE_TOLERANCE = 0.01
@@ -47,11 +48,16 @@ class Decision:
     worse: tuple[Option, ...]
     """Options that are shown to be worse than the best."""
     undecided: tuple[Option, ...]
-    """Options that are cheaper than `chosen` and for which the rows show neither."""
+    """Options for which the rows show neither."""
     unranked: tuple[Option, ...]
     """Options without per-row results."""
     rows: int
     """Number of rows; 0 if unknown."""
+
+    @property
+    def cheaper_undecided(self) -> list[Option]:
+        """The undecided options that are cheaper than the chosen one."""
+        return [option for option in self.undecided if _cost(option) < _cost(self.chosen)]
 
     @property
     def has_too_few_rows(self) -> bool:
@@ -110,13 +116,12 @@ def decide(
         else:
             undecided.append(option)
     chosen = _cheapest(eligible, best, slack)
-    cheaper = tuple(option for option in undecided if _cost(option) < _cost(chosen))
     return Decision(
         chosen=chosen,
         best=best,
         eligible=tuple(eligible),
         worse=tuple(worse),
-        undecided=cheaper,
+        undecided=tuple(undecided),
         unranked=tuple(unranked),
         rows=rows,
     )
@@ -212,9 +217,14 @@ def _explain_best(decision: Decision, comparisons: Sequence[Comparison], wording
             f"{sentence} {counted(others, f'other {wording.noun}')} {verb} within the tolerance, but not clearly "
             f"cheaper ({wording.format_cost(best)} for {best.name})."
         )
-    if decision.worse and not decision.undecided:
+    if decision.cheaper_undecided:
+        return sentence
+    if decision.undecided:
+        verb = "is" if len(decision.undecided) == 1 else "are"
+        sentence += f" {_list_names(decision.undecided)} {verb} not shown to be worse, but not cheaper either."
+    elif decision.worse:
         nearest = max(decision.worse, key=lambda option: option.score)
-        return f"{sentence} {_explain_worse(nearest, best, comparisons)}"
+        sentence += f" {_explain_worse(nearest, best, comparisons)}"
     return sentence
 
 
@@ -224,7 +234,8 @@ def _explain_worse(option: Option, best: Option, comparisons: Sequence[Compariso
     p_value = comparison.p_value(option.name, best.name)
     loss = unsigned_zero(comparison.loss(option.name, best.name))
     ends = format_interval(interval) if interval else ""
-    return f"{option.name} is worse in {comparison.metric} by {loss} {ends} (p = {p_value:.3f})."
+    p_text = "" if p_value is None else f" ({describe_p_value(p_value)})"
+    return f"The next best, {option.name}, is worse in {comparison.metric} by {loss} {ends}{p_text}."
 
 
 def _explain_cheaper(
@@ -256,9 +267,10 @@ def explain_open_question(
 
     Returns None if there is no such option.
     """
-    if not decision.undecided:
+    undecided = decision.cheaper_undecided
+    if not undecided:
         return None
-    option, best = max(decision.undecided, key=lambda one: one.score), decision.best
+    option, best = max(undecided, key=lambda one: one.score), decision.best
     losses, rows_needed = [], 0
     for each in comparisons:
         tolerance = resolve_tolerance(each, tolerances, best.name)
@@ -277,7 +289,7 @@ def explain_open_question(
     )
     if rows_needed > decision.rows:
         sentence += f" About {_round_up(rows_needed):,} rows would show it."
-    others = len(decision.undecided) - 1
+    others = len(undecided) - 1
     if others:
         sentence += f" The same is open for {counted(others, f'other {wording.noun}')}."
     return sentence

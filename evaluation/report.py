@@ -172,7 +172,7 @@ def _add_verdict(report: Report, facts: dict[str, Any]) -> Report:
     labels = [str(label) for label in facts.get("labels") or []]
     cautions += verdict.check_rows(counts, "validation", report.rows_count.get("validation", 0))
     cautions += verdict.check_predictions(report.confusion, labels)
-    cautions += verdict.check_convergence(recommended, metric, goal)
+    cautions += verdict.check_convergence(report.recommendation.trial_id, recommended, metric, goal)
     cautions += verdict.check_scores(metric, [row.metrics.get(metric) for row in report.trials])
     return report.model_copy(update={"recommendation": recommendation, "cautions": cautions})
 

@@ -227,6 +227,19 @@ def headline(report: Report) -> str:
     return f"{report.model} on {report.data}{of}, {arms}{counted(len(report.trials), 'trial')}{took}, {report.state}"
 
 
+def format_p_value(p_value: float | None) -> str:
+    """Format a p-value with three digits."""
+    if p_value is None:
+        return MISSING
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def describe_p_value(p_value: float) -> str:
+    """Return a p-value as text: `p = 0.012` or `p < 0.001`."""
+    text = format_p_value(p_value)
+    return f"p < {text[1:]}" if text.startswith("<") else f"p = {text}"
+
+
 def describe(params: dict[str, Any]) -> str:
     """Return searched values as text: `lora_r=8, learning_rate=0.00126`."""
     return ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in params.items())

@@ -101,8 +101,11 @@ def check_predictions(confusion: Sequence[Sequence[int]], labels: Sequence[str])
     return [f"{classes} never predicted: {_list_names(missing)}."]
 
 
-def check_convergence(row: Row | None, metric: str, goal: Goal) -> list[str]:
-    """Return a caution if the metric of a trial was still improving at its last evaluation."""
+def check_convergence(name: str | None, row: Row | None, metric: str, goal: Goal) -> list[str]:
+    """Return a caution if the metric of a trial was still improving at its last evaluation.
+
+    `name` is what the report calls the trial: its id, or the arm that it belongs to.
+    """
     values = [point[metric] for point in row.curve if point.get(metric) is not None] if row else []
     if row is None or len(values) < 2:
         return []
@@ -113,7 +116,7 @@ def check_convergence(row: Row | None, metric: str, goal: Goal) -> list[str]:
     if gain <= threshold:
         return []
     return [
-        f"The {metric} of {row.trial_id} was still improving when its training ended ({previous:.3f}, then "
+        f"The {metric} of {name} was still improving when its training ended ({previous:.3f}, then "
         f"{last:.3f}). Longer training may help."
     ]
 

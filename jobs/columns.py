@@ -70,7 +70,7 @@ class ColumnRows(LargeRows):
 
 
 def is_large(path: Path) -> bool:
-    """Whether a file's rows are kept in less memory than Python's objects take."""
+    """Return True if a file is so large that its rows are kept in a compact form."""
     return path.is_file() and path.stat().st_size >= _FEWEST_BYTES
 
 

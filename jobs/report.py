@@ -386,7 +386,7 @@ class Report(Spec):
     @property
     def shown_arms(self) -> list[Arm]:
         """The rows of a comparison's table: the arms, and what needs no training."""
-        baselines = [Arm(arm=one.name or one.what, what="nothing", metrics=one.test_metrics) for one in self.baselines]
+        baselines = [Arm(arm=one.name or one.what, what="no model", metrics=one.test_metrics) for one in self.baselines]
         return [*(self.arms or []), *baselines]
 
     def row(self, trial_id: str) -> Row:

@@ -1,4 +1,4 @@
-"""Rows of large files: as many of them as there are take the memory of the file, and each is made when it is read."""
+"""Compact lists of rows for large files. A row object is created when it is accessed."""
 
 from __future__ import annotations
 
@@ -19,25 +19,30 @@ from jobs.row_formats import Row
 
 _BLOCK_ROWS = 8192
 AnyRows = Sequence[Row]
-_OF_ROW = tuple(one.name for one in fields(Row) if one.name != "messages")
-_values_of_row = attrgetter(*_OF_ROW)
+_ROW_FIELDS = tuple(one.name for one in fields(Row) if one.name != "messages")
+_values_of_row = attrgetter(*_ROW_FIELDS)
 _values_of_message = attrgetter(*(one.name for one in fields(Message)))
 
 
 class LargeRows(Sequence[Row], ABC):
-    """Rows that share their data with every part of them."""
+    """A list of rows whose subsets share its data.
+
+    Args:
+        places: Indices (N) of the rows in the data.
+        labels: Names of the classes.
+        codes: Class index of every row of the data; None without classes.
+    """
 
     def __init__(self, places: np.ndarray, labels: tuple[str, ...], codes: np.ndarray | None) -> None:
-        """`places` (N) are the rows among all of the data; `codes` are the places of their classes in `labels`."""
         self._places, self._labels, self._codes = places, labels, codes
 
     @abstractmethod
     def _rows_at(self, places: np.ndarray) -> Iterator[Row]:
-        """Yield the rows at some places of the data."""
+        """Yield the rows of the data with the given indices."""
 
     @abstractmethod
     def _all_hashes(self) -> np.ndarray:
-        """Return a number (int64) for what each row of the data asks: Python's keyed 64-bit hash."""
+        """Return the hash (int64) of the question of every row of the data."""
 
     def __len__(self) -> int:
         return len(self._places)
@@ -56,16 +61,16 @@ class LargeRows(Sequence[Row], ABC):
             yield from self._rows_at(self._places[begin : begin + _BLOCK_ROWS])
 
     def take(self, places: np.ndarray) -> Self:
-        """Return the rows at some places, in that order."""
-        self._all_hashes()  # once, for every part
-        part = copy.copy(self)
-        part._places = self._places[places]
-        return part
+        """Return the rows with the given indices, in that order."""
+        self._all_hashes()  # computed once, before the data is shared
+        subset = copy.copy(self)
+        subset._places = self._places[places]
+        return subset
 
     def questions(self) -> np.ndarray:
-        """Return a number (N, int64) for what each row asks; numbers of two kinds of LargeRows do not compare."""
-        found: np.ndarray = self._all_hashes()[self._places]
-        return found
+        """Return the hash (N, int64) of each row's question (see `have_comparable_questions`)."""
+        hashes: np.ndarray = self._all_hashes()[self._places]
+        return hashes
 
     def label_counts(self) -> Counter[str]:
         """Return how many rows each class has."""
@@ -75,16 +80,16 @@ class LargeRows(Sequence[Row], ABC):
         return Counter({name: int(count) for name, count in zip(self._labels, counts, strict=True) if count})
 
     def label_codes(self, names: Mapping[str, int]) -> np.ndarray:
-        """Return the place (N) of each row's class among `names`."""
+        """Return the index (N) of each row's class in `names`; -1 for a class that is not in it."""
         if self._codes is None:
             return np.full(len(self), names[""], dtype=np.int32)
-        own = np.array([names.get(name, -1) for name in self._labels], dtype=np.int32)
-        found: np.ndarray = own[self._codes[self._places]]
-        return found
+        indices = np.array([names.get(name, -1) for name in self._labels], dtype=np.int32)
+        codes: np.ndarray = indices[self._codes[self._places]]
+        return codes
 
 
 class PackedRows(LargeRows):
-    """Rows of any format, each as a few bytes more than its texts have."""
+    """Rows of any format, serialised: a few bytes more than their texts."""
 
     def __init__(self, packer: RowPacker) -> None:
         labels = tuple(packer.labels)
@@ -97,15 +102,16 @@ class PackedRows(LargeRows):
     def _rows_at(self, places: np.ndarray) -> Iterator[Row]:
         view = memoryview(self._data)
         for begin, end in zip(self._ends[places].tolist(), self._ends[places + 1].tolist(), strict=True):
-            own, messages = marshal.loads(view[begin:end])  # nosec B302  # bytes of this process's own
-            yield Row(**dict(zip(_OF_ROW, own, strict=True)), messages=tuple(Message(*one) for one in messages))
+            values, messages = marshal.loads(view[begin:end])  # nosec B302  # written by this process
+            fields_of_row = dict(zip(_ROW_FIELDS, values, strict=True))
+            yield Row(**fields_of_row, messages=tuple(Message(*message) for message in messages))
 
     def _all_hashes(self) -> np.ndarray:
         return self._hashes
 
 
 class RowPacker:
-    """Takes rows one by one, and packs them."""
+    """Builds `PackedRows` row by row."""
 
     def __init__(self) -> None:
         self.data, self.ends = bytearray(), array("q", [0])
@@ -114,29 +120,29 @@ class RowPacker:
         """Class -> its number."""
 
     def append(self, row: Row) -> None:
-        """Add a row to the end."""
+        """Append a row."""
         self.data += marshal.dumps((_values_of_row(row), tuple(map(_values_of_message, row.messages))))
         self.ends.append(len(self.data))
         self.codes.append(self.labels.setdefault(row.label, len(self.labels)))
         self.hashes.append(hash(row.question))
 
     def rows(self) -> AnyRows:
-        """Return all of them."""
+        """Return the packed rows; an empty list if there are none."""
         return PackedRows(self) if self.codes else []
 
 
-def taken(rows: AnyRows, places: Sequence[int] | np.ndarray) -> AnyRows:
-    """Return the rows at some places, in that order."""
+def select_rows(rows: AnyRows, places: Sequence[int] | np.ndarray) -> AnyRows:
+    """Return the rows with the given indices, in that order."""
     if isinstance(rows, LargeRows):
         return rows.take(np.asarray(places))
     return [rows[place] for place in places]
 
 
 def label_counts(rows: AnyRows) -> Counter[str]:
-    """Return how many rows each class has."""
+    """Return class -> number of rows."""
     return rows.label_counts() if isinstance(rows, LargeRows) else Counter(row.label for row in rows)
 
 
-def comparable(one: AnyRows, other: AnyRows) -> bool:
-    """Whether the numbers of their questions compare."""
+def have_comparable_questions(one: AnyRows, other: AnyRows) -> bool:
+    """Return True if equal `questions` of both mean equal questions: they must be lists of the same kind."""
     return isinstance(one, LargeRows) and type(one) is type(other)

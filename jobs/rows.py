@@ -18,9 +18,9 @@ from jobs.errors import AssetError, DataError
 from jobs.hub import HubName, dataset_folder, model_config
 from jobs.model_kinds import stated_labels
 from jobs.row_formats import BadRow, Row, convert, row_format
-from jobs.row_lists import AnyRows, LargeRows, RowPacker, comparable, label_counts
+from jobs.row_lists import AnyRows, LargeRows, RowPacker, have_comparable_questions, label_counts
 from jobs.spec import DataFormat, DataSpec, JobSpec
-from jobs.splits import hold_back, sampled
+from jobs.splits import hold_back, sample_rows
 from jobs.words import counted, cut, one_line
 
 _MOST_SHOWN = 10
@@ -195,13 +195,13 @@ def _read_split(
 
 
 class _BadRows:
-    """What is wrong with the rows of a file: all of it in `collected`, or the first few and how many there are."""
+    """Problems of the rows of a file. Keeps all of them in `collected`, or else the first few and their number."""
 
     def __init__(self, collected: list[str] | None) -> None:
         self.count, self.first, self._shown, self._collected = 0, "", list[str](), collected
 
     def add(self, sentence: str) -> None:
-        """Note what is wrong with a row."""
+        """Record the problem of a row."""
         sentence = cut(one_line(sentence))
         self.count += 1
         self.first = self.first or sentence
@@ -234,9 +234,9 @@ def _three_splits(data: DataSpec, read: dict[str, AnyRows], warnings: list[str])
     if not test:
         warnings.append("no test set and too few validation rows to hold any back: results are optimistic")
     return {
-        "train": sampled(train, data.max_train_samples, data.split_seed),
-        "validation": sampled(validation, data.max_validation_samples, data.split_seed),
-        "test": sampled(test or [], data.max_test_samples, data.split_seed),
+        "train": sample_rows(train, data.max_train_samples, data.split_seed),
+        "validation": sample_rows(validation, data.max_validation_samples, data.split_seed),
+        "test": sample_rows(test or [], data.max_test_samples, data.split_seed),
     }
 
 
@@ -274,7 +274,9 @@ def _duplicates(rows: dict[str, AnyRows]) -> list[str]:
     if isinstance(train, LargeRows):
         different = np.unique(train.questions())
         twice = len(train) - len(different)
-        listed = {row.question for found in others.values() if not comparable(train, found) for row in found}
+        listed = {
+            row.question for found in others.values() if not have_comparable_questions(train, found) for row in found
+        }
         among = {row.question for row in train if row.question in listed} if listed else set()
     else:
         among = {row.question for row in train}
@@ -283,7 +285,7 @@ def _duplicates(rows: dict[str, AnyRows]) -> list[str]:
         stands = "training row stands" if twice == 1 else "training rows stand"
         warnings.append(f"{twice} {stands} more than once")
     for split, found in others.items():
-        if isinstance(found, LargeRows) and comparable(train, found):
+        if isinstance(found, LargeRows) and have_comparable_questions(train, found):
             leaked = _number_among(found.questions(), different)
         else:
             leaked = sum(row.question in among for row in found)

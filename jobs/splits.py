@@ -14,7 +14,7 @@ import numpy as np
 
 from jobs.errors import DataError
 from jobs.row_formats import Row
-from jobs.row_lists import AnyRows, LargeRows, label_counts, taken
+from jobs.row_lists import AnyRows, LargeRows, label_counts, select_rows
 from jobs.words import counted
 
 SPLIT_VERSION = 3
@@ -59,17 +59,17 @@ def hold_back(
     number = int(places.sum())
     if not number or not target <= 2 * number <= 4 * target:
         raise DataError(_refusal(rows, groups, share, target, field))
-    return taken(rows, np.flatnonzero(places)), taken(rows, np.flatnonzero(~places))
+    return select_rows(rows, np.flatnonzero(places)), select_rows(rows, np.flatnonzero(~places))
 
 
-def sampled(rows: AnyRows, most: int | None, seed: int) -> AnyRows:
-    """Return so many rows, drawn with each class in proportion and with a row at least, where there are more."""
+def sample_rows(rows: AnyRows, most: int | None, seed: int) -> AnyRows:
+    """Draw at most `most` rows, stratified by class. Every class keeps at least one row if `most` allows it."""
     if most is None or most >= len(rows):
         return rows
     counts = label_counts(rows)
     names = {name: place for place, name in enumerate(sorted(counts))}
     if len(names) == 1:
-        return taken(rows, sorted(Random(seed).sample(range(len(rows)), most)))
+        return select_rows(rows, sorted(Random(seed).sample(range(len(rows)), most)))
     labels = _codes(rows, names)
     drawn = np.random.RandomState(seed)
     sizes = np.array([counts[name] for name in names])
@@ -78,7 +78,7 @@ def sampled(rows: AnyRows, most: int | None, seed: int) -> AnyRows:
         wanted[int(np.argmax(wanted))] -= 1
         wanted[place] = 1
     places = [drawn.permutation(np.flatnonzero(labels == place))[: int(number)] for place, number in enumerate(wanted)]
-    return taken(rows, np.sort(np.concatenate(places)))
+    return select_rows(rows, np.sort(np.concatenate(places)))
 
 
 def _codes(rows: AnyRows, names: Mapping[str, int]) -> np.ndarray:

@@ -397,7 +397,7 @@ def test_differences_are_shown_with_their_intervals() -> None:
     Console(file=shown, width=120).print(terminal(report, 120))
     for text in (shown.getvalue(), markdown(report), html(report)):
         assert "[-0.050, +0.010]" in text or "[-0.010, +0.050]" in text
-        assert "of those that lose at most 0.02 of accuracy against the best" in " ".join(text.split())
+        assert "among the arms that lose at most 0.02 of accuracy against the best" in " ".join(text.split())
 
 
 def test_a_comparison_draws_every_searched_field_and_the_cost_of_its_rule() -> None:

@@ -306,7 +306,7 @@ def test_the_cheapest_ships_of_which_it_is_shown_that_it_loses_little() -> None:
 def test_the_best_ships_where_the_rows_do_not_show_it() -> None:
     found = three(200, (0.8, 0.795, 0.7))
     decision = decide(options({"a": 30, "b": 20, "c": 10}, found), [found], {}, 200)
-    assert (decision.chosen.name, [one.name for one in decision.undecided]) == ("a", ["b"])
+    assert (decision.chosen.name, [one.name for one in decision.cheaper_undecided]) == ("a", ["b"])
     sentence = explain(decision, [found], {}, WORDING)
     assert sentence.startswith(
         "Ship a: it has the best score, score of a, on 200 rows. b is cheaper (20 s), but 200 rows do not show whether "
@@ -319,6 +319,19 @@ def test_the_best_ships_where_the_rows_do_not_show_it() -> None:
     assert decide(options({"a": 30, "b": 20, "c": 10}, more), [more], {}, 200).chosen.name == "b"
     generous = decide(options({"a": 30, "b": 20, "c": 10}, found), [found], {"accuracy": 0.05}, 200)
     assert generous.chosen.name == "b"
+
+
+def test_the_sentence_names_what_is_worse_and_what_is_not_shown_to_be() -> None:
+    worse = three(4000, (0.8, 0.7, 0.6))
+    decision = decide(options({"a": 1, "b": 2, "c": 3}, worse), [worse], {}, 4000)
+    sentence = explain(decision, [worse], {}, WORDING)
+    assert "The next best, b, is worse in accuracy by 0.099 [" in sentence
+    assert sentence.endswith("] (p < 0.001).")
+    close = three(200, (0.8, 0.795, 0.79))
+    decision = decide(options({"a": 1, "b": 2, "c": 3}, close), [close], {}, 200)
+    assert decision.cheaper_undecided == []
+    sentence = explain(decision, [close], {}, WORDING)
+    assert sentence.endswith(" b, c are not shown to be worse, but not cheaper either.")
 
 
 def test_every_metric_that_decides_must_be_kept() -> None:
@@ -452,10 +465,12 @@ def test_cautions_about_rows_and_models() -> None:
     row = TrialRow(trial_id="t", state="finished", curve=curve)
     assert check_predictions([[3, 0], [2, 0]], ["a", "b"]) == ["1 class is never predicted: b."]
     assert check_predictions([[3, 0], [0, 2]], ["a", "b"]) == check_predictions([], ["a", "b"]) == []
-    assert check_convergence(row, "accuracy", "maximize") == [
+    assert check_convergence("t", row, "accuracy", "maximize") == [
         "The accuracy of t was still improving when its training ended (0.700, then 0.750). Longer training may help."
     ]
-    assert check_convergence(row, "accuracy", "minimize") == check_convergence(None, "loss", "minimize") == []
+    assert (
+        check_convergence("t", row, "accuracy", "minimize") == check_convergence(None, None, "loss", "minimize") == []
+    )
     assert check_scores("rougeL", [0.0, 0.0, None]) == [
         "All 2 candidates have rougeL 0. Check the metric and the format of the answers."
     ]

@@ -21,7 +21,7 @@ from jobs.row_formats import Row
 from jobs.row_lists import RowPacker
 from jobs.rows import Rows, load_rows, majority_share
 from jobs.spec import JobSpec
-from jobs.splits import hold_back, sampled
+from jobs.splits import hold_back, sample_rows
 from tests.conftest import write_rows
 
 GOOD_LINE = '{"text": "fine", "label": "a"}\n{"text": "bad", "label": "b"}\n'
@@ -466,7 +466,7 @@ def test_fewer_rows_have_the_classes_in_proportion(most: int) -> None:
     packer = RowPacker()
     for row in rows:
         packer.append(row)
-    found = [list(sampled(some, most, 7)) for some in (rows, packer.rows())]
+    found = [list(sample_rows(some, most, 7)) for some in (rows, packer.rows())]
     assert found[0] == found[1]
     counts = Counter(row.label for row in found[0])
     assert sum(counts.values()) == len(found[0]) == most
@@ -474,8 +474,8 @@ def test_fewer_rows_have_the_classes_in_proportion(most: int) -> None:
     assert abs(counts["a"] - 0.75 * most) <= 2
     order = [int(row.text.split()[1]) for row in found[0]]
     assert order == sorted(order)
-    assert list(sampled(rows, most, 8)) != found[0] or most == 400
-    assert list(sampled(rows, None, 7)) == rows
+    assert list(sample_rows(rows, most, 8)) != found[0] or most == 400
+    assert list(sample_rows(rows, None, 7)) == rows
 
 
 def test_test_rows_have_the_classes_in_proportion_though_one_is_rare() -> None:

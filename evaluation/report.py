@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from evaluation.recommend import MAX_COMPARED, SearchRule, over_folds, recommend, recommend_over_folds
 from evaluation.report_text import describe
 from jobs import files
-from jobs.errors import RunError
+from jobs.errors import AssetError, DataError, RunError
 from jobs.messages import of_another_version
 from jobs.metrics import is_better
 from jobs.records import FACTS, DamagedFile, damaged_where_wrong, read_record
@@ -287,13 +287,27 @@ def chosen_results(run: Run, report: Report) -> dict[str, RowResults]:
     return {name: results for name, results in found.items() if results is not None}
 
 
-def write_report(run: Run) -> Report:
-    """Build the report and write it in all its forms below report/, with a card beside the recommended weights."""
-    from evaluation.card import write_card
+def write_report(run: Run, *, with_tokenizer: bool = False) -> Report:
+    """Build the report and write it in all its forms below report/, with a card beside the recommended weights.
+
+    Args:
+        run: The run.
+        with_tokenizer: Also save the tokenizer and generation settings beside the recommended weights. This needs
+            transformers, the model and the data on this machine, as the process that trained has them.
+    """
+    from evaluation.card import recommended_weights, write_card
 
     report = build_report(run)
     write_forms(report, run.path / "report")
-    write_card(run, report)
+    weights = recommended_weights(run, report)
+    prompt = None
+    if with_tokenizer and weights is not None:
+        from evaluation.inference_files import save_inference_files
+        from evaluation.shipped import job_of
+
+        with contextlib.suppress(AssetError, DataError):  # the model or the data is gone: the card has no code then
+            prompt = save_inference_files(job_of(Trial(weights.parent)), weights)
+    write_card(run, report, prompt)
     return report
 
 
@@ -369,7 +383,7 @@ def load_trial_rows(run: Run, job: JobSpec, validation_rows: int = 0) -> list[Ro
 
 def _row(trial: Trial, job: JobSpec, validation_rows: int) -> Row:
     params, status, rows = trial.params(), trial.status(), trial.metrics()
-    best = _best_evaluation(rows, job)
+    best = best_evaluation(rows, job)
     last = rows[-1] if rows else {}
     test = files.read_json(trial.path / "test.json")
     split = "test" if "test" in test else "validation"
@@ -435,7 +449,7 @@ def _evaluation_speed(rows: list[dict[str, Any]], job: JobSpec, validation_rows:
     return speed
 
 
-def _best_evaluation(rows: list[dict[str, Any]], job: JobSpec) -> dict[str, Any]:
+def best_evaluation(rows: list[dict[str, Any]], job: JobSpec) -> dict[str, Any]:
     """The evaluation whose adapter is on disk: the best by the metric, the earliest among equals."""
     best: dict[str, Any] = {}
     for row in rows:

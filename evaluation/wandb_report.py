@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from evaluation.arms_text import arm_records, batch_records
 from evaluation.report_text import columns, folds_table, ratings_table
+from jobs import files
 from jobs.lease import StaleAttempt
 from jobs.run import Run
 from jobs.spec import JobSpec
@@ -51,7 +52,24 @@ def _track_table(run: Run, job: JobSpec, report: Report, mode: Mode, name: str) 
     opened.summary["recommended_arm"] = report.recommendation.arm
     opened.summary["recommendation"] = report.recommendation.sentence
     opened.summary["recommended_trial"] = report.recommendation.trial_id
+    for name, value in _recommended_weights(run, report).items():
+        opened.summary[name] = value
     opened.finish()
+
+
+def _recommended_weights(run: Run, report: Report) -> dict[str, Any]:
+    """Return what the manifest beside the recommended weights says of them, by the names of W&B's summary."""
+    from evaluation.card import recommended_weights
+
+    folder = recommended_weights(run, report)
+    manifest = files.read_json(folder / "manifest.json") if folder is not None else {}
+    if not manifest:
+        return {}
+    summary = {"base_model": manifest["base_model"]}
+    summary |= {f"weights/{name}": value for name, value in manifest["weights"].items()}
+    summary |= {f"validation/{name}": value for name, value in (manifest["validation"] or {}).items()}
+    summary |= {f"{report.held_out}/{name}": value for name, value in (manifest[report.held_out] or {}).items()}
+    return {name: value for name, value in summary.items() if value is not None}
 
 
 def _tables(report: Report, *, samples: bool) -> dict[str, tuple[list[str], list[list[Any]]]]:

@@ -37,6 +37,8 @@ class Asset:
     description: str
     parameters: int | None = None
     """Weights of a model."""
+    hub_id: str | None = None
+    """The model of the Hugging Face Hub that this is a copy of."""
 
     @property
     def folder(self) -> Path:
@@ -58,6 +60,7 @@ ASSETS = {
             "Apache-2.0 (weights), MIT (package)",
             "all-MiniLM-L6-v2, an encoder of 22 M parameters",
             22_713_216,
+            "sentence-transformers/all-MiniLM-L6-v2",
         ),
         Asset(
             "smollm2-135m-instruct",
@@ -70,6 +73,7 @@ ASSETS = {
             "Apache-2.0",
             "SmolLM2-135M-Instruct (dequantised from Q4_1: not bit-equal to the hub's), a causal LM",
             134_515_008,
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
         Asset(
             "rotten-tomatoes",

@@ -11,6 +11,7 @@ from jobs import fields, files
 from jobs.adapters import ADAPTER_FILES, read_config
 from jobs.arms import arm_of, own_job
 from jobs.errors import UserError
+from jobs.hub import public_base
 from jobs.load import looks_like_path
 from jobs.run import Run
 from jobs.spec import JobSpec
@@ -81,7 +82,8 @@ def check_base(model: Given, job: JobSpec) -> None:
         return
     trained_on, ours = (read_config(config.parent) or {}).get("base_model_name_or_path"), job.model.model_name_or_path
     both = [name for name in (trained_on, ours) if isinstance(name, str) and is_model_name(name)]
-    if len(both) == 2 and both[0].casefold() != both[1].casefold():
+    ids = {public_base(name, None)[0].casefold() for name in both}
+    if len(both) == 2 and len(ids) == 2:
         raise UserError(
             f"{config.parent} was trained on {trained_on}, but the job's base is {ours}: "
             f"set model.model_name_or_path={trained_on}"

@@ -179,6 +179,19 @@ def model_revision(name: str, revision: str | None) -> str:
     return _folder_digest(folder)
 
 
+def public_base(name: str, revision: str | None) -> tuple[str, str | None]:
+    """Return (id, revision) under which others can load a base model: of an asset, the hub model that it is a copy of.
+
+    The revision of a hub model is its commit if the model is on this machine. A local folder stays a path.
+    """
+    if name.startswith(PREFIX):
+        return asset(name).hub_id or name, None
+    if Path(name).is_absolute():
+        return name, None
+    folder = hub_model_folder(name, revision)
+    return name, folder.name if folder is not None else revision
+
+
 def check_fetched(name: str, folder: Path) -> None:
     """Raise AssetError where a hub model's files are not those of its commit, or others can change them."""
     if not Path(name).is_absolute() and folder.parent.name == "snapshots":

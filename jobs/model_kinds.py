@@ -102,6 +102,10 @@ _TRANSPOSED = frozenset(("gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_
 
 HEAD_NAMES = frozenset(("lm_head", "embed_out", "output_projection"))
 """What output heads are called."""
+CLASSIFIER_HEADS = ("classifier", "score", "pre_classifier", "classification_head")
+"""Names under which transformers keeps the layers that a classifier adds to a base."""
+UNQUANTIZED_MODULES = (*CLASSIFIER_HEADS, "lm_head", "embed_out")
+"""Modules that QLoRA never quantises."""
 EMBEDDING_NAMES = frozenset(("embed_tokens", "wte", "word_embeddings", "embed_in", "tokens_embed", "tok_embeddings"))
 """What tables of token embeddings are called."""
 

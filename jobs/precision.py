@@ -15,6 +15,13 @@ def formats_text(job: JobSpec, weights: str, arithmetic: str | None) -> str:
     return f"weights {packed}; arithmetic {arithmetic or weights}{' (autocast)' if arithmetic else ''}"
 
 
+def weights_format(text: str) -> str | None:
+    """Return the format of the weights that are not quantised from the line of `formats_text`; None if unreadable."""
+    weights = text.partition(";")[0].removeprefix("weights ")
+    name = weights.rpartition("the rest ")[2]
+    return name if name in ("float32", "bfloat16", "float16") else None
+
+
 def planned_formats(job: JobSpec, *, cuda: bool) -> str:
     """Return that line for a job that has not run yet.
 

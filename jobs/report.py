@@ -9,12 +9,12 @@ from jobs.rungs import Goal
 
 
 class Failure(Spec):
-    """Why a trial could not go on."""
+    """Why a trial failed."""
 
     failure_class: str
-    """One of oom, nan, preempted, worker_lost, data, config, code."""
+    """Kind of failure: oom, nan, preempted, worker_lost, data, config or code."""
     sentence: str
-    """What happened."""
+    """What happened, in one sentence."""
 
 
 Metrics = dict[str, float | None]
@@ -22,349 +22,349 @@ Intervals = dict[str, tuple[float, float]]
 
 
 class Row(Spec):
-    """One trial, or the untuned base model."""
+    """One trial, or the base model without training."""
 
     trial_id: str
-    """Content hash; `base` for the base model."""
+    """Id of the trial (a hash of its configuration); `base` for the base model."""
     arm: str | None = None
-    """The arm of a comparison that it belongs to."""
+    """Arm of a comparison that the trial belongs to."""
     state: Literal["finished", "stopped", "failed", "running", "pending"]
-    """Where it is."""
+    """State of the trial."""
     rung: int | None = None
-    """The last rung reached, from 0."""
+    """Last rung that the trial reached, from 0."""
     params: dict[str, Any] = {}
-    """Dotted field -> what the search gave it."""
+    """Searched values: dotted field -> value."""
     fold: int | None = None
-    """Which fold of a cross-validation its `metrics` are of; null outside of one."""
+    """Fold of a cross-validation that `metrics` were measured on; null without folds."""
     repeats: bool = False
-    """Whether it is the best configuration once more, with another seed."""
+    """True if the trial repeats the best configuration with another seed."""
     metrics: Metrics = {}
-    """Of the best adapter on the validation rows: what the choice looks at."""
+    """Metrics of the saved weights on the validation rows. The choice is based on these."""
     intervals: Intervals = {}
-    """95 % intervals of `metrics`, where the rows bear one."""
+    """95 % intervals of `metrics`; a metric is left out if there are too few rows for one."""
     test_metrics: Metrics | None = None
-    """On the test rows; null where they were not run."""
+    """Metrics on the held-out rows; null if the trial was not evaluated on them."""
     test_intervals: Intervals = {}
-    """95 % intervals of `test_metrics`, where the rows bear one."""
+    """95 % intervals of `test_metrics`; a metric is left out if there are too few rows for one."""
     per_class: dict[str, dict[str, float]] = {}
-    """Of a classifier on the test rows: label -> precision, recall, f1, and support (rows)."""
+    """Classification, held-out rows: class -> precision, recall, f1 and support (number of rows)."""
     confusion: list[list[int]] = []
-    """Of a classifier on the test rows: how many rows of each class (outer) were said to be of which (inner)."""
+    """Classification, held-out rows: number of rows by true class (outer) and predicted class (inner)."""
     step: int = 0
-    """Optimiser steps trained."""
+    """Optimizer steps trained."""
     weights_step: int | None = None
-    """Optimiser step of the weights on disk: the best evaluation. `metrics` are theirs."""
+    """Optimizer step at which the saved weights were written: that of the best evaluation."""
     samples: int = 0
-    """Training rows seen."""
+    """Training rows seen, over all epochs."""
     train_seconds: float | None = None
-    """Seconds of training alone: no start-up, no evaluation."""
+    """Seconds of training, without start-up and evaluation."""
     eval_seconds: float | None = None
-    """Seconds of all its evaluations."""
+    """Seconds of all evaluations together."""
     eval_runtime: float | None = None
-    """Seconds of one evaluation on the validation rows, on average."""
+    """Mean seconds of one evaluation on the validation rows."""
     eval_samples_per_second: float | None = None
     """Validation rows per second of evaluation."""
     eval_steps_per_second: float | None = None
-    """Passes (`train.per_device_eval_batch_size` rows on each process) per second of evaluation."""
+    """Evaluation batches (`train.per_device_eval_batch_size` rows on each process) per second of evaluation."""
     seconds_per_answer: float | None = None
-    """Seconds of evaluation for a row that is answered, where every evaluation writes answers."""
+    """Seconds of evaluation per generated answer, if every evaluation generates answers."""
     samples_per_second: float | None = None
     """Training rows per second of training."""
     tokens_per_second: float | None = None
-    """Real (not padding) tokens per second of training."""
+    """Tokens per second of training, without padding."""
     peak_memory_gib: float | None = None
-    """Largest memory of one training process, on its device (CUDA) or in all (CPU), in GiB."""
+    """Peak memory of one training process in GiB: on its GPU, or of the whole process (CPU)."""
     gpu_hours: float | None = None
-    """GPUs times hours of training and evaluation."""
+    """GPU-hours of training and evaluation."""
     trainable_parameters: int | None = None
-    """Parameters that were trained."""
+    """Number of trained parameters."""
     number_formats: str | None = None
-    """What weights and arithmetic were in."""
+    """Number formats of weights and arithmetic."""
     failure: Failure | None = None
-    """Why it failed."""
+    """Failure, if the trial failed."""
     reason: str | None = None
-    """Why it stopped."""
+    """Why the trial was stopped."""
     curve: list[dict[str, Any]] = []
-    """Points of the loss and metric curves: step, samples, train_loss, and the metrics where evaluated."""
+    """Points of the curves: step, samples, train_loss and, at evaluations, the metrics."""
 
 
 class OverFolds(Spec):
     """One configuration of a cross-validation."""
 
     params: dict[str, Any]
-    """Dotted field -> what the search gave it."""
+    """Searched values: dotted field -> value."""
     scores: list[float]
     """The metric on each fold that was trained to the end."""
     mean: float
-    """Of the scores."""
+    """Mean of the scores."""
     deviation: float
-    """Their standard deviation (n - 1); 0 for one alone."""
+    """Standard deviation of the scores (n - 1); 0 for a single score."""
 
 
 class Inference(Spec):
-    """What an arm's model costs where it answers, as medians over rounds in processes of their own."""
+    """Speed and memory of an arm's model at inference: medians over rounds, each in a process of its own."""
 
     ttft_ms: float | None = None
     """Milliseconds to the first token of an answer."""
     tokens_per_second: float | None = None
-    """Tokens of an answer after the first, one answer at a time."""
+    """Tokens per second after the first token, one answer at a time."""
     latency_ms: float | None = None
-    """Milliseconds of one row: its class, or its whole answer of a fixed length."""
+    """Milliseconds per row: one classification, or one answer of a fixed length."""
     samples_per_second: float | None = None
-    """Rows a second in full batches (classification)."""
+    """Rows per second in full batches (classification)."""
     peak_memory_gib: float | None = None
-    """Largest memory while it answers: of the device (CUDA), or of the whole process (CPU)."""
+    """Peak memory during inference in GiB: of the GPU, or of the whole process (CPU)."""
     begun_gib: float | None = None
-    """Of that, what the process had before it had a model (CPU)."""
+    """Memory of the process before the model was loaded, in GiB (CPU)."""
     load_peak_gib: float | None = None
-    """Largest memory of the process while the model was loaded."""
+    """Peak memory of the process while the model was loaded, in GiB."""
     load_seconds: float | None = None
-    """Seconds until the model was loaded."""
+    """Seconds to load the model."""
     rounds: int = 0
-    """How often it was measured."""
+    """Number of measured rounds."""
     spread: dict[str, tuple[float, float]] = {}
-    """Smallest and largest of the rounds."""
+    """Smallest and largest value over the rounds."""
     threads: int | None = None
-    """CPU threads that it had."""
+    """CPU threads used."""
     cpu: str | None = None
-    """The processor."""
+    """Processor."""
     cpu_flags: str | None = None
-    """What of its instruction sets decides the speed of small numbers."""
+    """Instruction sets that decide the speed of INT8 and bfloat16."""
     load_average: float | None = None
-    """How busy the machine was: processes that ran or waited, over the last minute."""
+    """Load average of the machine over the last minute."""
 
 
 class BatchSpeed(Spec):
-    """What an arm's model takes for one size of a batch, as medians over rounds."""
+    """Speed of an arm's model at one batch size: medians over rounds."""
 
     batch_size: int
-    """Rows side by side."""
+    """Rows in a batch."""
     length: int
-    """Tokens of each: of a prompt, or of a text to classify."""
+    """Tokens per row: of the prompt, or of the text to classify."""
     ttft_ms: float | None = None
     """Milliseconds to the first token of the answers."""
     tokens_per_second: float | None = None
-    """Tokens of all answers together, after the first."""
+    """Tokens per second of all answers together, after the first token."""
     latency_ms: float | None = None
-    """Milliseconds of the whole batch."""
+    """Milliseconds per batch."""
     samples_per_second: float | None = None
-    """Rows a second (classification)."""
+    """Rows per second (classification)."""
 
 
 class Arm(Spec):
-    """One way to adapt the base, with all that decides."""
+    """One arm of a comparison: a way to adapt the base model."""
 
     arm: str
-    """Its name."""
+    """Name of the arm."""
     what: str
-    """What it is, in words."""
+    """Description."""
     metrics: Metrics = {}
-    """On the held-out rows, as the mean over its seeds."""
+    """Metrics on the held-out rows, as means over the seeds."""
     interval: Intervals = {}
-    """95 % intervals of `metrics` over rows and seeds, where the rows bear one."""
+    """95 % intervals of `metrics` over rows and seeds; a metric is left out if there are too few rows for one."""
     seeds: dict[str, Metrics] = {}
-    """Seed -> the metrics of the model that was trained with it."""
+    """Seed -> metrics of the model trained with it."""
     configuration: dict[str, Any] = {}
-    """What its search found: dotted field -> value."""
+    """Configuration that its search chose: dotted field -> value."""
     tried: int = 0
-    """Configurations that its search tried."""
+    """Number of configurations that its search tried."""
     trial_id: str | None = None
-    """The trial whose weights are its first model."""
+    """Trial whose weights are the model of the first seed."""
     weights: str | None = None
-    """Their folder, relative to the run."""
+    """Folder of those weights, relative to the run."""
     weights_mb: float | None = None
-    """Their size on disk, in MB."""
+    """Size of those weights on disk, in MB."""
     train_seconds: float | None = None
-    """Seconds of one training, as the mean over its seeds; 0 where nothing is trained."""
+    """Seconds of one training, as the mean over the seeds; 0 if nothing is trained."""
     search_seconds: float | None = None
     """Seconds of training in its search."""
     gpu_hours: float | None = None
     """GPU-hours of one training."""
     peak_memory_gib: float | None = None
-    """Largest memory of one training process, in GiB."""
+    """Peak memory of one training process, in GiB."""
     trainable_parameters: int | None = None
-    """Parameters that were trained."""
+    """Number of trained parameters."""
     inference: Inference | None = None
-    """What its model costs where it answers."""
+    """Speed and memory at inference."""
     batches: list[BatchSpeed] = []
-    """The same for sizes of batches that a benchmark was asked for."""
+    """Speed for each batch size of a benchmark."""
     comparable: bool = True
-    """Whether it was judged on the same rows, in the same way, as the others."""
+    """True if the arm was evaluated on the same rows, in the same way, as the others."""
     remarks: list[str] = []
-    """What is odd about it."""
+    """Remarks, such as a failed seed."""
 
 
 class Pair(Spec):
-    """Two arms on the same rows."""
+    """Paired comparison of two arms on the same rows."""
 
     one: str
-    """An arm."""
+    """First arm."""
     other: str
-    """Another."""
+    """Second arm."""
     metric: str
-    """What they are compared by."""
+    """Metric of the comparison."""
     difference: float
-    """The metric of `one` less that of `other`."""
+    """Metric of `one` minus metric of `other`."""
     interval: tuple[float, float] | None
-    """Its 95 % interval, which holds for all pairs at once; null where the rows are too few for one."""
+    """95 % interval of the difference, simultaneous for all pairs; null if there are too few rows."""
     p_value: float | None
-    """Two-sided, adjusted for the number of arms: how easily chance alone makes such a difference; null likewise."""
+    """Two-sided p-value, adjusted for the number of arms; null if there are too few rows."""
 
 
 class Answer(Spec):
-    """What one model said of a row."""
+    """Output of one model for one row."""
 
     text: str
-    """A class, or what it wrote."""
+    """Predicted class, or generated text."""
     confidence: float | None = None
-    """The probability that it gave the class."""
+    """Probability of the predicted class."""
     score: float | None = None
-    """The metric by which answers are set apart, of this one."""
+    """Score of this output by the metric that orders the samples."""
     right: bool | None = None
-    """Whether it is the reference (classes)."""
+    """True if the predicted class is the reference."""
 
 
 class Sample(Spec):
-    """One held-out row with what several models said of it."""
+    """One held-out row with the outputs of several models."""
 
     row: int
-    """Its number among the held-out rows, from 0."""
+    """Index among the held-out rows, from 0."""
     prompt: str
-    """What was asked, or the text that has a class."""
+    """Prompt, or the text to classify."""
     reference: str
-    """What is right."""
+    """Reference output."""
     answers: dict[str, Answer]
-    """Model (arm, trial or `base`) -> its answer."""
+    """Model (arm, trial or `base`) -> output."""
 
 
 class Judgement(Spec):
-    """What people think of one model by one criterion."""
+    """Human ratings of one model by one criterion."""
 
     arm: str
-    """The model: an arm, a trial or `base`."""
+    """Model: an arm, a trial or `base`."""
     criterion: str
     """fluency, coherence or correctness."""
     mean: float
-    """Over rows, each the mean of its raters; 0 to 5."""
+    """Mean rating over rows, 0 to 5. Each row counts with the mean of its raters."""
     interval: tuple[float, float] | None = None
-    """Its 95 % interval over rows; null where they are too few for one."""
+    """95 % interval of the mean over rows; null if there are too few rows."""
     rows: int
-    """How many rows were rated."""
+    """Number of rated rows."""
     alpha: float | None = None
-    """Krippendorff's alpha (interval data) of the raters by this criterion, over all models; null with one rater, or
-    where all gave the same."""
+    """Krippendorff's alpha (interval data) of the raters for this criterion, over all models; null with one rater, or
+    if all ratings are equal."""
 
 
 class Ratings(Spec):
-    """What people think of the models' answers, which they were shown without names."""
+    """Human ratings of the models' answers, shown to raters without model names."""
 
     raters: list[str]
-    """Who rated."""
+    """Names of the raters."""
     judgements: list[Judgement]
-    """One for each model and criterion."""
+    """One entry per model and criterion."""
     notes: list[str] = []
-    """What raters noted."""
+    """Notes of the raters."""
 
 
 class Baseline(Spec):
-    """What needs no training, on the same rows."""
+    """A baseline that needs no training, on the same rows."""
 
     name: str = ""
-    """What tables call it."""
+    """Name in tables."""
     what: str
-    """What it does: always the commonest class, an empty answer."""
+    """Description, such as always predicting the most frequent class, or an empty answer."""
     metrics: Metrics = {}
-    """On the rows that the choice looked at."""
+    """Metrics on the validation rows."""
     test_metrics: Metrics = {}
-    """On the held-out rows."""
+    """Metrics on the held-out rows."""
 
 
 class Recommendation(Spec):
-    """Which trial to ship."""
+    """Which trial to ship, and why."""
 
     trial_id: str | None
-    """None when no trial has a score."""
+    """Recommended trial; null if no trial has a score."""
     arm: str | None = None
-    """The arm of a comparison."""
+    """Recommended arm of a comparison."""
     rule: str
-    """How it was chosen."""
+    """Name of the decision rule."""
     cost: str | None = None
-    """Of a comparison: what its rule weighs quality against."""
+    """Cost that the rule of a comparison weighs against quality."""
     sentence: str
-    """The choice and its reason, in words."""
+    """The recommendation and its reason."""
     decided: bool = True
-    """Whether it says `Ship`: false where the rows are too few to tell any two apart, and where nothing beats the best
-    baseline. The best by score is named all the same."""
+    """False if there are too few rows to decide, or if nothing beats the best baseline. `trial_id` is the best by score
+    then, and the sentence does not say "Ship"."""
     adapter: str | None = None
-    """Folder of the adapter (or, from method `full`, of the model), relative to the run."""
+    """Folder of the adapter (of the model for method `full`), relative to the run."""
 
 
 class Report(Spec):
-    """What a run found."""
+    """Contents of report.json."""
 
     schema_version: int = 1
-    """Of this object."""
+    """Version of this format."""
     run: str
-    """The run's folder name."""
+    """Id of the run: the name of its folder."""
     state: str
-    """The run's state."""
+    """State of the run: pending, running, finished, stopped or failed."""
     task: str
     """classification, generation or summarization."""
     model: str
-    """The base model."""
+    """Base model, as in the job."""
     data: str
-    """The data set."""
+    """Data set, as in the job."""
     metrics: list[str]
-    """Every metric of the table."""
+    """All reported metrics."""
     metric: str
-    """What the search looked at."""
+    """Metric that the choice is based on."""
     goal: Goal
     """maximize or minimize."""
     rows_count: dict[str, int] = {}
-    """Rows of each split."""
+    """Number of rows of each split."""
     rungs: list[int] = []
-    """The rungs, in the units of `time_attr`."""
+    """Rungs of the search, in units of `time_attr`."""
     time_attr: str = "samples"
     """Unit of the rungs."""
     held_out: Literal["test", "validation"] = "test"
-    """Which rows the test metrics are of: `validation` means the choice was made on these rows."""
+    """Rows that `test_metrics` were measured on. `validation` means that there is no test set."""
     base: Row
-    """The base model without training."""
+    """Base model without training."""
     baselines: list[Baseline] = []
-    """What needs no training."""
+    """Baselines that need no training."""
     cautions: list[str] = []
-    """What speaks against trusting the recommendation."""
+    """Reasons not to trust the recommendation. The report prints them above it."""
     trials: list[Row]
-    """Every trial, best first."""
+    """All trials, best first."""
     recommendation: Recommendation
-    """Which to ship."""
+    """Which trial or arm to ship, and why."""
     folds: list[OverFolds] = []
-    """Of a cross-validation: every configuration, the best mean first."""
+    """Cross-validation: all configurations, best mean first."""
     arms: list[Arm] | None = None
-    """What a comparison put side by side; null for a run that compares nothing."""
+    """Arms of a comparison; null for other runs."""
     pairs: list[Pair] = []
-    """Every two arms on the same rows."""
+    """Paired comparisons of all pairs of arms."""
     samples: list[Sample] = []
-    """Held-out rows side by side: those first on which the models differ most."""
+    """Held-out rows with the outputs of several models; rows with the largest differences first."""
     per_class: dict[str, dict[str, float]] = {}
-    """Of the recommended classifier on the held-out rows: label -> precision, recall, f1, and support (rows)."""
+    """`per_class` of the recommended classifier: class -> precision, recall, f1 and support (number of rows)."""
     confusion: list[list[int]] = []
-    """Of it: how many rows of each class (outer) were said to be of which (inner)."""
+    """`confusion` of the recommended classifier: number of rows by true class (outer) and predicted class (inner)."""
     ratings: Ratings | None = None
-    """What people think (`lorafleet rate`)."""
+    """Human ratings (`lorafleet rate`)."""
     worst: list[Sample] = []
-    """Of a classifier of more than two classes: the rows to whose right class it gives the least probability, where
-    they are not among `mistakes`."""
+    """Classification with more than two classes: rows whose true class got the lowest probability, without those in
+    `mistakes`."""
     mistakes: list[Sample] = []
-    """Of the recommended classifier: what it got wrong, the most confident first."""
+    """Rows that the recommended classifier got wrong, most confident first."""
     wall_seconds: float | None = None
-    """Time on the clock, over all attempts."""
+    """Wall-clock seconds, over all attempts."""
     warnings: list[str] = []
-    """What is odd about the data or the run."""
+    """Warnings about the data or the run."""
     versions: dict[str, str] = {}
-    """Versions of what trained."""
+    """Versions of the packages that trained."""
     facts: dict[str, Any] = {}
-    """Digests of the data, revisions of the models."""
+    """Digests of the data files, revisions of the models, class names."""
 
     @property
     def shown(self) -> list[Row]:

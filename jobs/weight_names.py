@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, Literal
 
 _MOST_BYTES = 100_000_000
 """Longest head that safetensors itself reads."""
@@ -26,12 +27,24 @@ def weight_shapes(path: Path) -> Shapes:
     return found
 
 
-def _head(file: Path) -> Shapes:
+def weight_dtypes(folder: Path) -> list[str]:
+    """Return the different number formats of a folder's safetensors files, in their words (`F32`, `BF16`), sorted."""
+    dtypes: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        dtypes |= set(_head(file, "dtype").values())
+    return sorted(dtypes)
+
+
+def _head(file: Path, key: Literal["shape", "dtype"] = "shape") -> dict[str, Any]:
+    """Return the shape (as a tuple) or the dtype of each tensor; empty if the file cannot be read."""
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             head = json.loads(stream.read(length)) if 0 < length <= _MOST_BYTES else {}
-        return {name: tuple(about["shape"]) for name, about in head.items() if name != "__metadata__"}
+        values = {name: about[key] for name, about in head.items() if name != "__metadata__"}
+        if key == "shape":
+            return {name: tuple(shape) for name, shape in values.items()}
+        return {name: str(dtype) for name, dtype in values.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 

@@ -1,5 +1,4 @@
-"""Writes docs/job-file.md and docs/site-file.md from their schemas, and docs/methods.md. `--check` says whether they
-are so."""
+"""Write the generated pages of docs/ from the schemas. `--check` reports stale pages instead."""
 
 from __future__ import annotations
 
@@ -21,6 +20,7 @@ def main() -> int:
         "site-file.md": _site_file(),
         "kubernetes-site-file.md": _kubernetes_site_file(),
         "ray-site-file.md": _ray_site_file(),
+        "report-json.md": _report_json(),
     }
     stale = 0
     for name, lines in pages.items():
@@ -108,6 +108,60 @@ def _ray_site_file() -> list[str]:
         "Written by `python scripts/make_docs.py` from the schema; [ray.md](ray.md) says how it is used.",
     ]
     return [*head, *_block(RayClusterSite, "")]
+
+
+def _report_json() -> list[str]:
+    """Return the page on the files below report/ and on the model card."""
+    from jobs import report
+
+    models = (
+        report.Report, report.Row, report.Failure, report.Baseline, report.Recommendation, report.OverFolds,
+        report.Arm, report.Inference, report.BatchSpeed, report.Pair, report.Sample, report.Answer, report.Ratings,
+        report.Judgement,
+    )  # fmt: skip
+    lines = [
+        "# report.json",
+        "",
+        "Written by `python scripts/make_docs.py` from the schema. `lorafleet report --format json` prints this file;",
+        "`report.csv` has its trials as a table, `arms.csv` the arms of a comparison. Fields may be added in any",
+        "release; a field that changes its meaning raises `schema_version`. Values that are NaN or infinite are null.",
+    ]
+    for model in models:
+        lines += [
+            "",
+            f"## {model.__name__}",
+            "",
+            model.__doc__ or "",
+            "",
+            "| field | type | meaning |",
+            "|---|---|---|",
+        ]
+        schema = model.model_json_schema()
+        for name, field in model.model_fields.items():
+            meaning = " ".join((field.description or "").split()).replace("|", "/")
+            kind = _field_type(schema["properties"][name])
+            lines.append(f"| `{name}` | {kind} | {meaning} |")
+    return lines
+
+
+def _field_type(schema: dict[str, Any]) -> str:
+    """Return a JSON type as words, with the names of the objects of this page."""
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    if "anyOf" in schema:
+        return " or ".join(_field_type(part) for part in schema["anyOf"])
+    if "enum" in schema:
+        return ", ".join(f"`{word}`" for word in schema["enum"])
+    kind = schema.get("type")
+    if kind == "array" and "prefixItems" in schema:
+        return f"[{', '.join(_field_type(part) for part in schema['prefixItems'])}]"
+    if kind == "array":
+        return f"list of {_field_type(schema.get('items', {}))}"
+    if kind == "object" and isinstance(schema.get("additionalProperties"), dict):
+        values = _field_type(schema["additionalProperties"])
+        return f"object of ({values})" if " or " in values else f"object of {values}"
+    names = {"integer": "integer", "string": "text", "boolean": "true or false", "null": "null", "number": "number"}
+    return names.get(str(kind), "object" if kind == "object" else "any value")
 
 
 def _blocks() -> list[str]:

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from evaluation.tokenizer import chat_format
 from jobs.adapters import ADAPTER_FILES, adapter_refusal
 from jobs.errors import UserError
+from jobs.hub import public_base
+from jobs.model_kinds import CLASSIFIER_HEADS as HEADS
 from jobs.model_kinds import learnt_positions, tied_refusal
 from jobs.spec import JobSpec
 from jobs.support import prompt_hides_label, prompt_too_long
 from jobs.weight_names import is_named
-from training.model import HEADS, PEFT_HEADS, Base, fresh_heads, load_tokenizer, safetensors_folder
+from training.model import PEFT_HEADS, Base, fresh_heads, safetensors_folder
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -249,15 +252,12 @@ def save_weights(job: JobSpec, model: Any, tensors: Tensors, begun: Tensors, fol
         warnings.simplefilter("ignore")
         if job.method == "full":
             model.save_pretrained(str(folder), state_dict=tensors, max_shard_size="1000GB")
-            spec = job.model
-            load_tokenizer(
-                spec.model_name_or_path, spec.revision, trust_remote_code=spec.trust_remote_code
-            ).save_pretrained(str(folder))
+            chat_format(job).tokenizer.save_pretrained(str(folder))
             return
-        _save_adapter(model, tensors, begun, folder)
+        _save_adapter(job, model, tensors, begun, folder)
 
 
-def _save_adapter(model: PeftModel, tensors: Tensors, begun: Tensors, folder: Path) -> None:
+def _save_adapter(job: JobSpec, model: PeftModel, tensors: Tensors, begun: Tensors, folder: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
@@ -278,7 +278,10 @@ def _save_adapter(model: PeftModel, tensors: Tensors, begun: Tensors, folder: Pa
     if not state or not all(tensor.numel() for tensor in state.values()):
         raise RuntimeError("the adapter's state is empty: the strategy did not gather it")
     save_file(state, str(folder / ADAPTER_FILES[1]), metadata={"format": "pt"})
-    config.base_model_name_or_path = model.get_base_model().config.name_or_path
+    # Not the path that the base was loaded from: others have no such cache folder.
+    config.base_model_name_or_path, config.revision = public_base(job.model.model_name_or_path, job.model.revision)
+    if getattr(config, "tokenizer_name_or_path", None):
+        config.tokenizer_name_or_path = config.base_model_name_or_path
     config.inference_mode = True
     config.save_pretrained(str(folder))
 

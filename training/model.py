@@ -19,7 +19,14 @@ from evaluation.tokenizer import padding_id, quiet_libraries, read_tokenizer
 from jobs import files
 from jobs.errors import AssetError, UserError
 from jobs.hub import check_code, check_fetched, converted_folder, lacks_weights, model_folder, refuse
-from jobs.model_kinds import classification_refusal, generation_refusal, is_causal, length_refusal
+from jobs.model_kinds import CLASSIFIER_HEADS as HEADS
+from jobs.model_kinds import (
+    UNQUANTIZED_MODULES,
+    classification_refusal,
+    generation_refusal,
+    is_causal,
+    length_refusal,
+)
 from jobs.spec import JobSpec
 from jobs.stage import staged
 from jobs.verified import check_unchanged, seal
@@ -27,9 +34,6 @@ from jobs.weight_names import weight_shapes
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-HEADS = ("classifier", "score", "pre_classifier", "classification_head")
-"""Names under which transformers keeps the layers that a classifier adds to a base."""
 
 PEFT_HEADS = ("classifier", "score")
 """Those that PEFT trains and saves with an adapter of a classifier by itself."""
@@ -349,7 +353,7 @@ def _quantization(job: JobSpec, device: torch.device, folder: Path) -> BitsAndBy
     from transformers import BitsAndBytesConfig
 
     spec = job.qlora
-    kept = [*HEADS, "lm_head", "embed_out"]
+    kept = list(UNQUANTIZED_MODULES)
     if not any("pooler" in name for name in weight_shapes(folder)):
         kept.append("pooler")
     if spec.quant_type == "int8":

@@ -259,7 +259,7 @@ class Comparison(TrainingDriver):
             failed += len(self.unjudged)
         state = RunState.FAILED if self.unjudged else RunState.FINISHED
         self.run.set_state(state, reason=reason, wall_seconds=wall, phase=None)
-        track_report(self.run, self.job, write_report(self.run))
+        track_report(self.run, self.job, write_report(self.run, with_tokenizer=True))
         return ExitCode.SOME_TRIALS_FAILED if failed else ExitCode.OK
 
 

@@ -352,7 +352,7 @@ class Sweep(TrainingDriver):
         everything_failed = bool(states) and failed == len(states)
         state = RunState.FAILED if everything_failed else RunState.FINISHED
         reason = f"{failed} of {len(states)} trials failed" if failed else None
-        write_report(self.run)
+        write_report(self.run, with_tokenizer=True)
         self.run.set_state(state, reason=reason, wall_seconds=wall, phase=None)
         track_report(self.run, self.job, write_report(self.run))  # once more: it shows the state
         return ExitCode.SOME_TRIALS_FAILED if failed else ExitCode.OK

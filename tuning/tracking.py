@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evaluation.report import best_evaluation
 from evaluation.wandb_report import Mode, not_fatal, open_wandb, wandb_mode, wanted_mode
 from jobs import files
+from jobs.hub import public_base
 from jobs.run import Run, Trial
 from jobs.spec import JobSpec
 
@@ -104,15 +106,14 @@ class WandbMirror:
         opened = self.open.pop(trial.id, None)
         if opened is None:
             return
-        status = trial.status()
-        best = [row for row in trial.evaluations() if row.get(self.job.metric.name) is not None]
-        opened.summary["state"] = status.get("state")
-        opened.summary["rung"] = status.get("rung")
-        opened.summary["reason"] = status.get("reason")
+        status, params = trial.status(), trial.params()
+        for name in ("state", "rung", "reason"):
+            opened.summary[name] = status.get(name)
+        best = best_evaluation(trial.metrics(), self.job)
         if best:
-            pick = max if self.job.metric.goal == "maximize" else min
-            name = self.job.metric.name
-            opened.summary[f"best/{name}"] = pick(row[name] for row in best)
+            opened.summary[f"best/{self.job.metric.name}"] = best[self.job.metric.name]
+        for name, value in _describe_weights(self.job, params, best).items():
+            opened.summary[name] = value
         self.run.check_current()
         opened.finish(exit_code=1 if status.get("state") == "failed" else 0)
         files.append_jsonl(self.closed_file, {"trial_id": trial.id})
@@ -122,6 +123,20 @@ class WandbMirror:
         for opened in self.open.values():
             opened.finish()
         self.open.clear()
+
+
+def _describe_weights(job: JobSpec, params: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
+    """Return what the summary says of the weights on disk, which are those of the best evaluation."""
+    model = params.get("resolved", {}).get("model", {})
+    name = model.get("model_name_or_path", job.model.model_name_or_path)
+    facts = {
+        "base_model": public_base(name, model.get("revision"))[0],
+        "weights/step": best.get("step"),
+        "weights/samples": best.get("samples"),
+        "weights/number_formats": best.get("number_formats"),
+        "weights/trainable_parameters": best.get("trainable_parameters"),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _wandb_name(key: str, evaluated: Sequence[str]) -> str:

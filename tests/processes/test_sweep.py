@@ -56,6 +56,7 @@ def test_a_random_sweep_ends_in_a_decision(bert_job: JobMaker, place: Path) -> N
     assert data["base"]["test_metrics"]["accuracy"] >= 0
     adapter = run.path / data["recommendation"]["adapter"]
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= {p.name for p in adapter.iterdir()}
+    _run_code_of_card(adapter)
     assert len(_kept(run)) == 3
     assert not list(run.path.glob("trials/*/checkpoints"))
     _every_file_has_a_schema_version(run.path)
@@ -63,6 +64,18 @@ def test_a_random_sweep_ends_in_a_decision(bert_job: JobMaker, place: Path) -> N
     assert list(run.path.glob(f"wandb/wandb/offline-run-*-{run.id}-report"))
     logged = lorafleet("logs", "tiny", chosen["trial_id"], cwd=place).stdout
     assert "accuracy=" in logged
+
+
+def _run_code_of_card(weights: Path) -> None:
+    """Run the code of a model card in a process that has nothing of lorafleet."""
+    assert (weights / "tokenizer.json").is_file()
+    code = (weights / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    environment = {"PATH": os.environ["PATH"], "HOME": str(weights), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code], cwd=weights, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.replace("'", '"'))[0] in ("bad", "good")
 
 
 def _every_file_has_a_schema_version(folder: Path) -> None:
@@ -82,6 +95,8 @@ def _each_trial_is_in_wandb(folder: Path, trials: list[str]) -> None:
         assert shown.returncode == 0, shown.stderr
         assert "eval/accuracy" in shown.stdout
         assert "train/loss" in shown.stdout
+        assert "weights/step" in shown.stdout
+        assert "base_model" in shown.stdout
 
 
 def test_a_trial_that_diverges_costs_only_itself(bert_job: JobMaker, place: Path) -> None:

@@ -301,7 +301,7 @@ def test_no_number_is_cut_in_a_narrow_terminal(finished: Run, width: int) -> Non
 def test_the_recommended_adapter_gets_a_card(finished: Run) -> None:
     write_report(finished)
     card = (finished.trial("aaaa").weights / "README.md").read_text()
-    assert "base_model" in card
+    assert "Base model: " in card
     assert "SHA-256 `ab`" in card
     manifest = files.read_json(finished.trial("aaaa").weights / "manifest.json")
     assert manifest["trial_id"] == "aaaa"

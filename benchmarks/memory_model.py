@@ -167,6 +167,14 @@ _LLAMA_2_7B = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 
                "intermediate_size": 11008, "vocab_size": 32000, "tie_word_embeddings": False}  # fmt: skip
 _FSDP_QLORA = "github.com/AnswerDotAI/fsdp_qlora benchmarks_03_2024.md, 2 x RTX 3090, whole copies, 2,048 tokens"
 
+_LLAMA_3_2_3B = {"model_type": "llama", "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24,
+                 "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 8192, "vocab_size": 128256,
+                 "tie_word_embeddings": True}  # fmt: skip
+_PEFT = (
+    "github.com/huggingface/peft method_comparison/MetaMathQA (one L40S, bfloat16, rows of up to 768 tokens, no "
+    "checkpointing; the maximum that torch reserved, evaluation included)"
+)
+
 
 @dataclass(frozen=True)
 class Published:
@@ -197,14 +205,30 @@ def published() -> list[Published]:
     for method, rows, gib in (("lora", 4, 22.04), ("qlora", 8, 20.94)):
         ours = _on_gpu(llama, method, 2048, rows, six)
         found.append(Published(f"Llama-2-7B {method}, {rows} rows", gib, ours, _FSDP_QLORA))
+    llama = shape(_LLAMA_3_2_3B)
+    assert llama is not None
+    adapter = {"lora_r": 32, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "v_proj"]}
+    for method, gib in (("lora", 20.8), ("full", 36.2)):
+        ours = _on_gpu(llama, method, 768, 4, adapter, gradient_checkpointing=False, dtype="bfloat16")
+        found.append(Published(f"Llama-3.2-3B {method}, 4 rows", gib, ours, _PEFT))
     return found
 
 
-def _on_gpu(known: Shape, method: str, tokens: int, rows: int, lora: dict[str, Any]) -> float:
+def _on_gpu(
+    known: Shape,
+    method: str,
+    tokens: int,
+    rows: int,
+    lora: dict[str, Any],
+    *,
+    gradient_checkpointing: bool = True,
+    dtype: str = "auto",
+) -> float:
+    train = {"gradient_checkpointing": gradient_checkpointing, "chunked_loss": False}
     job = JobSpec.model_validate(
         {"name": "published", "task": "generation", "method": method, "data": {"train_file": "rows.jsonl"},
-         "model": {"model_name_or_path": "model", "max_length": tokens}, "lora": lora,
-         "train": {"per_device_train_batch_size": rows, "gradient_checkpointing": True, "chunked_loss": False}}
+         "model": {"model_name_or_path": "model", "max_length": tokens, "dtype": dtype}, "lora": lora,
+         "train": train | {"per_device_train_batch_size": rows}}
     )  # fmt: skip
     assert trained_parameters(job, known, 0)
     return estimate(job, known, known.parameters, tokens, cuda=True).expected

@@ -12,6 +12,7 @@ from commands.common import DEFAULT_RUNS, AnyRuns, say, tell
 
 if TYPE_CHECKING:
     from jobs.translate import Translation
+    from jobs.translate_peft import Experiment
 
 
 class Tool(StrEnum):
@@ -19,6 +20,7 @@ class Tool(StrEnum):
 
     AXOLOTL = "axolotl"
     LLAMAFACTORY = "llamafactory"
+    PEFT_COMPARISON = "peft-comparison"
     TRL = "trl"
     WANDB = "wandb"
 
@@ -32,7 +34,14 @@ _STAND_INS = {
 
 
 def import_config(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="The other tool's YAML.", show_default=False)],
+    inputs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE",
+            help="The other tool's YAML. With --from peft-comparison: folders of experiments, each becomes an arm.",
+            show_default=False,
+        ),
+    ],
     source: Annotated[Tool, typer.Option("--from", help="Which tool wrote it.")],
     name: Annotated[str, typer.Option(help="Name of the job.")] = "imported",
     job: Annotated[
@@ -49,18 +58,23 @@ def import_config(
     from jobs.errors import JobFileError, UserError
     from jobs.load import load_text
     from jobs.translate import translate, without_refused
+    from jobs.translate_peft import translate_experiments
     from jobs.translate_sweep import translate_sweep
 
-    config = _read(file)
+    file = inputs[0]
+    if len(inputs) > 1 and source is not Tool.PEFT_COMPARISON:
+        raise UserError(f"one config at a time: {inputs[1]} is too many (only --from peft-comparison takes several)")
     if job is not None and output is not None and job.absolute().parent != output.absolute().parent:
         raise UserError(f"--output is {output}, but must be in the folder of --job {job}: its paths start there")
     if job is not None and source is not Tool.WANDB:
         raise UserError(f"--job goes with --from wandb; a config of {source.value} names its own model and data")
     if source is Tool.WANDB:
-        made = translate_sweep(config, name)
+        made = translate_sweep(_read(file), name)
         _put_on(made, job, file)
+    elif source is Tool.PEFT_COMPARISON:
+        made = translate_experiments([_read_experiment(path) for path in inputs], name)
     else:
-        made = translate(source, config, name)
+        made = translate(source, _read(file), name)
     folder = (job or output or Path("job.yaml")).parent
     while True:
         body = yaml.safe_dump(made.tree, sort_keys=False, allow_unicode=True)
@@ -86,6 +100,39 @@ def import_config(
     else:
         files.write_text(output, text)
         tell(str(output))
+
+
+_EXPERIMENT_FILES = ("adapter_config.json", "training_params.json")
+_DEFAULT_PARAMS_FILE = "default_training_params.json"
+_PARENTS_WITH_DEFAULTS = 3
+"""Folders above an experiment that may hold the defaults: METHOD, experiments, MetaMathQA."""
+
+
+def _read_experiment(path: Path) -> Experiment:
+    """Read an experiment of the PEFT comparison from its folder, or from the folder of one of its files.
+
+    Raises:
+        UserError: Neither file is there.
+        JobFileError: A file cannot be read.
+    """
+    from jobs.errors import UserError
+    from jobs.translate_peft import DEFAULT_TRAINING_PARAMS, Experiment
+
+    folder = (path.parent if path.name in _EXPERIMENT_FILES else path).absolute()
+    adapter, training = (folder / name for name in _EXPERIMENT_FILES)
+    if not adapter.is_file() and not training.is_file():
+        raise UserError(f"{path} has neither {_EXPERIMENT_FILES[0]} nor {_EXPERIMENT_FILES[1]}: it is no experiment")
+    defaults = DEFAULT_TRAINING_PARAMS
+    for parent in [*folder.parents][:_PARENTS_WITH_DEFAULTS]:
+        if (parent / _DEFAULT_PARAMS_FILE).is_file():
+            defaults = {**defaults, **_read(parent / _DEFAULT_PARAMS_FILE)}
+            break
+    return Experiment(
+        name=folder.name,
+        adapter_config=_read(adapter) if adapter.is_file() else None,
+        training_params=_read(training) if training.is_file() else {},
+        defaults=defaults,
+    )
 
 
 def _read(file: Path) -> dict[str, Any]:

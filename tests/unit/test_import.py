@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs import fields
+from jobs import arms, fields
 from jobs.load import load_job, load_text
 from jobs.translate import Translation, translate
 from jobs.translate_sweep import translate_sweep
@@ -567,3 +568,122 @@ def test_imports_say_what_they_carry_and_what_they_lose(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "not carried over: train.eval_steps is 0.05, but must be a whole number" in done.stderr
     assert "not carried over: tf32" not in done.stderr
+
+
+_LORA_EXPERIMENT = {
+    "alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": None, "bias": "none",
+    "fan_in_fan_out": False, "inference_mode": False, "init_lora_weights": True, "loftq_config": {}, "lora_alpha": 64,
+    "lora_bias": False, "lora_dropout": 0.0, "megatron_core": "megatron.core", "modules_to_save": None,
+    "peft_type": "LORA", "r": 32, "rank_pattern": {}, "target_modules": None, "task_type": "CAUSAL_LM",
+    "use_dora": False, "use_rslora": False,
+}  # fmt: skip
+_PROMPT_EXPERIMENT = {
+    "num_attention_heads": 24, "num_layers": 28, "num_transformer_submodules": 1, "num_virtual_tokens": 200,
+    "peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM", "task_type": "CAUSAL_LM", "token_dim": 3072,
+}  # fmt: skip
+
+
+def write_experiment(
+    root: Path, name: str, adapter: dict[str, Any] | None, training: dict[str, Any] | None = None
+) -> Path:
+    """Write an experiment in the layout of PEFT's method comparison; return its folder."""
+    folder = root / "MetaMathQA" / "experiments" / "kind" / name
+    folder.mkdir(parents=True)
+    if adapter is not None:
+        (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    if training is not None:
+        (folder / "training_params.json").write_text(json.dumps(training))
+    return folder
+
+
+def test_experiments_of_pefts_comparison_are_arms(tmp_path: Path) -> None:
+    """Every number of the original stands in the job: as a field, as an arm's own, or in a remark."""
+    lora = write_experiment(tmp_path, "llama-3.2-3B-rank32", _LORA_EXPERIMENT)
+    mlp = _LORA_EXPERIMENT | {"r": 10, "lora_alpha": 20, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    other = write_experiment(tmp_path, "rank10-mlp", mlp | {"use_dora": True})
+    prompt = write_experiment(
+        tmp_path, "prompt", _PROMPT_EXPERIMENT, {"optimizer_kwargs": {"lr": 1e-3, "weight_decay": 0.1}}
+    )
+    full = write_experiment(tmp_path, "full", None, {"optimizer_kwargs": {"lr": 1e-5}})
+    done = lorafleet_here(
+        "import", "--from", "peft-comparison", lora, other / "adapter_config.json", prompt, full, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    job = load_text(done.stdout, tmp_path / "job.yaml").job
+    assert job.compare is not None
+    assert list(job.compare.arms) == ["base", "llama-3-2-3b-rank32", "rank10-mlp", "prompt", "full"]
+    assert (job.model.model_name_or_path, job.model.dtype) == ("meta-llama/Llama-3.2-3B", "bfloat16")
+    assert (job.model.max_length, job.train.max_steps, job.train.eval_steps) == (768, 5000, 250)
+    assert (job.train.per_device_train_batch_size, job.train.gradient_accumulation_steps) == (4, 1)
+    assert (job.train.lr_scheduler_type, job.train.warmup_ratio, job.train.max_grad_norm) == ("cosine", 0.1, 1.0)
+    configured = {name: arms.own_job(job, name) for name in job.compare.arms}
+    first = configured["llama-3-2-3b-rank32"]
+    assert (first.lora.lora_r, first.lora.lora_alpha, first.lora.lora_dropout) == (32, 64, 0.0)
+    assert first.lora.lora_target_modules == ("q_proj", "v_proj")
+    assert (first.train.learning_rate, first.train.weight_decay) == (1e-4, 0.1)
+    assert configured["rank10-mlp"].lora.lora_target_modules == ("gate_proj", "up_proj", "down_proj")
+    assert configured["rank10-mlp"].lora.use_dora
+    assert configured["prompt"].prompt_tuning.num_virtual_tokens == 200
+    assert configured["prompt"].train.learning_rate == 1e-3
+    assert (configured["full"].method, configured["full"].train.learning_rate) == ("full", 1e-5)
+    assert configured["full"].train.weight_decay == 0.01  # its optimizer_kwargs replace the default ones
+    assert "query_template" in done.stderr
+    assert "GSM8K" in done.stderr
+
+
+def test_the_comparisons_own_defaults_are_read(tmp_path: Path) -> None:
+    lora = write_experiment(tmp_path, "a", _LORA_EXPERIMENT, {"max_steps": 20, "eval_steps": 10})
+    (tmp_path / "MetaMathQA" / "default_training_params.json").write_text(json.dumps({"max_seq_length": 512}))
+    done = lorafleet_here("import", "--from", "peft-comparison", lora, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    job = load_text(done.stdout, tmp_path / "job.yaml").job
+    assert (job.model.max_length, job.train.max_steps) == (512, 20)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "training", "words"),
+    [
+        (_LORA_EXPERIMENT | {"bias": "all"}, {}, "bias: biases are not trained here"),
+        (_LORA_EXPERIMENT | {"rank_pattern": {"q": 4}}, {}, "rank_pattern: {'q': 4} has no counterpart"),
+        (_LORA_EXPERIMENT | {"init_lora_weights": "eva"}, {}, "init_lora_weights: 'eva' is none of"),
+        (_LORA_EXPERIMENT, {"grad_norm_clip": 0}, "grad_norm_clip: 0"),
+        (_LORA_EXPERIMENT, {"optimizer_type": "lora-fa"}, "optimizer_type: 'lora-fa'; AdamW is used"),
+        (_LORA_EXPERIMENT, {"optimizer_kwargs": {"lr": 1e-4, "betas": [0.9, 0.9]}}, "optimizer_kwargs.betas"),
+        (_LORA_EXPERIMENT, {"model_id": "org/unheard-of"}, "PEFT's choice for org/unheard-of is not known"),
+        (_PROMPT_EXPERIMENT | {"prompt_tuning_init": "SAMPLE_VOCAB"}, {}, "the prompt starts at random values"),
+    ],
+)
+def test_what_an_experiment_loses_is_reported(
+    adapter: dict[str, Any], training: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folder = write_experiment(tmp_path, "a", adapter, training)
+    done = lorafleet_here("import", "--from", "peft-comparison", folder, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert words in done.stderr
+    load_text(done.stdout, tmp_path / "job.yaml")
+
+
+def test_experiments_that_make_no_comparison(tmp_path: Path) -> None:
+    def error_of(*folders: Path) -> str:
+        done = lorafleet_here("import", "--from", "peft-comparison", *folders, cwd=tmp_path)
+        assert done.returncode == 2, done.stdout
+        return done.stderr
+
+    ia3 = write_experiment(tmp_path, "ia3", {"peft_type": "IA3"})
+    assert "peft_type is IA3, but only LORA and PROMPT_TUNING" in error_of(ia3)
+    quantised = write_experiment(tmp_path, "q", _PROMPT_EXPERIMENT, {"dtype": "int4"})
+    assert "only LoRA can be trained on a quantised base" in error_of(quantised)
+    long = write_experiment(tmp_path, "long", _LORA_EXPERIMENT, {"max_steps": 10})
+    short = write_experiment(tmp_path, "short", _LORA_EXPERIMENT)
+    assert "max_steps is 10 in long, 5000 in short" in error_of(long, short)
+    assert "is no experiment" in error_of(tmp_path)
+
+
+def test_a_quantised_experiment_has_the_defaults_of_bitsandbytes(tmp_path: Path) -> None:
+    folder = write_experiment(tmp_path, "q", _LORA_EXPERIMENT, {"dtype": "int4"})
+    done = lorafleet_here("import", "--from", "peft-comparison", folder, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    job = load_text(done.stdout, tmp_path / "job.yaml").job
+    own = arms.own_job(job, "q")
+    assert (own.method, own.qlora.quant_type, own.qlora.use_double_quant) == ("qlora", "fp4", False)
+    assert own.qlora.compute_dtype == "float32"

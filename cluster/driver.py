@@ -83,6 +83,7 @@ class Driver(ABC):
         self.run.keep_reserve()
         self.run.mark_running(reason=None)
         self.run.event("attempt", number=attempt)
+        log(f"attempt {attempt} of {self.run.id} on {os.uname().nodename} (process {os.getpid()})")
         with self._stopped_by_signals():
             try:
                 self._begin()
@@ -119,6 +120,8 @@ class Driver(ABC):
         return self.earlier_seconds + time.time() - self.began
 
     def _phase(self, what: str) -> None:
+        """Record what the driver does now, and log it with the time."""
+        log(f"{time.strftime('%H:%M:%S')} {what}")
         self.run.set_state(RunState.RUNNING, phase=what)
 
     def _ask(self, number: int, _frame: Any) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 from cluster.allocation import allocation_here, begin_in_allocation, saved_mark
 from jobs import files
 from jobs.errors import DiskFull, ExitCode, LorafleetError, RunError, disk_full
+from jobs.handover import SUBMISSION
 from jobs.lease import Lease, StaleAttempt
 from jobs.placement import Placement
 from jobs.run import Run, RunState
@@ -66,8 +67,9 @@ class Driver(ABC):
         os.environ.update(self.job.environment)  # before the threads and the libraries that read it
         allocation = allocation_here()
         saved = saved_mark(self.run)
+        submission = files.read_json(self.run.path / SUBMISSION).get("number", 1)
         try:
-            lease = Lease.take(self.run.path, allocation | {"saved": saved}, say=log)
+            lease = Lease.take(self.run.path, {"submission": submission} | allocation | {"saved": saved}, say=log)
         except OSError as error:
             raise disk_full(error, self.run.path) or error from error
         try:

@@ -16,7 +16,8 @@ from jobs.run import Run, RunState
 DOCUMENT = "run.json"
 """Which of the texts says what the others are."""
 TEXTS = ("job.yaml", "resolved.json", "plan.json")
-_SUBMISSION = "submission.json"
+SUBMISSION = "submission.json"
+"""File of a run on a storage with the number of its newest submission."""
 
 
 def pack(name: str, texts: dict[str, str], submission: int = 1, ray: str | None = None) -> dict[str, str]:
@@ -45,9 +46,9 @@ def unpack(folder: Path, document: Path) -> Run:
             )
     run = Run(folder)
     if (folder / "plan.json").is_file():
-        if told.get("submission", 1) > files.read_json(folder / _SUBMISSION).get("number", 1):
+        if told.get("submission", 1) > files.read_json(folder / SUBMISSION).get("number", 1):
             (folder / "stop").unlink(missing_ok=True)  # its user has resumed it since
-            files.write_json(folder / _SUBMISSION, {"number": told["submission"]})
+            files.write_json(folder / SUBMISSION, {"number": told["submission"]})
         return run
     scratch = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     scratch.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,8 @@ from jobs.errors import RunError
 _BEAT_SECONDS = 5.0
 _WATCH_SECONDS = 40.0
 """How long a driver on another machine is watched for a sign of life."""
+_REPLACED_SECONDS = 180.0
+"""How long the driver of an earlier submission may take to save and end."""
 
 
 class HasDriver(RunError):
@@ -192,17 +194,21 @@ def _check_gone(run: Path, attempt: int, facts: Mapping[str, Any], say: Callable
         return  # the same job, started again by Slurm: it has ended the one before
     host = (holder.get("machine") or ["another machine"])[0]
     say(f"attempt {attempt} began on {host} and did not say that it ended: watched for {seconds:.0f} s")
+    # A newer submission replaces the holder's: whoever submitted it has ended that job, and its driver may be saving.
+    replaced = int(facts.get("submission") or 0) > int(holder.get("submission") or 0) > 0
+    give_up = time.monotonic() + (_REPLACED_SECONDS if replaced else 0.0)
     beat = _beat_file(run, attempt)
-    first, until = _read(beat), time.monotonic() + seconds
-    while time.monotonic() < until:
+    last, since = _read(beat), time.monotonic()
+    while time.monotonic() < since + seconds:
         time.sleep(min(1.0, seconds))
-        if _read(beat) != first or _end_file(run, attempt).exists():
-            break
-    if _end_file(run, attempt).exists():
-        return
-    if _read(beat) != first:
-        where = f"{host}, job {job}" if job else host
-        raise HasDriver(f"{run.name} has another driver, which is still running ({where})")
+        if _end_file(run, attempt).exists():
+            return
+        if (now := _read(beat)) == last:
+            continue
+        if time.monotonic() >= give_up:
+            where = f"{host}, job {job}" if job else host
+            raise HasDriver(f"{run.name} has another driver, which is still running ({where})")
+        last, since = now, time.monotonic()
 
 
 def _holder(run: Path, attempt: int) -> dict[str, Any]:

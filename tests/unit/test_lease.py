@@ -55,6 +55,22 @@ def test_a_driver_elsewhere_that_gives_signs_of_life_is_refused(tmp_path: Path) 
     assert Lease.take(tmp_path, {}, seconds=0.3).attempt == 2  # nothing changed in that time
 
 
+def test_the_driver_of_an_earlier_submission_may_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives signs of life while it saves: the next one waits for it, but not for ever."""
+    Lease.take(tmp_path, {"submission": 1})
+    beat = as_if_elsewhere(tmp_path, 1, submission=1)
+    threading.Timer(0.3, lambda: beat.write_text("2")).start()
+    threading.Timer(1.2, lambda: beat.write_text("3")).start()
+    began = time.monotonic()
+    assert Lease.take(tmp_path, {"submission": 2}, seconds=2).attempt == 2
+    assert time.monotonic() - began > 3
+    beat = as_if_elsewhere(tmp_path, 2, submission=2)
+    monkeypatch.setattr(lease, "_REPLACED_SECONDS", 0.0)
+    threading.Timer(0.3, lambda: beat.write_text("4")).start()
+    with pytest.raises(RunError, match="still running"):
+        Lease.take(tmp_path, {"submission": 3}, seconds=2)
+
+
 def test_the_same_job_started_again_by_slurm_need_not_wait(tmp_path: Path) -> None:
     Lease.take(tmp_path, {})
     as_if_elsewhere(tmp_path, 1, slurm_job="12", slurm_restart=0)

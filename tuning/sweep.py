@@ -37,6 +37,8 @@ _COUNT_SECONDS = 5.0
 _GIVE_BACK_SECONDS = 5.0
 _MACHINES_SECONDS = 15.0
 """Between two looks at the machines of an allocation."""
+_LOOK_SECONDS = 1.0
+"""Between two looks at the trials of a run that is to stop."""
 _SAVE_SECONDS = 300.0
 """How long trials may take to save when a run is asked to end."""
 
@@ -138,7 +140,7 @@ class Sweep(TrainingDriver):
                     # Whether a trial begins again is the ledger's to say: it knows what ended it, and how often.
                     failure_config=FailureConfig(max_failures=0),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
-                    stop=_stop_file(self.stop_file),
+                    stop=_stop_file(self.run, self.stop_file),
                     verbose=0,
                 ),
             )
@@ -364,20 +366,31 @@ class Sweep(TrainingDriver):
         self.stop_file.touch()
 
 
-def _stop_file(path: Path) -> Any:
-    """Tune's stopper: everything ends when the stop file appears."""
+def _stop_file(run: Run, path: Path) -> Any:
+    """Return Tune's stopper for the stop file.
+
+    Trials see the file themselves, save and end. Tune would give an actor ten seconds and then kill it, so it ends the
+    search only once no trial runs (all wait for machines, which may never come), or after `_SAVE_SECONDS`.
+    """
     from ray.tune.stopper import Stopper
 
     class OnFile(Stopper):
+        looked_at = 0.0
+
         def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
             return False
 
         def stop_all(self) -> bool:
-            # Tune gives an actor ten seconds and then kills it: trials are given the time to save and end themselves.
             try:
-                return time.time() - path.stat().st_mtime > _SAVE_SECONDS
+                age = time.time() - path.stat().st_mtime
             except FileNotFoundError:
                 return False
+            if age > _SAVE_SECONDS:
+                return True
+            if time.monotonic() - self.looked_at < _LOOK_SECONDS:  # Tune asks ten times a second
+                return False
+            self.looked_at = time.monotonic()
+            return not any(trial.state is TrialState.RUNNING for trial in run.trials())
 
     return OnFile()
 

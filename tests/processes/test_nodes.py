@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,28 @@ def test_a_warm_trial_leaves_a_draining_machine_in_time(bert_job: JobMaker, plac
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == ExitCode.INTERRUPTED, shown
     assert "its node is being taken away; it was saved first" in shown
+
+
+@pytest.mark.long
+def test_a_run_that_waits_for_machines_stops_soon(bert_job: JobMaker, place: Path, machines: Machines) -> None:
+    """No trial runs, so that none can see the request and end: the driver must."""
+    endless = {"train__max_steps": 1_000_000, "train__eval_steps": 100_000}
+    process = begin(bert_job(**endless), place, "resources.label_selector.pool=one", command="train",
+                    **machines.environment)  # fmt: skip
+    wait_for(lambda: machines.hosts("ResourceTrainable"), 180)
+    run = newest(place)
+    (trial,) = wait_for(run.trials)
+    wait_for(lambda: trial.progress().get("step", 0) > 3, 60)
+    for node in [node for node in machines.workers if node.node_labels["pool"] == "one"]:
+        machines.kill(node)
+    wait_for(lambda: trial.status().get("retries") == {"worker_lost": 1}, 180)
+    assert trial.state == "pending"
+    asked = time.monotonic()
+    interrupt(process)
+    shown, _ = process.communicate(timeout=120)
+    assert process.returncode == ExitCode.INTERRUPTED, shown + log(run)
+    assert time.monotonic() - asked < 60  # before, it was ended by force after five minutes
+    assert list((run.path / "attempts").glob("*.end"))
 
 
 def drain(machines: Machines, node: Any) -> None:

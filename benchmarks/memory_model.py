@@ -167,12 +167,20 @@ _LLAMA_2_7B = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 
                "intermediate_size": 11008, "vocab_size": 32000, "tie_word_embeddings": False}  # fmt: skip
 _FSDP_QLORA = "github.com/AnswerDotAI/fsdp_qlora benchmarks_03_2024.md, 2 x RTX 3090, whole copies, 2,048 tokens"
 
-_LLAMA_3_2_3B = {"model_type": "llama", "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24,
-                 "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 8192, "vocab_size": 128256,
-                 "tie_word_embeddings": True}  # fmt: skip
+_LLAMA_3_2_3B = {
+    "model_type": "llama",
+    "hidden_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 8192,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+}
 _PEFT = (
-    "github.com/huggingface/peft method_comparison/MetaMathQA (one L40S, bfloat16, rows of up to 768 tokens, no "
-    "checkpointing; the maximum that torch reserved, evaluation included)"
+    "github.com/huggingface/peft method_comparison/MetaMathQA (one L40S, bfloat16, rows of up to "
+    "768 tokens, no checkpointing; the maximum that torch reserved, evaluation included)"
 )
 
 
@@ -209,13 +217,15 @@ def published() -> list[Published]:
     assert llama is not None
     adapter = {"lora_r": 32, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "v_proj"]}
     for method, gib in (("lora", 20.8), ("full", 36.2)):
-        ours = _on_gpu(llama, method, 768, 4, adapter, gradient_checkpointing=False, dtype="bfloat16")
-        found.append(Published(f"Llama-3.2-3B {method}, 4 rows", gib, ours, _PEFT))
+        estimated = _on_gpu(
+            llama, method, 768, 4, adapter, gradient_checkpointing=False, dtype="bfloat16"
+        )  # fmt: skip
+        found.append(Published(f"Llama-3.2-3B {method}, 4 rows", gib, estimated, _PEFT))
     return found
 
 
 def _on_gpu(
-    known: Shape,
+    model: Shape,
     method: str,
     tokens: int,
     rows: int,
@@ -226,12 +236,18 @@ def _on_gpu(
 ) -> float:
     train = {"gradient_checkpointing": gradient_checkpointing, "chunked_loss": False}
     job = JobSpec.model_validate(
-        {"name": "published", "task": "generation", "method": method, "data": {"train_file": "rows.jsonl"},
-         "model": {"model_name_or_path": "model", "max_length": tokens, "dtype": dtype}, "lora": lora,
-         "train": train | {"per_device_train_batch_size": rows}}
-    )  # fmt: skip
-    assert trained_parameters(job, known, 0)
-    return estimate(job, known, known.parameters, tokens, cuda=True).expected
+        {
+            "name": "published",
+            "task": "generation",
+            "method": method,
+            "data": {"train_file": "rows.jsonl"},
+            "model": {"model_name_or_path": "model", "max_length": tokens, "dtype": dtype},
+            "lora": lora,
+            "train": train | {"per_device_train_batch_size": rows},
+        }
+    )
+    assert trained_parameters(job, model, 0)
+    return estimate(job, model, model.parameters, tokens, cuda=True).expected
 
 
 def main() -> None:

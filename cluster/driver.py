@@ -68,8 +68,9 @@ class Driver(ABC):
         allocation = allocation_here()
         saved = saved_mark(self.run)
         submission = files.read_json(self.run.path / SUBMISSION).get("number", 1)
+        facts = {"submission": submission} | allocation | {"saved": saved}
         try:
-            lease = Lease.take(self.run.path, {"submission": submission} | allocation | {"saved": saved}, say=log)
+            lease = Lease.take(self.run.path, facts, say=log)
         except OSError as error:
             raise disk_full(error, self.run.path) or error from error
         try:

@@ -38,7 +38,10 @@ def import_config(
         list[Path],
         typer.Argument(
             metavar="FILE",
-            help="The other tool's YAML. With --from peft-comparison: folders of experiments, each becomes an arm.",
+            help=(
+                "Config of the other tool. With --from peft-comparison: folders of experiments, "
+                "each of which becomes an arm."
+            ),
             show_default=False,
         ),
     ],

@@ -52,8 +52,8 @@ def _track_table(run: Run, job: JobSpec, report: Report, mode: Mode, name: str) 
     opened.summary["recommended_arm"] = report.recommendation.arm
     opened.summary["recommendation"] = report.recommendation.sentence
     opened.summary["recommended_trial"] = report.recommendation.trial_id
-    for name, value in _recommended_weights(run, report).items():
-        opened.summary[name] = value
+    for key, value in _recommended_weights(run, report).items():
+        opened.summary[key] = value
     opened.finish()
 
 

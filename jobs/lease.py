@@ -23,7 +23,7 @@ _BEAT_SECONDS = 5.0
 _WATCH_SECONDS = 40.0
 """How long a driver on another machine is watched for a sign of life."""
 _REPLACED_SECONDS = 180.0
-"""How long the driver of an earlier submission may take to save and end."""
+"""Time for the driver of an earlier submission to save and end, after `resume`."""
 
 
 class HasDriver(RunError):
@@ -193,10 +193,16 @@ def _check_gone(run: Path, attempt: int, facts: Mapping[str, Any], say: Callable
     if job and facts.get("slurm_job") == job and int(facts.get("slurm_restart") or 0) > restart:
         return  # the same job, started again by Slurm: it has ended the one before
     host = (holder.get("machine") or ["another machine"])[0]
-    say(f"attempt {attempt} began on {host} and did not say that it ended: watched for {seconds:.0f} s")
-    # A newer submission replaces the holder's: whoever submitted it has ended that job, and its driver may be saving.
-    replaced = int(facts.get("submission") or 0) > int(holder.get("submission") or 0) > 0
-    give_up = time.monotonic() + (_REPLACED_SECONDS if replaced else 0.0)
+    give_up = time.monotonic()
+    if _submission(facts) > _submission(holder) > 0:
+        # `resume` ends the earlier job before it submits a new one. Its driver may still be saving.
+        give_up += _REPLACED_SECONDS
+        say(
+            f"attempt {attempt} of an earlier submission may still be saving on {host}: waiting until "
+            f"it ends, for at most {_REPLACED_SECONDS:.0f} s, or gives no sign of life for {seconds:.0f} s"
+        )
+    else:
+        say(f"attempt {attempt} began on {host} and did not say that it ended: watched for {seconds:.0f} s")
     beat = _beat_file(run, attempt)
     last, since = _read(beat), time.monotonic()
     while time.monotonic() < since + seconds:
@@ -209,6 +215,12 @@ def _check_gone(run: Path, attempt: int, facts: Mapping[str, Any], say: Callable
             where = f"{host}, job {job}" if job else host
             raise HasDriver(f"{run.name} has another driver, which is still running ({where})")
         last, since = now, time.monotonic()
+
+
+def _submission(facts: Mapping[str, Any]) -> int:
+    """Return the number of the submission that a driver belongs to; 0 if it is unknown."""
+    text = str(facts.get("submission") or "")
+    return int(text) if text.isdecimal() else 0
 
 
 def _holder(run: Path, attempt: int) -> dict[str, Any]:

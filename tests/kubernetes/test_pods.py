@@ -152,11 +152,10 @@ def test_the_head_is_killed(user: User, bert_job: JobMaker) -> None:
 @pytest.mark.long
 def test_a_deadline(user: User, bert_job: JobMaker) -> None:
     """No other cluster is tried; the workers go at once, saving, and `resume` goes on."""
-    # On two busy cores a cluster is up after a minute, and the driver before is watched for most of another.
-    user.write_site(more="deadlines: {hours: 0.045, save_seconds: 60}")
+    user.write_site(more="deadlines: {hours: 0.02, save_seconds: 60}")
     run = user.submit(bert_job(LONG.replace("60000", "400000"), train__checkpoint_minutes=0.02))
     there = user.there(run)
-    user.when(run, lambda: user.status(run)["state"] == "stopped", 300)
+    user.when(run, lambda: user.status(run)["state"] == "stopped", 200)
     assert "it came to deadlines.hours" in user.status(run)["place"]
     assert len(user.operator.attempts) == 1
     user.when(run, lambda: not any("-workers-" in name for name in user.operator.running), 90)

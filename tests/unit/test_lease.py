@@ -62,8 +62,10 @@ def test_the_driver_of_an_earlier_submission_may_end(tmp_path: Path, monkeypatch
     threading.Timer(0.3, lambda: beat.write_text("2")).start()
     threading.Timer(1.2, lambda: beat.write_text("3")).start()
     began = time.monotonic()
-    assert Lease.take(tmp_path, {"submission": 2}, seconds=2).attempt == 2
+    said: list[str] = []
+    assert Lease.take(tmp_path, {"submission": 2}, say=said.append, seconds=2).attempt == 2
     assert time.monotonic() - began > 3
+    assert "attempt 1 of an earlier submission may still be saving on elsewhere" in said[0]
     beat = as_if_elsewhere(tmp_path, 2, submission=2)
     monkeypatch.setattr(lease, "_REPLACED_SECONDS", 0.0)
     threading.Timer(0.3, lambda: beat.write_text("4")).start()

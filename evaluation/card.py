@@ -223,11 +223,13 @@ def _loading_section(manifest: dict[str, Any], task: str, method: str) -> list[s
     packages = ["torch", "transformers", *(["peft"] if method != "full" else [])]
     if method == "qlora":
         packages.append("bitsandbytes")
+    tokenizer = "The tokenizer is in this folder."
+    if manifest["prompt"].get("chat_template"):
+        tokenizer = "The tokenizer in this folder has the chat template of training."
     return [
         "## How to load it",
         "",
-        f"Needs {', '.join(packages)}. The tokenizer beside the weights has the chat template of training, if there "
-        "was one.",
+        f"Needs {', '.join(packages)}. {tokenizer}",
         "",
         f"{fence}python",
         *code,

@@ -20,6 +20,7 @@ from evaluation.arms_text import (
 from evaluation.report_text import (
     BENCHMARK,
     Cell,
+    class_cells,
     columns,
     duration,
     folds_table,
@@ -160,12 +161,8 @@ def one_trial(report: Report, row: Row) -> RenderableType:
     ]
     parts += _terminal_table(headings, measured)
     if row.per_class:
-        columns_of_class = list(next(iter(row.per_class.values())))
-        lines = [
-            [label, *(number(values[name], 0 if name == "support" else 3) for name in columns_of_class)]
-            for label, values in row.per_class.items()
-        ]
-        parts += _terminal_table(["class", *columns_of_class], lines)
+        lines = [[label, *class_cells(values)] for label, values in row.per_class.items()]
+        parts += _terminal_table(["class", "precision", "recall", "F1", "rows"], lines)
     known = [name for name in ("step", "samples", "train_loss", *report.metrics) if any(name in at for at in row.curve)]
     points = [[number(at.get(name), 0 if name in ("step", "samples") else 3) for name in known] for at in row.curve]
     parts += _terminal_table(known, points) if known else []
@@ -320,6 +317,7 @@ def html(report: Report) -> str:
         folds=folds_table(report),
         batches=batches_table(report),
         number=number,
+        class_cells=class_cells,
     )
 
 

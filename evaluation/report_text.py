@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jobs.report import Metrics, Report, Row
@@ -225,6 +225,13 @@ def headline(report: Report) -> str:
     if report.arms is not None and report.state == BENCHMARK:
         return f"{report.model} on {report.data}, {counted(len(report.arms), 'variant')} measured side by side"
     return f"{report.model} on {report.data}{of}, {arms}{counted(len(report.trials), 'trial')}{took}, {report.state}"
+
+
+def class_cells(values: Mapping[str, float]) -> list[str]:
+    """Return precision, recall, F1 and number of rows of a class. Without rows the first three are unknown."""
+    rows = int(values["support"])
+    scores = [number(values[name]) if rows else MISSING for name in ("precision", "recall", "f1")]
+    return [*scores, str(rows)]
 
 
 def format_p_value(p_value: float | None) -> str:

@@ -82,8 +82,11 @@ def check_rows(counts: Mapping[str, Mapping[str, int]], split: str, rows: int) -
         of_split = counts.get(name, {})
         empty = [label for label, count in of_split.items() if not count]
         if empty and any(of_split.values()):
-            classes = "1 class has" if len(empty) == 1 else f"{len(empty)} classes have"
-            cautions.append(f"{classes} no {name} rows, so their quality is unknown: {_list_names(empty)}.")
+            if len(empty) == 1:
+                classes, whose = "1 class has", "its"
+            else:
+                classes, whose = f"{len(empty)} classes have", "their"
+            cautions.append(f"{classes} no {name} rows, so {whose} quality is unknown: {_list_names(empty)}.")
     return cautions
 
 

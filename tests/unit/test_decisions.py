@@ -460,6 +460,9 @@ def test_cautions_about_rows_and_models() -> None:
         "The decision rests on 5 validation rows; with fewer than 100, only large differences can be shown.",
         "2 classes have no validation rows, so their quality is unknown: b, c.",
     ]
+    assert check_rows({"test": {"a": 9, "b": 0}}, "validation", 100) == [
+        "1 class has no test rows, so its quality is unknown: b."
+    ]
     assert check_rows({}, "test", 100) == []
     curve = [{"step": 1, "accuracy": 0.6}, {"step": 2, "accuracy": 0.7}, {"step": 2}, {"step": 3, "accuracy": 0.75}]
     row = TrialRow(trial_id="t", state="finished", curve=curve)

@@ -309,6 +309,17 @@ def test_the_recommended_adapter_gets_a_card(finished: Run) -> None:
         assert (finished.path / "report" / name).stat().st_size > 100
 
 
+def test_a_class_without_rows_has_no_scores(finished: Run) -> None:
+    by_class = {
+        "a": {"precision": 0.5, "recall": 1.0, "f1": 0.667, "support": 2.0},
+        "b": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0.0},
+    }
+    report = build_report(finished).model_copy(update={"per_class": by_class, "confusion": [[2, 0], [0, 0]]})
+    page = html(report)
+    assert "<tr><td>a</td><td>0.500</td><td>1.000</td><td>0.667</td><td>2</td></tr>" in page
+    assert "<tr><td>b</td><td>-</td><td>-</td><td>-</td><td>0</td></tr>" in page
+
+
 def test_runs_are_found_by_id_name_folder_or_as_the_newest(finished: Run) -> None:
     runs = finished.path.parent
     assert store.find_run(runs, None).id == finished.id

@@ -275,7 +275,8 @@ def _wrong_targets(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]
         tied = tied_targets(names, config) if job.generates else []
         if tied:
             found.append((_TARGETS, tied_refusal(tied, job.model.model_name_or_path)))
-        unknown = [name for name in names if layers and not any(_means(name, path) for path in layers)]
+        others = [name for name in names if name not in tied]
+        unknown = [name for name in others if layers and not any(_means(name, path) for path in layers)]
         if unknown:
             last = sorted({path.rpartition(".")[2] for path in layers if not path.rpartition(".")[2].isdigit()})
             near = fields.closest(unknown[0], last)

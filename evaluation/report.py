@@ -96,6 +96,7 @@ def build_report(run: Run) -> Report:
             model=job.model.model_name_or_path,
             data=_data_name(job),
             metric=metric.name,
+            also=[one.name for one in metric.also],
             goal=metric.goal,
             rows_count=facts.get("rows", {}),
             rungs=plan.get("rung_levels", []),

@@ -62,7 +62,7 @@ def columns(report: Report) -> list[tuple[str, Cell]]:
     for path in parameter_columns(report):
         found.append((path.rpartition(".")[2], _parameter(path)))
     found += [("state", _state), ("rung", _rung(report))]
-    found.append((f"validation {report.metric}", lambda row: with_interval(row.metrics, row.intervals, report.metric)))
+    found += [(f"validation {name}", _validation(name)) for name in (report.metric, *report.also)]
     for name in report.metrics if report.arms is None else ():
         found.append((f"{report.held_out} {name}", _held_out(name, wide=name == report.metric)))
     found += [
@@ -95,7 +95,7 @@ def terminal_columns(report: Report) -> list[tuple[str, Cell]]:
     found += [
         ("state", _state),
         ("rung", _rung(report)),
-        (f"val {report.metric}", lambda row: _briefly(row.metrics, row.intervals, report.metric)),
+        *((f"val {name}", _validation(name, wide=False)) for name in (report.metric, *report.also)),
         (f"{split} {report.metric}", lambda row: _briefly(row.test_metrics or {}, row.test_intervals, report.metric)),
         *((f"{split} {name}", _held_out(name, wide=False)) for name in shown_metrics(report)),
         ("train time", lambda row: duration(row.train_seconds)),
@@ -111,8 +111,9 @@ _ALWAYS = ("accuracy", "f1", "precision", "recall", "loss")
 
 
 def shown_metrics(report: Report) -> list[str]:
-    """The metrics that a terminal shows beside the one that decides: those that were asked for, and perplexity."""
-    return [name for name in report.metrics if name != report.metric and name not in _ALWAYS]
+    """Return the metrics that a terminal shows beside the first that decides: the others that decide, those that were
+    asked for, and perplexity."""
+    return [name for name in report.metrics if name in report.also or (name != report.metric and name not in _ALWAYS)]
 
 
 def _briefly(metrics: Metrics, intervals: dict[str, tuple[float, float]], name: str) -> str:
@@ -138,6 +139,11 @@ def _rung(report: Report) -> Cell:
 
 def _state(row: Row) -> str:
     return f"failed: {row.failure.failure_class}" if row.failure else row.state
+
+
+def _validation(name: str, *, wide: bool = True) -> Cell:
+    render = with_interval if wide else _briefly
+    return lambda row: render(row.metrics, row.intervals, name)
 
 
 def _held_out(name: str, *, wide: bool) -> Cell:

@@ -318,6 +318,8 @@ class Report(Spec):
     """All reported metrics."""
     metric: str
     """Metric that the choice is based on."""
+    also: list[str] = []
+    """Further metrics that decide: the choice must be at least as good by each of them."""
     goal: Goal
     """maximize or minimize."""
     rows_count: dict[str, int] = {}

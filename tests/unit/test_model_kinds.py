@@ -335,8 +335,11 @@ def test_layers_that_the_model_does_not_have(bert_job: JobMaker, llama_job: JobM
 def test_a_matrix_that_is_head_and_embedding_gets_no_adapter(name: str, llama_job: JobMaker, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "llama", "AutoModelForCausalLM", tie_word_embeddings=True)
     job = llama_job(model__model_name_or_path=str(folder), lora__lora_target_modules=["q_proj", name])
-    with pytest.raises(JobFileError, match=f"has {name}, but the embeddings and the output head .* are one matrix"):
+    with pytest.raises(
+        JobFileError, match=f"has {name}, but the embeddings and the output head .* are one matrix"
+    ) as refused:
         check_names(job)
+    assert "has no such layer" not in str(refused.value)  # one sentence for one fault
     with pytest.raises(UserError, match="are one matrix"):
         attach(job.job, load_base(job.job, 0, CPU))
 

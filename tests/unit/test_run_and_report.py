@@ -24,6 +24,7 @@ from commands.view import trial_lines
 from evaluation.recommend import SearchRule, recommend
 from evaluation.render import html, markdown, table_csv, terminal
 from evaluation.report import build_report, report_json, write_report
+from evaluation.report_text import columns, terminal_columns
 from evaluation.results import Classified, RowResults, serialize
 from jobs import files
 from jobs.errors import RunError
@@ -318,6 +319,20 @@ def test_a_class_without_rows_has_no_scores(finished: Run) -> None:
     page = html(report)
     assert "<tr><td>a</td><td>0.500</td><td>1.000</td><td>0.667</td><td>2</td></tr>" in page
     assert "<tr><td>b</td><td>-</td><td>-</td><td>-</td><td>0</td></tr>" in page
+
+
+def test_every_metric_that_decides_has_a_column_on_both_splits(finished: Run) -> None:
+    plan = files.read_json(finished.path / "plan.json")
+    plan["job"]["search"]["metric"] = {"name": "accuracy", "also": [{"name": "f1", "goal": "maximize"}]}
+    files.write_json(finished.path / "plan.json", plan)
+    report = build_report(finished)
+    assert (report.metric, report.also) == ("accuracy", ["f1"])
+    cells = {heading: fill(report.row("aaaa")).split()[0] for heading, fill in columns(report)}
+    assert (cells["validation accuracy"], cells["validation f1"]) == ("0.700", "0.700")
+    assert (cells["test accuracy"], cells["test f1"]) == ("0.690", "0.690")
+    headings = [heading for heading, _ in terminal_columns(report)]
+    assert {"val accuracy", "val f1", "test accuracy", "test f1"} <= set(headings)
+    assert len(headings) == len(set(headings))
 
 
 def test_runs_are_found_by_id_name_folder_or_as_the_newest(finished: Run) -> None:

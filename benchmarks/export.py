@@ -18,9 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lorafleet.cluster.fetch import fetch_asset
+from lorafleet.jobs.data.assets import asset
+
 from benchmarks.peer import machine_line
-from cluster.fetch import fetch_asset
-from jobs.assets import asset
 
 TOKENIZER = "asset:smollm2-135m-instruct"
 GATES = "{onnx-int8: {min_agreement: 0.01, max_metric_drop: 9}, onnx-int4: {min_agreement: 0.01, max_metric_drop: 9}}"
@@ -81,9 +82,8 @@ def measure(place: Path, arguments: argparse.Namespace) -> None:
 def base(folder: Path, width: int, layers: int, heads: int) -> None:
     """GPT-2 with random weights, and a tokenizer that it has places for."""
     import torch
+    from lorafleet.training.model import load_tokenizer
     from transformers import GPT2Config, GPT2LMHeadModel
-
-    from training.model import load_tokenizer
 
     torch.manual_seed(0)
     tokenizer = load_tokenizer(TOKENIZER, None, trust_remote_code=False)

@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorafleet.cluster.planning.memory import estimate, trained_parameters
+from lorafleet.cluster.planning.model_shape import Shape, shape
+from lorafleet.jobs.runs.plan import MemoryEstimate
+from lorafleet.jobs.schema.job import JobSpec
+
 from benchmarks.peer import machine_line
-from cluster.memory import estimate, trained_parameters
-from cluster.shape import Shape, shape
-from jobs.plan import MemoryEstimate
-from jobs.spec import JobSpec
 
 ROOT = Path(__file__).parent.parent
 
@@ -113,13 +114,12 @@ def measure(case: Case) -> float:
     import numpy as np
     import peft  # noqa: F401 - its modules are part of what is there before
     import torch
+    from lorafleet.evaluation.tokens import Split, TokenData
+    from lorafleet.jobs.trials.schedule import Schedule
+    from lorafleet.training.meter import free_unused_memory, memory_in_use_gib, peak_memory_gib, reset_peak_memory
+    from lorafleet.training.model import load_base
+    from lorafleet.training.session import TrainingSession
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    from evaluation.tokens import Split, TokenData
-    from jobs.schedule import Schedule
-    from training.meter import free_unused_memory, memory_in_use_gib, peak_memory_gib, reset_peak_memory
-    from training.model import load_base
-    from training.session import TrainingSession
 
     torch.set_num_threads(1)
     device = torch.device("cpu")

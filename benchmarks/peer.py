@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from evaluation.tokens import Split, TokenData
-from jobs.spec import JobSpec
-from training.data import IGNORED
+from lorafleet.evaluation.tokens import Split, TokenData
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.training.data import IGNORED
 
 
 class Rows(torch.utils.data.Dataset):
@@ -38,6 +37,7 @@ class Rows(torch.utils.data.Dataset):
 
 def trainer_for(job: JobSpec, data: TokenData, order: np.ndarray, steps: int, out: Path, **arguments: Any) -> Any:
     """HF Trainer + PEFT with the job's own values, over rows in `order`, shuffled by nobody."""
+    from lorafleet.training.model import load_tokenizer, safetensors_folder
     from peft import LoraConfig, get_peft_model
     from transformers import (
         AutoModelForCausalLM,
@@ -47,8 +47,6 @@ def trainer_for(job: JobSpec, data: TokenData, order: np.ndarray, steps: int, ou
         Trainer,
         TrainingArguments,
     )
-
-    from training.model import load_tokenizer, safetensors_folder
 
     classifies = job.task == "classification"
     folder = safetensors_folder(job.model.model_name_or_path, job.model.revision)

@@ -18,9 +18,9 @@ WORDS = "the a film plot actor scene very rather story it was and but with great
 READ = """
 import resource, sys, time
 from pathlib import Path
-from jobs import columns
-from jobs.load import load_text
-from jobs.rows import load_rows
+from lorafleet.jobs.data import columns
+from lorafleet.jobs.loading.job_file import load_text
+from lorafleet.jobs.data.rows import load_rows
 import pyarrow.json, pyarrow.compute
 path, task, way = sys.argv[1:]
 if way == "objects":

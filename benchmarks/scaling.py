@@ -18,10 +18,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from lorafleet.cluster.fetch import fetch_job
+from lorafleet.jobs.loading.job_file import load_job
+from lorafleet.jobs.sites.placement import Placement
+
 from benchmarks.peer import machine_line
-from cluster.fetch import fetch_job
-from jobs.load import load_job
-from jobs.placement import Placement
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,13 +32,12 @@ def in_group(config: dict[str, Any]) -> None:
     import time
 
     import torch
+    from lorafleet.jobs.schema.job import JobSpec
+    from lorafleet.jobs.trials.schedule import Schedule
+    from lorafleet.training.data import prepare
+    from lorafleet.training.model import load_base
+    from lorafleet.training.session import TrainingSession
     from torch import distributed
-
-    from jobs.schedule import Schedule
-    from jobs.spec import JobSpec
-    from training.data import prepare
-    from training.model import load_base
-    from training.session import TrainingSession
 
     torch.set_num_threads(1)
     found = {}
@@ -70,7 +70,7 @@ def in_group(config: dict[str, Any]) -> None:
 
 def run(methods: list[str], workers: int, rows: int, steps: int, scratch: Path) -> dict[str, dict[str, float]]:
     """What one group found, by method. `rows` is a step's, over all its processes."""
-    from training.launch import run_group
+    from lorafleet.training.launch import run_group
 
     jobs = {}
     for method in methods:

@@ -21,18 +21,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lorafleet.cluster.fetch import fetch_job
+from lorafleet.evaluation.tokens import Split, TokenData
+from lorafleet.jobs.loading.job_file import load_job
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.trials.schedule import Schedule
+from lorafleet.training.data import BatchPlan, prepare
+from lorafleet.training.loss import ChunkedNll
+from lorafleet.training.meter import peak_memory_gib, reset_peak_memory
+from lorafleet.training.model import Base, load_base
+from lorafleet.training.session import TrainingSession
 
 from benchmarks.peer import machine_line, trainer_for
-from cluster.fetch import fetch_job
-from evaluation.tokens import Split, TokenData
-from jobs.load import load_job
-from jobs.schedule import Schedule
-from jobs.spec import JobSpec
-from training.data import BatchPlan, prepare
-from training.loss import ChunkedNll
-from training.meter import peak_memory_gib, reset_peak_memory
-from training.model import Base, load_base
-from training.session import TrainingSession
 
 ROOT = Path(__file__).parent.parent
 

@@ -19,14 +19,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from lorafleet.cluster.fetch import fetch_job
+from lorafleet.cluster.hardware import local_site
+from lorafleet.cluster.local import write_run
+from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.jobs.loading.job_file import LoadedJob, load_job
+from lorafleet.jobs.runs.run import Run
+from lorafleet.tuning.trial_run import Work
+
 from benchmarks.peer import machine_line
-from cluster.fetch import fetch_job
-from cluster.local import write_run
-from cluster.machine import local_site
-from cluster.planning import make_plan
-from jobs.load import LoadedJob, load_job
-from jobs.run import Run
-from tuning.trial_run import Work
 
 ROOT = Path(__file__).parent.parent
 SHAPES: dict[str, tuple[str, ...]] = {
@@ -82,7 +83,8 @@ def ours(run: Run) -> dict[str, float]:
     """From the driver's start to the last trial's end."""
     began = time.time()
     code = (
-        "import sys; from pathlib import Path; from jobs.run import Run; from tuning.sweep import Sweep; "
+        "import sys; from pathlib import Path; from lorafleet.jobs.runs.run import Run; "
+        "from lorafleet.tuning.sweep import Sweep; "
         "sys.exit(Sweep(Run(Path(sys.argv[1]))).execute())"
     )
     subprocess.run([sys.executable, "-c", code, str(run.path)], check=True, capture_output=True, cwd=ROOT)
@@ -118,8 +120,8 @@ def peer(folder: Path, *, grouped: bool) -> None:
     plan = json.loads((folder / "plan.json").read_text())
     facts = json.loads((folder / "facts.json").read_text())
     assert facts
-    from jobs.spec import JobSpec
-    from training.data import prepare
+    from lorafleet.jobs.schema.job import JobSpec
+    from lorafleet.training.data import prepare
 
     job = JobSpec.model_validate_json(json.dumps(plan["job"]))
     work = Work(job, str(folder), str(prepare(job).folder), 0, True)
@@ -154,13 +156,13 @@ def peer_trial(config: dict, work: Work, grouped: bool) -> None:  # type: ignore
     """One trial as a user would write it."""
     import numpy as np
     import torch
+    from lorafleet.evaluation.tokens import open_tokens
+    from lorafleet.jobs.trials import sampling as search
+    from lorafleet.training.data import BatchPlan
     from ray import tune
     from transformers import TrainerCallback
 
     from benchmarks.peer import trainer_for
-    from evaluation.tokens import open_tokens
-    from jobs import search
-    from training.data import BatchPlan
 
     torch.set_num_threads(1)
     asked = config["trial"]

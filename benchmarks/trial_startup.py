@@ -17,15 +17,16 @@ import uuid
 from itertools import pairwise
 from pathlib import Path
 
+from lorafleet.cluster.fetch import fetch_job
+from lorafleet.cluster.hardware import local_site
+from lorafleet.cluster.local import write_run
+from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.jobs.loading.job_file import LoadedJob, load_job
+from lorafleet.jobs.runs.run import Run
+from lorafleet.jobs.trials.sampling import trial
+from lorafleet.tuning.sweep import Sweep
+
 from benchmarks.peer import machine_line
-from cluster.fetch import fetch_job
-from cluster.local import write_run
-from cluster.machine import local_site
-from cluster.planning import make_plan
-from jobs.load import LoadedJob, load_job
-from jobs.run import Run
-from jobs.search import trial
-from tuning.sweep import Sweep
 
 ROOT = Path(__file__).parent.parent
 SMALL = ("search.scheduler.max_t=64", "search.scheduler.grace_period=64", "data.max_validation_samples=16",
@@ -74,11 +75,10 @@ def warm_gaps(run: Run) -> list[float]:
 def cold_start(loaded: LoadedJob, run: Run) -> float:
     """Seconds from the call to the first gradient of a group of one process."""
     import ray
-
-    from jobs.placement import Placement
-    from training.data import prepare
-    from training.launch import run_group
-    from tuning.trial_run import Work
+    from lorafleet.jobs.sites.placement import Placement
+    from lorafleet.training.data import prepare
+    from lorafleet.training.launch import run_group
+    from lorafleet.tuning.trial_run import Work
 
     assignment = run.trials()[0].params()["assignment"]
     job = trial(loaded.job, assignment).model_copy(update={"search": None})
@@ -98,10 +98,9 @@ def cold_start(loaded: LoadedJob, run: Run) -> float:
 def first_gradient(config: dict) -> None:  # type: ignore[type-arg]
     """What the worker does: the distributed host's own set-up, and one step."""
     import torch
-
-    from evaluation.tokens import open_tokens
-    from training.model import load_base, resolve_device
-    from tuning.trial_run import TrialRun
+    from lorafleet.evaluation.tokens import open_tokens
+    from lorafleet.training.model import load_base, resolve_device
+    from lorafleet.tuning.trial_run import TrialRun
 
     work = config["work"]
     os.chdir(work.run)

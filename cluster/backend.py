@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from cluster.transfer import Which
-from jobs.load import LoadedJob
-from jobs.plan import Plan
-from jobs.run import Run, RunState
-from jobs.spec import JobSpec
+from lorafleet.cluster.remote.transfer import Which
+from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.plan import Plan
+from lorafleet.jobs.runs.run import Run, RunState
+from lorafleet.jobs.schema.job import JobSpec
 
 Say = Callable[[str], None]
 

@@ -1,15 +1,23 @@
-"""Which backend a site means, or a run that was submitted to it; each is imported when it is wanted."""
+"""Find the backend of a site, or of a run that was submitted to it. Backends are imported when they are needed."""
 
 from __future__ import annotations
 
-from cluster.backend import Backend, Cluster, RunBackend
-from jobs import files
-from jobs.ray_cluster_site import RayClusterSite
-from jobs.run import Run
-from jobs.site import Site
-from jobs.site_file import LoadedSite
-from jobs.slurm_site import SlurmSite
-from jobs.trust import distrust
+import importlib
+from typing import Any
+
+from lorafleet.cluster.backend import Backend, Cluster, RunBackend
+from lorafleet.jobs import files
+from lorafleet.jobs.loading.site_file import LoadedSite
+from lorafleet.jobs.runs.run import Run
+from lorafleet.jobs.runs.trust import distrust
+from lorafleet.jobs.sites.base import Site
+
+_CLUSTERS = {
+    "kubernetes": "lorafleet.k8s.backend:KubernetesBackend",
+    "ray": "lorafleet.cluster.ray.backend:RayBackend",
+    "slurm": "lorafleet.slurm.backend:SlurmBackend",
+}
+"""Backend class of each kind of site file, as module:class."""
 
 SITE_FILE = "site.json"
 """Of a run that went to a queue: the site as it was then."""
@@ -17,24 +25,20 @@ SITE_FILE = "site.json"
 
 def backend_here(site: Site) -> Backend:
     """This machine, or the Ray that RAY_ADDRESS names."""
-    from cluster.local import LocalBackend
+    from lorafleet.cluster.local import LocalBackend
 
     return LocalBackend(site)
 
 
+def _backend_class(kind: str) -> Any:
+    module, _, name = _CLUSTERS[kind].partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def backend_on(site: LoadedSite, nodes: int | None = None) -> Cluster:
-    """The cluster of a site file, for a job of so many nodes."""
-    if isinstance(site.site, SlurmSite):
-        from cluster.slurm_backend import SlurmBackend
-
-        return SlurmBackend(site.site, nodes)
-    if isinstance(site.site, RayClusterSite):
-        from cluster.ray_backend import RayBackend
-
-        return RayBackend(site.site, nodes)
-    from cluster.kubernetes_backend import KubernetesBackend
-
-    return KubernetesBackend(site.site, nodes)
+    """Return the backend of a site file's cluster, for a job of `nodes` nodes."""
+    backend: Cluster = _backend_class(site.site.kind)(site.site, nodes)
+    return backend
 
 
 def lies_elsewhere(run: Run) -> bool:
@@ -47,24 +51,15 @@ def backend_of(run: Run, *, trust: bool = False) -> RunBackend:
 
     A run that this user's lorafleet did not create is only read, unless `trust` is set.
     """
-    from cluster.stranger import Stranger
+    from lorafleet.cluster.untrusted_run import Stranger
 
     reason = None if trust else distrust(run.path)
     if reason is not None:
         return Stranger(reason)
     stored = files.read_json(run.path / SITE_FILE)
     if not stored:
-        from cluster.machine import local_site
+        from lorafleet.cluster.hardware import local_site
 
         return backend_here(local_site())
-    if stored["kind"] == "ray":
-        from cluster.ray_backend import stored_backend as of_ray
-
-        return of_ray(stored)
-    if stored["kind"] == "kubernetes":
-        from cluster.kubernetes_backend import stored_backend as of_kubernetes
-
-        return of_kubernetes(stored)
-    from cluster.slurm_backend import stored_backend as of_slurm
-
-    return of_slurm(stored)
+    backend: Cluster = _backend_class(stored["kind"]).from_record(stored)
+    return backend

@@ -12,12 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from cluster.machine import cpu_count, find_gpus, free_memory_gib, install_line, torch_cuda
-from jobs.assets import ASSETS, cache_dir
-from jobs.hub import hub_cache
-from jobs.ours import foreign_packages
-from jobs.trust import others_can_write
-from jobs.words import counted
+from lorafleet.cluster.hardware import cpu_count, find_gpus, free_memory_gib, install_line, torch_cuda
+from lorafleet.jobs.data.assets import ASSETS, cache_dir
+from lorafleet.jobs.data.hub import hub_cache
+from lorafleet.jobs.runs.trust import others_can_write
+from lorafleet.jobs.text import counted
 
 Verdict = Literal["ok", "missing", "note"]
 _TESTED = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "ray", "wandb", "optuna")
@@ -43,7 +42,6 @@ def examine(runs: Path) -> list[Finding]:
         _python,
         _hardware,
         _packages,
-        _clashes,
         lambda: _disk(runs),
         _caches,
         lambda: _access(runs),
@@ -95,19 +93,6 @@ def _packages() -> Iterator[Finding]:
             yield Finding(name, "missing", "not installed", "pip install -e . installs all of them")
     if shutil.which("g++") is None:
         yield Finding("g++", "note", "not found", "DeepSpeed's ZeRO strategies will need it: apt-get install g++")
-
-
-def _clashes() -> Iterator[Finding]:
-    foreign = foreign_packages()
-    for name, place in foreign.items():
-        yield Finding(
-            f"package {name!r}",
-            "missing",
-            f"taken from {place}",
-            "take that folder's parent out of PYTHONPATH, or uninstall what brought it",
-        )
-    if not foreign:
-        yield Finding("package names", "ok", "no folder on the path hides one of ours")
 
 
 def _disk(runs: Path) -> Iterator[Finding]:

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jobs import files
-from jobs.assets import PREFIX, Asset, asset, asset_folder, cache_dir
-from jobs.errors import AssetError
-from jobs.hub import HubName, check_whole, dataset_folder, hub_model_folder, lacks, model_folder
-from jobs.identity import bases_of, encoders_of
-from jobs.spec import JobSpec
-from jobs.verified import check_cache, check_unchanged, seal
+from lorafleet.jobs import files
+from lorafleet.jobs.data.assets import PREFIX, Asset, asset, asset_folder, cache_dir
+from lorafleet.jobs.data.hub import HubName, check_whole, dataset_folder, hub_model_folder, lacks, model_folder
+from lorafleet.jobs.data.verified_files import check_cache, check_unchanged, seal
+from lorafleet.jobs.errors import AssetError
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.trials.trial_id import bases_of, encoders_of
 
 Say = Callable[[str], None]
 _PIP_SECONDS = 1800

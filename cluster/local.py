@@ -10,17 +10,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from cluster.backend import Say, Seen, quietly
-from cluster.machine import check_torch
-from cluster.planning import make_plan
-from cluster.transfer import Which
-from jobs import files
-from jobs.errors import ExitCode, RunError, disk_full
-from jobs.load import LoadedJob, dump_resolved
-from jobs.orphans import clear_orphans
-from jobs.plan import Plan
-from jobs.run import Run, RunState
-from jobs.site import Site
+from lorafleet.cluster.backend import Say, Seen, quietly
+from lorafleet.cluster.hardware import check_torch
+from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.cluster.remote.transfer import Which
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import ExitCode, RunError, disk_full
+from lorafleet.jobs.loading.job_file import LoadedJob, dump_resolved
+from lorafleet.jobs.runs.plan import Plan
+from lorafleet.jobs.runs.run import Run, RunState
+from lorafleet.jobs.runs.stale_folders import clear_orphans
+from lorafleet.jobs.sites.base import Site
 
 
 class LocalBackend:
@@ -139,7 +139,7 @@ def driver_command() -> list[str]:
     script = Path(sys.executable).with_name("lorafleet")
     if script.is_file():
         return [str(script)]
-    return [sys.executable, "-P", "-c", "from commands.cli import main; main()"]
+    return [sys.executable, "-P", "-c", "from lorafleet.commands.cli import main; main()"]
 
 
 def write_run(plan: Plan, loaded: LoadedJob, runs: Path, share: str = "none") -> Run:

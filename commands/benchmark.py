@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from commands.common import (
+from lorafleet.commands.common import (
     DEFAULT_RUNS,
     Format,
     On,
@@ -21,8 +20,8 @@ from commands.common import (
     show_report,
     tell,
 )
-from commands.deliver import deliver
-from commands.sweep import Detach, Wait
+from lorafleet.commands.deliver import deliver
+from lorafleet.commands.sweep import Detach, Wait
 
 
 def benchmark(
@@ -50,7 +49,7 @@ def benchmark(
     trust: Trust = False,
 ) -> None:
     """Measure base, adapter and exported targets of a run (RUN, or RUN:TRIAL): size, speed, memory, metric."""
-    from jobs.exported import Delivery
+    from lorafleet.jobs.runs.export_result import Delivery
 
     hush_libraries()
     sizes, tokens = _numbers("--batch-sizes", batch_sizes), _numbers("--lengths", lengths)
@@ -69,12 +68,12 @@ def benchmark(
         )
         deliver("benchmark", wanted, runs, on, output=output, detach=detach, wait=wait, trust=trust)
         return
-    from cluster.store import find_run
-    from deployment.benchmark import Amount, variants
-    from deployment.benchmark import benchmark as measure
-    from evaluation.report import write_forms
-    from evaluation.shipped import shipped
-    from evaluation.wandb_report import track_report
+    from lorafleet.cluster.run_index import find_run
+    from lorafleet.deployment.benchmark import Amount, variants
+    from lorafleet.deployment.benchmark import benchmark as measure
+    from lorafleet.evaluation.render.wandb import track_report
+    from lorafleet.evaluation.report.model_of_run import shipped
+    from lorafleet.evaluation.report.search import write_forms
 
     amount = Amount(rounds, rows, new_tokens, threads, points)
     found = find_run(runs, name)
@@ -90,7 +89,7 @@ def benchmark(
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...]:
     """The numbers of an option. Raises UserError for other words."""
-    from jobs.errors import UserError
+    from lorafleet.jobs.errors import UserError
 
     words = [word.strip() for word in (text or "").split(",") if word.strip()]
     wrong = next((word for word in words if not word.isdecimal() or int(word) < 1), None)

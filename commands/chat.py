@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from commands.common import DEFAULT_RUNS, AnyRuns, hush_libraries, tell
+from lorafleet.commands.common import DEFAULT_RUNS, AnyRuns, hush_libraries, tell
 
 
 def chat(
@@ -27,9 +26,9 @@ def chat(
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
     """Ask an exported model, a line at a time: each line alone, as in training. A classifier names the class."""
-    from deployment.answers import pieces
-    from deployment.decoding import Sampling
-    from deployment.runtime import open_artefact
+    from lorafleet.deployment.answers import pieces
+    from lorafleet.deployment.decoding import Sampling
+    from lorafleet.deployment.runtime import open_artefact
 
     hush_libraries()
     loaded = open_artefact(artefact, threads)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-
-from commands.common import DEFAULT_RUNS, RunName, Runs, tell
-from jobs.errors import ExitCode, UserError
+from lorafleet.commands.common import DEFAULT_RUNS, RunName, Runs, tell
+from lorafleet.jobs.errors import ExitCode, UserError
 
 
 def clean(
@@ -20,7 +19,7 @@ def clean(
     runs: Runs = DEFAULT_RUNS,
 ) -> None:
     """Delete a run, or all runs older than some days. Running ones, and W&B records not uploaded, are never touched."""
-    from cluster import store
+    from lorafleet.cluster import run_index as store
 
     if run is not None and not run:
         raise UserError("RUN is empty; `lorafleet list` shows the runs")

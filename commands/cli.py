@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import typer
-
-from commands import (
+from lorafleet.commands import (
     benchmark,
     chat,
     clean,
@@ -45,11 +44,11 @@ from commands import (
     sync,
     validate,
 )
-from commands.common import say
-from jobs.errors import ExitCode, LorafleetError, UserError, disk_full
-from jobs.orphans import clear_orphans
-from jobs.tracebacks import keep
-from jobs.words import cut
+from lorafleet.commands.common import say
+from lorafleet.jobs.errors import ExitCode, LorafleetError, UserError, disk_full
+from lorafleet.jobs.runs.stale_folders import clear_orphans
+from lorafleet.jobs.runs.tracebacks import keep
+from lorafleet.jobs.text import cut
 
 app = typer.Typer(
     name="lorafleet",
@@ -117,7 +116,7 @@ def main() -> None:
         say("\n".join(cut(line) for line in str(error).split("\n")))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        local = sys.modules.get("cluster.local")
+        local = sys.modules.get("lorafleet.cluster.local")
         if local is not None:
             local.interrupt_drivers()
         sys.exit(ExitCode.INTERRUPTED)

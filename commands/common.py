@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from lorafleet.cluster.backend import Backend, Cluster
+    from lorafleet.jobs.runs.report import Report
+    from lorafleet.jobs.runs.run import Run
     from rich.console import Console
-
-    from cluster.backend import Backend, Cluster
-    from jobs.report import Report
-    from jobs.run import Run
 
 
 class Format(StrEnum):
@@ -64,22 +63,22 @@ DEFAULT_RUNS = Path("runs")
 
 def backend_for(on: str | None, nodes: int | None, chain: int | None = None) -> Backend:
     """This machine, or the cluster that `--on` names."""
-    from cluster.backends import backend_here
-    from jobs.errors import UserError
+    from lorafleet.cluster.backends import backend_here
+    from lorafleet.jobs.errors import UserError
 
     if on is not None:
         return cluster_on(on, nodes, chain)
     if chain is not None:
         raise UserError("--max-walltime-chain is for clusters with time limits: it goes with --on SITE")
-    from cluster.machine import site_here
+    from lorafleet.cluster.hardware import site_here
 
     return backend_here(site_here(nodes))
 
 
 def cluster_on(on: str, nodes: int | None, chain: int | None = None) -> Cluster:
     """The cluster of a site. Its files are named: their set-up lines are code."""
-    from cluster.backends import backend_on
-    from jobs.site_file import load_site
+    from lorafleet.cluster.backends import backend_on
+    from lorafleet.jobs.loading.site_file import load_site
 
     loaded = load_site(on)
     say(f"site {loaded.site.name} from {', extending '.join(map(str, loaded.files))}")
@@ -89,7 +88,7 @@ def cluster_on(on: str, nodes: int | None, chain: int | None = None) -> Cluster:
 
 def confirm_trust(run: Run, command: str, *, trust: bool) -> None:
     """Raise RunError for a run that this user's lorafleet has not made, but with `--trust`."""
-    from jobs.trust import check_trusted
+    from lorafleet.jobs.runs.trust import check_trusted
 
     note = check_trusted(run.path, command, trust=trust)
     if note is not None:
@@ -98,7 +97,7 @@ def confirm_trust(run: Run, command: str, *, trust: bool) -> None:
 
 def console() -> Console:
     """Standard output. Not a terminal: no colours, and wide enough that no table is cut."""
-    from commands.screen import Screen
+    from lorafleet.commands.screen import Screen
 
     return Screen(soft_wrap=False) if sys.stdout.isatty() else Screen(width=200, no_color=True, highlight=False)
 
@@ -110,7 +109,7 @@ def say(text: str) -> None:
 
 def tell(text: object = "", *, nl: bool = True, err: bool = False) -> None:
     """Print a text of anybody's: names, reasons and what a model wrote cannot steer the terminal."""
-    from jobs.words import printable
+    from lorafleet.jobs.text import printable
 
     typer.echo(printable(str(text)), nl=nl, err=err)
 
@@ -140,15 +139,15 @@ def hush_libraries() -> None:
 
 def print_json(value: Any) -> None:
     """Data for programs."""
-    from jobs.files import finite
+    from lorafleet.jobs.files import finite
 
     typer.echo(json.dumps(finite(value), indent=2))  # in ASCII: nothing in it steers a terminal
 
 
 def show_report(report: Report, output: Format, *, quiet: bool = False) -> bool:
     """A report as it was asked for; returns whether a person reads it, who may be told more."""
-    from evaluation.render import terminal
-    from evaluation.report import report_json
+    from lorafleet.evaluation.render.forms import terminal
+    from lorafleet.evaluation.report.search import report_json
 
     if output is Format.JSON:
         typer.echo(report_json(report))
@@ -175,7 +174,7 @@ def options_blamed(options: Mapping[str, str] | None = None) -> Iterator[None]:
 
     `options` says which option of the command a field is from: its name stands in the sentence.
     """
-    from jobs.errors import JobFileError, UserError
+    from lorafleet.jobs.errors import JobFileError, UserError
 
     try:
         yield

@@ -6,9 +6,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from commands.common import DEFAULT_RUNS, Chain, Format, Nodes, On, Output, Quiet, Runs, say, show_report, tell
-from commands.sweep import Detach, Wait, start
+from lorafleet.commands.common import (
+    DEFAULT_RUNS,
+    Chain,
+    Format,
+    Nodes,
+    On,
+    Output,
+    Quiet,
+    Runs,
+    say,
+    show_report,
+    tell,
+)
+from lorafleet.commands.sweep import Detach, Wait, start
 
 What = Annotated[
     list[str],
@@ -48,7 +59,7 @@ def compare(
 
 def _no_use(given: dict[str, bool], why: str) -> None:
     """Raises UserError for an option that would do nothing."""
-    from jobs.errors import UserError
+    from lorafleet.jobs.errors import UserError
 
     useless = [name for name, there in given.items() if there]
     if useless:
@@ -56,11 +67,11 @@ def _no_use(given: dict[str, bool], why: str) -> None:
 
 
 def _side_by_side(names: list[str], runs: Path, quiet: bool, output: Format, into: Path | None) -> None:
-    from cluster.backends import backend_of
-    from cluster.store import find_run
-    from evaluation.across import across
-    from evaluation.report import write_forms
-    from jobs.errors import UserError
+    from lorafleet.cluster.backends import backend_of
+    from lorafleet.cluster.run_index import find_run
+    from lorafleet.evaluation.report.across_runs import across
+    from lorafleet.evaluation.report.search import write_forms
+    from lorafleet.jobs.errors import UserError
 
     found = [find_run(runs, name) for name in names]
     for run in found:

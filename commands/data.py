@@ -6,15 +6,23 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from commands.common import DEFAULT_RUNS, AnyRuns, Format, Job, Output, Overrides, console, hush_libraries, note_aliases
+from lorafleet.commands.common import (
+    DEFAULT_RUNS,
+    AnyRuns,
+    Format,
+    Job,
+    Output,
+    Overrides,
+    console,
+    hush_libraries,
+    note_aliases,
+)
 
 if TYPE_CHECKING:
+    from lorafleet.evaluation.report.data import DataReport, ShownRow, SplitReport
+    from lorafleet.jobs.schema.job import JobSpec
     from rich.console import RenderableType
     from rich.text import Text
-
-    from evaluation.data_report import DataReport, ShownRow, SplitReport
-    from jobs.spec import JobSpec
 
 
 class SplitName(StrEnum):
@@ -40,16 +48,16 @@ def data(
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
     """Look at the rows: bad ones, repetitions, leaks, classes, lengths, and what of them is learnt."""
-    from cluster.check import load_checked
-    from evaluation.data_report import data_report
-    from jobs.errors import ExitCode
+    from lorafleet.cluster.planning.preflight import load_checked
+    from lorafleet.evaluation.report.data import data_report
+    from lorafleet.jobs.errors import ExitCode
 
     hush_libraries()
     loaded = load_checked(job, tuple(overrides or ()), whole=False)
     _convert(loaded.job)
     report = data_report(loaded.job, show, split)
     if output is Format.JSON:
-        from jobs.words import printable_json
+        from lorafleet.jobs.text import printable_json
 
         typer.echo(printable_json(report.model_dump_json(indent=2)))
     else:
@@ -62,26 +70,25 @@ def data(
 
 def _convert(job: JobSpec) -> None:
     """Convert a GGUF model where that was not done yet: its tokenizer is in the file."""
-    from jobs.errors import AssetError
-    from jobs.hub import converted_folder, model_folder
+    from lorafleet.jobs.data.hub import converted_folder, model_folder
+    from lorafleet.jobs.errors import AssetError
 
     try:
         folder = model_folder(job.model.model_name_or_path, job.model.revision)
     except AssetError:
         return  # the report says so
     if (folder / "model.gguf").is_file() and not converted_folder(folder).is_dir():
-        from training.model import safetensors_folder
+        from lorafleet.training.model import safetensors_folder
 
         safetensors_folder(job.model.model_name_or_path, job.model.revision)
 
 
 def data_view(report: DataReport, *, coloured: bool) -> RenderableType:
     """Lay a report out for a terminal. Without colours what is learnt stands between « and »."""
+    from lorafleet.evaluation.report.data import relative_file
+    from lorafleet.jobs.text import counted
     from rich.console import Group
     from rich.text import Text
-
-    from evaluation.data_report import relative_file
-    from jobs.words import counted
 
     files = dict.fromkeys(relative_file(split.file) for split in report.splits)
     parts: list[RenderableType] = [Text(f"{report.format} rows of {', '.join(files)}"), Text(""), _table(report)]
@@ -151,9 +158,8 @@ def _bars(split: SplitReport) -> list[str]:
 
 def _findings(split: SplitReport) -> list[RenderableType]:
     """Say what is odd about a split, a point each."""
+    from lorafleet.jobs.text import counted
     from rich.text import Text
-
-    from jobs.words import counted
 
     lines = []
     if split.classes:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from commands.common import Format, cluster_on, confirm_trust, console, print_json, say, tell
+from lorafleet.commands.common import Format, cluster_on, confirm_trust, console, print_json, say, tell
 
 if TYPE_CHECKING:
+    from lorafleet.cluster.backend import Cluster
+    from lorafleet.jobs.loading.job_file import LoadedJob
+    from lorafleet.jobs.runs.export_result import Delivery, Exported, Made
+    from lorafleet.jobs.runs.run import Run
     from rich.table import Table
-
-    from cluster.backend import Cluster
-    from jobs.exported import Delivery, Exported, Made
-    from jobs.load import LoadedJob
-    from jobs.run import Run
 
 
 def deliver(
@@ -28,8 +27,8 @@ def deliver(
     trust: bool,
 ) -> None:
     """Submit it where the run lies, and follow it. `wanted.run` is as the user names it."""
-    from cluster.store import find_run
-    from commands.watch import follow
+    from lorafleet.cluster.run_index import find_run
+    from lorafleet.commands.watch import follow
 
     backend = cluster_on(on, 1)
     source = find_run(backend.runs_dir(runs), wanted.run)
@@ -47,8 +46,8 @@ def deliver(
 
 def _check_output(wanted: Delivery, backend: Cluster, on: str) -> None:
     """Raises UserError for a folder of this machine where the site does not see its disks."""
-    from cluster.away import Away
-    from jobs.errors import UserError
+    from lorafleet.cluster.remote.backend import Away
+    from lorafleet.jobs.errors import UserError
 
     if wanted.output and isinstance(backend, Away):
         raise UserError(
@@ -59,10 +58,10 @@ def _check_output(wanted: Delivery, backend: Cluster, on: str) -> None:
 
 def _as_seen_there(source: Run, backend: Cluster, on: str) -> str:
     """The run's name beside the new one, or its path. Raises UserError where the site does not have it."""
-    from cluster.away import Away
-    from cluster.backends import SITE_FILE, lies_elsewhere
-    from jobs import files
-    from jobs.errors import UserError
+    from lorafleet.cluster.backends import SITE_FILE, lies_elsewhere
+    from lorafleet.cluster.remote.backend import Away
+    from lorafleet.jobs import files
+    from lorafleet.jobs.errors import UserError
 
     if not isinstance(backend, Away):
         if lies_elsewhere(source):
@@ -79,9 +78,9 @@ def _job(source: Run, command: str, wanted: Delivery, backend: Cluster) -> Loade
 
     Away, the head does the work, and it has none.
     """
-    from cluster.away import Away
-    from evaluation.report import job_here
-    from jobs.load import load_derived
+    from lorafleet.cluster.remote.backend import Away
+    from lorafleet.evaluation.report.search import job_here
+    from lorafleet.jobs.loading.job_file import load_derived
 
     job = job_here(source)
     on_gpu = "tensorrt" in wanted.targets and not isinstance(backend, Away)
@@ -95,7 +94,7 @@ def _job(source: Run, command: str, wanted: Delivery, backend: Cluster) -> Loade
 
 def exported_of(run: Run) -> Exported | None:
     """What became of an export; None for other runs, and for one that has not come so far."""
-    from jobs.exported import EXPORTED, Exported, read_record
+    from lorafleet.jobs.runs.export_result import EXPORTED, Exported, read_record
 
     path = run.path / EXPORTED
     return read_record(path, Exported) if path.is_file() else None
@@ -126,10 +125,9 @@ def _state(one: Made) -> str:
 
 
 def _table(found: Exported) -> Table:
+    from lorafleet.evaluation.render.trial_table import number
     from rich import box
     from rich.table import Table
-
-    from evaluation.report_text import number
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("target", "", "MB", "ms", "logits within", "agreement", "metric", "before", "after"):

@@ -6,12 +6,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-
-from commands.common import DEFAULT_RUNS, Format, Nodes, On, Output, Runs, cluster_on, console, print_json, say
-from jobs.errors import ExitCode
+from lorafleet.commands.common import (
+    DEFAULT_RUNS,
+    Format,
+    Nodes,
+    On,
+    Output,
+    Runs,
+    cluster_on,
+    console,
+    print_json,
+    say,
+)
+from lorafleet.jobs.errors import ExitCode
 
 if TYPE_CHECKING:
-    from cluster.doctor import Finding
+    from lorafleet.cluster.doctor import Finding
 
 _MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "missing": ("missing", "bold red")}
 
@@ -21,7 +31,7 @@ def doctor(runs: Runs = DEFAULT_RUNS, on: On = None, nodes: Nodes = None, output
 
     With --on a short job does it on nodes of the cluster, and tries the link between two of them.
     """
-    from cluster.doctor import examine
+    from lorafleet.cluster.doctor import examine
 
     findings = examine(runs) if on is None else _on_nodes(on, nodes, runs)
     if output is Format.JSON:
@@ -46,9 +56,9 @@ def _on_nodes(on: str, nodes: int | None, runs: Path) -> list[Finding]:
     import shutil
     import time
 
-    from cluster.doctor import Finding
-    from jobs import files
-    from jobs.errors import UserError
+    from lorafleet.cluster.doctor import Finding
+    from lorafleet.jobs import files
+    from lorafleet.jobs.errors import UserError
 
     backend = cluster_on(on, nodes)
     folder = backend.runs_dir(runs)

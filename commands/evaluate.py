@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
-
-from commands.common import (
+from lorafleet.commands.common import (
     DEFAULT_RUNS,
     Chain,
     Format,
@@ -24,14 +23,14 @@ from commands.common import (
     say,
     tell,
 )
-from commands.sweep import Detach, Wait
+from lorafleet.commands.sweep import Detach, Wait
 
 if TYPE_CHECKING:
-    from cluster.backend import Cluster
-    from jobs.given import Given
-    from jobs.load import LoadedJob
-    from jobs.run import Run
-    from jobs.spec import JobSpec
+    from lorafleet.cluster.backend import Cluster
+    from lorafleet.jobs.loading.evaluate_job import Given
+    from lorafleet.jobs.loading.job_file import LoadedJob
+    from lorafleet.jobs.runs.run import Run
+    from lorafleet.jobs.schema.job import JobSpec
 
 What = Annotated[
     list[str],
@@ -69,9 +68,9 @@ def evaluate(
     trust: Trust = False,
 ) -> None:
     """Judge adapters, models and runs on the same rows: one base stays loaded, and adapters come and go."""
-    from cluster.check import check_names
-    from cluster.fetch import fetch_job
-    from commands.watch import follow
+    from lorafleet.cluster.fetch import fetch_job
+    from lorafleet.cluster.planning.preflight import check_names
+    from lorafleet.commands.watch import follow
 
     loaded = _job(what, job, data, runs, rounds=2 if measure else 0, trust=trust)
     backend = backend_for(on, nodes, chain)
@@ -91,10 +90,10 @@ def evaluate(
 
 def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, rounds: int, trust: bool) -> LoadedJob:
     """A job whose comparison has each model as an arm that trains nothing."""
-    from evaluation.report import job_here
-    from jobs.errors import UserError
-    from jobs.given import Given, check_base, named
-    from jobs.load import load_derived, load_job, set_of
+    from lorafleet.evaluation.report.search import job_here
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.jobs.loading.evaluate_job import Given, check_base, named
+    from lorafleet.jobs.loading.job_file import load_derived, load_job, set_of
 
     overrides = [word for word in what if "=" in word]
     found = [_model(word, runs, trust=trust) for word in what if "=" not in word]
@@ -129,9 +128,9 @@ def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, ro
 
 def _check_data(path: Path) -> None:
     """Raise UserError where --data names no file of rows."""
-    from jobs import files
-    from jobs.data_files import DATA_SUFFIXES, data_suffix
-    from jobs.errors import UserError
+    from lorafleet.jobs import files
+    from lorafleet.jobs.data.data_files import DATA_SUFFIXES, data_suffix
+    from lorafleet.jobs.errors import UserError
 
     if not path.is_file():
         raise UserError(f"--data is {path}, but {files.no_file(path)}")
@@ -141,8 +140,8 @@ def _check_data(path: Path) -> None:
 
 def class_order(runs: list[Run], job: JobSpec) -> list[str]:
     """The classes in the order in which the runs' heads have them. Raises UserError where they differ."""
-    from jobs import files
-    from jobs.errors import UserError
+    from lorafleet.jobs import files
+    from lorafleet.jobs.errors import UserError
 
     if job.task != "classification":
         return []
@@ -164,8 +163,8 @@ _PROMPT_FIELDS = ("chat_template", "chat_template_kwargs", "system_prompt")
 
 def check_prompts(runs: list[Run], job: JobSpec) -> None:
     """Raise UserError for runs that were trained with other prompts than the job would ask them with."""
-    from evaluation.report import run_job
-    from jobs.errors import UserError
+    from lorafleet.evaluation.report.search import run_job
+    from lorafleet.jobs.errors import UserError
 
     if not job.generates:
         return
@@ -181,10 +180,10 @@ def check_prompts(runs: list[Run], job: JobSpec) -> None:
 
 def _model(word: str, runs: Path, *, trust: bool) -> tuple[Given, Run | None]:
     """(the model that a word names, the run that it is from)."""
-    from cluster.store import find_run
-    from evaluation.report import run_job
-    from evaluation.shipped import shipped
-    from jobs.given import is_model_name, of_arm, of_folder, of_model, of_run
+    from lorafleet.cluster.run_index import find_run
+    from lorafleet.evaluation.report.model_of_run import shipped
+    from lorafleet.evaluation.report.search import run_job
+    from lorafleet.jobs.loading.evaluate_job import is_model_name, of_arm, of_folder, of_model, of_run
 
     folder = Path(word).expanduser()
     if folder.is_dir() and not (folder / "status.json").is_file():
@@ -204,7 +203,7 @@ def _model(word: str, runs: Path, *, trust: bool) -> tuple[Given, Run | None]:
 
 def _on_its_base(model: Given, run: Run) -> Given:
     """A model whose base is named as the machine here has it, and not as the run's own machines had."""
-    from evaluation.report import job_here, run_job
+    from lorafleet.evaluation.report.search import job_here, run_job
 
     there, here = (job.model.model_name_or_path for job in (run_job(run), job_here(run)))
     own = model.arm.get("set", {})

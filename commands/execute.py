@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from commands.common import Trust, confirm_trust, say
+from lorafleet.commands.common import Trust, confirm_trust, say
 
 if TYPE_CHECKING:
-    from cluster.driver import Driver
-    from jobs.run import Run
+    from lorafleet.cluster.execution.driver import Driver
+    from lorafleet.jobs.runs.run import Run
 
 _UP_SECONDS = 900.0
 """How long the pods of a cluster may take to join its Ray."""
@@ -28,18 +27,16 @@ def execute(
     trust: Trust = False,
 ) -> None:
     """Run what is left of a submitted run."""
-    from jobs.errors import ExitCode
-    from jobs.lease import HasDriver
-    from jobs.ours import check_packages
-    from jobs.run import Run
-    from jobs.tracebacks import at_run
+    from lorafleet.jobs.errors import ExitCode
+    from lorafleet.jobs.runs.lease import HasDriver
+    from lorafleet.jobs.runs.run import Run
+    from lorafleet.jobs.runs.tracebacks import at_run
 
-    check_packages()
     found = Run(run.absolute())
     at_run(found.path)
     if job is not None:
         found = _begin(run.absolute(), job)
-    from cluster.allocation import allocation_here
+    from lorafleet.cluster.execution.allocation import allocation_here
 
     if job is None and not allocation_here():  # there, whoever submitted the job has been asked
         confirm_trust(found, "exec", trust=trust)
@@ -54,18 +51,18 @@ def execute(
 
 
 def _driver(run: Run) -> Driver:
-    from jobs import files
+    from lorafleet.jobs import files
 
     command = files.read_json(run.path / "plan.json").get("command")
     if command in ("export", "benchmark"):
-        from deployment.driver import DeliveryDriver
+        from lorafleet.deployment.driver import DeliveryDriver
 
         return DeliveryDriver(run)
     if command == "compare":
-        from tuning.compare import Comparison
+        from lorafleet.tuning.compare import Comparison
 
         return Comparison(run)
-    from tuning.sweep import Sweep
+    from lorafleet.tuning.sweep import Sweep
 
     return Sweep(run)
 
@@ -76,8 +73,8 @@ def _as_a_job(run: Run, code: int) -> int:
     A run that is over is none, whatever became of single trials; nor is one that a user ended. A driver that was asked
     to save, since its pod goes, is.
     """
-    from jobs.errors import ExitCode
-    from jobs.run import RunState
+    from lorafleet.jobs.errors import ExitCode
+    from lorafleet.jobs.runs.run import RunState
 
     stop = run.path / "stop"
     ended_by_user = stop.is_file() and bool(stop.read_text())
@@ -87,10 +84,10 @@ def _as_a_job(run: Run, code: int) -> int:
 
 def _begin(folder: Path, document: Path) -> Run:
     """The run's folder, what the job names, and its Ray; what the driver says is written into the folder too."""
-    from cluster.fetch import fetch_job
-    from cluster.ray_site import wait_for_nodes
-    from jobs.handover import unpack
-    from jobs.plan import Plan
+    from lorafleet.cluster.fetch import fetch_job
+    from lorafleet.cluster.ray.nodes import wait_for_nodes
+    from lorafleet.jobs.runs.bundle import unpack
+    from lorafleet.jobs.runs.plan import Plan
 
     run = unpack(folder, document)
     _say_it_there_too(run.path / "logs" / "driver.log")

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from commands.common import (
+from lorafleet.commands.common import (
     DEFAULT_RUNS,
     Format,
     On,
@@ -22,12 +21,12 @@ from commands.common import (
     hush_libraries,
     say,
 )
-from commands.deliver import deliver, show_exported
-from commands.sweep import Detach, Wait
+from lorafleet.commands.deliver import deliver, show_exported
+from lorafleet.commands.sweep import Detach, Wait
 
 if TYPE_CHECKING:
-    from jobs.export import Target
-    from jobs.exported import Budget
+    from lorafleet.jobs.runs.export_result import Budget
+    from lorafleet.jobs.schema.export import Target
 
 _USUAL = "merged,onnx,onnx-int8"
 _SMALL = "onnx,onnx-fp16,onnx-int8,onnx-int4"
@@ -70,7 +69,7 @@ def export(
     trust: Trust = False,
 ) -> None:
     """Make a run's model (RUN, or RUN:TRIAL) into files to deploy, and set aside what no longer does as its source."""
-    from jobs.exported import Delivery
+    from lorafleet.jobs.runs.export_result import Delivery
 
     hush_libraries()
     budget = _budget(budget_mb, max_ms_per_token, measure=measure)
@@ -87,9 +86,9 @@ def export(
     if on is not None:
         deliver("export", wanted, runs, on, output=form, detach=detach, wait=wait, trust=trust)
         return
-    from cluster.store import find_run
-    from deployment.export import delivered
-    from evaluation.shipped import shipped
+    from lorafleet.cluster.run_index import find_run
+    from lorafleet.deployment.export import delivered
+    from lorafleet.evaluation.report.model_of_run import shipped
 
     found = find_run(runs, name)
     confirm_trust(found, "export", trust=trust)
@@ -101,8 +100,8 @@ def export(
 
 
 def _budget(files_mb: float | None, ms: float | None, *, measure: bool) -> Budget | None:
-    from jobs.errors import UserError
-    from jobs.exported import Budget
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.jobs.runs.export_result import Budget
 
     if files_mb is None and ms is None:
         return None
@@ -112,9 +111,9 @@ def _budget(files_mb: float | None, ms: float | None, *, measure: bool) -> Budge
 
 
 def _targets(text: str) -> list[Target]:
-    from jobs.errors import UserError
-    from jobs.export import TARGETS
-    from jobs.fields import closest
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.jobs.schema.export import TARGETS
+    from lorafleet.jobs.schema.field_paths import closest
 
     if text.strip() == "all":
         return list(TARGETS)

@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from jobs.assets import Asset
+    from lorafleet.jobs.data.assets import Asset
 
-from commands.common import DEFAULT_RUNS, AnyRuns, Format, On, Output, cluster_on, console, print_json, say, tell
+from lorafleet.commands.common import (
+    DEFAULT_RUNS,
+    AnyRuns,
+    Format,
+    On,
+    Output,
+    cluster_on,
+    console,
+    print_json,
+    say,
+    tell,
+)
 
 
 def fetch(
@@ -32,12 +43,12 @@ def fetch(
     With --on it goes to where the cluster's machines look for it: on Kubernetes and on a Ray elsewhere also what the
     job names by a path of this machine.
     """
-    from cluster.check import check_names
-    from cluster.fetch import fetch_asset, fetch_job, verify_job
-    from jobs.assets import ASSETS, PREFIX, asset
-    from jobs.errors import UserError
-    from jobs.load import load_job
-    from jobs.verified import check_unchanged
+    from lorafleet.cluster.fetch import fetch_asset, fetch_job, verify_job
+    from lorafleet.cluster.planning.preflight import check_names
+    from lorafleet.jobs.data.assets import ASSETS, PREFIX, asset
+    from lorafleet.jobs.data.verified_files import check_unchanged
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.jobs.loading.job_file import load_job
 
     there = cluster_on(on, None) if on is not None else None
     if show_list:
@@ -68,7 +79,7 @@ def fetch(
 
 
 def _list(output: Format) -> None:
-    from jobs.assets import ASSETS, PREFIX
+    from lorafleet.jobs.data.assets import ASSETS, PREFIX
 
     if output is Format.JSON:
         return print_json({"assets": [_as_data(known) for known in ASSETS.values()]})
@@ -112,7 +123,7 @@ def examples_folder() -> Path:
     """The examples of this checkout, or those that the wheel installed. Raises UserError where they are not."""
     from importlib import metadata
 
-    from jobs.errors import UserError
+    from lorafleet.jobs.errors import UserError
 
     folders = [Path(__file__).parent.parent / "examples"]
     for file in metadata.files("lorafleet") or ():  # wherever the wheel's data went: sys.prefix, ~/.local, --target
@@ -125,7 +136,7 @@ def examples_folder() -> Path:
 
 
 def _copy_examples() -> None:
-    from jobs.errors import UserError
+    from lorafleet.jobs.errors import UserError
 
     target = Path("examples")
     source = examples_folder()

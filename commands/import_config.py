@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from commands.common import DEFAULT_RUNS, AnyRuns, say, tell
+from lorafleet.commands.common import DEFAULT_RUNS, AnyRuns, say, tell
 
 if TYPE_CHECKING:
-    from jobs.translate import Translation
-    from jobs.translate_peft import Experiment
+    from lorafleet.jobs.loading.import_peft_comparison import Experiment
+    from lorafleet.jobs.loading.importers import Translation
 
 
 class Tool(StrEnum):
@@ -56,13 +55,12 @@ def import_config(
 ) -> None:
     """Translate a config into a job file, and say what is not carried over or is done otherwise."""
     import yaml
-
-    from jobs import files
-    from jobs.errors import JobFileError, UserError
-    from jobs.load import load_text
-    from jobs.translate import translate, without_refused
-    from jobs.translate_peft import translate_experiments
-    from jobs.translate_sweep import translate_sweep
+    from lorafleet.jobs import files
+    from lorafleet.jobs.errors import JobFileError, UserError
+    from lorafleet.jobs.loading.import_peft_comparison import translate_experiments
+    from lorafleet.jobs.loading.import_sweep import translate_sweep
+    from lorafleet.jobs.loading.importers import translate, without_refused
+    from lorafleet.jobs.loading.job_file import load_text
 
     file = inputs[0]
     if len(inputs) > 1 and source is not Tool.PEFT_COMPARISON:
@@ -118,8 +116,8 @@ def _read_experiment(path: Path) -> Experiment:
         UserError: Neither file is there.
         JobFileError: A file cannot be read.
     """
-    from jobs.errors import UserError
-    from jobs.translate_peft import DEFAULT_TRAINING_PARAMS, Experiment
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.jobs.loading.import_peft_comparison import DEFAULT_TRAINING_PARAMS, Experiment
 
     folder = (path.parent if path.name in _EXPERIMENT_FILES else path).absolute()
     adapter, training = (folder / name for name in _EXPERIMENT_FILES)
@@ -140,9 +138,9 @@ def _read_experiment(path: Path) -> Experiment:
 
 def _read(file: Path) -> dict[str, Any]:
     """Return the blocks of a YAML file. Raises JobFileError."""
-    from jobs import yaml12
-    from jobs.errors import JobFileError, Problem
-    from jobs.load import read_text
+    from lorafleet.jobs.errors import JobFileError, Problem
+    from lorafleet.jobs.loading import yaml12
+    from lorafleet.jobs.loading.job_file import read_text
 
     document = yaml12.read(read_text(file))
     if document.problems:
@@ -157,9 +155,9 @@ def _put_on(made: Translation, job: Path | None, file: Path) -> None:
 
     Raises UserError where nothing of the sweep is left to search.
     """
-    from jobs import fields
-    from jobs.errors import UserError
-    from jobs.load import load_job
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.jobs.loading.job_file import load_job
+    from lorafleet.jobs.schema import field_paths as fields
 
     if not fields.get(made.tree, "search.parameters"):
         lost = f" ({'; '.join(made.lost)})" if made.lost else ""

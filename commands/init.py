@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from commands.common import DEFAULT_RUNS, AnyRuns, options_blamed, say, tell
+from lorafleet.commands.common import DEFAULT_RUNS, AnyRuns, options_blamed, say, tell
 
 if TYPE_CHECKING:
-    from jobs.rows import Rows
-    from jobs.spec import JobSpec
+    from lorafleet.jobs.data.rows import Rows
+    from lorafleet.jobs.schema.job import JobSpec
 
 
 class TaskName(StrEnum):
@@ -84,11 +83,11 @@ def init(
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
     """Look at your data, and write a commented job file that trains on it; or a site file, with --site."""
-    from cluster.check import check_names
-    from jobs import files
-    from jobs.errors import UserError
-    from jobs.load import load_text
-    from jobs.rows import load_rows
+    from lorafleet.cluster.planning.preflight import check_names
+    from lorafleet.jobs import files
+    from lorafleet.jobs.data.rows import load_rows
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.jobs.loading.job_file import load_text
 
     if site is not None:
         return _init_site(site, partition, context, output, force)
@@ -131,16 +130,16 @@ def _init_site(kind: SiteKind, partition: str | None, context: str | None, outpu
     """Ask the cluster, and write the user's site file of its name."""
     import tempfile
 
-    from jobs import files
-    from jobs.errors import UserError
-    from jobs.site_file import folders, load_site
+    from lorafleet.jobs import files
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.jobs.loading.site_file import folders, load_site
 
     if kind is SiteKind.SLURM:
-        from cluster.slurm_draft import ask_cluster
+        from lorafleet.slurm.discover import ask_cluster
 
         name, text = ask_cluster(partition)
     else:
-        from cluster.kubernetes_draft import ask_cluster as ask_namespace
+        from lorafleet.k8s.discover import ask_cluster as ask_namespace
 
         name, text = ask_namespace(context)
     path = output or folders()[0] / f"{name}.yaml"
@@ -159,9 +158,9 @@ def _init_site(kind: SiteKind, partition: str | None, context: str | None, outpu
 
 def _columns(train_file: Path, task: TaskName, given: dict[str, str | None]) -> dict[str, str]:
     """The columns' names: as given, else the usual words for them that the first row has."""
-    from jobs import files
-    from jobs.data_files import read_records
-    from jobs.errors import DataError
+    from lorafleet.jobs import files
+    from lorafleet.jobs.data.data_files import read_records
+    from lorafleet.jobs.errors import DataError
 
     if not train_file.is_file():
         raise DataError(f"--train-file is {train_file}, but {files.no_file(train_file)}")
@@ -187,7 +186,7 @@ def _columns(train_file: Path, task: TaskName, given: dict[str, str | None]) -> 
 
 def _refuse_columns(task: TaskName, given: dict[str, str | None]) -> None:
     """Raise UserError for columns that a task does not read, or that do not go together."""
-    from jobs.errors import UserError
+    from lorafleet.jobs.errors import UserError
 
     named = {name for name, column in given.items() if column}
     unread = {"prompt_column", "completion_column"} if task is TaskName.CLASSIFICATION else {"label_column"}
@@ -204,7 +203,7 @@ def _refuse_columns(task: TaskName, given: dict[str, str | None]) -> None:
 def _generation_columns(
     train_file: Path, task: TaskName, first: dict[str, object], given: dict[str, str | None]
 ) -> dict[str, str]:
-    from jobs.errors import DataError
+    from lorafleet.jobs.errors import DataError
 
     shortens = task is TaskName.SUMMARIZATION
     if given["text_column"] and not shortens:
@@ -228,7 +227,7 @@ def _generation_columns(
 
 def _is_conversation(first: dict[str, object]) -> bool:
     """Whether a row has a conversation, or an instruction, under its usual name."""
-    from jobs.row_formats import CONVERSATION_COLUMNS
+    from lorafleet.jobs.data.row_formats import CONVERSATION_COLUMNS
 
     return bool({*CONVERSATION_COLUMNS, "instruction"} & set(first))
 
@@ -239,8 +238,8 @@ def _first_of(record: dict[str, object], names: tuple[str, ...]) -> str | None:
 
 def _examples(job: JobSpec, rows: Rows) -> int:
     """Sequences of one epoch: a conversation may become several, where the tokenizer is here to tell."""
-    from evaluation.tokens import prepare
-    from jobs.errors import AssetError
+    from lorafleet.evaluation.tokens import prepare
+    from lorafleet.jobs.errors import AssetError
 
     try:
         return len(prepare(job).splits["train"]) if job.generates else len(rows.train)
@@ -256,8 +255,8 @@ def _max_t(train_rows: int, job: JobSpec) -> int:
 
 def _max_length(task: TaskName, job: JobSpec) -> int:
     """Return the longest row for a task, or the model's learnt positions where they are fewer."""
-    from jobs.hub import model_config
-    from jobs.model_kinds import learnt_positions
+    from lorafleet.jobs.data.hub import model_config
+    from lorafleet.jobs.schema.model_kinds import learnt_positions
 
     config = model_config(job.model.model_name_or_path, job.model.revision)
     positions = learnt_positions(config) if config else 0
@@ -325,7 +324,7 @@ def _relative(path: Path, folder: Path) -> str:
 
 def _relative_model(model: str, output: Path) -> str:
     """A model's folder as the job file can say it; hub ids and assets as they are."""
-    from jobs import files
+    from lorafleet.jobs import files
 
     is_folder = model.startswith((".", "/", "~")) or Path(model).is_dir()
     if not is_folder:
@@ -339,7 +338,7 @@ def _quoted(text: str) -> str:
     import json
     import re
 
-    from jobs.yaml12 import scalar
+    from lorafleet.jobs.loading.yaml12 import scalar
 
     plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./:-]*", text) and not text.endswith(":")
     return text if plain and scalar(text) == text else json.dumps(text, ensure_ascii=False)

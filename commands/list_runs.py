@@ -5,18 +5,18 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from commands.common import DEFAULT_RUNS, Format, Output, Runs, console, print_json, say
+from lorafleet.commands.common import DEFAULT_RUNS, Format, Output, Runs, console, print_json, say
 
 if TYPE_CHECKING:
-    from jobs.run import Run
+    from lorafleet.jobs.runs.run import Run
 
 
 def list_runs(runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
     """Every run, newest first."""
-    from cluster.registry import submitted
-    from cluster.store import all_runs
-    from jobs.errors import RunError
-    from jobs.records import damaged_where_wrong
+    from lorafleet.cluster.run_index import all_runs
+    from lorafleet.cluster.submitted_runs import submitted
+    from lorafleet.jobs.errors import RunError
+    from lorafleet.jobs.runs.records import damaged_where_wrong
 
     rows: list[dict[str, object]] = []
     damaged: list[str] = []
@@ -54,9 +54,9 @@ _COLUMNS = ("run", "state", "on", "created", "trials", "ended", "mb")
 
 def _row(run: Run) -> dict[str, object]:
     """Return what is known of a run. Raises RunError for one whose files are damaged."""
-    from cluster.backends import SITE_FILE
-    from cluster.store import folder_bytes
-    from jobs import files
+    from lorafleet.cluster.backends import SITE_FILE
+    from lorafleet.cluster.run_index import folder_bytes
+    from lorafleet.jobs import files
 
     states = [trial.state for trial in run.trials()]
     place = files.read_json(run.path / SITE_FILE)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from commands.common import DEFAULT_RUNS, RunName, Runs, say, tell
-from jobs.errors import RunError
-from jobs.run import Run, RunState
+from lorafleet.commands.common import DEFAULT_RUNS, RunName, Runs, say, tell
+from lorafleet.jobs.errors import RunError
+from lorafleet.jobs.runs.run import Run, RunState
 
 if TYPE_CHECKING:
-    from cluster.backend import RunBackend
+    from lorafleet.cluster.backend import RunBackend
 
 
 def logs(
@@ -27,8 +26,8 @@ def logs(
     runs: Runs = DEFAULT_RUNS,
 ) -> None:
     """Print the log of a run, or the record of one of its trials."""
-    from cluster.backends import backend_of
-    from cluster.store import find_run
+    from lorafleet.cluster.backends import backend_of
+    from lorafleet.cluster.run_index import find_run
 
     found = find_run(runs, run)
     backend = backend_of(found)

@@ -11,22 +11,22 @@ import typer
 
 def measure() -> None:
     """Read what to measure from standard input, and print what was measured as one line of JSON."""
-    from jobs.spec import JobSpec
+    from lorafleet.jobs.schema.job import JobSpec
 
     request = json.loads(sys.stdin.read())
     points = request.get("points", [])
     if request["what"] == "artefact":
-        from deployment.measure import measure_artefact
+        from lorafleet.deployment.measure import measure_artefact
 
         amount = (request["rows"], request["new_tokens"], request["batch_rows"], request["threads"])
         typer.echo(json.dumps(measure_artefact(Path(request["folder"]), *amount, points)))
         return
     if request["what"] == "answers":
-        from deployment.called import answer_prompts
+        from lorafleet.deployment.prompted_check import answer_prompts
 
         typer.echo(json.dumps(answer_prompts(Path(request["folder"]), request["prompts"], request["new_tokens"])))
         return
-    from training import measure as measured
+    from lorafleet.training import measure as measured
 
     job, tokens = JobSpec.model_validate_json(json.dumps(request["job"])), Path(request["tokens"])
     if request["what"] == "pace":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from commands.common import DEFAULT_RUNS, AnyRuns, Format, Output, print_json, tell
+from lorafleet.commands.common import DEFAULT_RUNS, AnyRuns, Format, Output, print_json, tell
 
 
 def methods(output: Output = Format.TEXT, runs: AnyRuns = DEFAULT_RUNS) -> None:
     """Show which method runs under which strategy, and what of it does not."""
-    from jobs.support import table
+    from lorafleet.jobs.schema.compatibility import table
 
     if output is Format.JSON:
         fields = ("method", "strategy", "devices", "supported", "reason")
@@ -18,7 +18,7 @@ def methods(output: Output = Format.TEXT, runs: AnyRuns = DEFAULT_RUNS) -> None:
 
 def table_text() -> str:
     """The table in words, its limits as numbered notes below it."""
-    from jobs.support import METHODS, STRATEGIES, table
+    from lorafleet.jobs.schema.compatibility import METHODS, STRATEGIES, table
 
     notes: dict[str, int] = {}
     rows = [("", *STRATEGIES)]

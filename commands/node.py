@@ -26,7 +26,7 @@ def look(
     """Print what this node has as one line of JSON."""
     import json
 
-    from cluster.node import look as look_here
+    from lorafleet.cluster.execution.node import look as look_here
 
     typer.echo(json.dumps(look_here(run, nonce, address, node, number, interface, scratch)))
 
@@ -41,7 +41,7 @@ def agree(
     job: Annotated[int, typer.Option()],
 ) -> None:
     """Print the address and the ports of the job's Ray, if all nodes agree."""
-    from cluster.node import agree as agree_on
+    from lorafleet.cluster.execution.node import agree as agree_on
 
     typer.echo(agree_on(run, reports, nonce, nodes, cpus, job))
 
@@ -51,8 +51,8 @@ def stage(run: Path) -> None:
     """Bring the run's models to this node's own disk."""
     import os
 
-    from cluster.node import stage_models
-    from jobs.run import Run
+    from lorafleet.cluster.execution.node import stage_models
+    from lorafleet.jobs.runs.run import Run
 
     stage_models(Run(run), Path(os.environ["LORAFLEET_STAGE"]), typer.echo)
 
@@ -60,7 +60,7 @@ def stage(run: Path) -> None:
 @node.command()
 def wait(address: str, nodes: int) -> None:
     """Return when all nodes of the job's Ray live."""
-    from cluster.ray_site import wait_for_nodes
+    from lorafleet.cluster.ray.nodes import wait_for_nodes
 
     wait_for_nodes(address, nodes, _UP_SECONDS)
 
@@ -68,11 +68,8 @@ def wait(address: str, nodes: int) -> None:
 @node.command()
 def examine(folder: Path) -> None:
     """Look at all nodes of the job's Ray, for `lorafleet doctor --on`."""
-    from jobs.errors import ExitCode
-    from jobs.ours import check_packages
-
-    check_packages()
-    from tuning.examine import examine as examine_all
+    from lorafleet.jobs.errors import ExitCode
+    from lorafleet.tuning.site_check import examine as examine_all
 
     raise typer.Exit(ExitCode.OK if examine_all(folder.absolute()) else ExitCode.GATE_REFUSED)
 
@@ -80,8 +77,8 @@ def examine(folder: Path) -> None:
 @node.command()
 def failed(run: Path, sentence: str) -> None:
     """Say in the run's state why its driver never began."""
-    from cluster.node import mark_failed
-    from jobs.run import Run
+    from lorafleet.cluster.execution.node import mark_failed
+    from lorafleet.jobs.runs.run import Run
 
     mark_failed(Run(run), sentence)
 
@@ -98,8 +95,8 @@ def send(
     import sys
     from typing import get_args
 
-    from cluster.transfer import Which, pack
-    from jobs.run import Run
+    from lorafleet.cluster.remote.transfer import Which, pack
+    from lorafleet.jobs.runs.run import Run
 
     have = {name: (size, changed) for name, (size, changed) in json.loads(sys.stdin.readline()).items()}
     which: Which = next((known for known in get_args(Which) if known == weights), "none")
@@ -112,8 +109,8 @@ def lacks() -> None:
     import json
     import sys
 
-    from cluster.transfer import is_there
-    from jobs.assets import cache_dir
+    from lorafleet.cluster.remote.transfer import is_there
+    from lorafleet.jobs.data.assets import cache_dir
 
     asked = json.loads(sys.stdin.readline())
     missing = [one["target"] for one in asked if not is_there(cache_dir() / one["target"], one["digest"])]
@@ -126,7 +123,7 @@ def greet() -> None:
     import json
     import sys
 
-    from cluster.node import greet as greet_here
+    from lorafleet.cluster.execution.node import greet as greet_here
 
     typer.echo(json.dumps(greet_here(Path(json.loads(sys.stdin.readline())["mount"]))))
 
@@ -134,7 +131,7 @@ def greet() -> None:
 @node.command()
 def relay(source: Path, command: list[str]) -> None:
     """Run one of these commands on a file's bytes, and print what it says as text: for Ray's job logs."""
-    from cluster.ray_jobs import relay as relay_here
+    from lorafleet.cluster.ray.client import relay as relay_here
 
     relay_here(source, command)
 
@@ -142,8 +139,8 @@ def relay(source: Path, command: list[str]) -> None:
 @node.command()
 def stop(run: Path) -> None:
     """Ask a run's driver to save and end."""
-    from cluster.node import ask_to_stop
-    from jobs.run import Run
+    from lorafleet.cluster.execution.node import ask_to_stop
+    from lorafleet.jobs.runs.run import Run
 
     ask_to_stop(Run(run))
 
@@ -153,8 +150,8 @@ def receive(target: str, digest: str, file: Annotated[bool, typer.Option("--file
     """Put what comes in frames on standard input into the cache: whole, or not at all."""
     import sys
 
-    from cluster.transfer import receive as receive_here
-    from jobs.assets import cache_dir
+    from lorafleet.cluster.remote.transfer import receive as receive_here
+    from lorafleet.jobs.data.assets import cache_dir
 
     receive_here(cache_dir() / target, digest, sys.stdin.buffer, file=file)
 
@@ -166,7 +163,7 @@ def leave(
     drain: Annotated[bool, typer.Option("--drain", help="This is a worker: Ray is told that it goes.")] = False,
 ) -> None:
     """Before a pod is taken away: have the trials saved, and return when that is done or the time is up."""
-    from cluster.node import leave as leave_pod
-    from jobs.run import Run
+    from lorafleet.cluster.execution.node import leave as leave_pod
+    from lorafleet.jobs.runs.run import Run
 
     leave_pod(Run(run), seconds, drain=drain)

@@ -7,8 +7,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from commands.common import (
+from lorafleet.commands.common import (
     DEFAULT_RUNS,
     Job,
     Nodes,
@@ -21,13 +20,12 @@ from commands.common import (
     say,
     tell,
 )
-from jobs.errors import ExitCode
-from jobs.words import counted
+from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.text import counted
 
 if TYPE_CHECKING:
+    from lorafleet.jobs.runs.plan import Plan, PlannedTrial
     from rich.console import RenderableType
-
-    from jobs.plan import Plan, PlannedTrial
 
 
 class PlanFormat(StrEnum):
@@ -52,10 +50,10 @@ def plan(
     compare: Annotated[bool, typer.Option("--compare", help="The plan of `lorafleet compare`.")] = False,
 ) -> None:
     """Print every trial with its values, where they run, the memory, the steps, and what ASHA saves."""
-    from cluster.away import Away
-    from cluster.check import load_checked
-    from jobs.errors import JobFileError, Problem
-    from jobs.plan import MANIFEST
+    from lorafleet.cluster.planning.preflight import load_checked
+    from lorafleet.cluster.remote.backend import Away
+    from lorafleet.jobs.errors import JobFileError, Problem
+    from lorafleet.jobs.runs.plan import MANIFEST
 
     loaded = load_checked(job, tuple(overrides or ()), whole=False)
     if compare and loaded.job.compare is None:
@@ -69,7 +67,7 @@ def plan(
         _print_manifest(made, unasked, refused)
         raise typer.Exit(ExitCode.GATE_REFUSED if refused else ExitCode.OK)
     if output is PlanFormat.JSON:
-        from jobs.words import printable_json
+        from lorafleet.jobs.text import printable_json
 
         typer.echo(
             printable_json(
@@ -104,8 +102,8 @@ def plan(
 
 def _print_manifest(made: Plan, unasked: list[str], refused: list[str]) -> None:
     """The objects of a job on Kubernetes, for `kubectl apply` and for GitOps."""
-    from jobs.errors import UserError
-    from jobs.plan import MANIFEST
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.jobs.runs.plan import MANIFEST
 
     if MANIFEST not in made.files:
         raise UserError("--format yaml prints a manifest for Kubernetes: it goes with --on SITE of kind kubernetes")
@@ -121,11 +119,10 @@ _SHOWN = ("train.learning_rate", "lora.lora_r", "lora.lora_alpha", "prompt_tunin
 
 def plan_view(made: Plan, width: int) -> RenderableType:
     """The plan as a table and a few lines; what does not fit a screen of so many columns goes on below its name."""
+    from lorafleet.jobs.schema import field_paths as fields
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
-
-    from jobs import fields
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     paths = list(dict.fromkeys(path for trial in made.trials for path in trial.assignment))

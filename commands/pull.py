@@ -6,8 +6,7 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
-
-from commands.common import DEFAULT_RUNS, OneRun, Runs, Trust, cluster_on, say, tell
+from lorafleet.commands.common import DEFAULT_RUNS, OneRun, Runs, Trust, cluster_on, say, tell
 
 
 class Adapters(StrEnum):
@@ -33,12 +32,12 @@ def pull(
     trust: Trust = False,
 ) -> None:
     """Bring report, metrics, W&B's records and adapters of a run elsewhere (Kubernetes, Ray): what has changed."""
-    from cluster.away import Away
-    from cluster.backends import backend_of
-    from cluster.store import find_run
-    from jobs import files
-    from jobs.errors import UserError
-    from jobs.words import counted
+    from lorafleet.cluster.backends import backend_of
+    from lorafleet.cluster.remote.backend import Away
+    from lorafleet.cluster.run_index import find_run
+    from lorafleet.jobs import files
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.jobs.text import counted
 
     if on is None:
         found = find_run(runs, run)

@@ -8,11 +8,10 @@ import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from commands.common import DEFAULT_RUNS, RunName, Runs, Trust, confirm_trust, console, say, tell
+from lorafleet.commands.common import DEFAULT_RUNS, RunName, Runs, Trust, confirm_trust, console, say, tell
 
 if TYPE_CHECKING:
-    from evaluation.rating import Item, Notebook
+    from lorafleet.evaluation.report.human_rating import Item, Notebook
 
 Rater = Annotated[
     str | None, typer.Option("--rater", metavar="NAME", help="Who rates; left out: the user's name. Kept apart.")
@@ -32,10 +31,10 @@ def rate(
     trust: Trust = False,
 ) -> None:
     """Rate the answers of a run's models side by side, blind, from 0 to 5; the report then has what people think."""
-    from cluster.store import find_run
-    from evaluation.rating import Notebook, checked_rater, folder_of, sheet_of_run
-    from jobs import files
-    from jobs.errors import RunError
+    from lorafleet.cluster.run_index import find_run
+    from lorafleet.evaluation.report.human_rating import Notebook, checked_rater, folder_of, sheet_of_run
+    from lorafleet.jobs import files
+    from lorafleet.jobs.errors import RunError
 
     found = find_run(runs, run)
     confirm_trust(found, "rate", trust=trust)
@@ -53,10 +52,10 @@ def rate(
 
 
 def _serve(book: Notebook, title: str, port: int) -> None:
-    from jobs.errors import UserError
-    from webapp.guard import serve as answer_requests
-    from webapp.local import free_socket, new_token
-    from webapp.rate import rating_app
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.webapp.guard import serve as answer_requests
+    from lorafleet.webapp.local import free_socket, new_token
+    from lorafleet.webapp.rate import rating_app
 
     try:
         listening = free_socket(port)
@@ -83,7 +82,7 @@ def _ask(book: Notebook) -> None:
 
 
 def _ask_missing(book: Notebook) -> None:
-    from evaluation.rating import CRITERIA, HIGHEST, LOWEST
+    from lorafleet.evaluation.report.human_rating import CRITERIA, HIGHEST, LOWEST
 
     screen = console()
     keys = f"{LOWEST}-{HIGHEST}, u undoes the last, n TEXT notes, s skips the row, q ends"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from commands.common import DEFAULT_RUNS, AnyRuns, Format, Job, Output, Overrides, print_json, tell
+from lorafleet.commands.common import DEFAULT_RUNS, AnyRuns, Format, Job, Output, Overrides, print_json, tell
 
 
 def render(job: Job, overrides: Overrides = None, output: Output = Format.TEXT, runs: AnyRuns = DEFAULT_RUNS) -> None:
     """Print each field's value and its origin: file, override, default, alias or link."""
-    from jobs.defaults import learning_rate
-    from jobs.load import load_job
+    from lorafleet.jobs.loading.job_file import load_job
+    from lorafleet.jobs.trials.defaults import learning_rate
 
     loaded = load_job(job, tuple(overrides or ()))
     resolved = loaded.resolved()

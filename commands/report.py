@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from commands.common import DEFAULT_RUNS, Format, Runs, console, say, show_report, tell
+from lorafleet.commands.common import DEFAULT_RUNS, Format, Runs, console, say, show_report, tell
 
 if TYPE_CHECKING:
-    from jobs.report import Report
+    from lorafleet.jobs.runs.report import Report
 
 
 class ReportFormat(StrEnum):
@@ -35,11 +34,11 @@ ReportName = Annotated[
 
 def report(run: ReportName = None, runs: Runs = DEFAULT_RUNS, output: ReportOutput = ReportFormat.TEXT) -> None:
     """The table of every configuration, and which one to ship; with RUN:TRIAL all that is known of one."""
-    from cluster.backends import backend_of
-    from cluster.store import find_run
-    from commands.deliver import exported_of, show_exported
-    from evaluation.report import build_report, write_report
-    from jobs.trust import distrust
+    from lorafleet.cluster.backends import backend_of
+    from lorafleet.cluster.run_index import find_run
+    from lorafleet.commands.deliver import exported_of, show_exported
+    from lorafleet.evaluation.report.search import build_report, write_report
+    from lorafleet.jobs.runs.trust import distrust
 
     name, trial_id = run or "", ""
     if ":" in name and not Path(name).is_dir():
@@ -59,7 +58,7 @@ def report(run: ReportName = None, runs: Runs = DEFAULT_RUNS, output: ReportOutp
         _show_trial(report_of_it, trial_id, output)
         return
     if output is ReportFormat.CSV:
-        from evaluation.render import arms_csv, table_csv
+        from lorafleet.evaluation.render.forms import arms_csv, table_csv
 
         _print_csv(table_csv(report_of_it) if report_of_it.arms is None else arms_csv(report_of_it))
         return
@@ -75,9 +74,9 @@ def _print_csv(text: str) -> None:
 
 def _show_trial(report: Report, trial_id: str, output: ReportFormat) -> None:
     """Print one trial. Raises UserError for one that the run does not have."""
-    from evaluation.render import one_trial, table_csv
-    from jobs.errors import UserError
-    from jobs.words import printable_json
+    from lorafleet.evaluation.render.forms import one_trial, table_csv
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.jobs.text import printable_json
 
     row = next((row for row in report.shown if row.trial_id == trial_id), None)
     if row is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from commands.common import DEFAULT_RUNS, Format, OneRun, Output, Quiet, Runs, Trust, confirm_trust, say, tell
-from commands.sweep import Detach, Wait
+from lorafleet.commands.common import DEFAULT_RUNS, Format, OneRun, Output, Quiet, Runs, Trust, confirm_trust, say, tell
+from lorafleet.commands.sweep import Detach, Wait
 
 
 def resume(
@@ -16,13 +16,13 @@ def resume(
     trust: Trust = False,
 ) -> None:
     """Go on with a run that was interrupted, killed or failed."""
-    from cluster.backends import backend_of
-    from cluster.store import find_run
-    from commands.view import news
-    from commands.watch import follow, show_end
-    from evaluation.shipped import check_prompt_format
-    from jobs.errors import ExitCode
-    from jobs.run import RunState
+    from lorafleet.cluster.backends import backend_of
+    from lorafleet.cluster.run_index import find_run
+    from lorafleet.commands.view import news
+    from lorafleet.commands.watch import follow, show_end
+    from lorafleet.evaluation.report.model_of_run import check_prompt_format
+    from lorafleet.jobs.errors import ExitCode
+    from lorafleet.jobs.runs.run import RunState
 
     found = find_run(runs, run)
     confirm_trust(found, "resume", trust=trust)

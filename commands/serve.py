@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from commands.common import DEFAULT_RUNS, AnyRuns, hush_libraries, say
+from lorafleet.commands.common import DEFAULT_RUNS, AnyRuns, hush_libraries, say
 
 if TYPE_CHECKING:
     import socket
 
-    from jobs.exported import Artefact
+    from lorafleet.jobs.runs.export_result import Artefact
 
 _KEY = "LORAFLEET_API_KEY"
 
@@ -34,12 +33,12 @@ def serve(
 
     The API key is LORAFLEET_API_KEY, or a random one that is printed.
     """
-    from deployment.conversation import framed
-    from deployment.runtime import open_artefact, read_artefact
-    from jobs.errors import UserError
-    from webapp.guard import serve as answer_requests
-    from webapp.local import free_socket, new_token
-    from webapp.openai import Limits, serving_app
+    from lorafleet.deployment.chat_template import framed
+    from lorafleet.deployment.runtime import open_artefact, read_artefact
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.webapp.guard import serve as answer_requests
+    from lorafleet.webapp.local import free_socket, new_token
+    from lorafleet.webapp.openai import Limits, serving_app
 
     hush_libraries()
     about = read_artefact(artefact)
@@ -77,8 +76,8 @@ def _invite(about: Artefact, name: str, token: str | None, listening: socket.soc
 
 def production(about: Artefact, folder: Path) -> str:
     """The line that serves the same model by vLLM, which takes a merged model: this one, or the one beside it."""
-    from deployment.runtime import read_artefact
-    from jobs.errors import UserError
+    from lorafleet.deployment.runtime import read_artefact
+    from lorafleet.jobs.errors import UserError
 
     merged, same = folder.absolute(), about.target == "merged"
     if not same:

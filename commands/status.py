@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from commands.common import DEFAULT_RUNS, Format, Output, RunName, Runs, console, print_json, say
+from lorafleet.commands.common import DEFAULT_RUNS, Format, Output, RunName, Runs, console, print_json, say
 
 
 def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
     """A line a trial, and the best so far."""
-    from cluster.backends import backend_of
-    from cluster.store import find_run
-    from commands.view import best_line, run_view, trial_lines
+    from lorafleet.cluster.backends import backend_of
+    from lorafleet.cluster.run_index import find_run
+    from lorafleet.commands.view import best_line, run_view, trial_lines
 
     found = find_run(runs, run)
     backend = backend_of(found)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from commands.common import DEFAULT_RUNS, OneRun, Runs, Trust, tell
+from lorafleet.commands.common import DEFAULT_RUNS, OneRun, Runs, Trust, tell
 
 
 def stop(run: OneRun, runs: Runs = DEFAULT_RUNS, trust: Trust = False) -> None:
     """Ask a running run to save its trials and end; `resume` goes on with it."""
-    from cluster.backends import backend_of
-    from cluster.store import find_run
+    from lorafleet.cluster.backends import backend_of
+    from lorafleet.cluster.run_index import find_run
 
     found = find_run(runs, run)
     tell(backend_of(found, trust=trust).cancel(found))

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from commands.common import (
+from lorafleet.commands.common import (
     DEFAULT_RUNS,
     Chain,
     Format,
@@ -74,10 +73,10 @@ def start(
     wait: bool,
 ) -> None:
     """Plan a job, submit it, and follow it to its report."""
-    from cluster.check import load_checked
-    from cluster.fetch import fetch_job
-    from commands.watch import follow
-    from jobs.errors import JobFileError, Problem
+    from lorafleet.cluster.fetch import fetch_job
+    from lorafleet.cluster.planning.preflight import load_checked
+    from lorafleet.commands.watch import follow
+    from lorafleet.jobs.errors import JobFileError, Problem
 
     loaded = load_checked(path, tuple(overrides or ()))
     if command == "sweep" and loaded.job.search is None:

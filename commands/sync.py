@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from commands.common import DEFAULT_RUNS, OneRun, Runs, Trust, confirm_trust, say, tell
-from jobs import files
-from jobs.errors import UserError
-from jobs.run import Run, RunState
-from jobs.words import counted
+from lorafleet.commands.common import DEFAULT_RUNS, OneRun, Runs, Trust, confirm_trust, say, tell
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import UserError
+from lorafleet.jobs.runs.run import Run, RunState
+from lorafleet.jobs.text import counted
 
 
 def sync(
@@ -32,8 +31,8 @@ def sync(
 
     A trial that goes on in another job writes its whole record anew, so no step arrives twice.
     """
-    from cluster.backends import backend_of, lies_elsewhere
-    from cluster.store import find_run
+    from lorafleet.cluster.backends import backend_of, lies_elsewhere
+    from lorafleet.cluster.run_index import find_run
 
     found = find_run(runs, run)
     confirm_trust(found, "sync", trust=trust)
@@ -82,7 +81,7 @@ def _all_records(run: Run) -> list[Path]:
 
 
 def _upload(run: Run, folders: list[Path]) -> None:
-    from evaluation.report import run_job
+    from lorafleet.evaluation.report.search import run_job
 
     base_url = run_job(run).tracking.base_url
     env = os.environ | ({"WANDB_BASE_URL": base_url} if base_url else {})

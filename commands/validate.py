@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from commands.common import (
+from lorafleet.commands.common import (
     DEFAULT_RUNS,
     AnyRuns,
     Format,
@@ -23,9 +22,9 @@ from commands.common import (
 )
 
 if TYPE_CHECKING:
-    from jobs.errors import Problem
-    from jobs.load import LoadedJob
-    from jobs.spec import JobSpec
+    from lorafleet.jobs.errors import Problem
+    from lorafleet.jobs.loading.job_file import LoadedJob
+    from lorafleet.jobs.schema.job import JobSpec
 
 
 def validate(
@@ -37,7 +36,7 @@ def validate(
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
     """Check a job file: every problem with its line and the closest right key; with --on, what the cluster says too."""
-    from jobs.errors import ExitCode, JobFileError
+    from lorafleet.jobs.errors import ExitCode, JobFileError
 
     loaded, problems, notes = _looked_at(job, tuple(overrides or ()), data=data, here=on is None)
     if loaded is None or problems:
@@ -66,10 +65,10 @@ def _looked_at(
 
     With problems the job is what is right of it, so that the rest is looked at as well.
     """
-    from cluster.check import name_problems
-    from jobs.errors import JobFileError, Problem
-    from jobs.load import LoadedJob, load_job
-    from jobs.unused import unused_notes
+    from lorafleet.cluster.planning.preflight import name_problems
+    from lorafleet.jobs.errors import JobFileError, Problem
+    from lorafleet.jobs.loading.job_file import LoadedJob, load_job
+    from lorafleet.jobs.loading.unused_fields import unused_notes
 
     problems: list[Problem] = []
     try:
@@ -93,9 +92,9 @@ def _looked_at(
 
 def _refused_here(loaded: LoadedJob) -> list[Problem]:
     """Return what this machine has against the job."""
-    from cluster.machine import local_site
-    from cluster.planning import refuse_attention, refuse_environment
-    from jobs.errors import JobFileError
+    from lorafleet.cluster.hardware import local_site
+    from lorafleet.cluster.planning.plan import refuse_attention, refuse_environment
+    from lorafleet.jobs.errors import JobFileError
 
     problems: list[Problem] = []
     try:
@@ -114,10 +113,10 @@ def _looked_at_rows(job: JobSpec, *, with_model: bool) -> tuple[list[str], list[
 
     What is not on this machine is not looked at, and said. Without `with_model` the rows alone are.
     """
-    from evaluation.tokens import prepare
-    from jobs.arms import own_job
-    from jobs.errors import AssetError, UserError
-    from jobs.rows import load_rows
+    from lorafleet.evaluation.tokens import prepare
+    from lorafleet.jobs.data.rows import load_rows
+    from lorafleet.jobs.errors import AssetError, UserError
+    from lorafleet.jobs.trials.arms import own_job
 
     notes: list[str] = []
     arms = [own_job(job, name) for name in (job.compare.arms if job.compare else ())] if with_model else []

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from evaluation.report_text import describe, duration, number, short
-from jobs import files
-from jobs.errors import RunError
-from jobs.metrics import is_better
-from jobs.records import damaged_where_wrong
-from jobs.run import Run, Trial, TrialState
-from jobs.search import without_fold
-from jobs.search_spec import FOLD
-from jobs.words import counted
+from lorafleet.evaluation.render.trial_table import describe, duration, number, short
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import RunError
+from lorafleet.jobs.runs.records import damaged_where_wrong
+from lorafleet.jobs.runs.run import Run, Trial, TrialState
+from lorafleet.jobs.schema.metrics import is_better
+from lorafleet.jobs.schema.search import FOLD
+from lorafleet.jobs.text import counted
+from lorafleet.jobs.trials.sampling import without_fold
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,7 +39,7 @@ def trial_lines(run: Run) -> list[dict[str, Any]]:
 
 
 def _metric(job: dict[str, Any]) -> tuple[str, str]:
-    from jobs.metrics import DEFAULT_METRIC, METRICS
+    from lorafleet.jobs.schema.metrics import DEFAULT_METRIC, METRICS
 
     given = (job.get("search") or job.get("compare") or {}).get("metric")
     name = given["name"] if given else DEFAULT_METRIC[job.get("task", "classification")]

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-
-from commands.common import Format, console, say, show_report, tell
-from commands.deliver import exported_of, show_exported
-from commands.logs import driver_log
-from jobs.errors import ExitCode
-from jobs.run import Run, RunState
+from lorafleet.commands.common import Format, console, say, show_report, tell
+from lorafleet.commands.deliver import exported_of, show_exported
+from lorafleet.commands.logs import driver_log
+from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.runs.run import Run, RunState
 
 if TYPE_CHECKING:
-    from cluster.backend import RunBackend, Watch
+    from lorafleet.cluster.backend import RunBackend, Watch
 
 _LOOK_EVERY_SECONDS = 0.5
 SAME_WISH_SECONDS = 1.0
@@ -95,10 +94,9 @@ def _wait(watch: Watch) -> int:
 
 
 def _live(run: Run, backend: RunBackend, watch: Watch) -> int:
+    from lorafleet.commands.screen import Harmless
+    from lorafleet.commands.view import run_view
     from rich.live import Live
-
-    from commands.screen import Harmless
-    from commands.view import run_view
 
     with Live(Harmless(run_view(run)), console=console(), refresh_per_second=2, transient=True) as live:
         while (code := watch.poll()) is None:
@@ -109,7 +107,7 @@ def _live(run: Run, backend: RunBackend, watch: Watch) -> int:
 
 def _lines(run: Run, backend: RunBackend, watch: Watch, known: set[str]) -> int:
     """What changed, a line a change."""
-    from commands.view import news
+    from lorafleet.commands.view import news
 
     place = ""
     while True:
@@ -154,8 +152,8 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str 
         return
     if code not in (ExitCode.OK, ExitCode.SOME_TRIALS_FAILED, ExitCode.REQUEUE, ExitCode.INTERRUPTED):
         say(sentence)
-    from cluster.backends import lies_elsewhere
-    from evaluation.report import build_report
+    from lorafleet.cluster.backends import lies_elsewhere
+    from lorafleet.evaluation.report.search import build_report
 
     report = build_report(run)
     if not show_report(report, output, quiet=quiet):

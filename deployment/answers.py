@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from deployment.decoding import Sampling, tokens_of
-from deployment.runtime import Loaded
-from jobs.answer_frame import AnswerFrame
-from jobs.errors import UserError
+from lorafleet.deployment.decoding import Sampling, tokens_of
+from lorafleet.deployment.runtime import Loaded
+from lorafleet.jobs.data.answer_frame import AnswerFrame
+from lorafleet.jobs.errors import UserError
 
 _HALF_A_CHARACTER = "\ufffd"
 

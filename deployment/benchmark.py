@@ -7,23 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.apart import measured_apart
-from deployment.export import SUMMARY
-from deployment.merge import in_float32
-from deployment.runtime import files_mb, read_artefact
-from evaluation.comparison import batches_of, inference_of
-from evaluation.report import bare, build_report
-from evaluation.report_text import BENCHMARK, number
-from evaluation.shipped import Shipped
-from evaluation.tokens import TokenData, row_encoder
-from jobs import files
-from jobs.errors import UserError
-from jobs.export import TARGETS, WHAT
-from jobs.exported import Judged, Parity, read_record
-from jobs.report import Arm, Recommendation, Report
-from jobs.spec import JobSpec
-from training.data import prepare
-from training.model import safetensors_folder
+from lorafleet.cluster.execution.subprocess_measurement import measured_apart
+from lorafleet.deployment.export import SUMMARY
+from lorafleet.deployment.merge import in_float32
+from lorafleet.deployment.runtime import files_mb, read_artefact
+from lorafleet.evaluation.render.trial_table import BENCHMARK, number
+from lorafleet.evaluation.report.comparison import batches_of, inference_of
+from lorafleet.evaluation.report.model_of_run import Shipped
+from lorafleet.evaluation.report.search import bare, build_report
+from lorafleet.evaluation.tokens import TokenData, row_encoder
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import UserError
+from lorafleet.jobs.runs.export_result import Judged, Parity, read_record
+from lorafleet.jobs.runs.report import Arm, Recommendation, Report
+from lorafleet.jobs.schema.export import TARGETS, WHAT
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.training.data import prepare
+from lorafleet.training.model import safetensors_folder
 
 LEDGER = "measured.jsonl"
 

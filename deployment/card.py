@@ -6,19 +6,19 @@ import shutil
 from pathlib import Path
 
 import yaml
-
-from deployment.runtime import files_mb
-from evaluation.report_text import number, plain
-from evaluation.shipped import Shipped
-from jobs import answer_frame, files
-from jobs.assets import ASSETS, PREFIX
-from jobs.errors import AssetError
-from jobs.export import WHAT
-from jobs.exported import Artefact, Judged, Parity
-from jobs.hub import model_folder
-from jobs.report import Inference
-from jobs.run import Trial
-from jobs.words import counted
+from lorafleet.deployment.runtime import files_mb
+from lorafleet.evaluation.render.trial_table import number, plain
+from lorafleet.evaluation.report.model_of_run import Shipped
+from lorafleet.jobs import files
+from lorafleet.jobs.data import answer_frame
+from lorafleet.jobs.data.assets import ASSETS, PREFIX
+from lorafleet.jobs.data.hub import model_folder
+from lorafleet.jobs.errors import AssetError
+from lorafleet.jobs.runs.export_result import Artefact, Judged, Parity
+from lorafleet.jobs.runs.report import Inference
+from lorafleet.jobs.runs.run import Trial
+from lorafleet.jobs.schema.export import WHAT
+from lorafleet.jobs.text import counted
 
 _RUNNERS = Path(__file__).parent / "runners"
 

@@ -6,17 +6,17 @@ import json
 import signal
 from pathlib import Path
 
-from cluster.driver import Driver, log
-from cluster.store import find_run
-from deployment.benchmark import Amount, benchmark, variants
-from deployment.export import delivered
-from evaluation.report import write_forms
-from evaluation.shipped import Shipped, shipped
-from evaluation.wandb_report import track_report
-from jobs import files
-from jobs.errors import ExitCode
-from jobs.exported import EXPORTED, Delivery
-from jobs.run import Run, RunState
+from lorafleet.cluster.execution.driver import Driver, log
+from lorafleet.cluster.run_index import find_run
+from lorafleet.deployment.benchmark import Amount, benchmark, variants
+from lorafleet.deployment.export import delivered
+from lorafleet.evaluation.render.wandb import track_report
+from lorafleet.evaluation.report.model_of_run import Shipped, shipped
+from lorafleet.evaluation.report.search import write_forms
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.runs.export_result import EXPORTED, Delivery
+from lorafleet.jobs.runs.run import Run, RunState
 
 
 class _Stopped(BaseException):

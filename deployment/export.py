@@ -19,30 +19,30 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cluster.apart import measured_apart
-from deployment.called import NEW_TOKENS, Calls, called, calls_of
-from deployment.card import write_card, write_runner
-from deployment.edge import export_executorch
-from deployment.int4 import to_int4
-from deployment.merge import Source
-from deployment.onnx_model import OPSET, cache_shape, export_onnx, to_fp16, to_int8, to_int8_by_blocks
-from deployment.parity import HeldOut, Score, Seen, judge, look, score
-from deployment.runtime import ARTEFACT_FILE, Loaded, TorchClassifier, TorchDecoder, files_mb, open_artefact
-from deployment.tensorrt import to_tensorrt
-from deployment.unavailable import Unavailable, why_not
-from evaluation.comparison import inference_of
-from evaluation.shipped import Shipped
-from evaluation.tokens import TokenData, row_encoder
-from jobs import files
-from jobs.chat_format import ChatFormat
-from jobs.conversation import Message
-from jobs.errors import MissingExtra, UserError, disk_full
-from jobs.export import NEEDS, TARGETS, Gate, Target, gate_of
-from jobs.exported import Artefact, Delivery, Exported, Judged, Made, Parity, pick, verdict
-from jobs.hub import model_revision
-from jobs.report import Inference
-from jobs.words import counted
-from training.evaluation import room_for_prompts
+from lorafleet.cluster.execution.subprocess_measurement import measured_apart
+from lorafleet.deployment.availability import Unavailable, why_not
+from lorafleet.deployment.card import write_card, write_runner
+from lorafleet.deployment.executorch_model import export_executorch
+from lorafleet.deployment.merge import Source
+from lorafleet.deployment.onnx_int4 import to_int4
+from lorafleet.deployment.onnx_model import OPSET, cache_shape, export_onnx, to_fp16, to_int8, to_int8_by_blocks
+from lorafleet.deployment.parity import HeldOut, Score, Seen, judge, look, score
+from lorafleet.deployment.prompted_check import NEW_TOKENS, Calls, called, calls_of
+from lorafleet.deployment.runtime import ARTEFACT_FILE, Loaded, TorchClassifier, TorchDecoder, files_mb, open_artefact
+from lorafleet.deployment.tensorrt import to_tensorrt
+from lorafleet.evaluation.report.comparison import inference_of
+from lorafleet.evaluation.report.model_of_run import Shipped
+from lorafleet.evaluation.tokens import TokenData, row_encoder
+from lorafleet.jobs import files
+from lorafleet.jobs.data.chat_format import ChatFormat
+from lorafleet.jobs.data.conversation import Message
+from lorafleet.jobs.data.hub import model_revision
+from lorafleet.jobs.errors import MissingExtra, UserError, disk_full
+from lorafleet.jobs.runs.export_result import Artefact, Delivery, Exported, Judged, Made, Parity, pick, verdict
+from lorafleet.jobs.runs.report import Inference
+from lorafleet.jobs.schema.export import NEEDS, TARGETS, Gate, Target, gate_of
+from lorafleet.jobs.text import counted
+from lorafleet.training.evaluation import room_for_prompts
 
 REJECTED = "rejected"
 SUMMARY = "export.json"

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from typing import Any
 
-from jobs.errors import MissingExtra
+from lorafleet.jobs.errors import MissingExtra
 
 EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deployment.decoding import tokens_of
-from deployment.runtime import Loaded, TorchDecoder, open_artefact, read_artefact, right_padded
-from deployment.tensorrt import memory_gib
-from evaluation.inference import (
+from lorafleet.deployment.decoding import tokens_of
+from lorafleet.deployment.runtime import Loaded, TorchDecoder, open_artefact, read_artefact, right_padded
+from lorafleet.deployment.tensorrt import memory_gib
+from lorafleet.evaluation.inference.speed import (
     Answer,
     Classify,
     circumstances,

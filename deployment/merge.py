@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lorafleet.evaluation.inference.generate import end_tokens
+from lorafleet.evaluation.report.model_of_run import Shipped
+from lorafleet.evaluation.tokenizer import chat_format
+from lorafleet.evaluation.tokens import TokenData
+from lorafleet.jobs.errors import UserError
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.training.data import prepare
+from lorafleet.training.methods import detach, load_weights
+from lorafleet.training.model import Base, fresh_heads, load_base, name_classes
 from torch import nn
-
-from evaluation.generate import end_tokens
-from evaluation.shipped import Shipped
-from evaluation.tokenizer import chat_format
-from evaluation.tokens import TokenData
-from jobs.errors import UserError
-from jobs.spec import JobSpec
-from training.data import prepare
-from training.methods import detach, load_weights
-from training.model import Base, fresh_heads, load_base, name_classes
 
 CPU = torch.device("cpu")
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deployment.extras import require
-from deployment.runtime import ONNX_FILE, cache_word, files_mb
-from jobs.errors import UserError
+from lorafleet.deployment.extras import require
+from lorafleet.deployment.runtime import ONNX_FILE, cache_word, files_mb
+from lorafleet.jobs.errors import UserError
 
 OPSET = 18
 _MOST_IN_MEMORY_MB = 1800

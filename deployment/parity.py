@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
-from deployment.decoding import Decoder, left_padded, positions_of
-from deployment.runtime import right_padded
-from evaluation.metrics import scores
-from evaluation.results import Classified, RowResults
-from jobs.exported import Judged
+from lorafleet.deployment.decoding import Decoder, left_padded, positions_of
+from lorafleet.deployment.runtime import right_padded
+from lorafleet.evaluation.metrics.predictions import Classified, RowResults
+from lorafleet.evaluation.metrics.scores import scores
+from lorafleet.jobs.runs.export_result import Judged
 
 _ALL_POSITIONS, _MOST_POSITIONS, _FEWEST_POSITIONS = 1024, 32, 2
 """Positions whose logits are kept and compared, each with all of a vocabulary's numbers: over all rows, and of one."""

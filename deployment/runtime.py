@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from deployment.decoding import Decoder, RowByRow, left_padded
-from deployment.extras import onnxruntime_here, require
-from deployment.unavailable import Unavailable
-from jobs.answer_frame import PROMPT_TAIL, AnswerFrame
-from jobs.errors import UserError
-from jobs.exported import Artefact, read_record
+from lorafleet.deployment.availability import Unavailable
+from lorafleet.deployment.decoding import Decoder, RowByRow, left_padded
+from lorafleet.deployment.extras import onnxruntime_here, require
+from lorafleet.jobs.data.answer_frame import PROMPT_TAIL, AnswerFrame
+from lorafleet.jobs.errors import UserError
+from lorafleet.jobs.runs.export_result import Artefact, read_record
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -115,7 +114,7 @@ def open_onnx(folder: Path, artefact: Artefact, threads: int) -> Decoder | OnnxC
 
 def open_tensorrt(folder: Path, artefact: Artefact, threads: int) -> Decoder | OnnxClassifier:
     """A model of ONNX Runtime on TensorRT, which builds or reads its engines. Raises Unavailable where it is not."""
-    from deployment.tensorrt import check_engines, missing, providers
+    from lorafleet.deployment.tensorrt import check_engines, missing, providers
 
     if reason := missing():
         raise Unavailable(reason)

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from deployment.extras import onnxruntime_here
-from deployment.unavailable import Unavailable
-from jobs.exported import Artefact
+from lorafleet.deployment.availability import Unavailable
+from lorafleet.deployment.extras import onnxruntime_here
+from lorafleet.jobs.runs.export_result import Artefact
 
 PROVIDER = "TensorrtExecutionProvider"
 _ENGINES = "engines"
@@ -60,7 +60,7 @@ def memory_gib() -> float | None:
 
 def to_tensorrt(source: Path, out: Path, artefact: Artefact) -> None:
     """The graph, and the engines for the GPU of this machine: TensorRT builds them when the model is first asked."""
-    from deployment.runtime import open_tensorrt
+    from lorafleet.deployment.runtime import open_tensorrt
 
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("run.py", "README.md", "parity.json"))
     open_tensorrt(out, artefact, 0)

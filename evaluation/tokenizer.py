@@ -11,12 +11,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jobs.chat_format import ChatFormat
-from jobs.errors import AssetError, UserError
-from jobs.hub import check_code, check_fetched, converted_folder, lacks_tokenizer, model_folder, refuse
-from jobs.load import is_template_text
-from jobs.spec import JobSpec
-from jobs.stage import staged
+from lorafleet.jobs.data.chat_format import ChatFormat
+from lorafleet.jobs.data.hub import check_code, check_fetched, converted_folder, lacks_tokenizer, model_folder, refuse
+from lorafleet.jobs.data.local_copy import staged
+from lorafleet.jobs.errors import AssetError, UserError
+from lorafleet.jobs.loading.job_file import is_template_text
+from lorafleet.jobs.schema.job import JobSpec
 
 
 def tokenizer_folder(name: str, revision: str | None) -> Path:

@@ -17,24 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from evaluation.tokenizer import chat_format, padding_id
-from jobs import files
-from jobs.answer_frame import THINKING, AnswerFrame
-from jobs.assets import cache_dir
-from jobs.chat_format import ChatFormat
-from jobs.chat_template import TemplateRefusal
-from jobs.conversation import Message
-from jobs.encoding import RowEncoder
-from jobs.errors import DataError
-from jobs.hub import model_revision
-from jobs.identity import prompt_format
-from jobs.row_formats import Row
-from jobs.rows import Rows, file_of_split, load_rows, split_files
-from jobs.spec import JobSpec
-from jobs.splits import SPLIT_VERSION
-from jobs.verified import check_cache
-from jobs.words import counted
+from lorafleet.evaluation.tokenizer import chat_format, padding_id
+from lorafleet.jobs import files
+from lorafleet.jobs.data.answer_frame import THINKING, AnswerFrame
+from lorafleet.jobs.data.assets import cache_dir
+from lorafleet.jobs.data.chat_format import ChatFormat
+from lorafleet.jobs.data.chat_template import TemplateRefusal
+from lorafleet.jobs.data.conversation import Message
+from lorafleet.jobs.data.encoding import RowEncoder
+from lorafleet.jobs.data.hub import model_revision
+from lorafleet.jobs.data.row_formats import Row
+from lorafleet.jobs.data.rows import Rows, file_of_split, load_rows, split_files
+from lorafleet.jobs.data.splits import SPLIT_VERSION
+from lorafleet.jobs.data.verified_files import check_cache
+from lorafleet.jobs.errors import DataError
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.text import counted
+from lorafleet.jobs.trials.trial_id import prompt_format
 
 SPLITS = ("train", "validation", "test")
 _LAYOUT = 5

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from jobs.words import one_line
+from lorafleet.jobs.text import one_line
 
 
 class ExitCode(IntEnum):

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from jobs.errors import RunError
+from lorafleet.jobs.errors import RunError
 
 SCHEMA_VERSION = 1
 """Of every file in a run directory."""

@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Literal
 
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import JobFileError, Problem
+from lorafleet.jobs.loading import yaml12
+from lorafleet.jobs.schema.base import Spec, Texts
+from lorafleet.jobs.schema.validation_messages import sentences
 from pydantic import ValidationError
-
-from jobs import files, yaml12
-from jobs.base import Spec, Texts
-from jobs.errors import JobFileError, Problem
-from jobs.messages import sentences
 
 
 class UserConfig(Spec):

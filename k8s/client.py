@@ -19,12 +19,11 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from kubernetes.stream import stream
 from kubernetes.watch import Watch
+from lorafleet.jobs.errors import CommandFailed
+from lorafleet.k8s.errors import ClusterError, Conflict
 from urllib3 import Retry
 from urllib3.exceptions import HTTPError
 from websocket import ABNF, WebSocketException
-
-from jobs.errors import CommandFailed
-from k8s.errors import ClusterError, Conflict
 
 Tree = dict[str, Any]
 RAYJOBS = {"group": "ray.io", "version": "v1", "plural": "rayjobs"}

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from jobs.errors import UserError
+from lorafleet.jobs.errors import UserError
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DROPPED = ("default", "nullable", "example", "description")

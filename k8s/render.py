@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
-
-from jobs import fields
-from jobs.errors import PlacementRefused
-from jobs.handover import DOCUMENT
-from jobs.kubernetes_site import WORKER_LABELS, KubernetesSite, Toleration
-from jobs.variables import OFFLINE
-from k8s import models
-from k8s.models import Metadata, Mount, Variable, Volume
+from lorafleet.jobs.errors import PlacementRefused
+from lorafleet.jobs.runs.bundle import DOCUMENT
+from lorafleet.jobs.schema import field_paths as fields
+from lorafleet.jobs.schema.environment import OFFLINE
+from lorafleet.jobs.sites.kubernetes import WORKER_LABELS, KubernetesSite, Toleration
+from lorafleet.k8s import models
+from lorafleet.k8s.models import Metadata, Mount, Variable, Volume
 
 RUN_LABEL, ATTEMPT_LABEL, USER_LABEL = "lorafleet.dev/run", "lorafleet.dev/submission", "lorafleet.dev/user"
 CALL_ANNOTATION = "lorafleet.dev/call"
@@ -51,7 +50,7 @@ class Order:
     nodes: int
     """Worker pods."""
     texts: Mapping[str, str]
-    """The job by file, for the driver that has no run folder yet (`jobs.handover`)."""
+    """The job by file, for the driver that has no run folder yet (`jobs.runs.bundle`)."""
     ray_version: str
     """Ray's, which must be the image's."""
     user: str

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.run import RunState
+from lorafleet.jobs.runs.run import RunState
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ DOCS = ROOT / "docs"
 
 def main() -> int:
     sys.path.insert(0, str(ROOT))
-    from jobs.aliases import FIELD_ALIASES
+    from lorafleet.jobs.loading.aliases import FIELD_ALIASES
 
     pages = {
         "job-file.md": [*_head(), *_blocks(), *_aliases(FIELD_ALIASES)],
@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def _methods() -> list[str]:
-    from jobs.support import METHODS, STRATEGIES, table
+    from lorafleet.jobs.schema.compatibility import METHODS, STRATEGIES, table
 
     cells = {(cell.method, cell.strategy): cell for cell in table()}
     notes: dict[str, int] = {}
@@ -71,7 +71,7 @@ def _head() -> list[str]:
 
 
 def _site_file() -> list[str]:
-    from jobs.slurm_site import NodeType, SlurmSite
+    from lorafleet.jobs.sites.slurm import NodeType, SlurmSite
 
     head = [
         "# The site file of a Slurm cluster",
@@ -84,7 +84,7 @@ def _site_file() -> list[str]:
 
 
 def _kubernetes_site_file() -> list[str]:
-    from jobs.kubernetes_site import Kai, KubernetesSite, Kueue, SecretRef, Toleration, Volcano, YuniKorn
+    from lorafleet.jobs.sites.kubernetes import Kai, KubernetesSite, Kueue, SecretRef, Toleration, Volcano, YuniKorn
 
     head = [
         "# The site file of a Kubernetes cluster",
@@ -100,7 +100,7 @@ def _kubernetes_site_file() -> list[str]:
 
 
 def _ray_site_file() -> list[str]:
-    from jobs.ray_cluster_site import RayClusterSite
+    from lorafleet.jobs.sites.ray import RayClusterSite
 
     head = [
         "# The site file of a Ray cluster",
@@ -112,7 +112,7 @@ def _ray_site_file() -> list[str]:
 
 def _report_json() -> list[str]:
     """Return the page on the files below report/ and on the model card."""
-    from jobs import report
+    from lorafleet.jobs.runs import report
 
     models = (
         report.Report, report.Row, report.Failure, report.Baseline, report.Recommendation, report.OverFolds,
@@ -165,13 +165,13 @@ def _field_type(schema: dict[str, Any]) -> str:
 
 
 def _blocks() -> list[str]:
-    from jobs.spec import JobSpec
+    from lorafleet.jobs.schema.job import JobSpec
 
     return _block(JobSpec, "")
 
 
 def _block(model: Any, path: str) -> list[str]:
-    from jobs.fields import _block as block_of
+    from lorafleet.jobs.schema.field_paths import _block as block_of
 
     title = f"`{path}`" if path else "At the top"
     lines = [
@@ -202,10 +202,10 @@ def _block(model: Any, path: str) -> list[str]:
 
 def _named_blocks() -> dict[str, list[tuple[str, Any]]]:
     """Return the blocks whose keys are names of the user's own, by the block that they are in."""
-    from jobs.compare import ArmSpec
-    from jobs.export import Gate
-    from jobs.search_spec import Parameter
-    from jobs.spec import CustomMetric
+    from lorafleet.jobs.schema.comparison import ArmSpec
+    from lorafleet.jobs.schema.export import Gate
+    from lorafleet.jobs.schema.job import CustomMetric
+    from lorafleet.jobs.schema.search import Parameter
 
     return {
         "search": [("search.parameters.FIELD", Parameter)],

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.errors import UserError
-from jobs.run import RunState
-from slurm.records import JobRecord, from_json, from_sacct, from_scontrol, from_squeue
-from slurm.states import job_state
+from lorafleet.jobs.errors import UserError
+from lorafleet.jobs.runs.run import RunState
+from lorafleet.slurm.accounting import JobRecord, from_json, from_sacct, from_scontrol, from_squeue
+from lorafleet.slurm.states import job_state
 
 _SECONDS = 20.0
 _SUBMIT_SECONDS = 60.0

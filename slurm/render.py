@@ -17,10 +17,9 @@ from jinja2 import StrictUndefined
 from jinja2.exceptions import SecurityError
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from jobs.errors import PlacementRefused
-from jobs.slurm_site import SlurmSite
-from jobs.words import printable
+from lorafleet.jobs.errors import PlacementRefused
+from lorafleet.jobs.sites.slurm import SlurmSite
+from lorafleet.jobs.text import printable
 
 JOB, NODE = "job.sbatch", "node.sh"
 _OBJECTS = 2**31
@@ -117,7 +116,7 @@ _ENVIRONMENT.filters["quote"] = lambda value: shlex.quote(str(value))
 
 
 def _template(name: str) -> str:
-    return (resources.files("slurm") / "templates" / f"{name}.j2").read_text(encoding="utf-8")
+    return (resources.files("lorafleet.slurm") / "templates" / f"{name}.j2").read_text(encoding="utf-8")
 
 
 def options(site: SlurmSite, nodes: int) -> list[str]:

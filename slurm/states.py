@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from jobs.run import RunState
+from lorafleet.jobs.runs.run import RunState
 
 
 @dataclass(frozen=True)

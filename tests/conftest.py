@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-
-from jobs.load import LoadedJob, load_text
+from lorafleet.jobs.loading.job_file import LoadedJob, load_text
 
 WORDS = """the a film plot actor scene very quite rather story it was is and but with of in""".split()
 GOOD = ["good", "great", "fine", "lovely", "superb"]
@@ -220,7 +219,7 @@ def lorafleet(*words: str | Path, cwd: Path, check: bool = False, **env: str) ->
 
 def lorafleet_here(*words: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """The same in this process, which has imported everything already: for tests of what a command says."""
-    from commands.cli import main
+    from lorafleet.commands.cli import main
 
     said, told, code = io.StringIO(), io.StringIO(), 0
     before, here, argv = dict(os.environ), Path.cwd(), sys.argv

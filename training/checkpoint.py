@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from jobs import files
-from jobs.errors import RunError
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import RunError
 
 _STATE = "training_state.pt"
 _TENSORS = "trained.safetensors"

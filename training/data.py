@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-
-from evaluation import tokens
-from evaluation.tokens import PackedRows, Split, TokenData
-from jobs.spec import JobSpec
-from training.model import safetensors_folder
+from lorafleet.evaluation import tokens
+from lorafleet.evaluation.tokens import PackedRows, Split, TokenData
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.training.model import safetensors_folder
 
 IGNORED = -100
 """The label of a token that is not learnt."""

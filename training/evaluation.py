@@ -10,21 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from lorafleet.evaluation.inference.generate import write_answers
+from lorafleet.evaluation.metrics import bertscore, custom
+from lorafleet.evaluation.metrics.predictions import Classified, RowResults
+from lorafleet.evaluation.metrics.text import text_metrics
+from lorafleet.evaluation.tokens import TokenData, row_encoder
+from lorafleet.jobs.data.hub import model_folder
+from lorafleet.jobs.errors import UserError
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.schema.model_kinds import learnt_positions
+from lorafleet.training.data import evaluation_batches, make_batch
+from lorafleet.training.loss import LossModule
+from lorafleet.training.model import has_bfloat16, weight_dtype
+from lorafleet.training.strategies import Ranks
 from torch import distributed, nn
-
-from evaluation import bertscore, custom
-from evaluation.generate import write_answers
-from evaluation.results import Classified, RowResults
-from evaluation.text_metrics import text_metrics
-from evaluation.tokens import TokenData, row_encoder
-from jobs.errors import UserError
-from jobs.hub import model_folder
-from jobs.model_kinds import learnt_positions
-from jobs.spec import JobSpec
-from training.data import evaluation_batches, make_batch
-from training.loss import LossModule
-from training.model import has_bfloat16, weight_dtype
-from training.strategies import Ranks
 
 OnPass = Callable[[str], None]
 """Told `training` after each pass of one and `evaluation` before each of the other."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jobs.placement import Placement
+from lorafleet.jobs.sites.placement import Placement
 
 _START_AGAIN = 3
 """How often setting up a group is tried again; Ray Train gives each a minute."""

@@ -11,11 +11,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from lorafleet.jobs.trials.defaults import LOGITS_AT_ONCE
+from lorafleet.training.data import IGNORED, Batch
 from torch import nn
 from torch.nn import functional
-
-from jobs.defaults import LOGITS_AT_ONCE
-from training.data import IGNORED, Batch
 
 _FEWEST_ROWS = 64
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from evaluation.inference import (
+from lorafleet.evaluation.inference.speed import (
     Answer,
     Classify,
     circumstances,
@@ -19,13 +18,13 @@ from evaluation.inference import (
     settle_memory,
     transformers_answer,
 )
-from evaluation.tokens import TokenData, open_tokens, row_encoder
-from jobs.schedule import schedule
-from jobs.spec import JobSpec
-from training.evaluation import autocast_dtype, room_for_prompts
-from training.methods import load_weights
-from training.model import fresh_heads, load_base, resolve_device
-from training.session import TrainingSession
+from lorafleet.evaluation.tokens import TokenData, open_tokens, row_encoder
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.trials.schedule import schedule
+from lorafleet.training.evaluation import autocast_dtype, room_for_prompts
+from lorafleet.training.methods import load_weights
+from lorafleet.training.model import fresh_heads, load_base, resolve_device
+from lorafleet.training.session import TrainingSession
 
 _PACE_STEPS, _WARM_STEPS = 12, 2
 

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lorafleet.evaluation.tokenizer import chat_format
+from lorafleet.jobs.data.adapters import ADAPTER_FILES, adapter_refusal
+from lorafleet.jobs.data.hub import public_base
+from lorafleet.jobs.data.weight_names import is_named
+from lorafleet.jobs.errors import UserError
+from lorafleet.jobs.schema.compatibility import prompt_hides_label, prompt_too_long
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.schema.model_kinds import CLASSIFIER_HEADS as HEADS
+from lorafleet.jobs.schema.model_kinds import learnt_positions, tied_refusal
+from lorafleet.training.model import PEFT_HEADS, Base, fresh_heads, safetensors_folder
 from torch import nn
-
-from evaluation.tokenizer import chat_format
-from jobs.adapters import ADAPTER_FILES, adapter_refusal
-from jobs.errors import UserError
-from jobs.hub import public_base
-from jobs.model_kinds import CLASSIFIER_HEADS as HEADS
-from jobs.model_kinds import learnt_positions, tied_refusal
-from jobs.spec import JobSpec
-from jobs.support import prompt_hides_label, prompt_too_long
-from jobs.weight_names import is_named
-from training.model import PEFT_HEADS, Base, fresh_heads, safetensors_folder
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

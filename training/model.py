@@ -13,24 +13,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-
-from evaluation.tokenizer import padding_id, quiet_libraries, read_tokenizer
-from jobs import files
-from jobs.errors import AssetError, UserError
-from jobs.hub import check_code, check_fetched, converted_folder, lacks_weights, model_folder, refuse
-from jobs.model_kinds import CLASSIFIER_HEADS as HEADS
-from jobs.model_kinds import (
+from lorafleet.evaluation.tokenizer import padding_id, quiet_libraries, read_tokenizer
+from lorafleet.jobs import files
+from lorafleet.jobs.data.hub import check_code, check_fetched, converted_folder, lacks_weights, model_folder, refuse
+from lorafleet.jobs.data.local_copy import staged
+from lorafleet.jobs.data.verified_files import check_unchanged, seal
+from lorafleet.jobs.data.weight_names import weight_shapes
+from lorafleet.jobs.errors import AssetError, UserError
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.schema.model_kinds import CLASSIFIER_HEADS as HEADS
+from lorafleet.jobs.schema.model_kinds import (
     UNQUANTIZED_MODULES,
     classification_refusal,
     generation_refusal,
     is_causal,
     length_refusal,
 )
-from jobs.spec import JobSpec
-from jobs.stage import staged
-from jobs.verified import check_unchanged, seal
-from jobs.weight_names import weight_shapes
+from torch import nn
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase

@@ -6,9 +6,8 @@ import math
 from collections.abc import Mapping
 
 import torch
+from lorafleet.jobs.schema.job import JobSpec, TrainSpec
 from torch import nn
-
-from jobs.spec import JobSpec, TrainSpec
 
 
 def build_optimizer(trained: Mapping[str, nn.Parameter], job: JobSpec, learning_rate: float) -> torch.optim.Optimizer:

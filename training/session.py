@@ -19,19 +19,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import distributed
-
-from evaluation.metrics import Scores, scores
-from evaluation.results import RowResults
-from evaluation.tokens import PackedRows, packed
-from jobs.defaults import learning_rate
-from jobs.errors import TrainingFailure, UserError
-from jobs.model_kinds import packing_refusal
-from jobs.precision import formats_text
-from jobs.schedule import Schedule
-from jobs.spec import JobSpec
-from training import checkpoint
-from training.data import (
+from lorafleet.evaluation.metrics.predictions import RowResults
+from lorafleet.evaluation.metrics.scores import Scores, scores
+from lorafleet.evaluation.tokens import PackedRows, packed
+from lorafleet.jobs.errors import TrainingFailure, UserError
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.schema.model_kinds import packing_refusal
+from lorafleet.jobs.schema.precision import formats_text
+from lorafleet.jobs.trials.defaults import learning_rate
+from lorafleet.jobs.trials.schedule import Schedule
+from lorafleet.training import checkpoint
+from lorafleet.training.data import (
     Batch,
     BatchPlan,
     Split,
@@ -42,13 +40,14 @@ from training.data import (
     passes,
     target_count,
 )
-from training.evaluation import OnPass, autocast_dtype, evaluate_rows, nobody
-from training.loss import LossModule
-from training.meter import Meter, gpu_metrics
-from training.methods import attach, compile_blocks, detach, first_values, save_weights, trained_parameters
-from training.model import Base, name_classes
-from training.optim import rate_factor
-from training.strategies import Ranks, strategy
+from lorafleet.training.evaluation import OnPass, autocast_dtype, evaluate_rows, nobody
+from lorafleet.training.loss import LossModule
+from lorafleet.training.meter import Meter, gpu_metrics
+from lorafleet.training.methods import attach, compile_blocks, detach, first_values, save_weights, trained_parameters
+from lorafleet.training.model import Base, name_classes
+from lorafleet.training.optim import rate_factor
+from lorafleet.training.strategies import Ranks, strategy
+from torch import distributed
 
 _UNTOUCHED = 1e-6
 """How far apart the loss of an example may be behind two others: nothing of them may reach it."""

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lorafleet.jobs import files
+from lorafleet.jobs.schema.deepspeed import engine_config
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.training.build_locks import clear_stale_locks
+from lorafleet.training.methods import Tensors, trained_parameters
+from lorafleet.training.optim import build_optimizer, set_rate
 from torch import distributed, nn
-
-from jobs import files
-from jobs.deepspeed import engine_config
-from jobs.spec import JobSpec
-from training.build_locks import clear_stale_locks
-from training.methods import Tensors, trained_parameters
-from training.optim import build_optimizer, set_rate
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.local import driver_command
-from evaluation.comparison import trained_rows
-from evaluation.report import build_report, write_report
-from evaluation.summary import write_baselines
-from jobs import arms, files
-from jobs.errors import ExitCode, RunError
-from jobs.identity import facts_of
-from jobs.run import Run, RunState
-from jobs.spec import JobSpec
-from tuning.driver import TrainingDriver
-from tuning.facts import record_of
+from lorafleet.cluster.local import driver_command
+from lorafleet.evaluation.metrics.summary import write_baselines
+from lorafleet.evaluation.report.comparison import trained_rows
+from lorafleet.evaluation.report.search import build_report, write_report
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import ExitCode, RunError
+from lorafleet.jobs.runs.run import Run, RunState
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.trials import arms
+from lorafleet.jobs.trials.trial_id import facts_of
+from lorafleet.tuning.driver import TrainingDriver
+from lorafleet.tuning.provenance import record_of
 
 _POLL_SECONDS = 0.5
 _PACE = "pace.json"
@@ -88,7 +89,7 @@ class Comparison(TrainingDriver):
 
     def _measure_paces(self, attempt: int, data: Any) -> None:
         """How long a row takes in the training of each arm, once for all attempts."""
-        from tuning.measure import seconds_per_row
+        from lorafleet.tuning.inference_speed import seconds_per_row
 
         waiting = [name for name in arms.trained(self.job) if not (self.run.arm(name).path / _PACE).is_file()]
         assert self.job.compare is not None
@@ -147,9 +148,9 @@ class Comparison(TrainingDriver):
 
     def _judge(self, attempt: int, data: Any) -> None:
         """Every arm on the held-out rows, and its inference measured."""
-        from tuning.exam import Exam, examine_all
-        from tuning.measure import measure_all
-        from tuning.trial_run import Work
+        from lorafleet.tuning.held_out import Exam, examine_all
+        from lorafleet.tuning.inference_speed import measure_all
+        from lorafleet.tuning.trial_run import Work
 
         self._check_stop()
         self._phase("evaluating on held-out rows")
@@ -222,14 +223,14 @@ class Comparison(TrainingDriver):
     def _own_tokens(self, job: JobSpec, data: Any) -> Any:
         if job.model == self.job.model:
             return data
-        from training.data import prepare
+        from lorafleet.training.data import prepare
 
         return prepare(job)
 
     # ---- what is written down ----
 
     def _read_data(self) -> Any:
-        from training.data import prepare
+        from lorafleet.training.data import prepare
 
         data = prepare(self.job)
         facts = facts_of(self.job)
@@ -247,7 +248,7 @@ class Comparison(TrainingDriver):
         return ExitCode.INTERRUPTED if self.told in (None, signal.SIGINT) else ExitCode.REQUEUE
 
     def _finish(self) -> ExitCode:
-        from evaluation.wandb_report import track_report
+        from lorafleet.evaluation.render.wandb import track_report
 
         wall = self._wall()
         self._phase("writing the report")

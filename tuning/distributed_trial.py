@@ -8,11 +8,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import TrainingFailure, disk_full
-from jobs.placement import Placement
-from jobs.support import CUT_WEIGHTS
-from tuning.faults import SpoiledProcess, classify, keep_traceback
-from tuning.trial_run import TrialRun, Work, pack
+from lorafleet.jobs.errors import TrainingFailure, disk_full
+from lorafleet.jobs.schema.compatibility import CUT_WEIGHTS
+from lorafleet.jobs.sites.placement import Placement
+from lorafleet.tuning.failures import SpoiledProcess, classify, keep_traceback
+from lorafleet.tuning.trial_run import TrialRun, Work, pack
 
 
 def distributed_trainable(work: Work, placement: Placement) -> Any:
@@ -28,9 +28,8 @@ def distributed_trainable(work: Work, placement: Placement) -> Any:
 
 def _trial(config: dict[str, Any], work: Work, placement: Placement) -> None:
     """Runs in a process of its own: starts the group and passes its reports on to Tune."""
+    from lorafleet.training.launch import run_group
     from ray.tune.integration.ray_train import TuneReportCallback
-
-    from training.launch import run_group
 
     run_group(
         _worker,
@@ -46,11 +45,10 @@ def _trial(config: dict[str, Any], work: Work, placement: Placement) -> None:
 def _worker(config: dict[str, Any]) -> None:
     """One process of a trial. Every process reports as often as every other: `ray.train.report` is a barrier."""
     import torch
+    from lorafleet.evaluation.tokens import open_tokens
+    from lorafleet.training.model import load_base, resolve_device
     from ray import train
     from ray.train.torch import get_device
-
-    from evaluation.tokens import open_tokens
-    from training.model import load_base, resolve_device
 
     work: Work = config["work"]
     os.chdir(work.run)

@@ -8,14 +8,14 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from cluster.allocation import allocation_here
-from cluster.driver import Driver, log
-from cluster.ray_site import environment_for_workers, nodes_of
-from jobs import files
-from jobs.placement import fitted
-from jobs.site import Node
-from tuning.local_ray import keep_secrets_out_of_tune, local_ray
-from tuning.parts import gather
+from lorafleet.cluster.execution.allocation import allocation_here
+from lorafleet.cluster.execution.driver import Driver, log
+from lorafleet.cluster.ray.nodes import environment_for_workers, nodes_of
+from lorafleet.jobs import files
+from lorafleet.jobs.sites.base import Node
+from lorafleet.jobs.sites.placement import fitted
+from lorafleet.tuning.array_tasks import gather
+from lorafleet.tuning.local_ray import keep_secrets_out_of_tune, local_ray
 
 
 class TrainingDriver(Driver):

@@ -13,14 +13,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from evaluation.recommend import configuration_key, decide_over_folds, over_folds
-from evaluation.report import load_fold_results, load_trial_rows, search_rule
-from jobs import rungs
-from jobs.metrics import is_better
-from jobs.retries import retry_number
-from jobs.run import Run, Trial, TrialState
-from jobs.search import Assignment, without_fold
-from jobs.spec import JobSpec
+from lorafleet.evaluation.report.recommend_trial import configuration_key, decide_over_folds, over_folds
+from lorafleet.evaluation.report.search import load_fold_results, load_trial_rows, search_rule
+from lorafleet.jobs.runs.run import Run, Trial, TrialState
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.schema.metrics import is_better
+from lorafleet.jobs.trials import asha as rungs
+from lorafleet.jobs.trials.retries import retry_number
+from lorafleet.jobs.trials.sampling import Assignment, without_fold
 
 
 class Listener(Protocol):

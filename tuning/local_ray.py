@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import RunError
-from tuning.scratch import TOKEN, keep_logs, scratch_folder
+from lorafleet.jobs.errors import RunError
+from lorafleet.tuning.ray_temp_dir import TOKEN, keep_logs, scratch_folder
 
 _START_SECONDS = (30, 120, 240)
 """How long Ray's processes may take to come up, in the first try and in those after it."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
-from jobs import search
-from jobs.search import Assignment
-from jobs.search_spec import Parameter
-from jobs.spec import JobSpec
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.schema.search import Parameter
+from lorafleet.jobs.trials import sampling as search
+from lorafleet.jobs.trials.sampling import Assignment
 
 if TYPE_CHECKING:
     import optuna

@@ -7,12 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from lorafleet.jobs.runs.run import Trial, TrialState
+from lorafleet.tuning.failures import host_failure, keep_last_words
+from lorafleet.tuning.ledger import Ledger
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-
-from jobs.run import Trial, TrialState
-from tuning.faults import host_failure, keep_last_words
-from tuning.ledger import Ledger
 
 _SAME_INSTANT_SECONDS = 1.5
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lorafleet.jobs.runs.run import Run, Trial
+from lorafleet.jobs.trials.sampling import Assignment
+from lorafleet.tuning.ledger import Ledger
+from lorafleet.tuning.proposals import Proposals
 from ray.tune.search import Searcher
-
-from jobs.run import Run, Trial
-from jobs.search import Assignment
-from tuning.ledger import Ledger
-from tuning.proposals import Proposals
 
 
 class ProposalSearcher(Searcher):

@@ -15,23 +15,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cluster.allocation import allocation_here
-from cluster.ray_site import nodes_of
-from evaluation.report import build_report, write_report
-from evaluation.summary import write_baselines
-from jobs import files, search
-from jobs.defaults import learning_rate
-from jobs.errors import DiskFull, ExitCode, PlacementRefused, RunError
-from jobs.identity import facts_of, trial_id
-from jobs.placement import fitted
-from jobs.run import Run, RunState, Trial, TrialState
-from jobs.schedule import schedule
-from jobs.search import Assignment, known_assignments
-from jobs.spec import JobSpec
-from tuning.driver import TrainingDriver
-from tuning.facts import record_of
-from tuning.nodes import check_nodes
-from tuning.proposals import GivenProposals, Proposals, ThenSeeds, TpeProposals
+from lorafleet.cluster.execution.allocation import allocation_here
+from lorafleet.cluster.ray.nodes import nodes_of
+from lorafleet.evaluation.metrics.summary import write_baselines
+from lorafleet.evaluation.report.search import build_report, write_report
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import DiskFull, ExitCode, PlacementRefused, RunError
+from lorafleet.jobs.runs.run import Run, RunState, Trial, TrialState
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.sites.placement import fitted
+from lorafleet.jobs.trials import sampling as search
+from lorafleet.jobs.trials.defaults import learning_rate
+from lorafleet.jobs.trials.sampling import Assignment, known_assignments
+from lorafleet.jobs.trials.schedule import schedule
+from lorafleet.jobs.trials.trial_id import facts_of, trial_id
+from lorafleet.tuning.driver import TrainingDriver
+from lorafleet.tuning.node_check import check_nodes
+from lorafleet.tuning.proposals import GivenProposals, Proposals, ThenSeeds, TpeProposals
+from lorafleet.tuning.provenance import record_of
 
 _COUNT_SECONDS = 5.0
 _GIVE_BACK_SECONDS = 5.0
@@ -73,7 +74,7 @@ class Sweep(TrainingDriver):
 
     def _read_data(self) -> Any:
         """The rows as tokens, and what is known of them written down."""
-        from training.data import prepare
+        from lorafleet.training.data import prepare
 
         data = prepare(self.job)
         self.facts = facts_of(self._searched_job)
@@ -96,13 +97,12 @@ class Sweep(TrainingDriver):
                 )
 
     def _search(self, attempt: int, data: Any) -> None:
+        from lorafleet.tuning.ledger import Ledger
+        from lorafleet.tuning.scheduler import RungScheduler
+        from lorafleet.tuning.searcher import ProposalSearcher, tell
+        from lorafleet.tuning.tracking import trackers
         from ray import tune
         from ray.tune import FailureConfig
-
-        from tuning.ledger import Ledger
-        from tuning.scheduler import RungScheduler
-        from tuning.searcher import ProposalSearcher, tell
-        from tuning.tracking import trackers
 
         ledger = Ledger(self.run, self.job, self.searching)
         ledger.settle()
@@ -232,7 +232,7 @@ class Sweep(TrainingDriver):
         return trial
 
     def _work(self, data: Any) -> Any:
-        from tuning.trial_run import Work
+        from lorafleet.tuning.trial_run import Work
 
         job = self._searched_job
         resources = job.resources.model_copy(update={"strategy": self.placement.strategy})
@@ -250,10 +250,10 @@ class Sweep(TrainingDriver):
 
         work = self._work(data)
         if self.placement.distributed:
-            from tuning.distributed_trial import distributed_trainable
+            from lorafleet.tuning.distributed_trial import distributed_trainable
 
             return distributed_trainable(work, self.placement)
-        from tuning.trainable import WarmTrial
+        from lorafleet.tuning.trainable import WarmTrial
 
         bundle = {"CPU": self.placement.cpus_per_worker, "GPU": self.placement.gpus_per_worker}
         labels = {"bundle_label_selector": [self.placement.labels]} if self.placement.labels else {}
@@ -310,7 +310,7 @@ class Sweep(TrainingDriver):
 
     def _exam(self, data: Any) -> None:
         """The base, the recommended trial, and the others that came as far, on the test rows."""
-        from tuning.exam import base_exam, examine_all, trial_exam
+        from lorafleet.tuning.held_out import base_exam, examine_all, trial_exam
 
         self._phase("evaluating on held-out rows")
         self.run.check_current()
@@ -343,7 +343,7 @@ class Sweep(TrainingDriver):
             if not self.share:
                 write_report(self.run)
             return ExitCode.INTERRUPTED if self.told in (None, signal.SIGINT) else ExitCode.REQUEUE
-        from evaluation.wandb_report import track_report
+        from lorafleet.evaluation.render.wandb import track_report
 
         states = [trial.state for trial in self.run.trials()]
         failed = states.count(TrialState.FAILED)

@@ -11,15 +11,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluation.report import best_evaluation
-from evaluation.wandb_report import Mode, not_fatal, open_wandb, wandb_mode, wanted_mode
-from jobs import files
-from jobs.hub import public_base
-from jobs.run import Run, Trial
-from jobs.spec import JobSpec
+from lorafleet.evaluation.render.wandb import Mode, not_fatal, open_wandb, wandb_mode, wanted_mode
+from lorafleet.evaluation.report.search import best_evaluation
+from lorafleet.jobs import files
+from lorafleet.jobs.data.hub import public_base
+from lorafleet.jobs.runs.run import Run, Trial
+from lorafleet.jobs.schema.job import JobSpec
 
 if TYPE_CHECKING:
-    from tuning.ledger import Listener
+    from lorafleet.tuning.ledger import Listener
 
 _NOT_LOGGED = {
     "schema_version",

@@ -12,16 +12,15 @@ from typing import Any
 
 import ray
 import torch
+from lorafleet.evaluation.tokens import open_tokens
+from lorafleet.jobs.errors import disk_full
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.trials import sampling as search
+from lorafleet.training.meter import free_unused_memory, memory_in_use_gib
+from lorafleet.training.model import Base, load_base, resolve_device
+from lorafleet.tuning.failures import SpoiledProcess, classify, is_device_error, is_oom, keep_traceback
+from lorafleet.tuning.trial_run import TrialRun, Work, pack
 from ray import tune
-
-from evaluation.tokens import open_tokens
-from jobs import search
-from jobs.errors import disk_full
-from jobs.spec import JobSpec
-from training.meter import free_unused_memory, memory_in_use_gib
-from training.model import Base, load_base, resolve_device
-from tuning.faults import SpoiledProcess, classify, is_device_error, is_oom, keep_traceback
-from tuning.trial_run import TrialRun, Work, pack
 
 _SLACK_GIB = 0.25
 """So much more than before the trial may still be in use after it ran out of memory: allocators keep some."""

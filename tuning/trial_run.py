@@ -12,22 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lorafleet.evaluation.metrics.predictions import serialize
+from lorafleet.evaluation.tokens import TokenData
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import TrainingFailure
+from lorafleet.jobs.runs.run import Run, Trial
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.schema.metrics import is_better
+from lorafleet.jobs.text import counted
+from lorafleet.jobs.trials import sampling as search
+from lorafleet.jobs.trials.schedule import Schedule, schedule
+from lorafleet.training.checkpoint import newest_good
+from lorafleet.training.model import Base
+from lorafleet.training.session import TrainingSession
+from lorafleet.training.strategies import Ranks
+from lorafleet.training.watchdog import Watchdog
 from torch import distributed
-
-from evaluation.results import serialize
-from evaluation.tokens import TokenData
-from jobs import files, search
-from jobs.errors import TrainingFailure
-from jobs.metrics import is_better
-from jobs.run import Run, Trial
-from jobs.schedule import Schedule, schedule
-from jobs.spec import JobSpec
-from jobs.words import counted
-from training.checkpoint import newest_good
-from training.model import Base
-from training.session import TrainingSession
-from training.strategies import Ranks
-from training.watchdog import Watchdog
 
 _BEAT_SECONDS = 1.5
 """Between two looks at the stop flag, and two heartbeats."""

@@ -17,18 +17,17 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from lorafleet.deployment.answers import Piece, pieces, room_for
+from lorafleet.deployment.decoding import Sampling
+from lorafleet.deployment.runtime import Loaded
+from lorafleet.jobs.errors import UserError
+from lorafleet.jobs.schema.validation_messages import sentence_of
+from lorafleet.webapp.guard import GONE, Body
+from lorafleet.webapp.local import Admit, guarded, same
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
-
-from deployment.answers import Piece, pieces, room_for
-from deployment.decoding import Sampling
-from deployment.runtime import Loaded
-from jobs.errors import UserError
-from jobs.messages import sentence_of
-from webapp.guard import GONE, Body
-from webapp.local import Admit, guarded, same
 
 _CHANGES_NOTHING = frozenset("user metadata store service_tier parallel_tool_calls safety_identifier".split())
 _AS_WITHOUT = {

@@ -7,12 +7,11 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from lorafleet.evaluation.report.human_rating import Notebook
+from lorafleet.jobs.errors import UserError
+from lorafleet.webapp.guard import Body
+from lorafleet.webapp.local import by_token, guarded, static
 from pydantic import BaseModel, ConfigDict
-
-from evaluation.rating import Notebook
-from jobs.errors import UserError
-from webapp.guard import Body
-from webapp.local import by_token, guarded, static
 
 _MOST_BYTES = 64_000
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lorafleet.deployment import export as exporting
+from lorafleet.deployment.answers import pieces
+from lorafleet.deployment.chat_template import framed
+from lorafleet.deployment.export import export
+from lorafleet.deployment.runtime import open_artefact, read_artefact
+from lorafleet.evaluation.report.model_of_run import shipped
+from lorafleet.jobs.loading.job_file import LoadedJob, load_text
+from lorafleet.jobs.runs.run import Run
 
-from deployment import export as exporting
-from deployment.answers import pieces
-from deployment.conversation import framed
-from deployment.export import export
-from deployment.runtime import open_artefact, read_artefact
-from evaluation.shipped import shipped
-from jobs.load import LoadedJob, load_text
-from jobs.run import Run
 from tests.conftest import lorafleet, write_rows
 from tests.export.test_targets import quiet, trained
 from tests.unit.chat_families import BY_NAME, Family, model_folder

@@ -16,24 +16,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from lorafleet.cluster.hardware import site_here
+from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.commands.execute import _as_a_job
+from lorafleet.deployment import export as exporting
+from lorafleet.deployment.decoding import write
+from lorafleet.deployment.driver import DeliveryDriver
+from lorafleet.deployment.export import export
+from lorafleet.deployment.merge import Source
+from lorafleet.deployment.parity import judge, look
+from lorafleet.deployment.runtime import TorchDecoder, open_artefact
+from lorafleet.evaluation.report.model_of_run import shipped
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import DiskFull
+from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.export_result import Delivery, verdict
+from lorafleet.jobs.runs.run import Run, RunState, TrialState
+from lorafleet.jobs.schema.export import TARGETS, Gate, Target, gate_of
 
-from cluster.machine import site_here
-from cluster.planning import make_plan
-from commands.execute import _as_a_job
-from deployment import export as exporting
-from deployment.decoding import write
-from deployment.driver import DeliveryDriver
-from deployment.export import export
-from deployment.merge import Source
-from deployment.parity import judge, look
-from deployment.runtime import TorchDecoder, open_artefact
-from evaluation.shipped import shipped
-from jobs import files
-from jobs.errors import DiskFull
-from jobs.export import TARGETS, Gate, Target, gate_of
-from jobs.exported import Delivery, verdict
-from jobs.load import LoadedJob
-from jobs.run import Run, RunState, TrialState
 from tests.conftest import JobMaker, lorafleet, opinions
 from tests.unit.test_training import finish, session
 

@@ -28,9 +28,8 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
-
-from k8s.crd import Schema
-from k8s.render import merged
+from lorafleet.k8s.crd import Schema
+from lorafleet.k8s.render import merged
 
 Tree = dict[str, Any]
 

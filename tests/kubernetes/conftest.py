@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lorafleet.cluster.backends import SITE_FILE
+from lorafleet.jobs import files
+from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.plan import MANIFEST
+from lorafleet.jobs.runs.run import Run, RunState, TrialState
+from lorafleet.jobs.sites.kubernetes import KubernetesSite
+from lorafleet.k8s.backend import KubernetesBackend
+from lorafleet.k8s.render import run_folder
+from lorafleet.k8s.watch import KubernetesWatch
 
-from cluster.backends import SITE_FILE
-from cluster.kubernetes_backend import KubernetesBackend
-from cluster.kubernetes_watch import KubernetesWatch
-from jobs import files
-from jobs.kubernetes_site import KubernetesSite
-from jobs.load import LoadedJob
-from jobs.plan import MANIFEST
-from jobs.run import Run, RunState, TrialState
-from k8s.render import run_folder
 from tests.conftest import JobMaker
 from tests.kubernetes.api_server import ApiServer
 from tests.kubernetes.operator import Operator, missing

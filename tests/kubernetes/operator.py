@@ -25,8 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from k8s.lint import get
-from k8s.render import CONFIG
+from lorafleet.k8s.lint import get
+from lorafleet.k8s.render import CONFIG
+
 from tests.kubernetes.api_server import ApiServer, Refused, Tree
 from tests.kubernetes.pods import BIN, environment
 

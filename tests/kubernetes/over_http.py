@@ -6,12 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cluster.backends import SITE_FILE, backend_of
-from cluster.kubernetes_backend import KubernetesBackend
-from jobs import files
-from jobs.kubernetes_site import KubernetesSite
-from jobs.run import Run
-from k8s.render import ATTEMPT_LABEL, HEAD, RUN_LABEL
+from lorafleet.cluster.backends import SITE_FILE, backend_of
+from lorafleet.jobs import files
+from lorafleet.jobs.runs.run import Run
+from lorafleet.jobs.sites.kubernetes import KubernetesSite
+from lorafleet.k8s.backend import KubernetesBackend
+from lorafleet.k8s.render import ATTEMPT_LABEL, HEAD, RUN_LABEL
+
 from tests.conftest import ROOT
 from tests.kubernetes.pods import Kubelet
 from tests.unit.test_k8s_render import bare

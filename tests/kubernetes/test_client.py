@@ -15,23 +15,24 @@ from typing import Any
 
 import pytest
 import yaml
+from lorafleet.cluster.backends import SITE_FILE, backend_of
+from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.cluster.remote import staging
+from lorafleet.cluster.remote.backend import keep, send
+from lorafleet.cluster.remote.transfer import Cargo, digest, framed, known, receive
+from lorafleet.commands.logs import driver_log
+from lorafleet.jobs.errors import CommandFailed, ExitCode, LorafleetError, PlacementRefused, RunError, UserError
+from lorafleet.jobs.runs.plan import MANIFEST
+from lorafleet.jobs.runs.run import Run, RunState, TrialState
+from lorafleet.jobs.sites.kubernetes import KubernetesSite
+from lorafleet.k8s import storage_pod as porter
+from lorafleet.k8s.backend import KubernetesBackend
+from lorafleet.k8s.client import Client
+from lorafleet.k8s.errors import ClusterError
+from lorafleet.k8s.lint import get
+from lorafleet.k8s.render import ATTEMPT_LABEL, HEAD, RUN_LABEL, run_folder
+from lorafleet.k8s.watch import KubernetesWatch
 
-from cluster import porter, staging
-from cluster.away import keep, send
-from cluster.backends import SITE_FILE, backend_of
-from cluster.kubernetes_backend import KubernetesBackend
-from cluster.kubernetes_watch import KubernetesWatch
-from cluster.planning import make_plan
-from cluster.transfer import Cargo, digest, framed, known, receive
-from commands.logs import driver_log
-from jobs.errors import CommandFailed, ExitCode, LorafleetError, PlacementRefused, RunError, UserError
-from jobs.kubernetes_site import KubernetesSite
-from jobs.plan import MANIFEST
-from jobs.run import Run, RunState, TrialState
-from k8s.client import Client
-from k8s.errors import ClusterError
-from k8s.lint import get
-from k8s.render import ATTEMPT_LABEL, HEAD, RUN_LABEL, run_folder
 from tests.conftest import JobMaker, lorafleet
 from tests.kubernetes.api_server import ApiServer, Fault
 from tests.kubernetes.over_http import CRD, FINISHED, head, name_of, storage_at, stored
@@ -98,7 +99,7 @@ def test_a_busy_server_is_asked_again(
 def test_an_object_of_somebody_else_is_left_alone(
     server: ApiServer, submitted: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.run.secrets.token_hex", lambda _: "abcdef")
+    monkeypatch.setattr("lorafleet.jobs.runs.run.secrets.token_hex", lambda _: "abcdef")
     theirs = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "tiny-abcdef-1"}, "data": {"a": "b"}}
     server.put_down(theirs)
     with pytest.raises(RunError, match="there is a ConfigMap tiny-abcdef-1 already, which this call has not made"):
@@ -123,8 +124,8 @@ def test_a_server_that_goes_away_in_the_middle(
     server: ApiServer, submitted: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether the job was taken is not known: the record stays, and `resume` hands it over once."""
-    monkeypatch.setattr("k8s.client._TRIED", 1)
-    monkeypatch.setattr("k8s.client.Client.__init__.__defaults__", (None, 1))
+    monkeypatch.setattr("lorafleet.k8s.client._TRIED", 1)
+    monkeypatch.setattr("lorafleet.k8s.client.Client.__init__.__defaults__", (None, 1))
     lost = Fault("POST", "rayjobs", times=20, after=True)
     server.faults.append(lost)
     with pytest.raises(RunError, match="Whether the job was taken is not known"):
@@ -367,7 +368,7 @@ def test_a_cluster_that_does_not_answer(
 ) -> None:
     run = submitted()
     server.close()
-    monkeypatch.setattr("k8s.client.Client.__init__.__defaults__", (None, 0))
+    monkeypatch.setattr("lorafleet.k8s.client.Client.__init__.__defaults__", (None, 0))
     seen = backend_of(run).look(run)
     assert seen.state is RunState.PENDING
     assert "the cluster's API server does not answer" in seen.sentence
@@ -511,7 +512,7 @@ def test_what_did_not_come_whole_is_not_kept(
 
 def test_a_pod_cannot_write_outside_the_record(tmp_path: Path) -> None:
     """What comes from a pod is unpacked inside the folder, and never over what belongs to this side."""
-    from cluster.transfer import Unpacker
+    from lorafleet.cluster.remote.transfer import Unpacker
 
     inside = tmp_path / "record"
     inside.mkdir()
@@ -741,7 +742,7 @@ def test_what_does_not_arrive_as_it_was_sent(
 def test_a_transfer_pod_that_does_not_start(
     server: ApiServer, kubelet: Kubelet, away: KubernetesSite, bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.porter._UP_SECONDS", 1.5)
+    monkeypatch.setattr("lorafleet.k8s.storage_pod._UP_SECONDS", 1.5)
     kubelet.holds_back = lambda _: True
     said: list[str] = []
 

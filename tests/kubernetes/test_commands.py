@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.loading.site_file import load_site
+from lorafleet.jobs.runs.plan import MANIFEST
+from lorafleet.jobs.runs.run import Run
+from lorafleet.jobs.sites.kubernetes import KubernetesSite
+from lorafleet.k8s.backend import KubernetesBackend
+from lorafleet.k8s.render import ATTEMPT_LABEL, RUN_LABEL
 
-from cluster.kubernetes_backend import KubernetesBackend
-from jobs.errors import ExitCode
-from jobs.kubernetes_site import KubernetesSite
-from jobs.plan import MANIFEST
-from jobs.run import Run
-from jobs.site_file import load_site
-from k8s.render import ATTEMPT_LABEL, RUN_LABEL
 from tests.conftest import JobMaker, hears_ctrl_c, lorafleet
 from tests.kubernetes.api_server import ApiServer
 from tests.kubernetes.over_http import CRD, FINISHED, head, name_of

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.runs.run import Run
 
-from jobs.errors import ExitCode
-from jobs.run import Run
 from tests.conftest import JobMaker, hears_ctrl_c
 from tests.kubernetes.conftest import PLANTED, User
 

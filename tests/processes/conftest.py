@@ -15,10 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
+from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.run import Run
+from lorafleet.jobs.trials import asha as rungs
 
-from jobs import rungs
-from jobs.load import LoadedJob
-from jobs.run import Run
 from tests.conftest import lorafleet
 
 pytestmark = pytest.mark.ray

@@ -8,14 +8,14 @@ import os
 from pathlib import Path
 
 import pytest
+from lorafleet.deployment.export import export
+from lorafleet.evaluation.report.human_rating import sheet_of_run
+from lorafleet.evaluation.report.model_of_run import shipped
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.runs.report import Report
+from lorafleet.jobs.runs.run import Run, RunState
 
-from deployment.export import export
-from evaluation.rating import sheet_of_run
-from evaluation.shipped import shipped
-from jobs import files
-from jobs.errors import ExitCode
-from jobs.report import Report
-from jobs.run import Run, RunState
 from tests.conftest import JobMaker, lorafleet, opinions, write_rows
 from tests.export.test_targets import trained
 from tests.processes.conftest import begin, interrupt, newest, sweep, wait_for

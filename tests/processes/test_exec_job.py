@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import yaml
+from lorafleet.jobs.runs.plan import MANIFEST
+from lorafleet.jobs.runs.run import Run
+from lorafleet.jobs.sites.kubernetes import WORKER_LABELS, KubernetesSite
+from lorafleet.k8s.backend import KubernetesBackend
+from lorafleet.k8s.lint import get
+from lorafleet.k8s.render import CONFIG, run_folder
 
-from cluster.kubernetes_backend import KubernetesBackend
-from jobs.kubernetes_site import WORKER_LABELS, KubernetesSite
-from jobs.plan import MANIFEST
-from jobs.run import Run
-from k8s.lint import get
-from k8s.render import CONFIG, run_folder
 from tests.conftest import JobMaker
 from tests.processes.conftest import _free_port, wait_for
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.runs.run import Run
 
-from jobs.errors import ExitCode
-from jobs.run import Run
 from tests.conftest import JobMaker, lorafleet
 from tests.processes.conftest import base_loads, begin, interrupt, kill_tree, newest, planted, save, wait_for
 
@@ -25,7 +25,7 @@ search:
   scheduler: {type: none, max_t: 64}
   parameters: {train.learning_rate: {values: [1e-3, 3e-3, 1e-2]}}
 """
-STEP = "training.session:TrainingSession._optimiser_step"
+STEP = "lorafleet.training.session:TrainingSession._optimiser_step"
 
 
 def driver_log(run: Run) -> str:
@@ -164,9 +164,9 @@ def begin_resume(run: Run, place: Path, runs: Path) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     ("number", "at", "code"),
     [
-        pytest.param(signal.SIGTERM, "training.session:evaluate_rows", ExitCode.REQUEUE, id="in-evaluation"),
-        pytest.param(signal.SIGUSR1, "training.model:load_base", ExitCode.REQUEUE, id="in-set-up"),
-        pytest.param(signal.SIGINT, "training.methods:load_weights", ExitCode.INTERRUPTED, id="held-out"),
+        pytest.param(signal.SIGTERM, "lorafleet.training.session:evaluate_rows", ExitCode.REQUEUE, id="in-evaluation"),
+        pytest.param(signal.SIGUSR1, "lorafleet.training.model:load_base", ExitCode.REQUEUE, id="in-set-up"),
+        pytest.param(signal.SIGINT, "lorafleet.training.methods:load_weights", ExitCode.INTERRUPTED, id="held-out"),
     ],
 )
 def test_a_signal_saves_within_seconds_wherever_it_comes(
@@ -196,8 +196,10 @@ def test_a_signal_saves_within_seconds_wherever_it_comes(
 @pytest.mark.parametrize(
     ("fault", "at", "flag"),
     [
-        pytest.param("die", "tuning.exam:Examiner._of_split", "", id="once"),
-        pytest.param("oom", "tuning.exam:load_weights", "/dev/full/never", id="always", marks=pytest.mark.long),
+        pytest.param("die", "lorafleet.tuning.held_out:Examiner._of_split", "", id="once"),
+        pytest.param(
+            "oom", "lorafleet.tuning.held_out:load_weights", "/dev/full/never", id="always", marks=pytest.mark.long
+        ),
     ],
 )
 def test_what_happens_on_the_held_out_rows_costs_numbers_and_not_the_report(

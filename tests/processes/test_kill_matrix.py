@@ -7,17 +7,17 @@ from typing import Any
 
 import psutil
 import pytest
+from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.runs.run import Run
 
-from jobs.errors import ExitCode
-from jobs.run import Run
 from tests.conftest import JobMaker, lorafleet
 from tests.processes.conftest import KILLS, Machines, begin, kill_tree, newest, planted, save, wait_for
 
 PHASES = {
-    "set-up": ("training.model:load_base", 1),
-    "training": ("training.session:TrainingSession._optimiser_step", 14),
-    "evaluation": ("training.session:evaluate_rows", 2),
-    "saving": ("training.checkpoint:save_state", 2),
+    "set-up": ("lorafleet.training.model:load_base", 1),
+    "training": ("lorafleet.training.session:TrainingSession._optimiser_step", 14),
+    "evaluation": ("lorafleet.training.session:evaluate_rows", 2),
+    "saving": ("lorafleet.training.checkpoint:save_state", 2),
 }
 LONG = {"train__max_steps": 24, "train__eval_steps": 8, "lora__lora_dropout": 0.1,
         "train__per_device_train_batch_size": 4}  # fmt: skip

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lorafleet.evaluation.report.human_rating import folder_of, ratings_of, sheet_of_run
+from lorafleet.jobs.runs.run import Run
 
-from evaluation.rating import folder_of, ratings_of, sheet_of_run
-from jobs.run import Run
 from tests.conftest import lorafleet
 from tests.unit.test_rating import answered  # noqa: F401 - a fixture
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.run import Run
 
-from jobs.errors import ExitCode
-from jobs.load import LoadedJob
-from jobs.run import Run
 from tests.conftest import JobMaker, hears_ctrl_c
 from tests.processes.conftest import _free_port, wait_for
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
+from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.runs.stale_folders import clear_orphans
 
-from jobs.errors import ExitCode
-from jobs.orphans import clear_orphans
 from tests.conftest import JobMaker
 from tests.processes.conftest import begin, interrupt, newest, wait_for
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import psutil
 import pytest
+from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.runs.run import RunState
+from lorafleet.training.checkpoint import newest_good
 
-from jobs.errors import ExitCode
-from jobs.run import RunState
 from tests.conftest import JobMaker, lorafleet
 from tests.processes.conftest import begin, newest, save, wait_for
-from training.checkpoint import newest_good
 
 STEPS = 3000
 LONG = {"train__max_steps": STEPS, "train__eval_steps": 100}

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from lorafleet.jobs.schema.compatibility import METHODS, STRATEGIES
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.sites.placement import Placement
+from lorafleet.training.data import prepare
+from lorafleet.training.evaluation import evaluate_rows
+from lorafleet.training.launch import run_group
 
-from jobs.placement import Placement
-from jobs.spec import JobSpec
-from jobs.support import METHODS, STRATEGIES
 from tests.conftest import JobMaker
 from tests.unit.test_methods import logits, read_plainly
-from training.data import prepare
-from training.evaluation import evaluate_rows
-from training.launch import run_group
 
 VARIANTS: dict[str, dict[str, object]] = {
     "lora": {},
@@ -39,14 +39,13 @@ NOT_SUPPORTED = {("fsdp", "int8"), ("zero3", "int8")}
 def in_group(config: dict[str, Any]) -> None:
     """Runs in each worker: all jobs in turn; the first process writes what came out."""
     import torch
+    from lorafleet.jobs.schema.compatibility import CUT_WEIGHTS
+    from lorafleet.jobs.schema.job import JobSpec
+    from lorafleet.jobs.trials.schedule import schedule
+    from lorafleet.training.data import prepare
+    from lorafleet.training.model import load_base
+    from lorafleet.training.session import TrainingSession
     from torch import distributed
-
-    from jobs.schedule import schedule
-    from jobs.spec import JobSpec
-    from jobs.support import CUT_WEIGHTS
-    from training.data import prepare
-    from training.model import load_base
-    from training.session import TrainingSession
 
     torch.set_num_threads(1)
     found = {}

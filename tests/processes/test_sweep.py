@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.runs.run import Run
 
-from jobs import files
-from jobs.errors import ExitCode
-from jobs.run import Run
 from tests.conftest import ASSETS, ROOT, JobMaker, lorafleet, opinions, write_rows
 from tests.processes.conftest import (
     base_loads,

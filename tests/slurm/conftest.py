@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.run import Run
+from lorafleet.slurm.accounting import JobRecord, from_scontrol
+from lorafleet.slurm.states import JobState, job_state
 
-from jobs.load import LoadedJob
-from jobs.run import Run
-from slurm.records import JobRecord, from_scontrol
-from slurm.states import JobState, job_state
 from tests.slurm.rig import Rig, missing
 
 

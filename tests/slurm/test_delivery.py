@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from lorafleet.jobs.runs.report import Report
 
-from jobs.report import Report
 from tests.conftest import JobMaker
 from tests.export.test_targets import trained
 from tests.slurm.conftest import Login

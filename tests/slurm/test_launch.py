@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+from lorafleet.jobs.runs.run import Run
 
-from jobs.run import Run
 from tests.conftest import JobMaker
 from tests.slurm.conftest import PLANTED, Login
 

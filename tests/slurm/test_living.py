@@ -8,9 +8,9 @@ import signal
 from collections import Counter
 
 import pytest
+from lorafleet.jobs import files
+from lorafleet.jobs.runs.run import Run, RunState
 
-from jobs import files
-from jobs.run import Run, RunState
 from tests.conftest import JobMaker
 from tests.slurm.conftest import Login
 

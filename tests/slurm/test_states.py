@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from slurm.records import JobRecord, from_json, from_scontrol
-from slurm.states import job_state, why_pending
+from lorafleet.slurm.accounting import JobRecord, from_json, from_scontrol
+from lorafleet.slurm.states import job_state, why_pending
+
 from tests.slurm.rig import Rig
 
 

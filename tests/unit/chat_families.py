@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jobs.chat_format import ChatFormat
-from jobs.conversation import Message
+from lorafleet.jobs.data.chat_format import ChatFormat
+from lorafleet.jobs.data.conversation import Message
 
 _SPECIAL = re.compile(
     r"<\|[A-Za-z_0-9▁]+\|>|<｜[^<>\s]+?｜>|<(?:start|end)_of_(?:turn|image|utterance)>|"

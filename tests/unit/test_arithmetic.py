@@ -7,14 +7,15 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lorafleet.cluster.ray.nodes import environment_for_workers, nodes_of
+from lorafleet.jobs.errors import PlacementRefused, SpecProblems
+from lorafleet.jobs.schema import expressions as expression
+from lorafleet.jobs.schema.job import TrainSpec
+from lorafleet.jobs.sites.base import LocalSite, Node, RaySite
+from lorafleet.jobs.sites.placement import Share, fitted, groups, place
+from lorafleet.jobs.trials import asha as rungs
+from lorafleet.jobs.trials.schedule import schedule
 
-from cluster.ray_site import environment_for_workers, nodes_of
-from jobs import expression, rungs
-from jobs.errors import PlacementRefused, SpecProblems
-from jobs.placement import Share, fitted, groups, place
-from jobs.schedule import schedule
-from jobs.site import LocalSite, Node, RaySite
-from jobs.spec import TrainSpec
 from tests.conftest import JobMaker
 
 

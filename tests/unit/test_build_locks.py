@@ -9,10 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
+from lorafleet.training import build_locks
+from lorafleet.training.build_locks import clear_stale_locks
 from torch.utils.file_baton import FileBaton
-
-from training import build_locks
-from training.build_locks import clear_stale_locks
 
 BUILDER = """
 import sys, time

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from lorafleet.evaluation.metrics.scores import scores
+from lorafleet.jobs.loading.job_file import load_text
+from lorafleet.jobs.trials.schedule import Schedule
+from lorafleet.training.data import prepare
+from lorafleet.training.evaluation import evaluate_rows
+from lorafleet.training.model import load_base
+from lorafleet.training.session import TrainingSession
 
-from evaluation.metrics import scores
-from jobs.load import load_text
-from jobs.schedule import Schedule
 from tests.conftest import write_rows
 from tests.unit.chat_families import FAMILIES, Family, model_folder
-from training.data import prepare
-from training.evaluation import evaluate_rows
-from training.model import load_base
-from training.session import TrainingSession
 
 _STEPS = 120
 _ANSWERS = ("it is city 1.", "kind and sunny", "9", "no: weather")

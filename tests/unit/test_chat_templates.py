@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from lorafleet.jobs.data.answer_frame import AnswerFrame
+from lorafleet.jobs.data.chat_format import ChatFormat
+from lorafleet.jobs.data.chat_template import TemplateRefusal
+from lorafleet.jobs.data.conversation import Message
+from lorafleet.jobs.data.encoding import RowEncoder
+from lorafleet.jobs.data.row_formats import Row
 
-from jobs.answer_frame import AnswerFrame
-from jobs.chat_format import ChatFormat
-from jobs.chat_template import TemplateRefusal
-from jobs.conversation import Message
-from jobs.encoding import RowEncoder
-from jobs.row_formats import Row
 from tests.unit.chat_families import (
     BY_NAME,
     CHATML,
@@ -43,7 +43,7 @@ def spans_of(encoder: RowEncoder, row: Row) -> list[str]:
 
 def predicted(encoder: RowEncoder, prompt: list[int], written: list[int]) -> str:
     """What metrics make of tokens that a model writes after a prompt."""
-    from evaluation.generate import decoded
+    from lorafleet.evaluation.inference.generate import decoded
 
     chat = encoder.format
     return decoded(written, chat.ends, chat.tokenizer, chat.frame, prompt)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from lorafleet.cluster.planning.preflight import name_problems
+from lorafleet.evaluation.tokenizer import chat_format
+from lorafleet.jobs.data.adapters import adapter_refusal
+from lorafleet.jobs.data.hub import code_digest, code_refusal
+from lorafleet.jobs.errors import AssetError
+from lorafleet.training.model import load_base, load_tokenizer
 
-from cluster.check import name_problems
-from evaluation.tokenizer import chat_format
-from jobs.adapters import adapter_refusal
-from jobs.errors import AssetError
-from jobs.hub import code_digest, code_refusal
 from tests.conftest import JobMaker
-from training.model import load_base, load_tokenizer
 
 CPU = torch.device("cpu")
 

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lorafleet.jobs.data import columns
+from lorafleet.jobs.data.columns import ColumnRows
+from lorafleet.jobs.data.conversation import Message
+from lorafleet.jobs.data.row_formats import Row
+from lorafleet.jobs.data.row_lists import PackedRows, RowPacker
+from lorafleet.jobs.data.rows import Rows, load_rows, majority_share
+from lorafleet.jobs.data.splits import hold_back
+from lorafleet.jobs.errors import DataError
+from lorafleet.jobs.loading.job_file import load_text
 
-from jobs import columns
-from jobs.columns import ColumnRows
-from jobs.conversation import Message
-from jobs.errors import DataError
-from jobs.load import load_text
-from jobs.row_formats import Row
-from jobs.row_lists import PackedRows, RowPacker
-from jobs.rows import Rows, load_rows, majority_share
-from jobs.splits import hold_back
 from tests.conftest import ROOT
 from tests.unit.test_fuzz import STRANGE_TEXTS
 
@@ -186,7 +186,8 @@ def test_a_parquet_file_cannot_fill_the_memory(kind: str, tmp_path: Path) -> Non
     assert (tmp_path / "b.parquet").stat().st_size < 2_000_000
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
-        "from pathlib import Path; from jobs.data_files import read_records; from jobs.errors import DataError\n"
+        "from pathlib import Path; from lorafleet.jobs.data.data_files import read_records\n"
+        "from lorafleet.jobs.errors import DataError\n"
         f"try: print(sum(1 for _ in read_records(Path({str(tmp_path / 'b.parquet')!r}))))\n"
         "except DataError as error: print(error)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"

@@ -10,42 +10,50 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lorafleet.cluster.hardware import site_here
+from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.commands.compare import compare
+from lorafleet.commands.evaluate import class_order
+from lorafleet.evaluation.metrics.paired import Candidate
+from lorafleet.evaluation.metrics.paired import Comparison as Paired
+from lorafleet.evaluation.metrics.predictions import Classified, RowResults
+from lorafleet.evaluation.metrics.scores import scores
+from lorafleet.evaluation.metrics.summary import summary
+from lorafleet.evaluation.render.arm_table import pair_cells, pairs_table
+from lorafleet.evaluation.render.forms import html, markdown, terminal
+from lorafleet.evaluation.render.plots import _write_beside, arm_plots, plots
+from lorafleet.evaluation.render.wandb import _tables
+from lorafleet.evaluation.report.across_runs import across
+from lorafleet.evaluation.report.choose_arm import Choice, choose, front
+from lorafleet.evaluation.report.comparison import (
+    batches_of,
+    compare_arms,
+    finite_intervals,
+    finite_metrics,
+    list_pairs,
+)
+from lorafleet.evaluation.report.samples import differing, mistakes, worst
+from lorafleet.evaluation.report.search import build_report
+from lorafleet.evaluation.tokens import Split, folds_of, joined
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import JobFileError, UserError
+from lorafleet.jobs.loading.evaluate_job import Given, check_base, named, of_folder
+from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.report import Answer, Arm, Inference, Pair, Report, Row, Sample
+from lorafleet.jobs.runs.run import Run, TrialState
+from lorafleet.jobs.schema.comparison import Cost
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.schema.search import NamedMetric
+from lorafleet.jobs.trials import arms
+from lorafleet.jobs.trials import sampling as search
+from lorafleet.jobs.trials.trial_id import bases_of, known_revision
+from lorafleet.training.data import prepare
+from lorafleet.tuning.compare import Comparison
+from lorafleet.tuning.ledger import Ledger
+from lorafleet.tuning.proposals import GivenProposals, ThenSeeds, TpeProposals
 from rich.console import Console
 
-from cluster.machine import site_here
-from cluster.planning import make_plan
-from commands.compare import compare
-from commands.evaluate import class_order
-from evaluation.across import across
-from evaluation.arms_text import pair_cells, pairs_table
-from evaluation.choose import Choice, choose, front
-from evaluation.comparison import batches_of, compare_arms, finite_intervals, finite_metrics, list_pairs
-from evaluation.metrics import scores
-from evaluation.paired import Candidate
-from evaluation.paired import Comparison as Paired
-from evaluation.plots import _write_beside, arm_plots, plots
-from evaluation.render import html, markdown, terminal
-from evaluation.report import build_report
-from evaluation.results import Classified, RowResults
-from evaluation.samples import differing, mistakes, worst
-from evaluation.summary import summary
-from evaluation.tokens import Split, folds_of, joined
-from evaluation.wandb_report import _tables
-from jobs import arms, files, search
-from jobs.compare import Cost
-from jobs.errors import JobFileError, UserError
-from jobs.given import Given, check_base, named, of_folder
-from jobs.identity import bases_of, known_revision
-from jobs.load import LoadedJob
-from jobs.report import Answer, Arm, Inference, Pair, Report, Row, Sample
-from jobs.run import Run, TrialState
-from jobs.search_spec import NamedMetric
-from jobs.spec import JobSpec
 from tests.conftest import JobMaker
-from training.data import prepare
-from tuning.compare import Comparison
-from tuning.ledger import Ledger
-from tuning.proposals import GivenProposals, ThenSeeds, TpeProposals
 
 ACCURACY = NamedMetric(name="accuracy", goal="maximize")
 LOSS = NamedMetric(name="loss", goal="minimize")

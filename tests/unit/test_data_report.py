@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lorafleet.commands.data import data_view
+from lorafleet.evaluation.report.data import DataReport, data_report
+from lorafleet.jobs.loading.job_file import load_text
+from lorafleet.training.data import prepare
 
-from commands.data import data_view
-from evaluation.data_report import DataReport, data_report
-from jobs.load import load_text
 from tests.conftest import lorafleet_here, write_rows
 from tests.unit.chat_families import BY_NAME, model_folder
-from training.data import prepare
 
 
 def chat_row(question: str, answer: str, **more: Any) -> dict[str, Any]:
@@ -166,9 +166,9 @@ def test_without_the_model_the_rows_are_looked_at_all_the_same(tmp_path: Path) -
 
 def test_named_templates_and_files_of_templates(tmp_path: Path) -> None:
     """`data.chat_template`: a file, a name, or neither; and variables of the template."""
-    from evaluation.tokenizer import chat_format
-    from jobs.errors import JobFileError, UserError
-    from jobs.identity import facts_of, trial_id
+    from lorafleet.evaluation.tokenizer import chat_format
+    from lorafleet.jobs.errors import JobFileError, UserError
+    from lorafleet.jobs.trials.trial_id import facts_of, trial_id
 
     folder = model_folder(BY_NAME["qwen2.5"], tmp_path / "model")
     named = folder / "additional_chat_templates"

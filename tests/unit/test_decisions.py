@@ -7,37 +7,37 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from scipy import stats
-from sklearn.metrics import f1_score, log_loss, precision_score, recall_score
-
-from evaluation import paired
-from evaluation.baselines import majority_class, trivial_answers
-from evaluation.decide import Option, Wording, decide, explain, explain_open_question
-from evaluation.intervals import (
+from lorafleet.evaluation.metrics import paired
+from lorafleet.evaluation.metrics.intervals import (
     confidence_interval,
     contributions,
     mean_interval,
     missing_reason,
     wilson_interval,
 )
-from evaluation.metrics import scores
-from evaluation.paired import Candidate, Comparison, sign_flip_test
-from evaluation.results import Classified, RowResults
-from evaluation.verdict import (
+from lorafleet.evaluation.metrics.paired import Candidate, Comparison, sign_flip_test
+from lorafleet.evaluation.metrics.predictions import Classified, RowResults
+from lorafleet.evaluation.metrics.scores import scores
+from lorafleet.evaluation.report.baselines import majority_class, trivial_answers
+from lorafleet.evaluation.report.decide import Option, Wording, decide, explain, explain_open_question
+from lorafleet.evaluation.report.verdict import (
     check_against_baselines,
     check_convergence,
     check_predictions,
     check_rows,
     check_scores,
 )
-from jobs.conversation import Message
-from jobs.errors import JobFileError
-from jobs.report import Baseline, Recommendation
-from jobs.report import Row as TrialRow
-from jobs.row_formats import Row
-from jobs.rungs import Goal
-from jobs.spec import JobSpec
-from jobs.words import unsigned_zero
+from lorafleet.jobs.data.conversation import Message
+from lorafleet.jobs.data.row_formats import Row
+from lorafleet.jobs.errors import JobFileError
+from lorafleet.jobs.runs.report import Baseline, Recommendation
+from lorafleet.jobs.runs.report import Row as TrialRow
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.text import unsigned_zero
+from lorafleet.jobs.trials.asha import Goal
+from scipy import stats
+from sklearn.metrics import f1_score, log_loss, precision_score, recall_score
+
 from tests.conftest import JobMaker
 
 DATA_SETS = 4000

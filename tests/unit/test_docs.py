@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
+from lorafleet.jobs.data.data_files import DATA_SUFFIXES
+from lorafleet.jobs.data.row_formats import convert, row_format
+from lorafleet.jobs.loading.job_file import load_text
+from lorafleet.jobs.schema.job import DataFormat, DataSpec, JobSpec
 from pydantic import BaseModel
 
-from jobs.data_files import DATA_SUFFIXES
-from jobs.load import load_text
-from jobs.row_formats import convert, row_format
-from jobs.spec import DataFormat, DataSpec, JobSpec
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -103,7 +103,7 @@ def test_the_readmes_job_loads() -> None:
 
 
 def test_every_command_of_the_readme_exists() -> None:
-    from commands.cli import app
+    from lorafleet.commands.cli import app
 
     known = {command.name for command in app.registered_commands}
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))

@@ -10,23 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+from lorafleet.cluster.planning.plan import make_plan, refuse_attention
+from lorafleet.commands.plan import plan_lines
+from lorafleet.jobs.errors import JobFileError, UserError
+from lorafleet.jobs.loading.aliases import FIELD_ALIASES, HF_ARGUMENTS
+from lorafleet.jobs.loading.job_file import load_text
+from lorafleet.jobs.loading.unused_fields import unused_notes
+from lorafleet.jobs.schema import field_paths as fields
+from lorafleet.jobs.schema.job import TrainSpec
+from lorafleet.jobs.schema.precision import planned_formats
+from lorafleet.jobs.sites.base import LocalSite
+from lorafleet.jobs.trials.arms import own_job
+from lorafleet.jobs.trials.sampling import NOT_IDENTITY
+from lorafleet.training.model import check_formats
+from lorafleet.training.optim import rate_factor
 
-from cluster.planning import make_plan, refuse_attention
-from commands.plan import plan_lines
-from jobs import fields
-from jobs.aliases import FIELD_ALIASES, HF_ARGUMENTS
-from jobs.arms import own_job
-from jobs.errors import JobFileError, UserError
-from jobs.load import load_text
-from jobs.precision import planned_formats
-from jobs.search import NOT_IDENTITY
-from jobs.site import LocalSite
-from jobs.spec import TrainSpec
-from jobs.unused import unused_notes
 from tests.conftest import JobMaker, lorafleet_here, write_rows
 from tests.unit.test_training import finish, session
-from training.model import check_formats
-from training.optim import rate_factor
 
 HEAD = "name: x\ntask: classification\nmodel: {model_name_or_path: asset:minilm-l6}\ndata: {train_file: x.jsonl}\n"
 CPU_SITE = LocalSite(cpus=4, memory_gib=16.0)

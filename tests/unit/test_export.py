@@ -10,29 +10,40 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lorafleet.commands.common import Format, ended_by_signals
+from lorafleet.commands.deliver import show_exported
+from lorafleet.deployment import extras, runtime, tensorrt
+from lorafleet.deployment.answers import pieces
+from lorafleet.deployment.availability import Unavailable, why_not
+from lorafleet.deployment.benchmark import fitting
+from lorafleet.deployment.card import licence
+from lorafleet.deployment.decoding import RowByRow, Sampling, left_padded, positions_of, probabilities, write
+from lorafleet.deployment.export import PromptFrame, _sweep_up, prompt_frame
+from lorafleet.deployment.merge import Source
+from lorafleet.deployment.parity import HeldOut
+from lorafleet.deployment.runtime import Loaded, check_provider, read_artefact
+from lorafleet.evaluation.report.model_of_run import Shipped
+from lorafleet.evaluation.tokens import TokenData
+from lorafleet.jobs import files
+from lorafleet.jobs.data.answer_frame import AnswerFrame
+from lorafleet.jobs.data.chat_format import ChatFormat
+from lorafleet.jobs.data.conversation import Message
+from lorafleet.jobs.errors import JobFileError, UserError
+from lorafleet.jobs.runs.export_result import (
+    Artefact,
+    Budget,
+    Exported,
+    Judged,
+    Made,
+    Offer,
+    Parity,
+    metric_drop,
+    pick,
+    verdict,
+)
+from lorafleet.jobs.runs.run import Run
+from lorafleet.jobs.schema.export import Gate, gate_of
 
-from commands.common import Format, ended_by_signals
-from commands.deliver import show_exported
-from deployment import extras, runtime, tensorrt
-from deployment.answers import pieces
-from deployment.benchmark import fitting
-from deployment.card import licence
-from deployment.decoding import RowByRow, Sampling, left_padded, positions_of, probabilities, write
-from deployment.export import PromptFrame, _sweep_up, prompt_frame
-from deployment.merge import Source
-from deployment.parity import HeldOut
-from deployment.runtime import Loaded, check_provider, read_artefact
-from deployment.unavailable import Unavailable, why_not
-from evaluation.shipped import Shipped
-from evaluation.tokens import TokenData
-from jobs import files
-from jobs.answer_frame import AnswerFrame
-from jobs.chat_format import ChatFormat
-from jobs.conversation import Message
-from jobs.errors import JobFileError, UserError
-from jobs.export import Gate, gate_of
-from jobs.exported import Artefact, Budget, Exported, Judged, Made, Offer, Parity, metric_drop, pick, verdict
-from jobs.run import Run
 from tests.conftest import ROOT, JobMaker, lorafleet_here
 
 
@@ -438,7 +449,7 @@ def test_runners_need_three_packages_alone() -> None:
         foreign = {name.partition(".")[0] for name in named} - sys.stdlib_module_names
         beside = {"answer_frame"} if runner.name == "write.py" else set()
         assert foreign - beside == {"onnxruntime", "numpy", "tokenizers"}, runner
-    frame = ast.parse((ROOT / "jobs" / "answer_frame.py").read_text())  # is copied beside them
+    frame = ast.parse((ROOT / "jobs" / "data" / "answer_frame.py").read_text())  # is copied beside them
     modules = {str(node.module).partition(".")[0] for node in ast.walk(frame) if isinstance(node, ast.ImportFrom)}
     assert modules <= sys.stdlib_module_names
     assert not any(isinstance(node, ast.Import) for node in ast.walk(frame))

@@ -15,22 +15,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from lorafleet.jobs.errors import FAILURE_CLASSES, DataError, RunError, TrainingFailure, disk_full
+from lorafleet.jobs.runs.run import Run, Trial, TrialState
+from lorafleet.jobs.schema.job import RetriesSpec
+from lorafleet.jobs.trials.retries import retry_number
+from lorafleet.training.watchdog import Watchdog
+from lorafleet.tuning.failures import SpoiledProcess, classify, host_failure, is_device_error
+from lorafleet.tuning.ledger import Ledger
+from lorafleet.tuning.trial_run import OneRowTooMany
 
-from jobs.errors import FAILURE_CLASSES, DataError, RunError, TrainingFailure, disk_full
-from jobs.retries import retry_number
-from jobs.run import Run, Trial, TrialState
-from jobs.spec import RetriesSpec
 from tests.conftest import ROOT, JobMaker, lorafleet_here
-from training.watchdog import Watchdog
-from tuning.faults import SpoiledProcess, classify, host_failure, is_device_error
-from tuning.ledger import Ledger
-from tuning.trial_run import OneRowTooMany
 
 
 def test_where_faults_are_planted_there_is_something() -> None:
     """A function that is renamed would leave its long tests to fail, which are not run every day."""
     texts = [path.read_text() for path in (ROOT / "tests" / "processes").glob("*.py")]
-    places = {found for text in texts for found in re.findall(r'"((?:training|tuning)[a-z_.]*:[A-Za-z_.]+)"', text)}
+    places = {
+        found for text in texts for found in re.findall(r'"(lorafleet\.(?:training|tuning)[a-z_.]*:[A-Za-z_.]+)"', text)
+    }
     assert len(places) >= 6
     for place in places:
         module, _, path = place.partition(":")
@@ -183,7 +185,7 @@ def test_the_watchdog_writes_stacks_and_then_ends_a_process_that_sleeps_on(tmp_p
     code = f"""
 import time
 from pathlib import Path
-from training import watchdog
+from lorafleet.training import watchdog
 watchdog._LAST_SECONDS = 3.0
 dog = watchdog.Watchdog(Path({str(stacks)!r}), 0.5)
 dog.beat()
@@ -222,7 +224,7 @@ def test_a_disk_that_is_full_at_the_start(kilobytes: int, bert_job: JobMaker, tm
 
 def test_a_ray_that_does_not_come_up_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With more time each, and what its processes said is kept. Their failure itself is a stand-in."""
-    from tuning import local_ray
+    from lorafleet.tuning import local_ray
 
     tried: list[int] = []
 

@@ -132,7 +132,7 @@ def _job_files(data: st.DataObject, folder: Path, model: Path) -> None:
 
 def _overrides(data: st.DataObject, folder: Path, model: Path) -> None:
     (folder / "fixed.yaml").write_bytes(dumped(job_tree("quickstart", folder, model)))
-    from jobs import fields
+    from lorafleet.jobs.schema import field_paths as fields
 
     keys = st.sampled_from(sorted(fields.leaves())) | STRANGE_TEXTS | st.text(max_size=12)
     values = TREES.map(json.dumps) | STRANGE_TEXTS | st.text(max_size=12)
@@ -145,8 +145,8 @@ def _site_files(data: st.DataObject, folder: Path, model: Path) -> None:
     paths = sorted((ROOT / "examples" / "sites").glob("*.yaml"))
     tree = yaml.safe_load(data.draw(st.sampled_from(paths)).read_text())
     (folder / "site.yaml").write_bytes(spoilt(data, dumped(changed(data, tree))))
-    from jobs.errors import UserError
-    from jobs.site_file import load_site
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.jobs.loading.site_file import load_site
 
     try:
         load_site(str(folder / "site.yaml"))
@@ -175,8 +175,8 @@ trl: {model_name_or_path: org/name, dataset_name: org/data, use_peft: true, lora
 
 
 def _data_files(data: st.DataObject, folder: Path, model: Path) -> None:
-    from jobs.data_files import DATA_SUFFIXES, read_records
-    from jobs.errors import DataError
+    from lorafleet.jobs.data.data_files import DATA_SUFFIXES, read_records
+    from lorafleet.jobs.errors import DataError
 
     rows = data.draw(st.lists(st.dictionaries(STRANGE_TEXTS, TREES, max_size=3), max_size=3))
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -194,9 +194,9 @@ def _data_files(data: st.DataObject, folder: Path, model: Path) -> None:
 
 def _rows_of_a_job(data: st.DataObject, folder: Path, model: Path) -> None:
     """Rows of all known shapes with strange values in them, as `data` and `validate` read them."""
-    from jobs.errors import UserError
-    from jobs.load import load_text
-    from jobs.rows import load_rows
+    from lorafleet.jobs.data.rows import load_rows
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.jobs.loading.job_file import load_text
 
     shapes = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},

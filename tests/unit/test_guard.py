@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from lorafleet.evaluation.report.human_rating import CRITERIA, Item, Notebook
+from lorafleet.webapp import guard
+from lorafleet.webapp.guard import unusable
+from lorafleet.webapp.openai import Limits, serving_app
+from lorafleet.webapp.rate import rating_app
 
-from evaluation.rating import CRITERIA, Item, Notebook
 from tests.unit.test_export import Counting
 from tests.unit.test_serve import loaded, running
-from webapp import guard
-from webapp.guard import unusable
-from webapp.openai import Limits, serving_app
-from webapp.rate import rating_app
 
 TOKEN = "t0ken"
 

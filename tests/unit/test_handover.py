@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from cluster.transfer import Unpacker, record
-from cluster.transfer import pack as pack_record
-from jobs import files
-from jobs.errors import CommandFailed, RunError
-from jobs.handover import pack, unpack
-from jobs.run import Run, RunState
+from lorafleet.cluster.remote.transfer import Unpacker, record
+from lorafleet.cluster.remote.transfer import pack as pack_record
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import CommandFailed, RunError
+from lorafleet.jobs.runs.bundle import pack, unpack
+from lorafleet.jobs.runs.run import Run, RunState
 
 TEXTS = {"job.yaml": "name: x\n", "resolved.json": "{}\n", "plan.json": '{"schema_version": 1}\n'}
 

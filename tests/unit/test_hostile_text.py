@@ -10,13 +10,12 @@ import unicodedata
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from lorafleet.commands.screen import Harmless, Screen
+from lorafleet.evaluation.render.trial_table import plain
+from lorafleet.jobs.text import printable, printable_json
 from markdown_it import MarkdownIt
 from rich.table import Table
 from rich.text import Text
-
-from commands.screen import Harmless, Screen
-from evaluation.report_text import plain
-from jobs.words import printable, printable_json
 
 STEERING = ["\x1b[2J\x1b[H", "\x1b]0;title\x07", "\x1b]8;;http://evil\x1b\\here\x1b]8;;\x1b\\", "\x9b31m",
             "a\rb", "\x08\x08", "\x1b[?1049h", "\x1bP0q\x1b\\", "\u202eevil\u202c", "\u2066x\u2069", "\ufeff", "\ud800",

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from lorafleet.jobs.loading.import_sweep import translate_sweep
+from lorafleet.jobs.loading.importers import Translation, translate
+from lorafleet.jobs.loading.job_file import load_job, load_text
+from lorafleet.jobs.schema import field_paths as fields
+from lorafleet.jobs.trials import arms
 
-from jobs import arms, fields
-from jobs.load import load_job, load_text
-from jobs.translate import Translation, translate
-from jobs.translate_sweep import translate_sweep
 from tests.conftest import lorafleet_here
 
 PUBLISHED = {

@@ -11,13 +11,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from lorafleet.jobs.errors import JobFileError, UserError
+from lorafleet.jobs.loading import yaml12
+from lorafleet.jobs.loading.job_file import json_schema, load_job, load_text
+from lorafleet.jobs.schema import field_paths as fields
+from lorafleet.jobs.schema.base import Spec
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.trials import sampling as search
+from lorafleet.jobs.trials.trial_id import Facts, trial_id
 
-from jobs import fields, search, yaml12
-from jobs.base import Spec
-from jobs.errors import JobFileError, UserError
-from jobs.identity import Facts, trial_id
-from jobs.load import json_schema, load_job, load_text
-from jobs.spec import JobSpec
 from tests.conftest import ROOT, JobMaker, lorafleet_here
 
 EXAMPLES = sorted([*(ROOT / "examples").glob("*.yaml"), *(ROOT / "examples" / "studies").glob("*.yaml")])
@@ -41,7 +43,7 @@ def test_every_example_loads_and_fits_the_schema(path: Path) -> None:
 def test_every_bad_job_file_gets_its_sentence(path: Path) -> None:
     expected = path.read_text().splitlines()[0].removeprefix("# expect: ")
     with pytest.raises(JobFileError) as caught:
-        from cluster.check import check_names
+        from lorafleet.cluster.planning.preflight import check_names
 
         check_names(load_job(path))
     assert expected in str(caught.value)

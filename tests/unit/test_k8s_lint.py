@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from lorafleet.jobs.runs.run import RunState
+from lorafleet.k8s.crd import Schema
+from lorafleet.k8s.lint import RULES, get, lint, quantity
+from lorafleet.k8s.states import job_state, why_pending
 
-from jobs.run import RunState
-from k8s.crd import Schema
-from k8s.lint import RULES, get, lint, quantity
-from k8s.states import job_state, why_pending
 from tests.conftest import ROOT
 from tests.unit.test_k8s_render import bare, rayjob, schema, sites
 

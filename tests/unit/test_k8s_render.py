@@ -12,14 +12,13 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-
-from jobs.errors import PlacementRefused
-from jobs.kubernetes_site import KubernetesSite
-from jobs.placement import nodes_of_job
-from jobs.site_file import load_site
-from k8s.crd import Schema
-from k8s.lint import get, lint, lint_site, templates
-from k8s.render import (
+from lorafleet.jobs.errors import PlacementRefused
+from lorafleet.jobs.loading.site_file import load_site
+from lorafleet.jobs.sites.kubernetes import KubernetesSite
+from lorafleet.jobs.sites.placement import nodes_of_job
+from lorafleet.k8s.crd import Schema
+from lorafleet.k8s.lint import get, lint, lint_site, templates
+from lorafleet.k8s.render import (
     Order,
     entrypoint,
     merged,
@@ -27,6 +26,7 @@ from k8s.render import (
     render,
     to_yaml,
 )
+
 from tests.conftest import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "kubernetes"

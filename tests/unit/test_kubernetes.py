@@ -7,20 +7,20 @@ from typing import Any
 
 import pytest
 import yaml
+from lorafleet.cluster.remote.staging import named_paths, not_brought, remember
+from lorafleet.cluster.remote.transfer import Cargo
+from lorafleet.commands.execute import _as_a_job
+from lorafleet.jobs.errors import ExitCode, JobFileError, PlacementRefused, UserError
+from lorafleet.jobs.loading.site_file import load_site
+from lorafleet.jobs.runs.plan import MANIFEST
+from lorafleet.jobs.runs.run import Run
+from lorafleet.jobs.sites.kubernetes import KubernetesSite, Toleration
+from lorafleet.k8s.backend import KubernetesBackend
+from lorafleet.k8s.crd import Schema
+from lorafleet.k8s.doctor import RIGHTS
+from lorafleet.k8s.lint import get
+from lorafleet.k8s.render import render
 
-from cluster.kubernetes_backend import KubernetesBackend
-from cluster.kubernetes_doctor import RIGHTS
-from cluster.staging import named_paths, not_brought, remember
-from cluster.transfer import Cargo
-from commands.execute import _as_a_job
-from jobs.errors import ExitCode, JobFileError, PlacementRefused, UserError
-from jobs.kubernetes_site import KubernetesSite, Toleration
-from jobs.plan import MANIFEST
-from jobs.run import Run
-from jobs.site_file import load_site
-from k8s.crd import Schema
-from k8s.lint import get
-from k8s.render import render
 from tests.conftest import ROOT, JobMaker, lorafleet_here
 from tests.unit.test_k8s_render import IMAGE, ORDER, bare
 

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
-from jobs import files, lease
-from jobs.errors import RunError
-from jobs.lease import Lease, StaleAttempt
-from jobs.run import Run, RunState, TrialState
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import RunError
+from lorafleet.jobs.runs import lease
+from lorafleet.jobs.runs.lease import Lease, StaleAttempt
+from lorafleet.jobs.runs.run import Run, RunState, TrialState
 
 
 def as_if_elsewhere(run: Path, attempt: int, **more: object) -> Path:
@@ -37,7 +37,7 @@ def test_one_after_the_other(tmp_path: Path) -> None:
 
 def test_a_killed_driver_of_this_machine_is_gone_at_once(tmp_path: Path) -> None:
     begin = f"Lease.take(Path({str(tmp_path)!r}), {{}})"
-    code = f"import os; from pathlib import Path; from jobs.lease import Lease; {begin}; os._exit(9)"
+    code = f"import os; from pathlib import Path; from lorafleet.jobs.runs.lease import Lease; {begin}; os._exit(9)"
     subprocess.run([sys.executable, "-c", code], check=False)
     began = time.monotonic()
     assert Lease.take(tmp_path, {}).attempt == 2

@@ -7,16 +7,16 @@ import json
 from pathlib import Path
 
 import pytest
+from lorafleet.cluster.planning.memory import estimate, trained_parameters
+from lorafleet.cluster.planning.model_shape import shape
+from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.commands.plan import plan_view
+from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.plan import MemoryEstimate
+from lorafleet.jobs.sites.base import LocalSite
 from rich.console import Console
 
 from benchmarks.memory_model import LLAMA, published
-from cluster.memory import estimate, trained_parameters
-from cluster.planning import make_plan
-from cluster.shape import shape
-from commands.plan import plan_view
-from jobs.load import LoadedJob
-from jobs.plan import MemoryEstimate
-from jobs.site import LocalSite
 from tests.conftest import JobMaker
 from tests.unit.test_training import session
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from lorafleet.jobs.errors import JobFileError, UserError
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.trials.trial_id import Facts, trial_id
+from lorafleet.training.data import make_batch, prepare
+from lorafleet.training.methods import trained_parameters
+from lorafleet.training.model import Base, load_base
+from lorafleet.training.optim import build_optimizer, set_rate
 
-from jobs.errors import JobFileError, UserError
-from jobs.identity import Facts, trial_id
-from jobs.spec import JobSpec
 from tests.conftest import JobMaker
 from tests.unit.test_training import CPU, checksum, equal, finish, session
-from training.data import make_batch, prepare
-from training.methods import trained_parameters
-from training.model import Base, load_base
-from training.optim import build_optimizer, set_rate
 
 METHODS = {
     "lora": {},

@@ -14,27 +14,27 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lorafleet.evaluation.inference.generate import decoded, write_answers
+from lorafleet.evaluation.metrics import bertscore, custom
+from lorafleet.evaluation.metrics.predictions import Classified, RowResults, from_records
+from lorafleet.evaluation.metrics.scores import confusion, per_class, scores
+from lorafleet.evaluation.metrics.summary import read_results, summary
+from lorafleet.evaluation.metrics.text import MOST_WORDS, text_metrics
+from lorafleet.jobs import files
+from lorafleet.jobs.data.chat_format import ChatFormat
+from lorafleet.jobs.data.encoding import RowEncoder
+from lorafleet.jobs.data.row_formats import Row
+from lorafleet.jobs.errors import AssetError, JobFileError, UserError
+from lorafleet.jobs.schema.job import CustomMetric, EvaluateSpec
+from lorafleet.training.data import prepare
+from lorafleet.training.evaluation import evaluate_rows
+from lorafleet.training.methods import attach, load_weights, trained_parameters
+from lorafleet.training.model import check_class_order, load_base, load_tokenizer
 from rouge_score.rouge_scorer import RougeScorer
 from torch import nn
 
-from evaluation import bertscore, custom
-from evaluation.generate import decoded, write_answers
-from evaluation.metrics import confusion, per_class, scores
-from evaluation.results import Classified, RowResults, from_records
-from evaluation.summary import read_results, summary
-from evaluation.text_metrics import MOST_WORDS, text_metrics
-from jobs import files
-from jobs.chat_format import ChatFormat
-from jobs.encoding import RowEncoder
-from jobs.errors import AssetError, JobFileError, UserError
-from jobs.row_formats import Row
-from jobs.spec import CustomMetric, EvaluateSpec
 from tests.conftest import JobMaker, opinions, write_rows
 from tests.unit.test_training import CPU, finish, session
-from training.data import prepare
-from training.evaluation import evaluate_rows
-from training.methods import attach, load_weights, trained_parameters
-from training.model import check_class_order, load_base, load_tokenizer
 
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 PAIRS = [
@@ -230,7 +230,7 @@ class Longest(evaluate.Metric):
 def test_a_path_is_looked_at_before_anything_runs(
     function: str, sentence: str, metric_file: Path, llama_job: JobMaker
 ) -> None:
-    from cluster.check import check_names
+    from lorafleet.cluster.planning.preflight import check_names
 
     loaded = llama_job("evaluate: {custom_metrics: {mine: {function: " + function + "}}}")
     with pytest.raises(JobFileError) as caught:

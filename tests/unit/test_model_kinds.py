@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-
-from cluster.check import check_names
-from cluster.planning import make_plan
-from jobs import model_kinds
-from jobs.arms import own_job
-from jobs.errors import AssetError, JobFileError, UserError
-from jobs.load import load_text
-from jobs.model_kinds import (
+from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.cluster.planning.preflight import check_names
+from lorafleet.jobs.errors import AssetError, JobFileError, UserError
+from lorafleet.jobs.loading.job_file import load_text
+from lorafleet.jobs.schema import model_kinds
+from lorafleet.jobs.schema.model_kinds import (
     CAUSAL_TYPES,
     DECODER_IF_SAID,
     ENCODER_DECODERS,
@@ -26,14 +24,16 @@ from jobs.model_kinds import (
     is_causal,
     learnt_positions,
 )
-from jobs.site import LocalSite
+from lorafleet.jobs.sites.base import LocalSite
+from lorafleet.jobs.trials.arms import own_job
+from lorafleet.training.data import make_batch, prepare
+from lorafleet.training.evaluation import evaluate_rows
+from lorafleet.training.methods import attach, load_weights
+from lorafleet.training.model import load_base
+
 from tests.conftest import JobMaker, lorafleet_here, write_rows
 from tests.unit.test_training import CPU, finish, session
 from tests.unit.tiny_models import save_tiny, tiny_config
-from training.data import make_batch, prepare
-from training.evaluation import evaluate_rows
-from training.methods import attach, load_weights
-from training.model import load_base
 
 NOT_CAUSAL_TEXT = {
     **dict.fromkeys(("whisper", "moshi", "trocr", "git", "got_ocr2", "moss_transcribe_diarize"), "not text alone"),

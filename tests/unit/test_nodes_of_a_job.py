@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from cluster.allocation import how_the_last_ended, restarts_without_progress
-from cluster.node import (
+from lorafleet.cluster.execution.allocation import how_the_last_ended, restarts_without_progress
+from lorafleet.cluster.execution.node import (
     PINNED,
     busy_ports,
     check_starts,
@@ -24,10 +23,10 @@ from cluster.node import (
     starts_without_driver,
     versions,
 )
-from jobs import files
-from jobs.errors import PlacementRefused
-from jobs.run import Run
-from jobs.stage import stage, staged
+from lorafleet.jobs import files
+from lorafleet.jobs.data.local_copy import stage, staged
+from lorafleet.jobs.errors import PlacementRefused
+from lorafleet.jobs.runs.run import Run
 
 
 def report(number: int, **changed: Any) -> dict[str, Any]:
@@ -223,7 +222,7 @@ def test_a_pod_that_goes_has_the_run_saved(tmp_path: Path, monkeypatch: pytest.M
         assert stop.read_text() == ""
         (attempts / "1.end").touch()
 
-    monkeypatch.setattr("cluster.node.time.sleep", ends)
+    monkeypatch.setattr("lorafleet.cluster.execution.node.time.sleep", ends)
     leave(run, 60, drain=False)
     assert len(slept) == 1
     stop.unlink()

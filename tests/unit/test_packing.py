@@ -10,20 +10,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lorafleet.evaluation.tokens import Split, packed, packs
+from lorafleet.jobs.errors import JobFileError, UserError
+from lorafleet.jobs.runs.run import Run
+from lorafleet.jobs.schema.job import TrainSpec
+from lorafleet.jobs.trials.trial_id import Facts, trial_id
+from lorafleet.training.data import make_packed_batch, prepare
+from lorafleet.training.model import load_base
+from lorafleet.training.optim import rate_factor
+from lorafleet.training.session import TrainingSession
+from lorafleet.tuning.trial_run import TrialRun, Work
 
-from evaluation.tokens import Split, packed, packs
-from jobs.errors import JobFileError, UserError
-from jobs.identity import Facts, trial_id
-from jobs.run import Run
-from jobs.spec import TrainSpec
 from tests.conftest import JobMaker, write_rows
 from tests.unit.test_training import CPU, finish, session
 from tests.unit.tiny_models import save_tiny
-from training.data import make_packed_batch, prepare
-from training.model import load_base
-from training.optim import rate_factor
-from training.session import TrainingSession
-from tuning.trial_run import TrialRun, Work
 
 
 def _best_fit_decreasing(lengths: list[int], most: int) -> list[int]:

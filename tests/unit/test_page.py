@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from lorafleet.evaluation.render.forms import html
+from lorafleet.evaluation.report.search import build_report
+from lorafleet.jobs.runs.run import Run
 
-from evaluation.render import html
-from evaluation.report import build_report
-from jobs.run import Run
 from tests.unit.test_run_and_report import finished  # noqa: F401 - a fixture
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

@@ -6,12 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-
-from jobs import files
-from jobs.errors import RunError
-from jobs.lease import Lease, StaleAttempt
-from jobs.run import Run, RunState, TrialState
-from tuning.parts import gather
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import RunError
+from lorafleet.jobs.runs.lease import Lease, StaleAttempt
+from lorafleet.jobs.runs.run import Run, RunState, TrialState
+from lorafleet.tuning.array_tasks import gather
 
 
 def a_part(run: Run, number: int, attempts: int) -> Run:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from lorafleet.cluster.hardware import site_here
+from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.evaluation.report.across_runs import across
+from lorafleet.evaluation.report.model_of_run import shipped
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import RunError
+from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.run import Run, RunState, TrialState
+from lorafleet.jobs.trials.trial_id import prompt_format
 
-from cluster.machine import site_here
-from cluster.planning import make_plan
-from evaluation.across import across
-from evaluation.shipped import shipped
-from jobs import files
-from jobs.errors import RunError
-from jobs.identity import prompt_format
-from jobs.load import LoadedJob
-from jobs.run import Run, RunState, TrialState
 from tests.conftest import JobMaker, lorafleet_here
 
 

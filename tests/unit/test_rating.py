@@ -10,17 +10,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lorafleet.cluster.hardware import site_here
+from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.evaluation.render.forms import html, markdown
+from lorafleet.evaluation.report.human_rating import (
+    CRITERIA,
+    Notebook,
+    alpha,
+    checked_rater,
+    folder_of,
+    ratings_of,
+    sheet,
+    sheet_of_run,
+)
+from lorafleet.evaluation.report.search import build_report
+from lorafleet.jobs import files
+from lorafleet.jobs.data.conversation import Message
+from lorafleet.jobs.data.row_formats import Row
+from lorafleet.jobs.errors import RunError, UserError
+from lorafleet.jobs.runs.run import Run, RunState, TrialState
 
-from cluster.machine import site_here
-from cluster.planning import make_plan
-from evaluation.rating import CRITERIA, Notebook, alpha, checked_rater, folder_of, ratings_of, sheet, sheet_of_run
-from evaluation.render import html, markdown
-from evaluation.report import build_report
-from jobs import files
-from jobs.conversation import Message
-from jobs.errors import RunError, UserError
-from jobs.row_formats import Row
-from jobs.run import Run, RunState, TrialState
 from tests.conftest import JobMaker
 
 ROWS = [{"prompt": f"is it <b>row {row}</b>?", "reference": "good"} for row in range(6)]

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lorafleet.jobs.data.conversation import Message
+from lorafleet.jobs.data.row_formats import Row
+from lorafleet.jobs.data.rows import Rows, load_rows
+from lorafleet.jobs.errors import DataError, JobFileError
+from lorafleet.jobs.loading.job_file import load_text
 
-from jobs.conversation import Message
-from jobs.errors import DataError, JobFileError
-from jobs.load import load_text
-from jobs.row_formats import Row
-from jobs.rows import Rows, load_rows
 from tests.conftest import write_rows
 
 USER, ANSWER = Message("user", "u"), Message("assistant", "a")

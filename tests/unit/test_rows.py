@@ -12,16 +12,16 @@ import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lorafleet.jobs.data.conversation import Message
+from lorafleet.jobs.data.row_formats import Row
+from lorafleet.jobs.data.row_lists import RowPacker
+from lorafleet.jobs.data.rows import Rows, load_rows, majority_share
+from lorafleet.jobs.data.splits import hold_back, sample_rows
+from lorafleet.jobs.errors import DataError, JobFileError
+from lorafleet.jobs.loading.job_file import load_text
+from lorafleet.jobs.schema.job import JobSpec
 from pyarrow import parquet
 
-from jobs.conversation import Message
-from jobs.errors import DataError, JobFileError
-from jobs.load import load_text
-from jobs.row_formats import Row
-from jobs.row_lists import RowPacker
-from jobs.rows import Rows, load_rows, majority_share
-from jobs.spec import JobSpec
-from jobs.splits import hold_back, sample_rows
 from tests.conftest import write_rows
 
 GOOD_LINE = '{"text": "fine", "label": "a"}\n{"text": "bad", "label": "b"}\n'

@@ -16,22 +16,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lorafleet.cluster import run_index as store
+from lorafleet.cluster.local import write_run
+from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.commands.view import trial_lines
+from lorafleet.evaluation.metrics.predictions import Classified, RowResults, serialize
+from lorafleet.evaluation.render.forms import html, markdown, table_csv, terminal
+from lorafleet.evaluation.render.trial_table import columns, terminal_columns
+from lorafleet.evaluation.report.recommend_trial import SearchRule, recommend
+from lorafleet.evaluation.report.search import build_report, report_json, write_report
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import RunError
+from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.report import Recommendation, Row
+from lorafleet.jobs.runs.run import Run, RunState, TrialState
+from lorafleet.jobs.sites.base import LocalSite
 
-from cluster import store
-from cluster.local import write_run
-from cluster.planning import make_plan
-from commands.view import trial_lines
-from evaluation.recommend import SearchRule, recommend
-from evaluation.render import html, markdown, table_csv, terminal
-from evaluation.report import build_report, report_json, write_report
-from evaluation.report_text import columns, terminal_columns
-from evaluation.results import Classified, RowResults, serialize
-from jobs import files
-from jobs.errors import RunError
-from jobs.load import LoadedJob
-from jobs.report import Recommendation, Row
-from jobs.run import Run, RunState, TrialState
-from jobs.site import LocalSite
 from tests.conftest import JobMaker, lorafleet_here
 
 EVIL = "<script>alert('x')</script>"
@@ -474,8 +474,8 @@ def test_a_plan_of_tpe_shows_the_start_up_trials_and_counts_the_others(bert_job:
 
 def test_a_large_report_folds_its_rows_and_draws_the_best(finished: Run) -> None:
     """Of 900 trials 100 rows are seen at once and the best 100 curves are drawn; no row is left out of the page."""
-    from evaluation.plots import plots
-    from evaluation.render import html
+    from lorafleet.evaluation.render.forms import html
+    from lorafleet.evaluation.render.plots import plots
 
     report = build_report(finished)
     row = report.row("bbbb")

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+from lorafleet.jobs.data.hub import lacks_weights, model_config, parameter_count
+from lorafleet.jobs.errors import AssetError, JobFileError
+from lorafleet.jobs.loading.job_file import load_text
+from lorafleet.jobs.text import cut, one_line
 
-from jobs.errors import AssetError, JobFileError
-from jobs.hub import lacks_weights, model_config, parameter_count
-from jobs.load import load_text
-from jobs.words import cut, one_line
 from tests.conftest import lorafleet_here
 from tests.unit.test_early_checks import HEAD
 

@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi import FastAPI
+from lorafleet.commands.serve import production
+from lorafleet.deployment.chat_template import framed as framed_by
+from lorafleet.deployment.runtime import Loaded
+from lorafleet.jobs.errors import UserError
+from lorafleet.jobs.runs.export_result import Artefact
+from lorafleet.webapp.guard import server_of
+from lorafleet.webapp.local import free_socket
+from lorafleet.webapp.openai import Limits, serving_app
 
-from commands.serve import production
-from deployment.conversation import framed as framed_by
-from deployment.runtime import Loaded
-from jobs.errors import UserError
-from jobs.exported import Artefact
 from tests.conftest import lorafleet_here
 from tests.unit.test_export import ABOUT, Counting
-from webapp.guard import server_of
-from webapp.local import free_socket
-from webapp.openai import Limits, serving_app
 
 TOKEN = "a-word"
 USUAL = Limits()

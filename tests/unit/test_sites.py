@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from jobs.base import Spec
-from jobs.errors import JobFileError
-from jobs.site_file import load_site
-from jobs.slurm_site import SlurmSite, slurm_seconds
+from lorafleet.jobs.errors import JobFileError
+from lorafleet.jobs.loading.site_file import load_site
+from lorafleet.jobs.schema.base import Spec
+from lorafleet.jobs.sites.slurm import SlurmSite, slurm_seconds
 
 PLAIN = """
 kind: slurm

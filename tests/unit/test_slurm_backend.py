@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from cluster.slurm_backend import SlurmBackend, exit_code, seen
-from cluster.slurm_draft import Hardware, draft, hardware
-from jobs.errors import JobFileError, PlacementRefused, UserError
-from jobs.load import load_text
-from jobs.run import Run, RunState
-from jobs.site_file import load_site
-from slurm import client
-from slurm.records import JobRecord, from_sacct, from_squeue
+from lorafleet.jobs.errors import JobFileError, PlacementRefused, UserError
+from lorafleet.jobs.loading.job_file import load_text
+from lorafleet.jobs.loading.site_file import load_site
+from lorafleet.jobs.runs.run import Run, RunState
+from lorafleet.slurm import client
+from lorafleet.slurm.accounting import JobRecord, from_sacct, from_squeue
+from lorafleet.slurm.backend import SlurmBackend, exit_code, seen
+from lorafleet.slurm.discover import Hardware, draft, hardware
 
 
 @pytest.fixture

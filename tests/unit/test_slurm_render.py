@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from jobs.errors import PlacementRefused
-from jobs.orphans import clear_orphans
-from jobs.placement import nodes_of_job
-from jobs.site_file import load_site
-from jobs.slurm_site import SlurmSite
-from slurm.render import JOB, NODE, Script, bash_path, options, render, submission
+from lorafleet.jobs.errors import PlacementRefused
+from lorafleet.jobs.loading.site_file import load_site
+from lorafleet.jobs.runs.stale_folders import clear_orphans
+from lorafleet.jobs.sites.placement import nodes_of_job
+from lorafleet.jobs.sites.slurm import SlurmSite
+from lorafleet.slurm.render import JOB, NODE, Script, bash_path, options, render, submission
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "slurm"

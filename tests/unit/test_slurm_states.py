@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
-
-from jobs.run import RunState
-from slurm.records import JobRecord, from_json, from_scontrol
-from slurm.states import _CODES, STATES, job_state, state_word, why_pending
+from lorafleet.jobs.runs.run import RunState
+from lorafleet.slurm.accounting import JobRecord, from_json, from_scontrol
+from lorafleet.slurm.states import _CODES, STATES, job_state, state_word, why_pending
 
 MEANT = {
     RunState.PENDING: "PENDING CONFIGURING REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT RESV_DEL_HOLD",

@@ -99,10 +99,9 @@ def test_no_file_of_a_site_is_waited_for(kind: str, field: str, tmp_path: Path) 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".csv.zst", ".json.gz"])
 def test_a_file_that_unpacks_without_end(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import pyarrow
-
-    from jobs import data_files
-    from jobs.data_files import read_records
-    from jobs.errors import DataError
+    from lorafleet.jobs.data import data_files
+    from lorafleet.jobs.data.data_files import read_records
+    from lorafleet.jobs.errors import DataError
 
     monkeypatch.setattr(data_files, "_LEAST_UNPACKED", 1_000_000)
     text = b"\n" * 50_000_000

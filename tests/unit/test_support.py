@@ -7,17 +7,17 @@ import json
 from pathlib import Path
 
 import pytest
+from lorafleet.cluster.planning.plan import choose_strategy, make_plan
+from lorafleet.cluster.planning.preflight import check_names
+from lorafleet.commands.plan import plan_view
+from lorafleet.jobs.errors import JobFileError
+from lorafleet.jobs.loading.job_file import LoadedJob, load_job
+from lorafleet.jobs.runs.plan import MemoryEstimate
+from lorafleet.jobs.schema.compatibility import METHODS, STRATEGIES, table
+from lorafleet.jobs.schema.deepspeed import contradictions, engine_config
+from lorafleet.jobs.sites.base import LocalSite, Node, RaySite
 from rich.console import Console
 
-from cluster.check import check_names
-from cluster.planning import choose_strategy, make_plan
-from commands.plan import plan_view
-from jobs.deepspeed import contradictions, engine_config
-from jobs.errors import JobFileError
-from jobs.load import LoadedJob, load_job
-from jobs.plan import MemoryEstimate
-from jobs.site import LocalSite, Node, RaySite
-from jobs.support import METHODS, STRATEGIES, table
 from tests.conftest import ROOT, JobMaker, lorafleet
 
 TWO = {"resources__workers_per_node": 2}

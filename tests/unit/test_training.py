@@ -9,28 +9,28 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lorafleet.evaluation.metrics.predictions import Classified, RowResults
+from lorafleet.evaluation.metrics.scores import scores
+from lorafleet.evaluation.tokens import TokenData
+from lorafleet.jobs.data.encoding import fit
+from lorafleet.jobs.errors import TrainingFailure
+from lorafleet.jobs.schema.job import JobSpec, TrainSpec
+from lorafleet.jobs.schema.metrics import LIKELIHOOD_METRICS
+from lorafleet.jobs.trials.sampling import trial
+from lorafleet.jobs.trials.schedule import schedule
+from lorafleet.training import loss
+from lorafleet.training.checkpoint import before, newest_good
+from lorafleet.training.data import BatchPlan, make_batch, passes, prepare
+from lorafleet.training.loss import LossModule
+from lorafleet.training.methods import checkpoints_gradients
+from lorafleet.training.model import Base, load_base
+from lorafleet.training.optim import rate_factor
+from lorafleet.training.session import TrainingSession
+from lorafleet.tuning.failures import classify
+from lorafleet.tuning.trial_run import with_smaller_passes
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-from evaluation.metrics import scores
-from evaluation.results import Classified, RowResults
-from evaluation.tokens import TokenData
-from jobs.encoding import fit
-from jobs.errors import TrainingFailure
-from jobs.metrics import LIKELIHOOD_METRICS
-from jobs.schedule import schedule
-from jobs.search import trial
-from jobs.spec import JobSpec, TrainSpec
 from tests.conftest import JobMaker
-from training import loss
-from training.checkpoint import before, newest_good
-from training.data import BatchPlan, make_batch, passes, prepare
-from training.loss import LossModule
-from training.methods import checkpoints_gradients
-from training.model import Base, load_base
-from training.optim import rate_factor
-from training.session import TrainingSession
-from tuning.faults import classify
-from tuning.trial_run import with_smaller_passes
 
 CPU = torch.device("cpu")
 
@@ -310,7 +310,7 @@ def test_a_resumed_trial_ends_where_an_unbroken_one_does(
 
 
 def test_a_checkpoint_that_was_being_replaced_when_all_died_is_found_again(tmp_path: Path) -> None:
-    from training.checkpoint import settled
+    from lorafleet.training.checkpoint import settled
 
     (tmp_path / "last.old").mkdir()
     (tmp_path / "last.old" / "x").touch()

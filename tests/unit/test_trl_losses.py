@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lorafleet.jobs.loading.job_file import load_text
+from lorafleet.jobs.trials.schedule import Schedule
+from lorafleet.training.data import prepare
+from lorafleet.training.model import load_base
+from lorafleet.training.session import TrainingSession
 
-from jobs.load import load_text
-from jobs.schedule import Schedule
 from tests.conftest import write_rows
 from tests.unit.chat_families import BY_NAME, CHATML, Family, learnt_spans, model_folder
-from training.data import prepare
-from training.model import load_base
-from training.session import TrainingSession
 
 _STEPS = 5
 _MARKED = CHATML.replace(

@@ -15,15 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lorafleet.cluster.backends import backend_of
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import RunError
+from lorafleet.jobs.runs.lease import machine, started
+from lorafleet.jobs.runs.run import Run, RunState
+from lorafleet.jobs.runs.stale_folders import clear_orphans
+from lorafleet.jobs.runs.trust import distrust, forget, remember
+from lorafleet.jobs.user import state_folder, user_config
 
-from cluster.backends import backend_of
-from jobs import files
-from jobs.errors import RunError
-from jobs.lease import machine, started
-from jobs.orphans import clear_orphans
-from jobs.run import Run, RunState
-from jobs.trust import distrust, forget, remember
-from jobs.user import state_folder, user_config
 from tests.conftest import lorafleet_here
 from tests.unit.test_run_and_report import finished  # noqa: F401 - a fixture
 
@@ -255,7 +255,7 @@ def test_no_folder_that_a_run_names_is_deleted(
         {"own": True, "scratch": str(victim), "session_dir": "/x/session_60", "attempt": 1},
     )
     files.write_json(strangers.path / "status.json", strangers.status() | {"state": "stopped"})
-    monkeypatch.setattr("cluster.local.LocalBackend.start", lambda *_: None)
+    monkeypatch.setattr("lorafleet.cluster.local.LocalBackend.start", lambda *_: None)
     backend = backend_of(strangers, trust=trust)
     if trust:
         backend.resume(strangers)
@@ -371,7 +371,7 @@ NEVER = ["environment.LD_PRELOAD", "evaluate.custom_metrics", "model.trust_remot
 @pytest.mark.parametrize("path", NEVER)
 def test_a_trials_record_does_not_say_what_runs(path: str, finished: Run) -> None:  # noqa: F811
     """It may come from a cluster's storage, and is put into the job by `export` and `evaluate`."""
-    from evaluation.shipped import job_of
+    from lorafleet.evaluation.report.model_of_run import job_of
 
     trial = finished.trial("aaaa")
     files.write_json(trial.path / "params.json", {"index": 0, "assignment": {path: "/tmp/evil"}})
@@ -386,7 +386,7 @@ def test_what_is_written_in_place_follows_no_link(own: Run, tmp_path: Path) -> N
         (own.path / name).parent.mkdir(exist_ok=True)
         (own.path / name).unlink(missing_ok=True)
         (own.path / name).symlink_to(victim)
-    from jobs.lease import Lease
+    from lorafleet.jobs.runs.lease import Lease
 
     with pytest.raises(RunError, match="take it away"):
         own.keep_reserve()

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-
-from jobs import files, verified
-from jobs.errors import AssetError, RunError
-from jobs.hub import model_revision
-from jobs.verified import check_cache, check_unchanged, content_of, seal
+from lorafleet.jobs import files
+from lorafleet.jobs.data import verified_files as verified
+from lorafleet.jobs.data.hub import model_revision
+from lorafleet.jobs.data.verified_files import check_cache, check_unchanged, content_of, seal
+from lorafleet.jobs.errors import AssetError, RunError
 
 
 @pytest.fixture(autouse=True)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from lorafleet.jobs.runs.run import Run
+from lorafleet.training.data import prepare
+from lorafleet.tuning.trainable import WarmTrial
+from lorafleet.tuning.trial_run import Work
 
-from jobs.run import Run
 from tests.conftest import JobMaker
-from training.data import prepare
-from tuning.trainable import WarmTrial
-from tuning.trial_run import Work
 
 
 @pytest.fixture

@@ -1,0 +1,1 @@
+"""lorafleet: find out which fine-tuning configuration of a base model to ship."""

@@ -1,0 +1,45 @@
+"""Read-only access to runs that this user's lorafleet did not create."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from lorafleet.cluster.backend import Say, Seen, Watch, quietly
+from lorafleet.cluster.remote.transfer import Which
+from lorafleet.jobs.errors import RunError
+from lorafleet.jobs.runs.run import Run
+from lorafleet.jobs.runs.trust import refusal
+
+
+class Stranger:
+    """Backend of a run that is not trusted: reports what its files say, and contacts nothing that they name."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        """Why the run is not trusted."""
+
+    def look(self, run: Run) -> Seen:
+        """Return the last recorded state. No process, queue or cluster is asked."""
+        return Seen(run.state, f"{self.reason}; its processes and its cluster were not contacted", asked=False)
+
+    def refresh(self, run: Run, say: Say = quietly) -> None:
+        """Do nothing: a cluster that the run names is not contacted."""
+
+    def resume(self, run: Run) -> None:
+        """Raise RunError."""
+        self._refuse("resume", run)
+
+    def cancel(self, run: Run) -> str:
+        """Raise RunError: the process or job that the run names may belong to another run."""
+        self._refuse("stop", run)
+
+    def pull(self, run: Run, which: Which, say: Say) -> int:
+        """Raise RunError."""
+        self._refuse("pull", run)
+
+    def watch(self, run: Run) -> Watch:
+        """Raise RunError."""
+        self._refuse("resume", run)
+
+    def _refuse(self, command: str, run: Run) -> NoReturn:
+        raise RunError(refusal(self.reason, command, run.path))

@@ -1,0 +1,95 @@
+"""BERTScore (Zhang et al., 2020) with any encoder of transformers: no idf weights, no rescaling with a baseline.
+
+B pairs, P and Q tokens of predictions and references, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lorafleet.jobs.errors import AssetError
+
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class BertScore:
+    """An encoder, and the layer whose embeddings are matched."""
+
+    model: Any
+    tokenizer: Any
+    most_tokens: int
+    """Longer texts are cut to this, as the encoder has no more positions."""
+
+    def f1(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+        """F1 of each pair (R): 0 where either text is empty.
+
+        Each token is matched with the token of the other text whose embedding has the largest cosine. As in the
+        package bert-score, the two tokens that mark a text's ends may be matched, and do not count themselves.
+        """
+        import torch
+
+        found = np.zeros(len(predictions))
+        rows = [row for row, pair in enumerate(zip(predictions, references, strict=True)) if all(map(str.strip, pair))]
+        rows.sort(key=lambda row: len(predictions[row]) + len(references[row]))  # alike in length: little padding
+        with torch.inference_mode():
+            for start in range(0, len(rows), _BATCH):
+                part = rows[start : start + _BATCH]
+                found[part] = self._batch([predictions[row] for row in part], [references[row] for row in part])
+        return found
+
+    def _batch(self, predictions: list[str], references: list[str]) -> np.ndarray:
+        vectors_BPD, real_BP, counts_BP = self._embedded(predictions)
+        others_BQD, real_BQ, counts_BQ = self._embedded(references)
+        alike_BPQ = vectors_BPD @ others_BQD.transpose(1, 2)
+        alike_BPQ = alike_BPQ * (real_BP[:, :, None] * real_BQ[:, None, :])
+        precision_B = (alike_BPQ.amax(dim=2) * counts_BP).sum(dim=1) / counts_BP.sum(dim=1)
+        recall_B = (alike_BPQ.amax(dim=1) * counts_BQ).sum(dim=1) / counts_BQ.sum(dim=1)
+        both_B = precision_B + recall_B
+        f1_B = (2 * precision_B * recall_B / both_B).nan_to_num(0.0)
+        values: np.ndarray = f1_B.double().cpu().numpy()
+        return values
+
+    def _embedded(self, texts: list[str]) -> tuple[Any, Any, Any]:
+        """(unit vectors BTD, 1 where a token is real BT, 1 where it counts BT)."""
+        encoded = self.tokenizer(
+            [text.strip() for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=self.most_tokens,
+            return_special_tokens_mask=True,
+            return_tensors="pt",
+        ).to(self.model.device)
+        marks_BT = encoded.pop("special_tokens_mask")
+        vectors_BTD = self.model(**encoded).last_hidden_state
+        vectors_BTD = vectors_BTD / vectors_BTD.norm(dim=-1, keepdim=True)
+        real_BT = encoded["attention_mask"].float()
+        counts_BT = real_BT * (1 - marks_BT.float())
+        # A text of nothing but characters that the tokenizer drops: its ends are all it has.
+        nothing_B = counts_BT.sum(dim=1, keepdim=True) == 0
+        return vectors_BTD, real_BT, counts_BT + nothing_B * real_BT
+
+
+@lru_cache(maxsize=2)
+def load(folder: Path, layer: int | None, device: str) -> BertScore:
+    """The encoder in a folder, cut after `layer` (from 1; None: whole). Raises AssetError where there is none."""
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # nosec B615  # a folder of this machine
+        model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).eval().to(device)  # nosec B615  # a folder of this machine
+    except (OSError, ValueError) as error:
+        raise AssetError(f"evaluate.bertscore_model cannot be loaded from {folder}: {error}") from error
+    blocks = getattr(getattr(model, "encoder", None), "layer", None)
+    if layer is not None:
+        if blocks is None or layer > len(blocks):
+            has = f"{len(blocks)} layers" if blocks is not None else "no layers that can be told apart"
+            raise AssetError(f"evaluate.bertscore_layer is {layer}, but {folder.name} has {has}")
+        model.encoder.layer = blocks[:layer]
+    positions = int(getattr(model.config, "max_position_embeddings", 512))
+    return BertScore(model, tokenizer, min(int(tokenizer.model_max_length), positions))

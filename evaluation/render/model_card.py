@@ -1,0 +1,272 @@
+"""The model card and manifest beside the recommended weights: their training, metrics, files and how to load them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lorafleet.evaluation.render.loading_code import LoadingFacts, loading_code
+from lorafleet.evaluation.render.trial_table import number, plain
+from lorafleet.jobs import files
+from lorafleet.jobs.data.adapters import read_config
+from lorafleet.jobs.data.hub import public_base
+from lorafleet.jobs.data.weight_names import weight_dtypes
+from lorafleet.jobs.errors import AssetError
+from lorafleet.jobs.runs.report import Report, Row
+from lorafleet.jobs.runs.run import Run, Trial
+from lorafleet.jobs.schema.precision import weights_format
+from lorafleet.jobs.text import counted
+
+_TITLES = {
+    "lora": "LoRA adapter for {}",
+    "qlora": "LoRA adapter for a quantised {} (QLoRA)",
+    "prompt_tuning": "Soft prompt (prompt tuning) for {}",
+    "full": "{} with every weight fine-tuned",
+}
+_DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def recommended_weights(run: Run, report: Report) -> Path | None:
+    """Return the folder of the recommended weights; None if nothing is recommended or they are not on this machine."""
+    name = report.recommendation.adapter
+    if report.recommendation.trial_id is None or not name:
+        return None
+    weights = run.path / name
+    inside = weights != run.path and weights.is_relative_to(run.path)
+    return weights if inside and weights.is_dir() else None
+
+
+def write_card(run: Run, report: Report, prompt: dict[str, Any] | None = None) -> None:
+    """Write README.md and manifest.json beside the recommended weights, if they are on disk.
+
+    Args:
+        run: The run.
+        report: Its report.
+        prompt: What `save_inference_files` returned. None keeps what an earlier card of these weights has.
+    """
+    weights = recommended_weights(run, report)
+    trial_id = report.recommendation.trial_id
+    if weights is None or trial_id is None:
+        return
+    trial = Trial(weights.parent)
+    if prompt is None:
+        earlier = files.read_json(weights / "manifest.json").get("prompt")
+        prompt = earlier if isinstance(earlier, dict) else {}
+    manifest = build_manifest(run, report, trial, prompt)
+    files.write_json(weights / "manifest.json", manifest)
+    files.write_text(weights / "README.md", render_card(manifest, report))
+
+
+def build_manifest(run: Run, report: Report, trial: Trial, prompt: dict[str, Any]) -> dict[str, Any]:
+    """Return the contents of manifest.json: everything that the card says, for programs."""
+    row = _row_with_held_out_metrics(report, str(report.recommendation.trial_id))
+    resolved = trial.params().get("resolved", {})
+    name = str(resolved.get("model", {}).get("model_name_or_path") or report.model)
+    try:
+        base, revision = public_base(name, resolved.get("model", {}).get("revision"))
+    except AssetError:  # an asset that this version does not have
+        base, revision = name, None
+    return {
+        "run": run.id,
+        "trial_id": trial.id,
+        "base_model": base,
+        "base_model_revision": revision,
+        "base_model_in_job": name,
+        "model_revisions": report.facts.get("model_revisions", {}),
+        "data": report.data,
+        "data_sha256": report.facts.get("data_sha256", {}),
+        "rows": report.rows_count,
+        "labels": report.facts.get("labels", []),
+        "weights": describe_weights(trial, row, resolved),
+        "prompt": prompt,
+        "resolved": resolved,
+        "validation": row.metrics,
+        report.held_out: row.test_metrics,
+        "recommendation": report.recommendation.sentence,
+        "versions": report.versions,
+    }
+
+
+def describe_weights(trial: Trial, row: Row, resolved: dict[str, Any]) -> dict[str, Any]:
+    """Return facts about the weights on disk, which are those of the best evaluation and not of the last step.
+
+    Keys: `step` and `samples` (training rows) at which they were saved, `trained_steps`, `trained_samples`,
+    `trainable_parameters`, `number_formats` of training, `dtypes` of the files, and of LoRA `lora_r` as trained and
+    `stored_lora_r` as saved, which is twice as large for initialisations that change the base (PiSSA, OLoRA), and
+    `modules_to_save` (modules that are saved whole beside the adapter).
+    """
+    facts: dict[str, Any] = {
+        "step": row.weights_step,
+        "samples": None,
+        "trained_steps": row.step,
+        "trained_samples": row.samples,
+        "trainable_parameters": row.trainable_parameters,
+        "number_formats": row.number_formats,
+        "dtypes": [_DTYPE_NAMES.get(dtype, dtype) for dtype in weight_dtypes(trial.weights)],
+    }
+    for point in trial.metrics():
+        if point.get("step") == row.weights_step and point.get("samples") is not None:
+            facts["samples"] = point["samples"]
+    config = read_config(trial.weights) or {}
+    if config.get("peft_type") == "LORA":
+        facts["modules_to_save"] = list(config.get("modules_to_save") or [])
+        facts["lora_r"] = resolved.get("lora", {}).get("lora_r")
+        facts["stored_lora_r"] = config.get("r")
+    return facts
+
+
+def _row_with_held_out_metrics(report: Report, trial_id: str) -> Row:
+    """Return the recommended row; for a comparison, with the arm's metrics on the held-out rows."""
+    row = report.row(trial_id)
+    arm = next((arm for arm in report.arms or [] if arm.arm == report.recommendation.arm), None)
+    return row if arm is None else row.model_copy(update={"test_metrics": arm.metrics})
+
+
+def render_card(manifest: dict[str, Any], report: Report) -> str:
+    """Return README.md."""
+    resolved, method = manifest["resolved"], str(manifest["resolved"].get("method", "lora"))
+    lines = [
+        *_front_matter(manifest, method),
+        f"# {'Model' if method == 'full' else 'Adapter'} {manifest['trial_id']}",
+        "",
+        f"{_TITLES[method].format(plain(manifest['base_model']))}, trained for {report.task} on {plain(report.data)} "
+        f"by lorafleet run `{report.run}`.",
+        "",
+        plain(report.recommendation.sentence),
+        *(f"\n{plain(caution)}" for caution in report.cautions),
+        "",
+        *_metric_table(manifest, report.held_out),
+        "",
+        "## Weights",
+        "",
+        *_weights_section(manifest),
+        "",
+        *_loading_section(manifest, report.task, method),
+        "## Data",
+        "",
+        *_data_section(manifest),
+        "",
+        "## Configuration",
+        "",
+        *(f"    {line}" for line in json.dumps(resolved, indent=2).splitlines()),
+        "",
+        "## Versions",
+        "",
+        *(f"- {plain(name)} {plain(version)}" for name, version in report.versions.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _front_matter(manifest: dict[str, Any], method: str) -> list[str]:
+    """Return the metadata that the Hugging Face Hub reads. It takes hub ids only as `base_model`."""
+    lines = ["---", f"library_name: {'transformers' if method == 'full' else 'peft'}"]
+    if not Path(manifest["base_model"]).is_absolute():
+        lines.append(f"base_model: {json.dumps(manifest['base_model'])}")
+    return [*lines, f"tags: [{method}, lorafleet]", "---", ""]
+
+
+def _metric_table(manifest: dict[str, Any], held_out: str) -> list[str]:
+    validation, test = manifest["validation"] or {}, manifest.get(held_out) or {}
+    names = dict.fromkeys([*validation, *test])
+    return [
+        f"| metric | validation | {held_out} |",
+        "|---|---|---|",
+        *(f"| {plain(name)} | {number(validation.get(name))} | {number(test.get(name))} |" for name in names),
+    ]
+
+
+def _weights_section(manifest: dict[str, Any]) -> list[str]:
+    weights, base = manifest["weights"], manifest["base_model"]
+    revision = f", revision `{plain(manifest['base_model_revision'])}`" if manifest["base_model_revision"] else ""
+    lines = [f"- Base model: {plain(base)}{revision}"]
+    if manifest["base_model_in_job"] != base:
+        digest = str(manifest["model_revisions"].get(manifest["base_model_in_job"], ""))[:12]
+        pinned = f" (SHA-256 {digest}...)" if digest else ""
+        lines.append(
+            f"- Trained on `{plain(manifest['base_model_in_job'])}`{pinned}, lorafleet's copy of the base model. Its "
+            "weights may be rounded differently from the hub's, so that metrics on the hub's copy can differ slightly. "
+            f"`lorafleet fetch {plain(manifest['base_model_in_job'])}` prints the folder of the copy"
+        )
+    if weights["step"] is not None:
+        rows = f" ({counted(weights['samples'], 'training row')} seen)" if weights["samples"] is not None else ""
+        lines.append(
+            f"- Saved at step {weights['step']:,} of {weights['trained_steps']:,}{rows}: the best evaluation on the "
+            "validation rows. The metrics above are of these weights"
+        )
+    if weights["dtypes"]:
+        lines.append(f"- Stored as {', '.join(map(str, weights['dtypes']))}")
+    if weights["number_formats"]:
+        lines.append(f"- Trained with {plain(str(weights['number_formats']))}")
+    if weights["trainable_parameters"] is not None:
+        lines.append(f"- Trained parameters: {weights['trainable_parameters']:,}")
+    rank, stored = weights.get("lora_r"), weights.get("stored_lora_r")
+    if rank is not None and stored == rank:
+        lines.append(f"- LoRA rank: {rank}")
+    elif rank is not None:
+        lines.append(
+            f"- LoRA rank: {rank} as trained, stored as an equivalent adapter of rank {stored}: the initialisation "
+            "changed the base's weights, and this form fits the unchanged base"
+        )
+    return lines
+
+
+def _loading_section(manifest: dict[str, Any], task: str, method: str) -> list[str]:
+    """Return how to load the weights; nothing for those of earlier versions, which have no tokenizer beside them."""
+    facts = loading_facts(manifest, task, method)
+    if facts is None:
+        return []
+    code = loading_code(facts)
+    fence = "```"
+    while any(fence in line for line in code):
+        fence += "`"
+    packages = ["torch", "transformers", *(["peft"] if method != "full" else [])]
+    if method == "qlora":
+        packages.append("bitsandbytes")
+    tokenizer = "The tokenizer is in this folder."
+    if manifest["prompt"].get("chat_template"):
+        tokenizer = "The tokenizer in this folder has the chat template of training."
+    return [
+        "## How to load it",
+        "",
+        f"Needs {', '.join(packages)}. {tokenizer}",
+        "",
+        f"{fence}python",
+        *code,
+        fence,
+        "",
+    ]
+
+
+def loading_facts(manifest: dict[str, Any], task: str, method: str) -> LoadingFacts | None:
+    """Return what the card's code depends on; None if no tokenizer was saved beside the weights."""
+    prompt, resolved = manifest["prompt"], manifest["resolved"]
+    if not prompt.get("tokenizer"):
+        return None
+    formats = str(manifest["weights"]["number_formats"] or "")
+    return LoadingFacts(
+        method=method,
+        task=task,
+        base=manifest["base_model"],
+        revision=manifest["base_model_revision"],
+        dtype=weights_format(formats) or "float32",
+        trust_remote_code=bool(resolved.get("model", {}).get("trust_remote_code")),
+        labels=[str(label) for label in manifest["labels"]],
+        max_length=int(resolved.get("model", {}).get("max_length") or 512),
+        quantization=resolved.get("qlora") or {},
+        saved_modules=[str(name) for name in manifest["weights"].get("modules_to_save") or []],
+        template_kwargs=resolved.get("data", {}).get("chat_template_kwargs") or {},
+        prompt=prompt,
+    )
+
+
+def _data_section(manifest: dict[str, Any]) -> list[str]:
+    lines = []
+    for split, digest in manifest["data_sha256"].items():
+        rows = manifest["rows"].get(split)
+        count = f"{counted(rows, 'row')}, " if rows is not None else ""
+        lines.append(f"- {plain(split)}: {count}file SHA-256 `{plain(str(digest))}`")
+    if manifest["labels"]:
+        labels = (f"{index} = {plain(json.dumps(label))}" for index, label in enumerate(manifest["labels"]))
+        lines.append(f"- labels: {', '.join(labels)}")
+    return lines

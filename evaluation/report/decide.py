@@ -1,0 +1,316 @@
+"""Decide which candidate to ship. Sweeps, folds and comparisons share this rule.
+
+The cheapest candidate ships for which the rows show that it loses at most the tolerance against the best, in every
+metric that decides. If they show it for no cheaper candidate, the best by score ships.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lorafleet.evaluation.metrics.intervals import MIN_ROWS, SHARES
+from lorafleet.evaluation.metrics.paired import Comparison
+from lorafleet.evaluation.render.trial_table import describe_p_value
+from lorafleet.jobs.text import counted, unsigned_zero
+
+DEFAULT_SHARE_TOLERANCE = 0.01
+"""Default tolerance for metrics between 0 and 1."""
+DEFAULT_RELATIVE_TOLERANCE = 0.01
+"""Default tolerance for all other metrics, relative to the value of the best candidate."""
+_MAX_NAMES = 5
+
+Tolerances = Mapping[str, float | None]
+"""Metric -> how much of it may be lost. None selects the default of the metric."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A candidate with its score and cost."""
+
+    name: str
+    score: float
+    """The first metric, with the sign that makes larger values better."""
+    cost: float | None
+    """Cost in the unit of the decision; None if it was not measured."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The chosen option, and what the rows show about the others."""
+
+    chosen: Option
+    best: Option
+    """The option with the best score; the cheapest of equals."""
+    eligible: tuple[Option, ...]
+    """The best, and all options that lose at most the tolerance."""
+    worse: tuple[Option, ...]
+    """Options that are shown to be worse than the best."""
+    undecided: tuple[Option, ...]
+    """Options for which the rows show neither."""
+    unranked: tuple[Option, ...]
+    """Options without per-row results."""
+    rows: int
+    """Number of rows; 0 if unknown."""
+
+    @property
+    def cheaper_undecided(self) -> list[Option]:
+        """The undecided options that are cheaper than the chosen one."""
+        return [option for option in self.undecided if _cost(option) < _cost(self.chosen)]
+
+    @property
+    def has_too_few_rows(self) -> bool:
+        """True if no difference could be shown with so few rows."""
+        return 0 < self.rows < MIN_ROWS
+
+
+def resolve_tolerance(comparison: Comparison, tolerances: Tolerances, best: str) -> float:
+    """Return how much of a metric may be lost against the best candidate."""
+    tolerance = tolerances.get(comparison.metric)
+    if tolerance is not None:
+        return tolerance
+    if comparison.metric in SHARES:
+        return DEFAULT_SHARE_TOLERANCE
+    return DEFAULT_RELATIVE_TOLERANCE * abs(comparison.value(best))
+
+
+def describe_tolerances(tolerances: Tolerances) -> str:
+    """Return the tolerances as text, such as "0.01 of accuracy and 1 % of perplexity"."""
+    texts = []
+    for metric, tolerance in tolerances.items():
+        if tolerance is None and metric not in SHARES:
+            texts.append(f"{DEFAULT_RELATIVE_TOLERANCE:.0%} of {metric}".replace("%", " %"))
+        else:
+            texts.append(f"{DEFAULT_SHARE_TOLERANCE if tolerance is None else tolerance:g} of {metric}")
+    return " and ".join(texts)
+
+
+def decide(
+    options: Sequence[Option],
+    comparisons: Sequence[Comparison],
+    tolerances: Tolerances,
+    rows: int,
+    slack: float = 1.0,
+) -> Decision:
+    """Choose one of the options.
+
+    Args:
+        options: At least one. Earlier options win ties.
+        comparisons: One per deciding metric, the first metric first.
+        tolerances: One entry per deciding metric.
+        rows: Number of rows; 0 if unknown.
+        slack: Costs up to this factor above the lowest count as equal.
+    """
+    best = max(options, key=lambda option: (option.score, -_cost(option)))
+    eligible, worse, undecided, unranked = [best], [], [], []
+    for option in options:
+        if option is best:
+            continue
+        if not _are_compared(option, best, comparisons, len(tolerances)):
+            unranked.append(option)
+        elif _is_within_tolerance(option, best, comparisons, tolerances):
+            eligible.append(option)
+        elif any(each.is_worse(option.name, best.name) for each in comparisons):
+            worse.append(option)
+        else:
+            undecided.append(option)
+    chosen = _cheapest(eligible, best, slack)
+    return Decision(
+        chosen=chosen,
+        best=best,
+        eligible=tuple(eligible),
+        worse=tuple(worse),
+        undecided=tuple(undecided),
+        unranked=tuple(unranked),
+        rows=rows,
+    )
+
+
+def _are_compared(option: Option, best: Option, comparisons: Sequence[Comparison], metrics: int) -> bool:
+    """Return True if both options were compared in every deciding metric."""
+    if len(comparisons) < max(1, metrics):
+        return False
+    return all({option.name, best.name} <= set(each.names) for each in comparisons)
+
+
+def _is_within_tolerance(
+    option: Option, best: Option, comparisons: Sequence[Comparison], tolerances: Tolerances
+) -> bool:
+    return all(
+        each.max_loss(option.name, best.name) <= resolve_tolerance(each, tolerances, best.name) for each in comparisons
+    )
+
+
+def _cheapest(eligible: Sequence[Option], best: Option, slack: float) -> Option:
+    """Return the cheapest option; among equal costs the one with the best score."""
+    measured = [option for option in eligible if option.cost is not None]
+    if not measured:
+        return best
+    lowest = min(map(_cost, measured))
+    cheap = [option for option in measured if _cost(option) <= slack * lowest]
+    return max(cheap, key=lambda option: (option.score, -_cost(option)))
+
+
+def _cost(option: Option) -> float:
+    return math.inf if option.cost is None else option.cost
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How sentences refer to options."""
+
+    noun: str
+    """Singular noun for an option, such as "arm"."""
+    row_noun: str
+    """Singular noun for a row, such as "validation row"."""
+    describe: Callable[[str], str]
+    """Option name -> its name with a short description."""
+    format_cost: Callable[[Option], str]
+    """Option -> its cost with the unit."""
+    format_score: Callable[[str], str]
+    """Option name -> its score with the interval."""
+
+
+def explain(
+    decision: Decision,
+    comparisons: Sequence[Comparison],
+    tolerances: Tolerances,
+    wording: Wording,
+) -> str:
+    """Return the recommendation with its reason, in a few sentences."""
+    if decision.has_too_few_rows:
+        return _explain_too_few_rows(decision, wording)
+    if decision.chosen is decision.best:
+        sentences = [_explain_best(decision, comparisons, wording)]
+    else:
+        sentences = _explain_cheaper(decision, comparisons, tolerances, wording)
+    open_question = explain_open_question(decision, comparisons, tolerances, wording)
+    if open_question:
+        sentences.append(open_question)
+    if decision.unranked:
+        names = _list_names(decision.unranked)
+        sentences.append(
+            f"There are no comparable per-row results of {names} (not stored or not finite); only their scores were "
+            "compared."
+        )
+    return " ".join(sentences)
+
+
+def _explain_too_few_rows(decision: Decision, wording: Wording) -> str:
+    best = decision.best.name
+    return (
+        f"Too few rows to decide: there are {counted(decision.rows, wording.row_noun)}, and at least {MIN_ROWS} are "
+        f"needed to tell two {wording.noun}s apart. {wording.describe(best)} has the best score: "
+        f"{wording.format_score(best)}."
+    )
+
+
+def _explain_best(decision: Decision, comparisons: Sequence[Comparison], wording: Wording) -> str:
+    best = decision.best
+    sentence = f"Ship {wording.describe(best.name)}: it has the best score, {wording.format_score(best.name)}, on "
+    sentence += f"{_count_rows(decision, wording)}."
+    others = len(decision.eligible) - 1
+    if others:
+        verb = "is" if others == 1 else "are"
+        return (
+            f"{sentence} {counted(others, f'other {wording.noun}')} {verb} within the tolerance, but not clearly "
+            f"cheaper ({wording.format_cost(best)} for {best.name})."
+        )
+    if decision.cheaper_undecided:
+        return sentence
+    if decision.undecided:
+        verb = "is" if len(decision.undecided) == 1 else "are"
+        sentence += f" {_list_names(decision.undecided)} {verb} not shown to be worse, but not cheaper either."
+    elif decision.worse:
+        nearest = max(decision.worse, key=lambda option: option.score)
+        sentence += f" {_explain_worse(nearest, best, comparisons)}"
+    return sentence
+
+
+def _explain_worse(option: Option, best: Option, comparisons: Sequence[Comparison]) -> str:
+    comparison = next(each for each in comparisons if each.is_worse(option.name, best.name))
+    interval = comparison.loss_interval(option.name, best.name)
+    p_value = comparison.p_value(option.name, best.name)
+    loss = unsigned_zero(comparison.loss(option.name, best.name))
+    ends = format_interval(interval) if interval else ""
+    p_text = "" if p_value is None else f" ({describe_p_value(p_value)})"
+    return f"The next best, {option.name}, is worse in {comparison.metric} by {loss} {ends}{p_text}."
+
+
+def _explain_cheaper(
+    decision: Decision, comparisons: Sequence[Comparison], tolerances: Tolerances, wording: Wording
+) -> list[str]:
+    chosen, best = decision.chosen, decision.best
+    lowest = min(map(_cost, decision.eligible))
+    about = "" if _cost(chosen) == lowest else "about "
+    sentences = [
+        f"Ship {wording.describe(chosen.name)}: it has {about}the lowest cost ({wording.format_cost(chosen)}) of the "
+        f"{len(decision.eligible)} {wording.noun}s within the tolerance.",
+        f"Its score on {_count_rows(decision, wording)} is {wording.format_score(chosen.name)}; the best is "
+        f"{wording.format_score(best.name)} of {best.name} ({wording.format_cost(best)}).",
+    ]
+    for each in comparisons:
+        loss = unsigned_zero(each.loss(chosen.name, best.name))
+        max_loss = unsigned_zero(each.max_loss(chosen.name, best.name))
+        tolerance = resolve_tolerance(each, tolerances, best.name)
+        sentences.append(
+            f"It loses {loss} in {each.metric}, at most {max_loss} with 95 % confidence (tolerance {tolerance:.2g})."
+        )
+    return sentences
+
+
+def explain_open_question(
+    decision: Decision, comparisons: Sequence[Comparison], tolerances: Tolerances, wording: Wording
+) -> str | None:
+    """Describe the best cheaper option that the rows could not decide on, and how many rows would be enough.
+
+    Returns None if there is no such option.
+    """
+    undecided = decision.cheaper_undecided
+    if not undecided:
+        return None
+    option, best = max(undecided, key=lambda one: one.score), decision.best
+    losses, rows_needed = [], 0
+    for each in comparisons:
+        tolerance = resolve_tolerance(each, tolerances, best.name)
+        if each.max_loss(option.name, best.name) <= tolerance:
+            continue
+        interval = each.loss_interval(option.name, best.name)
+        if interval is None:
+            losses.append(f"{each.metric} has no interval ({each.missing_reason})")
+            continue
+        loss = unsigned_zero(each.loss(option.name, best.name))
+        losses.append(f"it loses {loss} {format_interval(interval)} in {each.metric} (tolerance {tolerance:.2g})")
+        rows_needed = max(rows_needed, each.rows_needed(option.name, best.name, tolerance) or 0)
+    sentence = (
+        f"{option.name} is cheaper ({wording.format_cost(option)}), but {_count_rows(decision, wording)} do not show "
+        f"whether it is within the tolerance: {'; '.join(losses)}."
+    )
+    if rows_needed > decision.rows:
+        sentence += f" About {_round_up(rows_needed):,} rows would show it."
+    others = len(undecided) - 1
+    if others:
+        sentence += f" The same is open for {counted(others, f'other {wording.noun}')}."
+    return sentence
+
+
+def _count_rows(decision: Decision, wording: Wording) -> str:
+    return counted(decision.rows, wording.row_noun) if decision.rows else f"the {wording.row_noun}s"
+
+
+def _list_names(options: Sequence[Option]) -> str:
+    names = ", ".join(option.name for option in options[:_MAX_NAMES])
+    hidden = len(options) - _MAX_NAMES
+    return f"{names} and {hidden} more" if hidden > 0 else names
+
+
+def format_interval(interval: tuple[float, float]) -> str:
+    """Format an interval as `[low, high]`."""
+    return f"[{unsigned_zero(interval[0])}, {unsigned_zero(interval[1])}]"
+
+
+def _round_up(rows: int) -> int:
+    """Round a number of rows up to two digits: it is an estimate."""
+    digit: int = 10 ** max(0, len(str(rows)) - 2)
+    return math.ceil(rows / digit) * digit

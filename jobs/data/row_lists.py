@@ -1,0 +1,147 @@
+"""Compact lists of rows for large files. A row object is created when it is accessed."""
+
+from __future__ import annotations
+
+import copy
+import marshal
+from abc import ABC, abstractmethod
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from operator import attrgetter
+from typing import Self, overload
+
+import numpy as np
+from lorafleet.jobs.data.conversation import Message
+from lorafleet.jobs.data.row_formats import Row
+
+_BLOCK_ROWS = 8192
+AnyRows = Sequence[Row]
+_ROW_FIELDS = tuple(one.name for one in fields(Row) if one.name != "messages")
+_values_of_row = attrgetter(*_ROW_FIELDS)
+_values_of_message = attrgetter(*(one.name for one in fields(Message)))
+
+
+class LargeRows(Sequence[Row], ABC):
+    """A list of rows whose subsets share its data.
+
+    Args:
+        places: Indices (N) of the rows in the data.
+        labels: Names of the classes.
+        codes: Class index of every row of the data; None without classes.
+    """
+
+    def __init__(self, places: np.ndarray, labels: tuple[str, ...], codes: np.ndarray | None) -> None:
+        self._places, self._labels, self._codes = places, labels, codes
+
+    @abstractmethod
+    def _rows_at(self, places: np.ndarray) -> Iterator[Row]:
+        """Yield the rows of the data with the given indices."""
+
+    @abstractmethod
+    def _all_hashes(self) -> np.ndarray:
+        """Return the hash (int64) of the question of every row of the data."""
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Row]: ...
+    def __getitem__(self, place: int | slice) -> Row | list[Row]:
+        if isinstance(place, slice):
+            return list(self.take(np.arange(len(self))[place]))
+        return next(self._rows_at(self._places[[place]]))
+
+    def __iter__(self) -> Iterator[Row]:
+        for begin in range(0, len(self), _BLOCK_ROWS):
+            yield from self._rows_at(self._places[begin : begin + _BLOCK_ROWS])
+
+    def take(self, places: np.ndarray) -> Self:
+        """Return the rows with the given indices, in that order."""
+        self._all_hashes()  # computed once, before the data is shared
+        subset = copy.copy(self)
+        subset._places = self._places[places]
+        return subset
+
+    def questions(self) -> np.ndarray:
+        """Return the hash (N, int64) of each row's question (see `have_comparable_questions`)."""
+        hashes: np.ndarray = self._all_hashes()[self._places]
+        return hashes
+
+    def label_counts(self) -> Counter[str]:
+        """Return how many rows each class has."""
+        if self._codes is None:
+            return Counter({"": len(self)})
+        counts = np.bincount(self._codes[self._places], minlength=len(self._labels))
+        return Counter({name: int(count) for name, count in zip(self._labels, counts, strict=True) if count})
+
+    def label_codes(self, names: Mapping[str, int]) -> np.ndarray:
+        """Return the index (N) of each row's class in `names`; -1 for a class that is not in it."""
+        if self._codes is None:
+            return np.full(len(self), names[""], dtype=np.int32)
+        indices = np.array([names.get(name, -1) for name in self._labels], dtype=np.int32)
+        codes: np.ndarray = indices[self._codes[self._places]]
+        return codes
+
+
+class PackedRows(LargeRows):
+    """Rows of any format, serialised: a few bytes more than their texts."""
+
+    def __init__(self, packer: RowPacker) -> None:
+        labels = tuple(packer.labels)
+        codes = None if labels == ("",) else np.frombuffer(packer.codes, dtype=np.int32)
+        super().__init__(np.arange(len(packer.codes), dtype=np.int32), labels, codes)
+        self._data = packer.data
+        self._ends = np.frombuffer(packer.ends, dtype=np.int64)
+        self._hashes = np.frombuffer(packer.hashes, dtype=np.int64)
+
+    def _rows_at(self, places: np.ndarray) -> Iterator[Row]:
+        view = memoryview(self._data)
+        for begin, end in zip(self._ends[places].tolist(), self._ends[places + 1].tolist(), strict=True):
+            values, messages = marshal.loads(view[begin:end])  # nosec B302  # written by this process
+            fields_of_row = dict(zip(_ROW_FIELDS, values, strict=True))
+            yield Row(**fields_of_row, messages=tuple(Message(*message) for message in messages))
+
+    def _all_hashes(self) -> np.ndarray:
+        return self._hashes
+
+
+class RowPacker:
+    """Builds `PackedRows` row by row."""
+
+    def __init__(self) -> None:
+        self.data, self.ends = bytearray(), array("q", [0])
+        self.codes, self.hashes = array("i"), array("q")
+        self.labels: dict[str, int] = {}
+        """Class -> its number."""
+
+    def append(self, row: Row) -> None:
+        """Append a row."""
+        self.data += marshal.dumps((_values_of_row(row), tuple(map(_values_of_message, row.messages))))
+        self.ends.append(len(self.data))
+        self.codes.append(self.labels.setdefault(row.label, len(self.labels)))
+        self.hashes.append(hash(row.question))
+
+    def rows(self) -> AnyRows:
+        """Return the packed rows; an empty list if there are none."""
+        return PackedRows(self) if self.codes else []
+
+
+def select_rows(rows: AnyRows, places: Sequence[int] | np.ndarray) -> AnyRows:
+    """Return the rows with the given indices, in that order."""
+    if isinstance(rows, LargeRows):
+        return rows.take(np.asarray(places))
+    return [rows[place] for place in places]
+
+
+def label_counts(rows: AnyRows) -> Counter[str]:
+    """Return class -> number of rows."""
+    return rows.label_counts() if isinstance(rows, LargeRows) else Counter(row.label for row in rows)
+
+
+def have_comparable_questions(one: AnyRows, other: AnyRows) -> bool:
+    """Return True if equal `questions` of both mean equal questions: they must be lists of the same kind."""
+    return isinstance(one, LargeRows) and type(one) is type(other)

@@ -1,0 +1,94 @@
+"""What a job sets and a command, a method or a task does not look at: it is said, and not dropped silently. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.schema import field_paths as fields
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.trials.trial_id import METHOD_BLOCKS
+
+_SET = ("file", "override", "alias", "linked")
+"""Origins of what a user said."""
+_BLOCKS = ("lora", "qlora", "prompt_tuning")
+
+
+class _Rule(NamedTuple):
+    """Fields that are not looked at, when, and why."""
+
+    names: tuple[str, ...]
+    applies: Callable[[JobSpec, str], bool]
+    why: str
+    decided_by: str = ""
+    """The field that decides it: a search or an arm may give it other values."""
+
+
+_RULES = (
+    _Rule(("evaluate.folds",), lambda job, command: command == "train", "train trains once, on the training rows"),
+    _Rule(
+        ("train.warmup_ratio", "train.warmup_steps"),
+        lambda job, _: job.train.lr_scheduler_type == "constant",
+        "lr_scheduler_type constant has no warm-up (constant_with_warmup has)",
+        "train.lr_scheduler_type",
+    ),
+    _Rule(
+        ("train.decay_ratio",),
+        lambda job, _: job.train.lr_scheduler_type != "warmup_stable_decay",
+        "only lr_scheduler_type warmup_stable_decay has it",
+        "train.lr_scheduler_type",
+    ),
+    _Rule(
+        ("evaluate.temperature", "evaluate.top_p", "evaluate.generation_seed"),
+        lambda job, _: not job.evaluate.do_sample,
+        "answers are the likeliest ones (evaluate.do_sample is false)",
+    ),
+    _Rule(
+        ("evaluate.max_new_tokens", "evaluate.do_sample", "evaluate.sample_rows"),
+        lambda job, _: not job.generates,
+        "a classifier writes no answers",
+    ),
+    _Rule(
+        ("evaluate.bertscore_model", "evaluate.bertscore_layer"),
+        lambda job, _: "bertscore_f1" not in job.text_metrics,
+        "evaluate.metrics has no bertscore_f1",
+    ),
+    _Rule(
+        (
+            *("data.system_prompt", "data.chat_template", "data.chat_template_kwargs"),
+            *("data.assistant_only_loss", "data.train_on_turns"),
+        ),
+        lambda job, _: not job.generates,
+        "a classifier reads a text, and no conversation",
+    ),
+    _Rule(("data.labels",), lambda job, _: job.generates, "only classification has classes"),
+    _Rule(
+        ("train.num_train_epochs",), lambda job, _: job.train.max_steps is not None, "train.max_steps comes before it"
+    ),
+)
+
+
+def unused_notes(loaded: LoadedJob, command: str) -> list[str]:
+    """Return a sentence for each field that the user set and that nothing looks at."""
+    job = loaded.job
+    leaves = fields.leaves()
+    said = [path for path, origin in loaded.origins.items() if origin.kind in _SET and path in leaves]
+    varied = set(job.search.parameters) if job.search and command == "sweep" else set()
+    for arm in job.compare.arms.values() if job.compare and command == "compare" else ():
+        varied |= {*arm.set, *arm.parameters}
+    notes = []
+    for rule in _RULES:
+        named = [path for path in rule.names if path in said]
+        if named and rule.decided_by not in varied and rule.applies(job, command):
+            notes.append(f"{_listed(named)} set, but not used: {rule.why}")
+    if "method" not in varied and not (job.compare and command == "compare"):
+        for block in _BLOCKS:
+            named = [path for path in said if path.startswith(f"{block}.")]
+            if named and block not in METHOD_BLOCKS[job.method]:
+                notes.append(f"{_listed(named)} set, but not used: method is {job.method}")
+    return notes
+
+
+def _listed(paths: list[str]) -> str:
+    return f"{' and '.join(paths)} {'is' if len(paths) == 1 else 'are'}"

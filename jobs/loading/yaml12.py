@@ -1,0 +1,136 @@
+"""A closed reading of YAML: 1.2 scalars, the line of every key, and none of the ways to surprise a reader.
+
+PyYAML's own rules read `no` as false, `1:00:00` as 3600 and `2e-4` as a text. Here the scalars are those of YAML 1.2's
+core schema. Duplicate keys, tags and aliases that multiply are errors.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from lorafleet.jobs.errors import Problem
+
+_NULL = {"", "~", "null", "Null", "NULL"}
+_BOOL = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INT = re.compile(r"[-+]?[0-9]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_SPECIAL = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_MAX_CHARACTERS = 1_000_000
+_MAX_NODES = 20_000
+_MAX_DEPTH = 50
+
+
+@dataclass
+class Document:
+    """A YAML document as plain values, with the line (from 1) of each dotted key."""
+
+    value: Any
+    lines: dict[str, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def scalar(text: str) -> bool | int | float | str | None:
+    """A plain scalar by YAML 1.2's core schema: `2e-4` is a number, `no` and `1:00:00` are texts."""
+    if text in _NULL:
+        return None
+    if text in _BOOL:
+        return _BOOL[text]
+    if _INT.fullmatch(text) and len(text) <= 30:
+        return int(text)
+    if text.startswith(("0x", "0o")):
+        try:
+            return int(text, 0)
+        except ValueError:
+            return text
+    if _FLOAT.fullmatch(text) or _SPECIAL.fullmatch(text):
+        return float(
+            text.replace(".inf", "inf")
+            .replace(".Inf", "inf")
+            .replace(".INF", "inf")
+            .replace(".nan", "nan")
+            .replace(".NaN", "nan")
+            .replace(".NAN", "nan")
+        )
+    return text
+
+
+def read(text: str) -> Document:
+    """Read one document. What is wrong with it is in `problems`; the value is then not to be used."""
+    document = Document(None)
+    if len(text) > _MAX_CHARACTERS:
+        document.problems.append(Problem("", f"the file has {len(text):,} characters, a job file at most 1,000,000"))
+        return document
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        said = " ".join(str(part) for part in (error.context, error.problem) if part)
+        document.problems.append(Problem("", f"not YAML: {said}", mark.line + 1 if mark else None))
+        return document
+    except (yaml.YAMLError, RecursionError) as error:
+        document.problems.append(Problem("", f"not YAML: {str(error).splitlines()[0]}"))
+        return document
+    _Builder(document).build(node)
+    return document
+
+
+class _Stop(Exception):
+    """A document that must not be read further."""
+
+
+class _Builder:
+    """Plain values from PyYAML's nodes. It counts what it makes: ten aliases of ten aliases are a bomb."""
+
+    def __init__(self, document: Document) -> None:
+        self.document = document
+        self.nodes = 0
+
+    def build(self, node: yaml.Node | None) -> None:
+        try:
+            self.document.value = None if node is None else self._value(node, "", 0)
+        except _Stop:
+            self.document.value = None
+
+    def _value(self, node: yaml.Node, path: str, depth: int) -> Any:
+        self.nodes += 1
+        if self.nodes > _MAX_NODES or depth > _MAX_DEPTH:
+            self._problem(path, "the file grows beyond measure through its aliases or its depth", node)
+            raise _Stop
+        if isinstance(node, yaml.MappingNode):
+            self._plain_tag(node, path, "tag:yaml.org,2002:map")
+            return self._mapping(node, path, depth)
+        if isinstance(node, yaml.SequenceNode):
+            self._plain_tag(node, path, "tag:yaml.org,2002:seq")
+            return [self._value(child, path, depth + 1) for child in node.value]
+        assert isinstance(node, yaml.ScalarNode)  # the third and last kind of node
+        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python/"):
+            self._problem(path, f"the tag {node.tag.removeprefix('tag:yaml.org,2002:')} is not read here", node)
+        return scalar(node.value) if node.style is None else node.value
+
+    def _plain_tag(self, node: yaml.Node, path: str, expected: str) -> None:
+        if node.tag != expected:
+            self._problem(path, f"the tag {node.tag.removeprefix('tag:yaml.org,2002:')} is not read here", node)
+
+    def _mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Any]:
+        mapping: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                self._problem(path, "a key must be a word", key_node)
+                continue
+            key = str(key_node.value)
+            if key == "<<":
+                self._problem(path, "merge keys (<<) are not read here", key_node)
+                continue
+            inner = f"{path}.{key}" if path else key
+            if key in mapping:
+                first = self.document.lines[inner]
+                self._problem(inner, f"{inner} stands twice, first in line {first}", key_node)
+            self.document.lines.setdefault(inner, key_node.start_mark.line + 1)
+            mapping[key] = self._value(value_node, inner, depth + 1)
+        return mapping
+
+    def _problem(self, path: str, sentence: str, node: yaml.Node) -> None:
+        self.document.problems.append(Problem(path, sentence, node.start_mark.line + 1))

@@ -1,4 +1,4 @@
-"""What a user would write today, HF Trainer + PEFT: the other side of every ratio."""
+"""The baseline of every comparison: the HF Trainer + PEFT code that a user would write."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from lorafleet.evaluation.tokens import Split, TokenData
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.training.data import IGNORED
 
 
 class Rows(torch.utils.data.Dataset):
-    """A split in a given order, as HF Trainer takes it."""
+    """A split in a given order, as a data set for HF Trainer."""
 
     def __init__(self, split: Split, order: np.ndarray, *, classifies: bool) -> None:
-        self.items = [self._item(split, int(row), classifies) for row in order]
+        self.items = [self._make_item(split, int(row), classifies) for row in order]
 
     @staticmethod
-    def _item(split: Split, row: int, classifies: bool) -> dict[str, Any]:
+    def _make_item(split: Split, row: int, classifies: bool) -> dict[str, Any]:
         span = slice(int(split.starts[row]), int(split.starts[row + 1]))
         ids = split.ids[span].astype(int).tolist()
         if classifies:
-            return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": int(split.targets[row])}
+            return {
+                "input_ids": ids,
+                "attention_mask": [1] * len(ids),
+                "labels": int(split.targets[row]),
+            }
         labels = np.where(split.learnt[span], ids, IGNORED).tolist()
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
@@ -35,9 +40,19 @@ class Rows(torch.utils.data.Dataset):
         return self.items[index]
 
 
-def trainer_for(job: JobSpec, data: TokenData, order: np.ndarray, steps: int, out: Path, **arguments: Any) -> Any:
-    """HF Trainer + PEFT with the job's own values, over rows in `order`, shuffled by nobody."""
-    from lorafleet.training.model import load_tokenizer, safetensors_folder
+def make_trainer(
+    job: JobSpec, data: TokenData, order: np.ndarray, steps: int, out: Path, **arguments: Any
+) -> Any:
+    """Return HF Trainer + PEFT with the job's own values, over the training rows in `order`.
+
+    The rows are not shuffled again, unless `arguments` sets `train_sampling_strategy` to
+    group_by_length.
+
+    Args:
+        steps: Optimiser steps.
+        out: Output folder of the trainer.
+        arguments: Further TrainingArguments, which win over the job's.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import (
         AutoModelForCausalLM,
@@ -48,12 +63,18 @@ def trainer_for(job: JobSpec, data: TokenData, order: np.ndarray, steps: int, ou
         TrainingArguments,
     )
 
+    from lorafleet.training.model import load_tokenizer, resolve_safetensors_folder
+
     classifies = job.task == "classification"
-    folder = safetensors_folder(job.model.model_name_or_path, job.model.revision)
-    tokenizer = load_tokenizer(job.model.model_name_or_path, job.model.revision, trust_remote_code=False)
+    folder = resolve_safetensors_folder(job.model.model_name_or_path, job.model.revision)
+    tokenizer = load_tokenizer(
+        job.model.model_name_or_path, job.model.revision, trust_remote_code=False
+    )
     torch.manual_seed(job.train.seed)
     if classifies:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(data.labels))
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=len(data.labels)
+        )
     else:
         model = AutoModelForCausalLM.from_pretrained(folder)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -75,15 +96,17 @@ def trainer_for(job: JobSpec, data: TokenData, order: np.ndarray, steps: int, ou
                 return super()._get_train_sampler(*_)
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    falls = job.train.lr_scheduler_type == "warmup_stable_decay"
-    decay = {"num_decay_steps": math.ceil(job.train.decay_ratio * steps)} if falls else {}
+    decays = job.train.lr_scheduler_type == "warmup_stable_decay"
+    scheduler_options = (
+        {"num_decay_steps": math.ceil(job.train.decay_ratio * steps)} if decays else {}
+    )
     options = {
         "output_dir": str(out),
         "per_device_train_batch_size": job.train.per_device_train_batch_size,
         "per_device_eval_batch_size": job.train.per_device_eval_batch_size,
         "learning_rate": job.train.learning_rate or 1e-3,
         "lr_scheduler_type": job.train.lr_scheduler_type,
-        "lr_scheduler_kwargs": decay,
+        "lr_scheduler_kwargs": scheduler_options,
         "warmup_steps": max(1, round(job.train.warmup_ratio * steps)),
         "max_steps": steps,
         "weight_decay": job.train.weight_decay,
@@ -97,31 +120,44 @@ def trainer_for(job: JobSpec, data: TokenData, order: np.ndarray, steps: int, ou
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
     }
-    collator = DataCollatorWithPadding(tokenizer) if classifies else DataCollatorForSeq2Seq(tokenizer, padding=True)
+    collator = (
+        DataCollatorWithPadding(tokenizer)
+        if classifies
+        else DataCollatorForSeq2Seq(tokenizer, padding=True)
+    )
     return InOrder(
         model=model,
         args=TrainingArguments(**(options | arguments)),
         train_dataset=Rows(data.splits["train"], order, classifies=classifies),
-        eval_dataset=Rows(data.splits["validation"], np.arange(len(data.splits["validation"])), classifies=classifies),
+        eval_dataset=Rows(
+            data.splits["validation"],
+            np.arange(len(data.splits["validation"])),
+            classifies=classifies,
+        ),
         data_collator=collator,
-        compute_metrics=_accuracy if classifies else None,
+        compute_metrics=_compute_accuracy if classifies else None,
     )
 
 
-def _accuracy(predictions: Any) -> dict[str, float]:
-    return {"accuracy": float((predictions.predictions.argmax(axis=1) == predictions.label_ids).mean())}
+def _compute_accuracy(predictions: Any) -> dict[str, float]:
+    return {
+        "accuracy": float((predictions.predictions.argmax(axis=1) == predictions.label_ids).mean())
+    }
 
 
-def machine_line() -> str:
-    """The conditions of a measurement: cores, load, and a matrix product's speed on one thread."""
+def describe_machine() -> str:
+    """Return a measurement's conditions: cores, load, and matrix product speed on one thread."""
     import os
     import time
 
     torch.set_num_threads(1)
-    one = torch.randn(768, 768)
-    one @ one
-    began = time.process_time()
+    matrix = torch.randn(768, 768)
+    matrix @ matrix
+    started = time.process_time()
     for _ in range(20):
-        one @ one
-    rate = 20 * 2 * 768**3 / (time.process_time() - began) / 1e9
-    return f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, GEMM {rate:.0f} GF/CPU-s"
+        matrix @ matrix
+    rate = 20 * 2 * 768**3 / (time.process_time() - started) / 1e9
+    return (
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
+        f"GEMM {rate:.0f} GF/CPU-s"
+    )

@@ -1,6 +1,8 @@
-"""Benchmark reading large data files: in columns or packed, against Python objects, in separate processes.
+"""Benchmark reading large data files as columns or packed, against Python objects.
 
-python -m benchmarks.rows [--rows 500000]
+    python -m benchmarks.rows [--rows 500000]
+
+Each file is read in separate processes.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-WORDS = "the a film plot actor scene very rather story it was and but with great fine awful dull".split()
+WORDS = "the a film plot actor scene very rather story it was and but with great awful dull".split()
 READ = """
 import resource, sys, time
 from pathlib import Path
@@ -63,27 +65,33 @@ def write_rows(path: Path, rows: int) -> None:
             file.write(f"{text},{label}\n" if path.suffix == ".csv" else json.dumps(row) + "\n")
 
 
-def measure(path: Path, task: str, way: str) -> tuple[float, float]:
-    """Read a file in a new process; returns (CPU seconds, peak memory as a multiple of its size)."""
-    command = [sys.executable, "-c", READ, str(path), task, way]
+def measure(path: Path, task: str, mode: str) -> tuple[float, float]:
+    """Read a file in a new process.
+
+    Returns:
+        (CPU seconds, peak memory as a multiple of the file's size).
+    """
+    command = [sys.executable, "-c", READ, str(path), task, mode]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     seconds, memory = output.split()
     return float(seconds), float(memory)
 
 
 def compare(path: Path, task: str, rounds: int) -> None:
-    """Measure both ways in turn and print medians and their ratios."""
+    """Measure both modes in turn, and print medians and their ratios."""
     results: dict[str, list[tuple[float, float]]] = {"as read": [], "objects": []}
     for _ in range(rounds):
-        for way in results:
-            results[way].append(measure(path, task, way))
-    seconds = {way: statistics.median(row[0] for row in rows) for way, rows in results.items()}
-    memory = {way: statistics.median(row[1] for row in rows) for way, rows in results.items()}
-    for way in results:
-        sys.stdout.write(f"  {way:<8} {seconds[way]:6.1f} CPU s, {memory[way]:.2f} times the file\n")
-    faster = seconds["objects"] / seconds["as read"]
-    smaller = memory["objects"] / memory["as read"]
-    sys.stdout.write(f"  objects / as read: time {faster:.1f}, memory {smaller:.1f}\n")
+        for mode in results:
+            results[mode].append(measure(path, task, mode))
+    seconds = {mode: statistics.median(row[0] for row in rows) for mode, rows in results.items()}
+    memory = {mode: statistics.median(row[1] for row in rows) for mode, rows in results.items()}
+    for mode in results:
+        sys.stdout.write(
+            f"  {mode:<8} {seconds[mode]:6.1f} CPU s, {memory[mode]:.2f} times the file\n"
+        )
+    time_ratio = seconds["objects"] / seconds["as read"]
+    memory_ratio = memory["objects"] / memory["as read"]
+    sys.stdout.write(f"  objects / as read: time {time_ratio:.1f}, memory {memory_ratio:.1f}\n")
 
 
 def main() -> None:

@@ -1,9 +1,10 @@
-"""From the decision to stop a trial to the first gradient of the next: in a warm actor, and as its own worker group.
+"""Measure the time from a stopped trial to the next first gradient: warm actor, new worker group.
 
     python -m benchmarks.trial_startup [--trials 8] [--groups 3]
 
-Warm: a real sweep with the quickstart's model, read from its record. Cold: the same trial in a Ray Train group of one
-process, from the call to its first gradient, in the same run of this program.
+Warm: a real sweep with the quickstart's model, read from its record. Cold: the same trial in a
+Ray Train group of one process, from the call to its first gradient, in the same run of this
+program.
 """
 
 from __future__ import annotations
@@ -17,23 +18,29 @@ import uuid
 from itertools import pairwise
 from pathlib import Path
 
+from benchmarks.peer import describe_machine
 from lorafleet.cluster.fetch import fetch_job
-from lorafleet.cluster.hardware import local_site
+from lorafleet.cluster.hardware import detect_local_site
 from lorafleet.cluster.local import write_run
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.jobs.loading.job_file import LoadedJob, load_job
 from lorafleet.jobs.runs.run import Run
-from lorafleet.jobs.trials.sampling import trial
+from lorafleet.jobs.trials.sampling import build_trial_job
 from lorafleet.tuning.sweep import Sweep
 
-from benchmarks.peer import machine_line
-
 ROOT = Path(__file__).parent.parent
-SMALL = ("search.scheduler.max_t=64", "search.scheduler.grace_period=64", "data.max_validation_samples=16",
-         "data.max_test_samples=16", "tracking.mode=disabled", "search.keep=1")  # fmt: skip
+SMALL = (
+    "search.scheduler.max_t=64",
+    "search.scheduler.grace_period=64",
+    "data.max_validation_samples=16",
+    "data.max_test_samples=16",
+    "tracking.mode=disabled",
+    "search.keep=1",
+)
 
 
 def main() -> None:
+    """Run the benchmark and print medians, ranges and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--groups", type=int, default=3)
@@ -41,15 +48,16 @@ def main() -> None:
     overrides = (*SMALL, f"search.num_samples={arguments.trials}")
     loaded = load_job(ROOT / "examples" / "quickstart.yaml", overrides)
     fetch_job(loaded.job, print)
-    print(machine_line())
+    print(describe_machine())
     with tempfile.TemporaryDirectory() as scratch:
-        run = write_run(make_plan(loaded, local_site(), "sweep"), loaded, Path(scratch))
+        run = write_run(make_plan(loaded, detect_local_site(), "sweep"), loaded, Path(scratch))
         Sweep(run).execute()
-        warm = warm_gaps(run)
-        cold = [cold_start(loaded, run) for _ in range(arguments.groups)]
+        warm = measure_warm_gaps(run)
+        cold = [measure_cold_start(loaded, run) for _ in range(arguments.groups)]
         os.chdir(ROOT)
     print(
-        f"warm actor: stop decided -> first gradient of the next trial: median {statistics.median(warm):.3f} s "
+        "warm actor: stop decided -> first gradient of the next trial: median "
+        f"{statistics.median(warm):.3f} s "
         f"({min(warm):.3f} to {max(warm):.3f}, n={len(warm)})"
     )
     print(
@@ -59,45 +67,51 @@ def main() -> None:
     print(f"ratio: {statistics.median(cold) / statistics.median(warm):.0f}x")
 
 
-def warm_gaps(run: Run) -> list[float]:
-    """Seconds between the end of a trial and the first gradient of the next on the same actor."""
+def measure_warm_gaps(run: Run) -> list[float]:
+    """Return the seconds from a trial's end to the next first gradient on the same actor."""
     by_actor: dict[str, list[tuple[float, float]]] = {}
-    for found in run.trials():
-        rows = found.metrics()
-        by_actor.setdefault(rows[0]["host"], []).append((rows[0]["first_gradient_at"], found.status()["ended"]))
+    for finished_trial in run.list_trials():
+        rows = finished_trial.read_metrics()
+        by_actor.setdefault(rows[0]["host"], []).append(
+            (rows[0]["first_gradient_at"], finished_trial.read_status()["ended"])
+        )
     gaps = []
     for spans in by_actor.values():
         spans.sort()
-        gaps += [following[0] - before[1] for before, following in pairwise(spans)]
+        gaps += [following[0] - previous[1] for previous, following in pairwise(spans)]
     return gaps
 
 
-def cold_start(loaded: LoadedJob, run: Run) -> float:
-    """Seconds from the call to the first gradient of a group of one process."""
+def measure_cold_start(loaded: LoadedJob, run: Run) -> float:
+    """Return the seconds from the call to the first gradient of a group of one process."""
     import ray
+
     from lorafleet.jobs.sites.placement import Placement
-    from lorafleet.training.data import prepare
+    from lorafleet.training.data import prepare_tokens
     from lorafleet.training.launch import run_group
     from lorafleet.tuning.trial_run import Work
 
-    assignment = run.trials()[0].params()["assignment"]
-    job = trial(loaded.job, assignment).model_copy(update={"search": None})
+    assignment = run.list_trials()[0].read_params()["assignment"]
+    job = build_trial_job(loaded.job, assignment).model_copy(update={"search": None})
     name = f"cold-{uuid.uuid4().hex[:6]}"
     run.add_trial(name, 99, {})
-    work = Work(job, str(run.path), str(prepare(job).folder), 0, False)
+    work = Work(job, str(run.path), str(prepare_tokens(job).folder), 0, False)
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    marks = run.path / f"{name}.txt"
-    began = time.time()
-    placement = Placement(workers=1, cpus_per_worker=1, gpus_per_worker=0, slots=1, waves=1, limited_by="trials")
-    config = {"work": work, "trial": {"trial_id": name, "assignment": {}}, "marks": str(marks)}
-    run_group(first_gradient, config, placement, run.path / "tune" / "cold", name, [])
+    time_file = run.path / f"{name}.txt"
+    started = time.time()
+    placement = Placement(
+        workers=1, cpus_per_worker=1, gpus_per_worker=0, slots=1, waves=1, limited_by="trials"
+    )
+    config = {"work": work, "trial": {"trial_id": name, "assignment": {}}, "marks": str(time_file)}
+    run_group(run_first_step, config, placement, run.path / "tune" / "cold", name, [])
     ray.shutdown()
-    return float(marks.read_text()) - began
+    return float(time_file.read_text()) - started
 
 
-def first_gradient(config: dict) -> None:  # type: ignore[type-arg]
-    """What the worker does: the distributed host's own set-up, and one step."""
+def run_first_step(config: dict) -> None:  # type: ignore[type-arg]
+    """Run in the worker: set up the distributed host and train one step."""
     import torch
+
     from lorafleet.evaluation.tokens import open_tokens
     from lorafleet.training.model import load_base, resolve_device
     from lorafleet.tuning.trial_run import TrialRun

@@ -1,1 +1,1 @@
-"""Where runs go, and how they are watched. Imports neither torch nor ray."""
+"""Backends that run jobs, and the means to watch them. Imports neither torch nor ray."""

@@ -1,4 +1,4 @@
-"""The plug-point of places that run jobs."""
+"""Protocols that every backend implements."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lorafleet.cluster.remote.transfer import Which
+from lorafleet.cluster.remote.transfer import WeightSelection
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.plan import Plan
 from lorafleet.jobs.runs.run import Run, RunState
@@ -16,88 +16,104 @@ from lorafleet.jobs.schema.job import JobSpec
 Say = Callable[[str], None]
 
 
-def quietly(sentence: str) -> None:
-    """Say nothing."""
+def ignore_message(message: str) -> None:
+    """Ignore a progress message."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Where a run is, asked of the place and not of the last thing written."""
+class RunStatus:
+    """The status of a run, as the backend reports it."""
 
     state: RunState
     sentence: str = ""
-    """What the place says beside it: why it waits, how it ended, what goes on with it."""
+    """What the backend reports beside the state: why the run waits, how it ended, or what happens
+    to it now.
+    """
     asked: bool = True
-    """Whether the place has said so; else it could not be asked, and this is what was written last."""
+    """True if the backend just reported this state; False if it was unreachable and this is the
+    last recorded state.
+    """
 
 
 class Watch(Protocol):
-    """A run that was handed over, for somebody who waits for its end."""
+    """A submitted run, for a caller that waits for its end."""
 
     detaches: bool
-    """Whether Ctrl-C leaves the run alone: it is in a queue, and not a child of this process."""
-    seen: Seen
-    """What the place said last."""
+    """True if Ctrl-C leaves the run alone because it is in a queue and not a child of this
+    process.
+    """
+    seen: RunStatus
+    """The last status that the backend reported."""
 
     def poll(self) -> int | None:
-        """The driver's exit code once it has ended."""
+        """Return the driver's exit code once it has ended, and None before."""
 
     def send_signal(self, number: int) -> None:
-        """Pass a signal on."""
+        """Pass a signal on to the run."""
 
     def close(self) -> None:
-        """Nobody waits any more."""
+        """Stop watching and release what the watch holds."""
 
 
 class RunBackend(Protocol):
-    """What can be done with a run that was submitted. All methods return soon: none waits for the job."""
+    """The operations on a submitted run. All methods return soon: none waits for the job."""
 
     def resume(self, run: Run) -> None:
         """Submit an unfinished run again."""
 
-    def look(self, run: Run) -> Seen:
-        """Return the state of a run."""
+    def status(self, run: Run) -> RunStatus:
+        """Return the status of a run."""
 
-    def refresh(self, run: Run, say: Say = quietly) -> None:
-        """Download what a run has written since, where its local folder is a record of a remote one."""
+    def refresh(self, run: Run, say: Say = ignore_message) -> None:
+        """Download what a run has written since the last call.
 
-    def pull(self, run: Run, which: Which, say: Say) -> int:
-        """Download all of a run's record and weights; returns the number of files."""
+        Do nothing if the local folder is the run itself and not a record of a remote one.
+        """
+
+    def pull(self, run: Run, weights: WeightSelection, say: Say) -> int:
+        """Download a run's whole record and the selected weights; return the number of files."""
 
     def watch(self, run: Run) -> Watch:
-        """Return a watch on the run that was submitted last."""
+        """Return a watch on the newest submission of a run."""
 
     def cancel(self, run: Run) -> str:
-        """Ask a run to save and end; returns a sentence on what happens."""
+        """Ask a run to save and end; return a message that says what happens."""
 
 
 class Backend(RunBackend, Protocol):
-    """A place jobs run."""
+    """A backend that runs jobs."""
 
-    def runs_dir(self, given: Path) -> Path:
-        """Where its runs lie, when the user names `given`."""
+    def resolve_runs_dir(self, requested: Path) -> Path:
+        """Return the backend's folder of runs, when the user names `requested`."""
 
     def plan(self, loaded: LoadedJob, command: str) -> Plan:
-        """Everything that would happen."""
+        """Return the plan of everything that would happen."""
 
     def check(self, plan: Plan) -> tuple[list[str], list[str]]:
-        """(what the place has against a plan, what it could not be asked), a sentence each; nothing is submitted."""
+        """Check a plan without submitting anything.
+
+        Returns:
+            The problems that the backend has with the plan, and what could not be checked; one
+                message each.
+        """
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
-        """Write the run's folder and hand it over."""
+        """Write the run's folder and submit the run."""
 
 
 class Cluster(Backend, Protocol):
-    """A place of other machines."""
+    """A backend that runs jobs on other machines."""
 
-    def provide(self, job: JobSpec, say: Say) -> str:
-        """Bring all that a job names to where its processes look for it; returns a sentence."""
+    def upload_inputs(self, job: JobSpec, say: Say) -> str:
+        """Upload everything that a job names to where its processes look for it; return a
+        message.
+        """
 
-    def provide_asset(self, name: str, say: Say) -> str:
-        """Bring an asset there; returns its folder."""
+    def upload_asset(self, name: str, say: Say) -> str:
+        """Upload an asset; return its folder on the cluster."""
 
-    def examine(self, runs: Path) -> Run:
-        """Submit a short job that looks at nodes and writes `findings.json` into its folder."""
+    def check_site(self, runs: Path) -> Run:
+        """Submit a short job that inspects nodes and writes `findings.json` into its folder."""
 
-    def end_at_once(self, run: Run) -> None:
-        """Take a run's jobs away, waiting or running; nothing is saved."""
+    def kill(self, run: Run) -> None:
+        """Kill a run's jobs, waiting or running; nothing is saved."""

@@ -1,4 +1,7 @@
-"""Find the backend of a site, or of a run that was submitted to it. Backends are imported when they are needed."""
+"""Selects the backend of a site or of a submitted run.
+
+Each backend is imported only when it is needed.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from lorafleet.cluster.backend import Backend, Cluster, RunBackend
 from lorafleet.jobs import files
 from lorafleet.jobs.loading.site_file import LoadedSite
 from lorafleet.jobs.runs.run import Run
-from lorafleet.jobs.runs.trust import distrust
+from lorafleet.jobs.runs.trust import find_distrust_reason
 from lorafleet.jobs.sites.base import Site
 
 _CLUSTERS = {
@@ -20,11 +23,11 @@ _CLUSTERS = {
 """Backend class of each kind of site file, as module:class."""
 
 SITE_FILE = "site.json"
-"""Of a run that went to a queue: the site as it was then."""
+"""File in the folder of a queued run: the site as it was at submission."""
 
 
-def backend_here(site: Site) -> Backend:
-    """This machine, or the Ray that RAY_ADDRESS names."""
+def create_local_backend(site: Site) -> Backend:
+    """Return the backend for this machine, or for the Ray cluster that RAY_ADDRESS names."""
     from lorafleet.cluster.local import LocalBackend
 
     return LocalBackend(site)
@@ -35,31 +38,34 @@ def _backend_class(kind: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def backend_on(site: LoadedSite, nodes: int | None = None) -> Cluster:
-    """Return the backend of a site file's cluster, for a job of `nodes` nodes."""
+def create_cluster_backend(site: LoadedSite, nodes: int | None = None) -> Cluster:
+    """Return the backend for the cluster of a site file, for a job on `nodes` nodes."""
     backend: Cluster = _backend_class(site.site.kind)(site.site, nodes)
     return backend
 
 
-def lies_elsewhere(run: Run) -> bool:
-    """Whether a run's folder here is but a record of one on a storage that this machine does not see."""
+def is_remote(run: Run) -> bool:
+    """Return whether a run's local folder is only a record of a run on remote storage.
+
+    This machine cannot read that storage.
+    """
     return files.read_json(run.path / SITE_FILE).get("kind") in ("kubernetes", "ray")
 
 
-def backend_of(run: Run, *, trust: bool = False) -> RunBackend:
+def get_backend(run: Run, *, trust: bool = False) -> RunBackend:
     """Return the backend that a run was submitted to.
 
     A run that this user's lorafleet did not create is only read, unless `trust` is set.
     """
-    from lorafleet.cluster.untrusted_run import Stranger
+    from lorafleet.cluster.untrusted_run import UntrustedBackend
 
-    reason = None if trust else distrust(run.path)
+    reason = None if trust else find_distrust_reason(run.path)
     if reason is not None:
-        return Stranger(reason)
-    stored = files.read_json(run.path / SITE_FILE)
-    if not stored:
-        from lorafleet.cluster.hardware import local_site
+        return UntrustedBackend(reason)
+    record = files.read_json(run.path / SITE_FILE)
+    if not record:
+        from lorafleet.cluster.hardware import detect_local_site
 
-        return backend_here(local_site())
-    backend: Cluster = _backend_class(stored["kind"]).from_record(stored)
+        return create_local_backend(detect_local_site())
+    backend: Cluster = _backend_class(record["kind"]).from_record(record)
     return backend

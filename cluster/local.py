@@ -1,4 +1,7 @@
-"""This machine: a run is a child process, `lorafleet exec RUN`, with a Ray of its own or the one RAY_ADDRESS names."""
+"""The local backend: a run is a child process, `lorafleet exec RUN`.
+
+The process has its own Ray, or uses the one that RAY_ADDRESS names.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +13,40 @@ import sys
 import tempfile
 from pathlib import Path
 
-from lorafleet.cluster.backend import Say, Seen, quietly
+from lorafleet.cluster.backend import RunStatus, Say, ignore_message
 from lorafleet.cluster.hardware import check_torch
 from lorafleet.cluster.planning.plan import make_plan
-from lorafleet.cluster.remote.transfer import Which
+from lorafleet.cluster.remote.transfer import WeightSelection
 from lorafleet.jobs import files
-from lorafleet.jobs.errors import ExitCode, RunError, disk_full
+from lorafleet.jobs.errors import ExitCode, RunError, make_disk_full_error
 from lorafleet.jobs.loading.job_file import LoadedJob, dump_resolved
 from lorafleet.jobs.runs.plan import Plan
 from lorafleet.jobs.runs.run import Run, RunState
-from lorafleet.jobs.runs.stale_folders import clear_orphans
+from lorafleet.jobs.runs.stale_folders import remove_orphans
 from lorafleet.jobs.sites.base import Site
 
 
 class LocalBackend:
-    """Runs a job here."""
+    """A backend that runs jobs on this machine."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
         self.child: subprocess.Popen[bytes] | None = None
 
-    def runs_dir(self, given: Path) -> Path:
-        """Where the user says."""
-        return given
+    def resolve_runs_dir(self, requested: Path) -> Path:
+        """Return the folder that the user names."""
+        return requested
 
     def plan(self, loaded: LoadedJob, command: str) -> Plan:
-        """Everything that would happen. Raises a UserError where the job cannot begin here."""
+        """Return the plan of everything that would happen.
+
+        Raises:
+            UserError: The job cannot start on this machine.
+        """
         return make_plan(loaded, self.site, command)
 
     def check(self, plan: Plan) -> tuple[list[str], list[str]]:
-        """Nothing that the plan itself has not."""
+        """Return no problems: the plan has already made every check."""
         return [], []
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
@@ -50,92 +57,109 @@ class LocalBackend:
         return run
 
     def start(self, run: Run) -> None:
-        """Start the driver, in a process group of its own: all signals reach it through the command that follows it.
+        """Start the driver in its own process group, apart from the terminal's signals.
 
-        Whether the run is this user's own was asked before.
+        All signals reach it through the command that watches it. The caller has already checked
+        that the run belongs to this user.
         """
         logs = run.path / "logs"
         logs.mkdir(exist_ok=True)
-        with files.opened_to_append(logs / "driver.log") as log:
+        with files.open_to_append(logs / "driver.log") as log:
             self.child = subprocess.Popen(
-                [*driver_command(), "exec", str(run.path), "--trust"],
+                [*get_driver_command(), "exec", str(run.path), "--trust"],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 cwd=run.path,
                 process_group=0,
             )
-        _STARTED.append(self.child)
+        _STARTED_DRIVERS.append(self.child)
 
-    def refresh(self, run: Run, say: Say = quietly) -> None:
-        """Nothing: the folder is the run's own."""
+    def refresh(self, run: Run, say: Say = ignore_message) -> None:
+        """Do nothing: the local folder is the run itself."""
 
-    def pull(self, run: Run, which: Which, say: Say) -> int:
-        """Raises RunError: it is all here."""
+    def pull(self, run: Run, weights: WeightSelection, say: Say) -> int:
+        """Raise RunError: all files are already here."""
         raise RunError(f"{run.id} lies in {run.path} itself: there is nothing to bring")
 
     def resume(self, run: Run) -> None:
-        """Start the driver of a run whose last one is gone. Raises RunError when it still lives."""
-        if run.alive():
-            raise RunError(f"{run.id} is running (process {run.status()['pid']}); `lorafleet status {run.id}` shows it")
-        clear_orphans(Path(tempfile.gettempdir()))
-        clear_orphans(Path("/tmp"))  # nosec B108  # only what is ours
+        """Start the driver of a run whose last driver has died.
+
+        Raises:
+            RunError: The last driver is still running.
+        """
+        if run.is_alive():
+            raise RunError(
+                f"{run.id} is running (process {run.read_status()['pid']}); `lorafleet status "
+                f"{run.id}` shows it"
+            )
+        remove_orphans(Path(tempfile.gettempdir()))
+        # Nosec B108  # clear_orphans removes only lorafleet's own folders.
+        remove_orphans(Path("/tmp"))
         (run.path / "stop").unlink(missing_ok=True)
         self.start(run)
 
-    def look(self, run: Run) -> Seen:
-        """The run's state; one whose driver died without a word is failed."""
-        if run.gone():
-            return Seen(RunState.FAILED, f"its driver is gone: `lorafleet resume {run.id}` goes on")
-        return Seen(run.state, str(run.status().get("reason") or ""))
+    def status(self, run: Run) -> RunStatus:
+        """Return the run's status; a run whose driver died without a recorded end has failed."""
+        if run.has_lost_driver():
+            return RunStatus(
+                RunState.FAILED, f"its driver is gone: `lorafleet resume {run.id}` goes on"
+            )
+        return RunStatus(run.state, str(run.read_status().get("reason") or ""))
 
     def watch(self, run: Run) -> ChildWatch:
-        """The driver that was started last."""
+        """Return a watch on the driver that was started last."""
         assert self.child is not None
         return ChildWatch(self.child)
 
     def cancel(self, run: Run) -> str:
         """Ask the run to save and end."""
-        if not run.alive():
-            raise RunError(f"{run.id} is not running here: it is {self.look(run).state}")
-        os.kill(int(run.status()["pid"]), signal.SIGINT)
+        if not run.is_alive():
+            raise RunError(f"{run.id} is not running here: it is {self.status(run).state}")
+        os.kill(int(run.read_status()["pid"]), signal.SIGINT)
         return f"{run.id} saves its trials and ends; `lorafleet resume {run.id}` goes on"
 
 
 class ChildWatch:
-    """A driver that is a child of this process."""
+    """A watch on a driver that is a child of this process."""
 
     detaches = False
 
     def __init__(self, child: subprocess.Popen[bytes]) -> None:
         self.child = child
-        self.seen = Seen(RunState.RUNNING)
+        self.seen = RunStatus(RunState.RUNNING)
 
     def poll(self) -> int | None:
-        """Its exit code once it has ended; one that a signal ended was interrupted."""
+        """Return the exit code once the driver has ended; death by a signal counts as
+        interrupted.
+        """
         code = self.child.poll()
         return ExitCode.INTERRUPTED if code is not None and code < 0 else code
 
     def send_signal(self, number: int) -> None:
-        """Pass a signal on."""
+        """Pass a signal on to the driver."""
         self.child.send_signal(number)
 
     def close(self) -> None:
-        """Nothing: there is nothing of its own."""
+        """Do nothing: this watch holds no resources."""
 
 
-_STARTED: list[subprocess.Popen[bytes]] = []
+_STARTED_DRIVERS: list[subprocess.Popen[bytes]] = []
 
 
 def interrupt_drivers() -> None:
-    """Pass Ctrl-C on to drivers that this process has started, before anybody follows them."""
-    for child in _STARTED:
+    """Pass Ctrl-C on to drivers that this process has started, before anything watches them."""
+    for child in _STARTED_DRIVERS:
         if child.poll() is None:
             child.send_signal(signal.SIGINT)
 
 
-def driver_command() -> list[str]:
-    """The console script beside this Python; without it, the same function with a path that holds no foreign folder."""
+def get_driver_command() -> list[str]:
+    """Return the command that runs lorafleet.
+
+    That is the console script beside this Python. Without the script, Python runs the same
+    main function with `-P`, so that no unrelated folder is on its path.
+    """
     script = Path(sys.executable).with_name("lorafleet")
     if script.is_file():
         return [str(script)]
@@ -143,7 +167,11 @@ def driver_command() -> list[str]:
 
 
 def write_run(plan: Plan, loaded: LoadedJob, runs: Path, share: str = "none") -> Run:
-    """A new run's folder, whole, and pending; `share` is a site's (`make_run_folder`)."""
+    """Create a new run's folder with all its files, in the pending state.
+
+    Args:
+        share: The site's `share` setting, as `make_run_folder` takes it.
+    """
     run = Run.create(runs, plan.job.name, share)
     try:
         files.write_text(run.path / "job.yaml", loaded.text)
@@ -151,8 +179,8 @@ def write_run(plan: Plan, loaded: LoadedJob, runs: Path, share: str = "none") ->
         files.write_json(run.path / "plan.json", plan.model_dump(mode="json"))
     except BaseException as error:
         shutil.rmtree(run.path, ignore_errors=True)
-        full = disk_full(error, runs, "start again")
-        if full is not None:
-            raise full from error
+        disk_error = make_disk_full_error(error, runs, "start again")
+        if disk_error is not None:
+            raise disk_error from error
         raise
     return run

@@ -1,4 +1,4 @@
-"""Finding, listing and cleaning runs in a runs folder."""
+"""Finds, lists and cleans runs in a runs folder."""
 
 from __future__ import annotations
 
@@ -8,23 +8,33 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorafleet.cluster.submitted_runs import submitted
+from lorafleet.cluster.submitted_runs import list_submitted_runs
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.run import Run, RunState
-from lorafleet.jobs.runs.tracebacks import at_run
-from lorafleet.jobs.runs.trust import forget
-from lorafleet.jobs.schema.field_paths import closest
+from lorafleet.jobs.runs.tracebacks import set_current_run
+from lorafleet.jobs.runs.trust import remove_run_record
+from lorafleet.jobs.schema.field_paths import find_closest
 
 
-def all_runs(runs: Path, damaged: list[str] | None = None) -> list[Run]:
-    """The runs of a folder, newest first; what is wrong with those that cannot be read is added to `damaged`."""
-    said: list[str] = [] if damaged is None else damaged
-    found = [Run(path.parent) for path in runs.glob("*/plan.json") if not path.parent.is_symlink()]
-    return sorted((run for run in found if _readable(run, said)), key=lambda run: run.created, reverse=True)
+def list_all_runs(runs: Path, damaged: list[str] | None = None) -> list[Run]:
+    """Return the runs of a folder, newest first.
+
+    Args:
+        damaged: Receives one message for each run that cannot be read.
+    """
+    messages: list[str] = [] if damaged is None else damaged
+    candidates = [
+        Run(path.parent) for path in runs.glob("*/plan.json") if not path.parent.is_symlink()
+    ]
+    return sorted(
+        (run for run in candidates if _is_readable(run, messages)),
+        key=lambda run: run.created,
+        reverse=True,
+    )
 
 
-def _readable(run: Run, damaged: list[str]) -> bool:
-    """Whether a folder's status is a run's. Another program's folder is passed over."""
+def _is_readable(run: Run, damaged: list[str]) -> bool:
+    """Return whether a folder holds a readable run; the folder of another program is skipped."""
     try:
         return bool(run.state) and run.created >= 0
     except (ValueError, OSError, RunError) as error:
@@ -33,94 +43,123 @@ def _readable(run: Run, damaged: list[str]) -> bool:
 
 
 def find_run(runs: Path, name: str | None) -> Run:
-    """A run by its folder, its id or its job's name (the newest of that name); without a name, the newest of all.
+    """Return a run by its folder, its id or its job's name; without a name, the newest run.
 
-    Raises RunError with what there is.
+    Of several runs with the same job name, the newest is returned.
+
+    Raises:
+        RunError: There is no such run; the message suggests a similar one.
     """
-    found = _found(runs, name)
-    at_run(found.path)
-    return found
+    run = _resolve_run(runs, name)
+    set_current_run(run.path)
+    return run
 
 
-def _found(runs: Path, name: str | None) -> Run:
+def _resolve_run(runs: Path, name: str | None) -> Run:
     if name is not None and not name.strip():
         raise RunError("RUN is empty; `lorafleet list` shows the runs")
     if name:
         for path in (Path(name), runs / name):
             if (path / "plan.json").is_file() and not path.is_symlink():
                 return Run(path.absolute())
-    known = all_runs(runs)
-    if name is not None or not known:  # those on a cluster may lie in its site's folder
-        folders = {run.path.absolute() for run in known}
-        known += [run for run in submitted() if run.path.absolute() not in folders and _readable(run, [])]
-        for run in known:
+    candidates = list_all_runs(runs)
+    if (
+        name is not None or not candidates
+    ):  # runs on a cluster may be stored in the site's own runs_dir
+        folders = {run.path.absolute() for run in candidates}
+        candidates += [
+            run
+            for run in list_submitted_runs()
+            if run.path.absolute() not in folders and _is_readable(run, [])
+        ]
+        for run in candidates:
             if run.id == name:
                 return Run(run.path.absolute())
     if name is None:
-        if known:
-            return Run(known[0].path.absolute())
+        if candidates:
+            return Run(candidates[0].path.absolute())
         raise RunError(f"there is no run in {runs.absolute()}; --runs DIR names another folder")
-    named = [run for run in known if run.status().get("name") == name]
-    if named:
-        return Run(named[0].path.absolute())
-    near = closest(name, [run.id for run in known])
-    hint = f"; did you mean {near}?" if near else "; `lorafleet list` shows the runs"
+    matches = [run for run in candidates if run.read_status().get("name") == name]
+    if matches:
+        return Run(matches[0].path.absolute())
+    closest_id = find_closest(name, [run.id for run in candidates])
+    hint = f"; did you mean {closest_id}?" if closest_id else "; `lorafleet list` shows the runs"
     raise RunError(f"there is no run {name!r} in {runs.absolute()}{hint}")
 
 
 @dataclass(frozen=True)
-class Cleaned:
-    """What `clean` did to one run."""
+class CleanResult:
+    """The result of `clean` for one run."""
 
     run: str
     bytes: int
     kept_because: str | None
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file() or path.is_symlink())
+def compute_folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files below a folder."""
+    return sum(
+        path.lstat().st_size for path in folder.rglob("*") if path.is_file() or path.is_symlink()
+    )
 
 
-def protected(run: Run) -> str | None:
-    """Why a run may not be cleaned, or None."""
-    from lorafleet.cluster.backends import SITE_FILE, backend_of
+def find_clean_obstacle(run: Run) -> str | None:
+    """Return why a run may not be cleaned, or None."""
+    from lorafleet.cluster.backends import SITE_FILE, get_backend
 
-    live = (RunState.RUNNING, RunState.PENDING)
-    if (run.path / SITE_FILE).is_file():  # what its own record says may be older than what the queue knows
-        seen = backend_of(run).look(run)
-        if seen.state in live:
-            return f"it is {seen.state}; `lorafleet stop {run.id}` first"
-        if not seen.asked:
-            return f"its cluster cannot be asked whether it runs: {seen.sentence}"
-    elsewhere = run.status().get("host", os.uname().nodename) != os.uname().nodename
-    if run.alive() or (elsewhere and run.state in live and not (run.path / SITE_FILE).is_file()):
+    active_states = (RunState.RUNNING, RunState.PENDING)
+    if (run.path / SITE_FILE).is_file():  # the run's own record may be older than the queue's state
+        status = get_backend(run).status(run)
+        if status.state in active_states:
+            return f"it is {status.state}; `lorafleet stop {run.id}` first"
+        if not status.asked:
+            return f"its cluster cannot be asked whether it runs: {status.sentence}"
+    is_on_other_host = run.read_status().get("host", os.uname().nodename) != os.uname().nodename
+    if run.is_alive() or (
+        is_on_other_host and run.state in active_states and not (run.path / SITE_FILE).is_file()
+    ):
         return f"it is {run.state}; `lorafleet stop {run.id}` first"
-    if unsynced(run):
-        return f"its W&B record has not been uploaded; `lorafleet sync {run.id}` first, or give --unsynced"
+    if has_unsynced_wandb(run):
+        return (
+            f"its W&B record has not been uploaded; `lorafleet sync {run.id}` first, or give "
+            "--unsynced"
+        )
     return None
 
 
-def unsynced(run: Run) -> bool:
-    """Whether a run holds offline W&B records that no `sync` has uploaded."""
-    kept = "wandb/wandb/offline-run-*"
-    offline = [folder for inside in ("", "parts/*/", "arms/*/") for folder in run.path.glob(f"{inside}{kept}")]
-    return any(not list(folder.glob("*.wandb.synced")) for folder in offline)
+def has_unsynced_wandb(run: Run) -> bool:
+    """Return whether a run holds offline W&B records that no `sync` has uploaded."""
+    pattern = "wandb/wandb/offline-run-*"
+    offline_folders = [
+        folder
+        for prefix in ("", "parts/*/", "arms/*/")
+        for folder in run.path.glob(f"{prefix}{pattern}")
+    ]
+    return any(not list(folder.glob("*.wandb.synced")) for folder in offline_folders)
 
 
-def clean(run: Run, *, dry_run: bool, even_unsynced: bool = False) -> Cleaned:
-    """Delete a run's folder. A running or unsynced one is left alone, and the answer says why."""
-    reason = protected(run)
+def clean(run: Run, *, dry_run: bool, even_unsynced: bool = False) -> CleanResult:
+    """Delete a run's folder, unless it is running or has W&B records that are not uploaded.
+
+    Returns:
+        The bytes that were freed (or would be, with `dry_run`), or the reason why the run was
+            kept.
+    """
+    reason = find_clean_obstacle(run)
     if reason and not (even_unsynced and "W&B" in reason):
-        return Cleaned(run.id, 0, reason)
-    size = folder_bytes(run.path)
+        return CleanResult(run.id, 0, reason)
+    size = compute_folder_bytes(run.path)
     if not dry_run:
-        forget(run.path)
+        remove_run_record(run.path)
         shutil.rmtree(run.path)
-    return Cleaned(run.id, size, None)
+    return CleanResult(run.id, size, None)
 
 
-def older_than(runs: Path, days: float) -> list[Run]:
-    """Runs that were last touched more than `days` days ago."""
+def list_old_runs(runs: Path, days: float) -> list[Run]:
+    """Return the runs that were last updated more than `days` days ago."""
     limit = time.time() - 86400 * days
-    return [run for run in all_runs(runs) if float(run.status().get("updated", run.created)) < limit]
+    return [
+        run
+        for run in list_all_runs(runs)
+        if float(run.read_status().get("updated", run.created)) < limit
+    ]

@@ -1,4 +1,4 @@
-"""Runs that were submitted to a queue, so that they are found again in a shell that knows nothing of them."""
+"""The list of runs submitted to a queue, so that any later shell can find them again."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ from pathlib import Path
 
 from lorafleet.jobs import files
 from lorafleet.jobs.runs.run import Run
-from lorafleet.jobs.user import state_folder
+from lorafleet.jobs.user import get_state_folder
 
 
-def registry_file() -> Path:
-    """The list of runs."""
-    return state_folder() / "submitted.jsonl"
+def get_registry_path() -> Path:
+    """Return the path of the list of runs."""
+    return get_state_folder() / "submitted.jsonl"
 
 
 def add(run: Run, site: str) -> None:
-    """Remember where a run lies. A home folder that cannot be written costs the memory, not the job."""
+    """Add a run and its folder to the list.
+
+    If the home folder is not writable, the run is left out of the list and the job is not
+    affected.
+    """
     try:
         row = {"time": time.time(), "run": run.id, "path": str(run.path), "site": site}
-        files.append_jsonl(registry_file(), row)
+        files.append_jsonl(get_registry_path(), row)
     except OSError:
         return
 
 
-def submitted() -> list[Run]:
-    """The runs that are still where they were, newest first."""
-    paths = dict.fromkeys(str(row["path"]) for row in reversed(files.read_jsonl(registry_file())))
+def list_submitted_runs() -> list[Run]:
+    """Return the listed runs whose folders still exist, newest first."""
+    paths = dict.fromkeys(
+        str(row["path"]) for row in reversed(files.read_jsonl(get_registry_path()))
+    )
     return [Run(Path(path)) for path in paths if (Path(path) / "plan.json").is_file()]

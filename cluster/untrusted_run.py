@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from lorafleet.cluster.backend import Say, Seen, Watch, quietly
-from lorafleet.cluster.remote.transfer import Which
+from lorafleet.cluster.backend import RunStatus, Say, Watch, ignore_message
+from lorafleet.cluster.remote.transfer import WeightSelection
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.run import Run
-from lorafleet.jobs.runs.trust import refusal
+from lorafleet.jobs.runs.trust import format_refusal
 
 
-class Stranger:
-    """Backend of a run that is not trusted: reports what its files say, and contacts nothing that they name."""
+class UntrustedBackend:
+    """Backend of an untrusted run: reports what its files say and contacts nothing they name."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
         """Why the run is not trusted."""
 
-    def look(self, run: Run) -> Seen:
-        """Return the last recorded state. No process, queue or cluster is asked."""
-        return Seen(run.state, f"{self.reason}; its processes and its cluster were not contacted", asked=False)
+    def status(self, run: Run) -> RunStatus:
+        """Return the last recorded status. No process, queue or cluster is contacted."""
+        return RunStatus(
+            run.state,
+            f"{self.reason}; its processes and its cluster were not contacted",
+            asked=False,
+        )
 
-    def refresh(self, run: Run, say: Say = quietly) -> None:
+    def refresh(self, run: Run, say: Say = ignore_message) -> None:
         """Do nothing: a cluster that the run names is not contacted."""
 
     def resume(self, run: Run) -> None:
@@ -33,7 +37,7 @@ class Stranger:
         """Raise RunError: the process or job that the run names may belong to another run."""
         self._refuse("stop", run)
 
-    def pull(self, run: Run, which: Which, say: Say) -> int:
+    def pull(self, run: Run, weights: WeightSelection, say: Say) -> int:
         """Raise RunError."""
         self._refuse("pull", run)
 
@@ -42,4 +46,4 @@ class Stranger:
         self._refuse("resume", run)
 
     def _refuse(self, command: str, run: Run) -> NoReturn:
-        raise RunError(refusal(self.reason, command, run.path))
+        raise RunError(format_refusal(self.reason, command, run.path))

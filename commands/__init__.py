@@ -1,1 +1,1 @@
-"""What a person types: one short file a command, heavy imports inside the function."""
+"""The command line: one short module per command, with heavy imports inside the functions."""

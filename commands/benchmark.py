@@ -1,4 +1,4 @@
-"""`lorafleet benchmark`: every variant of a model in one table, each measured in processes of its own."""
+"""`lorafleet benchmark`: compare all variants of a model in one table."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from lorafleet.commands.common import (
     DEFAULT_RUNS,
     Format,
@@ -15,12 +16,12 @@ from lorafleet.commands.common import (
     Runs,
     Trust,
     confirm_trust,
-    hush_libraries,
-    say,
+    print_message,
+    print_text,
     show_report,
-    tell,
+    silence_libraries,
 )
-from lorafleet.commands.deliver import deliver
+from lorafleet.commands.deliver import submit_delivery
 from lorafleet.commands.sweep import Detach, Wait
 
 
@@ -28,17 +29,34 @@ def benchmark(
     run: OneRun,
     exported: Annotated[
         Path | None,
-        typer.Option("--export", metavar="DIR", help="Where an export put its targets.", show_default="RUN/export"),
+        typer.Option(
+            "--export",
+            metavar="DIR",
+            help="Where an export put its targets.",
+            show_default="RUN/export",
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each variant is measured, in turn.")] = 3,
-    rows: Annotated[int, typer.Option(min=1, help="Held-out rows that are answered or classified one by one.")] = 8,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="How often each variant is measured, in turn.")
+    ] = 3,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Held-out rows that are answered or classified one by one.")
+    ] = 8,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of every answer.")] = 32,
     batch_sizes: Annotated[
-        str | None, typer.Option("--batch-sizes", metavar="N,...", help="Measure batches of so many rows as well.")
+        str | None,
+        typer.Option(
+            "--batch-sizes", metavar="N,...", help="Measure batches of so many rows as well."
+        ),
     ] = None,
     lengths: Annotated[
         str | None,
-        typer.Option("--lengths", metavar="N,...", help="Tokens of a row in these batches.", show_default="64"),
+        typer.Option(
+            "--lengths",
+            metavar="N,...",
+            help="Tokens of a row in these batches.",
+            show_default="64",
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each process.")] = 1,
     runs: Runs = DEFAULT_RUNS,
@@ -48,15 +66,26 @@ def benchmark(
     wait: Wait = False,
     trust: Trust = False,
 ) -> None:
-    """Measure base, adapter and exported targets of a run (RUN, or RUN:TRIAL): size, speed, memory, metric."""
-    from lorafleet.jobs.runs.export_result import Delivery
+    """Measure size, speed, memory and metric of a run's base, adapter and exported targets.
 
-    hush_libraries()
-    sizes, tokens = _numbers("--batch-sizes", batch_sizes), _numbers("--lengths", lengths)
-    points = tuple((size, length) for length in tokens or (64,) for size in sizes or (1,)) if sizes or tokens else ()
+    RUN means the recommended model, RUN:TRIAL one trial's. Each variant is measured in its own
+    processes.
+    """
+    from lorafleet.jobs.runs.export_result import ExportRequest
+
+    silence_libraries()
+    sizes, tokens = (
+        _parse_numbers("--batch-sizes", batch_sizes),
+        _parse_numbers("--lengths", lengths),
+    )
+    points = (
+        tuple((size, length) for length in tokens or (64,) for size in sizes or (1,))
+        if sizes or tokens
+        else ()
+    )
     name, _, trial_id = run.partition(":")
     if on is not None:
-        wanted = Delivery(
+        delivery = ExportRequest(
             run=name,
             trial_id=trial_id,
             output=str(exported.absolute()) if exported else "",
@@ -66,33 +95,39 @@ def benchmark(
             new_tokens=new_tokens,
             points=points,
         )
-        deliver("benchmark", wanted, runs, on, output=output, detach=detach, wait=wait, trust=trust)
+        submit_delivery(
+            "benchmark", delivery, runs, on, output=output, detach=detach, wait=wait, trust=trust
+        )
         return
     from lorafleet.cluster.run_index import find_run
-    from lorafleet.deployment.benchmark import Amount, variants
+    from lorafleet.deployment.benchmark import BenchmarkSettings, build_variants
     from lorafleet.deployment.benchmark import benchmark as measure
     from lorafleet.evaluation.render.wandb import track_report
-    from lorafleet.evaluation.report.model_of_run import shipped
-    from lorafleet.evaluation.report.search import write_forms
+    from lorafleet.evaluation.report.model_of_run import select_model
+    from lorafleet.evaluation.report.search import write_report_files
 
-    amount = Amount(rounds, rows, new_tokens, threads, points)
-    found = find_run(runs, name)
-    confirm_trust(found, "benchmark", trust=trust)
-    given = shipped(found, trial_id)
-    out = (exported or found.path / "export").absolute()
-    report = measure(given, variants(given, out, amount), out, amount, say)
-    write_forms(report, out / "benchmark")
-    track_report(found, given.job, report, "benchmark")
+    amount = BenchmarkSettings(rounds, rows, new_tokens, threads, points)
+    selected_run = find_run(runs, name)
+    confirm_trust(selected_run, "benchmark", trust=trust)
+    model = select_model(selected_run, trial_id)
+    export_dir = (exported or selected_run.path / "export").absolute()
+    report = measure(
+        model, build_variants(model, export_dir, amount), export_dir, amount, print_message
+    )
+    write_report_files(report, export_dir / "benchmark")
+    track_report(selected_run, model.job, report, "benchmark")
     if show_report(report, output):
-        tell(f"\n{out / 'benchmark' / 'report.html'}")
+        print_text(f"\n{export_dir / 'benchmark' / 'report.html'}")
 
 
-def _numbers(option: str, text: str | None) -> tuple[int, ...]:
-    """The numbers of an option. Raises UserError for other words."""
+def _parse_numbers(option: str, text: str | None) -> tuple[int, ...]:
+    """Return the numbers of a comma-separated option. Raises UserError for anything else."""
     from lorafleet.jobs.errors import UserError
 
-    words = [word.strip() for word in (text or "").split(",") if word.strip()]
-    wrong = next((word for word in words if not word.isdecimal() or int(word) < 1), None)
-    if wrong is not None:
-        raise UserError(f"{option} has {wrong!r}, but must be whole numbers above 0, separated by commas")
-    return tuple(dict.fromkeys(int(word) for word in words))
+    items = [item.strip() for item in (text or "").split(",") if item.strip()]
+    invalid = next((item for item in items if not item.isdecimal() or int(item) < 1), None)
+    if invalid is not None:
+        raise UserError(
+            f"{option} has {invalid!r}, but must be whole numbers above 0, separated by commas"
+        )
+    return tuple(dict.fromkeys(int(item) for item in items))

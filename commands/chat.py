@@ -8,49 +8,64 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from lorafleet.commands.common import DEFAULT_RUNS, AnyRuns, hush_libraries, tell
+
+from lorafleet.commands.common import DEFAULT_RUNS, AnyRuns, print_text, silence_libraries
 
 
 def chat(
-    artefact: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `lorafleet export` made.")],
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this alone, and end.")] = None,
+    artefact: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder that `lorafleet export` made.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Answer this alone, and end.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
     temperature: Annotated[
-        float, typer.Option(min=0.0, help="0: the likeliest token each time; above, tokens are drawn.")
+        float,
+        typer.Option(min=0.0, help="0: the likeliest token each time; above, tokens are drawn."),
     ] = 0.0,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Draw among the likeliest that have it together.")
+        float,
+        typer.Option(min=0.0, max=1.0, help="Draw among the likeliest that have it together."),
     ] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of what is drawn.")] = 0,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as the runtime likes.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=0, help="CPU threads; 0: as many as the runtime likes.")
+    ] = 0,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
-    """Ask an exported model, a line at a time: each line alone, as in training. A classifier names the class."""
-    from lorafleet.deployment.answers import pieces
+    """Ask an exported model, one line at a time.
+
+    Each line is a prompt of its own, as in training. A classifier prints the class and its
+    probability.
+    """
+    from lorafleet.deployment.answers import generate_pieces
     from lorafleet.deployment.decoding import Sampling
     from lorafleet.deployment.runtime import open_artefact
 
-    hush_libraries()
+    silence_libraries()
     loaded = open_artefact(artefact, threads)
-    drawn = Sampling(temperature, top_p, seed) if temperature > 0 else None
-    for line in [prompt] if prompt is not None else _lines():
+    sampling = Sampling(temperature, top_p, seed) if temperature > 0 else None
+    for line in [prompt] if prompt is not None else _read_lines():
         if not line.strip():
             continue
         if loaded.generates:
-            for piece in pieces(loaded, loaded.prompt(line), max_new_tokens, drawn):
-                tell(piece.text, nl=False)
-            tell()
+            for piece in generate_pieces(
+                loaded, loaded.encode_prompt(line), max_new_tokens, sampling
+            ):
+                print_text(piece.text, nl=False)
+            print_text()
         else:
-            (shares,) = loaded.probabilities([line])
-            best = int(shares.argmax())
-            tell(f"{loaded.artefact.labels[best]}\t{shares[best]:.3f}")
+            (probabilities,) = loaded.compute_probabilities([line])
+            best = int(probabilities.argmax())
+            print_text(f"{loaded.artefact.labels[best]}\t{probabilities[best]:.3f}")
 
 
-def _lines() -> Iterator[str]:
-    """What a person types, or what is piped in."""
+def _read_lines() -> Iterator[str]:
+    """Yield lines from the keyboard or from a pipe."""
     while True:
         if sys.stdin.isatty():
-            tell("> ", nl=False, err=True)
+            print_text("> ", nl=False, err=True)
         line = sys.stdin.readline()
         if not line:
             return

@@ -1,4 +1,6 @@
-"""The `lorafleet` command. Importing it imports neither torch, ray nor transformers: it answers at once."""
+"""The `lorafleet` command. Importing it loads neither torch, ray nor transformers, so it starts
+quickly.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import typer
+
 from lorafleet.commands import (
     benchmark,
     chat,
@@ -44,11 +47,11 @@ from lorafleet.commands import (
     sync,
     validate,
 )
-from lorafleet.commands.common import say
-from lorafleet.jobs.errors import ExitCode, LorafleetError, UserError, disk_full
-from lorafleet.jobs.runs.stale_folders import clear_orphans
-from lorafleet.jobs.runs.tracebacks import keep
-from lorafleet.jobs.text import cut
+from lorafleet.commands.common import print_message
+from lorafleet.jobs.errors import ExitCode, LorafleetError, UserError, make_disk_full_error
+from lorafleet.jobs.runs.stale_folders import remove_orphans
+from lorafleet.jobs.runs.tracebacks import save_traceback
+from lorafleet.jobs.text import shorten_text
 
 app = typer.Typer(
     name="lorafleet",
@@ -98,53 +101,76 @@ app.add_typer(node.node, hidden=True)
 
 
 @app.callback(invoke_without_command=True)
-def _main(version: bool = typer.Option(False, "--version", help="Print the version and end.", is_eager=True)) -> None:
+def _apply_global_options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and end.", is_eager=True
+    ),
+) -> None:
     if version:
         from importlib.metadata import version as installed
 
         typer.echo(installed("lorafleet"))
         raise typer.Exit
-    with contextlib.suppress(OSError):  # there may be no temporary folder that can be written
-        clear_orphans(Path(tempfile.gettempdir()))  # what an earlier command left that was killed, a token among it
+    with contextlib.suppress(OSError):  # the temporary folder may be missing or read-only
+        remove_orphans(Path(tempfile.gettempdir()))  # left by killed commands; may hold a token
 
 
 def main() -> None:
-    """Run a command; a user's mistake is a sentence, ours is a traceback in a file whose path is printed."""
+    """Run a command and turn exceptions into messages and exit codes.
+
+    A user's mistake is printed as a message. The traceback of an internal error is written to a
+    file, and its path is printed.
+    """
     try:
         app()
     except UserError as error:
-        say("\n".join(cut(line) for line in str(error).split("\n")))
+        print_message("\n".join(shorten_text(line) for line in str(error).split("\n")))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        local = sys.modules.get("lorafleet.cluster.local")
-        if local is not None:
-            local.interrupt_drivers()
+        local_backend = sys.modules.get("lorafleet.cluster.local")
+        if local_backend is not None:
+            local_backend.interrupt_drivers()
         sys.exit(ExitCode.INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.OK)
     except OSError as error:
-        full = disk_full(error, Path(error.filename or "/"), "try again")
-        if full is not None:
-            say(str(full))
+        disk_full_error = make_disk_full_error(error, Path(error.filename or "/"), "try again")
+        if disk_full_error is not None:
+            print_message(str(disk_full_error))
             sys.exit(ExitCode.USER_INPUT)
-        if error.errno not in _OF_THE_PATH or error.filename is None or _INSIDE in str(error.filename):
-            _our_fault(error)
-        say(f"{error.filename}: {error.strerror}")
+        if (
+            error.errno not in _PATH_ERRNOS
+            or error.filename is None
+            or _PACKAGE_FOLDER in str(error.filename)
+        ):
+            _report_internal_error(error)
+        print_message(f"{error.filename}: {error.strerror}")
         sys.exit(ExitCode.USER_INPUT)
-    except Exception as error:  # the edge of the program
-        _our_fault(error)
+    except Exception as error:  # last resort: report it instead of printing a traceback
+        _report_internal_error(error)
 
 
-_OF_THE_PATH = frozenset(
-    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_PATH_ERRNOS = frozenset(
+    {
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.EEXIST,
+        errno.ENAMETOOLONG,
+    }
 )
-"""What the user's own path can be wrong by, wherever it is opened."""
-_INSIDE = "site-packages"
-"""A path with this in it is not one that the user named."""
+"""Errors that the user's own path can cause, wherever it is opened."""
+_PACKAGE_FOLDER = "site-packages"
+"""A path that contains this is part of the installation; the user did not name it."""
 
 
-def _our_fault(error: Exception) -> NoReturn:
+def _report_internal_error(error: Exception) -> NoReturn:
     code = error.exit_code if isinstance(error, LorafleetError) else ExitCode.OUR_FAULT
-    say(f"{type(error).__name__}: {error}\nThis is a fault of lorafleet; the traceback is in {keep(error)}")
+    print_message(
+        f"{type(error).__name__}: {error}\nThis is a fault of lorafleet; the traceback is in "
+        f"{save_traceback(error)}"
+    )
     sys.exit(code)

@@ -1,23 +1,34 @@
-"""An export or a benchmark as a job of its own on a cluster, and how an export's end is shown."""
+"""Submit an export or a benchmark as a job of its own on a cluster, and print an export's
+result.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafleet.commands.common import Format, cluster_on, confirm_trust, console, print_json, say, tell
+from lorafleet.commands.common import (
+    Format,
+    confirm_trust,
+    load_cluster,
+    make_console,
+    print_json,
+    print_message,
+    print_text,
+)
 
 if TYPE_CHECKING:
-    from lorafleet.cluster.backend import Cluster
-    from lorafleet.jobs.loading.job_file import LoadedJob
-    from lorafleet.jobs.runs.export_result import Delivery, Exported, Made
-    from lorafleet.jobs.runs.run import Run
     from rich.table import Table
 
+    from lorafleet.cluster.backend import Cluster
+    from lorafleet.jobs.loading.job_file import LoadedJob
+    from lorafleet.jobs.runs.export_result import ExportRequest, ExportResult, TargetResult
+    from lorafleet.jobs.runs.run import Run
 
-def deliver(
+
+def submit_delivery(
     command: str,
-    wanted: Delivery,
+    delivery: ExportRequest,
     runs: Path,
     on: str,
     *,
@@ -26,117 +37,168 @@ def deliver(
     wait: bool,
     trust: bool,
 ) -> None:
-    """Submit it where the run lies, and follow it. `wanted.run` is as the user names it."""
+    """Submit an export or a benchmark to the cluster that has the run, and follow it.
+
+    Args:
+        command: `export` or `benchmark`.
+        delivery: The request; `delivery.run` is the run as the user names it.
+    """
     from lorafleet.cluster.run_index import find_run
     from lorafleet.commands.watch import follow
 
-    backend = cluster_on(on, 1)
-    source = find_run(backend.runs_dir(runs), wanted.run)
+    backend = load_cluster(on, 1)
+    source = find_run(backend.resolve_runs_dir(runs), delivery.run)
     confirm_trust(source, command, trust=trust)
-    _check_output(wanted, backend, on)
-    wanted = wanted.model_copy(update={"run": _as_seen_there(source, backend, on)})
-    loaded = _job(source, command, wanted, backend)
-    plan = backend.plan(loaded, command).model_copy(update={"delivery": wanted})
-    run = backend.submit(plan, loaded, backend.runs_dir(runs))
+    _check_output(delivery, backend, on)
+    delivery = delivery.model_copy(update={"run": _resolve_run_on_cluster(source, backend, on)})
+    loaded = _derive_job(source, command, delivery, backend)
+    plan = backend.plan(loaded, command).model_copy(update={"delivery": delivery})
+    run = backend.submit(plan, loaded, backend.resolve_runs_dir(runs))
     if detach:
-        tell(run.id)
+        print_text(run.id)
         return
     follow(run, backend, quiet=False, output=output, silent=wait)
 
 
-def _check_output(wanted: Delivery, backend: Cluster, on: str) -> None:
-    """Raises UserError for a folder of this machine where the site does not see its disks."""
-    from lorafleet.cluster.remote.backend import Away
+def _check_output(delivery: ExportRequest, backend: Cluster, on: str) -> None:
+    """Raise UserError if the output folder is on this machine and the site cannot see its disks."""
+    from lorafleet.cluster.remote.backend import RemoteBackend
     from lorafleet.jobs.errors import UserError
 
-    if wanted.output and isinstance(backend, Away):
+    if delivery.output and isinstance(backend, RemoteBackend):
         raise UserError(
-            f"{wanted.output} is a folder of this machine, which {on} does not see: leave --output (--export) out, and "
+            f"{delivery.output} is a folder of this machine, which {on} does not see: leave "
+            "--output (--export) out, and "
             "the targets are in the run's own export there"
         )
 
 
-def _as_seen_there(source: Run, backend: Cluster, on: str) -> str:
-    """The run's name beside the new one, or its path. Raises UserError where the site does not have it."""
-    from lorafleet.cluster.backends import SITE_FILE, lies_elsewhere
-    from lorafleet.cluster.remote.backend import Away
+def _resolve_run_on_cluster(source: Run, backend: Cluster, on: str) -> str:
+    """Return how the cluster names a run: its id on the cluster's storage, or its path.
+
+    Raises UserError if the site does not have the run.
+    """
+    from lorafleet.cluster.backends import SITE_FILE, is_remote
+    from lorafleet.cluster.remote.backend import RemoteBackend
     from lorafleet.jobs import files
     from lorafleet.jobs.errors import UserError
 
-    if not isinstance(backend, Away):
-        if lies_elsewhere(source):
-            raise UserError(f"{source.id} lies on the storage of another cluster than {on}: name that one with --on")
-        return str(source.path)  # nodes of a Slurm see the folders of its login node
+    if not isinstance(backend, RemoteBackend):
+        if is_remote(source):
+            raise UserError(
+                f"{source.id} lies on the storage of another cluster than {on}: name that one "
+                "with --on"
+            )
+        return str(source.path)  # Slurm nodes see the login node's folders
     stored = files.read_json(source.path / SITE_FILE).get("site") or {}
-    if not lies_elsewhere(source) or stored.get("name") != backend.site.name:
-        raise UserError(f"{source.id} did not run on {on}: what is exported there must lie on its storage")
+    if not is_remote(source) or stored.get("name") != backend.site.name:
+        raise UserError(
+            f"{source.id} did not run on {on}: what is exported there must lie on its storage"
+        )
     return source.id
 
 
-def _job(source: Run, command: str, wanted: Delivery, backend: Cluster) -> LoadedJob:
-    """The run's job under another name, with what one process needs: for TensorRT a GPU, where there are any.
+def _derive_job(source: Run, command: str, delivery: ExportRequest, backend: Cluster) -> LoadedJob:
+    """Return the run's job under another name, with the resources of one process.
 
-    Away, the head does the work, and it has none.
+    TensorRT gets a GPU where there are any. On a remote backend the head node does the work, and
+    it has no GPU.
     """
-    from lorafleet.cluster.remote.backend import Away
-    from lorafleet.evaluation.report.search import job_here
+    from lorafleet.cluster.remote.backend import RemoteBackend
+    from lorafleet.evaluation.report.search import load_local_job
     from lorafleet.jobs.loading.job_file import load_derived
 
-    job = job_here(source)
-    on_gpu = "tensorrt" in wanted.targets and not isinstance(backend, Away)
+    job = load_local_job(source)
+    on_gpu = "tensorrt" in delivery.targets and not isinstance(backend, RemoteBackend)
     resources = {
-        "cpus_per_worker": max(1, wanted.threads),
+        "cpus_per_worker": max(1, delivery.threads),
         "gpus_per_node": "auto" if on_gpu else 0,
         "label_selector": job.resources.label_selector,
     }
     return load_derived(job, command, {"resources": resources})
 
 
-def exported_of(run: Run) -> Exported | None:
-    """What became of an export; None for other runs, and for one that has not come so far."""
-    from lorafleet.jobs.runs.export_result import EXPORTED, Exported, read_record
+def read_export(run: Run) -> ExportResult | None:
+    """Return the record of an export; None for other runs and for an unfinished export."""
+    from lorafleet.jobs.runs.export_result import EXPORTED, ExportResult, read_record
 
     path = run.path / EXPORTED
-    return read_record(path, Exported) if path.is_file() else None
+    return read_record(path, ExportResult) if path.is_file() else None
 
 
-def show_exported(found: Exported, output: Format) -> None:
-    """An export's targets as a table, or as data."""
+def print_export(exported: ExportResult, output: Format) -> None:
+    """Print an export's targets as a table or as JSON."""
     if output is Format.JSON:
-        made = {one.target: one.model_dump(mode="json", exclude={"target"}) | {"ms": one.ms} for one in found.targets}
-        print_json({"targets": made, "picked": found.picked, "sentence": found.sentence, "output": found.output})
+        targets = {
+            result.target: result.model_dump(mode="json", exclude={"target"}) | {"ms": result.ms}
+            for result in exported.targets
+        }
+        print_json(
+            {
+                "targets": targets,
+                "picked": exported.picked,
+                "sentence": exported.sentence,
+                "output": exported.output,
+            }
+        )
         return
-    console().print(_table(found))
-    for one in found.targets:
-        why = one.failure or one.unavailable or ("; ".join(one.parity.reasons) if one.parity else "")
-        if why:
-            tell(f"{one.target}: {_state(one)}: {why}")
-        for remark in one.parity.remarks if one.parity else []:
-            tell(f"{one.target}: {remark}")
-    if found.sentence:
-        tell(found.sentence)
-    say(f"in {found.output}")
+    make_console().print(_build_table(exported))
+    for result in exported.targets:
+        reason = (
+            result.failure
+            or result.unavailable
+            or ("; ".join(result.parity.reasons) if result.parity else "")
+        )
+        if reason:
+            print_text(f"{result.target}: {_describe_state(result)}: {reason}")
+        for remark in result.parity.remarks if result.parity else []:
+            print_text(f"{result.target}: {remark}")
+    if exported.sentence:
+        print_text(exported.sentence)
+    print_message(f"in {exported.output}")
 
 
-def _state(one: Made) -> str:
-    if one.parity is not None:
-        return "accepted" if one.accepted else "rejected"
-    return "failed" if one.failure else "unavailable"
+def _describe_state(result: TargetResult) -> str:
+    if result.parity is not None:
+        return "accepted" if result.accepted else "rejected"
+    return "failed" if result.failure else "unavailable"
 
 
-def _table(found: Exported) -> Table:
-    from lorafleet.evaluation.render.trial_table import number
+def _build_table(exported: ExportResult) -> Table:
     from rich import box
     from rich.table import Table
 
+    from lorafleet.evaluation.render.trial_table import format_number
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("target", "", "MB", "ms", "logits within", "agreement", "metric", "before", "after"):
-        table.add_column(title, justify="left" if title in ("target", "") else "right", no_wrap=True)
-    for one in found.targets:
-        cells = [one.target, _state(one)]
-        if one.parity is not None:
-            judged = one.parity.judged
-            cells += [number(one.files_mb, 1), number(one.ms, 1), number(judged.max_logit_difference)]
-            cells += [f"{judged.agreement:.3f}", judged.metric, number(judged.before), number(judged.after)]
+    for title in (
+        "target",
+        "",
+        "MB",
+        "ms",
+        "logits within",
+        "agreement",
+        "metric",
+        "before",
+        "after",
+    ):
+        table.add_column(
+            title, justify="left" if title in ("target", "") else "right", no_wrap=True
+        )
+    for result in exported.targets:
+        cells = [result.target, _describe_state(result)]
+        if result.parity is not None:
+            comparison = result.parity.judged
+            cells += [
+                format_number(result.files_mb, 1),
+                format_number(result.ms, 1),
+                format_number(comparison.max_logit_difference),
+            ]
+            cells += [
+                f"{comparison.agreement:.3f}",
+                comparison.metric,
+                format_number(comparison.before),
+                format_number(comparison.after),
+            ]
         table.add_row(*cells)
     return table

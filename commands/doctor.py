@@ -1,4 +1,4 @@
-"""`lorafleet doctor`: what is here, what is missing, and how to get it."""
+"""`lorafleet doctor`: check what is installed, what is missing, and how to get it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+
 from lorafleet.commands.common import (
     DEFAULT_RUNS,
     Format,
@@ -13,10 +14,10 @@ from lorafleet.commands.common import (
     On,
     Output,
     Runs,
-    cluster_on,
-    console,
+    load_cluster,
+    make_console,
     print_json,
-    say,
+    print_message,
 )
 from lorafleet.jobs.errors import ExitCode
 
@@ -26,32 +27,37 @@ if TYPE_CHECKING:
 _MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "missing": ("missing", "bold red")}
 
 
-def doctor(runs: Runs = DEFAULT_RUNS, on: On = None, nodes: Nodes = None, output: Output = Format.TEXT) -> None:
-    """Look at hardware, packages, caches, W&B and cluster clients; exit code 3 when something needed is missing.
+def doctor(
+    runs: Runs = DEFAULT_RUNS, on: On = None, nodes: Nodes = None, output: Output = Format.TEXT
+) -> None:
+    """Check hardware, packages, caches, W&B and cluster clients.
 
-    With --on a short job does it on nodes of the cluster, and tries the link between two of them.
+    The exit code is 3 when something needed is missing. With --on, a short job checks the nodes
+    of the cluster and the link between two of them.
     """
-    from lorafleet.cluster.doctor import examine
+    from lorafleet.cluster.doctor import check_machine
 
-    findings = examine(runs) if on is None else _on_nodes(on, nodes, runs)
+    findings = check_machine(runs) if on is None else _check_nodes(on, nodes, runs)
     if output is Format.JSON:
-        print_json({"findings": [finding.as_dict() for finding in findings]})
+        print_json({"findings": [finding.to_dict() for finding in findings]})
     else:
         from rich.table import Table
         from rich.text import Text
 
         table = Table(box=None, pad_edge=False, show_header=False)
         for finding in findings:
-            word, style = _MARKS[finding.verdict]
-            said = finding.found + (f": {finding.advice}" if finding.advice else "")
-            table.add_row(Text(word, style=style), Text(finding.what), Text(said, overflow="fold"))
-        console().print(table)
+            mark, style = _MARKS[finding.verdict]
+            details = finding.found + (f": {finding.advice}" if finding.advice else "")
+            table.add_row(
+                Text(mark, style=style), Text(finding.what), Text(details, overflow="fold")
+            )
+        make_console().print(table)
     if any(finding.verdict == "missing" for finding in findings):
         raise typer.Exit(ExitCode.GATE_REFUSED)
 
 
-def _on_nodes(on: str, nodes: int | None, runs: Path) -> list[Finding]:
-    """Submit the job, wait for it, and take its folder away again."""
+def _check_nodes(on: str, nodes: int | None, runs: Path) -> list[Finding]:
+    """Submit the check as a job, wait for it, and remove its folder."""
     import contextlib
     import shutil
     import time
@@ -60,28 +66,33 @@ def _on_nodes(on: str, nodes: int | None, runs: Path) -> list[Finding]:
     from lorafleet.jobs import files
     from lorafleet.jobs.errors import UserError
 
-    backend = cluster_on(on, nodes)
-    folder = backend.runs_dir(runs)
-    run = backend.examine(folder)
-    said, code = "", None
+    backend = load_cluster(on, nodes)
+    folder = backend.resolve_runs_dir(runs)
+    run = backend.check_site(folder)
+    last_message, code = "", None
     try:
-        found = files.read_json(run.path / "findings.json")
-        watch = None if found else backend.watch(run)
+        report = files.read_json(run.path / "findings.json")
+        watch = None if report else backend.watch(run)
         while watch and (code := watch.poll()) is None:
-            place = watch.seen.sentence
-            if place not in ("", said):
-                said = place
-                say(place)
+            message = watch.seen.sentence
+            if message not in ("", last_message):
+                last_message = message
+                print_message(message)
             time.sleep(0.5)
-        found = found or files.read_json(run.path / "findings.json")
-        if watch and not found:
+        report = report or files.read_json(run.path / "findings.json")
+        if watch and not report:
             log = (run.path / "logs" / "driver.log", *sorted((run.path / "slurm").glob("*.out")))
-            last = "\n".join(path.read_text(errors="replace")[-1500:] for path in log if path.is_file())
-            raise UserError(f"{last}\nthe job ended with code {code} and looked at nothing: {watch.seen.sentence}")
+            log_end = "\n".join(
+                path.read_text(errors="replace")[-1500:] for path in log if path.is_file()
+            )
+            raise UserError(
+                f"{log_end}\nthe job ended with code {code} and looked at nothing: "
+                f"{watch.seen.sentence}"
+            )
     except KeyboardInterrupt:
         with contextlib.suppress(UserError):
-            backend.end_at_once(run)
+            backend.kill(run)
         raise
     finally:
         shutil.rmtree(run.path, ignore_errors=True)
-    return [Finding(**finding) for finding in found["findings"]]
+    return [Finding(**finding) for finding in report["findings"]]

@@ -1,4 +1,4 @@
-"""`lorafleet evaluate`: adapters, models and runs on the same rows, in one table."""
+"""`lorafleet evaluate`: compare adapters, models and runs on the same rows in one table."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
+
 from lorafleet.commands.common import (
     DEFAULT_RUNS,
     Chain,
@@ -17,44 +18,55 @@ from lorafleet.commands.common import (
     Quiet,
     Runs,
     Trust,
-    backend_for,
     confirm_trust,
-    options_blamed,
-    say,
-    tell,
+    get_backend,
+    print_message,
+    print_text,
+    report_option_errors,
 )
 from lorafleet.commands.sweep import Detach, Wait
 
 if TYPE_CHECKING:
     from lorafleet.cluster.backend import Cluster
-    from lorafleet.jobs.loading.evaluate_job import Given
+    from lorafleet.jobs.loading.evaluate_job import ModelArm
     from lorafleet.jobs.loading.job_file import LoadedJob
     from lorafleet.jobs.runs.run import Run
     from lorafleet.jobs.schema.job import JobSpec
 
-What = Annotated[
+Models = Annotated[
     list[str],
     typer.Argument(
         metavar="MODEL... [KEY=VALUE]...",
-        help="Runs (RUN, RUN:TRIAL), folders of adapters or models, hub ids, asset:NAME; and fields to set.",
+        help="Runs (RUN, RUN:TRIAL), folders of adapters or models, hub ids, asset:NAME; and "
+        "fields to set.",
         show_default=False,
     ),
 ]
-ByJob = Annotated[
+JobFile = Annotated[
     Path | None,
-    typer.Option("--job", metavar="JOB.yaml", help="The task, rows and metrics; left out: those of the first run."),
+    typer.Option(
+        "--job",
+        metavar="JOB.yaml",
+        help="The task, rows and metrics; left out: those of the first run.",
+    ),
 ]
 Data = Annotated[
-    Path | None, typer.Option("--data", metavar="FILE", help="Rows to judge by, instead of the job's test rows.")
+    Path | None,
+    typer.Option(
+        "--data", metavar="FILE", help="Rows to judge by, instead of the job's test rows."
+    ),
 ]
 Measured = Annotated[
-    bool, typer.Option("--measure", help="Measure speed and memory too, each model in processes of its own.")
+    bool,
+    typer.Option(
+        "--measure", help="Measure speed and memory too, each model in processes of its own."
+    ),
 ]
 
 
 def evaluate(
-    what: What,
-    job: ByJob = None,
+    what: Models,
+    job: JobFile = None,
     data: Data = None,
     measure: Measured = False,
     runs: Runs = DEFAULT_RUNS,
@@ -67,149 +79,191 @@ def evaluate(
     wait: Wait = False,
     trust: Trust = False,
 ) -> None:
-    """Judge adapters, models and runs on the same rows: one base stays loaded, and adapters come and go."""
+    """Evaluate adapters, models and runs on the same rows.
+
+    One base model stays loaded while adapters are swapped.
+    """
     from lorafleet.cluster.fetch import fetch_job
     from lorafleet.cluster.planning.preflight import check_names
     from lorafleet.commands.watch import follow
 
-    loaded = _job(what, job, data, runs, rounds=2 if measure else 0, trust=trust)
-    backend = backend_for(on, nodes, chain)
-    with options_blamed():
+    loaded = _derive_job(what, job, data, runs, rounds=2 if measure else 0, trust=trust)
+    backend = get_backend(on, nodes, chain)
+    with report_option_errors():
         check_names(loaded)
-    told = say if not quiet else lambda _: None
+    report_progress = print_message if not quiet else lambda _: None
     if on is None:
-        fetch_job(loaded.job, told)
-    else:  # there is no job file with which a user could
-        cast("Cluster", backend).provide(loaded.job, told)
-    run = backend.submit(backend.plan(loaded, "compare"), loaded, backend.runs_dir(runs))
+        fetch_job(loaded.job, report_progress)
+    else:  # upload now: there is no job file that a user could `fetch`
+        cast("Cluster", backend).upload_inputs(loaded.job, report_progress)
+    run = backend.submit(backend.plan(loaded, "compare"), loaded, backend.resolve_runs_dir(runs))
     if detach:
-        tell(run.id)
+        print_text(run.id)
         return
     follow(run, backend, quiet=quiet, output=output, silent=wait)
 
 
-def _job(what: list[str], job: Path | None, data: Path | None, runs: Path, *, rounds: int, trust: bool) -> LoadedJob:
-    """A job whose comparison has each model as an arm that trains nothing."""
-    from lorafleet.evaluation.report.search import job_here
-    from lorafleet.jobs.errors import UserError
-    from lorafleet.jobs.loading.evaluate_job import Given, check_base, named
-    from lorafleet.jobs.loading.job_file import load_derived, load_job, set_of
+def _derive_job(
+    inputs: list[str], job: Path | None, data: Path | None, runs: Path, *, rounds: int, trust: bool
+) -> LoadedJob:
+    """Return a job that compares each model as an arm that trains nothing.
 
-    overrides = [word for word in what if "=" in word]
-    found = [_model(word, runs, trust=trust) for word in what if "=" not in word]
-    if not found:
-        raise UserError("evaluate has nothing to judge: name runs, folders of adapters or models, or hub ids")
+    The task, rows and metrics come from `job`, else from the first run among `inputs`. A single
+    model is compared with its untrained base.
+
+    Args:
+        inputs: Models, and overrides such as KEY=VALUE.
+        data: Rows that replace the job's test rows.
+        rounds: Rounds of the speed and memory measurement; 0 to skip it.
+    """
+    from lorafleet.evaluation.report.search import load_local_job
+    from lorafleet.jobs.errors import UserError
+    from lorafleet.jobs.loading.evaluate_job import ModelArm, check_base, name_arms
+    from lorafleet.jobs.loading.job_file import get_set_fields, load_derived, load_job
+
+    overrides = [argument for argument in inputs if "=" in argument]
+    models = [
+        _resolve_model(argument, runs, trust=trust) for argument in inputs if "=" not in argument
+    ]
+    if not models:
+        raise UserError(
+            "evaluate has nothing to judge: name runs, folders of adapters or models, or hub ids"
+        )
     if job is not None:
         base = load_job(job, tuple(overrides)).job
     else:
-        first = next((run for _, run in found if run is not None), None)
+        first = next((run for _, run in models if run is not None), None)
         if first is None:
-            raise UserError("--job JOB.yaml is missing: it says what task, rows and metrics; only a run brings its own")
-        base = job_here(first)
-    labels = class_order([run for _, run in found if run is not None], base)
-    check_prompts([run for _, run in found if run is not None], base)
-    for model, _ in found:
+            raise UserError(
+                "--job JOB.yaml is missing: it says what task, rows and metrics; only a run "
+                "brings its own"
+            )
+        base = load_local_job(first)
+    labels = resolve_class_order([run for _, run in models if run is not None], base)
+    check_prompts([run for _, run in models if run is not None], base)
+    for model, _ in models:
         check_base(model, base)
-    rows = set_of(base)["data"]
+    rows = get_set_fields(base)["data"]
     if data is not None:
         _check_data(data)
         rows["test_file"] = str(data.absolute())
         rows.pop("max_test_samples", None)
     if labels and base.data.labels is None:
         rows["labels"] = labels
-    alone = [Given("base", {"method": "base"})] if len(found) == 1 else []
-    arms = named([model for model, _ in found] + alone)
+    baseline = [ModelArm("base", {"method": "base"})] if len(models) == 1 else []
+    arms = name_arms([model for model, _ in models] + baseline)
     metric = base.metric.model_dump()
     compare = {"arms": arms, "inference": {"rounds": rounds}, "rule": "best", "metric": metric}
-    own = () if job is not None else tuple(overrides)
-    with options_blamed():
-        return load_derived(base, "evaluate", {"data": rows, "compare": compare}, own)
+    extra_overrides = () if job is not None else tuple(overrides)
+    with report_option_errors():
+        return load_derived(base, "evaluate", {"data": rows, "compare": compare}, extra_overrides)
 
 
 def _check_data(path: Path) -> None:
-    """Raise UserError where --data names no file of rows."""
+    """Raise UserError if --data is not a file of rows."""
     from lorafleet.jobs import files
-    from lorafleet.jobs.data.data_files import DATA_SUFFIXES, data_suffix
+    from lorafleet.jobs.data.data_files import DATA_SUFFIXES, get_data_suffix
     from lorafleet.jobs.errors import UserError
 
     if not path.is_file():
-        raise UserError(f"--data is {path}, but {files.no_file(path)}")
-    if data_suffix(path) is None:
+        raise UserError(f"--data is {path}, but {files.describe_non_file(path)}")
+    if get_data_suffix(path) is None:
         raise UserError(f"--data is {path}, but must end in one of {', '.join(DATA_SUFFIXES)}")
 
 
-def class_order(runs: list[Run], job: JobSpec) -> list[str]:
-    """The classes in the order in which the runs' heads have them. Raises UserError where they differ."""
+def resolve_class_order(runs: list[Run], job: JobSpec) -> list[str]:
+    """Return the classes in the order of the runs' heads; empty for tasks that generate text.
+
+    Raises:
+        UserError: Two runs, or a run and the job, have different classes or another order.
+    """
     from lorafleet.jobs import files
     from lorafleet.jobs.errors import UserError
 
     if job.task != "classification":
         return []
-    known = {run.id: files.read_json(run.path / "facts.json").get("labels") for run in runs}
-    wanted, owner = list(job.data.labels or []), "the job's data.labels"
-    for name, labels in known.items():
-        if labels and wanted and labels != wanted:
+    labels_by_run = {run.id: files.read_json(run.path / "facts.json").get("labels") for run in runs}
+    expected, source = list(job.data.labels or []), "the job's data.labels"
+    for name, labels in labels_by_run.items():
+        if labels and expected and labels != expected:
             raise UserError(
-                f"the classes of {name} are {', '.join(labels)} in this order, but {owner} are {', '.join(wanted)}: "
+                f"the classes of {name} are {', '.join(labels)} in this order, but {source} are "
+                f"{', '.join(expected)}: "
                 "they cannot be judged in one table"
             )
-        if labels and not wanted:
-            wanted, owner = labels, f"those of {name}"
-    return wanted
+        if labels and not expected:
+            expected, source = labels, f"those of {name}"
+    return expected
 
 
 _PROMPT_FIELDS = ("chat_template", "chat_template_kwargs", "system_prompt")
 
 
 def check_prompts(runs: list[Run], job: JobSpec) -> None:
-    """Raise UserError for runs that were trained with other prompts than the job would ask them with."""
-    from lorafleet.evaluation.report.search import run_job
+    """Raise UserError if a run was trained with prompts other than the job's."""
+    from lorafleet.evaluation.report.search import load_run_job
     from lorafleet.jobs.errors import UserError
 
-    if not job.generates:
+    if not job.is_generative:
         return
     for run in runs:
-        trained = run_job(run).data
+        trained = load_run_job(run).data
         for name in _PROMPT_FIELDS:
             if getattr(trained, name) != getattr(job.data, name):
                 raise UserError(
-                    f"{run.id} was trained with another data.{name} than the job asks with: its answers would not be "
+                    f"{run.id} was trained with another data.{name} than the job asks with: its "
+                    "answers would not be "
                     f"those of its training. Evaluate it alone: `lorafleet evaluate {run.id}`"
                 )
 
 
-def _model(word: str, runs: Path, *, trust: bool) -> tuple[Given, Run | None]:
-    """(the model that a word names, the run that it is from)."""
+def _resolve_model(argument: str, runs: Path, *, trust: bool) -> tuple[ModelArm, Run | None]:
+    """Return (the model that an argument names, the run it comes from or None)."""
     from lorafleet.cluster.run_index import find_run
-    from lorafleet.evaluation.report.model_of_run import shipped
-    from lorafleet.evaluation.report.search import run_job
-    from lorafleet.jobs.loading.evaluate_job import is_model_name, of_arm, of_folder, of_model, of_run
+    from lorafleet.evaluation.report.model_of_run import select_model
+    from lorafleet.evaluation.report.search import load_run_job
+    from lorafleet.jobs.loading.evaluate_job import (
+        is_model_name,
+        make_compared_arm,
+        make_folder_arm,
+        make_model_arm,
+        make_run_arm,
+    )
 
-    folder = Path(word).expanduser()
+    folder = Path(argument).expanduser()
     if folder.is_dir() and not (folder / "status.json").is_file():
-        return of_folder(folder), None
-    if is_model_name(word) and not folder.is_dir():
-        return of_model(word), None
-    name, _, trial_id = word.partition(":")
+        return make_folder_arm(folder), None
+    if is_model_name(argument) and not folder.is_dir():
+        return make_model_arm(argument), None
+    name, _, trial_id = argument.partition(":")
     run = find_run(runs, name)
     confirm_trust(run, "evaluate", trust=trust)
-    found = shipped(run, trial_id)
-    if found.arm and found.untrained:
-        return of_arm(found.run, run_job(found.run), found.arm, found.weights), found.run
-    assert found.trial_id is not None
-    assert found.weights is not None
-    return _on_its_base(of_run(found.run, found.trial_id, found.weights), found.run), found.run
+    selected = select_model(run, trial_id)
+    if selected.arm and selected.untrained:
+        return make_compared_arm(
+            selected.run, load_run_job(selected.run), selected.arm, selected.weights
+        ), selected.run
+    assert selected.trial_id is not None
+    assert selected.weights is not None
+    return _use_local_base(
+        make_run_arm(selected.run, selected.trial_id, selected.weights), selected.run
+    ), selected.run
 
 
-def _on_its_base(model: Given, run: Run) -> Given:
-    """A model whose base is named as the machine here has it, and not as the run's own machines had."""
-    from lorafleet.evaluation.report.search import job_here, run_job
+def _use_local_base(model: ModelArm, run: Run) -> ModelArm:
+    """Return a model whose base is named as on this machine.
 
-    there, here = (job.model.model_name_or_path for job in (run_job(run), job_here(run)))
-    own = model.arm.get("set", {})
-    if there == here or own.get(_BASE) != there:
+    A run on a cluster may name the base by a path of the cluster's machines.
+    """
+    from lorafleet.evaluation.report.search import load_local_job, load_run_job
+
+    run_base, local_base = (
+        job.model.model_name_or_path for job in (load_run_job(run), load_local_job(run))
+    )
+    settings = model.arm.get("set", {})
+    if run_base == local_base or settings.get(_BASE_FIELD) != run_base:
         return model
-    return replace(model, arm={**model.arm, "set": {**own, _BASE: here}})
+    return replace(model, arm={**model.arm, "set": {**settings, _BASE_FIELD: local_base}})
 
 
-_BASE = "model.model_name_or_path"
+_BASE_FIELD = "model.model_name_or_path"

@@ -1,4 +1,4 @@
-"""`lorafleet exec RUN`: the driver of a run. Started by a backend, never by hand."""
+"""`lorafleet exec RUN`: the driver of a run. A backend starts it, never a person."""
 
 from __future__ import annotations
 
@@ -9,48 +9,52 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from lorafleet.commands.common import Trust, confirm_trust, say
+
+from lorafleet.commands.common import Trust, confirm_trust, print_message
 
 if TYPE_CHECKING:
     from lorafleet.cluster.execution.driver import Driver
     from lorafleet.jobs.runs.run import Run
 
 _UP_SECONDS = 900.0
-"""How long the pods of a cluster may take to join its Ray."""
+"""Seconds that the pods of a cluster may take to join its Ray."""
 
 
 def execute(
     run: Path,
     job: Annotated[
-        Path | None, typer.Option("--job", help="The document of the run, where its folder is not there yet.")
+        Path | None,
+        typer.Option("--job", help="The document of the run, where its folder is not there yet."),
     ] = None,
     trust: Trust = False,
 ) -> None:
-    """Run what is left of a submitted run."""
+    """Run the remaining work of a submitted run."""
     from lorafleet.jobs.errors import ExitCode
     from lorafleet.jobs.runs.lease import HasDriver
     from lorafleet.jobs.runs.run import Run
-    from lorafleet.jobs.runs.tracebacks import at_run
+    from lorafleet.jobs.runs.tracebacks import set_current_run
 
-    found = Run(run.absolute())
-    at_run(found.path)
+    selected_run = Run(run.absolute())
+    set_current_run(selected_run.path)
     if job is not None:
-        found = _begin(run.absolute(), job)
-    from lorafleet.cluster.execution.allocation import allocation_here
+        selected_run = _unpack_run(run.absolute(), job)
+    from lorafleet.cluster.execution.allocation import get_allocation
 
-    if job is None and not allocation_here():  # there, whoever submitted the job has been asked
-        confirm_trust(found, "exec", trust=trust)
+    if (
+        job is None and not get_allocation()
+    ):  # inside an allocation the submitter has already confirmed
+        confirm_trust(selected_run, "exec", trust=trust)
     try:
-        code = _driver(found).execute()
+        code = _create_driver(selected_run).execute()
     except HasDriver as error:
-        if not allocation_here():
+        if not get_allocation():
             raise
-        say(str(error))
+        print_message(str(error))
         code = ExitCode.TAKEN
-    raise typer.Exit(code if job is None else _as_a_job(found, code))
+    raise typer.Exit(code if job is None else _convert_exit_code(selected_run, code))
 
 
-def _driver(run: Run) -> Driver:
+def _create_driver(run: Run) -> Driver:
     from lorafleet.jobs import files
 
     command = files.read_json(run.path / "plan.json").get("command")
@@ -67,42 +71,56 @@ def _driver(run: Run) -> Driver:
     return Sweep(run)
 
 
-def _as_a_job(run: Run, code: int) -> int:
-    """What Ray is told: it knows success and failure alone, and a failure is tried again on a new cluster.
+def _convert_exit_code(run: Run, code: int) -> int:
+    """Return the exit code to report to Ray for a driver's exit code.
 
-    A run that is over is none, whatever became of single trials; nor is one that a user ended. A driver that was asked
-    to save, since its pod goes, is.
+    Ray knows only success and failure, and retries a failure on a new cluster. A finished run,
+    whatever became of single trials, and a run that a user stopped therefore count as success. A
+    driver that had to save because its pod is being deleted counts as failure, so that Ray
+    retries it.
     """
     from lorafleet.jobs.errors import ExitCode
     from lorafleet.jobs.runs.run import RunState
 
-    stop = run.path / "stop"
-    ended_by_user = stop.is_file() and bool(stop.read_text())
-    over = run.state is RunState.FINISHED  # an export whose gate refused, or with a target that failed, is none
-    return ExitCode.OK if ended_by_user or over or code == ExitCode.SOME_TRIALS_FAILED else code
+    stop_file = run.path / "stop"
+    ended_by_user = stop_file.is_file() and bool(stop_file.read_text())
+    is_finished = (
+        run.state is RunState.FINISHED
+    )  # not a failure to retry: also an export with a refused or failed target
+    return (
+        ExitCode.OK if ended_by_user or is_finished or code == ExitCode.SOME_TRIALS_FAILED else code
+    )
 
 
-def _begin(folder: Path, document: Path) -> Run:
-    """The run's folder, what the job names, and its Ray; what the driver says is written into the folder too."""
+def _unpack_run(folder: Path, document: Path) -> Run:
+    """Unpack the run's folder, fetch what its job names, and wait for its Ray.
+
+    The driver's output also goes to the run's logs/driver.log.
+    """
     from lorafleet.cluster.fetch import fetch_job
     from lorafleet.cluster.ray.nodes import wait_for_nodes
     from lorafleet.jobs.runs.bundle import unpack
     from lorafleet.jobs.runs.plan import Plan
 
     run = unpack(folder, document)
-    _say_it_there_too(run.path / "logs" / "driver.log")
+    _tee_output(run.path / "logs" / "driver.log")
     if not os.environ.get("HF_HUB_OFFLINE"):
-        fetch_job(Plan.model_validate_json((run.path / "plan.json").read_text()).job, say)
+        fetch_job(Plan.model_validate_json((run.path / "plan.json").read_text()).job, print_message)
     address, nodes = os.environ.get("RAY_ADDRESS"), int(os.environ.get("LF_NODES") or 0)
     if address and nodes and not os.environ.get("LF_AUTOSCALES"):
-        wait_for_nodes(address, nodes + 1, _UP_SECONDS)  # and the head
+        wait_for_nodes(address, nodes + 1, _UP_SECONDS)  # workers and the head
     return run
 
 
-def _say_it_there_too(log: Path) -> None:
-    """Both outputs of this process and its children, in a file as well: a cluster's own logs go with it."""
+def _tee_output(log: Path) -> None:
+    """Copy standard output and error of this process and its children to a file.
+
+    A cluster deletes its own logs together with the job.
+    """
     log.parent.mkdir(exist_ok=True)
-    tee = subprocess.Popen(["tee", "-i", "-a", str(log)], stdin=subprocess.PIPE, start_new_session=True)
+    tee = subprocess.Popen(
+        ["tee", "-i", "-a", str(log)], stdin=subprocess.PIPE, start_new_session=True
+    )
     assert tee.stdin is not None
     sys.stdout.flush()
     for output in (1, 2):

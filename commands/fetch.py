@@ -1,4 +1,4 @@
-"""`lorafleet fetch`: bring models, data and examples to this machine."""
+"""`lorafleet fetch`: download models, data and examples to this machine."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from lorafleet.commands.common import (
     Format,
     On,
     Output,
-    cluster_on,
-    console,
+    load_cluster,
+    make_console,
     print_json,
-    say,
-    tell,
+    print_message,
+    print_text,
 )
 
 
 def fetch(
     what: Annotated[
-        list[str] | None, typer.Argument(metavar="[JOB.yaml | asset:NAME]...", help="What to fetch.")
+        list[str] | None,
+        typer.Argument(metavar="[JOB.yaml | asset:NAME]...", help="What to fetch."),
     ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the assets.")] = False,
-    examples: Annotated[bool, typer.Option("--examples", help="Copy the example job files into ./examples.")] = False,
+    examples: Annotated[
+        bool, typer.Option("--examples", help="Copy the example job files into ./examples.")
+    ] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read every byte of what was fetched, and compare it.")
     ] = False,
@@ -38,118 +41,135 @@ def fetch(
     output: Output = Format.TEXT,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
-    """Fetch all that a job can touch (needs a network, not torch), or list what there is.
+    """Fetch everything that a job uses, or list the assets.
 
-    With --on it goes to where the cluster's machines look for it: on Kubernetes and on a Ray elsewhere also what the
-    job names by a path of this machine.
+    This needs a network but not torch. With --on, inputs go where the cluster's machines look for
+    them. On Kubernetes and on a remote Ray cluster that includes what the job names by a path of
+    this machine.
     """
     from lorafleet.cluster.fetch import fetch_asset, fetch_job, verify_job
     from lorafleet.cluster.planning.preflight import check_names
-    from lorafleet.jobs.data.assets import ASSETS, PREFIX, asset
+    from lorafleet.jobs.data.assets import ASSETS, PREFIX, get_asset
     from lorafleet.jobs.data.verified_files import check_unchanged
     from lorafleet.jobs.errors import UserError
     from lorafleet.jobs.loading.job_file import load_job
 
-    there = cluster_on(on, None) if on is not None else None
+    target_cluster = load_cluster(on, None) if on is not None else None
     if show_list:
-        return _list(output)
+        return _list_assets(output)
     if examples:
         _copy_examples()
     elif not what:
-        raise UserError("fetch needs a JOB.yaml or asset:NAME; `lorafleet fetch --list` shows the assets")
+        raise UserError(
+            "fetch needs a JOB.yaml or asset:NAME; `lorafleet fetch --list` shows the assets"
+        )
     for name in what or []:
         if name in ASSETS:
             raise UserError(f"{name!r} is a data set or model: did you mean {PREFIX}{name}?")
         if name.startswith(PREFIX):
-            folder = there.provide_asset(name, say) if there else fetch_asset(asset(name), say)
-            if verify and not there:
-                check_unchanged(Path(folder), whole=True, content=asset(name).content)
-            tell(f"{name}  {folder}")
+            folder = (
+                target_cluster.upload_asset(name, print_message)
+                if target_cluster
+                else fetch_asset(get_asset(name), print_message)
+            )
+            if verify and not target_cluster:
+                check_unchanged(Path(folder), read_all=True, content=get_asset(name).content)
+            print_text(f"{name}  {folder}")
             continue
         loaded = load_job(name)
-        if there:
-            check_names(loaded, whole=False)
-            tell(f"{name}: {there.provide(loaded.job, say)}")
+        if target_cluster:
+            check_names(loaded, require_weights=False)
+            print_text(f"{name}: {target_cluster.upload_inputs(loaded.job, print_message)}")
         else:
-            fetch_job(loaded.job, say)
+            fetch_job(loaded.job, print_message)
             if verify:
-                verify_job(loaded.job, say)
-            tell(f"{name}: everything it names is on this machine")
+                verify_job(loaded.job, print_message)
+            print_text(f"{name}: everything it names is on this machine")
     return None
 
 
-def _list(output: Format) -> None:
+def _list_assets(output: Format) -> None:
     from lorafleet.jobs.data.assets import ASSETS, PREFIX
 
     if output is Format.JSON:
-        return print_json({"assets": [_as_data(known) for known in ASSETS.values()]})
+        return print_json({"assets": [_to_dict(entry) for entry in ASSETS.values()]})
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("asset", "kind", "here", "MB", "package", "licence", "SHA-256", "what it is"):
         table.add_column(name, overflow="fold")
-    for known in ASSETS.values():
-        here = "yes" if known.folder.is_dir() else "no"
-        package = f"{known.package} {known.version}"
+    for entry in ASSETS.values():
+        fetched = "yes" if entry.folder.is_dir() else "no"
+        package = f"{entry.package} {entry.version}"
         table.add_row(
-            f"{PREFIX}{known.name}",
-            known.kind,
-            here,
-            str(known.size_mb),
+            f"{PREFIX}{entry.name}",
+            entry.kind,
+            fetched,
+            str(entry.size_mb),
             package,
-            known.licence,
-            known.sha256[:12],
-            known.description,
+            entry.licence,
+            entry.sha256[:12],
+            entry.description,
         )
-    console().print(table)
+    make_console().print(table)
     return None
 
 
-def _as_data(known: Asset) -> dict[str, object]:
+def _to_dict(asset: Asset) -> dict[str, object]:
     return {
-        "name": f"asset:{known.name}",
-        "kind": known.kind,
-        "fetched": known.folder.is_dir(),
-        "mb": known.size_mb,
-        "package": known.package,
-        "version": known.version,
-        "licence": known.licence,
-        "sha256": known.sha256,
-        "description": known.description,
+        "name": f"asset:{asset.name}",
+        "kind": asset.kind,
+        "fetched": asset.folder.is_dir(),
+        "mb": asset.size_mb,
+        "package": asset.package,
+        "version": asset.version,
+        "licence": asset.licence,
+        "sha256": asset.sha256,
+        "description": asset.description,
     }
 
 
-def examples_folder() -> Path:
-    """The examples of this checkout, or those that the wheel installed. Raises UserError where they are not."""
+def find_examples() -> Path:
+    """Return the folder of the examples: this checkout's, or the one that the wheel installed.
+
+    Raises UserError if neither exists.
+    """
     from importlib import metadata
 
     from lorafleet.jobs.errors import UserError
 
     folders = [Path(__file__).parent.parent / "examples"]
-    for file in metadata.files("lorafleet") or ():  # wherever the wheel's data went: sys.prefix, ~/.local, --target
+    for file in (
+        metadata.files("lorafleet") or ()
+    ):  # the wheel's data may be in sys.prefix, ~/.local or --target
         if file.match("share/lorafleet/examples/quickstart.yaml"):
             folders.append(Path(str(file.locate())).resolve().parent)
     for folder in folders:
         if (folder / "quickstart.yaml").is_file() and (folder / "my-data.yaml").is_file():
             return folder
-    raise UserError("the examples are not where lorafleet was installed; they are in its repository, in examples/")
+    raise UserError(
+        "the examples are not where lorafleet was installed; they are in its repository, in "
+        "examples/"
+    )
 
 
 def _copy_examples() -> None:
     from lorafleet.jobs.errors import UserError
 
     target = Path("examples")
-    source = examples_folder()
+    source = find_examples()
     if target.exists() and not target.is_dir():
-        raise UserError(f"{target.absolute()} is a file, and the examples go into a folder of that name")
+        raise UserError(
+            f"{target.absolute()} is a file, and the examples go into a folder of that name"
+        )
     if target.resolve() == source.resolve():
-        say("the examples are already here")
+        print_message("the examples are already here")
         return
     for path in [*sorted(source.glob("*.yaml")), *sorted(source.glob("sites/*.yaml"))]:
         copy = target / path.relative_to(source)
         if copy.exists():
-            say(f"kept your {copy}")
+            print_message(f"kept your {copy}")
         else:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)
-            tell(copy)
+            print_text(copy)

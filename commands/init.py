@@ -1,4 +1,4 @@
-"""`lorafleet init`: a commented job file for the user's own data."""
+"""`lorafleet init`: write a commented job file for the user's own data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from lorafleet.commands.common import DEFAULT_RUNS, AnyRuns, options_blamed, say, tell
+
+from lorafleet.commands.common import (
+    DEFAULT_RUNS,
+    AnyRuns,
+    print_message,
+    print_text,
+    report_option_errors,
+)
 
 if TYPE_CHECKING:
     from lorafleet.jobs.data.rows import Rows
@@ -16,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TaskName(StrEnum):
-    """Tasks that a job file can be written for."""
+    """Tasks that `init` can write a job file for."""
 
     CLASSIFICATION = "classification"
     GENERATION = "generation"
@@ -35,7 +42,7 @@ _OPTIONS = {
     "model.model_name_or_path": "--model",
     "name": "--name",
 }
-"""Field of a job -> the option that it is from."""
+"""Job field -> the option it comes from."""
 _BATCH = {"classification": 16, "generation": 4, "summarization": 4}
 _LENGTH = {"classification": 256, "generation": 512, "summarization": 1024}
 _PROMPTS = ("prompt", "question", "input", "source")
@@ -45,7 +52,7 @@ _SUMMARIES = ("summary", "highlights", "abstract", "headline")
 
 
 class SiteKind(StrEnum):
-    """Clusters that a site file can be written for."""
+    """Kinds of cluster that `init` can write a site file for."""
 
     SLURM = "slurm"
     KUBERNETES = "kubernetes"
@@ -53,36 +60,59 @@ class SiteKind(StrEnum):
 
 def init(
     train_file: Annotated[
-        Path | None, typer.Option(help="Your training rows: .jsonl, .json, .csv, .tsv, .parquet (or .gz, .zst).")
+        Path | None,
+        typer.Option(
+            help="Your training rows: .jsonl, .json, .csv, .tsv, .parquet (or .gz, .zst)."
+        ),
     ] = None,
     task: Annotated[TaskName, typer.Option(help="What is learnt.")] = TaskName.CLASSIFICATION,
-    validation_file: Annotated[Path | None, typer.Option(help="Rows that the search looks at.")] = None,
-    test_file: Annotated[Path | None, typer.Option(help="Rows that are looked at once, after the choice.")] = None,
+    validation_file: Annotated[
+        Path | None, typer.Option(help="Rows that the search looks at.")
+    ] = None,
+    test_file: Annotated[
+        Path | None, typer.Option(help="Rows that are looked at once, after the choice.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Hub id, folder or asset:NAME.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column with the text.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column with the class.")] = None,
     prompt_column: Annotated[
-        str | None, typer.Option(help="Column with the prompt (generation), or the long text (summarization).")
+        str | None,
+        typer.Option(help="Column with the prompt (generation), or the long text (summarization)."),
     ] = None,
     completion_column: Annotated[
-        str | None, typer.Option(help="Column with the answer (generation), or the short text (summarization).")
+        str | None,
+        typer.Option(
+            help="Column with the answer (generation), or the short text (summarization)."
+        ),
     ] = None,
     name: Annotated[str, typer.Option(help="Name of the job.")] = "my-job",
     site: Annotated[
         SiteKind | None,
-        typer.Option(help="Write a site file instead: of the Slurm that this is a login node of, or of a namespace."),
+        typer.Option(
+            help="Write a site file instead: of the Slurm that this is a login node of, or of a "
+            "namespace."
+        ),
     ] = None,
     context: Annotated[
-        str | None, typer.Option(help="Of the site file: context of the kubeconfig; the current one if left out.")
+        str | None,
+        typer.Option(
+            help="Of the site file: context of the kubeconfig; the current one if left out."
+        ),
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="Of the site file; the cluster's default if left out.")] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="Of the site file; the cluster's default if left out.")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The file to write.", show_default="job.yaml")
+        Path | None,
+        typer.Option("--output", "-o", help="The file to write.", show_default="job.yaml"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
-    """Look at your data, and write a commented job file that trains on it; or a site file, with --site."""
+    """Inspect your data and write a commented job file that trains on it.
+
+    With --site, write a cluster's site file instead.
+    """
     from lorafleet.cluster.planning.preflight import check_names
     from lorafleet.jobs import files
     from lorafleet.jobs.data.rows import load_rows
@@ -90,180 +120,234 @@ def init(
     from lorafleet.jobs.loading.job_file import load_text
 
     if site is not None:
-        return _init_site(site, partition, context, output, force)
+        return _write_site_file(site, partition, context, output, force)
     if train_file is None:
-        raise UserError("--train-file is missing: your training rows (or --site, for a cluster's site file)")
+        raise UserError(
+            "--train-file is missing: your training rows (or --site, for a cluster's site file)"
+        )
     output = output or Path("job.yaml")
     if output.is_dir():
         raise UserError(f"--output is {output}, which is a folder; name a file in it")
     if output.exists() and not force:
         raise UserError(f"{output} exists already; --force overwrites it, --output names another")
-    given = {
+    requested_columns = {
         "text_column": text_column,
         "label_column": label_column,
         "prompt_column": prompt_column,
         "completion_column": completion_column,
     }
-    columns = _columns(train_file, task, given)
+    columns = _resolve_columns(train_file, task, requested_columns)
     data = {"train_file": train_file, "validation_file": validation_file, "test_file": test_file}
-    base = _relative_model(model, output) if model else _MODELS[task]
-    draft = partial(_draft, name, task, base, data, columns, output)
-    with options_blamed(_OPTIONS):
-        length = _max_length(task, load_text(draft(_LENGTH[task], ""), output).job)
-        loaded = load_text(draft(length, ""), output)
+    base = _make_model_relative(model, output) if model else _MODELS[task]
+    render_text = partial(_render_job_file, name, task, base, data, columns, output)
+    with report_option_errors(_OPTIONS):
+        length = _compute_max_length(task, load_text(render_text(_LENGTH[task], ""), output).job)
+        loaded = load_text(render_text(length, ""), output)
         check_names(loaded)
     rows = load_rows(loaded.job)
     for warning in rows.warnings:
-        say(f"note: {warning}")
-    counts = f"{len(rows.train):,} training, {len(rows.validation):,} validation, {len(rows.test):,} test rows"
+        print_message(f"note: {warning}")
+    counts = (
+        f"{len(rows.train):,} training, {len(rows.validation):,} validation, "
+        f"{len(rows.test):,} test rows"
+    )
     if rows.labels:
         counts += f"; {len(rows.labels)} labels"
-    text = draft(length, counts, _max_t(_examples(loaded.job, rows), loaded.job))
+    text = render_text(
+        length, counts, _compute_max_t(_count_examples(loaded.job, rows), loaded.job)
+    )
     load_text(text, output)
     files.write_text(output, text)
-    tell(f"{output}  ({counts})")
-    tell(f"next: lorafleet plan {output}; lorafleet train {output} (one configuration); lorafleet sweep {output}")
+    print_text(f"{output}  ({counts})")
+    print_text(
+        f"next: lorafleet plan {output}; lorafleet train {output} (one configuration); lorafleet "
+        f"sweep {output}"
+    )
     return None
 
 
-def _init_site(kind: SiteKind, partition: str | None, context: str | None, output: Path | None, force: bool) -> None:
-    """Ask the cluster, and write the user's site file of its name."""
+def _write_site_file(
+    kind: SiteKind, partition: str | None, context: str | None, output: Path | None, force: bool
+) -> None:
+    """Query the cluster and write a site file for it.
+
+    Without `output` the file goes to the user's site folder, under the cluster's name.
+    """
     import tempfile
 
     from lorafleet.jobs import files
     from lorafleet.jobs.errors import UserError
-    from lorafleet.jobs.loading.site_file import folders, load_site
+    from lorafleet.jobs.loading.site_file import list_site_folders, load_site
 
     if kind is SiteKind.SLURM:
-        from lorafleet.slurm.discover import ask_cluster
+        from lorafleet.slurm.discover import discover_cluster
 
-        name, text = ask_cluster(partition)
+        name, text = discover_cluster(partition)
     else:
-        from lorafleet.k8s.discover import ask_cluster as ask_namespace
+        from lorafleet.k8s.discover import discover_cluster as ask_namespace
 
         name, text = ask_namespace(context)
-    path = output or folders()[0] / f"{name}.yaml"
+    path = output or list_site_folders()[0] / f"{name}.yaml"
     if path.exists() and not force:
         raise UserError(f"{path} exists already; --force overwrites it, --output names another")
-    with tempfile.TemporaryDirectory(prefix="lorafleet-") as scratch:  # what does not load is not left in the way
-        draft = Path(scratch) / path.name
-        files.write_text(draft, text)
-        load_site(str(draft))
+    with tempfile.TemporaryDirectory(
+        prefix="lorafleet-"
+    ) as temp_dir:  # write the file only if it loads
+        draft_file = Path(temp_dir) / path.name
+        files.write_text(draft_file, text)
+        load_site(str(draft_file))
     files.write_text(path, text)
-    tell(text.rstrip())
-    tell(f"\n{path}")
-    where = path.stem if output is None else str(path)
-    tell(f"next: read it; lorafleet doctor --on {where}; lorafleet plan examples/quickstart.yaml --on {where}")
+    print_text(text.rstrip())
+    print_text(f"\n{path}")
+    site_name = path.stem if output is None else str(path)
+    print_text(
+        f"next: read it; lorafleet doctor --on {site_name}; lorafleet plan "
+        f"examples/quickstart.yaml --on {site_name}"
+    )
 
 
-def _columns(train_file: Path, task: TaskName, given: dict[str, str | None]) -> dict[str, str]:
-    """The columns' names: as given, else the usual words for them that the first row has."""
+def _resolve_columns(
+    train_file: Path, task: TaskName, requested: dict[str, str | None]
+) -> dict[str, str]:
+    """Return a task's columns: the requested ones, else usual names found in the first row.
+
+    Raises:
+        DataError: The file is missing, has no readable row, or has none of the usual columns.
+        UserError: A requested column is not used by the task.
+    """
     from lorafleet.jobs import files
     from lorafleet.jobs.data.data_files import read_records
     from lorafleet.jobs.errors import DataError
 
     if not train_file.is_file():
-        raise DataError(f"--train-file is {train_file}, but {files.no_file(train_file)}")
-    first = next((record for _, record in read_records(train_file) if isinstance(record, dict)), None)
+        raise DataError(f"--train-file is {train_file}, but {files.describe_non_file(train_file)}")
+    first = next(
+        (record for _, record in read_records(train_file) if isinstance(record, dict)), None
+    )
     if first is None:
         raise DataError(f"{train_file} holds no row that can be read")
-    _refuse_columns(task, given)
+    _refuse_columns(task, requested)
     if task is not TaskName.CLASSIFICATION:
-        return _generation_columns(train_file, task, first, given)
-    text, label = given["text_column"], given["label_column"]
+        return _resolve_generation_columns(train_file, task, first, requested)
+    text, label = requested["text_column"], requested["label_column"]
     if not (text or label) and _is_conversation(first):
         raise DataError(f"{train_file} holds conversations or instructions: give --task generation")
-    found = {
-        "text_column": text or _first_of(first, ("text", "sentence", "review", "content", "tweet", "body", "comment")),
-        "label_column": label or _first_of(first, ("label", "labels", "class", "category", "sentiment", "target")),
+    columns = {
+        "text_column": text
+        or _find_first(
+            first, ("text", "sentence", "review", "content", "tweet", "body", "comment")
+        ),
+        "label_column": label
+        or _find_first(first, ("label", "labels", "class", "category", "sentiment", "target")),
     }
-    for key, column in found.items():
+    for key, column in columns.items():
         if column is None:
-            known = ", ".join(map(str, first))
-            raise DataError(f"{train_file} has the columns {known}: say which one with --{key.replace('_', '-')}")
-    return {key: str(column) for key, column in found.items()}
+            names = ", ".join(map(str, first))
+            raise DataError(
+                f"{train_file} has the columns {names}: say which one with "
+                f"--{key.replace('_', '-')}"
+            )
+    return {key: str(column) for key, column in columns.items()}
 
 
-def _refuse_columns(task: TaskName, given: dict[str, str | None]) -> None:
-    """Raise UserError for columns that a task does not read, or that do not go together."""
+def _refuse_columns(task: TaskName, requested: dict[str, str | None]) -> None:
+    """Raise UserError for columns that the task does not read or that do not go together."""
     from lorafleet.jobs.errors import UserError
 
-    named = {name for name, column in given.items() if column}
-    unread = {"prompt_column", "completion_column"} if task is TaskName.CLASSIFICATION else {"label_column"}
-    if task is not TaskName.CLASSIFICATION and "text_column" in named and named != {"text_column"}:
-        unread = {"text_column"}  # a text alone, or a prompt and its answer
-    wrong = sorted(named & unread)
-    if wrong:
-        options = " and ".join(f"--{name.replace('_', '-')}" for name in wrong)
-        beside = sorted(f"--{name.replace('_', '-')}" for name in named - unread)
-        with_them = f" with {', '.join(beside)}" if beside else ""
-        raise UserError(f"{options} {'is' if len(wrong) == 1 else 'are'} not read for --task {task.value}{with_them}")
+    requested_names = {name for name, column in requested.items() if column}
+    unused = (
+        {"prompt_column", "completion_column"}
+        if task is TaskName.CLASSIFICATION
+        else {"label_column"}
+    )
+    if (
+        task is not TaskName.CLASSIFICATION
+        and "text_column" in requested_names
+        and requested_names != {"text_column"}
+    ):
+        unused = {"text_column"}  # either plain text, or a prompt and its answer
+    refused = sorted(requested_names & unused)
+    if refused:
+        options = " and ".join(f"--{name.replace('_', '-')}" for name in refused)
+        other_options = sorted(f"--{name.replace('_', '-')}" for name in requested_names - unused)
+        with_them = f" with {', '.join(other_options)}" if other_options else ""
+        raise UserError(
+            f"{options} {'is' if len(refused) == 1 else 'are'} not read for --task "
+            f"{task.value}{with_them}"
+        )
 
 
-def _generation_columns(
-    train_file: Path, task: TaskName, first: dict[str, object], given: dict[str, str | None]
+def _resolve_generation_columns(
+    train_file: Path, task: TaskName, first: dict[str, object], requested: dict[str, str | None]
 ) -> dict[str, str]:
     from lorafleet.jobs.errors import DataError
 
     shortens = task is TaskName.SUMMARIZATION
-    if given["text_column"] and not shortens:
-        return {"text_column": given["text_column"]}
-    named = given["prompt_column"] or given["completion_column"]
-    if _is_conversation(first) and not named:
+    if requested["text_column"] and not shortens:
+        return {"text_column": requested["text_column"]}
+    has_requested = requested["prompt_column"] or requested["completion_column"]
+    if _is_conversation(first) and not has_requested:
         return {}
-    prompts, answers = (_DOCUMENTS + _PROMPTS, _SUMMARIES + _ANSWERS) if shortens else (_PROMPTS, _ANSWERS)
-    prompt = given["prompt_column"] or given["text_column"] or _first_of(first, prompts)
-    completion = given["completion_column"] or _first_of(first, answers)
+    prompts, answers = (
+        (_DOCUMENTS + _PROMPTS, _SUMMARIES + _ANSWERS) if shortens else (_PROMPTS, _ANSWERS)
+    )
+    prompt = requested["prompt_column"] or requested["text_column"] or _find_first(first, prompts)
+    completion = requested["completion_column"] or _find_first(first, answers)
     if prompt and completion:
         return {"prompt_column": prompt, "completion_column": completion}
     if "text" in first and not shortens:
         return {}
-    plain = "" if shortens else ", or --text-column for plain text"
+    plain_hint = "" if shortens else ", or --text-column for plain text"
     raise DataError(
-        f"{train_file} has the columns {', '.join(map(str, first))}: say which with --prompt-column and "
-        f"--completion-column{plain}"
+        f"{train_file} has the columns {', '.join(map(str, first))}: say which with "
+        "--prompt-column and "
+        f"--completion-column{plain_hint}"
     )
 
 
 def _is_conversation(first: dict[str, object]) -> bool:
-    """Whether a row has a conversation, or an instruction, under its usual name."""
+    """Return True if a row has a conversation or an instruction under a usual column name."""
     from lorafleet.jobs.data.row_formats import CONVERSATION_COLUMNS
 
     return bool({*CONVERSATION_COLUMNS, "instruction"} & set(first))
 
 
-def _first_of(record: dict[str, object], names: tuple[str, ...]) -> str | None:
+def _find_first(record: dict[str, object], names: tuple[str, ...]) -> str | None:
     return next((name for name in names if name in record), None)
 
 
-def _examples(job: JobSpec, rows: Rows) -> int:
-    """Sequences of one epoch: a conversation may become several, where the tokenizer is here to tell."""
+def _count_examples(job: JobSpec, rows: Rows) -> int:
+    """Return the number of sequences in one epoch.
+
+    A conversation may become several sequences; without the tokenizer on this machine the rows
+    are counted instead.
+    """
     from lorafleet.evaluation.tokens import prepare
     from lorafleet.jobs.errors import AssetError
 
     try:
-        return len(prepare(job).splits["train"]) if job.generates else len(rows.train)
+        return len(prepare(job).splits["train"]) if job.is_generative else len(rows.train)
     except AssetError:
         return len(rows.train)
 
 
-def _max_t(train_rows: int, job: JobSpec) -> int:
-    """A search's budget a trial: two passes over the rows, at most 10,000 rows, in whole steps."""
-    batch = job.train.effective_batch_size(1)
+def _compute_max_t(train_rows: int, job: JobSpec) -> int:
+    """Return a search's budget per trial: two epochs, at most 10,000 rows, in whole steps."""
+    batch = job.train.compute_effective_batch_size(1)
     return max(batch * 9, min(2 * train_rows, 10_000) // batch * batch)
 
 
-def _max_length(task: TaskName, job: JobSpec) -> int:
-    """Return the longest row for a task, or the model's learnt positions where they are fewer."""
-    from lorafleet.jobs.data.hub import model_config
-    from lorafleet.jobs.schema.model_kinds import learnt_positions
+def _compute_max_length(task: TaskName, job: JobSpec) -> int:
+    """Return the default row length of a task in tokens, at most the model's learnt positions."""
+    from lorafleet.jobs.data.hub import read_model_config
+    from lorafleet.jobs.schema.model_kinds import get_max_positions
 
-    config = model_config(job.model.model_name_or_path, job.model.revision)
-    positions = learnt_positions(config) if config else 0
+    config = read_model_config(job.model.model_name_or_path, job.model.revision)
+    positions = get_max_positions(config) if config else 0
     return min(_LENGTH[task], positions or _LENGTH[task])
 
 
-def _draft(
+def _render_job_file(
     name: str,
     task: TaskName,
     model: str,
@@ -275,17 +359,21 @@ def _draft(
     max_t: int = 2000,
 ) -> str:
     folder = output.absolute().parent
-    lines = [f"  {key}: {_quoted(_relative(path, folder))}" for key, path in data.items() if path]
-    lines += [f"  {key}: {_quoted(column)}" for key, column in columns.items()]
+    lines = [
+        f"  {key}: {_quote_yaml(_make_relative(path, folder))}"
+        for key, path in data.items()
+        if path
+    ]
+    lines += [f"  {key}: {_quote_yaml(column)}" for key, column in columns.items()]
     metric = "accuracy" if task is TaskName.CLASSIFICATION else "loss"
     return f"""\
 # Written by `lorafleet init`. Every field and its default: `lorafleet render {output.name}`.
-name: {_quoted(name)}
+name: {_quote_yaml(name)}
 task: {task.value}                     # {" | ".join(TaskName)}
 
 model:
-  model_name_or_path: {_quoted(model)}   # a hub id, a folder, or asset:NAME (`lorafleet fetch --list`)
-  max_length: {max_length}                     # tokens; longer rows are cut, and counted in a warning
+  model_name_or_path: {_quote_yaml(model)}   # a hub id, a folder or asset:NAME
+  max_length: {max_length}                     # tokens; longer rows are cut (and counted)
 
 data:                                 # {counts}
 {chr(10).join(lines)}
@@ -297,7 +385,7 @@ lora:
   lora_target_modules: all-linear     # every linear layer but the head
 
 train:
-  # learning_rate: 1e-3               # left out: a default for the method and the model's size (see render)
+  # learning_rate: 1e-3               # default: depends on the method and the model's size
   num_train_epochs: 2                 # of `lorafleet train`; in a sweep, max_t below
   per_device_train_batch_size: {_BATCH[task]}
   seed: 42
@@ -316,29 +404,34 @@ tracking:
 """
 
 
-def _relative(path: Path, folder: Path) -> str:
-    """A path as the job file can say it: relative to the file's folder where it lies below it."""
+def _make_relative(path: Path, folder: Path) -> str:
+    """Return a path as the job file writes it.
+
+    It is relative if it is below the file's folder, else absolute.
+    """
     absolute = path.absolute()
     return str(absolute.relative_to(folder)) if absolute.is_relative_to(folder) else str(absolute)
 
 
-def _relative_model(model: str, output: Path) -> str:
-    """A model's folder as the job file can say it; hub ids and assets as they are."""
+def _make_model_relative(model: str, output: Path) -> str:
+    """Return a model folder as the job file writes it. Hub ids and assets stay unchanged."""
     from lorafleet.jobs import files
 
     is_folder = model.startswith((".", "/", "~")) or Path(model).is_dir()
     if not is_folder:
         return model
-    path = _relative(files.in_home(model), output.absolute().parent)
-    return path if Path(path).is_absolute() else f"./{path}"  # without it a folder that is gone were a hub id
+    path = _make_relative(files.expand_home(model), output.absolute().parent)
+    return (
+        path if Path(path).is_absolute() else f"./{path}"
+    )  # without ./ a missing folder would be read as a hub id
 
 
-def _quoted(text: str) -> str:
-    """A text as a YAML scalar, quoted where it must be."""
+def _quote_yaml(text: str) -> str:
+    """Return a text as a YAML scalar, quoted only where necessary."""
     import json
     import re
 
-    from lorafleet.jobs.loading.yaml12 import scalar
+    from lorafleet.jobs.loading.yaml12 import parse_scalar
 
-    plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./:-]*", text) and not text.endswith(":")
-    return text if plain and scalar(text) == text else json.dumps(text, ensure_ascii=False)
+    is_plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./:-]*", text) and not text.endswith(":")
+    return text if is_plain and parse_scalar(text) == text else json.dumps(text, ensure_ascii=False)

@@ -1,79 +1,91 @@
-"""`lorafleet list`: the runs of a folder."""
+"""`lorafleet list`: list the runs of a folder."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
 
-from lorafleet.commands.common import DEFAULT_RUNS, Format, Output, Runs, console, print_json, say
+from lorafleet.commands.common import (
+    DEFAULT_RUNS,
+    Format,
+    Output,
+    Runs,
+    make_console,
+    print_json,
+    print_message,
+)
 
 if TYPE_CHECKING:
     from lorafleet.jobs.runs.run import Run
 
 
 def list_runs(runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
-    """Every run, newest first."""
-    from lorafleet.cluster.run_index import all_runs
-    from lorafleet.cluster.submitted_runs import submitted
+    """List every run, newest first."""
+    from lorafleet.cluster.run_index import list_all_runs
+    from lorafleet.cluster.submitted_runs import list_submitted_runs
     from lorafleet.jobs.errors import RunError
-    from lorafleet.jobs.runs.records import damaged_where_wrong
+    from lorafleet.jobs.runs.records import raise_damaged_file
 
     rows: list[dict[str, object]] = []
     damaged: list[str] = []
-    found = all_runs(runs, damaged)
-    folders = {run.path.absolute() for run in found}
-    for run in [*found, *(run for run in submitted() if run.path.absolute() not in folders)]:
+    local_runs = list_all_runs(runs, damaged)
+    folders = {run.path.absolute() for run in local_runs}
+    for run in [
+        *local_runs,
+        *(run for run in list_submitted_runs() if run.path.absolute() not in folders),
+    ]:
         try:
-            with damaged_where_wrong(run.path):
-                rows.append(_row(run))
+            with raise_damaged_file(run.path):
+                rows.append(_build_row(run))
         except RunError as error:
             damaged.append(str(error))
             rows.append({**dict.fromkeys(_COLUMNS, "-"), "run": run.id, "state": "damaged"})
-    for sentence in damaged:
-        say(f"note: {sentence}")
+    for message in damaged:
+        print_message(f"note: {message}")
     if output is Format.JSON:
         print_json({"runs": rows})
         return
     from rich.table import Table
 
     if not rows:
-        console().print(f"no runs in {runs.absolute()}", markup=False)
+        make_console().print(f"no runs in {runs.absolute()}", markup=False)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in rows[0]:
         table.add_column(
-            "MB" if name == "mb" else name, justify="right" if name in ("trials", "ended", "mb") else "left"
+            "MB" if name == "mb" else name,
+            justify="right" if name in ("trials", "ended", "mb") else "left",
         )
     for row in rows:
         table.add_row(*(str(value) for value in row.values()))
-    console().print(table)
+    make_console().print(table)
 
 
 _COLUMNS = ("run", "state", "on", "created", "trials", "ended", "mb")
 
 
-def _row(run: Run) -> dict[str, object]:
-    """Return what is known of a run. Raises RunError for one whose files are damaged."""
+def _build_row(run: Run) -> dict[str, object]:
+    """Return a run's row of the table. Raises RunError if its files are damaged."""
     from lorafleet.cluster.backends import SITE_FILE
-    from lorafleet.cluster.run_index import folder_bytes
+    from lorafleet.cluster.run_index import compute_folder_bytes
     from lorafleet.jobs import files
 
-    states = [trial.state for trial in run.trials()]
-    place = files.read_json(run.path / SITE_FILE)
-    told = place.get("last", {}).get("state") or str(run.state)
+    states = [trial.state for trial in run.list_trials()]
+    site_record = files.read_json(run.path / SITE_FILE)
+    recorded_state = site_record.get("last", {}).get("state") or str(run.state)
     return {
         "run": run.id,
-        "state": "lost its driver" if run.gone() else told,
-        "on": place.get("site", {}).get("name", "here"),
-        "created": _when(run.created),
+        "state": "lost its driver" if run.has_lost_driver() else recorded_state,
+        "on": site_record.get("site", {}).get("name", "here"),
+        "created": _format_time(run.created),
         "trials": len(states),
-        "ended": sum(found.ended for found in states),
-        "mb": round(folder_bytes(run.path) / 1e6, 1),
+        "ended": sum(state.has_ended for state in states),
+        "mb": round(compute_folder_bytes(run.path) / 1e6, 1),
     }
 
 
-def _when(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
     try:
         return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-    except (OverflowError, ValueError, OSError):  # no time of this world
+    except (OverflowError, ValueError, OSError):  # out of the range of dates
         return "-"

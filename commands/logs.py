@@ -1,4 +1,4 @@
-"""`lorafleet logs`: what a run's driver or one of its trials said."""
+"""`lorafleet logs`: print the log of a run's driver or the record of a trial."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from lorafleet.commands.common import DEFAULT_RUNS, RunName, Runs, say, tell
+
+from lorafleet.commands.common import DEFAULT_RUNS, RunName, Runs, print_message, print_text
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.run import Run, RunState
 
@@ -22,73 +23,94 @@ def logs(
     trial: Annotated[
         str | None, typer.Argument(metavar="[TRIAL]", help="A trial's id; the driver if left out.")
     ] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as more is written.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on as more is written.")
+    ] = False,
     runs: Runs = DEFAULT_RUNS,
 ) -> None:
     """Print the log of a run, or the record of one of its trials."""
-    from lorafleet.cluster.backends import backend_of
+    from lorafleet.cluster.backends import get_backend
     from lorafleet.cluster.run_index import find_run
 
-    found = find_run(runs, run)
-    backend = backend_of(found)
-    done: dict[Path, int] = {}
-    backend.refresh(found, say)
-    looked_at = time.monotonic()
-    live = follow and _lives(backend, found)
+    selected_run = find_run(runs, run)
+    backend = get_backend(selected_run)
+    offsets: dict[Path, int] = {}
+    backend.refresh(selected_run, print_message)
+    refreshed_at = time.monotonic()
+    is_live = follow and _is_live(backend, selected_run)
     while True:
-        for line in _new_lines(_files(found, trial), done):
-            tell(line.rstrip("\r").rpartition("\r")[2])  # of a bar that draws over itself, its last state
-        if not live:
+        for line in _read_new_lines(_list_log_files(selected_run, trial), offsets):
+            print_text(
+                line.rstrip("\r").rpartition("\r")[2]
+            )  # keep only the last state of a progress bar
+        if not is_live:
             return
-        if time.monotonic() - looked_at > _LOOK_SECONDS:
-            live = _lives(backend, found)
-            backend.refresh(found, say)
-            looked_at = time.monotonic()
+        if time.monotonic() - refreshed_at > _REFRESH_SECONDS:
+            is_live = _is_live(backend, selected_run)
+            backend.refresh(selected_run, print_message)
+            refreshed_at = time.monotonic()
         time.sleep(0.5)
 
 
-_LOOK_SECONDS = 5.0
-"""Between two questions whether the run has ended, which may go to a queue."""
+_REFRESH_SECONDS = 5.0
+"""Seconds between two checks whether the run has ended; each may query a queue."""
 
 
-def _lives(backend: RunBackend, run: Run) -> bool:
-    """Whether more may be written."""
-    return backend.look(run).state in (RunState.PENDING, RunState.RUNNING)
+def _is_live(backend: RunBackend, run: Run) -> bool:
+    """Return True if more may be written to the run's logs."""
+    return backend.status(run).state in (RunState.PENDING, RunState.RUNNING)
 
 
-def driver_log(run: Run) -> Path:
-    """What the driver said; where its own file could not be brought from a cluster, what its pod did."""
-    own, pods = run.path / "logs" / "driver.log", run.path / "logs" / "submitter.log"
-    return pods if pods.is_file() and not own.is_file() else own
+def find_driver_log(run: Run) -> Path:
+    """Return the path of the driver's log.
+
+    If the driver's own file could not be downloaded from a cluster, this is the log of its pod.
+    """
+    driver, submitter = run.path / "logs" / "driver.log", run.path / "logs" / "submitter.log"
+    return submitter if submitter.is_file() and not driver.is_file() else driver
 
 
-def _files(run: Run, trial: str | None) -> list[Path]:
-    """What there is to read now: the jobs of a chain come one after the other."""
+def _list_log_files(run: Run, trial: str | None) -> list[Path]:
+    """Return the files that can be read now, the jobs of a chain in order.
+
+    Raises RunError if `trial` is not the beginning of exactly one trial's id.
+    """
     if trial is None:
         jobs = sorted((run.path / "slurm").glob("*.out"), key=lambda path: path.stat().st_mtime)
-        parts = [part.path / "logs" / "driver.log" for part in run.parts()]
-        return [*jobs, driver_log(run), *parts, run.path / "events.jsonl"]
-    matching = [known for known in run.trials() if known.id.startswith(trial)]
+        part_logs = [
+            array_task.path / "logs" / "driver.log" for array_task in run.list_array_tasks()
+        ]
+        return [*jobs, find_driver_log(run), *part_logs, run.path / "events.jsonl"]
+    matching = [known for known in run.list_trials() if known.id.startswith(trial)]
     if len(matching) != 1:
-        known = ", ".join(known.id for known in matching or run.trials())
-        what = f"several trials that begin with {trial!r}" if matching else f"no trial {trial!r}"
-        raise RunError(f"{run.id} has {what}; {'they are' if matching else 'it has'} {known or 'none yet'}")
+        known = ", ".join(known.id for known in matching or run.list_trials())
+        problem = f"several trials that begin with {trial!r}" if matching else f"no trial {trial!r}"
+        raise RunError(
+            f"{run.id} has {problem}; {'they are' if matching else 'it has'} {known or 'none yet'}"
+        )
     return [matching[0].path / "metrics.jsonl", matching[0].path / "traceback.txt"]
 
 
-def _new_lines(files: list[Path], done: dict[Path, int]) -> Iterator[str]:
+def _read_new_lines(files: list[Path], offsets: dict[Path, int]) -> Iterator[str]:
     for path in files:
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # opening a named pipe would block
             continue
         with path.open(errors="replace") as file:
-            file.seek(done.get(path, 0))
+            file.seek(offsets.get(path, 0))
             for line in file:
-                yield _shown(line.rstrip("\n")) if path.suffix == ".jsonl" else line.rstrip("\n")
-            done[path] = file.tell()
+                yield (
+                    _format_record(line.rstrip("\n"))
+                    if path.suffix == ".jsonl"
+                    else line.rstrip("\n")
+                )
+            offsets[path] = file.tell()
 
 
-def _shown(line: str) -> str:
-    """A record as words: `14:03:22 step 42 accuracy 0.743 ...`."""
+def _format_record(line: str) -> str:
+    """Format a JSON record as text: `14:03:22 step=42 accuracy=0.743 ...`.
+
+    Other lines stay unchanged.
+    """
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -100,10 +122,12 @@ def _shown(line: str) -> str:
         row.pop(name, None)
     try:
         stamp = time.strftime("%H:%M:%S", time.localtime(row.pop("time", 0)))
-    except (TypeError, ValueError, OverflowError, OSError):  # a line that was damaged
+    except (TypeError, ValueError, OverflowError, OSError):  # a damaged line
         return line
-    return f"{stamp} " + " ".join(f"{key}={_short(value)}" for key, value in row.items() if value is not None)
+    return f"{stamp} " + " ".join(
+        f"{key}={_format_value(value)}" for key, value in row.items() if value is not None
+    )
 
 
-def _short(value: object) -> str:
+def _format_value(value: object) -> str:
     return f"{value:.5g}" if isinstance(value, float) else str(value)

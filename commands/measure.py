@@ -1,4 +1,4 @@
-"""`lorafleet measure`: a model's inference or training speed, in a fresh process. A comparison starts it, no person."""
+"""`lorafleet measure`: measure a model's speed in a fresh process; comparisons start it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 def measure() -> None:
-    """Read what to measure from standard input, and print what was measured as one line of JSON."""
+    """Read a request from standard input, and print the measurement as one line of JSON."""
     from lorafleet.jobs.schema.job import JobSpec
 
     request = json.loads(sys.stdin.read())
@@ -24,15 +24,19 @@ def measure() -> None:
     if request["what"] == "answers":
         from lorafleet.deployment.prompted_check import answer_prompts
 
-        typer.echo(json.dumps(answer_prompts(Path(request["folder"]), request["prompts"], request["new_tokens"])))
+        typer.echo(
+            json.dumps(
+                answer_prompts(Path(request["folder"]), request["prompts"], request["new_tokens"])
+            )
+        )
         return
     from lorafleet.training import measure as measured
 
     job, tokens = JobSpec.model_validate_json(json.dumps(request["job"])), Path(request["tokens"])
     if request["what"] == "pace":
-        typer.echo(json.dumps(measured.pace(job, tokens, request["gpus"])))
+        typer.echo(json.dumps(measured.measure_pace(job, tokens, request["gpus"])))
         return
-    found = measured.measure(
+    measurement = measured.measure_inference(
         job,
         tokens,
         Path(request["weights"]) if request["weights"] else None,
@@ -42,4 +46,4 @@ def measure() -> None:
         request["new_tokens"],
         points,
     )
-    typer.echo(json.dumps(found))
+    typer.echo(json.dumps(measurement))

@@ -1,38 +1,58 @@
-"""`lorafleet methods`: what runs under what."""
+"""`lorafleet methods`: print which methods run under which strategies."""
 
 from __future__ import annotations
 
-from lorafleet.commands.common import DEFAULT_RUNS, AnyRuns, Format, Output, print_json, tell
+from lorafleet.commands.common import DEFAULT_RUNS, AnyRuns, Format, Output, print_json, print_text
 
 
 def methods(output: Output = Format.TEXT, runs: AnyRuns = DEFAULT_RUNS) -> None:
-    """Show which method runs under which strategy, and what of it does not."""
-    from lorafleet.jobs.schema.compatibility import table
+    """Print which method runs under which strategy, and the limits of each combination."""
+    from lorafleet.jobs.schema.compatibility import build_support_table
 
     if output is Format.JSON:
         fields = ("method", "strategy", "devices", "supported", "reason")
-        print_json({"cells": [{name: getattr(cell, name) for name in fields} for cell in table()]})
+        print_json(
+            {
+                "cells": [
+                    {name: getattr(cell, name) for name in fields} for cell in build_support_table()
+                ]
+            }
+        )
         return
-    tell(table_text())
+    print_text(format_table())
 
 
-def table_text() -> str:
-    """The table in words, its limits as numbered notes below it."""
-    from lorafleet.jobs.schema.compatibility import METHODS, STRATEGIES, table
+def format_table() -> str:
+    """Return the table as text, with limits as numbered notes below it."""
+    from lorafleet.jobs.schema.compatibility import METHODS, STRATEGIES, build_support_table
 
     notes: dict[str, int] = {}
     rows = [("", *STRATEGIES)]
     for method in METHODS:
-        cells = [cell for cell in table() if cell.method == method]
-        rows.append((method, *(f"{'yes' if cell.supported else 'no'}{_numbers(cell.limits, notes)}" for cell in cells)))
+        cells = [cell for cell in build_support_table() if cell.method == method]
+        rows.append(
+            (
+                method,
+                *(
+                    f"{'yes' if cell.supported else 'no'}{_number_notes(cell.limits, notes)}"
+                    for cell in cells
+                ),
+            )
+        )
     widths = [2 + max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = [
+        "".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows
+    ]
     lines += ["", *(f"[{number}] {limit}" for limit, number in notes.items())]
-    lines += ["", "On CPU and CUDA; docs/gpu-status.md says what was run where. One process alone needs no strategy."]
+    lines += [
+        "",
+        "On CPU and CUDA; docs/gpu-status.md says what was run where. One process alone needs no "
+        "strategy.",
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _numbers(limits: tuple[str, ...], notes: dict[str, int]) -> str:
-    """` [2,5]`: the notes of some limits, new ones added."""
+def _number_notes(limits: tuple[str, ...], notes: dict[str, int]) -> str:
+    """Return the note numbers of some limits, such as ` [2,5]`; new limits are added to `notes`."""
     numbers = sorted(notes.setdefault(limit, len(notes) + 1) for limit in limits)
     return f" [{','.join(map(str, numbers))}]" if numbers else ""

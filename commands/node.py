@@ -1,4 +1,6 @@
-"""`lorafleet node`: what a job's scripts call on the nodes of a cluster. Never typed by hand."""
+"""`lorafleet node`: commands that a job's scripts call on the nodes of a cluster. Never typed by
+hand.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,14 @@ from typing import Annotated
 
 import typer
 
-node = typer.Typer(name="node", help="What a job's scripts call on its nodes.", no_args_is_help=True)
+node = typer.Typer(
+    name="node", help="What a job's scripts call on its nodes.", no_args_is_help=True
+)
 
 _UP_SECONDS = 900.0
-"""How long nodes may take; those that cannot come end the job at once, and staging a model takes its time."""
+"""Seconds that nodes may take to join: staging a model is slow, and nodes that cannot join end the
+job at once.
+"""
 
 
 @node.command()
@@ -23,10 +29,10 @@ def look(
     scratch: Annotated[Path, typer.Option()],
     interface: Annotated[str, typer.Option()] = "",
 ) -> None:
-    """Print what this node has as one line of JSON."""
+    """Print this node's hardware, software and ports as one line of JSON."""
     import json
 
-    from lorafleet.cluster.execution.node import look as look_here
+    from lorafleet.cluster.execution.node import inspect_node as look_here
 
     typer.echo(json.dumps(look_here(run, nonce, address, node, number, interface, scratch)))
 
@@ -40,15 +46,15 @@ def agree(
     cpus: Annotated[int, typer.Option()],
     job: Annotated[int, typer.Option()],
 ) -> None:
-    """Print the address and the ports of the job's Ray, if all nodes agree."""
-    from lorafleet.cluster.execution.node import agree as agree_on
+    """Print the address and ports of the job's Ray if all nodes agree."""
+    from lorafleet.cluster.execution.node import resolve_ray_address as agree_on
 
     typer.echo(agree_on(run, reports, nonce, nodes, cpus, job))
 
 
 @node.command()
 def stage(run: Path) -> None:
-    """Bring the run's models to this node's own disk."""
+    """Copy the run's models to this node's own disk."""
     import os
 
     from lorafleet.cluster.execution.node import stage_models
@@ -59,7 +65,7 @@ def stage(run: Path) -> None:
 
 @node.command()
 def wait(address: str, nodes: int) -> None:
-    """Return when all nodes of the job's Ray live."""
+    """Wait until all nodes of the job's Ray are alive."""
     from lorafleet.cluster.ray.nodes import wait_for_nodes
 
     wait_for_nodes(address, nodes, _UP_SECONDS)
@@ -67,16 +73,16 @@ def wait(address: str, nodes: int) -> None:
 
 @node.command()
 def examine(folder: Path) -> None:
-    """Look at all nodes of the job's Ray, for `lorafleet doctor --on`."""
+    """Check all nodes of the job's Ray, for `lorafleet doctor --on`."""
     from lorafleet.jobs.errors import ExitCode
-    from lorafleet.tuning.site_check import examine as examine_all
+    from lorafleet.tuning.site_check import check_site as examine_all
 
     raise typer.Exit(ExitCode.OK if examine_all(folder.absolute()) else ExitCode.GATE_REFUSED)
 
 
 @node.command()
 def failed(run: Path, sentence: str) -> None:
-    """Say in the run's state why its driver never began."""
+    """Record in the run's state why its driver never started."""
     from lorafleet.cluster.execution.node import mark_failed
     from lorafleet.jobs.runs.run import Run
 
@@ -90,47 +96,68 @@ def send(
     whole: Annotated[bool, typer.Option("--whole", help="W&B's records too.")] = False,
     texts: Annotated[bool, typer.Option("--texts", help="The job and the plan too.")] = False,
 ) -> None:
-    """Print what of a run's record the other side lacks as a compressed tar; it says on one line what it has."""
+    """Print the files of a run's record that the other side lacks, as a compressed tar.
+
+    The other side sends one line of JSON on standard input: the files it has, with size and time
+    of change.
+    """
     import json
     import sys
     from typing import get_args
 
-    from lorafleet.cluster.remote.transfer import Which, pack
+    from lorafleet.cluster.remote.transfer import WeightSelection, pack
     from lorafleet.jobs.runs.run import Run
 
-    have = {name: (size, changed) for name, (size, changed) in json.loads(sys.stdin.readline()).items()}
-    which: Which = next((known for known in get_args(Which) if known == weights), "none")
-    pack(Run(run), have, which, sys.stdout.buffer, whole=whole, texts=texts)
+    have = {
+        name: (size, changed) for name, (size, changed) in json.loads(sys.stdin.readline()).items()
+    }
+    which: WeightSelection = next(
+        (choice for choice in get_args(WeightSelection) if choice == weights), "none"
+    )
+    pack(Run(run), have, which, sys.stdout.buffer, include_wandb=whole, texts=texts)
 
 
 @node.command()
 def lacks() -> None:
-    """Print which of the targets on one line of JSON are not in this machine's cache as they should be."""
+    """Print the upload targets that are missing or differ in this machine's cache.
+
+    The targets and their digests come as one line of JSON on standard input.
+    """
     import json
     import sys
 
-    from lorafleet.cluster.remote.transfer import is_there
-    from lorafleet.jobs.data.assets import cache_dir
+    from lorafleet.cluster.remote.transfer import has_digest
+    from lorafleet.jobs.data.assets import get_cache_dir
 
-    asked = json.loads(sys.stdin.readline())
-    missing = [one["target"] for one in asked if not is_there(cache_dir() / one["target"], one["digest"])]
+    requests = json.loads(sys.stdin.readline())
+    missing = [
+        request["target"]
+        for request in requests
+        if not has_digest(get_cache_dir() / request["target"], request["digest"])
+    ]
     typer.echo(json.dumps(missing))
 
 
 @node.command()
 def greet() -> None:
-    """Say what this image is, and whether the storage that one line of JSON names can be written."""
+    """Print this image's versions, and whether the storage can be written.
+
+    One line of JSON on standard input names the storage.
+    """
     import json
     import sys
 
-    from lorafleet.cluster.execution.node import greet as greet_here
+    from lorafleet.cluster.execution.node import inspect_storage as greet_here
 
     typer.echo(json.dumps(greet_here(Path(json.loads(sys.stdin.readline())["mount"]))))
 
 
 @node.command()
 def relay(source: Path, command: list[str]) -> None:
-    """Run one of these commands on a file's bytes, and print what it says as text: for Ray's job logs."""
+    """Run a `node` command on a file's bytes and print its output as text.
+
+    Ray's job logs carry the text.
+    """
     from lorafleet.cluster.ray.client import relay as relay_here
 
     relay_here(source, command)
@@ -138,32 +165,39 @@ def relay(source: Path, command: list[str]) -> None:
 
 @node.command()
 def stop(run: Path) -> None:
-    """Ask a run's driver to save and end."""
-    from lorafleet.cluster.execution.node import ask_to_stop
+    """Ask a run's driver to save and stop."""
+    from lorafleet.cluster.execution.node import request_stop
     from lorafleet.jobs.runs.run import Run
 
-    ask_to_stop(Run(run))
+    request_stop(Run(run))
 
 
 @node.command()
-def receive(target: str, digest: str, file: Annotated[bool, typer.Option("--file")] = False) -> None:
-    """Put what comes in frames on standard input into the cache: whole, or not at all."""
+def receive(
+    target: str, digest: str, file: Annotated[bool, typer.Option("--file")] = False
+) -> None:
+    """Store framed data from standard input in the cache, completely or not at all."""
     import sys
 
     from lorafleet.cluster.remote.transfer import receive as receive_here
-    from lorafleet.jobs.data.assets import cache_dir
+    from lorafleet.jobs.data.assets import get_cache_dir
 
-    receive_here(cache_dir() / target, digest, sys.stdin.buffer, file=file)
+    receive_here(get_cache_dir() / target, digest, sys.stdin.buffer, file=file)
 
 
 @node.command()
 def leave(
     run: Path,
     seconds: Annotated[float, typer.Option(help="How long the pod may still live.")],
-    drain: Annotated[bool, typer.Option("--drain", help="This is a worker: Ray is told that it goes.")] = False,
+    drain: Annotated[
+        bool, typer.Option("--drain", help="This is a worker: Ray is told that it goes.")
+    ] = False,
 ) -> None:
-    """Before a pod is taken away: have the trials saved, and return when that is done or the time is up."""
-    from lorafleet.cluster.execution.node import leave as leave_pod
+    """Save a run's trials before its pod is deleted.
+
+    Returns when that is done or the time is up.
+    """
+    from lorafleet.cluster.execution.node import stop_before_deletion as leave_pod
     from lorafleet.jobs.runs.run import Run
 
     leave_pod(Run(run), seconds, drain=drain)

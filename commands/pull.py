@@ -1,4 +1,4 @@
-"""`lorafleet pull`: bring a run from a cluster's storage."""
+"""`lorafleet pull`: download a run from a cluster's storage."""
 
 from __future__ import annotations
 
@@ -6,11 +6,20 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
-from lorafleet.commands.common import DEFAULT_RUNS, OneRun, Runs, Trust, cluster_on, say, tell
+
+from lorafleet.commands.common import (
+    DEFAULT_RUNS,
+    OneRun,
+    Runs,
+    Trust,
+    load_cluster,
+    print_message,
+    print_text,
+)
 
 
 class Adapters(StrEnum):
-    """Whose weights come along."""
+    """Trials whose weights are downloaded."""
 
     BEST = "best"
     ALL = "all"
@@ -22,32 +31,48 @@ def pull(
     run: OneRun,
     adapters: Annotated[
         Adapters,
-        typer.Option("--adapters", help="Weights that come along: of the best trial, all, none, or exported models."),
+        typer.Option(
+            "--adapters",
+            help="Weights that come along: of the best trial, all, none, or exported models.",
+        ),
     ] = Adapters.BEST,
     on: Annotated[
         str | None,
-        typer.Option("--on", metavar="SITE", help="Where the run is, when there is no record of it here yet."),
+        typer.Option(
+            "--on", metavar="SITE", help="Where the run is, when there is no record of it here yet."
+        ),
     ] = None,
     runs: Runs = DEFAULT_RUNS,
     trust: Trust = False,
 ) -> None:
-    """Bring report, metrics, W&B's records and adapters of a run elsewhere (Kubernetes, Ray): what has changed."""
-    from lorafleet.cluster.backends import backend_of
-    from lorafleet.cluster.remote.backend import Away
+    """Download report, metrics, W&B records and adapters of a run on Kubernetes or a remote Ray.
+
+    Only files that have changed are downloaded.
+    """
+    from lorafleet.cluster.backends import get_backend
+    from lorafleet.cluster.remote.backend import RemoteBackend
     from lorafleet.cluster.run_index import find_run
     from lorafleet.jobs import files
     from lorafleet.jobs.errors import UserError
-    from lorafleet.jobs.text import counted
+    from lorafleet.jobs.text import format_count
 
     if on is None:
-        found = find_run(runs, run)
+        selected_run = find_run(runs, run)
     else:
-        place = cluster_on(on, None)
-        if not isinstance(place, Away):
-            raise UserError(f"--on is {on}, a Slurm: its runs lie in its runs_dir itself, and nothing is brought")
-        found = place.attach(run, runs, say)
-    count = backend_of(found, trust=trust).pull(found, adapters.value, say)
-    tell(f"{counted(count, 'file')} came to {found.path}")
-    told = files.read_json(found.path / "report" / "report.json").get("recommendation") or {}
-    if adapters is Adapters.BEST and not told.get("trial_id"):
-        say("no trial is recommended yet, so no weights came: --adapters all brings those that there are")
+        remote = load_cluster(on, None)
+        if not isinstance(remote, RemoteBackend):
+            raise UserError(
+                f"--on is {on}, a Slurm: its runs lie in its runs_dir itself, and nothing "
+                "is brought"
+            )
+        selected_run = remote.attach(run, runs, print_message)
+    count = get_backend(selected_run, trust=trust).pull(selected_run, adapters.value, print_message)
+    print_text(f"{format_count(count, 'file')} came to {selected_run.path}")
+    recommendation = (
+        files.read_json(selected_run.path / "report" / "report.json").get("recommendation") or {}
+    )
+    if adapters is Adapters.BEST and not recommendation.get("trial_id"):
+        print_message(
+            "no trial is recommended yet, so no weights came: --adapters all brings those that "
+            "there are"
+        )

@@ -1,4 +1,4 @@
-"""`lorafleet rate RUN`: a person judges answers without knowing whose they are, on a page or in the terminal."""
+"""`lorafleet rate RUN`: rate answers blind, on a page or in the terminal."""
 
 from __future__ import annotations
 
@@ -8,16 +8,31 @@ import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from lorafleet.commands.common import DEFAULT_RUNS, RunName, Runs, Trust, confirm_trust, console, say, tell
+
+from lorafleet.commands.common import (
+    DEFAULT_RUNS,
+    RunName,
+    Runs,
+    Trust,
+    confirm_trust,
+    make_console,
+    print_message,
+    print_text,
+)
 
 if TYPE_CHECKING:
     from lorafleet.evaluation.report.human_rating import Item, Notebook
 
 Rater = Annotated[
-    str | None, typer.Option("--rater", metavar="NAME", help="Who rates; left out: the user's name. Kept apart.")
+    str | None,
+    typer.Option(
+        "--rater", metavar="NAME", help="Who rates; left out: the user's name. Kept apart."
+    ),
 ]
 Rows = Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Held-out rows to rate.")]
-Port = Annotated[int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0: any that is free.")]
+Port = Annotated[
+    int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0: any that is free.")
+]
 InTerminal = Annotated[bool, typer.Option("--terminal", help="Ask here, without a page.")]
 
 
@@ -30,106 +45,138 @@ def rate(
     terminal: InTerminal = False,
     trust: Trust = False,
 ) -> None:
-    """Rate the answers of a run's models side by side, blind, from 0 to 5; the report then has what people think."""
+    """Rate the answers of a run's models side by side, blind, from 0 to 5.
+
+    The report then includes the ratings.
+    """
     from lorafleet.cluster.run_index import find_run
-    from lorafleet.evaluation.report.human_rating import Notebook, checked_rater, folder_of, sheet_of_run
+    from lorafleet.evaluation.report.human_rating import (
+        Notebook,
+        build_run_sheet,
+        get_ratings_folder,
+        validate_rater,
+    )
     from lorafleet.jobs import files
     from lorafleet.jobs.errors import RunError
 
-    found = find_run(runs, run)
-    confirm_trust(found, "rate", trust=trust)
-    name = checked_rater(rater or os.environ.get("LORAFLEET_RATER") or getpass.getuser())
-    path = folder_of(found) / f"{name}.jsonl"
-    with files.locked(path, wait=False) as alone:
-        if not alone:
-            raise RunError(f"{name} is rating {found.id} already: end that one, or rate as another (--rater NAME)")
-        book = Notebook.open(path, sheet_of_run(found, name, rows))
+    selected_run = find_run(runs, run)
+    confirm_trust(selected_run, "rate", trust=trust)
+    rater_name = validate_rater(rater or os.environ.get("LORAFLEET_RATER") or getpass.getuser())
+    path = get_ratings_folder(selected_run) / f"{rater_name}.jsonl"
+    with files.hold_lock(path, wait=False) as is_locked:
+        if not is_locked:
+            raise RunError(
+                f"{rater_name} is rating {selected_run.id} already: end that one, or rate as "
+                "another (--rater NAME)"
+            )
+        book = Notebook.open(path, build_run_sheet(selected_run, rater_name, rows))
         if terminal:
-            _ask(book)
+            _ask_for_ratings(book)
         else:
-            _serve(book, found.id, port)
-    say(f"{len(book.scores)} ratings of {name} in {path}; `lorafleet report {found.id}` has them")
+            _serve(book, selected_run.id, port)
+    print_message(
+        f"{len(book.scores)} ratings of {rater_name} in {path}; `lorafleet report "
+        f"{selected_run.id}` has them"
+    )
 
 
 def _serve(book: Notebook, title: str, port: int) -> None:
     from lorafleet.jobs.errors import UserError
     from lorafleet.webapp.guard import serve as answer_requests
-    from lorafleet.webapp.local import free_socket, new_token
-    from lorafleet.webapp.rate import rating_app
+    from lorafleet.webapp.local import create_token, open_socket
+    from lorafleet.webapp.rate import create_rating_app
 
     try:
-        listening = free_socket(port)
+        listener = open_socket(port)
     except OSError as error:
-        raise UserError(f"--port is {port}, which cannot be had on 127.0.0.1: {error.strerror}") from error
-    with listening:
-        token, taken = new_token(), listening.getsockname()[1]
-        app = rating_app(book, title, token, taken)
-        say(f"rate at  http://127.0.0.1:{taken}/#{token}")
-        say("(this machine alone; every rating is kept at once; Ctrl-C ends)")
+        raise UserError(
+            f"--port is {port}, which cannot be had on 127.0.0.1: {error.strerror}"
+        ) from error
+    with listener:
+        token, bound_port = create_token(), listener.getsockname()[1]
+        app = create_rating_app(book, title, token, bound_port)
+        print_message(f"rate at  http://127.0.0.1:{bound_port}/#{token}")
+        print_message("(this machine alone; every rating is kept at once; Ctrl-C ends)")
         host = os.environ.get("SSH_CONNECTION", "").split()[2:3]
         if host:
-            say(f"from elsewhere, first: ssh -L {taken}:127.0.0.1:{taken} {host[0]}")
-        with contextlib.suppress(KeyboardInterrupt):  # it is told again, once the page is closed
-            answer_requests(app, listening)
+            print_message(
+                f"from elsewhere, first: ssh -L {bound_port}:127.0.0.1:{bound_port} {host[0]}"
+            )
+        with contextlib.suppress(
+            KeyboardInterrupt
+        ):  # Ctrl-C ends the page; uvicorn raises it again when it has closed
+            answer_requests(app, listener)
 
 
-def _ask(book: Notebook) -> None:
-    """Every rating that is missing, one after another, and at the end whose the answers were."""
-    _ask_missing(book)
-    for one in book.means():
-        scores = ", ".join(f"{criterion} {mean:.2f}" for criterion, mean in one["means"].items())
-        tell(f"{one['arm']}: {scores} (means of your ratings of {one['rows']} rows)")
+def _ask_for_ratings(book: Notebook) -> None:
+    """Ask for every missing rating in turn, then print whose the answers were."""
+    _ask_missing_ratings(book)
+    for arm_means in book.compute_means():
+        scores = ", ".join(
+            f"{criterion} {mean:.2f}" for criterion, mean in arm_means["means"].items()
+        )
+        print_text(
+            f"{arm_means['arm']}: {scores} (means of your ratings of {arm_means['rows']} rows)"
+        )
 
 
-def _ask_missing(book: Notebook) -> None:
-    from lorafleet.evaluation.report.human_rating import CRITERIA, HIGHEST, LOWEST
+def _ask_missing_ratings(book: Notebook) -> None:
+    from lorafleet.evaluation.report.human_rating import CRITERIA, MAX_SCORE, MIN_SCORE
 
-    screen = console()
-    keys = f"{LOWEST}-{HIGHEST}, u undoes the last, n TEXT notes, s skips the row, q ends"
-    at = 0
-    while at < len(book.items):
-        number, item = at + 1, book.items[at]
-        at += 1
-        wanted = [(slot, name) for slot in _slots(item) for name in CRITERIA]
-        if not _missing(book, item, wanted):
+    screen = make_console()
+    keys = f"{MIN_SCORE}-{MAX_SCORE}, u undoes the last, n TEXT notes, s skips the row, q ends"
+    position = 0
+    while position < len(book.items):
+        number, item = position + 1, book.items[position]
+        position += 1
+        required = [(slot, name) for slot in _list_slots(item) for name in CRITERIA]
+        if not _find_missing(book, item, required):
             continue
         screen.rule(f"row {number} of {len(book.items)}")
         for role, text in item.turns:
             screen.print(f"{role}: {text}", markup=False)
         if not item.turns:
             screen.print(item.prompt, markup=False)
-        for slot, text in zip(_slots(item), item.texts, strict=True):
+        for slot, text in zip(_list_slots(item), item.texts, strict=True):
             screen.print(f"\n{slot}: {text or '(nothing)'}", markup=False)
-        while left := _missing(book, item, wanted):
-            slot, name = left[0]
+        while missing := _find_missing(book, item, required):
+            slot, name = missing[0]
             try:
-                said = typer.prompt(f"answer {slot}, {name} ({keys})").strip()
+                answer = typer.prompt(f"answer {slot}, {name} ({keys})").strip()
             except (typer.Abort, EOFError):
                 return
-            if said == "q":
+            if answer == "q":
                 return
-            if said == "s":
+            if answer == "s":
                 break
-            if said == "u":
+            if answer == "u":
                 undone = book.undo()
                 if undone is None:
-                    say("there is nothing to undo")
-                elif undone[0] != item.row:  # back to that row, and then on from there
-                    back = next(place for place, other in enumerate(book.items) if other.row == undone[0])
-                    at = min(at - 1, back)  # of a longer sheet the row may come later: it is asked there
+                    print_message("there is nothing to undo")
+                elif undone[0] != item.row:  # return to that row and continue from it
+                    undone_index = next(
+                        index
+                        for index, candidate in enumerate(book.items)
+                        if candidate.row == undone[0]
+                    )
+                    position = min(
+                        position - 1, undone_index
+                    )  # with more --rows than before it may come later, and is asked then
                     break
-            elif said.startswith("n "):
-                book.note(item.row, said[2:])
-            elif said.isdigit() and LOWEST <= int(said) <= HIGHEST:
-                book.rate(item.row, slot, name, int(said))
+            elif answer.startswith("n "):
+                book.add_note(item.row, answer[2:])
+            elif answer.isdigit() and MIN_SCORE <= int(answer) <= MAX_SCORE:
+                book.rate(item.row, slot, name, int(answer))
             else:
-                say(f"{said!r} is none of {keys}")
+                print_message(f"{answer!r} is none of {keys}")
 
 
-def _slots(item: Item) -> list[str]:
-    return [answer["slot"] for answer in item.shown()["answers"]]
+def _list_slots(item: Item) -> list[str]:
+    return [answer["slot"] for answer in item.to_dict()["answers"]]
 
 
-def _missing(book: Notebook, item: Item, wanted: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    given = book.shown()["scores"]
-    return [(slot, name) for slot, name in wanted if f"{item.row}/{slot}/{name}" not in given]
+def _find_missing(
+    book: Notebook, item: Item, required: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    scores = book.to_dict()["scores"]
+    return [(slot, name) for slot, name in required if f"{item.row}/{slot}/{name}" not in scores]

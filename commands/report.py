@@ -1,4 +1,4 @@
-"""`lorafleet report`: the table and the decision, any time."""
+"""`lorafleet report`: print a run's table and decision at any time."""
 
 from __future__ import annotations
 
@@ -7,14 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from lorafleet.commands.common import DEFAULT_RUNS, Format, Runs, console, say, show_report, tell
+
+from lorafleet.commands.common import (
+    DEFAULT_RUNS,
+    Format,
+    Runs,
+    make_console,
+    print_message,
+    print_text,
+    show_report,
+)
 
 if TYPE_CHECKING:
     from lorafleet.jobs.runs.report import Report
 
 
 class ReportFormat(StrEnum):
-    """How the table is printed."""
+    """Output format of a report."""
 
     TEXT = "text"
     JSON = "json"
@@ -32,60 +41,70 @@ ReportName = Annotated[
 ]
 
 
-def report(run: ReportName = None, runs: Runs = DEFAULT_RUNS, output: ReportOutput = ReportFormat.TEXT) -> None:
-    """The table of every configuration, and which one to ship; with RUN:TRIAL all that is known of one."""
-    from lorafleet.cluster.backends import backend_of
+def report(
+    run: ReportName = None, runs: Runs = DEFAULT_RUNS, output: ReportOutput = ReportFormat.TEXT
+) -> None:
+    """Print the table of every configuration and the recommendation.
+
+    With RUN:TRIAL, print everything that is recorded of one trial.
+    """
+    from lorafleet.cluster.backends import get_backend
     from lorafleet.cluster.run_index import find_run
-    from lorafleet.commands.deliver import exported_of, show_exported
+    from lorafleet.commands.deliver import print_export, read_export
     from lorafleet.evaluation.report.search import build_report, write_report
-    from lorafleet.jobs.runs.trust import distrust
+    from lorafleet.jobs.runs.trust import find_distrust_reason
 
     name, trial_id = run or "", ""
     if ":" in name and not Path(name).is_dir():
         name, _, trial_id = name.rpartition(":")
-    found = find_run(runs, name or None)
-    backend_of(found).refresh(found, say)
-    exported = exported_of(found)
-    plain = Format.JSON if output is ReportFormat.JSON else Format.TEXT
+    selected_run = find_run(runs, name or None)
+    get_backend(selected_run).refresh(selected_run, print_message)
+    exported = read_export(selected_run)
+    output_format = Format.JSON if output is ReportFormat.JSON else Format.TEXT
     if exported:
-        show_exported(exported, plain)
+        print_export(exported, output_format)
         return
-    stranger = distrust(found.path)
-    report_of_it = build_report(found) if stranger else write_report(found)
-    if stranger:
-        say(f"note: {stranger}; its report is shown, and nothing is written there")
+    distrust_reason = find_distrust_reason(selected_run.path)
+    run_report = build_report(selected_run) if distrust_reason else write_report(selected_run)
+    if distrust_reason:
+        print_message(f"note: {distrust_reason}; its report is shown, and nothing is written there")
     if trial_id:
-        _show_trial(report_of_it, trial_id, output)
+        _show_trial(run_report, trial_id, output)
         return
     if output is ReportFormat.CSV:
-        from lorafleet.evaluation.render.forms import arms_csv, table_csv
+        from lorafleet.evaluation.render.forms import render_arms_csv, render_table_csv
 
-        _print_csv(table_csv(report_of_it) if report_of_it.arms is None else arms_csv(report_of_it))
+        _print_csv(
+            render_table_csv(run_report) if run_report.arms is None else render_arms_csv(run_report)
+        )
         return
-    if show_report(report_of_it, plain) and not stranger:
-        tell(f"\nreport   {found.path / 'report' / 'report.html'}")
+    if show_report(run_report, output_format) and not distrust_reason:
+        print_text(f"\nreport   {selected_run.path / 'report' / 'report.html'}")
 
 
 def _print_csv(text: str) -> None:
-    """Print CSV line by line: a cell in quotes keeps its line feeds, all other control characters are escaped."""
+    """Print CSV line by line.
+
+    A quoted cell keeps its line feeds; other control characters are escaped.
+    """
     for line in text.removesuffix("\n").split("\n"):
-        tell(line)
+        print_text(line)
 
 
 def _show_trial(report: Report, trial_id: str, output: ReportFormat) -> None:
-    """Print one trial. Raises UserError for one that the run does not have."""
-    from lorafleet.evaluation.render.forms import one_trial, table_csv
+    """Print one trial. Raises UserError if the run does not have it."""
+    from lorafleet.evaluation.render.forms import render_table_csv, render_trial
     from lorafleet.jobs.errors import UserError
-    from lorafleet.jobs.text import printable_json
+    from lorafleet.jobs.text import make_json_printable
 
-    row = next((row for row in report.shown if row.trial_id == trial_id), None)
+    row = next((row for row in report.table_rows if row.trial_id == trial_id), None)
     if row is None:
-        known = ", ".join(row.trial_id for row in report.shown[:8])
-        more = f" and {len(report.shown) - 8} more" if len(report.shown) > 8 else ""
-        raise UserError(f"{report.run} has no trial {trial_id}; it has {known}{more}")
+        trial_ids = ", ".join(row.trial_id for row in report.table_rows[:8])
+        more = f" and {len(report.table_rows) - 8} more" if len(report.table_rows) > 8 else ""
+        raise UserError(f"{report.run} has no trial {trial_id}; it has {trial_ids}{more}")
     if output is ReportFormat.JSON:
-        tell(printable_json(row.model_dump_json(indent=2)))
+        print_text(make_json_printable(row.model_dump_json(indent=2)))
     elif output is ReportFormat.CSV:
-        _print_csv(table_csv(report, [row]))
+        _print_csv(render_table_csv(report, [row]))
     else:
-        console().print(one_trial(report, row))
+        make_console().print(render_trial(report, row))

@@ -1,8 +1,19 @@
-"""`lorafleet resume`: go on where a run was killed or stopped."""
+"""`lorafleet resume`: continue a run that was killed or stopped."""
 
 from __future__ import annotations
 
-from lorafleet.commands.common import DEFAULT_RUNS, Format, OneRun, Output, Quiet, Runs, Trust, confirm_trust, say, tell
+from lorafleet.commands.common import (
+    DEFAULT_RUNS,
+    Format,
+    OneRun,
+    Output,
+    Quiet,
+    Runs,
+    Trust,
+    confirm_trust,
+    print_message,
+    print_text,
+)
 from lorafleet.commands.sweep import Detach, Wait
 
 
@@ -15,26 +26,30 @@ def resume(
     wait: Wait = False,
     trust: Trust = False,
 ) -> None:
-    """Go on with a run that was interrupted, killed or failed."""
-    from lorafleet.cluster.backends import backend_of
+    """Continue a run that was interrupted, killed or failed."""
+    from lorafleet.cluster.backends import get_backend
     from lorafleet.cluster.run_index import find_run
-    from lorafleet.commands.view import news
+    from lorafleet.commands.view import iterate_news
     from lorafleet.commands.watch import follow, show_end
     from lorafleet.evaluation.report.model_of_run import check_prompt_format
     from lorafleet.jobs.errors import ExitCode
     from lorafleet.jobs.runs.run import RunState
 
-    found = find_run(runs, run)
-    confirm_trust(found, "resume", trust=trust)
-    check_prompt_format(found)
-    backend = backend_of(found, trust=trust)
-    if found.state is RunState.FINISHED and all(trial.state.ended for trial in found.trials()):
-        say(f"{found.id} is finished: there is nothing left to train")
-        return show_end(found, ExitCode.OK, quiet=quiet, output=output)
-    known: set[str] = set()
-    list(news(found, known))
-    backend.resume(found)
+    selected_run = find_run(runs, run)
+    confirm_trust(selected_run, "resume", trust=trust)
+    check_prompt_format(selected_run)
+    backend = get_backend(selected_run, trust=trust)
+    if selected_run.state is RunState.FINISHED and all(
+        trial.state.has_ended for trial in selected_run.list_trials()
+    ):
+        print_message(f"{selected_run.id} is finished: there is nothing left to train")
+        return show_end(selected_run, ExitCode.OK, quiet=quiet, output=output)
+    shown_lines: set[str] = set()
+    list(iterate_news(selected_run, shown_lines))
+    backend.resume(selected_run)
     if detach:
-        tell(found.id)
+        print_text(selected_run.id)
         return None
-    return follow(found, backend, quiet=quiet, output=output, silent=wait, known=known)
+    return follow(
+        selected_run, backend, quiet=quiet, output=output, silent=wait, shown_lines=shown_lines
+    )

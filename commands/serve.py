@@ -1,4 +1,6 @@
-"""`lorafleet serve`: an exported model behind OpenAI's addresses, for trying and testing."""
+"""`lorafleet serve`: serve an exported model with an OpenAI-compatible API, for trying and
+testing.
+"""
 
 from __future__ import annotations
 
@@ -9,88 +11,119 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from lorafleet.commands.common import DEFAULT_RUNS, AnyRuns, hush_libraries, say
+
+from lorafleet.commands.common import DEFAULT_RUNS, AnyRuns, print_message, silence_libraries
 
 if TYPE_CHECKING:
     import socket
 
     from lorafleet.jobs.runs.export_result import Artefact
 
-_KEY = "LORAFLEET_API_KEY"
+_API_KEY_VARIABLE = "LORAFLEET_API_KEY"
 
 
 def serve(
-    artefact: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `lorafleet export` made.")],
-    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0: any that is free.")] = 8000,
+    artefact: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder that `lorafleet export` made.")
+    ],
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0: any that is free.")
+    ] = 8000,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 512,
     max_body_kb: Annotated[int, typer.Option(min=1, help="KB of a request, at most.")] = 256,
-    concurrency: Annotated[int, typer.Option(min=1, max=8, help="Answers that are written at the same time.")] = 1,
-    queue: Annotated[int, typer.Option(min=0, max=24, help="Requests that may wait; the next gets 429.")] = 8,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: as many as the runtime likes.")] = 0,
+    concurrency: Annotated[
+        int, typer.Option(min=1, max=8, help="Answers that are written at the same time.")
+    ] = 1,
+    queue: Annotated[
+        int, typer.Option(min=0, max=24, help="Requests that may wait; the next gets 429.")
+    ] = 8,
+    threads: Annotated[
+        int, typer.Option(min=0, help="CPU threads; 0: as many as the runtime likes.")
+    ] = 0,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
-    """Serve an exported model to OpenAI clients on this machine, for trying and testing; vLLM is for production.
+    """Serve an exported model to OpenAI clients on this machine, for trying and testing.
 
-    The API key is LORAFLEET_API_KEY, or a random one that is printed.
+    For production use vLLM. The API key is LORAFLEET_API_KEY, or a random one that is printed.
     """
-    from lorafleet.deployment.chat_template import framed
+    from lorafleet.deployment.chat_template import render_conversation
     from lorafleet.deployment.runtime import open_artefact, read_artefact
     from lorafleet.jobs.errors import UserError
     from lorafleet.webapp.guard import serve as answer_requests
-    from lorafleet.webapp.local import free_socket, new_token
-    from lorafleet.webapp.openai import Limits, serving_app
+    from lorafleet.webapp.local import create_token, open_socket
+    from lorafleet.webapp.openai import Limits, create_serving_app
 
-    hush_libraries()
-    about = read_artefact(artefact)
+    silence_libraries()
+    record = read_artefact(artefact)
     try:
-        listening = free_socket(port)
+        listener = open_socket(port)
     except OSError as error:
-        raise UserError(f"--port is {port}, which cannot be had on 127.0.0.1: {error.strerror}") from error
-    with listening:
-        say(f"loading {artefact}")
+        raise UserError(
+            f"--port is {port}, which cannot be had on 127.0.0.1: {error.strerror}"
+        ) from error
+    with listener:
+        print_message(f"loading {artefact}")
         loaded = open_artefact(artefact, threads)
-        taken, own = listening.getsockname()[1], os.environ.get(_KEY) or None
-        token = own or new_token()
+        bound_port, configured_key = (
+            listener.getsockname()[1],
+            os.environ.get(_API_KEY_VARIABLE) or None,
+        )
+        token = configured_key or create_token()
         limits = Limits(max_body_kb, max_tokens, concurrency, queue)
         name = artefact.absolute().name
-        app = serving_app(
-            loaded, name, token, taken, limits, lambda turns: framed(artefact, turns, about.chat_template_kwargs)
+        app = create_serving_app(
+            loaded,
+            name,
+            token,
+            bound_port,
+            limits,
+            lambda turns: render_conversation(artefact, turns, record.chat_template_kwargs),
         )
-        say(f"for production: {production(about, artefact)}")
-        _invite(about, name, token if own is None else None, listening)
+        print_message(f"for production: {build_vllm_command(record, artefact)}")
+        _print_usage(record, name, token if configured_key is None else None, listener)
         with contextlib.suppress(KeyboardInterrupt):
-            answer_requests(app, listening)
+            answer_requests(app, listener)
 
 
-def _invite(about: Artefact, name: str, token: str | None, listening: socket.socket) -> None:
-    """How it is asked, as a line to copy. A key from the environment is not repeated."""
-    address = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
-    say(f"serving {name} at {address} (this machine alone; Ctrl-C ends)")
+def _print_usage(record: Artefact, name: str, token: str | None, listener: socket.socket) -> None:
+    """Print the address and a request to copy.
+
+    A key from the environment is not printed.
+    """
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    print_message(f"serving {name} at {address} (this machine alone; Ctrl-C ends)")
     if token is not None:
-        say(f"export {_KEY}={token}")
+        print_message(f"export {_API_KEY_VARIABLE}={token}")
     path, body = "classify", '{"input": "a text"}'
-    if about.task != "classification":
+    if record.task != "classification":
         path, body = "chat/completions", '{"messages": [{"role": "user", "content": "a prompt"}]}'
-    say(f"curl {address}/{path} -H \"Authorization: Bearer ${_KEY}\" -H 'Content-Type: application/json' -d '{body}'")
+    print_message(
+        f'curl {address}/{path} -H "Authorization: Bearer ${_API_KEY_VARIABLE}" -H '
+        f"'Content-Type: application/json' -d '{body}'"
+    )
 
 
-def production(about: Artefact, folder: Path) -> str:
-    """The line that serves the same model by vLLM, which takes a merged model: this one, or the one beside it."""
+def build_vllm_command(record: Artefact, folder: Path) -> str:
+    """Return the command that serves the same model with vLLM.
+
+    vLLM needs a merged model: this one, or the one in the folder `merged` beside it. Without
+    either, the text says how to export it.
+    """
     from lorafleet.deployment.runtime import read_artefact
     from lorafleet.jobs.errors import UserError
 
-    merged, same = folder.absolute(), about.target == "merged"
-    if not same:
+    merged, is_merged = folder.absolute(), record.target == "merged"
+    if not is_merged:
         merged = merged.with_name("merged")
-        with contextlib.suppress(UserError):  # there is none, or one of another version
-            beside = read_artefact(merged)
-            same = beside.source == about.source
-            about = beside if same else about
-    kind = ["--runner", "pooling"] if about.task == "classification" else []
-    length = ["--max-model-len", str(about.positions)] if about.positions else []
-    line = shlex.join(["vllm", "serve", str(merged) if same else "MERGED", *kind, *length])
-    if same:
+        with contextlib.suppress(UserError):  # missing, or written by another version
+            sibling = read_artefact(merged)
+            is_merged = sibling.source == record.source
+            record = sibling if is_merged else record
+    kind = ["--runner", "pooling"] if record.task == "classification" else []
+    length = ["--max-model-len", str(record.positions)] if record.positions else []
+    line = shlex.join(["vllm", "serve", str(merged) if is_merged else "MERGED", *kind, *length])
+    if is_merged:
         return line
-    source = about.source
+    source = record.source
     run = f"{source['run']}:{source['trial_id']}" if source.get("trial_id") else source["run"]
     return f"`lorafleet export {run} --to merged`, and vLLM with its folder: {line}"

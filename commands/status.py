@@ -1,40 +1,49 @@
-"""`lorafleet status`: where a run is now."""
+"""`lorafleet status`: print the current state of a run."""
 
 from __future__ import annotations
 
-from lorafleet.commands.common import DEFAULT_RUNS, Format, Output, RunName, Runs, console, print_json, say
+from lorafleet.commands.common import (
+    DEFAULT_RUNS,
+    Format,
+    Output,
+    RunName,
+    Runs,
+    make_console,
+    print_json,
+    print_message,
+)
 
 
 def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Format.TEXT) -> None:
-    """A line a trial, and the best so far."""
-    from lorafleet.cluster.backends import backend_of
+    """Print one line per trial, and the best trial so far."""
+    from lorafleet.cluster.backends import get_backend
     from lorafleet.cluster.run_index import find_run
-    from lorafleet.commands.view import best_line, run_view, trial_lines
+    from lorafleet.commands.view import collect_trial_rows, find_best_row, render_run
 
-    found = find_run(runs, run)
-    backend = backend_of(found)
-    backend.refresh(found, say)
-    seen = backend.look(found)
+    selected_run = find_run(runs, run)
+    backend = get_backend(selected_run)
+    backend.refresh(selected_run, print_message)
+    run_status = backend.status(selected_run)
     if output is Format.JSON:
-        lines = trial_lines(found)
-        best = best_line(lines)
+        rows = collect_trial_rows(selected_run)
+        best_row = find_best_row(rows)
         print_json(
             {
-                "run": found.id,
-                "state": seen.state,
-                "place": seen.sentence,
-                "alive": found.alive(),
-                "phase": found.status().get("phase"),
-                "reason": found.status().get("reason"),
-                "best": best["trial_id"] if best else None,
-                "trials": lines,
-                "damaged": found.damages(),
+                "run": selected_run.id,
+                "state": run_status.state,
+                "place": run_status.sentence,
+                "alive": selected_run.is_alive(),
+                "phase": selected_run.read_status().get("phase"),
+                "reason": selected_run.read_status().get("reason"),
+                "best": best_row["trial_id"] if best_row else None,
+                "trials": rows,
+                "damaged": selected_run.list_damages(),
             }
         )
         return
-    screen = console()
-    screen.print(run_view(found))
-    for sentence in found.damages():
-        screen.print(sentence, markup=False)
-    if seen.sentence:
-        screen.print(f"{seen.state}: {seen.sentence}", markup=False)
+    screen = make_console()
+    screen.print(render_run(selected_run))
+    for damage in selected_run.list_damages():
+        screen.print(damage, markup=False)
+    if run_status.sentence:
+        screen.print(f"{run_status.state}: {run_status.sentence}", markup=False)

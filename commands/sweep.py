@@ -1,4 +1,4 @@
-"""`lorafleet sweep` and `lorafleet train`: plan, submit, watch, report."""
+"""`lorafleet sweep` and `lorafleet train`: plan, submit, watch and report."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from lorafleet.commands.common import (
     DEFAULT_RUNS,
     Chain,
@@ -17,14 +18,18 @@ from lorafleet.commands.common import (
     Overrides,
     Quiet,
     Runs,
-    backend_for,
-    note_aliases,
-    say,
-    tell,
+    get_backend,
+    print_message,
+    print_notes,
+    print_text,
 )
 
-Wait = Annotated[bool, typer.Option("--wait", help="Print no live view, and end with the run's own exit code.")]
-Detach = Annotated[bool, typer.Option("--detach", "-d", help="Return at once; the run goes on in the background.")]
+Wait = Annotated[
+    bool, typer.Option("--wait", help="Print no live view, and end with the run's own exit code.")
+]
+Detach = Annotated[
+    bool, typer.Option("--detach", "-d", help="Return at once; the run goes on in the background.")
+]
 
 
 def sweep(
@@ -40,7 +45,7 @@ def sweep(
     wait: Wait = False,
 ) -> None:
     """Search for the best configuration, and end with a table and a recommendation."""
-    start("sweep", job, overrides, runs, on, nodes, chain, quiet, output, detach, wait)
+    start_job("sweep", job, overrides, runs, on, nodes, chain, quiet, output, detach, wait)
 
 
 def train(
@@ -55,11 +60,14 @@ def train(
     detach: Detach = False,
     wait: Wait = False,
 ) -> None:
-    """Train one configuration: the job file's own values, whatever it searches."""
-    start("train", job, overrides, runs, on, nodes, chain, quiet, output, detach, wait)
+    """Train one configuration, with the job file's own values.
+
+    The search block is ignored.
+    """
+    start_job("train", job, overrides, runs, on, nodes, chain, quiet, output, detach, wait)
 
 
-def start(
+def start_job(
     command: str,
     path: Path,
     overrides: list[str] | None,
@@ -81,23 +89,25 @@ def start(
     loaded = load_checked(path, tuple(overrides or ()))
     if command == "sweep" and loaded.job.search is None:
         raise JobFileError(
-            str(path), [Problem("search", "there is no search block; add one, or use `lorafleet train`")]
+            str(path),
+            [Problem("search", "there is no search block; add one, or use `lorafleet train`")],
         )
     if command == "compare" and loaded.job.compare is None:
         raise JobFileError(
-            str(path), [Problem("compare", "there is no compare block; add one, or give two runs to compare")]
+            str(path),
+            [Problem("compare", "there is no compare block; add one, or give two runs to compare")],
         )
     if not quiet:
-        note_aliases(loaded.notes)
-    backend = backend_for(on, nodes, chain)
+        print_notes(loaded.notes)
+    backend = get_backend(on, nodes, chain)
     if on is None:
-        fetch_job(loaded.job, say if not quiet else lambda _: None)
+        fetch_job(loaded.job, print_message if not quiet else lambda _: None)
     plan = backend.plan(loaded, command)
     if not quiet:
         for note in plan.notes[len(loaded.notes) :]:
-            say(f"note: {note}")
-    run = backend.submit(plan, loaded, backend.runs_dir(runs))
+            print_message(f"note: {note}")
+    run = backend.submit(plan, loaded, backend.resolve_runs_dir(runs))
     if detach:
-        tell(run.id)
+        print_text(run.id)
         return
     follow(run, backend, quiet=quiet, output=output, silent=wait)

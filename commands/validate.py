@@ -1,4 +1,4 @@
-"""`lorafleet validate`: is this job file right, and is what it names there?"""
+"""`lorafleet validate`: check a job file and everything that it names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from lorafleet.commands.common import (
     DEFAULT_RUNS,
     AnyRuns,
@@ -14,11 +15,11 @@ from lorafleet.commands.common import (
     On,
     Output,
     Overrides,
-    backend_for,
-    note_aliases,
+    get_backend,
     print_json,
-    say,
-    tell,
+    print_message,
+    print_notes,
+    print_text,
 )
 
 if TYPE_CHECKING:
@@ -35,40 +36,53 @@ def validate(
     output: Output = Format.TEXT,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
-    """Check a job file: every problem with its line and the closest right key; with --on, what the cluster says too."""
+    """Check a job file and print every problem with its line and the closest right key.
+
+    With --on, the cluster checks it too.
+    """
     from lorafleet.jobs.errors import ExitCode, JobFileError
 
-    loaded, problems, notes = _looked_at(job, tuple(overrides or ()), data=data, here=on is None)
+    loaded, problems, notes = _check_job(
+        job, tuple(overrides or ()), data=data, on_this_machine=on is None
+    )
     if loaded is None or problems:
         if output is Format.TEXT:
             raise JobFileError(str(job), problems)
         listed = [{"path": p.path, "line": p.line, "sentence": p.sentence} for p in problems]
         print_json({"valid": False, "file": str(job), "problems": listed})
         raise typer.Exit(ExitCode.USER_INPUT)
-    refused = _refused(loaded, on)
+    refused = _check_on_cluster(loaded, on)
     if output is Format.JSON:
-        listed = [{"path": "", "line": None, "sentence": sentence} for sentence in refused]
+        listed = [{"path": "", "line": None, "sentence": message} for message in refused]
         print_json({"valid": not refused, "file": str(job), "problems": listed, "notes": notes})
         raise typer.Exit(ExitCode.GATE_REFUSED if refused else ExitCode.OK)
-    note_aliases(tuple(notes))
-    for sentence in refused:
-        say(f"refused: {sentence}")
+    print_notes(tuple(notes))
+    for message in refused:
+        print_message(f"refused: {message}")
     if refused:
         raise typer.Exit(ExitCode.GATE_REFUSED)
-    tell(f"{job} is valid: {loaded.job.task}, {loaded.job.model.model_name_or_path}")
+    print_text(f"{job} is valid: {loaded.job.task}, {loaded.job.model.model_name_or_path}")
 
 
-def _looked_at(
-    path: Path, overrides: tuple[str, ...], *, data: bool, here: bool
+def _check_job(
+    path: Path, overrides: tuple[str, ...], *, data: bool, on_this_machine: bool
 ) -> tuple[LoadedJob | None, list[Problem], list[str]]:
-    """Return (the job, every problem of its file, its names and its rows, notes).
+    """Check a job file, the names in it and its rows.
 
-    With problems the job is what is right of it, so that the rest is looked at as well.
+    If the file has problems, the valid part of the job is still checked, so that all problems are
+    reported together.
+
+    Args:
+        data: Read the data files too.
+        on_this_machine: Also check what this machine refuses.
+
+    Returns:
+        (the job or None, problems, notes).
     """
-    from lorafleet.cluster.planning.preflight import name_problems
+    from lorafleet.cluster.planning.preflight import find_name_problems
     from lorafleet.jobs.errors import JobFileError, Problem
     from lorafleet.jobs.loading.job_file import LoadedJob, load_job
-    from lorafleet.jobs.loading.unused_fields import unused_notes
+    from lorafleet.jobs.loading.unused_fields import collect_unused_notes
 
     problems: list[Problem] = []
     try:
@@ -78,21 +92,21 @@ def _looked_at(
         if not isinstance(error.rest, LoadedJob):
             return None, problems, []
         loaded = error.rest
-    problems += name_problems(loaded)
-    if here:
-        problems += _refused_here(loaded)
+    problems += find_name_problems(loaded)
+    if on_this_machine:
+        problems += _list_local_problems(loaded)
     command = "sweep" if loaded.job.search else "compare" if loaded.job.compare else "train"
-    notes = [*loaded.notes, *unused_notes(loaded, command)]
+    notes = [*loaded.notes, *collect_unused_notes(loaded, command)]
     if data and not any(problem.path.startswith("data") for problem in problems):
-        wrong, of_rows = _looked_at_rows(loaded.job, with_model=not problems)
-        problems += [Problem("data", sentence) for sentence in wrong]
-        notes += of_rows
+        row_problems, row_notes = _check_rows(loaded.job, with_model=not problems)
+        problems += [Problem("data", message) for message in row_problems]
+        notes += row_notes
     return loaded, problems, list(dict.fromkeys(notes))
 
 
-def _refused_here(loaded: LoadedJob) -> list[Problem]:
-    """Return what this machine has against the job."""
-    from lorafleet.cluster.hardware import local_site
+def _list_local_problems(loaded: LoadedJob) -> list[Problem]:
+    """Return the reasons why this machine cannot run the job."""
+    from lorafleet.cluster.hardware import detect_local_site
     from lorafleet.cluster.planning.plan import refuse_attention, refuse_environment
     from lorafleet.jobs.errors import JobFileError
 
@@ -102,30 +116,38 @@ def _refused_here(loaded: LoadedJob) -> list[Problem]:
     except JobFileError as error:
         problems += error.problems
     try:
-        refuse_attention(loaded.job, local_site(), str(loaded.path))
+        refuse_attention(loaded.job, detect_local_site(), str(loaded.path))
     except JobFileError as error:
-        problems += [loaded.located(problem) for problem in error.problems]
+        problems += [loaded.locate(problem) for problem in error.problems]
     return problems
 
 
-def _looked_at_rows(job: JobSpec, *, with_model: bool) -> tuple[list[str], list[str]]:
-    """Return (what is wrong with the rows, notes on them), and what the chat templates make of them.
+def _check_rows(job: JobSpec, *, with_model: bool) -> tuple[list[str], list[str]]:
+    """Check the rows and what the chat templates make of them.
 
-    What is not on this machine is not looked at, and said. Without `with_model` the rows alone are.
+    What is not on this machine is not checked, and a note says so. Without `with_model` only the
+    rows are read.
+
+    Returns:
+        (problems, notes).
     """
     from lorafleet.evaluation.tokens import prepare
     from lorafleet.jobs.data.rows import load_rows
     from lorafleet.jobs.errors import AssetError, UserError
-    from lorafleet.jobs.trials.arms import own_job
+    from lorafleet.jobs.trials.arms import build_arm_job
 
     notes: list[str] = []
-    arms = [own_job(job, name) for name in (job.compare.arms if job.compare else ())] if with_model else []
-    for one in [job, *arms]:
+    arms = (
+        [build_arm_job(job, name) for name in (job.compare.arms if job.compare else ())]
+        if with_model
+        else []
+    )
+    for checked_job in [job, *arms]:
         try:
-            if job.generates and with_model:
-                notes += prepare(one).warnings
+            if job.is_generative and with_model:
+                notes += prepare(checked_job).warnings
             else:
-                notes += load_rows(one).warnings
+                notes += load_rows(checked_job).warnings
         except AssetError as missing:
             notes.append(f"{missing}; how rows become tokens was not looked at")
         except UserError as error:
@@ -133,12 +155,14 @@ def _looked_at_rows(job: JobSpec, *, with_model: bool) -> tuple[list[str], list[
     return [], notes
 
 
-def _refused(loaded: LoadedJob, on: str | None) -> list[str]:
-    """What a cluster has against the job."""
+def _check_on_cluster(loaded: LoadedJob, on: str | None) -> list[str]:
+    """Return the reasons why a cluster refuses the job; print what it could not check."""
     if on is None:
         return []
-    backend = backend_for(on, None)
-    refused, unasked = backend.check(backend.plan(loaded, "sweep" if loaded.job.search else "train"))
-    for sentence in unasked:
-        say(f"note: {sentence}")
+    backend = get_backend(on, None)
+    refused, unchecked = backend.check(
+        backend.plan(loaded, "sweep" if loaded.job.search else "train")
+    )
+    for message in unchecked:
+        print_message(f"note: {message}")
     return refused

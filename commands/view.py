@@ -1,4 +1,4 @@
-"""A run as a person watches it: a line a trial, and the best so far."""
+"""The live view of a run: one row per trial and the best trial so far."""
 
 from __future__ import annotations
 
@@ -8,61 +8,78 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lorafleet.evaluation.render.trial_table import describe, duration, number, short
+from lorafleet.evaluation.render.trial_table import (
+    format_duration,
+    format_number,
+    format_params,
+    format_short_params,
+)
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
-from lorafleet.jobs.runs.records import damaged_where_wrong
+from lorafleet.jobs.runs.records import raise_damaged_file
 from lorafleet.jobs.runs.run import Run, Trial, TrialState
 from lorafleet.jobs.schema.metrics import is_better
 from lorafleet.jobs.schema.search import FOLD
-from lorafleet.jobs.text import counted
-from lorafleet.jobs.trials.sampling import without_fold
+from lorafleet.jobs.text import format_count
+from lorafleet.jobs.trials.sampling import remove_fold
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _FRESH_SECONDS = 10.0
-"""A heartbeat this young means that a trial trains."""
+"""A trial whose heartbeat is younger than this, in seconds, is training."""
 _MARKS = {"running": "▶", "finished": "✔", "stopped": "✂", "failed": "✘", "pending": "·"}
-_STYLES = {"running": "cyan", "finished": "green", "stopped": "dim", "failed": "red", "pending": "dim"}
+_STYLES = {
+    "running": "cyan",
+    "finished": "green",
+    "stopped": "dim",
+    "failed": "red",
+    "pending": "dim",
+}
 
 
-def trial_lines(run: Run) -> list[dict[str, Any]]:
-    """What is known of each trial, as data."""
-    with damaged_where_wrong(run.path / "plan.json"):
-        name, goal = _metric(files.read_json(run.path / "plan.json").get("job", {}))
-    lines = []
-    for trial in run.trials():
-        with contextlib.suppress(RunError), damaged_where_wrong(trial.path):  # named among the run's remarks
-            lines.append(_trial_line(trial, name, goal))
-    return lines
+def collect_trial_rows(run: Run) -> list[dict[str, Any]]:
+    """Return the state of each trial as data. Trials with damaged files are left out."""
+    with raise_damaged_file(run.path / "plan.json"):
+        name, goal = _get_metric(files.read_json(run.path / "plan.json").get("job", {}))
+    rows = []
+    for trial in run.list_trials():
+        with (
+            contextlib.suppress(RunError),
+            raise_damaged_file(trial.path),
+        ):  # the run's remarks name it
+            rows.append(_build_trial_row(trial, name, goal))
+    return rows
 
 
-def _metric(job: dict[str, Any]) -> tuple[str, str]:
+def _get_metric(job: dict[str, Any]) -> tuple[str, str]:
+    """Return (name, goal) of a job's metric."""
     from lorafleet.jobs.schema.metrics import DEFAULT_METRIC, METRICS
 
-    given = (job.get("search") or job.get("compare") or {}).get("metric")
-    name = given["name"] if given else DEFAULT_METRIC[job.get("task", "classification")]
-    goal = given["goal"] if given else METRICS[name].goal
+    metric = (job.get("search") or job.get("compare") or {}).get("metric")
+    name = metric["name"] if metric else DEFAULT_METRIC[job.get("task", "classification")]
+    goal = metric["goal"] if metric else METRICS[name].goal
     return name, str(goal)
 
 
-def _trial_line(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
-    params, status, rows = trial.params(), trial.status(), trial.metrics()
+def _build_trial_row(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
+    params, status, rows = trial.read_params(), trial.read_status(), trial.read_metrics()
     last = rows[-1] if rows else {}
-    beat = trial.progress()
-    now = beat if int(beat.get("step", 0)) > int(last.get("step", 0)) else last
+    heartbeat = trial.read_progress()
+    latest = heartbeat if int(heartbeat.get("step", 0)) > int(last.get("step", 0)) else last
     best = None
     for row in rows:
         score = row.get(metric) if row.get("evaluated") else None
         if score is not None and is_better(score, best, goal):
             best = score
     state = status.get("state", "pending")
-    if state == "pending" and time.time() - float(beat.get("time", 0)) < _FRESH_SECONDS:
-        state = "running"  # it trains, and has not reported yet
-    step, total = int(now.get("step", 0)), int(params.get("total_steps", 0))
-    seconds = now.get("train_seconds")
-    left = seconds / step * (total - step) if seconds and step and state == "running" else None
+    if state == "pending" and time.time() - float(heartbeat.get("time", 0)) < _FRESH_SECONDS:
+        state = "running"  # it is training and has not reported yet
+    step, total = int(latest.get("step", 0)), int(params.get("total_steps", 0))
+    seconds = latest.get("train_seconds")
+    seconds_left = (
+        seconds / step * (total - step) if seconds and step and state == "running" else None
+    )
     return {
         "trial_id": trial.id,
         "arm": trial.arm,
@@ -72,62 +89,73 @@ def _trial_line(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
         "rungs": len(params.get("rung_levels", [])),
         "step": step,
         "total_steps": total,
-        "train_loss": now.get("train_loss") if now.get("train_loss") is not None else last.get("train_loss"),
+        "train_loss": latest.get("train_loss")
+        if latest.get("train_loss") is not None
+        else last.get("train_loss"),
         "metric": metric,
         "goal": goal,
         "score": best,
-        "tokens_per_second": now.get("tokens_per_second"),
-        "seconds_left": left,
+        "tokens_per_second": latest.get("tokens_per_second"),
+        "seconds_left": seconds_left,
         "failure": (status.get("failure") or {}).get("failure_class"),
     }
 
 
-def best_line(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The trial with the best score so far; one fold's trial alone is none."""
+def find_best_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the trial with the best score so far. Trials of a single fold are not candidates."""
     best: dict[str, Any] | None = None
-    for line in (line for line in lines if FOLD not in line["params"]):
-        better_than = best["score"] if best else None
-        if line["score"] is not None and is_better(line["score"], better_than, line["goal"]):
-            best = line
+    for row in (row for row in rows if FOLD not in row["params"]):
+        best_score = best["score"] if best else None
+        if row["score"] is not None and is_better(row["score"], best_score, row["goal"]):
+            best = row
     return best
 
 
-def best_over_folds(lines: list[dict[str, Any]]) -> str | None:
-    """Describe the configuration with the best mean so far, among those with the most finished folds.
+def describe_best_over_folds(rows: list[dict[str, Any]]) -> str | None:
+    """Describe the best mean so far among the configurations with the most finished folds.
 
-    Returns None outside of a cross-validation.
+    Returns None if the run is not a cross-validation.
     """
     scores_of: dict[str, tuple[dict[str, Any], list[float]]] = {}
-    for line in lines:
-        if FOLD in line["params"] and line["score"] is not None:
-            params = without_fold(line["params"])
-            scores_of.setdefault(repr(params), (params, []))[1].append(line["score"])
+    for row in rows:
+        if FOLD in row["params"] and row["score"] is not None:
+            params = remove_fold(row["params"])
+            scores_of.setdefault(repr(params), (params, []))[1].append(row["score"])
     if not scores_of:
         return None
     folds = max(len(scores) for _, scores in scores_of.values())
-    means = [(fmean(scores), params) for params, scores in scores_of.values() if len(scores) == folds]
-    pick = max if lines[0]["goal"] == "maximize" else min
+    means = [
+        (fmean(scores), params) for params, scores in scores_of.values() if len(scores) == folds
+    ]
+    pick = max if rows[0]["goal"] == "maximize" else min
     mean, params = pick(means, key=lambda pair: pair[0])
-    score = f"{lines[0]['metric']} {number(mean)}"
-    return f"best mean so far: {short(params)} with {score} over {counted(folds, 'fold')}"
+    score = f"{rows[0]['metric']} {format_number(mean)}"
+    return (
+        f"best mean so far: {format_short_params(params)} with {score} over "
+        f"{format_count(folds, 'fold')}"
+    )
 
 
-def run_view(run: Run, place: str = "") -> RenderableType:
-    """The live table; `place` is what a queue says of the run."""
+def render_run(run: Run, message: str = "") -> RenderableType:
+    """Return the live table of a run.
+
+    Args:
+        message: What the queue or cluster reports of the run.
+    """
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    lines = trial_lines(run)
-    status = run.status()
-    took = duration(float(status.get("ended") or time.time()) - run.created)
-    total = (run.events("search") or [{}])[-1].get("trials", len(lines))
-    ended = sum(TrialState(line["state"]).ended for line in lines)
+    rows = collect_trial_rows(run)
+    status = run.read_status()
+    elapsed = format_duration(float(status.get("ended") or time.time()) - run.created)
+    total = (run.read_events("search") or [{}])[-1].get("trials", len(rows))
+    ended = sum(TrialState(row["state"]).has_ended for row in rows)
     phase = status.get("phase") or status.get("state")
-    head = Text.assemble((run.id, "bold"), f"  {phase}  {ended} of {total} trials ended  {took}")
+    head = Text.assemble((run.id, "bold"), f"  {phase}  {ended} of {total} trials ended  {elapsed}")
     table = Table(box=None, pad_edge=False, header_style="dim")
-    parameters = list(dict.fromkeys(path for line in lines for path in line["params"]))
-    arms = any(line["arm"] for line in lines)
+    parameters = list(dict.fromkeys(path for row in rows for path in row["params"]))
+    arms = any(row["arm"] for row in rows)
     for name in (
         "",
         *(["arm"] if arms else []),
@@ -136,71 +164,80 @@ def run_view(run: Run, place: str = "") -> RenderableType:
         "rung",
         "step",
         "loss",
-        lines[0]["metric"] if lines else "score",
+        rows[0]["metric"] if rows else "score",
         "tokens/s",
         "left",
     ):
-        table.add_column(name, justify="left" if name in ("", "trial", "arm") else "right", no_wrap=True)
-    best = best_line(lines)
-    for line in lines:
-        style = "bold green" if line is best else _STYLES[line["state"]]
-        table.add_row(*(Text(cell) for cell in _cells(line, parameters, arms=arms)), style=style)
-    parts: list[RenderableType] = [head, *([Text(place, style="dim")] if place else []), table]
-    over_folds = best_over_folds(lines)
+        table.add_column(
+            name, justify="left" if name in ("", "trial", "arm") else "right", no_wrap=True
+        )
+    best = find_best_row(rows)
+    for row in rows:
+        style = "bold green" if row is best else _STYLES[row["state"]]
+        table.add_row(
+            *(Text(cell) for cell in _format_cells(row, parameters, arms=arms)), style=style
+        )
+    parts: list[RenderableType] = [head, *([Text(message, style="dim")] if message else []), table]
+    over_folds = describe_best_over_folds(rows)
     if best:
         parts.append(
-            Text(f"best so far: {best['trial_id']} with {best['metric']} {number(best['score'])}", style="bold")
+            Text(
+                f"best so far: {best['trial_id']} with {best['metric']} "
+                f"{format_number(best['score'])}",
+                style="bold",
+            )
         )
     elif over_folds:
         parts.append(Text(over_folds, style="bold"))
     return Group(*parts)
 
 
-def _cells(line: dict[str, Any], parameters: list[str], *, arms: bool) -> list[str]:
-    values = [line["params"].get(path, "-") for path in parameters]
-    shown = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
-    rung = "-" if line["rung"] is None else f"{line['rung'] + 1}/{line['rungs']}"
+def _format_cells(row: dict[str, Any], parameters: list[str], *, arms: bool) -> list[str]:
+    values = [row["params"].get(path, "-") for path in parameters]
+    value_texts = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
+    rung = "-" if row["rung"] is None else f"{row['rung'] + 1}/{row['rungs']}"
     return [
-        _MARKS[line["state"]],
-        *([line["arm"] or "-"] if arms else []),
-        line["trial_id"],
-        *shown,
+        _MARKS[row["state"]],
+        *([row["arm"] or "-"] if arms else []),
+        row["trial_id"],
+        *value_texts,
         rung,
-        f"{line['step']}/{line['total_steps']}" if line["total_steps"] else "-",
-        number(line["train_loss"]),
-        line["failure"] or number(line["score"]),
-        number(line["tokens_per_second"], 0),
-        duration(line["seconds_left"]),
+        f"{row['step']}/{row['total_steps']}" if row["total_steps"] else "-",
+        format_number(row["train_loss"]),
+        row["failure"] or format_number(row["score"]),
+        format_number(row["tokens_per_second"], 0),
+        format_duration(row["seconds_left"]),
     ]
 
 
-def news(run: Run, seen: set[str]) -> Iterator[str]:
-    """Lines for a log: each phase, each evaluation, each end, once."""
-    for line in _all_news(run):
-        if line not in seen:
-            seen.add(line)
+def iterate_news(run: Run, shown_lines: set[str]) -> Iterator[str]:
+    """Yield log lines that are not in `shown_lines` yet: each phase, evaluation and end, once."""
+    for line in _iterate_all_news(run):
+        if line not in shown_lines:
+            shown_lines.add(line)
             yield line
 
 
-def _all_news(run: Run) -> Iterator[str]:
+def _iterate_all_news(run: Run) -> Iterator[str]:
 
     plan = files.read_json(run.path / "plan.json").get("job", {})
-    metric, _ = _metric(plan)
+    metric, _ = _get_metric(plan)
     for warning in files.read_json(run.path / "facts.json").get("warnings", []):
         yield f"note: {warning}"
-    for trial in run.trials():
-        values = describe(trial.params().get("assignment", {}))
+    for trial in run.list_trials():
+        values = format_params(trial.read_params().get("assignment", {}))
         name = " ".join(filter(None, (trial.arm, trial.id, f"({values})" if values else "")))
-        for row in trial.evaluations():
+        for row in trial.read_evaluations():
             yield (
-                f"{name} step {row['step']}: {metric} {number(row.get(metric))}, "
-                f"train loss {number(row.get('train_loss'))}, {number(row.get('tokens_per_second'), 0)} tokens/s"
+                f"{name} step {row['step']}: {metric} {format_number(row.get(metric))}, "
+                f"train loss {format_number(row.get('train_loss'))}, "
+                f"{format_number(row.get('tokens_per_second'), 0)} tokens/s"
             )
-        status = trial.status()
-        if TrialState(status.get("state", "pending")).ended:
+        status = trial.read_status()
+        if TrialState(status.get("state", "pending")).has_ended:
             reason = f": {status['reason']}" if status.get("reason") else ""
             yield f"{name} {status['state']}{reason}"
-    yield from run.remarks()
-    phase = run.status().get("phase")
+    yield from run.list_remarks()
+    phase = run.read_status().get("phase")
     if phase:
         yield f"{run.id}: {phase}"

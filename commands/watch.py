@@ -1,4 +1,4 @@
-"""Following a run: the live view, and its end."""
+"""Follow a run: the live view while it runs, and the report at its end."""
 
 from __future__ import annotations
 
@@ -12,168 +12,216 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from lorafleet.commands.common import Format, console, say, show_report, tell
-from lorafleet.commands.deliver import exported_of, show_exported
-from lorafleet.commands.logs import driver_log
+
+from lorafleet.commands.common import Format, make_console, print_message, print_text, show_report
+from lorafleet.commands.deliver import print_export, read_export
+from lorafleet.commands.logs import find_driver_log
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.run import Run, RunState
 
 if TYPE_CHECKING:
     from lorafleet.cluster.backend import RunBackend, Watch
 
-_LOOK_EVERY_SECONDS = 0.5
-SAME_WISH_SECONDS = 1.0
+_POLL_SECONDS = 0.5
+REPEATED_SIGNAL_SECONDS = 1.0
 
 
 def follow(
-    run: Run, backend: RunBackend, *, quiet: bool, output: Format, silent: bool = False, known: set[str] | None = None
+    run: Run,
+    backend: RunBackend,
+    *,
+    quiet: bool,
+    output: Format,
+    silent: bool = False,
+    shown_lines: set[str] | None = None,
 ) -> None:
-    """Show a run until its driver has ended, then its report. Exits with the driver's code.
+    """Show a run until its driver ends, then print its report and exit with the driver's code.
 
-    `silent` waits without a view; `known` are lines of `news` that were shown before.
+    Args:
+        quiet: Print the result only.
+        silent: Wait without a live view.
+        shown_lines: Lines of `iterate_news` that were printed before.
+
+    Raises:
+        typer.Exit: Always, with the exit code.
     """
     watch = backend.watch(run)
     if not quiet:
-        say(f"run {run.id} in {run.path}")
+        print_message(f"run {run.id} in {run.path}")
     try:
-        with _signals_go_to(watch):
+        with _forward_signals(watch):
             if quiet or silent or output is Format.JSON:
-                code = _wait(watch)
+                code = _wait_for_end(watch)
             elif sys.stdout.isatty():
-                code = _live(run, backend, watch)
+                code = _show_live_view(run, backend, watch)
             else:
-                code = _lines(run, backend, watch, known or set())
+                code = _print_news(run, backend, watch, shown_lines or set())
     except KeyboardInterrupt:
-        say(f"\n{run.id} goes on: `lorafleet logs -f {run.id}` follows it, `lorafleet stop {run.id}` ends it")
+        print_message(
+            f"\n{run.id} goes on: `lorafleet logs -f {run.id}` follows it, `lorafleet stop "
+            f"{run.id}` ends it"
+        )
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     finally:
         watch.close()
-    show_end(run, code, quiet=quiet, output=output, sentence=backend.look(run).sentence)
-    exported = exported_of(run)
-    raise typer.Exit(exported.code if exported and code == ExitCode.OK else code)
+    show_end(run, code, quiet=quiet, output=output, message=backend.status(run).sentence)
+    export_record = read_export(run)
+    raise typer.Exit(export_record.code if export_record and code == ExitCode.OK else code)
 
 
 @contextmanager
-def _signals_go_to(watch: Watch) -> Iterator[None]:
-    """Pass signals on to a driver here: whoever sends them, and to whom, it is told once, by this process.
+def _forward_signals(watch: Watch) -> Iterator[None]:
+    """Forward signals to a local driver, once each, whoever sends them.
 
-    A terminal that closes, or a supervisor, may send one signal to the command and to its group: that is one wish.
+    A closing terminal or a supervisor may signal both the command and its process group. Signals
+    within REPEATED_SIGNAL_SECONDS therefore count as one request. Nothing is forwarded to a
+    queued run, which Ctrl-C leaves alone.
     """
-    told = [float("-inf")]
+    last_forwarded = [float("-inf")]
 
     def forward(number: int, _frame: Any) -> None:
-        if number == signal.SIGHUP:  # the terminal is gone: to write to it would be an error
-            nowhere = os.open(os.devnull, os.O_WRONLY)
+        if number == signal.SIGHUP:  # the terminal is gone, and writing to it would fail
+            devnull = os.open(os.devnull, os.O_WRONLY)
             for output in (1, 2):
-                os.dup2(nowhere, output)
-        if time.monotonic() - told[0] < SAME_WISH_SECONDS:
+                os.dup2(devnull, output)
+        if time.monotonic() - last_forwarded[0] < REPEATED_SIGNAL_SECONDS:
             return
-        told[0] = time.monotonic()
+        last_forwarded[0] = time.monotonic()
         watch.send_signal(number)
         if number != signal.SIGUSR1:
-            say("stopping: the running trials save first (once more ends them at once)")
+            print_message("stopping: the running trials save first (once more ends them at once)")
 
     if watch.detaches:
         yield
         return
-    heard = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish is respected
-        heard.append(signal.SIGHUP)
-    before = {number: signal.signal(number, forward) for number in heard}
+    handled = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if (
+        signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    ):  # under nohup SIGHUP is ignored: keep it so
+        handled.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, forward) for number in handled}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
-def _wait(watch: Watch) -> int:
+def _wait_for_end(watch: Watch) -> int:
     while (code := watch.poll()) is None:
-        time.sleep(_LOOK_EVERY_SECONDS)
+        time.sleep(_POLL_SECONDS)
     return code
 
 
-def _live(run: Run, backend: RunBackend, watch: Watch) -> int:
-    from lorafleet.commands.screen import Harmless
-    from lorafleet.commands.view import run_view
+def _show_live_view(run: Run, backend: RunBackend, watch: Watch) -> int:
     from rich.live import Live
 
-    with Live(Harmless(run_view(run)), console=console(), refresh_per_second=2, transient=True) as live:
+    from lorafleet.commands.screen import SafeRenderable
+    from lorafleet.commands.view import render_run
+
+    with Live(
+        SafeRenderable(render_run(run)),
+        console=make_console(),
+        refresh_per_second=2,
+        transient=True,
+    ) as live:
         while (code := watch.poll()) is None:
-            live.update(Harmless(run_view(run, watch.seen.sentence)))
-            time.sleep(_LOOK_EVERY_SECONDS)
+            live.update(SafeRenderable(render_run(run, watch.seen.sentence)))
+            time.sleep(_POLL_SECONDS)
     return code
 
 
-def _lines(run: Run, backend: RunBackend, watch: Watch, known: set[str]) -> int:
-    """What changed, a line a change."""
-    from lorafleet.commands.view import news
+def _print_news(run: Run, backend: RunBackend, watch: Watch, shown_lines: set[str]) -> int:
+    """Print changes of a run, one line each, until it ends; return the exit code."""
+    from lorafleet.commands.view import iterate_news
 
-    place = ""
+    last_message = ""
     while True:
         code = watch.poll()
-        if code is None and watch.seen.sentence not in ("", place):
-            place = watch.seen.sentence
-            tell(place)
-        for line in news(run, known):
-            tell(line)
+        if code is None and watch.seen.sentence not in ("", last_message):
+            last_message = watch.seen.sentence
+            print_text(last_message)
+        for line in iterate_news(run, shown_lines):
+            print_text(line)
         sys.stdout.flush()
         if code is not None:
             return code
-        time.sleep(_LOOK_EVERY_SECONDS)
+        time.sleep(_POLL_SECONDS)
 
 
-def show_end(run: Run, code: int, *, quiet: bool, output: Format, sentence: str = "") -> None:
-    """The report of a run that has ended, or why there is none."""
-    status = run.status()
-    log = driver_log(run)
-    exported = exported_of(run)
-    if exported:
-        show_exported(exported, output)
+def show_end(run: Run, code: int, *, quiet: bool, output: Format, message: str = "") -> None:
+    """Print the report of a run that has ended, or why there is none."""
+    status = run.read_status()
+    log = find_driver_log(run)
+    export_record = read_export(run)
+    if export_record:
+        print_export(export_record, output)
         return
-    if code in (ExitCode.TAKEN, ExitCode.USER_INPUT) and run.state is RunState.RUNNING and not run.gone():
-        say(f"{run.id} has another driver, and goes on with it: `lorafleet logs -f {run.id}` follows")
+    if (
+        code in (ExitCode.TAKEN, ExitCode.USER_INPUT)
+        and run.state is RunState.RUNNING
+        and not run.has_lost_driver()
+    ):
+        print_message(
+            f"{run.id} has another driver, and goes on with it: `lorafleet logs -f "
+            f"{run.id}` follows"
+        )
         return
-    if not run.trials() and not (run.path / "report" / "report.json").is_file():
-        for line in _last_lines(log):
-            say(line)
-        say(sentence)
-        if code == ExitCode.OK:  # on a cluster, and its record could not be brought here
+    if not run.list_trials() and not (run.path / "report" / "report.json").is_file():
+        for line in _read_last_lines(log):
+            print_message(line)
+        print_message(message)
+        if code == ExitCode.OK:  # on a cluster whose record could not be downloaded
             return
-        say(f"{run.id} ended with code {code} before a trial began" + (f"; {log} has more" if log.is_file() else ""))
+        print_message(
+            f"{run.id} ended with code {code} before a trial began"
+            + (f"; {log} has more" if log.is_file() else "")
+        )
         return
     if code in (ExitCode.OUR_FAULT, ExitCode.USER_INPUT):
-        if run.gone():
-            say(f"{run.id} lost its driver, or the Ray under it; `lorafleet resume {run.id}` goes on ({log} has more)")
+        if run.has_lost_driver():
+            print_message(
+                f"{run.id} lost its driver, or the Ray under it; `lorafleet resume {run.id}` goes "
+                f"on ({log} has more)"
+            )
             return
-        for line in _last_lines(log):
-            say(line)
-        say(f"{run.id} failed; all that its driver said is in {log}")
+        for line in _read_last_lines(log):
+            print_message(line)
+        print_message(f"{run.id} failed; all that its driver said is in {log}")
         return
-    if code not in (ExitCode.OK, ExitCode.SOME_TRIALS_FAILED, ExitCode.REQUEUE, ExitCode.INTERRUPTED):
-        say(sentence)
-    from lorafleet.cluster.backends import lies_elsewhere
+    if code not in (
+        ExitCode.OK,
+        ExitCode.SOME_TRIALS_FAILED,
+        ExitCode.REQUEUE,
+        ExitCode.INTERRUPTED,
+    ):
+        print_message(message)
+    from lorafleet.cluster.backends import is_remote
     from lorafleet.evaluation.report.search import build_report
 
     report = build_report(run)
     if not show_report(report, output, quiet=quiet):
         return
     if code in (ExitCode.INTERRUPTED, ExitCode.REQUEUE):
-        what = "lost its driver, or the Ray under it" if run.gone() else "was interrupted"
-        say(f"\n{run.id} {what}; `lorafleet resume {run.id}` goes on")
+        reason = (
+            "lost its driver, or the Ray under it" if run.has_lost_driver() else "was interrupted"
+        )
+        print_message(f"\n{run.id} {reason}; `lorafleet resume {run.id}` goes on")
         return
-    tell(f"\nreport   {run.path / 'report' / 'report.html'}")
+    print_text(f"\nreport   {run.path / 'report' / 'report.html'}")
     if report.recommendation.adapter and (run.path / report.recommendation.adapter).is_dir():
         folder = run.path / report.recommendation.adapter
-        tell(f"{folder.name:<8} {folder}")
-    elif report.recommendation.adapter and lies_elsewhere(run):
-        say(f"`lorafleet pull {run.id}` brings the adapter")
+        print_text(f"{folder.name:<8} {folder}")
+    elif report.recommendation.adapter and is_remote(run):
+        print_message(f"`lorafleet pull {run.id}` brings the adapter")
     if status.get("reason"):
-        say(f"{run.id}: {status['reason']}")
+        print_message(f"{run.id}: {status['reason']}")
 
 
-def _last_lines(path: Path, count: int = 3) -> list[str]:
+def _read_last_lines(path: Path, count: int = 3) -> list[str]:
     try:
-        return [line for line in path.read_text(errors="replace").splitlines() if line.strip()][-count:]
+        return [line for line in path.read_text(errors="replace").splitlines() if line.strip()][
+            -count:
+        ]
     except OSError:
         return []

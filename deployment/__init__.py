@@ -1,1 +1,1 @@
-"""From an adapter to something that can be deployed: merged, exported, checked against its source."""
+"""Merge, export and benchmark trained models, and compare every export with its source."""

@@ -1,4 +1,4 @@
-"""The text of an answer as it grows, piece by piece, from any exported model that writes."""
+"""Stream the text of an answer in pieces from any exported model that generates text."""
 
 from __future__ import annotations
 
@@ -7,90 +7,123 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lorafleet.deployment.decoding import Sampling, tokens_of
-from lorafleet.deployment.runtime import Loaded
+from lorafleet.deployment.decoding import Sampling, iterate_tokens
+from lorafleet.deployment.runtime import LoadedModel
 from lorafleet.jobs.data.answer_frame import AnswerFrame
 from lorafleet.jobs.errors import UserError
 
-_HALF_A_CHARACTER = "\ufffd"
+_REPLACEMENT_CHARACTER = "\ufffd"
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What an answer has grown by."""
+    """Text that was added to an answer."""
 
     text: str
     tokens: int
-    """Of the whole answer so far."""
+    """Number of tokens in the answer so far."""
     end: Literal["stop", "length"] | None = None
-    """Why nothing follows: the model (or a stop text) ended it, or it has as many tokens as it may."""
+    """Reason why the answer ended: `stop` (the model or a stop text ended it) or `length`
+    (token limit). None: more follows.
+    """
 
 
-def room_for(loaded: Loaded, prompt: Sequence[int], most: int) -> int:
-    """Tokens that an answer may have. Raises UserError for a prompt that fills the model's positions."""
+def compute_max_tokens(loaded: LoadedModel, prompt: Sequence[int], max_tokens: int) -> int:
+    """Return the number of tokens that an answer may have.
+
+    Raises UserError if the prompt is empty or fills all positions of the model.
+    """
     positions = loaded.artefact.positions or sys.maxsize
     if len(prompt) >= positions:
-        raise UserError(f"the prompt has {len(prompt)} tokens, but the model has {positions} positions")
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens, but the model has {positions} positions"
+        )
     if not prompt:
         raise UserError("the prompt is empty: it must have at least one token")
-    return min(most, positions - len(prompt))
+    return min(max_tokens, positions - len(prompt))
 
 
-def pieces(
-    loaded: Loaded,
+def generate_pieces(
+    loaded: LoadedModel,
     prompt: Sequence[int],
-    most: int,
+    max_tokens: int,
     sampling: Sampling | None,
     stops: Sequence[str] = (),
     *,
     raw: bool = False,
 ) -> Iterator[Piece]:
-    """Yield an answer of at most `most` tokens, up to the first of the stop texts; greedy without `sampling`.
+    """Yield an answer piece by piece, up to the first stop text.
 
-    A token may be half a character, and the end of a piece the beginning of a stop text: both wait for what follows.
-    What a chat template has the model write before its answer is left out, unless a text is continued (`raw`).
+    A token may end within a character, and a piece may end within a stop text: both are
+    held back until more text follows. Text that the chat template has the model write
+    before its answer is left out.
+
+    Args:
+        loaded: A model that generates text.
+        prompt: Token ids of the prompt.
+        max_tokens: Largest number of tokens in the answer.
+        sampling: Sampling settings. None: greedy.
+        stops: Texts that end the answer.
+        raw: True to continue a text; nothing is left out then.
+
+    Raises:
+        UserError: The prompt is empty or fills all positions of the model.
     """
-    about, said, shown = loaded.artefact, list[int](), ""
+    artefact, token_ids, sent_text = loaded.artefact, list[int](), ""
     text, end, stopped = "", "length", False
-    frame = None if raw else loaded.frame_after(prompt)
-    for (token,) in tokens_of(
-        loaded.model, [prompt], room_for(loaded, prompt, most), about.ends, about.pad_id, sampling
+    frame = None if raw else loaded.make_answer_frame(prompt)
+    for (token,) in iterate_tokens(
+        loaded.model,
+        [prompt],
+        compute_max_tokens(loaded, prompt, max_tokens),
+        artefact.ends,
+        artefact.pad_id,
+        sampling,
     ):
         if token is None:
             end = "stop"
             break
-        said.append(token)
-        text = _text(loaded, said, frame, finished=False)
-        cut = first_of(text, stops)
-        if cut is not None:
-            text, end, stopped = text[:cut], "stop", True
+        token_ids.append(token)
+        text = _decode_answer(loaded, token_ids, frame, finished=False)
+        stop_index = find_first_stop(text, stops)
+        if stop_index is not None:
+            text, end, stopped = text[:stop_index], "stop", True
             break
-        sure = text[: len(text) - begun(text, stops)]
-        if len(sure) > len(shown) and not sure.endswith(_HALF_A_CHARACTER):
-            yield Piece(sure[len(shown) :], len(said))
-            shown = sure
+        settled_text = text[: len(text) - count_partial_stop(text, stops)]
+        if len(settled_text) > len(sent_text) and not settled_text.endswith(_REPLACEMENT_CHARACTER):
+            yield Piece(settled_text[len(sent_text) :], len(token_ids))
+            sent_text = settled_text
     if not stopped:
-        text = _text(loaded, said, frame, finished=True)
-    yield Piece(text[len(shown) :], len(said), "stop" if end == "stop" else "length")
+        text = _decode_answer(loaded, token_ids, frame, finished=True)
+    yield Piece(text[len(sent_text) :], len(token_ids), "stop" if end == "stop" else "length")
 
 
-def _text(loaded: Loaded, tokens: Sequence[int], frame: AnswerFrame | None, *, finished: bool) -> str:
-    """Return the answer that tokens hold so far; empty while they may still be the frame before it."""
+def _decode_answer(
+    loaded: LoadedModel, tokens: Sequence[int], frame: AnswerFrame | None, *, finished: bool
+) -> str:
+    """Return the answer so far; empty while the tokens may still belong to the frame before it."""
     if frame is None:
         return loaded.decode(tokens)
-    written = loaded.decode(tokens, False)
-    visible = frame.visible(written, finished=finished)
-    text = loaded.decode(tokens) if visible == written else frame.without_special_tokens(visible)
-    if frame.closing:  # what may begin the text that ends a turn waits for what follows
-        text = text.rstrip() if finished else text[: len(text) - begun(text, [frame.closing])].rstrip()
+    full_text = loaded.decode(tokens, False)
+    visible = frame.extract_visible_text(full_text, finished=finished)
+    text = loaded.decode(tokens) if visible == full_text else frame.remove_special_tokens(visible)
+    if frame.closing:  # hold back a possible start of the text that ends a turn
+        text = (
+            text.rstrip()
+            if finished
+            else text[: len(text) - count_partial_stop(text, [frame.closing])].rstrip()
+        )
     return text.lstrip()
 
 
-def first_of(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first of some texts begins; None where there is none."""
-    return min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
+def find_first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Return the index of the first stop text in a text, or None."""
+    return min((index for stop in stops if (index := text.find(stop)) >= 0), default=None)
 
 
-def begun(text: str, stops: Sequence[str]) -> int:
-    """How many of the last characters may be the beginning of one of some texts."""
-    return max((size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
+def count_partial_stop(text: str, stops: Sequence[str]) -> int:
+    """Return how many of the last characters may be the start of a stop text."""
+    return max(
+        (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])),
+        default=0,
+    )

@@ -1,4 +1,4 @@
-"""Why a target cannot be made on this machine, or of this model, in one sentence."""
+"""Find out why an export target cannot be built on this machine or from this model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lorafleet.deployment.extras import require
 from lorafleet.jobs.errors import MissingExtra, UserError
 from lorafleet.jobs.schema.export import Target
 
-_EXTRA_OF: dict[Target, str] = {
+_EXTRA_BY_TARGET: dict[Target, str] = {
     "onnx": "onnx",
     "onnx-fp16": "onnx",
     "onnx-int8": "onnx",
@@ -16,18 +16,18 @@ _EXTRA_OF: dict[Target, str] = {
 
 
 class Unavailable(UserError):
-    """What this machine or this model cannot have: nothing failed."""
+    """Signals that this machine or this model does not support a target. It is not a failure."""
 
 
-def why_not(target: Target) -> str | None:
-    """Why not on this machine; None where it can be made."""
+def find_unavailable_reason(target: Target) -> str | None:
+    """Return why a target cannot be built on this machine, or None if it can."""
     if target == "tensorrt":
-        from lorafleet.deployment.tensorrt import missing
+        from lorafleet.deployment.tensorrt import find_missing_requirement
 
-        return missing()
+        return find_missing_requirement()
     try:
-        if target in _EXTRA_OF:
-            require(_EXTRA_OF[target], target)
+        if target in _EXTRA_BY_TARGET:
+            require(_EXTRA_BY_TARGET[target], target)
     except MissingExtra as error:
         return str(error)
     return None

@@ -1,4 +1,4 @@
-"""Every variant of one model in one table: the base, the adapter on it, and what an export made of them."""
+"""Benchmark every variant of one model: the base, the adapter on it, and the exported targets."""
 
 from __future__ import annotations
 
@@ -7,225 +7,366 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafleet.cluster.execution.subprocess_measurement import measured_apart
+from lorafleet.cluster.execution.subprocess_measurement import measure_in_subprocess
 from lorafleet.deployment.export import SUMMARY
-from lorafleet.deployment.merge import in_float32
-from lorafleet.deployment.runtime import files_mb, read_artefact
-from lorafleet.evaluation.render.trial_table import BENCHMARK, number
-from lorafleet.evaluation.report.comparison import batches_of, inference_of
-from lorafleet.evaluation.report.model_of_run import Shipped
-from lorafleet.evaluation.report.search import bare, build_report
-from lorafleet.evaluation.tokens import TokenData, row_encoder
+from lorafleet.deployment.merge import convert_to_float32
+from lorafleet.deployment.runtime import compute_files_mb, read_artefact
+from lorafleet.evaluation.render.trial_table import BENCHMARK, format_number
+from lorafleet.evaluation.report.comparison import summarize_batches, summarize_inference
+from lorafleet.evaluation.report.model_of_run import SelectedModel
+from lorafleet.evaluation.report.search import build_report, clear_run_results
+from lorafleet.evaluation.tokens import TokenData, make_row_encoder
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import UserError
-from lorafleet.jobs.runs.export_result import Judged, Parity, read_record
+from lorafleet.jobs.runs.export_result import Parity, ParityMeasurement, read_record
 from lorafleet.jobs.runs.report import Arm, Recommendation, Report
-from lorafleet.jobs.schema.export import TARGETS, WHAT
+from lorafleet.jobs.schema.export import TARGET_DESCRIPTIONS, TARGETS
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.training.data import prepare
-from lorafleet.training.model import safetensors_folder
+from lorafleet.training.data import prepare_tokens
+from lorafleet.training.model import resolve_safetensors_folder
 
 LEDGER = "measured.jsonl"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One thing to measure, or why it cannot be."""
+    """One variant to measure, or the reason why it cannot be measured."""
 
     name: str
     what: str
     request: dict[str, Any] | None = None
-    """What a fresh process is asked; None: it cannot run here."""
+    """The request for the measuring process. None if the variant cannot run on this machine."""
     unavailable: str | None = None
     folder: Path | None = None
     parity: Parity | None = None
     score: dict[str, Any] | None = None
-    """How good it is, where no parity says so: metric, value, interval."""
+    """Quality of the variant (metric, value, interval) where no parity record has it."""
     remarks: tuple[str, ...] = ()
-    """What is odd about it."""
+    """Remarks for the report, such as batches that the target cannot run."""
 
 
 @dataclass(frozen=True)
-class Amount:
-    """How much is measured."""
+class BenchmarkSettings:
+    """Size of a benchmark: rounds, rows, tokens and threads."""
 
     rounds: int
     rows: int
     new_tokens: int
     threads: int
     points: tuple[tuple[int, int], ...] = ()
-    """Batches that are measured as well: (rows, tokens of each)."""
+    """Additional batches to measure: (rows, tokens per row)."""
 
 
-def variants(given: Shipped, out: Path, amount: Amount) -> list[Variant]:
-    """The base, the adapter, and every target that an export has made, or could not."""
+def build_variants(
+    selected: SelectedModel, out: Path, settings: BenchmarkSettings
+) -> list[Variant]:
+    """Return the base, the adapter and every target of an export, including those that failed.
+
+    Args:
+        selected: The model to benchmark.
+        out: Folder of the export.
+        settings: Size of the benchmark.
+
+    Raises:
+        UserError: The folder holds no export, or a batch is longer than the model allows.
+    """
     summary = files.read_json(out / SUMMARY)
-    known = summary.get("targets", {})
-    if not known:
-        raise UserError(f"{out} holds no {SUMMARY}: `lorafleet export` makes one, --export names its folder")
-    given_job = _measured_as(given.job, amount)
-    data = prepare(given_job)
+    targets = summary.get("targets", {})
+    if not targets:
+        raise UserError(
+            f"{out} holds no {SUMMARY}: `lorafleet export` makes one, --export names its folder"
+        )
+    measured_job = _make_comparable_job(selected.job, settings)
+    data = prepare_tokens(measured_job)
     split = "validation" if data.chosen_on_test else "test"
-    job = given_job.model_dump(mode="json")
-    plain = {"what": "inference", "job": job, "tokens": str(data.folder), "split": split, "gpus": 0}
-    plain |= {"rows": amount.rows, "new_tokens": amount.new_tokens, "points": amount.points}
-    _check_room(given, amount)
-    base = f"the base, untuned{f', {given.job.qlora.quant_type.upper()}' if given.job.method == 'qlora' else ''}"
+    job = measured_job.model_dump(mode="json")
+    base_request = {
+        "what": "inference",
+        "job": job,
+        "tokens": str(data.folder),
+        "split": split,
+        "gpus": 0,
+    }
+    base_request |= {
+        "rows": settings.rows,
+        "new_tokens": settings.new_tokens,
+        "points": settings.points,
+    }
+    _check_batch_lengths(selected, settings)
+    base_description = "the base, untuned"
+    if selected.job.method == "qlora":
+        base_description += f", {selected.job.qlora.quant_type.upper()}"
     score = summary.get("base") or {}
-    ours = (score.get("run"), score.get("trial_id")) == (given.run.id, given.trial_id)
-    found = [Variant("base", base, plain | {"weights": None}, score=score if ours else None)]
-    if given.weights is not None:
-        found.append(Variant("adapter", f"{given.job.method}, as trained", plain | {"weights": str(given.weights)}))
-    rows = _rows(given, data, split, amount)
-    answer, longest = amount.new_tokens if given.job.generates else 0, max(map(len, rows), default=0)
+    is_same_model = (score.get("run"), score.get("trial_id")) == (
+        selected.run.id,
+        selected.trial_id,
+    )
+    entries = [
+        Variant(
+            "base",
+            base_description,
+            base_request | {"weights": None},
+            score=score if is_same_model else None,
+        )
+    ]
+    if selected.weights is not None:
+        entries.append(
+            Variant(
+                "adapter",
+                f"{selected.job.method}, as trained",
+                base_request | {"weights": str(selected.weights)},
+            )
+        )
+    rows = _load_token_rows(selected, data, split, settings)
+    answer_tokens, longest = (
+        settings.new_tokens if selected.job.is_generative else 0,
+        max(map(len, rows), default=0),
+    )
     for target in TARGETS:
-        if target not in known:
+        if target not in targets:
             continue
-        of = (known[target]["run"], known[target]["trial_id"])
-        if of != (given.run.id, given.trial_id):
-            found.append(Variant(target, WHAT[target], unavailable=f"it was made from {of[0]}, trial {of[1]}"))
+        origin = (targets[target]["run"], targets[target]["trial_id"])
+        if origin != (selected.run.id, selected.trial_id):
+            entries.append(
+                Variant(
+                    target,
+                    TARGET_DESCRIPTIONS[target],
+                    unavailable=f"it was made from {origin[0]}, trial {origin[1]}",
+                )
+            )
             continue
-        folder = out / str(known[target]["folder"] or target)
-        if known[target]["folder"] is None or not folder.is_dir():
-            found.append(Variant(target, WHAT[target], unavailable=str(known[target]["unavailable"] or "it is gone")))
+        folder = out / str(targets[target]["folder"] or target)
+        if targets[target]["folder"] is None or not folder.is_dir():
+            entries.append(
+                Variant(
+                    target,
+                    TARGET_DESCRIPTIONS[target],
+                    unavailable=str(targets[target]["unavailable"] or "it is gone"),
+                )
+            )
             continue
-        points, why = fitting(read_artefact(folder).positions, longest, answer, amount.points)
+        points, reason = select_fitting_points(
+            read_artefact(folder).positions, longest, answer_tokens, settings.points
+        )
         if points is None:
-            found.append(Variant(target, WHAT[target], unavailable=why))
+            entries.append(Variant(target, TARGET_DESCRIPTIONS[target], unavailable=reason))
             continue
         request = {
             "what": "artefact",
             "folder": str(folder),
             "rows": rows,
-            "new_tokens": amount.new_tokens,
+            "new_tokens": settings.new_tokens,
             "points": points,
-            "batch_rows": given.job.train.per_device_eval_batch_size,
-            "threads": amount.threads,
+            "batch_rows": selected.job.train.per_device_eval_batch_size,
+            "threads": settings.threads,
         }
         parity = read_record(folder / "parity.json", Parity)
-        remarks = (*([why] if why else []), *parity.remarks)
-        found.append(Variant(target, WHAT[target], request, folder=folder, parity=parity, remarks=remarks))
-    return found
+        remarks = (*([reason] if reason else []), *parity.remarks)
+        entries.append(
+            Variant(
+                target,
+                TARGET_DESCRIPTIONS[target],
+                request,
+                folder=folder,
+                parity=parity,
+                remarks=remarks,
+            )
+        )
+    return entries
 
 
 Points = Sequence[tuple[int, int]]
 
 
-def fitting(ends: int | None, longest: int, answer: int, points: Points) -> tuple[Points | None, str]:
-    """(batches that a target has room for, what it has none for); None: not even for the longest row alone.
+def select_fitting_points(
+    max_positions: int | None, longest: int, answer_tokens: int, points: Points
+) -> tuple[Points | None, str]:
+    """Return the batches that a target has room for, and a message about those it has not.
 
-    `ends`: tokens that it has places for. A program for known sizes ends sooner than the model that it is made from.
+    The first value is None if not even the longest row fits. A program that was compiled
+    for known sizes can have fewer positions than its model.
+
+    Args:
+        max_positions: Positions of the target in tokens. None: no limit.
+        longest: Tokens of the longest row.
+        answer_tokens: Tokens of an answer; 0 for a classifier.
+        points: Batches to measure: (rows, tokens per row).
     """
-    if ends is None:
+    if max_positions is None:
         return points, ""
-    if longest + answer > ends:
-        return None, f"its program ends at {ends} tokens, and the longest row takes {longest + answer}"
-    fit = [point for point in points if point[1] + answer <= ends]
-    left = sorted({length for _, length in points} - {length for _, length in fit})
-    return fit, f"batches of {', '.join(map(str, left))} tokens unavailable: its program ends at {ends}" if left else ""
+    if longest + answer_tokens > max_positions:
+        return (
+            None,
+            f"its program ends at {max_positions} tokens, and the longest row takes "
+            f"{longest + answer_tokens}",
+        )
+    fitting_points = [point for point in points if point[1] + answer_tokens <= max_positions]
+    dropped_lengths = sorted(
+        {length for _, length in points} - {length for _, length in fitting_points}
+    )
+    return (
+        fitting_points,
+        f"batches of {', '.join(map(str, dropped_lengths))} tokens unavailable: its program ends "
+        f"at {max_positions}"
+        if dropped_lengths
+        else "",
+    )
 
 
-def _check_room(given: Shipped, amount: Amount) -> None:
-    """Raises UserError for batches that are longer than the model."""
-    spec = given.job.model
-    positions = positions_of_model(spec.model_name_or_path, spec.revision)
-    answer = amount.new_tokens if given.job.generates else 0
-    longest = max((length for _, length in amount.points), default=0)
-    if positions is not None and longest + answer > positions:
-        more = f", and an answer takes {answer}" if answer else ""
-        raise UserError(f"--lengths has {longest}, but the model has {positions} positions{more}")
+def _check_batch_lengths(selected: SelectedModel, settings: BenchmarkSettings) -> None:
+    """Raise UserError if a batch is longer than the model's positions."""
+    spec = selected.job.model
+    positions = read_max_positions(spec.model_name_or_path, spec.revision)
+    answer_tokens = settings.new_tokens if selected.job.is_generative else 0
+    longest = max((length for _, length in settings.points), default=0)
+    if positions is not None and longest + answer_tokens > positions:
+        answer_note = f", and an answer takes {answer_tokens}" if answer_tokens else ""
+        raise UserError(
+            f"--lengths has {longest}, but the model has {positions} positions{answer_note}"
+        )
 
 
-def _measured_as(job: JobSpec, amount: Amount) -> JobSpec:
-    """The job with as many threads as the others get, and computing in float32 as they do."""
-    resources = job.resources.model_copy(update={"cpus_per_worker": amount.threads})
-    return in_float32(job).model_copy(update={"resources": resources})
+def _make_comparable_job(job: JobSpec, settings: BenchmarkSettings) -> JobSpec:
+    """Return the job with the thread count of all variants, computing in float32 as they do."""
+    resources = job.resources.model_copy(update={"cpus_per_worker": settings.threads})
+    return convert_to_float32(job).model_copy(update={"resources": resources})
 
 
-def positions_of_model(name: str, revision: str | None) -> int | None:
-    """Tokens that a model has places for, by whatever name its kind has for them; None where it does not say."""
+def read_max_positions(name: str, revision: str | None) -> int | None:
+    """Return the number of positions of a model, or None if its configuration does not state it.
+
+    The configuration class maps the name that a model type uses to
+    `max_position_embeddings`.
+    """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(str(safetensors_folder(name, revision)), trust_remote_code=False)  # nosec B615  # a folder of this machine
-    found: int | None = getattr(config, "max_position_embeddings", None)
-    return found
+    config = AutoConfig.from_pretrained(
+        str(resolve_safetensors_folder(name, revision)), trust_remote_code=False
+    )  # nosec B615  # a local folder
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    return positions
 
 
-def _rows(given: Shipped, data: TokenData, split_name: str, amount: Amount) -> list[list[int]]:
-    """The tokens that every variant is given: prompts with room for an answer, or texts."""
-    if given.job.generates:
-        spec, encoder = given.job.model, row_encoder(given.job)
-        rows = data.rows(split_name)[: amount.rows]
-        positions = positions_of_model(spec.model_name_or_path, spec.revision) or spec.max_length + amount.new_tokens
-        room = max(1, min(spec.max_length, positions - amount.new_tokens))
-        return [encoder.prompt(row, room) for row in rows]
-    return data.tokens(split_name, amount.rows)
+def _load_token_rows(
+    selected: SelectedModel, data: TokenData, split_name: str, settings: BenchmarkSettings
+) -> list[list[int]]:
+    """Return the token rows for every variant: prompts with room for an answer, or texts."""
+    if selected.job.is_generative:
+        spec, encoder = selected.job.model, make_row_encoder(selected.job)
+        rows = data.read_rows(split_name)[: settings.rows]
+        positions = (
+            read_max_positions(spec.model_name_or_path, spec.revision)
+            or spec.max_length + settings.new_tokens
+        )
+        max_prompt_tokens = max(1, min(spec.max_length, positions - settings.new_tokens))
+        return [encoder.encode_prompt(row, max_prompt_tokens) for row in rows]
+    return data.get_tokens(split_name, settings.rows)
 
 
 def benchmark(
-    given: Shipped, found: Sequence[Variant], out: Path, amount: Amount, tell: Callable[[str], None]
+    selected: SelectedModel,
+    variants: Sequence[Variant],
+    out: Path,
+    settings: BenchmarkSettings,
+    tell: Callable[[str], None],
 ) -> Report:
-    """Measure each variant in processes of its own, in turn, `rounds` times, and put them in one table.
+    """Measure each variant in fresh processes for several rounds, and build the report.
 
-    Interleaved, so that a machine that is busy for a while costs all alike. What fails is said in its row.
+    The variants take turns, so that a temporarily busy machine slows all of them equally.
+    The row of a variant that fails says why.
+
+    Args:
+        selected: The model that the variants come from.
+        variants: What to measure, from `build_variants`.
+        out: Folder of the export. Measurements go to its `benchmark` folder.
+        settings: Size of the benchmark.
+        tell: Called with a message before each measurement.
     """
     ledger = out / "benchmark" / LEDGER
     ledger.unlink(missing_ok=True)
-    failed: dict[str, str] = {}
-    for turn in range(amount.rounds):
-        for variant in found:
-            if variant.request is None or variant.name in failed:
+    failures: dict[str, str] = {}
+    for round_index in range(settings.rounds):
+        for variant in variants:
+            if variant.request is None or variant.name in failures:
                 continue
-            tell(f"measuring {variant.name} (round {turn + 1} of {amount.rounds})")
+            tell(f"measuring {variant.name} (round {round_index + 1} of {settings.rounds})")
             try:
-                measured = measured_apart(variant.request, given.run.path, amount.threads)
+                measurement = measure_in_subprocess(
+                    variant.request, selected.run.path, settings.threads
+                )
             except RuntimeError as error:
-                failed[variant.name] = str(error)
+                failures[variant.name] = str(error)
                 continue
-            files.append_jsonl(ledger, {"variant": variant.name, "round": turn, **measured})
+            files.append_jsonl(
+                ledger, {"variant": variant.name, "round": round_index, **measurement}
+            )
     rows = files.read_jsonl(ledger)
-    judged = next((one.parity.judged for one in found if one.parity), None)
-    arms = [_arm(given, one, [row for row in rows if row["variant"] == one.name], failed, judged) for one in found]
-    metric = "perplexity" if given.job.generates else "accuracy"
-    compared = sorted({one.parity.judged.rows for one in found if one.parity})
-    ends = " to ".join(map(str, dict.fromkeys([*compared[:1], *compared[-1:]])))
-    said = [f"{metric} is of the {ends} rows on which targets were compared with their source"] if judged else []
-    return bare(build_report(given.run)).model_copy(
+    judged = next((candidate.parity.judged for candidate in variants if candidate.parity), None)
+    arms = [
+        _build_arm(
+            selected,
+            candidate,
+            [row for row in rows if row["variant"] == candidate.name],
+            failures,
+            judged,
+        )
+        for candidate in variants
+    ]
+    metric = "perplexity" if selected.job.is_generative else "accuracy"
+    row_counts = sorted(
+        {candidate.parity.judged.rows for candidate in variants if candidate.parity}
+    )
+    row_range = " to ".join(map(str, dict.fromkeys([*row_counts[:1], *row_counts[-1:]])))
+    notes = (
+        [f"{metric} is of the {row_range} rows on which targets were compared with their source"]
+        if judged
+        else []
+    )
+    return clear_run_results(build_report(selected.run)).model_copy(
         update={
             "state": BENCHMARK,
             "arms": arms,
             "metric": metric,
             "metrics": [metric],
-            "goal": "minimize" if given.job.generates else "maximize",
-            "warnings": said,
-            "recommendation": _fastest(arms, metric),
+            "goal": "minimize" if selected.job.is_generative else "maximize",
+            "warnings": notes,
+            "recommendation": _recommend_fastest(arms, metric),
         }
     )
 
 
-def _arm(
-    given: Shipped, variant: Variant, rows: list[dict[str, Any]], failed: dict[str, str], source: Judged | None
+def _build_arm(
+    selected: SelectedModel,
+    variant: Variant,
+    rows: list[dict[str, Any]],
+    failures: dict[str, str],
+    source: ParityMeasurement | None,
 ) -> Arm:
-    """`source`: what was found of the adapter, when a target was compared with it."""
+    """Build the report row of a variant.
+
+    `source` holds the metrics of the adapter, measured when a target was compared with it.
+    """
     judged = variant.parity.judged if variant.parity else None
     metrics, interval = {}, {}
     if judged:
-        metrics[judged.metric], ends = judged.after, judged.after_interval
+        metrics[judged.metric], bounds = judged.after, judged.after_interval
     elif source and variant.name == "adapter":
-        metrics[source.metric], ends = source.before, source.before_interval
+        metrics[source.metric], bounds = source.before, source.before_interval
     elif variant.score:
         metrics[variant.score["metric"]] = variant.score["value"]
-        ends = tuple(variant.score["interval"]) if variant.score["interval"] else None
+        bounds = tuple(variant.score["interval"]) if variant.score["interval"] else None
     else:
-        ends = None
-    if ends:
-        interval[next(iter(metrics))] = ends
-    remarks = [f"rejected: {reason}" for reason in (variant.parity.reasons if variant.parity else [])]
+        bounds = None
+    if bounds:
+        interval[next(iter(metrics))] = bounds
+    remarks = [
+        f"rejected: {reason}" for reason in (variant.parity.reasons if variant.parity else [])
+    ]
     remarks += variant.remarks
     if variant.unavailable:
         remarks.append(f"unavailable: {variant.unavailable}")
-    if variant.name in failed:
-        remarks.append(f"not measured: {failed[variant.name]}")
+    if variant.name in failures:
+        remarks.append(f"not measured: {failures[variant.name]}")
     passed = variant.parity is None or variant.parity.accepted
     return Arm(
         arm=variant.name,
@@ -233,53 +374,67 @@ def _arm(
         metrics=metrics,
         interval=interval,
         weights=str(variant.folder) if variant.folder else None,
-        weights_mb=_size(given, variant),
-        inference=inference_of(rows),
-        batches=batches_of(rows),
-        comparable=passed and not variant.unavailable and variant.name not in failed,
+        weights_mb=_compute_size_mb(selected, variant),
+        inference=summarize_inference(rows),
+        batches=summarize_batches(rows),
+        comparable=passed and not variant.unavailable and variant.name not in failures,
         remarks=remarks,
     )
 
 
-def _size(given: Shipped, variant: Variant) -> float | None:
+def _compute_size_mb(selected: SelectedModel, variant: Variant) -> float | None:
+    """Return the size of a variant in MB, or None if it is unknown."""
     if variant.folder is not None:
-        return files_mb(variant.folder)
-    if variant.name == "adapter" and given.weights is not None:
-        return files_mb(given.weights)
+        return compute_files_mb(variant.folder)
+    if variant.name == "adapter" and selected.weights is not None:
+        return compute_files_mb(selected.weights)
     if variant.name != "base":
         return None
-    folder = safetensors_folder(given.job.model.model_name_or_path, given.job.model.revision)
-    needed = [*folder.glob("*.safetensors"), *folder.glob("tokenizer.json")]  # a hub's folder may hold other formats
+    folder = resolve_safetensors_folder(
+        selected.job.model.model_name_or_path, selected.job.model.revision
+    )
+    needed = [
+        *folder.glob("*.safetensors"),
+        *folder.glob("tokenizer.json"),
+    ]  # hub folders may hold other formats
     return sum(path.stat().st_size for path in needed) / 1e6
 
 
-def _fastest(arms: Sequence[Arm], metric: str) -> Recommendation:
-    """Of the targets that passed their gate, the one that answers soonest."""
+def _recommend_fastest(arms: Sequence[Arm], metric: str) -> Recommendation:
+    """Recommend the target with the lowest latency among those that passed their gate."""
     rule = "of the targets that passed their gate, the fastest"
-    timed = [
+    measured_arms = [
         arm
         for arm in arms
-        if arm.comparable and arm.arm in TARGETS and arm.inference and arm.inference.latency_ms is not None
+        if arm.comparable
+        and arm.arm in TARGETS
+        and arm.inference
+        and arm.inference.latency_ms is not None
     ]
-    if not timed:
-        return Recommendation(trial_id=None, rule=rule, sentence="No target that passed its gate was measured.")
-    best = min(timed, key=lambda arm: (arm.inference and arm.inference.latency_ms) or 0.0)
+    if not measured_arms:
+        return Recommendation(
+            trial_id=None, rule=rule, sentence="No target that passed its gate was measured."
+        )
+    best = min(measured_arms, key=lambda arm: (arm.inference and arm.inference.latency_ms) or 0.0)
     assert best.inference is not None
-    what = "ms a row" if best.inference.ttft_ms is None else "ms an answer"
+    unit = "ms a row" if best.inference.ttft_ms is None else "ms an answer"
     return Recommendation(
         trial_id=None,
         arm=best.arm,
         rule=rule,
-        sentence=f"Deploy {best.arm}: {number(best.inference.latency_ms, 1)} {what}, {number(best.weights_mb, 1)} MB, "
-        f"and it passed its gate{_metric_beside(best, arms, metric)}.",
+        sentence=f"Deploy {best.arm}: {format_number(best.inference.latency_ms, 1)} {unit}, "
+        f"{format_number(best.weights_mb, 1)} MB, "
+        f"and it passed its gate{_format_metric_comparison(best, arms, metric)}.",
         adapter=best.weights,
     )
 
 
-def _metric_beside(best: Arm, arms: Sequence[Arm], metric: str) -> str:
-    """What it gives up for that, beside the adapter that it is from."""
-    source = next((arm.metrics.get(metric) for arm in arms if arm.arm == "adapter"), None)
-    own = best.metrics.get(metric)
-    if own is None or source is None:
+def _format_metric_comparison(best: Arm, arms: Sequence[Arm], metric: str) -> str:
+    """Format the metric of the best arm next to that of the adapter it was made from."""
+    source_value = next((arm.metrics.get(metric) for arm in arms if arm.arm == "adapter"), None)
+    value = best.metrics.get(metric)
+    if value is None or source_value is None:
         return ""
-    return f" ({metric} {number(own)}, where the adapter has {number(source)})"
+    return (
+        f" ({metric} {format_number(value)}, where the adapter has {format_number(source_value)})"
+    )

@@ -1,4 +1,4 @@
-"""What lies beside an exported model: a card for people, and a script of thirty lines that runs it."""
+"""Write the files next to an exported model: a model card and a short script that runs it."""
 
 from __future__ import annotations
 
@@ -6,32 +6,43 @@ import shutil
 from pathlib import Path
 
 import yaml
-from lorafleet.deployment.runtime import files_mb
-from lorafleet.evaluation.render.trial_table import number, plain
-from lorafleet.evaluation.report.model_of_run import Shipped
+
+from lorafleet.deployment.runtime import compute_files_mb
+from lorafleet.evaluation.render.trial_table import escape_markdown, format_number
+from lorafleet.evaluation.report.model_of_run import SelectedModel
 from lorafleet.jobs import files
 from lorafleet.jobs.data import answer_frame
 from lorafleet.jobs.data.assets import ASSETS, PREFIX
-from lorafleet.jobs.data.hub import model_folder
+from lorafleet.jobs.data.hub import get_model_folder
 from lorafleet.jobs.errors import AssetError
-from lorafleet.jobs.runs.export_result import Artefact, Judged, Parity
+from lorafleet.jobs.runs.export_result import Artefact, Parity, ParityMeasurement
 from lorafleet.jobs.runs.report import Inference
 from lorafleet.jobs.runs.run import Trial
-from lorafleet.jobs.schema.export import WHAT
-from lorafleet.jobs.text import counted
+from lorafleet.jobs.schema.export import TARGET_DESCRIPTIONS
+from lorafleet.jobs.text import format_count
 
 _RUNNERS = Path(__file__).parent / "runners"
 
 
 def write_card(
-    folder: Path, artefact: Artefact, parity: Parity, given: Shipped, speed: Inference | None = None
+    folder: Path,
+    artefact: Artefact,
+    parity: Parity,
+    selected: SelectedModel,
+    inference: Inference | None = None,
 ) -> None:
-    """Write README.md."""
-    files.write_text(folder / "README.md", _card(folder, artefact, parity, given, speed))
+    """Write the model card, README.md."""
+    files.write_text(
+        folder / "README.md", _render_card(folder, artefact, parity, selected, inference)
+    )
 
 
 def write_runner(folder: Path, artefact: Artefact) -> None:
-    """Write run.py where ONNX Runtime alone runs the model, and the module beside it that finds the answer."""
+    """Write run.py for ONNX targets.
+
+    Targets that generate text also get answer_frame.py, which finds the answer in the
+    output.
+    """
     if not artefact.target.startswith("onnx"):
         return
     if artefact.task == "classification":
@@ -41,137 +52,203 @@ def write_runner(folder: Path, artefact: Artefact) -> None:
     shutil.copy(Path(str(answer_frame.__file__)), folder / "answer_frame.py")
 
 
-def _card(folder: Path, artefact: Artefact, parity: Parity, given: Shipped, speed: Inference | None) -> str:
+def _render_card(
+    folder: Path,
+    artefact: Artefact,
+    parity: Parity,
+    selected: SelectedModel,
+    inference: Inference | None,
+) -> str:
+    """Return the text of the model card."""
     source, judged = artefact.source, parity.judged
-    base, data = str(source["base"]), str(given.job.data.dataset_name or given.job.data.train_file)
+    base, data = (
+        str(source["base"]),
+        str(selected.job.data.dataset_name or selected.job.data.train_file),
+    )
+    verdict = "Accepted"
+    if not parity.accepted:
+        verdict = f"REJECTED: {escape_markdown('; '.join(parity.reasons))}"
     lines = [
-        f"# {plain(base)}, {plain(given.job.name)}: {plain(artefact.target)}",
+        f"# {escape_markdown(base)}, {escape_markdown(selected.job.name)}: "
+        f"{escape_markdown(artefact.target)}",
         "",
-        f"{WHAT[artefact.target]}. Made from run {plain(str(source['run']))}, trial {plain(str(source['trial_id']))} "
-        f"({plain(str(source['method']))}, {artefact.task}).",
+        f"{TARGET_DESCRIPTIONS[artefact.target]}. Made from run "
+        f"{escape_markdown(str(source['run']))}, trial {escape_markdown(str(source['trial_id']))} "
+        f"({escape_markdown(str(source['method']))}, {artefact.task}).",
         "",
-        f"- base: {plain(base)} (revision {plain(str(source['revision']))}), licence: {_licence_of_base(given)}",
-        f"- data: {plain(data)}, licence: {licence(data, Path(data) if Path(data).is_absolute() else None)}",
-        f"- weights, graph and tokenizer: {files_mb(folder):.1f} MB",
-        *_formats(given),
-        *_speed(speed),
+        f"- base: {escape_markdown(base)} (revision {escape_markdown(str(source['revision']))}), "
+        f"licence: {_find_base_licence(selected)}",
+        f"- data: {escape_markdown(data)}, licence: "
+        f"{find_licence(data, Path(data) if Path(data).is_absolute() else None)}",
+        f"- weights, graph and tokenizer: {compute_files_mb(folder):.1f} MB",
+        *_format_number_formats(selected),
+        *_format_speed(inference),
         "",
         "## Compared with its source",
         "",
         f"| on {judged.rows} held-out rows | source | this |",
         "|---|---|---|",
-        f"| {plain(judged.metric)} | {_with(judged.before, judged.before_interval)} | "
-        f"{_with(judged.after, judged.after_interval)} |",
-        f"| largest logit difference | | {number(judged.max_logit_difference)} |",
-        *_called(judged),
-        f"| same {'class' if judged.metric == 'accuracy' else 'likeliest token'} | | {judged.agreement:.3f} |",
+        f"| {escape_markdown(judged.metric)} | "
+        f"{_format_interval(judged.before, judged.before_interval)} | "
+        f"{_format_interval(judged.after, judged.after_interval)} |",
+        f"| largest logit difference | | {format_number(judged.max_logit_difference)} |",
+        *_format_prompt_checks(judged),
+        f"| same {'class' if judged.metric == 'accuracy' else 'likeliest token'} | | "
+        f"{judged.agreement:.3f} |",
         "",
-        f"{'Accepted' if parity.accepted else 'REJECTED: ' + plain('; '.join(parity.reasons))}.",
-        *(f"\n{plain(remark[0].upper() + remark[1:])}." for remark in parity.remarks),
+        f"{verdict}.",
+        *(f"\n{escape_markdown(remark[0].upper() + remark[1:])}." for remark in parity.remarks),
         "",
         "## How to run it",
         "",
-        *_how(artefact),
+        *_format_instructions(artefact),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _called(judged: Judged) -> list[str]:
-    """Rows on what a user who asks a prompt alone gets."""
+def _format_prompt_checks(judged: ParityMeasurement) -> list[str]:
+    """Return the table rows on prompts that were asked as a user asks them."""
     if judged.called_prompts is None or judged.called_answers is None:
         return []
-    rows = counted(judged.called_rows, "row")
+    rows = format_count(judged.called_rows, "row")
     return [
-        f"| prompts framed as in training, of {rows} that were asked as you ask | | {judged.called_prompts:.3f} |",
+        f"| prompts framed as in training, of {rows} that were asked as you ask | | "
+        f"{judged.called_prompts:.3f} |",
         f"| answers to them that are the source's | | {judged.called_answers:.3f} |",
     ]
 
 
-def _speed(speed: Inference | None) -> list[str]:
-    """What it took where it was exported."""
-    if speed is None:
+def _format_speed(inference: Inference | None) -> list[str]:
+    """Return a line on the speed that was measured after the export."""
+    if inference is None:
         return []
-    threads = f"{speed.threads} CPU thread{'' if speed.threads == 1 else 's'} of {plain(speed.cpu or 'an unknown CPU')}"
-    if speed.tokens_per_second:
-        took = f"{1000 / speed.tokens_per_second:.1f} ms a token, {number(speed.ttft_ms, 1)} ms to the first"
+    threads = (
+        f"{inference.threads} CPU thread{'' if inference.threads == 1 else 's'} of "
+        f"{escape_markdown(inference.cpu or 'an unknown CPU')}"
+    )
+    if inference.tokens_per_second:
+        timing = (
+            f"{1000 / inference.tokens_per_second:.1f} ms a token, "
+            f"{format_number(inference.ttft_ms, 1)} ms to the first"
+        )
     else:
-        took = f"{number(speed.latency_ms, 1)} ms a row"
-    return [f"- speed: {took}; {number(speed.peak_memory_gib, 2)} GiB at most, on {threads}"]
+        timing = f"{format_number(inference.latency_ms, 1)} ms a row"
+    return [
+        f"- speed: {timing}; {format_number(inference.peak_memory_gib, 2)} GiB at most, on "
+        f"{threads}"
+    ]
 
 
-def _formats(given: Shipped) -> list[str]:
+def _format_number_formats(selected: SelectedModel) -> list[str]:
     """Return a line on the number formats of the training."""
-    rows = Trial(given.weights.parent).metrics() if given.weights is not None else []
+    rows = Trial(selected.weights.parent).read_metrics() if selected.weights is not None else []
     formats = rows[-1].get("number_formats") if rows else None
-    return [f"- trained with {plain(str(formats))}"] if formats else []
+    return [f"- trained with {escape_markdown(str(formats))}"] if formats else []
 
 
-def _writes(artefact: Artefact) -> bool:
+def _is_generative(artefact: Artefact) -> bool:
+    """Return whether a target generates text."""
     return artefact.task != "classification"
 
 
-def _how(artefact: Artefact) -> list[str]:
-    if artefact.target in _BY_LORAFLEET:
-        extra, more = _BY_LORAFLEET[artefact.target]
-        return [f"    pip install 'lorafleet[{extra}]'", "    lorafleet chat FOLDER", "", more]
+def _format_instructions(artefact: Artefact) -> list[str]:
+    """Return the lines that say how to run a target."""
+    if artefact.target in _LORAFLEET_TARGETS:
+        extra, details = _LORAFLEET_TARGETS[artefact.target]
+        return [f"    pip install 'lorafleet[{extra}]'", "    lorafleet chat FOLDER", "", details]
     if artefact.target != "merged":
         return [
             "    pip install onnxruntime numpy tokenizers",
             f'    python run.py "{"a text" if artefact.task == "classification" else "a prompt"}"',
             "",
-            "`run.py` is all there is to it: copy from it. `artefact.json` says what it needs to know"
-            + (", and `answer_frame.py` finds the answer in what the model writes." if _writes(artefact) else "."),
+            "`run.py` is all there is to it: copy from it. `artefact.json` says what it needs "
+            "to know"
+            + (
+                ", and `answer_frame.py` finds the answer in what the model writes."
+                if _is_generative(artefact)
+                else "."
+            ),
         ]
-    kind = "SequenceClassification" if artefact.task == "classification" else "CausalLM"
+    head_class = "SequenceClassification" if artefact.task == "classification" else "CausalLM"
     return [
-        "    from transformers import AutoTokenizer, AutoModelFor" + kind,
-        f"    model = AutoModelFor{kind}.from_pretrained('FOLDER')",
+        "    from transformers import AutoTokenizer, AutoModelFor" + head_class,
+        f"    model = AutoModelFor{head_class}.from_pretrained('FOLDER')",
         "    tokenizer = AutoTokenizer.from_pretrained('FOLDER')",
     ]
 
 
-_BY_LORAFLEET = {
+_LORAFLEET_TARGETS = {
     "tensorrt": (
         "tensorrt",
-        "`engines/` was built for one kind of GPU and one version of TensorRT; on another it is built anew from "
+        "`engines/` was built for one kind of GPU and one version of TensorRT; on another it is "
+        "built anew from "
         "`model.onnx`.",
     ),
     "executorch": (
         "executorch",
-        "`model.pte` has one method, `forward`: token ids (int64, 1 x T) to logits (float32), of each token or of the "
-        "classes. There is no cache: a text is read again for each token. `artefact.json` says what else an app needs: "
-        "end tokens, and what stands around a prompt. Its C++, Kotlin and Swift runtimes: docs.pytorch.org/executorch.",
+        "`model.pte` has one method, `forward`: token ids (int64, 1 x T) to logits (float32), of "
+        "each token or of the "
+        "classes. There is no cache: a text is read again for each token. `artefact.json` says "
+        "what else an app needs: "
+        "end tokens, and what stands around a prompt. Its C++, Kotlin and Swift runtimes: "
+        "docs.pytorch.org/executorch.",
     ),
 }
 
 
-def _licence_of_base(given: Shipped) -> str:
-    spec = given.job.model
+def _find_base_licence(selected: SelectedModel) -> str:
+    """Return the licence of the base model."""
+    spec = selected.job.model
     try:
-        return licence(spec.model_name_or_path, model_folder(spec.model_name_or_path, spec.revision))
+        return find_licence(
+            spec.model_name_or_path, get_model_folder(spec.model_name_or_path, spec.revision)
+        )
     except AssetError:
-        return licence(spec.model_name_or_path)
+        return find_licence(spec.model_name_or_path)
 
 
-def licence(name: str, folder: Path | None = None) -> str:
-    """Of an asset its licence; of what has a card in its folder, what that says; of anything else, whom to ask."""
+def find_licence(name: str, folder: Path | None = None) -> str:
+    """Return the licence of an asset, or the one that the card in `folder` declares.
+
+    Returns a hint to the model's or data set's own page if neither is known.
+    """
     asset = ASSETS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
     if asset:
         return asset.licence
-    declared = _declared(folder / "README.md") if folder is not None else None
-    return f"{plain(declared)} (says its card)" if declared else "not known here: see its own page"
+    declared = _read_declared_licence(folder / "README.md") if folder is not None else None
+    return (
+        f"{escape_markdown(declared)} (says its card)"
+        if declared
+        else "not known here: see its own page"
+    )
 
 
-def _declared(card: Path) -> str | None:
-    """The licence in the head of a card, as the hub has them: YAML between two lines of dashes."""
+def _read_declared_licence(card: Path) -> str | None:
+    """Return the licence in the YAML header of a hub card, or None.
+
+    The header stands between two lines of dashes.
+    """
     try:
         parts = card.read_text(errors="replace").split("---\n", 2)
-        head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
-    except (OSError, ValueError, yaml.YAMLError):  # a date that is none is a ValueError
+        header = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except (OSError, ValueError, yaml.YAMLError):  # an invalid date raises ValueError
         return None
-    found = head.get("license_name") or head.get("license") if isinstance(head, dict) else None
-    return ", ".join(map(str, found)) if isinstance(found, list) else str(found) if found else None
+    declared = (
+        header.get("license_name") or header.get("license") if isinstance(header, dict) else None
+    )
+    return (
+        ", ".join(map(str, declared))
+        if isinstance(declared, list)
+        else str(declared)
+        if declared
+        else None
+    )
 
 
-def _with(value: float | None, ends: tuple[float, float] | None) -> str:
-    return f"{number(value)} [{number(ends[0])}, {number(ends[1])}]" if ends else number(value)
+def _format_interval(value: float | None, bounds: tuple[float, float] | None) -> str:
+    """Format a value with its interval, if it has one."""
+    return (
+        f"{format_number(value)} [{format_number(bounds[0])}, {format_number(bounds[1])}]"
+        if bounds
+        else format_number(value)
+    )

@@ -1,4 +1,4 @@
-"""A conversation as a text, by the chat template that an exported model has."""
+"""Render a conversation as text with the chat template of an exported model."""
 
 from __future__ import annotations
 
@@ -14,20 +14,31 @@ from lorafleet.jobs.data.conversation import Message
 from lorafleet.jobs.errors import UserError
 
 
-def framed(folder: Path, turns: Sequence[dict[str, str]], template_kwargs: Mapping[str, Any] | None = None) -> str:
-    """Render messages (role, content) with the variables of training, up to where the answer begins.
+def render_conversation(
+    folder: Path, turns: Sequence[dict[str, str]], template_kwargs: Mapping[str, Any] | None = None
+) -> str:
+    """Render messages (role, content) up to the point where the answer begins.
 
-    Raises UserError where the model has no chat template, or where that refuses the messages.
+    Args:
+        folder: The exported model.
+        turns: Messages with role and content.
+        template_kwargs: Variables for the chat template, as in training.
+
+    Raises:
+        UserError: The model has no chat template, or the template refuses the messages.
     """
-    chat = _template(folder, json.dumps(dict(template_kwargs or {}), sort_keys=True))
+    chat = _load_template(folder, json.dumps(dict(template_kwargs or {}), sort_keys=True))
     if not chat.source:
         raise UserError("this model has no chat template: it takes one user message alone")
     try:
-        return chat.render([Message(turn["role"], turn["content"]) for turn in turns], generation=True)
+        return chat.render(
+            [Message(turn["role"], turn["content"]) for turn in turns], generation=True
+        )
     except TemplateRefusal as error:
         raise UserError(str(error).replace("this row", "these messages")) from error
 
 
 @functools.cache
-def _template(folder: Path, template_kwargs: str) -> ChatTemplate:
+def _load_template(folder: Path, template_kwargs: str) -> ChatTemplate:
+    """Load the chat template of a folder. `template_kwargs` is JSON, so that it can be cached."""
     return ChatTemplate(read_tokenizer(str(folder), folder), json.loads(template_kwargs))

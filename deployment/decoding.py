@@ -1,4 +1,7 @@
-"""Writing answers with any decoder that takes tokens and a cache. B rows, T new tokens, S so far, V vocabulary."""
+"""Generate answers with any decoder that takes tokens and a cache.
+
+Shapes: B rows, T new tokens, S tokens so far, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,24 @@ import numpy as np
 
 
 class Decoder(Protocol):
-    """A causal model that is given new tokens, and keeps what it knows of those before them."""
+    """A causal model that takes new tokens and a cache of the earlier ones."""
 
     def step(
         self, ids_BT: np.ndarray, mask_BS: np.ndarray, positions_BT: np.ndarray, cache: Any
     ) -> tuple[np.ndarray, Any]:
-        """(logits_BTV, the cache with the new tokens in it). The first cache is None."""
+        """Return (logits_BTV, cache with the new tokens added). The first cache is None."""
         ...
 
 
 class _RowCaches(list[Any]):
-    """A cache for each row."""
+    """One cache per row."""
 
 
-class RowByRow:
-    """Rows one after another, without the padding before them: for models that count from what they are given first.
+class RowByRowDecoder:
+    """A decoder that runs rows one after another, without the padding before them.
 
-    With `together` rows that have no padding go side by side.
+    It is for models that count positions from the first token they get. With `together`,
+    rows without padding run as one batch.
     """
 
     def __init__(self, decoder: Decoder, *, together: bool = False) -> None:
@@ -35,119 +39,154 @@ class RowByRow:
     def step(
         self, ids_BT: np.ndarray, mask_BS: np.ndarray, positions_BT: np.ndarray, cache: Any
     ) -> tuple[np.ndarray, Any]:
-        """(logits_BTV, each row's cache); logits of padding are 0."""
+        """Return (logits_BTV, one cache per row). Logits of padding are 0."""
         if self.together and mask_BS.all() and not isinstance(cache, _RowCaches):
             return self.decoder.step(ids_BT, mask_BS, positions_BT, cache)
-        kept_BT = mask_BS[:, -ids_BT.shape[1] :] == 1
-        caches, said = _RowCaches(), []
-        for row, kept_T in enumerate(kept_BT):
-            one, mask_1S = slice(row, row + 1), np.ones((1, int(mask_BS[row].sum())), np.int64)
-            before = None if cache is None else cache[row]
-            logits_1TV, after = self.decoder.step(ids_BT[one, kept_T], mask_1S, positions_BT[one, kept_T], before)
-            said.append(logits_1TV[0])
-            caches.append(after)
-        logits_BTV = np.zeros((*ids_BT.shape, said[0].shape[-1]), np.float32)
-        for row, kept_T in enumerate(kept_BT):
-            logits_BTV[row, kept_T] = said[row]
+        real_BT = mask_BS[:, -ids_BT.shape[1] :] == 1
+        caches, row_logits = _RowCaches(), []
+        for row, real_T in enumerate(real_BT):
+            row_slice, mask_1S = (
+                slice(row, row + 1),
+                np.ones((1, int(mask_BS[row].sum())), np.int64),
+            )
+            row_cache = None if cache is None else cache[row]
+            logits_1TV, new_cache = self.decoder.step(
+                ids_BT[row_slice, real_T], mask_1S, positions_BT[row_slice, real_T], row_cache
+            )
+            row_logits.append(logits_1TV[0])
+            caches.append(new_cache)
+        logits_BTV = np.zeros((*ids_BT.shape, row_logits[0].shape[-1]), np.float32)
+        for row, real_T in enumerate(real_BT):
+            logits_BTV[row, real_T] = row_logits[row]
         return logits_BTV, caches
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn."""
+    """Settings for sampling the next token."""
 
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
 
 
-def write(
+def generate_answers(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
-    ends: Sequence[int],
+    end_ids: Sequence[int],
     pad_id: int,
     sampling: Sampling | None = None,
 ) -> list[list[int]]:
-    """What follows each prompt (token ids), up to `new_tokens` tokens and without the token that ends it."""
+    """Generate up to `new_tokens` token ids after each prompt, without the end token.
+
+    Args:
+        decoder: The model.
+        prompts: Token ids of each prompt. None may be empty.
+        new_tokens: Largest number of tokens in an answer.
+        ends: Token ids that end an answer.
+        pad_id: Token id for padding.
+        sampling: Sampling settings. None: greedy.
+    """
     rows: list[list[int]] = [[] for _ in prompts]
-    for tokens in tokens_of(decoder, prompts, new_tokens, ends, pad_id, sampling):
+    for tokens in iterate_tokens(decoder, prompts, new_tokens, end_ids, pad_id, sampling):
         for row, token in enumerate(tokens):
             if token is not None:
                 rows[row].append(token)
     return rows
 
 
-def tokens_of(
+def iterate_tokens(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
-    ends: Sequence[int],
+    end_ids: Sequence[int],
     pad_id: int,
     sampling: Sampling | None = None,
 ) -> Iterator[list[int | None]]:
-    """The next token of each row, step by step; None for rows that are over. Greedy without `sampling`.
+    """Yield the next token of each row, step by step; None for rows that have ended.
 
-    Each row draws from a generator of its own, so that what it says does not depend on what stands beside it.
+    Decoding is greedy without `sampling`. Each row samples from its own random generator,
+    so that an answer does not depend on the other rows of its batch.
+
+    Raises:
+        ValueError: A prompt is empty, or there are no prompts.
     """
     if not prompts or not all(prompts):
         raise ValueError("a prompt must have at least one token")
-    pick = _greedy if sampling is None else _drawn(sampling, len(prompts))
-    ids_BT, mask_BS = left_padded(prompts, pad_id)
-    positions_BT = positions_of(mask_BS)
+    select_next = _select_greedy if sampling is None else _make_sampler(sampling, len(prompts))
+    ids_BT, mask_BS = pad_left(prompts, pad_id)
+    positions_BT = compute_positions(mask_BS)
     cache: Any = None
-    over = [False] * len(prompts)
-    for number in range(new_tokens):
+    finished = [False] * len(prompts)
+    for step_index in range(new_tokens):
         logits_BTV, cache = decoder.step(ids_BT, mask_BS, positions_BT, cache)
-        next_B = pick(logits_BTV[:, -1, :])
-        over = [done or int(token) in ends for done, token in zip(over, next_B, strict=True)]
-        yield [None if done else int(token) for done, token in zip(over, next_B, strict=True)]
-        if all(over) or number == new_tokens - 1:
+        next_B = select_next(logits_BTV[:, -1, :])
+        finished = [
+            has_ended or int(token) in end_ids
+            for has_ended, token in zip(finished, next_B, strict=True)
+        ]
+        yield [
+            None if has_ended else int(token)
+            for has_ended, token in zip(finished, next_B, strict=True)
+        ]
+        if all(finished) or step_index == new_tokens - 1:
             return
-        ids_BT = np.where(over, pad_id, next_B)[:, None].astype(np.int64)
+        ids_BT = np.where(finished, pad_id, next_B)[:, None].astype(np.int64)
         mask_BS = np.concatenate([mask_BS, np.ones((len(prompts), 1), np.int64)], axis=1)
         positions_BT = positions_BT[:, -1:] + 1
 
 
-def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids_BT, mask_BT) of prompts of one width, the padding first."""
+def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (ids_BT, mask_BT) of prompts padded on the left to one width."""
     width = max(map(len, prompts))
     ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return np.array(ids, np.int64), np.array(mask, np.int64)
 
 
-def positions_of(mask_BT: np.ndarray) -> np.ndarray:
-    """Places of tokens that do not count the padding before them."""
+def compute_positions(mask_BT: np.ndarray) -> np.ndarray:
+    """Return the position of each token, not counting the padding before it."""
     positions: np.ndarray = np.maximum(mask_BT.cumsum(axis=1) - 1, 0)
     return positions
 
 
-def _greedy(logits_BV: np.ndarray) -> np.ndarray:
-    best: np.ndarray = logits_BV.argmax(axis=1)
-    return best
+def _select_greedy(logits_BV: np.ndarray) -> np.ndarray:
+    """Return the most likely token of each row."""
+    token_ids: np.ndarray = logits_BV.argmax(axis=1)
+    return token_ids
 
 
-def _drawn(sampling: Sampling, rows: int) -> Callable[[np.ndarray], np.ndarray]:
-    draws = [np.random.default_rng([sampling.seed, row]) for row in range(rows)]
+def _make_sampler(sampling: Sampling, rows: int) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that samples the next token of each row."""
+    generators = [np.random.default_rng([sampling.seed, row]) for row in range(rows)]
 
-    def pick(logits_BV: np.ndarray) -> np.ndarray:
-        pairs = zip(draws, logits_BV, strict=True)
-        return np.array([draw.choice(len(row_V), p=probabilities(row_V, sampling)) for draw, row_V in pairs])
+    def sample_next(logits_BV: np.ndarray) -> np.ndarray:
+        """Sample one token per row."""
+        pairs = zip(generators, logits_BV, strict=True)
+        return np.array(
+            [
+                generator.choice(len(row_V), p=compute_probabilities(row_V, sampling))
+                for generator, row_V in pairs
+            ]
+        )
 
-    return pick
+    return sample_next
 
 
-def probabilities(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """What a token is drawn by: the softmax at a temperature, of the likeliest that have `top_p` together
-    (Holtzman et al. 2020: the one that passes the limit still counts)."""
+def compute_probabilities(logits_V: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Return the sampling probabilities: softmax at a temperature, restricted to the nucleus.
+
+    The nucleus is the smallest set of the most likely tokens whose probabilities sum to
+    `top_p`; the token that crosses the limit is included (Holtzman et al. 2020).
+    """
     scaled = logits_V.astype(np.float64) / sampling.temperature
     exp_V = np.exp(scaled - scaled.max())
-    shares_V = exp_V / exp_V.sum()
+    probs_V = exp_V / exp_V.sum()
     if sampling.top_p < 1:
-        order = np.argsort(-shares_V, kind="stable")
-        before = np.cumsum(shares_V[order]) - shares_V[order]
-        shares_V[order[1:][before[1:] >= sampling.top_p]] = 0.0
-        shares_V = shares_V / shares_V.sum()
-    kept: np.ndarray = shares_V
-    return kept
+        order = np.argsort(-probs_V, kind="stable")
+        preceding = np.cumsum(probs_V[order]) - probs_V[order]
+        probs_V[order[1:][preceding[1:] >= sampling.top_p]] = 0.0
+        probs_V = probs_V / probs_V.sum()
+    probabilities_V: np.ndarray = probs_V
+    return probabilities_V

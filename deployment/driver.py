@@ -1,4 +1,4 @@
-"""The driver of an export or a benchmark that is a job of its own, on a cluster."""
+"""Run an export or a benchmark as a cluster job of its own."""
 
 from __future__ import annotations
 
@@ -8,62 +8,84 @@ from pathlib import Path
 
 from lorafleet.cluster.execution.driver import Driver, log
 from lorafleet.cluster.run_index import find_run
-from lorafleet.deployment.benchmark import Amount, benchmark, variants
-from lorafleet.deployment.export import delivered
+from lorafleet.deployment.benchmark import BenchmarkSettings, benchmark, build_variants
+from lorafleet.deployment.export import run_delivery
 from lorafleet.evaluation.render.wandb import track_report
-from lorafleet.evaluation.report.model_of_run import Shipped, shipped
-from lorafleet.evaluation.report.search import write_forms
+from lorafleet.evaluation.report.model_of_run import SelectedModel, select_model
+from lorafleet.evaluation.report.search import write_report_files
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import ExitCode
-from lorafleet.jobs.runs.export_result import EXPORTED, Delivery
+from lorafleet.jobs.runs.export_result import EXPORTED, ExportRequest
 from lorafleet.jobs.runs.run import Run, RunState
 
 
-class _Stopped(BaseException):
-    """Somebody asked for the end: no failure of a target."""
+class _StopRequested(BaseException):
+    """Raised when the user or a signal asks the run to end. It is not the failure of a target."""
 
 
 class DeliveryDriver(Driver):
-    """One attempt. What was made before is made again: it is minutes, and half of it would be worth nothing."""
+    """One attempt at an export or a benchmark.
+
+    A new attempt starts from the beginning: the work takes minutes, and a half-finished
+    export is worth nothing.
+    """
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self.wanted = Delivery.model_validate_json(json.dumps(self.stored["delivery"]))
+        self.wanted = ExportRequest.model_validate_json(json.dumps(self.stored["delivery"]))
 
-    def _attempt(self, attempt: int) -> ExitCode:
-        (self.run.path / EXPORTED).unlink(missing_ok=True)  # an earlier attempt's
+    def _run_attempt(self, attempt: int) -> ExitCode:
+        """Run the export or benchmark, record the final state of the run, and return the exit
+        code.
+        """
+        (self.run.path / EXPORTED).unlink(missing_ok=True)  # left by an earlier attempt
         source = find_run(self.run.path.parent, self.wanted.run)
-        given = shipped(source, self.wanted.trial_id)
+        selected = select_model(source, self.wanted.trial_id)
         out = Path(self.wanted.output or source.path / "export").absolute()
         try:
-            code = self._export(given, out) if self.stored["command"] == "export" else self._benchmark(given, out)
-        except _Stopped:
+            code = (
+                self._export(selected, out)
+                if self.stored["command"] == "export"
+                else self._benchmark(selected, out)
+            )
+        except _StopRequested:
             self.run.set_state(
-                RunState.STOPPED, reason="interrupted: `lorafleet resume` makes it anew", wall_seconds=self._wall()
+                RunState.STOPPED,
+                reason="interrupted: `lorafleet resume` makes it anew",
+                wall_seconds=self._compute_wall_seconds(),
             )
             return ExitCode.INTERRUPTED if self.told in (None, signal.SIGINT) else ExitCode.REQUEUE
-        self.run.set_state(RunState.FINISHED, phase=None, wall_seconds=self._wall())
+        self.run.set_state(RunState.FINISHED, phase=None, wall_seconds=self._compute_wall_seconds())
         return code
 
-    def _export(self, given: Shipped, out: Path) -> ExitCode:
-        found = delivered(given, self.wanted, out, self._tell)
-        files.write_json(self.run.path / EXPORTED, found.model_dump(mode="json"))
-        return found.code
+    def _export(self, selected: SelectedModel, out: Path) -> ExitCode:
+        """Export the selected model, write exported.json, and return the exit code."""
+        exported = run_delivery(selected, self.wanted, out, self._report_progress)
+        files.write_json(self.run.path / EXPORTED, exported.model_dump(mode="json"))
+        return exported.code
 
-    def _benchmark(self, given: Shipped, out: Path) -> ExitCode:
-        wanted = self.wanted
-        amount = Amount(wanted.rounds, wanted.rows, wanted.new_tokens, wanted.threads, wanted.points)
-        report = benchmark(given, variants(given, out, amount), out, amount, self._tell)
+    def _benchmark(self, selected: SelectedModel, out: Path) -> ExitCode:
+        """Benchmark the selected model and write the report."""
+        delivery = self.wanted
+        settings = BenchmarkSettings(
+            delivery.rounds, delivery.rows, delivery.new_tokens, delivery.threads, delivery.points
+        )
+        report = benchmark(
+            selected, build_variants(selected, out, settings), out, settings, self._report_progress
+        )
         report = report.model_copy(update={"run": self.run.id})
-        write_forms(report, out / "benchmark")
-        write_forms(report, self.run.path / "report")
-        track_report(self.run, given.job, report, "benchmark")
+        write_report_files(report, out / "benchmark")
+        write_report_files(report, self.run.path / "report")
+        track_report(self.run, selected.job, report, "benchmark")
         return ExitCode.OK
 
-    def _tell(self, sentence: str) -> None:
-        """What is done next, for whoever watches."""
+    def _report_progress(self, message: str) -> None:
+        """Log the next step and record it in the run.
+
+        Raises _StopRequested if the run should end.
+        """
         if self.stop_file.exists():
-            raise _Stopped
-        log(sentence)
-        self._phase(sentence)
-        self._note_wall()
+            raise _StopRequested
+        log(message)
+        self._record_phase(message)
+        self._record_wall_seconds()

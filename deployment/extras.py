@@ -1,4 +1,4 @@
-"""Packages that not everybody has: each with the line that installs it."""
+"""Check for optional packages, and name the command that installs them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ EXTRAS = {
     "int4": ("onnx", "onnxruntime", "onnxruntime_genai"),
     "executorch": ("executorch",),
 }
-"""Extra -> the modules that it brings."""
+"""Extra -> modules that it installs."""
 
 
 def require(extra: str, purpose: str) -> None:
-    """Raises MissingExtra with the line that installs what `purpose` needs."""
+    """Raise MissingExtra with the install command if a package for `purpose` is missing."""
     missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
     if missing:
-        raise MissingExtra(f"{purpose} needs {', '.join(missing)}: pip install 'lorafleet[{extra}]'")
+        raise MissingExtra(
+            f"{purpose} needs {', '.join(missing)}: pip install 'lorafleet[{extra}]'"
+        )
 
 
-def onnxruntime_here() -> Any:
-    """The package onnxruntime. Raises MissingExtra."""
+def import_onnxruntime() -> Any:
+    """Return the module onnxruntime. Raises MissingExtra if it is not installed."""
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingExtra("running an ONNX model needs onnxruntime: pip install 'lorafleet[onnx]'")
     return importlib.import_module("onnxruntime")

@@ -1,4 +1,7 @@
-"""A merged model -> ONNX with weights in INT4, by the builder of onnxruntime-genai. It runs in ONNX Runtime alone."""
+"""Convert a merged model to ONNX with INT4 weights, using the builder of onnxruntime-genai.
+
+The result runs in ONNX Runtime without onnxruntime-genai.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ from lorafleet.deployment.availability import Unavailable
 from lorafleet.jobs import files
 
 _ALGORITHM = "algo_config=k_quant_mixed"
-"""The matrices that suffer most stay in INT8 (llama.cpp's choice of them). Measured with SmolLM2-135M on 4 texts of 200
-tokens: perplexity 39.6 becomes 45.1 with 117 MB; with all of them in INT4 it becomes 52.0 with 90 MB."""
+"""Quantisation algorithm: the matrices that lose most accuracy stay in INT8 (llama.cpp's
+selection). Measured with SmolLM2-135M on 4 texts of 200 tokens: perplexity rises from
+39.6 to 45.1 at 117 MB. With all matrices in INT4 it rises to 52.0 at 90 MB.
+"""
 
 _NOT_IMPLEMENTED = 95
 _BUILDER = f"""
@@ -24,20 +29,29 @@ except NotImplementedError:
 
 
 def to_int4(merged: Path, out: Path, scratch: Path, *, classifies: bool) -> None:
-    """Weights in INT4 by blocks of 32, those that matter most in INT8; activations in INT8 for each product.
+    """Convert a merged model to ONNX with weights in INT4, in blocks of 32.
 
-    Raises Unavailable for a classifier and for a kind of model that the builder does not know.
+    The most sensitive weights stay in INT8. Activations are rounded to INT8 for each
+    product.
+
+    Raises:
+        Unavailable: The model is a classifier, or the builder does not support its type.
+        RuntimeError: The builder failed.
     """
-    kind = files.read_json(merged / "config.json").get("model_type")
+    model_type = files.read_json(merged / "config.json").get("model_type")
     if classifies:
-        raise Unavailable("onnxruntime-genai builds INT4 models that write text, and this one names classes")
-    # In a process of its own: it prints, and it changes settings of the libraries that it shares.
+        raise Unavailable(
+            "onnxruntime-genai builds INT4 models that write text, and this one names classes"
+        )
+    # Run in a separate process: the builder prints, and it changes settings of shared libraries.
     command = [sys.executable, "-c", _BUILDER, "-i", str(merged), "-o", str(out)]
     command += ["-p", "int4", "-e", "cpu", "-c", str(scratch / "builder-cache")]
     command += ["--extra_options", "hf_token=false", _ALGORITHM]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == _NOT_IMPLEMENTED:
-        raise Unavailable(f"onnxruntime-genai has no INT4 builder for models of type {kind}")
-    if done.returncode:
-        said = done.stderr.strip() or f"it ended with code {done.returncode}"
-        raise RuntimeError(f"the builder of onnxruntime-genai failed: {said.splitlines()[-1]}\n\n{said}")
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode == _NOT_IMPLEMENTED:
+        raise Unavailable(f"onnxruntime-genai has no INT4 builder for models of type {model_type}")
+    if process.returncode:
+        output = process.stderr.strip() or f"it ended with code {process.returncode}"
+        raise RuntimeError(
+            f"the builder of onnxruntime-genai failed: {output.splitlines()[-1]}\n\n{output}"
+        )

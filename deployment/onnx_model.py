@@ -1,4 +1,7 @@
-"""A merged model -> ONNX: float32, float16 and INT8. B rows, T tokens, P tokens before, L layers."""
+"""Convert a merged model to ONNX: float32, float16 and INT8.
+
+Shapes: B rows, T tokens, P tokens before, L layers.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +15,42 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.deployment.extras import require
-from lorafleet.deployment.runtime import ONNX_FILE, cache_word, files_mb
+from lorafleet.deployment.runtime import ONNX_FILE, compute_files_mb, get_cache_argument
 from lorafleet.jobs.errors import UserError
 
 OPSET = 18
-_MOST_IN_MEMORY_MB = 1800
+_MAX_IN_MEMORY_MB = 1800
 
 
 def export_onnx(merged: Path, out: Path, *, classifies: bool) -> None:
-    """One graph of any batch and length; of a decoder with its keys and values in and out, for prompts and steps."""
+    """Export a merged model as one ONNX graph for any batch size and length.
+
+    The graph of a decoder has keys and values as inputs and outputs, so that it serves
+    prompts and single steps.
+
+    Args:
+        merged: Folder of the merged model.
+        out: Folder for the graph. It is created if it does not exist.
+        classifies: True for a classifier, False for a causal model.
+
+    Raises:
+        MissingExtra: The packages for ONNX are not installed.
+    """
     require("onnx", "exporting to ONNX")
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    kind = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
-    # Fused attention gives other numbers where a whole row is masked, as padding on the left has it; eager does not.
-    model = kind.from_pretrained(
+    model_class = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    # Fused attention gives different results for fully masked rows, which left padding produces.
+    # Eager attention does not.
+    model = model_class.from_pretrained(
         str(merged), attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
     ).eval()
-    wrapped, inputs, shapes, given, made = _classifier(model) if classifies else _decoder(model)
+    wrapped, inputs, dynamic_shapes, input_names, output_names = (
+        _wrap_classifier(model) if classifies else _wrap_decoder(model)
+    )
     out.mkdir(parents=True, exist_ok=True)
-    with quiet(), torch.inference_mode(False), torch.no_grad():
+    with suppress_output(), torch.inference_mode(False), torch.no_grad():
         torch.onnx.export(
             wrapped.eval(),
             inputs,
@@ -40,14 +58,20 @@ def export_onnx(merged: Path, out: Path, *, classifies: bool) -> None:
             dynamo=True,
             opset_version=OPSET,
             external_data=True,
-            input_names=given,
-            output_names=made,
-            dynamic_shapes=shapes,
+            input_names=input_names,
+            output_names=output_names,
+            dynamic_shapes=dynamic_shapes,
             verbose=False,
         )
 
 
-def _classifier(model: Any) -> tuple[Any, tuple[Any, ...], tuple[Any, ...], list[str], list[str]]:
+def _wrap_classifier(
+    model: Any,
+) -> tuple[Any, tuple[Any, ...], tuple[Any, ...], list[str], list[str]]:
+    """Wrap a classifier for the exporter.
+
+    Returns (module, example inputs, dynamic shapes, input names, output names).
+    """
     import torch
 
     class Classifier(torch.nn.Module):
@@ -56,24 +80,36 @@ def _classifier(model: Any) -> tuple[Any, tuple[Any, ...], tuple[Any, ...], list
             self.model = model
 
         def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-            logits_BC: torch.Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
+            logits_BC: torch.Tensor = self.model(
+                input_ids=input_ids, attention_mask=attention_mask
+            ).logits
             return logits_BC
 
     any_size = torch.export.Dim.DYNAMIC
     ids_BT = torch.full((3, 7), 1, dtype=torch.int64)
     mask_BT = torch.ones_like(ids_BT)
-    # Without padding in the example a mask of ones would be taken for granted.
+    # Without padding in the example, the exporter would treat the mask as constant ones.
     ids_BT[1, 4:], mask_BT[1, 4:] = model.config.pad_token_id or 0, 0
-    both = {0: any_size, 1: any_size}
-    return Classifier(), (ids_BT, mask_BT), (both, both), ["input_ids", "attention_mask"], ["logits"]
+    batch_and_length = {0: any_size, 1: any_size}
+    return (
+        Classifier(),
+        (ids_BT, mask_BT),
+        (batch_and_length, batch_and_length),
+        ["input_ids", "attention_mask"],
+        ["logits"],
+    )
 
 
-def _decoder(model: Any) -> tuple[Any, tuple[Any, ...], tuple[Any, ...], list[str], list[str]]:
+def _wrap_decoder(model: Any) -> tuple[Any, tuple[Any, ...], tuple[Any, ...], list[str], list[str]]:
+    """Wrap a decoder for the exporter.
+
+    Returns (module, example inputs, dynamic shapes, input names, output names).
+    """
     import torch
     from transformers import DynamicCache
 
-    layers, heads, size = cache_shape(model.config)
-    word = cache_word(model)
+    layers, heads, head_size = get_cache_shape(model.config)
+    cache_argument = get_cache_argument(model)
 
     class Decoder(torch.nn.Module):
         def __init__(self) -> None:
@@ -90,73 +126,105 @@ def _decoder(model: Any) -> tuple[Any, tuple[Any, ...], tuple[Any, ...], list[st
             cache = DynamicCache(config=self.model.config)
             for layer in range(layers):
                 cache.update(past[2 * layer], past[2 * layer + 1], layer)
-            found = self.model(
+            output = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 use_cache=True,
-                **{word: cache},
+                **{cache_argument: cache},
             )
-            kept = [cache.layers[layer] for layer in range(layers)]
-            return found.logits, [part for layer in kept for part in (layer.keys, layer.values)]
+            layer_caches = [cache.layers[layer] for layer in range(layers)]
+            return output.logits, [
+                part for layer in layer_caches for part in (layer.keys, layer.values)
+            ]
 
-    # Every size is another, and none is 1, or the graph would hold it as fixed.
-    rows, new, before = 2, 3, 5
-    ids_BT = torch.ones((rows, new), dtype=torch.int64)
-    mask_BS = torch.ones((rows, before + new), dtype=torch.int64)
-    positions_BT = torch.arange(before, before + new)[None].expand(rows, new).contiguous()
-    past = [torch.zeros(rows, heads, before, size) for _ in range(2 * layers)]
-    any_size = torch.export.Dim.DYNAMIC
-    both = {0: any_size, 1: any_size}
-    shapes = (both, both, both, [{0: any_size, 2: any_size}] * (2 * layers))
-    pairs = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
-    given = ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{pair}" for pair in pairs)]
-    made = ["logits", *(f"present.{pair}" for pair in pairs)]
-    return Decoder(), (ids_BT, mask_BS, positions_BT, past), shapes, given, made
-
-
-def cache_shape(config: Any) -> tuple[int, int, int]:
-    """(layers, heads of a key, numbers of a head). Raises UserError for a model without such a cache."""
-    layers = getattr(config, "num_hidden_layers", None)
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    size = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads if heads and getattr(config, "hidden_size", None) else None
+    # All sizes differ and none is 1: otherwise the exporter would treat them as fixed or equal.
+    rows, new_tokens, past_tokens = 2, 3, 5
+    ids_BT = torch.ones((rows, new_tokens), dtype=torch.int64)
+    mask_BS = torch.ones((rows, past_tokens + new_tokens), dtype=torch.int64)
+    positions_BT = (
+        torch.arange(past_tokens, past_tokens + new_tokens)[None]
+        .expand(rows, new_tokens)
+        .contiguous()
     )
-    if not (layers and heads and size):
-        raise UserError(f"a model of type {config.model_type} has no keys and values that we know how to keep")
-    return int(layers), int(heads), int(size)
+    past = [torch.zeros(rows, heads, past_tokens, head_size) for _ in range(2 * layers)]
+    any_size = torch.export.Dim.DYNAMIC
+    batch_and_length = {0: any_size, 1: any_size}
+    shapes = (
+        batch_and_length,
+        batch_and_length,
+        batch_and_length,
+        [{0: any_size, 2: any_size}] * (2 * layers),
+    )
+    pairs = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+    input_names = [
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        *(f"past_key_values.{pair}" for pair in pairs),
+    ]
+    output_names = ["logits", *(f"present.{pair}" for pair in pairs)]
+    return Decoder(), (ids_BT, mask_BS, positions_BT, past), shapes, input_names, output_names
+
+
+def get_cache_shape(config: Any) -> tuple[int, int, int]:
+    """Return (layers, key heads, head size) of a model's cache.
+
+    Raises UserError if the model has no cache of keys and values.
+    """
+    layers = getattr(config, "num_hidden_layers", None)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(
+        config, "num_attention_heads", None
+    )
+    head_size = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+        if heads and getattr(config, "hidden_size", None)
+        else None
+    )
+    if not (layers and heads and head_size):
+        raise UserError(
+            f"a model of type {config.model_type} has no keys and values that we know how to keep"
+        )
+    return int(layers), int(heads), int(head_size)
 
 
 def to_fp16(source: Path, out: Path) -> None:
-    """Weights in half the bytes; what goes in and comes out stays float32.
+    """Convert the weights to float16; inputs and outputs stay float32.
 
-    Half the disk. On a CPU no speed: ONNX Runtime computes in float32 there, from float16 weights.
+    This halves the size on disk. It brings no speed on a CPU, where ONNX Runtime computes
+    in float32.
     """
     require("onnx", "exporting to ONNX")
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     path = source / ONNX_FILE
-    # A model in memory goes through protobuf, which ends at 2 GB; one on disk is written once more beside itself.
-    large = files_mb(source) > _MOST_IN_MEMORY_MB
-    with quiet():
-        # onnxconverter-common's function of the same name leaves stale types, and ONNX Runtime refuses its models.
-        half = convert_float_to_float16(str(path) if large else onnx.load(str(path)), keep_io_types=True)
-    _write(half, out)
+    # A model in memory is limited to 2 GB by protobuf. For one on disk the converter writes a
+    # second copy next to it.
+    is_large = compute_files_mb(source) > _MAX_IN_MEMORY_MB
+    with suppress_output():
+        # onnxconverter-common has a function of the same name, but ONNX Runtime rejects its models
+        # for stale types.
+        half_model = convert_float_to_float16(
+            str(path) if is_large else onnx.load(str(path)), keep_io_types=True
+        )
+    _save_model(half_model, out)
 
 
 def to_int8(source: Path, out: Path, scratch: Path) -> None:
-    """Weights in INT8 by column, and what goes into them as it comes (dynamic quantisation): the fastest.
+    """Quantise to INT8 dynamically: weights by column, activations at run time.
 
-    What goes in is rounded by one scale for all of it. In models with a few very large activations, as trained Llamas
-    have, little is left of the others; and on a CPU with AVX2 and without VNNI such sums overflow.
+    This is the fastest variant. Activations are rounded with one scale per tensor. In
+    models with a few very large activations, such as trained Llama models, this leaves
+    little precision for the others. On CPUs with AVX2 but without VNNI, the INT8 sums can
+    also overflow.
     """
     require("onnx", "exporting to ONNX")
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    prepared = _prepared(source, scratch)
+    prepared = _preprocess(source, scratch)
     out.mkdir(parents=True, exist_ok=True)
-    with quiet():
+    with suppress_output():
         quantize_dynamic(
             str(prepared),
             str(out / ONNX_FILE),
@@ -167,10 +235,11 @@ def to_int8(source: Path, out: Path, scratch: Path) -> None:
 
 
 def to_int8_by_blocks(source: Path, out: Path, scratch: Path) -> None:
-    """Weights in INT8 by blocks of 32, each with a scale of its own; what goes in is rounded by such blocks too.
+    """Quantise weights and activations to INT8 in blocks of 32, each with its own scale.
 
-    Measured with a tuned SmolLM2-135M on 4 x 160 tokens: perplexity 52.2 becomes 51.8 with 180 MB, where `to_int8`
-    gives what is no language (84 where its weights have 7 bits, so that nothing overflows).
+    Measured with a tuned SmolLM2-135M on 4 x 160 tokens: perplexity goes from 52.2 to 51.8
+    at 180 MB, where the output of `to_int8` is unusable (perplexity 84 with 7-bit weights,
+    which avoid overflow).
     """
     require("onnx", "exporting to ONNX")
     import onnx
@@ -178,41 +247,48 @@ def to_int8_by_blocks(source: Path, out: Path, scratch: Path) -> None:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
     from onnxruntime.quantization.onnx_model import ONNXModel
 
-    between = scratch / "by-blocks"
-    between.mkdir(parents=True)
+    intermediate = scratch / "by-blocks"
+    intermediate.mkdir(parents=True)
     out.mkdir(parents=True, exist_ok=True)
-    with quiet():
-        model = ONNXModel(onnx.load(str(_prepared(source, scratch))))
+    with suppress_output():
+        model = ONNXModel(onnx.load(str(_preprocess(source, scratch))))
         model.replace_gemm_with_matmul()
-        rounded = MatMulNBitsQuantizer(
-            model.model, bits=8, block_size=_BLOCK, is_symmetric=True, accuracy_level=_ACTIVATIONS_IN_INT8
+        quantizer = MatMulNBitsQuantizer(
+            model.model,
+            bits=8,
+            block_size=_BLOCK_SIZE,
+            is_symmetric=True,
+            accuracy_level=_ACCURACY_LEVEL_INT8,
         )
-        rounded.process()
-        rounded.model.save_model_to_file(str(between / ONNX_FILE), use_external_data_format=True)
-        # The embedding, which is looked up and not multiplied.
+        quantizer.process()
+        quantizer.model.save_model_to_file(
+            str(intermediate / ONNX_FILE), use_external_data_format=True
+        )
+        # The embedding is a lookup (Gather), which the block quantizer does not cover.
         quantize_dynamic(
-            str(between / ONNX_FILE),
+            str(intermediate / ONNX_FILE),
             str(out / ONNX_FILE),
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["Gather"],
             use_external_data_format=True,
         )
-    shutil.rmtree(between)
+    shutil.rmtree(intermediate)
 
 
-_BLOCK, _ACTIVATIONS_IN_INT8 = 32, 4
+_BLOCK_SIZE, _ACCURACY_LEVEL_INT8 = 32, 4
 
 
-def _prepared(source: Path, scratch: Path) -> Path:
-    """The graph with its constants folded, made once."""
+def _preprocess(source: Path, scratch: Path) -> Path:
+    """Return the graph with its constants folded. It is built once per export."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = scratch / "prepared"
     if prepared.exists():
         return prepared / ONNX_FILE
     prepared.mkdir(parents=True)
-    with quiet():
-        # Folds the transposed embedding of a tied head into a constant: else the largest matrix stays in float32.
+    with suppress_output():
+        # Folds the transposed embedding of a tied head into a constant: otherwise the largest
+        # matrix stays in float32.
         quant_pre_process(
             str(source / ONNX_FILE),
             str(prepared / ONNX_FILE),
@@ -224,7 +300,8 @@ def _prepared(source: Path, scratch: Path) -> Path:
     return prepared / ONNX_FILE
 
 
-def _write(model: Any, out: Path) -> None:
+def _save_model(model: Any, out: Path) -> None:
+    """Save an ONNX model with its weights in a separate file."""
     import onnx
 
     out.mkdir(parents=True, exist_ok=True)
@@ -238,9 +315,14 @@ def _write(model: Any, out: Path) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """The exporters print progress and advice; a reader of ours is told what was found instead."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root", "")]
+def suppress_output() -> Iterator[None]:
+    """Suppress the progress and advice that exporters print.
+
+    The caller reports the result instead.
+    """
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root", "")
+    ]
     levels = [logger.level for logger in loggers]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         with warnings.catch_warnings():

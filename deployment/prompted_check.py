@@ -1,7 +1,8 @@
-"""An exported model asked as its user will ask it: a prompt alone, through its own runner, in a process of its own.
+"""Test an exported model as its user calls it: a prompt alone, through its own runner.
 
-Parity of logits is measured on rows in the frame that training gives each. That says nothing of the frame that the
-runner puts around a prompt: it is measured here.
+The runner is a separate process. Logit parity is measured on rows that training has
+already framed. It does not cover the frame that the runner puts around
+a prompt; this module does.
 """
 
 from __future__ import annotations
@@ -15,61 +16,93 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafleet.cluster.execution.subprocess_measurement import measured_apart
-from lorafleet.deployment.answers import pieces
-from lorafleet.deployment.decoding import Decoder, write
+from lorafleet.cluster.execution.subprocess_measurement import measure_in_subprocess
+from lorafleet.deployment.answers import generate_pieces
+from lorafleet.deployment.decoding import Decoder, generate_answers
 from lorafleet.deployment.runtime import open_artefact
-from lorafleet.evaluation.inference.generate import decoded
+from lorafleet.evaluation.inference.generate import decode_answer
 from lorafleet.evaluation.tokens import TokenData
 from lorafleet.jobs.data.conversation import Message
 from lorafleet.jobs.data.encoding import RowEncoder
 from lorafleet.jobs.data.row_formats import Row
 
-ROWS, NEW_TOKENS = 8, 16
+MAX_ROWS, NEW_TOKENS = 8, 16
 RUNNER = "run.py"
-_SECONDS = 600.0
+_TIMEOUT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
-class Calls:
-    """Held-out rows that a prompt alone can ask, with what their source answers."""
+class PromptCases:
+    """Held-out rows that can be asked by a prompt alone, with the source model's answers."""
 
     prompts: tuple[str, ...]
     prompt_ids: tuple[tuple[int, ...], ...]
-    """Tokens that training gives each row."""
+    """Token ids that training gives each row."""
     answers: tuple[str, ...]
-    """The source's own answers."""
+    """The source model's answers."""
     others: int
-    """Rows that a prompt alone cannot ask: with earlier turns, tools, or a system message that is not all rows'."""
+    """Number of rows that a prompt alone cannot ask: those with earlier turns, tools, or a
+    system message that not all rows share.
+    """
 
 
-def calls_of(model: Decoder, encoder: RowEncoder, data: TokenData, split: str, room: int, ends: Sequence[int]) -> Calls:
-    """Ask the source its first held-out rows, each in the frame of its training, and keep what it answers."""
-    rows = data.rows(split)
-    chosen = [row for row in rows if _is_callable(row, data.system)][:ROWS]
-    chosen = [row for row in chosen if len(_prompt_of(row).encode()) <= _MAX_ARGUMENT]
-    prompts = [_prompt_of(row) for row in chosen]
-    ids = [encoder.prompt(row, room) for row in chosen]
-    whole = [len(prompt) < room for prompt in ids]  # what was cut to fit is no prompt that a user would ask
-    ids = [prompt for prompt, fits in zip(ids, whole, strict=True) if fits]
-    prompts = [prompt for prompt, fits in zip(prompts, whole, strict=True) if fits]
-    written = write(model, ids, NEW_TOKENS, ends, data.pad_id) if ids else []
+def build_prompt_cases(
+    model: Decoder,
+    encoder: RowEncoder,
+    data: TokenData,
+    split: str,
+    max_prompt_tokens: int,
+    end_ids: Sequence[int],
+) -> PromptCases:
+    """Select the first callable held-out rows and record the source model's answers to them.
+
+    The source gets each row in the frame of its training.
+
+    Args:
+        model: The source model.
+        encoder: Encodes a row as training does.
+        data: The tokenised data of the job.
+        split: Name of the held-out split.
+        max_prompt_tokens: Prompts with this many tokens or more were truncated and are left
+            out.
+        ends: Token ids that end an answer.
+    """
+    rows = data.read_rows(split)
+    chosen = [row for row in rows if _is_callable(row, data.system)][:MAX_ROWS]
+    chosen = [row for row in chosen if len(_get_prompt(row).encode()) <= _MAX_ARGUMENT_BYTES]
+    prompts = [_get_prompt(row) for row in chosen]
+    ids = [encoder.encode_prompt(row, max_prompt_tokens) for row in chosen]
+    is_complete = [
+        len(prompt) < max_prompt_tokens for prompt in ids
+    ]  # no user would ask a truncated prompt
+    ids = [prompt for prompt, is_whole in zip(ids, is_complete, strict=True) if is_whole]
+    prompts = [prompt for prompt, is_whole in zip(prompts, is_complete, strict=True) if is_whole]
+    generated = generate_answers(model, ids, NEW_TOKENS, end_ids, data.pad_id) if ids else []
     tokenizer = encoder.format.tokenizer
-    pairs = zip(written, ids, strict=True)
-    answers = tuple(decoded(tokens, ends, tokenizer, data.frame, prompt) for tokens, prompt in pairs)
+    pairs = zip(generated, ids, strict=True)
+    answers = tuple(
+        decode_answer(tokens, end_ids, tokenizer, data.frame, prompt) for tokens, prompt in pairs
+    )
     others = sum(not _is_callable(row, data.system) for row in rows)
-    return Calls(tuple(prompts), tuple(map(tuple, ids)), answers, others)
+    return PromptCases(tuple(prompts), tuple(map(tuple, ids)), answers, others)
 
 
-_MAX_ARGUMENT = 64_000
-"""Bytes of a prompt that goes to `run.py` as an argument: Linux takes 128 KiB."""
+_MAX_ARGUMENT_BYTES = 64_000
+"""Largest size in bytes of a prompt that is passed to `run.py` as an argument. Linux
+allows 128 KiB.
+"""
 
 
-def _prompt_of(row: Row) -> str:
+def _get_prompt(row: Row) -> str:
+    """Return the text that a user would type to ask a row."""
     return row.messages[-2].content if row.messages else row.prompt
 
 
 def _is_callable(row: Row, system: Message | None) -> bool:
+    """Return whether a prompt alone can ask a row.
+
+    That is a single user turn, preceded at most by the system message that all rows share.
+    """
     if not row.messages:
         return bool(row.prompt)
     roles = [message.role for message in row.messages]
@@ -78,48 +111,75 @@ def _is_callable(row: Row, system: Message | None) -> bool:
     return (row.messages[0] if len(roles) == 3 else None) == system
 
 
-def called(folder: Path, calls: Calls, threads: int) -> tuple[float, float]:
-    """Return (share of prompts with the tokens of training, share of answers that are the source's).
+def measure_prompt_cases(folder: Path, cases: PromptCases, threads: int) -> tuple[float, float]:
+    """Run an exported model on the prompts and compare the result with the source.
 
-    Raises RuntimeError with what the runner said where it failed, and TimeoutExpired.
+    Args:
+        folder: The exported model.
+        cases: Prompts with their expected token ids and answers.
+        threads: CPU threads of the process.
+
+    Returns:
+        (share of prompts with the same tokens as in training, share of answers equal to the
+            source's).
+
+    Raises:
+        RuntimeError: The runner failed; the message holds the last line of its output.
+        TimeoutExpired: The runner took too long.
     """
-    records = _by_runner(folder, calls, threads) if (folder / RUNNER).is_file() else _by_us(folder, calls, threads)
-    pairs = list(zip(records, calls.prompt_ids, calls.answers, strict=True))
+    records = (
+        _ask_runner(folder, cases, threads)
+        if (folder / RUNNER).is_file()
+        else _ask_lorafleet(folder, cases, threads)
+    )
+    pairs = list(zip(records, cases.prompt_ids, cases.answers, strict=True))
     same_prompts = sum(tuple(record["prompt_ids"]) == ids for record, ids, _ in pairs)
     same_answers = sum(record["text"].strip() == answer for record, _, answer in pairs)
     return same_prompts / len(pairs), same_answers / len(pairs)
 
 
-def _by_runner(folder: Path, calls: Calls, threads: int) -> list[dict[str, Any]]:
-    """Ask `run.py` as its card says."""
+def _ask_runner(folder: Path, cases: PromptCases, threads: int) -> list[dict[str, Any]]:
+    """Ask the prompts through `run.py`, as the model card documents it."""
     options = ["--json", "--max-new-tokens", str(NEW_TOKENS)]
-    done = subprocess.run(
-        [sys.executable, str(folder / RUNNER), *options, "--", *calls.prompts],
+    process = subprocess.run(
+        [sys.executable, str(folder / RUNNER), *options, "--", *cases.prompts],
         capture_output=True,
         text=True,
-        timeout=_SECONDS,
+        timeout=_TIMEOUT_SECONDS,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": str(max(1, threads))},
     )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
-        raise RuntimeError(f"{RUNNER} failed: {last}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    if process.returncode:
+        last_line = (
+            process.stderr.strip().splitlines() or [f"it ended with code {process.returncode}"]
+        )[-1]
+        raise RuntimeError(f"{RUNNER} failed: {last_line}")
+    return [json.loads(line) for line in process.stdout.splitlines()]
 
 
-def _by_us(folder: Path, calls: Calls, threads: int) -> list[dict[str, Any]]:
-    """Ask what `lorafleet chat` asks: targets without a runner of their own."""
-    request = {"what": "answers", "folder": str(folder), "prompts": calls.prompts, "new_tokens": NEW_TOKENS}
-    answers: list[dict[str, Any]] = measured_apart(request, folder, max(1, threads))["answers"]
+def _ask_lorafleet(folder: Path, cases: PromptCases, threads: int) -> list[dict[str, Any]]:
+    """Ask the prompts as `lorafleet chat` does, for targets without a runner of their own."""
+    request = {
+        "what": "answers",
+        "folder": str(folder),
+        "prompts": cases.prompts,
+        "new_tokens": NEW_TOKENS,
+    }
+    answers: list[dict[str, Any]] = measure_in_subprocess(request, folder, max(1, threads))[
+        "answers"
+    ]
     return answers
 
 
 def answer_prompts(folder: Path, prompts: Sequence[str], new_tokens: int) -> dict[str, Any]:
-    """Answer prompts with an exported model, in this process."""
+    """Answer prompts with an exported model in this process.
+
+    Returns {"answers": [{"prompt_ids", "text"}, ...]}.
+    """
     loaded = open_artefact(folder)
     answers = []
     for prompt in prompts:
-        ids = loaded.prompt(prompt)
-        text = "".join(piece.text for piece in pieces(loaded, ids, new_tokens, None))
+        ids = loaded.encode_prompt(prompt)
+        text = "".join(piece.text for piece in generate_pieces(loaded, ids, new_tokens, None))
         answers.append({"prompt_ids": ids, "text": text})
     return {"answers": answers}

@@ -1,4 +1,4 @@
-"""An ONNX model on TensorRT, through ONNX Runtime's provider: which engines it builds, and whether it can."""
+"""Run an ONNX model on TensorRT through ONNX Runtime: requirements, engines, shape profiles."""
 
 from __future__ import annotations
 
@@ -11,103 +11,151 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.deployment.availability import Unavailable
-from lorafleet.deployment.extras import onnxruntime_here
+from lorafleet.deployment.extras import import_onnxruntime
 from lorafleet.jobs.runs.export_result import Artefact
 
 PROVIDER = "TensorrtExecutionProvider"
 _ENGINES = "engines"
-_MOST_TEXTS, _MOST_ANSWERS, _USUAL_ROWS = 64, 8, 1
-_USUAL_TOKENS = 64
-_INSTALL = "pip uninstall onnxruntime, then pip install 'lorafleet[tensorrt]'"
+_MAX_TEXTS, _MAX_ANSWERS, _TYPICAL_ROWS = 64, 8, 1
+_TYPICAL_TOKENS = 64
+_INSTALL_HINT = "pip uninstall onnxruntime, then pip install 'lorafleet[tensorrt]'"
 
 
-def missing() -> str | None:
-    """Why TensorRT cannot be used here, in one sentence; None where it can."""
+def find_missing_requirement() -> str | None:
+    """Return why TensorRT cannot be used on this machine, or None if it can."""
     import torch
 
     if not torch.cuda.is_available():
-        return f"tensorrt needs an NVIDIA GPU, and there is none here; on a machine that has one: {_INSTALL}"
+        return (
+            "tensorrt needs an NVIDIA GPU, and there is none here; on a machine that has one: "
+            f"{_INSTALL_HINT}"
+        )
     if importlib.util.find_spec("onnxruntime") is None:
-        return f"tensorrt needs onnxruntime-gpu: {_INSTALL}"
-    if PROVIDER not in onnxruntime_here().get_available_providers():
-        return f"tensorrt needs an onnxruntime that was built with it, and this one was not: {_INSTALL}"
+        return f"tensorrt needs onnxruntime-gpu: {_INSTALL_HINT}"
+    if PROVIDER not in import_onnxruntime().get_available_providers():
+        return (
+            "tensorrt needs an onnxruntime that was built with it, and this one was not: "
+            f"{_INSTALL_HINT}"
+        )
     try:
-        importlib.import_module("tensorrt")  # loads the libraries that the provider looks for
+        importlib.import_module("tensorrt")  # loads the shared libraries that the provider needs
     except ImportError as error:
-        return f"tensorrt needs NVIDIA's libraries, which cannot be loaded here ({error}): {_INSTALL}"
+        return (
+            f"tensorrt needs NVIDIA's libraries, which cannot be loaded here ({error}): "
+            f"{_INSTALL_HINT}"
+        )
     return None
 
 
 def check_engines(folder: Path) -> None:
-    """Raises Unavailable unless TensorRT has built an engine: it can take no node and stay the session's first."""
+    """Raise Unavailable unless TensorRT has built at least one engine.
+
+    TensorRT can decline every node of a graph and still be listed as the session's first
+    provider.
+    """
     if not any((folder / _ENGINES).glob("*.engine")):
-        raise Unavailable("TensorRT took no part of this model: all of it would run elsewhere, under its name")
+        raise Unavailable(
+            "TensorRT took no part of this model: all of it would run elsewhere, under its name"
+        )
 
 
-def memory_gib() -> float | None:
-    """GiB of the GPU that this process holds, as its driver says; None where it does not."""
+def measure_gpu_memory_gib() -> float | None:
+    """Return the GPU memory of this process in GiB, or None if the driver does not report it."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        running = [one for device in devices for one in pynvml.nvmlDeviceGetComputeRunningProcesses(device)]
+        devices = [
+            pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
+        ]
+        processes = [
+            process
+            for device in devices
+            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(device)
+        ]
     except pynvml.NVMLError:
         return None
-    own = [one.usedGpuMemory for one in running if one.pid == os.getpid() and one.usedGpuMemory]
-    return sum(own) / 2**30 if own else None
+    sizes = [
+        process.usedGpuMemory
+        for process in processes
+        if process.pid == os.getpid() and process.usedGpuMemory
+    ]
+    return sum(sizes) / 2**30 if sizes else None
 
 
 def to_tensorrt(source: Path, out: Path, artefact: Artefact) -> None:
-    """The graph, and the engines for the GPU of this machine: TensorRT builds them when the model is first asked."""
+    """Copy the ONNX graph to `out` and build the TensorRT engines for this machine's GPU.
+
+    TensorRT builds the engines when the model is first run.
+    """
     from lorafleet.deployment.runtime import open_tensorrt
 
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns("run.py", "README.md", "parity.json"))
+    shutil.copytree(
+        source, out, ignore=shutil.ignore_patterns("run.py", "README.md", "parity.json")
+    )
     open_tensorrt(out, artefact, 0)
 
 
-def providers(folder: Path, artefact: Artefact) -> list[Any]:
-    """What ONNX Runtime is asked for: TensorRT with its profiles and kept engines, then CUDA for what TensorRT cannot.
+def build_providers(folder: Path, artefact: Artefact) -> list[Any]:
+    """Return the execution providers for ONNX Runtime: TensorRT first, then CUDA.
 
-    `check_provider` makes sure that TensorRT is what it took.
+    TensorRT gets its shape profiles and the engine cache in `folder`. CUDA runs the nodes
+    that TensorRT does not support. `check_provider` verifies that ONNX Runtime really
+    selected TensorRT.
     """
-    shapes = profiles(artefact)
+    shapes = build_profiles(artefact)
     options = {
         "trt_fp16_enable": True,
         "trt_engine_cache_enable": True,
         "trt_engine_cache_path": str(folder / _ENGINES),
-        **{f"trt_profile_{which}_shapes": _text(shapes[which]) for which in shapes},
+        **{f"trt_profile_{bound}_shapes": _format_shapes(shapes[bound]) for bound in shapes},
     }
     return [(PROVIDER, options), "CUDAExecutionProvider"]
 
 
-def profiles(artefact: Artefact) -> dict[str, dict[str, tuple[int, ...]]]:
-    """min, opt and max -> input -> its shape: from one new token to the longest text, with all that came before."""
+def build_profiles(artefact: Artefact) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the shape profiles for TensorRT: {min, opt, max} -> input name -> shape.
+
+    They range from one new token to the longest text with a full cache.
+    """
     longest = artefact.positions or artefact.max_length
-    usual = min(_USUAL_TOKENS, longest)
+    typical_tokens = min(_TYPICAL_TOKENS, longest)
     if artefact.task == "classification":
         return {
-            "min": _classifier(1, 1),
-            "opt": _classifier(_USUAL_ROWS, usual),
-            "max": _classifier(_MOST_TEXTS, artefact.max_length),
+            "min": _build_classifier_shapes(1, 1),
+            "opt": _build_classifier_shapes(_TYPICAL_ROWS, typical_tokens),
+            "max": _build_classifier_shapes(_MAX_TEXTS, artefact.max_length),
         }
     return {
-        "min": _decoder(artefact, 1, 1, 0),
-        "opt": _decoder(artefact, _USUAL_ROWS, 1, usual),
-        "max": _decoder(artefact, _MOST_ANSWERS, longest, longest),
+        "min": _build_decoder_shapes(artefact, 1, 1, 0),
+        "opt": _build_decoder_shapes(artefact, _TYPICAL_ROWS, 1, typical_tokens),
+        "max": _build_decoder_shapes(artefact, _MAX_ANSWERS, longest, longest),
     }
 
 
-def _classifier(rows: int, tokens: int) -> dict[str, tuple[int, ...]]:
+def _build_classifier_shapes(rows: int, tokens: int) -> dict[str, tuple[int, ...]]:
+    """Return the input shapes of a classifier."""
     return dict.fromkeys(("input_ids", "attention_mask"), (rows, tokens))
 
 
-def _decoder(artefact: Artefact, rows: int, tokens: int, before: int) -> dict[str, tuple[int, ...]]:
-    kept = (rows, artefact.heads, before, artefact.head_size)
-    names = [f"past_key_values.{layer}.{part}" for layer in range(artefact.layers) for part in ("key", "value")]
-    new = {"input_ids": (rows, tokens), "attention_mask": (rows, before + tokens), "position_ids": (rows, tokens)}
-    return new | dict.fromkeys(names, kept)
+def _build_decoder_shapes(
+    artefact: Artefact, rows: int, tokens: int, past_tokens: int
+) -> dict[str, tuple[int, ...]]:
+    """Return the input shapes of a decoder with `past_tokens` tokens in its cache."""
+    cache_shape = (rows, artefact.heads, past_tokens, artefact.head_size)
+    names = [
+        f"past_key_values.{layer}.{part}"
+        for layer in range(artefact.layers)
+        for part in ("key", "value")
+    ]
+    new = {
+        "input_ids": (rows, tokens),
+        "attention_mask": (rows, past_tokens + tokens),
+        "position_ids": (rows, tokens),
+    }
+    return new | dict.fromkeys(names, cache_shape)
 
 
-def _text(shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _format_shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Format shapes as TensorRT's profile options expect them: `name:AxB,name:AxB`."""
     return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())

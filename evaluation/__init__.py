@@ -1,1 +1,1 @@
-"""Measuring a loaded model, and drawing what was measured."""
+"""Measure models, compare and recommend them, and report the results."""

@@ -1,4 +1,5 @@
-"""The nouns of lorafleet and their pure arithmetic: what a job asks for, what a run holds, what a report says.
+"""Data types of lorafleet and pure functions on them: job files, runs and reports.
 
-Nothing here imports torch, ray or transformers: every command that only reads or plans answers at once.
+Nothing here imports torch, ray or transformers, so that commands that only read or plan
+start at once.
 """

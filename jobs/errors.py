@@ -1,16 +1,20 @@
-"""Every error that lorafleet raises on purpose, by what the caller would do differently.
+"""Define every error that lorafleet raises on purpose, by what the caller does about it.
 
-LorafleetError                      exit code 1: ours
-├── UserError                       exit code 2: one clear sentence, no traceback
-│   ├── JobFileError                a job file that cannot be read or run (holds every problem found)
+LorafleetError                      exit code 1: an error in lorafleet
+├── UserError                       exit code 2: one clear message, no traceback
+│   ├── JobFileError                a job file that cannot be read or run (holds every
+problem)
 │   ├── DataError                   rows that cannot be trained on, named by file and line
-│   ├── AssetError                  a model or data set that is missing, unreachable or not what was pinned
-│   ├── DiskFull                    no room for a checkpoint or a record; what was written before is whole
+│   ├── AssetError                  a model or data set that is missing, unreachable or not
+as pinned
+│   ├── DiskFull                    no space for a checkpoint or a record; earlier files are
+complete
 │   ├── PlacementRefused            the hardware cannot hold what one trial needs
-│   ├── RunError                    no such run, or a run in the wrong state for what was asked
+│   ├── RunError                    no such run, or a run in the wrong state for the command
 │   ├── CommandFailed               a command on a cluster's machine failed
 │   └── MissingExtra                an optional package is needed
-└── TrainingFailure                 a trial that cannot go on: it has a class, the sweep goes on without it
+└── TrainingFailure                 a trial that cannot continue: it has a class, the sweep
+continues
 """
 
 from __future__ import annotations
@@ -21,11 +25,11 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from lorafleet.jobs.text import one_line
+from lorafleet.jobs.text import escape_line_breaks
 
 
 class ExitCode(IntEnum):
-    """What the command line answers to the shell."""
+    """Exit codes of the command line."""
 
     OK = 0
     OUR_FAULT = 1
@@ -38,33 +42,33 @@ class ExitCode(IntEnum):
 
 
 class LorafleetError(Exception):
-    """The root of the tree."""
+    """Base class of all errors that lorafleet raises on purpose."""
 
     exit_code = ExitCode.OUR_FAULT
 
 
 class UserError(LorafleetError):
-    """Something the user can mend; its text is the whole message."""
+    """An error that the user can fix; its text is the whole message."""
 
     exit_code = ExitCode.USER_INPUT
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a job file: the dotted key it is about, and a sentence."""
+    """One problem of a job file: the dotted key that it is about, and a message."""
 
     path: str
     sentence: str
     line: int | None = None
 
-    def located(self, file: str) -> str:
-        """`file:line: sentence`, the form editors can jump to."""
-        where = f"{file}:{self.line}" if self.line else file
-        return one_line(f"{where}: {self.sentence}")
+    def format_with_location(self, file: str) -> str:
+        """Return `file:line: message`, a form that editors can jump to."""
+        location = f"{file}:{self.line}" if self.line else file
+        return escape_line_breaks(f"{location}: {self.sentence}")
 
 
 class SpecProblems(ValueError):
-    """Raised inside validation: several fields that do not go together, each with its own sentence."""
+    """Raised inside validation: several fields that do not fit together, each with a message."""
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
@@ -72,13 +76,13 @@ class SpecProblems(ValueError):
 
 
 class JobFileError(UserError):
-    """A job file with at least one problem; the message is one line a problem."""
+    """A job file with at least one problem; the message has one line for each problem."""
 
     def __init__(self, file: str, problems: list[Problem], rest: object = None) -> None:
         self.file = file
         self.problems = problems
-        self.rest = rest  # the LoadedJob of all fields that are right, where they make one
-        super().__init__("\n".join(problem.located(file) for problem in problems))
+        self.rest = rest  # the LoadedJob of the valid fields, if they make one
+        super().__init__("\n".join(problem.format_with_location(file) for problem in problems))
 
     def __reduce__(self) -> tuple[type[JobFileError], tuple[str, list[Problem]]]:
         return (JobFileError, (self.file, self.problems))
@@ -89,60 +93,75 @@ class DataError(UserError):
 
 
 class AssetError(UserError):
-    """A model or data set that cannot be had."""
+    """A model or data set that is not available."""
 
 
 class DiskFull(UserError):
-    """There is no room on a disk that the run writes to."""
+    """A disk that the run writes to is full."""
 
 
 _RESUME = "`lorafleet resume` goes on from the last good checkpoints"
 
 
-def disk_full(error: BaseException, folder: Path, then: str = _RESUME) -> DiskFull | None:
-    """The sentence for an error that a full disk (or a spent quota) explains, or None; `then`: what to do.
+def make_disk_full_error(
+    error: BaseException, folder: Path, then: str = _RESUME
+) -> DiskFull | None:
+    """Return a DiskFull error if a full disk or a spent quota explains an error, else None.
 
-    torch and safetensors write with code of their own, whose errors have no errno: theirs are known by their words, and
-    by how much room there is.
+    The native code of torch and safetensors raises errors without an errno: these are
+    recognised by their text and by how much space is left.
+
+    Args:
+        error: The error to explain.
+        folder: Folder that was written to.
+        then: What the user can do after freeing space.
     """
-    words = str(error)
-    known = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    likely = "No space left" in words or "Disk quota" in words
-    if not known and not likely and not ("failed writing file" in words and _free(folder) < _LITTLE):
+    text = str(error)
+    has_errno = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    names_full_disk = "No space left" in text or "Disk quota" in text
+    if (
+        not has_errno
+        and not names_full_disk
+        and not ("failed writing file" in text and _get_free_bytes(folder) < _LOW_SPACE_BYTES)
+    ):
         return None
-    return DiskFull(f"the disk of {folder} is full ({_free(folder) / 1e6:,.0f} MB free): free some space, then {then}")
+    return DiskFull(
+        f"the disk of {folder} is full ({_get_free_bytes(folder) / 1e6:,.0f} MB free): free some "
+        f"space, then {then}"
+    )
 
 
-_LITTLE = 16_000_000
-"""Bytes; less room than this explains a write that failed."""
+_LOW_SPACE_BYTES = 16_000_000
+"""Less free space than this, in bytes, explains a failed write."""
 
 
-def _free(folder: Path) -> float:
+def _get_free_bytes(folder: Path) -> float:
+    """Return the free bytes on the disk of a folder, which may not exist yet."""
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return float(shutil.disk_usage(existing).free)
 
 
 class PlacementRefused(UserError):
-    """What one trial needs does not fit the hardware."""
+    """The hardware cannot hold what one trial needs."""
 
 
 class RunError(UserError):
-    """No such run, or it is not in a state for what was asked."""
+    """A run that does not exist, or is in the wrong state for the command."""
 
 
 class CommandFailed(UserError):
-    """A command on a cluster's machine ended with another code than 0; the text is its last words."""
+    """A command on a cluster's machine that failed; the text is the end of its output."""
 
 
 class MissingExtra(UserError):
-    """An optional package is needed for what was asked."""
+    """An optional package that the command needs is missing."""
 
 
 class TrainingFailure(LorafleetError):
-    """A trial that cannot go on. `failure_class` is one of FAILURE_CLASSES."""
+    """A trial that cannot continue. `failure_class` is one of FAILURE_CLASSES."""
 
     final = False
-    """Whether trying again is known to change nothing."""
+    """True if a retry is known not to help."""
 
     def __init__(self, failure_class: str, sentence: str) -> None:
         self.failure_class = failure_class

@@ -1,4 +1,4 @@
-"""Writing that cannot leave half a file, and reading that survives one."""
+"""Write files atomically, and read files that may be damaged."""
 
 from __future__ import annotations
 
@@ -18,76 +18,90 @@ from typing import Any, BinaryIO
 from lorafleet.jobs.errors import RunError
 
 SCHEMA_VERSION = 1
-"""Of every file in a run directory."""
+"""Version that is written to every file of a run directory."""
 
 
-def in_home(path: str) -> Path:
-    """A path with its `~` or `~user` spelt out; one of a user who is not known stays as it is."""
+def expand_home(path: str) -> Path:
+    """Return a path with `~` or `~user` expanded; unchanged if there is no such user."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - Path.expanduser raises where there is no such user
 
 
-def real(path: Path) -> Path:
-    """Return a path without links; one whose links go round stays as it is, and cannot be opened."""
+def resolve_links(path: Path) -> Path:
+    """Return a path without symbolic links.
+
+    A path with a link cycle is returned as it is, and cannot be opened.
+    """
     try:
         return Path(os.path.realpath(path))
     except ValueError:  # a zero byte in the name
         return path
 
 
-def no_file(path: Path) -> str:
-    """Say what is in the place of a file that must be one."""
+def describe_non_file(path: Path) -> str:
+    """Return a message that says what a path is if it is not a regular file."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
         return "there is no such file"
     except (OSError, ValueError) as error:  # a name with a zero byte
         return f"it cannot be looked at: {getattr(error, 'strerror', None) or error}"
-    return f"that is a {next((word for test, word in _KINDS if test(mode)), 'device')}, not a file"
+    return f"that is a {next((kind for test, kind in _KINDS if test(mode)), 'device')}, not a file"
 
 
 _KINDS = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISSOCK, "socket"))
-_MOST = 10_000_000
-_MOST_RECORD = 1_000_000_000
-"""Bytes of a file that is named, and of one of a run."""
+_MAX_BYTES = 10_000_000
+_MAX_RECORD_BYTES = 1_000_000_000
+"""Maximum size in bytes of a file of a run; `_MAX_BYTES` is that of a file that a user names."""
 
 
-def read_plain(path: Path, most: int = _MOST) -> bytes:
-    """Return the bytes of a file that somebody has named. Pipes, devices and endless files are not begun to be read.
+def read_regular_file(path: Path, max_bytes: int = _MAX_BYTES) -> bytes:
+    """Return the bytes of a regular file that somebody has named.
 
-    Raises OSError with a sentence as its `strerror`.
+    Pipes, devices and endless files are not read.
+
+    Args:
+        path: The file.
+        most: Maximum size, in bytes.
+
+    Raises:
+        OSError: If it is not a regular file or is too large; `strerror` is a message for the
+            user.
     """
     try:
-        now = path.stat()
+        status = path.stat()
     except ValueError as error:  # a zero byte in the name
         raise OSError(errno.EINVAL, str(error), str(path)) from None
-    if stat.S_ISDIR(now.st_mode):
+    if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(errno.EISDIR, "that is a folder, not a file", str(path))
-    if not stat.S_ISREG(now.st_mode):
-        raise OSError(errno.EINVAL, no_file(path), str(path))
-    if now.st_size > most:
-        raise OSError(errno.EFBIG, f"it is larger than {most / 1e6:,.0f} MB", str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, describe_non_file(path), str(path))
+    if status.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"it is larger than {max_bytes / 1e6:,.0f} MB", str(path))
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        size = now.st_size + 1  # to ask for more than there is takes as long as to fetch it
+        size = status.st_size + 1  # allocating a much larger buffer would take as long as the read
         data = file.read(size)
         if len(data) == size or size == 1:
-            data += file.read(most + 1)
-    if len(data) > most:
-        raise OSError(errno.EFBIG, f"it is larger than {most / 1e6:,.0f} MB", str(path))
+            data += file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"it is larger than {max_bytes / 1e6:,.0f} MB", str(path))
     return data
 
 
-def read_plain_text(path: Path, most: int = _MOST, encoding: str = "utf-8") -> str:
-    """`read_plain` as text. Raises OSError and UnicodeDecodeError."""
-    return read_plain(path, most).decode(encoding)
+def read_regular_text(path: Path, max_bytes: int = _MAX_BYTES, encoding: str = "utf-8") -> str:
+    """Return the text of a regular file. Raises OSError and UnicodeDecodeError."""
+    return read_regular_file(path, max_bytes).decode(encoding)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: a reader sees the old text or the new one, whatever dies in between."""
+    """Replace a file atomically.
+
+    A reader sees the old or the new text, even if the writer dies in between.
+    """
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """`write_text` of bytes."""
+    """Replace a file atomically, as `write_text` does, with bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -102,36 +116,52 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
-def _umask() -> int:
+def _read_umask() -> int:
+    """Return the process's umask."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-UMASK = _umask()
-"""Asked once, before there are threads: to ask is to change it for a moment."""
+UMASK = _read_umask()
+"""The process's umask. It is read once, before there are threads, because reading it changes
+it for a moment.
+"""
 
 
 def share_with_group() -> None:
-    """Let the group read what this process and its children write from now on."""
+    """Let the group read everything that this process and its children write from now on."""
     global UMASK
     UMASK &= ~0o050
     os.umask(UMASK)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """`write_text` of a JSON object, with its schema version; numbers that are none become null."""
-    write_text(path, json.dumps({"schema_version": SCHEMA_VERSION, **finite(value)}, indent=2) + "\n")
+    """Write a JSON object with its schema version atomically.
+
+    Values that are NaN or infinite become null.
+    """
+    write_text(
+        path,
+        json.dumps({"schema_version": SCHEMA_VERSION, **replace_non_finite(value)}, indent=2)
+        + "\n",
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no such file."""
+    """Return the JSON object in a file; an empty one if the file does not exist.
+
+    Raises:
+        RunError: If the file is damaged or does not hold a JSON object.
+    """
     try:
-        value = json.loads(read_plain(path, _MOST_RECORD).decode())
+        value = json.loads(read_regular_file(path, _MAX_RECORD_BYTES).decode())
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is not whole JSON ({error}): it was not written by lorafleet, or damaged") from error
+        raise RunError(
+            f"{path} is not whole JSON ({error}): it was not written by lorafleet, or damaged"
+        ) from error
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EFBIG, errno.EISDIR, errno.ELOOP):
             raise
@@ -142,26 +172,37 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Add one line and flush it. A torn line that a killed writer left is closed first."""
+    """Append one line and flush it to disk.
+
+    An incomplete line of a killed writer is ended first.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"schema_version": SCHEMA_VERSION, **finite(row)}) + "\n"
-    with _opened(path, os.O_RDWR | os.O_APPEND) as file:
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **replace_non_finite(row)}) + "\n"
+    with _open_file(path, os.O_RDWR | os.O_APPEND) as file:
         file.seek(0, os.SEEK_END)
-        if file.tell() and _last_byte(file) != b"\n":
+        if file.tell() and _read_last_byte(file) != b"\n":
             text = "\n" + text
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def _opened(path: Path, flags: int) -> BinaryIO:
-    """Open a file for writing, made where it is not there yet. Raises RunError for links and what is no file."""
+def _open_file(path: Path, flags: int) -> BinaryIO:
+    """Open a file for writing, and create it if it does not exist.
+
+    Raises:
+        RunError: If it is a link or not a regular file.
+    """
     try:
-        handle = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        handle = os.open(
+            path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
+        )
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
-        raise RunError(f"{path} is a link or a pipe, and no file of lorafleet's: take it away") from error
+        raise RunError(
+            f"{path} is a link or a pipe, and no file of lorafleet's: take it away"
+        ) from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise RunError(f"{path} is no plain file of lorafleet's: take it away")
@@ -169,34 +210,45 @@ def _opened(path: Path, flags: int) -> BinaryIO:
 
 
 def overwrite(path: Path, data: bytes) -> None:
-    """Write a file in place. Raises RunError for links and what is no file, as `append_jsonl` does."""
-    with _opened(path, os.O_RDWR) as file:
+    """Write a file in place. Raises RunError for links and for what is not a regular file."""
+    with _open_file(path, os.O_RDWR) as file:
         file.truncate()
         file.write(data)
 
 
-def opened_to_append(path: Path) -> BinaryIO:
-    """Open a log. Raises RunError for links and what is no file."""
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a log for appending.
+
+    Raises:
+        RunError: If it is a link or not a regular file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _opened(path, os.O_RDWR | os.O_APPEND)
+    return _open_file(path, os.O_RDWR | os.O_APPEND)
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """`write_text` of one object a line."""
-    versioned = ({"schema_version": SCHEMA_VERSION, **finite(row)} for row in rows)
+    """Write one JSON object a line, atomically."""
+    versioned = ({"schema_version": SCHEMA_VERSION, **replace_non_finite(row)} for row in rows)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in versioned))
 
 
-def _last_byte(file: Any) -> bytes:
+def _read_last_byte(file: Any) -> bytes:
+    """Return the last byte of an open file."""
     file.seek(-1, os.SEEK_END)
     last: bytes = file.read(1)
     return last
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole rows; a torn line (its writer was killed) is passed over."""
+    """Return all complete rows of a JSON Lines file; none if it does not exist.
+
+    Incomplete lines of a killed writer are skipped.
+
+    Raises:
+        RunError: If the path is not a readable regular file.
+    """
     try:
-        text = read_plain(path, _MOST_RECORD).decode(errors="replace")
+        text = read_regular_file(path, _MAX_RECORD_BYTES).decode(errors="replace")
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -204,7 +256,9 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             raise
         raise RunError(f"{path} is damaged: {error.strerror}") from error
     rows = []
-    for line in text.split("\n"):  # and at no other end of a line: a text in a row may hold one of Unicode's
+    for line in text.split(
+        "\n"
+    ):  # not splitlines(): a text in a row may hold one of Unicode's line separators
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict):
@@ -212,31 +266,36 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def finite(value: Any) -> Any:
-    """The value with every NaN and infinity as None: JSON has neither."""
+def replace_non_finite(value: Any) -> Any:
+    """Return a value with every NaN and infinity replaced by None: JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
+        return {key: replace_non_finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
+        return [replace_non_finite(inner) for inner in value]
     return value
 
 
-def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
+def compute_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold an exclusive lock on a file beside `path`; others wait, or without `wait` get False and no lock.
+def hold_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Hold an exclusive lock on a file beside `path`.
 
-    Raises RunError where something else than a file of ours is in the lock's place: it is never emptied or followed.
+    Yields True while the lock is held. Without `wait`, yields False if another process holds
+    it.
+
+    Raises:
+        RunError: If the path of the lock is not a regular file; it is then neither emptied nor
+            followed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _opened(path.with_name(f"{path.name}.lock"), os.O_RDWR) as file:
+    with _open_file(path.with_name(f"{path.name}.lock"), os.O_RDWR) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

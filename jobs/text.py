@@ -1,65 +1,92 @@
-"""Small things of sentences."""
+"""Format text for messages: counts, shortened text, and text that is safe to print in a
+terminal.
+"""
 
 from __future__ import annotations
 
 import re
 
 _COLOURS = re.compile(r"\x1b\[[0-9;:]*m")
-_UNPRINTABLE = re.compile(
+_UNSAFE_CHARACTERS = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     "\U000e0000-\U000e007f]"
 )
-"""x, hides or turns round text, or cannot be written as UTF-8; not line breaks and tabs."""
+"""Characters that control a terminal, hide or reverse text, or cannot be encoded as UTF-8.
+Line breaks and tabs are not included.
+"""
 
 
-_LONGEST_LINE, _HEAD, _TAIL = 1000, 560, 360
-"""Characters of a sentence, and of its two ends where it is cut: a value of 300 characters has room in it."""
+_MAX_MESSAGE_CHARS, _HEAD_CHARS, _TAIL_CHARS = 1000, 560, 360
+"""Maximum length of a message, and of its beginning and end if it is shortened. A value of 300
+characters fits.
+"""
 
 
-def one_line(text: str) -> str:
-    """Return a text with its line breaks spelt: a key or a value of a file does not make a second message."""
+def escape_line_breaks(text: str) -> str:
+    """Return a text with escaped line breaks.
+
+    A key or a value of a file can then not look like a second message.
+    """
     return text.replace("\r", "\\r").replace("\n", "\\n")
 
 
-def cut(text: str, most: int = _LONGEST_LINE) -> str:
-    """Return a text of at most about `most` characters: its beginning and its end, and how much is left out."""
-    if len(text) <= most:
+def shorten_text(text: str, max_chars: int = _MAX_MESSAGE_CHARS) -> str:
+    """Return a text of at most about `max_chars` characters.
+
+    A longer text is shortened to its beginning, the number of characters left out, and its end.
+    """
+    if len(text) <= max_chars:
         return text
-    head, tail = most * _HEAD // _LONGEST_LINE, most * _TAIL // _LONGEST_LINE
+    head, tail = (
+        max_chars * _HEAD_CHARS // _MAX_MESSAGE_CHARS,
+        max_chars * _TAIL_CHARS // _MAX_MESSAGE_CHARS,
+    )
     return f"{text[:head]}... ({len(text) - head - tail:,} more) ...{text[-tail:]}"
 
 
-def printable(text: str) -> str:
-    """Return a text that cannot steer the terminal that shows it: control characters are spelt, colours are gone."""
-    return _UNPRINTABLE.sub(_spelt, _COLOURS.sub("", text))
+def make_printable(text: str) -> str:
+    """Return a text that is safe to print in a terminal.
+
+    Control characters are escaped, and colours are removed.
+    """
+    return _UNSAFE_CHARACTERS.sub(_escape_character, _COLOURS.sub("", text))
 
 
-def printable_json(text: str) -> str:
-    """Return a JSON document with the same values that is safe to show: what JSON lets stand is escaped as well."""
-    return re.sub(r"[\x7f-\uffff]|[\U000e0000-\U000e007f]", _escaped, text)
+def make_json_printable(text: str) -> str:
+    """Return a JSON document with the same values that is safe to print in a terminal.
+
+    Unsafe characters that JSON allows unescaped are escaped as well.
+    """
+    return re.sub(r"[\x7f-\uffff]|[\U000e0000-\U000e007f]", _escape_json_character, text)
 
 
-def _spelt(found: re.Match[str]) -> str:
-    code = ord(found[0])
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+def _escape_character(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return (
+        f"\\x{code:02x}"
+        if code < 0x100
+        else f"\\u{code:04x}"
+        if code < 0x10000
+        else f"\\U{code:08x}"
+    )
 
 
-def _escaped(found: re.Match[str]) -> str:
-    if not _UNPRINTABLE.match(found[0]):
-        return found[0]
-    code = ord(found[0])
+def _escape_json_character(match: re.Match[str]) -> str:
+    if not _UNSAFE_CHARACTERS.match(match[0]):
+        return match[0]
+    code = ord(match[0])
     if code < 0x10000:
         return f"\\u{code:04x}"
     return f"\\u{0xD800 + ((code - 0x10000) >> 10):04x}\\u{0xDC00 + (code & 0x3FF):04x}"
 
 
-def counted(number: int, what: str) -> str:
-    """`1 trial`, `2 trials`, `3 processes`."""
-    ending = "" if number == 1 else "es" if what.endswith("s") else "s"
-    return f"{number:,} {what}{ending}"
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 trial`, `2 trials`, `3 processes`."""
+    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{ending}"
 
 
-def unsigned_zero(value: float, digits: int = 3) -> str:
-    """Write a number; one that rounds to 0 has no sign."""
-    written = f"{value:.{digits}f}"
-    return written.lstrip("-") if float(written) == 0 else written
+def format_decimal(value: float, digits: int = 3) -> str:
+    """Format a number with `digits` decimals; a number that rounds to 0 has no sign."""
+    text = f"{value:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text

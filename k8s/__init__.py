@@ -1,1 +1,1 @@
-"""Kubernetes: a job as a KubeRay RayJob, what the operator and the queues refuse, and what their states mean."""
+"""Kubernetes support: render, validate and follow a job as a KubeRay RayJob."""

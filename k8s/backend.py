@@ -1,7 +1,7 @@
-"""A Kubernetes cluster with the KubeRay operator: a run is a RayJob for each time that it is submitted.
+"""The Kubernetes backend: a run is a KubeRay RayJob, one for each submission.
 
-What is here is the run's record: its plan, what the cluster said last, and copies of what the run writes on the
-storage.
+The run's local folder is a record: its plan, its last reported status, and copies of what the
+run writes to the storage.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
 from lorafleet.cluster import submitted_runs as registry
-from lorafleet.cluster.backend import Say, Seen, quietly
+from lorafleet.cluster.backend import RunStatus, Say, ignore_message
 from lorafleet.cluster.local import write_run
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.cluster.remote.backend import (
-    Away,
-    Place,
-    begin_submission,
-    bring,
-    keep,
-    or_said_to_be_missing,
-    seen_last,
-    settled,
-    stored,
+    CommandRunner,
+    RemoteBackend,
+    download_record,
+    read_last_status,
+    read_record,
+    record_final_state,
+    record_if_missing,
+    record_submission,
+    update_record,
 )
-from lorafleet.cluster.remote.transfer import Which
+from lorafleet.cluster.remote.transfer import WeightSelection
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import CommandFailed, PlacementRefused, RunError, UserError
 from lorafleet.jobs.loading.job_file import LoadedJob, dump_resolved
@@ -41,7 +42,7 @@ from lorafleet.jobs.runs.bundle import TEXTS, pack
 from lorafleet.jobs.runs.plan import MANIFEST, Plan
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.sites.kubernetes import WORKER_LABELS, KubernetesSite
-from lorafleet.jobs.sites.placement import nodes_of_job
+from lorafleet.jobs.sites.placement import choose_node_count
 from lorafleet.k8s import crd
 from lorafleet.k8s import storage_pod as porter
 from lorafleet.k8s.errors import ClusterError, Conflict
@@ -50,38 +51,40 @@ from lorafleet.k8s.render import (
     ATTEMPT_LABEL,
     CALL_ANNOTATION,
     RUN_LABEL,
-    Order,
-    label,
-    object_name,
+    RenderContext,
+    get_run_folder,
+    make_object_name,
     render,
-    run_folder,
+    to_label_value,
     to_yaml,
 )
-from lorafleet.k8s.states import job_state, why_pending
-from lorafleet.k8s.storage_pod import account
-from lorafleet.k8s.watch import KubernetesWatch, has_run, seen
+from lorafleet.k8s.states import find_pending_reason, parse_job_state
+from lorafleet.k8s.storage_pod import get_account
+from lorafleet.k8s.watch import KubernetesWatch, derive_status, has_started_driver
 
 if TYPE_CHECKING:
     from lorafleet.cluster.doctor import Finding
     from lorafleet.k8s.client import Client, Tree
 
-_CRD = "LORAFLEET_RAYJOB_CRD"
-"""A file with the CustomResourceDefinition of RayJob."""
-_TRIES = 3
-"""How often the record of an ended run is tried to be brought unasked."""
-_PATIENCE_AT_THE_END = 120.0
-"""Seconds that the end of a run waits for a pod that brings its record; `pull` waits longer."""
+_CRD_VARIABLE = "LORAFLEET_RAYJOB_CRD"
+"""Environment variable that names a file with the CustomResourceDefinition of RayJob."""
+_MAX_DOWNLOAD_TRIES = 3
+"""How often `refresh` tries to download the record of an ended run."""
+_FINAL_POD_TIMEOUT_SECONDS = 120.0
+"""Seconds that the end of a run waits for the storage pod that downloads its record; `pull`
+waits longer.
+"""
 
 
-class KubernetesBackend(Away[KubernetesSite]):
-    """Submits RayJobs to a namespace."""
+class KubernetesBackend(RemoteBackend[KubernetesSite]):
+    """A backend that submits RayJobs to a namespace."""
 
     def __init__(self, site: KubernetesSite, nodes: int | None = None) -> None:
         self.site = site
         self.asked_nodes = nodes
         self.called = f"site {site.name}"
         self.mount = site.storage.mount_path
-        self.storage = porter.storage_key(site)
+        self.storage = porter.build_storage_key(site)
         self.internet = site.internet
 
     @classmethod
@@ -91,366 +94,490 @@ class KubernetesBackend(Away[KubernetesSite]):
 
     @functools.cached_property
     def client(self) -> Client:
-        """The cluster. Raises ClusterError when nothing says where it is."""
-        from lorafleet.k8s.client import Client  # a manifest is rendered without it, in half the time
+        """Return the cluster's client. Raises ClusterError if nothing says where the cluster is."""
+        from lorafleet.k8s.client import (
+            Client,
+        )  # imported here: rendering a manifest without it takes half the time
 
         return Client(self.site.namespace, self.site.context)
 
     @functools.cached_property
-    def glance(self) -> Client:
-        """The same, for those who only want to know: a cluster that does not answer is tried twice, not for minutes."""
+    def quick_client(self) -> Client:
+        """Return a client for status queries.
+
+        It tries a cluster that does not answer twice, not for minutes.
+        """
         from lorafleet.k8s.client import Client
 
-        return Client(self.site.namespace, self.site.context, tried=1)
+        return Client(self.site.namespace, self.site.context, max_retries=1)
 
-    # --- before: plan, check, bring what is needed
+    # --- before a run: plan, check, upload inputs
 
     def plan(self, loaded: LoadedJob, command: str) -> Plan:
-        """Everything that would happen. Raises a UserError where the job could not begin."""
-        nodes = nodes_of_job(self.site, self.asked_nodes, loaded.job.resources.num_nodes)
-        made = make_plan(loaded, self.site.allocation(nodes), command, self.site.allow_environment)
-        placement = made.placement.model_copy(update={"labels": made.placement.labels | WORKER_LABELS})
-        made = made.model_copy(update={"site": self.site.name, "nodes": nodes, "placement": placement})
-        made = self.moved(made)
+        """Return the plan of everything that would happen.
+
+        Raises:
+            UserError: The job could not start.
+        """
+        nodes = choose_node_count(self.site, self.asked_nodes, loaded.job.resources.num_nodes)
+        plan = make_plan(
+            loaded, self.site.build_allocation(nodes), command, self.site.allow_environment
+        )
+        placement = plan.placement.model_copy(
+            update={"labels": plan.placement.labels | WORKER_LABELS}
+        )
+        plan = plan.model_copy(
+            update={"site": self.site.name, "nodes": nodes, "placement": placement}
+        )
+        plan = self.apply_remote_paths(plan)
         texts = {
             "job.yaml": loaded.text,
             "resolved.json": dump_resolved(loaded),
-            "plan.json": made.model_dump_json(indent=1),
+            "plan.json": plan.model_dump_json(indent=1),
         }
-        manifest = to_yaml(render(self.site, self._order_to_keep(made, pack(made.job.name, texts, ray=version("ray")))))
+        manifest = to_yaml(
+            render(
+                self.site,
+                self._build_manifest_context(plan, pack(plan.job.name, texts, ray=version("ray"))),
+            )
+        )
         context = ["--context", self.site.context] if self.site.context else []
         line = shlex.join(["kubectl", *context, "apply", "--server-side", "-f", MANIFEST])
-        return made.model_copy(update={"files": {MANIFEST: manifest}, "command_line": line})
+        return plan.model_copy(update={"files": {MANIFEST: manifest}, "command_line": line})
 
-    def _order_to_keep(self, made: Plan, texts: dict[str, str]) -> Order:
-        # The same job on the same site has one name wherever it is rendered: the plan, which knows what lies in this
-        # machine's cache, has no part in it.
-        own = (made.job.model_dump_json(), self.site.model_dump_json(), made.command, made.nodes, version("lorafleet"))
-        mark = hashlib.sha256("\0".join(map(str, own)).encode()).hexdigest()[:6]
-        return self._order(f"{made.job.name}-{mark}", 1, made.nodes, texts)
+    def _build_manifest_context(self, plan: Plan, texts: dict[str, str]) -> RenderContext:
+        # The same job on the same site gets the same name on every machine. The plan depends on
+        # this machine's cache, so it is not part of the name.
+        identity = (
+            plan.job.model_dump_json(),
+            self.site.model_dump_json(),
+            plan.command,
+            plan.nodes,
+            version("lorafleet"),
+        )
+        suffix = hashlib.sha256("\0".join(map(str, identity)).encode()).hexdigest()[:6]
+        return self._build_context(f"{plan.job.name}-{suffix}", 1, plan.nodes, texts)
 
-    def _order(self, run: str, submission: int, nodes: int, texts: dict[str, str], call: str = "") -> Order:
-        return Order(
+    def _build_context(
+        self, run: str, submission: int, nodes: int, texts: dict[str, str], call: str = ""
+    ) -> RenderContext:
+        return RenderContext(
             run=run,
             submission=submission,
             nodes=nodes,
             texts=texts,
             ray_version=version("ray"),
-            user=self.site.user or account(),
+            user=self.site.user or get_account(),
             call=call,
         )
 
     def check(self, plan: Plan) -> tuple[list[str], list[str]]:
-        """What the schema of KubeRay, the operator's rules and the site have against the job; what was not asked."""
-        *_, job = yaml.safe_load_all(plan.files[MANIFEST])
-        refused, unasked = self._rules(plan, job), self.unbrought(plan.job)
-        wrong, source = self._schema(job)
-        return [*refused, *(f"schema: {error}" for error in wrong)], [*unasked, *([source] if source else [])]
+        """Check the job against KubeRay's schema, the operator's rules and the site.
 
-    def _rules(self, plan: Plan, job: Tree) -> list[str]:
-        """What is known without asking anybody."""
-        refused = self.unseen(plan.job)
-        refused += lint_site(
+        Returns:
+            The problems, and what could not be checked; one message each.
+        """
+        *_, job = yaml.safe_load_all(plan.files[MANIFEST])
+        problems, unchecked = self._check_rules(plan, job), self.list_missing_uploads(plan.job)
+        schema_errors, schema_note = self._check_schema(job)
+        return [*problems, *(f"schema: {error}" for error in schema_errors)], [
+            *unchecked,
+            *([schema_note] if schema_note else []),
+        ]
+
+    def _check_rules(self, plan: Plan, job: Tree) -> list[str]:
+        """Return the problems that can be found without contacting the cluster."""
+        problems = self.list_invisible_paths(plan.job)
+        problems += lint_site(
             nodes=plan.nodes,
             read_write_many=self.site.storage.read_write_many,
             image=self.site.image,
             version=version("lorafleet"),
         )
         try:
-            refused += [f"{found.path}: {found.sentence}" for found in lint(job)]
+            problems += [f"{violation.path}: {violation.sentence}" for violation in lint(job)]
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             if not self.site.patch:
                 raise
-            what = f"{type(error).__name__}: {error}"
-            refused.append(f"patch of site {self.site.name} gives a field a value of another form ({what})")
-        return refused
+            reason = f"{type(error).__name__}: {error}"
+            problems.append(
+                f"patch of site {self.site.name} gives a field a value of another form ({reason})"
+            )
+        return problems
 
-    def _schema(self, job: Tree) -> tuple[list[str], str]:
-        """(what a schema has against a RayJob, a sentence where it was not the cluster's): the cluster is asked first,
-        then a file."""
+    def _check_schema(self, job: Tree) -> tuple[list[str], str]:
+        """Check a RayJob against the cluster's schema, or else against the schema in a file.
+
+        Returns:
+            The schema errors, and a message if the cluster's own schema was not used.
+        """
         from lorafleet.k8s.client import Client
 
         try:
-            quick = Client(self.site.namespace, self.site.context, tried=0)
-            definition = quick.definition()
+            single_try_client = Client(self.site.namespace, self.site.context, max_retries=0)
+            definition = single_try_client.get_definition()
             if definition is None:
                 return ["the cluster has no RayJob: KubeRay is not installed there"], ""
-            return crd.Schema.of(definition).errors(job), ""
+            return crd.Schema.from_definition(definition).list_errors(job), ""
         except ClusterError as error:
-            if error.forbidden:
-                return self._dry_run(quick, job)
-            why = str(error)
-        if os.environ.get(_CRD):
-            return crd.Schema.read(files.in_home(os.environ[_CRD])).errors(job), ""
+            if error.is_forbidden:
+                return self._check_with_dry_run(single_try_client, job)
+            reason = str(error)
+        if os.environ.get(_CRD_VARIABLE):
+            return crd.Schema.read(files.expand_home(os.environ[_CRD_VARIABLE])).list_errors(
+                job
+            ), ""
         return [], (
-            f"not held against your cluster's schema of RayJob ({why}), but against lorafleet's own models alone; "
-            f"{_CRD} may name a file with the schema"
+            f"not held against your cluster's schema of RayJob ({reason}), but against "
+            "lorafleet's own models alone; "
+            f"{_CRD_VARIABLE} may name a file with the schema"
         )
 
-    def _dry_run(self, quick: Client, job: Tree) -> tuple[list[str], str]:
-        """What the API server itself says, where its schema may not be read."""
+    def _check_with_dry_run(self, client: Client, job: Tree) -> tuple[list[str], str]:
+        """Return the API server's own errors, for clusters whose schema the user may not read."""
         try:
-            quick.create(job, dry_run=True)
+            client.create(job, dry_run=True)
         except Conflict:
             return [], ""
         except ClusterError as error:
-            if error.refused and not error.forbidden:
+            if error.is_refused and not error.is_forbidden:
                 return [str(error)], ""
             return [], f"not held against your cluster's schema of RayJob: {error}"
         return [], ""
 
-    def reached(self, say: Say) -> contextlib.AbstractContextManager[Place]:
-        """A pod that sees the storage."""
-        return porter.pod_for(self.site, self.client, say)
+    def open_storage(self, say: Say) -> contextlib.AbstractContextManager[CommandRunner]:
+        """Open access to the storage through a storage pod."""
+        return porter.open_storage_pod(self.site, self.client, say)
 
-    # --- handing over
+    # --- submission
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
-        """Make the run's record here, and its objects on the cluster.
+        """Create the run's local record and its objects on the cluster.
 
-        Raises a UserError, and leaves nothing, where the cluster refuses them. Where it does not answer, the record
-        stays: nobody knows whether they were made, and `resume` finds out.
+        If the cluster does not answer, the record stays: it is unknown whether the objects exist,
+        and `resume` finds out.
+
+        Raises:
+            UserError: The cluster refuses the objects; nothing is left behind.
         """
         *_, job = yaml.safe_load_all(plan.files[MANIFEST])
-        refused = self._rules(plan, job)
-        if refused:
-            raise PlacementRefused("\n".join(refused))
-        _ = self.client  # there is a cluster to ask
+        problems = self._check_rules(plan, job)
+        if problems:
+            raise PlacementRefused("\n".join(problems))
+        _ = self.client  # fail before the folder is written if no cluster is configured
         run = write_run(plan.model_copy(update={"files": {}, "command_line": ""}), loaded, runs)
         try:
-            self._hand_over(run, {"nodes": plan.nodes, "submission": 1})
+            self._submit_objects(run, {"nodes": plan.nodes, "submission": 1})
         except BaseException as error:
-            self._not_taken(run, error, for_sure=stored(run).get("taken_back", True))
+            self._raise_submission_failure(
+                run, error, for_sure=read_record(run).get("taken_back", True)
+            )
         registry.add(run, self.site.name)
         return run
 
-    def _hand_over(self, run: Run, facts: dict[str, Any]) -> None:
-        """Make the objects of a submission.
+    def _submit_objects(self, run: Run, record: dict[str, Any]) -> None:
+        """Create the objects of a submission.
 
-        Their names and what marks them as this call's are written down first: a call that is tried again meets its own
-        objects, and knows them.
+        Their names and the mark of this call are recorded first, so that a repeated call
+        recognises its own objects.
         """
-        facts = {"call": secrets.token_hex(8)} | facts | {"handed_over": False}
-        facts |= {"kind": self.site.kind, "site": self.site.model_dump(mode="json")}
+        record = {"call": secrets.token_hex(8)} | record | {"handed_over": False}
+        record |= {"kind": self.site.kind, "site": self.site.model_dump(mode="json")}
         texts = {name: (run.path / name).read_text() for name in TEXTS}
-        packed = pack(str(run.status()["name"]), texts, facts["submission"], version("ray"))
-        order = self._order(run.id, facts["submission"], facts["nodes"], packed, facts["call"])
-        objects = render(self.site, order)
+        packed = pack(str(run.read_status()["name"]), texts, record["submission"], version("ray"))
+        context = self._build_context(
+            run.id, record["submission"], record["nodes"], packed, record["call"]
+        )
+        objects = render(self.site, context)
         files.write_text(run.path / MANIFEST, to_yaml(objects))
-        begin_submission(run, facts)
+        record_submission(run, record)
         try:
-            *others, job = [self._create(tree, facts["call"]) for tree in objects]
-            for tree in others:
-                self.client.give_to(job, tree["kind"], tree["metadata"]["name"])
+            *other_objects, job = [self._create_object(tree, record["call"]) for tree in objects]
+            for tree in other_objects:
+                self.client.set_owner(job, tree["kind"], tree["metadata"]["name"])
         except BaseException as error:
-            open_end = isinstance(error, ClusterError) and not error.refused
-            taken_back = not open_end and self._take_back(objects, facts["call"])
-            keep(run, facts["submission"], taken_back=taken_back)
+            is_unanswered = isinstance(error, ClusterError) and not error.is_refused
+            taken_back = not is_unanswered and self._delete_created_objects(objects, record["call"])
+            update_record(run, record["submission"], taken_back=taken_back)
             raise
-        keep(run, facts["submission"], handed_over=True)
+        update_record(run, record["submission"], handed_over=True)
 
-    def _create(self, tree: Tree, call: str) -> Tree:
-        """Make an object; one that the same call has made before is as good."""
+    def _create_object(self, tree: Tree, call: str) -> Tree:
+        """Create an object, or return the one that the same call created before.
+
+        Raises:
+            RunError: An object of this name exists, and another call created it.
+        """
         kind, name = tree["kind"], tree["metadata"]["name"]
         try:
             return {"kind": kind, "apiVersion": tree["apiVersion"]} | self.client.create(tree)
         except Conflict as error:
-            found = self.client.get(kind, name)
-            if found is None or not _is_of(found, call):
-                what = f"there is a {kind} {name} already, which this call has not made"
-                raise RunError(f"{what}: it is left alone") from error
-            return {"kind": kind, "apiVersion": tree["apiVersion"]} | found
+            existing = self.client.get(kind, name)
+            if existing is None or not _is_from_call(existing, call):
+                conflict = f"there is a {kind} {name} already, which this call has not made"
+                raise RunError(f"{conflict}: it is left alone") from error
+            return {"kind": kind, "apiVersion": tree["apiVersion"]} | existing
 
-    def _take_back(self, objects: list[Tree], call: str) -> bool:
-        """Take away what a call has made; returns whether nothing of it is left for sure."""
+    def _delete_created_objects(self, objects: list[Tree], call: str) -> bool:
+        """Delete the objects that a call created; return whether surely none of them is left."""
         try:
             for tree in reversed(objects):
-                found = self.client.get(tree["kind"], tree["metadata"]["name"])
-                if found and _is_of(found, call):
+                existing = self.client.get(tree["kind"], tree["metadata"]["name"])
+                if existing and _is_from_call(existing, call):
                     self.client.delete(tree["kind"], tree["metadata"]["name"])
         except ClusterError:
             return False
         return True
 
     def resume(self, run: Run) -> None:
-        """Hand an unfinished run over again, as a RayJob of its own. Raises RunError while one of it lives."""
-        facts, name = stored(run), self.name_of(run)
+        """Submit an unfinished run again, as a new RayJob.
+
+        Raises:
+            RunError: A RayJob of the run is still active or being deleted.
+        """
+        record, name = read_record(run), self.get_object_name(run)
         job = self.client.get("RayJob", name)
-        if not facts.get("handed_over"):
-            return self._hand_over(run, {key: facts[key] for key in ("nodes", "submission", "call")})
-        if (job or {}).get("metadata", {}).get("deletionTimestamp") or (job is None and self._saves(run)):
-            raise RunError(f"RayJob {name} of {run.id} is still being taken away; try again in a minute")
+        if not record.get("handed_over"):
+            return self._submit_objects(
+                run, {key: record[key] for key in ("nodes", "submission", "call")}
+            )
+        if (job or {}).get("metadata", {}).get("deletionTimestamp") or (
+            job is None and self._has_running_pods(run)
+        ):
+            raise RunError(
+                f"RayJob {name} of {run.id} is still being taken away; try again in a minute"
+            )
         if job is not None:
-            now = job_state(job.get("status"), queued=self._queued)
-            if not now.ended:
-                raise RunError(f"{run.id} has RayJob {name}, which {now.sentence}")
-            self.end_at_once(run)  # its head may still stand there, for its logs
-        return self._hand_over(run, {"nodes": facts["nodes"], "submission": int(facts["submission"]) + 1})
+            current = parse_job_state(job.get("status"), queued=self._uses_kueue)
+            if not current.ended:
+                raise RunError(f"{run.id} has RayJob {name}, which {current.sentence}")
+            self.kill(run)  # its head may still exist, to keep its logs
+        return self._submit_objects(
+            run, {"nodes": record["nodes"], "submission": int(record["submission"]) + 1}
+        )
 
-    # --- while it lives
+    # --- during a run
 
-    def folder_of(self, run: str) -> str:
-        """Where pods see a run."""
-        return run_folder(self.site, run)
+    def get_run_folder(self, run: str) -> str:
+        """Return the folder of a run as pods see it."""
+        return get_run_folder(self.site, run)
 
-    def newest(self, run: str) -> int:
-        """Which submission of a run the cluster knows as the newest; the first where it has forgotten all."""
-        jobs = self.client.rayjobs({RUN_LABEL: label(run)})
-        return max((int(job["metadata"]["labels"].get(ATTEMPT_LABEL) or 1) for job in jobs), default=1)
+    def find_newest_submission(self, run: str) -> int:
+        """Return the number of a run's newest submission.
 
-    def name_of(self, run: Run) -> str:
-        """The name of the run's newest objects."""
-        return object_name(run.id, int(stored(run)["submission"]))
+        Returns 1 if the cluster has forgotten all of them.
+        """
+        jobs = self.client.list_rayjobs({RUN_LABEL: to_label_value(run)})
+        return max(
+            (int(job["metadata"]["labels"].get(ATTEMPT_LABEL) or 1) for job in jobs), default=1
+        )
+
+    def get_object_name(self, run: Run) -> str:
+        """Return the name of the run's newest objects."""
+        return make_object_name(run.id, int(read_record(run)["submission"]))
 
     @property
-    def _queued(self) -> bool:
+    def _uses_kueue(self) -> bool:
         return self.site.scheduler.kind == "kueue"
 
-    def seen(self, run: Run, job: Tree | None) -> Seen:
-        """Where a run is, when this is its RayJob."""
-        if job is None and stored(run).get("stopping") and self._saves(run):
-            return Seen(RunState.RUNNING, "its RayJob is gone, and its pods save their trials and end")
-        return seen(run, self.name_of(run), job, queued=self._queued)
+    def derive_status(self, run: Run, job: Tree | None) -> RunStatus:
+        """Return the status of a run, given its RayJob."""
+        if job is None and read_record(run).get("stopping") and self._has_running_pods(run):
+            return RunStatus(
+                RunState.RUNNING, "its RayJob is gone, and its pods save their trials and end"
+            )
+        return derive_status(run, self.get_object_name(run), job, queued=self._uses_kueue)
 
-    def _saves(self, run: Run) -> bool:
-        """Whether pods of a run still live; where nobody can say, they do not."""
+    def _has_running_pods(self, run: Run) -> bool:
+        """Return whether pods of a run still run; False if the cluster cannot be asked."""
         with contextlib.suppress(UserError):
-            pods = self.glance.pods(porter.labels_of_submission(run, int(stored(run)["submission"])))
+            pods = self.quick_client.list_pods(
+                porter.build_submission_labels(run, int(read_record(run)["submission"]))
+            )
             return any(pod.get("status", {}).get("phase") == "Running" for pod in pods)
         return False
 
-    def look(self, run: Run) -> Seen:
-        """Where a run is: asked of the cluster first, of what was seen last where that does not answer."""
-        try:
-            job = self.glance.get("RayJob", self.name_of(run))
-        except ClusterError as error:
-            return seen_last(run) or Seen(run.state, f"{error}; the record here says {run.state}", asked=False)
-        found = self.seen(run, job)
-        if found.state is RunState.PENDING and job is not None:
-            why = self.why(run, job)
-            return Seen(found.state, found.sentence + (f": {why}" if why else ""))
-        if job is not None and job_state(job.get("status")).ended:
-            settled(run, int(stored(run)["submission"]), found)
-        return found
+    def status(self, run: Run) -> RunStatus:
+        """Return the run's status from the cluster.
 
-    def why(self, run: Run, job: Tree) -> str:
-        """Why pods of a run do not start, in words; empty when nothing says so."""
-        name = self.name_of(run)
+        Returns the last recorded status if the cluster does not answer.
+        """
+        try:
+            job = self.quick_client.get("RayJob", self.get_object_name(run))
+        except ClusterError as error:
+            return read_last_status(run) or RunStatus(
+                run.state, f"{error}; the record here says {run.state}", asked=False
+            )
+        status = self.derive_status(run, job)
+        if status.state is RunState.PENDING and job is not None:
+            reason = self.explain_pending(run, job)
+            return RunStatus(status.state, status.sentence + (f": {reason}" if reason else ""))
+        if job is not None and parse_job_state(job.get("status")).ended:
+            record_final_state(run, int(read_record(run)["submission"]), status)
+        return status
+
+    def explain_pending(self, run: Run, job: Tree) -> str:
+        """Return why pods of a run do not start; an empty string if no event says so."""
+        name = self.get_object_name(run)
         with contextlib.suppress(UserError):
-            events = self.glance.events(name=name)
+            events = self.quick_client.list_events(name=name)
             cluster = (job.get("status") or {}).get("rayClusterName")
             if cluster:
-                events += self.glance.events(name=cluster)
-            for pod in self.glance.pods(porter.labels_of_submission(run, int(stored(run)["submission"]))):
+                events += self.quick_client.list_events(name=cluster)
+            for pod in self.quick_client.list_pods(
+                porter.build_submission_labels(run, int(read_record(run)["submission"]))
+            ):
                 if pod.get("status", {}).get("phase") == "Pending":
-                    events += self.glance.events(name=pod["metadata"]["name"])
-            if self._queued:
-                queue = self.glance.events(kind="Workload")
-                events += [event for event in queue if f"rayjob-{name}" in event["involvedObject"]["name"]]
-            return why_pending(events) or ""
+                    events += self.quick_client.list_events(name=pod["metadata"]["name"])
+            if self._uses_kueue:
+                queue = self.quick_client.list_events(kind="Workload")
+                events += [
+                    event for event in queue if f"rayjob-{name}" in event["involvedObject"]["name"]
+                ]
+            return find_pending_reason(events) or ""
         return ""
 
-    def refresh(self, run: Run, say: Say = quietly) -> None:
-        """Bring what the run has written since: its record through its head, or else what its driver has said.
+    def refresh(self, run: Run, say: Say = ignore_message) -> None:
+        """Download what the run has written since the last call.
 
-        Of a run that has ended the record comes once, through a pod where its own are gone.
+        That is its record through its head, or else its driver's output. The record of a run that
+        has ended is downloaded once, through a storage pod if its own pods are gone.
         """
-        number = int(stored(run)["submission"])
+        number = int(read_record(run)["submission"])
         try:
-            if self.peek(run, number):
+            if self.download_from_head(run, number):
                 return
-            job = self.glance.get("RayJob", self.name_of(run))
-            if stored(run).get("handed_over") and self.seen(run, job).state not in (RunState.PENDING, RunState.RUNNING):
-                facts = stored(run)
-                if not facts.get("collected") and int(facts.get("tries") or 0) < _TRIES:
-                    say(f"{run.id} has ended, and its pods are gone: its record comes through one more")
-                    self.collect(run, number, ran=job is None or has_run(job))
+            job = self.quick_client.get("RayJob", self.get_object_name(run))
+            if read_record(run).get("handed_over") and self.derive_status(run, job).state not in (
+                RunState.PENDING,
+                RunState.RUNNING,
+            ):
+                record = read_record(run)
+                if (
+                    not record.get("collected")
+                    and int(record.get("tries") or 0) < _MAX_DOWNLOAD_TRIES
+                ):
+                    say(
+                        f"{run.id} has ended, and its pods are gone: its record comes through "
+                        "one more"
+                    )
+                    self.collect(run, number, ran=job is None or has_started_driver(job))
                 return
-            self._words(run, number)
+            self._save_driver_output(run, number)
         except ClusterError:
-            return  # `look` says so
+            return  # `status` reports it
 
-    def peek(self, run: Run, submission: int) -> bool:
-        """Bring a run's record through its head; False where that is not up, or does not let one in.
+    def download_from_head(self, run: Run, submission: int) -> bool:
+        """Download a run's record through its head.
 
-        Raises ClusterError where no API server answers.
+        Returns False if the head is not running or refuses the command.
+
+        Raises:
+            ClusterError: No API server answers.
         """
-        head = porter.head_of(self.glance, run, submission)
+        head = porter.find_head(self.quick_client, run, submission)
         if head is None:
             return False
         try:
-            bring(head, self.folder_of(run.id), run, wait=False)
+            download_record(head, self.get_run_folder(run.id), run, wait=False)
         except (ClusterError, CommandFailed):
             return False
-        if not (run.path / "logs" / "driver.log").is_file():  # it did not come so far
-            self._words(run, submission)
+        if not (
+            run.path / "logs" / "driver.log"
+        ).is_file():  # the driver's own log has not come yet
+            self._save_driver_output(run, submission)
         return True
 
-    def _words(self, run: Run, submission: int) -> None:
-        """What the driver has said, as the submitter's pod has it, where the driver's own log is not here."""
+    def _save_driver_output(self, run: Run, submission: int) -> None:
+        """Save the driver's output from the submitter pod's log.
+
+        Do nothing if the driver's own log is here.
+        """
         with contextlib.suppress(ClusterError):
-            words = porter.submitters_words(self.glance, run, submission)
-            if words and not (run.path / "logs" / "driver.log").is_file():
-                files.write_text(run.path / "logs" / "submitter.log", words)
+            output = porter.read_submitter_log(self.quick_client, run, submission)
+            if output and not (run.path / "logs" / "driver.log").is_file():
+                files.write_text(run.path / "logs" / "submitter.log", output)
 
     def collect(self, run: Run, submission: int, *, ran: bool) -> None:
-        """Bring the record of a submission that has ended; what hinders it is written down, and `seen` says it."""
-        self._words(run, submission)
-        with or_said_to_be_missing(run, submission):
-            self._bring(run, submission, "none", through_pod=ran, up_seconds=_PATIENCE_AT_THE_END)
+        """Download the record of a submission that has ended.
 
-    def pull(self, run: Run, which: Which, say: Say) -> int:
-        """Bring a run's record, W&B's files and the weights of `which` trials; returns how many files came."""
-        number = int(stored(run)["submission"])
-        count = self._bring(run, number, which, whole=True, say=say)
-        keep(run, number, missing=None, collected=True)
+        A failure is recorded, and the run's status shows it.
+
+        Args:
+            ran: Whether a driver started, so that there is something to download through a
+                storage pod.
+        """
+        self._save_driver_output(run, submission)
+        with record_if_missing(run, submission):
+            self._download(
+                run, submission, "none", through_pod=ran, up_seconds=_FINAL_POD_TIMEOUT_SECONDS
+            )
+
+    def pull(self, run: Run, weights: WeightSelection, say: Say) -> int:
+        """Download a run's record, W&B's files and the selected weights; return the number of
+        files.
+        """
+        number = int(read_record(run)["submission"])
+        count = self._download(run, number, weights, include_wandb=True, say=say)
+        update_record(run, number, missing=None, collected=True)
         return count
 
-    def _bring(
+    def _download(
         self,
         run: Run,
         submission: int,
-        which: Which,
+        weights: WeightSelection,
         *,
-        whole: bool = False,
+        include_wandb: bool = False,
         through_pod: bool = True,
-        say: Say = quietly,
+        say: Say = ignore_message,
         up_seconds: float | None = None,
     ) -> int:
-        head = porter.head_of(self.client, run, submission)
+        head = porter.find_head(self.client, run, submission)
         if head is not None:
-            return bring(head, self.folder_of(run.id), run, which, whole=whole)
+            return download_record(
+                head, self.get_run_folder(run.id), run, weights, include_wandb=include_wandb
+            )
         if not through_pod:
             return 0
-        with porter.pod_for(self.site, self.client, say, up_seconds) as place:
-            return bring(place, self.folder_of(run.id), run, which, whole=whole)
+        with porter.open_storage_pod(self.site, self.client, say, up_seconds) as runner:
+            return download_record(
+                runner, self.get_run_folder(run.id), run, weights, include_wandb=include_wandb
+            )
 
     def watch(self, run: Run) -> KubernetesWatch:
-        """The RayJob, followed."""
+        """Return a watch that follows the run's RayJob."""
         return KubernetesWatch(self, run)
 
     def cancel(self, run: Run) -> str:
-        """Take the run's RayJob away: the operator ends the driver, which has all trials saved."""
-        name, job = self.name_of(run), self.client.get("RayJob", self.name_of(run))
-        if job is None or job_state(job.get("status")).ended:
-            raise RunError(f"{run.id} has no RayJob that waits or runs: it is {self.look(run).state}")
-        keep(run, int(stored(run)["submission"]), stopping=True)
-        self.end_at_once(run)
+        """Delete the run's RayJob: the operator ends the driver, which has all trials saved first.
+
+        Raises:
+            RunError: The run has no RayJob that waits or runs.
+        """
+        name, job = self.get_object_name(run), self.client.get("RayJob", self.get_object_name(run))
+        if job is None or parse_job_state(job.get("status")).ended:
+            raise RunError(
+                f"{run.id} has no RayJob that waits or runs: it is {self.status(run).state}"
+            )
+        update_record(run, int(read_record(run)["submission"]), stopping=True)
+        self.kill(run)
         return (
-            f"{run.id} saves its trials and ends: RayJob {name} is being taken away; `lorafleet resume {run.id}` goes "
+            f"{run.id} saves its trials and ends: RayJob {name} is being taken away; `lorafleet "
+            f"resume {run.id}` goes "
             f"on, `lorafleet pull {run.id}` brings what it has so far"
         )
 
-    def end_at_once(self, run: Run) -> None:
-        """Take the run's RayJob away; what belongs to it goes with it."""
-        self.client.delete("RayJob", self.name_of(run))
+    def kill(self, run: Run) -> None:
+        """Delete the run's RayJob with everything that belongs to it."""
+        self.client.delete("RayJob", self.get_object_name(run))
 
-    def findings(self) -> list[Finding]:
-        """Ask the cluster for what a job needs, and start a pod of the image."""
-        from lorafleet.k8s.doctor import findings
+    def collect_findings(self) -> list[Finding]:
+        """Check that the cluster has what a job needs, and start a pod of the image."""
+        from lorafleet.k8s.doctor import collect_findings
 
-        return findings(self.site, self.client)
+        return collect_findings(self.site, self.client)
 
 
-def _is_of(tree: Tree, call: str) -> bool:
+def _is_from_call(tree: Tree, call: str) -> bool:
     return bool((tree["metadata"].get("annotations") or {}).get(CALL_ANNOTATION) == call)

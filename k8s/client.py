@@ -1,6 +1,6 @@
-"""The API server of a cluster, through the official client: what a run needs of it, and nothing more.
+"""Access a cluster's API server through the official client, limited to what a run needs.
 
-Objects are plain trees, as the server sends them. No Secret is read.
+Objects are plain dicts, as the server sends them. No Secret is read.
 """
 
 from __future__ import annotations
@@ -19,96 +19,128 @@ from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 from kubernetes.stream import stream
 from kubernetes.watch import Watch
-from lorafleet.jobs.errors import CommandFailed
-from lorafleet.k8s.errors import ClusterError, Conflict
 from urllib3 import Retry
 from urllib3.exceptions import HTTPError
 from websocket import ABNF, WebSocketException
 
+from lorafleet.jobs.errors import CommandFailed
+from lorafleet.k8s.errors import ClusterError, Conflict
+
 Tree = dict[str, Any]
 RAYJOBS = {"group": "ray.io", "version": "v1", "plural": "rayjobs"}
-_SECONDS = (5.0, 30.0)
-"""To connect, and for an answer."""
+_TIMEOUT_SECONDS = (5.0, 30.0)
+"""Timeouts in seconds: to connect, and to get an answer."""
 _WATCH_SECONDS = 240
-"""After which a watch is begun anew: behind a NAT one can hang for ever."""
-_LONGEST_PAUSE = 30.0
-_TRIED = 6
-"""How often a request is tried while the server is too busy or not there."""
+"""Seconds after which a watch is restarted: behind a NAT a watch can hang forever."""
+_MAX_PAUSE = 30.0
+_MAX_RETRIES = 6
+"""Retries of a request while the server is overloaded or unreachable."""
 _GONE, _CONFLICT, _FORBIDDEN, _NOT_FOUND = 410, 409, 403, 404
 _STDOUT, _STDERR, _STATUS = 1, 2, 3
 """Channels of a command's WebSocket (v4.channel.k8s.io)."""
-_BLOCK = 2**17
-"""Bytes of one message into a pod."""
-_STDERR_KEPT = 4000
+_BLOCK_BYTES = 2**17
+"""Bytes of one message to a pod."""
+_MAX_STDERR = 4000
 _IDLE_SECONDS = 900.0
-"""How long a command in a pod may say nothing: a large model is hashed meanwhile, but a connection may be dead."""
+"""Seconds that a command in a pod may be silent. Hashing a large model takes long, but a
+dead connection must be noticed.
+"""
 
 
 @contextlib.contextmanager
-def _said(what: str) -> Iterator[None]:
-    """Every way in which a request fails, as a sentence."""
+def _convert_errors(failure: str) -> Iterator[None]:
+    """Raise any failure of a request as ClusterError or Conflict with a message."""
     try:
         yield
     except ApiException as error:
-        kind = Conflict if _status(error) == _CONFLICT else ClusterError
-        raise kind(f"{what}: {_sentence(error)}", _status(error)) from error
+        error_class = Conflict if _get_status(error) == _CONFLICT else ClusterError
+        raise error_class(f"{failure}: {_get_message(error)}", _get_status(error)) from error
     except (HTTPError, WebSocketException, OSError) as error:
         reason = getattr(error, "reason", None) or error
-        raise ClusterError(f"{what}: the cluster's API server does not answer ({str(reason)[:200]})") from error
+        raise ClusterError(
+            f"{failure}: the cluster's API server does not answer ({str(reason)[:200]})"
+        ) from error
 
 
-def _sent(line: Any, block: bytes) -> bool:
-    """Send to a command's input; False where it takes no more."""
+def _send_input(connection: Any, block: bytes) -> bool:
+    """Send data to a command's input. Returns False if the command accepts no more."""
     try:
-        for start in range(0, len(block), _BLOCK):
-            line.write_stdin(block[start : start + _BLOCK])
+        for start in range(0, len(block), _BLOCK_BYTES):
+            connection.write_stdin(block[start : start + _BLOCK_BYTES])
     except (WebSocketException, OSError):
         return False
     return True
 
 
-def _check_ended(pod: str, command: list[str], status: bytes, errors: str) -> None:
-    """Raise what the last word on a command means; without one the connection broke off."""
+def _check_command_status(pod: str, command: list[str], status: bytes, errors: str) -> None:
+    """Raise the error that a command's final status stands for.
+
+    Raises:
+        ClusterError: There is no status, since the connection broke off.
+        CommandFailed: The command failed; the message holds the end of its error output.
+    """
     try:
-        told = json.loads(status)
+        result = json.loads(status)
     except ValueError:
-        raise ClusterError(f"the connection to pod {pod} broke off while {' '.join(command[:3])} ran") from None
-    if told.get("status") == "Success":
+        raise ClusterError(
+            f"the connection to pod {pod} broke off while {' '.join(command[:3])} ran"
+        ) from None
+    if result.get("status") == "Success":
         return
-    words = " ".join(errors[-_STDERR_KEPT:].split()) or str(told.get("message") or "it did not say why")
-    raise CommandFailed(words)
+    message = " ".join(errors[-_MAX_STDERR:].split()) or str(
+        result.get("message") or "it did not say why"
+    )
+    raise CommandFailed(message)
 
 
-def _status(error: ApiException) -> int | None:
-    """The status of an answer; a refused WebSocket has it in its words alone."""
+def _get_status(error: ApiException) -> int | None:
+    """Return the HTTP status of an error, or None.
+
+    For a refused WebSocket, the status is only in the text of the error.
+    """
     handshake = re.search(r"Handshake status (\d+)", str(error.reason))
     return int(handshake[1]) if handshake else error.status or None
 
 
-def _sentence(error: ApiException) -> str:
-    """What the server says, without the JSON around it."""
+def _get_message(error: ApiException) -> str:
+    """Return the server's message without the JSON around it."""
     try:
-        said = json.loads(error.body or "")["message"]
+        message = json.loads(error.body or "")["message"]
     except (ValueError, KeyError, TypeError):
-        said = str(error.body or error.reason or f"status {error.status}")[:300]
-    right = ' (docs/kubernetes.md, "Rights", says which it needs)' if _status(error) == _FORBIDDEN else ""
-    return " ".join(str(said).split()) + right
+        message = str(error.body or error.reason or f"status {error.status}")[:300]
+    permission_hint = (
+        ' (docs/kubernetes.md, "Rights", says which it needs)'
+        if _get_status(error) == _FORBIDDEN
+        else ""
+    )
+    return " ".join(str(message).split()) + permission_hint
 
 
 class Client:
-    """One namespace of one cluster."""
+    """Client for one namespace of a cluster."""
 
-    def __init__(self, namespace: str, context: str | None = None, tried: int = _TRIED) -> None:
-        """Raises ClusterError when neither a kubeconfig nor a service account says where the cluster is."""
+    def __init__(
+        self, namespace: str, context: str | None = None, max_retries: int = _MAX_RETRIES
+    ) -> None:
+        """Load the kubeconfig or the service account.
+
+        Args:
+            namespace: Namespace of all objects.
+            context: Context of the kubeconfig. None: the current one.
+            max_retries: Retries of a request while the server is overloaded or unreachable.
+
+        Raises:
+            ClusterError: Neither a kubeconfig nor a service account names a cluster.
+        """
         self.namespace = namespace
-        self.settings = _settings(context)
+        self.settings = _load_settings(context)
         self.settings.retries = Retry(
-            total=tried,
+            total=max_retries,
             status_forcelist=(429, 500, 502, 503, 504),
-            allowed_methods=None,  # a create that was done already is met as a conflict, and is our own
+            allowed_methods=None,  # a repeated create ends in a conflict with our own object
             backoff_factor=0.5,
-            backoff_max=_LONGEST_PAUSE,
-            retry_after_max=int(_LONGEST_PAUSE),
+            backoff_max=_MAX_PAUSE,
+            retry_after_max=int(_MAX_PAUSE),
             raise_on_status=False,
         )
         self.api = client.ApiClient(self.settings)
@@ -118,54 +150,70 @@ class Client:
 
     @property
     def host(self) -> str:
-        """The server's address."""
+        """Return the server's address."""
         return str(self.settings.host)
 
-    # --- the objects of a run
+    # --- objects of a run
 
     def create(self, tree: Tree, *, dry_run: bool = False) -> Tree:
-        """Make an object; unknown fields are refused, not dropped.
+        """Create an object. Unknown fields are refused, not dropped.
 
-        Raises Conflict where there is one of this name, and ClusterError.
+        Raises:
+            Conflict: An object of this name exists.
+            ClusterError: The request failed.
         """
-        dry = {"dry_run": "All"} if dry_run else {}
-        with _said(f"{tree['kind']} {tree['metadata']['name']} was not created"):
-            return self._ask(self._of(tree["kind"], "create"), body=tree, field_validation="Strict", **dry)
+        dry_run_options = {"dry_run": "All"} if dry_run else {}
+        with _convert_errors(f"{tree['kind']} {tree['metadata']['name']} was not created"):
+            return self._send_request(
+                self._get_request(tree["kind"], "create"),
+                body=tree,
+                field_validation="Strict",
+                **dry_run_options,
+            )
 
     def get(self, kind: str, name: str) -> Tree | None:
-        """An object, or None where there is none. Raises ClusterError."""
-        with _said(f"{kind} {name} cannot be read"):
+        """Return an object, or None if it does not exist. Raises ClusterError."""
+        with _convert_errors(f"{kind} {name} cannot be read"):
             try:
-                return self._ask(self._of(kind, "read"), name=name)
+                return self._send_request(self._get_request(kind, "read"), name=name)
             except ApiException as error:
                 if error.status == _NOT_FOUND:
                     return None
                 raise
 
     def delete(self, kind: str, name: str) -> bool:
-        """Ask for an object to be taken away; returns False where there is none. Raises ClusterError."""
-        with _said(f"{kind} {name} cannot be taken away"):
+        """Request the deletion of an object. Returns False if it does not exist.
+
+        Raises ClusterError.
+        """
+        with _convert_errors(f"{kind} {name} cannot be taken away"):
             try:
-                self._ask(self._of(kind, "delete"), name=name, propagation_policy="Background")
+                self._send_request(
+                    self._get_request(kind, "delete"), name=name, propagation_policy="Background"
+                )
             except ApiException as error:
                 if error.status == _NOT_FOUND:
                     return False
                 raise
         return True
 
-    def give_to(self, owner: Tree, kind: str, name: str) -> None:
-        """Have an object go when its owner goes. Raises ClusterError."""
+    def set_owner(self, owner: Tree, kind: str, name: str) -> None:
+        """Set the owner of an object, so that both are deleted together. Raises ClusterError."""
         reference = {
             "apiVersion": owner["apiVersion"],
             "kind": owner["kind"],
             "name": owner["metadata"]["name"],
             "uid": owner["metadata"]["uid"],
         }
-        with _said(f"{kind} {name} cannot be given to its owner"):
-            self._ask(self._of(kind, "patch"), name=name, body={"metadata": {"ownerReferences": [reference]}})
+        with _convert_errors(f"{kind} {name} cannot be given to its owner"):
+            self._send_request(
+                self._get_request(kind, "patch"),
+                name=name,
+                body={"metadata": {"ownerReferences": [reference]}},
+            )
 
-    def _of(self, kind: str, verb: str) -> Callable[..., Any]:
-        """The client's function for a verb on a kind of object, in our namespace."""
+    def _get_request(self, kind: str, verb: str) -> Callable[..., Any]:
+        """Return the client's function for a verb on a kind of object in this namespace."""
         if kind == "RayJob":
             name = f"{'get' if verb == 'read' else verb}_namespaced_custom_object"
             return partial(getattr(self.custom, name), namespace=self.namespace, **RAYJOBS)
@@ -178,9 +226,14 @@ class Client:
         api, noun = apis[kind]
         return partial(getattr(api, f"{verb}_namespaced_{noun}"), namespace=self.namespace)
 
-    def _ask(self, request: Callable[..., Any], **options: Any) -> Tree:
-        """The answer as the server sent it: the client's models refuse one that lacks a field they count on."""
-        body = self._body(request(**options, _preload_content=False, _request_timeout=_SECONDS))
+    def _send_request(self, request: Callable[..., Any], **options: Any) -> Tree:
+        """Send a request and return the answer as the server sent it.
+
+        The client's own models refuse an answer that lacks a field they expect.
+        """
+        body = self._read_body(
+            request(**options, _preload_content=False, _request_timeout=_TIMEOUT_SECONDS)
+        )
         try:
             tree = json.loads(body)
         except ValueError:
@@ -189,132 +242,176 @@ class Client:
             raise ClusterError(f"{self.host} does not answer as an API server does: {body[:80]!r}")
         return tree
 
-    def _body(self, answer: Any) -> bytes:
-        """The bytes of an answer that was not read yet."""
+    def _read_body(self, answer: Any) -> bytes:
+        """Return the bytes of an answer that was not read yet. Raises for an error status."""
         if not 200 <= answer.status <= 299:
-            self.api.response_deserialize(answer, {})  # raises what the status means
+            self.api.response_deserialize(answer, {})  # raises the error for this status
         return bytes(answer.data)
 
-    # --- following one
+    # --- following a RayJob
 
     def follow(
-        self, name: str, seen: Callable[[Tree | None], None], failed: Callable[[str], None], end: threading.Event
+        self,
+        name: str,
+        on_change: Callable[[Tree | None], None],
+        on_error: Callable[[str], None],
+        end: threading.Event,
     ) -> None:
-        """Tell of a RayJob as it is, and at each change (None: it is gone), until `end` is set.
+        """Report a RayJob as it is and at each change, until `end` is set.
 
-        A list and a watch from there, as a reflector does: listed again when the watch ends, is dropped, or its version
-        is too old (410). What goes wrong is told to `failed`, and tried again with growing pauses.
+        Lists the object and watches it from there, as a reflector does. It lists again when the
+        watch ends, is dropped, or its version is too old (410).
+
+        Args:
+            name: Name of the RayJob.
+            on_change: Called with the RayJob, or None if it does not exist.
+            on_error: Called with the message of an error. The request is then tried again with
+                growing pauses.
+            end: Event that ends this function.
         """
         pause = 0.0
         while not end.wait(pause):
             try:
-                self._follow(name, seen, end)
-                pause = 1.0  # a server that ends watches at once is not asked without pause
+                self._follow_once(name, on_change, end)
+                pause = 1.0  # do not flood a server that ends watches at once
             except ClusterError as error:
                 if error.status != _GONE:
-                    failed(str(error))
-                pause = min(_LONGEST_PAUSE, 2 * pause or 0.5)
+                    on_error(str(error))
+                pause = min(_MAX_PAUSE, 2 * pause or 0.5)
 
-    def _follow(self, name: str, seen: Callable[[Tree | None], None], end: threading.Event) -> None:
-        """One list, and one watch from there to its end. Raises ClusterError."""
-        where = {**RAYJOBS, "namespace": self.namespace, "field_selector": f"metadata.name={name}"}
-        with _said(f"RayJob {name} cannot be followed"):
-            listed = self._ask(self.custom.list_namespaced_custom_object, **where)
-            seen(next(iter(listed["items"]), None))
-            for kind, job in self._events(where, listed["metadata"]["resourceVersion"]):
+    def _follow_once(
+        self, name: str, on_change: Callable[[Tree | None], None], end: threading.Event
+    ) -> None:
+        """List the RayJob once, and watch it from there until the watch ends.
+
+        Raises ClusterError.
+        """
+        selector = {
+            **RAYJOBS,
+            "namespace": self.namespace,
+            "field_selector": f"metadata.name={name}",
+        }
+        with _convert_errors(f"RayJob {name} cannot be followed"):
+            listed = self._send_request(self.custom.list_namespaced_custom_object, **selector)
+            on_change(next(iter(listed["items"]), None))
+            for kind, job in self._iterate_events(selector, listed["metadata"]["resourceVersion"]):
                 if end.is_set():
                     return
                 if kind != "BOOKMARK":
-                    seen(None if kind == "DELETED" else job)
+                    on_change(None if kind == "DELETED" else job)
 
-    def _events(self, where: dict[str, str], version: str) -> Iterator[tuple[str, Tree]]:
-        """(kind, object) of each event of a watch. The client's own takes what comes apart without a look.
+    def _iterate_events(self, selector: dict[str, str], version: str) -> Iterator[tuple[str, Tree]]:
+        """Yield (kind, object) of each event of a watch.
 
-        Raises ClusterError for what no API server sends.
+        The client's own stream takes events apart without checking them. Raises ClusterError
+        for data that no API server sends.
         """
         self.watching = Watch()
         events = self.watching.stream(
             self.custom.list_namespaced_custom_object,
-            **where,
+            **selector,
             resource_version=version,
             timeout_seconds=_WATCH_SECONDS,
-            _request_timeout=(_SECONDS[0], _WATCH_SECONDS + _SECONDS[1]),
+            _request_timeout=(_TIMEOUT_SECONDS[0], _WATCH_SECONDS + _TIMEOUT_SECONDS[1]),
         )
         while True:
             try:
                 event = next(events)
-                told = str(event["type"]), event["object"]
+                kind_and_object = str(event["type"]), event["object"]
             except StopIteration:
                 return
             except (KeyError, TypeError, ValueError, AttributeError) as error:
-                what = f"{type(error).__name__}: {error}"
-                raise ClusterError(f"{self.host} does not answer as an API server does ({what})") from error
-            yield told
+                reason = f"{type(error).__name__}: {error}"
+                raise ClusterError(
+                    f"{self.host} does not answer as an API server does ({reason})"
+                ) from error
+            yield kind_and_object
 
     def stop_following(self) -> None:
-        """End a `follow` that waits for news: its connection is cut."""
+        """End a `follow` that waits for news by closing its connection."""
         if self.watching is not None:
             self.watching.stop()
 
     # --- pods
 
-    def pods(self, labels: dict[str, str]) -> list[Tree]:
-        """The pods with these labels, the newest first. Raises ClusterError."""
+    def list_pods(self, labels: dict[str, str]) -> list[Tree]:
+        """Return the pods with these labels, newest first. Raises ClusterError."""
         selector = ",".join(f"{key}={value}" if value else key for key, value in labels.items())
-        with _said("pods cannot be listed"):
-            listed = self._ask(self.core.list_namespaced_pod, namespace=self.namespace, label_selector=selector)
-        return sorted(listed["items"], key=_created, reverse=True)
+        with _convert_errors("pods cannot be listed"):
+            listed = self._send_request(
+                self.core.list_namespaced_pod, namespace=self.namespace, label_selector=selector
+            )
+        return sorted(listed["items"], key=_get_creation_time, reverse=True)
 
-    def rayjobs(self, labels: dict[str, str]) -> list[Tree]:
-        """The RayJobs with these labels. Raises ClusterError."""
+    def list_rayjobs(self, labels: dict[str, str]) -> list[Tree]:
+        """Return the RayJobs with these labels. Raises ClusterError."""
         selector = ",".join(f"{key}={value}" for key, value in labels.items())
-        with _said("RayJobs cannot be listed"):
-            listed = self._ask(
+        with _convert_errors("RayJobs cannot be listed"):
+            listed = self._send_request(
                 self.custom.list_namespaced_custom_object,
                 namespace=self.namespace,
                 label_selector=selector,
                 **RAYJOBS,
             )
-        found: list[Tree] = listed["items"]
-        return found
+        items: list[Tree] = listed["items"]
+        return items
 
-    def events(self, **involved: str) -> list[Tree]:
-        """The events of an object, by fields of `involvedObject`. Raises ClusterError."""
-        selector = ",".join(f"involvedObject.{key}={value}" for key, value in involved.items())
-        with _said("events cannot be listed"):
-            listed = self._ask(self.core.list_namespaced_event, namespace=self.namespace, field_selector=selector)
-        found: list[Tree] = listed["items"]
-        return found
+    def list_events(self, **involved: str) -> list[Tree]:
+        """Return the events of an object, selected by fields of `involvedObject`.
 
-    def log(self, pod: str) -> str:
-        """All that a pod's container has said. Raises ClusterError."""
-        with _said(f"the log of pod {pod} cannot be read"):
-            answer = self.core.read_namespaced_pod_log(
-                pod, self.namespace, _preload_content=False, _request_timeout=_SECONDS
-            )
-            return self._body(answer).decode(errors="replace")
-
-    def run_in(
-        self, pod: str, container: str, command: list[str], take: Callable[[bytes], object], feed: Iterable[bytes] = ()
-    ) -> None:
-        """Run a command in a pod: `feed` goes to its input, and `take` gets what it prints.
-
-        Raises ClusterError, and CommandFailed with the command's last words where it fails.
+        Raises ClusterError.
         """
-        what = f"nothing can be run in pod {pod}"
-        with _said(what):
-            line = self._line(pod, container, command)
+        selector = ",".join(f"involvedObject.{key}={value}" for key, value in involved.items())
+        with _convert_errors("events cannot be listed"):
+            listed = self._send_request(
+                self.core.list_namespaced_event, namespace=self.namespace, field_selector=selector
+            )
+        items: list[Tree] = listed["items"]
+        return items
+
+    def read_log(self, pod: str) -> str:
+        """Return the log of a pod. Raises ClusterError."""
+        with _convert_errors(f"the log of pod {pod} cannot be read"):
+            answer = self.core.read_namespaced_pod_log(
+                pod, self.namespace, _preload_content=False, _request_timeout=_TIMEOUT_SECONDS
+            )
+            return self._read_body(answer).decode(errors="replace")
+
+    def run_command(
+        self,
+        pod: str,
+        container: str,
+        command: list[str],
+        on_output: Callable[[bytes], object],
+        input_blocks: Iterable[bytes] = (),
+    ) -> None:
+        """Run a command in a pod.
+
+        Args:
+            pod: Name of the pod.
+            container: Name of the container.
+            command: The command and its arguments.
+            on_output: Called with each block of standard output.
+            input_blocks: Data for standard input.
+
+        Raises:
+            ClusterError: The command could not be started, or the connection broke off.
+            CommandFailed: The command failed; the message holds the end of its error output.
+        """
+        failure = f"nothing can be run in pod {pod}"
+        with _convert_errors(failure):
+            connection = self._open_connection(pod, container, command)
         errors, status = bytearray(), bytearray()
         try:
-            for block in feed:
-                if not _sent(line, block):
-                    break  # the command has ended: it says why
+            for block in input_blocks:
+                if not _send_input(connection, block):
+                    break  # the command has ended: its status says why
             while True:
                 try:
-                    with _said(what):
-                        opcode, frame = line.sock.recv_data_frame(True)
+                    with _convert_errors(failure):
+                        opcode, frame = connection.sock.recv_data_frame(True)
                 except ClusterError:
-                    if status:  # all was said, and the other side did not wait for our goodbye
+                    if status:  # complete: the server closed without a close frame
                         break
                     raise
                 if opcode == ABNF.OPCODE_CLOSE:
@@ -322,18 +419,21 @@ class Client:
                 if opcode in (ABNF.OPCODE_BINARY, ABNF.OPCODE_TEXT) and frame.data:
                     channel, data = frame.data[0], frame.data[1:]
                     if channel == _STDOUT:
-                        take(data)
+                        on_output(data)
                     elif channel == _STDERR:
                         errors += data
                     elif channel == _STATUS:
                         status += data
         finally:
-            line.close(timeout=1)
-        _check_ended(pod, command, bytes(status), errors.decode(errors="replace"))
+            connection.close(timeout=1)
+        _check_command_status(pod, command, bytes(status), errors.decode(errors="replace"))
 
-    def _line(self, pod: str, container: str, command: list[str]) -> Any:
-        """The WebSocket of a command. Its client's own reading is not used: it copies all that came at every frame."""
-        line = stream(
+    def _open_connection(self, pod: str, container: str, command: list[str]) -> Any:
+        """Open the WebSocket of a command.
+
+        Its client's own read method is not used: it copies all received data at every frame.
+        """
+        connection = stream(
             client.CoreV1Api(client.ApiClient(self.settings)).connect_get_namespaced_pod_exec,
             pod,
             self.namespace,
@@ -346,26 +446,32 @@ class Client:
             binary=True,
             _preload_content=False,
         )
-        line.sock.settimeout(_IDLE_SECONDS)
-        return line
+        connection.sock.settimeout(_IDLE_SECONDS)
+        return connection
 
     # --- the cluster itself
 
-    def definition(self) -> Tree | None:
-        """The cluster's CustomResourceDefinition of RayJob, or None where there is none. Raises ClusterError."""
+    def get_definition(self) -> Tree | None:
+        """Return the CustomResourceDefinition of RayJob, or None if there is none.
+
+        Raises ClusterError.
+        """
         api = client.ApiextensionsV1Api(self.api)
-        with _said("the cluster's definition of RayJob cannot be read"):
+        with _convert_errors("the cluster's definition of RayJob cannot be read"):
             try:
-                return self._ask(api.read_custom_resource_definition, name="rayjobs.ray.io")
+                return self._send_request(
+                    api.read_custom_resource_definition, name="rayjobs.ray.io"
+                )
             except ApiException as error:
                 if error.status == _NOT_FOUND:
                     return None
                 raise
 
-    def all_of(self, kind: str) -> list[Tree] | None:
-        """The objects of a kind that the user may see; None where it may not, or there is no such kind.
+    def list_objects(self, kind: str) -> list[Tree] | None:
+        """Return the objects of a kind that the user may see.
 
-        Raises ClusterError where no server answers.
+        None if the user may not list them, or if the kind does not exist. Raises ClusterError
+        if no server answers.
         """
         requests = {
             "Node": partial(self.core.list_node),
@@ -376,68 +482,98 @@ class Client:
                 self.custom.list_namespaced_custom_object,
                 namespace=self.namespace,
                 group="kueue.x-k8s.io",
-                version=self._version_of("kueue.x-k8s.io"),
+                version=self._get_group_version("kueue.x-k8s.io"),
                 plural="localqueues",
             ),
         }
-        with _said(f"objects of kind {kind} cannot be listed"):
+        with _convert_errors(f"objects of kind {kind} cannot be listed"):
             try:
-                found: list[Tree] = self._ask(requests[kind])["items"]
+                items: list[Tree] = self._send_request(requests[kind])["items"]
             except ApiException as error:
                 if error.status in (_FORBIDDEN, _NOT_FOUND):
                     return None
                 raise
-        return found
+        return items
 
-    def serves(self, group: str) -> bool:
-        """Whether the cluster has an API group. Raises ClusterError."""
-        return bool(self._version_of(group))
+    def has_api_group(self, group: str) -> bool:
+        """Return whether the cluster has an API group. Raises ClusterError."""
+        return bool(self._get_group_version(group))
 
-    def _version_of(self, group: str) -> str:
-        """What the cluster prefers of an API group; empty where it has none."""
-        with _said("the cluster's API groups cannot be read"):
-            groups = self._ask(client.ApisApi(self.api).get_api_versions)["groups"]
-        return next((str(found["preferredVersion"]["version"]) for found in groups if found["name"] == group), "")
+    def _get_group_version(self, group: str) -> str:
+        """Return the preferred version of an API group; empty if the cluster does not have it."""
+        with _convert_errors("the cluster's API groups cannot be read"):
+            groups = self._send_request(client.ApisApi(self.api).get_api_versions)["groups"]
+        return next(
+            (
+                str(api_group["preferredVersion"]["version"])
+                for api_group in groups
+                if api_group["name"] == group
+            ),
+            "",
+        )
 
-    def may(self, verb: str, resource: str, group: str = "", subresource: str = "") -> bool:
-        """Whether the user has a right in the namespace. Raises ClusterError."""
-        asked = {"namespace": self.namespace, "verb": verb, "resource": resource, "group": group}
+    def is_allowed(self, verb: str, resource: str, group: str = "", subresource: str = "") -> bool:
+        """Return whether the user may do this in the namespace. Raises ClusterError."""
+        attributes = {
+            "namespace": self.namespace,
+            "verb": verb,
+            "resource": resource,
+            "group": group,
+        }
         if subresource:
-            asked["subresource"] = subresource
+            attributes["subresource"] = subresource
         body = {
             "apiVersion": "authorization.k8s.io/v1",
             "kind": "SelfSubjectAccessReview",
-            "spec": {"resourceAttributes": asked},
+            "spec": {"resourceAttributes": attributes},
         }
-        with _said("the cluster cannot be asked for rights"):
-            answer = self._ask(client.AuthorizationV1Api(self.api).create_self_subject_access_review, body=body)
+        with _convert_errors("the cluster cannot be asked for rights"):
+            answer = self._send_request(
+                client.AuthorizationV1Api(self.api).create_self_subject_access_review, body=body
+            )
         return bool(answer["status"]["allowed"])
 
 
-def current(context: str | None) -> tuple[str, str]:
-    """(name, namespace) of a context of the kubeconfig, or of its current one. Raises ClusterError."""
+def get_context(context: str | None) -> tuple[str, str]:
+    """Return (name, namespace) of a kubeconfig context, by default the current one.
+
+    Raises ClusterError.
+    """
     try:
-        known, now = config.list_kube_config_contexts(os.environ.get("KUBECONFIG"))
+        contexts, current_context = config.list_kube_config_contexts(os.environ.get("KUBECONFIG"))
     except (config.ConfigException, yaml.YAMLError) as error:
         raise ClusterError(f"there is no cluster to ask: {error}") from error
-    found = next((one for one in known if one["name"] == context), None) if context else now
-    if not found:
-        names = ", ".join(one["name"] for one in known) or "none"
+    selected = (
+        next((item for item in contexts if item["name"] == context), None)
+        if context
+        else current_context
+    )
+    if not selected:
+        names = ", ".join(item["name"] for item in contexts) or "none"
         raise ClusterError(f"there is no context {context} in the kubeconfig; there are {names}")
-    return str(found["name"]), str(found["context"].get("namespace") or "default")
+    return str(selected["name"]), str(selected["context"].get("namespace") or "default")
 
 
-def _created(tree: Tree) -> str:
+def _get_creation_time(tree: Tree) -> str:
+    """Return the creation time of an object, or an empty string."""
     return str(tree["metadata"].get("creationTimestamp") or "")
 
 
-def _settings(context: str | None) -> client.Configuration:
-    """Where the cluster is and who asks: the kubeconfig, or inside a pod without one its service account."""
+def _load_settings(context: str | None) -> client.Configuration:
+    """Load the address of the cluster and the user's credentials.
+
+    They come from the kubeconfig or, in a pod without one, from its service account. Raises
+    ClusterError.
+    """
     settings = client.Configuration()
     try:
-        config.load_kube_config(os.environ.get("KUBECONFIG"), context=context, client_configuration=settings)
+        config.load_kube_config(
+            os.environ.get("KUBECONFIG"), context=context, client_configuration=settings
+        )
     except yaml.YAMLError as error:
-        raise ClusterError(f"the kubeconfig is not whole YAML: {' '.join(str(error).split())[:200]}") from error
+        raise ClusterError(
+            f"the kubeconfig is not whole YAML: {' '.join(str(error).split())[:200]}"
+        ) from error
     except config.ConfigException as error:
         if context is None:
             with contextlib.suppress(config.ConfigException):

@@ -1,4 +1,4 @@
-"""A site file for a namespace of a Kubernetes cluster, from what its API server lets one see."""
+"""Discovers a Kubernetes namespace: writes a site file from what its API server shows."""
 
 from __future__ import annotations
 
@@ -11,32 +11,36 @@ if TYPE_CHECKING:
 
 IMAGE = "registry.example.com/ml/lorafleet:{version}@sha256:" + "0" * 64
 _GPU = re.compile(r"^[a-z0-9.-]+/(gpu|.*gpu)$")
-_SHARE = 0.9
-"""Of a node's room that one pod may have: the system's own pods want some."""
+_POD_SHARE = 0.9
+"""Share of a node's allocatable resources that one pod may use: the system's own pods need some."""
 
 
-def ask_cluster(context: str | None) -> tuple[str, str]:
-    """(name, text) of a site file for the kubeconfig's context. Raises ClusterError where no cluster answers."""
+def discover_cluster(context: str | None) -> tuple[str, str]:
+    """Return (name, text) of a site file for the kubeconfig's context.
+
+    Raises:
+        ClusterError: No cluster answers.
+    """
     from importlib.metadata import version
 
-    from lorafleet.k8s.client import Client, current
+    from lorafleet.k8s.client import Client, get_context
 
-    name, namespace = current(context)
-    client = Client(namespace, context, tried=0)
-    claims = client.all_of("PersistentVolumeClaim") or []
-    text = draft(
+    name, namespace = get_context(context)
+    client = Client(namespace, context, max_retries=0)
+    claims = client.list_objects("PersistentVolumeClaim") or []
+    text = render_site_file(
         namespace=namespace,
         context=context,
         version=version("lorafleet"),
         claims=claims,
-        nodes=client.all_of("Node"),
-        queues=client.all_of("LocalQueue") or [],
-        kuberay=client.serves("ray.io"),
+        nodes=client.list_objects("Node"),
+        queues=client.list_objects("LocalQueue") or [],
+        kuberay=client.has_api_group("ray.io"),
     )
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "kubernetes", text
 
 
-def draft(
+def render_site_file(
     *,
     namespace: str,
     context: str | None,
@@ -46,65 +50,111 @@ def draft(
     queues: list[Tree],
     kuberay: bool,
 ) -> str:
-    """The text of a site file; `nodes` is None where they may not be seen. Pure."""
-    lines = [f"# Namespace {namespace}, as its API server tells of it. Read it, and name your image."]
+    """Return the text of a site file. Pure.
+
+    Args:
+        nodes: The cluster's nodes; None if the user may not list them.
+        kuberay: Whether the cluster serves RayJob.
+    """
+    lines = [
+        f"# Namespace {namespace}, as its API server tells of it. Read it, and name your image."
+    ]
     if not kuberay:
-        lines.append("# There is no RayJob on this cluster yet: an administrator installs KubeRay 1.7 or newer.")
-    lines += ["kind: kubernetes", *([f"context: {context}"] if context else []), f"namespace: {namespace}"]
-    lines += [f"image: {IMAGE.format(version=version)}   # yours, by digest: docs/kubernetes.md has a Dockerfile"]
-    lines += [*_storage(claims), "nodes: 1", "max_nodes: 4", *_hardware(nodes), *_queue(queues)]
+        lines.append(
+            "# There is no RayJob on this cluster yet: an administrator installs KubeRay 1.7 "
+            "or newer."
+        )
+    lines += [
+        "kind: kubernetes",
+        *([f"context: {context}"] if context else []),
+        f"namespace: {namespace}",
+    ]
+    lines += [
+        f"image: {IMAGE.format(version=version)}   # yours, by digest: docs/kubernetes.md has a "
+        "Dockerfile"
+    ]
+    lines += [
+        *_render_storage(claims),
+        "nodes: 1",
+        "max_nodes: 4",
+        *_render_hardware(nodes),
+        *_render_queue(queues),
+    ]
     lines.append("internet: false                # true where pods reach the hub and W&B")
     return "\n".join(lines) + "\n"
 
 
-def _storage(claims: list[Tree]) -> list[str]:
-    shared = [claim for claim in claims if "ReadWriteMany" in (claim.get("spec", {}).get("accessModes") or [])]
-    chosen = (shared or claims)[:1]
+def _render_storage(claims: list[Tree]) -> list[str]:
+    shared_claims = [
+        claim
+        for claim in claims
+        if "ReadWriteMany" in (claim.get("spec", {}).get("accessModes") or [])
+    ]
+    chosen = (shared_claims or claims)[:1]
     others = [claim["metadata"]["name"] for claim in claims if claim not in chosen]
-    note = f"   # others here: {', '.join(others[:5])}" if others else ""
+    comment = f"   # others here: {', '.join(others[:5])}" if others else ""
     if not chosen:
-        return ["storage: {claim: lorafleet}    # there is none that you may see: a ReadWriteMany claim is needed"]
+        return [
+            "storage: {claim: lorafleet}    # there is none that you may see: a ReadWriteMany "
+            "claim is needed"
+        ]
     name = chosen[0]["metadata"]["name"]
-    if shared:
-        return [f"storage: {{claim: {name}}}{note}"]
+    if shared_claims:
+        return [f"storage: {{claim: {name}}}{comment}"]
     return [
-        f"storage: {{claim: {name}, read_write_many: false}}{note}",
-        "# It is for one node at a time: one worker pod, beside the head. max_nodes must be 1 then.",
+        f"storage: {{claim: {name}, read_write_many: false}}{comment}",
+        "# It is for one node at a time: one worker pod, beside the head. max_nodes must be "
+        "1 then.",
     ]
 
 
-def _hardware(nodes: list[Tree] | None) -> list[str]:
+def _render_hardware(nodes: list[Tree] | None) -> list[str]:
     if not nodes:
-        why = "may not be seen by you" if nodes is None else "are not there yet"
-        guess = f"# The nodes {why}: what one worker pod gets is a guess."
-        return [guess, "cpus_per_node: 8", "memory_gb_per_node: 32"]
-    kinds = Counter(_kind(node) for node in nodes)
-    kind, count = max(kinds.items(), key=lambda found: (found[0][3], found[1], found[0]))
+        reason = "may not be seen by you" if nodes is None else "are not there yet"
+        comment = f"# The nodes {reason}: what one worker pod gets is a guess."
+        return [comment, "cpus_per_node: 8", "memory_gb_per_node: 32"]
+    kinds = Counter(_parse_node_kind(node) for node in nodes)
+    kind, count = max(kinds.items(), key=lambda item: (item[0][3], item[1], item[0]))
     cpus, gigabytes, resource, gpus = kind
-    lines = [f"# {count} of {len(nodes)} nodes have this much to give; a worker pod takes most of one."]
-    lines += [f"cpus_per_node: {max(1, int(cpus * _SHARE))}", f"memory_gb_per_node: {max(1, int(gigabytes * _SHARE))}"]
+    lines = [
+        f"# {count} of {len(nodes)} nodes have this much to give; a worker pod takes most of one."
+    ]
+    lines += [
+        f"cpus_per_node: {max(1, int(cpus * _POD_SHARE))}",
+        f"memory_gb_per_node: {max(1, int(gigabytes * _POD_SHARE))}",
+    ]
     if gpus:
-        lines += [f"gpus_per_node: {gpus}", "gpu_memory_gb: 0               # of one GPU: then plans say what fits"]
+        lines += [
+            f"gpus_per_node: {gpus}",
+            "gpu_memory_gb: 0               # of one GPU: then plans say what fits",
+        ]
         lines += [f"gpu_resource: {resource}"] if resource != "nvidia.com/gpu" else []
     return lines
 
 
-def _kind(node: Tree) -> tuple[int, int, str, int]:
-    """(CPU cores, GB, GPU resource, GPUs) that pods may have of a node."""
-    has: dict[str, Any] = node.get("status", {}).get("allocatable") or {}
-    resource = next((name for name in sorted(has) if _GPU.match(name) and int(has[name])), "")
-    return int(_quantity(has.get("cpu"))), int(_quantity(has.get("memory")) / 1e9), resource, int(has.get(resource, 0))
+def _parse_node_kind(node: Tree) -> tuple[int, int, str, int]:
+    """Return (CPU cores, GB, GPU resource, GPUs) that a node offers to pods."""
+    allocatable: dict[str, Any] = node.get("status", {}).get("allocatable") or {}
+    resource = next(
+        (name for name in sorted(allocatable) if _GPU.match(name) and int(allocatable[name])), ""
+    )
+    return (
+        int(_parse_quantity(allocatable.get("cpu"))),
+        int(_parse_quantity(allocatable.get("memory")) / 1e9),
+        resource,
+        int(allocatable.get(resource, 0)),
+    )
 
 
-def _quantity(text: Any) -> float:
-    from lorafleet.k8s.lint import quantity
+def _parse_quantity(text: Any) -> float:
+    from lorafleet.k8s.lint import parse_quantity
 
-    return quantity(text) or 0.0
+    return parse_quantity(text) or 0.0
 
 
-def _queue(queues: list[Tree]) -> list[str]:
+def _render_queue(queues: list[Tree]) -> list[str]:
     if not queues:
         return []
     names = [queue["metadata"]["name"] for queue in queues]
-    note = f"   # others here: {', '.join(names[1:6])}" if names[1:] else ""
-    return [f"scheduler: {{kind: kueue, queue: {names[0]}}}{note}"]
+    comment = f"   # others here: {', '.join(names[1:6])}" if names[1:] else ""
+    return [f"scheduler: {{kind: kueue, queue: {names[0]}}}{comment}"]

@@ -1,4 +1,4 @@
-"""What can go wrong between this machine and a cluster."""
+"""Errors of requests to a Kubernetes cluster."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ from lorafleet.jobs.errors import UserError
 
 
 class ClusterError(UserError):
-    """The API server refused something, or does not answer."""
+    """Raised when the API server refuses a request or does not answer."""
 
-    def __init__(self, sentence: str, status: int | None = None) -> None:
+    def __init__(self, message: str, status: int | None = None) -> None:
         self.status = status
         """The HTTP status; None where there was no answer."""
-        super().__init__(sentence)
+        super().__init__(message)
 
     @property
-    def refused(self) -> bool:
-        """Whether the server has said no, so that nothing was done: no answer at all leaves it open."""
+    def is_refused(self) -> bool:
+        """Return True if the server refused the request, so that nothing was changed.
+
+        Without an answer, the request may have been carried out.
+        """
         return self.status is not None and 400 <= self.status < 500
 
     @property
-    def forbidden(self) -> bool:
-        """Whether a right is missing."""
+    def is_forbidden(self) -> bool:
+        """Return True if the user lacks a permission."""
         return self.status == 403
 
 
 class Conflict(ClusterError):
-    """There is an object of this name already."""
+    """Raised when an object of this name already exists."""

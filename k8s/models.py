@@ -1,6 +1,7 @@
-"""The part of Kubernetes' and KubeRay's objects that lorafleet writes. Closed: a misspelt field cannot be written.
+"""Models of the Kubernetes and KubeRay objects that lorafleet writes.
 
-Field by field after ray.io/v1 of KubeRay v1.7 and the core v1 API; a server prunes what it does not know.
+They follow ray.io/v1 of KubeRay v1.7 and the core v1 API field by field. They forbid
+unknown fields, so that a misspelt one fails here: a server would silently prune it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 
-class Part(BaseModel):
-    """The base of all: frozen, closed, written in camel case, without what is not set."""
+class KubernetesModel(BaseModel):
+    """Base class of all models.
+
+    It is frozen and forbids unknown fields. It is written in camel case, without unset
+    fields.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -23,12 +28,12 @@ class Part(BaseModel):
         validate_by_alias=True,
     )
 
-    def tree(self) -> dict[str, Any]:
-        """Plain values, in the order of the fields."""
+    def to_tree(self) -> dict[str, Any]:
+        """Return plain values, in the order of the fields."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-class Metadata(Part):
+class Metadata(KubernetesModel):
     """ObjectMeta."""
 
     name: str | None = None
@@ -37,7 +42,7 @@ class Metadata(Part):
     annotations: dict[str, str] | None = None
 
 
-class KeyRef(Part):
+class KeyRef(KubernetesModel):
     """A key of a Secret."""
 
     name: str
@@ -45,13 +50,13 @@ class KeyRef(Part):
     optional: bool | None = None
 
 
-class ValueFrom(Part):
-    """Where a variable's value is read from."""
+class ValueFrom(KubernetesModel):
+    """Source of a variable's value."""
 
     secret_key_ref: KeyRef
 
 
-class Variable(Part):
+class Variable(KubernetesModel):
     """EnvVar."""
 
     name: str
@@ -59,7 +64,7 @@ class Variable(Part):
     value_from: ValueFrom | None = None
 
 
-class Mount(Part):
+class Mount(KubernetesModel):
     """VolumeMount."""
 
     name: str
@@ -68,8 +73,8 @@ class Mount(Part):
     read_only: bool | None = None
 
 
-class Volume(Part):
-    """Volume: exactly one of the sources."""
+class Volume(KubernetesModel):
+    """Volume with exactly one source."""
 
     name: str
     config_map: dict[str, Any] | None = None
@@ -77,32 +82,35 @@ class Volume(Part):
     empty_dir: dict[str, Any] | None = None
 
 
-class Resources(Part):
-    """ResourceRequirements; requests are the limits, so that a pod is Guaranteed (Ray reads limits alone)."""
+class Resources(KubernetesModel):
+    """ResourceRequirements.
+
+    Requests equal limits, so that a pod is Guaranteed. Ray reads only the limits.
+    """
 
     requests: dict[str, str]
     limits: dict[str, str]
 
 
-class Exec(Part):
+class Exec(KubernetesModel):
     """ExecAction."""
 
     command: list[str]
 
 
-class Handler(Part):
+class Handler(KubernetesModel):
     """LifecycleHandler."""
 
     exec: Exec
 
 
-class Lifecycle(Part):
-    """What runs before a container is ended."""
+class Lifecycle(KubernetesModel):
+    """Hooks of a container's lifecycle: a command that runs before it is stopped."""
 
     pre_stop: Handler
 
 
-class Container(Part):
+class Container(KubernetesModel):
     """Container."""
 
     name: str
@@ -117,7 +125,7 @@ class Container(Part):
     volume_mounts: list[Mount] | None = None
 
 
-class PodSpec(Part):
+class PodSpec(KubernetesModel):
     """PodSpec."""
 
     restart_policy: Literal["Never"] | None = None
@@ -134,14 +142,14 @@ class PodSpec(Part):
     volumes: list[Volume] | None = None
 
 
-class Template(Part):
+class Template(KubernetesModel):
     """PodTemplateSpec."""
 
     metadata: Metadata | None = None
     spec: PodSpec
 
 
-class HeadGroup(Part):
+class HeadGroup(KubernetesModel):
     """HeadGroupSpec."""
 
     service_type: Literal["ClusterIP"] = "ClusterIP"
@@ -149,7 +157,7 @@ class HeadGroup(Part):
     template: Template
 
 
-class WorkerGroup(Part):
+class WorkerGroup(KubernetesModel):
     """WorkerGroupSpec."""
 
     group_name: str
@@ -162,7 +170,7 @@ class WorkerGroup(Part):
     template: Template
 
 
-class RayCluster(Part):
+class RayCluster(KubernetesModel):
     """RayClusterSpec."""
 
     ray_version: str
@@ -173,7 +181,7 @@ class RayCluster(Part):
     worker_group_specs: list[WorkerGroup]
 
 
-class RayJobSpec(Part):
+class RayJobSpec(KubernetesModel):
     """RayJobSpec."""
 
     submission_mode: Literal["K8sJobMode", "HTTPMode"]
@@ -192,7 +200,7 @@ class RayJobSpec(Part):
     ray_cluster_spec: RayCluster
 
 
-class RayJob(Part):
+class RayJob(KubernetesModel):
     """A RayJob of ray.io/v1."""
 
     api_version: Literal["ray.io/v1"] = "ray.io/v1"
@@ -201,7 +209,7 @@ class RayJob(Part):
     spec: RayJobSpec
 
 
-class JobSpec(Part):
+class JobSpec(KubernetesModel):
     """JobSpec."""
 
     backoff_limit: int
@@ -210,7 +218,7 @@ class JobSpec(Part):
     template: Template
 
 
-class Job(Part):
+class Job(KubernetesModel):
     """A Job of batch/v1."""
 
     api_version: Literal["batch/v1"] = "batch/v1"
@@ -219,7 +227,7 @@ class Job(Part):
     spec: JobSpec
 
 
-class ConfigMap(Part):
+class ConfigMap(KubernetesModel):
     """A ConfigMap."""
 
     api_version: Literal["v1"] = "v1"
@@ -228,7 +236,7 @@ class ConfigMap(Part):
     data: dict[str, str]
 
 
-class NetworkPolicySpec(Part):
+class NetworkPolicySpec(KubernetesModel):
     """NetworkPolicySpec."""
 
     pod_selector: dict[str, Any]
@@ -236,7 +244,7 @@ class NetworkPolicySpec(Part):
     ingress: list[dict[str, Any]] = Field(min_length=1)
 
 
-class NetworkPolicy(Part):
+class NetworkPolicy(KubernetesModel):
     """A NetworkPolicy."""
 
     api_version: Literal["networking.k8s.io/v1"] = "networking.k8s.io/v1"

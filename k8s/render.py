@@ -1,6 +1,7 @@
-"""The objects of a job on Kubernetes, from what it asks and what the site says. Pure: no clock, no randomness.
+"""Render the Kubernetes objects of a job from its request and its site.
 
-A run is a RayJob for each time that it is submitted, with a ConfigMap that holds the job and a NetworkPolicy.
+Pure: no clock, no randomness. Each submission of a run is a RayJob, with a ConfigMap
+that holds the job and a NetworkPolicy.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import yaml
+
 from lorafleet.jobs.errors import PlacementRefused
 from lorafleet.jobs.runs.bundle import DOCUMENT
 from lorafleet.jobs.schema import field_paths as fields
@@ -21,135 +23,157 @@ from lorafleet.jobs.sites.kubernetes import WORKER_LABELS, KubernetesSite, Toler
 from lorafleet.k8s import models
 from lorafleet.k8s.models import Metadata, Mount, Variable, Volume
 
-RUN_LABEL, ATTEMPT_LABEL, USER_LABEL = "lorafleet.dev/run", "lorafleet.dev/submission", "lorafleet.dev/user"
+RUN_LABEL, ATTEMPT_LABEL, USER_LABEL = (
+    "lorafleet.dev/run",
+    "lorafleet.dev/submission",
+    "lorafleet.dev/user",
+)
 CALL_ANNOTATION = "lorafleet.dev/call"
 CONFIG = "/etc/lorafleet"
 GROUP = "workers"
-HEAD, PORTER = "ray-head", "porter"
-"""Containers in which commands are run."""
-_LONGEST_NAME = 47
-"""KubeRay refuses longer ones: it adds to them for its own objects (ValidateRayJobMetadata)."""
-_LARGEST_DOCUMENT = 900_000
-"""Bytes: a ConfigMap holds 1 MiB."""
-_PLAIN = re.compile(r"[A-Za-z0-9 _./=:,@%+-]*")
-"""What the submitter's bash leaves alone."""
-_DRIVER = {"driver": 1}
-_DASHBOARD, _GCS = 8265, 6379
-_LATER = 30
-"""Seconds that a pod has beyond those for saving."""
+HEAD, STORAGE_POD = "ray-head", "porter"
+"""Names of the containers in which commands are run."""
+_MAX_NAME_LENGTH = 47
+"""Largest length of a name. KubeRay refuses longer ones, since it appends to them for its
+own objects (ValidateRayJobMetadata).
+"""
+_MAX_DOCUMENT_BYTES = 900_000
+"""Largest size in bytes of the job's files. A ConfigMap holds 1 MiB."""
+_SHELL_SAFE = re.compile(r"[A-Za-z0-9 _./=:,@%+-]*")
+"""Characters that the submitter's bash does not expand."""
+_DRIVER_RESOURCE = {"driver": 1}
+_DASHBOARD_PORT, _GCS_PORT = 8265, 6379
+_EXTRA_GRACE_SECONDS = 30
+"""Seconds of a pod's grace period in addition to the time for saving."""
 
 
 @dataclass(frozen=True)
-class Order:
-    """What the objects depend on beside the site."""
+class RenderContext:
+    """Values besides the site that the objects depend on."""
 
     run: str
-    """The run's id."""
+    """Id of the run."""
     submission: int
-    """How often it was submitted, this time included."""
+    """Number of this submission of the run, starting at 1."""
     nodes: int
-    """Worker pods."""
+    """Number of worker pods."""
     texts: Mapping[str, str]
-    """The job by file, for the driver that has no run folder yet (`jobs.runs.bundle`)."""
+    """File name -> text of the job, for a driver that has no run folder yet (`jobs.handover`)."""
     ray_version: str
-    """Ray's, which must be the image's."""
+    """Version of Ray. The image must have the same one."""
     user: str
-    """Who submits."""
+    """User who submits."""
     call: str = ""
-    """What tells this call's objects from others with the same name; empty for a manifest that is kept."""
-
-
-def object_name(run: str, submission: int) -> str:
-    """The name of a run's objects: its id, shortened in the middle, and the number of the submission.
-
-    Names are DNS-1035 labels of 47 characters at most; the six characters that tell runs apart stay.
+    """Id that distinguishes the objects of this call from others with the same name. Empty for
+    a manifest that is stored.
     """
-    slug, _, mark = run.rpartition("-")
-    end = f"-{mark}-{submission}"
-    start = re.sub(r"[^a-z0-9-]+", "-", slug.lower()).strip("-") or "run"
-    if not start[0].isalpha():
-        start = f"r-{start}"
-    return start[: _LONGEST_NAME - len(end)].rstrip("-") + end
 
 
-def run_folder(site: KubernetesSite, run: str) -> str:
-    """Where pods see a run."""
+def make_object_name(run: str, submission: int) -> str:
+    """Return the name of a run's objects: its id and the submission number.
+
+    The id is shortened in the middle if needed. Names are DNS-1035 labels of at most 47
+    characters. The six characters that make a run's id unique are kept.
+    """
+    slug, _, suffix = run.rpartition("-")
+    end = f"-{suffix}-{submission}"
+    prefix = re.sub(r"[^a-z0-9-]+", "-", slug.lower()).strip("-") or "run"
+    if not prefix[0].isalpha():
+        prefix = f"r-{prefix}"
+    return prefix[: _MAX_NAME_LENGTH - len(end)].rstrip("-") + end
+
+
+def get_run_folder(site: KubernetesSite, run: str) -> str:
+    """Return the path of a run inside the pods."""
     return f"{site.storage.mount_path}/runs/{run}"
 
 
-def render(site: KubernetesSite, order: Order) -> list[dict[str, Any]]:
-    """The objects in the order in which they are made, the RayJob last.
+def render(site: KubernetesSite, context: RenderContext) -> list[dict[str, Any]]:
+    """Return the objects in the order of their creation, the RayJob last.
 
-    Raises PlacementRefused where the job is too large for a ConfigMap, or the site's patch leaves no RayJob.
+    Raises:
+        PlacementRefused: The job is too large for a ConfigMap, or the site's patch changes
+            the identity of the RayJob.
     """
-    size = sum(len(text.encode()) for text in order.texts.values())
-    if size > _LARGEST_DOCUMENT:
+    size = sum(len(text.encode()) for text in context.texts.values())
+    if size > _MAX_DOCUMENT_BYTES:
         raise PlacementRefused(
-            f"the job has {size:,} bytes with the plan of its trials, and a ConfigMap holds {_LARGEST_DOCUMENT:,}: the "
+            f"the job has {size:,} bytes with the plan of its trials, and a ConfigMap holds "
+            f"{_MAX_DOCUMENT_BYTES:,}: the "
             "search must have fewer trials"
         )
-    meta = _metadata(site, order)
-    config = models.ConfigMap(metadata=meta, data=dict(order.texts))
-    job = models.RayJob(metadata=meta, spec=_spec(site, order)).tree()
-    patched = merged(job, site.patch)
+    metadata = _build_metadata(site, context)
+    config = models.ConfigMap(metadata=metadata, data=dict(context.texts))
+    job = models.RayJob(metadata=metadata, spec=_build_spec(site, context)).to_tree()
+    patched = apply_merge_patch(job, site.patch)
     for path in ("apiVersion", "kind", "metadata.name", "metadata.namespace"):
-        if fields.get(patched, path) != fields.get(job, path):
-            must = fields.get(job, path)
-            raise PlacementRefused(f"patch of site {site.name} changes {path}, which must be {must}")
-    policy = [_network_policy(site, order).tree()] if site.network_policy else []
-    return [config.tree(), *policy, patched]
+        if fields.get_value(patched, path) != fields.get_value(job, path):
+            expected = fields.get_value(job, path)
+            raise PlacementRefused(
+                f"patch of site {site.name} changes {path}, which must be {expected}"
+            )
+    policy = [_build_network_policy(site, context).to_tree()] if site.network_policy else []
+    return [config.to_tree(), *policy, patched]
 
 
 def to_yaml(objects: list[dict[str, Any]]) -> str:
-    """One YAML file of several objects."""
-    return "---\n".join(yaml.dump(tree, sort_keys=False, width=120, Dumper=_Plain) for tree in objects)
+    """Return one YAML text of several objects."""
+    return "---\n".join(
+        yaml.dump(tree, sort_keys=False, width=120, Dumper=_ManifestDumper) for tree in objects
+    )
 
 
-class _Plain(yaml.SafeDumper):
-    """No anchors; texts of several lines as blocks."""
+class _ManifestDumper(yaml.SafeDumper):
+    """YAML dumper without anchors that writes multi-line texts as blocks."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        """A text as a block where it has lines."""
-        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+        """Represent a text, as a block if it has several lines."""
+        return self.represent_scalar(
+            "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+        )
 
 
-_Plain.add_representer(str, _Plain.represent_text)
+_ManifestDumper.add_representer(str, _ManifestDumper.represent_text)
 
 
-def merged(tree: Any, patch: Any) -> Any:
-    """A JSON merge patch (RFC 7386): blocks are merged, null removes, everything else replaces."""
+def apply_merge_patch(tree: Any, patch: Any) -> Any:
+    """Apply a JSON merge patch (RFC 7386).
+
+    Objects are merged, null removes a key, and everything else replaces the old value.
+    """
     if not isinstance(patch, dict):
         return patch
-    both = dict(tree) if isinstance(tree, dict) else {}
+    result = dict(tree) if isinstance(tree, dict) else {}
     for key, value in patch.items():
         if value is None:
-            both.pop(key, None)
+            result.pop(key, None)
         else:
-            both[key] = merged(both.get(key), value)
-    return both
+            result[key] = apply_merge_patch(result.get(key), value)
+    return result
 
 
-def labels_of(site: KubernetesSite, order: Order) -> dict[str, str]:
-    """What every object and every pod of a run carries."""
+def build_labels(site: KubernetesSite, context: RenderContext) -> dict[str, str]:
+    """Return the labels of every object and every pod of a run."""
     return site.labels | {
         "app.kubernetes.io/name": "lorafleet",
         "app.kubernetes.io/managed-by": "lorafleet",
-        RUN_LABEL: label(order.run),
-        ATTEMPT_LABEL: str(order.submission),
-        USER_LABEL: label(site.user or order.user),
+        RUN_LABEL: to_label_value(context.run),
+        ATTEMPT_LABEL: str(context.submission),
+        USER_LABEL: to_label_value(site.user or context.user),
     }
 
 
-def label(text: str) -> str:
-    """A text as the value of a label, as near as it may be."""
+def to_label_value(text: str) -> str:
+    """Convert a text to a valid label value, replacing and cutting characters as needed."""
     return re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:63].strip("-_.") or "unknown"
 
 
-def _metadata(site: KubernetesSite, order: Order) -> Metadata:
-    queue, labels = site.scheduler, labels_of(site, order)
+def _build_metadata(site: KubernetesSite, context: RenderContext) -> Metadata:
+    """Return the metadata of a run's objects, with the labels of the site's queue."""
+    queue, labels = site.scheduler, build_labels(site, context)
     if queue.kind == "kueue":
         labels["kueue.x-k8s.io/queue-name"] = queue.queue
         if queue.priority_class:
@@ -159,35 +183,43 @@ def _metadata(site: KubernetesSite, order: Order) -> Metadata:
     elif queue.kind == "yunikorn":
         labels |= {
             "ray.io/gang-scheduling-enabled": "true",
-            "yunikorn.apache.org/app-id": object_name(order.run, order.submission),
+            "yunikorn.apache.org/app-id": make_object_name(context.run, context.submission),
             "yunikorn.apache.org/queue": queue.queue,
         }
     elif queue.kind == "kai":
         labels["kai.scheduler/queue"] = queue.queue
     return Metadata(
-        name=object_name(order.run, order.submission),
+        name=make_object_name(context.run, context.submission),
         namespace=site.namespace,
         labels=labels,
-        annotations=_call(order),
+        annotations=_build_call_annotation(context),
     )
 
 
-def _call(order: Order) -> dict[str, str] | None:
-    return {CALL_ANNOTATION: order.call} if order.call else None
+def _build_call_annotation(context: RenderContext) -> dict[str, str] | None:
+    """Return the annotation with the id of the call, or None."""
+    return {CALL_ANNOTATION: context.call} if context.call else None
 
 
-def porter(site: KubernetesSite, name: str, user: str, seconds: int) -> dict[str, Any]:
-    """A Job with one pod that sees the storage and waits: files go through it. It ends by itself after so long."""
+def render_storage_pod(site: KubernetesSite, name: str, user: str, seconds: int) -> dict[str, Any]:
+    """Return a Job with one idle pod that mounts the storage, for file transfers.
+
+    It ends by itself after `seconds`.
+    """
     labels = site.labels | {
         "app.kubernetes.io/name": "lorafleet",
         "app.kubernetes.io/managed-by": "lorafleet",
-        USER_LABEL: label(site.user or user),
+        USER_LABEL: to_label_value(site.user or user),
     }
-    own = labels | ({"kueue.x-k8s.io/queue-name": site.scheduler.queue} if site.scheduler.kind == "kueue" else {})
+    job_labels = labels | (
+        {"kueue.x-k8s.io/queue-name": site.scheduler.queue}
+        if site.scheduler.kind == "kueue"
+        else {}
+    )
     size = {"cpu": "500m", "memory": "1Gi"}
     cache = f"{site.storage.mount_path}/cache"
     container = models.Container(
-        name=PORTER,
+        name=STORAGE_POD,
         image=site.image,
         command=["sleep", str(seconds)],
         resources=models.Resources(requests=size, limits=size),
@@ -196,193 +228,272 @@ def porter(site: KubernetesSite, name: str, user: str, seconds: int) -> dict[str
             Variable(name="HF_HUB_CACHE", value=f"{cache}/hub"),
             Variable(name="LORAFLEET_TRUSTED_FOLDERS", value=site.storage.mount_path),
         ],
-        security_context=_container_security(),
-        volume_mounts=[mount for mount in _mounts(site) if mount.name != "job"],
+        security_context=_build_container_security(),
+        volume_mounts=[mount for mount in _build_mounts(site) if mount.name != "job"],
     )
     volumes = [
         Volume(name="storage", persistent_volume_claim={"claimName": site.storage.claim}),
         Volume(name="tmp", empty_dir={}),
     ]
-    spec = _pod(site, [container], site.head.node_selector, site.head.tolerations, None, volumes)
-    spec = spec.model_copy(update={"restart_policy": "Never", "termination_grace_period_seconds": 1})
+    spec = _build_pod_spec(
+        site, [container], site.head.node_selector, site.head.tolerations, None, volumes
+    )
+    spec = spec.model_copy(
+        update={"restart_policy": "Never", "termination_grace_period_seconds": 1}
+    )
     template = models.Template(metadata=Metadata(labels=labels), spec=spec)
     return models.Job(
-        metadata=Metadata(name=name, namespace=site.namespace, labels=own),
+        metadata=Metadata(name=name, namespace=site.namespace, labels=job_labels),
         spec=models.JobSpec(
-            backoff_limit=0, active_deadline_seconds=seconds, ttl_seconds_after_finished=60, template=template
+            backoff_limit=0,
+            active_deadline_seconds=seconds,
+            ttl_seconds_after_finished=60,
+            template=template,
         ),
-    ).tree()
+    ).to_tree()
 
 
-def _spec(site: KubernetesSite, order: Order) -> models.RayJobSpec:
-    limits = site.deadlines
-    over_http = site.scheduler.kind == "kai"  # KAI refuses the submitter's pod
+def _build_spec(site: KubernetesSite, context: RenderContext) -> models.RayJobSpec:
+    """Return the spec of the RayJob."""
+    deadlines = site.deadlines
+    over_http = site.scheduler.kind == "kai"  # KAI refuses the submitter pod
     return models.RayJobSpec(
         submission_mode="HTTPMode" if over_http else "K8sJobMode",
-        entrypoint=entrypoint(["lorafleet", "exec", run_folder(site, order.run), "--job", f"{CONFIG}/{DOCUMENT}"]),
-        entrypoint_resources=json.dumps(_DRIVER),
-        metadata={"run": label(order.run), "submission": str(order.submission)},
-        backoff_limit=limits.retries,
-        active_deadline_seconds=round(limits.hours * 3600) if limits.hours else None,
-        pre_running_deadline_seconds=round(limits.start_minutes * 60) if limits.start_minutes else None,
+        entrypoint=format_entrypoint(
+            [
+                "lorafleet",
+                "exec",
+                get_run_folder(site, context.run),
+                "--job",
+                f"{CONFIG}/{DOCUMENT}",
+            ]
+        ),
+        entrypoint_resources=json.dumps(_DRIVER_RESOURCE),
+        metadata={"run": to_label_value(context.run), "submission": str(context.submission)},
+        backoff_limit=deadlines.retries,
+        active_deadline_seconds=round(deadlines.hours * 3600) if deadlines.hours else None,
+        pre_running_deadline_seconds=round(deadlines.start_minutes * 60)
+        if deadlines.start_minutes
+        else None,
         submitter_config=None if over_http else {"backoffLimit": 3},
-        submitter_pod_template=None if over_http else _submitter(site, order),
-        **_clearing_up(site),
-        ray_cluster_spec=_cluster(site, order),
+        submitter_pod_template=None if over_http else _build_submitter(site, context),
+        **_build_cleanup(site),
+        ray_cluster_spec=_build_cluster(site, context),
     )
 
 
-def entrypoint(words: list[str]) -> str:
-    """A command that the submitter's bash, into which KubeRay pastes it, takes for these words and nothing else.
+def format_entrypoint(arguments: list[str]) -> str:
+    """Return a shell command for these arguments.
 
-    Raises PlacementRefused for words with characters that it would expand.
+    KubeRay pastes it into a bash script of the submitter. Raises PlacementRefused for
+    characters that bash would expand.
     """
-    for word in words:
-        if not _PLAIN.fullmatch(word):
-            raise PlacementRefused(f"{word!r} cannot be part of a job's command: a shell would read more than a word")
-    return shlex.join(words)
+    for argument in arguments:
+        if not _SHELL_SAFE.fullmatch(argument):
+            raise PlacementRefused(
+                f"{argument!r} cannot be part of a job's command: a shell would read more than "
+                "a word"
+            )
+    return shlex.join(arguments)
 
 
-def _clearing_up(site: KubernetesSite) -> dict[str, Any]:
-    """When the cluster and the RayJob go. Kueue wants the older of the two ways (kueue#3994)."""
+def _build_cleanup(site: KubernetesSite) -> dict[str, Any]:
+    """Return the fields that say when the cluster and the RayJob are deleted.
+
+    Kueue only supports the older of KubeRay's two mechanisms (kueue#3994).
+    """
     keep = site.keep
-    minutes = round(keep.cluster_minutes * 60)
+    success_seconds = round(keep.cluster_minutes * 60)
     if site.scheduler.kind == "kueue":
-        return {"shutdown_after_job_finishes": True, "ttl_seconds_after_finished": minutes}
-    head_stays = round(keep.failed_cluster_minutes * 60)
+        return {"shutdown_after_job_finishes": True, "ttl_seconds_after_finished": success_seconds}
+    failed_seconds = round(keep.failed_cluster_minutes * 60)
 
-    def rule(policy: str, seconds: int, **condition: str) -> dict[str, Any]:
+    def make_rule(policy: str, seconds: int, **condition: str) -> dict[str, Any]:
         return {"policy": policy, "condition": {**condition, "ttlSeconds": seconds}}
 
     rules = [
-        rule("DeleteCluster", minutes, jobStatus="SUCCEEDED"),
-        rule("DeleteSelf", max(minutes, round(keep.object_days * 86400)), jobStatus="SUCCEEDED"),
+        make_rule("DeleteCluster", success_seconds, jobStatus="SUCCEEDED"),
+        make_rule(
+            "DeleteSelf",
+            max(success_seconds, round(keep.object_days * 86400)),
+            jobStatus="SUCCEEDED",
+        ),
     ]
-    # At a deadline only the second condition holds, and what the driver does would go on for as long as its pods live.
+    # At a deadline only the second condition holds. Without it the driver would run on until its
+    # pods are deleted.
     for condition in ({"jobStatus": "FAILED"}, {"jobDeploymentStatus": "Failed"}):
-        if site.autoscale:  # DeleteWorkers is refused with it
-            rules.append(rule("DeleteCluster", 0, **condition))
+        if site.autoscale:  # KubeRay refuses DeleteWorkers with autoscaling
+            rules.append(make_rule("DeleteCluster", 0, **condition))
         else:
-            rules += [rule("DeleteWorkers", 0, **condition), rule("DeleteCluster", head_stays, **condition)]
+            rules += [
+                make_rule("DeleteWorkers", 0, **condition),
+                make_rule("DeleteCluster", failed_seconds, **condition),
+            ]
     return {"deletion_strategy": {"deletionRules": rules}}
 
 
-def _cluster(site: KubernetesSite, order: Order) -> models.RayCluster:
+def _build_cluster(site: KubernetesSite, context: RenderContext) -> models.RayCluster:
+    """Return the Ray cluster of the RayJob."""
     return models.RayCluster(
-        ray_version=order.ray_version,
+        ray_version=context.ray_version,
         enable_in_tree_autoscaling=site.autoscale,
-        autoscaler_options=_autoscaler() if site.autoscale else None,
+        autoscaler_options=_build_autoscaler_options() if site.autoscale else None,
         auth_options={"mode": "token"},
-        head_group_spec=_head(site, order),
-        worker_group_specs=[_workers(site, order)],
+        head_group_spec=_build_head(site, context),
+        worker_group_specs=[_build_workers(site, context)],
     )
 
 
-def _autoscaler() -> dict[str, Any]:
-    """Of the container that KubeRay puts beside the head."""
-    return {"version": "v2", "idleTimeoutSeconds": 120, "securityContext": _container_security()}
+def _build_autoscaler_options() -> dict[str, Any]:
+    """Return the options of the autoscaler container that KubeRay adds to the head."""
+    return {
+        "version": "v2",
+        "idleTimeoutSeconds": 120,
+        "securityContext": _build_container_security(),
+    }
 
 
-def _head(site: KubernetesSite, order: Order) -> models.HeadGroup:
+def _build_head(site: KubernetesSite, context: RenderContext) -> models.HeadGroup:
+    """Return the head group of the cluster."""
     head = site.head
-    size = {"cpu": str(head.cpus), "memory": _mib(head.memory_gb), "ephemeral-storage": _mib(head.ephemeral_gb)}
+    resources = {
+        "cpu": str(head.cpus),
+        "memory": _format_mib(head.memory_gb),
+        "ephemeral-storage": _format_mib(head.ephemeral_gb),
+    }
     container = models.Container(
         name=HEAD,
         image=site.image,
         ports=[
-            {"name": "gcs-server", "containerPort": _GCS},
-            {"name": "dashboard", "containerPort": _DASHBOARD},
+            {"name": "gcs-server", "containerPort": _GCS_PORT},
+            {"name": "dashboard", "containerPort": _DASHBOARD_PORT},
         ],
-        resources=models.Resources(requests=size, limits=size),
-        env=_environment(site, order, head=True),
-        security_context=_container_security(),
-        lifecycle=_before_the_end(site, order, []),
-        volume_mounts=_mounts(site),
+        resources=models.Resources(requests=resources, limits=resources),
+        env=_build_environment(site, context, head=True),
+        security_context=_build_container_security(),
+        lifecycle=_build_pre_stop_hook(site, context, []),
+        volume_mounts=_build_mounts(site),
     )
-    spec = _pod(site, [container], head.node_selector, head.tolerations, head.priority_class, _volumes(site, order))
-    if site.autoscale:  # KubeRay makes a service account for the autoscaler beside the head
-        spec = spec.model_copy(update={"restart_policy": "Never", "automount_service_account_token": None})
+    spec = _build_pod_spec(
+        site,
+        [container],
+        head.node_selector,
+        head.tolerations,
+        head.priority_class,
+        _build_volumes(site, context),
+    )
+    if site.autoscale:  # KubeRay creates a service account for the autoscaler
+        spec = spec.model_copy(
+            update={"restart_policy": "Never", "automount_service_account_token": None}
+        )
     annotations = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
     return models.HeadGroup(
         ray_start_params={
             "num-cpus": "0",
             "num-gpus": "0",
-            "resources": f"'{json.dumps(_DRIVER)}'",  # through a shell
-            "dashboard-host": "0.0.0.0",  # nosec B104  # the pod's, behind the network policy
+            # Quoted: KubeRay passes it through a shell.
+            "resources": f"'{json.dumps(_DRIVER_RESOURCE)}'",
+            "dashboard-host": "0.0.0.0",  # nosec B104  # inside the pod, behind the network policy
         },
-        template=models.Template(metadata=Metadata(labels=labels_of(site, order), annotations=annotations), spec=spec),
+        template=models.Template(
+            metadata=Metadata(labels=build_labels(site, context), annotations=annotations),
+            spec=spec,
+        ),
     )
 
 
-def _workers(site: KubernetesSite, order: Order) -> models.WorkerGroup:
-    size = {
+def _build_workers(site: KubernetesSite, context: RenderContext) -> models.WorkerGroup:
+    """Return the worker group of the cluster."""
+    resources = {
         "cpu": str(site.cpus_per_node),
-        "memory": _mib(site.memory_gb_per_node),
-        "ephemeral-storage": _mib(site.ephemeral_gb_per_node),
+        "memory": _format_mib(site.memory_gb_per_node),
+        "ephemeral-storage": _format_mib(site.ephemeral_gb_per_node),
     }
     if site.gpus_per_node:
-        size[site.gpu_resource] = str(site.gpus_per_node)
+        resources[site.gpu_resource] = str(site.gpus_per_node)
     network, annotations = site.network, {}
     if network.rdma_resource:
-        size[network.rdma_resource] = str(network.rdma_count)
+        resources[network.rdma_resource] = str(network.rdma_count)
     if network.attach:
         annotations["k8s.v1.cni.cncf.io/networks"] = network.attach
     queue = site.scheduler
     if queue.kind == "kueue" and queue.topology:
         kind = "required" if queue.topology_required else "preferred"
         annotations[f"kueue.x-k8s.io/podset-{kind}-topology"] = queue.topology
-    shared = site.shared_memory_gb or 0.3 * site.memory_gb_per_node
+    shared_memory_gb = site.shared_memory_gb or 0.3 * site.memory_gb_per_node
     container = models.Container(
         name="ray-worker",
         image=site.image,
-        resources=models.Resources(requests=size, limits=size),
-        env=_environment(site, order, head=False),
-        security_context=_container_security(add=("IPC_LOCK",) if network.rdma_resource else ()),
-        lifecycle=_before_the_end(site, order, ["--drain"]),
-        volume_mounts=[*_mounts(site), Mount(name="shm", mount_path="/dev/shm")],  # nosec B108  # the pod's own
+        resources=models.Resources(requests=resources, limits=resources),
+        env=_build_environment(site, context, head=False),
+        security_context=_build_container_security(
+            add=("IPC_LOCK",) if network.rdma_resource else ()
+        ),
+        lifecycle=_build_pre_stop_hook(site, context, ["--drain"]),
+        # Nosec B108  # the pod's own.
+        volume_mounts=[*_build_mounts(site), Mount(name="shm", mount_path="/dev/shm")],
     )
-    memory = Volume(name="shm", empty_dir={"medium": "Memory", "sizeLimit": _mib(shared)})
-    spec = _pod(
-        site, [container], site.node_selector, site.tolerations, site.priority_class, [*_volumes(site, order), memory]
+    memory = Volume(
+        name="shm", empty_dir={"medium": "Memory", "sizeLimit": _format_mib(shared_memory_gb)}
+    )
+    spec = _build_pod_spec(
+        site,
+        [container],
+        site.node_selector,
+        site.tolerations,
+        site.priority_class,
+        [*_build_volumes(site, context), memory],
     )
     if site.autoscale:
         spec = spec.model_copy(update={"restart_policy": "Never"})
     if not site.storage.read_write_many:
-        spec = spec.model_copy(update={"affinity": _on_the_heads_node(order)})
-    labels = labels_of(site, order) | {"lorafleet.dev/group": GROUP}
+        spec = spec.model_copy(update={"affinity": _build_head_affinity(context)})
+    labels = build_labels(site, context) | {"lorafleet.dev/group": GROUP}
     return models.WorkerGroup(
         group_name=GROUP,
-        replicas=1 if site.autoscale else order.nodes,
-        min_replicas=1 if site.autoscale else order.nodes,
-        max_replicas=order.nodes,
+        replicas=1 if site.autoscale else context.nodes,
+        min_replicas=1 if site.autoscale else context.nodes,
+        max_replicas=context.nodes,
         ray_start_params={},
         labels=WORKER_LABELS,
-        template=models.Template(metadata=Metadata(labels=labels, annotations=annotations or None), spec=spec),
+        template=models.Template(
+            metadata=Metadata(labels=labels, annotations=annotations or None), spec=spec
+        ),
     )
 
 
-def _on_the_heads_node(order: Order) -> dict[str, Any]:
-    """A volume that one node may have at a time: the worker goes where the head is."""
-    head = {"matchLabels": {RUN_LABEL: label(order.run), "ray.io/node-type": "head"}}
+def _build_head_affinity(context: RenderContext) -> dict[str, Any]:
+    """Return the affinity that puts workers on the head's node.
+
+    It is needed for a volume that only one node can mount at a time.
+    """
+    head = {"matchLabels": {RUN_LABEL: to_label_value(context.run), "ray.io/node-type": "head"}}
     term = {"topologyKey": "kubernetes.io/hostname", "labelSelector": head}
     return {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
 
 
-def _submitter(site: KubernetesSite, order: Order) -> models.Template:
-    """KubeRay's own would have no security context, no registry secret and no service account."""
-    size = {"cpu": "500m", "memory": "1Gi"}
+def _build_submitter(site: KubernetesSite, context: RenderContext) -> models.Template:
+    """Return the pod template of the submitter.
+
+    KubeRay's default has no security context, no registry secret and no service account.
+    """
+    resources = {"cpu": "500m", "memory": "1Gi"}
     container = models.Container(
         name="ray-job-submitter",
         image=site.image,
-        resources=models.Resources(requests=size, limits=size),
-        security_context=_container_security(),
+        resources=models.Resources(requests=resources, limits=resources),
+        security_context=_build_container_security(),
     )
-    spec = _pod(site, [container], site.head.node_selector, site.head.tolerations, None, None)
-    spec = spec.model_copy(update={"restart_policy": "Never", "termination_grace_period_seconds": None})
-    return models.Template(metadata=Metadata(labels=labels_of(site, order)), spec=spec)
+    spec = _build_pod_spec(
+        site, [container], site.head.node_selector, site.head.tolerations, None, None
+    )
+    spec = spec.model_copy(
+        update={"restart_policy": "Never", "termination_grace_period_seconds": None}
+    )
+    return models.Template(metadata=Metadata(labels=build_labels(site, context)), spec=spec)
 
 
-def _pod(
+def _build_pod_spec(
     site: KubernetesSite,
     containers: list[models.Container],
     node_selector: dict[str, str],
@@ -390,14 +501,15 @@ def _pod(
     priority_class: str | None,
     volumes: list[Volume] | None,
 ) -> models.PodSpec:
+    """Return a pod spec with the site's security settings."""
     return models.PodSpec(
         service_account_name=site.service_account,
         automount_service_account_token=False,
         image_pull_secrets=[{"name": name} for name in site.pull_secrets] or None,
         priority_class_name=priority_class,
-        termination_grace_period_seconds=site.deadlines.save_seconds + _LATER,
+        termination_grace_period_seconds=site.deadlines.save_seconds + _EXTRA_GRACE_SECONDS,
         node_selector=node_selector or None,
-        tolerations=[one.tree() for one in tolerations] or None,
+        tolerations=[toleration.to_dict() for toleration in tolerations] or None,
         security_context={
             "runAsNonRoot": True,
             "runAsUser": site.run_as_user,
@@ -411,21 +523,33 @@ def _pod(
     )
 
 
-def _container_security(add: tuple[str, ...] = ()) -> dict[str, Any]:
+def _build_container_security(add: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the security context of a container, with additional capabilities."""
     capabilities: dict[str, Any] = {"drop": ["ALL"]}
     if add:
         capabilities["add"] = list(add)
     return {"allowPrivilegeEscalation": False, "capabilities": capabilities}
 
 
-def _before_the_end(site: KubernetesSite, order: Order, options: list[str]) -> models.Lifecycle:
-    """A pod that is taken away has its trials saved first."""
+def _build_pre_stop_hook(
+    site: KubernetesSite, context: RenderContext, options: list[str]
+) -> models.Lifecycle:
+    """Return the hook that saves the trials before a pod is deleted or preempted."""
     seconds = str(site.deadlines.save_seconds)
-    command = ["lorafleet", "node", "leave", run_folder(site, order.run), *options, "--seconds", seconds]
+    command = [
+        "lorafleet",
+        "node",
+        "leave",
+        get_run_folder(site, context.run),
+        *options,
+        "--seconds",
+        seconds,
+    ]
     return models.Lifecycle(pre_stop=models.Handler(exec=models.Exec(command=command)))
 
 
-def _mounts(site: KubernetesSite) -> list[Mount]:
+def _build_mounts(site: KubernetesSite) -> list[Mount]:
+    """Return the volume mounts of a container."""
     storage = site.storage
     return [
         Mount(name="job", mount_path=CONFIG, read_only=True),
@@ -434,17 +558,21 @@ def _mounts(site: KubernetesSite) -> list[Mount]:
     ]
 
 
-def _volumes(site: KubernetesSite, order: Order) -> list[Volume]:
+def _build_volumes(site: KubernetesSite, context: RenderContext) -> list[Volume]:
+    """Return the volumes of a pod."""
     return [
-        Volume(name="job", config_map={"name": object_name(order.run, order.submission)}),
+        Volume(name="job", config_map={"name": make_object_name(context.run, context.submission)}),
         Volume(name="storage", persistent_volume_claim={"claimName": site.storage.claim}),
         Volume(name="tmp", empty_dir={}),
     ]
 
 
-def _environment(site: KubernetesSite, order: Order, *, head: bool) -> list[Variable]:
+def _build_environment(
+    site: KubernetesSite, context: RenderContext, *, head: bool
+) -> list[Variable]:
+    """Return the environment variables of a container."""
     cache = f"{site.storage.mount_path}/cache"
-    own = {
+    defaults = {
         "LORAFLEET_CACHE": cache,
         "LORAFLEET_TRUSTED_FOLDERS": site.storage.mount_path,
         "HF_HUB_CACHE": f"{cache}/hub",
@@ -452,61 +580,78 @@ def _environment(site: KubernetesSite, order: Order, *, head: bool) -> list[Vari
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",
-        "LF_NODES": str(order.nodes),
+        "LF_NODES": str(context.nodes),
     }
     if not site.internet:
-        own |= OFFLINE
+        defaults |= OFFLINE
     if site.autoscale:
-        own["LF_AUTOSCALES"] = "1"
+        defaults["LF_AUTOSCALES"] = "1"
     if head:
-        own["RAY_JOB_STOP_WAIT_TIME_S"] = str(site.deadlines.save_seconds)  # three seconds, if it is not said
+        defaults["RAY_JOB_STOP_WAIT_TIME_S"] = str(
+            site.deadlines.save_seconds
+        )  # Ray's default is 3 seconds
     else:
         if site.network.interface:
-            own |= {"NCCL_SOCKET_IFNAME": site.network.interface, "GLOO_SOCKET_IFNAME": site.network.interface}
+            defaults |= {
+                "NCCL_SOCKET_IFNAME": site.network.interface,
+                "GLOO_SOCKET_IFNAME": site.network.interface,
+            }
         if site.network.ib_hca:
-            own["NCCL_IB_HCA"] = site.network.ib_hca
+            defaults["NCCL_IB_HCA"] = site.network.ib_hca
         if site.gpus_per_node:
-            own |= {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    told = {name: value for name, value in (own | site.environment).items() if name not in site.secrets}
-    values = [Variable(name=name, value=_literal(value)) for name, value in told.items()]
-    refs = [
+            defaults |= {
+                "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+                "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+            }
+    plain_values = {
+        name: value
+        for name, value in (defaults | site.environment).items()
+        if name not in site.secrets
+    }
+    values = [
+        Variable(name=name, value=_escape_value(value)) for name, value in plain_values.items()
+    ]
+    secret_values = [
         Variable(
             name=name,
             value_from=models.ValueFrom(
-                secret_key_ref=models.KeyRef(name=ref.name, key=ref.key, optional=ref.optional or None)
+                secret_key_ref=models.KeyRef(
+                    name=ref.name, key=ref.key, optional=ref.optional or None
+                )
             ),
         )
         for name, ref in site.secrets.items()
     ]
-    return values + refs
+    return values + secret_values
 
 
-def _literal(value: str) -> str:
-    """A value as it is: Kubernetes would put other variables in the place of $(NAME)."""
+def _escape_value(value: str) -> str:
+    """Escape a value: Kubernetes would replace $(NAME) by another variable."""
     return value.replace("$(", "$$(")
 
 
-def _mib(gigabytes: float) -> str:
+def _format_mib(gigabytes: float) -> str:
+    """Convert decimal gigabytes to a quantity in MiB."""
     return f"{int(gigabytes * 1e9 / 2**20)}Mi"
 
 
-def _network_policy(site: KubernetesSite, order: Order) -> models.NetworkPolicy:
-    """Into a run's pods come its own pods, and to the dashboard the operator."""
-    own = {"matchLabels": {RUN_LABEL: label(order.run)}}
+def _build_network_policy(site: KubernetesSite, context: RenderContext) -> models.NetworkPolicy:
+    """Return a policy that admits only the run's own pods, and the operator to the dashboard."""
+    run_selector = {"matchLabels": {RUN_LABEL: to_label_value(context.run)}}
     operator = {"namespaceSelector": {}, "podSelector": {"matchLabels": site.operator_labels}}
     return models.NetworkPolicy(
         metadata=Metadata(
-            name=object_name(order.run, order.submission),
+            name=make_object_name(context.run, context.submission),
             namespace=site.namespace,
-            labels=labels_of(site, order),
-            annotations=_call(order),
+            labels=build_labels(site, context),
+            annotations=_build_call_annotation(context),
         ),
         spec=models.NetworkPolicySpec(
-            pod_selector=own,
+            pod_selector=run_selector,
             policy_types=["Ingress"],
             ingress=[
-                {"from": [{"podSelector": own}]},
-                {"from": [operator], "ports": [{"protocol": "TCP", "port": _DASHBOARD}]},
+                {"from": [{"podSelector": run_selector}]},
+                {"from": [operator], "ports": [{"protocol": "TCP", "port": _DASHBOARD_PORT}]},
             ],
         ),
     )

@@ -1,4 +1,4 @@
-"""What a RayJob's two status fields mean for a run, and why its pods wait, in words."""
+"""Translate the status of a RayJob into the state of a run, and explain why its pods wait."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lorafleet.jobs.runs.run import RunState
 
 @dataclass(frozen=True)
 class JobState:
-    """What a RayJob does."""
+    """State of a RayJob."""
 
     run: RunState
-    """The run's state, as far as the cluster knows."""
+    """State of the run, as far as the cluster reports it."""
     sentence: str
-    """For a user."""
+    """Predicate for a message to the user, such as `waits for its pods`."""
     ended: bool = False
-    """Whether nothing more happens to it."""
+    """True if the state is final."""
 
 
-_DEPLOYMENT = {
+_STATE_BY_DEPLOYMENT = {
     "": JobState(RunState.PENDING, "was created; the operator has not seen it yet"),
     "Initializing": JobState(RunState.PENDING, "waits for its pods"),
     "Waiting": JobState(RunState.PENDING, "waits for the command of a user (InteractiveMode)"),
@@ -31,51 +31,62 @@ _DEPLOYMENT = {
     "Retrying": JobState(RunState.PENDING, "failed, and begins again on a new cluster"),
     "ValidationFailed": JobState(RunState.FAILED, "was refused by the operator", ended=True),
 }
-"""By jobDeploymentStatus; Complete and Failed depend on the jobStatus too (rayjob_types.go, IsJobTerminal)."""
+"""State by jobDeploymentStatus. Complete and Failed also depend on jobStatus
+(rayjob_types.go, IsJobTerminal).
+"""
 _REASONS = {
     "SubmissionFailed": "the job could not be handed to Ray",
     "DeadlineExceeded": "it came to deadlines.hours",
     "PreRunningDeadlineExceeded": "it did not run within deadlines.start_minutes",
     "AppFailed": "its driver failed",
-    "JobDeploymentStatusTransitionGracePeriodExceeded": "Ray and Kubernetes did not agree on its end",
+    "JobDeploymentStatusTransitionGracePeriodExceeded": "Ray and Kubernetes did not agree on "
+    "its end",
     "JobStatusCheckTimeoutExceeded": "its head did not answer any more",
     "ValidationFailed": "the operator refused it",
 }
 
 
-def job_state(status: dict[str, Any] | None, *, queued: bool = False) -> JobState:
-    """What a RayJob does, from its status; a new one has none at all.
+def parse_job_state(status: dict[str, Any] | None, *, queued: bool = False) -> JobState:
+    """Return the state of a RayJob from its status; a new RayJob has none.
 
-    Complete is no success (a stopped job is Complete too), and FAILED with Retrying is not the end. `queued` says that
-    a queue admits it: then a suspension is a preemption or the wait for admission.
+    Complete does not mean success: a stopped job is Complete too. A jobStatus of FAILED
+    with Retrying is not final.
+
+    Args:
+        status: The status field of the RayJob.
+        queued: True if a queue admits the job. A suspension is then a preemption or the
+            wait for admission.
     """
     status = status or {}
-    deployment, job = str(status.get("jobDeploymentStatus") or ""), str(status.get("jobStatus") or "")
-    why = why_it_ended(status)
+    deployment, job = (
+        str(status.get("jobDeploymentStatus") or ""),
+        str(status.get("jobStatus") or ""),
+    )
+    reason = format_end_reason(status)
     if deployment == "Complete":
         if job == "SUCCEEDED":
             return JobState(RunState.FINISHED, "has ended", ended=True)
         if job == "STOPPED":
             return JobState(RunState.STOPPED, "was stopped", ended=True)
-        return JobState(RunState.FAILED, f"failed{why}", ended=True)
+        return JobState(RunState.FAILED, f"failed{reason}", ended=True)
     if deployment == "Failed":
         if status.get("reason") == "DeadlineExceeded":
-            return JobState(RunState.STOPPED, f"was ended{why}", ended=True)
-        return JobState(RunState.FAILED, f"failed{why}", ended=True)
+            return JobState(RunState.STOPPED, f"was ended{reason}", ended=True)
+        return JobState(RunState.FAILED, f"failed{reason}", ended=True)
     if deployment == "Suspended" and not queued:
         return JobState(RunState.PENDING, "is suspended")
-    known = _DEPLOYMENT.get(deployment)
-    if known is None:
+    state = _STATE_BY_DEPLOYMENT.get(deployment)
+    if state is None:
         return JobState(RunState.PENDING, f"is {deployment}, which this version does not know")
     if deployment in ("ValidationFailed", "Retrying"):
-        return JobState(known.run, known.sentence + why, known.ended)
+        return JobState(state.run, state.sentence + reason, state.ended)
     if deployment == "Running" and job in ("", "PENDING"):
         return JobState(RunState.PENDING, "has its cluster, and starts the driver")
-    return known
+    return state
 
 
-def why_it_ended(status: dict[str, Any]) -> str:
-    """`: SENTENCE` from reason and message, or nothing."""
+def format_end_reason(status: dict[str, Any]) -> str:
+    """Return `: REASON` from the reason and message of a status, or an empty string."""
     reason, message = str(status.get("reason") or ""), str(status.get("message") or "").strip()
     parts = [_REASONS.get(reason, reason)] if reason else []
     if message:
@@ -83,53 +94,70 @@ def why_it_ended(status: dict[str, Any]) -> str:
     return ": " + "; ".join(parts) if parts else ""
 
 
-_SHORT = re.compile(r"(\d+)/(\d+) nodes are available: (.*)", re.DOTALL)
+_NO_NODE = re.compile(r"(\d+)/(\d+) nodes are available: (.*)", re.DOTALL)
 
 
-def why_pending(events: list[dict[str, Any]]) -> str | None:
-    """Why pods do not start, from the newest event that says so; None when none does."""
-    for event in sorted(events, key=_when, reverse=True):
+def find_pending_reason(events: list[dict[str, Any]]) -> str | None:
+    """Return why pods do not start, from the newest event that explains it, or None."""
+    for event in sorted(events, key=_get_event_time, reverse=True):
         message = " ".join(str(event.get("message") or "").split())
         reason = str(event.get("reason") or "")
-        words = _in_words(reason, message)
-        if words:
-            return words
+        explanation = _explain_event(reason, message)
+        if explanation:
+            return explanation
     return None
 
 
-def _when(event: dict[str, Any]) -> str:
-    known = (event.get("lastTimestamp"), event.get("eventTime"), (event.get("metadata") or {}).get("creationTimestamp"))
-    return str(next(filter(None, known), ""))
+def _get_event_time(event: dict[str, Any]) -> str:
+    """Return the first available timestamp of an event, or an empty string."""
+    timestamps = (
+        event.get("lastTimestamp"),
+        event.get("eventTime"),
+        (event.get("metadata") or {}).get("creationTimestamp"),
+    )
+    return str(next(filter(None, timestamps), ""))
 
 
-def _in_words(reason: str, message: str) -> str | None:
-    short = _SHORT.match(message)
-    if reason == "FailedScheduling" and short:
-        lacking = re.findall(r"Insufficient ([\w./-]*\w)", short[3])
-        if lacking:
-            what = " and ".join(dict.fromkeys(_resource(name) for name in lacking))
-            return f"no node has enough {what} free ({short[1]} of {short[2]} nodes would do)"
+def _explain_event(reason: str, message: str) -> str | None:
+    """Return an explanation of an event that keeps pods from starting, or None for other events."""
+    match = _NO_NODE.match(message)
+    if reason == "FailedScheduling" and match:
+        missing = re.findall(r"Insufficient ([\w./-]*\w)", match[3])
+        if missing:
+            subject = " and ".join(dict.fromkeys(_format_resource(name) for name in missing))
+            return f"no node has enough {subject} free ({match[1]} of {match[2]} nodes would do)"
         if "untolerated taint" in message:
             taint = re.search(r"untolerated taint \{([^}]*)\}", message)
-            return f"its nodes have a taint that the site does not tolerate ({taint[1] if taint else 'see the events'})"
+            return (
+                "its nodes have a taint that the site does not tolerate "
+                f"({taint[1] if taint else 'see the events'})"
+            )
         if "node affinity" in message or "node selector" in message:
             return "no node has the labels of node_selector"
         if "persistentvolumeclaim" in message:
-            return f"its storage is not there: {short[3][:200]}"
-        return f"no node fits: {short[3][:200]}"
+            return f"its storage is not there: {match[3][:200]}"
+        return f"no node fits: {match[3][:200]}"
     if reason == "FailedScheduling":
         return f"it cannot be placed: {message[:200]}"
-    if reason in ("Failed", "ErrImagePull", "ImagePullBackOff", "BackOff") and "image" in message.lower():
+    if (
+        reason in ("Failed", "ErrImagePull", "ImagePullBackOff", "BackOff")
+        and "image" in message.lower()
+    ):
         return f"the image cannot be pulled: {message[:200]}"
     if reason in ("FailedMount", "FailedAttachVolume"):
         return f"a volume cannot be mounted: {message[:200]}"
     if reason in ("FailedCreate", "FailedCreatePod") or "exceeded quota" in message:
-        what = "the namespace's quota is used up" if "exceeded quota" in message else "a pod was refused"
-        return f"{what}: {message[:200]}"
+        subject = (
+            "the namespace's quota is used up"
+            if "exceeded quota" in message
+            else "a pod was refused"
+        )
+        return f"{subject}: {message[:200]}"
     if reason in ("Pending", "QuotaReserved") and "quota" in message.lower():
         return f"its queue has no room: {message[:200]}"
     return None
 
 
-def _resource(name: str) -> str:
+def _format_resource(name: str) -> str:
+    """Return the display name of a resource."""
     return {"cpu": "CPU", "memory": "memory", "ephemeral-storage": "disk"}.get(name, name)

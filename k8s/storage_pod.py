@@ -1,4 +1,4 @@
-"""Reaching the storage of a Kubernetes site: through the head of a run that is up, or through a pod made for it."""
+"""Access to a Kubernetes site's storage, through a running head or through a storage pod."""
 
 from __future__ import annotations
 
@@ -15,93 +15,128 @@ from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.sites.kubernetes import KubernetesSite
 from lorafleet.k8s.errors import ClusterError, Conflict
-from lorafleet.k8s.render import ATTEMPT_LABEL, HEAD, PORTER, RUN_LABEL, label, porter
-from lorafleet.k8s.states import why_pending
+from lorafleet.k8s.render import (
+    ATTEMPT_LABEL,
+    HEAD,
+    RUN_LABEL,
+    STORAGE_POD,
+    render_storage_pod,
+    to_label_value,
+)
+from lorafleet.k8s.states import find_pending_reason
 
 if TYPE_CHECKING:
     from lorafleet.k8s.client import Client
 
-_LIVES_SECONDS = 4 * 3600
-"""After which a pod that was made for a transfer ends by itself, whatever became of the one who made it."""
-_UP_SECONDS = 600.0
-"""How long one may wait for such a pod: its image may have to be pulled."""
+_MAX_LIFETIME_SECONDS = 4 * 3600
+"""Seconds after which a storage pod ends by itself, even if its creator has died."""
+_START_TIMEOUT_SECONDS = 600.0
+"""Seconds to wait for a storage pod to start: its image may have to be pulled."""
 
 
 @dataclass(frozen=True)
-class Inside:
-    """A container that sees the storage."""
+class StorageContainer:
+    """A container that mounts the storage."""
 
     client: Client
     pod: str
     container: str
 
-    def run(self, command: list[str], take: Callable[[bytes], object], feed: Iterable[bytes] = ()) -> None:
-        """Run a command there. Raises ClusterError and CommandFailed."""
-        self.client.run_in(self.pod, self.container, command, take, feed)
+    def run(
+        self, command: list[str], take: Callable[[bytes], object], feed: Iterable[bytes] = ()
+    ) -> None:
+        """Run a command in the container. Raises ClusterError and CommandFailed."""
+        self.client.run_command(self.pod, self.container, command, take, feed)
 
 
-def labels_of_submission(run: Run, submission: int) -> dict[str, str]:
-    """What the pods of one RayJob of a run carry."""
-    return {RUN_LABEL: label(run.id), ATTEMPT_LABEL: str(submission)}
+def build_submission_labels(run: Run, submission: int) -> dict[str, str]:
+    """Return the labels that the pods of one RayJob of a run carry."""
+    return {RUN_LABEL: to_label_value(run.id), ATTEMPT_LABEL: str(submission)}
 
 
-def head_of(client: Client, run: Run, submission: int) -> Inside | None:
-    """The head of a run's cluster where it is up. Raises ClusterError."""
-    for pod in client.pods(labels_of_submission(run, submission) | {"ray.io/node-type": "head"}):
+def find_head(client: Client, run: Run, submission: int) -> StorageContainer | None:
+    """Return the head of a run's Ray cluster if it is running, else None. Raises ClusterError."""
+    for pod in client.list_pods(
+        build_submission_labels(run, submission) | {"ray.io/node-type": "head"}
+    ):
         states = pod.get("status", {}).get("containerStatuses") or []
-        if any(one["name"] == HEAD and "running" in (one.get("state") or {}) for one in states):
-            return Inside(client, pod["metadata"]["name"], HEAD)
+        if any(
+            status["name"] == HEAD and "running" in (status.get("state") or {}) for status in states
+        ):
+            return StorageContainer(client, pod["metadata"]["name"], HEAD)
     return None
 
 
 @contextlib.contextmanager
-def pod_for(site: KubernetesSite, client: Client, say: Say, up_seconds: float | None = None) -> Iterator[Inside]:
-    """A pod that sees the storage, for as long as it is wanted. Raises ClusterError, and UserError when none comes."""
-    name = f"lorafleet-{PORTER}-{secrets.token_hex(3)}"
+def open_storage_pod(
+    site: KubernetesSite, client: Client, say: Say, up_seconds: float | None = None
+) -> Iterator[StorageContainer]:
+    """Start a storage pod and yield its container; delete the pod on exit.
+
+    Args:
+        up_seconds: How long to wait for the pod to start; by default 10 minutes.
+
+    Raises:
+        ClusterError: The API server does not answer or refuses.
+        UserError: The pod does not start.
+    """
+    name = f"lorafleet-{STORAGE_POD}-{secrets.token_hex(3)}"
     try:
-        with contextlib.suppress(Conflict):  # our own: the first answer was lost
-            client.create(porter(site, name, account(), _LIVES_SECONDS))
-        yield Inside(client, _up(client, name, say, up_seconds or _UP_SECONDS), PORTER)
+        with contextlib.suppress(Conflict):  # this call created it: the first response was lost
+            client.create(render_storage_pod(site, name, get_account(), _MAX_LIFETIME_SECONDS))
+        yield StorageContainer(
+            client,
+            _wait_until_running(client, name, say, up_seconds or _START_TIMEOUT_SECONDS),
+            STORAGE_POD,
+        )
     finally:
-        with contextlib.suppress(ClusterError):  # it ends by itself in the end
+        with contextlib.suppress(
+            ClusterError
+        ):  # the pod ends by itself after _MAX_LIFETIME_SECONDS
             client.delete("Job", name)
 
 
-def account() -> str:
-    """The account here; a container may have none."""
+def get_account() -> str:
+    """Return the local account name, or `unknown` if there is none (possible in a container)."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
         return "unknown"
 
 
-def _up(client: Client, name: str, say: Say, seconds: float) -> str:
-    """The pod of a Job once it runs."""
-    ends, told = time.monotonic() + seconds, ""
-    why: str | None = None
-    while time.monotonic() < ends:
-        for pod in client.pods({"job-name": name}):
+def _wait_until_running(client: Client, name: str, say: Say, seconds: float) -> str:
+    """Return the name of a Job's pod once it runs."""
+    deadline, last_reason = time.monotonic() + seconds, ""
+    reason: str | None = None
+    while time.monotonic() < deadline:
+        for pod in client.list_pods({"job-name": name}):
             phase = pod.get("status", {}).get("phase")
             if phase == "Running":
                 return str(pod["metadata"]["name"])
             if phase in ("Failed", "Succeeded"):
-                raise UserError(f"pod {pod['metadata']['name']} ended before anything went through it ({phase})")
-            why = why_pending(client.events(name=pod["metadata"]["name"]))
-        why = why or why_pending(client.events(name=name))
-        if why and why != told:
-            told = why
-            say(f"the pod for the transfer waits: {why}")
+                raise UserError(
+                    f"pod {pod['metadata']['name']} ended before anything went through it ({phase})"
+                )
+            reason = find_pending_reason(client.list_events(name=pod["metadata"]["name"]))
+        reason = reason or find_pending_reason(client.list_events(name=name))
+        if reason and reason != last_reason:
+            last_reason = reason
+            say(f"the pod for the transfer waits: {reason}")
         time.sleep(0.5)
-    within = f"within {seconds / 60:.0f} minutes"
-    raise UserError(f"the pod for the transfer did not start {within}: {why or 'no reason is given'}")
+    time_limit = f"within {seconds / 60:.0f} minutes"
+    raise UserError(
+        f"the pod for the transfer did not start {time_limit}: {reason or 'no reason is given'}"
+    )
 
 
-def submitters_words(client: Client, run: Run, submission: int) -> str:
-    """What the newest submitter's pod has said: the driver's output. Raises ClusterError."""
-    pods = client.pods(labels_of_submission(run, submission) | {"job-name": ""})
-    return client.log(pods[0]["metadata"]["name"]) if pods else ""
+def read_submitter_log(client: Client, run: Run, submission: int) -> str:
+    """Return the log of the newest submitter pod: the driver's output. Raises ClusterError."""
+    pods = client.list_pods(build_submission_labels(run, submission) | {"job-name": ""})
+    return client.read_log(pods[0]["metadata"]["name"]) if pods else ""
 
 
-def storage_key(site: KubernetesSite) -> str:
-    """What tells a site's storage from another's."""
-    return "/".join([site.context or "", site.namespace, site.storage.claim, site.storage.sub_path or ""])
+def build_storage_key(site: KubernetesSite) -> str:
+    """Return the key that distinguishes a site's storage from that of other sites."""
+    return "/".join(
+        [site.context or "", site.namespace, site.storage.claim, site.storage.sub_path or ""]
+    )

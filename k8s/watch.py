@@ -1,4 +1,4 @@
-"""A run on Kubernetes, for somebody who waits for its end: what its RayJob says, and its record as it grows."""
+"""Watches a run on Kubernetes: follows its RayJob and downloads its record while it grows."""
 
 from __future__ import annotations
 
@@ -9,140 +9,175 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from lorafleet.cluster.backend import Seen
-from lorafleet.cluster.remote.backend import exit_code, settled, stored, unknown_there, written
+from lorafleet.cluster.backend import RunStatus
+from lorafleet.cluster.remote.backend import (
+    compute_exit_code,
+    infer_unknown_status,
+    read_own_state,
+    read_record,
+    record_final_state,
+)
 from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.runs.run import Run, RunState
-from lorafleet.k8s.states import job_state
+from lorafleet.k8s.states import parse_job_state
 
 if TYPE_CHECKING:
     from lorafleet.k8s.backend import KubernetesBackend
 
 _REFRESH_SECONDS = 10.0
-"""Between two looks into the run's folder."""
-_WHY_SECONDS = 20.0
-"""Between two questions why its pods wait."""
-_SECONDS_TO_END = 3.0
-"""For a watch's threads, once it is closed."""
-_UNSEEN: Any = object()
+"""Seconds between two downloads of the run's record."""
+_EXPLAIN_SECONDS = 20.0
+"""Seconds between two queries why the run's pods wait."""
+_CLOSE_TIMEOUT_SECONDS = 3.0
+"""Seconds that a closed watch waits for its threads to end."""
+_UNKNOWN_JOB: Any = object()
 
 
-def seen(run: Run, name: str, job: dict[str, Any] | None, *, queued: bool) -> Seen:
-    """Where a run is, from its RayJob (None: there is none) and from what is here of its own record."""
+def derive_status(run: Run, name: str, job: dict[str, Any] | None, *, queued: bool) -> RunStatus:
+    """Return the status of a run from its RayJob (None: it does not exist) and the local record."""
     if job is None:
-        return unknown_there(run, f"RayJob {name} is not on the cluster any more, and lorafleet did not take it away")
-    state = job_state(job.get("status"), queued=queued)
+        return infer_unknown_status(
+            run, f"RayJob {name} is not on the cluster any more, and lorafleet did not take it away"
+        )
+    state = parse_job_state(job.get("status"), queued=queued)
     if job.get("metadata", {}).get("deletionTimestamp") and not state.ended:
-        return Seen(RunState.RUNNING, f"RayJob {name} is being taken away: its trials are saved first")
+        return RunStatus(
+            RunState.RUNNING, f"RayJob {name} is being taken away: its trials are saved first"
+        )
     if not state.ended:
-        return Seen(state.run, f"RayJob {name} {state.sentence}")
-    own, reason = written(run)
-    if state.run is RunState.FINISHED and own in (RunState.STOPPED, RunState.FAILED):
-        return Seen(own, reason)  # for Ray the job has succeeded: there is nothing that another cluster could do
+        return RunStatus(state.run, f"RayJob {name} {state.sentence}")
+    own_state, reason = read_own_state(run)
+    if state.run is RunState.FINISHED and own_state in (RunState.STOPPED, RunState.FAILED):
+        return RunStatus(
+            own_state, reason
+        )  # Ray counts the job as succeeded, because a retry on another cluster could not help
     if state.run is RunState.FINISHED:
-        return Seen(state.run, reason)
-    if state.run is RunState.FAILED and own is RunState.FAILED and reason:
-        return Seen(RunState.FAILED, reason)
+        return RunStatus(state.run, reason)
+    if state.run is RunState.FAILED and own_state is RunState.FAILED and reason:
+        return RunStatus(RunState.FAILED, reason)
     if state.run is RunState.STOPPED:
-        return Seen(RunState.STOPPED, f"RayJob {name} {state.sentence}; `lorafleet resume {run.id}` goes on")
-    missing = reason if own is None else ""
-    return Seen(state.run, "; ".join(filter(None, [f"RayJob {name} {state.sentence}", missing])))
+        return RunStatus(
+            RunState.STOPPED, f"RayJob {name} {state.sentence}; `lorafleet resume {run.id}` goes on"
+        )
+    missing = reason if own_state is None else ""
+    return RunStatus(
+        state.run, "; ".join(filter(None, [f"RayJob {name} {state.sentence}", missing]))
+    )
 
 
-def has_run(job: dict[str, Any] | None) -> bool:
-    """Whether a driver began, so that there is something to bring."""
+def has_started_driver(job: dict[str, Any] | None) -> bool:
+    """Return whether a driver started, so that there is something to download."""
     return ((job or {}).get("status") or {}).get("jobStatus") not in (None, "", "PENDING")
 
 
-def drivers_code(job: dict[str, Any] | None) -> int | None:
-    """What the driver ended with, as Ray told the operator."""
-    said = re.search(r"exit code (\d+)", str(((job or {}).get("status") or {}).get("message") or ""))
-    return int(said[1]) if said else None
+def get_driver_exit_code(job: dict[str, Any] | None) -> int | None:
+    """Return the driver's exit code as Ray reported it to the operator, or None."""
+    match = re.search(
+        r"exit code (\d+)", str(((job or {}).get("status") or {}).get("message") or "")
+    )
+    return int(match[1]) if match else None
 
 
 class KubernetesWatch:
-    """Two threads: one follows the RayJob, one brings what the run has written since."""
+    """A watch with two threads: one follows the RayJob, one downloads what the run writes."""
 
     detaches = True
 
     def __init__(self, backend: KubernetesBackend, run: Run) -> None:
         self.backend, self.run = backend, run
-        self.name = backend.name_of(run)
-        self.submission = int(stored(run)["submission"])
-        self.seen = Seen(run.state)
-        self._job: Any = _UNSEEN
-        self._why, self._asked_why = "", -_WHY_SECONDS
+        self.name = backend.get_object_name(run)
+        self.submission = int(read_record(run)["submission"])
+        self.seen = RunStatus(run.state)
+        self._job: Any = _UNKNOWN_JOB
+        self._why, self._asked_why = "", -_EXPLAIN_SECONDS
         self._trouble = ""
-        self._ran = bool(run.trials())
+        self._ran = bool(run.list_trials())
         self._end = threading.Event()
         self._changed = threading.Event()
         self._broken: Exception | None = None
-        works = (self._follow, self._refresh)
-        self._threads = [threading.Thread(target=self._until_broken, args=(work,), daemon=True) for work in works]
+        tasks = (self._follow_job, self._refresh)
+        self._threads = [
+            threading.Thread(target=self._run_and_record_failure, args=(task,), daemon=True)
+            for task in tasks
+        ]
         for thread in self._threads:
             thread.start()
 
     def close(self) -> None:
-        """End the threads: one that still waits for the network when the process ends may take it down."""
+        """End the threads.
+
+        A thread that still waits for the network when the process exits may crash the process.
+        """
         self._end.set()
-        ends = time.monotonic() + _SECONDS_TO_END
-        while any(thread.is_alive() for thread in self._threads) and time.monotonic() < ends:
-            self.backend.client.stop_following()  # not once: a watch that is being opened does not hear it yet
+        deadline = time.monotonic() + _CLOSE_TIMEOUT_SECONDS
+        while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
+            # Repeated: a watch that is just being opened misses the first call.
+            self.backend.client.stop_following()
             for thread in self._threads:
                 thread.join(0.05)
 
-    def _until_broken(self, work: Callable[[], None]) -> None:
-        """What breaks a thread is a fault of ours: `poll` raises it, where somebody sees it."""
+    def _run_and_record_failure(self, task: Callable[[], None]) -> None:
+        """Run a thread's work and keep its exception: `poll` raises it where the user sees it."""
         try:
-            work()
-        except Exception as error:  # the edge of a thread
+            task()
+        except Exception as error:  # thread boundary: `poll` raises it again
             self._broken = error
 
-    def _follow(self) -> None:
-        self.backend.client.follow(self.name, self._take, self._fail, self._end)
+    def _follow_job(self) -> None:
+        self.backend.client.follow(self.name, self._update_job, self._record_failure, self._end)
 
-    def _take(self, job: dict[str, Any] | None) -> None:
+    def _update_job(self, job: dict[str, Any] | None) -> None:
         self._job, self._trouble = job, ""
         self._changed.set()
 
-    def _fail(self, sentence: str) -> None:
-        self._trouble = sentence
+    def _record_failure(self, message: str) -> None:
+        self._trouble = message
 
     def _refresh(self) -> None:
         while not self._end.wait(_REFRESH_SECONDS):
-            if self._job not in (None, _UNSEEN) and self._now().state is RunState.RUNNING:
-                with contextlib.suppress(UserError):  # `poll` tells what the cluster says
-                    self.backend.peek(self.run, self.submission)
+            if (
+                self._job not in (None, _UNKNOWN_JOB)
+                and self._get_status().state is RunState.RUNNING
+            ):
+                with contextlib.suppress(UserError):  # `poll` reports the cluster's errors
+                    self.backend.download_from_head(self.run, self.submission)
 
-    def _now(self) -> Seen:
-        return self.backend.seen(self.run, self._job)
+    def _get_status(self) -> RunStatus:
+        return self.backend.derive_status(self.run, self._job)
 
     def poll(self) -> int | None:
-        """The driver's exit code once the RayJob has ended or is gone, with the run's record here as it is then."""
+        """Return the driver's exit code once the RayJob has ended or is gone.
+
+        The run's final record has been downloaded by then.
+        """
         if self._broken is not None:
             raise self._broken
-        if self._job is _UNSEEN:
-            self.seen = Seen(self.run.state, self._trouble)
+        if self._job is _UNKNOWN_JOB:
+            self.seen = RunStatus(self.run.state, self._trouble)
             return None
-        job, now = self._job, self._now()
-        self._ran = self._ran or now.state is RunState.RUNNING
-        if now.state in (RunState.PENDING, RunState.RUNNING):
-            self.seen = Seen(now.state, self._trouble or now.sentence + self._waits(now.state))
+        job, status = self._job, self._get_status()
+        self._ran = self._ran or status.state is RunState.RUNNING
+        if status.state in (RunState.PENDING, RunState.RUNNING):
+            self.seen = RunStatus(
+                status.state, self._trouble or status.sentence + self._describe_wait(status.state)
+            )
             return None
         self._end.set()
-        self.backend.collect(self.run, self.submission, ran=self._ran or has_run(job))
-        self.seen = settled(self.run, self.submission, self.backend.seen(self.run, job))
-        return exit_code(self.run, self.seen, drivers_code(job))
+        self.backend.collect(self.run, self.submission, ran=self._ran or has_started_driver(job))
+        self.seen = record_final_state(
+            self.run, self.submission, self.backend.derive_status(self.run, job)
+        )
+        return compute_exit_code(self.run, self.seen, get_driver_exit_code(job))
 
-    def _waits(self, state: RunState) -> str:
-        """Why its pods do not start, asked now and then."""
+    def _describe_wait(self, state: RunState) -> str:
+        """Return why the run's pods do not start, queried from time to time."""
         if state is not RunState.PENDING:
             return ""
-        if time.monotonic() - self._asked_why > _WHY_SECONDS or self._changed.is_set():
+        if time.monotonic() - self._asked_why > _EXPLAIN_SECONDS or self._changed.is_set():
             self._changed.clear()
             self._asked_why = time.monotonic()
-            self._why = self.backend.why(self.run, self._job)
+            self._why = self.backend.explain_pending(self.run, self._job)
         return f": {self._why}" if self._why else ""
 
     def send_signal(self, number: int) -> None:
-        """A RayJob does not hear this process's signals."""
+        """Do nothing: a RayJob does not receive this process's signals."""

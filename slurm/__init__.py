@@ -1,1 +1,3 @@
-"""Slurm: scripts rendered, states read, a thin client. Pure but for the client."""
+"""Slurm support: render job scripts, parse job states, and run Slurm's commands. Pure except
+for the client.
+"""

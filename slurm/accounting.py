@@ -1,7 +1,8 @@
-"""Slurm's answers about a job, in any of its forms, as one record. Pure.
+"""Parse Slurm's output about jobs, in any of its formats, into records. Pure.
 
-`squeue --json` and `sacct --json` changed between 22.05 and 23.11: a state became a list, a number an object with
-`set` and `infinite`. `scontrol show job -o` is KEY=VALUE on one line.
+`squeue --json` and `sacct --json` changed between 22.05 and 23.11: a state became a list,
+and a number an object with `set` and `infinite`. `scontrol show job -o` prints KEY=VALUE
+pairs on one line.
 """
 
 from __future__ import annotations
@@ -11,120 +12,153 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from lorafleet.slurm.states import job_state, state_word
+from lorafleet.slurm.states import get_job_state, parse_state
 
 _PAIR = re.compile(r"(?:^|\s)([A-Za-z][A-Za-z0-9/:_]*)=")
 
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What is known of one job."""
+    """Information about one job, as Slurm reports it."""
 
     job_id: str
     state: str
-    """Slurm's word for it, one of `STATES` where it is known."""
+    """Slurm's name of the state, one of `STATES` if it is known."""
     reason: str = ""
-    """Why it waits, or why it ended, in Slurm's word."""
+    """Slurm's reason why the job is pending or why it ended."""
     exit_code: int | None = None
-    """Of the batch script; None before its end."""
+    """Exit code of the batch script; None before its end."""
     signal: int | None = None
-    """That ended the batch script, where one did."""
+    """Signal that ended the batch script, if any."""
     restarts: int = 0
-    """How often it was requeued."""
+    """Number of times the job was requeued."""
     nodes: str = ""
-    """Its nodes, in Slurm's short form."""
+    """Nodes of the job, in Slurm's short form."""
 
 
-def from_scontrol(text: str) -> list[JobRecord]:
-    """The jobs of `scontrol show job -o`: one a line (an array has one a task)."""
-    return [_of_pairs(_pairs(line)) for line in text.splitlines() if line.startswith("JobId=")]
+def parse_scontrol(text: str) -> list[JobRecord]:
+    """Parse the output of `scontrol show job -o`: one job per line, one array task per line."""
+    return [
+        _build_record_from_pairs(_parse_pairs(line))
+        for line in text.splitlines()
+        if line.startswith("JobId=")
+    ]
 
 
-def _pairs(line: str) -> dict[str, str]:
-    """KEY=VALUE of one line; values may hold spaces, and stop where the next key begins."""
-    found = list(_PAIR.finditer(line))
-    ends = [match.start() for match in found[1:]] + [len(line)]
-    return {match[1]: line[match.end() : end].strip() for match, end in zip(found, ends, strict=True)}
+def _parse_pairs(line: str) -> dict[str, str]:
+    """Parse the KEY=VALUE pairs of one line.
+
+    Values may contain spaces; a value ends where the next key begins.
+    """
+    matches = list(_PAIR.finditer(line))
+    ends = [match.start() for match in matches[1:]] + [len(line)]
+    return {
+        match[1]: line[match.end() : end].strip() for match, end in zip(matches, ends, strict=True)
+    }
 
 
-def _of_pairs(said: dict[str, str]) -> JobRecord:
-    state = state_word(said.get("JobState", ""))
-    code, _, signal = said.get("ExitCode", "").partition(":")
+def _build_record_from_pairs(pairs: dict[str, str]) -> JobRecord:
+    state = parse_state(pairs.get("JobState", ""))
+    code, _, signal = pairs.get("ExitCode", "").partition(":")
     return JobRecord(
-        job_id=said["JobId"],
+        job_id=pairs["JobId"],
         state=state,
-        reason=_said(said.get("Reason", "")),
-        exit_code=int(code) if code.isdigit() and job_state(state).ended else None,
+        reason=_clean_reason(pairs.get("Reason", "")),
+        exit_code=int(code) if code.isdigit() and get_job_state(state).ended else None,
         signal=int(signal) if signal.isdigit() and int(signal) else None,
-        restarts=int(restarts) if (restarts := said.get("Restarts", "")).isdigit() else 0,
-        nodes="" if said.get("NodeList") in (None, "(null)") else said["NodeList"],
+        restarts=int(restarts) if (restarts := pairs.get("Restarts", "")).isdigit() else 0,
+        nodes="" if pairs.get("NodeList") in (None, "(null)") else pairs["NodeList"],
     )
 
 
-def from_squeue(text: str) -> list[JobRecord]:
-    """The jobs of `squeue --noheader --format='%i|%T|%r|%N'`, which every version understands."""
+def parse_squeue(text: str) -> list[JobRecord]:
+    """Parse the output of `squeue --noheader --format='%i|%T|%r|%N'`.
+
+    Every version of Slurm supports this format.
+    """
     rows = [line.split("|") for line in text.splitlines() if line.count("|") == 3]
     return [
-        JobRecord(job_id=row[0].strip(), state=state_word(row[1]), reason=_said(row[2]), nodes=row[3].strip())
+        JobRecord(
+            job_id=row[0].strip(),
+            state=parse_state(row[1]),
+            reason=_clean_reason(row[2]),
+            nodes=row[3].strip(),
+        )
         for row in rows
     ]
 
 
-def from_sacct(text: str) -> list[JobRecord]:
-    """The jobs of `sacct --parsable2 --allocations --format=JobID,State,ExitCode,Reason,NodeList,Restarts`."""
-    found = []
+def parse_sacct(text: str) -> list[JobRecord]:
+    """Parse the output of `sacct --parsable2 --allocations`.
+
+    The option is `--format=JobID,State,ExitCode,Reason,NodeList,Restarts`.
+    """
+    records = []
     for line in text.splitlines():
         if line.count("|") != 5:
             continue
         job_id, state, code, reason, nodes, restarts = (part.strip() for part in line.split("|"))
-        pairs = {"JobId": job_id, "JobState": state, "ExitCode": code, "Reason": _said(reason), "Restarts": restarts}
-        known_nodes = {} if nodes == "None assigned" else {"NodeList": nodes}
-        found.append(_of_pairs(pairs | known_nodes))
-    return found
+        pairs = {
+            "JobId": job_id,
+            "JobState": state,
+            "ExitCode": code,
+            "Reason": _clean_reason(reason),
+            "Restarts": restarts,
+        }
+        node_pairs = {} if nodes == "None assigned" else {"NodeList": nodes}
+        records.append(_build_record_from_pairs(pairs | node_pairs))
+    return records
 
 
-def _said(reason: str) -> str:
+def _clean_reason(reason: str) -> str:
     return "" if reason.strip() in ("None", "(null)") else reason.strip()
 
 
-def from_json(text: str) -> list[JobRecord]:
-    """The jobs of `squeue --json` or `sacct --json`, of old and new versions. Raises ValueError for anything else."""
-    said = json.loads(text)
-    if not isinstance(said, dict) or not isinstance(said.get("jobs"), list):
+def parse_json(text: str) -> list[JobRecord]:
+    """Parse the output of `squeue --json` or `sacct --json`, of old and new versions.
+
+    Raises:
+        ValueError: The text is not such output.
+    """
+    document = json.loads(text)
+    if not isinstance(document, dict) or not isinstance(document.get("jobs"), list):
         raise ValueError("no jobs in what Slurm said")
-    return [_of_json(job) for job in said["jobs"]]
+    return [_build_record_from_json(job) for job in document["jobs"]]
 
 
-def _of_json(job: dict[str, Any]) -> JobRecord:
+def _build_record_from_json(job: dict[str, Any]) -> JobRecord:
     state: Any = job.get("job_state")
     if state is None:  # sacct's: {"current": "FAILED" or ["FAILED"], "reason": ...}
         state = (job.get("state") or {}).get("current", "")
-    code, signal = _ended(job.get("exit_code"))
+    code, signal = _parse_exit_status(job.get("exit_code"))
     reason = job.get("state_reason") or (job.get("state") or {}).get("reason") or ""
     return JobRecord(
         job_id=str(job.get("job_id")),
-        state=state_word(state),
+        state=parse_state(state),
         reason="" if reason == "None" else str(reason),
         exit_code=code,
         signal=signal,
-        restarts=_number(job.get("restart_cnt")) or 0,
+        restarts=_parse_number(job.get("restart_cnt")) or 0,
         nodes=str(job.get("nodes") or ""),
     )
 
 
-def _number(value: Any) -> int | None:
-    """A number, or `{"set": true, "infinite": false, "number": 3}`."""
+def _parse_number(value: Any) -> int | None:
+    """Return the value of a number or of `{"set": true, "infinite": false, "number": 3}`."""
     if isinstance(value, dict):
         return int(value["number"]) if value.get("set", True) and "number" in value else None
     return int(value) if isinstance(value, int | float) else None
 
 
-def _ended(value: Any) -> tuple[int | None, int | None]:
-    """(exit code, signal): of wait(2)'s status word (old versions), or of an object."""
+def _parse_exit_status(value: Any) -> tuple[int | None, int | None]:
+    """Return (exit code, signal).
+
+    Old versions report wait(2)'s status word, newer ones an object.
+    """
     if isinstance(value, dict):
         signal = value.get("signal") or {}
-        number = _number(signal.get("id", signal.get("signal_id")))
-        return _number(value.get("return_code")), number or None
+        number = _parse_number(signal.get("id", signal.get("signal_id")))
+        return _parse_number(value.get("return_code")), number or None
     if isinstance(value, int):
         return value >> 8, (value & 0x7F) or None
     return None, None

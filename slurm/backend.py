@@ -1,4 +1,7 @@
-"""A Slurm cluster: a run is a job in its queue, found again by the numbers in the run's folder."""
+"""The Slurm backend: a run is a job in the queue.
+
+It is found again by the job numbers in the run's folder.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.cluster import submitted_runs as registry
-from lorafleet.cluster.backend import Say, Seen, quietly
+from lorafleet.cluster.backend import RunStatus, Say, ignore_message
 from lorafleet.cluster.backends import SITE_FILE
-from lorafleet.cluster.execution.node import ask_to_stop
+from lorafleet.cluster.execution.node import request_stop
 from lorafleet.cluster.fetch import fetch_asset, fetch_job
 from lorafleet.cluster.local import write_run
 from lorafleet.cluster.planning.plan import make_plan
-from lorafleet.cluster.remote.transfer import Which
+from lorafleet.cluster.remote.transfer import WeightSelection
 from lorafleet.jobs import files
-from lorafleet.jobs.data.assets import asset, cache_dir
-from lorafleet.jobs.data.hub import check_whole, hub_cache
+from lorafleet.jobs.data.assets import get_asset, get_cache_dir
+from lorafleet.jobs.data.hub import check_complete, get_hub_cache
 from lorafleet.jobs.data.rows import load_rows
 from lorafleet.jobs.errors import AssetError, ExitCode, PlacementRefused, RunError
 from lorafleet.jobs.loading.job_file import LoadedJob
@@ -34,29 +37,31 @@ from lorafleet.jobs.runs.plan import Plan
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.schema.environment import OFFLINE
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.jobs.sites.placement import nodes_of_job
-from lorafleet.jobs.sites.slurm import RequeueSpec, SlurmSite, slurm_seconds
-from lorafleet.jobs.trials.trial_id import bases_of
+from lorafleet.jobs.sites.placement import choose_node_count
+from lorafleet.jobs.sites.slurm import RequeueSpec, SlurmSite, parse_slurm_time
+from lorafleet.jobs.trials.trial_id import list_base_models
 from lorafleet.slurm import client
 from lorafleet.slurm.accounting import JobRecord
-from lorafleet.slurm.render import JOB, Script, array_of, render, submission
-from lorafleet.slurm.states import job_state, why_pending
+from lorafleet.slurm.render import JOB, ScriptContext, build_submit_command, format_array, render
+from lorafleet.slurm.states import describe_pending, get_job_state
 
-_LOOK_SECONDS = 5.0
-"""Between two questions to Slurm about one job."""
+_POLL_SECONDS = 5.0
+"""Seconds between two queries to Slurm about one job."""
 _FOLDER = "slurm"
-_DRIVERS_CODES = frozenset(ExitCode)
-"""What a driver ends with; a script that did not come to its driver has others."""
+_DRIVER_EXIT_CODES = frozenset(ExitCode)
+"""The exit codes of a driver; a batch script that failed before its driver started has other
+codes.
+"""
 
 
 class SlurmBackend:
-    """Submits to the queue of a site."""
+    """A backend that submits jobs to the queue of a Slurm site."""
 
     def __init__(self, site: SlurmSite, nodes: int | None = None) -> None:
         self.site = site
         self.asked_nodes = nodes
         if site.cache_dir:
-            cache = _folder_here(site.cache_dir, "cache_dir", site)
+            cache = _resolve_site_folder(site.cache_dir, "cache_dir", site)
             os.environ["LORAFLEET_CACHE"] = str(cache)
             os.environ["HF_HUB_CACHE"] = str(cache / "hub")
 
@@ -65,96 +70,135 @@ class SlurmBackend:
         """Return the backend of a submitted run, with the site as it was then."""
         return cls(SlurmSite.model_validate_json(json.dumps(record["site"])), int(record["nodes"]))
 
-    def runs_dir(self, given: Path) -> Path:
-        """The site's folder of runs, which the nodes see; without one, what the user gives."""
-        return _folder_here(self.site.runs_dir, "runs_dir", self.site) if self.site.runs_dir else given
+    def resolve_runs_dir(self, requested: Path) -> Path:
+        """Return the site's folder of runs, which the nodes see.
+
+        Returns `requested` if the site has none.
+        """
+        return (
+            _resolve_site_folder(self.site.runs_dir, "runs_dir", self.site)
+            if self.site.runs_dir
+            else requested
+        )
 
     def plan(self, loaded: LoadedJob, command: str) -> Plan:
-        """Everything that would happen. Raises a UserError where the job could not begin."""
-        array = self.site.launch == "array" and command == "sweep"
-        if array and (self.asked_nodes or 1) > 1:
-            asked = f"--nodes is {self.asked_nodes}, and launch of site {self.site.name} is array"
-            raise PlacementRefused(f"{asked}: a task has one node")
-        if array:
+        """Return the plan of everything that would happen.
+
+        Raises:
+            UserError: The job could not start.
+        """
+        is_array = self.site.launch == "array" and command == "sweep"
+        if is_array and (self.asked_nodes or 1) > 1:
+            conflict = (
+                f"--nodes is {self.asked_nodes}, and launch of site {self.site.name} is array"
+            )
+            raise PlacementRefused(f"{conflict}: a task has one node")
+        if is_array:
             check_array(loaded.job, self.site.name)
-        nodes = nodes_of_job(self.site, self.asked_nodes, loaded.job.resources.num_nodes)
-        made = make_plan(loaded, self.site.allocation(nodes), command, self.site.allow_environment)
-        tasks = -(-len(made.trials) // self.site.array.trials_per_task) if array else 0
-        name = array_of(self.site, tasks) if array else None
-        line = submission(Path("RUN") / _FOLDER / JOB, Path("RUN"), "RUN_ID", 1, array=name)
-        return made.model_copy(
+        nodes = choose_node_count(self.site, self.asked_nodes, loaded.job.resources.num_nodes)
+        plan = make_plan(
+            loaded, self.site.build_allocation(nodes), command, self.site.allow_environment
+        )
+        tasks = -(-len(plan.trials) // self.site.array.trials_per_task) if is_array else 0
+        array_spec = format_array(self.site, tasks) if is_array else None
+        line = build_submit_command(
+            Path("RUN") / _FOLDER / JOB, Path("RUN"), "RUN_ID", 1, array=array_spec
+        )
+        return plan.model_copy(
             update={
                 "site": self.site.name,
                 "nodes": nodes,
                 "tasks": tasks,
-                "files": self._script(f"{made.command}: {made.job.name}", nodes),
+                "files": self._render_job_files(f"{plan.command}: {plan.job.name}", nodes),
                 "command_line": shlex.join(line),
             }
         )
 
-    def _script(self, title: str, nodes: int, verb: str = "exec --trust", *, stage: bool = True) -> dict[str, str]:
-        """The job's files."""
-        script = Script(
+    def _render_job_files(
+        self, title: str, nodes: int, verb: str = "exec --trust", *, stage: bool = True
+    ) -> dict[str, str]:
+        """Return the job's files as {name: text}."""
+        script = ScriptContext(
             title=f"lorafleet {title}, on site {self.site.name}",
             nodes=nodes,
             verb=verb,
             programs=str(Path(sys.executable).parent),
-            exports=_exports() | (_in_a_container() if self.site.container else {}),
-            folders=tuple(dict.fromkeys((str(cache_dir()), str(hub_cache())))),
-            version=_version(),
+            exports=_build_exports() | (_build_container_exports() if self.site.container else {}),
+            folders=tuple(dict.fromkeys((str(get_cache_dir()), str(get_hub_cache())))),
+            version=_get_version(),
             stage=stage,
         )
-        return render(self.site, script, self._own_template())
+        return render(self.site, script, self._read_template())
 
-    def _own_template(self) -> dict[str, str]:
+    def _read_template(self) -> dict[str, str]:
         if not self.site.template:
             return {}
-        path = files.in_home(os.path.expandvars(self.site.template))
+        path = files.expand_home(os.path.expandvars(self.site.template))
         try:
-            return {JOB: files.read_plain_text(path)}
+            return {JOB: files.read_regular_text(path)}
         except (OSError, UnicodeDecodeError) as error:
             raise PlacementRefused(
                 f"template of site {self.site.name} is {path}, which cannot be read: {error}"
             ) from error
 
     def check(self, plan: Plan) -> tuple[list[str], list[str]]:
-        """What bash and Slurm have against the job, with what `sbatch --test-only` lets through; what was not asked."""
-        found = [f"bash -n {name}: {complaint}" for name, complaint in _syntax(plan.files)]
-        looks: tuple[Callable[[Plan], str | None], ...] = (self._refused, self._above_the_limit, self._unknown_account)
-        for look in looks:
-            try:
-                sentence = look(plan)
-            except client.SlurmError as error:  # not on a login node: said once
-                return found, [f"not checked by Slurm: {error}"]
-            found += [sentence] if sentence else []
-        return found, []
+        """Check the job with `bash -n`, Slurm's limits and `sbatch --test-only`.
 
-    def _refused(self, plan: Plan) -> str | None:
-        with _scratch() as folder:
+        Slurm's limits cover what `sbatch --test-only` accepts although the job could never run.
+
+        Returns:
+            The problems, and what could not be checked; one message each.
+        """
+        problems = [f"bash -n {name}: {complaint}" for name, complaint in _check_syntax(plan.files)]
+        checks: tuple[Callable[[Plan], str | None], ...] = (
+            self._check_with_sbatch,
+            self._check_time_limit,
+            self._check_account,
+        )
+        for run_check in checks:
+            try:
+                message = run_check(plan)
+            except client.SlurmError as error:  # not on a login node: report it once
+                return problems, [f"not checked by Slurm: {error}"]
+            problems += [message] if message else []
+        return problems, []
+
+    def _check_with_sbatch(self, plan: Plan) -> str | None:
+        """Return why `sbatch --test-only` rejects the job, or None."""
+        with _open_scratch_folder() as folder:
             for name, text in plan.files.items():
                 (folder / name).write_text(text)
-            said = client.test_only(submission(folder / JOB, folder, plan.job.name, 1))
-        return f"sbatch --test-only: {said}" if said else None
+            complaint = client.find_submission_error(
+                build_submit_command(folder / JOB, folder, plan.job.name, 1)
+            )
+        return f"sbatch --test-only: {complaint}" if complaint else None
 
-    def _above_the_limit(self, _plan: Plan) -> str | None:
-        limit = client.partition_limit(self.site.partition)
+    def _check_time_limit(self, _plan: Plan) -> str | None:
+        """Return a message if the time limit is above the partition's, or None."""
+        limit = client.get_partition_limit(self.site.partition)
         if limit is None or limit[1] in ("UNLIMITED", "INFINITE"):
             return None
-        if self.site.time_limit_seconds <= slurm_seconds(limit[1]):
+        if self.site.time_limit_seconds <= parse_slurm_time(limit[1]):
             return None
         return (
-            f"time_limit is {self.site.time_limit}, and partition {limit[0]} allows {limit[1]}: the job would wait for "
+            f"time_limit is {self.site.time_limit}, and partition {limit[0]} allows {limit[1]}: "
+            "the job would wait for "
             "ever"
         )
 
-    def _unknown_account(self, _plan: Plan) -> str | None:
-        known = client.accounts() if self.site.account else None
-        if known is None or (self.site.account or "").lower() in known:
+    def _check_account(self, _plan: Plan) -> str | None:
+        """Return a message if the user may not use the site's account, or None."""
+        accounts = client.list_accounts() if self.site.account else None
+        if accounts is None or (self.site.account or "").lower() in accounts:
             return None
-        return f"account is {self.site.account}, and you may use {', '.join(sorted(known))}"
+        return f"account is {self.site.account}, and you may use {', '.join(sorted(accounts))}"
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
-        """Write the run's folder and hand it over. Raises a UserError, and leaves nothing, where that fails."""
+        """Write the run's folder and submit its jobs.
+
+        Raises:
+            UserError: The submission failed; nothing is left behind.
+        """
         _check_fetched(loaded)
         run = write_run(plan, loaded, runs, self.site.share)
         try:
@@ -162,8 +206,8 @@ class SlurmBackend:
                 files.write_text(run.path / _FOLDER / name, text)
             (run.path / "logs").mkdir(exist_ok=True)
             self._write_site(run, plan.nodes, 1)
-            _write_parts(run, plan, self.site.array.trials_per_task)
-            self._hand_over(run, 1, plan.tasks)
+            _write_task_folders(run, plan, self.site.array.trials_per_task)
+            self._submit_jobs(run, 1, plan.tasks)
         except BaseException:
             shutil.rmtree(run.path, ignore_errors=True)
             raise
@@ -171,104 +215,148 @@ class SlurmBackend:
         return run
 
     def _write_site(self, run: Run, nodes: int, number: int) -> None:
-        stored = {"site": self.site.model_dump(mode="json"), "nodes": nodes, "submission": number}
-        files.write_json(run.path / SITE_FILE, {"kind": self.site.kind, **stored})
+        record = {"site": self.site.model_dump(mode="json"), "nodes": nodes, "submission": number}
+        files.write_json(run.path / SITE_FILE, {"kind": self.site.kind, **record})
 
-    def _hand_over(self, run: Run, number: int, tasks: int = 0) -> None:
-        """Submit the job: with the policy `chain` those that go on after it too, and with tasks a job array first."""
-        chained = self.site.requeue.max_walltime_chain if self.site.requeue.policy == "chain" else 1
-        arrays = [array_of(self.site, tasks)] if tasks else []
+    def _submit_jobs(self, run: Run, number: int, tasks: int = 0) -> None:
+        """Submit the run's jobs: a job array first if there are tasks, then one job.
+
+        With requeue policy `chain` further jobs follow, each of which continues after the one
+        before it.
+        """
+        chain_length = (
+            self.site.requeue.max_walltime_chain if self.site.requeue.policy == "chain" else 1
+        )
+        arrays = [format_array(self.site, tasks)] if tasks else []
         jobs: list[str] = []
-        for array in [*arrays, *[None] * chained]:
-            after = jobs[-1] if jobs else None
-            line = submission(run.path / _FOLDER / JOB, run.path, run.id, number, after=after, array=array)
+        for array in [*arrays, *[None] * chain_length]:
+            previous_job = jobs[-1] if jobs else None
+            command = build_submit_command(
+                run.path / _FOLDER / JOB, run.path, run.id, number, after=previous_job, array=array
+            )
             try:
-                jobs.append(client.submit(line))
+                jobs.append(client.submit(command))
             except BaseException:
                 with contextlib.suppress(client.SlurmError):
                     client.cancel(jobs)
                 raise
             files.write_text(run.path / _FOLDER / "jobs", "".join(f"{job}\n" for job in jobs))
 
-    def provide(self, job: JobSpec, say: Say) -> str:
-        """Fetch it to the caches of the nodes, which this machine sees."""
+    def upload_inputs(self, job: JobSpec, say: Say) -> str:
+        """Fetch the job's inputs to the nodes' caches, which this machine sees."""
         fetch_job(job, say)
         return "everything it names is on the nodes' caches"
 
-    def provide_asset(self, name: str, say: Say) -> str:
-        """Fetch it to the caches of the nodes."""
-        return str(fetch_asset(asset(name), say))
+    def upload_asset(self, name: str, say: Say) -> str:
+        """Fetch an asset to the nodes' caches; return its folder."""
+        return str(fetch_asset(get_asset(name), say))
 
-    def refresh(self, run: Run, say: Say = quietly) -> None:
-        """Nothing: the folder is the run's own."""
+    def refresh(self, run: Run, say: Say = ignore_message) -> None:
+        """Do nothing: the local folder is the run itself."""
 
-    def pull(self, run: Run, which: Which, say: Say) -> int:
-        """Raises RunError: it is all here."""
+    def pull(self, run: Run, weights: WeightSelection, say: Say) -> int:
+        """Raise RunError: all files are already here."""
         raise RunError(f"{run.id} lies in {run.path} itself: there is nothing to bring")
 
     def resume(self, run: Run) -> None:
-        """Submit an unfinished run again. Raises RunError while a job of it waits or runs."""
-        live = [record for record in self._records(run) if not job_state(record.state).ended]
+        """Submit an unfinished run again.
+
+        Raises:
+            RunError: A job of the run still waits or runs.
+        """
+        live = [
+            record
+            for record in self._load_job_records(run)
+            if not get_job_state(record.state).ended
+        ]
         if live:
-            raise RunError(f"{run.id} has job {live[0].job_id}, which {_sentence(live[0])}")
-        stored = files.read_json(run.path / SITE_FILE)
-        number = int(stored["submission"]) + 1
+            raise RunError(f"{run.id} has job {live[0].job_id}, which {_describe_record(live[0])}")
+        site_record = files.read_json(run.path / SITE_FILE)
+        number = int(site_record["submission"]) + 1
         (run.path / "stop").unlink(missing_ok=True)
-        self._write_site(run, int(stored["nodes"]), number)
-        self._hand_over(run, number)
+        self._write_site(run, int(site_record["nodes"]), number)
+        self._submit_jobs(run, number)
         registry.add(run, self.site.name)
 
-    def _records(self, run: Run) -> list[JobRecord]:
-        """What Slurm knows of the jobs of the last submission, in the order in which they run."""
-        return [record for job in _job_ids(run) if (record := client.job(job)) is not None]
+    def _load_job_records(self, run: Run) -> list[JobRecord]:
+        """Return Slurm's records of the newest submission's jobs, in the order in which they
+        run.
+        """
+        return [
+            record for job in _read_job_ids(run) if (record := client.find_job(job)) is not None
+        ]
 
-    def look(self, run: Run) -> Seen:
-        """Where a run is: asked of Slurm first, of the run's own files where Slurm has forgotten or does not answer."""
-        jobs = _job_ids(run)
+    def status(self, run: Run) -> RunStatus:
+        """Return the run's status from Slurm, or from the run's own files.
+
+        The files decide if Slurm has forgotten the job or does not answer.
+        """
+        jobs = _read_job_ids(run)
         if not jobs:
-            return Seen(run.state, "it was not handed over to Slurm: `lorafleet resume` does so")
+            return RunStatus(
+                run.state, "it was not handed over to Slurm: `lorafleet resume` does so"
+            )
         try:
-            records = self._records(run)
+            records = self._load_job_records(run)
         except client.SlurmError as error:
-            return Seen(run.state, f"{error}; its own record says {run.state}", asked=False)
-        return seen(run, jobs[-1], records)
+            return RunStatus(run.state, f"{error}; its own record says {run.state}", asked=False)
+        return derive_status(run, jobs[-1], records)
 
-    def examine(self, runs: Path) -> Run:
-        """Submit a short job that looks at nodes of the site, at two where there may be two; its folder is a run's."""
+    def check_site(self, runs: Path) -> Run:
+        """Submit a short job that inspects nodes of the site, two if the site allows it.
+
+        Its folder is a run's folder.
+        """
         nodes = self.asked_nodes or min(2, self.site.max_nodes or 2)
-        short = {"time_limit": "15", "requeue": RequeueSpec(policy="none", signal_seconds=60)}
-        backend = SlurmBackend(self.site.model_copy(update=short), nodes)
+        short_settings = {
+            "time_limit": "15",
+            "requeue": RequeueSpec(policy="none", signal_seconds=60),
+        }
+        backend = SlurmBackend(self.site.model_copy(update=short_settings), nodes)
         run = Run.create(runs, "doctor", self.site.share)
         try:
-            for name, text in backend._script("doctor", nodes, "node examine", stage=False).items():
+            for name, text in backend._render_job_files(
+                "doctor", nodes, "node examine", stage=False
+            ).items():
                 files.write_text(run.path / _FOLDER / name, text)
-            backend._hand_over(run, 1)
+            backend._submit_jobs(run, 1)
         except BaseException:
             shutil.rmtree(run.path, ignore_errors=True)
             raise
         return run
 
-    def end_at_once(self, run: Run) -> None:
-        """Cancel the jobs of a run."""
-        client.cancel(_job_ids(run))
+    def kill(self, run: Run) -> None:
+        """Cancel the jobs of a run; nothing is saved."""
+        client.cancel(_read_job_ids(run))
 
     def watch(self, run: Run) -> SlurmWatch:
-        """The job, asked about every few seconds."""
+        """Return a watch that queries the run's jobs every few seconds."""
         return SlurmWatch(self, run)
 
     def cancel(self, run: Run) -> str:
-        """Take a waiting job out of the queue; ask a running one to save and end."""
-        live = [record for record in self._records(run) if not job_state(record.state).ended]
+        """Remove waiting jobs from the queue, and ask a running job to save and end.
+
+        Raises:
+            RunError: The run has no job that waits or runs.
+        """
+        live = [
+            record
+            for record in self._load_job_records(run)
+            if not get_job_state(record.state).ended
+        ]
         if not live:
-            raise RunError(f"{run.id} has no job that waits or runs: it is {self.look(run).state}")
-        running = [record for record in live if job_state(record.state).run is RunState.RUNNING]
-        client.cancel(_job_ids(run), waiting=bool(running))
+            raise RunError(
+                f"{run.id} has no job that waits or runs: it is {self.status(run).state}"
+            )
+        running = [record for record in live if get_job_state(record.state).run is RunState.RUNNING]
+        client.cancel(_read_job_ids(run), pending_only=bool(running))
         if running:
-            for folder in (run.path, *(part.path for part in run.parts())):
-                ask_to_stop(Run(folder))
-            job = _job_ids(run)[0]
+            for folder in (run.path, *(part.path for part in run.list_array_tasks())):
+                request_stop(Run(folder))
+            job = _read_job_ids(run)[0]
             return (
-                f"{run.id} saves its trials and ends (job {job}); `lorafleet resume {run.id}` goes on, and "
+                f"{run.id} saves its trials and ends (job {job}); `lorafleet resume {run.id}` "
+                "goes on, and "
                 f"`scancel {job}` ends it at once"
             )
         if run.state in (RunState.PENDING, RunState.RUNNING):
@@ -277,101 +365,121 @@ class SlurmBackend:
 
 
 class SlurmWatch:
-    """A run in the queue, for somebody who waits for its end."""
+    """A watch on a run in the queue."""
 
     detaches = True
 
     def __init__(self, backend: SlurmBackend, run: Run) -> None:
         self.backend, self.run = backend, run
         self.looked_at = 0.0
-        self.seen = Seen(run.state)
+        self.seen = RunStatus(run.state)
 
     def poll(self) -> int | None:
-        """The driver's exit code once no job of the run waits or runs any more."""
-        if time.monotonic() - self.looked_at < _LOOK_SECONDS:
+        """Return the driver's exit code once no job of the run waits or runs any more."""
+        if time.monotonic() - self.looked_at < _POLL_SECONDS:
             return None
         self.looked_at = time.monotonic()
         try:
-            records = self.backend._records(self.run)
+            records = self.backend._load_job_records(self.run)
         except client.SlurmError as error:
-            self.seen = Seen(self.run.state, str(error))
+            self.seen = RunStatus(self.run.state, str(error))
             return None
-        self.seen = seen(self.run, _job_ids(self.run)[-1], records)
-        if any(not job_state(record.state).ended for record in records):
+        self.seen = derive_status(self.run, _read_job_ids(self.run)[-1], records)
+        if any(not get_job_state(record.state).ended for record in records):
             return None
-        return exit_code(self.run, records)
+        return compute_exit_code(self.run, records)
 
     def send_signal(self, number: int) -> None:
-        """A job in a queue does not hear this process's signals."""
+        """Do nothing: a queued job does not receive this process's signals."""
 
     def close(self) -> None:
-        """Nothing: there is nothing of its own."""
+        """Do nothing: this watch holds no resources."""
 
 
-def seen(run: Run, job: str, records: list[JobRecord]) -> Seen:
-    """Where a run is, from what Slurm and its own files say."""
-    written, reason = run.state, str(run.status().get("reason") or "")
-    live = [record for record in records if not job_state(record.state).ended]
-    if live:
-        now = next((record for record in live if job_state(record.state).run is RunState.RUNNING), live[0])
-        return Seen(job_state(now.state).run, f"job {now.job_id} {_sentence(now)}")
-    last = _last_that_ran(records)
-    unbegun = last is not None and last.state == "FAILED" and last.exit_code not in _DRIVERS_CODES
-    if written in (RunState.FINISHED, RunState.FAILED, RunState.STOPPED) and not (
-        unbegun and written is RunState.STOPPED  # by an earlier job, which had saved
+def derive_status(run: Run, job: str, records: list[JobRecord]) -> RunStatus:
+    """Return the status of a run from Slurm's records and the run's own files."""
+    own_state, reason = run.state, str(run.read_status().get("reason") or "")
+    active_records = [record for record in records if not get_job_state(record.state).ended]
+    if active_records:
+        current = next(
+            (
+                record
+                for record in active_records
+                if get_job_state(record.state).run is RunState.RUNNING
+            ),
+            active_records[0],
+        )
+        return RunStatus(
+            get_job_state(current.state).run, f"job {current.job_id} {_describe_record(current)}"
+        )
+    last = _find_last_started(records)
+    never_started = (
+        last is not None and last.state == "FAILED" and last.exit_code not in _DRIVER_EXIT_CODES
+    )
+    if own_state in (RunState.FINISHED, RunState.FAILED, RunState.STOPPED) and not (
+        never_started
+        and own_state is RunState.STOPPED  # recorded by an earlier job, which had saved
     ):
-        return Seen(written, reason)
+        return RunStatus(own_state, reason)
     if last is None:
-        return Seen(RunState.FAILED, f"Slurm does not know job {job} any more, and it left no word of its end")
-    state = job_state(last.state)
+        return RunStatus(
+            RunState.FAILED,
+            f"Slurm does not know job {job} any more, and it left no word of its end",
+        )
+    state = get_job_state(last.state)
     code = f" (code {last.exit_code})" if last.exit_code else ""
-    said = f"job {last.job_id} {state.sentence}{code}"
+    message = f"job {last.job_id} {state.sentence}{code}"
     if last.reason and last.reason not in ("NonZeroExitCode", last.state):
-        said += f": {last.reason}"
+        message += f": {last.reason}"
     if state.run is RunState.STOPPED:
-        return Seen(RunState.STOPPED, f"{said}; `lorafleet resume {run.id}` goes on")
-    tail = _last_words(run, last.job_id)
-    return Seen(RunState.FAILED, said + (f"; its last words: {tail}" if tail else ""))
+        return RunStatus(RunState.STOPPED, f"{message}; `lorafleet resume {run.id}` goes on")
+    last_output = _read_last_output(run, last.job_id)
+    return RunStatus(
+        RunState.FAILED, message + (f"; its last words: {last_output}" if last_output else "")
+    )
 
 
-def exit_code(run: Run, records: list[JobRecord]) -> int:
-    """What a run that has ended means for the shell: the driver's own code where it came to one."""
-    written = run.state
-    last = _last_that_ran(records)
+def compute_exit_code(run: Run, records: list[JobRecord]) -> int:
+    """Return the shell's exit code for a run that has ended.
+
+    It is the driver's own exit code if the job reached its driver.
+    """
+    own_state = run.state
+    last = _find_last_started(records)
     if last is not None and last.exit_code and not last.signal and last.state == "FAILED":
         return last.exit_code
-    if written is RunState.FINISHED:
+    if own_state is RunState.FINISHED:
         return ExitCode.OK
-    if last is not None and job_state(last.state).run is RunState.STOPPED:
+    if last is not None and get_job_state(last.state).run is RunState.STOPPED:
         return ExitCode.INTERRUPTED
-    return ExitCode.INTERRUPTED if written is RunState.STOPPED else ExitCode.OUR_FAULT
+    return ExitCode.INTERRUPTED if own_state is RunState.STOPPED else ExitCode.OUR_FAULT
 
 
-def _last_that_ran(records: list[JobRecord]) -> JobRecord | None:
-    """Of a chain the last job that did something: its withdrawn successors say nothing."""
-    ran = [record for record in records if record.nodes or record.state != "CANCELLED"]
-    return next(reversed(ran or records), None)
+def _find_last_started(records: list[JobRecord]) -> JobRecord | None:
+    """Return a chain's last job that started; cancelled successors carry no information."""
+    started = [record for record in records if record.nodes or record.state != "CANCELLED"]
+    return next(reversed(started or records), None)
 
 
-def _sentence(record: JobRecord) -> str:
-    state = job_state(record.state)
+def _describe_record(record: JobRecord) -> str:
+    state = get_job_state(record.state)
     again = f" again (restart {record.restarts})" if record.restarts else ""
     if record.state == "PENDING":
-        return f"{state.sentence}{again}: {why_pending(record.reason)}"
-    on = f" on {record.nodes}" if record.nodes and state.run is RunState.RUNNING else ""
-    return f"{state.sentence}{on}{again}"
+        return f"{state.sentence}{again}: {describe_pending(record.reason)}"
+    location = f" on {record.nodes}" if record.nodes and state.run is RunState.RUNNING else ""
+    return f"{state.sentence}{location}{again}"
 
 
-def _last_words(run: Run, job: str) -> str:
+def _read_last_output(run: Run, job: str) -> str:
     try:
         lines = (run.path / _FOLDER / f"{job}.out").read_text(errors="replace").splitlines()
     except OSError:
         return ""
-    told = [line.strip() for line in lines if line.strip()]
-    return "; ".join(told[-2:])[:400]
+    output_lines = [line.strip() for line in lines if line.strip()]
+    return "; ".join(output_lines[-2:])[:400]
 
 
-def _job_ids(run: Run) -> list[str]:
+def _read_job_ids(run: Run) -> list[str]:
     try:
         text = (run.path / _FOLDER / "jobs").read_text()
     except OSError:
@@ -380,67 +488,94 @@ def _job_ids(run: Run) -> list[str]:
 
 
 def check_array(job: JobSpec, site: str) -> None:
-    """Raise PlacementRefused for a search that tasks which know nothing of each other cannot do."""
+    """Raise PlacementRefused for a search that independent array tasks cannot run."""
     search = job.search
     assert search is not None
-    wrong = None
+    problem = None
     if search.scheduler.type != "none":
-        wrong = f"search.scheduler.type is {search.scheduler.type}: tasks share no rungs; use scheduler: {{type: none}}"
+        problem = (
+            f"search.scheduler.type is {search.scheduler.type}: tasks share no rungs; use "
+            "scheduler: {type: none}"
+        )
     elif search.method == "tpe":
-        wrong = "search.method is tpe: tasks do not hear of each other's results; use random or grid"
+        problem = (
+            "search.method is tpe: tasks do not hear of each other's results; use random or grid"
+        )
     elif search.budget.gpu_hours is not None or search.budget.wall_hours is not None:
-        wrong = (
-            "search.budget is set: tasks do not know what the others have spent; use array.max_running and time_limit"
+        problem = (
+            "search.budget is set: tasks do not know what the others have spent; use "
+            "array.max_running and time_limit"
         )
     elif job.evaluate.folds or search.seeds > 1:
-        named = "evaluate.folds" if job.evaluate.folds else "search.seeds"
-        wrong = f"{named} is set: what comes after the search needs what all tasks have found"
+        field = "evaluate.folds" if job.evaluate.folds else "search.seeds"
+        problem = f"{field} is set: what comes after the search needs what all tasks have found"
     elif job.resources.num_nodes > 1:
-        wrong = f"resources.num_nodes is {job.resources.num_nodes}: a task has one node"
-    if wrong:
-        raise PlacementRefused(f"{wrong} (or launch: ray in site {site}, whose launch is array)")
+        problem = f"resources.num_nodes is {job.resources.num_nodes}: a task has one node"
+    if problem:
+        raise PlacementRefused(f"{problem} (or launch: ray in site {site}, whose launch is array)")
 
 
-def _write_parts(run: Run, plan: Plan, each: int) -> None:
-    """A folder for each task of the array, with its share of the trials."""
+def _write_task_folders(run: Run, plan: Plan, trials_per_task: int) -> None:
+    """Create a folder for each task of the array, with its range of trials."""
     for number in range(plan.tasks):
-        part = run.part(number)
+        part = run.get_array_task(number)
         (part.path / "logs").mkdir(parents=True)
         part.set_state(RunState.PENDING, created=time.time(), name=plan.job.name)
-        share = [number * each, min(len(plan.trials), (number + 1) * each)]
-        own = plan.model_copy(update={"share": share, "files": {}})
-        files.write_json(part.path / "plan.json", own.model_dump(mode="json"))
+        trial_range = [
+            number * trials_per_task,
+            min(len(plan.trials), (number + 1) * trials_per_task),
+        ]
+        task_plan = plan.model_copy(update={"share": trial_range, "files": {}})
+        files.write_json(part.path / "plan.json", task_plan.model_dump(mode="json"))
 
 
-def _folder_here(text: str, field: str, site: SlurmSite) -> Path:
-    """A folder of the site as this machine has it. Raises PlacementRefused when a variable in it is not set here."""
+def _resolve_site_folder(text: str, field: str, site: SlurmSite) -> Path:
+    """Return a folder of the site as this machine sees it.
+
+    Raises:
+        PlacementRefused: The path starts with a variable that is not set here.
+    """
     path = os.path.expandvars(text)
     if path.startswith("$"):
-        raise PlacementRefused(f"{field} of site {site.name} is {text}, and that variable is not set here")
-    return files.in_home(path)
+        raise PlacementRefused(
+            f"{field} of site {site.name} is {text}, and that variable is not set here"
+        )
+    return files.expand_home(path)
 
 
-def _exports() -> dict[str, str]:
-    """Caches, and no questions to a hub or to W&B from nodes that may have no internet."""
+def _build_exports() -> dict[str, str]:
+    """Return the variables that a job exports.
+
+    They name the caches, and keep nodes that may have no internet from contacting a hub or
+    W&B.
+    """
     return {
-        "LORAFLEET_CACHE": str(cache_dir()),
-        "HF_HUB_CACHE": str(hub_cache()),
+        "LORAFLEET_CACHE": str(get_cache_dir()),
+        "HF_HUB_CACHE": str(get_hub_cache()),
         **OFFLINE,
         "TOKENIZERS_PARALLELISM": "false",
     }
 
 
-def _in_a_container() -> dict[str, str]:
-    """What was looked at on the login node: inside, the machine's root and other users may have no names."""
-    return {"LORAFLEET_TRUSTED_FOLDERS": os.pathsep.join(dict.fromkeys((str(cache_dir()), str(hub_cache()))))}
+def _build_container_exports() -> dict[str, str]:
+    """Return the folders that the login node found trustworthy.
+
+    Inside a container the machine's root and other users may have no names, so it cannot
+    check their owners.
+    """
+    return {
+        "LORAFLEET_TRUSTED_FOLDERS": os.pathsep.join(
+            dict.fromkeys((str(get_cache_dir()), str(get_hub_cache())))
+        )
+    }
 
 
 def _check_fetched(loaded: LoadedJob) -> None:
-    """Raise AssetError when something that the job names is not where the nodes look for it."""
+    """Raise AssetError if something that the job names is not where the nodes look for it."""
     job: JobSpec = loaded.job
     try:
-        for name, revision in bases_of(job):
-            check_whole(name, revision)
+        for name, revision in list_base_models(job):
+            check_complete(name, revision)
         load_rows(job)
     except AssetError as error:
         raise AssetError(
@@ -448,24 +583,27 @@ def _check_fetched(loaded: LoadedJob) -> None:
         ) from error
 
 
-def _syntax(texts: dict[str, str]) -> list[tuple[str, str]]:
-    """What `bash -n` has against the files."""
-    found = []
+def _check_syntax(texts: dict[str, str]) -> list[tuple[str, str]]:
+    """Return (file, first error line) for each file that `bash -n` rejects."""
+    errors = []
     for name, text in texts.items():
-        done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
-        if done.returncode:
-            found.append((name, done.stderr.strip().splitlines()[0]))
-    return found
+        process = subprocess.run(
+            ["bash", "-n"], input=text, capture_output=True, text=True, check=False
+        )
+        if process.returncode:
+            errors.append((name, process.stderr.strip().splitlines()[0]))
+    return errors
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[Path]:
+def _open_scratch_folder() -> Iterator[Path]:
+    """Yield a temporary folder laid out like a run's folder."""
     with tempfile.TemporaryDirectory(prefix="lorafleet-") as folder:
         (Path(folder) / _FOLDER).mkdir()
         yield Path(folder)
 
 
-def _version() -> str:
+def _get_version() -> str:
     from importlib.metadata import version
 
     return version("lorafleet")

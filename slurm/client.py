@@ -1,4 +1,6 @@
-"""Slurm's own commands, each with a timeout: a login node whose controller does not answer must not hang a user."""
+"""Run Slurm's commands, each with a timeout, so that a controller that does not answer cannot
+hang the user.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +13,31 @@ from pathlib import Path
 
 from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.runs.run import RunState
-from lorafleet.slurm.accounting import JobRecord, from_json, from_sacct, from_scontrol, from_squeue
-from lorafleet.slurm.states import job_state
+from lorafleet.slurm.accounting import (
+    JobRecord,
+    parse_json,
+    parse_sacct,
+    parse_scontrol,
+    parse_squeue,
+)
+from lorafleet.slurm.states import get_job_state
 
-_SECONDS = 20.0
-_SUBMIT_SECONDS = 60.0
-_PASSED = ("HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "SLURM_CONF")
-"""All that a job gets of the environment of the shell that submits it."""
-_USUAL_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
-_SQUEUE = "%i|%T|%r|%N"
-_SACCT = "JobID,State,ExitCode,Reason,NodeList,Restarts"
+_TIMEOUT_SECONDS = 20.0
+_SUBMIT_TIMEOUT_SECONDS = 60.0
+_PASSED_VARIABLES = ("HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "SLURM_CONF")
+"""The only variables of the submitting shell that a job inherits."""
+_DEFAULT_PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin"
+_SQUEUE_FORMAT = "%i|%T|%r|%N"
+_SACCT_FORMAT = "JobID,State,ExitCode,Reason,NodeList,Restarts"
 
 
 class SlurmError(UserError):
-    """One of Slurm's commands refused, is not there, or did not answer."""
+    """One of Slurm's commands failed, is missing, or did not answer."""
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a command said."""
+class CommandOutput:
+    """Output of a command."""
 
     code: int
     out: str
@@ -37,131 +45,191 @@ class Said:
 
     @property
     def sentence(self) -> str:
-        """Its complaint on one line."""
+        """Return the error message of the command on one line."""
         lines = [line.strip() for line in (self.err or self.out).splitlines() if line.strip()]
-        return "; ".join(line.removeprefix("sbatch: error: ").removeprefix("error: ") for line in lines[:3])
+        return "; ".join(
+            line.removeprefix("sbatch: error: ").removeprefix("error: ") for line in lines[:3]
+        )
 
 
-def ask(command: Sequence[str], seconds: float = _SECONDS, env: Mapping[str, str] | None = None) -> Said:
-    """Run one of Slurm's commands. Raises SlurmError when it is not there or does not answer."""
+def run_command(
+    command: Sequence[str], seconds: float = _TIMEOUT_SECONDS, env: Mapping[str, str] | None = None
+) -> CommandOutput:
+    """Run one of Slurm's commands. Raise SlurmError if it is missing or does not answer."""
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, check=False, env=env, stdin=subprocess.DEVNULL
+        completed = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+            env=env,
+            stdin=subprocess.DEVNULL,
         )
     except FileNotFoundError as error:
-        raise SlurmError(f"there is no {command[0]} here: is this a login node of the cluster?") from error
+        raise SlurmError(
+            f"there is no {command[0]} here: is this a login node of the cluster?"
+        ) from error
     except subprocess.TimeoutExpired as error:
-        raise SlurmError(f"{command[0]} did not answer within {seconds:g} s: Slurm's controller may be down") from error
-    return Said(done.returncode, done.stdout, done.stderr)
+        raise SlurmError(
+            f"{command[0]} did not answer within {seconds:g} s: Slurm's controller may be down"
+        ) from error
+    return CommandOutput(completed.returncode, completed.stdout, completed.stderr)
 
 
-def job_environment() -> dict[str, str]:
-    """The environment that `sbatch` is run with, and so the job's: a short list, never the whole shell's."""
-    kept = {name: os.environ[name] for name in _PASSED if name in os.environ}
+def build_job_environment() -> dict[str, str]:
+    """Return the environment of `sbatch`, which the job inherits.
+
+    It is a short list of variables, never the complete environment of the shell.
+    """
+    variables = {name: os.environ[name] for name in _PASSED_VARIABLES if name in os.environ}
     sbatch = shutil.which("sbatch")
-    own = [str(Path(sbatch).parent)] if sbatch else []
-    return {**kept, "PATH": ":".join(dict.fromkeys([*own, *_USUAL_PATH.split(":")]))}
+    sbatch_folders = [str(Path(sbatch).parent)] if sbatch else []
+    return {
+        **variables,
+        "PATH": ":".join(dict.fromkeys([*sbatch_folders, *_DEFAULT_PATH.split(":")])),
+    }
 
 
 def submit(command: Sequence[str]) -> str:
-    """Hand a job over; returns its number. Raises SlurmError with what sbatch says."""
-    said = ask(command, _SUBMIT_SECONDS, job_environment())
-    if said.code:
-        raise SlurmError(f"sbatch refused the job: {said.sentence}")
-    return said.out.strip().partition(";")[0]
+    """Submit a job and return its id. Raise SlurmError with the message of sbatch."""
+    output = run_command(command, _SUBMIT_TIMEOUT_SECONDS, build_job_environment())
+    if output.code:
+        raise SlurmError(f"sbatch refused the job: {output.sentence}")
+    return output.out.strip().partition(";")[0]
 
 
-def test_only(command: Sequence[str]) -> str | None:
-    """What `sbatch --test-only` has against a job, or None. It submits nothing."""
-    said = ask([command[0], "--test-only", *command[1:]], _SUBMIT_SECONDS, job_environment())
-    return said.sentence if said.code else None
+def find_submission_error(command: Sequence[str]) -> str | None:
+    """Return the error of `sbatch --test-only` for a job, or None. This submits nothing."""
+    output = run_command(
+        [command[0], "--test-only", *command[1:]], _SUBMIT_TIMEOUT_SECONDS, build_job_environment()
+    )
+    return output.sentence if output.code else None
 
 
-def job(job_id: str) -> JobRecord | None:
-    """What is known of a job: asked of squeue, then of sacct, then of scontrol; None where it is known to none of them.
+def find_job(job_id: str) -> JobRecord | None:
+    """Return the record of a job from squeue, else sacct, else scontrol; None if none knows it.
 
-    Of several lines for one number (tasks of an array, parts of a heterogeneous job) one that runs stands for all, else
-    one that waits. Raises SlurmError when nobody can say: a controller that is down is not a job that is gone.
+    Several lines for one id (array tasks, components of a heterogeneous job) are reduced to
+    one: a running one if there is any, else a pending one.
+
+    Raises:
+        SlurmError: No command answered. If the controller is down, the job may still exist.
     """
-    found: JobRecord | None = None
+    ended_record: JobRecord | None = None
     error: SlurmError | None = None
-    forgotten = False
-    for look in (_of_squeue, _of_sacct, _of_scontrol):
+    is_unknown = False
+    for fetch in (_fetch_from_squeue, _fetch_from_sacct, _fetch_from_scontrol):
         try:
-            records = look(job_id)
-        except SlurmError as refused:
-            error = error or refused
+            records = fetch(job_id)
+        except SlurmError as slurm_error:
+            error = error or slurm_error
             continue
-        forgotten = forgotten or not records
+        is_unknown = is_unknown or not records
         if records:
-            record = min(records, key=_rank)
-            if not job_state(record.state).ended or record.exit_code is not None:
+            record = min(records, key=_rank_record)
+            if not get_job_state(record.state).ended or record.exit_code is not None:
                 return record
-            found = found or record
-    if found is None and error is not None and not forgotten:
+            ended_record = ended_record or record
+    if ended_record is None and error is not None and not is_unknown:
         raise error
-    return found
+    return ended_record
 
 
-def _rank(record: JobRecord) -> int:
-    state = job_state(record.state)
+def _rank_record(record: JobRecord) -> int:
+    state = get_job_state(record.state)
     return 2 if state.ended else 0 if state.run is RunState.RUNNING else 1
 
 
-def _of_squeue(job_id: str) -> list[JobRecord]:
-    said = ask(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--format={_SQUEUE}"])
-    return _unless_refused(said, from_squeue)
+def _fetch_from_squeue(job_id: str) -> list[JobRecord]:
+    output = run_command(
+        ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--format={_SQUEUE_FORMAT}"]
+    )
+    return _parse_output(output, parse_squeue)
 
 
-def _of_sacct(job_id: str) -> list[JobRecord]:
-    said = ask(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={job_id}", f"--format={_SACCT}"])
-    if said.code:  # a field that it does not know; where there is no accounting this is refused too
-        return _unless_refused(ask(["sacct", "--json", f"--jobs={job_id}"]), from_json)
-    return from_sacct(said.out)
+def _fetch_from_sacct(job_id: str) -> list[JobRecord]:
+    output = run_command(
+        [
+            "sacct",
+            "--noheader",
+            "--parsable2",
+            "--allocations",
+            f"--jobs={job_id}",
+            f"--format={_SACCT_FORMAT}",
+        ]
+    )
+    if (
+        output.code
+    ):  # sacct does not know one of the fields; without accounting the JSON query fails too
+        return _parse_output(run_command(["sacct", "--json", f"--jobs={job_id}"]), parse_json)
+    return parse_sacct(output.out)
 
 
-def _of_scontrol(job_id: str) -> list[JobRecord]:
-    return _unless_refused(ask(["scontrol", "show", "job", "-o", job_id]), from_scontrol)
+def _fetch_from_scontrol(job_id: str) -> list[JobRecord]:
+    return _parse_output(run_command(["scontrol", "show", "job", "-o", job_id]), parse_scontrol)
 
 
-def _unless_refused(said: Said, read: Callable[[str], list[JobRecord]]) -> list[JobRecord]:
-    """The records of an answer; none where the number is not known. Raises SlurmError for every other refusal."""
-    if said.code and "invalid job id" in (said.err + said.out).lower():
+def _parse_output(
+    output: CommandOutput, parse: Callable[[str], list[JobRecord]]
+) -> list[JobRecord]:
+    """Return the records in a command's output; an empty list if the job id is not known.
+
+    Raises:
+        SlurmError: The command failed for another reason, or its output cannot be parsed.
+    """
+    if output.code and "invalid job id" in (output.err + output.out).lower():
         return []
-    if said.code:
-        raise SlurmError(f"Slurm does not answer: {said.sentence or f'code {said.code}'}")
+    if output.code:
+        raise SlurmError(f"Slurm does not answer: {output.sentence or f'code {output.code}'}")
     try:
-        return read(said.out)
+        return parse(output.out)
     except ValueError as error:
         raise SlurmError(f"Slurm's answer cannot be read: {error}") from error
 
 
-def cancel(job_ids: Sequence[str], *, waiting: bool = False) -> None:
-    """Cancel jobs, or only what of them waits; those that have ended are passed over by scancel itself.
+def cancel(job_ids: Sequence[str], *, pending_only: bool = False) -> None:
+    """Cancel jobs, or only those that are pending. scancel itself skips jobs that have ended.
 
-    Raises SlurmError.
+    Raises:
+        SlurmError: scancel failed.
     """
     if job_ids:
-        said = ask(["scancel", *(["--state=PENDING"] if waiting else []), *job_ids])
-        if said.code:
-            raise SlurmError(f"scancel refused: {said.sentence}")
+        output = run_command(["scancel", *(["--state=PENDING"] if pending_only else []), *job_ids])
+        if output.code:
+            raise SlurmError(f"scancel refused: {output.sentence}")
 
 
-def partition_limit(partition: str | None) -> tuple[str, str] | None:
-    """(name, MaxTime in Slurm's form) of a partition, or of the default one; None where it cannot be known."""
-    said = ask(["scontrol", "show", "partition", "-o", *([partition] if partition else [])])
-    if said.code:
+def get_partition_limit(partition: str | None) -> tuple[str, str] | None:
+    """Return (name, MaxTime) of a partition or of the default one; None if it cannot be read.
+
+    MaxTime is in Slurm's format.
+    """
+    output = run_command(
+        ["scontrol", "show", "partition", "-o", *([partition] if partition else [])]
+    )
+    if output.code:
         return None
-    for line in said.out.splitlines():
-        words = dict(part.split("=", 1) for part in line.split() if "=" in part)
-        if partition or words.get("Default") == "YES":
-            return words.get("PartitionName", ""), words.get("MaxTime", "UNLIMITED")
+    for line in output.out.splitlines():
+        pairs = dict(part.split("=", 1) for part in line.split() if "=" in part)
+        if partition or pairs.get("Default") == "YES":
+            return pairs.get("PartitionName", ""), pairs.get("MaxTime", "UNLIMITED")
     return None
 
 
-def accounts() -> set[str] | None:
-    """The accounts that this user may charge; None where there is no accounting to ask."""
+def list_accounts() -> set[str] | None:
+    """Return the accounts that this user may charge; None if there is no accounting."""
     user = os.environ.get("USER") or ""
-    said = ask(["sacctmgr", "--noheader", "--parsable2", "show", "associations", f"user={user}", "format=account"])
-    found = {line.strip().lower() for line in said.out.splitlines() if line.strip()}
-    return found if said.code == 0 and found else None
+    output = run_command(
+        [
+            "sacctmgr",
+            "--noheader",
+            "--parsable2",
+            "show",
+            "associations",
+            f"user={user}",
+            "format=account",
+        ]
+    )
+    names = {line.strip().lower() for line in output.out.splitlines() if line.strip()}
+    return names if output.code == 0 and names else None

@@ -1,6 +1,7 @@
-"""What Slurm says of a job, as what it means for a run. Pure.
+"""Map Slurm's job states to states of a run. Pure.
 
-The words are those of squeue(1) and sacct(1), "JOB STATE CODES" and "JOB REASON CODES", of Slurm 22.05 to 25.05.
+The names are those of squeue(1) and sacct(1), "JOB STATE CODES" and "JOB REASON CODES", of
+Slurm 22.05 to 25.05.
 """
 
 from __future__ import annotations
@@ -13,28 +14,39 @@ from lorafleet.jobs.runs.run import RunState
 
 @dataclass(frozen=True)
 class JobState:
-    """One of Slurm's states."""
+    """Meaning of one of Slurm's job states."""
 
     run: RunState
-    """What it means for a run whose own status file says no more."""
+    """State of the run if its own status file does not say more."""
     ended: bool
-    """Whether the job is over for good: it has no processes and gets none any more."""
+    """True if the job is over for good: it has no processes and will get none."""
     sentence: str
-    """In words."""
+    """Description of the state, with the job as its subject."""
 
 
-_WAITS, _RUNS, _FAILED, _STOPPED = RunState.PENDING, RunState.RUNNING, RunState.FAILED, RunState.STOPPED
+_WAITS, _RUNS, _FAILED, _STOPPED = (
+    RunState.PENDING,
+    RunState.RUNNING,
+    RunState.FAILED,
+    RunState.STOPPED,
+)
 
 STATES: dict[str, JobState] = {
     "PENDING": JobState(_WAITS, False, "waits in the queue"),
     "CONFIGURING": JobState(_WAITS, False, "has its nodes, which are being made ready"),
     "REQUEUED": JobState(_WAITS, False, "goes back into the queue"),
     "REQUEUE_FED": JobState(_WAITS, False, "goes back into the queue of a federation"),
-    "REQUEUE_HOLD": JobState(_WAITS, False, "went back into the queue and is held: `scontrol release JOB` lets it go"),
-    "SPECIAL_EXIT": JobState(_WAITS, False, "went back into the queue in the special-exit state, and is held"),
+    "REQUEUE_HOLD": JobState(
+        _WAITS, False, "went back into the queue and is held: `scontrol release JOB` lets it go"
+    ),
+    "SPECIAL_EXIT": JobState(
+        _WAITS, False, "went back into the queue in the special-exit state, and is held"
+    ),
     "RESV_DEL_HOLD": JobState(_WAITS, False, "is held, since its reservation was deleted"),
     "RUNNING": JobState(_RUNS, False, "runs"),
-    "COMPLETING": JobState(_RUNS, False, "has ended, and its last processes are being cleared away"),
+    "COMPLETING": JobState(
+        _RUNS, False, "has ended, and its last processes are being cleared away"
+    ),
     "STAGE_OUT": JobState(_RUNS, False, "has ended, and its files are being moved out"),
     "SIGNALING": JobState(_RUNS, False, "is being signalled"),
     "RESIZING": JobState(_RUNS, False, "is about to change its size"),
@@ -54,77 +66,130 @@ STATES: dict[str, JobState] = {
     "RECONFIG_FAIL": JobState(_FAILED, True, "got nodes that could not be reconfigured"),
 }
 
-_CODES = {
-    "PD": "PENDING", "CF": "CONFIGURING", "RQ": "REQUEUED", "RF": "REQUEUE_FED", "RH": "REQUEUE_HOLD",
-    "SE": "SPECIAL_EXIT", "RD": "RESV_DEL_HOLD", "R": "RUNNING", "CG": "COMPLETING", "SO": "STAGE_OUT",
-    "SI": "SIGNALING", "RS": "RESIZING", "S": "SUSPENDED", "ST": "STOPPED", "CD": "COMPLETED", "CA": "CANCELLED",
-    "PR": "PREEMPTED", "RV": "REVOKED", "TO": "TIMEOUT", "DL": "DEADLINE", "NF": "NODE_FAIL", "F": "FAILED",
-    "OOM": "OUT_OF_MEMORY", "BF": "BOOT_FAIL",
-}  # fmt: skip
-"""squeue's short forms."""
-_FLAGS = ("COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESIZING",
-          "SIGNALING", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD")  # fmt: skip
-"""What newer versions say beside a base state (`["COMPLETED", "COMPLETING"]`): it says more than the base does."""
+_SHORT_CODES = {
+    "PD": "PENDING",
+    "CF": "CONFIGURING",
+    "RQ": "REQUEUED",
+    "RF": "REQUEUE_FED",
+    "RH": "REQUEUE_HOLD",
+    "SE": "SPECIAL_EXIT",
+    "RD": "RESV_DEL_HOLD",
+    "R": "RUNNING",
+    "CG": "COMPLETING",
+    "SO": "STAGE_OUT",
+    "SI": "SIGNALING",
+    "RS": "RESIZING",
+    "S": "SUSPENDED",
+    "ST": "STOPPED",
+    "CD": "COMPLETED",
+    "CA": "CANCELLED",
+    "PR": "PREEMPTED",
+    "RV": "REVOKED",
+    "TO": "TIMEOUT",
+    "DL": "DEADLINE",
+    "NF": "NODE_FAIL",
+    "F": "FAILED",
+    "OOM": "OUT_OF_MEMORY",
+    "BF": "BOOT_FAIL",
+}
+"""Short state codes of squeue."""
+_STATE_FLAGS = (
+    "COMPLETING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_FED",
+    "REQUEUE_HOLD",
+    "SPECIAL_EXIT",
+    "RESIZING",
+    "SIGNALING",
+    "STAGE_OUT",
+    "STOPPED",
+    "RESV_DEL_HOLD",
+)
+"""Flags that newer versions report besides a base state (`["COMPLETED", "COMPLETING"]`). A
+flag is more specific than the base state.
+"""
 
 
-def state_word(said: str | list[str]) -> str:
-    """The one word for what Slurm says: `CANCELLED by 1000`, `CANCELLED+`, `CG`, or a list of a base and its flags.
+def parse_state(raw_state: str | list[str]) -> str:
+    """Return the single state name for a state as Slurm reports it.
 
-    A word that is not known stays as it is.
+    Slurm reports `CANCELLED by 1000`, `CANCELLED+`, `CG`, or a list of a base state and its
+    flags. An unknown name is returned as it is.
     """
-    words = [_word(part) for part in ([said] if isinstance(said, str) else said)]
-    flags = [word for word in words if word in _FLAGS]
-    return (flags or words or ["UNKNOWN"])[0]
+    states = [
+        _parse_state_name(part)
+        for part in ([raw_state] if isinstance(raw_state, str) else raw_state)
+    ]
+    flags = [state for state in states if state in _STATE_FLAGS]
+    return (flags or states or ["UNKNOWN"])[0]
 
 
-def _word(text: str) -> str:
-    word = re.split(r"[\s+]", text.strip(), maxsplit=1)[0].upper()
-    return _CODES.get(word, word)
+def _parse_state_name(text: str) -> str:
+    state = re.split(r"[\s+]", text.strip(), maxsplit=1)[0].upper()
+    return _SHORT_CODES.get(state, state)
 
 
-def job_state(said: str | list[str]) -> JobState:
-    """The state that Slurm's words mean; a word of a newer Slurm counts as running, which nothing is done about."""
-    word = state_word(said)
-    return STATES.get(word, JobState(_RUNS, False, f"is {word}, a state that this version of lorafleet does not know"))
+def get_job_state(raw_state: str | list[str]) -> JobState:
+    """Return the meaning of a state as Slurm reports it.
+
+    An unknown state of a newer Slurm counts as running, so that nothing is done about it.
+    """
+    state = parse_state(raw_state)
+    return STATES.get(
+        state,
+        JobState(_RUNS, False, f"is {state}, a state that this version of lorafleet does not know"),
+    )
 
 
-_REASONS = {
+_PENDING_REASONS = {
     "None": "the scheduler has not looked at it yet",
     "Resources": "it is next, and waits for nodes to come free",
     "Priority": "jobs of higher priority are before it",
     "Dependency": "it waits for the end of another job",
-    "DependencyNeverSatisfied": "it waits for a job that ended otherwise than it must: it will never start",
+    "DependencyNeverSatisfied": "it waits for a job that ended otherwise than it must: it will "
+    "never start",
     "BeginTime": "its begin time has not come (a requeued job waits about two minutes)",
     "JobHeldUser": "you hold it: `scontrol release JOB` lets it go",
     "JobHeldAdmin": "an administrator holds it",
     "JobHoldMaxRequeue": "it was requeued too often, and is held",
     "Reservation": "it waits for its reservation",
-    "ReqNodeNotAvail": "nodes that it needs are down, drained or reserved (for a maintenance, perhaps)",
+    "ReqNodeNotAvail": "nodes that it needs are down, drained or reserved (for a maintenance, "
+    "perhaps)",
     "PartitionDown": "its partition is down",
     "PartitionInactive": "its partition takes no jobs to run",
-    "PartitionTimeLimit": "its time limit is above the partition's: it will never start (time_limit in the site file)",
-    "PartitionNodeLimit": "it asks for more nodes than the partition gives a job: it will never start",
+    "PartitionTimeLimit": "its time limit is above the partition's: it will never start "
+    "(time_limit in the site file)",
+    "PartitionNodeLimit": "it asks for more nodes than the partition gives a job: it will "
+    "never start",
     "BadConstraints": "no node has what it asks for: it will never start",
     "NodeDown": "a node that it needs is down",
     "Licenses": "it waits for a licence",
-    "InvalidAccount": "its account is not known, or may not be used: it will never start (account in the site file)",
-    "InvalidQOS": "its QOS is not known, or may not be used: it will never start (qos in the site file)",
+    "InvalidAccount": "its account is not known, or may not be used: it will never start (account "
+    "in the site file)",
+    "InvalidQOS": "its QOS is not known, or may not be used: it will never start (qos in the "
+    "site file)",
     "JobArrayTaskLimit": "as many tasks of its array run as may at once",
     "JobLaunchFailure": "it could not be launched (a folder of its output that is not there?)",
     "Prolog": "its nodes' prolog runs",
     "Cleaning": "it was requeued, and what was left of it is being cleared away",
     "SchedDefer": "the scheduler looks at it later",
 }
-_LIMITS = {"QOS": "its QOS", "Assoc": "your account", "MaxCpu": "your account", "MaxNode": "your account"}
+_LIMIT_OWNERS = {
+    "QOS": "its QOS",
+    "Assoc": "your account",
+    "MaxCpu": "your account",
+    "MaxNode": "your account",
+}
 
 
-def why_pending(reason: str) -> str:
-    """Slurm's reason for a job that waits, in words; what is not known is quoted."""
-    short = reason.strip().strip("()")
-    name = re.split(r"[,\s(]", short, maxsplit=1)[0] or "None"
-    if name in _REASONS:
-        return _REASONS[name]
-    for start, whose in _LIMITS.items():
-        if name.startswith(start):
-            return f"{whose} has as much in use as it may ({name})"
-    return f"Slurm says {short}"
+def describe_pending(reason: str) -> str:
+    """Return Slurm's reason for a pending job in words; an unknown reason is quoted."""
+    code = reason.strip().strip("()")
+    name = re.split(r"[,\s(]", code, maxsplit=1)[0] or "None"
+    if name in _PENDING_REASONS:
+        return _PENDING_REASONS[name]
+    for prefix, owner in _LIMIT_OWNERS.items():
+        if name.startswith(prefix):
+            return f"{owner} has as much in use as it may ({name})"
+    return f"Slurm says {code}"

@@ -1,4 +1,6 @@
-"""Real parts, small: a BERT and a Llama of a few thousand weights made here, and rows that can be learnt."""
+"""Real parts, small: a BERT and a Llama of a few thousand weights made here, and rows that can be
+learnt.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,12 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+
 from lorafleet.jobs.loading.job_file import LoadedJob, load_text
 
-WORDS = """the a film plot actor scene very quite rather story it was is and but with of in""".split()
+WORDS = (
+    """the a film plot actor scene very quite rather story it was is and but with of in""".split()
+)
 GOOD = ["good", "great", "fine", "lovely", "superb"]
 BAD = ["bad", "poor", "awful", "dull", "weak"]
 ROOT = Path(__file__).parent.parent
@@ -36,7 +41,9 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     patch = pytest.MonkeyPatch()
     patch.setenv("LORAFLEET_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
-    patch.setenv("KUBECONFIG", "/nonexistent/kubeconfig")  # no cluster of the developer's is ever asked
+    patch.setenv(
+        "KUBECONFIG", "/nonexistent/kubeconfig"
+    )  # no cluster of the developer's is ever asked
     patch.setenv("HF_HUB_OFFLINE", "1")
     patch.setenv("WANDB_MODE", "offline")
     patch.delenv("WANDB_API_KEY", raising=False)
@@ -75,7 +82,10 @@ def question_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("questions")
     files = {}
     for name, count, seed in (("train", 96, 1), ("validation", 32, 2), ("test", 32, 3)):
-        rows = [{"prompt": f"is it {row['text']}", "completion": row["label"]} for row in opinions(count, seed)]
+        rows = [
+            {"prompt": f"is it {row['text']}", "completion": row["label"]}
+            for row in opinions(count, seed)
+        ]
         files[name] = write_rows(folder / f"{name}.jsonl", rows)
     return files
 
@@ -86,7 +96,9 @@ def word_tokenizer(folder: Path, **special: str) -> int:
     from transformers import PreTrainedTokenizerFast
 
     words = [*special.values(), *WORDS, *GOOD, *BAD]
-    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]")
+    )
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
@@ -100,7 +112,9 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("tiny-bert")
-    size = word_tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]")
+    size = word_tokenizer(
+        folder, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=size, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
@@ -115,9 +129,13 @@ def _decoder(folder: Path, kind: str, **shape: Any) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    size = word_tokenizer(folder, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]")
+    size = word_tokenizer(
+        folder, pad_token="[PAD]", unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]"
+    )
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, vocab_size=size, pad_token_id=0, bos_token_id=2, eos_token_id=3, **shape)
+    config = AutoConfig.for_model(
+        kind, vocab_size=size, pad_token_id=0, bos_token_id=2, eos_token_id=3, **shape
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -133,7 +151,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wide_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose heads have 64 numbers: with smaller ones that share keys, ONNX Runtime 1.32 attends wrongly."""
+    """A Llama whose heads have 64 numbers: with smaller ones that share keys, ONNX Runtime 1.32
+    attends wrongly.
+    """
     return _decoder(
         tmp_path_factory.mktemp("wide-llama"), "llama", hidden_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, intermediate_size=128, max_position_embeddings=128,
@@ -201,7 +221,9 @@ train: {{per_device_train_batch_size: 4, learning_rate: 1e-2, max_steps: 6}}
 
 
 def hears_ctrl_c() -> None:
-    """Before a program begins: what a shell starts in the background ignores Ctrl-C, and its children do too."""
+    """Before a program begins: what a shell starts in the background ignores Ctrl-C, and its
+    children do too.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -209,16 +231,26 @@ def as_overrides(values: dict[str, object]) -> tuple[str, ...]:
     return tuple(f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in values.items())
 
 
-def lorafleet(*words: str | Path, cwd: Path, check: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
+def lorafleet(
+    *words: str | Path, cwd: Path, check: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
     """Run the real command line in a process of its own."""
     command = [str(Path(sys.executable).with_name("lorafleet")), *map(str, words)]
     return subprocess.run(
-        command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=900, check=check
+        command,
+        cwd=cwd,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=check,
     )
 
 
 def lorafleet_here(*words: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """The same in this process, which has imported everything already: for tests of what a command says."""
+    """The same in this process, which has imported everything already: for tests of what a command
+    says.
+    """
     from lorafleet.commands.cli import main
 
     said, told, code = io.StringIO(), io.StringIO(), 0

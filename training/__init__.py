@@ -1,1 +1,1 @@
-"""One run on N processes: a job, a base model and tokenised rows -> an adapter, exactly resumable."""
+"""Train one adapter on one or more processes, with exact resume from checkpoints."""

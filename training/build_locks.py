@@ -1,7 +1,8 @@
-"""Locks of torch's builds of extensions: one whose builder was killed makes every later build wait without end.
+"""Remove stale locks of torch's extension builds.
 
-DeepSpeed builds its CPU collectives when it is first used. torch holds the lock by a file that exists, open in its
-builder; nothing removes it when that is killed.
+DeepSpeed builds its CPU collectives when it is first used. torch represents the lock by
+a file that the building process keeps open. If that process is killed, nothing removes
+the file and every later build waits forever.
 """
 
 from __future__ import annotations
@@ -13,40 +14,67 @@ from pathlib import Path
 
 import psutil
 
-_NETWORK = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "afs", "9p", "fuse")
+_NETWORK_FILE_SYSTEMS = (
+    "nfs",
+    "nfs4",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "cifs",
+    "smb3",
+    "afs",
+    "9p",
+    "fuse",
+)
 _QUIET_SECONDS = 900.0
-"""Without a change in a build's folder, after which a builder on another machine is taken for dead."""
+"""Seconds without a change in a build's folder until a remote builder counts as dead."""
 
 
 def clear_stale_locks(root: Path | None = None) -> list[Path]:
-    """Remove the locks of builds whose builder is gone; returns them. Those of other users stay."""
-    found = []
-    for lock in sorted((root or _build_root()).glob("*/*/lock")) if (root or _build_root()).is_dir() else ():
+    """Remove and return the locks of builds whose process is gone. Other users' locks are kept."""
+    removed = []
+    for lock in (
+        sorted((root or _get_build_root()).glob("*/*/lock"))
+        if (root or _get_build_root()).is_dir()
+        else ()
+    ):
         with contextlib.suppress(OSError):
-            if lock.is_file() and not lock.is_symlink() and lock.stat().st_uid == os.geteuid() and _is_stale(lock):
+            if (
+                lock.is_file()
+                and not lock.is_symlink()
+                and lock.stat().st_uid == os.geteuid()
+                and _is_stale(lock)
+            ):
                 lock.unlink()
-                found.append(lock)
-    return found
+                removed.append(lock)
+    return removed
 
 
-def _build_root() -> Path:
+def _get_build_root() -> Path:
+    """Return the folder that contains torch's extension builds."""
     from torch.utils.cpp_extension import get_default_build_root
 
-    own = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return Path(own).parent if own else Path(get_default_build_root())
+    configured = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(configured).parent if configured else Path(get_default_build_root())
 
 
 def _is_stale(lock: Path) -> bool:
-    if _is_held_here(lock):
+    """Return whether the process that created the lock is gone.
+
+    On a network file system, where the process may run on another machine, the build's
+    folder must have been unchanged for `_QUIET_SECONDS`.
+    """
+    if _is_held_locally(lock):
         return False
-    if not _on_network(lock):
+    if not _is_on_network(lock):
         return True
     newest = max(path.lstat().st_mtime for path in lock.parent.iterdir())
     return time.time() - newest > _QUIET_SECONDS
 
 
-def _is_held_here(lock: Path) -> bool:
-    """Whether a process of this user on this machine has the lock open, as its builder has."""
+def _is_held_locally(lock: Path) -> bool:
+    """Return whether a local process of this user has the lock file open, as its builder does."""
     for process in psutil.process_iter(["uids"]):
         uids = process.info["uids"]
         if uids is None or uids.real != os.geteuid():
@@ -59,10 +87,12 @@ def _is_held_here(lock: Path) -> bool:
     return False
 
 
-def _on_network(path: Path) -> bool:
-    """Whether a path lies on a file system that other machines share."""
-    place, kind = "", ""
-    for part in psutil.disk_partitions(all=True):
-        if f"{path.absolute()}/".startswith(f"{part.mountpoint.rstrip('/')}/") and len(part.mountpoint) >= len(place):
-            place, kind = part.mountpoint, part.fstype
-    return kind.startswith(_NETWORK)
+def _is_on_network(path: Path) -> bool:
+    """Return whether a path is on a file system that other machines share."""
+    mountpoint, kind = "", ""
+    for partition in psutil.disk_partitions(all=True):
+        if f"{path.absolute()}/".startswith(f"{partition.mountpoint.rstrip('/')}/") and len(
+            partition.mountpoint
+        ) >= len(mountpoint):
+            mountpoint, kind = partition.mountpoint, partition.fstype
+    return kind.startswith(_NETWORK_FILE_SYSTEMS)

@@ -1,4 +1,4 @@
-"""Checkpoints: a folder that is there whole or not at all, read without running anything that is in it."""
+"""Save and load checkpoints: folders replaced atomically and read without executing code."""
 
 from __future__ import annotations
 
@@ -11,28 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 
 _STATE = "training_state.pt"
 _TENSORS = "trained.safetensors"
-_SEAL = "checksums.json"
+_CHECKSUMS = "checksums.json"
 
 
 @contextmanager
-def replaced_folder(target: Path, *, keep: bool = False) -> Iterator[Path]:
-    """Fill the folder that is yielded; at the end it takes the place of `target`.
+def replace_folder(target: Path, *, keep: bool = False) -> Iterator[Path]:
+    """Yield a new folder to fill; on exit it replaces `target`.
 
-    A process killed in between leaves the old folder, or (between the two renames) the old one as `NAME.old`, which
-    `settled` puts back. With `keep` the old one stays as `NAME.old`, for the day on which the new one cannot be read.
+    A process that is killed in between leaves the old folder or, between the two renames,
+    the old one as `NAME.old`, which `restore_replaced` moves back.
+
+    Args:
+        keep: Keep the old folder as `NAME.old`, in case the new one turns out to be
+            unreadable.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    settled(target)
+    restore_replaced(target)
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    old = before(target)
+    old = get_previous_folder(target)
     try:
         yield scratch
-        for path in (scratch, *scratch.rglob("*")):  # some writers make files that their owner alone can read
+        for path in (
+            scratch,
+            *scratch.rglob("*"),
+        ):  # some libraries write files that only the owner can read
             path.chmod((0o777 if path.is_dir() else 0o666) & ~files.UMASK)
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
@@ -45,86 +53,96 @@ def replaced_folder(target: Path, *, keep: bool = False) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def before(target: Path) -> Path:
-    """Where the folder that `target` replaced may still be."""
+def get_previous_folder(target: Path) -> Path:
+    """Return the path at which the folder that `target` replaced may still exist."""
     return target.with_name(f"{target.name}.old")
 
 
-def settled(target: Path) -> Path:
-    """The folder, after a replacement that was killed halfway has been undone."""
-    if before(target).is_dir() and not target.is_dir():
-        before(target).rename(target)
-    for left in target.parent.glob(f".{target.name}.*"):
-        shutil.rmtree(left, ignore_errors=True)
+def restore_replaced(target: Path) -> Path:
+    """Undo a replacement that was killed halfway, and return the folder."""
+    if get_previous_folder(target).is_dir() and not target.is_dir():
+        get_previous_folder(target).rename(target)
+    for leftover in target.parent.glob(f".{target.name}.*"):
+        shutil.rmtree(leftover, ignore_errors=True)
     return target
 
 
-def seal(folder: Path) -> None:
-    """Write down the SHA-256 of every file in a folder, and bring all of it to the disk."""
+def write_checksums(folder: Path) -> None:
+    """Flush every file in a folder to disk and record its SHA-256."""
     digests = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        digests[str(path.relative_to(folder))] = files.sha256_file(path)
-    files.write_json(folder / _SEAL, {"sha256": digests})
+        digests[str(path.relative_to(folder))] = files.compute_sha256(path)
+    files.write_json(folder / _CHECKSUMS, {"sha256": digests})
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder, or None."""
+def find_damage(folder: Path) -> str | None:
+    """Return what is wrong with a folder that has recorded checksums, or None."""
     try:
-        digests = files.read_json(folder / _SEAL).get("sha256")
+        digests = files.read_json(folder / _CHECKSUMS).get("sha256")
     except RunError:
         digests = None
     if not digests:
-        return f"{folder} has no {_SEAL}"
+        return f"{folder} has no {_CHECKSUMS}"
     for name, digest in digests.items():
         path = folder / name
-        if not path.is_file() or files.sha256_file(path) != digest:
+        if not path.is_file() or files.compute_sha256(path) != digest:
             return f"{path} is {'missing' if not path.is_file() else 'not as it was written'}"
     return None
 
 
-def newest_good(target: Path) -> tuple[Path | None, str | None]:
-    """(the newest checkpoint that can be trusted, or None; what was wrong with one that cannot, or None)."""
-    found = None
-    while settled(target).is_dir():
-        wrong = damage(target)
-        if wrong is None:
-            return target, found
-        found = found or wrong
-        # Out of the way at once: the next save would put it in the place of the good one before it.
+def find_newest_intact(target: Path) -> tuple[Path | None, str | None]:
+    """Return the newest intact checkpoint, and a description of the first damaged one.
+
+    Either is None if there is none. Damaged checkpoints are deleted.
+    """
+    first_damage = None
+    while restore_replaced(target).is_dir():
+        problem = find_damage(target)
+        if problem is None:
+            return target, first_damage
+        first_damage = first_damage or problem
+        # Delete it at once: otherwise the next save would keep it as `NAME.old` and delete the
+        # intact one.
         shutil.rmtree(target)
-    return None, found
+    return None, first_damage
 
 
 def save_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write trained values by name, in safetensors."""
     from safetensors.torch import save_file
 
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, str(folder / _TENSORS))
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        str(folder / _TENSORS),
+    )
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """Read what `save_tensors` wrote, onto the CPU."""
+    """Load onto the CPU what `save_tensors` wrote."""
     from safetensors.torch import load_file
 
-    found: dict[str, torch.Tensor] = load_file(str(folder / _TENSORS))
-    return found
+    tensors: dict[str, torch.Tensor] = load_file(str(folder / _TENSORS))
+    return tensors
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain values."""
+    """Write a state of tensors and plain values."""
     torch.save(state, folder / _STATE)
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """Read what `save_state` wrote: tensors and plain values alone (`weights_only`), no code."""
+    """Load what `save_state` wrote.
+
+    Only tensors and plain values are read (`weights_only`); no code is executed.
+    """
     state: dict[str, Any] = torch.load(folder / _STATE, map_location="cpu", weights_only=True)
     return state
 
 
-def rng_state() -> dict[str, torch.Tensor]:
-    """torch's random state, on CPU and on this process's GPU."""
+def get_rng_state() -> dict[str, torch.Tensor]:
+    """Return torch's random state, on CPU and on this process's GPU."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -132,7 +150,7 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Go on with a saved random state."""
+    """Restore a saved random state."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

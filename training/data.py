@@ -1,4 +1,4 @@
-"""Tokens cut into batches by a pure function of the seed."""
+"""Divide tokenised rows into batches, as a pure function of the seed."""
 
 from __future__ import annotations
 
@@ -7,44 +7,49 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
 from lorafleet.evaluation import tokens
 from lorafleet.evaluation.tokens import PackedRows, Split, TokenData
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.training.model import safetensors_folder
+from lorafleet.training.model import resolve_safetensors_folder
 
 IGNORED = -100
-"""The label of a token that is not learnt."""
+"""Label of a token that does not contribute to the loss."""
 _MEGA_BATCHES = 32
 
 
-def prepare(job: JobSpec) -> TokenData:
-    """Return the job's rows as tokens; a GGUF model is converted first, once.
+def prepare_tokens(job: JobSpec) -> TokenData:
+    """Return the job's rows as tokens.
 
-    Raises DataError or AssetError with what is wrong, before anything is trained.
+    A GGUF model is converted first, once. Raises DataError or AssetError, with the problem,
+    before training starts.
     """
-    safetensors_folder(job.model.model_name_or_path, job.model.revision)
+    resolve_safetensors_folder(job.model.model_name_or_path, job.model.revision)
     return tokens.prepare(job)
 
 
 @dataclass
 class Batch:
-    """Rows padded to the longest of them, or end to end as one row, on a device."""
+    """Rows on a device, either padded to the longest or concatenated to one row."""
 
     ids_BT: torch.Tensor
     mask_BT: torch.Tensor | None
-    """1 where a token is real; None when all are."""
+    """1 for a real token, 0 for padding. None if no attention mask is used."""
     labels: torch.Tensor
-    """Classes (B) or token labels with IGNORED for what is not learnt (B x T)."""
+    """Classes (B), or token labels with IGNORED for tokens without loss (B x T)."""
     targets: int
-    """How many rows or tokens are learnt here."""
+    """Number of rows (classification) or tokens (generation) that contribute to the loss."""
     real_tokens: int
-    """Tokens that are not padding."""
+    """Number of tokens that are not padding."""
     positions_BT: torch.Tensor | None = None
-    """Place of each token in its own row, when rows lie end to end: transformers sees the rows by it."""
+    """Position of each token in its own example, if a row contains several examples.
+
+    transformers separates the examples by it.
+    """
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
-        """What a model takes."""
+        """Keyword arguments of the model's forward pass."""
         if self.positions_BT is not None:
             return {"input_ids": self.ids_BT, "position_ids": self.positions_BT}
         assert self.mask_BT is not None
@@ -52,11 +57,13 @@ class Batch:
 
 
 class BatchPlan:
-    """Which rows go into which optimiser step: a pure function of the lengths, the batch and the seed.
+    """Assignment of rows to optimiser steps.
 
-    Rows come in an endless stream of shuffled epochs, so every step has `batch_rows` rows and the position in the data
-    is the step's number. Grouping sorts a stretch of 32 steps by length, cuts it into batches and shuffles these: rows
-    of a batch are then alike in length, and the order is still random.
+    It is a pure function of the lengths, the batch size and the seed. Rows come in an
+    endless stream of shuffled epochs, so every step has `batch_rows` rows and the position
+    in the data is the step number. Grouping sorts the rows of 32 steps by length, divides
+    them into batches and shuffles the batches: the rows of a batch then have similar
+    lengths, and the order is still random.
     """
 
     def __init__(self, lengths: np.ndarray, batch_rows: int, seed: int, *, grouped: bool) -> None:
@@ -67,16 +74,17 @@ class BatchPlan:
         self._stretch: tuple[int, list[np.ndarray]] | None = None
         self._epoch: tuple[int, np.ndarray] | None = None
 
-    def rows(self, step: int) -> np.ndarray:
-        """Indices of the rows of optimiser step `step` (from 0), longest first."""
+    def select_rows(self, step: int) -> np.ndarray:
+        """Return the indices of the rows of optimiser step `step` (from 0), longest first."""
         number, position = divmod(step, _MEGA_BATCHES)
         if self._stretch is None or self._stretch[0] != number:
-            self._stretch = (number, self._batches(number))
+            self._stretch = (number, self._build_batches(number))
         return self._stretch[1][position]
 
-    def _batches(self, number: int) -> list[np.ndarray]:
+    def _build_batches(self, number: int) -> list[np.ndarray]:
+        """Return the batches of mega-batch `number`, which covers 32 steps."""
         size = self.batch_rows * _MEGA_BATCHES
-        rows = self._stream(number * size, size)
+        rows = self._read_stream(number * size, size)
         random = np.random.default_rng([self.seed, 1, number])
         if self.grouped:
             noise = random.random(len(rows))
@@ -86,73 +94,111 @@ class BatchPlan:
             batches = [batches[index] for index in random.permutation(_MEGA_BATCHES)]
         return [batch[np.argsort(-self.lengths[batch], kind="stable")] for batch in batches]
 
-    def _stream(self, start: int, count: int) -> np.ndarray:
+    def _read_stream(self, start: int, count: int) -> np.ndarray:
+        """Return `count` row indices of the endless stream of epochs, from position `start`."""
         total = len(self.lengths)
         parts = []
         while count:
             epoch, offset = divmod(start, total)
-            part = self._permutation(epoch)[offset : offset + count]
+            part = self._get_permutation(epoch)[offset : offset + count]
             parts.append(part)
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
+    def _get_permutation(self, epoch: int) -> np.ndarray:
+        """Return the shuffled row order of an epoch."""
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.lengths)))
+            self._epoch = (
+                epoch,
+                np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.lengths)),
+            )
         return self._epoch[1]
 
 
-def passes(rows: np.ndarray, per_pass: int, rank: int, world_size: int) -> list[np.ndarray]:
-    """The forward passes of one process in one step: the step's rows in stretches of `per_pass`, dealt out in turn.
+def split_micro_batches(
+    rows: np.ndarray, micro_batch_size: int, rank: int, world_size: int
+) -> list[np.ndarray]:
+    """Return the micro-batches of one process in one step.
 
-    The stretches do not depend on the number of processes, so 2 processes and 1 with twice the accumulation work out
-    the same sums over the same padded batches.
+    The step's rows are divided into micro-batches of `micro_batch_size` rows, which are
+    dealt to the processes in turn. The micro-batches do not depend on the number of
+    processes, so 2 processes and 1 process with twice the accumulation compute the same
+    sums over the same padded batches.
     """
-    stretches = [rows[start : start + per_pass] for start in range(0, len(rows), per_pass)]
-    return stretches[rank::world_size]
+    micro_batches = [
+        rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)
+    ]
+    return micro_batches[rank::world_size]
 
 
-def make_batch(split: Split, rows: np.ndarray, pad_id: int, device: torch.device, *, classifies: bool) -> Batch:
-    """Pad some rows to the longest of them."""
+def make_batch(
+    split: Split, rows: np.ndarray, pad_id: int, device: torch.device, *, classifies: bool
+) -> Batch:
+    """Return some rows padded to the longest of them."""
     lengths = split.lengths[rows]
     width = int(lengths.max())
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(rows), width), dtype=np.int64)
     labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         start, end = int(split.starts[row]), int(split.starts[row + 1])
-        ids[place, : end - start] = split.ids[start:end]
-        mask[place, : end - start] = 1
+        ids[index, : end - start] = split.ids[start:end]
+        mask[index, : end - start] = 1
         if not classifies:
-            labels[place, : end - start] = np.where(split.learnt[start:end], split.ids[start:end], IGNORED)
+            labels[index, : end - start] = np.where(
+                split.learnt[start:end], split.ids[start:end], IGNORED
+            )
     targets = split.targets[rows] if classifies else labels
     tensors = (torch.from_numpy(array) for array in (ids, mask, np.ascontiguousarray(targets)))
     ids_BT, mask_BT, label_tensor = (tensor.to(device, non_blocking=True) for tensor in tensors)
-    return Batch(ids_BT, mask_BT, label_tensor, target_count(split, rows, classifies=classifies), int(lengths.sum()))
+    return Batch(
+        ids_BT,
+        mask_BT,
+        label_tensor,
+        count_targets(split, rows, classifies=classifies),
+        int(lengths.sum()),
+    )
 
 
-def make_packed_batch(packed: PackedRows, rows: np.ndarray, pad_id: int, device: torch.device) -> Batch:
-    """Pad some rows of several examples to the longest of them; padding is an example of its own at each row's end."""
+def make_packed_batch(
+    packed: PackedRows, rows: np.ndarray, pad_id: int, device: torch.device
+) -> Batch:
+    """Return packed rows, padded to the longest of them.
+
+    Each packed row contains several examples. The padding at its end counts as an example
+    of its own.
+    """
     lengths = packed.lengths[rows]
     width = int(lengths.max())
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
     labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
     positions = np.zeros((len(rows), width), dtype=np.int64)
-    for place, row in enumerate(rows):
-        row_ids, row_labels, row_positions = _laid(packed.split, packed.members[row])
+    for index, row in enumerate(rows):
+        row_ids, row_labels, row_positions = _concatenate_examples(
+            packed.split, packed.members[row]
+        )
         length = len(row_ids)
-        ids[place, :length], labels[place, :length], positions[place, :length] = row_ids, row_labels, row_positions
-        positions[place, length:] = np.arange(width - length)
+        ids[index, :length], labels[index, :length], positions[index, :length] = (
+            row_ids,
+            row_labels,
+            row_positions,
+        )
+        positions[index, length:] = np.arange(width - length)
     ids_BT, labels_BT, positions_BT = (
         torch.from_numpy(array).to(device, non_blocking=True) for array in (ids, labels, positions)
     )
-    targets = target_count(packed, rows, classifies=False)
+    targets = count_targets(packed, rows, classifies=False)
     return Batch(ids_BT, None, labels_BT, targets, int(lengths.sum()), positions_BT)
 
 
-def _laid(split: Split, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (ids, labels, positions) of examples one after another. A first token is never a target, so that none is
-    predicted across examples."""
+def _concatenate_examples(
+    split: Split, examples: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (ids, labels, positions) of concatenated examples.
+
+    The first token of an example is never a target, so no token is predicted across
+    examples.
+    """
     ids, labels, positions = [], [], []
     for example in examples:
         span = slice(int(split.starts[example]), int(split.starts[example + 1]))
@@ -163,25 +209,32 @@ def _laid(split: Split, examples: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     return np.concatenate(ids), np.concatenate(labels), np.concatenate(positions)
 
 
-def end_to_end(split: Split | PackedRows, rows: np.ndarray, device: torch.device) -> Batch:
-    """Lay some rows end to end as one, without padding."""
-    examples, whole = (split.examples(rows), split.split) if isinstance(split, PackedRows) else (rows, split)
-    ids_1T, labels_1T, positions_1T = (
-        torch.from_numpy(part).unsqueeze(0).to(device, non_blocking=True) for part in _laid(whole, examples)
+def make_padding_free_batch(
+    split: Split | PackedRows, rows: np.ndarray, device: torch.device
+) -> Batch:
+    """Return some rows concatenated to a single row, without padding."""
+    examples, unpacked_split = (
+        (split.get_examples(rows), split.split) if isinstance(split, PackedRows) else (rows, split)
     )
-    targets = target_count(whole, examples, classifies=False)
+    ids_1T, labels_1T, positions_1T = (
+        torch.from_numpy(array).unsqueeze(0).to(device, non_blocking=True)
+        for array in _concatenate_examples(unpacked_split, examples)
+    )
+    targets = count_targets(unpacked_split, examples, classifies=False)
     return Batch(ids_1T, None, labels_1T, targets, ids_1T.numel(), positions_1T)
 
 
-def target_count(split: Split | PackedRows, rows: np.ndarray, *, classifies: bool) -> int:
-    """Rows (classification) or tokens (generation) that are learnt in these rows."""
+def count_targets(split: Split | PackedRows, rows: np.ndarray, *, classifies: bool) -> int:
+    """Return how many of the rows (classification) or their tokens (generation) have a loss."""
     if classifies:
         return len(rows)
     return int(split.target_counts[rows].sum())
 
 
-def evaluation_batches(split: Split, rows: np.ndarray, per_pass: int) -> Iterator[np.ndarray]:
-    """Rows for an evaluation, longest first, in passes."""
+def iterate_evaluation_batches(
+    split: Split, rows: np.ndarray, micro_batch_size: int
+) -> Iterator[np.ndarray]:
+    """Yield the rows of an evaluation in micro-batches, longest first."""
     ordered = rows[np.argsort(-split.lengths[rows], kind="stable")]
-    for start in range(0, len(ordered), per_pass):
-        yield ordered[start : start + per_pass]
+    for start in range(0, len(ordered), micro_batch_size):
+        yield ordered[start : start + micro_batch_size]

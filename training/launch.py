@@ -1,4 +1,7 @@
-"""Ray Train (V2) around a training loop: processes with torch.distributed set up, gloo on CPU, NCCL on CUDA."""
+"""Run a training loop in a Ray Train (V2) worker group with torch.distributed set up.
+
+The backend is gloo on CPU and NCCL on CUDA.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ from typing import Any
 
 from lorafleet.jobs.sites.placement import Placement
 
-_START_AGAIN = 3
-"""How often setting up a group is tried again; Ray Train gives each a minute."""
+_MAX_START_RETRIES = 3
+"""Maximum number of retries of starting a worker group. Ray Train allows each one a minute."""
 _AFTER_HANG_SECONDS = 600
-"""So much later than the watchdog, which writes down where every process stands, torch gives a collective up."""
+"""Seconds that torch's collective timeout exceeds the watchdog's.
+
+The watchdog fires first and writes the stacks of every process.
+"""
 
 
 def run_group(
@@ -26,8 +32,15 @@ def run_group(
 ) -> None:
     """Run `loop(config)` on every process of a placement until all have returned.
 
-    `name` must be new: Ray Train resumes a run of the same name and folder without a word. Raises Ray's
-    TrainingFailedError when a process dies: whether the trial begins again is not decided here.
+    Does not restart the trial after a failure: the ledger decides that.
+
+    Args:
+        name: Must be new. Ray Train silently resumes a run of the same name and folder.
+        hang_minutes: The watchdog's timeout, which torch's collective timeout is derived
+            from.
+
+    Raises:
+        ray.train.TrainingFailedError: A process died.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -37,12 +50,16 @@ def run_group(
         loop,
         train_loop_config=config,
         torch_config=TorchConfig(
-            backend="nccl" if on_gpu else "gloo", timeout_s=round(60 * (hang_minutes or 30)) + _AFTER_HANG_SECONDS
+            backend="nccl" if on_gpu else "gloo",
+            timeout_s=round(60 * (hang_minutes or 30)) + _AFTER_HANG_SECONDS,
         ),
         scaling_config=ScalingConfig(
             num_workers=placement.workers,
             use_gpu=on_gpu,
-            resources_per_worker={"CPU": placement.cpus_per_worker, "GPU": placement.gpus_per_worker},
+            resources_per_worker={
+                "CPU": placement.cpus_per_worker,
+                "GPU": placement.gpus_per_worker,
+            },
             placement_strategy=placement.spread,
             label_selector=placement.labels or None,
         ),
@@ -50,9 +67,11 @@ def run_group(
             name=name,
             storage_path=str(storage),
             callbacks=callbacks,
-            # Ray's defaults try for ever: a set-up that cannot work would hang.
+            # Ray's defaults retry forever: a set-up that cannot work would hang.
             failure_config=FailureConfig(
-                max_failures=0, controller_failure_limit=_START_AGAIN, max_preemption_failures=0
+                max_failures=0,
+                controller_failure_limit=_MAX_START_RETRIES,
+                max_preemption_failures=0,
             ),
         ),
     ).fit()

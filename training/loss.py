@@ -1,6 +1,7 @@
-"""The loss as a sum, so that it can be divided by the whole effective batch's targets, wherever its rows are.
+"""Compute the loss as a sum, to be divided by the targets of the whole effective batch.
 
-B rows, T tokens, K kept positions, N = B x K, D hidden size, C classes, V vocabulary.
+The sum does not depend on which process holds which rows. Dimensions: B rows, T tokens,
+K kept positions, N = B x K, D hidden size, C classes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,58 +12,70 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from lorafleet.jobs.trials.defaults import LOGITS_AT_ONCE
-from lorafleet.training.data import IGNORED, Batch
 from torch import nn
 from torch.nn import functional
 
-_FEWEST_ROWS = 64
+from lorafleet.jobs.trials.defaults import LOGITS_AT_ONCE
+from lorafleet.training.data import IGNORED, Batch
+
+_MIN_CHUNK_ROWS = 64
 
 
 class ChunkedNll(torch.autograd.Function):
-    """Negative log-likelihoods of targets behind a frozen head, without ever holding all logits.
+    """Negative log-likelihoods of targets behind a frozen head, without storing all logits.
 
-    The gradient of the hidden states (softmax minus target, times the head) is worked out with the loss, chunk by
-    chunk, and only it is kept: N x D numbers instead of N x V twice. The head's own is not made, since it is frozen
-    (Liger Kernel, Hsu et al., 2024, has the idea with the head's gradient; Cut Cross-Entropy, Wijmans et al., 2024, the
-    memory argument).
+    The gradient of the hidden states (softmax minus target, times the head) is computed
+    with the loss, chunk by chunk, and only it is kept: N x D numbers instead of N x V
+    twice. The head is frozen, so its gradient is not computed. Related work: Liger Kernel
+    (Hsu et al., 2024) has the idea with the head's gradient; Cut Cross-Entropy (Wijmans et
+    al., 2024) has the memory argument.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        """nll_N in float32, 0 where the target is IGNORED."""
-        rows = max(_FEWEST_ROWS, LOGITS_AT_ONCE // head_VD.shape[0])
+    def forward(
+        ctx: Any, hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor
+    ) -> torch.Tensor:
+        """Return nll_N in float32, 0 where the target is IGNORED."""
+        rows = max(_MIN_CHUNK_ROWS, LOGITS_AT_ONCE // head_VD.shape[0])
         nll_N = hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32)
         gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden_ND), rows):
-            part = slice(start, start + rows)
-            wanted = targets_N[part] != IGNORED
-            target = targets_N[part].clamp(min=0).unsqueeze(1)
-            logits = (hidden_ND[part] @ head_VD.t()).float()
+            chunk = slice(start, start + rows)
+            is_target = targets_N[chunk] != IGNORED
+            target = targets_N[chunk].clamp(min=0).unsqueeze(1)
+            logits = (hidden_ND[chunk] @ head_VD.t()).float()
             top, picked = logits.amax(dim=1, keepdim=True), logits.gather(1, target)
-            logits.sub_(top).exp_()  # the probabilities, up to their sum: one exponential of each serves both
+            logits.sub_(
+                top
+                # Unnormalised probabilities: the exponential is used for the loss and the gradient.
+            ).exp_()
             total = logits.sum(dim=1, keepdim=True)
-            nll_N[part] = torch.where(wanted, (total.log() + top - picked).squeeze(1), 0.0)
+            nll_N[chunk] = torch.where(is_target, (total.log() + top - picked).squeeze(1), 0.0)
             if gradient_ND is not None:
-                # The target is taken off in float32: after a product in bfloat16 two rows that are almost equal would
-                # leave nothing of the gradient of a token that the model is sure of.
+                # Subtract the target in float32: after a product in bfloat16, two almost equal rows
+                # would cancel and the gradient of a token that the model is sure of would vanish.
                 logits.div_(total).scatter_add_(1, target, torch.full_like(total, -1.0))
-                gradient_ND[part] = (logits.to(head_VD.dtype) @ head_VD) * wanted.unsqueeze(1)
+                gradient_ND[chunk] = (logits.to(head_VD.dtype) @ head_VD) * is_target.unsqueeze(1)
         ctx.save_for_backward(*([gradient_ND] if gradient_ND is not None else []))
         return nll_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """The kept gradient, weighted."""
+        """Return the kept gradient, weighted by `grad_N`."""
         (gradient_ND,) = ctx.saved_tensors
         return gradient_ND * grad_N.unsqueeze(1).to(gradient_ND.dtype), None, None
 
 
 class LossModule(nn.Module):
-    """A model with its task's loss; the thing that strategies wrap."""
+    """A model with its task's loss: the module that strategies wrap."""
 
     def __init__(
-        self, model: nn.Module, task: str, *, chunked: bool = True, autocast: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        task: str,
+        *,
+        chunked: bool = True,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -70,75 +83,102 @@ class LossModule(nn.Module):
         self.classifies = task == "classification"
         inner: Any = getattr(model, "get_base_model", lambda: model)()
         prompt: Any = getattr(model, "active_peft_config", None)
-        self.before = prompt.num_virtual_tokens if prompt is not None and prompt.is_prompt_learning else 0
+        self.before = (
+            prompt.num_virtual_tokens if prompt is not None and prompt.is_prompt_learning else 0
+        )
         self.keeps_logits = "logits_to_keep" in inspect.signature(inner.forward).parameters
-        self.head_is_last: bool | None = None  # seen in the first pass
-        self.frozen_head = _frozen_head(inner) if chunked and not self.classifies and self.keeps_logits else None
+        self.head_is_last: bool | None = None  # determined in the first forward pass
+        self.frozen_head = (
+            _find_frozen_head(inner)
+            if chunked and not self.classifies and self.keeps_logits
+            else None
+        )
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum of the negative log-likelihoods of all targets, detail per row).
+        """Return the summed negative log-likelihood of all targets, and a detail per row.
 
-        The detail is logits_BC for classification and the sum of each row's negative log-likelihood (B) otherwise.
+        The detail is logits_BC for classification, and otherwise the sum of each row's negative
+        log-likelihoods (B).
         """
-        with self._autocast(batch.ids_BT.device.type):
+        with self._open_autocast(batch.ids_BT.device.type):
             if self.classifies:
                 logits_BC = self.model(**batch.inputs).logits.float()
-                return functional.cross_entropy(logits_BC, batch.labels, reduction="sum"), logits_BC.detach()
-            nll_BK = self._token_losses(batch)
+                return functional.cross_entropy(
+                    logits_BC, batch.labels, reduction="sum"
+                ), logits_BC.detach()
+            nll_BK = self._compute_token_losses(batch)
             return nll_BK.sum(), nll_BK.detach().sum(dim=1)
 
-    def _autocast(self, device: str) -> AbstractContextManager[Any]:
-        """Mixed precision, opened here and not around a strategy: DeepSpeed's engine switches it off for what it wraps
-        unless its own configuration asks for it."""
-        return torch.autocast(device, dtype=self.autocast_dtype) if self.autocast_dtype else nullcontext()
+    def _open_autocast(self, device: str) -> AbstractContextManager[Any]:
+        """Return a context for mixed precision.
 
-    def _token_losses(self, batch: Batch) -> torch.Tensor:
-        """The head's rows are worked out only for positions that predict a target in some row: with masked prompts
-        and a vocabulary of 50,000 that is most of a small model's work saved."""
+        It is opened here and not around a strategy: DeepSpeed's engine disables autocast for
+        the module that it wraps unless its own configuration enables it.
+        """
+        return (
+            torch.autocast(device, dtype=self.autocast_dtype)
+            if self.autocast_dtype
+            else nullcontext()
+        )
+
+    def _compute_token_losses(self, batch: Batch) -> torch.Tensor:
+        """Return the loss of each kept position (B x K).
+
+        The head is computed only for positions that predict a target in some row. With masked
+        prompts and a vocabulary of 50,000, this saves most of a small model's work.
+        """
         targets_BT = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
         kept_K = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
-        kept_in_logits_K = kept_K + self.before  # learnt embeddings stand before the row
+        kept_in_logits_K = kept_K + self.before  # learnt embeddings precede the row
         targets_BK = targets_BT[:, kept_K]
         options = {"logits_to_keep": kept_in_logits_K} if self.keeps_logits else {}
         if self.frozen_head is not None:
-            with _head_makes_losses(self.frozen_head, targets_BK) as made:
+            with _replace_logits_with_losses(self.frozen_head, targets_BK) as head_losses:
                 losses: Any = self.model(**batch.inputs, **options).logits
             if self.head_is_last is None:
-                self.head_is_last = torch.equal(losses.detach(), made[0])
+                self.head_is_last = torch.equal(losses.detach(), head_losses[0])
             if self.head_is_last:
                 return losses.squeeze(-1)
-            self.frozen_head = None  # this model caps or scales its logits, and did so to the losses
+            self.frozen_head = (
+                None  # this model caps or scales its logits, which it did to the losses here
+            )
         logits = self.model(**batch.inputs, **options).logits
         if not self.keeps_logits:
             logits = logits[:, kept_in_logits_K]
         flat = functional.cross_entropy(
-            logits.flatten(0, 1).float(), targets_BK.flatten(), ignore_index=IGNORED, reduction="none"
+            logits.flatten(0, 1).float(),
+            targets_BK.flatten(),
+            ignore_index=IGNORED,
+            reduction="none",
         )
         return flat.view_as(targets_BK)
 
 
-def _frozen_head(model: Any) -> nn.Linear | None:
-    """A causal LM's head, where it is a plain frozen matrix."""
+def _find_frozen_head(model: Any) -> nn.Linear | None:
+    """Return a causal LM's head if it is a plain frozen matrix, else None."""
     head = model.get_output_embeddings()
-    plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
-    return head if plain else None
+    is_plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
+    return head if is_plain else None
 
 
 @contextmanager
-def _head_makes_losses(head: nn.Linear, targets_BK: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-    """While this lasts the head returns losses (B x K x 1) in the place of logits; what it made is in the list.
+def _replace_logits_with_losses(
+    head: nn.Linear, targets_BK: torch.Tensor
+) -> Iterator[list[torch.Tensor]]:
+    """Let the head return losses (B x K x 1) instead of logits, and yield a list of them.
 
-    They are made in the head's own forward pass, since a strategy may have its weights together only there.
+    The losses are computed in the head's own forward pass, because a strategy may gather
+    the head's weights only there.
     """
 
-    def losses(hidden_BKD: torch.Tensor) -> torch.Tensor:
-        found = ChunkedNll.apply(hidden_BKD.flatten(0, 1), head.weight, targets_BK.flatten())
-        made.append(found.detach().view(*targets_BK.shape, 1))
-        return found.view(*targets_BK.shape, 1)
+    def compute_losses(hidden_BKD: torch.Tensor) -> torch.Tensor:
+        nll_N = ChunkedNll.apply(hidden_BKD.flatten(0, 1), head.weight, targets_BK.flatten())
+        outputs.append(nll_N.detach().view(*targets_BK.shape, 1))
+        return nll_N.view(*targets_BK.shape, 1)
 
-    made: list[torch.Tensor] = []
-    head.forward = losses
+    outputs: list[torch.Tensor] = []
+    head.forward = compute_losses
     try:
-        yield made
+        yield outputs
     finally:
         del head.forward

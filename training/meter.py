@@ -1,4 +1,4 @@
-"""What a trial costs: seconds, real tokens, peak memory; on CUDA the device's use and power too."""
+"""Measure the cost of a trial: seconds, real tokens, memory, and GPU utilisation and power."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ GIB = 2**30
 
 
 class Meter:
-    """Counts of one session. Everything here is a sum, so that it can be saved and go on after a resume."""
+    """Resource counters of one session.
+
+    Every counter is a sum, so it can be saved in a checkpoint and continued after a resume.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -22,8 +25,8 @@ class Meter:
         self.samples = 0
         reset_peak_memory(device)
 
-    def state(self) -> dict[str, float]:
-        """The sums, for a checkpoint."""
+    def to_state(self) -> dict[str, float]:
+        """Return the counters, for a checkpoint."""
         return {
             "train_seconds": self.train_seconds,
             "eval_seconds": self.eval_seconds,
@@ -32,14 +35,14 @@ class Meter:
         }
 
     def restore(self, state: dict[str, float]) -> None:
-        """Go on from a checkpoint's sums."""
+        """Continue from the counters of a checkpoint."""
         self.train_seconds = state["train_seconds"]
         self.eval_seconds = state["eval_seconds"]
         self.tokens = int(state["tokens"])
         self.samples = int(state["samples"])
 
-    def rates(self) -> dict[str, float]:
-        """What metrics.jsonl says of cost so far."""
+    def summarize(self) -> dict[str, float]:
+        """Return the counters and rates so far, as written to metrics.jsonl."""
         seconds = max(self.train_seconds, 1e-9)
         return {
             "train_seconds": round(self.train_seconds, 3),
@@ -47,12 +50,16 @@ class Meter:
             "tokens": self.tokens,
             "samples_per_second": round(self.samples / seconds, 3),
             "tokens_per_second": round(self.tokens / seconds, 2),
-            "peak_memory_gib": round(peak_memory_gib(self.device), 4),
+            "peak_memory_gib": round(get_peak_memory_gib(self.device), 4),
         }
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new peak. A process's high-water mark only grows until 5 is written to clear_refs (Linux 4.0)."""
+    """Start a new peak memory measurement.
+
+    The high-water mark of a process only grows until 5 is written to clear_refs (Linux
+    4.0).
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -60,27 +67,35 @@ def reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """Peak since `reset_peak_memory`: allocated on the device (CUDA), or resident in the process (CPU), in GiB."""
+def get_peak_memory_gib(device: torch.device) -> float:
+    """Return the peak memory since `reset_peak_memory`, in GiB.
+
+    On CUDA this is memory allocated on the device, on CPU the resident memory of the
+    process.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
-        return memory_in_use_gib(device)
+        return get_memory_in_use_gib(device)
     kib = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     return kib / 2**20
 
 
 def free_unused_memory(device: torch.device) -> None:
-    """Give back what no tensor holds any more."""
+    """Release memory that no tensor uses any more."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def memory_in_use_gib(device: torch.device) -> float:
-    """What tensors hold on the device (CUDA), or this process in memory (CPU), in GiB."""
+def get_memory_in_use_gib(device: torch.device) -> float:
+    """Return the memory in use, in GiB.
+
+    On CUDA this is memory held by tensors on the device, on CPU the resident memory of the
+    process.
+    """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / GIB
     import psutil
@@ -88,14 +103,20 @@ def memory_in_use_gib(device: torch.device) -> float:
     return float(psutil.Process().memory_info().rss) / GIB
 
 
-def gpu_metrics(device: torch.device) -> dict[str, float]:
-    """Use in %, power in W and memory in GiB of this process's GPU; empty on CPU and where the driver does not say."""
+def read_gpu_metrics(device: torch.device) -> dict[str, float]:
+    """Return utilisation in %, power in W and memory in GiB of this process's GPU.
+
+    The result is empty on CPU. Utilisation and power are left out if the driver does not
+    report them.
+    """
     if device.type != "cuda":
         return {}
-    found: dict[str, float] = {"gpu_memory_gib": torch.cuda.memory_allocated(device) / GIB}
+    metrics: dict[str, float] = {"gpu_memory_gib": torch.cuda.memory_allocated(device) / GIB}
     import pynvml
 
-    with contextlib.suppress(pynvml.NVMLError, RuntimeError):  # some drivers and MIG slices do not say
-        found["gpu_utilization_percent"] = float(torch.cuda.utilization(device))
-        found["gpu_power_watts"] = torch.cuda.power_draw(device) / 1000
-    return found
+    with contextlib.suppress(
+        pynvml.NVMLError, RuntimeError
+    ):  # some drivers and MIG slices do not report these
+        metrics["gpu_utilization_percent"] = float(torch.cuda.utilization(device))
+        metrics["gpu_power_watts"] = torch.cuda.power_draw(device) / 1000
+    return metrics

@@ -1,4 +1,4 @@
-"""AdamW and the learning rate's course."""
+"""Build the optimiser and compute the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -6,57 +6,86 @@ import math
 from collections.abc import Mapping
 
 import torch
-from lorafleet.jobs.schema.job import JobSpec, TrainSpec
 from torch import nn
 
+from lorafleet.jobs.schema.job import JobSpec, TrainSpec
 
-def build_optimizer(trained: Mapping[str, nn.Parameter], job: JobSpec, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019) with decay on matrices only, by default one fused pass over all parameters.
 
-    With LoRA+ (Hayou et al., 2024) the B matrices have `loraplus_lr_ratio` times the rate.
+def build_optimizer(
+    trained: Mapping[str, nn.Parameter], job: JobSpec, learning_rate: float
+) -> torch.optim.Optimizer:
+    """Return AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices only.
+
+    By default it is fused: one pass over all parameters. With LoRA+ (Hayou et al., 2024),
+    the B matrices have `loraplus_lr_ratio` times the learning rate.
     """
-    ratio = job.lora.loraplus_lr_ratio if job.adapts_with_lora and job.lora.loraplus_lr_ratio else 1.0
+    ratio = job.lora.loraplus_lr_ratio if job.uses_lora and job.lora.loraplus_lr_ratio else 1.0
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in trained.items():
-        key = (job.train.weight_decay if parameter.ndim > 1 else 0.0, ratio if ".lora_B." in name else 1.0)
+        key = (
+            job.train.weight_decay if parameter.ndim > 1 else 0.0,
+            ratio if ".lora_B." in name else 1.0,
+        )
         groups.setdefault(key, []).append(parameter)
-    described = [
-        {"params": parameters, "weight_decay": decay, "lr": learning_rate * factor, "lr_ratio": factor}
+    param_groups = [
+        {
+            "params": parameters,
+            "weight_decay": decay,
+            "lr": learning_rate * factor,
+            "lr_ratio": factor,
+        }
         for (decay, factor), parameters in groups.items()
     ]
     if job.train.optim == "adamw_torch":
-        return torch.optim.AdamW(described, lr=learning_rate, fused=True)
+        return torch.optim.AdamW(param_groups, lr=learning_rate, fused=True)
     import bitsandbytes
 
-    kinds = {"adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit", "paged_adamw_32bit": "PagedAdamW32bit"}
-    made: torch.optim.Optimizer = getattr(bitsandbytes.optim, kinds[job.train.optim])(described, lr=learning_rate)
-    return made
+    kinds = {
+        "adamw_8bit": "AdamW8bit",
+        "paged_adamw_8bit": "PagedAdamW8bit",
+        "paged_adamw_32bit": "PagedAdamW32bit",
+    }
+    optimizer: torch.optim.Optimizer = getattr(bitsandbytes.optim, kinds[job.train.optim])(
+        param_groups, lr=learning_rate
+    )
+    return optimizer
 
 
-def rate_factor(step: int, total: int, train: TrainSpec) -> float:
-    """What the peak rate is multiplied by in optimiser step `step` (from 0) of `total`."""
+def compute_rate_factor(step: int, total: int, train: TrainSpec) -> float:
+    """Return the factor on the peak learning rate in optimiser step `step` (from 0) of `total`."""
     if train.lr_scheduler_type == "constant":
         return 1.0
-    warmup = math.ceil(train.warmup_ratio * total) if train.warmup_steps is None else train.warmup_steps
+    warmup = (
+        math.ceil(train.warmup_ratio * total) if train.warmup_steps is None else train.warmup_steps
+    )
     if step < warmup:
         rising = (step + 1) / (warmup + 1)
-        return min(rising, _stable_decay(step, total, train)) if train.lr_scheduler_type == _WSD else rising
+        return (
+            min(rising, _compute_decay_factor(step, total, train))
+            if train.lr_scheduler_type == _WSD
+            else rising
+        )
     if train.lr_scheduler_type == "constant_with_warmup":
         return 1.0
     if train.lr_scheduler_type == _WSD:
-        return _stable_decay(step, total, train)
-    left = max(0.0, (total - step) / max(1, total - warmup))
-    return left if train.lr_scheduler_type == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+        return _compute_decay_factor(step, total, train)
+    remaining = max(0.0, (total - step) / max(1, total - warmup))
+    return (
+        remaining
+        if train.lr_scheduler_type == "linear"
+        else 0.5 * (1 - math.cos(math.pi * remaining))
+    )
 
 
 _WSD = "warmup_stable_decay"
 
 
-def _stable_decay(step: int, total: int, train: TrainSpec) -> float:
+def _compute_decay_factor(step: int, total: int, train: TrainSpec) -> float:
+    """Return the factor of the `warmup_stable_decay` schedule: 1, then a linear decay to 0."""
     return min(1.0, max(0, total - step) / max(1, math.ceil(train.decay_ratio * total)))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every group, each by its own ratio."""
+    """Set the learning rate of every parameter group, scaled by the group's own ratio."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_ratio"]

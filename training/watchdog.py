@@ -1,8 +1,9 @@
-"""Noticing that a process hangs: a collective that never returns, a file system that never answers.
+"""Detect and end a process that hangs, for example in a collective or on a file system.
 
-faulthandler's timer is a thread in C: it fires when the interpreter is stuck inside a call that holds its lock, and
-writes every thread's stack. Some seconds later the kernel's own alarm ends the process, which frees the others of its
-group; until then all of them, whose timers run out together, have written theirs.
+faulthandler's timer is a thread in C: it fires even when the interpreter is stuck
+inside a call that holds its lock, and writes every thread's stack. Some seconds later
+the kernel's own alarm ends the process, which frees the other processes of its group.
+Their timers run out together, so by then all of them have written their stacks.
 """
 
 from __future__ import annotations
@@ -13,14 +14,20 @@ import time
 from pathlib import Path
 
 _REARM_SECONDS = 1.0
-_LAST_SECONDS = 10.0
-"""Between the stacks and the end."""
-_SET_UP = 4.0
-"""So many times as long as a pass may take loading a model, converting it, or working out PiSSA's first values."""
+_GRACE_SECONDS = 10.0
+"""Seconds between writing the stacks and ending the process."""
+_SETUP_FACTOR = 4.0
+"""Factor on the timeout during set-up.
+
+Set-up is loading or converting a model, or computing PiSSA's first values.
+"""
 
 
 class Watchdog:
-    """Ends this process when `beat` is not called for `seconds`; there can be one in a process."""
+    """Ends this process if `beat` is not called for `seconds`.
+
+    A process can have only one watchdog. `seconds` of 0 disables it.
+    """
 
     def __init__(self, stacks: Path, seconds: float) -> None:
         stacks.parent.mkdir(parents=True, exist_ok=True)
@@ -28,29 +35,35 @@ class Watchdog:
         self.armed_at = 0.0
         self.file = stacks.open("w") if seconds else None
 
-    def beat(self, *, setting_up: bool = False) -> None:
-        """A sign of life."""
+    def reset(self, *, setting_up: bool = False) -> None:
+        """Reset the timer: the process is alive.
+
+        Args:
+            setting_up: Allow the longer timeout of model loading.
+        """
         now = time.monotonic()
         if self.file is None or now - self.armed_at <= min(_REARM_SECONDS, self.seconds / 4):
             return
-        seconds = self.seconds * (_SET_UP if setting_up else 1)
+        seconds = self.seconds * (_SETUP_FACTOR if setting_up else 1)
         faulthandler.dump_traceback_later(seconds, file=self.file)
-        signal.setitimer(signal.ITIMER_REAL, seconds + _LAST_SECONDS)  # SIGALRM, which no one here handles, is the end
+        signal.setitimer(
+            signal.ITIMER_REAL, seconds + _GRACE_SECONDS
+        )  # SIGALRM has no handler, so it ends the process
         self.armed_at = now
-        if self.file.tell():  # it had been given up, and came back in its last seconds
+        if self.file.tell():  # stacks were written, but the process recovered before the alarm
             self.file.seek(0)
             self.file.truncate()
 
-    def rest(self) -> None:
-        """Nothing is expected until the next beat."""
+    def pause(self) -> None:
+        """Stop the timer until the next call of `reset`."""
         if self.armed_at:
             faulthandler.cancel_dump_traceback_later()
             signal.setitimer(signal.ITIMER_REAL, 0)
             self.armed_at = 0.0
 
     def close(self) -> None:
-        """Rest for good; a file that nothing was written to goes."""
-        self.rest()
+        """Stop the timer for good and delete the stack file if it is empty."""
+        self.pause()
         if self.file is not None:
             self.file.close()
             path = Path(self.file.name)

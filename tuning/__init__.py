@@ -1,1 +1,1 @@
-"""The search: which trials run, which are cut, and what is shipped."""
+"""Run the search: propose trials, stop them at rungs, and evaluate the best ones."""

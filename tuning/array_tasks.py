@@ -1,4 +1,7 @@
-"""A run that was cut into the tasks of a job array: each has a part of its own, and one driver puts them together."""
+"""Merge the array tasks of a split run into the run.
+
+Each task of a job array runs in a run folder of its own; one driver merges them.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +12,50 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.jobs import files
-from lorafleet.jobs.runs.lease import Lease, watch
+from lorafleet.jobs.runs.lease import Lease, find_silent_runs
 from lorafleet.jobs.runs.run import Run, Trial
 
-_KEPT = ("warning", "retry", "base_loaded", "note", "tracking_failed")
-"""Events of a part that say something of the whole."""
+_MERGED_EVENTS = ("warning", "retry", "base_loaded", "note", "tracking_failed")
+"""Events of an array task that are copied to the whole run."""
 
 
-def gather(run: Run, facts: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Move the trials of all parts into the run, ended or not: what has not ended goes on from its checkpoint.
+def merge_tasks(run: Run, metadata: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Move the trials of all array tasks into the run, ended or not.
 
-    Raises RunError while a part's driver lives. What was moved before a kill is not moved again.
+    Trials that have not ended continue from their checkpoints. An interrupted merge can be
+    repeated: trials that were moved already are not moved again.
+
+    Args:
+        metadata: Metadata of this process, recorded in the lease.
+        say: Receives messages for the log.
+
+    Raises:
+        RunError: The driver of an array task is still alive.
     """
-    seconds = float(run.status().get("wall_seconds") or 0.0)
-    parts = run.parts()
-    watched = watch([part.path for part in parts], say)
+    seconds = float(run.read_status().get("wall_seconds") or 0.0)
+    parts = run.list_array_tasks()
+    watched_paths = find_silent_runs([part.path for part in parts], say)
     for part in parts:
-        # From here on a driver of the part that comes back is refused.
-        lease = Lease.take(part.path, facts, say=say, **({"seconds": 0.0} if part.path in watched else {}))
-        seconds = max(seconds, float(part.status().get("wall_seconds") or 0.0))
+        # From here on, a restarted driver of this array task is refused.
+        lease = Lease.acquire(
+            part.path, metadata, say=say, **({"seconds": 0.0} if part.path in watched_paths else {})
+        )
+        seconds = max(seconds, float(part.read_status().get("wall_seconds") or 0.0))
         for folder in sorted((part.path / "trials").glob("*")):
             target = run.path / "trials" / folder.name
             if (folder / "params.json").is_file() and not target.exists():
                 target.parent.mkdir(exist_ok=True)
-                _without_attempts(Trial(folder))
+                _remove_attempts(Trial(folder))
                 folder.rename(target)
-        for event in part.events():
-            if event["event"] in _KEPT:
-                known = ("time", "event", "attempt", "schema_version")
-                run.event(event["event"], **{key: value for key, value in event.items() if key not in known})
-        _move_wandb(part.path / "wandb", run.path / "wandb")
-        _keep_log(part, run)
+        for event in part.read_events():
+            if event["event"] in _MERGED_EVENTS:
+                recorded_fields = ("time", "event", "attempt", "schema_version")
+                run.add_event(
+                    event["event"],
+                    **{key: value for key, value in event.items() if key not in recorded_fields},
+                )
+        _move_wandb_runs(part.path / "wandb", run.path / "wandb")
+        _move_log(part, run)
         lease.release()
         shutil.rmtree(part.path, ignore_errors=True)
     if (run.path / "parts").is_dir():
@@ -47,15 +63,22 @@ def gather(run: Run, facts: dict[str, Any], say: Callable[[str], None]) -> None:
         shutil.rmtree(run.path / "parts", ignore_errors=True)
 
 
-def _without_attempts(trial: Trial) -> None:
-    """A part counts its own attempts, and the run its own: numbers of one mean nothing in the other."""
-    rows = trial.metrics()
+def _remove_attempts(trial: Trial) -> None:
+    """Remove the attempt numbers from a trial's metrics.
+
+    An array task counts its own attempts, so its numbers mean nothing in the whole run.
+    """
+    rows = trial.read_metrics()
     if rows:
-        bare = [json.dumps({key: value for key, value in row.items() if key != "attempt"}) for row in rows]
-        files.write_text(trial.path / "metrics.jsonl", "\n".join(bare) + "\n")
+        lines = [
+            json.dumps({key: value for key, value in row.items() if key != "attempt"})
+            for row in rows
+        ]
+        files.write_text(trial.path / "metrics.jsonl", "\n".join(lines) + "\n")
 
 
-def _move_wandb(source: Path, target: Path) -> None:
+def _move_wandb_runs(source: Path, target: Path) -> None:
+    """Move an array task's W&B runs, and its list of closed trials, into the run."""
     (target / "wandb").mkdir(parents=True, exist_ok=True)
     for folder in source.glob("wandb/*run-*"):
         if not (target / "wandb" / folder.name).exists():
@@ -64,7 +87,8 @@ def _move_wandb(source: Path, target: Path) -> None:
         files.append_jsonl(target / "closed.jsonl", {"trial_id": row["trial_id"]})
 
 
-def _keep_log(part: Run, run: Run) -> None:
+def _move_log(part: Run, run: Run) -> None:
+    """Move an array task's driver log into the run's log folder."""
     log = part.path / "logs" / "driver.log"
     if log.is_file():
         (run.path / "logs").mkdir(exist_ok=True)

@@ -1,8 +1,10 @@
-"""Several ways to adapt one base, from a run folder to one table.
+"""Compare several ways to adapt one base model, from a run folder to one table.
 
-Each arm that trains is a run of its own below `arms/`: a search, and its best configuration with further seeds. They go
-one after another, each with its own driver process, so that nothing of one arm stays for the next. Then all arms are
-judged on the same held-out rows, and measured in processes of their own, in turn.
+Each arm that trains is a run of its own below `arms/`: a search, and its best
+configuration with further seeds. The arms run one after another, each with its own
+driver process, so that no state of one arm affects the next. Then all arms are
+evaluated on the same held-out rows, and their inference is measured in separate
+processes, in turn.
 """
 
 from __future__ import annotations
@@ -19,241 +21,349 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorafleet.cluster.local import driver_command
+from lorafleet.cluster.local import get_driver_command
 from lorafleet.evaluation.metrics.summary import write_baselines
-from lorafleet.evaluation.report.comparison import trained_rows
+from lorafleet.evaluation.report.comparison import select_trained_rows
 from lorafleet.evaluation.report.search import build_report, write_report
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import ExitCode, RunError
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials import arms
-from lorafleet.jobs.trials.trial_id import facts_of
+from lorafleet.jobs.trials.trial_id import compute_provenance
 from lorafleet.tuning.driver import TrainingDriver
-from lorafleet.tuning.provenance import record_of
+from lorafleet.tuning.provenance import build_metadata
 
 _POLL_SECONDS = 0.5
-_PACE = "pace.json"
-"""Of an arm: how long a row takes in its training."""
+_PACE_FILE = "pace.json"
+"""File in an arm's folder with the training time of a row."""
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
-_LIBC = ctypes.CDLL(None)  # before there is a fork
+_LIBC = ctypes.CDLL(None)  # loaded before any fork
 
 
-class _Stopped(Exception):
-    """The run is to stop."""
+class _StopRequested(Exception):
+    """Raised when the run is asked to stop."""
 
 
 class Comparison(TrainingDriver):
     """One attempt at a comparison."""
 
     unjudged: dict[str, str] = {}
-    """Models that could not be evaluated, and why."""
+    """Models that could not be evaluated, with the reason."""
 
-    def _attempt(self, attempt: int) -> ExitCode:
-        self._phase("reading data")
+    def _run_attempt(self, attempt: int) -> ExitCode:
+        self._record_phase("reading data")
         data = self._read_data()
         try:
             self._measure_paces(attempt, data)
-            for name in arms.trained(self.job):
-                self._train(name, data)
-            self._judge(attempt, data)
-        except _Stopped:
-            return self._stopped()
+            for name in arms.list_trained_arms(self.job):
+                self._train_arm(name, data)
+            self._evaluate_arms(attempt, data)
+        except _StopRequested:
+            return self._finish_stopped()
         return self._finish()
 
     # ---- training ----
 
-    def _train(self, name: str, data: Any) -> None:
-        """An arm's search, and its best configuration with further seeds."""
-        arm = self.run.arm(name)
-        self._drive(arm, arms.search_job(self.job, name, self._samples(name, data)), f"training {name}")
-        if not trained_rows(build_report(arm), arms.arm_of(self.job, name)):
-            self.run.event("note", sentence=f"arm {name} has no trained weights: {_why(arm)}")
+    def _train_arm(self, name: str, data: Any) -> None:
+        """Run an arm's search, and train its best configuration with further seeds."""
+        arm = self.run.get_arm(name)
+        self._run_arm(
+            arm,
+            arms.build_search_job(self.job, name, self._compute_sample_budget(name, data)),
+            f"training {name}",
+        )
+        if not select_trained_rows(build_report(arm), arms.get_arm(self.job, name)):
+            self.run.add_event(
+                "note", sentence=f"arm {name} has no trained weights: {_describe_failure(arm)}"
+            )
 
-    def _samples(self, name: str, data: Any) -> int | None:
-        """Training rows of one training under the equal budget; None: what `train` says."""
+    def _compute_sample_budget(self, name: str, data: Any) -> int | None:
+        """Return the training rows of one training under the equal budget.
+
+        None means that the job's `train` section decides.
+        """
         assert self.job.compare is not None
         budget = self.job.compare.budget
         if budget.tokens is not None:
-            job = arms.own_job(self.job, name)
-            own = self._own_tokens(job, data)
-            mean = float(own.splits["train"].lengths.sum()) / own.training_rows(job)  # of packed rows, where they are
+            job = arms.build_arm_job(self.job, name)
+            arm_data = self._prepare_tokens(job, data)
+            mean = float(arm_data.splits["train"].lengths.sum()) / arm_data.count_training_rows(
+                job
+            )  # of packed rows, if packing is on
             return max(1, math.ceil(budget.tokens / mean))
         if budget.device_seconds is not None:
-            seconds = budget.device_seconds / (self.placement.workers * self._seconds_per_row(name))
+            seconds = budget.device_seconds / (
+                self.placement.workers * self._read_seconds_per_row(name)
+            )
             return max(1, round(seconds))
         return budget.samples
 
-    def _seconds_per_row(self, name: str) -> float:
-        return float(files.read_json(self.run.arm(name).path / _PACE)["seconds_per_row"])
+    def _read_seconds_per_row(self, name: str) -> float:
+        """Return the measured training time of a row of an arm, in seconds."""
+        return float(files.read_json(self.run.get_arm(name).path / _PACE_FILE)["seconds_per_row"])
 
     def _measure_paces(self, attempt: int, data: Any) -> None:
-        """How long a row takes in the training of each arm, once for all attempts."""
-        from lorafleet.tuning.inference_speed import seconds_per_row
+        """Measure the training time of a row for each arm, once for all attempts.
 
-        waiting = [name for name in arms.trained(self.job) if not (self.run.arm(name).path / _PACE).is_file()]
+        Does nothing unless the budget is `device_seconds`.
+        """
+        from lorafleet.tuning.inference_speed import measure_seconds_per_row
+
+        unmeasured = [
+            name
+            for name in arms.list_trained_arms(self.job)
+            if not (self.run.get_arm(name).path / _PACE_FILE).is_file()
+        ]
         assert self.job.compare is not None
-        if self.job.compare.budget.device_seconds is None or not waiting:
+        if self.job.compare.budget.device_seconds is None or not unmeasured:
             return
-        self._phase("measuring the speed of the arms")
-        with self._ray(attempt):
-            for name in waiting:
+        self._record_phase("measuring the speed of the arms")
+        with self._open_ray(attempt):
+            for name in unmeasured:
                 self._check_stop()
-                job = arms.own_job(self.job, name)
-                found = seconds_per_row(self, job, self._tokens(job, data))
-                files.write_json(self.run.arm(name).path / _PACE, {"seconds_per_row": found})
+                job = arms.build_arm_job(self.job, name)
+                seconds = measure_seconds_per_row(self, job, self._get_tokens_folder(job, data))
+                files.write_json(
+                    self.run.get_arm(name).path / _PACE_FILE, {"seconds_per_row": seconds}
+                )
 
-    def _drive(self, run: Run, job: JobSpec, phase: str) -> None:
-        """The run of an arm to its end, in a process of its own. Raises _Stopped, or RunError when it broke off."""
-        if _over(run):
-            return  # where no trial of it was trained, the report says so
+    def _run_arm(self, run: Run, job: JobSpec, phase: str) -> None:
+        """Run an arm to its end, in a driver process of its own.
+
+        Raises _StopRequested if the run is asked to stop, and RunError if the arm's driver
+        failed.
+        """
+        if _has_ended(run):
+            return  # if none of its trials was trained, the report says so
         self._check_stop()
-        self._phase(phase)
+        self._record_phase(phase)
         if not (run.path / "plan.json").is_file():
             run.path.mkdir(parents=True, exist_ok=True)
             run.set_state(RunState.PENDING, created=time.time(), name=job.name)
-            plan = self.stored | {"job": job.model_dump(mode="json"), "command": "sweep", "judges": False, "files": {}}
-            own = self.stored.get("placements", {}).get(run.path.name)
-            files.write_json(run.path / "plan.json", plan | ({"placement": own} if own else {}))
+            plan = self.stored | {
+                "job": job.model_dump(mode="json"),
+                "command": "sweep",
+                "judges": False,
+                "files": {},
+            }
+            placement = self.stored.get("placements", {}).get(run.path.name)
+            files.write_json(
+                run.path / "plan.json", plan | ({"placement": placement} if placement else {})
+            )
         (run.path / "logs").mkdir(exist_ok=True)
-        with files.opened_to_append(run.path / "logs" / "driver.log") as log:
+        with files.open_to_append(run.path / "logs" / "driver.log") as log:
             child = subprocess.Popen(
-                [*driver_command(), "exec", str(run.path), "--trust"],
+                [*get_driver_command(), "exec", str(run.path), "--trust"],
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 cwd=run.path,
-                start_new_session=True,  # Ctrl-C is for us: it is asked through its stop file, once
-                preexec_fn=partial(_die_with, os.getpid()),
+                # Ctrl-C must reach this process only: the arm is asked through its stop file, once.
+                start_new_session=True,
+                preexec_fn=partial(_set_death_signal, os.getpid()),
             )
         while (code := child.poll()) is None:
             if self.stop_file.exists() and not (run.path / "stop").exists():
                 (run.path / "stop").touch()
-            self._note_wall()
+            self._record_wall_seconds()
             time.sleep(_POLL_SECONDS)
-        if code == ExitCode.REQUEUE and self.told is None:  # too few machines of an allocation are left
+        if (
+            code == ExitCode.REQUEUE and self.told is None
+        ):  # too few machines of the allocation are left
             self.told = signal.SIGUSR1
             self.stop_file.touch()
         self._check_stop()
-        if not _over(run):
-            said = run.status().get("reason") or f"its driver ended with code {code}"
+        if not _has_ended(run):
+            reason = run.read_status().get("reason") or f"its driver ended with code {code}"
             log_file = run.path / "logs" / "driver.log"
-            raise RunError(f"{phase}: {said} (`lorafleet resume` goes on; {log_file} has what it said)")
+            raise RunError(
+                f"{phase}: {reason} (`lorafleet resume` goes on; {log_file} has what it said)"
+            )
 
     def _check_stop(self) -> None:
+        """Raise _StopRequested if the run is asked to stop."""
         if self.stop_file.exists():
-            raise _Stopped
+            raise _StopRequested
 
-    # ---- judging ----
+    # ---- evaluation ----
 
-    def _judge(self, attempt: int, data: Any) -> None:
-        """Every arm on the held-out rows, and its inference measured."""
-        from lorafleet.tuning.held_out import Exam, examine_all
+    def _evaluate_arms(self, attempt: int, data: Any) -> None:
+        """Evaluate every arm on the held-out rows and measure its inference."""
+        from lorafleet.tuning.held_out import HeldOutEvaluation, evaluate_all
         from lorafleet.tuning.inference_speed import measure_all
         from lorafleet.tuning.trial_run import Work
 
         self._check_stop()
-        self._phase("evaluating on held-out rows")
+        self._record_phase("evaluating on held-out rows")
         split = "validation" if data.chosen_on_test else "test"
-        files.write_jsonl(self.run.rows_file(split), (row.shown() for row in data.rows(split)))
+        files.write_jsonl(self.run.get_rows_file(split), (row.shown() for row in data.rows(split)))
         write_baselines(self.run, self.job, {split: data.rows(split)})
-        work = Work(self.job, str(self.run.path), str(data.folder), self.placement.gpus_per_worker, False, attempt)
-        judged = self._judged(data)
-        exams = [
-            Exam(
-                f"{one.arm}/{one.seed}",
-                one.job,
-                one.tokens,
-                str(one.weights) if one.weights else None,
+        work = Work(
+            self.job,
+            str(self.run.path),
+            str(data.folder),
+            self.placement.gpus_per_worker,
+            False,
+            attempt,
+        )
+        models = self._list_models(data)
+        evaluations = [
+            HeldOutEvaluation(
+                f"{model.arm}/{model.seed}",
+                model.job,
+                model.tokens,
+                str(model.weights) if model.weights else None,
                 (split,),
-                str(one.folder),
+                str(model.folder),
                 "test.json",
                 "predictions-SPLIT.jsonl",
             )
-            for one in judged
-            if not (one.folder / "test.json").is_file()
+            for model in models
+            if not (model.folder / "test.json").is_file()
         ]
-        with self._ray(attempt) as ray_facts:
-            self.run.event("ray", **ray_facts)
-            self.unjudged = examine_all(work, exams, self.placement.slots)
-            for what, why in self.unjudged.items():
-                self.run.event("warning", trial_id=what, sentence=f"not evaluated on the held-out rows: {why}")
+        with self._open_ray(attempt) as ray_facts:
+            self.run.add_event("ray", **ray_facts)
+            self.unjudged = evaluate_all(work, evaluations, self.placement.slots)
+            for name, why in self.unjudged.items():
+                self.run.add_event(
+                    "warning", trial_id=name, sentence=f"not evaluated on the held-out rows: {why}"
+                )
             self._check_stop()
-            self._phase("measuring inference")
-            firsts = {one.arm: one for one in reversed(judged)}
-            measure_all(self, list(reversed(firsts.values())), split)
+            self._record_phase("measuring inference")
+            first_models = {model.arm: model for model in reversed(models)}
+            measure_all(self, list(reversed(first_models.values())), split)
 
-    def _judged(self, data: Any) -> list[Judged]:
-        """Every model of every arm, the arm's first seed first."""
+    def _list_models(self, data: Any) -> list[ArmModel]:
+        """Return every model of every arm, the arm's first seed first."""
         assert self.job.compare is not None
-        found: list[Judged] = []
+        models: list[ArmModel] = []
         for name, arm in self.job.compare.arms.items():
-            folder = self.run.arm(name)
-            if arm.trains:
-                found += self._trained(name, data)
-            elif arm.adapter_of and (given := arms.arm_of(self.job, arm.adapter_of).weights):
-                job = _on_base_of(arms.judged_job(self.job, arm.adapter_of, None), arms.own_job(self.job, name))
+            folder = self.run.get_arm(name)
+            if arm.needs_training:
+                models += self._list_trained_models(name, data)
+            elif arm.adapter_of and (
+                weights_path := arms.get_arm(self.job, arm.adapter_of).weights
+            ):
+                job = _use_base_of(
+                    arms.build_evaluation_job(self.job, arm.adapter_of, None),
+                    arms.build_arm_job(self.job, name),
+                )
                 seed = job.train.seed
-                found.append(Judged(name, seed, job, Path(given), folder.judged(seed), self._tokens(job, data)))
+                models.append(
+                    ArmModel(
+                        name,
+                        seed,
+                        job,
+                        Path(weights_path),
+                        folder.get_evaluation_folder(seed),
+                        self._get_tokens_folder(job, data),
+                    )
+                )
             elif arm.adapter_of:
-                for one in self._trained(arm.adapter_of, data):
-                    job = _on_base_of(one.job, arms.own_job(self.job, name))
-                    found.append(Judged(name, one.seed, job, one.weights, folder.judged(one.seed), one.tokens))
+                for model in self._list_trained_models(arm.adapter_of, data):
+                    job = _use_base_of(model.job, arms.build_arm_job(self.job, name))
+                    models.append(
+                        ArmModel(
+                            name,
+                            model.seed,
+                            job,
+                            model.weights,
+                            folder.get_evaluation_folder(model.seed),
+                            model.tokens,
+                        )
+                    )
             else:
-                job = arms.judged_job(self.job, name, None)
+                job = arms.build_evaluation_job(self.job, name, None)
                 seed, weights = job.train.seed, Path(arm.weights) if arm.weights else None
-                found.append(Judged(name, seed, job, weights, folder.judged(seed), self._tokens(job, data)))
-        return found
+                models.append(
+                    ArmModel(
+                        name,
+                        seed,
+                        job,
+                        weights,
+                        folder.get_evaluation_folder(seed),
+                        self._get_tokens_folder(job, data),
+                    )
+                )
+        return models
 
-    def _trained(self, name: str, data: Any) -> list[Judged]:
-        arm, found = self.run.arm(name), []
+    def _list_trained_models(self, name: str, data: Any) -> list[ArmModel]:
+        """Return the trained models of an arm, or an empty list if it was never started."""
+        arm, models = self.run.get_arm(name), []
         if not (arm.path / "plan.json").is_file():
             return []
-        for row in trained_rows(build_report(arm), arms.arm_of(self.job, name)):
-            job, weights = arms.judged_job(self.job, name, row.params), arm.trial(row.trial_id).weights
+        for row in select_trained_rows(build_report(arm), arms.get_arm(self.job, name)):
+            job, weights = (
+                arms.build_evaluation_job(self.job, name, row.params),
+                arm.get_trial(row.trial_id).weights,
+            )
             if weights.is_dir():
                 seed = job.train.seed
-                found.append(Judged(name, seed, job, weights, arm.judged(seed), self._tokens(job, data)))
-        return found
+                models.append(
+                    ArmModel(
+                        name,
+                        seed,
+                        job,
+                        weights,
+                        arm.get_evaluation_folder(seed),
+                        self._get_tokens_folder(job, data),
+                    )
+                )
+        return models
 
-    def _tokens(self, job: JobSpec, data: Any) -> str:
-        """The folder of the rows as an arm's own model reads them."""
-        return str(self._own_tokens(job, data).folder)
+    def _get_tokens_folder(self, job: JobSpec, data: Any) -> str:
+        """Return the folder of the rows, tokenised for an arm's own model."""
+        return str(self._prepare_tokens(job, data).folder)
 
-    def _own_tokens(self, job: JobSpec, data: Any) -> Any:
+    def _prepare_tokens(self, job: JobSpec, data: Any) -> Any:
+        """Return the rows, tokenised for an arm's own model."""
         if job.model == self.job.model:
             return data
-        from lorafleet.training.data import prepare
+        from lorafleet.training.data import prepare_tokens
 
-        return prepare(job)
+        return prepare_tokens(job)
 
-    # ---- what is written down ----
+    # ---- records ----
 
     def _read_data(self) -> Any:
-        from lorafleet.training.data import prepare
+        """Return the rows as tokens, and write their metadata to facts.json.
 
-        data = prepare(self.job)
-        facts = facts_of(self.job)
-        before = files.read_json(self.run.path / "facts.json")
-        if before and before["data_sha256"] != facts.data_sha256:
-            raise RunError(f"the data files of {self.run.id} have changed since it began: start a new comparison")
-        files.write_json(self.run.path / "facts.json", record_of(self.job, facts, data))
+        Raises RunError if the data files differ from those of an earlier attempt.
+        """
+        from lorafleet.training.data import prepare_tokens
+
+        data = prepare_tokens(self.job)
+        facts = compute_provenance(self.job)
+        recorded = files.read_json(self.run.path / "facts.json")
+        if recorded and recorded["data_sha256"] != facts.data_sha256:
+            raise RunError(
+                f"the data files of {self.run.id} have changed since it began: start a new "
+                "comparison"
+            )
+        files.write_json(self.run.path / "facts.json", build_metadata(self.job, facts, data))
         return data
 
-    def _stopped(self) -> ExitCode:
+    def _finish_stopped(self) -> ExitCode:
+        """Record that the run was stopped, write the report, and return the exit code."""
         self.run.set_state(
-            RunState.STOPPED, reason="interrupted: `lorafleet resume` goes on", wall_seconds=self._wall()
+            RunState.STOPPED,
+            reason="interrupted: `lorafleet resume` goes on",
+            wall_seconds=self._compute_wall_seconds(),
         )
         write_report(self.run)
         return ExitCode.INTERRUPTED if self.told in (None, signal.SIGINT) else ExitCode.REQUEUE
 
     def _finish(self) -> ExitCode:
+        """Write the report, record the final state, and return the exit code."""
         from lorafleet.evaluation.render.wandb import track_report
 
-        wall = self._wall()
-        self._phase("writing the report")
-        failed = sum(trial.status().get("failure") is not None for trial in self.run.trials())
-        reason = f"{failed} of {len(self.run.trials())} trials failed" if failed else None
+        wall = self._compute_wall_seconds()
+        self._record_phase("writing the report")
+        failed = sum(
+            trial.read_status().get("failure") is not None for trial in self.run.list_trials()
+        )
+        reason = f"{failed} of {len(self.run.list_trials())} trials failed" if failed else None
         if self.unjudged:
             names = ", ".join(self.unjudged)
             reason = f"not evaluated on the held-out rows: {names}; `lorafleet resume` tries again"
@@ -265,42 +375,52 @@ class Comparison(TrainingDriver):
 
 
 @dataclass(frozen=True)
-class Judged:
+class ArmModel:
     """One model of an arm."""
 
     arm: str
     seed: int
     job: JobSpec
-    """As what it is judged."""
+    """Job that it is evaluated with."""
     weights: Path | None
-    """What was trained; None: nothing."""
+    """Folder of the trained weights. None: the base model."""
     folder: Path
-    """Where what is found goes."""
+    """Folder for the results."""
     tokens: str
-    """The folder of the rows as its model reads them."""
+    """Folder of the rows, tokenised for its model."""
 
 
-def _on_base_of(trained: JobSpec, base: JobSpec) -> JobSpec:
-    """A trained configuration on another arm's base."""
+def _use_base_of(trained: JobSpec, base: JobSpec) -> JobSpec:
+    """Return a trained configuration with the base of another arm."""
     return trained.model_copy(update={"method": base.method, "qlora": base.qlora})
 
 
-def _over(run: Run) -> bool:
-    """Whether an arm came to its end, be it without one trained trial."""
-    trials = run.trials()
-    all_failed = run.state is RunState.FAILED and bool(trials) and all(trial.state.ended for trial in trials)
+def _has_ended(run: Run) -> bool:
+    """Return whether an arm has ended, even if none of its trials was trained."""
+    trials = run.list_trials()
+    all_failed = (
+        run.state is RunState.FAILED
+        and bool(trials)
+        and all(trial.state.has_ended for trial in trials)
+    )
     return run.state is RunState.FINISHED or all_failed
 
 
-def _why(run: Run) -> str:
-    failures = [trial.status().get("failure") for trial in run.trials()]
-    said = [failure["sentence"] for failure in failures if failure]
-    return said[0] if said else str(run.status().get("reason") or "no trial has a score")
+def _describe_failure(run: Run) -> str:
+    """Return why a run has no trained weights."""
+    failures = [trial.read_status().get("failure") for trial in run.list_trials()]
+    messages = [failure["sentence"] for failure in failures if failure]
+    return (
+        messages[0] if messages else str(run.read_status().get("reason") or "no trial has a score")
+    )
 
 
-def _die_with(parent: int) -> None:
-    """Before the driver of an arm begins: when we are killed, it is asked to save and end."""
+def _set_death_signal(parent: int) -> None:
+    """Ask Linux to send SIGTERM to this process when `parent` dies, so that it saves and ends.
+
+    Runs in the child before the driver of an arm starts.
+    """
     if sys.platform == "linux":
         _LIBC.prctl(_DIES_WITH_PARENT, signal.SIGTERM)
-        if os.getppid() != parent:  # killed in this very moment
+        if os.getppid() != parent:  # the parent died before prctl took effect
             os._exit(ExitCode.INTERRUPTED)

@@ -1,4 +1,4 @@
-"""The distributed host: a Tune function around a Ray Train group, for trials of several processes."""
+"""Run trials of several processes: a Tune function around a Ray Train group."""
 
 from __future__ import annotations
 
@@ -8,31 +8,38 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from lorafleet.jobs.errors import TrainingFailure, disk_full
-from lorafleet.jobs.schema.compatibility import CUT_WEIGHTS
+from lorafleet.jobs.errors import TrainingFailure, make_disk_full_error
+from lorafleet.jobs.schema.compatibility import WEIGHT_SHARDING_STRATEGIES
 from lorafleet.jobs.sites.placement import Placement
-from lorafleet.tuning.failures import SpoiledProcess, classify, keep_traceback
-from lorafleet.tuning.trial_run import TrialRun, Work, pack
+from lorafleet.tuning.failures import WorkerUnusable, classify_exception, save_traceback
+from lorafleet.tuning.trial_run import TrialRun, Work, pack_report
 
 
-def distributed_trainable(work: Work, placement: Placement) -> Any:
-    """A Tune trainable whose trials are groups of processes.
+def build_distributed_trainable(work: Work, placement: Placement) -> Any:
+    """Return a Tune trainable whose trials are groups of processes.
 
-    The function itself takes no CPU that a group could need: it stands on the head, which may have none to give.
+    The function itself takes no CPU that a group could need: it runs on the head node,
+    which may have no CPU to give.
     """
     from ray import tune
 
-    beside = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
-    return tune.with_resources(functools.partial(_trial, work=work, placement=placement), beside)
+    head_bundle = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
+    return tune.with_resources(
+        functools.partial(_run_trial, work=work, placement=placement), head_bundle
+    )
 
 
-def _trial(config: dict[str, Any], work: Work, placement: Placement) -> None:
-    """Runs in a process of its own: starts the group and passes its reports on to Tune."""
-    from lorafleet.training.launch import run_group
+def _run_trial(config: dict[str, Any], work: Work, placement: Placement) -> None:
+    """Start the group of a trial and pass its reports to Tune.
+
+    Runs in a process of its own.
+    """
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from lorafleet.training.launch import run_group
+
     run_group(
-        _worker,
+        _run_worker,
         {"work": work, "trial": config},
         placement,
         Path(work.run) / "tune" / "train",
@@ -42,13 +49,17 @@ def _trial(config: dict[str, Any], work: Work, placement: Placement) -> None:
     )
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """One process of a trial. Every process reports as often as every other: `ray.train.report` is a barrier."""
+def _run_worker(config: dict[str, Any]) -> None:
+    """Run one process of a trial.
+
+    Every process reports equally often, because `ray.train.report` is a barrier.
+    """
     import torch
-    from lorafleet.evaluation.tokens import open_tokens
-    from lorafleet.training.model import load_base, resolve_device
     from ray import train
     from ray.train.torch import get_device
+
+    from lorafleet.evaluation.tokens import open_tokens
+    from lorafleet.training.model import load_base, resolve_device
 
     work: Work = config["work"]
     os.chdir(work.run)
@@ -56,50 +67,56 @@ def _worker(config: dict[str, Any]) -> None:
     data = open_tokens(Path(work.tokens))
     device = resolve_device(work.gpus)
     if device.type == "cuda":
-        # Ray Train lets every process of a node see all its GPUs, and says which is its own.
+        # Ray Train shows all GPUs of a node to each of its processes, and tells each which one to
+        # use.
         device = get_device()
         torch.cuda.set_device(device)
     try:
         run = TrialRun(work, config["trial"], data)
-        run.leaving_soon, run.nodes = _node_leaves, _nodes()
+        run.leaving_soon, run.nodes = _is_node_leaving, _count_nodes()
         run.warn_of_layout()
-        sharded = run.job.resources.strategy in CUT_WEIGHTS
+        sharded = run.job.resources.strategy in WEIGHT_SHARDING_STRATEGIES
         run.open(load_base(run.job, len(data.labels), device, sharded=sharded))
         while True:
             report = run.advance()
-            train.report(pack(report))
+            train.report(pack_report(report))
             if report["done"] or run.stopping or "failure" in report:
                 return
     except TrainingFailure as error:
-        # This happens to all processes in the same step, so all come here and the barrier holds.
-        keep_traceback(Path(work.run), config["trial"]["trial_id"], error)
-        train.report(pack({"failure": classify(error)}))
+        # All processes raise this in the same step, so all reach this report and the barrier does
+        # not hang.
+        save_traceback(Path(work.run), config["trial"]["trial_id"], error)
+        train.report(pack_report({"failure": classify_exception(error)}))
     except Exception as error:
-        # Anything else (a model that this machine lacks) may have happened to this process alone: the group ends.
-        raise _last_words(error, work, config["trial"]["trial_id"]) from error
+        # Any other error (such as a missing model) may affect this process alone, so the whole
+        # group must end.
+        raise _to_worker_unusable(error, work, config["trial"]["trial_id"]) from error
 
 
-def _last_words(error: Exception, work: Work, trial_id: str) -> Exception:
-    """What the driver is to read out of a group's end."""
-    full = disk_full(error, Path(work.run))
+def _to_worker_unusable(error: Exception, work: Work, trial_id: str) -> Exception:
+    """Return the error that tells the driver why the group ended."""
+    full = make_disk_full_error(error, Path(work.run))
     if full:
-        return SpoiledProcess({"full_disk": str(full)})
-    keep_traceback(Path(work.run), trial_id, error)
-    return SpoiledProcess(classify(error))
+        return WorkerUnusable({"full_disk": str(full)})
+    save_traceback(Path(work.run), trial_id, error)
+    return WorkerUnusable(classify_exception(error))
 
 
-def _node_leaves() -> bool:
-    """Whether Ray was told that a node of this group will be taken away; the same answer on all processes."""
+def _is_node_leaving() -> bool:
+    """Return whether Ray announced that a node of this group will be preempted.
+
+    The answer is the same on all processes.
+    """
     from ray import train
 
     return train.get_preemption_info() is not None
 
 
-def _nodes() -> int:
-    """Machines of the group."""
+def _count_nodes() -> int:
+    """Return the number of machines of the group."""
     import ray
     from torch import distributed
 
-    found: list[str] = [""] * distributed.get_world_size()
-    distributed.all_gather_object(found, ray.get_runtime_context().get_node_id())
-    return len(set(found))
+    node_ids: list[str] = [""] * distributed.get_world_size()
+    distributed.all_gather_object(node_ids, ray.get_runtime_context().get_node_id())
+    return len(set(node_ids))

@@ -1,4 +1,4 @@
-"""After the choice: the base and the finalists on rows that no decision has looked at."""
+"""Evaluate the base and the finalists on held-out rows that no decision has used."""
 
 from __future__ import annotations
 
@@ -11,70 +11,82 @@ from typing import Any
 
 import ray
 import torch
+from torch import nn
+
 from lorafleet.evaluation.metrics.predictions import RowResults
-from lorafleet.evaluation.metrics.summary import summary
+from lorafleet.evaluation.metrics.summary import summarize_results
 from lorafleet.evaluation.tokens import TokenData, open_tokens
 from lorafleet.jobs import files
-from lorafleet.jobs.errors import disk_full
+from lorafleet.jobs.errors import make_disk_full_error
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.training.evaluation import evaluate_rows
 from lorafleet.training.methods import detach, load_weights
-from lorafleet.training.model import Base, check_class_order, fresh_heads, load_base, resolve_device
+from lorafleet.training.model import Base, check_class_order, load_base, reset_heads, resolve_device
 from lorafleet.training.watchdog import Watchdog
-from lorafleet.tuning.node_check import first_line
+from lorafleet.tuning.node_check import extract_error_line
 from lorafleet.tuning.trial_run import Work
-from torch import nn
 
-_PLACED_SECONDS = 900.0
-"""How long an examiner may wait for a place."""
-_TRIES = 2
+_PLACEMENT_SECONDS = 900.0
+"""Seconds that a worker may wait to be placed on a node."""
+_MAX_TRIES = 2
 
 
-class _Stopped(Exception):
-    """The run is to stop."""
+class _StopRequested(Exception):
+    """Raised when the run is asked to stop."""
 
 
 @dataclass(frozen=True)
-class Exam:
-    """One model to be judged."""
+class HeldOutEvaluation:
+    """One model to be evaluated."""
 
     name: str
-    """What it is called where something is said of it."""
+    """Name of the model in messages."""
     job: JobSpec
-    """As what: its base, its method, its metrics."""
+    """Job with the model's base, method and metrics."""
     tokens: str
-    """The folder of the tokenised rows."""
+    """Folder of the tokenised rows."""
     weights: str | None
-    """The folder of what was trained; None: the base as it is."""
+    """Folder of the trained weights. None: the base model."""
     splits: tuple[str, ...]
-    """The rows that it is judged on."""
+    """Splits that it is evaluated on."""
     folder: str
-    """Where what is found goes."""
+    """Folder for the results."""
     record: str
-    """The file in it with the metrics of each split."""
+    """Name of the file in `folder` with the metrics of each split."""
     predictions: str
-    """The file in it with what it did with each row; SPLIT stands for the split."""
+    """Name of the file in `folder` with the result of each row. SPLIT stands for the split."""
 
-    def predictions_of(self, split: str) -> Path:
-        """The file of one split."""
+    def get_predictions_path(self, split: str) -> Path:
+        """Return the predictions file of one split."""
         return Path(self.folder) / self.predictions.replace("SPLIT", split)
 
 
-def trial_exam(trial: Trial, job: JobSpec, tokens: str, splits: tuple[str, ...]) -> Exam:
-    """The exam of a trial's best weights."""
-    names = ("test.json", trial.predictions("SPLIT").name)
-    return Exam(trial.id, job, tokens, str(trial.weights), splits, str(trial.path), *names)
+def build_trial_evaluation(
+    trial: Trial, job: JobSpec, tokens: str, splits: tuple[str, ...]
+) -> HeldOutEvaluation:
+    """Return the evaluation of a trial's best weights."""
+    names = ("test.json", trial.get_predictions_file("SPLIT").name)
+    return HeldOutEvaluation(
+        trial.id, job, tokens, str(trial.weights), splits, str(trial.path), *names
+    )
 
 
-def base_exam(run: Run, job: JobSpec, tokens: str, splits: tuple[str, ...]) -> Exam:
-    """The exam of a run's untuned base."""
-    path = run.base_predictions("SPLIT")
-    return Exam("base", job, tokens, None, splits, str(path.parent), "base.json", path.name)
+def build_base_evaluation(
+    run: Run, job: JobSpec, tokens: str, splits: tuple[str, ...]
+) -> HeldOutEvaluation:
+    """Return the evaluation of a run's untuned base."""
+    path = run.get_base_predictions_file("SPLIT")
+    return HeldOutEvaluation(
+        "base", job, tokens, None, splits, str(path.parent), "base.json", path.name
+    )
 
 
-class Examiner:
-    """An actor with a base, which judges one model after another: the base stays loaded, adapters come and go."""
+class EvalWorker:
+    """Ray actor that evaluates one model after another.
+
+    Its base stays loaded; adapters are attached and detached.
+    """
 
     def __init__(self, work: Work) -> None:
         os.chdir(work.run)
@@ -82,118 +94,177 @@ class Examiner:
         self.work = work
         self.data: TokenData | None = None
         self.base: Base | None = None
-        self.loads = 0  # how often a base was loaded
+        self.loads = 0  # number of times that a base was loaded
         self.watchdog: Watchdog | None = None
 
-    def here(self) -> bool:
-        """That it is up."""
+    def is_ready(self) -> bool:
+        """Return True once the actor is running."""
         return True
 
-    def examine(self, exam: Exam, attempt: int) -> bool:
-        """Judge a model and write what was found. Returns False when the run is to stop first."""
-        began = time.monotonic()
-        folder = Path(exam.folder)
+    def evaluate(self, evaluation: HeldOutEvaluation, attempt: int) -> bool:
+        """Evaluate a model and write the results.
+
+        Returns False if the run is asked to stop before the evaluation ends.
+        """
+        started_at = time.monotonic()
+        folder = Path(evaluation.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        stacks = folder / f"exam-stacks-{exam.name.replace('/', '-')}-{attempt}.txt"
+        stacks = folder / f"exam-stacks-{evaluation.name.replace('/', '-')}-{attempt}.txt"
         self.watchdog = Watchdog(stacks, 60 * self.work.job.retries.hang_minutes)
-        self.watchdog.beat(setting_up=True)
-        if self.data is None or str(self.data.folder) != exam.tokens:
-            self.data = open_tokens(Path(exam.tokens))
+        self.watchdog.reset(setting_up=True)
+        if self.data is None or str(self.data.folder) != evaluation.tokens:
+            self.data = open_tokens(Path(evaluation.tokens))
         try:
-            found = self._results(exam, self.data)
-        except _Stopped:
+            results_by_split = self._evaluate_splits(evaluation, self.data)
+        except _StopRequested:
             return False
         finally:
             self.watchdog.close()
-        record: dict[str, Any] = {"seconds": time.monotonic() - began, "base_loads": self.loads}
-        for split, results in found.items():
-            files.write_jsonl(exam.predictions_of(split), results.records())
-            record[split] = summary(results, exam.job, self.data.labels)
-        files.write_json(folder / exam.record, record)
+        record: dict[str, Any] = {
+            "seconds": time.monotonic() - started_at,
+            "base_loads": self.loads,
+        }
+        for split, results in results_by_split.items():
+            files.write_jsonl(evaluation.get_predictions_path(split), results.to_records())
+            record[split] = summarize_results(results, evaluation.job, self.data.labels)
+        files.write_json(folder / evaluation.record, record)
         return True
 
-    def _results(self, exam: Exam, data: TokenData) -> dict[str, RowResults]:
+    def _evaluate_splits(
+        self, evaluation: HeldOutEvaluation, data: TokenData
+    ) -> dict[str, RowResults]:
+        """Return the results of a model on all its splits.
+
+        The base is loaded if the loaded one does not fit.
+        """
         labels = len(data.labels)
-        own = self.base is not None and self.base.own_head and exam.weights is None  # an adapter may have left its own
-        if self.base is None or own or not self.base.serves(exam.job, labels):
+        head_may_differ = (
+            self.base is not None and self.base.own_head and evaluation.weights is None
+        )  # an adapter may have replaced the base's own head
+        if self.base is None or head_may_differ or not self.base.can_serve(evaluation.job, labels):
             self.base = None
-            self.base = load_base(exam.job, labels, resolve_device(self.work.gpus))
+            self.base = load_base(evaluation.job, labels, resolve_device(self.work.gpus))
             self.loads += 1
         base = self.base
-        if exam.weights is None:
+        if evaluation.weights is None:
             if base.own_head:
-                check_class_order(base.model.config.id2label, data.labels, exam.job.model.model_name_or_path)
+                check_class_order(
+                    base.model.config.id2label, data.labels, evaluation.job.model.model_name_or_path
+                )
             else:
-                fresh_heads(base, exam.job.train.seed)
-            return {split: self._of_split(base.model, exam.job, data, split, base) for split in exam.splits}
-        config = files.read_json(Path(exam.weights) / "config.json")  # of a whole model; an adapter has none
-        check_class_order(config.get("id2label", {}), data.labels, exam.weights)
-        model = load_weights(exam.job, base, Path(exam.weights))
+                reset_heads(base, evaluation.job.train.seed)
+            return {
+                split: self._evaluate_split(base.model, evaluation.job, data, split, base)
+                for split in evaluation.splits
+            }
+        config = files.read_json(
+            Path(evaluation.weights) / "config.json"
+        )  # only full weights have a config.json; an adapter has none
+        check_class_order(config.get("id2label", {}), data.labels, evaluation.weights)
+        model = load_weights(evaluation.job, base, Path(evaluation.weights))
         try:
-            return {split: self._of_split(model, exam.job, data, split, base) for split in exam.splits}
+            return {
+                split: self._evaluate_split(model, evaluation.job, data, split, base)
+                for split in evaluation.splits
+            }
         finally:
             detach(base, model)
 
-    def _of_split(self, model: nn.Module, job: JobSpec, data: TokenData, split: str, base: Base) -> RowResults:
-        """All that the job asks on the held-out rows, and what it searched by on the others."""
+    def _evaluate_split(
+        self, model: nn.Module, job: JobSpec, data: TokenData, split: str, base: Base
+    ) -> RowResults:
+        """Return the results of a model on one split.
+
+        Held-out rows get all metrics of the job, other rows only those that the search decided
+        by.
+        """
         held_out = split == "test" or data.chosen_on_test
-        deciding = [one.name for one in job.decision_metrics if one.name in job.extra_metrics]
-        metrics = job.extra_metrics if held_out else tuple(deciding)
-        answered = job.evaluate.sample_rows if held_out and not metrics else None
+        decision_names = [
+            metric.name for metric in job.decision_metrics if metric.name in job.extra_metrics
+        ]
+        metrics = job.extra_metrics if held_out else tuple(decision_names)
+        rows_to_answer = job.evaluate.sample_rows if held_out and not metrics else None
         return evaluate_rows(
-            model, job, data, split, base.device, metrics=metrics, answered=answered, on_pass=self._on_pass
+            model,
+            job,
+            data,
+            split,
+            base.device,
+            metrics=metrics,
+            rows_to_answer=rows_to_answer,
+            on_pass=self._handle_pass,
         )
 
-    def _on_pass(self, _phase: str) -> None:
+    def _handle_pass(self, _phase: str) -> None:
+        """Reset the watchdog, and raise _StopRequested if the run is asked to stop."""
         assert self.watchdog is not None
-        self.watchdog.beat()
-        if self.work.stop_requested():
-            raise _Stopped
+        self.watchdog.reset()
+        if self.work.is_stop_requested():
+            raise _StopRequested
 
 
-def examine_all(work: Work, exams: list[Exam], slots: int) -> dict[str, str]:
-    """Judge models, as many at once as there are slots.
+def evaluate_all(work: Work, evaluations: list[HeldOutEvaluation], slots: int) -> dict[str, str]:
+    """Evaluate models, up to `slots` of them at once.
 
-    Returns why for each that could not be: one that fails costs its own numbers, not the report. An examiner whose
-    process dies is replaced, and what it was at is tried once more. Raises DiskFull.
+    Returns the reason for each model that could not be evaluated: a failure costs only that
+    model's numbers. A worker whose process dies is replaced, and its evaluation is tried
+    once more.
+
+    Raises:
+        DiskFull: A worker could not write its results.
     """
     failed: dict[str, str] = {}
-    waiting, tries = list(exams), Counter[str]()
-    free = [_examiner(work) for _ in range(min(slots, len(exams)))]
-    running: dict[Any, tuple[Exam, Any]] = {}
+    waiting, tries = list(evaluations), Counter[str]()
+    free = [_start_worker(work) for _ in range(min(slots, len(evaluations)))]
+    running: dict[Any, tuple[HeldOutEvaluation, Any]] = {}
     while waiting or running:
         while waiting and free:
-            examiner, exam = free.pop(), waiting.pop(0)
+            worker, evaluation = free.pop(), waiting.pop(0)
             try:
-                ray.get(examiner.here.remote(), timeout=_PLACED_SECONDS)
+                ray.get(worker.here.remote(), timeout=_PLACEMENT_SECONDS)
             except ray.exceptions.RayError as error:
-                failed[exam.name] = f"no process for it could be started: {first_line(error)}"
+                failed[evaluation.name] = (
+                    f"no process for it could be started: {extract_error_line(error)}"
+                )
                 continue
-            tries[exam.name] += 1
-            running[examiner.examine.remote(exam, tries[exam.name])] = (exam, examiner)
+            tries[evaluation.name] += 1
+            running[worker.examine.remote(evaluation, tries[evaluation.name])] = (
+                evaluation,
+                worker,
+            )
         if not running:
-            return failed | dict.fromkeys((exam.name for exam in waiting), "no process for it could be started")
-        (done, *_), _ = ray.wait(list(running))  # each ends: what hangs is ended by its watchdog
-        exam, examiner = running.pop(done)
+            return failed | dict.fromkeys(
+                (evaluation.name for evaluation in waiting), "no process for it could be started"
+            )
+        (done, *_), _ = ray.wait(
+            list(running)
+        )  # every call returns: a hanging worker is ended by its watchdog
+        evaluation, worker = running.pop(done)
         try:
             ray.get(done)
         except ray.exceptions.RayError as error:
-            full = disk_full(error, Path(work.run))
+            full = make_disk_full_error(error, Path(work.run))
             if full:
                 raise full from error
-            ray.kill(examiner)
-            examiner = _examiner(work)
-            if isinstance(error, ray.exceptions.RayActorError) and tries[exam.name] < _TRIES:
-                waiting.append(exam)
+            ray.kill(worker)
+            worker = _start_worker(work)
+            if (
+                isinstance(error, ray.exceptions.RayActorError)
+                and tries[evaluation.name] < _MAX_TRIES
+            ):
+                waiting.append(evaluation)
             else:
-                failed[exam.name] = first_line(error)
-        free.append(examiner)
+                failed[evaluation.name] = extract_error_line(error)
+        free.append(worker)
     return failed
 
 
-def _examiner(work: Work) -> Any:
-    wants = work.job.resources
-    actor = ray.remote(Examiner).options(
-        num_cpus=wants.cpus_per_worker, num_gpus=work.gpus, label_selector=wants.label_selector
+def _start_worker(work: Work) -> Any:
+    """Start an evaluation worker with the resources of a trial's process."""
+    resources = work.job.resources
+    actor = ray.remote(EvalWorker).options(
+        num_cpus=resources.cpus_per_worker,
+        num_gpus=work.gpus,
+        label_selector=resources.label_selector,
     )
     return actor.remote(work)

@@ -1,4 +1,7 @@
-"""The inference of several models, each in a process of its own, in turn: one after another, and that several times."""
+"""Benchmark inference of several models. Each runs in its own process, in turn.
+
+The models take turns for several rounds.
+"""
 
 from __future__ import annotations
 
@@ -6,62 +9,79 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from lorafleet.cluster.execution.subprocess_measurement import measured_apart
+
+from lorafleet.cluster.execution.subprocess_measurement import measure_in_subprocess
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.tuning.node_check import first_line
+from lorafleet.tuning.node_check import extract_error_line
 
 
-def _task(comparison: Any) -> Any:
-    """A measurement where a trial would run."""
-    wants = comparison.job.resources
-    return ray.remote(measured_apart).options(
-        num_cpus=wants.cpus_per_worker,
+def _build_task(comparison: Any) -> Any:
+    """Return a remote measurement with the resources of a trial."""
+    resources = comparison.job.resources
+    return ray.remote(measure_in_subprocess).options(
+        num_cpus=resources.cpus_per_worker,
         num_gpus=comparison.placement.gpus_per_worker,
-        label_selector=wants.label_selector,
+        label_selector=resources.label_selector,
         max_retries=1,
     )
 
 
-def seconds_per_row(comparison: Any, job: JobSpec, tokens: str) -> float:
-    """How long a training takes for a row, alone where a trial would run. Raises RunError when it cannot be known."""
+def measure_seconds_per_row(comparison: Any, job: JobSpec, tokens: str) -> float:
+    """Return the training time of a row in seconds, measured with the resources of a trial.
+
+    Raises RunError if the measurement fails.
+    """
     gpus = comparison.placement.gpus_per_worker
     request = {"what": "pace", "job": job.model_dump(mode="json"), "tokens": tokens, "gpus": gpus}
     try:
-        found = ray.get(_task(comparison).remote(request, str(comparison.run.path), job.resources.cpus_per_worker))
+        measurements = ray.get(
+            _build_task(comparison).remote(
+                request, str(comparison.run.path), job.resources.cpus_per_worker
+            )
+        )
     except ray.exceptions.RayError as error:
-        raise RunError(f"the speed of {job.method} could not be measured: {first_line(error)}") from error
-    return float(found["seconds_per_row"])
+        raise RunError(
+            f"the speed of {job.method} could not be measured: {extract_error_line(error)}"
+        ) from error
+    return float(measurements["seconds_per_row"])
 
 
 def measure_all(comparison: Any, models: list[Any], split: str) -> None:
-    """Measure the models that are named, in turn; what fails is noted and left out."""
-    spec, wants = comparison.job.compare.inference, comparison.job.resources
-    task = _task(comparison)
+    """Measure the inference of the given models, in turn for several rounds.
+
+    A failure is recorded as a warning, and the model is left out from then on.
+    """
+    spec, resources = comparison.job.compare.inference, comparison.job.resources
+    task = _build_task(comparison)
     failed: set[str] = set()
     for number in range(spec.rounds):
-        for one in models:
+        for model in models:
             if comparison.stop_file.exists():
                 return
-            ledger = comparison.run.arm(one.arm).inference_file
-            if one.arm in failed or any(row["round"] == number for row in files.read_jsonl(ledger)):
+            results_file = comparison.run.arm(model.arm).inference_file
+            if model.arm in failed or any(
+                row["round"] == number for row in files.read_jsonl(results_file)
+            ):
                 continue
             request = {
                 "what": "inference",
-                "job": one.job.model_dump(mode="json"),
-                "tokens": one.tokens,
-                "weights": str(one.weights) if one.weights else None,
+                "job": model.job.model_dump(mode="json"),
+                "tokens": model.tokens,
+                "weights": str(model.weights) if model.weights else None,
                 "split": split,
                 "gpus": comparison.placement.gpus_per_worker,
                 "rows": spec.rows,
                 "new_tokens": spec.new_tokens,
             }
             try:
-                found = ray.get(task.remote(request, str(Path(comparison.run.path)), wants.cpus_per_worker))
+                measurements = ray.get(
+                    task.remote(request, str(Path(comparison.run.path)), resources.cpus_per_worker)
+                )
             except ray.exceptions.RayError as error:
-                failed.add(one.arm)
-                sentence = f"its inference was not measured: {first_line(error)}"
-                comparison.run.event("warning", trial_id=one.arm, sentence=sentence)
+                failed.add(model.arm)
+                sentence = f"its inference was not measured: {extract_error_line(error)}"
+                comparison.run.event("warning", trial_id=model.arm, sentence=sentence)
                 continue
-            files.append_jsonl(ledger, {"round": number, **found})
+            files.append_jsonl(results_file, {"round": number, **measurements})

@@ -1,7 +1,8 @@
-"""The driver's record of a sweep: it alone writes trials' metrics and states, and decides at the rungs.
+"""Record a sweep: write the metrics and states of its trials, and decide at the rungs.
 
-Everything that a decision depends on is read back from the run's own files, so a resumed sweep decides as one that was
-never killed. Ray Tune's scheduler state is not used: `Tuner.restore` loses the rungs (ray#30838).
+Only the driver writes this record. Every input of a decision is read back from the
+run's own files, so a resumed sweep decides like one that was never killed. Ray Tune's
+scheduler state is not used: `Tuner.restore` loses the rungs (ray#30838).
 """
 
 from __future__ import annotations
@@ -13,18 +14,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lorafleet.evaluation.report.recommend_trial import configuration_key, decide_over_folds, over_folds
-from lorafleet.evaluation.report.search import load_fold_results, load_trial_rows, search_rule
+from lorafleet.evaluation.report.recommend_trial import (
+    decide_over_folds,
+    get_configuration_key,
+    summarize_folds,
+)
+from lorafleet.evaluation.report.search import build_search_rule, load_fold_results, load_trial_rows
 from lorafleet.jobs.runs.run import Run, Trial, TrialState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.metrics import is_better
 from lorafleet.jobs.trials import asha as rungs
-from lorafleet.jobs.trials.retries import retry_number
-from lorafleet.jobs.trials.sampling import Assignment, without_fold
+from lorafleet.jobs.trials.retries import get_retry_number
+from lorafleet.jobs.trials.sampling import Assignment, remove_fold
 
 
 class Listener(Protocol):
-    """Something that mirrors the record (W&B). It is told after the record was written, and cannot change it."""
+    """Observer that mirrors the record (for example to W&B).
+
+    It is notified after the record was written, and cannot change it.
+    """
 
     def on_begin(self, trial: Trial) -> None: ...
     def on_row(self, trial: Trial, row: dict[str, Any]) -> None: ...
@@ -33,7 +41,7 @@ class Listener(Protocol):
 
 @dataclass
 class Ledger:
-    """Scores by rung, and what is done with a report of a trial."""
+    """Record of a sweep: scores by rung, and the decision on each report of a trial."""
 
     run: Run
     job: JobSpec
@@ -42,204 +50,256 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self.metric, self.goal = self.job.metric.name, self.job.metric.goal
-        self.places: dict[int, dict[str, rungs.Place]] = {}
+        self.places: dict[int, dict[str, rungs.RungScore]] = {}
         self.last_step: dict[str, int] = {}
         self.actors: dict[str, int] = {}
-        for trial in self.run.trials():
-            for row in trial.metrics():
-                self._remember(trial.id, row)
+        for trial in self.run.list_trials():
+            for row in trial.read_metrics():
+                self._record_score(trial.id, row)
 
     @property
-    def halving(self) -> bool:
-        """Whether trials are cut at rungs."""
-        return self.searching and self.job.search is not None and self.job.search.scheduler.type == "asha"
+    def uses_halving(self) -> bool:
+        """Return whether trials are stopped at rungs."""
+        return (
+            self.searching
+            and self.job.search is not None
+            and self.job.search.scheduler.type == "asha"
+        )
 
-    def _remember(self, trial_id: str, row: dict[str, Any]) -> None:
+    def _record_score(self, trial_id: str, row: dict[str, Any]) -> None:
+        """Store a row's step and, if it is at a rung, its score."""
         self.last_step[trial_id] = max(self.last_step.get(trial_id, -1), int(row["step"]))
         if row.get("rung") is not None:
-            place = rungs.place(row.get(self.metric), row.get("loss"), self.goal)
-            self.places.setdefault(row["rung"], {})[trial_id] = place
+            rung_score = rungs.make_rung_score(row.get(self.metric), row.get("loss"), self.goal)
+            self.places.setdefault(row["rung"], {})[trial_id] = rung_score
 
-    def begin(self, trial: Trial) -> None:
-        """A trial has an actor and trains."""
-        if not trial.state.ended:
+    def start_trial(self, trial: Trial) -> None:
+        """Record that a trial has an actor and trains."""
+        if not trial.state.has_ended:
             trial.set_state(
-                TrialState.RUNNING, reason=None, **({} if "started" in trial.status() else {"started": time.time()})
+                TrialState.RUNNING,
+                reason=None,
+                **({} if "started" in trial.read_status() else {"started": time.time()}),
             )
-            self._tell(lambda listener: listener.on_begin(trial))
+            self._notify(lambda listener: listener.on_begin(trial))
 
-    def saw_actor(self, name: str, base_loads: int, seconds: float) -> None:
-        """Note each loading of a base: there should be one an actor."""
+    def record_base_load(self, name: str, base_loads: int, seconds: float) -> None:
+        """Record each loading of a base model: there should be one per actor."""
         if base_loads > self.actors.get(name, 0):
             self.actors[name] = base_loads
-            self.run.event("base_loaded", actor=name, count=base_loads, seconds=round(seconds, 3))
+            self.run.add_event(
+                "base_loaded", actor=name, count=base_loads, seconds=round(seconds, 3)
+            )
 
     def warn(self, trial: Trial, sentence: str) -> None:
-        """Note what a trial has to say beside its numbers; the log and the report show it."""
-        self.run.event("warning", trial_id=trial.id, sentence=sentence)
+        """Record a trial's warning, which the log and the report show."""
+        self.run.add_event("warning", trial_id=trial.id, sentence=sentence)
 
     def report(self, trial: Trial, row: dict[str, Any]) -> bool:
-        """Record one report of a trial, unless an earlier attempt did; say whether the trial goes on."""
+        """Record the result of a trial and return whether the trial is promoted.
+
+        A row that an earlier attempt recorded is not recorded again.
+        """
         if int(row["step"]) > self.last_step.get(trial.id, -1):
             trial.add_row(row)
-            self._remember(trial.id, row)
-            self._tell(lambda listener: listener.on_row(trial, row))
+            self._record_score(trial.id, row)
+            self._notify(lambda listener: listener.on_row(trial, row))
         if row.get("rung") is None:
             return True
         return self.decide(trial, int(row["rung"]))
 
     def decide(self, trial: Trial, rung: int) -> bool:
-        """Whether a trial goes on past a rung where its score stands. A decision once made is kept."""
+        """Return whether a trial is promoted past a rung that it has a score for.
+
+        A decision is final: it is recorded, and returned again by later calls.
+        """
         trial.set_state(trial.state, rung=rung)
-        last = rung + 1 >= len(self.run_levels(trial))
-        if not self.halving or last or trial.repeats:
+        is_last = rung + 1 >= len(self.get_rung_levels(trial))
+        if not self.uses_halving or is_last or trial.is_repeat:
             return True
         assert self.job.search is not None
-        made = [e for e in self.run.events("rung") if e["trial_id"] == trial.id and e["rung"] == rung]
-        if made:
-            return bool(made[-1]["goes_on"])
-        places = list(self.places[rung].values())
-        own, eta = self.places[rung][trial.id], self.job.search.scheduler.reduction_factor
-        goes_on = rungs.goes_on(own, places, eta)
-        cutoff = rungs.rung_cutoff(places, eta)
-        self.run.event(
+        decisions = [
+            event
+            for event in self.run.read_events("rung")
+            if event["trial_id"] == trial.id and event["rung"] == rung
+        ]
+        if decisions:
+            return bool(decisions[-1]["goes_on"])
+        rung_scores = list(self.places[rung].values())
+        rung_score, eta = self.places[rung][trial.id], self.job.search.scheduler.reduction_factor
+        promoted = rungs.is_promoted(rung_score, rung_scores, eta)
+        cutoff = rungs.compute_rung_cutoff(rung_scores, eta)
+        self.run.add_event(
             "rung",
             trial_id=trial.id,
             rung=rung,
-            score=_value(own[0], self.goal),
-            loss=_value(own[1], "minimize"),
-            scores=len(places),
-            cutoff=_value(cutoff[0], self.goal),
-            cutoff_loss=_value(cutoff[1], "minimize"),
-            goes_on=goes_on,
+            score=_to_score(rung_score[0], self.goal),
+            loss=_to_score(rung_score[1], "minimize"),
+            scores=len(rung_scores),
+            cutoff=_to_score(cutoff[0], self.goal),
+            cutoff_loss=_to_score(cutoff[1], "minimize"),
+            goes_on=promoted,
         )
-        return goes_on
+        return promoted
 
-    def run_levels(self, trial: Trial) -> list[int]:
-        """The rungs of a trial, in `time_attr` units."""
-        levels: list[int] = trial.params().get("rung_levels", [])
+    def get_rung_levels(self, trial: Trial) -> list[int]:
+        """Return the rungs of a trial, in `time_attr` units."""
+        levels: list[int] = trial.read_params().get("rung_levels", [])
         return levels
 
-    def fail(self, trial: Trial, failure: dict[str, Any]) -> None:
-        """A trial was ended by something: it waits to begin again from its checkpoint, or is given up."""
-        status = trial.status()
+    def record_failure(self, trial: Trial, failure: dict[str, Any]) -> None:
+        """Record the failure of a trial.
+
+        The trial is queued to restart from its checkpoint, or marked as failed if it has no
+        retries left.
+        """
+        status = trial.read_status()
         counts: dict[str, int] = status.get("retries", {})
         kind = failure["failure_class"]
-        number = retry_number(failure, counts, self.job.retries)
+        number = get_retry_number(failure, counts, self.job.retries)
         if number is None:
-            known = {name: failure[name] for name in ("failure_class", "sentence")}
-            self.end(trial, TrialState.FAILED, failure=known, reason=failure["sentence"])
+            recorded = {name: failure[name] for name in ("failure_class", "sentence")}
+            self.end_trial(trial, TrialState.FAILED, failure=recorded, reason=failure["sentence"])
             return
-        self.run.event("retry", trial_id=trial.id, failure=failure, number=number)
-        again = f"again after: {failure['sentence']}"
-        trial.set_state(TrialState.PENDING, retries=counts | {kind: number}, reason=again)
+        self.run.add_event("retry", trial_id=trial.id, failure=failure, number=number)
+        reason = f"again after: {failure['sentence']}"
+        trial.set_state(TrialState.PENDING, retries=counts | {kind: number}, reason=reason)
 
-    def end(self, trial: Trial, state: TrialState, **facts: Any) -> None:
-        """Write how a trial ended, and free what it no longer needs."""
+    def end_trial(self, trial: Trial, state: TrialState, **facts: Any) -> None:
+        """Record how a trial ended, and delete the files that it no longer needs."""
         trial.set_state(state, **({"reason": None} | facts))
         (trial.path / "progress.json").unlink(missing_ok=True)
         shutil.rmtree(trial.path / "checkpoints", ignore_errors=True)
-        trial.keep_stacks()
-        self._keep_best()
-        self._tell(lambda listener: listener.on_end(trial))
+        trial.save_stacks()
+        self._delete_surplus_weights()
+        self._notify(lambda listener: listener.on_end(trial))
 
-    def _tell(self, what: Callable[[Listener], None]) -> None:
-        """Tell the mirrors. One that fails is left out from then on: the record is here, and the sweep goes on."""
+    def _notify(self, notify: Callable[[Listener], None]) -> None:
+        """Notify the listeners, and drop a listener that raises.
+
+        The record is complete without it, so the sweep continues.
+        """
         for listener in list(self.listeners):
             try:
-                what(listener)
-            except Exception as error:  # whatever a tracker's client may raise, it must not cost the night
+                notify(listener)
+            except Exception as error:  # an error of a tracker's client must not end the sweep
                 self.listeners.remove(listener)
-                self.run.event("tracking_failed", error=f"{type(error).__name__}: {error}"[:500])
+                self.run.add_event(
+                    "tracking_failed", error=f"{type(error).__name__}: {error}"[:500]
+                )
 
-    def best_score(self, trial: Trial) -> float | None:
-        """The best validation score that a trial's adapter on disk has."""
+    def find_best_score(self, trial: Trial) -> float | None:
+        """Return the best validation score of a trial: that of its adapter on disk."""
         best: float | None = None
-        for row in trial.evaluations():
+        for row in trial.read_evaluations():
             score = row.get(self.metric)
             if score is not None and is_better(score, best, self.goal):
                 best = score
         return best
 
-    def ranked(self) -> list[Trial]:
-        """Trials trained to the end, best first, the sooner made first among equals; then the cut ones likewise.
+    def rank_trials(self) -> list[Trial]:
+        """Return the trials, best first: those trained to the end, then the stopped ones.
 
-        Those that repeat another with a seed of their own are not among them, nor are those of a fold.
+        Trials with equal scores are in the order of their creation. Repetitions of a trial with
+        another seed and trials of a fold are left out.
         """
-        return self._ranked(TrialState.FINISHED) + self._ranked(TrialState.STOPPED)
+        return self._rank_by_state(TrialState.FINISHED) + self._rank_by_state(TrialState.STOPPED)
 
-    def _ranked(self, state: TrialState) -> list[Trial]:
-        found_here = [trial for trial in self.run.trials() if trial.state is state and not trial.repeats]
-        found_here = [trial for trial in found_here if trial.fold is None]
-        scored = [(trial, self.best_score(trial)) for trial in found_here]
-        found = [(trial, score) for trial, score in scored if score is not None]
-        return [trial for trial, _ in sorted(found, key=lambda pair: pair[1], reverse=self.goal == "maximize")]
+    def _rank_by_state(self, state: TrialState) -> list[Trial]:
+        """Return the trials with this state and a score, best first."""
+        trials = [
+            trial
+            for trial in self.run.list_trials()
+            if trial.state is state and not trial.is_repeat
+        ]
+        trials = [trial for trial in trials if trial.fold is None]
+        scored = [(trial, self.find_best_score(trial)) for trial in trials]
+        with_score = [(trial, score) for trial, score in scored if score is not None]
+        return [
+            trial
+            for trial, _ in sorted(
+                with_score, key=lambda pair: pair[1], reverse=self.goal == "maximize"
+            )
+        ]
 
-    def searched(self) -> list[Trial]:
-        """The trials of the search itself, without what is trained of its best."""
-        trials = self.run.trials()
-        return [trial for trial in trials if not trial.repeats and (trial.fold is not None or not self.folds)]
+    def list_searched(self) -> list[Trial]:
+        """Return the trials of the search itself, without later trainings of its best
+        configuration.
+        """
+        trials = self.run.list_trials()
+        return [
+            trial
+            for trial in trials
+            if not trial.is_repeat and (trial.fold is not None or not self.folds)
+        ]
 
-    def best_of_search(self) -> Assignment | None:
-        """The best configuration, once all that were searched have ended."""
-        searched = self.searched()
+    def find_best_assignment(self) -> Assignment | None:
+        """Return the best configuration once all searched trials have ended, else None."""
+        searched = self.list_searched()
         if self.folds:
-            return self._best_over_folds(searched)
-        best = self.ranked()
-        if not best or not all(trial.state.ended for trial in searched):
+            return self._find_best_over_folds(searched)
+        ranking = self.rank_trials()
+        if not ranking or not all(trial.state.has_ended for trial in searched):
             return None
-        assignment: Assignment = best[0].params()["assignment"]
+        assignment: Assignment = ranking[0].read_params()["assignment"]
         return assignment
 
     @property
     def folds(self) -> int | None:
-        """Folds of a cross-validation."""
+        """Number of folds of a cross-validation, or None."""
         return self.job.evaluate.folds if self.searching else None
 
-    def _best_over_folds(self, searched: list[Trial]) -> Assignment | None:
-        """The configuration with the best mean over its folds; one that a fold is missing of only without another."""
-        if not searched or not all(trial.state.ended for trial in searched):
+    def _find_best_over_folds(self, searched: list[Trial]) -> Assignment | None:
+        """Return the configuration with the best mean over its folds.
+
+        A configuration with a missing fold is chosen only if there is no other.
+        """
+        if not searched or not all(trial.state.has_ended for trial in searched):
             return None
         rows = [row for row in load_trial_rows(self.run, self.job) if row.fold is not None]
-        folds = over_folds(rows, self.metric, self.goal)
+        folds = summarize_folds(rows, self.metric, self.goal)
         if not folds:
             return None
-        sizes = {repr(without_fold(row.params)): row.trainable_parameters for row in rows}
+        sizes = {repr(remove_fold(row.params)): row.trainable_parameters for row in rows}
         results = load_fold_results(self.run, rows)
-        decision, _ = decide_over_folds(folds, search_rule(self.job), results, sizes)
+        decision, _ = decide_over_folds(folds, build_search_rule(self.job), results, sizes)
         option = decision.best if decision.has_too_few_rows else decision.chosen
-        return next(one.params for one in folds if configuration_key(one) == option.name)
+        return next(
+            candidate.params
+            for candidate in folds
+            if get_configuration_key(candidate) == option.name
+        )
 
-    def _keep_best(self) -> None:
-        """Only the best `search.keep` adapters stay on disk, and none of a fold."""
-        for trial in self.run.trials() if self.folds else ():
-            if trial.fold is not None and trial.state.ended:
+    def _delete_surplus_weights(self) -> None:
+        """Delete all adapters except the best `search.keep`; those of folds are always deleted."""
+        for trial in self.run.list_trials() if self.folds else ():
+            if trial.fold is not None and trial.state.has_ended:
                 shutil.rmtree(trial.weights, ignore_errors=True)
         keep = self.job.search.keep if self.job.search else 1
-        for trial in self.ranked()[keep:]:
+        for trial in self.rank_trials()[keep:]:
             shutil.rmtree(trial.weights, ignore_errors=True)
 
-    def settle(self) -> None:
-        """After a kill: make the decisions that were due, so that no trial goes on that should not."""
-        for trial in self.run.trials():
-            if trial.state.ended:
+    def apply_due_decisions(self) -> None:
+        """Make the decisions that were due before a kill, so that no stopped trial continues."""
+        for trial in self.run.list_trials():
+            if trial.state.has_ended:
                 continue
-            due = [row for row in trial.metrics() if row.get("rung") is not None]
-            if due and not self.decide(trial, int(due[-1]["rung"])):
-                self.end(trial, TrialState.STOPPED, reason=self.cut_reason(trial))
+            rung_rows = [row for row in trial.read_metrics() if row.get("rung") is not None]
+            if rung_rows and not self.decide(trial, int(rung_rows[-1]["rung"])):
+                self.end_trial(trial, TrialState.STOPPED, reason=self.describe_stop(trial))
             else:
                 trial.set_state(TrialState.PENDING)
 
-    def cut_reason(self, trial: Trial) -> str:
-        """Why a trial was cut, in words."""
-        rung = trial.status().get("rung")
-        level = self.run_levels(trial)[rung] if rung is not None else "?"
+    def describe_stop(self, trial: Trial) -> str:
+        """Return why a trial was stopped at a rung, as text."""
+        rung = trial.read_status().get("rung")
+        level = self.get_rung_levels(trial)[rung] if rung is not None else "?"
         unit = self.job.search.scheduler.time_attr if self.job.search else "step"
         return f"not among the best at {level} {unit}"
 
 
-def _value(signed: float, goal: rungs.Goal) -> float | None:
-    """What a part of a place was made from."""
-    if math.isinf(signed):
+def _to_score(signed_score: float, goal: rungs.Goal) -> float | None:
+    """Return the original score of a signed rung score, or None if it is infinite."""
+    if math.isinf(signed_score):
         return None
-    return signed if goal == "maximize" else -signed
+    return signed_score if goal == "maximize" else -signed_score

@@ -1,4 +1,4 @@
-"""A Ray of our own on this machine: on loopback, behind a token that no other user can read."""
+"""Start a local Ray on loopback, with a token that only this user can read."""
 
 from __future__ import annotations
 
@@ -9,60 +9,81 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.jobs.errors import RunError
-from lorafleet.tuning.ray_temp_dir import TOKEN, keep_logs, scratch_folder
+from lorafleet.tuning.ray_temp_dir import TOKEN_FILE, create_ray_temp_dir, save_ray_logs
 
 _START_SECONDS = (30, 120, 240)
-"""How long Ray's processes may take to come up, in the first try and in those after it."""
-_AWS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
+"""Seconds that Ray's processes have to start, for the first and each further try."""
+_AWS_VARIABLES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SECURITY_TOKEN",
+    "AWS_SESSION_TOKEN",
+)
 
 
-def keep_secrets_out_of_tune() -> None:
-    """Stop Tune from writing AWS's keys into the runtime environment of each actor, and so into logs and commands.
+def remove_aws_keys_from_tune() -> None:
+    """Stop Tune from writing AWS keys to each actor's runtime environment.
 
-    Trials have them all the same where they are in the environment that Ray was started in.
+    From there they would get into logs and command lines. Trials still see the keys if they
+    are in the environment that Ray was started in.
     """
     from ray.tune.execution import class_cache
 
-    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_AWS)
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_AWS_VARIABLES)
 
 
 @contextlib.contextmanager
-def local_ray(options: Mapping[str, Any], logs: Path, say: Callable[[str], None]) -> Iterator[Any]:
-    """Start Ray, and yield what `ray.init` returns; its processes and their files go at the end.
+def start_local_ray(
+    options: Mapping[str, Any], logs: Path, say: Callable[[str], None]
+) -> Iterator[Any]:
+    """Start Ray and yield what `ray.init` returns; on exit, stop it and delete its files.
 
-    After an error what they said is copied to `logs`. Raises RunError where Ray does not come up, in three tries with
-    more time each.
+    After an error, Ray's logs are copied to `logs`.
+
+    Args:
+        options: Keyword arguments of `ray.init`.
+        say: Receives messages for the log.
+
+    Raises:
+        RunError: Ray did not start in three tries, each with more time.
     """
     for number, seconds in enumerate(_START_SECONDS):
-        with scratch_folder() as scratch:
+        with create_ray_temp_dir() as temp_dir:
             try:
-                context = _started(options, scratch, seconds)
+                context = _start_ray(options, temp_dir, seconds)
             except Exception as error:  # Ray raises Exception itself
-                keep_logs(scratch, logs)
-                _stopped()
+                save_ray_logs(temp_dir, logs)
+                _stop_ray()
                 if number + 1 == len(_START_SECONDS):
                     raise RunError(
-                        f"Ray did not come up on this machine in {len(_START_SECONDS)} tries ({_first_line(error)}; "
-                        f"load {os.getloadavg()[0]:.0f}): `lorafleet resume` goes on when the machine is less busy; "
+                        f"Ray did not come up on this machine in {len(_START_SECONDS)} tries "
+                        f"({_get_first_line(error)}; "
+                        f"load {os.getloadavg()[0]:.0f}): `lorafleet resume` goes on when the "
+                        "machine is less busy; "
                         f"what Ray said is in {logs}"
                     ) from error
-                say(f"Ray did not come up in {seconds} s ({_first_line(error)}): tried again, with more time")
+                say(
+                    f"Ray did not come up in {seconds} s ({_get_first_line(error)}): tried again, "
+                    "with more time"
+                )
                 continue
             try:
                 yield context
             except BaseException:
-                _stopped()
-                keep_logs(scratch, logs)
+                _stop_ray()
+                save_ray_logs(temp_dir, logs)
                 raise
-            _stopped()
+            _stop_ray()
             return
 
 
-def _started(options: Mapping[str, Any], scratch: Path, seconds: int) -> Any:
+def _start_ray(options: Mapping[str, Any], temp_dir: Path, seconds: int) -> Any:
+    """Start Ray with token authentication and return what `ray.init` returns."""
     os.environ |= {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(scratch / TOKEN),
-        # Ray knows a machine of its own on macOS and Windows alone; there its processes listen on loopback.
+        "RAY_AUTH_TOKEN_PATH": str(temp_dir / TOKEN_FILE),
+        # Ray runs as a single machine only on macOS and Windows, where its processes listen on
+        # loopback.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_gcs_server_port_wait_time_s": str(seconds),
     }
@@ -71,43 +92,52 @@ def _started(options: Mapping[str, Any], scratch: Path, seconds: int) -> Any:
     from ray._private import ray_constants, services
     from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
-    ray_constants.ENABLE_RAY_CLUSTER = False  # read from the environment when Ray was imported
-    Config.initialize("")  # the mode
+    ray_constants.ENABLE_RAY_CLUSTER = False  # Ray reads the variable only when it is imported
+    Config.initialize("")  # re-read the authentication mode
     AuthenticationTokenLoader.instance().reset_cache()
-    asked = services.get_node
+    original_get_node = services.get_node
 
-    def patient(gcs_address: str, node_id: str) -> Any:
-        """Ask until the raylet is known: Ray's own limit of 30 s is fixed."""
-        return _until(seconds, lambda: asked(gcs_address, node_id))
+    def get_node_patiently(gcs_address: str, node_id: str) -> Any:
+        """Retry until the raylet is known: Ray's own limit of 30 s is fixed."""
+        return _retry_for(seconds, lambda: original_get_node(gcs_address, node_id))
 
-    services.get_node = patient
+    services.get_node = get_node_patiently
     try:
         return ray.init(
-            address="local", log_to_driver=False, configure_logging=False, _temp_dir=str(scratch / "ray"), **options
+            address="local",
+            log_to_driver=False,
+            configure_logging=False,
+            _temp_dir=str(temp_dir / "ray"),
+            **options,
         )
     finally:
-        services.get_node = asked
+        services.get_node = original_get_node
 
 
-def _until(seconds: int, look: Callable[[], Any]) -> Any:
-    """Call until it returns. Raises its RuntimeError after so many seconds."""
+def _retry_for(seconds: int, call: Callable[[], Any]) -> Any:
+    """Call `call` until it returns, and return its result.
+
+    Raises its RuntimeError after `seconds`.
+    """
     import time
 
-    until = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     while True:
         try:
-            return look()
+            return call()
         except RuntimeError:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
 
 
-def _stopped() -> None:
+def _stop_ray() -> None:
+    """Stop Ray."""
     import ray
 
     ray.shutdown()
 
 
-def _first_line(error: BaseException) -> str:
+def _get_first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,4 +1,4 @@
-"""Every machine of a cluster, looked at before anything is trained on it."""
+"""Check every machine of a cluster before training starts."""
 
 from __future__ import annotations
 
@@ -6,62 +6,84 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lorafleet.cluster.ray.nodes import node_name, nodes_of, on_each
-from lorafleet.jobs.data.hub import check_whole
+from lorafleet.cluster.ray.nodes import format_node_name, parse_nodes, run_on_each_node
+from lorafleet.jobs.data.hub import check_complete
 from lorafleet.jobs.errors import AssetError, PlacementRefused
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.jobs.sites.placement import labelled
+from lorafleet.jobs.sites.placement import select_labelled_nodes
 
-_LOOK_SECONDS = 180.0
+_INSPECT_SECONDS = 180.0
 
 
 def check_nodes(run: Path, tokens: Path, job: JobSpec) -> None:
-    """Raise PlacementRefused when a machine that may get workers lacks what they open (the run's folder, the tokens,
-    the model), or has another lorafleet."""
+    """Raise PlacementRefused if a machine that may get workers cannot take part.
+
+    Every machine must see the run's folder and the tokens, have the model, and have the
+    same lorafleet version.
+    """
     import ray
 
-    able = {node.name for node in labelled(nodes_of(ray.nodes()), job.resources.label_selector) if node.cpus}
-    alive = [row for row in ray.nodes() if row["Alive"] and node_name(row) in able]
+    eligible = {
+        node.name
+        for node in select_labelled_nodes(parse_nodes(ray.nodes()), job.resources.label_selector)
+        if node.cpus
+    }
+    alive = [row for row in ray.nodes() if row["Alive"] and format_node_name(row) in eligible]
     problems = []
-    for row, answer in zip(alive, on_each(alive, _look, run, tokens, job), strict=True):
+    for row, answer in zip(
+        alive, run_on_each_node(alive, _inspect_node, run, tokens, job), strict=True
+    ):
         host = row["NodeManagerHostname"]
         try:
-            problems += [f"{host}: {what}" for what in _wrong(ray.get(answer, timeout=_LOOK_SECONDS), run, tokens)]
+            problems += [
+                f"{host}: {problem}"
+                for problem in _list_problems(
+                    ray.get(answer, timeout=_INSPECT_SECONDS), run, tokens
+                )
+            ]
         except ray.exceptions.RayError as error:
-            problems.append(f"{host}: {first_line(error)}")
+            problems.append(f"{host}: {extract_error_line(error)}")
     if problems:
-        raise PlacementRefused("not every machine of the cluster can take part: " + "; ".join(problems))
+        raise PlacementRefused(
+            "not every machine of the cluster can take part: " + "; ".join(problems)
+        )
 
 
-def _look(run: Path, tokens: Path, job: JobSpec) -> dict[str, Any]:
-    """On the machine itself."""
-    lacks = None
+def _inspect_node(run: Path, tokens: Path, job: JobSpec) -> dict[str, Any]:
+    """Return what this machine sees of the run, the tokens and the model. Runs on that machine."""
+    missing_model = None
     try:
-        check_whole(job.model.model_name_or_path, job.model.revision)
+        check_complete(job.model.model_name_or_path, job.model.revision)
     except AssetError as error:
-        lacks = str(error)
+        missing_model = str(error)
     return {
         "sees_run": (run / "plan.json").is_file(),
         "sees_tokens": (tokens / "meta.json").is_file(),
-        "lacks_model": lacks,
+        "lacks_model": missing_model,
         "version": version("lorafleet"),
     }
 
 
-def _wrong(seen: dict[str, Any], run: Path, tokens: Path) -> list[str]:
-    wrong = []
-    if not seen["sees_run"]:
-        wrong.append(f"does not see {run} (--runs must be a folder that all machines share)")
-    if not seen["sees_tokens"]:
-        wrong.append(f"does not see {tokens} (LORAFLEET_CACHE must be a folder that all machines share)")
-    if seen["lacks_model"]:
-        wrong.append(seen["lacks_model"])
-    if seen["version"] != version("lorafleet"):
-        wrong.append(f"has lorafleet {seen['version']}, and this is {version('lorafleet')}")
-    return wrong
+def _list_problems(node: dict[str, Any], run: Path, tokens: Path) -> list[str]:
+    """Return the reasons why a machine cannot take part."""
+    problems = []
+    if not node["sees_run"]:
+        problems.append(f"does not see {run} (--runs must be a folder that all machines share)")
+    if not node["sees_tokens"]:
+        problems.append(
+            f"does not see {tokens} (LORAFLEET_CACHE must be a folder that all machines share)"
+        )
+    if node["lacks_model"]:
+        problems.append(node["lacks_model"])
+    if node["version"] != version("lorafleet"):
+        problems.append(f"has lorafleet {node['version']}, and this is {version('lorafleet')}")
+    return problems
 
 
-def first_line(error: Exception) -> str:
-    """The line of one of Ray's long messages that says what happened."""
+def extract_error_line(error: Exception) -> str:
+    """Return the line of one of Ray's long messages that states the error."""
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return next((line for line in reversed(lines) if "Error" in line), lines[0] if lines else type(error).__name__)
+    return next(
+        (line for line in reversed(lines) if "Error" in line),
+        lines[0] if lines else type(error).__name__,
+    )

@@ -1,4 +1,4 @@
-"""Which configuration is tried next: from the seeded list, or asked of Optuna's TPE. No configuration twice."""
+"""Choose the next configuration, from a seeded list or Optuna's TPE. None is tried twice."""
 
 from __future__ import annotations
 
@@ -13,45 +13,61 @@ from lorafleet.jobs.trials.sampling import Assignment
 if TYPE_CHECKING:
     import optuna
 
-_DRAWS_FOR_A_NEW_ONE = 200
+_MAX_DRAWS = 200
 
 
 class Proposals(Protocol):
-    """Where configurations come from."""
+    """Source of configurations."""
 
     def next(self) -> Assignment | None:
-        """The next configuration; None when there are no more."""
+        """Return the next configuration, or None if there are no more."""
 
     def tell(self, assignment: Assignment, scores: dict[int, float], state: str) -> None:
-        """How a trial ended: its score at each step, and `finished`, `stopped` or `failed`."""
+        """Report how a trial ended.
+
+        Args:
+            scores: The trial's score at each step.
+            state: `finished`, `stopped` or `failed`.
+        """
 
 
-class GivenProposals:
-    """A grid, or random draws: known beforehand."""
+class ListProposals:
+    """Configurations that are known in advance: a grid, or random draws."""
 
     def __init__(self, assignments: list[Assignment]) -> None:
         self._left = iter(assignments)
 
     def next(self) -> Assignment | None:
-        """The next of the list."""
+        """Return the next configuration of the list, or None."""
         return next(self._left, None)
 
     def tell(self, assignment: Assignment, scores: dict[int, float], state: str) -> None:
-        """Results change nothing here."""
+        """Do nothing: the list does not depend on results."""
 
 
-class ThenSeeds:
-    """A search's proposals, and once all have ended what is trained of the best of them."""
+class SearchThenSeeds:
+    """Proposals of a search, followed by further trainings of its best configuration.
+
+    These begin once all trials of the search have ended.
+    """
 
     def __init__(
-        self, searched: Proposals, job: JobSpec, best: Callable[[], Assignment | None], is_full: Callable[[], bool]
+        self,
+        searched: Proposals,
+        job: JobSpec,
+        best: Callable[[], Assignment | None],
+        is_full: Callable[[], bool],
     ) -> None:
         self.searched, self.job, self.best = searched, job, best
-        self.is_full = is_full  # whether the search has made all its trials: TPE would go on for ever
+        # Returns whether the search has created all its trials: TPE would never stop proposing.
+        self.is_full = is_full
         self._left: Iterator[Assignment] | None = None
 
     def next(self) -> Assignment | None:
-        """The next of the search; then, when `best` knows it, of the seeds."""
+        """Return the next configuration of the search, or of the trainings of its best one.
+
+        The latter start when `best` returns a configuration; until then the result is None.
+        """
         if self._left is None:
             assignment = None if self.is_full() else self.searched.next()
             if assignment is not None:
@@ -59,32 +75,41 @@ class ThenSeeds:
             best = self.best()
             if best is None:
                 return None
-            self._left = iter(search.after_search(self.job, best))
+            self._left = iter(search.list_final_assignments(self.job, best))
         return next(self._left, None)
 
     def tell(self, assignment: Assignment, scores: dict[int, float], state: str) -> None:
-        """The search hears of its own configurations alone."""
-        if not search.repeats(self.job, assignment):
+        """Report an outcome to the search, unless the trial repeats another one."""
+        if not search.is_seed_repeat(self.job, assignment):
             self.searched.tell(assignment, scores, state)
 
 
 class TpeProposals:
-    """Optuna's tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011), told of cut trials as pruned ones.
+    """Optuna's tree-structured Parzen estimator (Bergstra et al., NeurIPS 2011).
 
-    A cut trial's score is not the score it would have had: Optuna ranks it below every finished trial, by how far it
-    came and then by its score there.
+    Stopped trials are reported as pruned, because their score is not the one that they
+    would have reached. Optuna ranks them below every finished trial, by the step that they
+    reached and then by their score there.
     """
 
-    def __init__(self, job: JobSpec, startup: list[Assignment], name: Callable[[Assignment], str]) -> None:
+    def __init__(
+        self, job: JobSpec, startup: list[Assignment], name: Callable[[Assignment], str]
+    ) -> None:
         import optuna
 
         assert job.search is not None
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.job, self.search = job, job.search
         self.name = name
-        self.distributions = {p: distribution(parameter) for p, parameter in search.free_parameters(job.search).items()}
+        self.distributions = {
+            p: build_distribution(parameter)
+            for p, parameter in search.select_free_parameters(job.search).items()
+        }
         sampler = optuna.samplers.TPESampler(
-            seed=job.search.seed, n_startup_trials=len(startup), constant_liar=True, multivariate=False
+            seed=job.search.seed,
+            n_startup_trials=len(startup),
+            constant_liar=True,
+            multivariate=False,
         )
         direction = "maximize" if job.metric.goal == "maximize" else "minimize"
         self.study = optuna.create_study(sampler=sampler, direction=direction)
@@ -93,36 +118,51 @@ class TpeProposals:
         self._seen: set[str] = set()
 
     def next(self) -> Assignment | None:
-        """A start-up trial while there are any, then what the model holds most promising and was not tried yet."""
-        for planned in self._startup:
-            if self.name(planned) in self._seen:
+        """Return a start-up configuration while there are any, then TPE's best untried one.
+
+        Returns None if TPE proposes no new configuration in `_MAX_DRAWS` draws.
+        """
+        for startup_assignment in self._startup:
+            if self.name(startup_assignment) in self._seen:
                 continue
-            self._seen.add(self.name(planned))
-            self.study.enqueue_trial(dict(planned))
-            self._open[self.name(planned)] = self.study.ask(self.distributions)
-            return planned
+            self._seen.add(self.name(startup_assignment))
+            self.study.enqueue_trial(dict(startup_assignment))
+            self._open[self.name(startup_assignment)] = self.study.ask(self.distributions)
+            return startup_assignment
         import optuna
 
-        for _ in range(_DRAWS_FOR_A_NEW_ONE):
-            asked = self.study.ask(self.distributions)
-            assignment = {path: self._value(path, asked.params[path]) for path in self.distributions}
-            if search.impossible(self.job, assignment):
-                self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        for _ in range(_MAX_DRAWS):
+            optuna_trial = self.study.ask(self.distributions)
+            assignment = {
+                path: self._round_value(path, optuna_trial.params[path])
+                for path in self.distributions
+            }
+            if search.describe_impossible(self.job, assignment):
+                self.study.tell(optuna_trial, state=optuna.trial.TrialState.FAIL)
                 continue
             name = self.name(assignment)
             if name not in self._seen:
                 self._seen.add(name)
-                self._open[name] = asked
+                self._open[name] = optuna_trial
                 return assignment
-            self.study.tell(asked, state=optuna.trial.TrialState.FAIL)
+            self.study.tell(optuna_trial, state=optuna.trial.TrialState.FAIL)
         return None
 
-    def _value(self, path: str, value: Any) -> Any:
+    def _round_value(self, path: str, value: Any) -> Any:
+        """Return a value drawn by Optuna, rounded as its parameter asks."""
         parameter = self.search.parameters[path]
-        return value if parameter.values is not None or isinstance(value, int) else search.rounded(value, parameter)
+        return (
+            value
+            if parameter.values is not None or isinstance(value, int)
+            else search.round_value(value, parameter)
+        )
 
     def tell(self, assignment: Assignment, scores: dict[int, float], state: str) -> None:
-        """Finished trials with their last score, cut ones as pruned with all their scores, failed ones as failed."""
+        """Report a trial to Optuna.
+
+        A finished trial is reported with its last score, a stopped one as pruned with all its
+        scores, and a failed one as failed.
+        """
         from optuna.trial import TrialState, create_trial
 
         name = self.name(assignment)
@@ -130,12 +170,12 @@ class TpeProposals:
         states = {"finished": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
         outcome = states.get(state, TrialState.FAIL) if scores else TrialState.FAIL
         value = scores[max(scores)] if outcome is TrialState.COMPLETE else None
-        asked = self._open.pop(name, None)
-        if asked is not None:
+        optuna_trial = self._open.pop(name, None)
+        if optuna_trial is not None:
             for step, score in scores.items():
-                asked.report(score, step)
-            self.study.tell(asked, value, state=outcome)
-        else:  # a trial of an earlier attempt of this run
+                optuna_trial.report(score, step)
+            self.study.tell(optuna_trial, value, state=outcome)
+        else:  # the trial is from an earlier attempt of this run
             self.study.add_trial(
                 create_trial(
                     params=dict(assignment),
@@ -147,8 +187,8 @@ class TpeProposals:
             )
 
 
-def distribution(parameter: Parameter) -> Any:
-    """A parameter as Optuna's distribution."""
+def build_distribution(parameter: Parameter) -> Any:
+    """Return a parameter as Optuna's distribution."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if parameter.values is not None:
@@ -156,4 +196,6 @@ def distribution(parameter: Parameter) -> Any:
     assert parameter.min is not None and parameter.max is not None
     if parameter.distribution == "int_uniform":
         return IntDistribution(int(parameter.min), int(parameter.max))
-    return FloatDistribution(float(parameter.min), float(parameter.max), log="log" in str(parameter.distribution))
+    return FloatDistribution(
+        float(parameter.min), float(parameter.max), log="log" in str(parameter.distribution)
+    )

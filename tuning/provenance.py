@@ -1,15 +1,20 @@
-"""What a run is of: digests, revisions, rows, versions. Written down before anything is trained."""
+"""Collect a run's metadata (digests, revisions, rows, versions) before training starts."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from lorafleet.jobs.data.custom_metric_files import digest
-from lorafleet.jobs.data.hub import model_revision
+from lorafleet.jobs.data.custom_metric_files import compute_metric_digest
+from lorafleet.jobs.data.hub import resolve_model_revision
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.metrics import METRIC_VERSION
-from lorafleet.jobs.trials.trial_id import Facts, conversation_terms, encoders_of, prompt_format
+from lorafleet.jobs.trials.trial_id import (
+    Provenance,
+    get_conversation_settings,
+    get_prompt_format,
+    list_metric_models,
+)
 
 if TYPE_CHECKING:
     from lorafleet.evaluation.tokens import TokenData
@@ -17,44 +22,60 @@ if TYPE_CHECKING:
 _PACKAGES = ("lorafleet", "torch", "transformers", "peft", "ray", "accelerate", "numpy")
 
 
-def _conversation(job: JobSpec, data: TokenData) -> dict[str, Any]:
-    """Return what decides how conversations were rendered and learnt; nothing where none were."""
+def _collect_conversation_terms(job: JobSpec, data: TokenData) -> dict[str, Any]:
+    """Return the settings that decide how conversations were rendered and learnt.
+
+    Empty if there are no conversations.
+    """
     if data.frame is None:
         return {}
-    return conversation_terms(job) | {"template_sha256": data.template_sha256}
+    return get_conversation_settings(job) | {"template_sha256": data.template_sha256}
 
 
-def class_counts(data: TokenData) -> dict[str, dict[str, int]]:
-    """Return how many rows each class has in each split; nothing where there are no classes."""
+def count_classes(data: TokenData) -> dict[str, dict[str, int]]:
+    """Return the number of rows of each class in each split. Empty if there are no classes."""
     import numpy as np
 
     if not data.labels:
         return {}
     return {
-        name: dict(zip(data.labels, np.bincount(split.targets, minlength=len(data.labels)).tolist(), strict=True))
+        name: dict(
+            zip(
+                data.labels,
+                np.bincount(split.targets, minlength=len(data.labels)).tolist(),
+                strict=True,
+            )
+        )
         for name, split in data.splits.items()
     }
 
 
-def record_of(job: JobSpec, facts: Facts, data: TokenData) -> dict[str, Any]:
-    """The contents of facts.json: what two runs must have in common to be compared, and what a reader may ask."""
-    from lorafleet.evaluation.tokens import token_counts
+def build_metadata(job: JobSpec, facts: Provenance, data: TokenData) -> dict[str, Any]:
+    """Return the contents of facts.json.
 
-    counted = token_counts(data)
+    These are what two runs must have in common to be compared, and further information for
+    readers.
+    """
+    from lorafleet.evaluation.tokens import count_tokens
+
+    counts_by_split = count_tokens(data)
     return {
         "data_sha256": facts.data_sha256,
         "model_revisions": facts.model_revisions,
-        "encoders": {name: model_revision(name, None) for name in encoders_of(job)},
-        "rows": {name: counts["rows"] for name, counts in counted.items()},
-        "tokens": {name: counts["tokens"] for name, counts in counted.items()},
+        "encoders": {name: resolve_model_revision(name, None) for name in list_metric_models(job)},
+        "rows": {name: counts["rows"] for name, counts in counts_by_split.items()},
+        "tokens": {name: counts["tokens"] for name, counts in counts_by_split.items()},
         "labels": list(data.labels),
-        "class_counts": class_counts(data),
+        "class_counts": count_classes(data),
         "warnings": list(data.warnings),
         "chosen_on_test": data.chosen_on_test,
         "rows_sha256": data.rows_sha256,
-        "prompt_format": prompt_format(job),
-        "conversation": _conversation(job, data),
+        "prompt_format": get_prompt_format(job),
+        "conversation": _collect_conversation_terms(job, data),
         "metric_version": METRIC_VERSION,
-        "custom_metrics": {name: digest(metric) for name, metric in job.evaluate.custom_metrics.items()},
+        "custom_metrics": {
+            name: compute_metric_digest(metric)
+            for name, metric in job.evaluate.custom_metrics.items()
+        },
         "versions": {name: version(name) for name in _PACKAGES},
     }

@@ -1,4 +1,4 @@
-"""A folder of our own for all that Ray and its processes leave in the temporary folder, and its end."""
+"""Create a temporary folder for the files of Ray's processes, and delete it at the end."""
 
 from __future__ import annotations
 
@@ -10,53 +10,64 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lorafleet.jobs.runs.stale_folders import PREFIX, clear_orphans, end_processes, remove, write_owner
+from lorafleet.jobs.runs.stale_folders import (
+    PREFIX,
+    kill_processes,
+    remove_folder,
+    remove_orphans,
+    write_owner,
+)
 
-TOKEN = "token"
-"""Ray's token in such a folder, which its owner alone can read."""
-_LONGEST_TMPDIR = 24
-_LONGEST_LOG = 5_000_000
-"""Bytes of one of Ray's logs that are worth keeping."""
-_PATIENCE_SECONDS = 3.0
-"""How long Ray's processes may take to end before they are ended."""
+TOKEN_FILE = "token"
+"""File name of Ray's token in the temporary folder. Only the owner can read it."""
+_MAX_TMPDIR_LENGTH = 24
+_MAX_LOG_BYTES = 5_000_000
+"""Maximum size of a Ray log that is copied, in bytes."""
+_EXIT_SECONDS = 3.0
+"""Seconds that Ray's processes have to exit before they are killed."""
 
 
-def scratch_parent() -> Path:
-    """Where such folders lie. Their paths are short: Ray's sockets lie in them, with less than 108 characters."""
-    usual = tempfile.gettempdir()
-    return Path(usual if len(usual) <= _LONGEST_TMPDIR else "/tmp")  # nosec B108  # mkdtemp
+def get_temp_parent() -> Path:
+    """Return the parent of the temporary folders.
+
+    Its path is short, because the paths of Ray's sockets in it must have less than 108
+    characters.
+    """
+    default = tempfile.gettempdir()
+    return Path(default if len(default) <= _MAX_TMPDIR_LENGTH else "/tmp")  # nosec B108  # mkdtemp
 
 
 @contextlib.contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A new folder (0700) with a token in it (0600), which this process and its children have as TMPDIR until its end.
+def create_ray_temp_dir() -> Iterator[Path]:
+    """Yield a new folder (0700) with a token file (0600), and delete it on exit.
 
-    Those of drivers that were killed go first.
+    It is the TMPDIR of this process and its children until then. Folders of killed drivers
+    are deleted first.
     """
-    parent = scratch_parent()
-    clear_orphans(parent)
-    scratch = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
-    write_owner(scratch)
-    handle = os.open(scratch / TOKEN, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    parent = get_temp_parent()
+    remove_orphans(parent)
+    temp_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    write_owner(temp_dir)
+    handle = os.open(temp_dir / TOKEN_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "w") as file:
         file.write(secrets.token_hex(32))
-    before = os.environ.get("TMPDIR")
-    os.environ["TMPDIR"] = str(scratch)
+    previous = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(temp_dir)
     try:
-        yield scratch
+        yield temp_dir
     finally:
-        if before is None:
+        if previous is None:
             del os.environ["TMPDIR"]
         else:
-            os.environ["TMPDIR"] = before
-        end_processes(scratch, patience=_PATIENCE_SECONDS)
-        remove(scratch)
+            os.environ["TMPDIR"] = previous
+        kill_processes(temp_dir, patience=_EXIT_SECONDS)
+        remove_folder(temp_dir)
 
 
-def keep_logs(scratch: Path, target: Path) -> None:
-    """Copy what Ray's processes said: after an error it is all that tells of them."""
-    for path in sorted(scratch.glob("ray/session_2*/logs/*")):
+def save_ray_logs(temp_dir: Path, target: Path) -> None:
+    """Copy the logs of Ray's processes: after an error they are the only source of information."""
+    for path in sorted(temp_dir.glob("ray/session_2*/logs/*")):
         with contextlib.suppress(OSError):
-            if path.is_file() and 0 < path.stat().st_size <= _LONGEST_LOG:
+            if path.is_file() and 0 < path.stat().st_size <= _MAX_LOG_BYTES:
                 target.mkdir(parents=True, exist_ok=True)
                 shutil.copy(path, target / path.name)

@@ -1,4 +1,7 @@
-"""ASHA for Ray Tune: a result is recorded by the ledger, which also decides; Tune is told the answer."""
+"""Run ASHA in Ray Tune.
+
+The ledger records each result and decides; the scheduler passes the decision to Tune.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lorafleet.jobs.runs.run import Trial, TrialState
-from lorafleet.tuning.failures import host_failure, keep_last_words
-from lorafleet.tuning.ledger import Ledger
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-_SAME_INSTANT_SECONDS = 1.5
+from lorafleet.jobs.runs.run import Trial, TrialState
+from lorafleet.tuning.failures import classify_crash, save_crash_output
+from lorafleet.tuning.ledger import Ledger
+
+_STOP_FILE_SECONDS = 1.5
 
 
 class RungScheduler(FIFOScheduler):
-    """Trials start in the order in which they were proposed, and go on or stop as the ledger says."""
+    """Tune scheduler that starts trials in proposal order and stops them as the ledger decides."""
 
     def __init__(
         self,
@@ -33,67 +37,82 @@ class RungScheduler(FIFOScheduler):
         self.ledger = ledger
         self.out_of_budget = out_of_budget
 
-    def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        """CONTINUE or STOP, after the result has been written down."""
-        ours = self._ours(trial)
-        if ours.state.ended or "report" not in result:
+    def on_trial_result(
+        self, tune_controller: Any, trial: TuneTrial, result: dict[str, Any]
+    ) -> str:
+        """Record the result, then return CONTINUE or STOP."""
+        run_trial = self._get_run_trial(trial)
+        if run_trial.state.has_ended or "report" not in result:
             return TrialScheduler.STOP
         report = json.loads(result["report"])
         if "full_disk" in report:
             self.full_disk(report["full_disk"])
             return TrialScheduler.STOP
-        goes_on = self._take(ours, report)
-        if self.ends_itself and (report.get("done") or report.get("stopping") or report.get("failure")):
-            goes_on = True  # a group that is ending by itself frees its workers; one that is killed there may not
-        return TrialScheduler.CONTINUE if goes_on else TrialScheduler.STOP
+        continues = self._record_report(run_trial, report)
+        if self.ends_itself and (
+            report.get("done") or report.get("stopping") or report.get("failure")
+        ):
+            # A group that ends by itself frees its workers; a group that Tune kills may not.
+            continues = True
+        return TrialScheduler.CONTINUE if continues else TrialScheduler.STOP
 
-    def _take(self, trial: Trial, report: dict[str, Any]) -> bool:
-        """Record a report and end the trial if it is to end."""
+    def _record_report(self, trial: Trial, report: dict[str, Any]) -> bool:
+        """Record a report, end the trial if necessary, and return whether it continues."""
         ledger = self.ledger
         if "actor" in report:
-            ledger.saw_actor(**report["actor"])
+            ledger.record_base_load(**report["actor"])
         if report.get("warning"):
             ledger.warn(trial, report["warning"])
         failure = report.get("failure")
         if failure:
-            ledger.fail(trial, failure)
+            ledger.record_failure(trial, failure)
             return False
         if trial.state is not TrialState.RUNNING:
-            ledger.begin(trial)
-        goes_on = ledger.report(trial, report["row"]) if report.get("row") else True
-        if report.get("stopping") and goes_on and not report.get("done"):
+            ledger.start_trial(trial)
+        promoted = ledger.report(trial, report["row"]) if report.get("row") else True
+        if report.get("stopping") and promoted and not report.get("done"):
             trial.set_state(TrialState.PENDING, reason="interrupted")
             return False
-        spent = self.out_of_budget()
+        spent_budget = self.out_of_budget()
         if report.get("done"):
-            ledger.end(trial, TrialState.FINISHED)
-        elif not goes_on:
-            ledger.end(trial, TrialState.STOPPED, reason=ledger.cut_reason(trial))
-        elif spent:
-            ledger.end(trial, TrialState.STOPPED, reason=spent)
+            ledger.end_trial(trial, TrialState.FINISHED)
+        elif not promoted:
+            ledger.end_trial(trial, TrialState.STOPPED, reason=ledger.describe_stop(trial))
+        elif spent_budget:
+            ledger.end_trial(trial, TrialState.STOPPED, reason=spent_budget)
         else:
             return True
         return False
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
-        """A trial whose process died: it begins again, or the others go on without it."""
-        ours = self._ours(trial)
-        if ours.state.ended or trial.status == TuneTrial.ERROR:
-            return  # Tune may say it twice, the second time with the status already changed
-        failure = host_failure(keep_last_words(ours, trial.error_file), ours)
+        """Record that a trial's process died: the trial is restarted, or given up."""
+        run_trial = self._get_run_trial(trial)
+        if run_trial.state.has_ended or trial.status == TuneTrial.ERROR:
+            return  # Tune may call this twice, the second time with the status already changed
+        failure = classify_crash(save_crash_output(run_trial, trial.error_file), run_trial)
         if "full_disk" in failure:
             self.full_disk(failure["full_disk"])
-        elif failure["failure_class"] == "worker_lost" and self._run_ends():
-            ours.set_state(TrialState.PENDING, reason="interrupted")  # not a failure of its own: no retry is spent
+        elif failure["failure_class"] == "worker_lost" and self._is_run_ending():
+            run_trial.set_state(
+                TrialState.PENDING, reason="interrupted"
+            )  # the run is ending, so the trial did not fail and no retry is spent
         else:
-            self.ledger.fail(ours, failure)
+            self.ledger.record_failure(run_trial, failure)
 
-    def _run_ends(self) -> bool:
-        """Whether the run is asked to end: a queue that ends a job tells its processes in no order."""
-        ends = time.monotonic() + _SAME_INSTANT_SECONDS
-        while not (stopping := (self.ledger.run.path / "stop").exists()) and time.monotonic() < ends:
+    def _is_run_ending(self) -> bool:
+        """Return whether the run is asked to stop.
+
+        Waits a moment for the stop file, because a queue that ends a job signals its processes
+        in no particular order.
+        """
+        deadline = time.monotonic() + _STOP_FILE_SECONDS
+        while (
+            not (stopping := (self.ledger.run.path / "stop").exists())
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.1)
         return stopping
 
-    def _ours(self, trial: TuneTrial) -> Trial:
-        return self.ledger.run.trial(trial.config["trial_id"])
+    def _get_run_trial(self, trial: TuneTrial) -> Trial:
+        """Return the run's trial for one of Tune's trials."""
+        return self.ledger.run.get_trial(trial.config["trial_id"])

@@ -1,22 +1,27 @@
-"""Our proposals as a Ray Tune searcher. Trials of an earlier attempt that have not ended come first."""
+"""Provide proposals to Ray Tune as a searcher.
+
+Unfinished trials of an earlier attempt come first.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from ray.tune.search import Searcher
+
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.trials.sampling import Assignment
 from lorafleet.tuning.ledger import Ledger
 from lorafleet.tuning.proposals import Proposals
-from ray.tune.search import Searcher
 
 
 class ProposalSearcher(Searcher):
     """Hands out trials while fewer than `most_open` are unfinished.
 
-    Tune keeps only one trial waiting for a searcher that is not its own; TUNE_MAX_PENDING_TRIALS_PG (set in the sweep)
-    raises that, so that a freed actor always finds a waiting trial and is reused instead of torn down.
+    Tune keeps only one trial waiting for a custom searcher. TUNE_MAX_PENDING_TRIALS_PG (set
+    in the sweep) raises that limit, so that a freed actor always finds a waiting trial and
+    is reused instead of torn down.
     """
 
     def __init__(
@@ -29,36 +34,44 @@ class ProposalSearcher(Searcher):
         stopping: Callable[[], bool],
     ) -> None:
         super().__init__()
-        self.ledger, self.proposals, self.total, self.most_open = ledger, proposals, total, most_open
+        self.ledger, self.proposals, self.total, self.most_open = (
+            ledger,
+            proposals,
+            total,
+            most_open,
+        )
         self.make, self.stopping = make, stopping
-        self.half_done = [trial for trial in self.run.trials() if not trial.state.ended]
-        self.earlier = {trial.id for trial in self.run.trials()}
+        self.half_done = [trial for trial in self.run.list_trials() if not trial.state.has_ended]
+        self.earlier = {trial.id for trial in self.run.list_trials()}
         self.made = len(self.earlier)
         self.open: dict[str, Trial] = {}
 
     @property
     def run(self) -> Run:
-        """The run that the trials belong to."""
+        """Run that the trials belong to."""
         return self.ledger.run
 
-    def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
-        """The metric is the job's, not Tune's."""
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
+    ) -> bool:
+        """Return True. The metric comes from the job, not from Tune."""
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next trial's config; None for "not now", FINISHED for "no more"."""
+        """Return the next trial's config, None for "not now", or FINISHED for "no more"."""
         if self.stopping():
             return Searcher.FINISHED
         if len(self.open) >= self.most_open:
             return None
-        trial = self._next()
+        trial = self._get_next_trial()
         if trial is None:
-            # One that is still open may come back: FINISHED is final for Tune.
+            # An open trial may be restarted later, and FINISHED is final for Tune.
             return None if self.open else Searcher.FINISHED
         self.open[trial_id] = trial
-        return {"trial_id": trial.id, "assignment": trial.params()["assignment"]}
+        return {"trial_id": trial.id, "assignment": trial.read_params()["assignment"]}
 
-    def _next(self) -> Trial | None:
+    def _get_next_trial(self) -> Trial | None:
+        """Return the next trial to run, unfinished ones first; None if there is none."""
         if self.half_done:
             return self.half_done.pop(0)
         while self.made < self.total:
@@ -67,31 +80,35 @@ class ProposalSearcher(Searcher):
                 return None
             trial = self.make(assignment, self.made)
             if trial.id in self.earlier:
-                continue  # an earlier attempt of this run has tried it, or it was among the half-done
+                continue  # an earlier attempt of this run created this trial
             self.made += 1
             return trial
         return None
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the proposals how it went; a trial that waits to begin again is the next one."""
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Report the outcome to the proposals; a trial that waits for a restart is queued again."""
         trial = self.open.pop(trial_id, None)
         if trial is None:
             return
-        if trial.state.ended:
-            tell(self.proposals, self.ledger, trial)
+        if trial.state.has_ended:
+            report_outcome(self.proposals, self.ledger, trial)
         else:
             self.half_done.append(trial)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the run's own files hold the state."""
+        """Do nothing: the state is in the run's own files."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing: see `save`."""
+        """Do nothing: see `save`."""
 
 
-def tell(proposals: Proposals, ledger: Ledger, trial: Trial) -> None:
-    """Tell the proposals how a trial ended, from its own record."""
+def report_outcome(proposals: Proposals, ledger: Ledger, trial: Trial) -> None:
+    """Report to the proposals how a trial ended, from the trial's own record."""
     scores = {
-        int(row["step"]): float(row[ledger.metric]) for row in trial.evaluations() if row.get(ledger.metric) is not None
+        int(row["step"]): float(row[ledger.metric])
+        for row in trial.read_evaluations()
+        if row.get(ledger.metric) is not None
     }
-    proposals.tell(trial.params()["assignment"], scores, trial.state)
+    proposals.tell(trial.read_params()["assignment"], scores, trial.state)

@@ -1,7 +1,10 @@
-"""Weights & Biases as a mirror: one run a trial, written by the driver, from the ledger's own record.
+"""Mirror the record to Weights & Biases.
 
-A trial's W&B id is the run's and the trial's name together. A resumed sweep writes a trial that had not ended anew from
-`metrics.jsonl`, so that each trial has one folder with its whole history, whatever was killed.
+There is one W&B run per trial, written by the driver from the ledger's own record.
+
+The W&B id of a trial consists of the run's and the trial's name. A resumed sweep
+rewrites the W&B run of an unfinished trial from `metrics.jsonl`, so that each trial has
+one folder with its whole history, whatever was killed.
 """
 
 from __future__ import annotations
@@ -11,10 +14,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafleet.evaluation.render.wandb import Mode, not_fatal, open_wandb, wandb_mode, wanted_mode
-from lorafleet.evaluation.report.search import best_evaluation
+from lorafleet.evaluation.render.wandb import (
+    Mode,
+    get_requested_mode,
+    ignore_tracking_errors,
+    open_wandb,
+    resolve_wandb_mode,
+)
+from lorafleet.evaluation.report.search import find_best_evaluation
 from lorafleet.jobs import files
-from lorafleet.jobs.data.hub import public_base
+from lorafleet.jobs.data.hub import resolve_public_base
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
 
@@ -34,26 +43,30 @@ _NOT_LOGGED = {
 
 
 @contextlib.contextmanager
-def trackers(run: Run, job: JobSpec) -> Iterator[list[Listener]]:
-    """The listeners that a job asks for; at the end what they hold open is closed."""
-    mode = wandb_mode(job)
+def open_trackers(run: Run, job: JobSpec) -> Iterator[list[Listener]]:
+    """Yield the listeners that a job asks for, and close what they hold open on exit."""
+    mode = resolve_wandb_mode(job)
     if mode == "disabled":
         yield []
         return
-    if mode == "offline" and wanted_mode(job) == "online":
-        run.event("note", sentence="tracking.mode is online, but nobody is logged in to W&B: its record is offline")
+    if mode == "offline" and get_requested_mode(job) == "online":
+        run.add_event(
+            "note",
+            sentence="tracking.mode is online, but nobody is logged in to W&B: its record "
+            "is offline",
+        )
     mirror = WandbMirror(run, job, mode)
-    with not_fatal(run):
-        mirror.catch_up()
+    with ignore_tracking_errors(run):
+        mirror.write_missing()
     try:
         yield [mirror]
     finally:
-        with not_fatal(run):
+        with ignore_tracking_errors(run):
             mirror.close()
 
 
 class WandbMirror:
-    """One live W&B run for each live trial."""
+    """Mirror with one open W&B run for each running trial."""
 
     def __init__(self, run: Run, job: JobSpec, mode: Mode) -> None:
         self.run, self.job, self.mode = run, job, mode
@@ -63,84 +76,101 @@ class WandbMirror:
 
     @property
     def closed_file(self) -> Path:
-        """Which trials' records were closed whole: W&B writes behind, and a kill takes what it held."""
+        """File with the trials whose W&B runs were closed completely.
+
+        W&B writes asynchronously, so a kill loses what it has not written yet.
+        """
         return self.folder / "closed.jsonl"
 
-    def catch_up(self) -> None:
-        """Write anew the trials that ended in an earlier attempt but whose record was not closed."""
+    def write_missing(self) -> None:
+        """Rewrite the W&B runs of ended trials that an earlier attempt did not close."""
         closed = {row["trial_id"] for row in files.read_jsonl(self.closed_file)}
-        for trial in self.run.trials():
-            if trial.state.ended and trial.id not in closed:
+        for trial in self.run.list_trials():
+            if trial.state.has_ended and trial.id not in closed:
                 self.on_begin(trial)
                 self.on_end(trial)
 
     def on_begin(self, trial: Trial) -> None:
-        """Open a trial's run, with what it has trained so far."""
+        """Open a trial's W&B run, and log what the trial has recorded so far."""
         if trial.id in self.open:
             return
-        params = trial.params()
+        params = trial.read_params()
         config = {"assignment": params.get("assignment", {}), **params.get("resolved", {})}
-        opened = open_wandb(
-            self.run, self.job, self.mode, f"{self.run.id}-{trial.id}", trial.id, job_type="trial", config=config
+        wandb_run = open_wandb(
+            self.run,
+            self.job,
+            self.mode,
+            f"{self.run.id}-{trial.id}",
+            trial.id,
+            job_type="trial",
+            config=config,
         )
-        self.open[trial.id] = opened
-        done = int(opened.step) if self.mode == "online" else 0
-        for row in trial.metrics():
-            if int(row["step"]) >= done:
-                self._log(opened, row)
+        self.open[trial.id] = wandb_run
+        next_step = int(wandb_run.step) if self.mode == "online" else 0
+        for row in trial.read_metrics():
+            if int(row["step"]) >= next_step:
+                self._log_row(wandb_run, row)
 
     def on_row(self, trial: Trial, row: dict[str, Any]) -> None:
         """Log one report."""
-        opened = self.open.get(trial.id)
-        if opened is not None:
-            self._log(opened, row)
+        wandb_run = self.open.get(trial.id)
+        if wandb_run is not None:
+            self._log_row(wandb_run, row)
 
-    def _log(self, opened: Any, row: dict[str, Any]) -> None:
-        known = {key: value for key, value in files.finite(row).items() if key not in _NOT_LOGGED and value is not None}
+    def _log_row(self, wandb_run: Any, row: dict[str, Any]) -> None:
+        """Log a row's values under W&B names."""
+        logged = {
+            key: value
+            for key, value in files.replace_non_finite(row).items()
+            if key not in _NOT_LOGGED and value is not None
+        }
         names = self.job.metric_names if row.get("evaluated") else ()
-        metrics = {_wandb_name(key, names): value for key, value in known.items()}
-        opened.log(metrics, step=int(row["step"]))
+        metrics = {_to_wandb_name(key, names): value for key, value in logged.items()}
+        wandb_run.log(metrics, step=int(row["step"]))
 
     def on_end(self, trial: Trial) -> None:
-        """Write the summary and close."""
-        opened = self.open.pop(trial.id, None)
-        if opened is None:
+        """Write a trial's summary and close its W&B run."""
+        wandb_run = self.open.pop(trial.id, None)
+        if wandb_run is None:
             return
-        status, params = trial.status(), trial.params()
+        status, params = trial.read_status(), trial.read_params()
         for name in ("state", "rung", "reason"):
-            opened.summary[name] = status.get(name)
-        best = best_evaluation(trial.metrics(), self.job)
+            wandb_run.summary[name] = status.get(name)
+        best = find_best_evaluation(trial.read_metrics(), self.job)
         if best:
-            opened.summary[f"best/{self.job.metric.name}"] = best[self.job.metric.name]
+            wandb_run.summary[f"best/{self.job.metric.name}"] = best[self.job.metric.name]
         for name, value in _describe_weights(self.job, params, best).items():
-            opened.summary[name] = value
+            wandb_run.summary[name] = value
         self.run.check_current()
-        opened.finish(exit_code=1 if status.get("state") == "failed" else 0)
+        wandb_run.finish(exit_code=1 if status.get("state") == "failed" else 0)
         files.append_jsonl(self.closed_file, {"trial_id": trial.id})
 
     def close(self) -> None:
-        """Close what is still open (an interrupted sweep)."""
-        for opened in self.open.values():
-            opened.finish()
+        """Close the W&B runs that are still open after an interrupted sweep."""
+        for wandb_run in self.open.values():
+            wandb_run.finish()
         self.open.clear()
 
 
 def _describe_weights(job: JobSpec, params: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
-    """Return what the summary says of the weights on disk, which are those of the best evaluation."""
+    """Return the summary fields of the saved weights, which are those of the best evaluation."""
     model = params.get("resolved", {}).get("model", {})
     name = model.get("model_name_or_path", job.model.model_name_or_path)
-    facts = {
-        "base_model": public_base(name, model.get("revision"))[0],
+    fields = {
+        "base_model": resolve_public_base(name, model.get("revision"))[0],
         "weights/step": best.get("step"),
         "weights/samples": best.get("samples"),
         "weights/number_formats": best.get("number_formats"),
         "weights/trainable_parameters": best.get("trainable_parameters"),
     }
-    return {name: value for name, value in facts.items() if value is not None}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def _wandb_name(key: str, evaluated: Sequence[str]) -> str:
-    """W&B's habit of panels by prefix: eval/accuracy, train/loss, system numbers by their own names."""
+def _to_wandb_name(key: str, evaluated: Sequence[str]) -> str:
+    """Return the W&B name of a value.
+
+    W&B groups panels by prefix: eval/accuracy, train/loss, and perf/ for all other values.
+    """
     training = {
         "train_loss": "train/loss",
         "learning_rate": "train/learning_rate",

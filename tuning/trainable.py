@@ -1,6 +1,7 @@
-"""The warm host: an actor that imports and loads the base once, and then takes one trial after another.
+"""Run one trial after another in a warm actor, which loads the base only once.
 
-A trial that cannot go on is reported as a result and not raised: the actor, with its loaded base, lives on.
+A trial that cannot continue is reported as a result and not raised, so that the actor
+lives on with its loaded base.
 """
 
 from __future__ import annotations
@@ -12,26 +13,36 @@ from typing import Any
 
 import ray
 import torch
-from lorafleet.evaluation.tokens import open_tokens
-from lorafleet.jobs.errors import disk_full
-from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.jobs.trials import sampling as search
-from lorafleet.training.meter import free_unused_memory, memory_in_use_gib
-from lorafleet.training.model import Base, load_base, resolve_device
-from lorafleet.tuning.failures import SpoiledProcess, classify, is_device_error, is_oom, keep_traceback
-from lorafleet.tuning.trial_run import TrialRun, Work, pack
 from ray import tune
 
+from lorafleet.evaluation.tokens import open_tokens
+from lorafleet.jobs.errors import make_disk_full_error
+from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.trials import sampling as search
+from lorafleet.training.meter import free_unused_memory, get_memory_in_use_gib
+from lorafleet.training.model import Base, load_base, resolve_device
+from lorafleet.tuning.failures import (
+    WorkerUnusable,
+    classify_exception,
+    is_device_error,
+    is_oom,
+    save_traceback,
+)
+from lorafleet.tuning.trial_run import TrialRun, Work, pack_report
+
 _SLACK_GIB = 0.25
-"""So much more than before the trial may still be in use after it ran out of memory: allocators keep some."""
+"""GiB that may still be in use after a trial ran out of memory, beyond the usage before it.
+
+Allocators keep some memory.
+"""
 
 
 class WarmTrial(tune.Trainable):
-    """One actor: set up once, then one trial after another through `reset_config`."""
+    """Ray actor that is set up once and then runs trial after trial through `reset_config`."""
 
     def setup(self, config: dict[str, Any], work: Work) -> None:
-        """Import, and load the base."""
-        began = time.monotonic()
+        """Import the libraries and load the base."""
+        started_at = time.monotonic()
         self.work = work
         os.chdir(work.run)
         torch.set_num_threads(max(1, work.job.resources.cpus_per_worker))
@@ -41,115 +52,139 @@ class WarmTrial(tune.Trainable):
         self.unloaded: Exception | None = None
         self.usual_gib = 0.0
         self.data = open_tokens(Path(work.tokens))
-        self._take(config)
+        self._set_trial(config)
         if not self.unbegun:
             try:
-                self._base(search.trial(work.job, config["assignment"]))
-            except Exception as error:  # whatever it is, it is the result of the trial that takes its first step here
+                self._get_base(search.build_trial_job(work.job, config["assignment"]))
+            except (
+                Exception
+            ) as error:  # any error becomes the result of the trial that takes its first step here
                 self.unloaded = error
-        self.setup_seconds = time.monotonic() - began
+        self.setup_seconds = time.monotonic() - started_at
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Swap the trial; the base stays."""
-        self._take(new_config)
+        """Switch to another trial and keep the base."""
+        self._set_trial(new_config)
         return True
 
-    def _take(self, config: dict[str, Any]) -> None:
-        """The next trial is this one. Its folder is not touched before its first step: Tune takes a trial from an
-        actor that is still being set up when a warm one is free sooner, and then both would be in it."""
-        self._end()
+    def _set_trial(self, config: dict[str, Any]) -> None:
+        """Set the next trial.
+
+        Its folder is not touched before its first step: if a warm actor becomes free sooner,
+        Tune moves a trial away from an actor that is still being set up, and then both would
+        write to the folder.
+        """
+        self._close_trial()
         self.trial_config = config
         self.current_id = config["trial_id"]
         self.unloaded = None  # another trial may have another base
-        self.unbegun = self.work.stop_requested()
+        self.unbegun = self.work.is_stop_requested()
 
-    def _open(self) -> TrialRun:
+    def _open_trial(self) -> TrialRun:
+        """Build the trial's session. Raises the error of `setup`, if there was one."""
         error, self.unloaded = self.unloaded, None
         if error is not None:
             raise error
         self.current = TrialRun(self.work, self.trial_config, self.data)
-        self.current.leaving_soon = _this_node_leaves
-        self.current.open(self._base(self.current.job))
+        self.current.leaving_soon = _is_node_leaving
+        self.current.open(self._get_base(self.current.job))
         return self.current
 
-    def _base(self, job: JobSpec) -> Base:
+    def _get_base(self, job: JobSpec) -> Base:
+        """Return a base for the job, loading one if the current base does not fit."""
         labels = len(self.data.labels)
-        if self.base is None or not self.base.serves(job, labels):
-            self.base = None  # two bases would not fit where one does
+        if self.base is None or not self.base.can_serve(job, labels):
+            self.base = None  # two bases may not fit into memory at the same time
             self.base = load_base(job, labels, resolve_device(self.work.gpus))
             self.base_loads += 1
-        self.usual_gib = memory_in_use_gib(self.base.device)
+        self.usual_gib = get_memory_in_use_gib(self.base.device)
         return self.base
 
     def step(self) -> dict[str, Any]:
-        """One report, packed as Tune wants it (see `pack`)."""
-        report = self._step()  # the first one of a trial may load another base
+        """Return one report, packed for Tune (see `pack_report`)."""
+        report = self._run_step()  # the first step of a trial may load another base
         loads = {
             "name": f"{os.uname().nodename}:{os.getpid()}",
             "base_loads": self.base_loads,
             "seconds": getattr(self, "setup_seconds", 0.0),
         }
-        return pack(report | {"actor": loads})
+        return pack_report(report | {"actor": loads})
 
-    def _step(self) -> dict[str, Any]:
-        """`row` for metrics.jsonl and whether the trial is `done`, or its `failure`."""
+    def _run_step(self) -> dict[str, Any]:
+        """Return a report with a `row` for metrics.jsonl and `done`, or with a `failure`."""
         if self.unbegun:
             return {"row": None, "done": False, "stopping": True}
         try:
-            current = self.current or self._open()
+            current = self.current or self._open_trial()
             report = current.advance()
-        except Exception as error:  # the edge of a trial: what goes wrong in it is its result, and the sweep goes on
-            return self._failed(error)
+        # The boundary of a trial: any error becomes its result, and the sweep continues.
+        except Exception as error:
+            return self._report_failure(error)
         if current.leaving:
-            raise SpoiledProcess(report["failure"])  # the next trial must not begin here either
+            raise WorkerUnusable(
+                report["failure"]
+            )  # the next trial must not start on this node either
         return report
 
-    def _failed(self, error: BaseException) -> dict[str, Any]:
-        """What went wrong, as a result; raised instead where this process cannot be trusted with another trial."""
-        full = disk_full(error, Path(self.work.run))
-        if full:
-            self._let_go(error)
-            return {"full_disk": str(full)}
-        keep_traceback(Path(self.work.run), self.current_id, error)
-        failure = classify(error)
+    def _report_failure(self, error: BaseException) -> dict[str, Any]:
+        """Return an error as a report.
+
+        Raises WorkerUnusable if this process must not take another trial.
+        """
+        disk_full_error = make_disk_full_error(error, Path(self.work.run))
+        if disk_full_error:
+            self._release_trial(error)
+            return {"full_disk": str(disk_full_error)}
+        save_traceback(Path(self.work.run), self.current_id, error)
+        failure = classify_exception(error)
         error.__traceback__ = None  # its frames hold the tensors that did not fit
-        if is_device_error(error) or not self._let_go(error):
-            raise SpoiledProcess(failure) from error
+        if is_device_error(error) or not self._release_trial(error):
+            raise WorkerUnusable(failure) from error
         return {"failure": failure}
 
-    def _let_go(self, error: BaseException) -> bool:
-        """End the trial; whether the base is whole again and a failed trial's memory was given back."""
-        begun = self.current is not None and self.current.session is not None
+    def _release_trial(self, error: BaseException) -> bool:
+        """End the trial, and return whether the process can take another one.
+
+        It cannot if the adapter could not be detached or the memory of a failed trial was not
+        released.
+        """
+        has_session = self.current is not None and self.current.session is not None
         try:
-            self._end()
-        except Exception:  # whatever a half-built adapter does when it is taken off: this process is not kept
+            self._close_trial()
+        except (
+            Exception
+        ):  # detaching a half-built adapter can raise anything: this process is not kept
             return False
-        if not begun:
-            self.base = None  # half an adapter may be in it
+        if not has_session:
+            self.base = None  # a half-built adapter may still be attached to it
         if not is_oom(error):
             return True
         device = resolve_device(self.work.gpus)
         free_unused_memory(device)
-        return memory_in_use_gib(device) <= self.usual_gib + _SLACK_GIB
+        return get_memory_in_use_gib(device) <= self.usual_gib + _SLACK_GIB
 
-    def _end(self) -> None:
+    def _close_trial(self) -> None:
+        """Close the current trial, if there is one."""
         current, self.current = self.current, None
         if current is not None:
             current.close()
 
     def cleanup(self) -> None:
-        """The actor goes."""
-        self._end()
+        """Close the current trial before the actor ends."""
+        self._close_trial()
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any] | None:
-        """Nothing: a trial's checkpoint is in its own folder, and the next actor finds it there."""
+        """Do nothing: a trial's checkpoint is in its own folder, where the next actor finds it."""
         return {}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
-        """Nothing: see `save_checkpoint`."""
+        """Do nothing: see `save_checkpoint`."""
 
 
-def _this_node_leaves() -> bool:
-    """Whether Ray was told that this machine will be taken away. Ray Train asks so; Tune has no word for it."""
+def _is_node_leaving() -> bool:
+    """Return whether Ray announced that this machine will be preempted.
+
+    Ray Train checks it in the same way; Tune has no API for it.
+    """
     node: str = ray.get_runtime_context().get_node_id()
     return node in (ray._private.state.state.get_draining_nodes() or {})

@@ -1,4 +1,4 @@
-"""A trial around its session, whoever hosts it: where it resumes, what it reports, what it keeps."""
+"""Run a trial around its session, for any host: resume, report, and save."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
+
 from lorafleet.evaluation.metrics.predictions import serialize
 from lorafleet.evaluation.tokens import TokenData
 from lorafleet.jobs import files
@@ -19,81 +21,86 @@ from lorafleet.jobs.errors import TrainingFailure
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.metrics import is_better
-from lorafleet.jobs.text import counted
+from lorafleet.jobs.text import format_count
 from lorafleet.jobs.trials import sampling as search
-from lorafleet.jobs.trials.schedule import Schedule, schedule
-from lorafleet.training.checkpoint import newest_good
+from lorafleet.jobs.trials.schedule import Schedule, build_schedule
+from lorafleet.training.checkpoint import find_newest_intact
 from lorafleet.training.model import Base
 from lorafleet.training.session import TrainingSession
 from lorafleet.training.strategies import Ranks
 from lorafleet.training.watchdog import Watchdog
-from torch import distributed
 
-_BEAT_SECONDS = 1.5
-"""Between two looks at the stop flag, and two heartbeats."""
-_MOST_STEPS = 100
-"""Of a group between two of them."""
+_HEARTBEAT_SECONDS = 1.5
+"""Seconds between two checks of the stop file, and between two heartbeats."""
+_MAX_STEPS = 100
+"""Maximum number of steps of a group between two heartbeats."""
 _NOTICE_SECONDS = 5.0
-"""Between two questions whether this node will be taken away."""
-_NODE_LEAVES = {"failure_class": "preempted", "sentence": "its node is being taken away; it was saved first"}
+"""Seconds between two checks whether this node will be preempted."""
+_NODE_LEAVES = {
+    "failure_class": "preempted",
+    "sentence": "its node is being taken away; it was saved first",
+}
 _REPORT_SECONDS = 15.0
-"""Longest time without a result: Tune hears of a trial, and can stop it, at least this often."""
+"""Maximum seconds without a result. At least this often, Tune can stop a trial."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every trial of a sweep shares; sent to each actor once."""
+    """Data that all trials of a sweep share. It is sent to each actor once."""
 
     job: JobSpec
     run: str
-    """The run's folder."""
+    """Folder of the run."""
     tokens: str
-    """The folder of the tokenised rows."""
+    """Folder of the tokenised rows."""
     gpus: int
-    """GPUs of one actor."""
+    """Number of GPUs of one actor."""
     searching: bool
-    """Whether the search's schedule holds, or the training's own."""
+    """True to use the search's schedule, False to use that of a single training."""
     attempt: int | None = None
-    """The driver's attempt at the run, which every write carries."""
+    """Number of the driver's attempt at the run, which is recorded with every write."""
 
     @property
-    def written(self) -> Run:
-        """The run as this attempt writes it."""
+    def attempt_run(self) -> Run:
+        """Run that writes on behalf of this attempt."""
         return Run(Path(self.run), self.attempt)
 
-    def stop_requested(self) -> bool:
-        """Whether the run is asked to end (Ctrl-C, `lorafleet stop`, preemption)."""
+    def is_stop_requested(self) -> bool:
+        """Return whether the run is asked to stop (Ctrl-C, `lorafleet stop`, preemption)."""
         return (Path(self.run) / "stop").exists()
 
 
-def pack(report: dict[str, Any]) -> dict[str, Any]:
-    """A report as a Tune result: one text, since Tune flattens what it hands to schedulers and reads `done` itself."""
-    return {"report": json.dumps(files.finite(report))}
+def pack_report(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report as a Tune result: a single JSON text.
+
+    Tune flattens results for schedulers and interprets the key `done` itself.
+    """
+    return {"report": json.dumps(files.replace_non_finite(report))}
 
 
-class _Stopped(Exception):
-    """An evaluation was left because the run is to stop, or the node is taken away."""
+class _EvaluationAborted(Exception):
+    """Raised to leave an evaluation when the run is asked to stop or the node is preempted."""
 
 
-class OneRowTooMany(TrainingFailure):
-    """Out of memory with the smallest pass there is."""
+class SingleRowOutOfMemory(TrainingFailure):
+    """Out of memory with the smallest possible micro-batch."""
 
     final = True
 
 
 class TrialRun:
-    """A session with its trial's folder: what both hosts do around the loop."""
+    """A session with its trial's folder: what both hosts do around the training loop."""
 
     def __init__(self, work: Work, config: dict[str, Any], data: TokenData) -> None:
         self.work = work
-        self.trial: Trial = work.written.trial(config["trial_id"])
-        self.ranks = Ranks.here()
-        self.job = self._small_enough(search.trial(work.job, config["assignment"]))
-        rows = data.training_rows(self.job)
-        self.data = data.of_job(self.job)
-        self.plan: Schedule = schedule(self.job, rows, searching=work.searching)
+        self.trial: Trial = work.attempt_run.get_trial(config["trial_id"])
+        self.ranks = Ranks.from_environment()
+        self.job = self._shrink_micro_batch(search.build_trial_job(work.job, config["assignment"]))
+        rows = data.count_training_rows(self.job)
+        self.data = data.for_fold(self.job)
+        self.plan: Schedule = build_schedule(self.job, rows, searching=work.searching)
         self.best: float | None = None
-        self.no_better = 0  # evaluations in a row since the best
+        self.no_better = 0  # consecutive evaluations without a new best
         self.unrecorded: dict[str, Any] | None = None
         self.warning: str | None = None
         self.session: TrainingSession | None = None
@@ -106,187 +113,257 @@ class TrialRun:
         self.nodes = 1
         self.steps_a_beat = 1
         self.device = torch.device("cpu")
-        self.watchdog = Watchdog(self.trial.hang_file(self.ranks.rank), 60 * self.job.retries.hang_minutes)
-        self.watchdog.beat(setting_up=True)
+        self.watchdog = Watchdog(
+            self.trial.get_hang_file(self.ranks.rank), 60 * self.job.retries.hang_minutes
+        )
+        self.watchdog.reset(setting_up=True)
 
-    def _small_enough(self, job: JobSpec) -> JobSpec:
-        """The job with fewer rows a pass, once for each time that the trial ran out of memory.
+    def _shrink_micro_batch(self, job: JobSpec) -> JobSpec:
+        """Return the job with a smaller micro-batch for each time that the trial ran out of memory.
 
-        Raises TrainingFailure when a pass has one row and that is too much.
+        Raises SingleRowOutOfMemory if the micro-batch cannot be divided further.
         """
-        # The first process's count: another machine's view of a shared folder may be older.
-        for _ in range(self._from_first(self.trial.status().get("retries", {}).get("oom", 0))):
-            smaller = with_smaller_passes(job)
+        # Use the first process's count: another machine may see an older state of a shared folder.
+        for _ in range(self._broadcast(self.trial.read_status().get("retries", {}).get("oom", 0))):
+            smaller = halve_micro_batch(job)
             if smaller is None:
                 rows = job.train.per_device_train_batch_size
-                sentence = f"out of memory with {counted(rows, 'row')} a pass, which cannot be halved"
-                raise OneRowTooMany("oom", sentence)
+                sentence = (
+                    f"out of memory with {format_count(rows, 'row')} a pass, which cannot be halved"
+                )
+                raise SingleRowOutOfMemory("oom", sentence)
             job = smaller
         return job
 
     def warn_of_layout(self) -> None:
-        """Say when Ray laid a group over other machines than `num_nodes`: with several processes on each it only
-        tries to."""
-        wanted = self.job.resources.num_nodes
-        if self.nodes != wanted:
-            lie = f"its {counted(self.ranks.world_size, 'process')} are on {counted(self.nodes, 'machine')}"
-            self.warning = f"{lie}, and resources.num_nodes is {wanted}"
+        """Set a warning if Ray placed the group on another number of machines than `num_nodes`.
+
+        With several processes per machine, Ray treats the number as a preference only.
+        """
+        requested = self.job.resources.num_nodes
+        if self.nodes != requested:
+            layout = (
+                f"its {format_count(self.ranks.world_size, 'process')} are on "
+                f"{format_count(self.nodes, 'machine')}"
+            )
+            self.warning = f"{layout}, and resources.num_nodes is {requested}"
 
     def open(self, base: Base) -> TrainingSession:
-        """Build the session and go on from the trial's checkpoint, where there is one."""
+        """Build the session and continue from the trial's checkpoint, if there is one."""
         self.device = base.device
         self.session = TrainingSession.build(self.job, base, self.data, self.plan)
-        self.session.on_pass = self._on_pass
-        folder, damaged = self._checkpoint()
-        self.warning = "; ".join(filter(None, (self.warning, damaged))) or None
+        self.session.on_pass = self._handle_pass
+        folder, damage_warning = self._find_checkpoint()
+        self.warning = "; ".join(filter(None, (self.warning, damage_warning))) or None
         if folder is not None:
             extra = self.session.load(folder)
             self.best, self.no_better = extra.get("best"), extra.get("no_better", 0)
-            # The last report before a kill may not have reached the driver: it is made again, the driver knows.
+            # The last report before a kill may not have reached the driver. Repeat it: the driver
+            # drops duplicates.
             self.unrecorded, self.due = extra.get("row"), bool(extra.get("due"))
-        self.watchdog.rest()
+        self.watchdog.pause()
         return self.session
 
-    def _checkpoint(self) -> tuple[Path | None, str | None]:
-        """The checkpoint to go on from, and what is to be said of one that is damaged; the same on all processes."""
-        found = None
+    def _find_checkpoint(self) -> tuple[Path | None, str | None]:
+        """Return the checkpoint to continue from, and a warning about a damaged one.
+
+        Either is None if there is none. The result is the same on all processes.
+        """
+        choice = None
         if self.ranks.rank == 0:
-            folder, wrong = newest_good(self.trial.checkpoint)
-            where = "the one before it" if folder else "the beginning, since there is no other"
-            found = (folder, f"the newest checkpoint is damaged ({wrong}): going on from {where}" if wrong else None)
-        chosen: tuple[Path | None, str | None] = self._from_first(found)
+            folder, problem = find_newest_intact(self.trial.checkpoint)
+            resume_point = (
+                "the one before it" if folder else "the beginning, since there is no other"
+            )
+            choice = (
+                folder,
+                f"the newest checkpoint is damaged ({problem}): going on from {resume_point}"
+                if problem
+                else None,
+            )
+        chosen: tuple[Path | None, str | None] = self._broadcast(choice)
         return chosen
 
-    def _from_first(self, value: Any) -> Any:
-        """What the first process has."""
+    def _broadcast(self, value: Any) -> Any:
+        """Return the first process's value on all processes."""
         values = [value]
         if self.ranks.world_size > 1:
             distributed.broadcast_object_list(values, src=0)
         return values[0]
 
     def advance(self) -> dict[str, Any]:
-        """Train to the next evaluation (or for some seconds), save, and say what is to be reported."""
-        said, self.warning = self.warning, None
+        """Train to the next evaluation or for some seconds, save, and return the report."""
+        warning, self.warning = self.warning, None
         try:
-            report = self._advance()
-            said = "; ".join(filter(None, (said, self._why_early(report)))) or None
-            return report | ({"warning": said} if said else {})
+            report = self._advance_session()
+            warning = "; ".join(filter(None, (warning, self._describe_early_stop(report)))) or None
+            return report | ({"warning": warning} if warning else {})
         finally:
-            self.watchdog.rest()
+            self.watchdog.pause()
 
-    def _advance(self) -> dict[str, Any]:
+    def _advance_session(self) -> dict[str, Any]:
+        """Train to the next evaluation or for some seconds, save, and return the report.
+
+        The report has no warning yet.
+        """
         session = self.session
         assert session is not None
-        self.watchdog.beat()
+        self.watchdog.reset()
         if self.unrecorded is not None and not self.due:
             row, self.unrecorded = self.unrecorded, None
             return {"row": row, "done": self._is_done(session)}
-        if self._cut():
+        if self._is_pruned():
             return {"row": None, "done": True}
-        if self.due:  # the checkpoint was written in front of an evaluation, which now comes first
+        if self.due:  # the checkpoint was written just before an evaluation, which comes first now
             target, row = session.step, self.unrecorded or {}
             self.unrecorded, self.due = None, False
         else:
-            target = self.plan.next_evaluation(session.step)
+            target = self.plan.find_next_evaluation(session.step)
             row = self._train(session, target)
-        if self._cut():  # before anything of it is written: the adapter on disk is the one that was judged
+        if (
+            self._is_pruned()
+        ):  # check before writing: the adapter on disk must stay the one that was evaluated
             return {"row": None, "done": True}
         if session.step >= target and not self.stopping and not self.leaving:
-            with contextlib.suppress(_Stopped):
-                row |= self._evaluated(session)
+            with contextlib.suppress(_EvaluationAborted):
+                row |= self._evaluate(session)
         if self.leaving or (self.stopping and session.step >= target and not row.get("evaluated")):
             due = session.step >= target
             self.trial.check_current()
-            session.save(self.trial.checkpoint, self._own_state() | {"row": row if due else None, "due": due})
-            taken = {"failure": _NODE_LEAVES} if self.leaving else {}
-            return {"row": None, "done": False, "stopping": self.stopping} | taken
-        if row.get("evaluated") or self.stopping or self._agreed(self._checkpoint_due())[0]:
+            session.save(
+                self.trial.checkpoint,
+                self._build_state() | {"row": row if due else None, "due": due},
+            )
+            failure_entry = {"failure": _NODE_LEAVES} if self.leaving else {}
+            return {"row": None, "done": False, "stopping": self.stopping} | failure_entry
+        if (
+            row.get("evaluated")
+            or self.stopping
+            or self._broadcast_ints(self._is_checkpoint_due())[0]
+        ):
             self.trial.check_current()
-            session.save(self.trial.checkpoint, self._own_state() | {"row": row})
+            session.save(self.trial.checkpoint, self._build_state() | {"row": row})
             self.saved_at = time.monotonic()
-        where: dict[str, Any] = {"nodes": self.nodes} if self.nodes > 1 else {}
-        where |= {"host": f"{os.uname().nodename}:{os.getpid()}", "first_gradient_at": session.first_gradient_at}
-        return {"row": row | where, "done": self._is_done(session), "stopping": self.stopping}
+        process_info: dict[str, Any] = {"nodes": self.nodes} if self.nodes > 1 else {}
+        process_info |= {
+            "host": f"{os.uname().nodename}:{os.getpid()}",
+            "first_gradient_at": session.first_gradient_at,
+        }
+        return {
+            "row": row | process_info,
+            "done": self._is_done(session),
+            "stopping": self.stopping,
+        }
 
-    def _own_state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps beside the session's own state."""
+    def _build_state(self) -> dict[str, Any]:
+        """Return the state that a checkpoint stores in addition to the session's."""
         return {"best": self.best, "no_better": self.no_better}
 
     def _is_done(self, session: TrainingSession) -> bool:
-        """Whether the last step was taken, or enough evaluations have passed without a better one."""
+        """Return whether the last step was taken or the patience of early stopping is used up."""
         patience = self.job.train.early_stopping_patience
-        return session.done or (patience is not None and self.no_better >= patience)
+        return session.is_done or (patience is not None and self.no_better >= patience)
 
-    def _why_early(self, report: dict[str, Any]) -> str | None:
-        """Say that a trial ends before its last step for want of a better evaluation."""
-        if not report["done"] or report["row"] is None or self.session is None or self.session.done:
+    def _describe_early_stop(self, report: dict[str, Any]) -> str | None:
+        """Return a message if the trial ends early for lack of a better evaluation, else None."""
+        if (
+            not report["done"]
+            or report["row"] is None
+            or self.session is None
+            or self.session.is_done
+        ):
             return None
-        evaluations = counted(self.no_better, "evaluation")
-        return f"ended early, after step {self.session.step}: no better {self.job.metric.name} in {evaluations}"
+        evaluations = format_count(self.no_better, "evaluation")
+        return (
+            f"ended early, after step {self.session.step}: no better {self.job.metric.name} in "
+            f"{evaluations}"
+        )
 
     def _train(self, session: TrainingSession, target: int) -> dict[str, Any]:
-        """Until the target, the next report is due, or the run is to stop; with a heartbeat in between."""
-        began = time.monotonic()
-        session.begin_report()
+        """Train to the target step, the next report or a stop, with heartbeats in between."""
+        started_at = time.monotonic()
+        session.reset_loss()
         while True:
-            before = time.monotonic()
+            slice_started_at = time.monotonic()
             if self.ranks.world_size == 1:
-                row = session.advance(target, seconds=_BEAT_SECONDS)
-            else:  # clocks differ between processes: only steps can be agreed on
+                row = session.advance(target, seconds=_HEARTBEAT_SECONDS)
+            else:  # clocks differ between processes, so all must stop at the same step
                 row = session.advance(min(target, session.step + self.steps_a_beat))
             if self.ranks.rank == 0:
-                self._beat(row)
+                self._write_progress(row)
             now = time.monotonic()
-            fitting = round(self.steps_a_beat * _BEAT_SECONDS / max(now - before, 1e-3))
-            due, self.steps_a_beat = self._agreed(now - began > _REPORT_SECONDS, min(max(1, fitting), _MOST_STEPS))
-            self._look_up()
-            if session.step >= target or self.stopping or self.leaving or due:
+            fitting_steps = round(
+                self.steps_a_beat * _HEARTBEAT_SECONDS / max(now - slice_started_at, 1e-3)
+            )
+            is_report_due, self.steps_a_beat = self._broadcast_ints(
+                now - started_at > _REPORT_SECONDS, min(max(1, fitting_steps), _MAX_STEPS)
+            )
+            self._check_for_stop()
+            if session.step >= target or self.stopping or self.leaving or is_report_due:
                 return row
 
-    def _look_up(self) -> None:
-        """Learn whether the run is to stop and, now and then, whether the node is taken away."""
+    def _check_for_stop(self) -> None:
+        """Update whether the run is asked to stop and, less often, whether the node is
+        preempted.
+        """
         now = time.monotonic()
-        stop, look = self._agreed(self.work.stop_requested(), now - self.looked_at > _NOTICE_SECONDS)
+        stop, check_node = self._broadcast_ints(
+            self.work.is_stop_requested(), now - self.looked_at > _NOTICE_SECONDS
+        )
         self.stopping = bool(stop)
-        if look:
+        if check_node:
             self.looked_at = now
             self.leaving = self.leaving_soon()
 
-    def _on_pass(self, phase: str) -> None:
-        """A sign of life; and an evaluation ends at once when the run is to stop or the node to go."""
-        self.watchdog.beat()
+    def _handle_pass(self, phase: str) -> None:
+        """Reset the watchdog, and abort an evaluation if the run stops or the node is preempted.
+
+        Raises _EvaluationAborted in that case.
+        """
+        self.watchdog.reset()
         if phase == "evaluation":
-            self._look_up()
+            self._check_for_stop()
             if self.stopping or self.leaving:
-                raise _Stopped
+                raise _EvaluationAborted
 
-    def _cut(self) -> bool:
-        """Whether a group was cut while it trained on: its report and the decision crossed."""
-        return self.ranks.world_size > 1 and bool(self._agreed(self.trial.state.ended)[0])
+    def _is_pruned(self) -> bool:
+        """Return whether a group was stopped while it continued to train.
 
-    def _agreed(self, *own: int) -> list[int]:
-        """What the first process thinks: a process that stopped alone would leave the others waiting for ever."""
-        if self.ranks.world_size == 1:
-            return list(own)
-        words = torch.tensor(own, dtype=torch.int32, device=self.device)
-        distributed.broadcast(words, src=0)
-        return words.tolist()
-
-    def _beat(self, row: dict[str, Any]) -> None:
-        known = ("step", "samples", "train_loss", "tokens_per_second", "train_seconds")
-        beat = {key: row[key] for key in known}
-        files.write_json(
-            self.trial.path / "progress.json", beat | {"total": self.plan.total_steps, "time": time.time()}
+        Its report and the ledger's decision can cross. Always False for a single process.
+        """
+        return self.ranks.world_size > 1 and bool(
+            self._broadcast_ints(self.trial.state.has_ended)[0]
         )
 
-    def _evaluated(self, session: TrainingSession) -> dict[str, Any]:
+    def _broadcast_ints(self, *values: int) -> list[int]:
+        """Return the first process's values on all processes.
+
+        A process that stopped alone would leave the others waiting forever.
+        """
+        if self.ranks.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int32, device=self.device)
+        distributed.broadcast(tensor, src=0)
+        return tensor.tolist()
+
+    def _write_progress(self, row: dict[str, Any]) -> None:
+        """Write the trial's progress to progress.json."""
+        fields = ("step", "samples", "train_loss", "tokens_per_second", "train_seconds")
+        progress = {key: row[key] for key in fields}
+        files.write_json(
+            self.trial.path / "progress.json",
+            progress | {"total": self.plan.total_steps, "time": time.time()},
+        )
+
+    def _evaluate(self, session: TrainingSession) -> dict[str, Any]:
+        """Evaluate the adapter, save its weights if it is the best so far, and return the row."""
         scores, results = session.evaluate_with_rows("validation")
         metric = self.job.metric
         score = scores.metrics[metric.name]
         if is_better(score, self.best, metric.goal):
             self.best, self.no_better = score, 0
             self.trial.check_current()
-            session.save_weights(self.trial.weights_of(self.job.method))
+            session.save_weights(self.trial.get_weights_folder(self.job.method))
             if session.ranks.rank == 0:
                 files.write_bytes(self.trial.validation_results, serialize(results, session.step))
         else:
@@ -300,20 +377,25 @@ class TrialRun:
             "eval_seconds": round(session.meter.eval_seconds, 3),
         }
 
-    def _checkpoint_due(self) -> bool:
+    def _is_checkpoint_due(self) -> bool:
+        """Return whether the last checkpoint is older than `train.checkpoint_minutes`."""
         return time.monotonic() - self.saved_at > 60 * self.job.train.checkpoint_minutes
 
     def close(self) -> None:
-        """Give the base back."""
+        """Close the session, which releases the base."""
         self.watchdog.close()
         if self.session is not None:
             self.session.close()
             self.session = None
 
 
-def with_smaller_passes(job: JobSpec) -> JobSpec | None:
-    """The job with half the rows a pass and twice the passes a step (a third, for 3 or 9 rows, and so on), so that
-    the rows of a step stay; None when a pass has one row."""
+def halve_micro_batch(job: JobSpec) -> JobSpec | None:
+    """Return the job with half the micro-batch size and twice the micro-batches per step.
+
+    For a size without a factor of two, its smallest factor is used (a third for 3 or 9
+    rows). The number of rows of a step stays the same. Returns None if the micro-batch has
+    one row.
+    """
     train, world_size = job.train, job.resources.world_size
     rows = train.per_device_train_batch_size
     factor = next((number for number in range(2, rows + 1) if rows % number == 0), None)
@@ -321,7 +403,7 @@ def with_smaller_passes(job: JobSpec) -> JobSpec | None:
         return None
     update = {
         "per_device_train_batch_size": rows // factor,
-        "gradient_accumulation_steps": factor * train.accumulation_steps(world_size),
+        "gradient_accumulation_steps": factor * train.compute_accumulation_steps(world_size),
         "global_batch_size": None,
     }
     return job.model_copy(update={"train": train.model_copy(update=update)})

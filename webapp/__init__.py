@@ -1,1 +1,1 @@
-"""What a person sees in a browser."""
+"""Web applications: the OpenAI-compatible server and the page for rating answers."""

@@ -1,6 +1,8 @@
-"""What stands before every page and API on this machine: limits that no client passes, whatever it sends or how slowly.
+"""Limits for every page and API on this machine, whatever a client sends and however slowly.
 
-`Body` ends what is too long, too slow or no value of ours; `Patient` ends connections that only wait; `serve` has both.
+`BodyMiddleware` refuses bodies that are too long, too slow or have unusable values.
+`TimeoutProtocol` closes connections that only wait. `serve` runs an app with the
+latter.
 """
 
 from __future__ import annotations
@@ -20,97 +22,117 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 GONE = "lorafleet.gone"
-"""In a request's scope: a `threading.Event` that is set once the client has left."""
+"""Key in a request's scope: a `threading.Event` that is set when the client has left."""
 CONNECTIONS = 64
-"""Connections at most, of all clients together; one more is closed at once."""
+"""Largest number of connections of all clients together. Further ones are closed at once."""
 HEAD_SECONDS = 10.0
-"""Until the head of a request must have come, from its first byte or from the connection's beginning."""
+"""Seconds within which the head of a request must arrive, from its first byte or from the
+start of the connection.
+"""
 BODY_SECONDS = 30.0
-"""Until the whole body must have come."""
+"""Seconds within which the whole body must arrive."""
 IDLE_SECONDS = 5
-"""Between two requests of one connection."""
+"""Seconds that a connection may be idle between two requests."""
 UNREAD_SECONDS = 60.0
-"""How long a client may leave an answer unread that does not fit the system's buffers."""
+"""Seconds that a client may leave an answer unread that does not fit the system's buffers."""
 
 Refuse = Callable[[str, int], Response]
-"""An answer in the form of the app: what it says, and its code."""
+"""Makes an error response in the app's format from a message and a status code."""
 
 
-class Body:
-    """Bodies end where they may, whether they say how long they are or not; and a client that leaves is noticed."""
+class BodyMiddleware:
+    """Middleware that limits the size and time of request bodies and notices clients that leave.
 
-    def __init__(self, app: ASGIApp, most: int, refuse: Refuse) -> None:
-        self.app, self.most, self.refuse = app, most, refuse
+    The limits hold whether or not a request states its length.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, refuse: Refuse) -> None:
+        self.app, self.max_bytes, self.refuse = app, max_bytes, refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request with 413 whose body is too long, with 408 a slow one, with 400 values that are none."""
+        """Pass a request on, or answer it with an error.
+
+        Status 413: the body is too long. 408: it is too slow. 400: its values are unusable.
+        """
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         try:
-            body, refused = await asyncio.wait_for(self._read(receive), BODY_SECONDS)
+            body, refusal = await asyncio.wait_for(self._read_body(receive), BODY_SECONDS)
         except TimeoutError:
-            body, refused = b"", ("the request took too long to come", 408)
+            body, refusal = b"", ("the request took too long to come", 408)
         if body is None:
             return
-        if refused is not None:
-            answer = self.refuse(*refused)
-            answer.headers["Connection"] = "close"  # the rest of the body is not waited for
+        if refusal is not None:
+            answer = self.refuse(*refusal)
+            answer.headers["Connection"] = "close"  # do not wait for the rest of the body
             await answer(scope, receive, send)
             return
-        await self._pass_on(scope, body, receive, send)
+        await self._forward(scope, body, receive, send)
 
-    async def _read(self, receive: Receive) -> tuple[bytes | None, tuple[str, int] | None]:
-        """Return the body, and why it is refused; None for the body where the client has left."""
-        parts, size, more = list[bytes](), 0, True
-        while more:
+    async def _read_body(self, receive: Receive) -> tuple[bytes | None, tuple[str, int] | None]:
+        """Return (body, refusal).
+
+        The body is None if the client has left. The refusal is (message, status), or None if
+        the body is accepted.
+        """
+        parts, size, has_more = list[bytes](), 0, True
+        while has_more:
             message = await receive()
             if message["type"] != "http.request":
                 return None, None
             parts.append(message.get("body", b""))
-            size, more = size + len(parts[-1]), message.get("more_body", False)
-            if size > self.most:
-                return b"", (f"the request is larger than {self.most // 1000} KB", 413)
+            size, has_more = size + len(parts[-1]), message.get("more_body", False)
+            if size > self.max_bytes:
+                return b"", (f"the request is larger than {self.max_bytes // 1000} KB", 413)
         body = b"".join(parts)
-        sentence = unusable(body)
-        return body, (sentence, 400) if sentence else None
+        problem = find_body_problem(body)
+        return body, (problem, 400) if problem else None
 
-    async def _pass_on(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-        passed_on = False
-        gone, left = scope.setdefault(GONE, threading.Event()), asyncio.Event()
+    async def _forward(self, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
+        """Run the app with the body, and set the scope's event when the client leaves."""
+        was_sent = False
+        gone_event, disconnected = scope.setdefault(GONE, threading.Event()), asyncio.Event()
 
-        async def again() -> Message:
-            nonlocal passed_on
-            if passed_on:
-                await left.wait()
+        async def receive_again() -> Message:
+            nonlocal was_sent
+            if was_sent:
+                await disconnected.wait()
                 return {"type": "http.disconnect"}
-            passed_on = True
+            was_sent = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        async def watch() -> None:
+        async def watch_client() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
-            gone.set()
-            left.set()
+            gone_event.set()
+            disconnected.set()
 
-        watcher = asyncio.create_task(watch())
+        watcher = asyncio.create_task(watch_client())
         try:
-            await self.app(scope, again, send)
+            await self.app(scope, receive_again, send)
         finally:
             watcher.cancel()
 
 
-def unusable(body: bytes) -> str | None:
-    """Return why the values of a JSON body cannot be used: numbers that are none, half characters, endless nesting.
+def find_body_problem(body: bytes) -> str | None:
+    """Return why the values of a JSON body are unusable, or None.
 
-    None for a body that can, and for one that is no JSON at all, which the app has its own words for.
+    Problems are NaN and infinite numbers, lone surrogates, and too deep nesting. None is
+    also returned for a body that is not JSON, which the app reports itself.
     """
-    if body.startswith(b"\xef\xbb\xbf") or b"\0" in body:  # UTF-16 and UTF-32, which JSON's readers guess
+    if (
+        body.startswith(b"\xef\xbb\xbf") or b"\0" in body
+    ):  # UTF-16 and UTF-32, which JSON parsers detect
         return "the request is not UTF-8"
     try:
-        value = json.loads(body.decode(), parse_constant=_no_number, parse_float=_finite) if body else None
+        value = (
+            json.loads(body.decode(), parse_constant=_refuse_constant, parse_float=_parse_finite)
+            if body
+            else None
+        )
         json.dumps(value, ensure_ascii=False).encode()
-    except _NoNumber as error:
+    except _NonFiniteNumber as error:
         return f"{error} is not a number that JSON has"
     except UnicodeDecodeError:
         return "the request is not UTF-8"
@@ -123,29 +145,34 @@ def unusable(body: bytes) -> str | None:
     return None
 
 
-class _NoNumber(Exception):
-    """A number without a value."""
+class _NonFiniteNumber(Exception):
+    """Raised for a JSON number that is NaN or infinite."""
 
 
-def _no_number(word: str) -> NoReturn:
-    raise _NoNumber(word)
+def _refuse_constant(constant: str) -> NoReturn:
+    """Raise _NonFiniteNumber for the JSON constants NaN and Infinity."""
+    raise _NonFiniteNumber(constant)
 
 
-def _finite(digits: str) -> float:
+def _parse_finite(digits: str) -> float:
+    """Parse a JSON number. Raises _NonFiniteNumber if it overflows."""
     value = float(digits)
     if not math.isfinite(value):
-        raise _NoNumber(digits[:40])
+        raise _NonFiniteNumber(digits[:40])
     return value
 
 
-class Patient(H11Protocol):
-    """A connection that is closed where its client only waits: h11's own protocol has no limit but between requests."""
+class TimeoutProtocol(H11Protocol):
+    """HTTP protocol that closes connections whose client only waits.
+
+    Uvicorn's h11 protocol has a time limit only between requests.
+    """
 
     head_timer: asyncio.TimerHandle | None = None
     unread_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for the first head."""
+        """Refuse the connection if there are too many, else wait for the first head."""
         super().connection_made(transport)
         if len(self.connections) > CONNECTIONS:
             transport.abort()
@@ -153,7 +180,7 @@ class Patient(H11Protocol):
             self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
-        """Go on waiting where the head is not whole yet: a byte more does not begin the wait anew."""
+        """Process data. Single bytes of an incomplete head do not restart the time limit."""
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
             self._wait_for_head()
@@ -161,24 +188,24 @@ class Patient(H11Protocol):
             self._stop_waiting_for_head()
 
     def on_response_complete(self) -> None:
-        """Close where the answer did not wait for the body: what still comes of it is nobody's."""
+        """Close the connection if the answer was sent before the whole body arrived."""
         super().on_response_complete()
         if self.conn.their_state is h11.SEND_BODY:
             self.transport.abort()
 
     def pause_writing(self) -> None:
-        """Begin to wait for a client that does not read."""
+        """Start the time limit for a client that does not read."""
         super().pause_writing()
         if self.unread_timer is None:
             self.unread_timer = self.loop.call_later(UNREAD_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """It reads again."""
+        """Stop the time limit: the client reads again."""
         self._stop_waiting_for_reader()
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Nothing is waited for any more."""
+        """Stop all time limits."""
         self._stop_waiting_for_head()
         self._stop_waiting_for_reader()
         super().connection_lost(exc)
@@ -198,11 +225,14 @@ class Patient(H11Protocol):
             self.unread_timer = None
 
 
-def server_of(app: FastAPI, **options: Any) -> uvicorn.Server:
-    """A server for an app on this machine, with the limits of this module; `run(sockets=[...])` begins."""
+def create_server(app: FastAPI, **options: Any) -> uvicorn.Server:
+    """Create a server with the limits of this module. `run(sockets=[...])` starts it.
+
+    `options` are passed to `uvicorn.Config`.
+    """
     config = uvicorn.Config(
         app,
-        http=Patient,
+        http=TimeoutProtocol,
         ws="none",
         log_level="error",
         lifespan="off",
@@ -213,6 +243,6 @@ def server_of(app: FastAPI, **options: Any) -> uvicorn.Server:
     return uvicorn.Server(config)
 
 
-def serve(app: FastAPI, listening: socket.socket) -> None:
-    """Answer until Ctrl-C."""
-    server_of(app).run(sockets=[listening])
+def serve(app: FastAPI, listener: socket.socket) -> None:
+    """Answer requests until Ctrl-C."""
+    create_server(app).run(sockets=[listener])

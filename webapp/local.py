@@ -1,6 +1,8 @@
-"""A page for one person on this machine: on 127.0.0.1 alone, behind a random word, and deaf to other sites' pages.
+"""Protect pages that are for one user on this machine.
 
-Others share a login node: they can reach the port, and a page of another site that the user has open can too.
+They listen on 127.0.0.1 only, require a random token, and refuse requests from other
+sites. On a login node other users can reach the port, and so can a page of another site
+that the user has open.
 """
 
 from __future__ import annotations
@@ -17,54 +19,62 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 STATIC = Path(__file__).parent / "static"
 TOKEN_HEADER = "X-Lorafleet-Token"
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src "
+    "'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 
-def new_token() -> str:
-    """A word that nobody guesses."""
+def create_token() -> str:
+    """Return a random token."""
     return secrets.token_urlsafe(24)
 
 
-def free_socket(port: int) -> socket.socket:
-    """A socket on 127.0.0.1 that listens on a port, or on any for 0. Raises OSError where it is taken."""
-    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    found.bind(("127.0.0.1", port))
-    found.listen(128)  # who asks before the server is up waits, and is not sent away
-    return found
+def open_socket(port: int) -> socket.socket:
+    """Return a socket that listens on 127.0.0.1 on a port, or on any free one for port 0.
+
+    Raises OSError if the port is in use.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
+    listener.listen(128)  # early requests wait until the server is up
+    return listener
 
 
 Admit = Callable[[Request], Response | None]
-"""Whether a request may come in: None, or what it is answered instead."""
+"""Checks a request: None admits it, a Response is sent instead."""
 
 
-def by_token(token: str) -> Admit:
-    """Below /api, those who know the token of the page's address."""
+def require_token(token: str) -> Admit:
+    """Return a check that admits requests below /api only with the token of the page's address."""
 
     def admit(request: Request) -> Response | None:
         if not request.url.path.startswith("/api/"):
             return None
-        if not same(request.headers.get(TOKEN_HEADER, ""), token):
-            return JSONResponse({"error": "the address must be the one that was printed, with its token"}, 403)
+        if not is_same_token(request.headers.get(TOKEN_HEADER, ""), token):
+            return JSONResponse(
+                {"error": "the address must be the one that was printed, with its token"}, 403
+            )
         return None
 
     return admit
 
 
-def same(given: str, token: str) -> bool:
-    """Whether somebody knows a token; the time that it takes does not say how nearly."""
-    return hmac.compare_digest(given.encode(), token.encode())
+def is_same_token(value: str, token: str) -> bool:
+    """Return whether a value equals the token, in constant time."""
+    return hmac.compare_digest(value.encode(), token.encode())
 
 
-def guarded(app: FastAPI, port: int, admit: Admit) -> FastAPI:
-    """An app that answers to its own name alone, to no other site's pages, and to those who are admitted."""
+def add_guard(app: FastAPI, port: int, admit: Admit) -> FastAPI:
+    """Add checks to an app: its own host name, no other site's pages, and the check `admit`."""
     hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
     origins = {f"http://{host}" for host in hosts}
 
     @app.middleware("http")
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+    async def guard(
+        request: Request, call_next: Callable[[Request], Awaitable[Response]]
+    ) -> Response:
         if request.headers.get("host") not in hosts:
             return PlainTextResponse("this page answers to 127.0.0.1 alone", status_code=403)
         origin = request.headers.get("origin")
@@ -83,15 +93,16 @@ def guarded(app: FastAPI, port: int, admit: Admit) -> FastAPI:
     return app
 
 
-def static(app: FastAPI, names: dict[str, str]) -> None:
-    """Serve files of the package: path -> file name."""
+def add_static_files(app: FastAPI, names: dict[str, str]) -> None:
+    """Add routes that serve files of the package. `names` maps path -> file name."""
     kinds = {".js": "text/javascript", ".css": "text/css"}
     for path, name in names.items():
         text = (STATIC / name).read_text(encoding="utf-8")
         kind = kinds.get(Path(name).suffix)
         answer = HTMLResponse(text) if kind is None else Response(text, media_type=kind)
-        app.get(path, include_in_schema=False)(_always(answer))
+        app.get(path, include_in_schema=False)(_make_handler(answer))
 
 
-def _always(answer: Response) -> Callable[[], Response]:
-    return lambda: answer  # without parameters: FastAPI would take them from the address
+def _make_handler(answer: Response) -> Callable[[], Response]:
+    """Return a route handler that always sends the same answer."""
+    return lambda: answer  # no parameters: FastAPI would read them from the URL

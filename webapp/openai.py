@@ -1,6 +1,8 @@
-"""An exported model behind the addresses that OpenAI's clients know: to try and to test with, one machine, few users.
+"""Serve an exported model with an OpenAI-compatible API.
 
-What changes an answer and is not supported is refused, never ignored: a client then knows what it got.
+It is meant for trying and testing, on one machine with few users. Parameters that would
+change an answer and are not supported are refused, never ignored, so that a client
+knows what it got.
 """
 
 from __future__ import annotations
@@ -17,20 +19,23 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from lorafleet.deployment.answers import Piece, pieces, room_for
-from lorafleet.deployment.decoding import Sampling
-from lorafleet.deployment.runtime import Loaded
-from lorafleet.jobs.errors import UserError
-from lorafleet.jobs.schema.validation_messages import sentence_of
-from lorafleet.webapp.guard import GONE, Body
-from lorafleet.webapp.local import Admit, guarded, same
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-_CHANGES_NOTHING = frozenset("user metadata store service_tier parallel_tool_calls safety_identifier".split())
-_AS_WITHOUT = {
+from lorafleet.deployment.answers import Piece, compute_max_tokens, generate_pieces
+from lorafleet.deployment.decoding import Sampling
+from lorafleet.deployment.runtime import LoadedModel
+from lorafleet.jobs.errors import UserError
+from lorafleet.jobs.schema.validation_messages import describe_request_error
+from lorafleet.webapp.guard import GONE, BodyMiddleware
+from lorafleet.webapp.local import Admit, add_guard, is_same_token
+
+_IGNORED_FIELDS = frozenset(
+    "user metadata store service_tier parallel_tool_calls safety_identifier".split()
+)
+_NEUTRAL_VALUES = {
     "best_of": ("1",),
     "echo": ("false",),
     "frequency_penalty": ("0", "0.0"),
@@ -43,48 +48,52 @@ _AS_WITHOUT = {
     "tool_choice": ('"none"', '"auto"'),
     "tools": ("[]",),
 }
-"""What is not supported -> values of it, as JSON, that ask for nothing."""
-_COLDEST = 1e-4
-_MOST_PROMPTS = 64
+"""Unsupported field -> values (as JSON) that have no effect and are therefore accepted."""
+_MIN_TEMPERATURE = 1e-4
+_MAX_PROMPTS = 64
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes on."""
+    """Limits of one server."""
 
     body_kb: int = 256
-    """KB of a request."""
+    """Largest size of a request in KB. Default: 256."""
     new_tokens: int = 512
-    """Tokens of an answer."""
+    """Largest number of tokens in an answer. Default: 512."""
     at_once: int = 1
-    """Answers that are written at the same time."""
+    """Number of answers that are generated at the same time. Default: 1."""
     waiting: int = 8
-    """Requests that may wait for their turn; the next is told to come back (429)."""
+    """Number of requests that may wait for their turn. Further ones get status 429. Default:
+    8.
+    """
 
 
-class Refused(Exception):
-    """A request that is answered with an error, as OpenAI's clients expect one."""
+class RequestRefused(Exception):
+    """Raised to answer a request with an error in OpenAI's format."""
 
     def __init__(self, message: str, code: int = 400, about: str | None = None) -> None:
         super().__init__(message)
         self.code, self.about = code, about
 
 
-class _Asked(BaseModel):
-    """What all requests have; other fields are let through to be judged by name."""
+class _BaseRequest(BaseModel):
+    """Fields of all requests. Additional fields are accepted here and checked by name later."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     model: str | None = None
 
 
 class StreamOptions(BaseModel):
-    """What a stream has beside the answer."""
+    """Options of a streamed answer."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     include_usage: bool = False
 
 
-class _Writing(_Asked):
+class _GenerationRequest(_BaseRequest):
+    """Fields of requests that generate text."""
+
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = None
@@ -95,37 +104,40 @@ class _Writing(_Asked):
 
     @property
     def sampling(self) -> Sampling | None:
-        """OpenAI's temperature is 1 where none is given."""
-        heat = 1.0 if self.temperature is None else self.temperature
-        if heat < _COLDEST:
+        """Return the sampling settings, or None for greedy decoding.
+
+        The temperature is 1 by default, as in OpenAI's API.
+        """
+        temperature = 1.0 if self.temperature is None else self.temperature
+        if temperature < _MIN_TEMPERATURE:
             return None
-        drawn_by = self.seed if self.seed is not None else uuid.uuid4().int
-        return Sampling(heat, 1.0 if self.top_p is None else self.top_p, drawn_by % 2**63)
+        seed = self.seed if self.seed is not None else uuid.uuid4().int
+        return Sampling(temperature, 1.0 if self.top_p is None else self.top_p, seed % 2**63)
 
     @property
     def stops(self) -> list[str]:
-        """Texts at which an answer is over."""
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return [text for text in given if text]
+        """Return the texts that end an answer."""
+        texts = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return [text for text in texts if text]
 
 
-class Completion(_Writing):
-    """POST /v1/completions."""
+class CompletionRequest(_GenerationRequest):
+    """Body of POST /v1/completions."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=_MAX_PROMPTS)]
     max_tokens: int | None = Field(None, ge=1)
 
 
 class TextPart(BaseModel):
-    """A part of a message."""
+    """Text part of a message."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     type: Literal["text"]
     text: str
 
 
-class Turn(BaseModel):
-    """One message."""
+class ChatMessage(BaseModel):
+    """One message of a conversation."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     role: Literal["system", "user", "assistant"]
@@ -133,39 +145,46 @@ class Turn(BaseModel):
 
     @property
     def text(self) -> str:
-        """Its text, whose parts are put together."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        """Return the text of the message, with its parts joined."""
+        return (
+            self.content
+            if isinstance(self.content, str)
+            else "".join(part.text for part in self.content)
+        )
 
 
-class Chat(_Writing):
-    """POST /v1/chat/completions."""
+class ChatRequest(_GenerationRequest):
+    """Body of POST /v1/chat/completions."""
 
-    messages: list[Turn] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
 
-class Classify(_Asked):
-    """POST /v1/classify, as vLLM has it."""
+class ClassifyRequest(_BaseRequest):
+    """Body of POST /v1/classify, as in vLLM."""
 
-    input: str | Annotated[list[str], Field(min_length=1, max_length=_MOST_PROMPTS)]
+    input: str | Annotated[list[str], Field(min_length=1, max_length=_MAX_PROMPTS)]
 
 
-class _Turns:
-    """So many at once, and so many that wait."""
+class _TurnQueue:
+    """Limits how many requests run and how many wait."""
 
     def __init__(self, limits: Limits) -> None:
         self.free = threading.Semaphore(limits.at_once)
         self.places = threading.Semaphore(limits.at_once + limits.waiting)
 
     @contextmanager
-    def turn(self, gone: threading.Event) -> Iterator[None]:
-        """Hold a turn, once it has come. Raises Refused where too many wait, and for a client that leaves meanwhile."""
+    def take_turn(self, gone: threading.Event) -> Iterator[None]:
+        """Wait for a turn and hold it.
+
+        Raises RequestRefused if too many requests wait, or if the client leaves meanwhile.
+        """
         if not self.places.acquire(blocking=False):
-            raise Refused("too many requests wait already: try again soon", 429)
+            raise RequestRefused("too many requests wait already: try again soon", 429)
         try:
-            while not self.free.acquire(timeout=_LOOK_SECONDS):
-                check_there(gone)
+            while not self.free.acquire(timeout=_POLL_SECONDS):
+                check_connected(gone)
             try:
                 yield
             finally:
@@ -174,213 +193,323 @@ class _Turns:
             self.places.release()
 
 
-_LOOK_SECONDS = 0.2
-"""How often a request that waits looks whether its client is still there."""
+_POLL_SECONDS = 0.2
+"""Seconds between two checks whether the client of a waiting request is still connected."""
 
 
-def check_there(gone: threading.Event) -> None:
-    """Raises Refused for a client that has left: nobody reads it, and its turn is given back."""
+def check_connected(gone: threading.Event) -> None:
+    """Raise RequestRefused if the client has left, so that its turn is released."""
     if gone.is_set():
-        raise Refused("the client has left", 499)
+        raise RequestRefused("the client has left", 499)
 
 
-def check_whole(text: str) -> None:
-    """Raises Refused for a text with half a character (a lone surrogate), which no tokenizer takes."""
+def check_surrogates(text: str) -> None:
+    """Raise RequestRefused for a text with a lone surrogate, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise Refused("the text holds half a character (a lone surrogate)") from None
+        raise RequestRefused("the text holds half a character (a lone surrogate)") from None
 
 
 @dataclass
 class _Server:
-    loaded: Loaded
+    """One model with its limits and its queue."""
+
+    loaded: LoadedModel
     name: str
     limits: Limits
     framed: Callable[[list[dict[str, str]]], str]
     made: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self.turns = _Turns(self.limits)
+        self.turns = _TurnQueue(self.limits)
 
-    def check(self, asked: _Asked) -> None:
-        """Raises Refused for another model's name and for what would change the answer if it were heeded."""
-        if asked.model is not None and asked.model != self.name:
-            raise Refused(f"there is no model {asked.model!r} here, only {self.name!r}", 404, "model")
-        for key, value in (asked.model_extra or {}).items():
-            nothing = value is None or json.dumps(value) in _AS_WITHOUT.get(key, ())
-            if key not in _CHANGES_NOTHING and not nothing:
-                raise Refused(f"{key} is not supported here", 400, key)
+    def check(self, payload: _BaseRequest) -> None:
+        """Raise RequestRefused for another model's name or an unsupported field.
 
-    def most(self, asked: int | None, default: int) -> int:
-        """Tokens of an answer. Raises Refused above the limit."""
-        if asked is not None and asked > self.limits.new_tokens:
-            raise Refused(f"max_tokens is {asked}, but this server gives {self.limits.new_tokens} at most", 400)
-        return asked or min(default, self.limits.new_tokens)
+        Unsupported fields with a value that has no effect are accepted.
+        """
+        if payload.model is not None and payload.model != self.name:
+            raise RequestRefused(
+                f"there is no model {payload.model!r} here, only {self.name!r}", 404, "model"
+            )
+        for key, value in (payload.model_extra or {}).items():
+            is_neutral = value is None or json.dumps(value) in _NEUTRAL_VALUES.get(key, ())
+            if key not in _IGNORED_FIELDS and not is_neutral:
+                raise RequestRefused(f"{key} is not supported here", 400, key)
 
-    def prompt(self, turns: list[Turn]) -> list[int]:
-        """Tokens of a conversation, up to where the answer begins."""
-        check_whole("".join(turn.text for turn in turns))
+    def resolve_max_tokens(self, requested: int | None, default: int) -> int:
+        """Return the largest number of tokens in an answer.
+
+        Raises RequestRefused if the request exceeds the limit of the server.
+        """
+        if requested is not None and requested > self.limits.new_tokens:
+            raise RequestRefused(
+                f"max_tokens is {requested}, but this server gives {self.limits.new_tokens} "
+                "at most",
+                400,
+            )
+        return requested or min(default, self.limits.new_tokens)
+
+    def encode_conversation(self, turns: list[ChatMessage]) -> list[int]:
+        """Return the token ids of a conversation, up to the point where the answer begins.
+
+        If it has no system message, the one of the training is added.
+        """
+        check_surrogates("".join(turn.text for turn in turns))
         if len(turns) == 1 and turns[0].role == "user":
-            return self.loaded.prompt(turns[0].text)  # with training's own system message
-        said = [{"role": turn.role, "content": turn.text} for turn in turns]
-        about = self.loaded.artefact
-        role = about.system_role or ("system" if about.system else "")
+            return self.loaded.encode_prompt(
+                turns[0].text
+            )  # includes the system message of the training
+        messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+        artefact = self.loaded.artefact
+        role = artefact.system_role or ("system" if artefact.system else "")
         if role and all(turn.role != "system" for turn in turns):
-            said.insert(0, {"role": role, "content": about.system})
-        text = self.framed(said)
+            messages.insert(0, {"role": role, "content": artefact.system})
+        text = self.framed(messages)
         return list(self.loaded.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def raw(self, text: str) -> list[int]:
-        """Tokens of a text that is to be continued as it is."""
-        check_whole(text)
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a text that is to be continued as it is."""
+        check_surrogates(text)
         start = self.loaded.artefact.start
-        if not start:  # a chat template names its own; here the tokenizer does
+        if not start:  # the tokenizer adds its own start token
             return list(self.loaded.tokenizer.encode(text, add_special_tokens=True).ids)
         return [*start, *self.loaded.tokenizer.encode(text, add_special_tokens=False).ids]
 
-    def answer(self, prompt: list[int], most: int, asked: _Writing, gone: threading.Event) -> Generator[Piece]:
-        """The pieces of an answer, in its turn."""
-        with self.turns.turn(gone):
-            raw = isinstance(asked, Completion)
-            yield from pieces(self.loaded, prompt, most, asked.sampling, asked.stops, raw=raw)
+    def stream_answer(
+        self, prompt: list[int], max_tokens: int, payload: _GenerationRequest, gone: threading.Event
+    ) -> Generator[Piece]:
+        """Wait for a turn and yield the pieces of an answer."""
+        with self.turns.take_turn(gone):
+            is_raw = isinstance(payload, CompletionRequest)
+            yield from generate_pieces(
+                self.loaded, prompt, max_tokens, payload.sampling, payload.stops, raw=is_raw
+            )
 
-    def whole(
-        self, prompts: list[list[int]], most: int, asked: _Writing, gone: threading.Event
+    def generate_answers(
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        payload: _GenerationRequest,
+        gone: threading.Event,
     ) -> list[tuple[str, Piece]]:
-        """(text, last piece) of each answer, all in one turn; it ends early for a client that has left."""
-        found = []
-        with self.turns.turn(gone):
+        """Return (text, last piece) of each answer. All of them share one turn.
+
+        Raises RequestRefused if the client leaves meanwhile.
+        """
+        answers = []
+        with self.turns.take_turn(gone):
             for prompt in prompts:
-                said, last = "", Piece("", 0)
-                raw = isinstance(asked, Completion)
-                for last in pieces(self.loaded, prompt, most, asked.sampling, asked.stops, raw=raw):
-                    said += last.text
-                    check_there(gone)
-                found.append((said, last))
-        return found
+                text, last = "", Piece("", 0)
+                is_raw = isinstance(payload, CompletionRequest)
+                for last in generate_pieces(
+                    self.loaded, prompt, max_tokens, payload.sampling, payload.stops, raw=is_raw
+                ):
+                    text += last.text
+                    check_connected(gone)
+                answers.append((text, last))
+        return answers
 
 
-def serving_app(
-    loaded: Loaded, name: str, token: str, port: int, limits: Limits, framed: Callable[[list[dict[str, str]]], str]
+def create_serving_app(
+    loaded: LoadedModel,
+    name: str,
+    token: str,
+    port: int,
+    limits: Limits,
+    render_messages: Callable[[list[dict[str, str]]], str],
 ) -> FastAPI:
-    """The addresses of one model. `framed` makes a conversation a text; it raises UserError where it cannot."""
+    """Create the web application that serves one model.
+
+    Args:
+        loaded: The model.
+        name: Name of the model in requests and answers.
+        token: API key that clients must send.
+        port: Port of the server on 127.0.0.1.
+        limits: Limits of the server.
+        render_messages: Renders a conversation as text. It raises UserError for messages
+            that it cannot render.
+    """
     app = FastAPI(title="lorafleet serve", docs_url=None, redoc_url=None, openapi_url=None)
-    server = _Server(loaded, name, limits, framed)
-    _errors(app)
+    server = _Server(loaded, name, limits, render_messages)
+    _add_error_handlers(app)
 
     @app.get("/health")
-    def health() -> dict[str, str]:
+    def get_health() -> dict[str, str]:
         return {"status": "ok"}
 
-    one = {"id": name, "object": "model", "created": server.made, "owned_by": "lorafleet"}
+    description = {"id": name, "object": "model", "created": server.made, "owned_by": "lorafleet"}
 
     @app.get("/v1/models")
-    def models() -> dict[str, Any]:
-        return {"object": "list", "data": [one]}
+    def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [description]}
 
     @app.get("/v1/models/{which}")
-    def model(which: str) -> dict[str, Any]:
-        server.check(_Asked(model=which))
-        return one
+    def get_model(which: str) -> dict[str, Any]:
+        server.check(_BaseRequest(model=which))
+        return description
 
     if loaded.generates:
-        _writers(app, server)
+        _add_generation_routes(app, server)
     else:
-        _classifiers(app, server)
-    app.add_middleware(Body, most=1000 * limits.body_kb, refuse=lambda text, code: _error(text, code, None))
-    return guarded(app, port, by_bearer(token))
+        _add_classification_routes(app, server)
+    app.add_middleware(
+        BodyMiddleware,
+        max_bytes=1000 * limits.body_kb,
+        refuse=lambda text, code: _make_error_response(text, code, None),
+    )
+    return add_guard(app, port, require_bearer_token(token))
 
 
-def _writers(app: FastAPI, server: _Server) -> None:
+def _add_generation_routes(app: FastAPI, server: _Server) -> None:
+    """Add the routes that generate text."""
+
     @app.post("/v1/completions", response_model=None)
-    async def complete(asked: Completion, request: Request) -> Response | dict[str, Any]:
-        server.check(asked)
-        texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
-        prompts, most = [server.raw(text) for text in texts], server.most(asked.max_tokens, 16)
-        head = _head("cmpl", "text_completion", server)
-        if asked.stream and len(prompts) > 1:
-            raise Refused("stream is for one prompt", 400, "stream")
-        if asked.stream:
+    async def create_completion(
+        payload: CompletionRequest, request: Request
+    ) -> Response | dict[str, Any]:
+        server.check(payload)
+        texts = [payload.prompt] if isinstance(payload.prompt, str) else payload.prompt
+        prompts, max_tokens = (
+            [server.encode_text(text) for text in texts],
+            server.resolve_max_tokens(payload.max_tokens, 16),
+        )
+        head = _build_head("cmpl", "text_completion", server)
+        if payload.stream and len(prompts) > 1:
+            raise RequestRefused("stream is for one prompt", 400, "stream")
+        if payload.stream:
 
-            def shape(piece: Piece) -> dict[str, Any]:
-                return {"index": 0, "text": piece.text, "finish_reason": piece.end, "logprobs": None}
+            def format_choice(piece: Piece) -> dict[str, Any]:
+                return {
+                    "index": 0,
+                    "text": piece.text,
+                    "finish_reason": piece.end,
+                    "logprobs": None,
+                }
 
-            return await _stream(server, request, prompts[0], most, asked, head, shape)
-        answers = await _patiently(request, lambda gone: server.whole(prompts, most, asked, gone))
+            return await _stream(
+                server, request, prompts[0], max_tokens, payload, head, format_choice
+            )
+        answers = await _run_in_thread(
+            request, lambda gone: server.generate_answers(prompts, max_tokens, payload, gone)
+        )
         choices = [
             {"index": index, "text": text, "finish_reason": last.end, "logprobs": None}
             for index, (text, last) in enumerate(answers)
         ]
-        return {**head, "choices": choices, "usage": _usage(prompts, [last for _, last in answers])}
+        return {
+            **head,
+            "choices": choices,
+            "usage": _count_usage(prompts, [last for _, last in answers]),
+        }
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def converse(asked: Chat, request: Request) -> Response | dict[str, Any]:
-        server.check(asked)
-        for turn in asked.messages:
+    async def create_chat_completion(
+        payload: ChatRequest, request: Request
+    ) -> Response | dict[str, Any]:
+        server.check(payload)
+        for turn in payload.messages:
             for key, value in (turn.model_extra or {}).items():
-                if value:  # clients send back what they got, with nulls in it
-                    raise Refused(f"messages: {key} is not supported here", 400, "messages")
-        prompt = server.prompt(asked.messages)
-        most = server.most(asked.max_completion_tokens or asked.max_tokens, server.limits.new_tokens)
-        if asked.stream:
+                if value:  # clients send received messages back, including null fields
+                    raise RequestRefused(f"messages: {key} is not supported here", 400, "messages")
+        prompt = server.encode_conversation(payload.messages)
+        max_tokens = server.resolve_max_tokens(
+            payload.max_completion_tokens or payload.max_tokens, server.limits.new_tokens
+        )
+        if payload.stream:
 
-            def shape(piece: Piece) -> dict[str, Any]:
+            def format_choice(piece: Piece) -> dict[str, Any]:
                 return {"index": 0, "delta": {"content": piece.text}, "finish_reason": piece.end}
 
-            head = _head("chatcmpl", "chat.completion.chunk", server)
-            first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-            return await _stream(server, request, prompt, most, asked, head, shape, first)
-        ((text, last),) = await _patiently(request, lambda gone: server.whole([prompt], most, asked, gone))
-        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": last.end}
-        head = _head("chatcmpl", "chat.completion", server)
-        return {**head, "choices": [choice], "usage": _usage([prompt], [last])}
+            head = _build_head("chatcmpl", "chat.completion.chunk", server)
+            first = {
+                "index": 0,
+                "delta": {"role": "assistant", "content": ""},
+                "finish_reason": None,
+            }
+            return await _stream(
+                server, request, prompt, max_tokens, payload, head, format_choice, first
+            )
+        ((text, last),) = await _run_in_thread(
+            request, lambda gone: server.generate_answers([prompt], max_tokens, payload, gone)
+        )
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "finish_reason": last.end,
+        }
+        head = _build_head("chatcmpl", "chat.completion", server)
+        return {**head, "choices": [choice], "usage": _count_usage([prompt], [last])}
 
 
-def _classifiers(app: FastAPI, server: _Server) -> None:
+def _add_classification_routes(app: FastAPI, server: _Server) -> None:
+    """Add the routes that classify text."""
     labels = server.loaded.artefact.labels
 
     @app.post("/v1/classify")
     @app.post("/classify")
-    def classify(asked: Classify, request: Request) -> dict[str, Any]:
-        server.check(asked)
-        texts = [asked.input] if isinstance(asked.input, str) else asked.input
-        with server.turns.turn(request.scope[GONE]):
-            shares_RC = server.loaded.probabilities(texts)
+    def classify(payload: ClassifyRequest, request: Request) -> dict[str, Any]:
+        server.check(payload)
+        texts = [payload.input] if isinstance(payload.input, str) else payload.input
+        with server.turns.take_turn(request.scope[GONE]):
+            probabilities_RC = server.loaded.compute_probabilities(texts)
         data = [
-            {"index": index, "label": labels[int(row_C.argmax())], "probs": row_C.tolist(), "num_classes": len(labels)}
-            for index, row_C in enumerate(shares_RC)
+            {
+                "index": index,
+                "label": labels[int(row_C.argmax())],
+                "probs": row_C.tolist(),
+                "num_classes": len(labels),
+            }
+            for index, row_C in enumerate(probabilities_RC)
         ]
-        return {**_head("classify", "list", server), "data": data}
+        return {**_build_head("classify", "list", server), "data": data}
 
 
-def _head(kind: str, what: str, server: _Server) -> dict[str, Any]:
+def _build_head(id_prefix: str, object_type: str, server: _Server) -> dict[str, Any]:
+    """Return the fields that all answers share."""
     now = int(time.time())
-    return {"id": f"{kind}-{uuid.uuid4().hex[:24]}", "object": what, "created": now, "model": server.name}
+    return {
+        "id": f"{id_prefix}-{uuid.uuid4().hex[:24]}",
+        "object": object_type,
+        "created": now,
+        "model": server.name,
+    }
 
 
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
-async def _patiently(request: Request, work: Callable[[threading.Event], _Found]) -> _Found:
-    """Do work in a thread; the event that it is given says that the client has left."""
+async def _run_in_thread(request: Request, work: Callable[[threading.Event], _Result]) -> _Result:
+    """Run work in a thread. It gets an event that is set when the client leaves."""
     return await run_in_threadpool(work, request.scope[GONE])
 
 
-def _usage(prompts: list[list[int]], last: list[Piece]) -> dict[str, int]:
-    given, made = sum(map(len, prompts)), sum(piece.tokens for piece in last)
-    return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
+def _count_usage(prompts: list[list[int]], last_pieces: list[Piece]) -> dict[str, int]:
+    """Return the token counts of prompts and answers."""
+    prompt_tokens, completion_tokens = (
+        sum(map(len, prompts)),
+        sum(piece.tokens for piece in last_pieces),
+    )
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
 
 
-class _Events(StreamingResponse):
-    """A stream that ends its answer however it ends: a client may have left before the first event was sent."""
+class _EventStream(StreamingResponse):
+    """A stream that always closes its answer.
+
+    A client may leave before the first event is sent.
+    """
 
     def __init__(self, events: AsyncIterator[str], answer: Generator[Piece]) -> None:
         super().__init__(events, media_type="text/event-stream")
         self.answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events; give the turn back."""
+        """Send the events and release the turn."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -391,79 +520,99 @@ async def _stream(
     server: _Server,
     request: Request,
     prompt: list[int],
-    most: int,
-    asked: _Writing,
+    max_tokens: int,
+    payload: _GenerationRequest,
     head: dict[str, Any],
-    shape: Callable[[Piece], dict[str, Any]],
+    format_choice: Callable[[Piece], dict[str, Any]],
     first: dict[str, Any] | None = None,
 ) -> Response:
-    """Server-sent events. The first piece is written before the answer begins: what is refused has its own code."""
-    room_for(server.loaded, prompt, most)
+    """Return an answer as server-sent events.
+
+    The first piece is generated before the response starts, so that a refused request gets
+    its own status code.
+    """
+    compute_max_tokens(server.loaded, prompt, max_tokens)
     gone = request.scope[GONE]
-    answer = server.answer(prompt, most, asked, gone)
+    answer = server.stream_answer(prompt, max_tokens, payload, gone)
     try:
         piece = await run_in_threadpool(next, answer, None)
-        check_there(gone)
+        check_connected(gone)
     except BaseException:
         answer.close()
         raise
 
-    async def events() -> AsyncIterator[str]:
-        now = piece
+    async def iterate_events() -> AsyncIterator[str]:
+        current = piece
         if first is not None:
-            yield _event({**head, "choices": [first]})
+            yield _format_event({**head, "choices": [first]})
         tokens = 0
-        while now is not None:
-            tokens = now.tokens
-            yield _event({**head, "choices": [shape(now)]})
-            now = await run_in_threadpool(next, answer, None)
-        if asked.stream_options and asked.stream_options.include_usage:
-            yield _event({**head, "choices": [], "usage": _usage([prompt], [Piece("", tokens)])})
+        while current is not None:
+            tokens = current.tokens
+            yield _format_event({**head, "choices": [format_choice(current)]})
+            current = await run_in_threadpool(next, answer, None)
+        if payload.stream_options and payload.stream_options.include_usage:
+            yield _format_event(
+                {**head, "choices": [], "usage": _count_usage([prompt], [Piece("", tokens)])}
+            )
         yield "data: [DONE]\n\n"
 
-    return _Events(events(), answer)
+    return _EventStream(iterate_events(), answer)
 
 
-def _event(data: dict[str, Any]) -> str:
+def _format_event(data: dict[str, Any]) -> str:
+    """Format data as a server-sent event."""
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-def by_bearer(token: str) -> Admit:
-    """Those who send the token as OpenAI's clients send a key."""
+def require_bearer_token(token: str) -> Admit:
+    """Return a check that admits clients that send the token as their API key."""
 
     def admit(request: Request) -> Response | None:
-        if same(request.headers.get("authorization", ""), f"Bearer {token}"):
+        if is_same_token(request.headers.get("authorization", ""), f"Bearer {token}"):
             return None
-        return _error("the API key is not the one that `lorafleet serve` printed", 401, None)
+        return _make_error_response(
+            "the API key is not the one that `lorafleet serve` printed", 401, None
+        )
 
     return admit
 
 
-def _error(message: str, code: int, about: str | None) -> JSONResponse:
-    kind = "invalid_request_error" if code < 500 else "server_error"
-    more = {"Retry-After": "1"} if code == 429 else None
-    return JSONResponse({"error": {"message": message, "type": kind, "param": about, "code": None}}, code, headers=more)
+def _make_error_response(message: str, code: int, field: str | None) -> JSONResponse:
+    """Return an error in OpenAI's format."""
+    error_type = "invalid_request_error" if code < 500 else "server_error"
+    headers = {"Retry-After": "1"} if code == 429 else None
+    return JSONResponse(
+        {"error": {"message": message, "type": error_type, "param": field, "code": None}},
+        code,
+        headers=headers,
+    )
 
 
-def _errors(app: FastAPI) -> None:
-    @app.exception_handler(Refused)
-    async def refused(_request: Any, error: Refused) -> Response:
-        return _error(str(error), error.code, error.about)
+def _add_error_handlers(app: FastAPI) -> None:
+    """Add handlers that turn exceptions into errors in OpenAI's format."""
+
+    @app.exception_handler(RequestRefused)
+    async def handle_refused(_request: Any, error: RequestRefused) -> Response:
+        return _make_error_response(str(error), error.code, error.about)
 
     @app.exception_handler(HTTPException)
-    async def no_such_address(_request: Any, error: HTTPException) -> Response:
-        return _error(str(error.detail), error.status_code, None)
+    async def handle_http_error(_request: Any, error: HTTPException) -> Response:
+        return _make_error_response(str(error.detail), error.status_code, None)
 
     @app.exception_handler(UserError)
-    async def impossible(_request: Any, error: UserError) -> Response:
-        return _error(str(error), 400, None)
+    async def handle_user_error(_request: Any, error: UserError) -> Response:
+        return _make_error_response(str(error), 400, None)
 
     @app.exception_handler(Exception)
-    async def ours(_request: Any, error: Exception) -> Response:  # its traceback is in the server's terminal
-        return _error(f"a fault of lorafleet: {type(error).__name__}", 500, None)
+    async def handle_internal_error(
+        _request: Any, error: Exception
+    ) -> Response:  # the traceback is printed by the server
+        return _make_error_response(f"a fault of lorafleet: {type(error).__name__}", 500, None)
 
     @app.exception_handler(RequestValidationError)
-    async def misspelt(_request: Any, error: RequestValidationError) -> Response:
-        found = error.errors()[0]
-        where = ".".join(str(part) for part in found["loc"] if part != "body") or "the request"
-        return _error(sentence_of(found), 400, where)
+    async def handle_validation_error(_request: Any, error: RequestValidationError) -> Response:
+        first_error = error.errors()[0]
+        field = (
+            ".".join(str(part) for part in first_error["loc"] if part != "body") or "the request"
+        )
+        return _make_error_response(describe_request_error(first_error), 400, field)

@@ -1,4 +1,4 @@
-"""The page on which a person rates answers without knowing whose they are."""
+"""Serve the page on which a person rates answers without knowing which model wrote them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from lorafleet.evaluation.report.human_rating import Notebook
-from lorafleet.jobs.errors import UserError
-from lorafleet.webapp.guard import Body
-from lorafleet.webapp.local import by_token, guarded, static
 from pydantic import BaseModel, ConfigDict
 
-_MOST_BYTES = 64_000
+from lorafleet.evaluation.report.human_rating import Notebook
+from lorafleet.jobs.errors import UserError
+from lorafleet.webapp.guard import BodyMiddleware
+from lorafleet.webapp.local import add_guard, add_static_files, require_token
+
+_MAX_BYTES = 64_000
 
 
-class Rated(BaseModel):
-    """One click."""
+class RatingRequest(BaseModel):
+    """Body of POST /api/rate: one rating."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     row: int
@@ -26,49 +27,62 @@ class Rated(BaseModel):
     score: int
 
 
-class Noted(BaseModel):
-    """What a rater says of a row."""
+class NoteRequest(BaseModel):
+    """Body of POST /api/note: a rater's note on a row."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     row: int
     text: str
 
 
-def rating_app(book: Notebook, title: str, token: str, port: int) -> FastAPI:
-    """The page, and its few questions. Every rating is on disk before it is answered."""
+def create_rating_app(notebook: Notebook, title: str, token: str, port: int) -> FastAPI:
+    """Create the web application of the rating page.
+
+    Every rating is on disk before the request is answered.
+
+    Args:
+        book: The notebook that stores the ratings.
+        title: Title of the page.
+        token: Token that the page's requests must carry.
+        port: Port of the server on 127.0.0.1.
+    """
     app = FastAPI(title="lorafleet rate", docs_url=None, redoc_url=None, openapi_url=None)
-    one_at_a_time = threading.Lock()
+    lock = threading.Lock()
 
     @app.exception_handler(UserError)
-    async def refused(_request: Any, error: UserError) -> JSONResponse:
+    async def handle_user_error(_request: Any, error: UserError) -> JSONResponse:
         return JSONResponse({"error": str(error)}, 400)
 
     @app.get("/api/sheet")
-    def sheet() -> dict[str, Any]:
-        return book.shown() | {"title": title}
+    def get_sheet() -> dict[str, Any]:
+        return notebook.to_dict() | {"title": title}
 
     @app.get("/api/means")
-    def means() -> dict[str, Any]:
-        return {"means": book.means()}
+    def get_means() -> dict[str, Any]:
+        return {"means": notebook.compute_means()}
 
     @app.post("/api/rate")
-    def rate(rated: Rated) -> dict[str, Any]:
-        with one_at_a_time:
-            book.rate(rated.row, rated.slot, rated.criterion, rated.score)
-        return {"missing": book.missing}
+    def add_rating(rating: RatingRequest) -> dict[str, Any]:
+        with lock:
+            notebook.rate(rating.row, rating.slot, rating.criterion, rating.score)
+        return {"missing": notebook.missing}
 
     @app.post("/api/undo")
-    def undo() -> dict[str, Any]:
-        with one_at_a_time:
-            undone = book.undo()
-        return book.shown() | {"title": title, "missing": book.missing, "undone": undone}
+    def undo_rating() -> dict[str, Any]:
+        with lock:
+            undone = notebook.undo()
+        return notebook.to_dict() | {"title": title, "missing": notebook.missing, "undone": undone}
 
     @app.post("/api/note")
-    def note(noted: Noted) -> dict[str, Any]:
-        with one_at_a_time:
-            book.note(noted.row, noted.text)
-        return {"missing": book.missing}
+    def add_note(note: NoteRequest) -> dict[str, Any]:
+        with lock:
+            notebook.add_note(note.row, note.text)
+        return {"missing": notebook.missing}
 
-    static(app, {"/": "rate.html", "/rate.js": "rate.js", "/rate.css": "rate.css"})
-    app.add_middleware(Body, most=_MOST_BYTES, refuse=lambda text, code: JSONResponse({"error": text}, code))
-    return guarded(app, port, by_token(token))
+    add_static_files(app, {"/": "rate.html", "/rate.js": "rate.js", "/rate.css": "rate.css"})
+    app.add_middleware(
+        BodyMiddleware,
+        max_bytes=_MAX_BYTES,
+        refuse=lambda text, code: JSONResponse({"error": text}, code),
+    )
+    return add_guard(app, port, require_token(token))

@@ -1,4 +1,4 @@
-"""What a driver knows of the job of a queue that it runs in, and when starting again and again leads nowhere."""
+"""The Slurm allocation of a driver, and the limit on restarts that save nothing new."""
 
 from __future__ import annotations
 
@@ -10,78 +10,117 @@ from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs import lease
 from lorafleet.jobs.runs.run import Run
-from lorafleet.jobs.text import counted
+from lorafleet.jobs.text import format_count
 
-_ENDED = {
+_END_REASONS = {
     "time-limit": "it had come to its time limit, and had saved",
     "preemption": "it was preempted, and had saved",
     "nodes-lost": "too few of its nodes were left for one trial, and it had saved",
     "ray-died": "the Ray of its head node had died",
 }
-"""What the batch script notes before it goes back into the queue."""
-_CUT_OFF = "it was cut off (a preemption without notice, a lost node, or `scontrol requeue`)"
+"""Reason by event: what the batch script records before it requeues itself."""
+_CUT_OFF_REASON = "it was cut off (a preemption without notice, a lost node, or `scontrol requeue`)"
 
 
-def allocation_here() -> dict[str, Any]:
-    """`{"slurm_job", "slurm_restart", "submission"}` of the job that this process is in; empty outside of one."""
+def get_allocation() -> dict[str, Any]:
+    """Return `slurm_job`, `slurm_restart` and `submission` of this process's job.
+
+    Returns an empty dict outside a Slurm job.
+    """
     job = os.environ.get("LF_JOB")
     if job is None:
         return {}
     restart = int(os.environ.get("LF_RESTART") or 0)
-    return {"slurm_job": job, "slurm_restart": restart, "submission": os.environ.get("LF_SUBMISSION", "")}
+    return {
+        "slurm_job": job,
+        "slurm_restart": restart,
+        "submission": os.environ.get("LF_SUBMISSION", ""),
+    }
 
 
-def saved_mark(run: Run) -> str:
-    """What a run has saved, as a digest: ended trials, the newest checkpoints of the others, arms that were judged."""
+def compute_progress_digest(run: Run) -> str:
+    """Return a digest of what a run has saved.
+
+    It covers ended trials, the newest checkpoints of the other trials, and the evaluated
+    arms.
+    """
     digest = hashlib.sha256()
-    for trial in run.trials():
+    for trial in run.list_trials():
         seal = trial.checkpoint / "checksums.json"
-        state = str(trial.state) if trial.state.ended else seal.read_text() if seal.is_file() else ""
+        state = (
+            str(trial.state)
+            if trial.state.has_ended
+            else seal.read_text()
+            if seal.is_file()
+            else ""
+        )
         if state:
             digest.update(f"{trial.id}:{state}\n".encode())
-    for path in sorted([*run.path.glob("arms/*/judged/*/test.json"), *run.path.glob("arms/*/inference.jsonl")]):
+    for path in sorted(
+        [*run.path.glob("arms/*/judged/*/test.json"), *run.path.glob("arms/*/inference.jsonl")]
+    ):
         digest.update(f"{path.relative_to(run.path)}:{path.stat().st_size}\n".encode())
     return digest.hexdigest()[:16]
 
 
-def begin_in_allocation(run: Run) -> None:
-    """Note why a job was started again. Raises RunError when it was so too often without a new checkpoint."""
-    here = allocation_here()
-    if not here:
+def record_restart(run: Run) -> None:
+    """Record why a job was started again.
+
+    Raises:
+        RunError: The job was restarted more than requeue.max_restarts times without a new
+            checkpoint.
+    """
+    allocation = get_allocation()
+    if not allocation:
         return
-    own = lease.attempts(run.path)
-    sentence = how_the_last_ended(files.read_jsonl(run.path / "slurm" / "history.jsonl"), here)
-    if sentence:
-        run.event("note", sentence=sentence)
-    most = int(os.environ.get("LF_MAX_RESTARTS") or 0)
-    idle = restarts_without_progress(own)
-    if idle > most:
+    run_attempts = lease.read_attempts(run.path)
+    message = describe_last_end(files.read_jsonl(run.path / "slurm" / "history.jsonl"), allocation)
+    if message:
+        run.add_event("note", sentence=message)
+    max_restarts = int(os.environ.get("LF_MAX_RESTARTS") or 0)
+    idle = count_idle_restarts(run_attempts)
+    if idle > max_restarts:
         raise RunError(
-            f"given up after {counted(idle, 'restart')} that brought no new checkpoint (requeue.max_restarts is {most}"
-            "): a longer time limit, or a smaller train.checkpoint_minutes, lets each restart save something"
+            f"given up after {format_count(idle, 'restart')} that brought no new checkpoint "
+            f"(requeue.max_restarts is {max_restarts}"
+            "): a longer time limit, or a smaller train.checkpoint_minutes, lets each restart "
+            "save something"
         )
 
 
-def restarts_without_progress(attempts: list[dict[str, Any]]) -> int:
-    """How many of the newest attempts of one submission found just what the one before them had found."""
+def count_idle_restarts(attempts: list[dict[str, Any]]) -> int:
+    """Return how many of the newest attempts saved nothing new.
+
+    The attempts belong to one submission; each of them found the same saved progress as the
+    one before it.
+    """
     newest, idle = attempts[-1], 0
     for earlier in reversed(attempts[:-1]):
-        same = earlier.get("submission") == newest.get("submission") and earlier.get("saved") == newest.get("saved")
-        if not same:
+        is_unchanged = earlier.get("submission") == newest.get("submission") and earlier.get(
+            "saved"
+        ) == newest.get("saved")
+        if not is_unchanged:
             break
         idle += 1
     return idle
 
 
-def how_the_last_ended(history: list[dict[str, Any]], here: dict[str, Any]) -> str | None:
-    """One line on the incarnation of the job before this one; None for the first of a submission."""
-    before = [line for line in history if (line["job"], line["restart"]) != (here["slurm_job"], here["slurm_restart"])]
-    if not before:
+def describe_last_end(history: list[dict[str, Any]], allocation: dict[str, Any]) -> str | None:
+    """Return one line on how the job's previous start ended; None for the first of a submission."""
+    earlier_lines = [
+        line
+        for line in history
+        if (line["job"], line["restart"]) != (allocation["slurm_job"], allocation["slurm_restart"])
+    ]
+    if not earlier_lines:
         return None
-    last = before[-1]
-    if last["job"] != here["slurm_job"] and last["event"] not in (*_ENDED, "began"):
-        return None  # an earlier submission that came to its own end
-    why = _ENDED.get(last["event"], _CUT_OFF)
-    if last["job"] == here["slurm_job"]:
-        return f"Slurm started job {last['job']} again (restart {here['slurm_restart']}): {why}"
-    return f"job {here['slurm_job']} goes on after job {last['job']}: {why}"
+    last = earlier_lines[-1]
+    if last["job"] != allocation["slurm_job"] and last["event"] not in (*_END_REASONS, "began"):
+        return None  # an earlier submission that ended normally
+    reason = _END_REASONS.get(last["event"], _CUT_OFF_REASON)
+    if last["job"] == allocation["slurm_job"]:
+        return (
+            f"Slurm started job {last['job']} again (restart {allocation['slurm_restart']}): "
+            f"{reason}"
+        )
+    return f"job {allocation['slurm_job']} goes on after job {last['job']}: {reason}"

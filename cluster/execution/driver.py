@@ -1,4 +1,4 @@
-"""What every driver of a run has: its lease, its signals, and an end that is written down.
+"""The base of every driver of a run: its lease, its signal handling, and a recorded end.
 
 Runs as `lorafleet exec RUN` in a process of its own.
 """
@@ -17,18 +17,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorafleet.cluster.execution.allocation import allocation_here, begin_in_allocation, saved_mark
+from lorafleet.cluster.execution.allocation import (
+    compute_progress_digest,
+    get_allocation,
+    record_restart,
+)
 from lorafleet.jobs import files
-from lorafleet.jobs.errors import DiskFull, ExitCode, LorafleetError, RunError, disk_full
+from lorafleet.jobs.errors import DiskFull, ExitCode, LorafleetError, RunError, make_disk_full_error
 from lorafleet.jobs.runs.bundle import SUBMISSION
 from lorafleet.jobs.runs.lease import Lease, StaleAttempt
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.sites.placement import Placement
 
-_NOTE_SECONDS = 10.0
-_SAME_WISH_SECONDS = 1.0
-"""A second signal this soon is the first one once more."""
+_RECORD_SECONDS = 10.0
+_REPEATED_SIGNAL_SECONDS = 1.0
+"""A second signal within this many seconds counts as a repetition of the first."""
 
 
 class Driver(ABC):
@@ -37,102 +41,113 @@ class Driver(ABC):
     def __init__(self, run: Run) -> None:
         self.stored = files.read_json(run.path / "plan.json")
         if not self.stored:
-            raise RunError(f"{run.path} holds no plan.json: it is not a run, or was not submitted whole")
+            raise RunError(
+                f"{run.path} holds no plan.json: it is not a run, or was not submitted whole"
+            )
         self.run = run
         self.job = JobSpec.model_validate_json(json.dumps(self.stored["job"]))
         self.placement = Placement.model_validate(self.stored["placement"])
         self.began = self.noted = time.time()
-        self.earlier_seconds = float(run.status().get("wall_seconds") or 0.0)
-        self.told: signal.Signals | None = None  # the signal that asked for the end
+        self.earlier_seconds = float(run.read_status().get("wall_seconds") or 0.0)
+        self.told: signal.Signals | None = None  # the signal that asked the run to end
         self.told_at = 0.0
         self.disk_full: str | None = None
 
     @abstractmethod
-    def _attempt(self, attempt: int) -> ExitCode:
-        """Do what is left of the run."""
+    def _run_attempt(self, attempt: int) -> ExitCode:
+        """Do what is left of the run and return its exit code."""
 
-    def _begin(self) -> None:
-        """What comes before anything is read of what earlier attempts did."""
-        begin_in_allocation(self.run)
+    def _prepare_attempt(self) -> None:
+        """Prepare the attempt, before the results of earlier attempts are read."""
+        record_restart(self.run)
 
     @property
     def stop_file(self) -> Path:
-        """Its presence asks every process of the run to save and end."""
+        """Return the path of the stop file, which asks every process of the run to save and end."""
         return self.run.path / "stop"
 
     def execute(self) -> ExitCode:
-        """Do what is left of the run, and write down how it ended."""
-        if self.run.path.stat().st_mode & 0o040:  # `share: group`: what is written is for the group's eyes as well
+        """Do what is left of the run, and record how it ended."""
+        if (
+            self.run.path.stat().st_mode & 0o040
+        ):  # `share: group`: the group may read what this process writes
             files.share_with_group()
         os.environ.update(self.job.environment)  # before the threads and the libraries that read it
-        allocation = allocation_here()
-        saved = saved_mark(self.run)
+        allocation = get_allocation()
+        progress = compute_progress_digest(self.run)
         submission = files.read_json(self.run.path / SUBMISSION).get("number", 1)
-        facts = {"submission": submission} | allocation | {"saved": saved}
+        metadata = {"submission": submission} | allocation | {"saved": progress}
         try:
-            lease = Lease.take(self.run.path, facts, say=log)
+            lease = Lease.acquire(self.run.path, metadata, say=log)
         except OSError as error:
-            raise disk_full(error, self.run.path) or error from error
+            raise make_disk_full_error(error, self.run.path) or error from error
         try:
             self.run = dataclasses.replace(self.run, attempt=lease.attempt)
-            lease.keep(_end_at_once)
-            return self._leased_execute(lease.attempt)
+            lease.start_heartbeat(_exit_immediately)
+            return self._execute_with_lease(lease.attempt)
         finally:
             lease.release()
 
-    def _leased_execute(self, attempt: int) -> ExitCode:
+    def _execute_with_lease(self, attempt: int) -> ExitCode:
         if self.stop_file.is_file() and not self.stop_file.read_text():
-            self.stop_file.unlink()  # a signal's, which is answered; a user's holds until `resume`
-        self.run.keep_reserve()
+            # Empty: from a signal, which has been handled; a user's request stays until `resume`.
+            self.stop_file.unlink()
+        self.run.create_reserve()
         self.run.mark_running(reason=None)
-        self.run.event("attempt", number=attempt)
+        self.run.add_event("attempt", number=attempt)
         log(f"attempt {attempt} of {self.run.id} on {os.uname().nodename} (process {os.getpid()})")
-        with self._stopped_by_signals():
+        with self._catch_signals():
             try:
-                self._begin()
-                self.earlier_seconds = float(self.run.status().get("wall_seconds") or 0.0)
-                outcome = self._attempt(attempt)
+                self._prepare_attempt()
+                self.earlier_seconds = float(self.run.read_status().get("wall_seconds") or 0.0)
+                outcome = self._run_attempt(attempt)
             except StaleAttempt:
                 raise
             except LorafleetError as error:
-                if isinstance(error, DiskFull):  # what it was at has said so already
+                if isinstance(error, DiskFull):  # the failed step has reported it already
                     self.run.release_reserve()
                 self.run.set_state(RunState.FAILED, reason=str(error))
                 raise
             except BaseException as error:
-                full = disk_full(error, self.run.path)
-                if full:
+                disk_error = make_disk_full_error(error, self.run.path)
+                if disk_error:
                     self.run.release_reserve()
-                    self.run.set_state(RunState.FAILED, reason=str(full))
-                    raise full from error
-                if self.told is not None:  # Slurm ends Ray and the driver in one instant: there was nobody to save
-                    self.run.set_state(RunState.STOPPED, reason=_CUT_OFF, wall_seconds=self._wall())
+                    self.run.set_state(RunState.FAILED, reason=str(disk_error))
+                    raise disk_error from error
+                if (
+                    self.told is not None
+                ):  # Slurm ended Ray and the driver at the same time, so nothing could save
+                    self.run.set_state(
+                        RunState.STOPPED,
+                        reason=_CUT_OFF_REASON,
+                        wall_seconds=self._compute_wall_seconds(),
+                    )
                     return ExitCode.REQUEUE
                 self.run.set_state(RunState.FAILED, reason=f"{type(error).__name__}: {error}")
                 raise
         return outcome
 
-    def _note_wall(self) -> None:
-        """Write down the time spent, now and then: a killed attempt counts too."""
-        if time.time() - self.noted > _NOTE_SECONDS:
+    def _record_wall_seconds(self) -> None:
+        """Record the time spent at most every 10 seconds, so that a killed attempt counts too."""
+        if time.time() - self.noted > _RECORD_SECONDS:
             self.noted = time.time()
-            self.run.set_state(RunState.RUNNING, wall_seconds=self._wall())
+            self.run.set_state(RunState.RUNNING, wall_seconds=self._compute_wall_seconds())
 
-    def _wall(self) -> float:
-        """Seconds on the clock, over all attempts."""
+    def _compute_wall_seconds(self) -> float:
+        """Return the wall-clock seconds over all attempts."""
         return self.earlier_seconds + time.time() - self.began
 
-    def _phase(self, what: str) -> None:
+    def _record_phase(self, phase: str) -> None:
         """Record what the driver does now, and log it with the time."""
-        log(f"{time.strftime('%H:%M:%S')} {what}")
-        self.run.set_state(RunState.RUNNING, phase=what)
+        log(f"{time.strftime('%H:%M:%S')} {phase}")
+        self.run.set_state(RunState.RUNNING, phase=phase)
 
-    def _ask(self, number: int, _frame: Any) -> None:
-        """The handler: the first signal asks for the end, the second is it."""
+    def _handle_signal(self, number: int, _frame: Any) -> None:
+        """Handle a signal: the first asks the run to save and end, a second ends the process."""
         if self.told is signal.SIGUSR1 and number == signal.SIGUSR1:
             return  # a queue may warn twice
-        if self.told is not None and time.monotonic() - self.told_at < _SAME_WISH_SECONDS:
-            return  # one that was sent to a process and to its group
+        if self.told is not None and time.monotonic() - self.told_at < _REPEATED_SIGNAL_SECONDS:
+            return  # the same signal, sent to the process and to its group
         self.told_at = time.monotonic()
         if self.told is not None:
             signal.signal(number, signal.SIG_DFL)
@@ -140,34 +155,40 @@ class Driver(ABC):
         self.told = signal.Signals(number)
         self.stop_file.touch()
 
-    def _hear_signals(self) -> dict[signal.Signals, Any]:
-        """Install the handlers; returns those that were there."""
-        heard = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish is respected
-            heard.append(signal.SIGHUP)
-        return {number: signal.signal(number, self._ask) for number in heard}
+    def _install_signal_handlers(self) -> dict[signal.Signals, Any]:
+        """Install the signal handlers; return the previous handlers."""
+        signals = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup set it: keep ignoring it
+            signals.append(signal.SIGHUP)
+        return {number: signal.signal(number, self._handle_signal) for number in signals}
 
     @contextlib.contextmanager
-    def _stopped_by_signals(self) -> Iterator[None]:
-        """SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask for the end; a second one is it."""
-        before = self._hear_signals()
+    def _catch_signals(self) -> Iterator[None]:
+        """Install the signal handlers for the duration of a block.
+
+        SIGINT, SIGTERM, SIGUSR1 and SIGHUP ask the run to end; a second signal ends the process.
+        """
+        previous_handlers = self._install_signal_handlers()
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous_handlers.items():
                 signal.signal(number, handler)
 
 
-_CUT_OFF = "it was ended before all could be saved: it goes on from the last checkpoints (`lorafleet resume`)"
+_CUT_OFF_REASON = (
+    "it was ended before all could be saved: it goes on from the last checkpoints "
+    "(`lorafleet resume`)"
+)
 
 
-def log(sentence: str) -> None:
-    """A line of the driver's log."""
-    sys.stderr.write(f"{sentence}\n")
+def log(message: str) -> None:
+    """Write a line to the driver's log."""
+    sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
 
 
-def _end_at_once(sentence: str) -> None:
-    """What becomes of a driver that was overtaken: not one write more."""
-    log(sentence)
-    os._exit(ExitCode.TAKEN if allocation_here() else ExitCode.USER_INPUT)
+def _exit_immediately(message: str) -> None:
+    """Exit a driver whose lease another attempt has taken, without any further write."""
+    log(message)
+    os._exit(ExitCode.TAKEN if get_allocation() else ExitCode.USER_INPUT)

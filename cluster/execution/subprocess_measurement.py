@@ -1,4 +1,4 @@
-"""Measuring in a process that has done nothing else: what a model needs is then its own."""
+"""Measures a model in an isolated subprocess, so that its memory and time are its own."""
 
 from __future__ import annotations
 
@@ -8,30 +8,43 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from lorafleet.cluster.local import driver_command
+from lorafleet.cluster.local import get_driver_command
 
-_SECONDS = 3600.0
+_TIMEOUT_SECONDS = 3600.0
 
 
-def measured_apart(request: dict[str, Any], folder: str | Path, threads: int) -> dict[str, Any]:
-    """What `lorafleet measure` finds, on this node. Raises RuntimeError with what it said when it failed."""
+def measure_in_subprocess(
+    request: dict[str, Any], folder: str | Path, threads: int
+) -> dict[str, Any]:
+    """Run `lorafleet measure` on this node and return its result.
+
+    Raises:
+        RuntimeError: The command failed (with its last line of output) or took more than an
+            hour.
+    """
     try:
-        done = _run(request, folder, threads)
+        process = _run_measure(request, folder, threads)
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"it took more than {_SECONDS / 60:.0f} minutes") from error
-    if done.returncode:
-        raise RuntimeError((done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        raise RuntimeError(f"it took more than {_TIMEOUT_SECONDS / 60:.0f} minutes") from error
+    if process.returncode:
+        raise RuntimeError(
+            (process.stderr.strip().splitlines() or [f"it ended with code {process.returncode}"])[
+                -1
+            ]
+        )
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return result
 
 
-def _run(request: dict[str, Any], folder: str | Path, threads: int) -> subprocess.CompletedProcess[str]:
+def _run_measure(
+    request: dict[str, Any], folder: str | Path, threads: int
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*driver_command(), "measure"],
+        [*get_driver_command(), "measure"],
         input=json.dumps(request),
         capture_output=True,
         text=True,
-        timeout=_SECONDS,
+        timeout=_TIMEOUT_SECONDS,
         check=False,
         cwd=folder,
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},

@@ -1,4 +1,4 @@
-"""A transformer's matrices, from its config alone: no weights, no torch. Pure."""
+"""Reads the shape of a transformer from its config alone: no weights, no torch. Pure."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Reads = Literal["attention", "attended", "feed_forward", "inner"]
-"""Which of a block's tensors a matrix reads: attention's input or output, the feed-forward part's input or middle."""
+"""The tensor of a block that a matrix reads: attention's input (`attention`) or output
+(`attended`), or the input (`feed_forward`) or middle (`inner`) of the feed-forward part.
+"""
 Family = Literal["bert", "gpt", "llama"]
-"""How a block is built, as far as what it keeps for the backward pass goes."""
+"""How a block is built, as far as it decides what the block keeps for the backward pass."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear layer: where it is in its block, its sides, and what it reads."""
+    """A linear layer: its path in its block, its widths, and the tensor it reads."""
 
     path: str
     fan_in: int
@@ -23,22 +25,25 @@ class Matrix:
 
     @property
     def size(self) -> int:
-        """Weights, without the bias."""
+        """Return the number of weights, without the bias."""
         return self.fan_in * self.fan_out
 
     def is_named(self, names: Iterable[str]) -> bool:
-        """Whether one of PEFT's `target_modules` means it: the path's end."""
+        """Return whether PEFT's `target_modules` select it.
+
+        That is so if its path, or the end of its path, equals one of the names.
+        """
         return any(self.path == name or self.path.endswith(f".{name}") for name in names)
 
 
-def named(matrices: Iterable[Matrix], names: str | tuple[str, ...]) -> list[Matrix]:
-    """Those that PEFT's `target_modules` mean: `all-linear`, all of them."""
+def select_matrices(matrices: Iterable[Matrix], names: str | tuple[str, ...]) -> list[Matrix]:
+    """Return the matrices that PEFT's `target_modules` select; `all-linear` selects all of them."""
     return [matrix for matrix in matrices if isinstance(names, str) or matrix.is_named(names)]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What memory and adapters depend on."""
+    """The dimensions of a model that decide its memory and the size of its adapters."""
 
     hidden: int
     layers: int
@@ -47,67 +52,86 @@ class Shape:
     block: tuple[Matrix, ...]
     """The matrices of one layer."""
     beside: tuple[Matrix, ...] = ()
-    """Matrices that there are once (a pooler)."""
+    """Matrices outside the layers, present once (a pooler)."""
     family: Family = "llama"
     """How its blocks are built."""
     positions: int = 0
-    """Learnt positions; 0 where they are worked out."""
+    """Number of learnt position embeddings; 0 if positions are computed."""
     tied: bool = True
-    """Whether the output head is the embedding."""
+    """True if the output head shares the embedding's weights."""
     dropout: float = 0.0
-    """Of the model's own layers."""
+    """Dropout probability of the model's own layers."""
     attention_dropout: float = 0.0
-    """Of attention's scores."""
+    """Dropout probability of the attention scores."""
     norms: int = 0
-    """Weights of all norms, where they are known."""
+    """Number of weights of all norms; 0 if unknown."""
 
     @property
     def parameters(self) -> int:
-        """Number of parameters, for a model whose weights are not downloaded.
+        """Return the number of parameters, for a model whose weights are not downloaded.
 
-        Exact for Llama and Mistral models without biases. For others, biases and norms (below 1 %) are left out.
+        Exact for Llama and Mistral models without biases. For others, biases and norms (below 1
+        %) are left out.
         """
         embeddings = self.vocabulary * (1 if self.tied else 2) + self.positions
         return self.matrices + self.norms + self.hidden * embeddings
 
     @property
     def inner(self) -> int:
-        """Width of the feed-forward part's middle."""
-        return next((matrix.fan_in for matrix in self.block if matrix.reads == "inner"), 4 * self.hidden)
+        """Return the width of the feed-forward part's middle."""
+        return next(
+            (matrix.fan_in for matrix in self.block if matrix.reads == "inner"), 4 * self.hidden
+        )
 
     @property
     def matrices(self) -> int:
-        """Weights of all matrices: what QLoRA quantises."""
+        """Return the number of weights in all matrices: the weights that QLoRA quantises."""
         return self.layers * sum(m.size for m in self.block) + sum(m.size for m in self.beside)
 
-    def lora_parameters(self, rank: int, names: str | tuple[str, ...], *, dora: bool = False) -> int:
-        """rank x (in + out) for every adapted matrix (`all-linear`: all), and a magnitude a row with DoRA."""
+    def count_lora_parameters(
+        self, rank: int, names: str | tuple[str, ...], *, dora: bool = False
+    ) -> int:
+        """Return the number of LoRA parameters.
 
-        def added(matrices: Iterable[Matrix]) -> int:
-            return sum(rank * (m.fan_in + m.fan_out) + (m.fan_out if dora else 0) for m in named(matrices, names))
+        They are rank x (in + out) for every adapted matrix (`all-linear` adapts all), and with
+        DoRA one magnitude per output row.
+        """
 
-        return self.layers * added(self.block) + added(self.beside)
+        def count_added(matrices: Iterable[Matrix]) -> int:
+            return sum(
+                rank * (m.fan_in + m.fan_out) + (m.fan_out if dora else 0)
+                for m in select_matrices(matrices, names)
+            )
+
+        return self.layers * count_added(self.block) + count_added(self.beside)
 
 
-_NAMES = {
+_CONFIG_KEYS = {
     "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
     "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
     "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
     "inner": ("intermediate_size", "n_inner", "ffn_dim", "hidden_dim"),
 }
-"""One thing, as different configs call it."""
+"""Dimension -> the keys that different configs use for it."""
 _DROPOUTS = ("hidden_dropout_prob", "resid_pdrop", "resid_dropout", "dropout")
 _ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attn_pdrop", "attention_dropout")
-_USUAL_DROPOUT = dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "camembert", "distilbert", "gpt2"), 0.1)
-"""What transformers takes where a config does not say."""
-_Square = tuple[tuple[str, ...], str, str]
-_BERT: _Square = (
-    ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"),
+_DEFAULT_DROPOUT = dict.fromkeys(
+    ("bert", "roberta", "xlm-roberta", "electra", "camembert", "distilbert", "gpt2"), 0.1
+)
+"""Model type -> the dropout that transformers uses if the config does not set it."""
+_SquareLayout = tuple[tuple[str, ...], str, str]
+_BERT_LAYOUT: _SquareLayout = (
+    (
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
+    ),
     "intermediate.dense",
     "output.dense",
 )
-_SQUARES: dict[str, _Square] = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "camembert"), _BERT),
+_SQUARE_LAYOUTS: dict[str, _SquareLayout] = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "camembert"), _BERT_LAYOUT),
     "distilbert": (
         ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
         "ffn.lin1",
@@ -120,58 +144,85 @@ _SQUARES: dict[str, _Square] = {
     ),
 }
 """Model type -> its square matrices, and the two of its feed-forward part."""
-_LLAMAS = (
+_LLAMA_TYPES = (
     *("llama", "mistral", "ministral", "qwen2", "qwen3", "smollm3", "granite", "olmo", "olmo2"),
     *("gemma", "gemma2", "gemma3_text"),
 )
-"""Model types with Llama's seven matrices a block, under Llama's names."""
+"""Model types with Llama's seven matrices per block, under Llama's names."""
 _SQUARE_READS: tuple[Reads, ...] = ("attention", "attention", "attention", "attended")
 
 
-def shape(config: dict[str, Any]) -> Shape | None:
-    """The shape that a config.json describes, or None where it says too little or is of a kind that is not known."""
+def parse_shape(config: dict[str, Any]) -> Shape | None:
+    """Return the shape that a config.json describes.
+
+    Returns None if the config is incomplete or its model type is not supported.
+    """
     config = config.get("text_config") or config
-    found = {what: next((config[name] for name in names if config.get(name)), None) for what, names in _NAMES.items()}
+    dimensions = {
+        dimension: next((config[name] for name in names if config.get(name)), None)
+        for dimension, names in _CONFIG_KEYS.items()
+    }
     kind = str(config.get("model_type", ""))
-    known = kind in (*_SQUARES, *_LLAMAS, "gpt2")
-    if not (known and found["hidden"] and found["layers"] and config.get("vocab_size")):
+    is_supported = kind in (*_SQUARE_LAYOUTS, *_LLAMA_TYPES, "gpt2")
+    if not (
+        is_supported and dimensions["hidden"] and dimensions["layers"] and config.get("vocab_size")
+    ):
         return None
-    hidden, layers, heads = int(found["hidden"]), int(found["layers"]), int(found["heads"] or 1)
-    inner = int(found["inner"] or 4 * hidden)
-    family: Family = "gpt" if kind in ("gpt2", "gpt_neo") else "bert" if kind in _SQUARES else "llama"
+    hidden, layers, heads = (
+        int(dimensions["hidden"]),
+        int(dimensions["layers"]),
+        int(dimensions["heads"] or 1),
+    )
+    inner = int(dimensions["inner"] or 4 * hidden)
+    family: Family = (
+        "gpt" if kind in ("gpt2", "gpt_neo") else "bert" if kind in _SQUARE_LAYOUTS else "llama"
+    )
     positions = config.get("max_position_embeddings") or config.get("n_positions") or 0
     return Shape(
         hidden=hidden,
         layers=layers,
         heads=heads,
         vocabulary=int(config["vocab_size"]),
-        block=_block(kind, config, hidden, inner, heads),
+        block=_build_block(kind, config, hidden, inner, heads),
         beside=(Matrix("pooler.dense", hidden, hidden),) if kind == "bert" else (),
         family=family,
         positions=0 if family == "llama" else int(positions),
         tied=bool(config.get("tie_word_embeddings", family != "llama" or kind.startswith("gemma"))),
-        dropout=_first(config, _DROPOUTS, _USUAL_DROPOUT.get(kind, 0.0)),
-        attention_dropout=_first(config, _ATTENTION_DROPOUTS, _USUAL_DROPOUT.get(kind, 0.0)),
-        norms=(2 * layers + 1) * hidden if kind in ("llama", "mistral") else 0,  # two a layer, and the last
+        dropout=_get_first(config, _DROPOUTS, _DEFAULT_DROPOUT.get(kind, 0.0)),
+        attention_dropout=_get_first(config, _ATTENTION_DROPOUTS, _DEFAULT_DROPOUT.get(kind, 0.0)),
+        norms=(2 * layers + 1) * hidden
+        if kind in ("llama", "mistral")
+        else 0,  # two per layer, and the final norm
     )
 
 
-def _first(config: dict[str, Any], names: tuple[str, ...], otherwise: float) -> float:
-    return float(next((config[name] for name in names if config.get(name) is not None), otherwise))
+def _get_first(config: dict[str, Any], names: tuple[str, ...], default: float) -> float:
+    return float(next((config[name] for name in names if config.get(name) is not None), default))
 
 
-def _block(kind: str, config: dict[str, Any], hidden: int, inner: int, heads: int) -> tuple[Matrix, ...]:
+def _build_block(
+    kind: str, config: dict[str, Any], hidden: int, inner: int, heads: int
+) -> tuple[Matrix, ...]:
     if kind == "gpt2":  # query, key and value are one matrix
-        return _feed_forward(hidden, inner, "mlp.c_fc", "mlp.c_proj", Matrix("attn.c_attn", hidden, 3 * hidden),
-                             Matrix("attn.c_proj", hidden, hidden, "attended"))  # fmt: skip
-    if kind in _SQUARES:
-        square, up, down = _SQUARES[kind]
-        return _feed_forward(
+        return _build_feed_forward_block(
+            hidden,
+            inner,
+            "mlp.c_fc",
+            "mlp.c_proj",
+            Matrix("attn.c_attn", hidden, 3 * hidden),
+            Matrix("attn.c_proj", hidden, hidden, "attended"),
+        )
+    if kind in _SQUARE_LAYOUTS:
+        square, up, down = _SQUARE_LAYOUTS[kind]
+        return _build_feed_forward_block(
             hidden,
             inner,
             up,
             down,
-            *(Matrix(path, hidden, hidden, reads) for path, reads in zip(square, _SQUARE_READS, strict=True)),
+            *(
+                Matrix(path, hidden, hidden, reads)
+                for path, reads in zip(square, _SQUARE_READS, strict=True)
+            ),
         )
     width = int(config.get("head_dim") or hidden // heads)
     pairs = int(config.get("num_key_value_heads") or heads)
@@ -186,5 +237,11 @@ def _block(kind: str, config: dict[str, Any], hidden: int, inner: int, heads: in
     )
 
 
-def _feed_forward(hidden: int, inner: int, up: str, down: str, *attention: Matrix) -> tuple[Matrix, ...]:
-    return (*attention, Matrix(up, hidden, inner, "feed_forward"), Matrix(down, inner, hidden, "inner"))
+def _build_feed_forward_block(
+    hidden: int, inner: int, up: str, down: str, *attention: Matrix
+) -> tuple[Matrix, ...]:
+    return (
+        *attention,
+        Matrix(up, hidden, inner, "feed_forward"),
+        Matrix(down, inner, hidden, "inner"),
+    )

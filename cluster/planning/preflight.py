@@ -1,4 +1,4 @@
-"""Whether what a job file names is there, or is known: files, folders, assets."""
+"""Checks that everything a job file names exists or is known: files, models, assets."""
 
 from __future__ import annotations
 
@@ -10,328 +10,427 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.jobs import files
-from lorafleet.jobs.data.adapters import ADAPTER_FILES, adapter_refusal
-from lorafleet.jobs.data.assets import PREFIX, asset
-from lorafleet.jobs.data.custom_metric_files import wrong
-from lorafleet.jobs.data.data_files import DATA_SUFFIXES, data_suffix
-from lorafleet.jobs.data.hub import check_whole, code_refusal, model_config, model_folder
-from lorafleet.jobs.data.rows import split_files
-from lorafleet.jobs.data.weight_names import is_named, layer_names, weight_shapes
+from lorafleet.jobs.data.adapters import ADAPTER_FILES, find_adapter_refusal
+from lorafleet.jobs.data.assets import PREFIX, get_asset
+from lorafleet.jobs.data.custom_metric_files import find_metric_problem
+from lorafleet.jobs.data.data_files import DATA_SUFFIXES, get_data_suffix
+from lorafleet.jobs.data.hub import (
+    check_complete,
+    find_code_refusal,
+    get_model_folder,
+    read_model_config,
+)
+from lorafleet.jobs.data.rows import get_split_files
+from lorafleet.jobs.data.weight_names import is_named, list_layer_names, read_weight_shapes
 from lorafleet.jobs.errors import AssetError, DataError, JobFileError, Problem
 from lorafleet.jobs.loading.job_file import LoadedJob, load_job
 from lorafleet.jobs.schema import field_paths as fields
-from lorafleet.jobs.schema.compatibility import prompt_hides_label, prompt_too_long
-from lorafleet.jobs.schema.deepspeed import contradictions
+from lorafleet.jobs.schema.compatibility import check_prompt_length, describe_hidden_label
+from lorafleet.jobs.schema.deepspeed import find_contradictions
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.model_kinds import (
     can_pack,
-    classification_refusal,
-    generation_refusal,
+    describe_packing_refusal,
+    describe_tied_targets,
+    find_tied_targets,
+    get_classification_refusal,
+    get_generation_refusal,
+    get_length_refusal,
+    get_max_positions,
+    get_model_type,
+    get_text_config,
     has_transposed_layers,
     is_causal,
-    learnt_positions,
-    length_refusal,
-    model_type,
-    packing_refusal,
-    text_config,
-    tied_refusal,
-    tied_targets,
 )
-from lorafleet.jobs.trials.arms import own_job, search_job
-from lorafleet.jobs.trials.trial_id import bases_of, encoders_of, models_of
+from lorafleet.jobs.trials.arms import build_arm_job, build_search_job
+from lorafleet.jobs.trials.trial_id import list_base_models, list_metric_models, list_model_names
 
 
-def load_checked(path: Path, overrides: tuple[str, ...], *, whole: bool = True) -> LoadedJob:
-    """Load a job and check its names. Raises JobFileError with all problems of both."""
+def load_checked(
+    path: Path, overrides: tuple[str, ...], *, require_weights: bool = True
+) -> LoadedJob:
+    """Load a job and check its names.
+
+    Args:
+        require_weights: Also check that model folders hold complete weights, not only the
+            config.
+
+    Raises:
+        JobFileError: With all problems of loading and of the names together.
+    """
     try:
         loaded = load_job(path, overrides)
     except JobFileError as error:
         if not isinstance(error.rest, LoadedJob):
             raise
-        further = name_problems(error.rest, whole=whole)
-        raise JobFileError(error.file, [*error.problems, *further], error.rest) from None
-    check_names(loaded, whole=whole)
+        more_problems = find_name_problems(error.rest, require_weights=require_weights)
+        raise JobFileError(error.file, [*error.problems, *more_problems], error.rest) from None
+    check_names(loaded, require_weights=require_weights)
     return loaded
 
 
-def check_names(loaded: LoadedJob, *, whole: bool = True) -> None:
+def check_names(loaded: LoadedJob, *, require_weights: bool = True) -> None:
     """Raise JobFileError with every name that cannot be right. Hub names are not looked up.
 
-    Without `whole` a model's folder may hold its config alone: enough for a plan.
+    Without `require_weights` a model's folder may hold its config alone, which is enough for
+    a plan.
     """
-    problems = name_problems(loaded, whole=whole)
+    problems = find_name_problems(loaded, require_weights=require_weights)
     if problems:
         raise JobFileError(str(loaded.path), problems, loaded)
 
 
-def name_problems(loaded: LoadedJob, *, whole: bool = True) -> list[Problem]:
-    """Return what `check_names` raises."""
-    return [loaded.located(Problem(path, sentence)) for path, sentence in _wrong(loaded, whole=whole)]
+def find_name_problems(loaded: LoadedJob, *, require_weights: bool = True) -> list[Problem]:
+    """Return the problems that `check_names` raises."""
+    return [
+        loaded.locate(Problem(path, message))
+        for path, message in _find_problems(loaded, require_weights=require_weights)
+    ]
 
 
-def _wrong(loaded: LoadedJob, *, whole: bool) -> list[tuple[str, str]]:
-    job, found = loaded.job, []
-    for name in models_of(job):
+def _find_problems(loaded: LoadedJob, *, require_weights: bool) -> list[tuple[str, str]]:
+    job, problems = loaded.job, []
+    for name in list_model_names(job):
         if name.startswith(PREFIX):
-            found += _unknown_asset("model.model_name_or_path", name, "model")
+            problems += _check_asset("model.model_name_or_path", name, "model")
         elif Path(name).is_absolute():
             try:
-                check_whole(name, None) if whole else model_folder(name, None)
+                check_complete(name, None) if require_weights else get_model_folder(name, None)
             except AssetError as error:
-                found.append(("model.model_name_or_path", str(error)))
-    for name, revision in bases_of(job) if job.model.trust_remote_code else ():
-        sentence = code_refusal(name, revision)
-        found += [("model.trust_remote_code", sentence)] if sentence else []
+                problems.append(("model.model_name_or_path", str(error)))
+    for name, revision in list_base_models(job) if job.model.trust_remote_code else ():
+        message = find_code_refusal(name, revision)
+        problems += [("model.trust_remote_code", message)] if message else []
     data = job.data.dataset_name
     if data and data.startswith(PREFIX):
-        found += _unknown_asset("data.dataset_name", data, "dataset")
+        problems += _check_asset("data.dataset_name", data, "dataset")
     elif data and Path(data).is_absolute():
         try:
-            split_files(job.data)
+            get_split_files(job.data)
         except DataError as error:
-            found.append(("data.dataset_name", str(error)))
+            problems.append(("data.dataset_name", str(error)))
     for field in ("train_file", "validation_file", "test_file"):
-        found += _wrong_file(f"data.{field}", getattr(job.data, field))
-    found += _wrong_strategy(loaded) + _wrong_models(loaded) + _wrong_metrics(job) + _wrong_arms(job)
-    return found + _wrong_adapter(job)
+        problems += _check_file(f"data.{field}", getattr(job.data, field))
+    problems += (
+        _check_strategy(loaded) + _check_models(loaded) + _check_metrics(job) + _check_arms(job)
+    )
+    return problems + _check_adapter(job)
 
 
-def _wrong_adapter(job: JobSpec) -> list[tuple[str, str]]:
-    """Return what is against the adapter that is continued."""
+def _check_adapter(job: JobSpec) -> list[tuple[str, str]]:
+    """Return the problems with the adapter that training continues."""
     field, adapter = "train.init_adapter", job.train.init_adapter
     if not adapter:
         return []
     folder = Path(adapter)
     if not all((folder / name).is_file() for name in ADAPTER_FILES):
         return [(field, f"{field} is {adapter}, but there is no PEFT adapter in it")]
-    config = model_config(job.model.model_name_or_path, job.model.revision)
-    sentence = adapter_refusal(folder, job.method, config, field, generates=job.generates)
-    return [(field, sentence)] if sentence else []
+    config = read_model_config(job.model.model_name_or_path, job.model.revision)
+    message = find_adapter_refusal(folder, job.method, config, field, generates=job.is_generative)
+    return [(field, message)] if message else []
 
 
-def _wrong_metrics(job: JobSpec) -> list[tuple[str, str]]:
-    """What is not there of what answers are judged by."""
-    found = []
+def _check_metrics(job: JobSpec) -> list[tuple[str, str]]:
+    """Return the problems with custom metrics and BERTScore encoders."""
+    problems = []
     for name, metric in job.evaluate.custom_metrics.items():
-        sentence = wrong(name, metric)
-        if sentence:
-            found.append((f"evaluate.custom_metrics.{name}.function", sentence))
-    for encoder in encoders_of(job):
+        message = find_metric_problem(name, metric)
+        if message:
+            problems.append((f"evaluate.custom_metrics.{name}.function", message))
+    for encoder in list_metric_models(job):
         if encoder.startswith(PREFIX):
-            found += _unknown_asset("evaluate.bertscore_model", encoder, "model")
+            problems += _check_asset("evaluate.bertscore_model", encoder, "model")
         elif Path(encoder).is_absolute():
             try:
-                check_whole(encoder, None)
+                check_complete(encoder, None)
             except AssetError as error:
-                found.append(("evaluate.bertscore_model", str(error)))
-    return found
+                problems.append(("evaluate.bertscore_model", str(error)))
+    return problems
 
 
-def _wrong_arms(job: JobSpec) -> list[tuple[str, str]]:
-    """Weights of arms that are not there."""
-    found = []
+def _check_arms(job: JobSpec) -> list[tuple[str, str]]:
+    """Return the problems with the weights that arms name: missing or unsuitable files."""
+    problems = []
     for name, arm in job.compare.arms.items() if job.compare else ():
         if arm.weights is None:
             continue
         folder, field = Path(arm.weights), f"compare.arms.{name}.weights"
-        wanted = ("config.json",) if arm.method == "full" else ADAPTER_FILES
-        missing = [file for file in wanted if not (folder / file).is_file()]
+        required_files = ("config.json",) if arm.method == "full" else ADAPTER_FILES
+        missing = [file for file in required_files if not (folder / file).is_file()]
         if missing:
-            found.append((field, f"{field} is {folder}, but there is no {missing[0]} in it"))
+            problems.append((field, f"{field} is {folder}, but there is no {missing[0]} in it"))
         elif arm.method != "full":
             with suppress(ValueError):
-                model = own_job(job, name).model
-                config = model_config(model.model_name_or_path, model.revision)
-                sentence = adapter_refusal(folder, str(arm.method), config, field, generates=job.generates)
-                found += [(field, sentence)] if sentence else []
-    return found
+                model = build_arm_job(job, name).model
+                config = read_model_config(model.model_name_or_path, model.revision)
+                message = find_adapter_refusal(
+                    folder, str(arm.method), config, field, generates=job.is_generative
+                )
+                problems += [(field, message)] if message else []
+    return problems
 
 
-def _wrong_strategy(loaded: LoadedJob) -> list[tuple[str, str]]:
-    """What is missing for DeepSpeed, or contradicts the job in the user's own file for it."""
+def _check_strategy(loaded: LoadedJob) -> list[tuple[str, str]]:
+    """Return the problems with DeepSpeed.
+
+    These are what is missing for it, and what contradicts the job in the user's own DeepSpeed
+    file.
+    """
     job = loaded.job
     if not job.resources.strategy.startswith("zero"):
         return []
-    found = []
+    problems = []
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
-        found.append(
+        problems.append(
             (
                 "resources.strategy",
-                f"resources.strategy is {job.resources.strategy}, but DeepSpeed needs a C++ compiler and there is no "
+                f"resources.strategy is {job.resources.strategy}, but DeepSpeed needs a C++ "
+                "compiler and there is no "
                 f"{compiler} (apt-get install g++); fsdp needs none",
             )
         )
-    own = job.resources.deepspeed_config
-    if own:
+    config_path = job.resources.deepspeed_config
+    if config_path:
         try:
-            said = json.loads(files.read_plain_text(Path(own)))
+            config = json.loads(files.read_regular_text(Path(config_path)))
         except (OSError, ValueError, RecursionError) as error:
-            sentence = f"resources.deepspeed_config is {own}, which is no JSON file that can be read: {error}"
-            return [*found, ("resources.deepspeed_config", sentence)]
-        if not isinstance(said, dict):
-            sentence = f"resources.deepspeed_config is {own}, but must hold a JSON object"
-            return [*found, ("resources.deepspeed_config", sentence)]
-        found += [(problem.path, problem.sentence) for problem in contradictions(job, said)]
-    return found
+            message = (
+                f"resources.deepspeed_config is {config_path}, which is no JSON file that "
+                f"can be read: {error}"
+            )
+            return [*problems, ("resources.deepspeed_config", message)]
+        if not isinstance(config, dict):
+            message = f"resources.deepspeed_config is {config_path}, but must hold a JSON object"
+            return [*problems, ("resources.deepspeed_config", message)]
+        problems += [
+            (problem.path, problem.sentence) for problem in find_contradictions(job, config)
+        ]
+    return problems
 
 
-def _wrong_models(loaded: LoadedJob) -> list[tuple[str, str]]:
-    """Return what a job and its arms ask of models that their configs say they cannot do."""
+def _check_models(loaded: LoadedJob) -> list[tuple[str, str]]:
+    """Return what a job and its arms require of models that the models' configs rule out."""
     job = loaded.job
-    own = _wrong_model(job)
+    job_problems = _check_model(job)
     searched = job.search.parameters if job.search else {}
-    found = [(f"search.parameters.{field}" if field in searched else field, sentence) for field, sentence in own]
-    for where, arm_job in _arm_jobs(job):
-        adapters = _wrong_adapter(arm_job) if arm_job.train.init_adapter != job.train.init_adapter else []
-        of_arm = [one for one in _wrong_model(arm_job) + adapters if one not in own]
-        found += [(where, f"{where}: {sentence}") for _, sentence in of_arm]
-    return found
+    problems = [
+        (f"search.parameters.{field}" if field in searched else field, message)
+        for field, message in job_problems
+    ]
+    for location, arm_job in _build_arm_jobs(job):
+        adapters = (
+            _check_adapter(arm_job) if arm_job.train.init_adapter != job.train.init_adapter else []
+        )
+        arm_problems = [
+            problem for problem in _check_model(arm_job) + adapters if problem not in job_problems
+        ]
+        problems += [(location, f"{location}: {message}") for _, message in arm_problems]
+    return problems
 
 
-def _arm_jobs(job: JobSpec) -> list[tuple[str, JobSpec]]:
-    """Return the job of each arm that sets something of its own, with its place in the file."""
+def _build_arm_jobs(job: JobSpec) -> list[tuple[str, JobSpec]]:
+    """Return (location in the file, job) of each arm that changes something in the job."""
     if job.compare is None:
         return []
-    found = []
+    arm_jobs = []
     for name, arm in job.compare.arms.items():
         if not (arm.set or arm.method != job.method or arm.parameters):
             continue
-        with suppress(ValueError):  # pydantic's too: what is wrong with the arm itself is said where the file is loaded
-            found.append((f"compare.arms.{name}", search_job(job, name, None) if arm.trains else own_job(job, name)))
-    return found
+        with suppress(ValueError):  # pydantic's errors too: loading the file reports invalid arms
+            arm_jobs.append(
+                (
+                    f"compare.arms.{name}",
+                    build_search_job(job, name, None)
+                    if arm.needs_training
+                    else build_arm_job(job, name),
+                )
+            )
+    return arm_jobs
 
 
-def _wrong_model(job: JobSpec) -> list[tuple[str, str]]:
-    """Return what the config of a job's model says against the job, by field; nothing where it is not here."""
+def _check_model(job: JobSpec) -> list[tuple[str, str]]:
+    """Return the problems, by field, that the config of a job's model shows.
+
+    Returns none if the config is not on this machine.
+    """
     name = job.model.model_name_or_path
-    config = model_config(name, job.model.revision)
+    config = read_model_config(name, job.model.revision)
     if not config:
         return []
-    refusal = generation_refusal if job.generates else classification_refusal
+    refusal = get_generation_refusal if job.is_generative else get_classification_refusal
     try:
-        sentence = refusal(config, name)
-        if sentence:
-            return [("model.model_name_or_path", sentence)]
-        further = _too_long(job, config) + _wrong_layers(job, config) + _wrong_targets(job, config)
-        return further + _wrong_packing(job, config)
-    except (TypeError, ValueError, AttributeError) as error:  # a config is whatever somebody wrote
-        sentence = f"model.model_name_or_path is {name}, whose config.json cannot be understood: {error}"
-        return [("model.model_name_or_path", sentence)]
+        message = refusal(config, name)
+        if message:
+            return [("model.model_name_or_path", message)]
+        problems = (
+            _check_length(job, config) + _check_layers(job, config) + _check_targets(job, config)
+        )
+        return problems + _check_packing(job, config)
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # a config.json is untrusted input of any form
+        message = (
+            f"model.model_name_or_path is {name}, whose config.json cannot be understood: {error}"
+        )
+        return [("model.model_name_or_path", message)]
 
 
-def _wrong_packing(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
-    """Refuse packed rows for a model that is known not to keep examples apart."""
+def _check_packing(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return a problem if rows are packed for a model that cannot keep examples apart."""
     if not job.train.packing or can_pack(config):
         return []
-    return [("train.packing", packing_refusal("train.packing", job.model.model_name_or_path))]
+    return [
+        ("train.packing", describe_packing_refusal("train.packing", job.model.model_name_or_path))
+    ]
 
 
-def _too_long(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
-    """Refuse rows, or a learnt prompt before them, for which the model has no positions."""
+def _check_length(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return a problem if rows, with any learnt prompt, are longer than the model's positions."""
     name, field = job.model.model_name_or_path, "model.max_length"
-    longest = max(_possible(job, field))
-    sentence = length_refusal(config, name, longest)
-    if sentence:
-        return [(field, sentence)]
-    if "prompt_tuning" not in _possible(job, "method"):
+    max_length = max(_list_possible_values(job, field))
+    message = get_length_refusal(config, name, max_length)
+    if message:
+        return [(field, message)]
+    if "prompt_tuning" not in _list_possible_values(job, "method"):
         return []
-    tokens = "prompt_tuning.num_virtual_tokens"
-    too_long = prompt_too_long(max(_possible(job, tokens)), longest, name, learnt_positions(config))
-    found = [(tokens, too_long)] if too_long else []
+    tokens_field = "prompt_tuning.num_virtual_tokens"
+    prompt_message = check_prompt_length(
+        max(_list_possible_values(job, tokens_field)), max_length, name, get_max_positions(config)
+    )
+    problems = [(tokens_field, prompt_message)] if prompt_message else []
     if job.task == "classification" and is_causal(config):
-        found.append(("method", prompt_hides_label(name)))
-    return found
+        problems.append(("method", describe_hidden_label(name)))
+    return problems
 
 
-def _wrong_layers(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
-    """Refuse what the model's kind of layers cannot do."""
-    methods = _possible(job, "method")
-    if not {"lora", "qlora"} & set(methods) or "olora" not in _possible(job, "lora.init_lora_weights"):
+def _check_layers(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return a problem if the model's layers do not support the LoRA initialisation."""
+    methods = _list_possible_values(job, "method")
+    if not {"lora", "qlora"} & set(methods) or "olora" not in _list_possible_values(
+        job, "lora.init_lora_weights"
+    ):
         return []
     if not has_transposed_layers(config):
         return []
-    sentence = (
+    message = (
         f"lora.init_lora_weights is olora, but the matrices of {job.model.model_name_or_path} "
-        f"({model_type(config)}) are stored transposed (Conv1D), which PEFT's OLoRA does not turn; use pissa or default"
+        f"({get_model_type(config)}) are stored transposed (Conv1D), which PEFT's OLoRA does not "
+        "turn; use pissa or default"
     )
-    return [("lora.init_lora_weights", sentence)]
+    return [("lora.init_lora_weights", message)]
 
 
-_TARGETS = "lora.lora_target_modules"
+_TARGETS_FIELD = "lora.lora_target_modules"
 
 
-def _wrong_targets(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
-    """Refuse adapters on layers that the model does not have, or that are two things at once."""
-    if not {"lora", "qlora"} & set(_possible(job, "method")) or job.train.init_adapter:
-        return []  # an adapter that is continued has found its layers
-    found = []
-    layers = _layers_of(job, config)
-    for value in _possible(job, _TARGETS):
+def _check_targets(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return problems for LoRA targets that the model lacks, or that are tied to another layer."""
+    if not {"lora", "qlora"} & set(_list_possible_values(job, "method")) or job.train.init_adapter:
+        return []  # a continued adapter already has its layers
+    problems = []
+    layers = _load_layer_names(job, config)
+    for value in _list_possible_values(job, _TARGETS_FIELD):
         if not isinstance(value, str | list | tuple):
-            continue  # said where the file is loaded
-        names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
+            continue  # reported when the file is loaded
+        names = (
+            tuple(part.strip() for part in value.split(","))
+            if isinstance(value, str)
+            else tuple(value)
+        )
         if names == ("all-linear",):
             continue
-        tied = tied_targets(names, config) if job.generates else []
+        tied = find_tied_targets(names, config) if job.is_generative else []
         if tied:
-            found.append((_TARGETS, tied_refusal(tied, job.model.model_name_or_path)))
-        others = [name for name in names if name not in tied]
-        unknown = [name for name in others if layers and not any(_means(name, path) for path in layers)]
+            problems.append(
+                (_TARGETS_FIELD, describe_tied_targets(tied, job.model.model_name_or_path))
+            )
+        untied_names = [name for name in names if name not in tied]
+        unknown = [
+            name
+            for name in untied_names
+            if layers and not any(_is_target_match(name, path) for path in layers)
+        ]
         if unknown:
-            last = sorted({path.rpartition(".")[2] for path in layers if not path.rpartition(".")[2].isdigit()})
-            near = fields.closest(unknown[0], last)
-            hint = f"did you mean {near!r}?" if near else f"it has {', '.join(last[:_MOST_LAYERS])}"
-            which = ", ".join(map(repr, unknown))
-            sentence = f"{_TARGETS} has {which}, but {job.model.model_name_or_path} has no such layer; {hint}"
-            found.append((_TARGETS, sentence))
-    return found
+            layer_suffixes = sorted(
+                {
+                    path.rpartition(".")[2]
+                    for path in layers
+                    if not path.rpartition(".")[2].isdigit()
+                }
+            )
+            closest_name = fields.find_closest(unknown[0], layer_suffixes)
+            hint = (
+                f"did you mean {closest_name!r}?"
+                if closest_name
+                else f"it has {', '.join(layer_suffixes[:_MAX_LAYERS_SHOWN])}"
+            )
+            unknown_names = ", ".join(map(repr, unknown))
+            message = (
+                f"{_TARGETS_FIELD} has {unknown_names}, but {job.model.model_name_or_path} "
+                f"has no such layer; {hint}"
+            )
+            problems.append((_TARGETS_FIELD, message))
+    return problems
 
 
-_MOST_LAYERS = 16
+_MAX_LAYERS_SHOWN = 16
 
 
-def _means(name: str, path: str) -> bool:
-    """Whether a target means a layer; a checkpoint's paths may lack the prefix that a loaded model's have."""
+def _is_target_match(name: str, path: str) -> bool:
+    """Return whether a target selects a layer.
+
+    A checkpoint's paths may lack the prefix that a loaded model's paths have.
+    """
     return is_named(path, (name,)) or name.endswith(f".{path}")
 
 
-def _layers_of(job: JobSpec, config: dict[str, Any]) -> set[str]:
-    """Return the layers that a model's weights name; empty where they are not here, or are named otherwise when loaded.
+def _load_layer_names(job: JobSpec, config: dict[str, Any]) -> set[str]:
+    """Return the layer names in a model's weights.
 
-    transformers puts the experts of a mixture together under other names than a checkpoint has.
+    Returns an empty set if the weights are not on this machine, or if transformers renames
+    layers on loading, as it does for the experts of a mixture.
     """
-    if any("expert" in key for key in text_config(config)):
+    if any("expert" in key for key in get_text_config(config)):
         return set()
     try:
-        folder = model_folder(job.model.model_name_or_path, job.model.revision)
+        folder = get_model_folder(job.model.model_name_or_path, job.model.revision)
     except AssetError:
         return set()
-    return layer_names(weight_shapes(folder))
+    return list_layer_names(read_weight_shapes(folder))
 
 
-def _possible(job: JobSpec, path: str) -> list[Any]:
-    """What a field may be in some trial: its own value, or those of the search (the ends of a range)."""
+def _list_possible_values(job: JobSpec, path: str) -> list[Any]:
+    """Return the values that a field may take in some trial.
+
+    These are its own value, or those of the search (the ends of a range).
+    """
     searched = job.search.parameters.get(path) if job.search else None
     if searched is None or searched.expression is not None:
-        return [fields.get(job.model_dump(), path)]
+        return [fields.get_value(job.model_dump(), path)]
     return list(searched.values) if searched.values is not None else [searched.min, searched.max]
 
 
-def _unknown_asset(field: str, name: str, kind: str) -> list[tuple[str, str]]:
+def _check_asset(field: str, name: str, kind: str) -> list[tuple[str, str]]:
     try:
-        known = asset(name)
+        known_asset = get_asset(name)
     except AssetError as error:
         return [(field, f"{field}: {error}")]
-    return [] if known.kind == kind else [(field, f"{field} is {name}, but that is a {known.kind}, not a {kind}")]
+    return (
+        []
+        if known_asset.kind == kind
+        else [(field, f"{field} is {name}, but that is a {known_asset.kind}, not a {kind}")]
+    )
 
 
-def _wrong_file(field: str, name: str | None) -> list[tuple[str, str]]:
+def _check_file(field: str, name: str | None) -> list[tuple[str, str]]:
     if name is None:
         return []
     path = Path(name)
     if not path.is_file():
-        return [(field, f"{field} is {name}, but {files.no_file(path)}")]
-    if data_suffix(path) is None:
+        return [(field, f"{field} is {name}, but {files.describe_non_file(path)}")]
+    if get_data_suffix(path) is None:
         return [(field, f"{field} is {name}, but must end in one of {', '.join(DATA_SUFFIXES)}")]
     return []

@@ -1,4 +1,7 @@
-"""A Ray cluster that is up already, reached by its job server: a run is a job of Ray's for each submission."""
+"""The Ray backend: submits runs to the job server of a running Ray cluster.
+
+Each submission of a run is one Ray job.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +19,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafleet.cluster import submitted_runs as registry
-from lorafleet.cluster.backend import Say, Seen, quietly
+from lorafleet.cluster.backend import RunStatus, Say, ignore_message
 from lorafleet.cluster.local import write_run
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.cluster.remote.backend import (
-    Away,
-    Place,
-    begin_submission,
-    bring,
-    exit_code,
-    keep,
-    or_said_to_be_missing,
-    seen_last,
-    settled,
-    stored,
-    unknown_there,
-    written,
+    CommandRunner,
+    RemoteBackend,
+    compute_exit_code,
+    download_record,
+    infer_unknown_status,
+    read_last_status,
+    read_own_state,
+    read_record,
+    record_final_state,
+    record_if_missing,
+    record_submission,
+    update_record,
 )
-from lorafleet.cluster.remote.transfer import Which
+from lorafleet.cluster.remote.transfer import WeightSelection
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import PlacementRefused, RunError, UserError
 from lorafleet.jobs.loading.job_file import LoadedJob
@@ -46,21 +49,25 @@ from lorafleet.jobs.sites.ray import RayClusterSite
 
 if TYPE_CHECKING:
     from lorafleet.cluster.doctor import Finding
-    from lorafleet.cluster.ray.client import AsJobs, JobInfo, RayJobs
+    from lorafleet.cluster.ray.client import JobCommandRunner, JobInfo, RayJobs
 
-_LOOK_SECONDS = 3.0
-_SURE = 3
-"""Looks that find no job before it is taken for lost: a head that is starting knows none."""
+_POLL_SECONDS = 3.0
+_MAX_UNKNOWN_POLLS = 3
+"""Consecutive polls without a job before it counts as lost: a head that is starting knows no
+jobs.
+"""
 _REFRESH_SECONDS = 30.0
-"""Between two looks into the run's folder: each is a job of its own."""
+"""Seconds between two downloads of the run's record: each download is a Ray job."""
 
 
-class RayBackend(Away[RayClusterSite]):
-    """Submits to the job server of a Ray cluster."""
+class RayBackend(RemoteBackend[RayClusterSite]):
+    """A backend that submits jobs to the job server of a Ray cluster."""
 
     def __init__(self, site: RayClusterSite, nodes: int | None = None) -> None:
         if nodes is not None:
-            raise PlacementRefused(f"--nodes is {nodes}, but the Ray of site {site.name} has the machines that it has")
+            raise PlacementRefused(
+                f"--nodes is {nodes}, but the Ray of site {site.name} has the machines that it has"
+            )
         self.site = site
         self.called = f"site {site.name}"
         self.mount = site.storage
@@ -74,203 +81,291 @@ class RayBackend(Away[RayClusterSite]):
 
     @functools.cached_property
     def jobs(self) -> RayJobs:
-        """The job server. Raises RayUnreachable."""
+        """Return the client of the job server. Raises RayUnreachable."""
         from lorafleet.cluster.ray.client import RayJobs
 
         return RayJobs(self.site.address)
 
     @contextlib.contextmanager
-    def reached(self, say: Say) -> Iterator[Place]:
-        """Commands are run as short jobs."""
-        yield self._place()
+    def open_storage(self, say: Say) -> Iterator[CommandRunner]:
+        """Open access to the storage; each command runs as a short Ray job."""
+        yield self._build_runner()
 
-    def _place(self) -> AsJobs:
-        from lorafleet.cluster.ray.client import AsJobs
+    def _build_runner(self) -> JobCommandRunner:
+        from lorafleet.cluster.ray.client import JobCommandRunner
 
-        return AsJobs(self.jobs, self._variables())
+        return JobCommandRunner(self.jobs, self._build_environment())
 
-    def _variables(self) -> dict[str, str]:
-        own = {"LORAFLEET_CACHE": self.cache, "HF_HUB_CACHE": f"{self.cache}/hub"}
-        own |= {"LORAFLEET_TRUSTED_FOLDERS": self.mount, "TOKENIZERS_PARALLELISM": "false"}
-        return own | ({} if self.internet else OFFLINE) | self.site.environment
+    def _build_environment(self) -> dict[str, str]:
+        variables = {"LORAFLEET_CACHE": self.cache, "HF_HUB_CACHE": f"{self.cache}/hub"}
+        variables |= {"LORAFLEET_TRUSTED_FOLDERS": self.mount, "TOKENIZERS_PARALLELISM": "false"}
+        return variables | ({} if self.internet else OFFLINE) | self.site.environment
 
-    # --- before
+    # --- before a run
 
     def plan(self, loaded: LoadedJob, command: str) -> Plan:
-        """Everything that would happen, on the machines that the cluster has now. Raises a UserError."""
-        there = RaySite(
-            address=self.site.address, nodes=self.jobs.nodes(), gpu_memory_gib=self.site.gpu_memory_gb * 1e9 / 2**30
+        """Return the plan of everything that would happen on the machines that the cluster has now.
+
+        Raises:
+            UserError: The job could not start.
+        """
+        remote_site = RaySite(
+            address=self.site.address,
+            nodes=self.jobs.get_nodes(),
+            gpu_memory_gib=self.site.gpu_memory_gb * 1e9 / 2**30,
         )
-        made = self.moved(make_plan(loaded, there, command, self.site.allow_environment))
-        line = shlex.join(self._entrypoint("RUN"))
-        return made.model_copy(
-            update={"site": self.site.name, "command_line": f"ray job submit --address {self.site.address} -- {line}"}
+        plan = self.apply_remote_paths(
+            make_plan(loaded, remote_site, command, self.site.allow_environment)
+        )
+        line = shlex.join(self._build_entrypoint("RUN"))
+        return plan.model_copy(
+            update={
+                "site": self.site.name,
+                "command_line": f"ray job submit --address {self.site.address} -- {line}",
+            }
         )
 
     def check(self, plan: Plan) -> tuple[list[str], list[str]]:
-        """What the cluster has against the job; what was not asked."""
-        return self.unseen(plan.job), self.unbrought(plan.job)
+        """Check the job against the cluster.
 
-    def _entrypoint(self, run: str) -> list[str]:
-        told = [f"{name}={value}" for name, value in self._variables().items()]
-        return ["env", *told, "lorafleet", "exec", self.folder_of(run), "--job", DOCUMENT]
+        Returns:
+            The problems, and what could not be checked; one message each.
+        """
+        return self.list_invisible_paths(plan.job), self.list_missing_uploads(plan.job)
 
-    def folder_of(self, run: str) -> str:
-        """Where the machines see a run."""
+    def _build_entrypoint(self, run: str) -> list[str]:
+        assignments = [f"{name}={value}" for name, value in self._build_environment().items()]
+        return [
+            "env",
+            *assignments,
+            "lorafleet",
+            "exec",
+            self.get_run_folder(run),
+            "--job",
+            DOCUMENT,
+        ]
+
+    def get_run_folder(self, run: str) -> str:
+        """Return the folder of a run as the machines see it."""
         return f"{self.mount}/runs/{run}"
 
-    def newest(self, run: str) -> int:
-        """Which submission of a run Ray knows as the newest; the first where it has forgotten all."""
-        numbers = [name.removeprefix(f"{run}-") for name in self.jobs.names() if name.startswith(f"{run}-")]
+    def find_newest_submission(self, run: str) -> int:
+        """Return the number of a run's newest submission; 1 if Ray has forgotten all of them."""
+        numbers = [
+            name.removeprefix(f"{run}-")
+            for name in self.jobs.list_names()
+            if name.startswith(f"{run}-")
+        ]
         return max((int(number) for number in numbers if number.isdigit()), default=1)
 
-    # --- handing over
+    # --- submission
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
-        """Make the run's record here, and hand the job over. Raises a UserError, and leaves nothing, where it fails."""
-        refused = self.unseen(plan.job)
-        if refused:
-            raise PlacementRefused("\n".join(refused))
+        """Create the run's local record and submit the job.
+
+        Raises:
+            UserError: The submission failed; nothing is left behind, unless the job may have been
+                accepted.
+        """
+        problems = self.list_invisible_paths(plan.job)
+        if problems:
+            raise PlacementRefused("\n".join(problems))
         run = write_run(plan, loaded, runs)
         try:
-            self._hand_over(run, 1)
+            self._submit_job(run, 1)
         except BaseException as error:
-            self._not_taken(run, error, for_sure=self._has_nothing_of(run))
+            self._raise_submission_failure(run, error, for_sure=self._is_surely_unsubmitted(run))
         registry.add(run, self.site.name)
         return run
 
-    def _has_nothing_of(self, run: Run) -> bool:
-        """Whether the cluster has no job of the run for sure."""
+    def _is_surely_unsubmitted(self, run: Run) -> bool:
+        """Return whether the cluster surely has no job of the run."""
         try:
-            return "submission" not in stored(run) or self.jobs.info(self.name_of(run)) is None
+            return (
+                "submission" not in read_record(run)
+                or self.jobs.get_info(self.get_job_name(run)) is None
+            )
         except UserError:
             return False
 
-    def _hand_over(self, run: Run, submission: int, call: str = "") -> None:
+    def _submit_job(self, run: Run, submission: int, call: str = "") -> None:
         call = call or secrets.token_hex(8)
-        facts = {"kind": self.site.kind, "site": self.site.model_dump(mode="json"), "submission": submission}
-        begin_submission(run, facts | {"call": call, "handed_over": False})
+        record = {
+            "kind": self.site.kind,
+            "site": self.site.model_dump(mode="json"),
+            "submission": submission,
+        }
+        record_submission(run, record | {"call": call, "handed_over": False})
         texts = {name: (run.path / name).read_text() for name in TEXTS}
-        name = self.name_of(run)
+        name = self.get_job_name(run)
         with tempfile.TemporaryDirectory(prefix="lorafleet-") as folder:
-            for file, text in pack(str(run.status()["name"]), texts, submission).items():
+            for file, text in pack(str(run.read_status()["name"]), texts, submission).items():
                 (Path(folder) / file).write_text(text)
-            line, marks = shlex.join(self._entrypoint(run.id)), {"run": run.id, "call": call}
+            line, metadata = (
+                shlex.join(self._build_entrypoint(run.id)),
+                {"run": run.id, "call": call},
+            )
             try:
-                self.jobs.submit(name, line, Path(folder), marks)
+                self.jobs.submit(name, line, Path(folder), metadata)
             except UserError:
-                found = self.jobs.info(name)  # an answer may have been lost
-                if found is None or found.metadata.get("call") != call:
+                info = self.jobs.get_info(
+                    name
+                )  # the job may exist: the first response may have been lost
+                if info is None or info.metadata.get("call") != call:
                     raise
-        keep(run, submission, handed_over=True)
+        update_record(run, submission, handed_over=True)
 
     def resume(self, run: Run) -> None:
-        """Hand an unfinished run over again, as a job of its own. Raises RunError while one of it lives."""
-        facts, found = stored(run), self.jobs.info(self.name_of(run))
-        if found is not None and not found.ended:
-            raise RunError(f"{run.id} has job {self.name_of(run)}, which is {found.status}")
-        if facts.get("handed_over") or found is not None:
-            return self._hand_over(run, int(facts["submission"]) + 1)
-        return self._hand_over(run, int(facts["submission"]), str(facts["call"]))
+        """Submit an unfinished run again, as a new job.
 
-    # --- while it lives
+        Raises:
+            RunError: A job of the run is still active.
+        """
+        record, info = read_record(run), self.jobs.get_info(self.get_job_name(run))
+        if info is not None and not info.ended:
+            raise RunError(f"{run.id} has job {self.get_job_name(run)}, which is {info.status}")
+        if record.get("handed_over") or info is not None:
+            return self._submit_job(run, int(record["submission"]) + 1)
+        return self._submit_job(run, int(record["submission"]), str(record["call"]))
 
-    def name_of(self, run: Run) -> str:
-        """The submission id of the run's newest job."""
-        return f"{run.id}-{stored(run)['submission']}"
+    # --- during a run
 
-    def look(self, run: Run) -> Seen:
-        """Where a run is: asked of the cluster first, of what was seen last where that does not answer."""
+    def get_job_name(self, run: Run) -> str:
+        """Return the submission id of the run's newest job."""
+        return f"{run.id}-{read_record(run)['submission']}"
+
+    def status(self, run: Run) -> RunStatus:
+        """Return the run's status from the cluster.
+
+        Returns the last recorded status if the cluster does not answer.
+        """
         try:
-            found = self.jobs.info(self.name_of(run))
+            info = self.jobs.get_info(self.get_job_name(run))
         except UserError as error:
-            return seen_last(run) or Seen(run.state, f"{error}; the record here says {run.state}", asked=False)
-        now = seen(run, self.name_of(run), found)
-        return settled(run, int(stored(run)["submission"]), now) if found is not None and found.ended else now
+            return read_last_status(run) or RunStatus(
+                run.state, f"{error}; the record here says {run.state}", asked=False
+            )
+        status = derive_status(run, self.get_job_name(run), info)
+        return (
+            record_final_state(run, int(read_record(run)["submission"]), status)
+            if info is not None and info.ended
+            else status
+        )
 
-    def refresh(self, run: Run, say: Say = quietly) -> None:
-        """Bring what the run has written since, and what its driver has said where its own log is not here."""
+    def refresh(self, run: Run, say: Say = ignore_message) -> None:
+        """Download what the run has written since the last call.
+
+        The driver's output is downloaded too if its own log is not here.
+        """
         with contextlib.suppress(UserError):
-            bring(self._place(), self.folder_of(run.id), run, wait=False)
-        self._words(run)
+            download_record(self._build_runner(), self.get_run_folder(run.id), run, wait=False)
+        self._save_driver_output(run)
 
-    def _words(self, run: Run) -> None:
+    def _save_driver_output(self, run: Run) -> None:
         with contextlib.suppress(UserError):
             if not (run.path / "logs" / "driver.log").is_file():
-                words = self.jobs.words(self.name_of(run))
-                if words:
-                    files.write_text(run.path / "logs" / "submitter.log", words)
+                output = self.jobs.read_output(self.get_job_name(run))
+                if output:
+                    files.write_text(run.path / "logs" / "submitter.log", output)
 
     def collect(self, run: Run, submission: int) -> None:
-        """Bring the record of a submission that has ended; what hinders it is written down."""
-        with or_said_to_be_missing(run, submission):
-            bring(self._place(), self.folder_of(run.id), run)
-        self._words(run)
+        """Download the record of a submission that has ended; a failure is recorded."""
+        with record_if_missing(run, submission):
+            download_record(self._build_runner(), self.get_run_folder(run.id), run)
+        self._save_driver_output(run)
 
-    def pull(self, run: Run, which: Which, say: Say) -> int:
-        """Bring a run's record, W&B's files and the weights of `which` trials; returns how many files came."""
-        count = bring(self._place(), self.folder_of(run.id), run, which, whole=True)
-        keep(run, int(stored(run)["submission"]), missing=None, collected=True)
+    def pull(self, run: Run, weights: WeightSelection, say: Say) -> int:
+        """Download a run's record, W&B's files and the selected weights; return the number of
+        files.
+        """
+        count = download_record(
+            self._build_runner(), self.get_run_folder(run.id), run, weights, include_wandb=True
+        )
+        update_record(run, int(read_record(run)["submission"]), missing=None, collected=True)
         return count
 
     def watch(self, run: Run) -> RayWatch:
-        """The job, asked about every few seconds."""
+        """Return a watch that queries the run's job every few seconds."""
         return RayWatch(self, run)
 
     def cancel(self, run: Run) -> str:
-        """Ask the run to save and end; one whose driver has not begun is taken back."""
-        name, found = self.name_of(run), self.jobs.info(self.name_of(run))
-        if found is None or found.ended:
-            raise RunError(f"{run.id} has no job that waits or runs: it is {self.look(run).state}")
-        keep(run, int(stored(run)["submission"]), stopping=True)
-        if found.status == "RUNNING":  # Ray itself would give it three seconds
-            self._place().run(["lorafleet", "node", "stop", self.folder_of(run.id)], lambda _: None)
-            return f"{run.id} saves its trials and ends (job {name}); `lorafleet resume {run.id}` goes on"
+        """Ask the run to save and end; stop its job if the driver has not started.
+
+        Raises:
+            RunError: The run has no job that waits or runs.
+        """
+        name, info = self.get_job_name(run), self.jobs.get_info(self.get_job_name(run))
+        if info is None or info.ended:
+            raise RunError(
+                f"{run.id} has no job that waits or runs: it is {self.status(run).state}"
+            )
+        update_record(run, int(read_record(run)["submission"]), stopping=True)
+        if (
+            info.status == "RUNNING"
+        ):  # not Ray's own stop, which gives a job only three seconds to save
+            self._build_runner().run(
+                ["lorafleet", "node", "stop", self.get_run_folder(run.id)], lambda _: None
+            )
+            return (
+                f"{run.id} saves its trials and ends (job {name}); `lorafleet resume "
+                f"{run.id}` goes on"
+            )
         self.jobs.stop(name)
         return f"{run.id} is taken back; `lorafleet resume {run.id}` submits it again"
 
-    def end_at_once(self, run: Run) -> None:
-        """End the run's job; nothing is saved."""
-        self.jobs.stop(self.name_of(run))
+    def kill(self, run: Run) -> None:
+        """Stop the run's job; nothing is saved."""
+        self.jobs.stop(self.get_job_name(run))
 
-    def findings(self) -> list[Finding]:
-        """Ask the cluster for what a job needs, and run a short one."""
-        from lorafleet.cluster.ray.doctor import findings
+    def collect_findings(self) -> list[Finding]:
+        """Check that the cluster has what a job needs, and run a short job."""
+        from lorafleet.cluster.ray.doctor import collect_findings
 
-        return findings(self)
+        return collect_findings(self)
 
 
-def seen(run: Run, name: str, job: JobInfo | None) -> Seen:
-    """Where a run is, from what Ray says of its job (None: nothing) and from what is here of its own record."""
+def derive_status(run: Run, name: str, job: JobInfo | None) -> RunStatus:
+    """Return the status of a run from its Ray job (None: Ray knows none) and the local record."""
     if job is None:
-        return unknown_there(run, f"Ray does not know job {name} any more: a head that begins anew forgets its jobs")
+        return infer_unknown_status(
+            run, f"Ray does not know job {name} any more: a head that begins anew forgets its jobs"
+        )
     if job.status == "PENDING":
-        why = job.message.partition(".")[0]
-        return Seen(RunState.PENDING, f"job {name} waits" + (f": {why}" if why else ""))
+        wait_reason = job.message.partition(".")[0]
+        return RunStatus(
+            RunState.PENDING, f"job {name} waits" + (f": {wait_reason}" if wait_reason else "")
+        )
     if job.status == "RUNNING":
-        return Seen(RunState.RUNNING, f"job {name} runs")
-    own, reason = written(run)
+        return RunStatus(RunState.RUNNING, f"job {name} runs")
+    own_state, reason = read_own_state(run)
     if job.status == "SUCCEEDED":
-        return Seen(own if own in (RunState.STOPPED, RunState.FAILED) else RunState.FINISHED, reason)
-    if job.status == "STOPPED" or own is RunState.STOPPED:
-        return Seen(RunState.STOPPED, f"job {name} was stopped; `lorafleet resume {run.id}` goes on")
-    words = reason if own is RunState.FAILED else ""
-    words = words or f"job {name} failed: {' '.join(job.message.split())[:300]}"
-    return Seen(RunState.FAILED, "; ".join(filter(None, [words, reason if own is None else ""])))
+        return RunStatus(
+            own_state if own_state in (RunState.STOPPED, RunState.FAILED) else RunState.FINISHED,
+            reason,
+        )
+    if job.status == "STOPPED" or own_state is RunState.STOPPED:
+        return RunStatus(
+            RunState.STOPPED, f"job {name} was stopped; `lorafleet resume {run.id}` goes on"
+        )
+    message = reason if own_state is RunState.FAILED else ""
+    message = message or f"job {name} failed: {' '.join(job.message.split())[:300]}"
+    return RunStatus(
+        RunState.FAILED, "; ".join(filter(None, [message, reason if own_state is None else ""]))
+    )
 
 
 class RayWatch:
-    """A job of a Ray cluster, for somebody who waits for its end; a thread brings what the run writes."""
+    """A watch on a job of a Ray cluster; a thread downloads what the run writes."""
 
     detaches = True
 
     def __init__(self, backend: RayBackend, run: Run) -> None:
         self.backend, self.run = backend, run
-        self.name = backend.name_of(run)
-        self.submission = int(stored(run)["submission"])
-        self.seen = Seen(run.state)
+        self.name = backend.get_job_name(run)
+        self.submission = int(read_record(run)["submission"])
+        self.seen = RunStatus(run.state)
         self._unknown = 0
-        self._looked_at = -_LOOK_SECONDS
+        self._looked_at = -_POLL_SECONDS
         self._end = threading.Event()
         threading.Thread(target=self._refresh, daemon=True, name=f"refresh {run.id}").start()
 
@@ -280,31 +375,39 @@ class RayWatch:
                 self.backend.refresh(self.run)
 
     def poll(self) -> int | None:
-        """The driver's exit code once the job has ended, with the run's record here as it is then."""
-        if time.monotonic() - self._looked_at < _LOOK_SECONDS:
+        """Return the driver's exit code once the job has ended.
+
+        The run's final record has been downloaded by then.
+        """
+        if time.monotonic() - self._looked_at < _POLL_SECONDS:
             return None
         self._looked_at = time.monotonic()
         try:
-            job = self.backend.jobs.info(self.name)
+            job = self.backend.jobs.get_info(self.name)
         except UserError as error:
-            self.seen = Seen(self.seen.state, str(error))
+            self.seen = RunStatus(self.seen.state, str(error))
             return None
         self._unknown = self._unknown + 1 if job is None else 0
-        now = seen(self.run, self.name, job)
-        if now.state in (RunState.PENDING, RunState.RUNNING) or 0 < self._unknown < _SURE:
-            self.seen = now
+        status = derive_status(self.run, self.name, job)
+        if (
+            status.state in (RunState.PENDING, RunState.RUNNING)
+            or 0 < self._unknown < _MAX_UNKNOWN_POLLS
+        ):
+            self.seen = status
             return None
         self._end.set()
         self.backend.collect(self.run, self.submission)
-        self.seen = settled(self.run, self.submission, seen(self.run, self.name, job))
+        self.seen = record_final_state(
+            self.run, self.submission, derive_status(self.run, self.name, job)
+        )
         code = job.code if job is not None else None
         if code is None and job is not None:
-            said = re.search(r"exit code (\d+)", job.message)
-            code = int(said[1]) if said else None
-        return exit_code(self.run, self.seen, code)
+            match = re.search(r"exit code (\d+)", job.message)
+            code = int(match[1]) if match else None
+        return compute_exit_code(self.run, self.seen, code)
 
     def send_signal(self, number: int) -> None:
-        """A job elsewhere does not hear this process's signals."""
+        """Do nothing: a remote job does not receive this process's signals."""
 
     def close(self) -> None:
         """End the thread."""

@@ -1,6 +1,7 @@
-"""A run's files between a cluster's storage and the machine of the one who submits, as streams through a pod.
+"""Transfers files between a cluster's storage and the submitting machine, as streams.
 
-One side packs, the other unpacks; both are lorafleet. What arrives is checked before it takes its place.
+The streams go through a pod. Both sides run lorafleet: one packs, the other unpacks.
+Downloaded files are checked before they replace local ones.
 """
 
 from __future__ import annotations
@@ -22,97 +23,146 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from lorafleet.jobs import files
-from lorafleet.jobs.errors import CommandFailed, disk_full
+from lorafleet.jobs.errors import CommandFailed, make_disk_full_error
 from lorafleet.jobs.runs.bundle import TEXTS
 from lorafleet.jobs.runs.plan import MANIFEST
 from lorafleet.jobs.runs.run import Run
 
-Which = Literal["none", "best", "all", "exports"]
-"""Of which trials the weights come along; or what was exported from them."""
-_NOT_BROUGHT = {"tune", "attempts", ".reserve", "stop", "site.json", "submission.json", MANIFEST, *TEXTS}
-"""At the top of a run's folder: Ray Tune's own, and what belongs to one side alone. Neither sent nor taken."""
-_TOPS = frozenset(
-    {"status.json", "facts.json", "events.jsonl", "environment.json", "findings.json", "exported.json"}
-    | {"inference.jsonl", "pace.json", "trials", "arms", "parts", "judged", "report", "wandb", "logs", "export"}
+WeightSelection = Literal["none", "best", "all", "exports"]
+"""The trials whose weights are transferred: none, the best, all; or the models exported from
+them.
+"""
+_NOT_TRANSFERRED = {
+    "tune",
+    "attempts",
+    ".reserve",
+    "stop",
+    "site.json",
+    "submission.json",
+    MANIFEST,
+    *TEXTS,
+}
+"""Names at the top of a run's folder that are neither sent nor accepted: Ray Tune's own files,
+and files that belong to one side alone.
+"""
+_ALLOWED_TOP_NAMES = frozenset(
+    {
+        "status.json",
+        "facts.json",
+        "events.jsonl",
+        "environment.json",
+        "findings.json",
+        "exported.json",
+    }
+    | {
+        "inference.jsonl",
+        "pace.json",
+        "trials",
+        "arms",
+        "parts",
+        "judged",
+        "report",
+        "wandb",
+        "logs",
+        "export",
+    }
     | {"ratings", "slurm", "submission.json", MANIFEST, *TEXTS}
 )
-"""All that may lie at the top of a run's folder (docs/run-directory.md) and may travel."""
-_LONGEST_NAME, _DEEPEST = 1000, 12
-_HEAVY = {"checkpoints", "adapter", "model"}
-"""Of a trial's folder."""
-_SAID = (".json", ".jsonl", ".md", ".html", ".csv")
-"""Of a folder of exported models: what says what they are."""
-_SAME_SECONDS = 0.002
-_BLOCK = 2**20
+"""All names at the top of a run's folder (docs/run-directory.md) that may be transferred."""
+_MAX_NAME_LENGTH, _MAX_DEPTH = 1000, 12
+_WEIGHT_FOLDERS = {"checkpoints", "adapter", "model"}
+"""Subfolders of a trial's folder that hold weights."""
+_DESCRIPTION_SUFFIXES = (".json", ".jsonl", ".md", ".html", ".csv")
+"""Suffixes of the files that describe the models in a folder of exported models."""
+_MTIME_TOLERANCE_SECONDS = 0.002
+_BLOCK_BYTES = 2**20
 
 
-# --- a run's record, from the storage
+# --- download: a run's record from the storage
 
 
-def record(run: Run, which: Which = "none", *, whole: bool = False, texts: bool = False) -> list[Path]:
-    """The files of a run that say what became of it, with the weights of `which` trials.
+def list_record_files(
+    run: Run, weights: WeightSelection = "none", *, include_wandb: bool = False, texts: bool = False
+) -> list[Path]:
+    """Return the files that record a run's results, with the selected weights.
 
-    `whole`: W&B's records too; `texts`: those that it began with, for a side that has none of it.
+    Args:
+        include_wandb: Include W&B's records.
+        texts: Include the files that the run started from, for a side that has none of them.
     """
-    best = _best(run) if which == "best" else None
-    found = []
+    best = _get_best_trial_id(run) if weights == "best" else None
+    record_files = []
     for path in sorted(run.path.rglob("*")):
         parts = path.relative_to(run.path).parts
         if parts[0] == "arms" and len(parts) > 3:
-            parts = parts[2:]  # an arm is a run of its own
+            parts = parts[2:]  # an arm is a run itself
         top, inner = parts[0], parts[2] if parts[0] == "trials" and len(parts) > 3 else None
         if any(part.startswith(".") for part in parts) or not path.is_file() or path.is_symlink():
             continue
-        if top in _NOT_BROUGHT and not (texts and top in TEXTS):
+        if top in _NOT_TRANSFERRED and not (texts and top in TEXTS):
             continue
-        if top == "wandb" and not whole:
+        if top == "wandb" and not include_wandb:
             continue
-        said = path.suffix in _SAID and path.name != "tokenizer.json"
-        if top == "export" and which != "exports" and not said:
+        is_description = path.suffix in _DESCRIPTION_SUFFIXES and path.name != "tokenizer.json"
+        if top == "export" and weights != "exports" and not is_description:
             continue
-        if inner in _HEAVY and (inner == "checkpoints" or not (which == "all" or parts[1] == best)):
+        if inner in _WEIGHT_FOLDERS and (
+            inner == "checkpoints" or not (weights == "all" or parts[1] == best)
+        ):
             continue
-        found.append(path)
-    return found
+        record_files.append(path)
+    return record_files
 
 
-def _best(run: Run) -> str | None:
-    told = files.read_json(run.path / "report" / "report.json").get("recommendation") or {}
-    return told.get("trial_id")
+def _get_best_trial_id(run: Run) -> str | None:
+    recommendation = (
+        files.read_json(run.path / "report" / "report.json").get("recommendation") or {}
+    )
+    return recommendation.get("trial_id")
 
 
 def pack(
     run: Run,
     have: dict[str, tuple[int, float]],
-    which: Which,
+    weights: WeightSelection,
     out: IO[bytes],
     *,
-    whole: bool = False,
+    include_wandb: bool = False,
     texts: bool = False,
 ) -> None:
-    """Write what of a run's record is not there yet as a compressed tar; `have` is size and time of change by name."""
+    """Write the new and changed files of a run's record as a compressed tar.
+
+    Args:
+        have: Size and modification time, by name, of the files that the receiver has.
+        include_wandb: Include W&B's records.
+        texts: Include the files that the run started from.
+    """
     packed = gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1)
     with packed, tarfile.open(fileobj=packed, mode="w|") as archive:
-        for path in record(run, which, whole=whole, texts=texts):
+        for path in list_record_files(run, weights, include_wandb=include_wandb, texts=texts):
             name = str(path.relative_to(run.path))
             try:
-                now = path.stat()
-                size, changed = have.get(name, (-1, 0.0))
-                if size == now.st_size and abs(changed - now.st_mtime) < _SAME_SECONDS:
+                stat = path.stat()
+                size, mtime = have.get(name, (-1, 0.0))
+                if size == stat.st_size and abs(mtime - stat.st_mtime) < _MTIME_TOLERANCE_SECONDS:
                     continue
-                data = path.read_bytes() if now.st_size < _BLOCK else None
-                _add(archive, path, name, now.st_mtime, data)
-            except FileNotFoundError:  # replaced or taken away while it was read
+                data = path.read_bytes() if stat.st_size < _BLOCK_BYTES else None
+                _add_file(archive, path, name, stat.st_mtime, data)
+            except FileNotFoundError:  # replaced or deleted while it was read
                 continue
 
 
-def _add(archive: tarfile.TarFile, path: Path, name: str, changed: float, data: bytes | None) -> None:
-    """A small file is read first: it may grow meanwhile, and a member must have the size that it was given.
+def _add_file(
+    archive: tarfile.TarFile, path: Path, name: str, mtime: float, data: bytes | None
+) -> None:
+    """Add a file to the archive.
 
-    `changed` was asked before: a file that is replaced meanwhile must look older than it is, and come again.
+    A small file is read first: it may grow meanwhile, and a member must have the size in its
+    header. `mtime` was read before the data: a file that is replaced meanwhile must look
+    older than it is, so that it is transferred again.
     """
     info = archive.gettarinfo(str(path), arcname=name)
-    info.mtime = changed
+    info.mtime = mtime
     if data is not None:
         info.size = len(data)
         archive.addfile(info, io.BytesIO(data))
@@ -121,80 +171,99 @@ def _add(archive: tarfile.TarFile, path: Path, name: str, changed: float, data: 
         archive.addfile(info, file)
 
 
-def known(folder: Path) -> dict[str, tuple[int, float]]:
-    """Size and time of change of all files below a folder, by name; those in the making are passed over."""
-    found = {}
+def collect_file_stats(folder: Path) -> dict[str, tuple[int, float]]:
+    """Return the size and modification time of all files below a folder, by name.
+
+    Hidden files are skipped: they are still being written.
+    """
+    stats = {}
     for path in folder.rglob("*"):
         with contextlib.suppress(FileNotFoundError):
             if path.is_file() and not path.name.startswith("."):
-                now = path.stat()
-                found[str(path.relative_to(folder))] = (now.st_size, now.st_mtime)
-    return found
+                stat = path.stat()
+                stats[str(path.relative_to(folder))] = (stat.st_size, stat.st_mtime)
+    return stats
 
 
 def check_name(name: str) -> None:
-    """Raise CommandFailed for a name that is not that of a file of a run's record, as it stands.
+    """Raise CommandFailed for a name that cannot be a file of a run's record.
 
-    Nothing is tidied up: `trials/../plan.json` is refused, and not taken for `plan.json`.
+    Names are not normalised: `trials/../plan.json` is refused, and not taken for `plan.json`.
     """
     parts = name.split("/")
-    plain = all(part and not part.startswith(".") and part.isprintable() and "\\" not in part for part in parts)
-    if not plain or len(name) > _LONGEST_NAME or len(parts) > _DEEPEST:
-        raise CommandFailed(f"what came holds {name[:200]!r}, which is no file of a run's record: nothing was taken")
+    is_plain = all(
+        part and not part.startswith(".") and part.isprintable() and "\\" not in part
+        for part in parts
+    )
+    if not is_plain or len(name) > _MAX_NAME_LENGTH or len(parts) > _MAX_DEPTH:
+        raise CommandFailed(
+            f"what came holds {name[:200]!r}, which is no file of a run's record: nothing was taken"
+        )
 
 
 class Unpacker:
-    """Takes a compressed tar in blocks, then puts its files into a folder, each in one step."""
+    """Receives a compressed tar in blocks, then moves its files into a folder, each in one step."""
 
     def __init__(self, folder: Path, *, texts: bool = False) -> None:
         self.folder = folder
-        self.refused = _NOT_BROUGHT - (set(TEXTS) if texts else set())
+        self.refused = _NOT_TRANSFERRED - (set(TEXTS) if texts else set())
         self.scratch = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}.tar")
         self.file = self.scratch.open("wb")
 
-    def take(self, block: bytes) -> None:
-        """The next bytes. Raises DiskFull."""
+    def add_block(self, block: bytes) -> None:
+        """Add the next block of the stream. Raises DiskFull."""
         try:
             self.file.write(block)
         except OSError as error:
-            raise disk_full(error, self.folder) or error from error
+            raise make_disk_full_error(error, self.folder) or error from error
 
     def finish(self) -> int:
-        """Put the files in their places; returns how many.
+        """Move the files into the folder; return how many.
 
-        Raises CommandFailed where the stream was cut off or damaged: nothing has changed then. And DiskFull.
+        Raises:
+            CommandFailed: The stream was cut off or damaged; nothing has changed.
+            DiskFull: The disk is full.
         """
         try:
             self.file.close()
-            self._check()
-            return self._spread()
+            self._check_archive()
+            return self._extract_files()
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-            full = disk_full(error, self.folder)
-            raise full or CommandFailed(f"what came for {self.folder.name} is not whole: {error}") from error
+            disk_error = make_disk_full_error(error, self.folder)
+            raise disk_error or CommandFailed(
+                f"what came for {self.folder.name} is not whole: {error}"
+            ) from error
         finally:
-            self.drop()
+            self.discard()
 
-    def _check(self) -> None:
-        """Read all of it: its length and its checksum stand at the end. Raises CommandFailed for a hostile name."""
+    def _check_archive(self) -> None:
+        """Read the whole archive, because its length and checksum are at the end; check every name.
+
+        Raises:
+            CommandFailed: The archive holds a hostile name.
+        """
         with gzip.open(self.scratch) as file:
-            while file.read(_BLOCK):
+            while file.read(_BLOCK_BYTES):
                 pass
         with tarfile.open(self.scratch, mode="r|gz") as archive:
             for member in archive:
                 check_name(member.name)
 
-    def drop(self) -> None:
-        """Forget what came."""
+    def discard(self) -> None:
+        """Delete the received data."""
         self.file.close()
         self.scratch.unlink(missing_ok=True)
 
-    def _is_taken(self, parts: list[str]) -> bool:
-        """Whether a file is one that the other side writes; an arm or a part is a run of its own."""
-        if parts[0] in ("arms", "parts") and len(parts) > 2:
-            return parts[2] in _TOPS and parts[2] not in _NOT_BROUGHT - set(TEXTS)
-        return parts[0] in _TOPS and parts[0] not in self.refused
+    def _is_accepted(self, parts: list[str]) -> bool:
+        """Return whether a file is one that the other side writes.
 
-    def _spread(self) -> int:
+        An arm or an array task is a run of its own.
+        """
+        if parts[0] in ("arms", "parts") and len(parts) > 2:
+            return parts[2] in _ALLOWED_TOP_NAMES and parts[2] not in _NOT_TRANSFERRED - set(TEXTS)
+        return parts[0] in _ALLOWED_TOP_NAMES and parts[0] not in self.refused
+
+    def _extract_files(self) -> int:
         count = 0
         with tarfile.open(self.scratch, mode="r|gz") as archive:
             for member in archive:
@@ -202,7 +271,9 @@ class Unpacker:
                     continue
                 safe = tarfile.data_filter(member, str(self.folder))
                 check_name(safe.name)
-                if not self._is_taken(safe.name.split("/")):  # of another version, or of a sender that is not honest
+                if not self._is_accepted(
+                    safe.name.split("/")
+                ):  # sent by another version, or by a dishonest sender
                     continue
                 target = self.folder / safe.name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -220,134 +291,155 @@ class Unpacker:
         return count
 
 
-# --- models and data, to the storage
+# --- upload: models and data to the storage
 
 
 @dataclass(frozen=True)
-class Cargo:
-    """A file or folder that goes to a storage."""
+class UploadItem:
+    """A file or folder to upload to a storage."""
 
     source: Path
     target: str
-    """Where in the storage's cache it goes."""
+    """Its path in the storage's cache."""
     digest: str
-    """Of its bytes and their names."""
+    """SHA-256 of its bytes and their file names."""
 
     @property
     def bytes(self) -> int:
-        """How large it is."""
-        return sum(path.stat().st_size for path in files_of(self.source))
+        """Return its size in bytes."""
+        return sum(path.stat().st_size for path in list_files(self.source))
 
 
-def files_of(source: Path) -> list[Path]:
-    """The file itself, or all files of a folder but locks, by name."""
+def list_files(source: Path) -> list[Path]:
+    """Return the file itself, or all files of a folder except locks, sorted by name."""
     if source.is_file():
         return [source]
-    return sorted(path for path in source.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+    return sorted(
+        path for path in source.rglob("*") if path.is_file() and not path.name.endswith(".lock")
+    )
 
 
-def digest(source: Path) -> str:
-    """The SHA-256 of a file, or of a folder's files with their names, in hex. Raises FileNotFoundError."""
+def compute_digest(source: Path) -> str:
+    """Return the SHA-256 of a file, or of a folder's files with their names, in hex.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+    """
     if source.is_file():
-        return files.sha256_file(source)
+        return files.compute_sha256(source)
     if not source.is_dir():
         raise FileNotFoundError(errno.ENOENT, "there is no such file or folder", str(source))
-    lines = (f"{path.relative_to(source)} {files.sha256_file(path)}\n" for path in files_of(source))
+    lines = (
+        f"{path.relative_to(source)} {files.compute_sha256(path)}\n" for path in list_files(source)
+    )
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def framed(source: Path) -> Iterator[bytes]:
-    """A file or folder as a tar, in blocks that say how long they are: a pod is not told where its input ends.
+def iterate_frames(source: Path) -> Iterator[bytes]:
+    """Yield a file or folder as a tar, in length-prefixed blocks.
 
-    The tar is written here block by block: a model is larger than the memory of the machine that sends it.
+    A pod cannot see where its input ends, so an empty block marks the end. The tar is built
+    block by block, because a model can be larger than the sending machine's memory.
     """
-    for path in files_of(source):
+    for path in list_files(source):
         info = tarfile.TarInfo(path.name if source.is_file() else str(path.relative_to(source)))
         with path.open("rb") as file:
             info.size = os.fstat(file.fileno()).st_size
-            yield _frame(info.tobuf(tarfile.PAX_FORMAT))
-            while block := file.read(_BLOCK):
-                yield _frame(block)
+            yield _encode_frame(info.tobuf(tarfile.PAX_FORMAT))
+            while block := file.read(_BLOCK_BYTES):
+                yield _encode_frame(block)
         padding = -info.size % tarfile.BLOCKSIZE
         if padding:
-            yield _frame(bytes(padding))
-    yield _frame(bytes(2 * tarfile.BLOCKSIZE))
-    yield _frame(b"")
+            yield _encode_frame(bytes(padding))
+    yield _encode_frame(bytes(2 * tarfile.BLOCKSIZE))
+    yield _encode_frame(b"")
 
 
-def _frame(block: bytes) -> bytes:
-    """An empty block is the end."""
+def _encode_frame(block: bytes) -> bytes:
+    """Return a block with its length in front; an empty block marks the end."""
     return struct.pack(">I", len(block)) + block
 
 
-class _Unframed(io.RawIOBase):
-    """The stream inside the frames."""
+class _FrameReader(io.RawIOBase):
+    """A stream of the bytes inside the frames."""
 
     def __init__(self, source: IO[bytes]) -> None:
         self.source, self.left, self.ended = source, 0, False
 
     def readable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """The next bytes; none at the end. Raises CommandFailed where the sender stopped in the middle."""
+        """Read the next bytes; return 0 at the end.
+
+        Raises:
+            CommandFailed: The sender stopped in the middle.
+        """
         if self.ended:
             return 0
         if not self.left:
-            (self.left,) = struct.unpack(">I", self._exactly(4))
+            (self.left,) = struct.unpack(">I", self._read_exactly(4))
             if not self.left:
                 self.ended = True
                 return 0
-        block = self._exactly(min(self.left, len(buffer)))
+        block = self._read_exactly(min(self.left, len(buffer)))
         self.left -= len(block)
         buffer[: len(block)] = block
         return len(block)
 
-    def _exactly(self, count: int) -> bytes:
+    def _read_exactly(self, count: int) -> bytes:
         data = self.source.read(count)
         if len(data) < count:
             raise CommandFailed("the sender stopped in the middle")
         return data
 
 
-def is_there(target: Path, expected: str) -> bool:
-    """Whether a file or a folder has these bytes. Of a folder that is written beside it, once it is known."""
+def has_digest(target: Path, expected: str) -> bool:
+    """Return whether a file or folder exists and has this digest.
+
+    A folder's digest is computed once and then stored beside it.
+    """
     if not target.exists():
         return False
     if target.is_file():
-        return digest(target) == expected
-    seal = _seal(target)
-    if not seal.is_file():
-        files.write_text(seal, digest(target))
-    return seal.read_text() == expected
+        return compute_digest(target) == expected
+    digest_file = _get_digest_file(target)
+    if not digest_file.is_file():
+        files.write_text(digest_file, compute_digest(target))
+    return digest_file.read_text() == expected
 
 
-def _seal(folder: Path) -> Path:
+def _get_digest_file(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.sha256")
 
 
 def receive(target: Path, expected: str, source: IO[bytes], *, file: bool) -> None:
-    """Put what `framed` sends where it belongs: whole and as it was, or not at all.
+    """Store what `iterate_frames` sends at `target`, complete and unchanged, or not at all.
 
-    Raises CommandFailed where its digest is another one.
+    Raises:
+        CommandFailed: The received data has another digest.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     scratch.mkdir()
     try:
-        with tarfile.open(fileobj=io.BufferedReader(_Unframed(source), _BLOCK), mode="r|") as archive:
+        with tarfile.open(
+            fileobj=io.BufferedReader(_FrameReader(source), _BLOCK_BYTES), mode="r|"
+        ) as archive:
             archive.extractall(scratch, filter="data")
-        made = scratch / target.name if file else scratch
-        if digest(made) != expected:
+        received = scratch / target.name if file else scratch
+        if compute_digest(received) != expected:
             raise CommandFailed(f"{target} did not arrive as it was sent")
         if file:
-            made.replace(target)
+            received.replace(target)
             return
-        if target.exists():  # other bytes under the same name: a branch of the hub that has moved on
+        if (
+            target.exists()
+        ):  # other bytes under the same name: a branch of the hub that has moved on
             target.rename(scratch.with_name(f"{scratch.name}.old"))
-        made.rename(target)
-        files.write_text(_seal(target), expected)
+        received.rename(target)
+        files.write_text(_get_digest_file(target), expected)
     finally:
         shutil.rmtree(scratch.with_name(f"{scratch.name}.old"), ignore_errors=True)
         shutil.rmtree(scratch, ignore_errors=True)

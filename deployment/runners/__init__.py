@@ -1,1 +1,4 @@
-"""Scripts that are copied beside an exported model: they need onnxruntime, numpy and tokenizers alone."""
+"""Scripts that are copied next to an exported model.
+
+They need only onnxruntime, numpy and tokenizers.
+"""

@@ -1,4 +1,7 @@
-"""A loaded model and prompts -> answers. Batched, padded on the left, seeded. B prompts, T tokens, D hidden size."""
+"""Generate answers with a loaded model: batched, padded on the left, seeded.
+
+B prompts, T tokens, V tokens of a learnt prompt, D hidden size.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from lorafleet.jobs.data.answer_frame import PROMPT_TAIL, AnswerFrame
 from lorafleet.jobs.schema.job import EvaluateSpec
 
 
-def write_answers(
+def generate_answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
@@ -21,19 +24,35 @@ def write_answers(
     ends: Sequence[int] = (),
     frame: AnswerFrame | None = None,
 ) -> list[str]:
-    """Return the answer that a causal model writes to each prompt (token ids), without frame and end tokens.
+    """Generate the answer of a causal model to each prompt.
 
-    `ends` are end tokens beside the model's own (those of its chat template), `frame` is what stands before an answer.
-    Prompts alike in length go together. What `do_sample` draws depends on the seed, on which rows there are and on how
-    many go together, and on nothing that ran before. `on_batch` is called before each batch; what it raises ends it.
+    Prompts of similar length share a batch. With `do_sample`, answers depend on the seed, the
+    rows and the batch size, and not on anything that ran before.
+
+    Args:
+        model: The loaded model.
+        tokenizer: Its tokenizer.
+        prompts: Token ids of each prompt.
+        spec: Generation settings.
+        batch_rows: Prompts per batch.
+        on_batch: Called before each batch. An exception from it ends the generation.
+        ends: End tokens in addition to the model's own (those of its chat template).
+        frame: What the model writes before an answer.
+
+    Returns:
+        The answers, without frame and end tokens.
     """
     import torch
     from transformers import GenerationConfig
 
-    # PEFT's own generate hides from transformers that the model takes positions: GPT-2 would count the padding.
+    # PEFT's own generate hides that the model takes position ids: GPT-2 would count the padding.
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    ends = list(dict.fromkeys([*end_tokens(inner, tokenizer), *ends]))
-    options: dict[str, Any] = {"max_new_tokens": spec.max_new_tokens, "do_sample": spec.do_sample, "use_cache": True}
+    ends = list(dict.fromkeys([*get_end_tokens(inner, tokenizer), *ends]))
+    options: dict[str, Any] = {
+        "max_new_tokens": spec.max_new_tokens,
+        "do_sample": spec.do_sample,
+        "use_cache": True,
+    }
     if spec.do_sample:
         options |= {"temperature": spec.temperature, "top_p": spec.top_p, "top_k": 0}
     pad = tokenizer.pad_token_id or 0
@@ -45,69 +64,92 @@ def write_answers(
         for start in range(0, len(order), batch_rows):
             on_batch()
             rows = order[start : start + batch_rows]
-            inputs = padded(model, [prompts[row] for row in rows], pad)
-            with own_settings(inner, config):
-                written = inner.generate(**inputs, generation_config=config)
-            given = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-            for row, tokens in zip(rows, written[:, given:].tolist(), strict=True):
-                answers[row] = decoded(tokens, ends, tokenizer, frame, prompts[row])
+            inputs = pad_prompts(model, [prompts[row] for row in rows], pad)
+            with use_generation_config(inner, config):
+                output = inner.generate(**inputs, generation_config=config)
+            prompt_length = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+            for row, tokens in zip(rows, output[:, prompt_length:].tolist(), strict=True):
+                answers[row] = decode_answer(tokens, ends, tokenizer, frame, prompts[row])
     return answers
 
 
 @contextmanager
-def own_settings(model: Any, config: Any) -> Iterator[None]:
-    """Have `generate` do what it is told alone: transformers takes what is left open from the model's own settings, and
-    a base that comes with a penalty for repetition would have it count differently for prompts that are embeddings."""
-    before = model.generation_config
+def use_generation_config(model: Any, config: Any) -> Iterator[None]:
+    """Make `generate` use only the given config.
+
+    transformers takes options that are not set from the model's own config. A base with a
+    repetition penalty would then count differently for prompts that are embeddings.
+    """
+    previous = model.generation_config
     model.generation_config = config
     try:
         yield
     finally:
-        model.generation_config = before
+        model.generation_config = previous
 
 
-def padded(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
-    """Prompts of one width as a model's inputs: the padding first, and a learnt prompt between it and the text."""
+def pad_prompts(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
+    """Return prompts of one width as model inputs, padded on the left.
+
+    A learnt prompt goes between the padding and the text.
+    """
     import torch
 
     device = next(model.parameters()).device
     width = max(map(len, prompts))
     gaps = [width - len(prompt) for prompt in prompts]
-    ids_BT = torch.tensor([[pad] * gap + list(prompt) for gap, prompt in zip(gaps, prompts, strict=True)]).to(device)
+    ids_BT = torch.tensor(
+        [[pad] * gap + list(prompt) for gap, prompt in zip(gaps, prompts, strict=True)]
+    ).to(device)
     config = getattr(model, "active_peft_config", None)
     learnt = config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
     mask_BT = torch.tensor([[0] * gap + [1] * (learnt + width - gap) for gap in gaps]).to(device)
     if not learnt:
         return {"input_ids": ids_BT, "attention_mask": mask_BT}
-    words_BTD = model.get_base_model().get_input_embeddings()(ids_BT)
-    learnt_BVD = model.get_prompt(len(prompts)).to(words_BTD.dtype)
-    rows = zip(gaps, words_BTD, learnt_BVD, strict=True)
-    embedded_BTD = torch.stack([torch.cat([words[:gap], own, words[gap:]]) for gap, words, own in rows])
+    text_BTD = model.get_base_model().get_input_embeddings()(ids_BT)
+    learnt_BVD = model.get_prompt(len(prompts)).to(text_BTD.dtype)
+    rows = zip(gaps, text_BTD, learnt_BVD, strict=True)
+    embedded_BTD = torch.stack(
+        [torch.cat([text_TD[:gap], learnt_VD, text_TD[gap:]]) for gap, text_TD, learnt_VD in rows]
+    )
     return {"inputs_embeds": embedded_BTD, "attention_mask": mask_BT}
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens at which an answer is over: the tokenizer's, and those that the model's own configuration names."""
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    found = [*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id]
-    return list(dict.fromkeys(token for token in found if token is not None))
+def get_end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return the end tokens of the tokenizer and of the model's own configuration."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    token_ids = [
+        *(configured if isinstance(configured, list) else [configured]),
+        tokenizer.eos_token_id,
+    ]
+    return list(dict.fromkeys(token for token in token_ids if token is not None))
 
 
-def decoded(
+def decode_answer(
     tokens: Sequence[int],
     ends: Sequence[int],
     tokenizer: Any,
     frame: AnswerFrame | None = None,
     prompt: Sequence[int] = (),
 ) -> str:
-    """Return the answer in new tokens up to the first that ends it, without spaces at its ends."""
+    """Return the answer in new tokens: the text up to the first end token, stripped.
+
+    Args:
+        tokens: Token ids that the model generated.
+        ends: Token ids that end an answer.
+        tokenizer: The tokenizer.
+        frame: What the model writes before an answer; None if there is nothing to remove.
+        prompt: Token ids of the prompt; needed only with a frame.
+    """
 
     def decode(ids: Sequence[int], skip_special_tokens: bool) -> str:
         text: str = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    over = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    length = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
     if frame is None:
-        return decode(tokens[:over], True).strip()
-    end = tokens[over] if over < len(tokens) else None
-    return frame.after(decode(prompt[-PROMPT_TAIL:], False)).answer(tokens[:over], decode, end)
+        return decode(tokens[:length], True).strip()
+    end = tokens[length] if length < len(tokens) else None
+    return frame.adapt_to_prompt(decode(prompt[-PROMPT_TAIL:], False)).decode_answer(
+        tokens[:length], decode, end
+    )

@@ -1,6 +1,7 @@
-"""BERTScore (Zhang et al., 2020) with any encoder of transformers: no idf weights, no rescaling with a baseline.
+"""Compute BERTScore (Zhang et al., 2020) with any transformers encoder.
 
-B pairs, P and Q tokens of predictions and references, D hidden size.
+There are no idf weights and no rescaling with a baseline. B pairs, P and Q tokens of
+predictions and references, D hidden size.
 """
 
 from __future__ import annotations
@@ -12,51 +13,63 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from lorafleet.jobs.errors import AssetError
 
-_BATCH = 32
+_BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
 class BertScore:
-    """An encoder, and the layer whose embeddings are matched."""
+    """A loaded encoder that is cut after the layer whose embeddings are matched."""
 
     model: Any
     tokenizer: Any
     most_tokens: int
-    """Longer texts are cut to this, as the encoder has no more positions."""
+    """Longest text in tokens. Longer texts are cut, because the encoder has no more positions."""
 
-    def f1(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
-        """F1 of each pair (R): 0 where either text is empty.
+    def compute_f1(self, predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
+        """Return the F1 of each pair (R); 0 if either text is empty.
 
-        Each token is matched with the token of the other text whose embedding has the largest cosine. As in the
-        package bert-score, the two tokens that mark a text's ends may be matched, and do not count themselves.
+        Each token is matched with the token of the other text whose embedding has the largest
+        cosine. As in the package bert-score, the two tokens that mark a text's ends can be
+        matched, but are not counted themselves.
         """
         import torch
 
-        found = np.zeros(len(predictions))
-        rows = [row for row, pair in enumerate(zip(predictions, references, strict=True)) if all(map(str.strip, pair))]
-        rows.sort(key=lambda row: len(predictions[row]) + len(references[row]))  # alike in length: little padding
+        f1_R = np.zeros(len(predictions))
+        rows = [
+            row
+            for row, pair in enumerate(zip(predictions, references, strict=True))
+            if all(map(str.strip, pair))
+        ]
+        rows.sort(
+            key=lambda row: len(predictions[row]) + len(references[row])
+        )  # similar lengths need little padding
         with torch.inference_mode():
-            for start in range(0, len(rows), _BATCH):
-                part = rows[start : start + _BATCH]
-                found[part] = self._batch([predictions[row] for row in part], [references[row] for row in part])
-        return found
+            for start in range(0, len(rows), _BATCH_SIZE):
+                batch_rows = rows[start : start + _BATCH_SIZE]
+                f1_R[batch_rows] = self._compute_batch(
+                    [predictions[row] for row in batch_rows],
+                    [references[row] for row in batch_rows],
+                )
+        return f1_R
 
-    def _batch(self, predictions: list[str], references: list[str]) -> np.ndarray:
-        vectors_BPD, real_BP, counts_BP = self._embedded(predictions)
-        others_BQD, real_BQ, counts_BQ = self._embedded(references)
-        alike_BPQ = vectors_BPD @ others_BQD.transpose(1, 2)
-        alike_BPQ = alike_BPQ * (real_BP[:, :, None] * real_BQ[:, None, :])
-        precision_B = (alike_BPQ.amax(dim=2) * counts_BP).sum(dim=1) / counts_BP.sum(dim=1)
-        recall_B = (alike_BPQ.amax(dim=1) * counts_BQ).sum(dim=1) / counts_BQ.sum(dim=1)
-        both_B = precision_B + recall_B
-        f1_B = (2 * precision_B * recall_B / both_B).nan_to_num(0.0)
+    def _compute_batch(self, predictions: list[str], references: list[str]) -> np.ndarray:
+        """Return the F1 of the pairs of one batch (B)."""
+        vectors_BPD, real_BP, counts_BP = self._embed(predictions)
+        others_BQD, real_BQ, counts_BQ = self._embed(references)
+        similarity_BPQ = vectors_BPD @ others_BQD.transpose(1, 2)
+        similarity_BPQ = similarity_BPQ * (real_BP[:, :, None] * real_BQ[:, None, :])
+        precision_B = (similarity_BPQ.amax(dim=2) * counts_BP).sum(dim=1) / counts_BP.sum(dim=1)
+        recall_B = (similarity_BPQ.amax(dim=1) * counts_BQ).sum(dim=1) / counts_BQ.sum(dim=1)
+        sum_B = precision_B + recall_B
+        f1_B = (2 * precision_B * recall_B / sum_B).nan_to_num(0.0)
         values: np.ndarray = f1_B.double().cpu().numpy()
         return values
 
-    def _embedded(self, texts: list[str]) -> tuple[Any, Any, Any]:
-        """(unit vectors BTD, 1 where a token is real BT, 1 where it counts BT)."""
+    def _embed(self, texts: list[str]) -> tuple[Any, Any, Any]:
+        """Return (unit vectors BTD, 1 for real tokens BT, 1 for counted tokens BT)."""
         encoded = self.tokenizer(
             [text.strip() for text in texts],
             padding=True,
@@ -70,26 +83,47 @@ class BertScore:
         vectors_BTD = vectors_BTD / vectors_BTD.norm(dim=-1, keepdim=True)
         real_BT = encoded["attention_mask"].float()
         counts_BT = real_BT * (1 - marks_BT.float())
-        # A text of nothing but characters that the tokenizer drops: its ends are all it has.
-        nothing_B = counts_BT.sum(dim=1, keepdim=True) == 0
-        return vectors_BTD, real_BT, counts_BT + nothing_B * real_BT
+        # The tokenizer dropped all characters of the text: count its two end tokens instead.
+        uncounted_B = counts_BT.sum(dim=1, keepdim=True) == 0
+        return vectors_BTD, real_BT, counts_BT + uncounted_B * real_BT
 
 
 @lru_cache(maxsize=2)
 def load(folder: Path, layer: int | None, device: str) -> BertScore:
-    """The encoder in a folder, cut after `layer` (from 1; None: whole). Raises AssetError where there is none."""
+    """Load the encoder in a folder.
+
+    Args:
+        folder: Folder of the encoder.
+        layer: The encoder is cut after this layer, counted from 1. None keeps all layers.
+        device: Device to load it on.
+
+    Raises:
+        AssetError: There is no encoder in the folder, or it has no such layer.
+    """
     from transformers import AutoModel, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # nosec B615  # a folder of this machine
-        model = AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False).eval().to(device)  # nosec B615  # a folder of this machine
+        model = (
+            AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
+            .eval()
+            .to(device)
+        )  # nosec B615  # a folder of this machine
     except (OSError, ValueError) as error:
-        raise AssetError(f"evaluate.bertscore_model cannot be loaded from {folder}: {error}") from error
+        raise AssetError(
+            f"evaluate.bertscore_model cannot be loaded from {folder}: {error}"
+        ) from error
     blocks = getattr(getattr(model, "encoder", None), "layer", None)
     if layer is not None:
         if blocks is None or layer > len(blocks):
-            has = f"{len(blocks)} layers" if blocks is not None else "no layers that can be told apart"
-            raise AssetError(f"evaluate.bertscore_layer is {layer}, but {folder.name} has {has}")
+            layers_text = (
+                f"{len(blocks)} layers"
+                if blocks is not None
+                else "no layers that can be told apart"
+            )
+            raise AssetError(
+                f"evaluate.bertscore_layer is {layer}, but {folder.name} has {layers_text}"
+            )
         model.encoder.layer = blocks[:layer]
     positions = int(getattr(model.config, "max_position_embeddings", 512))
     return BertScore(model, tokenizer, min(int(tokenizer.model_max_length), positions))

@@ -1,7 +1,8 @@
-"""95 % confidence intervals of metrics.
+"""Compute 95 % confidence intervals of metrics.
 
-Every metric is written as a mean over rows (`contributions`): exactly where it is a mean, and to first order (by its
-influence function) where it is a ratio or a macro average. No interval is computed from too few rows.
+Every metric is written as a mean over rows (`compute_contributions`): exactly where it is
+a mean, and to first order (by its influence function) where it is a ratio or a macro
+average. No interval is computed from too few rows.
 
 Shapes: R rows, M models (one per seed), C classes.
 """
@@ -12,15 +13,20 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from lorafleet.evaluation.metrics.predictions import CONFUSION, Classified, RowResults
+
+from lorafleet.evaluation.metrics.predictions import CONFUSION_METRICS, Classified, RowResults
 from lorafleet.jobs.schema.metrics import TEXT_METRICS
 
 Interval = tuple[float, float]
 MIN_ROWS = 6
-"""Fewest rows for an interval or a decision: the exact sign-flip test of 5 rows cannot go below p = 0.0625."""
+"""Fewest rows for an interval or a decision: the exact sign-flip test of 5 rows cannot go below p =
+0.0625.
+"""
 MIN_ROWS_PER_CLASS = 10
-"""Fewest rows of every class for the interval of a macro average (checked by simulation in test_decisions.py)."""
-SHARES = frozenset({*CONFUSION, *TEXT_METRICS} - {"length_ratio"})
+"""Fewest rows of every class for the interval of a macro average (checked by simulation in
+test_decisions.py).
+"""
+SHARES = frozenset({*CONFUSION_METRICS, *TEXT_METRICS} - {"length_ratio"})
 """Metrics between 0 and 1."""
 _MACRO = ("f1", "precision", "recall")
 _PSEUDO_ROWS = 4.0
@@ -29,10 +35,10 @@ _Z = 1.959963984540054
 _UPPER = 0.975
 
 
-def contributions(results: RowResults, name: str) -> np.ndarray:
+def compute_contributions(results: RowResults, name: str) -> np.ndarray:
     """Return the contribution (R) of each row to a metric. Their mean is the metric."""
     if name == "perplexity":
-        loss_R = contributions(results, "loss")
+        loss_R = compute_contributions(results, "loss")
         mean_loss = loss_R.mean()
         with np.errstate(over="ignore"):
             perplexity = np.exp(mean_loss)
@@ -44,10 +50,10 @@ def contributions(results: RowResults, name: str) -> np.ndarray:
         return correct_R
     if name in _MACRO and results.classified:
         classified = results.classified
-        value, influence_CC = _macro_average(confusion_counts(classified), name)
+        value, influence_CC = _compute_macro_average(count_confusions(classified), name)
         macro_R: np.ndarray = value + influence_CC[classified.label_R, classified.predicted_R]
         return macro_R
-    numerator_R, denominator_R = results.ratio(name)
+    numerator_R, denominator_R = results.get_ratio(name)
     if denominator_R.sum() == 0:
         return np.zeros(len(numerator_R))
     ratio = numerator_R.sum() / denominator_R.sum()
@@ -55,36 +61,42 @@ def contributions(results: RowResults, name: str) -> np.ndarray:
     return ratio_R
 
 
-def confidence_interval(results: RowResults | Sequence[RowResults], name: str) -> Interval | None:
-    """Compute the 95 % confidence interval of a metric, or None (`missing_reason` tells why).
+def compute_confidence_interval(
+    results: RowResults | Sequence[RowResults], name: str
+) -> Interval | None:
+    """Compute the 95 % confidence interval of a metric.
 
-    For several models on the same rows, the interval is that of their mean, over rows and over seeds.
+    Returns None if there is no interval (see `explain_missing_interval`). For several models
+    on the same rows, the interval is that of their mean, over rows and over seeds.
 
-    Methods: Wilson (1927) for a proportion of one model; Agresti and Coull (1998), applied to the confusion matrix, for
-    macro averages; Student's t with Hall's correction for skewness (1992) for means.
+    Methods: Wilson (1927) for a proportion of one model; Agresti and Coull (1998), applied to
+    the confusion matrix, for macro averages; Student's t with Hall's correction for skewness
+    (1992) for means.
     """
     models = [results] if isinstance(results, RowResults) else list(results)
-    if missing_reason(models, name) is not None:
+    if explain_missing_interval(models, name) is not None:
         return None
     if name == "perplexity":
-        loss_interval = confidence_interval(models, "loss")
+        loss_interval = compute_confidence_interval(models, "loss")
         if loss_interval is None:
             return None
         with np.errstate(over="ignore"):
             return float(np.exp(loss_interval[0])), float(np.exp(loss_interval[1]))
     if name in _MACRO and models[0].classified:
-        return _macro_interval([model.classified for model in models if model.classified], name)
-    values_MR = np.stack([contributions(model, name) for model in models])
+        return _compute_macro_interval(
+            [model.classified for model in models if model.classified], name
+        )
+    values_MR = np.stack([compute_contributions(model, name) for model in models])
     if not np.isfinite(values_MR).all():
         return None
     is_proportion = name in SHARES and bool(np.isin(values_MR, (0.0, 1.0)).all())
     if is_proportion and len(models) == 1:
-        return wilson_interval(int(values_MR.sum()), values_MR.shape[1])
+        return compute_wilson_interval(int(values_MR.sum()), values_MR.shape[1])
     pseudo_rows = _PSEUDO_ROWS if is_proportion else 0.0
-    return _mean_interval(values_MR, pseudo_rows=pseudo_rows, is_share=name in SHARES)
+    return _compute_mean_interval(values_MR, pseudo_rows=pseudo_rows, is_share=name in SHARES)
 
 
-def missing_reason(models: Sequence[RowResults], name: str) -> str | None:
+def explain_missing_interval(models: Sequence[RowResults], name: str) -> str | None:
     """Return why a metric has no confidence interval, or None if it has one."""
     first = models[0]
     if len(first) < MIN_ROWS:
@@ -92,8 +104,10 @@ def missing_reason(models: Sequence[RowResults], name: str) -> str | None:
     if name in first.whole:
         return f"{name} has one value for all rows together"
     if name in _MACRO and first.classified:
-        support_C = confusion_counts(first.classified).sum(axis=1)
-        predicted_C = sum(confusion_counts(model.classified).sum(axis=0) for model in models if model.classified)
+        support_C = count_confusions(first.classified).sum(axis=1)
+        predicted_C = sum(
+            count_confusions(model.classified).sum(axis=0) for model in models if model.classified
+        )
         smallest = int(support_C[(support_C > 0) | (predicted_C > 0)].min())
         if smallest < MIN_ROWS_PER_CLASS:
             return (
@@ -103,7 +117,7 @@ def missing_reason(models: Sequence[RowResults], name: str) -> str | None:
     return None
 
 
-def wilson_interval(successes: int, rows: int) -> Interval:
+def compute_wilson_interval(successes: int, rows: int) -> Interval:
     """Return the Wilson score interval (1927) of a proportion."""
     proportion, z2 = successes / rows, _Z**2
     center = (proportion + z2 / (2 * rows)) / (1 + z2 / rows)
@@ -114,16 +128,23 @@ def wilson_interval(successes: int, rows: int) -> Interval:
     return low, high
 
 
-def mean_interval(values_R: np.ndarray) -> Interval | None:
-    """Return the 95 % interval of a mean, or None for fewer than `MIN_ROWS` values or equal values."""
+def compute_mean_interval(values_R: np.ndarray) -> Interval | None:
+    """Return the 95 % interval of a mean, or None for fewer than `MIN_ROWS` values or equal
+    values.
+    """
     if len(values_R) < MIN_ROWS:
         return None
     values_MR = np.asarray(values_R, dtype=float)[None, :]
-    return _mean_interval(values_MR, pseudo_rows=0.0, is_share=False)
+    return _compute_mean_interval(values_MR, pseudo_rows=0.0, is_share=False)
 
 
-def _mean_interval(values_MR: np.ndarray, *, pseudo_rows: float, is_share: bool) -> Interval | None:
-    """Return the interval of a mean over rows and models. Half of `pseudo_rows` are 1, the other half 0."""
+def _compute_mean_interval(
+    values_MR: np.ndarray, *, pseudo_rows: float, is_share: bool
+) -> Interval | None:
+    """Return the interval of a mean over rows and models.
+
+    Half of `pseudo_rows` are 1, the other half 0.
+    """
     models, rows = values_MR.shape
     values_R = values_MR.mean(axis=0)
     total_rows = rows + pseudo_rows
@@ -131,72 +152,77 @@ def _mean_interval(values_MR: np.ndarray, *, pseudo_rows: float, is_share: bool)
     deviation_R = values_R - center
     squares = (deviation_R**2).sum() + pseudo_rows / 2 * ((1 - center) ** 2 + center**2)
     row_variance = squares / (total_rows if pseudo_rows else rows - 1) / total_rows
-    between_seeds = seed_variance(values_MR.mean(axis=1))
+    between_seeds = compute_seed_variance(values_MR.mean(axis=1))
     error = math.sqrt(row_variance + between_seeds)
     if error == 0.0:
         return None
     skewness = 0.0 if pseudo_rows else float((deviation_R**3).mean() / rows**2 / error**3)
-    freedom = degrees_of_freedom(row_variance, rows - 1, between_seeds, models - 1)
-    quantile = student_quantile(freedom, _UPPER)
-    low = float(center - error * _hall_quantile(quantile, skewness))
-    high = float(center - error * _hall_quantile(-quantile, skewness))
+    freedom = compute_degrees_of_freedom(row_variance, rows - 1, between_seeds, models - 1)
+    quantile = compute_student_quantile(freedom, _UPPER)
+    low = float(center - error * _compute_hall_quantile(quantile, skewness))
+    high = float(center - error * _compute_hall_quantile(-quantile, skewness))
     return (max(0.0, low), min(1.0, high)) if is_share else (low, high)
 
 
-def student_quantile(freedom: float, probability: float) -> float:
+def compute_student_quantile(freedom: float, probability: float) -> float:
     """Return a quantile of Student's t distribution."""
     from scipy.special import stdtrit
 
     return float(stdtrit(freedom, probability))
 
 
-def _hall_quantile(quantile: float, skewness: float) -> float:
-    """Correct a quantile for the skewness of the mean: the inverse of Hall's cubic transformation (1992)."""
+def _compute_hall_quantile(quantile: float, skewness: float) -> float:
+    """Correct a quantile for the skewness of the mean: the inverse of Hall's cubic transformation
+    (1992).
+    """
     if abs(skewness) < 1e-9:
         return quantile
     return float((np.cbrt(1 + skewness * (quantile - skewness / 6)) - 1) / (skewness / 3))
 
 
-def seed_variance(values_M: np.ndarray) -> float:
+def compute_seed_variance(values_M: np.ndarray) -> float:
     """Return the variance of the mean over seeds; 0 for a single model, whose spread is unknown."""
     models = len(values_M)
     return float(values_M.var(ddof=1) / models) if models > 1 else 0.0
 
 
-def degrees_of_freedom(variance: float, freedom: float, other_variance: float, other: float) -> float:
+def compute_degrees_of_freedom(
+    variance: float, freedom: float, other_variance: float, other_freedom: float
+) -> float:
     """Return the degrees of freedom of the sum of two variances (Satterthwaite 1946)."""
-    freedom, other = max(1.0, freedom), max(1.0, other)
+    freedom, other_freedom = max(1.0, freedom), max(1.0, other_freedom)
     if other_variance == 0.0:
         return freedom
     total = variance + other_variance
-    return total**2 / (variance**2 / freedom + other_variance**2 / other)
+    return total**2 / (variance**2 / freedom + other_variance**2 / other_freedom)
 
 
-def _macro_interval(models: Sequence[Classified], name: str) -> Interval:
+def _compute_macro_interval(models: Sequence[Classified], name: str) -> Interval:
     """Return the interval of the mean macro average of models on the same rows."""
     rows = len(models[0].label_R)
     influence_R, pseudo_squares = np.zeros(rows), 0.0
     centers, values = [], []
     for model in models:
-        counts_CC = confusion_counts(model)
-        pseudo_CC = _pseudo_counts(counts_CC)
-        center, influence_CC = _macro_average(counts_CC + pseudo_CC, name)
+        counts_CC = count_confusions(model)
+        pseudo_CC = _compute_pseudo_counts(counts_CC)
+        center, influence_CC = _compute_macro_average(counts_CC + pseudo_CC, name)
         influence_R += influence_CC[model.label_R, model.predicted_R] / len(models)
         pseudo_squares += float((pseudo_CC * influence_CC**2).sum()) / len(models)
         centers.append(center)
-        values.append(_macro_average(counts_CC, name)[0])
+        values.append(_compute_macro_average(counts_CC, name)[0])
     row_variance = (float((influence_R**2).sum()) + pseudo_squares) / (rows + _PSEUDO_ROWS) ** 2
-    between_seeds = seed_variance(np.array(values))
-    freedom = degrees_of_freedom(row_variance, rows - 1, between_seeds, len(models) - 1)
-    half = student_quantile(freedom, _UPPER) * math.sqrt(row_variance + between_seeds)
+    between_seeds = compute_seed_variance(np.array(values))
+    freedom = compute_degrees_of_freedom(row_variance, rows - 1, between_seeds, len(models) - 1)
+    half = compute_student_quantile(freedom, _UPPER) * math.sqrt(row_variance + between_seeds)
     center = float(np.mean(centers))
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def _pseudo_counts(counts_CC: np.ndarray) -> np.ndarray:
+def _compute_pseudo_counts(counts_CC: np.ndarray) -> np.ndarray:
     """Distribute the pseudo-rows over a confusion matrix.
 
-    Half are correct, in proportion to the classes. The other half are errors, in proportion to both margins.
+    Half are correct, in proportion to the classes. The other half are errors, in proportion to both
+    margins.
     """
     true_C = counts_CC.sum(axis=1) / counts_CC.sum()
     predicted_C = counts_CC.sum(axis=0) / counts_CC.sum()
@@ -211,15 +237,16 @@ def _pseudo_counts(counts_CC: np.ndarray) -> np.ndarray:
     return pseudo_CC
 
 
-def confusion_counts(classified: Classified) -> np.ndarray:
+def count_confusions(classified: Classified) -> np.ndarray:
     """Return how many rows of each true class (axis 0) were predicted as each class (axis 1)."""
     classes = classified.classes
     cells_R = classified.label_R * classes + classified.predicted_R
     return np.bincount(cells_R, minlength=classes**2).reshape(classes, classes).astype(float)
 
 
-def _macro_average(counts_CC: np.ndarray, name: str) -> tuple[float, np.ndarray]:
-    """Return a macro average and the influence (C, C) on it of a row with each true and predicted class.
+def _compute_macro_average(counts_CC: np.ndarray, name: str) -> tuple[float, np.ndarray]:
+    """Return a macro average and the influence (C, C) on it of a row with each true and predicted
+    class.
 
     The average is over the classes that occur, as in scikit-learn with `zero_division=0`.
     """

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+
 from lorafleet.evaluation.metrics.intervals import (
     MIN_ROWS,
     SHARES,
     Interval,
-    contributions,
-    degrees_of_freedom,
-    missing_reason,
-    student_quantile,
+    compute_contributions,
+    compute_degrees_of_freedom,
+    compute_student_quantile,
+    explain_missing_interval,
 )
 from lorafleet.evaluation.metrics.predictions import RowResults
 from lorafleet.jobs.trials.asha import Goal
@@ -30,7 +31,7 @@ DEFAULT_DRAWS = 10_000
 _SEED = 20_260_101
 _Z = 1.959963984540054
 _MAX_EXACT_ROWS = 20
-"""Up to this many rows, `sign_flip_test` enumerates all choices of signs."""
+"""Up to this many rows, `run_sign_flip_test` enumerates all choices of signs."""
 _MAX_EXACT_ROWS_FOR_MANY = 12
 _FLIPS = 10_000
 _MAX_FLIPPED_ROWS = 200
@@ -47,14 +48,17 @@ class Candidate:
     models: Sequence[RowResults]
     """Per-row results of its models, one per seed."""
     origin: str | None = None
-    """The candidate with the same adapters on another base. Both then share the effect of the seeds."""
+    """The candidate with the same adapters on another base.
+
+    Both then share the effect of the seeds.
+    """
 
 
-def sign_flip_test(differences_R: np.ndarray) -> float:
+def run_sign_flip_test(differences_R: np.ndarray) -> float:
     """Return the two-sided p-value of Fisher's sign-flip test for paired differences (R).
 
-    Exact for up to 20 rows: the share of all 2^R choices of signs whose sum is at least as far from 0. The p-value
-    cannot be below 2 / 2^R. With more rows, 10,000 random choices are used.
+    Exact for up to 20 rows: the share of all 2^R choices of signs whose sum is at least as far from
+    0. The p-value cannot be below 2 / 2^R. With more rows, 10,000 random choices are used.
     """
     rows = len(differences_R)
     tolerance = _EPSILON * max(1.0, float(np.abs(differences_R).sum()))
@@ -64,130 +68,153 @@ def sign_flip_test(differences_R: np.ndarray) -> float:
         for difference in differences_R:
             sums = np.concatenate([sums + difference, sums - difference])
         return float((np.abs(sums) >= threshold).mean())
-    sums = _random_signs(rows) @ differences_R
+    sums = _draw_random_signs(rows) @ differences_R
     return float((1 + (np.abs(sums) >= threshold).sum()) / (1 + len(sums)))
 
 
-def comparable_candidates(candidates: Sequence[Candidate], metric: str) -> list[Candidate]:
+def select_comparable_candidates(candidates: Sequence[Candidate], metric: str) -> list[Candidate]:
     """Return the candidates whose models all have finite per-row values of a metric."""
-    return [one for one in candidates if all(_has_finite(model, metric) for model in one.models)]
+    return [
+        candidate
+        for candidate in candidates
+        if all(_has_finite_values(model, metric) for model in candidate.models)
+    ]
 
 
-def _has_finite(model: RowResults, metric: str) -> bool:
-    return model.has(metric) and bool(np.isfinite(contributions(model, metric)).all())
+def _has_finite_values(model: RowResults, metric: str) -> bool:
+    return model.has_metric(metric) and bool(
+        np.isfinite(compute_contributions(model, metric)).all()
+    )
 
 
 class Comparison:
     """All pairwise differences of candidates by one metric, with simultaneous confidence intervals.
 
-    A difference is a mean of paired per-row differences; its standard error covers rows and seeds. The critical value
-    is the 95 % quantile of the largest standardised difference of any two candidates, drawn by a Gaussian multiplier
-    bootstrap (Chernozhukov, Chetverikov and Kato 2013). All intervals hold at once, so the best candidate may be picked
-    on the same rows. Each interval uses Student's t with its own degrees of freedom.
+    A difference is a mean of paired per-row differences; its standard error covers rows and seeds.
+    The critical value is the 95 % quantile of the largest standardised difference of any two
+    candidates, drawn by a Gaussian multiplier bootstrap (Chernozhukov, Chetverikov and Kato 2013).
+    All intervals hold at once, so the best candidate may be picked on the same rows. Each interval
+    uses Student's t with its own degrees of freedom.
 
-    p-values are adjusted for the number of candidates in the same way, and are never below those of sign flips.
+    p-values are adjusted for the number of candidates in the same way, and are never below those of
+    sign flips.
     """
 
-    def __init__(self, candidates: Sequence[Candidate], metric: str, goal: Goal, draws: int = DEFAULT_DRAWS) -> None:
-        """Compare candidates that are all finite in `metric` (see `comparable_candidates`)."""
+    def __init__(
+        self, candidates: Sequence[Candidate], metric: str, goal: Goal, draws: int = DEFAULT_DRAWS
+    ) -> None:
+        """Compare candidates that are all finite in `metric` (`select_comparable_candidates`)."""
         self._draws = draws
-        self.names = [one.name for one in candidates]
+        self.names = [candidate.name for candidate in candidates]
         self.metric, self.goal = metric, goal
         self.rows = len(candidates[0].models[0])
-        columns = [np.mean([contributions(model, metric) for model in one.models], axis=0) for one in candidates]
+        columns = [
+            np.mean([compute_contributions(model, metric) for model in candidate.models], axis=0)
+            for candidate in candidates
+        ]
         self._values_RK = np.stack(columns, axis=1)
         self._means_K = self._values_RK.mean(axis=0)
-        self._seeds_KK = _seed_covariance(candidates, metric)
-        self._models_K = np.array([len(one.models) for one in candidates])
-        reasons = (missing_reason(one.models, metric) for one in candidates)
+        self._seeds_KK = _compute_seed_covariance(candidates, metric)
+        self._models_K = np.array([len(candidate.models) for candidate in candidates])
+        reasons = (explain_missing_interval(candidate.models, metric) for candidate in candidates)
         self.missing_reason = next((reason for reason in reasons if reason), None)
         """Why there are no intervals and p-values, or None."""
 
-    def value(self, name: str) -> float:
+    def get_value(self, name: str) -> float:
         """Return the metric of a candidate."""
         return float(self._means_K[self.names.index(name)])
 
-    def difference(self, name: str, other: str) -> float:
+    def compute_difference(self, name: str, other: str) -> float:
         """Return the metric of `name` minus that of `other`."""
-        return self.value(name) - self.value(other)
+        return self.get_value(name) - self.get_value(other)
 
-    def interval(self, name: str, other: str) -> Interval | None:
-        """Return the simultaneous 95 % interval of `difference`, or None if there are too few rows."""
+    def compute_interval(self, name: str, other: str) -> Interval | None:
+        """Return the simultaneous 95 % interval of the difference; None if there are too few
+        rows.
+        """
         if self.missing_reason or name == other:
             return None
-        half = self._half_width(name, other)
-        center = self.difference(name, other)
+        half = self._compute_half_width(name, other)
+        center = self.compute_difference(name, other)
         return center - half, center + half
 
-    def p_value(self, name: str, other: str) -> float | None:
-        """Return the adjusted two-sided p-value of `difference`, or None as for `interval`.
+    def compute_p_value(self, name: str, other: str) -> float | None:
+        """Return the adjusted two-sided p-value of the difference; None if there are too few rows.
 
-        With fewer than `MIN_ROWS` rows it is the p-value of the exact sign flips, which shows what so few rows can say.
+        With fewer than `MIN_ROWS` rows it is the p-value of the exact sign flips, which shows
+        what so few rows can say.
         """
-        indices = self._indices(name, other)
+        indices = self._find_indices(name, other)
         if self.rows < MIN_ROWS:
             return float(self._flipped_p_values_KK[indices])
         return None if self.missing_reason else float(self._p_values_KK[indices])
 
-    def loss(self, name: str, best: str) -> float:
-        """Return how much worse `name` is than `best`, in units of the metric. Negative if it is better."""
-        difference = self.difference(best, name)
+    def compute_loss(self, name: str, best: str) -> float:
+        """Return how much worse `name` is than `best`, in units of the metric.
+
+        Negative if it is better.
+        """
+        difference = self.compute_difference(best, name)
         return difference if self.goal == "maximize" else -difference
 
-    def loss_interval(self, name: str, best: str) -> Interval | None:
-        """Return the simultaneous 95 % interval of `loss`, or None if there are too few rows."""
-        interval = self.interval(best, name)
+    def compute_loss_interval(self, name: str, best: str) -> Interval | None:
+        """Return the simultaneous 95 % interval of the loss; None if there are too few rows."""
+        interval = self.compute_interval(best, name)
         if interval is None or self.goal == "maximize":
             return interval
         return -interval[1], -interval[0]
 
-    def max_loss(self, name: str, best: str) -> float:
-        """Return the upper end of `loss_interval`; infinity without one."""
+    def compute_max_loss(self, name: str, best: str) -> float:
+        """Return the upper end of the interval of the loss; infinity without an interval."""
         if name == best:
             return 0.0
-        interval = self.loss_interval(name, best)
+        interval = self.compute_loss_interval(name, best)
         return math.inf if interval is None else interval[1]
 
     def is_worse(self, name: str, best: str) -> bool:
         """Return True if the rows show that `name` is worse than `best`, given all candidates."""
-        interval, p_value = self.loss_interval(name, best), self.p_value(name, best)
+        interval, p_value = self.compute_loss_interval(name, best), self.compute_p_value(name, best)
         if interval is None or p_value is None:
             return False
         return interval[0] > 0 and p_value < ALPHA
 
-    def rows_needed(self, name: str, best: str, tolerance: float) -> int | None:
-        """Estimate how many rows would show that `name` loses at most `tolerance`, or that it is worse.
+    def estimate_rows_needed(self, name: str, best: str, tolerance: float) -> int | None:
+        """Estimate how many rows would show that `name` loses at most `tolerance`, or that it is
+        worse.
 
-        Assumes that the interval shrinks with the square root of the number of rows. None if no number is enough.
+        Assumes that the interval shrinks with the square root of the number of rows. None if no
+        number is enough.
         """
-        half, loss = self._half_width(name, best), self.loss(name, best)
+        half, loss = self._compute_half_width(name, best), self.compute_loss(name, best)
         margin = tolerance - loss if loss < tolerance else loss
         if margin <= 0 or half <= 0 or not math.isfinite(half):
             return None
         return math.ceil(self.rows * (half / margin) ** 2)
 
-    def _indices(self, name: str, other: str) -> tuple[int, int]:
+    def _find_indices(self, name: str, other: str) -> tuple[int, int]:
         return self.names.index(name), self.names.index(other)
 
-    def _half_width(self, name: str, other: str) -> float:
-        indices = self._indices(name, other)
-        return self.critical_value(*indices) * float(self._errors_KK[indices])
+    def _compute_half_width(self, name: str, other: str) -> float:
+        indices = self._find_indices(name, other)
+        return self.compute_critical_value(*indices) * float(self._errors_KK[indices])
 
-    def critical_value(self, index: int, other: int) -> float:
+    def compute_critical_value(self, index: int, other: int) -> float:
         """Return the half width of a simultaneous interval in standard errors."""
         from scipy.special import ndtr
 
-        return student_quantile(self._freedom(index, other), float(ndtr(self._normal_critical_value)))
+        return compute_student_quantile(
+            self._compute_freedom(index, other), float(ndtr(self._normal_critical_value))
+        )
 
     @cached_property
     def _normal_critical_value(self) -> float:
         return max(float(np.quantile(self._largest_S, 1 - ALPHA)), _Z)
 
-    def _freedom(self, index: int, other: int) -> float:
+    def _compute_freedom(self, index: int, other: int) -> float:
         row_variance = float(self._row_variances_KK[index, other])
-        between_seeds = float(_difference_variances(self._seeds_KK)[index, other])
+        between_seeds = float(_compute_difference_variances(self._seeds_KK)[index, other])
         seeds = int(self._models_K[index] + self._models_K[other] - 2)
-        return degrees_of_freedom(row_variance, self.rows - 1, between_seeds, seeds)
+        return compute_degrees_of_freedom(row_variance, self.rows - 1, between_seeds, seeds)
 
     @cached_property
     def _rows_KK(self) -> np.ndarray:
@@ -200,10 +227,11 @@ class Comparison:
     def _row_variances_KK(self) -> np.ndarray:
         """Variance over rows of every difference.
 
-        For metrics between 0 and 1, one more row is assumed to differ as much as the row that differs most. Otherwise
-        two candidates that agree on all of 20 rows would count as equal for certain.
+        For metrics between 0 and 1, one more row is assumed to differ as much as the row that
+        differs most. Otherwise two candidates that agree on all of 20 rows would count as equal for
+        certain.
         """
-        variances_KK = _difference_variances(self._rows_KK)
+        variances_KK = _compute_difference_variances(self._rows_KK)
         if self.metric in SHARES:
             columns = self._values_RK.T
             largest_KK = np.array([np.abs(columns - column).max(axis=1) for column in columns])
@@ -215,7 +243,9 @@ class Comparison:
     @cached_property
     def _errors_KK(self) -> np.ndarray:
         """Standard error of every difference."""
-        errors_KK: np.ndarray = np.sqrt(self._row_variances_KK + _difference_variances(self._seeds_KK))
+        errors_KK: np.ndarray = np.sqrt(
+            self._row_variances_KK + _compute_difference_variances(self._seeds_KK)
+        )
         return errors_KK
 
     @cached_property
@@ -231,8 +261,8 @@ class Comparison:
         eigenvalues_K, eigenvectors_KK = np.linalg.eigh(covariance_KK)
         scales_K = np.sqrt(np.clip(eigenvalues_K, 0, None))
         normal_SK = np.random.default_rng(_SEED).standard_normal((self._draws, len(self.names)))
-        errors_KK = np.sqrt(_difference_variances(covariance_KK))
-        return _largest_difference((normal_SK * scales_K) @ eigenvectors_KK.T, errors_KK)
+        errors_KK = np.sqrt(_compute_difference_variances(covariance_KK))
+        return _find_largest_differences((normal_SK * scales_K) @ eigenvectors_KK.T, errors_KK)
 
     @cached_property
     def _p_values_KK(self) -> np.ndarray:
@@ -244,7 +274,7 @@ class Comparison:
             if error == 0:
                 continue
             t = abs(float(self._means_K[index] - self._means_K[other])) / error
-            z = -float(ndtri(stdtr(self._freedom(index, other), -t)))
+            z = -float(ndtri(stdtr(self._compute_freedom(index, other), -t)))
             larger = self._draws - int(np.searchsorted(self._largest_S, z - _EPSILON))
             p_value = (1 + larger) / (1 + self._draws)
             p_values_KK[index, other] = p_values_KK[other, index] = p_value
@@ -253,50 +283,59 @@ class Comparison:
 
     @cached_property
     def _flipped_p_values_KK(self) -> np.ndarray:
-        """p-values of sign flips: how often the flipped rows set any two candidates as far apart as these two."""
+        """p-values of sign flips: how often the flipped rows set any two candidates as far apart as
+        these two.
+        """
         names = len(self.names)
         if self.rows > _MAX_FLIPPED_ROWS:
             return np.zeros((names, names))
         if names == 2:
-            p_value = sign_flip_test(self._values_RK[:, 0] - self._values_RK[:, 1])
+            p_value = run_sign_flip_test(self._values_RK[:, 0] - self._values_RK[:, 1])
             return np.full((2, 2), p_value)
         columns = self._values_RK.T
         norms_KK = np.array([np.sqrt(((columns - column) ** 2).sum(axis=1)) for column in columns])
         is_exact = self.rows <= _MAX_EXACT_ROWS_FOR_MANY
-        signs_SR = _all_signs(self.rows) if is_exact else _random_signs(self.rows)
-        largest_S = _largest_difference(signs_SR @ self._values_RK, norms_KK)
+        signs_SR = _list_all_signs(self.rows) if is_exact else _draw_random_signs(self.rows)
+        largest_S = _find_largest_differences(signs_SR @ self._values_RK, norms_KK)
         sums_KK = self.rows * np.abs(self._means_K[:, None] - self._means_K[None, :])
-        standardised_KK = np.divide(sums_KK, norms_KK, out=np.zeros_like(sums_KK), where=norms_KK > _EPSILON)
+        standardised_KK = np.divide(
+            sums_KK, norms_KK, out=np.zeros_like(sums_KK), where=norms_KK > _EPSILON
+        )
         larger_KK = len(largest_S) - np.searchsorted(largest_S, standardised_KK - _EPSILON)
         extra = 0 if is_exact else 1
         p_values_KK: np.ndarray = (extra + larger_KK) / (extra + len(largest_S))
         return p_values_KK
 
 
-def _largest_difference(values_SK: np.ndarray, scales_KK: np.ndarray) -> np.ndarray:
-    """Return the largest scaled difference (S) of any two columns, sorted. Pairs with a scale of 0 are left out."""
+def _find_largest_differences(values_SK: np.ndarray, scales_KK: np.ndarray) -> np.ndarray:
+    """Return the largest scaled difference (S) of any two columns, sorted.
+
+    Pairs with a scale of 0 are left out.
+    """
     largest_S = np.zeros(len(values_SK))
     for index in range(values_SK.shape[1] - 1):
         differences_SK = np.abs(values_SK[:, index + 1 :] - values_SK[:, [index]])
         scales_K = scales_KK[index, index + 1 :]
         zeros_SK = np.zeros_like(differences_SK)
-        scaled_SK = np.divide(differences_SK, scales_K, out=zeros_SK, where=scales_K > _EPSILON * 1e-3)
+        scaled_SK = np.divide(
+            differences_SK, scales_K, out=zeros_SK, where=scales_K > _EPSILON * 1e-3
+        )
         largest_S = np.maximum(largest_S, scaled_SK.max(axis=1))
     return np.sort(largest_S)
 
 
-def _all_signs(rows: int) -> np.ndarray:
+def _list_all_signs(rows: int) -> np.ndarray:
     """Return all 2^R choices of signs."""
     numbers_S = np.arange(2**rows)
     signs_SR: np.ndarray = 1.0 - 2.0 * (numbers_S[:, None] >> np.arange(rows) & 1)
     return signs_SR
 
 
-def _random_signs(rows: int) -> np.ndarray:
+def _draw_random_signs(rows: int) -> np.ndarray:
     return np.random.default_rng(_SEED).choice([-1.0, 1.0], (_FLIPS, rows))
 
 
-def _difference_variances(covariance_KK: np.ndarray) -> np.ndarray:
+def _compute_difference_variances(covariance_KK: np.ndarray) -> np.ndarray:
     """Return the variance of every difference."""
     variances_K = np.diagonal(covariance_KK)
     variances_KK = variances_K[:, None] + variances_K[None, :] - 2 * covariance_KK
@@ -304,13 +343,16 @@ def _difference_variances(covariance_KK: np.ndarray) -> np.ndarray:
     return clipped_KK
 
 
-def _seed_covariance(candidates: Sequence[Candidate], metric: str) -> np.ndarray:
+def _compute_seed_covariance(candidates: Sequence[Candidate], metric: str) -> np.ndarray:
     """Return the covariance (K, K) of the candidates' means over seeds.
 
     Candidates with the same adapters share the effect of the seeds. All others are independent.
     """
-    values = [np.array([contributions(model, metric).mean() for model in one.models]) for one in candidates]
-    origins = [one.origin or one.name for one in candidates]
+    values = [
+        np.array([compute_contributions(model, metric).mean() for model in candidate.models])
+        for candidate in candidates
+    ]
+    origins = [candidate.origin or candidate.name for candidate in candidates]
     covariance_KK = np.zeros((len(candidates), len(candidates)))
     for index, other in itertools.product(range(len(candidates)), repeat=2):
         models = len(values[index])

@@ -1,4 +1,4 @@
-"""What a model did with each row, so that two models can be compared on the same rows. R rows."""
+"""Per-row results of a model, for comparing two models on the same rows. R rows."""
 
 from __future__ import annotations
 
@@ -10,54 +10,56 @@ from typing import Any
 
 import numpy as np
 
-CONFUSION = ("accuracy", "f1", "precision", "recall")
-"""What is worked out from how often each class was taken for which."""
+CONFUSION_METRICS = ("accuracy", "f1", "precision", "recall")
+"""Metrics that are computed from the confusion matrix."""
 MAX_CLASSES = 4096
-"""Most classes of stored results: a confusion matrix of them takes 128 MB."""
+"""Most classes of stored results: a confusion matrix of this size takes 128 MB."""
 Ratio = tuple[np.ndarray, np.ndarray]
-"""A metric by row: what is added up, and what the sum is divided by."""
+"""A metric per row: numerators and denominators. The metric is the quotient of their sums."""
 
 
 @dataclass(frozen=True)
 class Classified:
-    """The classes of rows, and what a classifier said."""
+    """True and predicted classes of rows."""
 
     label_R: np.ndarray
     predicted_R: np.ndarray
     confidence_R: np.ndarray
-    """The probability of what was predicted."""
+    """Probability of the predicted class."""
     classes: int
 
 
 @dataclass(frozen=True)
 class RowResults:
-    """What a model did with the rows of a split, in the rows' order."""
+    """Results of a model on the rows of a split, in the order of the rows."""
 
     loss_R: np.ndarray
     """Negative log-likelihood in nats: of the class, or summed over the row's target tokens."""
     targets_R: np.ndarray
-    """What the loss of a row is over: 1, or its target tokens."""
+    """Number of targets that the loss of a row is over: 1, or its target tokens."""
     classified: Classified | None = None
     answers: tuple[str | None, ...] = ()
-    """What the model wrote; None for a row that it was not asked for."""
+    """Answers of the model; None for a row that it was not asked to answer."""
     ratios: Mapping[str, Ratio] = field(default_factory=dict)
-    """Metrics of answers by row."""
+    """Metrics of answers per row."""
     whole: Mapping[str, float] = field(default_factory=dict)
-    """Metrics that only all rows together have."""
+    """Metrics that have one value for all rows together."""
 
     def __len__(self) -> int:
         return len(self.loss_R)
 
-    def ratio(self, name: str) -> Ratio:
-        """A metric as a quotient of two sums over rows."""
+    def get_ratio(self, name: str) -> Ratio:
+        """Return a metric as a quotient of two sums over rows."""
         return (self.loss_R, self.targets_R) if name == "loss" else self.ratios[name]
 
-    def has(self, name: str) -> bool:
-        """Whether a metric can be worked out from the rows."""
-        return name in ("loss", "perplexity", *self.ratios) or (self.classified is not None and name in CONFUSION)
+    def has_metric(self, name: str) -> bool:
+        """Return True if a metric can be computed from the rows."""
+        return name in ("loss", "perplexity", *self.ratios) or (
+            self.classified is not None and name in CONFUSION_METRICS
+        )
 
-    def records(self) -> Iterable[dict[str, Any]]:
-        """One object a row, for a file of JSON lines."""
+    def to_records(self) -> Iterable[dict[str, Any]]:
+        """Yield one record per row, for a file of JSON lines."""
         for row in range(len(self)):
             record: dict[str, Any] = {"row": row, "loss": float(self.loss_R[row])}
             if self.classified:
@@ -67,13 +69,19 @@ class RowResults:
             else:
                 record["tokens"] = int(self.targets_R[row])
                 record["answer"] = self.answers[row] if self.answers else None
-            if self.ratios:  # apart, since a user's own metric may have any name
-                record["metrics"] = {name: [float(part[row]) for part in pair] for name, pair in self.ratios.items()}
+            if self.ratios:  # in a block of its own: a custom metric may have any name
+                record["metrics"] = {
+                    name: [float(values[row]) for values in pair]
+                    for name, pair in self.ratios.items()
+                }
             yield record
 
 
 def serialize(results: RowResults, step: int) -> bytes:
-    """Serialise per-row results as safetensors, without the answers. `step` is that of the weights."""
+    """Serialise per-row results as safetensors, without the answers.
+
+    `step` is that of the weights.
+    """
     from safetensors.numpy import save
 
     tensors = {"loss": results.loss_R, "targets": results.targets_R}
@@ -86,7 +94,9 @@ def serialize(results: RowResults, step: int) -> bytes:
         metadata["classes"] = str(classified.classes)
     for name, (above_R, below_R) in results.ratios.items():
         tensors |= {f"ratio/{name}/above": above_R, f"ratio/{name}/below": below_R}
-    data: bytes = save({name: np.ascontiguousarray(one) for name, one in tensors.items()}, metadata)
+    data: bytes = save(
+        {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata
+    )
     return data
 
 
@@ -105,9 +115,17 @@ def deserialize(data: bytes) -> tuple[RowResults, int]:
         rows = len(tensors["loss"])
         if any(tensor.shape != (rows,) for tensor in tensors.values()):
             raise ValueError("the tensors have different numbers of rows")
-        classified = _read_classified(tensors, int(metadata["classes"])) if "classes" in metadata else None
-        names = [name.removeprefix("ratio/").removesuffix("/above") for name in tensors if name.endswith("/above")]
-        ratios = {name: (tensors[f"ratio/{name}/above"], tensors[f"ratio/{name}/below"]) for name in names}
+        classified = (
+            _read_classified(tensors, int(metadata["classes"])) if "classes" in metadata else None
+        )
+        names = [
+            name.removeprefix("ratio/").removesuffix("/above")
+            for name in tensors
+            if name.endswith("/above")
+        ]
+        ratios = {
+            name: (tensors[f"ratio/{name}/above"], tensors[f"ratio/{name}/below"]) for name in names
+        }
         whole = {str(name): float(value) for name, value in json.loads(metadata["whole"]).items()}
         results = RowResults(tensors["loss"], tensors["targets"], classified, (), ratios, whole)
         return results, int(metadata["step"])
@@ -126,7 +144,10 @@ def _read_classified(tensors: Mapping[str, np.ndarray], classes: int) -> Classif
 
 
 def concatenate(parts: Sequence[RowResults]) -> RowResults:
-    """Return the results of several sets of rows as one. Metrics of all rows together are left out."""
+    """Return the results of several sets of rows as one.
+
+    Metrics of all rows together are left out.
+    """
     first = parts[0]
     classified_parts = [part.classified for part in parts if part.classified]
     classified = None
@@ -137,41 +158,54 @@ def concatenate(parts: Sequence[RowResults]) -> RowResults:
             np.concatenate([part.confidence_R for part in classified_parts]),
             max(part.classes for part in classified_parts),
         )
-    names = [name for name in first.ratios if all(name in one.ratios for one in parts)]
+    names = [name for name in first.ratios if all(name in results.ratios for results in parts)]
     ratios = {
         name: (
-            np.concatenate([one.ratios[name][0] for one in parts]),
-            np.concatenate([one.ratios[name][1] for one in parts]),
+            np.concatenate([results.ratios[name][0] for results in parts]),
+            np.concatenate([results.ratios[name][1] for results in parts]),
         )
         for name in names
     }
     return RowResults(
-        np.concatenate([one.loss_R for one in parts]),
-        np.concatenate([one.targets_R for one in parts]),
+        np.concatenate([results.loss_R for results in parts]),
+        np.concatenate([results.targets_R for results in parts]),
         classified,
         (),
         ratios,
     )
 
 
-def from_records(records: list[dict[str, Any]], classes: int, whole: Mapping[str, float | None]) -> RowResults:
-    """What `records` gave, read back."""
+def from_records(
+    records: list[dict[str, Any]], classes: int, whole: Mapping[str, float | None]
+) -> RowResults:
+    """Return the results that `RowResults.to_records` wrote."""
     first = records[0]
 
-    def column(name: str, kind: type = float) -> np.ndarray:
+    def read_column(name: str, kind: type = float) -> np.ndarray:
         return np.array([record[name] for record in records], dtype=kind)
 
-    parts_R = [record.get("metrics", {}) for record in records]
+    metrics_R = [record.get("metrics", {}) for record in records]
     ratios = {
         name: (
-            np.array([parts[name][0] for parts in parts_R], dtype=float),
-            np.array([parts[name][1] for parts in parts_R], dtype=float),
+            np.array([metrics[name][0] for metrics in metrics_R], dtype=float),
+            np.array([metrics[name][1] for metrics in metrics_R], dtype=float),
         )
-        for name in parts_R[0]
+        for name in metrics_R[0]
     }
-    numbers: dict[str, float] = {name: math.nan if value is None else value for name, value in whole.items()}
+    numbers: dict[str, float] = {
+        name: math.nan if value is None else value for name, value in whole.items()
+    }
     if "predicted" in first:
-        said = Classified(column("label", int), column("predicted", int), column("confidence"), classes)
-        return RowResults(column("loss"), np.ones(len(records), dtype=int), said, (), ratios, numbers)
+        classified = Classified(
+            read_column("label", int),
+            read_column("predicted", int),
+            read_column("confidence"),
+            classes,
+        )
+        return RowResults(
+            read_column("loss"), np.ones(len(records), dtype=int), classified, (), ratios, numbers
+        )
     answers = tuple(record["answer"] for record in records)
-    return RowResults(column("loss"), column("tokens", int), None, answers, ratios, numbers)
+    return RowResults(
+        read_column("loss"), read_column("tokens", int), None, answers, ratios, numbers
+    )

@@ -1,4 +1,4 @@
-"""What goes into a run's files of what a model did with the rows of a split."""
+"""Summarise the results of a model on a split for the files of a run, and read them back."""
 
 from __future__ import annotations
 
@@ -7,34 +7,57 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.evaluation.metrics.predictions import RowResults, from_records
-from lorafleet.evaluation.metrics.scores import confusion, per_class, scores
-from lorafleet.evaluation.report.baselines import trivial_answers
+from lorafleet.evaluation.metrics.scores import compute_confusion, compute_per_class, compute_scores
+from lorafleet.evaluation.report.baselines import evaluate_trivial_answers
 from lorafleet.jobs import files
 from lorafleet.jobs.data.row_formats import Row
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.schema.job import JobSpec
 
 
-def summary(results: RowResults, job: JobSpec, labels: Sequence[str]) -> dict[str, Any]:
-    """Metrics with their intervals; of a classifier also by class, and which class it took for which."""
-    found = scores(results, job.metric_names)
-    record: dict[str, Any] = {"metrics": found.metrics, "intervals": found.intervals, "whole": dict(results.whole)}
+def summarize_results(results: RowResults, job: JobSpec, labels: Sequence[str]) -> dict[str, Any]:
+    """Return metrics with their intervals.
+
+    For a classifier also the metrics per class and the confusion matrix.
+    """
+    result_scores = compute_scores(results, job.metric_names)
+    record: dict[str, Any] = {
+        "metrics": result_scores.metrics,
+        "intervals": result_scores.intervals,
+        "whole": dict(results.whole),
+    }
     if results.classified:
-        named = labels or [str(label) for label in range(results.classified.classes)]
-        record |= {"per_class": per_class(results.classified, named), "confusion": confusion(results.classified)}
+        class_names = labels or [str(label) for label in range(results.classified.classes)]
+        record |= {
+            "per_class": compute_per_class(results.classified, class_names),
+            "confusion": compute_confusion(results.classified),
+        }
     return record
 
 
 def write_baselines(run: Run, job: JobSpec, rows: Mapping[str, Sequence[Row]]) -> None:
-    """Write the metrics of trivial answers for each split (split -> rows), once and only if answers are evaluated."""
+    """Write the metrics of trivial answers for each split (split -> rows), once and only if answers
+    are evaluated.
+    """
     if not job.text_metrics or run.baselines_file.is_file():
         return
-    baselines = {split: trivial_answers(split_rows, job.text_metrics) for split, split_rows in rows.items()}
+    baselines = {
+        split: evaluate_trivial_answers(split_rows, job.text_metrics)
+        for split, split_rows in rows.items()
+    }
     files.write_json(run.baselines_file, baselines)
 
 
 def read_results(predictions: Path, record: dict[str, Any]) -> RowResults | None:
-    """What a file of predictions holds, with the `summary` beside it; None where there is no such file."""
+    """Read the results in a predictions file.
+
+    Args:
+        predictions: The file.
+        record: What `summarize_results` returned for it.
+
+    Returns:
+        The results; None if there is no such file.
+    """
     rows = files.read_jsonl(predictions)
     if not rows:
         return None

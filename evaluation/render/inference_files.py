@@ -1,18 +1,21 @@
-"""Files beside recommended weights with which plain transformers prepares prompts and ends answers as in training."""
+"""Files beside recommended weights with which plain transformers prepares prompts and ends answers
+as in training.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from lorafleet.evaluation.tokenizer import chat_format, quiet_libraries
+from lorafleet.evaluation.tokenizer import load_chat_format, silence_libraries
 from lorafleet.evaluation.tokens import prepare
 from lorafleet.jobs import files
 from lorafleet.jobs.schema.job import JobSpec
 
 
 def save_inference_files(job: JobSpec, folder: Path) -> dict[str, Any]:
-    """Save the tokenizer with the chat template of training and, for a generating model, `generation_config.json`.
+    """Save the tokenizer with the chat template of training and, for a generating model,
+    `generation_config.json`.
 
     Needs transformers, and the model and data on this machine.
 
@@ -21,19 +24,20 @@ def save_inference_files(job: JobSpec, folder: Path) -> dict[str, Any]:
         folder: Folder of the weights. Files of the same names are replaced.
 
     Returns:
-        What the model card's code needs to build a prompt: `tokenizer` (True), and of a generating model `conversation`
-        (whether rows are messages), `chat_template` (whether a template renders them), `content_as_parts` (whether it
-        takes lists of parts), `start` (text of the token that a prompt begins with, unless the template writes it),
-        `system_message` (role and content, if all rows have the same), `answer_marker` (text after which the answer
-        begins, if the model writes something before it).
+        What the model card's code needs to build a prompt: `tokenizer` (True), and of a generating
+        model `conversation` (whether rows are messages), `chat_template` (whether a template
+        renders them), `content_as_parts` (whether it takes lists of parts), `start` (text of the
+        token that a prompt begins with, unless the template writes it), `system_message` (role and
+        content, if all rows have the same), `answer_marker` (text after which the answer begins, if
+        the model writes something before it).
 
     Raises:
         AssetError, DataError: The model or the data is not on this machine.
     """
-    chat = chat_format(job)
-    with quiet_libraries():
+    chat = load_chat_format(job)
+    with silence_libraries():
         chat.tokenizer.save_pretrained(str(folder))
-    if not job.generates:
+    if not job.is_generative:
         return {"tokenizer": True}
     from transformers import GenerationConfig
 
@@ -41,7 +45,11 @@ def save_inference_files(job: JobSpec, folder: Path) -> dict[str, Any]:
     end_ids = list(dict.fromkeys([*chat.model_ends, *data.ends]))
     sampling = {}
     if job.evaluate.do_sample:
-        sampling = {"temperature": job.evaluate.temperature, "top_p": job.evaluate.top_p, "top_k": 0}
+        sampling = {
+            "temperature": job.evaluate.temperature,
+            "top_p": job.evaluate.top_p,
+            "top_k": 0,
+        }
     config = GenerationConfig(
         max_new_tokens=job.evaluate.max_new_tokens,
         do_sample=job.evaluate.do_sample,
@@ -57,8 +65,12 @@ def save_inference_files(job: JobSpec, folder: Path) -> dict[str, Any]:
         "tokenizer": True,
         "conversation": conversation,
         "chat_template": has_template,
-        "content_as_parts": has_template and chat.template.takes_parts,
+        "content_as_parts": has_template and chat.template.needs_content_parts,
         "start": "" if has_template else chat.tokenizer.bos_token or "",
-        "system_message": {"role": data.system.role, "content": data.system.content} if data.system else None,
-        "answer_marker": data.frame.marker if data.frame is not None and begins_with_frame else None,
+        "system_message": {"role": data.system.role, "content": data.system.content}
+        if data.system
+        else None,
+        "answer_marker": data.frame.marker
+        if data.frame is not None and begins_with_frame
+        else None,
     }

@@ -1,4 +1,6 @@
-"""The model card and manifest beside the recommended weights: their training, metrics, files and how to load them."""
+"""The model card and manifest beside the recommended weights: their training, metrics, files and
+how to load them.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +8,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorafleet.evaluation.render.loading_code import LoadingFacts, loading_code
-from lorafleet.evaluation.render.trial_table import number, plain
+from lorafleet.evaluation.render.loading_code import LoadingMetadata, build_loading_code
+from lorafleet.evaluation.render.trial_table import escape_markdown, format_number
 from lorafleet.jobs import files
 from lorafleet.jobs.data.adapters import read_config
-from lorafleet.jobs.data.hub import public_base
-from lorafleet.jobs.data.weight_names import weight_dtypes
+from lorafleet.jobs.data.hub import resolve_public_base
+from lorafleet.jobs.data.weight_names import read_weight_dtypes
 from lorafleet.jobs.errors import AssetError
 from lorafleet.jobs.runs.report import Report, Row
 from lorafleet.jobs.runs.run import Run, Trial
-from lorafleet.jobs.schema.precision import weights_format
-from lorafleet.jobs.text import counted
+from lorafleet.jobs.schema.precision import parse_weights_format
+from lorafleet.jobs.text import format_count
 
 _TITLES = {
     "lora": "LoRA adapter for {}",
@@ -27,8 +29,11 @@ _TITLES = {
 _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-def recommended_weights(run: Run, report: Report) -> Path | None:
-    """Return the folder of the recommended weights; None if nothing is recommended or they are not on this machine."""
+def find_recommended_weights(run: Run, report: Report) -> Path | None:
+    """Return the folder of the recommended weights.
+
+    Returns None if nothing is recommended or the weights are not on this machine.
+    """
     name = report.recommendation.adapter
     if report.recommendation.trial_id is None or not name:
         return None
@@ -41,11 +46,10 @@ def write_card(run: Run, report: Report, prompt: dict[str, Any] | None = None) -
     """Write README.md and manifest.json beside the recommended weights, if they are on disk.
 
     Args:
-        run: The run.
-        report: Its report.
-        prompt: What `save_inference_files` returned. None keeps what an earlier card of these weights has.
+        run: The run. report: Its report. prompt: What `save_inference_files` returned. None keeps
+        what an earlier card of these weights has.
     """
-    weights = recommended_weights(run, report)
+    weights = find_recommended_weights(run, report)
     trial_id = report.recommendation.trial_id
     if weights is None or trial_id is None:
         return
@@ -58,13 +62,15 @@ def write_card(run: Run, report: Report, prompt: dict[str, Any] | None = None) -
     files.write_text(weights / "README.md", render_card(manifest, report))
 
 
-def build_manifest(run: Run, report: Report, trial: Trial, prompt: dict[str, Any]) -> dict[str, Any]:
+def build_manifest(
+    run: Run, report: Report, trial: Trial, prompt: dict[str, Any]
+) -> dict[str, Any]:
     """Return the contents of manifest.json: everything that the card says, for programs."""
-    row = _row_with_held_out_metrics(report, str(report.recommendation.trial_id))
-    resolved = trial.params().get("resolved", {})
+    row = _get_row_with_held_out_metrics(report, str(report.recommendation.trial_id))
+    resolved = trial.read_params().get("resolved", {})
     name = str(resolved.get("model", {}).get("model_name_or_path") or report.model)
     try:
-        base, revision = public_base(name, resolved.get("model", {}).get("revision"))
+        base, revision = resolve_public_base(name, resolved.get("model", {}).get("revision"))
     except AssetError:  # an asset that this version does not have
         base, revision = name, None
     return {
@@ -89,36 +95,37 @@ def build_manifest(run: Run, report: Report, trial: Trial, prompt: dict[str, Any
 
 
 def describe_weights(trial: Trial, row: Row, resolved: dict[str, Any]) -> dict[str, Any]:
-    """Return facts about the weights on disk, which are those of the best evaluation and not of the last step.
+    """Return metadata of the saved weights: those of the best evaluation, not of the last step.
 
-    Keys: `step` and `samples` (training rows) at which they were saved, `trained_steps`, `trained_samples`,
-    `trainable_parameters`, `number_formats` of training, `dtypes` of the files, and of LoRA `lora_r` as trained and
-    `stored_lora_r` as saved, which is twice as large for initialisations that change the base (PiSSA, OLoRA), and
-    `modules_to_save` (modules that are saved whole beside the adapter).
+    Keys: `step` and `samples` (training rows) at which they were saved, `trained_steps`,
+    `trained_samples`, `trainable_parameters`, `number_formats` of training and `dtypes` of
+    the files. LoRA adds `lora_r` as trained, `stored_lora_r` as saved (twice as large for
+    initialisations that change the base: PiSSA, OLoRA) and `modules_to_save` (modules that
+    are saved whole beside the adapter).
     """
-    facts: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "step": row.weights_step,
         "samples": None,
         "trained_steps": row.step,
         "trained_samples": row.samples,
         "trainable_parameters": row.trainable_parameters,
         "number_formats": row.number_formats,
-        "dtypes": [_DTYPE_NAMES.get(dtype, dtype) for dtype in weight_dtypes(trial.weights)],
+        "dtypes": [_DTYPE_NAMES.get(dtype, dtype) for dtype in read_weight_dtypes(trial.weights)],
     }
-    for point in trial.metrics():
+    for point in trial.read_metrics():
         if point.get("step") == row.weights_step and point.get("samples") is not None:
-            facts["samples"] = point["samples"]
+            metadata["samples"] = point["samples"]
     config = read_config(trial.weights) or {}
     if config.get("peft_type") == "LORA":
-        facts["modules_to_save"] = list(config.get("modules_to_save") or [])
-        facts["lora_r"] = resolved.get("lora", {}).get("lora_r")
-        facts["stored_lora_r"] = config.get("r")
-    return facts
+        metadata["modules_to_save"] = list(config.get("modules_to_save") or [])
+        metadata["lora_r"] = resolved.get("lora", {}).get("lora_r")
+        metadata["stored_lora_r"] = config.get("r")
+    return metadata
 
 
-def _row_with_held_out_metrics(report: Report, trial_id: str) -> Row:
+def _get_row_with_held_out_metrics(report: Report, trial_id: str) -> Row:
     """Return the recommended row; for a comparison, with the arm's metrics on the held-out rows."""
-    row = report.row(trial_id)
+    row = report.get_row(trial_id)
     arm = next((arm for arm in report.arms or [] if arm.arm == report.recommendation.arm), None)
     return row if arm is None else row.model_copy(update={"test_metrics": arm.metrics})
 
@@ -127,25 +134,26 @@ def render_card(manifest: dict[str, Any], report: Report) -> str:
     """Return README.md."""
     resolved, method = manifest["resolved"], str(manifest["resolved"].get("method", "lora"))
     lines = [
-        *_front_matter(manifest, method),
+        *_render_front_matter(manifest, method),
         f"# {'Model' if method == 'full' else 'Adapter'} {manifest['trial_id']}",
         "",
-        f"{_TITLES[method].format(plain(manifest['base_model']))}, trained for {report.task} on {plain(report.data)} "
+        f"{_TITLES[method].format(escape_markdown(manifest['base_model']))}, trained for "
+        f"{report.task} on {escape_markdown(report.data)} "
         f"by lorafleet run `{report.run}`.",
         "",
-        plain(report.recommendation.sentence),
-        *(f"\n{plain(caution)}" for caution in report.cautions),
+        escape_markdown(report.recommendation.sentence),
+        *(f"\n{escape_markdown(caution)}" for caution in report.cautions),
         "",
-        *_metric_table(manifest, report.held_out),
+        *_render_metric_table(manifest, report.held_out),
         "",
         "## Weights",
         "",
-        *_weights_section(manifest),
+        *_render_weights_section(manifest),
         "",
-        *_loading_section(manifest, report.task, method),
+        *_render_loading_section(manifest, report.task, method),
         "## Data",
         "",
-        *_data_section(manifest),
+        *_render_data_section(manifest),
         "",
         "## Configuration",
         "",
@@ -153,51 +161,73 @@ def render_card(manifest: dict[str, Any], report: Report) -> str:
         "",
         "## Versions",
         "",
-        *(f"- {plain(name)} {plain(version)}" for name, version in report.versions.items()),
+        *(
+            f"- {escape_markdown(name)} {escape_markdown(version)}"
+            for name, version in report.versions.items()
+        ),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(manifest: dict[str, Any], method: str) -> list[str]:
-    """Return the metadata that the Hugging Face Hub reads. It takes hub ids only as `base_model`."""
+def _render_front_matter(manifest: dict[str, Any], method: str) -> list[str]:
+    """Return the metadata that the Hugging Face Hub reads.
+
+    The Hub accepts only Hub ids as `base_model`, so a folder is left out.
+    """
     lines = ["---", f"library_name: {'transformers' if method == 'full' else 'peft'}"]
     if not Path(manifest["base_model"]).is_absolute():
         lines.append(f"base_model: {json.dumps(manifest['base_model'])}")
     return [*lines, f"tags: [{method}, lorafleet]", "---", ""]
 
 
-def _metric_table(manifest: dict[str, Any], held_out: str) -> list[str]:
+def _render_metric_table(manifest: dict[str, Any], held_out: str) -> list[str]:
     validation, test = manifest["validation"] or {}, manifest.get(held_out) or {}
     names = dict.fromkeys([*validation, *test])
     return [
         f"| metric | validation | {held_out} |",
         "|---|---|---|",
-        *(f"| {plain(name)} | {number(validation.get(name))} | {number(test.get(name))} |" for name in names),
+        *(
+            f"| {escape_markdown(name)} | {format_number(validation.get(name))} | "
+            f"{format_number(test.get(name))} |"
+            for name in names
+        ),
     ]
 
 
-def _weights_section(manifest: dict[str, Any]) -> list[str]:
+def _render_weights_section(manifest: dict[str, Any]) -> list[str]:
     weights, base = manifest["weights"], manifest["base_model"]
-    revision = f", revision `{plain(manifest['base_model_revision'])}`" if manifest["base_model_revision"] else ""
-    lines = [f"- Base model: {plain(base)}{revision}"]
+    revision = (
+        f", revision `{escape_markdown(manifest['base_model_revision'])}`"
+        if manifest["base_model_revision"]
+        else ""
+    )
+    lines = [f"- Base model: {escape_markdown(base)}{revision}"]
     if manifest["base_model_in_job"] != base:
         digest = str(manifest["model_revisions"].get(manifest["base_model_in_job"], ""))[:12]
         pinned = f" (SHA-256 {digest}...)" if digest else ""
         lines.append(
-            f"- Trained on `{plain(manifest['base_model_in_job'])}`{pinned}, lorafleet's copy of the base model. Its "
-            "weights may be rounded differently from the hub's, so that metrics on the hub's copy can differ slightly. "
-            f"`lorafleet fetch {plain(manifest['base_model_in_job'])}` prints the folder of the copy"
+            f"- Trained on `{escape_markdown(manifest['base_model_in_job'])}`{pinned}, "
+            "lorafleet's copy of the base model. Its "
+            "weights may be rounded differently from the hub's, so that metrics on the hub's copy "
+            "can differ slightly. "
+            f"`lorafleet fetch {escape_markdown(manifest['base_model_in_job'])}` prints the "
+            "folder of the copy"
         )
     if weights["step"] is not None:
-        rows = f" ({counted(weights['samples'], 'training row')} seen)" if weights["samples"] is not None else ""
+        rows = (
+            f" ({format_count(weights['samples'], 'training row')} seen)"
+            if weights["samples"] is not None
+            else ""
+        )
         lines.append(
-            f"- Saved at step {weights['step']:,} of {weights['trained_steps']:,}{rows}: the best evaluation on the "
+            f"- Saved at step {weights['step']:,} of {weights['trained_steps']:,}{rows}: the best "
+            "evaluation on the "
             "validation rows. The metrics above are of these weights"
         )
     if weights["dtypes"]:
         lines.append(f"- Stored as {', '.join(map(str, weights['dtypes']))}")
     if weights["number_formats"]:
-        lines.append(f"- Trained with {plain(str(weights['number_formats']))}")
+        lines.append(f"- Trained with {escape_markdown(str(weights['number_formats']))}")
     if weights["trainable_parameters"] is not None:
         lines.append(f"- Trained parameters: {weights['trainable_parameters']:,}")
     rank, stored = weights.get("lora_r"), weights.get("stored_lora_r")
@@ -205,18 +235,22 @@ def _weights_section(manifest: dict[str, Any]) -> list[str]:
         lines.append(f"- LoRA rank: {rank}")
     elif rank is not None:
         lines.append(
-            f"- LoRA rank: {rank} as trained, stored as an equivalent adapter of rank {stored}: the initialisation "
+            f"- LoRA rank: {rank} as trained, stored as an equivalent adapter of rank {stored}: "
+            "the initialisation "
             "changed the base's weights, and this form fits the unchanged base"
         )
     return lines
 
 
-def _loading_section(manifest: dict[str, Any], task: str, method: str) -> list[str]:
-    """Return how to load the weights; nothing for those of earlier versions, which have no tokenizer beside them."""
-    facts = loading_facts(manifest, task, method)
-    if facts is None:
+def _render_loading_section(manifest: dict[str, Any], task: str, method: str) -> list[str]:
+    """Return the section on loading the weights.
+
+    Empty for weights of earlier versions, which have no tokenizer beside them.
+    """
+    metadata = build_loading_metadata(manifest, task, method)
+    if metadata is None:
         return []
-    code = loading_code(facts)
+    code = build_loading_code(metadata)
     fence = "```"
     while any(fence in line for line in code):
         fence += "`"
@@ -238,18 +272,20 @@ def _loading_section(manifest: dict[str, Any], task: str, method: str) -> list[s
     ]
 
 
-def loading_facts(manifest: dict[str, Any], task: str, method: str) -> LoadingFacts | None:
-    """Return what the card's code depends on; None if no tokenizer was saved beside the weights."""
+def build_loading_metadata(
+    manifest: dict[str, Any], task: str, method: str
+) -> LoadingMetadata | None:
+    """Return what the loading code depends on; None if no tokenizer was saved with the weights."""
     prompt, resolved = manifest["prompt"], manifest["resolved"]
     if not prompt.get("tokenizer"):
         return None
     formats = str(manifest["weights"]["number_formats"] or "")
-    return LoadingFacts(
+    return LoadingMetadata(
         method=method,
         task=task,
         base=manifest["base_model"],
         revision=manifest["base_model_revision"],
-        dtype=weights_format(formats) or "float32",
+        dtype=parse_weights_format(formats) or "float32",
         trust_remote_code=bool(resolved.get("model", {}).get("trust_remote_code")),
         labels=[str(label) for label in manifest["labels"]],
         max_length=int(resolved.get("model", {}).get("max_length") or 512),
@@ -260,13 +296,18 @@ def loading_facts(manifest: dict[str, Any], task: str, method: str) -> LoadingFa
     )
 
 
-def _data_section(manifest: dict[str, Any]) -> list[str]:
+def _render_data_section(manifest: dict[str, Any]) -> list[str]:
     lines = []
     for split, digest in manifest["data_sha256"].items():
         rows = manifest["rows"].get(split)
-        count = f"{counted(rows, 'row')}, " if rows is not None else ""
-        lines.append(f"- {plain(split)}: {count}file SHA-256 `{plain(str(digest))}`")
+        count = f"{format_count(rows, 'row')}, " if rows is not None else ""
+        lines.append(
+            f"- {escape_markdown(split)}: {count}file SHA-256 `{escape_markdown(str(digest))}`"
+        )
     if manifest["labels"]:
-        labels = (f"{index} = {plain(json.dumps(label))}" for index, label in enumerate(manifest["labels"]))
+        labels = (
+            f"{index} = {escape_markdown(json.dumps(label))}"
+            for index, label in enumerate(manifest["labels"])
+        )
         lines.append(f"- labels: {', '.join(labels)}")
     return lines

@@ -1,4 +1,4 @@
-"""The report's table as words, the same in every form it is drawn in."""
+"""Format the tables and texts of a report. All output formats share these functions."""
 
 from __future__ import annotations
 
@@ -7,236 +7,334 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorafleet.jobs.runs.report import Metrics, Report, Row
-from lorafleet.jobs.text import counted, printable, unsigned_zero
+from lorafleet.jobs.text import format_count, format_decimal, make_printable
 
 Cell = Callable[[Row], str]
 BENCHMARK = "benchmark"
-"""The state of a report that is a benchmark's: what loading takes and what lies on disk matter there."""
+"""State of a benchmark's report. Its tables also show loading time and size on disk."""
 MISSING = "-"
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A number cut to what can be read, or a dash."""
+def format_number(value: float | None, digits: int = 3) -> str:
+    """Format a number with few digits; a dash if it is missing."""
     if value is None:
         return MISSING
     if value and (abs(value) >= 1e5 or abs(value) < 10**-digits):
         return f"{value:.2e}"
-    return unsigned_zero(value, digits)
+    return format_decimal(value, digits)
 
 
-_READ_AS_MORE = re.compile(r"[&<>]|:(?=//)|(?<=mailto):|(?<=xmpp):|(?<=\S)@(?=\S)|(?<=www)\.", re.IGNORECASE)
+_ACTIVE_CHARACTERS = re.compile(
+    r"[&<>]|:(?=//)|(?<=mailto):|(?<=xmpp):|(?<=\S)@(?=\S)|(?<=www)\.", re.IGNORECASE
+)
 
 
-def plain(text: str) -> str:
-    """A text that every reader of Markdown shows as it is, on one line: no HTML, no link, no picture, no format.
+def escape_markdown(text: str) -> str:
+    """Escape a text so that every Markdown reader shows it literally, on one line.
 
-    HTML's marks and those that make links of bare addresses are written as entities, for not every reader knows a
-    backslash before them.
+    It contains no HTML, link, image or formatting. HTML characters, and characters that turn
+    bare addresses into links, are written as entities: not every reader knows a backslash
+    before them.
     """
     for mark in ("\\", "`", "*", "_", "~", "|", "["):
         text = text.replace(mark, f"\\{mark}")
-    text = _READ_AS_MORE.sub(lambda found: f"&#{ord(found[0])};", text)
-    return " ".join(printable(text).split())
+    text = _ACTIVE_CHARACTERS.sub(lambda match: f"&#{ord(match[0])};", text)
+    return " ".join(make_printable(text).split())
 
 
-def duration(seconds: float | None) -> str:
-    """`42 s`, `3 min 05 s`, `2 h 10 min`."""
+def format_duration(seconds: float | None) -> str:
+    """Format seconds as `42.0 s`, `3 min 05 s` or `2 h 10 min`; a dash if they are missing."""
     if seconds is None:
         return MISSING
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remainder = divmod(round(seconds), 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
+    return f"{minutes} min {remainder:02d} s" if minutes else f"{seconds:.1f} s"
 
 
-def parameter_columns(report: Report) -> list[str]:
-    """The searched fields, in the order in which trials have them."""
+def list_searched_fields(report: Report) -> list[str]:
+    """Return the searched fields, in the order in which trials have them."""
     return list(dict.fromkeys(path for row in report.trials for path in row.params))
 
 
-def columns(report: Report) -> list[tuple[str, Cell]]:
-    """The table's columns: heading, and how a row fills it."""
-    found: list[tuple[str, Cell]] = [("trial", lambda row: row.trial_id)]
+def build_columns(report: Report) -> list[tuple[str, Cell]]:
+    """Return the columns of the trial table: heading, and a function that formats a row's cell."""
+    table_columns: list[tuple[str, Cell]] = [("trial", lambda row: row.trial_id)]
     if report.arms is not None:
-        found.append(("arm", lambda row: row.arm or MISSING))
-    for path in parameter_columns(report):
-        found.append((path.rpartition(".")[2], _parameter(path)))
-    found += [("state", _state), ("rung", _rung(report))]
-    found += [(f"validation {name}", _validation(name)) for name in (report.metric, *report.also)]
+        table_columns.append(("arm", lambda row: row.arm or MISSING))
+    for path in list_searched_fields(report):
+        table_columns.append((path.rpartition(".")[2], _make_parameter_cell(path)))
+    table_columns += [("state", _format_state), ("rung", _make_rung_cell(report))]
+    table_columns += [
+        (f"validation {name}", _make_validation_cell(name))
+        for name in (report.metric, *report.also)
+    ]
     for name in report.metrics if report.arms is None else ():
-        found.append((f"{report.held_out} {name}", _held_out(name, wide=name == report.metric)))
-    found += [
-        ("train time", lambda row: duration(row.train_seconds)),
-        ("samples/s", lambda row: number(row.samples_per_second, 1)),
-        ("tokens/s", lambda row: number(row.tokens_per_second, 0)),
-        ("one evaluation", lambda row: duration(row.eval_runtime)),
-        ("evaluated rows/s", lambda row: number(row.eval_samples_per_second, 1)),
-        *([("s an answer", lambda row: number(row.seconds_per_answer, 2))] if _answered(report) else []),
-        ("peak GiB", lambda row: number(row.peak_memory_gib, 2)),
+        table_columns.append(
+            (f"{report.held_out} {name}", _make_held_out_cell(name, wide=name == report.metric))
+        )
+    table_columns += [
+        ("train time", lambda row: format_duration(row.train_seconds)),
+        ("samples/s", lambda row: format_number(row.samples_per_second, 1)),
+        ("tokens/s", lambda row: format_number(row.tokens_per_second, 0)),
+        ("one evaluation", lambda row: format_duration(row.eval_runtime)),
+        ("evaluated rows/s", lambda row: format_number(row.eval_samples_per_second, 1)),
+        *(
+            [("s an answer", lambda row: format_number(row.seconds_per_answer, 2))]
+            if _has_answer_times(report)
+            else []
+        ),
+        ("peak GiB", lambda row: format_number(row.peak_memory_gib, 2)),
         (
             "trained parameters",
-            lambda row: MISSING if row.trainable_parameters is None else f"{row.trainable_parameters:,}",
+            lambda row: (
+                MISSING if row.trainable_parameters is None else f"{row.trainable_parameters:,}"
+            ),
         ),
     ]
     if any(row.gpu_hours for row in report.trials):
-        found.append(("GPU-hours", lambda row: number(row.gpu_hours, 3)))
-    return found
+        table_columns.append(("GPU-hours", lambda row: format_number(row.gpu_hours, 3)))
+    return table_columns
 
 
-def _answered(report: Report) -> bool:
+def _has_answer_times(report: Report) -> bool:
+    """Return True if any trial has a time per answer."""
     return any(row.seconds_per_answer is not None for row in report.trials)
 
 
-def terminal_columns(report: Report) -> list[tuple[str, Cell]]:
-    """The columns that fit a terminal: the choice's metric on both splits, and what a configuration costs."""
+def build_terminal_columns(report: Report) -> list[tuple[str, Cell]]:
+    """Return the columns that fit a terminal.
+
+    These are the deciding metrics on both splits, and what a configuration costs.
+    """
     split = "validation again" if report.held_out == "validation" else "test"
-    found: list[tuple[str, Cell]] = [("trial", lambda row: row.trial_id)]
-    found += [(path.rpartition(".")[2], _parameter(path)) for path in parameter_columns(report)]
-    found += [
-        ("state", _state),
-        ("rung", _rung(report)),
-        *((f"val {name}", _validation(name, wide=False)) for name in (report.metric, *report.also)),
-        (f"{split} {report.metric}", lambda row: _briefly(row.test_metrics or {}, row.test_intervals, report.metric)),
-        *((f"{split} {name}", _held_out(name, wide=False)) for name in shown_metrics(report)),
-        ("train time", lambda row: duration(row.train_seconds)),
-        ("tokens/s", lambda row: number(row.tokens_per_second, 0)),
-        ("peak GiB", lambda row: number(row.peak_memory_gib, 2)),
-        ("parameters", lambda row: MISSING if row.trainable_parameters is None else f"{row.trainable_parameters:,}"),
+    table_columns: list[tuple[str, Cell]] = [("trial", lambda row: row.trial_id)]
+    table_columns += [
+        (path.rpartition(".")[2], _make_parameter_cell(path))
+        for path in list_searched_fields(report)
     ]
-    return found
+    table_columns += [
+        ("state", _format_state),
+        ("rung", _make_rung_cell(report)),
+        *(
+            (f"val {name}", _make_validation_cell(name, wide=False))
+            for name in (report.metric, *report.also)
+        ),
+        (
+            f"{split} {report.metric}",
+            lambda row: _format_briefly(row.test_metrics or {}, row.test_intervals, report.metric),
+        ),
+        *(
+            (f"{split} {name}", _make_held_out_cell(name, wide=False))
+            for name in list_shown_metrics(report)
+        ),
+        ("train time", lambda row: format_duration(row.train_seconds)),
+        ("tokens/s", lambda row: format_number(row.tokens_per_second, 0)),
+        ("peak GiB", lambda row: format_number(row.peak_memory_gib, 2)),
+        (
+            "parameters",
+            lambda row: (
+                MISSING if row.trainable_parameters is None else f"{row.trainable_parameters:,}"
+            ),
+        ),
+    ]
+    return table_columns
 
 
-_ALWAYS = ("accuracy", "f1", "precision", "recall", "loss")
-"""Metrics that nobody has to ask for, and that follow each other."""
+_DEFAULT_METRICS = ("accuracy", "f1", "precision", "recall", "loss")
+"""Metrics that are computed without a request and that are closely related."""
 
 
-def shown_metrics(report: Report) -> list[str]:
-    """Return the metrics that a terminal shows beside the first that decides: the others that decide, those that were
-    asked for, and perplexity."""
-    return [name for name in report.metrics if name in report.also or (name != report.metric and name not in _ALWAYS)]
+def list_shown_metrics(report: Report) -> list[str]:
+    """Return the metrics that a terminal shows beside the first deciding metric.
+
+    These are the other deciding metrics, the requested metrics and perplexity.
+    """
+    return [
+        name
+        for name in report.metrics
+        if name in report.also or (name != report.metric and name not in _DEFAULT_METRICS)
+    ]
 
 
-def _briefly(metrics: Metrics, intervals: dict[str, tuple[float, float]], name: str) -> str:
-    """A metric with its 95 % interval in little room: `0.757 [0.71, 0.80]`."""
-    value, ends = number(metrics.get(name)), intervals.get(name)
-    return f"{value} [{number(ends[0], 2)}, {number(ends[1], 2)}]" if ends and value != MISSING else value
+def _format_briefly(metrics: Metrics, intervals: dict[str, tuple[float, float]], name: str) -> str:
+    """Format a metric with a short 95 % interval: `0.757 [0.71, 0.80]`."""
+    value, ends = format_number(metrics.get(name)), intervals.get(name)
+    return (
+        f"{value} [{format_number(ends[0], 2)}, {format_number(ends[1], 2)}]"
+        if ends and value != MISSING
+        else value
+    )
 
 
-def _parameter(path: str) -> Cell:
-    def cell(row: Row) -> str:
+def _make_parameter_cell(path: str) -> Cell:
+    def format_cell(row: Row) -> str:
         value = row.params.get(path)
         if value is None:
             return MISSING
         return f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    return cell
+    return format_cell
 
 
-def _rung(report: Report) -> Cell:
-    """`2/3`: reached the second of three, as the live view counts."""
-    return lambda row: MISSING if row.rung is None else f"{row.rung + 1}/{max(len(report.rungs), row.rung + 1)}"
+def _make_rung_cell(report: Report) -> Cell:
+    """Return a function that formats the rung of a trial.
+
+    `2/3` means that it reached the second of three rungs, as in the live view.
+    """
+    return lambda row: (
+        MISSING if row.rung is None else f"{row.rung + 1}/{max(len(report.rungs), row.rung + 1)}"
+    )
 
 
-def _state(row: Row) -> str:
+def _format_state(row: Row) -> str:
     return f"failed: {row.failure.failure_class}" if row.failure else row.state
 
 
-def _validation(name: str, *, wide: bool = True) -> Cell:
-    render = with_interval if wide else _briefly
+def _make_validation_cell(name: str, *, wide: bool = True) -> Cell:
+    render = format_with_interval if wide else _format_briefly
     return lambda row: render(row.metrics, row.intervals, name)
 
 
-def _held_out(name: str, *, wide: bool) -> Cell:
+def _make_held_out_cell(name: str, *, wide: bool) -> Cell:
     if wide:
-        return lambda row: with_interval(row.test_metrics or {}, row.test_intervals, name)
-    return lambda row: number((row.test_metrics or {}).get(name))
+        return lambda row: format_with_interval(row.test_metrics or {}, row.test_intervals, name)
+    return lambda row: format_number((row.test_metrics or {}).get(name))
 
 
-def with_interval(metrics: Metrics, intervals: dict[str, tuple[float, float]], name: str) -> str:
-    """A metric with its 95 % interval, where it has one."""
-    value = number(metrics.get(name))
+def format_with_interval(
+    metrics: Metrics, intervals: dict[str, tuple[float, float]], name: str
+) -> str:
+    """Format a metric with its 95 % interval, if it has one."""
+    value = format_number(metrics.get(name))
     ends = intervals.get(name)
-    return f"{value} [{number(ends[0])}, {number(ends[1])}]" if ends and value != MISSING else value
+    return (
+        f"{value} [{format_number(ends[0])}, {format_number(ends[1])}]"
+        if ends and value != MISSING
+        else value
+    )
 
 
-def notes(report: Report) -> list[str]:
-    """What a reader must know beside the table."""
-    found = [
+def list_notes(report: Report) -> list[str]:
+    """Return the notes that a reader of the table needs."""
+    all_notes = [
         f"{row.trial_id} failed ({row.failure.failure_class}): {row.failure.sentence}"
         for row in report.trials
         if row.failure
     ]
-    found += report.warnings
+    all_notes += report.warnings
     formats = list(dict.fromkeys(row.number_formats for row in report.trials if row.number_formats))
-    found += [f"Trained with {'; or with '.join(formats)}."] if formats else []
+    all_notes += [f"Trained with {'; or with '.join(formats)}."] if formats else []
     if report.arms is not None:
-        from lorafleet.evaluation.render.arm_table import arm_notes
+        from lorafleet.evaluation.render.arm_table import list_arm_notes
 
-        return found + arm_notes(report)
+        return all_notes + list_arm_notes(report)
     if report.held_out == "test" and any(row.test_metrics for row in report.trials):
-        found.append(
-            "The search and the choice looked at the validation rows; the test rows were run once, after the choice."
+        all_notes.append(
+            "The search and the choice looked at the validation rows; the test rows were run "
+            "once, after the choice."
         )
-    found.append(
-        "Square brackets hold 95 % intervals over rows (not over seeds). Baselines have none, nor do metrics with too "
+    all_notes.append(
+        "Square brackets hold 95 % intervals over rows (not over seeds). Baselines have none, nor "
+        "do metrics with too "
         "few rows."
     )
-    return found
+    return all_notes
 
 
-def folds_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows) of a cross-validation: a row a configuration."""
+def build_folds_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Return (headings, rows) of a cross-validation, one row per configuration."""
     if not report.folds:
         return [], []
     paths = list(report.folds[0].params)
-    headings = [*(path.rpartition(".")[2] for path in paths), f"mean {report.metric}", "deviation", "folds"]
+    headings = [
+        *(path.rpartition(".")[2] for path in paths),
+        f"mean {report.metric}",
+        "deviation",
+        "folds",
+    ]
     rows = []
-    for one in report.folds:
-        values = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in one.params.values()]
-        rows.append([*values, number(one.mean), number(one.deviation), " ".join(number(score) for score in one.scores)])
+    for configuration in report.folds:
+        values = [
+            f"{value:.3g}" if isinstance(value, float) else str(value)
+            for value in configuration.params.values()
+        ]
+        rows.append(
+            [
+                *values,
+                format_number(configuration.mean),
+                format_number(configuration.deviation),
+                " ".join(format_number(score) for score in configuration.scores),
+            ]
+        )
     return headings, rows
 
 
-def ratings_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """(headings, rows) of what people think: a row a model, a column a criterion; the last row has the agreement."""
+def build_ratings_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Return (headings, rows) of the ratings: one row per model, one column per criterion.
+
+    With several raters, the last row has their agreement.
+    """
     if report.ratings is None:
         return [], []
-    judged = report.ratings.judgements
-    criteria = list(dict.fromkeys(one.criterion for one in judged))
-    found = {(one.arm, one.criterion): one for one in judged}
+    judgements = report.ratings.judgements
+    criteria = list(dict.fromkeys(judgement.criterion for judgement in judgements))
+    judgements_by_key = {
+        (judgement.arm, judgement.criterion): judgement for judgement in judgements
+    }
 
-    def cell(arm: str, criterion: str) -> str:
-        one = found.get((arm, criterion))
-        if one is None:
+    def format_cell(arm: str, criterion: str) -> str:
+        judgement = judgements_by_key.get((arm, criterion))
+        if judgement is None:
             return MISSING
-        ends = f" [{one.interval[0]:.2f}, {one.interval[1]:.2f}]" if one.interval else ""
-        return f"{one.mean:.2f}{ends} ({one.rows})"
+        ends = (
+            f" [{judgement.interval[0]:.2f}, {judgement.interval[1]:.2f}]"
+            if judgement.interval
+            else ""
+        )
+        return f"{judgement.mean:.2f}{ends} ({judgement.rows})"
 
-    rows = [[arm, *(cell(arm, name) for name in criteria)] for arm in dict.fromkeys(one.arm for one in judged)]
-    alphas = {one.criterion: one.alpha for one in judged}
-    agreed = [number(alphas[name], 2) for name in criteria]
+    rows = [
+        [arm, *(format_cell(arm, name) for name in criteria)]
+        for arm in dict.fromkeys(judgement.arm for judgement in judgements)
+    ]
+    alphas = {judgement.criterion: judgement.alpha for judgement in judgements}
+    agreements = [format_number(alphas[name], 2) for name in criteria]
     raters = len(report.ratings.raters)
     if raters > 1:
-        rows.append([f"agreement of {raters} raters (Krippendorff's alpha)", *agreed])
+        rows.append([f"agreement of {raters} raters (Krippendorff's alpha)", *agreements])
     return ["rated 0 to 5, blind", *criteria], rows
 
 
-def headline(report: Report) -> str:
-    """One line on what ran."""
+def build_headline(report: Report) -> str:
+    """Return one line about what ran."""
     counts = report.rows_count
-    rows = ", ".join(f"{counts[name]:,} {name}" for name in ("train", "validation", "test") if counts.get(name))
-    of = f" ({rows} rows)" if rows else ""
-    took = f", {duration(report.wall_seconds)}" if report.wall_seconds else ""
-    arms = f"{counted(len(report.arms), 'arm')}, " if report.arms is not None else ""
+    rows = ", ".join(
+        f"{counts[name]:,} {name}" for name in ("train", "validation", "test") if counts.get(name)
+    )
+    rows_text = f" ({rows} rows)" if rows else ""
+    duration_text = f", {format_duration(report.wall_seconds)}" if report.wall_seconds else ""
+    arms = f"{format_count(len(report.arms), 'arm')}, " if report.arms is not None else ""
     if report.arms is not None and report.state == BENCHMARK:
-        return f"{report.model} on {report.data}, {counted(len(report.arms), 'variant')} measured side by side"
-    return f"{report.model} on {report.data}{of}, {arms}{counted(len(report.trials), 'trial')}{took}, {report.state}"
+        return (
+            f"{report.model} on {report.data}, {format_count(len(report.arms), 'variant')} "
+            "measured side by side"
+        )
+    return (
+        f"{report.model} on {report.data}{rows_text}, "
+        f"{arms}{format_count(len(report.trials), 'trial')}{duration_text}, {report.state}"
+    )
 
 
-def class_cells(values: Mapping[str, float]) -> list[str]:
-    """Return precision, recall, F1 and number of rows of a class. Without rows the first three are unknown."""
+def format_class_cells(values: Mapping[str, float]) -> list[str]:
+    """Return precision, recall, F1 and number of rows of a class.
+
+    Without rows the first three are unknown.
+    """
     rows = int(values["support"])
-    scores = [number(values[name]) if rows else MISSING for name in ("precision", "recall", "f1")]
+    scores = [
+        format_number(values[name]) if rows else MISSING for name in ("precision", "recall", "f1")
+    ]
     return [*scores, str(rows)]
 
 
@@ -253,11 +351,16 @@ def describe_p_value(p_value: float) -> str:
     return f"p < {text[1:]}" if text.startswith("<") else f"p = {text}"
 
 
-def describe(params: dict[str, Any]) -> str:
+def format_params(params: dict[str, Any]) -> str:
     """Return searched values as text: `lora_r=8, learning_rate=0.00126`."""
     return ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in params.items())
 
 
-def short(params: dict[str, Any]) -> str:
-    """Return `describe` with numbers of three digits."""
-    return describe({path: f"{value:.3g}" if isinstance(value, float) else value for path, value in params.items()})
+def format_short_params(params: dict[str, Any]) -> str:
+    """Return searched values as text, with numbers of three digits."""
+    return format_params(
+        {
+            path: f"{value:.3g}" if isinstance(value, float) else value
+            for path, value in params.items()
+        }
+    )

@@ -1,4 +1,4 @@
-"""Weights & Biases, the same for everything that writes to it: which mode, which settings, a report's tables."""
+"""Log reports to Weights & Biases. All writers to it share its mode and settings."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorafleet.evaluation.render.arm_table import arm_records, batch_records
-from lorafleet.evaluation.render.trial_table import columns, folds_table, ratings_table
+from lorafleet.evaluation.render.arm_table import list_arm_records, list_batch_records
+from lorafleet.evaluation.render.trial_table import (
+    build_columns,
+    build_folds_table,
+    build_ratings_table,
+)
 from lorafleet.jobs import files
 from lorafleet.jobs.runs.lease import StaleAttempt
 from lorafleet.jobs.runs.run import Run
@@ -24,114 +28,167 @@ _MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 
 
 @contextlib.contextmanager
-def not_fatal(run: Run) -> Iterator[None]:
-    """A tracker that fails is noted; the record is in the run, and the sweep goes on."""
+def ignore_tracking_errors(run: Run) -> Iterator[None]:
+    """Record an error of the tracker as an event and continue.
+
+    The results are stored in the run anyway. StaleAttempt is still raised.
+    """
     try:
         yield
     except StaleAttempt:
         raise
     except Exception as error:  # whatever W&B's client may raise
-        run.event("tracking_failed", error=f"{type(error).__name__}: {error}"[:500])
+        run.add_event("tracking_failed", error=f"{type(error).__name__}: {error}"[:500])
 
 
 def track_report(run: Run, job: JobSpec, report: Report, name: str = "report") -> None:
-    """One more W&B run beside the trials': the tables of a report, and the recommendation."""
-    mode = wandb_mode(job)
+    """Log the tables of a report and its recommendation as a W&B run of its own."""
+    mode = resolve_wandb_mode(job)
     if mode == "disabled":
         return
-    with not_fatal(run):
-        _track_table(run, job, report, mode, name)
+    with ignore_tracking_errors(run):
+        _log_report(run, job, report, mode, name)
 
 
-def _track_table(run: Run, job: JobSpec, report: Report, mode: Mode, name: str) -> None:
+def _log_report(run: Run, job: JobSpec, report: Report, mode: Mode, name: str) -> None:
     import wandb
 
-    opened = open_wandb(run, job, mode, f"{run.id}-{name}", name, job_type=name, config={})
-    tables = _tables(report, samples=job.tracking.upload_samples)
-    opened.log({key: wandb.Table(columns=headings, data=rows) for key, (headings, rows) in tables.items()})
-    opened.summary["recommended_arm"] = report.recommendation.arm
-    opened.summary["recommendation"] = report.recommendation.sentence
-    opened.summary["recommended_trial"] = report.recommendation.trial_id
-    for key, value in _recommended_weights(run, report).items():
-        opened.summary[key] = value
-    opened.finish()
+    wandb_run = open_wandb(run, job, mode, f"{run.id}-{name}", name, job_type=name, config={})
+    tables = _build_tables(report, samples=job.tracking.upload_samples)
+    wandb_run.log(
+        {key: wandb.Table(columns=headings, data=rows) for key, (headings, rows) in tables.items()}
+    )
+    wandb_run.summary["recommended_arm"] = report.recommendation.arm
+    wandb_run.summary["recommendation"] = report.recommendation.sentence
+    wandb_run.summary["recommended_trial"] = report.recommendation.trial_id
+    for key, value in _describe_recommended_weights(run, report).items():
+        wandb_run.summary[key] = value
+    wandb_run.finish()
 
 
-def _recommended_weights(run: Run, report: Report) -> dict[str, Any]:
-    """Return what the manifest beside the recommended weights says of them, by the names of W&B's summary."""
-    from lorafleet.evaluation.render.model_card import recommended_weights
+def _describe_recommended_weights(run: Run, report: Report) -> dict[str, Any]:
+    """Return the manifest's data on the recommended weights, by the names of W&B's summary."""
+    from lorafleet.evaluation.render.model_card import find_recommended_weights
 
-    folder = recommended_weights(run, report)
+    folder = find_recommended_weights(run, report)
     manifest = files.read_json(folder / "manifest.json") if folder is not None else {}
     if not manifest:
         return {}
     summary = {"base_model": manifest["base_model"]}
     summary |= {f"weights/{name}": value for name, value in manifest["weights"].items()}
-    summary |= {f"validation/{name}": value for name, value in (manifest["validation"] or {}).items()}
-    summary |= {f"{report.held_out}/{name}": value for name, value in (manifest[report.held_out] or {}).items()}
+    summary |= {
+        f"validation/{name}": value for name, value in (manifest["validation"] or {}).items()
+    }
+    summary |= {
+        f"{report.held_out}/{name}": value
+        for name, value in (manifest[report.held_out] or {}).items()
+    }
     return {name: value for name, value in summary.items() if value is not None}
 
 
-def _tables(report: Report, *, samples: bool) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """The report's tables by name; texts of rows and models only where they may be sent."""
-    shown = columns(report)
-    rows = [[cell(row) for _, cell in shown] for row in report.shown]
-    found: dict[str, tuple[list[str], list[list[Any]]]] = {
+def _build_tables(report: Report, *, samples: bool) -> dict[str, tuple[list[str], list[list[Any]]]]:
+    """Return the report's tables by name.
+
+    Texts of rows and models are included only if `samples` is True.
+    """
+    shown = build_columns(report)
+    rows = [[cell(row) for _, cell in shown] for row in report.table_rows]
+    tables: dict[str, tuple[list[str], list[list[Any]]]] = {
         "configurations": ([heading for heading, _ in shown], rows),
-        "arms": arm_records(report),
-        "batches": batch_records(report),
+        "arms": list_arm_records(report),
+        "batches": list_batch_records(report),
         "pairs": (
             ["one", "other", "metric", "difference", "low", "high", "p_value"],
-            [[p.one, p.other, p.metric, p.difference, *(p.interval or (None, None)), p.p_value] for p in report.pairs],
+            [
+                [
+                    pair.one,
+                    pair.other,
+                    pair.metric,
+                    pair.difference,
+                    *(pair.interval or (None, None)),
+                    pair.p_value,
+                ]
+                for pair in report.pairs
+            ],
         ),
-        "folds": folds_table(report),
-        "ratings": ratings_table(report),
+        "folds": build_folds_table(report),
+        "ratings": build_ratings_table(report),
     }
     if report.per_class:
         names = list(next(iter(report.per_class.values())))
-        found["per_class"] = (["class", *names], [[of, *values.values()] for of, values in report.per_class.items()])
-        found["confusion"] = (
+        tables["per_class"] = (
+            ["class", *names],
+            [[class_name, *values.values()] for class_name, values in report.per_class.items()],
+        )
+        tables["confusion"] = (
             ["truth", *report.per_class],
-            [[of, *counts] for of, counts in zip(report.per_class, report.confusion, strict=True)],
+            [
+                [class_name, *counts]
+                for class_name, counts in zip(report.per_class, report.confusion, strict=True)
+            ],
         )
     if samples:
-        found |= {name: _samples(getattr(report, name)) for name in ("samples", "mistakes", "worst")}
-    return {name: table for name, table in found.items() if table[1]}
+        tables |= {
+            name: _build_samples_table(getattr(report, name))
+            for name in ("samples", "mistakes", "worst")
+        }
+    return {name: table for name, table in tables.items() if table[1]}
 
 
-def _samples(rows: list[Sample]) -> tuple[list[str], list[list[Any]]]:
+def _build_samples_table(rows: list[Sample]) -> tuple[list[str], list[list[Any]]]:
+    """Return (headings, rows) of sample rows with the answers of all models."""
     models = list(rows[0].answers) if rows else []
-    said = [[row.answers[name] for name in models] for row in rows]
-    sure = any(answer.confidence is not None for answers in said for answer in answers)
-    headings = ["row", "prompt", "reference", *models, *([f"{name} confidence" for name in models] if sure else [])]
-    values = [
-        [answer.text for answer in answers] + ([answer.confidence for answer in answers] if sure else [])
-        for answers in said
+    answer_rows = [[row.answers[name] for name in models] for row in rows]
+    has_confidence = any(
+        answer.confidence is not None for answers in answer_rows for answer in answers
+    )
+    headings = [
+        "row",
+        "prompt",
+        "reference",
+        *models,
+        *([f"{name} confidence" for name in models] if has_confidence else []),
     ]
-    return headings, [[row.row, row.prompt, row.reference, *more] for row, more in zip(rows, values, strict=True)]
+    values = [
+        [answer.text for answer in answers]
+        + ([answer.confidence for answer in answers] if has_confidence else [])
+        for answers in answer_rows
+    ]
+    return headings, [
+        [row.row, row.prompt, row.reference, *cells]
+        for row, cells in zip(rows, values, strict=True)
+    ]
 
 
-def wandb_mode(job: JobSpec) -> Mode:
-    """online, offline or disabled; online only with a key at hand, and nothing ever prompts."""
-    wanted = wanted_mode(job)
-    if wanted in ("offline", "disabled"):
-        return wanted
-    return "online" if _logged_in(job) else "offline"
+def resolve_wandb_mode(job: JobSpec) -> Mode:
+    """Return the mode: online, offline or disabled.
+
+    It is online only if an API key is available. Nothing ever prompts.
+    """
+    requested = get_requested_mode(job)
+    if requested in ("offline", "disabled"):
+        return requested
+    return "online" if _is_logged_in(job) else "offline"
 
 
-def wanted_mode(job: JobSpec) -> Mode | None:
-    """What the job or the environment asks for; None: whatever there is."""
-    wanted = job.tracking.mode if job.tracking.mode != "auto" else os.environ.get("WANDB_MODE", "auto")
-    return next((mode for mode in _MODES if wanted == mode), None)
+def get_requested_mode(job: JobSpec) -> Mode | None:
+    """Return the mode that the job or the environment requests; None to use what is available."""
+    requested = (
+        job.tracking.mode if job.tracking.mode != "auto" else os.environ.get("WANDB_MODE", "auto")
+    )
+    return next((mode for mode in _MODES if requested == mode), None)
 
 
-def _logged_in(job: JobSpec) -> bool:
+def _is_logged_in(job: JobSpec) -> bool:
+    """Return True if an API key is in the environment or in the netrc file."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     import netrc
     from urllib.parse import urlparse
 
-    host = urlparse(job.tracking.base_url or os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    host = urlparse(
+        job.tracking.base_url or os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    ).hostname
     path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
     try:
         return netrc.netrc(str(path)).authenticators(host or "") is not None
@@ -140,16 +197,23 @@ def _logged_in(job: JobSpec) -> bool:
 
 
 def open_wandb(
-    run: Run, job: JobSpec, mode: Mode, name: str, shown: str, *, job_type: str, config: dict[str, Any]
+    run: Run,
+    job: JobSpec,
+    mode: Mode,
+    name: str,
+    display_name: str,
+    *,
+    job_type: str,
+    config: dict[str, Any],
 ) -> Any:
-    """Open a W&B run in a run's group; what a killed attempt left of it is removed."""
+    """Open a W&B run in the group of a run. Files of a killed attempt are removed first."""
     import wandb
 
     run.check_current()
     folder = run.path / "wandb"
     folder.mkdir(exist_ok=True)
-    for left in folder.glob(f"wandb/*run-*-{name}"):
-        shutil.rmtree(left, ignore_errors=True)
+    for stale_folder in folder.glob(f"wandb/*run-*-{name}"):
+        shutil.rmtree(stale_folder, ignore_errors=True)
     tracking = job.tracking
     settings: dict[str, Any] = {
         "silent": True,
@@ -164,7 +228,7 @@ def open_wandb(
     return wandb.init(
         mode=mode,
         id=name,
-        name=shown,
+        name=display_name,
         group=run.id,
         job_type=job_type,
         project=tracking.project,

@@ -1,4 +1,4 @@
-"""Which arm of a comparison to ship, by the rule that the job file names. Pure."""
+"""Choose which arm of a comparison to ship, by the rule of the job file. Pure functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lorafleet.jobs.schema.comparison import Cost, Rule
 from lorafleet.jobs.trials.asha import Goal
 
 SAME_TIME = 1.05
-"""Times that differ by less are the same: twice the same training takes times further apart."""
+"""Times within this factor count as equal: repeated runs of one training differ by more."""
 _TIMES = ("train_seconds", "gpu_hours", "latency_ms")
 
 COSTS: dict[str, tuple[str, str, Callable[[Arm], float | None]]] = {
@@ -34,23 +34,26 @@ COSTS: dict[str, tuple[str, str, Callable[[Arm], float | None]]] = {
         ".2f",
         lambda arm: arm.inference.peak_memory_gib if arm.inference else None,
     ),
-    "latency_ms": ("ms until it answers", ".1f", lambda arm: first_ms(arm)),
+    "latency_ms": ("ms until it answers", ".1f", lambda arm: get_first_response_ms(arm)),
     "weights_mb": ("MB of trained weights", ".1f", lambda arm: arm.weights_mb),
 }
-"""Cost -> what it is, how it is written, and an arm's."""
+"""Cost -> its text, its number format, and a function that reads it from an arm."""
 
 
-def first_ms(arm: Arm) -> float | None:
-    """Milliseconds until an arm's model says something: to the first token, or a row's class."""
-    found = arm.inference
-    if found is None:
+def get_first_response_ms(arm: Arm) -> float | None:
+    """Return the milliseconds to the first output of an arm's model; None if not measured.
+
+    The first output is the first token, or the class of a row.
+    """
+    inference = arm.inference
+    if inference is None:
         return None
-    return found.ttft_ms if found.ttft_ms is not None else found.latency_ms
+    return inference.ttft_ms if inference.ttft_ms is not None else inference.latency_ms
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How to choose."""
+    """The rule by which an arm is chosen, and its settings."""
 
     rule: Rule
     metric: str
@@ -63,33 +66,38 @@ class Choice:
     """Number of held-out rows."""
 
     def score(self, arm: Arm) -> float:
-        """An arm's metric, turned so that more is better."""
+        """Return an arm's metric, with the sign that makes larger values better."""
         value = arm.metrics.get(self.metric)
         assert value is not None
         return value if self.goal == "maximize" else -value
 
     @property
     def slack(self) -> float:
-        """Costs up to so many times the least are the least."""
+        """Factor above the lowest cost up to which costs count as equal to it."""
         return SAME_TIME if self.cost in _TIMES else 1.0
 
-    def price(self, arm: Arm) -> float | None:
-        """What an arm costs, in the cost that was asked for."""
+    def get_cost(self, arm: Arm) -> float | None:
+        """Return the cost of an arm that the rule uses; None if it was not measured."""
         return COSTS[self.cost][2](arm)
 
 
 def choose(arms: list[Arm], comparisons: Sequence[Comparison], choice: Choice) -> Recommendation:
-    """Choose an arm by the rule of the job file. `comparisons` has one entry per deciding metric."""
+    """Choose an arm by the rule of the job file.
+
+    `comparisons` has one entry per deciding metric.
+    """
     ranked = [arm for arm in arms if arm.comparable and arm.metrics.get(choice.metric) is not None]
     excluded = [arm.arm for arm in arms if not arm.comparable]
-    rule = rule_text(choice)
+    rule = describe_rule(choice)
     if excluded and len(arms) - len(excluded) < 2:
-        sentence = "Nothing is ranked: no two of them were judged alike (the remarks say what differs)."
+        sentence = (
+            "Nothing is ranked: no two of them were judged alike (the remarks say what differs)."
+        )
         return Recommendation(trial_id=None, rule=rule, sentence=sentence)
     if not ranked:
         return Recommendation(trial_id=None, rule=rule, sentence="No arm has a score yet.")
     by_name = {arm.arm: arm for arm in ranked}
-    options = [Option(arm.arm, choice.score(arm), choice.price(arm)) for arm in ranked]
+    options = [Option(arm.arm, choice.score(arm), choice.get_cost(arm)) for arm in ranked]
     decision = decide(options, comparisons, choice.tolerances, choice.rows, choice.slack)
     if decision.has_too_few_rows or choice.rule == "cheapest_within_tolerance":
         option = decision.best if decision.has_too_few_rows else decision.chosen
@@ -98,12 +106,14 @@ def choose(arms: list[Arm], comparisons: Sequence[Comparison], choice: Choice) -
             noun="arm",
             row_noun="held-out row",
             describe=lambda name: name,
-            format_cost=lambda option: _price(by_name[option.name], choice),
-            format_score=lambda name: f"{choice.metric} {_score(by_name[name], choice)}",
+            format_cost=lambda option: _format_cost(by_name[option.name], choice),
+            format_score=lambda name: f"{choice.metric} {_format_score(by_name[name], choice)}",
         )
         sentence = explain(decision, comparisons, choice.tolerances, wording)
     else:
-        chosen, sentence = _choose_by_score(ranked, by_name[decision.best.name], comparisons, choice)
+        chosen, sentence = _choose_by_score(
+            ranked, by_name[decision.best.name], comparisons, choice
+        )
     if excluded:
         sentence += f" Not ranked beside the other {len(ranked)}: {', '.join(excluded)}."
     return Recommendation(
@@ -121,84 +131,114 @@ def _choose_by_score(
     ranked: list[Arm], best: Arm, comparisons: Sequence[Comparison], choice: Choice
 ) -> tuple[Arm, str]:
     """Apply a rule that uses scores only. Return the arm and the sentence."""
-    score = f"{choice.metric} {_score(best, choice)}"
+    score = f"{choice.metric} {_format_score(best, choice)}"
     if choice.rule == "pareto":
-        arms = [f"{arm.arm} ({_score(arm, choice)}, {_price(arm, choice)})" for arm in front(ranked, choice)]
+        arms = [
+            f"{arm.arm} ({_format_score(arm, choice)}, {_format_cost(arm, choice)})"
+            for arm in find_pareto_front(ranked, choice)
+        ]
         unbeaten = ", ".join(arms) or "no cost was measured"
-        return best, f"Ship {best.arm}: it has the best {score}. None beats these in both: {unbeaten}."
+        return (
+            best,
+            f"Ship {best.arm}: it has the best {score}. None beats these in both: {unbeaten}.",
+        )
     if choice.rule == "best":
         p_value = _format_p_value(best, ranked, comparisons, choice)
         return best, f"Ship {best.arm}: it has the best {score}{p_value}."
-    return _smallest_within(ranked, best, score, choice)
+    return _choose_smallest_within(ranked, best, score, choice)
 
 
-def _smallest_within(ranked: list[Arm], best: Arm, score: str, choice: Choice) -> tuple[Arm, str]:
+def _choose_smallest_within(
+    ranked: list[Arm], best: Arm, score: str, choice: Choice
+) -> tuple[Arm, str]:
     """Apply the rule `smallest_within`."""
     near = [arm for arm in ranked if choice.score(arm) >= choice.score(best) - choice.within]
-    costs = {arm.arm: cost for arm in near if (cost := choice.price(arm)) is not None}
+    costs = {arm.arm: cost for arm in near if (cost := choice.get_cost(arm)) is not None}
     if not costs:
-        return best, f"Ship {best.arm}: it has the best {score}; {COSTS[choice.cost][0]} was measured of none."
+        return (
+            best,
+            f"Ship {best.arm}: it has the best {score}; {COSTS[choice.cost][0]} was measured "
+            "of none.",
+        )
     lowest = min(costs.values())
     cheap = [arm for arm in near if costs.get(arm.arm, math.inf) <= choice.slack * lowest]
     chosen = max(cheap, key=lambda arm: (choice.score(arm), -costs[arm.arm]))
     close = "" if costs[chosen.arm] == lowest else f"within {SAME_TIME - 1:.0%} of "
-    price = f"{_price(chosen, choice)} is {close}the least"
+    price = f"{_format_cost(chosen, choice)} is {close}the least"
     if chosen is best:
         arms = f"the {len(near)} arms within {choice.within:g}"
         return best, f"Ship {best.arm}: it has the best {score}, and {price} of {arms}."
     return chosen, (
-        f"Ship {chosen.arm}: its {choice.metric} {_score(chosen, choice)} is within {choice.within:g} of the "
-        f"{_score(best, choice)} of {best.arm}, and {price} of the {len(near)} for which that holds "
-        f"({_price(best, choice)} for {best.arm})."
+        f"Ship {chosen.arm}: its {choice.metric} {_format_score(chosen, choice)} is within "
+        f"{choice.within:g} of the "
+        f"{_format_score(best, choice)} of {best.arm}, and {price} of the {len(near)} for which "
+        "that holds "
+        f"({_format_cost(best, choice)} for {best.arm})."
     )
 
 
-def _format_p_value(best: Arm, ranked: list[Arm], comparisons: Sequence[Comparison], choice: Choice) -> str:
+def _format_p_value(
+    best: Arm, ranked: list[Arm], comparisons: Sequence[Comparison], choice: Choice
+) -> str:
     """Format the p-value of the best arm against the next best, or "" if they were not compared."""
     others = [arm for arm in ranked if arm is not best]
     if not others or not comparisons:
         return ""
-    other = max(others, key=choice.score)
-    if not {best.arm, other.arm} <= set(comparisons[0].names):
+    runner_up = max(others, key=choice.score)
+    if not {best.arm, runner_up.arm} <= set(comparisons[0].names):
         return ""
-    p_value = comparisons[0].p_value(best.arm, other.arm)
-    return "" if p_value is None else f", {describe_p_value(p_value)} against {other.arm}"
+    p_value = comparisons[0].compute_p_value(best.arm, runner_up.arm)
+    return "" if p_value is None else f", {describe_p_value(p_value)} against {runner_up.arm}"
 
 
-def front(arms: list[Arm], choice: Choice) -> list[Arm]:
-    """The arms that no other beats in both metric and cost, the cheapest first."""
-    priced = [arm for arm in arms if choice.price(arm) is not None and arm.metrics.get(choice.metric) is not None]
-    found: list[Arm] = []
-    for arm in sorted(priced, key=lambda arm: (choice.price(arm) or 0.0, -choice.score(arm))):
-        if not found or choice.score(arm) > choice.score(found[-1]):
-            found.append(arm)
-    return found
+def find_pareto_front(arms: list[Arm], choice: Choice) -> list[Arm]:
+    """Return the arms that no other beats in both metric and cost, the cheapest first."""
+    priced = [
+        arm
+        for arm in arms
+        if choice.get_cost(arm) is not None and arm.metrics.get(choice.metric) is not None
+    ]
+    unbeaten: list[Arm] = []
+    for arm in sorted(priced, key=lambda arm: (choice.get_cost(arm) or 0.0, -choice.score(arm))):
+        if not unbeaten or choice.score(arm) > choice.score(unbeaten[-1]):
+            unbeaten.append(arm)
+    return unbeaten
 
 
-def rule_text(choice: Choice) -> str:
-    """Return a rule in words."""
-    words = COSTS[choice.cost][0]
+def describe_rule(choice: Choice) -> str:
+    """Return the rule as text."""
+    cost_text = COSTS[choice.cost][0]
     if choice.slack > 1:
-        words += f" (differences below {SAME_TIME - 1:.0%} count as equal)"
+        cost_text += f" (differences below {SAME_TIME - 1:.0%} count as equal)"
     if choice.rule == "cheapest_within_tolerance":
         return (
-            f"among the arms that lose at most {describe_tolerances(choice.tolerances)} against the best (simultaneous "
-            f"95 % intervals of paired differences on the held-out rows), the one with the least {words}; if there is "
+            f"among the arms that lose at most {describe_tolerances(choice.tolerances)} against "
+            "the best (simultaneous "
+            "95 % intervals of paired differences on the held-out rows), the one with the least "
+            f"{cost_text}; if there is "
             "none, the best"
         )
     if choice.rule == "smallest_within":
-        return f"of the arms within {choice.within:g} of the best {choice.metric}, the one that needs least: {words}"
+        return (
+            f"of the arms within {choice.within:g} of the best {choice.metric}, the one that "
+            f"needs least: {cost_text}"
+        )
     if choice.rule == "pareto":
-        return f"the best {choice.metric}, beside all arms that none beats in both {choice.metric} and {words}"
+        return (
+            f"the best {choice.metric}, beside all arms that none beats in both "
+            f"{choice.metric} and {cost_text}"
+        )
     return f"the best {choice.metric} on the held-out rows"
 
 
-def _score(arm: Arm, choice: Choice) -> str:
+def _format_score(arm: Arm, choice: Choice) -> str:
+    """Format the metric of an arm with its interval."""
     ends = arm.interval.get(choice.metric)
     return f"{arm.metrics[choice.metric]:.3f}" + (f" {format_interval(ends)}" if ends else "")
 
 
-def _price(arm: Arm, choice: Choice) -> str:
-    words, form, cost = COSTS[choice.cost]
-    value = cost(arm)
-    return f"{value:{form}} {words}" if value is not None else "a cost that is not known"
+def _format_cost(arm: Arm, choice: Choice) -> str:
+    """Format the cost of an arm with its unit."""
+    unit, number_format, read_cost = COSTS[choice.cost]
+    value = read_cost(arm)
+    return f"{value:{number_format}} {unit}" if value is not None else "a cost that is not known"

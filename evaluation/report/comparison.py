@@ -1,4 +1,4 @@
-"""From a comparison's files to its Report, at any time."""
+"""Build the report of a comparison from its files, at any time."""
 
 from __future__ import annotations
 
@@ -10,23 +10,38 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lorafleet.evaluation.metrics.paired import Candidate, Comparison, comparable_candidates
+
+from lorafleet.evaluation.metrics.paired import Candidate, Comparison, select_comparable_candidates
 from lorafleet.evaluation.metrics.predictions import RowResults
-from lorafleet.evaluation.metrics.scores import Scores, confusion, per_class, scores
+from lorafleet.evaluation.metrics.scores import (
+    Scores,
+    compute_confusion,
+    compute_per_class,
+    compute_scores,
+)
 from lorafleet.evaluation.metrics.summary import read_results
-from lorafleet.evaluation.render.trial_table import short
+from lorafleet.evaluation.render.trial_table import format_short_params
 from lorafleet.evaluation.report import verdict
 from lorafleet.evaluation.report.choose_arm import Choice, choose
-from lorafleet.evaluation.report.samples import differing, mistakes, worst
+from lorafleet.evaluation.report.samples import select_differing, select_mistakes, select_worst
 from lorafleet.evaluation.report.search import build_report
 from lorafleet.jobs import files
-from lorafleet.jobs.runs.report import Arm, BatchSpeed, Inference, Intervals, Metrics, Pair, Report, Row
+from lorafleet.jobs.runs.report import (
+    Arm,
+    BatchSpeed,
+    Inference,
+    Intervals,
+    Metrics,
+    Pair,
+    Report,
+    Row,
+)
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.schema.comparison import ArmSpec
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.search import SEED, NamedMetric
 
-_WHAT = {
+_METHOD_TEXTS = {
     "base": "the base, untuned",
     "lora": "LoRA",
     "qlora": "LoRA on a quantised base (QLoRA)",
@@ -35,74 +50,118 @@ _WHAT = {
 }
 
 
-def trained_rows(report: Report, spec: ArmSpec) -> list[Row]:
-    """An arm's models that were trained to the end: its best configuration, and that with the further seeds.
+def select_trained_rows(report: Report, spec: ArmSpec) -> list[Row]:
+    """Return the trials of an arm that were trained to the end.
 
-    Of an arm that searches nothing, one for each seed. Cut trials count where there is no other.
+    For an arm with a search: the best configuration, then its repetitions with further seeds.
+    For an arm without a search: one trial per seed. Stopped trials count only if no trial was
+    trained to the end.
     """
-    scored = [row for row in report.trials if row.metrics.get(report.metric) is not None and row.fold is None]
-    whole = [row for row in scored if row.state == "finished"] or [row for row in scored if row.state == "stopped"]
+    scored = [
+        row
+        for row in report.trials
+        if row.metrics.get(report.metric) is not None and row.fold is None
+    ]
+    completed = [row for row in scored if row.state == "finished"] or [
+        row for row in scored if row.state == "stopped"
+    ]
     if not spec.parameters:
-        return sorted(whole, key=seed_of)
-    best = [row for row in whole if not row.repeats][:1]
-    return best + sorted((row for row in whole if row.repeats), key=seed_of) if best else []
+        return sorted(completed, key=get_seed)
+    best = [row for row in completed if not row.repeats][:1]
+    return best + sorted((row for row in completed if row.repeats), key=get_seed) if best else []
 
 
-def seed_of(row: Row) -> int:
-    """The seed of a trial, where it was given one of its own; else -1, before all others."""
+def get_seed(row: Row) -> int:
+    """Return the seed of a trial, or -1 (sorted first) if it has no seed of its own."""
     return int(row.params.get(SEED, -1))
 
 
-def arms_of_run(run: Run, job: JobSpec, split: str) -> tuple[list[Arm], dict[str, dict[int, RowResults]], list[Row]]:
-    """(the arms, what their models did with each row: arm -> seed -> results, all trials of all arms)."""
+def load_arms(
+    run: Run, job: JobSpec, split: str
+) -> tuple[list[Arm], dict[str, dict[int, RowResults]], list[Row]]:
+    """Load the arms of a comparison.
+
+    Returns:
+        The arms, arm -> seed -> per-row results, and all trials of all arms.
+    """
     assert job.compare is not None
-    judged = judged_results(run, job, split)
-    reports = {arm.path.name: build_report(arm) for arm in run.arms()}
-    arms = _comparable([_arm(run, job, name, reports, judged[name]) for name in job.compare.arms], judged, job)
+    results_by_arm = load_row_results(run, job, split)
+    reports = {arm.path.name: build_report(arm) for arm in run.list_arms()}
+    arms = _mark_incomparable(
+        [_build_arm(run, job, name, reports, results_by_arm[name]) for name in job.compare.arms],
+        results_by_arm,
+        job,
+    )
     trials = [
         row.model_copy(update={"arm": name})
         for name in job.compare.arms
         if name in reports
         for row in reports[name].trials
     ]
-    return arms, judged, trials
+    return arms, results_by_arm, trials
 
 
-def _comparable(arms: list[Arm], judged: dict[str, dict[int, RowResults]], job: JobSpec) -> list[Arm]:
-    """The arms, those marked whose likelihoods are of other tokens than most arms': no loss ranks them."""
-    firsts = {name: next(iter(results.values())) for name, results in judged.items() if results}
-    if job.metric.name not in ("loss", "perplexity") or not firsts:
-        return arms
-    alike = {
-        name: [other for other, found in firsts.items() if np.array_equal(found.targets_R, one.targets_R)]
-        for name, one in firsts.items()
+def _mark_incomparable(
+    arms: list[Arm], results_by_arm: dict[str, dict[int, RowResults]], job: JobSpec
+) -> list[Arm]:
+    """Mark the arms that a loss cannot rank, and return all arms.
+
+    These are arms whose likelihoods are over other tokens than those of most arms.
+    """
+    first_results = {
+        name: next(iter(results.values())) for name, results in results_by_arm.items() if results
     }
-    name = max(alike, key=lambda name: len(alike[name]))  # the first of equals
-    odd = firsts.keys() - set(alike[name])
-    remark = f"not ranked by {job.metric.name}: its model reads the rows as other tokens than that of {name}"
+    if job.metric.name not in ("loss", "perplexity") or not first_results:
+        return arms
+    names_by_tokens = {
+        name: [
+            other_name
+            for other_name, other_results in first_results.items()
+            if np.array_equal(other_results.targets_R, row_results.targets_R)
+        ]
+        for name, row_results in first_results.items()
+    }
+    name = max(
+        names_by_tokens, key=lambda name: len(names_by_tokens[name])
+    )  # the first arm wins ties
+    marked_names = first_results.keys() - set(names_by_tokens[name])
+    remark = (
+        f"not ranked by {job.metric.name}: its model reads the rows as other tokens than "
+        f"that of {name}"
+    )
     return [
-        arm.model_copy(update={"comparable": False, "remarks": [*arm.remarks, remark]}) if arm.arm in odd else arm
+        arm.model_copy(update={"comparable": False, "remarks": [*arm.remarks, remark]})
+        if arm.arm in marked_names
+        else arm
         for arm in arms
     ]
 
 
-def judged_results(run: Run, job: JobSpec, split: str) -> dict[str, dict[int, RowResults]]:
-    """What the models of each arm did with each row: arm -> seed -> results."""
+def load_row_results(run: Run, job: JobSpec, split: str) -> dict[str, dict[int, RowResults]]:
+    """Load the per-row results of the models of each arm: arm -> seed -> results."""
     assert job.compare is not None
-    found: dict[str, dict[int, RowResults]] = {}
+    results_by_arm: dict[str, dict[int, RowResults]] = {}
     for name in job.compare.arms:
-        arm = run.arm(name)
-        results = {seed: _judged(arm.judged(seed), split) for seed in arm.judged_seeds()}
-        found[name] = {seed: one for seed, one in results.items() if one is not None}
-    return found
+        arm = run.get_arm(name)
+        results = {
+            seed: _read_row_results(arm.get_evaluation_folder(seed), split)
+            for seed in arm.list_evaluated_seeds()
+        }
+        results_by_arm[name] = {
+            seed: row_results for seed, row_results in results.items() if row_results is not None
+        }
+    return results_by_arm
 
 
-Judged = Mapping[str, Mapping[int, RowResults]]
-"""Arm -> seed -> what its model did with each row."""
+ResultsByArm = Mapping[str, Mapping[int, RowResults]]
+"""Arm -> seed -> per-row results of its model."""
 
 
 def compare_arms(
-    judged: Judged, metric: NamedMetric, draws: int, origins: Mapping[str, str] | None = None
+    results_by_arm: ResultsByArm,
+    metric: NamedMetric,
+    draws: int,
+    origins: Mapping[str, str] | None = None,
 ) -> list[Comparison]:
     """Compare the arms that were evaluated on the same rows, the largest group first.
 
@@ -113,184 +172,260 @@ def compare_arms(
         origins: Arm -> the arm whose adapters it has, if they are not its own.
     """
     candidates = []
-    for name, results in judged.items():
+    for name, results in results_by_arm.items():
         if results:
             models = [results[seed] for seed in sorted(results)]
             candidates.append(Candidate(name, models, (origins or {}).get(name)))
     groups: list[list[Candidate]] = []
-    for candidate in comparable_candidates(candidates, metric.name):
+    for candidate in select_comparable_candidates(candidates, metric.name):
         first = candidate.models[0]
-        group = next((group for group in groups if _share_rows(group[0].models[0], first, metric.name)), None)
+        group = next(
+            (group for group in groups if _has_same_rows(group[0].models[0], first, metric.name)),
+            None,
+        )
         if group is None:
             groups.append([candidate])
         else:
             group.append(candidate)
     groups.sort(key=len, reverse=True)
-    return [Comparison(group, metric.name, metric.goal, draws) for group in groups if len(group) > 1]
+    return [
+        Comparison(group, metric.name, metric.goal, draws) for group in groups if len(group) > 1
+    ]
 
 
-def _share_rows(results: RowResults, other: RowResults, metric: str) -> bool:
-    """Return True if a metric of both is over the same rows and, for a loss, over the same tokens."""
+def _has_same_rows(results: RowResults, other: RowResults, metric: str) -> bool:
+    """Return True if a metric of both is over the same rows and, for a loss, the same tokens."""
     if len(results) != len(other):
         return False
-    return metric not in ("loss", "perplexity") or np.array_equal(results.targets_R, other.targets_R)
+    return metric not in ("loss", "perplexity") or np.array_equal(
+        results.targets_R, other.targets_R
+    )
 
 
 def list_pairs(comparisons: Iterable[Comparison]) -> list[Pair]:
     """Return every pair of arms that was compared."""
     return [
         Pair(
-            one=one,
-            other=other,
+            one=name,
+            other=other_name,
             metric=comparison.metric,
-            difference=comparison.difference(one, other),
-            interval=comparison.interval(one, other),
-            p_value=comparison.p_value(one, other),
+            difference=comparison.compute_difference(name, other_name),
+            interval=comparison.compute_interval(name, other_name),
+            p_value=comparison.compute_p_value(name, other_name),
         )
         for comparison in comparisons
-        for one, other in itertools.combinations(comparison.names, 2)
+        for name, other_name in itertools.combinations(comparison.names, 2)
     ]
 
 
-def _judged(folder: Path, split: str) -> RowResults | None:
+def _read_row_results(folder: Path, split: str) -> RowResults | None:
+    """Read the per-row results of one model; None if it was not evaluated on the split."""
     record = files.read_json(folder / "test.json").get(split, {})
     return read_results(folder / f"predictions-{split}.jsonl", record) if record else None
 
 
-def _arm(run: Run, job: JobSpec, name: str, reports: dict[str, Report], there: dict[int, RowResults]) -> Arm:
+def _build_arm(
+    run: Run,
+    job: JobSpec,
+    name: str,
+    reports: dict[str, Report],
+    results_by_seed: dict[int, RowResults],
+) -> Arm:
+    """Build one arm from its trials, per-row results and inference measurements."""
     assert job.compare is not None
     spec = job.compare.arms[name]
     names = job.metric_names
-    found = scores(list(there.values()), names) if there else None
-    own = {str(seed): scores(one, names).metrics for seed, one in there.items()}
-    trained = spec.trains or spec.adapter_of is not None
+    arm_scores = compute_scores(list(results_by_seed.values()), names) if results_by_seed else None
+    metrics_by_seed = {
+        str(seed): compute_scores(row_results, names).metrics
+        for seed, row_results in results_by_seed.items()
+    }
+    trained = spec.needs_training or spec.adapter_of is not None
     origin = spec.adapter_of or name
-    source, source_spec, report = run.arm(origin), job.compare.arms[origin], reports.get(origin)
-    given = source_spec.weights
-    rows = trained_rows(report, source_spec) if report is not None and trained else []
+    source, source_spec, report = run.get_arm(origin), job.compare.arms[origin], reports.get(origin)
+    provided_weights = source_spec.weights
+    rows = select_trained_rows(report, source_spec) if report is not None and trained else []
     best = rows[0] if rows else None
-    searched = [row for row in report.trials if not row.repeats] if report is not None and rows else []
-    folded = any(row.fold is not None for row in searched)
-    tried = [row for row in searched if row.fold == 0 or not folded]
-    weights = source.trial(best.trial_id).weights if best else None
+    searched = (
+        [row for row in report.trials if not row.repeats] if report is not None and rows else []
+    )
+    has_folds = any(row.fold is not None for row in searched)
+    tried = [row for row in searched if row.fold == 0 or not has_folds]
+    weights = source.get_trial(best.trial_id).weights if best else None
     return Arm(
         arm=name,
-        what=_what(spec, best),
-        metrics=finite_metrics(found) if found else {},
-        interval=finite_intervals(found) if found else {},
-        seeds={seed: files.finite(metrics) for seed, metrics in own.items()},
+        what=_describe_arm(spec, best),
+        metrics=get_finite_metrics(arm_scores) if arm_scores else {},
+        interval=get_finite_intervals(arm_scores) if arm_scores else {},
+        seeds={
+            seed: files.replace_non_finite(metrics) for seed, metrics in metrics_by_seed.items()
+        },
         configuration=best.params if best else {},
         tried=len(tried) if source_spec.parameters else 0,
         trial_id=best.trial_id if best else None,
-        weights=str(weights.relative_to(run.path)) if weights else given,
-        weights_mb=_size_mb(Path(given)) if given else _size_mb(weights) if weights else 0.0,
-        train_seconds=None if given else _mean([row.train_seconds for row in rows]) if trained else 0.0,
-        search_seconds=sum(row.train_seconds or 0.0 for row in searched) if source_spec.parameters else 0.0,
-        gpu_hours=None if given else _mean([row.gpu_hours for row in rows]) if trained else 0.0,
-        peak_memory_gib=_mean([row.peak_memory_gib for row in rows]),
-        trainable_parameters=best.trainable_parameters if best else None if given else 0,
-        inference=inference_of(files.read_jsonl(run.arm(name).inference_file)),
-        remarks=_remarks(spec, best, rows, job),
+        weights=str(weights.relative_to(run.path)) if weights else provided_weights,
+        weights_mb=_compute_size_mb(Path(provided_weights))
+        if provided_weights
+        else _compute_size_mb(weights)
+        if weights
+        else 0.0,
+        train_seconds=None
+        if provided_weights
+        else _compute_mean([row.train_seconds for row in rows])
+        if trained
+        else 0.0,
+        search_seconds=sum(row.train_seconds or 0.0 for row in searched)
+        if source_spec.parameters
+        else 0.0,
+        gpu_hours=None
+        if provided_weights
+        else _compute_mean([row.gpu_hours for row in rows])
+        if trained
+        else 0.0,
+        peak_memory_gib=_compute_mean([row.peak_memory_gib for row in rows]),
+        trainable_parameters=best.trainable_parameters if best else None if provided_weights else 0,
+        inference=summarize_inference(files.read_jsonl(run.get_arm(name).inference_file)),
+        remarks=_list_remarks(spec, best, rows, job),
     )
 
 
-def finite_metrics(found: Scores) -> Metrics:
-    """Metrics with None for what is no number, as the loss of a model that gives NaN."""
-    return {name: value if math.isfinite(value) else None for name, value in found.metrics.items()}
+def get_finite_metrics(metric_scores: Scores) -> Metrics:
+    """Return the metrics, with None for NaN and infinite values."""
+    return {
+        name: value if math.isfinite(value) else None
+        for name, value in metric_scores.metrics.items()
+    }
 
 
-def finite_intervals(found: Scores) -> Intervals:
-    """Intervals without those that have no ends."""
-    return {name: ends for name, ends in found.intervals.items() if all(map(math.isfinite, ends))}
+def get_finite_intervals(metric_scores: Scores) -> Intervals:
+    """Return the intervals whose two ends are finite."""
+    return {
+        name: ends
+        for name, ends in metric_scores.intervals.items()
+        if all(map(math.isfinite, ends))
+    }
 
 
-def _what(spec: ArmSpec, best: Row | None) -> str:
-    base = {"none": "", "nf4": "4-bit (NF4)", "fp4": "4-bit (FP4)", "int8": "INT8"}[spec.quantization]
+def _describe_arm(spec: ArmSpec, best: Row | None) -> str:
+    """Return a short description of an arm: its method, quantization and values."""
+    base = {"none": "", "nf4": "4-bit (NF4)", "fp4": "4-bit (FP4)", "int8": "INT8"}[
+        spec.quantization
+    ]
     if spec.adapter_of:
-        return f"{spec.adapter_of}'s adapter on {f'the {base} base' if base else 'the base'}, no further training"
-    said = _WHAT[str(spec.method)] + (f", {base}" if base else "")
+        return (
+            f"{spec.adapter_of}'s adapter on {f'the {base} base' if base else 'the base'}, no "
+            "further training"
+        )
+    text = _METHOD_TEXTS[str(spec.method)] + (f", {base}" if base else "")
     if spec.weights:
-        return f"{said}, from {spec.weights}"
-    found = {path: value for path, value in best.params.items() if path != SEED} if best else {}
-    shown = short(spec.set | found)
-    return f"{said}: {shown}" if shown else said
+        return f"{text}, from {spec.weights}"
+    values = {path: value for path, value in best.params.items() if path != SEED} if best else {}
+    value_text = format_short_params(spec.set | values)
+    return f"{text}: {value_text}" if value_text else text
 
 
-def _remarks(spec: ArmSpec, best: Row | None, rows: list[Row], job: JobSpec) -> list[str]:
+def _list_remarks(spec: ArmSpec, best: Row | None, rows: list[Row], job: JobSpec) -> list[str]:
+    """Return remarks on the training and the search of an arm."""
     assert job.compare is not None
-    if not spec.trains:
+    if not spec.needs_training:
         return []
     if best is None:
         return ["it has no trained weights"]
-    said = []
+    remarks = []
     if not spec.parameters:
-        said.append("nothing of it was searched: it was trained with the values that the file gives it")
+        remarks.append(
+            "nothing of it was searched: it was trained with the values that the file gives it"
+        )
     if len(rows) < job.compare.seeds:
-        said.append(f"{len(rows)} of {job.compare.seeds} seeds were trained to the end")
-    values = {path: parameter.values for path, parameter in spec.parameters.items() if parameter.values}
+        remarks.append(f"{len(rows)} of {job.compare.seeds} seeds were trained to the end")
+    values = {
+        path: parameter.values for path, parameter in spec.parameters.items() if parameter.values
+    }
     for path, tried in values.items():
         numbers = [value for value in tried if isinstance(value, int | float)]
         if len(numbers) == len(tried) > 2 and best.params.get(path) in (min(numbers), max(numbers)):
             end = "smallest" if best.params[path] == min(numbers) else "largest"
-            said.append(f"its best {path} is the {end} that was tried: a wider search may find a better one")
-    return said
+            remarks.append(
+                f"its best {path} is the {end} that was tried: a wider search may find a better one"
+            )
+    return remarks
 
 
-def inference_of(rows: list[dict[str, Any]]) -> Inference | None:
-    """Medians and spread of what was measured, a row a round."""
+def summarize_inference(rows: list[dict[str, Any]]) -> Inference | None:
+    """Return medians and spread of the measured rounds (one row each); None without rows."""
     if not rows:
         return None
     names = [name for name in Inference.model_fields if name not in _NOT_MEDIANS]
     columns = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
-    found = {name: statistics.median(values) for name, values in columns.items() if values}
-    spread = {name: (min(values), max(values)) for name, values in columns.items() if len(values) > 1}
+    medians = {name: statistics.median(values) for name, values in columns.items() if values}
+    spread = {
+        name: (min(values), max(values)) for name, values in columns.items() if len(values) > 1
+    }
     last = {name: rows[-1].get(name) for name in ("threads", "cpu", "cpu_flags")}
-    return Inference(**found, rounds=len(rows), spread=spread, **last)
+    return Inference(**medians, rounds=len(rows), spread=spread, **last)
 
 
 _NOT_MEDIANS = ("rounds", "spread", "threads", "cpu", "cpu_flags")
 
 
-def batches_of(rows: list[dict[str, Any]]) -> list[BatchSpeed]:
-    """Medians over rounds of what was measured at each size of a batch."""
-    found: dict[tuple[int, int], list[dict[str, Any]]] = {}
+def summarize_batches(rows: list[dict[str, Any]]) -> list[BatchSpeed]:
+    """Return the medians over rounds of the speed at each batch size and length."""
+    points_by_size: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for point in (point for row in rows for point in row.get("at", [])):
-        found.setdefault((point["batch_size"], point["length"]), []).append(point)
+        points_by_size.setdefault((point["batch_size"], point["length"]), []).append(point)
     return [
         BatchSpeed(
             batch_size=size,
             length=length,
-            **{name: statistics.median(point[name] for point in points) for name in _numbers_of(points[0])},
+            **{
+                name: statistics.median(point[name] for point in points)
+                for name in _list_measured_names(points[0])
+            },
         )
-        for (size, length), points in found.items()
+        for (size, length), points in points_by_size.items()
     ]
 
 
-def _numbers_of(point: dict[str, Any]) -> list[str]:
+def _list_measured_names(point: dict[str, Any]) -> list[str]:
     return [name for name in point if name not in ("batch_size", "length")]
 
 
-def _size_mb(folder: Path) -> float | None:
+def _compute_size_mb(folder: Path) -> float | None:
+    """Return the size of the weight files in a folder in MB; None if there is no such folder."""
     if not folder.is_dir():
         return None
-    kept = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]  # cards come and go
-    return sum(path.stat().st_size for path in kept) / 1e6
+    weight_files = [
+        path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")
+    ]  # without the model card, which may be added later
+    return sum(path.stat().st_size for path in weight_files) / 1e6
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
+def _compute_mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values that are not None; None if there are none."""
+    measured = [value for value in values if value is not None]
+    return statistics.fmean(measured) if measured else None
 
 
-def comparison_report(run: Run, job: JobSpec, plain: Report, counts: Mapping[str, Mapping[str, int]]) -> Report:
-    """A report with the arms of a comparison in it; `plain` has what every run has, `counts` the rows of each class."""
+def build_comparison_report(
+    run: Run, job: JobSpec, common_report: Report, counts: Mapping[str, Mapping[str, int]]
+) -> Report:
+    """Return the report of a comparison.
+
+    Args:
+        run: The run.
+        job: Its job.
+        common_report: The report with the parts that every run has.
+        counts: Split -> class -> number of rows.
+    """
     assert job.compare is not None
-    arms, judged, trials = arms_of_run(run, job, plain.held_out)
+    arms, results_by_arm, trials = load_arms(run, job, common_report.held_out)
     compare = job.compare
     origins = {name: arm.adapter_of for name, arm in compare.arms.items() if arm.adapter_of}
     metric, draws = job.metric, job.evaluate.bootstrap_samples
-    by_metric = [compare_arms(judged, one, draws, origins) for one in job.decision_metrics]
-    rows = files.read_jsonl(run.rows_file(plain.held_out))
+    by_metric = [
+        compare_arms(results_by_arm, item, draws, origins) for item in job.decision_metrics
+    ]
+    rows = files.read_jsonl(run.get_rows_file(common_report.held_out))
     choice = Choice(
         compare.rule,
         metric.name,
@@ -300,7 +435,7 @@ def comparison_report(run: Run, job: JobSpec, plain: Report, counts: Mapping[str
         job.tolerances,
         len(rows),
     )
-    base = next((arm for arm in arms if arm.arm in _untuned(job)), None)
+    base = next((arm for arm in arms if arm.arm in _list_untuned_arms(job)), None)
     update: dict[str, Any] = {
         "arms": arms,
         "pairs": list_pairs(by_metric[0]),
@@ -308,16 +443,21 @@ def comparison_report(run: Run, job: JobSpec, plain: Report, counts: Mapping[str
         "recommendation": choose(arms, [groups[0] for groups in by_metric if groups], choice),
         "rungs": [],
     }
-    firsts = {name: next(iter(results.values())) for name, results in judged.items() if results}
-    labels = [str(label) for label in plain.facts.get("labels", [])]
-    update["samples"] = differing(rows, firsts, labels)
+    first_results = {
+        name: next(iter(results.values())) for name, results in results_by_arm.items() if results
+    }
+    labels = [str(label) for label in common_report.facts.get("labels", [])]
+    update["samples"] = select_differing(rows, first_results, labels)
     chosen = update["recommendation"].arm
-    if chosen in firsts:
-        found = firsts[chosen]
-        update["mistakes"] = mistakes(rows, chosen, found, labels)
-        update["worst"] = worst(rows, chosen, found, labels)
-        if found.classified and labels:
-            update["confusion"], update["per_class"] = confusion(found.classified), per_class(found.classified, labels)
+    if chosen in first_results:
+        chosen_results = first_results[chosen]
+        update["mistakes"] = select_mistakes(rows, chosen, chosen_results, labels)
+        update["worst"] = select_worst(rows, chosen, chosen_results, labels)
+        if chosen_results.classified and labels:
+            update["confusion"], update["per_class"] = (
+                compute_confusion(chosen_results.classified),
+                compute_per_class(chosen_results.classified, labels),
+            )
     arm = next((arm for arm in arms if arm.arm == chosen), None)
     update["recommendation"], cautions = verdict.check_against_baselines(
         update["recommendation"],
@@ -325,22 +465,36 @@ def comparison_report(run: Run, job: JobSpec, plain: Report, counts: Mapping[str
         metric.goal,
         arm.metrics.get(metric.name) if arm else None,
         arm.interval.get(metric.name) if arm else None,
-        [one.model_copy(update={"metrics": one.test_metrics}) for one in plain.baselines],
+        [
+            item.model_copy(update={"metrics": item.test_metrics})
+            for item in common_report.baselines
+        ],
         "held-out rows",
     )
-    trial = next((row for row in trials if arm and arm.trial_id and row.trial_id == arm.trial_id), None)
-    cautions += verdict.check_rows(counts, plain.held_out, len(rows))
+    trial = next(
+        (row for row in trials if arm and arm.trial_id and row.trial_id == arm.trial_id), None
+    )
+    cautions += verdict.check_rows(counts, common_report.held_out, len(rows))
     cautions += verdict.check_predictions(update.get("confusion", []), labels)
     cautions += verdict.check_convergence(chosen, trial, metric.name, metric.goal)
-    cautions += verdict.check_scores(metric.name, [one.metrics.get(metric.name) for one in arms])
+    cautions += verdict.check_scores(metric.name, [item.metrics.get(metric.name) for item in arms])
     update["cautions"] = cautions
     if base is not None and base.metrics:
-        update["base"] = plain.base.model_copy(
-            update={"state": "finished", "test_metrics": base.metrics, "test_intervals": base.interval}
+        update["base"] = common_report.base.model_copy(
+            update={
+                "state": "finished",
+                "test_metrics": base.metrics,
+                "test_intervals": base.interval,
+            }
         )
-    return plain.model_copy(update=update)
+    return common_report.model_copy(update=update)
 
 
-def _untuned(job: JobSpec) -> list[str]:
+def _list_untuned_arms(job: JobSpec) -> list[str]:
+    """Return the names of the arms that are the unquantised base without training."""
     assert job.compare is not None
-    return [name for name, arm in job.compare.arms.items() if arm.method == "base" and arm.quantization == "none"]
+    return [
+        name
+        for name, arm in job.compare.arms.items()
+        if arm.method == "base" and arm.quantization == "none"
+    ]

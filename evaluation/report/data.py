@@ -1,4 +1,7 @@
-"""Report on a job's rows before anything runs: bad rows, repetitions, leaks, classes, lengths, and what is learnt."""
+"""Report on a job's rows before training: bad rows, duplicates, leaks, classes and lengths.
+
+The report also says which tokens are learnt.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +10,39 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lorafleet.evaluation.tokenizer import chat_format
-from lorafleet.evaluation.tokens import SPLITS, row_encoder, system_messages, template_notes
+from pydantic import Field
+
+from lorafleet.evaluation.tokenizer import load_chat_format
+from lorafleet.evaluation.tokens import (
+    SPLITS,
+    collect_system_messages,
+    list_template_notes,
+    make_row_encoder,
+)
 from lorafleet.jobs.data.chat_format import ChatFormat
 from lorafleet.jobs.data.chat_template import TemplateRefusal
 from lorafleet.jobs.data.encoding import Example, RowEncoder
 from lorafleet.jobs.data.row_formats import Row
-from lorafleet.jobs.data.rows import Rows, file_of_split, load_rows
+from lorafleet.jobs.data.rows import Rows, get_split_file, load_rows
 from lorafleet.jobs.errors import AssetError
 from lorafleet.jobs.schema.base import Spec
 from lorafleet.jobs.schema.job import JobSpec
-from pydantic import Field
 
-_UNCUT = 10**9
+_NO_LIMIT = 10**9
 _FIRST_EDGE = 16
 _MAX_PARTS = 4
-"""Tokens that may hold one character together: a byte-level tokenizer cuts an emoji into four."""
+"""Most tokens that hold one character: a byte-level tokenizer cuts an emoji into four."""
 
 
 class Lengths(Spec):
-    """Tokens of the examples of one split, before anything is cut."""
+    """Lengths of the examples of one split in tokens, before anything is cut."""
 
     shortest: int
     """Tokens of the shortest example."""
     median: int
-    """Tokens of the middle one."""
+    """Median number of tokens."""
     percentile_95: int
-    """95 % of the examples have at most so many tokens."""
+    """95 % of the examples have at most this many tokens."""
     longest: int
     """Tokens of the longest example."""
 
@@ -42,53 +51,53 @@ class Bucket(Spec):
     """One bar of a histogram."""
 
     up_to: int
-    """Examples of at most so many tokens, and more than the bucket before."""
+    """Upper limit of the bucket in tokens. The lower limit is that of the bucket before."""
     examples: int
     """Number of examples."""
 
 
 class SplitReport(Spec):
-    """Numbers of one split."""
+    """Statistics of one split."""
 
     split: str
     """train, validation or test."""
     file: str
-    """The file that the rows come from; a split without one of its own is held back from the split before it."""
+    """File of the rows. A split without a file is held back from the split before it."""
     rows: int
-    """Rows."""
+    """Number of rows."""
     examples: int | None = None
-    """Sequences that they become; null where the tokenizer is not on this machine."""
+    """Number of sequences that the rows become; null if the tokenizer is not on this machine."""
     tokens: int | None = None
-    """Tokens of all examples, as they are cut."""
+    """Tokens of all examples after cutting."""
     learnt_tokens: int | None = None
-    """Tokens that the loss is of."""
+    """Tokens that the loss is computed on."""
     lengths: Lengths | None = None
-    """Tokens of the examples before anything is cut."""
+    """Lengths of the examples before anything is cut."""
     histogram: list[Bucket] = []
-    """The same as a histogram."""
+    """Histogram of the lengths before anything is cut."""
     longer: int = 0
-    """Examples that are longer than model.max_length."""
+    """Number of examples that are longer than model.max_length."""
     shortened: int = 0
-    """Rows that lose their oldest turns for that."""
+    """Number of rows that lose their oldest turns to fit model.max_length."""
     cut: int = 0
-    """Rows that are cut, since their last exchange alone is too long."""
+    """Number of rows that are cut because their last exchange alone is too long."""
     repeated: int = 0
-    """Rows whose prompt (or text) stands in the split already."""
+    """Number of rows whose prompt (or text) occurs earlier in the split."""
     also_in_train: int = 0
-    """Held-out rows whose prompt (or text) is among the training rows."""
+    """Number of held-out rows whose prompt (or text) is among the training rows."""
     classes: dict[str, int] = {}
-    """Rows of each class (classification)."""
+    """Class -> number of rows (classification)."""
     empty_answers: int = 0
-    """Rows whose answer is empty, apart from what stands around it."""
+    """Number of conversations with an empty answer, apart from the text around the answer."""
     special_tokens: dict[str, int] = {}
-    """Special token -> rows whose texts contain it: it becomes that token, and no text."""
+    """Special token -> number of rows whose text contains it. It becomes the token, not text."""
 
 
 class ShownToken(Spec):
-    """One token of a row that is shown."""
+    """One token of a shown row."""
 
     ids: list[int]
-    """Its id; several where they hold one character together."""
+    """Token id; several ids if they hold one character together."""
     text: str
     """Its text."""
     learnt: bool
@@ -101,11 +110,11 @@ class ShownRow(Spec):
     split: str
     """train, validation or test."""
     line: int
-    """Its line in the file."""
+    """Line of the row in the file."""
     label: str = ""
     """Class of the row (classification)."""
     examples: list[list[ShownToken]]
-    """The sequences that it becomes."""
+    """Tokens of the sequences that the row becomes."""
 
 
 class DataReport(Spec):
@@ -119,25 +128,33 @@ class DataReport(Spec):
     splits: list[SplitReport]
     """Train, validation and test rows."""
     notes: list[str] = []
-    """Remarks on the data and the chat template, a sentence each."""
+    """Remarks on the data and the chat template, one sentence each."""
     bad_rows: list[str] = []
     """Rows that cannot be used, each with file and line."""
     shown: list[ShownRow] = Field(default_factory=list)
-    """The rows that were asked for, as tokens."""
+    """The requested rows as tokens."""
 
 
-def data_report(job: JobSpec, show: int = 0, split: str = "train") -> DataReport:
-    """Look at a job's rows. `show` rows of a split are kept as tokens.
+def build_data_report(job: JobSpec, show: int = 0, split: str = "train") -> DataReport:
+    """Build the report on a job's rows.
 
-    Raises DataError where no row of a split can be used, AssetError where the data is not on this machine. Without the
-    tokenizer the report has no tokens, and a note says so.
+    Without the tokenizer the report has no tokens, and a note says so.
+
+    Args:
+        job: The job.
+        show: Number of rows to include as tokens.
+        split: Split that these rows are taken from.
+
+    Raises:
+        DataError: No row of a split can be used.
+        AssetError: The data is not on this machine.
     """
-    bad: list[str] = []
-    rows = load_rows(job, bad)
+    bad_rows: list[str] = []
+    rows = load_rows(job, bad_rows)
     notes = list(rows.warnings)
     chat: ChatFormat | None = None
     try:
-        chat = chat_format(job)
+        chat = load_chat_format(job)
         chat.counts.clear()
     except AssetError as missing:
         notes.append(f"{missing}; how rows become tokens was not looked at")
@@ -145,28 +162,35 @@ def data_report(job: JobSpec, show: int = 0, split: str = "train") -> DataReport
     splits = []
     for name in SPLITS:
         if name == "test" and rows.chosen_on_test:
-            continue  # the validation rows once more
-        report = _split_report(name, job, rows, train)
-        splits.append(_with_tokens(report, getattr(rows, name), job, chat, bad) if chat else report)
+            continue  # these are the validation rows again
+        report = _build_split_report(name, job, rows, train)
+        splits.append(
+            _add_token_counts(report, getattr(rows, name), job, chat, bad_rows) if chat else report
+        )
     if chat and any(row.messages for row in rows.train):
         try:
-            notes += template_notes(chat, system_messages(rows))
+            notes += list_template_notes(chat, collect_system_messages(rows))
         except TemplateRefusal as error:
             notes.append(f"the chat template cannot be used: {error}")
-    shown = _shown(getattr(rows, split)[:show], split, job, chat) if chat else []
+    shown = _encode_shown_rows(getattr(rows, split)[:show], split, job, chat) if chat else []
     return DataReport(
-        format=rows.format, max_length=job.model.max_length, splits=splits, notes=notes, bad_rows=bad, shown=shown
+        format=rows.format,
+        max_length=job.model.max_length,
+        splits=splits,
+        notes=notes,
+        bad_rows=bad_rows,
+        shown=shown,
     )
 
 
-def _split_report(name: str, job: JobSpec, rows: Rows, train: Counter[Row]) -> SplitReport:
-    """Count what needs no tokenizer."""
+def _build_split_report(name: str, job: JobSpec, rows: Rows, train: Counter[Row]) -> SplitReport:
+    """Count everything that needs no tokenizer."""
     split_rows: list[Row] = getattr(rows, name)
     questions = Counter(row.question for row in split_rows)
     classes = Counter(row.label for row in split_rows)
     return SplitReport(
         split=name,
-        file=str(file_of_split(name, job)),
+        file=str(get_split_file(name, job)),
         rows=len(split_rows),
         repeated=len(split_rows) - len(questions),
         also_in_train=0 if name == "train" else sum(row.question in train for row in split_rows),
@@ -174,10 +198,15 @@ def _split_report(name: str, job: JobSpec, rows: Rows, train: Counter[Row]) -> S
     )
 
 
-def _with_tokens(report: SplitReport, rows: list[Row], job: JobSpec, chat: ChatFormat, bad: list[str]) -> SplitReport:
-    """Add what the tokenizer says. Rows that the chat template refuses are added to the bad ones."""
-    encoder, uncut = row_encoder(job, chat), row_encoder(job, chat)
-    uncut.max_length = _UNCUT
+def _add_token_counts(
+    report: SplitReport, rows: list[Row], job: JobSpec, chat: ChatFormat, bad_rows: list[str]
+) -> SplitReport:
+    """Add the statistics of the tokens.
+
+    Rows that the chat template refuses are added to `bad_rows`.
+    """
+    encoder, uncut = make_row_encoder(job, chat), make_row_encoder(job, chat)
+    uncut.max_length = _NO_LIMIT
     lengths: list[int] = []
     tokens = learnt = empty = 0
     for row in rows:
@@ -187,47 +216,50 @@ def _with_tokens(report: SplitReport, rows: list[Row], job: JobSpec, chat: ChatF
             tokens += min(len(ids), job.model.max_length)
             continue
         try:
-            whole = uncut.encode(row)
-            sizes = [len(example.ids) for example in whole.examples]
+            encoded = uncut.encode(row)
+            sizes = [len(example.ids) for example in encoded.examples]
             counts = chat.counts.copy()
-            kept = whole if max(sizes) <= job.model.max_length else encoder.encode(row)
-            chat.counts = counts  # the row was counted already
+            fitted = encoded if max(sizes) <= job.model.max_length else encoder.encode(row)
+            chat.counts = counts  # the first encoding counted the row already
         except TemplateRefusal as error:
-            bad.append(f"{report.file}:{row.line}: {error}")
+            bad_rows.append(f"{report.file}:{row.line}: {error}")
             continue
         lengths += sizes
-        tokens += sum(len(example.ids) for example in kept.examples)
-        learnt += sum(sum(example.learnt) for example in kept.examples)
-        empty += not whole.reference.strip() and bool(row.messages)
+        tokens += sum(len(example.ids) for example in fitted.examples)
+        learnt += sum(sum(example.learnt) for example in fitted.examples)
+        empty += not encoded.reference.strip() and bool(row.messages)
     longer = sum(length > job.model.max_length for length in lengths)
     cut = longer if job.task == "classification" else encoder.counts["cut"]
     return report.model_copy(
         update={
             "examples": len(lengths),
             "tokens": tokens,
-            "learnt_tokens": learnt if job.generates else None,
-            "lengths": _lengths(lengths),
-            "histogram": _histogram(lengths),
+            "learnt_tokens": learnt if job.is_generative else None,
+            "lengths": _compute_lengths(lengths),
+            "histogram": _build_histogram(lengths),
             "longer": longer,
             "shortened": encoder.counts["shortened"],
             "cut": cut,
             "empty_answers": empty,
-            "special_tokens": _special_tokens(rows, chat),
+            "special_tokens": _count_special_tokens(rows, chat),
         }
     )
 
 
-def _lengths(lengths: list[int]) -> Lengths | None:
+def _compute_lengths(lengths: list[int]) -> Lengths | None:
     if not lengths:
         return None
     ordered = sorted(lengths)
     position = min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))
     return Lengths(
-        shortest=ordered[0], median=ordered[len(ordered) // 2], percentile_95=ordered[position], longest=ordered[-1]
+        shortest=ordered[0],
+        median=ordered[len(ordered) // 2],
+        percentile_95=ordered[position],
+        longest=ordered[-1],
     )
 
 
-def _histogram(lengths: list[int]) -> list[Bucket]:
+def _build_histogram(lengths: list[int]) -> list[Bucket]:
     """Count lengths in buckets that double: 16, 32, 64, ..."""
     if not lengths:
         return []
@@ -236,11 +268,11 @@ def _histogram(lengths: list[int]) -> list[Bucket]:
         edges.append(2 * edges[-1])
     counts = Counter(next(edge for edge in edges if length <= edge) for length in lengths)
     buckets = [Bucket(up_to=edge, examples=counts[edge]) for edge in edges]
-    first = next(place for place, bucket in enumerate(buckets) if bucket.examples)
+    first = next(index for index, bucket in enumerate(buckets) if bucket.examples)
     return buckets[first:]
 
 
-def _special_tokens(rows: list[Row], chat: ChatFormat) -> dict[str, int]:
+def _count_special_tokens(rows: list[Row], chat: ChatFormat) -> dict[str, int]:
     """Count the rows whose texts contain a special token's text."""
     pattern = chat.template.special_pattern
     if pattern is None:
@@ -252,41 +284,48 @@ def _special_tokens(rows: list[Row], chat: ChatFormat) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def _shown(rows: Sequence[Row], split: str, job: JobSpec, chat: ChatFormat) -> list[ShownRow]:
-    encoder = row_encoder(job, chat)
+def _encode_shown_rows(
+    rows: Sequence[Row], split: str, job: JobSpec, chat: ChatFormat
+) -> list[ShownRow]:
+    """Return rows as tokens. Rows that the chat template refuses are left out."""
+    encoder = make_row_encoder(job, chat)
     shown = []
     for row in rows:
         try:
-            examples = list(_examples(row, job, chat, encoder))
+            examples = list(_encode_examples(row, job, chat, encoder))
         except TemplateRefusal:
-            continue  # among the bad rows
-        tokens = [list(_pieces(example, chat.tokenizer)) for example in examples]
+            continue  # already listed as a bad row
+        tokens = [list(_iterate_tokens(example, chat.tokenizer)) for example in examples]
         shown.append(ShownRow(split=split, line=row.line, label=row.label, examples=tokens))
     return shown
 
 
-def _examples(row: Row, job: JobSpec, chat: ChatFormat, encoder: RowEncoder) -> list[Example]:
+def _encode_examples(
+    row: Row, job: JobSpec, chat: ChatFormat, encoder: RowEncoder
+) -> list[Example]:
     if job.task != "classification":
         return encoder.encode(row).examples
     ids = chat.tokenizer(row.text, truncation=True, max_length=job.model.max_length)["input_ids"]
     return [Example(list(ids), [False] * len(ids), 0)]
 
 
-def _pieces(example: Example, tokenizer: Any) -> Iterator[ShownToken]:
-    """Cut an example into pieces that are whole characters."""
+def _iterate_tokens(example: Example, tokenizer: Any) -> Iterator[ShownToken]:
+    """Yield the tokens of an example, joined where they hold one character together."""
     ids: list[int] = []
-    for place, token in enumerate(example.ids):
+    for index, token in enumerate(example.ids):
         ids.append(token)
         text = tokenizer.decode(ids, skip_special_tokens=False)
-        unfinished = text.endswith("\ufffd") and len(ids) < _MAX_PARTS and place + 1 < len(example.ids)
-        if unfinished and example.learnt[place + 1] == example.learnt[place]:
+        unfinished = (
+            text.endswith("\ufffd") and len(ids) < _MAX_PARTS and index + 1 < len(example.ids)
+        )
+        if unfinished and example.learnt[index + 1] == example.learnt[index]:
             continue
-        yield ShownToken(ids=ids, text=text, learnt=example.learnt[place])
+        yield ShownToken(ids=ids, text=text, learnt=example.learnt[index])
         ids = []
 
 
-def relative_file(path: str) -> str:
-    """Return a path as short as it can be said here."""
+def shorten_path(path: str) -> str:
+    """Return a path relative to the working directory, if it is inside."""
     try:
         return str(Path(path).relative_to(Path.cwd()))
     except ValueError:

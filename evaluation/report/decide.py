@@ -1,7 +1,8 @@
 """Decide which candidate to ship. Sweeps, folds and comparisons share this rule.
 
-The cheapest candidate ships for which the rows show that it loses at most the tolerance against the best, in every
-metric that decides. If they show it for no cheaper candidate, the best by score ships.
+A candidate is eligible if the rows show that it loses at most the tolerance against the
+best candidate, in every deciding metric. The cheapest eligible candidate ships. If no
+cheaper candidate is eligible, the best by score ships.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from lorafleet.evaluation.metrics.intervals import MIN_ROWS, SHARES
 from lorafleet.evaluation.metrics.paired import Comparison
 from lorafleet.evaluation.render.trial_table import describe_p_value
-from lorafleet.jobs.text import counted, unsigned_zero
+from lorafleet.jobs.text import format_count, format_decimal
 
 DEFAULT_SHARE_TOLERANCE = 0.01
 """Default tolerance for metrics between 0 and 1."""
@@ -57,7 +58,7 @@ class Decision:
     @property
     def cheaper_undecided(self) -> list[Option]:
         """The undecided options that are cheaper than the chosen one."""
-        return [option for option in self.undecided if _cost(option) < _cost(self.chosen)]
+        return [option for option in self.undecided if _get_cost(option) < _get_cost(self.chosen)]
 
     @property
     def has_too_few_rows(self) -> bool:
@@ -72,7 +73,7 @@ def resolve_tolerance(comparison: Comparison, tolerances: Tolerances, best: str)
         return tolerance
     if comparison.metric in SHARES:
         return DEFAULT_SHARE_TOLERANCE
-    return DEFAULT_RELATIVE_TOLERANCE * abs(comparison.value(best))
+    return DEFAULT_RELATIVE_TOLERANCE * abs(comparison.get_value(best))
 
 
 def describe_tolerances(tolerances: Tolerances) -> str:
@@ -82,7 +83,9 @@ def describe_tolerances(tolerances: Tolerances) -> str:
         if tolerance is None and metric not in SHARES:
             texts.append(f"{DEFAULT_RELATIVE_TOLERANCE:.0%} of {metric}".replace("%", " %"))
         else:
-            texts.append(f"{DEFAULT_SHARE_TOLERANCE if tolerance is None else tolerance:g} of {metric}")
+            texts.append(
+                f"{DEFAULT_SHARE_TOLERANCE if tolerance is None else tolerance:g} of {metric}"
+            )
     return " and ".join(texts)
 
 
@@ -102,7 +105,7 @@ def decide(
         rows: Number of rows; 0 if unknown.
         slack: Costs up to this factor above the lowest count as equal.
     """
-    best = max(options, key=lambda option: (option.score, -_cost(option)))
+    best = max(options, key=lambda option: (option.score, -_get_cost(option)))
     eligible, worse, undecided, unranked = [best], [], [], []
     for option in options:
         if option is best:
@@ -115,7 +118,7 @@ def decide(
             worse.append(option)
         else:
             undecided.append(option)
-    chosen = _cheapest(eligible, best, slack)
+    chosen = _find_cheapest(eligible, best, slack)
     return Decision(
         chosen=chosen,
         best=best,
@@ -127,7 +130,9 @@ def decide(
     )
 
 
-def _are_compared(option: Option, best: Option, comparisons: Sequence[Comparison], metrics: int) -> bool:
+def _are_compared(
+    option: Option, best: Option, comparisons: Sequence[Comparison], metrics: int
+) -> bool:
     """Return True if both options were compared in every deciding metric."""
     if len(comparisons) < max(1, metrics):
         return False
@@ -138,21 +143,24 @@ def _is_within_tolerance(
     option: Option, best: Option, comparisons: Sequence[Comparison], tolerances: Tolerances
 ) -> bool:
     return all(
-        each.max_loss(option.name, best.name) <= resolve_tolerance(each, tolerances, best.name) for each in comparisons
+        each.compute_max_loss(option.name, best.name)
+        <= resolve_tolerance(each, tolerances, best.name)
+        for each in comparisons
     )
 
 
-def _cheapest(eligible: Sequence[Option], best: Option, slack: float) -> Option:
+def _find_cheapest(eligible: Sequence[Option], best: Option, slack: float) -> Option:
     """Return the cheapest option; among equal costs the one with the best score."""
     measured = [option for option in eligible if option.cost is not None]
     if not measured:
         return best
-    lowest = min(map(_cost, measured))
-    cheap = [option for option in measured if _cost(option) <= slack * lowest]
-    return max(cheap, key=lambda option: (option.score, -_cost(option)))
+    lowest = min(map(_get_cost, measured))
+    cheap = [option for option in measured if _get_cost(option) <= slack * lowest]
+    return max(cheap, key=lambda option: (option.score, -_get_cost(option)))
 
 
-def _cost(option: Option) -> float:
+def _get_cost(option: Option) -> float:
+    """Return the cost of an option; infinity if it was not measured."""
     return math.inf if option.cost is None else option.cost
 
 
@@ -191,7 +199,8 @@ def explain(
     if decision.unranked:
         names = _list_names(decision.unranked)
         sentences.append(
-            f"There are no comparable per-row results of {names} (not stored or not finite); only their scores were "
+            f"There are no comparable per-row results of {names} (not stored or not finite); only "
+            "their scores were "
             "compared."
         )
     return " ".join(sentences)
@@ -200,7 +209,8 @@ def explain(
 def _explain_too_few_rows(decision: Decision, wording: Wording) -> str:
     best = decision.best.name
     return (
-        f"Too few rows to decide: there are {counted(decision.rows, wording.row_noun)}, and at least {MIN_ROWS} are "
+        f"Too few rows to decide: there are {format_count(decision.rows, wording.row_noun)}, and "
+        f"at least {MIN_ROWS} are "
         f"needed to tell two {wording.noun}s apart. {wording.describe(best)} has the best score: "
         f"{wording.format_score(best)}."
     )
@@ -208,20 +218,27 @@ def _explain_too_few_rows(decision: Decision, wording: Wording) -> str:
 
 def _explain_best(decision: Decision, comparisons: Sequence[Comparison], wording: Wording) -> str:
     best = decision.best
-    sentence = f"Ship {wording.describe(best.name)}: it has the best score, {wording.format_score(best.name)}, on "
-    sentence += f"{_count_rows(decision, wording)}."
+    sentence = (
+        f"Ship {wording.describe(best.name)}: it has the best score, "
+        f"{wording.format_score(best.name)}, on "
+    )
+    sentence += f"{_format_row_count(decision, wording)}."
     others = len(decision.eligible) - 1
     if others:
         verb = "is" if others == 1 else "are"
         return (
-            f"{sentence} {counted(others, f'other {wording.noun}')} {verb} within the tolerance, but not clearly "
+            f"{sentence} {format_count(others, f'other {wording.noun}')} {verb} within the "
+            "tolerance, but not clearly "
             f"cheaper ({wording.format_cost(best)} for {best.name})."
         )
     if decision.cheaper_undecided:
         return sentence
     if decision.undecided:
         verb = "is" if len(decision.undecided) == 1 else "are"
-        sentence += f" {_list_names(decision.undecided)} {verb} not shown to be worse, but not cheaper either."
+        sentence += (
+            f" {_list_names(decision.undecided)} {verb} not shown to be worse, but not "
+            "cheaper either."
+        )
     elif decision.worse:
         nearest = max(decision.worse, key=lambda option: option.score)
         sentence += f" {_explain_worse(nearest, best, comparisons)}"
@@ -230,32 +247,37 @@ def _explain_best(decision: Decision, comparisons: Sequence[Comparison], wording
 
 def _explain_worse(option: Option, best: Option, comparisons: Sequence[Comparison]) -> str:
     comparison = next(each for each in comparisons if each.is_worse(option.name, best.name))
-    interval = comparison.loss_interval(option.name, best.name)
-    p_value = comparison.p_value(option.name, best.name)
-    loss = unsigned_zero(comparison.loss(option.name, best.name))
+    interval = comparison.compute_loss_interval(option.name, best.name)
+    p_value = comparison.compute_p_value(option.name, best.name)
+    loss = format_decimal(comparison.compute_loss(option.name, best.name))
     ends = format_interval(interval) if interval else ""
     p_text = "" if p_value is None else f" ({describe_p_value(p_value)})"
-    return f"The next best, {option.name}, is worse in {comparison.metric} by {loss} {ends}{p_text}."
+    return (
+        f"The next best, {option.name}, is worse in {comparison.metric} by {loss} {ends}{p_text}."
+    )
 
 
 def _explain_cheaper(
     decision: Decision, comparisons: Sequence[Comparison], tolerances: Tolerances, wording: Wording
 ) -> list[str]:
     chosen, best = decision.chosen, decision.best
-    lowest = min(map(_cost, decision.eligible))
-    about = "" if _cost(chosen) == lowest else "about "
+    lowest = min(map(_get_cost, decision.eligible))
+    about = "" if _get_cost(chosen) == lowest else "about "
     sentences = [
-        f"Ship {wording.describe(chosen.name)}: it has {about}the lowest cost ({wording.format_cost(chosen)}) of the "
+        f"Ship {wording.describe(chosen.name)}: it has {about}the lowest cost "
+        f"({wording.format_cost(chosen)}) of the "
         f"{len(decision.eligible)} {wording.noun}s within the tolerance.",
-        f"Its score on {_count_rows(decision, wording)} is {wording.format_score(chosen.name)}; the best is "
+        f"Its score on {_format_row_count(decision, wording)} is "
+        f"{wording.format_score(chosen.name)}; the best is "
         f"{wording.format_score(best.name)} of {best.name} ({wording.format_cost(best)}).",
     ]
     for each in comparisons:
-        loss = unsigned_zero(each.loss(chosen.name, best.name))
-        max_loss = unsigned_zero(each.max_loss(chosen.name, best.name))
+        loss = format_decimal(each.compute_loss(chosen.name, best.name))
+        max_loss = format_decimal(each.compute_max_loss(chosen.name, best.name))
         tolerance = resolve_tolerance(each, tolerances, best.name)
         sentences.append(
-            f"It loses {loss} in {each.metric}, at most {max_loss} with 95 % confidence (tolerance {tolerance:.2g})."
+            f"It loses {loss} in {each.metric}, at most {max_loss} with 95 % confidence "
+            f"(tolerance {tolerance:.2g})."
         )
     return sentences
 
@@ -263,40 +285,51 @@ def _explain_cheaper(
 def explain_open_question(
     decision: Decision, comparisons: Sequence[Comparison], tolerances: Tolerances, wording: Wording
 ) -> str | None:
-    """Describe the best cheaper option that the rows could not decide on, and how many rows would be enough.
+    """Describe the best cheaper option that the rows could not decide on, and how many rows would
+    be enough.
 
     Returns None if there is no such option.
     """
     undecided = decision.cheaper_undecided
     if not undecided:
         return None
-    option, best = max(undecided, key=lambda one: one.score), decision.best
+    option, best = max(undecided, key=lambda candidate: candidate.score), decision.best
     losses, rows_needed = [], 0
-    for each in comparisons:
-        tolerance = resolve_tolerance(each, tolerances, best.name)
-        if each.max_loss(option.name, best.name) <= tolerance:
+    for comparison in comparisons:
+        tolerance = resolve_tolerance(comparison, tolerances, best.name)
+        if comparison.compute_max_loss(option.name, best.name) <= tolerance:
             continue
-        interval = each.loss_interval(option.name, best.name)
+        interval = comparison.compute_loss_interval(option.name, best.name)
         if interval is None:
-            losses.append(f"{each.metric} has no interval ({each.missing_reason})")
+            losses.append(f"{comparison.metric} has no interval ({comparison.missing_reason})")
             continue
-        loss = unsigned_zero(each.loss(option.name, best.name))
-        losses.append(f"it loses {loss} {format_interval(interval)} in {each.metric} (tolerance {tolerance:.2g})")
-        rows_needed = max(rows_needed, each.rows_needed(option.name, best.name, tolerance) or 0)
+        loss = format_decimal(comparison.compute_loss(option.name, best.name))
+        losses.append(
+            f"it loses {loss} {format_interval(interval)} in {comparison.metric} (tolerance "
+            f"{tolerance:.2g})"
+        )
+        rows_needed = max(
+            rows_needed, comparison.estimate_rows_needed(option.name, best.name, tolerance) or 0
+        )
     sentence = (
-        f"{option.name} is cheaper ({wording.format_cost(option)}), but {_count_rows(decision, wording)} do not show "
+        f"{option.name} is cheaper ({wording.format_cost(option)}), but "
+        f"{_format_row_count(decision, wording)} do not show "
         f"whether it is within the tolerance: {'; '.join(losses)}."
     )
     if rows_needed > decision.rows:
         sentence += f" About {_round_up(rows_needed):,} rows would show it."
     others = len(undecided) - 1
     if others:
-        sentence += f" The same is open for {counted(others, f'other {wording.noun}')}."
+        sentence += f" The same is open for {format_count(others, f'other {wording.noun}')}."
     return sentence
 
 
-def _count_rows(decision: Decision, wording: Wording) -> str:
-    return counted(decision.rows, wording.row_noun) if decision.rows else f"the {wording.row_noun}s"
+def _format_row_count(decision: Decision, wording: Wording) -> str:
+    return (
+        format_count(decision.rows, wording.row_noun)
+        if decision.rows
+        else f"the {wording.row_noun}s"
+    )
 
 
 def _list_names(options: Sequence[Option]) -> str:
@@ -307,7 +340,7 @@ def _list_names(options: Sequence[Option]) -> str:
 
 def format_interval(interval: tuple[float, float]) -> str:
     """Format an interval as `[low, high]`."""
-    return f"[{unsigned_zero(interval[0])}, {unsigned_zero(interval[1])}]"
+    return f"[{format_decimal(interval[0])}, {format_decimal(interval[1])}]"
 
 
 def _round_up(rows: int) -> int:

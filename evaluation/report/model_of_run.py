@@ -1,77 +1,105 @@
-"""Which model of a run is meant: a named trial's, or what the run recommends."""
+"""Select a model of a run: that of a named trial, or the recommended one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorafleet.evaluation.report.search import build_report, run_job
+from lorafleet.evaluation.report.search import build_report, load_run_job
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials import sampling as search
-from lorafleet.jobs.trials.arms import arm_of, judged_job
-from lorafleet.jobs.trials.trial_id import prompt_format
+from lorafleet.jobs.trials.arms import build_evaluation_job, get_arm
+from lorafleet.jobs.trials.trial_id import get_prompt_format
 
 
 @dataclass(frozen=True)
-class Shipped:
-    """One model of a run: what it is loaded as, and its weights."""
+class SelectedModel:
+    """One model of a run: the job to load it with, and its weights."""
 
     run: Run
     job: JobSpec
-    """As what: its base and its method."""
+    """Job with the base and the method of the model."""
     weights: Path | None
-    """Folder of what was trained; None: an arm that is the base as it is."""
+    """Folder of the trained weights; None for an arm that is the unchanged base."""
     trial_id: str | None
     arm: str | None = None
     untrained: bool = False
-    """Whether it is an arm that trains nothing: an untrained base, or an adapter on another base than its own."""
+    """True for an arm without training: an untrained base, or an adapter on another base."""
 
 
-def shipped(run: Run, trial_id: str = "") -> Shipped:
-    """The model of a trial, or (no `trial_id`) what the run recommends.
+def select_model(run: Run, trial_id: str = "") -> SelectedModel:
+    """Return the model of a trial, or the recommended model if `trial_id` is empty.
 
-    Raises RunError where there is none, or where its weights are not on this machine.
+    Raises:
+        RunError: There is no such model, its weights are not on this machine, or another version
+            trained the run with another prompt format.
     """
     check_prompt_format(run)
     if trial_id:
-        trial = next((found for found in run.trials() if found.id == trial_id), run.trial(trial_id))
-        return Shipped(run, job_of(trial), _there(run, trial.weights), trial_id, trial.arm)
+        trial = next(
+            (existing for existing in run.list_trials() if existing.id == trial_id),
+            run.get_trial(trial_id),
+        )
+        return SelectedModel(
+            run, load_trial_job(trial), _check_weights(run, trial.weights), trial_id, trial.arm
+        )
     report = build_report(run)
     chosen = report.recommendation
     weights = run.path / chosen.adapter if chosen.adapter else None
     if report.arms is not None and chosen.arm:
-        job = run_job(run)
+        job = load_run_job(run)
         best = next(arm.configuration for arm in report.arms if arm.arm == chosen.arm)
-        found = _there(run, weights) if weights else None
-        untrained = not arm_of(job, chosen.arm).trains
-        return Shipped(run, judged_job(job, chosen.arm, best), found, chosen.trial_id, chosen.arm, untrained)
+        existing = _check_weights(run, weights) if weights else None
+        untrained = not get_arm(job, chosen.arm).needs_training
+        return SelectedModel(
+            run,
+            build_evaluation_job(job, chosen.arm, best),
+            existing,
+            chosen.trial_id,
+            chosen.arm,
+            untrained,
+        )
     if chosen.trial_id is None or weights is None:
         raise RunError(f"{run.id} recommends nothing yet: name a trial, as {run.id}:TRIAL")
-    return Shipped(run, job_of(Trial(weights.parent)), _there(run, weights), chosen.trial_id)
+    return SelectedModel(
+        run, load_trial_job(Trial(weights.parent)), _check_weights(run, weights), chosen.trial_id
+    )
 
 
 def check_prompt_format(run: Run) -> None:
-    """Raise RunError for a run that another version trained on other tokens than this one would make of its rows."""
+    """Raise RunError if the run was trained with another prompt format than this version's.
+
+    This version would then make other tokens of the run's rows.
+    """
     trained = files.read_json(run.path / "facts.json").get("prompt_format")
-    job = run_job(run)
-    if trained is not None and trained != prompt_format(job):
+    job = load_run_job(run)
+    if trained is not None and trained != get_prompt_format(job):
         raise RunError(
             f"{run.id} was trained with prompt format {trained}, and this version of lorafleet has "
-            f"{prompt_format(job)}: it would build other prompts and end tokens than the training had. Use the version "
-            "that trained it, or train it again; its report and `lorafleet compare RUN RUN` still work"
+            f"{get_prompt_format(job)}: it would build other prompts and end tokens than the "
+            "training had. Use the version "
+            "that trained it, or train it again; its report and `lorafleet compare RUN RUN` "
+            "still work"
         )
 
 
-def job_of(trial: Trial) -> JobSpec:
-    """The job that a trial trained."""
-    return search.trial(run_job(Run(trial.path.parent.parent)), trial.params().get("assignment", {}))
+def load_trial_job(trial: Trial) -> JobSpec:
+    """Return the job that a trial trained."""
+    return search.build_trial_job(
+        load_run_job(Run(trial.path.parent.parent)), trial.read_params().get("assignment", {})
+    )
 
 
-def _there(run: Run, weights: Path) -> Path:
+def _check_weights(run: Run, weights: Path) -> Path:
+    """Return the folder of weights. Raises RunError if it is not on this machine."""
     if not weights.is_dir():
-        more = f"`lorafleet pull {run.id}` brings it" if weights.parent.is_dir() else "no such trial was kept"
-        raise RunError(f"{weights} is not on this machine: {more}")
+        hint = (
+            f"`lorafleet pull {run.id}` brings it"
+            if weights.parent.is_dir()
+            else "no such trial was kept"
+        )
+        raise RunError(f"{weights} is not on this machine: {hint}")
     return weights

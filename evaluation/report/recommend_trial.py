@@ -7,9 +7,14 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
-from lorafleet.evaluation.metrics.paired import DEFAULT_DRAWS, Candidate, Comparison, comparable_candidates
+from lorafleet.evaluation.metrics.paired import (
+    DEFAULT_DRAWS,
+    Candidate,
+    Comparison,
+    select_comparable_candidates,
+)
 from lorafleet.evaluation.metrics.predictions import RowResults
-from lorafleet.evaluation.render.trial_table import describe
+from lorafleet.evaluation.render.trial_table import format_params
 from lorafleet.evaluation.report.decide import (
     Decision,
     Option,
@@ -20,9 +25,9 @@ from lorafleet.evaluation.report.decide import (
     explain,
     format_interval,
 )
-from lorafleet.jobs.runs.report import OverFolds, Recommendation, Row
+from lorafleet.jobs.runs.report import FoldScores, Recommendation, Row
 from lorafleet.jobs.trials.asha import Goal
-from lorafleet.jobs.trials.sampling import without_fold
+from lorafleet.jobs.trials.sampling import remove_fold
 
 MAX_COMPARED = 50
 """Only this many candidates, the best by score, are compared row by row."""
@@ -50,7 +55,8 @@ class SearchRule:
         """Return the rule as text for the given kind of candidates."""
         return (
             f"of {candidates}, the one with the fewest trained parameters that loses at most "
-            f"{describe_tolerances(self.tolerances)} against the best (simultaneous 95 % intervals of paired "
+            f"{describe_tolerances(self.tolerances)} against the best (simultaneous 95 % "
+            "intervals of paired "
             "differences on the validation rows); if there is none, the best"
         )
 
@@ -60,26 +66,39 @@ class SearchRule:
         return f"{trial_id} ({label})" if label else trial_id
 
 
-def recommend(rows: list[Row], rule: SearchRule, results: Mapping[str, RowResults]) -> Recommendation:
+def recommend(
+    rows: list[Row], rule: SearchRule, results: Mapping[str, RowResults]
+) -> Recommendation:
     """Recommend a trial.
 
-    Trials that were stopped early are ignored if any trial was trained to the end: their scores and costs are those of
-    a shorter training.
+    Trials that were stopped early are ignored if any trial was trained to the end: their scores and
+    costs are those of a shorter training.
 
     Args:
         rows: All trials.
         rule: How to choose.
         results: Trial id -> its results on every validation row. May be incomplete.
     """
-    rule_text = rule.describe("the best configurations that were trained to the end (search.keep of them)")
-    trials = _ranked_trials(rows, rule)
+    rule_text = rule.describe(
+        "the best configurations that were trained to the end (search.keep of them)"
+    )
+    trials = _rank_trials(rows, rule)
     if not trials:
         sentence = "No trial has a score yet, so there is none to ship."
         return Recommendation(trial_id=None, rule=rule_text, sentence=sentence)
     by_id = {row.trial_id: row for row in trials}
-    compared = {row.trial_id: results[row.trial_id] for row in trials[:MAX_COMPARED] if row.trial_id in results}
+    compared = {
+        row.trial_id: results[row.trial_id]
+        for row in trials[:MAX_COMPARED]
+        if row.trial_id in results
+    }
     comparisons = _compare(compared, rule)
-    decision = decide(_options(trials[: rule.keep], rule), comparisons, rule.tolerances, _count_rows(compared, rule))
+    decision = decide(
+        _build_options(trials[: rule.keep], rule),
+        comparisons,
+        rule.tolerances,
+        _count_rows(compared, rule),
+    )
     wording = Wording(
         noun="configuration",
         row_noun="validation row",
@@ -100,7 +119,7 @@ def recommend(rows: list[Row], rule: SearchRule, results: Mapping[str, RowResult
     )
 
 
-def _ranked_trials(rows: list[Row], rule: SearchRule) -> list[Row]:
+def _rank_trials(rows: list[Row], rule: SearchRule) -> list[Row]:
     """Return the trials to choose from, the best first."""
     scored = [
         row
@@ -119,18 +138,25 @@ def _ranked_trials(rows: list[Row], rule: SearchRule) -> list[Row]:
 
 
 def _compare(results: Mapping[str, RowResults], rule: SearchRule) -> list[Comparison]:
-    """Compare candidates in every deciding metric. Candidates with other numbers of rows are left out."""
+    """Compare candidates in every deciding metric.
+
+    Candidates with other numbers of rows are left out.
+    """
     comparisons = []
-    max_rows = max((len(one) for one in results.values()), default=0)
-    candidates = [Candidate(name, [one]) for name, one in results.items() if len(one) == max_rows]
+    max_rows = max((len(row_results) for row_results in results.values()), default=0)
+    candidates = [
+        Candidate(name, [row_results])
+        for name, row_results in results.items()
+        if len(row_results) == max_rows
+    ]
     for metric, goal in ((rule.metric, rule.goal), *rule.also):
-        comparable = comparable_candidates(candidates, metric)
+        comparable = select_comparable_candidates(candidates, metric)
         if len(comparable) > 1:
             comparisons.append(Comparison(comparable, metric, goal, rule.draws))
     return comparisons
 
 
-def _options(rows: Sequence[Row], rule: SearchRule) -> list[Option]:
+def _build_options(rows: Sequence[Row], rule: SearchRule) -> list[Option]:
     sign = 1 if rule.goal == "maximize" else -1
     options = []
     for row in rows:
@@ -140,7 +166,7 @@ def _options(rows: Sequence[Row], rule: SearchRule) -> list[Option]:
 
 
 def _count_rows(results: Mapping[str, RowResults], rule: SearchRule) -> int:
-    return max((len(one) for one in results.values()), default=rule.rows)
+    return max((len(row_results) for row_results in results.values()), default=rule.rows)
 
 
 def _format_size(option: Option) -> str:
@@ -149,27 +175,34 @@ def _format_size(option: Option) -> str:
 
 def _format_score(row: Row, metric: str) -> str:
     interval = row.intervals.get(metric)
-    return f"{metric} {row.metrics[metric]:.3f}" + (f" {format_interval(interval)}" if interval else "")
+    return f"{metric} {row.metrics[metric]:.3f}" + (
+        f" {format_interval(interval)}" if interval else ""
+    )
 
 
-def over_folds(rows: list[Row], metric: str, goal: Goal) -> list[OverFolds]:
-    """Return every configuration of a cross-validation with its mean over folds, the best first."""
-    scores_of: dict[str, tuple[dict[str, Any], list[float]]] = {}
+def summarize_folds(rows: list[Row], metric: str, goal: Goal) -> list[FoldScores]:
+    """Return each configuration of a cross-validation with its mean over folds, the best first."""
+    scores_by_key: dict[str, tuple[dict[str, Any], list[float]]] = {}
     for row in rows:
         score = row.metrics.get(metric)
         if row.fold is not None and row.state == "finished" and score is not None:
-            params = without_fold(row.params)
-            scores_of.setdefault(repr(params), (params, []))[1].append(score)
+            params = remove_fold(row.params)
+            scores_by_key.setdefault(repr(params), (params, []))[1].append(score)
     configurations = []
-    for params, scores in scores_of.values():
+    for params, scores in scores_by_key.values():
         deviation = stdev(scores) if len(scores) > 1 else 0.0
-        configurations.append(OverFolds(params=params, scores=scores, mean=fmean(scores), deviation=deviation))
+        configurations.append(
+            FoldScores(params=params, scores=scores, mean=fmean(scores), deviation=deviation)
+        )
     sign = -1 if goal == "maximize" else 1
-    return sorted(configurations, key=lambda one: (-len(one.scores), sign * one.mean))
+    return sorted(
+        configurations,
+        key=lambda configuration: (-len(configuration.scores), sign * configuration.mean),
+    )
 
 
 def decide_over_folds(
-    folds: list[OverFolds],
+    folds: list[FoldScores],
     rule: SearchRule,
     results: Mapping[str, RowResults],
     sizes: Mapping[str, int | None],
@@ -181,51 +214,64 @@ def decide_over_folds(
     Args:
         folds: All configurations, the best first.
         rule: How to choose.
-        results: `configuration_key` -> its results on the rows of all folds.
-        sizes: `configuration_key` -> trained parameters.
+        results: `get_configuration_key` -> its results on the rows of all folds.
+        sizes: `get_configuration_key` -> trained parameters.
     """
     max_folds = len(folds[0].scores)
-    complete = [one for one in folds if len(one.scores) == max_folds]
+    complete = [configuration for configuration in folds if len(configuration.scores) == max_folds]
     sign = 1 if rule.goal == "maximize" else -1
     options = []
-    for one in complete:
-        key = configuration_key(one)
-        options.append(Option(key, sign * one.mean, sizes.get(key)))
+    for configuration in complete:
+        key = get_configuration_key(configuration)
+        options.append(Option(key, sign * configuration.mean, sizes.get(key)))
     keys = [option.name for option in options[:MAX_COMPARED]]
     compared = {key: results[key] for key in keys if key in results}
     comparisons = _compare(compared, rule)
     return decide(options, comparisons, rule.tolerances, _count_rows(compared, rule)), comparisons
 
 
-def configuration_key(configuration: OverFolds) -> str:
+def get_configuration_key(configuration: FoldScores) -> str:
     """Return the key of a configuration."""
     return repr(configuration.params)
 
 
 def recommend_over_folds(
     rows: list[Row],
-    folds: list[OverFolds],
+    folds: list[FoldScores],
     rule: SearchRule,
     results: Mapping[str, RowResults],
 ) -> Recommendation:
     """Recommend the trial of the chosen configuration that was trained on all training rows."""
     rule_text = rule.describe("the configurations, on the validation rows of all folds together")
-    trials = [row for row in rows if row.fold is None and not row.repeats and row.metrics.get(rule.metric) is not None]
+    trials = [
+        row
+        for row in rows
+        if row.fold is None and not row.repeats and row.metrics.get(rule.metric) is not None
+    ]
     if not trials or not folds:
-        sentence = "The best configuration over the folds is not trained yet, so there is none to ship."
+        sentence = (
+            "The best configuration over the folds is not trained yet, so there is none to ship."
+        )
         return Recommendation(trial_id=None, rule=rule_text, sentence=sentence)
     trial = trials[0]
-    trial_key = repr(without_fold(trial.params))
-    sizes = {repr(without_fold(row.params)): row.trainable_parameters for row in rows}
+    trial_key = repr(remove_fold(trial.params))
+    sizes = {repr(remove_fold(row.params)): row.trainable_parameters for row in rows}
     decision, comparisons = decide_over_folds(folds, rule, results, sizes)
-    by_key = {configuration_key(one): one for one in folds}
+    by_key = {get_configuration_key(configuration): configuration for configuration in folds}
 
     def describe_configuration(key: str) -> str:
-        return rule.describe_trial(trial.trial_id) if key == trial_key else describe(by_key[key].params)
+        return (
+            rule.describe_trial(trial.trial_id)
+            if key == trial_key
+            else format_params(by_key[key].params)
+        )
 
     def format_score(key: str) -> str:
-        one = by_key[key]
-        return f"mean {rule.metric} {one.mean:.3f} ± {one.deviation:.3f} over {len(one.scores)} folds"
+        configuration = by_key[key]
+        return (
+            f"mean {rule.metric} {configuration.mean:.3f} ± {configuration.deviation:.3f} over "
+            f"{len(configuration.scores)} folds"
+        )
 
     wording = Wording(
         noun="configuration",
@@ -237,7 +283,10 @@ def recommend_over_folds(
     sentence = explain(decision, comparisons, rule.tolerances, wording)
     option = decision.best if decision.has_too_few_rows else decision.chosen
     if trial_key != option.name:
-        sentence = f"{trial.trial_id} was trained by the rule of an earlier version. By the current rule: {sentence}"
+        sentence = (
+            f"{trial.trial_id} was trained by the rule of an earlier version. By the "
+            f"current rule: {sentence}"
+        )
     return Recommendation(
         trial_id=trial.trial_id,
         rule=rule_text,

@@ -1,4 +1,4 @@
-"""Held-out rows side by side: those on which models differ most, and those that the chosen one is most wrong about."""
+"""Select held-out rows to show: large differences and errors."""
 
 from __future__ import annotations
 
@@ -6,94 +6,149 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from lorafleet.evaluation.metrics.predictions import RowResults
 from lorafleet.jobs.runs.report import Answer, Sample
 
-MOST = 12
-"""Rows that a report shows."""
+MAX_ROWS = 12
+"""Most rows that a report shows."""
 _PREFERRED = ("rougeL", "rouge1", "bertscore_f1", "exact_match")
-"""By which answers are set apart, where there are several metrics."""
+"""Metrics by which answers are told apart, the preferred one first."""
 
 
-def differing(
-    rows: Sequence[Mapping[str, Any]], models: Mapping[str, RowResults], labels: Sequence[str], most: int = MOST
+def select_differing(
+    rows: Sequence[Mapping[str, Any]],
+    models: Mapping[str, RowResults],
+    labels: Sequence[str],
+    max_rows: int = MAX_ROWS,
 ) -> list[Sample]:
-    """The rows on which the models differ most, with all their answers."""
-    if not rows or not models or any(len(found) != len(rows) for found in models.values()):
+    """Return the rows on which the models differ most, with all their answers."""
+    if not rows or not models or any(len(results) != len(rows) for results in models.values()):
         return []
-    apart_R = _apart(list(models.values()))
-    shown = [row for row in np.argsort(-apart_R, kind="stable") if apart_R[row] >= 0][:most]
-    return [_sample(int(row), rows, models, labels) for row in shown]
+    distance_R = _compute_distances(list(models.values()))
+    shown = [row for row in np.argsort(-distance_R, kind="stable") if distance_R[row] >= 0][
+        :max_rows
+    ]
+    return [_build_sample(int(row), rows, models, labels) for row in shown]
 
 
-def mistakes(
-    rows: Sequence[Mapping[str, Any]], name: str, found: RowResults, labels: Sequence[str], most: int = MOST
+def select_mistakes(
+    rows: Sequence[Mapping[str, Any]],
+    name: str,
+    results: RowResults,
+    labels: Sequence[str],
+    max_rows: int = MAX_ROWS,
 ) -> list[Sample]:
-    """The rows that a classifier got wrong, the most confident first."""
-    said = found.classified
-    if said is None or len(rows) != len(found):
+    """Return the rows that a classifier got wrong, the most confident first."""
+    classified = results.classified
+    if classified is None or len(rows) != len(results):
         return []
-    wrong_R = said.predicted_R != said.label_R
-    order = np.argsort(-np.where(wrong_R, said.confidence_R, -1.0), kind="stable")
-    return [_sample(int(row), rows, {name: found}, labels) for row in order[:most] if wrong_R[row]]
+    wrong_R = classified.predicted_R != classified.label_R
+    order = np.argsort(-np.where(wrong_R, classified.confidence_R, -1.0), kind="stable")
+    return [
+        _build_sample(int(row), rows, {name: results}, labels)
+        for row in order[:max_rows]
+        if wrong_R[row]
+    ]
 
 
-def worst(
-    rows: Sequence[Mapping[str, Any]], name: str, found: RowResults, labels: Sequence[str], most: int = MOST
+def select_worst(
+    rows: Sequence[Mapping[str, Any]],
+    name: str,
+    results: RowResults,
+    labels: Sequence[str],
+    max_rows: int = MAX_ROWS,
 ) -> list[Sample]:
-    """The rows to whose right class a classifier gives the least probability, that `mistakes` does not show.
+    """Return the rows to whose true class a classifier gives the least probability.
 
-    Of two classes there are none: the surest mistake is the worst row.
+    Rows that `select_mistakes` returns are left out. With two classes the result is empty:
+    the most confident mistake is the worst row.
     """
-    if found.classified is None or len(rows) != len(found) or len(labels) < 3:
+    if results.classified is None or len(rows) != len(results) or len(labels) < 3:
         return []
-    shown = {sample.row for sample in mistakes(rows, name, found, labels, most)}
-    order = np.argsort(-np.where(np.isfinite(found.loss_R), found.loss_R, -np.inf), kind="stable")[:most]
-    return [_sample(int(row), rows, {name: found}, labels) for row in order if int(row) not in shown]
+    shown = {sample.row for sample in select_mistakes(rows, name, results, labels, max_rows)}
+    order = np.argsort(
+        -np.where(np.isfinite(results.loss_R), results.loss_R, -np.inf), kind="stable"
+    )[:max_rows]
+    return [
+        _build_sample(int(row), rows, {name: results}, labels)
+        for row in order
+        if int(row) not in shown
+    ]
 
 
-def _apart(models: list[RowResults]) -> np.ndarray:
-    """How far models are apart on each row; below 0 where there is nothing to show.
+def _compute_distances(models: list[RowResults]) -> np.ndarray:
+    """Return how far the models are apart on each row; negative if there is nothing to show.
 
-    Classes: how many different ones were said, and then how sure the models were. Answers: the spread of a metric, or
-    of the loss of a target token where no metric was asked for.
+    Classes: the number of different predictions, then the mean confidence. Answers: the
+    spread of a metric, or of the loss per target token if no metric was requested.
     """
-    classified = [found.classified for found in models]
-    if all(said is not None for said in classified):
-        predicted_MR = np.stack([said.predicted_R for said in classified if said])
-        sure_R = np.mean([said.confidence_R for said in classified if said], axis=0)
+    classified = [results.classified for results in models]
+    if all(predictions is not None for predictions in classified):
+        predicted_MR = np.stack(
+            [predictions.predicted_R for predictions in classified if predictions]
+        )
+        confidence_R = np.mean(
+            [predictions.confidence_R for predictions in classified if predictions], axis=0
+        )
         different_R = np.array([len(set(column)) for column in predicted_MR.T])
-        return np.where(different_R > 1, different_R + sure_R, -1.0) if len(models) > 1 else np.full(len(sure_R), -1.0)
+        return (
+            np.where(different_R > 1, different_R + confidence_R, -1.0)
+            if len(models) > 1
+            else np.full(len(confidence_R), -1.0)
+        )
     answered_R = np.array(
-        [all(found.answers and found.answers[row] is not None for found in models) for row in range(len(models[0]))]
+        [
+            all(results.answers and results.answers[row] is not None for results in models)
+            for row in range(len(models[0]))
+        ]
     )
-    name = next((name for name in (*_PREFERRED, *models[0].ratios) if all(name in m.ratios for m in models)), None)
-    values = [found.ratios[name][0] if name else found.loss_R / np.maximum(found.targets_R, 1) for found in models]
+    name = next(
+        (
+            name
+            for name in (*_PREFERRED, *models[0].ratios)
+            if all(name in m.ratios for m in models)
+        ),
+        None,
+    )
+    values = [
+        results.ratios[name][0] if name else results.loss_R / np.maximum(results.targets_R, 1)
+        for results in models
+    ]
     spread_R = np.ptp(np.stack(values), axis=0)
     return np.where(answered_R, spread_R, -1.0)
 
 
-def _setting_apart(found: RowResults) -> str | None:
-    return next((name for name in (*_PREFERRED, *found.ratios) if name in found.ratios), None)
+def _choose_metric(results: RowResults) -> str | None:
+    """Return the metric by which answers are told apart; None if there is none."""
+    return next((name for name in (*_PREFERRED, *results.ratios) if name in results.ratios), None)
 
 
-def _sample(
-    row: int, rows: Sequence[Mapping[str, Any]], models: Mapping[str, RowResults], labels: Sequence[str]
+def _build_sample(
+    row: int,
+    rows: Sequence[Mapping[str, Any]],
+    models: Mapping[str, RowResults],
+    labels: Sequence[str],
 ) -> Sample:
-    answers = {name: _answer(row, found, labels) for name, found in models.items()}
-    return Sample(row=row, prompt=rows[row]["prompt"], reference=rows[row]["reference"], answers=answers)
+    answers = {name: _build_answer(row, results, labels) for name, results in models.items()}
+    return Sample(
+        row=row, prompt=rows[row]["prompt"], reference=rows[row]["reference"], answers=answers
+    )
 
 
-def _answer(row: int, found: RowResults, labels: Sequence[str]) -> Answer:
-    said = found.classified
-    if said is not None:
-        predicted, label = int(said.predicted_R[row]), int(said.label_R[row])
+def _build_answer(row: int, results: RowResults, labels: Sequence[str]) -> Answer:
+    classified = results.classified
+    if classified is not None:
+        predicted, label = int(classified.predicted_R[row]), int(classified.label_R[row])
         text = labels[predicted] if predicted < len(labels) else str(predicted)
-        return Answer(text=text, confidence=_number(said.confidence_R[row]), right=predicted == label)
-    name = _setting_apart(found)
-    score = _number(found.ratios[name][0][row]) if name else None
-    return Answer(text=found.answers[row] or "", score=score)
+        return Answer(
+            text=text, confidence=_to_finite(classified.confidence_R[row]), right=predicted == label
+        )
+    name = _choose_metric(results)
+    score = _to_finite(results.ratios[name][0][row]) if name else None
+    return Answer(text=results.answers[row] or "", score=score)
 
 
-def _number(value: float) -> float | None:
+def _to_finite(value: float) -> float | None:
+    """Return a value as a float; None if it is NaN or infinite."""
     return float(value) if np.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""From a run's files to its Report, at any time: nothing here needs torch, ray or a network."""
+"""Build the report of a run from its files, at any time. Needs no torch, Ray or network."""
 
 from __future__ import annotations
 
@@ -8,137 +8,163 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafleet.evaluation.render.trial_table import describe
+from pydantic import ValidationError
+
+from lorafleet.evaluation.render.trial_table import format_params
 from lorafleet.evaluation.report.recommend_trial import (
     MAX_COMPARED,
     SearchRule,
-    over_folds,
     recommend,
     recommend_over_folds,
+    summarize_folds,
 )
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import AssetError, DataError, RunError
-from lorafleet.jobs.runs.records import FACTS, DamagedFile, damaged_where_wrong, read_record
+from lorafleet.jobs.runs.records import FACTS, DamagedFile, raise_damaged_file, read_record
 from lorafleet.jobs.runs.report import Baseline, Failure, Intervals, Metrics, Report, Row
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.metrics import is_better
 from lorafleet.jobs.schema.search import FOLD
-from lorafleet.jobs.schema.validation_messages import of_another_version
-from lorafleet.jobs.text import printable_json
-from lorafleet.jobs.trials.sampling import without_fold
-from pydantic import ValidationError
+from lorafleet.jobs.schema.validation_messages import describe_unreadable_file
+from lorafleet.jobs.text import make_json_printable
+from lorafleet.jobs.trials.sampling import remove_fold
 
 if TYPE_CHECKING:
     from lorafleet.evaluation.metrics.predictions import RowResults
 
 
-def run_job(run: Run) -> JobSpec:
-    """The job of a run."""
+def load_run_job(run: Run) -> JobSpec:
+    """Load the job of a run.
+
+    Raises:
+        RunError: The folder is not a complete run, or its job is of another version.
+    """
     plan = files.read_json(run.path / "plan.json")
     if "job" not in plan:
-        raise RunError(f"{run.path} holds no plan.json: it is not a run, or was not submitted whole")
+        raise RunError(
+            f"{run.path} holds no plan.json: it is not a run, or was not submitted whole"
+        )
     try:
         return JobSpec.model_validate_json(json.dumps(plan["job"]))
     except ValidationError as error:
-        raise RunError(of_another_version(run.path / "plan.json", error)) from None
+        raise RunError(describe_unreadable_file(run.path / "plan.json", error)) from None
 
 
-def job_here(run: Run) -> JobSpec:
-    """The job of a run with the paths of the machine that submitted it: its plan has those of where it ran."""
-    raw = run_job(run).model_dump(mode="json")
-    for path, told in files.read_json(run.path / "resolved.json").get("fields", {}).items():
+def load_local_job(run: Run) -> JobSpec:
+    """Load the job of a run with the paths of the machine that submitted it.
+
+    The plan of a run has the paths of the machine on which it ran.
+    """
+    raw = load_run_job(run).model_dump(mode="json")
+    for path, field_record in files.read_json(run.path / "resolved.json").get("fields", {}).items():
         *blocks, name = path.split(".")
         block = raw
         for key in blocks:
             block = block.get(key) or {}
-        if isinstance(block.get(name), str) and isinstance(told.get("value"), str):
-            block[name] = told["value"]
+        if isinstance(block.get(name), str) and isinstance(field_record.get("value"), str):
+            block[name] = field_record["value"]
     return JobSpec.model_validate_json(json.dumps(raw))
 
 
-def _data_name(job: JobSpec) -> str:
-    """Return the data set of a run; of one that trains nothing, the file that it was evaluated on."""
-    trains = job.compare is None or any(arm.trains for arm in job.compare.arms.values())
+def _get_data_name(job: JobSpec) -> str:
+    """Return the data set of a run, or the evaluated file if the run trains nothing."""
+    trains = job.compare is None or any(arm.needs_training for arm in job.compare.arms.values())
     if not trains and job.data.test_file:
         return job.data.test_file
     return str(job.data.dataset_name or job.data.train_file)
 
 
 def build_report(run: Run) -> Report:
-    """Read a run and say what it found so far."""
-    job = run_job(run)
+    """Build the report of a run from the results that it has so far."""
+    job = load_run_job(run)
     facts = read_record(run.path / "facts.json", FACTS)
     metric = job.metric
     plan = files.read_json(run.path / "plan.json")
-    written = run.path / "report" / "report.json"
-    if plan.get("command") == "benchmark" and written.is_file():  # it has no trials to be built from
-        with damaged_where_wrong(written):
-            return Report.model_validate_json(written.read_text())
+    report_file = run.path / "report" / "report.json"
+    if (
+        plan.get("command") == "benchmark" and report_file.is_file()
+    ):  # a benchmark has no trials to build its report from
+        with raise_damaged_file(report_file):
+            return Report.model_validate_json(report_file.read_text())
     validation_rows = int(facts.get("rows", {}).get("validation", 0))
     rows = load_trial_rows(run, job, validation_rows) if plan.get("command") != "compare" else []
-    labels = {row.trial_id: describe(row.params) for row in rows}
-    ordered = sorted(rows, key=lambda row: _rank(row, metric.name, metric.goal))
-    folds = over_folds(rows, metric.name, metric.goal)
-    rule = search_rule(job, validation_rows, labels)
+    labels = {row.trial_id: format_params(row.params) for row in rows}
+    ordered = sorted(rows, key=lambda row: _compute_rank(row, metric.name, metric.goal))
+    folds = summarize_folds(rows, metric.name, metric.goal)
+    rule = build_search_rule(job, validation_rows, labels)
     if folds:
         chosen = recommend_over_folds(ordered, folds, rule, load_fold_results(run, rows))
     else:
         chosen = recommend(ordered, rule, _load_best_results(run, ordered, metric.name))
-    wanted = ("data_sha256", "model_revisions", "labels")
-    shown_facts: dict[str, Any] = {str(key): facts[key] for key in wanted if key in facts}
+    fact_keys = ("data_sha256", "model_revisions", "labels")
+    shown_facts: dict[str, Any] = {str(key): facts[key] for key in fact_keys if key in facts}
     if facts.get("encoders"):
         layer = job.evaluate.bertscore_layer
-        of = f"layer {layer}" if layer is not None else "its last layer"
-        shown_facts["bertscore"] = {name: f"{of}, {revision}" for name, revision in facts["encoders"].items()}
-    damages = run.damages({row.trial_id for row in rows})
-    with damaged_where_wrong(run.path / "plan.json"):
-        plain = Report(
+        layer_text = f"layer {layer}" if layer is not None else "its last layer"
+        shown_facts["bertscore"] = {
+            name: f"{layer_text}, {revision}" for name, revision in facts["encoders"].items()
+        }
+    damages = run.list_damages({row.trial_id for row in rows})
+    with raise_damaged_file(run.path / "plan.json"):
+        report = Report(
             run=run.id,
             state=run.state,
             task=job.task,
             metrics=list(job.metric_names),
             model=job.model.model_name_or_path,
-            data=_data_name(job),
+            data=_get_data_name(job),
             metric=metric.name,
-            also=[one.name for one in metric.also],
+            also=[further_metric.name for further_metric in metric.also],
             goal=metric.goal,
             rows_count=facts.get("rows", {}),
             rungs=plan.get("rung_levels", []),
-            time_attr=job.search.scheduler.time_attr if job.search and plan.get("command") == "sweep" else "step",
+            time_attr=job.search.scheduler.time_attr
+            if job.search and plan.get("command") == "sweep"
+            else "step",
             held_out="validation" if facts.get("chosen_on_test") else "test",
-            base=_checked_base(run, facts),
+            base=_load_base_row(run, facts),
             baselines=_load_baselines(run, facts),
             trials=ordered,
             folds=folds,
-            recommendation=chosen.model_copy(update={"adapter": _weights(run, chosen.trial_id)}),
-            wall_seconds=run.status().get("wall_seconds"),
-            warnings=[*facts.get("warnings", []), *_optimism(facts), *run.remarks(), *damages],
+            recommendation=chosen.model_copy(
+                update={"adapter": _get_weights_path(run, chosen.trial_id)}
+            ),
+            wall_seconds=run.read_status().get("wall_seconds"),
+            warnings=[
+                *facts.get("warnings", []),
+                *_list_optimism_warnings(facts),
+                *run.list_remarks(),
+                *damages,
+            ],
             versions=facts.get("versions", {}),
             facts=shown_facts,
         )
     if plan.get("command") != "compare":
-        whole = _add_verdict(_with_samples(run, plain), facts)
+        full_report = _add_verdict(_add_samples(run, report), facts)
     else:
-        from lorafleet.evaluation.report.comparison import comparison_report
+        from lorafleet.evaluation.report.comparison import build_comparison_report
 
-        whole = comparison_report(run, job, plain, facts.get("class_counts", {}))
+        full_report = build_comparison_report(run, job, report, facts.get("class_counts", {}))
     if not (run.path / "ratings").is_dir():
-        return whole
-    from lorafleet.evaluation.report.human_rating import ratings_of
+        return full_report
+    from lorafleet.evaluation.report.human_rating import load_ratings
 
-    return whole.model_copy(update={"ratings": ratings_of(run)})
+    return full_report.model_copy(update={"ratings": load_ratings(run)})
 
 
 def _load_baselines(run: Run, facts: dict[str, Any]) -> list[Baseline]:
-    """Return the baselines that need no training. Empty for classification runs of earlier versions."""
+    """Return the baselines that need no training.
+
+    Empty for classification runs of earlier versions.
+    """
     held_out = "validation" if facts.get("chosen_on_test") else "test"
     counts = facts.get("class_counts") or {}
     if counts.get("train"):
-        from lorafleet.evaluation.report.baselines import majority_class
+        from lorafleet.evaluation.report.baselines import evaluate_majority_class
 
-        label, metrics = majority_class(counts["train"], counts.get("validation", {}))
-        _, test_metrics = majority_class(counts["train"], counts.get(held_out, {}))
+        label, metrics = evaluate_majority_class(counts["train"], counts.get("validation", {}))
+        _, test_metrics = evaluate_majority_class(counts["train"], counts.get(held_out, {}))
         return [
             Baseline(
                 name=f"always {label}",
@@ -147,11 +173,16 @@ def _load_baselines(run: Run, facts: dict[str, Any]) -> list[Baseline]:
                 test_metrics=dict(test_metrics),
             )
         ]
-    with damaged_where_wrong(run.baselines_file):
+    with raise_damaged_file(run.baselines_file):
         stored = files.read_json(run.baselines_file)
         metrics_of, test_metrics_of = stored.get("validation") or {}, stored.get(held_out) or {}
         return [
-            Baseline(name=name, what=name, metrics=metrics_of.get(name, {}), test_metrics=test_metrics_of.get(name, {}))
+            Baseline(
+                name=name,
+                what=name,
+                metrics=metrics_of.get(name, {}),
+                test_metrics=test_metrics_of.get(name, {}),
+            )
             for name in dict.fromkeys([*metrics_of, *test_metrics_of])
         ]
 
@@ -161,7 +192,9 @@ def _add_verdict(report: Report, facts: dict[str, Any]) -> Report:
     from lorafleet.evaluation.report import verdict
 
     metric, goal = report.metric, report.goal
-    recommended = next((row for row in report.trials if row.trial_id == report.recommendation.trial_id), None)
+    recommended = next(
+        (row for row in report.trials if row.trial_id == report.recommendation.trial_id), None
+    )
     base = Baseline(what="the untrained base model", metrics=report.base.metrics)
     recommendation, cautions = verdict.check_against_baselines(
         report.recommendation,
@@ -174,7 +207,10 @@ def _add_verdict(report: Report, facts: dict[str, Any]) -> Report:
     )
     counts = facts.get("class_counts") or {}
     if report.task == "classification" and not counts:
-        cautions.append("The run was made by an earlier version, which stored no class counts: there is no baseline.")
+        cautions.append(
+            "The run was made by an earlier version, which stored no class counts: there is no "
+            "baseline."
+        )
     labels = [str(label) for label in facts.get("labels") or []]
     cautions += verdict.check_rows(counts, "validation", report.rows_count.get("validation", 0))
     cautions += verdict.check_predictions(report.confusion, labels)
@@ -183,7 +219,9 @@ def _add_verdict(report: Report, facts: dict[str, Any]) -> Report:
     return report.model_copy(update={"recommendation": recommendation, "cautions": cautions})
 
 
-def search_rule(job: JobSpec, rows: int = 0, labels: dict[str, str] | None = None) -> SearchRule:
+def build_search_rule(
+    job: JobSpec, rows: int = 0, labels: dict[str, str] | None = None
+) -> SearchRule:
     """Return the rule by which a job's search chooses.
 
     Args:
@@ -204,64 +242,87 @@ def search_rule(job: JobSpec, rows: int = 0, labels: dict[str, str] | None = Non
 
 
 def _load_best_results(run: Run, ordered: list[Row], metric: str) -> dict[str, RowResults]:
-    """Load the validation results of the best trials, as far as they are stored."""
-    candidates = [row for row in ordered if row.metrics.get(metric) is not None and row.fold is None]
+    """Load the validation results of the best trials that have stored results."""
+    candidates = [
+        row for row in ordered if row.metrics.get(metric) is not None and row.fold is None
+    ]
     results = {row.trial_id: load_validation_results(run, row) for row in candidates[:MAX_COMPARED]}
-    return {trial_id: one for trial_id, one in results.items() if one is not None}
+    return {
+        trial_id: row_results
+        for trial_id, row_results in results.items()
+        if row_results is not None
+    }
 
 
 def load_fold_results(run: Run, rows: list[Row]) -> dict[str, RowResults]:
-    """Load the validation results of every configuration of a cross-validation, all folds joined.
+    """Load the validation results of each configuration of a cross-validation.
 
-    Returns `configuration_key` -> results, for the configurations with the most stored folds.
+    The results of all folds are joined. Returns `get_configuration_key` -> results, for the
+    configurations with the most stored folds.
     """
     from lorafleet.evaluation.metrics.predictions import concatenate
 
     by_fold: dict[str, dict[int, RowResults]] = {}
     for row in rows:
-        results = load_validation_results(run, row) if row.fold is not None and row.state == "finished" else None
+        results = (
+            load_validation_results(run, row)
+            if row.fold is not None and row.state == "finished"
+            else None
+        )
         if results is not None and row.fold is not None:
-            by_fold.setdefault(repr(without_fold(row.params)), {})[row.fold] = results
+            by_fold.setdefault(repr(remove_fold(row.params)), {})[row.fold] = results
     max_folds = max((len(folds) for folds in by_fold.values()), default=0)
     complete = {key: folds for key, folds in by_fold.items() if len(folds) == max_folds}
-    return {key: concatenate([folds[fold] for fold in sorted(folds)]) for key, folds in complete.items()}
+    return {
+        key: concatenate([folds[fold] for fold in sorted(folds)]) for key, folds in complete.items()
+    }
 
 
 def load_validation_results(run: Run, row: Row) -> RowResults | None:
-    """Load what the best weights of a trial did with each validation row.
+    """Load the results of a trial's best weights on each validation row.
 
-    Returns None if nothing is stored (runs of earlier versions), or if the file is damaged or of another step.
+    Returns None if nothing is stored (runs of earlier versions), or if the file is damaged or
+    of another step.
     """
     from lorafleet.evaluation.metrics.predictions import deserialize
 
     try:
-        results, step = deserialize(files.read_plain(run.trial(row.trial_id).validation_results))
+        results, step = deserialize(
+            files.read_regular_file(run.get_trial(row.trial_id).validation_results)
+        )
     except (OSError, ValueError):
         return None
     return results if step == row.weights_step else None
 
 
-def _with_samples(run: Run, report: Report) -> Report:
-    """The report with held-out rows: base and recommended trial side by side, and what the latter gets wrong."""
-    from lorafleet.evaluation.report.samples import differing, mistakes, worst
+def _add_samples(run: Run, report: Report) -> Report:
+    """Add held-out rows to a report.
+
+    These are answers of base and recommended trial side by side, and the recommended trial's
+    errors.
+    """
+    from lorafleet.evaluation.report.samples import select_differing, select_mistakes, select_worst
 
     chosen = report.recommendation.trial_id
-    rows = files.read_jsonl(run.rows_file(report.held_out))
+    rows = files.read_jsonl(run.get_rows_file(report.held_out))
     if chosen is None or not rows:
         return report
     labels = [str(label) for label in report.facts.get("labels", [])]
-    there = chosen_results(run, report)
-    update: dict[str, Any] = {"samples": differing(rows, there, labels)}
-    if chosen in there:
-        row = report.row(chosen)
+    results_by_model = load_chosen_results(run, report)
+    update: dict[str, Any] = {"samples": select_differing(rows, results_by_model, labels)}
+    if chosen in results_by_model:
+        row = report.get_row(chosen)
         update |= {"per_class": row.per_class, "confusion": row.confusion}
-        update["mistakes"] = mistakes(rows, chosen, there[chosen], labels)
-        update["worst"] = worst(rows, chosen, there[chosen], labels)
+        update["mistakes"] = select_mistakes(rows, chosen, results_by_model[chosen], labels)
+        update["worst"] = select_worst(rows, chosen, results_by_model[chosen], labels)
     return report.model_copy(update=update)
 
 
-def bare(report: Report) -> Report:
-    """A run's report without what is of its own trials and its own end: a table of something else is put into it."""
+def clear_run_results(report: Report) -> Report:
+    """Return a report without the results of its own run, to be filled with other tables.
+
+    Trials, samples, folds, ratings, warnings and the run time are removed.
+    """
     return report.model_copy(
         update={
             "trials": [],
@@ -280,96 +341,125 @@ def bare(report: Report) -> Report:
     )
 
 
-def chosen_results(run: Run, report: Report) -> dict[str, RowResults]:
-    """What a search's untuned base and its recommended trial did with the held-out rows, where they were judged."""
+def load_chosen_results(run: Run, report: Report) -> dict[str, RowResults]:
+    """Load the held-out results of a search's untuned base and recommended trial.
+
+    A model that was not evaluated on the held-out rows is left out.
+    """
     from lorafleet.evaluation.metrics.summary import read_results
 
     split, chosen = report.held_out, report.recommendation.trial_id
-    base = files.read_json(run.path / "report" / "base.json").get(split, {})
-    found = {"base": read_results(run.base_predictions(split), base)}
+    base_record = files.read_json(run.path / "report" / "base.json").get(split, {})
+    results_by_model = {"base": read_results(run.get_base_predictions_file(split), base_record)}
     if chosen is not None:
-        own = files.read_json(run.trial(chosen).path / "test.json").get(split, {})
-        found[chosen] = read_results(run.trial(chosen).predictions(split), own)
-    return {name: results for name, results in found.items() if results is not None}
+        trial_record = files.read_json(run.get_trial(chosen).path / "test.json").get(split, {})
+        results_by_model[chosen] = read_results(
+            run.get_trial(chosen).get_predictions_file(split), trial_record
+        )
+    return {name: results for name, results in results_by_model.items() if results is not None}
 
 
 def write_report(run: Run, *, with_tokenizer: bool = False) -> Report:
-    """Build the report and write it in all its forms below report/, with a card beside the recommended weights.
+    """Build the report and write it in all its forms below report/, with a card beside the
+    recommended weights.
 
     Args:
-        run: The run.
-        with_tokenizer: Also save the tokenizer and generation settings beside the recommended weights. This needs
-            transformers, the model and the data on this machine, as the process that trained has them.
+        run: The run. with_tokenizer: Also save the tokenizer and generation settings beside the
+        recommended weights. This needs
+            transformers, the model and the data on this machine, as the process that trained has
+            them.
     """
-    from lorafleet.evaluation.render.model_card import recommended_weights, write_card
+    from lorafleet.evaluation.render.model_card import find_recommended_weights, write_card
 
     report = build_report(run)
-    write_forms(report, run.path / "report")
-    weights = recommended_weights(run, report)
+    write_report_files(report, run.path / "report")
+    weights = find_recommended_weights(run, report)
     prompt = None
     if with_tokenizer and weights is not None:
         from lorafleet.evaluation.render.inference_files import save_inference_files
-        from lorafleet.evaluation.report.model_of_run import job_of
+        from lorafleet.evaluation.report.model_of_run import load_trial_job
 
-        with contextlib.suppress(AssetError, DataError):  # the model or the data is gone: the card has no code then
-            prompt = save_inference_files(job_of(Trial(weights.parent)), weights)
+        with contextlib.suppress(
+            AssetError, DataError
+        ):  # without model and data, the card gets no loading code
+            prompt = save_inference_files(load_trial_job(Trial(weights.parent)), weights)
     write_card(run, report, prompt)
     return report
 
 
-def write_forms(report: Report, folder: Path) -> None:
-    """A report as JSON, CSV, Markdown and a page."""
-    from lorafleet.evaluation.render.forms import arms_csv, batches_csv, html, markdown, table_csv
+def write_report_files(report: Report, folder: Path) -> None:
+    """Write a report as JSON, CSV, Markdown and HTML."""
+    from lorafleet.evaluation.render.forms import (
+        render_arms_csv,
+        render_batches_csv,
+        render_html,
+        render_markdown,
+        render_table_csv,
+    )
 
-    files.write_text(folder / "report.json", report_json(report) + "\n")
-    files.write_text(folder / "report.csv", table_csv(report))
+    files.write_text(folder / "report.json", render_report_json(report) + "\n")
+    files.write_text(folder / "report.csv", render_table_csv(report))
     if report.arms is not None:
-        files.write_text(folder / "arms.csv", arms_csv(report))
+        files.write_text(folder / "arms.csv", render_arms_csv(report))
     if any(arm.batches for arm in report.arms or []):
-        files.write_text(folder / "batches.csv", batches_csv(report))
-    files.write_text(folder / "report.md", markdown(report))
-    files.write_text(folder / "report.html", html(report))
+        files.write_text(folder / "batches.csv", render_batches_csv(report))
+    files.write_text(folder / "report.md", render_markdown(report))
+    files.write_text(folder / "report.html", render_html(report))
 
 
-def report_json(report: Report) -> str:
-    """The report as JSON; a number that is none is null."""
-    return printable_json(report.model_dump_json(indent=2))  # pydantic writes null for what is no number
+def render_report_json(report: Report) -> str:
+    """Return a report as JSON. NaN and infinite numbers become null."""
+    return make_json_printable(
+        report.model_dump_json(indent=2)
+    )  # pydantic writes NaN and infinity as null
 
 
-def _weights(run: Run, trial_id: str | None) -> str | None:
-    return str(run.trial(trial_id).weights.relative_to(run.path)) if trial_id else None
+def _get_weights_path(run: Run, trial_id: str | None) -> str | None:
+    """Return the recommended weights' path relative to the run; None without a trial."""
+    return str(run.get_trial(trial_id).weights.relative_to(run.path)) if trial_id else None
 
 
-def _optimism(facts: dict[str, Any]) -> list[str]:
-    return ["chosen on these rows: optimistic (there is no test set)"] if facts.get("chosen_on_test") else []
+def _list_optimism_warnings(facts: dict[str, Any]) -> list[str]:
+    """Return a warning if the trial was chosen on the rows that its metrics are reported on."""
+    return (
+        ["chosen on these rows: optimistic (there is no test set)"]
+        if facts.get("chosen_on_test")
+        else []
+    )
 
 
-def _base(run: Run, facts: dict[str, Any]) -> Row:
+def _build_base_row(run: Run, facts: dict[str, Any]) -> Row:
     measured = files.read_json(run.path / "report" / "base.json")
     test_split = "validation" if facts.get("chosen_on_test") else "test"
     return Row(
         trial_id="base",
         state="finished" if measured else "pending",
-        metrics=_metrics(measured, "validation"),
-        intervals=_intervals(measured.get("validation", {}).get("intervals")),
-        test_metrics=_metrics(measured, test_split) or None,
-        test_intervals=_intervals(measured.get(test_split, {}).get("intervals")),
+        metrics=_get_metrics(measured, "validation"),
+        intervals=_parse_intervals(measured.get("validation", {}).get("intervals")),
+        test_metrics=_get_metrics(measured, test_split) or None,
+        test_intervals=_parse_intervals(measured.get(test_split, {}).get("intervals")),
         trainable_parameters=0,
     )
 
 
-def _metrics(measured: dict[str, Any], split: str) -> Metrics:
-    found: Metrics = measured.get(split, {}).get("metrics", {})
-    return found
+def _get_metrics(measured: dict[str, Any], split: str) -> Metrics:
+    metrics: Metrics = measured.get(split, {}).get("metrics", {})
+    return metrics
 
 
-def _intervals(raw: dict[str, Any] | None) -> Intervals:
-    return {name: (float(ends[0]), float(ends[1])) for name, ends in (raw or {}).items() if None not in ends}
+def _parse_intervals(raw: dict[str, Any] | None) -> Intervals:
+    """Return the intervals whose two ends are numbers."""
+    return {
+        name: (float(ends[0]), float(ends[1]))
+        for name, ends in (raw or {}).items()
+        if None not in ends
+    }
 
 
-def _checked_base(run: Run, facts: dict[str, Any]) -> Row:
-    with damaged_where_wrong(run.path / "report" / "base.json"):
-        return _base(run, facts)
+def _load_base_row(run: Run, facts: dict[str, Any]) -> Row:
+    """Return the row of the base. Raises DamagedFile if base.json is damaged."""
+    with raise_damaged_file(run.path / "report" / "base.json"):
+        return _build_base_row(run, facts)
 
 
 def load_trial_rows(run: Run, job: JobSpec, validation_rows: int = 0) -> list[Row]:
@@ -381,22 +471,23 @@ def load_trial_rows(run: Run, job: JobSpec, validation_rows: int = 0) -> list[Ro
         validation_rows: Number of validation rows, for the speed of evaluation; 0 if unknown.
     """
     rows = []
-    for trial in run.trials():
-        with contextlib.suppress(DamagedFile), damaged_where_wrong(trial.path):
-            rows.append(_row(trial, job, validation_rows))
+    for trial in run.list_trials():
+        with contextlib.suppress(DamagedFile), raise_damaged_file(trial.path):
+            rows.append(_build_row(trial, job, validation_rows))
     return rows
 
 
-def _row(trial: Trial, job: JobSpec, validation_rows: int) -> Row:
-    params, status, rows = trial.params(), trial.status(), trial.metrics()
-    best = best_evaluation(rows, job)
+def _build_row(trial: Trial, job: JobSpec, validation_rows: int) -> Row:
+    """Build the row of one trial from its files."""
+    params, status, rows = trial.read_params(), trial.read_status(), trial.read_metrics()
+    best = find_best_evaluation(rows, job)
     last = rows[-1] if rows else {}
     test = files.read_json(trial.path / "test.json")
     split = "test" if "test" in test else "validation"
     failure = status.get("failure")
     seconds = (last.get("train_seconds") or 0.0) + (last.get("eval_seconds") or 0.0)
     fold = params.get("assignment", {}).get(FOLD)
-    speed = _evaluation_speed(rows, job, validation_rows) if fold is None else {}
+    speed = _compute_evaluation_speed(rows, job, validation_rows) if fold is None else {}
     return Row(
         trial_id=trial.id,
         state=trial.state.value,
@@ -405,9 +496,9 @@ def _row(trial: Trial, job: JobSpec, validation_rows: int) -> Row:
         repeats=bool(params.get("repeats")),
         fold=fold,
         metrics={name: best[name] for name in job.metric_names if name in best},
-        intervals=_intervals(best.get("intervals")),
-        test_metrics=_metrics(test, split) or None,
-        test_intervals=_intervals(test.get(split, {}).get("intervals")),
+        intervals=_parse_intervals(best.get("intervals")),
+        test_metrics=_get_metrics(test, split) or None,
+        test_intervals=_parse_intervals(test.get(split, {}).get("intervals")),
         per_class=test.get(split, {}).get("per_class", {}),
         confusion=test.get(split, {}).get("confusion", []),
         step=int(last.get("step", 0)),
@@ -427,11 +518,13 @@ def _row(trial: Trial, job: JobSpec, validation_rows: int) -> Row:
         number_formats=last.get("number_formats"),
         failure=Failure(**failure) if failure else None,
         reason=status.get("reason"),
-        curve=[_point(row, job) for row in rows],
+        curve=[_build_curve_point(row, job) for row in rows],
     )
 
 
-def _evaluation_speed(rows: list[dict[str, Any]], job: JobSpec, validation_rows: int) -> dict[str, float]:
+def _compute_evaluation_speed(
+    rows: list[dict[str, Any]], job: JobSpec, validation_rows: int
+) -> dict[str, float]:
     """Compute the speed of the evaluations of a trial, under the names of Hugging Face's Trainer.
 
     Args:
@@ -455,8 +548,8 @@ def _evaluation_speed(rows: list[dict[str, Any]], job: JobSpec, validation_rows:
     return speed
 
 
-def best_evaluation(rows: list[dict[str, Any]], job: JobSpec) -> dict[str, Any]:
-    """The evaluation whose adapter is on disk: the best by the metric, the earliest among equals."""
+def find_best_evaluation(rows: list[dict[str, Any]], job: JobSpec) -> dict[str, Any]:
+    """Return the evaluation whose adapter is on disk: the best and earliest."""
     best: dict[str, Any] = {}
     for row in rows:
         score = row.get(job.metric.name) if row.get("evaluated") else None
@@ -465,13 +558,17 @@ def best_evaluation(rows: list[dict[str, Any]], job: JobSpec) -> dict[str, Any]:
     return best
 
 
-def _point(row: dict[str, Any], job: JobSpec) -> dict[str, Any]:
+def _build_curve_point(row: dict[str, Any], job: JobSpec) -> dict[str, Any]:
     keys = ("step", "samples", "train_loss", "learning_rate", "rung", *job.metric_names)
     return {key: row[key] for key in keys if row.get(key) is not None}
 
 
-def _rank(row: Row, metric: str, goal: str) -> tuple[int, float]:
-    """Finished first, then the cut ones by rung and score, the failed last; ties stay as they were made."""
+def _compute_rank(row: Row, metric: str, goal: str) -> tuple[int, float]:
+    """Return the sort key of a trial.
+
+    Order: finished, running, stopped, pending, failed. Stopped trials are sorted by rung and
+    score, the others by score. Ties keep the order in which the trials were created.
+    """
     score = row.metrics.get(metric)
     order = {"finished": 0, "running": 1, "stopped": 2, "pending": 3, "failed": 4}[row.state]
     if score is None:

@@ -1,14 +1,20 @@
-"""Check a recommendation before a user follows it: against the baselines, and for known reasons to distrust it."""
+"""Check a recommendation before a user follows it: against the baselines, and for known reasons to
+distrust it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from lorafleet.evaluation.metrics.intervals import SHARES, Interval
-from lorafleet.evaluation.report.decide import DEFAULT_RELATIVE_TOLERANCE, DEFAULT_SHARE_TOLERANCE, format_interval
+from lorafleet.evaluation.report.decide import (
+    DEFAULT_RELATIVE_TOLERANCE,
+    DEFAULT_SHARE_TOLERANCE,
+    format_interval,
+)
 from lorafleet.jobs.runs.report import Baseline, Recommendation, Row
 from lorafleet.jobs.schema.metrics import is_better
-from lorafleet.jobs.text import counted, unsigned_zero
+from lorafleet.jobs.text import format_count, format_decimal
 from lorafleet.jobs.trials.asha import Goal
 
 FEW_ROWS = 100
@@ -41,26 +47,34 @@ def check_against_baselines(
     if name is None or value is None or not recommendation.decided:
         return recommendation, []
     values = [(baseline.what, baseline.metrics.get(metric)) for baseline in baselines]
-    known = [(what, baseline) for what, baseline in values if baseline is not None]
+    candidates = [
+        (description, baseline) for description, baseline in values if baseline is not None
+    ]
     if metric in SHARES and goal == "maximize":
-        known.append(("a model that is always wrong", 0.0))
-    if not known:
+        candidates.append(("a model that is always wrong", 0.0))
+    if not candidates:
         return recommendation, []
     pick = max if goal == "maximize" else min
-    what, best = pick(known, key=lambda pair: pair[1])
-    score = f"{metric} {unsigned_zero(value)}" + (f" {format_interval(interval)}" if interval else "")
+    description, best = pick(candidates, key=lambda pair: pair[1])
+    score = f"{metric} {format_decimal(value)}" + (
+        f" {format_interval(interval)}" if interval else ""
+    )
     if not is_better(value, best, goal):
         sentence = (
-            f"Do not ship: on the {rows} the best is {name} with {score}, which does not beat {what} "
-            f"({unsigned_zero(best)})."
+            f"Do not ship: on the {rows} the best is {name} with {score}, which does not beat "
+            f"{description} "
+            f"({format_decimal(best)})."
         )
         return recommendation.model_copy(update={"sentence": sentence, "decided": False}), []
-    if interval is None or not _contains(interval, best, goal):
+    if interval is None or not _is_baseline_in_interval(interval, best, goal):
         return recommendation, []
-    return recommendation, [f"{name} ({score}) is not clearly better than {what} ({unsigned_zero(best)})."]
+    return recommendation, [
+        f"{name} ({score}) is not clearly better than {description} ({format_decimal(best)})."
+    ]
 
 
-def _contains(interval: Interval, baseline: float, goal: Goal) -> bool:
+def _is_baseline_in_interval(interval: Interval, baseline: float, goal: Goal) -> bool:
+    """Return True if the interval does not exclude the baseline."""
     return interval[0] <= baseline if goal == "maximize" else interval[1] >= baseline
 
 
@@ -75,23 +89,29 @@ def check_rows(counts: Mapping[str, Mapping[str, int]], split: str, rows: int) -
     cautions = []
     if 0 < rows < FEW_ROWS:
         cautions.append(
-            f"The decision rests on {counted(rows, f'{split} row')}; with fewer than {FEW_ROWS}, only large "
+            f"The decision rests on {format_count(rows, f'{split} row')}; with fewer than "
+            f"{FEW_ROWS}, only large "
             "differences can be shown."
         )
     for name in dict.fromkeys((split, "test")):
-        of_split = counts.get(name, {})
-        empty = [label for label, count in of_split.items() if not count]
-        if empty and any(of_split.values()):
+        split_counts = counts.get(name, {})
+        empty = [label for label, count in split_counts.items() if not count]
+        if empty and any(split_counts.values()):
             if len(empty) == 1:
-                classes, whose = "1 class has", "its"
+                classes, possessive = "1 class has", "its"
             else:
-                classes, whose = f"{len(empty)} classes have", "their"
-            cautions.append(f"{classes} no {name} rows, so {whose} quality is unknown: {_list_names(empty)}.")
+                classes, possessive = f"{len(empty)} classes have", "their"
+            cautions.append(
+                f"{classes} no {name} rows, so {possessive} quality is unknown: "
+                f"{_list_names(empty)}."
+            )
     return cautions
 
 
 def check_predictions(confusion: Sequence[Sequence[int]], labels: Sequence[str]) -> list[str]:
-    """Return a caution about classes that a classifier never predicts, given its confusion matrix."""
+    """Return a caution about classes that a classifier never predicts, given its confusion
+    matrix.
+    """
     if not confusion:
         return []
     missing = []
@@ -115,7 +135,9 @@ def check_convergence(name: str | None, row: Row | None, metric: str, goal: Goal
     *earlier, last = values
     previous = max(earlier) if goal == "maximize" else min(earlier)
     gain = last - previous if goal == "maximize" else previous - last
-    threshold = DEFAULT_SHARE_TOLERANCE if metric in SHARES else DEFAULT_RELATIVE_TOLERANCE * abs(last)
+    threshold = (
+        DEFAULT_SHARE_TOLERANCE if metric in SHARES else DEFAULT_RELATIVE_TOLERANCE * abs(last)
+    )
     if gain <= threshold:
         return []
     return [
@@ -129,7 +151,10 @@ def check_scores(metric: str, values: Sequence[float | None]) -> list[str]:
     scores = [value for value in values if value is not None]
     if len(scores) < 2 or any(scores) or metric not in SHARES:
         return []
-    return [f"All {len(scores)} candidates have {metric} 0. Check the metric and the format of the answers."]
+    return [
+        f"All {len(scores)} candidates have {metric} 0. Check the metric and the format of the "
+        "answers."
+    ]
 
 
 def _list_names(labels: Sequence[str]) -> str:

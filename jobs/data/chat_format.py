@@ -1,8 +1,10 @@
-"""How a conversation becomes tokens: what a model is given, and exactly what it has to write.
+"""Turn conversations into tokens: the prompt of a model, and exactly what it must write.
 
-Training, metrics, `chat`, `serve` and exported models all build prompts and end tokens here. The learnt part of a turn
-is what the model has to write after the prompt that the chat template renders for generation, through the token that
-ends the turn. It is found by rendering the conversation with and without the turn, never by assuming a frame.
+Training, metrics, `chat`, `serve` and exported models all build prompts and end tokens with
+this module. The learnt part of a turn is what the model must write after the prompt that
+the chat template renders for generation, up to and including the token that ends the turn.
+It is found by rendering the conversation with and without the turn, never by assuming a
+frame.
 """
 
 from __future__ import annotations
@@ -19,17 +21,31 @@ from lorafleet.jobs.data.answer_frame import PROMPT_TAIL, THINKING, AnswerFrame
 from lorafleet.jobs.data.chat_template import ChatTemplate, Range, TemplateRefusal
 from lorafleet.jobs.data.conversation import Message
 
-_QUESTION, _ANSWER, _REASON, _FOLLOW_UP = "Question7f3a", "Answer7f3a", "Because7f3a", "Followup7f3a"
-"""Texts of the probe conversations: words that no template has, and that trimming does not change."""
+_QUESTION, _ANSWER, _REASON, _FOLLOW_UP = (
+    "Question7f3a",
+    "Answer7f3a",
+    "Because7f3a",
+    "Followup7f3a",
+)
+"""Texts of the probe conversations: no template contains them, and trimming does not change
+them.
+"""
 _PROBE_TOOL = {
     "type": "function",
     "function": {
         "name": "Tool7f3a",
         "description": "A tool.",
-        "parameters": {"type": "object", "properties": {"key": {"type": "string", "description": "A key."}}},
+        "parameters": {
+            "type": "object",
+            "properties": {"key": {"type": "string", "description": "A key."}},
+        },
     },
 }
-_PROBE_CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "Tool7f3a", "arguments": {"key": "value"}}}
+_PROBE_CALL = {
+    "type": "function",
+    "id": "abcdefghi",
+    "function": {"name": "Tool7f3a", "arguments": {"key": "value"}},
+}
 _THINKING_TAGS = (
     THINKING,
     ("[THINK]", "[/THINK]"),
@@ -45,46 +61,49 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant turn as the model meets it."""
+    """One turn of the assistant, as the model sees it."""
 
     prompt_ids: list[int]
-    """Tokens that the model is given."""
+    """Tokens of the prompt."""
     answer_ids: list[int]
-    """Tokens that it has to write, the one that ends the turn last."""
+    """Tokens that the model must write; the last one ends the turn."""
     learnt: list[bool]
-    """For each of `answer_ids`: whether it is learnt. All are, unless the template's own markers leave some out."""
+    """Whether each token of `answer_ids` is learnt. All are, unless the template's own markers
+    exclude some.
+    """
     reference: str
-    """The answer itself, without frame and end token: what metrics compare with."""
+    """Text of the answer without frame and end token; metrics compare with it."""
     end: int | None
-    """The token that ends the turn; None: neither the template nor the tokenizer has one."""
+    """Token that ends the turn; None if neither the template nor the tokenizer has one."""
 
 
 @dataclass(frozen=True)
-class _Written:
-    """A turn between the prompt and the end of what the template renders."""
+class _RenderedTurn:
+    """A rendered turn: the text between the prompt and the end of the conversation."""
 
     prompt: str
     text: str
-    """What the model has to write, and what the template writes behind it."""
+    """What the model must write, followed by what the template writes after it."""
     whole: str
-    """The conversation as the template renders it."""
+    """The whole conversation as the template renders it."""
     added: int = 0
-    """Characters at the beginning of `text` that the template does not render: a thinking block that is closed. The
-    others are the end of `whole`."""
+    """Number of characters at the beginning of `text` that the template does not render: they
+    close a thinking block. The remaining characters are the end of `whole`.
+    """
 
 
 @dataclass(frozen=True)
-class _Ending:
-    """How a template ends a turn of the assistant."""
+class _TurnEnding:
+    """The way in which a template ends a turn of the assistant."""
 
     tail: str
-    """Text that the template writes after the answer when nothing follows."""
+    """Text that the template writes after the answer if nothing follows."""
     kept: str
-    """The part of `tail` that the model has to write: through the end token, or `closing`."""
+    """Part of `tail` that the model must write: through the end token, or through `closing`."""
     token: int | None
-    """Token that ends the turn; None: neither the template nor the tokenizer has one."""
+    """Token that ends the turn; None if neither the template nor the tokenizer has one."""
     appended: bool
-    """Whether the template does not write `token` itself."""
+    """True if the template does not write `token` itself."""
     closing: str = ""
     """Text that ends a turn in a template whose end of turn is not a single token."""
 
@@ -92,270 +111,355 @@ class _Ending:
 class ChatFormat:
     """The chat template of one model, as this job uses it.
 
-    `end_ids` are the model's own end tokens (its generation_config).
+    Args:
+        tokenizer: The model's tokenizer.
+        end_ids: The model's own end tokens (its generation_config).
+        template_kwargs: Variables for the chat template.
     """
 
     def __init__(
-        self, tokenizer: Any, end_ids: Sequence[int] = (), template_kwargs: Mapping[str, Any] | None = None
+        self,
+        tokenizer: Any,
+        end_ids: Sequence[int] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, template_kwargs)
         eos = tokenizer.eos_token_id
         self.model_ends = list(dict.fromkeys([*([eos] if eos is not None else []), *end_ids]))
         self.counts: Counter[str] = Counter()
-        """How often each thing that a user should know happened since the format was made (evaluation/tokens.py)."""
+        """How often each thing that a user should know happened since the format was made
+        (evaluation/tokens.py).
+        """
 
     @property
     def start_ids(self) -> list[int]:
-        """Tokens before a prompt that no chat template begins."""
+        """Return the tokens that precede a prompt if there is no chat template to begin it."""
         bos = self.tokenizer.bos_token_id
         return [] if self.template.source or bos is None else [bos]
 
     @cached_property
-    def ending(self) -> _Ending:
-        """How this template ends a turn, found with a probe conversation."""
-        asked = [Message("user", _QUESTION), Message("assistant", _ANSWER)]
-        whole = self.template.render(asked, generation=False)
-        position = whole.rfind(_ANSWER)
+    def ending(self) -> _TurnEnding:
+        """Return how this template ends a turn; found with a probe conversation."""
+        conversation = [Message("user", _QUESTION), Message("assistant", _ANSWER)]
+        rendered = self.template.render(conversation, generation=False)
+        position = rendered.rfind(_ANSWER)
         if position < 0:
             raise TemplateRefusal("the chat template does not render the assistant's messages")
-        return self._ending(whole[position + len(_ANSWER) :], self._follow_up(asked))
+        return self._find_ending(
+            rendered[position + len(_ANSWER) :], self._render_follow_up(conversation)
+        )
 
-    def _follow_up(self, asked: list[Message]) -> str | None:
-        """Return the text between an answer and the question after it; None where the template refuses that."""
+    def _render_follow_up(self, conversation: list[Message]) -> str | None:
+        """Return the text between an answer and the question after it.
+
+        Returns None if the template refuses such a conversation.
+        """
         try:
-            whole = self.template.render([*asked, Message("user", _FOLLOW_UP)], generation=False)
+            rendered = self.template.render(
+                [*conversation, Message("user", _FOLLOW_UP)], generation=False
+            )
         except TemplateRefusal:
             return None
-        begin, end = whole.rfind(_ANSWER), whole.find(_FOLLOW_UP)
-        return whole[begin + len(_ANSWER) : end] if 0 <= begin < end else None
+        begin, end = rendered.rfind(_ANSWER), rendered.find(_FOLLOW_UP)
+        return rendered[begin + len(_ANSWER) : end] if 0 <= begin < end else None
 
-    def _ending(self, tail: str, follow_up: str | None) -> _Ending:
-        tail_ids = self.template.ids(tail)
-        follow_ids = tail_ids if follow_up is None else self.template.ids(follow_up)
-        common = _common(tail_ids, follow_ids)
-        only_at_the_end = tail_ids[len(common) :]
+    def _find_ending(self, tail: str, follow_up: str | None) -> _TurnEnding:
+        """Return how a turn ends, given the text after its answer.
+
+        Args:
+            tail: Text after the answer if nothing follows.
+            follow_up: Text between the answer and a following question; None if the template
+                refuses one.
+        """
+        tail_ids = self.template.encode(tail)
+        follow_ids = tail_ids if follow_up is None else self.template.encode(follow_up)
+        common = _find_common_prefix(tail_ids, follow_ids)
+        final_only = tail_ids[len(common) :]
         candidates = [token for token in common if token in self.template.atoms]
         if not candidates:
             candidates = [token for token in tail_ids if token in self.template.atoms]
         declared = [token for token in candidates if token in self.model_ends]
         if candidates:
-            # What comes only at the end of a conversation (`<|end|>\n<|endoftext|>`, a header that is always added) is
-            # not of this turn; else the last token closes it (`<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`).
-            undeclared = candidates[0] if only_at_the_end else candidates[-1]
+            # Tokens that come only at the end of a conversation (`<|end|>\n<|endoftext|>`, a header
+            # that is always added) are not part of this turn. Otherwise the last token closes it
+            # (`<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`).
+            undeclared = candidates[0] if final_only else candidates[-1]
             token = declared[0] if declared else undeclared
-            return _Ending(tail, self._through(tail, token), token, appended=False)
-        closing = _whole_lines(tail, tail if follow_up is None else follow_up)
-        kept = tail[: tail.find(closing) + len(closing)] if closing else ""
+            return _TurnEnding(tail, self._cut_after_token(tail, token), token, appended=False)
+        closing = _find_common_ending(tail, tail if follow_up is None else follow_up)
+        written_tail = tail[: tail.find(closing) + len(closing)] if closing else ""
         next_ids = follow_ids[len(common) : len(common) + 1]
-        speaker_ends = bool(next_ids) and next_ids[0] in self.model_ends  # GLM: the next speaker's token ends the turn
-        own = self.model_ends[0] if self.model_ends else None
-        return _Ending(tail, kept, next_ids[0] if speaker_ends else own, appended=True, closing=closing)
+        has_speaker_end = (
+            bool(next_ids) and next_ids[0] in self.model_ends
+        )  # GLM: the next speaker's token ends the turn
+        default_end = self.model_ends[0] if self.model_ends else None
+        return _TurnEnding(
+            tail,
+            written_tail,
+            next_ids[0] if has_speaker_end else default_end,
+            appended=True,
+            closing=closing,
+        )
 
-    def _through(self, text: str, token: int) -> str:
-        """Return a text through the first occurrence of a token."""
-        name = self.template.name_of(token)
-        place = text.find(name)
-        return text[: place + len(name)] if place >= 0 else text
+    def _cut_after_token(self, text: str, token: int) -> str:
+        """Return a text up to and including the first occurrence of a token."""
+        token_text = self.template.get_token_text(token)
+        position = text.find(token_text)
+        return text[: position + len(token_text)] if position >= 0 else text
 
     @cached_property
     def call_end(self) -> int | None:
-        """The token that ends a turn of tool calls; None: the template renders none."""
-        messages = [Message("user", _QUESTION), Message("assistant", "", tool_calls=json.dumps([_PROBE_CALL]))]
+        """Return the token that ends a turn of tool calls; None if the template renders none."""
+        messages = [
+            Message("user", _QUESTION),
+            Message("assistant", "", tool_calls=json.dumps([_PROBE_CALL])),
+        ]
         try:
-            written = self._split(messages, 1, json.dumps([_PROBE_TOOL]))
-            return self._cut(written, messages, json.dumps([_PROBE_TOOL]))[1]
+            rendered_turn = self._split_turn(messages, 1, json.dumps([_PROBE_TOOL]))
+            return self._cut_turn(rendered_turn, messages, json.dumps([_PROBE_TOOL]))[1]
         except TemplateRefusal:
             return None
 
     @cached_property
     def ends(self) -> list[int]:
-        """Tokens at which an answer is over: the model's own, and those that this template writes."""
-        return self._probed(lambda: list(dict.fromkeys([*self.model_ends, *self._template_ends])))
+        """Return the tokens that end an answer: the model's own and those of this template."""
+        return self._run_probe(
+            lambda: list(dict.fromkeys([*self.model_ends, *self._template_ends]))
+        )
 
     @property
     def _template_ends(self) -> list[int]:
+        """Return the tokens with which this template ends answers and tool calls."""
         return [token for token in (self.ending.token, self.call_end) if token is not None]
 
     @cached_property
     def generation_prompt(self) -> Literal["added", "missing", "always"]:
-        """How the template begins an answer: where it is asked to, never, or always."""
+        """Return when the template begins an answer: on request, never, or always."""
         question = [Message("user", _QUESTION)]
-        if self.template.render(question, generation=True) != self.template.render(question, generation=False):
+        if self.template.render(question, generation=True) != self.template.render(
+            question, generation=False
+        ):
             return "added"
-        more = self.ending.tail.strip() != self.ending.kept.strip()
-        return "always" if more and self._probe_text(Message("assistant", _ANSWER)).startswith(_ANSWER) else "missing"
+        has_more = self.ending.tail.strip() != self.ending.kept.strip()
+        return (
+            "always"
+            if has_more
+            and self._render_probe_answer(Message("assistant", _ANSWER)).startswith(_ANSWER)
+            else "missing"
+        )
 
     @cached_property
     def frame(self) -> AnswerFrame:
-        """What the model writes before its answer, found with probe conversations."""
-        return self._probed(self._probed_frame)
+        """Return what the model writes around its answer; found with probe conversations."""
+        return self._run_probe(self._find_frame)
 
-    def _probed(self, probe: Callable[[], _Result]) -> _Result:
-        """Run a probe without counting: probes are no rows."""
+    def _run_probe(self, probe: Callable[[], _Result]) -> _Result:
+        """Run a probe without counting its events: probes are not rows."""
         counts = self.counts.copy()
         try:
             return probe()
         finally:
             self.counts = counts
 
-    def _probed_frame(self) -> AnswerFrame:
-        written = self._probe_text(Message("assistant", _ANSWER))
-        before = written[: written.rfind(_ANSWER)].strip()
+    def _find_frame(self) -> AnswerFrame:
+        """Return the answer frame, found with probe conversations."""
+        answer_text = self._render_probe_answer(Message("assistant", _ANSWER))
+        before = answer_text[: answer_text.rfind(_ANSWER)].strip()
         reason_before, reason_after = self._reasoning_frame
-        opened = self._open_thinking(self.template.render([Message("user", _QUESTION)], generation=True))
-        if opened is not None:
-            opener, marker = (self._as_decoded(tag) for tag in opened)
+        open_tags = self._find_open_thinking(
+            self.template.render([Message("user", _QUESTION)], generation=True)
+        )
+        if open_tags is not None:
+            opener, marker = (self._encode_and_decode(tag) for tag in open_tags)
         elif before and reason_after:
             marker = commonprefix([before[::-1], reason_after[::-1]])[::-1].strip() or before
             opener = commonprefix([before, reason_before]).strip() or before
         elif before:
-            tags = next(((first, last) for first, last in _THINKING_TAGS if last in before), (before, before))
+            tags = next(
+                ((first, last) for first, last in _THINKING_TAGS if last in before),
+                (before, before),
+            )
             opener, marker = tags
         elif reason_after:
             marker, opener = reason_after, reason_before or THINKING[0]
         else:
             opener, marker = THINKING
-        writes_frames = before or reason_after or opened or any(tag in self.template.source for tag in (opener, marker))
-        closing = self._as_decoded(self.ending.closing)
-        # A call's own end token tells that no answer comes (gpt-oss); where both end alike the frame has to tell.
-        calls = [self.call_end] if self.call_end not in (None, self.ending.token) else []
+        writes_frames = (
+            before
+            or reason_after
+            or open_tags
+            or any(tag in self.template.source for tag in (opener, marker))
+        )
+        closing = self._encode_and_decode(self.ending.closing)
+        # A separate end token of calls shows that no answer follows (gpt-oss). If calls and answers
+        # end with the same token, only the frame can show it.
+        call_end_tokens = [self.call_end] if self.call_end not in (None, self.ending.token) else []
         return AnswerFrame(
             marker,
             opener,
             strict=bool(writes_frames),
             closing=closing,
             special_tokens=self.template.special_texts,
-            call_ends=tuple(token for token in calls if token is not None),
+            call_ends=tuple(token for token in call_end_tokens if token is not None),
         )
 
     @cached_property
     def _reasoning_frame(self) -> tuple[str, str]:
-        """Texts before and after the thoughts of an answer that has some; empty where none are rendered."""
+        """Return the texts before and after an answer's reasoning; empty if it is not rendered."""
         try:
-            written = self._probe_text(Message("assistant", _ANSWER, reasoning=_REASON))
+            answer_text = self._render_probe_answer(
+                Message("assistant", _ANSWER, reasoning=_REASON)
+            )
         except TemplateRefusal:
             return "", ""
-        if _REASON not in written or _ANSWER not in written:
+        if _REASON not in answer_text or _ANSWER not in answer_text:
             return "", ""
-        before, _, after = written.partition(_REASON)
+        before, _, after = answer_text.partition(_REASON)
         return before.strip(), after[: after.rfind(_ANSWER)].strip()
 
-    def _probe_text(self, answer: Message) -> str:
+    def _render_probe_answer(self, answer: Message) -> str:
         """Return what the model writes for a probe's answer, as its tokens are decoded.
 
-        Decoding may add spaces around special tokens (sentencepiece), and predictions come decoded.
+        Decoding may add spaces around special tokens (sentencepiece), and predictions are decoded
+        too.
         """
         messages = [Message("user", _QUESTION), answer]
-        written = self._split(messages, 1, "")
-        kept, _ = self._cut(written, messages, "")
-        decoded = self._as_decoded(kept)
-        return decoded if _ANSWER in decoded else kept
+        rendered_turn = self._split_turn(messages, 1, "")
+        answer_text, _ = self._cut_turn(rendered_turn, messages, "")
+        decoded = self._encode_and_decode(answer_text)
+        return decoded if _ANSWER in decoded else answer_text
 
-    def _as_decoded(self, text: str) -> str:
+    def _encode_and_decode(self, text: str) -> str:
         """Return a text as its tokens are decoded."""
-        return self.template.decode(self.template.ids(text)).strip() if text else text
+        return self.template.decode(self.template.encode(text)).strip() if text else text
 
-    def _open_thinking(self, prompt: str) -> tuple[str, str] | None:
-        """Return the tags of the thinking block in which a prompt ends; None: it ends in none."""
+    def _find_open_thinking(self, prompt: str) -> tuple[str, str] | None:
+        """Return the tags of the thinking block that a prompt leaves open, or None."""
         return next((tags for tags in _THINKING_TAGS if prompt.rstrip().endswith(tags[0])), None)
 
-    def text_ids(self, text: str) -> list[int]:
-        """Return the tokens of a text alone, after the start token unless the text brings it."""
-        ids, bos = self.template.ids(text), self.tokenizer.bos_token_id
+    def encode_text(self, text: str) -> list[int]:
+        """Return the tokens of a plain text.
+
+        The start token is added unless the text already begins with it.
+        """
+        ids, bos = self.template.encode(text), self.tokenizer.bos_token_id
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
-    def prompt_ids(self, messages: Sequence[Message], tools: str = "") -> list[int]:
-        """Return the tokens of a prompt: what the model is given before it answers."""
-        return self._started(self.template.ids(self.template.render(messages, tools, generation=True)))
+    def encode_prompt(self, messages: Sequence[Message], tools: str = "") -> list[int]:
+        """Return the tokens of a prompt: what the model reads before it answers."""
+        return self._add_start_token(
+            self.template.encode(self.template.render(messages, tools, generation=True))
+        )
 
-    def _started(self, ids: list[int]) -> list[int]:
-        """Return a prompt's tokens with the start token, unless the text brings it or the template does."""
-        start = self.start_ids
-        return ids if start and ids[:1] == start else [*start, *ids]
+    def _add_start_token(self, ids: list[int]) -> list[int]:
+        """Return a prompt's tokens with the start token, unless text or template have it."""
+        start_tokens = self.start_ids
+        return ids if start_tokens and ids[:1] == start_tokens else [*start_tokens, *ids]
 
-    def turn(self, messages: Sequence[Message], index: int, tools: str = "") -> Turn:
-        """Return the assistant's turn at `index`, rendered as for generation.
+    def encode_turn(self, messages: Sequence[Message], index: int, tools: str = "") -> Turn:
+        """Return the assistant's turn at `index`, with its prompt rendered as for generation.
 
-        Raises TemplateRefusal where the template drops what the row says.
+        Args:
+            messages: The conversation.
+            index: Position of the assistant's message.
+            tools: Tool descriptions as JSON; empty for none.
+
+        Raises:
+            TemplateRefusal: If the template drops a part of the row.
         """
-        before = messages[: index + 1]
-        written = self._split(before, index, tools)
-        kept, end = self._cut(written, before, tools)
-        self._check_thinking(written.prompt, kept)
-        self._check_rendered(written.prompt, kept, before, tools)
-        alone = self.template.ids(written.prompt)
-        prompt_ids = self._started(alone)
-        answer_ids, offsets = self._answer_ids(written.prompt, alone, kept)
-        learnt = self._marked(written, kept, before, tools, offsets)
+        context = messages[: index + 1]
+        rendered_turn = self._split_turn(context, index, tools)
+        answer_text, end = self._cut_turn(rendered_turn, context, tools)
+        self._check_thinking(rendered_turn.prompt, answer_text)
+        self._check_rendered(rendered_turn.prompt, answer_text, context, tools)
+        bare_prompt_ids = self.template.encode(rendered_turn.prompt)
+        prompt_ids = self._add_start_token(bare_prompt_ids)
+        answer_ids, offsets = self._encode_answer(
+            rendered_turn.prompt, bare_prompt_ids, answer_text
+        )
+        learnt = self._mark_learnt_tokens(rendered_turn, answer_text, context, tools, offsets)
         if end is not None and answer_ids[-1:] != [end]:
             answer_ids, learnt = [*answer_ids, end], [*learnt, True]
         while len(answer_ids) > 1 and {answer_ids[-1], answer_ids[-2]} <= {*self.ends, end}:
-            answer_ids, learnt = answer_ids[:-1], learnt[:-1]  # a text that brings its own end gets no other
-        reference = self._reference(written.prompt, prompt_ids, answer_ids, kept, before[index])
+            answer_ids, learnt = (
+                answer_ids[:-1],
+                learnt[:-1],
+            )  # the text already has an end token of its own
+        reference = self._make_reference(
+            rendered_turn.prompt, prompt_ids, answer_ids, answer_text, context[index]
+        )
         return Turn(prompt_ids, answer_ids, learnt, reference, end)
 
-    def _split(self, messages: Sequence[Message], index: int, tools: str) -> _Written:
-        """Find where the prompt as for generation ends in the rendered conversation, and the turn begins."""
+    def _split_turn(self, messages: Sequence[Message], index: int, tools: str) -> _RenderedTurn:
+        """Split the rendered conversation into the generation prompt and the turn after it."""
         context = messages[:index]
         prompt = self.template.render(context, tools, generation=True)
-        whole = self.template.render(messages[: index + 1], tools, generation=False)
-        if whole.startswith(prompt):
-            return _Written(prompt, whole[len(prompt) :], whole)
-        closed = self._close_thinking(prompt, whole, messages[index])
-        if closed is not None:
+        rendered = self.template.render(messages[: index + 1], tools, generation=False)
+        if rendered.startswith(prompt):
+            return _RenderedTurn(prompt, rendered[len(prompt) :], rendered)
+        closed_turn = self._close_thinking(prompt, rendered, messages[index])
+        if closed_turn is not None:
             self.counts["thinking_closed"] += 1
-            return closed
+            return closed_turn
         self.counts["prompt_differs"] += 1
         unanswered = self.template.render(context, tools, generation=False)
-        start = _behind_last_message(prompt, unanswered, whole, context)
+        start = _find_answer_after_last_message(prompt, unanswered, rendered, context)
         if start is None:
-            start = _behind_header(prompt, unanswered, whole)
+            start = _find_answer_after_header(prompt, unanswered, rendered)
         if start is None:
-            start = self._answer_at_the_end(whole, messages[index])
+            start = self._find_answer_at_end(rendered, messages[index])
         if start is None:
             raise TemplateRefusal(
-                "the model's chat template renders the prompt differently when the answer follows, and the answer "
+                "the model's chat template renders the prompt differently when the answer "
+                "follows, and the answer "
                 "cannot be found in what it renders; name another template in data.chat_template"
             )
-        return _Written(prompt, whole[start:], whole)
+        return _RenderedTurn(prompt, rendered[start:], rendered)
 
-    def _close_thinking(self, prompt: str, whole: str, message: Message) -> _Written | None:
-        """Return what has to follow a prompt that ends in an open thinking block; None: it does not end in one.
+    def _close_thinking(self, prompt: str, rendered: str, message: Message) -> _RenderedTurn | None:
+        """Return the turn after a prompt that ends in an open thinking block, or None.
 
-        The template renders the answer without that block (DeepSeek) or closes it at once (Nemotron): what the model
-        has to write closes it before the answer.
+        The template renders the answer without that block (DeepSeek) or closes it at once
+        (Nemotron): the model must close it before its answer. None means that the prompt does not
+        end in such a block.
         """
-        tags = self._open_thinking(prompt)
+        tags = self._find_open_thinking(prompt)
         if tags is None:
             return None
-        first, last = tags
-        before = prompt.rstrip().removesuffix(first)
-        if not whole.startswith(before):
+        opening_tag, closing_tag = tags
+        before = prompt.rstrip().removesuffix(opening_tag)
+        if not rendered.startswith(before):
             return None
-        rest = whole[len(before) :].removeprefix(first)
+        remainder = rendered[len(before) :].removeprefix(opening_tag)
         reasoning = message.reasoning.strip()
-        if not reasoning and last in message.content:
-            reasoning = message.content.partition(last)[0].replace(first, "").strip()
-        if rest.lstrip().startswith(last) or (reasoning and rest.lstrip().startswith(reasoning)):
-            return _Written(prompt, rest.lstrip(), whole)
-        closed = f"{reasoning}\n{last}\n\n"
-        return _Written(prompt, f"{closed}{rest}", whole, added=len(closed))
+        if not reasoning and closing_tag in message.content:
+            reasoning = message.content.partition(closing_tag)[0].replace(opening_tag, "").strip()
+        if remainder.lstrip().startswith(closing_tag) or (
+            reasoning and remainder.lstrip().startswith(reasoning)
+        ):
+            return _RenderedTurn(prompt, remainder.lstrip(), rendered)
+        closed_block = f"{reasoning}\n{closing_tag}\n\n"
+        return _RenderedTurn(
+            prompt, f"{closed_block}{remainder}", rendered, added=len(closed_block)
+        )
 
-    def _answer_at_the_end(self, whole: str, message: Message) -> int | None:
-        """Return where an answer begins that the rendered conversation ends with; None: it does not."""
+    def _find_answer_at_end(self, rendered: str, message: Message) -> int | None:
+        """Return where the answer at the end of a rendered conversation begins, or None."""
         for content in (message.content, message.content.strip()):
-            ends_with = f"{content}{self.ending.tail}"
-            if content.strip() and whole.endswith(ends_with):
-                return len(whole) - len(ends_with)
+            ending_text = f"{content}{self.ending.tail}"
+            if content.strip() and rendered.endswith(ending_text):
+                return len(rendered) - len(ending_text)
         return None
 
-    def _cut(self, written: _Written, messages: Sequence[Message], tools: str) -> tuple[str, int | None]:
-        """Return (what the model writes of a turn's text, the token with which it has to end)."""
-        ending, text = self.ending, written.text
-        calls = bool(messages[-1].tool_calls)
-        if calls and (ending.appended or not text.endswith(ending.tail)):
-            return self._cut_calls(written, messages, tools)
+    def _cut_turn(
+        self, rendered_turn: _RenderedTurn, messages: Sequence[Message], tools: str
+    ) -> tuple[str, int | None]:
+        """Return the text that the model writes of a turn, and the token that must end it."""
+        ending, text = self.ending, rendered_turn.text
+        has_calls = bool(messages[-1].tool_calls)
+        if has_calls and (ending.appended or not text.endswith(ending.tail)):
+            return self._cut_calls(rendered_turn, messages, tools)
         if text.endswith(ending.tail):
             return text[: len(text) - len(ending.tail)] + ending.kept, ending.token
         if text.rstrip().endswith(ending.tail.rstrip()):
@@ -364,105 +468,156 @@ class ChatFormat:
         return self._cut_at_last_atom(text)
 
     def _cut_at_last_atom(self, text: str) -> tuple[str, int | None]:
-        """Cut behind the special token with which a text ends; without one, append the end token."""
-        kept = text.rstrip()
-        ids = self.template.ids(kept)
+        """Cut after a special token that ends a text; without one, append the end token."""
+        answer_text = text.rstrip()
+        ids = self.template.encode(answer_text)
         ends_itself = bool(ids) and ids[-1] in self.template.special_ids
-        return kept, ids[-1] if ends_itself else self.ending.token
+        return answer_text, ids[-1] if ends_itself else self.ending.token
 
-    def _cut_calls(self, written: _Written, messages: Sequence[Message], tools: str) -> tuple[str, int | None]:
-        """Cut a turn that ends in tool calls: by what the template writes between them and the tool's answer."""
+    def _cut_calls(
+        self, rendered_turn: _RenderedTurn, messages: Sequence[Message], tools: str
+    ) -> tuple[str, int | None]:
+        """Cut a turn that ends in tool calls.
+
+        The cut is found from what the template writes between the calls and a tool's answer.
+        """
         call = messages[-1].calls[0]
         name, call_id = str(call["function"]["name"]), str(call.get("id") or "")
         answer = Message("tool", _FOLLOW_UP, name=name, tool_call_id=call_id)
-        begin = len(written.whole) - len(written.text) + written.added
+        begin = len(rendered_turn.whole) - len(rendered_turn.text) + rendered_turn.added
         try:
-            followed = self.template.render([*messages, answer], tools, generation=False)
+            rendered_with_answer = self.template.render(
+                [*messages, answer], tools, generation=False
+            )
         except TemplateRefusal:
-            return self._cut_at_last_atom(written.text)
-        if not followed.startswith(written.whole[:begin]):
-            return self._cut_at_last_atom(written.text)
-        shared = commonprefix([written.whole, followed])
-        kept = (written.text[: written.added] + shared[begin:]).rstrip()
-        ids = self.template.ids(kept)
+            return self._cut_at_last_atom(rendered_turn.text)
+        if not rendered_with_answer.startswith(rendered_turn.whole[:begin]):
+            return self._cut_at_last_atom(rendered_turn.text)
+        common_text = commonprefix([rendered_turn.whole, rendered_with_answer])
+        answer_text = (rendered_turn.text[: rendered_turn.added] + common_text[begin:]).rstrip()
+        ids = self.template.encode(answer_text)
         if ids and ids[-1] in self.template.special_ids:
-            return kept, ids[-1]
-        following = self.template.ids(followed[len(shared) :].lstrip())[:1]
+            return answer_text, ids[-1]
+        following = self.template.encode(rendered_with_answer[len(common_text) :].lstrip())[:1]
         if following and following[0] in self.template.special_ids and self.ending.appended:
-            return kept, following[0]
-        return kept, self.ending.token
+            return answer_text, following[0]
+        return answer_text, self.ending.token
 
-    def _answer_ids(self, prompt: str, alone: list[int], kept: str) -> tuple[list[int], list[Range]]:
-        """Return the tokens of an answer behind its prompt, and the characters of `kept` that each covers.
+    def _encode_answer(
+        self, prompt: str, bare_prompt_ids: list[int], answer_text: str
+    ) -> tuple[list[int], list[Range]]:
+        """Return an answer's tokens after its prompt, and the characters that each one covers.
 
-        Those of the whole text, where the prompt has the same tokens with and without the answer (`alone`); else the
-        answer's own: at inference the prompt stands alone, and a token over both would never be seen there.
+        The tokens of the whole text are used if the prompt has the same tokens with and without the
+        answer. Otherwise the answer is encoded alone: at inference the prompt stands alone, and a
+        token that spans both would never occur there.
+
+        Args:
+            prompt: Text of the prompt.
+            alone: Tokens of the prompt alone.
+            kept: Text of the answer.
         """
-        encode = self._encode
-        ids, offsets = encode(prompt + kept)
-        if ids[: len(alone)] == alone:
-            shifted = [(first - len(prompt), last - len(prompt)) for first, last in offsets[len(alone) :]]
-            return ids[len(alone) :], shifted
+        encode = self._encode_with_offsets
+        ids, offsets = encode(prompt + answer_text)
+        if ids[: len(bare_prompt_ids)] == bare_prompt_ids:
+            shifted = [
+                (first - len(prompt), last - len(prompt))
+                for first, last in offsets[len(bare_prompt_ids) :]
+            ]
+            return ids[len(bare_prompt_ids) :], shifted
         self.counts["boundary_merged"] += 1
-        return encode(kept)
+        return encode(answer_text)
 
-    def _encode(self, text: str) -> tuple[list[int], list[Range]]:
-        """Return tokens with the characters that they cover; only a template with markers needs the latter."""
+    def _encode_with_offsets(self, text: str) -> tuple[list[int], list[Range]]:
+        """Return the tokens of a text and the characters that each one covers.
+
+        The characters are zeros unless the template has markers, which alone need them.
+        """
         if self.template.has_markers:
-            return self.template.ids_with_offsets(text)
-        ids = self.template.ids(text)
+            return self.template.encode_with_offsets(text)
+        ids = self.template.encode(text)
         return ids, [(0, 0)] * len(ids)
 
-    def _reference(self, prompt: str, prompt_ids: list[int], answer_ids: list[int], kept: str, message: Message) -> str:
-        """Return what metrics make of a model that writes exactly what is learnt: truth and prediction go one way."""
-        over = next((place for place, token in enumerate(answer_ids) if token in self.ends), len(answer_ids))
-        frame = self.frame.after(self.template.decode(prompt_ids[-PROMPT_TAIL:]))
-        end = answer_ids[over] if over < len(answer_ids) else None
-        reference = frame.answer(answer_ids[:over], self.template.decode, end)
-        if over < len(answer_ids) - 1:
+    def _make_reference(
+        self,
+        prompt: str,
+        prompt_ids: list[int],
+        answer_ids: list[int],
+        answer_text: str,
+        message: Message,
+    ) -> str:
+        """Return what metrics extract from a model that writes exactly what is learnt.
+
+        References and predictions are processed in the same way.
+        """
+        end_index = next(
+            (position for position, token in enumerate(answer_ids) if token in self.ends),
+            len(answer_ids),
+        )
+        frame = self.frame.adapt_to_prompt(self.template.decode(prompt_ids[-PROMPT_TAIL:]))
+        end = answer_ids[end_index] if end_index < len(answer_ids) else None
+        reference = frame.decode_answer(answer_ids[:end_index], self.template.decode, end)
+        if end_index < len(answer_ids) - 1:
             self.counts["end_inside"] += 1
         if not reference and message.tool_calls:
-            self.counts["no_answer"] += 1  # the frame holds calls alone: no text of it can be compared
+            self.counts["no_answer"] += (
+                1  # the frame holds only calls: there is no answer text to compare
+            )
             return self.template.decode(answer_ids, True).strip()
-        text = self.frame.without_special_tokens(self.frame.after(prompt).visible(kept))
-        if over >= len(answer_ids) - 1 and _squeezed(text) != _squeezed(reference):
+        text = self.frame.remove_special_tokens(
+            self.frame.adapt_to_prompt(prompt).extract_visible_text(answer_text)
+        )
+        if end_index >= len(answer_ids) - 1 and _remove_spaces(text) != _remove_spaces(reference):
             self.counts["answer_lossy"] += 1
         return reference
 
-    def _check_thinking(self, prompt: str, kept: str) -> None:
-        """Refuse thoughts behind a prompt that has closed its thinking block (`enable_thinking: false`)."""
-        for first, last in _THINKING_TAGS:
-            if prompt.rstrip().endswith(last) and kept.lstrip().startswith(first):
+    def _check_thinking(self, prompt: str, answer_text: str) -> None:
+        """Refuse reasoning after a prompt that closes its thinking block (`enable_thinking:
+        false`).
+        """
+        for opening_tag, closing_tag in _THINKING_TAGS:
+            if prompt.rstrip().endswith(closing_tag) and answer_text.lstrip().startswith(
+                opening_tag
+            ):
                 raise TemplateRefusal(_THINKS_AFTER_ALL)
 
-    def _check_rendered(self, prompt: str, kept: str, messages: Sequence[Message], tools: str) -> None:
-        """Compare what a turn says with what the template made of it."""
+    def _check_rendered(
+        self, prompt: str, answer_text: str, messages: Sequence[Message], tools: str
+    ) -> None:
+        """Compare the content of a turn with what the template rendered of it."""
         message = messages[-1]
         if message.tool_calls:
             self._check_calls(messages, message, tools)
-        self._check_reasoning(prompt, kept, messages)
-        answer = self.frame.visible(message.content)
-        if _squeezed(answer) not in _squeezed(kept):
-            if not self.frame.after(prompt).visible(kept).strip():
+        self._check_reasoning(prompt, answer_text, messages)
+        answer = self.frame.extract_visible_text(message.content)
+        if _remove_spaces(answer) not in _remove_spaces(answer_text):
+            if not self.frame.adapt_to_prompt(prompt).extract_visible_text(answer_text).strip():
                 raise TemplateRefusal("the model's chat template does not render the answer")
             self.counts["answer_changed"] += 1
 
     def check_context(self, messages: Sequence[Message], tools: str = "") -> None:
-        """Compare what stands before the last turn with what the template made of it; once a conversation.
+        """Compare everything before the last turn with what the template rendered of it.
 
-        Raises TemplateRefusal for tools, tool calls or tools' answers that are dropped, and counts what else is.
+        Call it once a conversation. Other dropped content is counted.
+
+        Raises:
+            TemplateRefusal: If tools, tool calls or tool answers are dropped.
         """
         prompt = self.template.render(messages[:-1], tools, generation=True)
         if tools and self.template.render(messages[:-1], generation=True) == prompt:
-            raise TemplateRefusal("the model's chat template does not render tools, but the row has some")
-        squeezed = _squeezed(prompt)
+            raise TemplateRefusal(
+                "the model's chat template does not render tools, but the row has some"
+            )
+        squeezed = _remove_spaces(prompt)
         for message in messages[:-1]:
             if message.tool_calls and not message.learn:
                 self._check_calls(messages, message, tools)
-            if _is_in(message.content, squeezed):
+            if _is_rendered(message.content, squeezed):
                 continue
             if message.role == "tool":
-                raise TemplateRefusal("the model's chat template does not render what a tool answers")
+                raise TemplateRefusal(
+                    "the model's chat template does not render what a tool answers"
+                )
             if message.role == "user":
                 self.counts["user_dropped"] += 1
             elif message.role != "assistant":
@@ -471,58 +626,92 @@ class ChatFormat:
         if pattern is not None and any(pattern.search(message.content) for message in messages):
             self.counts["special_inside"] += 1
 
-    def _check_reasoning(self, prompt: str, kept: str, messages: Sequence[Message]) -> None:
-        """Refuse thoughts that the template never renders. Those of earlier turns may be left out, as it will do."""
+    def _check_reasoning(self, prompt: str, answer_text: str, messages: Sequence[Message]) -> None:
+        """Refuse reasoning that the template never renders.
+
+        Reasoning of earlier turns may be left out, as at inference.
+        """
         message = messages[-1]
-        if message.reasoning and _squeezed(message.reasoning) not in _squeezed(kept):
-            closed = any(prompt.rstrip().endswith(last) for _, last in _THINKING_TAGS)
-            raise TemplateRefusal(_THINKS_AFTER_ALL if closed else _NO_REASONING)
-        thinks = any(one.reasoning for one in messages[:-1])
-        if thinks and not self._reasoning_frame[1] and self._open_thinking(prompt) is None:
+        if message.reasoning and _remove_spaces(message.reasoning) not in _remove_spaces(
+            answer_text
+        ):
+            is_closed = any(
+                prompt.rstrip().endswith(closing_tag) for _, closing_tag in _THINKING_TAGS
+            )
+            raise TemplateRefusal(_THINKS_AFTER_ALL if is_closed else _NO_REASONING)
+        has_reasoning = any(earlier.reasoning for earlier in messages[:-1])
+        if (
+            has_reasoning
+            and not self._reasoning_frame[1]
+            and self._find_open_thinking(prompt) is None
+        ):
             raise TemplateRefusal(_NO_REASONING)
 
     def _check_calls(self, messages: Sequence[Message], message: Message, tools: str) -> None:
-        """Refuse calls of tools of which the template renders nothing, or not all."""
+        """Refuse tool calls that the template does not render, or not completely."""
         calls = message.calls
-        place = next(number for number, one in enumerate(messages) if one is message)
+        position = next(number for number, candidate in enumerate(messages) if candidate is message)
         shorter = [json.dumps(calls[:number] + calls[number + 1 :]) for number in range(len(calls))]
         variants = [""] if len(calls) == 1 else shorter
         for number, call in enumerate(calls):
             if call["function"]["arguments"]:
-                empty = {**call, "function": {**call["function"], "arguments": {}}}
-                variants.append(json.dumps([*calls[:number], empty, *calls[number + 1 :]]))
-        rendered = self.template.render(messages[: place + 1], tools, generation=False)
+                call_without_arguments = {**call, "function": {**call["function"], "arguments": {}}}
+                variants.append(
+                    json.dumps([*calls[:number], call_without_arguments, *calls[number + 1 :]])
+                )
+        rendered = self.template.render(messages[: position + 1], tools, generation=False)
         for variant in variants:
-            other = [*messages[:place], replace(message, tool_calls=variant)]
-            if self._renders_as(other, tools, rendered):
-                raise TemplateRefusal("the model's chat template does not render all tool_calls of the row")
+            changed_messages = [*messages[:position], replace(message, tool_calls=variant)]
+            if self._is_rendered_as(changed_messages, tools, rendered):
+                raise TemplateRefusal(
+                    "the model's chat template does not render all tool_calls of the row"
+                )
 
-    def _renders_as(self, messages: Sequence[Message], tools: str, text: str) -> bool:
-        """Whether a conversation is rendered as a text."""
+    def _is_rendered_as(self, messages: Sequence[Message], tools: str, text: str) -> bool:
+        """Return whether the template renders a conversation as the given text."""
         try:
             return self.template.render(messages, tools, generation=False) == text
         except TemplateRefusal:
             return False
 
-    def _marked(
-        self, written: _Written, kept: str, messages: Sequence[Message], tools: str, offsets: Sequence[Range]
+    def _mark_learnt_tokens(
+        self,
+        rendered_turn: _RenderedTurn,
+        answer_text: str,
+        messages: Sequence[Message],
+        tools: str,
+        offsets: Sequence[Range],
     ) -> list[bool]:
-        """Return which tokens of an answer are learnt: those that the template's own markers name, through the end."""
-        everything = [True] * len(offsets)
+        """Return which tokens of an answer are learnt.
+
+        These are the tokens that the template's own markers select, through the end of the turn;
+        without markers, all.
+        """
+        all_learnt = [True] * len(offsets)
         if not self.template.has_markers:
-            return everything
-        shift = len(written.whole) - len(written.text)
+            return all_learnt
+        shift = len(rendered_turn.whole) - len(rendered_turn.text)
         clipped = [
-            (max(first - shift, written.added), min(last - shift, len(kept)))
-            for first, last in self.template.marked(messages, tools)
+            (
+                max(token_begin - shift, rendered_turn.added),
+                min(token_end - shift, len(answer_text)),
+            )
+            for token_begin, token_end in self.template.find_marked_ranges(messages, tools)
         ]
-        marked = [(first, last) for first, last in clipped if first < last]
+        marked = [
+            (token_begin, token_end)
+            for token_begin, token_end in clipped
+            if token_begin < token_end
+        ]
         if not marked:
             self.counts["markers_unusable"] += 1
-            return everything
-        last_marked = max(last for _, last in marked)
-        marked += [(0, written.added), (last_marked, len(kept))]
-        learnt = [any(first < end and begin < last for begin, end in marked) for first, last in offsets]
+            return all_learnt
+        last_marked = max(token_end for _, token_end in marked)
+        marked += [(0, rendered_turn.added), (last_marked, len(answer_text))]
+        learnt = [
+            any(token_begin < end and begin < token_end for begin, end in marked)
+            for token_begin, token_end in offsets
+        ]
         if not learnt[0]:
             self.counts["markers_begin_late"] += 1
         return learnt
@@ -530,58 +719,76 @@ class ChatFormat:
 
 _NO_REASONING = "the model's chat template does not render reasoning_content, but the row has some"
 _THINKS_AFTER_ALL = (
-    "the row has reasoning, but the prompt closes the thinking block before the answer; drop enable_thinking: false "
+    "the row has reasoning, but the prompt closes the thinking block before the answer; drop "
+    "enable_thinking: false "
     "from data.chat_template_kwargs, or the reasoning from the row"
 )
 
 
-def _behind_last_message(prompt: str, unanswered: str, whole: str, context: Sequence[Message]) -> int | None:
-    """Return where an answer begins behind the last message before it and the header between; None: not found."""
-    asked = context[-1].content.strip() if context else ""
-    place = prompt.rfind(asked) if asked else -1
-    if place < 0:
+def _find_answer_after_last_message(
+    prompt: str, unanswered: str, rendered: str, context: Sequence[Message]
+) -> int | None:
+    """Return where the answer begins after the last message and the header, or None."""
+    question = context[-1].content.strip() if context else ""
+    position = prompt.rfind(question) if question else -1
+    if position < 0:
         return None
-    header = prompt[place + len(asked) :]
-    if whole.startswith(unanswered) and asked in unanswered:
-        begin = unanswered.rfind(asked)
-    else:  # the last message is rendered differently once it is answered
-        begin = whole.find(asked, max(0, len(commonprefix([unanswered, whole])) - len(asked)))
-    end = begin + len(asked)
-    return end + len(header) if begin >= 0 and header and whole.startswith(header, end) else None
+    header = prompt[position + len(question) :]
+    if rendered.startswith(unanswered) and question in unanswered:
+        begin = unanswered.rfind(question)
+    else:  # the template renders the last message differently once an answer follows
+        begin = rendered.find(
+            question, max(0, len(commonprefix([unanswered, rendered])) - len(question))
+        )
+    end = begin + len(question)
+    return end + len(header) if begin >= 0 and header and rendered.startswith(header, end) else None
 
 
-def _behind_header(prompt: str, unanswered: str, whole: str) -> int | None:
-    """Return where an answer begins behind the generation prompt, where that stands once behind the context."""
+def _find_answer_after_header(prompt: str, unanswered: str, rendered: str) -> int | None:
+    """Return where the answer begins after the generation prompt, or None.
+
+    The generation prompt must occur exactly once after the context.
+    """
     header = prompt.removeprefix(unanswered)
     if header == prompt or not header.strip():
         return None
-    start = len(commonprefix([unanswered, whole]))
-    return whole.find(header, start) + len(header) if whole.count(header, start) == 1 else None
+    start = len(commonprefix([unanswered, rendered]))
+    return (
+        rendered.find(header, start) + len(header) if rendered.count(header, start) == 1 else None
+    )
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> list[int]:
-    """Return the tokens with which both begin."""
+def _find_common_prefix(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """Return the tokens with which both sequences begin."""
     shared = []
-    for left, right in zip(one, other, strict=False):
-        if left != right:
+    for first_token, second_token in zip(first, second, strict=False):
+        if first_token != second_token:
             break
-        shared.append(left)
+        shared.append(first_token)
     return shared
 
 
-def _whole_lines(tail: str, follow_up: str) -> str:
-    """Return the text that ends a turn in any case: what a tail has in common with one that another turn follows."""
-    shared = commonprefix([tail, follow_up])
-    if shared != tail:
-        shared = shared[: shared.rfind("\n") + 1]  # what comes after is the beginning of the next turn
-    return shared.strip()
+def _find_common_ending(tail: str, follow_up: str) -> str:
+    """Return the text that ends a turn in any case.
+
+    It is what the text after the last answer has in common with the text before another turn.
+    """
+    common_text = commonprefix([tail, follow_up])
+    if common_text != tail:
+        common_text = common_text[
+            : common_text.rfind("\n") + 1
+        ]  # the text after this is the beginning of the next turn
+    return common_text.strip()
 
 
-def _squeezed(text: str) -> str:
-    """Return a text without spaces: templates trim and re-indent."""
+def _remove_spaces(text: str) -> str:
+    """Return a text without white space: templates trim and re-indent."""
     return "".join(text.split())
 
 
-def _is_in(content: str, squeezed: str) -> bool:
-    """Whether a text stands in a prompt (without its spaces), as it is or as JSON."""
-    return _squeezed(content) in squeezed or _squeezed(json.dumps(content, ensure_ascii=False)[1:-1]) in squeezed
+def _is_rendered(content: str, squeezed: str) -> bool:
+    """Return whether a text occurs in a prompt without spaces, as it is or as JSON."""
+    return (
+        _remove_spaces(content) in squeezed
+        or _remove_spaces(json.dumps(content, ensure_ascii=False)[1:-1]) in squeezed
+    )

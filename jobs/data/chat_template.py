@@ -1,4 +1,7 @@
-"""A tokenizer's chat template: rendering it, and knowing its tokens. Nothing here knows what is learnt."""
+"""Render a tokenizer's chat template, and describe its tokens.
+
+Which tokens are learnt is decided in `jobs.chat_format`.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,20 @@ from lorafleet.jobs.errors import DataError, UserError
 
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CLOCK = re.compile(r"\bstrftime_now\b")
-_PROBE = "Probe7f3a"
+_PROBE_TEXT = "Probe7f3a"
 _PART_SEPARATOR = "\n\n"
-"""Between the parts of a conversation where the tokenizer has no chat template."""
+"""Text between the parts of a conversation if the tokenizer has no chat template."""
 
 Range = tuple[int, int]
-"""(first character, the one after the last) of a stretch of text."""
+"""A part of a text: (first character, one past the last)."""
 
 
 class TemplateRefusal(DataError):
-    """A conversation that the chat template cannot render as it is."""
+    """Raised for a conversation that the chat template cannot render."""
 
 
 class ChatTemplate:
-    """One tokenizer with its chat template and the variables of the job.
+    """A tokenizer with its chat template and the job's template variables.
 
     A tokenizer without a chat template gets the plain form: parts joined by an empty line.
     """
@@ -37,9 +40,10 @@ class ChatTemplate:
 
     @cached_property
     def source(self) -> str:
-        """The template's text; empty: the tokenizer has none.
+        """Return the text of the template; empty if the tokenizer has none.
 
-        Raises UserError for a tokenizer with named templates of which none is the default.
+        Raises:
+            UserError: If the tokenizer has several named templates and none is the default.
         """
         if not self.tokenizer.chat_template:
             return ""
@@ -47,77 +51,99 @@ class ChatTemplate:
             return str(self.tokenizer.get_chat_template())
         except ValueError as error:
             raise UserError(
-                f"the tokenizer has several chat templates and no default one: name one in data.chat_template ({error})"
+                "the tokenizer has several chat templates and no default one: name one in "
+                f"data.chat_template ({error})"
             ) from error
 
     @cached_property
     def has_markers(self) -> bool:
-        """Whether the template itself says what the assistant writes (`{% generation %}`)."""
+        """Return whether the template marks what the assistant writes (`{% generation %}`)."""
         return bool(_MARKERS.search(self.source))
 
     @cached_property
     def unused_variables(self) -> list[str]:
-        """Variables of the job that the template never mentions."""
-        return [name for name in self.variables if not re.search(rf"\b{re.escape(name)}\b", self.source)]
+        """Return the job's template variables that the template never mentions."""
+        return [
+            name for name in self.variables if not re.search(rf"\b{re.escape(name)}\b", self.source)
+        ]
 
     @property
-    def takes_a_date(self) -> bool:
-        """Whether the variable `date_string` says which day prompts hold."""
+    def uses_date_string(self) -> bool:
+        """Return whether the variable `date_string` sets the date in prompts."""
         return "date_string" in self.source
 
     @cached_property
-    def tells_the_date(self) -> bool:
-        """Whether prompts hold the day on which they are rendered."""
-        fixed = self.takes_a_date and "date_string" in self.variables
-        return bool(_CLOCK.search(self.source)) and not fixed
+    def has_current_date(self) -> bool:
+        """Return whether prompts contain the date on which they are rendered."""
+        is_fixed = self.uses_date_string and "date_string" in self.variables
+        return bool(_CLOCK.search(self.source)) and not is_fixed
 
     @cached_property
-    def takes_parts(self) -> bool:
-        """Whether the template takes a message's content only as a list of parts (those of Idefics and LLaVA do)."""
-        probe = [Message("user", _PROBE), Message("assistant", _PROBE)]
+    def needs_content_parts(self) -> bool:
+        """Return whether a message's content must be a list of parts.
+
+        The templates of Idefics and LLaVA require this.
+        """
+        probe = [Message("user", _PROBE_TEXT), Message("assistant", _PROBE_TEXT)]
         texts: list[str] = []
         for as_parts in (False, True):
             try:
-                texts.append(self._call(probe, "", {"tokenize": False}, as_text=False, as_parts=as_parts))
-            except _template_errors():
+                texts.append(
+                    self._call_template(
+                        probe, "", {"tokenize": False}, as_text=False, as_parts=as_parts
+                    )
+                )
+            except _get_template_errors():
                 texts.append("")
-        return texts[0].count(_PROBE) < len(probe) <= texts[1].count(_PROBE)
+        return texts[0].count(_PROBE_TEXT) < len(probe) <= texts[1].count(_PROBE_TEXT)
 
     @cached_property
     def atoms(self) -> frozenset[int]:
-        """Ids of tokens that are never merged with text: special and added ones."""
+        """Return the ids of tokens that are never merged with text: special and added ones."""
         return frozenset({*self.tokenizer.added_tokens_decoder, *self.tokenizer.all_special_ids})
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
-        """Ids of special tokens."""
+        """Return the ids of the special tokens."""
         added = self.tokenizer.added_tokens_decoder
-        return frozenset({key for key, token in added.items() if token.special} | set(self.tokenizer.all_special_ids))
+        return frozenset(
+            {key for key, token in added.items() if token.special}
+            | set(self.tokenizer.all_special_ids)
+        )
 
     @cached_property
     def special_texts(self) -> tuple[str, ...]:
-        """Texts of special tokens, longest first."""
+        """Return the texts of the special tokens, longest first."""
         added = self.tokenizer.added_tokens_decoder.values()
-        texts = {str(token.content) for token in added if token.special} | set(self.tokenizer.all_special_tokens)
+        texts = {str(token.content) for token in added if token.special} | set(
+            self.tokenizer.all_special_tokens
+        )
         return tuple(sorted((text for text in texts if text), key=lambda text: (-len(text), text)))
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str] | None:
-        """Matches the text of any special token; None: there are none."""
-        return re.compile("|".join(map(re.escape, self.special_texts))) if self.special_texts else None
+        """Return a pattern for the text of any special token; None if there are none."""
+        return (
+            re.compile("|".join(map(re.escape, self.special_texts))) if self.special_texts else None
+        )
 
-    def name_of(self, token: int) -> str:
+    def get_token_text(self, token: int) -> str:
         """Return the text of a token of the vocabulary."""
         return str(self.tokenizer.convert_ids_to_tokens(token))
 
-    def ids(self, text: str) -> list[int]:
-        """Return the tokens of a text, and no others."""
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text, without added special tokens."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def ids_with_offsets(self, text: str) -> tuple[list[int], list[Range]]:
-        """Return the tokens of a text, and the characters that each covers (of a fast tokenizer)."""
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[Range]]:
+        """Return the tokens of a text and the characters that each one covers.
+
+        Needs a fast tokenizer.
+        """
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return list(encoded["input_ids"]), [(int(first), int(last)) for first, last in encoded["offset_mapping"]]
+        return list(encoded["input_ids"]), [
+            (int(first), int(last)) for first, last in encoded["offset_mapping"]
+        ]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return the text of tokens."""
@@ -125,18 +151,29 @@ class ChatTemplate:
         return text
 
     def render(self, messages: Sequence[Message], tools: str = "", *, generation: bool) -> str:
-        """Render messages as a text; with `generation` up to where the answer begins.
+        """Return messages as text.
 
-        Raises TemplateRefusal with what the template says.
+        Args:
+            messages: The conversation.
+            tools: Tool descriptions as JSON; empty for none.
+            generation: True to add the generation prompt, which ends where the answer begins.
+
+        Raises:
+            TemplateRefusal: If the template refuses the conversation, with the template's message.
         """
         if not self.source:
-            return self._plain(messages, tools, generation=generation)
-        text: str = self._apply(messages, tools, add_generation_prompt=generation, tokenize=False)
+            return self._render_plain(messages, tools, generation=generation)
+        text: str = self._apply_template(
+            messages, tools, add_generation_prompt=generation, tokenize=False
+        )
         return text
 
-    def marked(self, messages: Sequence[Message], tools: str = "") -> list[Range]:
-        """Return the characters of `render(messages, generation=False)` that the template's own markers name."""
-        encoded = self._apply(
+    def find_marked_ranges(self, messages: Sequence[Message], tools: str = "") -> list[Range]:
+        """Return the ranges of the rendered text that the template's own markers select.
+
+        The text is that of `render(messages, generation=False)`.
+        """
+        encoded = self._apply_template(
             messages,
             tools,
             tokenize=True,
@@ -145,43 +182,75 @@ class ChatTemplate:
             tokenizer_kwargs={"return_offsets_mapping": True},
         )
         pairs = zip(encoded["offset_mapping"], encoded["assistant_masks"], strict=True)
-        return [(int(first), int(last)) for (first, last), marked in pairs if marked]
+        return [(int(first), int(last)) for (first, last), is_marked in pairs if is_marked]
 
-    def _apply(self, messages: Sequence[Message], tools: str, **options: Any) -> Any:
-        """Call the template. Arguments of tool calls go as objects, or else as JSON text, which DeepSeek's needs."""
-        errors = _template_errors()
-        calls = any(message.tool_calls for message in messages)
+    def _apply_template(self, messages: Sequence[Message], tools: str, **options: Any) -> Any:
+        """Call the template with the arguments of tool calls as objects.
+
+        If that fails, the arguments are passed as JSON text, which DeepSeek's template needs.
+        """
+        errors = _get_template_errors()
+        has_calls = any(message.tool_calls for message in messages)
         try:
-            return self._call(messages, tools, options, as_text=False, as_parts=self.takes_parts)
+            return self._call_template(
+                messages, tools, options, as_text=False, as_parts=self.needs_content_parts
+            )
         except errors as error:
-            if calls:
+            if has_calls:
                 try:
-                    return self._call(messages, tools, options, as_text=True, as_parts=self.takes_parts)
+                    return self._call_template(
+                        messages, tools, options, as_text=True, as_parts=self.needs_content_parts
+                    )
                 except errors:
-                    pass  # what it says of objects is what counts
-            what = str(error) or type(error).__name__
-            raise TemplateRefusal(f"the model's chat template refuses this row: {what}") from error
+                    pass  # report the error of the first try, with objects
+            reason = str(error) or type(error).__name__
+            raise TemplateRefusal(
+                f"the model's chat template refuses this row: {reason}"
+            ) from error
 
-    def _call(
-        self, messages: Sequence[Message], tools: str, options: dict[str, Any], *, as_text: bool, as_parts: bool
+    def _call_template(
+        self,
+        messages: Sequence[Message],
+        tools: str,
+        options: dict[str, Any],
+        *,
+        as_text: bool,
+        as_parts: bool,
     ) -> Any:
-        dictionaries = [message.for_template(arguments_as_text=as_text, as_parts=as_parts) for message in messages]
-        described = json.loads(tools) if tools else None
-        return self.tokenizer.apply_chat_template(dictionaries, tools=described, **options, **self.variables)
+        dictionaries = [
+            message.to_template_dict(arguments_as_text=as_text, as_parts=as_parts)
+            for message in messages
+        ]
+        tool_list = json.loads(tools) if tools else None
+        return self.tokenizer.apply_chat_template(
+            dictionaries, tools=tool_list, **options, **self.variables
+        )
 
-    def _plain(self, messages: Sequence[Message], tools: str, *, generation: bool) -> str:
+    def _render_plain(self, messages: Sequence[Message], tools: str, *, generation: bool) -> str:
+        """Return the conversation in plain form, for a tokenizer without a chat template."""
         if tools or any(message.tool_calls or message.reasoning for message in messages):
             raise TemplateRefusal(
-                "the row has tools, tool calls or reasoning, but the model's tokenizer has no chat template that could "
+                "the row has tools, tool calls or reasoning, but the model's tokenizer has no "
+                "chat template that could "
                 "render them; name one in data.chat_template"
             )
         text = _PART_SEPARATOR.join(message.content for message in messages)
         return text + _PART_SEPARATOR if generation else text
 
 
-def _template_errors() -> tuple[type[Exception], ...]:
-    """What rendering a template raises: jinja's own errors, and those of the expressions in it."""
+def _get_template_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions that rendering a template can raise.
+
+    They are jinja's own errors and those of the expressions in a template.
+    """
     from jinja2 import TemplateError
 
-    own = (TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError)
-    return (TemplateError, *own, RecursionError, MemoryError)
+    expression_errors = (
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+    )
+    return (TemplateError, *expression_errors, RecursionError, MemoryError)

@@ -1,7 +1,9 @@
-"""Rows of simple files in columns: millions take the memory of the file, and a row is made when it is looked at.
+"""Read large simple files as columns, which take about the memory of the file.
 
-Only what can be read this way without a difference is: every needed cell is a plain text, and nothing is to be said of
-a single row. Whatever is odd makes `read_columns` return None, and the file is read record by record.
+A row object is built when it is accessed. Columns are used only where the result is the
+same as that of reading record by record: every needed cell is plain text, and there is
+nothing to report about a single row. For anything else `read_columns` returns None, and the
+file is read record by record.
 """
 
 from __future__ import annotations
@@ -16,9 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from lorafleet.jobs.data.conversation import Message
-from lorafleet.jobs.data.data_files import data_suffix, parquet_batches, read_records, shown_progress
-from lorafleet.jobs.data.row_formats import BadRow, Row, class_of, convert, plain_columns
+from lorafleet.jobs.data.data_files import (
+    get_data_suffix,
+    iterate_parquet_batches,
+    read_records,
+    show_progress,
+)
+from lorafleet.jobs.data.row_formats import (
+    BadRow,
+    Row,
+    convert_record,
+    list_plain_columns,
+    parse_label,
+)
 from lorafleet.jobs.data.row_lists import LargeRows
 from lorafleet.jobs.errors import DataError
 from lorafleet.jobs.schema.job import DataFormat, DataSpec
@@ -28,14 +42,16 @@ if TYPE_CHECKING:
 
 _BLOCK_ROWS = 8192
 _BLOCK_BYTES = 1 * 2**20
-_FEWEST_BYTES = 4_000_000
+_MIN_BYTES = 4_000_000
 """Smaller files are read record by record, which is as fast."""
-_SHORT = 8
-"""Characters of a text that is looked at by Python itself, whose idea of white space counts."""
+_MAX_SHORT_LENGTH = 8
+"""Texts up to this length are checked by Python itself, whose definition of white space
+applies.
+"""
 
 
 class ColumnRows(LargeRows):
-    """Rows whose cells lie in Arrow's columns."""
+    """Rows whose cells are stored in Arrow's columns."""
 
     def __init__(
         self,
@@ -45,19 +61,31 @@ class ColumnRows(LargeRows):
         codes: np.ndarray | None,
         lines: np.ndarray | None = None,
     ) -> None:
-        """`make` builds a row of its cells, its label and its line (its number, where `lines` is None)."""
+        """Store the columns.
+
+        Args:
+            make: Builds a row from its cells, its label and its line.
+            columns: The needed columns, each of length N.
+            labels: Names of the classes.
+            codes: Class index (N) of each row; None without classes.
+            lines: Line (N) of each row; None if it is the row's number.
+        """
         super().__init__(np.arange(len(columns[0]), dtype=np.int32), labels, codes)
-        self._make, self._columns, self._lines = make, columns, lines
+        self._create_trial, self._columns, self._lines = make, columns, lines
         self._hashes: np.ndarray | None = None
 
-    def _rows_at(self, places: np.ndarray) -> Iterator[Row]:
-        cells = zip(*(column.take(places).to_pylist() for column in self._columns), strict=True)
-        names = [""] * len(places) if self._codes is None else [self._labels[code] for code in self._codes[places]]
-        lines = places + 1 if self._lines is None else self._lines[places]
-        for texts, name, line in zip(cells, names, lines.tolist(), strict=True):
-            yield self._make(texts, name, line)
+    def _iterate_rows(self, indices: np.ndarray) -> Iterator[Row]:
+        cells = zip(*(column.take(indices).to_pylist() for column in self._columns), strict=True)
+        names = (
+            [""] * len(indices)
+            if self._codes is None
+            else [self._labels[code] for code in self._codes[indices]]
+        )
+        lines = indices + 1 if self._lines is None else self._lines[indices]
+        for texts, label, line in zip(cells, names, lines.tolist(), strict=True):
+            yield self._create_trial(texts, label, line)
 
-    def _all_hashes(self) -> np.ndarray:
+    def _get_hashes(self) -> np.ndarray:
         if self._hashes is None:
             column = self._columns[0]
             hashes = np.empty(len(column), dtype=np.int64)
@@ -70,12 +98,15 @@ class ColumnRows(LargeRows):
 
 def is_large(path: Path) -> bool:
     """Return True if a file is so large that its rows are kept in a compact form."""
-    return path.is_file() and path.stat().st_size >= _FEWEST_BYTES
+    return path.is_file() and path.stat().st_size >= _MIN_BYTES
 
 
-def first_record(path: Path) -> dict[str, Any] | None:
-    """Return the first row of a large file that may be read in columns; None for any other file."""
-    suffix = data_suffix(path)
+def read_first_record(path: Path) -> dict[str, Any] | None:
+    """Return the first row of a large file that may be read in columns.
+
+    Returns None for any other file.
+    """
+    suffix = get_data_suffix(path)
     if suffix not in (".jsonl", ".ndjson", ".parquet", ".csv", ".tsv") or not is_large(path):
         return None
     if suffix in (".csv", ".tsv"):
@@ -92,7 +123,12 @@ def first_record(path: Path) -> dict[str, Any] | None:
             return next((dict(batch.to_pylist()[0]) for batch in batches if len(batch)), None)
         with path.open("rb") as file:
             record = json.loads(file.readline(_BLOCK_BYTES).decode("utf-8"))
-    except (ArrowException, OSError, ValueError, RecursionError):  # read record by record, the file gets its message
+    except (
+        ArrowException,
+        OSError,
+        ValueError,
+        RecursionError,
+    ):  # the record reader reports what is wrong with the file
         return None
     return record if isinstance(record, dict) else None
 
@@ -100,61 +136,79 @@ def first_record(path: Path) -> dict[str, Any] | None:
 def read_columns(
     path: Path, kind: DataFormat, data: DataSpec, unused: Counter[str], notes: list[str]
 ) -> ColumnRows | None:
-    """Read a file in columns; None where a single row has something to say.
+    """Read a file in columns.
 
-    Columns that are not known are put in `unused`, remarks about the whole file in `notes`.
+    Args:
+        path: The data file.
+        kind: Format of the rows.
+        data: The job's `data` block.
+        unused: Receives the columns that are not used, with the number of rows that have a
+            value in them.
+        notes: Receives remarks about the whole file.
+
+    Returns:
+        The rows, or None if a row has a problem to report or the format needs the
+            record-by-record reader.
     """
-    needed = plain_columns(kind, data)
+    needed = list_plain_columns(kind, data)
     if needed is None:
         return None
     from pyarrow import ArrowException
 
     names = [name for name in needed if kind != "text_label" or name != data.label_column]
     try:
-        found = _read(path, names, data.label_column if kind == "text_label" else None, data, kind)
+        content = _read_content(
+            path, names, data.label_column if kind == "text_label" else None, data, kind
+        )
     except (
-        _Odd,
+        _NotColumnar,
         BadRow,
         DataError,
         ArrowException,
         OSError,
         ValueError,
-    ):  # read record by record, the row gets its message
+    ):  # the record reader reports what is wrong with the row
         return None
-    for name, count in found.others.items():
+    for name, count in content.others.items():
         if count:
             unused[f"column {name!r}" if name else "the column without a name"] += count
-    notes += found.notes
-    columns = [column.array() for column in found.texts.values()]
-    return ColumnRows(_maker(kind, data), columns, tuple(found.labels), found.codes(), found.lines_of_rows())
+    notes += content.notes
+    columns = [column.to_array() for column in content.texts.values()]
+    return ColumnRows(
+        _make_row_builder(kind, data),
+        columns,
+        tuple(content.labels),
+        content.get_class_codes(),
+        content.get_row_lines(),
+    )
 
 
-class _Odd(Exception):
-    """A row has something that only the slow way has words for."""
+class _NotColumnar(Exception):
+    """Raised for a row that only the record-by-record reader handles."""
 
 
-class _Texts:
-    """All texts of a column one after another, in memory that is taken as it fills."""
+class _TextColumn:
+    """All texts of a column, one after another, in memory that is used as it fills."""
 
-    def __init__(self, most: int) -> None:
-        self.data, self.used = np.empty(most, dtype=np.uint8), 0
+    def __init__(self, max_bytes: int) -> None:
+        self.data, self.used = np.empty(max_bytes, dtype=np.uint8), 0
         self.ends: list[np.ndarray] = []
 
     def add(self, column: pyarrow.Array) -> None:
-        """Take over the texts of a batch."""
-        wide = "large" in str(column.type)
-        offsets = np.frombuffer(column.buffers()[1], dtype=np.int64 if wide else np.int32)
+        """Append the texts of a batch."""
+        is_large = "large" in str(column.type)
+        offsets = np.frombuffer(column.buffers()[1], dtype=np.int64 if is_large else np.int32)
         offsets = offsets[column.offset : column.offset + len(column) + 1].astype(np.int64)
         size = int(offsets[-1] - offsets[0])
         if self.used + size > len(self.data):
-            raise _Odd
+            raise _NotColumnar
         if size:
-            own = np.frombuffer(column.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]]
-            self.data[self.used : self.used + size] = own
+            values = np.frombuffer(column.buffers()[2], dtype=np.uint8)[offsets[0] : offsets[-1]]
+            self.data[self.used : self.used + size] = values
         self.ends.append(offsets[1:] - offsets[0] + self.used)
         self.used += size
 
-    def array(self) -> pyarrow.Array:
+    def to_array(self) -> pyarrow.Array:
         """Return the whole column (N)."""
         import pyarrow
 
@@ -164,172 +218,228 @@ class _Texts:
 
 
 @dataclass
-class _Read:
-    """What a file holds."""
+class _FileContent:
+    """The content of a file, by columns."""
 
-    texts: dict[str, _Texts]
+    texts: dict[str, _TextColumn]
     labels: dict[str, int] = field(default_factory=dict)
     """Class -> its number."""
     numbers: list[np.ndarray] = field(default_factory=list)
     others: dict[str, int] = field(default_factory=dict)
-    """Column that is not needed -> rows that have a value in it."""
+    """Column that is not needed -> number of rows that have a value in it."""
     lines: list[np.ndarray] = field(default_factory=list)
-    """Line on which each row ends, where rows may have several."""
+    """Line on which each row ends, for files whose rows may span several lines."""
     notes: list[str] = field(default_factory=list)
 
-    def lines_of_rows(self) -> np.ndarray | None:
-        """Return the line (N) of each row; None where it is the row's number."""
+    def get_row_lines(self) -> np.ndarray | None:
+        """Return the line (N) of each row; None if it is the row's number."""
         return np.concatenate(self.lines) if self.lines else None
 
-    def codes(self) -> np.ndarray | None:
-        """Return the class (N) of each row; None where there are no classes."""
+    def get_class_codes(self) -> np.ndarray | None:
+        """Return the class index (N) of each row; None without classes."""
         return np.concatenate(self.numbers) if self.numbers else None
 
 
-def _read(path: Path, names: Sequence[str], label: str | None, data: DataSpec, kind: DataFormat) -> _Read:
-    """Read a file batch by batch. Raises _Odd, and pyarrow's errors."""
-    conversational = kind == "prompt_completion"
-    found, first = _Read({name: _Texts(8 * path.stat().st_size) for name in names}), True
-    by_records = data_suffix(path) in (".csv", ".tsv")
-    with contextlib.nullcontext(lambda _: None) if by_records else shown_progress(path) as read:
-        for batch, size in _batches(path, names, found):
-            own = {*names, *([label] if label else [])}
-            if not own <= set(batch.schema.names):
-                raise _Odd
+def _read_content(
+    path: Path, names: Sequence[str], label: str | None, data: DataSpec, kind: DataFormat
+) -> _FileContent:
+    """Read a file batch by batch.
+
+    Raises:
+        _NotColumnar: If the file needs the record-by-record reader.
+        ArrowException: If pyarrow cannot read it.
+    """
+    is_conversational = kind == "prompt_completion"
+    content, is_first = (
+        _FileContent({name: _TextColumn(8 * path.stat().st_size) for name in names}),
+        True,
+    )
+    reads_records = get_data_suffix(path) in (".csv", ".tsv")
+    with (
+        contextlib.nullcontext(lambda _: None) if reads_records else show_progress(path) as advance
+    ):
+        for batch, size in _iterate_batches(path, names, content):
+            used_names = {*names, *([label] if label else [])}
+            if not used_names <= set(batch.schema.names):
+                raise _NotColumnar
             for name in names:
-                _check_texts(batch.column(name), may_be_json=conversational)
-                found.texts[name].add(batch.column(name))
+                _check_texts(batch.column(name), may_be_json=is_conversational)
+                content.texts[name].add(batch.column(name))
             if label is not None:
-                found.numbers.append(_codes(batch.column(label), data, found.labels))
+                content.numbers.append(_encode_classes(batch.column(label), data, content.labels))
             for name in batch.schema.names:
-                if name not in own:
+                if name not in used_names:
                     column = batch.column(name)
-                    found.others[name] = found.others.get(name, 0) + len(column) - column.null_count
-            if conversational and (
-                any(found.others.get(name) for name in _MEANINGFUL)
-                or (first and conversational and _odd(batch, names, data))
+                    content.others[name] = (
+                        content.others.get(name, 0) + len(column) - column.null_count
+                    )
+            if is_conversational and (
+                any(content.others.get(name) for name in _MEANINGFUL_COLUMNS)
+                or (is_first and is_conversational and _has_meaningful_extras(batch, names, data))
             ):
-                raise _Odd
-            first = False
-            read(size)
-    if first:
-        raise _Odd
-    return found
+                raise _NotColumnar
+            is_first = False
+            advance(size)
+    if is_first:
+        raise _NotColumnar
+    return content
 
 
-def _batches(path: Path, names: Sequence[str], found: _Read) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
-    """Yield (rows, about how many bytes they are). Raises pyarrow's errors, and _Odd where rows are no lines."""
-    suffix = data_suffix(path)
+def _iterate_batches(
+    path: Path, names: Sequence[str], content: _FileContent
+) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
+    """Yield batches of rows with their approximate size in bytes.
+
+    Raises pyarrow's errors, and _NotColumnar if rows are not lines.
+    """
+    suffix = get_data_suffix(path)
     if suffix == ".parquet":
-        yield from parquet_batches(path)
+        yield from iterate_parquet_batches(path)
     elif suffix in (".csv", ".tsv"):
-        for batch in _table_batches(path, found):
-            yield batch, 0  # the bar is drawn by what reads the records
+        for batch in _iterate_table_batches(path, content):
+            yield batch, 0  # `read_records` already reports the progress
     else:
-        yield from _json_batches(path, names)
+        yield from _iterate_json_batches(path, names)
 
 
-def _table_batches(path: Path, found: _Read) -> Iterator[pyarrow.RecordBatch]:
-    """Yield the rows of a CSV or TSV file, read as they are everywhere. Raises _Odd for a bad one."""
+def _iterate_table_batches(path: Path, content: _FileContent) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the rows of a CSV or TSV file, read with the record reader.
+
+    Raises _NotColumnar for a bad row.
+    """
     import pyarrow
 
-    records = read_records(path, found.notes)
+    records = read_records(path, content.notes)
     while block := list(islice(records, _BLOCK_ROWS)):
         rows = [record for _, record in block if isinstance(record, dict)]
         if len(rows) < len(block):
-            raise _Odd
-        found.lines.append(np.array([line for line, _ in block], dtype=np.int32))
-        columns = {name: pyarrow.array([row[name] for row in rows], pyarrow.string()) for name in rows[0]}
+            raise _NotColumnar
+        content.lines.append(np.array([line for line, _ in block], dtype=np.int32))
+        columns = {
+            name: pyarrow.array([row[name] for row in rows], pyarrow.string()) for name in rows[0]
+        }
         yield pyarrow.RecordBatch.from_pydict(columns)
 
 
-def _json_batches(path: Path, names: Sequence[str]) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
+def _iterate_json_batches(
+    path: Path, names: Sequence[str]
+) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
+    """Yield batches of a JSON Lines file with their approximate size in bytes.
+
+    Raises _NotColumnar if the number of rows differs from the number of lines.
+    """
     import pyarrow
     from pyarrow import json as arrow_json
 
-    lines, rows = _lines(path), 0
-    # Texts that look like dates would be read as dates: what is needed is said to be text.
+    line_count, row_count = _count_lines(path), 0
+    # Without an explicit schema, Arrow would read texts that look like dates as dates.
     schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
-    with arrow_json.open_json(  # block by block: `read_json` holds all of them while it works
-        path,
-        read_options=arrow_json.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False),
-        parse_options=arrow_json.ParseOptions(explicit_schema=schema),
-        memory_pool=pyarrow.system_memory_pool(),  # which gives back what it is given back
-    ) as reader:
+    with (
+        # Streamed block by block: `read_json` would hold all blocks in memory.
+        arrow_json.open_json(
+            path,
+            read_options=arrow_json.ReadOptions(block_size=_BLOCK_BYTES, use_threads=False),
+            parse_options=arrow_json.ParseOptions(explicit_schema=schema),
+            memory_pool=pyarrow.system_memory_pool(),  # returns freed memory to the system
+        ) as reader
+    ):
         pool = pyarrow.system_memory_pool()
         for number, batch in enumerate(reader):
-            rows += len(batch)
+            row_count += len(batch)
             yield batch, _BLOCK_BYTES
             if number % 32 == 31:
                 pool.release_unused()
         pool.release_unused()
-    if rows != lines:
-        raise _Odd
+    if row_count != line_count:
+        raise _NotColumnar
 
 
-def _lines(path: Path) -> int:
-    """Count a file's lines. Raises _Odd for blank ones, which would shift the numbers of all after them."""
-    lines, last = 0, b"\n"
+def _count_lines(path: Path) -> int:
+    """Return the number of lines of a file.
+
+    Raises _NotColumnar for blank lines, which would shift the numbers of all lines after them.
+    """
+    line_count, last_byte = 0, b"\n"
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
-            lines += block.count(b"\n")
-            if b"\n\n" in last + block[:1] or b"\n\n" in block or b"\n\r" in block:
-                raise _Odd
-            last = block[-1:]
-    return lines + (last != b"\n")
+            line_count += block.count(b"\n")
+            if b"\n\n" in last_byte + block[:1] or b"\n\n" in block or b"\n\r" in block:
+                raise _NotColumnar
+            last_byte = block[-1:]
+    return line_count + (last_byte != b"\n")
 
 
 def _check_texts(column: pyarrow.Array, *, may_be_json: bool) -> None:
-    """Raise _Odd unless all cells are texts that hold something and are whole characters."""
+    """Raise _NotColumnar unless all cells are non-blank texts in valid UTF-8."""
     import pyarrow
     from pyarrow import compute
 
-    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)) or column.null_count:
-        raise _Odd
-    column.validate(full=True)  # UTF-8
-    short = compute.less_equal(compute.binary_length(column), _SHORT)
-    blank = compute.equal(compute.utf8_trim_whitespace(column), "")
-    doubtful = compute.filter(column, compute.or_(short, blank)).to_pylist()
+    if (
+        not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type))
+        or column.null_count
+    ):
+        raise _NotColumnar
+    column.validate(full=True)  # checks that the bytes are UTF-8
+    is_short = compute.less_equal(compute.binary_length(column), _MAX_SHORT_LENGTH)
+    is_blank = compute.equal(compute.utf8_trim_whitespace(column), "")
+    doubtful = compute.filter(column, compute.or_(is_short, is_blank)).to_pylist()
     if not all(text.strip() for text in doubtful):
-        raise _Odd
+        raise _NotColumnar
     if may_be_json and compute.any(compute.match_substring_regex(column, r"^\s*\[")).as_py():
-        raise _Odd
+        raise _NotColumnar
 
 
-def _codes(column: pyarrow.Array, data: DataSpec, labels: dict[str, int]) -> np.ndarray:
-    """Return the number of each row's class; new classes are put in `labels`. Raises _Odd and BadRow."""
+def _encode_classes(column: pyarrow.Array, data: DataSpec, labels: dict[str, int]) -> np.ndarray:
+    """Return the class index of each row; new classes are added to `labels`.
+
+    Raises _NotColumnar and BadRow.
+    """
     import pyarrow
 
-    if column.null_count or not (pyarrow.types.is_string(column.type) or pyarrow.types.is_int64(column.type)):
-        raise _Odd
+    if column.null_count or not (
+        pyarrow.types.is_string(column.type) or pyarrow.types.is_int64(column.type)
+    ):
+        raise _NotColumnar
     encoded = column.dictionary_encode()
-    names = [class_of(value, data) for value in encoded.dictionary.to_pylist()]
+    names = [parse_label(value, data) for value in encoded.dictionary.to_pylist()]
     numbers = np.array([labels.setdefault(name, len(labels)) for name in names], dtype=np.int32)
-    found: np.ndarray = numbers[encoded.indices.to_numpy(zero_copy_only=False)]
-    return found
+    codes: np.ndarray = numbers[encoded.indices.to_numpy(zero_copy_only=False)]
+    return codes
 
 
-def _odd(batch: pyarrow.RecordBatch, names: Sequence[str], data: DataSpec) -> bool:
-    """Whether a first row with all its columns is another one than that of the needed columns alone."""
-    first = batch.slice(0, 1).to_pylist()[0]
-    plain = _maker("prompt_completion", data)(tuple(first[name] for name in names), "", 0)
-    return convert(first, "prompt_completion", data, Counter()) != plain
+def _has_meaningful_extras(
+    batch: pyarrow.RecordBatch, names: Sequence[str], data: DataSpec
+) -> bool:
+    """Return whether the first row means something else if all its columns are read."""
+    record = batch.slice(0, 1).to_pylist()[0]
+    plain_row = _make_row_builder("prompt_completion", data)(
+        tuple(record[name] for name in names), "", 0
+    )
+    return convert_record(record, "prompt_completion", data, Counter()) != plain_row
 
 
-_MEANINGFUL = frozenset(
-    "system system_prompt tools history images image videos video audios audio documents functions function_call "
-    "weight loss_weight chat_template_kwargs enable_thinking rejected assistant_masks train training loss messages "
+_MEANINGFUL_COLUMNS = frozenset(
+    "system system_prompt tools history images image videos video audios audio documents "
+    "functions function_call "
+    "weight loss_weight chat_template_kwargs enable_thinking rejected assistant_masks train "
+    "training loss messages "
     "conversations conversation".split()
 )
 """Columns that may change what a row means."""
 
 
-def _maker(kind: DataFormat, data: DataSpec) -> Callable[[tuple[str, ...], str, int], Row]:
+def _make_row_builder(
+    kind: DataFormat, data: DataSpec
+) -> Callable[[tuple[str, ...], str, int], Row]:
+    """Return the function that builds a row from its cells, its label and its line."""
     if kind != "prompt_completion":
         return lambda texts, label, line: Row(text=texts[0], label=label, line=line)
-    before = (Message("system", data.system_prompt),) if data.system_prompt else ()
+    system_messages = (Message("system", data.system_prompt),) if data.system_prompt else ()
 
-    def conversation(texts: tuple[str, ...], _label: str, line: int) -> Row:
-        return Row(messages=(*before, Message("user", texts[0]), Message("assistant", texts[1])), line=line)
+    def build_conversation(texts: tuple[str, ...], _label: str, line: int) -> Row:
+        return Row(
+            messages=(*system_messages, Message("user", texts[0]), Message("assistant", texts[1])),
+            line=line,
+        )
 
-    return conversation
+    return build_conversation

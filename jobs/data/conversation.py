@@ -1,4 +1,4 @@
-"""Messages of a conversation, as data files have them and as chat templates take them."""
+"""Represent the messages of a conversation, in data files and for chat templates."""
 
 from __future__ import annotations
 
@@ -12,47 +12,55 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Message:
-    """One message. Hashable, so that equal conversations can be found."""
+    """One message. It is hashable, so that equal conversations can be found."""
 
     role: str
     content: str
     reasoning: str = ""
-    """What an assistant thought before its answer (`reasoning_content`)."""
+    """Reasoning of an assistant before its answer (`reasoning_content`)."""
     tool_calls: str = ""
-    """An assistant's calls as a JSON list; empty: none."""
+    """Tool calls of an assistant, as a JSON list; empty for none."""
     name: str = ""
-    """Of a tool's answer: the tool."""
+    """Name of the tool, for a tool's answer."""
     tool_call_id: str = ""
-    """Of a tool's answer: the call that it answers."""
+    """Id of the call that a tool's answer belongs to."""
     learn: bool = True
-    """Of an assistant's message: whether it may be learnt (`weight: 0` and `train: false` say that it is not)."""
+    """Whether an assistant's message may be learnt. `weight: 0` and `train: false` in the data set
+    it to False.
+    """
 
     @property
     def calls(self) -> list[dict[str, Any]]:
-        """The tool calls, with their arguments as objects."""
+        """Return the tool calls, with their arguments as objects."""
         calls: list[dict[str, Any]] = json.loads(self.tool_calls) if self.tool_calls else []
         return calls
 
-    def for_template(self, *, arguments_as_text: bool = False, as_parts: bool = False) -> dict[str, Any]:
-        """Build the dictionary that a chat template takes (Hugging Face's form).
+    def to_template_dict(
+        self, *, arguments_as_text: bool = False, as_parts: bool = False
+    ) -> dict[str, Any]:
+        """Return the dictionary that a chat template takes (Hugging Face's form).
 
-        Most templates take a call's arguments as an object; with `arguments_as_text` they are JSON, as OpenAI has them.
-        With `as_parts` the content is a list of one text part.
+        Args:
+            arguments_as_text: Pass the arguments of tool calls as JSON text, as OpenAI does. Most
+                templates take them as an object.
+            as_parts: Pass the content as a list of one text part.
         """
         content: Any = [{"type": "text", "text": self.content}] if as_parts else self.content
         message: dict[str, Any] = {"role": self.role, "content": content}
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
-            message["tool_calls"] = [_call(call, as_text=arguments_as_text) for call in self.calls]
+            message["tool_calls"] = [
+                _format_call(call, as_text=arguments_as_text) for call in self.calls
+            ]
         if self.name:
             message["name"] = self.name
         if self.tool_call_id:
             message["tool_call_id"] = self.tool_call_id
         return message
 
-    def as_record(self) -> dict[str, Any]:
-        """Build the JSON object that is stored; `from_record` reads it."""
+    def to_record(self) -> dict[str, Any]:
+        """Return the JSON object to store; `from_record` reads it."""
         record: dict[str, Any] = {"role": self.role, "content": self.content}
         for key in ("reasoning", "tool_calls", "name", "tool_call_id"):
             if getattr(self, key):
@@ -63,11 +71,12 @@ class Message:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Message:
-        """Read what `as_record` wrote."""
+        """Create a message from the output of `to_record`."""
         return cls(**record)
 
 
-def _call(call: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
+def _format_call(call: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
+    """Return a tool call for a chat template, with its arguments as an object or as JSON text."""
     if not as_text:
         return call
     function = call["function"]
@@ -76,15 +85,16 @@ def _call(call: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
 
 
 def has_prompt(messages: tuple[Message, ...], index: int) -> bool:
-    """Whether something was asked before the message at `index`: a user or a tool has spoken."""
+    """Return whether a user or a tool has spoken before the message at `index`."""
     return any(message.role in ("user", "tool") for message in messages[:index])
 
 
-def learnable_turns(messages: tuple[Message, ...], train_on_turns: str) -> list[int]:
-    """Return the positions of the assistant's messages that are learnt, in their order.
+def find_learnable_turns(messages: tuple[Message, ...], train_on_turns: str) -> list[int]:
+    """Return the positions of the assistant's messages that are learnt, in order.
 
-    A message with weight 0 is not learnt, and neither is one that answers nothing (a greeting before the first
-    question). `train_on_turns: last` keeps the last of those that are left.
+    Messages with weight 0 are not learnt, and neither are those that answer nothing, such as a
+    greeting before the first question. `train_on_turns: last` keeps only the last remaining
+    one.
     """
     turns = [
         index

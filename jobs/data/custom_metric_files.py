@@ -1,4 +1,4 @@
-"""A user's own metrics by path: looked at before anything runs, without running a line of them."""
+"""Check a user's custom metrics by path before a run starts, without executing their code."""
 
 from __future__ import annotations
 
@@ -9,31 +9,34 @@ from lorafleet.jobs import files
 from lorafleet.jobs.schema.job import CustomMetric
 
 
-def file_of(metric: CustomMetric) -> str:
-    """The file that a metric is in."""
+def get_metric_file(metric: CustomMetric) -> str:
+    """Return the file that a metric is defined in."""
     return metric.function.partition(":")[0]
 
 
-def digest(metric: CustomMetric) -> str:
-    """What a metric is, whatever its name: SHA-256 of its file, and the function in it."""
+def compute_metric_digest(metric: CustomMetric) -> str:
+    """Return what identifies a metric, whatever its name: SHA-256 of its file, and the function."""
     path, _, function = metric.function.partition(":")
-    return f"{files.sha256_file(Path(path))}:{function}"
+    return f"{files.compute_sha256(Path(path))}:{function}"
 
 
-def wrong(name: str, metric: CustomMetric) -> str | None:
-    """What is wrong with a metric's path; None where it is right."""
+def find_metric_problem(name: str, metric: CustomMetric) -> str | None:
+    """Return the problem with a metric's path; None if there is none."""
     field = f"evaluate.custom_metrics.{name}.function"
     path, _, function = metric.function.partition(":")
     if not path.endswith(".py"):
-        return f"{field} is {metric.function}, but must be FILE.py:NAME (or FILE.py, a module of the package evaluate)"
+        return (
+            f"{field} is {metric.function}, but must be FILE.py:NAME (or FILE.py, a module of "
+            "the package evaluate)"
+        )
     try:
-        tree = ast.parse(files.read_plain_text(Path(path)))
+        tree = ast.parse(files.read_regular_text(Path(path)))
     except OSError as error:
         return f"{field} is {metric.function}, but {path} cannot be read: {error.strerror}"
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         return f"{field} is {metric.function}, but {path} is not Python: {error}"
     defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     if function and function not in defined:
-        known = f" (there are: {', '.join(defined[:8])})" if defined else ""
-        return f"{field} is {metric.function}, but {path} defines no function {function}{known}"
+        available = f" (there are: {', '.join(defined[:8])})" if defined else ""
+        return f"{field} is {metric.function}, but {path} defines no function {function}{available}"
     return None

@@ -1,4 +1,7 @@
-"""Data files, record by record: JSON Lines, JSON, CSV, TSV and Parquet, plain or compressed."""
+"""Read data files record by record: JSON Lines, JSON, CSV, TSV and Parquet.
+
+All but Parquet may be compressed.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO
 
 from lorafleet.jobs.errors import DataError
-from lorafleet.jobs.files import no_file
-from lorafleet.jobs.text import counted
+from lorafleet.jobs.files import describe_non_file
+from lorafleet.jobs.text import format_count
 
 if TYPE_CHECKING:
     import pyarrow
@@ -26,39 +29,48 @@ DATA_SUFFIXES = (
     *_PLAIN,
     *(f"{suffix}{packed}" for suffix in _PLAIN if suffix != ".parquet" for packed in _COMPRESSED),
 )
-"""Endings of the files that are read. Parquet has a compression of its own."""
+"""Suffixes of the files that can be read. Parquet has its own compression."""
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 _MAX_FIELD = 100_000_000
-_LEAST_UNPACKED, _UNPACKED_RATIO = 100_000_000, 200
-"""Bytes that a compressed file may always hold, and how often its own size beyond them."""
+_MIN_UNPACKED_LIMIT, _UNPACKED_RATIO = 100_000_000, 200
+"""A compressed file may unpack to this many bytes, plus this many times its own size."""
 _PARQUET_STEP, _JOINED_ROWS, _JOINED_BYTES = 256, 8192, 16_000_000
-"""Rows that are unpacked at a time: few, because each may be large; and what is then looked at together."""
-_ROW_BYTES = 16
-"""What a row takes at least, whatever is in it."""
-_BEGINNING = 1000
-"""Bytes of a file in which text of another encoding shows."""
+"""Rows that are unpacked at a time (few, because each row may be large), and the limits in
+rows and bytes of the batches that they are joined to.
+"""
+_MIN_ROW_BYTES = 16
+"""Minimum memory of a row, in bytes, whatever its content."""
+_ENCODING_PROBE_BYTES = 1000
+"""Number of bytes at the beginning of a file that are checked for another encoding."""
 
 Record = dict[str, Any] | str
-"""The values of a row by column; or what is wrong with it, as a sentence."""
+"""The values of a row by column, or a message that says what is wrong with the row."""
 
 
-def data_suffix(path: Path) -> str | None:
-    """Return the ending that decides how a file is read (`.jsonl`, `.csv.gz`), or None."""
+def get_data_suffix(path: Path) -> str | None:
+    """Return the suffix that decides how a file is read (`.jsonl`, `.csv.gz`), or None."""
     name = path.name.lower()
     return next((suffix for suffix in DATA_SUFFIXES if name.endswith(suffix)), None)
 
 
 def read_records(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int, Record]]:
-    """Yield (line, record) for each row of a file; add remarks about the whole file to `notes`.
+    """Yield (line, record) for each row of a file.
 
-    Raises DataError where the file cannot be read as its name says.
+    Args:
+        path: The data file.
+        notes: Receives remarks about the whole file.
+
+    Raises:
+        DataError: If the content does not match the file's suffix, or the file cannot be read.
     """
-    suffix = data_suffix(path)
+    suffix = get_data_suffix(path)
     notes = [] if notes is None else notes
     if suffix is None:
         ending = path.suffix or "nothing"
-        raise DataError(f"{path} ends in {ending}, but must end in one of {', '.join(DATA_SUFFIXES)}")
+        raise DataError(
+            f"{path} ends in {ending}, but must end in one of {', '.join(DATA_SUFFIXES)}"
+        )
     if suffix == ".parquet":
         yield from _read_parquet(path)
     elif suffix.startswith((".jsonl", ".ndjson")):
@@ -75,28 +87,32 @@ def read_records(path: Path, notes: list[str] | None = None) -> Iterator[tuple[i
 def _open_utf8(path: Path) -> Iterator[BinaryIO | None]:
     """Open a data file for streaming. Compressed files are decompressed in memory, once.
 
-    Yields None for a file that does not look like UTF-8: `_text` reads it, or explains what to do. Raises DataError.
+    Yields None for a file that does not look like UTF-8: `_read_text` then reads it or explains
+    what to do.
+
+    Raises:
+        DataError: If the file cannot be read.
     """
     if path.suffix.lower() in _COMPRESSED:
-        file: BinaryIO = io.BytesIO(_bytes(path))
+        file: BinaryIO = io.BytesIO(_read_bytes(path))
     else:
         try:
-            if not path.is_file():  # never wait for a pipe
-                raise DataError(f"{path} cannot be read: {no_file(path)}")
+            if not path.is_file():  # a pipe would block
+                raise DataError(f"{path} cannot be read: {describe_non_file(path)}")
             file = path.open("rb")
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror or error}") from None
     with file:
-        beginning = file.read(_BEGINNING)
+        beginning = file.read(_ENCODING_PROBE_BYTES)
         file.seek(0)
         yield None if beginning.startswith(_UTF16_MARKS) or b"\0" in beginning else file
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file without their line feeds. A carriage return is part of its line."""
-    with shown_progress(path) as advance, _open_utf8(path) as file:
+def _read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a file without line feeds. A carriage return is part of its line."""
+    with show_progress(path) as advance, _open_utf8(path) as file:
         if file is None:
-            yield from _text(path).split("\n")
+            yield from _read_text(path).split("\n")
             return
         encoding, has_ended = "utf-8-sig", True
         for line in file:
@@ -104,7 +120,7 @@ def _lines(path: Path) -> Iterator[str]:
             try:
                 text = line.decode(encoding)
             except UnicodeDecodeError:
-                _text(path)  # raises a DataError that names the line
+                _read_text(path)  # raises a DataError that names the line
                 raise
             encoding, has_ended = "utf-8", text.endswith("\n")
             yield text.removesuffix("\n")
@@ -114,16 +130,16 @@ def _lines(path: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _open_text(path: Path) -> Iterator[TextIO]:
-    """Open the text of a file, with its line ends as they are."""
-    with shown_progress(path) as advance, _open_utf8(path) as file:
+    """Open the text of a file, with its line ends unchanged."""
+    with show_progress(path) as advance, _open_utf8(path) as file:
         if file is None:
-            yield io.StringIO(_text(path), newline="")
+            yield io.StringIO(_read_text(path), newline="")
         else:
             yield io.TextIOWrapper(_ProgressReader(file, advance), encoding="utf-8-sig", newline="")
 
 
 class _ProgressReader(io.BufferedReader):
-    """A file that reports how many bytes were read."""
+    """A binary file that reports how many bytes were read."""
 
     def __init__(self, file: BinaryIO, advance: Callable[[int], object]) -> None:
         super().__init__(file)  # type: ignore[arg-type]
@@ -135,66 +151,91 @@ class _ProgressReader(io.BufferedReader):
         return data
 
 
-def _text(path: Path) -> str:
-    data = _bytes(path)
+def _read_text(path: Path) -> str:
+    """Return the text of a file, in UTF-8 or in UTF-16 with a mark.
+
+    Raises:
+        DataError: If the file is in another encoding.
+    """
+    data = _read_bytes(path)
     if data.startswith(_UTF16_MARKS):
         try:
             return data.decode("utf-16")
         except UnicodeDecodeError:
-            raise DataError(f"{path} starts with a UTF-16 mark, but is not valid UTF-16: save it as UTF-8") from None
-    if b"\0" in data[:_BEGINNING]:
-        raise DataError(f"{path} holds zero bytes: if it is UTF-16 text, convert it first (iconv -f utf-16 -t utf-8)")
+            raise DataError(
+                f"{path} starts with a UTF-16 mark, but is not valid UTF-16: save it as UTF-8"
+            ) from None
+    if b"\0" in data[:_ENCODING_PROBE_BYTES]:
+        raise DataError(
+            f"{path} holds zero bytes: if it is UTF-16 text, convert it first (iconv -f utf-16 "
+            "-t utf-8)"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(
-            f"{path}:{line}: not UTF-8 text; convert it first (iconv -f windows-1252 -t utf-8, if it is Western text)"
+            f"{path}:{line}: not UTF-8 text; convert it first (iconv -f windows-1252 -t utf-8, if "
+            "it is Western text)"
         ) from None
 
 
-def _bytes(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
+    """Return the bytes of a file, decompressed. Raises DataError."""
     try:
-        if not path.is_file():  # a pipe is not waited for
-            raise DataError(f"{path} cannot be read: {no_file(path)}")
+        if not path.is_file():  # reading a pipe would block
+            raise DataError(f"{path} cannot be read: {describe_non_file(path)}")
         data = path.read_bytes()
-        most = _LEAST_UNPACKED + _UNPACKED_RATIO * len(data)
+        max_bytes = _MIN_UNPACKED_LIMIT + _UNPACKED_RATIO * len(data)
         if path.suffix.lower() == ".gz":
             with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
-                return _at_most(path, packed.read(most + 1), most)
+                return _limit_unpacked(path, packed.read(max_bytes + 1), max_bytes)
         if path.suffix.lower() == ".zst":
-            return _at_most(path, _without_zstd(data, most + 1), most)
+            return _limit_unpacked(path, _decompress_zstd(data, max_bytes + 1), max_bytes)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise DataError(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
     return data
 
 
-def _at_most(path: Path, data: bytes, most: int) -> bytes:
-    _check_unpacked(path, len(data), most)
+def _limit_unpacked(path: Path, data: bytes, max_bytes: int) -> bytes:
+    """Return decompressed data. Raises DataError if it is longer than the limit."""
+    _check_unpacked(path, len(data), max_bytes)
     return data
 
 
-def _check_unpacked(path: Path, size: int, most: int) -> None:
-    """Raise DataError for a file that grows beyond all texts when it is unpacked: it is made to fill the memory."""
-    if size > most:
-        raise DataError(f"{path} unpacks to more than {_UNPACKED_RATIO} times its size: unpack it yourself, and look")
+def _check_unpacked(path: Path, size: int, max_bytes: int) -> None:
+    """Raise DataError for a file that is implausibly large when it is unpacked.
+
+    Such a file is made to fill the memory.
+    """
+    if size > max_bytes:
+        raise DataError(
+            f"{path} unpacks to more than {_UNPACKED_RATIO} times its size: unpack it yourself, "
+            "and look"
+        )
 
 
-def _without_zstd(data: bytes, most: int) -> bytes:
+def _decompress_zstd(data: bytes, max_bytes: int) -> bytes:
+    """Return the first bytes of Zstandard-compressed data, decompressed."""
     import pyarrow
 
     with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd") as stream:
-        return bytes(stream.read(most))
+        return bytes(stream.read(max_bytes))
 
 
-_LARGE = 100_000_000
+_PROGRESS_BAR_BYTES = 100_000_000
 
 
 @contextlib.contextmanager
-def shown_progress(path: Path) -> Iterator[Callable[[int], object]]:
-    """Draw a bar for a large file, where a person looks; yields what is to be told how many bytes were read."""
+def show_progress(path: Path) -> Iterator[Callable[[int], object]]:
+    """Show a progress bar on a terminal while a large file is read.
+
+    Yields a function to call with the number of bytes that were read.
+    """
     size = path.stat().st_size
-    if size < _LARGE or not sys.stderr.isatty():
+    if size < _PROGRESS_BAR_BYTES or not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich.console import Console
@@ -206,10 +247,14 @@ def shown_progress(path: Path) -> Iterator[Callable[[int], object]]:
 
 
 class RepeatedKey(Exception):
-    """A JSON object that has a key twice: the first value would be lost without a word."""
+    """Raised for a JSON object that has a key twice.
+
+    The first value would be lost without notice.
+    """
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _build_unique_record(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object. Raises RepeatedKey if a key occurs twice."""
     record = dict(pairs)
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -217,17 +262,18 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
-"""Made once: `json.loads` would make one for every row."""
+_DECODER = json.JSONDecoder(object_pairs_hook=_build_unique_record)
+"""Shared decoder: `json.loads` would create one for every row."""
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Record]]:
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(_read_lines(path), start=1):
         if line.strip():
-            yield number, _json_record(line)
+            yield number, _parse_json_record(line)
 
 
-def _json_record(line: str) -> Record:
+def _parse_json_record(line: str) -> Record:
+    """Return the row on a line of JSON, or a message that says what is wrong with it."""
     try:
         record = _DECODER.decode(line)
     except RepeatedKey as error:
@@ -239,12 +285,19 @@ def _json_record(line: str) -> Record:
 
 def _read_json(path: Path) -> Iterator[tuple[int, Record]]:
     try:
-        records = json.loads(_text(path), object_pairs_hook=_unique_keys)
+        records = json.loads(_read_text(path), object_pairs_hook=_build_unique_record)
     except RepeatedKey as error:
-        raise DataError(f"{path}: the key {error.args[0]!r} stands twice in one object: keep one") from None
+        raise DataError(
+            f"{path}: the key {error.args[0]!r} stands twice in one object: keep one"
+        ) from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}); one object a line is .jsonl") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
+        raise DataError(
+            f"{path}:{error.lineno}: not JSON ({error.msg}); one object a line is .jsonl"
+        ) from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number with thousands of digits, or brackets nested too deep
         raise DataError(f"{path}: not JSON that can be read ({type(error).__name__})") from None
     if not isinstance(records, list):
         raise DataError(f"{path} must hold a JSON list of rows; one object a line is .jsonl")
@@ -253,138 +306,161 @@ def _read_json(path: Path) -> Iterator[tuple[int, Record]]:
 
 
 def _read_csv(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
-    """Read CSV as RFC 4180 has it: a cell in quotes may hold the delimiter, and lines."""
+    """Read CSV as in RFC 4180: a quoted cell may contain the delimiter and line breaks."""
     csv.field_size_limit(_MAX_FIELD)
     try:
         with _open_text(path) as text:
-            delimiter = _delimiter(text.readline())
+            delimiter = _detect_delimiter(text.readline())
             text.seek(0)
             if delimiter != ",":
-                notes.append(f"{path.name}: columns are separated by {_OTHER_DELIMITERS[delimiter]}")
-            yield from _csv_records(path, csv.DictReader(text, delimiter=delimiter, strict=True), notes)
+                notes.append(
+                    f"{path.name}: columns are separated by {_OTHER_DELIMITERS[delimiter]}"
+                )
+            yield from _iterate_csv_records(
+                path, csv.DictReader(text, delimiter=delimiter, strict=True), notes
+            )
     except UnicodeDecodeError:
-        _text(path)  # which raises
+        _read_text(path)  # raises a DataError that names the line
         raise
 
 
-def _csv_records(path: Path, reader: csv.DictReader[str], notes: list[str]) -> Iterator[tuple[int, Record]]:
-    began, rows, first_long = 1, 0, None
+def _iterate_csv_records(
+    path: Path, reader: csv.DictReader[str], notes: list[str]
+) -> Iterator[tuple[int, Record]]:
+    start_line, rows, first_long = 1, 0, None
     try:
         header = reader.fieldnames or ()
         _check_header(path, list(header))
-        began = reader.line_num
+        start_line = reader.line_num
         for record in reader:
             rows += 1
-            if first_long is None and reader.line_num - began > 1 and _has_lines(record):
+            if first_long is None and reader.line_num - start_line > 1 and _has_line_breaks(record):
                 first_long = reader.line_num
             if record.get(None) is not None:
                 yield reader.line_num, f"has more columns than the header ({len(header)})"
             else:
                 yield reader.line_num, dict(record)
-            began = reader.line_num
+            start_line = reader.line_num
     except csv.Error as error:
-        yield began + 1, f"not CSV: {error} (a quote that is never closed?)"
+        yield start_line + 1, f"not CSV: {error} (a quote that is never closed?)"
         return
     if first_long is not None:
-        lines = counted(reader.line_num - 1, "line")
+        lines = format_count(reader.line_num - 1, "line")
         notes.append(
-            f"{path.name}: {counted(rows, 'row')} on {lines}: cells in quotes may hold several lines (the first such "
+            f"{path.name}: {format_count(rows, 'row')} on {lines}: cells in quotes may hold "
+            "several lines (the first such "
             f"row ends on line {first_long})"
         )
 
 
-def _has_lines(record: dict[str | Any, Any]) -> bool:
+def _has_line_breaks(record: dict[str | Any, Any]) -> bool:
+    """Return whether a value of a row contains a line break."""
     return any("\n" in str(value) or "\r" in str(value) for value in record.values())
 
 
-def _delimiter(text: str) -> str:
-    """Return what separates the columns of a CSV file: another sign where the header has it, and no comma."""
+def _detect_delimiter(text: str) -> str:
+    """Return the delimiter of a CSV file.
+
+    It is a comma, unless the header has no comma but another common delimiter.
+    """
     header = next(iter(text.splitlines()), "")
     if "," in header:
         return ","
-    return next((sign for sign in _OTHER_DELIMITERS if sign in header), ",")
+    return next((character for character in _OTHER_DELIMITERS if character in header), ",")
 
 
 def _read_tsv(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
-    """Read a line as a row and a tab as the end of a cell: TSV (IANA's text/tab-separated-values) has no quoting."""
-    lines = (line.removesuffix("\r") for line in _lines(path))
-    first = next(lines, "")
-    header = first.split("\t") if first else []
+    """Read a line as a row and a tab as the end of a cell.
+
+    TSV (IANA's text/tab-separated-values) has no quoting.
+    """
+    lines = (line.removesuffix("\r") for line in _read_lines(path))
+    header_line = next(lines, "")
+    header = header_line.split("\t") if header_line else []
     _check_header(path, header)
-    quoted = 0
+    quoted_rows = 0
     for number, line in enumerate(lines, start=2):
         if not line:
             continue
         cells = line.split("\t")
-        quoted += any(_looks_quoted(cell) for cell in cells)
+        quoted_rows += any(_is_quoted(cell) for cell in cells)
         if len(cells) > len(header):
             yield number, f"has more columns than the header ({len(header)})"
         else:
             missing = [None] * (len(header) - len(cells))
             yield number, dict(zip(header, [*cells, *missing], strict=True))
-    if quoted:
+    if quoted_rows:
         notes.append(
-            f"{path.name}: {counted(quoted, 'row')} with a cell in quotes, which are part of the text in .tsv; a file "
+            f"{path.name}: {format_count(quoted_rows, 'row')} with a cell in quotes, which are "
+            "part of the text in .tsv; a file "
             "with tabs that quotes as CSV does is named .csv"
         )
 
 
-def _looks_quoted(cell: str) -> bool:
-    """Whether a cell is written as CSV writes one that it has to quote."""
+def _is_quoted(cell: str) -> bool:
+    """Return whether a cell is quoted as in CSV."""
     return len(cell) > 1 and cell[0] == cell[-1] == '"' and cell.count('"') % 2 == 0
 
 
 def _check_header(path: Path, header: list[str]) -> None:
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise DataError(f"{path}:1: the column {twice[0]!r} stands twice in the header")
+    """Raise DataError if a column occurs twice in the header."""
+    duplicates = sorted({name for name in header if header.count(name) > 1})
+    if duplicates:
+        raise DataError(f"{path}:1: the column {duplicates[0]!r} stands twice in the header")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Record]]:
     from pyarrow import ArrowException
 
     number = 0
-    with shown_progress(path) as read:
+    with show_progress(path) as advance:
         try:
-            for batch, size in parquet_batches(path):
-                read(size)
+            for batch, size in iterate_parquet_batches(path):
+                advance(size)
                 for record in batch.to_pylist():
                     number += 1
-                    yield number, {key: _without_nulls(value) for key, value in record.items()}
+                    yield number, {key: _drop_nulls(value) for key, value in record.items()}
         except (ArrowException, OSError) as error:
-            raise DataError(f"{path} is not a Parquet file ({str(error).splitlines()[0]})") from None
+            raise DataError(
+                f"{path} is not a Parquet file ({str(error).splitlines()[0]})"
+            ) from None
 
 
-def parquet_batches(path: Path) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
+def iterate_parquet_batches(path: Path) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
     """Yield batches of a Parquet file with their share of the file's bytes.
 
-    Raises pyarrow's errors, and DataError for a file that is far larger decompressed: dictionary encoding can store a
-    million equal texts in a few bytes.
+    Raises:
+        DataError: If the file is far larger decompressed: dictionary encoding can store a
+            million equal texts in a few bytes.
+        ArrowException: If pyarrow cannot read the file.
     """
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path)
-    whole = path.stat().st_size
-    unpacked, most = 0, _LEAST_UNPACKED + _UNPACKED_RATIO * whole
-    _check_unpacked(path, file.metadata.num_rows * _ROW_BYTES, most)
-    each = whole / max(1, file.metadata.num_rows)
-    for batch in _joined(map(_without_dictionaries, file.iter_batches(batch_size=_PARQUET_STEP))):
-        unpacked += batch.nbytes
-        _check_unpacked(path, unpacked, most)
-        yield batch, int(len(batch) * each)
+    file_bytes = path.stat().st_size
+    unpacked_bytes, max_bytes = 0, _MIN_UNPACKED_LIMIT + _UNPACKED_RATIO * file_bytes
+    _check_unpacked(path, file.metadata.num_rows * _MIN_ROW_BYTES, max_bytes)
+    bytes_per_row = file_bytes / max(1, file.metadata.num_rows)
+    for batch in _join_batches(
+        map(_decode_dictionaries, file.iter_batches(batch_size=_PARQUET_STEP))
+    ):
+        unpacked_bytes += batch.nbytes
+        _check_unpacked(path, unpacked_bytes, max_bytes)
+        yield batch, int(len(batch) * bytes_per_row)
 
 
-def _without_dictionaries(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
-    """Decode dictionary-encoded columns, so that their size counts."""
+def _decode_dictionaries(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """Decode dictionary-encoded columns, so that their real size counts."""
     import pyarrow
 
     columns = [
-        column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column for column in batch.columns
+        column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column
+        for column in batch.columns
     ]
     return pyarrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
-def _joined(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
+def _join_batches(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBatch]:
     """Concatenate small batches up to `_JOINED_ROWS` rows or `_JOINED_BYTES` bytes."""
     import pyarrow
 
@@ -400,10 +476,13 @@ def _joined(batches: Iterable[pyarrow.RecordBatch]) -> Iterator[pyarrow.RecordBa
         yield pyarrow.concat_batches(pending)
 
 
-def _without_nulls(value: Any) -> Any:
-    """Drop the keys that Parquet fills up: there every struct of a column has the keys of all others."""
+def _drop_nulls(value: Any) -> Any:
+    """Remove the keys that Parquet fills with null.
+
+    In Parquet, every struct of a column has the keys of all others.
+    """
     if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [_without_nulls(one) for one in value]
+        return [_drop_nulls(item) for item in value]
     return value

@@ -1,4 +1,6 @@
-"""A model's files on a node's own disk: copied once, under a lock, and checked by hash once a job."""
+"""Copy a model's files to a node's own disk: once, under a lock, and verified by hash once per
+job.
+"""
 
 from __future__ import annotations
 
@@ -12,78 +14,102 @@ from pathlib import Path
 
 from lorafleet.jobs import files
 
-_SEAL = "staged.json"
-_SPARE = 2**30
-"""Bytes that must stay free on the disk beside the copy."""
-_BLOCK = 2**22
+_MANIFEST = "staged.json"
+_MIN_FREE_BYTES = 2**30
+"""Bytes that must stay free on the disk after the copy."""
+_BLOCK_BYTES = 2**22
 
 
-def staged(folder: Path) -> Path:
-    """The copy of a model's folder on this node's disk (LORAFLEET_STAGE), or the folder itself."""
+def resolve_node_copy(folder: Path) -> Path:
+    """Return the copy of a model's folder on this node's disk, or the folder itself.
+
+    The environment variable LORAFLEET_STAGE names the folder of the copies.
+    """
     stage = os.environ.get("LORAFLEET_STAGE")
     if not stage:
         return folder
-    copy = Path(stage) / _key(folder)
-    return copy if (copy / _SEAL).is_file() else folder
+    copy = Path(stage) / _build_copy_name(folder)
+    return copy if (copy / _MANIFEST).is_file() else folder
 
 
-def stage(folder: Path, target: Path, say: Callable[[str], None]) -> Path:
-    """Copy a model's folder below `target`, or check the copy that is there; returns the copy's folder.
+def create_node_copy(folder: Path, target: Path, report: Callable[[str], None]) -> Path:
+    """Copy a model's folder into `target`, or verify the copy that is already present.
 
-    Where there is no room the folder itself is returned, and `say` is told.
+    Args:
+        report: Called with a message if the copy is damaged or cannot be made.
+
+    Returns:
+        The folder of the copy, or `folder` itself if there is not enough room or the copy
+            failed verification.
     """
     target.mkdir(mode=0o700, parents=True, exist_ok=True)
-    copy = target / _key(folder)
-    with files.locked(copy):
-        for left in target.glob(f".{copy.name}-*"):  # of one that was killed while it copied
-            shutil.rmtree(left, ignore_errors=True)
-        if (copy / _SEAL).is_file():
-            if _whole(copy):
+    copy = target / _build_copy_name(folder)
+    with files.hold_lock(copy):
+        for leftover in target.glob(
+            f".{copy.name}-*"
+        ):  # left by a process that was killed while copying
+            shutil.rmtree(leftover, ignore_errors=True)
+        if (copy / _MANIFEST).is_file():
+            if _is_intact(copy):
                 return copy
-            say(f"{copy} is damaged, and is copied anew")
+            report(f"{copy} is damaged, and is copied anew")
             shutil.rmtree(copy)
-        size = sum(path.stat().st_size for path in _model_files(folder))
-        if shutil.disk_usage(target).free < size + _SPARE:
-            say(f"no room for {size / 1e9:.1f} GB in {target}: the model is read from {folder}")
+        size = sum(path.stat().st_size for path in _list_model_files(folder))
+        if shutil.disk_usage(target).free < size + _MIN_FREE_BYTES:
+            report(f"no room for {size / 1e9:.1f} GB in {target}: the model is read from {folder}")
             return folder
-        scratch = Path(tempfile.mkdtemp(dir=target, prefix=f".{copy.name}-"))
+        temp_folder = Path(tempfile.mkdtemp(dir=target, prefix=f".{copy.name}-"))
         try:
-            digests = {path.name: _copied(path, scratch / path.name) for path in _model_files(folder)}
-            wrong = [name for name, digest in digests.items() if files.sha256_file(scratch / name) != digest]
-            if wrong:
-                say(f"{target} did not keep {wrong[0]} as it was written: the model is read from {folder}")
+            digests = {
+                path.name: _copy_file(path, temp_folder / path.name)
+                for path in _list_model_files(folder)
+            }
+            mismatched = [
+                name
+                for name, digest in digests.items()
+                if files.compute_sha256(temp_folder / name) != digest
+            ]
+            if mismatched:
+                report(
+                    f"{target} did not keep {mismatched[0]} as it was written: the model is read "
+                    f"from {folder}"
+                )
                 return folder
-            (scratch / _SEAL).write_text(json.dumps({"sha256": digests}))
-            scratch.rename(copy)
+            (temp_folder / _MANIFEST).write_text(json.dumps({"sha256": digests}))
+            temp_folder.rename(copy)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(temp_folder, ignore_errors=True)
     return copy
 
 
-def _model_files(folder: Path) -> list[Path]:
+def _list_model_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 
-def _key(folder: Path) -> str:
-    """A name that changes when the source does."""
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in _model_files(folder)]
-    return f"{folder.name[:40]}-{hashlib.sha256(repr((str(folder), facts)).encode()).hexdigest()[:16]}"
+def _build_copy_name(folder: Path) -> str:
+    """Return a folder name that changes whenever the source changes."""
+    metadata = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in _list_model_files(folder)
+    ]
+    digest = hashlib.sha256(repr((str(folder), metadata)).encode()).hexdigest()
+    return f"{folder.name[:40]}-{digest[:16]}"
 
 
-def _copied(source: Path, target: Path) -> str:
-    """Copy a file; returns the SHA-256 of what was read."""
+def _copy_file(source: Path, target: Path) -> str:
+    """Copy a file and return the SHA-256 of the bytes that were read."""
     digest = hashlib.sha256()
-    with source.open("rb") as read, target.open("wb") as write:
-        while block := read.read(_BLOCK):
+    with source.open("rb") as source_file, target.open("wb") as target_file:
+        while block := source_file.read(_BLOCK_BYTES):
             digest.update(block)
-            write.write(block)
+            target_file.write(block)
     return digest.hexdigest()
 
 
-def _whole(copy: Path) -> bool:
-    """Whether a copy's files are those that were written."""
+def _is_intact(copy: Path) -> bool:
+    """Return whether the files of a copy still have the hashes that were recorded."""
     try:
-        digests: dict[str, str] = json.loads((copy / _SEAL).read_text())["sha256"]
-        return all(files.sha256_file(copy / name) == digest for name, digest in digests.items())
+        digests: dict[str, str] = json.loads((copy / _MANIFEST).read_text())["sha256"]
+        return all(files.compute_sha256(copy / name) == digest for name, digest in digests.items())
     except (OSError, ValueError, KeyError):
         return False

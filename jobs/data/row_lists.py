@@ -13,34 +13,37 @@ from operator import attrgetter
 from typing import Self, overload
 
 import numpy as np
+
 from lorafleet.jobs.data.conversation import Message
 from lorafleet.jobs.data.row_formats import Row
 
 _BLOCK_ROWS = 8192
 AnyRows = Sequence[Row]
 _ROW_FIELDS = tuple(one.name for one in fields(Row) if one.name != "messages")
-_values_of_row = attrgetter(*_ROW_FIELDS)
-_values_of_message = attrgetter(*(one.name for one in fields(Message)))
+_get_row_values = attrgetter(*_ROW_FIELDS)
+_get_message_values = attrgetter(*(one.name for one in fields(Message)))
 
 
 class LargeRows(Sequence[Row], ABC):
     """A list of rows whose subsets share its data.
 
     Args:
-        places: Indices (N) of the rows in the data.
+        indices: Indices (N) of the rows in the data.
         labels: Names of the classes.
         codes: Class index of every row of the data; None without classes.
     """
 
-    def __init__(self, places: np.ndarray, labels: tuple[str, ...], codes: np.ndarray | None) -> None:
-        self._places, self._labels, self._codes = places, labels, codes
+    def __init__(
+        self, indices: np.ndarray, labels: tuple[str, ...], codes: np.ndarray | None
+    ) -> None:
+        self._places, self._labels, self._codes = indices, labels, codes
 
     @abstractmethod
-    def _rows_at(self, places: np.ndarray) -> Iterator[Row]:
+    def _iterate_rows(self, indices: np.ndarray) -> Iterator[Row]:
         """Yield the rows of the data with the given indices."""
 
     @abstractmethod
-    def _all_hashes(self) -> np.ndarray:
+    def _get_hashes(self) -> np.ndarray:
         """Return the hash (int64) of the question of every row of the data."""
 
     def __len__(self) -> int:
@@ -53,32 +56,34 @@ class LargeRows(Sequence[Row], ABC):
     def __getitem__(self, place: int | slice) -> Row | list[Row]:
         if isinstance(place, slice):
             return list(self.take(np.arange(len(self))[place]))
-        return next(self._rows_at(self._places[[place]]))
+        return next(self._iterate_rows(self._places[[place]]))
 
     def __iter__(self) -> Iterator[Row]:
         for begin in range(0, len(self), _BLOCK_ROWS):
-            yield from self._rows_at(self._places[begin : begin + _BLOCK_ROWS])
+            yield from self._iterate_rows(self._places[begin : begin + _BLOCK_ROWS])
 
-    def take(self, places: np.ndarray) -> Self:
+    def take(self, indices: np.ndarray) -> Self:
         """Return the rows with the given indices, in that order."""
-        self._all_hashes()  # computed once, before the data is shared
+        self._get_hashes()  # computed once, before the data is shared
         subset = copy.copy(self)
-        subset._places = self._places[places]
+        subset._places = self._places[indices]
         return subset
 
-    def questions(self) -> np.ndarray:
-        """Return the hash (N, int64) of each row's question (see `have_comparable_questions`)."""
-        hashes: np.ndarray = self._all_hashes()[self._places]
+    def get_question_hashes(self) -> np.ndarray:
+        """Return the hash (N, int64) of each row's question (see `can_compare_questions`)."""
+        hashes: np.ndarray = self._get_hashes()[self._places]
         return hashes
 
-    def label_counts(self) -> Counter[str]:
-        """Return how many rows each class has."""
+    def count_labels(self) -> Counter[str]:
+        """Return the number of rows of each class."""
         if self._codes is None:
             return Counter({"": len(self)})
         counts = np.bincount(self._codes[self._places], minlength=len(self._labels))
-        return Counter({name: int(count) for name, count in zip(self._labels, counts, strict=True) if count})
+        return Counter(
+            {name: int(count) for name, count in zip(self._labels, counts, strict=True) if count}
+        )
 
-    def label_codes(self, names: Mapping[str, int]) -> np.ndarray:
+    def encode_labels(self, names: Mapping[str, int]) -> np.ndarray:
         """Return the index (N) of each row's class in `names`; -1 for a class that is not in it."""
         if self._codes is None:
             return np.full(len(self), names[""], dtype=np.int32)
@@ -88,7 +93,7 @@ class LargeRows(Sequence[Row], ABC):
 
 
 class PackedRows(LargeRows):
-    """Rows of any format, serialised: a few bytes more than their texts."""
+    """Rows of any format, serialized. They take a few bytes more than their texts."""
 
     def __init__(self, packer: RowPacker) -> None:
         labels = tuple(packer.labels)
@@ -98,19 +103,21 @@ class PackedRows(LargeRows):
         self._ends = np.frombuffer(packer.ends, dtype=np.int64)
         self._hashes = np.frombuffer(packer.hashes, dtype=np.int64)
 
-    def _rows_at(self, places: np.ndarray) -> Iterator[Row]:
+    def _iterate_rows(self, indices: np.ndarray) -> Iterator[Row]:
         view = memoryview(self._data)
-        for begin, end in zip(self._ends[places].tolist(), self._ends[places + 1].tolist(), strict=True):
+        for begin, end in zip(
+            self._ends[indices].tolist(), self._ends[indices + 1].tolist(), strict=True
+        ):
             values, messages = marshal.loads(view[begin:end])  # nosec B302  # written by this process
             fields_of_row = dict(zip(_ROW_FIELDS, values, strict=True))
             yield Row(**fields_of_row, messages=tuple(Message(*message) for message in messages))
 
-    def _all_hashes(self) -> np.ndarray:
+    def _get_hashes(self) -> np.ndarray:
         return self._hashes
 
 
 class RowPacker:
-    """Builds `PackedRows` row by row."""
+    """Builder of `PackedRows`, row by row."""
 
     def __init__(self) -> None:
         self.data, self.ends = bytearray(), array("q", [0])
@@ -120,28 +127,35 @@ class RowPacker:
 
     def append(self, row: Row) -> None:
         """Append a row."""
-        self.data += marshal.dumps((_values_of_row(row), tuple(map(_values_of_message, row.messages))))
+        self.data += marshal.dumps(
+            (_get_row_values(row), tuple(map(_get_message_values, row.messages)))
+        )
         self.ends.append(len(self.data))
         self.codes.append(self.labels.setdefault(row.label, len(self.labels)))
         self.hashes.append(hash(row.question))
 
-    def rows(self) -> AnyRows:
+    def build_rows(self) -> AnyRows:
         """Return the packed rows; an empty list if there are none."""
         return PackedRows(self) if self.codes else []
 
 
-def select_rows(rows: AnyRows, places: Sequence[int] | np.ndarray) -> AnyRows:
+def select_rows(rows: AnyRows, indices: Sequence[int] | np.ndarray) -> AnyRows:
     """Return the rows with the given indices, in that order."""
     if isinstance(rows, LargeRows):
-        return rows.take(np.asarray(places))
-    return [rows[place] for place in places]
+        return rows.take(np.asarray(indices))
+    return [rows[index] for index in indices]
 
 
-def label_counts(rows: AnyRows) -> Counter[str]:
+def count_labels(rows: AnyRows) -> Counter[str]:
     """Return class -> number of rows."""
-    return rows.label_counts() if isinstance(rows, LargeRows) else Counter(row.label for row in rows)
+    return (
+        rows.count_labels() if isinstance(rows, LargeRows) else Counter(row.label for row in rows)
+    )
 
 
-def have_comparable_questions(one: AnyRows, other: AnyRows) -> bool:
-    """Return True if equal `questions` of both mean equal questions: they must be lists of the same kind."""
-    return isinstance(one, LargeRows) and type(one) is type(other)
+def can_compare_questions(rows: AnyRows, other_rows: AnyRows) -> bool:
+    """Return whether the question hashes of two lists can be compared.
+
+    Equal hashes mean equal questions only if both are compact lists of the same kind.
+    """
+    return isinstance(rows, LargeRows) and type(rows) is type(other_rows)

@@ -1,4 +1,7 @@
-"""Reading the user's rows: every bad one is named by file and line, and what is odd about all is said beforehand."""
+"""Load a user's rows, and report every bad row with its file and line.
+
+Unusual data is reported as well, before a run starts.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,30 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+
 from lorafleet.jobs import files
-from lorafleet.jobs.data.assets import PREFIX, asset_folder
-from lorafleet.jobs.data.columns import first_record, is_large, read_columns
+from lorafleet.jobs.data.assets import PREFIX, get_asset_folder
+from lorafleet.jobs.data.columns import is_large, read_columns, read_first_record
 from lorafleet.jobs.data.data_files import DATA_SUFFIXES, read_records
-from lorafleet.jobs.data.hub import HubName, dataset_folder, model_config
-from lorafleet.jobs.data.row_formats import BadRow, Row, convert, row_format
-from lorafleet.jobs.data.row_lists import AnyRows, LargeRows, RowPacker, have_comparable_questions, label_counts
-from lorafleet.jobs.data.splits import hold_back, sample_rows
+from lorafleet.jobs.data.hub import HubName, get_dataset_folder, read_model_config
+from lorafleet.jobs.data.row_formats import BadRow, Row, convert_record, detect_row_format
+from lorafleet.jobs.data.row_lists import (
+    AnyRows,
+    LargeRows,
+    RowPacker,
+    can_compare_questions,
+    count_labels,
+)
+from lorafleet.jobs.data.splits import sample_rows, split_held_out
 from lorafleet.jobs.errors import AssetError, DataError
 from lorafleet.jobs.schema.job import DataFormat, DataSpec, JobSpec
-from lorafleet.jobs.schema.model_kinds import stated_labels
-from lorafleet.jobs.text import counted, cut, one_line
+from lorafleet.jobs.schema.model_kinds import get_num_labels
+from lorafleet.jobs.text import escape_line_breaks, format_count, shorten_text
 
-_MOST_SHOWN = 10
+_MAX_ROWS_SHOWN = 10
 _MAX_KEYS_NAMED = 12
-_FEWEST_TO_HALVE = 4
-"""Validation rows of which some can be held back for a test."""
+_MIN_ROWS_TO_HOLD_BACK = 4
+"""Minimum number of validation rows from which some can be held back as test rows."""
 
 
 @dataclass(frozen=True)
@@ -38,30 +48,42 @@ class Rows:
     labels: tuple[str, ...] = ()
     """Class names in the order of their ids (classification)."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """Digest of each file that was read, by split."""
+    """Split -> digest of the file that it was read from."""
     warnings: tuple[str, ...] = ()
     chosen_on_test: bool = False
-    """Whether there is no test split, so that the choice is judged on the rows that it was made with."""
-    format: DataFormat = "auto"
-    """What a training row looks like."""
-
-
-def load_rows(job: JobSpec, bad: list[str] | None = None) -> Rows:
-    """Return all rows of a job, checked and split.
-
-    Raises DataError with the bad rows (ten are shown). With a list in `bad` they are put there instead, and left out.
+    """True if there is no test split: the choice is then evaluated on the rows that it was made
+    with.
     """
-    sources = split_files(job.data)
-    sha256 = {split: files.sha256_file(path) for split, path in sources.items()}
+    format: DataFormat = "auto"
+    """Format of the training rows."""
+
+
+def load_rows(job: JobSpec, bad_rows: list[str] | None = None) -> Rows:
+    """Load all rows of a job, checked and split.
+
+    Args:
+        bad_rows: If given, problems of bad rows are appended here, and the rows are left out.
+    Raises:
+        DataError: There are bad rows and no `bad_rows` (ten are shown), or a split is impossible.
+    """
+    sources = get_split_files(job.data)
+    sha256 = {split: files.compute_sha256(path) for split, path in sources.items()}
     unused: Counter[str] = Counter()
     formats: dict[str, DataFormat] = {}
     notes: list[str] = []
-    read = {split: _read_split(path, job, unused, bad, formats, notes) for split, path in sources.items()}
-    ours = (job.data.dataset_name or "").startswith(PREFIX)  # what an asset's columns hold is known
-    warnings = list(dict.fromkeys(notes)) + ([] if ours else _unused_note(unused))
-    labels = _labels(read, sources, job.data.labels) if job.task == "classification" else ()
-    rows = _three_splits(job.data, read, warnings)
-    warnings += _duplicates(rows) + _head_note(job, len(labels))
+    loaded_splits = {
+        split: _read_split(path, job, unused, bad_rows, formats, notes)
+        for split, path in sources.items()
+    }
+    is_asset = (job.data.dataset_name or "").startswith(PREFIX)  # the columns of an asset are known
+    warnings = list(dict.fromkeys(notes)) + ([] if is_asset else _describe_unused_keys(unused))
+    labels = (
+        _resolve_labels(loaded_splits, sources, job.data.labels)
+        if job.task == "classification"
+        else ()
+    )
+    rows = _make_splits(job.data, loaded_splits, warnings)
+    warnings += _describe_duplicates(rows) + _describe_head_mismatch(job, len(labels))
     test = rows["test"]
     return Rows(
         rows["train"],
@@ -75,82 +97,104 @@ def load_rows(job: JobSpec, bad: list[str] | None = None) -> Rows:
     )
 
 
-def _head_note(job: JobSpec, classes: int) -> list[str]:
-    """Say that a base's own classification head does not have the classes of the rows."""
+def _describe_head_mismatch(job: JobSpec, classes: int) -> list[str]:
+    """Return a note if the base model's head has another number of classes than the rows."""
     spec = job.model
-    own = stated_labels(model_config(spec.model_name_or_path, spec.revision) or {})
-    if job.generates or own in (None, classes):
+    head_classes = get_num_labels(read_model_config(spec.model_name_or_path, spec.revision) or {})
+    if job.is_generative or head_classes in (None, classes):
         return []
     name = spec.model_name_or_path
-    return [f"{name} has a classification head for {own} classes, and the rows have {classes}: a new head is drawn"]
+    return [
+        f"{name} has a classification head for {head_classes} classes, and the rows have "
+        f"{classes}: a new head is drawn"
+    ]
 
 
-def _unused_note(unused: Counter[str]) -> list[str]:
-    """Name every key of the rows that is not used, once, with its count."""
+def _describe_unused_keys(unused: Counter[str]) -> list[str]:
+    """Return a note that lists each unused key of the rows once, with its count."""
     if not unused:
         return []
-    named = [f"{what} ({counted(count, 'time')})" for what, count in sorted(unused.items())]
-    more = f", and {len(named) - _MAX_KEYS_NAMED} more" if len(named) > _MAX_KEYS_NAMED else ""
-    return [f"not used: {', '.join(named[:_MAX_KEYS_NAMED])}{more}"]
+    entries = [f"{key} ({format_count(count, 'time')})" for key, count in sorted(unused.items())]
+    more = f", and {len(entries) - _MAX_KEYS_NAMED} more" if len(entries) > _MAX_KEYS_NAMED else ""
+    return [f"not used: {', '.join(entries[:_MAX_KEYS_NAMED])}{more}"]
 
 
-def split_files(data: DataSpec) -> dict[str, Path]:
-    """The file of each split that the job names. Raises AssetError or DataError where one is missing."""
+def get_split_files(data: DataSpec) -> dict[str, Path]:
+    """Return the file of each split that the job names.
+
+    Raises AssetError or DataError if one is missing.
+    """
     if data.train_file:
-        return _named_files(data)
-    return _splits_of_dataset(data) | _named_files(data)
+        return _get_named_files(data)
+    return _find_dataset_splits(data) | _get_named_files(data)
 
 
-def _named_files(data: DataSpec) -> dict[str, Path]:
+def _get_named_files(data: DataSpec) -> dict[str, Path]:
     named = {"train": data.train_file, "validation": data.validation_file, "test": data.test_file}
-    found = {split: Path(path) for split, path in named.items() if path}
-    for split, path in found.items():
+    paths = {split: Path(path) for split, path in named.items() if path}
+    for split, path in paths.items():
         if not path.is_file():
-            raise DataError(f"data.{split}_file is {path}, but {files.no_file(path)}")
-    return found
+            raise DataError(f"data.{split}_file is {path}, but {files.describe_non_file(path)}")
+    return paths
 
 
-def file_of_split(split: str, job: JobSpec) -> Path:
-    """Return the file that a split's rows were read from; what has none was held back from the split before it."""
-    sources = split_files(job.data)
-    return sources.get(split) or (sources.get("validation") if split == "test" else None) or sources["train"]
+def get_split_file(split: str, job: JobSpec) -> Path:
+    """Return the file that a split's rows were read from.
+
+    A split without a file was held back from the split before it.
+    """
+    sources = get_split_files(job.data)
+    return (
+        sources.get(split)
+        or (sources.get("validation") if split == "test" else None)
+        or sources["train"]
+    )
 
 
-def _splits_of_dataset(data: DataSpec) -> dict[str, Path]:
+def _find_dataset_splits(data: DataSpec) -> dict[str, Path]:
     name = str(data.dataset_name)
     if Path(name).is_absolute():
-        return _splits_of_folder(Path(name))
-    hub = dataset_folder(name, data.dataset_revision, data.dataset_config_name)
-    folder = asset_folder(name) if name.startswith(PREFIX) else hub
+        return _find_folder_splits(Path(name))
+    hub = get_dataset_folder(name, data.dataset_revision, data.dataset_config_name)
+    folder = get_asset_folder(name) if name.startswith(PREFIX) else hub
     if not folder.is_dir():
         raise AssetError(
-            f"data.dataset_name is {HubName(name, data.dataset_revision)}, which is not on this machine: run "
-            "`lorafleet fetch JOB.yaml` where the hub can be reached, or give files in data.train_file"
+            f"data.dataset_name is {HubName(name, data.dataset_revision)}, which is not on this "
+            "machine: run "
+            "`lorafleet fetch JOB.yaml` where the hub can be reached, or give files in "
+            "data.train_file"
         )
-    found = {split: folder / f"{split}.jsonl" for split in ("train", "validation", "test")}
-    found = {split: path for split, path in found.items() if path.is_file()}
-    if "train" not in found:
+    paths = {split: folder / f"{split}.jsonl" for split in ("train", "validation", "test")}
+    paths = {split: path for split, path in paths.items() if path.is_file()}
+    if "train" not in paths:
         raise DataError(f"data.dataset_name is {name}, but it has no split called train")
-    return found
+    return paths
 
 
-def _splits_of_folder(folder: Path) -> dict[str, Path]:
-    """The files `train`, `validation` and `test` of a folder of the user's own, in any format that is read."""
+def _find_folder_splits(folder: Path) -> dict[str, Path]:
+    """Return the files `train`, `validation` and `test` of a user's folder.
+
+    They may have any format that can be read.
+    """
     if not folder.is_dir():
         raise DataError(f"data.dataset_name is {folder}, but there is no such folder")
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for split in ("train", "validation", "test"):
         for path in (folder / f"{split}{suffix}" for suffix in DATA_SUFFIXES):
-            if path.is_file() and split in found:
-                raise DataError(f"data.dataset_name is {folder}, which has both {found[split].name} and {path.name}")
+            if path.is_file() and split in paths:
+                raise DataError(
+                    f"data.dataset_name is {folder}, which has both {paths[split].name} and "
+                    f"{path.name}"
+                )
             if path.is_file():
-                found[split] = path
-    if "train" not in found:
+                paths[split] = path
+    if "train" not in paths:
         raise DataError(
-            f"data.dataset_name is {folder}, but that folder has no train file (train.jsonl, train.csv, ...): name the "
+            f"data.dataset_name is {folder}, but that folder has no train file (train.jsonl, "
+            "train.csv, ...): name the "
             "file in data.train_file"
         )
-    return found
+    return paths
 
 
 def _read_split(
@@ -161,77 +205,104 @@ def _read_split(
     formats: dict[str, DataFormat],
     notes: list[str],
 ) -> AnyRows:
-    """Read all rows of a file. Keys that are not known are counted in `unused`; the format is put in `formats`."""
-    first = first_record(path)
+    """Read all rows of a file.
+
+    Unknown keys are counted in `unused`; the format is stored in `formats`.
+    """
+    first = read_first_record(path)
     if first is not None:
-        kind = row_format(first, job)
+        kind = detect_row_format(first, job)
         columns = read_columns(path, kind, job.data, unused, notes)
         if columns:
             formats.setdefault(str(path), kind)
             return columns
     packer, listed = RowPacker(), list[Row]()
     add = packer.append if is_large(path) else listed.append
-    bad = _BadRows(collected)
-    chosen: DataFormat | None = None
+    bad_rows = _BadRows(collected)
+    split_format: DataFormat | None = None
     for number, record in read_records(path, notes):
         if not isinstance(record, dict):
-            bad.add(f"{path}:{number}: {record}")
+            bad_rows.add(f"{path}:{number}: {record}")
             continue
-        chosen = formats.setdefault(str(path), chosen or row_format(record, job))
+        split_format = formats.setdefault(str(path), split_format or detect_row_format(record, job))
         try:
-            row = convert(record, chosen, job.data, unused)
+            row = convert_record(record, split_format, job.data, unused)
         except BadRow as error:
-            bad.add(f"{path}:{number}: {error}")
+            bad_rows.add(f"{path}:{number}: {error}")
             continue
         add(replace(row, line=number))
-    rows = packer.rows() or listed
-    if collected is None and bad.count:
-        raise DataError(str(bad))
+    rows = packer.build_rows() or listed
+    if collected is None and bad_rows.count:
+        raise DataError(str(bad_rows))
     if not rows:
-        first_bad = f"{path} holds no row that can be used: {bad.first}"
-        raise DataError(first_bad if bad.count else f"{path} holds no rows")
+        first_bad = f"{path} holds no row that can be used: {bad_rows.first}"
+        raise DataError(first_bad if bad_rows.count else f"{path} holds no rows")
     return rows
 
 
 class _BadRows:
-    """Problems of the rows of a file. Keeps all of them in `collected`, or else the first few and their number."""
+    """Problems of the rows of a file.
+
+    All of them are stored in `collected` if it is given, else the first few and their number.
+    """
 
     def __init__(self, collected: list[str] | None) -> None:
         self.count, self.first, self._shown, self._collected = 0, "", list[str](), collected
 
     def add(self, sentence: str) -> None:
         """Record the problem of a row."""
-        sentence = cut(one_line(sentence))
+        sentence = shorten_text(escape_line_breaks(sentence))
         self.count += 1
         self.first = self.first or sentence
         if self._collected is not None:
             self._collected.append(sentence)
-        elif self.count <= _MOST_SHOWN:
+        elif self.count <= _MAX_ROWS_SHOWN:
             self._shown.append(sentence)
 
     def __str__(self) -> str:
-        more = [f"and {self.count - _MOST_SHOWN} more"] if self.count > _MOST_SHOWN else []
+        more = [f"and {self.count - _MAX_ROWS_SHOWN} more"] if self.count > _MAX_ROWS_SHOWN else []
         return "\n".join(self._shown + more)
 
 
-def _three_splits(data: DataSpec, read: dict[str, AnyRows], warnings: list[str]) -> dict[str, AnyRows]:
-    """Train, validation and test rows; what is not given is held back from the split before it."""
-    train = read["train"]
-    validation, test = read.get("validation"), read.get("test")
+def _make_splits(
+    data: DataSpec, loaded_splits: dict[str, AnyRows], warnings: list[str]
+) -> dict[str, AnyRows]:
+    """Return train, validation and test rows.
+
+    A missing split is held back from the split before it.
+    """
+    train = loaded_splits["train"]
+    validation, test = loaded_splits.get("validation"), loaded_splits.get("test")
     if validation is None:
         if len(train) < 2:
-            raise DataError("there is one training row: none can be held back; give data.validation_file")
-        validation, train = hold_back(train, data.validation_fraction, data.split_seed, "data.validation_fraction")
-        warnings.append(f"no validation set: {_are(len(validation), 'of the training rows')} held back for it")
-    if test is None and len(validation) >= _FEWEST_TO_HALVE:
+            raise DataError(
+                "there is one training row: none can be held back; give data.validation_file"
+            )
+        validation, train = split_held_out(
+            train, data.validation_fraction, data.split_seed, "data.validation_fraction"
+        )
+        warnings.append(
+            f"no validation set: {_format_count(len(validation), 'of the training rows')} held "
+            "back for it"
+        )
+    if test is None and len(validation) >= _MIN_ROWS_TO_HOLD_BACK:
         try:
             seed = data.split_seed + 1
-            test, validation = hold_back(validation, data.test_fraction, seed, "data.test_fraction", keep_classes=False)
-            warnings.append(f"no test set: {_are(len(test), 'of the validation rows')} held back for it")
-        except DataError as impossible:  # rows of one text stay together, and may be all that there are
+            test, validation = split_held_out(
+                validation, data.test_fraction, seed, "data.test_fraction", keep_classes=False
+            )
+            warnings.append(
+                f"no test set: {_format_count(len(test), 'of the validation rows')} held back "
+                "for it"
+            )
+        except (
+            DataError
+        ) as impossible:  # rows with the same text stay together, and may be the only rows
             warnings.append(str(impossible))
     if not test:
-        warnings.append("no test set and too few validation rows to hold any back: results are optimistic")
+        warnings.append(
+            "no test set and too few validation rows to hold any back: results are optimistic"
+        )
     return {
         "train": sample_rows(train, data.max_train_samples, data.split_seed),
         "validation": sample_rows(validation, data.max_validation_samples, data.split_seed),
@@ -239,72 +310,94 @@ def _three_splits(data: DataSpec, read: dict[str, AnyRows], warnings: list[str])
     }
 
 
-def _labels(rows: dict[str, AnyRows], sources: dict[str, Path], given: Sequence[str] | None) -> tuple[str, ...]:
-    """Class names as given, or else whole numbers in their order and words in the alphabet's.
+def _resolve_labels(
+    rows: dict[str, AnyRows], sources: dict[str, Path], names: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Return the class names: `data.labels` if set, else the sorted training labels.
 
-    Raises DataError on one class alone, and on one that is not among those given.
+    Integers are sorted in numeric order, words in alphabetical order. Raises DataError if there
+    is only one class, or if a label is not in `data.labels`.
     """
-    if given is not None:
-        for split, found in rows.items():
-            for row in found if set(label_counts(found)) - set(given) else ():
-                if row.label not in given:
-                    raise DataError(f"{sources[split]}:{row.line}: the label {row.label!r} is not one of data.labels")
-        return tuple(given)
-    counts = label_counts(rows["train"])
+    if names is not None:
+        for split, split_rows in rows.items():
+            for row in split_rows if set(count_labels(split_rows)) - set(names) else ():
+                if row.label not in names:
+                    raise DataError(
+                        f"{sources[split]}:{row.line}: the label {row.label!r} is not one of "
+                        "data.labels"
+                    )
+        return tuple(names)
+    counts = count_labels(rows["train"])
     if len(counts) < 2:
-        only = next(iter(counts))
+        single_label = next(iter(counts))
         raise DataError(
-            f"{sources['train']}: every training row has the label {only!r}; a classifier needs at least two"
+            f"{sources['train']}: every training row has the label {single_label!r}; a classifier "
+            "needs at least two"
         )
     if len(counts) > 1000:
-        raise DataError(f"{sources['train']}: there are {len(counts)} labels; is data.label_column the right column?")
+        raise DataError(
+            f"{sources['train']}: there are {len(counts)} labels; is data.label_column the "
+            "right column?"
+        )
     for split in ("validation", "test"):
-        unknown = sorted(set(label_counts(rows.get(split, []))) - set(counts))
+        unknown = sorted(set(count_labels(rows.get(split, []))) - set(counts))
         if unknown:
-            raise DataError(f"the {split} rows have labels that no training row has: {', '.join(unknown[:5])}")
+            raise DataError(
+                f"the {split} rows have labels that no training row has: {', '.join(unknown[:5])}"
+            )
     numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in counts)
     return tuple(sorted(counts, key=int) if numeric else sorted(counts))
 
 
-def _duplicates(rows: dict[str, AnyRows]) -> list[str]:
-    """Warnings about rows that stand twice, in one split or (worse) on both sides."""
+def _describe_duplicates(rows: dict[str, AnyRows]) -> list[str]:
+    """Return warnings about rows that occur twice, in one split or (worse) in two."""
     warnings = []
     train, others = rows["train"], {split: rows[split] for split in ("validation", "test")}
     if isinstance(train, LargeRows):
-        different = np.unique(train.questions())
-        twice = len(train) - len(different)
-        listed = {
-            row.question for found in others.values() if not have_comparable_questions(train, found) for row in found
+        unique_hashes = np.unique(train.get_question_hashes())
+        duplicate_count = len(train) - len(unique_hashes)
+        other_questions = {
+            row.question
+            for split_rows in others.values()
+            if not can_compare_questions(train, split_rows)
+            for row in split_rows
         }
-        among = {row.question for row in train if row.question in listed} if listed else set()
+        train_questions = (
+            {row.question for row in train if row.question in other_questions}
+            if other_questions
+            else set()
+        )
     else:
-        among = {row.question for row in train}
-        twice = len(train) - len(among)
-    if twice:
-        stands = "training row stands" if twice == 1 else "training rows stand"
-        warnings.append(f"{twice} {stands} more than once")
-    for split, found in others.items():
-        if isinstance(found, LargeRows) and have_comparable_questions(train, found):
-            leaked = _number_among(found.questions(), different)
+        train_questions = {row.question for row in train}
+        duplicate_count = len(train) - len(train_questions)
+    if duplicate_count:
+        phrase = "training row stands" if duplicate_count == 1 else "training rows stand"
+        warnings.append(f"{duplicate_count} {phrase} more than once")
+    for split, split_rows in others.items():
+        if isinstance(split_rows, LargeRows) and can_compare_questions(train, split_rows):
+            leaked = _count_members(split_rows.get_question_hashes(), unique_hashes)
         else:
-            leaked = sum(row.question in among for row in found)
+            leaked = sum(row.question in train_questions for row in split_rows)
         if leaked:
-            of_all = f"of {counted(len(found), f'{split} row')}"
-            warnings.append(f"{_are(leaked, of_all)} also among the training rows: results are optimistic")
+            total = f"of {format_count(len(split_rows), f'{split} row')}"
+            warnings.append(
+                f"{_format_count(leaked, total)} also among the training rows: results are "
+                "optimistic"
+            )
     return warnings
 
 
-def _number_among(values: np.ndarray, ordered: np.ndarray) -> int:
-    """Return how many values are among others, which are different and in their order."""
-    places = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
-    return int((ordered[places] == values).sum())
+def _count_members(values: np.ndarray, sorted_values: np.ndarray) -> int:
+    """Return how many of `values` are in `sorted_values`, which are unique and sorted."""
+    indices = np.minimum(np.searchsorted(sorted_values, values), len(sorted_values) - 1)
+    return int((sorted_values[indices] == values).sum())
 
 
-def _are(number: int, among: str) -> str:
-    return f"{number:,} {among} {'is' if number == 1 else 'are'}"
+def _format_count(number: int, description: str) -> str:
+    return f"{number:,} {description} {'is' if number == 1 else 'are'}"
 
 
-def majority_share(rows: AnyRows) -> float:
-    """Share of the most frequent label: what a classifier gets that always says the same."""
-    counts = label_counts(rows)
+def compute_majority_share(rows: AnyRows) -> float:
+    """Return the share of the most frequent label: the accuracy of always predicting it."""
+    counts = count_labels(rows)
     return max(counts.values()) / sum(counts.values())

@@ -1,8 +1,9 @@
-"""Other tools' spellings: understood, and reported."""
+"""Map the field names and values of other tools to those of lorafleet."""
 
 from __future__ import annotations
 
-# axolotl, LLaMA-Factory, TRL, Oumi, ms-swift and W&B words -> ours. The left side may stand at the top or in any block.
+# Field names of axolotl, LLaMA-Factory, TRL, Oumi, ms-swift and W&B -> the lorafleet field.
+# The names on the left are accepted at the top level of a job file and in any block.
 FIELD_ALIASES = {
     "base_model": "model.model_name_or_path",
     "model_name": "model.model_name_or_path",
@@ -52,7 +53,8 @@ FIELD_ALIASES = {
 
 _NO_COUNTERPART = """
     lr_scheduler_kwargs optim_args adam_beta1 adam_beta2 adam_epsilon optim_target_modules
-    average_tokens_across_devices label_smoothing_factor tf32 torch_compile_backend torch_compile_mode
+    average_tokens_across_devices label_smoothing_factor tf32 torch_compile_backend
+    torch_compile_mode
     liger_kernel_config use_cache neftune_noise_alpha torch_empty_cache_steps logging_strategy
     logging_steps logging_first_step log_on_each_node logging_nan_inf_filter
     include_num_input_tokens_seen log_level log_level_replica disable_tqdm trackio_space_id
@@ -76,7 +78,11 @@ _COUNTERPARTS = {
     **dict.fromkeys(("bf16", "bf16_full_eval"), "train.mixed_precision: bf16"),
     **dict.fromkeys(("fp16", "fp16_full_eval"), "train.mixed_precision: fp16"),
     **dict.fromkeys(
-        ("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+        (
+            "activation_checkpointing",
+            "activation_checkpointing_kwargs",
+            "gradient_checkpointing_kwargs",
+        ),
         "train.gradient_checkpointing",
     ),
     "use_liger_kernel": "train.chunked_loss, which is on",
@@ -106,16 +112,22 @@ _COUNTERPARTS = {
     "use_bnb_nested_quant": "qlora.use_double_quant",
 }
 HF_ARGUMENTS: dict[str, str | None] = dict.fromkeys(_NO_COUNTERPART.split()) | _COUNTERPARTS
-"""Arguments of Hugging Face's Trainer and of TRL that are no fields here -> what comes nearest; None: nothing."""
+"""Arguments of Hugging Face's Trainer and of TRL that are not lorafleet fields -> the closest
+counterpart; None if there is none.
+"""
 
 
-def foreign_hint(key: str) -> str | None:
-    """Say what one of Hugging Face's arguments is here; None for a key that is not theirs."""
+def get_foreign_hint(key: str) -> str | None:
+    """Return what to use instead of a Hugging Face argument, or None for any other key."""
     leaf = key.rpartition(".")[2]
     if leaf not in HF_ARGUMENTS:
         return None
-    nearest = HF_ARGUMENTS[leaf]
-    return f"here it is {nearest}" if nearest else "it is Hugging Face's, and has no counterpart here"
+    counterpart = HF_ARGUMENTS[leaf]
+    return (
+        f"here it is {counterpart}"
+        if counterpart
+        else "it is Hugging Face's, and has no counterpart here"
+    )
 
 
 DISTRIBUTION_ALIASES = {
@@ -133,7 +145,9 @@ EXPONENT_DISTRIBUTIONS = {
     "log_uniform": "log_uniform_values",
     "q_log_uniform": "q_log_uniform_values",
 }
-"""W&B's distributions with exponents of e as their ends -> the same with values as their ends."""
+"""W&B's distributions whose bounds are exponents of e -> the same distributions with plain
+values as bounds.
+"""
 
 OPTIMIZERS = {
     "adamw_torch_fused": "adamw_torch",
@@ -142,7 +156,7 @@ OPTIMIZERS = {
     "paged_adamw": "paged_adamw_32bit",
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
-"""HF's names of the same optimisers -> ours."""
+"""Hugging Face's names of optimizers -> lorafleet's name of the same optimizer."""
 
 VALUE_ALIASES = {
     **{("train.optim", theirs): ours for theirs, ours in OPTIMIZERS.items() if theirs != ours},

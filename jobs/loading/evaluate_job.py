@@ -1,4 +1,4 @@
-"""Models that were made before, as the arms of a comparison that trains nothing."""
+"""Turn existing models into the arms of a comparison that trains nothing."""
 
 from __future__ import annotations
 
@@ -9,106 +9,158 @@ from typing import Any
 
 from lorafleet.jobs import files
 from lorafleet.jobs.data.adapters import ADAPTER_FILES, read_config
-from lorafleet.jobs.data.hub import public_base
+from lorafleet.jobs.data.hub import resolve_public_base
 from lorafleet.jobs.errors import UserError
-from lorafleet.jobs.loading.job_file import looks_like_path
+from lorafleet.jobs.loading.job_file import is_path_like
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.jobs.trials.arms import arm_of, own_job
+from lorafleet.jobs.trials.arms import build_arm_job, get_arm
 
 _PEFT_METHODS = {"LORA": "lora", "PROMPT_TUNING": "prompt_tuning"}
 _SHARED = ("model", "qlora", "prompt_tuning")
-"""Blocks that say what a model's base is: an arm keeps those of the run that it is from."""
+"""Blocks that define a model's base: an arm keeps those of the run that it comes from."""
 
 
 @dataclass(frozen=True)
-class Given:
-    """One model, and what its arm sets of the job that judges it."""
+class ModelArm:
+    """An existing model, and what its arm sets in the job that evaluates it."""
 
     name: str
     arm: dict[str, Any]
 
 
-def of_run(run: Run, trial_id: str, weights: Path) -> Given:
-    """The weights of a run's trial, on its own base."""
-    resolved = run.trial(trial_id).params().get("resolved", {})
-    return _of_resolved(run.id, resolved or _resolved_beside(weights), weights)
+def make_run_arm(run: Run, trial_id: str, weights: Path) -> ModelArm:
+    """Return the arm of a run's trial, with its weights on its own base."""
+    resolved = run.get_trial(trial_id).read_params().get("resolved", {})
+    return _make_resolved_arm(run.id, resolved or _read_training_settings(weights), weights)
 
 
-def _resolved_beside(weights: Path) -> dict[str, Any]:
-    """What a trial that left these weights was trained as, where its folder or its card is still there."""
-    found: dict[str, Any] = files.read_json(weights.parent / "params.json").get("resolved", {})
-    return found or files.read_json(weights / "manifest.json").get("resolved", {})
+def _read_training_settings(weights: Path) -> dict[str, Any]:
+    """Return the settings with which weights were trained.
+
+    They are read from the trial's folder or from the manifest beside the weights; empty if both
+    are gone.
+    """
+    settings: dict[str, Any] = files.read_json(weights.parent / "params.json").get("resolved", {})
+    return settings or files.read_json(weights / "manifest.json").get("resolved", {})
 
 
-def _of_resolved(name: str, resolved: dict[str, Any], weights: Path) -> Given:
-    values = {path: fields.get(resolved, path) for path in fields.leaves() if path.partition(".")[0] in _SHARED}
-    known = {path: value for path, value in values.items() if value is not None or path == "model.revision"}
-    return Given(name, {"method": resolved.get("method", "lora"), "weights": str(weights), "set": known})
+def _make_resolved_arm(name: str, resolved: dict[str, Any], weights: Path) -> ModelArm:
+    """Return the arm of weights whose training settings are known."""
+    values = {
+        path: fields.get_value(resolved, path)
+        for path in fields.get_leaf_fields()
+        if path.partition(".")[0] in _SHARED
+    }
+    overrides = {
+        path: value
+        for path, value in values.items()
+        if value is not None or path == "model.revision"
+    }
+    return ModelArm(
+        name, {"method": resolved.get("method", "lora"), "weights": str(weights), "set": overrides}
+    )
 
 
-def of_arm(run: Run, job: JobSpec, name: str, weights: Path | None) -> Given:
-    """What a comparison ships where that is no trial on its own base: an untrained base, or an adapter on another."""
-    spec, own = arm_of(job, name), own_job(job, name)
-    paths = [path for path in fields.leaves() if path.startswith(("model.", "qlora."))]
-    base = {path: fields.get(own.model_dump(), path) for path in paths}
-    known = {path: value for path, value in base.items() if value is not None or path == "model.revision"}
+def make_compared_arm(run: Run, job: JobSpec, name: str, weights: Path | None) -> ModelArm:
+    """Return the arm of a comparison's result that is not a trial on its own base.
+
+    It is an untrained base, or an adapter on another base.
+
+    Args:
+        run: The comparison's run.
+        job: Its job.
+        name: The arm of that job.
+        weights: Folder of the adapter; None for an untrained base.
+    """
+    spec, arm_job = get_arm(job, name), build_arm_job(job, name)
+    paths = [path for path in fields.get_leaf_fields() if path.startswith(("model.", "qlora."))]
+    base_values = {path: fields.get_value(arm_job.model_dump(), path) for path in paths}
+    overrides = {
+        path: value
+        for path, value in base_values.items()
+        if value is not None or path == "model.revision"
+    }
     if weights is None:
-        return Given(run.id, {"method": "base", "quantization": spec.quantization, "set": known})
-    return Given(run.id, {"method": own.method, "weights": str(weights), "set": known})
+        return ModelArm(
+            run.id, {"method": "base", "quantization": spec.quantization, "set": overrides}
+        )
+    return ModelArm(run.id, {"method": arm_job.method, "weights": str(weights), "set": overrides})
 
 
-def of_folder(folder: Path) -> Given:
-    """An adapter's folder, or a model's. Raises UserError for what is neither."""
+def make_folder_arm(folder: Path) -> ModelArm:
+    """Return the arm of a folder that holds an adapter or a model.
+
+    Raises:
+        UserError: If the folder holds neither.
+    """
     config = folder / ADAPTER_FILES[0]
     if config.is_file():
         kind = (read_config(folder) or {}).get("peft_type")
         if kind not in _PEFT_METHODS:
-            raise UserError(f"{folder} holds an adapter of type {kind}, but must be {' or '.join(_PEFT_METHODS)}")
-        shown = folder.parent.name if folder.name in ("adapter", "model") else folder.name
-        resolved = _resolved_beside(folder.absolute())
+            raise UserError(
+                f"{folder} holds an adapter of type {kind}, but must be "
+                f"{' or '.join(_PEFT_METHODS)}"
+            )
+        display_name = folder.parent.name if folder.name in ("adapter", "model") else folder.name
+        resolved = _read_training_settings(folder.absolute())
         if resolved:
-            return _of_resolved(shown, resolved, folder.absolute())
-        return Given(shown, {"method": _PEFT_METHODS[kind], "weights": str(folder.absolute())})
+            return _make_resolved_arm(display_name, resolved, folder.absolute())
+        return ModelArm(
+            display_name, {"method": _PEFT_METHODS[kind], "weights": str(folder.absolute())}
+        )
     if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds neither {ADAPTER_FILES[0]} nor config.json: it is no adapter and no model")
-    return of_model(str(folder.absolute()), folder.name)
+        raise UserError(
+            f"{folder} holds neither {ADAPTER_FILES[0]} nor config.json: it is no adapter and "
+            "no model"
+        )
+    return make_model_arm(str(folder.absolute()), folder.name)
 
 
-def check_base(model: Given, job: JobSpec) -> None:
-    """Raises UserError for an adapter of somebody else's that names another base of the hub than the job does."""
+def check_base(model: ModelArm, job: JobSpec) -> None:
+    """Raise UserError if an adapter was trained on another base of the hub than the job's.
+
+    Only adapters without known training settings are checked.
+    """
     config = Path(str(model.arm.get("weights", ""))) / ADAPTER_FILES[0]
     if "set" in model.arm or not config.is_file():
         return
-    trained_on, ours = (read_config(config.parent) or {}).get("base_model_name_or_path"), job.model.model_name_or_path
-    both = [name for name in (trained_on, ours) if isinstance(name, str) and is_model_name(name)]
-    ids = {public_base(name, None)[0].casefold() for name in both}
-    if len(both) == 2 and len(ids) == 2:
+    trained_on, job_base = (
+        (read_config(config.parent) or {}).get("base_model_name_or_path"),
+        job.model.model_name_or_path,
+    )
+    hub_names = [
+        name for name in (trained_on, job_base) if isinstance(name, str) and is_model_name(name)
+    ]
+    ids = {resolve_public_base(name, None)[0].casefold() for name in hub_names}
+    if len(hub_names) == 2 and len(ids) == 2:
         raise UserError(
-            f"{config.parent} was trained on {trained_on}, but the job's base is {ours}: "
+            f"{config.parent} was trained on {trained_on}, but the job's base is {job_base}: "
             f"set model.model_name_or_path={trained_on}"
         )
 
 
-def of_model(name: str, shown: str | None = None) -> Given:
-    """A whole model: a hub id, an asset, or a folder."""
-    return Given(shown or name, {"method": "base", "set": {"model.model_name_or_path": name}})
+def make_model_arm(name: str, display_name: str | None = None) -> ModelArm:
+    """Return the arm of a whole model: a hub id, an asset or a folder."""
+    return ModelArm(
+        display_name or name, {"method": "base", "set": {"model.model_name_or_path": name}}
+    )
 
 
 def is_model_name(text: str) -> bool:
-    """Whether a text names a model of the hub or an asset, and no path or run."""
-    return text.startswith("asset:") or (text.count("/") == 1 and not looks_like_path(text))
+    """Return whether a text names a hub model or an asset, and not a path or a run."""
+    return text.startswith("asset:") or (text.count("/") == 1 and not is_path_like(text))
 
 
-def named(models: list[Given]) -> dict[str, dict[str, Any]]:
-    """Arms by names that a job file may have, each once."""
-    found: dict[str, dict[str, Any]] = {}
+def name_arms(models: list[ModelArm]) -> dict[str, dict[str, Any]]:
+    """Return the arms by names that are valid in a job file, each unique."""
+    arms: dict[str, dict[str, Any]] = {}
     for model in models:
         name = re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-")[:36].strip("-") or "model"
         number = 2
         unique = name
-        while unique in found:
+        while unique in arms:
             unique, number = f"{name}-{number}", number + 1
-        found[unique] = model.arm
-    return found
+        arms[unique] = model.arm
+    return arms

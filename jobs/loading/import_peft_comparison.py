@@ -1,7 +1,9 @@
-"""Experiments of Hugging Face's PEFT method comparison (MetaMathQA) as the arms of a comparison. Pure.
+"""Translate experiments of Hugging Face's PEFT method comparison (MetaMathQA) to the arms of a
+comparison. Pure.
 
-An experiment is a folder with `adapter_config.json` (none: full fine-tuning) and `training_params.json`, which is laid
-over `default_training_params.json`. Source: github.com/huggingface/peft, method_comparison/MetaMathQA.
+An experiment is a folder with `adapter_config.json` (none: full fine-tuning) and
+`training_params.json`, which overrides `default_training_params.json`. Source:
+github.com/huggingface/peft, method_comparison/MetaMathQA.
 """
 
 from __future__ import annotations
@@ -34,12 +36,12 @@ DEFAULT_TRAINING_PARAMS: dict[str, Any] = {
     "generation_kwargs": {"max_length": 768},
     "query_template": "Question: {query} Think step by step.\nAnswer:",
 }
-"""The comparison's default_training_params.json, as of its version of 2026."""
+"""The comparison's default_training_params.json, version of 2026."""
 _WARMUP_RATIO = 0.1
 _ADAMW_LEARNING_RATE, _ADAMW_WEIGHT_DECAY = 1e-3, 0.01
 """Defaults of torch.optim.AdamW."""
-_NAME_LENGTH = 40
-_PLAIN = {
+_MAX_NAME_CHARS = 40
+_DIRECT_FIELDS = {
     "max_seq_length": "model.max_length",
     "batch_size": "train.per_device_train_batch_size",
     "batch_size_eval": "train.per_device_eval_batch_size",
@@ -49,22 +51,31 @@ _PLAIN = {
     "grad_norm_clip": "train.max_grad_norm",
 }
 """Key of the training parameters -> field of the job."""
-_EQUAL_FOR_ALL = ("model_id", "max_steps", "seed", "eval_steps", "batch_size_eval")
-"""Keys that a comparison has once, for all arms."""
+_SHARED_KEYS = ("model_id", "max_steps", "seed", "eval_steps", "batch_size_eval")
+"""Keys that a comparison sets once, for all arms."""
 _DEFAULT_TARGETS = (
     (re.compile(r"llama|mistral|gemma|qwen"), ["q_proj", "v_proj"]),
     (re.compile(r"gpt-?2"), ["c_attn"]),
     (re.compile(r"phi"), ["qkv_proj"]),
 )
-"""Names of models -> layers that PEFT adapts if `target_modules` is null."""
-_WITHOUT_MEANING = frozenset(
+"""Pattern of the model name -> layers that PEFT adapts if `target_modules` is null."""
+_IGNORED_KEYS = frozenset(
     (
-        *("auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_type"),
+        *(
+            "auto_mapping",
+            "base_model_name_or_path",
+            "revision",
+            "inference_mode",
+            "task_type",
+            "peft_type",
+        ),
         *("peft_version", "fan_in_fan_out", "megatron_core", "num_attention_heads", "num_layers"),
         *("num_transformer_submodules", "token_dim", "runtime_config"),
     )
 )
-"""Keys of adapter_config.json that say nothing about training, or what the base model says already."""
+"""Keys of adapter_config.json that do not affect training or that the base model already
+determines.
+"""
 _LORA_FIELDS = {
     "r": "lora.lora_r",
     "lora_alpha": "lora.lora_alpha",
@@ -89,7 +100,7 @@ class Experiment:
 
     @property
     def params(self) -> dict[str, Any]:
-        """The training parameters with the defaults."""
+        """Return the training parameters, completed with the defaults."""
         return {**self.defaults, **self.training_params}
 
 
@@ -97,63 +108,78 @@ def translate_experiments(experiments: list[Experiment], name: str) -> Translati
     """Return a comparison with the untrained base and each experiment as an arm.
 
     Raises:
-        UserError: An experiment uses an adapter type that cannot be trained here, or the experiments differ in
+        UserError: An experiment uses an adapter type that cannot be trained here, or the
+        experiments differ in
             something that all arms share, such as the number of steps.
     """
     job = Translation()
-    job.put("name", name)
-    job.put("task", "generation")
+    job.set_field("name", name)
+    job.set_field("task", "generation")
     first = experiments[0].params
-    for key in _EQUAL_FOR_ALL:
+    for key in _SHARED_KEYS:
         values = {experiment.name: experiment.params.get(key) for experiment in experiments}
         if len({repr(value) for value in values.values()}) > 1:
             shown = ", ".join(f"{value!r} in {where}" for where, value in values.items())
-            raise UserError(f"{key} is {shown}, but must be the same for all arms of a comparison: import them apart")
-    job.put("model.model_name_or_path", first["model_id"])
-    _put_data(job, first)
+            raise UserError(
+                f"{key} is {shown}, but must be the same for all arms of a comparison: import "
+                "them apart"
+            )
+    job.set_field("model.model_name_or_path", first["model_id"])
+    _set_data(job, first)
     arms: dict[str, Any] = {"base": {"method": "base"}}
     for experiment in experiments:
-        method, values = _arm(experiment, job)
-        arms[_arm_name(experiment.name, arms)] = {"method": method, "set": values}
+        method, values = _translate_arm(experiment, job)
+        arms[_build_arm_name(experiment.name, arms)] = {"method": method, "set": values}
     _move_common_fields([arm["set"] for arm in arms.values() if "set" in arm], job)
-    job.put("train.seed", first["seed"])
-    job.put("train.eval_steps", first["eval_steps"])
-    job.put("train.max_steps", first["max_steps"])
-    job.put("train.warmup_ratio", _WARMUP_RATIO)
-    job.put("compare.seeds", 1)
-    job.put("compare.arms", arms)
+    job.set_field("train.seed", first["seed"])
+    job.set_field("train.eval_steps", first["eval_steps"])
+    job.set_field("train.max_steps", first["max_steps"])
+    job.set_field("train.warmup_ratio", _WARMUP_RATIO)
+    job.set_field("compare.seeds", 1)
+    job.set_field("compare.arms", arms)
     job.assumed.append(f"warm-up: {_WARMUP_RATIO:.0%} of the steps, as in the comparison's code")
-    job.assumed.append("compare.seeds: 1, as in the comparison; more seeds show how much the results vary")
+    job.assumed.append(
+        "compare.seeds: 1, as in the comparison; more seeds show how much the results vary"
+    )
     job.lost = list(dict.fromkeys(job.lost))
     return job
 
 
 def _move_common_fields(arms: list[dict[str, Any]], job: Translation) -> None:
     """Move fields that have one value in all arms from the arms to the job."""
-    common = {path: value for path, value in arms[0].items() if path.startswith(("model.", "train."))}
+    common = {
+        path: value for path, value in arms[0].items() if path.startswith(("model.", "train."))
+    }
     for values in arms[1:]:
-        common = {path: value for path, value in common.items() if path in values and values[path] == value}
+        common = {
+            path: value
+            for path, value in common.items()
+            if path in values and values[path] == value
+        }
     for path, value in common.items():
-        job.put(path, value)
+        job.set_field(path, value)
         for values in arms:
             del values[path]
 
 
-def _put_data(job: Translation, params: Mapping[str, Any]) -> None:
-    job.put("data.dataset_name", "meta-math/MetaMathQA")
-    job.put("data.prompt_column", "query")
-    job.put("data.completion_column", "response")
+def _set_data(job: Translation, params: Mapping[str, Any]) -> None:
+    job.set_field("data.dataset_name", "meta-math/MetaMathQA")
+    job.set_field("data.prompt_column", "query")
+    job.set_field("data.completion_column", "response")
     template = params.get("query_template")
     if template not in (None, "{query}"):
         job.lost.append(f"query_template: {template!r}; prompts are the query as it stands")
     job.otherwise.append(
-        "validation and test rows: GSM8K there; here they are held back from MetaMathQA (name files of yours in "
+        "validation and test rows: GSM8K there; here they are held back from MetaMathQA (name "
+        "files of yours in "
         "data.validation_file and data.test_file)"
     )
-    job.otherwise.append("metric: accuracy of the parsed number there; here the loss (evaluate.custom_metrics)")
+    job.otherwise.append(
+        "metric: accuracy of the parsed number there; here the loss (evaluate.custom_metrics)"
+    )
 
 
-def _arm(experiment: Experiment, job: Translation) -> tuple[str, dict[str, Any]]:
+def _translate_arm(experiment: Experiment, job: Translation) -> tuple[str, dict[str, Any]]:
     """Return (method, dotted field -> value) of one arm."""
     values: dict[str, Any] = {}
     method = "full"
@@ -162,93 +188,116 @@ def _arm(experiment: Experiment, job: Translation) -> tuple[str, dict[str, Any]]
         kind = config.get("peft_type")
         if kind == "LORA":
             method = "lora"
-            _put_lora(experiment, values, job)
+            _set_lora_fields(experiment, values, job)
         elif kind == "PROMPT_TUNING":
             method = "prompt_tuning"
-            _put_prompt_tuning(experiment, values, job)
+            _set_prompt_tuning_fields(experiment, values, job)
         else:
             raise UserError(
-                f"{experiment.name}: peft_type is {kind}, but only LORA and PROMPT_TUNING can be trained here (and, "
+                f"{experiment.name}: peft_type is {kind}, but only LORA and PROMPT_TUNING can be "
+                "trained here (and, "
                 "without an adapter_config.json, all weights)"
             )
-    method = _put_training(experiment, method, values, job)
+    method = _set_training_fields(experiment, method, values, job)
     return method, values
 
 
-def _put_lora(experiment: Experiment, values: dict[str, Any], job: Translation) -> None:
+def _set_lora_fields(experiment: Experiment, values: dict[str, Any], job: Translation) -> None:
     config = dict(experiment.adapter_config or {})
     for key, path in _LORA_FIELDS.items():
         if config.get(key) is not None:
             values[path] = config.pop(key)
     values.setdefault("lora.lora_dropout", 0.0)
-    _put_targets(experiment, config.pop("target_modules", None), values, job)
+    _set_target_modules(experiment, config.pop("target_modules", None), values, job)
     start = config.pop("init_lora_weights", True)
     allowed = ("gaussian", "pissa", "pissa_niter_4", "pissa_niter_16", "olora")
     if start in allowed:
         values["lora.init_lora_weights"] = start
     elif start is not True:
-        job.lost.append(f"{experiment.name}: init_lora_weights: {start!r} is none of {', '.join(allowed)}")
+        job.lost.append(
+            f"{experiment.name}: init_lora_weights: {start!r} is none of {', '.join(allowed)}"
+        )
     if config.pop("bias", "none") != "none":
         job.lost.append(f"{experiment.name}: bias: biases are not trained here")
     _report_unused(experiment, config, job)
 
 
-def _put_targets(experiment: Experiment, targets: Any, values: dict[str, Any], job: Translation) -> None:
+def _set_target_modules(
+    experiment: Experiment, targets: Any, values: dict[str, Any], job: Translation
+) -> None:
     model = str(experiment.params["model_id"]).lower()
     if targets is None:
-        targets = next((names for pattern, names in _DEFAULT_TARGETS if pattern.search(model)), None)
+        targets = next(
+            (names for pattern, names in _DEFAULT_TARGETS if pattern.search(model)), None
+        )
         if targets is None:
-            job.lost.append(f"{experiment.name}: target_modules is null, and PEFT's choice for {model} is not known")
+            job.lost.append(
+                f"{experiment.name}: target_modules is null, and PEFT's choice for {model} is "
+                "not known"
+            )
             return
-        job.assumed.append(f"{experiment.name}: target_modules: {', '.join(targets)}, PEFT's choice for this model")
+        job.assumed.append(
+            f"{experiment.name}: target_modules: {', '.join(targets)}, PEFT's choice for this model"
+        )
     values["lora.lora_target_modules"] = targets
 
 
-def _put_prompt_tuning(experiment: Experiment, values: dict[str, Any], job: Translation) -> None:
+def _set_prompt_tuning_fields(
+    experiment: Experiment, values: dict[str, Any], job: Translation
+) -> None:
     config = dict(experiment.adapter_config or {})
     if config.get("num_virtual_tokens") is not None:
         values["prompt_tuning.num_virtual_tokens"] = config.pop("num_virtual_tokens")
-    start, text = config.pop("prompt_tuning_init", "RANDOM"), config.pop("prompt_tuning_init_text", None)
+    start, text = (
+        config.pop("prompt_tuning_init", "RANDOM"),
+        config.pop("prompt_tuning_init_text", None),
+    )
     config.pop("tokenizer_name_or_path", None)
     if start == "TEXT" and text:
         values["prompt_tuning.prompt_tuning_init_text"] = text
     elif start != "RANDOM":
-        job.lost.append(f"{experiment.name}: prompt_tuning_init: {start!r}; the prompt starts at random values")
+        job.lost.append(
+            f"{experiment.name}: prompt_tuning_init: {start!r}; the prompt starts at random values"
+        )
     _report_unused(experiment, config, job)
 
 
 def _report_unused(experiment: Experiment, config: Mapping[str, Any], job: Translation) -> None:
-    """Report the keys of an adapter's config that say something and have no counterpart."""
+    """Report the keys of an adapter's config that have an effect but no counterpart."""
     for key, value in config.items():
-        if key not in _WITHOUT_MEANING and value not in (None, False, {}, [], ""):
+        if key not in _IGNORED_KEYS and value not in (None, False, {}, [], ""):
             job.lost.append(f"{experiment.name}: {key}: {value!r} has no counterpart")
 
 
-def _put_training(experiment: Experiment, method: str, values: dict[str, Any], job: Translation) -> str:
-    """Add the training parameters; return the method, which is qlora for a quantised base."""
+def _set_training_fields(
+    experiment: Experiment, method: str, values: dict[str, Any], job: Translation
+) -> str:
+    """Set the training parameters and return the method, which is qlora for a quantised base."""
     params = experiment.params
-    for key, path in _PLAIN.items():
-        if key in params and key not in _EQUAL_FOR_ALL and params[key] is not None:
+    for key, path in _DIRECT_FIELDS.items():
+        if key in params and key not in _SHARED_KEYS and params[key] is not None:
             values[path] = params[key]
     values["train.per_device_eval_batch_size"] = params["batch_size_eval"]
     values["train.gradient_accumulation_steps"] = 1
     if values.get("train.max_grad_norm") == 0:
         values.pop("train.max_grad_norm")
         job.lost.append(f"{experiment.name}: grad_norm_clip: 0; gradients are always clipped here")
-    method = _put_dtype(experiment, method, values, job)
-    _put_optimizer(experiment, values, job)
+    method = _set_dtype(experiment, method, values, job)
+    _set_optimizer(experiment, values, job)
     schedule = params.get("lr_scheduler")
     values["train.lr_scheduler_type"] = schedule or "constant"
     if params.get("attn_implementation"):
         values["model.attn_implementation"] = params["attn_implementation"]
-    handled = {*_PLAIN, *_EQUAL_FOR_ALL, *DEFAULT_TRAINING_PARAMS, "autocast_adapter_dtype"}
+    handled = {*_DIRECT_FIELDS, *_SHARED_KEYS, *DEFAULT_TRAINING_PARAMS, "autocast_adapter_dtype"}
     for key, value in params.items():
         if key not in handled and value not in (None, False):
             job.lost.append(f"{experiment.name}: {key}: {value!r} has no counterpart")
     return method
 
 
-def _put_dtype(experiment: Experiment, method: str, values: dict[str, Any], job: Translation) -> str:
+def _set_dtype(
+    experiment: Experiment, method: str, values: dict[str, Any], job: Translation
+) -> str:
     dtype = experiment.params["dtype"]
     if dtype not in ("int4", "int8"):
         values["model.dtype"] = dtype
@@ -256,8 +305,11 @@ def _put_dtype(experiment: Experiment, method: str, values: dict[str, Any], job:
             values["train.mixed_precision"] = "bf16"
         return method
     if method != "lora":
-        raise UserError(f"{experiment.name}: dtype is {dtype}, but only LoRA can be trained on a quantised base")
-    # BitsAndBytesConfig(load_in_4bit=True) leaves the rest to its defaults: FP4, one quantisation, float32.
+        raise UserError(
+            f"{experiment.name}: dtype is {dtype}, but only LoRA can be trained on a quantised base"
+        )
+    # BitsAndBytesConfig(load_in_4bit=True) leaves the rest to its defaults: FP4, one quantisation,
+    # float32.
     values["qlora.quant_type"] = "fp4" if dtype == "int4" else "int8"
     if dtype == "int4":
         values["qlora.use_double_quant"] = False
@@ -265,8 +317,9 @@ def _put_dtype(experiment: Experiment, method: str, values: dict[str, Any], job:
     return "qlora"
 
 
-def _put_optimizer(experiment: Experiment, values: dict[str, Any], job: Translation) -> None:
-    # An experiment's optimizer_kwargs replace the default ones as a whole: what is missing is torch's own default.
+def _set_optimizer(experiment: Experiment, values: dict[str, Any], job: Translation) -> None:
+    # An experiment's optimizer_kwargs replace all default ones: a missing key means torch's own
+    # default.
     options = dict(experiment.params["optimizer_kwargs"])
     values["train.learning_rate"] = options.pop("lr", _ADAMW_LEARNING_RATE)
     values["train.weight_decay"] = options.pop("weight_decay", _ADAMW_WEIGHT_DECAY)
@@ -279,11 +332,13 @@ def _put_optimizer(experiment: Experiment, values: dict[str, Any], job: Translat
         job.lost.append(f"{experiment.name}: optimizer_kwargs.{key}: {value!r} has no counterpart")
 
 
-def _arm_name(name: str, taken: Mapping[str, Any]) -> str:
-    """Return a name that an arm may have, different from those taken."""
-    short = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:_NAME_LENGTH].strip("-") or "arm"
+def _build_arm_name(name: str, taken: Mapping[str, Any]) -> str:
+    """Return a valid name for an arm, different from those in `taken`."""
+    short = (
+        re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:_MAX_NAME_CHARS].strip("-") or "arm"
+    )
     unique, number = short, 2
     while unique in taken:
-        unique = f"{short[: _NAME_LENGTH - 4].strip('-')}-{number}"
+        unique = f"{short[: _MAX_NAME_CHARS - 4].strip('-')}-{number}"
         number += 1
     return unique

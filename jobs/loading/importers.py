@@ -1,4 +1,6 @@
-"""Configs of axolotl, LLaMA-Factory and TRL as job files. What is done otherwise is said, key by key. Pure."""
+"""Translate configs of axolotl, LLaMA-Factory and TRL to job files, and report every
+difference by key. Pure.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorafleet.jobs.data.data_files import data_suffix
+from lorafleet.jobs.data.data_files import get_data_suffix
 from lorafleet.jobs.loading.aliases import OPTIMIZERS
 from lorafleet.jobs.schema import field_paths as fields
 
-_SAME = {
+_COMMON_FIELDS = {
     "lora_alpha": "lora.lora_alpha",
     "lora_dropout": "lora.lora_dropout",
     "learning_rate": "train.learning_rate",
@@ -28,8 +30,8 @@ _SAME = {
     "early_stopping_patience": "train.early_stopping_patience",
 }
 
-_TOOLS: dict[str, dict[str, str]] = {
-    "axolotl": _SAME
+_TOOL_FIELDS: dict[str, dict[str, str]] = {
+    "axolotl": _COMMON_FIELDS
     | {
         "base_model": "model.model_name_or_path",
         "revision_of_model": "model.revision",
@@ -49,7 +51,7 @@ _TOOLS: dict[str, dict[str, str]] = {
         "wandb_entity": "tracking.entity",
         "default_system_message": "data.system_prompt",
     },
-    "llamafactory": _SAME
+    "llamafactory": _COMMON_FIELDS
     | {
         "model_name_or_path": "model.model_name_or_path",
         "model_revision": "model.revision",
@@ -68,7 +70,7 @@ _TOOLS: dict[str, dict[str, str]] = {
         "default_system": "data.system_prompt",
         "double_quantization": "qlora.use_double_quant",
     },
-    "trl": _SAME
+    "trl": _COMMON_FIELDS
     | {
         "model_name_or_path": "model.model_name_or_path",
         "model_revision": "model.revision",
@@ -95,7 +97,7 @@ _TOOLS: dict[str, dict[str, str]] = {
 }
 
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay")
-_MEANS_NOTHING_HERE = {
+_IGNORED_KEYS = {
     "output_dir",
     "logging_steps",
     "save_steps",
@@ -151,79 +153,96 @@ _MEANS_NOTHING_HERE = {
 
 @dataclass
 class Translation:
-    """A job as nested values, and what a reader must know about it."""
+    """A job as nested values, with notes for the reader."""
 
     tree: dict[str, Any] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
-    """Keys that could not be carried over, each with why."""
+    """Keys that could not be translated, each with the reason."""
     dropped: list[str] = field(default_factory=list)
-    """Keys that say how, not what: they have no meaning here."""
+    """Keys that were dropped because they have no meaning in lorafleet."""
     assumed: list[str] = field(default_factory=list)
-    """What the other tool does where its config says nothing: it is carried over."""
+    """Defaults of the other tool that the job now sets explicitly."""
     otherwise: list[str] = field(default_factory=list)
-    """What the other tool does, and this one does otherwise."""
+    """Things that the other tool does differently from lorafleet."""
 
-    def put(self, path: str, value: Any) -> None:
-        """Set a field, a float where the field wants one."""
-        fields.put(self.tree, path, value)
+    def set_field(self, path: str, value: Any) -> None:
+        """Set a field, as a float if the field requires one."""
+        fields.set_value(self.tree, path, value)
 
 
-def translate(tool: str, config: dict[str, Any], name: str) -> Translation:
-    """A config of another tool as a job."""
-    made = Translation()
-    made.put("name", name)
-    made.put("task", "generation")
-    special = _SPECIAL[tool]
-    config = _plain(config)
+def translate_config(tool: str, config: dict[str, Any], name: str) -> Translation:
+    """Translate a config of another tool to a job."""
+    translation = Translation()
+    translation.set_field("name", name)
+    translation.set_field("task", "generation")
+    converters = _CONVERTERS[tool]
+    config = _normalise_config(config)
     for key, value in config.items():
         if value is None:
             continue
-        if key in _MEANS_NOTHING_HERE and key not in special:
-            made.dropped.append(key)
-        elif value is False and key not in special and key not in _TOOLS[tool]:
-            made.dropped.append(key)  # what is not done there is not missed here
-        elif key in special or key in _TOOLS[tool]:
+        if key in _IGNORED_KEYS and key not in converters:
+            translation.dropped.append(key)
+        elif value is False and key not in converters and key not in _TOOL_FIELDS[tool]:
+            translation.dropped.append(key)  # a feature that is off needs no counterpart
+        elif key in converters or key in _TOOL_FIELDS[tool]:
             try:
-                if key in special:
-                    special[key](value, made)
+                if key in converters:
+                    converters[key](value, translation)
                 else:
-                    _carry(_TOOLS[tool][key], key, value, made)
-            except (TypeError, ValueError, AttributeError):  # a list where a word is, and the like
-                made.lost.append(f"{key}: {_shown(key, value)} is not understood")
+                    _translate_field(_TOOL_FIELDS[tool][key], key, value, translation)
+            except (
+                TypeError,
+                ValueError,
+                AttributeError,
+            ):  # the value has the wrong type, such as a list instead of a string
+                translation.lost.append(f"{key}: {_format_value(key, value)} is not understood")
         else:
-            made.lost.append(f"{key}: {_shown(key, value)} has no counterpart")
+            translation.lost.append(f"{key}: {_format_value(key, value)} has no counterpart")
     if tool == "axolotl" and not config.get("adapter"):
-        made.put("method", "full")  # what axolotl does without one
-    if tool == "trl" and made.tree.get("method") != "qlora":
-        made.put("method", "lora" if config.get("use_peft") else "full")  # what TRL does without it
-    _its_defaults(tool, config, made)
-    return made
+        translation.set_field("method", "full")  # axolotl's default without an adapter
+    if tool == "trl" and translation.tree.get("method") != "qlora":
+        translation.set_field(
+            "method", "lora" if config.get("use_peft") else "full"
+        )  # TRL's default without use_peft
+    _add_tool_defaults(tool, config, translation)
+    return translation
 
 
-_TRUTHS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
-"""What YAML 1.1, which these tools read, and their own parsers take for true and false."""
-_FIRST = ("load_in_4bit", "load_in_8bit", "quantization_bit")
-"""Keys that say whether a base is quantised: those that say how come after them."""
+_BOOLEAN_WORDS = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
+"""Words that YAML 1.1 (which these tools read) and the tools' own parsers read as true and
+false.
+"""
+_QUANTISATION_KEYS = ("load_in_4bit", "load_in_8bit", "quantization_bit")
+"""Keys that state whether a base is quantised. Keys that state how are processed after them."""
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config with its words for true and false as such, without what says nothing, in an order of our own."""
-    said = {str(key): value for key, value in config.items()}
-    for key, value in said.items():
-        if isinstance(value, str) and value.lower() in _TRUTHS:
-            said[key] = _TRUTHS[value.lower()]
-    steps = _number(said.get("max_steps"))
+def _normalise_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with words for true and false converted to booleans.
+
+    Values without effect become None, and the keys of `_QUANTISATION_KEYS` come first.
+    """
+    values = {str(key): value for key, value in config.items()}
+    for key, value in values.items():
+        if isinstance(value, str) and value.lower() in _BOOLEAN_WORDS:
+            values[key] = _BOOLEAN_WORDS[value.lower()]
+    steps = _parse_number(values.get("max_steps"))
     if steps is not None and steps < 1:
-        said["max_steps"] = None  # Hugging Face's way to say that epochs count
-    warmup = _number(said.get("warmup_steps"))
-    if warmup == 0 and _number(said.get("warmup_ratio")):
-        said["warmup_steps"] = None  # steps come first there only where there are some
-    return {key: said[key] for key in sorted(said, key=lambda key: key not in _FIRST)}
+        values["max_steps"] = None  # in Hugging Face this means that the number of epochs counts
+    warmup = _parse_number(values.get("warmup_steps"))
+    if warmup == 0 and _parse_number(values.get("warmup_ratio")):
+        values["warmup_steps"] = None  # there, warmup_steps takes precedence only if it is above 0
+    return {
+        key: values[key] for key in sorted(values, key=lambda key: key not in _QUANTISATION_KEYS)
+    }
 
 
-def _number(value: Any) -> float | None:
+def _parse_number(value: Any) -> float | None:
     try:
-        return float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+        return (
+            float(value)
+            if isinstance(value, int | float | str) and not isinstance(value, bool)
+            else None
+        )
     except ValueError:
         return None
 
@@ -243,7 +262,11 @@ _DEFAULTS: dict[str, tuple[tuple[tuple[str, ...], str, Any], ...]] = {
         (("cutoff_len",), "model.max_length", 2048),
         (("warmup_ratio", "warmup_steps"), "train.warmup_ratio", 0.0),
         (("group_by_length",), "train.group_by_length", False),
-        (("gradient_checkpointing", "disable_gradient_checkpointing"), "train.gradient_checkpointing", True),
+        (
+            ("gradient_checkpointing", "disable_gradient_checkpointing"),
+            "train.gradient_checkpointing",
+            True,
+        ),
     ),
     "trl": (
         (("learning_rate",), "train.learning_rate", 2e-5),
@@ -257,53 +280,82 @@ _DEFAULTS: dict[str, tuple[tuple[tuple[str, ...], str, Any], ...]] = {
         (("use_bnb_nested_quant",), "qlora.use_double_quant", False),
     ),
 }
-"""(keys that say it there, field here, what the tool does without them), where that is not what we do without."""
-_CALLED = {"axolotl": "axolotl", "llamafactory": "LLaMA-Factory", "trl": "TRL"}
+"""(keys of the tool, field here, the tool's default), where the default differs from ours."""
+_DISPLAY_NAMES = {"axolotl": "axolotl", "llamafactory": "LLaMA-Factory", "trl": "TRL"}
 
 
-def _its_defaults(tool: str, config: dict[str, Any], made: Translation) -> None:
-    """Carry over what the tool does where the config says nothing, and say what is done otherwise here."""
-    method = made.tree.get("method", "lora")
+def _add_tool_defaults(tool: str, config: dict[str, Any], translation: Translation) -> None:
+    """Set the tool's defaults that the config leaves out, and report the differences."""
+    method = translation.tree.get("method", "lora")
     if tool == "llamafactory" and method != "full" and config.get("lora_alpha") is None:
-        made.put("lora.lora_alpha", "2*lora_r")
-        made.assumed.append("lora_alpha: twice the rank, as LLaMA-Factory has it where it is left out")
+        translation.set_field("lora.lora_alpha", "2*lora_r")
+        translation.assumed.append(
+            "lora_alpha: twice the rank, as LLaMA-Factory has it where it is left out"
+        )
     for keys, path, value in _DEFAULTS[tool]:
         block = path.partition(".")[0]
-        unused = (block == "lora" and method == "full") or (block == "qlora" and method != "qlora")
-        if unused or any(config.get(key) is not None for key in keys) or fields.get(made.tree, path) is not None:
+        is_unused = (block == "lora" and method == "full") or (
+            block == "qlora" and method != "qlora"
+        )
+        if (
+            is_unused
+            or any(config.get(key) is not None for key in keys)
+            or fields.get_value(translation.tree, path) is not None
+        ):
             continue
-        made.put(path, value)
-        made.assumed.append(f"{keys[0]}: {_shown(keys[0], value)}, {_CALLED[tool]}'s default")
-    _said_otherwise(tool, config, made)
+        translation.set_field(path, value)
+        translation.assumed.append(
+            f"{keys[0]}: {_format_value(keys[0], value)}, {_DISPLAY_NAMES[tool]}'s default"
+        )
+    _report_differences(tool, config, translation)
 
 
-def _said_otherwise(tool: str, config: dict[str, Any], made: Translation) -> None:
-    """Say what the tool does and no field here does."""
-    no_share = not config.get("val_set_size" if tool == "axolotl" else "val_size")
-    if tool != "trl" and no_share and "validation_file" not in made.tree.get("data", {}):
-        made.otherwise.append(
-            f"{_CALLED[tool]} trains on all rows; here 0.1 of them (data.validation_fraction) are held back"
+def _report_differences(tool: str, config: dict[str, Any], translation: Translation) -> None:
+    """Report what the tool does and no field here does."""
+    has_no_share = not config.get("val_set_size" if tool == "axolotl" else "val_size")
+    if tool != "trl" and has_no_share and "validation_file" not in translation.tree.get("data", {}):
+        translation.otherwise.append(
+            f"{_DISPLAY_NAMES[tool]} trains on all rows; here 0.1 of them "
+            "(data.validation_fraction) are held back"
         )
     if tool == "axolotl":
-        made.otherwise.append("rows above sequence_len: axolotl drops them, here they are cut")
+        translation.otherwise.append(
+            "rows above sequence_len: axolotl drops them, here they are cut"
+        )
         if config.get("warmup_ratio") is None and config.get("warmup_steps") is None:
-            made.otherwise.append("warm-up: 3 % of the steps in both, but axolotl's are at most 100")
+            translation.otherwise.append(
+                "warm-up: 3 % of the steps in both, but axolotl's are at most 100"
+            )
     if tool == "trl" and config.get("use_peft") and not config.get("lora_target_modules"):
-        made.otherwise.append("lora_target_modules: PEFT chooses by the model there, here it is all-linear")
-    if tool == "trl" and not config.get("assistant_only_loss") and config.get("completion_only_loss") is None:
-        made.otherwise.append(
+        translation.otherwise.append(
+            "lora_target_modules: PEFT chooses by the model there, here it is all-linear"
+        )
+    if (
+        tool == "trl"
+        and not config.get("assistant_only_loss")
+        and config.get("completion_only_loss") is None
+    ):
+        translation.otherwise.append(
             "conversations: TRL learns every token, here the assistant's turns are learnt "
             "(data.assistant_only_loss: false does as TRL)"
         )
 
 
-def without_refused(made: Translation, refused: list[tuple[str, str]]) -> bool:
-    """Drop the fields that our own check refuses, each with its sentence; whether there was one to drop."""
+def drop_refused_fields(translation: Translation, refused: list[tuple[str, str]]) -> bool:
+    """Drop the fields that lorafleet's own check refuses, and record each message.
+
+    Returns:
+        True if a field was dropped.
+    """
     dropped = False
     for path, sentence in refused:
         path = "search.metric" if path == "search.metric.name" else path
-        if path and path not in ("model.model_name_or_path", "name", "task") and fields.drop(made.tree, path):
-            made.lost.append(sentence)
+        if (
+            path
+            and path not in ("model.model_name_or_path", "name", "task")
+            and fields.remove_value(translation.tree, path)
+        ):
+            translation.lost.append(sentence)
             dropped = True
     return dropped
 
@@ -311,147 +363,194 @@ def without_refused(made: Translation, refused: list[tuple[str, str]]) -> bool:
 _SECRET_WORDS = {"token", "key", "apikey", "secret", "password"}
 
 
-def _shown(key: str, value: Any) -> str:
-    """A value in words, unless its key says that it is a secret."""
-    secret = _SECRET_WORDS & set(key.lower().split("_"))
-    if secret or isinstance(value, dict) or "@" in str(value):
+def _format_value(key: str, value: Any) -> str:
+    """Return a value as text, unless its key suggests that it is a secret."""
+    secret_words = _SECRET_WORDS & set(key.lower().split("_"))
+    if secret_words or isinstance(value, dict) or "@" in str(value):
         return "its value (not shown)"
     return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
-def _carry(path: str, key: str, value: Any, made: Translation) -> None:
+def _translate_field(path: str, key: str, value: Any, translation: Translation) -> None:
     if isinstance(value, str) and fields.is_number(path):
-        value = _as_number(value, path)
+        value = _parse_field_number(value, path)
     if path == "train.lr_scheduler_type" and value not in _SCHEDULES:
-        made.lost.append(f"{key}: {value!r} is none of {', '.join(_SCHEDULES)}")
+        translation.lost.append(f"{key}: {value!r} is none of {', '.join(_SCHEDULES)}")
     elif path == "train.optim" and OPTIMIZERS.get(value, value) not in OPTIMIZERS.values():
-        made.lost.append(f"{key}: {value!r} is none of {', '.join(sorted(set(OPTIMIZERS.values())))}")
+        translation.lost.append(
+            f"{key}: {value!r} is none of {', '.join(sorted(set(OPTIMIZERS.values())))}"
+        )
     elif path == "train.optim":
-        made.put(path, OPTIMIZERS.get(value, value))
+        translation.set_field(path, OPTIMIZERS.get(value, value))
     elif path == "data.validation_fraction" and value == 0:
-        return  # said with what is done otherwise
-    elif path == "data.validation_fraction" and not (isinstance(value, int | float) and 0 < value < 1):
-        made.lost.append(f"{key}: {value!r} is not a share of the rows; give data.validation_file")
+        return  # reported by _report_differences
+    elif path == "data.validation_fraction" and not (
+        isinstance(value, int | float) and 0 < value < 1
+    ):
+        translation.lost.append(
+            f"{key}: {value!r} is not a share of the rows; give data.validation_file"
+        )
     elif path == "lora.lora_target_modules" and value in ("all", "all-linear"):
-        made.put(path, "all-linear")
-    elif path == "lora.lora_target_modules" and isinstance(value, str) and set(value) & set("()[]*+?|^$\\"):
-        made.lost.append(f"{key}: {value!r} is a pattern; here layers are named (a name means all that end so)")
+        translation.set_field(path, "all-linear")
+    elif (
+        path == "lora.lora_target_modules"
+        and isinstance(value, str)
+        and set(value) & set("()[]*+?|^$\\")
+    ):
+        translation.lost.append(
+            f"{key}: {value!r} is a pattern; here layers are named (a name means all that end so)"
+        )
     else:
-        made.put(path, value)
+        translation.set_field(path, value)
 
 
-def _as_number(text: str, path: str) -> Any:
-    """YAML 1.1 readers take `2e-4` for a text; their users mean the number."""
+def _parse_field_number(text: str, path: str) -> Any:
+    """Convert text to a number if it is one.
+
+    YAML 1.1 readers read `2e-4` as text, but their users mean the number.
+    """
     try:
         value = float(text)
     except ValueError:
         return text
-    return int(value) if fields.leaves()[path].annotation in (int, int | None) and value.is_integer() else value
+    return (
+        int(value)
+        if fields.get_leaf_fields()[path].annotation in (int, int | None) and value.is_integer()
+        else value
+    )
 
 
-def _method(key: str) -> Callable[[Any, Translation], None]:
-    def take(value: Any, made: Translation) -> None:
+def _build_method_converter(key: str) -> Callable[[Any, Translation], None]:
+    def take(value: Any, translation: Translation) -> None:
         if value in ("lora", "qlora", "full"):
-            if made.tree.get("method") != "qlora":  # LoRA on a base that load_in_4bit or _8bit quantises is our qlora
-                made.put("method", value)
+            if (
+                translation.tree.get("method") != "qlora"
+            ):  # LoRA on a base quantised by load_in_4bit or load_in_8bit is method qlora
+                translation.set_field("method", value)
         else:
-            made.lost.append(f"{key}: {value!r} is not a method here; lora is used")
+            translation.lost.append(f"{key}: {value!r} is not a method here; lora is used")
 
     return take
 
 
-def _quantised(key: str, quant_type: str | None = None) -> Callable[[Any, Translation], None]:
-    """A quantised base: `quant_type` where the key itself says how, else by the number of bits."""
+def _build_quantisation_converter(
+    key: str, quant_type: str | None = None
+) -> Callable[[Any, Translation], None]:
+    """Return a converter for a quantised base.
 
-    def take(value: Any, made: Translation) -> None:
-        bits = _number(value)
-        kind = {4: "nf4", 8: "int8"}.get(int(bits)) if quant_type is None and bits is not None else quant_type
+    `quant_type` is set if the key itself states the format; otherwise the number of bits
+    decides.
+    """
+
+    def take(value: Any, translation: Translation) -> None:
+        bits = _parse_number(value)
+        kind = (
+            {4: "nf4", 8: "int8"}.get(int(bits))
+            if quant_type is None and bits is not None
+            else quant_type
+        )
         if value is False:
             return
         if value is not True and quant_type is not None:
-            made.lost.append(f"{key}: {value!r} is neither true nor false")
+            translation.lost.append(f"{key}: {value!r} is neither true nor false")
             return
         if kind is None:
-            made.lost.append(f"{key}: {value!r} is not 4 or 8, which a base is quantised to here")
+            translation.lost.append(
+                f"{key}: {value!r} is not 4 or 8, which a base is quantised to here"
+            )
             return
-        made.put("method", "qlora")
-        made.put("qlora.quant_type", kind)
+        translation.set_field("method", "qlora")
+        translation.set_field("qlora.quant_type", kind)
 
     return take
 
 
-def _lost(
+def _build_lost_converter(
     reason: str, *, unless: tuple[Any, ...] = (False, "no")
 ) -> Callable[[str], Callable[[Any, Translation], None]]:
-    def named(key: str) -> Callable[[Any, Translation], None]:
-        def take(value: Any, made: Translation) -> None:
+    def build(key: str) -> Callable[[Any, Translation], None]:
+        def take(value: Any, translation: Translation) -> None:
             if value not in unless:
-                made.lost.append(f"{key}: {value!r} {reason}")
+                translation.lost.append(f"{key}: {value!r} {reason}")
 
         return take
 
-    return named
+    return build
 
 
-def _warmup_steps(value: Any, made: Translation) -> None:
-    """Carry over a number of steps; newer Hugging Face takes a share below 1 under the same key."""
-    steps = _as_number(value, "train.warmup_steps") if isinstance(value, str) else value
+def _translate_warmup_steps(value: Any, translation: Translation) -> None:
+    """Translate a number of steps; newer Hugging Face takes a share below 1 under the same key."""
+    steps = _parse_field_number(value, "train.warmup_steps") if isinstance(value, str) else value
     if isinstance(steps, float) and 0 < steps < 1:
-        made.put("train.warmup_ratio", steps)
+        translation.set_field("train.warmup_ratio", steps)
     else:
-        made.put("train.warmup_steps", int(steps) if isinstance(steps, float) and steps.is_integer() else steps)
-        fields.drop(made.tree, "train.warmup_ratio")  # steps come first there
+        translation.set_field(
+            "train.warmup_steps",
+            int(steps) if isinstance(steps, float) and steps.is_integer() else steps,
+        )
+        fields.remove_value(translation.tree, "train.warmup_ratio")  # there, steps take precedence
 
 
-def _warmup_ratio(value: Any, made: Translation) -> None:
-    if fields.get(made.tree, "train.warmup_steps") is None:
-        _carry("train.warmup_ratio", "warmup_ratio", value, made)
+def _translate_warmup_ratio(value: Any, translation: Translation) -> None:
+    if fields.get_value(translation.tree, "train.warmup_steps") is None:
+        _translate_field("train.warmup_ratio", "warmup_ratio", value, translation)
 
 
-def _packed(key: str) -> Callable[[Any, Translation], None]:
-    """Carry over packing; what is packed here never sees its neighbours."""
+def _build_packing_converter(key: str) -> Callable[[Any, Translation], None]:
+    """Return a converter for packing. Packed examples never see their neighbours here."""
 
-    def take(value: Any, made: Translation) -> None:
+    def take(value: Any, translation: Translation) -> None:
         if value is True:
-            made.put("train.packing", True)
+            translation.set_field("train.packing", True)
             if key == "packing":
-                made.otherwise.append("packing: here examples of one row do not see each other")
+                translation.otherwise.append(
+                    "packing: here examples of one row do not see each other"
+                )
         elif value is not False:
-            made.lost.append(f"{key}: {value!r} is not understood")
+            translation.lost.append(f"{key}: {value!r} is not understood")
 
     return take
 
 
-def _report_to(value: Any, made: Translation) -> None:
+def _translate_report_to(value: Any, translation: Translation) -> None:
     names = value if isinstance(value, list) else [value]
     if "wandb" not in names and "all" not in names:
-        made.put("tracking.mode", "disabled")
+        translation.set_field("tracking.mode", "disabled")
 
 
-def _flash(key: str) -> Callable[[Any, Translation], None]:
-    """Carry over attention that works everywhere; say the other, which is a matter of the machine."""
+def _build_attention_converter(key: str) -> Callable[[Any, Translation], None]:
+    """Return a converter for the attention implementation.
 
-    def take(value: Any, made: Translation) -> None:
+    Implementations that work everywhere are translated. The others depend on the machine and
+    are reported.
+    """
+
+    def take(value: Any, translation: Translation) -> None:
         if value in ("sdpa", "eager", "flex_attention"):
-            made.put("model.attn_implementation", value)
+            translation.set_field("model.attn_implementation", value)
         elif value not in (False, "auto", "disabled"):
-            made.lost.append(
-                f"{key}: {_shown(key, value)} is left to model.attn_implementation: auto; set flash_attention_2 where "
+            translation.lost.append(
+                f"{key}: {_format_value(key, value)} is left to model.attn_implementation: auto; "
+                "set flash_attention_2 where "
                 "there is a GPU and the package flash-attn"
             )
 
     return take
 
 
-_distributed = _lost("is a launcher's setting; see resources in the job file")
+_build_launcher_converter = _build_lost_converter(
+    "is a launcher's setting; see resources in the job file"
+)
 
 
-def _precision(key: str, ours: str) -> Callable[[Any, Translation], None]:
-    def take(value: Any, made: Translation) -> None:
+def _build_precision_converter(
+    key: str, mixed_precision: str
+) -> Callable[[Any, Translation], None]:
+    def take(value: Any, translation: Translation) -> None:
         if value is True:
-            made.put("train.mixed_precision", ours)
+            translation.set_field("train.mixed_precision", mixed_precision)
         elif value not in (False, "auto"):
-            made.lost.append(f"{key}: {value!r} is not understood")
+            translation.lost.append(f"{key}: {value!r} is not understood")
 
     return take
 
@@ -462,317 +561,397 @@ _AXOLOTL_FORMATS = {
     "sharegpt": "messages",
     "completion": "text",
 }
-_AXOLOTL_TURNS: dict[str, Any] = {"roles_to_train": ["assistant"], "train_on_eos": "turn"}
-"""Settings of axolotl's conversations, as rows are learnt here."""
-_AXOLOTL_FIELDS = {"name": "data.dataset_config_name", "revision": "data.dataset_revision", "field": "data.text_column"}
-_KEYS_OF_TURNS = ({"role": "role", "content": "content"}, {"role": "from", "content": "value"})
-_ROLES = {"user": {"user", "human"}, "assistant": {"assistant", "gpt"}, "system": {"system"}, "tool": {"tool"}}
+_AXOLOTL_CONVERSATION_SETTINGS: dict[str, Any] = {
+    "roles_to_train": ["assistant"],
+    "train_on_eos": "turn",
+}
+"""axolotl's settings for conversations, with the values that match how rows are learnt here."""
+_AXOLOTL_FIELDS = {
+    "name": "data.dataset_config_name",
+    "revision": "data.dataset_revision",
+    "field": "data.text_column",
+}
+_MESSAGE_KEYS = ({"role": "role", "content": "content"}, {"role": "from", "content": "value"})
+_ROLES = {
+    "user": {"user", "human"},
+    "assistant": {"assistant", "gpt"},
+    "system": {"system"},
+    "tool": {"tool"},
+}
 
 
-def _axolotl_data(value: Any, made: Translation) -> None:
-    sets = value if isinstance(value, list) and value else [value or {}]
-    if len(sets) > 1:
-        made.lost.append(f"datasets: only the first of {len(sets)} is carried over; put the rows into one file")
-    first = dict(sets[0]) if isinstance(sets[0], dict) else {"path": sets[0]}
-    _source(_path_of(first), made)
+def _translate_axolotl_data(value: Any, translation: Translation) -> None:
+    datasets = value if isinstance(value, list) and value else [value or {}]
+    if len(datasets) > 1:
+        translation.lost.append(
+            f"datasets: only the first of {len(datasets)} is carried over; put the rows into "
+            "one file"
+        )
+    first = dict(datasets[0]) if isinstance(datasets[0], dict) else {"path": datasets[0]}
+    _set_data_source(_pop_dataset_path(first), translation)
     kind = first.pop("type", None)
     if isinstance(kind, str) and kind in _AXOLOTL_FORMATS:
-        made.put("data.format", _AXOLOTL_FORMATS[kind])
+        translation.set_field("data.format", _AXOLOTL_FORMATS[kind])
     elif kind:
-        made.lost.append(f"datasets.type: {kind!r} is not a format here; see data.format")
+        translation.lost.append(f"datasets.type: {kind!r} is not a format here; see data.format")
     messages = first.pop("field_messages", None)
     if messages and _AXOLOTL_FORMATS.get(str(kind)) == "messages":
-        made.put("data.messages_column", str(messages))
-    _keys_of_turns(first, made)
-    for key, usual in _AXOLOTL_TURNS.items():
-        if first.get(key, usual) != usual:
-            made.lost.append(f"datasets.{key}: {first[key]!r} has no counterpart; here it is as with {usual!r} there")
+        translation.set_field("data.messages_column", str(messages))
+    _translate_message_keys(first, translation)
+    for key, expected in _AXOLOTL_CONVERSATION_SETTINGS.items():
+        if first.get(key, expected) != expected:
+            translation.lost.append(
+                f"datasets.{key}: {first[key]!r} has no counterpart; here it is as with "
+                f"{expected!r} there"
+            )
         first.pop(key, None)
     for key, path in _AXOLOTL_FIELDS.items():
         if first.get(key):
-            made.put(path, str(first.pop(key)))
-    for key, said in first.items():
-        if said is not None and key != "ds_type" and not (key == "split" and said == "train"):
-            made.lost.append(f"datasets.{key}: {said!r} has no counterpart")
+            translation.set_field(path, str(first.pop(key)))
+    for key, setting in first.items():
+        if setting is not None and key != "ds_type" and not (key == "split" and setting == "train"):
+            translation.lost.append(f"datasets.{key}: {setting!r} has no counterpart")
 
 
-def _path_of(first: dict[str, Any]) -> str:
-    """Take the file or hub id of a data set; `data_files` name the file where `path` is a loader of `datasets`."""
+def _pop_dataset_path(first: dict[str, Any]) -> str:
+    """Remove and return the file or hub id of a data set.
+
+    `data_files` names the file if `path` is a loader of `datasets`.
+    """
     path = str(first.pop("path", ""))
-    named = first.get("data_files")
-    named = named[0] if isinstance(named, list) and len(named) == 1 else named
-    if isinstance(named, str) and path in ("json", "csv", "parquet", "text"):
+    data_file = first.get("data_files")
+    data_file = data_file[0] if isinstance(data_file, list) and len(data_file) == 1 else data_file
+    if isinstance(data_file, str) and path in ("json", "csv", "parquet", "text"):
         first.pop("data_files")
-        return named
+        return data_file
     return path
 
 
-def _keys_of_turns(first: dict[str, Any], made: Translation) -> None:
-    """Take what a message's keys and roles are called there: both usual ways are read here as they are."""
+def _translate_message_keys(first: dict[str, Any], translation: Translation) -> None:
+    """Remove the names of a message's keys and roles, and report those that are not supported.
+
+    Both common namings (role and content, from and value) are read as they are.
+    """
     mapping = first.pop("message_property_mappings", None) or {}
     if not isinstance(mapping, dict):
-        made.lost.append(f"datasets.message_property_mappings: {mapping!r} is not understood")
+        translation.lost.append(
+            f"datasets.message_property_mappings: {mapping!r} is not understood"
+        )
         mapping = {}
     mapping = dict(mapping)
     for key, name in (("message_field_role", "role"), ("message_field_content", "content")):
         if first.get(key):
             mapping.setdefault(name, first[key])
         first.pop(key, None)
-    named = {"role": "role", "content": "content"} | mapping
-    if mapping and not any(named == usual for usual in _KEYS_OF_TURNS):
-        said = ", ".join(f"{ours} is {theirs!r}" for ours, theirs in mapping.items())
-        made.lost.append(
-            f"datasets.message_property_mappings: {said}, but rows must have role and content, or from and value"
+    message_keys = {"role": "role", "content": "content"} | mapping
+    if mapping and not any(message_keys == supported for supported in _MESSAGE_KEYS):
+        description = ", ".join(
+            f"{key_here} is {key_there!r}" for key_here, key_there in mapping.items()
+        )
+        translation.lost.append(
+            f"datasets.message_property_mappings: {description}, but rows must have role and "
+            "content, or from and value"
         )
     roles = first.pop("roles", None) or {}
     for role, names in roles.items() if isinstance(roles, dict) else ():
-        listed = {str(one) for one in (names if isinstance(names, list) else [names])}
-        unknown = sorted(listed - _ROLES.get(str(role), set()))
+        role_names = {
+            str(role_name) for role_name in (names if isinstance(names, list) else [names])
+        }
+        unknown = sorted(role_names - _ROLES.get(str(role), set()))
         if unknown:
-            made.lost.append(
-                f"datasets.roles: {', '.join(map(str, unknown))} as {role} is not read here; rename it in the rows"
+            translation.lost.append(
+                f"datasets.roles: {', '.join(map(str, unknown))} as {role} is not read here; "
+                "rename it in the rows"
             )
 
 
-def _test_datasets(value: Any, made: Translation) -> None:
-    sets = value if isinstance(value, list) else [value]
-    path = sets[0].get("path") if sets and isinstance(sets[0], dict) else None
-    if len(sets) > 1:
-        made.lost.append(f"test_datasets: only the first of {len(sets)} is carried over; put the rows into one file")
-    if isinstance(path, str) and data_suffix(Path(path)):
-        made.put("data.validation_file", path)
+def _translate_test_datasets(value: Any, translation: Translation) -> None:
+    datasets = value if isinstance(value, list) else [value]
+    path = datasets[0].get("path") if datasets and isinstance(datasets[0], dict) else None
+    if len(datasets) > 1:
+        translation.lost.append(
+            f"test_datasets: only the first of {len(datasets)} is carried over; put the rows into "
+            "one file"
+        )
+    if isinstance(path, str) and get_data_suffix(Path(path)):
+        translation.set_field("data.validation_file", path)
     else:
-        made.lost.append(f"test_datasets: {value!r} is no file; name one in data.validation_file")
+        translation.lost.append(
+            f"test_datasets: {value!r} is no file; name one in data.validation_file"
+        )
 
 
-def _whole_text(key: str) -> Callable[[Any, Translation], None]:
-    """Carry over that what the user says is learnt as well (`train_on_inputs`, `train_on_prompt`)."""
+def _build_prompt_loss_converter(key: str) -> Callable[[Any, Translation], None]:
+    """Return a converter for training on the user's text (`train_on_inputs`, `train_on_prompt`)."""
 
-    def take(value: Any, made: Translation) -> None:
+    def take(value: Any, translation: Translation) -> None:
         if value is True:
-            made.put("data.assistant_only_loss", False)
+            translation.set_field("data.assistant_only_loss", False)
         elif value is not False:
-            made.lost.append(f"{key}: {value!r} is not understood")
+            translation.lost.append(f"{key}: {value!r} is not understood")
 
     return take
 
 
-def _mask_history(value: Any, made: Translation) -> None:
+def _translate_mask_history(value: Any, translation: Translation) -> None:
     if isinstance(value, bool):
-        made.put("data.train_on_turns", "last" if value else "all")
+        translation.set_field("data.train_on_turns", "last" if value else "all")
     else:
-        made.lost.append(f"mask_history: {value!r} is not understood")
+        translation.lost.append(f"mask_history: {value!r} is not understood")
 
 
-def _enable_thinking(value: Any, made: Translation) -> None:
-    made.put("data.chat_template_kwargs", {"enable_thinking": value})
+def _translate_enable_thinking(value: Any, translation: Translation) -> None:
+    translation.set_field("data.chat_template_kwargs", {"enable_thinking": value})
 
 
-def _axolotl_template(value: Any, made: Translation) -> None:
+def _report_axolotl_template(value: Any, translation: Translation) -> None:
     if value not in ("tokenizer_default", "jinja"):
-        made.lost.append(
-            f"chat_template: {value!r} is one of axolotl's own templates, and here the tokenizer's is used; another "
+        translation.lost.append(
+            f"chat_template: {value!r} is one of axolotl's own templates, and here the "
+            "tokenizer's is used; another "
             "goes into a file that data.chat_template names"
         )
 
 
-def _template_text(value: Any, made: Translation) -> None:
-    made.put("data.chat_template", value)
+def _translate_template_text(value: Any, translation: Translation) -> None:
+    translation.set_field("data.chat_template", value)
 
 
-def _source(name: str, made: Translation) -> None:
-    made.put("data.train_file" if data_suffix(Path(name)) else "data.dataset_name", name)
+def _set_data_source(name: str, translation: Translation) -> None:
+    translation.set_field(
+        "data.train_file" if get_data_suffix(Path(name)) else "data.dataset_name", name
+    )
 
 
-def _llamafactory_data(value: Any, made: Translation) -> None:
+def _translate_llamafactory_data(value: Any, translation: Translation) -> None:
     parts = value if isinstance(value, list) else str(value).split(",")
     names = [str(part).strip() for part in parts]
     if len(names) > 1:
-        made.lost.append(
-            f"dataset: only {names[0]!r} of {', '.join(names)} is carried over; put the rows into one file"
+        translation.lost.append(
+            f"dataset: only {names[0]!r} of {', '.join(names)} is carried over; put the rows into "
+            "one file"
         )
-    _source(names[0], made)
-    if "data" in made.tree and "dataset_name" in made.tree["data"]:
-        made.lost.append(
-            f"dataset: {names[0]!r} is a name of dataset_info.json there; put its file or hub id into data"
+    _set_data_source(names[0], translation)
+    if "data" in translation.tree and "dataset_name" in translation.tree["data"]:
+        translation.lost.append(
+            f"dataset: {names[0]!r} is a name of dataset_info.json there; put its file or hub id "
+            "into data"
         )
 
 
-def _target(value: Any, made: Translation) -> None:
+def _translate_target_modules(value: Any, translation: Translation) -> None:
     if value in ("all", "all-linear"):
-        made.put("lora.lora_target_modules", "all-linear")
+        translation.set_field("lora.lora_target_modules", "all-linear")
     else:
         names = value if isinstance(value, list) else str(value).split(",")
-        made.put("lora.lora_target_modules", [str(part).strip() for part in names])
+        translation.set_field("lora.lora_target_modules", [str(part).strip() for part in names])
 
 
-def _target_linear(value: Any, made: Translation) -> None:
+def _translate_target_linear(value: Any, translation: Translation) -> None:
     if value is True:
-        made.put("lora.lora_target_modules", "all-linear")
+        translation.set_field("lora.lora_target_modules", "all-linear")
 
 
-def _stage(value: Any, made: Translation) -> None:
+def _check_stage(value: Any, translation: Translation) -> None:
     if value != "sft":
-        made.lost.append(f"stage: {value!r} is another kind of training; here it is supervised fine-tuning (sft)")
+        translation.lost.append(
+            f"stage: {value!r} is another kind of training; here it is supervised fine-tuning (sft)"
+        )
 
 
-def _quant_type(value: Any, made: Translation) -> None:
-    """Carry over which 4-bit format; with 8 bits it says nothing there either."""
-    if fields.get(made.tree, "qlora.quant_type") in ("nf4", "fp4"):
-        made.put("qlora.quant_type", value)
+def _translate_quant_type(value: Any, translation: Translation) -> None:
+    """Translate the 4-bit format. With 8 bits the key has no effect in the other tool either."""
+    if fields.get_value(translation.tree, "qlora.quant_type") in ("nf4", "fp4"):
+        translation.set_field("qlora.quant_type", value)
 
 
-def _pissa(value: Any, made: Translation) -> None:
+def _translate_pissa(value: Any, translation: Translation) -> None:
     if value is True:
-        made.put("lora.init_lora_weights", "pissa")
+        translation.set_field("lora.init_lora_weights", "pissa")
 
 
-def _init_weights(value: Any, made: Translation) -> None:
+def _translate_init_weights(value: Any, translation: Translation) -> None:
     if value is not True:
-        made.put("lora.init_lora_weights", value)
+        translation.set_field("lora.init_lora_weights", value)
 
 
-def _completion_only(value: Any, made: Translation) -> None:
-    """Whether prompts are learnt; `assistant_only_loss` is the same question of conversations."""
-    own = fields.get(made.tree, "data.assistant_only_loss")
-    if own is not None and own != value:
-        made.lost.append("completion_only_loss: assistant_only_loss says otherwise, and here the two are one field")
+def _translate_completion_only(value: Any, translation: Translation) -> None:
+    """Translate whether prompts are learnt.
+
+    `assistant_only_loss` is the same setting for conversations.
+    """
+    current = fields.get_value(translation.tree, "data.assistant_only_loss")
+    if current is not None and current != value:
+        translation.lost.append(
+            "completion_only_loss: assistant_only_loss says otherwise, and here the two are "
+            "one field"
+        )
         return
-    made.put("data.assistant_only_loss", value)
+    translation.set_field("data.assistant_only_loss", value)
 
 
-def _assistant_only(value: Any, made: Translation) -> None:
-    """Carry over `true`; `false` means whole conversations there, and no prompts of prompt and completion."""
+def _translate_assistant_only(value: Any, translation: Translation) -> None:
+    """Translate `true`.
+
+    `false` means whole conversations in TRL, but not the prompts of prompt and completion rows.
+    """
     if value is False:
         return
-    own = fields.get(made.tree, "data.assistant_only_loss")
-    if own is not None and own != value:
-        made.lost.append("completion_only_loss: assistant_only_loss says otherwise, and here the two are one field")
-    made.put("data.assistant_only_loss", value)
+    current = fields.get_value(translation.tree, "data.assistant_only_loss")
+    if current is not None and current != value:
+        translation.lost.append(
+            "completion_only_loss: assistant_only_loss says otherwise, and here the two are "
+            "one field"
+        )
+    translation.set_field("data.assistant_only_loss", value)
 
 
-def _no_checkpointing(value: Any, made: Translation) -> None:
-    made.put("train.gradient_checkpointing", value is not True)
+def _translate_disabled_checkpointing(value: Any, translation: Translation) -> None:
+    translation.set_field("train.gradient_checkpointing", value is not True)
 
 
-def _eval_dataset(value: Any, made: Translation) -> None:
-    if isinstance(value, str) and data_suffix(Path(value)):
-        made.put("data.validation_file", value)
+def _translate_eval_dataset(value: Any, translation: Translation) -> None:
+    if isinstance(value, str) and get_data_suffix(Path(value)):
+        translation.set_field("data.validation_file", value)
     else:
-        made.lost.append(f"eval_dataset: {value!r} is no file; name one in data.validation_file")
+        translation.lost.append(
+            f"eval_dataset: {value!r} is no file; name one in data.validation_file"
+        )
 
 
-def _split_name(key: str, usual: tuple[str, ...]) -> Callable[[Any, Translation], None]:
-    def take(value: Any, made: Translation) -> None:
-        if value not in usual:
-            made.lost.append(f"{key}: {value!r} has no counterpart; a data set's splits are train, validation and test")
+def _build_split_check(key: str, expected: tuple[str, ...]) -> Callable[[Any, Translation], None]:
+    def take(value: Any, translation: Translation) -> None:
+        if value not in expected:
+            translation.lost.append(
+                f"{key}: {value!r} has no counterpart; a data set's splits are train, validation "
+                "and test"
+            )
 
     return take
 
 
-def _environment(value: Any, made: Translation) -> None:
+def _translate_environment(value: Any, translation: Translation) -> None:
     if isinstance(value, dict):
-        made.put("environment", {str(name): str(text) for name, text in value.items()})
+        translation.set_field("environment", {str(name): str(text) for name, text in value.items()})
     else:
-        made.lost.append("env: it is no block of variables")
+        translation.lost.append("env: it is no block of variables")
 
 
-def _trl_data(value: Any, made: Translation) -> None:
-    _source(str(value), made)
+def _translate_trl_data(value: Any, translation: Translation) -> None:
+    _set_data_source(str(value), translation)
 
 
-def _trl_mixture(value: Any, made: Translation) -> None:
-    sets = value if isinstance(value, list) else [value]
-    first = sets[0] if sets and isinstance(sets[0], dict) else {}
-    if len(sets) > 1:
-        made.lost.append(f"datasets: only the first of {len(sets)} is carried over; put the rows into one file")
+def _translate_trl_mixture(value: Any, translation: Translation) -> None:
+    datasets = value if isinstance(value, list) else [value]
+    first = datasets[0] if datasets and isinstance(datasets[0], dict) else {}
+    if len(datasets) > 1:
+        translation.lost.append(
+            f"datasets: only the first of {len(datasets)} is carried over; put the rows into "
+            "one file"
+        )
     first = dict(first)
-    _source(_path_of(first), made)
+    _set_data_source(_pop_dataset_path(first), translation)
     if first.get("name"):
-        made.put("data.dataset_config_name", str(first.pop("name")))
-    for key, said in first.items():
-        if said is not None and not (key == "split" and said == "train"):
-            made.lost.append(f"datasets.{key}: {said!r} has no counterpart")
+        translation.set_field("data.dataset_config_name", str(first.pop("name")))
+    for key, setting in first.items():
+        if setting is not None and not (key == "split" and setting == "train"):
+            translation.lost.append(f"datasets.{key}: {setting!r} has no counterpart")
 
 
-def _peft(value: Any, made: Translation) -> None:
-    """Do nothing: `translate` asks for the key, since without it TRL trains every weight."""
+def _ignore_peft(value: Any, translation: Translation) -> None:
+    """Do nothing: `translate_config` reads the key. Without it TRL trains every weight."""
 
 
-_AXOLOTL: dict[str, Callable[[Any, Translation], None]] = {
-    "adapter": _method("adapter"),
-    "train_on_inputs": _whole_text("train_on_inputs"),
-    "chat_template": _axolotl_template,
-    "chat_template_jinja": _template_text,
-    "flash_attention": _flash("flash_attention"),
-    "attn_implementation": _flash("attn_implementation"),
-    "sdp_attention": _lost("is what model.attn_implementation: auto means")("sdp_attention"),
-    "warmup_steps": _warmup_steps,
-    "warmup_ratio": _warmup_ratio,
-    "peft_init_lora_weights": _init_weights,
-    "test_datasets": _test_datasets,
-    "special_tokens": _lost("is not set here: the tokenizer's own are used")("special_tokens"),
-    "datasets": _axolotl_data,
-    "lora_target_linear": _target_linear,
-    "load_in_4bit": _quantised("load_in_4bit", "nf4"),
-    "load_in_8bit": _quantised("load_in_8bit", "int8"),
-    "bf16": _precision("bf16", "bf16"),
-    "fp16": _precision("fp16", "fp16"),
-    "deepspeed": _distributed("deepspeed"),
-    "fsdp": _distributed("fsdp"),
-    "fsdp_config": _distributed("fsdp_config"),
-    "sample_packing": _packed("sample_packing"),
-    "trust_remote_code": _lost("needs a model.revision of a full commit here")("trust_remote_code"),
-}
-_LLAMAFACTORY: dict[str, Callable[[Any, Translation], None]] = {
-    "finetuning_type": _method("finetuning_type"),
-    "mask_history": _mask_history,
-    "train_on_prompt": _whole_text("train_on_prompt"),
-    "enable_thinking": _enable_thinking,
-    "stage": _stage,
-    "dataset": _llamafactory_data,
-    "lora_target": _target,
-    "quantization_bit": _quantised("quantization_bit"),
-    "bf16": _precision("bf16", "bf16"),
-    "fp16": _precision("fp16", "fp16"),
-    "deepspeed": _distributed("deepspeed"),
-    "packing": _packed("packing"),
-    "neat_packing": _packed("neat_packing"),
-    "flash_attn": _flash("flash_attn"),
-    "warmup_steps": _warmup_steps,
-    "warmup_ratio": _warmup_ratio,
-    "report_to": _report_to,
-    "quantization_method": _lost("is not used here; bitsandbytes is", unless=("bnb", "bitsandbytes"))(
-        "quantization_method"
+_AXOLOTL_CONVERTERS: dict[str, Callable[[Any, Translation], None]] = {
+    "adapter": _build_method_converter("adapter"),
+    "train_on_inputs": _build_prompt_loss_converter("train_on_inputs"),
+    "chat_template": _report_axolotl_template,
+    "chat_template_jinja": _translate_template_text,
+    "flash_attention": _build_attention_converter("flash_attention"),
+    "attn_implementation": _build_attention_converter("attn_implementation"),
+    "sdp_attention": _build_lost_converter("is what model.attn_implementation: auto means")(
+        "sdp_attention"
     ),
-    "quantization_type": _quant_type,
-    "pissa_init": _pissa,
-    "disable_gradient_checkpointing": _no_checkpointing,
-    "eval_dataset": _eval_dataset,
-    "trust_remote_code": _lost("needs a model.revision of a full commit here")("trust_remote_code"),
-    "template": _lost("is taken from the tokenizer's own chat template")("template"),
+    "warmup_steps": _translate_warmup_steps,
+    "warmup_ratio": _translate_warmup_ratio,
+    "peft_init_lora_weights": _translate_init_weights,
+    "test_datasets": _translate_test_datasets,
+    "special_tokens": _build_lost_converter("is not set here: the tokenizer's own are used")(
+        "special_tokens"
+    ),
+    "datasets": _translate_axolotl_data,
+    "lora_target_linear": _translate_target_linear,
+    "load_in_4bit": _build_quantisation_converter("load_in_4bit", "nf4"),
+    "load_in_8bit": _build_quantisation_converter("load_in_8bit", "int8"),
+    "bf16": _build_precision_converter("bf16", "bf16"),
+    "fp16": _build_precision_converter("fp16", "fp16"),
+    "deepspeed": _build_launcher_converter("deepspeed"),
+    "fsdp": _build_launcher_converter("fsdp"),
+    "fsdp_config": _build_launcher_converter("fsdp_config"),
+    "sample_packing": _build_packing_converter("sample_packing"),
+    "trust_remote_code": _build_lost_converter("needs a model.revision of a full commit here")(
+        "trust_remote_code"
+    ),
 }
-_TRL: dict[str, Callable[[Any, Translation], None]] = {
-    "dataset_name": _trl_data,
-    "datasets": _trl_mixture,
-    "dataset_train_split": _split_name("dataset_train_split", ("train",)),
-    "dataset_test_split": _split_name("dataset_test_split", ("test", "validation")),
-    "use_peft": _peft,
-    "load_in_4bit": _quantised("load_in_4bit", "nf4"),
-    "load_in_8bit": _quantised("load_in_8bit", "int8"),
-    "bf16": _precision("bf16", "bf16"),
-    "fp16": _precision("fp16", "fp16"),
-    "attn_implementation": _flash("attn_implementation"),
-    "packing": _packed("packing of TRL"),
-    "assistant_only_loss": _assistant_only,
-    "completion_only_loss": _completion_only,
-    "bnb_4bit_quant_type": _quant_type,
-    "warmup_steps": _warmup_steps,
-    "warmup_ratio": _warmup_ratio,
-    "report_to": _report_to,
-    "env": _environment,
-    "accelerate_config": _distributed("accelerate_config"),
-    "deepspeed": _distributed("deepspeed"),
-    "trust_remote_code": _lost("needs a model.revision of a full commit here")("trust_remote_code"),
+_LLAMAFACTORY_CONVERTERS: dict[str, Callable[[Any, Translation], None]] = {
+    "finetuning_type": _build_method_converter("finetuning_type"),
+    "mask_history": _translate_mask_history,
+    "train_on_prompt": _build_prompt_loss_converter("train_on_prompt"),
+    "enable_thinking": _translate_enable_thinking,
+    "stage": _check_stage,
+    "dataset": _translate_llamafactory_data,
+    "lora_target": _translate_target_modules,
+    "quantization_bit": _build_quantisation_converter("quantization_bit"),
+    "bf16": _build_precision_converter("bf16", "bf16"),
+    "fp16": _build_precision_converter("fp16", "fp16"),
+    "deepspeed": _build_launcher_converter("deepspeed"),
+    "packing": _build_packing_converter("packing"),
+    "neat_packing": _build_packing_converter("neat_packing"),
+    "flash_attn": _build_attention_converter("flash_attn"),
+    "warmup_steps": _translate_warmup_steps,
+    "warmup_ratio": _translate_warmup_ratio,
+    "report_to": _translate_report_to,
+    "quantization_method": _build_lost_converter(
+        "is not used here; bitsandbytes is", unless=("bnb", "bitsandbytes")
+    )("quantization_method"),
+    "quantization_type": _translate_quant_type,
+    "pissa_init": _translate_pissa,
+    "disable_gradient_checkpointing": _translate_disabled_checkpointing,
+    "eval_dataset": _translate_eval_dataset,
+    "trust_remote_code": _build_lost_converter("needs a model.revision of a full commit here")(
+        "trust_remote_code"
+    ),
+    "template": _build_lost_converter("is taken from the tokenizer's own chat template")(
+        "template"
+    ),
 }
-_SPECIAL = {"axolotl": _AXOLOTL, "llamafactory": _LLAMAFACTORY, "trl": _TRL}
+_TRL_CONVERTERS: dict[str, Callable[[Any, Translation], None]] = {
+    "dataset_name": _translate_trl_data,
+    "datasets": _translate_trl_mixture,
+    "dataset_train_split": _build_split_check("dataset_train_split", ("train",)),
+    "dataset_test_split": _build_split_check("dataset_test_split", ("test", "validation")),
+    "use_peft": _ignore_peft,
+    "load_in_4bit": _build_quantisation_converter("load_in_4bit", "nf4"),
+    "load_in_8bit": _build_quantisation_converter("load_in_8bit", "int8"),
+    "bf16": _build_precision_converter("bf16", "bf16"),
+    "fp16": _build_precision_converter("fp16", "fp16"),
+    "attn_implementation": _build_attention_converter("attn_implementation"),
+    "packing": _build_packing_converter("packing of TRL"),
+    "assistant_only_loss": _translate_assistant_only,
+    "completion_only_loss": _translate_completion_only,
+    "bnb_4bit_quant_type": _translate_quant_type,
+    "warmup_steps": _translate_warmup_steps,
+    "warmup_ratio": _translate_warmup_ratio,
+    "report_to": _translate_report_to,
+    "env": _translate_environment,
+    "accelerate_config": _build_launcher_converter("accelerate_config"),
+    "deepspeed": _build_launcher_converter("deepspeed"),
+    "trust_remote_code": _build_lost_converter("needs a model.revision of a full commit here")(
+        "trust_remote_code"
+    ),
+}
+_CONVERTERS = {
+    "axolotl": _AXOLOTL_CONVERTERS,
+    "llamafactory": _LLAMAFACTORY_CONVERTERS,
+    "trl": _TRL_CONVERTERS,
+}

@@ -1,6 +1,7 @@
-"""From a YAML file and `key=value` overrides to a JobSpec, with the origin of every value.
+"""Load a JobSpec from a YAML file and `key=value` overrides, with the origin of every value.
 
-`load_job` reports every problem of a file at once, each with its line and the closest right key.
+`load_job` reports all problems of a file at once, each with its line and the closest
+valid key.
 """
 
 from __future__ import annotations
@@ -14,20 +15,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import ValidationError
+
 from lorafleet.jobs import files
-from lorafleet.jobs.data.adapters import DROPOUT, fixed_fields, read_config
+from lorafleet.jobs.data.adapters import DROPOUT, get_fixed_fields, read_config
 from lorafleet.jobs.errors import JobFileError, Problem
 from lorafleet.jobs.loading import yaml12
-from lorafleet.jobs.loading.aliases import DISTRIBUTION_ALIASES, EXPONENT_DISTRIBUTIONS, FIELD_ALIASES, VALUE_ALIASES
+from lorafleet.jobs.loading.aliases import (
+    DISTRIBUTION_ALIASES,
+    EXPONENT_DISTRIBUTIONS,
+    FIELD_ALIASES,
+    VALUE_ALIASES,
+)
 from lorafleet.jobs.schema import expressions as expression
 from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.jobs.schema.metrics import bare_name
-from lorafleet.jobs.schema.validation_messages import sentences
+from lorafleet.jobs.schema.metrics import strip_metric_prefix
+from lorafleet.jobs.schema.validation_messages import list_problems
 from lorafleet.jobs.trials import arms
 from lorafleet.jobs.trials import sampling as search
-from lorafleet.jobs.trials.hyperband import WORDS, as_asha
-from pydantic import ValidationError
+from lorafleet.jobs.trials.hyperband import HYPERBAND_KEYS, convert_to_asha
 
 OriginKind = Literal["file", "override", "alias", "default", "linked", "derived"]
 
@@ -39,14 +46,14 @@ _PATH_FIELDS = (
     "resources.deepspeed_config",
 )
 _MAX_EXPONENT = 700
-"""Above it e to the power is no number that a float holds."""
+"""Largest exponent for which e to that power is a finite float."""
 _NAME_FIELDS = ("model.model_name_or_path", "data.dataset_name", "evaluate.bertscore_model")
-"""Names of the hub, of a package, or paths."""
+"""Fields that hold a name on the Hub, the name of a package, or a path."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a resolved value came from."""
+    """Source of a resolved value."""
 
     kind: OriginKind
     detail: str = ""
@@ -57,38 +64,38 @@ class Origin:
 
 @dataclass(frozen=True)
 class LoadedJob:
-    """A job and how it came to be."""
+    """A job with the file, overrides and origins that it was loaded from."""
 
     job: JobSpec
     path: Path
     text: str
-    """The file as given."""
+    """Text of the job file, unchanged."""
     overrides: tuple[str, ...] = ()
     origins: dict[str, Origin] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    """What was understood though it is spelt otherwise here."""
+    """Spellings of other tools and short forms that were accepted, and how they were read."""
     lines: dict[str, int] = field(default_factory=dict)
-    """The line of each key of the file, by its dotted path here."""
+    """Line of each key in the file, by the dotted path of its field."""
 
-    def located(self, problem: Problem) -> Problem:
-        """A problem with its line, or with the override that made it."""
-        return _located(problem, self.origins, self.lines)
+    def locate(self, problem: Problem) -> Problem:
+        """Return a problem with its line, or with the override that caused it."""
+        return _locate_problem(problem, self.origins, self.lines)
 
-    def resolved(self) -> dict[str, Any]:
-        """Every field's value and where it came from, by dotted path."""
+    def get_resolved_values(self) -> dict[str, Any]:
+        """Return the value and the origin of every field, by dotted path."""
         raw = self.job.model_dump(mode="json")
         flat: dict[str, Any] = {}
-        for path in fields.leaves():
+        for path in fields.get_leaf_fields():
             block = path.partition(".")[0]
             if block in ("search", "compare") and getattr(self.job, block) is None:
                 continue
             origin = self.origins.get(path, Origin("default"))
-            flat[path] = {"value": fields.get(raw, path), "origin": str(origin)}
+            flat[path] = {"value": fields.get_value(raw, path), "origin": str(origin)}
         return flat
 
 
 class _Reading:
-    """One file on its way to a JobSpec: the tree, the lines, the origins and what is wrong so far."""
+    """State of one file while it is loaded: tree, lines, origins, notes and the problems so far."""
 
     def __init__(self, document: yaml12.Document) -> None:
         self.lines = document.lines
@@ -97,27 +104,27 @@ class _Reading:
         self.notes: list[str] = []
         self.tree: dict[str, Any] = {}
 
-    def line(self, path: str) -> int | None:
-        """The line of a key, or of the nearest block around it."""
-        return line_of(self.lines, path)
+    def get_line(self, path: str) -> int | None:
+        """Return the line of a key, or of the nearest block around it."""
+        return find_line(self.lines, path)
 
-    def placed(self, problem: Problem) -> Problem:
-        """A problem with its line, or with the override that made it."""
-        return _located(problem, self.origins, self.lines)
+    def locate(self, problem: Problem) -> Problem:
+        """Return a problem with its line, or with the override that caused it."""
+        return _locate_problem(problem, self.origins, self.lines)
 
-    def problem(self, path: str, sentence: str) -> None:
-        self.problems.append(Problem(path, sentence, self.line(path)))
+    def add_problem(self, path: str, sentence: str) -> None:
+        self.problems.append(Problem(path, sentence, self.get_line(path)))
 
 
-def _located(problem: Problem, origins: dict[str, Origin], lines: dict[str, int]) -> Problem:
+def _locate_problem(problem: Problem, origins: dict[str, Origin], lines: dict[str, int]) -> Problem:
     origin = origins.get(problem.path)
     if origin and origin.kind == "override":
         return Problem(problem.path, f"override {origin.detail!r}: {problem.sentence}")
-    return Problem(problem.path, problem.sentence, line_of(lines, problem.path))
+    return Problem(problem.path, problem.sentence, find_line(lines, problem.path))
 
 
-def line_of(lines: dict[str, int], path: str) -> int | None:
-    """The line of a key, or of the nearest block around it."""
+def find_line(lines: dict[str, int], path: str) -> int | None:
+    """Return the line of a key, or of the nearest block around it; None if neither has one."""
     while path:
         if path in lines:
             return lines[path]
@@ -126,63 +133,90 @@ def line_of(lines: dict[str, int], path: str) -> int | None:
 
 
 def load_job(path: str | Path, overrides: tuple[str, ...] = ()) -> LoadedJob:
-    """Read, complete and check a job file. Raises JobFileError with every problem found."""
+    """Load, complete and check a job file.
+
+    Args:
+        path: The job file.
+        overrides: Settings of the form `key=value`, applied after the file.
+    Raises:
+        JobFileError: The file cannot be read, or has problems; the error lists all of them.
+    """
     path = Path(path)
     text = read_text(path)
     return load_text(text, path, overrides)
 
 
-def load_derived(job: JobSpec, name: str, blocks: dict[str, Any], overrides: tuple[str, ...] = ()) -> LoadedJob:
-    """A job under another name, with other blocks in the place of its own, and nothing to search or to compare but what
-    they say."""
-    raw = {key: value for key, value in set_of(job).items() if key not in ("search", "compare", "linked")}
+def load_derived(
+    job: JobSpec, name: str, blocks: dict[str, Any], overrides: tuple[str, ...] = ()
+) -> LoadedJob:
+    """Load a variant of a job under another name.
+
+    `blocks` replaces blocks of the job. The blocks search, compare and linked of the job are
+    dropped unless `blocks` sets them.
+    """
+    raw = {
+        key: value
+        for key, value in get_set_fields(job).items()
+        if key not in ("search", "compare", "linked")
+    }
     text = yaml.safe_dump(raw | {"name": name} | blocks, sort_keys=False, allow_unicode=True)
     return load_text(text, Path.cwd() / f"{name}.yaml", overrides)
 
 
-def set_of(job: JobSpec) -> dict[str, Any]:
-    """What a job sets, as a file would have it: all that is not the default."""
-    found: dict[str, Any] = job.model_dump(mode="json", exclude_defaults=True)
-    return found
+def get_set_fields(job: JobSpec) -> dict[str, Any]:
+    """Return all values of a job that differ from their defaults, in the layout of a job file."""
+    values: dict[str, Any] = job.model_dump(mode="json", exclude_defaults=True)
+    return values
 
 
 def load_text(text: str, path: Path, overrides: tuple[str, ...] = ()) -> LoadedJob:
-    """`load_job` of a text that would stand in the file `path` (relative paths start at its folder)."""
-    document = yaml12.read(text)
+    """Load a job from the text of a job file; see `load_job`.
+
+    `path` is the file that the text would be stored in. Relative paths start at its folder.
+    """
+    document = yaml12.parse_document(text)
     reading = _Reading(document)
     if not reading.problems and not isinstance(document.value, dict):
-        reading.problem("", "the file is empty" if document.value is None else "a job file is a block of keys")
+        reading.add_problem(
+            "", "the file is empty" if document.value is None else "a job file is a block of keys"
+        )
     if reading.problems:
         raise JobFileError(str(path), reading.problems)
     reading.tree = document.value
-    _mark_origins(reading, reading.tree, "")
-    _translate(reading)  # first, so that an override meets our spelling
+    _record_origins(reading, reading.tree, "")
+    _translate(reading)  # before the overrides, so that they apply to our field names
     for override in overrides:
-        _override(reading, override)
+        _apply_override(reading, override)
     _translate(reading)
     _choose_format(reading)
-    _link(reading)
-    _absolute_paths(reading, path.parent)
-    _take_adapter(reading)
-    job, wrong = _validated(reading)
-    problems = _once([*reading.problems, *wrong])
+    _create_links(reading)
+    _make_paths_absolute(reading, path.parent)
+    _apply_adapter(reading)
+    job, validation_problems = _validate(reading)
+    problems = _keep_first_problems([*reading.problems, *validation_problems])
     loaded = (
-        LoadedJob(job, path, text, overrides, reading.origins, tuple(reading.notes), reading.lines) if job else None
+        LoadedJob(job, path, text, overrides, reading.origins, tuple(reading.notes), reading.lines)
+        if job
+        else None
     )
     if problems or loaded is None:
-        raise JobFileError(str(path), sorted(problems, key=lambda problem: problem.line or 0), loaded)
+        raise JobFileError(
+            str(path), sorted(problems, key=lambda problem: problem.line or 0), loaded
+        )
     return loaded
 
 
-def _once(problems: list[Problem]) -> list[Problem]:
+def _keep_first_problems(problems: list[Problem]) -> list[Problem]:
     """Return the first problem of each field."""
-    return list({problem.path or problem.sentence: problem for problem in reversed(problems)}.values())[::-1]
+    return list(
+        {problem.path or problem.sentence: problem for problem in reversed(problems)}.values()
+    )[::-1]
 
 
 def read_text(path: Path) -> str:
-    """The text of a job file; one sentence when it cannot be read."""
+    """Return the text of a job file. Raises JobFileError with the reason if it cannot be read."""
     try:
-        return files.read_plain_text(path, encoding="utf-8-sig")
+        return files.read_regular_text(path, encoding="utf-8-sig")
     except FileNotFoundError:
         sentence = "no such file"
     except IsADirectoryError:
@@ -196,8 +230,11 @@ def read_text(path: Path) -> str:
     raise JobFileError(str(path), [Problem("", sentence)])
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of a job file, for editors; it also allows the short forms that the loader understands."""
+def build_json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a job file, for editors.
+
+    It also allows the short forms that the loader accepts.
+    """
     schema = JobSpec.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "lorafleet job"
@@ -210,300 +247,376 @@ def json_schema() -> dict[str, Any]:
     }
     labels = schema["$defs"]["DataSpec"]["properties"]["labels"]["anyOf"][0]
     labels["items"] = {"type": ["string", "integer"]}
-    own = schema["$defs"]["CustomMetric"]
-    schema["$defs"]["CustomMetric"] = {"anyOf": [own, {"type": "string"}]}
+    custom_metric = schema["$defs"]["CustomMetric"]
+    schema["$defs"]["CustomMetric"] = {"anyOf": [custom_metric, {"type": "string"}]}
     metric = schema["$defs"]["MetricSpec"]
     metric["required"] = ["name"]
     schema["$defs"]["MetricSpec"] = {"anyOf": [metric, {"type": "string"}]}
     return schema
 
 
-def _mark_origins(reading: _Reading, tree: dict[str, Any], prefix: str) -> None:
+def _record_origins(reading: _Reading, tree: dict[str, Any], prefix: str) -> None:
     for key, value in tree.items():
         path = f"{prefix}{key}"
         if isinstance(value, dict):
-            _mark_origins(reading, value, f"{path}.")
+            _record_origins(reading, value, f"{path}.")
         reading.origins[path] = Origin("file", f"line {reading.lines.get(path, '?')}")
 
 
-def _override(reading: _Reading, text: str) -> None:
-    """Apply `train.seed=7`, `lora.lora_r=8` or `data.train_file=x.jsonl`; values are read as YAML."""
+def _apply_override(reading: _Reading, text: str) -> None:
+    """Apply `train.seed=7`, `lora.lora_r=8` or `data.train_file=x.jsonl`.
+
+    Values are parsed as YAML.
+    """
     path, equals, value = text.partition("=")
     path = path.strip().lstrip("-").removeprefix("set ")
     if not equals or not path:
         reading.problems.append(Problem("", f"override {text!r} must be of the form key=value"))
         return
-    document = yaml12.read(value)
+    document = yaml12.parse_document(value)
     if document.problems:
-        reading.problems.append(Problem(path, f"override {text!r}: {document.problems[0].sentence}"))
+        reading.problems.append(
+            Problem(path, f"override {text!r}: {document.problems[0].sentence}")
+        )
         return
-    theirs, path = path, _ours(path)
-    if path != theirs:
-        reading.notes.append(f"override {text!r}: {theirs} is read as {path}")
-    if path.startswith(_PARAMETERS):
-        parameters = fields.get(reading.tree, "search.parameters")
+    original_path, path = path, _resolve_override_path(path)
+    if path != original_path:
+        reading.notes.append(f"override {text!r}: {original_path} is read as {path}")
+    if path.startswith(_PARAMETERS_PREFIX):
+        parameters = fields.get_value(reading.tree, "search.parameters")
         if not isinstance(parameters, dict):
             parameters = {}
-            fields.put(reading.tree, "search.parameters", parameters)
-        parameters[path.removeprefix(_PARAMETERS)] = document.value
+            fields.set_value(reading.tree, "search.parameters", parameters)
+        parameters[path.removeprefix(_PARAMETERS_PREFIX)] = document.value
     else:
-        fields.put(reading.tree, path, document.value)
+        fields.set_value(reading.tree, path, document.value)
     reading.origins[path] = Origin("override", text)
 
 
-_PARAMETERS = "search.parameters."
+_PARAMETERS_PREFIX = "search.parameters."
 
 
-def _ours(path: str) -> str:
-    """The field that an override of another tool's spelling means: `lora_rank`, `lora.rank`, `search.parameters.lr`."""
-    if path.startswith(_PARAMETERS):
-        return _PARAMETERS + our_field(path.removeprefix(_PARAMETERS))
-    ours = FIELD_ALIASES.get(path.rpartition(".")[2])
-    if ours and path.startswith("compare.") and ours.startswith("search."):
-        ours = f"compare.{ours.removeprefix('search.')}"
-    if ours is None or path in fields.leaves() or (path.startswith("search.") and not ours.startswith("search.")):
+def _resolve_override_path(path: str) -> str:
+    """Return the field that an override means.
+
+    Accepts the names of other tools, such as `lora_rank`, `lora.rank` and
+    `search.parameters.lr`.
+    """
+    if path.startswith(_PARAMETERS_PREFIX):
+        return _PARAMETERS_PREFIX + resolve_field_name(path.removeprefix(_PARAMETERS_PREFIX))
+    target = FIELD_ALIASES.get(path.rpartition(".")[2])
+    if target and path.startswith("compare.") and target.startswith("search."):
+        target = f"compare.{target.removeprefix('search.')}"
+    if (
+        target is None
+        or path in fields.get_leaf_fields()
+        or (path.startswith("search.") and not target.startswith("search."))
+    ):
         return path
-    return ours
+    return target
 
 
-def our_field(name: str) -> str:
-    """Return the dotted field that a search, an arm or a link means by a name: ours, another tool's, or a leaf that
-    only one block has."""
-    if name in fields.leaves():
+def resolve_field_name(name: str) -> str:
+    """Return the dotted field that a name in a search, an arm or a link means.
+
+    The name is a field, an alias of another tool, or the last part of a path that only one
+    block has.
+    """
+    if name in fields.get_leaf_fields():
         return name
     path = FIELD_ALIASES.get(name) or FIELD_ALIASES.get(name.rpartition(".")[2], name)
     if path.startswith("search."):
         return name
-    if "." in path or path in fields.leaves():
+    if "." in path or path in fields.get_leaf_fields():
         return path
-    same = [known for known in fields.leaves() if known.endswith(f".{path}")]
-    return same[0] if len(same) == 1 else path
+    matches = [
+        candidate for candidate in fields.get_leaf_fields() if candidate.endswith(f".{path}")
+    ]
+    return matches[0] if len(matches) == 1 else path
 
 
 def _translate(reading: _Reading) -> None:
-    """Other tools' keys, values and short forms, in place."""
+    """Translate the keys, values and short forms of other tools, in place."""
     tree = reading.tree
     for block, key in [("", key) for key in list(tree)] + [
-        (block, key) for block, inner in list(tree.items()) if isinstance(inner, dict) for key in list(inner)
+        (block, key)
+        for block, inner in list(tree.items())
+        if isinstance(inner, dict)
+        for key in list(inner)
     ]:
         _translate_key(reading, block, key)
     for name in ("search", "compare"):
         _translate_scheduler(reading, f"{name}.scheduler")
-    for (path, word), ours in VALUE_ALIASES.items():
-        if fields.get(tree, path) == word:
-            fields.put(tree, path, ours)
-            _report(reading, path, f"{path}: {word} is read as {ours}")
+    for (path, alias), value in VALUE_ALIASES.items():
+        if fields.get_value(tree, path) == alias:
+            fields.set_value(tree, path, value)
+            _add_note(reading, path, f"{path}: {alias} is read as {value}")
     for name in ("search", "compare"):
         if isinstance(tree.get(name), dict):
             _translate_metric(reading, tree[name], f"{name}.metric")
     block = tree.get("search")
     if isinstance(block, dict):
-        _translate_parameters(reading, block, _PARAMETERS)
-    for name, arm in _arms_of(tree):
+        _translate_parameters(reading, block, _PARAMETERS_PREFIX)
+    for name, arm in _list_arms(tree):
         _translate_parameters(reading, arm, f"compare.arms.{name}.parameters.")
         _translate_names(reading, arm.get("set"), f"compare.arms.{name}.set.")
     links = tree["linked"] if isinstance(tree.get("linked"), dict) else {}
     _translate_names(reading, links, "linked.")
     for path, text in links.items():
-        links[path] = _our_expression(text, path) if isinstance(text, str) else text
+        links[path] = _translate_expression(text, path) if isinstance(text, str) else text
 
 
 def _translate_key(reading: _Reading, block: str, key: str) -> None:
+    """Move the value of another tool's key to our field, in place."""
     holder = reading.tree.get(block) if block else reading.tree
     if not isinstance(holder, dict) or key not in holder:
-        return  # an alias of its block has moved it
+        return  # already moved, because its block is an alias
     path = f"{block}.{key}" if block else key
-    ours = FIELD_ALIASES.get(key)
-    if ours is None or path in fields.leaves() or block == "linked":
+    target = FIELD_ALIASES.get(key)
+    if target is None or path in fields.get_leaf_fields() or block == "linked":
         return
-    if block == "search" and not ours.startswith("search."):
+    if block == "search" and not target.startswith("search."):
         return
     value = holder.pop(key)
     line = reading.lines.get(path)
     if line:
-        reading.lines[ours] = line
-    if fields.get(reading.tree, ours) is not None:
-        reading.problem(path, f"{path} means {ours}, which is set as well")
+        reading.lines[target] = line
+    if fields.get_value(reading.tree, target) is not None:
+        reading.add_problem(path, f"{path} means {target}, which is set as well")
         return
-    fields.put(reading.tree, ours, value)
-    _report(reading, ours, f"{path} is read as {ours}")
+    fields.set_value(reading.tree, target, value)
+    _add_note(reading, target, f"{path} is read as {target}")
 
 
-def _translate_scheduler(reading: _Reading, where: str) -> None:
-    """Other tools' words inside a scheduler's own block, such as `early_terminate: {eta: 2}`."""
-    block = fields.get(reading.tree, where)
+def _translate_scheduler(reading: _Reading, path: str) -> None:
+    """Translate other tools' keys inside a scheduler block, such as `early_terminate: {eta: 2}`."""
+    block = fields.get_value(reading.tree, path)
     if isinstance(block, dict):
-        _translate_hyperband(reading, block, where)
+        _translate_hyperband(reading, block, path)
     for key in list(block) if isinstance(block, dict) else ():
         scheduler, _, leaf = FIELD_ALIASES.get(key, "").rpartition(".")
         if scheduler != "search.scheduler":
             continue
         if leaf in block:
-            reading.problem(f"{where}.{key}", f"{where}.{key} means {where}.{leaf}, which is set as well")
+            reading.add_problem(
+                f"{path}.{key}", f"{path}.{key} means {path}.{leaf}, which is set as well"
+            )
             block.pop(key)
             continue
         block[leaf] = block.pop(key)
-        line = reading.line(f"{where}.{key}") or reading.line("search.early_terminate")
+        line = reading.get_line(f"{path}.{key}") or reading.get_line("search.early_terminate")
         if line:
-            reading.lines[f"{where}.{leaf}"] = line
-        _report(reading, f"{where}.{leaf}", f"{where}.{key} is read as {where}.{leaf}")
+            reading.lines[f"{path}.{leaf}"] = line
+        _add_note(reading, f"{path}.{leaf}", f"{path}.{key} is read as {path}.{leaf}")
 
 
-def _translate_hyperband(reading: _Reading, block: dict[str, Any], where: str) -> None:
-    """Translate W&B's `min_iter`, `max_iter` and `s` (`eta` alone is a word for what Ray calls otherwise)."""
-    words = [key for key in WORDS if key in block]
-    if not set(words) - {"eta"}:
+def _translate_hyperband(reading: _Reading, block: dict[str, Any], path: str) -> None:
+    """Translate W&B's `min_iter`, `max_iter` and `s`.
+
+    `eta` alone is left to the aliases: Ray has the same setting under another name.
+    """
+    hyperband_keys = [key for key in HYPERBAND_KEYS if key in block]
+    if not set(hyperband_keys) - {"eta"}:
         return
     try:
-        asha = as_asha({"eta": block.get("reduction_factor")} | block)
+        asha = convert_to_asha({"eta": block.get("reduction_factor")} | block)
     except (TypeError, ValueError, OverflowError) as error:
-        reading.problem(where, f"{where} has W&B's words of Hyperband, but they are not understood: {error}")
+        reading.add_problem(
+            path, f"{path} has W&B's words of Hyperband, but they are not understood: {error}"
+        )
         asha = {}
-    for key in words:
+    for key in hyperband_keys:
         block.pop(key)
     for key, value in asha.items():
         if key in block and block[key] != value and key != "time_attr":
-            reading.problem(f"{where}.{key}", f"{where}.{key} is set, and {' and '.join(words)} say it as well")
+            reading.add_problem(
+                f"{path}.{key}",
+                f"{path}.{key} is set, and {' and '.join(hyperband_keys)} say it as well",
+            )
         block.setdefault(key, value)
     values = ", ".join(f"{key}: {value}" for key, value in asha.items())
-    _report(reading, where, f"{' and '.join(words)} of {where} are read as {values}; an iteration is an epoch here")
+    _add_note(
+        reading,
+        path,
+        f"{' and '.join(hyperband_keys)} of {path} are read as {values}; an iteration is an "
+        "epoch here",
+    )
 
 
 def _translate_parameters(reading: _Reading, block: dict[str, Any], prefix: str) -> None:
-    """What a search tries: other tools' names for fields, and the short forms."""
+    """Translate other tools' field names and the short forms in the parameters of a search."""
     parameters = block.get("parameters")
     if not isinstance(parameters, dict):
         return
     for name in list(parameters):
-        path = our_field(name)
+        path = resolve_field_name(name)
         if path != name and path in parameters:
-            reading.problem(f"{prefix}{name}", f"{prefix}{name} means {path}, which is set as well")
+            reading.add_problem(
+                f"{prefix}{name}", f"{prefix}{name} means {path}, which is set as well"
+            )
             parameters.pop(name)
             continue
         if path != name:
             parameters[path] = parameters.pop(name)
             reading.lines[f"{prefix}{path}"] = reading.lines.get(f"{prefix}{name}", 0)
-            _report(reading, f"{prefix}{path}", f"{prefix}{name} is read as {path}")
-        parameters[path] = _long_form(reading, path, parameters[path], prefix)
+            _add_note(reading, f"{prefix}{path}", f"{prefix}{name} is read as {path}")
+        parameters[path] = _expand_short_form(reading, path, parameters[path], prefix)
 
 
 def _translate_names(reading: _Reading, settings: Any, prefix: str) -> None:
-    """Translate other tools' names and words where fields are named by their whole path."""
+    """Translate other tools' names and values in settings whose keys are full dotted paths."""
     for name in list(settings) if isinstance(settings, dict) else ():
-        path = our_field(str(name))
+        path = resolve_field_name(str(name))
         if path != name and path in settings:
-            reading.problem(f"{prefix}{name}", f"{prefix}{name} means {path}, which is set as well")
+            reading.add_problem(
+                f"{prefix}{name}", f"{prefix}{name} means {path}, which is set as well"
+            )
             settings.pop(name)
             continue
         if path != name:
             settings[path] = settings.pop(name)
-            _report(reading, f"{prefix}{path}", f"{prefix}{name} is read as {path}")
-        word = settings[path]
-        if isinstance(word, str) and path in fields.leaves() and fields.is_number(path):
-            settings[path] = word = _our_expression(word, path)
-        ours = VALUE_ALIASES.get((path, word)) if isinstance(word, str) else None
-        if ours is not None:
-            settings[path] = ours
-            _report(reading, f"{prefix}{path}", f"{path}: {word} is read as {ours}")
+            _add_note(reading, f"{prefix}{path}", f"{prefix}{name} is read as {path}")
+        value = settings[path]
+        if isinstance(value, str) and path in fields.get_leaf_fields() and fields.is_number(path):
+            settings[path] = value = _translate_expression(value, path)
+        translated = VALUE_ALIASES.get((path, value)) if isinstance(value, str) else None
+        if translated is not None:
+            settings[path] = translated
+            _add_note(reading, f"{prefix}{path}", f"{path}: {value} is read as {translated}")
 
 
-def _our_words(reading: _Reading, path: str, values: list[Any], prefix: str) -> list[Any]:
-    """Return the values that a search tries, with other tools' words as ours."""
-    ours = [VALUE_ALIASES.get((path, value), value) if isinstance(value, str) else value for value in values]
-    for theirs, own in zip(values, ours, strict=True):
-        if own != theirs:
-            _report(reading, f"{prefix}{path}", f"{path}: {theirs} is read as {own}")
-    return ours
+def _translate_values(reading: _Reading, path: str, values: list[Any], prefix: str) -> list[Any]:
+    """Return the values that a search tries, with other tools' values translated."""
+    translated = [
+        VALUE_ALIASES.get((path, value), value) if isinstance(value, str) else value
+        for value in values
+    ]
+    for old_value, new_value in zip(values, translated, strict=True):
+        if new_value != old_value:
+            _add_note(reading, f"{prefix}{path}", f"{path}: {old_value} is read as {new_value}")
+    return translated
 
 
-def _our_expression(text: str, beside: str) -> str:
-    """Return arithmetic with other tools' names of fields as ours: `2*rank`."""
+def _translate_expression(text: str, field_path: str) -> str:
+    """Return an arithmetic expression such as `2*rank` with other tools' field names translated."""
     try:
-        names = expression.names(expression.parse(text))
+        names = expression.find_names(expression.parse(text))
     except ValueError:
         return text
     for name in names:
-        ours = FIELD_ALIASES.get(name.rpartition(".")[2])
-        if ours and fields.full_path(name, beside) not in fields.leaves():
-            text = re.sub(rf"(?<![\w.]){re.escape(name)}(?![\w.])", ours, text)
+        field_name = FIELD_ALIASES.get(name.rpartition(".")[2])
+        if field_name and fields.resolve_path(name, field_path) not in fields.get_leaf_fields():
+            text = re.sub(rf"(?<![\w.]){re.escape(name)}(?![\w.])", field_name, text)
     return text
 
 
-def _translate_metric(reading: _Reading, block: dict[str, Any], where: str) -> None:
-    """`metric: eval_f1` is `{name: f1}`."""
-    metric, path = block.get("metric"), f"{where}.name"
+def _translate_metric(reading: _Reading, block: dict[str, Any], metric_path: str) -> None:
+    """Expand a short form of a metric: `metric: eval_f1` becomes `{name: f1}`."""
+    metric, path = block.get("metric"), f"{metric_path}.name"
     if isinstance(metric, str):
         metric = block["metric"] = {"name": metric}
-        reading.origins[path] = reading.origins.get(where, Origin("file"))
-        if where in reading.lines:
-            reading.lines[path] = reading.lines[where]
+        reading.origins[path] = reading.origins.get(metric_path, Origin("file"))
+        if metric_path in reading.lines:
+            reading.lines[path] = reading.lines[metric_path]
     if isinstance(metric, list) and metric:
-        first, *others = [{"name": one} if isinstance(one, str) else one for one in metric]
+        first, *others = [{"name": entry} if isinstance(entry, str) else entry for entry in metric]
         if isinstance(first, dict):
             metric = block["metric"] = {**first, "also": others}
-        for name in (path, f"{where}.also"):
-            reading.origins[name] = reading.origins.get(where, Origin("file"))
-            if where in reading.lines:
-                reading.lines[name] = reading.lines[where]
+        for name in (path, f"{metric_path}.also"):
+            reading.origins[name] = reading.origins.get(metric_path, Origin("file"))
+            if metric_path in reading.lines:
+                reading.lines[name] = reading.lines[metric_path]
     if isinstance(metric, dict) and isinstance(metric.get("name"), str):
         name = metric["name"]
-        metric["name"] = bare_name(name)
+        metric["name"] = strip_metric_prefix(name)
         if metric["name"] != name:
-            _report(reading, path, f"{where} {name} is read as {metric['name']}")
+            _add_note(reading, path, f"{metric_path} {name} is read as {metric['name']}")
 
 
-def _long_form(reading: _Reading, path: str, value: Any, prefix: str) -> Any:
-    """A list is its values, a text is an expression, and {min, max} alone is uniform."""
+def _expand_short_form(reading: _Reading, path: str, value: Any, prefix: str) -> Any:
+    """Return the long form of a parameter.
+
+    A list becomes its values, a text an expression, and {min, max} alone a uniform
+    distribution.
+    """
     if isinstance(value, list):
-        return {"values": _our_words(reading, path, value, prefix)}
+        return {"values": _translate_values(reading, path, value, prefix)}
     if isinstance(value, str):
-        return {"expression": _our_expression(value, path)}
+        return {"expression": _translate_expression(value, path)}
     if isinstance(value, dict):
         if isinstance(value.get("values"), list):
-            value["values"] = _our_words(reading, path, value["values"], prefix)
-        word = value.get("distribution")
-        if isinstance(word, str) and word in DISTRIBUTION_ALIASES:
-            value["distribution"] = DISTRIBUTION_ALIASES[word]
-            _report(reading, f"{prefix}{path}.distribution", f"{word} is read as {value['distribution']}")
-        if isinstance(word, str) and word in EXPONENT_DISTRIBUTIONS:
-            reading.problem(f"{prefix}{path}.distribution", _exponents(path, word, value))
-            value["distribution"] = EXPONENT_DISTRIBUTIONS[word]  # said once: a second pass follows the overrides
+            value["values"] = _translate_values(reading, path, value["values"], prefix)
+        distribution = value.get("distribution")
+        if isinstance(distribution, str) and distribution in DISTRIBUTION_ALIASES:
+            value["distribution"] = DISTRIBUTION_ALIASES[distribution]
+            _add_note(
+                reading,
+                f"{prefix}{path}.distribution",
+                f"{distribution} is read as {value['distribution']}",
+            )
+        if isinstance(distribution, str) and distribution in EXPONENT_DISTRIBUTIONS:
+            reading.add_problem(
+                f"{prefix}{path}.distribution",
+                _describe_exponent_distribution(path, distribution, value),
+            )
+            value["distribution"] = EXPONENT_DISTRIBUTIONS[
+                distribution
+            ]  # reported once: `_translate` runs again after the overrides
         if "value" in value and "values" not in value:
             value["values"] = [value.pop("value")]
-            _report(reading, f"{prefix}{path}.values", f"value of {path} is read as values, a list of one")
+            _add_note(
+                reading,
+                f"{prefix}{path}.values",
+                f"value of {path} is read as values, a list of one",
+            )
         if "distribution" not in value and {"min", "max"} <= set(value):
-            whole = isinstance(value["min"], int) and isinstance(value["max"], int)
-            value["distribution"] = "int_uniform" if whole else "uniform"
+            are_integers = isinstance(value["min"], int) and isinstance(value["max"], int)
+            value["distribution"] = "int_uniform" if are_integers else "uniform"
             note = f"min and max of {path} alone are read as {value['distribution']}"
-            _report(reading, f"{prefix}{path}.distribution", note)
+            _add_note(reading, f"{prefix}{path}.distribution", note)
     return value
 
 
-def _exponents(path: str, word: str, value: dict[str, Any]) -> str:
-    """Say what a distribution of W&B with exponents as its ends is called with values as its ends."""
-    ours = EXPONENT_DISTRIBUTIONS[word]
-    ends = {name: value[name] for name in ("min", "max") if isinstance(value.get(name), int | float)}
-    worked_out: dict[str, float] = {name: math.exp(end) for name, end in ends.items() if abs(end) < _MAX_EXPONENT}
-    rounded: dict[str, float] = {
-        name: math.ceil(end) if name == "min" else math.floor(end) for name, end in worked_out.items()
+def _describe_exponent_distribution(path: str, distribution: str, value: dict[str, Any]) -> str:
+    """Return the problem with a W&B distribution whose min and max are exponents of e.
+
+    The text names our distribution and the equivalent min and max.
+    """
+    replacement = EXPONENT_DISTRIBUTIONS[distribution]
+    exponents = {
+        name: value[name] for name in ("min", "max") if isinstance(value.get(name), int | float)
     }
-    whole = fields.is_whole(path) and len(rounded) == 2 and rounded["min"] < rounded["max"]
-    if whole:
-        ours, worked_out = "q_log_uniform_values", rounded
-    powers = ", ".join(f"{name}: {end:.3g}" for name, end in worked_out.items()) + (", q: 1" if whole else "")
-    said = f"with {powers}, or {ours} " if len(worked_out) == 2 else ""
+    bounds: dict[str, float] = {
+        name: math.exp(end) for name, end in exponents.items() if abs(end) < _MAX_EXPONENT
+    }
+    rounded_bounds: dict[str, float] = {
+        name: math.ceil(end) if name == "min" else math.floor(end) for name, end in bounds.items()
+    }
+    is_integer = (
+        fields.is_integer(path)
+        and len(rounded_bounds) == 2
+        and rounded_bounds["min"] < rounded_bounds["max"]
+    )
+    if is_integer:
+        replacement, bounds = "q_log_uniform_values", rounded_bounds
+    powers = ", ".join(f"{name}: {end:.3g}" for name, end in bounds.items()) + (
+        ", q: 1" if is_integer else ""
+    )
+    alternative = f"with {powers}, or {replacement} " if len(bounds) == 2 else ""
     return (
-        f"distribution of {path} is {word}, whose ends W&B reads as exponents of e: write {ours} {said}with the ends "
+        f"distribution of {path} is {distribution}, whose ends W&B reads as exponents of e: write "
+        f"{replacement} {alternative}with the ends "
         "as they are if they are values"
     )
 
 
-def _report(reading: _Reading, path: str, note: str) -> None:
-    above = reading.origins.get(path) or reading.origins.get(path.rpartition(".")[0])
-    if above and above.kind == "override":
-        reading.notes.append(f"override {above.detail!r}: {note}")
+def _add_note(reading: _Reading, path: str, note: str) -> None:
+    """Record how a spelling was read, with its line or override, and set the field's origin."""
+    origin = reading.origins.get(path) or reading.origins.get(path.rpartition(".")[0])
+    if origin and origin.kind == "override":
+        reading.notes.append(f"override {origin.detail!r}: {note}")
         return
-    line = reading.line(path)
+    line = reading.get_line(path)
     reading.notes.append(f"line {line}: {note}" if line else note)
     reading.origins[path] = Origin("alias", note)
 
@@ -515,193 +628,248 @@ _COLUMNS: dict[str, dict[str, str | None]] = {
     "messages": {"messages_column": None},
     "text": {"text_column": "text"},
 }
-"""Format of rows -> the columns that it reads, with the names that they have where the job gives none."""
+"""Row format -> the columns it reads, with their default names (None: no default)."""
 
 
-_USUAL_COLUMNS = {column: name for columns in _COLUMNS.values() for column, name in columns.items()}
+_DEFAULT_COLUMNS = {
+    column: name for columns in _COLUMNS.values() for column, name in columns.items()
+}
 
 
 def _choose_format(reading: _Reading) -> None:
     """Set `data.format` from the columns that a job names; refuse columns that no format reads.
 
-    A column under its usual name contradicts nothing: `lorafleet render` writes out all of them.
+    A column with its default name contradicts no format: `lorafleet render` writes all of
+    them.
     """
     data, task = reading.tree.get("data"), reading.tree.get("task")
     if not isinstance(data, dict):
         return
-    columns = [column for column in _USUAL_COLUMNS if data.get(column) is not None]
-    renamed = [column for column in columns if data[column] != _USUAL_COLUMNS[column]]
+    columns = [column for column in _DEFAULT_COLUMNS if data.get(column) is not None]
+    renamed = [column for column in columns if data[column] != _DEFAULT_COLUMNS[column]]
     row_format = "text_label" if task == "classification" else data.get("format", "auto")
     if row_format in _COLUMNS:
-        _refuse_unread(reading, row_format, {column: data[column] for column in renamed})
+        _refuse_unread_columns(reading, row_format, {column: data[column] for column in renamed})
         return
-    deciding = renamed or columns
-    if row_format != "auto" or not deciding:
+    deciding_columns = renamed or columns
+    if row_format != "auto" or not deciding_columns:
         return
     formats = [name for name in _COLUMNS if name != "text_label"]
-    reading_all = [name for name in formats if set(deciding) <= set(_COLUMNS[name])]
-    if reading_all:
-        fields.put(reading.tree, "data.format", reading_all[0])
-        reading.origins["data.format"] = Origin("derived", f"from data.{deciding[0]}")
+    matching_formats = [name for name in formats if set(deciding_columns) <= set(_COLUMNS[name])]
+    if matching_formats:
+        fields.set_value(reading.tree, "data.format", matching_formats[0])
+        reading.origins["data.format"] = Origin("derived", f"from data.{deciding_columns[0]}")
     elif renamed:
-        named = " and ".join(f"data.{column}" for column in renamed)
-        verb, them = ("is", "it") if len(renamed) == 1 else ("are", "all of them")
-        sentence = f"{named} {verb} set, but no row format of {task} reads {them}"
-        reading.problem(f"data.{renamed[0]}", sentence)
+        column_list = " and ".join(f"data.{column}" for column in renamed)
+        verb, pronoun = ("is", "it") if len(renamed) == 1 else ("are", "all of them")
+        sentence = f"{column_list} {verb} set, but no row format of {task} reads {pronoun}"
+        reading.add_problem(f"data.{renamed[0]}", sentence)
 
 
-def _refuse_unread(reading: _Reading, row_format: str, renamed: dict[str, Any]) -> None:
-    """Add a problem for each column that a row format does not read."""
+def _refuse_unread_columns(reading: _Reading, row_format: str, renamed: dict[str, Any]) -> None:
+    """Add a problem for each renamed column that the row format does not read."""
     columns = " and ".join(f"data.{column}" for column in _COLUMNS[row_format])
     advice = f"it reads {columns}" if columns else "its columns have fixed names"
     for column, name in renamed.items():
         if column not in _COLUMNS[row_format]:
-            sentence = f"data.{column} is {name!r}, but the row format {row_format} does not read it; {advice}"
-            reading.problem(f"data.{column}", sentence)
+            sentence = (
+                f"data.{column} is {name!r}, but the row format {row_format} does not read "
+                f"it; {advice}"
+            )
+            reading.add_problem(f"data.{column}", sentence)
 
 
-def _link(reading: _Reading) -> None:
-    """Numbers given as arithmetic (`lora_alpha: "2*lora_r"`) become links, evaluated for each trial."""
+def _create_links(reading: _Reading) -> None:
+    """Turn numbers given as arithmetic into links, which are evaluated for each trial.
+
+    Example: `lora_alpha: "2*lora_r"`.
+    """
     links = reading.tree.get("linked", {})
     if not isinstance(links, dict):
         return
-    for path in fields.leaves():
-        value = fields.get(reading.tree, path)
+    for path in fields.get_leaf_fields():
+        value = fields.get_value(reading.tree, path)
         if not isinstance(value, str) or path.startswith("linked") or not fields.is_number(path):
             continue
-        value = _our_expression(value, path)
+        value = _translate_expression(value, path)
         try:
-            used = expression.names(expression.parse(value))
+            names = expression.find_names(expression.parse(value))
         except ValueError:
-            continue  # the type check says what it must be
-        known = any(fields.full_path(name, path) in fields.leaves() for name in used)
-        if known or (used and not value.isidentifier()):  # a lone word that is no field is a wrong value, not a link
+            continue  # the type check reports it
+        uses_fields = any(
+            fields.resolve_path(name, path) in fields.get_leaf_fields() for name in names
+        )
+        if uses_fields or (
+            names and not value.isidentifier()
+        ):  # a single word that is not a field is a wrong value
             links[path] = value
             reading.origins[path] = Origin("linked", value)
             block, _, leaf = path.rpartition(".")
-            fields.get(reading.tree, block).pop(leaf)
+            fields.get_value(reading.tree, block).pop(leaf)
     if links:
         reading.tree["linked"] = links
-        reading.origins.setdefault("linked", Origin("derived", "from the arithmetic in other fields"))
+        reading.origins.setdefault(
+            "linked", Origin("derived", "from the arithmetic in other fields")
+        )
 
 
-def _absolute_paths(reading: _Reading, folder: Path) -> None:
-    """Relative paths of a job file start at the file's own folder."""
+def _make_paths_absolute(reading: _Reading, folder: Path) -> None:
+    """Make the relative paths of a job file absolute. They start at the folder of the file."""
     for path in (*_PATH_FIELDS, *_NAME_FIELDS):
-        value = fields.get(reading.tree, path)
+        value = fields.get_value(reading.tree, path)
         if isinstance(value, str) and value:
-            fields.put(reading.tree, path, _absolute(path, value, folder))
+            fields.set_value(reading.tree, path, _make_path_absolute(path, value, folder))
     _read_chat_template(reading, folder)
-    _absolute_metrics(reading, folder)
-    for _, arm in _arms_of(reading.tree):
+    _make_metric_paths_absolute(reading, folder)
+    for _, arm in _list_arms(reading.tree):
         if isinstance(arm.get("weights"), str) and arm["weights"]:
-            arm["weights"] = str((folder / files.in_home(arm["weights"])).absolute())
-        own = arm.get("set")
-        if isinstance(own, dict):
-            paths = {path: own[path] for path in (*_PATH_FIELDS, *_NAME_FIELDS) if own.get(path)}
-            own |= {path: _absolute(path, value, folder) for path, value in paths.items() if isinstance(value, str)}
+            arm["weights"] = str((folder / files.expand_home(arm["weights"])).absolute())
+        settings = arm.get("set")
+        if isinstance(settings, dict):
+            paths = {
+                path: settings[path]
+                for path in (*_PATH_FIELDS, *_NAME_FIELDS)
+                if settings.get(path)
+            }
+            settings |= {
+                path: _make_path_absolute(path, value, folder)
+                for path, value in paths.items()
+                if isinstance(value, str)
+            }
 
 
 _INIT_ADAPTER = "train.init_adapter"
 
 
-def _take_adapter(reading: _Reading) -> None:
-    """Set what an adapter that is continued fixes; refuse what the job sets or searches otherwise."""
+def _apply_adapter(reading: _Reading) -> None:
+    """Set the fields that `train.init_adapter` fixes, and refuse other values for them.
+
+    Other values may be in the job itself, in its arms or in a search.
+    """
     tree = reading.tree
     links = tree["linked"] if isinstance(tree.get("linked"), dict) else {}
     origin = Origin("derived", f"from {_INIT_ADAPTER}")
-    fixed = _fixed_by(fields.get(tree, _INIT_ADAPTER))
-    for note in _notes_on(fields.get(tree, _INIT_ADAPTER)):
+    fixed = _read_fixed_fields(fields.get_value(tree, _INIT_ADAPTER))
+    for note in _list_adapter_notes(fields.get_value(tree, _INIT_ADAPTER)):
         reading.notes.append(f"{_INIT_ADAPTER}: {note}")
     for name, value in fixed.items():
-        own = links.get(name, fields.get(tree, name))
-        if name in links and _worked_out(links[name], name, fixed) == value:
+        job_value = links.get(name, fields.get_value(tree, name))
+        if name in links and _evaluate_with_adapter(links[name], name, fixed) == value:
             continue
-        _refuse_other(reading, name, own, value, name)
-        for where, parameters in _searches(tree):
+        _refuse_changed_field(reading, name, job_value, value, name)
+        for path, parameters in _list_search_blocks(tree):
             if name in parameters:
-                sentence = f"{name} is fixed by {_INIT_ADAPTER} at {_as_text(value)}, and cannot be searched"
-                reading.problem(f"{where}.{name}", sentence)
-        if own is None and isinstance(tree.get(name.partition(".")[0], {}), dict):
-            fields.put(tree, name, value)
+                sentence = (
+                    f"{name} is fixed by {_INIT_ADAPTER} at {_format_value(value)}, and "
+                    "cannot be searched"
+                )
+                reading.add_problem(f"{path}.{name}", sentence)
+        if job_value is None and isinstance(tree.get(name.partition(".")[0], {}), dict):
+            fields.set_value(tree, name, value)
             reading.origins[name] = origin
-    for arm_name, arm in _arms_of(tree):
-        own_settings = arm["set"] if isinstance(arm.get("set"), dict) else {}
-        own_adapter = own_settings.get(_INIT_ADAPTER)
-        for name, value in (_fixed_by(own_adapter) if own_adapter else fixed).items():
-            _refuse_other(reading, name, own_settings.get(name), value, f"compare.arms.{arm_name}")
-            if own_adapter:
-                own_settings.setdefault(name, value)
+    for arm_name, arm in _list_arms(tree):
+        arm_settings = arm["set"] if isinstance(arm.get("set"), dict) else {}
+        arm_adapter = arm_settings.get(_INIT_ADAPTER)
+        for name, value in (_read_fixed_fields(arm_adapter) if arm_adapter else fixed).items():
+            _refuse_changed_field(
+                reading, name, arm_settings.get(name), value, f"compare.arms.{arm_name}"
+            )
+            if arm_adapter:
+                arm_settings.setdefault(name, value)
             if name in (arm.get("parameters") or {}):
-                sentence = f"{name} is fixed by the arm's {_INIT_ADAPTER} at {_as_text(value)}, and cannot be searched"
-                reading.problem(f"compare.arms.{arm_name}.parameters.{name}", sentence)
-    for where, parameters in _searches(tree):
+                sentence = (
+                    f"{name} is fixed by the arm's {_INIT_ADAPTER} at "
+                    f"{_format_value(value)}, and cannot be searched"
+                )
+                reading.add_problem(f"compare.arms.{arm_name}.parameters.{name}", sentence)
+    for path, parameters in _list_search_blocks(tree):
         if _INIT_ADAPTER in parameters:
-            sentence = f"{_INIT_ADAPTER} cannot be searched: give each adapter an arm of its own in compare"
-            reading.problem(f"{where}.{_INIT_ADAPTER}", sentence)
+            sentence = (
+                f"{_INIT_ADAPTER} cannot be searched: give each adapter an arm of its own "
+                "in compare"
+            )
+            reading.add_problem(f"{path}.{_INIT_ADAPTER}", sentence)
 
 
-def _fixed_by(adapter: Any) -> dict[str, Any]:
-    """Return what an adapter's folder fixes, and its dropout; nothing where it is not on this machine."""
+def _read_fixed_fields(adapter: Any) -> dict[str, Any]:
+    """Return the fields that an adapter's folder fixes, and its dropout.
+
+    The result is empty if the adapter is not on this machine.
+    """
     config = read_config(Path(adapter)) if isinstance(adapter, str) and adapter else None
     if config is None:
         return {}
     dropout = {DROPOUT: config["lora_dropout"]} if config.get("lora_dropout") is not None else {}
-    return fixed_fields(config) | dropout
+    return get_fixed_fields(config) | dropout
 
 
-def _notes_on(adapter: Any) -> list[str]:
-    """Say what an adapter has that no field here shows."""
+def _list_adapter_notes(adapter: Any) -> list[str]:
+    """Return notes on settings of an adapter that no field of the job shows."""
     config = read_config(Path(adapter)) if isinstance(adapter, str) and adapter else None
     patterns = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules")
-    return [f"the adapter has a {name}, which stays as it is" for name in patterns if (config or {}).get(name)]
+    return [
+        f"the adapter has a {name}, which stays as it is"
+        for name in patterns
+        if (config or {}).get(name)
+    ]
 
 
-def _worked_out(text: Any, field_name: str, fixed: dict[str, Any]) -> float | int | None:
-    """Return what arithmetic on an adapter's own values comes to, such as `2*lora_r`; None: it needs others."""
+def _evaluate_with_adapter(text: Any, field_name: str, fixed: dict[str, Any]) -> float | int | None:
+    """Return the value of an expression on an adapter's own values, such as `2*lora_r`.
+
+    None if it needs other values.
+    """
     try:
         tree = expression.parse(str(text))
-        values = {name: fixed[fields.full_path(name, field_name)] for name in expression.names(tree)}
+        values = {
+            name: fixed[fields.resolve_path(name, field_name)]
+            for name in expression.find_names(tree)
+        }
         return expression.evaluate(tree, values)
     except (KeyError, TypeError, ValueError):
         return None
 
 
-def _refuse_other(reading: _Reading, name: str, own: Any, value: Any, where: str) -> None:
-    """Add a problem where a job sets another value than its adapter has; its dropout may be another."""
-    if own is None or name == DROPOUT or own == value:
+def _refuse_changed_field(
+    reading: _Reading, name: str, job_value: Any, value: Any, path: str
+) -> None:
+    """Add a problem if a job sets a value that differs from its adapter's. Dropout may differ."""
+    if job_value is None or name == DROPOUT or job_value == value:
         return
-    if name == "lora.lora_target_modules" and _names_of(own) == _names_of(value):
+    if name == "lora.lora_target_modules" and _split_names(job_value) == _split_names(value):
         return
     sentence = (
-        f"{name} is {_as_text(own)}, but {_INIT_ADAPTER} is an adapter with {_as_text(value)}, which cannot be "
+        f"{name} is {_format_value(job_value)}, but {_INIT_ADAPTER} is an adapter with "
+        f"{_format_value(value)}, which cannot be "
         "changed: leave the field out"
     )
-    reading.problem(where, sentence)
+    reading.add_problem(path, sentence)
 
 
-def _names_of(value: Any) -> list[str]:
+def _split_names(value: Any) -> list[str]:
     if isinstance(value, str):
         return sorted(part.strip() for part in value.split(","))
     return sorted(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
 
 
-def _as_text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return ", ".join(map(str, value)) if isinstance(value, list) else f"{value}"
 
 
-def _searches(tree: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Return the places that try values of the whole job's fields, with what they try."""
-    places = [("search.parameters", fields.get(tree, "search.parameters"))]
-    places += [(f"compare.arms.{name}.parameters", arm.get("parameters")) for name, arm in _arms_of(tree)]
-    return [(where, parameters) for where, parameters in places if isinstance(parameters, dict)]
+def _list_search_blocks(tree: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the blocks that vary fields of the job: (dotted path, parameters)."""
+    blocks = [("search.parameters", fields.get_value(tree, "search.parameters"))]
+    blocks += [
+        (f"compare.arms.{name}.parameters", arm.get("parameters")) for name, arm in _list_arms(tree)
+    ]
+    return [(path, parameters) for path, parameters in blocks if isinstance(parameters, dict)]
 
 
-def _arms_of(tree: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    arms_of = fields.get(tree, "compare.arms")
-    items = arms_of.items() if isinstance(arms_of, dict) else ()
+def _list_arms(tree: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    arm_map = fields.get_value(tree, "compare.arms")
+    items = arm_map.items() if isinstance(arm_map, dict) else ()
     return [(name, arm) for name, arm in items if isinstance(arm, dict)]
 
 
@@ -709,111 +877,152 @@ _CHAT_TEMPLATE = "data.chat_template"
 
 
 def _read_chat_template(reading: _Reading, folder: Path) -> None:
-    """Put a template's text in the place of the file that holds it: jobs then run where that file is not."""
-    value = fields.get(reading.tree, _CHAT_TEMPLATE)
+    """Replace the path of a chat template by the text of the file.
+
+    The job then runs where the file is missing.
+    """
+    value = fields.get_value(reading.tree, _CHAT_TEMPLATE)
     if not isinstance(value, str) or not value or is_template_text(value):
         return
-    path = folder / files.in_home(value)
+    path = folder / files.expand_home(value)
     if not path.is_file():
-        if looks_like_path(value) or path.suffix:
-            reading.problem(_CHAT_TEMPLATE, f"{_CHAT_TEMPLATE} is {value}, but {files.no_file(path)}")
-        return  # the name of one of the tokenizer's own templates
+        if is_path_like(value) or path.suffix:
+            reading.add_problem(
+                _CHAT_TEMPLATE, f"{_CHAT_TEMPLATE} is {value}, but {files.describe_non_file(path)}"
+            )
+        return  # the name of a template of the tokenizer
     try:
-        text = files.read_plain_text(path)
+        text = files.read_regular_text(path)
     except (OSError, UnicodeDecodeError) as error:
-        reading.problem(_CHAT_TEMPLATE, f"{_CHAT_TEMPLATE} is {value}, which cannot be read as text: {error}")
+        reading.add_problem(
+            _CHAT_TEMPLATE, f"{_CHAT_TEMPLATE} is {value}, which cannot be read as text: {error}"
+        )
         return
     if not is_template_text(text):
-        reading.problem(_CHAT_TEMPLATE, f"{_CHAT_TEMPLATE} is {value}, but that file holds no Jinja template")
+        reading.add_problem(
+            _CHAT_TEMPLATE, f"{_CHAT_TEMPLATE} is {value}, but that file holds no Jinja template"
+        )
         return
-    fields.put(reading.tree, _CHAT_TEMPLATE, text)
+    fields.set_value(reading.tree, _CHAT_TEMPLATE, text)
     origin = reading.origins.get(_CHAT_TEMPLATE, Origin("file"))
-    reading.origins[_CHAT_TEMPLATE] = Origin(origin.kind, f"{origin.detail}, read from {value}".removeprefix(", "))
+    reading.origins[_CHAT_TEMPLATE] = Origin(
+        origin.kind, f"{origin.detail}, read from {value}".removeprefix(", ")
+    )
 
 
 def is_template_text(value: str) -> bool:
-    """Whether a value of `data.chat_template` is a template itself, and not a name."""
+    """Return whether a value of `data.chat_template` is a template itself and not a name."""
     return "{{" in value or "{%" in value
 
 
-def _absolute(path: str, value: str, folder: Path) -> str:
-    """A field's path from the file's folder on; a name that is no path stays as it is."""
-    local = folder / files.in_home(value)
-    is_path = path in _PATH_FIELDS or (not value.startswith("asset:") and (looks_like_path(value) or _is_folder(local)))
+def _make_path_absolute(path: str, value: str, folder: Path) -> str:
+    """Return the absolute path of a field's value, relative to the file's folder.
+
+    A name that is not a path is returned unchanged.
+    """
+    local = folder / files.expand_home(value)
+    is_path = path in _PATH_FIELDS or (
+        not value.startswith("asset:") and (is_path_like(value) or _is_folder(local))
+    )
     return str(local.absolute()) if is_path else value
 
 
-def _absolute_metrics(reading: _Reading, folder: Path) -> None:
-    """`FILE.py:NAME` of the user's own metrics, from the job file's folder on."""
-    own = fields.get(reading.tree, "evaluate.custom_metrics")
-    for name, metric in list(own.items()) if isinstance(own, dict) else ():
+def _make_metric_paths_absolute(reading: _Reading, folder: Path) -> None:
+    """Make `FILE.py:NAME` of custom metrics absolute, from the folder of the job file."""
+    metrics = fields.get_value(reading.tree, "evaluate.custom_metrics")
+    for name, metric in list(metrics.items()) if isinstance(metrics, dict) else ():
         if isinstance(metric, str):  # the short form
-            own[name] = metric = {"function": metric}
+            metrics[name] = metric = {"function": metric}
         function = metric.get("function") if isinstance(metric, dict) else None
         if isinstance(function, str) and function:
             path, colon, name = function.partition(":")
-            metric["function"] = f"{(folder / files.in_home(path)).absolute()}{colon}{name}"
+            metric["function"] = f"{(folder / files.expand_home(path)).absolute()}{colon}{name}"
 
 
 def _is_folder(path: Path) -> bool:
     try:
         return path.is_dir()
-    except OSError:  # a name longer than a file system takes
+    except OSError:  # the name is too long for the file system
         return False
 
 
-def looks_like_path(name: str) -> bool:
-    """Whether the name of a model or data set can only be a folder."""
+def is_path_like(name: str) -> bool:
+    """Return whether the name of a model or data set can only be a folder."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _validated(reading: _Reading) -> tuple[JobSpec | None, list[Problem]]:
-    """Return (the job, every problem). With problems it is the job without the fields that are wrong, if that is one.
+def _validate(reading: _Reading) -> tuple[JobSpec | None, list[Problem]]:
+    """Return (job, all problems).
 
-    Without them, what the other fields say against each other is seen as well.
+    With problems, the job lacks the wrong fields (None if that is not a valid job).
+    Validating without them also finds the problems between the remaining fields.
     """
     problems: list[Problem] = []
     tree = copy.deepcopy(reading.tree)
     for problem in reading.problems:
-        _leave_out(tree, problem.path)
-    for _ in range(_MOST_PASSES):
+        _remove_field(tree, problem.path)
+    for _ in range(_MAX_PASSES):
         try:
             job = JobSpec.model_validate(tree)
             break
         except ValidationError as error:
             dropped = [problem.path for problem in (*reading.problems, *problems)]
-            found = [problem for problem in sentences(error) if not _is_of(problem.path, dropped)]
-            problems += found
-            taken = [_leave_out(tree, problem.path) for problem in found]
-            if not any(taken):
-                return None, [reading.placed(problem) for problem in problems]
+            new_problems = [
+                problem
+                for problem in list_problems(error)
+                if not _is_about_dropped(problem.path, dropped)
+            ]
+            problems += new_problems
+            removals = [_remove_field(tree, problem.path) for problem in new_problems]
+            if not any(removals):
+                return None, [reading.locate(problem) for problem in problems]
     else:
-        return None, [reading.placed(problem) for problem in problems]
+        return None, [reading.locate(problem) for problem in problems]
     dropped = [problem.path for problem in (*reading.problems, *problems)]
-    further = search.search_problems(job) or arms.compare_problems(job)
-    problems += [problem for problem in further if not _is_of(problem.path, dropped)]
-    return search.trial(job, {}) if job.linked and not problems else job, [reading.placed(one) for one in problems]
+    cross_field_problems = search.find_search_problems(job) or arms.find_compare_problems(job)
+    problems += [
+        problem for problem in cross_field_problems if not _is_about_dropped(problem.path, dropped)
+    ]
+    return search.build_trial_job(job, {}) if job.linked and not problems else job, [
+        reading.locate(item) for item in problems
+    ]
 
 
-_SOME_NAME = "job"
-_MOST_PASSES = 8
-"""Validations of one file, each without the fields that were wrong in the one before."""
+_PLACEHOLDER_NAME = "job"
+_MAX_PASSES = 8
+"""Maximum number of validations of a file. Each runs without the fields that failed in the
+one before.
+"""
 
 
-def _leave_out(tree: dict[str, Any], path: str) -> bool:
-    """Take a field out of a job; its name, which must be there, becomes another."""
+def _remove_field(tree: dict[str, Any], path: str) -> bool:
+    """Remove a field from a job, and return whether the job changed.
+
+    The name is required, and gets a placeholder instead.
+    """
     if path != "name":
-        return fields.drop(tree, path)
-    renamed = tree.get("name") != _SOME_NAME
-    tree["name"] = _SOME_NAME
+        return fields.remove_value(tree, path)
+    renamed = tree.get("name") != _PLACEHOLDER_NAME
+    tree["name"] = _PLACEHOLDER_NAME
     return renamed
 
 
-def _is_of(path: str, dropped: list[str]) -> bool:
-    """Whether a problem is about a field that was left out for an earlier one, or about the block around it."""
-    return any(path == one or one.startswith(f"{path}.") or path.startswith(f"{one}.") for one in dropped if one)
+def _is_about_dropped(path: str, dropped: list[str]) -> bool:
+    """Return whether a problem is about a dropped field, or about the block around it.
+
+    A field is dropped because of an earlier problem.
+    """
+    return any(
+        path == dropped_path
+        or dropped_path.startswith(f"{path}.")
+        or path.startswith(f"{dropped_path}.")
+        for dropped_path in dropped
+        if dropped_path
+    )
 
 
 def dump_resolved(loaded: LoadedJob) -> str:
-    """`resolved.json`: every value and its origin."""
-    return json.dumps({"schema_version": 1, "fields": loaded.resolved()}, indent=2) + "\n"
+    """Return the text of `resolved.json`: every value and its origin."""
+    return (
+        json.dumps({"schema_version": 1, "fields": loaded.get_resolved_values()}, indent=2) + "\n"
+    )

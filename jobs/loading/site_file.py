@@ -1,6 +1,7 @@
-"""A site file on its way to a site: found by name, completed by the administrator's file that it extends, checked.
+"""Find, complete and check site files.
 
-`sites/NAME.yaml` is looked for in ~/.config/lorafleet/sites, then /etc/lorafleet/sites, then ./sites; a path works too.
+`sites/NAME.yaml` is searched for in ~/.config/lorafleet/sites, then /etc/lorafleet/sites,
+then ./sites; a path works too. A site file may extend an administrator's file.
 """
 
 from __future__ import annotations
@@ -11,137 +12,205 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import JobFileError, Problem, UserError
 from lorafleet.jobs.loading import yaml12
-from lorafleet.jobs.loading.job_file import line_of, read_text
+from lorafleet.jobs.loading.job_file import find_line, read_text
 from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.base import Spec
-from lorafleet.jobs.schema.validation_messages import sentences
+from lorafleet.jobs.schema.validation_messages import list_problems
 from lorafleet.jobs.sites.kubernetes import KubernetesSite
 from lorafleet.jobs.sites.ray import RayClusterSite
 from lorafleet.jobs.sites.slurm import SlurmSite
-from pydantic import ValidationError
 
 ClusterSite = SlurmSite | KubernetesSite | RayClusterSite
-_KINDS: dict[str, type[ClusterSite]] = {"slurm": SlurmSite, "kubernetes": KubernetesSite, "ray": RayClusterSite}
-_MOST_EXTENDED = 5
-_ENDINGS = (".yaml", ".yml")
+_KINDS: dict[str, type[ClusterSite]] = {
+    "slurm": SlurmSite,
+    "kubernetes": KubernetesSite,
+    "ray": RayClusterSite,
+}
+_MAX_EXTENDS_DEPTH = 5
+_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
 class LoadedSite:
-    """A site and where it came from."""
+    """A site and the files that it was loaded from."""
 
     site: ClusterSite
     files: tuple[Path, ...]
-    """The file itself, then those that it extends: their set-up lines are code, so a user is told."""
+    """The file itself, then those that it extends. Their set-up lines are code, so the user is
+    shown these files.
+    """
     locked: tuple[str, ...] = ()
     """Keys that an administrator's file has fixed."""
 
     def check_nodes(self, nodes: int | None) -> None:
-        """Raise UserError when `--nodes` says otherwise than a number of nodes that an administrator has fixed."""
+        """Raise UserError if `--nodes` differs from a number that an administrator has fixed."""
         fixed = getattr(self.site, "nodes", None)
         if nodes is not None and "nodes" in self.locked and nodes != fixed:
-            raise UserError(f"--nodes is {nodes}, but nodes is fixed at {fixed} by {self.files[-1]}")
+            raise UserError(
+                f"--nodes is {nodes}, but nodes is fixed at {fixed} by {self.files[-1]}"
+            )
 
-    def chained(self, jobs: int) -> LoadedSite:
-        """The site with a chain of so many jobs in the place of what it does at a job's end. Raises UserError."""
-        fixed = [key for key in self.locked if key in ("requeue", "requeue.policy", "requeue.max_walltime_chain")]
+    def apply_chain(self, max_jobs: int) -> LoadedSite:
+        """Return the site with the requeue policy `chain` and at most `max_jobs` jobs.
+
+        Raises:
+            UserError: The requeue policy is fixed, the site is not a Slurm site, or it launches job
+                arrays.
+        """
+        fixed = [
+            key
+            for key in self.locked
+            if key in ("requeue", "requeue.policy", "requeue.max_walltime_chain")
+        ]
         if fixed:
-            raise UserError(f"--max-walltime-chain is {jobs}, but {fixed[0]} is fixed by {self.files[-1]}")
+            raise UserError(
+                f"--max-walltime-chain is {max_jobs}, but {fixed[0]} is fixed by {self.files[-1]}"
+            )
         if not isinstance(self.site, SlurmSite):
-            raise UserError(f"--max-walltime-chain is {jobs}, but site {self.site.name} is no Slurm")
+            raise UserError(
+                f"--max-walltime-chain is {max_jobs}, but site {self.site.name} is no Slurm"
+            )
         if self.site.launch == "array":
-            raise UserError(f"--max-walltime-chain is {jobs}, but launch of site {self.site.name} is array")
-        requeue = self.site.requeue.model_copy(update={"policy": "chain", "max_walltime_chain": jobs})
+            raise UserError(
+                f"--max-walltime-chain is {max_jobs}, but launch of site {self.site.name} is array"
+            )
+        requeue = self.site.requeue.model_copy(
+            update={"policy": "chain", "max_walltime_chain": max_jobs}
+        )
         return replace(self, site=self.site.model_copy(update={"requeue": requeue}))
 
 
-def folders() -> tuple[Path, ...]:
-    """Where a site's name is looked for, in this order."""
-    home = os.environ.get("XDG_CONFIG_HOME") or files.in_home("~/.config")
+def list_site_folders() -> tuple[Path, ...]:
+    """Return the folders that are searched for site files, in this order."""
+    home = os.environ.get("XDG_CONFIG_HOME") or files.expand_home("~/.config")
     return (Path(home) / "lorafleet" / "sites", Path("/etc/lorafleet/sites"), Path("sites"))
 
 
-def find_site(name: str, places: Iterable[Path] | None = None) -> Path:
-    """The file of a site. Raises JobFileError with what there is."""
-    if name.endswith(_ENDINGS) or "/" in name:
-        return files.in_home(name)
-    places = tuple(places if places is not None else folders())
-    for place in places:
-        for ending in _ENDINGS:
-            if (place / f"{name}{ending}").is_file():
-                return place / f"{name}{ending}"
-    known = sorted({path.stem for place in places for path in place.glob("*.y*ml")})
-    near = fields.closest(name, known)
-    hint = f"; did you mean {near}?" if near else f"; there are {', '.join(known)}" if known else ""
-    where = ", ".join(map(str, places))
+def find_site(name: str, site_folders: Iterable[Path] | None = None) -> Path:
+    """Return the file of a site.
+
+    Args:
+        name: Name of a site, or path of a file.
+        site_folders: Folders to search instead of the usual ones.
+
+    Raises:
+        JobFileError: There is no such site; the message lists the existing ones.
+    """
+    if name.endswith(_SUFFIXES) or "/" in name:
+        return files.expand_home(name)
+    site_folders = tuple(site_folders if site_folders is not None else list_site_folders())
+    for folder in site_folders:
+        for suffix in _SUFFIXES:
+            if (folder / f"{name}{suffix}").is_file():
+                return folder / f"{name}{suffix}"
+    names = sorted({path.stem for folder in site_folders for path in folder.glob("*.y*ml")})
+    suggestion = fields.find_closest(name, names)
+    hint = (
+        f"; did you mean {suggestion}?"
+        if suggestion
+        else f"; there are {', '.join(names)}"
+        if names
+        else ""
+    )
+    where = ", ".join(map(str, site_folders))
     raise JobFileError(name, [Problem("", f"there is no site of this name in {where}{hint}")])
 
 
-def load_site(name: str, places: Iterable[Path] | None = None) -> LoadedSite:
-    """Find, complete and check a site file. Raises JobFileError with every problem found."""
-    path = find_site(name, places)
-    tree, lines, read, locked = _extended(path, ())
+def load_site(name: str, site_folders: Iterable[Path] | None = None) -> LoadedSite:
+    """Find, complete and check a site file. Raise JobFileError with every problem found."""
+    path = find_site(name, site_folders)
+    tree, lines, paths, locked = _load_extended(path, ())
     tree.setdefault("name", path.stem)
     kind = tree.get("kind")
     if not isinstance(kind, str) or kind not in _KINDS:
-        told = f"kind is {kind!r}, but must be" if kind else "kind is missing: must be"
-        sentence = f"{told} {' or '.join(_KINDS)}"
-        raise JobFileError(str(path), [Problem("kind", sentence, lines.get("kind"))])
+        prefix = f"kind is {kind!r}, but must be" if kind else "kind is missing: must be"
+        message = f"{prefix} {' or '.join(_KINDS)}"
+        raise JobFileError(str(path), [Problem("kind", message, lines.get("kind"))])
     try:
         site = _KINDS[kind].model_validate(tree)
     except ValidationError as error:
         problems = [
-            Problem(problem.path, problem.sentence, line_of(lines, problem.path))
-            for problem in sentences(error, known=_keys(_KINDS[kind], ""))
+            Problem(problem.path, problem.sentence, find_line(lines, problem.path))
+            for problem in list_problems(error, valid_keys=_list_keys(_KINDS[kind], ""))
         ]
         raise JobFileError(str(path), problems) from None
-    return LoadedSite(site, tuple(read), tuple(sorted(locked)))
+    return LoadedSite(site, tuple(paths), tuple(sorted(locked)))
 
 
-def _extended(path: Path, through: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, int], list[Path], set[str]]:
-    """(tree, lines of this file, files read, locked keys) of a file laid over what it extends."""
-    if files.real(path) in through or len(through) >= _MOST_EXTENDED:
-        raise JobFileError(str(path), [Problem("extends", "extends goes round in a circle, or through too many files")])
-    document = yaml12.read(read_text(path))
+def _load_extended(
+    path: Path, visited: tuple[Path, ...]
+) -> tuple[dict[str, Any], dict[str, int], list[Path], set[str]]:
+    """Load a file, merged over the file that it extends.
+
+    Returns:
+        The tree, the lines of this file, the files read, and the locked keys.
+    """
+    if files.resolve_links(path) in visited or len(visited) >= _MAX_EXTENDS_DEPTH:
+        raise JobFileError(
+            str(path),
+            [Problem("extends", "extends goes round in a circle, or through too many files")],
+        )
+    document = yaml12.parse_document(read_text(path))
     if not document.problems and not isinstance(document.value, dict):
         document.problems.append(Problem("", "a site file is a block of keys"))
     if document.problems:
         raise JobFileError(str(path), document.problems)
     tree: dict[str, Any] = dict(document.value)
-    above = tree.pop("extends", None)
-    own_locks = tree.pop("locked", [])
-    for key, value, right in (("extends", above, str | None), ("locked", own_locks, list)):
-        if not isinstance(value, right):
-            what = "the path of a file" if key == "extends" else "a list of keys"
-            sentence = f"{key} is {value!r}, but must be {what}"
-            raise JobFileError(str(path), [Problem(key, sentence, document.lines.get(key))])
-    if above is None:
-        return tree, document.lines, [path], {str(key) for key in own_locks}
-    base, _, read, locked = _extended((path.parent / files.in_home(above)).absolute(), (*through, files.real(path)))
+    base_path = tree.pop("extends", None)
+    locked_keys = tree.pop("locked", [])
+    for key, value, expected_type in (
+        ("extends", base_path, str | None),
+        ("locked", locked_keys, list),
+    ):
+        if not isinstance(value, expected_type):
+            expected = "the path of a file" if key == "extends" else "a list of keys"
+            message = f"{key} is {value!r}, but must be {expected}"
+            raise JobFileError(str(path), [Problem(key, message, document.lines.get(key))])
+    if base_path is None:
+        return tree, document.lines, [path], {str(key) for key in locked_keys}
+    base, _, paths, locked = _load_extended(
+        (path.parent / files.expand_home(base_path)).absolute(),
+        (*visited, files.resolve_links(path)),
+    )
     problems = [
-        Problem(key, f"{key} is fixed by {read[0]}, and must not be set here", line_of(document.lines, key))
+        Problem(
+            key,
+            f"{key} is fixed by {paths[0]}, and must not be set here",
+            find_line(document.lines, key),
+        )
         for key in sorted(locked)
-        if _changes(tree, base, key)
+        if _has_different_value(tree, base, key)
     ]
     if problems:
         raise JobFileError(str(path), problems)
-    return _merged(base, tree), document.lines, [path, *read], locked | {str(key) for key in own_locks}
+    return (
+        _merge_blocks(base, tree),
+        document.lines,
+        [path, *paths],
+        locked | {str(key) for key in locked_keys},
+    )
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Blocks are merged key by key; everything else is replaced."""
-    both = dict(base)
-    for key, value in over.items():
-        inner = both.get(key)
-        both[key] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
-    return both
+def _merge_blocks(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """Merge two trees: blocks are merged key by key, everything else is replaced."""
+    merged = dict(base)
+    for key, value in overrides.items():
+        inner = merged.get(key)
+        merged[key] = (
+            _merge_blocks(inner, value)
+            if isinstance(inner, dict) and isinstance(value, dict)
+            else value
+        )
+    return merged
 
 
-def _changes(tree: dict[str, Any], base: dict[str, Any], path: str) -> bool:
-    """Whether a tree says otherwise than the one below it at a key, or takes the block away that the key is in."""
+def _has_different_value(tree: dict[str, Any], base: dict[str, Any], path: str) -> bool:
+    """Return whether a tree differs from its base at a key, or removes the block around it."""
     value: Any = tree
     for part in path.split("."):
         if not isinstance(value, dict):
@@ -149,15 +218,15 @@ def _changes(tree: dict[str, Any], base: dict[str, Any], path: str) -> bool:
         if part not in value:
             return False
         value = value[part]
-    return bool(value != fields.get(base, path))
+    return bool(value != fields.get_value(base, path))
 
 
-def _keys(model: type[Spec], prefix: str) -> list[str]:
-    """Every dotted key that a site file may have."""
-    found = []
+def _list_keys(model: type[Spec], prefix: str) -> list[str]:
+    """Return every dotted key that a site file may have."""
+    keys = []
     for name, field in model.model_fields.items():
         inner = field.annotation
-        found.append(f"{prefix}{name}")
+        keys.append(f"{prefix}{name}")
         if isinstance(inner, type) and issubclass(inner, Spec):
-            found += _keys(inner, f"{prefix}{name}.")
-    return found
+            keys += _list_keys(inner, f"{prefix}{name}.")
+    return keys

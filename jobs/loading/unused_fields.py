@@ -1,4 +1,4 @@
-"""What a job sets and a command, a method or a task does not look at: it is said, and not dropped silently. Pure."""
+"""Report fields that a job sets and that its command, method or task does not use. Pure."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials.trial_id import METHOD_BLOCKS
 
-_SET = ("file", "override", "alias", "linked")
-"""Origins of what a user said."""
-_BLOCKS = ("lora", "qlora", "prompt_tuning")
+_USER_ORIGINS = ("file", "override", "alias", "linked")
+"""Origins of values that the user set."""
+_BLOCK_NAMES = ("lora", "qlora", "prompt_tuning")
 
 
 class _Rule(NamedTuple):
-    """Fields that are not looked at, when, and why."""
+    """Fields that are not used, under which condition, and why."""
 
     names: tuple[str, ...]
     applies: Callable[[JobSpec, str], bool]
     why: str
     decided_by: str = ""
-    """The field that decides it: a search or an arm may give it other values."""
+    """Field that decides whether the rule applies. A search or an arm may vary it."""
 
 
 _RULES = (
-    _Rule(("evaluate.folds",), lambda job, command: command == "train", "train trains once, on the training rows"),
+    _Rule(
+        ("evaluate.folds",),
+        lambda job, command: command == "train",
+        "train trains once, on the training rows",
+    ),
     _Rule(
         ("train.warmup_ratio", "train.warmup_steps"),
         lambda job, _: job.train.lr_scheduler_type == "constant",
@@ -46,7 +50,7 @@ _RULES = (
     ),
     _Rule(
         ("evaluate.max_new_tokens", "evaluate.do_sample", "evaluate.sample_rows"),
-        lambda job, _: not job.generates,
+        lambda job, _: not job.is_generative,
         "a classifier writes no answers",
     ),
     _Rule(
@@ -59,36 +63,44 @@ _RULES = (
             *("data.system_prompt", "data.chat_template", "data.chat_template_kwargs"),
             *("data.assistant_only_loss", "data.train_on_turns"),
         ),
-        lambda job, _: not job.generates,
+        lambda job, _: not job.is_generative,
         "a classifier reads a text, and no conversation",
     ),
-    _Rule(("data.labels",), lambda job, _: job.generates, "only classification has classes"),
+    _Rule(("data.labels",), lambda job, _: job.is_generative, "only classification has classes"),
     _Rule(
-        ("train.num_train_epochs",), lambda job, _: job.train.max_steps is not None, "train.max_steps comes before it"
+        ("train.num_train_epochs",),
+        lambda job, _: job.train.max_steps is not None,
+        "train.max_steps comes before it",
     ),
 )
 
 
-def unused_notes(loaded: LoadedJob, command: str) -> list[str]:
-    """Return a sentence for each field that the user set and that nothing looks at."""
+def collect_unused_notes(loaded: LoadedJob, command: str) -> list[str]:
+    """Return a message for each field that the user set and that nothing uses."""
     job = loaded.job
-    leaves = fields.leaves()
-    said = [path for path, origin in loaded.origins.items() if origin.kind in _SET and path in leaves]
+    leaves = fields.get_leaf_fields()
+    set_paths = [
+        path
+        for path, origin in loaded.origins.items()
+        if origin.kind in _USER_ORIGINS and path in leaves
+    ]
     varied = set(job.search.parameters) if job.search and command == "sweep" else set()
     for arm in job.compare.arms.values() if job.compare and command == "compare" else ():
         varied |= {*arm.set, *arm.parameters}
     notes = []
     for rule in _RULES:
-        named = [path for path in rule.names if path in said]
-        if named and rule.decided_by not in varied and rule.applies(job, command):
-            notes.append(f"{_listed(named)} set, but not used: {rule.why}")
+        unused_paths = [path for path in rule.names if path in set_paths]
+        if unused_paths and rule.decided_by not in varied and rule.applies(job, command):
+            notes.append(f"{_format_paths(unused_paths)} set, but not used: {rule.why}")
     if "method" not in varied and not (job.compare and command == "compare"):
-        for block in _BLOCKS:
-            named = [path for path in said if path.startswith(f"{block}.")]
-            if named and block not in METHOD_BLOCKS[job.method]:
-                notes.append(f"{_listed(named)} set, but not used: method is {job.method}")
+        for block in _BLOCK_NAMES:
+            unused_paths = [path for path in set_paths if path.startswith(f"{block}.")]
+            if unused_paths and block not in METHOD_BLOCKS[job.method]:
+                notes.append(
+                    f"{_format_paths(unused_paths)} set, but not used: method is {job.method}"
+                )
     return notes
 
 
-def _listed(paths: list[str]) -> str:
+def _format_paths(paths: list[str]) -> str:
     return f"{' and '.join(paths)} {'is' if len(paths) == 1 else 'are'}"

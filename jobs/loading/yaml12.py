@@ -1,7 +1,9 @@
-"""A closed reading of YAML: 1.2 scalars, the line of every key, and none of the ways to surprise a reader.
+"""Read a strict subset of YAML: 1.2 scalars, the line of every key, and no features with
+surprising results.
 
-PyYAML's own rules read `no` as false, `1:00:00` as 3600 and `2e-4` as a text. Here the scalars are those of YAML 1.2's
-core schema. Duplicate keys, tags and aliases that multiply are errors.
+PyYAML reads `no` as false, `1:00:00` as 3600 and `2e-4` as text. This module uses the
+scalars of YAML 1.2's core schema. Duplicate keys, tags and aliases that multiply are
+errors.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+
 from lorafleet.jobs.errors import Problem
 
 _NULL = {"", "~", "null", "Null", "NULL"}
@@ -32,8 +35,11 @@ class Document:
     problems: list[Problem] = field(default_factory=list)
 
 
-def scalar(text: str) -> bool | int | float | str | None:
-    """A plain scalar by YAML 1.2's core schema: `2e-4` is a number, `no` and `1:00:00` are texts."""
+def parse_scalar(text: str) -> bool | int | float | str | None:
+    """Parse a plain scalar by YAML 1.2's core schema.
+
+    `2e-4` is a number; `no` and `1:00:00` are text.
+    """
     if text in _NULL:
         return None
     if text in _BOOL:
@@ -57,18 +63,22 @@ def scalar(text: str) -> bool | int | float | str | None:
     return text
 
 
-def read(text: str) -> Document:
-    """Read one document. What is wrong with it is in `problems`; the value is then not to be used."""
+def parse_document(text: str) -> Document:
+    """Parse one document. If `problems` of the result is not empty, do not use its value."""
     document = Document(None)
     if len(text) > _MAX_CHARACTERS:
-        document.problems.append(Problem("", f"the file has {len(text):,} characters, a job file at most 1,000,000"))
+        document.problems.append(
+            Problem("", f"the file has {len(text):,} characters, a job file at most 1,000,000")
+        )
         return document
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        said = " ".join(str(part) for part in (error.context, error.problem) if part)
-        document.problems.append(Problem("", f"not YAML: {said}", mark.line + 1 if mark else None))
+        message = " ".join(str(part) for part in (error.context, error.problem) if part)
+        document.problems.append(
+            Problem("", f"not YAML: {message}", mark.line + 1 if mark else None)
+        )
         return document
     except (yaml.YAMLError, RecursionError) as error:
         document.problems.append(Problem("", f"not YAML: {str(error).splitlines()[0]}"))
@@ -77,12 +87,15 @@ def read(text: str) -> Document:
     return document
 
 
-class _Stop(Exception):
-    """A document that must not be read further."""
+class _StopReading(Exception):
+    """Raised when a document must not be read further."""
 
 
 class _Builder:
-    """Plain values from PyYAML's nodes. It counts what it makes: ten aliases of ten aliases are a bomb."""
+    """Builds plain values from PyYAML's nodes.
+
+    It counts the nodes it creates, because nested aliases can multiply without limit.
+    """
 
     def __init__(self, document: Document) -> None:
         self.document = document
@@ -90,47 +103,59 @@ class _Builder:
 
     def build(self, node: yaml.Node | None) -> None:
         try:
-            self.document.value = None if node is None else self._value(node, "", 0)
-        except _Stop:
+            self.document.value = None if node is None else self._build_value(node, "", 0)
+        except _StopReading:
             self.document.value = None
 
-    def _value(self, node: yaml.Node, path: str, depth: int) -> Any:
+    def _build_value(self, node: yaml.Node, path: str, depth: int) -> Any:
         self.nodes += 1
         if self.nodes > _MAX_NODES or depth > _MAX_DEPTH:
-            self._problem(path, "the file grows beyond measure through its aliases or its depth", node)
-            raise _Stop
+            self._add_problem(
+                path, "the file grows beyond measure through its aliases or its depth", node
+            )
+            raise _StopReading
         if isinstance(node, yaml.MappingNode):
-            self._plain_tag(node, path, "tag:yaml.org,2002:map")
-            return self._mapping(node, path, depth)
+            self._check_tag(node, path, "tag:yaml.org,2002:map")
+            return self._build_mapping(node, path, depth)
         if isinstance(node, yaml.SequenceNode):
-            self._plain_tag(node, path, "tag:yaml.org,2002:seq")
-            return [self._value(child, path, depth + 1) for child in node.value]
+            self._check_tag(node, path, "tag:yaml.org,2002:seq")
+            return [self._build_value(child, path, depth + 1) for child in node.value]
         assert isinstance(node, yaml.ScalarNode)  # the third and last kind of node
-        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python/"):
-            self._problem(path, f"the tag {node.tag.removeprefix('tag:yaml.org,2002:')} is not read here", node)
-        return scalar(node.value) if node.style is None else node.value
+        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith(
+            "tag:yaml.org,2002:python/"
+        ):
+            self._add_problem(
+                path,
+                f"the tag {node.tag.removeprefix('tag:yaml.org,2002:')} is not read here",
+                node,
+            )
+        return parse_scalar(node.value) if node.style is None else node.value
 
-    def _plain_tag(self, node: yaml.Node, path: str, expected: str) -> None:
+    def _check_tag(self, node: yaml.Node, path: str, expected: str) -> None:
         if node.tag != expected:
-            self._problem(path, f"the tag {node.tag.removeprefix('tag:yaml.org,2002:')} is not read here", node)
+            self._add_problem(
+                path,
+                f"the tag {node.tag.removeprefix('tag:yaml.org,2002:')} is not read here",
+                node,
+            )
 
-    def _mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Any]:
+    def _build_mapping(self, node: yaml.MappingNode, path: str, depth: int) -> dict[str, Any]:
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self._problem(path, "a key must be a word", key_node)
+                self._add_problem(path, "a key must be a word", key_node)
                 continue
             key = str(key_node.value)
             if key == "<<":
-                self._problem(path, "merge keys (<<) are not read here", key_node)
+                self._add_problem(path, "merge keys (<<) are not read here", key_node)
                 continue
             inner = f"{path}.{key}" if path else key
             if key in mapping:
                 first = self.document.lines[inner]
-                self._problem(inner, f"{inner} stands twice, first in line {first}", key_node)
+                self._add_problem(inner, f"{inner} stands twice, first in line {first}", key_node)
             self.document.lines.setdefault(inner, key_node.start_mark.line + 1)
-            mapping[key] = self._value(value_node, inner, depth + 1)
+            mapping[key] = self._build_value(value_node, inner, depth + 1)
         return mapping
 
-    def _problem(self, path: str, sentence: str, node: yaml.Node) -> None:
+    def _add_problem(self, path: str, sentence: str, node: yaml.Node) -> None:
         self.document.problems.append(Problem(path, sentence, node.start_mark.line + 1))

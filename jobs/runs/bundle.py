@@ -1,4 +1,7 @@
-"""A run as a few texts, for places that do not see the folder of the one who submits: packed there, unpacked here."""
+"""Serialise a run for clusters that cannot read the submitter's disk.
+
+`pack` runs on the client, `unpack` on the cluster.
+"""
 
 from __future__ import annotations
 
@@ -14,41 +17,67 @@ from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.run import Run, RunState
 
 DOCUMENT = "run.json"
-"""Which of the texts says what the others are."""
+"""File of a bundle that describes the others."""
 TEXTS = ("job.yaml", "resolved.json", "plan.json")
 SUBMISSION = "submission.json"
-"""File of a run on a storage with the number of its newest submission."""
+"""File of a run on a cluster's storage that holds the number of its latest submission."""
 
 
-def pack(name: str, texts: dict[str, str], submission: int = 1, ray: str | None = None) -> dict[str, str]:
-    """The texts of a run by file: those that it begins with, and one with the job's name, lorafleet's version, Ray's
-    where that must be a certain one, and how often the run was submitted."""
-    own = {"schema_version": 1, "lorafleet": version("lorafleet"), "name": name, "submission": submission}
-    own |= {"ray": ray} if ray else {}
-    return {DOCUMENT: json.dumps(own) + "\n"} | {file: texts[file] for file in TEXTS}
+def pack(
+    name: str, texts: dict[str, str], submission: int = 1, ray: str | None = None
+) -> dict[str, str]:
+    """Return the bundle of a run: file name -> text.
+
+    It holds the files with which a run begins, and a document with the job's name, lorafleet's
+    version and the number of the submission.
+
+    Args:
+        name: The job's name.
+        texts: File name -> text; at least those of TEXTS.
+        submission: How often the run was submitted.
+        ray: Version of Ray that the cluster must have; None if any will do.
+    """
+    metadata = {
+        "schema_version": 1,
+        "lorafleet": version("lorafleet"),
+        "name": name,
+        "submission": submission,
+    }
+    metadata |= {"ray": ray} if ray else {}
+    return {DOCUMENT: json.dumps(metadata) + "\n"} | {file: texts[file] for file in TEXTS}
 
 
 def unpack(folder: Path, document: Path) -> Run:
-    """The run in a folder, which is made from the texts beside the document where it is not there yet: whole, or not
-    at all.
+    """Return the run in a folder, and create it from a bundle if it does not exist yet.
 
-    Raises RunError when the document was written by another version of lorafleet, or is none.
+    The folder is created completely or not at all.
+
+    Args:
+        folder: The run's folder.
+        document: The bundle's document; its other files are beside it.
+
+    Raises:
+        RunError: If the file is not such a document, or was written by another version of
+            lorafleet.
     """
-    told = files.read_json(document)
-    if not {"lorafleet", "name"} <= set(told):
+    metadata = files.read_json(document)
+    if not {"lorafleet", "name"} <= set(metadata):
         raise RunError(f"{document} is not the document of a run")
     for package in ("lorafleet", "ray"):
-        here = version(package)
-        if told.get(package, here) != here:
+        installed = version(package)
+        if metadata.get(package, installed) != installed:
             raise RunError(
-                f"the job was submitted by {package} {told[package]}, and this is {here}: the image must have the "
+                f"the job was submitted by {package} {metadata[package]}, and this is "
+                f"{installed}: the image must have the "
                 "version of the one who submits"
             )
     run = Run(folder)
     if (folder / "plan.json").is_file():
-        if told.get("submission", 1) > files.read_json(folder / SUBMISSION).get("number", 1):
-            (folder / "stop").unlink(missing_ok=True)  # its user has resumed it since
-            files.write_json(folder / SUBMISSION, {"number": told["submission"]})
+        if metadata.get("submission", 1) > files.read_json(folder / SUBMISSION).get("number", 1):
+            (folder / "stop").unlink(
+                missing_ok=True
+            )  # the user has resumed the run since it was stopped
+            files.write_json(folder / SUBMISSION, {"number": metadata["submission"]})
         return run
     scratch = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     scratch.parent.mkdir(parents=True, exist_ok=True)
@@ -56,13 +85,13 @@ def unpack(folder: Path, document: Path) -> Run:
     try:
         for name in TEXTS:
             files.write_text(scratch / name, (document.parent / name).read_text())
-        made = Run(scratch)
-        made.set_state(RunState.PENDING, created=time.time(), name=told["name"])
-        made.keep_reserve()
+        new_run = Run(scratch)
+        new_run.set_state(RunState.PENDING, created=time.time(), name=metadata["name"])
+        new_run.create_reserve()
         (scratch / "logs").mkdir()
         scratch.rename(folder)
     except OSError:
-        if not (folder / "plan.json").is_file():  # another attempt was first
+        if not (folder / "plan.json").is_file():  # otherwise another attempt has created it first
             raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -1,4 +1,7 @@
-"""What an export is asked for and what became of it: parity, the best for a device, the record of a folder. Pure."""
+"""Define the request and the results of an export: parity, target selection, folder record.
+
+All functions but `read_record` are pure.
+"""
 
 from __future__ import annotations
 
@@ -7,329 +10,412 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from pydantic import Field, ValidationError
+
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import ExitCode, UserError
 from lorafleet.jobs.runs.report import Inference
 from lorafleet.jobs.schema.base import Spec
 from lorafleet.jobs.schema.export import Gate, Target
-from lorafleet.jobs.schema.validation_messages import of_another_version
-from pydantic import Field, ValidationError
+from lorafleet.jobs.schema.validation_messages import describe_unreadable_file
 
 Record = TypeVar("Record", bound=Spec)
 
 
-class Judged(Spec):
-    """How far one target is from its source, on the same rows."""
+class ParityMeasurement(Spec):
+    """Differences between a target and its source, measured on the same rows."""
 
     rows: int
-    """Held-out rows that both saw."""
+    """Number of held-out rows that both evaluated."""
     positions: int
-    """Positions (or rows, of a classifier) whose logits were compared."""
+    """Number of positions (for a classifier: rows) whose logits were compared."""
     max_logit_difference: float | None
-    """Largest absolute difference of a logit; null where one is no number."""
+    """Largest absolute difference of a logit; null if one is NaN or infinite."""
     mean_logit_difference: float | None
-    """Their mean absolute difference."""
+    """Mean absolute difference of the logits."""
     agreement: float
-    """Share of positions (rows) with the same likeliest token (class)."""
+    """Share of positions with the same likeliest token, or of rows with the same class."""
     steps: int = 0
-    """Tokens that were given one by one, over rows of unequal length beside each other."""
+    """Number of tokens in the token-by-token check, over a batch of rows of unequal length."""
     step_logit_difference: float | None = None
-    """The largest difference where rows are given token by token, and padded on the left, as answers are written."""
+    """Largest logit difference if rows are fed token by token and padded on the left, as in
+    generation.
+    """
     step_agreement: float | None = None
-    """Share of those tokens after which the likeliest next one is the same."""
+    """Share of these tokens after which the likeliest next token is the same."""
     called_rows: int = 0
-    """Held-out rows that were asked as a user asks: by the runner beside the model, in a process of its own."""
+    """Number of held-out rows that were sent as a user sends them: to the runner beside the model,
+    in its own process.
+    """
     called_prompts: float | None = None
-    """Share of these whose prompt had the very tokens that training gives the row."""
+    """Share of these rows whose prompt had exactly the tokens that training gives the row."""
     called_answers: float | None = None
-    """Share of these whose answer begins as the source's own."""
+    """Share of these rows whose answer begins as the source's answer does."""
     metric: str
-    """accuracy or perplexity."""
+    """Name of the metric: accuracy or perplexity."""
     before: float | None
-    """The metric of the source; null where it is no number."""
+    """Metric of the source; null if it is NaN or infinite."""
     before_interval: tuple[float, float] | None
-    """Its 95 % bootstrap interval over rows."""
+    """95 % bootstrap interval of `before`, over rows."""
     after: float | None
-    """The metric of the target; null where it is no number."""
+    """Metric of the target; null if it is NaN or infinite."""
     after_interval: tuple[float, float] | None
-    """Its 95 % bootstrap interval over rows."""
+    """95 % bootstrap interval of `after`, over rows."""
 
 
 class Parity(Spec):
-    """parity.json: whether a target may be shipped, and why not."""
+    """parity.json: whether a target is accepted, and the reasons if it is not."""
 
     target: Target
-    """What was made."""
+    """The target."""
     accepted: bool
-    """Whether it behaves like its source."""
+    """True if the target behaves like its source."""
     reasons: list[str] = []
-    """Why it is not accepted, a sentence each."""
+    """Reasons why it is not accepted, one sentence each."""
     gate: Gate
-    """What was asked of it."""
-    judged: Judged
-    """What was found."""
+    """Limits that were applied."""
+    judged: ParityMeasurement
+    """Measured differences."""
     remarks: list[str] = []
-    """What else there is to know."""
+    """Further remarks for the user."""
 
 
-_FEW_STEPS = 0.1
-"""Less is asked of the few tokens that are given one by one: of thirty, one is three in a hundred."""
+_STEP_TOLERANCE = 0.1
+"""Extra tolerance for the token-by-token check: it covers only about 30 tokens, so one
+mismatch already costs 3 %.
+"""
 
 
-def verdict(gate: Gate, judged: Judged) -> list[str]:
-    """Why a target is refused, a sentence each; nothing, and it is accepted. What is no number is refused."""
-    found = judged.max_logit_difference
-    if found is None or judged.after is None or (judged.steps and judged.step_logit_difference is None):
+def find_gate_violations(gate: Gate, measurement: ParityMeasurement) -> list[str]:
+    """Return the reasons why a target is refused, one sentence each.
+
+    An empty list means that it is accepted. Values that are NaN or infinite are refused.
+    """
+    logit_difference = measurement.max_logit_difference
+    if (
+        logit_difference is None
+        or measurement.after is None
+        or (measurement.steps and measurement.step_logit_difference is None)
+    ):
         return ["it says what is no number (NaN, or beyond all bounds)"]
     reasons = []
-    worst = max(found, judged.step_logit_difference or 0.0)
-    if gate.max_logit_difference is not None and not worst <= gate.max_logit_difference:
-        reasons.append(f"a logit differs by {worst:.2g}, and may by {gate.max_logit_difference:g}")
-    if gate.min_agreement is not None and not judged.agreement >= gate.min_agreement:
-        what = "classes" if judged.metric == "accuracy" else "likeliest tokens"
-        reasons.append(f"{judged.agreement:.3f} of {what} agree, and {gate.min_agreement:g} must")
-    by_steps = judged.step_agreement
-    if gate.min_agreement is not None and by_steps is not None and by_steps < gate.min_agreement - _FEW_STEPS:
+    max_difference = max(logit_difference, measurement.step_logit_difference or 0.0)
+    if gate.max_logit_difference is not None and not max_difference <= gate.max_logit_difference:
         reasons.append(
-            f"token by token {by_steps:.3f} of likeliest tokens agree, and {gate.min_agreement - _FEW_STEPS:g} must"
+            f"a logit differs by {max_difference:.2g}, and may by {gate.max_logit_difference:g}"
         )
-    if judged.called_prompts is not None and judged.called_prompts < 1:
+    if gate.min_agreement is not None and not measurement.agreement >= gate.min_agreement:
+        compared = "classes" if measurement.metric == "accuracy" else "likeliest tokens"
         reasons.append(
-            f"{judged.called_prompts:.3f} of the prompts that a user asks are framed as in training, and all must be"
+            f"{measurement.agreement:.3f} of {compared} agree, and {gate.min_agreement:g} must"
         )
-    drop = metric_drop(judged)
+    step_agreement = measurement.step_agreement
+    if (
+        gate.min_agreement is not None
+        and step_agreement is not None
+        and step_agreement < gate.min_agreement - _STEP_TOLERANCE
+    ):
+        reasons.append(
+            f"token by token {step_agreement:.3f} of likeliest tokens agree, and "
+            f"{gate.min_agreement - _STEP_TOLERANCE:g} must"
+        )
+    if measurement.called_prompts is not None and measurement.called_prompts < 1:
+        reasons.append(
+            f"{measurement.called_prompts:.3f} of the prompts that a user asks are framed as in "
+            "training, and all must be"
+        )
+    drop = compute_metric_drop(measurement)
     if gate.max_metric_drop is not None and drop is not None and drop > gate.max_metric_drop + 1e-9:
         reasons.append(
-            f"{judged.metric} goes from {judged.before:.4g} to {judged.after:.4g}, and may get worse by "
-            f"{gate.max_metric_drop:g}{'' if judged.metric == 'accuracy' else ' of it'}"
+            f"{measurement.metric} goes from {measurement.before:.4g} to {measurement.after:.4g}, "
+            "and may get worse by "
+            f"{gate.max_metric_drop:g}{'' if measurement.metric == 'accuracy' else ' of it'}"
         )
     return reasons
 
 
-def metric_drop(judged: Judged) -> float | None:
-    """How much worse the target's metric is: accuracy in points, perplexity as a share; None where one is no number."""
-    if judged.before is None or judged.after is None:
+def compute_metric_drop(measurement: ParityMeasurement) -> float | None:
+    """Return how much worse the target's metric is.
+
+    Accuracy is in points, perplexity as a share of the source's value. None if a value is NaN
+    or infinite.
+    """
+    if measurement.before is None or measurement.after is None:
         return None
-    if judged.metric == "accuracy":
-        return judged.before - judged.after
-    return judged.after / judged.before - 1
+    if measurement.metric == "accuracy":
+        return measurement.before - measurement.after
+    return measurement.after / measurement.before - 1
 
 
-class Offer(Spec):
-    """A target that passed its gate, by what a device asks of it."""
+class TargetOffer(Spec):
+    """An accepted target, described by what it needs on a device."""
 
     target: Target
-    """Which."""
+    """The target."""
     files_mb: float
-    """MB on disk."""
+    """Size of its files, in MB."""
     ms: float | None
-    """Milliseconds a token (of a classifier: a row); null where it was not measured."""
+    """Milliseconds per token (for a classifier: per row); null if not measured."""
     metric: str
-    """accuracy or perplexity."""
+    """Name of the metric: accuracy or perplexity."""
     value: float
-    """The metric on held-out rows."""
+    """Metric on held-out rows."""
 
 
-class Budget(Spec):
-    """What a device has room and time for."""
+class DeviceBudget(Spec):
+    """Limits of a device in disk space and time."""
 
     files_mb: float | None = Field(None, gt=0)
-    """MB on disk, at most."""
+    """Maximum size of the files, in MB."""
     ms: float | None = Field(None, gt=0)
-    """Milliseconds a token (of a classifier: a row), at most."""
+    """Maximum milliseconds per token (for a classifier: per row)."""
 
 
-_ALIKE = 1e-3
-"""Metrics so near each other are the same: float16 and float32 differ by less."""
+_EQUAL_TOLERANCE = 1e-3
+"""Metrics closer than this count as equal: float16 and float32 differ by less."""
 
 
-def pick(offers: Sequence[Offer], budget: Budget) -> tuple[Offer | None, str]:
-    """(the best that fits, a sentence with the reason). Best by metric; of those alike, the smallest."""
+def choose_target(
+    offers: Sequence[TargetOffer], budget: DeviceBudget
+) -> tuple[TargetOffer | None, str]:
+    """Choose the best target that fits a device.
+
+    The best metric wins; among equal metrics, the smallest files.
+
+    Returns:
+        The chosen target (None if nothing fits) and a sentence with the reason.
+    """
     if not offers:
         return None, "There is no target that passed its gate, so none can be picked."
-    fitting = [offer for offer in offers if not _beyond(offer, budget)]
+    fitting = [offer for offer in offers if not _list_budget_violations(offer, budget)]
     if not fitting:
-        why = "; ".join(f"{offer.target} {', '.join(_beyond(offer, budget))}" for offer in offers)
-        return None, f"Nothing fits: {why}."
-    higher = fitting[0].metric == "accuracy"
-    best = (max if higher else min)(offer.value for offer in fitting)
-    alike = [offer for offer in fitting if abs(offer.value - best) <= _ALIKE * max(1.0, abs(best))]
-    chosen = min(alike, key=lambda offer: offer.files_mb)
-    said = [f"{chosen.files_mb:.1f} MB" + (f" of {budget.files_mb:g}" if budget.files_mb else "")]
+        reasons = "; ".join(
+            f"{offer.target} {', '.join(_list_budget_violations(offer, budget))}"
+            for offer in offers
+        )
+        return None, f"Nothing fits: {reasons}."
+    is_higher_better = fitting[0].metric == "accuracy"
+    best = (max if is_higher_better else min)(offer.value for offer in fitting)
+    equal = [
+        offer
+        for offer in fitting
+        if abs(offer.value - best) <= _EQUAL_TOLERANCE * max(1.0, abs(best))
+    ]
+    chosen = min(equal, key=lambda offer: offer.files_mb)
+    details = [
+        f"{chosen.files_mb:.1f} MB" + (f" of {budget.files_mb:g}" if budget.files_mb else "")
+    ]
     if chosen.ms is not None:
-        said.append(f"{chosen.ms:.1f} ms {_each(chosen)}" + (f" of {budget.ms:g}" if budget.ms else ""))
+        details.append(
+            f"{chosen.ms:.1f} ms {_describe_unit(chosen)}"
+            + (f" of {budget.ms:g}" if budget.ms else "")
+        )
     return (
         chosen,
-        f"{chosen.target} fits and is the best that does: {', '.join(said)}, {chosen.metric} {chosen.value:.4g}.",
+        f"{chosen.target} fits and is the best that does: {', '.join(details)}, {chosen.metric} "
+        f"{chosen.value:.4g}.",
     )
 
 
-def _each(offer: Offer) -> str:
+def _describe_unit(offer: TargetOffer) -> str:
+    """Return the unit of a target's latency: a row or a token."""
     return "a row" if offer.metric == "accuracy" else "a token"
 
 
-def _beyond(offer: Offer, budget: Budget) -> list[str]:
-    """What of a budget an offer does not keep, and by how much."""
-    found = []
+def _list_budget_violations(offer: TargetOffer, budget: DeviceBudget) -> list[str]:
+    """Return which limits of a budget a target exceeds, and by how much."""
+    violations = []
     if budget.files_mb is not None and offer.files_mb > budget.files_mb:
-        over = offer.files_mb - budget.files_mb
-        found.append(f"has {offer.files_mb:.1f} MB, {over:.1f} more than {budget.files_mb:g}")
+        excess_mb = offer.files_mb - budget.files_mb
+        violations.append(
+            f"has {offer.files_mb:.1f} MB, {excess_mb:.1f} more than {budget.files_mb:g}"
+        )
     if budget.ms is not None and offer.ms is None:
-        found.append("was not measured")
+        violations.append("was not measured")
     elif budget.ms is not None and offer.ms is not None and offer.ms > budget.ms:
-        found.append(f"takes {offer.ms:.1f} ms {_each(offer)}, {offer.ms - budget.ms:.1f} more than {budget.ms:g}")
-    return found
+        violations.append(
+            f"takes {offer.ms:.1f} ms {_describe_unit(offer)}, {offer.ms - budget.ms:.1f} more "
+            f"than {budget.ms:g}"
+        )
+    return violations
 
 
 EXPORTED = "exported.json"
-"""Of the run of an export: what became of it."""
+"""File of an export's run that holds its results."""
 
 
-class Delivery(Spec):
-    """What an export or a benchmark is asked for where it runs as a job of its own."""
+class ExportRequest(Spec):
+    """Request for an export or a benchmark that runs as a job of its own."""
 
     run: str
-    """The run whose model it is: its folder's name beside this one, or its path there."""
+    """Run that the model comes from: the name of its folder beside this one, or its path on the
+    machine that runs the job.
+    """
     trial_id: str = ""
-    """The trial; empty: what the run recommends."""
+    """Trial to export. Default (empty): the trial that the run recommends."""
     output: str = ""
-    """Folder of the targets; empty: `export` in the run's folder."""
+    """Folder for the targets. Default (empty): `export` in the run's folder."""
     targets: tuple[Target, ...] = ()
-    """What to make."""
+    """Targets to make."""
     threads: int = 1
-    """CPU threads with which targets are measured; 0: they are not."""
+    """Number of CPU threads with which targets are measured; 0 skips the measurement.
+
+    Default: 1.
+    """
     held_out: int | None = None
-    """Held-out rows on which targets are compared with their source; null: the job's `export.rows`."""
-    budget: Budget | None = None
-    """What a device has."""
+    """Number of held-out rows on which targets are compared with their source. Default (null): the
+    job's `export.rows`.
+    """
+    budget: DeviceBudget | None = None
+    """Limits of the device."""
     rounds: int = 3
-    """Of a benchmark: how often each variant is measured."""
+    """For a benchmark: number of times that each variant is measured."""
     rows: int = 8
-    """Of a benchmark: held-out rows."""
+    """For a benchmark: number of held-out rows."""
     new_tokens: int = 32
-    """Of a benchmark: tokens of every answer."""
+    """For a benchmark: number of tokens of every answer."""
     points: tuple[tuple[int, int], ...] = ()
-    """Of a benchmark: batches that are measured as well, (rows, tokens of each)."""
+    """For a benchmark: further batches to measure, as (rows, tokens per row)."""
 
 
-class Made(Spec):
-    """One line of what became of an export."""
+class TargetResult(Spec):
+    """Result of an export for one target."""
 
     target: Target
-    """Which."""
+    """The target."""
     accepted: bool = False
-    """Whether it may be shipped."""
+    """True if the target passed its gate."""
     folder: str | None = None
-    """Where it lies; null: it could not be made."""
+    """Folder of the target; null if it could not be made."""
     unavailable: str | None = None
-    """Why this machine or this model cannot have it."""
+    """Reason why this target is not available on this machine or for this model."""
     failure: str | None = None
-    """Why it could not be made at all."""
+    """Reason why making the target failed."""
     parity: Parity | None = None
-    """How far it is from its source."""
+    """Comparison with its source."""
     files_mb: float | None = None
-    """MB on disk."""
+    """Size of its files, in MB."""
     inference: Inference | None = None
-    """What it takes where it was made; null: not measured."""
+    """Inference costs on the machine that made it; null if not measured."""
     seconds: float = 0.0
     """Seconds that it took to make."""
 
     @property
     def ms(self) -> float | None:
-        """Milliseconds a token, or (of a classifier) a row; None where it was not measured."""
-        speed = self.inference
-        if speed is None:
+        """Return milliseconds per token, or per row of a classifier; None if not measured."""
+        costs = self.inference
+        if costs is None:
             return None
-        return 1000 / speed.tokens_per_second if speed.tokens_per_second else speed.latency_ms
+        return 1000 / costs.tokens_per_second if costs.tokens_per_second else costs.latency_ms
 
     @property
-    def offer(self) -> Offer | None:
-        """What it has for a device; None for what was not accepted."""
-        judged = self.parity.judged if self.parity else None
-        if not self.accepted or judged is None or judged.after is None or self.files_mb is None:
+    def offer(self) -> TargetOffer | None:
+        """Return what the target needs on a device; None if it was not accepted."""
+        measurement = self.parity.judged if self.parity else None
+        if (
+            not self.accepted
+            or measurement is None
+            or measurement.after is None
+            or self.files_mb is None
+        ):
             return None
-        return Offer(target=self.target, files_mb=self.files_mb, ms=self.ms, metric=judged.metric, value=judged.after)
+        return TargetOffer(
+            target=self.target,
+            files_mb=self.files_mb,
+            ms=self.ms,
+            metric=measurement.metric,
+            value=measurement.after,
+        )
 
 
-class Exported(Spec):
-    """What became of an export."""
+class ExportResult(Spec):
+    """Result of an export."""
 
-    targets: list[Made]
-    """In the order in which they were made."""
+    targets: list[TargetResult]
+    """Results in the order in which the targets were made."""
     picked: Target | None = None
-    """The best that fits the budget."""
+    """Best target that fits the budget."""
     sentence: str = ""
-    """Why."""
+    """Reason for that choice."""
     output: str
     """Folder of the targets."""
 
     @property
     def code(self) -> ExitCode:
-        """What the command ends with."""
-        judged = [one for one in self.targets if one.parity]
-        if not all(one.accepted for one in judged):
+        """Return the exit code of the command."""
+        compared = [result for result in self.targets if result.parity]
+        if not all(result.accepted for result in compared):
             return ExitCode.GATE_REFUSED
-        if any(one.failure for one in self.targets):
+        if any(result.failure for result in self.targets):
             return ExitCode.OUR_FAULT
-        if not judged:
+        if not compared:
             return ExitCode.USER_INPUT
         nothing_fits = self.sentence and self.picked is None
         return ExitCode.GATE_REFUSED if nothing_fits else ExitCode.OK
 
 
 class Artefact(Spec):
-    """artefact.json: what a folder holds, for whoever runs it."""
+    """artefact.json: what a folder contains, for whoever runs it."""
 
     target: Target
-    """What it is."""
+    """Target that the folder contains."""
     task: Literal["classification", "generation", "summarization"]
-    """What it does."""
+    """Task of the model."""
     source: dict[str, Any]
-    """run, trial_id, method, base, revision."""
+    """Origin of the model: run, trial_id, method, base and revision."""
     labels: list[str] = []
-    """Of a classifier: what its outputs mean, in order."""
+    """For a classifier: the classes of its outputs, in order."""
     max_length: int
-    """Tokens of a row in training: longer ones were cut."""
+    """Maximum tokens of a row in training; longer rows were cut."""
     positions: int | None = None
-    """Tokens that the model has places for; null: as many as are given."""
+    """Maximum number of positions of the model; null if it has no limit."""
     ends: list[int] = []
-    """Tokens at which an answer is over."""
+    """Tokens that end an answer."""
     pad_id: int
-    """The token that fills rows up."""
+    """Padding token."""
     start: list[int] = []
-    """Tokens before the text, where the prompt does not name them itself."""
+    """Tokens before the text that the prompt does not contain itself."""
     before: str = ""
-    """What stands before what is asked, from the chat template."""
+    """Text of the chat template before the question."""
     system: str = ""
-    """The system message that all rows of training begin with; `before` has it in it. Empty: they have none, or not
-    all the same."""
+    """System message with which all training rows begin; it is part of `before`. Empty if rows
+    have none, or not all the same.
+    """
     system_role: str = ""
-    """Role of that message: system or developer. Empty: there is none (or `system` is of an older version)."""
+    """Role of that message: system or developer. Empty if there is none, or if `system` comes from
+    an older version.
+    """
     after: str = ""
-    """What stands between what is asked and the answer."""
+    """Text of the chat template between the question and the answer."""
     strip: bool = False
-    """Whether the chat template takes the spaces off the ends of what is asked."""
+    """True if the chat template strips spaces from both ends of the question."""
     answer_frame: dict[str, Any] | None = None
-    """What the model writes before its answer, as `answer_frame.py` reads it; null: what it writes is the answer."""
+    """Frame that the model writes before its answer, in the form that `answer_frame.py` reads;
+    null if all that it writes is the answer.
+    """
     chat_template_kwargs: dict[str, Any] = {}
-    """Variables that the chat template was rendered with."""
+    """Variables with which the chat template was rendered."""
     layers: int = 0
-    """Of a decoder: how many pairs of keys and values it keeps."""
+    """For a decoder: number of pairs of keys and values in its cache."""
     heads: int = 0
-    """Heads of a key."""
+    """Number of key heads."""
     head_size: int = 0
-    """Numbers of a head."""
+    """Size of a head."""
     opset: int | None = None
     """ONNX operator set."""
     versions: dict[str, str] = {}
-    """Package -> version that made it."""
+    """Package -> version that made the target."""
 
 
 def read_record(path: Path, kind: type[Record]) -> Record:
-    """A file of an exported folder as the object that it was written from. Raises UserError for another version's."""
-    found = files.read_json(path)
-    found.pop("schema_version", None)
+    """Read a file of an exported folder as the object that it was written from.
+
+    Raises:
+        UserError: If the file was written by another version.
+    """
+    values = files.read_json(path)
+    values.pop("schema_version", None)
     try:
-        return kind.model_validate_json(json.dumps(found))
+        return kind.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise UserError(of_another_version(path, error)) from None
+        raise UserError(describe_unreadable_file(path, error)) from None

@@ -1,8 +1,10 @@
-"""One driver at a time: an attempt's number is its right to write, and a newer number ends that right.
+"""Let only one driver at a time write a run.
 
-`attempts/N.json` is made by one hard link, which succeeds for one process alone on every file system that nodes share.
-While its driver lives, `attempts/N.beat` changes; a driver that ends of itself leaves `attempts/N.end`. No clock of one
-machine is compared with another's, and no flock is used, which network file systems keep on one machine only.
+Each attempt has a number, and a newer attempt revokes the right to write.
+`attempts/N.json` is created with a hard link, which succeeds for exactly one process on
+every file system that nodes share. While its driver is alive, `attempts/N.beat` changes;
+a driver that ends by itself writes `attempts/N.end`. Clocks of different machines are
+never compared, and flock is not used: network file systems apply it on one machine only.
 """
 
 from __future__ import annotations
@@ -21,39 +23,46 @@ from lorafleet.jobs.errors import RunError
 
 _BEAT_SECONDS = 5.0
 _WATCH_SECONDS = 40.0
-"""How long a driver on another machine is watched for a sign of life."""
+"""Seconds to watch a driver on another machine for a heartbeat."""
 _REPLACED_SECONDS = 180.0
-"""Time for the driver of an earlier submission to save and end, after `resume`."""
+"""Seconds that the driver of an earlier submission has to save and end after `resume`."""
 
 
 class HasDriver(RunError):
-    """Another driver has the run, and lives."""
+    """Error: another driver of the run is alive."""
 
 
 class StaleAttempt(HasDriver):
-    """A newer attempt writes this run: the older one must not any more."""
+    """Error: a newer attempt writes this run, so the older attempt must not write any more."""
 
 
-def machine() -> list[str]:
-    """Where a process's number means something: containers and machines may share a folder."""
+def get_machine_id() -> list[str]:
+    """Return the host name and the PID namespace of this process.
+
+    A process id is only meaningful within both: containers and machines may share a folder.
+    """
     try:
         return [os.uname().nodename, str(Path("/proc/self/ns/pid").readlink())]
     except OSError:
         return [os.uname().nodename]
 
 
-def started(pid: int) -> int | None:
-    """When a process began (clock ticks since boot, field 22 of /proc/PID/stat): a reused pid has another."""
+def get_process_start(pid: int) -> int | None:
+    """Return when a process started, or None if it does not run.
+
+    The value is in clock ticks since boot (field 22 of /proc/PID/stat). A reused process id
+    has a different value.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
-        return _started_elsewhere(pid)
+        return _get_process_start_with_psutil(pid)
     fields = text.rpartition(")")[2].split()
     return None if fields[0] == "Z" else int(fields[19])
 
 
-def _started_elsewhere(pid: int) -> int | None:
-    """The same without /proc (macOS)."""
+def _get_process_start_with_psutil(pid: int) -> int | None:
+    """Return when a process started on a system without /proc (macOS); None if it does not run."""
     if Path("/proc/self").is_dir():
         return None
     import psutil
@@ -64,112 +73,172 @@ def _started_elsewhere(pid: int) -> int | None:
         return None
 
 
-def newest(run: Path) -> int:
-    """The number of the newest attempt at a run; 0 before the first."""
-    return max((int(path.stem) for path in (run / "attempts").glob("*.json") if path.stem.isdigit()), default=0)
+def find_newest_attempt(run: Path) -> int:
+    """Return the number of the newest attempt at a run; 0 if there is none."""
+    return max(
+        (int(path.stem) for path in (run / "attempts").glob("*.json") if path.stem.isdigit()),
+        default=0,
+    )
 
 
 def check_current(run: Path, attempt: int) -> None:
-    """Raise StaleAttempt when there is a newer attempt. Every writer of a run asks before it writes."""
+    """Raise StaleAttempt if there is a newer attempt.
+
+    Every writer of a run calls this before it writes.
+    """
     folder = run / "attempts"
-    try:  # opening the folder makes a network file system ask its server what is in it now
+    try:  # opening the folder makes a network file system refresh its list of files
         os.close(os.open(folder, os.O_RDONLY))
     except FileNotFoundError:
-        raise StaleAttempt(f"attempt {attempt} at {run.name} was taken over, and writes no more") from None
+        raise StaleAttempt(
+            f"attempt {attempt} at {run.name} was taken over, and writes no more"
+        ) from None
     except OSError:
         return
     if (folder / f"{attempt + 1}.json").exists():
         raise StaleAttempt(
-            f"attempt {attempt} at {run.name} was overtaken by attempt {newest(run)}, and writes no more"
+            f"attempt {attempt} at {run.name} was overtaken by attempt "
+            f"{find_newest_attempt(run)}, and writes no more"
         )
 
 
-def attempts(run: Path) -> list[dict[str, Any]]:
-    """What each attempt said of itself, oldest first."""
-    return [files.read_json(run / "attempts" / f"{number}.json") for number in range(1, newest(run) + 1)]
+def read_attempts(run: Path) -> list[dict[str, Any]]:
+    """Return the records of all attempts at a run, oldest first."""
+    return [
+        files.read_json(run / "attempts" / f"{number}.json")
+        for number in range(1, find_newest_attempt(run) + 1)
+    ]
 
 
 @dataclass
 class Lease:
-    """The right to write a run, from `take` to `release`."""
+    """The right to write a run, from `acquire` to `release`."""
 
     run: Path
     attempt: int
     ended: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
-    def take(
+    def acquire(
         cls,
         run: Path,
-        facts: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         *,
         say: Callable[[str], None] = lambda _: None,
         seconds: float = _WATCH_SECONDS,
     ) -> Lease:
-        """Become the run's driver, with `facts` in the attempt's file. Raises RunError when another one lives."""
+        """Become the driver of a run.
+
+        Args:
+            run: Folder of the run.
+            metadata: Metadata to store in the attempt's file.
+            say: Called with messages for the user.
+            seconds: How long a driver on another machine is watched for a heartbeat.
+        Raises:
+            RunError: Another driver of the run is alive.
+        """
         (run / "attempts").mkdir(exist_ok=True)
         while True:
-            before = newest(run)
-            if before:
-                _check_gone(run, before, facts, say, seconds)
-            if _create(run, before + 1, dict(facts)):
-                return cls(run, before + 1)
+            previous = find_newest_attempt(run)
+            if previous:
+                _check_driver_ended(run, previous, metadata, say, seconds)
+            if _create_attempt_file(run, previous + 1, dict(metadata)):
+                return cls(run, previous + 1)
 
-    def keep(self, on_stale: Callable[[str], None]) -> None:
-        """Give a sign of life every few seconds, in a thread, and call `on_stale` once if a newer attempt appears."""
-        threading.Thread(target=self._beat, args=(on_stale,), name="lease", daemon=True).start()
+    def start_heartbeat(self, on_stale: Callable[[str], None]) -> None:
+        """Start a thread that writes a heartbeat every few seconds.
 
-    def _beat(self, on_stale: Callable[[str], None]) -> None:
+        `on_stale` is called once if a newer attempt appears; the heartbeat ends then.
+        """
+        threading.Thread(
+            target=self._send_heartbeats, args=(on_stale,), name="lease", daemon=True
+        ).start()
+
+    def _send_heartbeats(self, on_stale: Callable[[str], None]) -> None:
         number = 0
         while not self.ended.wait(_BEAT_SECONDS if number else 0):
             number += 1
             try:
                 check_current(self.run, self.attempt)
-                files.overwrite(_beat_file(self.run, self.attempt), str(number).encode())
+                files.overwrite(_get_beat_file(self.run, self.attempt), str(number).encode())
             except StaleAttempt as error:
                 on_stale(str(error))
                 return
-            except OSError:  # a full or slow disk: those who watch wait longer than one beat
+            except OSError:  # full or slow disk: watchers wait for longer than one heartbeat
                 continue
 
     def release(self) -> None:
-        """Say that this driver has ended, so that the next need not watch it."""
+        """Record that this driver has ended, so that the next one need not watch it."""
         self.ended.set()
-        files.overwrite(_end_file(self.run, self.attempt), b"")
+        files.overwrite(_get_end_file(self.run, self.attempt), b"")
 
 
-def watch(runs: list[Path], say: Callable[[str], None], *, seconds: float = _WATCH_SECONDS) -> set[Path]:
-    """Of runs whose last driver did not say that it ended, those that give no sign of life: watched all at once."""
-    open_ones = [run for run in runs if newest(run) and not _end_file(run, newest(run)).exists()]
-    # Of a driver on this machine its process tells at once.
-    open_ones = [run for run in open_ones if _holder(run, newest(run)).get("machine") != machine()]
-    if not open_ones:
+def find_silent_runs(
+    runs: list[Path], say: Callable[[str], None], *, seconds: float = _WATCH_SECONDS
+) -> set[Path]:
+    """Return the runs whose last driver did not record its end and gives no heartbeat.
+
+    All runs are watched at the same time, for `seconds` seconds. Drivers on this machine are
+    not watched.
+    """
+    unended_runs = [
+        run
+        for run in runs
+        if find_newest_attempt(run) and not _get_end_file(run, find_newest_attempt(run)).exists()
+    ]
+    # A driver on this machine need not be watched: its process id tells whether it is alive.
+    unended_runs = [
+        run
+        for run in unended_runs
+        if _read_attempt(run, find_newest_attempt(run)).get("machine") != get_machine_id()
+    ]
+    if not unended_runs:
         return set()
-    say(f"{len(open_ones)} of {len(runs)} drivers did not say that they ended: watched for {seconds:.0f} s")
-    before = {run: _read(_beat_file(run, newest(run))) for run in open_ones}
+    say(
+        f"{len(unended_runs)} of {len(runs)} drivers did not say that they ended: watched for "
+        f"{seconds:.0f} s"
+    )
+    first_beats = {
+        run: _read_text_or_empty(_get_beat_file(run, find_newest_attempt(run)))
+        for run in unended_runs
+    }
     time.sleep(seconds)
-    return {run for run, beat in before.items() if _read(_beat_file(run, newest(run))) == beat}
+    return {
+        run
+        for run, beat in first_beats.items()
+        if _read_text_or_empty(_get_beat_file(run, find_newest_attempt(run))) == beat
+    }
 
 
-def _beat_file(run: Path, attempt: int) -> Path:
+def _get_beat_file(run: Path, attempt: int) -> Path:
     return run / "attempts" / f"{attempt}.beat"
 
 
-def _end_file(run: Path, attempt: int) -> Path:
+def _get_end_file(run: Path, attempt: int) -> Path:
     return run / "attempts" / f"{attempt}.end"
 
 
-def _create(run: Path, attempt: int, facts: dict[str, Any]) -> bool:
-    """Make an attempt's file, whole; False when somebody was first."""
+def _create_attempt_file(run: Path, attempt: int, metadata: dict[str, Any]) -> bool:
+    """Create the complete file of an attempt. Return False if another process was first."""
     target = run / "attempts" / f"{attempt}.json"
-    scratch = target.with_name(f".{attempt}-{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(4)}")
-    own = {"attempt": attempt, "machine": machine(), "pid": os.getpid(), "pid_started": started(os.getpid())}
-    files.write_json(scratch, own | facts)
+    scratch = target.with_name(
+        f".{attempt}-{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(4)}"
+    )
+    identity = {
+        "attempt": attempt,
+        "machine": get_machine_id(),
+        "pid": os.getpid(),
+        "pid_started": get_process_start(os.getpid()),
+    }
+    files.write_json(scratch, identity | metadata)
     try:
         os.link(scratch, target)
     except FileExistsError:
-        return scratch.stat().st_nlink == 2  # a repeated request whose first answer was lost (NFS): it is ours
-    except OSError:  # no hard links here: O_EXCL says as much, though the file is empty for a moment
+        return (
+            scratch.stat().st_nlink == 2
+        )  # NFS repeated a request whose first reply was lost: the link is ours
+    # No hard links on this file system: O_EXCL also excludes others, but the file is briefly empty.
+    except OSError:
         try:
             with target.open("x") as file:
                 file.write(scratch.read_text())
@@ -180,58 +249,75 @@ def _create(run: Path, attempt: int, facts: dict[str, Any]) -> bool:
     return True
 
 
-def _check_gone(run: Path, attempt: int, facts: Mapping[str, Any], say: Callable[[str], None], seconds: float) -> None:
-    """Raise RunError while the driver of an attempt lives, or may."""
-    if _end_file(run, attempt).exists():
+def _check_driver_ended(
+    run: Path, attempt: int, metadata: Mapping[str, Any], say: Callable[[str], None], seconds: float
+) -> None:
+    """Raise HasDriver while the driver of an attempt is alive or may be alive."""
+    if _get_end_file(run, attempt).exists():
         return
-    holder = _holder(run, attempt)
-    if holder.get("machine") == machine():
-        if started(int(holder["pid"])) == holder["pid_started"]:
-            raise HasDriver(f"{run.name} has another driver, which is still running (process {holder['pid']})")
+    holder = _read_attempt(run, attempt)
+    if holder.get("machine") == get_machine_id():
+        if get_process_start(int(holder["pid"])) == holder["pid_started"]:
+            raise HasDriver(
+                f"{run.name} has another driver, which is still running (process {holder['pid']})"
+            )
         return
     job, restart = holder.get("slurm_job"), int(holder.get("slurm_restart") or 0)
-    if job and facts.get("slurm_job") == job and int(facts.get("slurm_restart") or 0) > restart:
-        return  # the same job, started again by Slurm: it has ended the one before
+    if (
+        job
+        and metadata.get("slurm_job") == job
+        and int(metadata.get("slurm_restart") or 0) > restart
+    ):
+        return  # Slurm restarted the same job, and has ended the previous driver
     host = (holder.get("machine") or ["another machine"])[0]
-    give_up = time.monotonic()
-    if _submission(facts) > _submission(holder) > 0:
-        # `resume` ends the earlier job before it submits a new one. Its driver may still be saving.
-        give_up += _REPLACED_SECONDS
+    fail_after = time.monotonic()
+    if _get_submission_number(metadata) > _get_submission_number(holder) > 0:
+        # `resume` stops the earlier job before it submits a new one. Its driver may still be
+        # saving.
+        fail_after += _REPLACED_SECONDS
         say(
-            f"attempt {attempt} of an earlier submission may still be saving on {host}: waiting until "
-            f"it ends, for at most {_REPLACED_SECONDS:.0f} s, or gives no sign of life for {seconds:.0f} s"
+            f"attempt {attempt} of an earlier submission may still be saving on {host}: "
+            "waiting until "
+            f"it ends, for at most {_REPLACED_SECONDS:.0f} s, or gives no sign of life for "
+            f"{seconds:.0f} s"
         )
     else:
-        say(f"attempt {attempt} began on {host} and did not say that it ended: watched for {seconds:.0f} s")
-    beat = _beat_file(run, attempt)
-    last, since = _read(beat), time.monotonic()
+        say(
+            f"attempt {attempt} began on {host} and did not say that it ended: watched for "
+            f"{seconds:.0f} s"
+        )
+    beat = _get_beat_file(run, attempt)
+    last, since = _read_text_or_empty(beat), time.monotonic()
     while time.monotonic() < since + seconds:
         time.sleep(min(1.0, seconds))
-        if _end_file(run, attempt).exists():
+        if _get_end_file(run, attempt).exists():
             return
-        if (now := _read(beat)) == last:
+        if (now := _read_text_or_empty(beat)) == last:
             continue
-        if time.monotonic() >= give_up:
-            where = f"{host}, job {job}" if job else host
-            raise HasDriver(f"{run.name} has another driver, which is still running ({where})")
+        if time.monotonic() >= fail_after:
+            location = f"{host}, job {job}" if job else host
+            raise HasDriver(f"{run.name} has another driver, which is still running ({location})")
         last, since = now, time.monotonic()
 
 
-def _submission(facts: Mapping[str, Any]) -> int:
+def _get_submission_number(metadata: Mapping[str, Any]) -> int:
     """Return the number of the submission that a driver belongs to; 0 if it is unknown."""
-    text = str(facts.get("submission") or "")
+    text = str(metadata.get("submission") or "")
     return int(text) if text.isdecimal() else 0
 
 
-def _holder(run: Path, attempt: int) -> dict[str, Any]:
-    """What an attempt said of itself; empty where its writer was killed on a file system without hard links."""
+def _read_attempt(run: Path, attempt: int) -> dict[str, Any]:
+    """Return the record of an attempt.
+
+    It is empty if its writer was killed on a file system without hard links.
+    """
     try:
         return files.read_json(run / "attempts" / f"{attempt}.json")
     except RunError:
         return {}
 
 
-def _read(path: Path) -> str:
+def _read_text_or_empty(path: Path) -> str:
     try:
         return path.read_text()
     except OSError:

@@ -1,107 +1,120 @@
-"""Plan: all that would happen, as data. Printing it is the dry run; `submit` hands it over."""
+"""The plan of a run as data: a dry run prints it, and `submit` submits it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from lorafleet.jobs.runs.export_result import Delivery
+from pydantic import Field
+
+from lorafleet.jobs.runs.export_result import ExportRequest
 from lorafleet.jobs.schema.base import Spec
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.sites.placement import Placement
-from pydantic import Field
 
 MANIFEST = "manifest.yaml"
-"""Of a plan's files: the objects of a job on Kubernetes."""
+"""Name, among a plan's files, of the objects of a job on Kubernetes."""
 
 
 class MemoryEstimate(Spec):
-    """Memory of one training process, in GiB, by component."""
+    """Estimated memory of one training process, in GiB."""
 
     components: dict[str, float]
-    """Base weights, adapter, gradients, optimiser, activations, logits, allocator, runtime."""
+    """GiB by component: base weights, adapter, gradients, optimizer, activations, logits,
+    allocator, runtime.
+    """
     low: float
-    """A tenth below what is expected where an allocator keeps nothing that was freed."""
+    """Lower bound: 10 % below the expected memory if the allocator keeps no freed memory."""
     expected: float
-    """The sum of the components, less what is never there at the same time."""
+    """Sum of the components, less those that never exist at the same time."""
     high: float
-    """With a margin for fragmentation, and with attention's scores."""
+    """Upper bound, with a margin for fragmentation and with attention scores."""
     of: str
-    """What is estimated: a GPU's memory or a process's."""
+    """What the estimate is for: the memory of a GPU or of a process."""
 
 
 class PlannedTrial(Spec):
     """One trial before it runs."""
 
     trial_id: str | None
-    """None when the data or model is not on this machine yet, so that it cannot be hashed."""
+    """Id of the trial; None if data or model are not on this machine yet and cannot be hashed."""
     assignment: dict[str, Any]
-    """What the search gives it."""
+    """Values that the search assigns."""
     resolved: dict[str, Any]
-    """Every field that trains, as this trial has it."""
+    """All fields that affect training, with the values of this trial."""
     steps: int
-    """Optimiser steps to the end."""
+    """Optimizer steps of the full training."""
     arm: str | None = None
-    """The arm of a comparison that tries it."""
+    """Arm of the comparison that the trial belongs to."""
     memory: MemoryEstimate | None = None
-    """Of one of its processes; None when the model's shape is not known here."""
+    """Memory of one of its processes; None if the shape of the model is unknown on this machine."""
 
 
 class Plan(Spec):
-    """Everything a sweep would do."""
+    """Everything that a sweep would do."""
 
     job: JobSpec
     """The job."""
     command: str
     """`sweep`, `train`, `compare`, `export`, or `benchmark`."""
     trials: list[PlannedTrial]
-    """The trials that are known beforehand (all of a grid or random search; the start-up trials of tpe)."""
+    """Trials known in advance: all of a grid or random search, or the start-up trials of tpe."""
     later_trials: int = Field(0, ge=0)
-    """Trials that are chosen while the sweep runs: by tpe, and the best configuration with further seeds."""
+    """Number of trials chosen while the sweep runs: those of tpe, and repeats of the best one
+    with more seeds.
+    """
     placement: Placement
-    """Where they go."""
+    """Assignment of the trials to hardware."""
     batch_rows: int
-    """Rows in one optimiser step."""
+    """Rows per optimizer step."""
     accumulation_steps: int
-    """Passes in one optimiser step, on each process."""
+    """Forward passes per optimizer step, on each process."""
     train_rows: int | None
-    """Sequences of one epoch (a conversation may become several), or None when the data is not on this machine."""
+    """Sequences per epoch (a conversation may become several); None if the data is not on this
+    machine.
+    """
     data: list[str] = []
-    """What the rows are as tokens, a line for each split; empty where the tokenizer is not on this machine."""
+    """Statistics of the tokenized rows, one line per split; empty if the tokenizer is not on
+    this machine.
+    """
     rung_levels: list[int]
-    """Rungs, in `time_attr` units."""
+    """Rungs, in units of `time_attr`."""
     rung_steps: list[int]
-    """Rungs, in optimiser steps."""
+    """Rungs, in optimizer steps."""
     worst_samples: int
-    """Training rows if no trial were stopped."""
+    """Training rows of the sweep if no trial is stopped."""
     expected_samples: int
-    """Training rows expected under ASHA."""
+    """Expected training rows of the sweep under ASHA."""
     memory: MemoryEstimate | None
-    """The largest trial's; None when no model's shape is known here."""
+    """Estimate of the largest trial; None if the shape of no model is known on this machine."""
     gpu_memory_gib: float = 0.0
-    """What a GPU of the site has, in GiB; 0 on CPU and where it is not known."""
+    """Memory of one GPU of the site, in GiB; 0 on CPU or if unknown."""
     checkpoint_gb: float | None = None
-    """GB on disk of one checkpoint of all trials that run at once; the one before is kept beside it."""
+    """GB on disk of one checkpoint of all concurrent trials. The previous checkpoint is kept as
+    well.
+    """
     strategy: str
-    """What `auto` came to."""
+    """Strategy that `auto` was resolved to."""
     number_formats: str = ""
-    """Number formats of weights and arithmetic; where trials differ, those of the first."""
+    """Number formats of weights and arithmetic; those of the first trial if trials differ."""
     site: str = "here"
-    """Where it would run: this machine, a Ray, or a site by name."""
+    """Where the run would execute: this machine, a Ray cluster, or the name of a site."""
     nodes: int = 1
-    """Nodes of the job on a cluster with a queue."""
+    """Number of nodes of the job on a cluster with a queue."""
     command_line: str = ""
-    """What hands it over to the queue, as it would be typed; RUN stands for the folder of the run."""
+    """Command that submits the run to the queue. RUN stands for the folder of the run."""
     tasks: int = 0
-    """Tasks of a job array, where the site has one task a group of trials."""
+    """Number of array tasks, if the site runs each group of trials as a task of a job array."""
     share: list[int] = []
-    """Of a task's own plan: the number of its first trial, and of the one after its last."""
+    """Trial range of an array task: number of its first trial, and one past its last."""
     placements: dict[str, Placement] = {}
-    """Of a comparison: where the trials of each arm go, as its own memory and number of trials allow."""
+    """Comparison: arm -> placement of its trials, from its own memory and number of trials."""
     judges: bool = True
-    """Whether the run ends with its finalists on the held-out rows; the runs of an arm leave that to the comparison."""
-    delivery: Delivery | None = None
-    """Of an export or a benchmark: what is asked for."""
+    """True if the run ends with the held-out evaluation of its finalists. Runs of an arm leave
+    it to the comparison.
+    """
+    delivery: ExportRequest | None = None
+    """Requested result of an export or a benchmark."""
     files: dict[str, str] = {}
-    """What is handed over to a queue, by name."""
+    """Files submitted to a queue: name -> text."""
     notes: list[str] = []
-    """What a reader should know: aliases, unknown sizes, missing data."""
+    """Notes for the reader: aliases, unknown sizes, missing data."""

@@ -1,6 +1,7 @@
-"""What the files of a run must look like to be read: a run folder may be damaged, or written by anybody.
+"""Read the files of a run and check the types of their values.
 
-Keys that are not named here may hold anything; those that are have these types, or the file is damaged.
+A run folder may be damaged, or written by anybody. Keys that are not declared here may
+hold anything. Declared keys must have the declared type, or the file is damaged.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorafleet.jobs import files
-from lorafleet.jobs.errors import RunError
-from lorafleet.jobs.schema.validation_messages import sentences
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
+
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import RunError
+from lorafleet.jobs.schema.validation_messages import list_problems
 
 _OPEN = ConfigDict(extra="allow", strict=True)
 
 
 class DamagedFile(RunError):
-    """A file of a run that is not as it was written; the sentence names it."""
+    """Error: a file of a run has invalid contents. The message names the file."""
 
 
 class _Failure(TypedDict, total=False):
@@ -29,8 +31,8 @@ class _Failure(TypedDict, total=False):
     sentence: str
 
 
-class RunStatus(TypedDict, total=False):
-    """status.json of a run."""
+class RunStatusRecord(TypedDict, total=False):
+    """Contents of a run's status.json."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     state: str
@@ -48,7 +50,7 @@ class RunStatus(TypedDict, total=False):
 
 
 class TrialStatus(TypedDict, total=False):
-    """status.json of a trial."""
+    """Contents of a trial's status.json."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     state: str
@@ -63,7 +65,7 @@ class TrialStatus(TypedDict, total=False):
 
 
 class Params(TypedDict, total=False):
-    """params.json of a trial."""
+    """Contents of a trial's params.json."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     index: int
@@ -75,7 +77,7 @@ class Params(TypedDict, total=False):
 
 
 class MetricRow(TypedDict, total=False):
-    """A line of metrics.jsonl; metrics beside these are numbers."""
+    """A line of metrics.jsonl. All other keys are metrics, which are numbers."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     step: int
@@ -98,7 +100,7 @@ class MetricRow(TypedDict, total=False):
 
 
 class Progress(TypedDict, total=False):
-    """progress.json of a trial."""
+    """Contents of a trial's progress.json."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     step: int
@@ -127,7 +129,7 @@ class Event(TypedDict, total=False):
 
 
 class Facts(TypedDict, total=False):
-    """facts.json of a run."""
+    """Contents of a run's facts.json: metadata on data, models and versions."""
 
     __pydantic_config__ = _OPEN  # type: ignore[misc]
     rows: dict[str, int]
@@ -140,7 +142,7 @@ class Facts(TypedDict, total=False):
     encoders: dict[str, str]
 
 
-RUN_STATUS: TypeAdapter[Any] = TypeAdapter(RunStatus)
+RUN_STATUS: TypeAdapter[Any] = TypeAdapter(RunStatusRecord)
 TRIAL_STATUS: TypeAdapter[Any] = TypeAdapter(TrialStatus)
 PARAMS: TypeAdapter[Any] = TypeAdapter(Params)
 PROGRESS: TypeAdapter[Any] = TypeAdapter(Progress)
@@ -150,43 +152,56 @@ METRIC_ROWS: TypeAdapter[Any] = TypeAdapter(list[MetricRow])
 
 
 def read_record(path: Path, kind: TypeAdapter[Any]) -> dict[str, Any]:
-    """Read a JSON object of a run; empty where there is no such file. Raises DamagedFile."""
+    """Read a JSON object of a run; empty if the file does not exist. Raises DamagedFile."""
     try:
         value = files.read_json(path)
     except (RunError, OSError) as error:
         raise DamagedFile(str(error)) from None
-    _check(path, kind, value)
+    _validate_record(path, kind, value)
     return value
 
 
 def read_rows(path: Path, kind: TypeAdapter[Any]) -> list[dict[str, Any]]:
-    """Read the lines of a run's file. Raises DamagedFile."""
+    """Read the lines of a JSON Lines file of a run. Raises DamagedFile."""
     try:
         rows = files.read_jsonl(path)
     except RunError as error:
         raise DamagedFile(str(error)) from None
     except OSError as error:
         raise DamagedFile(f"{path} cannot be read: {error.strerror}") from None
-    _check(path, kind, rows)
+    _validate_record(path, kind, rows)
     return rows
 
 
-def _check(path: Path, kind: TypeAdapter[Any], value: dict[str, Any] | Sequence[dict[str, Any]]) -> None:
+def _validate_record(
+    path: Path, kind: TypeAdapter[Any], value: dict[str, Any] | Sequence[dict[str, Any]]
+) -> None:
     try:
         kind.validate_python(value)
     except ValidationError as error:
-        first = sentences(error, known=())[0]
+        first = list_problems(error, valid_keys=())[0]
         raise DamagedFile(f"{path} is damaged: {first.sentence}") from None
     except RecursionError:
         raise DamagedFile(f"{path} is damaged: it is nested too deeply") from None
 
 
 @contextlib.contextmanager
-def damaged_where_wrong(path: Path) -> Iterator[None]:
-    """Take an error in the handling of values of these types for what it is: `path` was not written by lorafleet."""
+def raise_damaged_file(path: Path) -> Iterator[None]:
+    """Convert errors in the handling of a file's values to DamagedFile.
+
+    Such an error means that lorafleet did not write `path` in this form.
+    """
     try:
         yield
     except RunError:
         raise
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+    except (
+        TypeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise DamagedFile(f"{path} is damaged ({type(error).__name__}: {error})") from error

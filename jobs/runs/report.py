@@ -1,4 +1,4 @@
-"""Report: rows with quality and its uncertainty, time, memory and cost; and a recommendation with its rule."""
+"""Contents of a report: quality, time, memory and cost of each trial, and a recommendation."""
 
 from __future__ import annotations
 
@@ -47,9 +47,13 @@ class Row(Spec):
     test_intervals: Intervals = {}
     """95 % intervals of `test_metrics`; a metric is left out if there are too few rows for one."""
     per_class: dict[str, dict[str, float]] = {}
-    """Classification, held-out rows: class -> precision, recall, f1 and support (number of rows)."""
+    """Classification, held-out rows: class -> precision, recall, f1 and support (number of
+    rows).
+    """
     confusion: list[list[int]] = []
-    """Classification, held-out rows: number of rows by true class (outer) and predicted class (inner)."""
+    """Classification, held-out rows: number of rows by true class (outer) and predicted class
+    (inner).
+    """
     step: int = 0
     """Optimizer steps trained."""
     weights_step: int | None = None
@@ -65,7 +69,9 @@ class Row(Spec):
     eval_samples_per_second: float | None = None
     """Validation rows per second of evaluation."""
     eval_steps_per_second: float | None = None
-    """Evaluation batches (`train.per_device_eval_batch_size` rows on each process) per second of evaluation."""
+    """Evaluation batches (`train.per_device_eval_batch_size` rows on each process) per second of
+    evaluation.
+    """
     seconds_per_answer: float | None = None
     """Seconds of evaluation per generated answer, if every evaluation generates answers."""
     samples_per_second: float | None = None
@@ -88,8 +94,8 @@ class Row(Spec):
     """Points of the curves: step, samples, train_loss and, at evaluations, the metrics."""
 
 
-class OverFolds(Spec):
-    """One configuration of a cross-validation."""
+class FoldScores(Spec):
+    """Scores of one configuration in a cross-validation."""
 
     params: dict[str, Any]
     """Searched values: dotted field -> value."""
@@ -102,7 +108,9 @@ class OverFolds(Spec):
 
 
 class Inference(Spec):
-    """Speed and memory of an arm's model at inference: medians over rounds, each in a process of its own."""
+    """Speed and memory of an arm's model at inference: medians over rounds, each in a process of
+    its own.
+    """
 
     ttft_ms: float | None = None
     """Milliseconds to the first token of an answer."""
@@ -161,7 +169,9 @@ class Arm(Spec):
     metrics: Metrics = {}
     """Metrics on the held-out rows, as means over the seeds."""
     interval: Intervals = {}
-    """95 % intervals of `metrics` over rows and seeds; a metric is left out if there are too few rows for one."""
+    """95 % intervals of `metrics` over rows and seeds; a metric is left out if there are too few
+    rows for one.
+    """
     seeds: dict[str, Metrics] = {}
     """Seed -> metrics of the model trained with it."""
     configuration: dict[str, Any] = {}
@@ -206,7 +216,9 @@ class Pair(Spec):
     difference: float
     """Metric of `one` minus metric of `other`."""
     interval: tuple[float, float] | None
-    """95 % interval of the difference, simultaneous for all pairs; null if there are too few rows."""
+    """95 % interval of the difference, simultaneous for all pairs; null if there are too few
+    rows.
+    """
     p_value: float | None
     """Two-sided p-value, adjusted for the number of arms; null if there are too few rows."""
 
@@ -251,8 +263,9 @@ class Judgement(Spec):
     rows: int
     """Number of rated rows."""
     alpha: float | None = None
-    """Krippendorff's alpha (interval data) of the raters for this criterion, over all models; null with one rater, or
-    if all ratings are equal."""
+    """Krippendorff's alpha (interval data) of the raters for this criterion, over all models; null
+    with one rater, or if all ratings are equal.
+    """
 
 
 class Ratings(Spec):
@@ -293,8 +306,9 @@ class Recommendation(Spec):
     sentence: str
     """The recommendation and its reason."""
     decided: bool = True
-    """False if there are too few rows to decide, or if nothing beats the best baseline. `trial_id` is the best by score
-    then, and the sentence does not say "Ship"."""
+    """False if there are too few rows to decide, or if nothing beats the best baseline. `trial_id`
+    is the best by score then, and the sentence does not say "Ship".
+    """
     adapter: str | None = None
     """Folder of the adapter (of the model for method `full`), relative to the run."""
 
@@ -340,7 +354,7 @@ class Report(Spec):
     """All trials, best first."""
     recommendation: Recommendation
     """Which trial or arm to ship, and why."""
-    folds: list[OverFolds] = []
+    folds: list[FoldScores] = []
     """Cross-validation: all configurations, best mean first."""
     arms: list[Arm] | None = None
     """Arms of a comparison; null for other runs."""
@@ -349,14 +363,19 @@ class Report(Spec):
     samples: list[Sample] = []
     """Held-out rows with the outputs of several models; rows with the largest differences first."""
     per_class: dict[str, dict[str, float]] = {}
-    """`per_class` of the recommended classifier: class -> precision, recall, f1 and support (number of rows)."""
+    """`per_class` of the recommended classifier: class -> precision, recall, f1 and support (number
+    of rows).
+    """
     confusion: list[list[int]] = []
-    """`confusion` of the recommended classifier: number of rows by true class (outer) and predicted class (inner)."""
+    """`confusion` of the recommended classifier: number of rows by true class (outer) and predicted
+    class (inner).
+    """
     ratings: Ratings | None = None
     """Human ratings (`lorafleet rate`)."""
     worst: list[Sample] = []
-    """Classification with more than two classes: rows whose true class got the lowest probability, without those in
-    `mistakes`."""
+    """Classification with more than two classes: rows whose true class got the lowest probability,
+    without those in `mistakes`.
+    """
     mistakes: list[Sample] = []
     """Rows that the recommended classifier got wrong, most confident first."""
     wall_seconds: float | None = None
@@ -369,28 +388,34 @@ class Report(Spec):
     """Digests of the data files, revisions of the models, class names."""
 
     @property
-    def shown(self) -> list[Row]:
-        """The table's rows: the base and the baselines, then the trials; a comparison has them among the arms."""
+    def table_rows(self) -> list[Row]:
+        """Return the rows of the table: base, baselines and trials.
+
+        A comparison lists base and baselines among the arms, so only its trials are returned.
+        """
         if self.arms is not None:
             return self.trials
         baselines = [
             Row(
-                trial_id=one.name or one.what,
+                trial_id=baseline.name or baseline.what,
                 state="finished",
-                metrics=one.metrics,
-                test_metrics=one.test_metrics or None,
+                metrics=baseline.metrics,
+                test_metrics=baseline.test_metrics or None,
                 trainable_parameters=0,
             )
-            for one in self.baselines
+            for baseline in self.baselines
         ]
         return [self.base, *baselines, *self.trials]
 
     @property
-    def shown_arms(self) -> list[Arm]:
-        """The rows of a comparison's table: the arms, and what needs no training."""
-        baselines = [Arm(arm=one.name or one.what, what="no model", metrics=one.test_metrics) for one in self.baselines]
+    def table_arms(self) -> list[Arm]:
+        """Return the rows of a comparison's table: the arms and the baselines."""
+        baselines = [
+            Arm(arm=baseline.name or baseline.what, what="no model", metrics=baseline.test_metrics)
+            for baseline in self.baselines
+        ]
         return [*(self.arms or []), *baselines]
 
-    def row(self, trial_id: str) -> Row:
-        """The row of one trial."""
+    def get_row(self, trial_id: str) -> Row:
+        """Return the row of one trial."""
         return next(row for row in self.trials if row.trial_id == trial_id)

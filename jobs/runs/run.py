@@ -1,11 +1,13 @@
-"""A run: one self-contained directory. State lives here once; everything else is computed from it.
+"""Read and write a run: one self-contained directory with its state.
+
+Everything else is computed from it.
 
 runs/quickstart-3f9a1c/
-    job.yaml            as given                     resolved.json   every value and its origin
-    plan.json           what was going to happen     status.json     one RunState
-    facts.json          digests, revisions           events.jsonl    one line a decision
-    trials/<id>/        params.json status.json metrics.jsonl progress.json checkpoints/ adapter/ test.json
-    report/ wandb/ logs/ tune/                       tune/ is Ray Tune's own, and can be deleted
+    job.yaml            as submitted                resolved.json   every value and its origin
+    plan.json           what was planned            status.json     one RunState facts.json
+    digests, revisions          events.jsonl    one line per decision trials/<id>/
+    params.json status.json metrics.jsonl progress.json checkpoints/ adapter/ test.json report/
+    wandb/ logs/ tune/                      tune/ belongs to Ray Tune, and can be deleted
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lorafleet.jobs import files
-from lorafleet.jobs.errors import RunError, disk_full
-from lorafleet.jobs.runs.lease import check_current, started
+from lorafleet.jobs.errors import RunError, make_disk_full_error
+from lorafleet.jobs.runs.lease import check_current, get_process_start
 from lorafleet.jobs.runs.records import (
     EVENTS,
     METRIC_ROWS,
@@ -35,31 +37,36 @@ from lorafleet.jobs.runs.records import (
     read_record,
     read_rows,
 )
-from lorafleet.jobs.runs.tracebacks import at_run
-from lorafleet.jobs.runs.trust import remember
+from lorafleet.jobs.runs.tracebacks import set_current_run
+from lorafleet.jobs.runs.trust import record_own_run
 from lorafleet.jobs.schema.search import FOLD
 from lorafleet.jobs.trials.sampling import Assignment
-from lorafleet.jobs.user import user_config
+from lorafleet.jobs.user import load_user_config
 
 State = TypeVar("State", bound=StrEnum)
 _RESERVE = 2**20
-"""Bytes; random ones, since some file systems keep no room for zeros."""
+"""Size of the reserve file in bytes. Its bytes are random: some file systems store no blocks
+for zeros.
+"""
 
 
 def make_run_folder(path: Path, share: str = "none") -> None:
-    """Make a run's folder, which its user alone can open.
+    """Create a run's folder, which only its user can open.
 
-    With `share` "group", or `share: group` in the user's settings, its group can read it too. Raises FileExistsError.
+    Its group can read it too if `share` is "group", or if the user's settings have `share:
+    group`. Raises FileExistsError.
     """
-    shared = "group" in (share, user_config().share)
+    is_shared = "group" in (share, load_user_config().share)
     path.mkdir(mode=0o700)
-    if shared:
-        path.chmod(0o750 | (path.stat().st_mode & 0o2000))  # of a group that the folder above hands down (setgid)
-    remember(path)
+    if is_shared:
+        path.chmod(
+            0o750 | (path.stat().st_mode & 0o2000)
+        )  # keep setgid: the parent folder passes its group on
+    record_own_run(path)
 
 
 class RunState(StrEnum):
-    """Where a run is."""
+    """State of a run."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -68,7 +75,7 @@ class RunState(StrEnum):
     FAILED = "failed"
 
 
-_NEXT = {
+_TRANSITIONS = {
     RunState.PENDING: {RunState.RUNNING, RunState.STOPPED, RunState.FAILED},
     RunState.RUNNING: {RunState.FINISHED, RunState.STOPPED, RunState.FAILED, RunState.RUNNING},
     RunState.STOPPED: {RunState.RUNNING, RunState.FAILED},
@@ -78,7 +85,10 @@ _NEXT = {
 
 
 class TrialState(StrEnum):
-    """Where a trial is. `stopped` was cut by the search; `pending` has not begun, or waits to be resumed."""
+    """State of a trial.
+
+    `stopped` was stopped by the search; `pending` has not started, or waits to be resumed.
+    """
 
     PENDING = "pending"
     RUNNING = "running"
@@ -87,167 +97,193 @@ class TrialState(StrEnum):
     FAILED = "failed"
 
     @property
-    def ended(self) -> bool:
-        """Whether nothing more happens to it."""
+    def has_ended(self) -> bool:
+        """Return whether the state is final."""
         return self in (TrialState.FINISHED, TrialState.STOPPED, TrialState.FAILED)
 
 
-def _known(states: type[State], word: str, folder: Path) -> State:
-    """A state by its word. Raises RunError for one that another version of lorafleet may have written."""
+def _parse_state(states: type[State], text: str, folder: Path) -> State:
+    """Return the state of a text.
+
+    Raises RunError for one that another version of lorafleet may have written.
+    """
     try:
-        return states(word)
+        return states(text)
     except ValueError:
-        raise RunError(f"{folder / 'status.json'} says {word!r}, which this version does not know") from None
+        raise RunError(
+            f"{folder / 'status.json'} says {text!r}, which this version does not know"
+        ) from None
 
 
-def _written_by_the_newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows without those that a stale attempt added after a newer one had begun to write."""
-    kept, newest = [], 0
+def _drop_stale_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows without those of stale attempts.
+
+    A row is stale if a newer attempt had begun to write before it.
+    """
+    current_rows, newest = [], 0
     for row in rows:
         attempt = int(row.get("attempt") or 0)
         if attempt >= newest:
-            kept.append(row)
+            current_rows.append(row)
             newest = attempt
-    return kept
+    return current_rows
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial's folder."""
+    """The folder of one trial."""
 
     path: Path
     attempt: int | None = None
-    """The attempt that writes; None for those that only read."""
+    """Attempt that writes; None for readers."""
 
     def check_current(self) -> None:
-        """Raise StaleAttempt when a newer attempt writes this run."""
+        """Raise StaleAttempt if a newer attempt writes this run."""
         if self.attempt is not None:
             check_current(self.path.parent.parent, self.attempt)
 
     @property
     def id(self) -> str:
-        """Its content hash."""
+        """Return the id of the trial: its content hash."""
         return self.path.name
 
-    def predictions(self, split: str) -> Path:
-        """What its weights did with each held-out row."""
+    def get_predictions_file(self, split: str) -> Path:
+        """Return the file of the trial's predictions for each held-out row."""
         return self.path / f"predictions-{split}.jsonl"
 
     @property
     def validation_results(self) -> Path:
-        """What its best weights so far did with each validation row."""
+        """Return the file of the results of the best weights so far for each validation row."""
         return self.path / "validation-results.safetensors"
 
     @property
     def checkpoint(self) -> Path:
-        """What a resume continues from."""
+        """Return the folder of the checkpoint that a resume continues from."""
         return self.path / "checkpoints" / "last"
 
-    def weights_of(self, method: str) -> Path:
-        """Where the best weights so far by the validation metric lie: an adapter (PEFT) or, for `full`, a model."""
+    def get_weights_folder(self, method: str) -> Path:
+        """Return the folder of the best weights so far by the validation metric.
+
+        It holds an adapter (PEFT) or, for the method `full`, a model.
+        """
         return self.path / ("model" if method == "full" else "adapter")
 
     @property
     def weights(self) -> Path:
-        """The folder of `weights_of` that is there; the adapter's when there is none."""
-        model = self.weights_of("full")
-        return model if model.is_dir() else self.weights_of("lora")
+        """Return the existing folder of `get_weights_folder`; that of the adapter if there is
+        none.
+        """
+        model = self.get_weights_folder("full")
+        return model if model.is_dir() else self.get_weights_folder("lora")
 
-    def hang_file(self, rank: int) -> Path:
-        """Where the stacks of a process that hangs go."""
+    def get_hang_file(self, rank: int) -> Path:
+        """Return the file for the stacks of a process that hangs."""
         return self.path / f"hang-{rank}.txt"
 
-    def keep_stacks(self) -> list[str]:
-        """Names under which the stacks of processes that hung are kept; the files of those that did not go."""
-        kept = []
+    def save_stacks(self) -> list[str]:
+        """Rename the stack files of processes that hung, and return the new names.
+
+        Files of processes that did not hang are empty, and are removed.
+        """
+        names = []
         for path in sorted(self.path.glob("hang-*.txt")):
             if not path.stat().st_size:
                 path.unlink()
                 continue
             number = 1 + len(list(self.path.glob(f"stacks-{path.stem.rpartition('-')[2]}-*.txt")))
-            kept.append(f"stacks-{path.stem.rpartition('-')[2]}-{number}.txt")
-            path.rename(self.path / kept[-1])
-        return kept
+            names.append(f"stacks-{path.stem.rpartition('-')[2]}-{number}.txt")
+            path.rename(self.path / names[-1])
+        return names
 
-    def params(self) -> dict[str, Any]:
-        """`{"assignment", "index", ...}` as it was written when the trial was made."""
+    def read_params(self) -> dict[str, Any]:
+        """Return `{"assignment", "index", ...}`, as written when the trial was created."""
         return read_record(self.path / "params.json", PARAMS)
 
     @property
     def arm(self) -> str | None:
-        """The arm of a comparison that it belongs to."""
+        """Return the arm of a comparison that the trial belongs to; None outside of comparisons."""
         run = self.path.parent.parent
         return run.name if run.parent.name == "arms" else None
 
     @property
     def fold(self) -> int | None:
-        """Which fold it holds back; None outside of cross-validation."""
-        fold: int | None = self.params().get("assignment", {}).get(FOLD)
+        """Return the fold that the trial holds back; None outside of cross-validation."""
+        fold: int | None = self.read_params().get("assignment", {}).get(FOLD)
         return fold
 
     @property
-    def repeats(self) -> bool:
-        """Whether it is the best configuration of a search, with another seed."""
-        return bool(self.params().get("repeats"))
+    def is_repeat(self) -> bool:
+        """Return whether the trial repeats the best configuration of a search with another seed."""
+        return bool(self.read_params().get("repeats"))
 
-    def status(self) -> dict[str, Any]:
-        """`{"state", "rung", "reason", "failure", ...}`."""
+    def read_status(self) -> dict[str, Any]:
+        """Return `{"state", "rung", "reason", "failure", ...}`."""
         return read_record(self.path / "status.json", TRIAL_STATUS)
 
     @property
     def state(self) -> TrialState:
-        """Its state; `pending` before the first is written."""
-        return _known(TrialState, self.status().get("state", "pending"), self.path)
+        """Return the state of the trial; `pending` before one is written."""
+        return _parse_state(TrialState, self.read_status().get("state", "pending"), self.path)
 
-    def set_state(self, state: TrialState, **facts: Any) -> None:
-        """Write the state with what goes with it, keeping what was said before."""
+    def set_state(self, state: TrialState, **details: Any) -> None:
+        """Write the state together with `details`. Earlier values are kept."""
         self.check_current()
-        ended = {"ended": time.time()} if state.ended else {}
-        now = {"updated": time.time(), **ended, **_stamp(self.attempt)}
-        files.write_json(self.path / "status.json", self.status() | {"state": state} | facts | now)
+        ended = {"ended": time.time()} if state.has_ended else {}
+        stamps = {"updated": time.time(), **ended, **_make_stamp(self.attempt)}
+        files.write_json(
+            self.path / "status.json", self.read_status() | {"state": state} | details | stamps
+        )
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl, oldest first."""
-        return _written_by_the_newest(read_rows(self.path / "metrics.jsonl", METRIC_ROWS))
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return all rows of metrics.jsonl, oldest first."""
+        return _drop_stale_rows(read_rows(self.path / "metrics.jsonl", METRIC_ROWS))
 
     def add_row(self, row: dict[str, Any]) -> None:
-        """Add a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl."""
         self.check_current()
-        files.append_jsonl(self.path / "metrics.jsonl", {"time": time.time(), **row, **_stamp(self.attempt)})
+        files.append_jsonl(
+            self.path / "metrics.jsonl", {"time": time.time(), **row, **_make_stamp(self.attempt)}
+        )
 
-    def evaluations(self) -> list[dict[str, Any]]:
-        """The rows that hold an evaluation."""
-        return [row for row in self.metrics() if row.get("evaluated")]
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """Return the rows of metrics.jsonl that hold an evaluation."""
+        return [row for row in self.read_metrics() if row.get("evaluated")]
 
-    def progress(self) -> dict[str, Any]:
-        """The heartbeat of a running trial."""
+    def read_progress(self) -> dict[str, Any]:
+        """Return the heartbeat of a running trial."""
         return read_record(self.path / "progress.json", PROGRESS)
 
 
-def _stamp(attempt: int | None) -> dict[str, int]:
+def _make_stamp(attempt: int | None) -> dict[str, int]:
     return {} if attempt is None else {"attempt": attempt}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder."""
+    """The folder of one run."""
 
     path: Path
     attempt: int | None = None
-    """The attempt that writes, which every write carries; None for those that only read."""
+    """Attempt that writes, stored with every write; None for readers."""
 
     def check_current(self) -> None:
-        """Raise StaleAttempt when a newer attempt writes this run."""
+        """Raise StaleAttempt if a newer attempt writes this run."""
         if self.attempt is not None:
             check_current(self.path, self.attempt)
 
     @classmethod
     def create(cls, runs: Path, name: str, share: str = "none") -> Run:
-        """A new, empty run folder with a name of its own; `share` is a site's (`make_run_folder`)."""
+        """Create an empty run folder with a unique name.
+
+        `share` is the setting of a site (see `make_run_folder`). Raises RunError if the folder
+        cannot be created.
+        """
         try:
             runs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"--runs is {runs}, which cannot be made a folder: {error.strerror}") from error
+            raise RunError(
+                f"--runs is {runs}, which cannot be made a folder: {error.strerror}"
+            ) from error
         while True:
             path = runs.absolute() / f"{name}-{secrets.token_hex(3)}"
             try:
@@ -255,198 +291,258 @@ class Run:
             except FileExistsError:
                 continue
             run = cls(path)
-            at_run(path)
+            set_current_run(path)
             try:
                 run.set_state(RunState.PENDING, created=time.time(), name=name)
-                run.keep_reserve()
+                run.create_reserve()
             except OSError as error:
                 shutil.rmtree(path, ignore_errors=True)
-                raise disk_full(error, runs, "start again") or error from error
+                raise make_disk_full_error(error, runs, "start again") or error from error
             return run
 
     @property
     def id(self) -> str:
-        """The folder's name; a part has its run's, and a run of an arm its comparison's before its own."""
+        """Return the name of the folder.
+
+        An array task has the id of its run; the run of an arm is prefixed with its comparison.
+        """
         if self.path.parent.name == "arms":
             return f"{self.path.parent.parent.name}-{self.path.name}"
         return self.path.parent.parent.name if self.path.parent.name == "parts" else self.path.name
 
-    def arm(self, name: str) -> Run:
-        """The run of an arm of a comparison, existing or not."""
+    def get_arm(self, name: str) -> Run:
+        """Return the run of an arm of a comparison, existing or not."""
         return Run(self.path / "arms" / name)
 
-    def arms(self) -> list[Run]:
-        """The arms that were begun to be trained, the first begun first."""
-        found = [Run(path.parent) for path in (self.path / "arms").glob("*/plan.json")]
-        return sorted(found, key=lambda arm: arm.created)
+    def list_arms(self) -> list[Run]:
+        """Return the arms whose training has started, in the order of their start."""
+        runs = [Run(path.parent) for path in (self.path / "arms").glob("*/plan.json")]
+        return sorted(runs, key=lambda arm: arm.created)
 
-    def judged(self, seed: int) -> Path:
-        """Of an arm: what its model of one seed does with the held-out rows, `test.json` and the predictions."""
+    def get_evaluation_folder(self, seed: int) -> Path:
+        """Return the folder of an arm's held-out evaluation of one seed.
+
+        It holds `test.json` and the predictions.
+        """
         return self.path / "judged" / str(seed)
 
-    def judged_seeds(self) -> list[int]:
-        """Of an arm: the seeds whose models were judged, in order."""
+    def list_evaluated_seeds(self) -> list[int]:
+        """Return the seeds whose models of an arm were evaluated, in ascending order."""
         folders = [path.parent.name for path in (self.path / "judged").glob("*/test.json")]
         return sorted(int(name) for name in folders if name.isdecimal())
 
     @property
     def inference_file(self) -> Path:
-        """Of an arm: what was measured of its inference, a line a round."""
+        """Return the file of an arm's inference measurements, one line per round."""
         return self.path / "inference.jsonl"
 
-    def part(self, number: int) -> Run:
-        """The part of one task of a job array."""
+    def get_array_task(self, number: int) -> Run:
+        """Return the run of one array task."""
         return Run(self.path / "parts" / str(number))
 
-    def parts(self) -> list[Run]:
-        """The parts that were not put together yet."""
-        found = [Run(path.parent) for path in (self.path / "parts").glob("*/plan.json") if path.parent.name.isdecimal()]
-        return sorted(found, key=lambda part: int(part.path.name))
+    def list_array_tasks(self) -> list[Run]:
+        """Return the array tasks that have not been merged yet."""
+        tasks = [
+            Run(path.parent)
+            for path in (self.path / "parts").glob("*/plan.json")
+            if path.parent.name.isdecimal()
+        ]
+        return sorted(tasks, key=lambda task: int(task.path.name))
 
-    def keep_reserve(self) -> None:
-        """Take some room, which `release_reserve` gives back on the day when the disk is full."""
+    def create_reserve(self) -> None:
+        """Reserve disk space, which `release_reserve` frees when the disk is full."""
         files.overwrite(self.path / ".reserve", secrets.token_bytes(_RESERVE))
 
     def release_reserve(self) -> None:
-        """Make room for the last words of a run."""
+        """Free the reserved disk space, so that a run can still record its end."""
         (self.path / ".reserve").unlink(missing_ok=True)
 
-    def status(self) -> dict[str, Any]:
-        """`{"state", "reason", "pid", ...}`."""
+    def read_status(self) -> dict[str, Any]:
+        """Return `{"state", "reason", "pid", ...}`."""
         return read_record(self.path / "status.json", RUN_STATUS)
 
     @property
     def state(self) -> RunState:
-        """Its state as written; a running run whose driver died still says so (see `alive`)."""
-        return _known(RunState, self.status().get("state", "pending"), self.path)
+        """Return the recorded state.
 
-    def set_state(self, state: RunState, **facts: Any) -> None:
-        """Move to a state. Raises RunError on a move that makes no sense, such as finished to stopped."""
+        A running run whose driver died still says `running` (see `is_alive`).
+        """
+        return _parse_state(RunState, self.read_status().get("state", "pending"), self.path)
+
+    def set_state(self, state: RunState, **details: Any) -> None:
+        """Move to a state.
+
+        Raises RunError for an invalid transition, such as finished to stopped.
+        """
         self.check_current()
-        status = self.status()
-        before = status.get("state")
-        if before is not None and state not in _NEXT[RunState(before)]:
-            raise RunError(f"{self.id} is {before} and cannot become {state}")
+        status = self.read_status()
+        previous_state = status.get("state")
+        if previous_state is not None and state not in _TRANSITIONS[RunState(previous_state)]:
+            raise RunError(f"{self.id} is {previous_state} and cannot become {state}")
         ended = {} if state in (RunState.PENDING, RunState.RUNNING) else {"ended": time.time()}
-        now = {"updated": time.time(), **_stamp(self.attempt)}
-        files.write_json(self.path / "status.json", status | {"state": state} | facts | ended | now)
+        stamps = {"updated": time.time(), **_make_stamp(self.attempt)}
+        files.write_json(
+            self.path / "status.json", status | {"state": state} | details | ended | stamps
+        )
 
     @property
     def created(self) -> float:
-        """Seconds since the epoch."""
-        return float(self.status().get("created", 0.0))
+        """Return when the run was created, in seconds since the epoch."""
+        return float(self.read_status().get("created", 0.0))
 
-    def alive(self) -> bool:
-        """Whether the driver that wrote this run's state still lives on this machine."""
-        status = self.status()
+    def is_alive(self) -> bool:
+        """Return whether the driver that wrote the state of this run is alive on this machine."""
+        status = self.read_status()
         pid = status.get("pid")
-        if self.state is not RunState.RUNNING or not pid or status.get("host") != os.uname().nodename:
+        if (
+            self.state is not RunState.RUNNING
+            or not pid
+            or status.get("host") != os.uname().nodename
+        ):
             return False
-        return started(pid) == status.get("pid_started")
+        return get_process_start(pid) == status.get("pid_started")
 
-    def gone(self) -> bool:
-        """Whether the run says that it runs and its driver, which was on this machine, does not live."""
-        here = self.status().get("host", os.uname().nodename) == os.uname().nodename
-        return self.state is RunState.RUNNING and here and not self.alive()
+    def has_lost_driver(self) -> bool:
+        """Return whether the state is `running` although the driver is dead.
 
-    def mark_running(self, **facts: Any) -> None:
-        """Say that this process drives the run."""
+        Only a driver on this machine can be checked.
+        """
+        is_local = self.read_status().get("host", os.uname().nodename) == os.uname().nodename
+        return self.state is RunState.RUNNING and is_local and not self.is_alive()
+
+    def mark_running(self, **details: Any) -> None:
+        """Record that this process drives the run."""
         pid = os.getpid()
-        self.set_state(RunState.RUNNING, pid=pid, pid_started=started(pid), host=os.uname().nodename, **facts)
+        self.set_state(
+            RunState.RUNNING,
+            pid=pid,
+            pid_started=get_process_start(pid),
+            host=os.uname().nodename,
+            **details,
+        )
 
-    def trial(self, trial_id: str) -> Trial:
-        """The folder of a trial, existing or not."""
+    def get_trial(self, trial_id: str) -> Trial:
+        """Return a trial of the run, existing or not."""
         return Trial(self.path / "trials" / trial_id, self.attempt)
 
-    def base_predictions(self, split: str) -> Path:
-        """What the untuned base did with each row of a split."""
+    def get_base_predictions_file(self, split: str) -> Path:
+        """Return the file of the untuned base model's predictions for each row of a split."""
         return self.path / "report" / f"base-predictions-{split}.jsonl"
 
     @property
     def baselines_file(self) -> Path:
-        """What answers that need no model get, by split."""
+        """Return the file of the scores of baselines that need no model, by split."""
         return self.path / "report" / "baselines.json"
 
-    def rows_file(self, split: str) -> Path:
-        """The rows of a split that was judged on."""
+    def get_rows_file(self, split: str) -> Path:
+        """Return the file of the rows of a split that was evaluated."""
         return self.path / "report" / f"rows-{split}.jsonl"
 
-    def trials(self) -> list[Trial]:
-        """Every trial that was made, in the order in which they were."""
+    def list_trials(self) -> list[Trial]:
+        """Return all trials that were created, in the order of their index."""
         folders = [*(self.path / "trials").glob("*"), *(self.path / "parts").glob("*/trials/*")]
         if (self.path / "arms").is_dir():
-            return [trial for arm in self.arms() for trial in arm.trials()]
-        found = []
+            return [trial for arm in self.list_arms() for trial in arm.list_trials()]
+        entries = []
         for path in folders:
             if (path / "params.json").is_file():
-                with contextlib.suppress(RunError):  # `damages` names it
+                with contextlib.suppress(RunError):  # `list_damages` reports it
                     trial = Trial(path, self.attempt)
-                    index = trial.params().get("index", 0)
-                    trial.state  # noqa: B018 - a word that is none raises
-                    found.append((index, trial.id, trial))
-        return [trial for _, _, trial in sorted(found, key=lambda row: row[:2])]
+                    index = trial.read_params().get("index", 0)
+                    trial.state  # noqa: B018 - raises for an invalid state
+                    entries.append((index, trial.id, trial))
+        return [trial for _, _, trial in sorted(entries, key=lambda row: row[:2])]
 
-    def damages(self, whole: Collection[str] = ()) -> list[str]:
-        """A sentence for each trial that cannot be read, and for each that was made and is gone.
+    def list_damages(self, readable_ids: Collection[str] = ()) -> list[str]:
+        """Return a message for each trial that cannot be read or whose folder is missing.
 
-        `whole` are the ids of trials that were read already.
+        `readable_ids` are the ids of trials that were already read.
         """
         if (self.path / "arms").is_dir():
-            return [f"{arm.path.name}: {sentence}" for arm in self.arms() for sentence in arm.damages(whole)]
-        said, there = [], set(whole)
+            return [
+                f"{arm.path.name}: {sentence}"
+                for arm in self.list_arms()
+                for sentence in arm.list_damages(readable_ids)
+            ]
+        messages, listed_ids = [], set(readable_ids)
         for path in [*(self.path / "trials").glob("*"), *(self.path / "parts").glob("*/trials/*")]:
             trial = Trial(path)
-            if trial.id in there:
+            if trial.id in listed_ids:
                 continue
             try:
-                if trial.params() and trial.state and trial.metrics() is not None and trial.progress() is not None:
-                    there.add(trial.id)
+                if (
+                    trial.read_params()
+                    and trial.state
+                    and trial.read_metrics() is not None
+                    and trial.read_progress() is not None
+                ):
+                    listed_ids.add(trial.id)
                 elif any(path.iterdir()):
-                    said.append(f"{path / 'params.json'} is gone: the trial is left out")
-                    there.add(trial.id)
+                    messages.append(f"{path / 'params.json'} is gone: the trial is left out")
+                    listed_ids.add(trial.id)
             except (RunError, OSError) as error:
-                said.append(f"trial {trial.id} is left out: {error}")
-                there.add(trial.id)
+                messages.append(f"trial {trial.id} is left out: {error}")
+                listed_ids.add(trial.id)
         with contextlib.suppress(DamagedFile):
-            made = dict.fromkeys(row["trial_id"] for row in self.events("trial") if "trial_id" in row)
-            said += [f"trial {name} was made, and its folder is gone" for name in made if name not in there]
-        return said
+            created_ids = dict.fromkeys(
+                row["trial_id"] for row in self.read_events("trial") if "trial_id" in row
+            )
+            messages += [
+                f"trial {name} was made, and its folder is gone"
+                for name in created_ids
+                if name not in listed_ids
+            ]
+        return messages
 
     def add_trial(self, trial_id: str, index: int, assignment: Assignment) -> Trial:
-        """Make a trial's folder, if it is not there already."""
-        trial = self.trial(trial_id)
+        """Create the folder of a trial if it does not exist, and return the trial."""
+        trial = self.get_trial(trial_id)
         if not (trial.path / "params.json").is_file():
             files.write_json(trial.path / "params.json", {"index": index, "assignment": assignment})
-            self.event("trial", trial_id=trial_id)
+            self.add_event("trial", trial_id=trial_id)
             trial.set_state(TrialState.PENDING)
         return trial
 
-    def event(self, kind: str, **facts: Any) -> None:
-        """Add a line to events.jsonl."""
+    def add_event(self, kind: str, **details: Any) -> None:
+        """Append a line to events.jsonl."""
         self.check_current()
-        row = {"time": time.time(), "event": kind, **facts, **_stamp(self.attempt)}
+        row = {"time": time.time(), "event": kind, **details, **_make_stamp(self.attempt)}
         files.append_jsonl(self.path / "events.jsonl", row)
 
-    def remarks(self) -> list[str]:
-        """What happened beside the plan, a sentence each: damaged checkpoints, trials begun again, fewer at once."""
-        said = [f"{arm.path.name}: {sentence}" for arm in self.arms() for sentence in arm.remarks()]
-        for event in self.events():
+    def list_remarks(self) -> list[str]:
+        """Return unplanned events, one message each.
+
+        Examples are damaged checkpoints, restarted trials and lower concurrency.
+        """
+        messages = [
+            f"{arm.path.name}: {sentence}"
+            for arm in self.list_arms()
+            for sentence in arm.list_remarks()
+        ]
+        for event in self.read_events():
             if event.get("event") == "warning":
-                said.append(f"{event['trial_id']}: {event['sentence']}")
+                messages.append(f"{event['trial_id']}: {event['sentence']}")
             elif event.get("event") == "tracking_failed":
-                said.append(f"W&B was given up: {event['error']}; the run's own record is whole")
+                messages.append(
+                    f"W&B was given up: {event['error']}; the run's own record is whole"
+                )
             elif event.get("event") in ("placement", "note"):
-                said.append(str(event["sentence"]))
+                messages.append(str(event["sentence"]))
             elif event.get("event") == "retry":
                 failure, number = event["failure"], event["number"]
-                halved = ", with fewer rows a pass and more passes" if failure["failure_class"] == "oom" else ""
-                said.append(
-                    f"{event['trial_id']} began again{halved} (retry {number} after {failure['failure_class']}): "
+                halved = (
+                    ", with fewer rows a pass and more passes"
+                    if failure["failure_class"] == "oom"
+                    else ""
+                )
+                messages.append(
+                    f"{event['trial_id']} began again{halved} (retry {number} after "
+                    f"{failure['failure_class']}): "
                     f"{failure['sentence']}"
                 )
-        return said
+        return messages
 
-    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
-        """The lines of events.jsonl, of one kind or all."""
-        rows = _written_by_the_newest(read_rows(self.path / "events.jsonl", EVENTS))
+    def read_events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """Return the lines of events.jsonl, of one kind or all."""
+        rows = _drop_stale_rows(read_rows(self.path / "events.jsonl", EVENTS))
         return [row for row in rows if kind is None or row.get("event") == kind]

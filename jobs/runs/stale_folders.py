@@ -1,7 +1,8 @@
-"""Temporary folders that a killed process could not take away: each says whose it is, and the next one clears it.
+"""Remove temporary folders that killed processes left behind.
 
-Only what this user's own lorafleet made is touched: a folder of its prefix that belongs to the user, with an owner file
-that belongs to the user, whose process does not live. Nothing is believed of a run's folder.
+Each folder has an owner file that names its process. Only folders of this user's
+lorafleet are touched: they have its prefix, belong to the user, hold an owner file that
+belongs to the user, and their process is dead. Files of a run's folder are not trusted.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafleet.jobs.runs.lease import machine, started
+from lorafleet.jobs.runs.lease import get_machine_id, get_process_start
 
 if TYPE_CHECKING:
     import psutil
 
 PREFIX = "lf-"
 OWNER = "owner.json"
-_OURS = re.compile(r"lf-[A-Za-z0-9_.-]{6,80}")
+_FOLDER_NAME = re.compile(r"lf-[A-Za-z0-9_.-]{6,80}")
 _TOKENS = f"{PREFIX}*-token-*"
 _TOKEN_SECONDS = 3600.0
-"""The step of a job that takes a token comes within moments; between the two no process is there to own it."""
+"""Maximum age of an unused token. A job step takes its token within moments; until then no
+process owns the folder.
+"""
 _LEFT_BY_RAY = {"ray", "r"}
 _UNOWNED_SECONDS = 600.0
 _END_SECONDS = 10.0
@@ -34,93 +37,123 @@ _ROUNDS = 5
 
 
 def write_owner(folder: Path) -> None:
-    """Say that a folder is this process's."""
-    owner = {"machine": machine(), "pid": os.getpid(), "started": started(os.getpid())}
+    """Write the owner file that marks a folder as this process's."""
+    owner = {
+        "machine": get_machine_id(),
+        "pid": os.getpid(),
+        "started": get_process_start(os.getpid()),
+    }
     (folder / OWNER).write_text(json.dumps(owner))
 
 
-def clear_orphans(parent: Path) -> None:
-    """Remove this user's folders below `parent` whose process on this machine does not live any more, and end what
-    still runs in them.
+def remove_orphans(parent: Path) -> None:
+    """Remove this user's folders below `parent` whose process on this machine is dead.
 
-    A token that no step of its job took goes after an hour; a folder that Ray's processes made anew after its removal,
-    without an owner, after ten minutes.
+    Processes that still run in them are killed. Two kinds have no owner: a token that no job
+    step took is removed after an hour, and a folder that Ray's processes created again after
+    its removal is removed after ten minutes.
     """
     with contextlib.suppress(OSError):
         for path in parent.glob(f"{PREFIX}*"):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 if _is_orphan(path):
-                    remove(path)
+                    remove_folder(path)
 
 
 def _is_orphan(path: Path) -> bool:
-    now = path.lstat()
-    if not stat.S_ISDIR(now.st_mode) or now.st_uid != os.geteuid() or not _OURS.fullmatch(path.name):
+    folder_status = path.lstat()
+    if (
+        not stat.S_ISDIR(folder_status.st_mode)
+        or folder_status.st_uid != os.geteuid()
+        or not _FOLDER_NAME.fullmatch(path.name)
+    ):
         return False
-    age = time.time() - now.st_mtime
+    age = time.time() - folder_status.st_mtime
     if path.match(_TOKENS):
         return age > _TOKEN_SECONDS
     try:
         handle = os.open(path / OWNER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         inner = {child.name for child in path.iterdir()}
-        return bool(inner) and inner <= _LEFT_BY_RAY and age > _UNOWNED_SECONDS and not _processes_of(path)
+        return (
+            bool(inner)
+            and inner <= _LEFT_BY_RAY
+            and age > _UNOWNED_SECONDS
+            and not _find_processes(path)
+        )
     with os.fdopen(handle) as file:
-        of_file = os.fstat(file.fileno())
-        if not stat.S_ISREG(of_file.st_mode) or of_file.st_uid != os.geteuid():
+        file_status = os.fstat(file.fileno())
+        if not stat.S_ISREG(file_status.st_mode) or file_status.st_uid != os.geteuid():
             return False
         owner = json.loads(file.read(4096))
-    return bool(owner["machine"] == machine() and started(int(owner["pid"])) != owner["started"])
+    return bool(
+        owner["machine"] == get_machine_id()
+        and get_process_start(int(owner["pid"])) != owner["started"]
+    )
 
 
-def remove(folder: Path) -> None:
-    """End this user's processes that live from a folder of ours, and remove it; Ray's make it anew while they end."""
-    until = time.monotonic() + _END_SECONDS
-    end_processes(folder)
-    while folder.exists() and time.monotonic() < until:
+def remove_folder(folder: Path) -> None:
+    """Kill this user's processes that use a folder of ours, and remove the folder.
+
+    Ray's processes create it again while they end, so removal is repeated.
+    """
+    deadline = time.monotonic() + _END_SECONDS
+    kill_processes(folder)
+    while folder.exists() and time.monotonic() < deadline:
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():
             return
         time.sleep(0.1)
 
 
-def end_processes(folder: Path, *, patience: float = 0.0) -> None:
-    """Kill this user's processes that have a folder of ours on their command line, `patience` seconds from now."""
+def kill_processes(folder: Path, *, patience: float = 0.0) -> None:
+    """Kill this user's processes that have a folder of ours on their command line.
+
+    They get `patience` seconds to end by themselves.
+    """
     import psutil
 
-    left = _processes_of(folder)
-    if left and patience:
-        _, left = psutil.wait_procs(left, timeout=patience)
-    for _ in range(_ROUNDS):  # one that was just starting another is seen the next time
-        for process in left:
+    remaining = _find_processes(folder)
+    if remaining and patience:
+        _, remaining = psutil.wait_procs(remaining, timeout=patience)
+    for _ in range(
+        _ROUNDS
+    ):  # a process may have started another one meanwhile; the next round finds it
+        for process in remaining:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        psutil.wait_procs(left, timeout=_END_SECONDS)
-        left = _processes_of(folder)
-        if not left:
+        psutil.wait_procs(remaining, timeout=_END_SECONDS)
+        remaining = _find_processes(folder)
+        if not remaining:
             return
 
 
-def _processes_of(folder: Path) -> list[psutil.Process]:
+def _find_processes(folder: Path) -> list[psutil.Process]:
     import psutil
 
-    inside, me = f"{folder}/", os.geteuid()
-    found = []
+    path_prefix, user_id = f"{folder}/", os.geteuid()
+    processes = []
     for process in psutil.process_iter(["cmdline", "uids"]):
-        uids, words = process.info["uids"], process.info["cmdline"] or []
-        if uids is None or uids.real != me or process.pid == os.getpid():
+        uids, arguments = process.info["uids"], process.info["cmdline"] or []
+        if uids is None or uids.real != user_id or process.pid == os.getpid():
             continue
-        if any(inside in word or word.endswith(str(folder)) for word in words) or _writes_into(process, words, inside):
-            found.append(process)
-    return found
+        if any(
+            path_prefix in word or word.endswith(str(folder)) for word in arguments
+        ) or _has_open_file_in(process, arguments, path_prefix):
+            processes.append(process)
+    return processes
 
 
-def _writes_into(process: psutil.Process, words: list[str], inside: str) -> bool:
-    """Whether one of Ray's processes, which has a title in the place of its command line, has its logs in a folder."""
+def _has_open_file_in(process: psutil.Process, arguments: list[str], path_prefix: str) -> bool:
+    """Return whether a Ray process has open files in a folder.
+
+    Ray's processes show a title instead of their command line, so their log files are
+    checked.
+    """
     import psutil
 
-    if not words or not words[0].startswith("ray::"):
+    if not arguments or not arguments[0].startswith("ray::"):
         return False
     with contextlib.suppress(psutil.Error, OSError):
-        return any(one.path.startswith(inside) for one in process.open_files())
+        return any(file.path.startswith(path_prefix) for file in process.open_files())
     return False

@@ -1,4 +1,6 @@
-"""Where the traceback of a fault of ours goes: the logs of the run that a command is at, else a temporary file."""
+"""Save the traceback of an internal error: to the logs of the current run, else to a temporary
+file.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +12,33 @@ from pathlib import Path
 
 from lorafleet.jobs.errors import UserError
 
-_RUN: list[Path] = []
+_CURRENT_RUN: list[Path] = []
 
 
-def at_run(run: Path) -> None:
-    """Note which run this process is at; the last one counts."""
-    _RUN[:] = [run]
+def set_current_run(run: Path) -> None:
+    """Set the run that this process works on; the last call counts."""
+    _CURRENT_RUN[:] = [run]
 
 
-def keep(error: BaseException) -> Path | str:
-    """Write a traceback to a file of its own; returns the file, or the traceback where no file can be written."""
+def save_traceback(error: BaseException) -> Path | str:
+    """Write a traceback to its own file.
+
+    Returns:
+        The file, or the text of the traceback if no file can be written.
+    """
     try:
-        return _kept(error)
-    except (OSError, UserError):  # a full disk; settings of the user's that cannot be read
+        return _write_traceback(error)
+    except (OSError, UserError):  # a full disk, or user settings that cannot be read
         return "".join(traceback.format_exception(error))
 
 
-def _kept(error: BaseException) -> Path:
-    from lorafleet.jobs.runs.trust import distrust
+def _write_traceback(error: BaseException) -> Path:
+    from lorafleet.jobs.runs.trust import find_distrust_reason
 
     name = f"lorafleet-{time.strftime('%Y%m%d-%H%M%S')}-"
     folder = None
-    if _RUN and _RUN[0].is_dir() and distrust(_RUN[0]) is None:
-        folder = _RUN[0] / "logs"
+    if _CURRENT_RUN and _CURRENT_RUN[0].is_dir() and find_distrust_reason(_CURRENT_RUN[0]) is None:
+        folder = _CURRENT_RUN[0] / "logs"
     try:
         if folder is not None:
             folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What every object of a job file or a run directory is made of."""
+"""Define the base class of everything that a job file or a run directory holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Spec(BaseModel):
-    """The base of everything that a job file or a run directory says: frozen, and closed to unknown keys."""
+    """Base of all models of job files and run directories: frozen, strict, no unknown keys."""
 
     model_config = ConfigDict(
         frozen=True,

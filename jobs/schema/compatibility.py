@@ -1,4 +1,6 @@
-"""Which method runs under which strategy, and why not where it does not: data, checked before anything starts."""
+"""Which method runs under which strategy, and why others do not. Data, checked before anything
+starts.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,17 @@ Method = Literal["lora", "qlora", "prompt_tuning", "full"]
 Strategy = Literal["auto", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 METHODS: tuple[Method, ...] = typing.get_args(Method)
 STRATEGIES: tuple[Strategy, ...] = typing.get_args(Strategy)[1:]
-CUT_WEIGHTS: tuple[Strategy, ...] = ("fsdp", "zero3")
-"""Strategies that cut the base's weights into shares, the simpler first."""
-_CUT = ("fsdp", "zero1", "zero2", "zero3")
+WEIGHT_SHARDING_STRATEGIES: tuple[Strategy, ...] = ("fsdp", "zero3")
+"""Strategies that shard the base's weights, the simpler one first."""
+_SHARDING_STRATEGIES = ("fsdp", "zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that does not work."""
+    """One combination that is not supported."""
 
     field: str
-    """The field that says it."""
+    """The field that requests it."""
     strategies: tuple[str, ...]
     methods: tuple[str, ...]
     applies: Callable[[JobSpec], bool]
@@ -35,24 +37,26 @@ class Rule:
 RULES = (
     Rule(
         "qlora.quant_type",
-        CUT_WEIGHTS,
+        WEIGHT_SHARDING_STRATEGIES,
         ("qlora",),
         lambda job: job.qlora.quant_type == "int8",
         "quant_type int8",
-        "bitsandbytes keeps INT8 weights beside the parameter, where nothing cuts them up and every process would hold "
+        "bitsandbytes keeps INT8 weights beside the parameter, where nothing cuts them up and "
+        "every process would hold "
         "all of them; use nf4, or zero2",
     ),
     Rule(
         "train.optim",
-        _CUT,
+        _SHARDING_STRATEGIES,
         METHODS,
         lambda job: job.train.optim != "adamw_torch",
         "train.optim other than adamw_torch",
-        "bitsandbytes' moments are packed, and are not cut into shares or made whole for a checkpoint; use ddp",
+        "bitsandbytes' moments are packed, and are not cut into shares or made whole for a "
+        "checkpoint; use ddp",
     ),
     Rule(
         "train.mixed_precision",
-        _CUT,
+        _SHARDING_STRATEGIES,
         METHODS,
         lambda job: job.train.mixed_precision == "fp16",
         "train.mixed_precision fp16",
@@ -64,22 +68,25 @@ RULES = (
         METHODS,
         lambda job: job.train.torch_compile,
         "train.torch_compile",
-        "DeepSpeed gathers weights in hooks that compiled blocks do not run; use fsdp, zero1 or zero2",
+        "DeepSpeed gathers weights in hooks that compiled blocks do not run; use fsdp, zero1 "
+        "or zero2",
     ),
 )
-"""What is refused, on every device."""
+"""Combinations that are refused on every device."""
 
 NOTES: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (
         ("lora",),
         STRATEGIES,
-        "not init_lora_weights olora on GPT-2's kind of layers (Conv1D): they are stored transposed, and PEFT does not "
+        "not init_lora_weights olora on GPT-2's kind of layers (Conv1D): they are stored "
+        "transposed, and PEFT does not "
         "turn them",
     ),
     (
         ("qlora",),
         STRATEGIES,
-        "not with init_lora_weights pissa or olora: they write to the base, and quantised weights cannot be written "
+        "not with init_lora_weights pissa or olora: they write to the base, and quantised weights "
+        "cannot be written "
         "back exactly",
     ),
     (
@@ -90,105 +97,134 @@ NOTES: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (
         ("prompt_tuning",),
         STRATEGIES,
-        "not for classifiers that read the label off the last token (GPT-2, Llama): behind learnt embeddings "
+        "not for classifiers that read the label off the last token (GPT-2, Llama): behind learnt "
+        "embeddings "
         "transformers does not find it",
     ),
-    (METHODS, ("zero1", "zero2", "zero3"), "on CPU only with a C++ compiler (g++), which DeepSpeed builds with"),
+    (
+        METHODS,
+        ("zero1", "zero2", "zero3"),
+        "on CPU only with a C++ compiler (g++), which DeepSpeed builds with",
+    ),
 )
-"""(methods, strategies, what of it does not work): depends on the model or the machine, and is checked with them."""
+"""(methods, strategies, limitation). These depend on the model or the machine, and are checked
+with them.
+"""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One method under one strategy."""
+class SupportCell:
+    """Support of one method under one strategy."""
 
     method: str
     strategy: str
     devices: tuple[str, ...]
-    """Where it may run; docs/gpu-status.md says where it was run."""
+    """Devices on which it may run; docs/gpu-status.md lists where it has been run."""
     supported: bool
     limits: tuple[str, ...]
-    """What of it does not work, and why."""
+    """Limitations, each with its reason."""
 
     @property
     def reason(self) -> str:
-        """The limits in one text."""
+        """Return the limitations as one text."""
         return "; ".join(self.limits)
 
 
-def table() -> list[Cell]:
-    """Every method under every strategy."""
+def build_support_table() -> list[SupportCell]:
+    """Return every method under every strategy."""
     return [
-        Cell(method, strategy, ("cpu", "cuda"), True, _limits(method, strategy))
+        SupportCell(method, strategy, ("cpu", "cuda"), True, _list_limits(method, strategy))
         for method in METHODS
         for strategy in STRATEGIES
     ]
 
 
-def _limits(method: str, strategy: str) -> tuple[str, ...]:
+def _list_limits(method: str, strategy: str) -> tuple[str, ...]:
     refused = [
         f"not with {rule.what}: {rule.reason}"
         for rule in RULES
         if strategy in rule.strategies and method in rule.methods
     ]
-    return (*refused, *(what for methods, strategies, what in NOTES if method in methods and strategy in strategies))
+    return (
+        *refused,
+        *(
+            limit
+            for methods, strategies, limit in NOTES
+            if method in methods and strategy in strategies
+        ),
+    )
 
 
-def refusals(job: JobSpec) -> list[tuple[str, str]]:
-    """(field, sentence) pairs of what a job asks for that does not work."""
+def find_unsupported(job: JobSpec) -> list[tuple[str, str]]:
+    """Return (field, message) pairs for everything a job requests that is not supported."""
     strategy = job.resources.strategy
-    found = [
-        (rule.field, f"{rule.field} is {_shown(job, rule.field)}, which does not go with {strategy}: {rule.reason}")
+    problems = [
+        (
+            rule.field,
+            f"{rule.field} is {_format_value(job, rule.field)}, which does not go with "
+            f"{strategy}: {rule.reason}",
+        )
         for rule in RULES
         if strategy in rule.strategies and job.method in rule.methods and rule.applies(job)
     ]
-    if strategy in _CUT and job.resources.world_size == 1:
-        found.append(
+    if strategy in _SHARDING_STRATEGIES and job.resources.world_size == 1:
+        problems.append(
             (
                 "resources.strategy",
-                f"resources.strategy is {strategy}, but a trial of one process has nothing to share: set "
+                f"resources.strategy is {strategy}, but a trial of one process has nothing to "
+                "share: set "
                 "resources.workers_per_node or num_nodes, or strategy: auto",
             )
         )
-    if strategy in CUT_WEIGHTS and job.metric.name in job.text_metrics:
-        where = f"{job.metric_block}.name"
-        found.append(
+    if strategy in WEIGHT_SHARDING_STRATEGIES and job.metric.name in job.text_metrics:
+        path = f"{job.metric_block}.name"
+        problems.append(
             (
-                where,
-                f"{where} is {job.metric.name}, for which the model writes answers in every evaluation, and weights "
+                path,
+                f"{path} is {job.metric.name}, for which the model writes answers in every "
+                "evaluation, and weights "
                 f"that {strategy} cuts up cannot; search by loss, or use ddp, zero1 or zero2",
             )
         )
     if job.resources.deepspeed_config and not strategy.startswith("zero"):
-        found.append(
+        problems.append(
             (
                 "resources.deepspeed_config",
-                f"resources.deepspeed_config goes with strategy zero1, zero2 or zero3, not {strategy}",
+                "resources.deepspeed_config goes with strategy zero1, zero2 or zero3, not "
+                f"{strategy}",
             )
         )
-    return found
+    return problems
 
 
-def _shown(job: JobSpec, path: str) -> str:
+def _format_value(job: JobSpec, path: str) -> str:
     block, _, leaf = path.partition(".")
     value = getattr(getattr(job, block), leaf)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def prompt_too_long(tokens: int, max_length: int, model: str, positions: int) -> str | None:
-    """Why a learnt prompt of so many tokens does not fit before the longest row; None where it does, or 0 positions."""
+def check_prompt_length(tokens: int, max_length: int, model: str, positions: int) -> str | None:
+    """Return why a trained prompt of `tokens` tokens does not fit before the longest row.
+
+    Return None if it fits, or if `positions` is 0.
+    """
     if not positions or max_length + tokens <= positions:
         return None
     return (
-        f"prompt_tuning.num_virtual_tokens is {tokens} and model.max_length {max_length}, but {model} has {positions} "
+        f"prompt_tuning.num_virtual_tokens is {tokens} and model.max_length {max_length}, but "
+        f"{model} has {positions} "
         "positions for both together"
     )
 
 
-def prompt_hides_label(model: str) -> str:
-    """Why a classifier that reads the label off the last token takes no learnt prompt: transformers finds that token by
-    its id, and behind embeddings takes the last place, which is padding."""
+def describe_hidden_label(model: str) -> str:
+    """Return why a classifier that reads the label off the last token cannot use prompt tuning.
+
+    transformers finds that token by its id. Behind trained embeddings it takes the last
+    position, which is padding.
+    """
     return (
-        f"method is prompt_tuning, but {model} reads its label off the last token, which transformers does not find "
+        f"method is prompt_tuning, but {model} reads its label off the last token, which "
+        "transformers does not find "
         "behind learnt embeddings; use an encoder, task: generation, or lora"
     )

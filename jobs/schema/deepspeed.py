@@ -1,4 +1,7 @@
-"""DeepSpeed's configuration: what the job says, with a user's own JSON around it. Pure; contradictions are errors."""
+"""Build DeepSpeed's configuration from the job and a user's own JSON file.
+
+All functions are pure. Contradictions between the two are errors.
+"""
 
 from __future__ import annotations
 
@@ -8,68 +11,105 @@ from typing import Any
 from lorafleet.jobs.errors import Problem
 from lorafleet.jobs.schema.job import JobSpec
 
-_NOT_YOURS = {
+_JOB_FILE_KEYS = {
     "optimizer": "train.optim and train.learning_rate",
     "scheduler": "train.lr_scheduler_type",
     "train_batch_size": "train.global_batch_size",
 }
 
 
-def engine_config(job: JobSpec, own: dict[str, Any], *, bf16: bool) -> dict[str, Any]:
-    """The configuration of the engine: a user's `own`, completed and overruled by what the job says."""
-    said, own = _said(job), _decided(own)
-    zero = {**own.get("zero_optimization", {}), "stage": said.pop("zero_optimization.stage")}
+def build_engine_config(job: JobSpec, user_config: dict[str, Any], *, bf16: bool) -> dict[str, Any]:
+    """Return the configuration of the DeepSpeed engine.
+
+    Args:
+        job: The job, whose values override the user's.
+        own: The user's DeepSpeed configuration.
+        bf16: Whether to train in bfloat16.
+    """
+    job_values, user_config = _get_job_values(job), _remove_auto(user_config)
+    zero = {
+        **user_config.get("zero_optimization", {}),
+        "stage": job_values.pop("zero_optimization.stage"),
+    }
     return {
         "steps_per_print": sys.maxsize,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        **own,
-        **said,
+        **user_config,
+        **job_values,
         "zero_optimization": zero,
         "bf16": {"enabled": bf16},
     }
 
 
-def _decided(block: dict[str, Any]) -> dict[str, Any]:
-    """Without every `auto`, which only Hugging Face's Trainer fills in; DeepSpeed has defaults for what is left out."""
-    kept = {key: _decided(value) if isinstance(value, dict) else value for key, value in block.items()}
-    return {key: value for key, value in kept.items() if value != "auto"}
+def _remove_auto(block: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without its `auto` values.
+
+    Only Hugging Face's Trainer fills them in; DeepSpeed has defaults for missing keys.
+    """
+    values = {
+        key: _remove_auto(value) if isinstance(value, dict) else value
+        for key, value in block.items()
+    }
+    return {key: value for key, value in values.items() if value != "auto"}
 
 
-def _said(job: JobSpec) -> dict[str, Any]:
-    """DeepSpeed's keys that the job file decides, and their values."""
+def _get_job_values(job: JobSpec) -> dict[str, Any]:
+    """Return the DeepSpeed keys that the job file decides, with their values."""
     return {
         "train_micro_batch_size_per_gpu": job.train.per_device_train_batch_size,
-        "gradient_accumulation_steps": job.train.accumulation_steps(job.resources.world_size),
+        "gradient_accumulation_steps": job.train.compute_accumulation_steps(
+            job.resources.world_size
+        ),
         "gradient_clipping": job.train.max_grad_norm,
         "zero_optimization.stage": int(job.resources.strategy[-1]),
     }
 
 
-def contradictions(job: JobSpec, own: dict[str, Any]) -> list[Problem]:
-    """What a user's DeepSpeed file says against the job file; `auto` there means that the job decides."""
+def find_contradictions(job: JobSpec, user_config: dict[str, Any]) -> list[Problem]:
+    """Return the problems of a user's DeepSpeed file that contradicts the job file.
+
+    A value of `auto` in the file means that the job decides.
+    """
     blocks = ("zero_optimization", "bf16", "fp16")
     problems = [
-        _problem(f"has {name} = {own[name]!r}, but that must be an object")
+        _make_problem(f"has {name} = {user_config[name]!r}, but that must be an object")
         for name in blocks
-        if not isinstance(own.get(name, {}), dict)
+        if not isinstance(user_config.get(name, {}), dict)
     ]
     if problems:
         return problems
-    for key, wanted in _said(job).items():
+    for key, expected in _get_job_values(job).items():
         block, _, leaf = key.rpartition(".")
-        found = own.get(block, {}).get(leaf) if block else own.get(leaf)
-        if found not in (None, "auto", wanted):
-            problems.append(_problem(f"has {key} = {found!r}, but the job file makes it {wanted!r}; drop it there"))
-    for key, ours in _NOT_YOURS.items():
-        if own.get(key) not in (None, "auto"):
-            problems.append(_problem(f"has {key}, but that is what {ours} in the job file says; drop it there"))
-    if own.get("bf16", {}).get("enabled", "auto") != "auto":
-        problems.append(_problem("has bf16.enabled, but that is what model.dtype in the job file says; drop it there"))
-    if own.get("fp16", {}).get("enabled") is True:
-        problems.append(_problem("has fp16 enabled, which is not run here; use train.mixed_precision: bf16"))
+        value = user_config.get(block, {}).get(leaf) if block else user_config.get(leaf)
+        if value not in (None, "auto", expected):
+            problems.append(
+                _make_problem(
+                    f"has {key} = {value!r}, but the job file makes it {expected!r}; drop it there"
+                )
+            )
+    for key, job_fields in _JOB_FILE_KEYS.items():
+        if user_config.get(key) not in (None, "auto"):
+            problems.append(
+                _make_problem(
+                    f"has {key}, but that is what {job_fields} in the job file says; drop it there"
+                )
+            )
+    if user_config.get("bf16", {}).get("enabled", "auto") != "auto":
+        problems.append(
+            _make_problem(
+                "has bf16.enabled, but that is what model.dtype in the job file says; drop it there"
+            )
+        )
+    if user_config.get("fp16", {}).get("enabled") is True:
+        problems.append(
+            _make_problem(
+                "has fp16 enabled, which is not run here; use train.mixed_precision: bf16"
+            )
+        )
     return problems
 
 
-def _problem(sentence: str) -> Problem:
+def _make_problem(sentence: str) -> Problem:
+    """Return a problem of `resources.deepspeed_config`."""
     return Problem("resources.deepspeed_config", f"resources.deepspeed_config {sentence}")

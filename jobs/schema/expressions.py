@@ -1,4 +1,4 @@
-"""Linked values: `lora_alpha: "2*lora_r"`, computed by walking a syntax tree and never by `eval`."""
+"""Evaluate linked values such as `lora_alpha: "2*lora_r"` without calling `eval`."""
 
 from __future__ import annotations
 
@@ -20,72 +20,95 @@ _MAX_LENGTH = 200
 
 
 def parse(text: str) -> ast.expr:
-    """The syntax tree of an arithmetic expression; ValueError with a sentence when it is anything else.
+    """Return the syntax tree of an arithmetic expression.
 
-    Numbers, dotted names, + - * / //, unary minus, parentheses, min, max and round. No power: `9**9**9` is a hang.
+    Numbers, dotted names, + - * / //, unary minus, parentheses, min, max and round are allowed.
+    There is no power, because `9**9**9` would hang.
+
+    Raises:
+        ValueError: If the text is anything else.
     """
     if len(text) > _MAX_LENGTH:
-        raise ValueError(f"an expression may be {_MAX_LENGTH} characters long, this one has {len(text)}")
+        raise ValueError(
+            f"an expression may be {_MAX_LENGTH} characters long, this one has {len(text)}"
+        )
     try:
         tree = ast.parse(text, mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{text!r} is not an arithmetic expression") from error
-    _check(tree, text)
+    _check_node(tree, text)
     return tree
 
 
-def names(tree: ast.expr) -> set[str]:
-    """The dotted names that an expression reads."""
+def find_names(tree: ast.expr) -> set[str]:
+    """Return the dotted names that an expression reads."""
     if isinstance(tree, ast.Name | ast.Attribute):
-        return {_dotted(tree)}
+        return {_get_dotted_name(tree)}
     if isinstance(tree, ast.Call):
-        return set().union(*(names(argument) for argument in tree.args))
-    return set().union(*(names(child) for child in ast.iter_child_nodes(tree) if isinstance(child, ast.expr)), set())
+        return set().union(*(find_names(argument) for argument in tree.args))
+    return set().union(
+        *(find_names(child) for child in ast.iter_child_nodes(tree) if isinstance(child, ast.expr)),
+        set(),
+    )
 
 
 def evaluate(tree: ast.expr, values: Mapping[str, Number]) -> Number:
-    """The value of a parsed expression. A whole result of whole numbers stays an int (`lora_r/2` with 16 is 8)."""
-    result = _value(tree, values)
+    """Return the value of a parsed expression.
+
+    A whole result is an int (`lora_r/2` with 16 is 8).
+    """
+    result = _evaluate_node(tree, values)
     return int(result) if isinstance(result, float) and result.is_integer() else result
 
 
-def _value(tree: ast.expr, values: Mapping[str, Number]) -> Number:
+def _evaluate_node(tree: ast.expr, values: Mapping[str, Number]) -> Number:
+    """Return the value of a node of a checked syntax tree."""
     match tree:
         case ast.Constant(value=int() | float() as number):
             return number
         case ast.Name() | ast.Attribute():
-            return values[_dotted(tree)]
+            return values[_get_dotted_name(tree)]
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_value(operand, values)
+            return -_evaluate_node(operand, values)
         case ast.BinOp(left=left, op=op, right=right):
-            return _BINARY[type(op)](_value(left, values), _value(right, values))
+            return _BINARY[type(op)](_evaluate_node(left, values), _evaluate_node(right, values))
         case ast.Call(func=ast.Name(id=function), args=arguments):
-            return _FUNCTIONS[function](*(_value(argument, values) for argument in arguments))
+            return _FUNCTIONS[function](
+                *(_evaluate_node(argument, values) for argument in arguments)
+            )
     raise ValueError(f"{ast.unparse(tree)} cannot be evaluated")
 
 
-def _check(tree: ast.expr, text: str) -> None:
+def _check_node(tree: ast.expr, text: str) -> None:
+    """Raise ValueError unless a syntax tree holds only what an expression may hold."""
     match tree:
-        case ast.Constant(value=value) if isinstance(value, int | float) and not isinstance(value, bool):
+        case ast.Constant(value=value) if isinstance(value, int | float) and not isinstance(
+            value, bool
+        ):
             return None
         case ast.Name() | ast.Attribute():
-            _dotted(tree)
+            _get_dotted_name(tree)
             return None
         case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return _check(operand, text)
+            return _check_node(operand, text)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
-            _check(left, text)
-            return _check(right, text)
-        case ast.Call(func=ast.Name(id=function), args=arguments, keywords=[]) if function in _FUNCTIONS and arguments:
+            _check_node(left, text)
+            return _check_node(right, text)
+        case ast.Call(func=ast.Name(id=function), args=arguments, keywords=[]) if (
+            function in _FUNCTIONS and arguments
+        ):
             for argument in arguments:
-                _check(argument, text)
+                _check_node(argument, text)
             return None
-    raise ValueError(f"{text!r} may hold numbers, field names, + - * / //, parentheses, min, max and round")
+    raise ValueError(
+        f"{text!r} may hold numbers, field names, + - * / //, parentheses, min, max and round"
+    )
 
 
-def _dotted(tree: ast.expr) -> str:
+def _get_dotted_name(tree: ast.expr) -> str:
+    """Return the dotted name of a node. Raises ValueError for other nodes."""
     if isinstance(tree, ast.Name):
         return tree.id
     if isinstance(tree, ast.Attribute):
-        return f"{_dotted(tree.value)}.{tree.attr}"
+        return f"{_get_dotted_name(tree.value)}.{tree.attr}"
     raise ValueError(f"{ast.unparse(tree)} is not a field name")

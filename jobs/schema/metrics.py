@@ -1,4 +1,4 @@
-"""The metrics' names, direction and meaning, and which task has which."""
+"""Names, directions and meanings of the metrics, and the metrics of each task."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from lorafleet.jobs.trials.asha import Goal
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that a model gets on labelled rows."""
+    """A score of a model on labelled rows."""
 
     name: str
     goal: Goal | Literal["closer to 1"]
-    """Which way is better; what is to be close to 1 describes, and is no ground to choose by."""
+    """Direction that is better. `closer to 1`: the metric only describes, and a choice cannot be
+    based on it.
+    """
     meaning: str
 
 
@@ -26,60 +28,98 @@ METRICS = {
         Metric("precision", "maximize", "precision, macro average"),
         Metric("recall", "maximize", "recall, macro average"),
         Metric(
-            "loss", "minimize", "mean negative log-likelihood, in nats, of a row (classification) or a target token"
+            "loss",
+            "minimize",
+            "mean negative log-likelihood, in nats, of a row (classification) or a target token",
         ),
-        Metric("perplexity", "minimize", "exp of the mean negative log-likelihood of a target token"),
+        Metric(
+            "perplexity", "minimize", "exp of the mean negative log-likelihood of a target token"
+        ),
         Metric("rouge1", "maximize", "ROUGE-1 F1: words shared with the reference, after stemming"),
-        Metric("rouge2", "maximize", "ROUGE-2 F1: pairs of neighbouring words shared with the reference"),
+        Metric(
+            "rouge2",
+            "maximize",
+            "ROUGE-2 F1: pairs of neighbouring words shared with the reference",
+        ),
         Metric("rougeL", "maximize", "ROUGE-L F1: longest common subsequence of words"),
         Metric("rougeLsum", "maximize", "ROUGE-L F1 over sentences"),
-        Metric("bertscore_f1", "maximize", "BERTScore F1: words matched by the embeddings of an encoder"),
-        Metric("exact_match", "maximize", "share of answers equal to the reference but for case and outer spaces"),
+        Metric(
+            "bertscore_f1",
+            "maximize",
+            "BERTScore F1: words matched by the embeddings of an encoder",
+        ),
+        Metric(
+            "exact_match",
+            "maximize",
+            "share of answers equal to the reference but for case and outer spaces",
+        ),
         Metric("contains", "maximize", "share of answers with the reference in them, but for case"),
         Metric("length_ratio", "closer to 1", "words of all answers over words of all references"),
     )
 }
 
 METRIC_VERSION = 1
-"""Raised with every change to what a metric's name means; scores of two versions are not ranked against each other."""
+"""Version of the metric definitions, raised with every change. Scores of two versions are
+never ranked together.
+"""
 
-ROW_WORDS = frozenset(
-    "attempt epoch eval_seconds evaluated first_gradient_at gpu_hours host intervals learning_rate nodes "
-    "peak_memory_gib rung samples samples_per_second schema_version step time tokens tokens_per_second train_loss "
+ROW_KEYS = frozenset(
+    "attempt epoch eval_seconds evaluated first_gradient_at gpu_hours host intervals "
+    "learning_rate nodes "
+    "peak_memory_gib rung samples samples_per_second schema_version step time tokens "
+    "tokens_per_second train_loss "
     "train_seconds trainable_parameters".split()
 )
-"""What a line of metrics.jsonl says beside its metrics."""
+"""Keys of a line of metrics.jsonl that are not metrics."""
 
-TEXT_METRICS = ("rouge1", "rouge2", "rougeL", "rougeLsum", "bertscore_f1", "exact_match", "contains", "length_ratio")
-"""Metrics of what a model writes: it has to write for them, token by token."""
+TEXT_METRICS = (
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "rougeLsum",
+    "bertscore_f1",
+    "exact_match",
+    "contains",
+    "length_ratio",
+)
+"""Metrics of generated text. They require the model to generate answers, token by token."""
 
 LIKELIHOOD_METRICS: dict[str, tuple[str, ...]] = {
     "classification": ("accuracy", "f1", "precision", "recall", "loss"),
     "generation": ("loss", "perplexity"),
     "summarization": ("loss", "perplexity"),
 }
-"""Task -> metrics of every evaluation: they cost one pass over the rows."""
+"""Task -> metrics of every evaluation. They cost one forward pass over the rows."""
 
 DEFAULT_TEXT_METRICS: dict[str, tuple[str, ...]] = {
     "classification": (),
     "generation": (),
     "summarization": ("rouge1", "rouge2", "rougeL", "rougeLsum", "length_ratio"),
 }
-"""Task -> what `evaluate.metrics` means when it is left out."""
+"""Task -> text metrics that are computed if `evaluate.metrics` is left out."""
 
 DEFAULT_METRIC = {"classification": "accuracy", "generation": "loss", "summarization": "loss"}
-"""What a search looks at when the job file does not say."""
+"""Task -> metric that a search optimizes if the job file names none."""
 
 
-def bare_name(name: str) -> str:
-    """`eval_f1`, `eval/f1` and `validation_f1` are all the metric `f1`: other tools prefix, we do not."""
-    for prefix in ("eval_", "eval/", "validation_", "validation/", "valid_", "valid/", "val_", "val/"):
+def strip_metric_prefix(name: str) -> str:
+    """Return the name of a metric without another tool's prefix, such as `f1` for `eval_f1`."""
+    for prefix in (
+        "eval_",
+        "eval/",
+        "validation_",
+        "validation/",
+        "valid_",
+        "valid/",
+        "val_",
+        "val/",
+    ):
         name = name.removeprefix(prefix)
     return name
 
 
 def is_better(score: float, than: float | None, goal: Goal) -> bool:
-    """Whether `score` beats `than`; anything beats None or NaN, and NaN beats nothing."""
+    """Return whether `score` beats `than`. Any number beats None and NaN; NaN beats nothing."""
     if score != score:
         return False
     if than is None or than != than:

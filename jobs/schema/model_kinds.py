@@ -1,6 +1,7 @@
-"""What a model's config says of its kind: whether it writes text, how far it reads, what it shares.
+"""Derive properties of a model from its config.json, such as whether it generates text.
 
-All from config.json alone: no weights, no transformers. A test holds the tables against transformers.
+Others are its maximum length and its tied weights. Neither weights nor transformers are
+loaded. A test checks the tables against transformers.
 """
 
 from __future__ import annotations
@@ -25,20 +26,23 @@ CAUSAL_TYPES = frozenset(
     ministral ministral3 mistral mixtral mllama modernbert-decoder mpt nanochat nemotron nemotron_h
     olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 phi4_multimodal phimoe
     qwen2 qwen2_moe qwen3 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next
-    qwen4_exp qwen4_exp_text recurrent_gemma rwkv sarvam_mla sarvam_moe seed_oss smollm3 solar_open
+    qwen4_exp qwen4_exp_text
+    recurrent_gemma rwkv sarvam_mla sarvam_moe seed_oss smollm3 solar_open
     stablelm starcoder2 vaultgemma xglm xlstm youtu zamba zamba2 zaya
     """.split()
 )
-"""Model types whose tokens see only what stands before them."""
+"""Model types whose tokens attend only to earlier tokens."""
 
-DECODER_IF_SAID = frozenset(
+DECODER_IF_CONFIGURED = frozenset(
     """
     bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert reformer
     rembert roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod
     bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart prophetnet
     """.split()
 )
-"""Model types that transformers loads as decoders, and that are decoders with `is_decoder: true`."""
+"""Model types that transformers can load as decoders; they are decoders only with
+`is_decoder: true`.
+"""
 
 ENCODER_DECODERS = frozenset(
     """
@@ -47,7 +51,7 @@ ENCODER_DECODERS = frozenset(
     switch_transformers t5 t5gemma t5gemma2 umt5 whisper
     """.split()
 )
-"""Model types that are an encoder and a decoder, unless `is_encoder_decoder` is false."""
+"""Model types with an encoder and a decoder, unless `is_encoder_decoder` is false."""
 
 TIED_BY_DEFAULT = frozenset(
     """
@@ -58,7 +62,9 @@ TIED_BY_DEFAULT = frozenset(
     opt recurrent_gemma smollm3 starcoder2 vaultgemma xglm youtu zamba zamba2 zaya
     """.split()
 )
-"""Causal types whose output head is the embedding where the config does not say."""
+"""Causal types whose output head shares the embedding matrix unless the config says
+otherwise.
+"""
 
 _POSITION_TABLES = frozenset(
     """
@@ -69,17 +75,19 @@ _POSITION_TABLES = frozenset(
     squeezebert trocr xlm yoso
     """.split()
 )
-"""Model types with a table of positions: a longer row has no place in it."""
+"""Model types with a table of position embeddings, which limits the length of a row."""
 _ROBERTA_LIKE = frozenset(
     """
     camembert data2vec-text esm ibert layoutlmv3 lilt longformer luke markuplm mpnet roberta
     roberta-prelayernorm xlm-roberta xlm-roberta-xl xmod
     """.split()
 )
-"""Model types whose table has positions before the first token: as many as the padding id, and one."""
+"""Model types that reserve entries of the position table before the first token: the padding
+id plus one.
+"""
 _ROBERTA_PADDING = 1
 _POSITION_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len")
-_USUAL_POSITIONS = {
+_DEFAULT_POSITIONS = {
     **dict.fromkeys(_POSITION_TABLES | _ROBERTA_LIKE, 512),
     **dict.fromkeys(("gpt2", "gpt-sw3", "gpt_bigcode", "biogpt", "bart", "mbart", "mvp"), 1024),
     **dict.fromkeys(("marian", "pegasus", "plbart"), 1024),
@@ -97,183 +105,221 @@ _USUAL_POSITIONS = {
     "esm": 1026,
     "nystromformer": 510,
 }
-"""Positions where a config does not say."""
-_TRANSPOSED = frozenset(("gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer"))
+"""Number of positions of a model type if the config does not state it."""
+_TRANSPOSED_TYPES = frozenset(("gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer"))
 
 HEAD_NAMES = frozenset(("lm_head", "embed_out", "output_projection"))
-"""What output heads are called."""
+"""Names of output heads."""
 CLASSIFIER_HEADS = ("classifier", "score", "pre_classifier", "classification_head")
-"""Names under which transformers keeps the layers that a classifier adds to a base."""
+"""Names of the layers that transformers adds to a base model for classification."""
 UNQUANTIZED_MODULES = (*CLASSIFIER_HEADS, "lm_head", "embed_out")
-"""Modules that QLoRA never quantises."""
-EMBEDDING_NAMES = frozenset(("embed_tokens", "wte", "word_embeddings", "embed_in", "tokens_embed", "tok_embeddings"))
-"""What tables of token embeddings are called."""
+"""Modules that QLoRA never quantizes."""
+EMBEDDING_NAMES = frozenset(
+    ("embed_tokens", "wte", "word_embeddings", "embed_in", "tokens_embed", "tok_embeddings")
+)
+"""Names of token embedding tables."""
 
 
-def model_type(config: Config) -> str:
-    """Return a config's model type, or an empty text."""
+def get_model_type(config: Config) -> str:
+    """Return the model type of a config; empty if it has none."""
     kind = config.get("model_type")
     return kind if isinstance(kind, str) else ""
 
 
-def text_config(config: Config) -> Config:
+def get_text_config(config: Config) -> Config:
     """Return the part of a config that describes the text model."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else config
 
 
 def is_encoder_decoder(config: Config) -> bool:
-    """Whether a model is an encoder and a decoder."""
-    said = config.get("is_encoder_decoder")
-    return bool(said) if said is not None else model_type(config) in ENCODER_DECODERS
+    """Return whether a model has an encoder and a decoder."""
+    flag = config.get("is_encoder_decoder")
+    return bool(flag) if flag is not None else get_model_type(config) in ENCODER_DECODERS
 
 
 def is_causal(config: Config) -> bool:
-    """Whether each token of a model sees only what stands before it.
+    """Return whether each token of a model attends only to earlier tokens.
 
-    A type that is not in the tables (a model with code of its own, a newer transformers) counts as
-    causal where its architecture is called so.
+    A type that is not in the tables (a model with custom code, or a newer transformers)
+    counts as causal if the name of its architecture says so.
     """
-    kind = model_type(config)
-    inner = text_config(config)
-    both_ways = inner.get("use_bidirectional_attention") is True or inner.get("is_causal") is False
-    if is_encoder_decoder(config) or both_ways:
+    kind = get_model_type(config)
+    inner = get_text_config(config)
+    is_bidirectional = (
+        inner.get("use_bidirectional_attention") is True or inner.get("is_causal") is False
+    )
+    if is_encoder_decoder(config) or is_bidirectional:
         return False
     if kind in CAUSAL_TYPES:
         return True
-    if kind in DECODER_IF_SAID:
+    if kind in DECODER_IF_CONFIGURED:
         return config.get("is_decoder") is True
-    return not is_known(kind) and any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in _architectures(config))
+    return not is_known_type(kind) and any(
+        name.endswith(("ForCausalLM", "LMHeadModel")) for name in _list_architectures(config)
+    )
 
 
-def _architectures(config: Config) -> list[str]:
+def _list_architectures(config: Config) -> list[str]:
     names = config.get("architectures")
     return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
 
 
-def is_known(kind: str) -> bool:
-    """Whether a model type is in one of the tables."""
-    tables = (CAUSAL_TYPES, DECODER_IF_SAID, ENCODER_DECODERS, _POSITION_TABLES, _ROBERTA_LIKE)
+def is_known_type(kind: str) -> bool:
+    """Return whether a model type is in one of the tables."""
+    tables = (
+        CAUSAL_TYPES,
+        DECODER_IF_CONFIGURED,
+        ENCODER_DECODERS,
+        _POSITION_TABLES,
+        _ROBERTA_LIKE,
+    )
     return any(kind in table for table in tables)
 
 
-def learnt_positions(config: Config) -> int:
-    """Return the most tokens that a model's table of positions has room for; 0: it has none."""
-    config = text_config(config)
-    kind = model_type(config)
+def get_max_positions(config: Config) -> int:
+    """Return the maximum number of tokens of a model's position table; 0 if it has no table."""
+    config = get_text_config(config)
+    kind = get_model_type(config)
     if kind not in _POSITION_TABLES | _ROBERTA_LIKE:
         return 0
-    if config.get("position_biased_input") is False:  # DeBERTa: relative positions alone
+    if config.get("position_biased_input") is False:  # DeBERTa with relative positions only
         return 0
     if config.get("position_embedding_type", "absolute") != "absolute":
         return 0
-    said = next((config[name] for name in _POSITION_FIELDS if config.get(name)), None)
-    positions = _USUAL_POSITIONS[kind] if said is None else _whole(said, "positions")
+    configured = next((config[name] for name in _POSITION_FIELDS if config.get(name)), None)
+    positions = (
+        _DEFAULT_POSITIONS[kind] if configured is None else _check_integer(configured, "positions")
+    )
     if kind not in _ROBERTA_LIKE:
         return positions
     padding = config.get("pad_token_id")
-    before = _ROBERTA_PADDING if padding is None or kind == "mpnet" else _whole(padding, "pad_token_id")
-    return max(0, positions - before - 1)
+    padding_index = (
+        _ROBERTA_PADDING
+        if padding is None or kind == "mpnet"
+        else _check_integer(padding, "pad_token_id")
+    )
+    return max(0, positions - padding_index - 1)
 
 
-def _whole(value: Any, what: str) -> int:
+def _check_integer(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{what} is {value!r}, and no whole number")
+        raise ValueError(f"{name} is {value!r}, and no whole number")
     return value
 
 
 def has_tied_embeddings(config: Config) -> bool:
-    """Whether a causal model's output head is its table of embeddings."""
-    inner = text_config(config)
-    for said in (inner.get("tie_word_embeddings"), config.get("tie_word_embeddings")):
-        if said is not None:
-            return bool(said)
-    return model_type(inner) in TIED_BY_DEFAULT or model_type(config) in TIED_BY_DEFAULT
+    """Return whether the output head of a causal model shares its embedding matrix."""
+    inner = get_text_config(config)
+    for flag in (inner.get("tie_word_embeddings"), config.get("tie_word_embeddings")):
+        if flag is not None:
+            return bool(flag)
+    return get_model_type(inner) in TIED_BY_DEFAULT or get_model_type(config) in TIED_BY_DEFAULT
 
 
 def has_transposed_layers(config: Config) -> bool:
-    """Whether a model's matrices are stored transposed (transformers' Conv1D)."""
-    return model_type(config) in _TRANSPOSED
+    """Return whether a model stores its matrices transposed (Conv1D of transformers)."""
+    return get_model_type(config) in _TRANSPOSED_TYPES
 
 
-def tied_targets(names: tuple[str, ...], config: Config) -> list[str]:
-    """Return those of PEFT's `target_modules` that mean a matrix which is the output head and the embedding at once."""
+def find_tied_targets(names: tuple[str, ...], config: Config) -> list[str]:
+    """Return the `target_modules` that name a matrix shared by output head and embedding."""
     if not has_tied_embeddings(config):
         return []
     return [name for name in names if name.rpartition(".")[2] in HEAD_NAMES | EMBEDDING_NAMES]
 
 
-def tied_refusal(names: list[str], model: str) -> str:
-    """Say why such matrices get no adapter."""
+def describe_tied_targets(names: list[str], model: str) -> str:
+    """Return the message that tied matrices cannot get an adapter."""
     return (
-        f"lora.lora_target_modules has {', '.join(names)}, but the embeddings and the output head of {model} are one "
-        "matrix (tie_word_embeddings), which an adapter on one of the two would tear apart when it is merged: leave "
+        f"lora.lora_target_modules has {', '.join(names)}, but the embeddings and the output head "
+        f"of {model} are one "
+        "matrix (tie_word_embeddings), which an adapter on one of the two would tear apart when "
+        "it is merged: leave "
         "it out, or take a model whose head is a matrix of its own"
     )
 
 
-def generation_refusal(config: Config, name: str) -> str | None:
-    """Say why a model cannot learn to write text; None where it can."""
-    kind = model_type(config)
+def get_generation_refusal(config: Config, name: str) -> str | None:
+    """Return why a model cannot be trained to generate text; None if it can."""
+    kind = get_model_type(config)
     if not kind or not isinstance(config.get("text_config") or {}, dict):
-        return _cannot_be_read(name)
+        return _describe_unreadable_config(name)
     if is_encoder_decoder(config):
         return (
-            f"model.model_name_or_path is {name}, which is an encoder-decoder ({kind}), but must be a "
+            f"model.model_name_or_path is {name}, which is an encoder-decoder ({kind}), but "
+            "must be a "
             "causal decoder such as GPT-2, Llama or Qwen: encoder-decoders are not trained here"
         )
     if is_causal(config):
         return None
     if kind in CAUSAL_TYPES:
-        what = f"of type {kind} with attention in both directions, whose tokens see the answer they predict"
-    elif kind in DECODER_IF_SAID:
-        what = f"an encoder ({kind} without is_decoder: true), whose tokens see the answer they predict"
+        description = (
+            f"of type {kind} with attention in both directions, whose tokens see the "
+            "answer they predict"
+        )
+    elif kind in DECODER_IF_CONFIGURED:
+        description = (
+            f"an encoder ({kind} without is_decoder: true), whose tokens see the answer "
+            "they predict"
+        )
     else:
-        what = f"of type {kind}, which is no causal decoder"
+        description = f"of type {kind}, which is no causal decoder"
     return (
-        f"model.model_name_or_path is {name}, which is {what}, but must be a causal decoder such as "
+        f"model.model_name_or_path is {name}, which is {description}, but must be a causal "
+        "decoder such as "
         "GPT-2, Llama or Qwen for a task that writes text"
     )
 
 
-def _cannot_be_read(name: str) -> str:
+def _describe_unreadable_config(name: str) -> str:
     return (
-        f"model.model_name_or_path is {name}, whose config.json has no model_type (or a text_config that is no block): "
+        f"model.model_name_or_path is {name}, whose config.json has no model_type (or a "
+        "text_config that is no block): "
         "nothing can load it"
     )
 
 
-_CANNOT_PACK = frozenset(
+_UNPACKABLE_TYPES = frozenset(
     """
-    bailing_hybrid bamba biogpt bloom falcon_h1 falcon_mamba jamba kimi_linear lara_mini lfm3 mamba mamba2 minimax mpt
-    nemotron_h olmo_hybrid openai-gpt opt qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp
-    qwen4_exp_text recurrent_gemma rwkv xglm xlstm zamba zamba2
+    bailing_hybrid bamba biogpt bloom falcon_h1 falcon_mamba jamba kimi_linear lara_mini lfm3
+    mamba mamba2 minimax mpt nemotron_h olmo_hybrid openai-gpt opt qwen3_5 qwen3_5_moe
+    qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp qwen4_exp_text
+    recurrent_gemma rwkv xglm xlstm zamba zamba2
     """.split()
 )
-"""Causal types in which an example is reached by what stands before it in its row, or that take no positions."""
+"""Causal types that take no position ids, or whose examples are influenced by earlier
+examples of the same row.
+"""
 
 
 def can_pack(config: Config) -> bool:
-    """Whether a model may keep the examples of one row apart; each training looks once more."""
-    return model_type(config) not in _CANNOT_PACK
+    """Return whether a model type can keep packed examples of one row separate.
+
+    Training checks this again.
+    """
+    return get_model_type(config) not in _UNPACKABLE_TYPES
 
 
-def packing_refusal(field: str, model: str) -> str:
-    """Say that a model does not keep the examples of one row apart."""
-    return f"{field} is true, but {model} does not keep the examples of one row apart: set it to false"
+def describe_packing_refusal(field: str, model: str) -> str:
+    """Return the message that a model does not keep the packed examples of one row separate."""
+    return (
+        f"{field} is true, but {model} does not keep the examples of one row apart: set it to false"
+    )
 
 
-def classification_refusal(config: Config, name: str) -> str | None:
-    """Say why a model cannot learn to name a class; None where it can."""
-    kind = model_type(config)
+def get_classification_refusal(config: Config, name: str) -> str | None:
+    """Return why a model cannot be trained as a classifier; None if it can."""
+    kind = get_model_type(config)
     if not kind or not isinstance(config.get("text_config") or {}, dict):
-        return _cannot_be_read(name)
+        return _describe_unreadable_config(name)
     if is_encoder_decoder(config):
         return (
-            f"model.model_name_or_path is {name}, which is an encoder-decoder ({kind}), but must be an "
+            f"model.model_name_or_path is {name}, which is an encoder-decoder ({kind}), but "
+            "must be an "
             "encoder such as BERT or a causal decoder such as Llama for classification"
         )
-    if kind in _SEES_PADDING:
+    if kind in _PADDING_SENSITIVE_TYPES:
         return (
             f"model.model_name_or_path is {name}, but models of type {kind} read the padding of a "
             "batch, so that a row's class depends on the rows beside it; use another encoder"
@@ -281,15 +327,25 @@ def classification_refusal(config: Config, name: str) -> str | None:
     return None
 
 
-_SEES_PADDING = frozenset(
-    ("canine", "convbert", "fnet", "funnel", "nystromformer", "perceiver", "reformer", "xlnet", "yoso")
+_PADDING_SENSITIVE_TYPES = frozenset(
+    (
+        "canine",
+        "convbert",
+        "fnet",
+        "funnel",
+        "nystromformer",
+        "perceiver",
+        "reformer",
+        "xlnet",
+        "yoso",
+    )
 )
-"""Model types whose result for a row depends on how far it is padded."""
+"""Model types whose result for a row depends on the amount of padding."""
 
 
-def length_refusal(config: Config, name: str, max_length: int) -> str | None:
-    """Say why rows of `max_length` tokens do not fit; None where they do."""
-    positions = learnt_positions(config)
+def get_length_refusal(config: Config, name: str, max_length: int) -> str | None:
+    """Return why rows of `max_length` tokens do not fit a model; None if they fit."""
+    positions = get_max_positions(config)
     if not positions or max_length <= positions:
         return None
     return (
@@ -298,9 +354,9 @@ def length_refusal(config: Config, name: str, max_length: int) -> str | None:
     )
 
 
-def stated_labels(config: Config) -> int | None:
-    """Return how many classes a classifier's config has; None where it is no classifier."""
-    if not any(name.endswith("ForSequenceClassification") for name in _architectures(config)):
+def get_num_labels(config: Config) -> int | None:
+    """Return the number of classes in the config of a classifier; None for other models."""
+    if not any(name.endswith("ForSequenceClassification") for name in _list_architectures(config)):
         return None
     labels = config.get("id2label")
     if isinstance(labels, dict) and labels:

@@ -1,4 +1,7 @@
-"""pydantic's errors as sentences: "train.seed is -1, but must be at least 0"."""
+"""Convert pydantic errors to problems with a readable message.
+
+Example: "train.seed is -1, but must be at least 0".
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,21 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lorafleet.jobs.errors import Problem, SpecProblems
-from lorafleet.jobs.loading.aliases import foreign_hint
-from lorafleet.jobs.schema import field_paths as fields
-from lorafleet.jobs.text import cut
 from pydantic import ValidationError
 
+from lorafleet.jobs.errors import Problem, SpecProblems
+from lorafleet.jobs.loading.aliases import get_foreign_hint
+from lorafleet.jobs.schema import field_paths as fields
+from lorafleet.jobs.text import shorten_text
 
-def of_another_version(path: Path, error: ValidationError) -> str:
-    """What to say of a file of ours that this version does not read."""
-    first = sentences(error, known=())[0]
+
+def describe_unreadable_file(path: Path, error: ValidationError) -> str:
+    """Return the message for a file of ours that this version cannot read."""
+    first = list_problems(error, valid_keys=())[0]
     return f"{path} is of another version of lorafleet, or damaged: {first.sentence}"
 
 
-_WANTED = {
+_REQUIREMENTS = {
     "greater_than": "above {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than": "below {lt}",
@@ -63,10 +67,16 @@ _WANTED = {
 _PARAMETER_KEYS = ("values", "distribution", "min", "max", "q", "expression")
 
 
-def sentences(error: ValidationError, known: Collection[str] | None = None) -> list[Problem]:
-    """Every error of a failed validation, each with its dotted field and a sentence; one a field.
+def list_problems(
+    error: ValidationError, valid_keys: Collection[str] | None = None
+) -> list[Problem]:
+    """Return the problems of a failed validation, one for each field.
 
-    `known` are the keys that there are, where they are not a job's.
+    Each has the dotted path of the field and a message.
+
+    Args:
+        error: Error of pydantic.
+        valid_keys: Valid keys, if the validated object is not a job.
     """
     problems: dict[str, Problem] = {}
     for raw in error.errors(include_url=False):
@@ -74,51 +84,71 @@ def sentences(error: ValidationError, known: Collection[str] | None = None) -> l
         if isinstance(cause, SpecProblems):
             problems.update((problem.path, problem) for problem in cause.problems)
             continue
-        path = _path(raw["loc"])
-        if path.startswith("search.parameters.") and path.endswith(".values") and raw["type"] != "tuple_type":
-            problems.setdefault(path, Problem(path, _too_deep(path, raw["input"])))
+        path = _get_field_path(raw["loc"])
+        if (
+            path.startswith("search.parameters.")
+            and path.endswith(".values")
+            and raw["type"] != "tuple_type"
+        ):
+            problems.setdefault(path, Problem(path, _describe_deep_list(path, raw["input"])))
             continue
-        sentence = _sentence(path, raw, known)
+        sentence = _describe_error(path, raw, valid_keys)
         if raw["type"] == "model_type" and path.startswith("search.parameters."):
-            value = shown(raw["input"])
+            value = format_value(raw["input"])
             example = "..." if raw["input"] is None else value
             sentence = f"{path} is {value}, but must list what it may be: {{values: [{example}]}}"
             problems[path] = Problem(path, sentence)
             continue
-        if path in problems:  # the branches of a union: "a whole number", "'auto'"
+        if (
+            path in problems
+        ):  # the branches of a union each report an error: "a whole number", "'auto'"
             earlier = problems[path].sentence
             if "finite number" in sentence + earlier:
-                continue_with = sentence if "finite number" in sentence else earlier
-                problems[path] = Problem(path, continue_with)
+                preferred = sentence if "finite number" in sentence else earlier
+                problems[path] = Problem(path, preferred)
                 continue
-            known_already = raw["type"] not in _WANTED or earlier.endswith(_wanted(raw))
-            sentence = earlier if known_already else f"{earlier} or {_wanted(raw)}"
+            is_covered = raw["type"] not in _REQUIREMENTS or earlier.endswith(
+                _describe_requirement(raw)
+            )
+            sentence = earlier if is_covered else f"{earlier} or {_describe_requirement(raw)}"
         problems[path] = Problem(path, sentence)
     return list(problems.values())
 
 
-def _too_deep(path: str, value: Any) -> str:
+def _describe_deep_list(path: str, value: Any) -> str:
     sentence = f"{path} must be a list of numbers, texts or true/false, one level deep"
-    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         return sentence
     return f'{sentence}: a list is one value when it is written as "{",".join(value)}"'
 
 
-_HALF = {"fp16": "float16", "float16": "float16", "half": "float16", "bf16": "bfloat16", "bfloat16": "bfloat16"}
-"""What people call 16-bit weights -> torch's name."""
+_HALF_PRECISION_NAMES = {
+    "fp16": "float16",
+    "float16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+}
+"""Common name of a 16-bit format -> the name in torch."""
 
 
-def sentence_of(raw: Any) -> str:
-    """Return one of pydantic's errors in the words that all our messages have."""
-    inside = tuple(part for part in raw["loc"] if part != "body")  # of a request
-    return _sentence(_path(inside) or "the request", raw, ())
+def describe_request_error(raw: Any) -> str:
+    """Return the message for a pydantic error in a request."""
+    location = tuple(
+        part for part in raw["loc"] if part != "body"
+    )  # pydantic's prefix for the body of a request
+    return _describe_error(_get_field_path(location) or "the request", raw, ())
 
 
-def _sentence(path: str, raw: Any, known: Collection[str] | None) -> str:
-    path = cut(path, _LONGEST_KEY)
+def _describe_error(path: str, raw: Any, valid_keys: Collection[str] | None) -> str:
+    path = shorten_text(path, _MAX_KEY_LENGTH)
     match raw["type"]:
         case "extra_forbidden":
-            return unknown_key(path) if known is None else _not_among(path, known)
+            return (
+                describe_unknown_key(path)
+                if valid_keys is None
+                else _describe_invalid_key(path, valid_keys)
+            )
         case "missing":
             return f"{path} is missing"
         case "value_error":
@@ -126,22 +156,34 @@ def _sentence(path: str, raw: Any, known: Collection[str] | None) -> str:
             return f"{path}: {message}" if path else message
         case "string_too_short" | "too_short" if raw["ctx"]["min_length"] == 1:
             return f"{path} is empty, but must hold something"
-        case "literal_error" if path.endswith(".quantization") and str(raw["input"]) in _HALF:
-            said = f"{path} is {shown(raw['input'])}, but must be {_wanted(raw)}"
-            return f"{said}; weights in 16 bits are `set: {{model.dtype: {_HALF[str(raw['input'])]}}}`"
-        case kind if kind in _WANTED:
-            return f"{path} is {shown(raw['input'])}, but must be {_wanted(raw)}"
-    return f"{path} is {shown(raw['input'])}, which cannot be used here"
+        case "literal_error" if (
+            path.endswith(".quantization") and str(raw["input"]) in _HALF_PRECISION_NAMES
+        ):
+            sentence = (
+                f"{path} is {format_value(raw['input'])}, but must be {_describe_requirement(raw)}"
+            )
+            return (
+                f"{sentence}; weights in 16 bits are `set: {{model.dtype: "
+                f"{_HALF_PRECISION_NAMES[str(raw['input'])]}}}`"
+            )
+        case kind if kind in _REQUIREMENTS:
+            return (
+                f"{path} is {format_value(raw['input'])}, but must be {_describe_requirement(raw)}"
+            )
+    return f"{path} is {format_value(raw['input'])}, which cannot be used here"
 
 
-_LONGEST_KEY = 120
+_MAX_KEY_LENGTH = 120
 
 
-def _wanted(raw: Any) -> str:
+def _describe_requirement(raw: Any) -> str:
     if raw["type"] == "string_pattern_mismatch":
         pattern = raw["ctx"]["pattern"]
-        return next((words for part, words in _PATTERNS.items() if part in pattern), f"of the form {pattern}")
-    return _WANTED[raw["type"]].format(**raw.get("ctx", {}))
+        return next(
+            (description for part, description in _PATTERNS.items() if part in pattern),
+            f"of the form {pattern}",
+        )
+    return _REQUIREMENTS[raw["type"]].format(**raw.get("ctx", {}))
 
 
 _PATTERNS = {
@@ -152,45 +194,58 @@ _PATTERNS = {
     r"^[/~$]": "an absolute path, or one that begins with ~ or a variable",
     r"\x0a-\x1f": "one line of text",
 }
-"""What a text must be, by a part of the pattern that it is checked with."""
+"""Part of a regular expression -> description of the texts that it accepts."""
 
 
-def _not_among(path: str, known: Collection[str]) -> str:
-    near = fields.closest(path, known)
-    return f"{path} is not a known key" + (f"; did you mean {near!r}?" if near else "")
+def _describe_invalid_key(path: str, valid_keys: Collection[str]) -> str:
+    suggestion = fields.find_closest(path, valid_keys)
+    return f"{path} is not a known key" + (f"; did you mean {suggestion!r}?" if suggestion else "")
 
 
-def unknown_key(path: str) -> str:
-    """The sentence for a key that no block has, with the closest right one."""
+def describe_unknown_key(path: str) -> str:
+    """Return the message for a key that no block has, with the closest valid key."""
     block, _, leaf = path.rpartition(".")
-    if path in fields.leaves():  # a dotted key, as in other tools' files
+    if path in fields.get_leaf_fields():  # a key with dots, as other tools write it
         return f"{path} is written as a key, but must be in its block: {block}: {{{leaf}: ...}}"
     if block.startswith("search.parameters."):
-        near = fields.closest(leaf, _PARAMETER_KEYS)
-        hint = f"did you mean {near!r}?" if near else f"there are {', '.join(_PARAMETER_KEYS)}"
+        suggestion = fields.find_closest(leaf, _PARAMETER_KEYS)
+        hint = (
+            f"did you mean {suggestion!r}?"
+            if suggestion
+            else f"there are {', '.join(_PARAMETER_KEYS)}"
+        )
         return f"{path} is not a known key; {hint}"
     prefix = f"{block}." if block else ""
-    here = {known.removeprefix(prefix).split(".")[0] for known in fields.leaves() if known.startswith(prefix)}
-    foreign = foreign_hint(leaf)
+    block_keys = {
+        field_path.removeprefix(prefix).split(".")[0]
+        for field_path in fields.get_leaf_fields()
+        if field_path.startswith(prefix)
+    }
+    foreign = get_foreign_hint(leaf)
     if foreign:
         return f"{path} is not a known key; {foreign}"
-    near = fields.closest(leaf, here)
-    if near:
-        return f"{path} is not a known key; did you mean {near!r}?"
-    meant = fields.suggest_path(path)
-    return f"{path} is not a known key" + (f"; did you mean {meant!r}?" if meant else "")
+    suggestion = fields.find_closest(leaf, block_keys)
+    if suggestion:
+        return f"{path} is not a known key; did you mean {suggestion!r}?"
+    suggested_path = fields.suggest_path(path)
+    return f"{path} is not a known key" + (
+        f"; did you mean {suggested_path!r}?" if suggested_path else ""
+    )
 
 
-def shown(value: Any) -> str:
-    """A value as a user wrote it, cut to a line."""
+def format_value(value: Any) -> str:
+    """Return a value as the user wrote it, shortened to one line."""
     text = "empty" if value is None else repr(value)
     if isinstance(value, bool):
         text = str(value).lower()
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _path(location: tuple[int | str, ...]) -> str:
-    """The dotted field of a location; union branches and list positions are pydantic's business, not the user's."""
+def _get_field_path(location: tuple[int | str, ...]) -> str:
+    """Return the dotted field of a location.
+
+    Branches of unions and positions in lists are left out: they are internal to pydantic.
+    """
     parts: list[str] = []
     for part in location:
         if isinstance(part, int):

@@ -1,145 +1,166 @@
-"""What the operator of a Kubernetes cluster knows and a job does not say: image, namespace, storage, queue, nodes."""
+"""Define a Kubernetes site: what its operator knows and a job does not say.
+
+For example the image, namespace, storage, queue and nodes.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Any, Literal
 
+from pydantic import Field, field_validator, model_validator
+
 from lorafleet.jobs.errors import Problem, SpecProblems
 from lorafleet.jobs.schema.base import Spec, Texts
-from lorafleet.jobs.schema.environment import checked_environment, may_be_secret
+from lorafleet.jobs.schema.environment import is_secret_name, validate_environment
 from lorafleet.jobs.sites.base import Allocation, Node
-from pydantic import Field, field_validator, model_validator
 
 _DNS = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 Name = Annotated[str, Field(pattern=rf"^{_DNS}(\.{_DNS})*$", max_length=253)]
-"""The name of an object of Kubernetes: lower-case letters, digits, dashes and dots."""
-LabelKey = Annotated[str, Field(pattern=rf"^({_DNS}(\.{_DNS})*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$")]
-"""The key of a label: `NAME` or `domain/NAME`."""
+"""Name of a Kubernetes object: lower-case letters, digits, dashes and dots."""
+LabelKey = Annotated[
+    str, Field(pattern=rf"^({_DNS}(\.{_DNS})*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{{0,61}}[A-Za-z0-9])?$")
+]
+"""Key of a label: `NAME` or `domain/NAME`."""
 LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$")]
-"""The value of a label: 63 letters, digits, dashes, underscores and dots at most."""
+"""Value of a label: at most 63 letters, digits, dashes, underscores and dots."""
 Labels = dict[LabelKey, LabelValue]
 WORKER_LABELS = {"lorafleet.dev/role": "worker"}
-"""What Ray knows worker pods by: trials are held to them."""
-Inside = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]+$", max_length=200)]
-"""An absolute path in a container, without spaces."""
+"""Ray labels of worker pods; trials run only on nodes with them."""
+ContainerPath = Annotated[str, Field(pattern=r"^/[A-Za-z0-9._/-]+$", max_length=200)]
+"""Absolute path in a container, without spaces."""
 
 
 class Toleration(Spec):
-    """A taint of nodes that is no hindrance."""
+    """A taint of nodes that pods tolerate."""
 
     key: LabelKey | None = None
-    """The taint's key; left out: every taint."""
+    """Key of the taint. Default: every taint."""
     operator: Literal["Exists", "Equal"] | None = None
-    """Whether the value counts; left out: Equal where there is one, else Exists."""
+    """How the taint is matched: `Equal` compares the value, `Exists` ignores it. Default: Equal if
+    a value is set, else Exists.
+    """
     value: LabelValue | None = None
-    """Its value, with `Equal`."""
+    """Value of the taint, for `Equal`."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Which effect; left out: every one."""
+    """Effect of the taint. Default: every effect."""
 
     @model_validator(mode="after")
-    def _is_one(self) -> Toleration:
+    def _check_operator(self) -> Toleration:
+        """Check that operator, key and value fit together."""
         if self.operator == "Exists" and self.value is not None:
-            raise ValueError(f"operator Exists has no value, but value is {self.value}: must be Equal")
+            raise ValueError(
+                f"operator Exists has no value, but value is {self.value}: must be Equal"
+            )
         if self.operator == "Equal" and self.value is None:
             raise ValueError("operator Equal needs a value")
         if self.key is None and self.value is not None:
             raise ValueError(f"value is {self.value}, but there is no key that it is the value of")
         return self
 
-    def tree(self) -> dict[str, str]:
-        """As Kubernetes wants it."""
-        told = self.model_dump(exclude_none=True)
-        return told | {"operator": self.operator or ("Exists" if self.value is None else "Equal")}
+    def to_dict(self) -> dict[str, str]:
+        """Return the toleration as Kubernetes takes it."""
+        values = self.model_dump(exclude_none=True)
+        return values | {"operator": self.operator or ("Exists" if self.value is None else "Equal")}
 
 
 class KubernetesHead(Spec):
     """The pod of Ray's head and the driver; no trial runs in it."""
 
     cpus: int = Field(4, ge=1, le=1024)
-    """CPU cores."""
+    """CPU cores. Default: 4."""
     memory_gb: float = Field(16.0, gt=0)
-    """Memory, in GB."""
+    """Memory, in GB. Default: 16."""
     ephemeral_gb: float = Field(20.0, gt=0)
-    """Room on its node's own disk, in GB: Ray's logs lie there."""
+    """Space on its node's own disk, in GB, for Ray's logs. Default: 20."""
     node_selector: Labels = {}
     """Labels that its node must have."""
     tolerations: Annotated[tuple[Toleration, ...], Field(strict=False)] = ()
     """Taints that it tolerates."""
     priority_class: Name | None = None
-    """Its priority class."""
+    """Priority class of the pod."""
 
 
 class Storage(Spec):
-    """The volume that all pods of all runs see: runs, models and data lie on it."""
+    """The volume that all pods of all runs share: it holds runs, models and data."""
 
     claim: Name
-    """A PersistentVolumeClaim in the namespace; with several pods it must be ReadWriteMany."""
-    sub_path: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)] | None = None
-    """Folder of a user or a team in it, such as `team-a/ana`: pods see nothing else of the volume."""
-    mount_path: Inside = "/mnt/lorafleet"
-    """Where pods see it."""
+    """PersistentVolumeClaim in the namespace. With several pods it must be ReadWriteMany."""
+    sub_path: (
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$", max_length=200)] | None
+    ) = None
+    """Folder of a user or a team on the volume, such as `team-a/ana`. Pods see nothing else of the
+    volume.
+    """
+    mount_path: ContainerPath = "/mnt/lorafleet"
+    """Path at which pods see the volume. Default: /mnt/lorafleet."""
     read_write_many: bool = True
-    """Whether several nodes may have it at the same time; false: one worker pod, on the node of its head."""
+    """True if several nodes may mount the volume at the same time. If false, a job has one worker
+    pod, on the node of its head.
+    """
 
     @field_validator("sub_path")
     @classmethod
-    def _stays_inside(cls, value: str | None) -> str | None:
+    def _check_sub_path(cls, value: str | None) -> str | None:
+        """Check that the folder does not leave the volume."""
         if value and ".." in value.split("/"):
             raise ValueError(f"{value!r} leaves the volume: no `..` in it")
         return value
 
 
 class SecretRef(Spec):
-    """A value that stands in a Secret of the namespace."""
+    """A value that is stored in a Secret of the namespace."""
 
     name: Name
-    """The Secret."""
+    """Name of the Secret."""
     key: Annotated[str, Field(pattern=r"^[-._A-Za-z0-9]{1,253}$")]
-    """The key in it."""
+    """Key in the Secret."""
     optional: bool = False
-    """Whether pods start without it."""
+    """True if pods may start without it."""
 
 
 class NoQueue(Spec):
-    """Kubernetes' own scheduler."""
+    """No queue: Kubernetes' own scheduler."""
 
     kind: Literal["none"] = "none"
     """No queue."""
 
 
 class Kueue(Spec):
-    """Kueue admits the whole job, or nothing of it."""
+    """Kueue, which admits a job completely or not at all."""
 
     kind: Literal["kueue"]
     """Kueue."""
     queue: Name
     """LocalQueue in the namespace."""
     priority_class: Name | None = None
-    """WorkloadPriorityClass."""
+    """WorkloadPriorityClass of the job."""
     topology: LabelKey | None = None
-    """Level of the topology that worker pods should share (a node label), such as cloud.provider.com/topology-rack."""
+    """Topology level (a node label) that worker pods should share, such as
+    cloud.provider.com/topology-rack.
+    """
     topology_required: bool = False
-    """Whether they must share it."""
+    """True if worker pods must share that level."""
 
     @model_validator(mode="after")
-    def _topology_is_named(self) -> Kueue:
+    def _check_topology(self) -> Kueue:
+        """Check that a required topology is named."""
         if self.topology_required and self.topology is None:
             raise ValueError("topology_required is true, but topology names no level")
         return self
 
 
 class Volcano(Spec):
-    """Volcano; the KubeRay operator runs with --batch-scheduler=volcano."""
+    """Volcano. The KubeRay operator must run with --batch-scheduler=volcano."""
 
     kind: Literal["volcano"]
     """Volcano."""
     queue: Name = "default"
-    """Queue."""
+    """Queue. Default: default."""
 
 
 class YuniKorn(Spec):
-    """Apache YuniKorn; the KubeRay operator runs with --batch-scheduler=yunikorn."""
+    """Apache YuniKorn. The KubeRay operator must run with --batch-scheduler=yunikorn."""
 
     kind: Literal["yunikorn"]
     """YuniKorn."""
@@ -148,7 +169,7 @@ class YuniKorn(Spec):
 
 
 class Kai(Spec):
-    """KAI; the KubeRay operator runs with --batch-scheduler=kai-scheduler."""
+    """KAI. The KubeRay operator must run with --batch-scheduler=kai-scheduler."""
 
     kind: Literal["kai"]
     """KAI."""
@@ -160,85 +181,102 @@ Scheduler = Annotated[NoQueue | Kueue | Volcano | YuniKorn | Kai, Field(discrimi
 
 
 class Network(Spec):
-    """How worker pods talk to each other."""
+    """Network settings of the worker pods."""
 
     interface: Annotated[str, Field(pattern=r"^[A-Za-z0-9._^=,-]{1,64}$")] | None = None
-    """Interface for NCCL and gloo (`eth0`); left out: theirs to find."""
+    """Network interface for NCCL and gloo, such as `eth0`. Default: they choose one."""
     rdma_resource: LabelKey | None = None
-    """Device resource of an RDMA plug-in, such as rdma/hca_shared; worker pods then get IPC_LOCK."""
+    """Device resource of an RDMA plug-in, such as rdma/hca_shared. Worker pods then get the
+    capability IPC_LOCK.
+    """
     rdma_count: int = Field(1, ge=1, le=64)
-    """How many of it a worker pod gets."""
+    """Number of these devices that a worker pod gets. Default: 1."""
     attach: Annotated[str, Field(pattern=r"^[A-Za-z0-9._/@,-]{1,500}$")] | None = None
-    """Further networks of worker pods (Multus, k8s.v1.cni.cncf.io/networks)."""
+    """Additional networks of worker pods (Multus, k8s.v1.cni.cncf.io/networks)."""
     ib_hca: Annotated[str, Field(pattern=r"^[A-Za-z0-9_^=:,-]{1,200}$")] | None = None
-    """Which InfiniBand cards NCCL uses (NCCL_IB_HCA), such as mlx5."""
+    """InfiniBand cards that NCCL uses (NCCL_IB_HCA), such as mlx5."""
 
 
 class Deadlines(Spec):
-    """When a job is given up."""
+    """Time limits and retries of a job."""
 
     hours: float | None = Field(None, gt=0, le=24 * 365)
-    """Hours that one attempt may take; each retry, and each time that a queue admits the job again, begins anew."""
+    """Maximum hours of one attempt. The time starts again with each retry, and each time that a
+    queue admits the job again.
+    """
     start_minutes: float | None = Field(None, gt=0, le=60 * 24 * 30)
-    """Minutes in which an attempt must run, counted from when Kueue has admitted it. Only with Kueue: elsewhere waiting
-    for room would end the job."""
+    """Minutes within which an attempt must run after Kueue has admitted it. Only with Kueue:
+    elsewhere the time that a job waits for free nodes would count, and end it.
+    """
     retries: int = Field(2, ge=0, le=100)
-    """New clusters after a failure; each goes on with the run."""
+    """Number of new clusters after a failure; each continues the run. Default: 2."""
     save_seconds: int = Field(120, ge=30, le=3600)
-    """Seconds that pods have to save when they are taken away."""
+    """Seconds that pods have to save when they are deleted or preempted. Default: 120."""
 
 
-class Keep(Spec):
-    """How long what has ended stays on the cluster; the run is on the storage for good. Kueue wants one time alone: the
-    first, for success and failure, and the RayJob stays."""
+class Retention(Spec):
+    """Retention times of ended jobs on the cluster. The run stays on the storage permanently.
+
+    Kueue allows only one time: `cluster_minutes` then applies to success and failure, and the
+    RayJob stays.
+    """
 
     cluster_minutes: float = Field(1.0, ge=0, le=60 * 24 * 30)
-    """Minutes that the head stays after success."""
+    """Minutes that the head stays after success. Default: 1."""
     failed_cluster_minutes: float = Field(60.0, ge=0, le=60 * 24 * 30)
-    """Minutes that the head stays after a failure, for its logs; the workers go at once."""
+    """Minutes that the head stays after a failure, so that you can read its logs; the workers are
+    deleted at once. Default: 60.
+    """
     object_days: float = Field(7.0, gt=0, le=365)
-    """Days that the RayJob itself stays after success."""
+    """Days that the RayJob itself stays after success. Default: 7."""
 
 
 class KubernetesSite(Spec):
-    """A namespace of a cluster with the KubeRay operator, as one group of users meets it."""
+    """A namespace of a cluster with the KubeRay operator, as one group of users sees it."""
 
     kind: Literal["kubernetes"] = "kubernetes"
-    """Which backend runs it."""
+    """Backend of the site."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$")
-    """What sentences call it; the file's name where it is left out."""
+    """Display name of the site. Defaults to the file name."""
     context: Annotated[str, Field(min_length=1, max_length=400)] | None = None
-    """Context of the kubeconfig; left out: the current one, or the pod's own service account."""
+    """Context of the kubeconfig. Default: the current one, or the pod's own service account."""
     namespace: Annotated[str, Field(pattern=rf"^{_DNS}$")] = "default"
-    """Namespace of everything that is made."""
+    """Namespace of all objects that are created."""
     image: str
-    """Image of all pods, by digest: NAME[:LORAFLEET_VERSION]@sha256:...; docs/kubernetes.md has a Dockerfile."""
+    """Image of all pods, pinned by digest: NAME[:LORAFLEET_VERSION]@sha256:...; docs/kubernetes.md
+    has a Dockerfile.
+    """
     pull_secrets: Annotated[tuple[Name, ...], Field(strict=False)] = ()
     """Secrets for the image's registry."""
     service_account: Name | None = None
-    """Service account of the pods; its token is not mounted unless trials are autoscaled."""
+    """Service account of the pods. Its token is mounted only if trials are autoscaled."""
     storage: Storage
-    """The volume of runs, models and data."""
+    """Volume for runs, models and data."""
     nodes: int | None = Field(None, ge=1, le=1000)
-    """Worker pods of one job; left out: what one trial needs."""
+    """Number of worker pods of one job. Default: what one trial needs."""
     max_nodes: int | None = Field(None, ge=1, le=1000)
-    """Most worker pods that one job may have."""
+    """Maximum number of worker pods of one job."""
     cpus_per_node: int = Field(ge=1, le=1024)
     """CPU cores of a worker pod."""
     memory_gb_per_node: float = Field(gt=0)
     """Memory of a worker pod, in GB."""
     ephemeral_gb_per_node: float = Field(50.0, gt=0)
-    """Room on its node's own disk, in GB."""
+    """Space on the node's own disk for a worker pod, in GB. Default: 50."""
     shared_memory_gb: float | None = Field(None, gt=0)
-    """Size of /dev/shm in a worker pod, in GB, out of its memory; left out: 30 % of it."""
+    """Size of /dev/shm in a worker pod, in GB, taken from its memory.
+
+    Default: 30 % of the memory.
+    """
     gpu_resource: LabelKey = "nvidia.com/gpu"
-    """What the device plug-in calls a GPU."""
+    """Resource name of a GPU in the device plug-in."""
     gpus_per_node: int = Field(0, ge=0, le=64)
     """GPUs of a worker pod; 0 for CPU pods."""
     gpu_memory_gb: float = Field(0.0, ge=0)
-    """Memory of one GPU, in GB; 0 where it is not known, and nothing is said to fit or not."""
+    """Memory of one GPU, in GB. Leave it at 0 if it is not known; then nothing checks whether a
+    trial fits.
+    """
     node_selector: Labels = {}
-    """Labels that nodes of worker pods must have."""
+    """Labels that the nodes of worker pods must have."""
     tolerations: Annotated[tuple[Toleration, ...], Field(strict=False)] = ()
     """Taints that worker pods tolerate."""
     priority_class: Name | None = None
@@ -246,50 +284,64 @@ class KubernetesSite(Spec):
     head: KubernetesHead = KubernetesHead()
     """The pod of Ray's head and the driver."""
     autoscale: bool = False
-    """Whether worker pods come and go with the trials that wait (searches of one-pod trials); false: all or nothing."""
+    """True to add and remove worker pods with the number of waiting trials, for searches of
+    one-pod trials. False to start all worker pods or none.
+    """
     scheduler: Scheduler = NoQueue()
-    """The queue that admits jobs, if any."""
+    """Queue that admits jobs. Default: none."""
     network: Network = Network()
-    """How worker pods talk to each other."""
+    """Network settings of the worker pods."""
     network_policy: bool = True
-    """Whether a NetworkPolicy lets in only the job's own pods and the KubeRay operator."""
+    """True to create a NetworkPolicy that admits only the job's own pods and the KubeRay operator.
+    Default: true.
+    """
     operator_labels: Labels = {"app.kubernetes.io/component": "kuberay-operator"}
-    """What the operator's pods are known by, for that policy."""
+    """Labels of the operator's pods, for the NetworkPolicy."""
     deadlines: Deadlines = Deadlines()
-    """When a job is given up."""
-    keep: Keep = Keep()
-    """How long what has ended stays on the cluster."""
+    """Time limits and retries of a job."""
+    keep: Retention = Retention()
+    """How long ended jobs stay on the cluster."""
     internet: bool = False
-    """Whether pods may fetch from the hub and talk to W&B; false: what was staged, and W&B offline."""
+    """True if pods may download from the hub and connect to W&B. If false, they use what was
+    staged, and W&B runs offline. Default: false.
+    """
     secrets: dict[str, SecretRef] = {}
-    """Variables of the head and the workers that are read from Secrets, such as WANDB_API_KEY and HF_TOKEN."""
+    """Environment variables of the head and the workers that are read from Secrets, such as
+    WANDB_API_KEY and HF_TOKEN.
+    """
     environment: dict[str, str] = {}
-    """Variables for every process. Names that may hold a secret are refused: they would stand in the manifest."""
+    """Environment variables of every process. Names that may hold a secret are refused, because
+    the value would be part of the manifest.
+    """
     allow_environment: Texts = ()
-    """Variables that a job's `environment` may set though they change which code runs, such as TRITON_CACHE_DIR."""
+    """Variables that a job's `environment` may set although they change which code runs, such as
+    TRITON_CACHE_DIR.
+    """
     labels: Labels = {}
-    """Labels of everything that is made: team, cost centre."""
-    user: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")] | None = None
-    """Who submits, as a label; left out: the name of the account here."""
+    """Labels of all objects that are created, such as team or cost centre."""
+    user: (
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$")] | None
+    ) = None
+    """Label with the name of the submitter. Default: the name of your local account."""
     run_as_user: int = Field(1000, ge=1, le=2**31 - 1)
-    """User number of all processes; the image's."""
+    """User id of all processes; it must match the image. Default: 1000."""
     run_as_group: int = Field(100, ge=1, le=2**31 - 1)
-    """Group number of all processes and of the volume's files."""
+    """Group id of all processes and of the volume's files. Default: 100."""
     patch: dict[str, Any] = {}
-    """A JSON merge patch (RFC 7386) on the RayJob, applied last; the result is checked again."""
+    """JSON merge patch (RFC 7386) for the RayJob, applied last. The result is checked again."""
 
     @property
-    def called(self) -> str:
-        """What sentences call it."""
+    def display_name(self) -> str:
+        """Return the name of the site in messages."""
         return f"site {self.name}"
 
     @property
-    def machine(self) -> str:
-        """What sentences call one of its machines."""
+    def machine_noun(self) -> str:
+        """Return the name of one of its machines in messages."""
         return "worker pod"
 
-    def allocation(self, nodes: int) -> Allocation:
-        """A job of so many worker pods, as placement sees it."""
+    def build_allocation(self, nodes: int) -> Allocation:
+        """Return a job with this number of worker pods, as placement sees it."""
         memory = self.memory_gb_per_node * 1e9 / 2**30
         head = Node(name="head", cpus=0, memory_gib=self.head.memory_gb * 1e9 / 2**30)
         workers = [
@@ -303,78 +355,112 @@ class KubernetesSite(Spec):
             for number in range(1, nodes + 1)
         ]
         gpu_memory = self.gpu_memory_gb * 1e9 / 2**30
-        return Allocation(kind=self.kind, cluster=self.name, nodes=(head, *workers), gpu_memory_gib=gpu_memory)
+        return Allocation(
+            kind=self.kind, cluster=self.name, nodes=(head, *workers), gpu_memory_gib=gpu_memory
+        )
 
     @field_validator("storage", mode="before")
     @classmethod
-    def _is_a_volume(cls, value: Any) -> Any:
+    def _check_storage(cls, value: Any) -> Any:
+        """Check that the storage is a block with a volume claim."""
         if isinstance(value, str):
             if "://" in value:
                 raise ValueError(
-                    f"{value!r} is object storage, which cannot hold runs: their files are appended to and renamed; "
+                    f"{value!r} is object storage, which cannot hold runs: their files are "
+                    "appended to and renamed; "
                     "must be a claim of a volume, {claim: NAME}"
                 )
-            raise ValueError(f"{value!r} must be a block with the name of a volume claim, {{claim: NAME}}")
+            raise ValueError(
+                f"{value!r} must be a block with the name of a volume claim, {{claim: NAME}}"
+            )
         return value
 
     @field_validator("image")
     @classmethod
-    def _is_pinned(cls, value: str) -> str:
+    def _check_image(cls, value: str) -> str:
+        """Check that the image is pinned by digest."""
         if not re.fullmatch(r"[a-z0-9][a-zA-Z0-9._:/-]*@sha256:[0-9a-f]{64}", value):
             raise ValueError(
-                f"{value!r} is not pinned: must be NAME:VERSION@sha256:DIGEST, so that every attempt at a run has the "
-                "same programs (`docker inspect --format '{{index .RepoDigests 0}}' IMAGE` prints it)"
+                f"{value!r} is not pinned: must be NAME:VERSION@sha256:DIGEST, so that every "
+                "attempt at a run has the "
+                "same programs (`docker inspect --format '{{index .RepoDigests 0}}' IMAGE` "
+                "prints it)"
             )
         return value
 
     @field_validator("environment")
     @classmethod
-    def _holds_no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
-        return checked_environment(value)
+    def _check_environment(cls, value: dict[str, str]) -> dict[str, str]:
+        """Check the names of the environment variables."""
+        return validate_environment(value)
 
     @field_validator("secrets")
     @classmethod
-    def _are_variables(cls, value: dict[str, SecretRef]) -> dict[str, SecretRef]:
+    def _check_secret_names(cls, value: dict[str, SecretRef]) -> dict[str, SecretRef]:
+        """Check that the keys of `secrets` may be names of environment variables."""
         for name in value:
-            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name.startswith(("RAY_", "LF_")):
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name.startswith(
+                ("RAY_", "LF_")
+            ):
                 raise ValueError(f"{name!r} is no name that a variable from a Secret may have")
         return value
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> KubernetesSite:
+    def _check_fields(self) -> KubernetesSite:
+        """Check fields that depend on each other. Raises SpecProblems."""
         problems = []
         if self.nodes and self.max_nodes and self.nodes > self.max_nodes:
             sentence = f"nodes is {self.nodes}, but must not be above max_nodes = {self.max_nodes}"
             problems.append(Problem("nodes", sentence))
         if self.shared_memory_gb and self.shared_memory_gb >= self.memory_gb_per_node:
-            sentence = f"shared_memory_gb is {self.shared_memory_gb:g}, but must be below memory_gb_per_node"
+            sentence = (
+                f"shared_memory_gb is {self.shared_memory_gb:g}, but must be below "
+                "memory_gb_per_node"
+            )
             problems.append(Problem("shared_memory_gb", sentence))
-        both = sorted(set(self.secrets) & set(self.environment))
-        if both:
-            problems.append(Problem(f"secrets.{both[0]}", f"{both[0]} stands in secrets and in environment"))
+        duplicates = sorted(set(self.secrets) & set(self.environment))
+        if duplicates:
+            problems.append(
+                Problem(
+                    f"secrets.{duplicates[0]}",
+                    f"{duplicates[0]} stands in secrets and in environment",
+                )
+            )
         if self.deadlines.start_minutes and self.scheduler.kind != "kueue":
             sentence = (
-                "deadlines.start_minutes is set, and the scheduler is not kueue: the time that a job waits for room "
+                "deadlines.start_minutes is set, and the scheduler is not kueue: the time that a "
+                "job waits for room "
                 "would count, and end it; must be left out"
             )
             problems.append(Problem("deadlines.start_minutes", sentence))
         if self.autoscale and self.scheduler.kind != "none":
-            sentence = f"autoscale is true, but {self.scheduler.kind} admits a whole job; must be false"
+            sentence = (
+                f"autoscale is true, but {self.scheduler.kind} admits a whole job; must be false"
+            )
             problems.append(Problem("autoscale", sentence))
-        hidden = sorted(name for name in _variables(self.patch) if may_be_secret(name))
-        if hidden:
-            sentence = f"patch sets {hidden[0]}, which may hold a secret: name a Secret in `secrets` instead"
+        secret_names = sorted(
+            name for name in _list_patched_variables(self.patch) if is_secret_name(name)
+        )
+        if secret_names:
+            sentence = (
+                f"patch sets {secret_names[0]}, which may hold a secret: name a Secret in "
+                "`secrets` instead"
+            )
             problems.append(Problem("patch", sentence))
         if problems:
             raise SpecProblems(problems)
         return self
 
 
-def _variables(tree: Any) -> list[str]:
-    """Names of the variables that a patch gives a value."""
+def _list_patched_variables(tree: Any) -> list[str]:
+    """Return the names of the variables to which a patch gives a value."""
     if isinstance(tree, dict):
-        own = [tree["name"]] if isinstance(tree.get("name"), str) and isinstance(tree.get("value"), str) else []
-        return own + [name for value in tree.values() for name in _variables(value)]
+        names = (
+            [tree["name"]]
+            if isinstance(tree.get("name"), str) and isinstance(tree.get("value"), str)
+            else []
+        )
+        return names + [name for value in tree.values() for name in _list_patched_variables(value)]
     if isinstance(tree, list):
-        return [name for value in tree for name in _variables(value)]
+        return [name for value in tree for name in _list_patched_variables(value)]
     return []

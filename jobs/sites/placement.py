@@ -1,10 +1,12 @@
-"""Where trials go: one trial's needs and a site's machines -> bundles and how many run at once. Pure."""
+"""Compute how trials are placed on the machines of a site, and how many run at once. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
+
+from pydantic import Field
 
 from lorafleet.jobs.errors import PlacementRefused
 from lorafleet.jobs.schema.base import Spec
@@ -13,132 +15,165 @@ from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.sites.base import LocalSite, Node, Site
 from lorafleet.jobs.sites.kubernetes import KubernetesSite
 from lorafleet.jobs.sites.slurm import SlurmSite
-from lorafleet.jobs.text import counted
-from pydantic import Field
+from lorafleet.jobs.text import format_count
 
-_SHOWN = 8
-"""Machines that a sentence names."""
+_MAX_NODES_SHOWN = 8
+"""Maximum number of machines that a message lists."""
 
 
 class Share(NamedTuple):
-    """What one trial takes."""
+    """Resources of one trial."""
 
     nodes: int
-    """So many different machines,"""
+    """Number of different machines."""
     cpus: int
-    """CPU cores of each,"""
+    """CPU cores on each machine."""
     gpus: int
-    """and GPUs of each."""
+    """GPUs on each machine."""
 
-    def of(self, node: Node) -> int:
-        """How many such shares a machine holds."""
-        return min(node.cpus // self.cpus, node.gpus // self.gpus if self.gpus else node.cpus // self.cpus)
+    def count_on(self, node: Node) -> int:
+        """Return how many such shares fit on a machine."""
+        return min(
+            node.cpus // self.cpus, node.gpus // self.gpus if self.gpus else node.cpus // self.cpus
+        )
 
     def __str__(self) -> str:
-        each = _cores_and_gpus(self.cpus, self.gpus) if self.gpus else counted(self.cpus, "CPU core")
+        each = (
+            _format_cores_and_gpus(self.cpus, self.gpus)
+            if self.gpus
+            else format_count(self.cpus, "CPU core")
+        )
         return f"{self.nodes} nodes x {each}" if self.nodes > 1 else each
 
 
-def nodes_of_job(site: SlurmSite | KubernetesSite, asked: int | None, one_trial: int) -> int:
-    """Machines for trials in one job of a cluster: what `--nodes` says, else the site's, else what one trial needs.
+def choose_node_count(
+    site: SlurmSite | KubernetesSite, requested: int | None, nodes_per_trial: int
+) -> int:
+    """Return the number of machines for one job on a cluster.
 
-    Raises PlacementRefused for fewer than a trial needs, and for more than the site's max_nodes.
+    It is `--nodes` if set, else the site's setting, else what one trial needs.
+
+    Raises PlacementRefused if it is less than a trial needs, or more than the site's
+    max_nodes.
     """
-    nodes = asked or site.nodes or one_trial
-    if nodes < one_trial:
-        source = "--nodes" if asked else f"nodes of site {site.name}"
-        raise PlacementRefused(f"{source} is {nodes}, and each trial needs {counted(one_trial, site.machine)}")
+    nodes = requested or site.nodes or nodes_per_trial
+    if nodes < nodes_per_trial:
+        source = "--nodes" if requested else f"nodes of site {site.name}"
+        raise PlacementRefused(
+            f"{source} is {nodes}, and each trial needs "
+            f"{format_count(nodes_per_trial, site.machine_noun)}"
+        )
     if site.max_nodes and nodes > site.max_nodes:
-        machines = counted(nodes, site.machine)
-        raise PlacementRefused(f"the job would have {machines}, and max_nodes of site {site.name} is {site.max_nodes}")
+        machines = format_count(nodes, site.machine_noun)
+        raise PlacementRefused(
+            f"the job would have {machines}, and max_nodes of site {site.name} is {site.max_nodes}"
+        )
     return nodes
 
 
 class Placement(Spec):
-    """How trials are laid over the hardware."""
+    """Assignment of trials to hardware."""
 
     workers: int = Field(ge=1)
-    """Training processes of one trial, on all its machines."""
+    """Training processes of one trial, over all its machines."""
     num_nodes: int = Field(1, ge=1)
     """Machines of one trial."""
     cpus_per_worker: int = Field(ge=1)
-    """CPU cores of each process."""
+    """CPU cores of each training process."""
     gpus_per_worker: int = Field(ge=0, le=1)
-    """GPUs of each."""
+    """GPUs of each training process."""
     labels: dict[str, str] = {}
-    """Ray labels that each of its machines has."""
+    """Ray labels that each machine of a trial must have."""
     strategy: Strategy = "ddp"
-    """How the processes of one trial share the work; `auto` has been resolved."""
+    """Strategy by which the processes of a trial share the work; `auto` is already resolved."""
     slots: int = Field(ge=1)
-    """Trials at once."""
+    """Number of trials that run at the same time."""
     waves: int = Field(ge=1)
-    """Rounds that all trials would need if none stopped early."""
+    """Number of rounds of trials if none stops early."""
     limited_by: str
-    """What set the number of slots."""
+    """Resource or setting that limits the number of slots."""
 
     @property
-    def distributed(self) -> bool:
-        """Whether a trial has several processes, and so runs in a Ray Train worker group and not in a warm actor."""
+    def is_distributed(self) -> bool:
+        """Return whether a trial has several processes.
+
+        It then runs in a Ray Train worker group, not a warm actor.
+        """
         return self.workers > 1
 
     @property
     def spread(self) -> Literal["STRICT_PACK", "STRICT_SPREAD", "PACK"]:
-        """How Ray lays out a trial's processes; all of them are placed, or none."""
+        """Return Ray's placement strategy for the processes of a trial.
+
+        Ray places all of them or none.
+        """
         if self.num_nodes == 1:
             return "STRICT_PACK"
         return "STRICT_SPREAD" if self.workers == self.num_nodes else "PACK"
 
     @property
     def share(self) -> Share:
-        """What one trial takes of each of its machines."""
+        """Return the resources that one trial takes on each of its machines."""
         each = self.workers // self.num_nodes
         return Share(self.num_nodes, each * self.cpus_per_worker, each * self.gpus_per_worker)
 
 
-def groups(nodes: Sequence[Node], share: Share) -> int:
-    """How many trials can run at once when each has its share of `share.nodes` different machines.
+def count_concurrent_trials(nodes: Sequence[Node], share: Share) -> int:
+    """Return how many trials can run at once, each on `share.nodes` different machines.
 
-    g trials fit when the machines, none used more than once by a trial, have g x nodes shares between them:
-    sum(min(shares of a machine, g)) >= g x nodes.
+    g trials fit if the machines, each used at most once by a trial, have g x nodes shares
+    between them: sum(min(shares of a machine, g)) >= g x nodes.
     """
-    held = [share.of(node) for node in nodes]
+    shares_per_node = [share.count_on(node) for node in nodes]
     possible = 0
-    while sum(min(count, possible + 1) for count in held) >= (possible + 1) * share.nodes:
+    while (
+        sum(min(count, possible + 1) for count in shares_per_node) >= (possible + 1) * share.nodes
+    ):
         possible += 1
     return possible
 
 
-def place(job: JobSpec, site: Site, trials: int, trial_memory_gib: float, strategy: Strategy = "ddp") -> Placement:
-    """Slots and waves of `trials` trials, each of which takes `trial_memory_gib` of host memory over all its machines.
+def compute_placement(
+    job: JobSpec, site: Site, trials: int, trial_memory_gib: float, strategy: Strategy = "ddp"
+) -> Placement:
+    """Return the placement of `trials` trials on a site.
 
-    Raises PlacementRefused, in one sentence, when not even one trial fits.
+    Args:
+        trials: Number of trials.
+        trial_memory_gib: Host memory of one trial over all its machines, in GiB.
+        strategy: Resolved strategy of a trial's processes.
+    Raises:
+        PlacementRefused: Not even one trial fits.
     """
-    wants = job.resources
-    gpus = _gpus_per_worker(job, site)
+    resources = job.resources
+    gpus = _resolve_gpus_per_worker(job, site)
     if job.search and job.search.budget.gpu_hours is not None and not gpus:
         raise PlacementRefused(
-            f"search.budget.gpu_hours counts GPUs, and the trials on {site.called} use none; use "
+            f"search.budget.gpu_hours counts GPUs, and the trials on {site.display_name} use "
+            "none; use "
             "search.budget.wall_hours"
         )
-    per_node = wants.workers_per_node
-    share = Share(wants.num_nodes, per_node * wants.cpus_per_worker, per_node * gpus)
-    nodes = labelled(site.nodes, wants.label_selector)
-    _check_one_fits(site, nodes, share, wants.label_selector)
-    fits = {"CPU cores": groups(nodes, share._replace(gpus=0))}
+    per_node = resources.workers_per_node
+    share = Share(resources.num_nodes, per_node * resources.cpus_per_worker, per_node * gpus)
+    nodes = select_labelled_nodes(site.nodes, resources.label_selector)
+    _check_trial_fits(site, nodes, share, resources.label_selector)
+    fits = {"CPU cores": count_concurrent_trials(nodes, share._replace(gpus=0))}
     if share.gpus:
-        fits["GPUs"] = groups(nodes, share)
-    fits["memory"] = _memory_groups(nodes, site.called, wants.num_nodes, trial_memory_gib)
+        fits["GPUs"] = count_concurrent_trials(nodes, share)
+    fits["memory"] = _count_trials_by_memory(
+        nodes, site.display_name, resources.num_nodes, trial_memory_gib
+    )
     fits["trials"] = trials
     if job.search and job.search.max_concurrent_trials:
         fits["max_concurrent_trials"] = job.search.max_concurrent_trials
-    limit = min(fits, key=lambda what: fits[what])
+    limit = min(fits, key=lambda name: fits[name])
     slots = max(1, fits[limit])
     return Placement(
-        workers=wants.world_size,
-        num_nodes=wants.num_nodes,
-        cpus_per_worker=wants.cpus_per_worker,
+        workers=resources.world_size,
+        num_nodes=resources.num_nodes,
+        cpus_per_worker=resources.cpus_per_worker,
         gpus_per_worker=gpus,
-        labels=wants.label_selector,
+        labels=resources.label_selector,
         strategy=strategy,
         slots=slots,
         waves=math.ceil(trials / slots),
@@ -146,78 +181,96 @@ def place(job: JobSpec, site: Site, trials: int, trial_memory_gib: float, strate
     )
 
 
-def labelled(nodes: Sequence[Node], labels: Mapping[str, str]) -> list[Node]:
-    """The machines that have all of the labels."""
+def select_labelled_nodes(nodes: Sequence[Node], labels: Mapping[str, str]) -> list[Node]:
+    """Return the machines that have all of the labels."""
     return [node for node in nodes if labels.items() <= node.labels.items()]
 
 
-def _check_one_fits(site: Site, nodes: Sequence[Node], share: Share, labels: Mapping[str, str]) -> None:
-    if groups(nodes, share):
+def _check_trial_fits(
+    site: Site, nodes: Sequence[Node], share: Share, labels: Mapping[str, str]
+) -> None:
+    if count_concurrent_trials(nodes, share):
         return
     if labels and not nodes:
-        wanted = ", ".join(f"{name}={value}" for name, value in labels.items())
-        raise PlacementRefused(f"resources.label_selector wants machines with {wanted}, and {site.called} has none")
+        label_list = ", ".join(f"{name}={value}" for name, value in labels.items())
+        raise PlacementRefused(
+            f"resources.label_selector wants machines with {label_list}, and {site.display_name} "
+            "has none"
+        )
     if share.nodes > len(site.nodes) and isinstance(site, LocalSite):
         raise PlacementRefused(
-            f"each trial needs {share}, and this is one machine: start Ray on each (`ray start`) and name it in "
+            f"each trial needs {share}, and this is one machine: start Ray on each (`ray start`) "
+            "and name it in "
             "RAY_ADDRESS, or set resources.num_nodes to 1"
         )
-    raise PlacementRefused(f"each trial needs {share}, and {site.called} has {_held(nodes)}")
+    raise PlacementRefused(
+        f"each trial needs {share}, and {site.display_name} has {_describe_nodes(nodes)}"
+    )
 
 
-def _held(nodes: Sequence[Node]) -> str:
-    """`a: 8 CPU cores and 4 GPUs, b: ...`; a machine alone is not named."""
-    shown = [_cores_and_gpus(node.cpus, node.gpus) for node in nodes[:_SHOWN]]
+def _describe_nodes(nodes: Sequence[Node]) -> str:
+    """Return `a: 8 CPU cores and 4 GPUs, b: ...`. A single machine is listed without its name."""
+    entries = [_format_cores_and_gpus(node.cpus, node.gpus) for node in nodes[:_MAX_NODES_SHOWN]]
     if len(nodes) > 1:
-        shown = [f"{node.name}: {has}" for node, has in zip(nodes, shown, strict=False)]
-    more = [f"{len(nodes) - _SHOWN} more"] if len(nodes) > _SHOWN else []
-    return ", ".join(shown + more) or "no machine"
+        entries = [
+            f"{node.name}: {resources}" for node, resources in zip(nodes, entries, strict=False)
+        ]
+    more = [f"{len(nodes) - _MAX_NODES_SHOWN} more"] if len(nodes) > _MAX_NODES_SHOWN else []
+    return ", ".join(entries + more) or "no machine"
 
 
-def _cores_and_gpus(cpus: int, gpus: int) -> str:
-    return f"{counted(cpus, 'CPU core')} and {counted(gpus, 'GPU')}"
+def _format_cores_and_gpus(cpus: int, gpus: int) -> str:
+    return f"{format_count(cpus, 'CPU core')} and {format_count(gpus, 'GPU')}"
 
 
-def _memory_groups(nodes: Sequence[Node], site: str, num_nodes: int, trial_memory_gib: float) -> int:
-    """How many trials the memory holds; raises PlacementRefused when not one."""
-    each = max(trial_memory_gib / num_nodes, 0.01)
+def _count_trials_by_memory(
+    nodes: Sequence[Node], site: str, num_nodes: int, trial_memory_gib: float
+) -> int:
+    """Return how many trials fit into the memory. Raises PlacementRefused if none does."""
+    memory_per_node = max(trial_memory_gib / num_nodes, 0.01)
     largest = sorted((node.memory_gib for node in nodes if node.cpus), reverse=True)[:num_nodes]
-    if each > largest[-1]:
+    if memory_per_node > largest[-1]:
         raise PlacementRefused(
-            f"each trial needs about {each:.1f} GiB of memory on each machine, and {site} has {largest[-1]:.1f} free"
+            f"each trial needs about {memory_per_node:.1f} GiB of memory on each machine, and "
+            f"{site} has {largest[-1]:.1f} free"
         )
-    shares = [math.floor(node.memory_gib / each) for node in nodes if node.cpus]
+    shares = [math.floor(node.memory_gib / memory_per_node) for node in nodes if node.cpus]
     return max(1, sum(shares) // num_nodes)
 
 
-def fitted(placement: Placement, nodes: Sequence[Node]) -> tuple[Placement, str | None]:
-    """The placement on the machines that are really there, and what is to be said when fewer trials fit at once.
+def fit_placement(placement: Placement, nodes: Sequence[Node]) -> tuple[Placement, str | None]:
+    """Return the placement on the available machines, and a message if fewer trials fit at once.
 
-    Raises PlacementRefused when none does.
+    Raises PlacementRefused if no trial fits.
     """
-    nodes = labelled(nodes, placement.labels)
-    possible = groups(nodes, placement.share)
+    nodes = select_labelled_nodes(nodes, placement.labels)
+    possible = count_concurrent_trials(nodes, placement.share)
     if possible >= placement.slots:
         return placement, None
-    here = f"each trial needs {placement.share}; the cluster has {counted(possible, 'such group')}"
+    summary = (
+        f"each trial needs {placement.share}; the cluster has "
+        f"{format_count(possible, 'such group')}"
+    )
     if not possible:
-        raise PlacementRefused(f"{here} ({_held(nodes)})")
+        raise PlacementRefused(f"{summary} ({_describe_nodes(nodes)})")
     waves = math.ceil(placement.waves * placement.slots / possible)
-    fewer = placement.model_copy(update={"slots": possible, "waves": waves, "limited_by": "the cluster's machines"})
-    return fewer, f"{here}; concurrency set to {possible}"
+    reduced = placement.model_copy(
+        update={"slots": possible, "waves": waves, "limited_by": "the cluster's machines"}
+    )
+    return reduced, f"{summary}; concurrency set to {possible}"
 
 
-def _gpus_per_worker(job: JobSpec, site: Site) -> int:
-    wants = job.resources
-    if wants.device == "cpu":
+def _resolve_gpus_per_worker(job: JobSpec, site: Site) -> int:
+    resources = job.resources
+    if resources.device == "cpu":
         return 0
-    asked = wants.gpus_per_node
+    requested = resources.gpus_per_node
     if site.gpus:
-        return 1 if asked else 0
-    why = f": {site.without_gpu}" if isinstance(site, LocalSite) and site.without_gpu else ""
-    none = f"{site.called} has no GPU that can be used{why}"
-    if asked not in ("auto", 0):
-        raise PlacementRefused(f"resources.gpus_per_node is {asked}, but {none}")
-    if wants.device == "cuda" and asked == "auto":
-        raise PlacementRefused(f"resources.device is cuda, but {none}")
+        return 1 if requested else 0
+    reason = f": {site.without_gpu}" if isinstance(site, LocalSite) and site.without_gpu else ""
+    problem = f"{site.display_name} has no GPU that can be used{reason}"
+    if requested not in ("auto", 0):
+        raise PlacementRefused(f"resources.gpus_per_node is {requested}, but {problem}")
+    if resources.device == "cuda" and requested == "auto":
+        raise PlacementRefused(f"resources.device is cuda, but {problem}")
     return 0

@@ -1,231 +1,307 @@
-"""What the operator of a Slurm cluster knows and a job does not say: partition, nodes, set-up lines, folders."""
+"""Settings of a Slurm cluster that its operator knows and a job does not state: partition,
+nodes, set-up lines, folders.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, Literal
 
-from lorafleet.jobs.errors import Problem, SpecProblems
-from lorafleet.jobs.schema.base import Spec, Texts
-from lorafleet.jobs.schema.environment import checked_environment
-from lorafleet.jobs.sites.base import Allocation, Node
 from pydantic import Field, field_validator, model_validator
 
+from lorafleet.jobs.errors import Problem, SpecProblems
+from lorafleet.jobs.schema.base import Spec, Texts
+from lorafleet.jobs.schema.environment import validate_environment
+from lorafleet.jobs.sites.base import Allocation, Node
+
 _TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}(?::\d{2}){0,2}|\d+)")
-_OURS = ("--nodes", "--ntasks", "--cpus-per-task", "--gpus", "--gres", "--mem", "--time", "--output", "--error",
-         "--signal", "--requeue", "--no-requeue", "--job-name", "--export", "--partition", "--account", "--qos",
-         "--constraint", "--open-mode", "--array", "--dependency")  # fmt: skip
+_RESERVED_OPTIONS = (
+    "--nodes",
+    "--ntasks",
+    "--cpus-per-task",
+    "--gpus",
+    "--gres",
+    "--mem",
+    "--time",
+    "--output",
+    "--error",
+    "--signal",
+    "--requeue",
+    "--no-requeue",
+    "--job-name",
+    "--export",
+    "--partition",
+    "--account",
+    "--qos",
+    "--constraint",
+    "--open-mode",
+    "--array",
+    "--dependency",
+)
 Word = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\s\x00-\x1f\x7f]+$")]
-"""One word of a command line: no spaces, no control characters."""
+"""One word of a command line: no spaces and no control characters."""
 Line = Annotated[str, Field(min_length=1, max_length=4000, pattern=r"^[^\x00-\x08\x0a-\x1f\x7f]+$")]
-"""One line of a script: no line break, no control character but a tab."""
+"""One line of a script: no line break, and no control character except a tab."""
 Folder = Annotated[str, Field(min_length=1, max_length=1000, pattern=r"^[/~$][^\x00-\x1f\x7f]*$")]
-"""An absolute path; it may begin with ~ or a variable that the node has, such as $SCRATCH."""
+"""An absolute path. It may begin with ~ or with a variable that the node defines, such as
+$SCRATCH.
+"""
 
 
 class NodeType(Spec):
-    """Machines that are alike, where a partition has several kinds."""
+    """A group of identical nodes, for partitions with several kinds of nodes."""
 
     cpus_per_node: int = Field(ge=1, le=4096)
-    """CPU cores that a job may have on each."""
+    """CPU cores that a job may use on each node."""
     memory_gb_per_node: float = Field(gt=0)
-    """Memory that a job may have on each, in GB."""
+    """Memory that a job may use on each node, in GB."""
     gpus_per_node: int = Field(0, ge=0, le=64)
-    """GPUs on each."""
+    """GPUs of each node."""
     gpu_memory_gb: float = Field(0.0, ge=0)
-    """Memory of one of its GPUs, in GB; 0 where it is not known."""
+    """Memory of one GPU, in GB; 0 if it is not known."""
 
 
 class Container(Spec):
-    """The container that every process of a job runs in."""
+    """Container in which every process of a job runs."""
 
     kind: Literal["apptainer", "pyxis"]
-    """What starts it: `apptainer exec`, or srun's own --container-image (pyxis)."""
+    """Container runtime: `apptainer` uses `apptainer exec`; `pyxis` uses srun's
+    --container-image.
+    """
     image: Word
-    """The image: a .sif file, or what enroot understands."""
+    """Container image: a .sif file, or a name that enroot understands."""
     mounts: Texts = ()
     """Folders to mount, as OUTSIDE:INSIDE."""
 
 
 class RequeueSpec(Spec):
-    """How a job outlives its time limit and preemption."""
+    """What a job does at its time limit and after preemption."""
 
     policy: Literal["requeue", "chain", "none"] = "requeue"
-    """`requeue`: the job puts itself back into the queue. `chain`: a successor waits for its end (`afterany`), for
-    clusters that do not requeue. `none`: it ends, and `lorafleet resume` goes on."""
+    """`requeue`: the job requeues itself. `chain`: a successor job waits for its end (`afterany`),
+    for clusters that do not requeue. `none`: the job ends, and `lorafleet resume` continues the
+    run.
+    """
     max_restarts: int = Field(3, ge=0, le=1000)
-    """Restarts in a row that bring no new checkpoint, after which the job gives up."""
+    """Restarts in a row without a new checkpoint after which the job gives up."""
     max_walltime_chain: int = Field(4, ge=1, le=1000)
-    """Jobs of one run at most, the first among them."""
+    """Maximum number of jobs of one run, including the first."""
     signal_seconds: int = Field(120, ge=30, le=3600)
-    """Seconds before the time limit at which trials are asked to save (Slurm may be up to a minute early)."""
+    """Seconds before the time limit at which trials are asked to save a checkpoint. Slurm may send
+    the signal up to a minute early.
+    """
 
 
 class HeadNode(Spec):
-    """A small machine without GPUs for Ray's head and the driver, as the first part of a heterogeneous job."""
+    """A small node without GPUs for Ray's head and the driver, as the first component of a
+    heterogeneous job.
+    """
 
     partition: Word | None = None
-    """Its partition; left out: the site's."""
+    """Partition of the head node. Left out: the site's partition."""
     constraint: Word | None = None
-    """Features that it must have."""
+    """Node features that it must have."""
     cpus: int = Field(4, ge=1, le=4096)
-    """CPU cores; no trial runs on them."""
+    """CPU cores of the head node. No trial runs on them."""
     memory_gb: float = Field(16.0, gt=0)
-    """Memory, in GB."""
+    """Memory of the head node, in GB."""
 
 
 class ArraySpec(Spec):
-    """One array task a group of trials, in the place of one Ray over the whole allocation."""
+    """How trials are grouped into the tasks of a job array, instead of one Ray cluster over the
+    whole allocation.
+    """
 
     trials_per_task: int = Field(1, ge=1, le=10_000)
-    """Trials that one task trains, on one node."""
+    """Number of trials that one task trains, on one node."""
     max_running: int | None = Field(None, ge=1, le=10_000)
-    """Tasks that run at once (Slurm's `%`); left out: as many as the scheduler lets."""
+    """Maximum number of tasks that run at once (Slurm's `%`). Left out: as many as the scheduler
+    allows.
+    """
 
 
 class SlurmSite(Spec):
-    """A Slurm cluster, as one group of users meets it."""
+    """A Slurm cluster, as configured for one group of users."""
 
     kind: Literal["slurm"] = "slurm"
-    """Which backend runs it."""
+    """Backend that runs the job."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$")
-    """What sentences call it; the file's name where it is left out."""
+    """Display name of the site. Defaults to the file name."""
     partition: Word | None = None
-    """Partition (queue); left out: the cluster's default."""
+    """Partition (queue). Left out: the cluster's default."""
     account: Word | None = None
     """Account that is charged."""
     qos: Word | None = None
     """Quality of service."""
     constraint: Word | None = None
-    """Features that nodes must have, in Slurm's words (`a100&ib`)."""
+    """Node features that nodes must have, in Slurm's syntax (`a100&ib`)."""
     gpu_request: Literal["gpus-per-node", "gres", "gpus"] = "gpus-per-node"
-    """How this cluster wants GPUs to be asked for; two ways at once are refused by some and misread by others."""
+    """Option with which this cluster wants GPUs to be requested. Only one is used: some clusters
+    refuse two at once and others misread them.
+    """
     gpu_type: Word | None = None
-    """Kind of GPU in the request (`a100`), where the cluster tells them apart."""
+    """GPU type in the request (`a100`), if the cluster distinguishes types."""
     cpus_per_node: int = Field(ge=1, le=4096)
-    """CPU cores that a job has on each node."""
+    """CPU cores that a job gets on each node."""
     memory_gb_per_node: float = Field(gt=0)
-    """Memory that a job has on each node, in GB."""
+    """Memory that a job gets on each node, in GB."""
     gpus_per_node: int = Field(0, ge=0, le=64)
-    """GPUs that a job has on each node; 0 for CPU nodes."""
+    """GPUs that a job gets on each node; 0 for CPU nodes."""
     gpu_memory_gb: float = Field(0.0, ge=0)
-    """Memory of one GPU, in GB; 0 where it is not known, and nothing is said to fit or not."""
+    """Memory of one GPU, in GB. 0: not known; lorafleet then does not check whether a model
+    fits.
+    """
     node_types: dict[str, NodeType] = {}
-    """Kinds of nodes by name, where they differ: what fits is judged by the smallest."""
+    """Node types by name, if they differ. Placement assumes the smallest of them."""
     head: HeadNode | None = None
-    """A machine of its own for the head and the driver (a heterogeneous job); left out: they share the first node."""
+    """A separate node for the head and the driver (a heterogeneous job). Left out: they share the
+    first node.
+    """
     launch: Literal["ray", "array"] = "ray"
-    """`ray`: one Ray over one allocation. `array`: many small trials that know nothing of each other (grid or random
-    search with scheduler: none), a group of them to a task of a job array."""
+    """`ray`: one Ray cluster over one allocation. `array`: many small, independent trials (grid or
+    random search with scheduler: none), grouped into the tasks of a job array.
+    """
     array: ArraySpec = ArraySpec()
-    """How an array is cut up."""
+    """How trials are grouped into array tasks."""
     nodes: int | None = Field(None, ge=1, le=10_000)
-    """Nodes of one allocation; left out: what one trial needs."""
+    """Number of nodes of one allocation. Left out: the number that one trial needs."""
     max_nodes: int | None = Field(None, ge=1, le=10_000)
-    """Most nodes that one allocation may have."""
+    """Maximum number of nodes of one allocation."""
     time_limit: str = "1:00:00"
-    """Time limit of a job, in Slurm's form: MINUTES, H:MM:SS or D-HH:MM:SS."""
+    """Time limit of a job, in Slurm's format: MINUTES, H:MM:SS or D-HH:MM:SS."""
     requeue: RequeueSpec = RequeueSpec()
-    """What happens at its end."""
+    """What happens at the end of a job."""
     setup: Annotated[tuple[Line, ...], Field(strict=False)] = ()
-    """Lines of bash that make lorafleet's environment on a node (modules, conda, a venv). They are code: the file that
-    they come from is printed."""
+    """Lines of bash that set up lorafleet's environment on a node (modules, conda, a venv). They
+    are code, so the file that they come from is printed.
+    """
     environment: dict[str, str] = {}
-    """Variables for every process. Names that may hold a secret are refused: they would stand in the script."""
+    """Environment variables for every process. Names that may hold a secret are refused, because
+    the values are written to the script.
+    """
     share: Literal["none", "group"] = "none"
-    """Who may read new run folders beside their owner: `group`, that of the folder above. They hold held-out texts."""
+    """Who may read new run folders besides their owner. `group`: the group of the parent folder.
+    Run folders contain held-out texts.
+    """
     allow_environment: Texts = ()
-    """Variables that a job's `environment` may set though they change which code runs, such as TRITON_CACHE_DIR."""
+    """Variables that a job's `environment` may set although they change which code runs, such as
+    TRITON_CACHE_DIR.
+    """
     container: Container | None = None
-    """The container to run in, if any."""
+    """Container to run in. Left out: none."""
     network_interface: Word | None = None
-    """Interface between nodes for NCCL and gloo (`ib0`); left out: theirs to find."""
+    """Network interface between nodes for NCCL and gloo (`ib0`). Left out: they choose it
+    themselves.
+    """
     scratch_dir: Folder | None = None
-    """Fast folder on each node's own disk ($TMPDIR, /local); left out: /tmp."""
+    """Fast folder on each node's own disk ($TMPDIR, /local). Left out: /tmp."""
     runs_dir: Folder | None = None
-    """Folder of the runs, which all nodes and the login node see; left out: what --runs says."""
+    """Folder of the runs.
+
+    All nodes and the login node must see it. Left out: the value of --runs.
+    """
     cache_dir: Folder | None = None
-    """Folder of fetched models and data, which all nodes see; left out: LORAFLEET_CACHE's."""
+    """Folder of fetched models and data. All nodes must see it. Left out: the value of
+    LORAFLEET_CACHE.
+    """
     template: str | None = None
-    """A batch script of your own in the place of ours (jinja2; `lorafleet plan --on` shows what it makes)."""
+    """Your own batch script, used instead of the built-in one (jinja2; `lorafleet plan --on` shows
+    the result).
+    """
     extra_sbatch: Annotated[tuple[Line, ...], Field(strict=False)] = ()
-    """Further #SBATCH options, such as `--mail-type=FAIL`."""
+    """Additional #SBATCH options, such as `--mail-type=FAIL`."""
 
     @property
-    def called(self) -> str:
-        """What sentences call it."""
+    def display_name(self) -> str:
+        """Return the name of the site in messages."""
         return f"site {self.name}"
 
     @property
-    def machine(self) -> str:
-        """What sentences call one of its machines."""
+    def machine_noun(self) -> str:
+        """Return the word for one of the site's machines in messages."""
         return "node"
 
     @property
-    def smallest(self) -> NodeType:
-        """What every node has at least."""
-        own = {
+    def smallest_node(self) -> NodeType:
+        """Return the resources that every node has at least."""
+        site_values = {
             "cpus_per_node": self.cpus_per_node,
             "memory_gb_per_node": self.memory_gb_per_node,
             "gpus_per_node": self.gpus_per_node,
             "gpu_memory_gb": self.gpu_memory_gb,
         }
-        kinds = [NodeType.model_validate(own), *self.node_types.values()]
-        known = [kind.gpu_memory_gb for kind in kinds if kind.gpu_memory_gb]
+        kinds = [NodeType.model_validate(site_values), *self.node_types.values()]
+        gpu_memories = [kind.gpu_memory_gb for kind in kinds if kind.gpu_memory_gb]
         return NodeType(
             cpus_per_node=min(kind.cpus_per_node for kind in kinds),
             memory_gb_per_node=min(kind.memory_gb_per_node for kind in kinds),
             gpus_per_node=min(kind.gpus_per_node for kind in kinds),
-            gpu_memory_gb=min(known, default=0.0),
+            gpu_memory_gb=min(gpu_memories, default=0.0),
         )
 
-    def allocation(self, nodes: int) -> Allocation:
-        """A job of so many nodes, as placement sees it."""
-        least = self.smallest
-        memory = least.memory_gb_per_node * 1e9 / 2**30
+    def build_allocation(self, nodes: int) -> Allocation:
+        """Return the allocation of a job with `nodes` nodes, for placement."""
+        smallest = self.smallest_node
+        memory = smallest.memory_gb_per_node * 1e9 / 2**30
         machines = [
-            Node(name=f"node {number}", cpus=least.cpus_per_node, memory_gib=memory, gpus=least.gpus_per_node)
+            Node(
+                name=f"node {number}",
+                cpus=smallest.cpus_per_node,
+                memory_gib=memory,
+                gpus=smallest.gpus_per_node,
+            )
             for number in range(1, nodes + 1)
         ]
         if self.head:
-            machines.insert(0, Node(name="head", cpus=0, memory_gib=self.head.memory_gb * 1e9 / 2**30))
-        gpu_memory = least.gpu_memory_gb * 1e9 / 2**30
+            machines.insert(
+                0, Node(name="head", cpus=0, memory_gib=self.head.memory_gb * 1e9 / 2**30)
+            )
+        gpu_memory = smallest.gpu_memory_gb * 1e9 / 2**30
         return Allocation(cluster=self.name, nodes=tuple(machines), gpu_memory_gib=gpu_memory)
 
     @property
     def time_limit_seconds(self) -> int:
-        """The time limit in seconds."""
-        return slurm_seconds(self.time_limit)
+        """Return the time limit in seconds."""
+        return parse_slurm_time(self.time_limit)
 
     @field_validator("time_limit")
     @classmethod
-    def _is_a_time(cls, value: str) -> str:
-        slurm_seconds(value)
+    def _check_time_limit(cls, value: str) -> str:
+        parse_slurm_time(value)
         return value
 
     @field_validator("environment")
     @classmethod
-    def _holds_no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
-        return checked_environment(value)
+    def _check_environment(cls, value: dict[str, str]) -> dict[str, str]:
+        return validate_environment(value)
 
     @field_validator("extra_sbatch")
     @classmethod
-    def _leaves_ours_alone(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_extra_sbatch(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for line in value:
             option = re.split(r"[=\s]", line.strip(), maxsplit=1)[0]
             if not option.startswith("-"):
                 raise ValueError(f"{line!r} is no option of sbatch: it must begin with a dash")
             if not option.startswith("--"):
                 raise ValueError(
-                    f"{option} is a short form: write the long one, so that a reader knows what it asks for"
+                    f"{option} is a short form: write the long one, so that a reader knows what "
+                    "it asks for"
                 )
-            begins = len(option) > 3 and any(ours.startswith(option) for ours in _OURS)
-            if begins or any(option == ours or option.startswith(f"{ours}-") for ours in _OURS):
-                raise ValueError(f"{option} is set from other fields of the site, and must not stand here as well")
+            is_abbreviation = len(option) > 3 and any(
+                reserved.startswith(option) for reserved in _RESERVED_OPTIONS
+            )
+            if is_abbreviation or any(
+                option == reserved or option.startswith(f"{reserved}-")
+                for reserved in _RESERVED_OPTIONS
+            ):
+                raise ValueError(
+                    f"{option} is set from other fields of the site, and must not stand here "
+                    "as well"
+                )
         return value
 
     @model_validator(mode="after")
-    def _fields_agree(self) -> SlurmSite:
+    def _check_consistency(self) -> SlurmSite:
         problems = []
         if self.nodes and self.max_nodes and self.nodes > self.max_nodes:
             sentence = f"nodes is {self.nodes}, but must not be above max_nodes = {self.max_nodes}"
@@ -234,13 +310,18 @@ class SlurmSite(Spec):
             sentence = "launch is array, whose tasks have one node each: leave out head and nodes"
             problems.append(Problem("launch", sentence))
         if self.launch == "array" and self.requeue.policy == "chain":
-            sentence = "launch is array, whose tasks do not chain: requeue.policy must be requeue or none"
+            sentence = (
+                "launch is array, whose tasks do not chain: requeue.policy must be requeue or none"
+            )
             problems.append(Problem("requeue.policy", sentence))
         if self.gpu_type and not self.gpus_per_node:
-            problems.append(Problem("gpu_type", f"gpu_type is {self.gpu_type}, but gpus_per_node is 0"))
+            problems.append(
+                Problem("gpu_type", f"gpu_type is {self.gpu_type}, but gpus_per_node is 0")
+            )
         if self.requeue.signal_seconds >= self.time_limit_seconds:
             sentence = (
-                f"requeue.signal_seconds is {self.requeue.signal_seconds}, but must be below the time limit of "
+                f"requeue.signal_seconds is {self.requeue.signal_seconds}, but must be below the "
+                "time limit of "
                 f"{self.time_limit} ({self.time_limit_seconds} s)"
             )
             problems.append(Problem("requeue.signal_seconds", sentence))
@@ -249,15 +330,18 @@ class SlurmSite(Spec):
         return self
 
 
-def slurm_seconds(text: str) -> int:
-    """Seconds of a time in Slurm's forms: M, M:SS, H:MM:SS, D-H, D-HH:MM, D-HH:MM:SS. Raises ValueError.
+def parse_slurm_time(text: str) -> int:
+    """Return the seconds of a time in Slurm's formats. Raise ValueError for anything else.
 
-    UNLIMITED is refused: such a job pends before every maintenance.
+    The formats are M, M:SS, H:MM:SS, D-H, D-HH:MM and D-HH:MM:SS. UNLIMITED is refused, because
+    such a job stays pending before every maintenance.
     """
-    found = _TIME.fullmatch(text)
-    if not found:
-        raise ValueError(f"{text!r} is no time; must be MINUTES, H:MM:SS or D-HH:MM:SS, such as 2-00:00:00")
-    days, parts = found[1], [int(part) for part in found[2].split(":")]
+    match = _TIME.fullmatch(text)
+    if not match:
+        raise ValueError(
+            f"{text!r} is no time; must be MINUTES, H:MM:SS or D-HH:MM:SS, such as 2-00:00:00"
+        )
+    days, parts = match[1], [int(part) for part in match[2].split(":")]
     if days is not None:  # D-H, D-H:M, D-H:M:S
         hours, minutes, seconds = (*parts, 0, 0)[:3]
         total = int(days) * 86400 + hours * 3600 + minutes * 60 + seconds

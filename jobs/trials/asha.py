@@ -1,9 +1,10 @@
-"""ASHA's arithmetic: where the rungs are, who goes on, and what it costs. Pure.
+"""Compute the rungs of ASHA, which trials are promoted, and the expected cost. Pure.
 
-Source: Li et al., A System for Massively Parallel Hyperparameter Tuning (MLSys 2020, arXiv 1810.05934), in the
-stopping form that Ray Tune and Optuna use: a trial that reaches a rung is compared, there and then, with all scores
-that the rung holds, its own included, and stops unless it is among the best 1/eta of them. Scores that are equal are
-told apart by the validation loss, which is ours.
+Source: Li et al., A System for Massively Parallel Hyperparameter Tuning (MLSys 2020,
+arXiv 1810.05934), in the stopping form of Ray Tune and Optuna: a trial that reaches a
+rung is compared immediately with all scores of that rung, including its own, and stops
+unless it is among the best 1/eta. Ties are broken by the validation loss, which is an
+addition of lorafleet.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Literal
 Goal = Literal["maximize", "minimize"]
 
 
-def rung_levels(grace_period: int, max_t: int, reduction_factor: int) -> list[int]:
-    """The times at which trials are compared, smallest first, and `max_t` as the last: [223, 669, 2000].
+def compute_rung_levels(grace_period: int, max_t: int, reduction_factor: int) -> list[int]:
+    """Return the times at which trials are compared, in ascending order.
 
-    A rung in the second half of the way is left out: a cut there would save less than it costs in chances.
+    The last is `max_t`, as in [223, 669, 2000]. A rung in the second half of the training is
+    left out: stopping there saves too little for the risk.
     """
     levels = []
     level = grace_period
@@ -28,71 +30,79 @@ def rung_levels(grace_period: int, max_t: int, reduction_factor: int) -> list[in
     return [*levels, max_t]
 
 
-def default_grace_period(max_t: int, reduction_factor: int) -> int:
-    """A first rung that leaves two cuts before the end: max_t / eta^2, rounded up."""
+def compute_default_grace_period(max_t: int, reduction_factor: int) -> int:
+    """Return a first rung that leaves two stops before the end: max_t / eta^2, rounded up."""
     return -(-max_t // reduction_factor**2)
 
 
-Place = tuple[float, float]
-"""What a trial stands for at a rung, larger is better: its score by the search's metric, then minus its loss."""
+RungScore = tuple[float, float]
+"""Score of a trial at a rung, larger is better: its value of the search's metric, then minus
+its loss.
+"""
 
 
-def place(score: float | None, loss: float | None, goal: Goal) -> Place:
-    """The place of a score. One that is missing or not a number is below all others.
+def make_rung_score(score: float | None, loss: float | None, goal: Goal) -> RungScore:
+    """Return the score of a trial at a rung. A missing or NaN value is below all others.
 
-    Equal scores are common where rows are counted (every trial that has learnt nothing yet has the accuracy of the
-    largest class): the validation loss, which moves first, then decides.
+    Equal values are common for metrics that count rows: every trial that has learnt nothing
+    yet has the accuracy of the largest class. The validation loss, which changes first, then
+    decides.
     """
-    return _signed(score, goal), _signed(loss, "minimize")
+    return _apply_sign(score, goal), _apply_sign(loss, "minimize")
 
 
-def _signed(value: float | None, goal: Goal) -> float:
+def _apply_sign(value: float | None, goal: Goal) -> float:
     if value is None or math.isnan(value):
         return -math.inf
     return value if goal == "maximize" else -value
 
 
-def rung_cutoff(places: Sequence[Place], eta: int) -> Place:
-    """The last place that is still among the best 1/eta of a rung, of which at least one goes on.
+def compute_rung_cutoff(scores: Sequence[RungScore], eta: int) -> RungScore:
+    """Return the lowest score among the best 1/eta of a rung; at least one trial is promoted.
 
-    Raises ValueError on an empty rung.
+    Raises ValueError for an empty rung.
     """
-    if not places:
+    if not scores:
         raise ValueError("a rung without scores has no cutoff")
-    kept = max(1, len(places) // eta)
-    return sorted(places, reverse=True)[kept - 1]
+    survivors = max(1, len(scores) // eta)
+    return sorted(scores, reverse=True)[survivors - 1]
 
 
-def goes_on(own: Place, places: Sequence[Place], eta: int) -> bool:
-    """Whether a trial continues past a rung whose places, its own included, are `places`.
+def is_promoted(score: RungScore, scores: Sequence[RungScore], eta: int) -> bool:
+    """Return whether a trial is promoted past a rung.
 
-    Ties in score and loss go on; a score that is not a number never does.
+    `scores` are the scores of the rung, including its own. Ties in score and loss are
+    promoted; a NaN score never is.
     """
-    return own[0] > -math.inf and own >= rung_cutoff(places, eta)
+    return score[0] > -math.inf and score >= compute_rung_cutoff(scores, eta)
 
 
-def expected_survivors(arrivals: float, eta: int) -> float:
-    """How many of `arrivals` trials in random order go on past one rung.
+def estimate_survivors(arrivals: float, eta: int) -> float:
+    """Return the expected number of trials that pass a rung.
 
-    The i-th to arrive goes on with probability max(1, floor(i/eta))/i, so early trials are let through too often:
-    this is what the asynchronous form pays for never waiting. Fractions of a trial are interpolated.
+    `arrivals` trials arrive in random order. The i-th arrival passes with probability max(1,
+    floor(i/eta))/i, so that early trials pass too often: this is the cost of the asynchronous
+    form, which never waits. Fractions of a trial are interpolated.
     """
-    whole = math.floor(arrivals)
-    total = sum(max(1, i // eta) / i for i in range(1, whole + 1))
-    following = whole + 1
-    return total + (arrivals - whole) * max(1, following // eta) / following
+    complete_trials = math.floor(arrivals)
+    total = sum(max(1, i // eta) / i for i in range(1, complete_trials + 1))
+    following = complete_trials + 1
+    return total + (arrivals - complete_trials) * max(1, following // eta) / following
 
 
-def expected_time(trials: int, levels: Sequence[int], eta: int) -> float:
-    """Time units that a whole search is expected to train for, in the unit of `levels`."""
+def estimate_time(trials: int, levels: Sequence[int], eta: int) -> float:
+    """Return the expected training time of a whole search, in the unit of `levels`."""
     total, arrivals, previous = 0.0, float(trials), 0
     for level in levels:
         total += arrivals * (level - previous)
-        arrivals, previous = expected_survivors(arrivals, eta), level
+        arrivals, previous = estimate_survivors(arrivals, eta), level
     return total
 
 
-def rung_reached(time: int, levels: Sequence[int]) -> int | None:
-    """The index of the last rung whose level is at or below `time`, or None before the first."""
-    reached = [index for index, level in enumerate(levels) if time >= level]
-    return reached[-1] if reached else None
+def find_reached_rung(time: int, levels: Sequence[int]) -> int | None:
+    """Return the index of the last rung that was reached at `time`; None before the first.
+
+    A rung is reached if its level is at or below `time`.
+    """
+    indices = [index for index, level in enumerate(levels) if time >= level]
+    return indices[-1] if indices else None

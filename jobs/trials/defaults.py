@@ -1,37 +1,43 @@
-"""Values that depend on the model, worked out when the model is known."""
+"""Compute default values that depend on the model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lorafleet.jobs.data.hub import parameter_count
+from lorafleet.jobs.data.hub import count_parameters
 from lorafleet.jobs.schema.job import JobSpec
 
 LOGITS_AT_ONCE = 2**24
-"""Logits that the chunked loss holds at a time (64 MiB in float32)."""
+"""Number of logits that the chunked loss holds at a time (64 MiB in float32)."""
 
 
 @dataclass(frozen=True)
 class LearningRate:
-    """A learning rate and the rule that gave it."""
+    """A learning rate and the rule that it comes from."""
 
     value: float
     rule: str
 
 
-def learning_rate(job: JobSpec) -> LearningRate:
-    """The job's own learning rate, or the default of its method for the size of its model."""
+def resolve_learning_rate(job: JobSpec) -> LearningRate:
+    """Return the job's learning rate, or the default for its method and the size of its model."""
     if job.train.learning_rate is not None:
         return LearningRate(job.train.learning_rate, "as given")
-    parameters = parameter_count(job.model.model_name_or_path, job.model.revision)
-    return default_learning_rate(parameters, job.method)
+    parameters = count_parameters(job.model.model_name_or_path, job.model.revision)
+    return get_default_learning_rate(parameters, job.method)
 
 
-def default_learning_rate(parameters: int | None, method: str = "lora") -> LearningRate:
-    """LoRA's peak rate falls as the model grows: small models stay at chance with the 2e-4 of the large.
+def get_default_learning_rate(parameters: int | None, method: str = "lora") -> LearningRate:
+    """Return the default peak learning rate of a method for the size of a model.
 
-    Full fine-tuning wants about a tenth of LoRA's (Schulman and Thinking Machines, LoRA Without Regret, 2025), small
-    encoders 2e-5 to 5e-5 (Devlin et al., 2019); prompt tuning far more, since a few embeddings do all the work.
+    LoRA's rate falls as the model grows: small models stay at chance with the 2e-4 of large
+    ones. Full fine-tuning needs about a tenth of LoRA's rate (Schulman and Thinking Machines,
+    LoRA Without Regret, 2025), small encoders 2e-5 to 5e-5 (Devlin et al., 2019). Prompt tuning
+    needs far more, because a few embeddings do all the work.
+
+    Args:
+        parameters: Number of weights of the model; None if it is not known.
+        method: Training method.
     """
     if method == "prompt_tuning":
         return LearningRate(3e-2, method)

@@ -1,4 +1,4 @@
-"""Whether a trial that was ended begins again. Pure."""
+"""Decide whether a failed trial is restarted. Pure."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from typing import Any
 from lorafleet.jobs.schema.job import RetriesSpec
 
 
-def retry_number(failure: Mapping[str, Any], counts: Mapping[str, int], retries: RetriesSpec) -> int | None:
-    """The number of the retry that follows a failure, from 1, or None when the trial is given up.
+def get_retry_number(
+    failure: Mapping[str, Any], counts: Mapping[str, int], retries: RetriesSpec
+) -> int | None:
+    """Return the number of the retry after a failure, from 1; None if the trial is not retried.
 
-    `counts` are the trial's earlier retries by class. `data` and `config` have no retries: nothing changes by itself.
+    `counts` are the earlier retries of the trial by failure class. `data` and `config` are
+    never retried: the same failure would occur again.
     """
     kind = str(failure["failure_class"])
     limit = int(getattr(retries, kind, 0))

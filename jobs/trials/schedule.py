@@ -1,4 +1,6 @@
-"""How long a trial trains and when it is looked at: optimiser steps, rungs, evaluations. Pure."""
+"""Compute how long a trial trains and when it is evaluated: optimiser steps, rungs,
+evaluations. Pure.
+"""
 
 from __future__ import annotations
 
@@ -11,47 +13,78 @@ from lorafleet.jobs.trials import asha as rungs
 
 @dataclass(frozen=True)
 class Schedule:
-    """The fixed points of one trial, in optimiser steps."""
+    """Fixed points of one trial, in optimiser steps."""
 
     total_steps: int
     batch_rows: int
     """Rows in one optimiser step."""
     steps_per_epoch: int
     evaluation_steps: tuple[int, ...]
-    """Steps after which the trial is evaluated, the last step among them."""
+    """Steps after which the trial is evaluated, including the last step."""
     rung_steps: tuple[int, ...]
-    """The step of each rung; the last is the end."""
+    """Step of each rung; the last one is the end of the trial."""
     rung_levels: tuple[int, ...]
-    """The rungs in the units of `time_attr`."""
+    """Rungs in units of `time_attr`."""
     evaluate_every: int | None = None
-    """Evaluations between those: after each multiple of this."""
+    """Additional evaluations after each multiple of this number of steps. None: only at
+    `evaluation_steps`.
+    """
 
     @property
     def total_samples(self) -> int:
-        """Training rows seen at the end (the last batch of an epoch may be short)."""
+        """Return the number of training rows processed by the end of the trial.
+
+        The last batch of an epoch may be short.
+        """
         return self.total_steps * self.batch_rows
 
-    def next_evaluation(self, step: int) -> int:
-        """The first evaluation after `step`."""
-        fixed = next((at for at in self.evaluation_steps if at > step), self.total_steps)
-        return min(fixed, (step // self.evaluate_every + 1) * self.evaluate_every) if self.evaluate_every else fixed
+    def find_next_evaluation(self, step: int) -> int:
+        """Return the step of the first evaluation after `step`."""
+        fixed = next(
+            (
+                evaluation_step
+                for evaluation_step in self.evaluation_steps
+                if evaluation_step > step
+            ),
+            self.total_steps,
+        )
+        return (
+            min(fixed, (step // self.evaluate_every + 1) * self.evaluate_every)
+            if self.evaluate_every
+            else fixed
+        )
 
 
-def schedule(job: JobSpec, train_rows: int, *, searching: bool) -> Schedule:
-    """The schedule of a trial over `train_rows` rows; in a search, `max_t` comes before what `train` says."""
-    batch = job.train.effective_batch_size(job.resources.world_size)
+def build_schedule(job: JobSpec, train_rows: int, *, searching: bool) -> Schedule:
+    """Return the schedule of a trial over `train_rows` rows.
+
+    Args:
+        searching: The trial belongs to a search, whose `max_t` takes precedence over the length
+            in `train`.
+    """
+    batch = job.train.compute_effective_batch_size(job.resources.world_size)
     per_epoch = math.ceil(train_rows / batch)
-    own = job.train.max_steps or max(1, round(per_epoch * job.train.num_train_epochs))
+    full_steps = job.train.max_steps or max(1, round(per_epoch * job.train.num_train_epochs))
     asha = job.search.scheduler if searching and job.search else None
     if asha is None:
-        return Schedule(own, batch, per_epoch, (own,), (own,), (own,), job.train.eval_steps or per_epoch)
-    to_steps = {"samples": 1 / batch, "step": 1.0, "epoch": float(per_epoch)}[asha.time_attr]
-    max_t = asha.max_t or max(1, round(own / to_steps))
+        return Schedule(
+            full_steps,
+            batch,
+            per_epoch,
+            (full_steps,),
+            (full_steps,),
+            (full_steps,),
+            job.train.eval_steps or per_epoch,
+        )
+    steps_per_unit = {"samples": 1 / batch, "step": 1.0, "epoch": float(per_epoch)}[asha.time_attr]
+    max_t = asha.max_t or max(1, round(full_steps / steps_per_unit))
     levels = [max_t]
     if asha.type == "asha":
-        grace = asha.grace_period or rungs.default_grace_period(max_t, asha.reduction_factor)
-        levels = rungs.rung_levels(min(grace, max_t), max_t, asha.reduction_factor)
-    steps = tuple(max(1, math.ceil(level * to_steps - 1e-9)) for level in levels)
-    at_rungs_alone = asha.type == "asha" and job.train.eval_steps is None
-    every = None if at_rungs_alone else job.train.eval_steps or per_epoch
-    return Schedule(steps[-1], batch, per_epoch, steps, steps, tuple(levels), every)
+        grace = asha.grace_period or rungs.compute_default_grace_period(
+            max_t, asha.reduction_factor
+        )
+        levels = rungs.compute_rung_levels(min(grace, max_t), max_t, asha.reduction_factor)
+    steps = tuple(max(1, math.ceil(level * steps_per_unit - 1e-9)) for level in levels)
+    only_at_rungs = asha.type == "asha" and job.train.eval_steps is None
+    evaluate_every = None if only_at_rungs else job.train.eval_steps or per_epoch
+    return Schedule(steps[-1], batch, per_epoch, steps, steps, tuple(levels), evaluate_every)

@@ -1,6 +1,7 @@
-"""A trial's id: a hash of everything that its weights depend on, and of nothing else.
+"""Compute a trial's id: a hash of exactly the values that its weights depend on.
 
-The budget is outside: the same trial can be trained longer. So are names, tracking, hardware and the search around it.
+The budget is not part of it, because the same trial can be trained longer. Names, tracking,
+hardware and the search around the trial are not part of it either.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from typing import Any
 
 from lorafleet.jobs import files
 from lorafleet.jobs.data.adapters import ADAPTER_FILES
-from lorafleet.jobs.data.hub import model_revision
-from lorafleet.jobs.data.rows import split_files
+from lorafleet.jobs.data.hub import resolve_model_revision
+from lorafleet.jobs.data.rows import get_split_files
 from lorafleet.jobs.data.splits import SPLIT_VERSION
 from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.jobs.trials.defaults import learning_rate
+from lorafleet.jobs.trials.defaults import resolve_learning_rate
 
 TRAINING_VERSION = 1
-"""Raised with every change to what our training does with the same values; old ids then no longer match."""
+"""Increased with every change to what training does with the same values; older ids then no
+longer match.
+"""
 _PROMPT_FORMATS = {"classification": 1, "generation": 2}
-"""Task -> version of how its rows become tokens, raised with every change. 2: conversations as their chat template says
-(every turn of the assistant is learnt, through the token that ends it)."""
+"""Task -> version of how its rows become tokens, increased with every change. Version 2:
+conversations are rendered with their chat template; every turn of the assistant is learnt,
+through the token that ends it.
+"""
 
 _CONVERSATION_FIELDS = (
     "messages_column",
@@ -49,8 +54,8 @@ METHOD_BLOCKS: dict[str, tuple[str, ...]] = {
     "prompt_tuning": ("prompt_tuning",),
     "full": (),
 }
-"""Method -> the blocks of the job file that it looks at."""
-_OUTSIDE_TRAIN = {
+"""Method -> the blocks of the job file that it uses."""
+_IGNORED_TRAIN_FIELDS = {
     "num_train_epochs",
     "max_steps",
     "eval_steps",
@@ -67,41 +72,58 @@ _OUTSIDE_TRAIN = {
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a job file alone does not say: which bytes its names stand for."""
+class Provenance:
+    """The exact files and values behind the names in a job file."""
 
     data_sha256: dict[str, str]
-    """Digest of each data file, by split."""
+    """Split -> SHA-256 of its data file."""
     model_revisions: dict[str, str]
     """Model name -> what identifies its weights and tokenizer."""
     learning_rates: dict[str, float]
-    """Method -> what a learning rate that is left out means here."""
+    """Method -> default learning rate for this job's model."""
     adapter_sha256: str = ""
-    """Digest of `train.init_adapter`."""
+    """SHA-256 of `train.init_adapter`; empty if the job has none."""
 
 
-def facts_of(job: JobSpec) -> Facts:
-    """Digests of a job's data, models and adapter. Raises AssetError or DataError where one is not on this machine."""
+def compute_provenance(job: JobSpec) -> Provenance:
+    """Return the digests of a job's data, models and adapter, and its default learning rates.
+
+    Raises:
+        AssetError: If a model is not on this machine.
+        DataError: If a data file is not on this machine.
+    """
     adapter = job.train.init_adapter
-    bare = job.model_copy(update={"train": job.train.model_copy(update={"learning_rate": None})})
-    return Facts(
-        {split: files.sha256_file(path) for split, path in split_files(job.data).items()},
-        _revisions(job),
-        {method: learning_rate(bare.model_copy(update={"method": method})).value for method in METHOD_BLOCKS},
-        files.sha256_file(Path(adapter) / ADAPTER_FILES[1]) if adapter else "",
+    job_without_rate = job.model_copy(
+        update={"train": job.train.model_copy(update={"learning_rate": None})}
+    )
+    return Provenance(
+        {split: files.compute_sha256(path) for split, path in get_split_files(job.data).items()},
+        _resolve_revisions(job),
+        {
+            method: resolve_learning_rate(
+                job_without_rate.model_copy(update={"method": method})
+            ).value
+            for method in METHOD_BLOCKS
+        },
+        files.compute_sha256(Path(adapter) / ADAPTER_FILES[1]) if adapter else "",
     )
 
 
-def _revisions(job: JobSpec) -> dict[str, str]:
-    """Model -> what identifies it; one that arms have in several revisions is there as NAME, and as NAME@REVISION."""
-    found: dict[str, str] = {}
-    for name, revision in bases_of(job):
-        found[f"{name}@{revision}" if name in found else name] = model_revision(name, revision)
-    return found
+def _resolve_revisions(job: JobSpec) -> dict[str, str]:
+    """Return model -> what identifies it.
+
+    A model that arms use in several revisions is listed as NAME and as NAME@REVISION.
+    """
+    revisions: dict[str, str] = {}
+    for name, revision in list_base_models(job):
+        revisions[f"{name}@{revision}" if name in revisions else name] = resolve_model_revision(
+            name, revision
+        )
+    return revisions
 
 
-def known_revision(revisions: dict[str, str], job: JobSpec) -> str | None:
-    """What identifies the base of a job (an arm's own, it may be) among `model_revisions`."""
+def get_base_revision(revisions: dict[str, str], job: JobSpec) -> str | None:
+    """Return what identifies the base of a job (or of an arm's job), or None."""
     name = job.model.model_name_or_path
     return revisions.get(f"{name}@{job.model.revision}", revisions.get(name))
 
@@ -109,87 +131,110 @@ def known_revision(revisions: dict[str, str], job: JobSpec) -> str | None:
 _MODEL = "model.model_name_or_path"
 
 
-def bases_of(job: JobSpec) -> list[tuple[str, str | None]]:
-    """(name, revision) of the base models that a job, its search or its arms name, each once."""
+def list_base_models(job: JobSpec) -> list[tuple[str, str | None]]:
+    """Return (name, revision) of the base models of a job, its search and its arms.
+
+    Each pair is listed once.
+    """
     name, revision = job.model.model_name_or_path, job.model.revision
     parameter = job.search.parameters.get(_MODEL) if job.search else None
-    found = [(name, revision)]
-    found += [(str(value), revision) for value in (parameter.values if parameter else None) or []]
+    bases = [(name, revision)]
+    bases += [(str(value), revision) for value in (parameter.values if parameter else None) or []]
     for arm in job.compare.arms.values() if job.compare else ():
-        own = str(arm.set.get(_MODEL, name))
-        known = None if _MODEL in arm.set else revision  # the job's is of another model
-        found.append((own, arm.set.get("model.revision", known)))
-    return list(dict.fromkeys(found))
+        arm_model = str(arm.set.get(_MODEL, name))
+        default_revision = (
+            None if _MODEL in arm.set else revision
+        )  # the job's revision belongs to another model
+        bases.append((arm_model, arm.set.get("model.revision", default_revision)))
+    return list(dict.fromkeys(bases))
 
 
-def models_of(job: JobSpec) -> list[str]:
-    """Their names."""
-    return list(dict.fromkeys(name for name, _ in bases_of(job)))
+def list_model_names(job: JobSpec) -> list[str]:
+    """Return the names of the base models of a job, its search and its arms."""
+    return list(dict.fromkeys(name for name, _ in list_base_models(job)))
 
 
-def encoders_of(job: JobSpec) -> list[str]:
-    """The models that a job's metrics need."""
+def list_metric_models(job: JobSpec) -> list[str]:
+    """Return the models that a job's metrics need."""
     return [job.evaluate.bertscore_model] if "bertscore_f1" in job.text_metrics else []
 
 
-def prompt_format(job: JobSpec) -> int:
+def get_prompt_format(job: JobSpec) -> int:
     """Return the version of how this job's rows become tokens."""
-    return _PROMPT_FORMATS["generation" if job.generates else job.task]
+    return _PROMPT_FORMATS["generation" if job.is_generative else job.task]
 
 
-def conversation_terms(job: JobSpec) -> dict[str, Any]:
-    """Return what decides how a conversation is rendered and which part of it is learnt."""
-    return job.data.model_dump(mode="json", include=set(_CONVERSATION_FIELDS)) if job.generates else {}
+def get_conversation_settings(job: JobSpec) -> dict[str, Any]:
+    """Return the settings that decide how conversations are rendered and learnt."""
+    return (
+        job.data.model_dump(mode="json", include=set(_CONVERSATION_FIELDS))
+        if job.is_generative
+        else {}
+    )
 
 
-_WHERE_SET = ("warmup_steps", "early_stopping_patience", "packing")
-"""Fields of `train` that are part of an identity only where they are set: earlier trials keep theirs."""
+_OPTIONAL_TRAIN_FIELDS = ("warmup_steps", "early_stopping_patience", "packing")
+"""Fields of `train` that are part of an identity only if they are set, so that earlier trials
+keep their ids.
+"""
 
 
-def trial_id(job: JobSpec, facts: Facts) -> str:
-    """Ten hex digits of the SHA-256 of `identity`."""
-    text = json.dumps(identity(job, facts), sort_keys=True)
+def compute_trial_id(job: JobSpec, provenance: Provenance) -> str:
+    """Return a trial's id: ten hex digits of the SHA-256 of its identity."""
+    text = json.dumps(build_identity(job, provenance), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
-def identity(job: JobSpec, facts: Facts) -> dict[str, Any]:
-    """The values that a trial's weights depend on."""
+def build_identity(job: JobSpec, provenance: Provenance) -> dict[str, Any]:
+    """Return the values that a trial's weights depend on.
+
+    Raises:
+        KeyError: If the provenance does not hold the job's base model.
+    """
     raw = job.model_dump(mode="json")
-    train = {key: value for key, value in raw["train"].items() if key not in _OUTSIDE_TRAIN}
-    for name in _WHERE_SET:
+    train = {key: value for key, value in raw["train"].items() if key not in _IGNORED_TRAIN_FIELDS}
+    for name in _OPTIONAL_TRAIN_FIELDS:
         if train[name] is None or train[name] is False:
             del train[name]
-    train["learning_rate"] = job.train.learning_rate or facts.learning_rates[job.method]
-    train["init_adapter"] = facts.adapter_sha256
-    train["batch_rows"] = job.train.effective_batch_size(job.resources.world_size)
-    revision = known_revision(facts.model_revisions, job)
+    train["learning_rate"] = job.train.learning_rate or provenance.learning_rates[job.method]
+    train["init_adapter"] = provenance.adapter_sha256
+    train["batch_rows"] = job.train.compute_effective_batch_size(job.resources.world_size)
+    revision = get_base_revision(provenance.model_revisions, job)
     if revision is None:
         raise KeyError(job.model.model_name_or_path)
-    data = {key: fields.get(raw, f"data.{key}") for key in _DATA_FIELDS}
-    data |= conversation_terms(job)
+    data = {key: fields.get_value(raw, f"data.{key}") for key in _DATA_FIELDS}
+    data |= get_conversation_settings(job)
     if job.data.fold is not None:
         data["fold"] = [job.data.fold, job.evaluate.folds]
     if job.data.labels is not None:
         data["labels"] = raw["data"]["labels"]
-    if "validation" not in facts.data_sha256:
-        data |= {"validation_fraction": job.data.validation_fraction, "split_version": SPLIT_VERSION}
-    if job.train.early_stopping_patience is not None:  # then what an evaluation sees, and when, decides when it ends
+    if "validation" not in provenance.data_sha256:
+        data |= {
+            "validation_fraction": job.data.validation_fraction,
+            "split_version": SPLIT_VERSION,
+        }
+    if (
+        job.train.early_stopping_patience is not None
+    ):  # early stopping: what is evaluated, and when, decides when training ends
         train["early_stopping"] = {
             "eval_steps": job.train.eval_steps,
             "metric": job.metric.model_dump(mode="json"),
-            "rows": [job.data.max_validation_samples, None if "test" in facts.data_sha256 else job.data.test_fraction],
+            "rows": [
+                job.data.max_validation_samples,
+                None if "test" in provenance.data_sha256 else job.data.test_fraction,
+            ],
         }
     return {
         "training_version": TRAINING_VERSION + (job.task == "classification"),
-        "prompt_format": prompt_format(job),
-        "task": "generation" if job.generates else job.task,
+        "prompt_format": get_prompt_format(job),
+        "task": "generation" if job.is_generative else job.task,
         "method": job.method,
         "model": {
             "revision": revision,
             "max_length": job.model.max_length,
             "dtype": job.model.dtype,
         },
-        "data": data | {"sha256": facts.data_sha256},
+        "data": data | {"sha256": provenance.data_sha256},
         "adapter": {block: raw[block] for block in METHOD_BLOCKS[job.method]},
         "train": train,
     }

@@ -1,4 +1,6 @@
-"""An exported model answers as it was judged: the same prompt, the same end, the same rule for what is an answer."""
+"""An exported model answers as it was judged: the same prompt, the same end, the same rule for what
+is an answer.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lorafleet.deployment import export as exporting
-from lorafleet.deployment.answers import pieces
-from lorafleet.deployment.chat_template import framed
+from lorafleet.deployment.answers import generate_pieces
+from lorafleet.deployment.chat_template import render_conversation
 from lorafleet.deployment.export import export
 from lorafleet.deployment.runtime import open_artefact, read_artefact
-from lorafleet.evaluation.report.model_of_run import shipped
+from lorafleet.evaluation.report.model_of_run import select_model
 from lorafleet.jobs.loading.job_file import LoadedJob, load_text
 from lorafleet.jobs.runs.run import Run
-
 from tests.conftest import lorafleet, write_rows
 from tests.export.test_targets import quiet, trained
 from tests.unit.chat_families import BY_NAME, Family, model_folder
@@ -26,7 +28,9 @@ ANSWERS = ("it is city 1.", "kind and sunny", "9", "no: weather")
 
 
 def rows(systems: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Questions with answers; the n-th has the n-th of some system messages (none where it is empty)."""
+    """Questions with answers; the n-th has the n-th of some system messages (none where it is
+    empty).
+    """
     found = []
     for number, answer in enumerate(ANSWERS):
         system = systems[number % len(systems)]
@@ -36,7 +40,9 @@ def rows(systems: tuple[str, ...]) -> list[dict[str, Any]]:
     return found
 
 
-def chat_run(family: Family, data: list[dict[str, Any]], tmp_path: Path, template_kwargs: str = "{}") -> Run:
+def chat_run(
+    family: Family, data: list[dict[str, Any]], tmp_path: Path, template_kwargs: str = "{}"
+) -> Run:
     """A run whose adapter knows all rows by heart."""
     folder = model_folder(
         family, tmp_path / "model", hidden=128
@@ -57,7 +63,9 @@ train: {{per_device_train_batch_size: 4, learning_rate: 3e-3, lr_scheduler_type:
 
 def run_py(folder: Path, *prompts: str) -> list[str]:
     """The answers that the script beside a model prints."""
-    done = subprocess.run([sys.executable, "run.py", *prompts], cwd=folder, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "run.py", *prompts], cwd=folder, capture_output=True, text=True, check=True
+    )
     return done.stdout.splitlines()
 
 
@@ -68,14 +76,17 @@ QUESTIONS = tuple(f"country {number}?" for number in range(len(ANSWERS)))
     "name",
     [
         "qwen3",
-        *(pytest.param(one, marks=pytest.mark.long) for one in ("gpt-oss", "deepseek-v3", "glm4.5", "no-end-token")),
+        *(
+            pytest.param(one, marks=pytest.mark.long)
+            for one in ("gpt-oss", "deepseek-v3", "glm4.5", "no-end-token")
+        ),
     ],
 )
 def test_every_way_to_ask_answers_as_training_says(name: str, tmp_path: Path) -> None:
     """Without a system message: run.py, chat, serve, and plain transformers on the merged model."""
     run = chat_run(BY_NAME[name], rows(("",)), tmp_path)
     out = tmp_path / "out"
-    merged, onnx = export(shipped(run), ["merged", "onnx"], out, quiet)
+    merged, onnx = export(select_model(run), ["merged", "onnx"], out, quiet)
     for made in (merged, onnx):
         assert made.parity is not None
         assert made.accepted, made.parity.reasons
@@ -87,10 +98,12 @@ def test_every_way_to_ask_answers_as_training_says(name: str, tmp_path: Path) ->
     loaded = open_artefact(out / "onnx", 1)
     about = loaded.artefact
     for question, answer in zip(QUESTIONS, ANSWERS, strict=True):
-        text = framed(out / "onnx", [{"role": "user", "content": question}], about.chat_template_kwargs)
+        text = render_conversation(
+            out / "onnx", [{"role": "user", "content": question}], about.chat_template_kwargs
+        )
         ids = loaded.tokenizer.encode(text, add_special_tokens=False).ids
-        assert ids == loaded.prompt(question)
-        grown = [piece.text for piece in pieces(loaded, ids, 40, None)]
+        assert ids == loaded.encode_prompt(question)
+        grown = [piece.text for piece in generate_pieces(loaded, ids, 40, None)]
         assert "".join(grown) == answer
         assert _by_transformers(out / "merged", question).rstrip().endswith(answer)
     card = (out / "onnx" / "README.md").read_text()
@@ -98,21 +111,27 @@ def test_every_way_to_ask_answers_as_training_says(name: str, tmp_path: Path) ->
 
 
 def _by_transformers(folder: Path, question: str) -> str:
-    """What a user of the merged model gets who knows nothing of lorafleet: the text up to the end of the turn."""
+    """What a user of the merged model gets who knows nothing of lorafleet: the text up to the end
+    of the turn.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     messages = [{"role": "user", "content": question}]
-    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    written = model.generate(**inputs, max_new_tokens=60, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    inputs = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    written = model.generate(**inputs, max_new_tokens=60, do_sample=False)[
+        0, inputs["input_ids"].shape[1] :
+    ]
     return str(tokenizer.decode(written, skip_special_tokens=True))
 
 
 @pytest.mark.long
 def test_one_system_message_of_all_rows_stands_before_every_prompt(tmp_path: Path) -> None:
     run = chat_run(BY_NAME["qwen2.5"], rows(("be kind",)), tmp_path)
-    (made,) = export(shipped(run), ["onnx"], tmp_path / "out", quiet)
+    (made,) = export(select_model(run), ["onnx"], tmp_path / "out", quiet)
     assert made.accepted
     assert made.parity is not None
     assert (made.parity.judged.called_rows, made.parity.judged.called_prompts) == (4, 1.0)
@@ -123,9 +142,11 @@ def test_one_system_message_of_all_rows_stands_before_every_prompt(tmp_path: Pat
 
 
 def test_system_messages_of_some_rows_stand_before_no_prompt(tmp_path: Path) -> None:
-    """Then the others are asked in their own frame, and it is said that a prompt alone cannot ask them."""
+    """Then the others are asked in their own frame, and it is said that a prompt alone cannot ask
+    them.
+    """
     run = chat_run(BY_NAME["qwen2.5"], rows(("be kind", "")), tmp_path)
-    (made,) = export(shipped(run), ["onnx"], tmp_path / "out", quiet)
+    (made,) = export(select_model(run), ["onnx"], tmp_path / "out", quiet)
     assert made.parity is not None
     assert made.accepted, made.parity.reasons
     about = read_artefact(tmp_path / "out" / "onnx")
@@ -138,32 +159,42 @@ def test_system_messages_of_some_rows_stand_before_no_prompt(tmp_path: Path) -> 
     assert (made.parity.judged.called_rows, made.parity.judged.called_prompts) == (2, 1.0)
     answers = run_py(tmp_path / "out" / "onnx", QUESTIONS[1], QUESTIONS[3])
     assert answers == [ANSWERS[1], ANSWERS[3]]
-    with_system = [{"role": "system", "content": "be kind"}, {"role": "user", "content": QUESTIONS[0]}]
+    with_system = [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": QUESTIONS[0]},
+    ]
     loaded = open_artefact(tmp_path / "out" / "onnx", 1)
-    ids = loaded.tokenizer.encode(framed(tmp_path / "out" / "onnx", with_system), add_special_tokens=False).ids
-    assert "".join(piece.text for piece in pieces(loaded, ids, 40, None)) == ANSWERS[0]
+    ids = loaded.tokenizer.encode(
+        render_conversation(tmp_path / "out" / "onnx", with_system), add_special_tokens=False
+    ).ids
+    assert "".join(piece.text for piece in generate_pieces(loaded, ids, 40, None)) == ANSWERS[0]
 
 
-def test_a_runner_that_frames_prompts_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_runner_that_frames_prompts_otherwise_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     run = chat_run(BY_NAME["qwen2.5"], rows(("",)), tmp_path)
-    right = exporting.about
+    right = exporting.build_artefact
 
     def wrong(source: Any) -> Any:
         found = right(source)
         return found.model_copy(update={"before": f"{found.before}Well, "})
 
-    monkeypatch.setattr(exporting, "about", wrong)
-    (made,) = export(shipped(run), ["onnx"], tmp_path / "out", quiet)
+    monkeypatch.setattr(exporting, "build_artefact", wrong)
+    (made,) = export(select_model(run), ["onnx"], tmp_path / "out", quiet)
     assert not made.accepted
     assert made.parity is not None
     assert made.parity.judged.called_prompts == 0.0
-    assert any("0.000 of the prompts that a user asks are framed as in training" in why for why in made.parity.reasons)
+    assert any(
+        "0.000 of the prompts that a user asks are framed as in training" in why
+        for why in made.parity.reasons
+    )
 
 
 @pytest.mark.long
 def test_variables_of_the_template_go_with_the_model(tmp_path: Path) -> None:
     run = chat_run(BY_NAME["qwen3"], rows(("",)), tmp_path, "{enable_thinking: false}")
-    (made,) = export(shipped(run), ["onnx"], tmp_path / "out", quiet)
+    (made,) = export(select_model(run), ["onnx"], tmp_path / "out", quiet)
     assert made.accepted
     about = json.loads((tmp_path / "out" / "onnx" / "artefact.json").read_text())
     assert about["chat_template_kwargs"] == {"enable_thinking": False}

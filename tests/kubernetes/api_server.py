@@ -1,8 +1,9 @@
-"""An API server over HTTP, for tests: what of Kubernetes' the clients here use, with faults when a test wants them.
+"""An API server over HTTP, for tests: what of Kubernetes' the clients here use, with faults when a
+test wants them.
 
-A double, not a proof: what speaks for it is that kubectl and the official client both work against it. Objects lie in
-memory; RayJobs are held against the real CustomResourceDefinition where there is one, other kinds against the schemas
-of kubernetes-validate.
+A double, not a proof: what speaks for it is that kubectl and the official client both work against
+it. Objects lie in memory; RayJobs are held against the real CustomResourceDefinition where there is
+one, other kinds against the schemas of kubernetes-validate.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
+
 from lorafleet.k8s.crd import Schema
-from lorafleet.k8s.render import merged
+from lorafleet.k8s.render import apply_merge_patch
 
 Tree = dict[str, Any]
 
@@ -61,8 +63,18 @@ KINDS = (
     Kind("Node", "nodes", namespaced=False),
     Kind("NetworkPolicy", "networkpolicies", "networking.k8s.io"),
     Kind("Job", "jobs", "batch"),
-    Kind("CustomResourceDefinition", "customresourcedefinitions", "apiextensions.k8s.io", namespaced=False),
-    Kind("SelfSubjectAccessReview", "selfsubjectaccessreviews", "authorization.k8s.io", namespaced=False),
+    Kind(
+        "CustomResourceDefinition",
+        "customresourcedefinitions",
+        "apiextensions.k8s.io",
+        namespaced=False,
+    ),
+    Kind(
+        "SelfSubjectAccessReview",
+        "selfsubjectaccessreviews",
+        "authorization.k8s.io",
+        namespaced=False,
+    ),
 )
 
 
@@ -112,7 +124,10 @@ class Store:
 
 
 class ApiServer:
-    """Serves until `close`. `pods_log` and `pods_exec` say what a pod has said, and how a command is run in it."""
+    """Serves until `close`.
+
+    `pods_log` and `pods_exec` say what a pod has said, and how a command is run in it.
+    """
 
     def __init__(self, definition: Path | None) -> None:
         self.store = Store()
@@ -134,7 +149,9 @@ class ApiServer:
         handler = type("Handler", (_Handler,), {"server_of": self})
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.http.daemon_threads = True
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self.thread = threading.Thread(
+            target=self.http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        )
         self.thread.start()
 
     @property
@@ -151,7 +168,10 @@ class ApiServer:
     def kubeconfig(self, path: Path) -> Path:
         """A file for this cluster."""
         cluster = {"name": "double", "cluster": {"server": self.url}}
-        context = {"name": "double", "context": {"cluster": "double", "user": "me", "namespace": "default"}}
+        context = {
+            "name": "double",
+            "context": {"cluster": "double", "user": "me", "namespace": "default"},
+        }
         tree = {"apiVersion": "v1", "kind": "Config", "current-context": "double", "clusters": [cluster],
                 "contexts": [context], "users": [{"name": "me", "user": {"token": "t"}}]}  # fmt: skip
         path.write_text(yaml.safe_dump(tree))
@@ -161,16 +181,22 @@ class ApiServer:
 
     def put_down(self, tree: Tree) -> Tree:
         """An object that is there, whoever made it."""
-        return self.create(_kind(tree["kind"]), tree["metadata"].get("namespace") or "default", tree, trusted=True)
+        return self.create(
+            _kind(tree["kind"]), tree["metadata"].get("namespace") or "default", tree, trusted=True
+        )
 
     def get(self, kind: str, name: str, namespace: str = "default") -> Tree | None:
         with self.store.lock:
-            found = self.store.objects.get((kind, namespace if _kind(kind).namespaced else "", name))
+            found = self.store.objects.get(
+                (kind, namespace if _kind(kind).namespaced else "", name)
+            )
             return copy.deepcopy(found)
 
     def all(self, kind: str) -> list[Tree]:
         with self.store.lock:
-            return [copy.deepcopy(tree) for key, tree in self.store.objects.items() if key[0] == kind]
+            return [
+                copy.deepcopy(tree) for key, tree in self.store.objects.items() if key[0] == kind
+            ]
 
     def set_status(self, kind: str, name: str, namespace: str = "default", **status: Any) -> None:
         """What a controller writes; fields are added to those that are there."""
@@ -186,7 +212,14 @@ class ApiServer:
             self.store.oldest = self.store.version
             self.store.history.clear()
 
-    def event(self, involved: str, reason: str, message: str, kind: str = "Pod", namespace: str = "default") -> None:
+    def event(
+        self,
+        involved: str,
+        reason: str,
+        message: str,
+        kind: str = "Pod",
+        namespace: str = "default",
+    ) -> None:
         """An event about an object."""
         self.put_down({
             "apiVersion": "v1", "kind": "Event", "reason": reason, "message": message, "type": "Warning",
@@ -207,14 +240,18 @@ class ApiServer:
         if kind.namespaced:
             meta.setdefault("namespace", namespace)
             if meta["namespace"] != namespace:
-                raise Refused(400, "BadRequest", "the namespace of the object does not match the request's")
+                raise Refused(
+                    400, "BadRequest", "the namespace of the object does not match the request's"
+                )
         if not trusted:
             tree.pop("status", None)
             self._validate(kind, tree, strict=strict)
         key = (kind.kind, namespace if kind.namespaced else "", meta["name"])
         with self.store.lock:
             if key in self.store.objects:
-                raise Refused(409, "AlreadyExists", f'{kind.plural} "{meta["name"]}" already exists')
+                raise Refused(
+                    409, "AlreadyExists", f'{kind.plural} "{meta["name"]}" already exists'
+                )
             meta |= {"uid": str(uuid.uuid4()), "generation": 1, "creationTimestamp": _now()}
             if not dry:
                 self.store.objects[key] = tree
@@ -224,15 +261,19 @@ class ApiServer:
     def _review(self, tree: Tree) -> Tree:
         asked = tree["spec"]["resourceAttributes"]
         what = "/".join(filter(None, [asked["resource"], asked.get("subresource")]))
-        denied = any(verb == asked["verb"] and re.search(path, f"/{what}") for verb, path in self.forbidden)
+        denied = any(
+            verb == asked["verb"] and re.search(path, f"/{what}") for verb, path in self.forbidden
+        )
         return tree | {"status": {"allowed": not denied}}
 
     def _validate(self, kind: Kind, tree: Tree, *, strict: bool) -> None:
         name = tree["metadata"].get("name", "")
         errors: list[str] = []
         if kind.kind == "RayJob":
-            errors = self.schema.errors(tree) if self.schema else []
-            unknown = [error for error in errors if "Additional properties" in error or "unknown" in error]
+            errors = self.schema.list_errors(tree) if self.schema else []
+            unknown = [
+                error for error in errors if "Additional properties" in error or "unknown" in error
+            ]
             if unknown and strict:
                 raise Refused(400, "BadRequest", f"strict decoding error: {'; '.join(unknown)}")
             errors = [error for error in errors if error not in unknown]
@@ -256,20 +297,32 @@ class ApiServer:
             new = change(copy.deepcopy(old))
             wanted = new.get("metadata", {}).get("resourceVersion")
             if wanted and wanted != old["metadata"]["resourceVersion"]:
-                raise Refused(409, "Conflict", "the object has been modified; please apply your changes to the latest")
+                raise Refused(
+                    409,
+                    "Conflict",
+                    "the object has been modified; please apply your changes to the latest",
+                )
             if status:
                 new = {**old, "status": new.get("status", {})}
             else:
-                self._validate(kind, {key: value for key, value in new.items() if key != "status"}, strict=strict)
+                self._validate(
+                    kind,
+                    {key: value for key, value in new.items() if key != "status"},
+                    strict=strict,
+                )
                 new = {**new, **({"status": old["status"]} if "status" in old else {})}
                 if new.get("spec") != old.get("spec"):
                     new["metadata"]["generation"] = old["metadata"]["generation"] + 1
             kept = ("uid", "creationTimestamp", "deletionTimestamp")
-            new["metadata"] |= {field: old["metadata"][field] for field in kept if field in old["metadata"]}
+            new["metadata"] |= {
+                field: old["metadata"][field] for field in kept if field in old["metadata"]
+            }
             if not dry:
                 self.store.objects[key] = new
                 self.store.note("MODIFIED", new)
-                if new["metadata"].get("deletionTimestamp") and not new["metadata"].get("finalizers"):
+                if new["metadata"].get("deletionTimestamp") and not new["metadata"].get(
+                    "finalizers"
+                ):
                     self._gone(key)
             return copy.deepcopy(new)
 
@@ -306,7 +359,7 @@ class ApiServer:
 def _read(definition: Path) -> tuple[Tree, Schema]:
     """Once for all servers: it is large."""
     tree = json.loads(definition.read_text())
-    return tree, Schema.of(tree)
+    return tree, Schema.from_definition(tree)
 
 
 def _now() -> str:
@@ -345,7 +398,7 @@ def _patched(tree: Tree, patch: Any, how: str) -> Tree:
             else:
                 at[last] = step["value"]
         return tree
-    return dict(merged(tree, patch))
+    return dict(apply_merge_patch(tree, patch))
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -362,7 +415,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answered(self) -> None:
         server, parts = self.server_of, urlsplit(self.path)
-        query = {key: values[-1] for key, values in parse_qs(parts.query, keep_blank_values=True).items()}
+        query = {
+            key: values[-1] for key, values in parse_qs(parts.query, keep_blank_values=True).items()
+        }
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length) if length else b""
         server.requests.append((self.command, self.path))
@@ -370,9 +425,16 @@ class _Handler(BaseHTTPRequestHandler):
         if fault and not fault.after:
             return self._fail(fault)
         try:
-            if any(verb == _VERBS[self.command] and re.search(path, parts.path) for verb, path in server.forbidden):
-                raise Refused(403, "Forbidden", f'User "me" cannot {_VERBS[self.command]} {parts.path}')
-            code, tree = self._do(parts.path.rstrip("/"), query, yaml.safe_load(body) if body else {}, body)
+            if any(
+                verb == _VERBS[self.command] and re.search(path, parts.path)
+                for verb, path in server.forbidden
+            ):
+                raise Refused(
+                    403, "Forbidden", f'User "me" cannot {_VERBS[self.command]} {parts.path}'
+                )
+            code, tree = self._do(
+                parts.path.rstrip("/"), query, yaml.safe_load(body) if body else {}, body
+            )
         except Refused as refused:
             code, tree = refused.code, refused.tree
         if fault:
@@ -399,29 +461,39 @@ class _Handler(BaseHTTPRequestHandler):
     def _say(self, code: int, tree: Tree | str, headers: dict[str, str] | None = None) -> None:
         data = (tree if isinstance(tree, str) else json.dumps(tree)).encode()
         self.send_response(code)
-        self.send_header("Content-Type", "text/plain" if isinstance(tree, str) else "application/json")
+        self.send_header(
+            "Content-Type", "text/plain" if isinstance(tree, str) else "application/json"
+        )
         self.send_header("Content-Length", str(len(data)))
         for name, value in (headers or {}).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 
-    def _do(self, path: str, query: dict[str, str], tree: Any, body: bytes) -> tuple[int, Tree | str | None]:
+    def _do(
+        self, path: str, query: dict[str, str], tree: Any, body: bytes
+    ) -> tuple[int, Tree | str | None]:
         known = _discovery(path)
         if known is not None:
             return 200, known
         server = self.server_of
-        pattern = r"(/api/v1|/apis/[^/]+/[^/]+)(?:/namespaces/([^/]+))?/([^/]+)(?:/([^/]+))?(?:/([^/]+))?"
+        pattern = (
+            r"(/api/v1|/apis/[^/]+/[^/]+)(?:/namespaces/([^/]+))?/([^/]+)(?:/([^/]+))?(?:/([^/]+))?"
+        )
         found = re.fullmatch(pattern, path)
         if found and found[1] == "/api/v1" and found[3] == "namespaces" and not found[2]:
             base, namespace, plural, name, sub = found[1], "", "namespaces", found[4], found[5]
         elif found:
             base, namespace, plural, name, sub = found.groups()
         else:
-            raise Refused(404, "NotFound", f"the server could not find the requested resource ({path})")
+            raise Refused(
+                404, "NotFound", f"the server could not find the requested resource ({path})"
+            )
         kind = next((kind for kind in KINDS if (kind.base, kind.plural) == (base, plural)), None)
         if kind is None:
-            raise Refused(404, "NotFound", f"the server could not find the requested resource ({path})")
+            raise Refused(
+                404, "NotFound", f"the server could not find the requested resource ({path})"
+            )
         dry, strict = query.get("dryRun") == "All", query.get("fieldValidation") == "Strict"
         if sub == "log":
             return 200, server.pods_log(self._there(kind, name, namespace))
@@ -436,10 +508,18 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "DELETE":
             return 200, server.delete(kind, namespace or "", name)
         how = self.headers.get("Content-Type", "")
-        if self.command == "PATCH" and "apply" in how and server.get(kind.kind, name, namespace or "default") is None:
+        if (
+            self.command == "PATCH"
+            and "apply" in how
+            and server.get(kind.kind, name, namespace or "default") is None
+        ):
             return 201, server.create(kind, namespace or "", tree, dry=dry, strict=strict)
-        change = (lambda old: _patched(old, tree, how)) if self.command == "PATCH" else (lambda _: tree)
-        return 200, server.replace(kind, namespace or "", name, change, dry=dry, strict=strict, status=sub == "status")
+        change = (
+            (lambda old: _patched(old, tree, how)) if self.command == "PATCH" else (lambda _: tree)
+        )
+        return 200, server.replace(
+            kind, namespace or "", name, change, dry=dry, strict=strict, status=sub == "status"
+        )
 
     def _there(self, kind: Kind, name: str, namespace: str) -> Tree:
         found = self.server_of.get(kind.kind, name, namespace)
@@ -460,7 +540,10 @@ class _Handler(BaseHTTPRequestHandler):
                          "metadata": {"resourceVersion": str(store.version)}}  # fmt: skip
 
     def _watch(self, kind: Kind, namespace: str, query: dict[str, str]) -> None:
-        store, ends = self.server_of.store, time.monotonic() + float(query.get("timeoutSeconds") or 300)
+        store, ends = (
+            self.server_of.store,
+            time.monotonic() + float(query.get("timeoutSeconds") or 300),
+        )
         since = int(query.get("resourceVersion") or 0)
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -468,12 +551,21 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if query.get("sendInitialEvents") == "true":
             with store.lock:
-                first = [copy.deepcopy(tree) for key, tree in store.objects.items() if key[0] == kind.kind]
+                first = [
+                    copy.deepcopy(tree)
+                    for key, tree in store.objects.items()
+                    if key[0] == kind.kind
+                ]
                 since = store.version
             for tree in first:
-                if (not namespace or tree["metadata"]["namespace"] == namespace) and _selected(tree, query):
+                if (not namespace or tree["metadata"]["namespace"] == namespace) and _selected(
+                    tree, query
+                ):
                     self._chunk({"type": "ADDED", "object": tree})
-            mark = {"resourceVersion": str(since), "annotations": {"k8s.io/initial-events-end": "true"}}
+            mark = {
+                "resourceVersion": str(since),
+                "annotations": {"k8s.io/initial-events-end": "true"},
+            }
             told = {"kind": kind.kind, "apiVersion": kind.api_version, "metadata": mark}
             self._chunk({"type": "BOOKMARK", "object": told})
         elif since and since < store.oldest:
@@ -481,7 +573,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._chunk({"type": "ERROR", "object": gone.tree})
             self.wfile.write(b"0\r\n\r\n")
             return
-        cut = next((fault for fault in self.server_of.faults if fault.method == "WATCH" and fault.times), None)
+        cut = next(
+            (fault for fault in self.server_of.faults if fault.method == "WATCH" and fault.times),
+            None,
+        )
         while time.monotonic() < ends and not self.server_of.closed:
             with store.lock:
                 news = [row for row in store.history if row[0] > since]
@@ -489,7 +584,9 @@ class _Handler(BaseHTTPRequestHandler):
                     store.lock.wait(0.2)
                 since = max((row[0] for row in news), default=since)
             for _, event, tree in news:
-                inside = tree["kind"] == kind.kind and (not namespace or tree["metadata"].get("namespace") == namespace)
+                inside = tree["kind"] == kind.kind and (
+                    not namespace or tree["metadata"].get("namespace") == namespace
+                )
                 if inside and _selected(tree, query):
                     self._chunk({"type": event, "object": tree})
                     if cut and cut.times:
@@ -512,13 +609,17 @@ class _Handler(BaseHTTPRequestHandler):
         run = self.server_of.pods_exec
         if run is None:
             raise Refused(500, "InternalError", "no command can be run in pods here")
-        offered = [word.strip() for word in self.headers.get("Sec-WebSocket-Protocol", "").split(",")]
+        offered = [
+            word.strip() for word in self.headers.get("Sec-WebSocket-Protocol", "").split(",")
+        ]
         protocol = next(name for name in offered if name in self.server_of.protocols)
         key = self.headers["Sec-WebSocket-Key"] + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
         self.send_response(101)
         self.send_header("Upgrade", "websocket")
         self.send_header("Connection", "Upgrade")
-        self.send_header("Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode())
+        self.send_header(
+            "Sec-WebSocket-Accept", base64.b64encode(hashlib.sha1(key.encode()).digest()).decode()
+        )
         self.send_header("Sec-WebSocket-Protocol", protocol)
         self.end_headers()
         self.close_connection = True
@@ -569,16 +670,22 @@ class _Handler(BaseHTTPRequestHandler):
                 break
             size = head[1] & 127
             if size > 125:
-                size = struct.unpack(">H" if size == 126 else ">Q", self.rfile.read(2 if size == 126 else 8))[0]
+                size = struct.unpack(
+                    ">H" if size == 126 else ">Q", self.rfile.read(2 if size == 126 else 8)
+                )[0]
             mask = self.rfile.read(4)
             data = self.rfile.read(size)
             whole = (mask * (size // 4 + 1))[:size]
-            data = (int.from_bytes(data, "big") ^ int.from_bytes(whole, "big")).to_bytes(size, "big")
+            data = (int.from_bytes(data, "big") ^ int.from_bytes(whole, "big")).to_bytes(
+                size, "big"
+            )
             if data[:1] == b"\xff":
                 with contextlib.suppress(OSError):
                     process.stdin.close()
             if data[:1] == b"\x00":
-                with contextlib.suppress(OSError, ValueError):  # a command that has ended takes no more
+                with contextlib.suppress(
+                    OSError, ValueError
+                ):  # a command that has ended takes no more
                     process.stdin.write(data[1:])
                     process.stdin.flush()
         try:
@@ -599,7 +706,10 @@ def _discovery(path: str) -> Tree | None:
         return {"kind": "APIVersions", "versions": ["v1"]}
     if path == "/apis":
         first = {group: {"groupVersion": f"{group}/v1", "version": "v1"} for group in groups}
-        listed = [{"name": name, "versions": [version], "preferredVersion": version} for name, version in first.items()]
+        listed = [
+            {"name": name, "versions": [version], "preferredVersion": version}
+            for name, version in first.items()
+        ]
         return {"kind": "APIGroupList", "apiVersion": "v1", "groups": listed}
     for base in ("/api/v1", *(f"/apis/{group}/v1" for group in groups)):
         mine = [kind for kind in KINDS if kind.base == base]
@@ -608,7 +718,12 @@ def _discovery(path: str) -> Tree | None:
             listed = [{"name": kind.plural, "singularName": kind.kind.lower(), "namespaced": kind.namespaced,
                        "kind": kind.kind, "verbs": verbs} for kind in mine]  # fmt: skip
             version = mine[0].api_version
-            return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version, "resources": listed}
+            return {
+                "kind": "APIResourceList",
+                "apiVersion": "v1",
+                "groupVersion": version,
+                "resources": listed,
+            }
         if path == f"/openapi/v3{base}":
             paths = {}
             for kind in mine:
@@ -619,5 +734,7 @@ def _discovery(path: str) -> Tree | None:
             return {"openapi": "3.0.0", "info": {"title": "double", "version": "1"}, "paths": paths}
     if path == "/openapi/v3":
         bases = ["api/v1", *(f"apis/{group}/v1" for group in groups)]
-        return {"paths": {base: {"serverRelativeURL": f"/openapi/v3/{base}?hash=1"} for base in bases}}
+        return {
+            "paths": {base: {"serverRelativeURL": f"/openapi/v3/{base}?hash=1"} for base in bases}
+        }
     return None

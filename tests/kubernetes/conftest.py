@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lorafleet.cluster.backends import SITE_FILE
 from lorafleet.jobs import files
 from lorafleet.jobs.loading.job_file import LoadedJob
@@ -22,9 +23,8 @@ from lorafleet.jobs.runs.plan import MANIFEST
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.sites.kubernetes import KubernetesSite
 from lorafleet.k8s.backend import KubernetesBackend
-from lorafleet.k8s.render import run_folder
+from lorafleet.k8s.render import get_run_folder
 from lorafleet.k8s.watch import KubernetesWatch
-
 from tests.conftest import JobMaker
 from tests.kubernetes.api_server import ApiServer
 from tests.kubernetes.operator import Operator, missing
@@ -65,7 +65,11 @@ class User:
         folder = self.home / "config" / "lorafleet" / "sites"
         folder.mkdir(parents=True, exist_ok=True)
         own = {line.partition(":")[0] for line in more.splitlines()}
-        kept = [line for line in SITE.format(digest="1" * 64).splitlines() if line.partition(":")[0] not in own]
+        kept = [
+            line
+            for line in SITE.format(digest="1" * 64).splitlines()
+            if line.partition(":")[0] not in own
+        ]
         (folder / f"{name}.yaml").write_text("\n".join([*kept, more]) + "\n")
 
     def lorafleet(self, *words: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -85,7 +89,9 @@ class User:
         return path
 
     def submit(self, loaded: LoadedJob, command: str = "sweep") -> Run:
-        done = self.lorafleet(command, self.job(loaded), *loaded.overrides, "--on", "pods", "--detach")
+        done = self.lorafleet(
+            command, self.job(loaded), *loaded.overrides, "--on", "pods", "--detach"
+        )
         return Run(self.home / "runs" / done.stdout.strip())
 
     def there(self, run: Run) -> Run:
@@ -93,7 +99,9 @@ class User:
         return Run(self.operator.storage / "team" / "me" / "runs" / run.id)
 
     def status(self, run: Run) -> dict[str, Any]:
-        told: dict[str, Any] = json.loads(self.lorafleet("status", run.id, "--format", "json").stdout)
+        told: dict[str, Any] = json.loads(
+            self.lorafleet("status", run.id, "--format", "json").stdout
+        )
         return told
 
     def when(self, run: Run, condition: Callable[[], Any], seconds: float = 240) -> Any:
@@ -124,7 +132,10 @@ def _no_watch_is_left() -> Iterator[None]:
 
 @pytest.fixture
 def user(tmp_path: Path) -> Iterator[User]:
-    """A namespace with a claim and a Secret. Where pods cannot run, tests are skipped with the reason."""
+    """A namespace with a claim and a Secret.
+
+    Where pods cannot run, tests are skipped with the reason.
+    """
     why = missing()
     if why:
         pytest.skip(why)
@@ -169,7 +180,9 @@ def site(tmp_path: Path, opinion_files: dict[str, Path]) -> KubernetesSite:
 
 
 @pytest.fixture
-def submitted(site: KubernetesSite, bert_job: JobMaker, tmp_path: Path, server: ApiServer) -> Callable[..., Run]:
+def submitted(
+    site: KubernetesSite, bert_job: JobMaker, tmp_path: Path, server: ApiServer
+) -> Callable[..., Run]:
     def submit(backend: KubernetesBackend | None = None, **overrides: object) -> Run:
         backend = backend or KubernetesBackend(site)
         loaded = bert_job(**overrides)
@@ -189,7 +202,7 @@ def away(tmp_path: Path) -> KubernetesSite:
 def on_storage(site: KubernetesSite, submitted: Callable[..., Run]) -> tuple[Run, Run]:
     """(the record here, the run as a driver would have written it on the storage)."""
     here = submitted()
-    there = Run(Path(run_folder(site, here.id)))
+    there = Run(Path(get_run_folder(site, here.id)))
     shutil.copytree(here.path, there.path, ignore=shutil.ignore_patterns(SITE_FILE, MANIFEST))
     there.set_state(RunState.RUNNING)
     for number, accuracy in enumerate((0.5, 0.75)):
@@ -202,7 +215,9 @@ def on_storage(site: KubernetesSite, submitted: Callable[..., Run]) -> tuple[Run
         (trial.checkpoint / "state.pt").write_bytes(b"x" * 1000)
     (there.path / "logs").mkdir(exist_ok=True)
     (there.path / "logs" / "driver.log").write_text("the driver speaks\n")
-    files.write_json(there.path / "report" / "report.json", {"recommendation": {"trial_id": "trial1"}})
+    files.write_json(
+        there.path / "report" / "report.json", {"recommendation": {"trial_id": "trial1"}}
+    )
     (there.path / "wandb" / "wandb").mkdir(parents=True)
     (there.path / "wandb" / "wandb" / "run.wandb").write_bytes(b"w" * 10)
     (there.path / "stop").write_text("")

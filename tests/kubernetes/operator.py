@@ -1,9 +1,11 @@
-"""A stand-in for KubeRay and the kubelet: the pods of a RayJob really run, each in namespaces of its own.
+"""A stand-in for KubeRay and the kubelet: the pods of a RayJob really run, each in namespaces of
+its own.
 
-What is executed is what the manifest says: Ray's start lines as KubeRay writes them, the submitter's script, preStop
-hooks, mounts and variables. After KubeRay v1.7 (common/pod.go, common/job.go, rayjob_controller.go). Other than there:
-all processes are root's, /tmp is shared but for /tmp/ray, Ray's object store is small, gRPC asks /etc/hosts, limits of
-CPU and memory are not enforced, times to live are shortened, and a head that dies is a cluster that is lost.
+What is executed is what the manifest says: Ray's start lines as KubeRay writes them, the
+submitter's script, preStop hooks, mounts and variables. After KubeRay v1.7 (common/pod.go,
+common/job.go, rayjob_controller.go). Other than there: all processes are root's, /tmp is shared but
+for /tmp/ray, Ray's object store is small, gRPC asks /etc/hosts, limits of CPU and memory are not
+enforced, times to live are shortened, and a head that dies is a cluster that is lost.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from typing import Any
 
 from lorafleet.k8s.lint import get
 from lorafleet.k8s.render import CONFIG
-
 from tests.kubernetes.api_server import ApiServer, Refused, Tree
 from tests.kubernetes.pods import BIN, environment
 
@@ -47,7 +48,9 @@ def missing() -> str | None:
         return "pods in namespaces need root"
     if lacks:
         return f"no {', '.join(lacks)} (apt-get install iproute2 util-linux)"
-    tried = subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True, check=False)
+    tried = subprocess.run(
+        ["unshare", "--net", "--pid", "--fork", "true"], capture_output=True, check=False
+    )
     return None if tried.returncode == 0 else "this machine gives no network namespaces"
 
 
@@ -104,7 +107,9 @@ class Pod:
         inside = self.inside
         if inside is None:
             return []
-        seen = self.enter(["ps", "-eo", "args", "--no-headers"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        seen = self.enter(
+            ["ps", "-eo", "args", "--no-headers"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
         return seen.communicate()[0].decode().splitlines()
 
 
@@ -145,7 +150,9 @@ class Operator:
         _ip("link", "set", _BRIDGE, "up")
         self.server.pods_exec = self._exec
         self.server.pods_log = lambda pod: self.pods[pod["metadata"]["name"]].log
-        self.threads = [threading.Thread(target=work, daemon=True) for work in (self._kubelet, self._rayjobs)]
+        self.threads = [
+            threading.Thread(target=work, daemon=True) for work in (self._kubelet, self._rayjobs)
+        ]
         for thread in self.threads:
             thread.start()
 
@@ -167,7 +174,9 @@ class Operator:
     # --- the kubelet: pods
 
     def _kubelet(self) -> None:
-        """Pods of Jobs are made, and pods that are deleted are ended: until then their objects stay."""
+        """Pods of Jobs are made, and pods that are deleted are ended: until then their objects
+        stay.
+        """
         while not self.end.wait(0.1):
             for job in self.server.all("Job"):
                 name = job["metadata"]["name"]
@@ -178,31 +187,57 @@ class Operator:
                     with contextlib.suppress(Refused):
                         self.start(f"{name}-pod", labels, template["spec"], command, job)
             for pod in list(self.pods.values()):
-                if not pod.ending and get(self.server.get("Pod", pod.name), "metadata.deletionTimestamp"):
+                if not pod.ending and get(
+                    self.server.get("Pod", pod.name), "metadata.deletionTimestamp"
+                ):
                     pod.ending = True
                     threading.Thread(target=self._end_gently, args=(pod,), daemon=True).start()
 
-    def start(self, name: str, labels: dict[str, str], spec: Tree, command: str, owner: Tree, **more: str) -> Pod:
+    def start(
+        self, name: str, labels: dict[str, str], spec: Tree, command: str, owner: Tree, **more: str
+    ) -> Pod:
         """A pod of this name, with its object."""
         with self.lock:
             number = next(self.numbers)
         folder = self.folder / f"{name}-{number}"
         (folder / "home").mkdir(parents=True)
         container = spec["containers"][0]
-        own = {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(folder / "home"), "LANG": "C.UTF-8"}
+        own = {
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "HOME": str(folder / "home"),
+            "LANG": "C.UTF-8",
+        }
         variables = own | OVERRIDES | more | environment(container) | self._secret(container)
-        (folder / "mounts").write_text("".join(f"{source} {target}\n" for source, target in self._mounts(folder, spec)))
-        (folder / "environment").write_text("".join(f"{key}={value}\0" for key, value in variables.items()))
+        (folder / "mounts").write_text(
+            "".join(f"{source} {target}\n" for source, target in self._mounts(folder, spec))
+        )
+        (folder / "environment").write_text(
+            "".join(f"{key}={value}\0" for key, value in variables.items())
+        )
         (folder / "command").write_text(command)
         self._write_hosts(folder, name)
         outside, inside = f"lfk{number}", f"lfi{number}"
         _ip("link", "add", outside, "type", "veth", "peer", "name", inside)
         _ip("link", "set", outside, "master", _BRIDGE, "up")
-        spaces = ["--net", "--pid", "--uts", "--ipc", "--mount", "--fork", "--kill-child", "--mount-proc"]
+        spaces = [
+            "--net",
+            "--pid",
+            "--uts",
+            "--ipc",
+            "--mount",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        ]
         line = ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, str(POD), str(folder), name[:60],
                 f"{_NETWORK}.{number}", f"{_NETWORK}.1"]  # fmt: skip
         with (folder / "log").open("ab") as out:
-            options = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "start_new_session": True}
+            options = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": out,
+                "stderr": out,
+                "start_new_session": True,
+            }
             process = self.spawner.submit(subprocess.Popen, line, **options).result()
         pod = Pod(name, number, folder, process.pid, spec, variables)
         threading.Thread(target=process.wait, daemon=True).start()
@@ -249,11 +284,18 @@ class Operator:
                 yield folder / "config", mount["mountPath"]
 
     def _write_hosts(self, folder: Path, name: str) -> None:
-        heads = [f"{pod.address} {cluster}-head-svc.default.svc.cluster.local" for cluster, pod in self._heads()]
+        heads = [
+            f"{pod.address} {cluster}-head-svc.default.svc.cluster.local"
+            for cluster, pod in self._heads()
+        ]
         (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *heads]) + "\n")
 
     def _heads(self) -> list[tuple[str, Pod]]:
-        return [(name.removesuffix("-head"), pod) for name, pod in self.pods.items() if name.endswith("-head")]
+        return [
+            (name.removesuffix("-head"), pod)
+            for name, pod in self.pods.items()
+            if name.endswith("-head")
+        ]
 
     def _exec(self, pod: Tree, command: list[str]) -> subprocess.Popen[bytes]:
         running = self.pods[pod["metadata"]["name"]]
@@ -296,7 +338,9 @@ class Operator:
             for job in self.server.all("RayJob"):
                 if job["metadata"]["uid"] not in known:
                     known.add(job["metadata"]["uid"])
-                    threading.Thread(target=self._drive, args=(job["metadata"]["name"],), daemon=True).start()
+                    threading.Thread(
+                        target=self._drive, args=(job["metadata"]["name"],), daemon=True
+                    ).start()
 
     def _drive(self, name: str) -> None:
         try:
@@ -305,14 +349,23 @@ class Operator:
             return
 
     def _job(self, name: str) -> Tree:
-        """The RayJob as it is. Raises _Gone when it is not any more; one that is being deleted is let go."""
+        """The RayJob as it is.
+
+        Raises _Gone when it is not any more; one that is being deleted is let go.
+        """
         job = self.server.get("RayJob", name)
         if job is None or self.end.is_set():
             raise _Gone
         if job["metadata"].get("deletionTimestamp"):
-            if get(job, "status.jobStatus") not in ("SUCCEEDED", "FAILED", "STOPPED") and get(job, "status.jobId"):
+            if get(job, "status.jobStatus") not in ("SUCCEEDED", "FAILED", "STOPPED") and get(
+                job, "status.jobId"
+            ):
                 with contextlib.suppress(OSError, KeyError):
-                    self._ask(get(job, "status.rayClusterName"), f"/api/jobs/{get(job, 'status.jobId')}/stop", "POST")
+                    self._ask(
+                        get(job, "status.rayClusterName"),
+                        f"/api/jobs/{get(job, 'status.jobId')}/stop",
+                        "POST",
+                    )
             with self.server.store.lock:
                 tree = self.server.store.objects["RayJob", "default", name]
                 tree["metadata"]["finalizers"] = []
@@ -322,16 +375,23 @@ class Operator:
 
     def _attempts(self, name: str) -> None:
         with self.server.store.lock:
-            self.server.store.objects["RayJob", "default", name]["metadata"]["finalizers"] = [_FINALIZER]
+            self.server.store.objects["RayJob", "default", name]["metadata"]["finalizers"] = [
+                _FINALIZER
+            ]
         failed, most = 0, get(self._job(name), "spec.backoffLimit") or 0
         while True:
             cluster = f"{name}-{secrets.token_hex(3)[:5]}"
             self.attempts.append(cluster)
             outcome = self._attempt(name, cluster)
-            if outcome["jobDeploymentStatus"] == "Failed" and outcome["reason"] != "DeadlineExceeded":
+            if (
+                outcome["jobDeploymentStatus"] == "Failed"
+                and outcome["reason"] != "DeadlineExceeded"
+            ):
                 failed += 1
                 if failed <= most:
-                    self._set(name, **outcome | {"jobDeploymentStatus": "Retrying", "failed": failed})
+                    self._set(
+                        name, **outcome | {"jobDeploymentStatus": "Retrying", "failed": failed}
+                    )
                     self._delete(cluster)
                     while any(pod.startswith(cluster) for pod in self.pods):
                         time.sleep(0.1)
@@ -354,7 +414,11 @@ class Operator:
         spec = get(job, "spec.rayClusterSpec")
         self.tokens[cluster] = secrets.token_hex(16)
         head = self._head(job, cluster, spec)
-        groups = [(group, index) for group in spec["workerGroupSpecs"] for index in range(group["replicas"])]
+        groups = [
+            (group, index)
+            for group in spec["workerGroupSpecs"]
+            for index in range(group["replicas"])
+        ]
         workers = [self._worker(job, cluster, *one) for one in groups]
         while not self._ready(cluster, [head, *workers]):
             self._job(name)
@@ -369,10 +433,16 @@ class Operator:
         while True:
             self._job(name)
             if time.monotonic() - began > deadline:
-                return {"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded", "message": "its time is up"}
+                return {
+                    "jobDeploymentStatus": "Failed",
+                    "reason": "DeadlineExceeded",
+                    "message": "its time is up",
+                }
             if head.name not in self.pods:
                 return {"jobDeploymentStatus": "Failed", "jobStatus": told.get("status", ""),
-                        "reason": "JobStatusCheckTimeoutExceeded", "message": "the head is lost"}  # fmt: skip
+                        "reason": "JobStatusCheckTimeoutExceeded", "message": "the head "
+                                                                              "is "
+                                                                              "lost"}  # fmt: skip
             for index, pod in enumerate(workers):
                 if pod.name not in self.pods:
                     workers[index] = self._worker(job, cluster, *groups[index])
@@ -382,7 +452,10 @@ class Operator:
             if submitter.code not in (None, 0) and tries > 1:
                 tries -= 1
                 submitter = self._submitter(job, cluster, submission, tries)
-            if told.get("status") in ("SUCCEEDED", "FAILED", "STOPPED") and submitter.code is not None:
+            if (
+                told.get("status") in ("SUCCEEDED", "FAILED", "STOPPED")
+                and submitter.code is not None
+            ):
                 ended = told["status"] != "FAILED"
                 return {"jobDeploymentStatus": "Complete" if ended else "Failed", "jobStatus": told["status"],
                         "reason": "" if ended else "AppFailed", "message": told.get("message") or ""}  # fmt: skip
@@ -410,7 +483,9 @@ class Operator:
                 return False
         return True
 
-    def _labels(self, job: Tree, cluster: str, template: Tree, kind: str, group: str) -> dict[str, str]:
+    def _labels(
+        self, job: Tree, cluster: str, template: Tree, kind: str, group: str
+    ) -> dict[str, str]:
         return template["metadata"]["labels"] | {
             "ray.io/cluster": cluster, "ray.io/node-type": kind, "ray.io/group": group,
             "ray.io/originated-from-cr-name": job["metadata"]["name"],
@@ -429,7 +504,9 @@ class Operator:
 
     def _worker(self, job: Tree, cluster: str, group: Tree, index: int) -> Pod:
         service = f"{cluster}-head-svc.default.svc.cluster.local"
-        wait = f"until ray health-check --address {service}:6379 >/dev/null 2>&1; do sleep 1; done; "
+        wait = (
+            f"until ray health-check --address {service}:6379 >/dev/null 2>&1; do sleep 1; done; "
+        )
         line = wait + "ulimit -n 65536; " + ray_start(group, address=f"{service}:6379")
         labels = self._labels(job, cluster, group["template"], "worker", group["groupName"])
         name = f"{cluster}-{group['groupName']}-{secrets.token_hex(3)[:5]}"
@@ -437,14 +514,20 @@ class Operator:
                           **self._ray_env(cluster, f"{service}:6379"))  # fmt: skip
 
     def _submitter(self, job: Tree, cluster: str, submission: str, left: int) -> Pod:
-        """The submitter of K8sJobMode, with KubeRay's script: the entrypoint unquoted, JSON in double quotes."""
+        """The submitter of K8sJobMode, with KubeRay's script: the entrypoint unquoted, JSON in
+        double quotes.
+        """
         spec, address = job["spec"], f"http://{cluster}-head-svc.default.svc.cluster.local:8265"
-        metadata, resources = json.dumps(json.dumps(spec["metadata"])), json.dumps(spec["entrypointResources"])
+        metadata, resources = (
+            json.dumps(json.dumps(spec["metadata"])),
+            json.dumps(spec["entrypointResources"]),
+        )
         script = (
             f"if ! ray job status --address {address} {submission} >/dev/null 2>&1 ; then "
             f"ray job submit --address {address} --no-wait --metadata-json {metadata} "
             f"--submission-id {submission} --entrypoint-resources {resources} -- "
-            f"{spec['entrypoint'].strip()} ; fi ; ray job logs --address {address} --follow {submission}"
+            f"{spec['entrypoint'].strip()} ; fi ; ray job logs --address {address} --follow "
+            f"{submission}"
         )
         template = spec["submitterPodTemplate"]
         name = job["metadata"]["name"]
@@ -482,7 +565,9 @@ class _Gone(Exception):
 
 
 def ray_start(group: Tree, *, head: bool = False, address: str = "") -> str:
-    """The start line that KubeRay makes of a group: its own defaults, what limits say, what rayStartParams say last."""
+    """The start line that KubeRay makes of a group: its own defaults, what limits say, what
+    rayStartParams say last.
+    """
     container = group["template"]["spec"]["containers"][0]
     limits = container["resources"]["limits"]
     params = {
@@ -497,7 +582,11 @@ def ray_start(group: Tree, *, head: bool = False, address: str = "") -> str:
     if group.get("labels"):
         params["labels"] = ",".join(f"{key}={value}" for key, value in group["labels"].items())
     params |= group["rayStartParams"]
-    words = [f"--{key}" if value == "true" else f"--{key}={value}" for key, value in params.items() if value != "false"]
+    words = [
+        f"--{key}" if value == "true" else f"--{key}={value}"
+        for key, value in params.items()
+        if value != "false"
+    ]
     return "ray start " + " ".join(words)
 
 

@@ -6,18 +6,20 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lorafleet.cluster.backends import SITE_FILE, backend_of
+from lorafleet.cluster.backends import SITE_FILE, get_backend
 from lorafleet.jobs import files
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.sites.kubernetes import KubernetesSite
 from lorafleet.k8s.backend import KubernetesBackend
 from lorafleet.k8s.render import ATTEMPT_LABEL, HEAD, RUN_LABEL
-
 from tests.conftest import ROOT
 from tests.kubernetes.pods import Kubelet
 from tests.unit.test_k8s_render import bare
 
-CRD = Path(os.environ.get("LORAFLEET_RAYJOB_CRD") or ROOT.parent / "shared" / "kuberay" / "rayjobs-v1.7.0.json")
+CRD = Path(
+    os.environ.get("LORAFLEET_RAYJOB_CRD")
+    or ROOT.parent / "shared" / "kuberay" / "rayjobs-v1.7.0.json"
+)
 FINISHED = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
 
 
@@ -26,9 +28,9 @@ def storage_at(folder: Path, **more: Any) -> KubernetesSite:
 
 
 def name_of(run: Run) -> str:
-    backend = backend_of(run)
+    backend = get_backend(run)
     assert isinstance(backend, KubernetesBackend)
-    return backend.name_of(run)
+    return backend.get_object_name(run)
 
 
 def stored(run: Run) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""What stands beside the API server of the tests: a kubelet for transfer pods. The operator is the test itself."""
+"""What stands beside the API server of the tests: a kubelet for transfer pods.
+
+The operator is the test itself.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +42,22 @@ class Kubelet:
                 name = job["metadata"]["name"]
                 if self.server.get("Pod", f"{name}-pod") is None and not self.holds_back(job):
                     template = job["spec"]["template"]
-                    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": job["metadata"]["uid"]}
+                    owner = {
+                        "apiVersion": "batch/v1",
+                        "kind": "Job",
+                        "name": name,
+                        "uid": job["metadata"]["uid"],
+                    }
                     labels = template["metadata"]["labels"] | {"job-name": name}
                     self.pod(f"{name}-pod", labels, template["spec"], owner)
 
     def pod(
-        self, name: str, labels: dict[str, str], spec: Tree, owner: Tree | None = None, phase: str = "Running"
+        self,
+        name: str,
+        labels: dict[str, str],
+        spec: Tree,
+        owner: Tree | None = None,
+        phase: str = "Running",
     ) -> None:
         """A pod that is there."""
         states = [{"name": one["name"], "state": {"running": {}}} for one in spec["containers"]]
@@ -58,7 +71,9 @@ class Kubelet:
         """A command in a pod."""
         own = environment(pod["spec"]["containers"][0])
         env = {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": os.environ["HOME"], **own}
-        return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
 
 
 def became(condition: Callable[[], Any], seconds: float = 20) -> Any:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.loading.site_file import load_site
 from lorafleet.jobs.runs.plan import MANIFEST
@@ -19,7 +20,6 @@ from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.sites.kubernetes import KubernetesSite
 from lorafleet.k8s.backend import KubernetesBackend
 from lorafleet.k8s.render import ATTEMPT_LABEL, RUN_LABEL
-
 from tests.conftest import JobMaker, hears_ctrl_c, lorafleet
 from tests.kubernetes.api_server import ApiServer
 from tests.kubernetes.over_http import CRD, FINISHED, head, name_of
@@ -43,11 +43,17 @@ def test_without_the_right_to_exec_its_pods_log_is_shown(
     assert '(docs/kubernetes.md, "Rights", says which it needs)' in told.stderr
 
 
-def test_doctor_on_a_namespace(server: ApiServer, kubelet: Kubelet, away: KubernetesSite, tmp_path: Path) -> None:
+def test_doctor_on_a_namespace(
+    server: ApiServer, kubelet: Kubelet, away: KubernetesSite, tmp_path: Path
+) -> None:
     claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "runs"},
              "spec": {"accessModes": ["ReadWriteMany"]}}  # fmt: skip
     file = tmp_path / "there.yaml"
-    file.write_text(yaml.safe_dump({"kind": "kubernetes", **away.model_dump(mode="json", exclude_defaults=True)}))
+    file.write_text(
+        yaml.safe_dump(
+            {"kind": "kubernetes", **away.model_dump(mode="json", exclude_defaults=True)}
+        )
+    )
     missing = lorafleet("doctor", "--on", file, "--format", "json", cwd=tmp_path)
     assert missing.returncode == ExitCode.GATE_REFUSED
     server.put_down(claim)
@@ -61,7 +67,10 @@ def test_doctor_on_a_namespace(server: ApiServer, kubelet: Kubelet, away: Kubern
     server.forbidden += [("delete", "/rayjobs$"), ("create", "/pods/exec$")]
     told = lorafleet("doctor", "--on", file, "--format", "json", cwd=tmp_path)
     rows = {row["what"]: row for row in json.loads(told.stdout)["findings"]}
-    assert rows["right to rayjobs"]["found"] == "you may not delete them: to submit, follow and end a run"
+    assert (
+        rows["right to rayjobs"]["found"]
+        == "you may not delete them: to submit, follow and end a run"
+    )
     assert rows["right to pods/exec"]["verdict"] == "missing"
     assert not secrets_asked(server)
     assert not list((tmp_path / "runs").iterdir())
@@ -70,25 +79,42 @@ def test_doctor_on_a_namespace(server: ApiServer, kubelet: Kubelet, away: Kubern
 def test_a_run_on_the_command_line(server: ApiServer, kubelet: Kubelet, site: KubernetesSite, bert_job: JobMaker,
                                    tmp_path: Path) -> None:  # fmt: skip
     file, job = tmp_path / "there.yaml", tmp_path / "job.yaml"
-    file.write_text(yaml.safe_dump({"kind": "kubernetes", **site.model_dump(mode="json", exclude_defaults=True)}))
+    file.write_text(
+        yaml.safe_dump(
+            {"kind": "kubernetes", **site.model_dump(mode="json", exclude_defaults=True)}
+        )
+    )
     job.write_text(bert_job().text)
-    name = lorafleet("train", job, "--on", file, "--detach", cwd=tmp_path, check=True).stdout.strip()
+    name = lorafleet(
+        "train", job, "--on", file, "--detach", cwd=tmp_path, check=True
+    ).stdout.strip()
     rayjob = f"{name}-1"
-    told = json.loads(lorafleet("status", name, "--format", "json", cwd=tmp_path, check=True).stdout)
+    told = json.loads(
+        lorafleet("status", name, "--format", "json", cwd=tmp_path, check=True).stdout
+    )
     assert told["state"] == "pending"
     assert told["place"] == f"RayJob {rayjob} was created; the operator has not seen it yet"
     server.set_status("RayJob", rayjob, jobDeploymentStatus="Running", jobStatus="RUNNING")
     assert f"running: RayJob {rayjob} runs" in lorafleet("status", name, cwd=tmp_path).stdout
     assert "saves its trials and ends" in lorafleet("stop", name, cwd=tmp_path).stdout
-    assert f"it was stopped: `lorafleet resume {name}` goes on" in lorafleet("status", name, cwd=tmp_path).stdout
+    assert (
+        f"it was stopped: `lorafleet resume {name}` goes on"
+        in lorafleet("status", name, cwd=tmp_path).stdout
+    )
     assert lorafleet("resume", name, "--detach", cwd=tmp_path).stdout.strip() == name
     assert server.get("RayJob", f"{name}-2") is not None
     assert not secrets_asked(server)
 
 
-def test_ctrl_c_only_detaches(server: ApiServer, site: KubernetesSite, bert_job: JobMaker, tmp_path: Path) -> None:
+def test_ctrl_c_only_detaches(
+    server: ApiServer, site: KubernetesSite, bert_job: JobMaker, tmp_path: Path
+) -> None:
     file, job = tmp_path / "there.yaml", tmp_path / "job.yaml"
-    file.write_text(yaml.safe_dump({"kind": "kubernetes", **site.model_dump(mode="json", exclude_defaults=True)}))
+    file.write_text(
+        yaml.safe_dump(
+            {"kind": "kubernetes", **site.model_dump(mode="json", exclude_defaults=True)}
+        )
+    )
     job.write_text(bert_job().text)
     process = subprocess.Popen([str(BIN / "lorafleet"), "train", str(job), "--on", str(file)], cwd=tmp_path, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=hears_ctrl_c)  # fmt: skip
@@ -107,7 +133,9 @@ def test_ctrl_c_only_detaches(server: ApiServer, site: KubernetesSite, bert_job:
 def test_kubectl_takes_the_double_for_a_cluster(
     server: ApiServer, site: KubernetesSite, bert_job: JobMaker, tmp_path: Path
 ) -> None:
-    """A client that nobody here wrote: the manifest as a user applies it, looked at, and waited for."""
+    """A client that nobody here wrote: the manifest as a user applies it, looked at, and waited
+    for.
+    """
     backend = KubernetesBackend(site)
     plan = backend.plan(bert_job(), "train")
     manifest = tmp_path / MANIFEST
@@ -117,7 +145,9 @@ def test_kubectl_takes_the_double_for_a_cluster(
     env = os.environ | {"HOME": str(tmp_path)}
 
     def kubectl(*words: str) -> str:
-        done = subprocess.run(["kubectl", *words], env=env, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            ["kubectl", *words], env=env, capture_output=True, text=True, timeout=60, check=False
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -126,25 +156,37 @@ def test_kubectl_takes_the_double_for_a_cluster(
     assert "serverside-applied" in kubectl(*words[1:-1], str(manifest))
     assert name in kubectl("get", "rayjob", "--selector", RUN_LABEL)
     server.set_status("RayJob", name, **FINISHED)
-    kubectl("wait", f"rayjob/{name}", "--for=jsonpath={.status.jobStatus}=SUCCEEDED", "--timeout=20s")
+    kubectl(
+        "wait", f"rayjob/{name}", "--for=jsonpath={.status.jobStatus}=SUCCEEDED", "--timeout=20s"
+    )
     kubectl("delete", "rayjob", name)
     assert server.all("RayJob") == []
 
 
 def test_a_run_that_is_unknown_here(
-    server: ApiServer, kubelet: Kubelet, on_storage: tuple[Run, Run], site: KubernetesSite, tmp_path: Path
+    server: ApiServer,
+    kubelet: Kubelet,
+    on_storage: tuple[Run, Run],
+    site: KubernetesSite,
+    tmp_path: Path,
 ) -> None:
     """Of another machine, or of kubectl: its record is made, and the verbs find it."""
     here, there = on_storage
     file, home = tmp_path / "there.yaml", tmp_path / "other"
     home.mkdir()
-    file.write_text(yaml.safe_dump({"kind": "kubernetes", **site.model_dump(mode="json", exclude_defaults=True)}))
+    file.write_text(
+        yaml.safe_dump(
+            {"kind": "kubernetes", **site.model_dump(mode="json", exclude_defaults=True)}
+        )
+    )
     server.set_status("RayJob", name_of(here), jobDeploymentStatus="Running", jobStatus="RUNNING")
     done = lorafleet("pull", here.id, "--on", file, "--adapters", "best", cwd=home, check=True)
     run = Run(home / "runs" / here.id)
     for name in ("plan.json", "job.yaml"):
         assert (run.path / name).read_bytes() == (there.path / name).read_bytes()
-    assert (run.path / "trials" / "trial1" / "adapter" / "adapter_model.safetensors").is_file(), done.stdout
+    assert (run.path / "trials" / "trial1" / "adapter" / "adapter_model.safetensors").is_file(), (
+        done.stdout
+    )
     told = json.loads(lorafleet("status", here.id, "--format", "json", cwd=home, check=True).stdout)
     assert (told["state"], told["place"]) == ("running", f"RayJob {name_of(here)} runs")
     again = lorafleet("pull", here.id, "--on", file, cwd=home)
@@ -152,26 +194,36 @@ def test_a_run_that_is_unknown_here(
     nobodys = lorafleet("pull", "nobodys-123456", "--on", file, cwd=home)
     assert nobodys.returncode == ExitCode.USER_INPUT
     assert "there is no run in" in nobodys.stderr
-    assert [path.name for path in (home / "runs").iterdir() if not path.name.startswith(".")] == [here.id]
+    assert [path.name for path in (home / "runs").iterdir() if not path.name.startswith(".")] == [
+        here.id
+    ]
 
 
 def test_a_site_file_is_drafted(server: ApiServer, tmp_path: Path) -> None:
     """What can be seen of the cluster is in it, and it loads; what cannot is said to be a guess."""
     first, blind = tmp_path / "first.yaml", tmp_path / "blind.yaml"
     claim = {"apiVersion": "v1", "kind": "PersistentVolumeClaim"}
-    server.put_down(claim | {"metadata": {"name": "own"}, "spec": {"accessModes": ["ReadWriteOnce"]}})
-    server.put_down(claim | {"metadata": {"name": "shared"}, "spec": {"accessModes": ["ReadWriteMany"]}})
+    server.put_down(
+        claim | {"metadata": {"name": "own"}, "spec": {"accessModes": ["ReadWriteOnce"]}}
+    )
+    server.put_down(
+        claim | {"metadata": {"name": "shared"}, "spec": {"accessModes": ["ReadWriteMany"]}}
+    )
     for number, gpus in enumerate(("0", "8", "8")):
         has = {"cpu": "95", "memory": "900Gi", "nvidia.com/gpu": gpus}
         server.put_down({"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"n{number}"},
                          "status": {"allocatable": has}})  # fmt: skip
-    said = lorafleet("init", "--site", "kubernetes", "--output", first, cwd=tmp_path, check=True).stdout
+    said = lorafleet(
+        "init", "--site", "kubernetes", "--output", first, cwd=tmp_path, check=True
+    ).stdout
     site = load_site(str(first)).site
     assert isinstance(site, KubernetesSite)
     assert (site.storage.claim, site.gpus_per_node, site.cpus_per_node) == ("shared", 8, 85)
     assert "# others here: own" in said
     server.forbidden += [("get", "/nodes$"), ("get", "/persistentvolumeclaims$")]
-    said = lorafleet("init", "--site", "kubernetes", "--output", blind, cwd=tmp_path, check=True).stdout
+    said = lorafleet(
+        "init", "--site", "kubernetes", "--output", blind, cwd=tmp_path, check=True
+    ).stdout
     assert "The nodes may not be seen by you" in said
     assert isinstance(load_site(str(blind)).site, KubernetesSite)
     nowhere = lorafleet("init", "--site", "kubernetes", "--context", "x", cwd=tmp_path)

@@ -1,4 +1,6 @@
-"""Real sweeps in the pods of rendered RayJobs: Ray's own start lines, the submitter's script, hooks and mounts."""
+"""Real sweeps in the pods of rendered RayJobs: Ray's own start lines, the submitter's script, hooks
+and mounts.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.run import Run
-
 from tests.conftest import JobMaker, hears_ctrl_c
 from tests.kubernetes.conftest import PLANTED, User
 
@@ -28,16 +30,16 @@ LONG = GRID.replace("4000", "60000")
 
 
 def ended(run: Run) -> int:
-    return sum(trial.state.ended for trial in run.trials())
+    return sum(trial.state.has_ended for trial in run.list_trials())
 
 
 def checkpoints(run: Run) -> int:
-    return sum((trial.checkpoint / "checksums.json").is_file() for trial in run.trials())
+    return sum((trial.checkpoint / "checksums.json").is_file() for trial in run.list_trials())
 
 
 def no_step_twice(run: Run) -> None:
-    for trial in run.trials():
-        steps = [row["step"] for row in trial.metrics()]
+    for trial in run.list_trials():
+        steps = [row["step"] for row in trial.read_metrics()]
         assert steps == sorted(set(steps)), trial.id
 
 
@@ -51,7 +53,11 @@ def following(user: User, job: Path) -> subprocess.Popen[str]:
 
 def planted_in(folder: Path) -> list[Path]:
     """Files that hold the secret."""
-    return [path for path in folder.rglob("*") if path.is_file() and PLANTED.encode() in path.read_bytes()]
+    return [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and PLANTED.encode() in path.read_bytes()
+    ]
 
 
 def test_a_sweep_in_two_worker_pods(user: User, bert_job: JobMaker) -> None:
@@ -104,7 +110,9 @@ def test_a_model_is_exported_and_judged_where_it_lies(user: User, bert_job: JobM
 
 @pytest.mark.long
 def test_a_driver_that_fails(user: User, bert_job: JobMaker) -> None:
-    """What the user can mend is told with its sentence and code; nothing is tried again where retries is 0."""
+    """What the user can mend is told with its sentence and code; nothing is tried again where
+    retries is 0.
+    """
     user.write_site(more="deadlines: {retries: 0, save_seconds: 60}")
     job = user.job(bert_job(GRID))
     (staged,) = (user.operator.storage / "team" / "me" / "cache" / "staged").glob("*/train.jsonl")
@@ -120,7 +128,9 @@ def test_a_driver_that_fails(user: User, bert_job: JobMaker) -> None:
 @pytest.mark.long
 def test_a_worker_pod_is_killed(user: User, bert_job: JobMaker) -> None:
     """Its trial goes on from its checkpoint, in the pod that takes its place or in the other."""
-    run = user.submit(bert_job(LONG, train__checkpoint_minutes=0.02, search__max_concurrent_trials=2))
+    run = user.submit(
+        bert_job(LONG, train__checkpoint_minutes=0.02, search__max_concurrent_trials=2)
+    )
     there = user.there(run)
     user.when(run, lambda: checkpoints(there) == 2)
     lost = next(pod for name, pod in user.operator.pods.items() if "-workers-" in name)
@@ -128,25 +138,37 @@ def test_a_worker_pod_is_killed(user: User, bert_job: JobMaker) -> None:
     user.when(run, lambda: user.status(run)["state"] == "finished", 420)
     assert len(user.operator.attempts) == 1
     no_step_twice(there)
-    retries = there.events("retry")
-    assert retries, there.events()
-    assert all(event["failure"]["failure_class"] in ("worker_lost", "preempted") for event in retries)
+    retries = there.read_events("retry")
+    assert retries, there.read_events()
+    assert all(
+        event["failure"]["failure_class"] in ("worker_lost", "preempted") for event in retries
+    )
     assert ended(there) == 3
 
 
 @pytest.mark.long
 def test_the_head_is_killed(user: User, bert_job: JobMaker) -> None:
     """The second cluster's driver goes on with the run by its id; ended trials stay as they are."""
-    run = user.submit(bert_job(LONG, train__checkpoint_minutes=0.02, search__max_concurrent_trials=2))
+    run = user.submit(
+        bert_job(LONG, train__checkpoint_minutes=0.02, search__max_concurrent_trials=2)
+    )
     there = user.there(run)
     user.when(run, lambda: ended(there) >= 1 and checkpoints(there))
-    before = {trial.id: (trial.path / "metrics.jsonl").read_bytes() for trial in there.trials() if trial.state.ended}
-    user.operator.kill(next(pod for name, pod in user.operator.pods.items() if name.endswith("-head")))
+    before = {
+        trial.id: (trial.path / "metrics.jsonl").read_bytes()
+        for trial in there.list_trials()
+        if trial.state.has_ended
+    }
+    user.operator.kill(
+        next(pod for name, pod in user.operator.pods.items() if name.endswith("-head"))
+    )
     user.when(run, lambda: user.status(run)["state"] == "finished", 420)
     assert len(user.operator.attempts) == 2
-    assert {name: (there.trial(name).path / "metrics.jsonl").read_bytes() for name in before} == before
+    assert {
+        name: (there.get_trial(name).path / "metrics.jsonl").read_bytes() for name in before
+    } == before
     no_step_twice(there)
-    assert len(there.events("attempt")) == 2
+    assert len(there.read_events("attempt")) == 2
 
 
 @pytest.mark.long
@@ -162,7 +184,7 @@ def test_a_deadline(user: User, bert_job: JobMaker) -> None:
     assert checkpoints(there)
     assert ended(there) < 3
     user.lorafleet("resume", run.id, "--detach")
-    user.when(run, lambda: len(there.events("attempt")) == 2)  # the next deadline is its own
+    user.when(run, lambda: len(there.read_events("attempt")) == 2)  # the next deadline is its own
 
 
 @pytest.mark.long
@@ -173,7 +195,7 @@ def test_stop_leaves_no_process_and_resume_goes_on(user: User, bert_job: JobMake
     user.when(Run(user.home), lambda: list((user.home / "runs").glob("*/site.json")))
     (folder,) = (user.home / "runs").iterdir()
     run, there = Run(folder), user.there(Run(folder))
-    user.when(run, lambda: sum(len(trial.metrics()) > 0 for trial in there.trials()) >= 2)
+    user.when(run, lambda: sum(len(trial.read_metrics()) > 0 for trial in there.list_trials()) >= 2)
     assert user.status(run)["state"] == "running"
     assert "saves its trials and ends" in user.lorafleet("stop", run.id).stdout
     user.when(run, lambda: not user.operator.running, 120)
@@ -181,13 +203,20 @@ def test_stop_leaves_no_process_and_resume_goes_on(user: User, bert_job: JobMake
     assert follower.returncode == ExitCode.INTERRUPTED, said
     assert there.state == "stopped"
     assert checkpoints(there) >= 1  # none was due: they were saved for the end
-    assert user.server.all("RayJob") == user.server.all("ConfigMap") == user.server.all("NetworkPolicy") == []
-    left = subprocess.run(["pgrep", "-af", f"{run.id}"], capture_output=True, text=True, check=False).stdout
+    assert (
+        user.server.all("RayJob")
+        == user.server.all("ConfigMap")
+        == user.server.all("NetworkPolicy")
+        == []
+    )
+    left = subprocess.run(
+        ["pgrep", "-af", f"{run.id}"], capture_output=True, text=True, check=False
+    ).stdout
     assert not left, left
     done = user.lorafleet("resume", run.id, "--wait")
     assert run.state == there.state == "finished", done.stdout
     no_step_twice(there)
-    assert len(there.events("attempt")) == 2
+    assert len(there.read_events("attempt")) == 2
 
 
 @pytest.mark.long
@@ -200,8 +229,13 @@ def test_ctrl_c_detaches_and_logs_follow(user: User, bert_job: JobMaker) -> None
     user.when(run, lambda: user.status(run)["state"] == "running")
     os.killpg(follower.pid, signal.SIGINT)
     said, _ = follower.communicate(timeout=30)
-    assert (follower.returncode, "goes on: `lorafleet logs -f" in said) == (ExitCode.INTERRUPTED, True), said
+    assert (follower.returncode, "goes on: `lorafleet logs -f" in said) == (
+        ExitCode.INTERRUPTED,
+        True,
+    ), said
     logs: Any = user.lorafleet("logs", run.id, "--follow")
     assert "finished" in user.status(run)["state"]
     finished = [line for line in logs.stdout.splitlines() if "event=" in line]
-    assert len(finished) >= len(user.there(run).events()) - 1, logs.stdout  # all that there was, to the end
+    assert len(finished) >= len(user.there(run).read_events()) - 1, (
+        logs.stdout
+    )  # all that there was, to the end

@@ -15,10 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
+
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.trials import asha as rungs
-
 from tests.conftest import lorafleet
 
 pytestmark = pytest.mark.ray
@@ -35,7 +35,9 @@ def place(tmp_path: Path) -> Iterator[Path]:
     """A folder to run in, with a foreign package that must not be imported."""
     folder = tmp_path / "place"
     (folder / "training").mkdir(parents=True)
-    (folder / "training" / "__init__.py").write_text("raise SystemExit('a foreign package was imported')")
+    (folder / "training" / "__init__.py").write_text(
+        "raise SystemExit('a foreign package was imported')"
+    )
     yield folder
     for process in psutil.process_iter(["cmdline"]):  # what a failed test may have left
         if any(str(folder) in word for word in process.info["cmdline"] or []):
@@ -63,9 +65,16 @@ def newest(place: Path) -> Run:
     return Run(folders[-1])
 
 
-def begin(loaded: LoadedJob, place: Path, *words: str, command: str = "sweep", **env: str) -> subprocess.Popen[str]:
+def begin(
+    loaded: LoadedJob, place: Path, *words: str, command: str = "sweep", **env: str
+) -> subprocess.Popen[str]:
     """Start a sweep in a process group of its own, as a terminal does."""
-    line = [str(Path(sys.executable).with_name("lorafleet")), command, str(save(loaded, place)), *loaded.overrides]
+    line = [
+        str(Path(sys.executable).with_name("lorafleet")),
+        command,
+        str(save(loaded, place)),
+        *loaded.overrides,
+    ]
     return subprocess.Popen(
         [*line, *words],
         cwd=place,
@@ -101,7 +110,9 @@ FAULTS = Path(__file__).parent / "faults"
 
 
 def planted(place: Path, at: str, do: str, **more: object) -> dict[str, str]:
-    """The environment in which one call of one function goes wrong once (see faults/sitecustomize.py)."""
+    """The environment in which one call of one function goes wrong once (see
+    faults/sitecustomize.py).
+    """
     fault = {"at": at, "do": do, "flag": str(place / "it-happened"), **more}
     return {"LORAFLEET_TEST_FAULT": json.dumps(fault), "PYTHONPATH": str(FAULTS)}
 
@@ -112,39 +123,47 @@ def interrupt(process: subprocess.Popen[str]) -> None:
 
 
 def base_loads(run: Run) -> int:
-    return sum({event["actor"]: event["count"] for event in run.events("base_loaded")}.values())
+    return sum(
+        {event["actor"]: event["count"] for event in run.read_events("base_loaded")}.values()
+    )
 
 
 def check_cuts(run: Run) -> int:
-    """Compare every decision at a rung with what the scores recorded until then imply; returns how many there were."""
+    """Compare every decision at a rung with what the scores recorded until then imply; returns how
+    many there were.
+    """
     plan = json.loads((run.path / "plan.json").read_text())
     metric = plan["job"]["search"]["metric"] or {"name": "accuracy", "goal": "maximize"}
     eta = plan["job"]["search"]["scheduler"]["reduction_factor"]
     rows = [
         (row["time"], row["rung"], row[metric["name"]], row["loss"])
-        for trial in run.trials()
-        for row in trial.metrics()
+        for trial in run.list_trials()
+        for row in trial.read_metrics()
         if row.get("rung") is not None
     ]
-    events = run.events("rung")
+    events = run.read_events("rung")
     for event in events:
         recorded = [
-            rungs.place(score, loss, metric["goal"])
+            rungs.make_rung_score(score, loss, metric["goal"])
             for when, rung, score, loss in rows
             if rung == event["rung"] and when <= event["time"]
         ]
-        own = rungs.place(event["score"], event["loss"], metric["goal"])
+        own = rungs.make_rung_score(event["score"], event["loss"], metric["goal"])
         assert own in recorded
         assert len(recorded) == event["scores"]
-        assert event["goes_on"] == rungs.goes_on(own, recorded, eta)
-    stopped = {trial.id for trial in run.trials() if trial.state == "stopped"}
+        assert event["goes_on"] == rungs.is_promoted(own, recorded, eta)
+    stopped = {trial.id for trial in run.list_trials() if trial.state == "stopped"}
     assert stopped == {event["trial_id"] for event in events if not event["goes_on"]}
-    assert len({(event["trial_id"], event["rung"]) for event in events}) == len(events)  # none was made twice
+    assert len({(event["trial_id"], event["rung"]) for event in events}) == len(
+        events
+    )  # none was made twice
     return len(events)
 
 
 class Machines:
-    """A head without CPU cores, as clusters have it, and workers with one each, the first in a pool of its own."""
+    """A head without CPU cores, as clusters have it, and workers with one each, the first in a pool
+    of its own.
+    """
 
     def __init__(self, workers: int) -> None:
         from ray.cluster_utils import Cluster
@@ -168,10 +187,12 @@ class Machines:
         Ray Train keeps two actors of its own for a cluster, whoever uses it: they are not counted.
         """
         code = (
-            "import ray, json; ray.init(log_to_driver=False); from ray.util.state import list_actors, "
+            "import ray, json; ray.init(log_to_driver=False); from ray.util.state import "
+            "list_actors, "
             "list_placement_groups as groups; "
             "own = ('TrainStateActor', '_AutoscalingCoordinatorActor'); "
-            "print(json.dumps([a.class_name for a in list_actors() if a.state == 'ALIVE' and a.class_name not in own]"
+            "print(json.dumps([a.class_name for a in list_actors() if a.state == 'ALIVE' and "
+            "a.class_name not in own]"
             " + [g.placement_group_id for g in groups() if g.state != 'REMOVED']))"
         )
         found: list[str] = json.loads(self._asked(code))
@@ -180,17 +201,22 @@ class Machines:
     def used(self, run: Run) -> Any:
         """A machine that has a worker of a trial and not the run's driver, or None.
 
-        All have one address here, and Ray lets the driver join any of them; on a real cluster it is on the head.
+        All have one address here, and Ray lets the driver join any of them; on a real cluster it is
+        on the head.
         """
         driver = json.loads((run.path / "logs" / "ray.json").read_text())["node_id"]
         found = self.hosts("RayTrainWorker")
-        return next((node for node in self.workers if node.node_id in found and node.node_id != driver), None)
+        return next(
+            (node for node in self.workers if node.node_id in found and node.node_id != driver),
+            None,
+        )
 
     def hosts(self, actor: str) -> list[str]:
         """The machines of the actors whose class has this in its name."""
         code = (
             "import ray; ray.init(log_to_driver=False); from ray.util.state import list_actors; "
-            f"print(*(a.node_id for a in list_actors() if a.state == 'ALIVE' and {actor!r} in a.class_name))"
+            f"print(*(a.node_id for a in list_actors() if a.state == 'ALIVE' and {actor!r} in "
+            "a.class_name))"
         )
         return self._asked(code).split()
 
@@ -202,7 +228,11 @@ class Machines:
     def _asked(self, code: str) -> str:
         """The last line that a process of its own prints."""
         done = subprocess.run(
-            [sys.executable, "-c", code], env=os.environ | self.environment, capture_output=True, text=True, check=True
+            [sys.executable, "-c", code],
+            env=os.environ | self.environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return (done.stdout.splitlines() or [""])[-1]
 
@@ -210,7 +240,8 @@ class Machines:
 @pytest.fixture
 def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machines]:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    # Of the tests' own environment Ray passes LORAFLEET_TEST_FAULT on, to every machine; what acts on it is here.
+    # Of the tests' own environment Ray passes LORAFLEET_TEST_FAULT on, to every machine; what acts
+    # on it is here.
     monkeypatch.setenv("PYTHONPATH", str(FAULTS))
     made = Machines(3)
     try:

@@ -1,4 +1,6 @@
-"""Comparisons as a user runs them: arms that are trained and arms that are not, in one table, on real Ray."""
+"""Comparisons as a user runs them: arms that are trained and arms that are not, in one table, on
+real Ray.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,14 @@ import os
 from pathlib import Path
 
 import pytest
+
 from lorafleet.deployment.export import export
-from lorafleet.evaluation.report.human_rating import sheet_of_run
-from lorafleet.evaluation.report.model_of_run import shipped
+from lorafleet.evaluation.report.human_rating import build_run_sheet
+from lorafleet.evaluation.report.model_of_run import select_model
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.report import Report
 from lorafleet.jobs.runs.run import Run, RunState
-
 from tests.conftest import JobMaker, lorafleet, opinions, write_rows
 from tests.export.test_targets import trained
 from tests.processes.conftest import begin, interrupt, newest, sweep, wait_for
@@ -44,14 +46,35 @@ def test_arms_end_in_a_decision(bert_job: JobMaker, place: Path) -> None:
     arms = {arm["arm"]: arm for arm in raw["arms"]}
     assert list(arms) == ["base", "lora", "full", "hybrid"]
     for arm in arms.values():
-        assert {"arm", "metrics", "interval", "train_seconds", "gpu_hours", "peak_memory_gib", "inference"} <= set(arm)
-        assert arm["interval"]["accuracy"][0] <= arm["metrics"]["accuracy"] <= arm["interval"]["accuracy"][1]
+        assert {
+            "arm",
+            "metrics",
+            "interval",
+            "train_seconds",
+            "gpu_hours",
+            "peak_memory_gib",
+            "inference",
+        } <= set(arm)
+        assert (
+            arm["interval"]["accuracy"][0]
+            <= arm["metrics"]["accuracy"]
+            <= arm["interval"]["accuracy"][1]
+        )
         assert arm["inference"]["latency_ms"] > 0
         assert arm["inference"]["samples_per_second"] > 0
         assert arm["inference"]["peak_memory_gib"] > arm["inference"]["begun_gib"]
         assert arm["inference"]["ttft_ms"] is None
-    assert set(arms["lora"]["seeds"]) == set(arms["hybrid"]["seeds"]) == set(arms["full"]["seeds"]) == {"42", "43"}
-    assert (arms["base"]["train_seconds"], arms["base"]["tried"], arms["lora"]["tried"]) == (0.0, 0, 2)
+    assert (
+        set(arms["lora"]["seeds"])
+        == set(arms["hybrid"]["seeds"])
+        == set(arms["full"]["seeds"])
+        == {"42", "43"}
+    )
+    assert (arms["base"]["train_seconds"], arms["base"]["tried"], arms["lora"]["tried"]) == (
+        0.0,
+        0,
+        2,
+    )
     assert arms["hybrid"]["train_seconds"] == arms["lora"]["train_seconds"] > 0
     assert arms["full"]["trainable_parameters"] > 5 * arms["lora"]["trainable_parameters"]
     # INT8 rounds the base: the hybrid's answers are the adapter's own, or nearly.
@@ -60,15 +83,18 @@ def test_arms_end_in_a_decision(bert_job: JobMaker, place: Path) -> None:
     assert len(raw["pairs"]) == 6
     assert report.recommendation.arm in arms
     assert report.recommendation.sentence in " ".join(said.split())
-    assert len([row for row in report.trials if row.arm == "lora"]) == 3  # two that were searched, one more seed
+    assert (
+        len([row for row in report.trials if row.arm == "lora"]) == 3
+    )  # two that were searched, one more seed
     with (run.path / "report" / "arms.csv").open() as table:
         assert [line["arm"] for line in csv.DictReader(table)] == list(arms)
     for name in ("lora", "full"):
-        assert (run.arm(name).path / "wandb").is_dir()
+        assert (run.get_arm(name).path / "wandb").is_dir()
     again = lorafleet("report", "--format", "json", cwd=place)
     assert json.loads(again.stdout)["arms"] == raw["arms"]
 
-    # Judged once more on other rows, with another's adapter: nothing is trained, and what is alike is the same.
+    # Judged once more on other rows, with another's adapter: nothing is trained, and what is alike
+    # is the same.
     rows = write_rows(place / "more.jsonl", opinions(80, 9))
     adapter = run.path / arms["lora"]["weights"]
     judged = lorafleet("evaluate", run.id, adapter, "--data", rows, "--format", "json", cwd=place)
@@ -81,7 +107,9 @@ def test_arms_end_in_a_decision(bert_job: JobMaker, place: Path) -> None:
     assert other["pairs"][0]["difference"] == pytest.approx(both[0] - both[1])
 
     # And the two runs side by side: they were not judged on the same rows.
-    beside = lorafleet("compare", run.id, other["run"], "--format", "json", "--output", "side", cwd=place)
+    beside = lorafleet(
+        "compare", run.id, other["run"], "--format", "json", "--output", "side", cwd=place
+    )
     assert beside.returncode == ExitCode.OK, beside.stderr
     first, second = json.loads(beside.stdout)["arms"]
     assert (first["comparable"], second["comparable"]) == (True, False)
@@ -92,20 +120,29 @@ def test_arms_end_in_a_decision(bert_job: JobMaker, place: Path) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_models_of_every_kind_are_judged_together(
-    kind: str, bert_job: JobMaker, llama_job: JobMaker, tiny_bert: Path, tiny_llama: Path, place: Path
+    kind: str,
+    bert_job: JobMaker,
+    llama_job: JobMaker,
+    tiny_bert: Path,
+    tiny_llama: Path,
+    place: Path,
 ) -> None:
-    """A run, an adapter's folder, a merged model, and a base that is no run's; one process takes the whole machine."""
+    """A run, an adapter's folder, a merged model, and a base that is no run's; one process takes
+    the whole machine.
+    """
     if kind == "bert":
         job, base, metric = bert_job(train__max_steps=60), tiny_bert, "accuracy"
     else:
         asked = "evaluate: {metrics: [rouge1], max_new_tokens: 3}"
         job, base, metric = llama_job(asked, train__max_steps=60), tiny_llama, "rouge1"
     run = trained(job, place)
-    export(shipped(run), ["merged"], place / "out", lambda _: None)
-    models = (run.id, run.trial("aaaa").weights, place / "out" / "merged", base)
+    export(select_model(run), ["merged"], place / "out", lambda _: None)
+    models = (run.id, run.get_trial("aaaa").weights, place / "out" / "merged", base)
     more = ("--measure", f"resources.cpus_per_worker={os.cpu_count()}", "--format", "json")
     judged = lorafleet("evaluate", *models, *more, cwd=place)
-    assert judged.returncode == ExitCode.OK, judged.stderr + (newest(place).path / "logs" / "driver.log").read_text()
+    assert judged.returncode == ExitCode.OK, (
+        judged.stderr + (newest(place).path / "logs" / "driver.log").read_text()
+    )
     found = json.loads(judged.stdout)
     arms = found["arms"]
     assert len(arms) == 4
@@ -117,7 +154,7 @@ def test_models_of_every_kind_are_judged_together(
     loads = [
         files.read_json(record)["base_loads"]
         for arm in arms[:2]
-        for record in newest(place).arm(arm["arm"]).path.rglob("test.json")
+        for record in newest(place).get_arm(arm["arm"]).path.rglob("test.json")
     ]
     assert loads == [1, 1]  # the base stayed, and adapters went on and off it
 
@@ -140,7 +177,9 @@ compare:
 @pytest.mark.long
 def test_arms_that_write_are_shown_side_by_side(llama_job: JobMaker, place: Path) -> None:
     run, done = sweep(llama_job(WRITERS), place, command="compare")
-    assert done.returncode == ExitCode.OK, done.stderr + (run.path / "logs" / "driver.log").read_text()
+    assert done.returncode == ExitCode.OK, (
+        done.stderr + (run.path / "logs" / "driver.log").read_text()
+    )
     report = Report.model_validate_json((run.path / "report" / "report.json").read_text())
     assert report.arms is not None
     base, lora = report.arms
@@ -149,31 +188,37 @@ def test_arms_that_write_are_shown_side_by_side(llama_job: JobMaker, place: Path
     assert (base.inference.tokens_per_second or 0) > 0
     assert base.inference.rounds == 2
     assert set(base.inference.spread) >= {"ttft_ms", "tokens_per_second"}
-    pace = files.read_json(run.arm("lora").path / "pace.json")["seconds_per_row"]
+    pace = files.read_json(run.get_arm("lora").path / "pace.json")["seconds_per_row"]
     trained = [row for row in report.trials if row.arm == "lora"]
     assert [row.samples for row in trained] == [trained[0].samples] * 2
     assert abs(trained[0].samples - 1.5 / pace) <= 4  # to the next whole step
     assert set(report.samples[0].answers) == {"base", "lora"}
     assert "Side by side" in (run.path / "report" / "report.html").read_text()
-    assert sheet_of_run(run, "ann", 5)
+    assert build_run_sheet(run, "ann", 5)
 
 
 @pytest.mark.long
 def test_a_comparison_goes_on_where_it_was_stopped(bert_job: JobMaker, place: Path) -> None:
     longer = ARMS.replace("samples: 1280", "samples: 9600")
     process = begin(bert_job(longer), place, "--wait", command="compare")
-    run = Run(wait_for(lambda: next((place / "runs").glob("*"), None) if (place / "runs").is_dir() else None))
+    run = Run(
+        wait_for(
+            lambda: next((place / "runs").glob("*"), None) if (place / "runs").is_dir() else None
+        )
+    )
 
     def trained() -> list[Path]:
-        return [trial.path for trial in run.trials() if trial.state.ended]
+        return [trial.path for trial in run.list_trials() if trial.state.has_ended]
 
-    wait_for(lambda: trained() and len(run.trials()) > 1)
+    wait_for(lambda: trained() and len(run.list_trials()) > 1)
     interrupt(process)
     assert process.wait(timeout=120) == ExitCode.INTERRUPTED
     assert newest(place).state is RunState.STOPPED
     before = {path: (path / "status.json").stat().st_mtime_ns for path in trained()}
     done = lorafleet("resume", run.id, "--wait", cwd=place)
-    assert done.returncode == ExitCode.OK, done.stderr + (run.path / "logs" / "driver.log").read_text()
+    assert done.returncode == ExitCode.OK, (
+        done.stderr + (run.path / "logs" / "driver.log").read_text()
+    )
     report = Report.model_validate_json((run.path / "report" / "report.json").read_text())
     assert report.arms is not None
     assert all(arm.metrics for arm in report.arms)

@@ -1,4 +1,6 @@
-"""SIGKILL of each part in each phase: the run goes on, and its numbers are those of one that nobody disturbed."""
+"""SIGKILL of each part in each phase: the run goes on, and its numbers are those of one that nobody
+disturbed.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +9,24 @@ from typing import Any
 
 import psutil
 import pytest
+
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.run import Run
-
 from tests.conftest import JobMaker, lorafleet
-from tests.processes.conftest import KILLS, Machines, begin, kill_tree, newest, planted, save, wait_for
+from tests.processes.conftest import (
+    KILLS,
+    Machines,
+    begin,
+    kill_tree,
+    newest,
+    planted,
+    save,
+    wait_for,
+)
 
 PHASES = {
     "set-up": ("lorafleet.training.model:load_base", 1),
-    "training": ("lorafleet.training.session:TrainingSession._optimiser_step", 14),
+    "training": ("lorafleet.training.session:TrainingSession._run_optimizer_step", 14),
     "evaluation": ("lorafleet.training.session:evaluate_rows", 2),
     "saving": ("lorafleet.training.checkpoint:save_state", 2),
 }
@@ -29,11 +40,11 @@ pytestmark = pytest.mark.long
 
 def rows(run: Run) -> list[dict[str, Any]]:
     """What was measured, evaluation by evaluation."""
-    (trial,) = run.trials()
-    steps = [row["step"] for row in trial.metrics()]
+    (trial,) = run.list_trials()
+    steps = [row["step"] for row in trial.read_metrics()]
     assert steps == sorted(set(steps))
     assert trial.state == "finished"
-    return [{key: row[key] for key in ("step", *COMPARED)} for row in trial.evaluations()]
+    return [{key: row[key] for key in ("step", *COMPARED)} for row in trial.read_evaluations()]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +72,9 @@ def test_who_is_killed_when(
         assert done.returncode == ExitCode.OK, done.stdout + done.stderr
         undisturbed[str(over)] = rows(newest(place))
     at, call = PHASES[phase]
-    process = begin(loaded, place, command="train", **cluster, **planted(place, at, "pause", call=call))
+    process = begin(
+        loaded, place, command="train", **cluster, **planted(place, at, "pause", call=call)
+    )
     wait_for((place / "it-happened").exists, 180)
     if who == "driver":
         kill_tree(process)
@@ -74,12 +87,18 @@ def test_who_is_killed_when(
             tree = psutil.Process(process.pid).children(recursive=True)
             next(child for child in tree if "ResourceTrainable" in child.name()).kill()
         shown, _ = process.communicate(timeout=400)
-        assert process.returncode == ExitCode.OK, shown + (newest(place).path / "logs" / "driver.log").read_text()
+        assert process.returncode == ExitCode.OK, (
+            shown + (newest(place).path / "logs" / "driver.log").read_text()
+        )
     expected, found = undisturbed[str(over)], rows(newest(place))
     assert [row["step"] for row in found] == [8, 16, 24]
-    gaps = {key: max(abs(a[key] - b[key]) for a, b in zip(expected, found, strict=True)) for key in COMPARED}
+    gaps = {
+        key: max(abs(a[key] - b[key]) for a, b in zip(expected, found, strict=True))
+        for key in COMPARED
+    }
     request.config.stash.setdefault(KILLS, []).append(
-        f"kill matrix: {who:<6} in {phase:<10} largest difference of the loss {gaps['loss']:.1e}, of the training "
+        f"kill matrix: {who:<6} in {phase:<10} largest difference of the loss {gaps['loss']:.1e}, "
+        "of the training "
         f"loss {gaps['train_loss']:.1e}"
     )
     assert max(gaps.values()) <= TOLERANCE

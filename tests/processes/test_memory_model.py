@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.memory_model import CASES, Case, estimated_gib, expected, measured_gib
+from benchmarks.memory_model import CASES, Case, compute_estimated_gib, estimate_case, measure_gib
 
 SHORT = "Llama, QLoRA nf4"
 """What `make test` looks at: the one with the most parts. The rest is for `make test-all`."""
@@ -12,17 +12,25 @@ SHORT = "Llama, QLoRA nf4"
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=case.name, marks=[] if case.name == SHORT else [pytest.mark.long]) for case in CASES],
+    [
+        pytest.param(case, id=case.name, marks=[] if case.name == SHORT else [pytest.mark.long])
+        for case in CASES
+    ],
 )
 def test_the_estimate_is_within_a_fifth_of_the_peak(case: Case) -> None:
-    memory = expected(case)
-    ours, real = estimated_gib(memory, given_back=True), measured_gib(case, given_back=True)
-    assert abs(ours / real - 1) < 0.2, f"measured {real:.2f} GiB, estimated {ours:.2f}: {memory.components}"
+    memory = estimate_case(case)
+    ours, real = (
+        compute_estimated_gib(memory, memory_returned=True),
+        measure_gib(case, memory_returned=True),
+    )
+    assert abs(ours / real - 1) < 0.2, (
+        f"measured {real:.2f} GiB, estimated {ours:.2f}: {memory.components}"
+    )
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_process_as_it_comes_lies_between_low_and_high(case: Case) -> None:
-    memory = expected(case)
-    real = measured_gib(case, given_back=False) + memory.components["runtime"]
+    memory = estimate_case(case)
+    real = measure_gib(case, memory_returned=False) + memory.components["runtime"]
     assert memory.low < real < memory.high, f"measured {real:.2f} GiB, {memory}"

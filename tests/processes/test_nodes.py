@@ -1,4 +1,6 @@
-"""Trials over several machines: a Ray of several raylets, each with CPU cores of its own, on this one."""
+"""Trials over several machines: a Ray of several raylets, each with CPU cores of its own, on this
+one.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.run import Run
-
 from tests.conftest import JobMaker, lorafleet
 from tests.processes.conftest import Machines, begin, interrupt, newest, save, wait_for
 
@@ -29,30 +31,40 @@ def log(run: Run) -> str:
     return (run.path / "logs" / "driver.log").read_text()
 
 
-def test_trials_over_two_machines_are_trained_and_searched(bert_job: JobMaker, place: Path, machines: Machines) -> None:
-    """With three machines, one trial of two fits at once; it gives the numbers of one machine; nothing is left."""
+def test_trials_over_two_machines_are_trained_and_searched(
+    bert_job: JobMaker, place: Path, machines: Machines
+) -> None:
+    """With three machines, one trial of two fits at once; it gives the numbers of one machine;
+    nothing is left.
+    """
     loaded = bert_job(SEARCH, **TWO, train__per_device_train_batch_size=4)
     path = save(loaded, place)
     planned = lorafleet("plan", path, *loaded.overrides, cwd=place, **machines.environment)
     assert planned.returncode == ExitCode.OK, planned.stderr
     assert "1 trial at once" in planned.stdout
     assert "over 2 machines" in planned.stdout
-    refused = lorafleet("plan", path, *loaded.overrides, "resources.num_nodes=4", cwd=place, **machines.environment)
+    refused = lorafleet(
+        "plan", path, *loaded.overrides, "resources.num_nodes=4", cwd=place, **machines.environment
+    )
     assert refused.returncode == ExitCode.USER_INPUT
     assert "each trial needs 4 nodes x 1 CPU core, and the Ray at" in refused.stderr
     done = lorafleet("sweep", path, *loaded.overrides, cwd=place, **machines.environment)
     run = newest(place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr + log(run)
-    assert {row["nodes"] for trial in run.trials() for row in trial.metrics()} == {2}
+    assert {row["nodes"] for trial in run.list_trials() for row in trial.read_metrics()} == {2}
     assert machines.left() == []
     alone = bert_job(train__per_device_train_batch_size=4, train__gradient_accumulation_steps=2)
     here = lorafleet("train", save(alone, place), *alone.overrides, "train.learning_rate=1e-2", "train.max_steps=12",
                      "train.eval_steps=4", cwd=place)  # fmt: skip
     assert here.returncode == ExitCode.OK, here.stderr
-    longest = max((trial.evaluations() for trial in run.trials()), key=len)
-    together = next(t for t in run.trials() if t.params()["assignment"]["train.learning_rate"] == 1e-2).evaluations()
+    longest = max((trial.read_evaluations() for trial in run.list_trials()), key=len)
+    together = next(
+        t for t in run.list_trials() if t.read_params()["assignment"]["train.learning_rate"] == 1e-2
+    ).read_evaluations()
     assert len(longest) == 2
-    assert together[0]["loss"] == pytest.approx(newest(place).trials()[0].evaluations()[0]["loss"], rel=1e-4)
+    assert together[0]["loss"] == pytest.approx(
+        newest(place).list_trials()[0].read_evaluations()[0]["loss"], rel=1e-4
+    )
 
 
 def _all_of(count: int, hosts: list[str]) -> list[str]:
@@ -60,14 +72,20 @@ def _all_of(count: int, hosts: list[str]) -> list[str]:
 
 
 @pytest.mark.long
-def test_trials_stay_on_the_machines_that_are_asked_for(bert_job: JobMaker, place: Path, machines: Machines) -> None:
-    """The others would do as well: that a warm trial and a gang of two both land right by chance is one in nine."""
+def test_trials_stay_on_the_machines_that_are_asked_for(
+    bert_job: JobMaker, place: Path, machines: Machines
+) -> None:
+    """The others would do as well: that a warm trial and a gang of two both land right by chance is
+    one in nine.
+    """
     loaded = bert_job(train__max_steps=1_000_000, train__eval_steps=100_000)
     for pool, nodes, actor in (("one", 1, "ResourceTrainable"), ("two", 2, "RayTrainWorker")):
         asked = [f"resources.num_nodes={nodes}", f"resources.label_selector.pool={pool}"]
         process = begin(loaded, place, *asked, command="train", **machines.environment)
         hosts = wait_for(lambda name=actor, count=nodes: _all_of(count, machines.hosts(name)))
-        assert {node.node_id for node in machines.workers if node.node_labels["pool"] == pool} == set(hosts)
+        assert {
+            node.node_id for node in machines.workers if node.node_labels["pool"] == pool
+        } == set(hosts)
         interrupt(process)
         shown, _ = process.communicate(timeout=120)
         assert process.returncode == ExitCode.INTERRUPTED, shown
@@ -77,42 +95,48 @@ def test_trials_stay_on_the_machines_that_are_asked_for(bert_job: JobMaker, plac
 def test_a_lost_machine_costs_a_restart_and_a_draining_one_is_left_in_time(
     bert_job: JobMaker, place: Path, machines: Machines
 ) -> None:
-    endless = {"train__max_steps": 1_000_000, "train__eval_steps": 200, "train__checkpoint_minutes": 0.02}
+    endless = {
+        "train__max_steps": 1_000_000,
+        "train__eval_steps": 200,
+        "train__checkpoint_minutes": 0.02,
+    }
     process = begin(bert_job(**TWO, **endless), place, command="train", **machines.environment)
     wait_for(lambda: (place / "runs").exists() and list((place / "runs").iterdir()))
     run = newest(place)
-    wait_for(lambda: run.trials() and run.trials()[0].checkpoint.is_dir(), 180)
-    trial = run.trials()[0]
+    wait_for(lambda: run.list_trials() and run.list_trials()[0].checkpoint.is_dir(), 180)
+    trial = run.list_trials()[0]
     machines.kill(wait_for(lambda: machines.used(run), 60))
-    wait_for(lambda: trial.status().get("retries") == {"worker_lost": 1}, 180)
-    at = trial.metrics()[-1]["step"]
-    wait_for(lambda: trial.progress().get("step", 0) > at, 240)
+    wait_for(lambda: trial.read_status().get("retries") == {"worker_lost": 1}, 180)
+    at = trial.read_metrics()[-1]["step"]
+    wait_for(lambda: trial.read_progress().get("step", 0) > at, 240)
     machines.workers.append(machines.add())
     drain(machines, wait_for(lambda: machines.used(run), 60))
-    wait_for(lambda: trial.status().get("retries") == {"worker_lost": 1, "preempted": 1}, 180)
-    at = trial.metrics()[-1]["step"]
-    wait_for(lambda: trial.progress().get("step", 0) > at, 240)
+    wait_for(lambda: trial.read_status().get("retries") == {"worker_lost": 1, "preempted": 1}, 180)
+    at = trial.read_metrics()[-1]["step"]
+    wait_for(lambda: trial.read_progress().get("step", 0) > at, 240)
     assert lorafleet("stop", run.id, cwd=place).returncode == ExitCode.OK
     shown, _ = process.communicate(timeout=240)
     assert process.returncode == ExitCode.INTERRUPTED, shown + log(run)
-    steps = [row["step"] for row in trial.metrics()]
+    steps = [row["step"] for row in trial.read_metrics()]
     assert steps == sorted(set(steps))
     assert "began again (retry 1 after preempted): its node is being taken away" in shown
     assert machines.left() == []
 
 
 @pytest.mark.long
-def test_a_warm_trial_leaves_a_draining_machine_in_time(bert_job: JobMaker, place: Path, machines: Machines) -> None:
+def test_a_warm_trial_leaves_a_draining_machine_in_time(
+    bert_job: JobMaker, place: Path, machines: Machines
+) -> None:
     endless = {"train__max_steps": 1_000_000, "train__eval_steps": 100_000}
     process = begin(bert_job(**endless), place, command="train", **machines.environment)
     (host,) = wait_for(lambda: machines.hosts("ResourceTrainable"), 180)
     run = newest(place)
-    (trial,) = wait_for(run.trials)
-    wait_for(lambda: trial.progress().get("step", 0) > 3, 60)
+    (trial,) = wait_for(run.list_trials)
+    wait_for(lambda: trial.read_progress().get("step", 0) > 3, 60)
     drain(machines, next(node for node in machines.workers if node.node_id == host))
-    wait_for(lambda: trial.status().get("retries") == {"preempted": 1}, 60)
-    at = trial.progress()["step"]
-    wait_for(lambda: trial.progress().get("step", 0) > at, 120)
+    wait_for(lambda: trial.read_status().get("retries") == {"preempted": 1}, 60)
+    at = trial.read_progress()["step"]
+    wait_for(lambda: trial.read_progress().get("step", 0) > at, 120)
     assert host not in machines.hosts("ResourceTrainable")
     interrupt(process)
     shown, _ = process.communicate(timeout=120)
@@ -121,18 +145,20 @@ def test_a_warm_trial_leaves_a_draining_machine_in_time(bert_job: JobMaker, plac
 
 
 @pytest.mark.long
-def test_a_run_that_waits_for_machines_stops_soon(bert_job: JobMaker, place: Path, machines: Machines) -> None:
+def test_a_run_that_waits_for_machines_stops_soon(
+    bert_job: JobMaker, place: Path, machines: Machines
+) -> None:
     """No trial runs, so that none can see the request and end: the driver must."""
     endless = {"train__max_steps": 1_000_000, "train__eval_steps": 100_000}
     process = begin(bert_job(**endless), place, "resources.label_selector.pool=one", command="train",
                     **machines.environment)  # fmt: skip
     wait_for(lambda: machines.hosts("ResourceTrainable"), 180)
     run = newest(place)
-    (trial,) = wait_for(run.trials)
-    wait_for(lambda: trial.progress().get("step", 0) > 3, 60)
+    (trial,) = wait_for(run.list_trials)
+    wait_for(lambda: trial.read_progress().get("step", 0) > 3, 60)
     for node in [node for node in machines.workers if node.node_labels["pool"] == "one"]:
         machines.kill(node)
-    wait_for(lambda: trial.status().get("retries") == {"worker_lost": 1}, 180)
+    wait_for(lambda: trial.read_status().get("retries") == {"worker_lost": 1}, 180)
     assert trial.state == "pending"
     asked = time.monotonic()
     interrupt(process)

@@ -1,4 +1,6 @@
-"""The page on which people rate, in a real browser: others are kept out, and what was clicked outlives the server."""
+"""The page on which people rate, in a real browser: others are kept out, and what was clicked
+outlives the server.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lorafleet.evaluation.report.human_rating import folder_of, ratings_of, sheet_of_run
-from lorafleet.jobs.runs.run import Run
 
+from lorafleet.evaluation.report.human_rating import (
+    build_run_sheet,
+    get_ratings_folder,
+    load_ratings,
+)
+from lorafleet.jobs.runs.run import Run
 from tests.conftest import lorafleet
 from tests.unit.test_rating import answered  # noqa: F401 - a fixture
 
@@ -30,9 +36,18 @@ class Server:
     """`lorafleet rate` as a user starts it."""
 
     def __init__(self, run: Run, port: int = 0) -> None:
-        command = [str(Path(sys.executable).with_name("lorafleet")), "rate", "tiny-lm", "--rater", "ann"]
+        command = [
+            str(Path(sys.executable).with_name("lorafleet")),
+            "rate",
+            "tiny-lm",
+            "--rater",
+            "ann",
+        ]
         self.process = subprocess.Popen(
-            [*command, "--port", str(port)], cwd=run.path.parent.parent, stderr=subprocess.PIPE, text=True
+            [*command, "--port", str(port)],
+            cwd=run.path.parent.parent,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         assert self.process.stderr is not None
         line = self.process.stderr.readline()
@@ -74,7 +89,9 @@ def test_others_on_a_login_node_are_kept_out(server: Server) -> None:
     assert server.ask("/api/undo", {}, Origin="http://evil.example")[0] == 403
     assert server.ask("/api/undo", {}, Origin=f"http://127.0.0.1:{server.port}")[0] == 200
     assert server.ask("/", **{"X-Lorafleet-Token": ""})[0] == 200  # the page itself says nothing
-    status, answer = server.ask("/api/rate", {"row": 99, "slot": "A", "criterion": "fluency", "score": 3})
+    status, answer = server.ask(
+        "/api/rate", {"row": 99, "slot": "A", "criterion": "fluency", "score": 3}
+    )
     assert (status, "row 99" in json.loads(answer)["error"]) == (400, True)
     assert server.ask("/api/rate", {"row": "0"})[0] == 422
     assert server.ask("/api/note", {"row": 0, "text": "x" * 70_000})[0] == 413
@@ -90,7 +107,9 @@ def test_one_rater_rates_once_at_a_time(server: Server, answered: Run) -> None: 
     assert "ann is rating" in done.stderr
 
 
-@pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="no chromedriver (apt-get install chromium-driver)")
+@pytest.mark.skipif(
+    BROWSER is None or DRIVER is None, reason="no chromedriver (apt-get install chromium-driver)"
+)
 def test_a_rater_in_a_browser_and_a_server_that_is_killed(answered: Run, tmp_path: Path) -> None:  # noqa: F811
     from selenium import webdriver
     from selenium.common.exceptions import TimeoutException
@@ -109,12 +128,16 @@ def test_a_rater_in_a_browser_and_a_server_that_is_killed(answered: Run, tmp_pat
 
     def says(text: str) -> None:
         def told(page: webdriver.Chrome) -> str:
-            return page.find_element(By.ID, "progress").text + page.find_element(By.ID, "error").text
+            return (
+                page.find_element(By.ID, "progress").text + page.find_element(By.ID, "error").text
+            )
 
         try:
             wait.until(lambda page: text in told(page))
         except TimeoutException:
-            raise AssertionError(f"{text!r} was waited for, and the page says {told(browser)!r}") from None
+            raise AssertionError(
+                f"{text!r} was waited for, and the page says {told(browser)!r}"
+            ) from None
 
     def press(*keys: str) -> None:
         for key in keys:
@@ -126,8 +149,13 @@ def test_a_rater_in_a_browser_and_a_server_that_is_killed(answered: Run, tmp_pat
         server.ask("/api/sheet")
         browser.get(server.address)
         says("row 1 of 5, 0 of 30 rated")
-        assert "<b>row" in browser.find_element(By.ID, "prompt").text  # what a model or a user wrote is text
-        shown = {box.text.split("\n")[1].split()[0] for box in browser.find_elements(By.TAG_NAME, "article")}
+        assert (
+            "<b>row" in browser.find_element(By.ID, "prompt").text
+        )  # what a model or a user wrote is text
+        shown = {
+            box.text.split("\n")[1].split()[0]
+            for box in browser.find_elements(By.TAG_NAME, "article")
+        }
         assert shown == {"plain", "tuned"}
         browser.find_element(By.CSS_SELECTOR, "[data-rate='A/fluency/4']").click()
         says("1 of 30 rated")
@@ -139,7 +167,7 @@ def test_a_rater_in_a_browser_and_a_server_that_is_killed(answered: Run, tmp_pat
         says("row 2 of 5, 6 of 30 rated")
         press("n")
         browser.find_element(By.ID, "note").send_keys("reads well", Keys.ENTER)
-        path = folder_of(answered) / "ann.jsonl"
+        path = get_ratings_folder(answered) / "ann.jsonl"
         wait.until(lambda _: "reads well" in path.read_text())
         server.end(signal.SIGKILL)
         press("2")
@@ -173,9 +201,11 @@ def test_a_rater_in_a_browser_and_a_server_that_is_killed(answered: Run, tmp_pat
         browser.quit()
         if server.process.poll() is None:
             server.end(signal.SIGKILL)
-    found = ratings_of(answered)
+    found = load_ratings(answered)
     assert found is not None
-    first = sheet_of_run(answered, "ann", 20)[0]
+    first = build_run_sheet(answered, "ann", 20)[0]
     fluency = {one.arm: one.mean for one in found.judgements if one.criterion == "fluency"}
-    assert fluency == pytest.approx(dict(zip(first.arms, ((4 + 4 * 3) / 5, (1 + 4 * 3) / 5), strict=True)))
-    assert found.notes == [f"ann, row {sheet_of_run(answered, 'ann', 20)[1].row}: reads well"]
+    assert fluency == pytest.approx(
+        dict(zip(first.arms, ((4 + 4 * 3) / 5, (1 + 4 * 3) / 5), strict=True))
+    )
+    assert found.notes == [f"ann, row {build_run_sheet(answered, 'ann', 20)[1].row}: reads well"]

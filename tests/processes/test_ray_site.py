@@ -1,4 +1,6 @@
-"""A site of kind `ray`: the verbs of every cluster, on a real Ray that was started by somebody else."""
+"""A site of kind `ray`: the verbs of every cluster, on a real Ray that was started by somebody
+else.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.run import Run
-
 from tests.conftest import JobMaker, hears_ctrl_c
 from tests.processes.conftest import _free_port, wait_for
 
@@ -97,7 +99,9 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[User]:
     def answers() -> bool:
         try:
             client = JobSubmissionClient(made.address)
-            name = client.submit_job(entrypoint="true")  # the head's agent starts some seconds after its dashboard
+            name = client.submit_job(
+                entrypoint="true"
+            )  # the head's agent starts some seconds after its dashboard
         except (ConnectionError, RuntimeError):
             return False
         return wait_for(lambda: client.get_job_status(name).is_terminal()) or True
@@ -111,11 +115,16 @@ def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[User]:
 
 @pytest.mark.long
 def test_fetch_sweep_stop_resume_pull(user: User, bert_job: JobMaker) -> None:
-    """Everything a user types, on one Ray: nothing of the run is on this machine but what is brought."""
+    """Everything a user types, on one Ray: nothing of the run is on this machine but what is
+    brought.
+    """
     job = user.job(bert_job(GRID.replace("SAMPLES", "40000"), train__checkpoint_minutes=5))
     refused = user.lorafleet("sweep", job, "train.checkpoint_minutes=5", "--on", "up", check=False)
     assert refused.returncode == ExitCode.USER_INPUT
-    assert "which site up does not see: `lorafleet fetch JOB.yaml --on SITE` brings it" in refused.stderr
+    assert (
+        "which site up does not see: `lorafleet fetch JOB.yaml --on SITE` brings it"
+        in refused.stderr
+    )
     assert not list(user.home.glob("runs/*"))
     assert "brought to the storage of site up" in user.lorafleet("fetch", job, "--on", "up").stdout
     assert "2 trials at once" in user.lorafleet("plan", job, "--on", "up").stdout
@@ -129,33 +138,40 @@ def test_fetch_sweep_stop_resume_pull(user: User, bert_job: JobMaker) -> None:
     wait_for(lambda: list((user.home / "runs").glob("*/site.json")), 60)
     (folder,) = (user.home / "runs").iterdir()
     run, there = Run(folder), user.there(Run(folder))
-    wait_for(lambda: len([trial for trial in there.trials() if trial.metrics()]) == 2, 120)
+    wait_for(
+        lambda: len([trial for trial in there.list_trials() if trial.read_metrics()]) == 2, 120
+    )
     os.killpg(follower.pid, signal.SIGINT)
     said, _ = follower.communicate(timeout=30)
-    assert (follower.returncode, "goes on: `lorafleet logs -f" in said) == (ExitCode.INTERRUPTED, True), said
+    assert (follower.returncode, "goes on: `lorafleet logs -f" in said) == (
+        ExitCode.INTERRUPTED,
+        True,
+    ), said
     assert user.state(run) == "running"
-    assert run.trials()[0].metrics()  # brought by `status`
+    assert run.list_trials()[0].read_metrics()  # brought by `status`
     assert "attempt" in user.lorafleet("logs", run.id).stdout
     live = user.lorafleet("resume", run.id, check=False)
     assert f"{run.id} has job {run.id}-1, which is RUNNING" in live.stderr
 
     assert "saves its trials and ends" in user.lorafleet("stop", run.id).stdout
     wait_for(lambda: user.state(run) == "stopped", 90)
-    assert all((trial.checkpoint / "checksums.json").is_file() for trial in there.trials())
+    assert all((trial.checkpoint / "checksums.json").is_file() for trial in there.list_trials())
     again = user.lorafleet("stop", run.id, check=False)
     assert "has no job that waits or runs: it is stopped" in again.stderr
 
     done = user.lorafleet("resume", run.id)
     assert run.state == there.state == "finished", done.stdout + done.stderr
     assert f"`lorafleet pull {run.id}` brings the adapter" in done.stderr
-    for trial in there.trials():
-        steps = [row["step"] for row in trial.metrics()]
+    for trial in there.list_trials():
+        steps = [row["step"] for row in trial.read_metrics()]
         assert steps == sorted(set(steps))
-    best = json.loads((run.path / "report" / "report.json").read_text())["recommendation"]["trial_id"]
+    best = json.loads((run.path / "report" / "report.json").read_text())["recommendation"][
+        "trial_id"
+    ]
     user.lorafleet("pull", run.id)
     weights = Path("trials") / best / "adapter" / "adapter_model.safetensors"
     assert (run.path / weights).read_bytes() == (there.path / weights).read_bytes()
-    assert len(there.events("attempt")) == 2
+    assert len(there.read_events("attempt")) == 2
     user.lorafleet("pull", run.id, "--on", "up", "--runs", user.home / "elsewhere")
     assert Run(user.home / "elsewhere" / run.id).state == "finished"
 

@@ -1,4 +1,6 @@
-"""A run beside other users: what they can reach of its Ray, and where secrets of its environment appear."""
+"""A run beside other users: what they can reach of its Ray, and where secrets of its environment
+appear.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ from typing import Any
 
 import psutil
 import pytest
-from lorafleet.jobs.errors import ExitCode
-from lorafleet.jobs.runs.stale_folders import clear_orphans
 
+from lorafleet.jobs.errors import ExitCode
+from lorafleet.jobs.runs.stale_folders import remove_orphans
 from tests.conftest import JobMaker
 from tests.processes.conftest import begin, interrupt, newest, wait_for
 
@@ -41,19 +43,32 @@ def listening(processes: list[psutil.Process]) -> list[str]:
     found = []
     for process in processes:
         with contextlib.suppress(psutil.Error):
-            found += [one.laddr.ip for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+            found += [
+                one.laddr.ip
+                for one in process.net_connections("tcp")
+                if one.status == psutil.CONN_LISTEN
+            ]
     return found
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a moment")
-def test_another_user_cannot_join_the_ray_of_a_run(bert_job: JobMaker, place: Path, tmp_path: Path) -> None:
-    """As another uid, with the address that `ps` shows: no token, no answer. From other machines: nothing listens."""
+def test_another_user_cannot_join_the_ray_of_a_run(
+    bert_job: JobMaker, place: Path, tmp_path: Path
+) -> None:
+    """As another uid, with the address that `ps` shows: no token, no answer.
+
+    From other machines: nothing listens.
+    """
     home = tmp_path / "home"
     home.mkdir()
-    process = begin(bert_job(**LONG), place, command="train", HOME=str(home), HF_HOME=str(home / "hf"))
+    process = begin(
+        bert_job(**LONG), place, command="train", HOME=str(home), HF_HOME=str(home / "hf")
+    )
     try:
         scratch = wait_for(lambda: scratch_of(process))
-        wait_for(lambda: newest(place).trials() and newest(place).trials()[0].progress())
+        wait_for(
+            lambda: newest(place).list_trials() and newest(place).list_trials()[0].read_progress()
+        )
         assert stat.S_IMODE(scratch.stat().st_mode) == 0o700
         assert stat.S_IMODE((scratch / "token").stat().st_mode) == 0o600
         assert not list(home.glob(".ray/*"))
@@ -62,7 +77,9 @@ def test_another_user_cannot_join_the_ray_of_a_run(bert_job: JobMaker, place: Pa
         assert addresses
         assert {ip.removeprefix("::ffff:") for ip in addresses} == {"127.0.0.1"}
         gcs = next(one for one in family if "gcs_server" in one.name())
-        ports = [one.laddr.port for one in gcs.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+        ports = [
+            one.laddr.port for one in gcs.net_connections("tcp") if one.status == psutil.CONN_LISTEN
+        ]
         assert as_nobody("read", str(scratch / "token")) == "PermissionError"
         for port in ports:
             assert as_nobody("join", f"127.0.0.1:{port}") == "AuthenticationError"
@@ -77,7 +94,12 @@ def test_another_user_cannot_join_the_ray_of_a_run(bert_job: JobMaker, place: Pa
 
 def own_addresses() -> list[str]:
     """Those under which other machines reach this one."""
-    every = [one.address for many in psutil.net_if_addrs().values() for one in many if one.family == socket.AF_INET]
+    every = [
+        one.address
+        for many in psutil.net_if_addrs().values()
+        for one in many
+        if one.family == socket.AF_INET
+    ]
     return [address for address in every if not address.startswith("127.")]
 
 
@@ -97,14 +119,23 @@ try:
 except (PermissionError, AuthenticationError) as error:
     print(type(error).__name__)
 """
-"""Reads a file, or asks a Ray for its nodes as a driver does that joins it; prints the answer or the error's name."""
+"""Reads a file, or asks a Ray for its nodes as a driver does that joins it; prints the answer or
+the error's name.
+"""
 
 
 def as_nobody(kind: str, target: str) -> str:
-    """What another user of the machine gets, in a process of its own: one that has used Ray cannot be forked."""
+    """What another user of the machine gets, in a process of its own: one that has used Ray cannot
+    be forked.
+    """
     home = {"HOME": "/nonexistent", "PATH": os.environ["PATH"]}
     done = subprocess.run(
-        [sys.executable, "-c", AS_NOBODY, kind, target], capture_output=True, text=True, timeout=120, env=home, cwd="/"
+        [sys.executable, "-c", AS_NOBODY, kind, target],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=home,
+        cwd="/",
     )
     if "os.setgid" in done.stderr or "os.setuid" in done.stderr:
         pytest.skip(f"this root cannot become another user: {done.stderr.splitlines()[-1]}")
@@ -115,11 +146,16 @@ def as_nobody(kind: str, target: str) -> str:
 SECRETS = {
     name: f"planted-{number}-{'x7Qp' * 6}"
     for number, name in enumerate(
-        "AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_SECURITY_TOKEN HF_TOKEN HUGGING_FACE_HUB_TOKEN "
-        "WANDB_API_KEY OPENAI_API_KEY ANTHROPIC_API_KEY GITHUB_TOKEN GITLAB_TOKEN AZURE_CLIENT_SECRET "
-        "AZURE_STORAGE_KEY GOOGLE_APPLICATION_CREDENTIALS GCP_API_KEY DATABASE_PASSWORD PGPASSWORD MYSQL_PWD "
-        "SLACK_BOT_TOKEN KAGGLE_KEY DOCKER_PASSWORD NPM_TOKEN PIP_INDEX_PASSWORD SSH_PASSPHRASE JWT_SECRET "
-        "RAY_AUTH_TOKEN LORAFLEET_API_KEY MLFLOW_TRACKING_TOKEN COMET_API_KEY NEPTUNE_API_TOKEN".split()
+        "AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN AWS_SECURITY_TOKEN HF_TOKEN "
+        "HUGGING_FACE_HUB_TOKEN "
+        "WANDB_API_KEY OPENAI_API_KEY ANTHROPIC_API_KEY GITHUB_TOKEN GITLAB_TOKEN "
+        "AZURE_CLIENT_SECRET "
+        "AZURE_STORAGE_KEY GOOGLE_APPLICATION_CREDENTIALS GCP_API_KEY DATABASE_PASSWORD "
+        "PGPASSWORD MYSQL_PWD "
+        "SLACK_BOT_TOKEN KAGGLE_KEY DOCKER_PASSWORD NPM_TOKEN PIP_INDEX_PASSWORD SSH_PASSPHRASE "
+        "JWT_SECRET "
+        "RAY_AUTH_TOKEN LORAFLEET_API_KEY MLFLOW_TRACKING_TOKEN COMET_API_KEY "
+        "NEPTUNE_API_TOKEN".split()
     )
 }
 
@@ -147,35 +183,52 @@ class Watcher:
     def look(self) -> None:
         """Every process's command line, and every file below the folders."""
         for process in psutil.process_iter(["cmdline"]):
-            self._search(" ".join(process.info["cmdline"] or []).encode(), f"command of {process.pid}")
+            self._search(
+                " ".join(process.info["cmdline"] or []).encode(), f"command of {process.pid}"
+            )
         for folder in self.folders:
             for path in folder.rglob("*"):
                 with contextlib.suppress(OSError):
-                    if path.is_file() and not path.is_symlink() and path.stat().st_size < 20_000_000:
+                    if (
+                        path.is_file()
+                        and not path.is_symlink()
+                        and path.stat().st_size < 20_000_000
+                    ):
                         self._search(path.read_bytes(), str(path))
 
     def _search(self, data: bytes, where: str) -> None:
         if b"planted-" in data:
-            self.found |= {(name, where) for name, value in SECRETS.items() if value.encode() in data}
+            self.found |= {
+                (name, where) for name, value in SECRETS.items() if value.encode() in data
+            }
 
 
 @pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
-def test_no_secret_of_the_environment_is_written(bert_job: JobMaker, place: Path, tmp_path: Path, workers: int) -> None:
-    """Neither into a file (the run's, W&B's, Ray's, temporary ones) nor onto a command line, of any process."""
+def test_no_secret_of_the_environment_is_written(
+    bert_job: JobMaker, place: Path, tmp_path: Path, workers: int
+) -> None:
+    """Neither into a file (the run's, W&B's, Ray's, temporary ones) nor onto a command line, of any
+    process.
+    """
     temporary = Path(tempfile.mkdtemp(prefix="s", dir="/tmp"))
     home = tmp_path / "home"
     home.mkdir()
     loaded = bert_job(
-        train__max_steps=24, tracking__mode="offline", resources__num_workers=workers, resources__device="cpu"
+        train__max_steps=24,
+        tracking__mode="offline",
+        resources__num_workers=workers,
+        resources__device="cpu",
     )
     with Watcher([place, temporary, home]) as watcher:
-        process = begin(loaded, place, command="train", HOME=str(home), TMPDIR=str(temporary), **SECRETS)
+        process = begin(
+            loaded, place, command="train", HOME=str(home), TMPDIR=str(temporary), **SECRETS
+        )
         said, _ = process.communicate(timeout=400)
     assert process.returncode == ExitCode.OK, said
     assert watcher.found == set()
     assert not any(value in said for value in SECRETS.values())
     assert (newest(place).path / "wandb").is_dir()
-    clear_orphans(temporary)
+    remove_orphans(temporary)
     assert not list(temporary.glob("lf-*"))
 
 
@@ -185,7 +238,7 @@ def test_what_a_killed_run_left_goes_with_the_next_command(bert_job: JobMaker, p
 
     process = begin(bert_job(**LONG), place, command="train")
     scratch = wait_for(lambda: scratch_of(process))
-    wait_for(lambda: newest(place).trials() and newest(place).trials()[0].progress())
+    wait_for(lambda: newest(place).list_trials() and newest(place).list_trials()[0].read_progress())
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     drivers = [one for one in family if "exec" in one.cmdline()]
     for one in (psutil.Process(process.pid), *drivers):
@@ -206,13 +259,13 @@ def test_a_ray_that_dies_is_a_sentence(bert_job: JobMaker, place: Path, victim: 
 
     process = begin(bert_job(train__max_steps=3000), place, command="train")
     wait_for(lambda: scratch_of(process))
-    wait_for(lambda: newest(place).trials() and newest(place).trials()[0].progress())
+    wait_for(lambda: newest(place).list_trials() and newest(place).list_trials()[0].read_progress())
     family = psutil.Process(process.pid).children(recursive=True)
     next(one for one in family if victim in one.name()).kill()
     said, _ = process.communicate(timeout=240)
     assert "`lorafleet resume" in said, said
     assert "Traceback" not in said
     assert process.returncode != ExitCode.OK
-    assert not newest(place).alive()
+    assert not newest(place).is_alive()
     done = lorafleet("resume", newest(place).path, cwd=place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr

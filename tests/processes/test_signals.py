@@ -1,4 +1,6 @@
-"""Whoever ends a run, and however: its trials save, it is `stopped`, and `resume` finishes it (docs/security.md)."""
+"""Whoever ends a run, and however: its trials save, it is `stopped`, and `resume` finishes it
+(docs/security.md).
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,10 @@ from typing import Any
 
 import psutil
 import pytest
+
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.run import RunState
-from lorafleet.training.checkpoint import newest_good
-
+from lorafleet.training.checkpoint import find_newest_intact
 from tests.conftest import JobMaker, lorafleet
 from tests.processes.conftest import begin, newest, save, wait_for
 
@@ -29,8 +31,8 @@ def training(place: Path) -> bool:
     """Whether the run's trial has trained for some steps."""
     if not (place / "runs").is_dir() or not list((place / "runs").iterdir()):
         return False
-    trials = newest(place).trials()
-    return bool(trials) and int(trials[0].progress().get("step", 0)) > 4
+    trials = newest(place).list_trials()
+    return bool(trials) and int(trials[0].read_progress().get("step", 0)) > 4
 
 
 def to_the_pid(process: subprocess.Popen[str]) -> None:
@@ -70,7 +72,10 @@ WAYS: dict[str, tuple[Callable[[Any], None], int]] = {
 
 @pytest.mark.parametrize(
     "way",
-    [pytest.param(way, marks=[pytest.mark.long] if way in ("pid", "group", "supervisor") else []) for way in WAYS],
+    [
+        pytest.param(way, marks=[pytest.mark.long] if way in ("pid", "group", "supervisor") else [])
+        for way in WAYS
+    ],
 )
 def test_a_signal_stops_a_run(way: str, bert_job: JobMaker, place: Path) -> None:
     send, code = WAYS[way]
@@ -87,19 +92,25 @@ def check_stopped(place: Path, said: str = "") -> None:
     """The run has saved and ended; `resume` finishes what is left."""
     run = newest(place)
     assert run.state is RunState.STOPPED, said
-    (trial,) = run.trials()
-    # Not metrics.jsonl: a run that stops in its first evaluation has no row yet, that row is in the checkpoint.
-    assert 0 < int(trial.progress()["step"]) < STEPS
-    assert newest_good(trial.checkpoint)[0] is not None
+    (trial,) = run.list_trials()
+    # Not metrics.jsonl: a run that stops in its first evaluation has no row yet, that row is in the
+    # checkpoint.
+    assert 0 < int(trial.read_progress()["step"]) < STEPS
+    assert find_newest_intact(trial.checkpoint)[0] is not None
     done = lorafleet("resume", run.path, cwd=place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     assert newest(place).state is RunState.FINISHED
-    assert max(int(row["step"]) for row in trial.metrics()) == STEPS
+    assert max(int(row["step"]) for row in trial.read_metrics()) == STEPS
 
 
 def test_timeout_stops_a_run(bert_job: JobMaker, place: Path) -> None:
     job = save(bert_job(), place)
-    command = [str(Path(sys.executable).with_name("lorafleet")), "train", str(job), *bert_job(**LONG).overrides]
+    command = [
+        str(Path(sys.executable).with_name("lorafleet")),
+        "train",
+        str(job),
+        *bert_job(**LONG).overrides,
+    ]
     done = subprocess.run(
         ["timeout", "-s", "INT", "45", *command, "train.max_steps=100000"], cwd=place, capture_output=True, text=True,
         timeout=200, check=False,
@@ -111,7 +122,12 @@ def test_timeout_stops_a_run(bert_job: JobMaker, place: Path) -> None:
 def test_a_terminal_that_closes_stops_a_run(bert_job: JobMaker, place: Path) -> None:
     """With the live view in it, which has nowhere to be drawn any more."""
     job = save(bert_job(**LONG), place)
-    line = [str(Path(sys.executable).with_name("lorafleet")), "train", str(job), *bert_job(**LONG).overrides]
+    line = [
+        str(Path(sys.executable).with_name("lorafleet")),
+        "train",
+        str(job),
+        *bert_job(**LONG).overrides,
+    ]
     child, terminal = pty.fork()
     if not child:
         try:
@@ -138,7 +154,12 @@ def test_a_terminal_that_closes_stops_a_run(bert_job: JobMaker, place: Path) -> 
 
 def test_nohup_goes_on(bert_job: JobMaker, place: Path) -> None:
     job = save(bert_job(**LONG), place)
-    line = [str(Path(sys.executable).with_name("lorafleet")), "train", str(job), *bert_job(**LONG).overrides]
+    line = [
+        str(Path(sys.executable).with_name("lorafleet")),
+        "train",
+        str(job),
+        *bert_job(**LONG).overrides,
+    ]
     process = subprocess.Popen(
         ["nohup", *line], cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL,
         start_new_session=True,
@@ -156,11 +177,11 @@ def test_the_second_signal_is_the_end(bert_job: JobMaker, place: Path) -> None:
     time.sleep(1.3)
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=60)
-    assert not newest(place).alive()
+    assert not newest(place).is_alive()
     done = lorafleet("resume", newest(place).path, "--detach", cwd=place)
     assert done.returncode == ExitCode.OK, done.stderr
     lorafleet("stop", newest(place).path, cwd=place)
-    wait_for(lambda: not newest(place).alive())
+    wait_for(lambda: not newest(place).is_alive())
 
 
 @pytest.mark.long
@@ -173,7 +194,10 @@ def test_of_three_that_resume_at_once_one_trains(bert_job: JobMaker, place: Path
     run = newest(place)
     line = [str(Path(sys.executable).with_name("lorafleet")), "resume", str(run.path)]
     several = [
-        subprocess.Popen(line, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(3)
+        subprocess.Popen(
+            line, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(3)
     ]
     said = [one.communicate(timeout=300)[0] for one in several]
     codes = [one.returncode for one in several]
@@ -184,4 +208,4 @@ def test_of_three_that_resume_at_once_one_trains(bert_job: JobMaker, place: Path
             assert "has another driver" in text, text
             assert "failed" not in text, text
     assert newest(place).state is RunState.FINISHED
-    assert len([row for row in run.events() if row.get("event") == "attempt"]) == 2
+    assert len([row for row in run.read_events() if row.get("event") == "attempt"]) == 2

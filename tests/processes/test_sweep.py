@@ -11,10 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.run import Run
-
 from tests.conftest import ASSETS, ROOT, JobMaker, lorafleet, opinions, write_rows
 from tests.processes.conftest import (
     base_loads,
@@ -44,18 +44,24 @@ LONGER = RANDOM.replace("max_t: 144", "max_t: 2880")
 
 def test_a_random_sweep_ends_in_a_decision(bert_job: JobMaker, place: Path) -> None:
     run, done = sweep(bert_job(LONGER), place)
-    assert done.returncode == ExitCode.OK, done.stdout + done.stderr + (run.path / "logs" / "driver.log").read_text()
+    assert done.returncode == ExitCode.OK, (
+        done.stdout + done.stderr + (run.path / "logs" / "driver.log").read_text()
+    )
     assert base_loads(run) == 2  # two slots, two actors, and each loaded the base once
     assert check_cuts(run) >= 8
     data = json.loads(lorafleet("report", "--format", "json", cwd=place).stdout)
     assert len(data["trials"]) == 8
     assert {row["state"] for row in data["trials"]} <= {"finished", "stopped"}
-    chosen = next(row for row in data["trials"] if row["trial_id"] == data["recommendation"]["trial_id"])
+    chosen = next(
+        row for row in data["trials"] if row["trial_id"] == data["recommendation"]["trial_id"]
+    )
     assert chosen["test_metrics"]["accuracy"] >= 0
     assert data["base"]["metrics"]["accuracy"] >= 0
     assert data["base"]["test_metrics"]["accuracy"] >= 0
     adapter = run.path / data["recommendation"]["adapter"]
-    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= {p.name for p in adapter.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= {
+        p.name for p in adapter.iterdir()
+    }
     _run_code_of_card(adapter)
     assert len(_kept(run)) == 3
     assert not list(run.path.glob("trials/*/checkpoints"))
@@ -70,16 +76,29 @@ def _run_code_of_card(weights: Path) -> None:
     """Run the code of a model card in a process that has nothing of lorafleet."""
     assert (weights / "tokenizer.json").is_file()
     code = (weights / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
-    environment = {"PATH": os.environ["PATH"], "HOME": str(weights), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(weights),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-I", "-c", code], cwd=weights, env=environment, capture_output=True, text=True
+        [sys.executable, "-I", "-c", code],
+        cwd=weights,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.replace("'", '"'))[0] in ("bad", "good")
 
 
 def _every_file_has_a_schema_version(folder: Path) -> None:
-    for path in [*folder.glob("*.json"), *folder.glob("trials/*/*.json"), *folder.glob("report/*.json")]:
+    for path in [
+        *folder.glob("*.json"),
+        *folder.glob("trials/*/*.json"),
+        *folder.glob("report/*.json"),
+    ]:
         assert json.loads(path.read_text())["schema_version"] == 1, path
     for path in [*folder.glob("*.jsonl"), *folder.glob("trials/*/*.jsonl")]:
         assert all(row["schema_version"] == 1 for row in files.read_jsonl(path)), path
@@ -91,7 +110,9 @@ def _each_trial_is_in_wandb(folder: Path, trials: list[str]) -> None:
     for trial in trials:
         found = list(folder.glob(f"wandb/wandb/offline-run-*-{folder.name}-{trial}"))
         assert len(found) == 1, f"{trial} has {len(found)} W&B folders"
-        shown = subprocess.run([wandb, "leet", "inspect", "--summary", found[0]], capture_output=True, text=True)
+        shown = subprocess.run(
+            [wandb, "leet", "inspect", "--summary", found[0]], capture_output=True, text=True
+        )
         assert shown.returncode == 0, shown.stderr
         assert "eval/accuracy" in shown.stdout
         assert "train/loss" in shown.stdout
@@ -109,7 +130,10 @@ search:
 """
     run, done = sweep(bert_job(search, lora__lora_alpha=8), place)
     assert done.returncode == ExitCode.SOME_TRIALS_FAILED
-    states = {trial.params()["assignment"]["lora.lora_alpha"]: trial.status() for trial in run.trials()}
+    states = {
+        trial.read_params()["assignment"]["lora.lora_alpha"]: trial.read_status()
+        for trial in run.list_trials()
+    }
     assert states[1e38]["state"] == "failed"
     assert states[1e38]["failure"]["failure_class"] == "nan"
     assert states[8.0]["state"] == "finished"
@@ -121,8 +145,10 @@ search:
 def test_tpe_keeps_every_slot_warm(bert_job: JobMaker, place: Path) -> None:
     search = LONGER.replace("num_samples: 8", "num_samples: 14\n  method: tpe")
     run, done = sweep(bert_job(search), place)
-    assert done.returncode == ExitCode.OK, done.stdout + done.stderr + (run.path / "logs" / "driver.log").read_text()
-    assert len(run.trials()) == 14
+    assert done.returncode == ExitCode.OK, (
+        done.stdout + done.stderr + (run.path / "logs" / "driver.log").read_text()
+    )
+    assert len(run.list_trials()) == 14
     assert base_loads(run) == 2
     check_cuts(run)
 
@@ -158,15 +184,22 @@ search:
     data = json.loads(done.stdout)
     tried = [(row["params"]["method"], row["params"]["lora.lora_r"]) for row in data["trials"]]
     # A rank changes nothing of a prompt or of full fine-tuning: these are tried once.
-    assert sorted(method for method, _ in tried) == ["full", "lora", "lora", "prompt_tuning", "qlora", "qlora"]
+    assert sorted(method for method, _ in tried) == [
+        "full",
+        "lora",
+        "lora",
+        "prompt_tuning",
+        "qlora",
+        "qlora",
+    ]
     assert all(row["test_metrics"] for row in data["trials"] if row["trial_id"] in _kept(run))
     assert base_loads(run) == 4  # lora (a prompt uses it too), full, after full, qlora
     whole = next(row["trial_id"] for row in data["trials"] if row["params"]["method"] == "full")
-    assert (run.trial(whole).path / "model" / "model.safetensors").is_file()
+    assert (run.get_trial(whole).path / "model" / "model.safetensors").is_file()
 
 
 def _kept(run: Run) -> list[str]:
-    return [trial.id for trial in run.trials() if trial.weights.is_dir()]
+    return [trial.id for trial in run.list_trials() if trial.weights.is_dir()]
 
 
 def test_a_killed_sweep_goes_on_where_it_was(bert_job: JobMaker, place: Path) -> None:
@@ -176,28 +209,30 @@ def test_a_killed_sweep_goes_on_where_it_was(bert_job: JobMaker, place: Path) ->
     run = newest(place)
 
     def ended() -> list[Path]:
-        return [trial.path for trial in run.trials() if trial.state.ended]
+        return [trial.path for trial in run.list_trials() if trial.state.has_ended]
 
     wait_for(ended)
     kill_tree(process)
     before = {path: (path / "metrics.jsonl").read_bytes() for path in ended()}
     assert len(before) < 6
-    assert not run.alive()
+    assert not run.is_alive()
     status = json.loads(lorafleet("status", "--format", "json", cwd=place).stdout)
     assert (status["state"], status["alive"]) == ("failed", False)
     assert "its driver is gone" in status["place"]
     done = lorafleet("resume", run.id, cwd=place)
-    assert done.returncode == ExitCode.OK, done.stdout + done.stderr + (run.path / "logs" / "driver.log").read_text()
+    assert done.returncode == ExitCode.OK, (
+        done.stdout + done.stderr + (run.path / "logs" / "driver.log").read_text()
+    )
     assert {path: (path / "metrics.jsonl").read_bytes() for path in before} == before
-    assert len(run.trials()) == 6
-    assert all(trial.state.ended for trial in run.trials())
-    for trial in run.trials():
-        steps = [row["step"] for row in trial.metrics()]
+    assert len(run.list_trials()) == 6
+    assert all(trial.state.has_ended for trial in run.list_trials())
+    for trial in run.list_trials():
+        steps = [row["step"] for row in trial.read_metrics()]
         assert steps == sorted(set(steps))  # nothing was reported twice
     check_cuts(run)
     data = json.loads((run.path / "report" / "report.json").read_text())
     assert data["recommendation"]["trial_id"]
-    _each_trial_is_in_wandb(run.path, [trial.id for trial in run.trials()])
+    _each_trial_is_in_wandb(run.path, [trial.id for trial in run.list_trials()])
 
 
 def test_ctrl_c_saves_and_resume_finishes(bert_job: JobMaker, place: Path) -> None:
@@ -205,12 +240,12 @@ def test_ctrl_c_saves_and_resume_finishes(bert_job: JobMaker, place: Path) -> No
     process = begin(bert_job(slow), place)
     wait_for(lambda: (place / "runs").exists() and list((place / "runs").iterdir()))
     run = newest(place)
-    wait_for(lambda: any(trial.progress().get("step", 0) > 3 for trial in run.trials()))
+    wait_for(lambda: any(trial.read_progress().get("step", 0) > 3 for trial in run.list_trials()))
     interrupt(process)
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == ExitCode.INTERRUPTED, shown
     assert run.state == "stopped"
-    waiting = [trial for trial in run.trials() if not trial.state.ended]
+    waiting = [trial for trial in run.list_trials() if not trial.state.has_ended]
     assert waiting
     hurt = next(trial for trial in waiting if trial.checkpoint.is_dir())
     os.truncate(hurt.checkpoint / "trained.safetensors", 100)
@@ -219,8 +254,11 @@ def test_ctrl_c_saves_and_resume_finishes(bert_job: JobMaker, place: Path) -> No
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     assert re.search(r"^(Ship |Do not ship)", done.stdout, re.MULTILINE), done.stdout
     check_cuts(run)
-    assert [event["trial_id"] for event in run.events("warning")] == [hurt.id]
-    assert f"{hurt.id}: the newest checkpoint is damaged" in (run.path / "report" / "report.md").read_text()
+    assert [event["trial_id"] for event in run.read_events("warning")] == [hurt.id]
+    assert (
+        f"{hurt.id}: the newest checkpoint is damaged"
+        in (run.path / "report" / "report.md").read_text()
+    )
 
 
 def test_stop_saves_and_a_killed_worker_is_started_again(bert_job: JobMaker, place: Path) -> None:
@@ -229,20 +267,32 @@ def test_stop_saves_and_a_killed_worker_is_started_again(bert_job: JobMaker, pla
     process = begin(bert_job(slow, train__checkpoint_minutes=0.01, train__eval_steps=100), place)
     wait_for(lambda: (place / "runs").exists() and list((place / "runs").iterdir()))
     run = newest(place)
-    wait_for(lambda: base_loads(run) == 2 and all(trial.checkpoint.is_dir() for trial in run.trials()))
-    victim = next(p for p in psutil.Process(process.pid).children(recursive=True) if "ResourceTrainable" in p.name())
+    wait_for(
+        lambda: (
+            base_loads(run) == 2 and all(trial.checkpoint.is_dir() for trial in run.list_trials())
+        )
+    )
+    victim = next(
+        p
+        for p in psutil.Process(process.pid).children(recursive=True)
+        if "ResourceTrainable" in p.name()
+    )
     victim.kill()
     wait_for(lambda: base_loads(run) == 3)  # a new actor took the trial over
-    assert not [trial for trial in run.trials() if trial.state == "failed"]
+    assert not [trial for trial in run.list_trials() if trial.state == "failed"]
     assert lorafleet("stop", run.id, cwd=place).returncode == ExitCode.OK
     shown, _ = process.communicate(timeout=120)
-    assert process.returncode == ExitCode.INTERRUPTED, shown + (run.path / "logs" / "driver.log").read_text()
+    assert process.returncode == ExitCode.INTERRUPTED, (
+        shown + (run.path / "logs" / "driver.log").read_text()
+    )
     assert run.state == "stopped"
-    assert {str(trial.state) for trial in run.trials()} == {"pending"}
-    for trial in run.trials():
+    assert {str(trial.state) for trial in run.list_trials()} == {"pending"}
+    for trial in run.list_trials():
         assert trial.checkpoint.is_dir()
-        steps = [row["step"] for row in trial.metrics()]
-        assert steps == sorted(set(steps))  # it went on from its checkpoint, and reported nothing twice
+        steps = [row["step"] for row in trial.read_metrics()]
+        assert steps == sorted(
+            set(steps)
+        )  # it went on from its checkpoint, and reported nothing twice
 
 
 @pytest.mark.long
@@ -250,7 +300,7 @@ def test_a_spent_budget_ends_in_a_whole_report(bert_job: JobMaker, place: Path) 
     slow = RANDOM.replace("max_t: 144", "max_t: 100000").replace("type: asha", "type: none")
     run, done = sweep(bert_job(slow, search__budget={"wall_hours": 30 / 3600}), place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
-    reasons = {trial.status().get("reason") for trial in run.trials()}
+    reasons = {trial.read_status().get("reason") for trial in run.list_trials()}
     assert any(reason and "hours on the clock is spent" in reason for reason in reasons)
     assert (run.path / "report" / "report.html").is_file()
 
@@ -258,7 +308,9 @@ def test_a_spent_budget_ends_in_a_whole_report(bert_job: JobMaker, place: Path) 
 @pytest.mark.long
 def test_two_workers_are_one_with_twice_the_accumulation(bert_job: JobMaker, place: Path) -> None:
     together, done = sweep(
-        bert_job(train__per_device_train_batch_size=4, resources__workers_per_node=2), place, command="train"
+        bert_job(train__per_device_train_batch_size=4, resources__workers_per_node=2),
+        place,
+        command="train",
     )
     assert done.returncode == ExitCode.OK, (
         done.stdout + done.stderr + (together.path / "logs" / "driver.log").read_text()
@@ -269,8 +321,10 @@ def test_two_workers_are_one_with_twice_the_accumulation(bert_job: JobMaker, pla
         command="train",
     )
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
-    assert together.trials()[0].id == alone.trials()[0].id  # the same training by another name
-    last = [run.trials()[0].metrics()[-1] for run in (together, alone)]
+    assert (
+        together.list_trials()[0].id == alone.list_trials()[0].id
+    )  # the same training by another name
+    last = [run.list_trials()[0].read_metrics()[-1] for run in (together, alone)]
     assert last[0]["step"] == last[1]["step"] == 8
     for name in ("train_loss", "loss"):
         assert last[0][name] == pytest.approx(last[1][name], rel=1e-4)
@@ -278,10 +332,15 @@ def test_two_workers_are_one_with_twice_the_accumulation(bert_job: JobMaker, pla
 
 
 def test_the_quickstarts_shape_with_its_real_model_and_data(place: Path) -> None:
-    """A smaller examples/quickstart.yaml. Its assets come from the user's cache, or the package index."""
+    """A smaller examples/quickstart.yaml.
+
+    Its assets come from the user's cache, or the package index.
+    """
     small = ("search.num_samples=3", "search.scheduler.max_t=192", "search.scheduler.grace_period=64",
              "data.max_validation_samples=64", "data.max_test_samples=64")  # fmt: skip
-    done = lorafleet("sweep", ROOT / "examples" / "quickstart.yaml", *small, cwd=place, LORAFLEET_CACHE=ASSETS)
+    done = lorafleet(
+        "sweep", ROOT / "examples" / "quickstart.yaml", *small, cwd=place, LORAFLEET_CACHE=ASSETS
+    )
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     report = json.loads((newest(place).path / "report" / "report.json").read_text())
     assert report["rows_count"] == {"train": 3000, "validation": 64, "test": 64}
@@ -292,20 +351,31 @@ def test_the_quickstarts_shape_with_its_real_model_and_data(place: Path) -> None
     assert not films[1] & films[2]
     for words in (("resume", "quickstart"), ("logs", "quickstart"), ("stop", "quickstart")):
         done = lorafleet(*words, cwd=place)
-        assert done.returncode == (ExitCode.USER_INPUT if words[0] == "stop" else ExitCode.OK), done.stderr
+        assert done.returncode == (ExitCode.USER_INPUT if words[0] == "stop" else ExitCode.OK), (
+            done.stderr
+        )
 
 
 def test_the_readmes_commands_do_what_it_says(place: Path) -> None:
-    """Every `lorafleet` line of the README, in its order, in one folder with a data file of the user's own."""
+    """Every `lorafleet` line of the README, in its order, in one folder with a data file of the
+    user's own.
+    """
     readme = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```bash\n(.*?)```", readme, re.DOTALL)
     lines = [
-        line.split("#")[0].split() for block in blocks for line in block.splitlines() if line.startswith("lorafleet")
+        line.split("#")[0].split()
+        for block in blocks
+        for line in block.splitlines()
+        if line.startswith("lorafleet")
     ]
     # Those for a cluster are run on one, in tests/slurm/test_pages.py.
     # Those of a run that is not there: each in the tests of its command.
     elsewhere = {"--on", "--site", "quickstart"}
-    own = [line for line in lines if not elsewhere & set(line) and not any("RUN" in word for word in line)]
+    own = [
+        line
+        for line in lines
+        if not elsewhere & set(line) and not any("RUN" in word for word in line)
+    ]
     assert len(own) >= 8
     write_rows(place / "my.jsonl", opinions(120, 5))
     for line in own:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.run import Run
-from lorafleet.slurm.accounting import JobRecord, from_scontrol
-from lorafleet.slurm.states import JobState, job_state
-
+from lorafleet.slurm.accounting import JobRecord, parse_scontrol
+from lorafleet.slurm.states import JobState, get_job_state
 from tests.slurm.rig import Rig, missing
 
 
@@ -82,7 +82,9 @@ class Login:
         (folder / f"{name}.yaml").write_text("\n".join(lines) + "\n" + more)
 
     def wrap(self, program: str, script: str) -> None:
-        """Put a script of a test's in the place of a program of the jobs; PROGRAM in it is the real one."""
+        """Put a script of a test's in the place of a program of the jobs; PROGRAM in it is the real
+        one.
+        """
         real = Path(sys.executable).with_name(program)
         fake = self.home / "bin"
         fake.mkdir()
@@ -109,7 +111,9 @@ class Login:
             stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 
-    def submit(self, loaded: LoadedJob, *words: str, command: str = "sweep", site: str = "rig") -> Run:
+    def submit(
+        self, loaded: LoadedJob, *words: str, command: str = "sweep", site: str = "rig"
+    ) -> Run:
         """Hand a job over and return at once."""
         path = self.home / f"job-{time.monotonic_ns()}.yaml"
         path.write_text(loaded.text)
@@ -121,31 +125,42 @@ class Login:
         return (run.path / "slurm" / "jobs").read_text().split()[0]
 
     def record(self, run: Run) -> JobRecord:
-        return from_scontrol(self.rig.asked("scontrol", "show", "job", "-o", self.job(run)))[0]
+        return parse_scontrol(self.rig.asked("scontrol", "show", "job", "-o", self.job(run)))[0]
 
     def over(self, run: Run) -> bool:
         """Whether all jobs of a run have ended."""
         jobs = run.path / "slurm" / "jobs"
         said = (
-            [self.rig.asked("scontrol", "show", "job", "-o", job) for job in jobs.read_text().split()]
+            [
+                self.rig.asked("scontrol", "show", "job", "-o", job)
+                for job in jobs.read_text().split()
+            ]
             if (jobs.is_file())
             else []
         )
-        return bool(said) and all(job_state(record.state).ended for text in said for record in from_scontrol(text))
+        return bool(said) and all(
+            get_job_state(record.state).ended for text in said for record in parse_scontrol(text)
+        )
 
     def ended(self, run: Run, seconds: float = 240) -> JobRecord:
         """The job once Slurm says that it is over."""
-        return self.when(run, lambda: job_state(self.record(run).state).ended and self.record(run), seconds)
+        return self.when(
+            run, lambda: get_job_state(self.record(run).state).ended and self.record(run), seconds
+        )
 
     def ended_however_often(self, run: Run) -> JobRecord:
-        """The job once it is over, with no wait where it is requeued again: how often depends on the machine."""
-        while not self.when(run, partial(self._ended_or_back, run, self.record(run).restarts)).ended:
+        """The job once it is over, with no wait where it is requeued again: how often depends on
+        the machine.
+        """
+        while not self.when(
+            run, partial(self._ended_or_back, run, self.record(run).restarts)
+        ).ended:
             self.start_now(run)
         return self.record(run)
 
     def _ended_or_back(self, run: Run, restarts: int) -> JobState | None:
         record = self.record(run)
-        state = job_state(record.state)
+        state = get_job_state(record.state)
         back = record.state == "PENDING" and record.restarts > restarts
         return state if state.ended or back else None
 
@@ -159,7 +174,11 @@ class Login:
             if self.over(run):  # what was waited for does not come any more
                 ends = min(ends, time.monotonic() + 10)
             time.sleep(0.2)
-        logs = [*(run.path / "slurm").glob("*.out"), run.path / "logs" / "driver.log", run.path / "status.json"]
+        logs = [
+            *(run.path / "slurm").glob("*.out"),
+            run.path / "logs" / "driver.log",
+            run.path / "status.json",
+        ]
         said = "\n".join(f"== {log}\n{log.read_text()[-3000:]}" for log in logs if log.is_file())
         raise AssertionError(f"it did not come to that: {self.rig.asked('squeue', '-a')}\n{said}")
 
@@ -170,7 +189,9 @@ class Login:
         self.rig.asked("scontrol", "update", f"jobid={self.job(run)}", "StartTime=now")
 
     def left_behind(self) -> list[str]:
-        """Processes and folders of jobs on the nodes, once a job that was cancelled has had KillWait's time."""
+        """Processes and folders of jobs on the nodes, once a job that was cancelled has had
+        KillWait's time.
+        """
         ends = time.monotonic() + 35
         while (found := self._left_now()) and time.monotonic() < ends:
             time.sleep(0.2)
@@ -180,7 +201,9 @@ class Login:
         found = []
         for number in self.rig.parents:
             found += self.rig.processes(number)
-        return found + [what for what in self.folders() if not what.endswith(f"lorafleet-{os.getuid()}")]
+        return found + [
+            what for what in self.folders() if not what.endswith(f"lorafleet-{os.getuid()}")
+        ]
 
     def folders(self) -> list[str]:
         """What lies on the nodes' own disks."""

@@ -1,7 +1,8 @@
-"""A real Slurm of several nodes on this machine: each node has a network, host name, /dev/shm and processes of its own.
+"""A real Slurm of several nodes on this machine: each node has a network, host name, /dev/shm and
+processes of its own.
 
-Needs root, and Debian's slurm-wlm, munge and iproute2 (`scripts/test-packages`). Memory and devices are not enforced
-(no cgroups); GPUs are names without devices behind them.
+Needs root, and Debian's slurm-wlm, munge and iproute2 (`scripts/test-packages`). Memory and devices
+are not enforced (no cgroups); GPUs are names without devices behind them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def missing() -> str | None:
         return "a rig needs root (network namespaces)"
     if lacks:
         return f"no {', '.join(lacks)} (apt-get install slurm-wlm munge iproute2)"
-    tried = subprocess.run(["unshare", "--net", "--pid", "--fork", "true"], capture_output=True, check=False)
+    tried = subprocess.run(
+        ["unshare", "--net", "--pid", "--fork", "true"], capture_output=True, check=False
+    )
     return None if tried.returncode == 0 else "this machine gives no network namespaces"
 
 
@@ -71,7 +74,9 @@ class Rig:
         for number in self._numbers():
             self._start_node(number)
         deadline = time.monotonic() + 60
-        while self.asked("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip() != str(self.nodes):
+        while self.asked("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D").strip() != str(
+            self.nodes
+        ):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the rig did not come up: {self.asked('sinfo', '-Nel')}")
             time.sleep(0.1)
@@ -130,7 +135,9 @@ PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 P
         devices = f"{rig}/dev/nvidia[0-{self.gpus - 1}]"
         (rig / "gres.conf").write_text(f"NodeName=node[1-{self.nodes}] Name=gpu File={devices}\n")
         nodes = [f"{_NETWORK}.{10 + n} node{n}" for n in self._numbers()]
-        (rig / "hosts").write_text("\n".join(["127.0.0.1 localhost", f"{_NETWORK}.1 {host}", *nodes]) + "\n")
+        (rig / "hosts").write_text(
+            "\n".join(["127.0.0.1 localhost", f"{_NETWORK}.1 {host}", *nodes]) + "\n"
+        )
 
     def _start_daemons(self) -> None:
         munge = self.folder / "munge"
@@ -142,22 +149,43 @@ PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 P
         for command in daemons:
             self._spawn(command, self.folder / "log" / f"{command[0]}.out")
             deadline = time.monotonic() + 10
-            while command[0] == "munged" and not (munge / "sock").exists() and time.monotonic() < deadline:
+            while (
+                command[0] == "munged"
+                and not (munge / "sock").exists()
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.05)
 
     def _start_node(self, number: int) -> None:
         inside, outside = f"lfp{number}", f"lfv{number}"
         self._run("ip", "link", "add", outside, "type", "veth", "peer", "name", inside)
         self._run("ip", "link", "set", outside, "master", _BRIDGE, "up")
-        spaces = ("--net", "--pid", "--uts", "--ipc", "--mount", "--fork", "--kill-child", "--mount-proc")
-        node = [str(NODE), f"node{number}", str(self.folder), f"{_NETWORK}.{10 + number}", f"{_NETWORK}.1"]
+        spaces = (
+            "--net",
+            "--pid",
+            "--uts",
+            "--ipc",
+            "--mount",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+        )
+        node = [
+            str(NODE),
+            f"node{number}",
+            str(self.folder),
+            f"{_NETWORK}.{10 + number}",
+            f"{_NETWORK}.1",
+        ]
         parent = self._spawn(["unshare", *spaces, *node], self.folder / "log" / f"node{number}.out")
         self.parents[number] = parent
         children = Path(f"/proc/{parent}/task/{parent}/children")
         deadline = time.monotonic() + 10
         while not children.read_text().split() and time.monotonic() < deadline:
             time.sleep(0.02)
-        self._run("ip", "link", "set", inside, "netns", children.read_text().split()[0], "name", "eth0")
+        self._run(
+            "ip", "link", "set", inside, "netns", children.read_text().split()[0], "name", "eth0"
+        )
 
     def _spawn(self, command: list[str], log: Path) -> int:
         with log.open("ab") as out:
@@ -178,15 +206,25 @@ PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 P
 
     def asked(self, *command: str) -> str:
         """What one of Slurm's commands says, whatever its exit code."""
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=self.environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False, env=self.environment
+        )
         return done.stdout
 
     def sbatch(self, script: str, *options: str) -> str:
         """Submit a script; returns the job's number."""
         path = self.folder / f"job-{time.monotonic_ns()}.sh"
         path.write_text(f"#!/bin/bash\n{script}\n")
-        command = ["sbatch", "--parsable", f"--output={self.folder}/log/%j.out", *options, str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, env=self.environment)
+        command = [
+            "sbatch",
+            "--parsable",
+            f"--output={self.folder}/log/%j.out",
+            *options,
+            str(path),
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=self.environment
+        )
         return done.stdout.strip()
 
     @property
@@ -196,17 +234,25 @@ PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 P
 
     def on(self, number: int, *command: str, check: bool = True) -> str:
         """What a command says that is run inside a node."""
-        inside = Path(f"/proc/{self.parents[number]}/task/{self.parents[number]}/children").read_text().split()[0]
+        inside = (
+            Path(f"/proc/{self.parents[number]}/task/{self.parents[number]}/children")
+            .read_text()
+            .split()[0]
+        )
         spaces = ("--mount", "--net", "--pid", "--uts", "--ipc")
         line = ["nsenter", f"--target={inside}", *spaces, *command]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=check, env=self.environment)
+        done = subprocess.run(
+            line, capture_output=True, text=True, timeout=60, check=check, env=self.environment
+        )
         return done.stdout
 
     def processes(self, number: int) -> list[str]:
         """Command lines of what runs in a node, beside its own daemons."""
         lines = self.on(number, "ps", "-eo", "args", "--no-headers").splitlines()
         return [
-            line for line in lines if not line.startswith(("/bin/bash " + str(NODE), "slurmd", "ps ", "slurmstepd"))
+            line
+            for line in lines
+            if not line.startswith(("/bin/bash " + str(NODE), "slurmd", "ps ", "slurmstepd"))
         ]
 
     def lose_node(self, number: int) -> None:
@@ -221,18 +267,27 @@ PartitionName=low Nodes=node[1-{self.nodes}] MaxTime=1:00:00 DefaultTime=10:00 P
         subprocess.run(["ip", "link", "del", f"lfv{number}"], capture_output=True, check=False)
         self._start_node(number)
         deadline, seen = time.monotonic() + 150, [""]
-        while seen[-1] not in ("idle", "mixed"):  # Slurm may count the cores of a step that died with it for some time
-            state = self.asked("sinfo", "-h", "-n", f"node{number}", "-p", "main", "-o", "%T").strip()
+        while seen[-1] not in (
+            "idle",
+            "mixed",
+        ):  # Slurm may count the cores of a step that died with it for some time
+            state = self.asked(
+                "sinfo", "-h", "-n", f"node{number}", "-p", "main", "-o", "%T"
+            ).strip()
             if state != seen[-1]:
                 seen.append(state)
             if time.monotonic() > deadline:
                 log = (self.folder / "log" / "slurmctld.log").read_text().splitlines()[-20:]
-                raise RuntimeError("\n".join([f"node{number} did not come back, but was {seen}", *log]))
+                raise RuntimeError(
+                    "\n".join([f"node{number} did not come back, but was {seen}", *log])
+                )
             time.sleep(0.2)
 
     def down(self) -> None:
         """End every process of it and take the network away."""
-        for pid in reversed(self.started):  # the nodes first: their process 1 takes all that runs in them along
+        for pid in reversed(
+            self.started
+        ):  # the nodes first: their process 1 takes all that runs in them along
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             with suppress(ChildProcessError):

@@ -33,10 +33,12 @@ def test_an_array_and_one_report(login: Login, bert_job: JobMaker) -> None:
     login.when(run, lambda: not login.rig.asked("squeue", "-h"), 300)
     report = json.loads((run.path / "report" / "report.json").read_text())
     assert report["recommendation"]["trial_id"]
-    assert [trial.params()["index"] for trial in run.trials()] == [0, 1, 2]
-    assert {str(trial.state) for trial in run.trials()} == {"finished"}
+    assert [trial.read_params()["index"] for trial in run.list_trials()] == [0, 1, 2]
+    assert {str(trial.state) for trial in run.list_trials()} == {"finished"}
     assert not (run.path / "parts").exists()
-    assert len(list(run.path.glob("wandb/wandb/offline-run-*"))) == 4  # three trials and the sweep's own
+    assert (
+        len(list(run.path.glob("wandb/wandb/offline-run-*"))) == 4
+    )  # three trials and the sweep's own
     assert login.rig.asked("scontrol", "show", "job", "-o", last).count("JobState=COMPLETED") == 1
     assert login.left_behind() == []
 
@@ -44,8 +46,14 @@ def test_an_array_and_one_report(login: Login, bert_job: JobMaker) -> None:
 def test_what_an_array_cannot_do(login: Login, bert_job: JobMaker) -> None:
     login.write_site(launch="array", nodes=1)
     for change, sentence in (
-        ({"search__scheduler": {"type": "asha", "max_t": 512}}, "tasks share no rungs; use scheduler: {type: none}"),
-        ({"search__method": "random", "search__budget": {"wall_hours": 1}}, "tasks do not know what the others"),
+        (
+            {"search__scheduler": {"type": "asha", "max_t": 512}},
+            "tasks share no rungs; use scheduler: {type: none}",
+        ),
+        (
+            {"search__method": "random", "search__budget": {"wall_hours": 1}},
+            "tasks do not know what the others",
+        ),
         ({"resources__num_nodes": 2}, "a task has one node"),
     ):
         job = bert_job(GRID, **change)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from lorafleet.jobs.runs.report import Report
 
+from lorafleet.jobs.runs.report import Report
 from tests.conftest import JobMaker
 from tests.export.test_targets import trained
 from tests.slurm.conftest import Login
@@ -20,10 +20,14 @@ def _by_the_same_user(login: Login, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(login.home / "state"))
 
 
-def test_a_model_is_exported_measured_and_judged_where_it_lies(login: Login, bert_job: JobMaker) -> None:
+def test_a_model_is_exported_measured_and_judged_where_it_lies(
+    login: Login, bert_job: JobMaker
+) -> None:
     run = trained(bert_job(train__max_steps=30, train__learning_rate=1e-2), login.home)
     there = ("--on", "rig", "--wait")
-    made = login.lorafleet("export", run.id, "--to", "merged,onnx,tensorrt", *there, "--format", "json")
+    made = login.lorafleet(
+        "export", run.id, "--to", "merged,onnx,tensorrt", *there, "--format", "json"
+    )
     found = json.loads(made.stdout)
     assert [name for name, one in found["targets"].items() if one["accepted"]] == ["merged", "onnx"]
     assert found["targets"]["tensorrt"]["unavailable"].startswith("tensorrt needs an NVIDIA GPU")
@@ -35,7 +39,13 @@ def test_a_model_is_exported_measured_and_judged_where_it_lies(login: Login, ber
     assert "export-" in listed
     assert "benchmark-" in listed
     again = json.loads(login.lorafleet("report", "benchmark", "--format", "json").stdout)
-    assert [arm["arm"] for arm in again["arms"]] == ["base", "adapter", "merged", "onnx", "tensorrt"]
+    assert [arm["arm"] for arm in again["arms"]] == [
+        "base",
+        "adapter",
+        "merged",
+        "onnx",
+        "tensorrt",
+    ]
 
 
 ARMS = """
@@ -60,7 +70,9 @@ def test_arms_are_trained_on_the_nodes_of_a_job(login: Login, bert_job: JobMaker
     assert set(arms["lora"].seeds) == set(arms["hybrid"].seeds) == {"42", "43"}
     assert all(arm.inference and arm.inference.latency_ms for arm in arms.values())
     assert report.recommendation.arm in arms
-    assert report.recommendation.sentence in " ".join(login.lorafleet("report", run.id).stdout.split())
+    assert report.recommendation.sentence in " ".join(
+        login.lorafleet("report", run.id).stdout.split()
+    )
     assert login.left_behind() == []
 
 
@@ -74,10 +86,14 @@ def test_a_model_is_judged_where_it_lies(login: Login, bert_job: JobMaker) -> No
 
 
 @pytest.mark.long
-def test_a_target_that_is_refused_ends_the_job_with_its_code(login: Login, bert_job: JobMaker) -> None:
+def test_a_target_that_is_refused_ends_the_job_with_its_code(
+    login: Login, bert_job: JobMaker
+) -> None:
     strict = "export: {parity: {onnx: {max_logit_difference: 1e-12}}}"
     run = trained(bert_job(strict, train__max_steps=8), login.home)
-    done = login.lorafleet("export", run.id, "--to", "onnx", "--no-measure", "--on", "rig", "--wait", check=False)
+    done = login.lorafleet(
+        "export", run.id, "--to", "onnx", "--no-measure", "--on", "rig", "--wait", check=False
+    )
     assert done.returncode == 3, done.stdout + done.stderr
     assert "rejected: a logit differs by" in " ".join(done.stdout.split())
     assert (run.path / "export" / "rejected" / "onnx" / "parity.json").is_file()

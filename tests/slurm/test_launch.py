@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from lorafleet.jobs.runs.run import Run
 
+from lorafleet.jobs.runs.run import Run
 from tests.conftest import JobMaker
 from tests.slurm.conftest import PLANTED, Login
 
@@ -27,11 +27,18 @@ search:
 
 
 def hosts(run: Run) -> set[str]:
-    return {row["host"].partition(":")[0] for trial in run.trials() for row in trial.metrics() if "host" in row}
+    return {
+        row["host"].partition(":")[0]
+        for trial in run.list_trials()
+        for row in trial.read_metrics()
+        if "host" in row
+    }
 
 
 def text_of(folder: Path) -> str:
-    return "".join(path.read_bytes().decode(errors="replace") for path in folder.rglob("*") if path.is_file())
+    return "".join(
+        path.read_bytes().decode(errors="replace") for path in folder.rglob("*") if path.is_file()
+    )
 
 
 def test_a_sweep_over_two_nodes(login: Login, bert_job: JobMaker) -> None:
@@ -47,11 +54,13 @@ def test_a_sweep_over_two_nodes(login: Login, bert_job: JobMaker) -> None:
     asked = ("curl", "-s", "-o", "/dev/null", "-w", "%{http_code}")
     assert login.rig.on(1, *asked, version) == "401"
     assert login.rig.on(1, *asked, "-H", f"Authorization: Bearer {token}", version) == "200"
-    login.when(run, lambda: any(trial.metrics() for trial in run.trials()))
+    login.when(run, lambda: any(trial.read_metrics() for trial in run.list_trials()))
     said = login.rig.asked("scontrol", "write", "batch_script", login.job(run), "-")
     said += login.rig.asked("scontrol", "show", "job", "-dd", login.job(run))
     said += "".join(line for number in login.rig.parents for line in login.rig.processes(number))
-    said += login.rig.on(1, "sh", "-c", f"cat {login.rig.local}/lf-*/r/session_latest/logs/*", check=False)
+    said += login.rig.on(
+        1, "sh", "-c", f"cat {login.rig.local}/lf-*/r/session_latest/logs/*", check=False
+    )
     assert "ray::" in said
     assert login.ended(run).state == "COMPLETED"
     assert hosts(run) == {"node1", "node2"}
@@ -74,10 +83,10 @@ def test_trials_of_two_nodes_and_what_they_leave(login: Login, bert_job: JobMake
     )
     run = login.submit(bert_job(search, resources__num_nodes=2))
     assert login.ended(run, 400).state == "COMPLETED"
-    lasts = [trial.metrics()[-1] for trial in run.trials()]
+    lasts = [trial.read_metrics()[-1] for trial in run.list_trials()]
     assert {row["nodes"] for row in lasts} == {2}
-    assert "stopped" in {str(trial.state) for trial in run.trials()}
-    assert [event["placement_groups"] for event in run.events("ray_left")] == [0]
+    assert "stopped" in {str(trial.state) for trial in run.list_trials()}
+    assert [event["placement_groups"] for event in run.read_events("ray_left")] == [0]
     assert login.left_behind() == []
 
 
@@ -85,10 +94,14 @@ def test_a_driver_that_fails(login: Login, bert_job: JobMaker) -> None:
     job = bert_job()
     rows = login.home / "rows.jsonl"
     rows.write_text(Path(job.job.data.train_file or "").read_text())
-    login.write_site(setup=[f"rm -f {rows}", f"export PATH={login.command()[0].rpartition('/')[0]}:$PATH"])
+    login.write_site(
+        setup=[f"rm -f {rows}", f"export PATH={login.command()[0].rpartition('/')[0]}:$PATH"]
+    )
     path = login.home / "job.yaml"
     path.write_text(job.text)
-    done = login.lorafleet("train", path, f"data.train_file={rows}", "--on", "rig", "--wait", check=False)
+    done = login.lorafleet(
+        "train", path, f"data.train_file={rows}", "--on", "rig", "--wait", check=False
+    )
     assert done.returncode == 2
     assert "rows.jsonl" in done.stderr
     (run,) = [Run(folder) for folder in login.runs.iterdir()]
@@ -102,7 +115,9 @@ def test_a_driver_that_fails(login: Login, bert_job: JobMaker) -> None:
 
 def test_ray_that_does_not_start(login: Login, bert_job: JobMaker) -> None:
     """`ray start` fails on one node alone: the job ends in seconds and says where and why."""
-    login.wrap("ray", '[ "$(uname -n)" != node2 ] || { echo "no such GPU"; exit 3; }\nexec PROGRAM "$@"')
+    login.wrap(
+        "ray", '[ "$(uname -n)" != node2 ] || { echo "no such GPU"; exit 3; }\nexec PROGRAM "$@"'
+    )
     run = login.submit(bert_job(SEARCH))
     record = login.ended(run, 90)
     assert (record.state, record.exit_code) == ("FAILED", 71)
@@ -118,7 +133,9 @@ def test_nodes_that_differ(login: Login, bert_job: JobMaker) -> None:
     run = login.submit(bert_job(SEARCH))
     record = login.ended(run, 60)
     assert (record.state, record.exit_code) == ("FAILED", 70)
-    assert re.search(r"node2 has torch 9\S+, and node1 has", login.lorafleet("status", run.id).stdout)
+    assert re.search(
+        r"node2 has torch 9\S+, and node1 has", login.lorafleet("status", run.id).stdout
+    )
 
 
 @pytest.mark.long
@@ -128,13 +145,15 @@ def test_two_sweeps_at_once_on_the_same_nodes(login: Login, bert_job: JobMaker) 
     login.when(second, lambda: login.record(first).state == login.record(second).state == "RUNNING")
     for run in (first, second):
         assert login.ended(run, 400).state == "COMPLETED"
-        assert json.loads((run.path / "report" / "report.json").read_text())["recommendation"]["trial_id"]
+        assert json.loads((run.path / "report" / "report.json").read_text())["recommendation"][
+            "trial_id"
+        ]
     assert login.left_behind() == []
 
 
 def test_two_attempts_at_one_run(login: Login, bert_job: JobMaker) -> None:
     run = login.submit(bert_job(train__max_steps=4000), command="train")
-    login.when(run, lambda: any(trial.progress() for trial in run.trials()))
+    login.when(run, lambda: any(trial.read_progress() for trial in run.list_trials()))
     refused = login.lorafleet("resume", run.id, check=False)
     assert refused.returncode == 2
     assert "runs on node" in refused.stderr
@@ -147,13 +166,15 @@ def test_two_attempts_at_one_run(login: Login, bert_job: JobMaker) -> None:
     record = login.ended(run)
     assert (record.state, record.exit_code) == ("FAILED", 130)
     assert "stopped" in login.lorafleet("status", run.id).stdout
-    assert len(run.events("attempt")) == 1
+    assert len(run.read_events("attempt")) == 1
 
 
 def test_what_is_not_in_the_cache_is_not_submitted(login: Login, bert_job: JobMaker) -> None:
     path = login.home / "job.yaml"
     path.write_text(bert_job().text)
-    done = login.lorafleet("train", path, "model.model_name_or_path=org/name", "--on", "rig", check=False)
+    done = login.lorafleet(
+        "train", path, "model.model_name_or_path=org/name", "--on", "rig", check=False
+    )
     assert done.returncode == 2
     assert "org/name, which is not on this machine" in done.stderr
     assert "`lorafleet fetch" in done.stderr
@@ -167,5 +188,5 @@ def test_a_head_of_its_own(login: Login, bert_job: JobMaker) -> None:
     run = login.submit(bert_job(SEARCH, resources__device="cpu"))
     assert login.ended(run).state == "COMPLETED"
     assert hosts(run) == {"node2"}
-    assert run.status()["host"] == "node1"
+    assert run.read_status()["host"] == "node1"
     assert login.left_behind() == []

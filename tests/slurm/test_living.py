@@ -1,4 +1,6 @@
-"""What a scheduler does to jobs, and that the same sweep goes on: nothing that ended is trained again."""
+"""What a scheduler does to jobs, and that the same sweep goes on: nothing that ended is trained
+again.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,9 @@ import signal
 from collections import Counter
 
 import pytest
+
 from lorafleet.jobs import files
 from lorafleet.jobs.runs.run import Run, RunState
-
 from tests.conftest import JobMaker
 from tests.slurm.conftest import Login
 
@@ -28,13 +30,20 @@ def begun(login: Login, bert_job: JobMaker, *words: str, site: str = "rig") -> R
     """A sweep of which a trial has ended, and others train and have saved."""
     job = bert_job(GRID, train__checkpoint_minutes=0.02, search__max_concurrent_trials=2)
     run = login.submit(job, *words, site=site)
-    login.when(run, lambda: any(trial.state.ended for trial in run.trials()))
-    login.when(run, lambda: any((trial.checkpoint / "checksums.json").is_file() for trial in run.trials()))
+    login.when(run, lambda: any(trial.state.has_ended for trial in run.list_trials()))
+    login.when(
+        run,
+        lambda: any((trial.checkpoint / "checksums.json").is_file() for trial in run.list_trials()),
+    )
     return run
 
 
 def record_of_ended(run: Run) -> dict[str, bytes]:
-    return {trial.id: (trial.path / "metrics.jsonl").read_bytes() for trial in run.trials() if trial.state.ended}
+    return {
+        trial.id: (trial.path / "metrics.jsonl").read_bytes()
+        for trial in run.list_trials()
+        if trial.state.has_ended
+    }
 
 
 def check_whole(run: Run, before: dict[str, bytes]) -> None:
@@ -48,8 +57,8 @@ def check_whole(run: Run, before: dict[str, bytes]) -> None:
 def check_steps(run: Run) -> None:
     """Every step of all four trials once, in order, and a decision."""
     assert len(record_of_ended(run)) == 4
-    for trial in run.trials():
-        steps = [row["step"] for row in trial.metrics()]
+    for trial in run.list_trials():
+        steps = [row["step"] for row in trial.read_metrics()]
         assert steps == sorted(set(steps)), trial.id
     report = json.loads((run.path / "report" / "report.json").read_text())
     assert report["recommendation"]["trial_id"]
@@ -57,8 +66,10 @@ def check_steps(run: Run) -> None:
 
 def check_wandb(run: Run) -> None:
     """One record a trial, whole: a requeued one replaced what the first attempt had left."""
-    names = Counter(folder.name.rpartition("-")[2] for folder in run.path.glob("wandb/wandb/offline-run-*"))
-    assert {trial.id for trial in run.trials()} <= set(names)
+    names = Counter(
+        folder.name.rpartition("-")[2] for folder in run.path.glob("wandb/wandb/offline-run-*")
+    )
+    assert {trial.id for trial in run.list_trials()} <= set(names)
     assert set(names.values()) == {1}
 
 
@@ -68,7 +79,9 @@ def test_a_preemption_with_notice(login: Login, bert_job: JobMaker) -> None:
     before = record_of_ended(run)
     job = login.job(run)
     urgent = login.rig.sbatch("sleep 5", "--partition=main", "--nodes=2", "--exclusive")
-    login.when(run, lambda: "back into the queue" in (run.path / "slurm" / f"{job}.out").read_text())
+    login.when(
+        run, lambda: "back into the queue" in (run.path / "slurm" / f"{job}.out").read_text()
+    )
     before |= record_of_ended(run)
     said = login.lorafleet("status", run.id).stdout
     assert "pending" in said or "goes back" in said
@@ -77,7 +90,7 @@ def test_a_preemption_with_notice(login: Login, bert_job: JobMaker) -> None:
     assert login.ended(run).state == "COMPLETED"
     check_whole(run, before)
     check_wandb(run)
-    (remark,) = run.remarks()
+    (remark,) = run.list_remarks()
     assert remark == f"Slurm started job {job} again (restart 1): it was preempted, and had saved"
     assert login.left_behind() == []
 
@@ -92,7 +105,7 @@ def test_requeued_without_notice(login: Login, bert_job: JobMaker) -> None:
     assert login.ended(run).state == "COMPLETED"
     check_whole(run, before)
     check_wandb(run)
-    assert "restart 1): it was cut off" in run.remarks()[0]
+    assert "restart 1): it was cut off" in run.list_remarks()[0]
     assert login.left_behind() == []
 
 
@@ -101,13 +114,13 @@ def test_the_time_limit(login: Login, bert_job: JobMaker) -> None:
     login.write_site(time_limit="3:00")
     run = login.submit(bert_job(GRID.replace("5000", "60000"), search__max_concurrent_trials=2))
     login.start_now(run)
-    saved = {trial.path / "metrics.jsonl": trial.metrics() for trial in run.trials()}
+    saved = {trial.path / "metrics.jsonl": trial.read_metrics() for trial in run.list_trials()}
     assert login.ended_however_often(run).state == "COMPLETED"
     check_steps(run)
     assert any(saved.values())
     for path, rows in saved.items():  # nothing that had been trained was trained again
         assert files.read_jsonl(path)[: len(rows)] == rows
-    assert "it had come to its time limit, and had saved" in run.remarks()[0]
+    assert "it had come to its time limit, and had saved" in run.list_remarks()[0]
     assert login.left_behind() == []
 
 
@@ -120,7 +133,7 @@ def test_a_node_dies(login: Login, bert_job: JobMaker) -> None:
         record = login.ended(run, 400)
         assert (record.state, record.exit_code) == ("COMPLETED", 0)
         check_whole(run, before)
-        assert len(run.events("attempt")) == 1
+        assert len(run.read_events("attempt")) == 1
     finally:
         login.rig.bring_back(2)
     assert login.left_behind() == []
@@ -135,7 +148,7 @@ def test_the_heads_raylet_dies(login: Login, bert_job: JobMaker) -> None:
     before |= record_of_ended(run)
     assert login.ended(run).state == "COMPLETED"
     check_whole(run, before)
-    assert "the Ray of its head node had died" in run.remarks()[0]
+    assert "the Ray of its head node had died" in run.list_remarks()[0]
     assert login.left_behind() == []
 
 
@@ -161,7 +174,7 @@ def test_requeued_while_its_nodes_are_asked(login: Login, bert_job: JobMaker) ->
     assert run.state is RunState.PENDING
     assert login.ended(run).state == "COMPLETED"
     assert Run(run.path).state is RunState.FINISHED
-    assert "restart 1): it was cut off" in run.remarks()[0]
+    assert "restart 1): it was cut off" in run.list_remarks()[0]
 
 
 @pytest.mark.long
@@ -182,18 +195,20 @@ def test_cancelled_and_resumed(login: Login, bert_job: JobMaker) -> None:
 
 @pytest.mark.long
 def test_a_chain_of_jobs(login: Login, bert_job: JobMaker) -> None:
-    """Where nothing is requeued, a successor goes on; those that are not needed any more are withdrawn."""
+    """Where nothing is requeued, a successor goes on; those that are not needed any more are
+    withdrawn.
+    """
     login.write_site(requeue={"policy": "chain", "max_walltime_chain": 3, "signal_seconds": 60})
     run = begun(login, bert_job)
     jobs = (run.path / "slurm" / "jobs").read_text().split()
     assert len(jobs) == 3
     before = record_of_ended(run)
     login.rig.asked("scancel", "--batch", "--signal=USR1", jobs[0])
-    login.when(run, lambda: len(run.events("attempt")) == 2)
+    login.when(run, lambda: len(run.read_events("attempt")) == 2)
     before |= record_of_ended(run)
     login.when(run, lambda: not login.rig.asked("squeue", "-h"))
     check_whole(run, before)
-    assert run.remarks()[0].startswith(f"job {jobs[1]} goes on after job {jobs[0]}")
+    assert run.list_remarks()[0].startswith(f"job {jobs[1]} goes on after job {jobs[0]}")
     assert "CANCELLED" in login.rig.asked("scontrol", "show", "job", "-o", jobs[2])
     assert login.left_behind() == []
 
@@ -202,11 +217,14 @@ def test_a_chain_of_jobs(login: Login, bert_job: JobMaker) -> None:
 def test_restarts_that_lead_nowhere(login: Login, bert_job: JobMaker) -> None:
     login.write_site(requeue={"max_restarts": 0, "signal_seconds": 60})
     run = login.submit(bert_job(GRID, train__checkpoint_minutes=60, train__eval_steps=625))
-    login.when(run, lambda: any(trial.progress() for trial in run.trials()))
+    login.when(run, lambda: any(trial.read_progress() for trial in run.list_trials()))
     login.rig.asked("scontrol", "requeue", login.job(run))
     login.start_now(run)
     assert login.ended(run).exit_code == 2
-    assert "given up after 1 restart that brought no new checkpoint" in login.lorafleet("status", run.id).stdout
+    assert (
+        "given up after 1 restart that brought no new checkpoint"
+        in login.lorafleet("status", run.id).stdout
+    )
 
 
 @pytest.mark.long
@@ -215,10 +233,10 @@ def test_what_follows_only_detaches(login: Login, bert_job: JobMaker) -> None:
     path = login.home / "job.yaml"
     path.write_text(job.text)
     follower = login.begin("train", path, *job.overrides, "--on", "rig")
-    run = login.when(Run(login.home), lambda: next((Run(p) for p in login.runs.glob("*/slurm/jobs")), None)) and Run(
-        next(login.runs.iterdir())
-    )
-    login.when(run, lambda: any(trial.progress() for trial in run.trials()))
+    run = login.when(
+        Run(login.home), lambda: next((Run(p) for p in login.runs.glob("*/slurm/jobs")), None)
+    ) and Run(next(login.runs.iterdir()))
+    login.when(run, lambda: any(trial.read_progress() for trial in run.list_trials()))
     follower.send_signal(signal.SIGINT)
     said, _ = follower.communicate(timeout=30)
     assert follower.returncode == 130

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from lorafleet.jobs.runs.run import Run
 
+from lorafleet.jobs.runs.run import Run
 from tests.conftest import ASSETS, ROOT, opinions, write_rows
 from tests.slurm.conftest import Login
 
@@ -20,7 +20,12 @@ def commands(page: Path, heading: str) -> list[str]:
     """The `lorafleet` lines of a part of a page."""
     part = page.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
     blocks = re.findall(r"```(?:bash)?\n(.*?)```", part, re.DOTALL)
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if "lorafleet" in line]
+    return [
+        line.split("#")[0].strip()
+        for block in blocks
+        for line in block.splitlines()
+        if "lorafleet" in line
+    ]
 
 
 @pytest.fixture
@@ -34,8 +39,12 @@ def newcomer(login: Login, monkeypatch: pytest.MonkeyPatch) -> Login:
 def read_it_once(login: Login) -> None:
     """What a reader of the written site file changes: the rig's GPUs are names without devices."""
     path = login.home / "config" / "lorafleet" / "sites" / "rig.yaml"
-    lines = [line for line in path.read_text().splitlines() if not line.startswith(("gpu", "memory_gb"))]
-    path.write_text("\n".join([*lines, "memory_gb_per_node: 6", f"runs_dir: {login.runs}", "nodes: 2", ""]))
+    lines = [
+        line for line in path.read_text().splitlines() if not line.startswith(("gpu", "memory_gb"))
+    ]
+    path.write_text(
+        "\n".join([*lines, "memory_gb_per_node: 6", f"runs_dir: {login.runs}", "nodes: 2", ""])
+    )
 
 
 def check_following(login: Login, words: list[str]) -> None:
@@ -66,7 +75,9 @@ def test_the_page_takes_a_newcomer_to_a_running_sweep(newcomer: Login) -> None:
             read_it_once(newcomer)
         if words[0] == "sweep":
             run = Run(newcomer.runs / done.stdout.strip())
-            newcomer.when(run, lambda made=run: any(trial.metrics() for trial in made.trials()), 120)
+            newcomer.when(
+                run, lambda made=run: any(trial.read_metrics() for trial in made.list_trials()), 120
+            )
         if words[0] == "stop":
             assert run is not None
             newcomer.ended(run)
@@ -79,7 +90,9 @@ def test_the_page_takes_a_newcomer_to_a_running_sweep(newcomer: Login) -> None:
 
 def test_the_readmes_part_on_clusters(newcomer: Login) -> None:
     write_rows(newcomer.home / "my.jsonl", opinions(120, 5))
-    newcomer.lorafleet("init", "--task", "classification", "--train-file", "my.jsonl", "--output", "job.yaml")
+    newcomer.lorafleet(
+        "init", "--task", "classification", "--train-file", "my.jsonl", "--output", "job.yaml"
+    )
     newcomer.lorafleet("fetch", "job.yaml")
     lines = commands(ROOT / "README.md", "On a cluster")
     assert len(lines) == 5

@@ -1,6 +1,7 @@
 """Chat templates of current model families, on tiny tokenizers that have their special tokens.
 
-Templates come from TRL's wheel where it ships them; the others are minimal ones with the same frame.
+Templates come from TRL's wheel where it ships them; the others are minimal ones with the same
+frame.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ _SPECIAL = re.compile(
     r"\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|gMASK)\]|<sop>|</?s>|<bos>|<eos>"
 )
 _ADDED = re.compile(r"</?(?:think|tool_call|tool_response)>")
-_CORPUS = [f"what is the capital of country {number}? it is city {number}." for number in range(50)] + [
-    "user assistant system model tool final analysis name arguments function weather sunny be kind short"
+_CORPUS = [
+    f"what is the capital of country {number}? it is city {number}." for number in range(50)
+] + [
+    "user assistant system model tool final analysis name arguments function weather sunny be "
+    "kind short"
 ] * 10
 
 CHATML = (
@@ -42,11 +46,14 @@ _MISTRAL = (
 )
 _MISTRAL_V1 = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
-    "{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n{% endif %}"
-    "{{ m['content'] }} [/INST]{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
+    "{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}{{ messages[0]['content'] "
+    "}}\n\n{% endif %}"
+    "{{ m['content'] }} [/INST]{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>{% endif "
+    "%}{% endfor %}"
 )
 _PHI4 = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_sep|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_sep|>{{ m['content'] }}<|im_end|>{% "
+    "endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
 )
 _SMOLLM2 = (
@@ -57,13 +64,16 @@ _SMOLLM2 = (
 )
 _SMOLLM3 = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
-    "{{ '<|im_start|>assistant\n<think>\n\n</think>\n' + m['content'] + '<|im_end|>\n' }}{% endgeneration %}"
-    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{{ '<|im_start|>assistant\n<think>\n\n</think>\n' + m['content'] + '<|im_end|>\n' }}{% "
+    "endgeneration %}"
+    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif "
+    "%}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n' }}{% endif %}"
 )
 _GLM4 = (
     "[gMASK]<sop>{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}{# <|system|> <|user|> <|assistant|> <|observation|> #}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}{# <|system|> <|user|> <|assistant|> "
+    "<|observation|> #}"
 )
 
 
@@ -93,7 +103,11 @@ class Family:
 
     @property
     def text(self) -> str:
-        return trl_template(self.template) if self.template and "{" not in self.template else self.template
+        return (
+            trl_template(self.template)
+            if self.template and "{" not in self.template
+            else self.template
+        )
 
     @property
     def end(self) -> str:
@@ -105,7 +119,9 @@ class Family:
 
     def format(self, tokenizer: Any = None) -> ChatFormat:
         tokenizer = tokenizer or self.tokenizer()
-        return ChatFormat(tokenizer, [tokenizer.convert_tokens_to_ids(name) for name in self.ends], self.kwargs)
+        return ChatFormat(
+            tokenizer, [tokenizer.convert_tokens_to_ids(name) for name in self.ends], self.kwargs
+        )
 
 
 def trl_templates() -> Path:
@@ -129,7 +145,9 @@ def _trained_bpe() -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(_CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        _CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet)
+    )
     return str(tokenizer.to_str())
 
 
@@ -142,7 +160,9 @@ def build_tokenizer(template: str, eos: str, bos: str | None = None, more: str =
     tokenizer = Tokenizer.from_str(_trained_bpe())
     tokenizer.add_special_tokens(["<pad>", *sorted(names)])
     tokenizer.add_tokens(sorted(set(_ADDED.findall(template))))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos, bos_token=bos, pad_token="<pad>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, bos_token=bos, pad_token="<pad>"
+    )
     fast.chat_template = template or None
     return fast
 
@@ -154,11 +174,22 @@ FAMILIES = (
     Family("llama3.2", "llama3_2", "<|eot_id|>", after="<|eot_id|>", bos="<|begin_of_text|>"),
     Family("qwen2.5", "qwen2_5", _IM_END, after=_IM_END),
     Family("qwen3", "qwen3", _IM_END, before=_NO_THOUGHT, after=_IM_END, together=False),
-    Family("qwen3-off", "qwen3", _IM_END, after=_IM_END, kwargs={"enable_thinking": False}, together=False),
+    Family(
+        "qwen3-off",
+        "qwen3",
+        _IM_END,
+        after=_IM_END,
+        kwargs={"enable_thinking": False},
+        together=False,
+    ),
     Family("qwen3-markers", "qwen3_training", _IM_END, before=_NO_THOUGHT, after=_IM_END),
-    Family("qwen3.5", "qwen3_5_think", _IM_END, before="\n</think>\n\n", after=_IM_END, together=False),
+    Family(
+        "qwen3.5", "qwen3_5_think", _IM_END, before="\n</think>\n\n", after=_IM_END, together=False
+    ),
     Family("qwen3.6", "qwen3_6", _IM_END, before="\n</think>\n\n", after=_IM_END, together=False),
-    Family("gemma3", "gemma3", "<eos>", after="<end_of_turn>", bos="<bos>", ends=("<end_of_turn>",)),
+    Family(
+        "gemma3", "gemma3", "<eos>", after="<end_of_turn>", bos="<bos>", ends=("<end_of_turn>",)
+    ),
     Family("phi3", "phi3", "<|endoftext|>", after="<|end|>", bos="<s>"),
     Family("phi4", _PHI4, _IM_END, after=_IM_END),
     Family("mistral", _MISTRAL, "</s>", after="</s>", bos="<s>"),
@@ -172,7 +203,14 @@ FAMILIES = (
         after="<|user|>",
         ends=("<|user|>", "<|observation|>"),
     ),
-    Family("gpt-oss", "gptoss", "<|return|>", "<|channel|>final<|message|>", "<|return|>", together=False),
+    Family(
+        "gpt-oss",
+        "gptoss",
+        "<|return|>",
+        "<|channel|>final<|message|>",
+        "<|return|>",
+        together=False,
+    ),
     Family(
         "deepseek-v3",
         "deepseekv3",
@@ -182,8 +220,16 @@ FAMILIES = (
         bos="<｜begin▁of▁sentence｜>",
         together=False,
     ),
-    Family("nemotron3", "nemotron_3_nano", _IM_END, before="</think>", after=_IM_END, together=False),
-    Family("cohere", "cohere", "<|END_OF_TURN_TOKEN|>", after="<|END_OF_TURN_TOKEN|>", bos="<BOS_TOKEN>"),
+    Family(
+        "nemotron3", "nemotron_3_nano", _IM_END, before="</think>", after=_IM_END, together=False
+    ),
+    Family(
+        "cohere",
+        "cohere",
+        "<|END_OF_TURN_TOKEN|>",
+        after="<|END_OF_TURN_TOKEN|>",
+        bos="<BOS_TOKEN>",
+    ),
     Family(
         "cohere2",
         "cohere2",
@@ -194,7 +240,13 @@ FAMILIES = (
     Family("smollm2", _SMOLLM2, _IM_END, after=_IM_END),
     Family("smollm3", _SMOLLM3, _IM_END, after=_IM_END),
     Family("chatml-base", CHATML, "<|endoftext|>", after=_IM_END),
-    Family("no-generation-prompt", _NO_GENERATION_PROMPT, _IM_END, before="<|im_start|>assistant\n", after=_IM_END),
+    Family(
+        "no-generation-prompt",
+        _NO_GENERATION_PROMPT,
+        _IM_END,
+        before="<|im_start|>assistant\n",
+        after=_IM_END,
+    ),
     Family(
         "no-end-token",
         _SPEAKERS + "{% if add_generation_prompt %}Assistant: {% endif %}",
@@ -204,7 +256,12 @@ FAMILIES = (
         together=False,
         system=False,
     ),
-    Family("header-always", _NO_GENERATION_PROMPT + "{{ '<|im_start|>assistant\n' }}", _IM_END, after=_IM_END),
+    Family(
+        "header-always",
+        _NO_GENERATION_PROMPT + "{{ '<|im_start|>assistant\n' }}",
+        _IM_END,
+        after=_IM_END,
+    ),
     Family("no-template", "", "</s>", after="</s>", bos="<s>", together=False),
 )
 BY_NAME = {family.name: family for family in FAMILIES}

@@ -7,75 +7,100 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lorafleet.cluster.ray.nodes import environment_for_workers, nodes_of
+
+from lorafleet.cluster.ray.nodes import build_worker_environment, parse_nodes
 from lorafleet.jobs.errors import PlacementRefused, SpecProblems
 from lorafleet.jobs.schema import expressions as expression
 from lorafleet.jobs.schema.job import TrainSpec
 from lorafleet.jobs.sites.base import LocalSite, Node, RaySite
-from lorafleet.jobs.sites.placement import Share, fitted, groups, place
+from lorafleet.jobs.sites.placement import (
+    Share,
+    compute_placement,
+    count_concurrent_trials,
+    fit_placement,
+)
 from lorafleet.jobs.trials import asha as rungs
-from lorafleet.jobs.trials.schedule import schedule
-
+from lorafleet.jobs.trials.schedule import build_schedule
 from tests.conftest import JobMaker
 
 
 def test_rungs_are_powers_of_the_reduction_factor_and_end_at_max_t() -> None:
-    assert rungs.rung_levels(223, 2000, 3) == [223, 669, 2000]
-    assert rungs.rung_levels(1, 27, 3) == [1, 3, 9, 27]
+    assert rungs.compute_rung_levels(223, 2000, 3) == [223, 669, 2000]
+    assert rungs.compute_rung_levels(1, 27, 3) == [1, 3, 9, 27]
 
 
 def test_a_rung_in_the_second_half_is_left_out() -> None:
-    assert rungs.rung_levels(222, 2000, 3) == [222, 666, 2000]  # 1998 would cut two rows before the end
+    assert rungs.compute_rung_levels(222, 2000, 3) == [
+        222,
+        666,
+        2000,
+    ]  # 1998 would cut two rows before the end
 
 
 def test_the_default_grace_period_leaves_two_cuts() -> None:
-    assert rungs.rung_levels(rungs.default_grace_period(2000, 3), 2000, 3) == [223, 669, 2000]
+    assert rungs.compute_rung_levels(rungs.compute_default_grace_period(2000, 3), 2000, 3) == [
+        223,
+        669,
+        2000,
+    ]
 
 
-def places(*scores: float, goal: rungs.Goal = "maximize") -> list[rungs.Place]:
-    return [rungs.place(score, 0.5, goal) for score in scores]
+def places(*scores: float, goal: rungs.Goal = "maximize") -> list[rungs.RungScore]:
+    return [rungs.make_rung_score(score, 0.5, goal) for score in scores]
 
 
 def test_the_second_rung_keeps_the_best_third() -> None:
     six = places(0.9, 0.8, 0.7, 0.6, 0.5, 0.4, goal="minimize")
-    assert rungs.rung_cutoff(six, 3) == six[4]  # 6 / 3 = 2 kept: 0.4 and 0.5
+    assert rungs.compute_rung_cutoff(six, 3) == six[4]  # 6 / 3 = 2 kept: 0.4 and 0.5
 
 
 def test_the_first_to_arrive_goes_on_and_the_second_must_beat_it() -> None:
-    assert rungs.goes_on(places(0.5)[0], places(0.5), 3)
-    assert rungs.goes_on(places(0.6)[0], places(0.5, 0.6), 3)
-    assert not rungs.goes_on(places(0.4)[0], places(0.5, 0.4), 3)
+    assert rungs.is_promoted(places(0.5)[0], places(0.5), 3)
+    assert rungs.is_promoted(places(0.6)[0], places(0.5, 0.6), 3)
+    assert not rungs.is_promoted(places(0.4)[0], places(0.5, 0.4), 3)
 
 
 def test_ties_go_on_and_nan_never_does() -> None:
-    assert rungs.goes_on(places(0.5)[0], places(0.5, 0.5, 0.5), 3)
-    assert not rungs.goes_on(places(math.nan)[0], places(math.nan), 3)
-    assert rungs.rung_cutoff(places(math.nan, 0.2), 3) == places(0.2)[0]
-    assert not rungs.goes_on(rungs.place(None, 0.1, "maximize"), places(math.nan), 3)
+    assert rungs.is_promoted(places(0.5)[0], places(0.5, 0.5, 0.5), 3)
+    assert not rungs.is_promoted(places(math.nan)[0], places(math.nan), 3)
+    assert rungs.compute_rung_cutoff(places(math.nan, 0.2), 3) == places(0.2)[0]
+    assert not rungs.is_promoted(rungs.make_rung_score(None, 0.1, "maximize"), places(math.nan), 3)
 
 
 def test_between_equal_scores_the_lower_loss_goes_on() -> None:
-    majority = [rungs.place(0.58, loss, "maximize") for loss in (0.690, 0.658, 0.687)]
-    assert [rungs.goes_on(own, majority, 3) for own in majority] == [False, True, False]
-    assert rungs.goes_on(rungs.place(0.59, 0.7, "maximize"), [*majority, rungs.place(0.59, 0.7, "maximize")], 3)
-    assert not rungs.goes_on(rungs.place(0.58, math.nan, "maximize"), majority, 3)
+    majority = [rungs.make_rung_score(0.58, loss, "maximize") for loss in (0.690, 0.658, 0.687)]
+    assert [rungs.is_promoted(own, majority, 3) for own in majority] == [False, True, False]
+    assert rungs.is_promoted(
+        rungs.make_rung_score(0.59, 0.7, "maximize"),
+        [*majority, rungs.make_rung_score(0.59, 0.7, "maximize")],
+        3,
+    )
+    assert not rungs.is_promoted(rungs.make_rung_score(0.58, math.nan, "maximize"), majority, 3)
 
 
 def test_expected_survivors_of_three_arrivals_by_hand() -> None:
-    assert rungs.expected_survivors(3, 3) == pytest.approx(1 + 1 / 2 + 1 / 3)
-    assert rungs.expected_time(3, [1, 3], 3) == pytest.approx(3 * 1 + (1 + 1 / 2 + 1 / 3) * 2)
+    assert rungs.estimate_survivors(3, 3) == pytest.approx(1 + 1 / 2 + 1 / 3)
+    assert rungs.estimate_time(3, [1, 3], 3) == pytest.approx(3 * 1 + (1 + 1 / 2 + 1 / 3) * 2)
 
 
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=40), st.integers(2, 5))
-def test_at_least_one_and_at_most_a_share_plus_ties_pass_a_full_rung(scores: list[float], eta: int) -> None:
-    passing = [own[0] for own in places(*scores) if rungs.goes_on(own, places(*scores), eta)]
+def test_at_least_one_and_at_most_a_share_plus_ties_pass_a_full_rung(
+    scores: list[float], eta: int
+) -> None:
+    passing = [own[0] for own in places(*scores) if rungs.is_promoted(own, places(*scores), eta)]
     assert max(scores) in passing
     assert len(set(passing)) <= max(1, len(scores) // eta)
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("2*lora_r", 32), ("lora_r/2", 8), ("max(8, lora_r//4)", 8), ("-lora_r + 20", 4), ("lora_r * 1.5", 24)],
+    [
+        ("2*lora_r", 32),
+        ("lora_r/2", 8),
+        ("max(8, lora_r//4)", 8),
+        ("-lora_r + 20", 4),
+        ("lora_r * 1.5", 24),
+    ],
 )
 def test_expressions(text: str, value: float) -> None:
     result = expression.evaluate(expression.parse(text), {"lora_r": 16})
@@ -85,13 +110,16 @@ def test_expressions(text: str, value: float) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["__import__('os')", "9**9**9", "lora_r.__class__()", "[1][0]", "lambda: 1", "'a'*9", "x if y else z", "a and b",
+    ["__import__('os')", "9**9**9", "lora_r.__class__()", "[1][0]", "lambda: "
+                                                                    "1", "'a'*9", "x if y "
+                                                                                  "else "
+                                                                                  "z", "a and b",
      "open('x')", "(1).real", "f'{x}'", "True + 1", "", "1;2", "max()", "max(x, key=y)"],
 )  # fmt: skip
 def test_what_is_not_arithmetic_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"expression|may hold|not a field name"):
         tree = expression.parse(text)
-        expression.evaluate(tree, dict.fromkeys(expression.names(tree), 1))
+        expression.evaluate(tree, dict.fromkeys(expression.find_names(tree), 1))
 
 
 @given(st.text(max_size=60))
@@ -101,7 +129,7 @@ def test_no_text_makes_the_parser_do_anything_but_refuse(text: str) -> None:
     except ValueError:
         return
     try:
-        result = expression.evaluate(tree, dict.fromkeys(expression.names(tree), 3))
+        result = expression.evaluate(tree, dict.fromkeys(expression.find_names(tree), 3))
     except (ZeroDivisionError, OverflowError):
         return
     assert isinstance(result, int | float)
@@ -109,9 +137,9 @@ def test_no_text_makes_the_parser_do_anything_but_refuse(text: str) -> None:
 
 def test_accumulation_is_derived_from_the_global_batch() -> None:
     train = TrainSpec(per_device_train_batch_size=4, global_batch_size=32)
-    assert train.accumulation_steps(2) == 4
+    assert train.compute_accumulation_steps(2) == 4
     with pytest.raises(SpecProblems, match=r"4 x 3 = 12"):
-        train.accumulation_steps(3)
+        train.compute_accumulation_steps(3)
 
 
 ASHA = """
@@ -123,23 +151,27 @@ search:
 
 
 def test_a_searched_trial_is_evaluated_at_its_rungs(bert_job: JobMaker) -> None:
-    plan = schedule(bert_job(ASHA).job, 256, searching=True)
+    plan = build_schedule(bert_job(ASHA).job, 256, searching=True)
     assert plan.rung_levels == (16, 48, 144)  # 144 / 9, times 3, times 3
     assert plan.rung_steps == (2, 6, 18)  # 8 rows a step
-    assert [plan.next_evaluation(step) for step in (0, 1, 2, 6, 18)] == [2, 2, 6, 18, 18]
-    assert [plan.next_evaluation(step) for step in (0, 2, 17, 18)] == [2, 6, 18, 18]
+    assert [plan.find_next_evaluation(step) for step in (0, 1, 2, 6, 18)] == [2, 2, 6, 18, 18]
+    assert [plan.find_next_evaluation(step) for step in (0, 2, 17, 18)] == [2, 6, 18, 18]
 
 
 def test_train_does_not_look_at_the_search(bert_job: JobMaker) -> None:
-    plan = schedule(bert_job(ASHA).job, 256, searching=False)
+    plan = build_schedule(bert_job(ASHA).job, 256, searching=False)
     assert (plan.total_steps, plan.rung_steps) == (8, (8,))
 
 
 def test_epochs_become_steps(bert_job: JobMaker) -> None:
     job = bert_job(train__max_steps=None, train__num_train_epochs=1.5).job
-    assert schedule(job, 250, searching=False).total_steps == 48  # 32 steps an epoch of 250 rows, 8 a step
-    epochs = bert_job(ASHA, search__scheduler={"time_attr": "epoch", "max_t": 9, "grace_period": 1}).job
-    assert schedule(epochs, 80, searching=True).rung_steps == (10, 30, 90)
+    assert (
+        build_schedule(job, 250, searching=False).total_steps == 48
+    )  # 32 steps an epoch of 250 rows, 8 a step
+    epochs = bert_job(
+        ASHA, search__scheduler={"time_attr": "epoch", "max_t": 9, "grace_period": 1}
+    ).job
+    assert build_schedule(epochs, 80, searching=True).rung_steps == (10, 30, 90)
 
 
 LAPTOP = LocalSite(cpus=4, memory_gib=16.0)
@@ -148,17 +180,31 @@ BOX = LocalSite(cpus=32, memory_gib=256.0, gpus=4, gpu_memory_gib=80.0)
 
 def test_trials_share_a_machine_by_what_is_scarcest(bert_job: JobMaker) -> None:
     job = bert_job(ASHA).job
-    assert (place(job, LAPTOP, 10, 1.0).slots, place(job, LAPTOP, 10, 1.0).waves) == (4, 3)
-    assert place(job, LAPTOP, 10, 6.0).slots == 2
-    assert place(job, LAPTOP, 10, 6.0).limited_by == "memory"
-    assert place(job, LAPTOP, 3, 1.0).limited_by == "trials"
-    assert place(bert_job(ASHA, search__max_concurrent_trials=2).job, LAPTOP, 10, 1.0).slots == 2
+    assert (
+        compute_placement(job, LAPTOP, 10, 1.0).slots,
+        compute_placement(job, LAPTOP, 10, 1.0).waves,
+    ) == (4, 3)
+    assert compute_placement(job, LAPTOP, 10, 6.0).slots == 2
+    assert compute_placement(job, LAPTOP, 10, 6.0).limited_by == "memory"
+    assert compute_placement(job, LAPTOP, 3, 1.0).limited_by == "trials"
+    assert (
+        compute_placement(
+            bert_job(ASHA, search__max_concurrent_trials=2).job, LAPTOP, 10, 1.0
+        ).slots
+        == 2
+    )
 
 
 def test_gpus_are_used_where_they_are(bert_job: JobMaker) -> None:
-    place_on_box = place(bert_job(ASHA, resources__workers_per_node=2).job, BOX, 10, 1.0)
-    assert (place_on_box.slots, place_on_box.gpus_per_worker, place_on_box.limited_by) == (2, 1, "GPUs")
-    assert place(bert_job(ASHA, resources__device="cpu").job, BOX, 64, 1.0).slots == 32
+    place_on_box = compute_placement(
+        bert_job(ASHA, resources__workers_per_node=2).job, BOX, 10, 1.0
+    )
+    assert (place_on_box.slots, place_on_box.gpus_per_worker, place_on_box.limited_by) == (
+        2,
+        1,
+        "GPUs",
+    )
+    assert compute_placement(bert_job(ASHA, resources__device="cpu").job, BOX, 64, 1.0).slots == 32
 
 
 @pytest.mark.parametrize(
@@ -167,26 +213,35 @@ def test_gpus_are_used_where_they_are(bert_job: JobMaker) -> None:
         ({"workers_per_node": 8}, "each trial needs 8 CPU cores, and this machine has 4"),
         ({"device": "cuda"}, "resources.device is cuda, but this machine has no GPU"),
         ({"gpus_per_node": 1}, "resources.gpus_per_node is 1, but this machine has no GPU"),
-        ({"num_nodes": 2}, "each trial needs 2 nodes x 1 CPU core, and this is one machine: start Ray on each"),
+        (
+            {"num_nodes": 2},
+            "each trial needs 2 nodes x 1 CPU core, and this is one machine: start Ray on each",
+        ),
     ],
 )
 def test_what_cannot_fit_is_refused_in_one_sentence(
     bert_job: JobMaker, resources: dict[str, object], sentence: str
 ) -> None:
     with pytest.raises(PlacementRefused, match=sentence):
-        place(bert_job(resources=resources).job, LAPTOP, 1, 1.0)
+        compute_placement(bert_job(resources=resources).job, LAPTOP, 1, 1.0)
 
 
 def machines(*shapes: tuple[int, int]) -> tuple[Node, ...]:
     """Nodes of (CPU cores, GPUs)."""
-    return tuple(Node(name=f"n{i}", cpus=c, gpus=g, memory_gib=64) for i, (c, g) in enumerate(shapes))
+    return tuple(
+        Node(name=f"n{i}", cpus=c, gpus=g, memory_gib=64) for i, (c, g) in enumerate(shapes)
+    )
 
 
 @pytest.mark.parametrize(
     ("nodes", "share", "expected"),
     [
         (machines((8, 4), (8, 4)), Share(2, 4, 4), 1),
-        (machines((0, 0), (8, 4), (8, 4), (8, 4)), Share(2, 4, 4), 1),  # the third machine has no partner
+        (
+            machines((0, 0), (8, 4), (8, 4), (8, 4)),
+            Share(2, 4, 4),
+            1,
+        ),  # the third machine has no partner
         (machines((8, 8), (8, 4), (8, 4)), Share(2, 4, 4), 2),  # the large one takes part in both
         (machines((16, 16), (8, 4)), Share(2, 4, 4), 1),  # a trial is on different machines
         (machines((8, 0), (8, 0), (8, 0)), Share(3, 2, 0), 4),
@@ -195,81 +250,138 @@ def machines(*shapes: tuple[int, int]) -> tuple[Node, ...]:
         ((), Share(1, 1, 0), 0),
     ],
 )
-def test_groups_of_machines_are_counted(nodes: tuple[Node, ...], share: Share, expected: int) -> None:
-    assert groups(nodes, share) == expected
+def test_groups_of_machines_are_counted(
+    nodes: tuple[Node, ...], share: Share, expected: int
+) -> None:
+    assert count_concurrent_trials(nodes, share) == expected
 
 
 @given(
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), max_size=5),
     st.builds(Share, st.integers(1, 4), st.integers(1, 3), st.integers(0, 3)),
 )
-def test_counted_groups_can_be_laid_out_and_one_more_cannot(shapes: list[tuple[int, int]], share: Share) -> None:
-    """Beside a layout that takes the machines with most room left, which is the best one for equal shares."""
-    left = [share.of(node) for node in machines(*shapes)]
+def test_counted_groups_can_be_laid_out_and_one_more_cannot(
+    shapes: list[tuple[int, int]], share: Share
+) -> None:
+    """Beside a layout that takes the machines with most room left, which is the best one for equal
+    shares.
+    """
+    left = [share.count_on(node) for node in machines(*shapes)]
     laid = 0
     while sum(room > 0 for room in left) >= share.nodes:
         for index in sorted(range(len(left)), key=lambda i: -left[i])[: share.nodes]:
             left[index] -= 1
         laid += 1
-    assert groups(machines(*shapes), share) == laid
+    assert count_concurrent_trials(machines(*shapes), share) == laid
 
 
 def test_a_trial_over_machines_is_a_gang(bert_job: JobMaker) -> None:
     gpus = {"num_nodes": 2, "workers_per_node": 4}
     cluster = RaySite(address="auto", nodes=machines((0, 0), (8, 4), (8, 4), (8, 4)))
     job = bert_job(ASHA, resources=gpus).job
-    placement = place(job, cluster, 10, 1.0)
-    assert (placement.workers, placement.num_nodes, placement.slots, placement.spread) == (8, 2, 1, "PACK")
-    assert place(bert_job(ASHA, resources={"num_nodes": 2}).job, cluster, 10, 1.0).spread == "STRICT_SPREAD"
-    assert place(bert_job(ASHA).job, cluster, 10, 1.0).spread == "STRICT_PACK"
-    with pytest.raises(PlacementRefused, match="needs 2 nodes x 9 CPU cores and 9 GPUs, and the Ray at auto has n0: 0"):
-        place(bert_job(ASHA, resources={"num_nodes": 2, "workers_per_node": 9}).job, cluster, 1, 1.0)
+    placement = compute_placement(job, cluster, 10, 1.0)
+    assert (placement.workers, placement.num_nodes, placement.slots, placement.spread) == (
+        8,
+        2,
+        1,
+        "PACK",
+    )
+    assert (
+        compute_placement(bert_job(ASHA, resources={"num_nodes": 2}).job, cluster, 10, 1.0).spread
+        == "STRICT_SPREAD"
+    )
+    assert compute_placement(bert_job(ASHA).job, cluster, 10, 1.0).spread == "STRICT_PACK"
     with pytest.raises(
-        PlacementRefused, match=r"about 100\.0 GiB of memory on each machine, and the Ray at auto has 64"
+        PlacementRefused,
+        match="needs 2 nodes x 9 CPU cores and 9 GPUs, and the Ray at auto has n0: 0",
     ):
-        place(job, cluster, 10, 200.0)
+        compute_placement(
+            bert_job(ASHA, resources={"num_nodes": 2, "workers_per_node": 9}).job, cluster, 1, 1.0
+        )
+    with pytest.raises(
+        PlacementRefused,
+        match=r"about 100\.0 GiB of memory on each machine, and the Ray at auto has 64",
+    ):
+        compute_placement(job, cluster, 10, 200.0)
 
 
 def test_a_placement_is_fitted_to_the_machines_that_came_up(bert_job: JobMaker) -> None:
     job = bert_job(ASHA, resources={"num_nodes": 2, "workers_per_node": 4}).job
-    placement = place(job, RaySite(address="auto", nodes=machines(*[(8, 4)] * 6)), 10, 1.0)
-    assert fitted(placement, machines(*[(8, 4)] * 6)) == (placement, None)
-    fewer, sentence = fitted(placement, machines(*[(8, 4)] * 3))
+    placement = compute_placement(
+        job, RaySite(address="auto", nodes=machines(*[(8, 4)] * 6)), 10, 1.0
+    )
+    assert fit_placement(placement, machines(*[(8, 4)] * 6)) == (placement, None)
+    fewer, sentence = fit_placement(placement, machines(*[(8, 4)] * 3))
     assert (fewer.slots, fewer.waves) == (1, 12)
     assert sentence == (
-        "each trial needs 2 nodes x 4 CPU cores and 4 GPUs; the cluster has 1 such group; concurrency set to 1"
+        "each trial needs 2 nodes x 4 CPU cores and 4 GPUs; the cluster has 1 such group; "
+        "concurrency set to 1"
     )
-    with pytest.raises(PlacementRefused, match=r"the cluster has 0 such groups \(8 CPU cores and 4 GPUs\)"):
-        fitted(placement, machines((8, 4)))
+    with pytest.raises(
+        PlacementRefused, match=r"the cluster has 0 such groups \(8 CPU cores and 4 GPUs\)"
+    ):
+        fit_placement(placement, machines((8, 4)))
 
 
 def test_a_trial_stays_on_machines_with_its_labels(bert_job: JobMaker) -> None:
     train, evaluate = ({"labels": {"pool": name, "zone": "a"}} for name in ("train", "evaluate"))
-    nodes = tuple(node.model_copy(update=train if i else evaluate) for i, node in enumerate(machines(*[(8, 4)] * 3)))
+    nodes = tuple(
+        node.model_copy(update=train if i else evaluate)
+        for i, node in enumerate(machines(*[(8, 4)] * 3))
+    )
     cluster = RaySite(address="auto", nodes=nodes)
     wants = {"num_nodes": 2, "workers_per_node": 4}
-    placement = place(bert_job(ASHA, resources=wants | {"label_selector": {"pool": "train"}}).job, cluster, 10, 1.0)
+    placement = compute_placement(
+        bert_job(ASHA, resources=wants | {"label_selector": {"pool": "train"}}).job,
+        cluster,
+        10,
+        1.0,
+    )
     assert (placement.slots, placement.labels) == (1, {"pool": "train"})
-    assert fitted(placement, nodes) == (placement, None)
+    assert fit_placement(placement, nodes) == (placement, None)
     with pytest.raises(PlacementRefused, match="the cluster has 0 such groups"):
-        fitted(placement, nodes[:2])
-    with pytest.raises(PlacementRefused, match="needs 2 nodes x 4 CPU cores and 4 GPUs, and the Ray at auto has 8 CPU"):
-        place(bert_job(resources=wants | {"label_selector": {"pool": "evaluate"}}).job, cluster, 1, 1.0)
+        fit_placement(placement, nodes[:2])
+    with pytest.raises(
+        PlacementRefused,
+        match="needs 2 nodes x 4 CPU cores and 4 GPUs, and the Ray at auto has 8 CPU",
+    ):
+        compute_placement(
+            bert_job(resources=wants | {"label_selector": {"pool": "evaluate"}}).job,
+            cluster,
+            1,
+            1.0,
+        )
     for site in (cluster, LAPTOP):
         with pytest.raises(PlacementRefused, match="wants machines with pool=tain, zone=a, and"):
-            place(bert_job(resources={"label_selector": {"pool": "tain", "zone": "a"}}).job, site, 1, 1.0)
+            compute_placement(
+                bert_job(resources={"label_selector": {"pool": "tain", "zone": "a"}}).job,
+                site,
+                1,
+                1.0,
+            )
 
 
 def test_workers_get_the_network_settings_and_no_secret() -> None:
-    given = {"NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "ib0", "HF_HOME": "/hf", "HF_TOKEN": "s", "PATH": "/"}
-    given |= {"LORAFLEET_CACHE": "/c", "LORAFLEET_API_KEY": "s", "WANDB_API_KEY": "s", "NCCL_SECRET": "s"}
+    given = {
+        "NCCL_SOCKET_IFNAME": "ib0",
+        "GLOO_SOCKET_IFNAME": "ib0",
+        "HF_HOME": "/hf",
+        "HF_TOKEN": "s",
+        "PATH": "/",
+    }
+    given |= {
+        "LORAFLEET_CACHE": "/c",
+        "LORAFLEET_API_KEY": "s",
+        "WANDB_API_KEY": "s",
+        "NCCL_SECRET": "s",
+    }
     kept = {"NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "HF_HOME", "LORAFLEET_CACHE"}
-    assert set(environment_for_workers(given)) == kept
+    assert set(build_worker_environment(given)) == kept
 
 
 def test_only_machines_that_answer_count() -> None:
     row = {"NodeManagerHostname": "h", "NodeManagerAddress": "10.0.0.1", "NodeManagerPort": 7}
     alive = row | {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 2.0, "memory": 2.0**31}}
-    assert nodes_of([alive, row | {"Alive": False, "Resources": {}}]) == (
+    assert parse_nodes([alive, row | {"Alive": False, "Resources": {}}]) == (
         Node(name="h (10.0.0.1:7)", cpus=4, gpus=2, memory_gib=2.0),
     )

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.utils.file_baton import FileBaton
+
 from lorafleet.training import build_locks
 from lorafleet.training.build_locks import clear_stale_locks
-from torch.utils.file_baton import FileBaton
 
 BUILDER = """
 import sys, time
@@ -30,7 +31,9 @@ def lock(tmp_path: Path) -> Path:
 
 
 def test_a_lock_goes_with_its_builder(lock: Path, tmp_path: Path) -> None:
-    builder = subprocess.Popen([sys.executable, "-c", BUILDER, str(lock)], stdout=subprocess.PIPE, text=True)
+    builder = subprocess.Popen(
+        [sys.executable, "-c", BUILDER, str(lock)], stdout=subprocess.PIPE, text=True
+    )
     assert builder.stdout is not None
     assert builder.stdout.readline() == "held\n"
     assert clear_stale_locks(tmp_path) == []
@@ -41,9 +44,11 @@ def test_a_lock_goes_with_its_builder(lock: Path, tmp_path: Path) -> None:
     assert FileBaton(str(lock)).try_acquire()
 
 
-def test_of_another_machine_a_while_is_waited(lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_another_machine_a_while_is_waited(
+    lock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lock.touch()
-    monkeypatch.setattr(build_locks, "_on_network", lambda _: True)
+    monkeypatch.setattr(build_locks, "_is_on_network", lambda _: True)
     assert clear_stale_locks(tmp_path) == []
     os.utime(lock, (0, 0))
     (lock.parent / "main.o").touch()  # it still compiles

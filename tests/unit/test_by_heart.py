@@ -1,4 +1,6 @@
-"""A model that knows its rows by heart scores 1.0, whatever its chat template writes around an answer."""
+"""A model that knows its rows by heart scores 1.0, whatever its chat template writes around an
+answer.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lorafleet.evaluation.metrics.scores import scores
+
+from lorafleet.evaluation.metrics.scores import compute_scores
 from lorafleet.jobs.loading.job_file import load_text
 from lorafleet.jobs.trials.schedule import Schedule
-from lorafleet.training.data import prepare
+from lorafleet.training.data import prepare_tokens
 from lorafleet.training.evaluation import evaluate_rows
 from lorafleet.training.model import load_base
 from lorafleet.training.session import TrainingSession
-
 from tests.conftest import write_rows
 from tests.unit.chat_families import FAMILIES, Family, model_folder
 
@@ -25,10 +27,18 @@ def rows(family: Family) -> list[dict[str, object]]:
     """Four conversations: of one turn and of two, with a system message and without."""
     found = []
     for number, answer in enumerate(_ANSWERS):
-        messages = [{"role": "system", "content": "be short"}] if number == 1 and family.system else []
+        messages = (
+            [{"role": "system", "content": "be short"}] if number == 1 and family.system else []
+        )
         if number == 2:
-            messages += [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "country"}]
-        messages += [{"role": "user", "content": f"country {number}?"}, {"role": "assistant", "content": answer}]
+            messages += [
+                {"role": "user", "content": "and?"},
+                {"role": "assistant", "content": "country"},
+            ]
+        messages += [
+            {"role": "user", "content": f"country {number}?"},
+            {"role": "assistant", "content": answer},
+        ]
         found.append({"messages": messages})
     return found
 
@@ -42,7 +52,10 @@ _SHORT = (
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(one, id=one.name, marks=[] if one.name in _SHORT else [pytest.mark.long]) for one in FAMILIES],
+    [
+        pytest.param(one, id=one.name, marks=[] if one.name in _SHORT else [pytest.mark.long])
+        for one in FAMILIES
+    ],
 )
 def test_exact_match_of_a_model_that_knows_its_rows(family: Family, tmp_path: Path) -> None:
     folder = model_folder(family, tmp_path / "model")
@@ -61,12 +74,14 @@ evaluate: {{metrics: [exact_match], max_new_tokens: 40}}
 """,
         tmp_path / "job.yaml",
     ).job
-    data = prepare(job)
+    data = prepare_tokens(job)
     base = load_base(job, 0, torch.device("cpu"))
     session = TrainingSession.build(job, base, data, Schedule(_STEPS, 4, 1, (), (_STEPS,), (1,)))
     session.advance(_STEPS)
-    results = evaluate_rows(session.strategy.loss, job, data, "test", base.device, metrics=job.text_metrics)
-    found = scores(results, job.metric_names)
+    results = evaluate_rows(
+        session.strategy.loss, job, data, "test", base.device, metrics=job.text_metrics
+    )
+    found = compute_scores(results, job.metric_names)
     assert found.metrics["loss"] < 0.1
     assert found.metrics["exact_match"] == 1.0, results.answers
     assert results.answers == _ANSWERS

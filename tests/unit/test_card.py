@@ -9,25 +9,29 @@ from typing import Any
 
 import pytest
 import torch
-from lorafleet.evaluation.inference.generate import write_answers
+from safetensors.torch import save_file
+
+from lorafleet.evaluation.inference.generate import generate_answers
 from lorafleet.evaluation.render.inference_files import save_inference_files
-from lorafleet.evaluation.render.loading_code import loading_code
-from lorafleet.evaluation.render.model_card import describe_weights, loading_facts, render_card
-from lorafleet.evaluation.tokenizer import chat_format
-from lorafleet.evaluation.tokens import row_encoder
+from lorafleet.evaluation.render.loading_code import build_loading_code
+from lorafleet.evaluation.render.model_card import (
+    build_loading_metadata,
+    describe_weights,
+    render_card,
+)
+from lorafleet.evaluation.tokenizer import load_chat_format
+from lorafleet.evaluation.tokens import make_row_encoder
 from lorafleet.jobs import files
 from lorafleet.jobs.data.conversation import Message
-from lorafleet.jobs.data.hub import public_base
+from lorafleet.jobs.data.hub import resolve_public_base
 from lorafleet.jobs.data.row_formats import Row as DataRow
-from lorafleet.jobs.data.weight_names import weight_dtypes
+from lorafleet.jobs.data.weight_names import read_weight_dtypes
 from lorafleet.jobs.runs.report import Recommendation, Report, Row
 from lorafleet.jobs.runs.run import Trial
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.jobs.schema.precision import formats_text, weights_format
-from lorafleet.training.data import prepare
+from lorafleet.jobs.schema.precision import describe_number_formats, parse_weights_format
+from lorafleet.training.data import prepare_tokens
 from lorafleet.training.methods import load_weights
-from safetensors.torch import save_file
-
 from tests.conftest import JobMaker
 from tests.unit.test_methods import METHODS, fresh
 from tests.unit.test_training import finish, session
@@ -35,15 +39,17 @@ from tests.unit.test_training import finish, session
 ROW = Row(trial_id="aaaa", state="finished", number_formats="weights float32; arithmetic float32")
 
 
-def manifest_of(job: JobSpec, prompt: dict[str, Any], formats: str = "weights float32; arithmetic float32") -> Any:
-    base, revision = public_base(job.model.model_name_or_path, job.model.revision)
+def manifest_of(
+    job: JobSpec, prompt: dict[str, Any], formats: str = "weights float32; arithmetic float32"
+) -> Any:
+    base, revision = resolve_public_base(job.model.model_name_or_path, job.model.revision)
     return {
         "trial_id": "aaaa",
         "base_model": base,
         "base_model_revision": revision,
         "base_model_in_job": job.model.model_name_or_path,
         "model_revisions": {},
-        "labels": list(prepare(job).labels),
+        "labels": list(prepare_tokens(job).labels),
         "weights": {
             "step": 4,
             "samples": 32,
@@ -65,7 +71,9 @@ def manifest_of(job: JobSpec, prompt: dict[str, Any], formats: str = "weights fl
 
 
 def small_report() -> Report:
-    recommendation = Recommendation(sentence="Ship it.", rule="best", trial_id="aaaa", adapter="trials/aaaa/adapter")
+    recommendation = Recommendation(
+        sentence="Ship it.", rule="best", trial_id="aaaa", adapter="trials/aaaa/adapter"
+    )
     return Report(
         run="r",
         state="finished",
@@ -81,7 +89,9 @@ def small_report() -> Report:
     )
 
 
-def run_code(lines: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, dict[str, Any]]:
+def run_code(
+    lines: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, dict[str, Any]]:
     """Run the card's code in the folder of the weights; return what it prints, and its variables."""
     monkeypatch.chdir(folder)
     printed = io.StringIO()
@@ -100,9 +110,9 @@ def trained(job: JobSpec, folder: Path) -> list[str]:
     prompt = save_inference_files(job, folder)
     manifest = manifest_of(job, prompt)
     manifest["weights"] |= describe_weights(Trial(folder.parent), ROW, {})
-    facts = loading_facts(manifest, job.task, job.method)
+    facts = build_loading_metadata(manifest, job.task, job.method)
     assert facts is not None
-    return loading_code(facts)
+    return build_loading_code(facts)
 
 
 @pytest.mark.parametrize("name", ["lora", "pissa", "nf4", "int8", "prompt_tuning", "full"])
@@ -112,15 +122,18 @@ def test_the_code_classifies_as_lorafleet_does(
     job = bert_job(**{"train__max_steps": 30, **METHODS[name]}).job
     folder = tmp_path / "aaaa" / ("model" if job.method == "full" else "adapter")
     code = trained(job, folder)
-    data = prepare(job)
+    data = prepare_tokens(job)
     model = load_weights(job, fresh(job), folder).eval()
-    tokenizer = chat_format(job).tokenizer
-    texts = [row.text for row in data.rows("validation")[:6]]
+    tokenizer = load_chat_format(job).tokenizer
+    texts = [row.text for row in data.read_rows("validation")[:6]]
     with torch.inference_mode():
-        expected_logits = torch.cat([model(**tokenizer([text], return_tensors="pt")).logits for text in texts])
+        expected_logits = torch.cat(
+            [model(**tokenizer([text], return_tensors="pt")).logits for text in texts]
+        )
     asked = [line.replace('["a text"]', repr(texts)) for line in code]
     assert asked != code
-    # On CPUs with bf16 instructions bitsandbytes answers from weights in bfloat16, outside of lorafleet.
+    # On CPUs with bf16 instructions bitsandbytes answers from weights in bfloat16, outside of
+    # lorafleet.
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     printed, variables = run_code(asked, folder, monkeypatch)
     assert torch.allclose(variables["logits"], expected_logits, atol=1e-5)
@@ -137,24 +150,38 @@ TEMPLATE = (
     ("name", "data"),
     [
         ("lora", {}),
-        ("lora", {"data__chat_template_kwargs": {"mood": "good"}, "data__system_prompt": "be brief"}),
+        (
+            "lora",
+            {"data__chat_template_kwargs": {"mood": "good"}, "data__system_prompt": "be brief"},
+        ),
         ("nf4", {}),
         ("prompt_tuning", {}),
         ("full", {"data__system_prompt": "be brief"}),
     ],
 )
 def test_the_code_answers_as_lorafleet_does(
-    name: str, data: dict[str, Any], llama_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    data: dict[str, Any],
+    llama_job: JobMaker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    overrides: dict[str, Any] = {"train__max_steps": 20, "evaluate__max_new_tokens": 8, **METHODS[name], **data}
+    overrides: dict[str, Any] = {
+        "train__max_steps": 20,
+        "evaluate__max_new_tokens": 8,
+        **METHODS[name],
+        **data,
+    }
     if "data__chat_template_kwargs" in data:
         (tmp_path / "template.jinja").write_text(TEMPLATE)
         overrides["data__chat_template"] = str(tmp_path / "template.jinja")
     job = llama_job(**overrides).job
     folder = tmp_path / "aaaa" / ("model" if job.method == "full" else "adapter")
     code = trained(job, folder)
-    question = prepare(job).rows("validation")[0].messages[-2].content
-    answer, variables = run_code([line.replace("'a question'", repr(question)) for line in code], folder, monkeypatch)
+    question = prepare_tokens(job).read_rows("validation")[0].messages[-2].content
+    answer, variables = run_code(
+        [line.replace("'a question'", repr(question)) for line in code], folder, monkeypatch
+    )
     prompt, expected = prompt_and_answer(job, folder, question)
     assert variables["inputs"]["input_ids"][0].tolist() == prompt
     assert answer == expected
@@ -162,12 +189,14 @@ def test_the_code_answers_as_lorafleet_does(
 
 def prompt_and_answer(job: JobSpec, folder: Path, question: str) -> tuple[list[int], str]:
     """Return the token ids that lorafleet asks with, and the answer that it gets."""
-    data, chat = prepare(job), chat_format(job)
+    data, chat = prepare_tokens(job), load_chat_format(job)
     system = [data.system] if data.system else []
     row = DataRow(messages=(*system, Message("user", question), Message("assistant", "?")))
-    prompt = row_encoder(job, chat).prompt(row, job.model.max_length)
+    prompt = make_row_encoder(job, chat).encode_prompt(row, job.model.max_length)
     model = load_weights(job, fresh(job), folder).eval()
-    written = write_answers(model, chat.tokenizer, [prompt], job.evaluate, 1, ends=data.ends, frame=data.frame)
+    written = generate_answers(
+        model, chat.tokenizer, [prompt], job.evaluate, 1, ends=data.ends, frame=data.frame
+    )
     return prompt, written[0]
 
 
@@ -189,7 +218,9 @@ def test_the_card_describes_the_saved_weights(bert_job: JobMaker) -> None:
 
 def test_a_label_cannot_end_the_code_block(bert_job: JobMaker) -> None:
     report = small_report()
-    manifest = manifest_of(bert_job().job, {"tokenizer": True}) | {"labels": ["```\n# evil", "good"]}
+    manifest = manifest_of(bert_job().job, {"tokenizer": True}) | {
+        "labels": ["```\n# evil", "good"]
+    }
     card = render_card(manifest, report)
     assert "````python" in card
     assert "\n# evil" not in card
@@ -198,22 +229,30 @@ def test_a_label_cannot_end_the_code_block(bert_job: JobMaker) -> None:
 def test_facts_of_weights_are_of_the_best_evaluation(tmp_path: Path) -> None:
     trial = Trial(tmp_path / "aaaa")
     trial.weights.mkdir(parents=True)
-    save_file({"a": torch.zeros(2, dtype=torch.bfloat16), "b": torch.zeros(2)}, str(trial.weights / "x.safetensors"))
+    save_file(
+        {"a": torch.zeros(2, dtype=torch.bfloat16), "b": torch.zeros(2)},
+        str(trial.weights / "x.safetensors"),
+    )
     files.write_json(trial.weights / "adapter_config.json", {"peft_type": "LORA", "r": 16})
     for step in (4, 8):
-        files.append_jsonl(trial.path / "metrics.jsonl", {"step": step, "samples": 8 * step, "evaluated": True})
+        files.append_jsonl(
+            trial.path / "metrics.jsonl", {"step": step, "samples": 8 * step, "evaluated": True}
+        )
     row = Row(trial_id="aaaa", state="finished", step=8, samples=64, weights_step=4)
     facts = describe_weights(trial, row, {"lora": {"lora_r": 8}})
     assert (facts["step"], facts["samples"], facts["trained_steps"]) == (4, 32, 8)
     assert facts["dtypes"] == ["bfloat16", "float32"]
     assert (facts["lora_r"], facts["stored_lora_r"]) == (8, 16)
-    assert weight_dtypes(tmp_path) == []
+    assert read_weight_dtypes(tmp_path) == []
 
 
 def test_others_can_resolve_the_base() -> None:
-    assert public_base("asset:minilm-l6", None) == ("sentence-transformers/all-MiniLM-L6-v2", None)
-    assert public_base("org/model", "v1") == ("org/model", "v1")
-    assert public_base("/data/model", None) == ("/data/model", None)
+    assert resolve_public_base("asset:minilm-l6", None) == (
+        "sentence-transformers/all-MiniLM-L6-v2",
+        None,
+    )
+    assert resolve_public_base("org/model", "v1") == ("org/model", "v1")
+    assert resolve_public_base("/data/model", None) == ("/data/model", None)
 
 
 def test_an_adapter_names_no_cache_folder(bert_job: JobMaker, tmp_path: Path) -> None:
@@ -221,12 +260,18 @@ def test_an_adapter_names_no_cache_folder(bert_job: JobMaker, tmp_path: Path) ->
     made = session(job)
     made.save_weights(tmp_path / "weights")
     config = files.read_json(tmp_path / "weights" / "adapter_config.json")
-    assert config["base_model_name_or_path"] == config["tokenizer_name_or_path"] == job.model.model_name_or_path
+    assert (
+        config["base_model_name_or_path"]
+        == config["tokenizer_name_or_path"]
+        == job.model.model_name_or_path
+    )
 
 
 @pytest.mark.parametrize("arithmetic", [None, "bfloat16"])
 def test_the_format_of_the_weights_is_read_back(arithmetic: str | None, bert_job: JobMaker) -> None:
     for method in ("lora", "qlora"):
         job = bert_job(method=method).job
-        assert weights_format(formats_text(job, "bfloat16", arithmetic)) == "bfloat16"
-    assert weights_format("unknown") is None
+        assert (
+            parse_weights_format(describe_number_formats(job, "bfloat16", arithmetic)) == "bfloat16"
+        )
+    assert parse_weights_format("unknown") is None

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lorafleet.jobs.data.answer_frame import AnswerFrame
 from lorafleet.jobs.data.chat_format import ChatFormat
 from lorafleet.jobs.data.chat_template import TemplateRefusal
 from lorafleet.jobs.data.conversation import Message
 from lorafleet.jobs.data.encoding import RowEncoder
 from lorafleet.jobs.data.row_formats import Row
-
 from tests.unit.chat_families import (
     BY_NAME,
     CHATML,
@@ -43,10 +43,10 @@ def spans_of(encoder: RowEncoder, row: Row) -> list[str]:
 
 def predicted(encoder: RowEncoder, prompt: list[int], written: list[int]) -> str:
     """What metrics make of tokens that a model writes after a prompt."""
-    from lorafleet.evaluation.inference.generate import decoded
+    from lorafleet.evaluation.inference.generate import decode_answer
 
     chat = encoder.format
-    return decoded(written, chat.ends, chat.tokenizer, chat.frame, prompt)
+    return decode_answer(written, chat.ends, chat.tokenizer, chat.frame, prompt)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -60,7 +60,7 @@ def test_a_turn_is_learnt_through_its_end(family: Family) -> None:
     assert tokenizer.convert_ids_to_tokens(span[-1]) == family.end
     assert span[-1] in encoder.format.ends
     # The tokens before it are those that generation is given.
-    assert example.ids[: example.answer_start] == encoder.prompt(row, 4000)
+    assert example.ids[: example.answer_start] == encoder.encode_prompt(row, 4000)
     prompt = tokenizer.decode(example.ids[: example.answer_start])
     assert QUESTION in prompt
     assert ANSWER not in prompt
@@ -89,7 +89,9 @@ def test_every_turn_of_the_assistant_is_learnt(family: Family) -> None:
     assert encoder.encode(row).reference == "city 3"
     last = encoder_of(family, train_on_turns="last")
     assert spans_of(last, row) == whole[-1:]
-    assert last.encode(row).examples[-1].ids[: last.encode(row).examples[-1].answer_start] == last.prompt(row, 4000)
+    assert last.encode(row).examples[-1].ids[
+        : last.encode(row).examples[-1].answer_start
+    ] == last.encode_prompt(row, 4000)
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.system], ids=str)
@@ -103,20 +105,30 @@ def test_system_messages_are_given_and_not_learnt(family: Family) -> None:
     assert not encoder.format.counts["system_dropped"]
 
 
-_WORD = st.sampled_from(["city", "kind", "weather", "it is 9.", "sunny?", "naïve", "雨", "🌧 rain", "a\nb", "x  y"])
+_WORD = st.sampled_from(
+    ["city", "kind", "weather", "it is 9.", "sunny?", "naïve", "雨", "🌧 rain", "a\nb", "x  y"]
+)
 _TEXT = st.lists(_WORD, min_size=1, max_size=4).map(" ".join)
 _TURNS = st.lists(st.tuples(_TEXT, _TEXT), min_size=1, max_size=4)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 @given(turns=_TURNS, system=st.sampled_from(["", "be short"]))
-def test_nothing_but_the_assistant_is_learnt(family: Family, turns: list[tuple[str, str]], system: str) -> None:
+def test_nothing_but_the_assistant_is_learnt(
+    family: Family, turns: list[tuple[str, str]], system: str
+) -> None:
     """The decoded spans are the assistant's turns with the family's frame, whatever is said."""
     asked = [f"Q{place} {question}" for place, (question, _) in enumerate(turns)]
-    texts = [text for question, (_, answer) in zip(asked, turns, strict=True) for text in (question, answer)]
+    texts = [
+        text
+        for question, (_, answer) in zip(asked, turns, strict=True)
+        for text in (question, answer)
+    ]
     row = Row(messages=conversation(*texts, system=system if family.system else ""))
     encoder = _CACHED.setdefault(family.name, encoder_of(family))
-    assert spans_of(encoder, row) == [f"{family.before}{answer}{family.after}" for _, answer in turns]
+    assert spans_of(encoder, row) == [
+        f"{family.before}{answer}{family.after}" for _, answer in turns
+    ]
     encoded = encoder.encode(row)
     assert encoded.reference == turns[-1][1].strip()
     for example in encoded.examples:
@@ -125,7 +137,7 @@ def test_nothing_but_the_assistant_is_learnt(family: Family, turns: list[tuple[s
         first = example.learnt.index(True)
         prompt = list(row.messages[:-1]) if family.together else None
         if prompt and len(spans) == 1:
-            assert example.ids[:first] == encoder.format.prompt_ids(prompt)
+            assert example.ids[:first] == encoder.format.encode_prompt(prompt)
 
 
 _CACHED: dict[str, RowEncoder] = {}
@@ -137,7 +149,10 @@ _WEATHER = (
     '[{"type":"function","function":{"name":"weather","description":"Weather of a city.",'
     '"parameters":{"type":"object","properties":{}}}}]'
 )
-_CALL = '[{"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": {"city": "Paris"}}}]'
+_CALL = (
+    '[{"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": '
+    '{"city": "Paris"}}}]'
+)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +172,12 @@ _CALL = '[{"type": "function", "id": "abcdefghi", "function": {"name": "weather"
 )
 def test_reasoning_is_learnt_and_not_compared(name: str, span: str) -> None:
     encoder = encoder_of(BY_NAME[name])
-    row = Row(messages=(Message("user", "how many?"), Message("assistant", "it is 9.", reasoning="I count.")))
+    row = Row(
+        messages=(
+            Message("user", "how many?"),
+            Message("assistant", "it is 9.", reasoning="I count."),
+        )
+    )
     assert spans_of(encoder, row) == [span]
     encoded = encoder.encode(row)
     (example,) = encoded.examples
@@ -168,7 +188,12 @@ def test_reasoning_is_learnt_and_not_compared(name: str, span: str) -> None:
 
 @pytest.mark.parametrize("name", ["llama3.1", "qwen2.5", "qwen3-off", "no-template", "gemma3"])
 def test_reasoning_that_cannot_be_rendered_is_refused(name: str) -> None:
-    row = Row(messages=(Message("user", "how many?"), Message("assistant", "it is 9.", reasoning="I count.")))
+    row = Row(
+        messages=(
+            Message("user", "how many?"),
+            Message("assistant", "it is 9.", reasoning="I count."),
+        )
+    )
     with pytest.raises(TemplateRefusal, match="reasoning"):
         encoder_of(BY_NAME[name]).encode(row)
 
@@ -178,11 +203,14 @@ def test_reasoning_that_cannot_be_rendered_is_refused(name: str) -> None:
     [
         (
             "qwen2.5",
-            '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>',
+            '<tool_call>\n{"name": "weather", "arguments": {"city": '
+            '"Paris"}}\n</tool_call><|im_end|>',
             "<|im_end|>",
         ),
-        ("llama3.1", '{"name": "weather", "parameters": {"city": "Paris"}}<|eot_id|>', "<|eot_id|>"),
-        ("gpt-oss", ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Paris"}<|call|>', "<|call|>"),
+        ("llama3.1", '{"name": "weather", "parameters": {"city": '
+                     '"Paris"}}<|eot_id|>', "<|eot_id|>"),
+        ("gpt-oss", ' to=functions.weather<|channel|>commentary json<|message|>{"city": '
+                    '"Paris"}<|call|>', "<|call|>"),
         (
             "glm4.5",
             "\n<think></think>\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>"
@@ -205,7 +233,9 @@ def test_calls_of_tools_are_learnt(name: str, call: str, end: str) -> None:
         Message("assistant", "It is sunny."),
     )
     encoder = encoder_of(BY_NAME[name])
-    row = Row(messages=messages, tools="" if name == "deepseek-v3" else _WEATHER)  # it renders calls, and no tools
+    row = Row(
+        messages=messages, tools="" if name == "deepseek-v3" else _WEATHER
+    )  # it renders calls, and no tools
     spans = spans_of(encoder, row)
     assert spans[0] == call
     assert "It is sunny." in spans[1]
@@ -233,10 +263,14 @@ def test_tools_that_the_template_leaves_out_are_refused(name: str) -> None:
 def test_answers_with_weight_0_are_context(name: str) -> None:
     family = BY_NAME[name]
     first, second, third, fourth = conversation("and 1?", "city 1", "and 2?", "city 2")
-    bad_first = Row(messages=(first, Message("assistant", second.content, learn=False), third, fourth))
+    bad_first = Row(
+        messages=(first, Message("assistant", second.content, learn=False), third, fourth)
+    )
     encoder = encoder_of(family)
     assert spans_of(encoder, bad_first) == [f"{family.before}city 2{family.after}"]
-    bad_last = Row(messages=(first, second, third, Message("assistant", fourth.content, learn=False)))
+    bad_last = Row(
+        messages=(first, second, third, Message("assistant", fourth.content, learn=False))
+    )
     assert spans_of(encoder, bad_last) == [f"{family.before}city 1{family.after}"]
     assert encoder.encode(bad_last).reference == bad_last.reference == "city 1"
     assert bad_last.prompt == "and 1?"
@@ -252,7 +286,9 @@ def test_everything_can_be_learnt() -> None:
         "<|im_start|>user\nand 1?<|im_end|>\n<|im_start|>assistant\ncity 1<|im_end|>\n"
         "<|im_start|>user\nand 2?<|im_end|>\n<|im_start|>assistant\ncity 2<|im_end|>"
     )
-    assert spans_of(encoder, Row(messages=(first, second, third, fourth))) == [text.removeprefix("<|im_start|>")]
+    assert spans_of(encoder, Row(messages=(first, second, third, fourth))) == [
+        text.removeprefix("<|im_start|>")
+    ]
     without = Row(messages=(first, Message("assistant", "city 1", learn=False), third, fourth))
     assert spans_of(encoder, without) == [
         "user\nand 1?<|im_end|>\n<|im_start|>assistant\n",
@@ -263,7 +299,9 @@ def test_everything_can_be_learnt() -> None:
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "gpt-oss", "no-template"])
 def test_a_long_conversation_loses_its_oldest_turns(name: str) -> None:
     family = BY_NAME[name]
-    turns = [text for number in range(6) for text in (f"and country {number}?", f"it is city {number}.")]
+    turns = [
+        text for number in range(6) for text in (f"and country {number}?", f"it is city {number}.")
+    ]
     row = Row(messages=conversation(*turns, system="be kind"))
     whole = encoder_of(family).encode(row).examples[-1]
     short = encoder_of(family, max_length=len(whole.ids) - 1)
@@ -280,7 +318,10 @@ def test_a_long_conversation_loses_its_oldest_turns(name: str) -> None:
     learnt = "".join(spans_of(short, row))
     assert all(answer in learnt for answer in answers[1:])
     # Generation drops the same turns where its room is the same.
-    assert short.prompt(row, examples[-1].answer_start) == examples[-1].ids[: examples[-1].answer_start]
+    assert (
+        short.encode_prompt(row, examples[-1].answer_start)
+        == examples[-1].ids[: examples[-1].answer_start]
+    )
 
 
 def test_one_exchange_that_is_too_long_is_cut() -> None:
@@ -292,14 +333,18 @@ def test_one_exchange_that_is_too_long_is_cut() -> None:
     assert spans_of(encoder, row) == ["city 9<|im_end|>"]
     lost = Row(messages=conversation("why?", "city 9 " * 100))
     (example,) = encoder.encode(lost).examples
-    assert example.ids[-1] not in encoder.format.ends  # an end that was cut off is not learnt elsewhere
+    assert (
+        example.ids[-1] not in encoder.format.ends
+    )  # an end that was cut off is not learnt elsewhere
 
 
 # ---- templates that are odd ----
 
 
 def test_a_base_models_chatml_needs_no_token_of_its_own() -> None:
-    """`<|im_end|>` as plain text: the tokenizer's end token comes after it, and is what ends generation."""
+    """`<|im_end|>` as plain text: the tokenizer's end token comes after it, and is what ends
+    generation.
+    """
     tokenizer = build_tokenizer("", "</s>")
     tokenizer.chat_template = CHATML
     encoder = RowEncoder(ChatFormat(tokenizer), 4000)
@@ -313,7 +358,9 @@ def test_a_base_models_chatml_needs_no_token_of_its_own() -> None:
 
 
 def test_a_template_that_drops_the_system_message_is_counted() -> None:
-    template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+    template = CHATML.replace(
+        "{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}"
+    )
     encoder = RowEncoder(ChatFormat(build_tokenizer(template, "<|im_end|>")), 4000)
     for row in (conversation("a", "b", system="be kind"), conversation("a", "b")):
         encoder.encode(Row(messages=row))
@@ -321,9 +368,12 @@ def test_a_template_that_drops_the_system_message_is_counted() -> None:
 
 
 def test_a_prompt_that_changes_once_it_is_answered() -> None:
-    """Here the last question has a header that it loses when an answer follows: the prompt of generation is kept."""
+    """Here the last question has a header that it loses when an answer follows: the prompt of
+    generation is kept.
+    """
     template = CHATML.replace(
-        "{{ m['content'] }}", "{% if loop.last and m['role'] == 'user' %}Now: {% endif %}{{ m['content'] }}"
+        "{{ m['content'] }}",
+        "{% if loop.last and m['role'] == 'user' %}Now: {% endif %}{{ m['content'] }}",
     )
     encoder = RowEncoder(ChatFormat(build_tokenizer(template, "<|im_end|>")), 4000)
     row = Row(messages=conversation("and 1?", "city 1", "and 2?", "city 2"))
@@ -339,11 +389,16 @@ def test_a_prompt_that_changes_once_it_is_answered() -> None:
 def test_a_template_without_the_answer_is_refused() -> None:
     template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(TemplateRefusal, match="does not render the assistant's messages"):
-        RowEncoder(ChatFormat(build_tokenizer(template, "</s>")), 400).encode(Row(messages=conversation("a", "b")))
+        RowEncoder(ChatFormat(build_tokenizer(template, "</s>")), 400).encode(
+            Row(messages=conversation("a", "b"))
+        )
 
 
 def test_what_the_template_refuses_is_said() -> None:
-    template = "{{ raise_exception('System role not supported') if messages[0]['role'] == 'system' }}" + CHATML
+    template = (
+        "{{ raise_exception('System role not supported') if messages[0]['role'] == 'system' }}"
+        + CHATML
+    )
     encoder = RowEncoder(ChatFormat(build_tokenizer(template, "<|im_end|>")), 400)
     with pytest.raises(TemplateRefusal, match="refuses this row: System role not supported"):
         encoder.encode(Row(messages=conversation("a", "b", system="s")))
@@ -365,13 +420,17 @@ def test_markers_without_the_end_are_extended_to_it() -> None:
 def test_markers_that_leave_out_a_beginning_are_kept_to() -> None:
     template = _MARKED.replace("{% generation %}", "Well: {% generation %}")
     encoder = RowEncoder(ChatFormat(build_tokenizer(template, "<|im_end|>")), 4000)
-    assert spans_of(encoder, Row(messages=conversation("and 1?", "city 1"))) == [" city 1<|im_end|>"]
+    assert spans_of(encoder, Row(messages=conversation("and 1?", "city 1"))) == [
+        " city 1<|im_end|>"
+    ]
     assert encoder.format.counts == {"markers_begin_late": 1}
 
 
 def test_an_end_that_a_text_brings_is_not_doubled() -> None:
     encoder = encoder_of(BY_NAME["qwen2.5"])
-    assert spans_of(encoder, Row(messages=conversation("and 1?", "city 1<|im_end|>"))) == ["city 1<|im_end|>"]
+    assert spans_of(encoder, Row(messages=conversation("and 1?", "city 1<|im_end|>"))) == [
+        "city 1<|im_end|>"
+    ]
     plain = encoder_of(BY_NAME["no-template"])
     assert spans_of(plain, Row(messages=conversation("and 1?", "city 1</s>"))) == ["city 1</s>"]
     tokenizer = plain.format.tokenizer
@@ -386,8 +445,10 @@ def test_an_end_that_a_text_brings_is_not_doubled() -> None:
 # ---- every template that TRL ships, whatever it writes ----
 
 _TWO_CALLS = (
-    '[{"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": {"city": "Paris"}}},'
-    ' {"type": "function", "id": "abcdefghj", "function": {"name": "weather", "arguments": {"city": "Rome"}}}]'
+    '[{"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": '
+    '{"city": "Paris"}}},'
+    ' {"type": "function", "id": "abcdefghj", "function": {"name": "weather", "arguments": '
+    '{"city": "Rome"}}}]'
 )
 _ROWS = {
     "turns": Row(messages=conversation("USER1 q?", "a1", "USER2 q?", "a2", system="SYSTEM s")),
@@ -399,7 +460,9 @@ _ROWS = {
             Message("assistant", "a2", reasoning="I count."),
         )
     ),
-    "inline": Row(messages=conversation("USER1 q?", "a1", "USER2 q?", "<think>\nI count.\n</think>\n\na2")),
+    "inline": Row(messages=conversation("USER1 "
+                                        "q?", "a1", "USER2 "
+                                                    "q?", "<think>\nI count.\n</think>\n\na2")),
     "tools": Row(
         messages=(
             Message("user", "USER1 q?"),
@@ -419,16 +482,22 @@ _ROWS = {
         tools=_WEATHER,
     ),
     "two calls": Row(
-        messages=(Message("user", "USER1 q?"), Message("assistant", "", tool_calls=_TWO_CALLS)), tools=_WEATHER
+        messages=(Message("user", "USER1 "
+                                  "q?"), Message("assistant", "", tool_calls=_TWO_CALLS)), tools=_WEATHER
     ),
 }  # fmt: skip
 
 
 def _template_cases() -> Iterator[Any]:
-    """Each template with the variables that it knows; those that TRL made for training are for `make test-all`."""
+    """Each template with the variables that it knows; those that TRL made for training are for
+    `make test-all`.
+    """
     for path in sorted(trl_templates().glob("*.jinja")):
         thinks = "enable_thinking" in path.read_text(encoding="utf-8")
-        for variables in ({}, *([{"enable_thinking": False}, {"enable_thinking": True}] if thinks else [])):
+        for variables in (
+            {},
+            *([{"enable_thinking": False}, {"enable_thinking": True}] if thinks else []),
+        ):
             is_long = path.stem.endswith("_training") or variables == {"enable_thinking": True}
             marks = [pytest.mark.long] if is_long else []
             yield pytest.param(path.stem, variables, id=f"{path.stem} {variables}", marks=marks)
@@ -436,7 +505,9 @@ def _template_cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("name", "variables"), _template_cases())
 def test_what_others_say_is_never_learnt(name: str, variables: dict[str, bool]) -> None:
-    """Each row is learnt exactly, or refused: no user, system or tool is learnt, and a right answer is seen as one."""
+    """Each row is learnt exactly, or refused: no user, system or tool is learnt, and a right answer
+    is seen as one.
+    """
     tokenizer = build_tokenizer(trl_template(name), "<|eos|>", "<|bos|>")
     shared = RowEncoder(ChatFormat(tokenizer, (), variables), 4000)
     for what, row in _ROWS.items():
@@ -452,21 +523,31 @@ def test_what_others_say_is_never_learnt(name: str, variables: dict[str, bool]) 
             if message.role == "assistant":
                 assert message.content.rpartition("</think>")[2].strip() in learnt, (what, learnt)
                 assert message.reasoning in learnt, (what, learnt)
-                assert all(call["function"]["arguments"]["city"] in learnt for call in message.calls), (what, learnt)
+                assert all(
+                    call["function"]["arguments"]["city"] in learnt for call in message.calls
+                ), (what, learnt)
         last = encoded.examples[-1]
         span = spans[-1]
         right = predicted(encoder, last.ids[: last.answer_start], last.ids[last.answer_start :])
-        assert right == encoded.reference or encoder.format.counts["no_answer"], (what, right, encoded.reference)
+        assert right == encoded.reference or encoder.format.counts["no_answer"], (
+            what,
+            right,
+            encoded.reference,
+        )
         assert span[-1] == last.ids[-1] in encoder.format.ends or span[-1] in encoder.ends
         after_others = shared.encode(row)  # what came before does not change a row
         assert [one.ids for one in after_others.examples] == [one.ids for one in encoded.examples]
 
 
-@pytest.mark.parametrize("name", ["qwen3_8", "glm4moe", "nemotron_3_nano", "qwen3_training", "qwen3_5_think"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_8", "glm4moe", "nemotron_3_nano", "qwen3_training", "qwen3_5_think"]
+)
 def test_thoughts_behind_a_closed_block_are_refused(name: str) -> None:
     tokenizer = build_tokenizer(trl_template(name), "<|eos|>")
     encoder = RowEncoder(ChatFormat(tokenizer, (), {"enable_thinking": False}), 4000)
-    with pytest.raises(TemplateRefusal, match=r"closes the thinking block before the answer|reasoning_content"):
+    with pytest.raises(
+        TemplateRefusal, match=r"closes the thinking block before the answer|reasoning_content"
+    ):
         encoder.encode(_ROWS["reasoning"])
 
 
@@ -475,11 +556,14 @@ def test_calls_that_are_not_all_rendered_are_refused() -> None:
     with pytest.raises(TemplateRefusal, match="does not render all tool_calls"):
         encoder_of(BY_NAME["gpt-oss"]).encode(row)
     names_alone = CHATML.replace(
-        "{{ m['content'] }}", "{{ m['content'] }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}"
+        "{{ m['content'] }}",
+        "{{ m['content'] }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}",
     )
     encoder = RowEncoder(ChatFormat(build_tokenizer(names_alone, "<|im_end|>")), 4000)
     with pytest.raises(TemplateRefusal, match="does not render all tool_calls"):
-        encoder.encode(Row(messages=(Message("user", "weather?"), Message("assistant", "", tool_calls=_CALL))))
+        encoder.encode(
+            Row(messages=(Message("user", "weather?"), Message("assistant", "", tool_calls=_CALL)))
+        )
 
 
 def test_what_tools_answer_is_not_dropped() -> None:
@@ -494,7 +578,9 @@ def test_what_tools_answer_is_not_dropped() -> None:
 
 def test_an_end_token_inside_an_answer_is_counted() -> None:
     encoder = encoder_of(BY_NAME["qwen2.5"])
-    encoded = encoder.encode(Row(messages=conversation("how does a turn end?", "with <|im_end|> or not")))
+    encoded = encoder.encode(
+        Row(messages=conversation("how does a turn end?", "with <|im_end|> or not"))
+    )
     assert encoded.reference == "with"  # what generation stops at
     assert encoder.format.counts == {"end_inside": 1, "special_inside": 1}
 
@@ -504,18 +590,33 @@ def test_frames_are_known_as_tokenizers_decode_them() -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<unk>", "▁", "\n", *"abcdefghijklmnopqrstuvwxyz0123456789?.QAFBW", "▁assistant", "▁city", "▁9"]
-    tokenizer = Tokenizer(models.Unigram([(word, -1.0 - place / 100) for place, word in enumerate(words)], unk_id=0))
+    words = [
+        "<unk>",
+        "▁",
+        "\n",
+        *"abcdefghijklmnopqrstuvwxyz0123456789?.QAFBW",
+        "▁assistant",
+        "▁city",
+        "▁9",
+    ]
+    tokenizer = Tokenizer(
+        models.Unigram([(word, -1.0 - place / 100) for place, word in enumerate(words)], unk_id=0)
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", unk_token="<unk>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", unk_token="<unk>"
+    )
     fast.chat_template = BY_NAME["no-generation-prompt"].text
     encoder = RowEncoder(ChatFormat(fast), 4000)
     encoded = encoder.encode(Row(messages=conversation("why?", "city 9")))
     (example,) = encoded.examples
     assert encoded.reference == "city 9"
-    assert predicted(encoder, example.ids[: example.answer_start], example.ids[example.answer_start :]) == "city 9"
+    assert (
+        predicted(encoder, example.ids[: example.answer_start], example.ids[example.answer_start :])
+        == "city 9"
+    )
 
 
 def test_markers_hold_where_tokens_merge_over_the_prompts_end() -> None:
@@ -553,17 +654,24 @@ def test_a_call_behind_thoughts_is_compared_whole() -> None:
 def _agent_row(calls: int) -> Row:
     messages = [Message("user", "weather?")]
     for _ in range(calls):
-        messages += [Message("assistant", "", tool_calls=_CALL), Message("tool", "sunny " * 20, name="weather")]
+        messages += [
+            Message("assistant", "", tool_calls=_CALL),
+            Message("tool", "sunny " * 20, name="weather"),
+        ]
     return Row(messages=(*messages, Message("assistant", "done")), tools=_WEATHER)
 
 
 def test_a_long_row_of_calls_keeps_the_turns_that_fit() -> None:
-    """After one question nothing can be dropped: turns that fit are learnt together, and the others are cut."""
+    """After one question nothing can be dropped: turns that fit are learnt together, and the others
+    are cut.
+    """
     whole = encoder_of(BY_NAME["qwen2.5"]).encode(_agent_row(4)).examples[0]
     encoder = encoder_of(BY_NAME["qwen2.5"], max_length=len(whole.ids) - 60)
     examples = encoder.encode(_agent_row(4)).examples
     learnt = [
-        text for one in examples for text in map(encoder.format.template.decode, learnt_spans(one.ids, one.learnt))
+        text
+        for one in examples
+        for text in map(encoder.format.template.decode, learnt_spans(one.ids, one.learnt))
     ]
     assert len(learnt) == 5
     assert sum("</tool_call>" in text for text in learnt) == 4
@@ -573,13 +681,18 @@ def test_a_long_row_of_calls_keeps_the_turns_that_fit() -> None:
 
 @pytest.mark.parametrize("kept", range(1, 8))
 def test_no_more_turns_are_dropped_than_needed(kept: int) -> None:
-    turns = [text for number in range(8) for text in (f"and country {number}?", f"it is city {number}.")]
+    turns = [
+        text for number in range(8) for text in (f"and country {number}?", f"it is city {number}.")
+    ]
     last_ones = Row(messages=conversation(*turns[-2 * kept :]))
     room = len(encoder_of(BY_NAME["chatml-base"]).encode(last_ones).examples[0].ids)
     encoder = encoder_of(BY_NAME["chatml-base"], max_length=room)
     (example,) = encoder.encode(Row(messages=conversation(*turns))).examples
     assert example.ids == encoder.encode(last_ones).examples[0].ids
-    assert encoder.prompt(Row(messages=conversation(*turns)), 4000) == example.ids[: example.answer_start]
+    assert (
+        encoder.encode_prompt(Row(messages=conversation(*turns)), 4000)
+        == example.ids[: example.answer_start]
+    )
 
 
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
@@ -600,12 +713,12 @@ def test_a_tokenizer_without_offsets() -> None:
 
 def test_the_day_in_a_prompt_is_known() -> None:
     dated = BY_NAME["llama3.2"].format()
-    assert dated.template.tells_the_date
+    assert dated.template.has_current_date
     fixed = ChatFormat(dated.tokenizer, (), {"date_string": "26 Jul 2024"})
-    assert not fixed.template.tells_the_date
+    assert not fixed.template.has_current_date
     assert "26 Jul 2024" in fixed.template.render(conversation("why?"), generation=True)
     gpt_oss = ChatFormat(BY_NAME["gpt-oss"].tokenizer(), (), {"date_string": "26 Jul 2024"})
-    assert gpt_oss.template.tells_the_date  # it does not take that variable
+    assert gpt_oss.template.has_current_date  # it does not take that variable
 
 
 # ---- the frame around an answer ----
@@ -628,17 +741,23 @@ def test_the_day_in_a_prompt_is_known() -> None:
     ],
 )
 def test_the_frame_is_taken_off(frame: AnswerFrame, written: str, answer: str) -> None:
-    assert frame.visible(written) == answer
+    assert frame.extract_visible_text(written) == answer
     assert (
-        AnswerFrame.from_dict(frame.as_dict()).after("<think>" if frame.prompt_opens else "").visible(written) == answer
+        AnswerFrame.from_dict(frame.to_dict())
+        .adapt_to_prompt("<think>" if frame.prompt_opens else "")
+        .extract_visible_text(written)
+        == answer
     )
 
 
 def test_an_unfinished_text_shows_nothing_of_a_frame() -> None:
     frame = AnswerFrame()
     whole = "<think>\nso\n</think>\n\ncity 9"
-    shown = [frame.visible(whole[:size], finished=False).strip() for size in range(len(whole) + 1)]
+    shown = [
+        frame.extract_visible_text(whole[:size], finished=False).strip()
+        for size in range(len(whole) + 1)
+    ]
     assert all("city 9".startswith(text) for text in shown)
     assert shown[-1] == "city 9"
-    assert frame.visible("<thi", finished=False) == ""
-    assert frame.visible("<thi") == "<thi"
+    assert frame.extract_visible_text("<thi", finished=False) == ""
+    assert frame.extract_visible_text("<thi") == "<thi"

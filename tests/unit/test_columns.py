@@ -1,4 +1,6 @@
-"""Large files are read in columns, and mean the same as record by record: rows, lines, labels, errors, splits."""
+"""Large files are read in columns, and mean the same as record by record: rows, lines, labels,
+errors, splits.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +14,31 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lorafleet.jobs.data import columns
 from lorafleet.jobs.data.columns import ColumnRows
 from lorafleet.jobs.data.conversation import Message
 from lorafleet.jobs.data.row_formats import Row
 from lorafleet.jobs.data.row_lists import PackedRows, RowPacker
-from lorafleet.jobs.data.rows import Rows, load_rows, majority_share
-from lorafleet.jobs.data.splits import hold_back
+from lorafleet.jobs.data.rows import Rows, compute_majority_share, load_rows
+from lorafleet.jobs.data.splits import split_held_out
 from lorafleet.jobs.errors import DataError
 from lorafleet.jobs.loading.job_file import load_text
-
 from tests.conftest import ROOT
 from tests.unit.test_fuzz import STRANGE_TEXTS
 
 
 @pytest.fixture(autouse=True)
 def _small_files_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "_FEWEST_BYTES", 0)
+    monkeypatch.setattr(columns, "_MIN_BYTES", 0)
 
 
-def both_ways(folder: Path, name: str, rows: list[Any] | bytes, task: str, more: str = "") -> tuple[Any, Any, bool]:
-    """What a file is read as in columns and record by record, (rows or the error), and whether columns were used."""
+def both_ways(
+    folder: Path, name: str, rows: list[Any] | bytes, task: str, more: str = ""
+) -> tuple[Any, Any, bool]:
+    """What a file is read as in columns and record by record, (rows or the error), and whether
+    columns were used.
+    """
     path = folder / name
     if name.endswith(".parquet"):
         import pyarrow
@@ -41,7 +47,11 @@ def both_ways(folder: Path, name: str, rows: list[Any] | bytes, task: str, more:
         assert not isinstance(rows, bytes)
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
-        path.write_bytes(rows if isinstance(rows, bytes) else "".join(json.dumps(row) + "\n" for row in rows).encode())
+        path.write_bytes(
+            rows
+            if isinstance(rows, bytes)
+            else "".join(json.dumps(row) + "\n" for row in rows).encode()
+        )
     job = load_text(
         f"name: x\ntask: {task}\nmodel: {{model_name_or_path: asset:minilm-l6}}\n"
         f"data: {{train_file: {path}, {more}}}\n",
@@ -58,7 +68,7 @@ def both_ways(folder: Path, name: str, rows: list[Any] | bytes, task: str, more:
     fast = read()
     used = isinstance(fast, Rows) and isinstance(fast.train, ColumnRows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(columns, "_FEWEST_BYTES", 2**60)
+        patch.setattr(columns, "_MIN_BYTES", 2**60)
         return fast, read(), used
 
 
@@ -77,16 +87,24 @@ def check_same(fast: Any, slow: Any) -> None:
 
 def texts(count: int, seed: int = 0) -> list[dict[str, Any]]:
     draw = random.Random(seed)
-    return [{"text": f"text {draw.randrange(count * 3)}", "label": draw.choice(["b", "a", "c"])} for _ in range(count)]
+    return [
+        {"text": f"text {draw.randrange(count * 3)}", "label": draw.choice(["b", "a", "c"])}
+        for _ in range(count)
+    ]
 
 
 ODD: dict[str, list[Any] | bytes] = {
     "plain": texts(200),
     "whole numbers": [row | {"label": "abc".index(row["label"])} for row in texts(100)],
-    "with more columns": [row | {"id": n, "note": None if n % 3 else "x"} for n, row in enumerate(texts(100))],
+    "with "
+    "more "
+    "columns": [row | {"id": n, "note": None if n % 3 else "x"} for n, row in enumerate(texts(100))],
     "labels with blanks": [row | {"label": f" {row['label']} "} for row in texts(100)],
-    "labels like dates": [row | {"label": f"2020-01-0{n % 3 + 1}"} for n, row in enumerate(texts(100))],
-    "texts like dates": [row | {"text": f"2020-01-0{n % 9 + 1}T00:00:00"} for n, row in enumerate(texts(100))],
+    "labels "
+    "like dates": [row | {"label": f"2020-01-0{n % 3 + 1}"} for n, row in enumerate(texts(100))],
+    "texts "
+    "like "
+    "dates": [row | {"text": f"2020-01-0{n % 9 + 1}T00:00:00"} for n, row in enumerate(texts(100))],
     "mixed labels": [row | {"label": n % 2 if n % 5 else "a"} for n, row in enumerate(texts(100))],
     "truths": [row | {"label": n % 2 == 0} for n, row in enumerate(texts(100))],
     "a blank line": b"".join(json.dumps(row).encode() + b"\n\n" for row in texts(60)),
@@ -114,23 +132,37 @@ ODD: dict[str, list[Any] | bytes] = {
 def test_classes_are_read_alike(kind: str, tmp_path: Path) -> None:
     fast, slow, used = both_ways(tmp_path, "rows.jsonl", ODD[kind], "classification")
     check_same(fast, slow)
-    if kind in ("plain", "whole numbers", "with more columns", "labels with blanks", "every text twice", "no end"):
+    if kind in (
+        "plain",
+        "whole numbers",
+        "with more columns",
+        "labels with blanks",
+        "every text twice",
+        "no end",
+    ):
         assert used
 
 
 TABLES: dict[str, str] = {
     "plain": "text,label\n" + "".join(f"words {n},{'ab'[n % 2]}\n" for n in range(80)),
     "quoted": "text,label\n" + "".join(f'"words, ""{n}""",{"ab"[n % 2]}\n' for n in range(80)),
-    "lines": "text,label,id\n" + "".join(f'"words\n{"x" * (n % 3)}\r\n{n}",{"ab"[n % 2]},\n' for n in range(80)),
+    "lines": "text,label,id\n"
+    + "".join(f'"words\n{"x" * (n % 3)}\r\n{n}",{"ab"[n % 2]},\n' for n in range(80)),
     "windows": "text,label\r\n" + "".join(f"words {n},{'ab'[n % 2]}\r\n" for n in range(80)),
     "blank lines": "text,label\n" + "".join(f"words {n},{'ab'[n % 2]}\n\n" for n in range(80)),
     "semicolons": "text;label\n" + "".join(f"words, {n};{'ab'[n % 2]}\n" for n in range(80)),
     "a mark": "\ufefftext,label\n" + "".join(f"wörds {n},{'ab'[n % 2]}\n" for n in range(80)),
-    "a long row": "text,label\n" + "".join(f"words {n},{'ab'[n % 2]}{',' * (n == 40)}\n" for n in range(80)),
-    "a short row": "text,label\n" + "".join(f"words {n}{',ab'[: 2 * (n != 40)]}\n" for n in range(80)),
-    "another column": "text,label,id\n" + "".join(f"words {n},{'ab'[n % 2]},{n or ''}\n" for n in range(80)),
-    "an empty text": "text,label\n" + "".join(f"{'words' if n else ''},{'ab'[n % 2]}\n" for n in range(80)),
-    "an open quote": "text,label\n" + "".join(f"words {n},{'ab'[n % 2]}\n" for n in range(80)) + '"x,a\n',
+    "a long row": "text,label\n"
+    + "".join(f"words {n},{'ab'[n % 2]}{',' * (n == 40)}\n" for n in range(80)),
+    "a short row": "text,label\n"
+    + "".join(f"words {n}{',ab'[: 2 * (n != 40)]}\n" for n in range(80)),
+    "another column": "text,label,id\n"
+    + "".join(f"words {n},{'ab'[n % 2]},{n or ''}\n" for n in range(80)),
+    "an empty text": "text,label\n"
+    + "".join(f"{'words' if n else ''},{'ab'[n % 2]}\n" for n in range(80)),
+    "an open quote": "text,label\n"
+    + "".join(f"words {n},{'ab'[n % 2]}\n" for n in range(80))
+    + '"x,a\n',
     "twice a column": "text,text\na,b\n",
     "nothing": "",
     "a header": "text,label\n",
@@ -143,7 +175,9 @@ def test_tables_are_read_alike(kind: str, ending: str, tmp_path: Path) -> None:
     text = TABLES[kind].replace(",", "\t") if ending == "tsv" else TABLES[kind]
     fast, slow, used = both_ways(tmp_path, f"rows.{ending}", text.encode(), "classification")
     check_same(fast, slow)
-    if kind in ("plain", "windows", "another column", "a mark") or (kind in ("quoted", "lines") and ending == "csv"):
+    if kind in ("plain", "windows", "another column", "a mark") or (
+        kind in ("quoted", "lines") and ending == "csv"
+    ):
         assert used
 
 
@@ -152,7 +186,8 @@ def test_tables_are_read_alike(kind: str, ending: str, tmp_path: Path) -> None:
 def test_other_encodings_are_read_alike(encoding: str, ending: str, tmp_path: Path) -> None:
     text = "text,label\n" + "".join(f"wörds {n},{'ab'[n % 2]}\n" for n in range(80))
     if ending == "jsonl":
-        text = "".join(json.dumps({"text": f"wörds {n}", "label": "ab"[n % 2]}, ensure_ascii=False) + "\n"
+        text = "".join(json.dumps({"text": "wörds "
+                                           f"{n}", "label": "ab"[n % 2]}, ensure_ascii=False) + "\n"
                        for n in range(80))  # fmt: skip
     if ending == "tsv":
         text = text.replace(",", "\t")
@@ -168,7 +203,9 @@ def bomb(kind: str, path: Path) -> None:
 
     if kind == "rows":
         schema = pyarrow.schema([("text", pyarrow.string()), ("label", pyarrow.string())])
-        block = pyarrow.Table.from_pydict({"text": ["a"] * 1_000_000, "label": ["b"] * 1_000_000}, schema=schema)
+        block = pyarrow.Table.from_pydict(
+            {"text": ["a"] * 1_000_000, "label": ["b"] * 1_000_000}, schema=schema
+        )
         with parquet.ParquetWriter(path, schema) as writer:
             for _ in range(30):
                 writer.write_table(block)
@@ -192,12 +229,16 @@ def test_a_parquet_file_cannot_fill_the_memory(kind: str, tmp_path: Path) -> Non
         "except DataError as error: print(error)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert "unpacks to more than 200 times its size" in done.stdout, done.stderr
     assert int(done.stdout.split()[-1]) < 1_000_000, "kilobytes"
 
 
-@pytest.mark.parametrize("kind", ["plain", "whole numbers", "with more columns", "truths", "a null", "mixed"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "whole numbers", "with more columns", "truths", "a null", "mixed"]
+)
 def test_parquet_is_read_alike(kind: str, tmp_path: Path) -> None:
     rows = ODD.get(kind, texts(50))
     assert isinstance(rows, list)
@@ -207,10 +248,15 @@ def test_parquet_is_read_alike(kind: str, tmp_path: Path) -> None:
 
 ANSWERS: dict[str, list[Any]] = {
     "plain": [{"prompt": f"ask {n % 40}", "completion": f"say {n}"} for n in range(120)],
-    "with columns": [{"prompt": f"a {n}", "completion": "b", "id": n, "source": "x"} for n in range(60)],
-    "with a system": [{"prompt": f"a {n}", "completion": "b", "system": "be brief"} for n in range(60)],
-    "with an empty system": [{"prompt": f"a {n}", "completion": "b", "system": None} for n in range(60)],
-    "with history": [{"prompt": f"a {n}", "completion": "b", "history": [["q", "r"]]} for n in range(60)],
+    "with "
+    "columns": [{"prompt": f"a {n}", "completion": "b", "id": n, "source": "x"} for n in range(60)],
+    "with "
+    "a system": [{"prompt": f"a {n}", "completion": "b", "system": "be brief"} for n in range(60)],
+    "with an "
+    "empty system": [{"prompt": f"a {n}", "completion": "b", "system": None} for n in range(60)],
+    "with "
+    "history": [{"prompt": "a "
+                           f"{n}", "completion": "b", "history": [["q", "r"]]} for n in range(60)],
     "with tools": [{"prompt": f"a {n}", "completion": "b", "tools": "[]"} for n in range(60)],
     "with weights": [{"prompt": f"a {n}", "completion": "b", "weight": 1} for n in range(60)],
     "with zero weights": [{"prompt": f"a {n}", "completion": "b", "weight": 0} for n in range(60)],
@@ -221,7 +267,8 @@ ANSWERS: dict[str, list[Any]] = {
                         "completion": [{"role": "assistant", "content": "b"}]} for n in range(60)],
     "an empty answer": [{"prompt": f"a {n}", "completion": "b" if n else ""} for n in range(60)],
     "texts alone": [{"text": f"a long text {n}"} for n in range(60)],
-    "messages": [{"messages": [{"role": "user", "content": f"a {n}"}, {"role": "assistant", "content": "b"}]}
+    "messages": [{"messages": [{"role": "user", "content": "a "
+                                                           f"{n}"}, {"role": "assistant", "content": "b"}]}
                  for n in range(60)],
 }  # fmt: skip
 
@@ -245,10 +292,14 @@ ANY_ROW = st.fixed_dictionaries(
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(ANY_ROW, min_size=4, max_size=12))
-def test_any_texts_are_read_alike(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]) -> None:
+def test_any_texts_are_read_alike(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]]
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(columns, "_FEWEST_BYTES", 0)
-        fast, slow, _ = both_ways(tmp_path_factory.mktemp("any"), "rows.jsonl", rows, "classification")
+        patch.setattr(columns, "_MIN_BYTES", 0)
+        fast, slow, _ = both_ways(
+            tmp_path_factory.mktemp("any"), "rows.jsonl", rows, "classification"
+        )
     check_same(fast, slow)
 
 
@@ -257,10 +308,15 @@ def test_a_part_of_columns_is_a_list_of_rows(tmp_path: Path) -> None:
     assert used
     rows = fast.train
     listed = list(rows)
-    assert (rows[0], rows[-1], rows[3:7], rows[::50]) == (listed[0], listed[-1], listed[3:7], listed[::50])
-    assert majority_share(rows) == majority_share(listed)
+    assert (rows[0], rows[-1], rows[3:7], rows[::50]) == (
+        listed[0],
+        listed[-1],
+        listed[3:7],
+        listed[::50],
+    )
+    assert compute_majority_share(rows) == compute_majority_share(listed)
     for share in (0.1, 0.5):
-        one, other = hold_back(rows, share, 3, "x"), hold_back(listed, share, 3, "x")
+        one, other = split_held_out(rows, share, 3, "x"), split_held_out(listed, share, 3, "x")
         assert [list(part) for part in one] == [list(part) for part in other]
     with pytest.raises(IndexError):
         rows[len(rows)]
@@ -277,7 +333,7 @@ def test_packed_rows_keep_every_field() -> None:
     packer = RowPacker()
     for row in rows:
         packer.append(row)
-    packed = packer.rows()
+    packed = packer.build_rows()
     assert [vars(row) for row in packed] == [vars(row) for row in rows]
     assert [row.question for row in packed] == [row.question for row in rows]
-    assert RowPacker().rows() == []
+    assert RowPacker().build_rows() == []

@@ -1,4 +1,6 @@
-"""Damaged run folders: a file costs its own row and is named, and no command ends in a fault of ours."""
+"""Damaged run folders: a file costs its own row and is named, and no command ends in a fault of
+ours.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,23 @@ from typing import Any
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+
 from lorafleet.evaluation.report.search import build_report
 from lorafleet.jobs.runs.run import Run
-
 from tests.conftest import lorafleet_here
 from tests.unit.test_run_and_report import finished  # noqa: F401 - a fixture
 
 DAMAGES: dict[str, bytes | None] = {
-    "gone": None, "empty": b"", "binary": b"\xff\xfe\x00\x01" * 20, "cut": b'{"state": "fin', "list": b"[]",
-    "null": b"null", "number": b"7", "text": b'"x"', "deep": b"[" * 100_000, "deep object": b'{"a":' * 50_000,
-    "surrogate": b'{"state": "\\ud800"}', "huge number": b'{"index": 1e999, "step": 1e308, "created": 1e308}',
-    "huge integer": b'{"index": ' + b"9" * 5000 + b"}", "no object": b'{"schema_version": 1}', "folder": b"FOLDER",
+    "gone": None, "empty": b"", "binary": b"\xff\xfe\x00\x01" * 20, "cut": b'{"state": '
+                                                                           b'"fin', "list": b"[]",
+    "null": b"null", "number": b"7", "text": b'"x"', "deep": b"[" * 100_000, "deep "
+                                                                             "object": b'{"a":' * 50_000,
+    "surrogate": b'{"state": '
+                 b'"\\ud800"}', "huge number": b'{"index": 1e999, "step": 1e308, "created": 1e308}',
+    "huge "
+    "integer": b'{"index": ' + b"9" * 5000 + b"}", "no "
+                                                   "object": b'{"schema_version": '
+                                                             b'1}', "folder": b"FOLDER",
     "pipe": b"PIPE", "loop": b"LOOP",
 }  # fmt: skip
 FILES = ("status.json", "plan.json", "facts.json", "events.jsonl", "resolved.json", "job.yaml", "report/base.json",
@@ -75,7 +83,10 @@ SOME = random.Random(0).sample(EVERY, 24)
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [pytest.param(*pair, marks=() if pair in SOME else pytest.mark.long, id=" ".join(pair)) for pair in EVERY],
+    [
+        pytest.param(*pair, marks=() if pair in SOME else pytest.mark.long, id=" ".join(pair))
+        for pair in EVERY
+    ],
 )
 def test_a_damaged_file_is_told(name: str, kind: str, finished: Run) -> None:  # noqa: F811
     run = read_only(finished)
@@ -98,7 +109,9 @@ def test_values_of_wrong_types_are_told(name: str, finished: Run) -> None:  # no
     lines = path.suffix == ".jsonl"
     tree = json.loads(whole.splitlines()[-1] if lines else whole)
     keys = [(key,) for key in tree]
-    keys += [(key, inner) for key, block in tree.items() if isinstance(block, dict) for inner in block]
+    keys += [
+        (key, inner) for key, block in tree.items() if isinstance(block, dict) for inner in block
+    ]
     draw = random.Random(name)
     for key in keys:
         value = draw.choice(WRONG)
@@ -115,16 +128,22 @@ def test_values_of_wrong_types_are_told(name: str, finished: Run) -> None:  # no
 def test_any_damage_is_told(examples: int, finished: Run) -> None:  # noqa: F811
     """Bytes flipped, cut and put in anywhere, in any file, and seen by any command."""
 
-    @settings(max_examples=examples, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+    @settings(
+        max_examples=examples, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate)
+    )
     @given(data=st.data())
     def damaged_and_tried(data: st.DataObject) -> None:
         run = read_only(finished)
-        paths = sorted(path for path in run.path.rglob("*") if path.is_file() and path.name != ".reserve")
+        paths = sorted(
+            path for path in run.path.rglob("*") if path.is_file() and path.name != ".reserve"
+        )
         for _ in range(data.draw(st.integers(1, 3))):
             path = data.draw(st.sampled_from(paths))
             raw = path.read_bytes()
             at, length = data.draw(st.integers(0, len(raw))), data.draw(st.integers(0, 20))
-            path.write_bytes(raw[:at] + data.draw(st.binary(max_size=8) | JUNK) + raw[at + length :])
+            path.write_bytes(
+                raw[:at] + data.draw(st.binary(max_size=8) | JUNK) + raw[at + length :]
+            )
         tried(run, [data.draw(st.sampled_from(COMMANDS))])
 
     damaged_and_tried()
@@ -134,12 +153,14 @@ JUNK = st.sampled_from([b"null", b"[]", b"{}", b"1e999", b'"', b"\n", b"-"])
 
 
 def test_a_trial_that_is_gone_is_named(finished: Run) -> None:  # noqa: F811
-    shutil.rmtree(finished.trial("bbbb").path)
+    shutil.rmtree(finished.get_trial("bbbb").path)
     report = build_report(finished)
     assert "trial bbbb was made, and its folder is gone" in report.warnings
-    (finished.trial("cccc").path / "params.json").unlink()
-    (finished.trial("dddd").path / "metrics.jsonl").write_text('{"step": "x"}\n')
+    (finished.get_trial("cccc").path / "params.json").unlink()
+    (finished.get_trial("dddd").path / "metrics.jsonl").write_text('{"step": "x"}\n')
     warnings = build_report(finished).warnings
     assert any("trials/cccc/params.json is gone" in sentence for sentence in warnings)
-    assert any("trials/dddd/metrics.jsonl is damaged: step is 'x'" in sentence for sentence in warnings)
+    assert any(
+        "trials/dddd/metrics.jsonl is damaged: step is 'x'" in sentence for sentence in warnings
+    )
     assert [row.trial_id for row in build_report(finished).trials] == ["aaaa"]

@@ -8,17 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lorafleet.commands.data import data_view
-from lorafleet.evaluation.report.data import DataReport, data_report
-from lorafleet.jobs.loading.job_file import load_text
-from lorafleet.training.data import prepare
 
+from lorafleet.commands.data import render_report
+from lorafleet.evaluation.report.data import DataReport, build_data_report
+from lorafleet.jobs.loading.job_file import load_text
+from lorafleet.training.data import prepare_tokens
 from tests.conftest import lorafleet_here, write_rows
 from tests.unit.chat_families import BY_NAME, model_folder
 
 
 def chat_row(question: str, answer: str, **more: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **more}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ],
+        **more,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +33,27 @@ def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def job_file(
-    folder: Path, model: Path, rows: dict[str, list[Any]], max_length: int = 64, task: str = "generation"
+    folder: Path,
+    model: Path,
+    rows: dict[str, list[Any]],
+    max_length: int = 64,
+    task: str = "generation",
 ) -> Path:
-    files = {f"{name}_file": str(write_rows(folder / f"{name}.jsonl", found)) for name, found in rows.items()}
-    text = f"name: look\ntask: {task}\nmodel: {{model_name_or_path: {model}, max_length: {max_length}}}\n"
+    files = {
+        f"{name}_file": str(write_rows(folder / f"{name}.jsonl", found))
+        for name, found in rows.items()
+    }
+    text = (
+        f"name: look\ntask: {task}\nmodel: {{model_name_or_path: {model}, max_length: "
+        f"{max_length}}}\n"
+    )
     path = folder / "job.yaml"
     path.write_text(f"{text}data: {json.dumps(files)}\n")
     return path
 
 
 def report_of(path: Path, **options: Any) -> DataReport:
-    return data_report(load_text(path.read_text(), path).job, **options)
+    return build_data_report(load_text(path.read_text(), path).job, **options)
 
 
 ROWS = {
@@ -64,7 +80,12 @@ def test_a_report_counts_what_is_odd(chat_model: Path, tmp_path: Path) -> None:
     report = report_of(path)
     train, validation, test = report.splits
     assert report.format == "messages"
-    assert (train.rows, train.examples, validation.rows, test.rows) == (6, 7, 2, 1)  # Qwen3: a turn, an example
+    assert (train.rows, train.examples, validation.rows, test.rows) == (
+        6,
+        7,
+        2,
+        1,
+    )  # Qwen3: a turn, an example
     assert (train.repeated, validation.also_in_train, test.also_in_train) == (1, 1, 0)
     assert (train.longer, train.cut, train.shortened) == (1, 1, 0)
     assert train.special_tokens == {"<|im_end|>": 1}
@@ -75,7 +96,7 @@ def test_a_report_counts_what_is_odd(chat_model: Path, tmp_path: Path) -> None:
     assert not report.bad_rows
     assert any("column 'note'" in note for note in report.notes)
     # The numbers are those of what is trained on.
-    split = prepare(load_text(path.read_text(), path).job).splits["train"]
+    split = prepare_tokens(load_text(path.read_text(), path).job).splits["train"]
     assert train.tokens == len(split.ids)
     assert train.learnt_tokens == int(np.sum(split.learnt))
 
@@ -83,11 +104,18 @@ def test_a_report_counts_what_is_odd(chat_model: Path, tmp_path: Path) -> None:
 def test_bad_rows_are_all_named_and_the_rest_is_looked_at(chat_model: Path, tmp_path: Path) -> None:
     rows = {
         **ROWS,
-        "train": [*ROWS["train"], chat_row("country?", ""), {"messages": "x"}, chat_row("a", "b", tools="[")],
+        "train": [
+            *ROWS["train"],
+            chat_row("country?", ""),
+            {"messages": "x"},
+            chat_row("a", "b", tools="["),
+        ],
     }
     path = job_file(tmp_path, chat_model, rows)
     report = report_of(path)
-    assert [line.partition(": ")[0] for line in report.bad_rows] == [f"{tmp_path}/train.jsonl:{n}" for n in (7, 8, 9)]
+    assert [line.partition(": ")[0] for line in report.bad_rows] == [
+        f"{tmp_path}/train.jsonl:{n}" for n in (7, 8, 9)
+    ]
     assert report.splits[0].rows == 6
     found = lorafleet_here("data", path, cwd=tmp_path)
     assert found.returncode == 2
@@ -107,7 +135,10 @@ def test_rows_are_shown_as_tokens(chat_model: Path, tmp_path: Path) -> None:
     assert "example 2 of 2" in plain
     report = report_of(path, show=5)
     (example,) = report.shown[0].examples
-    assert "".join(token.text for token in example if token.learnt) == "<think>\n\n</think>\n\ncity 1<|im_end|>"
+    assert (
+        "".join(token.text for token in example if token.learnt)
+        == "<think>\n\n</think>\n\ncity 1<|im_end|>"
+    )
     assert [row.line for row in report.shown] == [1, 2, 3, 4, 5]
     held_out = report_of(path, show=1, split="test")
     assert "country 8?" in "".join(token.text for token in held_out.shown[0].examples[0])
@@ -122,7 +153,7 @@ def test_the_view_fits_a_terminal(width: int, chat_model: Path, tmp_path: Path) 
     screen = Console(width=width, file=io.StringIO(), force_terminal=True, color_system="standard")
     report = report_of(job_file(tmp_path, chat_model, ROWS), show=2)
     with screen.capture() as capture:
-        screen.print(data_view(report, coloured=True))
+        screen.print(render_report(report, coloured=True))
     text = capture.get()
     assert "\x1b[1;32m" in text  # what is learnt
     assert "«" not in text
@@ -137,10 +168,16 @@ def test_characters_are_shown_whole(chat_model: Path, tmp_path: Path) -> None:
     assert "\ufffd" not in text
 
 
-def test_classes_are_counted(tiny_bert: Path, opinion_files: dict[str, Path], tmp_path: Path) -> None:
+def test_classes_are_counted(
+    tiny_bert: Path, opinion_files: dict[str, Path], tmp_path: Path
+) -> None:
     rows = [json.loads(line) for line in opinion_files["train"].read_text().splitlines()]
     path = job_file(
-        tmp_path, tiny_bert, {"train": rows, "validation": rows[:8], "test": rows[8:12]}, 8, "classification"
+        tmp_path,
+        tiny_bert,
+        {"train": rows, "validation": rows[:8], "test": rows[8:12]},
+        8,
+        "classification",
     )
     report = report_of(path, show=1)
     train = report.splits[0]
@@ -166,14 +203,16 @@ def test_without_the_model_the_rows_are_looked_at_all_the_same(tmp_path: Path) -
 
 def test_named_templates_and_files_of_templates(tmp_path: Path) -> None:
     """`data.chat_template`: a file, a name, or neither; and variables of the template."""
-    from lorafleet.evaluation.tokenizer import chat_format
+    from lorafleet.evaluation.tokenizer import load_chat_format
     from lorafleet.jobs.errors import JobFileError, UserError
-    from lorafleet.jobs.trials.trial_id import facts_of, trial_id
+    from lorafleet.jobs.trials.trial_id import compute_provenance, compute_trial_id
 
     folder = model_folder(BY_NAME["qwen2.5"], tmp_path / "model")
     named = folder / "additional_chat_templates"
     named.mkdir()
-    (named / "short.jinja").write_text("{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}")
+    (named / "short.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    )
     (tmp_path / "own.jinja").write_text(
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% if loud %}Hey: {% endif %}{% endif %}"
@@ -186,16 +225,27 @@ def test_named_templates_and_files_of_templates(tmp_path: Path) -> None:
 
     own = job("data.chat_template=own.jinja")
     assert own.data.chat_template.startswith("{% for m")
-    assert chat_format(own).template.source == (tmp_path / "own.jinja").read_text()
-    assert chat_format(job("data.chat_template=short")).template.source == (named / "short.jinja").read_text()
-    assert chat_format(job()).template.source != chat_format(own).template.source
+    assert load_chat_format(own).template.source == (tmp_path / "own.jinja").read_text()
+    assert (
+        load_chat_format(job("data.chat_template=short")).template.source
+        == (named / "short.jinja").read_text()
+    )
+    assert load_chat_format(job()).template.source != load_chat_format(own).template.source
     loud = job("data.chat_template=own.jinja", "data.chat_template_kwargs.loud=true")
-    first = prepare(loud).splits["train"]
-    assert "Hey: " in chat_format(loud).tokenizer.decode(np.asarray(first.ids[: first.starts[1]]))
-    ids = {trial_id(one, facts_of(one)) for one in (job(), own, loud, job("data.train_on_turns=last"))}
+    first = prepare_tokens(loud).splits["train"]
+    assert "Hey: " in load_chat_format(loud).tokenizer.decode(
+        np.asarray(first.ids[: first.starts[1]])
+    )
+    ids = {
+        compute_trial_id(one, compute_provenance(one))
+        for one in (job(), own, loud, job("data.train_on_turns=last"))
+    }
     assert len(ids) == 4
-    with pytest.raises(UserError, match=r"neither a file nor a template of .*'s tokenizer \(it has default, short\)"):
-        chat_format(job("data.chat_template=tool_use"))
+    with pytest.raises(
+        UserError,
+        match=r"neither a file nor a template of .*'s tokenizer \(it has default, short\)",
+    ):
+        load_chat_format(job("data.chat_template=tool_use"))
     for value, sentence in (
         ("missing.jinja", "but there is no such file"),
         ("plain.txt", "but that file holds no Jinja template"),
@@ -207,11 +257,18 @@ def test_named_templates_and_files_of_templates(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_judged_twice_are_counted_once(chat_model: Path, tmp_path: Path) -> None:
-    rows = {"train": [chat_row(f"country {n}?", f"city {n}<|im_end|>x") for n in range(5)], "validation": ROWS["test"]}
-    data = prepare(load_text(job_file(tmp_path, chat_model, rows).read_text(), tmp_path / "job.yaml").job)
+    rows = {
+        "train": [chat_row(f"country {n}?", f"city {n}<|im_end|>x") for n in range(5)],
+        "validation": ROWS["test"],
+    }
+    data = prepare_tokens(
+        load_text(job_file(tmp_path, chat_model, rows).read_text(), tmp_path / "job.yaml").job
+    )
     assert data.chosen_on_test
-    assert any(note.startswith("in 5 rows an answer contains an end token") for note in data.warnings)
-    assert data.rows("test") == data.rows("validation")
+    assert any(
+        note.startswith("in 5 rows an answer contains an end token") for note in data.warnings
+    )
+    assert data.read_rows("test") == data.read_rows("validation")
     assert np.array_equal(data.splits["test"].ids, data.splits["validation"].ids)
 
 
@@ -230,8 +287,12 @@ def test_texts_with_brackets_are_printed_as_they_are(tmp_path: Path) -> None:
 
 def test_a_variable_that_no_template_uses_is_named(chat_model: Path, tmp_path: Path) -> None:
     path = job_file(tmp_path, chat_model, ROWS)
-    done = lorafleet_here("data", path, "data.chat_template_kwargs.enable_thinkng=false", cwd=tmp_path)
-    assert "has enable_thinkng, which the chat template does not use" in " ".join(done.stdout.split())
+    done = lorafleet_here(
+        "data", path, "data.chat_template_kwargs.enable_thinkng=false", cwd=tmp_path
+    )
+    assert "has enable_thinkng, which the chat template does not use" in " ".join(
+        done.stdout.split()
+    )
 
 
 def test_a_template_that_cannot_be_used_is_said(chat_model: Path, tmp_path: Path) -> None:
@@ -239,7 +300,11 @@ def test_a_template_that_cannot_be_used_is_said(chat_model: Path, tmp_path: Path
     path = job_file(tmp_path, chat_model, ROWS)
     done = lorafleet_here("data", path, "data.chat_template=deep.jinja", cwd=tmp_path)
     assert done.returncode == 2
-    assert "the chat template cannot be used: the model's chat template refuses this row" in " ".join(
-        done.stdout.split()
+    assert (
+        "the chat template cannot be used: the model's chat template refuses this row"
+        in " ".join(done.stdout.split())
     )
-    assert "train.jsonl:1: the model's chat template refuses this row: maximum recursion depth" in done.stdout
+    assert (
+        "train.jsonl:1: the model's chat template refuses this row: maximum recursion depth"
+        in done.stdout
+    )

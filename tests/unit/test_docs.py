@@ -12,19 +12,24 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from lorafleet.jobs.data.data_files import DATA_SUFFIXES
-from lorafleet.jobs.data.row_formats import convert, row_format
-from lorafleet.jobs.loading.job_file import load_text
-from lorafleet.jobs.schema.job import DataFormat, DataSpec, JobSpec
 from pydantic import BaseModel
 
+from lorafleet.jobs.data.data_files import DATA_SUFFIXES
+from lorafleet.jobs.data.row_formats import convert_record, detect_row_format
+from lorafleet.jobs.loading.job_file import load_text
+from lorafleet.jobs.schema.job import DataFormat, DataSpec, JobSpec
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_the_reference_of_the_job_file_is_up_to_date() -> None:
-    done = subprocess.run([sys.executable, "scripts/make_docs.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "scripts/make_docs.py", "--check"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout
 
 
@@ -59,7 +64,9 @@ def test_the_reference_has_every_field_with_every_word_that_it_may_be() -> None:
     assert len(fields) > 100
     for name, annotation in fields:
         words = _words_of(annotation)
-        assert any(all(f"`{word}`" in allowed for word in words) for allowed in rows.get(name, [])), name
+        assert any(
+            all(f"`{word}`" in allowed for word in words) for allowed in rows.get(name, [])
+        ), name
 
 
 def test_the_page_of_data_formats_has_every_format_and_column() -> None:
@@ -67,7 +74,10 @@ def test_the_page_of_data_formats_has_every_format_and_column() -> None:
     for word in get_args(DataFormat):
         assert f"### `{word}`" in page or word == "auto"
     for name in DataSpec.model_fields:
-        elsewhere = name in ("dataset_revision", "dataset_config_name", "system_prompt", "fold") or "template" in name
+        elsewhere = (
+            name in ("dataset_revision", "dataset_config_name", "system_prompt", "fold")
+            or "template" in name
+        )
         assert f"data.{name}" in page or elsewhere, name
     for suffix in DATA_SUFFIXES:
         assert f"`.{suffix.split('.')[1]}`" in page, suffix
@@ -79,11 +89,14 @@ def test_the_rows_of_the_page_are_what_it_calls_them(tmp_path: Path) -> None:
     assert [name for name, _ in shown] == [word for word in get_args(DataFormat) if word != "auto"]
     for name, row in shown:
         task = "classification" if name == "text_label" else "generation"
-        job = f"name: x\ntask: {task}\nmodel: {{model_name_or_path: asset:minilm-l6}}\ndata: {{train_file: x.jsonl}}\n"
+        job = (
+            f"name: x\ntask: {task}\nmodel: {{model_name_or_path: asset:minilm-l6}}\ndata: "
+            "{train_file: x.jsonl}\n"
+        )
         record = json.loads(row)
         loaded = load_text(job, tmp_path / "job.yaml").job
-        assert row_format(record, loaded) == name
-        assert convert(record, name, loaded.data, Counter())
+        assert detect_row_format(record, loaded) == name
+        assert convert_record(record, name, loaded.data, Counter())
 
 
 def test_every_link_leads_somewhere() -> None:
@@ -97,16 +110,18 @@ def test_the_readmes_job_loads() -> None:
     block = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert block
     assert load_text(block[1], Path("job.yaml")).notes == ()
-    assert set(yaml.safe_load(block[1])) == set(yaml.safe_load((ROOT / "examples/quickstart.yaml").read_text())) - {
-        "method"
-    }
+    assert set(yaml.safe_load(block[1])) == set(
+        yaml.safe_load((ROOT / "examples/quickstart.yaml").read_text())
+    ) - {"method"}
 
 
 def test_every_command_of_the_readme_exists() -> None:
     from lorafleet.commands.cli import app
 
     known = {command.name for command in app.registered_commands}
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
+    blocks = "\n".join(
+        re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    )
     used = set(re.findall(r"^lorafleet ([a-z]+)", blocks, re.MULTILINE))
     assert used
     assert used <= known

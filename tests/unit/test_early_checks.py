@@ -1,4 +1,6 @@
-"""What `validate` and `plan` say before anything runs: every problem at once, in the user's own words."""
+"""What `validate` and `plan` say before anything runs: every problem at once, in the user's own
+words.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +12,28 @@ from typing import Any
 
 import pytest
 import torch
+
 from lorafleet.cluster.planning.plan import make_plan, refuse_attention
-from lorafleet.commands.plan import plan_lines
+from lorafleet.commands.plan import describe_plan
 from lorafleet.jobs.errors import JobFileError, UserError
 from lorafleet.jobs.loading.aliases import FIELD_ALIASES, HF_ARGUMENTS
 from lorafleet.jobs.loading.job_file import load_text
-from lorafleet.jobs.loading.unused_fields import unused_notes
+from lorafleet.jobs.loading.unused_fields import collect_unused_notes
 from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.job import TrainSpec
-from lorafleet.jobs.schema.precision import planned_formats
+from lorafleet.jobs.schema.precision import describe_planned_formats
 from lorafleet.jobs.sites.base import LocalSite
-from lorafleet.jobs.trials.arms import own_job
-from lorafleet.jobs.trials.sampling import NOT_IDENTITY
-from lorafleet.training.model import check_formats
-from lorafleet.training.optim import rate_factor
-
+from lorafleet.jobs.trials.arms import build_arm_job
+from lorafleet.jobs.trials.sampling import UNSEARCHABLE_REASONS
+from lorafleet.training.model import check_number_formats
+from lorafleet.training.optim import compute_rate_factor
 from tests.conftest import JobMaker, lorafleet_here, write_rows
 from tests.unit.test_training import finish, session
 
-HEAD = "name: x\ntask: classification\nmodel: {model_name_or_path: asset:minilm-l6}\ndata: {train_file: x.jsonl}\n"
+HEAD = (
+    "name: x\ntask: classification\nmodel: {model_name_or_path: asset:minilm-l6}\ndata: "
+    "{train_file: x.jsonl}\n"
+)
 CPU_SITE = LocalSite(cpus=4, memory_gib=16.0)
 GPU_SITE = LocalSite(cpus=4, memory_gib=16.0, gpus=1, gpu_memory_gib=80.0)
 
@@ -38,14 +43,17 @@ def _job(text: str, *overrides: str, head: str = HEAD) -> Any:
 
 
 def test_all_problems_come_at_once(tmp_path: Path) -> None:
-    """Of the file's keys and values, of fields that contradict each other, of names, and of arms and searches."""
+    """Of the file's keys and values, of fields that contradict each other, of names, and of arms
+    and searches.
+    """
     (tmp_path / "job.yaml").write_text(
         "name: BAD NAME\n"
         "task: classification\n"
         "model: {model_name_or_path: ./nosuch, max_length: 32}\n"
         "data: {train_file: nosuch.jsonl}\n"
         "lora: {lora_r: 0, lora_alhpa: 3}\n"
-        "train: {learning_rate: abc, packing: true, per_device_train_batch_size: 3, global_batch_size: 16}\n"
+        "train: {learning_rate: abc, packing: true, per_device_train_batch_size: 3, "
+        "global_batch_size: 16}\n"
         "search: {parameters: {lora.lora_r: 8, train.sed: [1]}}\n"
     )
     said = lorafleet_here("validate", "job.yaml", cwd=tmp_path).stderr
@@ -63,7 +71,9 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     ):
         assert words in said, words
     assert len(said.splitlines()) == 10
-    listed = json.loads(lorafleet_here("validate", "job.yaml", "--format", "json", cwd=tmp_path).stdout)
+    listed = json.loads(
+        lorafleet_here("validate", "job.yaml", "--format", "json", cwd=tmp_path).stdout
+    )
     assert len(listed["problems"]) == 10
 
 
@@ -79,56 +89,91 @@ def test_validate_reads_the_data_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex_attention"])
 def test_attention_that_needs_a_gpu(name: str, bert_job: JobMaker, tmp_path: Path) -> None:
     loaded = bert_job(model__attn_implementation=name)
-    with pytest.raises(JobFileError, match=f"is {name}, which trains on a GPU alone, .* runs on CPU; use sdpa"):
+    with pytest.raises(
+        JobFileError, match=f"is {name}, which trains on a GPU alone, .* runs on CPU; use sdpa"
+    ):
         make_plan(loaded, CPU_SITE, "train")
     with pytest.raises(JobFileError, match="runs on CPU"):
-        refuse_attention(bert_job(model__attn_implementation=name, resources__device="cpu").job, GPU_SITE, "job.yaml")
-    refuse_attention(bert_job(model__attn_implementation="flex_attention").job, GPU_SITE, "job.yaml")
+        refuse_attention(
+            bert_job(model__attn_implementation=name, resources__device="cpu").job,
+            GPU_SITE,
+            "job.yaml",
+        )
+    refuse_attention(
+        bert_job(model__attn_implementation="flex_attention").job, GPU_SITE, "job.yaml"
+    )
 
 
 def test_attention_of_a_search_and_of_an_arm(bert_job: JobMaker) -> None:
-    search = "search: {method: grid, parameters: {model.attn_implementation: [sdpa, flash_attention_2]}}"
-    arms = "compare: {arms: {a: {method: lora}, b: {method: lora, set: {model.attn_implementation: flex_attention}}}}"
+    search = (
+        "search: {method: grid, parameters: {model.attn_implementation: [sdpa, flash_attention_2]}}"
+    )
+    arms = (
+        "compare: {arms: {a: {method: lora}, b: {method: lora, set: "
+        "{model.attn_implementation: flex_attention}}}}"
+    )
     for text in (search, arms):
         with pytest.raises(JobFileError, match="trains on a GPU alone"):
             refuse_attention(bert_job(text).job, CPU_SITE, "job.yaml")
 
 
-def test_a_package_for_attention_that_is_not_installed(bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_for_attention_that_is_not_installed(
+    bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(JobFileError, match="flash-attn is not installed"):
-        refuse_attention(bert_job(model__attn_implementation="flash_attention_2").job, GPU_SITE, "job.yaml")
+        refuse_attention(
+            bert_job(model__attn_implementation="flash_attention_2").job, GPU_SITE, "job.yaml"
+        )
 
 
-def test_bfloat16_that_the_gpu_does_not_have(bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_that_the_gpu_does_not_have(
+    bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch says that a V100 has it, since it emulates it."""
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
     gpu = torch.device("cuda")
-    check_formats(bert_job().job, gpu)
+    check_number_formats(bert_job().job, gpu)
     for field, value in (("train__mixed_precision", "bf16"), ("model__dtype", "bfloat16")):
         with pytest.raises(UserError, match=f"is {value}, but Tesla V100 has no bfloat16"):
-            check_formats(bert_job(**{field: value}).job, gpu)
+            check_number_formats(bert_job(**{field: value}).job, gpu)
 
 
 @pytest.mark.parametrize(
     ("overrides", "cuda", "line"),
     [
         ({}, False, "weights float32; arithmetic float32"),
-        ({"train__mixed_precision": "bf16"}, False, "weights float32; arithmetic bfloat16 (autocast)"),
+        (
+            {"train__mixed_precision": "bf16"},
+            False,
+            "weights float32; arithmetic bfloat16 (autocast)",
+        ),
         ({"model__dtype": "bfloat16"}, False, "weights bfloat16; arithmetic bfloat16 (autocast)"),
         ({"method": "qlora"}, False, "weights nf4, the rest float32; arithmetic float32"),
         ({}, True, "weights bfloat16; arithmetic bfloat16 (autocast), where the GPU has bfloat16"),
-        ({"method": "full"}, True, "weights float32; arithmetic bfloat16 (autocast), where the GPU has bfloat16"),
-        ({"train__mixed_precision": "no", "model__dtype": "float32"}, True, "weights float32; arithmetic float32"),
+        (
+            {"method": "full"},
+            True,
+            "weights float32; arithmetic bfloat16 (autocast), where the GPU has bfloat16",
+        ),
+        (
+            {"train__mixed_precision": "no", "model__dtype": "float32"},
+            True,
+            "weights float32; arithmetic float32",
+        ),
     ],
 )
-def test_number_formats_are_said(overrides: dict[str, Any], cuda: bool, line: str, bert_job: JobMaker) -> None:
+def test_number_formats_are_said(
+    overrides: dict[str, Any], cuda: bool, line: str, bert_job: JobMaker
+) -> None:
     loaded = bert_job(**overrides, train__max_steps=1)
-    assert planned_formats(loaded.job, cuda=cuda) == line
+    assert describe_planned_formats(loaded.job, cuda=cuda) == line
     if not cuda:
         made = make_plan(loaded, CPU_SITE, "train")
-        assert f"number format   {line}" in plan_lines(made)
+        assert f"number format   {line}" in describe_plan(made)
         trained = session(loaded.job)
         finish(trained)
         assert trained.number_formats == line  # what it was is what the plan said
@@ -137,29 +182,57 @@ def test_number_formats_are_said(overrides: dict[str, Any], cuda: bool, line: st
 @pytest.mark.parametrize(
     ("text", "command", "words"),
     [
-        ("evaluate: {folds: 3}\n", "train", "evaluate.folds is set, but not used: train trains once"),
+        (
+            "evaluate: {folds: 3}\n",
+            "train",
+            "evaluate.folds is set, but not used: train trains once",
+        ),
         ("evaluate: {folds: 3}\n", "sweep", None),
-        ("qlora: {quant_type: fp4}\n", "train", "qlora.quant_type is set, but not used: method is lora"),
-        ("method: full\nlora: {lora_r: 4, lora_alpha: 8}\n", "train", "lora.lora_r and lora.lora_alpha are set, but"),
-        ("train: {lr_scheduler_type: constant, warmup_steps: 4}\n", "train", "constant has no warm-up"),
-        ("train: {decay_ratio: 0.3}\n", "train", "only lr_scheduler_type warmup_stable_decay has it"),
+        (
+            "qlora: {quant_type: fp4}\n",
+            "train",
+            "qlora.quant_type is set, but not used: method is lora",
+        ),
+        (
+            "method: full\nlora: {lora_r: 4, lora_alpha: 8}\n",
+            "train",
+            "lora.lora_r and lora.lora_alpha are set, but",
+        ),
+        (
+            "train: {lr_scheduler_type: constant, warmup_steps: 4}\n",
+            "train",
+            "constant has no warm-up",
+        ),
+        (
+            "train: {decay_ratio: 0.3}\n",
+            "train",
+            "only lr_scheduler_type warmup_stable_decay has it",
+        ),
         ("evaluate: {temperature: 0.5}\n", "train", "evaluate.do_sample is false"),
         ("evaluate: {max_new_tokens: 5}\n", "train", "a classifier writes no answers"),
-        ("train: {num_train_epochs: 2, max_steps: 5}\n", "train", "train.max_steps comes before it"),
+        (
+            "train: {num_train_epochs: 2, max_steps: 5}\n",
+            "train",
+            "train.max_steps comes before it",
+        ),
         ("lora: {lora_r: 4}\n", "train", None),
     ],
 )
 def test_what_nothing_looks_at_is_said(text: str, command: str, words: str | None) -> None:
-    notes = unused_notes(_job(text), command)
+    notes = collect_unused_notes(_job(text), command)
     assert notes == [] if words is None else any(words in note for note in notes), notes
 
 
 def test_what_some_trials_use_is_used() -> None:
-    searched = _job("qlora: {quant_type: int8}\nsearch: {parameters: {method: [lora, qlora]}, method: grid}\n")
-    assert unused_notes(searched, "sweep") == []
+    searched = _job(
+        "qlora: {quant_type: int8}\nsearch: {parameters: {method: [lora, qlora]}, method: grid}\n"
+    )
+    assert collect_unused_notes(searched, "sweep") == []
 
 
-ALIASES = sorted(name for name, ours in FIELD_ALIASES.items() if ours.startswith(("lora.", "train.")))
+ALIASES = sorted(
+    name for name, ours in FIELD_ALIASES.items() if ours.startswith(("lora.", "train."))
+)
 
 
 @pytest.mark.parametrize("name", ALIASES)
@@ -173,19 +246,24 @@ def test_an_alias_is_understood_everywhere(name: str) -> None:
         "learning_rate": "2",
     }
     value = words.get(ours.split(".")[1], "32")
-    said = fields.get(_job(f"{ours.replace('.', ': {')}: {value}}}\n").job.model_dump(), ours)
+    said = fields.get_value(_job(f"{ours.replace('.', ': {')}: {value}}}\n").job.model_dump(), ours)
     for text in (f"{name}: {value}\n", f"{block}: {{{name}: {value}}}\n"):
-        assert fields.get(_job(text).job.model_dump(), ours) == said
+        assert fields.get_value(_job(text).job.model_dump(), ours) == said
     for override in (f"{name}={value}", f"{block}.{name}={value}"):
-        assert fields.get(_job("", override).job.model_dump(), ours) == said
+        assert fields.get_value(_job("", override).job.model_dump(), ours) == said
     quoted = '"query"' if value == "[query]" else value
     for key in (name, f"{block}.{name}"):
-        if ours not in NOT_IDENTITY:
-            searched = _job(f"search: {{method: grid, parameters: {{{key}: [{quoted}]}}}}\n").job.search
+        if ours not in UNSEARCHABLE_REASONS:
+            searched = _job(
+                f"search: {{method: grid, parameters: {{{key}: [{quoted}]}}}}\n"
+            ).job.search
             assert list(searched.parameters) == [ours]
-        arm = f"compare: {{arms: {{a: {{method: lora}}, b: {{method: lora, set: {{{key}: {value}}}}}}}}}\n"
+        arm = (
+            "compare: {arms: {a: {method: lora}, "
+            f"b: {{method: lora, set: {{{key}: {value}}}}}}}}}\n"
+        )
         if ours != "train.num_train_epochs":  # the budget of all arms
-            assert fields.get(own_job(_job(arm).job, "b").model_dump(), ours) == said
+            assert fields.get_value(build_arm_job(_job(arm).job, "b").model_dump(), ours) == said
 
 
 def test_aliases_in_arithmetic() -> None:
@@ -196,7 +274,9 @@ def test_aliases_in_arithmetic() -> None:
 
 
 def test_words_of_other_tools_in_a_search() -> None:
-    searched = _job("search: {parameters: {optimizer: [adamw_torch_fused, adamw_bnb_8bit]}, method: grid}\n")
+    searched = _job(
+        "search: {parameters: {optimizer: [adamw_torch_fused, adamw_bnb_8bit]}, method: grid}\n"
+    )
     assert searched.job.search.parameters["train.optim"].values == ("adamw_torch", "adamw_8bit")
     assert sum("is read as" in note for note in searched.notes) == 3
 
@@ -213,7 +293,10 @@ def test_words_of_other_tools_in_a_search() -> None:
             "compare: {arms: {a: {method: base, quantization: fp16}, b: {method: lora}}}\n",
             "weights in 16 bits are `set: {model.dtype: float16}`",
         ),
-        ("train: {adam_beta1: 0.8}\n", "train.adam_beta1 is not a known key; it is Hugging Face's, and has no counter"),
+        (
+            "train: {adam_beta1: 0.8}\n",
+            "train.adam_beta1 is not a known key; it is Hugging Face's, and has no counter",
+        ),
         ("fp16: true\n", "fp16 is not a known key; here it is train.mixed_precision: fp16"),
         ("train: {save_steps: 5}\n", "here it is train.checkpoint_minutes"),
         ("train: {metric_for_best_model: f1}\n", "here it is search.metric.name"),
@@ -227,7 +310,9 @@ def test_hints_name_what_works(text: str, words: str) -> None:
 
 
 def test_a_list_in_a_search_works_as_the_hint_says() -> None:
-    job = _job('search: {method: grid, parameters: {lora.lora_target_modules: ["query,value", query]}}\n').job
+    job = _job(
+        'search: {method: grid, parameters: {lora.lora_target_modules: ["query,value", query]}}\n'
+    ).job
     assert job.search.parameters["lora.lora_target_modules"].values == ("query,value", "query")
 
 
@@ -235,7 +320,7 @@ def test_every_argument_of_the_trainer_is_known_here_or_hinted_at() -> None:
     from transformers import TrainingArguments
     from trl import ModelConfig, SFTConfig
 
-    leaves = {path.rpartition(".")[2] for path in fields.leaves()}
+    leaves = {path.rpartition(".")[2] for path in fields.get_leaf_fields()}
     for config in (TrainingArguments, SFTConfig, ModelConfig):
         for field in dataclass_fields(config):
             assert field.name in leaves | set(FIELD_ALIASES) | set(HF_ARGUMENTS), field.name
@@ -244,13 +329,16 @@ def test_every_argument_of_the_trainer_is_known_here_or_hinted_at() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("nosuch.jsonl", "no such file"), (".", "a folder"), ("x.txt", "end in one")]
+    ("name", "words"),
+    [("nosuch.jsonl", "no such file"), (".", "a folder"), ("x.txt", "end in one")],
 )
 def test_evaluate_names_the_users_own_option(name: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("x\n")
     write_rows(tmp_path / "x.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
     (tmp_path / "job.yaml").write_text(HEAD)
-    done = lorafleet_here("evaluate", "asset:minilm-l6", "--job", "job.yaml", "--data", name, cwd=tmp_path)
+    done = lorafleet_here(
+        "evaluate", "asset:minilm-l6", "--job", "job.yaml", "--data", name, cwd=tmp_path
+    )
     assert done.returncode == 2
     assert f"--data is {name}, but" in done.stderr
     assert words in done.stderr
@@ -258,7 +346,9 @@ def test_evaluate_names_the_users_own_option(name: str, words: str, tmp_path: Pa
 
 
 def test_init_names_the_users_own_options(tmp_path: Path) -> None:
-    write_rows(tmp_path / "x.jsonl", [{"text": f"a {number}", "label": number % 2} for number in range(20)])
+    write_rows(
+        tmp_path / "x.jsonl", [{"text": f"a {number}", "label": number % 2} for number in range(20)]
+    )
     for option, words in (("--validation-file", "no such file"), ("--model", "does not exist")):
         value = "./Nosuch.jsonl"
         done = lorafleet_here("init", "--train-file", "x.jsonl", option, value, cwd=tmp_path)
@@ -275,10 +365,15 @@ def test_init_names_the_users_own_options(tmp_path: Path) -> None:
             "--text-column is not read for",
         ),
         (("--prompt-column", "a"), "--prompt-column is not read for --task classification"),
-        (("--task", "summarization", "--label-column", "a"), "--label-column is not read for --task summarization"),
+        (
+            ("--task", "summarization", "--label-column", "a"),
+            "--label-column is not read for --task summarization",
+        ),
     ],
 )
-def test_init_refuses_columns_that_it_would_not_read(words: tuple[str, ...], refused: str, tmp_path: Path) -> None:
+def test_init_refuses_columns_that_it_would_not_read(
+    words: tuple[str, ...], refused: str, tmp_path: Path
+) -> None:
     write_rows(tmp_path / "x.jsonl", [{"text": "a", "a": "b", "b": "c", "label": "d"}])
     done = lorafleet_here("init", "--train-file", "x.jsonl", *words, cwd=tmp_path)
     assert done.returncode == 2
@@ -293,8 +388,13 @@ def test_one_type_is_named_once(text: str) -> None:
 
 
 def test_a_warm_up_longer_than_a_trial_is_said(bert_job: JobMaker) -> None:
-    notes = make_plan(bert_job(train__warmup_steps=1000, train__max_steps=8), CPU_SITE, "train").notes
-    assert any("warmup_steps is 1,000, and a trial has 8 steps: the learning rate does" in note for note in notes)
+    notes = make_plan(
+        bert_job(train__warmup_steps=1000, train__max_steps=8), CPU_SITE, "train"
+    ).notes
+    assert any(
+        "warmup_steps is 1,000, and a trial has 8 steps: the learning rate does" in note
+        for note in notes
+    )
 
 
 @pytest.mark.parametrize(
@@ -307,16 +407,24 @@ def test_a_warm_up_longer_than_a_trial_is_said(bert_job: JobMaker) -> None:
     ],
 )
 def test_early_terminate_of_wandb_in_a_job(terminate: str, scheduler: tuple[Any, ...]) -> None:
-    job = _job(f"search: {{parameters: {{lora.lora_r: [4, 8]}}, method: grid, early_terminate: {terminate}}}\n").job
+    job = _job(
+        "search: {parameters: {lora.lora_r: [4, 8]}, method: grid, early_terminate: "
+        f"{terminate}}}\n"
+    ).job
     found = job.search.scheduler
     assert (found.time_attr, found.grace_period, found.max_t, found.reduction_factor) == scheduler
     assert found.type == "asha"
 
 
-@pytest.mark.parametrize("words", ["min_iter: 2, grace_period: 3", "max_iter: many", "min_iter: 1, eta: 1"])
+@pytest.mark.parametrize(
+    "words", ["min_iter: 2, grace_period: 3", "max_iter: many", "min_iter: 1, eta: 1"]
+)
 def test_words_of_hyperband_that_make_no_sense(words: str) -> None:
     with pytest.raises(JobFileError, match=r"search\.scheduler"):
-        _job(f"search: {{parameters: {{lora.lora_r: [4, 8]}}, early_terminate: {{type: hyperband, {words}}}}}\n")
+        _job(
+            "search: {parameters: {lora.lora_r: [4, 8]}, early_terminate: {type: hyperband, "
+            f"{words}}}}}\n"
+        )
 
 
 def test_whole_numbers_that_may_be_left_out_are_drawn_whole() -> None:
@@ -337,20 +445,29 @@ def test_a_quantization_that_is_a_list_is_a_sentence() -> None:
 
 def test_what_a_search_decides_is_not_called_unused() -> None:
     text = (
-        "train: {decay_ratio: 0.3}\nsearch: {method: grid, parameters: {train.lr_scheduler_type: [linear, cosine]}}\n"
+        "train: {decay_ratio: 0.3}\nsearch: {method: grid, parameters: "
+        "{train.lr_scheduler_type: [linear, cosine]}}\n"
     )
-    assert unused_notes(_job(text), "sweep") == []
+    assert collect_unused_notes(_job(text), "sweep") == []
 
 
 def test_arms_that_pack_and_arms_that_do_not_are_not_compared_by_rows(llama_job: JobMaker) -> None:
-    arms = "compare: {arms: {a: {method: lora}, b: {method: lora, set: {train.packing: true}}}, budget: {samples: 100}}"
-    with pytest.raises(JobFileError, match=r"must be tokens or device_seconds where arms differ in train.packing"):
+    arms = (
+        "compare: {arms: {a: {method: lora}, b: {method: lora, set: {train.packing: true}}}, "
+        "budget: {samples: 100}}"
+    )
+    with pytest.raises(
+        JobFileError, match=r"must be tokens or device_seconds where arms differ in train.packing"
+    ):
         llama_job(arms)
     llama_job(arms.replace("samples", "tokens"))
 
 
 def test_an_override_of_a_comparison_stays_in_it() -> None:
-    arms = "compare: {arms: {a: {method: lora}, b: {method: full}}, scheduler: {type: asha}, budget: {samples: 100}}\n"
+    arms = (
+        "compare: {arms: {a: {method: lora}, b: {method: full}}, scheduler: {type: asha}, "
+        "budget: {samples: 100}}\n"
+    )
     assert _job(arms, "compare.scheduler.eta=2").job.compare.scheduler.reduction_factor == 2
 
 
@@ -358,24 +475,33 @@ def test_a_warm_up_into_the_decay_has_no_step_between() -> None:
     train = TrainSpec.model_validate(
         {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 90, "decay_ratio": 0.2}
     )
-    factors = [rate_factor(step, 100, train) for step in range(100)]
+    factors = [compute_rate_factor(step, 100, train) for step in range(100)]
     assert max(abs(one - other) for one, other in itertools.pairwise(factors)) < 0.06
 
 
 CODE = (
-    "PYTHONPATH PYTHONSTARTUP PYTHONHOME PYTHONWARNINGS PYTHONBREAKPOINT PYTHONUSERBASE PYTHONPYCACHEPREFIX LD_PRELOAD "
-    "LD_LIBRARY_PATH LD_AUDIT DYLD_INSERT_LIBRARIES BASH_ENV ENV PATH HOME SHELLOPTS PS4 IFS GCONV_PATH "
-    "OMP_TOOL_LIBRARIES NCCL_NET_PLUGIN NCCL_TUNER_PLUGIN NCCL_CONF_FILE RAY_RUNTIME_ENV_HOOK RAY_START_HOOK CUDA_HOME "
-    "CC CXX NVCC_PREPEND_FLAGS CFLAGS TRITON_CACHE_DIR TORCH_EXTENSIONS_DIR TORCHINDUCTOR_CACHE_DIR HF_MODULES_CACHE "
-    "HF_HOME XDG_CACHE_HOME MPLBACKEND GIT_SSH_COMMAND OPENSSL_CONF NODE_OPTIONS JAVA_TOOL_OPTIONS PAGER KUBECONFIG "
-    "CUDA_INJECTION64_PATH UCX_MODULE_DIR DS_ENV_FILE LORAFLEET_CACHE TRITON_PTXAS_PATH RAY_preload_python_modules "
-    "PERL5LIB LIBRARY_PATH RAY_JOB_CONFIG_JSON_ENV_VAR https_proxy ALL_PROXY SSL_CERT_FILE REQUESTS_CA_BUNDLE NETRC "
-    "COVERAGE_PROCESS_START OMPI_MCA_plm_rsh_agent TRITON_OVERRIDE_DIR HF_DATASETS_TRUST_REMOTE_CODE "
+    "PYTHONPATH PYTHONSTARTUP PYTHONHOME PYTHONWARNINGS PYTHONBREAKPOINT PYTHONUSERBASE "
+    "PYTHONPYCACHEPREFIX LD_PRELOAD "
+    "LD_LIBRARY_PATH LD_AUDIT DYLD_INSERT_LIBRARIES BASH_ENV ENV PATH HOME SHELLOPTS PS4 IFS "
+    "GCONV_PATH "
+    "OMP_TOOL_LIBRARIES NCCL_NET_PLUGIN NCCL_TUNER_PLUGIN NCCL_CONF_FILE RAY_RUNTIME_ENV_HOOK "
+    "RAY_START_HOOK CUDA_HOME "
+    "CC CXX NVCC_PREPEND_FLAGS CFLAGS TRITON_CACHE_DIR TORCH_EXTENSIONS_DIR "
+    "TORCHINDUCTOR_CACHE_DIR HF_MODULES_CACHE "
+    "HF_HOME XDG_CACHE_HOME MPLBACKEND GIT_SSH_COMMAND OPENSSL_CONF NODE_OPTIONS "
+    "JAVA_TOOL_OPTIONS PAGER KUBECONFIG "
+    "CUDA_INJECTION64_PATH UCX_MODULE_DIR DS_ENV_FILE LORAFLEET_CACHE TRITON_PTXAS_PATH "
+    "RAY_preload_python_modules "
+    "PERL5LIB LIBRARY_PATH RAY_JOB_CONFIG_JSON_ENV_VAR https_proxy ALL_PROXY SSL_CERT_FILE "
+    "REQUESTS_CA_BUNDLE NETRC "
+    "COVERAGE_PROCESS_START OMPI_MCA_plm_rsh_agent TRITON_OVERRIDE_DIR "
+    "HF_DATASETS_TRUST_REMOTE_CODE "
     "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD WANDB_BASE_URL"
 ).split()
 HARMLESS = (
     "NCCL_DEBUG NCCL_SOCKET_IFNAME NCCL_IB_HCA OMP_NUM_THREADS MKL_NUM_THREADS TZ LANG "
-    "CUDA_VISIBLE_DEVICES CUDA_LAUNCH_BLOCKING PYTORCH_CUDA_ALLOC_CONF MALLOC_MMAP_THRESHOLD_ HF_HUB_OFFLINE "
+    "CUDA_VISIBLE_DEVICES CUDA_LAUNCH_BLOCKING PYTORCH_CUDA_ALLOC_CONF MALLOC_MMAP_THRESHOLD_ "
+    "HF_HUB_OFFLINE "
     "MY_SETTING WANDB_MODE WANDB_PROJECT TORCH_DISTRIBUTED_DEBUG GLOO_SOCKET_IFNAME "
     "PYTHONHASHSEED PYTHONUNBUFFERED DATA_DIR"
 ).split()
@@ -385,7 +511,9 @@ def test_a_job_does_not_change_which_code_runs(bert_job: JobMaker) -> None:
     loaded = bert_job(environment=dict.fromkeys(CODE, "/tmp/theirs"))
     with pytest.raises(JobFileError) as caught:
         make_plan(loaded, CPU_SITE, "train", allowed=CODE[:3])
-    assert [problem.path.removeprefix("environment.") for problem in caught.value.problems] == CODE[3:]
+    assert [problem.path.removeprefix("environment.") for problem in caught.value.problems] == CODE[
+        3:
+    ]
     make_plan(loaded, CPU_SITE, "train", allowed=CODE)
 
 

@@ -10,19 +10,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lorafleet.commands.common import Format, ended_by_signals
-from lorafleet.commands.deliver import show_exported
+
+from lorafleet.commands.common import Format, exit_on_signals
+from lorafleet.commands.deliver import print_export
 from lorafleet.deployment import extras, runtime, tensorrt
-from lorafleet.deployment.answers import pieces
-from lorafleet.deployment.availability import Unavailable, why_not
-from lorafleet.deployment.benchmark import fitting
-from lorafleet.deployment.card import licence
-from lorafleet.deployment.decoding import RowByRow, Sampling, left_padded, positions_of, probabilities, write
-from lorafleet.deployment.export import PromptFrame, _sweep_up, prompt_frame
+from lorafleet.deployment.answers import generate_pieces
+from lorafleet.deployment.availability import Unavailable, find_unavailable_reason
+from lorafleet.deployment.benchmark import select_fitting_points
+from lorafleet.deployment.card import find_licence
+from lorafleet.deployment.decoding import (
+    RowByRowDecoder,
+    Sampling,
+    compute_positions,
+    compute_probabilities,
+    generate_answers,
+    pad_left,
+)
+from lorafleet.deployment.export import PromptFrame, _remove_stale_scratch, build_prompt_frame
 from lorafleet.deployment.merge import Source
 from lorafleet.deployment.parity import HeldOut
-from lorafleet.deployment.runtime import Loaded, check_provider, read_artefact
-from lorafleet.evaluation.report.model_of_run import Shipped
+from lorafleet.deployment.runtime import LoadedModel, check_provider, read_artefact
+from lorafleet.evaluation.report.model_of_run import SelectedModel
 from lorafleet.evaluation.tokens import TokenData
 from lorafleet.jobs import files
 from lorafleet.jobs.data.answer_frame import AnswerFrame
@@ -31,19 +39,18 @@ from lorafleet.jobs.data.conversation import Message
 from lorafleet.jobs.errors import JobFileError, UserError
 from lorafleet.jobs.runs.export_result import (
     Artefact,
-    Budget,
-    Exported,
-    Judged,
-    Made,
-    Offer,
+    DeviceBudget,
+    ExportResult,
     Parity,
-    metric_drop,
-    pick,
-    verdict,
+    ParityMeasurement,
+    TargetOffer,
+    TargetResult,
+    choose_target,
+    compute_metric_drop,
+    find_gate_violations,
 )
 from lorafleet.jobs.runs.run import Run
-from lorafleet.jobs.schema.export import Gate, gate_of
-
+from lorafleet.jobs.schema.export import Gate, resolve_gate
 from tests.conftest import ROOT, JobMaker, lorafleet_here
 
 
@@ -64,7 +71,10 @@ class Counting:
 
 def test_answers_end_where_they_end() -> None:
     decoder = Counting()
-    assert write(decoder, [[1, 2], [5]], 4, ends=[8], pad_id=0) == [[3, 4, 5, 6], [6, 7]]
+    assert generate_answers(decoder, [[1, 2], [5]], 4, end_ids=[8], pad_id=0) == [
+        [3, 4, 5, 6],
+        [6, 7],
+    ]
     ids, mask, positions = decoder.seen[0]
     assert ids.tolist() == [[1, 2], [0, 5]]
     assert mask.tolist() == [[1, 1], [0, 1]]
@@ -72,35 +82,47 @@ def test_answers_end_where_they_end() -> None:
     assert [step[2].ravel().tolist() for step in decoder.seen[1:]] == [[2, 1], [3, 2], [4, 3]]
     assert decoder.seen[-1][1].shape == (2, 5)
     with pytest.raises(ValueError, match="at least one token"):
-        write(decoder, [[]], 1, [], 0)
+        generate_answers(decoder, [[]], 1, [], 0)
 
 
 def test_a_rows_draws_are_its_own() -> None:
     hot = Sampling(temperature=5.0, seed=3)
-    both = write(Counting(), [[1, 2], [5]], 6, [], 0, hot)
-    assert write(Counting(), [[1, 2]], 6, [], 0, hot) == both[:1]
-    assert both != write(Counting(), [[1, 2], [5]], 6, [], 0, Sampling(temperature=5.0, seed=4))
-    assert write(Counting(), [[1], [5]], 3, [], 0, Sampling(top_p=0.1)) == [[2, 3, 4], [6, 7, 8]]
+    both = generate_answers(Counting(), [[1, 2], [5]], 6, [], 0, hot)
+    assert generate_answers(Counting(), [[1, 2]], 6, [], 0, hot) == both[:1]
+    assert both != generate_answers(
+        Counting(), [[1, 2], [5]], 6, [], 0, Sampling(temperature=5.0, seed=4)
+    )
+    assert generate_answers(Counting(), [[1], [5]], 3, [], 0, Sampling(top_p=0.1)) == [
+        [2, 3, 4],
+        [6, 7, 8],
+    ]
 
 
 def test_what_a_token_is_drawn_by() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
-    assert probabilities(logits, Sampling()) == pytest.approx([0.5, 0.3, 0.15, 0.05])
-    assert probabilities(logits, Sampling(top_p=0.6)) == pytest.approx([0.625, 0.375, 0, 0])
-    assert probabilities(logits, Sampling(top_p=0.5)) == pytest.approx([1, 0, 0, 0])
-    assert probabilities(logits, Sampling(top_p=0.0)) == pytest.approx([1, 0, 0, 0])
-    assert probabilities(logits, Sampling(temperature=0.5))[0] == pytest.approx(0.25 / 0.365)
+    assert compute_probabilities(logits, Sampling()) == pytest.approx([0.5, 0.3, 0.15, 0.05])
+    assert compute_probabilities(logits, Sampling(top_p=0.6)) == pytest.approx([0.625, 0.375, 0, 0])
+    assert compute_probabilities(logits, Sampling(top_p=0.5)) == pytest.approx([1, 0, 0, 0])
+    assert compute_probabilities(logits, Sampling(top_p=0.0)) == pytest.approx([1, 0, 0, 0])
+    assert compute_probabilities(logits, Sampling(temperature=0.5))[0] == pytest.approx(
+        0.25 / 0.365
+    )
 
 
 def test_padding_is_not_counted() -> None:
-    _, mask = left_padded([[1], [1, 2, 3]], 0)
-    assert positions_of(mask).tolist() == [[0, 0, 0], [0, 1, 2]]
+    _, mask = pad_left([[1], [1, 2, 3]], 0)
+    assert compute_positions(mask).tolist() == [[0, 0, 0], [0, 1, 2]]
 
 
 def test_rows_that_go_one_by_one_are_given_without_padding() -> None:
     decoder = Counting()
-    assert write(RowByRow(decoder), [[1, 2], [5]], 3, ends=[8], pad_id=0) == [[3, 4, 5], [6, 7]]
-    given = [(ids.tolist(), mask.shape, positions.tolist()) for ids, mask, positions in decoder.seen[:4]]
+    assert generate_answers(RowByRowDecoder(decoder), [[1, 2], [5]], 3, end_ids=[8], pad_id=0) == [
+        [3, 4, 5],
+        [6, 7],
+    ]
+    given = [
+        (ids.tolist(), mask.shape, positions.tolist()) for ids, mask, positions in decoder.seen[:4]
+    ]
     assert given == [
         ([[1, 2]], (1, 2), [[0, 1]]),
         ([[5]], (1, 1), [[0]]),
@@ -117,7 +139,7 @@ ABOUT = Artefact(
 )  # fmt: skip
 
 
-class Letters(Loaded):
+class Letters(LoadedModel):
     """Token n is the n-th of some texts; a half of a character waits for its other half."""
 
     TEXTS = ("a", "b", "c", "d", "e", "f\ufffd", "fé", "g", "h", "")
@@ -132,28 +154,30 @@ def letters(size: int = 10) -> Letters:
 
 
 def test_an_answer_grows_by_whole_characters() -> None:
-    found = list(pieces(letters(), [3], 20, None))
+    found = list(generate_pieces(letters(), [3], 20, None))
     assert [(piece.text, piece.tokens, piece.end) for piece in found] == [
         ("e", 1, None), ("fé", 3, None), ("g", 4, None), ("h", 5, None), ("", 5, "stop"),
     ]  # fmt: skip
-    assert [piece.text for piece in pieces(letters(), [0], 2, None)] == ["b", "c", ""]
-    assert list(pieces(letters(), [0], 2, None))[-1].end == "length"
+    assert [piece.text for piece in generate_pieces(letters(), [0], 2, None)] == ["b", "c", ""]
+    assert list(generate_pieces(letters(), [0], 2, None))[-1].end == "length"
     with pytest.raises(UserError, match="has 12 tokens, but the model has 12 positions"):
-        list(pieces(letters(), [1] * 12, 5, None))
-    assert list(pieces(letters(), [1] * 10, 5, None))[-1].tokens == 2  # as many as there is room for
+        list(generate_pieces(letters(), [1] * 12, 5, None))
+    assert (
+        list(generate_pieces(letters(), [1] * 10, 5, None))[-1].tokens == 2
+    )  # as many as there is room for
     with pytest.raises(UserError, match="the prompt is empty"):
-        list(pieces(letters(), [], 5, None))
+        list(generate_pieces(letters(), [], 5, None))
 
 
 def test_an_answer_ends_before_a_stop_text() -> None:
-    whole = list(pieces(letters(), [0], 9, None, ["cd"]))
+    whole = list(generate_pieces(letters(), [0], 9, None, ["cd"]))
     assert ("".join(piece.text for piece in whole), whole[-1].end) == ("b", "stop")
     assert [piece.text for piece in whole] == ["b", ""]  # nothing of the stop text was let out
-    almost = list(pieces(letters(), [0], 3, None, ["cx"]))
+    almost = list(generate_pieces(letters(), [0], 3, None, ["cx"]))
     assert "".join(piece.text for piece in almost) == "bcd"
 
 
-class Thinking(Loaded):
+class Thinking(LoadedModel):
     """A model that thinks before it answers: token n is the n-th of some texts."""
 
     TEXTS = ("Q", "<think>", "so", " it", "</think>", "\n\n", "city", " 9", "<|s|>", "")
@@ -164,77 +188,113 @@ class Thinking(Loaded):
 
 
 def test_a_frame_is_held_back_until_the_answer_begins() -> None:
-    frame = AnswerFrame(special_tokens=("<|s|>",)).as_dict()
+    frame = AnswerFrame(special_tokens=("<|s|>",)).to_dict()
     about = ABOUT.model_copy(update={"answer_frame": frame})
     loaded = Thinking(Path("x"), about, Counting(10))
-    whole = list(pieces(loaded, [0], 9, None))
+    whole = list(generate_pieces(loaded, [0], 9, None))
     assert [piece.text for piece in whole if piece.text] == ["city", " 9"]
     assert (whole[0].tokens, whole[-1].end) == (6, "stop")
-    raw = "".join(piece.text for piece in pieces(loaded, [0], 9, None, raw=True))
+    raw = "".join(piece.text for piece in generate_pieces(loaded, [0], 9, None, raw=True))
     assert raw == "<think>so it</think>\n\ncity 9"  # a text that is continued has no frame
-    unfinished = list(pieces(loaded, [0], 3, None))  # no answer yet, and none is made up
+    unfinished = list(generate_pieces(loaded, [0], 3, None))  # no answer yet, and none is made up
     assert ["".join(piece.text for piece in unfinished), unfinished[-1].end] == ["", "length"]
-    inside = "".join(piece.text for piece in pieces(loaded, [0, 1], 9, None))  # the prompt ends in the block
+    inside = "".join(
+        piece.text for piece in generate_pieces(loaded, [0, 1], 9, None)
+    )  # the prompt ends in the block
     assert inside == "city 9"
     no_frame = Thinking(Path("x"), ABOUT, Counting(10))
-    assert "".join(piece.text for piece in pieces(no_frame, [0], 9, None)).startswith("<think>so")
+    assert "".join(piece.text for piece in generate_pieces(no_frame, [0], 9, None)).startswith(
+        "<think>so"
+    )
 
 
 def test_a_text_that_ends_a_turn_is_held_back() -> None:
     class Ending(Thinking):
         TEXTS = ("Q", "city", " 9", "\n", "##", "# End", "", "", "", "")
 
-    about = ABOUT.model_copy(update={"answer_frame": AnswerFrame(strict=False, closing="### End").as_dict()})
-    texts = [piece.text for piece in pieces(Ending(Path("x"), about, Counting(10)), [0], 9, None)]
+    about = ABOUT.model_copy(
+        update={"answer_frame": AnswerFrame(strict=False, closing="### End").to_dict()}
+    )
+    texts = [
+        piece.text
+        for piece in generate_pieces(Ending(Path("x"), about, Counting(10)), [0], 9, None)
+    ]
     assert "".join(texts) == "city 9"
     assert not any("#" in text for text in texts)
 
 
 def test_a_prompt_that_brings_its_start_token_gets_no_other(tiny_llama: Path) -> None:
     about = ABOUT.model_copy(update={"start": [2]})  # [BOS]
-    loaded = Loaded(tiny_llama, about, Counting(10))
-    assert loaded.prompt("film")[0] == 2
-    assert loaded.prompt("[BOS] film") == loaded.prompt("film")
+    loaded = LoadedModel(tiny_llama, about, Counting(10))
+    assert loaded.encode_prompt("film")[0] == 2
+    assert loaded.encode_prompt("[BOS] film") == loaded.encode_prompt("film")
 
 
 # ---- gates ----
 
 
-def judged(**given: object) -> Judged:
-    found = {"rows": 8, "positions": 80, "max_logit_difference": 1e-5, "mean_logit_difference": 1e-6, "agreement": 1.0}
+def judged(**given: object) -> ParityMeasurement:
+    found = {
+        "rows": 8,
+        "positions": 80,
+        "max_logit_difference": 1e-5,
+        "mean_logit_difference": 1e-6,
+        "agreement": 1.0,
+    }
     found |= {"metric": "perplexity", "before": 10.0, "before_interval": (9.0, 11.0), "after": 10.0}
-    return Judged(**(found | {"after_interval": (9.0, 11.0)} | given))
+    return ParityMeasurement(**(found | {"after_interval": (9.0, 11.0)} | given))
 
 
 def test_a_gate_says_what_is_wrong() -> None:
     gate = Gate(max_logit_difference=1e-3, min_agreement=0.99, max_metric_drop=0.01)
-    assert verdict(gate, judged()) == []
-    assert verdict(gate, judged(max_logit_difference=0.5)) == ["a logit differs by 0.5, and may by 0.001"]
-    assert verdict(gate, judged(steps=8, step_logit_difference=0.25)) == ["a logit differs by 0.25, and may by 0.001"]
+    assert find_gate_violations(gate, judged()) == []
+    assert find_gate_violations(gate, judged(max_logit_difference=0.5)) == [
+        "a logit differs by 0.5, and may by 0.001"
+    ]
+    assert find_gate_violations(gate, judged(steps=8, step_logit_difference=0.25)) == [
+        "a logit differs by 0.25, and may by 0.001"
+    ]
     other_prompts = judged(called_rows=4, called_prompts=0.5, called_answers=0.5)
-    assert verdict(gate, other_prompts) == [
+    assert find_gate_violations(gate, other_prompts) == [
         "0.500 of the prompts that a user asks are framed as in training, and all must be"
     ]
-    assert verdict(gate, judged(called_rows=4, called_prompts=1.0, called_answers=0.5)) == []
+    assert (
+        find_gate_violations(gate, judged(called_rows=4, called_prompts=1.0, called_answers=0.5))
+        == []
+    )
     late = judged(steps=8, step_logit_difference=0.0, step_agreement=0.5)
-    assert verdict(gate, late) == ["token by token 0.500 of likeliest tokens agree, and 0.89 must"]
-    assert verdict(gate, judged(agreement=0.98)) == ["0.980 of likeliest tokens agree, and 0.99 must"]
-    assert verdict(gate, judged(after=10.2)) == ["perplexity goes from 10 to 10.2, and may get worse by 0.01 of it"]
-    assert verdict(gate, judged(after=9.0)) == []
-    assert verdict(gate, judged(metric="accuracy", before=0.9, after=0.89)) == []  # exactly as much as may be
+    assert find_gate_violations(gate, late) == [
+        "token by token 0.500 of likeliest tokens agree, and 0.89 must"
+    ]
+    assert find_gate_violations(gate, judged(agreement=0.98)) == [
+        "0.980 of likeliest tokens agree, and 0.99 must"
+    ]
+    assert find_gate_violations(gate, judged(after=10.2)) == [
+        "perplexity goes from 10 to 10.2, and may get worse by 0.01 of it"
+    ]
+    assert find_gate_violations(gate, judged(after=9.0)) == []
+    assert (
+        find_gate_violations(gate, judged(metric="accuracy", before=0.9, after=0.89)) == []
+    )  # exactly as much as may be
     worse = judged(metric="accuracy", before=0.9, after=0.88)
-    assert metric_drop(worse) == pytest.approx(0.02)
-    assert verdict(gate, worse) == ["accuracy goes from 0.9 to 0.88, and may get worse by 0.01"]
-    for nothing in ({"max_logit_difference": None}, {"after": None}, {"steps": 3, "step_logit_difference": None}):
-        assert "no number" in verdict(Gate(), judged(**nothing))[0]
+    assert compute_metric_drop(worse) == pytest.approx(0.02)
+    assert find_gate_violations(gate, worse) == [
+        "accuracy goes from 0.9 to 0.88, and may get worse by 0.01"
+    ]
+    for nothing in (
+        {"max_logit_difference": None},
+        {"after": None},
+        {"steps": 3, "step_logit_difference": None},
+    ):
+        assert "no number" in find_gate_violations(Gate(), judged(**nothing))[0]
 
 
 def test_a_job_moves_the_gates(bert_job: JobMaker) -> None:
     spec = bert_job("export: {rows: 10, parity: {onnx-int8: {min_agreement: 0.5}}}").job.export
-    gate = gate_of(spec, "onnx-int8", generates=False)
+    gate = resolve_gate(spec, "onnx-int8", generates=False)
     assert (gate.min_agreement, gate.max_metric_drop) == (0.5, 0.02)
-    assert gate_of(spec, "onnx", generates=True).max_logit_difference == 1e-3
-    assert gate_of(spec, "onnx", generates=True, int8_base=True).max_logit_difference is None
+    assert resolve_gate(spec, "onnx", generates=True).max_logit_difference == 1e-3
+    assert resolve_gate(spec, "onnx", generates=True, int8_base=True).max_logit_difference is None
     with pytest.raises(JobFileError, match=r"export\.parity.*onnx-int9"):
         bert_job("export: {parity: {onnx-int9: {min_agreement: 0.5}}}")
 
@@ -244,24 +304,39 @@ def test_a_job_moves_the_gates(bert_job: JobMaker) -> None:
 
 def test_the_best_that_fits_is_picked() -> None:
     def offer(target, files_mb, ms, value, metric="perplexity"):
-        return Offer(target=target, files_mb=files_mb, ms=ms, value=value, metric=metric)
+        return TargetOffer(target=target, files_mb=files_mb, ms=ms, value=value, metric=metric)
 
-    three = [offer("onnx", 500, 20, 12.0), offer("onnx-fp16", 250, 21, 12.001), offer("onnx-int8", 163.04, 7, 12.4)]
-    found, said = pick(three, Budget(files_mb=300))
+    three = [
+        offer("onnx", 500, 20, 12.0),
+        offer("onnx-fp16", 250, 21, 12.001),
+        offer("onnx-int8", 163.04, 7, 12.4),
+    ]
+    found, said = choose_target(three, DeviceBudget(files_mb=300))
     assert found is three[1]
-    assert said == "onnx-fp16 fits and is the best that does: 250.0 MB of 300, 21.0 ms a token, perplexity 12."
-    assert pick(three, Budget(ms=30))[0] is three[1]  # as good as float32, and smaller
-    assert pick(three, Budget(files_mb=600, ms=10))[0] is three[2]
-    found, said = pick(three, Budget(files_mb=200, ms=5))
+    assert (
+        said == "onnx-fp16 fits and is the best that does: 250.0 MB of 300, 21.0 ms a token, "
+        "perplexity 12."
+    )
+    assert (
+        choose_target(three, DeviceBudget(ms=30))[0] is three[1]
+    )  # as good as float32, and smaller
+    assert choose_target(three, DeviceBudget(files_mb=600, ms=10))[0] is three[2]
+    found, said = choose_target(three, DeviceBudget(files_mb=200, ms=5))
     assert found is None
     assert "onnx has 500.0 MB, 300.0 more than 200, takes 20.0 ms a token, 15.0 more than 5" in said
     assert said.endswith("onnx-int8 takes 7.0 ms a token, 2.0 more than 5.")
-    classes = [offer("onnx", 90, 3, 0.81, "accuracy"), offer("onnx-int8", 30, None, 0.80, "accuracy")]
-    assert pick(classes, Budget(files_mb=100))[0] is classes[0]
-    assert pick(classes, Budget(files_mb=50, ms=9))[1] == (
+    classes = [
+        offer("onnx", 90, 3, 0.81, "accuracy"),
+        offer("onnx-int8", 30, None, 0.80, "accuracy"),
+    ]
+    assert choose_target(classes, DeviceBudget(files_mb=100))[0] is classes[0]
+    assert choose_target(classes, DeviceBudget(files_mb=50, ms=9))[1] == (
         "Nothing fits: onnx has 90.0 MB, 40.0 more than 50; onnx-int8 was not measured."
     )
-    assert pick([], Budget(ms=1))[1] == "There is no target that passed its gate, so none can be picked."
+    assert (
+        choose_target([], DeviceBudget(ms=1))[1]
+        == "There is no target that passed its gate, so none can be picked."
+    )
 
 
 def test_words_of_a_budget_that_do_not_go_together(tmp_path: Path) -> None:
@@ -276,7 +351,7 @@ def test_words_of_a_budget_that_do_not_go_together(tmp_path: Path) -> None:
 
 
 def test_a_learnt_prompt_is_no_weight(bert_job: JobMaker, tmp_path: Path) -> None:
-    given = Shipped(Run(tmp_path), bert_job(method="prompt_tuning").job, tmp_path, "aaaa")
+    given = SelectedModel(Run(tmp_path), bert_job(method="prompt_tuning").job, tmp_path, "aaaa")
     with pytest.raises(UserError, match="only weights can be merged and exported"):
         Source(given)
 
@@ -289,26 +364,45 @@ def test_words_that_are_no_target(tmp_path: Path) -> None:
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else True)
-    assert why_not("onnx-int8") == "onnx-int8 needs onnxruntime: pip install 'lorafleet[onnx]'"
-    assert why_not("merged") is None
-    assert why_not("onnx-int4") == "onnx-int4 needs onnxruntime: pip install 'lorafleet[int4]'"
+    monkeypatch.setattr(
+        extras.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else True
+    )
+    assert (
+        find_unavailable_reason("onnx-int8")
+        == "onnx-int8 needs onnxruntime: pip install 'lorafleet[onnx]'"
+    )
+    assert find_unavailable_reason("merged") is None
+    assert (
+        find_unavailable_reason("onnx-int4")
+        == "onnx-int4 needs onnxruntime: pip install 'lorafleet[int4]'"
+    )
     monkeypatch.setattr(extras.importlib.util, "find_spec", lambda name: None)
-    assert why_not("executorch") == "executorch needs executorch: pip install 'lorafleet[executorch]'"
-    assert why_not("onnx") == "onnx needs onnx, onnxscript, onnxruntime: pip install 'lorafleet[onnx]'"
+    assert (
+        find_unavailable_reason("executorch")
+        == "executorch needs executorch: pip install 'lorafleet[executorch]'"
+    )
+    assert (
+        find_unavailable_reason("onnx")
+        == "onnx needs onnx, onnxscript, onnxruntime: pip install 'lorafleet[onnx]'"
+    )
 
 
 def test_tensorrt_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import torch
 
     install = "pip uninstall onnxruntime, then pip install 'lorafleet[tensorrt]'"
-    none = f"tensorrt needs an NVIDIA GPU, and there is none here; on a machine that has one: {install}"
+    none = (
+        "tensorrt needs an NVIDIA GPU, and there is none here; on a machine that has one: "
+        f"{install}"
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert why_not("tensorrt") == none
+    assert find_unavailable_reason("tensorrt") == none
     with pytest.raises(UserError, match="needs an NVIDIA GPU, and there is none here"):
         runtime.open_tensorrt(tmp_path, ABOUT, 0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # there is no GPU here: what it would say then
-    assert why_not("tensorrt") == (
+    monkeypatch.setattr(
+        torch.cuda, "is_available", lambda: True
+    )  # there is no GPU here: what it would say then
+    assert find_unavailable_reason("tensorrt") == (
         f"tensorrt needs an onnxruntime that was built with it, and this one was not: {install}"
     )
 
@@ -322,15 +416,17 @@ def test_a_session_that_tensorrt_takes_no_part_in_is_refused(tmp_path: Path) -> 
 
 
 def test_tensorrts_engines_are_for_one_token_as_for_a_prompt(tmp_path: Path) -> None:
-    shapes = tensorrt.profiles(ABOUT)
+    shapes = tensorrt.build_profiles(ABOUT)
     assert shapes["min"]["past_key_values.1.value"] == (1, 3, 0, 4)
     assert shapes["min"]["attention_mask"] == (1, 1)
     assert shapes["max"]["input_ids"] == (8, 12)  # as far as its positions go
     assert shapes["max"]["attention_mask"] == (8, 24)
-    (name, options), second = tensorrt.providers(tmp_path, ABOUT)
+    (name, options), second = tensorrt.build_providers(tmp_path, ABOUT)
     assert (name, second) == ("TensorrtExecutionProvider", "CUDAExecutionProvider")
-    assert options["trt_profile_opt_shapes"].startswith("input_ids:1x1,attention_mask:1x13,position_ids:1x1,")
-    classes = tensorrt.profiles(ABOUT.model_copy(update={"task": "classification"}))
+    assert options["trt_profile_opt_shapes"].startswith(
+        "input_ids:1x1,attention_mask:1x13,position_ids:1x1,"
+    )
+    classes = tensorrt.build_profiles(ABOUT.model_copy(update={"task": "classification"}))
     assert classes["max"] == {"input_ids": (64, 16), "attention_mask": (64, 16)}
 
 
@@ -340,9 +436,13 @@ def test_another_provider_is_not_taken_for_the_one(tmp_path: Path) -> None:
             return ["CPUExecutionProvider"]
 
     check_provider(Session(), ["CPUExecutionProvider"])
-    with pytest.raises(UserError, match="asked for TensorrtExecutionProvider and fell back to CPUExecutionProvider"):
+    with pytest.raises(
+        UserError, match="asked for TensorrtExecutionProvider and fell back to CPUExecutionProvider"
+    ):
         check_provider(Session(), [("TensorrtExecutionProvider", {})])
-    with pytest.raises(UserError, match=r"holds no artefact\.json: `lorafleet export` makes such folders"):
+    with pytest.raises(
+        UserError, match=r"holds no artefact\.json: `lorafleet export` makes such folders"
+    ):
         read_artefact(tmp_path)
 
 
@@ -370,7 +470,7 @@ def test_the_frame_of_a_prompt() -> None:
     def frame(tokenizer, system=None, conversations=True):
         marks = AnswerFrame() if conversations else None
         data = TokenData({}, (), (), False, 0, Path(), {}, frame=marks, system=system)
-        return prompt_frame(ChatFormat(tokenizer), data)
+        return build_prompt_frame(ChatFormat(tokenizer), data)
 
     assert frame(Chat()) == PromptFrame("<user>", "<a>")
     short, none = Message("system", "be short"), Message("developer", "")
@@ -386,22 +486,27 @@ def test_the_frame_of_a_prompt() -> None:
 
 def test_rows_that_are_given_in_steps_are_of_unequal_length() -> None:
     rows = tuple(tuple(range(length)) for length in (3, 4, 30, 30, 12, 20))
-    chosen, steps = HeldOut(rows, (1,) * 6, 0).stepped()
+    chosen, steps = HeldOut(rows, (1,) * 6, 0).select_stepped_rows()
     assert ([len(row) for row in chosen], steps) == ([12, 20, 30], 8)
-    chosen, steps = HeldOut(rows[:2], (1,) * 2, 0).stepped()
+    chosen, steps = HeldOut(rows[:2], (1,) * 2, 0).select_stepped_rows()
     assert ([len(row) for row in chosen], steps) == ([3, 4], 1)
-    places = [HeldOut(rows * times, (1,) * 6 * times, 0).places(2) for times in (1, 20, 500)]
+    places = [
+        HeldOut(rows * times, (1,) * 6 * times, 0).select_positions(2) for times in (1, 20, 500)
+    ]
     assert [len(found) for found in places] == [29, 8, 2]  # all of them, an equal share, the fewest
 
 
 def test_a_program_ends_where_it_ends() -> None:
     points = [(1, 64), (4, 64), (1, 200)]
-    assert fitting(None, 100, 32, points) == (points, "")
-    assert fitting(300, 100, 32, points) == (points, "")
-    assert fitting(192, 100, 32, points) == (
+    assert select_fitting_points(None, 100, 32, points) == (points, "")
+    assert select_fitting_points(300, 100, 32, points) == (points, "")
+    assert select_fitting_points(192, 100, 32, points) == (
         points[:2], "batches of 200 tokens unavailable: its program ends at 192",
     )  # fmt: skip
-    assert fitting(96, 80, 32, points) == (None, "its program ends at 96 tokens, and the longest row takes 112")
+    assert select_fitting_points(96, 80, 32, points) == (
+        None,
+        "its program ends at 96 tokens, and the longest row takes 112",
+    )
 
 
 def test_what_a_killed_export_left_is_swept_up(tmp_path: Path) -> None:
@@ -409,16 +514,19 @@ def test_what_a_killed_export_left_is_swept_up(tmp_path: Path) -> None:
         (tmp_path / f".building-{name}").mkdir()
     (tmp_path / ".building-killed" / "merged").mkdir()
     os.utime(tmp_path / ".building-old", (0, 0))
-    with files.locked(tmp_path / ".building-held" / "held"):
-        _sweep_up(tmp_path)
-    assert {path.name for path in tmp_path.glob(".building-*")} == {".building-held", ".building-begun"}
-    _sweep_up(tmp_path)
+    with files.hold_lock(tmp_path / ".building-held" / "held"):
+        _remove_stale_scratch(tmp_path)
+    assert {path.name for path in tmp_path.glob(".building-*")} == {
+        ".building-held",
+        ".building-begun",
+    }
+    _remove_stale_scratch(tmp_path)
     assert {path.name for path in tmp_path.glob(".building-*")} == {".building-begun"}
 
 
 def test_a_signal_ends_an_export_as_an_error_does() -> None:
     before, cleared = signal.getsignal(signal.SIGTERM), []
-    with pytest.raises(SystemExit) as ended, ended_by_signals():
+    with pytest.raises(SystemExit) as ended, exit_on_signals():
         try:
             signal.raise_signal(signal.SIGTERM)
         finally:
@@ -427,8 +535,12 @@ def test_a_signal_ends_an_export_as_an_error_does() -> None:
 
 
 def test_a_licence_is_what_a_card_says(tmp_path: Path) -> None:
-    assert licence("asset:smollm2-135m-instruct") == "Apache-2.0"
-    assert licence("org/model", tmp_path) == licence("org/model") == "not known here: see its own page"
+    assert find_licence("asset:smollm2-135m-instruct") == "Apache-2.0"
+    assert (
+        find_licence("org/model", tmp_path)
+        == find_licence("org/model")
+        == "not known here: see its own page"
+    )
     for text, said in (
         ("---\nlicense: mit\ntags: [x]\n---\n# A model\n", "mit (says its card)"),
         ("---\nlicense: other\nlicense_name: a-licence\n---\n", "a-licence (says its card)"),
@@ -437,20 +549,28 @@ def test_a_licence_is_what_a_card_says(tmp_path: Path) -> None:
         ("---\n{broken: [\n---\n", "not known here: see its own page"),
     ):
         (tmp_path / "README.md").write_text(text)
-        assert licence("org/model", tmp_path) == said
+        assert find_licence("org/model", tmp_path) == said
 
 
 def test_runners_need_three_packages_alone() -> None:
     """Of the folder that somebody takes away: onnxruntime, numpy, tokenizers, and Python's own."""
     for runner in (ROOT / "deployment" / "runners").glob("[a-z]*.py"):
         nodes = list(ast.walk(ast.parse(runner.read_text())))
-        named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        named = {
+            alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+        }
         named |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
         foreign = {name.partition(".")[0] for name in named} - sys.stdlib_module_names
         beside = {"answer_frame"} if runner.name == "write.py" else set()
         assert foreign - beside == {"onnxruntime", "numpy", "tokenizers"}, runner
-    frame = ast.parse((ROOT / "jobs" / "data" / "answer_frame.py").read_text())  # is copied beside them
-    modules = {str(node.module).partition(".")[0] for node in ast.walk(frame) if isinstance(node, ast.ImportFrom)}
+    frame = ast.parse(
+        (ROOT / "jobs" / "data" / "answer_frame.py").read_text()
+    )  # is copied beside them
+    modules = {
+        str(node.module).partition(".")[0]
+        for node in ast.walk(frame)
+        if isinstance(node, ast.ImportFrom)
+    }
     assert modules <= sys.stdlib_module_names
     assert not any(isinstance(node, ast.Import) for node in ast.walk(frame))
 
@@ -458,18 +578,38 @@ def test_runners_need_three_packages_alone() -> None:
 def test_an_exports_table_has_its_reasons_below_it(capsys: pytest.CaptureFixture[str]) -> None:
     def made(accepted: bool, reasons: list[str]) -> Parity:
         remarks = ["unpacked to float32"] if accepted else []
-        return Parity(target="onnx", accepted=accepted, reasons=reasons, gate=Gate(), judged=judged(), remarks=remarks)
+        return Parity(
+            target="onnx",
+            accepted=accepted,
+            reasons=reasons,
+            gate=Gate(),
+            judged=judged(),
+            remarks=remarks,
+        )
 
-    found = Exported(
+    found = ExportResult(
         output="/out",
         targets=[
-            Made(target="onnx", accepted=True, folder="/out/onnx", parity=made(True, []), files_mb=12.34),
-            Made(target="onnx-int8", folder="/out/rejected", parity=made(False, ["a logit differs by 9"]), files_mb=1),
-            Made(target="tensorrt", unavailable="needs a GPU: pip install 'lorafleet[tensorrt]'"),
-            Made(target="executorch", failure="RuntimeError: no operator"),
+            TargetResult(
+                target="onnx",
+                accepted=True,
+                folder="/out/onnx",
+                parity=made(True, []),
+                files_mb=12.34,
+            ),
+            TargetResult(
+                target="onnx-int8",
+                folder="/out/rejected",
+                parity=made(False, ["a logit differs by 9"]),
+                files_mb=1,
+            ),
+            TargetResult(
+                target="tensorrt", unavailable="needs a GPU: pip install 'lorafleet[tensorrt]'"
+            ),
+            TargetResult(target="executorch", failure="RuntimeError: no operator"),
         ],
     )
-    show_exported(found, Format.TEXT)
+    print_export(found, Format.TEXT)
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     assert [line.split()[:2] for line in lines if line.startswith(("onnx", "tensorrt", "executorch"))][:4] == [
         ["onnx", "accepted"], ["onnx-int8", "rejected"], ["tensorrt", "unavailable"], ["executorch", "failed"],

@@ -1,4 +1,5 @@
-"""Whatever stands in a file or on the command line: it is accepted, or refused in plain sentences, and soon.
+"""Whatever stands in a file or on the command line: it is accepted, or refused in plain sentences,
+and soon.
 
 A few examples of each kind in every run of the tests, 2,000 in `make test-all`.
 """
@@ -20,18 +21,46 @@ from tests.conftest import ROOT, lorafleet_here, write_rows
 from tests.unit.test_hostile_text import steers
 
 STRANGE_TEXTS = st.sampled_from([
-    "", " ", "\n", "\x00", "\x1b[2J", "\ud800", "\u202e", "a" * 5000, "{{ 1 / 0 }}", "{% for %}", "$(touch x)", "`id`",
+    "", " ", "\n", "\x00", "\x1b[2J", "\ud800", "\u202e", "a" * 5000, "{{ 1 / "
+                                                                      "0 "
+                                                                      "}}", "{% "
+                                                                            "for "
+                                                                            "%}", "$(touch "
+                                                                                  "x)", "`id`",
     "../../etc/passwd", "/etc/passwd", "/dev/null/x", "~nobody/x", "\\", "'", '"', "null", "no", "1:00:00", "1e999",
     "2*lora_r", "lora.lora_r", "asset:nothing", "asset:minilm-l6", "org/name", "=", ".", "..", "-1", "0x10", "é" * 300,
-    "a\nb: c", "!!python/object:os.system", "&a [*a]", "${HOME}", "%s%n", "x" * 300 + ".jsonl", "con", "\N{BOM}x",
+    "a\nb: "
+    "c", "!!python/object:os.system", "&a "
+                                      "[*a]", "${HOME}", "%s%n", "x" * 300 + ".jsonl", "con", "\N{BOM}x",
 ])  # fmt: skip
 STRANGE_NUMBERS = st.sampled_from(
-    [0, -1, 1, 2**31, 2**63, 2**64, 10**400, 1e308, -1e308, 1e-320, 0.1, float("inf"), float("nan"), True, False]
+    [
+        0,
+        -1,
+        1,
+        2**31,
+        2**63,
+        2**64,
+        10**400,
+        1e308,
+        -1e308,
+        1e-320,
+        0.1,
+        float("inf"),
+        float("nan"),
+        True,
+        False,
+    ]
 )
-SCALARS = st.none() | STRANGE_TEXTS | STRANGE_NUMBERS | st.text(max_size=20) | st.integers() | st.floats()
+SCALARS = (
+    st.none() | STRANGE_TEXTS | STRANGE_NUMBERS | st.text(max_size=20) | st.integers() | st.floats()
+)
 TREES = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(STRANGE_TEXTS | st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(STRANGE_TEXTS | st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
@@ -42,7 +71,13 @@ def checked(*words: str | Path, cwd: Path, codes: tuple[int, ...] = (0, 2, 3)) -
     done = lorafleet_here(*words, cwd=cwd)
     said = done.stdout + done.stderr
     assert done.returncode in codes, said[-2000:]
-    for word in ("Traceback", "fault of lorafleet", "validation error", "Input should be", "errors.pydantic.dev"):
+    for word in (
+        "Traceback",
+        "fault of lorafleet",
+        "validation error",
+        "Input should be",
+        "errors.pydantic.dev",
+    ):
         assert word not in said, said[-2000:]
     if done.returncode == 2:
         lines = done.stderr.splitlines()
@@ -81,7 +116,9 @@ def changed(data: st.DataObject, tree: Any) -> Any:
         elif what == "remove":
             del block[path[-1]]
         elif isinstance(block, dict):
-            block[data.draw(STRANGE_TEXTS | st.sampled_from(["task", "search", "linked", "x"]))] = data.draw(TREES)
+            block[data.draw(STRANGE_TEXTS | st.sampled_from(["task", "search", "linked", "x"]))] = (
+                data.draw(TREES)
+            )
         if not places(tree):
             return tree
     return tree
@@ -95,7 +132,9 @@ def dumped(tree: Any) -> bytes:
         return json.dumps(tree).encode()
 
 
-JUNK = st.sampled_from([b"\xff", b"\x00", b"\t", b"{", b"]", b"&a ", b"*a", b"!!x ", b"- ", b": ", b"'", b"\n  "])
+JUNK = st.sampled_from(
+    [b"\xff", b"\x00", b"\t", b"{", b"]", b"&a ", b"*a", b"!!x ", b"- ", b": ", b"'", b"\n  "]
+)
 
 
 def spoilt(data: st.DataObject, raw: bytes) -> bytes:
@@ -103,7 +142,20 @@ def spoilt(data: st.DataObject, raw: bytes) -> bytes:
     for _ in range(data.draw(st.integers(0, 2))):
         at, length = data.draw(st.integers(0, len(raw))), data.draw(st.integers(0, 12))
         junk = st.sampled_from(
-            [b"\xff", b"\x00", b"\t", b"{", b"]", b"&a ", b"*a", b"!!x ", b"- ", b": ", b"'", b"\n  "]
+            [
+                b"\xff",
+                b"\x00",
+                b"\t",
+                b"{",
+                b"]",
+                b"&a ",
+                b"*a",
+                b"!!x ",
+                b"- ",
+                b": ",
+                b"'",
+                b"\n  ",
+            ]
         )
         raw = raw[:at] + data.draw(st.binary(max_size=6) | junk) + raw[at + length :]
     return raw
@@ -112,7 +164,10 @@ def spoilt(data: st.DataObject, raw: bytes) -> bytes:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
     made = tmp_path_factory.mktemp("fuzz")
-    rows = [{"text": f"a {n}", "label": "ab"[n % 2], "prompt": f"p {n}", "completion": f"c {n}"} for n in range(12)]
+    rows = [
+        {"text": f"a {n}", "label": "ab"[n % 2], "prompt": f"p {n}", "completion": f"c {n}"}
+        for n in range(12)
+    ]
     write_rows(made / "rows.jsonl", rows)
     return made
 
@@ -125,8 +180,14 @@ def job_tree(name: str, folder: Path, model: Path) -> Any:
 
 
 def _job_files(data: st.DataObject, folder: Path, model: Path) -> None:
-    name = data.draw(st.sampled_from(["quickstart", "full", "my-data", "qlora", "prompt-tuning", "zero3", "two-nodes"]))
-    (folder / "job.yaml").write_bytes(spoilt(data, dumped(changed(data, job_tree(name, folder, model)))))
+    name = data.draw(
+        st.sampled_from(
+            ["quickstart", "full", "my-data", "qlora", "prompt-tuning", "zero3", "two-nodes"]
+        )
+    )
+    (folder / "job.yaml").write_bytes(
+        spoilt(data, dumped(changed(data, job_tree(name, folder, model))))
+    )
     checked(data.draw(st.sampled_from(["validate", "plan", "render"])), "job.yaml", cwd=folder)
 
 
@@ -134,10 +195,12 @@ def _overrides(data: st.DataObject, folder: Path, model: Path) -> None:
     (folder / "fixed.yaml").write_bytes(dumped(job_tree("quickstart", folder, model)))
     from lorafleet.jobs.schema import field_paths as fields
 
-    keys = st.sampled_from(sorted(fields.leaves())) | STRANGE_TEXTS | st.text(max_size=12)
+    keys = st.sampled_from(sorted(fields.get_leaf_fields())) | STRANGE_TEXTS | st.text(max_size=12)
     values = TREES.map(json.dumps) | STRANGE_TEXTS | st.text(max_size=12)
     words = data.draw(st.lists(st.tuples(keys, values).map("=".join), min_size=1, max_size=3))
-    words = [word.encode("utf-8", "replace").decode().replace("\0", "?") for word in words]  # no shell passes others on
+    words = [
+        word.encode("utf-8", "replace").decode().replace("\0", "?") for word in words
+    ]  # no shell passes others on
     checked("plan", "fixed.yaml", *[word for word in words if not word.startswith("-")], cwd=folder)
 
 
@@ -180,8 +243,12 @@ def _data_files(data: st.DataObject, folder: Path, model: Path) -> None:
 
     rows = data.draw(st.lists(st.dictionaries(STRANGE_TEXTS, TREES, max_size=3), max_size=3))
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    table = "\n".join(",".join(str(value) for value in row.values()) for row in rows).encode("utf-8", "surrogatepass")
-    raw = spoilt(data, data.draw(st.sampled_from([lines, table, json.dumps(rows).encode(), b"PAR1"])))
+    table = "\n".join(",".join(str(value) for value in row.values()) for row in rows).encode(
+        "utf-8", "surrogatepass"
+    )
+    raw = spoilt(
+        data, data.draw(st.sampled_from([lines, table, json.dumps(rows).encode(), b"PAR1"]))
+    )
     path = folder / f"fuzz{data.draw(st.sampled_from(DATA_SUFFIXES))}"
     path.write_bytes(raw)
     try:
@@ -209,7 +276,10 @@ def _rows_of_a_job(data: st.DataObject, folder: Path, model: Path) -> None:
     rows = [shape, *(changed(data, shape) for _ in range(3)), shape]
     (folder / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = "classification" if "label" in shape else "generation"
-    text = f"name: x\ntask: {task}\nmodel: {{model_name_or_path: {model}}}\ndata: {{train_file: {folder}/odd.jsonl}}\n"
+    text = (
+        f"name: x\ntask: {task}\nmodel: {{model_name_or_path: {model}}}\ndata: {{train_file: "
+        f"{folder}/odd.jsonl}}\n"
+    )
     try:
         load_rows(load_text(text, folder / "job.yaml", ()).job)
     except UserError as error:
@@ -232,8 +302,16 @@ def test_strange_input(kind: str, examples: int, folder: Path, tiny_bert: Path) 
     @settings(
         max_examples=examples,
         deadline=None,
-        phases=(Phase.explicit, Phase.reuse, Phase.generate),  # an example is found sooner than it is made small
-        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+        phases=(
+            Phase.explicit,
+            Phase.reuse,
+            Phase.generate,
+        ),  # an example is found sooner than it is made small
+        suppress_health_check=[
+            HealthCheck.too_slow,
+            HealthCheck.data_too_large,
+            HealthCheck.large_base_example,
+        ],
     )
     @given(data=st.data())
     def tried(data: st.DataObject) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+
 from lorafleet.evaluation.report.human_rating import CRITERIA, Item, Notebook
 from lorafleet.webapp import guard
-from lorafleet.webapp.guard import unusable
-from lorafleet.webapp.openai import Limits, serving_app
-from lorafleet.webapp.rate import rating_app
-
+from lorafleet.webapp.guard import find_body_problem
+from lorafleet.webapp.openai import Limits, create_serving_app
+from lorafleet.webapp.rate import create_rating_app
 from tests.unit.test_export import Counting
 from tests.unit.test_serve import loaded, running
 
@@ -25,7 +25,14 @@ TOKEN = "t0ken"
 
 
 def serve_app(port: int) -> FastAPI:
-    return serving_app(loaded(Counting(26)), "tiny", TOKEN, port, Limits(body_kb=4), lambda turns: turns[0]["content"])
+    return create_serving_app(
+        loaded(Counting(26)),
+        "tiny",
+        TOKEN,
+        port,
+        Limits(body_kb=4),
+        lambda turns: turns[0]["content"],
+    )
 
 
 def send(port: int, data: bytes, seconds: float = 20) -> bytes:
@@ -39,9 +46,12 @@ def send(port: int, data: bytes, seconds: float = 20) -> bytes:
         return said
 
 
-def request(port: int, path: str, body: bytes, key: str = TOKEN, more: str = "Connection: close\r\n") -> bytes:
+def request(
+    port: int, path: str, body: bytes, key: str = TOKEN, more: str = "Connection: close\r\n"
+) -> bytes:
     head = (
-        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer {key}\r\nX-Lorafleet-Token: {key}\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer "
+        f"{key}\r\nX-Lorafleet-Token: {key}\r\n"
         f"Content-Type: application/json\r\n{more}"
     )
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
@@ -52,40 +62,55 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[int, 
     """(port, an address that takes a body, a body that is right) of each server that there is."""
     if request.param == "serve":
         with running(serve_app, at_once=True) as port:
-            yield port, "/v1/completions", json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1}).encode()
+            yield (
+                port,
+                "/v1/completions",
+                json.dumps({"model": "tiny", "prompt": "a", "max_tokens": 1}).encode(),
+            )
         return
     book = Notebook.open(tmp_path / "ann.jsonl", [Item(0, "p", "r", ("a", "b"), ("x", "y"))])
-    with running(lambda port: rating_app(book, "t", TOKEN, port), at_once=True) as port:
+    with running(lambda port: create_rating_app(book, "t", TOKEN, port), at_once=True) as port:
         body = {"row": 0, "slot": "A", "criterion": CRITERIA[0], "score": 3}
         yield port, "/api/rate", json.dumps(body).encode()
 
 
-STRANGE = [b'{"x": NaN}', b'{"x": Infinity}', b'{"x": -Infinity}', b'{"x": 1e999}', b'"\\ud800"', b'{"\\udfff": 1}',
-           b'{"prompt": "a\\ud83d"}', b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe", b"\xed\xa0\x80", b"",
-           b"null", b"[]", b"1" * 5000, b'{"row": ' + b"9" * 5000 + b"}", b"\x00", b'{"score": "3"}', b"{", b"true",
-           b'{"temperature": 1e308, "model": "tiny", "prompt": "a"}', b'{"model": "tiny", "prompt": "\\u0000"}',
+STRANGE = [b'{"x": '
+           b'NaN}', b'{"x": '
+                    b'Infinity}', b'{"x": '
+                                  b'-Infinity}', b'{"x": 1e999}', b'"\\ud800"', b'{"\\udfff": 1}',
+           b'{"prompt": '
+           b'"a\\ud83d"}', b"[" * 100_000, b'{"a":' * 50_000, b"\xff\xfe", b"\xed\xa0\x80", b"",
+           b"null", b"[]", b"1" * 5000, b'{"row": ' + b"9" * 5000 + b"}", b"\x00", b'{"score": '
+                                                                                   b'"3"}', b"{", b"true",
+           b'{"temperature": 1e308, "model": "tiny", '
+           b'"prompt": "a"}', b'{"model": "tiny", "prompt": "\\u0000"}',
            b'{"row": 1e300, "slot": "A", "criterion": "x", "score": 3}']  # fmt: skip
 
 
-def test_no_body_is_a_fault_of_ours(site: tuple[int, str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_body_is_a_fault_of_ours(
+    site: tuple[int, str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     port, path, right = site
     assert b" 200 " in send(port, request(port, path, right)).splitlines()[0]
     for body in STRANGE:
         answer = send(port, request(port, path, body))
         code = int(answer.split()[1])
-        assert code in (400, 404, 413, 422) or (code == 200 and b"u0000" in body), (body[:40], answer[:200])
+        assert code in (400, 404, 413, 422) or (code == 200 and b"u0000" in body), (
+            body[:40],
+            answer[:200],
+        )
         json.loads(answer.partition(b"\r\n\r\n")[2])
 
 
 @pytest.mark.parametrize("word", [b"NaN", b"Infinity", b"1e999", b'"\\ud800"'])
 def test_numbers_and_texts_that_are_none_are_told(word: bytes) -> None:
-    assert unusable(b'{"x": [' + word + b"]}") is not None
-    assert unusable(b'{"x": [1e300, "\\ud83d\\ude00", -0.0]}') is None
+    assert find_body_problem(b'{"x": [' + word + b"]}") is not None
+    assert find_body_problem(b'{"x": [1e300, "\\ud83d\\ude00", -0.0]}') is None
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "utf-32-be"])
 def test_another_encoding_is_no_way_round(encoding: str) -> None:
-    assert unusable('{"a": NaN}'.encode(encoding)) == "the request is not UTF-8"
+    assert find_body_problem('{"a": NaN}'.encode(encoding)) == "the request is not UTF-8"
 
 
 def test_a_body_without_a_length_counts_as_well(site: tuple[int, str, bytes]) -> None:
@@ -96,23 +121,31 @@ def test_a_body_without_a_length_counts_as_well(site: tuple[int, str, bytes]) ->
 
 
 @pytest.mark.parametrize("begun", [b"", b"G", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-A: "])
-def test_a_slow_head_is_not_waited_for(site: tuple[int, str, bytes], begun: bytes, monkeypatch: Any) -> None:
+def test_a_slow_head_is_not_waited_for(
+    site: tuple[int, str, bytes], begun: bytes, monkeypatch: Any
+) -> None:
     """Nor is one whose bytes come one by one."""
     monkeypatch.setattr(guard, "HEAD_SECONDS", 0.4)
     assert seconds_open(site[0], begun) < 5
 
 
-def test_a_slow_head_after_a_request(site: tuple[int, str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_head_after_a_request(
+    site: tuple[int, str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(guard, "HEAD_SECONDS", 0.4)
     port, path, right = site
     assert seconds_open(port, request(port, path, right, more="") + b"GET / HT") < 6
 
 
 @pytest.mark.parametrize("key", [TOKEN, "another"])
-def test_a_slow_body_is_not_waited_for(site: tuple[int, str, bytes], key: str, monkeypatch: Any) -> None:
+def test_a_slow_body_is_not_waited_for(
+    site: tuple[int, str, bytes], key: str, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.4)
     port, path, right = site
-    begun = request(port, path, right, key, "").replace(f"Length: {len(right)}".encode(), b"Length: 900")
+    begun = request(port, path, right, key, "").replace(
+        f"Length: {len(right)}".encode(), b"Length: 900"
+    )
     assert seconds_open(port, begun) < 5
 
 
@@ -136,7 +169,9 @@ def seconds_open(port: int, begun: bytes) -> float:
     return time.monotonic() - began
 
 
-def test_so_many_connections_and_no_more(site: tuple[int, str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_so_many_connections_and_no_more(
+    site: tuple[int, str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(guard, "CONNECTIONS", 8)
     port, path, right = site
     idle = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(8)]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lorafleet.cluster.remote.transfer import Unpacker, record
+
+from lorafleet.cluster.remote.transfer import Unpacker, list_record_files
 from lorafleet.cluster.remote.transfer import pack as pack_record
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import CommandFailed, RunError
@@ -32,7 +33,7 @@ def test_the_folder_is_made_once(tmp_path: Path) -> None:
     document = mounted(tmp_path / "etc")
     run = unpack(tmp_path / "runs" / "x-a1b2c3", document)
     assert {name: (run.path / name).read_text() for name in TEXTS} == TEXTS
-    assert (run.state, run.status()["name"]) == (RunState.PENDING, "x")
+    assert (run.state, run.read_status()["name"]) == (RunState.PENDING, "x")
     run.set_state(RunState.RUNNING)
     assert unpack(run.path, document).state is RunState.RUNNING
     assert [path.name for path in run.path.parent.iterdir()] == ["x-a1b2c3"]
@@ -62,8 +63,12 @@ def test_a_users_stop_holds_until_the_run_is_submitted_again(tmp_path: Path) -> 
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
-    document = mounted(tmp_path / "etc", **{"run.json": json.dumps({"lorafleet": "9.9.9", "name": "x"})})
-    with pytest.raises(RunError, match=r"submitted by lorafleet 9.9.9, and this is .*: the image must have"):
+    document = mounted(
+        tmp_path / "etc", **{"run.json": json.dumps({"lorafleet": "9.9.9", "name": "x"})}
+    )
+    with pytest.raises(
+        RunError, match=r"submitted by lorafleet 9.9.9, and this is .*: the image must have"
+    ):
         unpack(tmp_path / "x-a1b2c3", document)
     assert not (tmp_path / "x-a1b2c3").exists()
 
@@ -76,11 +81,24 @@ def test_what_is_no_document(tmp_path: Path) -> None:
 
 def test_exported_models_come_when_they_are_wanted(tmp_path: Path) -> None:
     run = Run(tmp_path / "r")
-    for name in ("export/onnx/model.onnx.data", "export/onnx/parity.json", "export/export.json", "status.json"):
+    for name in (
+        "export/onnx/model.onnx.data",
+        "export/onnx/parity.json",
+        "export/export.json",
+        "status.json",
+    ):
         files.write_text(run.path / name, "{}")
-    assert {path.name for path in record(run)} == {"parity.json", "export.json", "status.json"}
-    assert {path.name for path in record(run, "all")} == {"parity.json", "export.json", "status.json"}
-    assert "model.onnx.data" in {path.name for path in record(run, "exports")}
+    assert {path.name for path in list_record_files(run)} == {
+        "parity.json",
+        "export.json",
+        "status.json",
+    }
+    assert {path.name for path in list_record_files(run, "all")} == {
+        "parity.json",
+        "export.json",
+        "status.json",
+    }
+    assert "model.onnx.data" in {path.name for path in list_record_files(run, "exports")}
 
 
 def stream(*members: tuple[str, bytes, bytes]) -> bytes:
@@ -97,7 +115,13 @@ def stream(*members: tuple[str, bytes, bytes]) -> bytes:
 
 def record_here(folder: Path) -> dict[str, str]:
     """A record on the user's side, and its texts."""
-    own = {"plan.json": "own", "site.json": "own", "stop": "own", "job.yaml": "own", "attempts/1.json": "own"}
+    own = {
+        "plan.json": "own",
+        "site.json": "own",
+        "stop": "own",
+        "job.yaml": "own",
+        "attempts/1.json": "own",
+    }
     for name, text in own.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -114,23 +138,32 @@ def test_a_name_that_leads_elsewhere_stops_the_transfer(tmp_path: Path, name: st
     """As a whole, and before anything is written: the honest file beside it is not taken either."""
     own = record_here(tmp_path / "x")
     unpacker = Unpacker(tmp_path / "x")
-    unpacker.take(stream(("status.json", tarfile.REGTYPE, b"{}"), (name, tarfile.REGTYPE, b"theirs")))
+    unpacker.add_block(
+        stream(("status.json", tarfile.REGTYPE, b"{}"), (name, tarfile.REGTYPE, b"theirs"))
+    )
     with pytest.raises(CommandFailed, match="nothing was taken"):
         unpacker.finish()
-    held = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+    held = {
+        str(path.relative_to(tmp_path)): path.read_text()
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }
     assert held == {f"x/{name}": text for name, text in own.items()}
 
 
 @given(
     parts=st.lists(
-        st.sampled_from(["..", ".", "", "trials", "plan.json", "stop", "arms", "a", "site.json"]), max_size=6
+        st.sampled_from(["..", ".", "", "trials", "plan.json", "stop", "arms", "a", "site.json"]),
+        max_size=6,
     )
 )
-def test_no_name_changes_what_belongs_to_this_side(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> None:
+def test_no_name_changes_what_belongs_to_this_side(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[str]
+) -> None:
     folder = tmp_path_factory.mktemp("side") / "x"
     own = record_here(folder)
     unpacker = Unpacker(folder)
-    unpacker.take(stream(("/".join(parts), tarfile.REGTYPE, b"theirs")))
+    unpacker.add_block(stream(("/".join(parts), tarfile.REGTYPE, b"theirs")))
     try:
         unpacker.finish()
     except CommandFailed:
@@ -147,9 +180,13 @@ def test_what_is_no_part_of_a_record_stays_where_it_is(tmp_path: Path) -> None:
              tarfile.CHRTYPE, tarfile.FIFOTYPE])]  # fmt: skip
     files_ = [(name, tarfile.REGTYPE, b"theirs") for name in (*own, "tune/x.pkl", "evil.sh", "arms/a/stop",
               "arms/a/attempts/1.json", "arms/a/plan.json", "trials/t/params.json")]  # fmt: skip
-    unpacker.take(stream(*links, *files_))
+    unpacker.add_block(stream(*links, *files_))
     assert unpacker.finish() == 2
-    theirs = {str(path.relative_to(tmp_path / "x")) for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    theirs = {
+        str(path.relative_to(tmp_path / "x"))
+        for path in (tmp_path / "x").rglob("*")
+        if path.is_file()
+    }
     assert theirs - set(own) == {"arms/a/plan.json", "trials/t/params.json"}
     assert {name: (tmp_path / "x" / name).read_text() for name in own} == own
 
@@ -167,8 +204,10 @@ def test_what_a_run_sends_is_taken(tmp_path: Path) -> None:
         files.write_text(there.path / name, "{}")
     here.path.mkdir()
     out = io.BytesIO()
-    pack_record(there, {}, "all", out, whole=True)
+    pack_record(there, {}, "all", out, include_wandb=True)
     unpacker = Unpacker(here.path)
-    unpacker.take(out.getvalue())
+    unpacker.add_block(out.getvalue())
     assert unpacker.finish() == len(names)
-    assert {str(path.relative_to(here.path)) for path in here.path.rglob("*") if path.is_file()} == set(names)
+    assert {
+        str(path.relative_to(here.path)) for path in here.path.rglob("*") if path.is_file()
+    } == set(names)

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+
 from lorafleet.jobs.loading.import_sweep import translate_sweep
-from lorafleet.jobs.loading.importers import Translation, translate
+from lorafleet.jobs.loading.importers import Translation, translate_config
 from lorafleet.jobs.loading.job_file import load_job, load_text
 from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.trials import arms
-
 from tests.conftest import lorafleet_here
 
 PUBLISHED = {
@@ -185,7 +185,9 @@ learning_rate: 0.0001
 lr_scheduler_type: cosine
 """,
 }
-"""Keys and values of example configs of axolotl (examples/llama-3), LLaMA-Factory (examples) and TRL (cli_configs)."""
+"""Keys and values of example configs of axolotl (examples/llama-3), LLaMA-Factory (examples) and
+TRL (cli_configs).
+"""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -198,23 +200,35 @@ def test_a_published_config_makes_a_job_that_plan_accepts(name: str, tmp_path: P
     assert planned.returncode == 0, planned.stderr
     job, theirs = load_job(tmp_path / "job.yaml").job, yaml.safe_load(PUBLISHED[name])
     rows = theirs.get("micro_batch_size", theirs.get("per_device_train_batch_size", 8))
-    assert job.train.effective_batch_size(1) == rows * theirs.get("gradient_accumulation_steps", 1)
+    assert job.train.compute_effective_batch_size(1) == rows * theirs.get(
+        "gradient_accumulation_steps", 1
+    )
     assert job.train.learning_rate == float(theirs["learning_rate"])
     assert job.train.lr_scheduler_type == "cosine"
     assert job.train.warmup_steps == theirs.get("warmup_steps")
     assert job.train.packing == bool(theirs.get("sample_packing"))
-    full = theirs.get("finetuning_type") == "full" or (tool != "llamafactory" and "lora_r" not in theirs)
+    full = theirs.get("finetuning_type") == "full" or (
+        tool != "llamafactory" and "lora_r" not in theirs
+    )
     quantised = theirs.get("load_in_8bit") or theirs.get("quantization_bit")
     assert job.method == ("full" if full else "qlora" if quantised else "lora")
 
 
 def _of(tool: str, **config: Any) -> Translation:
     least = {
-        "axolotl": {"base_model": "a/b", "adapter": "lora", "datasets": [{"path": "x.jsonl", "type": "chat_template"}]},
-        "llamafactory": {"model_name_or_path": "a/b", "finetuning_type": "lora", "dataset": "x.jsonl"},
+        "axolotl": {
+            "base_model": "a/b",
+            "adapter": "lora",
+            "datasets": [{"path": "x.jsonl", "type": "chat_template"}],
+        },
+        "llamafactory": {
+            "model_name_or_path": "a/b",
+            "finetuning_type": "lora",
+            "dataset": "x.jsonl",
+        },
         "trl": {"model_name_or_path": "a/b", "dataset_name": "a/c", "use_peft": True},
     }
-    return translate(tool, least[tool] | config, "x")
+    return translate_config(tool, least[tool] | config, "x")
 
 
 @pytest.mark.parametrize(
@@ -257,23 +271,38 @@ def _of(tool: str, **config: Any) -> Translation:
 def test_what_a_tool_does_where_nothing_is_said(tool: str, defaults: dict[str, Any]) -> None:
     made = _of(tool)
     for path, value in defaults.items():
-        assert fields.get(made.tree, path) == value, path
+        assert fields.get_value(made.tree, path) == value, path
     assert len(made.assumed) >= len(defaults)
-    assert fields.get(made.tree, "data.train_on_turns") in (None, "all")
+    assert fields.get_value(made.tree, "data.train_on_turns") in (None, "all")
 
 
 @pytest.mark.parametrize(
     ("tool", "said", "path", "value"),
     [
-        ("llamafactory", {"quantization_bit": 4, "double_quantization": False}, "qlora.use_double_quant", False),
+        (
+            "llamafactory",
+            {"quantization_bit": 4, "double_quantization": False},
+            "qlora.use_double_quant",
+            False,
+        ),
         ("llamafactory", {"mask_history": False}, "data.train_on_turns", "all"),
         ("llamafactory", {"mask_history": True}, "data.train_on_turns", "last"),
-        ("llamafactory", {"enable_thinking": False}, "data.chat_template_kwargs", {"enable_thinking": False}),
+        (
+            "llamafactory",
+            {"enable_thinking": False},
+            "data.chat_template_kwargs",
+            {"enable_thinking": False},
+        ),
         ("llamafactory", {"train_on_prompt": True}, "data.assistant_only_loss", False),
         ("llamafactory", {"warmup_steps": 20}, "train.warmup_steps", 20),
         ("llamafactory", {"warmup_steps": 0.1}, "train.warmup_ratio", 0.1),
         ("llamafactory", {"neat_packing": True}, "train.packing", True),
-        ("llamafactory", {"disable_gradient_checkpointing": True}, "train.gradient_checkpointing", False),
+        (
+            "llamafactory",
+            {"disable_gradient_checkpointing": True},
+            "train.gradient_checkpointing",
+            False,
+        ),
         ("llamafactory", {"report_to": "none"}, "tracking.mode", "disabled"),
         ("llamafactory", {"report_to": "wandb"}, "tracking.mode", None),
         ("axolotl", {"train_on_inputs": True}, "data.assistant_only_loss", False),
@@ -286,26 +315,42 @@ def test_what_a_tool_does_where_nothing_is_said(tool: str, defaults: dict[str, A
         ("trl", {"assistant_only_loss": True}, "data.assistant_only_loss", True),
         ("trl", {"completion_only_loss": False}, "data.assistant_only_loss", False),
         ("trl", {"load_in_4bit": True}, "qlora.use_double_quant", False),
-        ("trl", {"load_in_4bit": True, "use_bnb_nested_quant": True}, "qlora.use_double_quant", True),
+        (
+            "trl",
+            {"load_in_4bit": True, "use_bnb_nested_quant": True},
+            "qlora.use_double_quant",
+            True,
+        ),
         ("trl", {"use_peft": False}, "method", "full"),
         ("trl", {"max_steps": -1}, "train.max_steps", None),
         ("trl", {"packing": True}, "train.packing", True),
         ("trl", {"env": {"NCCL_DEBUG": "INFO"}}, "environment", {"NCCL_DEBUG": "INFO"}),
     ],
 )
-def test_what_is_said_is_carried_over(tool: str, said: dict[str, Any], path: str, value: Any) -> None:
+def test_what_is_said_is_carried_over(
+    tool: str, said: dict[str, Any], path: str, value: Any
+) -> None:
     made = _of(tool, **said)
-    assert fields.get(made.tree, path) == value
+    assert fields.get_value(made.tree, path) == value
     assert not any(line.startswith(tuple(said)) for line in made.lost), made.lost
 
 
 @pytest.mark.parametrize(
     ("turns", "lost"),
     [
-        ({"field_messages": "conversations", "message_property_mappings": {"role": "from", "content": "value"}}, None),
+        (
+            {
+                "field_messages": "conversations",
+                "message_property_mappings": {"role": "from", "content": "value"},
+            },
+            None,
+        ),
         ({"message_field_role": "from", "message_field_content": "value"}, None),
         ({"message_property_mappings": {"role": "role"}}, None),
-        ({"message_property_mappings": {"role": "speaker", "content": "text"}}, "must have role and content"),
+        (
+            {"message_property_mappings": {"role": "speaker", "content": "text"}},
+            "must have role and content",
+        ),
         ({"roles": {"user": ["human", "user"], "assistant": ["gpt"]}}, None),
         ({"roles": {"user": ["client"]}}, "client as user is not read here"),
         ({"roles_to_train": ["assistant"], "train_on_eos": "turn"}, None),
@@ -325,9 +370,13 @@ def test_axolotls_conversations(turns: dict[str, Any], lost: str | None) -> None
 
 def test_what_is_done_otherwise_is_said() -> None:
     assert any("trains on all rows" in line for line in _of("axolotl").otherwise)
-    assert not any("trains on all rows" in line for line in _of("axolotl", val_set_size=0.1).otherwise)
+    assert not any(
+        "trains on all rows" in line for line in _of("axolotl", val_set_size=0.1).otherwise
+    )
     assert any("axolotl drops them, here they are cut" in line for line in _of("axolotl").otherwise)
-    assert any("do not see each other" in line for line in _of("llamafactory", packing=True).otherwise)
+    assert any(
+        "do not see each other" in line for line in _of("llamafactory", packing=True).otherwise
+    )
     assert any("TRL learns every token" in line for line in _of("trl").otherwise)
     assert _of("axolotl", val_set_size=0).lost == []
 
@@ -361,13 +410,27 @@ SWEEP = {
 def test_a_sweep_of_wandb_is_a_search(tmp_path: Path) -> None:
     made = translate_sweep(SWEEP, "x")
     search = made.tree["search"]
-    assert (search["method"], search["num_samples"], search["metric"]["name"]) == ("tpe", 6, "accuracy")
+    assert (search["method"], search["num_samples"], search["metric"]["name"]) == (
+        "tpe",
+        6,
+        "accuracy",
+    )
     rate = search["parameters"]["train.learning_rate"]
-    assert (rate["distribution"], rate["min"], rate["max"]) == ("log_uniform_values", math.exp(-9), math.exp(-4))
+    assert (rate["distribution"], rate["min"], rate["max"]) == (
+        "log_uniform_values",
+        math.exp(-9),
+        math.exp(-4),
+    )
     assert search["parameters"]["train.weight_decay"]["min"] == 1e-4
     assert search["parameters"]["train.optim"] == {"values": ["adamw_torch"]}
     assert made.tree["train"]["num_train_epochs"] == 2
-    scheduler = {"type": "asha", "time_attr": "epoch", "reduction_factor": 3, "max_t": 27, "grace_period": 3}
+    scheduler = {
+        "type": "asha",
+        "time_attr": "epoch",
+        "reduction_factor": 3,
+        "max_t": 27,
+        "grace_period": 3,
+    }
     assert search["scheduler"] == scheduler
     for words in ("program:", "command:", "parameters.layers:", "may not be 'sgd'"):
         assert any(words in line for line in made.lost), words
@@ -383,7 +446,10 @@ def test_a_sweep_of_wandb_is_a_search(tmp_path: Path) -> None:
     ("said", "scheduler"),
     [
         ({"type": "hyperband", "min_iter": 2}, {"grace_period": 2, "reduction_factor": 3}),
-        ({"type": "hyperband", "min_iter": 1, "eta": 2, "max_iter": 8}, {"grace_period": 1, "max_t": 8}),
+        (
+            {"type": "hyperband", "min_iter": 1, "eta": 2, "max_iter": 8},
+            {"grace_period": 1, "max_t": 8},
+        ),
         ({"type": "hyperband", "max_iter": 9, "s": 1, "eta": 3}, {"grace_period": 3, "max_t": 9}),
         (None, {"type": "none"}),
     ],
@@ -395,9 +461,14 @@ def test_early_terminate(said: Any, scheduler: dict[str, Any]) -> None:
 
 def test_a_sweep_goes_on_the_users_own_job(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
-    own = "name: own\ntask: classification\nmodel: {model_name_or_path: org/m}\ndata: {train_file: x.jsonl}\n"
+    own = (
+        "name: own\ntask: classification\nmodel: {model_name_or_path: org/m}\ndata: "
+        "{train_file: x.jsonl}\n"
+    )
     (tmp_path / "own.yaml").write_text(own + "search: {parameters: {train.seed: [1]}}\n")
-    done = lorafleet_here("import", "--from", "wandb", "sweep.yaml", "--job", "own.yaml", cwd=tmp_path)
+    done = lorafleet_here(
+        "import", "--from", "wandb", "sweep.yaml", "--job", "own.yaml", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     tree = yaml.safe_load(done.stdout)
     assert (tree["name"], tree["model"]) == ("own", {"model_name_or_path": "org/m"})
@@ -407,7 +478,11 @@ def test_a_sweep_goes_on_the_users_own_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tool", "text", "words"),
     [
-        ("wandb", "method: grid\nparameters: {layers: {values: [1]}}\n", "there is nothing to search"),
+        (
+            "wandb",
+            "method: grid\nparameters: {layers: {values: [1]}}\n",
+            "there is nothing to search",
+        ),
         ("trl", "model_name_or_path: a/b\n", "makes a job that cannot run: data is missing"),
     ],
 )
@@ -435,15 +510,27 @@ def test_what_makes_no_job_is_an_error(tool: str, text: str, words: str, tmp_pat
         ("trl", {"bnb_4bit_quant_type": "fp4", "load_in_4bit": True}, "qlora.quant_type", "fp4"),
         ("trl", {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, "qlora.quant_type", "fp4"),
         ("trl", {"load_in_8bit": True, "bnb_4bit_quant_type": "fp4"}, "qlora.quant_type", "int8"),
-        ("llamafactory", {"quantization_type": "fp4", "quantization_bit": 8}, "qlora.quant_type", "int8"),
+        (
+            "llamafactory",
+            {"quantization_type": "fp4", "quantization_bit": 8},
+            "qlora.quant_type",
+            "int8",
+        ),
         ("llamafactory", {"quantization_bit": "4"}, "qlora.quant_type", "nf4"),
         ("llamafactory", {"pissa_init": True}, "lora.init_lora_weights", "pissa"),
         ("llamafactory", {"dataset": ["x.jsonl", "v.jsonl"]}, "data.train_file", "x.jsonl"),
-        ("axolotl", {"datasets": [{"path": "json", "data_files": "a.jsonl"}]}, "data.train_file", "a.jsonl"),
+        (
+            "axolotl",
+            {"datasets": [{"path": "json", "data_files": "a.jsonl"}]},
+            "data.train_file",
+            "a.jsonl",
+        ),
     ],
 )
-def test_words_numbers_and_orders_of_other_tools(tool: str, said: dict[str, Any], path: str, value: Any) -> None:
-    assert fields.get(_of(tool, **said).tree, path) == value
+def test_words_numbers_and_orders_of_other_tools(
+    tool: str, said: dict[str, Any], path: str, value: Any
+) -> None:
+    assert fields.get_value(_of(tool, **said).tree, path) == value
 
 
 @pytest.mark.parametrize(
@@ -457,7 +544,14 @@ def test_words_numbers_and_orders_of_other_tools(tool: str, said: dict[str, Any]
         ("trl", {"datasets": [{"path": "a/b", "split": "train[:5%]"}]}),
         ("axolotl", {"test_datasets": [{"path": "a.jsonl"}, {"path": "b.jsonl"}]}),
         ("axolotl", {"datasets": [{"path": "x.jsonl", "message_property_mappings": ["role"]}]}),
-        ("axolotl", {"datasets": [{"path": "x.jsonl", "type": "chat_template", "roles": {"user": [1, "human"]}}]}),
+        (
+            "axolotl",
+            {
+                "datasets": [
+                    {"path": "x.jsonl", "type": "chat_template", "roles": {"user": [1, "human"]}}
+                ]
+            },
+        ),
     ],
 )
 def test_what_is_not_understood_is_said(tool: str, said: dict[str, Any]) -> None:
@@ -472,7 +566,13 @@ def test_nested_secrets_are_not_shown() -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        *("none", False, "bayesian", {"type": "envelope"}, {"type": "hyperband", "eta": 0, "max_iter": 9}),
+        *(
+            "none",
+            False,
+            "bayesian",
+            {"type": "envelope"},
+            {"type": "hyperband", "eta": 0, "max_iter": 9},
+        ),
         *({"type": "hyperband", "max_iter": [9]}, {"type": "hyperband", "eta": 1, "max_iter": 9}),
     ],
 )
@@ -500,13 +600,20 @@ def test_exponents_of_whole_numbers_are_whole() -> None:
     made = translate_sweep({"method": "random", "parameters": {"r": rank}}, "x")
     assert made.tree["search"]["parameters"]["lora.lora_r"]["min"] == 3  # e
     assert made.tree["search"]["parameters"]["lora.lora_r"]["max"] == 54  # e ** 4
-    assert any("run_cap" in line for line in translate_sweep({"method": "grid", "run_cap": 1}, "x").otherwise)
+    assert any(
+        "run_cap" in line
+        for line in translate_sweep({"method": "grid", "run_cap": 1}, "x").otherwise
+    )
 
 
 def test_the_users_own_job_is_blamed_for_its_own_faults(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
-    (tmp_path / "own.yaml").write_text("name: own\ntask: classification\nmodel: {model_name_or_path: org/m}\n")
-    done = lorafleet_here("import", "--from", "wandb", "sweep.yaml", "--job", "own.yaml", cwd=tmp_path)
+    (tmp_path / "own.yaml").write_text(
+        "name: own\ntask: classification\nmodel: {model_name_or_path: org/m}\n"
+    )
+    done = lorafleet_here(
+        "import", "--from", "wandb", "sweep.yaml", "--job", "own.yaml", cwd=tmp_path
+    )
     assert done.returncode == 2
     assert "own.yaml: data is missing" in done.stderr
     elsewhere = ("--job", "own.yaml", "-o", "sub/job.yaml")
@@ -545,26 +652,52 @@ def test_imports_say_what_they_carry_and_what_they_lose(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     job = load_text(done.stdout, tmp_path / "job.yaml").job
     assert (job.lora.lora_r, job.lora.lora_alpha, job.train.learning_rate) == (32, 16, 2e-4)
-    assert (job.model.max_length, job.train.gradient_accumulation_steps, job.data.format) == (1024, 4, "instruction")
+    assert (job.model.max_length, job.train.gradient_accumulation_steps, job.data.format) == (
+        1024,
+        4,
+        "instruction",
+    )
     assert (job.method, job.qlora.quant_type, job.train.optim) == ("qlora", "int8", "adamw_8bit")
     assert job.train.packing
-    assert not any(f"not carried over: {key}" in done.stderr for key in ("load_in_8bit", "optimizer"))
-    made = translate(
+    assert not any(
+        f"not carried over: {key}" in done.stderr for key in ("load_in_8bit", "optimizer")
+    )
+    made = translate_config(
         "llamafactory",
-        yaml.safe_load(PUBLISHED["llamafactory-llama3_lora_sft"]) | {"lora_target": "q_proj,v_proj"},
+        yaml.safe_load(PUBLISHED["llamafactory-llama3_lora_sft"])
+        | {"lora_target": "q_proj,v_proj"},
         "x",
     )
-    assert made.tree["lora"] == {"lora_target_modules": ["q_proj", "v_proj"], "lora_r": 8, "lora_alpha": "2*lora_r"}
+    assert made.tree["lora"] == {
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "lora_r": 8,
+        "lora_alpha": "2*lora_r",
+    }
     assert any("lora_alpha: twice the rank" in line for line in made.assumed)
     assert made.tree["train"]["mixed_precision"] == "bf16"
-    four = translate("llamafactory", {"finetuning_type": "lora", "quantization_bit": 4}, "x").tree
+    four = translate_config(
+        "llamafactory", {"finetuning_type": "lora", "quantization_bit": 4}, "x"
+    ).tree
     assert (four["method"], four["qlora"]) == ("qlora", {"quant_type": "nf4"})
-    assert "quantization_bit: 3" in translate("llamafactory", {"quantization_bit": 3}, "x").lost[0]
-    assert translate("axolotl", {"adapter": None}, "x").tree["method"] == "full"
-    assert translate("axolotl", {"adapter": "lora", "optimizer": "lion"}, "x").lost[0].startswith("optimizer: 'lion'")
+    assert (
+        "quantization_bit: 3"
+        in translate_config("llamafactory", {"quantization_bit": 3}, "x").lost[0]
+    )
+    assert translate_config("axolotl", {"adapter": None}, "x").tree["method"] == "full"
+    assert (
+        translate_config("axolotl", {"adapter": "lora", "optimizer": "lion"}, "x")
+        .lost[0]
+        .startswith("optimizer: 'lion'")
+    )
     assert any("only 'identity' of identity, alpaca_en_demo" in line for line in made.lost)
-    assert translate("llamafactory", {"stage": "dpo"}, "x").lost[0].startswith("stage: 'dpo' is another kind")
-    (tmp_path / "b.yaml").write_text(AXOLOTL + "eval_steps: 0.05\ngradient_checkpointing: unsloth\ntf32: false\n")
+    assert (
+        translate_config("llamafactory", {"stage": "dpo"}, "x")
+        .lost[0]
+        .startswith("stage: 'dpo' is another kind")
+    )
+    (tmp_path / "b.yaml").write_text(
+        AXOLOTL + "eval_steps: 0.05\ngradient_checkpointing: unsloth\ntf32: false\n"
+    )
     done = lorafleet_here("import", "--from", "axolotl", "b.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "not carried over: train.eval_steps is 0.05, but must be a whole number" in done.stderr
@@ -600,41 +733,70 @@ def write_experiment(
 def test_experiments_of_pefts_comparison_are_arms(tmp_path: Path) -> None:
     """Every number of the original stands in the job: as a field, as an arm's own, or in a remark."""
     lora = write_experiment(tmp_path, "llama-3.2-3B-rank32", _LORA_EXPERIMENT)
-    mlp = _LORA_EXPERIMENT | {"r": 10, "lora_alpha": 20, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    mlp = _LORA_EXPERIMENT | {
+        "r": 10,
+        "lora_alpha": 20,
+        "target_modules": ["gate_proj", "up_proj", "down_proj"],
+    }
     other = write_experiment(tmp_path, "rank10-mlp", mlp | {"use_dora": True})
     prompt = write_experiment(
-        tmp_path, "prompt", _PROMPT_EXPERIMENT, {"optimizer_kwargs": {"lr": 1e-3, "weight_decay": 0.1}}
+        tmp_path,
+        "prompt",
+        _PROMPT_EXPERIMENT,
+        {"optimizer_kwargs": {"lr": 1e-3, "weight_decay": 0.1}},
     )
     full = write_experiment(tmp_path, "full", None, {"optimizer_kwargs": {"lr": 1e-5}})
     done = lorafleet_here(
-        "import", "--from", "peft-comparison", lora, other / "adapter_config.json", prompt, full, cwd=tmp_path
+        "import",
+        "--from",
+        "peft-comparison",
+        lora,
+        other / "adapter_config.json",
+        prompt,
+        full,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     job = load_text(done.stdout, tmp_path / "job.yaml").job
     assert job.compare is not None
     assert list(job.compare.arms) == ["base", "llama-3-2-3b-rank32", "rank10-mlp", "prompt", "full"]
-    assert (job.model.model_name_or_path, job.model.dtype) == ("meta-llama/Llama-3.2-3B", "bfloat16")
+    assert (job.model.model_name_or_path, job.model.dtype) == (
+        "meta-llama/Llama-3.2-3B",
+        "bfloat16",
+    )
     assert (job.model.max_length, job.train.max_steps, job.train.eval_steps) == (768, 5000, 250)
     assert (job.train.per_device_train_batch_size, job.train.gradient_accumulation_steps) == (4, 1)
-    assert (job.train.lr_scheduler_type, job.train.warmup_ratio, job.train.max_grad_norm) == ("cosine", 0.1, 1.0)
-    configured = {name: arms.own_job(job, name) for name in job.compare.arms}
+    assert (job.train.lr_scheduler_type, job.train.warmup_ratio, job.train.max_grad_norm) == (
+        "cosine",
+        0.1,
+        1.0,
+    )
+    configured = {name: arms.build_arm_job(job, name) for name in job.compare.arms}
     first = configured["llama-3-2-3b-rank32"]
     assert (first.lora.lora_r, first.lora.lora_alpha, first.lora.lora_dropout) == (32, 64, 0.0)
     assert first.lora.lora_target_modules == ("q_proj", "v_proj")
     assert (first.train.learning_rate, first.train.weight_decay) == (1e-4, 0.1)
-    assert configured["rank10-mlp"].lora.lora_target_modules == ("gate_proj", "up_proj", "down_proj")
+    assert configured["rank10-mlp"].lora.lora_target_modules == (
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
     assert configured["rank10-mlp"].lora.use_dora
     assert configured["prompt"].prompt_tuning.num_virtual_tokens == 200
     assert configured["prompt"].train.learning_rate == 1e-3
     assert (configured["full"].method, configured["full"].train.learning_rate) == ("full", 1e-5)
-    assert configured["full"].train.weight_decay == 0.01  # its optimizer_kwargs replace the default ones
+    assert (
+        configured["full"].train.weight_decay == 0.01
+    )  # its optimizer_kwargs replace the default ones
     assert "query_template" in done.stderr
     assert "GSM8K" in done.stderr
 
 
 def test_the_comparisons_own_defaults_are_read(tmp_path: Path) -> None:
     lora = write_experiment(tmp_path, "a", _LORA_EXPERIMENT, {"max_steps": 20, "eval_steps": 10})
-    (tmp_path / "MetaMathQA" / "default_training_params.json").write_text(json.dumps({"max_seq_length": 512}))
+    (tmp_path / "MetaMathQA" / "default_training_params.json").write_text(
+        json.dumps({"max_seq_length": 512})
+    )
     done = lorafleet_here("import", "--from", "peft-comparison", lora, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     job = load_text(done.stdout, tmp_path / "job.yaml").job
@@ -645,13 +807,37 @@ def test_the_comparisons_own_defaults_are_read(tmp_path: Path) -> None:
     ("adapter", "training", "words"),
     [
         (_LORA_EXPERIMENT | {"bias": "all"}, {}, "bias: biases are not trained here"),
-        (_LORA_EXPERIMENT | {"rank_pattern": {"q": 4}}, {}, "rank_pattern: {'q': 4} has no counterpart"),
-        (_LORA_EXPERIMENT | {"init_lora_weights": "eva"}, {}, "init_lora_weights: 'eva' is none of"),
+        (
+            _LORA_EXPERIMENT | {"rank_pattern": {"q": 4}},
+            {},
+            "rank_pattern: {'q': 4} has no counterpart",
+        ),
+        (
+            _LORA_EXPERIMENT | {"init_lora_weights": "eva"},
+            {},
+            "init_lora_weights: 'eva' is none of",
+        ),
         (_LORA_EXPERIMENT, {"grad_norm_clip": 0}, "grad_norm_clip: 0"),
-        (_LORA_EXPERIMENT, {"optimizer_type": "lora-fa"}, "optimizer_type: 'lora-fa'; AdamW is used"),
-        (_LORA_EXPERIMENT, {"optimizer_kwargs": {"lr": 1e-4, "betas": [0.9, 0.9]}}, "optimizer_kwargs.betas"),
-        (_LORA_EXPERIMENT, {"model_id": "org/unheard-of"}, "PEFT's choice for org/unheard-of is not known"),
-        (_PROMPT_EXPERIMENT | {"prompt_tuning_init": "SAMPLE_VOCAB"}, {}, "the prompt starts at random values"),
+        (
+            _LORA_EXPERIMENT,
+            {"optimizer_type": "lora-fa"},
+            "optimizer_type: 'lora-fa'; AdamW is used",
+        ),
+        (
+            _LORA_EXPERIMENT,
+            {"optimizer_kwargs": {"lr": 1e-4, "betas": [0.9, 0.9]}},
+            "optimizer_kwargs.betas",
+        ),
+        (
+            _LORA_EXPERIMENT,
+            {"model_id": "org/unheard-of"},
+            "PEFT's choice for org/unheard-of is not known",
+        ),
+        (
+            _PROMPT_EXPERIMENT | {"prompt_tuning_init": "SAMPLE_VOCAB"},
+            {},
+            "the prompt starts at random values",
+        ),
     ],
 )
 def test_what_an_experiment_loses_is_reported(
@@ -685,6 +871,6 @@ def test_a_quantised_experiment_has_the_defaults_of_bitsandbytes(tmp_path: Path)
     done = lorafleet_here("import", "--from", "peft-comparison", folder, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     job = load_text(done.stdout, tmp_path / "job.yaml").job
-    own = arms.own_job(job, "q")
+    own = arms.build_arm_job(job, "q")
     assert (own.method, own.qlora.quant_type, own.qlora.use_double_quant) == ("qlora", "fp4", False)
     assert own.qlora.compute_dtype == "float32"

@@ -11,18 +11,20 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+
 from lorafleet.jobs.errors import JobFileError, UserError
 from lorafleet.jobs.loading import yaml12
-from lorafleet.jobs.loading.job_file import json_schema, load_job, load_text
+from lorafleet.jobs.loading.job_file import build_json_schema, load_job, load_text
 from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.base import Spec
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.trials import sampling as search
-from lorafleet.jobs.trials.trial_id import Facts, trial_id
-
+from lorafleet.jobs.trials.trial_id import Provenance, compute_trial_id
 from tests.conftest import ROOT, JobMaker, lorafleet_here
 
-EXAMPLES = sorted([*(ROOT / "examples").glob("*.yaml"), *(ROOT / "examples" / "studies").glob("*.yaml")])
+EXAMPLES = sorted(
+    [*(ROOT / "examples").glob("*.yaml"), *(ROOT / "examples" / "studies").glob("*.yaml")]
+)
 BAD_JOBS = sorted((ROOT / "tests" / "bad" / "jobs").glob("*.yaml"))
 MINIMAL = """
 name: x
@@ -36,7 +38,9 @@ data: {dataset_name: asset:rotten-tomatoes}
 def test_every_example_loads_and_fits_the_schema(path: Path) -> None:
     loaded = load_job(path)
     assert loaded.notes == ()  # examples speak our own words
-    Draft202012Validator(json_schema()).validate(yaml12.read(path.read_text()).value)
+    Draft202012Validator(build_json_schema()).validate(
+        yaml12.parse_document(path.read_text()).value
+    )
 
 
 @pytest.mark.parametrize("path", BAD_JOBS, ids=lambda path: path.stem)
@@ -67,7 +71,7 @@ def test_a_bad_file_ends_the_command_with_code_2_and_no_traceback(tmp_path: Path
 
 def test_every_field_has_a_sentence() -> None:
     def blocks(model: type[Spec]) -> list[type[Spec]]:
-        inner = [fields._block(field.annotation) for field in model.model_fields.values()]
+        inner = [fields._find_block(field.annotation) for field in model.model_fields.values()]
         return [model] + [deeper for block in inner if block for deeper in blocks(block)]  # type: ignore[arg-type]
 
     for block in blocks(JobSpec):
@@ -86,14 +90,17 @@ def test_all_problems_are_reported_with_their_lines(tmp_path: Path) -> None:
 
 
 def test_yaml_1_2_scalars() -> None:
-    value = yaml12.read("a: 2e-4\nb: no\nc: 1:00:00\nd: 0o17\ne: 1_000\nf: '1'\ng: ~\nh: true\ni: 0x1f\nj: 017").value
+    value = yaml12.parse_document(
+        "a: 2e-4\nb: no\nc: 1:00:00\nd: 0o17\ne: 1_000\nf: '1'\ng: ~\nh: true\ni: 0x1f\nj: 017"
+    ).value
     assert value == {"a": 2e-4, "b": "no", "c": "1:00:00", "d": 15, "e": "1_000", "f": "1", "g": None, "h": True,
                      "i": 31, "j": 17}  # fmt: skip
 
 
 _TEXTS = st.text(max_size=8).filter(
-    # PyYAML dumps some texts bare that are numbers to YAML 1.2, such as 0E0: what it wrote is not what it was given
-    lambda text: isinstance(yaml12.scalar(text), str) or yaml.safe_dump(text)[0] in "'\""
+    # PyYAML dumps some texts bare that are numbers to YAML 1.2, such as 0E0: what it wrote is not
+    # what it was given
+    lambda text: isinstance(yaml12.parse_scalar(text), str) or yaml.safe_dump(text)[0] in "'\""
 )
 
 
@@ -101,7 +108,7 @@ _TEXTS = st.text(max_size=8).filter(
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_TEXTS, inner, max_size=3),
                     max_leaves=12))  # fmt: skip
 def test_what_yaml_dumps_we_read(value: object) -> None:
-    document = yaml12.read(yaml.safe_dump({"root": value}))
+    document = yaml12.parse_document(yaml.safe_dump({"root": value}))
     if "<<" not in json.dumps(value) and not document.problems:
         assert document.value == {"root": value}
 
@@ -134,7 +141,8 @@ search:
     [
         (
             "{distribution: log_uniform, min: -9.21, max: -4.6}",
-            "is log_uniform, whose ends W&B reads as exponents of e: write log_uniform_values with min: 0.0001, max: "
+            "is log_uniform, whose ends W&B reads as exponents of e: write log_uniform_values "
+            "with min: 0.0001, max: "
             "0.0101, or log_uniform_values with the ends as they are",
         ),
         (
@@ -146,7 +154,9 @@ search:
         ("true", "is true, but must list what it may be: {values: [true]}"),
     ],
 )
-def test_a_parameter_that_says_something_else_is_refused_once(parameter: str, sentence: str, tmp_path: Path) -> None:
+def test_a_parameter_that_says_something_else_is_refused_once(
+    parameter: str, sentence: str, tmp_path: Path
+) -> None:
     text = f"{MINIMAL}search: {{parameters: {{lora.lora_r: {parameter}}}}}\n"
     with pytest.raises(JobFileError) as caught:
         load_text(text, tmp_path / "job.yaml")
@@ -155,14 +165,21 @@ def test_a_parameter_that_says_something_else_is_refused_once(parameter: str, se
 
 
 def test_labels_that_are_numbers_fit_the_schema(tmp_path: Path) -> None:
-    text = MINIMAL.replace("}\n", ", labels: [0, positive]}\n").replace("l6, labels: [0, positive]}", "l6}")
-    Draft202012Validator(json_schema()).validate(yaml.safe_load(text))
+    text = MINIMAL.replace("}\n", ", labels: [0, positive]}\n").replace(
+        "l6, labels: [0, positive]}", "l6}"
+    )
+    Draft202012Validator(build_json_schema()).validate(yaml.safe_load(text))
     assert load_text(text, tmp_path / "job.yaml").job.data.labels == ("0", "positive")
 
 
-@pytest.mark.parametrize("block", ["early_terminate: {type: hyperband, eta: 4}", "scheduler: {eta: 4}", "eta: 4"])
+@pytest.mark.parametrize(
+    "block", ["early_terminate: {type: hyperband, eta: 4}", "scheduler: {eta: 4}", "eta: 4"]
+)
 def test_eta_is_understood_wherever_a_scheduler_is_described(block: str, tmp_path: Path) -> None:
-    loaded = load_text(f"{MINIMAL}search: {{{block}, parameters: {{lora.lora_r: [4, 8]}}}}\n", tmp_path / "job.yaml")
+    loaded = load_text(
+        f"{MINIMAL}search: {{{block}, parameters: {{lora.lora_r: [4, 8]}}}}\n",
+        tmp_path / "job.yaml",
+    )
     assert loaded.job.search is not None
     assert loaded.job.search.scheduler.reduction_factor == 4
     assert any("eta is read as search.scheduler.reduction_factor" in note for note in loaded.notes)
@@ -170,7 +187,10 @@ def test_eta_is_understood_wherever_a_scheduler_is_described(block: str, tmp_pat
 
 def test_eta_beside_the_real_key_is_a_contradiction(tmp_path: Path) -> None:
     search = "search: {scheduler: {eta: 4, reduction_factor: 3}, parameters: {lora.lora_r: [4, 8]}}"
-    with pytest.raises(JobFileError, match=r"scheduler\.eta means search\.scheduler\.reduction_factor, which is set"):
+    with pytest.raises(
+        JobFileError,
+        match=r"scheduler\.eta means search\.scheduler\.reduction_factor, which is set",
+    ):
         load_text(f"{MINIMAL}{search}\n", tmp_path / "job.yaml")
 
 
@@ -180,33 +200,49 @@ def test_an_alias_beside_the_real_key_is_a_contradiction(tmp_path: Path) -> None
 
 
 def test_overrides_win_and_say_so(tmp_path: Path) -> None:
-    loaded = load_text(MINIMAL + "train: {seed: 1}\n", tmp_path / "job.yaml", ("train.seed=7", "lora.lora_r=4"))
+    loaded = load_text(
+        MINIMAL + "train: {seed: 1}\n", tmp_path / "job.yaml", ("train.seed=7", "lora.lora_r=4")
+    )
     assert (loaded.job.train.seed, loaded.job.lora.lora_r) == (7, 4)
-    assert loaded.resolved()["train.seed"] == {"value": 7, "origin": "override (train.seed=7)"}
-    assert loaded.resolved()["train.max_grad_norm"]["origin"] == "default"
+    assert loaded.get_resolved_values()["train.seed"] == {
+        "value": 7,
+        "origin": "override (train.seed=7)",
+    }
+    assert loaded.get_resolved_values()["train.max_grad_norm"]["origin"] == "default"
 
 
 @pytest.mark.parametrize("spelt", ["lora.lora_r: 16", "lora.lora_rank: 16", "rank: 16"])
 @pytest.mark.parametrize("override", ["lora.lora_r=4", "lora_rank=4", "lora.rank=4"])
-def test_an_override_wins_however_either_is_spelt(tmp_path: Path, spelt: str, override: str) -> None:
+def test_an_override_wins_however_either_is_spelt(
+    tmp_path: Path, spelt: str, override: str
+) -> None:
     block, _, key = spelt.rpartition(".")
     text = MINIMAL + (f"{block}: {{{key}}}\n" if block else f"{key}\n")
     loaded = load_text(text, tmp_path / "job.yaml", (override,))
     assert loaded.job.lora.lora_r == 4
-    assert loaded.resolved()["lora.lora_r"]["origin"] == f"override ({override})"
-    assert any("is read as lora.lora_r" in note for note in loaded.notes) is ("rank" in spelt + override)
+    assert loaded.get_resolved_values()["lora.lora_r"]["origin"] == f"override ({override})"
+    assert any("is read as lora.lora_r" in note for note in loaded.notes) is (
+        "rank" in spelt + override
+    )
 
 
 def test_an_override_of_a_search_may_be_spelt_otherwise(tmp_path: Path) -> None:
-    text = MINIMAL + "search: {metric: eval_f1, parameters: {lora_rank: [4, 8], lr: {min: 0.1, max: 0.2}}}\n"
-    loaded = load_text(text, tmp_path / "job.yaml", ("search.parameters.rank=[2, 3]", "search.parameters.lr=[1e-3]"))
+    text = (
+        MINIMAL
+        + "search: {metric: eval_f1, parameters: {lora_rank: [4, 8], lr: {min: 0.1, max: 0.2}}}\n"
+    )
+    loaded = load_text(
+        text,
+        tmp_path / "job.yaml",
+        ("search.parameters.rank=[2, 3]", "search.parameters.lr=[1e-3]"),
+    )
     assert loaded.job.search is not None
     assert {path: p.values for path, p in loaded.job.search.parameters.items()} == {
         "lora.lora_r": (2, 3), "train.learning_rate": (1e-3,),
     }  # fmt: skip
     assert loaded.job.metric.name == "f1"
     assert any("eval_f1 is read as f1" in note for note in loaded.notes)
-    assert loaded.resolved()["search.metric.name"]["origin"].startswith("alias")
+    assert loaded.get_resolved_values()["search.metric.name"]["origin"].startswith("alias")
 
 
 def test_relative_paths_start_at_the_job_file(tmp_path: Path) -> None:
@@ -229,8 +265,12 @@ search:
 
 def test_linked_values_follow_each_trial(tmp_path: Path) -> None:
     job = load_text(MINIMAL + LINKED, tmp_path / "job.yaml").job
-    trials = [search.trial(job, assignment) for assignment in search.assignments(job)]
-    shown = [(t.lora.lora_r, t.lora.lora_alpha, t.train.per_device_train_batch_size) for t in trials]
+    trials = [
+        search.build_trial_job(job, assignment) for assignment in search.iterate_assignments(job)
+    ]
+    shown = [
+        (t.lora.lora_r, t.lora.lora_alpha, t.train.per_device_train_batch_size) for t in trials
+    ]
     assert shown == [(4, 8, 16), (4, 8, 16), (8, 16, 8), (8, 16, 8)]
 
 
@@ -248,23 +288,25 @@ search:
 """
     )
     job = load_text(text, tmp_path / "job.yaml").job
-    first = list(itertools.islice(search.assignments(job), 50))
-    assert first == list(itertools.islice(search.assignments(job), 50))
+    first = list(itertools.islice(search.iterate_assignments(job), 50))
+    assert first == list(itertools.islice(search.iterate_assignments(job), 50))
     assert all(1e-4 <= a["train.learning_rate"] <= 1e-2 for a in first)  # type: ignore[operator]
     assert {a["lora.lora_r"] for a in first} <= set(range(4, 65, 4))
     assert {a["train.seed"] for a in first} == {1, 2, 3}
     for assignment in first:
-        search.trial(job, assignment)
+        search.build_trial_job(job, assignment)
 
 
 RATES = {"lora": 1e-3, "full": 5e-5, "prompt_tuning": 3e-2, "qlora": 1e-3}
-FACTS = Facts({"train": "aa", "validation": "bb"}, {"asset:minilm-l6": "cc"}, RATES)
+FACTS = Provenance({"train": "aa", "validation": "bb"}, {"asset:minilm-l6": "cc"}, RATES)
 
 
-def _id(extra: str = "", facts: Facts = FACTS, **overrides: object) -> str:
+def _id(extra: str = "", facts: Provenance = FACTS, **overrides: object) -> str:
     from tests.conftest import as_overrides
 
-    return trial_id(load_text(MINIMAL + extra, Path("job.yaml"), as_overrides(overrides)).job, facts)
+    return compute_trial_id(
+        load_text(MINIMAL + extra, Path("job.yaml"), as_overrides(overrides)).job, facts
+    )
 
 
 def test_a_trials_id_depends_on_what_changes_its_weights_and_nothing_else() -> None:
@@ -283,22 +325,33 @@ def test_a_trials_id_depends_on_what_changes_its_weights_and_nothing_else() -> N
     ]  # fmt: skip
     for overrides in changed:
         assert _id(**overrides) != same, overrides
-    assert _id(facts=Facts({"train": "zz", "validation": "bb"}, {"asset:minilm-l6": "cc"}, RATES)) != same
-    assert _id(facts=Facts({"train": "aa", "validation": "bb"}, {"asset:minilm-l6": "zz"}, RATES)) != same
+    assert (
+        _id(facts=Provenance({"train": "zz", "validation": "bb"}, {"asset:minilm-l6": "cc"}, RATES))
+        != same
+    )
+    assert (
+        _id(facts=Provenance({"train": "aa", "validation": "bb"}, {"asset:minilm-l6": "zz"}, RATES))
+        != same
+    )
 
 
 def test_configurations_that_train_alike_are_tried_once(bert_job: JobMaker) -> None:
     job = bert_job("search: {num_samples: 20, parameters: {lora.lora_r: {values: [4, 8]}}}").job
-    found = search.known_assignments(job, lambda assignment: str(assignment))
+    found = search.list_planned_assignments(job, lambda assignment: str(assignment))
     assert len(found) == 2
 
 
 def test_trust_remote_code_needs_a_commit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="40 hex digits"):
-        load_text(MINIMAL.replace("minilm-l6}", "minilm-l6, trust_remote_code: true, revision: main}"), tmp_path / "j")
+        load_text(
+            MINIMAL.replace("minilm-l6}", "minilm-l6, trust_remote_code: true, revision: main}"),
+            tmp_path / "j",
+        )
 
 
-def test_environment_of_a_foreign_package_does_not_matter_to_the_control_plane(tmp_path: Path) -> None:
+def test_environment_of_a_foreign_package_does_not_matter_to_the_control_plane(
+    tmp_path: Path,
+) -> None:
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs" / "__init__.py").write_text("raise SystemExit('foreign')")
     (tmp_path / "ok.yaml").write_text(MINIMAL)
@@ -308,9 +361,21 @@ def test_environment_of_a_foreign_package_does_not_matter_to_the_control_plane(t
 @pytest.mark.parametrize(
     ("extra", "overrides", "sentence"),
     [
-        ("search: {parameters: {train.num_train_epochs: [1, 2]}}", (), "is a trial's budget: use search.scheduler"),
-        ("search: {parameters: {model.max_length: [32, 64]}}", (), "rows become tokens once for all trials"),
-        ("search: {parameters: {lora.lora_r: {distribution: uniform, min: 4, max: 32}}}", (), "use int_uniform"),
+        (
+            "search: {parameters: {train.num_train_epochs: [1, 2]}}",
+            (),
+            "is a trial's budget: use search.scheduler",
+        ),
+        (
+            "search: {parameters: {model.max_length: [32, 64]}}",
+            (),
+            "rows become tokens once for all trials",
+        ),
+        (
+            "search: {parameters: {lora.lora_r: {distribution: uniform, min: 4, max: 32}}}",
+            (),
+            "use int_uniform",
+        ),
         ("lora: {lora_alpha: 'min(lora_r)'}", (), "cannot be worked out"),
         ("lora: {lora_target_modules: []}", (), "must be all-linear or names of layers"),
         ("lora: {lora_target_modules: ''}", (), "must be all-linear or names of layers"),
@@ -335,5 +400,7 @@ def test_odd_files_get_sentences_and_not_tracebacks(
 
 
 def test_names_of_layers_may_be_one_text(tmp_path: Path) -> None:
-    job = load_text(MINIMAL + "lora: {lora_target_modules: 'query, value'}\n", tmp_path / "job.yaml").job
+    job = load_text(
+        MINIMAL + "lora: {lora_target_modules: 'query, value'}\n", tmp_path / "job.yaml"
+    ).job
     assert job.lora.lora_target_modules == ("query", "value")

@@ -1,4 +1,6 @@
-"""One wrong RayJob for every rule that no API server checks, and for the schema; a right one passes them all."""
+"""One wrong RayJob for every rule that no API server checks, and for the schema; a right one passes
+them all.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from lorafleet.jobs.runs.run import RunState
 from lorafleet.k8s.crd import Schema
-from lorafleet.k8s.lint import RULES, get, lint, quantity
-from lorafleet.k8s.states import job_state, why_pending
-
+from lorafleet.k8s.lint import RULES, get, lint, parse_quantity
+from lorafleet.k8s.states import find_pending_reason, parse_job_state
 from tests.conftest import ROOT
 from tests.unit.test_k8s_render import bare, rayjob, schema, sites
 
@@ -74,10 +76,13 @@ CASES: list[Case] = [
     ("deadlines", plain, {"spec.activeDeadlineSeconds": 0}, "spec.activeDeadlineSeconds"),
     ("no_deadline_for_waiting", plain, {"spec.preRunningDeadlineSeconds": 60}, "spec.preRunningDeadlineSeconds"),
     ("cluster_or_selector", plain, {"spec.rayClusterSpec": None}, "spec"),
-    ("runtime_env_is_yaml", plain, {"spec.runtimeEnvYAML": "env_vars: {A: "}, "spec.runtimeEnvYAML"),
-    ("nothing_to_expand", plain, {"spec.runtimeEnvYAML": "env_vars: {A: $HOME}"}, "spec.runtimeEnvYAML"),
+    ("runtime_env_is_yaml", plain, {"spec.runtimeEnvYAML": "env_vars: "
+                                                           "{A: "}, "spec.runtimeEnvYAML"),
+    ("nothing_to_expand", plain, {"spec.runtimeEnvYAML": "env_vars: "
+                                                         "{A: $HOME}"}, "spec.runtimeEnvYAML"),
     ("nothing_to_expand", plain, {"spec.metadata.run": "`id`"}, "spec.metadata.run"),
-    ("nothing_to_expand", plain, {"spec.entrypoint": "lorafleet exec x && rm -r x"}, "spec.entrypoint"),
+    ("nothing_to_expand", plain, {"spec.entrypoint": "lorafleet exec x && rm "
+                                                     "-r x"}, "spec.entrypoint"),
     ("entrypoint", plain, {"spec.entrypoint": None}, "spec.entrypoint"),
     ("entrypoint_resources", plain, {"spec.entrypointResources": "driver=1"}, "spec.entrypointResources"),
     ("sidecar", plain, {"spec.submissionMode": "SidecarMode"}, "spec.submitterPodTemplate"),
@@ -88,7 +93,8 @@ CASES: list[Case] = [
     ("resources_once", plain, {f"{HEAD}.resources": {"CPU": "1"}}, f"{HEAD}.resources"),
     ("resources_once", plain, {f"{HEAD}.rayStartParams.labels": "a=b"}, f"{HEAD}.rayStartParams.labels"),
     ("start_params", plain, {f"{WORKERS}.0.rayStartParams.num-cpus": "2.5"}, f"{WORKERS}[0].rayStartParams.num-cpus"),
-    ("start_params", plain, {f"{HEAD}.rayStartParams.resources": '{"driver": 1}'}, f"{HEAD}.rayStartParams.resources"),
+    ("start_params", plain, {f"{HEAD}.rayStartParams.resources": '{"driver": '
+                                                                 '1}'}, f"{HEAD}.rayStartParams.resources"),
     ("replicas", plain, {f"{WORKERS}.0.replicas": 0}, f"{WORKERS}[0].replicas"),
     ("replicas", plain, {f"{WORKERS}.0.minReplicas": 9}, f"{WORKERS}[0].minReplicas"),
     ("autoscaler", autoscaled, {f"{WORKERS}.0.template.spec.restartPolicy": "Always"},
@@ -154,7 +160,13 @@ def test_every_rule_has_a_wrong_example_and_a_source() -> None:
 
 
 def test_quantities() -> None:
-    assert [quantity(text) for text in ("500m", "2", "1Gi", "1k", "x")] == [0.5, 2.0, 2.0**30, 1000.0, None]
+    assert [parse_quantity(text) for text in ("500m", "2", "1Gi", "1k", "x")] == [
+        0.5,
+        2.0,
+        2.0**30,
+        1000.0,
+        None,
+    ]
 
 
 SCHEMA_CASES = [
@@ -179,13 +191,15 @@ SCHEMA_CASES = [
 
 @pytest.mark.parametrize(("changes", "path"), SCHEMA_CASES, ids=lambda value: str(value)[:40])
 def test_the_real_schema_refuses(changes: dict[str, Any], path: str, schema: Schema) -> None:
-    assert schema.errors(plain()) == []
-    (error,) = schema.errors(changed(plain, changes))
+    assert schema.list_errors(plain()) == []
+    (error,) = schema.list_errors(changed(plain, changes))
     assert error.startswith(f"{path}: ")
 
 
 def test_the_rules_in_cel_hold(schema: Schema) -> None:
-    """The CRD's own CEL rules, evaluated: every one of them on what we write, and one on what breaks it."""
+    """The CRD's own CEL rules, evaluated: every one of them on what we write, and one on what
+    breaks it.
+    """
     import celpy
 
     def broken(node: Tree, value: Any) -> list[str]:
@@ -235,7 +249,14 @@ def test_the_rules_in_cel_hold(schema: Schema) -> None:
     ],
 )
 def test_states(deployment: str, job: str, reason: str, run: RunState, ended: bool) -> None:
-    state = job_state({"jobDeploymentStatus": deployment, "jobStatus": job, "reason": reason, "message": "said so"})
+    state = parse_job_state(
+        {
+            "jobDeploymentStatus": deployment,
+            "jobStatus": job,
+            "reason": reason,
+            "message": "said so",
+        }
+    )
     assert (state.run, state.ended) == (run, ended)
     assert state.sentence
     if run is RunState.FAILED:
@@ -243,25 +264,31 @@ def test_states(deployment: str, job: str, reason: str, run: RunState, ended: bo
 
 
 def test_a_new_job_has_no_status_and_a_queued_one_is_suspended() -> None:
-    assert job_state(None).run is RunState.PENDING
-    assert job_state({"jobDeploymentStatus": "Suspended"}, queued=True).sentence == "is queued: nothing of it runs"
-    preempted = job_state({"jobDeploymentStatus": "Suspending"}, queued=True)
+    assert parse_job_state(None).run is RunState.PENDING
+    assert (
+        parse_job_state({"jobDeploymentStatus": "Suspended"}, queued=True).sentence
+        == "is queued: nothing of it runs"
+    )
+    preempted = parse_job_state({"jobDeploymentStatus": "Suspending"}, queued=True)
     assert preempted.sentence == "was preempted, and is queued again"
 
 
 @pytest.mark.parametrize(
     ("reason", "message", "said"),
     [
-        ("FailedScheduling", "0/9 nodes are available: 3 Insufficient nvidia.com/gpu, 6 Insufficient cpu.",
+        ("FailedScheduling", "0/9 nodes are available: 3 Insufficient nvidia.com/gpu, 6 "
+                             "Insufficient cpu.",
          "no node has enough nvidia.com/gpu and CPU free (0 of 9 nodes would do)"),
         ("FailedScheduling", "0/2 nodes are available: 2 node(s) had untolerated taint {gpu: yes}.",
          "its nodes have a taint that the site does not tolerate (gpu: yes)"),
-        ("FailedScheduling", "0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector.",
+        ("FailedScheduling", "0/2 nodes are available: 2 node(s) didn't match Pod's node "
+                             "affinity/selector.",
          "no node has the labels of node_selector"),
         ("FailedScheduling", 'persistentvolumeclaim "shared" not found',
          'it cannot be placed: persistentvolumeclaim "shared" not found'),
         ("Failed", "Failed to pull image x", "the image cannot be pulled: Failed to pull image x"),
-        ("FailedMount", "MountVolume.SetUp failed", "a volume cannot be mounted: MountVolume.SetUp failed"),
+        ("FailedMount", "MountVolume.SetUp "
+                        "failed", "a volume cannot be mounted: MountVolume.SetUp failed"),
         ("FailedCreate", "pods is forbidden: exceeded quota: gpus",
          "the namespace's quota is used up: pods is forbidden: exceeded quota: gpus"),
         ("Scheduled", "Successfully assigned", None),
@@ -270,9 +297,9 @@ def test_a_new_job_has_no_status_and_a_queued_one_is_suspended() -> None:
 def test_why_pods_wait(reason: str, message: str, said: str | None) -> None:
     old = {"reason": "FailedMount", "message": "old", "lastTimestamp": "2026-01-01T00:00:00Z"}
     new = {"reason": reason, "message": message, "lastTimestamp": "2026-01-02T00:00:00Z"}
-    assert why_pending([new]) == said
+    assert find_pending_reason([new]) == said
     if said:
-        assert why_pending([old, new]) == said
+        assert find_pending_reason([old, new]) == said
 
 
 def test_paths_are_found() -> None:

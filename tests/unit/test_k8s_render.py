@@ -1,4 +1,6 @@
-"""RayJobs: the same bytes as ever, accepted by the real schema, the core API's and the lint; no value breaks out."""
+"""RayJobs: the same bytes as ever, accepted by the real schema, the core API's and the lint; no
+value breaks out.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +14,35 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lorafleet.jobs.errors import PlacementRefused
 from lorafleet.jobs.loading.site_file import load_site
 from lorafleet.jobs.sites.kubernetes import KubernetesSite
-from lorafleet.jobs.sites.placement import nodes_of_job
+from lorafleet.jobs.sites.placement import choose_node_count
 from lorafleet.k8s.crd import Schema
-from lorafleet.k8s.lint import get, lint, lint_site, templates
+from lorafleet.k8s.lint import get, lint, lint_site, list_templates
 from lorafleet.k8s.render import (
-    Order,
-    entrypoint,
-    merged,
-    object_name,
+    RenderContext,
+    apply_merge_patch,
+    format_entrypoint,
+    make_object_name,
     render,
     to_yaml,
 )
-
 from tests.conftest import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "kubernetes"
 IMAGE = "registry/lorafleet:0.1.0@sha256:" + "1" * 64
-BARE = {"name": "bare", "image": IMAGE, "storage": {"claim": "runs"}, "cpus_per_node": 4, "memory_gb_per_node": 16.0}
-ORDER = Order(
-    run="quickstart-a1b2c3", submission=1, nodes=2, texts={"run.json": "{}\n", "job.yaml": "name: x\n"},
+BARE = {
+    "name": "bare",
+    "image": IMAGE,
+    "storage": {"claim": "runs"},
+    "cpus_per_node": 4,
+    "memory_gb_per_node": 16.0,
+}
+ORDER = RenderContext(
+    run="quickstart-a1b2c3", submission=1, nodes=2, texts={"run.json": "{}\n", "job.yaml": "name: "
+                                                                                           "x\n"},
     ray_version="2.60.0", user="ana",
 )  # fmt: skip
 
@@ -43,7 +52,10 @@ def bare(**changes: Any) -> KubernetesSite:
 
 
 def sites() -> dict[str, KubernetesSite]:
-    loaded = {path.stem: load_site(str(path)).site for path in sorted((ROOT / "examples" / "sites").glob("*.yaml"))}
+    loaded = {
+        path.stem: load_site(str(path)).site
+        for path in sorted((ROOT / "examples" / "sites").glob("*.yaml"))
+    }
     examples = {name: site for name, site in loaded.items() if isinstance(site, KubernetesSite)}
     return examples | {
         "bare": bare(),
@@ -51,18 +63,22 @@ def sites() -> dict[str, KubernetesSite]:
         "yunikorn": bare(scheduler={"kind": "yunikorn", "queue": "root.research"}),
         "kai": bare(scheduler={"kind": "kai", "queue": "research"}),
         "autoscaled": bare(autoscale=True, network_policy=False),
-        "patched": bare(patch={"metadata": {"annotations": {"note": "ours"}}, "spec": {"backoffLimit": 0}}),
+        "patched": bare(
+            patch={"metadata": {"annotations": {"note": "ours"}}, "spec": {"backoffLimit": 0}}
+        ),
     }
 
 
-def rayjob(site: KubernetesSite, order: Order = ORDER) -> dict[str, Any]:
+def rayjob(site: KubernetesSite, order: RenderContext = ORDER) -> dict[str, Any]:
     return render(site, order)[-1]
 
 
 @pytest.fixture(scope="session")
 def schema() -> Schema:
     """The real CRD of KubeRay: from a file that the environment names."""
-    path = os.environ.get("LORAFLEET_RAYJOB_CRD") or str(ROOT.parent / "shared" / "kuberay" / "rayjobs-v1.7.0.json")
+    path = os.environ.get("LORAFLEET_RAYJOB_CRD") or str(
+        ROOT.parent / "shared" / "kuberay" / "rayjobs-v1.7.0.json"
+    )
     if not Path(path).is_file():
         pytest.skip(f"no CRD of KubeRay in {path} (LORAFLEET_RAYJOB_CRD names another file)")
     return Schema.read(Path(path))
@@ -83,7 +99,7 @@ def test_golden_manifests(name: str) -> None:
 @pytest.mark.parametrize("name", sites())
 def test_the_real_schema_and_the_lint_accept_them(name: str, schema: Schema) -> None:
     job = rayjob(sites()[name])
-    assert schema.errors(job) == []
+    assert schema.list_errors(job) == []
     assert lint(job) == []
 
 
@@ -94,28 +110,44 @@ def test_the_core_schemas_accept_their_pods(name: str) -> None:
     *others, job = render(sites()[name], ORDER)
     for tree in others:
         kubernetes_validate.validate(tree, "1.34", strict=True)
-    for _, template in templates(job):
-        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": template["metadata"], "spec": template["spec"]}
+    for _, template in list_templates(job):
+        pod = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": template["metadata"],
+            "spec": template["spec"],
+        }
         kubernetes_validate.validate(pod, "1.34", strict=True)
 
 
 def test_names_hold_what_tells_runs_apart() -> None:
-    assert object_name("quickstart-a1b2c3", 1) == "quickstart-a1b2c3-1"
-    longest = object_name("4" * 40 + "-a1b2c3", 12)
+    assert make_object_name("quickstart-a1b2c3", 1) == "quickstart-a1b2c3-1"
+    longest = make_object_name("4" * 40 + "-a1b2c3", 12)
     assert longest.endswith("-a1b2c3-12")
     assert len(longest) == 47
     assert longest.startswith("r-444")
 
 
-@given(st.from_regex(r"\A[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?\Z"), st.from_regex(r"\A[0-9a-f]{6}\Z"), st.integers(1, 999))
+@given(
+    st.from_regex(r"\A[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?\Z"),
+    st.from_regex(r"\A[0-9a-f]{6}\Z"),
+    st.integers(1, 999),
+)
 def test_names_are_names(job: str, mark: str, submission: int) -> None:
-    name = object_name(f"{job}-{mark}", submission)
-    assert [finding for finding in lint({"metadata": {"name": name}}) if finding.rule == "name"] == []
+    name = make_object_name(f"{job}-{mark}", submission)
+    assert [
+        finding for finding in lint({"metadata": {"name": name}}) if finding.rule == "name"
+    ] == []
     assert f"-{mark}-" in name
 
 
-nasty = st.sampled_from(["$(touch OOPS)", "`touch OOPS`", "'; touch OOPS; '", '"', "$HOME", "\\", "${x:?}",
-                         "&& touch OOPS", "# x", "日本", "{{x}}", "a: b", "!!object", "~", "no", "1e3"])  # fmt: skip
+nasty = st.sampled_from(["$(touch "
+                         "OOPS)", "`touch OOPS`", "'; touch OOPS; '", '"', "$HOME", "\\", "${x:?}",
+                         "&& "
+                         "touch "
+                         "OOPS", "# "
+                                 "x", "日本", "{{x}}", "a: "
+                                                     "b", "!!object", "~", "no", "1e3"])  # fmt: skip
 others = st.characters(blacklist_characters="\n\0\r", blacklist_categories=("Cs",))
 texts = st.one_of(nasty, st.text(others, max_size=20))
 variables = st.dictionaries(st.from_regex(r"\AA[A-Z0-9_]{0,8}\Z"), texts, max_size=4)
@@ -123,9 +155,13 @@ variables = st.dictionaries(st.from_regex(r"\AA[A-Z0-9_]{0,8}\Z"), texts, max_si
 
 @given(values=variables, document=st.text(max_size=60), user=texts)
 def test_no_value_breaks_out(values: dict[str, str], document: str, user: str) -> None:
-    """Whatever a value is, the manifest that is read back has it as a value, and nothing that a shell reads has it."""
-    safe = {name: value for name, value in values.items() if "KEY" not in name and "TOKEN" not in name}
-    order = Order("x-a1b2c3", 1, 1, {"run.json": document}, "2.60.0", user)
+    """Whatever a value is, the manifest that is read back has it as a value, and nothing that a
+    shell reads has it.
+    """
+    safe = {
+        name: value for name, value in values.items() if "KEY" not in name and "TOKEN" not in name
+    }
+    order = RenderContext("x-a1b2c3", 1, 1, {"run.json": document}, "2.60.0", user)
     read = list(yaml.safe_load_all(to_yaml(render(bare(environment=safe), order))))
     assert read == render(bare(environment=safe), order)
     assert read[0]["data"]["run.json"] == document
@@ -134,17 +170,24 @@ def test_no_value_breaks_out(values: dict[str, str], document: str, user: str) -
     (container,) = get(job, "spec.rayClusterSpec.headGroupSpec.template.spec.containers")
     got = {variable["name"]: variable["value"] for variable in container["env"]}
     assert {name: got[name].replace("$$(", "$(") for name in safe} == safe
-    plain = rayjob(bare(), Order("x-a1b2c3", 1, 1, {"run.json": ""}, "2.60.0", "ana"))
-    read_by_shells = ("entrypoint", "metadata", "entrypointResources", "rayClusterSpec.headGroupSpec.rayStartParams")
+    plain = rayjob(bare(), RenderContext("x-a1b2c3", 1, 1, {"run.json": ""}, "2.60.0", "ana"))
+    read_by_shells = (
+        "entrypoint",
+        "metadata",
+        "entrypointResources",
+        "rayClusterSpec.headGroupSpec.rayStartParams",
+    )
     for path in read_by_shells:
         assert get(job, f"spec.{path}") == get(plain, f"spec.{path}")
 
 
-@given(st.lists(st.one_of(texts, st.from_regex(r"\A[a-z0-9/._=-]{1,12}\Z")), min_size=1, max_size=4))
+@given(
+    st.lists(st.one_of(texts, st.from_regex(r"\A[a-z0-9/._=-]{1,12}\Z")), min_size=1, max_size=4)
+)
 def test_a_command_is_its_words_or_is_refused(words: list[str]) -> None:
     """KubeRay pastes the command into a bash script: bash must read the very words."""
     try:
-        command = entrypoint(words)
+        command = format_entrypoint(words)
     except PlacementRefused:
         return
     said = subprocess.run(
@@ -165,7 +208,9 @@ def test_secrets_are_referenced() -> None:
     text = to_yaml(render(site, ORDER))
     assert text.count("secretKeyRef") == 2  # head and workers; the submitter needs none
     (container,) = get(rayjob(site), "spec.rayClusterSpec.headGroupSpec.template.spec.containers")
-    assert container["env"][-1]["valueFrom"] == {"secretKeyRef": {"name": "hf", "key": "token", "optional": True}}
+    assert container["env"][-1]["valueFrom"] == {
+        "secretKeyRef": {"name": "hf", "key": "token", "optional": True}
+    }
 
 
 def test_what_kueue_and_others_want() -> None:
@@ -176,9 +221,15 @@ def test_what_kueue_and_others_want() -> None:
     assert "suspend" not in kueue["spec"]
     worker = kueue["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]
     assert "kueue.x-k8s.io/podset-preferred-topology" in worker["metadata"]["annotations"]
-    assert worker["spec"]["containers"][0]["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+    assert worker["spec"]["containers"][0]["securityContext"]["capabilities"] == {
+        "drop": ["ALL"],
+        "add": ["IPC_LOCK"],
+    }
     assert rayjob(every["kai"])["spec"]["submissionMode"] == "HTTPMode"
-    assert rayjob(every["autoscaled"])["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["minReplicas"] == 1
+    assert (
+        rayjob(every["autoscaled"])["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["minReplicas"]
+        == 1
+    )
     patched = rayjob(every["patched"])
     assert patched["spec"]["backoffLimit"] == 0
     assert patched["metadata"]["annotations"] == {"note": "ours"}
@@ -194,21 +245,27 @@ def test_merge_patch() -> None:
         ({"a": "b"}, ["c"], ["c"]),
         ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
     ):
-        assert merged(target, patch) == result
+        assert apply_merge_patch(target, patch) == result
 
 
 def test_how_many_worker_pods() -> None:
-    assert nodes_of_job(bare(), None, 2) == 2
-    assert nodes_of_job(bare(nodes=3), None, 2) == 3
+    assert choose_node_count(bare(), None, 2) == 2
+    assert choose_node_count(bare(nodes=3), None, 2) == 3
     with pytest.raises(PlacementRefused, match="--nodes is 1, and each trial needs 2 worker pods"):
-        nodes_of_job(bare(), 1, 2)
-    with pytest.raises(PlacementRefused, match="the job would have 9 worker pods, and max_nodes of site bare is 4"):
-        nodes_of_job(bare(max_nodes=4), 9, 2)
+        choose_node_count(bare(), 1, 2)
+    with pytest.raises(
+        PlacementRefused, match="the job would have 9 worker pods, and max_nodes of site bare is 4"
+    ):
+        choose_node_count(bare(max_nodes=4), 9, 2)
 
 
 def test_a_job_that_is_too_large_for_a_config_map() -> None:
-    with pytest.raises(PlacementRefused, match=r"a ConfigMap holds 900,000: the search must have fewer trials"):
-        render(bare(), Order("x-a1b2c3", 1, 1, {"job.yaml": "x" * 1_000_000}, "2.60.0", "ana"))
+    with pytest.raises(
+        PlacementRefused, match=r"a ConfigMap holds 900,000: the search must have fewer trials"
+    ):
+        render(
+            bare(), RenderContext("x-a1b2c3", 1, 1, {"job.yaml": "x" * 1_000_000}, "2.60.0", "ana")
+        )
 
 
 def test_between_the_objects_and_the_site() -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import yaml
-from lorafleet.cluster.remote.staging import named_paths, not_brought, remember
-from lorafleet.cluster.remote.transfer import Cargo
-from lorafleet.commands.execute import _as_a_job
+
+from lorafleet.cluster.remote.staging import list_local_inputs, list_missing_uploads, record_uploads
+from lorafleet.cluster.remote.transfer import UploadItem
+from lorafleet.commands.execute import _convert_exit_code
 from lorafleet.jobs.errors import ExitCode, JobFileError, PlacementRefused, UserError
 from lorafleet.jobs.loading.site_file import load_site
 from lorafleet.jobs.runs.plan import MANIFEST
@@ -20,7 +21,6 @@ from lorafleet.k8s.crd import Schema
 from lorafleet.k8s.doctor import RIGHTS
 from lorafleet.k8s.lint import get
 from lorafleet.k8s.render import render
-
 from tests.conftest import ROOT, JobMaker, lorafleet_here
 from tests.unit.test_k8s_render import IMAGE, ORDER, bare
 
@@ -50,16 +50,28 @@ def written(folder: Path, text: str) -> Path:
         ("nodes: 3\nmax_nodes: 2", "nodes is 3, but must not be above max_nodes = 2"),
         ("shared_memory_gb: 16", "shared_memory_gb is 16, but must be below memory_gb_per_node"),
         ("environment: {HF_TOKEN: x}", "HF_TOKEN may hold a secret"),
-        ("secrets: {A: {name: s, key: k}}\nenvironment: {A: x}", "A stands in secrets and in environment"),
-        ("secrets: {RAY_AUTH_TOKEN: {name: s, key: k}}", "is no name that a variable from a Secret may have"),
+        (
+            "secrets: {A: {name: s, key: k}}\nenvironment: {A: x}",
+            "A stands in secrets and in environment",
+        ),
+        (
+            "secrets: {RAY_AUTH_TOKEN: {name: s, key: k}}",
+            "is no name that a variable from a Secret may have",
+        ),
         ("deadlines: {start_minutes: 5}", "the scheduler is not kueue"),
         ("deadlines: {start_minutes: 5}\nscheduler: {kind: volcano}", "the scheduler is not kueue"),
-        ("autoscale: true\nscheduler: {kind: kueue, queue: q}", "autoscale is true, but kueue admits a whole job"),
+        (
+            "autoscale: true\nscheduler: {kind: kueue, queue: q}",
+            "autoscale is true, but kueue admits a whole job",
+        ),
         ("scheduler: {kind: kueue, queue: q, topology_required: true}", "topology names no level"),
         ("tolerations: [{key: gpu, operator: Exists, value: x}]", "operator Exists has no value"),
         ("tolerations: [{key: gpu, operator: Equal}]", "operator Equal needs a value"),
         ("tolerations: [{value: x}]", "there is no key that it is the value of"),
-        ("patch: {spec: {x: [{name: API_TOKEN, value: abc}]}}", "patch sets API_TOKEN, which may hold a secret"),
+        (
+            "patch: {spec: {x: [{name: API_TOKEN, value: abc}]}}",
+            "patch sets API_TOKEN, which may hold a secret",
+        ),
         ("gpu_per_node: 4", "gpu_per_node is not a known key; did you mean 'gpus_per_node'?"),
     ],
 )
@@ -73,7 +85,7 @@ def test_what_a_site_cannot_say(line: str, said: str, tmp_path: Path) -> None:
 
 def test_tolerations_as_kubernetes_wants_them() -> None:
     told = [{"key": "gpu"}, {"key": "pool", "value": "ml", "effect": "NoSchedule"}, {}]
-    assert [Toleration.model_validate(one).tree() for one in told] == [
+    assert [Toleration.model_validate(one).to_dict() for one in told] == [
         {"key": "gpu", "operator": "Exists"},
         {"key": "pool", "value": "ml", "effect": "NoSchedule", "operator": "Equal"},
         {"operator": "Exists"},
@@ -83,7 +95,9 @@ def test_tolerations_as_kubernetes_wants_them() -> None:
 def test_a_volume_of_one_node_holds_the_worker_to_the_heads() -> None:
     job = render(bare(storage={"claim": "runs", "read_write_many": False}), ORDER)[-1]
     (worker,) = get(job, "spec.rayClusterSpec.workerGroupSpecs")
-    (term,) = get(worker, "template.spec.affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution")
+    (term,) = get(
+        worker, "template.spec.affinity.podAffinity.requiredDuringSchedulingIgnoredDuringExecution"
+    )
     assert term["labelSelector"]["matchLabels"]["ray.io/node-type"] == "head"
     assert get(render(bare(), ORDER)[-1], "spec.rayClusterSpec.workerGroupSpecs")[0]["template"]["spec"].get(
         "affinity"
@@ -91,7 +105,9 @@ def test_a_volume_of_one_node_holds_the_worker_to_the_heads() -> None:
 
 
 def test_a_patch_that_leaves_no_rayjob() -> None:
-    with pytest.raises(PlacementRefused, match="patch of site bare changes kind, which must be RayJob"):
+    with pytest.raises(
+        PlacementRefused, match="patch of site bare changes kind, which must be RayJob"
+    ):
         render(bare(patch={"kind": None}), ORDER)
 
 
@@ -109,7 +125,10 @@ def test_a_manifest_on_the_command_line(bert_job: JobMaker, tmp_path: Path) -> N
     site = written(tmp_path, SITE)
     refused = lorafleet_here("plan", job, "--on", site, "--format", "yaml", cwd=tmp_path)
     assert (refused.returncode, refused.stdout) == (ExitCode.GATE_REFUSED, "")
-    assert f"data.train_file is {loaded.job.data.train_file}, which site here does not see" in refused.stderr
+    assert (
+        f"data.train_file is {loaded.job.data.train_file}, which site here does not see"
+        in refused.stderr
+    )
     mounted = written(tmp_path, SITE.replace("claim: runs", "claim: runs, mount_path: /"
                                              + str(loaded.job.data.train_file).split("/")[1]))  # fmt: skip
     planned = lorafleet_here("plan", job, "--on", mounted, "--format", "yaml", cwd=tmp_path)
@@ -144,17 +163,20 @@ def test_a_patch_of_another_form_is_the_sites_mistake(bert_job: JobMaker) -> Non
     head = {"spec": {"rayClusterSpec": {"headGroupSpec": {"rayStartParams": {"num-cpus": 0}}}}}
     backend = KubernetesBackend(bare(patch=head, internet=True))
     refused, _ = backend.check(backend.plan(bert_job(), "train"))
-    assert any("patch of site bare gives a field a value of another form" in sentence for sentence in refused)
+    assert any(
+        "patch of site bare gives a field a value of another form" in sentence
+        for sentence in refused
+    )
 
 
 def test_what_pods_do_not_see(bert_job: JobMaker) -> None:
     job = bert_job(train__init_adapter="/home/me/adapter").job
-    named = dict(named_paths(job))
+    named = dict(list_local_inputs(job))
     assert named["train.init_adapter"] == "/home/me/adapter"
     assert named["data.train_file"] == job.data.train_file
     assert named["model.model_name_or_path"] == job.model.model_name_or_path
     asset = bert_job(model__model_name_or_path="asset:minilm-l6").job
-    assert "model.model_name_or_path" not in dict(named_paths(asset))
+    assert "model.model_name_or_path" not in dict(list_local_inputs(asset))
 
 
 def test_the_role_has_what_the_doctor_asks_for() -> None:
@@ -184,10 +206,12 @@ def test_the_role_has_what_the_doctor_asks_for() -> None:
     ],
 )
 def test_what_ray_is_told(stop: str | None, code: ExitCode, told: ExitCode, tmp_path: Path) -> None:
-    """A failure is tried again on a new cluster: a run that is over, or that a user ended, must be none."""
+    """A failure is tried again on a new cluster: a run that is over, or that a user ended, must be
+    none.
+    """
     if stop is not None:
         (tmp_path / "stop").write_text(stop)
-    assert _as_a_job(Run(tmp_path), code) == told
+    assert _convert_exit_code(Run(tmp_path), code) == told
 
 
 def test_what_was_brought_is_told_apart_by_its_revision(
@@ -200,14 +224,18 @@ def test_what_was_brought_is_told_apart_by_its_revision(
 
     def brought(name: str) -> None:
         (tmp_path / "thing").write_text(name)
-        remember("there", [Cargo(tmp_path / "thing", f"hub/models--org--m/{name}", name)])
+        record_uploads(
+            "there", [UploadItem(tmp_path / "thing", f"hub/models--org--m/{name}", name)]
+        )
 
-    assert not_brought("there", job) == ["org/m", "org/m"]
+    assert list_missing_uploads("there", job) == ["org/m", "org/m"]
     brought("refs/main")
-    assert not_brought("there", job) == ["org/m"]
+    assert list_missing_uploads("there", job) == ["org/m"]
     brought("refs/r2")
-    assert not_brought("there", job) == []
-    pinned = job.model_copy(update={"compare": None, "model": job.model.model_copy(update={"revision": "0123abc"})})
-    assert not_brought("there", pinned) == ["org/m"]
+    assert list_missing_uploads("there", job) == []
+    pinned = job.model_copy(
+        update={"compare": None, "model": job.model.model_copy(update={"revision": "0123abc"})}
+    )
+    assert list_missing_uploads("there", pinned) == ["org/m"]
     brought("snapshots/0123abc")
-    assert not_brought("there", pinned) == []
+    assert list_missing_uploads("there", pinned) == []

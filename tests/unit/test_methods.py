@@ -1,4 +1,6 @@
-"""Every method on real models: it learns, plain PEFT or transformers reads what it wrote, and nothing of it stays."""
+"""Every method on real models: it learns, plain PEFT or transformers reads what it wrote, and
+nothing of it stays.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lorafleet.jobs.errors import JobFileError, UserError
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.jobs.trials.trial_id import Facts, trial_id
-from lorafleet.training.data import make_batch, prepare
-from lorafleet.training.methods import trained_parameters
+from lorafleet.jobs.trials.trial_id import Provenance, compute_trial_id
+from lorafleet.training.data import make_batch, prepare_tokens
+from lorafleet.training.methods import get_trained_parameters
 from lorafleet.training.model import Base, load_base
 from lorafleet.training.optim import build_optimizer, set_rate
-
 from tests.conftest import JobMaker
 from tests.unit.test_training import CPU, checksum, equal, finish, session
 
@@ -27,7 +29,11 @@ METHODS = {
     "loraplus": {"lora__loraplus_lr_ratio": 16, "train__learning_rate": 3e-3},
     "pissa": {"lora__init_lora_weights": "pissa", "train__learning_rate": 3e-3},
     "pissa_niter_4": {"lora__init_lora_weights": "pissa_niter_4", "train__learning_rate": 3e-3},
-    "pissa_rslora": {"lora__init_lora_weights": "pissa", "lora__use_rslora": True, "train__learning_rate": 3e-3},
+    "pissa_rslora": {
+        "lora__init_lora_weights": "pissa",
+        "lora__use_rslora": True,
+        "train__learning_rate": 3e-3,
+    },
     "olora": {"lora__init_lora_weights": "olora", "train__learning_rate": 3e-3},
     "nf4": {"method": "qlora"},
     "fp4": {"method": "qlora", "qlora__quant_type": "fp4", "qlora__use_double_quant": False},
@@ -42,12 +48,14 @@ METHODS = {
 }
 FURTHER = {"rslora", "pissa_niter_4", "pissa_rslora", "olora", "fp4", "prompt_text"}
 """Near kin of others: left to the long run."""
-EACH_METHOD = [pytest.param(name, marks=[pytest.mark.long] if name in FURTHER else []) for name in METHODS]
+EACH_METHOD = [
+    pytest.param(name, marks=[pytest.mark.long] if name in FURTHER else []) for name in METHODS
+]
 WRITES_TO_BASE = {"pissa", "pissa_niter_4", "pissa_rslora", "olora", "full"}
 
 
 def fresh(job: JobSpec) -> Base:
-    data = prepare(job)
+    data = prepare_tokens(job)
     return load_base(job, len(data.labels) if job.task == "classification" else 0, CPU)
 
 
@@ -64,9 +72,11 @@ def test_a_packed_base_lets_go_of_its_file(quant_type: str, llama_job: JobMaker)
 
 def logits(model: torch.nn.Module, job: JobSpec) -> torch.Tensor:
     """Of eight validation rows."""
-    data = prepare(job)
+    data = prepare_tokens(job)
     rows = data.splits["validation"].lengths.argsort()[:8]
-    batch = make_batch(data.splits["validation"], rows, data.pad_id, CPU, classifies=job.task == "classification")
+    batch = make_batch(
+        data.splits["validation"], rows, data.pad_id, CPU, classifies=job.task == "classification"
+    )
     with torch.inference_mode():
         return model.eval()(input_ids=batch.ids_BT, attention_mask=batch.mask_BT).logits
 
@@ -77,7 +87,11 @@ def read_plainly(job: JobSpec, folder: Path) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     if job.method == "full":
-        kind = AutoModelForSequenceClassification if job.task == "classification" else AutoModelForCausalLM
+        kind = (
+            AutoModelForSequenceClassification
+            if job.task == "classification"
+            else AutoModelForCausalLM
+        )
         return kind.from_pretrained(folder)
     return PeftModel.from_pretrained(fresh(job).model, str(folder))
 
@@ -98,7 +112,9 @@ def test_a_method_learns_and_plain_peft_reads_it(
     assert torch.allclose(logits(read_plainly(job, tmp_path / "weights"), job), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("model", ["tiny_gpt2", pytest.param("tiny_gpt_neo", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "model", ["tiny_gpt2", pytest.param("tiny_gpt_neo", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("name", ["lora", "dora", "pissa", "nf4", "int8", "prompt_tuning", "full"])
 def test_older_decoders(
     name: str, model: str, llama_job: JobMaker, request: pytest.FixtureRequest, tmp_path: Path
@@ -110,7 +126,9 @@ def test_older_decoders(
     finish(made)
     assert made.evaluate("train").metrics["loss"] < before
     made.save_weights(tmp_path / "weights")
-    assert torch.allclose(logits(read_plainly(job, tmp_path / "weights"), job), logits(made.model, job), atol=2e-5)
+    assert torch.allclose(
+        logits(read_plainly(job, tmp_path / "weights"), job), logits(made.model, job), atol=2e-5
+    )
 
 
 def test_all_linear_reaches_every_matrix_but_the_head(
@@ -121,7 +139,9 @@ def test_all_linear_reaches_every_matrix_but_the_head(
 
     assert adapted(bert_job().job) == 2 * 6 + 1  # q, k, v, o, up, down; the pooler
     assert adapted(llama_job().job) == 2 * 7
-    assert adapted(llama_job(model__model_name_or_path=str(tiny_gpt2)).job) == 2 * 4  # c_attn, c_proj, c_fc, c_proj
+    assert (
+        adapted(llama_job(model__model_name_or_path=str(tiny_gpt2)).job) == 2 * 4
+    )  # c_attn, c_proj, c_fc, c_proj
     assert adapted(llama_job(model__model_name_or_path=str(tiny_gpt_neo)).job) == 2 * 6
 
 
@@ -186,13 +206,15 @@ def test_a_resumed_trial_ends_where_an_unbroken_one_does(
     resumed.load(tmp_path / "last")
     values = finish(resumed)[1]
     assert resumed.step == 8
-    assert all(torch.allclose(values[key], unbroken[1][key], rtol=1e-5, atol=1e-7) for key in values)
+    assert all(
+        torch.allclose(values[key], unbroken[1][key], rtol=1e-5, atol=1e-7) for key in values
+    )
 
 
 def test_the_b_matrices_of_loraplus_have_their_own_rate(bert_job: JobMaker) -> None:
     job = bert_job(lora__loraplus_lr_ratio=16).job
     made = session(job)
-    optimizer = build_optimizer(trained_parameters(made.model), job, 1e-3)
+    optimizer = build_optimizer(get_trained_parameters(made.model), job, 1e-3)
     set_rate(optimizer, 2e-3)
     names = {id(parameter): name for name, parameter in made.model.named_parameters()}
     rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -203,7 +225,9 @@ def test_the_b_matrices_of_loraplus_have_their_own_rate(bert_job: JobMaker) -> N
 def test_four_bits_are_a_fraction_of_the_memory(llama_job: JobMaker) -> None:
     def stored(job: JobSpec) -> int:
         layers = fresh(job).model.model.layers
-        return sum(p.numel() * p.element_size() for n, p in layers.named_parameters() if "proj" in n)
+        return sum(
+            p.numel() * p.element_size() for n, p in layers.named_parameters() if "proj" in n
+        )
 
     plain = stored(llama_job().job)
     assert stored(llama_job(method="qlora").job) == plain / 8
@@ -226,22 +250,37 @@ def test_an_adapter_of_another_kind_is_refused(bert_job: JobMaker, tmp_path: Pat
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ({"method": "qlora", "lora__init_lora_weights": "pissa"}, "must be default or gaussian with qlora"),
+        (
+            {"method": "qlora", "lora__init_lora_weights": "pissa"},
+            "must be default or gaussian with qlora",
+        ),
         ({"method": "full", "train__init_adapter": "x"}, "method full has none"),
-        ({"lora__init_lora_weights": "olora", "train__init_adapter": "x"}, "both say how the adapter begins"),
-        ({"method": "prompt_tuning", "prompt_tuning__num_virtual_tokens": 32}, "must be below model.max_length"),
+        (
+            {"lora__init_lora_weights": "olora", "train__init_adapter": "x"},
+            "both say how the adapter begins",
+        ),
+        (
+            {"method": "prompt_tuning", "prompt_tuning__num_virtual_tokens": 32},
+            "must be below model.max_length",
+        ),
     ],
 )
-def test_methods_that_contradict_the_job(overrides: dict[str, object], sentence: str, bert_job: JobMaker) -> None:
+def test_methods_that_contradict_the_job(
+    overrides: dict[str, object], sentence: str, bert_job: JobMaker
+) -> None:
     with pytest.raises(JobFileError, match=sentence):
         bert_job(**overrides)
 
 
 def test_only_the_methods_own_blocks_are_in_a_trials_id(bert_job: JobMaker) -> None:
-    facts = Facts({"train": "aa"}, {bert_job().job.model.model_name_or_path: "bb"}, {"lora": 1e-3, "full": 5e-5})
+    facts = Provenance(
+        {"train": "aa"},
+        {bert_job().job.model.model_name_or_path: "bb"},
+        {"lora": 1e-3, "full": 5e-5},
+    )
 
     def name(**overrides: object) -> str:
-        return trial_id(bert_job(**overrides).job, facts)
+        return compute_trial_id(bert_job(**overrides).job, facts)
 
     assert name(method="full") == name(method="full", lora__lora_r=8) != name()
     assert name() == name(prompt_tuning__num_virtual_tokens=5) == name(qlora__quant_type="int8")
@@ -252,7 +291,9 @@ def test_only_the_methods_own_blocks_are_in_a_trials_id(bert_job: JobMaker) -> N
 def test_on_bfloat16_weights_what_is_trained_has_one_number_format(
     method: str, bert_job: JobMaker, tmp_path: Path
 ) -> None:
-    """FSDP2 and ZeRO take trained weights of one format only: float32 beside the base, its own in full fine-tuning."""
+    """FSDP2 and ZeRO take trained weights of one format only: float32 beside the base, its own in
+    full fine-tuning.
+    """
     job = bert_job(method=method, model__dtype="bfloat16").job
     made = session(job)
     expected = torch.bfloat16 if method == "full" else torch.float32

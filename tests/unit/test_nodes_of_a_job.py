@@ -1,4 +1,6 @@
-"""What nodes say of themselves, where they differ, which ports they agree on, and what they keep on their own disks."""
+"""What nodes say of themselves, where they differ, which ports they agree on, and what they keep on
+their own disks.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,21 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from lorafleet.cluster.execution.allocation import how_the_last_ended, restarts_without_progress
+
+from lorafleet.cluster.execution.allocation import count_idle_restarts, describe_last_end
 from lorafleet.cluster.execution.node import (
     PINNED,
-    busy_ports,
     check_starts,
     choose_ports,
-    disagreements,
-    leave,
+    collect_versions,
+    count_starts_without_driver,
+    find_busy_ports,
+    find_disagreements,
     read_reports,
-    starts_without_driver,
-    versions,
+    stop_before_deletion,
 )
 from lorafleet.jobs import files
-from lorafleet.jobs.data.local_copy import stage, staged
+from lorafleet.jobs.data.local_copy import create_node_copy, resolve_node_copy
 from lorafleet.jobs.errors import PlacementRefused
 from lorafleet.jobs.runs.run import Run
 
@@ -40,34 +43,53 @@ def report(number: int, **changed: Any) -> dict[str, Any]:
     ("second", "sentence"),
     [
         ({"torch": "2.0"}, "node2 has torch 2.0, and node1 has 1.0: the site's setup lines"),
-        ({"nonce": "old"}, "node2 does not see /runs/x as it is now: runs_dir must be a folder that all nodes share"),
+        (
+            {"nonce": "old"},
+            "node2 does not see /runs/x as it is now: runs_dir must be a folder that all "
+            "nodes share",
+        ),
         ({"wrong": "has no address on ib0"}, "node2 has no address on ib0"),
-        ({"driver": "470.2"}, "node2 has driver 470.2, and node1 has 550.1: ask for one kind of node"),
+        (
+            {"driver": "470.2"},
+            "node2 has driver 470.2, and node1 has 550.1: ask for one kind of node",
+        ),
         ({"gpu_memory_gib": 39.6}, "node2 has GPU memory 39.6 GiB, and node1 has 79.6 GiB"),
         ({}, None),
     ],
 )
 def test_a_node_that_differs_is_named(second: dict[str, Any], sentence: str | None) -> None:
-    found = disagreements([report(1, **second), report(0)], "n", 2, {}, "/runs/x")
+    found = find_disagreements([report(1, **second), report(0)], "n", 2, {}, "/runs/x")
     assert (found == []) if sentence is None else (len(found) == 1 and sentence in found[0])
 
 
 def test_nodes_that_do_not_answer() -> None:
-    assert "only 1 of 2 nodes answered (node1)" in disagreements([report(0)], "n", 2, {}, "x")[0]
+    assert (
+        "only 1 of 2 nodes answered (node1)" in find_disagreements([report(0)], "n", 2, {}, "x")[0]
+    )
 
 
 def test_a_head_without_gpus_has_no_driver_to_compare() -> None:
     assert (
-        disagreements([report(0, gpus=0, driver="", gpu_memory_gib=0.0), report(1), report(2)], "n", 3, {}, "x") == []
+        find_disagreements(
+            [report(0, gpus=0, driver="", gpu_memory_gib=0.0), report(1), report(2)],
+            "n",
+            3,
+            {},
+            "x",
+        )
+        == []
     )
 
 
 def test_the_environment_that_began_a_run_is_held_to() -> None:
     pinned = dict.fromkeys(PINNED, "1.0") | {"torch": "0.9", "schema_version": 1}
-    (sentence,) = disagreements([report(0), report(1)], "n", 2, pinned, "x")
-    assert "the environment has changed since the run began: node1 has torch 1.0 and not 0.9" in sentence
+    (sentence,) = find_disagreements([report(0), report(1)], "n", 2, pinned, "x")
+    assert (
+        "the environment has changed since the run began: node1 has torch 1.0 and not 0.9"
+        in sentence
+    )
     missing = [report(0, peft="not installed"), report(1, peft="not installed")]
-    assert "peft is not installed" in disagreements(missing, "n", 2, {}, "x")[0]
+    assert "peft is not installed" in find_disagreements(missing, "n", 2, {}, "x")[0]
 
 
 def test_what_programs_of_a_site_print_is_passed_over() -> None:
@@ -75,10 +97,12 @@ def test_what_programs_of_a_site_print_is_passed_over() -> None:
 
     text = f'Loading module cuda\n{json.dumps(report(0))}\n[1, 2]\n{{"node": 1}}\nbye'
     assert read_reports(text) == [report(0)]
-    assert set(versions()) == set(PINNED)
+    assert set(collect_versions()) == set(PINNED)
 
 
-@given(st.sets(st.integers(20_000, 32_700), max_size=40), st.integers(1, 256), st.integers(1, 10**7))
+@given(
+    st.sets(st.integers(20_000, 32_700), max_size=40), st.integers(1, 256), st.integers(1, 10**7)
+)
 def test_a_block_of_ports_is_free_everywhere(busy: set[int], cpus: int, job: int) -> None:
     try:
         first, last = choose_ports(sorted(busy), cpus, job)
@@ -105,8 +129,8 @@ def test_a_port_that_listens_is_busy() -> None:
                 continue
             break
         listener.listen()
-        assert port in busy_ports()
-    assert port not in busy_ports()
+        assert port in find_busy_ports()
+    assert port not in find_busy_ports()
 
 
 @pytest.fixture
@@ -121,24 +145,24 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_model_is_staged_once_and_checked(model: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    assert staged(model) == model
-    copy = stage(model, tmp_path / "stage", said.append)
-    assert staged(model) == copy
+    assert resolve_node_copy(model) == model
+    copy = create_node_copy(model, tmp_path / "stage", said.append)
+    assert resolve_node_copy(model) == copy
     assert (copy / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     assert (tmp_path / "stage").stat().st_mode & 0o777 == 0o700
     made = copy.stat().st_ino
-    assert stage(model, tmp_path / "stage", said.append).stat().st_ino == made
+    assert create_node_copy(model, tmp_path / "stage", said.append).stat().st_ino == made
     assert said == []
     with (copy / "model.safetensors").open("r+b") as file:
         file.write(b"damaged")
-    again = stage(model, tmp_path / "stage", said.append)
+    again = create_node_copy(model, tmp_path / "stage", said.append)
     assert "is damaged, and is copied anew" in said[0]
     assert (again / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     (tmp_path / "stage" / f".{again.name}-killed").mkdir()  # what a copy that was killed left
-    stage(model, tmp_path / "stage", said.append)
+    create_node_copy(model, tmp_path / "stage", said.append)
     assert not list((tmp_path / "stage").glob(".*"))
     (model / "config.json").write_text('{"changed": 1}')
-    assert staged(model) == model  # the copy is of what was there before
+    assert resolve_node_copy(model) == model  # the copy is of what was there before
 
 
 def test_no_room_for_a_copy(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +171,7 @@ def test_no_room_for_a_copy(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**20))
     said: list[str] = []
-    assert stage(model, tmp_path / "stage", said.append) == model
+    assert create_node_copy(model, tmp_path / "stage", said.append) == model
     assert "no room for 0.0 GB" in said[0]
 
 
@@ -161,15 +185,18 @@ def line(job: str, restart: int, event: str) -> dict[str, Any]:
         ([line("7", 0, "began")], None),
         ([line("7", 0, "began"), line("7", 0, "time-limit"), line("7", 1, "began")],
          "Slurm started job 7 again (restart 1): it had come to its time limit, and had saved"),
-        ([line("7", 0, "began"), line("7", 1, "began")], "Slurm started job 7 again (restart 1): it was cut off"),
+        ([line("7", 0, "began"), line("7", 1, "began")], "Slurm started job 7 again (restart 1): "
+                                                         "it was cut off"),
         ([line("5", 0, "began"), line("5", 0, "preemption"), line("7", 0, "began")],
          "job 7 goes on after job 5: it was preempted, and had saved"),
         ([line("5", 0, "began"), line("5", 0, "ended"), line("7", 0, "began")], None),
     ],
 )  # fmt: skip
-def test_how_the_incarnation_before_ended(history: list[dict[str, Any]], sentence: str | None) -> None:
+def test_how_the_incarnation_before_ended(
+    history: list[dict[str, Any]], sentence: str | None
+) -> None:
     here = {"slurm_job": "7", "slurm_restart": history[-1]["restart"], "submission": "1"}
-    said = how_the_last_ended(history, here)
+    said = describe_last_end(history, here)
     assert said is None if sentence is None else (said or "").startswith(sentence)
 
 
@@ -177,14 +204,27 @@ def test_starts_that_never_come_to_a_driver_are_counted() -> None:
     def began(job: str, restart: int, submission: str = "2") -> dict[str, Any]:
         return line(job, restart, "began") | {"submission": submission}
 
-    history = [began("7", 0), line("7", 0, "time-limit"), began("7", 1), line("7", 1, "time-limit"), began("7", 2)]
+    history = [
+        began("7", 0),
+        line("7", 0, "time-limit"),
+        began("7", 1),
+        line("7", 1, "time-limit"),
+        began("7", 2),
+    ]
     driven = [{"slurm_job": "7", "slurm_restart": 0}]
-    assert starts_without_driver(history, [], "2") == 3
-    assert starts_without_driver(history, driven, "2") == 2
-    assert starts_without_driver([began("5", 0, "1"), began("5", 1, "1"), began("7", 0)], [], "2") == 1
+    assert count_starts_without_driver(history, [], "2") == 3
+    assert count_starts_without_driver(history, driven, "2") == 2
+    assert (
+        count_starts_without_driver(
+            [began("5", 0, "1"), began("5", 1, "1"), began("7", 0)], [], "2"
+        )
+        == 1
+    )
 
 
-def test_a_job_that_only_starts_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_that_only_starts_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LF_MAX_RESTARTS", "1")
     monkeypatch.setenv("LF_SUBMISSION", "1")
     for restart in range(3):
@@ -192,7 +232,9 @@ def test_a_job_that_only_starts_is_given_up(tmp_path: Path, monkeypatch: pytest.
         files.append_jsonl(tmp_path / "slurm" / "history.jsonl", began)
         if restart < 2:
             check_starts(tmp_path)
-    with pytest.raises(PlacementRefused, match="given up after 2 starts that did not come to training"):
+    with pytest.raises(
+        PlacementRefused, match="given up after 2 starts that did not come to training"
+    ):
         check_starts(tmp_path)
 
 
@@ -200,17 +242,19 @@ def test_restarts_that_bring_nothing_are_counted() -> None:
     def of(*marks: str, submission: str = "1") -> list[dict[str, Any]]:
         return [{"submission": submission, "saved": mark} for mark in marks]
 
-    assert restarts_without_progress(of("a")) == 0
-    assert restarts_without_progress(of("a", "b", "b", "b")) == 2
-    assert restarts_without_progress(of("b", "b", "c")) == 0
-    assert restarts_without_progress([*of("b", "b"), *of("b", submission="2")]) == 0  # resumed by hand
+    assert count_idle_restarts(of("a")) == 0
+    assert count_idle_restarts(of("a", "b", "b", "b")) == 2
+    assert count_idle_restarts(of("b", "b", "c")) == 0
+    assert count_idle_restarts([*of("b", "b"), *of("b", submission="2")]) == 0  # resumed by hand
 
 
 def test_a_pod_that_goes_has_the_run_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The head asks the driver to end, and waits for it; where no driver has the run there is nothing to do."""
+    """The head asks the driver to end, and waits for it; where no driver has the run there is
+    nothing to do.
+    """
     run = Run.create(tmp_path, "x")
     stop, attempts = run.path / "stop", run.path / "attempts"
-    leave(run, 60, drain=False)
+    stop_before_deletion(run, 60, drain=False)
     assert not stop.exists()
     attempts.mkdir()
     here, elsewhere = [os.uname().nodename], ["another"]
@@ -223,17 +267,17 @@ def test_a_pod_that_goes_has_the_run_saved(tmp_path: Path, monkeypatch: pytest.M
         (attempts / "1.end").touch()
 
     monkeypatch.setattr("lorafleet.cluster.execution.node.time.sleep", ends)
-    leave(run, 60, drain=False)
+    stop_before_deletion(run, 60, drain=False)
     assert len(slept) == 1
     stop.unlink()
-    leave(run, 60, drain=False)  # that driver has ended
+    stop_before_deletion(run, 60, drain=False)  # that driver has ended
     assert not stop.exists()
     files.write_json(attempts / "2.json", {"machine": elsewhere})
-    leave(run, 60, drain=False)  # the next one is on another head
+    stop_before_deletion(run, 60, drain=False)  # the next one is on another head
     assert not stop.exists()
     files.write_json(attempts / "2.json", {"machine": here})
     stop.write_text("asked for by a user\n")
-    leave(run, 0, drain=False)
+    stop_before_deletion(run, 0, drain=False)
     assert stop.read_text() == "asked for by a user\n"
 
 
@@ -242,9 +286,11 @@ def test_a_worker_that_goes_says_so_to_ray(tmp_path: Path, monkeypatch: pytest.M
     (run.path / "attempts").mkdir()
     files.write_json(run.path / "attempts" / "1.json", {"machine": ["head"]})
     said = tmp_path / "said"
-    (tmp_path / "ray").write_text(f'#!/bin/sh\necho "$@" >{said}\ntouch {run.path}/attempts/1.end\n')
+    (tmp_path / "ray").write_text(
+        f'#!/bin/sh\necho "$@" >{said}\ntouch {run.path}/attempts/1.end\n'
+    )
     (tmp_path / "ray").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    leave(run, 60, drain=True)
+    stop_before_deletion(run, 60, drain=True)
     assert said.read_text().startswith("drain-node --reason DRAIN_NODE_REASON_PREEMPTION")
     assert not (run.path / "stop").exists()

@@ -1,4 +1,6 @@
-"""The report's page in a real browser: nothing of the data runs, nothing is fetched, and what it says is there."""
+"""The report's page in a real browser: nothing of the data runs, nothing is fetched, and what it
+says is there.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from lorafleet.evaluation.render.forms import html
+
+from lorafleet.evaluation.render.forms import render_html
 from lorafleet.evaluation.report.search import build_report
 from lorafleet.jobs.runs.run import Run
-
 from tests.unit.test_run_and_report import finished  # noqa: F401 - a fixture
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -19,12 +21,22 @@ QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here (apt-get install chromium)")
-def test_a_browser_shows_the_page_and_runs_nothing_of_the_data(finished: Run, tmp_path: Path) -> None:  # noqa: F811
+def test_a_browser_shows_the_page_and_runs_nothing_of_the_data(
+    finished: Run,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     report = build_report(finished)
     evil = "<script>document.title='hacked'</script><img src=x onerror=\"document.title='hacked'\">"
     page = tmp_path / "report.html"
-    page.write_text(html(report.model_copy(update={"data": evil, "warnings": [evil], "facts": {"labels": [evil]}})))
-    # What would happen without escaping and without the policy, to know that this browser would show it.
+    page.write_text(
+        render_html(
+            report.model_copy(
+                update={"data": evil, "warnings": [evil], "facts": {"labels": [evil]}}
+            )
+        )
+    )
+    # What would happen without escaping and without the policy, to know that this browser would
+    # show it.
     bare = tmp_path / "bare.html"
     bare.write_text(f"<html><title>kept</title><body>{evil}</body></html>")
     assert "hacked" in _dom(bare, tmp_path).partition("</title>")[0]

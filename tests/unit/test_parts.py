@@ -1,4 +1,6 @@
-"""The parts of a job array put together: nothing lost, nothing twice, and what is written afterwards counts."""
+"""The parts of a job array put together: nothing lost, nothing twice, and what is written
+afterwards counts.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +8,27 @@ import json
 from pathlib import Path
 
 import pytest
+
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.lease import Lease, StaleAttempt
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
-from lorafleet.tuning.array_tasks import gather
+from lorafleet.tuning.array_tasks import merge_tasks
 
 
 def a_part(run: Run, number: int, attempts: int) -> Run:
     """A part with one trial, whose task was started so many times."""
-    part = run.part(number)
+    part = run.get_array_task(number)
     part.path.mkdir(parents=True)
     files.write_json(part.path / "plan.json", {"share": [number, number + 1]})
     part.set_state(RunState.PENDING, created=1.0, name="x")
     for attempt in range(1, attempts + 1):
-        lease = Lease.take(part.path, {})
+        lease = Lease.acquire(part.path, {})
         writer = Run(part.path, attempt=lease.attempt)
         writer.set_state(RunState.RUNNING, wall_seconds=10.0 * attempt)
         trial = writer.add_trial(f"t{number}", number, {})
         trial.add_row({"step": attempt})
-        writer.event("warning", trial_id=trial.id, sentence=f"said {attempt}")
+        writer.add_event("warning", trial_id=trial.id, sentence=f"said {attempt}")
         lease.release()
     return part
 
@@ -34,9 +37,9 @@ def a_part(run: Run, number: int, attempts: int) -> Run:
 def run(tmp_path: Path) -> Run:
     made = Run.create(tmp_path, "x")
     first = a_part(made, 0, attempts=3)
-    first.trial("t0").set_state(TrialState.FINISHED)
+    first.get_trial("t0").set_state(TrialState.FINISHED)
     a_part(made, 1, attempts=1)
-    lease = Lease.take(made.path, {})
+    lease = Lease.acquire(made.path, {})
     lease.release()
     driven = Run(made.path, attempt=lease.attempt)
     driven.mark_running()
@@ -44,28 +47,28 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_trials_of_all_parts_go_on_in_the_run(run: Run) -> None:
-    assert [trial.id for trial in run.trials()] == ["t0", "t1"]
-    gather(run, {}, lambda _: None)
+    assert [trial.id for trial in run.list_trials()] == ["t0", "t1"]
+    merge_tasks(run, {}, lambda _: None)
     assert not (run.path / "parts").exists()
-    assert [str(trial.state) for trial in run.trials()] == ["finished", "pending"]
-    run.trial("t0").add_row({"step": 4})  # the run's first attempt, after a part's third
-    assert [row["step"] for row in run.trial("t0").metrics()] == [1, 2, 3, 4]
-    assert run.status()["wall_seconds"] == 30.0
-    assert len(run.events("warning")) == 4
-    gather(run, {}, lambda _: None)
+    assert [str(trial.state) for trial in run.list_trials()] == ["finished", "pending"]
+    run.get_trial("t0").add_row({"step": 4})  # the run's first attempt, after a part's third
+    assert [row["step"] for row in run.get_trial("t0").read_metrics()] == [1, 2, 3, 4]
+    assert run.read_status()["wall_seconds"] == 30.0
+    assert len(run.read_events("warning")) == 4
+    merge_tasks(run, {}, lambda _: None)
 
 
 def test_a_gathering_that_was_killed_is_ended_by_the_next(run: Run) -> None:
     (run.path / "parts" / "0" / "plan.json").unlink()  # killed while it took the first part away
-    gather(run, {}, lambda _: None)
+    merge_tasks(run, {}, lambda _: None)
     assert not (run.path / "parts").exists()
 
 
 def test_a_part_that_was_taken_over_writes_nothing_more(run: Run) -> None:
-    stale = Run(run.part(1).path, attempt=1)
-    gather(run, {}, lambda _: None)
+    stale = Run(run.get_array_task(1).path, attempt=1)
+    merge_tasks(run, {}, lambda _: None)
     with pytest.raises(StaleAttempt, match="was taken over, and writes no more"):
-        stale.trial("t1").add_row({"step": 9})
+        stale.get_trial("t1").add_row({"step": 9})
     assert not (run.path / "parts").exists()
 
 
@@ -74,19 +77,23 @@ def test_killed_parts_are_watched_together_and_a_live_one_is_left_alone(
 ) -> None:
     monkeypatch.setattr("time.sleep", lambda _: None)
     for number in (0, 1):
-        attempts = run.part(number).path / "attempts"
+        attempts = run.get_array_task(number).path / "attempts"
         for end in attempts.glob("*.end"):
             end.unlink()
         newest = max(attempts.glob("*.json"))
-        newest.write_text(json.dumps(json.loads(newest.read_text()) | {"machine": ["elsewhere"], "slurm_job": "7"}))
+        newest.write_text(
+            json.dumps(
+                json.loads(newest.read_text()) | {"machine": ["elsewhere"], "slurm_job": "7"}
+            )
+        )
     said: list[str] = []
-    gather(run, {}, said.append)
+    merge_tasks(run, {}, said.append)
     assert "2 of 2 drivers did not say that they ended" in said[0]
     assert not (run.path / "parts").exists()
 
 
 def test_a_part_whose_driver_lives_stays_as_it_is(run: Run) -> None:
-    Lease.take(run.part(1).path, {})  # this process lives
+    Lease.acquire(run.get_array_task(1).path, {})  # this process lives
     with pytest.raises(RunError, match="has another driver"):
-        gather(run, {}, lambda _: None)
+        merge_tasks(run, {}, lambda _: None)
     assert (run.path / "parts" / "1" / "trials" / "t1").is_dir()

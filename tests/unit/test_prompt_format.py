@@ -1,32 +1,46 @@
-"""Runs that were trained on other tokens than this version makes are refused, and not silently evaluated."""
+"""Runs that were trained on other tokens than this version makes are refused, and not silently
+evaluated.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from lorafleet.cluster.hardware import site_here
+
+from lorafleet.cluster.hardware import detect_site
 from lorafleet.cluster.planning.plan import make_plan
-from lorafleet.evaluation.report.across_runs import across
-from lorafleet.evaluation.report.model_of_run import shipped
+from lorafleet.evaluation.report.across_runs import compare_runs
+from lorafleet.evaluation.report.model_of_run import select_model
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
-from lorafleet.jobs.trials.trial_id import prompt_format
-
+from lorafleet.jobs.trials.trial_id import get_prompt_format
 from tests.conftest import JobMaker, lorafleet_here
 
 
 def run_of(loaded: LoadedJob, folder: Path, trained_with: int | None) -> Run:
     """A run with one finished trial, as an earlier version would have left it."""
     run = Run.create(folder / "runs", loaded.job.name)
-    files.write_json(run.path / "plan.json", make_plan(loaded, site_here(None), "train").model_dump(mode="json"))
+    files.write_json(
+        run.path / "plan.json",
+        make_plan(loaded, detect_site(None), "train").model_dump(mode="json"),
+    )
     if trained_with is not None:
         files.write_json(run.path / "facts.json", {"prompt_format": trained_with})
     trial = run.add_trial("aaaa", 0, {})
-    trial.weights_of(loaded.job.method).mkdir(parents=True)
-    trial.add_row({"step": 1, "samples": 8, "loss": 1.0, "accuracy": 0.9, "evaluated": True, "train_seconds": 1.0})
+    trial.get_weights_folder(loaded.job.method).mkdir(parents=True)
+    trial.add_row(
+        {
+            "step": 1,
+            "samples": 8,
+            "loss": 1.0,
+            "accuracy": 0.9,
+            "evaluated": True,
+            "train_seconds": 1.0,
+        }
+    )
     trial.set_state(TrialState.FINISHED)
     run.set_state(RunState.STOPPED, reason="interrupted")
     return run
@@ -36,7 +50,7 @@ def test_a_text_run_of_an_earlier_version_is_refused(llama_job: JobMaker, tmp_pa
     run = run_of(llama_job(), tmp_path, 1)
     sentence = f"{run.id} was trained with prompt format 1, and this version of lorafleet has 2"
     with pytest.raises(RunError, match=sentence):
-        shipped(run, "aaaa")
+        select_model(run, "aaaa")
     for command in ("resume", "evaluate", "export", "benchmark"):
         more = ("--to", "merged") if command == "export" else ()
         done = lorafleet_here(command, run.id, *more, "--runs", run.path.parent, cwd=tmp_path)
@@ -48,10 +62,10 @@ def test_a_text_run_of_an_earlier_version_is_refused(llama_job: JobMaker, tmp_pa
 def test_runs_of_this_version_and_classifiers_of_any_are_taken(
     llama_job: JobMaker, bert_job: JobMaker, tmp_path: Path
 ) -> None:
-    assert shipped(run_of(llama_job(), tmp_path / "text", 2), "aaaa").trial_id == "aaaa"
-    assert shipped(run_of(llama_job(), tmp_path / "none", None), "aaaa").trial_id == "aaaa"
-    assert prompt_format(bert_job().job) == 1  # its rows become the same tokens as before
-    assert shipped(run_of(bert_job(), tmp_path / "classes", 1), "aaaa").trial_id == "aaaa"
+    assert select_model(run_of(llama_job(), tmp_path / "text", 2), "aaaa").trial_id == "aaaa"
+    assert select_model(run_of(llama_job(), tmp_path / "none", None), "aaaa").trial_id == "aaaa"
+    assert get_prompt_format(bert_job().job) == 1  # its rows become the same tokens as before
+    assert select_model(run_of(bert_job(), tmp_path / "classes", 1), "aaaa").trial_id == "aaaa"
 
 
 def test_runs_with_other_prompts_are_not_asked_alike(llama_job: JobMaker, tmp_path: Path) -> None:
@@ -60,7 +74,10 @@ def test_runs_with_other_prompts_are_not_asked_alike(llama_job: JobMaker, tmp_pa
     words = ("evaluate", f"{plain.id}:aaaa", f"{told.id}:aaaa", "--runs", str(plain.path.parent))
     done = lorafleet_here(*words, cwd=tmp_path)
     assert done.returncode == 2
-    assert f"{told.id} was trained with another data.system_prompt than the job asks with" in done.stderr
+    assert (
+        f"{told.id} was trained with another data.system_prompt than the job asks with"
+        in done.stderr
+    )
 
 
 def test_runs_with_other_prompts_are_not_ranked(llama_job: JobMaker, tmp_path: Path) -> None:
@@ -69,6 +86,9 @@ def test_runs_with_other_prompts_are_not_ranked(llama_job: JobMaker, tmp_path: P
         run = run_of(llama_job(), tmp_path / str(number), 2)
         files.write_json(run.path / "facts.json", {"prompt_format": 2, "conversation": terms})
         runs.append(run)
-    arms = across(runs).arms or []
+    arms = compare_runs(runs).arms or []
     remarks = " ".join(arms[1].remarks)
-    assert "the chat template, its variables or what is learnt of a conversation differs from" in remarks
+    assert (
+        "the chat template, its variables or what is learnt of a conversation differs from"
+        in remarks
+    )

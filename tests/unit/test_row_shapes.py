@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lorafleet.jobs.data.conversation import Message
 from lorafleet.jobs.data.row_formats import Row
 from lorafleet.jobs.data.rows import Rows, load_rows
 from lorafleet.jobs.errors import DataError, JobFileError
 from lorafleet.jobs.loading.job_file import load_text
-
 from tests.conftest import write_rows
 
 USER, ANSWER = Message("user", "u"), Message("assistant", "a")
@@ -20,8 +20,13 @@ CALL = '[{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
 
 
 def load(path: Path, **data: Any) -> Rows:
-    settings = json.dumps({"train_file": str(path), "validation_file": str(path), "test_file": str(path), **data})
-    text = f"name: shapes\ntask: generation\nmodel: {{model_name_or_path: org/model}}\ndata: {settings}\n"
+    settings = json.dumps(
+        {"train_file": str(path), "validation_file": str(path), "test_file": str(path), **data}
+    )
+    text = (
+        "name: shapes\ntask: generation\nmodel: {model_name_or_path: org/model}\ndata: "
+        f"{settings}\n"
+    )
     return load_rows(load_text(text, path.with_name("job.yaml")).job)
 
 
@@ -95,7 +100,8 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
         (
             turns(
                 said("user", "u"),
-                said("assistant", None, tool_calls=[{"function": {"name": "f", "arguments": '{"x": 1}'}}]),
+                said("assistant", None, tool_calls=[{"function": {"name": "f", "arguments": '{"x": '
+                                                                                            '1}'}}]),
                 said("tool", "1", tool_call_id="c1", name="f"),
                 said("assistant", "a"),
             ),
@@ -153,12 +159,14 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
         ),
     ],
 )  # fmt: skip
-def test_a_row_is_read_as_what_it_is(record: dict[str, Any], messages: tuple[Message, ...], tmp_path: Path) -> None:
+def test_a_row_is_read_as_what_it_is(
+    record: dict[str, Any], messages: tuple[Message, ...], tmp_path: Path
+) -> None:
     found = read(record, tmp_path).messages
     learnt = [one.learn for one in found if one.role == "assistant"]
     assert learnt == [one.learn for one in messages if one.role == "assistant"]
-    assert [one.as_record() | {"learn": True} for one in found] == [
-        one.as_record() | {"learn": True} for one in messages
+    assert [one.to_record() | {"learn": True} for one in found] == [
+        one.to_record() | {"learn": True} for one in messages
     ]
 
 
@@ -171,7 +179,7 @@ def test_a_conversation_is_stored_and_read_again(tmp_path: Path) -> None:
         tools=[{"type": "function", "function": {"name": "f"}}],
     )
     row = read(record, tmp_path)
-    assert Row.from_record(json.loads(json.dumps(row.as_record()))) == row
+    assert Row.from_record(json.loads(json.dumps(row.to_record()))) == row
     assert row.messages[1].calls[0]["function"]["arguments"] == {"x": 1}
     assert json.loads(row.tools)[0]["function"]["name"] == "f"
     as_text = {**record, "tools": json.dumps(record["tools"])}
@@ -179,9 +187,15 @@ def test_a_conversation_is_stored_and_read_again(tmp_path: Path) -> None:
 
 
 def test_the_column_of_messages_can_be_named(tmp_path: Path) -> None:
-    record = {"chat": [said("user", "u"), said("assistant", "a")], "messages": [said("user", "other")], "text": "t"}
+    record = {
+        "chat": [said("user", "u"), said("assistant", "a")],
+        "messages": [said("user", "other")],
+        "text": "t",
+    }
     assert read(record, tmp_path, messages_column="chat").messages == (USER, ANSWER)
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: no column 'dialog' \(there are: chat, messages, text\)"):
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:1: no column 'dialog' \(there are: chat, messages, text\)"
+    ):
         read(record, tmp_path, messages_column="dialog")
 
 
@@ -198,23 +212,44 @@ def test_a_system_prompt_goes_to_rows_without_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        (turns(said("user", "u"), said("assistant", "a", weight=2)), "weight of message 2 is 2, but must be 0 or 1"),
-        (turns(said("user", "u"), said("assistant", "a", weight=0.5)), "weight of message 2 is 0.5, but must be"),
-        (turns(said("user", "u"), said("assistant", "a", weight=True)), "weight of message 2 is true"),
-        (turns(said("user", "u"), said("assistant", "a", train="no")), 'train of message 2 is "no", but must be true'),
-        (turns(said("user", "u"), said("assistant", "a", train=True, weight=0)), "says both that it is learnt"),
-        (turns(said("user", [{"type": "image", "url": "x"}]), said("assistant", "a")), "a part of type 'image'"),
-        (turns(said("user", [{"type": "image_url"}]), said("assistant", "a")), "only {type: text, text} can be learnt"),
-        (turns(said("user", "u"), said("assistant", "a", reasoning_content=3)), "reasoning_content of message 2 is 3"),
-        (turns(said("user", "u", reasoning_content="r"), said("assistant", "a")), "only an assistant's message has"),
-        (turns(said("user", "u"), said("assistant", "a", reasoning="r", thinking="t")), "which differ: keep one"),
-        (turns(said("user", "u"), said("assistant", "a", tool_calls="x")), "tool_calls of message 2 is"),
-        (turns(said("user", "u"), said("assistant", "", tool_calls=[{"id": "1"}])), "each must name a function"),
+        (turns(said("user", "u"), said("assistant", "a", weight=2)), "weight of message 2 is 2, "
+                                                                     "but must be 0 or 1"),
+        (turns(said("user", "u"), said("assistant", "a", weight=0.5)), "weight of message 2 is "
+                                                                       "0.5, but must be"),
+        (turns(said("user", "u"), said("assistant", "a", weight=True)), "weight of message 2 "
+                                                                        "is true"),
+        (turns(said("user", "u"), said("assistant", "a", train="no")), 'train of message 2 is '
+                                                                       '"no", but must be true'),
+        (turns(said("user", "u"), said("assistant", "a", train=True, weight=0)), "says both that "
+                                                                                 "it is learnt"),
+        (turns(said("user", [{"type": "image", "url": "x"}]), said("assistant", "a")), "a part of "
+                                                                                       "type "
+                                                                                       "'image'"),
+        (turns(said("user", [{"type": "image_url"}]), said("assistant", "a")), "only {type: text, "
+                                                                               "text} can "
+                                                                               "be learnt"),
+        (turns(said("user", "u"), said("assistant", "a", reasoning_content=3)), "reasoning_content "
+                                                                                "of message 2 "
+                                                                                "is 3"),
+        (turns(said("user", "u", reasoning_content="r"), said("assistant", "a")), "only an "
+                                                                                  "assistant's "
+                                                                                  "message has"),
+        (turns(said("user", "u"), said("assistant", "a", reasoning="r", thinking="t")), "which "
+                                                                                        "differ: "
+                                                                                        "keep one"),
+        (turns(said("user", "u"), said("assistant", "a", tool_calls="x")), "tool_calls of "
+                                                                           "message 2 is"),
+        (turns(said("user", "u"), said("assistant", "", tool_calls=[{"id": "1"}])), "each must "
+                                                                                    "name a "
+                                                                                    "function"),
         (
             turns(said("user", "u"), said("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": "x"}}])),
             "arguments of a tool call of message 2 is",
         ),
-        (turns(said("user", "u", tool_calls=[{"name": "f"}]), said("assistant", "a")), "only an assistant calls tools"),
+        (turns(said("user", "u", tool_calls=[{"name": "f"}]), said("assistant", "a")), "only an "
+                                                                                       "assistant "
+                                                                                       "calls "
+                                                                                       "tools"),
         (
             turns(said("user", "u"), said("assistant", "", tool_calls=[{"name": "f", "args": {"x": 1}}])),
             "a tool call of message 2 has 'args', which cannot be used",
@@ -237,34 +272,57 @@ def test_a_system_prompt_goes_to_rows_without_one(tmp_path: Path) -> None:
         (turns(said("user", "u"), said("assistant", "a"), tools="[f"), "which is not JSON"),
         (turns(said("user", "u"), said("assistant", "a"), images=["x.png"]), "images is"),
         (turns(said("user", "u"), said("assistant", "a"), documents=[{}]), "documents is"),
-        (turns(said("user", "u"), said("assistant", "a"), train=False), "train is false: nothing of this row is to be"),
-        (turns(said("user", "u"), said("assistant", "a"), enable_thinking=False), "data.chat_template_kwargs is for"),
-        (turns(said("user", "u"), said("assistant", "a"), history=[["x", "y"]]), "history stands beside messages"),
-        (turns(said("user", "u"), said("assistant", "a", prefix=True)), "prefix of message 2 cannot be used"),
-        (turns(said("user", "u"), said("assistant", "a"), functions=[{"name": "f"}]), "name them in tools"),
-        (turns(said("user", "u"), said("assistant", "a", function_call={"name": "f"})), "function_call of message 2"),
-        (turns(said("system", "s"), said("user", "u"), said("assistant", "a"), system="t"), "contradict each other"),
+        (turns(said("user", "u"), said("assistant", "a"), train=False), "train is false: nothing "
+                                                                        "of this row is to be"),
+        (turns(said("user", "u"), said("assistant", "a"), enable_thinking=False), "data.chat_template_kwargs "
+                                                                                  "is for"),
+        (turns(said("user", "u"), said("assistant", "a"), history=[["x", "y"]]), "history stands "
+                                                                                 "beside messages"),
+        (turns(said("user", "u"), said("assistant", "a", prefix=True)), "prefix of message 2 "
+                                                                        "cannot be used"),
+        (turns(said("user", "u"), said("assistant", "a"), functions=[{"name": "f"}]), "name them "
+                                                                                      "in tools"),
+        (turns(said("user", "u"), said("assistant", "a", function_call={"name": "f"})), "function_call "
+                                                                                        "of "
+                                                                                        "message "
+                                                                                        "2"),
+        (turns(said("system", "s"), said("user", "u"), said("assistant", "a"), system="t"), "contradict "
+                                                                                            "each "
+                                                                                            "other"),
         (turns(said("user", "u"), said("assistant", "")), "must be the assistant's, and not empty"),
-        (turns(said("user", "u"), said("assistant", ""), said("user", "v"), said("assistant", "a")), "message 2 is"),
-        (turns(said("user", "u"), said("assistant", "a"), said("user", "v")), "the last of messages must be"),
+        (turns(said("user", "u"), said("assistant", ""), said("user", "v"), said("assistant", "a")), "message "
+                                                                                                     "2 "
+                                                                                                     "is"),
+        (turns(said("user", "u"), said("assistant", "a"), said("user", "v")), "the last of "
+                                                                              "messages must be"),
         (turns(said("system", "s"), said("assistant", "a")), "must have something before"),
-        (turns(said("narrator", "u"), said("assistant", "a")), "role is 'narrator', but must be one of"),
-        ({"conversations": [{"from": "alien", "value": "u"}, {"from": "gpt", "value": "a"}]}, "from is 'alien'"),
-        ({"conversations": [{"speaker": "u"}, {"from": "gpt", "value": "a"}]}, "message 1 has neither role nor from"),
-        ({"instruction": "u", "output": "a", "history": 3}, "must be a list of [question, answer] pairs"),
+        (turns(said("narrator", "u"), said("assistant", "a")), "role is 'narrator', but must "
+                                                               "be one of"),
+        ({"conversations": [{"from": "alien", "value": "u"}, {"from": "gpt", "value": "a"}]}, "from "
+                                                                                              "is "
+                                                                                              "'alien'"),
+        ({"conversations": [{"speaker": "u"}, {"from": "gpt", "value": "a"}]}, "message 1 has "
+                                                                               "neither role "
+                                                                               "nor from"),
+        ({"instruction": "u", "output": "a", "history": 3}, "must be a list of [question, "
+                                                            "answer] pairs"),
         ({"instruction": "u", "output": "a", "history": "x"}, 'history is "x", which is not JSON'),
         (
             turns(said("user", "u"), said("assistant", "<think>t</think>a", reasoning_content="r")),
             "has reasoning both in a field and as <think> in its content",
         ),
         ({"messages": "[" * 100_000}, "messages must be a list"),
-        ({"instruction": "u", "output": "a", "history": [["x"]]}, "must be a list of [question, answer] pairs"),
+        ({"instruction": "u", "output": "a", "history": [["x"]]}, "must be a list of [question, "
+                                                                  "answer] pairs"),
         ({"instruction": "u", "output": "a", "system": 3}, "system is 3, but must be a text"),
-        ({"prompt": [said("user", "u")], "completion": "a"}, "must be a list of messages as the other column has one"),
+        ({"prompt": [said("user", "u")], "completion": "a"}, "must be a list of messages as the "
+                                                             "other column has one"),
         ({"prompt": "u", "completion": [said("assistant", "a")]}, "must be a list of messages"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_used_is_named(record: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_named(
+    record: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [record])
     with pytest.raises(DataError) as error:
         load(path)
@@ -274,7 +332,11 @@ def test_what_cannot_be_used_is_named(record: dict[str, Any], sentence: str, tmp
 
 def test_keys_that_are_not_known_are_named_once(tmp_path: Path) -> None:
     rows = [
-        {**turns(said("user", "u", lang="en"), said("assistant", "a", rating=5)), "id": number, "source": "web"}
+        {
+            **turns(said("user", "u", lang="en"), said("assistant", "a", rating=5)),
+            "id": number,
+            "source": "web",
+        }
         for number in range(3)
     ]
     found = load(write_rows(tmp_path / "rows.jsonl", rows))
@@ -284,7 +346,11 @@ def test_keys_that_are_not_known_are_named_once(tmp_path: Path) -> None:
         "message key 'rating' (9 times)"
     ]
     weighed = [turns(said("user", "u", weight=1), said("assistant", "a"))]
-    notes = [note for note in load(write_rows(tmp_path / "rows.jsonl", weighed)).warnings if "not used" in note]
+    notes = [
+        note
+        for note in load(write_rows(tmp_path / "rows.jsonl", weighed)).warnings
+        if "not used" in note
+    ]
     assert notes == ["not used: weight 1 of a user message, which is not learnt (3 times)"]
 
 
@@ -303,7 +369,11 @@ def test_parquet_fills_structs_up_with_nulls(tmp_path: Path) -> None:
         turns(
             said("user", "v"),
             said(
-                "assistant", "", tool_calls=[{"type": "function", "function": {"name": "g", "arguments": {"y": "2"}}}]
+                "assistant",
+                "",
+                tool_calls=[
+                    {"type": "function", "function": {"name": "g", "arguments": {"y": "2"}}}
+                ],
             ),
             said("tool", "2"),
             said("assistant", "b"),
@@ -317,9 +387,15 @@ def test_parquet_fills_structs_up_with_nulls(tmp_path: Path) -> None:
 
 
 def test_a_question_with_two_answers_stays_on_one_side(tmp_path: Path) -> None:
-    rows = [turns(said("user", f"u{number % 6}"), said("assistant", f"a{number}")) for number in range(24)]
+    rows = [
+        turns(said("user", f"u{number % 6}"), said("assistant", f"a{number}"))
+        for number in range(24)
+    ]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    text = f'name: x\ntask: generation\nmodel: {{model_name_or_path: o/m}}\ndata: {{train_file: "{path}"}}\n'
+    text = (
+        "name: x\ntask: generation\nmodel: {model_name_or_path: o/m}\ndata: {train_file: "
+        f'"{path}"}}\n'
+    )
     found = load_rows(load_text(text, tmp_path / "job.yaml").job)
     train = {row.question for row in found.train}
     assert not train & {row.question for row in found.validation}
@@ -333,8 +409,12 @@ def test_all_tokens_of_the_last_turn_alone_is_a_contradiction(tmp_path: Path) ->
 
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "u", "completion": "a"}\n{"prompt": "u", "completion": "a", "prompt": "v"}\n')
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: the key 'prompt' stands twice in one object"):
+    path.write_text(
+        '{"prompt": "u", "completion": "a"}\n{"prompt": "u", "completion": "a", "prompt": "v"}\n'
+    )
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl:2: the key 'prompt' stands twice in one object"
+    ):
         load(path)
     whole = tmp_path / "rows.json"
     whole.write_text('[{"messages": [{"role": "user", "content": "u", "content": "v"}]}]')

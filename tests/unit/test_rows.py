@@ -12,16 +12,16 @@ import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
+
 from lorafleet.jobs.data.conversation import Message
 from lorafleet.jobs.data.row_formats import Row
 from lorafleet.jobs.data.row_lists import RowPacker
-from lorafleet.jobs.data.rows import Rows, load_rows, majority_share
-from lorafleet.jobs.data.splits import hold_back, sample_rows
+from lorafleet.jobs.data.rows import Rows, compute_majority_share, load_rows
+from lorafleet.jobs.data.splits import sample_rows, split_held_out
 from lorafleet.jobs.errors import DataError, JobFileError
 from lorafleet.jobs.loading.job_file import load_text
 from lorafleet.jobs.schema.job import JobSpec
-from pyarrow import parquet
-
 from tests.conftest import write_rows
 
 GOOD_LINE = '{"text": "fine", "label": "a"}\n{"text": "bad", "label": "b"}\n'
@@ -30,38 +30,98 @@ BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "not-json": ("x.jsonl", (GOOD_LINE + "{nope}\n").encode(), "x.jsonl:3: not JSON"),
     "a-list-row": ("x.jsonl", b"[1, 2]\n", "x.jsonl:1: a row must be a JSON object"),
     "no-label": ("x.jsonl", b'{"text": "a"}\n', "x.jsonl:1: no column 'label' (there are: text)"),
-    "empty-text": ("x.jsonl", (GOOD_LINE + '{"text": " ", "label": "a"}').encode(), "x.jsonl:3: text is empty"),
-    "number-text": ("x.jsonl", b'{"text": 3, "label": "a"}\n', "x.jsonl:1: text is 3, but must be a text"),
-    "null-label": ("x.jsonl", b'{"text": "a", "label": null}\n', "x.jsonl:1: label is null, but must be a text or"),
-    "float-label": ("x.jsonl", b'{"text": "a", "label": 0.5}\n', "x.jsonl:1: label is 0.5, but must be"),
+    "empty-text": (
+        "x.jsonl",
+        (GOOD_LINE + '{"text": " ", "label": "a"}').encode(),
+        "x.jsonl:3: text is empty",
+    ),
+    "number-text": (
+        "x.jsonl",
+        b'{"text": 3, "label": "a"}\n',
+        "x.jsonl:1: text is 3, but must be a text",
+    ),
+    "null-label": (
+        "x.jsonl",
+        b'{"text": "a", "label": null}\n',
+        "x.jsonl:1: label is null, but must be a text or",
+    ),
+    "float-label": (
+        "x.jsonl",
+        b'{"text": "a", "label": 0.5}\n',
+        "x.jsonl:1: label is 0.5, but must be",
+    ),
     "empty-file": ("x.jsonl", b"", "holds no rows"),
-    "one-class": ("x.jsonl", b'{"text": "a", "label": "p"}\n' * 9, "every training row has the label 'p'"),
-    "latin-1": ("x.jsonl", GOOD_LINE.encode() + b'{"text": "caf\xe9", "label": "a"}\n', "x.jsonl:3: not UTF-8 text"),
-    "wide-csv": ("x.csv", b"text,label\na,b\nc,d,e\n", "x.csv:3: has more columns than the header (2)"),
-    "no-such-column": ("x.csv", b"sentence,label\na,b\n", "no column 'text' (there are: sentence, label)"),
+    "one-class": (
+        "x.jsonl",
+        b'{"text": "a", "label": "p"}\n' * 9,
+        "every training row has the label 'p'",
+    ),
+    "latin-1": (
+        "x.jsonl",
+        GOOD_LINE.encode() + b'{"text": "caf\xe9", "label": "a"}\n',
+        "x.jsonl:3: not UTF-8 text",
+    ),
+    "wide-csv": (
+        "x.csv",
+        b"text,label\na,b\nc,d,e\n",
+        "x.csv:3: has more columns than the header (2)",
+    ),
+    "no-such-column": (
+        "x.csv",
+        b"sentence,label\na,b\n",
+        "no column 'text' (there are: sentence, label)",
+    ),
     "json-not-a-list": ("x.json", b'{"text": "a"}', "must hold a JSON list of rows"),
     "wrong-ending": ("x.xml", b"<a/>", "must end in one of .jsonl, .ndjson, .json, .csv"),
     "not-parquet": ("x.parquet", b"hello", "is not a Parquet file"),
     "open-quote": ("x.csv", b'text,label\na,b\n"never closed,c\nd,e\n', "x.csv:3: not CSV"),
-    "wide-tsv": ("x.tsv", b"text\tlabel\na\tb\tc\n", "x.tsv:2: has more columns than the header (2)"),
+    "wide-tsv": (
+        "x.tsv",
+        b"text\tlabel\na\tb\tc\n",
+        "x.tsv:2: has more columns than the header (2)",
+    ),
     "narrow-tsv": ("x.tsv", b"text\tlabel\na\n", "x.tsv:2: label is null"),
-    "tsv-header-twice": ("x.tsv", b"text\ttext\na\tb\n", "the column 'text' stands twice in the header"),
+    "tsv-header-twice": (
+        "x.tsv",
+        b"text\ttext\na\tb\n",
+        "the column 'text' stands twice in the header",
+    ),
     "not-gzip": ("x.jsonl.gz", GOOD_LINE.encode(), "x.jsonl.gz cannot be read: Not a gzipped file"),
     "cut-gzip": ("x.csv.gz", gzip.compress(b"text,label\na,b\n")[:-9], "x.csv.gz cannot be read"),
     "not-zstd": ("x.jsonl.zst", GOOD_LINE.encode(), "x.jsonl.zst cannot be read"),
-    "utf-16-without-mark": ("x.csv", "text,label\na,b\n".encode("utf-16-le"), "if it is UTF-16 text, convert it"),
+    "utf-16-without-mark": (
+        "x.csv",
+        "text,label\na,b\n".encode("utf-16-le"),
+        "if it is UTF-16 text, convert it",
+    ),
     "half-of-utf-16": (
         "x.csv",
         "text,label\na,b\n".encode("utf-16")[:-1],
         "starts with a UTF-16 mark, but is not valid UTF-16",
     ),
-    "header-twice": ("x.csv", b"text,label,text\na,b,c\n", "the column 'text' stands twice in the header"),
-    "half-a-character": ("x.jsonl", b'{"text": "\\ud83d", "label": "a"}\n', "x.jsonl:1: text holds half a character"),
+    "header-twice": (
+        "x.csv",
+        b"text,label,text\na,b,c\n",
+        "the column 'text' stands twice in the header",
+    ),
+    "half-a-character": (
+        "x.jsonl",
+        b'{"text": "\\ud83d", "label": "a"}\n',
+        "x.jsonl:1: text holds half a character",
+    ),
     "blank-label": ("x.jsonl", b'{"text": "a", "label": "  "}\n', "x.jsonl:1: label is"),
     "deep-json": ("x.jsonl", b"[" * 100_000, "x.jsonl:1: not JSON"),
     "deep-list": ("x.json", b"[" * 100_000, "not JSON that can be read (RecursionError)"),
-    "endless-number": ("x.json", b"[" + b"1" * 5000 + b"]", "not JSON that can be read (ValueError)"),
-    "half-a-label": ("x.jsonl", b'{"text": "a", "label": "\\ud83d"}\n', "x.jsonl:1: label holds half a character"),
+    "endless-number": (
+        "x.json",
+        b"[" + b"1" * 5000 + b"]",
+        "not JSON that can be read (ValueError)",
+    ),
+    "half-a-label": (
+        "x.jsonl",
+        b'{"text": "a", "label": "\\ud83d"}\n',
+        "x.jsonl:1: label holds half a character",
+    ),
 }
 
 
@@ -95,7 +155,9 @@ def test_ten_bad_rows_are_shown_and_the_others_counted(tmp_path: Path) -> None:
 
 
 def numbered(count: int, labels: str = "ab") -> list[dict[str, str]]:
-    return [{"text": f"row {index}", "label": labels[index % len(labels)]} for index in range(count)]
+    return [
+        {"text": f"row {index}", "label": labels[index % len(labels)]} for index in range(count)
+    ]
 
 
 def write_records(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -109,7 +171,11 @@ def write_records(path: Path, rows: list[dict[str, str]]) -> Path:
         parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     else:
         comma = "," if suffix == ".csv" else "\t"
-        path.write_text("".join(comma.join(row) + "\n" for row in [("text", "label"), *(r.values() for r in rows)]))
+        path.write_text(
+            "".join(
+                comma.join(row) + "\n" for row in [("text", "label"), *(r.values() for r in rows)]
+            )
+        )
     return path
 
 
@@ -123,10 +189,15 @@ def test_every_format_gives_the_same_rows(suffix: str, tmp_path: Path) -> None:
     assert found.labels == ("a", "b")
 
 
-@pytest.mark.parametrize(("sign", "named"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")])
+@pytest.mark.parametrize(
+    ("sign", "named"), [(";", "semicolons"), ("\t", "tabs"), ("|", "vertical bars")]
+)
 def test_another_delimiter_is_found_and_said(sign: str, named: str, tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
-    path.write_text(f"text{sign}label\n" + "".join(f'"row {i}{sign} ""x"", y"{sign}{"ab"[i % 2]}\n' for i in range(30)))
+    path.write_text(
+        f"text{sign}label\n"
+        + "".join(f'"row {i}{sign} ""x"", y"{sign}{"ab"[i % 2]}\n' for i in range(30))
+    )
     rows = rows_of(path)
     everything = [*rows.train, *rows.validation, *rows.test]
     assert {row.text for row in everything} == {f'row {index}{sign} "x", y' for index in range(30)}
@@ -135,7 +206,9 @@ def test_another_delimiter_is_found_and_said(sign: str, named: str, tmp_path: Pa
 
 def test_a_comma_in_the_header_decides(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
-    path.write_text("text,label,a;b\n" + "".join(f"row; {index},{'ab'[index % 2]},\n" for index in range(30)))
+    path.write_text(
+        "text,label,a;b\n" + "".join(f"row; {index},{'ab'[index % 2]},\n" for index in range(30))
+    )
     rows = rows_of(path)
     assert {row.text for row in rows.train} <= {f"row; {index}" for index in range(30)}
     assert not any("separated" in warning for warning in rows.warnings)
@@ -144,8 +217,15 @@ def test_a_comma_in_the_header_decides(tmp_path: Path) -> None:
 def test_quotes_in_tsv_are_text(tmp_path: Path) -> None:
     path = tmp_path / "x.tsv"
     texts = [f"row {index}" for index in range(30)]
-    texts[5], texts[9], texts[11], texts[20] = '"It works for me', 'he said ok"', 'they called it "good"', '"whole"'
-    path.write_text("text\tlabel\r\n" + "".join(f"{text}\t{'ab'[i % 2]}\r\n" for i, text in enumerate(texts)))
+    texts[5], texts[9], texts[11], texts[20] = (
+        '"It works for me',
+        'he said ok"',
+        'they called it "good"',
+        '"whole"',
+    )
+    path.write_text(
+        "text\tlabel\r\n" + "".join(f"{text}\t{'ab'[i % 2]}\r\n" for i, text in enumerate(texts))
+    )
     rows = rows_of(path, validation_fraction=0.4)
     found = sorted([*rows.train, *rows.validation, *rows.test], key=lambda row: row.line)
     assert [row.text for row in found] == texts
@@ -153,7 +233,8 @@ def test_quotes_in_tsv_are_text(tmp_path: Path) -> None:
     assert [row.label for row in found] == ["ab"[index % 2] for index in range(30)]
     quoted = [warning for warning in rows.warnings if "in quotes" in warning]
     assert quoted == [
-        "x.tsv: 1 row with a cell in quotes, which are part of the text in .tsv; a file with tabs that quotes as CSV "
+        "x.tsv: 1 row with a cell in quotes, which are part of the text in .tsv; a file with tabs "
+        "that quotes as CSV "
         "does is named .csv"
     ]
 
@@ -165,7 +246,8 @@ def test_rows_of_several_lines_are_said(tmp_path: Path) -> None:
     path.write_text("text,label\n\n" + "".join(lines))
     said = [warning for warning in rows_of(path).warnings if "x.csv" in warning]
     assert said == [
-        "x.csv: 30 rows on 32 lines: cells in quotes may hold several lines (the first such row ends on line 7)"
+        "x.csv: 30 rows on 32 lines: cells in quotes may hold several lines (the first such row "
+        "ends on line 7)"
     ]
 
 
@@ -173,7 +255,11 @@ def test_rows_of_several_lines_are_said(tmp_path: Path) -> None:
 def test_a_byte_order_mark_says_the_encoding(encoding: str, tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     mark = "\ufeff" if encoding.endswith(("le", "be")) else ""
-    text = mark + "text,label\n" + "".join(f"caf\u00e9 {index},{'ab'[index % 2]}\n" for index in range(30))
+    text = (
+        mark
+        + "text,label\n"
+        + "".join(f"caf\u00e9 {index},{'ab'[index % 2]}\n" for index in range(30))
+    )
     path.write_bytes(text.encode(encoding))
     rows = rows_of(path)
     assert {row.text for row in rows.train} <= {f"caf\u00e9 {index}" for index in range(30)}
@@ -185,7 +271,9 @@ def test_an_index_column_is_named_as_not_used(tmp_path: Path) -> None:
     assert "not used: the column without a name (30 times)" in rows_of(path).warnings
 
 
-@pytest.mark.parametrize("suffix", ["jsonl.gz", "jsonl.zst", "csv.gz", "tsv.zst", "json.gz", "JSONL.GZ"])
+@pytest.mark.parametrize(
+    "suffix", ["jsonl.gz", "jsonl.zst", "csv.gz", "tsv.zst", "json.gz", "JSONL.GZ"]
+)
 def test_compressed_files_give_the_same_rows(suffix: str, tmp_path: Path) -> None:
     plain = tmp_path / f"x.{suffix.rpartition('.')[0]}"
     write_records(plain, numbered(30))
@@ -243,24 +331,35 @@ def test_the_columns_that_are_named_are_learnt(
         (
             "generation",
             {"text_column": "a", "prompt_column": "b"},
-            "data.text_column and data.prompt_column are set, but no row format of generation reads all of them",
+            "data.text_column and data.prompt_column are set, but no row format of generation "
+            "reads all of them",
         ),
-        ("generation", {"label_column": "a"}, "data.label_column is set, but no row format of generation reads it"),
+        (
+            "generation",
+            {"label_column": "a"},
+            "data.label_column is set, but no row format of generation reads it",
+        ),
         (
             "generation",
             {"format": "messages", "prompt_column": "a"},
-            "data.prompt_column is 'a', but the row format messages does not read it; it reads data.messages_column",
+            "data.prompt_column is 'a', but the row format messages does not read it; it reads "
+            "data.messages_column",
         ),
         (
             "generation",
             {"format": "instruction", "completion_column": "a"},
             "data.completion_column is 'a', but the row format instruction does not read it",
         ),
-        ("generation", {"messages_column": "a", "text_column": "b"}, "data.messages_column are set, but no row format"),
+        (
+            "generation",
+            {"messages_column": "a", "text_column": "b"},
+            "data.messages_column are set, but no row format",
+        ),
         (
             "classification",
             {"prompt_column": "a"},
-            "data.prompt_column is 'a', but the row format text_label does not read it; it reads data.text_column and",
+            "data.prompt_column is 'a', but the row format text_label does not read it; it reads "
+            "data.text_column and",
         ),
         (
             "classification",
@@ -299,7 +398,9 @@ def test_classes_that_are_numbers_have_names(
 
 
 def test_a_number_that_has_no_name_is_refused(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "x.jsonl", [{"text": f"row {index}", "label": index % 3} for index in range(9)])
+    path = write_rows(
+        tmp_path / "x.jsonl", [{"text": f"row {index}", "label": index % 3} for index in range(9)]
+    )
     with pytest.raises(DataError, match=r"x\.jsonl:3: the label '2' is not one of data.labels"):
         rows_of(path, labels=["negative", "positive"])
 
@@ -346,7 +447,10 @@ def test_leaked_rows_are_reported(tmp_path: Path) -> None:
     train = write_rows(tmp_path / "t.jsonl", numbered(20))
     validation = write_rows(tmp_path / "v.jsonl", numbered(5))
     found = rows_of(train, validation_file=str(validation), test_file=str(train))
-    assert "5 of 5 validation rows are also among the training rows: results are optimistic" in found.warnings
+    assert (
+        "5 of 5 validation rows are also among the training rows: results are optimistic"
+        in found.warnings
+    )
 
 
 def test_labels_of_validation_must_be_known(tmp_path: Path) -> None:
@@ -388,8 +492,14 @@ def test_generation_formats_become_conversations(
         ([], "messages must be a list"),
         ([{"role": "robot", "content": "x"}], "role is 'robot', but must be one of"),
         ([{"role": "user", "content": "x"}], "the last of messages must be the assistant's"),
-        ([{"role": "assistant", "content": "x"}], "must have something before the assistant's answer"),
-        ([{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "x"}], "holds half a character"),
+        (
+            [{"role": "assistant", "content": "x"}],
+            "must have something before the assistant's answer",
+        ),
+        (
+            [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "x"}],
+            "holds half a character",
+        ),
         ([{"role": "assistant", "content": 3}], "with a text as content"),
     ],
 )
@@ -401,7 +511,9 @@ def test_bad_conversations_are_named(messages: object, sentence: str, tmp_path: 
 
 def test_majority_share(tmp_path: Path) -> None:
     found = rows_of(write_rows(tmp_path / "x.jsonl", numbered(90, "aab")))
-    assert majority_share([*found.train, *found.validation, *found.test]) == pytest.approx(2 / 3)
+    assert compute_majority_share([*found.train, *found.validation, *found.test]) == pytest.approx(
+        2 / 3
+    )
 
 
 def test_digits_of_other_scripts_are_words(tmp_path: Path) -> None:
@@ -411,11 +523,20 @@ def test_digits_of_other_scripts_are_words(tmp_path: Path) -> None:
 def test_line_separators_inside_a_field_are_part_of_it(tmp_path: Path) -> None:
     lines = [f'"a\x85b\u2028{index}",x' if index % 2 else f"c{index},y" for index in range(30)]
     (tmp_path / "x.csv").write_text("\n".join(["text,label", *lines]) + "\n")
-    assert sum(len(rows) for rows in (rows_of(tmp_path / "x.csv").train, rows_of(tmp_path / "x.csv").validation)) >= 28
+    assert (
+        sum(
+            len(rows)
+            for rows in (rows_of(tmp_path / "x.csv").train, rows_of(tmp_path / "x.csv").validation)
+        )
+        >= 28
+    )
 
 
 def _asked(prompts: list[str], labels: list[str] | None = None) -> list[Row]:
-    return [Row(text=prompt, label=(labels or ["x"] * len(prompts))[place]) for place, prompt in enumerate(prompts)]
+    return [
+        Row(text=prompt, label=(labels or ["x"] * len(prompts))[place])
+        for place, prompt in enumerate(prompts)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -424,12 +545,16 @@ def test_the_split_of_a_classifier_is_scikit_learns(seed: int, share: float) -> 
     from sklearn.model_selection import StratifiedShuffleSplit
 
     random = np.random.default_rng(seed)
-    labels = [f"class {number}" for number in random.choice(5, size=203, p=[0.5, 0.3, 0.1, 0.06, 0.04])]
+    labels = [
+        f"class {number}" for number in random.choice(5, size=203, p=[0.5, 0.3, 0.1, 0.06, 0.04])
+    ]
     rows = _asked([f"text {place}" for place in range(len(labels))], labels)
     wanted = round(len(rows) * share)
-    theirs = StratifiedShuffleSplit(1, test_size=wanted, train_size=len(rows) - wanted, random_state=seed)
+    theirs = StratifiedShuffleSplit(
+        1, test_size=wanted, train_size=len(rows) - wanted, random_state=seed
+    )
     _, test = next(theirs.split(np.zeros(len(rows)), labels))
-    held, left = hold_back(rows, share, seed, "data.validation_fraction")
+    held, left = split_held_out(rows, share, seed, "data.validation_fraction")
     assert {row.text for row in held} == {rows[place].text for place in test}
     assert len(held) + len(left) == len(rows)
 
@@ -440,22 +565,27 @@ def test_the_split_of_texts_is_scikit_learns(seed: int) -> None:
 
     rows = _asked([f"text {place}" for place in range(91)])
     _, test = next(ShuffleSplit(1, test_size=9, random_state=seed).split(rows))
-    held, _ = hold_back(rows, 0.1, seed, "data.validation_fraction")
+    held, _ = split_held_out(rows, 0.1, seed, "data.validation_fraction")
     assert {row.text for row in held} == {rows[place].text for place in test}
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_large_group_of_equal_prompts_is_not_the_validation_set(seed: int) -> None:
     rows = _asked([f"text {place}" for place in range(500)] + ["Summarise:"] * 500)
-    held, left = hold_back(rows, 0.1, seed, "data.validation_fraction")
+    held, left = split_held_out(rows, 0.1, seed, "data.validation_fraction")
     assert len(held) == 100
     assert not {row.text for row in held} & {row.text for row in left}
 
 
 def test_prompts_that_repeat_too_often_are_named(tmp_path: Path) -> None:
-    rows = [{"prompt": "Say it:" if place % 2 else "Sing:", "completion": str(place)} for place in range(100)]
+    rows = [
+        {"prompt": "Say it:" if place % 2 else "Sing:", "completion": str(place)}
+        for place in range(100)
+    ]
     path = write_rows(tmp_path / "x.jsonl", rows)
-    with pytest.raises(DataError, match=r"10 of 100 rows, .* 'S\w+.*:' stands in 50 of them: give data.valid"):
+    with pytest.raises(
+        DataError, match=r"10 of 100 rows, .* 'S\w+.*:' stands in 50 of them: give data.valid"
+    ):
         rows_of(path, task="generation")
 
 
@@ -466,7 +596,7 @@ def test_fewer_rows_have_the_classes_in_proportion(most: int) -> None:
     packer = RowPacker()
     for row in rows:
         packer.append(row)
-    found = [list(sample_rows(some, most, 7)) for some in (rows, packer.rows())]
+    found = [list(sample_rows(some, most, 7)) for some in (rows, packer.build_rows())]
     assert found[0] == found[1]
     counts = Counter(row.label for row in found[0])
     assert sum(counts.values()) == len(found[0]) == most
@@ -480,18 +610,18 @@ def test_fewer_rows_have_the_classes_in_proportion(most: int) -> None:
 
 def test_test_rows_have_the_classes_in_proportion_though_one_is_rare() -> None:
     rows = _asked([f"text {place}" for place in range(101)], ["a"] * 80 + ["b"] * 20 + ["rare"])
-    held, left = hold_back(rows, 0.5, 3, "data.test_fraction", keep_classes=False)
+    held, left = split_held_out(rows, 0.5, 3, "data.test_fraction", keep_classes=False)
     counts = Counter(row.label for row in held)
     assert (counts["rare"], counts["b"]) == (0, 10)
     assert "rare" in {row.label for row in left}
     singles = _asked([f"text {place}" for place in range(10)], [str(place) for place in range(10)])
-    assert len(hold_back(singles, 0.5, 3, "data.test_fraction", keep_classes=False)[0]) == 5
+    assert len(split_held_out(singles, 0.5, 3, "data.test_fraction", keep_classes=False)[0]) == 5
 
 
 def test_a_class_of_one_row_stays_in_training() -> None:
     for seed in range(20):
         rows = _asked([f"text {place}" for place in range(21)], ["a"] * 10 + ["b"] * 10 + ["rare"])
-        _, left = hold_back(rows, 0.5, seed, "data.validation_fraction")
+        _, left = split_held_out(rows, 0.5, seed, "data.validation_fraction")
         assert "rare" in {row.label for row in left}
 
 
@@ -502,15 +632,19 @@ def test_a_class_of_one_row_stays_in_training() -> None:
     st.integers(0, 1000),
     st.integers(1, 4),
 )
-def test_what_is_held_back_is_near_the_share(sizes: list[int], share: float, seed: int, classes: int) -> None:
+def test_what_is_held_back_is_near_the_share(
+    sizes: list[int], share: float, seed: int, classes: int
+) -> None:
     prompts = [f"p{group}" for group, size in enumerate(sizes) for _ in range(size)]
     labels = [f"c{int(prompt[1:]) % classes}" for prompt in prompts]
     rows = _asked(prompts, labels)
     try:
-        held, left = hold_back(rows, share, seed, "data.validation_fraction")
+        held, left = split_held_out(rows, share, seed, "data.validation_fraction")
     except DataError as error:
         assert max(sizes) > 1 or len(rows) < 4
-        said = f"stands in {max(sizes)} of them" if max(sizes) > 1 else "too few to hold so many back"
+        said = (
+            f"stands in {max(sizes)} of them" if max(sizes) > 1 else "too few to hold so many back"
+        )
         assert said in str(error)
         return
     target = max(1, round(len(rows) * share))
@@ -523,7 +657,9 @@ def test_what_is_held_back_is_near_the_share(sizes: list[int], share: float, see
 @pytest.mark.parametrize(("classes", "each"), [(150, 10), (100, 2), (50, 3), (10, 40)])
 def test_many_classes_have_a_test_set(classes: int, each: int, tmp_path: Path) -> None:
     """Training rows need every class, a validation set of one row a class is halved all the same."""
-    rows = [{"text": f"row {place}", "label": f"c{place % classes}"} for place in range(classes * each)]
+    rows = [
+        {"text": f"row {place}", "label": f"c{place % classes}"} for place in range(classes * each)
+    ]
     found = rows_of(write_rows(tmp_path / "x.jsonl", rows))
     assert not found.chosen_on_test
     assert abs(len(found.test) - len(found.validation)) <= 1
@@ -532,5 +668,7 @@ def test_many_classes_have_a_test_set(classes: int, each: int, tmp_path: Path) -
 
 def test_too_few_rows_of_many_classes_are_said_as_what_they_are(tmp_path: Path) -> None:
     rows = [{"text": f"row {place}", "label": f"c{place}"} for place in range(100)]
-    with pytest.raises(DataError, match=r"too few to hold so many back .each of the 100 classes must keep one"):
+    with pytest.raises(
+        DataError, match=r"too few to hold so many back .each of the 100 classes must keep one"
+    ):
         rows_of(write_rows(tmp_path / "x.jsonl", rows))

@@ -16,22 +16,27 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from lorafleet.cluster import run_index as store
 from lorafleet.cluster.local import write_run
 from lorafleet.cluster.planning.plan import make_plan
-from lorafleet.commands.view import trial_lines
+from lorafleet.commands.view import collect_trial_rows
 from lorafleet.evaluation.metrics.predictions import Classified, RowResults, serialize
-from lorafleet.evaluation.render.forms import html, markdown, table_csv, terminal
-from lorafleet.evaluation.render.trial_table import columns, terminal_columns
+from lorafleet.evaluation.render.forms import (
+    render_html,
+    render_markdown,
+    render_table_csv,
+    render_terminal,
+)
+from lorafleet.evaluation.render.trial_table import build_columns, build_terminal_columns
 from lorafleet.evaluation.report.recommend_trial import SearchRule, recommend
-from lorafleet.evaluation.report.search import build_report, report_json, write_report
+from lorafleet.evaluation.report.search import build_report, render_report_json, write_report
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.report import Recommendation, Row
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.sites.base import LocalSite
-
 from tests.conftest import JobMaker, lorafleet_here
 
 EVIL = "<script>alert('x')</script>"
@@ -64,7 +69,9 @@ def _rewrite_for_ever(path: Path) -> None:
 def test_a_writer_killed_at_any_time_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "status.json"
     for delay in (0.05, 0.11, 0.17):
-        writer = multiprocessing.get_context("spawn").Process(target=_rewrite_for_ever, args=(path,))
+        writer = multiprocessing.get_context("spawn").Process(
+            target=_rewrite_for_ever, args=(path,)
+        )
         writer.start()
         while not path.exists():
             time.sleep(0.01)
@@ -76,13 +83,17 @@ def test_a_writer_killed_at_any_time_leaves_a_whole_file(tmp_path: Path) -> None
 
 def test_numbers_that_are_none_become_null(tmp_path: Path) -> None:
     files.write_json(tmp_path / "x.json", {"a": float("nan"), "b": [float("inf"), 1.0]})
-    assert files.read_json(tmp_path / "x.json") == {"schema_version": 1, "a": None, "b": [None, 1.0]}
+    assert files.read_json(tmp_path / "x.json") == {
+        "schema_version": 1,
+        "a": None,
+        "b": [None, 1.0],
+    }
 
 
 def test_a_run_moves_only_where_it_can(tmp_path: Path) -> None:
     run = Run.create(tmp_path, "x")
     run.mark_running()
-    assert run.alive()
+    assert run.is_alive()
     run.set_state(RunState.FINISHED)
     with pytest.raises(RunError, match="is finished and cannot become stopped"):
         run.set_state(RunState.STOPPED)
@@ -92,8 +103,8 @@ def test_a_run_whose_driver_was_killed_is_not_alive(tmp_path: Path) -> None:
     run = Run.create(tmp_path, "x")
     sleeper = subprocess.Popen(["sleep", "60"])
     run.mark_running()
-    files.write_json(run.path / "status.json", run.status() | {"pid": sleeper.pid})
-    assert not run.alive()  # another process has that number: it began at another time
+    files.write_json(run.path / "status.json", run.read_status() | {"pid": sleeper.pid})
+    assert not run.is_alive()  # another process has that number: it began at another time
     sleeper.kill()
     sleeper.wait()
 
@@ -109,7 +120,11 @@ def finished(bert_job: JobMaker, tmp_path: Path) -> Run:
         "versions": {"torch": "2"}, "data_sha256": {"train": "ab"}, "model_revisions": {},
     })  # fmt: skip
     run.mark_running()
-    scores = {"aaaa": (0.70, 1000, "finished"), "bbbb": (0.71, 4000, "finished"), "cccc": (0.30, 500, "stopped")}
+    scores = {
+        "aaaa": (0.70, 1000, "finished"),
+        "bbbb": (0.71, 4000, "finished"),
+        "cccc": (0.30, 500, "stopped"),
+    }
     for index, (name, (score, size, state)) in enumerate(scores.items()):
         trial = run.add_trial(name, index, {"lora.lora_r": 2 ** (index + 1), "train.seed": 1})
         for step in (1, 3):
@@ -125,17 +140,23 @@ def finished(bert_job: JobMaker, tmp_path: Path) -> Run:
         (trial.path / "adapter").mkdir()
         files.write_bytes(trial.validation_results, serialize(right(score, 3000), 3))
     broken = run.add_trial("dddd", 3, {"lora.lora_r": 2, "train.seed": 2})
-    broken.set_state(TrialState.FAILED, failure={"failure_class": "nan", "sentence": f"loss {EVIL} = | `x`"})
+    broken.set_state(
+        TrialState.FAILED, failure={"failure_class": "nan", "sentence": f"loss {EVIL} = | `x`"}
+    )
     test = {"accuracy": 0.69, "f1": 0.69, "precision": 0.7, "recall": 0.7, "loss": 0.6}
-    files.write_json(run.trial("aaaa").path / "test.json", {"test": {"metrics": test, "intervals": {}}})
-    base = {split: {"metrics": {"accuracy": score}, "intervals": {}} for split, score in BASE.items()}
+    files.write_json(
+        run.get_trial("aaaa").path / "test.json", {"test": {"metrics": test, "intervals": {}}}
+    )
+    base = {
+        split: {"metrics": {"accuracy": score}, "intervals": {}} for split, score in BASE.items()
+    }
     files.write_json(run.path / "report" / "base.json", base)
     run.set_state(RunState.FINISHED, wall_seconds=12.0)
     return run
 
 
 def test_the_report_has_the_shape_that_is_promised(finished: Run) -> None:
-    data = json.loads(report_json(build_report(finished)))
+    data = json.loads(render_report_json(build_report(finished)))
     assert set(data) >= {"run", "base", "trials", "recommendation", "schema_version"}
     assert set(data["base"]) >= {"metrics", "test_metrics"}
     assert data["base"]["test_metrics"] == {"accuracy": 0.49}
@@ -144,34 +165,58 @@ def test_the_report_has_the_shape_that_is_promised(finished: Run) -> None:
                 "tokens_per_second", "peak_memory_gib", "trainable_parameters", "test_metrics"}  # fmt: skip
     assert set(trial) >= promised
     assert set(trial["metrics"]) == {"accuracy", "f1", "precision", "recall", "loss"}
-    states = {row["trial_id"]: (row["state"], row["rung"], row["test_metrics"] is None) for row in data["trials"]}
+    states = {
+        row["trial_id"]: (row["state"], row["rung"], row["test_metrics"] is None)
+        for row in data["trials"]
+    }
     assert states == {"aaaa": ("finished", 1, False), "bbbb": ("finished", 1, True), "cccc": ("stopped", 1, True),
                       "dddd": ("failed", None, True)}  # fmt: skip
     assert set(data["recommendation"]) >= {"trial_id", "rule", "sentence"}
 
 
 def test_the_speed_of_evaluation_stands_beside_that_of_training(finished: Run) -> None:
-    """Two evaluations of 64 rows in one second together: half a second each, 128 rows and 4 passes of 32 a second."""
-    row = build_report(finished).row("aaaa")
-    assert (row.eval_runtime, row.eval_samples_per_second, row.eval_steps_per_second) == (0.5, 128.0, 4.0)
+    """Two evaluations of 64 rows in one second together: half a second each, 128 rows and 4 passes
+    of 32 a second.
+    """
+    row = build_report(finished).get_row("aaaa")
+    assert (row.eval_runtime, row.eval_samples_per_second, row.eval_steps_per_second) == (
+        0.5,
+        128.0,
+        4.0,
+    )
     assert row.seconds_per_answer is None
-    assert "evaluated rows/s" in html(build_report(finished))
+    assert "evaluated rows/s" in render_html(build_report(finished))
 
 
 def test_the_smallest_that_is_shown_to_lose_little_is_recommended(finished: Run) -> None:
     found = build_report(finished).recommendation
-    assert found.trial_id == "aaaa"  # a quarter of the parameters, and 0.01 less on the same 3,000 rows
-    assert "is accuracy 0.700 [0.650, 0.750]; the best is accuracy 0.710 [0.660, 0.760] of bbbb" in found.sentence
+    assert (
+        found.trial_id == "aaaa"
+    )  # a quarter of the parameters, and 0.01 less on the same 3,000 rows
+    assert (
+        "is accuracy 0.700 [0.650, 0.750]; the best is accuracy 0.710 [0.660, 0.760] of bbbb"
+        in found.sentence
+    )
     assert "It loses 0.010 in accuracy, at most 0.01" in found.sentence
 
 
 @pytest.mark.parametrize(
     "damage",
-    ["missing", "of another step", "no tensors", "a class too many", "other rows", "no numbers", "a million classes"],
+    [
+        "missing",
+        "of another step",
+        "no tensors",
+        "a class too many",
+        "other rows",
+        "no numbers",
+        "a million classes",
+    ],
 )
-def test_the_best_is_recommended_where_nothing_is_known_of_each_row(finished: Run, damage: str) -> None:
+def test_the_best_is_recommended_where_nothing_is_known_of_each_row(
+    finished: Run, damage: str
+) -> None:
     """As of runs of earlier versions."""
-    path = finished.trial("aaaa").validation_results
+    path = finished.get_trial("aaaa").validation_results
     strange = right(0.7, 3000)
     if damage == "missing":
         path.unlink()
@@ -181,7 +226,9 @@ def test_the_best_is_recommended_where_nothing_is_known_of_each_row(finished: Ru
         files.write_bytes(path, b"\xff" * 100)
     elif damage == "no numbers":
         assert strange.classified is not None
-        files.write_bytes(path, serialize(replace(strange, classified=None, loss_R=np.full(3000, np.nan)), 3))
+        files.write_bytes(
+            path, serialize(replace(strange, classified=None, loss_R=np.full(3000, np.nan)), 3)
+        )
     elif damage == "a million classes":
         assert strange.classified is not None
         many = replace(strange, classified=replace(strange.classified, classes=1_000_000))
@@ -190,10 +237,15 @@ def test_the_best_is_recommended_where_nothing_is_known_of_each_row(finished: Ru
         files.write_bytes(path, serialize(right(0.7, 20), 3))
     else:
         assert strange.classified is not None
-        files.write_bytes(path, serialize(replace(strange, classified=replace(strange.classified, classes=1)), 3))
+        files.write_bytes(
+            path, serialize(replace(strange, classified=replace(strange.classified, classes=1)), 3)
+        )
     found = build_report(finished).recommendation
     assert found.trial_id == "bbbb"
-    assert "There are no comparable per-row results of aaaa (not stored or not finite)" in found.sentence
+    assert (
+        "There are no comparable per-row results of aaaa (not stored or not finite)"
+        in found.sentence
+    )
 
 
 def row(name: str, score: float, size: int, state: str = "finished", half: float = 0.02) -> Row:
@@ -219,34 +271,57 @@ def test_a_metric_that_is_no_number_costs_only_its_trial() -> None:
     rule = SearchRule("accuracy", "maximize", tolerances, also=(("loss", "minimize"),))
     found = recommend(rows, rule, results)
     assert found.trial_id == "b"
-    assert "There are no comparable per-row results of c (not stored or not finite)" in found.sentence
+    assert (
+        "There are no comparable per-row results of c (not stored or not finite)" in found.sentence
+    )
 
 
 def test_recommendations_by_hand() -> None:
     def found(*rows: Row, keep: int = 5, stored: bool = True, count: int = 1000) -> Recommendation:
-        results = {one.trial_id: right(one.metrics["accuracy"] or 0, count) for one in rows if stored}
-        return recommend(list(rows), SearchRule("accuracy", "maximize", {"accuracy": 0.02}, keep=keep), results)
+        results = {
+            one.trial_id: right(one.metrics["accuracy"] or 0, count) for one in rows if stored
+        }
+        return recommend(
+            list(rows), SearchRule("accuracy", "maximize", {"accuracy": 0.02}, keep=keep), results
+        )
 
     assert found(row("a", 0.90, 900), row("b", 0.80, 100)).trial_id == "a"  # b is shown to be worse
     assert found(row("a", 0.90, 900), row("b", 0.898, 100)).trial_id == "b"
     assert found(row("a", 0.90, 900), row("b", 0.898, 100), stored=False).trial_id == "a"
-    assert found(row("a", 0.90, 900), row("b", 0.89, 100), count=100).trial_id == "a"  # 100 rows do not show it
-    assert found(row("a", 0.90, 900), row("b", 0.898, 100), keep=1).trial_id == "a"  # b's adapter is not on disk
+    assert (
+        found(row("a", 0.90, 900), row("b", 0.89, 100), count=100).trial_id == "a"
+    )  # 100 rows do not show it
+    assert (
+        found(row("a", 0.90, 900), row("b", 0.898, 100), keep=1).trial_id == "a"
+    )  # b's adapter is not on disk
     assert found(row("a", 0.80, 900), row("cut", 0.81, 100, "stopped")).trial_id == "a"
     alone = found(row("cut", 0.81, 100, "stopped"))
     assert alone.trial_id == "cut"
-    assert alone.sentence.endswith("It is the only configuration with a score, so there was nothing to choose from.")
+    assert alone.sentence.endswith(
+        "It is the only configuration with a score, so there was nothing to choose from."
+    )
     ended = found(row("a", 0.81, 100), row("cut", 0.81, 100, "stopped")).sentence
-    assert ended.endswith("It is the only configuration trained to the end, so there was nothing to choose from.")
+    assert ended.endswith(
+        "It is the only configuration trained to the end, so there was nothing to choose from."
+    )
     assert found(row("x", 0.9, 1, "failed")).trial_id is None
     said = found(row("a", 0.90, 100), row("b", 0.898, 900)).sentence
-    assert "1 other configuration is within the tolerance, but not clearly cheaper (100 trained parameters" in said
+    assert (
+        "1 other configuration is within the tolerance, but not clearly cheaper (100 trained "
+        "parameters" in said
+    )
     faster = row("b", 0.898, 900).model_copy(update={"train_seconds": 0.9})
-    assert found(row("a", 0.90, 900), faster).trial_id == "a"  # a tenth of a second of noise decides nothing
-    assert found(row("a", 0.90, 900), row("b", 0.90, 100)).trial_id == "b"  # a tie goes to the cheapest
+    assert (
+        found(row("a", 0.90, 900), faster).trial_id == "a"
+    )  # a tenth of a second of noise decides nothing
+    assert (
+        found(row("a", 0.90, 900), row("b", 0.90, 100)).trial_id == "b"
+    )  # a tie goes to the cheapest
     few = found(row("a", 0.8, 900), row("b", 0.6, 100), count=5)
     assert (few.trial_id, few.decided) == ("a", False)
-    assert few.sentence.startswith("Too few rows to decide: there are 5 validation rows, and at least 6 are needed")
+    assert few.sentence.startswith(
+        "Too few rows to decide: there are 5 validation rows, and at least 6 are needed"
+    )
     assert found().trial_id is None
 
 
@@ -262,7 +337,7 @@ class _Page(HTMLParser):
 
 
 def test_the_page_is_self_contained_and_escapes_what_is_not_ours(finished: Run) -> None:
-    page = html(build_report(finished))
+    page = render_html(build_report(finished))
     assert EVIL not in page
     assert "&lt;script&gt;" in page
     parsed = _Page()
@@ -275,15 +350,17 @@ def test_the_page_is_self_contained_and_escapes_what_is_not_ours(finished: Run) 
 
 def test_no_text_of_the_data_becomes_markup_elsewhere(finished: Run) -> None:
     report = build_report(finished)
-    assert "<script>" not in markdown(report)
-    assert "\\|" in markdown(report)
+    assert "<script>" not in render_markdown(report)
+    assert "\\|" in render_markdown(report)
     assert (
-        table_csv(report).splitlines()[0].startswith("trial_id,state,rung,recommended,lora.lora_r,train.seed,accuracy")
+        render_table_csv(report)
+        .splitlines()[0]
+        .startswith("trial_id,state,rung,recommended,lora.lora_r,train.seed,accuracy")
     )
     from rich.console import Console
 
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(terminal(report, 200))
+    console.print(render_terminal(report, 200))
     assert "aaaa" in console.export_text()
 
 
@@ -292,7 +369,7 @@ def test_no_number_is_cut_in_a_narrow_terminal(finished: Run, width: int) -> Non
     from rich.console import Console
 
     console = Console(width=width, record=True, file=io.StringIO())
-    console.print(terminal(build_report(finished), width))
+    console.print(render_terminal(build_report(finished), width))
     shown = console.export_text()
     assert "…" not in shown
     assert "0.700 [0.65, 0.75]" in shown
@@ -301,10 +378,10 @@ def test_no_number_is_cut_in_a_narrow_terminal(finished: Run, width: int) -> Non
 
 def test_the_recommended_adapter_gets_a_card(finished: Run) -> None:
     write_report(finished)
-    card = (finished.trial("aaaa").weights / "README.md").read_text()
+    card = (finished.get_trial("aaaa").weights / "README.md").read_text()
     assert "Base model: " in card
     assert "SHA-256 `ab`" in card
-    manifest = files.read_json(finished.trial("aaaa").weights / "manifest.json")
+    manifest = files.read_json(finished.get_trial("aaaa").weights / "manifest.json")
     assert manifest["trial_id"] == "aaaa"
     for name in ("report.html", "report.md", "report.csv", "report.json"):
         assert (finished.path / "report" / name).stat().st_size > 100
@@ -315,22 +392,29 @@ def test_a_class_without_rows_has_no_scores(finished: Run) -> None:
         "a": {"precision": 0.5, "recall": 1.0, "f1": 0.667, "support": 2.0},
         "b": {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0.0},
     }
-    report = build_report(finished).model_copy(update={"per_class": by_class, "confusion": [[2, 0], [0, 0]]})
-    page = html(report)
+    report = build_report(finished).model_copy(
+        update={"per_class": by_class, "confusion": [[2, 0], [0, 0]]}
+    )
+    page = render_html(report)
     assert "<tr><td>a</td><td>0.500</td><td>1.000</td><td>0.667</td><td>2</td></tr>" in page
     assert "<tr><td>b</td><td>-</td><td>-</td><td>-</td><td>0</td></tr>" in page
 
 
 def test_every_metric_that_decides_has_a_column_on_both_splits(finished: Run) -> None:
     plan = files.read_json(finished.path / "plan.json")
-    plan["job"]["search"]["metric"] = {"name": "accuracy", "also": [{"name": "f1", "goal": "maximize"}]}
+    plan["job"]["search"]["metric"] = {
+        "name": "accuracy",
+        "also": [{"name": "f1", "goal": "maximize"}],
+    }
     files.write_json(finished.path / "plan.json", plan)
     report = build_report(finished)
     assert (report.metric, report.also) == ("accuracy", ["f1"])
-    cells = {heading: fill(report.row("aaaa")).split()[0] for heading, fill in columns(report)}
+    cells = {
+        heading: fill(report.get_row("aaaa")).split()[0] for heading, fill in build_columns(report)
+    }
     assert (cells["validation accuracy"], cells["validation f1"]) == ("0.700", "0.700")
     assert (cells["test accuracy"], cells["test f1"]) == ("0.690", "0.690")
-    headings = [heading for heading, _ in terminal_columns(report)]
+    headings = [heading for heading, _ in build_terminal_columns(report)]
     assert {"val accuracy", "val f1", "test accuracy", "test f1"} <= set(headings)
     assert len(headings) == len(set(headings))
 
@@ -366,18 +450,22 @@ def test_clean_and_find_take_no_empty_name_and_no_other_folder(finished: Run) ->
     assert lorafleet_here("clean", "--older-than", "-5", "--runs", runs, cwd=runs).returncode == 2
     assert lorafleet_here("stop", "", "--runs", runs, cwd=runs).returncode == 2
     with pytest.raises(RunError):
-        store.find_run(runs, str(finished.trial("aaaa").path))
+        store.find_run(runs, str(finished.get_trial("aaaa").path))
     (runs / "link").symlink_to(finished.path)
     (runs / "odd").mkdir()
     (runs / "odd" / "plan.json").write_text("{}")
     (runs / "odd" / "status.json").write_text('{"state": "weird"}')
-    assert [run.id for run in store.all_runs(runs)] == [finished.id]
+    assert [run.id for run in store.list_all_runs(runs)] == [finished.id]
 
 
 def test_sync_gives_wandb_a_command_that_it_understands(finished: Run, tmp_path: Path) -> None:
-    """W&B's own command line reads it; without an account it ends there, which is as far as it can be tried."""
+    """W&B's own command line reads it; without an account it ends there, which is as far as it can
+    be tried.
+    """
     (finished.path / "wandb" / "wandb" / "offline-run-20260101_000000-x").mkdir(parents=True)
-    done = lorafleet_here("sync", "tiny", "--runs", finished.path.parent, cwd=tmp_path, WANDB_API_KEY="")
+    done = lorafleet_here(
+        "sync", "tiny", "--runs", finished.path.parent, cwd=tmp_path, WANDB_API_KEY=""
+    )
     assert "options have been removed" not in done.stderr + done.stdout
     assert "No such option" not in done.stderr + done.stdout
     shown = lorafleet_here("sync", "tiny", "--show", "--runs", finished.path.parent, cwd=tmp_path)
@@ -388,16 +476,20 @@ def test_a_copied_run_is_read_elsewhere(finished: Run, tmp_path: Path) -> None:
     import shutil
 
     copied = Run(Path(shutil.copytree(finished.path, tmp_path / "moved" / finished.id)))
-    assert report_json(build_report(copied)) == report_json(build_report(finished))
+    assert render_report_json(build_report(copied)) == render_report_json(build_report(finished))
 
 
 def test_a_trial_that_has_not_reported_yet_is_shown_as_running(finished: Run) -> None:
     trial = finished.add_trial("eeee", 9, {"lora.lora_r": 4})
-    assert trial_lines(finished)[-1]["state"] == "pending"
-    files.write_json(trial.path / "progress.json", {"time": time.time(), "step": 5, "train_seconds": 1.0})
-    assert trial_lines(finished)[-1]["state"] == "running"
-    files.write_json(trial.path / "progress.json", {"time": time.time() - 60, "step": 5, "train_seconds": 1.0})
-    assert trial_lines(finished)[-1]["state"] == "pending"
+    assert collect_trial_rows(finished)[-1]["state"] == "pending"
+    files.write_json(
+        trial.path / "progress.json", {"time": time.time(), "step": 5, "train_seconds": 1.0}
+    )
+    assert collect_trial_rows(finished)[-1]["state"] == "running"
+    files.write_json(
+        trial.path / "progress.json", {"time": time.time() - 60, "step": 5, "train_seconds": 1.0}
+    )
+    assert collect_trial_rows(finished)[-1]["state"] == "pending"
 
 
 def test_a_run_of_another_version_gets_a_sentence(finished: Run, tmp_path: Path) -> None:
@@ -414,23 +506,39 @@ def test_a_run_of_another_version_gets_a_sentence(finished: Run, tmp_path: Path)
 
 def test_a_run_of_another_machine_is_not_called_dead(finished: Run, tmp_path: Path) -> None:
     status = finished.path / "status.json"
-    said = json.loads(status.read_text()) | {"state": "running", "host": "node17", "pid": 1, "pid_started": 1}
+    said = json.loads(status.read_text()) | {
+        "state": "running",
+        "host": "node17",
+        "pid": 1,
+        "pid_started": 1,
+    }
     for host, gone in (("node17", False), (os.uname().nodename, True)):
         status.write_text(json.dumps(said | {"host": host}))
-        assert finished.gone() is gone
-        assert ("driver is gone" in lorafleet_here("status", finished.path, cwd=tmp_path).stdout) is gone
+        assert finished.has_lost_driver() is gone
+        assert (
+            "driver is gone" in lorafleet_here("status", finished.path, cwd=tmp_path).stdout
+        ) is gone
 
 
 def test_logs_of_an_ambiguous_trial(finished: Run, tmp_path: Path) -> None:
     for name in ("abc1", "abc2"):
         finished.add_trial(name, 7, {})
     done = lorafleet_here("logs", finished.path, "abc", cwd=tmp_path)
-    assert (done.returncode, "several trials that begin with 'abc'; they are abc1, abc2" in done.stderr) == (2, True)
+    assert (
+        done.returncode,
+        "several trials that begin with 'abc'; they are abc1, abc2" in done.stderr,
+    ) == (2, True)
 
 
 def test_commands_that_read_a_run(finished: Run, tmp_path: Path) -> None:
     runs = finished.path.parent
-    for words in (("status",), ("report",), ("list",), ("logs", "tiny", "aaaa"), ("clean", "tiny", "--dry-run")):
+    for words in (
+        ("status",),
+        ("report",),
+        ("list",),
+        ("logs", "tiny", "aaaa"),
+        ("clean", "tiny", "--dry-run"),
+    ):
         done = lorafleet_here(*words, "--runs", runs, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert any(word in done.stdout for word in ("aaaa", finished.id, "step=1"))
@@ -439,12 +547,18 @@ def test_commands_that_read_a_run(finished: Run, tmp_path: Path) -> None:
     one = lorafleet_here("report", "tiny:aaaa", "--runs", runs, cwd=tmp_path).stdout
     assert "accuracy   0.700 [0.650, 0.750]  0.690" in one
     assert "lora.lora_r=2" in one
-    found = json.loads(lorafleet_here("report", "tiny:aaaa", "--format", "json", "--runs", runs, cwd=tmp_path).stdout)
+    found = json.loads(
+        lorafleet_here(
+            "report", "tiny:aaaa", "--format", "json", "--runs", runs, cwd=tmp_path
+        ).stdout
+    )
     assert (found["trial_id"], found["metrics"]["accuracy"]) == ("aaaa", 0.7)
     table = lorafleet_here("report", "--format", "csv", "--runs", runs, cwd=tmp_path).stdout
     assert len(list(csv.DictReader(io.StringIO(table)))) == 5
     for name in ("base", "aaaa"):
-        line = lorafleet_here("report", f"tiny:{name}", "--format", "csv", "--runs", runs, cwd=tmp_path).stdout
+        line = lorafleet_here(
+            "report", f"tiny:{name}", "--format", "csv", "--runs", runs, cwd=tmp_path
+        ).stdout
         assert [row["trial_id"] for row in csv.DictReader(io.StringIO(line))] == [name]
     unknown = lorafleet_here("report", "tiny:zzz", "--runs", runs, cwd=tmp_path)
     assert (unknown.returncode, unknown.stdout) == (2, "")
@@ -467,26 +581,30 @@ def test_a_plan_shows_every_trial_and_what_asha_saves(bert_job: JobMaker) -> Non
 
 
 def test_a_plan_of_tpe_shows_the_start_up_trials_and_counts_the_others(bert_job: JobMaker) -> None:
-    search = SEARCH.replace("num_samples: 3", "num_samples: 16\n  method: tpe").replace("[1, 2]", "[1,2,3,4,5,6]")
+    search = SEARCH.replace("num_samples: 3", "num_samples: 16\n  method: tpe").replace(
+        "[1, 2]", "[1,2,3,4,5,6]"
+    )
     plan = _plan(bert_job(search))
     assert (len(plan["trials"]), plan["later_trials"]) == (10, 6)  # type: ignore[arg-type]
 
 
 def test_a_large_report_folds_its_rows_and_draws_the_best(finished: Run) -> None:
-    """Of 900 trials 100 rows are seen at once and the best 100 curves are drawn; no row is left out of the page."""
-    from lorafleet.evaluation.render.forms import html
-    from lorafleet.evaluation.render.plots import plots
+    """Of 900 trials 100 rows are seen at once and the best 100 curves are drawn; no row is left out
+    of the page.
+    """
+    from lorafleet.evaluation.render.forms import render_html
+    from lorafleet.evaluation.render.plots import draw_plots
 
     report = build_report(finished)
-    row = report.row("bbbb")
+    row = report.get_row("bbbb")
     many = [row.model_copy(update={"trial_id": f"t{number:04d}"}) for number in range(900)]
     large = report.model_copy(update={"trials": [*many, *report.trials]})
-    page = html(large)
+    page = render_html(large)
     shown, folded = page.split("more trials, ranked lower")
     assert shown.count("<tr") < 110
     assert all(trial.trial_id in page for trial in large.trials)
     assert report.recommendation.trial_id in shown  # the recommended trial is never folded
     assert folded.count("<tr") > 790
-    captions = [caption for caption, _ in plots(large)]
+    captions = [caption for caption, _ in draw_plots(large)]
     assert any("The best 101 of 904 are drawn." in caption for caption in captions)
-    assert max(len(svg) for _, svg in plots(large)) < 400_000
+    assert max(len(svg) for _, svg in draw_plots(large)) < 400_000

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi import FastAPI
-from lorafleet.commands.serve import production
-from lorafleet.deployment.chat_template import framed as framed_by
-from lorafleet.deployment.runtime import Loaded
+
+from lorafleet.commands.serve import build_vllm_command
+from lorafleet.deployment.chat_template import render_conversation as framed_by
+from lorafleet.deployment.runtime import LoadedModel
 from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.runs.export_result import Artefact
-from lorafleet.webapp.guard import server_of
-from lorafleet.webapp.local import free_socket
-from lorafleet.webapp.openai import Limits, serving_app
-
+from lorafleet.webapp.guard import create_server
+from lorafleet.webapp.local import open_socket
+from lorafleet.webapp.openai import Limits, create_serving_app
 from tests.conftest import lorafleet_here
 from tests.unit.test_export import ABOUT, Counting
 
@@ -39,7 +39,10 @@ class Letters:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> Any:
         class Encoded:
-            ids = [*(self.special if add_special_tokens else []), *(ord(letter) - ord("a") for letter in text)]
+            ids = [
+                *(self.special if add_special_tokens else []),
+                *(ord(letter) - ord("a") for letter in text),
+            ]
 
         return Encoded()
 
@@ -71,8 +74,10 @@ class Lengths:
         return np.stack([~long_B * 5.0, long_B * 5.0], axis=1).astype(np.float32)
 
 
-def loaded(model: Any, **about: object) -> Loaded:
-    made = Loaded(Path("x"), ABOUT.model_copy(update={"positions": 60, "ends": [25], **about}), model)
+def loaded(model: Any, **about: object) -> LoadedModel:
+    made = LoadedModel(
+        Path("x"), ABOUT.model_copy(update={"positions": 60, "ends": [25], **about}), model
+    )
     made.__dict__["tokenizer"] = Letters()  # a cached property
     return made
 
@@ -86,9 +91,9 @@ def framed(turns: list[dict[str, str]]) -> str:
 @contextmanager
 def running(app_of: Callable[[int], FastAPI], *, at_once: bool = False) -> Iterator[int]:
     """Serve the app of a port; `at_once` does not wait for open connections at the end."""
-    listening = free_socket(0)
+    listening = open_socket(0)
     port = listening.getsockname()[1]
-    server = server_of(app_of(port))
+    server = create_server(app_of(port))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     while not server.started:
@@ -102,8 +107,10 @@ def running(app_of: Callable[[int], FastAPI], *, at_once: bool = False) -> Itera
 
 
 @contextmanager
-def served(model: Loaded, limits: Limits = USUAL) -> Iterator[int]:
-    with running(lambda port: serving_app(model, "tiny", TOKEN, port, limits, framed)) as port:
+def served(model: LoadedModel, limits: Limits = USUAL) -> Iterator[int]:
+    with running(
+        lambda port: create_serving_app(model, "tiny", TOKEN, port, limits, framed)
+    ) as port:
         yield port
 
 
@@ -121,30 +128,66 @@ def ask(port: int, path: str, body: Any = None, **headers: str) -> tuple[int, An
 def test_answers_as_openais_clients_expect_them() -> None:
     with served(loaded(Counting(26))) as port:
         assert ask(port, "/v1/models")[1]["data"][0]["id"] == "tiny"
-        code, said = ask(port, "/v1/completions", {"model": "tiny", "prompt": "abc", "max_tokens": 4, "temperature": 0})
+        code, said = ask(
+            port,
+            "/v1/completions",
+            {"model": "tiny", "prompt": "abc", "max_tokens": 4, "temperature": 0},
+        )
         assert (code, said["object"], said["model"]) == (200, "text_completion", "tiny")
-        assert said["choices"] == [{"index": 0, "text": "defg", "finish_reason": "length", "logprobs": None}]
+        assert said["choices"] == [
+            {"index": 0, "text": "defg", "finish_reason": "length", "logprobs": None}
+        ]
         assert said["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
-        both = ask(port, "/v1/completions", {"prompt": ["ab", "wx"], "temperature": 0, "stop": "fg"})[1]
-        assert [(one["text"], one["finish_reason"]) for one in both["choices"]] == [("cde", "stop"), ("y", "stop")]
-        one = {"messages": [{"role": "user", "content": "ab"}], "temperature": 0, "max_tokens": 2, "user": "somebody"}
+        both = ask(
+            port, "/v1/completions", {"prompt": ["ab", "wx"], "temperature": 0, "stop": "fg"}
+        )[1]
+        assert [(one["text"], one["finish_reason"]) for one in both["choices"]] == [
+            ("cde", "stop"),
+            ("y", "stop"),
+        ]
+        one = {
+            "messages": [{"role": "user", "content": "ab"}],
+            "temperature": 0,
+            "max_tokens": 2,
+            "user": "somebody",
+        }
         said = ask(port, "/v1/chat/completions", one)[1]
         assert said["choices"][0]["message"] == {"role": "assistant", "content": "cd"}
-        turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "g"))]
-        said = ask(port, "/v1/chat/completions", {"messages": turns, "temperature": 0, "max_completion_tokens": 1})[1]
+        turns = [
+            {"role": role, "content": text}
+            for role, text in (("user", "a"), ("assistant", "b"), ("user", "g"))
+        ]
+        said = ask(
+            port,
+            "/v1/chat/completions",
+            {"messages": turns, "temperature": 0, "max_completion_tokens": 1},
+        )[1]
         assert said["choices"][0]["message"]["content"] == "h"
-        one["messages"] = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+        one["messages"] = [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+            }
+        ]
         assert ask(port, "/v1/chat/completions", one)[1]["choices"][0]["message"]["content"] == "cd"
         cold = {"prompt": "ab", "temperature": 1e-310, "seed": -1, "max_tokens": 1}
         assert ask(port, "/v1/completions", cold)[1]["choices"][0]["text"] == "c"
         drawn = {"prompt": "ab", "temperature": 2, "seed": 5, "max_tokens": 8}
-        assert ask(port, "/v1/completions", drawn)[1]["choices"] == ask(port, "/v1/completions", drawn)[1]["choices"]
+        assert (
+            ask(port, "/v1/completions", drawn)[1]["choices"]
+            == ask(port, "/v1/completions", drawn)[1]["choices"]
+        )
         assert ask(port, "/v1/classify", {"input": "a"})[0] == 404  # it writes
 
 
 def test_answers_stream() -> None:
     with served(loaded(Counting(26))) as port:
-        asked = {"messages": [{"role": "user", "content": "ab"}], "temperature": 0, "max_tokens": 3, "stream": True}
+        asked = {
+            "messages": [{"role": "user", "content": "ab"}],
+            "temperature": 0,
+            "max_tokens": 3,
+            "stream": True,
+        }
         code, said = ask(port, "/v1/chat/completions", asked)
         lines = [line.removeprefix("data: ") for line in said.split("\n\n") if line]
         assert (code, lines[-1]) == (200, "[DONE]")
@@ -153,10 +196,19 @@ def test_answers_stream() -> None:
         assert "".join(part["delta"]["content"] for part in parts) == "cde"
         assert parts[-1]["finish_reason"] == "length"
         asked["stream_options"] = {"include_usage": True}
-        last = json.loads(ask(port, "/v1/chat/completions", asked)[1].split("\n\n")[-3].removeprefix("data: "))
-        assert (last["choices"], last["usage"]["completion_tokens"], last["usage"]["total_tokens"]) == ([], 3, 5)
+        last = json.loads(
+            ask(port, "/v1/chat/completions", asked)[1].split("\n\n")[-3].removeprefix("data: ")
+        )
+        assert (
+            last["choices"],
+            last["usage"]["completion_tokens"],
+            last["usage"]["total_tokens"],
+        ) == ([], 3, 5)
         code, said = ask(port, "/v1/completions", {"prompt": "x", "temperature": 0, "stream": True})
-        assert [json.loads(line[6:])["choices"][0]["text"] for line in said.split("\n\n")[:-2]] == ["y", ""]
+        assert [json.loads(line[6:])["choices"][0]["text"] for line in said.split("\n\n")[:-2]] == [
+            "y",
+            "",
+        ]
 
 
 def test_what_would_change_an_answer_is_refused_and_not_ignored() -> None:
@@ -170,9 +222,15 @@ def test_what_would_change_an_answer_is_refused_and_not_ignored() -> None:
         assert refused("/v1/completions", good | {"presence_penalty": 0.5}) == (
             400, "presence_penalty is not supported here",
         )  # fmt: skip
-        for nothing in ({"presence_penalty": 0, "logit_bias": {}}, {"best_of": 1, "response_format": {"type": "text"}}):
+        for nothing in (
+            {"presence_penalty": 0, "logit_bias": {}},
+            {"best_of": 1, "response_format": {"type": "text"}},
+        ):
             assert ask(port, "/v1/completions", good | nothing)[0] == 200
-        assert refused("/v1/completions", good | {"logprobs": 0}) == (400, "logprobs is not supported here")
+        assert refused("/v1/completions", good | {"logprobs": 0}) == (
+            400,
+            "logprobs is not supported here",
+        )
         assert refused("/v1/nothing", good) == (404, "Not Found")
         assert ask(port, "/v1/models/tiny")[1]["id"] == "tiny"
         assert ask(port, "/v1/models/other")[0] == 404
@@ -184,19 +242,37 @@ def test_what_would_change_an_answer_is_refused_and_not_ignored() -> None:
             404, "there is no model 'gpt-5' here, only 'tiny'",
         )  # fmt: skip
         assert (
-            refused("/v1/completions", good | {"temperature": "hot"})[1] == "temperature is 'hot', but must be a number"
+            refused("/v1/completions", good | {"temperature": "hot"})[1]
+            == "temperature is 'hot', but must be a number"
         )
-        assert refused("/v1/completions", {"prompt": "a" * 60})[1].startswith("the prompt has 60 tokens, but")
-        assert refused("/v1/completions", {"prompt": "a" * 60, "stream": True})[0] == 400  # before it streams
-        assert refused("/v1/completions", {"prompt": ["a", "b"], "stream": True})[1] == "stream is for one prompt"
+        assert refused("/v1/completions", {"prompt": "a" * 60})[1].startswith(
+            "the prompt has 60 tokens, but"
+        )
+        assert (
+            refused("/v1/completions", {"prompt": "a" * 60, "stream": True})[0] == 400
+        )  # before it streams
+        assert (
+            refused("/v1/completions", {"prompt": ["a", "b"], "stream": True})[1]
+            == "stream is for one prompt"
+        )
         assert "surrogate" in refused("/v1/completions", {"prompt": "\ud800"})[1]
         assert refused("/v1/completions", b"{")[0] == 400
         assert refused("/v1/chat/completions", {"messages": []})[0] == 400
-        system = {"messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]}
-        assert refused("/v1/chat/completions", system)[1].endswith("refuses these messages: no system")
-        assert refused("/v1/completions", {"prompt": "a" * 5000}) == (413, "the request is larger than 4 KB")
+        system = {
+            "messages": [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+        }
+        assert refused("/v1/chat/completions", system)[1].endswith(
+            "refuses these messages: no system"
+        )
+        assert refused("/v1/completions", {"prompt": "a" * 5000}) == (
+            413,
+            "the request is larger than 4 KB",
+        )
         assert refused("/v1/completions", good, Authorization="Bearer no")[0] == 401
-        assert refused("/v1/completions", good, Authorization="Bearer é".encode().decode("latin-1"))[0] == 401
+        assert (
+            refused("/v1/completions", good, Authorization="Bearer é".encode().decode("latin-1"))[0]
+            == 401
+        )
         assert refused("/v1/completions", good, Origin="http://elsewhere")[0] == 403
         assert refused("/v1/completions", good, Host="elsewhere")[0] == 403
 
@@ -218,7 +294,8 @@ def test_so_many_at_once_and_so_many_that_wait() -> None:
         codes: list[int] = []
         asked = {"prompt": "ab", "max_tokens": 2, "temperature": 0}
         threads = [
-            threading.Thread(target=lambda: codes.append(ask(port, "/v1/completions", asked)[0])) for _ in range(6)
+            threading.Thread(target=lambda: codes.append(ask(port, "/v1/completions", asked)[0]))
+            for _ in range(6)
         ]
         for thread in threads:
             thread.start()
@@ -264,12 +341,16 @@ def test_a_client_that_leaves_gives_its_turn_back(stream: bool) -> None:
 def begin(port: int, **asked: object) -> http.client.HTTPConnection:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
-    connection.request("POST", "/v1/completions", json.dumps({"prompt": "a", "temperature": 0, **asked}), headers)
+    connection.request(
+        "POST", "/v1/completions", json.dumps({"prompt": "a", "temperature": 0, **asked}), headers
+    )
     return connection
 
 
 def test_a_client_that_leaves_before_the_first_word_gives_its_turn_back() -> None:
-    """The collector of garbage, which would find what was forgotten one day, has nothing to do with it."""
+    """The collector of garbage, which would find what was forgotten one day, has nothing to do with
+    it.
+    """
     with served(loaded(Sleepy(26), positions=1000, ends=[]), Limits(at_once=1, waiting=0)) as port:
         gc.disable()
         try:
@@ -278,7 +359,9 @@ def test_a_client_that_leaves_before_the_first_word_gives_its_turn_back() -> Non
                 time.sleep(0.2)
                 connection.close()
                 until = time.time() + 10
-                while (code := ask(port, "/v1/completions", {"prompt": "a", "max_tokens": 1})[0]) == 429:
+                while (
+                    code := ask(port, "/v1/completions", {"prompt": "a", "max_tokens": 1})[0]
+                ) == 429:
                     assert time.time() < until, "the turn was never given back"
                     time.sleep(0.05)
                 assert code == 200
@@ -319,24 +402,40 @@ def test_a_fault_of_ours_has_the_form_of_an_error() -> None:
         code, said = ask(port, "/v1/classify", {"input": "a"})
         assert (code, said["error"]["message"]) == (500, "a fault of lorafleet: IndexError")
         code, said = ask(port, "/v1/classify", {"input": ["a", ""]})
-        assert (code, said["error"]["message"]) == (400, "a text is empty: it must have at least one token")
+        assert (code, said["error"]["message"]) == (
+            400,
+            "a text is empty: it must have at least one token",
+        )
 
 
 def test_prompts_begin_as_training_and_the_tokenizer_have_them() -> None:
-    """Training's system message in a conversation of several turns; a raw text gets the tokenizer's own beginning."""
-    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "g"))]
+    """Training's system message in a conversation of several turns; a raw text gets the tokenizer's
+    own beginning.
+    """
+    turns = [
+        {"role": role, "content": text}
+        for role, text in (("user", "a"), ("assistant", "b"), ("user", "g"))
+    ]
     asked = {"messages": turns, "temperature": 0, "max_tokens": 1}
     with served(loaded(Counting(26), system="pqr")) as port:
         code, said = ask(port, "/v1/chat/completions", asked)
-        assert (code, said["error"]["message"]) == (400, "the model's chat template refuses these messages: no system")
+        assert (code, said["error"]["message"]) == (
+            400,
+            "the model's chat template refuses these messages: no system",
+        )
     beginning = loaded(Counting(26), start=[])
     beginning.tokenizer.special = (0,)  # type: ignore[attr-defined]
     with served(beginning) as port:
-        assert ask(port, "/v1/completions", {"prompt": "ab"})[1]["usage"]["prompt_tokens"] == 3  # one is special
+        assert (
+            ask(port, "/v1/completions", {"prompt": "ab"})[1]["usage"]["prompt_tokens"] == 3
+        )  # one is special
     with served(loaded(Counting(26), start=[1, 2])) as port:
         assert ask(port, "/v1/completions", {"prompt": "ab"})[1]["usage"]["prompt_tokens"] == 4
         odd = {"messages": [{"role": "user", "content": "a", "name": "ann"}]}
-        assert ask(port, "/v1/chat/completions", odd)[1]["error"]["message"] == "messages: name is not supported here"
+        assert (
+            ask(port, "/v1/chat/completions", odd)[1]["error"]["message"]
+            == "messages: name is not supported here"
+        )
         odd["messages"] = [{"role": "user", "content": "a", "tool_calls": None}]
         assert ask(port, "/v1/chat/completions", odd)[0] == 200
 
@@ -352,8 +451,14 @@ def test_classes_as_vllm_names_them() -> None:
         assert ask(port, "/v1/completions", {"prompt": "a"})[0] == 404
 
 
-def test_a_conversation_is_framed_by_the_models_own_template(tiny_llama: Path, tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+def test_a_conversation_is_framed_by_the_models_own_template(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     for name in ("plain", "chat", "strict"):
         folder = tmp_path / name
         folder.mkdir()
@@ -363,30 +468,51 @@ def test_a_conversation_is_framed_by_the_models_own_template(tiny_llama: Path, t
     with pytest.raises(UserError, match="has no chat template: it takes one user message alone"):
         framed_by(tmp_path / "plain", turns)
     said = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}"
-    (tmp_path / "chat" / "chat_template.jinja").write_text(said + "{% if add_generation_prompt %}<a>{% endif %}")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(
+        said + "{% if add_generation_prompt %}<a>{% endif %}"
+    )
     assert framed_by(tmp_path / "chat", turns) == "<u>a<a>b<u>c<a>"
-    (tmp_path / "strict" / "chat_template.jinja").write_text("{{ raise_exception('one turn alone') }}")
+    (tmp_path / "strict" / "chat_template.jinja").write_text(
+        "{{ raise_exception('one turn alone') }}"
+    )
     with pytest.raises(UserError, match="refuses these messages: one turn alone"):
         framed_by(tmp_path / "strict", turns)
 
 
 def test_what_serves_it_in_production(tmp_path: Path) -> None:
     merged = ABOUT.model_copy(update={"target": "merged"})
-    assert production(merged, Path("/m y/merged")) == "vllm serve '/m y/merged' --max-model-len 12"
+    assert (
+        build_vllm_command(merged, Path("/m y/merged"))
+        == "vllm serve '/m y/merged' --max-model-len 12"
+    )
     classes = merged.model_copy(update={"task": "classification", "positions": None})
-    assert production(classes, Path("/m")) == "vllm serve /m --runner pooling"
-    other = production(ABOUT.model_copy(update={"task": "classification"}), tmp_path / "onnx")
+    assert build_vllm_command(classes, Path("/m")) == "vllm serve /m --runner pooling"
+    other = build_vllm_command(
+        ABOUT.model_copy(update={"task": "classification"}), tmp_path / "onnx"
+    )
     assert other.startswith("`lorafleet export r:t --to merged`")
     assert other.endswith("vllm serve MERGED --runner pooling --max-model-len 12")
     (tmp_path / "merged").mkdir()
     (tmp_path / "merged" / "artefact.json").write_text(merged.model_dump_json())
-    assert production(ABOUT, tmp_path / "onnx") == f"vllm serve {tmp_path}/merged --max-model-len 12"
-    another = {"source": {"run": "other", "trial_id": "t9"}, "task": "classification", "positions": 99}
-    (tmp_path / "merged" / "artefact.json").write_text(merged.model_copy(update=another).model_dump_json())
-    said = production(ABOUT, tmp_path / "onnx")
-    assert said == "`lorafleet export r:t --to merged`, and vLLM with its folder: vllm serve MERGED --max-model-len 12"
+    assert (
+        build_vllm_command(ABOUT, tmp_path / "onnx")
+        == f"vllm serve {tmp_path}/merged --max-model-len 12"
+    )
+    another = {
+        "source": {"run": "other", "trial_id": "t9"},
+        "task": "classification",
+        "positions": 99,
+    }
+    (tmp_path / "merged" / "artefact.json").write_text(
+        merged.model_copy(update=another).model_dump_json()
+    )
+    said = build_vllm_command(ABOUT, tmp_path / "onnx")
+    assert (
+        said == "`lorafleet export r:t --to merged`, and vLLM with its folder: vllm serve MERGED "
+        "--max-model-len 12"
+    )
     (tmp_path / "merged" / "artefact.json").write_text('{"of": "another version"}')
-    assert production(ABOUT, tmp_path / "onnx") == said
+    assert build_vllm_command(ABOUT, tmp_path / "onnx") == said
 
 
 def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from lorafleet.jobs.errors import JobFileError
 from lorafleet.jobs.loading.site_file import load_site
 from lorafleet.jobs.schema.base import Spec
-from lorafleet.jobs.sites.slurm import SlurmSite, slurm_seconds
+from lorafleet.jobs.sites.slurm import SlurmSite, parse_slurm_time
 
 PLAIN = """
 kind: slurm
@@ -38,21 +39,37 @@ def test_a_site_is_found_where_it_is_looked_for_first(tmp_path: Path) -> None:
     write(places[2], "alpha", PLAIN)
     write(places[2], "beta", PLAIN)
     found = load_site("alpha", places)
-    assert (found.site.partition, found.site.name, found.files) == ("theirs", "alpha", (places[1] / "alpha.yaml",))
-    with pytest.raises(JobFileError, match=r"there is no site of this name in .*; did you mean alpha"):
+    assert (found.site.partition, found.site.name, found.files) == (
+        "theirs",
+        "alpha",
+        (places[1] / "alpha.yaml",),
+    )
+    with pytest.raises(
+        JobFileError, match=r"there is no site of this name in .*; did you mean alpha"
+    ):
         load_site("alpah", places)
 
 
 def test_an_administrators_file_gives_defaults_and_locks_keys(tmp_path: Path) -> None:
     fixed = "requeue: {policy: chain}\nlocked: [partition, requeue.policy]\n"
     admin = write(tmp_path / "etc", "cluster", PLAIN + fixed)
-    mine = f"extends: ../etc/{admin.name}\naccount: proj42\nrequeue: {{max_restarts: 7}}\ntime_limit: 2:00:00\n"
+    mine = (
+        f"extends: ../etc/{admin.name}\naccount: proj42\nrequeue: {{max_restarts: "
+        "7}\ntime_limit: 2:00:00\n"
+    )
     found = load_site(str(write(tmp_path / "mine", "own", mine)))
-    assert (found.site.account, found.site.partition, found.site.time_limit_seconds) == ("proj42", "gpu", 7200)
+    assert (found.site.account, found.site.partition, found.site.time_limit_seconds) == (
+        "proj42",
+        "gpu",
+        7200,
+    )
     assert (found.site.requeue.policy, found.site.requeue.max_restarts) == ("chain", 7)
     assert found.locked == ("partition", "requeue.policy")
     assert [path.name for path in found.files] == ["own.yaml", "cluster.yaml"]
-    for line, key in (("partition: other", "partition"), ("requeue: {policy: none}", "requeue.policy")):
+    for line, key in (
+        ("partition: other", "partition"),
+        ("requeue: {policy: none}", "requeue.policy"),
+    ):
         wrong = write(tmp_path / "mine", "wrong", f"extends: ../etc/{admin.name}\n{line}\n")
         with pytest.raises(JobFileError, match=rf"wrong.yaml:2: {key} is fixed by .*cluster.yaml"):
             load_site(str(wrong))
@@ -72,7 +89,10 @@ def test_files_that_extend_each_other_are_noticed(tmp_path: Path) -> None:
     [
         ("kind: slrum", "kind is 'slrum', but must be slurm"),
         ("partiton: gpu", "here.yaml:10: partiton is not a known key; did you mean 'partition'?"),
-        ("requeue: {max_restart: 2}", "requeue.max_restart is not a known key; did you mean 'requeue.max_restarts'?"),
+        (
+            "requeue: {max_restart: 2}",
+            "requeue.max_restart is not a known key; did you mean 'requeue.max_restarts'?",
+        ),
         ("account: 'a b'", "account is 'a b', but must be one word, without spaces"),
         ('account: "a\\nb"', "account is"),
         ("qos: '$(reboot)\t'", "qos is"),
@@ -82,7 +102,10 @@ def test_files_that_extend_each_other_are_noticed(tmp_path: Path) -> None:
         ("environment: {'A B': x}", "'A B' is no name of a variable"),
         ("time_limit: UNLIMITED", "'UNLIMITED' is no time"),
         ("time_limit: 0", "time_limit is 0, but must be a text"),
-        ("time_limit: '1:00'", "requeue.signal_seconds is 120, but must be below the time limit of 1:00 (60 s)"),
+        (
+            "time_limit: '1:00'",
+            "requeue.signal_seconds is 120, but must be below the time limit of 1:00 (60 s)",
+        ),
         ("extra_sbatch: [--gres=gpu:1]", "--gres is set from other fields of the site"),
         ("extra_sbatch: [mail]", "'mail' is no option of sbatch"),
         ("gpu_request: both", "gpu_request is 'both', but must be"),
@@ -102,18 +125,33 @@ def test_what_is_wrong_is_said(line: str, sentence: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-12", 129_600), ("1-12:30", 131_400), ("2-00:00:30", 172_830)],
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("2:00:00", 7200),
+        ("1-12", 129_600),
+        ("1-12:30", 131_400),
+        ("2-00:00:30", 172_830),
+    ],
 )
 def test_slurms_times(text: str, seconds: int) -> None:
-    assert slurm_seconds(text) == seconds
+    assert parse_slurm_time(text) == seconds
 
 
 def test_what_fits_is_judged_by_the_smallest_kind_of_node(tmp_path: Path) -> None:
-    kinds = "node_types:\n  old: {cpus_per_node: 32, memory_gb_per_node: 800, gpus_per_node: 8, gpu_memory_gb: 40}\n"
+    kinds = (
+        "node_types:\n  old: {cpus_per_node: 32, memory_gb_per_node: 800, gpus_per_node: 8, "
+        "gpu_memory_gb: 40}\n"
+    )
     site = load(tmp_path, PLAIN + kinds)
-    least = site.smallest
-    assert (least.cpus_per_node, least.memory_gb_per_node, least.gpus_per_node, least.gpu_memory_gb) == (32, 500, 4, 40)
-    first, second = site.allocation(2).nodes
+    least = site.smallest_node
+    assert (
+        least.cpus_per_node,
+        least.memory_gb_per_node,
+        least.gpus_per_node,
+        least.gpu_memory_gb,
+    ) == (32, 500, 4, 40)
+    first, second = site.build_allocation(2).nodes
     assert (first.cpus, first.gpus, second.name) == (32, 4, "node 2")
     assert first.memory_gib == pytest.approx(465.7, abs=0.1)
 

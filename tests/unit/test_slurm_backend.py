@@ -1,25 +1,30 @@
-"""Where a run is, from what Slurm and its own files say; what a cluster's own words make of a site file."""
+"""Where a run is, from what Slurm and its own files say; what a cluster's own words make of a site
+file.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+
 from lorafleet.jobs.errors import JobFileError, PlacementRefused, UserError
 from lorafleet.jobs.loading.job_file import load_text
 from lorafleet.jobs.loading.site_file import load_site
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.slurm import client
-from lorafleet.slurm.accounting import JobRecord, from_sacct, from_squeue
-from lorafleet.slurm.backend import SlurmBackend, exit_code, seen
-from lorafleet.slurm.discover import Hardware, draft, hardware
+from lorafleet.slurm.accounting import JobRecord, parse_sacct, parse_squeue
+from lorafleet.slurm.backend import SlurmBackend, compute_exit_code, derive_status
+from lorafleet.slurm.discover import Hardware, parse_hardware, render_site_file
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     made = Run.create(tmp_path, "x")
     (made.path / "slurm").mkdir()
-    (made.path / "slurm" / "9.out").write_text("first\nmodule: command not found\nlorafleet: command not found\n")
+    (made.path / "slurm" / "9.out").write_text(
+        "first\nmodule: command not found\nlorafleet: command not found\n"
+    )
     return made
 
 
@@ -30,103 +35,163 @@ def record(state: str, **more: object) -> JobRecord:
 @pytest.mark.parametrize(
     ("records", "state", "sentence", "code"),
     [
-        ([record("PENDING", reason="Priority")], RunState.PENDING, "job 9 waits in the queue: jobs of higher", None),
-        ([record("PENDING", reason="BeginTime", restarts=2)], RunState.PENDING, "again (restart 2): its begin", None),
+        ([record("PENDING", reason="Priority")], RunState.PENDING, "job 9 waits in the queue: "
+                                                                   "jobs of higher", None),
+        ([record("PENDING", reason="BeginTime", restarts=2)], RunState.PENDING, "again (restart "
+                                                                                "2): "
+                                                                                "its begin", None),
         ([record("RUNNING", nodes="a[1-2]")], RunState.RUNNING, "job 9 runs on a[1-2]", None),
-        ([record("FAILED", exit_code=127)], RunState.FAILED, "(code 127); its last words: module: comm", 127),
-        ([record("TIMEOUT", exit_code=0)], RunState.STOPPED, "came to its time limit; `lorafleet resume x-", 130),
-        ([record("PREEMPTED", exit_code=0)], RunState.STOPPED, "was preempted by a job of higher priority", 130),
-        ([record("OUT_OF_MEMORY", exit_code=0)], RunState.FAILED, "used more memory than it had asked for", 1),
-        ([], RunState.FAILED, "Slurm does not know job 9 any more, and it left no word of its end", 1),
-        ([record("CANCELLED", exit_code=0, nodes="a1"), record("CANCELLED")], RunState.STOPPED, "was cancelled", 130),
+        ([record("FAILED", exit_code=127)], RunState.FAILED, "(code 127); its last words: "
+                                                             "module: comm", 127),
+        ([record("TIMEOUT", exit_code=0)], RunState.STOPPED, "came to its time limit; `lorafleet "
+                                                             "resume x-", 130),
+        ([record("PREEMPTED", exit_code=0)], RunState.STOPPED, "was preempted by a job of higher "
+                                                               "priority", 130),
+        ([record("OUT_OF_MEMORY", exit_code=0)], RunState.FAILED, "used more memory than it had "
+                                                                  "asked for", 1),
+        ([], RunState.FAILED, "Slurm does not know job 9 any more, and it left no word of "
+                              "its end", 1),
+        ([record("CANCELLED", exit_code=0, nodes="a1"), record("CANCELLED")], RunState.STOPPED, "was "
+                                                                                                "cancelled", 130),
     ],
 )  # fmt: skip
-def test_where_a_run_is(run: Run, records: list[JobRecord], state: RunState, sentence: str, code: int | None) -> None:
-    said = seen(run, "9", records)
+def test_where_a_run_is(
+    run: Run, records: list[JobRecord], state: RunState, sentence: str, code: int | None
+) -> None:
+    said = derive_status(run, "9", records)
     assert said.state is state
     assert sentence in said.sentence
     if code is not None:
-        assert exit_code(run, records) == code
+        assert compute_exit_code(run, records) == code
 
 
 def test_what_the_driver_wrote_itself_holds(run: Run) -> None:
     run.set_state(RunState.RUNNING)
     run.set_state(RunState.FINISHED, reason="1 of 3 trials failed")
-    assert seen(run, "9", []).state is RunState.FINISHED
-    assert exit_code(run, []) == 0
-    assert exit_code(run, [record("FAILED", exit_code=4)]) == 4
-    assert seen(run, "9", [record("FAILED", exit_code=4)]).sentence == "1 of 3 trials failed"
+    assert derive_status(run, "9", []).state is RunState.FINISHED
+    assert compute_exit_code(run, []) == 0
+    assert compute_exit_code(run, [record("FAILED", exit_code=4)]) == 4
+    assert (
+        derive_status(run, "9", [record("FAILED", exit_code=4)]).sentence == "1 of 3 trials failed"
+    )
 
 
 def test_a_job_that_failed_before_its_driver_is_not_what_an_earlier_one_was(run: Run) -> None:
     run.set_state(RunState.RUNNING)
     run.set_state(RunState.STOPPED, reason="interrupted: `lorafleet resume` goes on")
-    said = seen(run, "9", [record("FAILED", exit_code=127)])
+    said = derive_status(run, "9", [record("FAILED", exit_code=127)])
     assert said.state is RunState.FAILED
     assert "(code 127); its last words: module" in said.sentence
-    assert seen(run, "9", [record("FAILED", exit_code=85)]).state is RunState.STOPPED
+    assert derive_status(run, "9", [record("FAILED", exit_code=85)]).state is RunState.STOPPED
 
 
 def test_short_forms_that_every_version_prints() -> None:
-    (waits,) = from_squeue("17|PENDING|Resources|\n")
-    assert (waits.job_id, waits.state, waits.reason, waits.nodes) == ("17", "PENDING", "Resources", "")
-    text = "17|CANCELLED by 1000|0:15|None|node[1-2]|1\n18|COMPLETED|0:0|None|None assigned|0\nnoise\n"
-    cancelled, fine = from_sacct(text)
-    assert (cancelled.state, cancelled.signal, cancelled.restarts, cancelled.nodes) == ("CANCELLED", 15, 1, "node[1-2]")
+    (waits,) = parse_squeue("17|PENDING|Resources|\n")
+    assert (waits.job_id, waits.state, waits.reason, waits.nodes) == (
+        "17",
+        "PENDING",
+        "Resources",
+        "",
+    )
+    text = (
+        "17|CANCELLED by 1000|0:15|None|node[1-2]|1\n18|COMPLETED|0:0|None|None assigned|0\nnoise\n"
+    )
+    cancelled, fine = parse_sacct(text)
+    assert (cancelled.state, cancelled.signal, cancelled.restarts, cancelled.nodes) == (
+        "CANCELLED",
+        15,
+        1,
+        "node[1-2]",
+    )
     assert (fine.state, fine.exit_code, fine.nodes) == ("COMPLETED", 0, "")
 
 
 def answer(monkeypatch: pytest.MonkeyPatch, **said: object) -> None:
     """Slurm's commands answer so; a number is an exit code, an exception is raised."""
 
-    def ask(command: list[str], *_: object, **__: object) -> client.Said:
+    def ask(command: list[str], *_: object, **__: object) -> client.CommandOutput:
         given = said.get(command[0], 1)
         if isinstance(given, Exception):
             raise given
-        if isinstance(given, client.Said):
+        if isinstance(given, client.CommandOutput):
             return given
-        return client.Said(given, "", "no") if isinstance(given, int) else client.Said(0, str(given), "")
+        return (
+            client.CommandOutput(given, "", "no")
+            if isinstance(given, int)
+            else client.CommandOutput(0, str(given), "")
+        )
 
-    monkeypatch.setattr(client, "ask", ask)
+    monkeypatch.setattr(client, "run_command", ask)
 
 
 def test_who_is_asked_in_which_order(monkeypatch: pytest.MonkeyPatch) -> None:
     down = client.SlurmError("squeue did not answer within 20 s")
-    shown = "JobId=9 JobName=x JobState=FAILED Reason=NonZeroExitCode ExitCode=3:0 Restarts=0 NodeList=a"
+    shown = (
+        "JobId=9 JobName=x JobState=FAILED Reason=NonZeroExitCode ExitCode=3:0 Restarts=0 "
+        "NodeList=a"
+    )
     answer(monkeypatch, squeue="9|RUNNING|None|a\n", sacct=down, scontrol=down)
-    assert client.job("9").state == "RUNNING"  # type: ignore[union-attr]
+    assert client.find_job("9").state == "RUNNING"  # type: ignore[union-attr]
     answer(monkeypatch, squeue="9|FAILED|NonZeroExitCode|a\n", scontrol=shown)
-    assert client.job("9").exit_code == 3  # type: ignore[union-attr]
+    assert client.find_job("9").exit_code == 3  # type: ignore[union-attr]
     answer(monkeypatch, squeue=down, sacct="9|TIMEOUT|0:0|None|a|0\n", scontrol=down)
-    assert client.job("9").state == "TIMEOUT"  # type: ignore[union-attr]
-    gone = client.Said(1, "", "slurm_load_jobs error: Invalid job id specified")
+    assert client.find_job("9").state == "TIMEOUT"  # type: ignore[union-attr]
+    gone = client.CommandOutput(1, "", "slurm_load_jobs error: Invalid job id specified")
     answer(monkeypatch, squeue=gone, scontrol=gone)
-    assert client.job("9") is None
+    assert client.find_job("9") is None
     answer(monkeypatch)  # refused for another reason: the controller restarts
     with pytest.raises(client.SlurmError, match="Slurm does not answer: no"):
-        client.job("9")
+        client.find_job("9")
     two = "12_[4-9%2]|PENDING|Resources|\n12_3|RUNNING|None|a\n"
     answer(monkeypatch, squeue=two)
-    assert client.job("12").state == "RUNNING"  # type: ignore[union-attr]
+    assert client.find_job("12").state == "RUNNING"  # type: ignore[union-attr]
     answer(monkeypatch, squeue=down, sacct=down, scontrol=down)
     with pytest.raises(client.SlurmError, match="did not answer within 20 s"):
-        client.job("9")
+        client.find_job("9")
 
 
-def test_commands_that_are_not_there_or_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(client.SlurmError, match="there is no no-such-sbatch here: is this a login node"):
-        client.ask(["no-such-sbatch"])
+def test_commands_that_are_not_there_or_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        client.SlurmError, match="there is no no-such-sbatch here: is this a login node"
+    ):
+        client.run_command(["no-such-sbatch"])
     with pytest.raises(client.SlurmError, match=r"sleep did not answer within 0\.1 s"):
-        client.ask(["sleep", "5"], 0.1)
+        client.run_command(["sleep", "5"], 0.1)
     monkeypatch.setenv("WANDB_API_KEY", "secret")
-    assert "WANDB_API_KEY" not in client.job_environment()
+    assert "WANDB_API_KEY" not in client.build_job_environment()
 
 
 NODES = [
-    {"NodeName": "g1", "Partitions": "gpu,all", "CPUTot": "64", "RealMemory": "515000", "Gres": "gpu:a100:4(S:0-1)"},
-    {"NodeName": "g2", "Partitions": "gpu,all", "CPUTot": "64", "RealMemory": "515000", "Gres": "gpu:a100:4(S:0-1)"},
-    {"NodeName": "g3", "Partitions": "gpu,all", "CPUTot": "32", "RealMemory": "250000", "Gres": "gpu:v100:2,shard:8"},
-    {"NodeName": "c1", "Partitions": "cpu,all", "CPUTot": "16", "RealMemory": "64000", "Gres": "(null)"},
+    {
+        "NodeName": "g1",
+        "Partitions": "gpu,all",
+        "CPUTot": "64",
+        "RealMemory": "515000",
+        "Gres": "gpu:a100:4(S:0-1)",
+    },
+    {
+        "NodeName": "g2",
+        "Partitions": "gpu,all",
+        "CPUTot": "64",
+        "RealMemory": "515000",
+        "Gres": "gpu:a100:4(S:0-1)",
+    },
+    {
+        "NodeName": "g3",
+        "Partitions": "gpu,all",
+        "CPUTot": "32",
+        "RealMemory": "250000",
+        "Gres": "gpu:v100:2,shard:8",
+    },
+    {
+        "NodeName": "c1",
+        "Partitions": "cpu,all",
+        "CPUTot": "16",
+        "RealMemory": "64000",
+        "Gres": "(null)",
+    },
 ]
 PARTITIONS = [
     {"PartitionName": "cpu", "Default": "YES", "MaxTime": "UNLIMITED"},
@@ -135,26 +200,39 @@ PARTITIONS = [
 
 
 def test_a_site_file_from_what_the_cluster_says(tmp_path: Path) -> None:
-    for partition, cpus, gpus, smallest, limit in (("gpu", 64, 4, 2, "12:00:00"), (None, 16, 0, 0, "4:00:00")):
+    for partition, cpus, gpus, smallest, limit in (
+        ("gpu", 64, 4, 2, "12:00:00"),
+        (None, 16, 0, 0, "4:00:00"),
+    ):
         path = tmp_path / "made.yaml"
-        path.write_text(draft(PARTITIONS, NODES, partition))
+        path.write_text(render_site_file(PARTITIONS, NODES, partition))
         site = load_site(str(path)).site
-        assert (site.cpus_per_node, site.gpus_per_node, site.smallest.gpus_per_node) == (cpus, gpus, smallest)
+        assert (site.cpus_per_node, site.gpus_per_node, site.smallest_node.gpus_per_node) == (
+            cpus,
+            gpus,
+            smallest,
+        )
         assert (site.partition, site.time_limit) == (partition or "cpu", limit)
-    assert hardware({"CPUTot": "8", "RealMemory": "1000", "Gres": "gpu:3090:4(S:0)"}) == Hardware(8, 1000, 4, "3090")
-    assert hardware(NODES[2]) == Hardware(32, 250000, 2, "v100")
+    assert parse_hardware(
+        {"CPUTot": "8", "RealMemory": "1000", "Gres": "gpu:3090:4(S:0)"}
+    ) == Hardware(8, 1000, 4, "3090")
+    assert parse_hardware(NODES[2]) == Hardware(32, 250000, 2, "v100")
     with pytest.raises(UserError, match="there is no partition gpus; there are cpu, gpu"):
-        draft(PARTITIONS, NODES, "gpus")
+        render_site_file(PARTITIONS, NODES, "gpus")
 
 
 def test_a_chain_that_an_administrator_has_forbidden(tmp_path: Path) -> None:
     base = "kind: slurm\ncpus_per_node: 4\nmemory_gb_per_node: 8\n"
-    (tmp_path / "admin.yaml").write_text(f"{base}requeue: {{policy: none}}\nlocked: [requeue.policy]\n")
+    (tmp_path / "admin.yaml").write_text(
+        f"{base}requeue: {{policy: none}}\nlocked: [requeue.policy]\n"
+    )
     (tmp_path / "mine.yaml").write_text("extends: admin.yaml\naccount: a\n")
     (tmp_path / "free.yaml").write_text(base)
-    with pytest.raises(UserError, match=r"--max-walltime-chain is 3, but requeue.policy is fixed by .*admin.yaml"):
-        load_site(str(tmp_path / "mine.yaml")).chained(3)
-    chained = load_site(str(tmp_path / "free.yaml")).chained(3).site.requeue
+    with pytest.raises(
+        UserError, match=r"--max-walltime-chain is 3, but requeue.policy is fixed by .*admin.yaml"
+    ):
+        load_site(str(tmp_path / "mine.yaml")).apply_chain(3)
+    chained = load_site(str(tmp_path / "free.yaml")).apply_chain(3).site.requeue
     assert (chained.policy, chained.max_walltime_chain) == ("chain", 3)
 
 
@@ -165,17 +243,25 @@ def test_options_of_sbatch_that_are_ours_however_they_are_spelt(tmp_path: Path) 
         with pytest.raises(JobFileError, match="extra_sbatch"):
             load_site(str(tmp_path / "x.yaml"))
     (tmp_path / "x.yaml").write_text(f'{base}extra_sbatch: ["--mail-type=FAIL", "--exclusive"]\n')
-    assert load_site(str(tmp_path / "x.yaml")).site.extra_sbatch == ("--mail-type=FAIL", "--exclusive")
+    assert load_site(str(tmp_path / "x.yaml")).site.extra_sbatch == (
+        "--mail-type=FAIL",
+        "--exclusive",
+    )
 
 
-def test_a_folder_whose_variable_is_not_set_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_whose_variable_is_not_set_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "kind: slurm\ncpus_per_node: 4\nmemory_gb_per_node: 8\nruns_dir: $NO_SUCH_FOLDER/runs\n"
     (tmp_path / "x.yaml").write_text(text)
     backend = SlurmBackend(load_site(str(tmp_path / "x.yaml")).site)
-    with pytest.raises(PlacementRefused, match=r"runs_dir of site x is .NO_SUCH_FOLDER/runs, and that variable is not"):
-        backend.runs_dir(tmp_path)
+    with pytest.raises(
+        PlacementRefused,
+        match=r"runs_dir of site x is .NO_SUCH_FOLDER/runs, and that variable is not",
+    ):
+        backend.resolve_runs_dir(tmp_path)
     monkeypatch.setenv("NO_SUCH_FOLDER", "/there")
-    assert backend.runs_dir(tmp_path) == Path("/there/runs")
+    assert backend.resolve_runs_dir(tmp_path) == Path("/there/runs")
 
 
 def test_locks_are_not_passed_by_the_block_around_them(tmp_path: Path) -> None:
@@ -183,7 +269,9 @@ def test_locks_are_not_passed_by_the_block_around_them(tmp_path: Path) -> None:
     container = "container: {kind: apptainer, image: /a.sif}\nlocked: [container.image, nodes]\n"
     (tmp_path / "admin.yaml").write_text(base + container)
     (tmp_path / "mine.yaml").write_text("extends: admin.yaml\ncontainer: null\n")
-    with pytest.raises(JobFileError, match=r"mine.yaml\S* container.image is fixed by .*admin.yaml"):
+    with pytest.raises(
+        JobFileError, match=r"mine.yaml\S* container.image is fixed by .*admin.yaml"
+    ):
         load_site(str(tmp_path / "mine.yaml"))
     (tmp_path / "mine.yaml").write_text("extends: admin.yaml\ncontainer: {mounts: [/x:/x]}\n")
     loaded = load_site(str(tmp_path / "mine.yaml"))
@@ -193,7 +281,10 @@ def test_locks_are_not_passed_by_the_block_around_them(tmp_path: Path) -> None:
 
 
 def test_variables_of_a_job(tmp_path: Path) -> None:
-    text = "name: a\ntask: classification\nmodel: {model_name_or_path: a/b}\ndata: {dataset_name: a/b}\n"
+    text = (
+        "name: a\ntask: classification\nmodel: {model_name_or_path: a/b}\ndata: "
+        "{dataset_name: a/b}\n"
+    )
     job = load_text(f"{text}environment: {{NCCL_DEBUG: INFO}}\n", tmp_path / "j.yaml").job
     assert job.environment == {"NCCL_DEBUG": "INFO"}
     for name, why in (

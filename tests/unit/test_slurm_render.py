@@ -1,4 +1,6 @@
-"""Batch scripts: the same bytes as ever for five sites, bash that a linter accepts, values that cannot break out."""
+"""Batch scripts: the same bytes as ever for five sites, bash that a linter accepts, values that
+cannot break out.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,21 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lorafleet.jobs.errors import PlacementRefused
 from lorafleet.jobs.loading.site_file import load_site
-from lorafleet.jobs.runs.stale_folders import clear_orphans
-from lorafleet.jobs.sites.placement import nodes_of_job
+from lorafleet.jobs.runs.stale_folders import remove_orphans
+from lorafleet.jobs.sites.placement import choose_node_count
 from lorafleet.jobs.sites.slurm import SlurmSite
-from lorafleet.slurm.render import JOB, NODE, Script, bash_path, options, render, submission
+from lorafleet.slurm.render import (
+    JOB,
+    NODE,
+    ScriptContext,
+    build_options,
+    build_submit_command,
+    quote_path,
+    render,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "slurm"
@@ -37,15 +48,21 @@ PYXIS = BARE | {
 
 
 def sites() -> dict[str, SlurmSite]:
-    loaded = {path.stem: load_site(str(path)).site for path in sorted((ROOT / "examples" / "sites").glob("*.yaml"))}
+    loaded = {
+        path.stem: load_site(str(path)).site
+        for path in sorted((ROOT / "examples" / "sites").glob("*.yaml"))
+    }
     examples = {name: site for name, site in loaded.items() if isinstance(site, SlurmSite)}
-    return examples | {"bare": SlurmSite.model_validate(BARE), "pyxis": SlurmSite.model_validate(PYXIS)}
+    return examples | {
+        "bare": SlurmSite.model_validate(BARE),
+        "pyxis": SlurmSite.model_validate(PYXIS),
+    }
 
 
 def rendered(site: SlurmSite) -> dict[str, str]:
-    script = Script(
+    script = ScriptContext(
         title=f"lorafleet sweep: quickstart, on site {site.name}",
-        nodes=nodes_of_job(site, None, 1),
+        nodes=choose_node_count(site, None, 1),
         programs="/opt/lorafleet/bin",
         exports=EXPORTS,
         folders=("/shared/runs", "/shared/cache"),
@@ -84,16 +101,32 @@ def test_a_linter_and_bash_accept_them(name: str, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout
 
 
-word = st.text(st.characters(blacklist_categories=("Zs", "Zl", "Zp", "Cc", "Cs")), min_size=1, max_size=12)
-nasty = st.sampled_from(["$(touch OOPS)", "`touch${IFS}OOPS`", "';touch${IFS}OOPS;'", "$HOME", "a'b",
+word = st.text(
+    st.characters(blacklist_categories=("Zs", "Zl", "Zp", "Cc", "Cs")), min_size=1, max_size=12
+)
+nasty = st.sampled_from(["$(touch "
+                         "OOPS)", "`touch${IFS}OOPS`", "';touch${IFS}OOPS;'", "$HOME", "a'b",
                          "\\", "${x:?}", "&", "#", "日本", "--x", "*", "!!", "{{nodes}}", "{%", "~"])  # fmt: skip
-words = st.one_of(word, nasty).filter(lambda text: re.fullmatch(r"[^\s\x00-\x1f\x7f]+", text) is not None)
+words = st.one_of(word, nasty).filter(
+    lambda text: re.fullmatch(r"[^\s\x00-\x1f\x7f]+", text) is not None
+)
 values = st.one_of(
-    nasty, st.text(st.characters(blacklist_characters="\n\0\r", blacklist_categories=("Cs",)), max_size=20)
+    nasty,
+    st.text(
+        st.characters(blacklist_characters="\n\0\r", blacklist_categories=("Cs",)), max_size=20
+    ),
 )
 
 
-@given(partition=words, account=words, interface=words, image=words, value=values, folder=values, cache=values)
+@given(
+    partition=words,
+    account=words,
+    interface=words,
+    image=words,
+    value=values,
+    folder=values,
+    cache=values,
+)
 def test_no_value_breaks_out(
     tmp_path_factory: pytest.TempPathFactory, partition: str, account: str, interface: str, image: str, value: str,
     folder: str, cache: str,
@@ -111,7 +144,12 @@ def test_no_value_breaks_out(
             "container": {"kind": "apptainer", "image": image, "mounts": [f"/a:{image}"]},
         }
     )
-    text = render(site, Script(title="t", nodes=1, exports={"CACHE": cache}, folders=(scratch,), version="1"))[JOB]
+    text = render(
+        site,
+        ScriptContext(
+            title="t", nodes=1, exports={"CACHE": cache}, folders=(scratch,), version="1"
+        ),
+    )[JOB]
     block, marker, _ = text.partition("# --- From here on")
     assert marker
     lines = [line for line in block.splitlines() if line.startswith("#SBATCH ")]
@@ -133,15 +171,25 @@ def test_no_value_breaks_out(
 
 
 def _plain_options(site: SlurmSite) -> list[str]:
-    return [shlex.split(option)[0] for option in options(site, 1)]
+    return [shlex.split(option)[0] for option in build_options(site, 1)]
 
 
 def test_paths_of_nodes_are_expanded_there_and_nothing_else() -> None:
-    said = {"$TMPDIR/a b": "/t/a b", "${TMPDIR}": "/t", "~/x y": "/h/x y", "~": "/h", "/a/$TMPDIR": "/a/$TMPDIR"}
+    said = {
+        "$TMPDIR/a b": "/t/a b",
+        "${TMPDIR}": "/t",
+        "~/x y": "/h/x y",
+        "~": "/h",
+        "/a/$TMPDIR": "/a/$TMPDIR",
+    }
     for path, expected in said.items():
-        command = f"printf %s {bash_path(path)}"
+        command = f"printf %s {quote_path(path)}"
         done = subprocess.run(
-            ["bash", "-c", command], env={"TMPDIR": "/t", "HOME": "/h"}, capture_output=True, text=True, check=True
+            ["bash", "-c", command],
+            env={"TMPDIR": "/t", "HOME": "/h"},
+            capture_output=True,
+            text=True,
+            check=True,
         )
         assert done.stdout == expected
 
@@ -152,38 +200,54 @@ def test_the_forms_in_which_gpus_are_asked_for() -> None:
         ("gres", "--gres=gpu:a100:4"),
         ("gpus", "--gpus=a100:12"),
     ):
-        site = SlurmSite.model_validate(BARE | {"gpus_per_node": 4, "gpu_type": "a100", "gpu_request": form})
-        assert [option for option in options(site, 3) if "gpu" in option or "gres" in option] == [expected]
+        site = SlurmSite.model_validate(
+            BARE | {"gpus_per_node": 4, "gpu_type": "a100", "gpu_request": form}
+        )
+        assert [
+            option for option in build_options(site, 3) if "gpu" in option or "gres" in option
+        ] == [expected]
 
 
 def test_a_head_of_its_own_is_the_first_part_of_a_heterogeneous_job() -> None:
     site = SlurmSite.model_validate(
         BARE | {"partition": "gpu", "head": {"cpus": 2, "memory_gb": 8.0}, "gpus_per_node": 1}
     )
-    lines = options(site, 3)
+    lines = build_options(site, 3)
     head, workers = lines[: lines.index("hetjob")], lines[lines.index("hetjob") + 1 :]
     assert {"--nodes=1", "--cpus-per-task=2", "--mem=7629M", "--partition=gpu"} <= set(head)
-    assert {"--nodes=3", "--cpus-per-task=4", "--gpus-per-node=1", "--partition=gpu"} <= set(workers)
+    assert {"--nodes=3", "--cpus-per-task=4", "--gpus-per-node=1", "--partition=gpu"} <= set(
+        workers
+    )
     assert not any("gpu" in option for option in head if "partition" not in option)
 
 
 def test_how_many_nodes_a_job_has() -> None:
     site = SlurmSite.model_validate(BARE | {"nodes": 2, "max_nodes": 4})
-    assert (nodes_of_job(site, None, 1), nodes_of_job(site, 3, 2)) == (2, 3)
-    with pytest.raises(PlacementRefused, match="nodes of site bare is 2, and each trial needs 3 nodes"):
-        nodes_of_job(site, None, 3)
-    with pytest.raises(PlacementRefused, match="the job would have 5 nodes, and max_nodes of site bare is 4"):
-        nodes_of_job(site, 5, 1)
+    assert (choose_node_count(site, None, 1), choose_node_count(site, 3, 2)) == (2, 3)
+    with pytest.raises(
+        PlacementRefused, match="nodes of site bare is 2, and each trial needs 3 nodes"
+    ):
+        choose_node_count(site, None, 3)
+    with pytest.raises(
+        PlacementRefused, match="the job would have 5 nodes, and max_nodes of site bare is 4"
+    ):
+        choose_node_count(site, 5, 1)
 
 
 def test_a_template_of_ones_own(tmp_path: Path) -> None:
     site = SlurmSite.model_validate(BARE)
-    script = Script(title="t", nodes=1)
-    own = "#!/bin/bash\n{% for line in options %}\n#SBATCH {{ line }}\n{% endfor %}\necho {{ values.cpus }}\n"
+    script = ScriptContext(title="t", nodes=1)
+    own = (
+        "#!/bin/bash\n{% for line in options %}\n#SBATCH {{ line }}\n{% endfor %}\necho {{ "
+        "values.cpus }}\n"
+    )
     made = render(site, script, {JOB: own})
     assert made[JOB].endswith("echo 4\n")
     assert made[NODE] == render(site, script)[NODE]
-    assert "'a; b'" in render(site, script, {JOB: "{{ 'a; b' | quote }} {{ site.cpus_per_node }}"})[JOB]
+    assert (
+        "'a; b'"
+        in render(site, script, {JOB: "{{ 'a; b' | quote }} {{ site.cpus_per_node }}"})[JOB]
+    )
     for wrong in ("{{ nothing }}", "{% for %}", "{{ 1 / 0 }}", "{{ none.x }}", "{{ 'a' + 1 }}"):
         with pytest.raises(PlacementRefused, match="template of site bare cannot be rendered"):
             render(site, script, {JOB: wrong})
@@ -208,22 +272,31 @@ ESCAPES = (
 
 
 @pytest.mark.parametrize("text", ESCAPES)
-def test_a_template_reaches_nothing(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_reaches_nothing(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What `plan` renders starts nothing, reads no file and changes no value."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(PlacementRefused, match="template of site bare cannot be rendered"):
-        render(SlurmSite.model_validate(BARE), Script(title="t", nodes=1), {JOB: text})
+        render(SlurmSite.model_validate(BARE), ScriptContext(title="t", nodes=1), {JOB: text})
     assert not list(tmp_path.iterdir())
 
 
-NO_COMMENT = ["x\ntouch EVIL", "x\r\n#SBATCH --wrap=x", "$(touch EVIL)", "`id`", "'; id; '", "\x1b[2J"]
+NO_COMMENT = [
+    "x\ntouch EVIL",
+    "x\r\n#SBATCH --wrap=x",
+    "$(touch EVIL)",
+    "`id`",
+    "'; id; '",
+    "\x1b[2J",
+]
 
 
 @pytest.mark.parametrize("hostile", NO_COMMENT)
 def test_no_value_of_a_comment_leaves_it(hostile: str) -> None:
     site = SlurmSite.model_validate(BARE)
-    plain = render(site, Script(title="t", nodes=1, version="1"))[JOB].splitlines()
-    made = render(site, Script(title=hostile, nodes=1, version=hostile))[JOB].splitlines()
+    plain = render(site, ScriptContext(title="t", nodes=1, version="1"))[JOB].splitlines()
+    made = render(site, ScriptContext(title=hostile, nodes=1, version=hostile))[JOB].splitlines()
     assert len(made) == len(plain)
     assert [line for line, other in zip(made, plain, strict=True) if line != other] == made[1:3]
     assert all(line.startswith("# ") and line.isprintable() for line in made[1:3])
@@ -231,7 +304,7 @@ def test_no_value_of_a_comment_leaves_it(hostile: str) -> None:
 
 def test_paths_of_the_run_are_arguments_and_not_in_the_script() -> None:
     run = Path("/runs/a b/$(x)")
-    line = submission(run / "slurm" / JOB, run, "name-1", 2, after="17")
+    line = build_submit_command(run / "slurm" / JOB, run, "name-1", 2, after="17")
     assert line[-3:] == [str(run / "slurm" / JOB), str(run), "2"]
     assert "--dependency=afterany:17" in line
     assert all("/runs" not in text for text in rendered(SlurmSite.model_validate(BARE)).values())
@@ -243,9 +316,21 @@ def test_a_token_that_was_not_taken_goes_with_its_step(tmp_path: Path) -> None:
     slow = tmp_path / "bin" / "ip"  # asked for an address before the token is taken
     slow.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\nexec sleep 60\n")
     slow.chmod(0o755)
-    names = {"SLURM_NODEID": "1", "SLURMD_NODENAME": "n2", "LF_INTERFACE": "eth9", "LF_KEEP": "", "LF_STAGE": ""}
-    names |= {"LF_RUN": str(tmp_path), "LF_HERE": str(tmp_path / "lf-1-ab"), "PATH": f"{slow.parent}:{os.defpath}"}
-    subprocess.run(["bash", NODE, "token"], cwd=tmp_path, env=names, input="secret\n", text=True, check=True)
+    names = {
+        "SLURM_NODEID": "1",
+        "SLURMD_NODENAME": "n2",
+        "LF_INTERFACE": "eth9",
+        "LF_KEEP": "",
+        "LF_STAGE": "",
+    }
+    names |= {
+        "LF_RUN": str(tmp_path),
+        "LF_HERE": str(tmp_path / "lf-1-ab"),
+        "PATH": f"{slow.parent}:{os.defpath}",
+    }
+    subprocess.run(
+        ["bash", NODE, "token"], cwd=tmp_path, env=names, input="secret\n", text=True, check=True
+    )
     assert (tmp_path / "lf-1-ab-token-n2" / "token").read_text() == "secret"
     step = subprocess.Popen(["bash", NODE, "ray"], cwd=tmp_path, env=names, start_new_session=True)
     while not (tmp_path / "asked").exists():
@@ -257,11 +342,13 @@ def test_a_token_that_was_not_taken_goes_with_its_step(tmp_path: Path) -> None:
 
 
 def test_a_token_that_no_step_came_for_is_cleared_away(tmp_path: Path) -> None:
-    old, new, other = (tmp_path / name for name in ("lf-1-ab-token-n1", "lf-2-cd-token-n1", "of-somebody-token-n1"))
+    old, new, other = (
+        tmp_path / name for name in ("lf-1-ab-token-n1", "lf-2-cd-token-n1", "of-somebody-token-n1")
+    )
     for folder in (old, new, other):
         folder.mkdir()
         (folder / "token").touch()
     for folder in (old, other):
         os.utime(folder, (0, 0))
-    clear_orphans(tmp_path)
+    remove_orphans(tmp_path)
     assert sorted(tmp_path.iterdir()) == [new, other]

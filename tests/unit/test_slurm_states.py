@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 
 import pytest
+
 from lorafleet.jobs.runs.run import RunState
-from lorafleet.slurm.accounting import JobRecord, from_json, from_scontrol
-from lorafleet.slurm.states import _CODES, STATES, job_state, state_word, why_pending
+from lorafleet.slurm.accounting import JobRecord, parse_json, parse_scontrol
+from lorafleet.slurm.states import (
+    _SHORT_CODES,
+    STATES,
+    describe_pending,
+    get_job_state,
+    parse_state,
+)
 
 MEANT = {
-    RunState.PENDING: "PENDING CONFIGURING REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT RESV_DEL_HOLD",
+    RunState.PENDING: "PENDING CONFIGURING REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT "
+    "RESV_DEL_HOLD",
     RunState.RUNNING: "RUNNING COMPLETING STAGE_OUT SIGNALING RESIZING SUSPENDED STOPPED",
     RunState.FINISHED: "COMPLETED",
     RunState.STOPPED: "CANCELLED PREEMPTED REVOKED TIMEOUT DEADLINE NODE_FAIL",
@@ -18,16 +26,18 @@ MEANT = {
 }
 
 
-@pytest.mark.parametrize(("run", "word"), [(run, word) for run, words in MEANT.items() for word in words.split()])
+@pytest.mark.parametrize(
+    ("run", "word"), [(run, word) for run, words in MEANT.items() for word in words.split()]
+)
 def test_each_state_has_its_meaning(run: RunState, word: str) -> None:
-    found = job_state(word)
+    found = get_job_state(word)
     assert found.run is run
     assert found.ended is (run not in (RunState.PENDING, RunState.RUNNING))
 
 
 def test_the_table_is_whole() -> None:
     assert set(STATES) == {word for words in MEANT.values() for word in words.split()}
-    assert set(_CODES.values()) <= set(STATES)
+    assert set(_SHORT_CODES.values()) <= set(STATES)
 
 
 @pytest.mark.parametrize(
@@ -45,11 +55,14 @@ def test_the_table_is_whole() -> None:
     ],
 )
 def test_one_word_for_what_slurm_says(said: str | list[str], word: str) -> None:
-    assert state_word(said) == word
+    assert parse_state(said) == word
 
 
 def test_a_state_of_tomorrow_ends_nothing() -> None:
-    assert (job_state("HIBERNATING").run, job_state("HIBERNATING").ended) == (RunState.RUNNING, False)
+    assert (get_job_state("HIBERNATING").run, get_job_state("HIBERNATING").ended) == (
+        RunState.RUNNING,
+        False,
+    )
 
 
 @pytest.mark.parametrize(
@@ -66,22 +79,25 @@ def test_a_state_of_tomorrow_ends_nothing() -> None:
     ],
 )
 def test_why_a_job_waits(reason: str, words: str) -> None:
-    assert words in why_pending(reason)
+    assert words in describe_pending(reason)
 
 
 SCONTROL = (
-    "JobId=42 JobName=my job UserId=lab(1000) GroupId=lab(1000) MCS_label=N/A Priority=1 Account=(null) QOS=(null) "
-    "JobState=FAILED Reason=NonZeroExitCode Dependency=(null) Requeue=1 Restarts=2 BatchFlag=1 Reboot=0 ExitCode=3:0 "
-    "RunTime=00:01:02 NodeList=node[1-2] BatchHost=node1 Command=/home/lab/run dir/job.sh StdOut=/home/lab/a=b.log"
+    "JobId=42 JobName=my job UserId=lab(1000) GroupId=lab(1000) MCS_label=N/A Priority=1 "
+    "Account=(null) QOS=(null) "
+    "JobState=FAILED Reason=NonZeroExitCode Dependency=(null) Requeue=1 Restarts=2 BatchFlag=1 "
+    "Reboot=0 ExitCode=3:0 "
+    "RunTime=00:01:02 NodeList=node[1-2] BatchHost=node1 Command=/home/lab/run dir/job.sh "
+    "StdOut=/home/lab/a=b.log"
 )
 
 
 def test_scontrols_line() -> None:
     pending = "JobId=43 JobState=PENDING Reason=None Restarts=0 ExitCode=0:0 NodeList=(null)"
-    failed, waits = from_scontrol(f"{SCONTROL}\n{pending}\n")
+    failed, waits = parse_scontrol(f"{SCONTROL}\n{pending}\n")
     assert failed == JobRecord("42", "FAILED", "NonZeroExitCode", 3, None, 2, "node[1-2]")
     assert (waits.state, waits.reason, waits.nodes) == ("PENDING", "", "")
-    assert from_scontrol("slurm_load_jobs error: Invalid job id specified\n") == []
+    assert parse_scontrol("slurm_load_jobs error: Invalid job id specified\n") == []
 
 
 @pytest.mark.parametrize(
@@ -99,11 +115,11 @@ def test_scontrols_line() -> None:
     ids=["22.05", "24.05", "sacct"],
 )  # fmt: skip
 def test_json_of_old_and_new_versions(job: dict[str, object]) -> None:
-    (found,) = from_json(json.dumps({"jobs": [job]}))
+    (found,) = parse_json(json.dumps({"jobs": [job]}))
     assert found == JobRecord("42", "FAILED", "NonZeroExitCode", 3, None, 2, "node[1-2]")
 
 
 def test_what_is_no_answer_is_an_error() -> None:
     for text in ("[]", "{}", '{"jobs": 3}'):
         with pytest.raises(ValueError, match="no jobs"):
-            from_json(text)
+            parse_json(text)

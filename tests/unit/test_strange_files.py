@@ -1,4 +1,6 @@
-"""Files that are none: pipes, devices, endless and folded ones, wherever a job or a site can name a file."""
+"""Files that are none: pipes, devices, endless and folded ones, wherever a job or a site can name a
+file.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ NAMED = {
     "data.validation_file": (JOB, ["data.validation_file=PATH.csv"]),
     "data.test_file": (JOB, ["data.test_file=PATH.parquet"]),
     "data.chat_template": (JOB, ["data.chat_template=PATH.jinja"]),
-    "resources.deepspeed_config": (JOB, ["resources.deepspeed_config=PATH", "resources.strategy=zero2"]),
+    "resources.deepspeed_config": (
+        JOB,
+        ["resources.deepspeed_config=PATH", "resources.strategy=zero2"],
+    ),
     "model.model_name_or_path": (JOB, ["model.model_name_or_path=FOLDER"]),
     "train.init_adapter": (JOB, ["train.init_adapter=FOLDER"]),
     "evaluate.custom_metrics": (JOB, ['evaluate.custom_metrics={"m": {"function": "PATH.py:m"}}']),
@@ -53,7 +58,10 @@ def make(kind: str, path: Path) -> None:
 @pytest.mark.parametrize("field", NAMED)
 def test_no_file_of_a_job_is_waited_for(kind: str, field: str, tmp_path: Path) -> None:
     if kind == "huge" and field.startswith("data.") and field != "data.chat_template":
-        pytest.skip("rows may be as large as they are: a file of two terabytes is read as long as there is memory")
+        pytest.skip(
+            "rows may be as large as they are: a file of two terabytes is read as long as there "
+            "is memory"
+        )
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * 4)
     text, overrides = NAMED[field]
     folder = tmp_path / "folder"
@@ -61,7 +69,12 @@ def test_no_file_of_a_job_is_waited_for(kind: str, field: str, tmp_path: Path) -
     path = tmp_path / "strange"
     for ending in (".jsonl", ".csv", ".parquet", ".jinja", ".py", ""):
         make(kind, path.with_name(f"strange{ending}"))
-    for name in ("config.json", "adapter_config.json", "adapter_model.safetensors", "model.safetensors"):
+    for name in (
+        "config.json",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "model.safetensors",
+    ):
         make(kind, folder / name)
     job = path
     if text != "PATH":
@@ -86,7 +99,10 @@ def test_no_file_of_a_site_is_waited_for(kind: str, field: str, tmp_path: Path) 
     strange = tmp_path / "strange"
     make(kind, strange)
     site = tmp_path / "site.yaml"
-    site.write_text(SITE + {"extends": f"extends: {strange}\n", "template": f"template: {strange}\n"}.get(field, ""))
+    site.write_text(
+        SITE
+        + {"extends": f"extends: {strange}\n", "template": f"template: {strange}\n"}.get(field, "")
+    )
     if field == "the site file":
         make(kind, site)
     began = time.monotonic()
@@ -97,18 +113,27 @@ def test_no_file_of_a_site_is_waited_for(kind: str, field: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".csv.zst", ".json.gz"])
-def test_a_file_that_unpacks_without_end(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_unpacks_without_end(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pyarrow
+
     from lorafleet.jobs.data import data_files
     from lorafleet.jobs.data.data_files import read_records
     from lorafleet.jobs.errors import DataError
 
-    monkeypatch.setattr(data_files, "_LEAST_UNPACKED", 1_000_000)
+    monkeypatch.setattr(data_files, "_MIN_UNPACKED_LIMIT", 1_000_000)
     text = b"\n" * 50_000_000
     path = tmp_path / f"bomb{ending}"
-    path.write_bytes(gzip.compress(text) if ending.endswith("gz") else pyarrow.compress(text, "zstd", asbytes=True))
+    path.write_bytes(
+        gzip.compress(text)
+        if ending.endswith("gz")
+        else pyarrow.compress(text, "zstd", asbytes=True)
+    )
     with pytest.raises(DataError, match="unpacks to more than 200 times its size"):
         list(read_records(path))
     usual = tmp_path / "usual.jsonl.gz"
-    usual.write_bytes(gzip.compress(b"".join(json.dumps({"a": n}).encode() + b"\n" for n in range(1000))))
+    usual.write_bytes(
+        gzip.compress(b"".join(json.dumps({"a": n}).encode() + b"\n" for n in range(1000)))
+    )
     assert len(list(read_records(usual))) == 1000

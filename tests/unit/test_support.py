@@ -1,4 +1,6 @@
-"""What runs under what: the table, what it refuses, and DeepSpeed's configuration around a user's own."""
+"""What runs under what: the table, what it refuses, and DeepSpeed's configuration around a user's
+own.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +9,28 @@ import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
 from lorafleet.cluster.planning.plan import choose_strategy, make_plan
 from lorafleet.cluster.planning.preflight import check_names
-from lorafleet.commands.plan import plan_view
+from lorafleet.commands.plan import render_plan
 from lorafleet.jobs.errors import JobFileError
 from lorafleet.jobs.loading.job_file import LoadedJob, load_job
 from lorafleet.jobs.runs.plan import MemoryEstimate
-from lorafleet.jobs.schema.compatibility import METHODS, STRATEGIES, table
-from lorafleet.jobs.schema.deepspeed import contradictions, engine_config
+from lorafleet.jobs.schema.compatibility import METHODS, STRATEGIES, build_support_table
+from lorafleet.jobs.schema.deepspeed import build_engine_config, find_contradictions
 from lorafleet.jobs.sites.base import LocalSite, Node, RaySite
-from rich.console import Console
-
 from tests.conftest import ROOT, JobMaker, lorafleet
 
 TWO = {"resources__workers_per_node": 2}
 
 
 def test_the_table_has_every_method_under_every_strategy(tmp_path: Path) -> None:
-    assert {(cell.method, cell.strategy) for cell in table()} == {(m, s) for m in METHODS for s in STRATEGIES}
+    assert {(cell.method, cell.strategy) for cell in build_support_table()} == {
+        (m, s) for m in METHODS for s in STRATEGIES
+    }
     printed = json.loads(lorafleet("methods", "--format", "json", cwd=tmp_path, check=True).stdout)
-    assert len(printed["cells"]) == len(table())
+    assert len(printed["cells"]) == len(build_support_table())
     assert set(printed["cells"][0]) == {"method", "strategy", "devices", "supported", "reason"}
     shown = lorafleet("methods", cwd=tmp_path, check=True).stdout
     assert all(word in shown for word in (*METHODS, *STRATEGIES))
@@ -36,10 +40,19 @@ def test_the_table_has_every_method_under_every_strategy(tmp_path: Path) -> None
     ("overrides", "sentence"),
     [
         ({"resources__strategy": "zero2"}, "has nothing to share"),
-        ({**TWO, "resources__strategy": "fsdp", "method": "qlora", "qlora__quant_type": "int8"}, "INT8 weights beside"),
-        ({**TWO, "resources__strategy": "zero1", "train__optim": "adamw_8bit"}, "which does not go with zero1"),
+        (
+            {**TWO, "resources__strategy": "fsdp", "method": "qlora", "qlora__quant_type": "int8"},
+            "INT8 weights beside",
+        ),
+        (
+            {**TWO, "resources__strategy": "zero1", "train__optim": "adamw_8bit"},
+            "which does not go with zero1",
+        ),
         ({**TWO, "resources__strategy": "fsdp", "train__mixed_precision": "fp16"}, "use bf16"),
-        ({**TWO, "resources__strategy": "ddp", "resources__deepspeed_config": "x"}, "goes with strategy zero1"),
+        (
+            {**TWO, "resources__strategy": "ddp", "resources__deepspeed_config": "x"},
+            "goes with strategy zero1",
+        ),
     ],
 )
 def test_what_does_not_run_is_refused_with_its_reason(
@@ -57,8 +70,8 @@ def test_the_engine_gets_the_jobs_values_and_the_users_own(bert_job: JobMaker) -
         "optimizer": "auto",
         "wall_clock_breakdown": True,
     }
-    assert contradictions(job, own) == []
-    made = engine_config(job, own, bf16=False)
+    assert find_contradictions(job, own) == []
+    made = build_engine_config(job, own, bf16=False)
     assert made["zero_optimization"] == {"stage": 3, "overlap_comm": False}
     assert made["train_micro_batch_size_per_gpu"] == 8
     assert made["gradient_accumulation_steps"] == 3
@@ -71,7 +84,10 @@ def test_the_engine_gets_the_jobs_values_and_the_users_own(bert_job: JobMaker) -
 @pytest.mark.parametrize(
     ("own", "sentence"),
     [
-        ({"zero_optimization": {"stage": 2}}, "zero_optimization.stage = 2, but the job file makes it 3"),
+        (
+            {"zero_optimization": {"stage": 2}},
+            "zero_optimization.stage = 2, but the job file makes it 3",
+        ),
         ({"gradient_clipping": 0.5}, "gradient_clipping = 0.5"),
         ({"optimizer": {"type": "Adam"}}, "has optimizer, but that is what train.optim"),
         ({"train_batch_size": 64}, "has train_batch_size"),
@@ -90,7 +106,9 @@ def test_a_deepspeed_file_that_contradicts_the_job_is_an_error(
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", None])
-def test_a_deepspeed_file_that_is_none(text: str | None, bert_job: JobMaker, tmp_path: Path) -> None:
+def test_a_deepspeed_file_that_is_none(
+    text: str | None, bert_job: JobMaker, tmp_path: Path
+) -> None:
     if text is not None:
         (tmp_path / "ds.json").write_text(text)
     loaded = bert_job(**TWO, resources__strategy="zero1", resources__deepspeed_config="ds.json")
@@ -105,22 +123,32 @@ def test_olora_on_transposed_layers_is_refused(llama_job: JobMaker, tiny_gpt2: P
         check_names(llama_job(model__model_name_or_path=str(tiny_gpt2), **olora))
 
 
-def test_a_learnt_prompt_must_fit_and_leave_the_label_to_be_found(bert_job: JobMaker, tiny_gpt2: Path) -> None:
+def test_a_learnt_prompt_must_fit_and_leave_the_label_to_be_found(
+    bert_job: JobMaker, tiny_gpt2: Path
+) -> None:
     prompt = {"method": "prompt_tuning"}
     check_names(bert_job(**prompt))
-    with pytest.raises(JobFileError, match=r"num_virtual_tokens is 40 and model\.max_length .* positions for both"):
+    with pytest.raises(
+        JobFileError, match=r"num_virtual_tokens is 40 and model\.max_length .* positions for both"
+    ):
         check_names(bert_job(**prompt, prompt_tuning__num_virtual_tokens=40, model__max_length=60))
     with pytest.raises(JobFileError, match="reads its label off the last token"):
         check_names(bert_job(**prompt, model__model_name_or_path=str(tiny_gpt2)))
     searched = "{method: {values: [lora, prompt_tuning]}, PROMPT: {values: [4, %d]}}"
     search = f"search: {{method: grid, parameters: {searched}}}"
     search = search.replace("PROMPT", "prompt_tuning.num_virtual_tokens")
-    check_names(bert_job(search % 8, model__max_length=50))  # of 64: the 20 of the default would be over
-    with pytest.raises(JobFileError, match=r"is 30 and model\.max_length 50, but .* has 64 positions"):
+    check_names(
+        bert_job(search % 8, model__max_length=50)
+    )  # of 64: the 20 of the default would be over
+    with pytest.raises(
+        JobFileError, match=r"is 30 and model\.max_length 50, but .* has 64 positions"
+    ):
         check_names(bert_job(search % 30, model__max_length=50))
 
 
-def test_without_a_compiler_zero_is_refused(bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_zero_is_refused(
+    bert_job: JobMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(JobFileError, match="needs a C\\+\\+ compiler"):
         check_names(bert_job(**TWO, resources__strategy="zero1"))
@@ -151,17 +179,23 @@ def test_weights_that_write_answers_stay_whole(llama_job: JobMaker) -> None:
     site = LocalSite(cpus=8, memory_gib=500, gpus=2, gpu_memory_gib=24)
     memory = MemoryEstimate(components={}, low=99, expected=99, high=99, of="GPU memory")
     block = "evaluate: {metrics: [rouge1]}\nsearch: {metric: METRIC, parameters: {lr: [1e-3]}}"
-    by_loss, by_rouge = (llama_job(block.replace("METRIC", name), **TWO) for name in ("loss", "rouge1"))
+    by_loss, by_rouge = (
+        llama_job(block.replace("METRIC", name), **TWO) for name in ("loss", "rouge1")
+    )
     assert choose_strategy([by_loss.job], site, memory, cuda=True)[0] == "fsdp"
     assert choose_strategy([by_rouge.job], site, memory, cuda=True)[0] == "ddp"
-    with pytest.raises(JobFileError, match=r"search.metric.name is rouge1, .* that zero3 cuts up cannot"):
+    with pytest.raises(
+        JobFileError, match=r"search.metric.name is rouge1, .* that zero3 cuts up cannot"
+    ):
         llama_job(block.replace("METRIC", "rouge1"), **TWO, resources__strategy="zero3")
 
 
 def test_auto_finds_what_every_trial_of_a_search_can_run_under(bert_job: JobMaker) -> None:
     site = LocalSite(cpus=8, memory_gib=500, gpus=2, gpu_memory_gib=24)
     memory = MemoryEstimate(components={}, low=99, expected=99, high=99, of="GPU memory")
-    trials = [bert_job(**TWO, method="qlora", qlora__quant_type=kind).job for kind in ("nf4", "int8")]
+    trials = [
+        bert_job(**TWO, method="qlora", qlora__quant_type=kind).job for kind in ("nf4", "int8")
+    ]
     assert choose_strategy(trials[:1], site, memory, cuda=True)[0] == "fsdp"
     assert choose_strategy(trials, site, memory, cuda=True)[0] == "ddp"
 
@@ -171,7 +205,9 @@ def planned(loaded: LoadedJob, width: int = 200) -> str:
     text = io.StringIO()
     screen = Console(width=width, file=text)
     nodes = tuple(Node(name=name, cpus=4, memory_gib=50) for name in "ab")
-    screen.print(plan_view(make_plan(loaded, RaySite(address="auto", nodes=nodes), "sweep"), screen.width))
+    screen.print(
+        render_plan(make_plan(loaded, RaySite(address="auto", nodes=nodes), "sweep"), screen.width)
+    )
     return text.getvalue()
 
 
@@ -184,7 +220,9 @@ def test_a_narrow_screen_has_long_lines_go_on_below_their_names() -> None:
     assert {line[13:16] for line in said if line[0] != " "} == {" " * 3}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_example_can_be_planned(path: Path) -> None:
     if path.stem == "my-data":
         pytest.skip("its data file is the user's own")
@@ -193,7 +231,9 @@ def test_every_example_can_be_planned(path: Path) -> None:
 
 def test_a_plan_shows_of_each_method_what_it_has(bert_job: JobMaker) -> None:
     search = "search: {method: grid, parameters: {method: {values: [lora, prompt_tuning, full]}}}"
-    lines = {line.split()[2]: line.split()[3:] for line in planned(bert_job(search)).splitlines()[1:4]}
+    lines = {
+        line.split()[2]: line.split()[3:] for line in planned(bert_job(search)).splitlines()[1:4]
+    }
     assert lines["lora"][1:-1] == ["4", "8", "-", "8"]  # rank, alpha, no prompt, steps
     assert lines["prompt_tuning"][1:-1] == ["-", "-", "20", "8"]
     assert lines["full"][1:-1] == ["-", "-", "-", "8"]

@@ -1,4 +1,6 @@
-"""Losses of training beside TRL's SFTTrainer with `assistant_only_loss`: the same rows, the same numbers."""
+"""Losses of training beside TRL's SFTTrainer with `assistant_only_loss`: the same rows, the same
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +9,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from lorafleet.jobs.loading.job_file import load_text
 from lorafleet.jobs.trials.schedule import Schedule
-from lorafleet.training.data import prepare
+from lorafleet.training.data import prepare_tokens
 from lorafleet.training.model import load_base
 from lorafleet.training.session import TrainingSession
-
 from tests.conftest import write_rows
 from tests.unit.chat_families import BY_NAME, CHATML, Family, learnt_spans, model_folder
 
 _STEPS = 5
 _MARKED = CHATML.replace(
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}",
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
-    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% "
+    "endfor %}",
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% "
+    "generation %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' "
+    "}}{% endif %}"
     "{{ '\n' }}{% endfor %}",
 )
 _WITH_MARKERS = (
@@ -37,8 +42,12 @@ def rows(turns: int) -> list[dict[str, Any]]:
     for number in range(8):
         messages = [{"role": "system", "content": "be kind"}] if number % 2 else []
         for turn in range(1 + number % turns):
-            messages.append({"role": "user", "content": f"what is the capital of country {number}{turn}?"})
-            messages.append({"role": "assistant", "content": f"it is city {number} {'sunny ' * turn}indeed."})
+            messages.append(
+                {"role": "user", "content": f"what is the capital of country {number}{turn}?"}
+            )
+            messages.append(
+                {"role": "assistant", "content": f"it is city {number} {'sunny ' * turn}indeed."}
+            )
         found.append({"messages": messages})
     return found
 
@@ -60,13 +69,15 @@ train: {{per_device_train_batch_size: {len(data)}, learning_rate: 1e-3, max_step
 def our_losses(job: Any) -> list[float]:
     import torch
 
-    data = prepare(job)
+    data = prepare_tokens(job)
     base = load_base(job, 0, torch.device("cpu"))
     batch = job.train.per_device_train_batch_size
-    session = TrainingSession.build(job, base, data, Schedule(_STEPS, batch, 1, (), (_STEPS,), (1,)))
+    session = TrainingSession.build(
+        job, base, data, Schedule(_STEPS, batch, 1, (), (_STEPS,), (1,))
+    )
     losses = []
     for step in range(1, _STEPS + 1):
-        session.begin_report()
+        session.reset_loss()
         losses.append(session.advance(step)["train_loss"])
     session.close()
     return losses
@@ -85,11 +96,15 @@ def their_trainer(folder: Path, data: list[dict[str, Any]], tmp_path: Path) -> A
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return SFTTrainer(model, settings, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
+    return SFTTrainer(
+        model, settings, train_dataset=Dataset.from_list(data), processing_class=tokenizer
+    )
 
 
 @pytest.mark.parametrize(
-    "family", [*_WITH_MARKERS[:2], *(pytest.param(one, marks=pytest.mark.long) for one in _WITH_MARKERS[2:])], ids=str
+    "family",
+    [*_WITH_MARKERS[:2], *(pytest.param(one, marks=pytest.mark.long) for one in _WITH_MARKERS[2:])],
+    ids=str,
 )
 def test_losses_are_trls_where_the_template_has_markers(family: Family, tmp_path: Path) -> None:
     data = rows(turns=3)
@@ -108,7 +123,14 @@ def check_losses(trainer: Any, ours: list[float]) -> None:
 
 _NEWLINES = (
     *(BY_NAME[name] for name in ("qwen2.5", "qwen3", "glm4.5")),
-    Family("gemma3", "gemma3_training", "<eos>", after="<end_of_turn>", bos="<bos>", ends=("<end_of_turn>",)),
+    Family(
+        "gemma3",
+        "gemma3_training",
+        "<eos>",
+        after="<end_of_turn>",
+        bos="<bos>",
+        ends=("<end_of_turn>",),
+    ),
 )
 """Models that TRL trains on templates of its own, which learn newlines around a turn as well."""
 
@@ -122,19 +144,26 @@ def test_losses_are_trls_less_its_newlines(family: Family, tmp_path: Path) -> No
     data = rows(turns=3 if family.together else 1)
     folder = model_folder(family, tmp_path / "model")
     trainer, job = their_trainer(folder, data, tmp_path), our_job(folder, data)
-    split, tokenizer = prepare(job).splits["train"], family.tokenizer()
+    split, tokenizer = prepare_tokens(job).splits["train"], family.tokenizer()
     labels = []
     for number, entry in enumerate(trainer.train_dataset):
         ids, theirs = entry["input_ids"], [label != -100 for label in entry["labels"]]
         span = slice(int(split.starts[number]), int(split.starts[number + 1]))
-        ours = [tokenizer.decode(one) for one in learnt_spans(np.asarray(split.ids[span]).tolist(), split.learnt[span])]
+        ours = [
+            tokenizer.decode(one)
+            for one in learnt_spans(np.asarray(split.ids[span]).tolist(), split.learnt[span])
+        ]
         assert [tokenizer.decode(one).strip("\n") for one in learnt_spans(ids, theirs)] == [
             one.strip("\n") for one in ours
         ]
         learnt = [*split.learnt[span], *[False] * (len(ids) - (span.stop - span.start))]
         assert ids[: span.stop - span.start] == np.asarray(split.ids[span]).tolist()
-        extra = [token for token, one, other in zip(ids, learnt, theirs, strict=True) if one != other]
+        extra = [
+            token for token, one, other in zip(ids, learnt, theirs, strict=True) if one != other
+        ]
         assert {tokenizer.decode([token]).strip("\n") for token in extra} <= {""}
         labels.append([token if one else -100 for token, one in zip(ids, learnt, strict=True)])
-    trainer.train_dataset = trainer.train_dataset.remove_columns("labels").add_column("labels", labels)
+    trainer.train_dataset = trainer.train_dataset.remove_columns("labels").add_column(
+        "labels", labels
+    )
     check_losses(trainer, our_losses(job))

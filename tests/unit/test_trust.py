@@ -15,15 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lorafleet.cluster.backends import backend_of
+
+from lorafleet.cluster.backends import get_backend
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
-from lorafleet.jobs.runs.lease import machine, started
+from lorafleet.jobs.runs.lease import get_machine_id, get_process_start
 from lorafleet.jobs.runs.run import Run, RunState
-from lorafleet.jobs.runs.stale_folders import clear_orphans
-from lorafleet.jobs.runs.trust import distrust, forget, remember
-from lorafleet.jobs.user import state_folder, user_config
-
+from lorafleet.jobs.runs.stale_folders import remove_orphans
+from lorafleet.jobs.runs.trust import find_distrust_reason, record_own_run, remove_run_record
+from lorafleet.jobs.user import get_state_folder, load_user_config
 from tests.conftest import lorafleet_here
 from tests.unit.test_run_and_report import finished  # noqa: F401 - a fixture
 
@@ -46,64 +46,67 @@ def own(tmp_path: Path) -> Run:
 
 
 def test_what_was_made_here_is_the_users_own(own: Run) -> None:
-    assert distrust(own.path) is None
-    assert distrust(own.path / "arms" / "a") is None
-    assert distrust(own.path / "parts" / "0") is None
+    assert find_distrust_reason(own.path) is None
+    assert find_distrust_reason(own.path / "arms" / "a") is None
+    assert find_distrust_reason(own.path / "parts" / "0") is None
     assert stat.S_IMODE(own.path.stat().st_mode) == 0o700
     own.path.rename(own.path.with_name("moved-x"))
-    assert distrust(own.path.with_name("moved-x")) is not None  # another name is another run
+    assert (
+        find_distrust_reason(own.path.with_name("moved-x")) is not None
+    )  # another name is another run
     own.path.with_name("moved-x").rename(own.path)
     (own.path.parent / "other").mkdir()
     moved = own.path.rename(own.path.parent / "other" / own.path.name)
-    assert distrust(moved) is None
+    assert find_distrust_reason(moved) is None
 
 
 def test_a_copy_is_not(own: Run) -> None:
     copy = own.path.parent.parent / "else" / own.path.name
     shutil.copytree(own.path, copy)
-    assert "was not created by your lorafleet" in str(distrust(copy))
-    remember(copy)
-    assert distrust(copy) is None
-    forget(copy)
-    assert distrust(copy) is not None
+    assert "was not created by your lorafleet" in str(find_distrust_reason(copy))
+    record_own_run(copy)
+    assert find_distrust_reason(copy) is None
+    remove_run_record(copy)
+    assert find_distrust_reason(copy) is not None
 
 
 @as_root
 def test_another_users_folder_is_not(own: Run) -> None:
     os.chown(own.path, NOBODY, -1)
-    assert f"{own.path} belongs to user nobody" in str(distrust(own.path))
+    assert f"{own.path} belongs to user nobody" in str(find_distrust_reason(own.path))
 
 
 @pytest.mark.parametrize(
-    ("mode", "words"), [(0o770, "can be written by group"), (0o707, "by every user"), (0o1777, "by every user")]
+    ("mode", "words"),
+    [(0o770, "can be written by group"), (0o707, "by every user"), (0o1777, "by every user")],
 )
 def test_what_others_can_write_is_not(own: Run, mode: int, words: str) -> None:
     if os.geteuid() == 0:
         os.chown(own.path, -1, NOBODY)
     own.path.chmod(mode)
     if os.geteuid() == 0 or words == "by every user":
-        assert words in str(distrust(own.path))
+        assert words in str(find_distrust_reason(own.path))
 
 
 def test_a_file_inside_that_others_can_write(own: Run) -> None:
     own.path.chmod(0o755)
-    assert distrust(own.path) is None
+    assert find_distrust_reason(own.path) is None
     (own.path / "plan.json").chmod(0o666)
-    assert "plan.json can be written by every user" in str(distrust(own.path))
+    assert "plan.json can be written by every user" in str(find_distrust_reason(own.path))
     own.path.chmod(0o700)  # where nobody else comes to
-    assert distrust(own.path) is None
+    assert find_distrust_reason(own.path) is None
 
 
 def test_a_folder_above_that_others_can_write(own: Run) -> None:
     own.path.parent.chmod(0o777)
-    assert f"{own.path.parent} can be written by every user" in str(distrust(own.path))
+    assert f"{own.path.parent} can be written by every user" in str(find_distrust_reason(own.path))
     own.path.parent.chmod(0o1777)  # as /tmp
-    assert distrust(own.path) is None
+    assert find_distrust_reason(own.path) is None
     link = own.path.parent.parent / "open" / "link"
     link.parent.mkdir()
     link.symlink_to(own.path.parent)
     link.parent.chmod(0o777)
-    assert "open can be written by every user" in str(distrust(link / own.path.name))
+    assert "open can be written by every user" in str(find_distrust_reason(link / own.path.name))
 
 
 @pytest.mark.parametrize("tag", [0x02, 0x08])
@@ -113,20 +116,24 @@ def test_an_access_list_counts(own: Run, tag: int) -> None:
     def acl(mask: int) -> bytes:
         entries = [(0x01, 7, 0xFFFFFFFF), (tag, 7, NOBODY), (0x04, 0, 0xFFFFFFFF), (0x10, mask, 0xFFFFFFFF),
                    (0x20, 0, 0xFFFFFFFF)]  # fmt: skip
-        return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in sorted(entries))
+        return struct.pack("<I", 2) + b"".join(
+            struct.pack("<HHI", *entry) for entry in sorted(entries)
+        )
 
     try:
         os.setxattr(own.path, "system.posix_acl_access", acl(7))
     except OSError as error:
         pytest.skip(f"no access lists on this file system: {error.strerror}")
-    assert f"can be written by {'user' if tag == 2 else 'group'} no" in str(distrust(own.path))
+    assert f"can be written by {'user' if tag == 2 else 'group'} no" in str(
+        find_distrust_reason(own.path)
+    )
     os.setxattr(own.path, "system.posix_acl_access", acl(5))
-    assert distrust(own.path) is None
+    assert find_distrust_reason(own.path) is None
 
 
 def test_notes_that_others_can_write_prove_nothing(own: Run) -> None:
-    state_folder().chmod(0o777)
-    assert "can be written by every user" in str(distrust(own.path))
+    get_state_folder().chmod(0o777)
+    assert "can be written by every user" in str(find_distrust_reason(own.path))
 
 
 def test_a_group_that_the_user_trusts(own: Run, tmp_path: Path) -> None:
@@ -134,10 +141,10 @@ def test_a_group_that_the_user_trusts(own: Run, tmp_path: Path) -> None:
     config = tmp_path / "config" / "lorafleet" / "config.yaml"
     config.parent.mkdir(parents=True)
     config.write_text(f"trusted_folders: [{own.path.parent}]\n")
-    assert distrust(own.path) is None
+    assert find_distrust_reason(own.path) is None
     config.write_text("trusted_folders: /x\nshar: group\n")
     with pytest.raises(RunError.__mro__[1], match="share"):
-        user_config()
+        load_user_config()
 
 
 def test_a_group_may_read_where_the_site_says_so(tmp_path: Path) -> None:
@@ -152,7 +159,7 @@ def test_a_group_may_read_where_the_user_says_so(tmp_path: Path) -> None:
     config.write_text("share: group\n")
     run = Run.create(tmp_path / "runs", "x")
     assert stat.S_IMODE(run.path.stat().st_mode) == 0o750
-    assert distrust(run.path) is None
+    assert find_distrust_reason(run.path) is None
 
 
 # --- a stranger's run
@@ -163,24 +170,47 @@ def strangers(finished: Run, tmp_path: Path) -> Run:  # noqa: F811
     """A run that was handed over as an archive, with all that it can name."""
     marker = tmp_path / "it-ran"
     metric = tmp_path / "metric.py"
-    metric.write_text(f"import pathlib\npathlib.Path({str(marker)!r}).touch()\ndef m(p, r): return 1.0\n")
+    metric.write_text(
+        f"import pathlib\npathlib.Path({str(marker)!r}).touch()\ndef m(p, r): return 1.0\n"
+    )
     folder = tmp_path / "from-elsewhere" / finished.path.name
     shutil.copytree(finished.path, folder)
     plan = json.loads((folder / "plan.json").read_text())
     plan["job"]["environment"] = {"TZ": "UTC"}
-    plan["job"]["evaluate"]["custom_metrics"] = {"m": {"function": f"{metric}:m", "goal": "maximize"}}
+    plan["job"]["evaluate"]["custom_metrics"] = {
+        "m": {"function": f"{metric}:m", "goal": "maximize"}
+    }
     (folder / "plan.json").write_text(json.dumps(plan))
     return Run(folder)
 
 
 @pytest.mark.parametrize(
-    "words", [["sync"], ["resume"], ["stop"], ["pull"], ["evaluate"], ["export"], ["benchmark"], ["rate"], ["exec"]]
+    "words",
+    [
+        ["sync"],
+        ["resume"],
+        ["stop"],
+        ["pull"],
+        ["evaluate"],
+        ["export"],
+        ["benchmark"],
+        ["rate"],
+        ["exec"],
+    ],
 )
-def test_nothing_of_a_strangers_run_is_run(strangers: Run, tmp_path: Path, words: list[str]) -> None:
+def test_nothing_of_a_strangers_run_is_run(
+    strangers: Run, tmp_path: Path, words: list[str]
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in strangers.path.rglob("*")}
     done = lorafleet_here(*words, strangers.path, cwd=tmp_path)
     assert done.returncode == 2
-    for said in ("was not created by your lorafleet", "custom metric m (", "environment TZ", "--trust", "security.md"):
+    for said in (
+        "was not created by your lorafleet",
+        "custom metric m (",
+        "environment TZ",
+        "--trust",
+        "security.md",
+    ):
         assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "it-ran").exists()
@@ -191,11 +221,19 @@ def test_nothing_of_a_strangers_run_is_run(strangers: Run, tmp_path: Path, words
 def test_a_strangers_run_is_read(strangers: Run, tmp_path: Path, words: list[str]) -> None:
     """Without a word to the cluster that it names, and without a byte written."""
     with listening() as (port, heard):
-        site = {"name": "evil", "kind": "ray", "address": f"http://127.0.0.1:{port}", "storage": "/data"}
+        site = {
+            "name": "evil",
+            "kind": "ray",
+            "address": f"http://127.0.0.1:{port}",
+            "storage": "/data",
+        }
         files.write_json(
-            strangers.path / "site.json", {"kind": "ray", "site": site, "submission": 1, "handed_over": True}
+            strangers.path / "site.json",
+            {"kind": "ray", "site": site, "submission": 1, "handed_over": True},
         )
-        files.write_json(strangers.path / "status.json", strangers.status() | {"state": "running", "pid": 1})
+        files.write_json(
+            strangers.path / "status.json", strangers.read_status() | {"state": "running", "pid": 1}
+        )
         before = {path: path.stat().st_mtime_ns for path in strangers.path.rglob("*")}
         name = [] if words == ["list"] else [strangers.path]
         done = lorafleet_here(*words, *name, "--runs", strangers.path.parent, cwd=tmp_path)
@@ -235,8 +273,13 @@ def sleeper() -> Iterator[subprocess.Popen[bytes]]:
 def test_no_process_that_a_run_names_is_touched(
     strangers: Run, sleeper: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
-    running = {"state": "running", "pid": sleeper.pid, "pid_started": started(sleeper.pid), "host": os.uname().nodename}
-    files.write_json(strangers.path / "status.json", strangers.status() | running)
+    running = {
+        "state": "running",
+        "pid": sleeper.pid,
+        "pid_started": get_process_start(sleeper.pid),
+        "host": os.uname().nodename,
+    }
+    files.write_json(strangers.path / "status.json", strangers.read_status() | running)
     assert lorafleet_here("stop", strangers.path, cwd=tmp_path).returncode == 2
     time.sleep(0.2)
     assert sleeper.poll() is None
@@ -244,7 +287,11 @@ def test_no_process_that_a_run_names_is_touched(
 
 @pytest.mark.parametrize("trust", [False, True])
 def test_no_folder_that_a_run_names_is_deleted(
-    strangers: Run, sleeper: subprocess.Popen[bytes], tmp_path: Path, trust: bool, monkeypatch: pytest.MonkeyPatch
+    strangers: Run,
+    sleeper: subprocess.Popen[bytes],
+    tmp_path: Path,
+    trust: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With `--trust` as well: what a killed driver has left is known otherwise."""
     victim = tmp_path / "victim"
@@ -254,9 +301,9 @@ def test_no_folder_that_a_run_names_is_deleted(
         strangers.path / "logs" / "ray.json",
         {"own": True, "scratch": str(victim), "session_dir": "/x/session_60", "attempt": 1},
     )
-    files.write_json(strangers.path / "status.json", strangers.status() | {"state": "stopped"})
+    files.write_json(strangers.path / "status.json", strangers.read_status() | {"state": "stopped"})
     monkeypatch.setattr("lorafleet.cluster.local.LocalBackend.start", lambda *_: None)
-    backend = backend_of(strangers, trust=trust)
+    backend = get_backend(strangers, trust=trust)
     if trust:
         backend.resume(strangers)
     else:
@@ -272,7 +319,7 @@ def test_no_folder_that_a_run_names_is_deleted(
 def left_behind(parent: Path, name: str = "lf-abcdefgh", **owner: object) -> Path:
     folder = parent / name
     (folder / "ray" / "session_1").mkdir(parents=True)
-    facts = {"machine": machine(), "pid": 2**22 + 1, "started": 1} | owner
+    facts = {"machine": get_machine_id(), "pid": 2**22 + 1, "started": 1} | owner
     (folder / "owner.json").write_text(json.dumps(facts))
     return folder
 
@@ -281,14 +328,18 @@ def test_what_a_killed_driver_left_goes(tmp_path: Path) -> None:
     """Its folder, and its processes: this user's, with the folder on their command line."""
     dead, alive = (
         left_behind(tmp_path),
-        left_behind(tmp_path, "lf-stillhere", pid=os.getpid(), started=started(os.getpid())),
+        left_behind(
+            tmp_path, "lf-stillhere", pid=os.getpid(), started=get_process_start(os.getpid())
+        ),
     )
     process = subprocess.Popen(["bash", "-c", "sleep 60; :", f"{dead}/ray/session_1"])
     other = subprocess.Popen(["sleep", "60"])
     try:
         time.sleep(0.3)
-        clear_orphans(tmp_path)
-        assert started(process.pid) is None  # psutil has waited for it: it was a child of this process
+        remove_orphans(tmp_path)
+        assert (
+            get_process_start(process.pid) is None
+        )  # psutil has waited for it: it was a child of this process
         assert other.poll() is None
     finally:
         for one in (process, other):
@@ -301,7 +352,9 @@ def test_what_a_killed_driver_left_goes(tmp_path: Path) -> None:
 def test_only_what_is_surely_ours_goes(tmp_path: Path) -> None:
     elsewhere = tmp_path / "else" / "thesis"
     elsewhere.mkdir(parents=True)
-    (elsewhere / "owner.json").write_text(json.dumps({"machine": machine(), "pid": 2**22 + 1, "started": 1}))
+    (elsewhere / "owner.json").write_text(
+        json.dumps({"machine": get_machine_id(), "pid": 2**22 + 1, "started": 1})
+    )
     tmp = tmp_path / "tmp"
     tmp.mkdir()
     (tmp / "lf-linked01").symlink_to(elsewhere)
@@ -317,7 +370,7 @@ def test_only_what_is_surely_ours_goes(tmp_path: Path) -> None:
     (kept / "song.mp3").touch()
     os.utime(kept, (0, 0))
     before = sorted(path.name for path in tmp.iterdir())
-    clear_orphans(tmp)
+    remove_orphans(tmp)
     assert sorted(path.name for path in tmp.iterdir()) == before
     assert (elsewhere / "owner.json").exists()
 
@@ -326,11 +379,11 @@ def test_only_what_is_surely_ours_goes(tmp_path: Path) -> None:
 def test_another_users_folder_stays(tmp_path: Path) -> None:
     folder = left_behind(tmp_path)
     os.chown(folder, NOBODY, -1)
-    clear_orphans(tmp_path)
+    remove_orphans(tmp_path)
     assert folder.exists()
     os.chown(folder, 0, -1)
     os.chown(folder / "owner.json", NOBODY, -1)
-    clear_orphans(tmp_path)
+    remove_orphans(tmp_path)
     assert folder.exists()
 
 
@@ -338,16 +391,18 @@ def test_what_ray_made_anew_goes_in_time(tmp_path: Path) -> None:
     for name in ("lf-younger01", "lf-older0001"):
         (tmp_path / name / "ray" / "session_1").mkdir(parents=True)
     os.utime(tmp_path / "lf-older0001", (0, 0))
-    clear_orphans(tmp_path)
+    remove_orphans(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["lf-younger01"]
 
 
 def test_the_state_of_a_run_that_is_not_ours(strangers: Run) -> None:
-    files.write_json(strangers.path / "status.json", strangers.status() | {"state": "running"})
-    assert backend_of(strangers).look(strangers).state is RunState.RUNNING
+    files.write_json(strangers.path / "status.json", strangers.read_status() | {"state": "running"})
+    assert get_backend(strangers).status(strangers).state is RunState.RUNNING
 
 
-def test_doctor_says_who_can_change_what_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_who_can_change_what_matters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     monkeypatch.setenv("LORAFLEET_CACHE", str(cache))
@@ -371,12 +426,12 @@ NEVER = ["environment.LD_PRELOAD", "evaluate.custom_metrics", "model.trust_remot
 @pytest.mark.parametrize("path", NEVER)
 def test_a_trials_record_does_not_say_what_runs(path: str, finished: Run) -> None:  # noqa: F811
     """It may come from a cluster's storage, and is put into the job by `export` and `evaluate`."""
-    from lorafleet.evaluation.report.model_of_run import job_of
+    from lorafleet.evaluation.report.model_of_run import load_trial_job
 
-    trial = finished.trial("aaaa")
+    trial = finished.get_trial("aaaa")
     files.write_json(trial.path / "params.json", {"index": 0, "assignment": {path: "/tmp/evil"}})
     with pytest.raises((RunError, ValueError), match="no field that a trial can have"):
-        job_of(trial)
+        load_trial_job(trial)
 
 
 def test_what_is_written_in_place_follows_no_link(own: Run, tmp_path: Path) -> None:
@@ -389,18 +444,20 @@ def test_what_is_written_in_place_follows_no_link(own: Run, tmp_path: Path) -> N
     from lorafleet.jobs.runs.lease import Lease
 
     with pytest.raises(RunError, match="take it away"):
-        own.keep_reserve()
+        own.create_reserve()
     with pytest.raises(RunError, match="take it away"):
         Lease(own.path, 1).release()
     with pytest.raises(RunError, match="take it away"):
-        files.opened_to_append(own.path / "logs" / "driver.log")
+        files.open_to_append(own.path / "logs" / "driver.log")
     assert victim.read_text() == "key"
 
 
 def test_an_inode_alone_proves_nothing(own: Run) -> None:
-    """A folder that was removed gives its inode to the next one, which may be an archive of the same name."""
+    """A folder that was removed gives its inode to the next one, which may be an archive of the
+    same name.
+    """
     (own.path / ".own").write_text("another")
-    assert "was not created by your lorafleet" in str(distrust(own.path))
+    assert "was not created by your lorafleet" in str(find_distrust_reason(own.path))
 
 
 def test_a_trusted_folder_says_nothing_of_its_neighbours(
@@ -410,12 +467,12 @@ def test_a_trusted_folder_says_nothing_of_its_neighbours(
     neighbour = tmp_path / "runs" / "team"
     neighbour.mkdir()
     monkeypatch.setenv("LORAFLEET_TRUSTED_FOLDERS", str(neighbour))
-    assert "can be written by every user" in str(distrust(own.path))
+    assert "can be written by every user" in str(find_distrust_reason(own.path))
     link = tmp_path / "link"
     link.symlink_to(own.path.parent)
     monkeypatch.setenv("LORAFLEET_TRUSTED_FOLDERS", str(link))
-    assert distrust(own.path) is None
-    assert distrust(link / own.path.name) is None
+    assert find_distrust_reason(own.path) is None
+    assert find_distrust_reason(link / own.path.name) is None
     (own.path / "plan.json").chmod(0o666)
     own.path.chmod(0o755)
-    assert distrust(own.path) is None
+    assert find_distrust_reason(own.path) is None

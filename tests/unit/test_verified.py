@@ -1,4 +1,6 @@
-"""What was fetched is what is used: a changed byte, a lost file, a cache of somebody else are told before training."""
+"""What was fetched is what is used: a changed byte, a lost file, a cache of somebody else are told
+before training.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +9,23 @@ import os
 from pathlib import Path
 
 import pytest
+
 from lorafleet.jobs import files
 from lorafleet.jobs.data import verified_files as verified
-from lorafleet.jobs.data.hub import model_revision
-from lorafleet.jobs.data.verified_files import check_cache, check_unchanged, content_of, seal
+from lorafleet.jobs.data.hub import resolve_model_revision
+from lorafleet.jobs.data.verified_files import (
+    check_cache,
+    check_unchanged,
+    compute_content_hash,
+    record_fetched_files,
+)
 from lorafleet.jobs.errors import AssetError, RunError
 
 
 @pytest.fixture(autouse=True)
 def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    verified._open_cache.cache_clear()
+    verified._find_cache_writer.cache_clear()
 
 
 @pytest.fixture
@@ -26,7 +34,7 @@ def fetched(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
-    seal(folder)
+    record_fetched_files(folder)
     return folder
 
 
@@ -42,14 +50,16 @@ def test_what_has_changed_is_not_used(fetched: Path, damage: str) -> None:
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         check_unchanged(fetched)
     with pytest.raises(AssetError, match="delete the folder, and run `lorafleet fetch` again"):
-        check_unchanged(fetched, whole=damage == "same look")
+        check_unchanged(fetched, read_all=damage == "same look")
 
 
-def test_what_only_looks_otherwise_is_read_once(fetched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_only_looks_otherwise_is_read_once(
+    fetched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     os.utime(fetched / "model.safetensors", (0, 0))
     read = []
-    whole = files.sha256_file
-    monkeypatch.setattr(files, "sha256_file", lambda path: read.append(path.name) or whole(path))
+    whole = files.compute_sha256
+    monkeypatch.setattr(files, "compute_sha256", lambda path: read.append(path.name) or whole(path))
     check_unchanged(fetched)
     check_unchanged(fetched)
     assert read == ["model.safetensors"]
@@ -61,8 +71,10 @@ def test_what_is_fetched_anew_is_looked_at_anew(fetched: Path) -> None:
     (fetched / "config.json").write_text("other")
     check_unchanged(fetched)
     with pytest.raises(AssetError, match="holds other files than were fetched"):
-        check_unchanged(fetched, content=content_of(fetched.with_name("old")))
-    check_unchanged(fetched.with_name("old"), content=content_of(fetched.with_name("old")))
+        check_unchanged(fetched, content=compute_content_hash(fetched.with_name("old")))
+    check_unchanged(
+        fetched.with_name("old"), content=compute_content_hash(fetched.with_name("old"))
+    )
 
 
 @pytest.fixture
@@ -88,25 +100,25 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_the_hubs_files_are_known_by_their_names(hub: Path, name: str) -> None:
     """Even where they were changed before this machine first looked."""
-    assert model_revision("org/name", None) == "a" * 40
+    assert resolve_model_revision("org/name", None) == "a" * 40
     (hub / name).resolve().write_bytes(b"[]changed")
     with pytest.raises(AssetError, match=f"{name} is not what was fetched"):
-        model_revision("org/name", None)
+        resolve_model_revision("org/name", None)
     for note in (hub.parents[3] / "state").rglob("*.json"):
         note.unlink()
     with pytest.raises(AssetError, match=f"{name} is not what was fetched"):
-        model_revision("org/name", None)
+        resolve_model_revision("org/name", None)
 
 
 def test_a_cache_that_others_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     check_cache(cache)
-    verified._open_cache.cache_clear()
+    verified._find_cache_writer.cache_clear()
     cache.chmod(0o777)
     with pytest.raises(AssetError, match="can be written by every user, so that the cache"):
         check_cache(cache)
-    verified._open_cache.cache_clear()
+    verified._find_cache_writer.cache_clear()
     monkeypatch.setenv("LORAFLEET_TRUSTED_FOLDERS", f"/else:{cache}")
     check_cache(cache)
 
@@ -126,7 +138,7 @@ def test_a_lock_is_never_followed_or_emptied(tmp_path: Path, kind: str) -> None:
         os.mkfifo(lock)
     else:
         lock.mkdir()
-    with pytest.raises((RunError, IsADirectoryError)), files.locked(tmp_path / "x"):
+    with pytest.raises((RunError, IsADirectoryError)), files.hold_lock(tmp_path / "x"):
         pass
     assert victim.read_text() == "words"
     assert not (tmp_path / "made-by-us").exists()
@@ -134,7 +146,10 @@ def test_a_lock_is_never_followed_or_emptied(tmp_path: Path, kind: str) -> None:
 
 def test_a_lock_keeps_what_is_in_it(tmp_path: Path) -> None:
     (tmp_path / "x.lock").write_text("somebody's notes")
-    with files.locked(tmp_path / "x") as held, files.locked(tmp_path / "x", wait=False) as second:
+    with (
+        files.hold_lock(tmp_path / "x") as held,
+        files.hold_lock(tmp_path / "x", wait=False) as second,
+    ):
         assert (held, second) == (True, False)
     assert (tmp_path / "x.lock").read_text() == "somebody's notes"
 

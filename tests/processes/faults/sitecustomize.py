@@ -1,8 +1,9 @@
-"""On PYTHONPATH of the runs that tests disturb: Python imports it at its start, in every process of the run.
+"""On PYTHONPATH of the runs that tests disturb: Python imports it at its start, in every process of
+the run.
 
-LORAFLEET_TEST_FAULT holds what goes wrong, as JSON: {"at": "module:name" or "module:Class.method", "call": its number
-in the process from 1, "do": what, "flag": a file that is made when it happens; where it is there already, nothing
-happens, "rank": only in this process of a group}.
+LORAFLEET_TEST_FAULT holds what goes wrong, as JSON: {"at": "module:name" or "module:Class.method",
+"call": its number in the process from 1, "do": what, "flag": a file that is made when it happens;
+where it is there already, nothing happens, "rank": only in this process of a group}.
 """
 
 import errno
@@ -74,7 +75,9 @@ class Planter(importlib.abc.MetaPathFinder):
         for name in way:
             owner = getattr(owner, name)
         real, count = getattr(owner, last), [0]
-        act = globals()[self.fault["do"]]  # by value: Ray may carry this function to another process
+        act = globals()[
+            self.fault["do"]
+        ]  # by value: Ray may carry this function to another process
 
         def disturbed(*args, **kwargs):
             count[0] += 1

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from benchmarks.peer import describe_machine
 from lorafleet.cluster.fetch import fetch_job
-from lorafleet.cluster.hardware import detect_local_site
-from lorafleet.cluster.local import write_run
+from lorafleet.cluster.local_site import detect_local_site
 from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.cluster.submission import write_run
 from lorafleet.jobs.loading.job_file import LoadedJob, load_job
 from lorafleet.jobs.runs.run import Run
 from lorafleet.tuning.trial_run import Work
@@ -190,7 +190,7 @@ def run_peer(folder: Path, *, grouped: bool) -> None:
     from lorafleet.jobs.schema.job import JobSpec
     from lorafleet.training.data import prepare_tokens
 
-    job = JobSpec.model_validate_json(json.dumps(plan["job"]))
+    job = JobSpec.from_record(plan["job"])
     work = Work(job, str(folder), str(prepare_tokens(job).folder), 0, True)
     trials = [
         {

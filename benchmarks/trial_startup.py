@@ -20,9 +20,9 @@ from pathlib import Path
 
 from benchmarks.peer import describe_machine
 from lorafleet.cluster.fetch import fetch_job
-from lorafleet.cluster.hardware import detect_local_site
-from lorafleet.cluster.local import write_run
+from lorafleet.cluster.local_site import detect_local_site
 from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.cluster.submission import write_run
 from lorafleet.jobs.loading.job_file import LoadedJob, load_job
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.trials.sampling import build_trial_job

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
-from lorafleet.cluster.remote.transfer import WeightSelection
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.plan import Plan
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.schema.job import JobSpec
 
 Say = Callable[[str], None]
+"""Takes progress messages."""
+WeightSelection = Literal["none", "best", "all", "exports"]
+"""The weights to transfer: of no trial, the best or all; or the models exported from them."""
 
 
 def ignore_message(message: str) -> None:
@@ -25,11 +27,9 @@ class RunStatus:
     """The status of a run, as the backend reports it."""
 
     state: RunState
-    sentence: str = ""
-    """What the backend reports beside the state: why the run waits, how it ended, or what happens
-    to it now.
-    """
-    asked: bool = True
+    message: str = ""
+    """Why the run waits, how it ended, or what happens to it now."""
+    fresh: bool = True
     """True if the backend just reported this state; False if it was unreachable and this is the
     last recorded state.
     """
@@ -42,7 +42,7 @@ class Watch(Protocol):
     """True if Ctrl-C leaves the run alone because it is in a queue and not a child of this
     process.
     """
-    seen: RunStatus
+    status: RunStatus
     """The last status that the backend reported."""
 
     def poll(self) -> int | None:
@@ -83,6 +83,13 @@ class RunBackend(Protocol):
 class Backend(RunBackend, Protocol):
     """A backend that runs jobs."""
 
+    @property
+    def shares_disk(self) -> bool:
+        """Return whether its machines read and write this machine's folders."""
+
+    def describe_run_location(self, run: str, runs: Path) -> str:
+        """Return where a run of this name is or will be, for people."""
+
     def resolve_runs_dir(self, requested: Path) -> Path:
         """Return the backend's folder of runs, when the user names `requested`."""
 
@@ -104,6 +111,10 @@ class Backend(RunBackend, Protocol):
 class Cluster(Backend, Protocol):
     """A backend that runs jobs on other machines."""
 
+    @property
+    def site_name(self) -> str:
+        """Return the name of the site."""
+
     def upload_inputs(self, job: JobSpec, say: Say) -> str:
         """Upload everything that a job names to where its processes look for it; return a
         message.
@@ -111,6 +122,14 @@ class Cluster(Backend, Protocol):
 
     def upload_asset(self, name: str, say: Say) -> str:
         """Upload an asset; return its folder on the cluster."""
+
+    def attach(self, name: str, runs: Path, say: Say) -> Run:
+        """Create the local record of a run that this machine has none of.
+
+        Raises:
+            UserError: There is no such run on the storage, or the runs need no record because
+                this machine sees their folders.
+        """
 
     def check_site(self, runs: Path) -> Run:
         """Submit a short job that inspects nodes and writes `findings.json` into its folder."""

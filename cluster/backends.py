@@ -9,7 +9,8 @@ import importlib
 from typing import Any
 
 from lorafleet.cluster.backend import Backend, Cluster, RunBackend
-from lorafleet.jobs import files
+from lorafleet.cluster.local_site import detect_local_site
+from lorafleet.cluster.submission import find_record
 from lorafleet.jobs.loading.site_file import LoadedSite
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.runs.trust import find_distrust_reason
@@ -22,9 +23,6 @@ _CLUSTERS = {
 }
 """Backend class of each kind of site file, as module:class."""
 
-SITE_FILE = "site.json"
-"""File in the folder of a queued run: the site as it was at submission."""
-
 
 def create_local_backend(site: Site) -> Backend:
     """Return the backend for this machine, or for the Ray cluster that RAY_ADDRESS names."""
@@ -33,23 +31,15 @@ def create_local_backend(site: Site) -> Backend:
     return LocalBackend(site)
 
 
-def _backend_class(kind: str) -> Any:
+def _get_backend_class(kind: str) -> Any:
     module, _, name = _CLUSTERS[kind].partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def create_cluster_backend(site: LoadedSite, nodes: int | None = None) -> Cluster:
     """Return the backend for the cluster of a site file, for a job on `nodes` nodes."""
-    backend: Cluster = _backend_class(site.site.kind)(site.site, nodes)
+    backend: Cluster = _get_backend_class(site.site.kind)(site.site, nodes)
     return backend
-
-
-def is_remote(run: Run) -> bool:
-    """Return whether a run's local folder is only a record of a run on remote storage.
-
-    This machine cannot read that storage.
-    """
-    return files.read_json(run.path / SITE_FILE).get("kind") in ("kubernetes", "ray")
 
 
 def get_backend(run: Run, *, trust: bool = False) -> RunBackend:
@@ -62,10 +52,8 @@ def get_backend(run: Run, *, trust: bool = False) -> RunBackend:
     reason = None if trust else find_distrust_reason(run.path)
     if reason is not None:
         return UntrustedBackend(reason)
-    record = files.read_json(run.path / SITE_FILE)
-    if not record:
-        from lorafleet.cluster.hardware import detect_local_site
-
+    record = find_record(run)
+    if record is None:
         return create_local_backend(detect_local_site())
-    backend: Cluster = _backend_class(record["kind"]).from_record(record)
+    backend: Cluster = _get_backend_class(record.kind).from_record(record)
     return backend

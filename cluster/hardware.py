@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafleet.jobs.errors import PlacementRefused
-from lorafleet.jobs.sites.base import LocalSite, RaySite, Site
-from lorafleet.jobs.text import format_count
 
 
 @dataclass(frozen=True)
@@ -22,62 +20,6 @@ class Gpus:
     name: str = ""
     memory_gib: float = 0.0
     driver: str = ""
-
-
-def detect_site(nodes: int | None = None) -> Site:
-    """Return the Ray cluster that RAY_ADDRESS names, or this machine, limited to `nodes` nodes.
-
-    Raises:
-        PlacementRefused: There are fewer nodes that take work.
-    """
-    address = os.environ.get("RAY_ADDRESS")
-    if address:
-        from lorafleet.cluster.ray.nodes import detect_ray_site
-
-        return limit_nodes(detect_ray_site(address), nodes)
-    if nodes and nodes > 1:
-        raise PlacementRefused(
-            f"--nodes is {nodes}, and this is one machine: start Ray on each (`ray start`) and "
-            "name it in RAY_ADDRESS"
-        )
-    return detect_local_site()
-
-
-def limit_nodes(site: RaySite, nodes: int | None) -> RaySite:
-    """Return a cluster with only its `nodes` largest machines.
-
-    Trials then run in parallel only up to the capacity of these machines.
-
-    Raises:
-        PlacementRefused: The cluster has fewer machines that take work.
-    """
-    usable_nodes = [node for node in site.nodes if node.cpus]
-    if nodes is None:
-        return site
-    if nodes > len(usable_nodes):
-        raise PlacementRefused(
-            f"--nodes is {nodes}, and {site.display_name} has "
-            f"{format_count(len(usable_nodes), 'machine')} for work"
-        )
-    largest = sorted(usable_nodes, key=lambda node: (node.gpus, node.cpus), reverse=True)[:nodes]
-    return site.model_copy(update={"nodes": tuple(largest)})
-
-
-def detect_local_site() -> LocalSite:
-    """Return this machine as a site.
-
-    Cores come from this process's affinity and cgroup, memory is what is free, GPUs come from
-    the driver.
-    """
-    gpus = find_gpus()
-    return LocalSite(
-        cpus=count_cpus(),
-        memory_gib=get_free_memory_gib(),
-        gpus=gpus.count,
-        gpu_memory_gib=gpus.memory_gib,
-        gpu_name=gpus.name,
-        without_gpu="" if gpus.count else explain_missing_gpu(gpus.driver),
-    )
 
 
 def count_cpus() -> int:

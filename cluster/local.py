@@ -6,20 +6,19 @@ The process has its own Ray, or uses the one that RAY_ADDRESS names.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from lorafleet.cluster.backend import RunStatus, Say, ignore_message
+from lorafleet.cluster.backend import RunStatus, Say, WeightSelection, ignore_message
+from lorafleet.cluster.execution.driver import get_driver_command
 from lorafleet.cluster.hardware import check_torch
 from lorafleet.cluster.planning.plan import make_plan
-from lorafleet.cluster.remote.transfer import WeightSelection
+from lorafleet.cluster.submission import write_run
 from lorafleet.jobs import files
-from lorafleet.jobs.errors import ExitCode, RunError, make_disk_full_error
-from lorafleet.jobs.loading.job_file import LoadedJob, dump_resolved
+from lorafleet.jobs.errors import ExitCode, RunError
+from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.plan import Plan
 from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.runs.stale_folders import remove_orphans
@@ -32,6 +31,12 @@ class LocalBackend:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.child: subprocess.Popen[bytes] | None = None
+
+    shares_disk = True
+
+    def describe_run_location(self, run: str, runs: Path) -> str:
+        """Return where a run of this name is, for people."""
+        return str(runs / run)
 
     def resolve_runs_dir(self, requested: Path) -> Path:
         """Return the folder that the user names."""
@@ -127,7 +132,7 @@ class ChildWatch:
 
     def __init__(self, child: subprocess.Popen[bytes]) -> None:
         self.child = child
-        self.seen = RunStatus(RunState.RUNNING)
+        self.status = RunStatus(RunState.RUNNING)
 
     def poll(self) -> int | None:
         """Return the exit code once the driver has ended; death by a signal counts as
@@ -152,35 +157,3 @@ def interrupt_drivers() -> None:
     for child in _STARTED_DRIVERS:
         if child.poll() is None:
             child.send_signal(signal.SIGINT)
-
-
-def get_driver_command() -> list[str]:
-    """Return the command that runs lorafleet.
-
-    That is the console script beside this Python. Without the script, Python runs the same
-    main function with `-P`, so that no unrelated folder is on its path.
-    """
-    script = Path(sys.executable).with_name("lorafleet")
-    if script.is_file():
-        return [str(script)]
-    return [sys.executable, "-P", "-c", "from lorafleet.commands.cli import main; main()"]
-
-
-def write_run(plan: Plan, loaded: LoadedJob, runs: Path, share: str = "none") -> Run:
-    """Create a new run's folder with all its files, in the pending state.
-
-    Args:
-        share: The site's `share` setting, as `make_run_folder` takes it.
-    """
-    run = Run.create(runs, plan.job.name, share)
-    try:
-        files.write_text(run.path / "job.yaml", loaded.text)
-        files.write_text(run.path / "resolved.json", dump_resolved(loaded))
-        files.write_json(run.path / "plan.json", plan.model_dump(mode="json"))
-    except BaseException as error:
-        shutil.rmtree(run.path, ignore_errors=True)
-        disk_error = make_disk_full_error(error, runs, "start again")
-        if disk_error is not None:
-            raise disk_error from error
-        raise
-    return run

@@ -105,19 +105,19 @@ def compute_folder_bytes(folder: Path) -> int:
 
 def find_clean_obstacle(run: Run) -> str | None:
     """Return why a run may not be cleaned, or None."""
-    from lorafleet.cluster.backends import SITE_FILE, get_backend
+    from lorafleet.cluster.backends import get_backend
+    from lorafleet.cluster.submission import find_record
 
     active_states = (RunState.RUNNING, RunState.PENDING)
-    if (run.path / SITE_FILE).is_file():  # the run's own record may be older than the queue's state
+    was_submitted = find_record(run) is not None
+    if was_submitted:  # the run's own record may be older than the queue's state
         status = get_backend(run).status(run)
         if status.state in active_states:
             return f"it is {status.state}; `lorafleet stop {run.id}` first"
-        if not status.asked:
-            return f"its cluster cannot be asked whether it runs: {status.sentence}"
+        if not status.fresh:
+            return f"its cluster cannot be asked whether it runs: {status.message}"
     is_on_other_host = run.read_status().get("host", os.uname().nodename) != os.uname().nodename
-    if run.is_alive() or (
-        is_on_other_host and run.state in active_states and not (run.path / SITE_FILE).is_file()
-    ):
+    if run.is_alive() or (is_on_other_host and run.state in active_states and not was_submitted):
         return f"it is {run.state}; `lorafleet stop {run.id}` first"
     if has_unsynced_wandb(run):
         return (

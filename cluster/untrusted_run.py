@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from lorafleet.cluster.backend import RunStatus, Say, Watch, ignore_message
-from lorafleet.cluster.remote.transfer import WeightSelection
+from lorafleet.cluster.backend import RunStatus, Say, Watch, WeightSelection, ignore_message
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.runs.trust import format_refusal
@@ -23,7 +22,7 @@ class UntrustedBackend:
         return RunStatus(
             run.state,
             f"{self.reason}; its processes and its cluster were not contacted",
-            asked=False,
+            fresh=False,
         )
 
     def refresh(self, run: Run, say: Say = ignore_message) -> None:

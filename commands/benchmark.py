@@ -103,8 +103,8 @@ def benchmark(
     from lorafleet.deployment.benchmark import BenchmarkSettings, build_variants
     from lorafleet.deployment.benchmark import benchmark as measure
     from lorafleet.evaluation.render.wandb import track_report
+    from lorafleet.evaluation.render.write import write_report_files
     from lorafleet.evaluation.report.model_of_run import select_model
-    from lorafleet.evaluation.report.search import write_report_files
 
     amount = BenchmarkSettings(rounds, rows, new_tokens, threads, points)
     selected_run = find_run(runs, name)

@@ -98,7 +98,7 @@ def get_backend(on: str | None, nodes: int | None, chain: int | None = None) -> 
         raise UserError(
             "--max-walltime-chain is for clusters with time limits: it goes with --on SITE"
         )
-    from lorafleet.cluster.hardware import detect_site
+    from lorafleet.cluster.local_site import detect_site
 
     return create_local_backend(detect_site(nodes))
 
@@ -209,7 +209,7 @@ def show_report(report: Report, output: Format, *, quiet: bool = False) -> bool:
         True if the full table was printed for a person; the caller may then print more.
     """
     from lorafleet.evaluation.render.forms import render_terminal
-    from lorafleet.evaluation.report.search import render_report_json
+    from lorafleet.evaluation.render.write import render_report_json
 
     if output is Format.JSON:
         typer.echo(render_report_json(report))

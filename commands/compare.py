@@ -89,8 +89,8 @@ def _compare_runs(
 ) -> None:
     from lorafleet.cluster.backends import get_backend
     from lorafleet.cluster.run_index import find_run
+    from lorafleet.evaluation.render.write import write_report_files
     from lorafleet.evaluation.report.across_runs import compare_runs
-    from lorafleet.evaluation.report.search import write_report_files
     from lorafleet.jobs.errors import UserError
 
     selected_runs = [find_run(runs, name) for name in names]

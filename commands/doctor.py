@@ -74,7 +74,7 @@ def _check_nodes(on: str, nodes: int | None, runs: Path) -> list[Finding]:
         report = files.read_json(run.path / "findings.json")
         watch = None if report else backend.watch(run)
         while watch and (code := watch.poll()) is None:
-            message = watch.seen.sentence
+            message = watch.status.message
             if message not in ("", last_message):
                 last_message = message
                 print_message(message)
@@ -87,7 +87,7 @@ def _check_nodes(on: str, nodes: int | None, runs: Path) -> list[Finding]:
             )
             raise UserError(
                 f"{log_end}\nthe job ended with code {code} and looked at nothing: "
-                f"{watch.seen.sentence}"
+                f"{watch.status.message}"
             )
     except KeyboardInterrupt:
         with contextlib.suppress(UserError):

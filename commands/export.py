@@ -22,7 +22,8 @@ from lorafleet.commands.common import (
     print_message,
     silence_libraries,
 )
-from lorafleet.commands.deliver import print_export, submit_delivery
+from lorafleet.commands.deliver import submit_delivery
+from lorafleet.commands.show import print_export
 from lorafleet.commands.sweep import Detach, Wait
 
 if TYPE_CHECKING:

@@ -170,8 +170,8 @@ def _read_experiment(path: Path) -> Experiment:
 
 def _read_blocks(file: Path) -> dict[str, Any]:
     """Return the top-level blocks of a YAML file. Raises JobFileError."""
+    from lorafleet.jobs import yaml12
     from lorafleet.jobs.errors import JobFileError, Problem
-    from lorafleet.jobs.loading import yaml12
     from lorafleet.jobs.loading.job_file import read_text
 
     document = yaml12.parse_document(read_text(file))

@@ -431,7 +431,7 @@ def _quote_yaml(text: str) -> str:
     import json
     import re
 
-    from lorafleet.jobs.loading.yaml12 import parse_scalar
+    from lorafleet.jobs.yaml12 import parse_scalar
 
     is_plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./:-]*", text) and not text.endswith(":")
     return text if is_plain and parse_scalar(text) == text else json.dumps(text, ensure_ascii=False)

@@ -66,17 +66,16 @@ _COLUMNS = ("run", "state", "on", "created", "trials", "ended", "mb")
 
 def _build_row(run: Run) -> dict[str, object]:
     """Return a run's row of the table. Raises RunError if its files are damaged."""
-    from lorafleet.cluster.backends import SITE_FILE
     from lorafleet.cluster.run_index import compute_folder_bytes
-    from lorafleet.jobs import files
+    from lorafleet.cluster.submission import find_record
 
     states = [trial.state for trial in run.list_trials()]
-    site_record = files.read_json(run.path / SITE_FILE)
-    recorded_state = site_record.get("last", {}).get("state") or str(run.state)
+    record = find_record(run)
+    state = record.last.state if record is not None and record.last else run.state
     return {
         "run": run.id,
-        "state": "lost its driver" if run.has_lost_driver() else recorded_state,
-        "on": site_record.get("site", {}).get("name", "here"),
+        "state": "lost its driver" if run.has_lost_driver() else str(state),
+        "on": record.site_name if record is not None else "here",
         "created": _format_time(run.created),
         "trials": len(states),
         "ended": sum(state.has_ended for state in states),

@@ -32,7 +32,7 @@ def measure() -> None:
         return
     from lorafleet.training import measure as measured
 
-    job, tokens = JobSpec.model_validate_json(json.dumps(request["job"])), Path(request["tokens"])
+    job, tokens = JobSpec.from_record(request["job"]), Path(request["tokens"])
     if request["what"] == "pace":
         typer.echo(json.dumps(measured.measure_pace(job, tokens, request["gpus"])))
         return

@@ -24,7 +24,8 @@ def methods(output: Output = Format.TEXT, runs: AnyRuns = DEFAULT_RUNS) -> None:
 
 def format_table() -> str:
     """Return the table as text, with limits as numbered notes below it."""
-    from lorafleet.jobs.schema.compatibility import METHODS, STRATEGIES, build_support_table
+    from lorafleet.jobs.schema.compatibility import build_support_table
+    from lorafleet.jobs.schema.types import METHODS, STRATEGIES
 
     notes: dict[str, int] = {}
     rows = [("", *STRATEGIES)]

@@ -105,7 +105,8 @@ def send(
     import sys
     from typing import get_args
 
-    from lorafleet.cluster.remote.transfer import WeightSelection, pack
+    from lorafleet.cluster.backend import WeightSelection
+    from lorafleet.cluster.remote.transfer import pack
     from lorafleet.jobs.runs.run import Run
 
     have = {

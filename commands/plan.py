@@ -57,7 +57,6 @@ def plan(
 ) -> None:
     """Print every trial with its values, placement, memory and steps, and what ASHA saves."""
     from lorafleet.cluster.planning.preflight import load_checked
-    from lorafleet.cluster.remote.backend import RemoteBackend
     from lorafleet.jobs.errors import JobFileError, Problem
     from lorafleet.jobs.runs.plan import MANIFEST
 
@@ -96,9 +95,7 @@ def plan(
     screen = make_console()
     screen.print(render_plan(job_plan, screen.width))
     name = f"{job_plan.job.name}-..."
-    folder = str(backend.resolve_runs_dir(runs) / name)
-    if isinstance(backend, RemoteBackend):
-        folder = f"{backend.get_run_folder(name)} on the storage, and its record here in {folder}"
+    folder = backend.describe_run_location(name, runs)
     make_console().print(f"run folder      {folder}", markup=False)
     if job_plan.files:
         machines = format_count(

@@ -50,22 +50,14 @@ def pull(
     Only files that have changed are downloaded.
     """
     from lorafleet.cluster.backends import get_backend
-    from lorafleet.cluster.remote.backend import RemoteBackend
     from lorafleet.cluster.run_index import find_run
     from lorafleet.jobs import files
-    from lorafleet.jobs.errors import UserError
     from lorafleet.jobs.text import format_count
 
     if on is None:
         selected_run = find_run(runs, run)
     else:
-        remote = load_cluster(on, None)
-        if not isinstance(remote, RemoteBackend):
-            raise UserError(
-                f"--on is {on}, a Slurm: its runs lie in its runs_dir itself, and nothing "
-                "is brought"
-            )
-        selected_run = remote.attach(run, runs, print_message)
+        selected_run = load_cluster(on, None).attach(run, runs, print_message)
     count = get_backend(selected_run, trust=trust).pull(selected_run, adapters.value, print_message)
     print_text(f"{format_count(count, 'file')} came to {selected_run.path}")
     recommendation = (

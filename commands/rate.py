@@ -52,10 +52,10 @@ def rate(
     from lorafleet.cluster.run_index import find_run
     from lorafleet.evaluation.report.human_rating import (
         Notebook,
-        build_run_sheet,
         get_ratings_folder,
         validate_rater,
     )
+    from lorafleet.evaluation.report.rating_sheet import build_run_sheet
     from lorafleet.jobs import files
     from lorafleet.jobs.errors import RunError
 

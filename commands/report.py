@@ -50,8 +50,9 @@ def report(
     """
     from lorafleet.cluster.backends import get_backend
     from lorafleet.cluster.run_index import find_run
-    from lorafleet.commands.deliver import print_export, read_export
-    from lorafleet.evaluation.report.search import build_report, write_report
+    from lorafleet.commands.show import print_export, read_export
+    from lorafleet.evaluation.render.write import write_report
+    from lorafleet.evaluation.report.build import build_report
     from lorafleet.jobs.runs.trust import find_distrust_reason
 
     name, trial_id = run or "", ""

@@ -31,7 +31,7 @@ def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
             {
                 "run": selected_run.id,
                 "state": run_status.state,
-                "place": run_status.sentence,
+                "place": run_status.message,
                 "alive": selected_run.is_alive(),
                 "phase": selected_run.read_status().get("phase"),
                 "reason": selected_run.read_status().get("reason"),
@@ -45,5 +45,5 @@ def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
     screen.print(render_run(selected_run))
     for damage in selected_run.list_damages():
         screen.print(damage, markup=False)
-    if run_status.sentence:
-        screen.print(f"{run_status.state}: {run_status.sentence}", markup=False)
+    if run_status.message:
+        screen.print(f"{run_status.state}: {run_status.message}", markup=False)

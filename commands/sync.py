@@ -46,8 +46,9 @@ def sync(
     Each record is uploaded once, after its trial has ended. A trial that continues in another job
     writes its whole record again, so no step is uploaded twice.
     """
-    from lorafleet.cluster.backends import get_backend, is_remote
+    from lorafleet.cluster.backends import get_backend
     from lorafleet.cluster.run_index import find_run
+    from lorafleet.cluster.submission import is_remote
 
     selected_run = find_run(runs, run)
     confirm_trust(selected_run, "sync", trust=trust)

@@ -106,7 +106,7 @@ def _check_job(
 
 def _list_local_problems(loaded: LoadedJob) -> list[Problem]:
     """Return the reasons why this machine cannot run the job."""
-    from lorafleet.cluster.hardware import detect_local_site
+    from lorafleet.cluster.local_site import detect_local_site
     from lorafleet.cluster.planning.plan import refuse_attention, refuse_environment
     from lorafleet.jobs.errors import JobFileError
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from lorafleet.evaluation.render.trial_table import (
+from lorafleet.evaluation.report.format import (
     format_duration,
     format_number,
     format_params,

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lorafleet.commands.common import Format, make_console, print_message, print_text, show_report
-from lorafleet.commands.deliver import print_export, read_export
 from lorafleet.commands.logs import find_driver_log
+from lorafleet.commands.show import print_export, read_export
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.run import Run, RunState
 
@@ -64,7 +64,7 @@ def follow(
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     finally:
         watch.close()
-    show_end(run, code, quiet=quiet, output=output, message=backend.status(run).sentence)
+    show_end(run, code, quiet=quiet, output=output, message=backend.status(run).message)
     export_record = read_export(run)
     raise typer.Exit(export_record.code if export_record and code == ExitCode.OK else code)
 
@@ -126,7 +126,7 @@ def _show_live_view(run: Run, backend: RunBackend, watch: Watch) -> int:
         transient=True,
     ) as live:
         while (code := watch.poll()) is None:
-            live.update(SafeRenderable(render_run(run, watch.seen.sentence)))
+            live.update(SafeRenderable(render_run(run, watch.status.message)))
             time.sleep(_POLL_SECONDS)
     return code
 
@@ -138,8 +138,8 @@ def _print_news(run: Run, backend: RunBackend, watch: Watch, shown_lines: set[st
     last_message = ""
     while True:
         code = watch.poll()
-        if code is None and watch.seen.sentence not in ("", last_message):
-            last_message = watch.seen.sentence
+        if code is None and watch.status.message not in ("", last_message):
+            last_message = watch.status.message
             print_text(last_message)
         for line in iterate_news(run, shown_lines):
             print_text(line)
@@ -196,8 +196,8 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, message: str =
         ExitCode.INTERRUPTED,
     ):
         print_message(message)
-    from lorafleet.cluster.backends import is_remote
-    from lorafleet.evaluation.report.search import build_report
+    from lorafleet.cluster.submission import is_remote
+    from lorafleet.evaluation.report.build import build_report
 
     report = build_report(run)
     if not show_report(report, output, quiet=quiet):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorafleet.deployment.extras import require
-from lorafleet.jobs.errors import MissingExtra, UserError
+from lorafleet.jobs.errors import MissingExtra
 from lorafleet.jobs.schema.export import Target
 
 _EXTRA_BY_TARGET: dict[Target, str] = {
@@ -13,10 +13,6 @@ _EXTRA_BY_TARGET: dict[Target, str] = {
     "onnx-int4": "int4",
     "executorch": "executorch",
 }
-
-
-class Unavailable(UserError):
-    """Signals that this machine or this model does not support a target. It is not a failure."""
 
 
 def find_unavailable_reason(target: Target) -> str | None:

@@ -11,10 +11,11 @@ from lorafleet.cluster.execution.subprocess_measurement import measure_in_subpro
 from lorafleet.deployment.export import SUMMARY
 from lorafleet.deployment.merge import convert_to_float32
 from lorafleet.deployment.runtime import compute_files_mb, read_artefact
-from lorafleet.evaluation.render.trial_table import BENCHMARK, format_number
+from lorafleet.evaluation.report.build import build_report
 from lorafleet.evaluation.report.comparison import summarize_batches, summarize_inference
+from lorafleet.evaluation.report.format import BENCHMARK, format_number
 from lorafleet.evaluation.report.model_of_run import SelectedModel
-from lorafleet.evaluation.report.search import build_report, clear_run_results
+from lorafleet.evaluation.report.search import clear_run_results
 from lorafleet.evaluation.tokens import TokenData, make_row_encoder
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from lorafleet.deployment.runtime import compute_files_mb
-from lorafleet.evaluation.render.trial_table import escape_markdown, format_number
+from lorafleet.evaluation.report.format import escape_markdown, format_number
 from lorafleet.evaluation.report.model_of_run import SelectedModel
 from lorafleet.jobs import files
 from lorafleet.jobs.data import answer_frame

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 
@@ -11,8 +10,8 @@ from lorafleet.cluster.run_index import find_run
 from lorafleet.deployment.benchmark import BenchmarkSettings, benchmark, build_variants
 from lorafleet.deployment.export import run_delivery
 from lorafleet.evaluation.render.wandb import track_report
+from lorafleet.evaluation.render.write import write_report_files
 from lorafleet.evaluation.report.model_of_run import SelectedModel, select_model
-from lorafleet.evaluation.report.search import write_report_files
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.export_result import EXPORTED, ExportRequest
@@ -32,7 +31,7 @@ class DeliveryDriver(Driver):
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
-        self.wanted = ExportRequest.model_validate_json(json.dumps(self.stored["delivery"]))
+        self.wanted = ExportRequest.from_record(self.stored["delivery"])
 
     def _run_attempt(self, attempt: int) -> ExitCode:
         """Run the export or benchmark, record the final state of the run, and return the exit

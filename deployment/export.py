@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.cluster.execution.subprocess_measurement import measure_in_subprocess
-from lorafleet.deployment.availability import Unavailable, find_unavailable_reason
+from lorafleet.deployment.availability import find_unavailable_reason
 from lorafleet.deployment.card import write_card, write_runner
 from lorafleet.deployment.executorch_model import export_executorch
+from lorafleet.deployment.extras import Unavailable
 from lorafleet.deployment.merge import Source
 from lorafleet.deployment.onnx_int4 import to_int4
 from lorafleet.deployment.onnx_model import (
@@ -56,7 +57,7 @@ from lorafleet.deployment.runtime import (
     compute_files_mb,
     open_artefact,
 )
-from lorafleet.deployment.tensorrt import to_tensorrt
+from lorafleet.deployment.tensorrt_export import to_tensorrt
 from lorafleet.evaluation.report.comparison import summarize_inference
 from lorafleet.evaluation.report.model_of_run import SelectedModel
 from lorafleet.evaluation.tokens import TokenData, make_row_encoder

@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from typing import Any
 
-from lorafleet.jobs.errors import MissingExtra
+from lorafleet.jobs.errors import MissingExtra, UserError
 
 EXTRAS = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
@@ -30,3 +30,7 @@ def import_onnxruntime() -> Any:
     if importlib.util.find_spec("onnxruntime") is None:
         raise MissingExtra("running an ONNX model needs onnxruntime: pip install 'lorafleet[onnx]'")
     return importlib.import_module("onnxruntime")
+
+
+class Unavailable(UserError):
+    """Signals that this machine or this model does not support a target. It is not a failure."""

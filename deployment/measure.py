@@ -15,7 +15,7 @@ from lorafleet.deployment.runtime import (
     pad_right,
     read_artefact,
 )
-from lorafleet.deployment.tensorrt import measure_gpu_memory_gib
+from lorafleet.deployment.tensorrt_export import measure_gpu_memory_gib
 from lorafleet.evaluation.inference.speed import (
     Answer,
     Classify,

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lorafleet.deployment.availability import Unavailable
+from lorafleet.deployment.extras import Unavailable
 from lorafleet.jobs import files
 
 _ALGORITHM = "algo_config=k_quant_mixed"

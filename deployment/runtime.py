@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lorafleet.deployment.availability import Unavailable
 from lorafleet.deployment.decoding import Decoder, RowByRowDecoder, pad_left
-from lorafleet.deployment.extras import import_onnxruntime, require
+from lorafleet.deployment.extras import Unavailable, import_onnxruntime, require
 from lorafleet.jobs.data.answer_frame import PROMPT_TAIL, AnswerFrame
 from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.runs.export_result import Artefact, read_record

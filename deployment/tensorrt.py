@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafleet.deployment.availability import Unavailable
-from lorafleet.deployment.extras import import_onnxruntime
+from lorafleet.deployment.extras import Unavailable, import_onnxruntime
 from lorafleet.jobs.runs.export_result import Artefact
 
 PROVIDER = "TensorrtExecutionProvider"
@@ -57,43 +54,6 @@ def check_engines(folder: Path) -> None:
         raise Unavailable(
             "TensorRT took no part of this model: all of it would run elsewhere, under its name"
         )
-
-
-def measure_gpu_memory_gib() -> float | None:
-    """Return the GPU memory of this process in GiB, or None if the driver does not report it."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        devices = [
-            pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())
-        ]
-        processes = [
-            process
-            for device in devices
-            for process in pynvml.nvmlDeviceGetComputeRunningProcesses(device)
-        ]
-    except pynvml.NVMLError:
-        return None
-    sizes = [
-        process.usedGpuMemory
-        for process in processes
-        if process.pid == os.getpid() and process.usedGpuMemory
-    ]
-    return sum(sizes) / 2**30 if sizes else None
-
-
-def to_tensorrt(source: Path, out: Path, artefact: Artefact) -> None:
-    """Copy the ONNX graph to `out` and build the TensorRT engines for this machine's GPU.
-
-    TensorRT builds the engines when the model is first run.
-    """
-    from lorafleet.deployment.runtime import open_tensorrt
-
-    shutil.copytree(
-        source, out, ignore=shutil.ignore_patterns("run.py", "README.md", "parity.json")
-    )
-    open_tensorrt(out, artefact, 0)
 
 
 def build_providers(folder: Path, artefact: Artefact) -> list[Any]:

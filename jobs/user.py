@@ -8,9 +8,8 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from lorafleet.jobs import files
+from lorafleet.jobs import files, yaml12
 from lorafleet.jobs.errors import JobFileError, Problem
-from lorafleet.jobs.loading import yaml12
 from lorafleet.jobs.schema.base import Spec, Texts
 from lorafleet.jobs.schema.validation_messages import list_problems
 

@@ -9,32 +9,31 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import secrets
 import shlex
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
 from lorafleet.cluster import submitted_runs as registry
-from lorafleet.cluster.backend import RunStatus, Say, ignore_message
-from lorafleet.cluster.local import write_run
+from lorafleet.cluster.backend import RunStatus, Say, WeightSelection, ignore_message
 from lorafleet.cluster.planning.plan import make_plan
-from lorafleet.cluster.remote.backend import (
-    CommandRunner,
-    RemoteBackend,
-    download_record,
+from lorafleet.cluster.remote.backend import RemoteBackend
+from lorafleet.cluster.remote.place import CommandRunner, download_record
+from lorafleet.cluster.submission import (
+    SubmissionRecord,
+    find_record,
     read_last_status,
     read_record,
     record_final_state,
     record_if_missing,
     record_submission,
     update_record,
+    write_run,
 )
-from lorafleet.cluster.remote.transfer import WeightSelection
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import CommandFailed, PlacementRefused, RunError, UserError
 from lorafleet.jobs.loading.job_file import LoadedJob, dump_resolved
@@ -88,9 +87,9 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         self.internet = site.internet
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> KubernetesBackend:
+    def from_record(cls, record: SubmissionRecord) -> KubernetesBackend:
         """Return the backend of a submitted run, with the site as it was then."""
-        return cls(KubernetesSite.model_validate_json(json.dumps(record["site"])))
+        return cls(KubernetesSite.from_record(record.site))
 
     @functools.cached_property
     def client(self) -> Client:
@@ -267,40 +266,45 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         _ = self.client  # fail before the folder is written if no cluster is configured
         run = write_run(plan.model_copy(update={"files": {}, "command_line": ""}), loaded, runs)
         try:
-            self._submit_objects(run, {"nodes": plan.nodes, "submission": 1})
+            self._submit_objects(run, self._make_record(plan.nodes, 1))
         except BaseException as error:
-            self._raise_submission_failure(
-                run, error, for_sure=read_record(run).get("taken_back", True)
-            )
+            record = find_record(run)
+            is_surely_gone = record is None or record.taken_back
+            self._raise_submission_failure(run, error, for_sure=is_surely_gone)
         registry.add(run, self.site.name)
         return run
 
-    def _submit_objects(self, run: Run, record: dict[str, Any]) -> None:
+    def _make_record(self, nodes: int, submission: int, call: str = "") -> SubmissionRecord:
+        return SubmissionRecord(
+            kind=self.site.kind,
+            site=self.site.model_dump(mode="json"),
+            nodes=nodes,
+            submission=submission,
+            call=call or secrets.token_hex(8),
+        )
+
+    def _submit_objects(self, run: Run, record: SubmissionRecord) -> None:
         """Create the objects of a submission.
 
         Their names and the mark of this call are recorded first, so that a repeated call
         recognises its own objects.
         """
-        record = {"call": secrets.token_hex(8)} | record | {"handed_over": False}
-        record |= {"kind": self.site.kind, "site": self.site.model_dump(mode="json")}
         texts = {name: (run.path / name).read_text() for name in TEXTS}
-        packed = pack(str(run.read_status()["name"]), texts, record["submission"], version("ray"))
-        context = self._build_context(
-            run.id, record["submission"], record["nodes"], packed, record["call"]
-        )
+        packed = pack(str(run.read_status()["name"]), texts, record.submission, version("ray"))
+        context = self._build_context(run.id, record.submission, record.nodes, packed, record.call)
         objects = render(self.site, context)
         files.write_text(run.path / MANIFEST, to_yaml(objects))
         record_submission(run, record)
         try:
-            *other_objects, job = [self._create_object(tree, record["call"]) for tree in objects]
+            *other_objects, job = [self._create_object(tree, record.call) for tree in objects]
             for tree in other_objects:
                 self.client.set_owner(job, tree["kind"], tree["metadata"]["name"])
         except BaseException as error:
             is_unanswered = isinstance(error, ClusterError) and not error.is_refused
-            taken_back = not is_unanswered and self._delete_created_objects(objects, record["call"])
-            update_record(run, record["submission"], taken_back=taken_back)
+            taken_back = not is_unanswered and self._delete_created_objects(objects, record.call)
+            update_record(run, record.submission, taken_back=taken_back)
             raise
-        update_record(run, record["submission"], handed_over=True)
+        update_record(run, record.submission, handed_over=True)
 
     def _create_object(self, tree: Tree, call: str) -> Tree:
         """Create an object, or return the one that the same call created before.
@@ -337,9 +341,9 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         """
         record, name = read_record(run), self.get_object_name(run)
         job = self.client.get("RayJob", name)
-        if not record.get("handed_over"):
+        if not record.handed_over:
             return self._submit_objects(
-                run, {key: record[key] for key in ("nodes", "submission", "call")}
+                run, self._make_record(record.nodes, record.submission, record.call)
             )
         if (job or {}).get("metadata", {}).get("deletionTimestamp") or (
             job is None and self._has_running_pods(run)
@@ -352,9 +356,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
             if not current.ended:
                 raise RunError(f"{run.id} has RayJob {name}, which {current.sentence}")
             self.kill(run)  # its head may still exist, to keep its logs
-        return self._submit_objects(
-            run, {"nodes": record["nodes"], "submission": int(record["submission"]) + 1}
-        )
+        return self._submit_objects(run, self._make_record(record.nodes, record.submission + 1))
 
     # --- during a run
 
@@ -374,7 +376,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
 
     def get_object_name(self, run: Run) -> str:
         """Return the name of the run's newest objects."""
-        return make_object_name(run.id, int(read_record(run)["submission"]))
+        return make_object_name(run.id, read_record(run).submission)
 
     @property
     def _uses_kueue(self) -> bool:
@@ -382,7 +384,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
 
     def derive_status(self, run: Run, job: Tree | None) -> RunStatus:
         """Return the status of a run, given its RayJob."""
-        if job is None and read_record(run).get("stopping") and self._has_running_pods(run):
+        if job is None and read_record(run).stopping and self._has_running_pods(run):
             return RunStatus(
                 RunState.RUNNING, "its RayJob is gone, and its pods save their trials and end"
             )
@@ -392,7 +394,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         """Return whether pods of a run still run; False if the cluster cannot be asked."""
         with contextlib.suppress(UserError):
             pods = self.quick_client.list_pods(
-                porter.build_submission_labels(run, int(read_record(run)["submission"]))
+                porter.build_submission_labels(run, read_record(run).submission)
             )
             return any(pod.get("status", {}).get("phase") == "Running" for pod in pods)
         return False
@@ -406,14 +408,14 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
             job = self.quick_client.get("RayJob", self.get_object_name(run))
         except ClusterError as error:
             return read_last_status(run) or RunStatus(
-                run.state, f"{error}; the record here says {run.state}", asked=False
+                run.state, f"{error}; the record here says {run.state}", fresh=False
             )
         status = self.derive_status(run, job)
         if status.state is RunState.PENDING and job is not None:
             reason = self.explain_pending(run, job)
-            return RunStatus(status.state, status.sentence + (f": {reason}" if reason else ""))
+            return RunStatus(status.state, status.message + (f": {reason}" if reason else ""))
         if job is not None and parse_job_state(job.get("status")).ended:
-            record_final_state(run, int(read_record(run)["submission"]), status)
+            record_final_state(run, read_record(run).submission, status)
         return status
 
     def explain_pending(self, run: Run, job: Tree) -> str:
@@ -425,7 +427,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
             if cluster:
                 events += self.quick_client.list_events(name=cluster)
             for pod in self.quick_client.list_pods(
-                porter.build_submission_labels(run, int(read_record(run)["submission"]))
+                porter.build_submission_labels(run, read_record(run).submission)
             ):
                 if pod.get("status", {}).get("phase") == "Pending":
                     events += self.quick_client.list_events(name=pod["metadata"]["name"])
@@ -443,20 +445,15 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         That is its record through its head, or else its driver's output. The record of a run that
         has ended is downloaded once, through a storage pod if its own pods are gone.
         """
-        number = int(read_record(run)["submission"])
+        number = read_record(run).submission
         try:
             if self.download_from_head(run, number):
                 return
             job = self.quick_client.get("RayJob", self.get_object_name(run))
-            if read_record(run).get("handed_over") and self.derive_status(run, job).state not in (
-                RunState.PENDING,
-                RunState.RUNNING,
-            ):
-                record = read_record(run)
-                if (
-                    not record.get("collected")
-                    and int(record.get("tries") or 0) < _MAX_DOWNLOAD_TRIES
-                ):
+            record = read_record(run)
+            is_live = self.derive_status(run, job).state in (RunState.PENDING, RunState.RUNNING)
+            if record.handed_over and not is_live:
+                if not record.collected and record.tries < _MAX_DOWNLOAD_TRIES:
                     say(
                         f"{run.id} has ended, and its pods are gone: its record comes through "
                         "one more"
@@ -517,7 +514,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         """Download a run's record, W&B's files and the selected weights; return the number of
         files.
         """
-        number = int(read_record(run)["submission"])
+        number = read_record(run).submission
         count = self._download(run, number, weights, include_wandb=True, say=say)
         update_record(run, number, missing=None, collected=True)
         return count
@@ -560,7 +557,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
             raise RunError(
                 f"{run.id} has no RayJob that waits or runs: it is {self.status(run).state}"
             )
-        update_record(run, int(read_record(run)["submission"]), stopping=True)
+        update_record(run, read_record(run).submission, stopping=True)
         self.kill(run)
         return (
             f"{run.id} saves its trials and ends: RayJob {name} is being taken away; `lorafleet "

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from lorafleet.cluster.doctor import Finding, check_storage, check_version
-from lorafleet.cluster.remote.backend import run_json_command
+from lorafleet.cluster.remote.place import run_json_command
 from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.sites.kubernetes import KubernetesSite
 from lorafleet.k8s import crd

@@ -7,10 +7,10 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from lorafleet.cluster.backend import RunStatus
-from lorafleet.cluster.remote.backend import (
+from lorafleet.cluster.submission import (
     compute_exit_code,
     infer_unknown_status,
     read_own_state,
@@ -19,10 +19,8 @@ from lorafleet.cluster.remote.backend import (
 )
 from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.runs.run import Run, RunState
+from lorafleet.k8s.client import Client
 from lorafleet.k8s.states import parse_job_state
-
-if TYPE_CHECKING:
-    from lorafleet.k8s.backend import KubernetesBackend
 
 _REFRESH_SECONDS = 10.0
 """Seconds between two downloads of the run's record."""
@@ -78,16 +76,39 @@ def get_driver_exit_code(job: dict[str, Any] | None) -> int | None:
     return int(match[1]) if match else None
 
 
+class WatchedBackend(Protocol):
+    """What a watch needs of the backend."""
+
+    @property
+    def client(self) -> Client:
+        """Return the cluster's client."""
+
+    def get_object_name(self, run: Run) -> str:
+        """Return the name of the run's RayJob."""
+
+    def derive_status(self, run: Run, job: dict[str, Any] | None) -> RunStatus:
+        """Return the status of a run, given its RayJob."""
+
+    def explain_pending(self, run: Run, job: dict[str, Any]) -> str:
+        """Return why pods of a run do not start."""
+
+    def download_from_head(self, run: Run, submission: int) -> bool:
+        """Download a run's record through its head; return whether it could be downloaded."""
+
+    def collect(self, run: Run, submission: int, *, ran: bool) -> None:
+        """Download the record of a submission that has ended."""
+
+
 class KubernetesWatch:
     """A watch with two threads: one follows the RayJob, one downloads what the run writes."""
 
     detaches = True
 
-    def __init__(self, backend: KubernetesBackend, run: Run) -> None:
+    def __init__(self, backend: WatchedBackend, run: Run) -> None:
         self.backend, self.run = backend, run
         self.name = backend.get_object_name(run)
-        self.submission = int(read_record(run)["submission"])
-        self.seen = RunStatus(run.state)
+        self.submission = read_record(run).submission
+        self.status = RunStatus(run.state)
         self._job: Any = _UNKNOWN_JOB
         self._why, self._asked_why = "", -_EXPLAIN_SECONDS
         self._trouble = ""
@@ -153,21 +174,21 @@ class KubernetesWatch:
         if self._broken is not None:
             raise self._broken
         if self._job is _UNKNOWN_JOB:
-            self.seen = RunStatus(self.run.state, self._trouble)
+            self.status = RunStatus(self.run.state, self._trouble)
             return None
         job, status = self._job, self._get_status()
         self._ran = self._ran or status.state is RunState.RUNNING
         if status.state in (RunState.PENDING, RunState.RUNNING):
-            self.seen = RunStatus(
-                status.state, self._trouble or status.sentence + self._describe_wait(status.state)
+            self.status = RunStatus(
+                status.state, self._trouble or status.message + self._describe_wait(status.state)
             )
             return None
         self._end.set()
         self.backend.collect(self.run, self.submission, ran=self._ran or has_started_driver(job))
-        self.seen = record_final_state(
+        self.status = record_final_state(
             self.run, self.submission, self.backend.derive_status(self.run, job)
         )
-        return compute_exit_code(self.run, self.seen, get_driver_exit_code(job))
+        return compute_exit_code(self.run, self.status, get_driver_exit_code(job))
 
     def _describe_wait(self, state: RunState) -> str:
         """Return why the run's pods do not start, queried from time to time."""

@@ -13,7 +13,7 @@ DOCS = ROOT / "docs"
 def main() -> int:
     """Write the pages, or with --check print the stale ones; return 1 if there are any, else 0."""
     sys.path.insert(0, str(ROOT))
-    from lorafleet.jobs.loading.aliases import FIELD_ALIASES
+    from lorafleet.jobs.schema.aliases import FIELD_ALIASES
 
     pages = {
         "job-file.md": [*_render_head(), *_render_blocks(), *_render_aliases(FIELD_ALIASES)],
@@ -35,7 +35,8 @@ def main() -> int:
 
 
 def _render_methods() -> list[str]:
-    from lorafleet.jobs.schema.compatibility import METHODS, STRATEGIES, build_support_table
+    from lorafleet.jobs.schema.compatibility import build_support_table
+    from lorafleet.jobs.schema.types import METHODS, STRATEGIES
 
     cells = {(cell.method, cell.strategy): cell for cell in build_support_table()}
     notes: dict[str, int] = {}

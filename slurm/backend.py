@@ -6,7 +6,6 @@ It is found again by the job numbers in the run's folder.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
@@ -17,16 +16,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from lorafleet.cluster import submitted_runs as registry
-from lorafleet.cluster.backend import RunStatus, Say, ignore_message
-from lorafleet.cluster.backends import SITE_FILE
+from lorafleet.cluster.backend import RunStatus, Say, WeightSelection, ignore_message
 from lorafleet.cluster.execution.node import request_stop
 from lorafleet.cluster.fetch import fetch_asset, fetch_job
-from lorafleet.cluster.local import write_run
 from lorafleet.cluster.planning.plan import make_plan
-from lorafleet.cluster.remote.transfer import WeightSelection
+from lorafleet.cluster.submission import SubmissionRecord, read_record, write_record, write_run
 from lorafleet.jobs import files
 from lorafleet.jobs.data.assets import get_asset, get_cache_dir
 from lorafleet.jobs.data.hub import check_complete, get_hub_cache
@@ -66,9 +62,27 @@ class SlurmBackend:
             os.environ["HF_HUB_CACHE"] = str(cache / "hub")
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> SlurmBackend:
+    def from_record(cls, record: SubmissionRecord) -> SlurmBackend:
         """Return the backend of a submitted run, with the site as it was then."""
-        return cls(SlurmSite.model_validate_json(json.dumps(record["site"])), int(record["nodes"]))
+        return cls(SlurmSite.from_record(record.site), record.nodes)
+
+    shares_disk = True
+
+    @property
+    def site_name(self) -> str:
+        """Return the name of the site."""
+        return self.site.name
+
+    def describe_run_location(self, run: str, runs: Path) -> str:
+        """Return where a run of this name is, for people."""
+        return str(self.resolve_runs_dir(runs) / run)
+
+    def attach(self, name: str, runs: Path, say: Say) -> Run:
+        """Raise RunError: this machine sees the folders of the runs."""
+        raise RunError(
+            f"site {self.site.name} is a Slurm, whose runs are in {self.resolve_runs_dir(runs)}: "
+            f"there is nothing to download; read them with `--runs {self.resolve_runs_dir(runs)}`"
+        )
 
     def resolve_runs_dir(self, requested: Path) -> Path:
         """Return the site's folder of runs, which the nodes see.
@@ -215,8 +229,13 @@ class SlurmBackend:
         return run
 
     def _write_site(self, run: Run, nodes: int, number: int) -> None:
-        record = {"site": self.site.model_dump(mode="json"), "nodes": nodes, "submission": number}
-        files.write_json(run.path / SITE_FILE, {"kind": self.site.kind, **record})
+        record = SubmissionRecord(
+            kind=self.site.kind,
+            site=self.site.model_dump(mode="json"),
+            nodes=nodes,
+            submission=number,
+        )
+        write_record(run, record)
 
     def _submit_jobs(self, run: Run, number: int, tasks: int = 0) -> None:
         """Submit the run's jobs: a job array first if there are tasks, then one job.
@@ -271,10 +290,10 @@ class SlurmBackend:
         ]
         if live:
             raise RunError(f"{run.id} has job {live[0].job_id}, which {_describe_record(live[0])}")
-        site_record = files.read_json(run.path / SITE_FILE)
-        number = int(site_record["submission"]) + 1
+        record = read_record(run)
+        number = record.submission + 1
         (run.path / "stop").unlink(missing_ok=True)
-        self._write_site(run, int(site_record["nodes"]), number)
+        self._write_site(run, record.nodes, number)
         self._submit_jobs(run, number)
         registry.add(run, self.site.name)
 
@@ -299,7 +318,7 @@ class SlurmBackend:
         try:
             records = self._load_job_records(run)
         except client.SlurmError as error:
-            return RunStatus(run.state, f"{error}; its own record says {run.state}", asked=False)
+            return RunStatus(run.state, f"{error}; its own record says {run.state}", fresh=False)
         return derive_status(run, jobs[-1], records)
 
     def check_site(self, runs: Path) -> Run:
@@ -372,7 +391,7 @@ class SlurmWatch:
     def __init__(self, backend: SlurmBackend, run: Run) -> None:
         self.backend, self.run = backend, run
         self.looked_at = 0.0
-        self.seen = RunStatus(run.state)
+        self.status = RunStatus(run.state)
 
     def poll(self) -> int | None:
         """Return the driver's exit code once no job of the run waits or runs any more."""
@@ -382,9 +401,9 @@ class SlurmWatch:
         try:
             records = self.backend._load_job_records(self.run)
         except client.SlurmError as error:
-            self.seen = RunStatus(self.run.state, str(error))
+            self.status = RunStatus(self.run.state, str(error))
             return None
-        self.seen = derive_status(self.run, _read_job_ids(self.run)[-1], records)
+        self.status = derive_status(self.run, _read_job_ids(self.run)[-1], records)
         if any(not get_job_state(record.state).ended for record in records):
             return None
         return compute_exit_code(self.run, records)

@@ -21,10 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorafleet.cluster.local import get_driver_command
+from lorafleet.cluster.execution.driver import get_driver_command
 from lorafleet.evaluation.metrics.summary import write_baselines
+from lorafleet.evaluation.render.write import write_report
+from lorafleet.evaluation.report.build import build_report
 from lorafleet.evaluation.report.comparison import select_trained_rows
-from lorafleet.evaluation.report.search import build_report, write_report
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import ExitCode, RunError
 from lorafleet.jobs.runs.run import Run, RunState
@@ -197,8 +198,9 @@ class Comparison(TrainingDriver):
         self._check_stop()
         self._record_phase("evaluating on held-out rows")
         split = "validation" if data.chosen_on_test else "test"
-        files.write_jsonl(self.run.get_rows_file(split), (row.shown() for row in data.rows(split)))
-        write_baselines(self.run, self.job, {split: data.rows(split)})
+        shown_rows = (row.to_display_record() for row in data.read_rows(split))
+        files.write_jsonl(self.run.get_rows_file(split), shown_rows)
+        write_baselines(self.run, self.job, {split: data.read_rows(split)})
         work = Work(
             self.job,
             str(self.run.path),

@@ -221,14 +221,14 @@ def evaluate_all(work: Work, evaluations: list[HeldOutEvaluation], slots: int) -
         while waiting and free:
             worker, evaluation = free.pop(), waiting.pop(0)
             try:
-                ray.get(worker.here.remote(), timeout=_PLACEMENT_SECONDS)
+                ray.get(worker.is_ready.remote(), timeout=_PLACEMENT_SECONDS)
             except ray.exceptions.RayError as error:
                 failed[evaluation.name] = (
                     f"no process for it could be started: {extract_error_line(error)}"
                 )
                 continue
             tries[evaluation.name] += 1
-            running[worker.examine.remote(evaluation, tries[evaluation.name])] = (
+            running[worker.evaluate.remote(evaluation, tries[evaluation.name])] = (
                 evaluation,
                 worker,
             )

@@ -60,7 +60,7 @@ def measure_all(comparison: Any, models: list[Any], split: str) -> None:
         for model in models:
             if comparison.stop_file.exists():
                 return
-            results_file = comparison.run.arm(model.arm).inference_file
+            results_file = comparison.run.get_arm(model.arm).inference_file
             if model.arm in failed or any(
                 row["round"] == number for row in files.read_jsonl(results_file)
             ):
@@ -82,6 +82,6 @@ def measure_all(comparison: Any, models: list[Any], split: str) -> None:
             except ray.exceptions.RayError as error:
                 failed.add(model.arm)
                 sentence = f"its inference was not measured: {extract_error_line(error)}"
-                comparison.run.event("warning", trial_id=model.arm, sentence=sentence)
+                comparison.run.add_event("warning", trial_id=model.arm, sentence=sentence)
                 continue
             files.append_jsonl(results_file, {"round": number, **measurements})

@@ -23,9 +23,10 @@ from lorafleet.evaluation.report.search import build_search_rule, load_fold_resu
 from lorafleet.jobs.runs.run import Run, Trial, TrialState
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.metrics import is_better
+from lorafleet.jobs.schema.types import Assignment, Goal
 from lorafleet.jobs.trials import asha as rungs
 from lorafleet.jobs.trials.retries import get_retry_number
-from lorafleet.jobs.trials.sampling import Assignment, remove_fold
+from lorafleet.jobs.trials.sampling import remove_fold
 
 
 class Listener(Protocol):
@@ -298,7 +299,7 @@ class Ledger:
         return f"not among the best at {level} {unit}"
 
 
-def _to_score(signed_score: float, goal: rungs.Goal) -> float | None:
+def _to_score(signed_score: float, goal: Goal) -> float | None:
     """Return the original score of a signed rung score, or None if it is infinite."""
     if math.isinf(signed_score):
         return None

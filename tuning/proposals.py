@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.search import Parameter
+from lorafleet.jobs.schema.types import Assignment
 from lorafleet.jobs.trials import sampling as search
-from lorafleet.jobs.trials.sampling import Assignment
 
 if TYPE_CHECKING:
     import optuna

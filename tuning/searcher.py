@@ -11,7 +11,7 @@ from typing import Any
 from ray.tune.search import Searcher
 
 from lorafleet.jobs.runs.run import Run, Trial
-from lorafleet.jobs.trials.sampling import Assignment
+from lorafleet.jobs.schema.types import Assignment
 from lorafleet.tuning.ledger import Ledger
 from lorafleet.tuning.proposals import Proposals
 

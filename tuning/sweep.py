@@ -18,15 +18,17 @@ from typing import Any
 from lorafleet.cluster.execution.allocation import get_allocation
 from lorafleet.cluster.ray.nodes import parse_nodes
 from lorafleet.evaluation.metrics.summary import write_baselines
-from lorafleet.evaluation.report.search import build_report, write_report
+from lorafleet.evaluation.render.write import write_report
+from lorafleet.evaluation.report.build import build_report
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import DiskFull, ExitCode, PlacementRefused, RunError
 from lorafleet.jobs.runs.run import Run, RunState, Trial, TrialState
 from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.schema.types import Assignment
 from lorafleet.jobs.sites.placement import fit_placement
 from lorafleet.jobs.trials import sampling as search
 from lorafleet.jobs.trials.defaults import resolve_learning_rate
-from lorafleet.jobs.trials.sampling import Assignment, list_planned_assignments
+from lorafleet.jobs.trials.sampling import list_planned_assignments
 from lorafleet.jobs.trials.schedule import build_schedule
 from lorafleet.jobs.trials.trial_id import compute_provenance, compute_trial_id
 from lorafleet.tuning.driver import TrainingDriver
@@ -405,13 +407,12 @@ class Sweep(TrainingDriver):
             name for name in finalists if name == chosen or last_rungs.get(name, -1) >= highest_rung
         ]
         splits = ("test",) if not data.chosen_on_test else ("validation",)
-        files.write_jsonl(
-            self.run.get_rows_file(splits[0]), (row.shown() for row in data.rows(splits[0]))
-        )
+        shown_rows = (row.to_display_record() for row in data.read_rows(splits[0]))
+        files.write_jsonl(self.run.get_rows_file(splits[0]), shown_rows)
         write_baselines(
             self.run,
             self.job,
-            {name: data.rows(name) for name in dict.fromkeys(("validation", *splits))},
+            {name: data.read_rows(name) for name in dict.fromkeys(("validation", *splits))},
         )
         work, tokens = self._build_work(data), str(data.folder)
         evaluations = []

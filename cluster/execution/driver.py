@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import sys
@@ -45,7 +44,7 @@ class Driver(ABC):
                 f"{run.path} holds no plan.json: it is not a run, or was not submitted whole"
             )
         self.run = run
-        self.job = JobSpec.model_validate_json(json.dumps(self.stored["job"]))
+        self.job = JobSpec.from_record(self.stored["job"])
         self.placement = Placement.model_validate(self.stored["placement"])
         self.began = self.noted = time.time()
         self.earlier_seconds = float(run.read_status().get("wall_seconds") or 0.0)
@@ -192,3 +191,15 @@ def _exit_immediately(message: str) -> None:
     """Exit a driver whose lease another attempt has taken, without any further write."""
     log(message)
     os._exit(ExitCode.TAKEN if get_allocation() else ExitCode.USER_INPUT)
+
+
+def get_driver_command() -> list[str]:
+    """Return the command that runs lorafleet.
+
+    That is the console script beside this Python. Without the script, Python runs the same
+    main function with `-P`, so that no unrelated folder is on its path.
+    """
+    script = Path(sys.executable).with_name("lorafleet")
+    if script.is_file():
+        return [str(script)]
+    return [sys.executable, "-P", "-c", "from lorafleet.commands.cli import main; main()"]

@@ -281,7 +281,7 @@ def stage_models(run: Run, target: Path, say: Callable[[str], None]) -> None:
 
     Models that are already present are not copied.
     """
-    job = JobSpec.model_validate_json(json.dumps(files.read_json(run.path / "plan.json")["job"]))
+    job = JobSpec.from_record(files.read_json(run.path / "plan.json")["job"])
     for name, revision in list_base_models(job):
         folder = get_model_folder(name, revision)
         if (

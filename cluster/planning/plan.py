@@ -17,7 +17,7 @@ from lorafleet.cluster.planning.memory import (
     estimate,
 )
 from lorafleet.cluster.planning.model_shape import Shape, parse_shape
-from lorafleet.evaluation.report.baselines import evaluate_majority_class
+from lorafleet.evaluation.metrics.baselines import evaluate_majority_class
 from lorafleet.evaluation.report.verdict import check_rows
 from lorafleet.jobs.data.hub import count_parameters, read_model_config
 from lorafleet.jobs.data.row_formats import Row
@@ -27,14 +27,11 @@ from lorafleet.jobs.errors import AssetError, JobFileError, Problem
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.loading.unused_fields import collect_unused_notes
 from lorafleet.jobs.runs.plan import MemoryEstimate, Plan, PlannedTrial
-from lorafleet.jobs.schema.compatibility import (
-    WEIGHT_SHARDING_STRATEGIES,
-    Strategy,
-    find_unsupported,
-)
+from lorafleet.jobs.schema.compatibility import WEIGHT_SHARDING_STRATEGIES, find_unsupported
 from lorafleet.jobs.schema.environment import can_change_code
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.precision import describe_planned_formats, get_attention_refusal
+from lorafleet.jobs.schema.types import Assignment, Strategy
 from lorafleet.jobs.sites.base import LocalSite, Site
 from lorafleet.jobs.sites.placement import Placement, compute_placement
 from lorafleet.jobs.text import format_count
@@ -42,7 +39,6 @@ from lorafleet.jobs.trials import arms
 from lorafleet.jobs.trials import asha as rungs
 from lorafleet.jobs.trials import sampling as search
 from lorafleet.jobs.trials.defaults import resolve_learning_rate
-from lorafleet.jobs.trials.sampling import Assignment
 from lorafleet.jobs.trials.schedule import Schedule, build_schedule
 from lorafleet.jobs.trials.trial_id import (
     METHOD_BLOCKS,

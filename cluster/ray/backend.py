@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import re
 import secrets
 import shlex
@@ -16,17 +15,17 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lorafleet.cluster import submitted_runs as registry
-from lorafleet.cluster.backend import RunStatus, Say, ignore_message
-from lorafleet.cluster.local import write_run
+from lorafleet.cluster.backend import RunStatus, Say, WeightSelection, ignore_message
 from lorafleet.cluster.planning.plan import make_plan
-from lorafleet.cluster.remote.backend import (
-    CommandRunner,
-    RemoteBackend,
+from lorafleet.cluster.remote.backend import RemoteBackend
+from lorafleet.cluster.remote.place import CommandRunner, download_record
+from lorafleet.cluster.submission import (
+    SubmissionRecord,
     compute_exit_code,
-    download_record,
+    find_record,
     infer_unknown_status,
     read_last_status,
     read_own_state,
@@ -35,8 +34,8 @@ from lorafleet.cluster.remote.backend import (
     record_if_missing,
     record_submission,
     update_record,
+    write_run,
 )
-from lorafleet.cluster.remote.transfer import WeightSelection
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import PlacementRefused, RunError, UserError
 from lorafleet.jobs.loading.job_file import LoadedJob
@@ -75,9 +74,9 @@ class RayBackend(RemoteBackend[RayClusterSite]):
         self.internet = site.internet
 
     @classmethod
-    def from_record(cls, record: dict[str, Any]) -> RayBackend:
+    def from_record(cls, record: SubmissionRecord) -> RayBackend:
         """Return the backend of a submitted run, with the site as it was then."""
-        return cls(RayClusterSite.model_validate_json(json.dumps(record["site"])))
+        return cls(RayClusterSite.from_record(record.site))
 
     @functools.cached_property
     def jobs(self) -> RayJobs:
@@ -181,21 +180,19 @@ class RayBackend(RemoteBackend[RayClusterSite]):
     def _is_surely_unsubmitted(self, run: Run) -> bool:
         """Return whether the cluster surely has no job of the run."""
         try:
-            return (
-                "submission" not in read_record(run)
-                or self.jobs.get_info(self.get_job_name(run)) is None
-            )
+            return find_record(run) is None or self.jobs.get_info(self.get_job_name(run)) is None
         except UserError:
             return False
 
     def _submit_job(self, run: Run, submission: int, call: str = "") -> None:
         call = call or secrets.token_hex(8)
-        record = {
-            "kind": self.site.kind,
-            "site": self.site.model_dump(mode="json"),
-            "submission": submission,
-        }
-        record_submission(run, record | {"call": call, "handed_over": False})
+        record = SubmissionRecord(
+            kind=self.site.kind,
+            site=self.site.model_dump(mode="json"),
+            submission=submission,
+            call=call,
+        )
+        record_submission(run, record)
         texts = {name: (run.path / name).read_text() for name in TEXTS}
         name = self.get_job_name(run)
         with tempfile.TemporaryDirectory(prefix="lorafleet-") as folder:
@@ -224,15 +221,15 @@ class RayBackend(RemoteBackend[RayClusterSite]):
         record, info = read_record(run), self.jobs.get_info(self.get_job_name(run))
         if info is not None and not info.ended:
             raise RunError(f"{run.id} has job {self.get_job_name(run)}, which is {info.status}")
-        if record.get("handed_over") or info is not None:
-            return self._submit_job(run, int(record["submission"]) + 1)
-        return self._submit_job(run, int(record["submission"]), str(record["call"]))
+        if record.handed_over or info is not None:
+            return self._submit_job(run, record.submission + 1)
+        return self._submit_job(run, record.submission, record.call)
 
     # --- during a run
 
     def get_job_name(self, run: Run) -> str:
         """Return the submission id of the run's newest job."""
-        return f"{run.id}-{read_record(run)['submission']}"
+        return f"{run.id}-{read_record(run).submission}"
 
     def status(self, run: Run) -> RunStatus:
         """Return the run's status from the cluster.
@@ -243,11 +240,11 @@ class RayBackend(RemoteBackend[RayClusterSite]):
             info = self.jobs.get_info(self.get_job_name(run))
         except UserError as error:
             return read_last_status(run) or RunStatus(
-                run.state, f"{error}; the record here says {run.state}", asked=False
+                run.state, f"{error}; the record here says {run.state}", fresh=False
             )
         status = derive_status(run, self.get_job_name(run), info)
         return (
-            record_final_state(run, int(read_record(run)["submission"]), status)
+            record_final_state(run, read_record(run).submission, status)
             if info is not None and info.ended
             else status
         )
@@ -281,7 +278,7 @@ class RayBackend(RemoteBackend[RayClusterSite]):
         count = download_record(
             self._build_runner(), self.get_run_folder(run.id), run, weights, include_wandb=True
         )
-        update_record(run, int(read_record(run)["submission"]), missing=None, collected=True)
+        update_record(run, read_record(run).submission, missing=None, collected=True)
         return count
 
     def watch(self, run: Run) -> RayWatch:
@@ -299,7 +296,7 @@ class RayBackend(RemoteBackend[RayClusterSite]):
             raise RunError(
                 f"{run.id} has no job that waits or runs: it is {self.status(run).state}"
             )
-        update_record(run, int(read_record(run)["submission"]), stopping=True)
+        update_record(run, read_record(run).submission, stopping=True)
         if (
             info.status == "RUNNING"
         ):  # not Ray's own stop, which gives a job only three seconds to save
@@ -321,7 +318,7 @@ class RayBackend(RemoteBackend[RayClusterSite]):
         """Check that the cluster has what a job needs, and run a short job."""
         from lorafleet.cluster.ray.doctor import collect_findings
 
-        return collect_findings(self)
+        return collect_findings(self.site, self.jobs, self._build_runner())
 
 
 def derive_status(run: Run, name: str, job: JobInfo | None) -> RunStatus:
@@ -362,8 +359,8 @@ class RayWatch:
     def __init__(self, backend: RayBackend, run: Run) -> None:
         self.backend, self.run = backend, run
         self.name = backend.get_job_name(run)
-        self.submission = int(read_record(run)["submission"])
-        self.seen = RunStatus(run.state)
+        self.submission = read_record(run).submission
+        self.status = RunStatus(run.state)
         self._unknown = 0
         self._looked_at = -_POLL_SECONDS
         self._end = threading.Event()
@@ -371,7 +368,7 @@ class RayWatch:
 
     def _refresh(self) -> None:
         while not self._end.wait(_REFRESH_SECONDS):
-            if self.seen.state is RunState.RUNNING:
+            if self.status.state is RunState.RUNNING:
                 self.backend.refresh(self.run)
 
     def poll(self) -> int | None:
@@ -385,7 +382,7 @@ class RayWatch:
         try:
             job = self.backend.jobs.get_info(self.name)
         except UserError as error:
-            self.seen = RunStatus(self.seen.state, str(error))
+            self.status = RunStatus(self.status.state, str(error))
             return None
         self._unknown = self._unknown + 1 if job is None else 0
         status = derive_status(self.run, self.name, job)
@@ -393,18 +390,18 @@ class RayWatch:
             status.state in (RunState.PENDING, RunState.RUNNING)
             or 0 < self._unknown < _MAX_UNKNOWN_POLLS
         ):
-            self.seen = status
+            self.status = status
             return None
         self._end.set()
         self.backend.collect(self.run, self.submission)
-        self.seen = record_final_state(
+        self.status = record_final_state(
             self.run, self.submission, derive_status(self.run, self.name, job)
         )
         code = job.code if job is not None else None
         if code is None and job is not None:
             match = re.search(r"exit code (\d+)", job.message)
             code = int(match[1]) if match else None
-        return compute_exit_code(self.run, self.seen, code)
+        return compute_exit_code(self.run, self.status, code)
 
     def send_signal(self, number: int) -> None:
         """Do nothing: a remote job does not receive this process's signals."""

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from lorafleet.cluster.doctor import Finding, check_storage, check_version
-from lorafleet.cluster.remote.backend import run_json_command
+from lorafleet.cluster.ray.client import RayJobs
+from lorafleet.cluster.remote.place import CommandRunner, run_json_command
 from lorafleet.jobs.errors import UserError
+from lorafleet.jobs.sites.ray import RayClusterSite
 from lorafleet.jobs.text import format_count
 
-if TYPE_CHECKING:
-    from lorafleet.cluster.ray.backend import RayBackend
 
-
-def collect_findings(backend: RayBackend) -> list[Finding]:
+def collect_findings(site: RayClusterSite, jobs: RayJobs, runner: CommandRunner) -> list[Finding]:
     """Run all checks. Raises RayUnreachable if no job server answers."""
-    nodes = backend.jobs.get_nodes()
-    results = [Finding("job server", "ok", backend.site.address)]
+    nodes = jobs.get_nodes()
+    results = [Finding("job server", "ok", site.address)]
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     results.append(
         Finding(
@@ -26,16 +24,13 @@ def collect_findings(backend: RayBackend) -> list[Finding]:
             f"{len(nodes)}, with {format_count(cpus, 'core')} and {format_count(gpus, 'GPU')}",
         )
     )
-    return [*results, *_check_command(backend)]
+    return [*results, *_check_command(runner, site.storage)]
 
 
-def _check_command(backend: RayBackend) -> Iterator[Finding]:
+def _check_command(runner: CommandRunner, mount: str) -> Iterator[Finding]:
     """Check that a command runs there, sees the storage, and has this machine's version."""
     try:
-        with backend.open_storage(lambda _: None) as runner:
-            report = run_json_command(
-                runner, ["lorafleet", "node", "greet"], {"mount": backend.mount}
-            )
+        report = run_json_command(runner, ["lorafleet", "node", "greet"], {"mount": mount})
     except UserError as error:
         yield Finding(
             "lorafleet on the cluster",
@@ -48,5 +43,5 @@ def _check_command(backend: RayBackend) -> Iterator[Finding]:
     yield check_storage(
         report,
         "on the cluster",
-        f"every machine must see {backend.mount}, and its user write there",
+        f"every machine must see {mount}, and its user write there",
     )

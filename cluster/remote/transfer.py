@@ -20,18 +20,15 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
+from lorafleet.cluster.backend import WeightSelection
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import CommandFailed, make_disk_full_error
 from lorafleet.jobs.runs.bundle import TEXTS
 from lorafleet.jobs.runs.plan import MANIFEST
 from lorafleet.jobs.runs.run import Run
 
-WeightSelection = Literal["none", "best", "all", "exports"]
-"""The trials whose weights are transferred: none, the best, all; or the models exported from
-them.
-"""
 _NOT_TRANSFERRED = {
     "tune",
     "attempts",

@@ -59,8 +59,8 @@ for prompt in arguments.prompts:
         answer_ids, new_ids = [*answer_ids, token], [token]
     text = tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
     if settings["answer_frame"]:
-        frame = AnswerFrame.from_dict(settings["answer_frame"]).after(framed_text)
-        text = frame.answer(
+        frame = AnswerFrame.from_dict(settings["answer_frame"]).adapt_to_prompt(framed_text)
+        text = frame.decode_answer(
             answer_ids,
             lambda some, skip: tokenizer.decode(list(some), skip_special_tokens=skip),
             end_id,

@@ -23,7 +23,7 @@ from lorafleet.evaluation.metrics.intervals import (
     explain_missing_interval,
 )
 from lorafleet.evaluation.metrics.predictions import RowResults
-from lorafleet.jobs.trials.asha import Goal
+from lorafleet.jobs.schema.types import Goal
 
 ALPHA = 0.05
 """Family-wise error rate: how often any claim about equal candidates may be wrong."""

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorafleet.evaluation.metrics.baselines import evaluate_trivial_answers
 from lorafleet.evaluation.metrics.predictions import RowResults, from_records
 from lorafleet.evaluation.metrics.scores import compute_confusion, compute_per_class, compute_scores
-from lorafleet.evaluation.report.baselines import evaluate_trivial_answers
 from lorafleet.jobs import files
 from lorafleet.jobs.data.row_formats import Row
 from lorafleet.jobs.runs.run import Run

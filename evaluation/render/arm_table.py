@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lorafleet.evaluation.render.trial_table import (
+from lorafleet.evaluation.report.format import (
     BENCHMARK,
     MISSING,
     format_duration,

@@ -21,20 +21,22 @@ from lorafleet.evaluation.render.arm_table import (
     list_batch_records,
 )
 from lorafleet.evaluation.render.trial_table import (
-    BENCHMARK,
     Cell,
     build_columns,
     build_folds_table,
     build_headline,
     build_ratings_table,
     build_terminal_columns,
-    escape_markdown,
     format_class_cells,
-    format_duration,
-    format_number,
     format_with_interval,
     list_notes,
     list_searched_fields,
+)
+from lorafleet.evaluation.report.format import (
+    BENCHMARK,
+    escape_markdown,
+    format_duration,
+    format_number,
     list_shown_metrics,
 )
 from lorafleet.jobs.runs.report import Arm, Report, Row

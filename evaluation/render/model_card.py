@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.evaluation.render.loading_code import LoadingMetadata, build_loading_code
-from lorafleet.evaluation.render.trial_table import escape_markdown, format_number
+from lorafleet.evaluation.report.format import escape_markdown, format_number
 from lorafleet.jobs import files
 from lorafleet.jobs.data.adapters import read_config
 from lorafleet.jobs.data.hub import resolve_public_base
@@ -46,8 +46,8 @@ def write_card(run: Run, report: Report, prompt: dict[str, Any] | None = None) -
     """Write README.md and manifest.json beside the recommended weights, if they are on disk.
 
     Args:
-        run: The run. report: Its report. prompt: What `save_inference_files` returned. None keeps
-        what an earlier card of these weights has.
+        prompt: What `save_inference_files` returned. None keeps what an earlier card of these
+            weights has.
     """
     weights = find_recommended_weights(run, report)
     trial_id = report.recommendation.trial_id

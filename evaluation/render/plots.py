@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
-from lorafleet.evaluation.render.trial_table import format_short_params
 from lorafleet.evaluation.report.choose_arm import COSTS, Choice, find_pareto_front
+from lorafleet.evaluation.report.format import format_short_params
 from lorafleet.jobs.runs.report import Arm, Report, Row
 from lorafleet.jobs.schema.comparison import Cost
 from lorafleet.jobs.schema.search import SEED

@@ -2,54 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
+from lorafleet.evaluation.report.format import (
+    BENCHMARK,
+    MISSING,
+    format_duration,
+    format_number,
+    list_shown_metrics,
+)
 from lorafleet.jobs.runs.report import Metrics, Report, Row
-from lorafleet.jobs.text import format_count, format_decimal, make_printable
+from lorafleet.jobs.text import format_count
 
 Cell = Callable[[Row], str]
-BENCHMARK = "benchmark"
-"""State of a benchmark's report. Its tables also show loading time and size on disk."""
-MISSING = "-"
-
-
-def format_number(value: float | None, digits: int = 3) -> str:
-    """Format a number with few digits; a dash if it is missing."""
-    if value is None:
-        return MISSING
-    if value and (abs(value) >= 1e5 or abs(value) < 10**-digits):
-        return f"{value:.2e}"
-    return format_decimal(value, digits)
-
-
-_ACTIVE_CHARACTERS = re.compile(
-    r"[&<>]|:(?=//)|(?<=mailto):|(?<=xmpp):|(?<=\S)@(?=\S)|(?<=www)\.", re.IGNORECASE
-)
-
-
-def escape_markdown(text: str) -> str:
-    """Escape a text so that every Markdown reader shows it literally, on one line.
-
-    It contains no HTML, link, image or formatting. HTML characters, and characters that turn
-    bare addresses into links, are written as entities: not every reader knows a backslash
-    before them.
-    """
-    for mark in ("\\", "`", "*", "_", "~", "|", "["):
-        text = text.replace(mark, f"\\{mark}")
-    text = _ACTIVE_CHARACTERS.sub(lambda match: f"&#{ord(match[0])};", text)
-    return " ".join(make_printable(text).split())
-
-
-def format_duration(seconds: float | None) -> str:
-    """Format seconds as `42.0 s`, `3 min 05 s` or `2 h 10 min`; a dash if they are missing."""
-    if seconds is None:
-        return MISSING
-    minutes, remainder = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes} min {remainder:02d} s" if minutes else f"{seconds:.1f} s"
 
 
 def list_searched_fields(report: Report) -> list[str]:
@@ -139,22 +104,6 @@ def build_terminal_columns(report: Report) -> list[tuple[str, Cell]]:
         ),
     ]
     return table_columns
-
-
-_DEFAULT_METRICS = ("accuracy", "f1", "precision", "recall", "loss")
-"""Metrics that are computed without a request and that are closely related."""
-
-
-def list_shown_metrics(report: Report) -> list[str]:
-    """Return the metrics that a terminal shows beside the first deciding metric.
-
-    These are the other deciding metrics, the requested metrics and perplexity.
-    """
-    return [
-        name
-        for name in report.metrics
-        if name in report.also or (name != report.metric and name not in _DEFAULT_METRICS)
-    ]
 
 
 def _format_briefly(metrics: Metrics, intervals: dict[str, tuple[float, float]], name: str) -> str:
@@ -336,31 +285,3 @@ def format_class_cells(values: Mapping[str, float]) -> list[str]:
         format_number(values[name]) if rows else MISSING for name in ("precision", "recall", "f1")
     ]
     return [*scores, str(rows)]
-
-
-def format_p_value(p_value: float | None) -> str:
-    """Format a p-value with three digits."""
-    if p_value is None:
-        return MISSING
-    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
-
-
-def describe_p_value(p_value: float) -> str:
-    """Return a p-value as text: `p = 0.012` or `p < 0.001`."""
-    text = format_p_value(p_value)
-    return f"p < {text[1:]}" if text.startswith("<") else f"p = {text}"
-
-
-def format_params(params: dict[str, Any]) -> str:
-    """Return searched values as text: `lora_r=8, learning_rate=0.00126`."""
-    return ", ".join(f"{path.rpartition('.')[2]}={value}" for path, value in params.items())
-
-
-def format_short_params(params: dict[str, Any]) -> str:
-    """Return searched values as text, with numbers of three digits."""
-    return format_params(
-        {
-            path: f"{value:.3g}" if isinstance(value, float) else value
-            for path, value in params.items()
-        }
-    )

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafleet.evaluation.metrics.predictions import RowResults
 from lorafleet.evaluation.metrics.scores import compute_scores
-from lorafleet.evaluation.render.trial_table import format_short_params
+from lorafleet.evaluation.report.build import build_report
 from lorafleet.evaluation.report.choose_arm import Choice, choose
 from lorafleet.evaluation.report.comparison import (
     compare_arms,
@@ -17,13 +17,9 @@ from lorafleet.evaluation.report.comparison import (
     list_pairs,
     load_arms,
 )
+from lorafleet.evaluation.report.format import format_short_params
 from lorafleet.evaluation.report.samples import select_differing
-from lorafleet.evaluation.report.search import (
-    build_report,
-    clear_run_results,
-    load_chosen_results,
-    load_run_job,
-)
+from lorafleet.evaluation.report.search import clear_run_results, load_chosen_results, load_run_job
 from lorafleet.jobs import files
 from lorafleet.jobs.runs.report import Arm, Report
 from lorafleet.jobs.runs.run import Run

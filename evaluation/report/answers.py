@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorafleet.evaluation.report.build import build_report
 from lorafleet.evaluation.report.comparison import load_row_results
-from lorafleet.evaluation.report.search import build_report, load_chosen_results, load_run_job
+from lorafleet.evaluation.report.search import load_chosen_results, load_run_job
 from lorafleet.jobs import files
 from lorafleet.jobs.runs.run import Run
 

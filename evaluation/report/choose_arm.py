@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lorafleet.evaluation.metrics.paired import Comparison
-from lorafleet.evaluation.render.trial_table import describe_p_value
 from lorafleet.evaluation.report.decide import (
     Option,
     Tolerances,
@@ -17,9 +16,10 @@ from lorafleet.evaluation.report.decide import (
     explain,
     format_interval,
 )
+from lorafleet.evaluation.report.format import describe_p_value
 from lorafleet.jobs.runs.report import Arm, Recommendation
 from lorafleet.jobs.schema.comparison import Cost, Rule
-from lorafleet.jobs.trials.asha import Goal
+from lorafleet.jobs.schema.types import Goal
 
 SAME_TIME = 1.05
 """Times within this factor count as equal: repeated runs of one training differ by more."""

@@ -20,11 +20,11 @@ from lorafleet.evaluation.metrics.scores import (
     compute_scores,
 )
 from lorafleet.evaluation.metrics.summary import read_results
-from lorafleet.evaluation.render.trial_table import format_short_params
 from lorafleet.evaluation.report import verdict
 from lorafleet.evaluation.report.choose_arm import Choice, choose
+from lorafleet.evaluation.report.format import format_short_params
 from lorafleet.evaluation.report.samples import select_differing, select_mistakes, select_worst
-from lorafleet.evaluation.report.search import build_report
+from lorafleet.evaluation.report.search import build_search_report
 from lorafleet.jobs import files
 from lorafleet.jobs.runs.report import (
     Arm,
@@ -86,7 +86,7 @@ def load_arms(
     """
     assert job.compare is not None
     results_by_arm = load_row_results(run, job, split)
-    reports = {arm.path.name: build_report(arm) for arm in run.list_arms()}
+    reports = {arm.path.name: build_search_report(arm) for arm in run.list_arms()}
     arms = _mark_incomparable(
         [_build_arm(run, job, name, reports, results_by_arm[name]) for name in job.compare.arms],
         results_by_arm,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lorafleet.evaluation.metrics.intervals import MIN_ROWS, SHARES
 from lorafleet.evaluation.metrics.paired import Comparison
-from lorafleet.evaluation.render.trial_table import describe_p_value
+from lorafleet.evaluation.report.format import describe_p_value
 from lorafleet.jobs.text import format_count, format_decimal
 
 DEFAULT_SHARE_TOLERANCE = 0.01

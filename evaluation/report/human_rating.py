@@ -19,7 +19,7 @@ import numpy as np
 
 from lorafleet.evaluation.metrics.intervals import compute_mean_interval
 from lorafleet.jobs import files
-from lorafleet.jobs.errors import RunError, UserError
+from lorafleet.jobs.errors import UserError
 from lorafleet.jobs.runs.report import Judgement, Ratings
 from lorafleet.jobs.runs.run import Run
 
@@ -314,27 +314,3 @@ def _compute_score_interval(values_U: np.ndarray) -> tuple[float, float] | None:
     """Return the 95 % interval of a mean of scores, which are from 0 to 5."""
     interval = compute_mean_interval(values_U)
     return (max(0.0, interval[0]), min(5.0, interval[1])) if interval else None
-
-
-def build_run_sheet(run: Run, rater: str, max_rows: int) -> list[Item]:
-    """Return the sheet of a rater for a run.
-
-    Raises:
-        RunError: The run has fewer than two models with answers, or no row that all answered.
-    """
-    from lorafleet.evaluation.report.answers import load_answers
-
-    rows, answers = load_answers(run)
-    if len(answers) < 2:
-        raise RunError(
-            f"{run.id} has the answers of {len(answers)} models, but must have those of two or "
-            "more to rate"
-        )
-    items = build_sheet(rows, answers, rater, max_rows)
-    if not items:
-        raise RunError(
-            f"{run.id} has no answers of its models to the held-out rows; rating is for tasks "
-            "whose model writes "
-            "(evaluate.sample_rows, or a metric of texts)"
-        )
-    return items

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorafleet.evaluation.report.search import build_report, load_run_job
+from lorafleet.evaluation.report.build import build_report
+from lorafleet.evaluation.report.search import load_run_job
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.run import Run, Trial

@@ -14,7 +14,6 @@ from lorafleet.evaluation.metrics.paired import (
     select_comparable_candidates,
 )
 from lorafleet.evaluation.metrics.predictions import RowResults
-from lorafleet.evaluation.render.trial_table import format_params
 from lorafleet.evaluation.report.decide import (
     Decision,
     Option,
@@ -25,8 +24,9 @@ from lorafleet.evaluation.report.decide import (
     explain,
     format_interval,
 )
+from lorafleet.evaluation.report.format import format_params
 from lorafleet.jobs.runs.report import FoldScores, Recommendation, Row
-from lorafleet.jobs.trials.asha import Goal
+from lorafleet.jobs.schema.types import Goal
 from lorafleet.jobs.trials.sampling import remove_fold
 
 MAX_COMPARED = 50

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from lorafleet.evaluation.render.trial_table import format_params
+from lorafleet.evaluation.report.format import format_params
 from lorafleet.evaluation.report.recommend_trial import (
     MAX_COMPARED,
     SearchRule,
@@ -19,7 +17,7 @@ from lorafleet.evaluation.report.recommend_trial import (
     summarize_folds,
 )
 from lorafleet.jobs import files
-from lorafleet.jobs.errors import AssetError, DataError, RunError
+from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.records import FACTS, DamagedFile, raise_damaged_file, read_record
 from lorafleet.jobs.runs.report import Baseline, Failure, Intervals, Metrics, Report, Row
 from lorafleet.jobs.runs.run import Run, Trial
@@ -27,7 +25,6 @@ from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.metrics import is_better
 from lorafleet.jobs.schema.search import FOLD
 from lorafleet.jobs.schema.validation_messages import describe_unreadable_file
-from lorafleet.jobs.text import make_json_printable
 from lorafleet.jobs.trials.sampling import remove_fold
 
 if TYPE_CHECKING:
@@ -46,7 +43,7 @@ def load_run_job(run: Run) -> JobSpec:
             f"{run.path} holds no plan.json: it is not a run, or was not submitted whole"
         )
     try:
-        return JobSpec.model_validate_json(json.dumps(plan["job"]))
+        return JobSpec.from_record(plan["job"])
     except ValidationError as error:
         raise RunError(describe_unreadable_file(run.path / "plan.json", error)) from None
 
@@ -64,7 +61,7 @@ def load_local_job(run: Run) -> JobSpec:
             block = block.get(key) or {}
         if isinstance(block.get(name), str) and isinstance(field_record.get("value"), str):
             block[name] = field_record["value"]
-    return JobSpec.model_validate_json(json.dumps(raw))
+    return JobSpec.from_record(raw)
 
 
 def _get_data_name(job: JobSpec) -> str:
@@ -75,18 +72,19 @@ def _get_data_name(job: JobSpec) -> str:
     return str(job.data.dataset_name or job.data.train_file)
 
 
-def build_report(run: Run) -> Report:
-    """Build the report of a run from the results that it has so far."""
+def build_search_report(run: Run) -> Report:
+    """Build the report of a sweep or a training from the results that it has so far."""
+    report = collect_results(run)
+    facts = read_record(run.path / "facts.json", FACTS)
+    return _add_verdict(_add_samples(run, report), facts)
+
+
+def collect_results(run: Run) -> Report:
+    """Return the report of a run before samples, arms and cautions are added to it."""
     job = load_run_job(run)
     facts = read_record(run.path / "facts.json", FACTS)
     metric = job.metric
     plan = files.read_json(run.path / "plan.json")
-    report_file = run.path / "report" / "report.json"
-    if (
-        plan.get("command") == "benchmark" and report_file.is_file()
-    ):  # a benchmark has no trials to build its report from
-        with raise_damaged_file(report_file):
-            return Report.model_validate_json(report_file.read_text())
     validation_rows = int(facts.get("rows", {}).get("validation", 0))
     rows = load_trial_rows(run, job, validation_rows) if plan.get("command") != "compare" else []
     labels = {row.trial_id: format_params(row.params) for row in rows}
@@ -107,7 +105,7 @@ def build_report(run: Run) -> Report:
         }
     damages = run.list_damages({row.trial_id for row in rows})
     with raise_damaged_file(run.path / "plan.json"):
-        report = Report(
+        return Report(
             run=run.id,
             state=run.state,
             task=job.task,
@@ -140,17 +138,6 @@ def build_report(run: Run) -> Report:
             versions=facts.get("versions", {}),
             facts=shown_facts,
         )
-    if plan.get("command") != "compare":
-        full_report = _add_verdict(_add_samples(run, report), facts)
-    else:
-        from lorafleet.evaluation.report.comparison import build_comparison_report
-
-        full_report = build_comparison_report(run, job, report, facts.get("class_counts", {}))
-    if not (run.path / "ratings").is_dir():
-        return full_report
-    from lorafleet.evaluation.report.human_rating import load_ratings
-
-    return full_report.model_copy(update={"ratings": load_ratings(run)})
 
 
 def _load_baselines(run: Run, facts: dict[str, Any]) -> list[Baseline]:
@@ -161,7 +148,7 @@ def _load_baselines(run: Run, facts: dict[str, Any]) -> list[Baseline]:
     held_out = "validation" if facts.get("chosen_on_test") else "test"
     counts = facts.get("class_counts") or {}
     if counts.get("train"):
-        from lorafleet.evaluation.report.baselines import evaluate_majority_class
+        from lorafleet.evaluation.metrics.baselines import evaluate_majority_class
 
         label, metrics = evaluate_majority_class(counts["train"], counts.get("validation", {}))
         _, test_metrics = evaluate_majority_class(counts["train"], counts.get(held_out, {}))
@@ -357,61 +344,6 @@ def load_chosen_results(run: Run, report: Report) -> dict[str, RowResults]:
             run.get_trial(chosen).get_predictions_file(split), trial_record
         )
     return {name: results for name, results in results_by_model.items() if results is not None}
-
-
-def write_report(run: Run, *, with_tokenizer: bool = False) -> Report:
-    """Build the report and write it in all its forms below report/, with a card beside the
-    recommended weights.
-
-    Args:
-        run: The run. with_tokenizer: Also save the tokenizer and generation settings beside the
-        recommended weights. This needs
-            transformers, the model and the data on this machine, as the process that trained has
-            them.
-    """
-    from lorafleet.evaluation.render.model_card import find_recommended_weights, write_card
-
-    report = build_report(run)
-    write_report_files(report, run.path / "report")
-    weights = find_recommended_weights(run, report)
-    prompt = None
-    if with_tokenizer and weights is not None:
-        from lorafleet.evaluation.render.inference_files import save_inference_files
-        from lorafleet.evaluation.report.model_of_run import load_trial_job
-
-        with contextlib.suppress(
-            AssetError, DataError
-        ):  # without model and data, the card gets no loading code
-            prompt = save_inference_files(load_trial_job(Trial(weights.parent)), weights)
-    write_card(run, report, prompt)
-    return report
-
-
-def write_report_files(report: Report, folder: Path) -> None:
-    """Write a report as JSON, CSV, Markdown and HTML."""
-    from lorafleet.evaluation.render.forms import (
-        render_arms_csv,
-        render_batches_csv,
-        render_html,
-        render_markdown,
-        render_table_csv,
-    )
-
-    files.write_text(folder / "report.json", render_report_json(report) + "\n")
-    files.write_text(folder / "report.csv", render_table_csv(report))
-    if report.arms is not None:
-        files.write_text(folder / "arms.csv", render_arms_csv(report))
-    if any(arm.batches for arm in report.arms or []):
-        files.write_text(folder / "batches.csv", render_batches_csv(report))
-    files.write_text(folder / "report.md", render_markdown(report))
-    files.write_text(folder / "report.html", render_html(report))
-
-
-def render_report_json(report: Report) -> str:
-    """Return a report as JSON. NaN and infinite numbers become null."""
-    return make_json_printable(
-        report.model_dump_json(indent=2)
-    )  # pydantic writes NaN and infinity as null
 
 
 def _get_weights_path(run: Run, trial_id: str | None) -> str | None:

@@ -14,8 +14,8 @@ from lorafleet.evaluation.report.decide import (
 )
 from lorafleet.jobs.runs.report import Baseline, Recommendation, Row
 from lorafleet.jobs.schema.metrics import is_better
+from lorafleet.jobs.schema.types import Goal
 from lorafleet.jobs.text import format_count, format_decimal
-from lorafleet.jobs.trials.asha import Goal
 
 FEW_ROWS = 100
 """With fewer rows a decision gets a caution."""

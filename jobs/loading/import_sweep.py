@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from lorafleet.jobs.loading.aliases import (
+from lorafleet.jobs.loading.importers import Translation
+from lorafleet.jobs.loading.job_file import resolve_field_name
+from lorafleet.jobs.schema import field_paths as fields
+from lorafleet.jobs.schema.aliases import (
     DISTRIBUTION_ALIASES,
     EXPONENT_DISTRIBUTIONS,
     VALUE_ALIASES,
 )
-from lorafleet.jobs.loading.importers import Translation
-from lorafleet.jobs.loading.job_file import resolve_field_name
-from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.metrics import strip_metric_prefix
 from lorafleet.jobs.trials.hyperband import HYPERBAND_KEYS, convert_to_asha
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.jobs.data.data_files import get_data_suffix
-from lorafleet.jobs.loading.aliases import OPTIMIZERS
 from lorafleet.jobs.schema import field_paths as fields
+from lorafleet.jobs.schema.aliases import OPTIMIZERS
 
 _COMMON_FIELDS = {
     "lora_alpha": "lora.lora_alpha",

@@ -17,18 +17,17 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from lorafleet.jobs import files
+from lorafleet.jobs import files, yaml12
 from lorafleet.jobs.data.adapters import DROPOUT, get_fixed_fields, read_config
 from lorafleet.jobs.errors import JobFileError, Problem
-from lorafleet.jobs.loading import yaml12
-from lorafleet.jobs.loading.aliases import (
+from lorafleet.jobs.schema import expressions as expression
+from lorafleet.jobs.schema import field_paths as fields
+from lorafleet.jobs.schema.aliases import (
     DISTRIBUTION_ALIASES,
     EXPONENT_DISTRIBUTIONS,
     FIELD_ALIASES,
     VALUE_ALIASES,
 )
-from lorafleet.jobs.schema import expressions as expression
-from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.metrics import strip_metric_prefix
 from lorafleet.jobs.schema.validation_messages import list_problems

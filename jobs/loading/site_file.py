@@ -14,9 +14,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lorafleet.jobs import files
+from lorafleet.jobs import files, yaml12
 from lorafleet.jobs.errors import JobFileError, Problem, UserError
-from lorafleet.jobs.loading import yaml12
 from lorafleet.jobs.loading.job_file import find_line, read_text
 from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.base import Spec

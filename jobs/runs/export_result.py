@@ -5,7 +5,6 @@ All functions but `read_record` are pure.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -416,6 +415,6 @@ def read_record(path: Path, kind: type[Record]) -> Record:
     values = files.read_json(path)
     values.pop("schema_version", None)
     try:
-        return kind.model_validate_json(json.dumps(values))
+        return kind.from_record(values)
     except ValidationError as error:
         raise UserError(describe_unreadable_file(path, error)) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from lorafleet.jobs.schema.base import Spec
-from lorafleet.jobs.trials.asha import Goal
+from lorafleet.jobs.schema.types import Goal
 
 
 class Failure(Spec):

@@ -4,10 +4,11 @@ Everything else is computed from it.
 
 runs/quickstart-3f9a1c/
     job.yaml            as submitted                resolved.json   every value and its origin
-    plan.json           what was planned            status.json     one RunState facts.json
-    digests, revisions          events.jsonl    one line per decision trials/<id>/
-    params.json status.json metrics.jsonl progress.json checkpoints/ adapter/ test.json report/
-    wandb/ logs/ tune/                      tune/ belongs to Ray Tune, and can be deleted
+    plan.json           what was planned            status.json     one RunState
+    facts.json          digests, revisions          events.jsonl    one line per decision
+    trials/<id>/        params.json status.json metrics.jsonl progress.json checkpoints/ adapter/
+    test.json
+    report/ wandb/ logs/ tune/                      tune/ belongs to Ray Tune, and can be deleted
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from lorafleet.jobs.runs.records import (
 from lorafleet.jobs.runs.tracebacks import set_current_run
 from lorafleet.jobs.runs.trust import record_own_run
 from lorafleet.jobs.schema.search import FOLD
-from lorafleet.jobs.trials.sampling import Assignment
+from lorafleet.jobs.schema.types import Assignment
 from lorafleet.jobs.user import load_user_config
 
 State = TypeVar("State", bound=StrEnum)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,6 +20,17 @@ class Spec(BaseModel):
         use_attribute_docstrings=True,
         protected_namespaces=(),
     )
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Create from an object that was read from a JSON file.
+
+        JSON has no tuples and no enums: strict validation accepts them only from JSON text.
+
+        Raises:
+            pydantic.ValidationError: The object has other fields or types.
+        """
+        return cls.model_validate_json(json.dumps(record))
 
 
 Texts = Annotated[tuple[str, ...], Field(strict=False)]

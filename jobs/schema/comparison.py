@@ -8,8 +8,8 @@ from pydantic import Field, field_validator, model_validator
 
 from lorafleet.jobs.errors import Problem, SpecProblems
 from lorafleet.jobs.schema.base import Spec
-from lorafleet.jobs.schema.compatibility import Method
 from lorafleet.jobs.schema.search import MetricSpec, Parameter, SchedulerSpec, Tolerance
+from lorafleet.jobs.schema.types import Method
 
 ArmName = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")]
 Rule = Literal["cheapest_within_tolerance", "best", "smallest_within", "pareto"]

@@ -4,18 +4,15 @@ starts.
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
+
+from lorafleet.jobs.schema.types import METHODS, STRATEGIES, Strategy
 
 if TYPE_CHECKING:
     from lorafleet.jobs.schema.job import JobSpec
 
-Method = Literal["lora", "qlora", "prompt_tuning", "full"]
-Strategy = Literal["auto", "ddp", "fsdp", "zero1", "zero2", "zero3"]
-METHODS: tuple[Method, ...] = typing.get_args(Method)
-STRATEGIES: tuple[Strategy, ...] = typing.get_args(Strategy)[1:]
 WEIGHT_SHARDING_STRATEGIES: tuple[Strategy, ...] = ("fsdp", "zero3")
 """Strategies that shard the base's weights, the simpler one first."""
 _SHARDING_STRATEGIES = ("fsdp", "zero1", "zero2", "zero3")

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from lorafleet.jobs.errors import Problem, SpecProblems
 from lorafleet.jobs.schema.base import Spec, Texts
 from lorafleet.jobs.schema.comparison import CompareSpec
-from lorafleet.jobs.schema.compatibility import Method, Strategy, find_unsupported
+from lorafleet.jobs.schema.compatibility import find_unsupported
 from lorafleet.jobs.schema.environment import validate_environment
 from lorafleet.jobs.schema.export import ExportSpec
 from lorafleet.jobs.schema.metrics import (
@@ -26,7 +26,7 @@ from lorafleet.jobs.schema.metrics import (
     TEXT_METRICS,
 )
 from lorafleet.jobs.schema.search import MetricSpec, NamedMetric, SearchSpec
-from lorafleet.jobs.trials.asha import Goal
+from lorafleet.jobs.schema.types import Goal, Method, Strategy
 
 Task = Literal["classification", "generation", "summarization"]
 DataFormat = Literal["auto", "text_label", "prompt_completion", "instruction", "messages", "text"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lorafleet.jobs.trials.asha import Goal
+from lorafleet.jobs.schema.types import Goal
 
 
 @dataclass(frozen=True)

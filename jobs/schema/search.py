@@ -11,9 +11,8 @@ from pydantic import Field, model_validator
 from lorafleet.jobs.schema import expressions as expression
 from lorafleet.jobs.schema.base import Spec
 from lorafleet.jobs.schema.metrics import METRICS, strip_metric_prefix
-from lorafleet.jobs.trials.asha import Goal
+from lorafleet.jobs.schema.types import Goal, Scalar
 
-Scalar = bool | int | float | str
 Distribution = Literal[
     "uniform",
     "log_uniform_values",

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorafleet.jobs.errors import Problem, SpecProblems
-from lorafleet.jobs.loading.aliases import get_foreign_hint
 from lorafleet.jobs.schema import field_paths as fields
+from lorafleet.jobs.schema.aliases import get_foreign_hint
 from lorafleet.jobs.text import shorten_text
 
 

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from lorafleet.jobs.errors import PlacementRefused
 from lorafleet.jobs.schema.base import Spec
-from lorafleet.jobs.schema.compatibility import Strategy
 from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.schema.types import Strategy
 from lorafleet.jobs.sites.base import LocalSite, Node, Site
 from lorafleet.jobs.sites.kubernetes import KubernetesSite
 from lorafleet.jobs.sites.slurm import SlurmSite

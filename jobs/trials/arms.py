@@ -10,14 +10,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorafleet.jobs.errors import Problem
-from lorafleet.jobs.loading.aliases import get_foreign_hint
 from lorafleet.jobs.schema import field_paths as fields
+from lorafleet.jobs.schema.aliases import get_foreign_hint
 from lorafleet.jobs.schema.comparison import ArmSpec
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.search import SEED, Parameter
+from lorafleet.jobs.schema.types import Assignment
 from lorafleet.jobs.schema.validation_messages import list_problems
 from lorafleet.jobs.trials import sampling as search
-from lorafleet.jobs.trials.sampling import Assignment
 
 
 def get_arm(job: JobSpec, name: str) -> ArmSpec:

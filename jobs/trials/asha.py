@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
-Goal = Literal["maximize", "minimize"]
+from lorafleet.jobs.schema.types import Goal
 
 
 def compute_rung_levels(grace_period: int, max_t: int, reduction_factor: int) -> list[int]:

@@ -14,15 +14,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from lorafleet.jobs.errors import Problem
-from lorafleet.jobs.loading.aliases import get_foreign_hint
 from lorafleet.jobs.schema import expressions as expression
 from lorafleet.jobs.schema import field_paths as fields
+from lorafleet.jobs.schema.aliases import get_foreign_hint
 from lorafleet.jobs.schema.job import JobSpec
-from lorafleet.jobs.schema.search import FOLD, SEED, Parameter, Scalar, SearchSpec
+from lorafleet.jobs.schema.search import FOLD, SEED, Parameter, SearchSpec
+from lorafleet.jobs.schema.types import Assignment, Scalar
 from lorafleet.jobs.schema.validation_messages import list_problems
-
-Assignment = dict[str, Scalar]
-"""Dotted field -> the value that one trial uses for it."""
 
 STARTUP_TRIALS = 10
 """Number of random trials that TPE runs before it models anything (Optuna's default)."""

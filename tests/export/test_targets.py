@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorafleet.cluster.hardware import detect_site
+from lorafleet.cluster.local_site import detect_site
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.commands.execute import _convert_exit_code
 from lorafleet.deployment import export as exporting

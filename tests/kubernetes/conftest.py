@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lorafleet.cluster.backends import SITE_FILE
+from lorafleet.cluster.submission import SITE_FILE
 from lorafleet.jobs import files
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.plan import MANIFEST

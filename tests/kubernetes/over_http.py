@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lorafleet.cluster.backends import SITE_FILE, get_backend
+from lorafleet.cluster.backends import get_backend
+from lorafleet.cluster.submission import SITE_FILE
 from lorafleet.jobs import files
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.sites.kubernetes import KubernetesSite

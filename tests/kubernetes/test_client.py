@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import yaml
 
-from lorafleet.cluster.backends import SITE_FILE, get_backend
+from lorafleet.cluster.backends import get_backend
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.cluster.remote import staging
-from lorafleet.cluster.remote.backend import update_record, upload_items
+from lorafleet.cluster.remote.place import upload_items
 from lorafleet.cluster.remote.transfer import (
     UploadItem,
     collect_file_stats,
@@ -29,6 +29,7 @@ from lorafleet.cluster.remote.transfer import (
     iterate_frames,
     receive,
 )
+from lorafleet.cluster.submission import SITE_FILE, update_record
 from lorafleet.commands.logs import find_driver_log
 from lorafleet.jobs.errors import (
     CommandFailed,
@@ -78,7 +79,7 @@ def test_what_is_made(server: ApiServer, submitted: Callable[..., Run]) -> None:
     assert json.loads(config["data"]["plan.json"])["files"] == {}
     assert stored(run)["handed_over"] is True
     assert (
-        get_backend(run).status(run).sentence
+        get_backend(run).status(run).message
         == f"RayJob {name} was created; the operator has not seen it yet"
     )
     server.delete(next(kind for kind in _kinds() if kind.kind == "RayJob"), "default", name)
@@ -238,7 +239,7 @@ def test_how_it_ends(
         "RayJob", name_of(run), **{**status, "jobStatus": status.get("jobStatus", "")}
     )
     assert code_of(watch) == code
-    assert (watch.seen.state, said in watch.seen.sentence) == (state, True), watch.seen
+    assert (watch.status.state, said in watch.status.message) == (state, True), watch.status
     assert backend.status(run).state == state
     server.delete(_kinds()[0], "default", name_of(run))  # long afterwards
     assert backend.status(run).state == state
@@ -263,7 +264,7 @@ def comes(server: ApiServer, run: Run, watch: Any, words: str, **status: str) ->
 
     def said() -> str:
         assert watch.poll() is None
-        sentence: str = watch.seen.sentence
+        sentence: str = watch.status.message
         return sentence if words in sentence else ""
 
     return str(became(said))
@@ -275,7 +276,7 @@ def test_a_watch_sees_every_turn_through_all_faults(
     run = submitted()
     name = name_of(run)
     watch = get_backend(run).watch(run)
-    became(lambda: watch.poll() is None and "operator has not seen it" in watch.seen.sentence)
+    became(lambda: watch.poll() is None and "operator has not seen it" in watch.status.message)
     comes(
         server, run, watch, "waits for its pods", jobDeploymentStatus="Initializing", jobStatus=""
     )
@@ -283,7 +284,7 @@ def test_a_watch_sees_every_turn_through_all_faults(
     comes(
         server, run, watch, "starts the driver", jobDeploymentStatus="Running", jobStatus="PENDING"
     )
-    assert watch.seen.state is RunState.PENDING
+    assert watch.status.state is RunState.PENDING
     comes(server, run, watch, f"RayJob {name} runs", jobStatus="RUNNING")
     server.faults += [Fault("WATCH", ""), Fault("GET", "rayjobs.*watch", 500)]
     again = "begins again on a new cluster: its driver failed"
@@ -369,7 +370,7 @@ def test_a_watch_that_is_being_opened_is_closed_too(
     """It does not hear that it should stop: here, two times."""
     watch = get_backend(run := submitted()).watch(run)
     assert isinstance(watch, KubernetesWatch)
-    became(lambda: watch.poll() is None and "operator has not seen it" in watch.seen.sentence)
+    became(lambda: watch.poll() is None and "operator has not seen it" in watch.status.message)
     heard, stop = [False, False], Client.stop_following
     monkeypatch.setattr(
         Client, "stop_following", lambda client: heard.pop() if heard else stop(client)
@@ -432,7 +433,7 @@ def test_a_queue_that_takes_the_job_back(
                                                             "workers: insufficient "
                  "unused quota for nvidia.com/gpu in flavor a100, 8 "
                  "more needed", kind="Workload")  # fmt: skip
-    assert "its queue has no room: couldn't assign flavors" in get_backend(run).status(run).sentence
+    assert "its queue has no room: couldn't assign flavors" in get_backend(run).status(run).message
     comes(server, run, watch, "runs", jobDeploymentStatus="Running", jobStatus="RUNNING")
     comes(
         server, run, watch, "was preempted, and is queued again", jobDeploymentStatus="Suspending"
@@ -453,7 +454,7 @@ def test_why_pods_wait(server: ApiServer, submitted: Callable[..., Run], kubelet
     )
     said = get_backend(run).status(run)
     assert said.state is RunState.PENDING
-    assert said.sentence.endswith(
+    assert said.message.endswith(
         "waits for its pods: no node has enough nvidia.com/gpu free (0 of 3 nodes would do)"
     )
 
@@ -466,7 +467,7 @@ def test_a_cluster_that_does_not_answer(
     monkeypatch.setattr("lorafleet.k8s.client.Client.__init__.__defaults__", (None, 0))
     seen = get_backend(run).status(run)
     assert seen.state is RunState.PENDING
-    assert "the cluster's API server does not answer" in seen.sentence
+    assert "the cluster's API server does not answer" in seen.message
 
 
 # --- ending and going on
@@ -484,7 +485,7 @@ def test_stop_waits_for_the_operators_finalizer(
     server.set_status("RayJob", name, jobDeploymentStatus="Running", jobStatus="RUNNING")
     assert "saves its trials and ends" in backend.cancel(run)
     assert (
-        backend.status(run).sentence
+        backend.status(run).message
         == f"RayJob {name} is being taken away: its trials are saved first"
     )
     with pytest.raises(RunError, match="is still being taken away"):
@@ -492,7 +493,7 @@ def test_stop_waits_for_the_operators_finalizer(
     with server.store.lock:
         server._gone(("RayJob", "default", name))
     seen = backend.status(run)
-    assert (seen.state, seen.sentence) == (
+    assert (seen.state, seen.message) == (
         RunState.STOPPED,
         f"it was stopped: `lorafleet resume {run.id}` goes on",
     )
@@ -511,13 +512,13 @@ def test_a_stopped_run_is_over_when_its_pods_are(
     head(kubelet, run)
     backend.cancel(run)
     seen = backend.status(run)
-    assert (seen.state, seen.sentence) == (
+    assert (seen.state, seen.message) == (
         RunState.RUNNING, "its RayJob is gone, and its pods save their trials and end"
     )  # fmt: skip
     with pytest.raises(RunError, match="is still being taken away"):
         backend.resume(run)
     watch = backend.watch(run)
-    became(lambda: watch.poll() is None and "its pods save" in watch.seen.sentence)
+    became(lambda: watch.poll() is None and "its pods save" in watch.status.message)
     server.delete(
         next(kind for kind in _kinds() if kind.kind == "Pod"), "default", f"{run.id}-head"
     )
@@ -554,7 +555,7 @@ def test_a_rayjob_that_somebody_deleted(server: ApiServer, submitted: Callable[.
     server.delete(_kinds()[0], "default", name_of(run))
     seen = get_backend(run).status(run)
     assert seen.state is RunState.FAILED
-    assert "is not on the cluster any more, and lorafleet did not take it away" in seen.sentence
+    assert "is not on the cluster any more, and lorafleet did not take it away" in seen.message
 
 
 # --- the record
@@ -668,7 +669,7 @@ def test_a_run_that_ended_brings_its_record(
     watch = get_backend(here).watch(here)
     server.set_status("RayJob", name_of(here), **FINISHED)
     assert code_of(watch) == ExitCode.SOME_TRIALS_FAILED
-    assert watch.seen.sentence == "1 of 2 trials failed"
+    assert watch.status.message == "1 of 2 trials failed"
     assert here.get_trial("trial1").read_metrics()
     listed = json.loads(
         lorafleet("list", "--format", "json", "--runs", here.path.parent, cwd=tmp_path).stdout
@@ -733,7 +734,7 @@ def test_a_record_that_cannot_come_is_said(server: ApiServer, on_storage: tuple[
     watch = get_backend(here).watch(here)
     server.set_status("RayJob", name_of(here), **FINISHED)
     assert code_of(watch) == ExitCode.OK
-    assert f"`lorafleet pull {here.id}` brings it" in watch.seen.sentence
+    assert f"`lorafleet pull {here.id}` brings it" in watch.status.message
 
 
 def test_the_end_of_a_resumed_run_is_its_own(
@@ -757,8 +758,8 @@ def test_the_end_of_a_resumed_run_is_its_own(
     server.set_status("RayJob", name_of(here), **FINISHED)
     watch = backend.watch(here)
     assert code_of(watch) == ExitCode.OK
-    assert watch.seen.state is RunState.FINISHED
-    assert f"`lorafleet pull {here.id}` brings it" in watch.seen.sentence
+    assert watch.status.state is RunState.FINISHED
+    assert f"`lorafleet pull {here.id}` brings it" in watch.status.message
 
 
 def test_a_driver_that_did_not_come_to_its_folder(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from lorafleet.deployment.export import export
-from lorafleet.evaluation.report.human_rating import build_run_sheet
 from lorafleet.evaluation.report.model_of_run import select_model
+from lorafleet.evaluation.report.rating_sheet import build_run_sheet
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.report import Report

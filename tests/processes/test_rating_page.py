@@ -20,11 +20,8 @@ from typing import Any
 
 import pytest
 
-from lorafleet.evaluation.report.human_rating import (
-    build_run_sheet,
-    get_ratings_folder,
-    load_ratings,
-)
+from lorafleet.evaluation.report.human_rating import get_ratings_folder, load_ratings
+from lorafleet.evaluation.report.rating_sheet import build_run_sheet
 from lorafleet.jobs.runs.run import Run
 from tests.conftest import lorafleet
 from tests.unit.test_rating import answered  # noqa: F401 - a fixture

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorafleet.jobs.schema.compatibility import METHODS, STRATEGIES
 from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.schema.types import METHODS, STRATEGIES
 from lorafleet.jobs.sites.placement import Placement
 from lorafleet.training.data import prepare_tokens
 from lorafleet.training.evaluation import evaluate_rows

@@ -12,6 +12,7 @@ from lorafleet.cluster.ray.nodes import build_worker_environment, parse_nodes
 from lorafleet.jobs.errors import PlacementRefused, SpecProblems
 from lorafleet.jobs.schema import expressions as expression
 from lorafleet.jobs.schema.job import TrainSpec
+from lorafleet.jobs.schema.types import Goal
 from lorafleet.jobs.sites.base import LocalSite, Node, RaySite
 from lorafleet.jobs.sites.placement import (
     Share,
@@ -45,7 +46,7 @@ def test_the_default_grace_period_leaves_two_cuts() -> None:
     ]
 
 
-def places(*scores: float, goal: rungs.Goal = "maximize") -> list[rungs.RungScore]:
+def places(*scores: float, goal: Goal = "maximize") -> list[rungs.RungScore]:
     return [rungs.make_rung_score(score, 0.5, goal) for score in scores]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lorafleet.cluster.hardware import detect_site
+from lorafleet.cluster.local_site import detect_site
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.commands.compare import compare
 from lorafleet.commands.evaluate import resolve_class_order
@@ -26,6 +26,7 @@ from lorafleet.evaluation.render.forms import render_html, render_markdown, rend
 from lorafleet.evaluation.render.plots import _place_labels, draw_arm_plots, draw_plots
 from lorafleet.evaluation.render.wandb import _build_tables
 from lorafleet.evaluation.report.across_runs import compare_runs
+from lorafleet.evaluation.report.build import build_report
 from lorafleet.evaluation.report.choose_arm import Choice, choose, find_pareto_front
 from lorafleet.evaluation.report.comparison import (
     compare_arms,
@@ -35,7 +36,6 @@ from lorafleet.evaluation.report.comparison import (
     summarize_batches,
 )
 from lorafleet.evaluation.report.samples import select_differing, select_mistakes, select_worst
-from lorafleet.evaluation.report.search import build_report
 from lorafleet.evaluation.tokens import Split, assign_folds, concat
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import JobFileError, UserError
@@ -46,6 +46,7 @@ from lorafleet.jobs.runs.run import Run, TrialState
 from lorafleet.jobs.schema.comparison import Cost
 from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.search import NamedMetric
+from lorafleet.jobs.schema.types import Assignment
 from lorafleet.jobs.trials import arms
 from lorafleet.jobs.trials import sampling as search
 from lorafleet.jobs.trials.trial_id import get_base_revision, list_base_models
@@ -202,7 +203,7 @@ def test_seeds_follow_the_search(bert_job: JobMaker) -> None:
         "[1e-3, 1e-2]}}"
     )
     job = bert_job(text).job
-    best: list[search.Assignment] = []
+    best: list[Assignment] = []
     searched = ListProposals(list(search.iterate_assignments(job)))
     proposals = SearchThenSeeds(searched, job, lambda: best[0] if best else None, lambda: False)
     assert [proposals.next() for _ in range(2)] == [
@@ -903,7 +904,7 @@ def test_tpe_makes_way_for_the_seeds(bert_job: JobMaker) -> None:
     text = "search: {method: tpe, num_samples: 3, seeds: 2, scheduler: {type: none}, "
     text += "parameters: {lr: {min: 0.1, max: 0.2}}}"
     job = bert_job(text).job
-    made: list[search.Assignment] = []
+    made: list[Assignment] = []
     tpe = TpeProposals(job, search.list_planned_assignments(job, repr), repr)
     proposals = SearchThenSeeds(tpe, job, lambda: made[0], lambda: len(made) >= 3)
     for _ in range(3):

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from lorafleet.evaluation.report.search import build_report
+from lorafleet.evaluation.report.build import build_report
 from lorafleet.jobs.runs.run import Run
 from tests.conftest import lorafleet_here
 from tests.unit.test_run_and_report import finished  # noqa: F401 - a fixture

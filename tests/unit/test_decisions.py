@@ -13,6 +13,7 @@ from scipy import stats
 from sklearn.metrics import f1_score, log_loss, precision_score, recall_score
 
 from lorafleet.evaluation.metrics import paired
+from lorafleet.evaluation.metrics.baselines import evaluate_majority_class, evaluate_trivial_answers
 from lorafleet.evaluation.metrics.intervals import (
     compute_confidence_interval,
     compute_contributions,
@@ -23,7 +24,6 @@ from lorafleet.evaluation.metrics.intervals import (
 from lorafleet.evaluation.metrics.paired import Candidate, Comparison, run_sign_flip_test
 from lorafleet.evaluation.metrics.predictions import Classified, RowResults
 from lorafleet.evaluation.metrics.scores import compute_scores
-from lorafleet.evaluation.report.baselines import evaluate_majority_class, evaluate_trivial_answers
 from lorafleet.evaluation.report.decide import (
     Option,
     Wording,
@@ -44,8 +44,8 @@ from lorafleet.jobs.errors import JobFileError
 from lorafleet.jobs.runs.report import Baseline, Recommendation
 from lorafleet.jobs.runs.report import Row as TrialRow
 from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.schema.types import Goal
 from lorafleet.jobs.text import format_decimal
-from lorafleet.jobs.trials.asha import Goal
 from tests.conftest import JobMaker
 
 DATA_SETS = 4000

@@ -16,10 +16,10 @@ import torch
 from lorafleet.cluster.planning.plan import make_plan, refuse_attention
 from lorafleet.commands.plan import describe_plan
 from lorafleet.jobs.errors import JobFileError, UserError
-from lorafleet.jobs.loading.aliases import FIELD_ALIASES, HF_ARGUMENTS
 from lorafleet.jobs.loading.job_file import load_text
 from lorafleet.jobs.loading.unused_fields import collect_unused_notes
 from lorafleet.jobs.schema import field_paths as fields
+from lorafleet.jobs.schema.aliases import FIELD_ALIASES, HF_ARGUMENTS
 from lorafleet.jobs.schema.job import TrainSpec
 from lorafleet.jobs.schema.precision import describe_planned_formats
 from lorafleet.jobs.sites.base import LocalSite

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from lorafleet.commands.common import Format, exit_on_signals
-from lorafleet.commands.deliver import print_export
+from lorafleet.commands.show import print_export
 from lorafleet.deployment import extras, runtime, tensorrt
 from lorafleet.deployment.answers import generate_pieces
-from lorafleet.deployment.availability import Unavailable, find_unavailable_reason
+from lorafleet.deployment.availability import find_unavailable_reason
 from lorafleet.deployment.benchmark import select_fitting_points
 from lorafleet.deployment.card import find_licence
 from lorafleet.deployment.decoding import (
@@ -27,6 +27,7 @@ from lorafleet.deployment.decoding import (
     pad_left,
 )
 from lorafleet.deployment.export import PromptFrame, _remove_stale_scratch, build_prompt_frame
+from lorafleet.deployment.extras import Unavailable
 from lorafleet.deployment.merge import Source
 from lorafleet.deployment.parity import HeldOut
 from lorafleet.deployment.runtime import LoadedModel, check_provider, read_artefact

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafleet.commands.screen import SafeRenderable, Screen
-from lorafleet.evaluation.render.trial_table import escape_markdown
+from lorafleet.evaluation.report.format import escape_markdown
 from lorafleet.jobs.text import make_json_printable, make_printable
 
 STEERING = ["\x1b[2J\x1b[H", "\x1b]0;title\x07", "\x1b]8;;http://evil\x1b\\here\x1b]8;;\x1b\\", "\x9b31m",

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
+from lorafleet.jobs import yaml12
 from lorafleet.jobs.errors import JobFileError, UserError
-from lorafleet.jobs.loading import yaml12
 from lorafleet.jobs.loading.job_file import build_json_schema, load_job, load_text
 from lorafleet.jobs.schema import field_paths as fields
 from lorafleet.jobs.schema.base import Spec

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lorafleet.evaluation.render.forms import render_html
-from lorafleet.evaluation.report.search import build_report
+from lorafleet.evaluation.report.build import build_report
 from lorafleet.jobs.runs.run import Run
 from tests.unit.test_run_and_report import finished  # noqa: F401 - a fixture
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafleet.cluster.hardware import detect_site
+from lorafleet.cluster.local_site import detect_site
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.evaluation.report.across_runs import compare_runs
 from lorafleet.evaluation.report.model_of_run import select_model

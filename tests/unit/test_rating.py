@@ -13,20 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorafleet.cluster.hardware import detect_site
+from lorafleet.cluster.local_site import detect_site
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.evaluation.render.forms import render_html, render_markdown
+from lorafleet.evaluation.report.build import build_report
 from lorafleet.evaluation.report.human_rating import (
     CRITERIA,
     Notebook,
-    build_run_sheet,
     build_sheet,
     compute_alpha,
     get_ratings_folder,
     load_ratings,
     validate_rater,
 )
-from lorafleet.evaluation.report.search import build_report
+from lorafleet.evaluation.report.rating_sheet import build_run_sheet
 from lorafleet.jobs import files
 from lorafleet.jobs.data.conversation import Message
 from lorafleet.jobs.data.row_formats import Row

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from lorafleet.cluster import run_index as store
-from lorafleet.cluster.local import write_run
 from lorafleet.cluster.planning.plan import make_plan
+from lorafleet.cluster.submission import write_run
 from lorafleet.commands.view import collect_trial_rows
 from lorafleet.evaluation.metrics.predictions import Classified, RowResults, serialize
 from lorafleet.evaluation.render.forms import (
@@ -29,8 +29,9 @@ from lorafleet.evaluation.render.forms import (
     render_terminal,
 )
 from lorafleet.evaluation.render.trial_table import build_columns, build_terminal_columns
+from lorafleet.evaluation.render.write import render_report_json, write_report
+from lorafleet.evaluation.report.build import build_report
 from lorafleet.evaluation.report.recommend_trial import SearchRule, recommend
-from lorafleet.evaluation.report.search import build_report, render_report_json, write_report
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.loading.job_file import LoadedJob

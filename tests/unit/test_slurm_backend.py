@@ -60,7 +60,7 @@ def test_where_a_run_is(
 ) -> None:
     said = derive_status(run, "9", records)
     assert said.state is state
-    assert sentence in said.sentence
+    assert sentence in said.message
     if code is not None:
         assert compute_exit_code(run, records) == code
 
@@ -72,7 +72,7 @@ def test_what_the_driver_wrote_itself_holds(run: Run) -> None:
     assert compute_exit_code(run, []) == 0
     assert compute_exit_code(run, [record("FAILED", exit_code=4)]) == 4
     assert (
-        derive_status(run, "9", [record("FAILED", exit_code=4)]).sentence == "1 of 3 trials failed"
+        derive_status(run, "9", [record("FAILED", exit_code=4)]).message == "1 of 3 trials failed"
     )
 
 
@@ -81,7 +81,7 @@ def test_a_job_that_failed_before_its_driver_is_not_what_an_earlier_one_was(run:
     run.set_state(RunState.STOPPED, reason="interrupted: `lorafleet resume` goes on")
     said = derive_status(run, "9", [record("FAILED", exit_code=127)])
     assert said.state is RunState.FAILED
-    assert "(code 127); its last words: module" in said.sentence
+    assert "(code 127); its last words: module" in said.message
     assert derive_status(run, "9", [record("FAILED", exit_code=85)]).state is RunState.STOPPED
 
 

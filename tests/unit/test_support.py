@@ -17,8 +17,9 @@ from lorafleet.commands.plan import render_plan
 from lorafleet.jobs.errors import JobFileError
 from lorafleet.jobs.loading.job_file import LoadedJob, load_job
 from lorafleet.jobs.runs.plan import MemoryEstimate
-from lorafleet.jobs.schema.compatibility import METHODS, STRATEGIES, build_support_table
+from lorafleet.jobs.schema.compatibility import build_support_table
 from lorafleet.jobs.schema.deepspeed import build_engine_config, find_contradictions
+from lorafleet.jobs.schema.types import METHODS, STRATEGIES
 from lorafleet.jobs.sites.base import LocalSite, Node, RaySite
 from tests.conftest import ROOT, JobMaker, lorafleet
 

@@ -1,0 +1,34 @@
+"""Build the report of any run."""
+
+from __future__ import annotations
+
+from lorafleet.evaluation.report.comparison import build_comparison_report
+from lorafleet.evaluation.report.human_rating import load_ratings
+from lorafleet.evaluation.report.search import (
+    build_search_report,
+    collect_results,
+    load_run_job,
+)
+from lorafleet.jobs import files
+from lorafleet.jobs.runs.records import FACTS, raise_damaged_file, read_record
+from lorafleet.jobs.runs.report import Report
+from lorafleet.jobs.runs.run import Run
+
+
+def build_report(run: Run) -> Report:
+    """Build the report of a run from the results that it has so far."""
+    command = files.read_json(run.path / "plan.json").get("command")
+    written_report = run.path / "report" / "report.json"
+    if command == "benchmark" and written_report.is_file():
+        # A benchmark has no trials to build its report from.
+        with raise_damaged_file(written_report):
+            return Report.model_validate_json(written_report.read_text())
+    if command == "compare":
+        facts = read_record(run.path / "facts.json", FACTS)
+        class_counts = facts.get("class_counts", {})
+        report = build_comparison_report(run, load_run_job(run), collect_results(run), class_counts)
+    else:
+        report = build_search_report(run)
+    if not (run.path / "ratings").is_dir():
+        return report
+    return report.model_copy(update={"ratings": load_ratings(run)})

@@ -99,8 +99,8 @@ class LocalBackend:
                 f"{run.id}` shows it"
             )
         remove_orphans(Path(tempfile.gettempdir()))
-        # Nosec B108  # clear_orphans removes only lorafleet's own folders.
-        remove_orphans(Path("/tmp"))
+        # It removes only lorafleet's own folders.
+        remove_orphans(Path("/tmp"))  # nosec B108
         (run.path / "stop").unlink(missing_ok=True)
         self.start(run)
 

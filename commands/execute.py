@@ -100,12 +100,12 @@ def _unpack_run(folder: Path, document: Path) -> Run:
     from lorafleet.cluster.fetch import fetch_job
     from lorafleet.cluster.ray.nodes import wait_for_nodes
     from lorafleet.jobs.runs.bundle import unpack
-    from lorafleet.jobs.runs.plan import Plan
+    from lorafleet.jobs.runs.plan import read_plan
 
     run = unpack(folder, document)
     _tee_output(run.path / "logs" / "driver.log")
     if not os.environ.get("HF_HUB_OFFLINE"):
-        fetch_job(Plan.model_validate_json((run.path / "plan.json").read_text()).job, print_message)
+        fetch_job(read_plan(run.path / "plan.json").job, print_message)
     address, nodes = os.environ.get("RAY_ADDRESS"), int(os.environ.get("LF_NODES") or 0)
     if address and nodes and not os.environ.get("LF_AUTOSCALES"):
         wait_for_nodes(address, nodes + 1, _UP_SECONDS)  # workers and the head

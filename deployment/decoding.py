@@ -84,7 +84,7 @@ def generate_answers(
         decoder: The model.
         prompts: Token ids of each prompt. None may be empty.
         new_tokens: Largest number of tokens in an answer.
-        ends: Token ids that end an answer.
+        end_ids: Token ids that end an answer.
         pad_id: Token id for padding.
         sampling: Sampling settings. None: greedy.
     """

@@ -65,7 +65,7 @@ def build_prompt_cases(
         split: Name of the held-out split.
         max_prompt_tokens: Prompts with this many tokens or more were truncated and are left
             out.
-        ends: Token ids that end an answer.
+        end_ids: Token ids that end an answer.
     """
     rows = data.read_rows(split)
     chosen = [row for row in rows if _is_callable(row, data.system)][:MAX_ROWS]

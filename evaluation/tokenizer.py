@@ -53,8 +53,10 @@ def read_tokenizer(name: str, folder: Path, *, trust_remote_code: bool = False) 
 
     raise_if_missing(name, folder, describe_missing_tokenizer(folder))
     with silence_libraries():
-        # Nosec B615  # a folder of this machine.
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        # A folder of this machine: nothing is downloaded.
+        tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
+            folder, trust_remote_code=trust_remote_code
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     tokenizer.padding_side = "right"

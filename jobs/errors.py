@@ -1,20 +1,16 @@
 """Define every error that lorafleet raises on purpose, by what the caller does about it.
 
-LorafleetError                      exit code 1: an error in lorafleet
-├── UserError                       exit code 2: one clear message, no traceback
-│   ├── JobFileError                a job file that cannot be read or run (holds every
-problem)
-│   ├── DataError                   rows that cannot be trained on, named by file and line
-│   ├── AssetError                  a model or data set that is missing, unreachable or not
-as pinned
-│   ├── DiskFull                    no space for a checkpoint or a record; earlier files are
-complete
-│   ├── PlacementRefused            the hardware cannot hold what one trial needs
-│   ├── RunError                    no such run, or a run in the wrong state for the command
-│   ├── CommandFailed               a command on a cluster's machine failed
-│   └── MissingExtra                an optional package is needed
-└── TrainingFailure                 a trial that cannot continue: it has a class, the sweep
-continues
+LorafleetError              exit code 1: an error in lorafleet
+├── UserError               exit code 2: one clear message, no traceback
+│   ├── JobFileError        a job file that cannot be read or run (holds every problem)
+│   ├── DataError           rows that cannot be trained on, named by file and line
+│   ├── AssetError          a model or data set that is missing, unreachable or not as pinned
+│   ├── DiskFull            no space for a checkpoint or a record; earlier files are complete
+│   ├── PlacementRefused    the hardware cannot hold what one trial needs
+│   ├── RunError            no such run, or a run in the wrong state for the command
+│   ├── CommandFailed       a command on a cluster's machine failed
+│   └── MissingExtra        an optional package is needed
+└── TrainingFailure         a trial that cannot continue; the sweep continues without it
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def read_regular_file(path: Path, max_bytes: int = _MAX_BYTES) -> bytes:
 
     Args:
         path: The file.
-        most: Maximum size, in bytes.
+        max_bytes: Maximum size, in bytes.
 
     Raises:
         OSError: If it is not a regular file or is too large; `strerror` is a message for the

@@ -63,11 +63,10 @@ class Schema:
         """Read a CustomResourceDefinition from a JSON or YAML file. Raises UserError."""
         try:
             text = path.read_text()
-            tree = (
-                json.loads(text)
-                if text.lstrip().startswith("{")
-                else yaml.load(text, Loader=_LOADER)
-            )  # nosec B506  # a safe loader
+            if text.lstrip().startswith("{"):
+                tree = json.loads(text)
+            else:
+                tree = yaml.load(text, Loader=_LOADER)  # nosec B506  # a safe loader
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(f"the schema of RayJob cannot be read from {path}: {error}") from error
         return cls.from_definition(tree)

@@ -58,7 +58,7 @@ class RenderContext:
     nodes: int
     """Number of worker pods."""
     texts: Mapping[str, str]
-    """File name -> text of the job, for a driver that has no run folder yet (`jobs.handover`)."""
+    """File name -> text of the job, for a driver without a run folder (`jobs.runs.bundle`)."""
     ray_version: str
     """Version of Ray. The image must have the same one."""
     user: str
@@ -430,8 +430,10 @@ def _build_workers(site: KubernetesSite, context: RenderContext) -> models.Worke
             add=("IPC_LOCK",) if network.rdma_resource else ()
         ),
         lifecycle=_build_pre_stop_hook(site, context, ["--drain"]),
-        # Nosec B108  # the pod's own.
-        volume_mounts=[*_build_mounts(site), Mount(name="shm", mount_path="/dev/shm")],
+        volume_mounts=[
+            *_build_mounts(site),
+            Mount(name="shm", mount_path="/dev/shm"),  # nosec B108  # the pod's own
+        ],
     )
     memory = Volume(
         name="shm", empty_dir={"medium": "Memory", "sizeLimit": _format_mib(shared_memory_gb)}

@@ -2,7 +2,7 @@
 
 session = TrainingSession.build(job, base, data, schedule)
 while not session.is_done:
-    session.advance(session.schedule.next_evaluation(session.step))
+    session.advance(session.schedule.find_next_evaluation(session.step))
     result = session.evaluate("validation")
     session.save(folder)
 session.close()

@@ -24,7 +24,7 @@ Set-up is loading or converting a model, or computing PiSSA's first values.
 
 
 class Watchdog:
-    """Ends this process if `beat` is not called for `seconds`.
+    """Ends this process if `reset` is not called for `seconds`.
 
     A process can have only one watchdog. `seconds` of 0 disables it.
     """

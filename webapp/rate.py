@@ -41,7 +41,7 @@ def create_rating_app(notebook: Notebook, title: str, token: str, port: int) -> 
     Every rating is on disk before the request is answered.
 
     Args:
-        book: The notebook that stores the ratings.
+        notebook: The notebook that stores the ratings.
         title: Title of the page.
         token: Token that the page's requests must carry.
         port: Port of the server on 127.0.0.1.

@@ -103,12 +103,14 @@ def load(folder: Path, layer: int | None, device: str) -> BertScore:
     from transformers import AutoModel, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # nosec B615  # a folder of this machine
-        model = (
-            AutoModel.from_pretrained(folder, use_safetensors=True, trust_remote_code=False)
-            .eval()
-            .to(device)
-        )  # nosec B615  # a folder of this machine
+        # A folder of this machine: nothing is downloaded.
+        tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
+            folder, trust_remote_code=False
+        )
+        model = AutoModel.from_pretrained(  # nosec B615
+            folder, use_safetensors=True, trust_remote_code=False
+        )
+        model = model.eval().to(device)
     except (OSError, ValueError) as error:
         raise AssetError(
             f"evaluate.bertscore_model cannot be loaded from {folder}: {error}"

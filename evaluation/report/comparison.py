@@ -166,7 +166,7 @@ def compare_arms(
     """Compare the arms that were evaluated on the same rows, the largest group first.
 
     Args:
-        judged: Arm -> seed -> per-row results.
+        results_by_arm: Arm -> seed -> per-row results.
         metric: What to compare by. Losses of different tokens form different groups.
         draws: Draws of the bootstrap.
         origins: Arm -> the arm whose adapters it has, if they are not its own.

@@ -31,7 +31,7 @@ class Asset:
     sha256: str
     """SHA-256 of the wheel."""
     content: str
-    """SHA-256 over the names and bytes of the unpacked files (`jobs.verified.content_of`)."""
+    """SHA-256 over the names and bytes of the unpacked files (`compute_content_hash`)."""
     size_mb: float
     """Size of the download, in MB."""
     licence: str

@@ -514,8 +514,8 @@ class ChatFormat:
 
         Args:
             prompt: Text of the prompt.
-            alone: Tokens of the prompt alone.
-            kept: Text of the answer.
+            bare_prompt_ids: Tokens of the prompt alone.
+            answer_text: Text of the answer.
         """
         encode = self._encode_with_offsets
         ids, offsets = encode(prompt + answer_text)

@@ -106,7 +106,7 @@ class RowEncoder:
 
         Args:
             row: The row.
-            room: Maximum number of tokens.
+            max_tokens: Maximum number of tokens.
         """
         if not row.messages:
             ids = self.format.encode_text(row.prompt)

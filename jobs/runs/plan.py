@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
+from lorafleet.jobs import files
+from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.runs.export_result import ExportRequest
 from lorafleet.jobs.schema.base import Spec
 from lorafleet.jobs.schema.job import JobSpec
+from lorafleet.jobs.schema.validation_messages import describe_unreadable_file
 from lorafleet.jobs.sites.placement import Placement
 
 MANIFEST = "manifest.yaml"
@@ -118,3 +122,17 @@ class Plan(Spec):
     """Files submitted to a queue: name -> text."""
     notes: list[str] = []
     """Notes for the reader: aliases, unknown sizes, missing data."""
+
+
+def read_plan(path: Path) -> Plan:
+    """Read the plan.json of a run.
+
+    Raises:
+        RunError: The file is damaged, or was written by another version of lorafleet.
+    """
+    record = files.read_json(path)
+    record.pop("schema_version", None)
+    try:
+        return Plan.from_record(record)
+    except ValidationError as error:
+        raise RunError(describe_unreadable_file(path, error)) from None

@@ -3,12 +3,12 @@
 Everything else is computed from it.
 
 runs/quickstart-3f9a1c/
-    job.yaml            as submitted                resolved.json   every value and its origin
-    plan.json           what was planned            status.json     one RunState
-    facts.json          digests, revisions          events.jsonl    one line per decision
-    trials/<id>/        params.json status.json metrics.jsonl progress.json checkpoints/ adapter/
-    test.json
-    report/ wandb/ logs/ tune/                      tune/ belongs to Ray Tune, and can be deleted
+    job.yaml            as submitted           resolved.json   every value and its origin
+    plan.json           what was planned       status.json     one RunState
+    facts.json          digests, revisions     events.jsonl    one line per decision
+    trials/<id>/        params.json status.json metrics.jsonl progress.json test.json
+                        checkpoints/ adapter/
+    report/ wandb/ logs/ tune/                 tune/ belongs to Ray Tune, and can be deleted
 """
 
 from __future__ import annotations

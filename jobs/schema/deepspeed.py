@@ -23,7 +23,7 @@ def build_engine_config(job: JobSpec, user_config: dict[str, Any], *, bf16: bool
 
     Args:
         job: The job, whose values override the user's.
-        own: The user's DeepSpeed configuration.
+        user_config: The user's DeepSpeed configuration.
         bf16: Whether to train in bfloat16.
     """
     job_values, user_config = _get_job_values(job), _remove_auto(user_config)

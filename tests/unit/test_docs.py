@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -20,7 +21,10 @@ from lorafleet.jobs.loading.job_file import load_text
 from lorafleet.jobs.schema.job import DataFormat, DataSpec, JobSpec
 from tests.conftest import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def test_the_reference_of_the_job_file_is_up_to_date() -> None:
@@ -129,3 +133,19 @@ def test_every_command_of_the_readme_exists() -> None:
 
 def test_the_changelog_speaks_of_what_is_not_released() -> None:
     assert "## Unreleased" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_docstrings_name_the_arguments_that_there_are() -> None:
+    wrong = []
+    for path in sorted(ROOT.glob("[a-z]*/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            _, _, section = (ast.get_docstring(node) or "").partition("\nArgs:\n")
+            section = re.split(r"\n\S", section)[0]
+            named = set(re.findall(r"(?m)^    (\w+):", section))
+            arguments = {
+                argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)
+            }
+            wrong += [f"{path}:{node.lineno}: {name}" for name in named - arguments]
+    assert wrong == []

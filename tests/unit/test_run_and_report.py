@@ -35,6 +35,7 @@ from lorafleet.evaluation.report.recommend_trial import SearchRule, recommend
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import RunError
 from lorafleet.jobs.loading.job_file import LoadedJob
+from lorafleet.jobs.runs.plan import read_plan
 from lorafleet.jobs.runs.report import Recommendation, Row
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.sites.base import LocalSite
@@ -399,6 +400,16 @@ def test_a_class_without_rows_has_no_scores(finished: Run) -> None:
     page = render_html(report)
     assert "<tr><td>a</td><td>0.500</td><td>1.000</td><td>0.667</td><td>2</td></tr>" in page
     assert "<tr><td>b</td><td>-</td><td>-</td><td>-</td><td>0</td></tr>" in page
+
+
+def test_the_plan_of_a_run_is_read_as_it_was_written(finished: Run) -> None:
+    """A driver on a cluster with internet access reads it, to fetch what the job names."""
+    path = finished.path / "plan.json"
+    plan = read_plan(path)
+    assert plan.model_dump(mode="json") | {"schema_version": 1} == files.read_json(path)
+    files.write_json(path, files.read_json(path) | {"of_tomorrow": 1})
+    with pytest.raises(RunError, match=r"plan\.json"):
+        read_plan(path)
 
 
 def test_every_metric_that_decides_has_a_column_on_both_splits(finished: Run) -> None:

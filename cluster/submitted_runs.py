@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
 from lorafleet.jobs import files
 from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.user import get_state_folder
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def get_registry_path() -> Path:
@@ -21,6 +24,7 @@ def add(run: Run, site: str) -> None:
     If the home folder is not writable, the run is left out of the list and the job is not
     affected.
     """
+    _LOGGER.info("%s was submitted to site %s", run.id, site)
     try:
         row = {"time": time.time(), "run": run.id, "path": str(run.path), "site": site}
         files.append_jsonl(get_registry_path(), row)

@@ -22,7 +22,7 @@ from lorafleet.commands.common import (
     silence_libraries,
 )
 from lorafleet.commands.deliver import submit_delivery
-from lorafleet.commands.sweep import Detach, Wait
+from lorafleet.commands.options import Detach, Wait
 
 
 def benchmark(

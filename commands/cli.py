@@ -48,6 +48,7 @@ from lorafleet.commands import (
     validate,
 )
 from lorafleet.commands.common import print_message
+from lorafleet.commands.options import expand_options
 from lorafleet.jobs.errors import ExitCode, LorafleetError, UserError, make_disk_full_error
 from lorafleet.jobs.runs.stale_folders import remove_orphans
 from lorafleet.jobs.runs.tracebacks import save_traceback
@@ -94,7 +95,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., object], str], ...] = (
     ("sync", sync.sync, _KEEP),
 )
 for _name, _function, _panel in _COMMANDS:
-    app.command(_name, rich_help_panel=_panel)(_function)
+    app.command(_name, rich_help_panel=_panel)(expand_options(_function))
 app.command("exec", hidden=True)(execute.execute)
 app.command("measure", hidden=True)(measure.measure)
 app.add_typer(node.node, hidden=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import signal
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from lorafleet.jobs.runs import client_log
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -145,6 +148,7 @@ def make_console() -> Console:
 
 def print_message(text: str) -> None:
     """Print one line to standard error: progress and notes, apart from the data."""
+    logging.getLogger(__name__).info("%s", text, extra=client_log.PRINTED)
     print_text(text, err=True)
 
 
@@ -188,8 +192,6 @@ def silence_libraries() -> None:
 
     Greetings, deprecations and progress are meant for the libraries' own developers.
     """
-    import logging
-
     logging.disable(logging.WARNING)
 
 

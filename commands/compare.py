@@ -8,19 +8,13 @@ from typing import Annotated
 import typer
 
 from lorafleet.commands.common import (
-    DEFAULT_RUNS,
-    Chain,
     Format,
-    Nodes,
-    On,
-    Output,
-    Quiet,
-    Runs,
     print_message,
     print_text,
     show_report,
 )
-from lorafleet.commands.sweep import Detach, Wait, start_job
+from lorafleet.commands.options import LaunchOptions
+from lorafleet.commands.sweep import start_job
 
 JobOrRuns = Annotated[
     list[str],
@@ -38,18 +32,7 @@ OutputDir = Annotated[
 ]
 
 
-def compare(
-    what: JobOrRuns,
-    runs: Runs = DEFAULT_RUNS,
-    on: On = None,
-    nodes: Nodes = None,
-    chain: Chain = None,
-    quiet: Quiet = False,
-    output: Output = Format.TEXT,
-    detach: Detach = False,
-    wait: Wait = False,
-    into: OutputDir = None,
-) -> None:
+def compare(what: JobOrRuns, options: LaunchOptions, into: OutputDir = None) -> None:
     """Train the arms of a job file at equal budget, or put runs side by side.
 
     Either ends with a table and a decision.
@@ -59,20 +42,20 @@ def compare(
         _refuse_useless_options(
             {"--output": into is not None}, "of a job file, whose run has a report/ of its own"
         )
-        start_job("compare", first, what[1:], runs, on, nodes, chain, quiet, output, detach, wait)
+        start_job("compare", first, what[1:], options)
         return
     job_options = {
-        "--on": on,
-        "--nodes": nodes,
-        "--max-walltime-chain": chain,
-        "--detach": detach,
-        "--wait": wait,
+        "--on": options.on,
+        "--nodes": options.nodes,
+        "--max-walltime-chain": options.chain,
+        "--detach": options.detach,
+        "--wait": options.wait,
     }
     _refuse_useless_options(
         {name: bool(value) for name, value in job_options.items()},
         "of runs side by side, which trains nothing",
     )
-    _compare_runs(what, runs, quiet, output, into)
+    _compare_runs(what, options.runs, options.quiet, options.output, into)
 
 
 def _refuse_useless_options(options: dict[str, bool], reason: str) -> None:

@@ -9,14 +9,6 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from lorafleet.commands.common import (
-    DEFAULT_RUNS,
-    Chain,
-    Format,
-    Nodes,
-    On,
-    Output,
-    Quiet,
-    Runs,
     Trust,
     confirm_trust,
     get_backend,
@@ -24,7 +16,7 @@ from lorafleet.commands.common import (
     print_text,
     report_option_errors,
 )
-from lorafleet.commands.sweep import Detach, Wait
+from lorafleet.commands.options import LaunchOptions
 
 if TYPE_CHECKING:
     from lorafleet.cluster.backend import Cluster
@@ -66,17 +58,10 @@ Measured = Annotated[
 
 def evaluate(
     what: Models,
+    options: LaunchOptions,
     job: JobFile = None,
     data: Data = None,
     measure: Measured = False,
-    runs: Runs = DEFAULT_RUNS,
-    on: On = None,
-    nodes: Nodes = None,
-    chain: Chain = None,
-    quiet: Quiet = False,
-    output: Output = Format.TEXT,
-    detach: Detach = False,
-    wait: Wait = False,
     trust: Trust = False,
 ) -> None:
     """Evaluate adapters, models and runs on the same rows.
@@ -87,20 +72,21 @@ def evaluate(
     from lorafleet.cluster.planning.preflight import check_names
     from lorafleet.commands.watch import follow
 
-    loaded = _derive_job(what, job, data, runs, rounds=2 if measure else 0, trust=trust)
-    backend = get_backend(on, nodes, chain)
+    loaded = _derive_job(what, job, data, options.runs, rounds=2 if measure else 0, trust=trust)
+    backend = get_backend(options.on, options.nodes, options.chain)
     with report_option_errors():
         check_names(loaded)
-    report_progress = print_message if not quiet else lambda _: None
-    if on is None:
+    report_progress = print_message if not options.quiet else lambda _: None
+    if options.on is None:
         fetch_job(loaded.job, report_progress)
     else:  # upload now: there is no job file that a user could `fetch`
         cast("Cluster", backend).upload_inputs(loaded.job, report_progress)
-    run = backend.submit(backend.plan(loaded, "compare"), loaded, backend.resolve_runs_dir(runs))
-    if detach:
+    plan = backend.plan(loaded, "compare")
+    run = backend.submit(plan, loaded, backend.resolve_runs_dir(options.runs))
+    if options.detach:
         print_text(run.id)
         return
-    follow(run, backend, quiet=quiet, output=output, silent=wait)
+    follow(run, backend, quiet=options.quiet, output=options.output, silent=options.wait)
 
 
 def _derive_job(

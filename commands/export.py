@@ -23,8 +23,8 @@ from lorafleet.commands.common import (
     silence_libraries,
 )
 from lorafleet.commands.deliver import submit_delivery
+from lorafleet.commands.options import Detach, Wait
 from lorafleet.commands.show import print_export
-from lorafleet.commands.sweep import Detach, Wait
 
 if TYPE_CHECKING:
     from lorafleet.jobs.runs.export_result import DeviceBudget

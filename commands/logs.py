@@ -12,10 +12,10 @@ import typer
 
 from lorafleet.commands.common import DEFAULT_RUNS, RunName, Runs, print_message, print_text
 from lorafleet.jobs.errors import RunError
-from lorafleet.jobs.runs.run import Run, RunState
 
 if TYPE_CHECKING:
     from lorafleet.cluster.backend import RunBackend
+    from lorafleet.jobs.runs.run import Run
 
 
 def logs(
@@ -58,6 +58,8 @@ _REFRESH_SECONDS = 5.0
 
 def _is_live(backend: RunBackend, run: Run) -> bool:
     """Return True if more may be written to the run's logs."""
+    from lorafleet.jobs.runs.run import RunState
+
     return backend.status(run).state in (RunState.PENDING, RunState.RUNNING)
 
 

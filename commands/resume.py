@@ -14,7 +14,7 @@ from lorafleet.commands.common import (
     print_message,
     print_text,
 )
-from lorafleet.commands.sweep import Detach, Wait
+from lorafleet.commands.options import Detach, Wait
 
 
 def resume(

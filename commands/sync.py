@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,7 +22,6 @@ from lorafleet.commands.common import (
 )
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import UserError
-from lorafleet.jobs.runs.run import Run, RunState
 from lorafleet.jobs.text import format_count
 
 
@@ -49,6 +48,7 @@ def sync(
     from lorafleet.cluster.backends import get_backend
     from lorafleet.cluster.run_index import find_run
     from lorafleet.cluster.submission import is_remote
+    from lorafleet.jobs.runs.run import RunState
 
     selected_run = find_run(runs, run)
     confirm_trust(selected_run, "sync", trust=trust)
@@ -84,6 +84,9 @@ def sync(
             f"{remaining}: `lorafleet sync {selected_run.id}` takes them later, --all as they are"
         )
 
+
+if TYPE_CHECKING:
+    from lorafleet.jobs.runs.run import Run
 
 _RECORDS = "wandb/wandb/offline-run-*"
 _CLOSED = "wandb/closed.jsonl"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import threading
@@ -26,6 +27,7 @@ from websocket import ABNF, WebSocketException
 from lorafleet.jobs.errors import CommandFailed
 from lorafleet.k8s.errors import ClusterError, Conflict
 
+_LOGGER = logging.getLogger(__name__)
 Tree = dict[str, Any]
 RAYJOBS = {"group": "ray.io", "version": "v1", "plural": "rayjobs"}
 _TIMEOUT_SECONDS = (5.0, 30.0)
@@ -231,9 +233,14 @@ class Client:
 
         The client's own models refuse an answer that lacks a field they expect.
         """
-        body = self._read_body(
-            request(**options, _preload_content=False, _request_timeout=_TIMEOUT_SECONDS)
+        answer = request(**options, _preload_content=False, _request_timeout=_TIMEOUT_SECONDS)
+        _LOGGER.debug(
+            "%s %s answered %d",
+            getattr(request, "__name__", "request"),
+            options.get("name") or options.get("label_selector") or "",
+            answer.status,
         )
+        body = self._read_body(answer)
         try:
             tree = json.loads(body)
         except ValueError:

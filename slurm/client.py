@@ -4,9 +4,11 @@ hang the user.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from lorafleet.slurm.accounting import (
 )
 from lorafleet.slurm.states import get_job_state
 
+_LOGGER = logging.getLogger(__name__)
 _TIMEOUT_SECONDS = 20.0
 _SUBMIT_TIMEOUT_SECONDS = 60.0
 _PASSED_VARIABLES = ("HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "SLURM_CONF")
@@ -56,6 +59,7 @@ def run_command(
     command: Sequence[str], seconds: float = _TIMEOUT_SECONDS, env: Mapping[str, str] | None = None
 ) -> CommandOutput:
     """Run one of Slurm's commands. Raise SlurmError if it is missing or does not answer."""
+    began = time.monotonic()
     try:
         completed = subprocess.run(
             command,
@@ -74,6 +78,14 @@ def run_command(
         raise SlurmError(
             f"{command[0]} did not answer within {seconds:g} s: Slurm's controller may be down"
         ) from error
+    level = logging.INFO if command[0] in ("sbatch", "scancel") else logging.DEBUG
+    _LOGGER.log(
+        level,
+        "%s ended with %d after %.2f s",
+        " ".join(command),
+        completed.returncode,
+        time.monotonic() - began,
+    )
     return CommandOutput(completed.returncode, completed.stdout, completed.stderr)
 
 

@@ -6,6 +6,7 @@ import base64
 import binascii
 import contextlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -21,6 +22,7 @@ from lorafleet.cluster.ray.nodes import parse_state_node
 from lorafleet.jobs.errors import CommandFailed, PlacementRefused, UserError
 from lorafleet.jobs.sites.base import Node
 
+_LOGGER = logging.getLogger(__name__)
 _MAX_BYTES = 500_000_000
 """Largest input or output of a command in bytes: Ray accepts packages of half a GiB."""
 _COMMAND_TIMEOUT_SECONDS = 1800.0
@@ -114,6 +116,7 @@ class RayJobs:
         self, name: str, entrypoint: str, folder: Path | None, metadata: dict[str, str]
     ) -> None:
         """Submit a job; its command runs in `folder`. Raises RayUnreachable."""
+        _LOGGER.info("submitting job %s", name)
         env = {"working_dir": str(folder)} if folder else {}
         with self._translate_errors():
             self.client.submit_job(

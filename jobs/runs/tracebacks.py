@@ -11,13 +11,18 @@ import traceback
 from pathlib import Path
 
 from lorafleet.jobs.errors import UserError
+from lorafleet.jobs.runs import client_log
 
 _CURRENT_RUN: list[Path] = []
 
 
 def set_current_run(run: Path) -> None:
-    """Set the run that this process works on; the last call counts."""
+    """Set the run that this process works on; the last call counts.
+
+    Tracebacks and the command's log go to the run's logs/.
+    """
     _CURRENT_RUN[:] = [run]
+    client_log.attach(run)
 
 
 def save_traceback(error: BaseException) -> Path | str:

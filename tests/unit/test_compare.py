@@ -16,6 +16,7 @@ from lorafleet.cluster.local_site import detect_site
 from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.commands.compare import compare
 from lorafleet.commands.evaluate import resolve_class_order
+from lorafleet.commands.options import LaunchOptions
 from lorafleet.evaluation.metrics.paired import Candidate
 from lorafleet.evaluation.metrics.paired import Comparison as Paired
 from lorafleet.evaluation.metrics.predictions import Classified, RowResults
@@ -604,10 +605,10 @@ def test_options_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match="--on, --wait has no use in a comparison of runs side by side"
     ):
-        compare(["one", "other"], on="rig", wait=True)
+        compare(["one", "other"], LaunchOptions(on="rig", wait=True))
     (tmp_path / "job.yaml").write_text("name: x\n")
     with pytest.raises(UserError, match="--output has no use in a comparison of a job file"):
-        compare([str(tmp_path / "job.yaml")], into=tmp_path)
+        compare([str(tmp_path / "job.yaml")], LaunchOptions(), into=tmp_path)
 
 
 def test_an_arms_own_revision_is_another_model(bert_job: JobMaker) -> None:

@@ -101,7 +101,10 @@ def _check_hardware() -> Iterator[Finding]:
         yield from _check_torch_cuda(gpus.driver)
     else:
         yield Finding(
-            "GPU", "note", "none that nvidia-smi lists", "everything runs on CPU, small models only"
+            "GPU",
+            "note",
+            "nvidia-smi lists none",
+            ("everything runs on the CPU, which is fast enough for small models only"),
         )
 
 
@@ -120,13 +123,18 @@ def _check_packages() -> Iterator[Finding]:
         try:
             yield Finding(name, "ok", importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(name, "missing", "not installed", "pip install -e . installs all of them")
+            yield Finding(
+                name,
+                "missing",
+                ("install lorafleet's dependencies: pip install -e ."),
+                "pip install -e . installs all of them",
+            )
     if shutil.which("g++") is None:
         yield Finding(
             "g++",
             "note",
             "not found",
-            "DeepSpeed's ZeRO strategies will need it: apt-get install g++",
+            "needed for DeepSpeed's ZeRO strategies: apt-get install g++",
         )
 
 
@@ -144,7 +152,10 @@ def _check_disk(runs: Path) -> Iterator[Finding]:
             f"{free:.0f} GB free at {existing}",
             ""
             if is_enough
-            else "a model and its runs want some GB: --runs, LORAFLEET_CACHE or HF_HOME elsewhere",
+            else (
+                "models and runs need several GB: use another disk with --runs, LORAFLEET_CACHE or "
+                "HF_HOME"
+            ),
         )
 
 
@@ -174,23 +185,23 @@ def _check_access(runs: Path) -> Iterator[Finding]:
         yield Finding(
             "Ray's old token",
             "note",
-            f"{token} can be read by others",
-            "delete it: no run needs it",
+            f"other users can read {token}",
+            "delete the file: lorafleet does not use it",
         )
     if not any(warnings.values()):
-        yield Finding("access", "ok", "nobody else can change caches and runs")
+        yield Finding("access", "ok", "no other user can change caches or runs")
 
 
 def _check_wandb() -> Iterator[Finding]:
     is_logged_in = bool(os.environ.get("WANDB_API_KEY")) or _is_in_netrc()
     if is_logged_in:
-        yield Finding("W&B", "ok", "logged in: runs are online")
+        yield Finding("W&B", "ok", "logged in: runs are tracked online")
     else:
         yield Finding(
             "W&B",
             "note",
-            "not logged in: runs are written offline",
-            "`wandb login`, then `lorafleet sync RUN` uploads what was written before",
+            "not logged in: runs are tracked offline",
+            "run `wandb login`; `lorafleet sync RUN` uploads earlier offline runs",
         )
 
 
@@ -208,7 +219,10 @@ def _check_clients() -> Iterator[Finding]:
     ):
         if shutil.which(command[0]) is None:
             yield Finding(
-                client_name, "note", f"{command[0]} not found", "only needed to send jobs there"
+                client_name,
+                "note",
+                f"{command[0]} not found",
+                ("only needed to submit jobs to such a cluster"),
             )
             continue
         try:
@@ -219,7 +233,7 @@ def _check_clients() -> Iterator[Finding]:
             yield Finding(client_name, "note", f"{command[0]} did not answer within 10 s")
             continue
         output_lines = (process.stdout or process.stderr).strip().splitlines() or [
-            "it says nothing"
+            "it printed nothing"
         ]
         yield Finding(client_name, "note" if process.returncode else "ok", output_lines[0])
 
@@ -233,7 +247,7 @@ def check_version(report: dict[str, str], name: str, location: str) -> Finding:
         f"{name} {location}",
         "missing",
         report[name],
-        f"here is {local_version}: they must be the same",
+        f"this machine has {local_version}: install the same version on both",
     )
 
 
@@ -241,6 +255,4 @@ def check_storage(report: dict[str, str], location: str, advice: str) -> Finding
     """Check that the remote storage is writable."""
     if report["wrong"]:
         return Finding(f"storage {location}", "missing", report["wrong"], advice)
-    return Finding(
-        f"storage {location}", "ok", f"can be written, {float(report['free_gb']):.0f} GB free"
-    )
+    return Finding(f"storage {location}", "ok", f"writable, {float(report['free_gb']):.0f} GB free")

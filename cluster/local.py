@@ -85,7 +85,7 @@ class LocalBackend:
 
     def pull(self, run: Run, weights: WeightSelection, say: Say) -> int:
         """Raise RunError: all files are already here."""
-        raise RunError(f"{run.id} lies in {run.path} itself: there is nothing to bring")
+        raise RunError(f"{run.id} ran on this machine, in {run.path}: there is nothing to download")
 
     def resume(self, run: Run) -> None:
         """Start the driver of a run whose last driver has died.
@@ -95,8 +95,8 @@ class LocalBackend:
         """
         if run.is_alive():
             raise RunError(
-                f"{run.id} is running (process {run.read_status()['pid']}); `lorafleet status "
-                f"{run.id}` shows it"
+                f"{run.id} is already running (process {run.read_status()['pid']}): see `lorafleet "
+                f"status {run.id}`"
             )
         remove_orphans(Path(tempfile.gettempdir()))
         # It removes only lorafleet's own folders.
@@ -108,7 +108,7 @@ class LocalBackend:
         """Return the run's status; a run whose driver died without a recorded end has failed."""
         if run.has_lost_driver():
             return RunStatus(
-                RunState.FAILED, f"its driver is gone: `lorafleet resume {run.id}` goes on"
+                RunState.FAILED, f"its driver died: continue it with `lorafleet resume {run.id}`"
             )
         return RunStatus(run.state, str(run.read_status().get("reason") or ""))
 
@@ -120,9 +120,14 @@ class LocalBackend:
     def cancel(self, run: Run) -> str:
         """Ask the run to save and end."""
         if not run.is_alive():
-            raise RunError(f"{run.id} is not running here: it is {self.status(run).state}")
+            raise RunError(
+                f"{run.id} is not running on this machine: it is {self.status(run).state}"
+            )
         os.kill(int(run.read_status()["pid"]), signal.SIGINT)
-        return f"{run.id} saves its trials and ends; `lorafleet resume {run.id}` goes on"
+        return (
+            f"{run.id} is saving its trials and will stop; continue it with `lorafleet resume "
+            f"{run.id}`"
+        )
 
 
 class ChildWatch:

@@ -28,8 +28,8 @@ def detect_site(nodes: int | None = None) -> Site:
         return limit_nodes(detect_ray_site(address), nodes)
     if nodes and nodes > 1:
         raise PlacementRefused(
-            f"--nodes is {nodes}, and this is one machine: start Ray on each (`ray start`) and "
-            "name it in RAY_ADDRESS"
+            f"--nodes is {nodes}, but this is a single machine: start Ray on each machine (`ray "
+            "start`) and set RAY_ADDRESS"
         )
     return detect_local_site()
 
@@ -47,8 +47,8 @@ def limit_nodes(site: RaySite, nodes: int | None) -> RaySite:
         return site
     if nodes > len(usable_nodes):
         raise PlacementRefused(
-            f"--nodes is {nodes}, and {site.display_name} has "
-            f"{format_count(len(usable_nodes), 'machine')} for work"
+            f"--nodes is {nodes}, but {site.display_name} has only "
+            f"{format_count(len(usable_nodes), 'machine')} that can run trials"
         )
     largest = sorted(usable_nodes, key=lambda node: (node.gpus, node.cpus), reverse=True)[:nodes]
     return site.model_copy(update={"nodes": tuple(largest)})

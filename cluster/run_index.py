@@ -38,7 +38,7 @@ def _is_readable(run: Run, damaged: list[str]) -> bool:
     try:
         return bool(run.state) and run.created >= 0
     except (ValueError, OSError, RunError) as error:
-        damaged.append(f"{run.path.name} is left out: {error}")
+        damaged.append(f"{run.path.name} is skipped: {error}")
         return False
 
 
@@ -78,13 +78,37 @@ def _resolve_run(runs: Path, name: str | None) -> Run:
     if name is None:
         if candidates:
             return Run(candidates[0].path.absolute())
-        raise RunError(f"there is no run in {runs.absolute()}; --runs DIR names another folder")
+        raise RunError(
+            f"there is no run in {runs.absolute()}: start one, or name another folder with --runs "
+            "DIR"
+        )
     matches = [run for run in candidates if run.read_status().get("name") == name]
     if matches:
         return Run(matches[0].path.absolute())
+    raise RunError(
+        f"there is no run {name!r} in {runs.absolute()}{_suggest_run(name, candidates)}; "
+        "`lorafleet list` shows the runs"
+    )
+
+
+def _suggest_run(name: str, candidates: list[Run]) -> str:
+    """Return a suggestion for a run that does not exist: the most similar or the newest run.
+
+    Job names are compared too, because an id is much longer than the name that a user types.
+
+    Args:
+        candidates: The existing runs, the newest first.
+    """
+    if not candidates:
+        return ""
     closest_id = find_closest(name, [run.id for run in candidates])
-    hint = f"; did you mean {closest_id}?" if closest_id else "; `lorafleet list` shows the runs"
-    raise RunError(f"there is no run {name!r} in {runs.absolute()}{hint}")
+    if closest_id:
+        return f"; did you mean {closest_id}?"
+    newest_ids = {str(run.read_status().get("name")): run.id for run in reversed(candidates)}
+    closest_job = find_closest(name, newest_ids)
+    if closest_job:
+        return f"; did you mean {newest_ids[closest_job]}?"
+    return f"; the newest run is {candidates[0].id}"
 
 
 @dataclass(frozen=True)
@@ -113,15 +137,15 @@ def find_clean_obstacle(run: Run) -> str | None:
     if was_submitted:  # the run's own record may be older than the queue's state
         status = get_backend(run).status(run)
         if status.state in active_states:
-            return f"it is {status.state}; `lorafleet stop {run.id}` first"
+            return f"it is {status.state}; stop it first with `lorafleet stop {run.id}`"
         if not status.fresh:
-            return f"its cluster cannot be asked whether it runs: {status.message}"
+            return f"its cluster does not answer, so the run may still be active: {status.message}"
     is_on_other_host = run.read_status().get("host", os.uname().nodename) != os.uname().nodename
     if run.is_alive() or (is_on_other_host and run.state in active_states and not was_submitted):
-        return f"it is {run.state}; `lorafleet stop {run.id}` first"
+        return f"it is {run.state}; stop it first with `lorafleet stop {run.id}`"
     if has_unsynced_wandb(run):
         return (
-            f"its W&B record has not been uploaded; `lorafleet sync {run.id}` first, or give "
+            f"its W&B record has not been uploaded; run `lorafleet sync {run.id}` first, or use "
             "--unsynced"
         )
     return None

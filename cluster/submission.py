@@ -151,16 +151,18 @@ def infer_unknown_status(run: Run, explanation: str) -> RunStatus:
     """Return the status of a run that the cluster does not know: not yet, or not any more."""
     record, state, reason = read_record(run), run.state, str(run.read_status().get("reason") or "")
     if not record.handed_over:
-        return RunStatus(state, "it was not handed over: `lorafleet resume` does so")
+        return RunStatus(state, "it was not submitted: submit it with `lorafleet resume`")
     if record.last:
         return RunStatus(record.last.state, record.last.sentence)
     if record.stopping and state is not RunState.FINISHED:
-        return RunStatus(RunState.STOPPED, f"it was stopped: `lorafleet resume {run.id}` goes on")
+        return RunStatus(
+            RunState.STOPPED, f"it was stopped: continue it with `lorafleet resume {run.id}`"
+        )
     if state in (RunState.FINISHED, RunState.FAILED, RunState.STOPPED):
         return RunStatus(state, reason)
     message = (
-        f"{explanation}; `lorafleet pull {run.id}` brings what is on the storage, "
-        "`lorafleet resume` goes on"
+        f"{explanation}; `lorafleet pull {run.id}` downloads what is on the storage, `lorafleet "
+        "resume` continues the run"
     )
     return RunStatus(RunState.FAILED, message)
 
@@ -190,7 +192,7 @@ def record_if_missing(run: Run, submission: int) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        message = f"its record is not here ({error}): `lorafleet pull {run.id}` brings it"
+        message = f"its record was not downloaded ({error}): run `lorafleet pull {run.id}`"
         update_record(run, submission, missing=message, tries=read_record(run).tries + 1)
     else:
         update_record(run, submission, missing=None, collected=True)
@@ -218,7 +220,7 @@ def write_run(plan: Plan, loaded: LoadedJob, runs: Path, share: str = "none") ->
         files.write_json(run.path / "plan.json", plan.model_dump(mode="json"))
     except BaseException as error:
         shutil.rmtree(run.path, ignore_errors=True)
-        disk_error = make_disk_full_error(error, runs, "start again")
+        disk_error = make_disk_full_error(error, runs, "run the command again")
         if disk_error is not None:
             raise disk_error from error
         raise

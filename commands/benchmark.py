@@ -32,21 +32,26 @@ def benchmark(
         typer.Option(
             "--export",
             metavar="DIR",
-            help="Where an export put its targets.",
+            help="Folder with the exported targets.",
             show_default="RUN/export",
         ),
     ] = None,
     rounds: Annotated[
-        int, typer.Option(min=1, help="How often each variant is measured, in turn.")
+        int,
+        typer.Option(
+            min=1, help=("Rounds: how often each variant is measured. The variants take turns.")
+        ),
     ] = 3,
     rows: Annotated[
-        int, typer.Option(min=1, help="Held-out rows that are answered or classified one by one.")
+        int, typer.Option(min=1, help="Held-out rows to answer or classify one at a time.")
     ] = 8,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of every answer.")] = 32,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, help=("Tokens to generate for each answer."))
+    ] = 32,
     batch_sizes: Annotated[
         str | None,
         typer.Option(
-            "--batch-sizes", metavar="N,...", help="Measure batches of so many rows as well."
+            "--batch-sizes", metavar="N,...", help="Also measure batches of these sizes (rows)."
         ),
     ] = None,
     lengths: Annotated[
@@ -54,7 +59,7 @@ def benchmark(
         typer.Option(
             "--lengths",
             metavar="N,...",
-            help="Tokens of a row in these batches.",
+            help="Tokens per row in these batches.",
             show_default="64",
         ),
     ] = None,
@@ -128,6 +133,7 @@ def _parse_numbers(option: str, text: str | None) -> tuple[int, ...]:
     invalid = next((item for item in items if not item.isdecimal() or int(item) < 1), None)
     if invalid is not None:
         raise UserError(
-            f"{option} has {invalid!r}, but must be whole numbers above 0, separated by commas"
+            f"{option} has {invalid!r}, but must be whole numbers above 0, separated by commas "
+            "(such as 1,8,32)"
         )
     return tuple(dict.fromkeys(int(item) for item in items))

@@ -14,24 +14,30 @@ from lorafleet.commands.common import DEFAULT_RUNS, AnyRuns, print_text, silence
 
 def chat(
     artefact: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A folder that `lorafleet export` made.")
+        Path, typer.Argument(metavar="DIR", help="Folder that `lorafleet export` wrote.")
     ],
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Answer this alone, and end.")
+        str | None, typer.Option("--prompt", "-p", help="Answer this prompt and exit.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help=("Maximum number of tokens in an answer."))
+    ] = 128,
     temperature: Annotated[
         float,
-        typer.Option(min=0.0, help="0: the likeliest token each time; above, tokens are drawn."),
+        typer.Option(min=0.0, help="Sampling temperature. 0 always takes the most likely token."),
     ] = 0.0,
     top_p: Annotated[
         float,
-        typer.Option(min=0.0, max=1.0, help="Draw among the likeliest that have it together."),
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help=(
+                "Sample only from the most likely tokens whose probabilities add up to this value."
+            ),
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of what is drawn.")] = 0,
-    threads: Annotated[
-        int, typer.Option(min=0, help="CPU threads; 0: as many as the runtime likes.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed for sampling.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads. 0: the runtime decides.")] = 0,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
     """Ask an exported model, one line at a time.

@@ -14,13 +14,20 @@ def clean(
     run: RunName = None,
     older_than: Annotated[
         float | None,
-        typer.Option(min=0, metavar="DAYS", help="All runs untouched for this many days."),
+        typer.Option(
+            min=0,
+            metavar="DAYS",
+            help=("Delete all runs that have not changed for this many days."),
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would go, and leave it.")
+        bool, typer.Option("--dry-run", help="Print what would be deleted, and delete nothing.")
     ] = False,
     unsynced: Annotated[
-        bool, typer.Option("--unsynced", help="Also runs whose W&B record was not uploaded.")
+        bool,
+        typer.Option(
+            "--unsynced", help=("Also delete runs whose W&B record has not been uploaded.")
+        ),
     ] = False,
     runs: Runs = DEFAULT_RUNS,
 ) -> None:
@@ -34,7 +41,7 @@ def clean(
     if run is not None and not run:
         raise UserError("RUN is empty; `lorafleet list` shows the runs")
     if (run is None) == (older_than is None):
-        raise UserError("clean needs either a RUN or --older-than DAYS, and exactly one of the two")
+        raise UserError("clean needs either a RUN or --older-than DAYS (exactly one of the two)")
     selected_runs = (
         [store.find_run(runs, run)]
         if run is not None

@@ -50,6 +50,7 @@ from lorafleet.commands import (
 from lorafleet.commands.common import print_message
 from lorafleet.commands.options import expand_options
 from lorafleet.jobs.errors import ExitCode, LorafleetError, UserError, make_disk_full_error
+from lorafleet.jobs.runs import client_log
 from lorafleet.jobs.runs.stale_folders import remove_orphans
 from lorafleet.jobs.runs.tracebacks import save_traceback
 from lorafleet.jobs.text import shorten_text
@@ -63,7 +64,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_START, _RUN, _WATCH, _KEEP = "Begin", "Run", "Watch and decide", "Keep house"
+_START, _RUN, _WATCH, _KEEP = "Begin", "Run", "Watch and decide", "Maintain"
 _COMMANDS: tuple[tuple[str, Callable[..., object], str], ...] = (
     ("doctor", doctor.doctor, _START),
     ("init", init.init, _START),
@@ -104,7 +105,7 @@ app.add_typer(node.node, hidden=True)
 @app.callback(invoke_without_command=True)
 def _apply_global_options(
     version: bool = typer.Option(
-        False, "--version", help="Print the version and end.", is_eager=True
+        False, "--version", help="Print the version and exit.", is_eager=True
     ),
 ) -> None:
     if version:
@@ -117,6 +118,14 @@ def _apply_global_options(
 
 
 def main() -> None:
+    """Run a command, and close its log at the end."""
+    try:
+        _run_command()
+    finally:
+        client_log.stop()
+
+
+def _run_command() -> None:
     """Run a command and turn exceptions into messages and exit codes.
 
     A user's mistake is printed as a message. The traceback of an internal error is written to a
@@ -171,7 +180,7 @@ _PACKAGE_FOLDER = "site-packages"
 def _report_internal_error(error: Exception) -> NoReturn:
     code = error.exit_code if isinstance(error, LorafleetError) else ExitCode.OUR_FAULT
     print_message(
-        f"{type(error).__name__}: {error}\nThis is a fault of lorafleet; the traceback is in "
-        f"{save_traceback(error)}"
+        f"{type(error).__name__}: {error}\nThis is a bug in lorafleet. Please report it with the "
+        f"traceback in {save_traceback(error)}"
     )
     sys.exit(code)

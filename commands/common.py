@@ -49,39 +49,43 @@ Nodes = Annotated[
         "--nodes",
         metavar="N",
         min=1,
-        help="Size of the fleet: as many trials at once as N machines hold.",
+        help="Number of nodes to use. Trials run in parallel up to their combined capacity.",
     ),
 ]
 On = Annotated[
     str | None,
     typer.Option(
-        "--on", metavar="SITE", help="A cluster: the name of a site file, or its path (docs/)."
+        "--on",
+        metavar="SITE",
+        help=("Cluster to use: the name of a site file, or its path (see docs/)."),
     ),
 ]
 RunName = Annotated[
     str | None,
-    typer.Argument(metavar="[RUN]", help="A run's id, name or folder; the newest if left out."),
+    typer.Argument(metavar="[RUN]", help="Id, name or folder of a run. Default: the newest run."),
 ]
 Trust = Annotated[
     bool,
     typer.Option(
-        "--trust", help="Act on what a run says that you did not make here (docs/security.md)."
+        "--trust",
+        help=("Run code and paths recorded in a run that was not created here (docs/security.md)."),
     ),
 ]
 OneRun = Annotated[
-    str, typer.Argument(metavar="RUN", help="A run's id, name or folder.", show_default=False)
+    str, typer.Argument(metavar="RUN", help="Id, name or folder of a run.", show_default=False)
 ]
-Output = Annotated[Format, typer.Option("--format", help="What to print.")]
+Output = Annotated[Format, typer.Option("--format", help="Output format.")]
 Chain = Annotated[
     int | None,
     typer.Option(
         "--max-walltime-chain",
         metavar="K",
         min=1,
-        help="K jobs at most, each after the one before: no requeueing.",
+        help="Submit up to K jobs, each starting when the previous one ends, instead of requeueing "
+        "one job.",
     ),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the result alone.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result.")]
 
 DEFAULT_RUNS = Path("runs")
 
@@ -99,7 +103,7 @@ def get_backend(on: str | None, nodes: int | None, chain: int | None = None) -> 
         return load_cluster(on, nodes, chain)
     if chain is not None:
         raise UserError(
-            "--max-walltime-chain is for clusters with time limits: it goes with --on SITE"
+            "--max-walltime-chain is for clusters with time limits: use it together with --on SITE"
         )
     from lorafleet.cluster.local_site import detect_site
 

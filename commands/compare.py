@@ -20,14 +20,16 @@ JobOrRuns = Annotated[
     list[str],
     typer.Argument(
         metavar="JOB.yaml [KEY=VALUE]... | RUN RUN...",
-        help="A job file with a compare block, or runs to put side by side.",
+        help="A job file with a compare block, or two or more runs to compare.",
         show_default=False,
     ),
 ]
 OutputDir = Annotated[
     Path | None,
     typer.Option(
-        "--output", metavar="DIR", help="Of runs side by side: write the page and tables here."
+        "--output",
+        metavar="DIR",
+        help=("When comparing runs: write the page and the tables to this folder."),
     ),
 ]
 
@@ -40,7 +42,7 @@ def compare(what: JobOrRuns, options: LaunchOptions, into: OutputDir = None) -> 
     first = Path(what[0])
     if first.suffix in (".yaml", ".yml") or first.is_file():
         _refuse_useless_options(
-            {"--output": into is not None}, "of a job file, whose run has a report/ of its own"
+            {"--output": into is not None}, "of a job file, because its run has a report/ folder"
         )
         start_job("compare", first, what[1:], options)
         return
@@ -53,7 +55,7 @@ def compare(what: JobOrRuns, options: LaunchOptions, into: OutputDir = None) -> 
     }
     _refuse_useless_options(
         {name: bool(value) for name, value in job_options.items()},
-        "of runs side by side, which trains nothing",
+        "of existing runs, because nothing is trained",
     )
     _compare_runs(what, options.runs, options.quiet, options.output, into)
 
@@ -64,7 +66,9 @@ def _refuse_useless_options(options: dict[str, bool], reason: str) -> None:
 
     useless = [name for name, is_set in options.items() if is_set]
     if useless:
-        raise UserError(f"{', '.join(useless)} has no use in a comparison {reason}: leave it out")
+        raise UserError(
+            f"{', '.join(useless)} has no effect in a comparison {reason}: leave it out"
+        )
 
 
 def _compare_runs(
@@ -81,7 +85,7 @@ def _compare_runs(
         get_backend(run).refresh(run, print_message)
     if len({run.path for run in selected_runs}) < 2:
         raise UserError(
-            f"compare has {names[0]} alone, but must have a job file, or two runs or more"
+            f"compare has only the run {names[0]}, but needs a job file, or at least two runs"
         )
     report = compare_runs(selected_runs)
     if output_dir is not None:

@@ -44,9 +44,9 @@ _LEARNT, _CONTEXT, _BETWEEN = "bold green", "dim", "bright_black"
 def data(
     job: Job,
     overrides: Overrides = None,
-    show: Annotated[int, typer.Option("--show", min=0, help="Print so many rows as tokens.")] = 0,
+    show: Annotated[int, typer.Option("--show", min=0, help="Print this many rows as tokens.")] = 0,
     split: Annotated[
-        SplitName, typer.Option("--split", help="Whose rows --show prints.")
+        SplitName, typer.Option("--split", help="Split whose rows --show prints.")
     ] = SplitName.TRAIN,
     output: Output = Format.TEXT,
     runs: AnyRuns = DEFAULT_RUNS,
@@ -124,7 +124,8 @@ def render_report(report: DataReport, *, coloured: bool) -> RenderableType:
         parts += [
             Text(""),
             Text(
-                f"rows as tokens: `·` between two, `↵` for a line's end; what is learnt is {learnt}"
+                "rows as tokens: `·` separates tokens, `↵` is a line feed; learnt tokens are "
+                f"{learnt}"
             ),
         ]
     for row in report.shown:
@@ -192,16 +193,16 @@ def _list_findings(split: SplitReport) -> list[RenderableType]:
             f"classes: {', '.join(f'{label} {count:,}' for label, count in split.classes.items())}"
         )
     if split.repeated:
-        lines.append(f"prompt or text of another row: {format_count(split.repeated, 'row')}")
+        lines.append(f"same prompt or text as another row: {format_count(split.repeated, 'row')}")
     if split.also_in_train:
         lines.append(f"also among the training rows: {format_count(split.also_in_train, 'row')}")
     if split.shortened:
         lines.append(
-            "longer than model.max_length, without the oldest turns: "
+            "longer than model.max_length, oldest turns removed: "
             f"{format_count(split.shortened, 'row')}"
         )
     if split.cut:
-        lines.append(f"longer than model.max_length, cut: {format_count(split.cut, 'row')}")
+        lines.append(f"longer than model.max_length, truncated: {format_count(split.cut, 'row')}")
     if split.empty_answers:
         lines.append(f"empty answers: {split.empty_answers:,}")
     if split.special_tokens:

@@ -61,9 +61,9 @@ def _check_output(delivery: ExportRequest, backend: Cluster, on: str) -> None:
 
     if delivery.output and not backend.shares_disk:
         raise UserError(
-            f"{delivery.output} is a folder of this machine, which {on} does not see: leave "
-            "--output (--export) out, and "
-            "the targets are in the run's own export there"
+            f"{delivery.output} is a folder of this machine, which {on} cannot see: leave out "
+            "--output (--export); the targets are then written to the run's export folder on the "
+            "cluster"
         )
 
 
@@ -80,13 +80,13 @@ def _resolve_run_on_cluster(source: Run, backend: Cluster, on: str) -> str:
     if backend.shares_disk:
         if is_remote:
             raise UserError(
-                f"{source.id} lies on the storage of another cluster than {on}: name that one "
-                "with --on"
+                f"{source.id} is stored on another cluster than {on}: name that cluster with --on"
             )
         return str(source.path)  # Slurm nodes see the login node's folders
     if record is None or not is_remote or record.site_name != backend.site_name:
         raise UserError(
-            f"{source.id} did not run on {on}: what is exported there must lie on its storage"
+            f"{source.id} did not run on {on}, so its models are not on the storage of {on}: name "
+            "the site that it ran on with --on"
         )
     return source.id
 

@@ -86,7 +86,7 @@ def _check_nodes(on: str, nodes: int | None, runs: Path) -> list[Finding]:
                 path.read_text(errors="replace")[-1500:] for path in log if path.is_file()
             )
             raise UserError(
-                f"{log_end}\nthe job ended with code {code} and looked at nothing: "
+                f"{log_end}\nthe job ended with exit code {code} before it checked anything: "
                 f"{watch.status.message}"
             )
     except KeyboardInterrupt:

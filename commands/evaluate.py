@@ -29,7 +29,7 @@ Models = Annotated[
     list[str],
     typer.Argument(
         metavar="MODEL... [KEY=VALUE]...",
-        help="Runs (RUN, RUN:TRIAL), folders of adapters or models, hub ids, asset:NAME; and "
+        help="Runs (RUN, RUN:TRIAL), folders of adapters or models, hub ids or asset:NAME, and "
         "fields to set.",
         show_default=False,
     ),
@@ -39,19 +39,19 @@ JobFile = Annotated[
     typer.Option(
         "--job",
         metavar="JOB.yaml",
-        help="The task, rows and metrics; left out: those of the first run.",
+        help="Job file with the task, rows and metrics. Default: the job of the first run.",
     ),
 ]
 Data = Annotated[
     Path | None,
     typer.Option(
-        "--data", metavar="FILE", help="Rows to judge by, instead of the job's test rows."
+        "--data", metavar="FILE", help="Rows to evaluate on, instead of the job's test rows."
     ),
 ]
 Measured = Annotated[
     bool,
     typer.Option(
-        "--measure", help="Measure speed and memory too, each model in processes of its own."
+        "--measure", help="Also measure speed and memory, each model in its own processes."
     ),
 ]
 
@@ -113,7 +113,8 @@ def _derive_job(
     ]
     if not models:
         raise UserError(
-            "evaluate has nothing to judge: name runs, folders of adapters or models, or hub ids"
+            "evaluate has no model to evaluate: name runs, folders of adapters or models, or hub "
+            "ids"
         )
     if job is not None:
         base = load_job(job, tuple(overrides)).job
@@ -121,8 +122,8 @@ def _derive_job(
         first = next((run for _, run in models if run is not None), None)
         if first is None:
             raise UserError(
-                "--job JOB.yaml is missing: it says what task, rows and metrics; only a run "
-                "brings its own"
+                "--job JOB.yaml is missing: it sets the task, the rows and the metrics. Only a run "
+                "can be evaluated without it"
             )
         base = load_local_job(first)
     labels = resolve_class_order([run for _, run in models if run is not None], base)
@@ -174,8 +175,8 @@ def resolve_class_order(runs: list[Run], job: JobSpec) -> list[str]:
         if labels and expected and labels != expected:
             raise UserError(
                 f"the classes of {name} are {', '.join(labels)} in this order, but {source} are "
-                f"{', '.join(expected)}: "
-                "they cannot be judged in one table"
+                f"{', '.join(expected)}: models with different classes cannot be compared in one "
+                "table. Evaluate them one by one"
             )
         if labels and not expected:
             expected, source = labels, f"those of {name}"
@@ -197,9 +198,9 @@ def check_prompts(runs: list[Run], job: JobSpec) -> None:
         for name in _PROMPT_FIELDS:
             if getattr(trained, name) != getattr(job.data, name):
                 raise UserError(
-                    f"{run.id} was trained with another data.{name} than the job asks with: its "
-                    "answers would not be "
-                    f"those of its training. Evaluate it alone: `lorafleet evaluate {run.id}`"
+                    f"{run.id} was trained with a data.{name} that differs from the job's, so its "
+                    "answers would differ from those in training. Evaluate it alone: `lorafleet "
+                    f"evaluate {run.id}`"
                 )
 
 

@@ -24,7 +24,7 @@ def execute(
     run: Path,
     job: Annotated[
         Path | None,
-        typer.Option("--job", help="The document of the run, where its folder is not there yet."),
+        typer.Option("--job", help="The packed run, used if its folder does not exist yet."),
     ] = None,
     trust: Trust = False,
 ) -> None:

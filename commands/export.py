@@ -41,7 +41,7 @@ def export(
         typer.Option(
             "--to",
             metavar="TARGET,...",
-            help="What to make, separated by commas; `all` for all.",
+            help="Targets to export, separated by commas, or `all`.",
             show_default=f"{_DEFAULT_TARGETS}; with a budget {_BUDGET_TARGETS}",
         ),
     ] = None,
@@ -58,13 +58,17 @@ def export(
     budget_mb: Annotated[
         float | None,
         typer.Option(
-            min=0.001, help="MB that a device has for the model: the best that fits is picked."
+            min=0.001,
+            help=(
+                "Space for the model on the device, in MB: the best target that fits is selected."
+            ),
         ),
     ] = None,
     max_ms_per_token: Annotated[
         float | None,
         typer.Option(
-            min=0.001, help="Milliseconds that a token (of a classifier: a row) may take here."
+            min=0.001,
+            help=("Maximum milliseconds per token (for a classifier: per row) on this machine."),
         ),
     ] = None,
     rows: Annotated[
@@ -73,13 +77,12 @@ def export(
             min=1, help="Held-out rows to compare on.", show_default="export.rows of the job, 64"
         ),
     ] = None,
-    threads: Annotated[
-        int, typer.Option(min=1, help="CPU threads with which targets are measured.")
-    ] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads to measure targets with.")] = 1,
     measure: Annotated[
         bool,
         typer.Option(
-            "--measure/--no-measure", help="Measure what passes, for its card and a budget."
+            "--measure/--no-measure",
+            help=("Measure the targets that pass, for the model card and a budget."),
         ),
     ] = True,
     runs: Runs = DEFAULT_RUNS,
@@ -137,7 +140,10 @@ def _make_budget(files_mb: float | None, ms: float | None, *, measure: bool) -> 
     if files_mb is None and ms is None:
         return None
     if ms is not None and not measure:
-        raise UserError("--max-ms-per-token needs what --no-measure leaves out: use one of them")
+        raise UserError(
+            "--max-ms-per-token needs the measurement that --no-measure turns off: use only one of "
+            "the two"
+        )
     return DeviceBudget(files_mb=files_mb, ms=ms)
 
 

@@ -28,14 +28,17 @@ from lorafleet.commands.common import (
 def fetch(
     what: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[JOB.yaml | asset:NAME]...", help="What to fetch."),
+        typer.Argument(metavar="[JOB.yaml | asset:NAME]...", help="Job files or assets to fetch."),
     ] = None,
     show_list: Annotated[bool, typer.Option("--list", help="List the assets.")] = False,
     examples: Annotated[
         bool, typer.Option("--examples", help="Copy the example job files into ./examples.")
     ] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Read every byte of what was fetched, and compare it.")
+        bool,
+        typer.Option(
+            "--verify", help=("Read every byte of the fetched files and compare checksums.")
+        ),
     ] = False,
     on: On = None,
     output: Output = Format.TEXT,
@@ -65,7 +68,9 @@ def fetch(
         )
     for name in what or []:
         if name in ASSETS:
-            raise UserError(f"{name!r} is a data set or model: did you mean {PREFIX}{name}?")
+            raise UserError(
+                f"{name!r} is the name of a data set or model: did you mean {PREFIX}{name}?"
+            )
         if name.startswith(PREFIX):
             folder = (
                 target_cluster.upload_asset(name, print_message)
@@ -84,7 +89,7 @@ def fetch(
             fetch_job(loaded.job, print_message)
             if verify:
                 verify_job(loaded.job, print_message)
-            print_text(f"{name}: everything it names is on this machine")
+            print_text(f"{name}: everything that it uses is on this machine")
     return None
 
 
@@ -96,7 +101,7 @@ def _list_assets(output: Format) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("asset", "kind", "here", "MB", "package", "licence", "SHA-256", "what it is"):
+    for name in ("asset", "kind", "fetched", "MB", "package", "licence", "SHA-256", "description"):
         table.add_column(name, overflow="fold")
     for entry in ASSETS.values():
         fetched = "yes" if entry.folder.is_dir() else "no"
@@ -148,8 +153,8 @@ def find_examples() -> Path:
         if (folder / "quickstart.yaml").is_file() and (folder / "my-data.yaml").is_file():
             return folder
     raise UserError(
-        "the examples are not where lorafleet was installed; they are in its repository, in "
-        "examples/"
+        "the examples are missing from this installation of lorafleet; copy them from examples/ in "
+        "its repository"
     )
 
 
@@ -160,15 +165,16 @@ def _copy_examples() -> None:
     source = find_examples()
     if target.exists() and not target.is_dir():
         raise UserError(
-            f"{target.absolute()} is a file, and the examples go into a folder of that name"
+            f"{target.absolute()} is a file, but the examples are copied into a folder of that "
+            "name: move the file, or run the command in another folder"
         )
     if target.resolve() == source.resolve():
-        print_message("the examples are already here")
+        print_message("the examples are already in this folder")
         return
     for path in [*sorted(source.glob("*.yaml")), *sorted(source.glob("sites/*.yaml"))]:
         copy = target / path.relative_to(source)
         if copy.exists():
-            print_message(f"kept your {copy}")
+            print_message(f"kept {copy}: it exists already")
         else:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy)

@@ -39,22 +39,27 @@ def import_config(
         typer.Argument(
             metavar="FILE",
             help=(
-                "Config of the other tool. With --from peft-comparison: folders of experiments, "
-                "each of which becomes an arm."
+                "Config file of the other tool. With --from peft-comparison: folders of "
+                "experiments; each becomes an arm."
             ),
             show_default=False,
         ),
     ],
-    source: Annotated[Tool, typer.Option("--from", help="Which tool wrote it.")],
+    source: Annotated[
+        Tool, typer.Option("--from", help=("The tool that the config was written for."))
+    ],
     name: Annotated[str, typer.Option(help="Name of the job.")] = "imported",
     job: Annotated[
         Path | None,
         typer.Option(
-            "--job", metavar="JOB.yaml", help="With --from wandb: the job that is to be searched."
+            "--job",
+            metavar="JOB.yaml",
+            help=("With --from wandb: the job file that the sweep searches."),
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="File to write; printed if left out.")
+        Path | None,
+        typer.Option("--output", "-o", help=("File to write. Default: print the job file.")),
     ] = None,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
@@ -74,16 +79,18 @@ def import_config(
     file = inputs[0]
     if len(inputs) > 1 and source is not Tool.PEFT_COMPARISON:
         raise UserError(
-            f"one config at a time: {inputs[1]} is too many (only --from peft-comparison takes "
-            "several)"
+            f"only one config can be imported at a time, but {inputs[1]} was also named (only "
+            "--from peft-comparison takes several)"
         )
     if job is not None and output is not None and job.absolute().parent != output.absolute().parent:
         raise UserError(
-            f"--output is {output}, but must be in the folder of --job {job}: its paths start there"
+            f"--output is {output}, but must be in the folder of --job {job}: paths in the job "
+            "file are relative to that folder"
         )
     if job is not None and source is not Tool.WANDB:
         raise UserError(
-            f"--job goes with --from wandb; a config of {source.value} names its own model and data"
+            f"--job is used only with --from wandb; a config of {source.value} names its own model "
+            "and data"
         )
     if source is Tool.WANDB:
         translation = translate_sweep(_read_blocks(file), name)
@@ -105,9 +112,9 @@ def import_config(
                 problems = "; ".join(
                     [*(problem.sentence for problem in error.problems), *translation.lost]
                 )
-                raise UserError(f"{file} makes a job that cannot run: {problems}") from None
+                raise UserError(f"{file} translates to a job that cannot run: {problems}") from None
     remarks = [
-        ("not carried over", translation.lost),
+        ("not translated", translation.lost),
         ("assumed", translation.assumed),
         ("differs", translation.otherwise),
     ]
@@ -122,11 +129,11 @@ def import_config(
         for line in lines:
             print_message(f"{category}: {line}")
     if translation.dropped:
-        print_message(f"without meaning here: {', '.join(translation.dropped)}")
+        print_message(f"ignored, no meaning in lorafleet: {', '.join(translation.dropped)}")
     if output is None:
         print_text(text, nl=False)
     elif output.exists():
-        raise UserError(f"{output} exists already; --output names another")
+        raise UserError(f"{output} exists already: name another file with --output")
     else:
         files.write_text(output, text)
         print_text(str(output))
@@ -152,8 +159,8 @@ def _read_experiment(path: Path) -> Experiment:
     adapter, training = (folder / name for name in _EXPERIMENT_FILES)
     if not adapter.is_file() and not training.is_file():
         raise UserError(
-            f"{path} has neither {_EXPERIMENT_FILES[0]} nor {_EXPERIMENT_FILES[1]}: it is no "
-            "experiment"
+            f"{path} has neither {_EXPERIMENT_FILES[0]} nor {_EXPERIMENT_FILES[1]}, so it is not "
+            "an experiment"
         )
     defaults = DEFAULT_TRAINING_PARAMS
     for parent in [*folder.parents][:_PARENTS_WITH_DEFAULTS]:
@@ -178,7 +185,9 @@ def _read_blocks(file: Path) -> dict[str, Any]:
     if document.problems:
         raise JobFileError(str(file), document.problems)
     if not isinstance(document.value, dict):
-        raise JobFileError(str(file), [Problem("", "a config is a block of keys")])
+        raise JobFileError(
+            str(file), [Problem("", ("a config must be a block of keys (`key: value`)"))]
+        )
     return document.value
 
 
@@ -195,21 +204,24 @@ def _complete_translation(translation: Translation, job: Path | None, file: Path
     if not fields.get_value(translation.tree, "search.parameters"):
         lost = f" ({'; '.join(translation.lost)})" if translation.lost else ""
         raise UserError(
-            f"{file}: none of its parameters is a field of a job, so there is nothing to "
+            f"{file}: none of its parameters is a field of the job file, so there is nothing to "
             f"search{lost}"
         )
     if job is not None:
         load_job(job)  # report the job's own errors first, with its line numbers
         job_tree = _read_blocks(job)
         if job_tree.get("search"):
-            translation.otherwise.append(f"the search block of {job} is replaced by the sweep's")
+            translation.otherwise.append(
+                f"the search block of {job} is replaced by that of the sweep"
+            )
         translation.tree = _merge_trees(
             job_tree | {"search": {}},
             {key: value for key, value in translation.tree.items() if key != "name"},
         )
         return
     translation.assumed.append(
-        "model and data: a sweep file has none, and those of the quickstart stand in (see --job)"
+        "model and data: a sweep file names none, so those of the quickstart are used (name your "
+        "job with --job)"
     )
     translation.tree = _merge_trees(_STAND_INS, translation.tree)
     translation.tree = {"name": translation.tree.pop("name"), **translation.tree}

@@ -65,14 +65,14 @@ def init(
             help="Your training rows: .jsonl, .json, .csv, .tsv, .parquet (or .gz, .zst)."
         ),
     ] = None,
-    task: Annotated[TaskName, typer.Option(help="What is learnt.")] = TaskName.CLASSIFICATION,
+    task: Annotated[TaskName, typer.Option(help="Task to train for.")] = TaskName.CLASSIFICATION,
     validation_file: Annotated[
-        Path | None, typer.Option(help="Rows that the search looks at.")
+        Path | None, typer.Option(help="Rows for choosing among configurations.")
     ] = None,
     test_file: Annotated[
-        Path | None, typer.Option(help="Rows that are looked at once, after the choice.")
+        Path | None, typer.Option(help="Held-out rows, used once for the final score.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id, folder or asset:NAME.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model: hub id, folder or asset:NAME.")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column with the text.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column with the class.")] = None,
     prompt_column: Annotated[
@@ -89,24 +89,27 @@ def init(
     site: Annotated[
         SiteKind | None,
         typer.Option(
-            help="Write a site file instead: of the Slurm that this is a login node of, or of a "
-            "namespace."
+            help="Write a site file instead: for the Slurm cluster of this login node, or for a "
+            "Kubernetes namespace."
         ),
     ] = None,
     context: Annotated[
         str | None,
         typer.Option(
-            help="Of the site file: context of the kubeconfig; the current one if left out."
+            help="For the site file: context of the kubeconfig. Default: the current one."
         ),
     ] = None,
     partition: Annotated[
-        str | None, typer.Option(help="Of the site file; the cluster's default if left out.")
+        str | None,
+        typer.Option(
+            help=("For the site file: Slurm partition. Default: the cluster's default partition.")
+        ),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="The file to write.", show_default="job.yaml"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
     """Inspect your data and write a commented job file that trains on it.
@@ -123,13 +126,17 @@ def init(
         return _write_site_file(site, partition, context, output, force)
     if train_file is None:
         raise UserError(
-            "--train-file is missing: your training rows (or --site, for a cluster's site file)"
+            "--train-file is missing: name your training rows (or use --site to write a cluster's "
+            "site file)"
         )
     output = output or Path("job.yaml")
     if output.is_dir():
         raise UserError(f"--output is {output}, which is a folder; name a file in it")
     if output.exists() and not force:
-        raise UserError(f"{output} exists already; --force overwrites it, --output names another")
+        raise UserError(
+            f"{output} exists already: overwrite it with --force, or name another file with "
+            "--output"
+        )
     requested_columns = {
         "text_column": text_column,
         "label_column": label_column,
@@ -189,7 +196,9 @@ def _write_site_file(
         name, text = ask_namespace(context)
     path = output or list_site_folders()[0] / f"{name}.yaml"
     if path.exists() and not force:
-        raise UserError(f"{path} exists already; --force overwrites it, --output names another")
+        raise UserError(
+            f"{path} exists already: overwrite it with --force, or name another file with --output"
+        )
     with tempfile.TemporaryDirectory(
         prefix="lorafleet-"
     ) as temp_dir:  # write the file only if it loads
@@ -201,7 +210,7 @@ def _write_site_file(
     print_text(f"\n{path}")
     site_name = path.stem if output is None else str(path)
     print_text(
-        f"next: read it; lorafleet doctor --on {site_name}; lorafleet plan "
+        f"next: read the file; then run lorafleet doctor --on {site_name}; lorafleet plan "
         f"examples/quickstart.yaml --on {site_name}"
     )
 
@@ -225,13 +234,18 @@ def _resolve_columns(
         (record for _, record in read_records(train_file) if isinstance(record, dict)), None
     )
     if first is None:
-        raise DataError(f"{train_file} holds no row that can be read")
+        raise DataError(
+            f"{train_file} has no row that can be read (each row must be an object with named "
+            "columns)"
+        )
     _refuse_columns(task, requested)
     if task is not TaskName.CLASSIFICATION:
         return _resolve_generation_columns(train_file, task, first, requested)
     text, label = requested["text_column"], requested["label_column"]
     if not (text or label) and _is_conversation(first):
-        raise DataError(f"{train_file} holds conversations or instructions: give --task generation")
+        raise DataError(
+            f"{train_file} contains conversations or instructions: use --task generation"
+        )
     columns = {
         "text_column": text
         or _find_first(
@@ -244,7 +258,7 @@ def _resolve_columns(
         if column is None:
             names = ", ".join(map(str, first))
             raise DataError(
-                f"{train_file} has the columns {names}: say which one with "
+                f"{train_file} has the columns {names}: name the right one with "
                 f"--{key.replace('_', '-')}"
             )
     return {key: str(column) for key, column in columns.items()}
@@ -272,8 +286,7 @@ def _refuse_columns(task: TaskName, requested: dict[str, str | None]) -> None:
         other_options = sorted(f"--{name.replace('_', '-')}" for name in requested_names - unused)
         with_them = f" with {', '.join(other_options)}" if other_options else ""
         raise UserError(
-            f"{options} {'is' if len(refused) == 1 else 'are'} not read for --task "
-            f"{task.value}{with_them}"
+            f"--task {task.value}{with_them} does not use {options}: leave out {options}"
         )
 
 
@@ -299,9 +312,8 @@ def _resolve_generation_columns(
         return {}
     plain_hint = "" if shortens else ", or --text-column for plain text"
     raise DataError(
-        f"{train_file} has the columns {', '.join(map(str, first))}: say which with "
-        "--prompt-column and "
-        f"--completion-column{plain_hint}"
+        f"{train_file} has the columns {', '.join(map(str, first))}: name the right ones with "
+        f"--prompt-column and --completion-column{plain_hint}"
     )
 
 

@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 def logs(
     run: RunName = None,
     trial: Annotated[
-        str | None, typer.Argument(metavar="[TRIAL]", help="A trial's id; the driver if left out.")
+        str | None,
+        typer.Argument(
+            metavar="[TRIAL]", help=("Id of a trial. Default: print the log of the driver.")
+        ),
     ] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on as more is written.")
+        bool, typer.Option("--follow", "-f", help="Keep printing new lines until the run ends.")
     ] = False,
     runs: Runs = DEFAULT_RUNS,
 ) -> None:

@@ -47,8 +47,8 @@ def format_table() -> str:
     lines += ["", *(f"[{number}] {limit}" for limit, number in notes.items())]
     lines += [
         "",
-        "On CPU and CUDA; docs/gpu-status.md says what was run where. One process alone needs no "
-        "strategy.",
+        "On CPU and CUDA; docs/gpu-status.md lists what has been tested on which hardware. A "
+        "single process needs no strategy.",
     ]
     return "\n".join(line.rstrip() for line in lines)
 

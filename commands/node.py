@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 node = typer.Typer(
-    name="node", help="What a job's scripts call on its nodes.", no_args_is_help=True
+    name="node", help="Commands that a job's scripts run on its nodes.", no_args_is_help=True
 )
 
 _UP_SECONDS = 900.0
@@ -92,9 +92,11 @@ def failed(run: Path, sentence: str) -> None:
 @node.command()
 def send(
     run: Path,
-    weights: Annotated[str, typer.Option(help="none, best, all or exports.")] = "none",
-    whole: Annotated[bool, typer.Option("--whole", help="W&B's records too.")] = False,
-    texts: Annotated[bool, typer.Option("--texts", help="The job and the plan too.")] = False,
+    weights: Annotated[
+        str, typer.Option(help=("Weights to send: none, best, all or exports."))
+    ] = "none",
+    whole: Annotated[bool, typer.Option("--whole", help="Also send the W&B records.")] = False,
+    texts: Annotated[bool, typer.Option("--texts", help="Also send the job and the plan.")] = False,
 ) -> None:
     """Print the files of a run's record that the other side lacks, as a compressed tar.
 
@@ -189,9 +191,12 @@ def receive(
 @node.command()
 def leave(
     run: Path,
-    seconds: Annotated[float, typer.Option(help="How long the pod may still live.")],
+    seconds: Annotated[float, typer.Option(help="Seconds until the pod is killed.")],
     drain: Annotated[
-        bool, typer.Option("--drain", help="This is a worker: Ray is told that it goes.")
+        bool,
+        typer.Option(
+            "--drain", help=("The pod is a worker: tell Ray that this node will go away.")
+        ),
     ] = False,
 ) -> None:
     """Save a run's trials before its pod is deleted.

@@ -18,10 +18,13 @@ from lorafleet.commands.common import DEFAULT_RUNS, Chain, Format, Nodes, On, Ou
 from lorafleet.jobs.runs import client_log
 
 Wait = Annotated[
-    bool, typer.Option("--wait", help="Print no live view, and end with the run's own exit code.")
+    bool, typer.Option("--wait", help="Show no live view, and exit with the run's exit code.")
 ]
 Detach = Annotated[
-    bool, typer.Option("--detach", "-d", help="Return at once; the run goes on in the background.")
+    bool,
+    typer.Option(
+        "--detach", "-d", help=("Return immediately; the run continues in the background.")
+    ),
 ]
 Verbose = Annotated[
     bool,

@@ -39,7 +39,7 @@ class PlanFormat(StrEnum):
 
 
 PlanOutput = Annotated[
-    PlanFormat, typer.Option("--format", help="What to print; yaml: a manifest for kubectl.")
+    PlanFormat, typer.Option("--format", help="Output format. yaml: a manifest for kubectl.")
 ]
 
 
@@ -50,10 +50,8 @@ def plan(
     on: On = None,
     nodes: Nodes = None,
     output: PlanOutput = PlanFormat.TEXT,
-    train: Annotated[bool, typer.Option("--train", help="The plan of `lorafleet train`.")] = False,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="The plan of `lorafleet compare`.")
-    ] = False,
+    train: Annotated[bool, typer.Option("--train", help="Plan `lorafleet train`.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Plan `lorafleet compare`.")] = False,
 ) -> None:
     """Print every trial with its values, placement, memory and steps, and what ASHA saves."""
     from lorafleet.cluster.planning.preflight import load_checked
@@ -64,7 +62,15 @@ def plan(
     if compare and loaded.job.compare is None:
         raise JobFileError(
             str(job),
-            [Problem("compare", "there is no compare block; `lorafleet plan` plans the rest")],
+            [
+                Problem(
+                    "compare",
+                    (
+                        "there is no compare block: add one, or run `lorafleet plan` without "
+                        "--compare"
+                    ),
+                )
+            ],
         )
     is_comparison = compare or (
         loaded.job.compare is not None and loaded.job.search is None and not train
@@ -127,8 +133,8 @@ def _print_manifest(job_plan: Plan, unchecked: list[str], refused: list[str]) ->
 
     if MANIFEST not in job_plan.files:
         raise UserError(
-            "--format yaml prints a manifest for Kubernetes: it goes with --on SITE of kind "
-            "kubernetes"
+            "--format yaml prints a manifest for Kubernetes: use it with --on SITE, where SITE is "
+            "of kind kubernetes"
         )
     for message in [*unchecked, *(f"refused: {message}" for message in refused)]:
         print_message(message)
@@ -194,15 +200,15 @@ def _describe_arms(job_plan: Plan) -> list[str]:
         return []
     untrained = [name for name, arm in compare.arms.items() if not arm.needs_training]
     budget = compare.budget.model_dump(exclude_none=True)
-    budget_text = (
-        ", ".join(f"{value:,g} {name}" for name, value in budget.items()) or "what `train` says"
+    budget_text = ", ".join(f"{value:,g} {name}" for name, value in budget.items()) or (
+        "the steps set under `train`"
     )
     return [
         f"arms            {', '.join(compare.arms)}"
         + (f" (no training: {', '.join(untrained)})" if untrained else ""),
         f"budget          one training of each arm: {budget_text}",
         "seeds           each arm's best configuration is trained with "
-        f"{format_count(compare.seeds, 'seed')} in all",
+        f"{format_count(compare.seeds, 'seed')} in total",
         f"choice          {compare.rule}, by {job_plan.job.metric.name} on the held-out rows and "
         f"{compare.cost}",
     ]
@@ -232,8 +238,8 @@ def _describe_steps(job_plan: Plan) -> str:
         )
         micro_batches = batch // (rows * workers)
         return (
-            f"{batch} rows = {rows} a pass x {format_count(workers, 'process')} x "
-            f"{format_count(micro_batches, 'pass')}"
+            f"{batch} rows = {rows} per micro-batch x {format_count(workers, 'process')} x "
+            f"{format_count(micro_batches, 'micro-batch')}"
         )
 
     return " | ".join(
@@ -254,7 +260,7 @@ def describe_plan(job_plan: Plan) -> list[str]:
     rows = (
         f"{job_plan.train_rows:,}"
         if job_plan.train_rows is not None
-        else "unknown (data not here yet)"
+        else "unknown (the data is not on this machine yet)"
     )
     cores, gpus = (
         format_count(placement.cpus_per_worker, "CPU core"),
@@ -264,7 +270,7 @@ def describe_plan(job_plan: Plan) -> list[str]:
     lines = []
     tpe = job_plan.job.search is not None and job_plan.job.search.method == "tpe"
     if job_plan.later_trials and job_plan.command == "sweep" and not tpe:
-        refit = ["on the training rows as they are"] if job_plan.job.evaluate.folds else []
+        refit = ["retrained without folds"] if job_plan.job.evaluate.folds else []
         further_seeds = (
             ["with further seeds"] if job_plan.job.search and job_plan.job.search.seeds > 1 else []
         )
@@ -275,7 +281,7 @@ def describe_plan(job_plan: Plan) -> list[str]:
     elif job_plan.later_trials and tpe:
         first = format_count(len(job_plan.trials), "random start-up trial")
         more = f"{job_plan.later_trials} more {'is' if job_plan.later_trials == 1 else 'are'}"
-        lines.append(f"TPE's {first}; {more} chosen while the sweep runs, from the results so far.")
+        lines.append(f"TPE's {first}; {more} chosen during the sweep, from the results so far.")
     lines += [
         f"{'data' if number == 0 else '':<16}{line}" for number, line in enumerate(job_plan.data)
     ]
@@ -284,8 +290,8 @@ def describe_plan(job_plan: Plan) -> list[str]:
         if job_plan.job.is_generative and job_plan.data
         else f"training rows   {rows}",
         f"one step        {_describe_steps(job_plan)}",
-        f"placement       {format_count(placement.slots, 'trial')} at once, each {each}; "
-        f"{format_count(placement.waves, 'wave')} if none were cut; limited by "
+        f"placement       {format_count(placement.slots, 'trial')} in parallel, each {each}; "
+        f"{format_count(placement.waves, 'wave')} if no trial is stopped early; limited by "
         f"{placement.limited_by}",
         f"strategy        {job_plan.strategy}",
         *([f"number format   {job_plan.number_formats}"] if job_plan.number_formats else []),
@@ -295,13 +301,11 @@ def describe_plan(job_plan: Plan) -> list[str]:
         saved = 1 - job_plan.expected_samples / max(1, job_plan.worst_samples)
         lines.append(
             f"ASHA            rungs at {job_plan.rung_levels} {search.scheduler.time_attr} (steps "
-            f"{job_plan.rung_steps}), "
-            f"the best 1/{search.scheduler.reduction_factor} go on"
+            f"{job_plan.rung_steps}), the best 1/{search.scheduler.reduction_factor} are promoted"
         )
         lines.append(
             f"cost            {job_plan.expected_samples:,} rows expected, "
-            f"{job_plan.worst_samples:,} if nothing were cut: "
-            f"ASHA saves {saved:.0%}"
+            f"{job_plan.worst_samples:,} if no trial were stopped early: ASHA saves {saved:.0%}"
         )
     else:
         lines.append(
@@ -318,13 +322,13 @@ def describe_plan(job_plan: Plan) -> list[str]:
         )
     else:
         lines.append(
-            "memory          not known: the model's config is not on this machine, or is of a "
-            "kind not known"
+            "memory          unknown: the model's config is not on this machine, or its "
+            "architecture is not supported by the estimate"
         )
     if job_plan.checkpoint_gb is not None:
         lines.append(
-            f"checkpoints     {1000 * job_plan.checkpoint_gb:,.0f} MB for the trials that run at "
-            "once, at least every "
-            f"{job_plan.job.train.checkpoint_minutes:g} minutes; the one before is kept beside it"
+            f"checkpoints     {1000 * job_plan.checkpoint_gb:,.0f} MB for the trials that run in "
+            f"parallel, saved at least every {job_plan.job.train.checkpoint_minutes:g} minutes; "
+            "the previous checkpoint is kept too"
         )
     return lines

@@ -33,13 +33,15 @@ def pull(
         Adapters,
         typer.Option(
             "--adapters",
-            help="Weights that come along: of the best trial, all, none, or exported models.",
+            help="Weights to download: of the best trial, of all trials, none, or exported models.",
         ),
     ] = Adapters.BEST,
     on: Annotated[
         str | None,
         typer.Option(
-            "--on", metavar="SITE", help="Where the run is, when there is no record of it here yet."
+            "--on",
+            metavar="SITE",
+            help=("Site that the run is on, if this machine has no record of it yet."),
         ),
     ] = None,
     runs: Runs = DEFAULT_RUNS,
@@ -59,12 +61,12 @@ def pull(
     else:
         selected_run = load_cluster(on, None).attach(run, runs, print_message)
     count = get_backend(selected_run, trust=trust).pull(selected_run, adapters.value, print_message)
-    print_text(f"{format_count(count, 'file')} came to {selected_run.path}")
+    print_text(f"downloaded {format_count(count, 'file')} to {selected_run.path}")
     recommendation = (
         files.read_json(selected_run.path / "report" / "report.json").get("recommendation") or {}
     )
     if adapters is Adapters.BEST and not recommendation.get("trial_id"):
         print_message(
-            "no trial is recommended yet, so no weights came: --adapters all brings those that "
-            "there are"
+            "no trial is recommended yet, so no weights were downloaded: --adapters all downloads "
+            "those of all trials"
         )

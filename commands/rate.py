@@ -26,14 +26,27 @@ if TYPE_CHECKING:
 Rater = Annotated[
     str | None,
     typer.Option(
-        "--rater", metavar="NAME", help="Who rates; left out: the user's name. Kept apart."
+        "--rater",
+        metavar="NAME",
+        help=(
+            "Name of the rater. Default: the user name. Each rater's ratings are kept separately."
+        ),
     ),
 ]
 Rows = Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Held-out rows to rate.")]
 Port = Annotated[
-    int, typer.Option("--port", metavar="PORT", min=0, max=65535, help="0: any that is free.")
+    int,
+    typer.Option(
+        "--port",
+        metavar="PORT",
+        min=0,
+        max=65535,
+        help=("Port of the page on 127.0.0.1. 0: any free port."),
+    ),
 ]
-InTerminal = Annotated[bool, typer.Option("--terminal", help="Ask here, without a page.")]
+InTerminal = Annotated[
+    bool, typer.Option("--terminal", help=("Ask in this terminal instead of on a web page."))
+]
 
 
 def rate(
@@ -66,8 +79,8 @@ def rate(
     with files.hold_lock(path, wait=False) as is_locked:
         if not is_locked:
             raise RunError(
-                f"{rater_name} is rating {selected_run.id} already: end that one, or rate as "
-                "another (--rater NAME)"
+                f"{rater_name} is already rating {selected_run.id} in another process: end that "
+                "one, or rate under another name (--rater NAME)"
             )
         book = Notebook.open(path, build_run_sheet(selected_run, rater_name, rows))
         if terminal:
@@ -75,8 +88,8 @@ def rate(
         else:
             _serve(book, selected_run.id, port)
     print_message(
-        f"{len(book.scores)} ratings of {rater_name} in {path}; `lorafleet report "
-        f"{selected_run.id}` has them"
+        f"{len(book.scores)} ratings of {rater_name} are saved in {path}; `lorafleet report "
+        f"{selected_run.id}` includes them"
     )
 
 
@@ -90,17 +103,21 @@ def _serve(book: Notebook, title: str, port: int) -> None:
         listener = open_socket(port)
     except OSError as error:
         raise UserError(
-            f"--port is {port}, which cannot be had on 127.0.0.1: {error.strerror}"
+            f"--port is {port}, which cannot be opened on 127.0.0.1 ({error.strerror}): choose "
+            "another port, or 0 for any free one"
         ) from error
     with listener:
         token, bound_port = create_token(), listener.getsockname()[1]
         app = create_rating_app(book, title, token, bound_port)
         print_message(f"rate at  http://127.0.0.1:{bound_port}/#{token}")
-        print_message("(this machine alone; every rating is kept at once; Ctrl-C ends)")
+        print_message(
+            "(only reachable from this machine; every rating is saved immediately; Ctrl-C ends)"
+        )
         host = os.environ.get("SSH_CONNECTION", "").split()[2:3]
         if host:
             print_message(
-                f"from elsewhere, first: ssh -L {bound_port}:127.0.0.1:{bound_port} {host[0]}"
+                f"from another machine, first run: ssh -L {bound_port}:127.0.0.1:{bound_port} "
+                f"{host[0]}"
             )
         with contextlib.suppress(
             KeyboardInterrupt
@@ -168,7 +185,7 @@ def _ask_missing_ratings(book: Notebook) -> None:
             elif answer.isdigit() and MIN_SCORE <= int(answer) <= MAX_SCORE:
                 book.rate(item.row, slot, name, int(answer))
             else:
-                print_message(f"{answer!r} is none of {keys}")
+                print_message(f"{answer!r} is not valid; enter one of: {keys}")
 
 
 def _list_slots(item: Item) -> list[str]:

@@ -30,7 +30,7 @@ class ReportFormat(StrEnum):
     CSV = "csv"
 
 
-ReportOutput = Annotated[ReportFormat, typer.Option("--format", help="What to print.")]
+ReportOutput = Annotated[ReportFormat, typer.Option("--format", help="Output format.")]
 ReportName = Annotated[
     str | None,
     typer.Argument(
@@ -68,7 +68,9 @@ def report(
     distrust_reason = find_distrust_reason(selected_run.path)
     run_report = build_report(selected_run) if distrust_reason else write_report(selected_run)
     if distrust_reason:
-        print_message(f"note: {distrust_reason}; its report is shown, and nothing is written there")
+        print_message(
+            f"note: {distrust_reason}; its report is only printed, not written to the run's folder"
+        )
     if trial_id:
         _show_trial(run_report, trial_id, output)
         return

@@ -42,7 +42,7 @@ def resume(
     if selected_run.state is RunState.FINISHED and all(
         trial.state.has_ended for trial in selected_run.list_trials()
     ):
-        print_message(f"{selected_run.id} is finished: there is nothing left to train")
+        print_message(f"{selected_run.id} is finished: no trial is left to train")
         return show_end(selected_run, ExitCode.OK, quiet=quiet, output=output)
     shown_lines: set[str] = set()
     list(iterate_news(selected_run, shown_lines))

@@ -24,22 +24,23 @@ _API_KEY_VARIABLE = "LORAFLEET_API_KEY"
 
 def serve(
     artefact: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A folder that `lorafleet export` made.")
+        Path, typer.Argument(metavar="DIR", help="Folder that `lorafleet export` wrote.")
     ],
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0: any that is free.")
+        int, typer.Option(min=0, max=65535, help="Port on 127.0.0.1. 0: any free port.")
     ] = 8000,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")] = 512,
-    max_body_kb: Annotated[int, typer.Option(min=1, help="KB of a request, at most.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of an answer.")] = 512,
+    max_body_kb: Annotated[int, typer.Option(min=1, help="Maximum size of a request in KB.")] = 256,
     concurrency: Annotated[
-        int, typer.Option(min=1, max=8, help="Answers that are written at the same time.")
+        int, typer.Option(min=1, max=8, help="Answers generated at the same time.")
     ] = 1,
     queue: Annotated[
-        int, typer.Option(min=0, max=24, help="Requests that may wait; the next gets 429.")
+        int,
+        typer.Option(
+            min=0, max=24, help=("Requests that may wait; further ones are answered with 429.")
+        ),
     ] = 8,
-    threads: Annotated[
-        int, typer.Option(min=0, help="CPU threads; 0: as many as the runtime likes.")
-    ] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads. 0: the runtime decides.")] = 0,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
     """Serve an exported model to OpenAI clients on this machine, for trying and testing.
@@ -59,7 +60,8 @@ def serve(
         listener = open_socket(port)
     except OSError as error:
         raise UserError(
-            f"--port is {port}, which cannot be had on 127.0.0.1: {error.strerror}"
+            f"--port is {port}, which cannot be opened on 127.0.0.1 ({error.strerror}): choose "
+            "another port, or 0 for any free one"
         ) from error
     with listener:
         print_message(f"loading {artefact}")
@@ -91,7 +93,7 @@ def _print_usage(record: Artefact, name: str, token: str | None, listener: socke
     A key from the environment is not printed.
     """
     address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-    print_message(f"serving {name} at {address} (this machine alone; Ctrl-C ends)")
+    print_message(f"serving {name} at {address} (only reachable from this machine; Ctrl-C ends)")
     if token is not None:
         print_message(f"export {_API_KEY_VARIABLE}={token}")
     path, body = "classify", '{"input": "a text"}'
@@ -126,4 +128,4 @@ def build_vllm_command(record: Artefact, folder: Path) -> str:
         return line
     source = record.source
     run = f"{source['run']}:{source['trial_id']}" if source.get("trial_id") else source["run"]
-    return f"`lorafleet export {run} --to merged`, and vLLM with its folder: {line}"
+    return f"`lorafleet export {run} --to merged`, then run vLLM on its folder: {line}"

@@ -77,7 +77,7 @@ def _build_table(exported: ExportResult) -> Table:
         "",
         "MB",
         "ms",
-        "logits within",
+        "max logit diff",
         "agreement",
         "metric",
         "before",

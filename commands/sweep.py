@@ -41,12 +41,12 @@ def start_job(
     if command == "sweep" and loaded.job.search is None:
         raise JobFileError(
             str(path),
-            [Problem("search", "there is no search block; add one, or use `lorafleet train`")],
+            [Problem("search", "there is no search block: add one, or use `lorafleet train`")],
         )
     if command == "compare" and loaded.job.compare is None:
         raise JobFileError(
             str(path),
-            [Problem("compare", "there is no compare block; add one, or give two runs to compare")],
+            [Problem("compare", "there is no compare block: add one, or name two runs to compare")],
         )
     if not options.quiet:
         print_notes(loaded.notes)

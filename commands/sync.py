@@ -29,15 +29,13 @@ def sync(
     run: OneRun,
     runs: Runs = DEFAULT_RUNS,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the run has ended.")
+        bool, typer.Option("--follow", "-f", help="Keep uploading until the run has ended.")
     ] = False,
     everything: Annotated[
         bool,
-        typer.Option(
-            "--all", help="Also records of trials that have not ended, as far as they are."
-        ),
+        typer.Option("--all", help="Also upload the records of trials that have not ended yet."),
     ] = False,
-    show: Annotated[bool, typer.Option("--show", help="Print the command alone.")] = False,
+    show: Annotated[bool, typer.Option("--show", help="Only print the command.")] = False,
     trust: Trust = False,
 ) -> None:
     """Upload a run's offline W&B records with `wandb sync`.
@@ -71,17 +69,18 @@ def sync(
     if not uploaded and not waiting:
         reason = "tracking was online or disabled"
         if is_remote(selected_run):
-            reason = f"`lorafleet pull {selected_run.id}` brings them"
+            reason = f"`lorafleet pull {selected_run.id}` downloads them"
         explanation = "all of them are uploaded" if _list_records(selected_run) else reason
         raise UserError(f"{selected_run.id} has no offline W&B records to upload: {explanation}")
     print_message(
-        f"wandb sync took {format_count(uploaded, 'record')} of {selected_run.id}; what it did "
-        "with each stands above"
+        f"wandb sync processed {format_count(uploaded, 'record')} of {selected_run.id}; its output "
+        "above says what it did with each"
     )
     if waiting:
         remaining = f"{format_count(len(waiting), 'record')} of trials that have not ended"
         print_message(
-            f"{remaining}: `lorafleet sync {selected_run.id}` takes them later, --all as they are"
+            f"{remaining}: run `lorafleet sync {selected_run.id}` again when they have ended, or "
+            "upload them as they are with --all"
         )
 
 
@@ -130,8 +129,8 @@ def _upload(run: Run, folders: list[Path]) -> None:
     process = subprocess.run(build_sync_command(folders), env=env, check=False)
     if process.returncode:
         raise UserError(
-            f"wandb sync ended with code {process.returncode}; it says why above (not logged in? "
-            "`wandb login`)"
+            f"wandb sync ended with exit code {process.returncode}; see its output above (if you "
+            "are not logged in, run `wandb login`)"
         )
 
 

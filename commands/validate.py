@@ -32,7 +32,9 @@ def validate(
     job: Job,
     overrides: Overrides = None,
     on: On = None,
-    data: Annotated[bool, typer.Option("--data/--no-data", help="Read the data files too.")] = True,
+    data: Annotated[
+        bool, typer.Option("--data/--no-data", help=("Also read and check the data files."))
+    ] = True,
     output: Output = Format.TEXT,
     runs: AnyRuns = DEFAULT_RUNS,
 ) -> None:
@@ -149,7 +151,7 @@ def _check_rows(job: JobSpec, *, with_model: bool) -> tuple[list[str], list[str]
             else:
                 notes += load_rows(checked_job).warnings
         except AssetError as missing:
-            notes.append(f"{missing}; how rows become tokens was not looked at")
+            notes.append(f"{missing}; tokenization was not checked")
         except UserError as error:
             return str(error).splitlines(), notes
     return [], notes

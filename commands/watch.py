@@ -58,8 +58,8 @@ def follow(
                 code = _print_news(run, backend, watch, shown_lines or set())
     except KeyboardInterrupt:
         print_message(
-            f"\n{run.id} goes on: `lorafleet logs -f {run.id}` follows it, `lorafleet stop "
-            f"{run.id}` ends it"
+            f"\n{run.id} continues to run: follow it with `lorafleet logs -f {run.id}`, or stop it "
+            f"with `lorafleet stop {run.id}`"
         )
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     finally:
@@ -89,7 +89,10 @@ def _forward_signals(watch: Watch) -> Iterator[None]:
         last_forwarded[0] = time.monotonic()
         watch.send_signal(number)
         if number != signal.SIGUSR1:
-            print_message("stopping: the running trials save first (once more ends them at once)")
+            print_message(
+                "stopping: waiting for the running trials to save (press Ctrl-C again to stop at "
+                "once)"
+            )
 
     if watch.detaches:
         yield
@@ -163,8 +166,8 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, message: str =
         and not run.has_lost_driver()
     ):
         print_message(
-            f"{run.id} has another driver, and goes on with it: `lorafleet logs -f "
-            f"{run.id}` follows"
+            f"{run.id} already has a driver and continues: follow it with `lorafleet logs -f "
+            f"{run.id}`"
         )
         return
     if not run.list_trials() and not (run.path / "report" / "report.json").is_file():
@@ -174,20 +177,20 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, message: str =
         if code == ExitCode.OK:  # on a cluster whose record could not be downloaded
             return
         print_message(
-            f"{run.id} ended with code {code} before a trial began"
-            + (f"; {log} has more" if log.is_file() else "")
+            f"{run.id} ended with exit code {code} before a trial started"
+            + (f"; see {log}" if log.is_file() else "")
         )
         return
     if code in (ExitCode.OUR_FAULT, ExitCode.USER_INPUT):
         if run.has_lost_driver():
             print_message(
-                f"{run.id} lost its driver, or the Ray under it; `lorafleet resume {run.id}` goes "
-                f"on ({log} has more)"
+                f"{run.id} lost its driver, or the driver's Ray cluster; continue it with "
+                f"`lorafleet resume {run.id}` (see {log})"
             )
             return
         for line in _read_last_lines(log):
             print_message(line)
-        print_message(f"{run.id} failed; all that its driver said is in {log}")
+        print_message(f"{run.id} failed; the driver's full log is {log}")
         return
     if code not in (
         ExitCode.OK,
@@ -204,16 +207,18 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, message: str =
         return
     if code in (ExitCode.INTERRUPTED, ExitCode.REQUEUE):
         reason = (
-            "lost its driver, or the Ray under it" if run.has_lost_driver() else "was interrupted"
+            "lost its driver, or the driver's Ray cluster"
+            if run.has_lost_driver()
+            else "was interrupted"
         )
-        print_message(f"\n{run.id} {reason}; `lorafleet resume {run.id}` goes on")
+        print_message(f"\n{run.id} {reason}; continue it with `lorafleet resume {run.id}`")
         return
     print_text(f"\nreport   {run.path / 'report' / 'report.html'}")
     if report.recommendation.adapter and (run.path / report.recommendation.adapter).is_dir():
         folder = run.path / report.recommendation.adapter
         print_text(f"{folder.name:<8} {folder}")
     elif report.recommendation.adapter and is_remote(run):
-        print_message(f"`lorafleet pull {run.id}` brings the adapter")
+        print_message(f"`lorafleet pull {run.id}` downloads the adapter")
     if status.get("reason"):
         print_message(f"{run.id}: {status['reason']}")
 

@@ -75,7 +75,8 @@ def build_variants(
     targets = summary.get("targets", {})
     if not targets:
         raise UserError(
-            f"{out} holds no {SUMMARY}: `lorafleet export` makes one, --export names its folder"
+            f"{out} has no {SUMMARY}: run `lorafleet export` first, or name the folder of an "
+            "export with --export"
         )
     measured_job = _make_comparable_job(selected.job, settings)
     data = prepare_tokens(measured_job)
@@ -94,7 +95,7 @@ def build_variants(
         "points": settings.points,
     }
     _check_batch_lengths(selected, settings)
-    base_description = "the base, untuned"
+    base_description = "the untrained base"
     if selected.job.method == "qlora":
         base_description += f", {selected.job.qlora.quant_type.upper()}"
     score = summary.get("base") or {}
@@ -142,7 +143,7 @@ def build_variants(
                 Variant(
                     target,
                     TARGET_DESCRIPTIONS[target],
-                    unavailable=str(targets[target]["unavailable"] or "it is gone"),
+                    unavailable=str(targets[target]["unavailable"] or "its folder is missing"),
                 )
             )
             continue
@@ -198,7 +199,7 @@ def select_fitting_points(
     if longest + answer_tokens > max_positions:
         return (
             None,
-            f"its program ends at {max_positions} tokens, and the longest row takes "
+            f"it supports at most {max_positions} tokens, but the longest row needs "
             f"{longest + answer_tokens}",
         )
     fitting_points = [point for point in points if point[1] + answer_tokens <= max_positions]
@@ -207,8 +208,8 @@ def select_fitting_points(
     )
     return (
         fitting_points,
-        f"batches of {', '.join(map(str, dropped_lengths))} tokens unavailable: its program ends "
-        f"at {max_positions}"
+        f"batches of {', '.join(map(str, dropped_lengths))} tokens are not possible: it supports "
+        f"at most {max_positions}"
         if dropped_lengths
         else "",
     )
@@ -221,9 +222,9 @@ def _check_batch_lengths(selected: SelectedModel, settings: BenchmarkSettings) -
     answer_tokens = settings.new_tokens if selected.job.is_generative else 0
     longest = max((length for _, length in settings.points), default=0)
     if positions is not None and longest + answer_tokens > positions:
-        answer_note = f", and an answer takes {answer_tokens}" if answer_tokens else ""
+        answer_note = f", of which an answer needs {answer_tokens}" if answer_tokens else ""
         raise UserError(
-            f"--lengths has {longest}, but the model has {positions} positions{answer_note}"
+            f"--lengths has {longest}, but the model has only {positions} positions{answer_note}"
         )
 
 
@@ -319,7 +320,12 @@ def benchmark(
     )
     row_range = " to ".join(map(str, dict.fromkeys([*row_counts[:1], *row_counts[-1:]])))
     notes = (
-        [f"{metric} is of the {row_range} rows on which targets were compared with their source"]
+        [
+            (
+                f"{metric} is measured on the {row_range} rows on which targets were compared with "
+                "their source"
+            )
+        ]
         if judged
         else []
     )
@@ -403,7 +409,7 @@ def _compute_size_mb(selected: SelectedModel, variant: Variant) -> float | None:
 
 def _recommend_fastest(arms: Sequence[Arm], metric: str) -> Recommendation:
     """Recommend the target with the lowest latency among those that passed their gate."""
-    rule = "of the targets that passed their gate, the fastest"
+    rule = "the fastest of the targets that passed their gate"
     measured_arms = [
         arm
         for arm in arms
@@ -418,7 +424,7 @@ def _recommend_fastest(arms: Sequence[Arm], metric: str) -> Recommendation:
         )
     best = min(measured_arms, key=lambda arm: (arm.inference and arm.inference.latency_ms) or 0.0)
     assert best.inference is not None
-    unit = "ms a row" if best.inference.ttft_ms is None else "ms an answer"
+    unit = "ms per row" if best.inference.ttft_ms is None else "ms per answer"
     return Recommendation(
         trial_id=None,
         arm=best.arm,
@@ -436,6 +442,4 @@ def _format_metric_comparison(best: Arm, arms: Sequence[Arm], metric: str) -> st
     value = best.metrics.get(metric)
     if value is None or source_value is None:
         return ""
-    return (
-        f" ({metric} {format_number(value)}, where the adapter has {format_number(source_value)})"
-    )
+    return f" ({metric} {format_number(value)}; the adapter has {format_number(source_value)})"

@@ -112,9 +112,9 @@ def _format_prompt_checks(judged: ParityMeasurement) -> list[str]:
         return []
     rows = format_count(judged.called_rows, "row")
     return [
-        f"| prompts framed as in training, of {rows} that were asked as you ask | | "
+        f"| prompts formatted as in training, of {rows} sent as a user would | | "
         f"{judged.called_prompts:.3f} |",
-        f"| answers to them that are the source's | | {judged.called_answers:.3f} |",
+        f"| answers to them that equal the source's | | {judged.called_answers:.3f} |",
     ]
 
 
@@ -128,13 +128,13 @@ def _format_speed(inference: Inference | None) -> list[str]:
     )
     if inference.tokens_per_second:
         timing = (
-            f"{1000 / inference.tokens_per_second:.1f} ms a token, "
+            f"{1000 / inference.tokens_per_second:.1f} ms per token, "
             f"{format_number(inference.ttft_ms, 1)} ms to the first"
         )
     else:
-        timing = f"{format_number(inference.latency_ms, 1)} ms a row"
+        timing = f"{format_number(inference.latency_ms, 1)} ms per row"
     return [
-        f"- speed: {timing}; {format_number(inference.peak_memory_gib, 2)} GiB at most, on "
+        f"- speed: {timing}; at most {format_number(inference.peak_memory_gib, 2)} GiB, on "
         f"{threads}"
     ]
 
@@ -161,10 +161,10 @@ def _format_instructions(artefact: Artefact) -> list[str]:
             "    pip install onnxruntime numpy tokenizers",
             f'    python run.py "{"a text" if artefact.task == "classification" else "a prompt"}"',
             "",
-            "`run.py` is all there is to it: copy from it. `artefact.json` says what it needs "
-            "to know"
+            "`run.py` is a complete example to copy from. `artefact.json` has the settings that it "
+            "needs"
             + (
-                ", and `answer_frame.py` finds the answer in what the model writes."
+                ", and `answer_frame.py` extracts the answer from the generated text."
                 if _is_generative(artefact)
                 else "."
             ),
@@ -180,18 +180,15 @@ def _format_instructions(artefact: Artefact) -> list[str]:
 _LORAFLEET_TARGETS = {
     "tensorrt": (
         "tensorrt",
-        "`engines/` was built for one kind of GPU and one version of TensorRT; on another it is "
-        "built anew from "
-        "`model.onnx`.",
+        "`engines/` was built for one kind of GPU and one version of TensorRT; elsewhere it is "
+        "rebuilt from `model.onnx`.",
     ),
     "executorch": (
         "executorch",
-        "`model.pte` has one method, `forward`: token ids (int64, 1 x T) to logits (float32), of "
-        "each token or of the "
-        "classes. There is no cache: a text is read again for each token. `artefact.json` says "
-        "what else an app needs: "
-        "end tokens, and what stands around a prompt. Its C++, Kotlin and Swift runtimes: "
-        "docs.pytorch.org/executorch.",
+        "`model.pte` has one method, `forward`: token ids (int64, 1 x T) to logits (float32), per "
+        "token or per class. It has no cache: the whole text is processed again for each token. "
+        "`artefact.json` has the other settings that an app needs: end tokens, and the text around "
+        "a prompt. C++, Kotlin and Swift runtimes: docs.pytorch.org/executorch.",
     ),
 }
 
@@ -217,9 +214,9 @@ def find_licence(name: str, folder: Path | None = None) -> str:
         return asset.licence
     declared = _read_declared_licence(folder / "README.md") if folder is not None else None
     return (
-        f"{escape_markdown(declared)} (says its card)"
+        f"{escape_markdown(declared)} (according to its card)"
         if declared
-        else "not known here: see its own page"
+        else "unknown: see its own page"
     )
 
 

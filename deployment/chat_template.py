@@ -29,7 +29,7 @@ def render_conversation(
     """
     chat = _load_template(folder, json.dumps(dict(template_kwargs or {}), sort_keys=True))
     if not chat.source:
-        raise UserError("this model has no chat template: it takes one user message alone")
+        raise UserError("this model has no chat template: send a single user message")
     try:
         return chat.render(
             [Message(turn["role"], turn["content"]) for turn in turns], generation=True

@@ -50,7 +50,7 @@ class DeliveryDriver(Driver):
         except _StopRequested:
             self.run.set_state(
                 RunState.STOPPED,
-                reason="interrupted: `lorafleet resume` makes it anew",
+                reason="interrupted: `lorafleet resume` starts it again",
                 wall_seconds=self._compute_wall_seconds(),
             )
             return ExitCode.INTERRUPTED if self.told in (None, signal.SIGINT) else ExitCode.REQUEUE

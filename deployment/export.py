@@ -126,7 +126,8 @@ def export(
         for folder in (out / target, out / REJECTED / target):
             if folder.exists() and not (folder / ARTEFACT_FILE).is_file():
                 raise UserError(
-                    f"{folder} is there already, and not from an export: name another --output"
+                    f"{folder} exists already and was not made by an export: name another folder "
+                    "with --output"
                 )
     out.mkdir(parents=True, exist_ok=True)
     _remove_stale_scratch(out)
@@ -142,7 +143,9 @@ def export(
                 outcomes.append(exporter.export_target(target))
                 _write_summary(selected, outcomes[-1], out, exporter.base)
         except Exception as error:  # safetensors and ONNX raise their own disk errors
-            disk_error = make_disk_full_error(error, out, "export again: what was accepted is kept")
+            disk_error = make_disk_full_error(
+                error, out, ("run the export again: accepted targets are kept")
+            )
             if disk_error:
                 raise disk_error from error
             raise
@@ -193,7 +196,7 @@ class _Exporter:
         )
         self.built: dict[Target, Path] = {}
         self.failed: set[Target] = set()
-        tell("loading the source and what it says of held-out rows")
+        tell("loading the source model and evaluating it on held-out rows")
         source = Source(selected)
         self.packed_mb = source.size_mb if source.is_quantised else None
         self.held_out = load_held_out(source)
@@ -237,7 +240,7 @@ class _Exporter:
         prerequisite = TARGET_SOURCES.get(target)
         if prerequisite in self.failed:
             return TargetResult(
-                target=target, failure=f"it is made from {prerequisite}, which could not be made"
+                target=target, failure=f"it is built from {prerequisite}, which failed"
             )
         try:
             folder, parity = self._build_and_compare(target)
@@ -278,7 +281,7 @@ class _Exporter:
         path = self.out / f"{name}-traceback.txt"
         files.write_text(path, traceback.format_exc())
         first_line = (str(error).strip().splitlines() or [""])[0][:200]
-        return f"{type(error).__name__}: {first_line} (its traceback is in {path})"
+        return f"{type(error).__name__}: {first_line} (see {path})"
 
     def _measure_speed(self, target: Target, folder: Path) -> Inference | None:
         """Measure a target on this machine in a separate process; None if that fails.
@@ -324,14 +327,13 @@ class _Exporter:
         This is slower but more exact. Returns the new parity record, or the first one with a
         remark if building by blocks fails.
         """
-        self.tell("rounding activations as a whole does not pass: building onnx-int8 by blocks")
+        self.tell("onnx-int8 with dynamic quantisation did not pass: building it by blocks")
         blocks_folder = folder.with_name("onnx-int8-by-blocks")
         try:
             to_int8_by_blocks(self.built["onnx"], blocks_folder, self.scratch)
         except Exception as error:  # an error of the quantiser: keep the first verdict
             remark = (
-                "by blocks it could not be made: "
-                f"{self._save_traceback(error, 'onnx-int8-by-blocks')}"
+                f"building by blocks failed: {self._save_traceback(error, 'onnx-int8-by-blocks')}"
             )
             return first.model_copy(update={"remarks": [*first.remarks, remark]})
         for path in blocks_folder.iterdir():
@@ -339,7 +341,7 @@ class _Exporter:
         blocks_folder.rmdir()
         parity = self._compare("onnx-int8", folder)
         remark = (
-            "in INT8 by blocks, since dynamic quantisation did not pass "
+            "in INT8 by blocks, because dynamic quantisation did not pass "
             f"({'; '.join(first.reasons)})"
         )
         return parity.model_copy(update={"remarks": [*parity.remarks, remark]})
@@ -405,7 +407,7 @@ class _Exporter:
         try:
             prompts, answers = measure_prompt_cases(folder, self.calls, self.threads)
         except subprocess.TimeoutExpired:
-            self.tell(f"{folder.name} was not asked as a user asks: it takes too long")
+            self.tell(f"{folder.name} was not tested with user prompts: that would take too long")
             return {}
         return {
             "called_rows": len(self.calls.prompts),
@@ -422,15 +424,13 @@ class _Exporter:
         remarks = []
         if self.systems > 1:
             remarks.append(
-                "training's rows do not all have the same system message, so that none stands "
-                "before a prompt; send "
-                "one in a conversation where it matters"
+                "the training rows do not all have the same system message, so none is added to a "
+                "prompt; include one in a conversation if it matters"
             )
         if self.calls is not None and self.calls.others:
             remarks.append(
-                f"{format_count(self.calls.others, 'held-out row')} cannot be asked by a prompt "
-                "alone (earlier turns, "
-                "tools, or a system message that not all rows have)"
+                f"{format_count(self.calls.others, 'held-out row')} cannot be sent as a single "
+                "prompt (earlier turns, tools, or a system message that not all rows have)"
             )
         return remarks
 
@@ -441,14 +441,13 @@ class _Exporter:
         quant_type = self.given.job.qlora.quant_type.upper()
         merged_mb = compute_files_mb(self.built["merged"])
         remarks = [
-            f"the adapter was merged onto the {quant_type} base's values, unpacked to float32: "
-            "what packing lost stays lost, "
-            f"and merged weights take {merged_mb:.1f} MB where the packed base takes "
-            f"{self.packed_mb or 0.0:.1f}"
+            f"the adapter was merged into the {quant_type} base, unpacked to float32: the "
+            f"precision lost by quantisation stays lost, and merged weights take {merged_mb:.1f} "
+            f"MB instead of {self.packed_mb or 0.0:.1f} for the packed base"
         ]
         if self.int8_base:
             remarks.append(
-                "the source rounds what goes into its INT8 matrices as well, and no target does"
+                "the source also rounds the inputs of its INT8 matrices, but no target does"
             )
         return remarks
 
@@ -582,8 +581,8 @@ def build_prompt_frame(chat: ChatFormat, data: TokenData) -> PromptFrame:
     parts = rendered.split(_SENTINEL)
     if len(parts) != 2:
         raise UserError(
-            "the model's chat template changes what is asked: prompts cannot be framed outside "
-            "of it"
+            "the model's chat template changes the user's text, so prompts cannot be formatted "
+            "without it"
         )
     spaced = chat.template.render(
         [*system_turns, Message("user", f" {_SENTINEL}\n")], generation=True

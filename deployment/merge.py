@@ -29,9 +29,9 @@ class Source:
     def __init__(self, selected: SelectedModel) -> None:
         if selected.job.method == "prompt_tuning" and selected.weights is not None:
             raise UserError(
-                "method is prompt_tuning, but only weights can be merged and exported: a learnt "
-                "prompt stands before "
-                "the text and stays an adapter (method lora, qlora or full)"
+                "method is prompt_tuning, but only adapters in weights can be merged and exported: "
+                "a learnt prompt precedes the text and stays an adapter. Train with method lora, "
+                "qlora or full"
             )
         self.given, self.job = selected, convert_to_float32(selected.job)
         self.data: TokenData = prepare_tokens(self.job)

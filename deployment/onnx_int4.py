@@ -41,7 +41,8 @@ def to_int4(merged: Path, out: Path, scratch: Path, *, classifies: bool) -> None
     model_type = files.read_json(merged / "config.json").get("model_type")
     if classifies:
         raise Unavailable(
-            "onnxruntime-genai builds INT4 models that write text, and this one names classes"
+            "onnxruntime-genai builds INT4 models only for text generation, but this model is a "
+            "classifier"
         )
     # Run in a separate process: the builder prints, and it changes settings of shared libraries.
     command = [sys.executable, "-c", _BUILDER, "-i", str(merged), "-o", str(out)]
@@ -51,7 +52,7 @@ def to_int4(merged: Path, out: Path, scratch: Path, *, classifies: bool) -> None
     if process.returncode == _NOT_IMPLEMENTED:
         raise Unavailable(f"onnxruntime-genai has no INT4 builder for models of type {model_type}")
     if process.returncode:
-        output = process.stderr.strip() or f"it ended with code {process.returncode}"
+        output = process.stderr.strip() or f"it ended with exit code {process.returncode}"
         raise RuntimeError(
             f"the builder of onnxruntime-genai failed: {output.splitlines()[-1]}\n\n{output}"
         )

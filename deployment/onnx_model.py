@@ -183,7 +183,7 @@ def get_cache_shape(config: Any) -> tuple[int, int, int]:
     )
     if not (layers and heads and head_size):
         raise UserError(
-            f"a model of type {config.model_type} has no keys and values that we know how to keep"
+            f"lorafleet cannot store the keys and values of a model of type {config.model_type}"
         )
     return int(layers), int(heads), int(head_size)
 

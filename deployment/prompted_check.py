@@ -151,7 +151,7 @@ def _ask_runner(folder: Path, cases: PromptCases, threads: int) -> list[dict[str
     )
     if process.returncode:
         last_line = (
-            process.stderr.strip().splitlines() or [f"it ended with code {process.returncode}"]
+            process.stderr.strip().splitlines() or [f"it ended with exit code {process.returncode}"]
         )[-1]
         raise RuntimeError(f"{RUNNER} failed: {last_line}")
     return [json.loads(line) for line in process.stdout.splitlines()]

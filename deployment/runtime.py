@@ -121,7 +121,9 @@ def read_artefact(folder: Path) -> Artefact:
     """Read artefact.json of an exported folder. Raises UserError if there is none."""
     path = folder / ARTEFACT_FILE
     if not path.is_file():
-        raise UserError(f"{folder} holds no {ARTEFACT_FILE}: `lorafleet export` makes such folders")
+        raise UserError(
+            f"{folder} has no {ARTEFACT_FILE}: name a folder that `lorafleet export` wrote"
+        )
     return read_record(path, Artefact)
 
 
@@ -204,9 +206,8 @@ def check_provider(session: Any, providers: Sequence[Any]) -> None:
     active = session.get_providers()
     if active[0] != requested:
         raise Unavailable(
-            f"ONNX Runtime was asked for {requested} and fell back to {active[0]}: its libraries "
-            "cannot be loaded here, or "
-            "it refused the model"
+            f"ONNX Runtime cannot use {requested} and fell back to {active[0]}: its libraries "
+            "cannot be loaded on this machine, or it does not support the model"
         )
 
 

@@ -24,21 +24,21 @@ def find_missing_requirement() -> str | None:
 
     if not torch.cuda.is_available():
         return (
-            "tensorrt needs an NVIDIA GPU, and there is none here; on a machine that has one: "
+            "tensorrt needs an NVIDIA GPU, but this machine has none. On a machine with a GPU: "
             f"{_INSTALL_HINT}"
         )
     if importlib.util.find_spec("onnxruntime") is None:
         return f"tensorrt needs onnxruntime-gpu: {_INSTALL_HINT}"
     if PROVIDER not in import_onnxruntime().get_available_providers():
         return (
-            "tensorrt needs an onnxruntime that was built with it, and this one was not: "
+            "tensorrt needs an onnxruntime built with TensorRT, but the installed one is not: "
             f"{_INSTALL_HINT}"
         )
     try:
         importlib.import_module("tensorrt")  # loads the shared libraries that the provider needs
     except ImportError as error:
         return (
-            f"tensorrt needs NVIDIA's libraries, which cannot be loaded here ({error}): "
+            f"tensorrt needs NVIDIA's libraries, which cannot be loaded on this machine ({error}): "
             f"{_INSTALL_HINT}"
         )
     return None
@@ -52,7 +52,8 @@ def check_engines(folder: Path) -> None:
     """
     if not any((folder / _ENGINES).glob("*.engine")):
         raise Unavailable(
-            "TensorRT took no part of this model: all of it would run elsewhere, under its name"
+            "TensorRT could not compile any part of this model; it would run entirely on another "
+            "execution provider"
         )
 
 

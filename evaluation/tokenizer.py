@@ -39,7 +39,8 @@ def find_tokenizer_folder(name: str, revision: str | None) -> Path:
     converted = get_converted_folder(folder)
     if not converted.is_dir():
         raise AssetError(
-            f"{name} is a GGUF file that was not converted yet; `lorafleet data` and `train` do it"
+            f"{name} is a GGUF file that has not been converted yet: run `lorafleet data` or "
+            "`lorafleet train`"
         )
     return resolve_node_copy(converted)
 

@@ -322,7 +322,8 @@ class TokenData:
         }
         if not len(subsets["train"]) or not len(subsets["validation"]):
             raise DataError(
-                f"evaluate.folds is {folds}, but there are too few different rows for that"
+                f"evaluate.folds is {folds}, but there are too few different rows for so many "
+                "folds: use fewer folds"
             )
         return replace(
             self, splits=self.splits | {name: pool.subset(rows) for name, rows in subsets.items()}
@@ -509,17 +510,15 @@ def _list_length_notes(name: str, rows: int, counts: dict[str, Any], max_length:
     if counts.get("cut"):
         notes.append(
             f"{counts['cut']} of {rows} {name} rows are longer than model.max_length = "
-            f"{max_length} tokens and were cut"
+            f"{max_length} tokens and were truncated"
         )
     if counts.get("nothing"):
-        notes.append(
-            f"in {counts['nothing']} of the {name} rows that were cut nothing is left to learn"
-        )
+        notes.append(f"{counts['nothing']} of the truncated {name} rows have nothing left to learn")
     if counts.get("split"):
         notes.append(
             f"{counts['split']} of {rows} {name} rows became {counts['examples']} examples, one "
-            "for each turn that is "
-            "learnt: the chat template renders an earlier turn differently from the last one"
+            "for each learnt turn: the chat template renders an earlier turn differently from the "
+            "last one"
         )
     return notes
 
@@ -533,47 +532,50 @@ def list_template_notes(chat: ChatFormat, systems: set[System | None]) -> list[s
     ]
     for name in chat.template.unused_variables:
         notes.append(
-            f"data.chat_template_kwargs has {name}, which the chat template does not use: it "
-            "changes nothing"
+            f"data.chat_template_kwargs has {name}, which the chat template does not use, so it "
+            "has no effect"
         )
     if not chat.template.source:
         return notes
     ending, tokenizer = chat.ending, chat.tokenizer
     if ending.token is None:
         notes.append(
-            "neither the chat template nor the tokenizer has an end token: answers end at "
-            "evaluate.max_new_tokens alone"
+            "neither the chat template nor the tokenizer has an end token: answers only end at "
+            "evaluate.max_new_tokens"
         )
     elif ending.appended:
         name = tokenizer.convert_ids_to_tokens(ending.token)
         notes.append(
-            f"the chat template ends no turn with a token: {name} is learnt after every answer"
+            f"the chat template does not end turns with a token, so {name} is learnt after every "
+            "answer"
         )
     elif ending.token != tokenizer.eos_token_id:
         name = tokenizer.convert_ids_to_tokens(ending.token)
-        notes.append(f"turns end with {name}, as the chat template has them (the tokenizer's "
-                     "eos_token is "
-                     f"{tokenizer.eos_token})")  # fmt: skip
+        notes.append(
+            f"turns end with {name}, as in the chat template (the tokenizer's eos_token is "
+            f"{tokenizer.eos_token})"
+        )  # fmt: skip
     if chat.generation_prompt == "missing" and chat.frame.marker != THINKING[1]:
         notes.append(
-            "the chat template has no generation prompt: the model writes the header of its "
+            "the chat template has no generation prompt, so the model generates the header of its "
             "turn itself"
         )
     if chat.generation_prompt == "always":
         notes.append(
-            "the chat template adds the header of the next answer to every text: it is not learnt"
+            "the chat template adds the header of the next answer to every text; the header is not "
+            "learnt"
         )
     if chat.template.has_current_date:
         fix = (
-            "; data.chat_template_kwargs: {date_string: 26 Jul 2024} fixes it"
+            "; set data.chat_template_kwargs: {date_string: 26 Jul 2024} to fix the date"
             if chat.template.uses_date_string
             else ""
         )
-        notes.append(f"the chat template writes the day of rendering into every prompt{fix}")
+        notes.append(f"the chat template writes the current date into every prompt{fix}")
     if len(systems) > 1:
         notes.append(
-            "the rows do not all have the same system message: an exported model puts none before "
-            "a prompt of its own"
+            "the rows do not all have the same system message, so an exported model adds none to a "
+            "prompt"
         )
     return notes
 
@@ -581,55 +583,53 @@ def list_template_notes(chat: ChatFormat, systems: set[System | None]) -> list[s
 _COUNTER_NOTES = (
     (
         "thinking_closed",
-        "in {rows} the chat template opens a thinking block for generation and leaves it out of "
-        "what it renders: the "
-        "model learns to close it before its answer (a variable such as enable_thinking: false in "
-        "data.chat_template_kwargs may avoid that)",
+        "in {rows} the chat template opens a thinking block for generation, but not in the "
+        "rendered conversation: the model learns to close it before its answer (a variable such as "
+        "enable_thinking: false in data.chat_template_kwargs may avoid this)",
     ),
     (
         "prompt_differs",
-        "in {rows} the chat template renders the prompt differently when the answer follows: what "
-        "is learnt follows "
-        "the prompt as it is rendered for generation",
+        "in {rows} the chat template renders the prompt differently if the answer follows: the "
+        "answer is learnt after the prompt as rendered for generation",
     ),
     (
         "boundary_merged",
-        "in {rows} a token would stand over the end of the prompt: the answer is cut into "
-        "tokens alone",
+        "in {rows} a token would span the end of the prompt: the answer is tokenized separately",
     ),
     (
         "end_inside",
-        "in {rows} an answer contains an end token: the model learns to write it, and generation "
-        "ends there",
+        "in {rows} an answer contains an end token: the model learns to generate it, and "
+        "generation ends there",
     ),
     (
         "special_inside",
-        "in {rows} a message contains the text of a special token, which becomes that token",
+        "in {rows} a message contains the text of a special token, which is read as that token",
     ),
     (
         "answer_lossy",
-        "in {rows} the tokenizer cannot write the answer exactly (it normalises it, or does not "
-        "know a word): metrics "
-        "compare with what it can write",
+        "in {rows} the tokenizer cannot represent the answer exactly (it normalises it, or does "
+        "not know a word): metrics compare with what it can represent",
     ),
     (
         "no_answer",
-        "in {rows} the last answer is a call of tools, which this template does not tell from an "
-        "unfinished frame: "
-        "metrics of answers score it 0",
+        "in {rows} the last answer is a tool call, which cannot be told from an unfinished turn "
+        "with this template: metrics of answers score it 0",
     ),
     ("system_dropped", "in {rows} the chat template drops the system message"),
-    ("user_dropped", "in {rows} the chat template drops or changes what the user says"),
-    ("answer_changed", "in {rows} the chat template changes the answer: what it renders is learnt"),
+    ("user_dropped", "in {rows} the chat template drops or changes the user's message"),
+    (
+        "answer_changed",
+        ("in {rows} the chat template changes the answer: the rendered form is learnt"),
+    ),
     (
         "markers_unusable",
-        "in {rows} the template's {{% generation %}} markers name nothing of the answer: all of "
+        "in {rows} the template's {{% generation %}} markers cover nothing of the answer: all of "
         "it is learnt",
     ),
     (
         "markers_begin_late",
-        "in {rows} the template's {{% generation %}} markers leave out the beginning of what the "
-        "model has to write",
+        "in {rows} the template's {{% generation %}} markers leave out the beginning of the text "
+        "that the model must generate",
     ),
 )
 """Counter of a chat format -> the note on it."""

@@ -96,7 +96,7 @@ class DiskFull(UserError):
     """A disk that the run writes to is full."""
 
 
-_RESUME = "`lorafleet resume` goes on from the last good checkpoints"
+_RESUME = "continue the run from its last complete checkpoints with `lorafleet resume`"
 
 
 def make_disk_full_error(

@@ -44,7 +44,7 @@ def describe_non_file(path: Path) -> str:
     except (FileNotFoundError, NotADirectoryError):
         return "there is no such file"
     except (OSError, ValueError) as error:  # a name with a zero byte
-        return f"it cannot be looked at: {getattr(error, 'strerror', None) or error}"
+        return f"it cannot be accessed: {getattr(error, 'strerror', None) or error}"
     return f"that is a {next((kind for test, kind in _KINDS if test(mode)), 'device')}, not a file"
 
 
@@ -160,14 +160,18 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     except (ValueError, RecursionError) as error:
         raise RunError(
-            f"{path} is not whole JSON ({error}): it was not written by lorafleet, or damaged"
+            f"{path} is not valid JSON ({error}): the file was not written by lorafleet, or is "
+            "damaged"
         ) from error
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EFBIG, errno.EISDIR, errno.ELOOP):
             raise
         raise RunError(f"{path} is damaged: {error.strerror}") from error
     if not isinstance(value, dict):
-        raise RunError(f"{path} holds no JSON object: it was not written by lorafleet, or damaged")
+        raise RunError(
+            f"{path} does not contain a JSON object: the file was not written by lorafleet, or is "
+            "damaged"
+        )
     return value
 
 
@@ -200,12 +204,10 @@ def _open_file(path: Path, flags: int) -> BinaryIO:
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
-        raise RunError(
-            f"{path} is a link or a pipe, and no file of lorafleet's: take it away"
-        ) from error
+        raise RunError(f"{path} is a link or a pipe, not a file of lorafleet: remove it") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise RunError(f"{path} is no plain file of lorafleet's: take it away")
+        raise RunError(f"{path} is not a regular file: remove it")
     return os.fdopen(handle, "rb+" if flags & os.O_APPEND == 0 else "ab+")
 
 

@@ -68,7 +68,13 @@ def parse_document(text: str) -> Document:
     document = Document(None)
     if len(text) > _MAX_CHARACTERS:
         document.problems.append(
-            Problem("", f"the file has {len(text):,} characters, a job file at most 1,000,000")
+            Problem(
+                "",
+                (
+                    f"the file has {len(text):,} characters, but a job file may have at most "
+                    "1,000,000"
+                ),
+            )
         )
         return document
     try:
@@ -77,11 +83,11 @@ def parse_document(text: str) -> Document:
         mark = error.problem_mark or error.context_mark
         message = " ".join(str(part) for part in (error.context, error.problem) if part)
         document.problems.append(
-            Problem("", f"not YAML: {message}", mark.line + 1 if mark else None)
+            Problem("", f"not valid YAML: {message}", mark.line + 1 if mark else None)
         )
         return document
     except (yaml.YAMLError, RecursionError) as error:
-        document.problems.append(Problem("", f"not YAML: {str(error).splitlines()[0]}"))
+        document.problems.append(Problem("", f"not valid YAML: {str(error).splitlines()[0]}"))
         return document
     _Builder(document).build(node)
     return document
@@ -111,7 +117,7 @@ class _Builder:
         self.nodes += 1
         if self.nodes > _MAX_NODES or depth > _MAX_DEPTH:
             self._add_problem(
-                path, "the file grows beyond measure through its aliases or its depth", node
+                path, "the file is too deeply nested, or its aliases expand too far", node
             )
             raise _StopReading
         if isinstance(node, yaml.MappingNode):
@@ -126,7 +132,8 @@ class _Builder:
         ):
             self._add_problem(
                 path,
-                f"the tag {node.tag.removeprefix('tag:yaml.org,2002:')} is not read here",
+                f"the tag {node.tag.removeprefix('tag:yaml.org,2002:')} is not supported: leave it "
+                "out",
                 node,
             )
         return parse_scalar(node.value) if node.style is None else node.value
@@ -135,7 +142,8 @@ class _Builder:
         if node.tag != expected:
             self._add_problem(
                 path,
-                f"the tag {node.tag.removeprefix('tag:yaml.org,2002:')} is not read here",
+                f"the tag {node.tag.removeprefix('tag:yaml.org,2002:')} is not supported: leave it "
+                "out",
                 node,
             )
 
@@ -143,16 +151,24 @@ class _Builder:
         mapping: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self._add_problem(path, "a key must be a word", key_node)
+                self._add_problem(
+                    path, ("a key must be a single word, not a list or block"), key_node
+                )
                 continue
             key = str(key_node.value)
             if key == "<<":
-                self._add_problem(path, "merge keys (<<) are not read here", key_node)
+                self._add_problem(
+                    path, ("merge keys (<<) are not supported: repeat the keys"), key_node
+                )
                 continue
             inner = f"{path}.{key}" if path else key
             if key in mapping:
                 first = self.document.lines[inner]
-                self._add_problem(inner, f"{inner} stands twice, first in line {first}", key_node)
+                self._add_problem(
+                    inner,
+                    (f"{inner} occurs twice, first in line {first}: keep one of the two"),
+                    key_node,
+                )
             self.document.lines.setdefault(inner, key_node.start_mark.line + 1)
             mapping[key] = self._build_value(value_node, inner, depth + 1)
         return mapping

@@ -200,7 +200,8 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
                 raise
             reason = f"{type(error).__name__}: {error}"
             problems.append(
-                f"patch of site {self.site.name} gives a field a value of another form ({reason})"
+                f"patch of site {self.site.name} sets a field to a value of the wrong type "
+                f"({reason})"
             )
         return problems
 
@@ -216,7 +217,9 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
             single_try_client = Client(self.site.namespace, self.site.context, max_retries=0)
             definition = single_try_client.get_definition()
             if definition is None:
-                return ["the cluster has no RayJob: KubeRay is not installed there"], ""
+                return [
+                    ("the cluster does not know RayJob: an administrator must install KubeRay")
+                ], ""
             return crd.Schema.from_definition(definition).list_errors(job), ""
         except ClusterError as error:
             if error.is_forbidden:
@@ -227,9 +230,9 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
                 job
             ), ""
         return [], (
-            f"not held against your cluster's schema of RayJob ({reason}), but against "
-            "lorafleet's own models alone; "
-            f"{_CRD_VARIABLE} may name a file with the schema"
+            "the job was checked against lorafleet's own models, but not against your cluster's "
+            f"schema of RayJob ({reason}). To check it offline, set {_CRD_VARIABLE} to a file with "
+            "the schema"
         )
 
     def _check_with_dry_run(self, client: Client, job: Tree) -> tuple[list[str], str]:
@@ -241,7 +244,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         except ClusterError as error:
             if error.is_refused and not error.is_forbidden:
                 return [str(error)], ""
-            return [], f"not held against your cluster's schema of RayJob: {error}"
+            return [], f"the job was not checked against your cluster's schema of RayJob: {error}"
         return [], ""
 
     def open_storage(self, say: Say) -> contextlib.AbstractContextManager[CommandRunner]:
@@ -318,8 +321,8 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         except Conflict as error:
             existing = self.client.get(kind, name)
             if existing is None or not _is_from_call(existing, call):
-                conflict = f"there is a {kind} {name} already, which this call has not made"
-                raise RunError(f"{conflict}: it is left alone") from error
+                conflict = f"a {kind} {name} exists already, and another command created it"
+                raise RunError(f"{conflict}: it was not changed") from error
             return {"kind": kind, "apiVersion": tree["apiVersion"]} | existing
 
     def _delete_created_objects(self, objects: list[Tree], call: str) -> bool:
@@ -349,12 +352,12 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
             job is None and self._has_running_pods(run)
         ):
             raise RunError(
-                f"RayJob {name} of {run.id} is still being taken away; try again in a minute"
+                f"RayJob {name} of {run.id} is still being deleted: try again in a minute"
             )
         if job is not None:
             current = parse_job_state(job.get("status"), queued=self._uses_kueue)
             if not current.ended:
-                raise RunError(f"{run.id} has RayJob {name}, which {current.sentence}")
+                raise RunError(f"{run.id} already has RayJob {name}, which {current.sentence}")
             self.kill(run)  # its head may still exist, to keep its logs
         return self._submit_objects(run, self._make_record(record.nodes, record.submission + 1))
 
@@ -386,7 +389,8 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         """Return the status of a run, given its RayJob."""
         if job is None and read_record(run).stopping and self._has_running_pods(run):
             return RunStatus(
-                RunState.RUNNING, "its RayJob is gone, and its pods save their trials and end"
+                RunState.RUNNING,
+                ("its RayJob was deleted; its pods are saving their trials and will stop"),
             )
         return derive_status(run, self.get_object_name(run), job, queued=self._uses_kueue)
 
@@ -408,7 +412,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
             job = self.quick_client.get("RayJob", self.get_object_name(run))
         except ClusterError as error:
             return read_last_status(run) or RunStatus(
-                run.state, f"{error}; the record here says {run.state}", fresh=False
+                run.state, f"{error}; the last recorded state is {run.state}", fresh=False
             )
         status = self.derive_status(run, job)
         if status.state is RunState.PENDING and job is not None:
@@ -455,8 +459,8 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
             if record.handed_over and not is_live:
                 if not record.collected and record.tries < _MAX_DOWNLOAD_TRIES:
                     say(
-                        f"{run.id} has ended, and its pods are gone: its record comes through "
-                        "one more"
+                        f"{run.id} has ended and its pods are gone: downloading its record through "
+                        "a storage pod"
                     )
                     self.collect(run, number, ran=job is None or has_started_driver(job))
                 return
@@ -555,14 +559,14 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         name, job = self.get_object_name(run), self.client.get("RayJob", self.get_object_name(run))
         if job is None or parse_job_state(job.get("status")).ended:
             raise RunError(
-                f"{run.id} has no RayJob that waits or runs: it is {self.status(run).state}"
+                f"{run.id} has no pending or running RayJob: it is {self.status(run).state}"
             )
         update_record(run, read_record(run).submission, stopping=True)
         self.kill(run)
         return (
-            f"{run.id} saves its trials and ends: RayJob {name} is being taken away; `lorafleet "
-            f"resume {run.id}` goes "
-            f"on, `lorafleet pull {run.id}` brings what it has so far"
+            f"{run.id} is saving its trials and will stop (RayJob {name} is being deleted). "
+            f"Continue it with `lorafleet resume {run.id}`; `lorafleet pull {run.id}` downloads "
+            "what it has so far"
         )
 
     def kill(self, run: Run) -> None:

@@ -60,7 +60,8 @@ def _convert_errors(failure: str) -> Iterator[None]:
     except (HTTPError, WebSocketException, OSError) as error:
         reason = getattr(error, "reason", None) or error
         raise ClusterError(
-            f"{failure}: the cluster's API server does not answer ({str(reason)[:200]})"
+            f"{failure}: the cluster's API server does not answer ({str(reason)[:200]}). Check the "
+            "network and the current context (`kubectl cluster-info`)"
         ) from error
 
 
@@ -85,12 +86,13 @@ def _check_command_status(pod: str, command: list[str], status: bytes, errors: s
         result = json.loads(status)
     except ValueError:
         raise ClusterError(
-            f"the connection to pod {pod} broke off while {' '.join(command[:3])} ran"
+            f"the connection to pod {pod} was lost while {' '.join(command[:3])} ran; run the "
+            "command again"
         ) from None
     if result.get("status") == "Success":
         return
     message = " ".join(errors[-_MAX_STDERR:].split()) or str(
-        result.get("message") or "it did not say why"
+        result.get("message") or "it gave no reason"
     )
     raise CommandFailed(message)
 
@@ -111,7 +113,7 @@ def _get_message(error: ApiException) -> str:
     except (ValueError, KeyError, TypeError):
         message = str(error.body or error.reason or f"status {error.status}")[:300]
     permission_hint = (
-        ' (docs/kubernetes.md, "Rights", says which it needs)'
+        ' (docs/kubernetes.md, "Rights", lists the rights that lorafleet needs)'
         if _get_status(error) == _FORBIDDEN
         else ""
     )
@@ -188,7 +190,7 @@ class Client:
 
         Raises ClusterError.
         """
-        with _convert_errors(f"{kind} {name} cannot be taken away"):
+        with _convert_errors(f"{kind} {name} cannot be deleted"):
             try:
                 self._send_request(
                     self._get_request(kind, "delete"), name=name, propagation_policy="Background"
@@ -207,7 +209,7 @@ class Client:
             "name": owner["metadata"]["name"],
             "uid": owner["metadata"]["uid"],
         }
-        with _convert_errors(f"{kind} {name} cannot be given to its owner"):
+        with _convert_errors(f"the owner of {kind} {name} cannot be set"):
             self._send_request(
                 self._get_request(kind, "patch"),
                 name=name,
@@ -246,7 +248,10 @@ class Client:
         except ValueError:
             tree = None
         if not isinstance(tree, dict):
-            raise ClusterError(f"{self.host} does not answer as an API server does: {body[:80]!r}")
+            raise ClusterError(
+                f"{self.host} does not answer like a Kubernetes API server: {body[:80]!r}. Check "
+                "the server address in the kubeconfig"
+            )
         return tree
 
     def _read_body(self, answer: Any) -> bytes:
@@ -298,7 +303,7 @@ class Client:
             "namespace": self.namespace,
             "field_selector": f"metadata.name={name}",
         }
-        with _convert_errors(f"RayJob {name} cannot be followed"):
+        with _convert_errors(f"RayJob {name} cannot be watched"):
             listed = self._send_request(self.custom.list_namespaced_custom_object, **selector)
             on_change(next(iter(listed["items"]), None))
             for kind, job in self._iterate_events(selector, listed["metadata"]["resourceVersion"]):
@@ -330,7 +335,8 @@ class Client:
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 reason = f"{type(error).__name__}: {error}"
                 raise ClusterError(
-                    f"{self.host} does not answer as an API server does ({reason})"
+                    f"{self.host} does not answer like a Kubernetes API server ({reason}). Check "
+                    "the server address in the kubeconfig"
                 ) from error
             yield kind_and_object
 
@@ -405,7 +411,7 @@ class Client:
             ClusterError: The command could not be started, or the connection broke off.
             CommandFailed: The command failed; the message holds the end of its error output.
         """
-        failure = f"nothing can be run in pod {pod}"
+        failure = f"the command cannot be run in pod {pod}"
         with _convert_errors(failure):
             connection = self._open_connection(pod, container, command)
         errors, status = bytearray(), bytearray()
@@ -534,7 +540,7 @@ class Client:
             "kind": "SelfSubjectAccessReview",
             "spec": {"resourceAttributes": attributes},
         }
-        with _convert_errors("the cluster cannot be asked for rights"):
+        with _convert_errors("your rights on the cluster cannot be checked"):
             answer = self._send_request(
                 client.AuthorizationV1Api(self.api).create_self_subject_access_review, body=body
             )
@@ -549,7 +555,10 @@ def get_context(context: str | None) -> tuple[str, str]:
     try:
         contexts, current_context = config.list_kube_config_contexts(os.environ.get("KUBECONFIG"))
     except (config.ConfigException, yaml.YAMLError) as error:
-        raise ClusterError(f"there is no cluster to ask: {error}") from error
+        raise ClusterError(
+            f"no Kubernetes cluster is configured: {error}. Set KUBECONFIG, or create "
+            "~/.kube/config"
+        ) from error
     selected = (
         next((item for item in contexts if item["name"] == context), None)
         if context
@@ -557,7 +566,7 @@ def get_context(context: str | None) -> tuple[str, str]:
     )
     if not selected:
         names = ", ".join(item["name"] for item in contexts) or "none"
-        raise ClusterError(f"there is no context {context} in the kubeconfig; there are {names}")
+        raise ClusterError(f"there is no context {context} in the kubeconfig; it has {names}")
     return str(selected["name"]), str(selected["context"].get("namespace") or "default")
 
 
@@ -579,12 +588,15 @@ def _load_settings(context: str | None) -> client.Configuration:
         )
     except yaml.YAMLError as error:
         raise ClusterError(
-            f"the kubeconfig is not whole YAML: {' '.join(str(error).split())[:200]}"
+            f"the kubeconfig is not valid YAML: {' '.join(str(error).split())[:200]}"
         ) from error
     except config.ConfigException as error:
         if context is None:
             with contextlib.suppress(config.ConfigException):
                 config.load_incluster_config(client_configuration=settings)
                 return settings
-        raise ClusterError(f"there is no cluster to ask: {error}") from error
+        raise ClusterError(
+            f"no Kubernetes cluster is configured: {error}. Set KUBECONFIG, create ~/.kube/config, "
+            "or correct `context` in the site file"
+        ) from error
     return settings

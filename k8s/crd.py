@@ -50,13 +50,15 @@ class Schema:
         names = definition.get("spec", {}).get("names", {}) if isinstance(definition, dict) else {}
         if names.get("kind") != "RayJob":
             raise UserError(
-                "that is no definition of RayJob (`kubectl get crd rayjobs.ray.io -o json` "
-                "prints it)"
+                "this is not the definition of RayJob (print it with `kubectl get crd "
+                "rayjobs.ray.io -o json`)"
             )
         for served_version in (definition.get("spec") or {}).get("versions") or []:
             if served_version.get("name") == version and served_version.get("served"):
                 return cls(served_version["schema"]["openAPIV3Schema"])
-        raise UserError(f"the cluster's RayJob has no version {version}; KubeRay 1.0 or newer has")
+        raise UserError(
+            f"the cluster's RayJob does not have version {version}: KubeRay 1.0 or newer is needed"
+        )
 
     @classmethod
     def read(cls, path: Path) -> Schema:
@@ -182,6 +184,6 @@ def _find_duplicates(node: dict[str, Any], value: Any, path: str) -> Iterator[tu
                 )
                 mark = json.dumps(key_fields, sort_keys=True)
                 if mark in marks:
-                    yield f"{path}[{index}]", f"{mark} stands there twice"
+                    yield f"{path}[{index}]", f"{mark} occurs twice"
                 marks.add(mark)
             yield from _find_duplicates(node.get("items", {}), inner, f"{path}[{index}]")

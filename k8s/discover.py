@@ -57,12 +57,12 @@ def render_site_file(
         kuberay: Whether the cluster serves RayJob.
     """
     lines = [
-        f"# Namespace {namespace}, as its API server tells of it. Read it, and name your image."
+        f"# Namespace {namespace}, as reported by its API server. Check the values, and set your "
+        "image."
     ]
     if not kuberay:
         lines.append(
-            "# There is no RayJob on this cluster yet: an administrator installs KubeRay 1.7 "
-            "or newer."
+            "# This cluster has no RayJob yet: an administrator must install KubeRay 1.7 or newer."
         )
     lines += [
         "kind: kubernetes",
@@ -70,8 +70,8 @@ def render_site_file(
         f"namespace: {namespace}",
     ]
     lines += [
-        f"image: {IMAGE.format(version=version)}   # yours, by digest: docs/kubernetes.md has a "
-        "Dockerfile"
+        f"image: {IMAGE.format(version=version)}   # set your image, by digest: docs/kubernetes.md "
+        "has a Dockerfile"
     ]
     lines += [
         *_render_storage(claims),
@@ -80,7 +80,7 @@ def render_site_file(
         *_render_hardware(nodes),
         *_render_queue(queues),
     ]
-    lines.append("internet: false                # true where pods reach the hub and W&B")
+    lines.append("internet: false                # true if pods can reach the hub and W&B")
     return "\n".join(lines) + "\n"
 
 
@@ -92,32 +92,31 @@ def _render_storage(claims: list[Tree]) -> list[str]:
     ]
     chosen = (shared_claims or claims)[:1]
     others = [claim["metadata"]["name"] for claim in claims if claim not in chosen]
-    comment = f"   # others here: {', '.join(others[:5])}" if others else ""
+    comment = f"   # other claims: {', '.join(others[:5])}" if others else ""
     if not chosen:
         return [
-            "storage: {claim: lorafleet}    # there is none that you may see: a ReadWriteMany "
-            "claim is needed"
+            "storage: {claim: lorafleet}    # you can see no claim: create one with ReadWriteMany"
         ]
     name = chosen[0]["metadata"]["name"]
     if shared_claims:
         return [f"storage: {{claim: {name}}}{comment}"]
     return [
         f"storage: {{claim: {name}, read_write_many: false}}{comment}",
-        "# It is for one node at a time: one worker pod, beside the head. max_nodes must be "
-        "1 then.",
+        "# One node at a time can mount this claim: one worker pod, beside the head, so set "
+        "max_nodes to 1.",
     ]
 
 
 def _render_hardware(nodes: list[Tree] | None) -> list[str]:
     if not nodes:
-        reason = "may not be seen by you" if nodes is None else "are not there yet"
-        comment = f"# The nodes {reason}: what one worker pod gets is a guess."
+        reason = "are not visible to you" if nodes is None else "do not exist yet"
+        comment = f"# The nodes {reason}: the sizes of a worker pod are guesses."
         return [comment, "cpus_per_node: 8", "memory_gb_per_node: 32"]
     kinds = Counter(_parse_node_kind(node) for node in nodes)
     kind, count = max(kinds.items(), key=lambda item: (item[0][3], item[1], item[0]))
     cpus, gigabytes, resource, gpus = kind
     lines = [
-        f"# {count} of {len(nodes)} nodes have this much to give; a worker pod takes most of one."
+        f"# {count} of {len(nodes)} nodes offer this much; a worker pod uses most of one node."
     ]
     lines += [
         f"cpus_per_node: {max(1, int(cpus * _POD_SHARE))}",
@@ -126,7 +125,7 @@ def _render_hardware(nodes: list[Tree] | None) -> list[str]:
     if gpus:
         lines += [
             f"gpus_per_node: {gpus}",
-            "gpu_memory_gb: 0               # of one GPU: then plans say what fits",
+            "gpu_memory_gb: 0               # memory of one GPU, so that plans can check what fits",
         ]
         lines += [f"gpu_resource: {resource}"] if resource != "nvidia.com/gpu" else []
     return lines
@@ -156,5 +155,5 @@ def _render_queue(queues: list[Tree]) -> list[str]:
     if not queues:
         return []
     names = [queue["metadata"]["name"] for queue in queues]
-    comment = f"   # others here: {', '.join(names[1:6])}" if names[1:] else ""
+    comment = f"   # other queues: {', '.join(names[1:6])}" if names[1:] else ""
     return [f"scheduler: {{kind: kueue, queue: {names[0]}}}{comment}"]

@@ -22,26 +22,26 @@ RIGHTS = (
         "ray.io",
         "",
         ("create", "get", "list", "watch", "delete"),
-        "submit, follow and end a run",
+        "submit, follow and stop a run",
     ),
-    ("configmaps", "", "", ("create", "get", "patch", "delete"), "hand a run its job file"),
+    ("configmaps", "", "", ("create", "get", "patch", "delete"), "pass the job file to a run"),
     (
         "networkpolicies",
         "networking.k8s.io",
         "",
         ("create", "get", "patch", "delete"),
-        "keep others from a run's Ray",
+        "isolate a run's Ray cluster",
     ),
-    ("pods", "", "", ("list",), "say why a run waits"),
-    ("pods", "", "log", ("get",), "show what a driver says"),
-    ("events", "", "", ("list",), "say why a run waits"),
-    ("pods", "", "exec", ("create", "get"), "bring results here and data there"),
+    ("pods", "", "", ("list",), "explain why a run is pending"),
+    ("pods", "", "log", ("get",), "show the driver's output"),
+    ("events", "", "", ("list",), "explain why a run is pending"),
+    ("pods", "", "exec", ("create", "get"), "download results and upload data"),
     (
         "jobs",
         "batch",
         "",
         ("create", "delete"),
-        "bring results here and data there when no run is up",
+        "transfer data while no run is up",
     ),
 )
 """(resource, group, subresource, verbs, purpose): every right that lorafleet needs in a
@@ -66,8 +66,8 @@ def _check_kuberay(_site: KubernetesSite, client: Client) -> Iterator[Finding]:
             yield Finding(
                 "KubeRay",
                 "missing",
-                "the cluster has no RayJob",
-                "an administrator installs KubeRay 1.7+",
+                "the cluster does not know RayJob",
+                "an administrator must install KubeRay 1.7 or newer",
             )
             return
         crd.Schema.from_definition(definition)
@@ -78,8 +78,8 @@ def _check_kuberay(_site: KubernetesSite, client: Client) -> Iterator[Finding]:
         yield Finding(
             "KubeRay",
             "note",
-            "you may not read its definition of RayJob",
-            "jobs are tried with a dry run",
+            "you have no right to read the definition of RayJob",
+            "jobs are checked with a dry run instead",
         )
 
 
@@ -94,14 +94,14 @@ def _check_rights(site: KubernetesSite, client: Client) -> Iterator[Finding]:
         if missing_verbs:
             is_optional = resource == "networkpolicies"
             advice = (
-                "network_policy: false does without"
+                "or do without it: set network_policy: false"
                 if is_optional
-                else "docs/kubernetes.md has a Role"
+                else "docs/kubernetes.md has a Role with these rights"
             )
             yield Finding(
                 f"right to {resource_path}",
                 "missing",
-                f"you may not {', '.join(missing_verbs)} them: to {purpose}",
+                f"you have no right to {', '.join(missing_verbs)} them, needed to {purpose}",
                 advice,
             )
         else:
@@ -115,19 +115,19 @@ def _check_claim(site: KubernetesSite, client: Client) -> Iterator[Finding]:
     except ClusterError as error:
         if not error.is_forbidden:
             raise
-        yield Finding("storage", "note", f"claim {name} may not be read by you")
+        yield Finding("storage", "note", f"you have no right to read claim {name}")
         return
     if claim is None:
         yield Finding(
             "storage",
             "missing",
             f"there is no claim {name}",
-            "an administrator makes a ReadWriteMany one",
+            "an administrator must create one with ReadWriteMany",
         )
         return
     modes = claim.get("spec", {}).get("accessModes") or []
     if site.storage.read_write_many and "ReadWriteMany" not in modes:
-        advice = "storage.read_write_many: false, and one worker pod"
+        advice = "set storage.read_write_many: false, and use one worker pod"
         yield Finding("storage", "missing", f"claim {name} is {', '.join(modes)}", advice)
         return
     yield Finding("storage", "ok", f"claim {name}, {', '.join(modes)}")
@@ -146,4 +146,8 @@ def _check_pod(site: KubernetesSite, client: Client) -> Iterator[Finding]:
         return
     for name in ("lorafleet", "ray"):
         yield check_version(report, name, "in the image")
-    yield check_storage(report, "in a pod", "its owner must be run_as_user or run_as_group")
+    yield check_storage(
+        report,
+        ("the owner of the storage must be run_as_user or run_as_group"),
+        "its owner must be run_as_user or run_as_group",
+    )

@@ -136,11 +136,11 @@ def _labels(job: Tree) -> RuleProblems:
     for section in ("labels", "annotations"):
         for key, value in (get(job, f"metadata.{section}") or {}).items():
             if not isinstance(value, str):
-                yield f"metadata.{section}.{key}", f"{value!r} must be a text"
+                yield f"metadata.{section}.{key}", f"{value!r} must be text"
             elif section == "labels" and not _LABEL_VALUE.fullmatch(value):
                 yield (
                     f"metadata.{section}.{key}",
-                    f"{value!r} is no value of a label (63 letters, digits and -_.)",
+                    f"{value!r} is not a valid label value (63 letters, digits and -_.)",
                 )
 
 
@@ -148,7 +148,7 @@ def _labels(job: Tree) -> RuleProblems:
 def _submission_mode(job: Tree) -> RuleProblems:
     mode = get(job, "spec.submissionMode") or "K8sJobMode"
     if mode not in _MODES:
-        yield "spec.submissionMode", f"{mode} is no mode; must be {', '.join(_MODES)}"
+        yield "spec.submissionMode", f"{mode} is not a submission mode; must be {', '.join(_MODES)}"
 
 
 @_register_rule("ValidateRayJobSpec")
@@ -161,7 +161,7 @@ def _suspend_needs_shutdown(job: Tree) -> RuleProblems:
 def _ttl_needs_shutdown(job: Tree) -> RuleProblems:
     ttl = get(job, "spec.ttlSecondsAfterFinished")
     if ttl and not get(job, "spec.shutdownAfterJobFinishes"):
-        yield "spec.ttlSecondsAfterFinished", "it needs shutdownAfterJobFinishes: true"
+        yield "spec.ttlSecondsAfterFinished", "it requires shutdownAfterJobFinishes: true"
     if isinstance(ttl, int) and ttl < 0:
         yield "spec.ttlSecondsAfterFinished", f"{ttl} must not be negative"
 
@@ -171,7 +171,7 @@ def _deletion_rules_or_shutdown(job: Tree) -> RuleProblems:
     if get(job, "spec.deletionStrategy") and get(job, "spec.shutdownAfterJobFinishes"):
         yield (
             "spec.deletionStrategy",
-            "it excludes shutdownAfterJobFinishes; leave one of the two out",
+            "it cannot be combined with shutdownAfterJobFinishes; leave one of the two out",
         )
 
 
@@ -189,7 +189,7 @@ def _deletion_rules(job: Tree) -> RuleProblems:
         if len(kinds) != 1:
             yield (
                 path,
-                "a condition must name jobStatus or jobDeploymentStatus, and only one of them",
+                "a condition must name exactly one of jobStatus and jobDeploymentStatus",
             )
             continue
         if condition.get("jobStatus") not in (None, "SUCCEEDED", "FAILED"):
@@ -201,13 +201,13 @@ def _deletion_rules(job: Tree) -> RuleProblems:
         condition_key = (kinds[0], condition[kinds[0]])
         key = (*condition_key, rule["policy"])
         if key in indexes:
-            yield path, f"the same condition and policy stand in deletionRules[{indexes[key]}]"
+            yield path, f"deletionRules[{indexes[key]}] has the same condition and policy"
         indexes[key] = index
         times.setdefault(condition_key, {})[rule["policy"]] = condition.get("ttlSeconds", 0)
         if rule["policy"] == "DeleteWorkers" and get(
             job, "spec.rayClusterSpec.enableInTreeAutoscaling"
         ):
-            yield path, "DeleteWorkers is refused with autoscaling"
+            yield path, "DeleteWorkers is not allowed with autoscaling"
     for condition_key, policies in times.items():
         order = [
             name for name in ("DeleteWorkers", "DeleteCluster", "DeleteSelf") if name in policies
@@ -217,8 +217,8 @@ def _deletion_rules(job: Tree) -> RuleProblems:
                 condition_text = f"{condition_key[0]} {condition_key[1]}"
                 yield (
                     "spec.deletionStrategy.deletionRules",
-                    f"under {condition_text} {earlier} comes after {policies[earlier]} s, which "
-                    f"is later than {later}",
+                    f"for {condition_text}, {earlier} runs after {policies[earlier]} s, but must "
+                    f"not run later than {later}",
                 )
 
 
@@ -228,11 +228,11 @@ def _backoff_limit(job: Tree) -> RuleProblems:
     if isinstance(limit, int) and limit < 0:
         yield "spec.backoffLimit", f"{limit} must not be negative"
     if limit and get(job, "spec.submissionMode") == "InteractiveMode":
-        yield "spec.backoffLimit", "InteractiveMode knows no retries; must be 0"
+        yield "spec.backoffLimit", "InteractiveMode does not retry; must be 0"
     if limit and get(job, "spec.clusterSelector"):
         yield (
             "spec.backoffLimit",
-            "a job on a cluster that is there already knows no retries; must be 0",
+            "a job on an existing cluster does not retry; must be 0",
         )
 
 
@@ -245,14 +245,14 @@ def _deadlines(job: Tree) -> RuleProblems:
 
 
 @_register_rule(
-    "seen: preRunningDeadlineSeconds counts the time that pods wait for room, and ends the job "
-    "(docs/kubernetes.md)"
+    "observed: preRunningDeadlineSeconds includes the time that pods wait for resources, and ends "
+    "the job (docs/kubernetes.md)"
 )
 def _no_deadline_for_waiting(job: Tree) -> RuleProblems:
     if get(job, "spec.preRunningDeadlineSeconds") and not _is_queued(job):
         yield (
             "spec.preRunningDeadlineSeconds",
-            "without Kueue, which admits first, waiting for room ends the job",
+            "without Kueue, which admits a job first, waiting for resources would end the job",
         )
 
 
@@ -260,9 +260,9 @@ def _no_deadline_for_waiting(job: Tree) -> RuleProblems:
 def _cluster_or_selector(job: Tree) -> RuleProblems:
     cluster, selector = get(job, "spec.rayClusterSpec"), get(job, "spec.clusterSelector")
     if not cluster and not selector:
-        yield "spec", "one of rayClusterSpec and clusterSelector must be there"
+        yield "spec", "one of rayClusterSpec and clusterSelector must be set"
     if selector and get(job, "spec.suspend"):
-        yield "spec.clusterSelector", "a job on a cluster that is there already cannot be suspended"
+        yield "spec.clusterSelector", "a job on an existing cluster cannot be suspended"
 
 
 @_register_rule("ValidateRayJobSpec")
@@ -276,7 +276,7 @@ def _runtime_env_is_yaml(job: Tree) -> RuleProblems:
 
 @_register_rule(
     "common.GetK8sJobCommand: the strings are pasted into a bash script, in double quotes or "
-    "bare (seen)"
+    "unquoted (observed)"
 )
 def _nothing_to_expand(job: Tree) -> RuleProblems:
     if get(job, "spec.submissionMode") == "HTTPMode":
@@ -290,23 +290,23 @@ def _nothing_to_expand(job: Tree) -> RuleProblems:
         if re.search(r"[$`\\]", str(text)):
             yield (
                 path,
-                "the submitter's bash expands $, back-ticks and backslashes in it; must have none",
+                "the submitter's bash expands $, backticks and backslashes in it; remove them",
             )
     command = str(get(job, "spec.entrypoint") or "")
     if re.search(r"[$`;&|<>(){}\n\\*?!#~]", command):
         yield (
             "spec.entrypoint",
-            "the submitter's bash would run or expand a part of it; must be plain words",
+            "the submitter's bash would execute or expand part of it; use plain words only",
         )
 
 
 @_register_rule("common.GetK8sJobCommand")
 def _entrypoint(job: Tree) -> RuleProblems:
     if not get(job, "spec.entrypoint") and get(job, "spec.submissionMode") != "InteractiveMode":
-        yield "spec.entrypoint", "there is no command to run"
+        yield "spec.entrypoint", "the command is missing"
 
 
-@_register_rule("common.GetK8sJobCommand: it goes to `ray job submit --entrypoint-resources`")
+@_register_rule("common.GetK8sJobCommand: it is passed to `ray job submit --entrypoint-resources`")
 def _entrypoint_resources(job: Tree) -> RuleProblems:
     text = get(job, "spec.entrypointResources")
     if text is None:
@@ -345,7 +345,7 @@ def _submitter(job: Tree) -> RuleProblems:
 def _containers_are_there(job: Tree) -> RuleProblems:
     for path, group in list_groups(job):
         if not _get_containers(group.get("template") or {}):
-            yield f"{path}.template.spec.containers", "there must be a container"
+            yield f"{path}.template.spec.containers", "a container is required"
 
 
 @_register_rule("ValidateRayClusterSpec")
@@ -357,13 +357,13 @@ def _resources_once(job: Tree) -> RuleProblems:
         ):
             yield (
                 f"{path}.resources",
-                "resources stand here and in rayStartParams; leave one of them out",
+                "resources are set here and in rayStartParams; leave one of them out",
             )
         if "labels" in params:
-            yield f"{path}.rayStartParams.labels", "labels go into the group's own `labels`"
+            yield f"{path}.rayStartParams.labels", "labels belong into the group's own `labels`"
 
 
-@_register_rule("ValidateRayClusterSpec: rayStartParams are pasted into a shell's command")
+@_register_rule("ValidateRayClusterSpec: rayStartParams are pasted into a shell command")
 def _start_params(job: Tree) -> RuleProblems:
     for path, group in list_groups(job):
         for name, value in (group.get("rayStartParams") or {}).items():
@@ -374,10 +374,10 @@ def _start_params(job: Tree) -> RuleProblems:
                 "memory",
                 "object-store-memory",
             ) and not re.fullmatch(r"\d+", value):
-                yield where, f"{value!r} must be a whole number, as a text"
+                yield where, f"{value!r} must be a whole number, written as text"
             unquoted = re.sub(r"'[^']*'", "", value)
             if re.search(r"[$`;&|<>(){}\"'\s\\]", unquoted):
-                yield where, f"{value!r} goes through a shell: single quotes must go round it"
+                yield where, f"{value!r} is read by a shell: put it in single quotes"
 
 
 @_register_rule("ValidateRayClusterSpec")
@@ -403,10 +403,10 @@ def _replicas(job: Tree) -> RuleProblems:
         if not get(job, "spec.rayClusterSpec.enableInTreeAutoscaling") and count == 0:
             yield (
                 f"{path}.replicas",
-                "0 means no pod at all; it is the default where it is left out",
+                "0 creates no pod at all; it is the default if the field is left out",
             )
         if group.get("groupName") in names:
-            yield f"{path}.groupName", f"{group['groupName']} stands there twice"
+            yield f"{path}.groupName", f"the name {group['groupName']} occurs twice"
         names.add(group.get("groupName", ""))
 
 
@@ -445,7 +445,7 @@ def _auth(job: Tree) -> RuleProblems:
     if options.get("mode") != "token":
         yield (
             "spec.rayClusterSpec.authOptions.mode",
-            "anybody who reaches the head can run code: must be token",
+            "anyone who can reach the head can run code: must be token",
         )
         return
     match = re.match(r"(\d+)\.(\d+)", version)
@@ -455,12 +455,10 @@ def _auth(job: Tree) -> RuleProblems:
             f"{version or 'nothing'} must be 2.52 or newer for tokens",
         )
     if options.get("enableK8sTokenAuth"):
-        yield "spec.rayClusterSpec.authOptions.enableK8sTokenAuth", "it is refused for a RayJob"
+        yield "spec.rayClusterSpec.authOptions.enableK8sTokenAuth", "it is not allowed in a RayJob"
 
 
-@_register_rule(
-    "common.BuildPod (podMemoryLimit, rayStartParams): Ray is told limits, and not requests"
-)
+@_register_rule("common.BuildPod (podMemoryLimit, rayStartParams): Ray uses limits, not requests")
 def _limits(job: Tree) -> RuleProblems:
     for path, group in list_groups(job):
         for index, container in enumerate(_get_containers(group.get("template") or {})[:1]):
@@ -470,59 +468,63 @@ def _limits(job: Tree) -> RuleProblems:
                     where = f"{path}.template.spec.containers[{index}].resources.limits.{name}"
                     yield (
                         where,
-                        "Ray takes its size from the limits; without one it takes the whole node's",
+                        "Ray takes its size from the limits; without a limit it takes the whole "
+                        "node's",
                     )
             for name, request in (resources.get("requests") or {}).items():
                 limit = parse_quantity((resources.get("limits") or {}).get(name, request))
                 if (limit or 0) < (parse_quantity(request) or 0):
                     where = f"{path}.template.spec.containers[{index}].resources.requests.{name}"
-                    yield where, f"{request} must not be above its limit"
+                    yield where, f"{request} must not exceed its limit"
 
 
 @_register_rule(
-    "seen: a head with CPUs runs trials beside the driver, and Ray Train's first process may "
-    "land there"
+    "observed: a head with CPUs runs trials beside the driver, and Ray Train's first process may "
+    "be placed there"
 )
 def _head_takes_no_work(job: Tree) -> RuleProblems:
     params = get(job, "spec.rayClusterSpec.headGroupSpec.rayStartParams") or {}
     if params.get("num-cpus") != "0":
         yield (
             "spec.rayClusterSpec.headGroupSpec.rayStartParams.num-cpus",
-            'the head must take no trials: must be "0"',
+            'the head must not run trials: must be "0"',
         )
     for container in _get_containers(get(job, "spec.rayClusterSpec.headGroupSpec.template") or {}):
         for name, value in (get(container, "resources.limits") or {}).items():
             if "gpu" in name and parse_quantity(value):
                 yield (
                     "spec.rayClusterSpec.headGroupSpec.template.spec",
-                    f"the head asks for {name}, and uses none",
+                    f"the head requests {name}, but does not use it",
                 )
 
 
-@_register_rule("the kubelet's: PodSecurity `restricted`")
+@_register_rule("the kubelet: PodSecurity `restricted`")
 def _restricted(job: Tree) -> RuleProblems:
     for path, template in list_templates(job):
         if get(template, "spec.securityContext.runAsNonRoot") is not True:
-            yield f"{path}.spec.securityContext.runAsNonRoot", "PodSecurity `restricted` wants true"
+            yield (
+                f"{path}.spec.securityContext.runAsNonRoot",
+                ("PodSecurity `restricted` requires true"),
+            )
         if get(template, "spec.securityContext.seccompProfile.type") not in (
             "RuntimeDefault",
             "Localhost",
         ):
             yield (
                 f"{path}.spec.securityContext.seccompProfile",
-                "PodSecurity `restricted` wants RuntimeDefault",
+                "PodSecurity `restricted` requires RuntimeDefault",
             )
         for index, container in enumerate(_get_containers(template)):
             security_context = container.get("securityContext") or {}
             where = f"{path}.spec.containers[{index}].securityContext"
             if security_context.get("allowPrivilegeEscalation") is not False:
-                yield f"{where}.allowPrivilegeEscalation", "PodSecurity `restricted` wants false"
+                yield f"{where}.allowPrivilegeEscalation", "PodSecurity `restricted` requires false"
             if "ALL" not in (get(security_context, "capabilities.drop") or []):
-                yield f"{where}.capabilities", "PodSecurity `restricted` wants drop: [ALL]"
+                yield f"{where}.capabilities", "PodSecurity `restricted` requires drop: [ALL]"
 
 
 @_register_rule(
-    "the kubelet's: what a preStop hook takes counts against terminationGracePeriodSeconds"
+    "the kubelet: the time of a preStop hook counts towards terminationGracePeriodSeconds"
 )
 def _grace(job: Tree) -> RuleProblems:
     for path, template in list_templates(job):
@@ -532,7 +534,7 @@ def _grace(job: Tree) -> RuleProblems:
             if "--seconds" in command and int(command[command.index("--seconds") + 1]) >= grace:
                 yield (
                     f"{path}.spec.terminationGracePeriodSeconds",
-                    f"{grace} must be above what preStop takes",
+                    f"{grace} must be longer than the preStop hook takes",
                 )
 
 
@@ -546,7 +548,7 @@ def _pull_policy(job: Tree) -> RuleProblems:
                 yield where, f"{policy} must be Always, IfNotPresent or Never"
 
 
-@_register_rule("seen: attempts of one run with other images are other programs")
+@_register_rule("observed: attempts of one run with different images run different programs")
 def _one_image(job: Tree) -> RuleProblems:
     images = {
         container.get("image"): f"{path}.spec.containers[{index}].image"
@@ -573,14 +575,14 @@ def _kueue_shutdown(job: Tree) -> RuleProblems:
     if _is_queued(job) and not get(job, "spec.shutdownAfterJobFinishes"):
         yield (
             "spec.shutdownAfterJobFinishes",
-            "Kueue wants true (and therefore no deletionStrategy)",
+            "Kueue requires true (and therefore no deletionStrategy)",
         )
 
 
 @_register_rule("Kueue rayjob_webhook.go, validateCreate")
 def _kueue_selector(job: Tree) -> RuleProblems:
     if _is_queued(job) and get(job, "spec.clusterSelector"):
-        yield "spec.clusterSelector", "Kueue takes no jobs on clusters that are there already"
+        yield "spec.clusterSelector", "Kueue does not manage jobs on existing clusters"
 
 
 @_register_rule("Kueue rayjob_webhook.go, validateCreate")
@@ -593,7 +595,7 @@ def _kueue_autoscaling(job: Tree) -> RuleProblems:
     ):
         yield (
             "spec.rayClusterSpec.enableInTreeAutoscaling",
-            "Kueue admits a whole job: must be false",
+            "Kueue admits a whole job at once: must be false",
         )
 
 
@@ -605,14 +607,17 @@ def _kueue_pod_sets(job: Tree) -> RuleProblems:
     if len(workers) + 2 > _MAX_POD_SETS:
         yield (
             "spec.rayClusterSpec.workerGroupSpecs",
-            f"Kueue takes {_MAX_POD_SETS - 2} groups of workers at most",
+            f"Kueue allows at most {_MAX_POD_SETS - 2} groups of workers",
         )
     for path, group in workers:
         if group.get("groupName") == "head":
-            yield f"{path}.groupName", "Kueue calls the head's pods so; must be another name"
+            yield (
+                f"{path}.groupName",
+                ("Kueue uses this name for the head's pods: choose another name"),
+            )
 
 
-@_register_rule("Kueue: it sets suspend itself when it admits and preempts")
+@_register_rule("Kueue: it sets suspend itself when it admits and preempts a job")
 def _kueue_suspend(job: Tree) -> RuleProblems:
     if _is_queued(job) and get(job, "spec.suspend") is not None:
         yield "spec.suspend", "Kueue sets it; leave it out"
@@ -625,7 +630,7 @@ def _kai(job: Tree) -> RuleProblems:
         "kai.scheduler/queue" in labels
         and (get(job, "spec.submissionMode") or "K8sJobMode") == "K8sJobMode"
     ):
-        yield "spec.submissionMode", "KAI refuses K8sJobMode; must be HTTPMode"
+        yield "spec.submissionMode", "KAI does not support K8sJobMode; must be HTTPMode"
 
 
 @_register_rule("KubeRay batchscheduler/yunikorn (populateYuniKornLabels)")
@@ -634,7 +639,10 @@ def _yunikorn(job: Tree) -> RuleProblems:
     if labels.get("ray.io/gang-scheduling-enabled") == "true" and not labels.get(
         "yunikorn.apache.org/app-id"
     ):
-        yield "metadata.labels", "YuniKorn needs yunikorn.apache.org/app-id for a gang"
+        yield (
+            "metadata.labels",
+            ("YuniKorn needs the label yunikorn.apache.org/app-id to schedule a gang"),
+        )
 
 
 def lint_site(*, nodes: int, read_write_many: bool, image: str, version: str) -> list[str]:
@@ -649,13 +657,13 @@ def lint_site(*, nodes: int, read_write_many: bool, image: str, version: str) ->
     problems = []
     if nodes > 1 and not read_write_many:
         problems.append(
-            f"storage.read_write_many is false, and the job has {nodes} worker pods on several "
-            "nodes: the claim must "
-            "be ReadWriteMany"
+            f"storage.read_write_many is false, but the job has {nodes} worker pods on several "
+            "nodes: use a ReadWriteMany claim, or one node"
         )
     tag = image.partition("@")[0].rpartition("/")[2].partition(":")[2]
     if re.match(r"v?\d+\.\d+", tag) and tag.lstrip("v") != version:
         problems.append(
-            f"image has lorafleet {tag}, and this is {version}: the pods would refuse the job"
+            f"image has lorafleet {tag}, but this machine has {version}, so the pods would reject "
+            "the job: use an image of the same version"
         )
     return problems

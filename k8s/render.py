@@ -98,9 +98,8 @@ def render(site: KubernetesSite, context: RenderContext) -> list[dict[str, Any]]
     size = sum(len(text.encode()) for text in context.texts.values())
     if size > _MAX_DOCUMENT_BYTES:
         raise PlacementRefused(
-            f"the job has {size:,} bytes with the plan of its trials, and a ConfigMap holds "
-            f"{_MAX_DOCUMENT_BYTES:,}: the "
-            "search must have fewer trials"
+            f"the job has {size:,} bytes including the plan of its trials, but a ConfigMap holds "
+            f"only {_MAX_DOCUMENT_BYTES:,}: use fewer trials (search.num_samples)"
         )
     metadata = _build_metadata(site, context)
     config = models.ConfigMap(metadata=metadata, data=dict(context.texts))
@@ -291,8 +290,8 @@ def format_entrypoint(arguments: list[str]) -> str:
     for argument in arguments:
         if not _SHELL_SAFE.fullmatch(argument):
             raise PlacementRefused(
-                f"{argument!r} cannot be part of a job's command: a shell would read more than "
-                "a word"
+                f"{argument!r} cannot be part of a job's command, because a shell would not read "
+                "it as one word: use only letters, digits and ./_-"
             )
     return shlex.join(arguments)
 

@@ -22,27 +22,28 @@ class JobState:
 
 
 _STATE_BY_DEPLOYMENT = {
-    "": JobState(RunState.PENDING, "was created; the operator has not seen it yet"),
+    "": JobState(RunState.PENDING, "was created, but the operator has not handled it yet"),
     "Initializing": JobState(RunState.PENDING, "waits for its pods"),
-    "Waiting": JobState(RunState.PENDING, "waits for the command of a user (InteractiveMode)"),
+    "Waiting": JobState(RunState.PENDING, "waits for a user's command (InteractiveMode)"),
     "Running": JobState(RunState.RUNNING, "runs"),
-    "Suspending": JobState(RunState.PENDING, "was preempted, and is queued again"),
-    "Suspended": JobState(RunState.PENDING, "is queued: nothing of it runs"),
-    "Retrying": JobState(RunState.PENDING, "failed, and begins again on a new cluster"),
-    "ValidationFailed": JobState(RunState.FAILED, "was refused by the operator", ended=True),
+    "Suspending": JobState(RunState.PENDING, "was preempted and queued again"),
+    "Suspended": JobState(RunState.PENDING, "is queued; none of its pods run"),
+    "Retrying": JobState(RunState.PENDING, "failed and is being restarted on a new cluster"),
+    "ValidationFailed": JobState(RunState.FAILED, "was rejected by the operator", ended=True),
 }
 """State by jobDeploymentStatus. Complete and Failed also depend on jobStatus
 (rayjob_types.go, IsJobTerminal).
 """
 _REASONS = {
-    "SubmissionFailed": "the job could not be handed to Ray",
-    "DeadlineExceeded": "it came to deadlines.hours",
-    "PreRunningDeadlineExceeded": "it did not run within deadlines.start_minutes",
+    "SubmissionFailed": "the job could not be submitted to Ray",
+    "DeadlineExceeded": "it reached deadlines.hours",
+    "PreRunningDeadlineExceeded": "it did not start within deadlines.start_minutes",
     "AppFailed": "its driver failed",
-    "JobDeploymentStatusTransitionGracePeriodExceeded": "Ray and Kubernetes did not agree on "
-    "its end",
-    "JobStatusCheckTimeoutExceeded": "its head did not answer any more",
-    "ValidationFailed": "the operator refused it",
+    "JobDeploymentStatusTransitionGracePeriodExceeded": (
+        "Ray and Kubernetes report different end states"
+    ),
+    "JobStatusCheckTimeoutExceeded": "its head node stopped answering",
+    "ValidationFailed": "the operator rejected it",
 }
 
 
@@ -77,11 +78,14 @@ def parse_job_state(status: dict[str, Any] | None, *, queued: bool = False) -> J
         return JobState(RunState.PENDING, "is suspended")
     state = _STATE_BY_DEPLOYMENT.get(deployment)
     if state is None:
-        return JobState(RunState.PENDING, f"is {deployment}, which this version does not know")
+        return JobState(
+            RunState.PENDING,
+            (f"is {deployment}, a state that this version of lorafleet does not know"),
+        )
     if deployment in ("ValidationFailed", "Retrying"):
         return JobState(state.run, state.sentence + reason, state.ended)
     if deployment == "Running" and job in ("", "PENDING"):
-        return JobState(RunState.PENDING, "has its cluster, and starts the driver")
+        return JobState(RunState.PENDING, "has its cluster, and is starting the driver")
     return state
 
 
@@ -125,20 +129,21 @@ def _explain_event(reason: str, message: str) -> str | None:
         missing = re.findall(r"Insufficient ([\w./-]*\w)", match[3])
         if missing:
             subject = " and ".join(dict.fromkeys(_format_resource(name) for name in missing))
-            return f"no node has enough {subject} free ({match[1]} of {match[2]} nodes would do)"
+            return f"no node has enough free {subject} ({match[1]} of {match[2]} nodes qualify)"
         if "untolerated taint" in message:
             taint = re.search(r"untolerated taint \{([^}]*)\}", message)
             return (
                 "its nodes have a taint that the site does not tolerate "
-                f"({taint[1] if taint else 'see the events'})"
+                f"({taint[1] if taint else 'see the events'}): add it to tolerations in the site "
+                "file"
             )
         if "node affinity" in message or "node selector" in message:
             return "no node has the labels of node_selector"
         if "persistentvolumeclaim" in message:
-            return f"its storage is not there: {match[3][:200]}"
-        return f"no node fits: {match[3][:200]}"
+            return f"its storage is missing: {match[3][:200]}"
+        return f"no node is suitable: {match[3][:200]}"
     if reason == "FailedScheduling":
-        return f"it cannot be placed: {message[:200]}"
+        return f"it cannot be scheduled: {message[:200]}"
     if (
         reason in ("Failed", "ErrImagePull", "ImagePullBackOff", "BackOff")
         and "image" in message.lower()
@@ -150,11 +155,11 @@ def _explain_event(reason: str, message: str) -> str | None:
         subject = (
             "the namespace's quota is used up"
             if "exceeded quota" in message
-            else "a pod was refused"
+            else "a pod was rejected"
         )
         return f"{subject}: {message[:200]}"
     if reason in ("Pending", "QuotaReserved") and "quota" in message.lower():
-        return f"its queue has no room: {message[:200]}"
+        return f"its queue has no free quota: {message[:200]}"
     return None
 
 

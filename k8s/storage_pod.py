@@ -115,17 +115,19 @@ def _wait_until_running(client: Client, name: str, say: Say, seconds: float) -> 
                 return str(pod["metadata"]["name"])
             if phase in ("Failed", "Succeeded"):
                 raise UserError(
-                    f"pod {pod['metadata']['name']} ended before anything went through it ({phase})"
+                    f"storage pod {pod['metadata']['name']} ended before the transfer began "
+                    f"({phase}): run the command again, or see `kubectl describe pod "
+                    f"{pod['metadata']['name']}`"
                 )
             reason = find_pending_reason(client.list_events(name=pod["metadata"]["name"]))
         reason = reason or find_pending_reason(client.list_events(name=name))
         if reason and reason != last_reason:
             last_reason = reason
-            say(f"the pod for the transfer waits: {reason}")
+            say(f"the storage pod is waiting: {reason}")
         time.sleep(0.5)
     time_limit = f"within {seconds / 60:.0f} minutes"
     raise UserError(
-        f"the pod for the transfer did not start {time_limit}: {reason or 'no reason is given'}"
+        f"the storage pod did not start {time_limit}: {reason or 'the cluster gives no reason'}"
     )
 
 

@@ -35,12 +35,12 @@ def derive_status(run: Run, name: str, job: dict[str, Any] | None, *, queued: bo
     """Return the status of a run from its RayJob (None: it does not exist) and the local record."""
     if job is None:
         return infer_unknown_status(
-            run, f"RayJob {name} is not on the cluster any more, and lorafleet did not take it away"
+            run, f"RayJob {name} is no longer on the cluster, and lorafleet did not delete it"
         )
     state = parse_job_state(job.get("status"), queued=queued)
     if job.get("metadata", {}).get("deletionTimestamp") and not state.ended:
         return RunStatus(
-            RunState.RUNNING, f"RayJob {name} is being taken away: its trials are saved first"
+            RunState.RUNNING, f"RayJob {name} is being deleted: its trials are saved first"
         )
     if not state.ended:
         return RunStatus(state.run, f"RayJob {name} {state.sentence}")
@@ -55,7 +55,8 @@ def derive_status(run: Run, name: str, job: dict[str, Any] | None, *, queued: bo
         return RunStatus(RunState.FAILED, reason)
     if state.run is RunState.STOPPED:
         return RunStatus(
-            RunState.STOPPED, f"RayJob {name} {state.sentence}; `lorafleet resume {run.id}` goes on"
+            RunState.STOPPED,
+            (f"RayJob {name} {state.sentence}; continue it with `lorafleet resume {run.id}`"),
         )
     missing = reason if own_state is None else ""
     return RunStatus(

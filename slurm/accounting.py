@@ -122,7 +122,7 @@ def parse_json(text: str) -> list[JobRecord]:
     """
     document = json.loads(text)
     if not isinstance(document, dict) or not isinstance(document.get("jobs"), list):
-        raise ValueError("no jobs in what Slurm said")
+        raise ValueError("the output has no list of jobs")
     return [_build_record_from_json(job) for job in document["jobs"]]
 
 

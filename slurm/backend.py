@@ -104,9 +104,9 @@ class SlurmBackend:
         is_array = self.site.launch == "array" and command == "sweep"
         if is_array and (self.asked_nodes or 1) > 1:
             conflict = (
-                f"--nodes is {self.asked_nodes}, and launch of site {self.site.name} is array"
+                f"--nodes is {self.asked_nodes}, but launch of site {self.site.name} is array"
             )
-            raise PlacementRefused(f"{conflict}: a task has one node")
+            raise PlacementRefused(f"{conflict}: an array task runs on one node. Leave out --nodes")
         if is_array:
             check_array(loaded.job, self.site.name)
         nodes = choose_node_count(self.site, self.asked_nodes, loaded.job.resources.num_nodes)
@@ -173,7 +173,7 @@ class SlurmBackend:
             try:
                 message = run_check(plan)
             except client.SlurmError as error:  # not on a login node: report it once
-                return problems, [f"not checked by Slurm: {error}"]
+                return problems, [f"Slurm did not check the job: {error}"]
             problems += [message] if message else []
         return problems, []
 
@@ -195,9 +195,8 @@ class SlurmBackend:
         if self.site.time_limit_seconds <= parse_slurm_time(limit[1]):
             return None
         return (
-            f"time_limit is {self.site.time_limit}, and partition {limit[0]} allows {limit[1]}: "
-            "the job would wait for "
-            "ever"
+            f"time_limit is {self.site.time_limit}, but partition {limit[0]} allows only "
+            f"{limit[1]}: the job would never start"
         )
 
     def _check_account(self, _plan: Plan) -> str | None:
@@ -205,7 +204,10 @@ class SlurmBackend:
         accounts = client.list_accounts() if self.site.account else None
         if accounts is None or (self.site.account or "").lower() in accounts:
             return None
-        return f"account is {self.site.account}, and you may use {', '.join(sorted(accounts))}"
+        return (
+            f"account is {self.site.account}, but you may only use {', '.join(sorted(accounts))}: "
+            "change `account` in the site file"
+        )
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
         """Write the run's folder and submit its jobs.
@@ -264,7 +266,7 @@ class SlurmBackend:
     def upload_inputs(self, job: JobSpec, say: Say) -> str:
         """Fetch the job's inputs to the nodes' caches, which this machine sees."""
         fetch_job(job, say)
-        return "everything it names is on the nodes' caches"
+        return "all inputs are in the caches that the nodes read"
 
     def upload_asset(self, name: str, say: Say) -> str:
         """Fetch an asset to the nodes' caches; return its folder."""
@@ -275,7 +277,10 @@ class SlurmBackend:
 
     def pull(self, run: Run, weights: WeightSelection, say: Say) -> int:
         """Raise RunError: all files are already here."""
-        raise RunError(f"{run.id} lies in {run.path} itself: there is nothing to bring")
+        raise RunError(
+            f"{run.id} is stored in {run.path}, which this machine sees: there is nothing to "
+            "download"
+        )
 
     def resume(self, run: Run) -> None:
         """Submit an unfinished run again.
@@ -289,7 +294,9 @@ class SlurmBackend:
             if not get_job_state(record.state).ended
         ]
         if live:
-            raise RunError(f"{run.id} has job {live[0].job_id}, which {_describe_record(live[0])}")
+            raise RunError(
+                f"{run.id} already has job {live[0].job_id}, which {_describe_record(live[0])}"
+            )
         record = read_record(run)
         number = record.submission + 1
         (run.path / "stop").unlink(missing_ok=True)
@@ -313,12 +320,14 @@ class SlurmBackend:
         jobs = _read_job_ids(run)
         if not jobs:
             return RunStatus(
-                run.state, "it was not handed over to Slurm: `lorafleet resume` does so"
+                run.state, "it was not submitted to Slurm: submit it with `lorafleet resume`"
             )
         try:
             records = self._load_job_records(run)
         except client.SlurmError as error:
-            return RunStatus(run.state, f"{error}; its own record says {run.state}", fresh=False)
+            return RunStatus(
+                run.state, (f"{error}; the last recorded state is {run.state}"), fresh=False
+            )
         return derive_status(run, jobs[-1], records)
 
     def check_site(self, runs: Path) -> Run:
@@ -365,7 +374,7 @@ class SlurmBackend:
         ]
         if not live:
             raise RunError(
-                f"{run.id} has no job that waits or runs: it is {self.status(run).state}"
+                f"{run.id} has no pending or running job: it is {self.status(run).state}"
             )
         running = [record for record in live if get_job_state(record.state).run is RunState.RUNNING]
         client.cancel(_read_job_ids(run), pending_only=bool(running))
@@ -374,13 +383,12 @@ class SlurmBackend:
                 request_stop(Run(folder))
             job = _read_job_ids(run)[0]
             return (
-                f"{run.id} saves its trials and ends (job {job}); `lorafleet resume {run.id}` "
-                "goes on, and "
-                f"`scancel {job}` ends it at once"
+                f"{run.id} is saving its trials and will stop (job {job}). Continue it later with "
+                f"`lorafleet resume {run.id}`; `scancel {job}` stops it at once, without saving"
             )
         if run.state in (RunState.PENDING, RunState.RUNNING):
-            run.set_state(RunState.STOPPED, reason="taken out of the queue")
-        return f"{run.id} is out of the queue; `lorafleet resume {run.id}` submits it again"
+            run.set_state(RunState.STOPPED, reason="cancelled while pending")
+        return f"{run.id} was removed from the queue; `lorafleet resume {run.id}` submits it again"
 
 
 class SlurmWatch:
@@ -443,7 +451,7 @@ def derive_status(run: Run, job: str, records: list[JobRecord]) -> RunStatus:
     if last is None:
         return RunStatus(
             RunState.FAILED,
-            f"Slurm does not know job {job} any more, and it left no word of its end",
+            f"Slurm does not know job {job} any more, and the run did not record how it ended",
         )
     state = get_job_state(last.state)
     code = f" (code {last.exit_code})" if last.exit_code else ""
@@ -451,10 +459,12 @@ def derive_status(run: Run, job: str, records: list[JobRecord]) -> RunStatus:
     if last.reason and last.reason not in ("NonZeroExitCode", last.state):
         message += f": {last.reason}"
     if state.run is RunState.STOPPED:
-        return RunStatus(RunState.STOPPED, f"{message}; `lorafleet resume {run.id}` goes on")
+        return RunStatus(
+            RunState.STOPPED, (f"{message}; continue it with `lorafleet resume {run.id}`")
+        )
     last_output = _read_last_output(run, last.job_id)
     return RunStatus(
-        RunState.FAILED, message + (f"; its last words: {last_output}" if last_output else "")
+        RunState.FAILED, message + (f"; last output: {last_output}" if last_output else "")
     )
 
 
@@ -513,25 +523,33 @@ def check_array(job: JobSpec, site: str) -> None:
     problem = None
     if search.scheduler.type != "none":
         problem = (
-            f"search.scheduler.type is {search.scheduler.type}: tasks share no rungs; use "
-            "scheduler: {type: none}"
+            f"search.scheduler.type is {search.scheduler.type}, but array tasks cannot compare "
+            "trials at rungs: use scheduler: {type: none}"
         )
     elif search.method == "tpe":
         problem = (
-            "search.method is tpe: tasks do not hear of each other's results; use random or grid"
+            "search.method is tpe, but array tasks do not see each other's results: use random or "
+            "grid"
         )
     elif search.budget.gpu_hours is not None or search.budget.wall_hours is not None:
         problem = (
-            "search.budget is set: tasks do not know what the others have spent; use "
-            "array.max_running and time_limit"
+            "search.budget is set, but array tasks do not know what the other tasks have spent: "
+            "use array.max_running and time_limit"
         )
     elif job.evaluate.folds or search.seeds > 1:
         field = "evaluate.folds" if job.evaluate.folds else "search.seeds"
-        problem = f"{field} is set: what comes after the search needs what all tasks have found"
+        problem = (
+            f"{field} is set, but the trainings after the search need the results of all array "
+            "tasks"
+        )
     elif job.resources.num_nodes > 1:
-        problem = f"resources.num_nodes is {job.resources.num_nodes}: a task has one node"
+        problem = (
+            f"resources.num_nodes is {job.resources.num_nodes}, but an array task runs on one node"
+        )
     if problem:
-        raise PlacementRefused(f"{problem} (or launch: ray in site {site}, whose launch is array)")
+        raise PlacementRefused(
+            f"{problem} (or set launch: ray in the file of site {site}, whose launch is array)"
+        )
 
 
 def _write_task_folders(run: Run, plan: Plan, trials_per_task: int) -> None:
@@ -557,7 +575,7 @@ def _resolve_site_folder(text: str, field: str, site: SlurmSite) -> Path:
     path = os.path.expandvars(text)
     if path.startswith("$"):
         raise PlacementRefused(
-            f"{field} of site {site.name} is {text}, and that variable is not set here"
+            f"{field} of site {site.name} is {text}, but that variable is not set on this machine"
         )
     return files.expand_home(path)
 
@@ -598,7 +616,8 @@ def _check_fetched(loaded: LoadedJob) -> None:
         load_rows(job)
     except AssetError as error:
         raise AssetError(
-            f"{error} (nodes of a cluster fetch nothing: `lorafleet fetch {loaded.path} --on SITE`)"
+            f"{error} (a cluster's nodes download nothing: run `lorafleet fetch {loaded.path} --on "
+            "SITE`)"
         ) from error
 
 

@@ -72,7 +72,8 @@ def run_command(
         )
     except FileNotFoundError as error:
         raise SlurmError(
-            f"there is no {command[0]} here: is this a login node of the cluster?"
+            f"{command[0]} is not installed on this machine: run the command on a login node of "
+            "the cluster"
         ) from error
     except subprocess.TimeoutExpired as error:
         raise SlurmError(
@@ -107,7 +108,7 @@ def submit(command: Sequence[str]) -> str:
     """Submit a job and return its id. Raise SlurmError with the message of sbatch."""
     output = run_command(command, _SUBMIT_TIMEOUT_SECONDS, build_job_environment())
     if output.code:
-        raise SlurmError(f"sbatch refused the job: {output.sentence}")
+        raise SlurmError(f"sbatch rejected the job: {output.sentence}")
     return output.out.strip().partition(";")[0]
 
 
@@ -193,11 +194,13 @@ def _parse_output(
     if output.code and "invalid job id" in (output.err + output.out).lower():
         return []
     if output.code:
-        raise SlurmError(f"Slurm does not answer: {output.sentence or f'code {output.code}'}")
+        raise SlurmError(
+            f"Slurm did not answer the query: {output.sentence or f'code {output.code}'}"
+        )
     try:
         return parse(output.out)
     except ValueError as error:
-        raise SlurmError(f"Slurm's answer cannot be read: {error}") from error
+        raise SlurmError(f"the output of Slurm cannot be parsed: {error}") from error
 
 
 def cancel(job_ids: Sequence[str], *, pending_only: bool = False) -> None:
@@ -209,7 +212,7 @@ def cancel(job_ids: Sequence[str], *, pending_only: bool = False) -> None:
     if job_ids:
         output = run_command(["scancel", *(["--state=PENDING"] if pending_only else []), *job_ids])
         if output.code:
-            raise SlurmError(f"scancel refused: {output.sentence}")
+            raise SlurmError(f"scancel failed: {output.sentence}")
 
 
 def get_partition_limit(partition: str | None) -> tuple[str, str] | None:

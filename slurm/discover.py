@@ -58,7 +58,7 @@ def render_site_file(
     names = [row["PartitionName"] for row in partitions]
     if requested is not None and requested not in names:
         raise UserError(
-            f"there is no partition {requested}; there are {', '.join(names) or 'none'}"
+            f"there is no partition {requested}; the cluster has {', '.join(names) or 'none'}"
         )
     default = next((row for row in partitions if row.get("Default") == "YES"), None)
     partition = next((row for row in partitions if row["PartitionName"] == requested), default)
@@ -72,7 +72,9 @@ def render_site_file(
         parse_hardware(row) for row in nodes if name in row.get("Partitions", "").split(",")
     )
     if not kinds:
-        raise UserError(f"partition {name} has no nodes that scontrol shows")
+        raise UserError(
+            f"scontrol shows no nodes in partition {name}: choose another one with --partition"
+        )
     common_kind, _ = kinds.most_common(1)[0]
     other_kinds = [kind for kind in kinds if kind != common_kind]
     limit = partition.get("MaxTime", "UNLIMITED")
@@ -106,13 +108,12 @@ def _format_site_file(
     is_finite = time_limit not in ("UNLIMITED", "INFINITE", "NONE")
     is_short = is_finite and _parse_minutes(time_limit) <= _MAX_TIME_LIMIT_MINUTES
     lines = [
-        "# Written by `lorafleet init --site slurm` from what scontrol says. Lines with `check` "
-        "are guesses.",
+        "# Written by `lorafleet init --site slurm` from the output of scontrol. Check the lines "
+        "marked `check`.",
         "kind: slurm",
         f"partition: {name}"
         + (f"          # others: {', '.join(other_partitions)}" if other_partitions else ""),
-        f"cpus_per_node: {common_kind.cpus}          # of {node_count} nodes, most are like "
-        "this one",
+        f"cpus_per_node: {common_kind.cpus}          # of {node_count} nodes, most have this many",
         f"memory_gb_per_node: {gigabytes}",
         f"time_limit: {time_limit if is_short else '4:00:00'}"
         f"          # check: the partition allows {time_limit}",
@@ -121,12 +122,12 @@ def _format_site_file(
         lines += [
             f"gpus_per_node: {common_kind.gpus}",
             *([f"gpu_type: {common_kind.gpu_type}"] if common_kind.gpu_type else []),
-            "gpu_request: gpus-per-node          # check: some clusters want gres",
-            "gpu_memory_gb: 0          # check: memory of one GPU, so that a plan can say "
-            "what fits",
+            "gpu_request: gpus-per-node          # check: some clusters need gres",
+            "gpu_memory_gb: 0          # check: memory of one GPU, so that plans can check what "
+            "fits",
         ]
     if other_kinds:
-        lines.append("node_types:          # what fits is judged by the smallest")
+        lines.append("node_types:          # plans check trials against the smallest type")
         for number, kind in enumerate(other_kinds, start=1):
             gpus = f", gpus_per_node: {kind.gpus}" if kind.gpus else ""
             memory = max(1, int(kind.memory_mb * 2**20 / 1e9 * 0.95))
@@ -137,14 +138,14 @@ def _format_site_file(
     return "\n".join(
         [
             *lines,
-            "# account: proj1234          # what is charged, where the cluster wants it",
-            "# setup:                     # lines of bash that make lorafleet's environment on a "
-            "node; left out: the",
-            "#   - module load cuda       # environment that submits",
-            "# runs_dir: /shared/runs     # a folder that all nodes see; left out: what "
-            "--runs says",
-            "# scratch_dir: /local        # each node's own fast disk; left out: /tmp, and the "
-            "model is not staged",
+            "# account: proj1234          # account to charge, if the cluster requires one",
+            "# setup:                     # bash lines that create lorafleet's environment on a "
+            "node; default: the",
+            "#   - module load cuda       # environment that submits the job",
+            "# runs_dir: /shared/runs     # a folder that all nodes see; default: the folder of "
+            "--runs",
+            "# scratch_dir: /local        # fast local disk of each node; default: /tmp, and "
+            "models are not copied",
             "",
         ]
     )

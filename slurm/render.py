@@ -108,7 +108,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         for value, times in ((left, right), (right, left)):
             repeats = isinstance(value, str | list | tuple) and isinstance(times, int)
             if operator == "**" or (repeats and len(value) * times > _MAX_REPEATED_CHARS):
-                raise SecurityError(f"{operator} makes more than a template may")
+                raise SecurityError(f"{operator} creates more text than a template may")
         return super().call_binop(context, operator, left, right)
 
 

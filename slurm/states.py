@@ -33,37 +33,40 @@ _WAITS, _RUNS, _FAILED, _STOPPED = (
 
 STATES: dict[str, JobState] = {
     "PENDING": JobState(_WAITS, False, "waits in the queue"),
-    "CONFIGURING": JobState(_WAITS, False, "has its nodes, which are being made ready"),
-    "REQUEUED": JobState(_WAITS, False, "goes back into the queue"),
-    "REQUEUE_FED": JobState(_WAITS, False, "goes back into the queue of a federation"),
+    "CONFIGURING": JobState(_WAITS, False, "has nodes, which are being prepared"),
+    "REQUEUED": JobState(_WAITS, False, "is being requeued"),
+    "REQUEUE_FED": JobState(_WAITS, False, "is being requeued in a federation"),
     "REQUEUE_HOLD": JobState(
-        _WAITS, False, "went back into the queue and is held: `scontrol release JOB` lets it go"
+        _WAITS, False, "was requeued and is held: release it with `scontrol release JOB`"
     ),
     "SPECIAL_EXIT": JobState(
-        _WAITS, False, "went back into the queue in the special-exit state, and is held"
+        _WAITS,
+        False,
+        (
+            "was requeued in the special-exit state and is held: release it with `scontrol release "
+            "JOB`"
+        ),
     ),
-    "RESV_DEL_HOLD": JobState(_WAITS, False, "is held, since its reservation was deleted"),
+    "RESV_DEL_HOLD": JobState(_WAITS, False, "is held because its reservation was deleted"),
     "RUNNING": JobState(_RUNS, False, "runs"),
-    "COMPLETING": JobState(
-        _RUNS, False, "has ended, and its last processes are being cleared away"
-    ),
-    "STAGE_OUT": JobState(_RUNS, False, "has ended, and its files are being moved out"),
-    "SIGNALING": JobState(_RUNS, False, "is being signalled"),
+    "COMPLETING": JobState(_RUNS, False, "has ended, and its last processes are being cleaned up"),
+    "STAGE_OUT": JobState(_RUNS, False, "has ended, and its files are being staged out"),
+    "SIGNALING": JobState(_RUNS, False, "is being sent a signal"),
     "RESIZING": JobState(_RUNS, False, "is about to change its size"),
-    "SUSPENDED": JobState(_RUNS, False, "was suspended, and keeps its nodes' memory"),
+    "SUSPENDED": JobState(_RUNS, False, "is suspended, and keeps its memory on the nodes"),
     "STOPPED": JobState(_RUNS, False, "was stopped by a signal, and keeps its cores"),
-    "COMPLETED": JobState(RunState.FINISHED, True, "ended with code 0"),
+    "COMPLETED": JobState(RunState.FINISHED, True, "ended with exit code 0"),
     "CANCELLED": JobState(_STOPPED, True, "was cancelled"),
     "PREEMPTED": JobState(_STOPPED, True, "was preempted by a job of higher priority"),
     "REVOKED": JobState(_STOPPED, True, "was taken over by another cluster of the federation"),
-    "TIMEOUT": JobState(_STOPPED, True, "came to its time limit"),
-    "DEADLINE": JobState(_STOPPED, True, "came to its deadline"),
+    "TIMEOUT": JobState(_STOPPED, True, "reached its time limit"),
+    "DEADLINE": JobState(_STOPPED, True, "reached its deadline"),
     "NODE_FAIL": JobState(_STOPPED, True, "lost a node"),
-    "FAILED": JobState(_FAILED, True, "ended with another code than 0"),
-    "OUT_OF_MEMORY": JobState(_FAILED, True, "used more memory than it had asked for"),
-    "BOOT_FAIL": JobState(_FAILED, True, "got nodes that did not boot"),
+    "FAILED": JobState(_FAILED, True, "failed with a non-zero exit code"),
+    "OUT_OF_MEMORY": JobState(_FAILED, True, "used more memory than it requested"),
+    "BOOT_FAIL": JobState(_FAILED, True, "was assigned nodes that did not boot"),
     "LAUNCH_FAILED": JobState(_FAILED, True, "could not be launched on its nodes"),
-    "RECONFIG_FAIL": JobState(_FAILED, True, "got nodes that could not be reconfigured"),
+    "RECONFIG_FAIL": JobState(_FAILED, True, "was assigned nodes that could not be reconfigured"),
 }
 
 _SHORT_CODES = {
@@ -143,37 +146,43 @@ def get_job_state(raw_state: str | list[str]) -> JobState:
 
 
 _PENDING_REASONS = {
-    "None": "the scheduler has not looked at it yet",
-    "Resources": "it is next, and waits for nodes to come free",
-    "Priority": "jobs of higher priority are before it",
-    "Dependency": "it waits for the end of another job",
-    "DependencyNeverSatisfied": "it waits for a job that ended otherwise than it must: it will "
-    "never start",
-    "BeginTime": "its begin time has not come (a requeued job waits about two minutes)",
-    "JobHeldUser": "you hold it: `scontrol release JOB` lets it go",
+    "None": "the scheduler has not considered it yet",
+    "Resources": "it is next, and waits for free nodes",
+    "Priority": "jobs with a higher priority are ahead of it",
+    "Dependency": "it waits for another job to end",
+    "DependencyNeverSatisfied": (
+        "it depends on a job that did not end as required: it will never start"
+    ),
+    "BeginTime": "its begin time has not been reached (a requeued job waits about two minutes)",
+    "JobHeldUser": "you hold it: release it with `scontrol release JOB`",
     "JobHeldAdmin": "an administrator holds it",
     "JobHoldMaxRequeue": "it was requeued too often, and is held",
     "Reservation": "it waits for its reservation",
-    "ReqNodeNotAvail": "nodes that it needs are down, drained or reserved (for a maintenance, "
-    "perhaps)",
+    "ReqNodeNotAvail": (
+        "nodes that it needs are down, drained or reserved (perhaps for maintenance)"
+    ),
     "PartitionDown": "its partition is down",
-    "PartitionInactive": "its partition takes no jobs to run",
-    "PartitionTimeLimit": "its time limit is above the partition's: it will never start "
-    "(time_limit in the site file)",
-    "PartitionNodeLimit": "it asks for more nodes than the partition gives a job: it will "
-    "never start",
-    "BadConstraints": "no node has what it asks for: it will never start",
+    "PartitionInactive": "its partition does not start jobs",
+    "PartitionTimeLimit": (
+        "its time limit is above that of the partition: it will never start (reduce time_limit in "
+        "the site file)"
+    ),
+    "PartitionNodeLimit": "it requests more nodes than the partition allows: it will never start",
+    "BadConstraints": "no node has what it requests: it will never start",
     "NodeDown": "a node that it needs is down",
     "Licenses": "it waits for a licence",
-    "InvalidAccount": "its account is not known, or may not be used: it will never start (account "
-    "in the site file)",
-    "InvalidQOS": "its QOS is not known, or may not be used: it will never start (qos in the "
-    "site file)",
-    "JobArrayTaskLimit": "as many tasks of its array run as may at once",
-    "JobLaunchFailure": "it could not be launched (a folder of its output that is not there?)",
-    "Prolog": "its nodes' prolog runs",
-    "Cleaning": "it was requeued, and what was left of it is being cleared away",
-    "SchedDefer": "the scheduler looks at it later",
+    "InvalidAccount": (
+        "its account is unknown or not allowed: it will never start (check account in the site "
+        "file)"
+    ),
+    "InvalidQOS": (
+        "its QOS is unknown or not allowed: it will never start (check qos in the site file)"
+    ),
+    "JobArrayTaskLimit": "the maximum number of tasks of its array is running",
+    "JobLaunchFailure": "it could not be launched (perhaps the folder for its output is missing)",
+    "Prolog": "the prolog of its nodes is running",
+    "Cleaning": "it was requeued, and its previous start is being cleaned up",
+    "SchedDefer": "the scheduler will consider it later",
 }
 _LIMIT_OWNERS = {
     "QOS": "its QOS",
@@ -191,5 +200,5 @@ def describe_pending(reason: str) -> str:
         return _PENDING_REASONS[name]
     for prefix, owner in _LIMIT_OWNERS.items():
         if name.startswith(prefix):
-            return f"{owner} has as much in use as it may ({name})"
-    return f"Slurm says {code}"
+            return f"{owner} has reached a limit ({name})"
+    return f"Slurm reports {code}"

@@ -242,8 +242,8 @@ def compute_max_prompt_tokens(model: Any, job: JobSpec, new_tokens: int) -> int:
     if positions - virtual_tokens - new_tokens < _MIN_PROMPT_TOKENS:
         name = job.model.model_name_or_path
         raise UserError(
-            f"evaluate.max_new_tokens is {new_tokens}, but {name} has {positions} positions for "
-            "prompt and answer"
+            f"evaluate.max_new_tokens is {new_tokens}, but {name} has only {positions} positions "
+            "for prompt and answer together: set a smaller evaluate.max_new_tokens"
         )
     return min(job.model.max_length, positions - virtual_tokens - new_tokens)
 

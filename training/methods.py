@@ -73,7 +73,8 @@ def attach(job: JobSpec, base: Base) -> nn.Module:
                 raise
             kind = job.lora.init_lora_weights
             raise UserError(
-                f"lora.init_lora_weights is {kind}, which does not fit this model's layers: {error}"
+                f"lora.init_lora_weights is {kind}, which does not work with this model's layers: "
+                f"{error}"
             ) from error
 
 
@@ -93,7 +94,7 @@ def _attach_existing(job: JobSpec, base: Base, folder: Path) -> nn.Module:
 
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
-            raise UserError(f"train.init_adapter is {folder}, but there is no {name} in it")
+            raise UserError(f"train.init_adapter is {folder}, but that folder has no {name}")
     _refuse_adapter(job, base, folder, "train.init_adapter")
     config = PeftConfig.from_pretrained(str(folder))
     if config.is_prompt_learning:  # PEFT loads such an adapter for inference only
@@ -187,8 +188,8 @@ def _build_prompt_config(job: JobSpec, base: Base) -> PeftConfig:
     if outside:
         problem = (
             f"method is prompt_tuning, but the checkpoint has no weights for {outside[0]} of "
-            f"{type(base.model).__name__}, which a learnt prompt does not train or save; use "
-            "lora or full"
+            f"{type(base.model).__name__}, which prompt tuning neither trains nor saves; use lora "
+            "or full"
         )
     if problem:
         raise UserError(problem)
@@ -370,7 +371,7 @@ def _save_adapter(
         state = get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if not state or not all(tensor.numel() for tensor in state.values()):
-        raise RuntimeError("the adapter's state is empty: the strategy did not gather it")
+        raise RuntimeError("the state of the adapter is empty: the strategy did not gather it")
     save_file(state, str(folder / ADAPTER_FILES[1]), metadata={"format": "pt"})
     # Record the public name, not the local path: the cache folder does not exist on other machines.
     config.base_model_name_or_path, config.revision = resolve_public_base(
@@ -416,7 +417,8 @@ def load_weights(job: JobSpec, base: Base, folder: Path) -> nn.Module:
         missing_untied = set(missing) - set(base.model.all_tied_weights_keys)
         if unknown or missing_untied:
             raise RuntimeError(
-                f"{folder} does not hold this model: {sorted(missing_untied) or unknown}"
+                f"{folder} does not contain the weights of this model: "
+                f"{sorted(missing_untied) or unknown}"
             )
         return base.model
     from peft import PeftModel

@@ -117,11 +117,10 @@ def resolve_device(gpus: int) -> torch.device:
         return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
-    cuda_version = torch.version.cuda or "none: a CPU build"
+    cuda_version = torch.version.cuda or "none, a CPU build"
     raise UserError(
-        f"this job asks for GPUs, but torch {torch.__version__} (CUDA {cuda_version}) reaches "
-        "none. `nvidia-smi` shows "
-        "whether the driver does, `lorafleet doctor` which torch fits it"
+        f"this job uses GPUs, but torch {torch.__version__} (CUDA {cuda_version}) finds none. Run "
+        "`nvidia-smi` to check the driver, and `lorafleet doctor` to see which torch supports it"
     )
 
 
@@ -238,7 +237,7 @@ def _check_model_kind(job: JobSpec, folder: Path) -> None:
         ValueError,
         AttributeError,
     ) as error:  # the config is untrusted input: any value can have any type
-        raise AssetError(f"{name} has a config.json that cannot be understood: {error}") from error
+        raise AssetError(f"{name} has a config.json that cannot be interpreted: {error}") from error
     if problem:
         raise UserError(problem)
 
@@ -281,13 +280,15 @@ def _list_uninitialized(
         may_be_new = not key.startswith(base_prefix) or "pool" in path
         if not classifies or not may_be_new:
             reason = (
-                "in another size than its config says" if key in mismatched else "not in its files"
+                "has another size than in its config"
+                if key in mismatched
+                else ("is missing from its files")
             )
             others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise AssetError(
                 f"model.model_name_or_path is {name}, but {key}{others} of {type(model).__name__} "
-                f"is {reason}: it is a "
-                "checkpoint of another kind, or not whole, and would be random there"
+                f"{reason}, and would have random values: the checkpoint is of another kind, or "
+                "incomplete. If a download was interrupted, run `lorafleet fetch JOB.yaml`"
             )
         paths[path] = None
     return tuple(paths)
@@ -375,9 +376,8 @@ def check_class_order(id2label: Mapping[Any, str], labels: Sequence[str], model_
         == sorted(label.casefold() for label in labels)
     ):
         raise UserError(
-            f"{model_name} has its classes in the order {', '.join(model_labels)}, but the data "
-            f"has them as {', '.join(labels)}: "
-            f"set data.labels to the model's order"
+            f"{model_name} has its classes in the order {', '.join(model_labels)}, but the data in "
+            f"the order {', '.join(labels)}: set data.labels to the model's order"
         )
 
 
@@ -477,9 +477,8 @@ def _prepare_4bit_for_cpu(model: PreTrainedModel, name: str) -> None:
         if module.in_features % _BLOCK_SIZE:
             raise UserError(
                 f"method is qlora with 4 bits, but {path} of {name} has {module.in_features} "
-                "inputs, and on CPU "
-                f"bitsandbytes needs a multiple of {_BLOCK_SIZE}; use qlora.quant_type: int8, "
-                "or lora"
+                f"inputs, and on CPU bitsandbytes supports only multiples of {_BLOCK_SIZE}; use "
+                "qlora.quant_type: int8, or lora"
             )
 
 
@@ -545,6 +544,6 @@ def check_number_formats(job: JobSpec, device: torch.device) -> None:
         if value == bfloat16_name:
             gpu = torch.cuda.get_device_name(device)
             raise UserError(
-                f"{field} is {value}, but {gpu} has no bfloat16: use auto, or fp16 in "
+                f"{field} is {value}, but {gpu} does not support bfloat16: use auto, or fp16 in "
                 "train.mixed_precision"
             )

@@ -145,7 +145,9 @@ class TrainingSession:
         if ranks.world_size != job.resources.world_size:
             # A failed set-up would train replicas that never communicate.
             raise RuntimeError(
-                f"{ranks.world_size} processes came up, the job has {job.resources.world_size}"
+                f"{ranks.world_size} training processes started, but the job has "
+                f"{job.resources.world_size}. Check resources.workers_per_node and "
+                "resources.num_nodes"
             )
         return cls(job, base, data, schedule, ranks)
 
@@ -222,8 +224,9 @@ class TrainingSession:
         ):
             raise TrainingFailure(
                 "nan",
-                f"the gradient was not a number in step {self.step + 1} (learning rate "
-                f"{self.peak_rate:.3g})",
+                f"the gradient became NaN or infinite at step {self.step + 1} (learning rate "
+                f"{self.peak_rate:.3g}). Try a lower learning rate, a smaller train.max_grad_norm, "
+                "or bf16 instead of fp16",
             )
         self.step += 1
         self.meter.samples += len(rows)
@@ -301,8 +304,9 @@ class TrainingSession:
         if targets and not math.isfinite(loss_sum):
             raise TrainingFailure(
                 "nan",
-                f"the loss was not a number by step {self.step} (learning rate "
-                f"{self.peak_rate:.3g})",
+                f"the loss became NaN or infinite by step {self.step} (learning rate "
+                f"{self.peak_rate:.3g}). Try a lower learning rate, a smaller train.max_grad_norm, "
+                "or bf16 instead of fp16",
             )
         last_step = self.step - 1 if self.step else 0
         rate = self.peak_rate * compute_rate_factor(

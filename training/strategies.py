@@ -161,7 +161,7 @@ class Ddp(SingleProcess):
         if actual != (expected, self.ranks.world_size):
             # A bare Accelerator() on CPU silently trains replicas that never communicate.
             raise RuntimeError(
-                f"Accelerate set up {actual}, but {(expected, self.ranks.world_size)} was wanted"
+                f"Accelerate set up {actual}, but {(expected, self.ranks.world_size)} was expected"
             )
         self.module = self.accelerator.prepare_model(self.module)
 
@@ -297,9 +297,7 @@ class Zero(SingleProcess):
         if python_folder not in path.split(os.pathsep):
             os.environ["PATH"] = f"{python_folder}{os.pathsep}{path}"
         for lock in clear_stale_locks():
-            warnings.warn(
-                f"{lock} was left by a build that was killed, and is removed", stacklevel=2
-            )
+            warnings.warn(f"removed {lock}, which a killed build left behind", stacklevel=2)
         import deepspeed
 
         self.stage = int(self.job.resources.strategy[-1])
@@ -329,7 +327,10 @@ class Zero(SingleProcess):
             self.stage,
         ):
             raise RuntimeError(
-                f"DeepSpeed set up stage {self.engine.zero_optimization_stage()} of another world"
+                f"DeepSpeed started with ZeRO stage {self.engine.zero_optimization_stage()} and "
+                f"{self.engine.world_size} processes, but the job needs stage {self.stage} and "
+                f"{self.ranks.world_size} processes. Check resources.workers_per_node, "
+                "resources.num_nodes and zero_optimization.stage in resources.deepspeed_config"
             )
         self.module = self.engine
 

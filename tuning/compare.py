@@ -176,11 +176,9 @@ class Comparison(TrainingDriver):
             self.stop_file.touch()
         self._check_stop()
         if not _has_ended(run):
-            reason = run.read_status().get("reason") or f"its driver ended with code {code}"
+            reason = run.read_status().get("reason") or f"its driver ended with exit code {code}"
             log_file = run.path / "logs" / "driver.log"
-            raise RunError(
-                f"{phase}: {reason} (`lorafleet resume` goes on; {log_file} has what it said)"
-            )
+            raise RunError(f"{phase}: {reason} (see {log_file}; continue with `lorafleet resume`)")
 
     def _check_stop(self) -> None:
         """Raise _StopRequested if the run is asked to stop."""
@@ -340,7 +338,7 @@ class Comparison(TrainingDriver):
         recorded = files.read_json(self.run.path / "facts.json")
         if recorded and recorded["data_sha256"] != facts.data_sha256:
             raise RunError(
-                f"the data files of {self.run.id} have changed since it began: start a new "
+                f"the data files of {self.run.id} have changed since it started: start a new "
                 "comparison"
             )
         files.write_json(self.run.path / "facts.json", build_metadata(self.job, facts, data))
@@ -350,7 +348,7 @@ class Comparison(TrainingDriver):
         """Record that the run was stopped, write the report, and return the exit code."""
         self.run.set_state(
             RunState.STOPPED,
-            reason="interrupted: `lorafleet resume` goes on",
+            reason="interrupted: continue with `lorafleet resume`",
             wall_seconds=self._compute_wall_seconds(),
         )
         write_report(self.run)
@@ -368,7 +366,9 @@ class Comparison(TrainingDriver):
         reason = f"{failed} of {len(self.run.list_trials())} trials failed" if failed else None
         if self.unjudged:
             names = ", ".join(self.unjudged)
-            reason = f"not evaluated on the held-out rows: {names}; `lorafleet resume` tries again"
+            reason = (
+                f"not evaluated on the held-out rows: {names}; try again with `lorafleet resume`"
+            )
             failed += len(self.unjudged)
         state = RunState.FAILED if self.unjudged else RunState.FINISHED
         self.run.set_state(state, reason=reason, wall_seconds=wall, phase=None)

@@ -85,7 +85,7 @@ def classify_exception(error: BaseException) -> dict[str, Any]:
     if is_device_error(error):
         return {
             "failure_class": "worker_lost",
-            "sentence": f"a GPU or the link between GPUs failed: {first_line}",
+            "sentence": f"a GPU or the connection between GPUs failed: {first_line}",
         }
     if isinstance(error, UserError | ValueError) and "linked" not in first_line:
         kind = "config" if isinstance(error, UserError) else "code"
@@ -148,12 +148,12 @@ def classify_crash(output: str, trial: Trial) -> dict[str, Any]:
         return min(causes, key=_rank_cause)
     if stacks:
         sentence = (
-            "no sign of life for retries.hang_minutes; where it stood is in "
+            "it hung (no progress for retries.hang_minutes); the stacks of its processes are in "
             f"{', '.join(stacks)} of the trial"
         )
         return {"failure_class": "hang", "sentence": sentence}
     if any(word in output for word in _PREEMPTION_ERRORS):
-        return {"failure_class": "preempted", "sentence": "its node was taken away"}
+        return {"failure_class": "preempted", "sentence": "its node was preempted or removed"}
     if "WorkerHealthCheckTimeoutError" in output:
         return {
             "failure_class": "hang",
@@ -161,16 +161,22 @@ def classify_crash(output: str, trial: Trial) -> dict[str, Any]:
         }
     if "WorkerGroupStartupTimeoutError" in output:
         sentence = (
-            "the machines to go on with did not come in time "
+            "the machines needed to continue did not start in time "
             "(RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S)"
         )
         return {"failure_class": "worker_lost", "sentence": sentence}
     if "OutOfMemoryError" in output:
-        return {"failure_class": "oom", "sentence": "out of memory; fewer rows a pass need less"}
+        return {
+            "failure_class": "oom",
+            "sentence": (
+                "out of memory; use a smaller train.per_device_train_batch_size with more "
+                "accumulation"
+            ),
+        }
     if any(word in output for word in _DEVICE_ERRORS):
         return {
             "failure_class": "worker_lost",
-            "sentence": "a GPU or the link between GPUs failed (see traceback.txt)",
+            "sentence": "a GPU or the connection between GPUs failed (see traceback.txt)",
         }
     is_lost = any(word in output for word in _LOST_WORKER_ERRORS)
     if "creation task" in output or ("Traceback" in output and not is_lost):
@@ -179,7 +185,7 @@ def classify_crash(output: str, trial: Trial) -> dict[str, Any]:
         )
         return {
             "failure_class": "code",
-            "sentence": f"its process could not run: {last_line[:200]} (see traceback.txt)",
+            "sentence": f"its process could not start: {last_line[:200]} (see traceback.txt)",
         }
     sentence = "its process died (killed, out of memory, or its node was lost)"
     return {"failure_class": "worker_lost", "sentence": sentence}

@@ -224,7 +224,7 @@ def evaluate_all(work: Work, evaluations: list[HeldOutEvaluation], slots: int) -
                 ray.get(worker.is_ready.remote(), timeout=_PLACEMENT_SECONDS)
             except ray.exceptions.RayError as error:
                 failed[evaluation.name] = (
-                    f"no process for it could be started: {extract_error_line(error)}"
+                    f"no worker process could be started: {extract_error_line(error)}"
                 )
                 continue
             tries[evaluation.name] += 1
@@ -234,7 +234,7 @@ def evaluate_all(work: Work, evaluations: list[HeldOutEvaluation], slots: int) -
             )
         if not running:
             return failed | dict.fromkeys(
-                (evaluation.name for evaluation in waiting), "no process for it could be started"
+                (evaluation.name for evaluation in waiting), "no worker process could be started"
             )
         (done, *_), _ = ray.wait(
             list(running)

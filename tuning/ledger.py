@@ -163,7 +163,7 @@ class Ledger:
             self.end_trial(trial, TrialState.FAILED, failure=recorded, reason=failure["sentence"])
             return
         self.run.add_event("retry", trial_id=trial.id, failure=failure, number=number)
-        reason = f"again after: {failure['sentence']}"
+        reason = f"restarted after: {failure['sentence']}"
         trial.set_state(TrialState.PENDING, retries=counts | {kind: number}, reason=reason)
 
     def end_trial(self, trial: Trial, state: TrialState, **facts: Any) -> None:
@@ -296,7 +296,7 @@ class Ledger:
         rung = trial.read_status().get("rung")
         level = self.get_rung_levels(trial)[rung] if rung is not None else "?"
         unit = self.job.search.scheduler.time_attr if self.job.search else "step"
-        return f"not among the best at {level} {unit}"
+        return f"stopped early: not among the best at {level} {unit}"
 
 
 def _to_score(signed_score: float, goal: Goal) -> float | None:

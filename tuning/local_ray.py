@@ -56,15 +56,13 @@ def start_local_ray(
                 _stop_ray()
                 if number + 1 == len(_START_SECONDS):
                     raise RunError(
-                        f"Ray did not come up on this machine in {len(_START_SECONDS)} tries "
-                        f"({_get_first_line(error)}; "
-                        f"load {os.getloadavg()[0]:.0f}): `lorafleet resume` goes on when the "
-                        "machine is less busy; "
-                        f"what Ray said is in {logs}"
+                        f"Ray did not start on this machine in {len(_START_SECONDS)} tries "
+                        f"({_get_first_line(error)}; load {os.getloadavg()[0]:.0f}). Ray's logs "
+                        f"are in {logs}. Run `lorafleet resume` when the machine is less busy"
                     ) from error
                 say(
-                    f"Ray did not come up in {seconds} s ({_get_first_line(error)}): tried again, "
-                    "with more time"
+                    f"Ray did not start within {seconds} s ({_get_first_line(error)}): trying "
+                    "again, with more time"
                 )
                 continue
             try:

@@ -45,7 +45,7 @@ def check_nodes(run: Path, tokens: Path, job: JobSpec) -> None:
             problems.append(f"{host}: {extract_error_line(error)}")
     if problems:
         raise PlacementRefused(
-            "not every machine of the cluster can take part: " + "; ".join(problems)
+            "some machines of the cluster cannot take part: " + "; ".join(problems)
         )
 
 
@@ -76,7 +76,9 @@ def _list_problems(node: dict[str, Any], run: Path, tokens: Path) -> list[str]:
     if node["lacks_model"]:
         problems.append(node["lacks_model"])
     if node["version"] != version("lorafleet"):
-        problems.append(f"has lorafleet {node['version']}, and this is {version('lorafleet')}")
+        problems.append(
+            f"has lorafleet {node['version']}, but this machine has {version('lorafleet')}"
+        )
     return problems
 
 

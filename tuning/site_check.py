@@ -110,7 +110,7 @@ def _check_device() -> tuple[str, str, str, str]:
             "device",
             "missing",
             f"{driver}, and {problem}",
-            "install the torch that fits the driver",
+            "install a torch build that supports the driver",
         )
     value = float(torch.ones(8, device="cuda").sum())
     return (
@@ -141,7 +141,7 @@ def _check_bitsandbytes() -> tuple[str, str, str, str]:
             "bitsandbytes",
             "note",
             f"{type(missing).__name__}: {missing}"[:160],
-            "method: qlora does not run here",
+            "method: qlora does not work on this node",
         )
     is_accurate = error < 0.2
     return (
@@ -164,7 +164,7 @@ def _check_compilers() -> tuple[str, str, str, str]:
         "compiler",
         "note",
         f"no {' and no '.join(missing)}",
-        "DeepSpeed's ZeRO strategies need both (setup lines)",
+        "DeepSpeed's ZeRO strategies need both: load them in the setup lines of the site file",
     )
 
 
@@ -181,7 +181,12 @@ def _check_scratch() -> tuple[str, str, str, str]:
             os.fsync(file.fileno())
         speed = _SCRATCH_MB / (time.monotonic() - started_at)
     except OSError as error:
-        return ("scratch", "missing", f"{folder}: {error.strerror}", "scratch_dir in the site file")
+        return (
+            "scratch",
+            "missing",
+            f"{folder}: {error.strerror}",
+            ("set scratch_dir in the site file to a writable folder"),
+        )
     finally:
         path.unlink(missing_ok=True)
     free = shutil.disk_usage(folder).free / 1e9
@@ -198,7 +203,7 @@ def _check_cache() -> tuple[str, str, str, str]:
     folder = get_cache_dir()
     if not os.access(folder, os.R_OK | os.X_OK):
         advice = "cache_dir in the site file must be a folder that all nodes share"
-        return ("cache", "missing", f"{folder} cannot be read", advice)
+        return ("cache", "missing", f"{folder} is not readable", advice)
     count = len(list((folder / "assets").glob("*"))) if (folder / "assets").is_dir() else 0
     return ("cache", "ok", f"{folder}, {format_count(count, 'asset')}", "")
 
@@ -210,8 +215,13 @@ def _check_runs_folder(folder: Path) -> tuple[str, str, str, str]:
         path.write_text("x")
         path.unlink()
     except OSError as error:
-        return ("runs", "missing", f"{folder}: {error.strerror}", "runs_dir in the site file")
-    return ("runs", "ok", f"{folder.parent} can be written", "")
+        return (
+            "runs",
+            "missing",
+            f"{folder}: {error.strerror}",
+            ("set runs_dir in the site file to a writable folder"),
+        )
+    return ("runs", "ok", f"{folder.parent} is writable", "")
 
 
 class _Member:
@@ -258,7 +268,10 @@ def _check_collective(rows: list[dict[str, Any]]) -> Finding:
 
     if len(rows) < 2:
         return Finding(
-            "collective", "note", "one node: not tried", "a site with `nodes: 2` is tried over both"
+            "collective",
+            "note",
+            ("not tested: only one node"),
+            ("with `nodes: 2` in the site file, two nodes are tested"),
         )
     names = " and ".join(row["NodeManagerHostname"] for row in rows)
     members = []
@@ -282,7 +295,7 @@ def _check_collective(rows: list[dict[str, Any]]) -> Finding:
             "collective",
             "missing",
             f"between {names}: {last_line}",
-            "network_interface in the site file",
+            "set network_interface in the site file to the network between the nodes",
         )
     value, speed, backend = answers[0]
     is_correct = value == 3.0

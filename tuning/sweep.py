@@ -101,9 +101,8 @@ class Sweep(TrainingDriver):
             if recorded and recorded[name] != digests:
                 subject = "data files" if name == "data_sha256" else "model"
                 raise RunError(
-                    f"the {subject} of {self.run.id} have changed since it began (facts.json has "
-                    "their digests): put the "
-                    "old ones back, or start a new sweep"
+                    f"the {subject} of {self.run.id} have changed since it started (facts.json has "
+                    "their digests): restore the old ones, or start a new sweep"
                 )
 
     def _run_search(self, attempt: int, data: Any) -> None:
@@ -172,7 +171,7 @@ class Sweep(TrainingDriver):
         unfinished = [trial for trial in self.run.list_trials() if not trial.state.has_ended]
         if unfinished and not self.stop_file.exists() and not self._describe_spent_budget():
             raise RuntimeError(
-                f"Ray Tune ended while {len(unfinished)} trials were left: "
+                f"Ray Tune ended before {len(unfinished)} trials had finished: "
                 f"{', '.join(t.id for t in unfinished)}"
             )
         for trial in self.run.list_trials():
@@ -340,7 +339,11 @@ class Sweep(TrainingDriver):
                 self.too_few = True
                 return
             self.run.add_event(
-                "note", sentence=f"nodes were lost: {error}; saved, to go on in a new allocation"
+                "note",
+                sentence=(
+                    f"nodes were lost: {error}; the trials are saved, to continue in a new "
+                    "allocation"
+                ),
             )
             os.kill(os.getpid(), signal.SIGUSR1)
         else:
@@ -355,7 +358,7 @@ class Sweep(TrainingDriver):
             budget.wall_hours is not None
             and self._compute_wall_seconds() > 3600 * budget.wall_hours
         ):
-            return f"the budget of {budget.wall_hours:g} hours on the clock is spent"
+            return f"the budget of {budget.wall_hours:g} hours of wall-clock time is spent"
         if (
             budget.gpu_hours is not None
             and self._count_gpu_hours(time.monotonic()) > budget.gpu_hours
@@ -438,7 +441,7 @@ class Sweep(TrainingDriver):
         if self.stop_file.exists():
             self.run.set_state(
                 RunState.STOPPED,
-                reason="interrupted: `lorafleet resume` goes on",
+                reason="interrupted: continue with `lorafleet resume`",
                 wall_seconds=wall_seconds,
             )
             if not self.share:

@@ -52,8 +52,8 @@ def open_trackers(run: Run, job: JobSpec) -> Iterator[list[Listener]]:
     if mode == "offline" and get_requested_mode(job) == "online":
         run.add_event(
             "note",
-            sentence="tracking.mode is online, but nobody is logged in to W&B: its record "
-            "is offline",
+            sentence="tracking.mode is online, but you are not logged in to W&B, so the run is "
+            "tracked offline: log in with `wandb login`, then upload it with `lorafleet sync`",
         )
     mirror = WandbMirror(run, job, mode)
     with ignore_tracking_errors(run):

@@ -38,7 +38,7 @@ _NOTICE_SECONDS = 5.0
 """Seconds between two checks whether this node will be preempted."""
 _NODE_LEAVES = {
     "failure_class": "preempted",
-    "sentence": "its node is being taken away; it was saved first",
+    "sentence": "its node is being preempted; the trial was saved first",
 }
 _REPORT_SECONDS = 15.0
 """Maximum seconds without a result. At least this often, Tune can stop a trial."""
@@ -129,7 +129,9 @@ class TrialRun:
             if smaller is None:
                 rows = job.train.per_device_train_batch_size
                 sentence = (
-                    f"out of memory with {format_count(rows, 'row')} a pass, which cannot be halved"
+                    f"out of memory with micro-batches of {format_count(rows, 'row')}, which "
+                    "cannot be halved. Use a smaller model.max_length, "
+                    "train.gradient_checkpointing, or method: qlora"
                 )
                 raise SingleRowOutOfMemory("oom", sentence)
             job = smaller
@@ -143,10 +145,10 @@ class TrialRun:
         requested = self.job.resources.num_nodes
         if self.nodes != requested:
             layout = (
-                f"its {format_count(self.ranks.world_size, 'process')} are on "
+                f"its {format_count(self.ranks.world_size, 'process')} run on "
                 f"{format_count(self.nodes, 'machine')}"
             )
-            self.warning = f"{layout}, and resources.num_nodes is {requested}"
+            self.warning = f"{layout}, but resources.num_nodes is {requested}"
 
     def open(self, base: Base) -> TrainingSession:
         """Build the session and continue from the trial's checkpoint, if there is one."""
@@ -173,11 +175,11 @@ class TrialRun:
         if self.ranks.rank == 0:
             folder, problem = find_newest_intact(self.trial.checkpoint)
             resume_point = (
-                "the one before it" if folder else "the beginning, since there is no other"
+                "the previous one" if folder else "the start, because there is no other one"
             )
             choice = (
                 folder,
-                f"the newest checkpoint is damaged ({problem}): going on from {resume_point}"
+                f"the newest checkpoint is damaged ({problem}): continuing from {resume_point}"
                 if problem
                 else None,
             )
@@ -275,8 +277,8 @@ class TrialRun:
             return None
         evaluations = format_count(self.no_better, "evaluation")
         return (
-            f"ended early, after step {self.session.step}: no better {self.job.metric.name} in "
-            f"{evaluations}"
+            f"stopped early after step {self.session.step}: {self.job.metric.name} did not improve "
+            f"in {evaluations}"
         )
 
     def _train(self, session: TrainingSession, target: int) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class BodyMiddleware:
         try:
             body, refusal = await asyncio.wait_for(self._read_body(receive), BODY_SECONDS)
         except TimeoutError:
-            body, refusal = b"", ("the request took too long to come", 408)
+            body, refusal = b"", ("the request body did not arrive in time", 408)
         if body is None:
             return
         if refusal is not None:
@@ -133,11 +133,11 @@ def find_body_problem(body: bytes) -> str | None:
         )
         json.dumps(value, ensure_ascii=False).encode()
     except _NonFiniteNumber as error:
-        return f"{error} is not a number that JSON has"
+        return f"{error} is not a valid JSON number"
     except UnicodeDecodeError:
         return "the request is not UTF-8"
     except UnicodeEncodeError:
-        return "the text holds half a character (a lone surrogate)"
+        return "the text contains half a character (a lone surrogate)"
     except RecursionError:
         return "the request is nested too deeply"
     except ValueError:

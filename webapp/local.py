@@ -54,7 +54,12 @@ def require_token(token: str) -> Admit:
             return None
         if not is_same_token(request.headers.get(TOKEN_HEADER, ""), token):
             return JSONResponse(
-                {"error": "the address must be the one that was printed, with its token"}, 403
+                {
+                    "error": (
+                        "open the page with the full address that was printed, including its token"
+                    )
+                },
+                403,
             )
         return None
 
@@ -76,10 +81,10 @@ def add_guard(app: FastAPI, port: int, admit: Admit) -> FastAPI:
         request: Request, call_next: Callable[[Request], Awaitable[Response]]
     ) -> Response:
         if request.headers.get("host") not in hosts:
-            return PlainTextResponse("this page answers to 127.0.0.1 alone", status_code=403)
+            return PlainTextResponse("this page is only available at 127.0.0.1", status_code=403)
         origin = request.headers.get("origin")
         if origin is not None and origin not in origins:
-            return PlainTextResponse("not from another site", status_code=403)
+            return PlainTextResponse("requests from other sites are not allowed", status_code=403)
         refusal = admit(request)
         if refusal is not None:
             return refusal

@@ -181,7 +181,7 @@ class _TurnQueue:
         Raises RequestRefused if too many requests wait, or if the client leaves meanwhile.
         """
         if not self.places.acquire(blocking=False):
-            raise RequestRefused("too many requests wait already: try again soon", 429)
+            raise RequestRefused("too many requests are waiting: try again soon", 429)
         try:
             while not self.free.acquire(timeout=_POLL_SECONDS):
                 check_connected(gone)
@@ -200,7 +200,7 @@ _POLL_SECONDS = 0.2
 def check_connected(gone: threading.Event) -> None:
     """Raise RequestRefused if the client has left, so that its turn is released."""
     if gone.is_set():
-        raise RequestRefused("the client has left", 499)
+        raise RequestRefused("the client closed the connection", 499)
 
 
 def check_surrogates(text: str) -> None:
@@ -208,7 +208,7 @@ def check_surrogates(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise RequestRefused("the text holds half a character (a lone surrogate)") from None
+        raise RequestRefused("the text contains half a character (a lone surrogate)") from None
 
 
 @dataclass
@@ -231,12 +231,12 @@ class _Server:
         """
         if payload.model is not None and payload.model != self.name:
             raise RequestRefused(
-                f"there is no model {payload.model!r} here, only {self.name!r}", 404, "model"
+                f"there is no model {payload.model!r}; this server has {self.name!r}", 404, "model"
             )
         for key, value in (payload.model_extra or {}).items():
             is_neutral = value is None or json.dumps(value) in _NEUTRAL_VALUES.get(key, ())
             if key not in _IGNORED_FIELDS and not is_neutral:
-                raise RequestRefused(f"{key} is not supported here", 400, key)
+                raise RequestRefused(f"{key} is not supported", 400, key)
 
     def resolve_max_tokens(self, requested: int | None, default: int) -> int:
         """Return the largest number of tokens in an answer.
@@ -245,8 +245,8 @@ class _Server:
         """
         if requested is not None and requested > self.limits.new_tokens:
             raise RequestRefused(
-                f"max_tokens is {requested}, but this server gives {self.limits.new_tokens} "
-                "at most",
+                f"max_tokens is {requested}, but this server allows at most "
+                f"{self.limits.new_tokens}",
                 400,
             )
         return requested or min(default, self.limits.new_tokens)
@@ -377,7 +377,7 @@ def _add_generation_routes(app: FastAPI, server: _Server) -> None:
         )
         head = _build_head("cmpl", "text_completion", server)
         if payload.stream and len(prompts) > 1:
-            raise RequestRefused("stream is for one prompt", 400, "stream")
+            raise RequestRefused("stream supports only one prompt", 400, "stream")
         if payload.stream:
 
             def format_choice(piece: Piece) -> dict[str, Any]:
@@ -412,7 +412,7 @@ def _add_generation_routes(app: FastAPI, server: _Server) -> None:
         for turn in payload.messages:
             for key, value in (turn.model_extra or {}).items():
                 if value:  # clients send received messages back, including null fields
-                    raise RequestRefused(f"messages: {key} is not supported here", 400, "messages")
+                    raise RequestRefused(f"messages: {key} is not supported", 400, "messages")
         prompt = server.encode_conversation(payload.messages)
         max_tokens = server.resolve_max_tokens(
             payload.max_completion_tokens or payload.max_tokens, server.limits.new_tokens
@@ -571,7 +571,10 @@ def require_bearer_token(token: str) -> Admit:
         if is_same_token(request.headers.get("authorization", ""), f"Bearer {token}"):
             return None
         return _make_error_response(
-            "the API key is not the one that `lorafleet serve` printed", 401, None
+            "the API key is wrong: use the one that `lorafleet serve` printed, or that of "
+            "LORAFLEET_API_KEY",
+            401,
+            None,
         )
 
     return admit
@@ -607,7 +610,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def handle_internal_error(
         _request: Any, error: Exception
     ) -> Response:  # the traceback is printed by the server
-        return _make_error_response(f"a fault of lorafleet: {type(error).__name__}", 500, None)
+        return _make_error_response(f"an error in lorafleet: {type(error).__name__}", 500, None)
 
     @app.exception_handler(RequestValidationError)
     async def handle_validation_error(_request: Any, error: RequestValidationError) -> Response:

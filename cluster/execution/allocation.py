@@ -13,13 +13,13 @@ from lorafleet.jobs.runs.run import Run
 from lorafleet.jobs.text import format_count
 
 _END_REASONS = {
-    "time-limit": "it had come to its time limit, and had saved",
-    "preemption": "it was preempted, and had saved",
-    "nodes-lost": "too few of its nodes were left for one trial, and it had saved",
-    "ray-died": "the Ray of its head node had died",
+    "time-limit": "it reached its time limit, after saving",
+    "preemption": "it was preempted, after saving",
+    "nodes-lost": "too few of its nodes were left for one trial; it saved first",
+    "ray-died": "Ray on its head node died",
 }
 """Reason by event: what the batch script records before it requeues itself."""
-_CUT_OFF_REASON = "it was cut off (a preemption without notice, a lost node, or `scontrol requeue`)"
+_CUT_OFF_REASON = "it was killed (a preemption without notice, a lost node, or `scontrol requeue`)"
 
 
 def get_allocation() -> dict[str, Any]:
@@ -81,10 +81,9 @@ def record_restart(run: Run) -> None:
     idle = count_idle_restarts(run_attempts)
     if idle > max_restarts:
         raise RunError(
-            f"given up after {format_count(idle, 'restart')} that brought no new checkpoint "
-            f"(requeue.max_restarts is {max_restarts}"
-            "): a longer time limit, or a smaller train.checkpoint_minutes, lets each restart "
-            "save something"
+            f"stopped after {format_count(idle, 'restart')} without a new checkpoint "
+            f"(requeue.max_restarts is {max_restarts}): set a longer time_limit, or a smaller "
+            "train.checkpoint_minutes, so that each restart can save a checkpoint"
         )
 
 
@@ -123,4 +122,4 @@ def describe_last_end(history: list[dict[str, Any]], allocation: dict[str, Any])
             f"Slurm started job {last['job']} again (restart {allocation['slurm_restart']}): "
             f"{reason}"
         )
-    return f"job {allocation['slurm_job']} goes on after job {last['job']}: {reason}"
+    return f"job {allocation['slurm_job']} continues after job {last['job']}: {reason}"

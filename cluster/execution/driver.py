@@ -41,7 +41,8 @@ class Driver(ABC):
         self.stored = files.read_json(run.path / "plan.json")
         if not self.stored:
             raise RunError(
-                f"{run.path} holds no plan.json: it is not a run, or was not submitted whole"
+                f"{run.path} has no plan.json: it is not a run's folder, or the submission was not "
+                "completed. Submit the job again"
             )
         self.run = run
         self.job = JobSpec.from_record(self.stored["job"])
@@ -176,8 +177,8 @@ class Driver(ABC):
 
 
 _CUT_OFF_REASON = (
-    "it was ended before all could be saved: it goes on from the last checkpoints "
-    "(`lorafleet resume`)"
+    "the run was killed before it could save everything: `lorafleet resume` continues from the "
+    "last checkpoints"
 )
 
 

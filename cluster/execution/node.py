@@ -54,7 +54,9 @@ def inspect_node(
     problem = None
     if not address:
         problem = (
-            f"has no address on {interface}" if interface else "has no IPv4 address but loopback's"
+            f"has no IPv4 address on the interface {interface}"
+            if interface
+            else ("has no IPv4 address except the loopback address")
         )
     return {
         "node": node,
@@ -88,7 +90,7 @@ def inspect_storage(storage: Path) -> dict[str, Any]:
         with tempfile.NamedTemporaryFile(dir=storage):
             pass
     except OSError as error:
-        problem = f"{storage} cannot be written: {error.strerror}"
+        problem = f"{storage} is not writable: {error.strerror}"
     free_gb = shutil.disk_usage(storage).free / 1e9 if storage.is_dir() else 0.0
     return {**collect_versions(), "wrong": problem, "free_gb": round(free_gb, 1)}
 
@@ -124,14 +126,14 @@ def find_disagreements(
     if len(ordered) < nodes:
         answered = ", ".join(report["node"] for report in ordered) or "none"
         messages.append(
-            f"only {len(ordered)} of {nodes} nodes answered ({answered}); what the others said "
-            "is above"
+            f"only {len(ordered)} of {nodes} nodes answered ({answered}); see the output of the "
+            "other nodes above"
         )
     for report in ordered:
         if report["nonce"] != nonce:
             messages.append(
-                f"{report['node']} does not see {run} as it is now: runs_dir must be a folder "
-                "that all nodes share"
+                f"{report['node']} does not see the current contents of {run}: runs_dir must be a "
+                "folder that all nodes share"
             )
         if report["wrong"]:
             messages.append(f"{report['node']} {report['wrong']}")
@@ -140,9 +142,8 @@ def find_disagreements(
     first = ordered[0]
     for report in ordered[1:]:
         messages += [
-            f"{report['node']} has {name} {report[name]}, and {first['node']} has {first[name]}: "
-            "the site's setup "
-            "lines must make the same environment on every node"
+            f"{report['node']} has {name} {report[name]}, but {first['node']} has {first[name]}: "
+            "the setup lines of the site file must create the same environment on every node"
             for name in PINNED
             if report[name] != first[name]
         ]
@@ -150,9 +151,8 @@ def find_disagreements(
     for report in gpu_reports[1:]:
         reference = gpu_reports[0]
         messages += [
-            f"{report['node']} has {description} {report[name]}{unit}, and {reference['node']} "
-            f"has {reference[name]}{unit}: ask for "
-            "one kind of node (constraint in the site file)"
+            f"{report['node']} has {description} {report[name]}{unit}, but {reference['node']} has "
+            f"{reference[name]}{unit}: request nodes of one kind (constraint in the site file)"
             for name, description, unit in (
                 ("driver", "driver", ""),
                 ("gpu_memory_gib", "GPU memory", " GiB"),
@@ -162,18 +162,19 @@ def find_disagreements(
     missing = [name for name in PINNED if first[name] == "not installed"]
     if missing:
         messages.append(
-            f"{', '.join(missing)} is not installed in the environment that the site's setup "
-            "lines make"
+            f"{', '.join(missing)} is not installed in the environment that the site's setup lines "
+            "create: install it, or correct `setup` in the site file"
         )
     changed = [
         name for name, version in pinned.items() if name in PINNED and first[name] != version
     ]
     if changed and not messages:
-        description = ", ".join(f"{name} {first[name]} and not {pinned[name]}" for name in changed)
+        description = ", ".join(
+            (f"{name} {first[name]} instead of {pinned[name]}") for name in changed
+        )
         messages.append(
-            f"the environment has changed since the run began: {first['node']} has {description}; "
-            "put it back, or start a new "
-            "run"
+            f"the environment has changed since the run started: {first['node']} has "
+            f"{description}. Restore the old environment, or start a new run"
         )
     return messages
 
@@ -195,7 +196,8 @@ def choose_ports(busy: list[int], cpus: int, job: int) -> tuple[int, int]:
         if not occupied.intersection(range(first, first + size)):
             return first, first + size - 1
     raise PlacementRefused(
-        f"no {size} ports in a row are free on all nodes between {_FIRST_PORT} and {_LAST_PORT}"
+        f"no block of {size} consecutive ports between {_FIRST_PORT} and {_LAST_PORT} is free on "
+        "all nodes: end other programs there, or request other nodes"
     )
 
 
@@ -229,10 +231,9 @@ def check_starts(run: Path) -> None:
     )
     if count > max_restarts + 1:
         raise PlacementRefused(
-            f"given up after {format_count(count - 1, 'start')} that did not come to training "
-            "before Slurm ended them "
-            f"(requeue.max_restarts is {max_restarts}): a longer time_limit, or a smaller "
-            "requeue.signal_seconds"
+            f"stopped after {format_count(count - 1, 'start')} that Slurm ended before training "
+            f"began (requeue.max_restarts is {max_restarts}): set a longer time_limit, or a "
+            "smaller requeue.signal_seconds"
         )
 
 
@@ -289,7 +290,7 @@ def stage_models(run: Run, target: Path, say: Callable[[str], None]) -> None:
         ).is_file():  # the driver converts it, and the converted folder is what is loaded
             folder = get_converted_folder(folder)
         if folder.is_dir():
-            say(f"{name} is read from {create_node_copy(folder, target, say)}")
+            say(f"reading {name} from {create_node_copy(folder, target, say)}")
 
 
 def mark_failed(run: Run, message: str) -> None:
@@ -330,7 +331,7 @@ def stop_before_deletion(run: Run, seconds: float, *, drain: bool) -> None:
             "--reason",
             "DRAIN_NODE_REASON_PREEMPTION",
             "--reason-message",
-            "the pod is taken away",
+            "the pod is being deleted",
         ]
         deadline_options = ["--deadline-remaining-seconds", str(max(1, int(seconds) - 5))]
         with contextlib.suppress(subprocess.TimeoutExpired):  # the head is gone: nothing to notify

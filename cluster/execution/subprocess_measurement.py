@@ -25,12 +25,15 @@ def measure_in_subprocess(
     try:
         process = _run_measure(request, folder, threads)
     except subprocess.TimeoutExpired as error:
-        raise RuntimeError(f"it took more than {_TIMEOUT_SECONDS / 60:.0f} minutes") from error
+        raise RuntimeError(
+            f"the measurement took more than {_TIMEOUT_SECONDS / 60:.0f} minutes"
+        ) from error
     if process.returncode:
         raise RuntimeError(
-            (process.stderr.strip().splitlines() or [f"it ended with code {process.returncode}"])[
-                -1
-            ]
+            (
+                process.stderr.strip().splitlines()
+                or [(f"the measurement ended with exit code {process.returncode}")]
+            )[-1]
         )
     result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result

@@ -177,8 +177,7 @@ def _resolve_samples(job: JobSpec) -> tuple[int | None, list[str]]:
     if budget.device_seconds is not None:
         return None, [
             f"compare.budget.device_seconds is {budget.device_seconds:g}: each arm's speed is "
-            "measured first, and the "
-            "rows and steps shown here are those of `train`"
+            "measured before training, so the rows and steps shown here are those of `train`"
         ]
     if budget.tokens is None:
         return budget.samples, []
@@ -189,8 +188,8 @@ def _resolve_samples(job: JobSpec) -> tuple[int | None, list[str]]:
     tokens_per_row = sum(_count_characters(row) for row in rows) / len(rows) / _CHARACTERS_PER_TOKEN
     samples = max(1, round(budget.tokens / tokens_per_row))
     return samples, [
-        f"compare.budget.tokens is {budget.tokens:,}: about {samples:,} rows, counted when "
-        "it begins"
+        f"compare.budget.tokens is {budget.tokens:,}: about {samples:,} rows (the exact number is "
+        "counted when the run starts)"
     ]
 
 
@@ -213,7 +212,7 @@ def _build_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
     ):
         available = format_count(len(configurations), "different configuration")
         notes.append(
-            f"search.num_samples is {job.search.num_samples}, but its parameters make only "
+            f"search.num_samples is {job.search.num_samples}, but its parameters allow only "
             f"{available}"
         )
     train_rows = inputs.train_examples
@@ -228,10 +227,9 @@ def _build_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
         and inputs.train_examples < schedules[0].batch_rows
     ):
         notes.append(
-            f"train.packing makes {format_count(inputs.train_examples, 'row')} of an epoch, and a "
-            "step has "
-            f"{schedules[0].batch_rows}: each step sees the data several times "
-            "(train.per_device_train_batch_size)"
+            f"train.packing packs an epoch into {format_count(inputs.train_examples, 'row')}, but "
+            f"a step has {schedules[0].batch_rows}: each step sees the data several times. Reduce "
+            "train.per_device_train_batch_size"
         )
     total = _count_trials(job, len(configurations))
     final_trainings = len(search.list_final_assignments(job, {})) if job.search else 0
@@ -287,9 +285,9 @@ def _find_long_warmup(trials: list[JobSpec], schedules: list[Schedule]) -> list[
             and trial.train.lr_scheduler_type != "constant"
         ):
             return [
-                f"train.warmup_steps is {steps:,}, and a trial has "
-                f"{format_count(plan.total_steps, 'step')}: the learning "
-                "rate does not reach its peak"
+                f"train.warmup_steps is {steps:,}, but a trial has only "
+                f"{format_count(plan.total_steps, 'step')}: the learning rate does not reach its "
+                "peak"
             ]
     return []
 
@@ -303,9 +301,8 @@ def refuse_environment(loaded: LoadedJob, allowed: Collection[str]) -> None:
     problems = [
         Problem(
             f"environment.{name}",
-            f"environment.{name} changes which code runs, and a job file must not: export it in "
-            "your shell, or let "
-            "the site file say so (environment, or allow_environment)",
+            f"environment.{name} changes which code runs, which a job file must not do: export it "
+            "in your shell, or set it in the site file (environment, or allow_environment)",
         )
         for name in loaded.job.environment
         if can_change_code(name) and name not in allowed
@@ -344,7 +341,7 @@ def _load_inputs(job: JobSpec) -> _JobInputs:
         rows = load_rows(job)
         notes += [*rows.warnings, *_check_decision(job, rows)]
     except AssetError as error:
-        notes.append(f"{error}; rows are taken as {_ASSUMED_ROWS:,}")
+        notes.append(f"{error}; the plan assumes {_ASSUMED_ROWS:,} rows")
     try:
         facts = compute_provenance(job) if rows else None
     except AssetError as error:
@@ -416,7 +413,7 @@ def _describe_classes(job: JobSpec, rows: Rows) -> list[str]:
     label, metrics = evaluate_majority_class(counts["train"], counts[split])
     if metric in metrics:
         lines.append(
-            f"baseline: always predicting {label!r} has {metric} {metrics[metric]:.3f} ({split})"
+            f"baseline: always predicting {label!r} gives {metric} {metrics[metric]:.3f} ({split})"
         )
     return lines
 
@@ -432,7 +429,7 @@ def _load_tokens(job: JobSpec, notes: list[str]) -> TokenData | None:
     try:
         return prepare(job)
     except AssetError as error:
-        notes.append(f"{error}; how rows become tokens was not looked at")
+        notes.append(f"{error}; tokenization was not checked")
         return None
 
 
@@ -447,8 +444,8 @@ def describe_tokens(tokens: TokenData) -> list[str]:
         learnt_tokens = int(split.target_counts.sum())
         lines.append(
             f"{name}: {format_count(split.rows, 'row')}{examples}, {int(split.starts[-1]):,} "
-            f"tokens ({learnt_tokens:,} learnt), "
-            f"{lengths[len(lengths) // 2]} a row (median), {lengths[-1]} at most"
+            f"tokens ({learnt_tokens:,} learnt), per row: {lengths[len(lengths) // 2]} (median), "
+            f"{lengths[-1]} (longest)"
         )
     return lines
 
@@ -553,9 +550,7 @@ def _find_too_large(estimates: list[MemoryEstimate | None], site: Site, *, cuda:
     """Return a message if trials are not expected to fit a GPU."""
     gpu_memory_gib = site.gpu_memory_gib
     if cuda and not gpu_memory_gib:
-        return [
-            "how much memory the GPUs have is not known: whether trials fit them is not checked"
-        ]
+        return ["the memory of the GPUs is unknown, so the plan does not check whether trials fit"]
     too_large = [
         memory.expected
         for memory in estimates
@@ -565,9 +560,9 @@ def _find_too_large(estimates: list[MemoryEstimate | None], site: Site, *, cuda:
         return []
     return [
         f"{len(too_large)} of {len(estimates)} trials are expected to need up to "
-        f"{max(too_large):.1f} GiB, and a GPU has "
-        f"{gpu_memory_gib:.1f}: fewer rows a pass (with more accumulation), "
-        "train.gradient_checkpointing, method: qlora, or strategy: fsdp"
+        f"{max(too_large):.1f} GiB, but a GPU has {gpu_memory_gib:.1f}: use a smaller "
+        "train.per_device_train_batch_size (with more accumulation), train.gradient_checkpointing, "
+        "method: qlora, or strategy: fsdp"
     ]
 
 
@@ -632,28 +627,31 @@ def choose_strategy(
     """
     resources = trials[0].resources
     if resources.strategy != "auto":
-        return resources.strategy, "as given"
+        return resources.strategy, "as set in the job file"
     if not cuda or memory is None or not site.gpu_memory_gib or resources.world_size == 1:
-        return "ddp", "auto: whole copies move the least between processes"
-    gpu_memory_gib, required = site.gpu_memory_gib, f"about {memory.expected:.1f} GiB a process"
+        return "ddp", "auto: full copies exchange the least data between processes"
+    gpu_memory_gib, required = site.gpu_memory_gib, f"about {memory.expected:.1f} GiB per process"
     if memory.expected <= gpu_memory_gib:
         return "ddp", f"auto: {required} fit a GPU of {gpu_memory_gib:.1f}"
     for strategy in WEIGHT_SHARDING_STRATEGIES:
         if not any(find_unsupported(_set_strategy(trial, strategy)) for trial in trials):
             return (
                 strategy,
-                f"auto: {required} do not fit a GPU of {gpu_memory_gib:.1f}, so weights are cut up",
+                f"auto: {required} do not fit a GPU of {gpu_memory_gib:.1f}, so weights are "
+                "sharded",
             )
     return (
         "ddp",
-        f"auto: {required} do not fit a GPU of {gpu_memory_gib:.1f}, but this job's weights "
-        "cannot be cut up",
+        f"auto: {required} do not fit a GPU of {gpu_memory_gib:.1f}, but this job's weights cannot "
+        "be sharded",
     )
 
 
 def _describe_strategy(placement: Placement, reason: str) -> str:
     if not placement.is_distributed:
-        return "one process a trial, in warm actors that keep the base loaded"
+        return "one process per trial, in warm actors that keep the base model loaded"
     machines = f" over {placement.num_nodes} machines" if placement.num_nodes > 1 else ""
-    group = f"{placement.workers} processes a trial{machines}, in a Ray Train worker group each"
+    group = (
+        f"{placement.workers} processes per trial{machines}, each trial in a Ray Train worker group"
+    )
     return f"{placement.strategy}: {group} ({reason})"

@@ -124,7 +124,16 @@ def _check_adapter(job: JobSpec) -> list[tuple[str, str]]:
         return []
     folder = Path(adapter)
     if not all((folder / name).is_file() for name in ADAPTER_FILES):
-        return [(field, f"{field} is {adapter}, but there is no PEFT adapter in it")]
+        return [
+            (
+                field,
+                (
+                    f"{field} is {adapter}, but that folder has no PEFT adapter "
+                    "(adapter_config.json and "
+                    "its weights)"
+                ),
+            )
+        ]
     config = read_model_config(job.model.model_name_or_path, job.model.revision)
     message = find_adapter_refusal(folder, job.method, config, field, generates=job.is_generative)
     return [(field, message)] if message else []
@@ -158,7 +167,7 @@ def _check_arms(job: JobSpec) -> list[tuple[str, str]]:
         required_files = ("config.json",) if arm.method == "full" else ADAPTER_FILES
         missing = [file for file in required_files if not (folder / file).is_file()]
         if missing:
-            problems.append((field, f"{field} is {folder}, but there is no {missing[0]} in it"))
+            problems.append((field, f"{field} is {folder}, but that folder has no {missing[0]}"))
         elif arm.method != "full":
             with suppress(ValueError):
                 model = build_arm_job(job, name).model
@@ -186,8 +195,8 @@ def _check_strategy(loaded: LoadedJob) -> list[tuple[str, str]]:
             (
                 "resources.strategy",
                 f"resources.strategy is {job.resources.strategy}, but DeepSpeed needs a C++ "
-                "compiler and there is no "
-                f"{compiler} (apt-get install g++); fsdp needs none",
+                f"compiler and {compiler} is not installed. Install one (apt-get install g++), or "
+                "use strategy: fsdp, which needs none",
             )
         )
     config_path = job.resources.deepspeed_config
@@ -196,12 +205,15 @@ def _check_strategy(loaded: LoadedJob) -> list[tuple[str, str]]:
             config = json.loads(files.read_regular_text(Path(config_path)))
         except (OSError, ValueError, RecursionError) as error:
             message = (
-                f"resources.deepspeed_config is {config_path}, which is no JSON file that "
-                f"can be read: {error}"
+                f"resources.deepspeed_config is {config_path}, which cannot be read as JSON: "
+                f"{error}"
             )
             return [*problems, ("resources.deepspeed_config", message)]
         if not isinstance(config, dict):
-            message = f"resources.deepspeed_config is {config_path}, but must hold a JSON object"
+            message = (
+                f"resources.deepspeed_config is {config_path}, but the file must contain a JSON "
+                "object"
+            )
             return [*problems, ("resources.deepspeed_config", message)]
         problems += [
             (problem.path, problem.sentence) for problem in find_contradictions(job, config)
@@ -273,7 +285,8 @@ def _check_model(job: JobSpec) -> list[tuple[str, str]]:
         AttributeError,
     ) as error:  # a config.json is untrusted input of any form
         message = (
-            f"model.model_name_or_path is {name}, whose config.json cannot be understood: {error}"
+            f"model.model_name_or_path is {name}, but its config.json cannot be interpreted: "
+            f"{error}"
         )
         return [("model.model_name_or_path", message)]
 
@@ -316,9 +329,9 @@ def _check_layers(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]
     if not has_transposed_layers(config):
         return []
     message = (
-        f"lora.init_lora_weights is olora, but the matrices of {job.model.model_name_or_path} "
-        f"({get_model_type(config)}) are stored transposed (Conv1D), which PEFT's OLoRA does not "
-        "turn; use pissa or default"
+        "lora.init_lora_weights is olora, but the weight matrices of "
+        f"{job.model.model_name_or_path} ({get_model_type(config)}) are stored transposed "
+        "(Conv1D), which PEFT's OLoRA does not support; use pissa or default"
     )
     return [("lora.init_lora_weights", message)]
 

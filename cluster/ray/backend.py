@@ -65,7 +65,8 @@ class RayBackend(RemoteBackend[RayClusterSite]):
     def __init__(self, site: RayClusterSite, nodes: int | None = None) -> None:
         if nodes is not None:
             raise PlacementRefused(
-                f"--nodes is {nodes}, but the Ray of site {site.name} has the machines that it has"
+                f"--nodes is {nodes}, but jobs on site {site.name} use all machines of its Ray "
+                "cluster: leave out --nodes"
             )
         self.site = site
         self.called = f"site {site.name}"
@@ -220,7 +221,9 @@ class RayBackend(RemoteBackend[RayClusterSite]):
         """
         record, info = read_record(run), self.jobs.get_info(self.get_job_name(run))
         if info is not None and not info.ended:
-            raise RunError(f"{run.id} has job {self.get_job_name(run)}, which is {info.status}")
+            raise RunError(
+                f"{run.id} already has job {self.get_job_name(run)}, which is {info.status}"
+            )
         if record.handed_over or info is not None:
             return self._submit_job(run, record.submission + 1)
         return self._submit_job(run, record.submission, record.call)
@@ -240,7 +243,7 @@ class RayBackend(RemoteBackend[RayClusterSite]):
             info = self.jobs.get_info(self.get_job_name(run))
         except UserError as error:
             return read_last_status(run) or RunStatus(
-                run.state, f"{error}; the record here says {run.state}", fresh=False
+                run.state, f"{error}; the last recorded state is {run.state}", fresh=False
             )
         status = derive_status(run, self.get_job_name(run), info)
         return (
@@ -294,7 +297,7 @@ class RayBackend(RemoteBackend[RayClusterSite]):
         name, info = self.get_job_name(run), self.jobs.get_info(self.get_job_name(run))
         if info is None or info.ended:
             raise RunError(
-                f"{run.id} has no job that waits or runs: it is {self.status(run).state}"
+                f"{run.id} has no pending or running job: it is {self.status(run).state}"
             )
         update_record(run, read_record(run).submission, stopping=True)
         if (
@@ -304,11 +307,14 @@ class RayBackend(RemoteBackend[RayClusterSite]):
                 ["lorafleet", "node", "stop", self.get_run_folder(run.id)], lambda _: None
             )
             return (
-                f"{run.id} saves its trials and ends (job {name}); `lorafleet resume "
-                f"{run.id}` goes on"
+                f"{run.id} is saving its trials and will stop (job {name}); continue it with "
+                f"`lorafleet resume {run.id}`"
             )
         self.jobs.stop(name)
-        return f"{run.id} is taken back; `lorafleet resume {run.id}` submits it again"
+        return (
+            f"{run.id} was cancelled before it started; `lorafleet resume {run.id}` submits it "
+            "again"
+        )
 
     def kill(self, run: Run) -> None:
         """Stop the run's job; nothing is saved."""
@@ -325,15 +331,15 @@ def derive_status(run: Run, name: str, job: JobInfo | None) -> RunStatus:
     """Return the status of a run from its Ray job (None: Ray knows none) and the local record."""
     if job is None:
         return infer_unknown_status(
-            run, f"Ray does not know job {name} any more: a head that begins anew forgets its jobs"
+            run, f"Ray does not know job {name} any more (a restarted head node forgets its jobs)"
         )
     if job.status == "PENDING":
         wait_reason = job.message.partition(".")[0]
         return RunStatus(
-            RunState.PENDING, f"job {name} waits" + (f": {wait_reason}" if wait_reason else "")
+            RunState.PENDING, f"job {name} is pending" + (f": {wait_reason}" if wait_reason else "")
         )
     if job.status == "RUNNING":
-        return RunStatus(RunState.RUNNING, f"job {name} runs")
+        return RunStatus(RunState.RUNNING, f"job {name} is running")
     own_state, reason = read_own_state(run)
     if job.status == "SUCCEEDED":
         return RunStatus(
@@ -342,7 +348,8 @@ def derive_status(run: Run, name: str, job: JobInfo | None) -> RunStatus:
         )
     if job.status == "STOPPED" or own_state is RunState.STOPPED:
         return RunStatus(
-            RunState.STOPPED, f"job {name} was stopped; `lorafleet resume {run.id}` goes on"
+            RunState.STOPPED,
+            (f"job {name} was stopped; continue it with `lorafleet resume {run.id}`"),
         )
     message = reason if own_state is RunState.FAILED else ""
     message = message or f"job {name} failed: {' '.join(job.message.split())[:300]}"

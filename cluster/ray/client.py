@@ -89,13 +89,15 @@ class RayJobs:
             yield
         except AuthenticationError as error:
             raise RayUnreachable(
-                f"the Ray at {self.address} wants a token: set RAY_AUTH_MODE=token and "
+                f"the Ray cluster at {self.address} requires a token: set RAY_AUTH_MODE=token and "
                 "RAY_AUTH_TOKEN in your shell"
             ) from error
         except (RayError, ConnectionError, RuntimeError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise RayUnreachable(
-                f"the Ray at {self.address} does not take that: {reason}"
+                f"the request to the Ray cluster at {self.address} failed: {reason}. If the "
+                "cluster is down or not reachable from this machine, check `address` in the site "
+                "file, and run `lorafleet doctor --on SITE`"
             ) from error
 
     def get_nodes(self) -> tuple[Node, ...]:
@@ -184,9 +186,9 @@ class JobCommandRunner:
                     size += file.write(block)
             if size > _MAX_BYTES:
                 raise PlacementRefused(
-                    f"{size / 1e6:,.0f} MB are too much for Ray's job server, which takes "
-                    f"{_MAX_BYTES / 1e6:,.0f}: "
-                    "lay it into the storage by hand, and name it by its path there"
+                    f"the upload has {size / 1e6:,.0f} MB, but Ray's job server accepts at most "
+                    f"{_MAX_BYTES / 1e6:,.0f}: copy the files to the storage yourself, and use "
+                    "their path there in the job file"
                 )
             self.jobs.submit(name, shlex.join(line), Path(folder), {"lorafleet": "relay"})
         info = self._wait_for_end(name)
@@ -199,14 +201,14 @@ class JobCommandRunner:
         reply = json.loads(match[1])
         if reply["code"]:
             raise CommandFailed(
-                reply["error"] or f"{' '.join(command[:3])} ended with code {reply['code']}"
+                reply["error"] or f"{' '.join(command[:3])} ended with exit code {reply['code']}"
             )
         try:
             for encoded in output[match.end() :].split():
                 take(base64.b64decode(encoded, validate=True))
         except binascii.Error as error:
             raise CommandFailed(
-                f"what {' '.join(command[:3])} said came mixed with other words"
+                f"the output of {' '.join(command[:3])} is damaged: other text is mixed into it"
             ) from error
 
     def _wait_for_end(self, name: str) -> JobInfo:
@@ -243,7 +245,10 @@ def relay(source: Path, command: list[str]) -> None:
         size = f"{len(process.stdout) / 1e6:,.0f} MB"
         reply = {
             "code": 1,
-            "error": f"{size} are too much for a job's log: copy them from the storage by hand",
+            "error": (
+                f"the output has {size}, which is too much for a job's log: copy the files from "
+                "the storage yourself"
+            ),
         }
     out = sys.stdout
     out.write(f"{RELAYED} {json.dumps(reply)}\n")

@@ -36,12 +36,12 @@ def _check_command(runner: CommandRunner, mount: str) -> Iterator[Finding]:
             "lorafleet on the cluster",
             "missing",
             str(error),
-            "install this version in its environment",
+            "install this version of lorafleet in the cluster's environment",
         )
         return
     yield check_version(report, "lorafleet", "on the cluster")
     yield check_storage(
         report,
         "on the cluster",
-        f"every machine must see {mount}, and its user write there",
+        f"every machine must see {mount}, and its user must be able to write there",
     )

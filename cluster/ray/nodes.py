@@ -95,10 +95,9 @@ def detect_ray_site(address: str) -> RaySite:
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PlacementRefused(
-            f"RAY_ADDRESS is {address}, but no Ray can be joined there ({reason}); `ray status "
-            f"--address {address}` "
-            "shows whether one is up; without RAY_ADDRESS a Ray of its own is started on "
-            "this machine"
+            f"RAY_ADDRESS is {address}, but no Ray cluster can be reached there ({reason}). Check "
+            f"it with `ray status --address {address}`, or unset RAY_ADDRESS to start Ray on this "
+            "machine"
         ) from error
     try:
         table = ray.nodes()
@@ -161,7 +160,7 @@ def wait_for_nodes(address: str, nodes: int, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not _is_listening(host, int(port)):
         if time.monotonic() > deadline:
-            raise LorafleetError(f"no Ray listens at {address} after {seconds:.0f} s")
+            raise LorafleetError(f"no Ray cluster answers at {address} after {seconds:.0f} s")
         time.sleep(0.3)
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import RaySystemError, RpcError
@@ -179,7 +178,7 @@ def wait_for_nodes(address: str, nodes: int, seconds: float) -> None:
             last_answer = format_count(len(alive), "node")
         time.sleep(0.5)
     raise LorafleetError(
-        f"the Ray at {address} has {last_answer}, and not {nodes}, after {seconds:.0f} s"
+        f"the Ray cluster at {address} has {last_answer} after {seconds:.0f} s, but needs {nodes}"
     )
 
 

@@ -84,9 +84,12 @@ class RemoteBackend(ABC, Generic[AwaySite]):
         """
         run = Run(runs.absolute() / name)
         if not name or Path(name).name != name:
-            raise RunError(f"RUN is {name!r}, which is no run's id")
+            raise RunError(f"RUN is {name!r}, which is not the id of a run")
         if run.path.exists():
-            raise RunError(f"there is a record of {name} already: `lorafleet pull {name}`")
+            raise RunError(
+                f"this machine already has a record of {name}: update it with `lorafleet pull "
+                f"{name}`"
+            )
         submission = self.find_newest_submission(name)
         runs.mkdir(parents=True, exist_ok=True)
         with self.open_storage(say) as runner:
@@ -117,9 +120,9 @@ class RemoteBackend(ABC, Generic[AwaySite]):
             raise error
         registry.add(run, self.site.name)
         raise RunError(
-            f"{error or type(error).__name__}\nWhether the job was taken is not known: `lorafleet "
-            f"status {run.id}` "
-            f"asks, and `lorafleet resume {run.id}` hands it over if it was not"
+            f"{error or type(error).__name__}\nIt is not known whether the cluster accepted the "
+            f"job. Check with `lorafleet status {run.id}`; `lorafleet resume {run.id}` submits it "
+            "if the cluster did not"
         ) from error
 
     @abstractmethod
@@ -152,7 +155,9 @@ class RemoteBackend(ABC, Generic[AwaySite]):
 
     def describe_run_location(self, run: str, runs: Path) -> str:
         """Return where a run of this name is, for people."""
-        return f"{self.get_run_folder(run)} on the storage, and its record here in {runs / run}"
+        return (
+            f"{self.get_run_folder(run)} on the storage; its record on this machine in {runs / run}"
+        )
 
     def resolve_runs_dir(self, requested: Path) -> Path:
         """Return the local folder of the records; the runs themselves are on the site's storage."""
@@ -171,9 +176,8 @@ class RemoteBackend(ABC, Generic[AwaySite]):
     def list_invisible_paths(self, job: JobSpec) -> list[str]:
         """Return a message for every path in a job that the site's machines cannot read."""
         return [
-            f"{field} is {path}, which {self.called} does not see: `lorafleet fetch JOB.yaml --on "
-            "SITE` brings it to "
-            "the storage as it is now"
+            f"{field} is {path}, which {self.called} cannot read: upload it with `lorafleet fetch "
+            "JOB.yaml --on SITE` (again after each change)"
             for field, path in staging.list_local_inputs(job)
             if not self._is_on_storage(path)
         ]
@@ -187,9 +191,8 @@ class RemoteBackend(ABC, Generic[AwaySite]):
         if not missing:
             return []
         return [
-            f"internet of {self.called} is false, and {', '.join(missing)} was not brought to its "
-            "storage from here: "
-            "`lorafleet fetch JOB.yaml --on SITE` does so"
+            f"internet of {self.called} is false, and {', '.join(missing)} was not uploaded to its "
+            "storage from this machine: run `lorafleet fetch JOB.yaml --on SITE`"
         ]
 
     def upload_inputs(self, job: JobSpec, say: Say) -> str:
@@ -209,12 +212,11 @@ class RemoteBackend(ABC, Generic[AwaySite]):
         if items:
             self._upload(items, say)
         note = (
-            "; what it names of the hub and of the assets is fetched there" if self.internet else ""
+            "; the hub models, data sets and assets that it names are downloaded by the cluster"
+            if self.internet
+            else ""
         )
-        return (
-            f"{format_count(len(items), 'part')} of it brought to the storage of "
-            f"{self.called}{note}"
-        )
+        return f"{format_count(len(items), 'input')} uploaded to the storage of {self.called}{note}"
 
     def upload_asset(self, name: str, say: Say) -> str:
         """Upload an asset to the storage; return its folder there."""

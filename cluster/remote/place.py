@@ -49,7 +49,7 @@ def run_json_command(runner: CommandRunner, command: list[str], request: Any) ->
         return json.loads(output)
     except ValueError as error:
         raise CommandFailed(
-            f"{' '.join(command)} printed no answer: {bytes(output[:200])!r}"
+            f"the output of {' '.join(command)} is not JSON: {bytes(output[:200])!r}"
         ) from error
 
 
@@ -128,9 +128,9 @@ def upload_items(runner: CommandRunner, items: Iterable[UploadItem], say: Say) -
     missing = set(run_json_command(runner, ["lorafleet", "node", "lacks"], requests))
     for item in items:
         if item.target not in missing:
-            say(f"{item.source} is there already, as {item.target}")
+            say(f"{item.source} is already on the storage, as {item.target}")
             continue
-        say(f"{item.source} ({item.bytes / 1e6:,.1f} MB) goes to {item.target}")
+        say(f"uploading {item.source} ({item.bytes / 1e6:,.1f} MB) to {item.target}")
         kind = ["--file"] if item.source.is_file() else []
         command = ["lorafleet", "node", "receive", item.target, item.digest, *kind]
         runner.run(command, lambda _: None, iterate_frames(item.source))

@@ -194,7 +194,8 @@ def check_name(name: str) -> None:
     )
     if not is_plain or len(name) > _MAX_NAME_LENGTH or len(parts) > _MAX_DEPTH:
         raise CommandFailed(
-            f"what came holds {name[:200]!r}, which is no file of a run's record: nothing was taken"
+            f"the downloaded archive contains {name[:200]!r}, which is not a file of a run's "
+            "record, so nothing was unpacked"
         )
 
 
@@ -228,7 +229,8 @@ class Unpacker:
         except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
             disk_error = make_disk_full_error(error, self.folder)
             raise disk_error or CommandFailed(
-                f"what came for {self.folder.name} is not whole: {error}"
+                f"the download of {self.folder.name} is incomplete or damaged ({error}); no file "
+                "was changed. Run `lorafleet pull` again"
             ) from error
         finally:
             self.discard()
@@ -325,7 +327,7 @@ def compute_digest(source: Path) -> str:
     if source.is_file():
         return files.compute_sha256(source)
     if not source.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "there is no such file or folder", str(source))
+        raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(source))
     lines = (
         f"{path.relative_to(source)} {files.compute_sha256(path)}\n" for path in list_files(source)
     )
@@ -388,7 +390,7 @@ class _FrameReader(io.RawIOBase):
     def _read_exactly(self, count: int) -> bytes:
         data = self.source.read(count)
         if len(data) < count:
-            raise CommandFailed("the sender stopped in the middle")
+            raise CommandFailed("the upload was cut off before its end; run the command again")
         return data
 
 
@@ -427,7 +429,10 @@ def receive(target: Path, expected: str, source: IO[bytes], *, file: bool) -> No
             archive.extractall(scratch, filter="data")
         received = scratch / target.name if file else scratch
         if compute_digest(received) != expected:
-            raise CommandFailed(f"{target} did not arrive as it was sent")
+            raise CommandFailed(
+                f"{target} arrived damaged: its checksum differs from that of the sender. Run the "
+                "command again"
+            )
         if file:
             received.replace(target)
             return

@@ -14,7 +14,7 @@ parser = argparse.ArgumentParser(description="Answer each prompt, greedily.")
 parser.add_argument("prompts", nargs="+")
 parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens of an answer")
 parser.add_argument(
-    "--json", action="store_true", help="print a line of JSON for each: token ids and text"
+    "--json", action="store_true", help="print one line of JSON per prompt: token ids and text"
 )
 arguments = parser.parse_args()
 

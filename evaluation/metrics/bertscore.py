@@ -118,11 +118,7 @@ def load(folder: Path, layer: int | None, device: str) -> BertScore:
     blocks = getattr(getattr(model, "encoder", None), "layer", None)
     if layer is not None:
         if blocks is None or layer > len(blocks):
-            layers_text = (
-                f"{len(blocks)} layers"
-                if blocks is not None
-                else "no layers that can be told apart"
-            )
+            layers_text = f"{len(blocks)} layers" if blocks is not None else "no separate layers"
             raise AssetError(
                 f"evaluate.bertscore_layer is {layer}, but {folder.name} has {layers_text}"
             )

@@ -82,11 +82,12 @@ def _compute_per_row(
         except Exception as error:  # whatever the user's function raises
             reason = f"{type(error).__name__}: {error}"
             raise UserError(
-                f"evaluate.custom_metrics.{name} raised at held-out row {row}: {reason}"
+                f"evaluate.custom_metrics.{name} raised an error at held-out row {row}: {reason}"
             ) from error
         if not isinstance(value, int | float | np.number) or not math.isfinite(value):
             raise UserError(
-                f"evaluate.custom_metrics.{name} returned {value!r} for row {row}, and not a number"
+                f"evaluate.custom_metrics.{name} returned {value!r} for row {row}, but must return "
+                "a finite number"
             )
         values[row] = float(value)
     return values
@@ -114,6 +115,6 @@ def _compute_overall(
     if name in numbers or len(numbers) == 1:
         return float(numbers.get(name, next(iter(numbers.values()))))
     raise UserError(
-        f"evaluate.custom_metrics.{name}: {path} returned {sorted(numbers) or 'no number'}; name "
-        "the metric after one"
+        f"evaluate.custom_metrics.{name}: {path} returned {sorted(numbers) or 'no number'}; give "
+        "the metric the name of one of them"
     )

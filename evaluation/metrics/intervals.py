@@ -102,7 +102,7 @@ def explain_missing_interval(models: Sequence[RowResults], name: str) -> str | N
     if len(first) < MIN_ROWS:
         return f"{len(first)} rows are too few for an interval (at least {MIN_ROWS} are needed)"
     if name in first.whole:
-        return f"{name} has one value for all rows together"
+        return f"{name} has one value for all rows, not one per row"
     if name in _MACRO and first.classified:
         support_C = count_confusions(first.classified).sum(axis=1)
         predicted_C = sum(

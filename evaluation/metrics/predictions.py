@@ -130,7 +130,7 @@ def deserialize(data: bytes) -> tuple[RowResults, int]:
         results = RowResults(tensors["loss"], tensors["targets"], classified, (), ratios, whole)
         return results, int(metadata["step"])
     except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"not per-row results ({error})") from error
+        raise ValueError(f"not a file of per-row results ({error})") from error
 
 
 def _read_classified(tensors: Mapping[str, np.ndarray], classes: int) -> Classified:

@@ -27,7 +27,7 @@ def build_arm_columns(report: Report) -> list[tuple[str, Cell]]:
     columns: list[tuple[str, Cell]] = [("arm", lambda arm: arm.arm), ("what", lambda arm: arm.what)]
     columns.append((f"{report.held_out} {report.metric}", _make_quality_cell(report.metric)))
     columns.append((f"{report.metric} over seeds", _make_seeds_cell(report.metric)))
-    columns.append(("p against the best", _make_p_value_cell(report)))
+    columns.append(("p vs best", _make_p_value_cell(report)))
     columns += [
         (f"{report.held_out} {name}", _make_metric_cell(name))
         for name in report.metrics
@@ -67,7 +67,7 @@ def build_terminal_arm_columns(report: Report) -> list[tuple[str, Cell]]:
         "arm": "arm",
         f"{report.held_out} {report.metric}": f"{report.held_out} {report.metric}",
         f"{report.metric} over seeds": "over seeds",
-        "p against the best": "p",
+        "p vs best": "p",
         **{f"{report.held_out} {name}": name for name in list_shown_metrics(report)},
         "train time": "train",
         "train GiB": "train GiB",
@@ -253,7 +253,7 @@ def build_batches_table(report: Report) -> tuple[list[str], list[list[str]]]:
     headings = [
         "arm",
         "rows",
-        "tokens a row",
+        "tokens/row",
         "first token ms",
         "tokens/s",
         "batch ms",
@@ -298,20 +298,20 @@ def list_arm_notes(report: Report) -> list[str]:
         if any(arm.tried for arm in report.arms or []):
             notes.append("Each arm's configuration was chosen on the validation rows.")
         notes.append(
-            "The arms are compared on the test rows, which no training or search has looked at; "
-            "the number of the arm "
-            "that ships is the best of several there, and so a little optimistic."
+            "The arms are compared on the test rows, which were not used in training or search. "
+            "The score of the shipped arm is slightly optimistic, because it is the best of "
+            "several."
         )
     has_several_seeds = any(len(arm.seeds) > 1 for arm in report.arms or [])
     if has_several_seeds:
         notes.append(
-            "Metrics are means over an arm's seeds; brackets hold 95 % intervals over rows "
-            "and seeds."
+            "Metrics are means over an arm's seeds; brackets are 95 % intervals over rows and "
+            "seeds."
         )
     elif any(arm.tried or (arm.train_seconds and arm.seeds) for arm in report.arms or []):
         notes.append(
-            "One training an arm: how far another seed would move it is in no interval and no "
-            "p-value."
+            "Each arm was trained once: the intervals and p-values do not include the variation "
+            "between seeds."
         )
     if report.pairs:
         units = "rows and seeds" if has_several_seeds else "rows"
@@ -328,14 +328,14 @@ def list_arm_notes(report: Report) -> list[str]:
             else ""
         )
         memory_owner = (
-            "whole process's, its libraries included"
+            "whole process's, including its libraries"
             if inferences[0].begun_gib is not None
             else "GPU's"
         )
         notes.append(
-            "Inference: each arm alone in a fresh process, in turn, "
-            f"{format_count(rounds, 'time')}{on_cpu}; medians. "
-            f"Memory is the {memory_owner}."
+            "Inference: each arm runs alone in a new process; the arms take turns, "
+            f"{format_count(rounds, 'time')}{on_cpu}; values are medians. Memory is the "
+            f"{memory_owner}."
         )
     return notes
 

@@ -193,12 +193,12 @@ def render_trial(report: Report, row: Row) -> RenderableType:
         "trained": f"{row.step:,} steps, {row.samples:,} rows, {format_duration(row.train_seconds)}"
         if row.step
         else "",
-        "evaluated": f"{row.eval_samples_per_second:,.0f} rows a second"
+        "evaluated": f"{row.eval_samples_per_second:,.0f} rows per second"
         if row.eval_samples_per_second
         else "",
         "parameters": f"{row.trainable_parameters:,} trained" if row.trainable_parameters else "",
         "formats": row.number_formats or "",
-        "memory": f"{format_number(row.peak_memory_gib, 2)} GiB at most"
+        "memory": f"at most {format_number(row.peak_memory_gib, 2)} GiB"
         if row.peak_memory_gib
         else "",
         "reason": row.reason or "",
@@ -458,7 +458,7 @@ def _build_arm_tiles(report: Report) -> list[tuple[str, str]]:
         tiles.append(("one training", format_duration(arm.train_seconds)))
     if arm.inference and arm.inference.peak_memory_gib:
         tiles.append(
-            ("memory in inference", f"{format_number(arm.inference.peak_memory_gib, 2)} GiB")
+            ("memory at inference", f"{format_number(arm.inference.peak_memory_gib, 2)} GiB")
         )
     return tiles
 

@@ -206,12 +206,10 @@ def _render_weights_section(manifest: dict[str, Any]) -> list[str]:
         digest = str(manifest["model_revisions"].get(manifest["base_model_in_job"], ""))[:12]
         pinned = f" (SHA-256 {digest}...)" if digest else ""
         lines.append(
-            f"- Trained on `{escape_markdown(manifest['base_model_in_job'])}`{pinned}, "
-            "lorafleet's copy of the base model. Its "
-            "weights may be rounded differently from the hub's, so that metrics on the hub's copy "
-            "can differ slightly. "
-            f"`lorafleet fetch {escape_markdown(manifest['base_model_in_job'])}` prints the "
-            "folder of the copy"
+            f"- Trained on `{escape_markdown(manifest['base_model_in_job'])}`{pinned}, lorafleet's "
+            "copy of the base model. Its weights may be rounded differently from those on the hub, "
+            "so metrics on the hub's copy can differ slightly. `lorafleet fetch "
+            f"{escape_markdown(manifest['base_model_in_job'])}` prints the folder of the copy"
         )
     if weights["step"] is not None:
         rows = (
@@ -220,9 +218,9 @@ def _render_weights_section(manifest: dict[str, Any]) -> list[str]:
             else ""
         )
         lines.append(
-            f"- Saved at step {weights['step']:,} of {weights['trained_steps']:,}{rows}: the best "
-            "evaluation on the "
-            "validation rows. The metrics above are of these weights"
+            f"- Saved at step {weights['step']:,} of {weights['trained_steps']:,}{rows}, the step "
+            "with the best evaluation on the validation rows. The metrics above are those of these "
+            "weights"
         )
     if weights["dtypes"]:
         lines.append(f"- Stored as {', '.join(map(str, weights['dtypes']))}")
@@ -235,9 +233,9 @@ def _render_weights_section(manifest: dict[str, Any]) -> list[str]:
         lines.append(f"- LoRA rank: {rank}")
     elif rank is not None:
         lines.append(
-            f"- LoRA rank: {rank} as trained, stored as an equivalent adapter of rank {stored}: "
-            "the initialisation "
-            "changed the base's weights, and this form fits the unchanged base"
+            f"- LoRA rank: {rank} as trained, stored as an equivalent adapter of rank {stored}, "
+            "because the initialisation changed the base's weights and the stored form fits the "
+            "unchanged base"
         )
     return lines
 

@@ -38,13 +38,13 @@ _MAX_LINES = 100
 """Most trials whose curves are drawn, the best first. More lines would merge into one area."""
 _MAX_MARKS = 400
 """Most points drawn as vector shapes. More are drawn as a picture, whose size is bounded."""
-_AT_RUNGS = " at the rungs. A line that ends at a cross was cut there."
+_AT_RUNGS = " at the rungs. A line that ends with a cross was stopped early."
 
 
 def draw_plots(report: Report) -> list[tuple[str, str]]:
     """Draw every plot that the report has data for. Return (caption, SVG) of each."""
     has_several, by_arm = len(report.trials) > 1, bool(_choose_arm_colours(report))
-    grouping = "by arm" if by_arm else "by trial. The recommended trial is drawn in colour"
+    grouping = "by arm" if by_arm else "by trial. The recommended trial is coloured"
     shown_report, omission = _select_best_trials(report)
     makers: list[tuple[str, Callable[[Axes, Report], bool]]] = [
         (
@@ -58,7 +58,10 @@ def draw_plots(report: Report) -> list[tuple[str, str]]:
         ),
     ]
     for path in _sort_by_value_count(_collect_values(_list_configurations(report))):
-        caption = f"Validation {report.metric} against {path}; crosses were cut early."
+        caption = (
+            f"Validation {report.metric} against {path}; crosses mark trials that were stopped "
+            "early."
+        )
         makers.append((caption, partial(_draw_against_field, across=path)))
     drawn = [(caption, _draw_figure(report, maker)) for caption, maker in makers]
     return [(caption, svg) for caption, svg in drawn if svg]
@@ -77,7 +80,7 @@ def _select_best_trials(report: Report) -> tuple[Report, str]:
     rows = [*report.trials[:_MAX_LINES], *chosen]
     return report.model_copy(
         update={"trials": rows}
-    ), f" The best {len(rows)} of {len(report.trials):,} are drawn."
+    ), f" Only the best {len(rows)} of {len(report.trials):,} are drawn."
 
 
 def draw_arm_plots(report: Report) -> list[tuple[str, str]]:
@@ -93,8 +96,8 @@ def draw_arm_plots(report: Report) -> list[tuple[str, str]]:
         if svg:
             drawn.append(
                 (
-                    f"{report.held_out} {report.metric} against {cost_text}. The line joins what "
-                    "none beats.",
+                    f"{report.held_out} {report.metric} against {cost_text}. The line connects the "
+                    "arms that no other arm beats in both.",
                     svg,
                 )
             )

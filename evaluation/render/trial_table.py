@@ -45,7 +45,7 @@ def build_columns(report: Report) -> list[tuple[str, Cell]]:
         ("one evaluation", lambda row: format_duration(row.eval_runtime)),
         ("evaluated rows/s", lambda row: format_number(row.eval_samples_per_second, 1)),
         *(
-            [("s an answer", lambda row: format_number(row.seconds_per_answer, 2))]
+            [("s per answer", lambda row: format_number(row.seconds_per_answer, 2))]
             if _has_answer_times(report)
             else []
         ),
@@ -180,13 +180,12 @@ def list_notes(report: Report) -> list[str]:
         return all_notes + list_arm_notes(report)
     if report.held_out == "test" and any(row.test_metrics for row in report.trials):
         all_notes.append(
-            "The search and the choice looked at the validation rows; the test rows were run "
-            "once, after the choice."
+            "The search and the selection used the validation rows; the test rows were evaluated "
+            "once, afterwards."
         )
     all_notes.append(
-        "Square brackets hold 95 % intervals over rows (not over seeds). Baselines have none, nor "
-        "do metrics with too "
-        "few rows."
+        "Square brackets are 95 % intervals over rows (not over seeds). Baselines, and metrics "
+        "with too few rows, have no interval."
     )
     return all_notes
 
@@ -267,7 +266,7 @@ def build_headline(report: Report) -> str:
     if report.arms is not None and report.state == BENCHMARK:
         return (
             f"{report.model} on {report.data}, {format_count(len(report.arms), 'variant')} "
-            "measured side by side"
+            "compared side by side"
         )
     return (
         f"{report.model} on {report.data}{rows_text}, "

@@ -30,13 +30,13 @@ _MUST_AGREE = {
     "rows": "the held-out rows",
     "model": "the base model",
     "prompt_format": "the prompt format",
-    "conversation": "the chat template, its variables or what is learnt of a conversation",
+    "conversation": "the chat template, its variables or the learnt parts of a conversation",
     "metric_version": "the version of the metrics",
-    "custom_metrics": "the metrics of one's own",
+    "custom_metrics": "the custom metrics",
     "encoders": "the encoder of BERTScore",
     "labels": "the order of the classes",
-    "max_length": "the length to which rows are cut",
-    "answers": "the way in which answers are written",
+    "max_length": "the maximum length of rows",
+    "answers": "the generation settings of answers",
 }
 """Properties that two runs must share to be ranked: key of `_Entry.terms` -> its text."""
 _GENERATION_FIELDS = {
@@ -178,7 +178,7 @@ def _load_entry(run: Run) -> _Entry:
 def _make_empty_arm(run: Run) -> Arm:
     """Return the arm of a run that recommends nothing."""
     return Arm(
-        arm=run.id, what="no recommendation", remarks=["it has nothing to ship"], comparable=False
+        arm=run.id, what="no recommendation", remarks=["it has no model to ship"], comparable=False
     )
 
 
@@ -206,7 +206,7 @@ def _make_trial_arm(run: Run, report: Report, results: list[RowResults]) -> Arm:
 
 
 _NO_PREDICTIONS = (
-    "it has no predictions of the held-out rows (it was made by an older version, or has not ended)"
+    "it has no predictions on the held-out rows (an older version made it, or it has not ended)"
 )
 
 
@@ -218,7 +218,7 @@ def _list_differences(entry: _Entry, first: _Entry) -> list[str]:
             verb = "differ" if description.split(" of ")[0].endswith("s") else "differs"
             differences.append(f"{description} {verb} from {first.run.id}'s")
     if entry.report.held_out != first.report.held_out:
-        differences.append(f"it was judged on {entry.report.held_out} rows")
+        differences.append(f"it was evaluated on {entry.report.held_out} rows")
     return differences
 
 
@@ -229,8 +229,8 @@ def _mark_differences(entry: _Entry, first: _Entry) -> Arm:
     remarks = [*entry.arm.remarks, *reasons]
     if entry.terms["trained_on"] != first.terms["trained_on"]:
         remarks.append(
-            f"it was trained on other rows than {first.run.id}: whether held-out rows were among "
-            "them is not known"
+            f"it was trained on other rows than {first.run.id}, so its training may have included "
+            "held-out rows"
         )
     return entry.arm.model_copy(
         update={"comparable": entry.arm.comparable and not reasons, "remarks": remarks}

@@ -34,7 +34,7 @@ COSTS: dict[str, tuple[str, str, Callable[[Arm], float | None]]] = {
         ".2f",
         lambda arm: arm.inference.peak_memory_gib if arm.inference else None,
     ),
-    "latency_ms": ("ms until it answers", ".1f", lambda arm: get_first_response_ms(arm)),
+    "latency_ms": ("ms per answer", ".1f", lambda arm: get_first_response_ms(arm)),
     "weights_mb": ("MB of trained weights", ".1f", lambda arm: arm.weights_mb),
 }
 """Cost -> its text, its number format, and a function that reads it from an arm."""
@@ -91,7 +91,8 @@ def choose(arms: list[Arm], comparisons: Sequence[Comparison], choice: Choice) -
     rule = describe_rule(choice)
     if excluded and len(arms) - len(excluded) < 2:
         sentence = (
-            "Nothing is ranked: no two of them were judged alike (the remarks say what differs)."
+            "Nothing is ranked: no two of the models were evaluated in the same way (see the "
+            "remarks for the differences)."
         )
         return Recommendation(trial_id=None, rule=rule, sentence=sentence)
     if not ranked:
@@ -115,7 +116,7 @@ def choose(arms: list[Arm], comparisons: Sequence[Comparison], choice: Choice) -
             ranked, by_name[decision.best.name], comparisons, choice
         )
     if excluded:
-        sentence += f" Not ranked beside the other {len(ranked)}: {', '.join(excluded)}."
+        sentence += f" Not ranked with the other {len(ranked)}: {', '.join(excluded)}."
     return Recommendation(
         trial_id=chosen.trial_id,
         arm=chosen.arm,
@@ -140,7 +141,8 @@ def _choose_by_score(
         unbeaten = ", ".join(arms) or "no cost was measured"
         return (
             best,
-            f"Ship {best.arm}: it has the best {score}. None beats these in both: {unbeaten}.",
+            f"Ship {best.arm}: it has the best {score}. No other arm beats any of these in both "
+            f"metric and cost: {unbeaten}.",
         )
     if choice.rule == "best":
         p_value = _format_p_value(best, ranked, comparisons, choice)
@@ -157,23 +159,21 @@ def _choose_smallest_within(
     if not costs:
         return (
             best,
-            f"Ship {best.arm}: it has the best {score}; {COSTS[choice.cost][0]} was measured "
-            "of none.",
+            f"Ship {best.arm}: it has the best {score}; {COSTS[choice.cost][0]} was not measured "
+            "for any arm.",
         )
     lowest = min(costs.values())
     cheap = [arm for arm in near if costs.get(arm.arm, math.inf) <= choice.slack * lowest]
     chosen = max(cheap, key=lambda arm: (choice.score(arm), -costs[arm.arm]))
     close = "" if costs[chosen.arm] == lowest else f"within {SAME_TIME - 1:.0%} of "
-    price = f"{_format_cost(chosen, choice)} is {close}the least"
+    price = f"{_format_cost(chosen, choice)} is {close}the lowest cost"
     if chosen is best:
         arms = f"the {len(near)} arms within {choice.within:g}"
         return best, f"Ship {best.arm}: it has the best {score}, and {price} of {arms}."
     return chosen, (
         f"Ship {chosen.arm}: its {choice.metric} {_format_score(chosen, choice)} is within "
-        f"{choice.within:g} of the "
-        f"{_format_score(best, choice)} of {best.arm}, and {price} of the {len(near)} for which "
-        "that holds "
-        f"({_format_cost(best, choice)} for {best.arm})."
+        f"{choice.within:g} of the {_format_score(best, choice)} of {best.arm}, and {price} of the "
+        f"{len(near)} arms within that distance ({_format_cost(best, choice)} for {best.arm})."
     )
 
 
@@ -213,19 +213,17 @@ def describe_rule(choice: Choice) -> str:
     if choice.rule == "cheapest_within_tolerance":
         return (
             f"among the arms that lose at most {describe_tolerances(choice.tolerances)} against "
-            "the best (simultaneous "
-            "95 % intervals of paired differences on the held-out rows), the one with the least "
-            f"{cost_text}; if there is "
-            "none, the best"
+            "the best (simultaneous 95 % intervals of paired differences on the held-out rows), "
+            f"the one with the lowest {cost_text}; if there is none, the best"
         )
     if choice.rule == "smallest_within":
         return (
-            f"of the arms within {choice.within:g} of the best {choice.metric}, the one that "
-            f"needs least: {cost_text}"
+            f"of the arms within {choice.within:g} of the best {choice.metric}, the one with the "
+            f"lowest {cost_text}"
         )
     if choice.rule == "pareto":
         return (
-            f"the best {choice.metric}, beside all arms that none beats in both "
+            f"the best {choice.metric}, shown with all arms that no other arm beats in both "
             f"{choice.metric} and {cost_text}"
         )
     return f"the best {choice.metric} on the held-out rows"
@@ -241,4 +239,4 @@ def _format_cost(arm: Arm, choice: Choice) -> str:
     """Format the cost of an arm with its unit."""
     unit, number_format, read_cost = COSTS[choice.cost]
     value = read_cost(arm)
-    return f"{value:{number_format}} {unit}" if value is not None else "a cost that is not known"
+    return f"{value:{number_format}} {unit}" if value is not None else "an unknown cost"

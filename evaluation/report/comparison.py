@@ -42,7 +42,7 @@ from lorafleet.jobs.schema.job import JobSpec
 from lorafleet.jobs.schema.search import SEED, NamedMetric
 
 _METHOD_TEXTS = {
-    "base": "the base, untuned",
+    "base": "the untrained base",
     "lora": "LoRA",
     "qlora": "LoRA on a quantised base (QLoRA)",
     "prompt_tuning": "a learnt prompt",
@@ -126,8 +126,8 @@ def _mark_incomparable(
     )  # the first arm wins ties
     marked_names = first_results.keys() - set(names_by_tokens[name])
     remark = (
-        f"not ranked by {job.metric.name}: its model reads the rows as other tokens than "
-        f"that of {name}"
+        f"not ranked by {job.metric.name}: its model splits the rows into other tokens than that "
+        f"of {name}"
     )
     return [
         arm.model_copy(update={"comparable": False, "remarks": [*arm.remarks, remark]})
@@ -333,11 +333,9 @@ def _list_remarks(spec: ArmSpec, best: Row | None, rows: list[Row], job: JobSpec
         return ["it has no trained weights"]
     remarks = []
     if not spec.parameters:
-        remarks.append(
-            "nothing of it was searched: it was trained with the values that the file gives it"
-        )
+        remarks.append("no field was searched: it was trained with the values of the job file")
     if len(rows) < job.compare.seeds:
-        remarks.append(f"{len(rows)} of {job.compare.seeds} seeds were trained to the end")
+        remarks.append(f"only {len(rows)} of {job.compare.seeds} seeds were trained to the end")
     values = {
         path: parameter.values for path, parameter in spec.parameters.items() if parameter.values
     }
@@ -346,7 +344,8 @@ def _list_remarks(spec: ArmSpec, best: Row | None, rows: list[Row], job: JobSpec
         if len(numbers) == len(tried) > 2 and best.params.get(path) in (min(numbers), max(numbers)):
             end = "smallest" if best.params[path] == min(numbers) else "largest"
             remarks.append(
-                f"its best {path} is the {end} that was tried: a wider search may find a better one"
+                f"its best {path} is the {end} value that was tried: a wider search may find a "
+                "better one"
             )
     return remarks
 

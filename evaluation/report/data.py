@@ -157,7 +157,7 @@ def build_data_report(job: JobSpec, show: int = 0, split: str = "train") -> Data
         chat = load_chat_format(job)
         chat.counts.clear()
     except AssetError as missing:
-        notes.append(f"{missing}; how rows become tokens was not looked at")
+        notes.append(f"{missing}; tokenization was not checked")
     train = Counter(row.question for row in rows.train)
     splits = []
     for name in SPLITS:

@@ -209,10 +209,9 @@ def explain(
 def _explain_too_few_rows(decision: Decision, wording: Wording) -> str:
     best = decision.best.name
     return (
-        f"Too few rows to decide: there are {format_count(decision.rows, wording.row_noun)}, and "
-        f"at least {MIN_ROWS} are "
-        f"needed to tell two {wording.noun}s apart. {wording.describe(best)} has the best score: "
-        f"{wording.format_score(best)}."
+        f"Too few rows to decide: there are {format_count(decision.rows, wording.row_noun)}, but "
+        f"at least {MIN_ROWS} are needed to compare two {wording.noun}s. {wording.describe(best)} "
+        f"has the best score: {wording.format_score(best)}."
     )
 
 
@@ -313,14 +312,14 @@ def explain_open_question(
         )
     sentence = (
         f"{option.name} is cheaper ({wording.format_cost(option)}), but "
-        f"{_format_row_count(decision, wording)} do not show "
-        f"whether it is within the tolerance: {'; '.join(losses)}."
+        f"{_format_row_count(decision, wording)} are not enough to show whether it is within the "
+        f"tolerance: {'; '.join(losses)}."
     )
     if rows_needed > decision.rows:
-        sentence += f" About {_round_up(rows_needed):,} rows would show it."
+        sentence += f" About {_round_up(rows_needed):,} rows would be enough."
     others = len(undecided) - 1
     if others:
-        sentence += f" The same is open for {format_count(others, f'other {wording.noun}')}."
+        sentence += f" The same is true for {format_count(others, f'other {wording.noun}')}."
     return sentence
 
 

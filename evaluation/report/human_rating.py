@@ -100,8 +100,8 @@ def validate_rater(name: str) -> str:
     """
     if not _RATER_NAME.fullmatch(name):
         raise UserError(
-            f"--rater is {name!r}, but must be letters, digits, dots, dashes and underscores, "
-            "64 at most"
+            f"--rater is {name!r}, but must have only letters, digits, dots, dashes and "
+            "underscores, 64 at most"
         )
     return name
 
@@ -142,7 +142,7 @@ class Notebook:
             isinstance(score, int) and MIN_SCORE <= score <= MAX_SCORE
         ):
             raise UserError(
-                f"{criterion} {score!r} is no rating: {', '.join(CRITERIA)} from {MIN_SCORE} to "
+                f"{criterion} {score!r} is not a rating: {', '.join(CRITERIA)} from {MIN_SCORE} to "
                 f"{MAX_SCORE}"
             )
         self._append_line({"row": row, "arm": key[1], "criterion": criterion, "score": score})

@@ -64,7 +64,7 @@ def select_model(run: Run, trial_id: str = "") -> SelectedModel:
             untrained,
         )
     if chosen.trial_id is None or weights is None:
-        raise RunError(f"{run.id} recommends nothing yet: name a trial, as {run.id}:TRIAL")
+        raise RunError(f"{run.id} does not recommend a trial yet: name one, as {run.id}:TRIAL")
     return SelectedModel(
         run, load_trial_job(Trial(weights.parent)), _check_weights(run, weights), chosen.trial_id
     )
@@ -79,11 +79,10 @@ def check_prompt_format(run: Run) -> None:
     job = load_run_job(run)
     if trained is not None and trained != get_prompt_format(job):
         raise RunError(
-            f"{run.id} was trained with prompt format {trained}, and this version of lorafleet has "
-            f"{get_prompt_format(job)}: it would build other prompts and end tokens than the "
-            "training had. Use the version "
-            "that trained it, or train it again; its report and `lorafleet compare RUN RUN` "
-            "still work"
+            f"{run.id} was trained with prompt format {trained}, but this version of lorafleet has "
+            f"{get_prompt_format(job)}, with other prompts and end tokens than in the training. "
+            "Use the version that trained it, or train it again; its report and `lorafleet compare "
+            "RUN RUN` still work"
         )
 
 
@@ -98,7 +97,7 @@ def _check_weights(run: Run, weights: Path) -> Path:
     """Return the folder of weights. Raises RunError if it is not on this machine."""
     if not weights.is_dir():
         hint = (
-            f"`lorafleet pull {run.id}` brings it"
+            f"download it with `lorafleet pull {run.id}`"
             if weights.parent.is_dir()
             else "no such trial was kept"
         )

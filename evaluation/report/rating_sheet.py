@@ -17,14 +17,12 @@ def build_run_sheet(run: Run, rater: str, max_rows: int) -> list[Item]:
     rows, answers = load_answers(run)
     if len(answers) < 2:
         raise RunError(
-            f"{run.id} has the answers of {len(answers)} models, but must have those of two or "
-            "more to rate"
+            f"{run.id} has answers of {len(answers)} models, but rating needs at least two"
         )
     items = build_sheet(rows, answers, rater, max_rows)
     if not items:
         raise RunError(
-            f"{run.id} has no answers of its models to the held-out rows; rating is for tasks "
-            "whose model writes "
-            "(evaluate.sample_rows, or a metric of texts)"
+            f"{run.id} has no answers to the held-out rows; rating needs a task that generates "
+            "text (with evaluate.sample_rows, or a text metric)"
         )
     return items

@@ -84,7 +84,7 @@ def recommend(
     )
     trials = _rank_trials(rows, rule)
     if not trials:
-        sentence = "No trial has a score yet, so there is none to ship."
+        sentence = "No trial has a score yet, so there is nothing to ship."
         return Recommendation(trial_id=None, rule=rule_text, sentence=sentence)
     by_id = {row.trial_id: row for row in trials}
     compared = {
@@ -250,7 +250,7 @@ def recommend_over_folds(
     ]
     if not trials or not folds:
         sentence = (
-            "The best configuration over the folds is not trained yet, so there is none to ship."
+            "The best configuration over the folds is not trained yet, so there is nothing to ship."
         )
         return Recommendation(trial_id=None, rule=rule_text, sentence=sentence)
     trial = trials[0]
@@ -284,8 +284,8 @@ def recommend_over_folds(
     option = decision.best if decision.has_too_few_rows else decision.chosen
     if trial_key != option.name:
         sentence = (
-            f"{trial.trial_id} was trained by the rule of an earlier version. By the "
-            f"current rule: {sentence}"
+            f"{trial.trial_id} was selected by the rule of an earlier version. By the current "
+            f"rule: {sentence}"
         )
     return Recommendation(
         trial_id=trial.trial_id,

@@ -40,7 +40,8 @@ def load_run_job(run: Run) -> JobSpec:
     plan = files.read_json(run.path / "plan.json")
     if "job" not in plan:
         raise RunError(
-            f"{run.path} holds no plan.json: it is not a run, or was not submitted whole"
+            f"{run.path} has no plan.json: it is not a run's folder, or the submission was not "
+            "completed. Submit the job again"
         )
     try:
         return JobSpec.from_record(plan["job"])
@@ -195,8 +196,7 @@ def _add_verdict(report: Report, facts: dict[str, Any]) -> Report:
     counts = facts.get("class_counts") or {}
     if report.task == "classification" and not counts:
         cautions.append(
-            "The run was made by an earlier version, which stored no class counts: there is no "
-            "baseline."
+            "An earlier version made the run and stored no class counts, so there is no baseline."
         )
     labels = [str(label) for label in facts.get("labels") or []]
     cautions += verdict.check_rows(counts, "validation", report.rows_count.get("validation", 0))
@@ -354,7 +354,7 @@ def _get_weights_path(run: Run, trial_id: str | None) -> str | None:
 def _list_optimism_warnings(facts: dict[str, Any]) -> list[str]:
     """Return a warning if the trial was chosen on the rows that its metrics are reported on."""
     return (
-        ["chosen on these rows: optimistic (there is no test set)"]
+        ["selected on these rows, so optimistic (there is no test set)"]
         if facts.get("chosen_on_test")
         else []
     )

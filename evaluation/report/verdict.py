@@ -61,9 +61,8 @@ def check_against_baselines(
     )
     if not is_better(value, best, goal):
         sentence = (
-            f"Do not ship: on the {rows} the best is {name} with {score}, which does not beat "
-            f"{description} "
-            f"({format_decimal(best)})."
+            f"Do not ship: on the {rows}, the best is {name} with {score}, which does not beat "
+            f"{description} ({format_decimal(best)})."
         )
         return recommendation.model_copy(update={"sentence": sentence, "decided": False}), []
     if interval is None or not _is_baseline_in_interval(interval, best, goal):
@@ -89,9 +88,8 @@ def check_rows(counts: Mapping[str, Mapping[str, int]], split: str, rows: int) -
     cautions = []
     if 0 < rows < FEW_ROWS:
         cautions.append(
-            f"The decision rests on {format_count(rows, f'{split} row')}; with fewer than "
-            f"{FEW_ROWS}, only large "
-            "differences can be shown."
+            f"The decision is based on {format_count(rows, f'{split} row')}; with fewer than "
+            f"{FEW_ROWS}, only large differences can be shown."
         )
     for name in dict.fromkeys((split, "test")):
         split_counts = counts.get(name, {})

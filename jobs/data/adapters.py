@@ -71,7 +71,7 @@ def get_fixed_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 _CODE_KEYS = ("megatron_config", "tokenizer_kwargs")
 """Keys that make PEFT import a module by name, or that let a tokenizer load code."""
-_TASK_PHRASES = {"CAUSAL_LM": "writes text", "SEQ_CLS": "names classes"}
+_TASK_PHRASES = {"CAUSAL_LM": "generates text", "SEQ_CLS": "predicts classes"}
 
 
 def find_adapter_refusal(
@@ -102,19 +102,20 @@ def find_adapter_refusal(
     code_key = next((key for key in _CODE_KEYS if config.get(key)), None)
     if code_key:
         return (
-            f"{field} is {folder}, whose {ADAPTER_FILES[0]} has {code_key}, which names code to run"
+            f"{field} is {folder}, whose {ADAPTER_FILES[0]} contains {code_key}, which could run "
+            "code: remove that key"
         )
     task = config.get("task_type")
     if task in _TASK_PHRASES and task != ("CAUSAL_LM" if generates else "SEQ_CLS"):
         return (
-            f"{field} is {folder}, which {_TASK_PHRASES[task]} ({task}), and the job's task "
-            "is another"
+            f"{field} is {folder}, whose adapter {_TASK_PHRASES[task]} ({task}), but the job has "
+            "another task"
         )
     for name, shape in read_weight_shapes(folder / ADAPTER_FILES[1]).items():
         if classes and name.endswith(_LAST_LAYERS) and shape[:1] != (classes,):
             return (
-                f"{field} is {folder}, whose head tells {shape[0]} classes apart, but the rows "
-                f"have {classes}"
+                f"{field} is {folder}, whose head has {shape[0]} classes, but the rows have "
+                f"{classes}"
             )
         layer_name = name.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2]
         if not name.endswith(".weight") or layer_name not in EMBEDDING_NAMES | HEAD_NAMES:
@@ -122,16 +123,15 @@ def find_adapter_refusal(
         vocab_size = get_text_config(model).get("vocab_size") if model else None
         if vocab_size is not None and shape[:1] != (vocab_size,):
             return (
-                f"{field} is {folder}, which was trained with the embeddings resized to "
-                f"{shape[0]:,} tokens, but the "
-                f"base has {vocab_size:,}: resize the base (resize_token_embeddings), save it "
-                "with its tokenizer, and "
-                "name that folder in model.model_name_or_path"
+                f"{field} is {folder}, which was trained with embeddings resized to {shape[0]:,} "
+                f"tokens, but the base has {vocab_size:,}: resize the base "
+                "(resize_token_embeddings), save it with its tokenizer, and name that folder in "
+                "model.model_name_or_path"
             )
         if model and has_tied_embeddings(model):
             return (
-                f"{field} is {folder}, which brings a whole {layer_name} of its own, but the "
-                "base's embeddings and output "
-                "head are one matrix (tie_word_embeddings): merged, it would say something else"
+                f"{field} is {folder}, which contains its own {layer_name}, but the base's "
+                "embeddings and output head share one matrix (tie_word_embeddings): merging the "
+                f"adapter would change the other layer too. Use an adapter without {layer_name}"
             )
     return None

@@ -122,7 +122,9 @@ def get_asset(name: str) -> Asset:
     if entry is None:
         suggestion = find_closest(name.removeprefix(PREFIX), ASSETS)
         hint = (
-            f"did you mean asset:{suggestion}?" if suggestion else f"known are {', '.join(ASSETS)}"
+            f"did you mean asset:{suggestion}?"
+            if suggestion
+            else (f"the assets are {', '.join(ASSETS)}")
         )
         raise AssetError(f"{name} is not an asset; {hint}")
     return entry
@@ -137,7 +139,7 @@ def get_asset_folder(name: str) -> Path:
     entry = get_asset(name)
     if not entry.folder.is_dir():
         raise AssetError(
-            f"{PREFIX}{entry.name} is not on this machine yet: run `lorafleet fetch "
+            f"{PREFIX}{entry.name} is not on this machine yet: download it with `lorafleet fetch "
             f"{PREFIX}{entry.name}`"
         )
     check_cache(get_cache_dir())

@@ -411,9 +411,9 @@ class ChatFormat:
             start = self._find_answer_at_end(rendered, messages[index])
         if start is None:
             raise TemplateRefusal(
-                "the model's chat template renders the prompt differently when the answer "
-                "follows, and the answer "
-                "cannot be found in what it renders; name another template in data.chat_template"
+                "the model's chat template renders the prompt differently when an answer follows, "
+                "so lorafleet cannot find the answer in the rendered text; name another template "
+                "in data.chat_template"
             )
         return _RenderedTurn(prompt, rendered[start:], rendered)
 
@@ -606,7 +606,8 @@ class ChatFormat:
         prompt = self.template.render(messages[:-1], tools, generation=True)
         if tools and self.template.render(messages[:-1], generation=True) == prompt:
             raise TemplateRefusal(
-                "the model's chat template does not render tools, but the row has some"
+                "the row has tools, but the model's chat template does not render them; name "
+                "another template in data.chat_template"
             )
         squeezed = _remove_spaces(prompt)
         for message in messages[:-1]:
@@ -616,7 +617,8 @@ class ChatFormat:
                 continue
             if message.role == "tool":
                 raise TemplateRefusal(
-                    "the model's chat template does not render what a tool answers"
+                    "the model's chat template does not render answers of tools; name another "
+                    "template in data.chat_template"
                 )
             if message.role == "user":
                 self.counts["user_dropped"] += 1
@@ -717,11 +719,13 @@ class ChatFormat:
         return learnt
 
 
-_NO_REASONING = "the model's chat template does not render reasoning_content, but the row has some"
+_NO_REASONING = (
+    "the row has reasoning_content, but the model's chat template does not render it; name another "
+    "template in data.chat_template"
+)
 _THINKS_AFTER_ALL = (
-    "the row has reasoning, but the prompt closes the thinking block before the answer; drop "
-    "enable_thinking: false "
-    "from data.chat_template_kwargs, or the reasoning from the row"
+    "the row has reasoning, but the prompt closes the thinking block before the answer; remove "
+    "enable_thinking: false from data.chat_template_kwargs, or the reasoning from the row"
 )
 
 

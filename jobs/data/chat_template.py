@@ -230,9 +230,8 @@ class ChatTemplate:
         """Return the conversation in plain form, for a tokenizer without a chat template."""
         if tools or any(message.tool_calls or message.reasoning for message in messages):
             raise TemplateRefusal(
-                "the row has tools, tool calls or reasoning, but the model's tokenizer has no "
-                "chat template that could "
-                "render them; name one in data.chat_template"
+                "the row has tools, tool calls or reasoning, but the model's tokenizer has no chat "
+                "template to render them; name one in data.chat_template"
             )
         text = _PART_SEPARATOR.join(message.content for message in messages)
         return text + _PART_SEPARATOR if generation else text

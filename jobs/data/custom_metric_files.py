@@ -26,17 +26,20 @@ def find_metric_problem(name: str, metric: CustomMetric) -> str | None:
     path, _, function = metric.function.partition(":")
     if not path.endswith(".py"):
         return (
-            f"{field} is {metric.function}, but must be FILE.py:NAME (or FILE.py, a module of "
-            "the package evaluate)"
+            f"{field} is {metric.function}, but must be FILE.py:NAME (or FILE.py, a module for the "
+            "`evaluate` package)"
         )
     try:
         tree = ast.parse(files.read_regular_text(Path(path)))
     except OSError as error:
         return f"{field} is {metric.function}, but {path} cannot be read: {error.strerror}"
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return f"{field} is {metric.function}, but {path} is not Python: {error}"
+        return f"{field} is {metric.function}, but {path} is not valid Python: {error}"
     defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     if function and function not in defined:
-        available = f" (there are: {', '.join(defined[:8])})" if defined else ""
-        return f"{field} is {metric.function}, but {path} defines no function {function}{available}"
+        available = f" (it defines {', '.join(defined[:8])})" if defined else ""
+        return (
+            f"{field} is {metric.function}, but {path} does not define a function "
+            f"{function}{available}"
+        )
     return None

@@ -167,7 +167,7 @@ def _read_text(path: Path) -> str:
             ) from None
     if b"\0" in data[:_ENCODING_PROBE_BYTES]:
         raise DataError(
-            f"{path} holds zero bytes: if it is UTF-16 text, convert it first (iconv -f utf-16 "
+            f"{path} contains zero bytes: if it is UTF-16 text, convert it first (iconv -f utf-16 "
             "-t utf-8)"
         )
     try:
@@ -175,8 +175,8 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise DataError(
-            f"{path}:{line}: not UTF-8 text; convert it first (iconv -f windows-1252 -t utf-8, if "
-            "it is Western text)"
+            f"{path}:{line}: not UTF-8 text; convert the file first (iconv -f windows-1252 -t "
+            "utf-8, if it is Western text)"
         ) from None
 
 
@@ -212,8 +212,8 @@ def _check_unpacked(path: Path, size: int, max_bytes: int) -> None:
     """
     if size > max_bytes:
         raise DataError(
-            f"{path} unpacks to more than {_UNPACKED_RATIO} times its size: unpack it yourself, "
-            "and look"
+            f"{path} unpacks to more than {_UNPACKED_RATIO} times its size, so it may be a zip "
+            "bomb: check it, and unpack it yourself"
         )
 
 
@@ -277,7 +277,7 @@ def _parse_json_record(line: str) -> Record:
     try:
         record = _DECODER.decode(line)
     except RepeatedKey as error:
-        return f"the key {error.args[0]!r} stands twice in one object: keep one"
+        return f"the key {error.args[0]!r} occurs twice in one object: keep one"
     except (ValueError, RecursionError) as error:
         return f"not JSON ({getattr(error, 'msg', 'too deep')})"
     return record if isinstance(record, dict) else "a row must be a JSON object {...}"
@@ -288,19 +288,23 @@ def _read_json(path: Path) -> Iterator[tuple[int, Record]]:
         records = json.loads(_read_text(path), object_pairs_hook=_build_unique_record)
     except RepeatedKey as error:
         raise DataError(
-            f"{path}: the key {error.args[0]!r} stands twice in one object: keep one"
+            f"{path}: the key {error.args[0]!r} occurs twice in one object: keep one"
         ) from None
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{path}:{error.lineno}: not JSON ({error.msg}); one object a line is .jsonl"
+            f"{path}:{error.lineno}: not JSON ({error.msg}); a file with one object per line must "
+            "be named .jsonl"
         ) from None
     except (
         ValueError,
         RecursionError,
     ) as error:  # a number with thousands of digits, or brackets nested too deep
-        raise DataError(f"{path}: not JSON that can be read ({type(error).__name__})") from None
+        raise DataError(f"{path}: the JSON cannot be read ({type(error).__name__})") from None
     if not isinstance(records, list):
-        raise DataError(f"{path} must hold a JSON list of rows; one object a line is .jsonl")
+        raise DataError(
+            f"{path} must contain a JSON list of rows; a file with one object per line must be "
+            "named .jsonl"
+        )
     for number, record in enumerate(records, start=1):
         yield number, record if isinstance(record, dict) else "a row must be a JSON object {...}"
 
@@ -342,7 +346,7 @@ def _iterate_csv_records(
                 yield reader.line_num, dict(record)
             start_line = reader.line_num
     except csv.Error as error:
-        yield start_line + 1, f"not CSV: {error} (a quote that is never closed?)"
+        yield start_line + 1, f"not CSV: {error} (perhaps a quote is not closed)"
         return
     if first_long is not None:
         lines = format_count(reader.line_num - 1, "line")
@@ -391,9 +395,8 @@ def _read_tsv(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
             yield number, dict(zip(header, [*cells, *missing], strict=True))
     if quoted_rows:
         notes.append(
-            f"{path.name}: {format_count(quoted_rows, 'row')} with a cell in quotes, which are "
-            "part of the text in .tsv; a file "
-            "with tabs that quotes as CSV does is named .csv"
+            f"{path.name}: {format_count(quoted_rows, 'row')} with a cell in quotes, which count "
+            "as part of the text in .tsv; name the file .csv if the quotes are only quoting"
         )
 
 
@@ -406,7 +409,7 @@ def _check_header(path: Path, header: list[str]) -> None:
     """Raise DataError if a column occurs twice in the header."""
     duplicates = sorted({name for name in header if header.count(name) > 1})
     if duplicates:
-        raise DataError(f"{path}:1: the column {duplicates[0]!r} stands twice in the header")
+        raise DataError(f"{path}:1: the column {duplicates[0]!r} occurs twice in the header")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Record]]:

@@ -76,9 +76,8 @@ class RowEncoder:
         turns = find_learnable_turns(row.messages, self.train_on_turns)
         if not turns:
             raise TemplateRefusal(
-                "nothing of this conversation is learnt: every answer has weight 0 or train: "
-                "false, or comes before "
-                "the first question"
+                "there is nothing to learn in this conversation: every answer has weight 0 or "
+                "train: false, or comes before the first question"
             )
         old_counts, old_format_counts = Counter(self.counts), Counter(self.format.counts)
         self.format.check_context(row.messages, row.tools)
@@ -255,9 +254,9 @@ class RowEncoder:
         text = "".join(self.format.template.decode(ids).split())
         if any("".join(message.reasoning.split()) not in text for message in shorter):
             raise TemplateRefusal(
-                "the chat template leaves out the reasoning of earlier turns: it cannot be "
-                "learnt with "
-                "data.assistant_only_loss: false (with true each turn is rendered for itself)"
+                "the chat template leaves out the reasoning of earlier turns, so it cannot be "
+                "learnt with data.assistant_only_loss: false (with true, each turn is rendered "
+                "separately)"
             )
         learnt = [False, *[True] * (len(ids) - 1)]
         for index, message in enumerate(shorter):
@@ -284,8 +283,8 @@ class RowEncoder:
         if not _is_prefix(last, turn):
             raise TemplateRefusal(
                 "an answer has weight 0, but this chat template renders earlier turns differently "
-                "from the last one: "
-                "the answer cannot be left out of the loss with data.assistant_only_loss: false"
+                "from the last one, so the answer cannot be left out of the loss with "
+                "data.assistant_only_loss: false"
             )
         first = len(turn.prompt_ids)
         learnt[first : first + len(turn.answer_ids)] = [False] * len(turn.answer_ids)

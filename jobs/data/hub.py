@@ -62,7 +62,7 @@ def describe_missing_weights(folder: Path) -> str | None:
     """Return which weights a model's folder lacks, or None."""
     if not any(folder.glob("*.safetensors")):
         pickle_note = (
-            " (its .bin is a pickle, which is not read: convert it)"
+            " (its .bin file is a pickle, which lorafleet does not read: convert it to safetensors)"
             if any(folder.glob("*.bin"))
             else ""
         )
@@ -75,10 +75,10 @@ def describe_missing_weights(folder: Path) -> str | None:
             isinstance(name, str) and Path(name).name == name and name.isprintable()
             for name in shards
         ):
-            return f"an {index.name} whose weight_map does not name files of the folder"
+            return f"an {index.name} whose weight_map names files outside of the folder"
         missing = sorted(shard for shard in set(shards) if not (folder / shard).is_file())
         if missing:
-            return f"no {missing[0]}, which {index.name} names"
+            return f"no {missing[0]}, which {index.name} refers to"
     return None
 
 
@@ -106,7 +106,7 @@ def _describe_missing_code(folder: Path) -> str | None:
     ]
     modules = [name.partition(".")[0] for name in local_classes]
     missing = [module for module in modules if not (folder / f"{module}.py").is_file()]
-    return f"no {missing[0]}.py, which config.json names" if missing else None
+    return f"no {missing[0]}.py, which config.json refers to" if missing else None
 
 
 def check_complete(name: str, revision: str | None) -> None:
@@ -118,7 +118,10 @@ def check_complete(name: str, revision: str | None) -> None:
 def raise_if_missing(name: str, folder: Path, missing: str | None) -> None:
     """Raise AssetError if something is missing from a model's folder."""
     if missing:
-        raise AssetError(f"model.model_name_or_path is {name}, but {folder} has {missing}")
+        raise AssetError(
+            f"model.model_name_or_path is {name}, but {folder} has {missing}. If a download was "
+            "interrupted, complete it with `lorafleet fetch JOB.yaml`"
+        )
 
 
 def find_hub_model_folder(name: str, revision: str | None) -> Path | None:
@@ -153,15 +156,14 @@ def get_model_folder(name: str, revision: str | None) -> Path:
                 return Path(name)
             reason = "has no config.json" if Path(name).is_dir() else "does not exist"
         except OSError as error:
-            reason = f"cannot be looked at: {error.strerror}"
+            reason = f"cannot be accessed: {error.strerror}"
         raise AssetError(f"model.model_name_or_path is {name}, but that folder {reason}")
     folder = find_hub_model_folder(name, revision)
     if folder is None:
         raise AssetError(
-            f"model.model_name_or_path is {HubName(name, revision)}, which is not on this "
-            "machine: run "
-            "`lorafleet fetch JOB.yaml` where the hub can be reached (HF_HOME says where), or "
-            "name a local folder"
+            f"model.model_name_or_path is {HubName(name, revision)}, which is not on this machine: "
+            "run `lorafleet fetch JOB.yaml` where the hub can be reached (HF_HOME sets the "
+            "folder), or name a local folder"
         )
     return folder
 
@@ -192,7 +194,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} is not JSON: {getattr(error, 'strerror', None) or error}"
         ) from error
     if not isinstance(value, dict):
-        raise AssetError(f"{path} must hold a JSON object")
+        raise AssetError(f"{path} must contain a JSON object")
     return value
 
 
@@ -303,10 +305,9 @@ def find_code_refusal(name: str, revision: str | None) -> str | None:
         ]
         if external_classes:
             return (
-                f"model.trust_remote_code is true, but {folder / file} takes code from "
-                "another place "
-                f"({external_classes[0][:100]!r}), which model.revision does not pin: copy it "
-                "into the model's folder"
+                f"model.trust_remote_code is true, but {folder / file} loads code from another "
+                f"repository ({external_classes[0][:100]!r}), which model.revision does not pin: "
+                "copy the code into the model's folder"
             )
     if not Path(name).is_absolute():
         if name.startswith(PREFIX) or _FULL_COMMIT.fullmatch(revision or ""):
@@ -320,22 +321,22 @@ def find_code_refusal(name: str, revision: str | None) -> str | None:
     )
     if folder_link is not None:
         return (
-            f"model.trust_remote_code is true, but {folder_link} is a link to a folder, which "
-            "has no hash of its own"
+            f"model.trust_remote_code is true, but {folder_link} is a link to a folder, whose "
+            "files cannot be pinned: replace it by a copy"
         )
     sentence = find_other_writer(folder)
     if sentence:
         return (
-            f"model.trust_remote_code is true, but {sentence}: its code can change after it "
-            "was looked at"
+            f"model.trust_remote_code is true, but {sentence}, so its code could change after you "
+            "reviewed it"
         )
     current_digest = compute_code_digest(folder)
     if revision == current_digest:
         return None
     return (
         f"model.trust_remote_code is true and model.revision is {revision}, but the files of "
-        f"{folder} have the SHA-256 "
-        f"{current_digest}: read its code, and name that revision if it may run"
+        f"{folder} have the SHA-256 {current_digest}: read its code, and set model.revision to "
+        "that value if it may run"
     )
 
 
@@ -394,4 +395,4 @@ def _count_safetensors_parameters(file: Path) -> int:
             RecursionError,
             OverflowError,
         ) as error:
-            raise AssetError(f"{file} is not a whole safetensors file") from error
+            raise AssetError(f"{file} is damaged or not a complete safetensors file") from error

@@ -52,11 +52,11 @@ def create_node_copy(folder: Path, target: Path, report: Callable[[str], None]) 
         if (copy / _MANIFEST).is_file():
             if _is_intact(copy):
                 return copy
-            report(f"{copy} is damaged, and is copied anew")
+            report(f"{copy} is damaged and is copied again")
             shutil.rmtree(copy)
         size = sum(path.stat().st_size for path in _list_model_files(folder))
         if shutil.disk_usage(target).free < size + _MIN_FREE_BYTES:
-            report(f"no room for {size / 1e9:.1f} GB in {target}: the model is read from {folder}")
+            report(f"{target} has no room for {size / 1e9:.1f} GB: reading the model from {folder}")
             return folder
         temp_folder = Path(tempfile.mkdtemp(dir=target, prefix=f".{copy.name}-"))
         try:
@@ -71,8 +71,8 @@ def create_node_copy(folder: Path, target: Path, report: Callable[[str], None]) 
             ]
             if mismatched:
                 report(
-                    f"{target} did not keep {mismatched[0]} as it was written: the model is read "
-                    f"from {folder}"
+                    f"{target} did not store {mismatched[0]} correctly: reading the model from "
+                    f"{folder}"
                 )
                 return folder
             (temp_folder / _MANIFEST).write_text(json.dumps({"sha256": digests}))

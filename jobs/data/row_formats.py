@@ -218,7 +218,7 @@ def _convert_conversation(
             raise BadRow(_describe_missing_column(record, data.messages_column or "messages"))
         used.add(column)
         if record.get("history") not in (None, "", []):
-            raise BadRow(f"history stands beside {column}: put its turns into the list")
+            raise BadRow(f"the row has history as well as {column}: put its turns into the list")
         messages = _parse_messages(record[column], column, unused)
     elif kind == "instruction":
         used |= {"instruction", "input", "output", "history"}
@@ -228,7 +228,7 @@ def _convert_conversation(
         messages = _convert_prompt_completion(record, data, unused)
     messages = _add_system_message(messages, record, data)
     if not any(message.role in ("user", "tool") for message in messages):
-        raise BadRow("messages must have something before the assistant's answer: it is the prompt")
+        raise BadRow("messages must have a message before the assistant's answer, as its prompt")
     return Row(messages=tuple(messages), tools=_parse_tools(record.get("tools"))), used
 
 
@@ -241,20 +241,20 @@ def _check_columns(record: Mapping[str, Any], used: set[str]) -> None:
         if key in used or value in (None, "", [], {}, 1, 1.0):
             continue
         advice = {
-            "functions": "; name them in tools",
-            "function_call": "; name it in tool_calls",
-            "weight": "; a message can have weight 0 or 1",
-            "chat_template_kwargs": "; data.chat_template_kwargs is for all rows",
-            "enable_thinking": "; data.chat_template_kwargs is for all rows",
+            "functions": "; use tools instead",
+            "function_call": "; use tool_calls instead",
+            "weight": "; set weight (0 or 1) per message instead",
+            "chat_template_kwargs": "; set data.chat_template_kwargs for all rows instead",
+            "enable_thinking": "; set data.chat_template_kwargs for all rows instead",
         }
         raise BadRow(
-            f"{key} is {_shorten(value)}, which cannot be used here{advice.get(key, '')}; drop "
-            "the column"
+            f"{key} is {_shorten(value)}, which lorafleet does not support{advice.get(key, '')}; "
+            "remove the column"
         )
     for key in _UNLEARNT_COLUMNS:
         if key not in used and record.get(key) is False:
             raise BadRow(
-                f"{key} is false: nothing of this row is to be learnt; drop the row, or the column"
+                f"{key} is false, so the row has nothing to learn; remove the row, or the column"
             )
 
 
@@ -361,14 +361,16 @@ def _convert_message_lists(
     Both are lists of messages; only the completion is trained on.
     """
     if record.get("history") not in (None, "", []):
-        raise BadRow("history stands beside a list of messages: put its turns into the list")
+        raise BadRow(
+            "the row has history as well as a list of messages: put its turns into the list"
+        )
     for column in (data.prompt_column, data.completion_column):
         if column not in record:
             raise BadRow(_describe_missing_column(record, column))
         if not isinstance(record[column], list):
             raise BadRow(
-                f"{column} is {_shorten(record[column])}, but must be a list of messages as the "
-                "other column has one"
+                f"{column} is {_shorten(record[column])}, but must be a list of messages like the "
+                "other column"
             )
     prompt_messages = _parse_messages(
         record[data.prompt_column], data.prompt_column, unused, ends_with_answer=False
@@ -458,19 +460,24 @@ def _parse_messages(
     messages = [_parse_message(item, number, unused) for number, item in enumerate(value, start=1)]
     if ends_with_answer and messages[-1].role != "assistant":
         raise BadRow(
-            f"the last of {column} must be the assistant's, and not empty: it is what is learnt"
+            f"the last of {column} must be a non-empty message of the assistant: it is the answer "
+            "to learn"
         )
     for number, message in enumerate(messages, start=1):
         is_empty = not message.content.strip() and not message.tool_calls
         if message.role == "assistant" and message.learn and is_empty:
             is_last = number == len(messages)
             problem = (
-                f"the last of {column} must be the assistant's, and not empty: it is what is learnt"
+                f"the last of {column} must be a non-empty message of the assistant: it is the "
+                "answer to learn"
             )
             raise BadRow(
                 problem
                 if is_last
-                else f"message {number} is the assistant's and empty; give it weight 0 or a text"
+                else (
+                    f"message {number} is an empty message of the assistant; give it weight 0 or "
+                    "some text"
+                )
             )
     return messages
 
@@ -504,14 +511,12 @@ def _parse_message(value: Any, number: int, unused: Counter[str]) -> Message:
         )
     for key in _UNSUPPORTED_IN_MESSAGE:
         if record.get(key) not in (None, "", [], {}):
-            raise BadRow(f"{key} of message {number} cannot be used here: drop it, or the row")
+            raise BadRow(f"{key} of message {number} is not supported: remove it, or the row")
     text = _parse_content(content, number)
     calls = _parse_tool_calls(record.get("tool_calls"), number)
     if record.get("from") in _CALLING_ROLES:
         if calls:
-            raise BadRow(
-                f"message {number} is a function call and has tool_calls as well: keep one"
-            )
+            raise BadRow(f"message {number} has both a function call and tool_calls: keep one")
         text, calls = "", _parse_sharegpt_call(text, number)
     if role != "tool":
         used -= {"name", "tool_call_id"}
@@ -586,11 +591,11 @@ def _parse_reasoning(record: Mapping[str, Any], role: str, number: int) -> str:
             raise BadRow(f"{key} of message {number} is {_shorten(text)}, but must be a text")
         if role != "assistant":
             raise BadRow(
-                f"{key} stands in message {number}, but only an assistant's message has reasoning"
+                f"message {number} has {key}, but only an assistant's message may have reasoning"
             )
         _check_encodable(key, text)
     if len(set(texts.values())) > 1:
-        raise BadRow(f"message {number} has {' and '.join(texts)}, which differ: keep one")
+        raise BadRow(f"message {number} has {' and '.join(texts)}, with different texts: keep one")
     return next(iter(texts.values()), "")
 
 
@@ -614,10 +619,10 @@ def _parse_training_flag(
             flags.append(record[key])
     if len(set(flags)) > 1:
         raise BadRow(
-            f"message {number} says both that it is learnt and that it is not (weight, train)"
+            f"message {number} is marked both as learnt and as not learnt (weight, train): keep one"
         )
     if flags and flags[0] and role != "assistant":
-        unused[f"weight 1 of a {role} message, which is not learnt"] += 1
+        unused[f"weight 1 of a {role} message, which is never learnt"] += 1
     return flags[0] if flags else True
 
 
@@ -685,7 +690,7 @@ def _parse_call(value: Any, number: int) -> dict[str, Any]:
     unknown_keys += [key for key in function if function is not value and key not in _FUNCTION_KEYS]
     if unknown_keys:
         raise BadRow(
-            f"{description} has {unknown_keys[0]!r}, which cannot be used: it may have id, type, "
+            f"{description} has {unknown_keys[0]!r}, which is not supported: it may have id, type, "
             "name and arguments"
         )
     if value.get("type") not in (None, "function"):
@@ -740,7 +745,7 @@ def _get_text(record: Mapping[str, Any], key: str) -> str:
 
 
 def _describe_missing_column(record: Iterable[str], key: str) -> str:
-    return f"no column {key!r} (there are: {', '.join(map(str, list(record)[:8]))})"
+    return f"no column {key!r} (the row has: {', '.join(map(str, list(record)[:8]))})"
 
 
 def _check_encodable(key: str, text: str) -> None:
@@ -748,7 +753,8 @@ def _check_encodable(key: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise BadRow(
-            f"{key} holds half a character (a lone surrogate): it was cut or wrongly decoded"
+            f"{key} contains half a character (a lone surrogate): the text was cut or decoded "
+            "wrongly"
         ) from None
 
 

@@ -105,8 +105,8 @@ def _describe_head_mismatch(job: JobSpec, classes: int) -> list[str]:
         return []
     name = spec.model_name_or_path
     return [
-        f"{name} has a classification head for {head_classes} classes, and the rows have "
-        f"{classes}: a new head is drawn"
+        f"{name} has a classification head for {head_classes} classes, but the rows have "
+        f"{classes}: a new head is initialised"
     ]
 
 
@@ -160,14 +160,13 @@ def _find_dataset_splits(data: DataSpec) -> dict[str, Path]:
     if not folder.is_dir():
         raise AssetError(
             f"data.dataset_name is {HubName(name, data.dataset_revision)}, which is not on this "
-            "machine: run "
-            "`lorafleet fetch JOB.yaml` where the hub can be reached, or give files in "
-            "data.train_file"
+            "machine: run `lorafleet fetch JOB.yaml` where the hub can be reached, or name files "
+            "in data.train_file"
         )
     paths = {split: folder / f"{split}.jsonl" for split in ("train", "validation", "test")}
     paths = {split: path for split, path in paths.items() if path.is_file()}
     if "train" not in paths:
-        raise DataError(f"data.dataset_name is {name}, but it has no split called train")
+        raise DataError(f"data.dataset_name is {name}, but it has no split named train")
     return paths
 
 
@@ -177,14 +176,14 @@ def _find_folder_splits(folder: Path) -> dict[str, Path]:
     They may have any format that can be read.
     """
     if not folder.is_dir():
-        raise DataError(f"data.dataset_name is {folder}, but there is no such folder")
+        raise DataError(f"data.dataset_name is {folder}, but that folder does not exist")
     paths: dict[str, Path] = {}
     for split in ("train", "validation", "test"):
         for path in (folder / f"{split}{suffix}" for suffix in DATA_SUFFIXES):
             if path.is_file() and split in paths:
                 raise DataError(
                     f"data.dataset_name is {folder}, which has both {paths[split].name} and "
-                    f"{path.name}"
+                    f"{path.name}: keep one"
                 )
             if path.is_file():
                 paths[split] = path
@@ -235,8 +234,8 @@ def _read_split(
     if collected is None and bad_rows.count:
         raise DataError(str(bad_rows))
     if not rows:
-        first_bad = f"{path} holds no row that can be used: {bad_rows.first}"
-        raise DataError(first_bad if bad_rows.count else f"{path} holds no rows")
+        first_bad = f"{path} has no usable row: {bad_rows.first}"
+        raise DataError(first_bad if bad_rows.count else f"{path} has no rows")
     return rows
 
 
@@ -276,7 +275,8 @@ def _make_splits(
     if validation is None:
         if len(train) < 2:
             raise DataError(
-                "there is one training row: none can be held back; give data.validation_file"
+                "there is only one training row, so no validation row can be held back; name a "
+                "data.validation_file"
             )
         validation, train = split_held_out(
             train, data.validation_fraction, data.split_seed, "data.validation_fraction"
@@ -331,8 +331,8 @@ def _resolve_labels(
     if len(counts) < 2:
         single_label = next(iter(counts))
         raise DataError(
-            f"{sources['train']}: every training row has the label {single_label!r}; a classifier "
-            "needs at least two"
+            f"{sources['train']}: every training row has the label {single_label!r}, but a "
+            "classifier needs at least two labels"
         )
     if len(counts) > 1000:
         raise DataError(
@@ -343,7 +343,8 @@ def _resolve_labels(
         unknown = sorted(set(count_labels(rows.get(split, []))) - set(counts))
         if unknown:
             raise DataError(
-                f"the {split} rows have labels that no training row has: {', '.join(unknown[:5])}"
+                f"the {split} rows have labels that no training row has: {', '.join(unknown[:5])}. "
+                "Correct them, or add training rows with these labels"
             )
     numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in counts)
     return tuple(sorted(counts, key=int) if numeric else sorted(counts))
@@ -371,7 +372,7 @@ def _describe_duplicates(rows: dict[str, AnyRows]) -> list[str]:
         train_questions = {row.question for row in train}
         duplicate_count = len(train) - len(train_questions)
     if duplicate_count:
-        phrase = "training row stands" if duplicate_count == 1 else "training rows stand"
+        phrase = "training row occurs" if duplicate_count == 1 else "training rows occur"
         warnings.append(f"{duplicate_count} {phrase} more than once")
     for split, split_rows in others.items():
         if isinstance(split_rows, LargeRows) and can_compare_questions(train, split_rows):

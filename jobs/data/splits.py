@@ -256,12 +256,13 @@ def _format_refusal(rows: AnyRows, groups: _Groups, share: float, target: int, f
     if size == 1:
         classes = len(np.unique(groups.labels))
         reason = (
-            f"each of the {classes} classes must keep one" if classes > 1 else "none can be spared"
+            f"each of the {classes} classes must keep one row"
+            if classes > 1
+            else ("no row can be spared")
         )
         return (
-            f"{field} is {share:g}, {target:,} of {format_count(len(rows), 'row')}, but that is "
-            "too few to hold so many "
-            f"back ({reason}): give {file}"
+            f"{field} is {share:g} ({target:,} of {format_count(len(rows), 'row')}), but there are "
+            f"too few rows to hold back so many ({reason}): name a {file}"
         )
     prompt = " ".join(rows[int(groups.firsts[largest])].prompt.split())
     shown = prompt if len(prompt) <= _MAX_PROMPT_CHARS else f"{prompt[: _MAX_PROMPT_CHARS - 3]}..."
@@ -270,11 +271,8 @@ def _format_refusal(rows: AnyRows, groups: _Groups, share: float, target: int, f
         f", or a {field} of {smallest_share:.2g} or more" if share < smallest_share < 1 else ""
     )
     return (
-        f"{field} is {share:g}, {target:,} of {format_count(len(rows), 'row')}, but rows with the "
-        "same prompt "
-        f"stay on one side and {shown!r} stands in {size:,} of them: give {file}{alternative}, "
-        "or make "
-        "the prompts differ (where the text that an answer depends on is in another column, it "
-        "belongs "
-        "into the prompt)"
+        f"{field} is {share:g} ({target:,} of {format_count(len(rows), 'row')}), but rows with the "
+        f"same prompt stay in one split, and {size:,} of them have the prompt {shown!r}: name a "
+        f"{file}{alternative}, or make the prompts differ (if the answer depends on text in "
+        "another column, add that text to the prompt)"
     )

@@ -31,9 +31,9 @@ def check_cache(folder: Path) -> None:
     sentence = _find_cache_writer(folder)
     if sentence:
         raise AssetError(
-            f"{sentence}, so that the cache {folder} is not used: name another (LORAFLEET_CACHE, "
-            "HF_HUB_CACHE), or "
-            "list it in trusted_folders of ~/.config/lorafleet/config.yaml (docs/security.md)"
+            f"{sentence}, so the cache {folder} is not used: use another one (LORAFLEET_CACHE, "
+            "HF_HUB_CACHE), or list it in trusted_folders of ~/.config/lorafleet/config.yaml "
+            "(docs/security.md)"
         )
 
 
@@ -42,7 +42,7 @@ def _find_cache_writer(folder: Path) -> str | None:
     try:
         return find_other_writer(folder) if folder.is_dir() else None
     except OSError as error:
-        return f"{folder} cannot be looked at ({error.strerror})"
+        return f"{folder} cannot be accessed ({error.strerror})"
     except JobFileError as error:
         return str(error)
 
@@ -94,14 +94,14 @@ def check_unchanged(folder: Path, *, read_all: bool = False, content: str | None
             path, digest
         ):
             raise AssetError(
-                f"{path} is not what was fetched (its SHA-256 is {digest[:16]}...): {_REMEDY}"
+                f"{path} differs from the fetched file (its SHA-256 is {digest[:16]}...): {_REMEDY}"
             )
         current[name] = _build_row(path, digest)
     missing = sorted(set(recorded) - set(current))
     if missing:
-        raise AssetError(f"{folder} has lost {missing[0]}: {_REMEDY}")
+        raise AssetError(f"{folder} no longer has {missing[0]}: {_REMEDY}")
     if content is not None and _hash_rows(current) != content:
-        raise AssetError(f"{folder} holds other files than were fetched: {_REMEDY}")
+        raise AssetError(f"{folder} contains other files than those that were fetched: {_REMEDY}")
     if current != recorded:
         _write_record(folder, current)
 

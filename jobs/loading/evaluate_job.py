@@ -100,7 +100,7 @@ def make_folder_arm(folder: Path) -> ModelArm:
         kind = (read_config(folder) or {}).get("peft_type")
         if kind not in _PEFT_METHODS:
             raise UserError(
-                f"{folder} holds an adapter of type {kind}, but must be "
+                f"{folder} is an adapter of type {kind}, but the type must be "
                 f"{' or '.join(_PEFT_METHODS)}"
             )
         display_name = folder.parent.name if folder.name in ("adapter", "model") else folder.name
@@ -112,8 +112,8 @@ def make_folder_arm(folder: Path) -> ModelArm:
         )
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{folder} holds neither {ADAPTER_FILES[0]} nor config.json: it is no adapter and "
-            "no model"
+            f"{folder} has neither {ADAPTER_FILES[0]} nor config.json, so it is neither an adapter "
+            "nor a model"
         )
     return make_model_arm(str(folder.absolute()), folder.name)
 

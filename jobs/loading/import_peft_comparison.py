@@ -122,7 +122,7 @@ def translate_experiments(experiments: list[Experiment], name: str) -> Translati
             shown = ", ".join(f"{value!r} in {where}" for where, value in values.items())
             raise UserError(
                 f"{key} is {shown}, but must be the same for all arms of a comparison: import "
-                "them apart"
+                "these experiments separately"
             )
     job.set_field("model.model_name_or_path", first["model_id"])
     _set_data(job, first)
@@ -137,9 +137,11 @@ def translate_experiments(experiments: list[Experiment], name: str) -> Translati
     job.set_field("train.warmup_ratio", _WARMUP_RATIO)
     job.set_field("compare.seeds", 1)
     job.set_field("compare.arms", arms)
-    job.assumed.append(f"warm-up: {_WARMUP_RATIO:.0%} of the steps, as in the comparison's code")
     job.assumed.append(
-        "compare.seeds: 1, as in the comparison; more seeds show how much the results vary"
+        f"warm-up: {_WARMUP_RATIO:.0%} of the steps, as in the code of the PEFT comparison"
+    )
+    job.assumed.append(
+        "compare.seeds: 1, as in the PEFT comparison; more seeds show how much the results vary"
     )
     job.lost = list(dict.fromkeys(job.lost))
     return job
@@ -168,14 +170,16 @@ def _set_data(job: Translation, params: Mapping[str, Any]) -> None:
     job.set_field("data.completion_column", "response")
     template = params.get("query_template")
     if template not in (None, "{query}"):
-        job.lost.append(f"query_template: {template!r}; prompts are the query as it stands")
+        job.lost.append(
+            f"query_template: {template!r}; lorafleet uses the query itself as the prompt"
+        )
     job.otherwise.append(
-        "validation and test rows: GSM8K there; here they are held back from MetaMathQA (name "
-        "files of yours in "
-        "data.validation_file and data.test_file)"
+        "validation and test rows: the PEFT comparison uses GSM8K; lorafleet holds rows back from "
+        "MetaMathQA (or name your own files in data.validation_file and data.test_file)"
     )
     job.otherwise.append(
-        "metric: accuracy of the parsed number there; here the loss (evaluate.custom_metrics)"
+        "metric: the PEFT comparison uses the accuracy of the parsed number; lorafleet uses the "
+        "loss (see evaluate.custom_metrics)"
     )
 
 
@@ -194,9 +198,8 @@ def _translate_arm(experiment: Experiment, job: Translation) -> tuple[str, dict[
             _set_prompt_tuning_fields(experiment, values, job)
         else:
             raise UserError(
-                f"{experiment.name}: peft_type is {kind}, but only LORA and PROMPT_TUNING can be "
-                "trained here (and, "
-                "without an adapter_config.json, all weights)"
+                f"{experiment.name}: peft_type is {kind}, but lorafleet can only train LORA and "
+                "PROMPT_TUNING (and, without an adapter_config.json, all weights)"
             )
     method = _set_training_fields(experiment, method, values, job)
     return method, values
@@ -215,10 +218,10 @@ def _set_lora_fields(experiment: Experiment, values: dict[str, Any], job: Transl
         values["lora.init_lora_weights"] = start
     elif start is not True:
         job.lost.append(
-            f"{experiment.name}: init_lora_weights: {start!r} is none of {', '.join(allowed)}"
+            f"{experiment.name}: init_lora_weights: {start!r} is not one of {', '.join(allowed)}"
         )
     if config.pop("bias", "none") != "none":
-        job.lost.append(f"{experiment.name}: bias: biases are not trained here")
+        job.lost.append(f"{experiment.name}: bias: lorafleet does not train biases")
     _report_unused(experiment, config, job)
 
 
@@ -232,12 +235,13 @@ def _set_target_modules(
         )
         if targets is None:
             job.lost.append(
-                f"{experiment.name}: target_modules is null, and PEFT's choice for {model} is "
-                "not known"
+                f"{experiment.name}: target_modules is null, and PEFT's default for {model} is not "
+                "known"
             )
             return
         job.assumed.append(
-            f"{experiment.name}: target_modules: {', '.join(targets)}, PEFT's choice for this model"
+            f"{experiment.name}: target_modules: {', '.join(targets)}, PEFT's default for this "
+            "model"
         )
     values["lora.lora_target_modules"] = targets
 
@@ -257,7 +261,7 @@ def _set_prompt_tuning_fields(
         values["prompt_tuning.prompt_tuning_init_text"] = text
     elif start != "RANDOM":
         job.lost.append(
-            f"{experiment.name}: prompt_tuning_init: {start!r}; the prompt starts at random values"
+            f"{experiment.name}: prompt_tuning_init: {start!r}; lorafleet starts from random values"
         )
     _report_unused(experiment, config, job)
 
@@ -281,7 +285,7 @@ def _set_training_fields(
     values["train.gradient_accumulation_steps"] = 1
     if values.get("train.max_grad_norm") == 0:
         values.pop("train.max_grad_norm")
-        job.lost.append(f"{experiment.name}: grad_norm_clip: 0; gradients are always clipped here")
+        job.lost.append(f"{experiment.name}: grad_norm_clip: 0; lorafleet always clips gradients")
     method = _set_dtype(experiment, method, values, job)
     _set_optimizer(experiment, values, job)
     schedule = params.get("lr_scheduler")

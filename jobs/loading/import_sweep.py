@@ -22,8 +22,8 @@ from lorafleet.jobs.trials.hyperband import HYPERBAND_KEYS, convert_to_asha
 
 _METHODS = {"random": "random", "grid": "grid", "bayes": "tpe"}
 _UNSUPPORTED_REASONS = {
-    "program": "trials are trained by lorafleet itself",
-    "command": "trials are trained by lorafleet itself",
+    "program": "not needed, because lorafleet itself trains the trials",
+    "command": "not needed, because lorafleet itself trains the trials",
     "strict": "has no counterpart",
     "controller": "has no counterpart",
     "description": "has no counterpart",
@@ -48,15 +48,15 @@ def translate_sweep(config: dict[str, Any], name: str) -> Translation:
     if method in _METHODS:
         translation.set_field("search.method", _METHODS[method])
     else:
-        translation.lost.append(f"method: {method!r} is none of {', '.join(_METHODS)}")
+        translation.lost.append(f"method: {method!r} is not one of {', '.join(_METHODS)}")
     if method == "bayes":
         translation.otherwise.append(
-            "method: bayes is a Gaussian process there, and Optuna's TPE here"
+            "method: bayes is a Gaussian process in W&B, and Optuna's TPE in lorafleet"
         )
     metric = config.get("metric")
     metric = {"name": metric} if isinstance(metric, str) else metric
     if metric is not None and not (isinstance(metric, dict) and metric.get("name")):
-        translation.lost.append("metric: it has no name; the task's own is used")
+        translation.lost.append("metric: it has no name; the task's default metric is used")
     if isinstance(metric, dict) and metric.get("name"):
         translation.set_field(
             "search.metric", {key: metric[key] for key in ("name", "goal") if key in metric}
@@ -66,15 +66,16 @@ def translate_sweep(config: dict[str, Any], name: str) -> Translation:
             translation.tree, "search.metric.name", _METRICS.get(metric_name, metric_name)
         )
     if config.get("run_cap") is not None and method == "grid":
-        translation.otherwise.append("run_cap: a grid tries all its combinations here")
+        translation.otherwise.append("run_cap: lorafleet tries all combinations of a grid")
     elif config.get("run_cap") is not None:
         try:
             translation.set_field("search.num_samples", _parse_whole_number(config["run_cap"]))
         except (TypeError, ValueError):
-            translation.lost.append(f"run_cap: {config['run_cap']!r} is no whole number")
+            translation.lost.append(f"run_cap: {config['run_cap']!r} is not a whole number")
     elif method != "grid":
         translation.otherwise.append(
-            f"run_cap: without one {method} has no end there; here search.num_samples does"
+            f"run_cap: without it, a {method} sweep of W&B never ends; in lorafleet "
+            "search.num_samples limits it"
         )
     for key in ("project", "entity"):
         if config.get(key):
@@ -87,12 +88,12 @@ def translate_sweep(config: dict[str, Any], name: str) -> Translation:
             TypeError,
             ValueError,
         ):  # the value has the wrong type, such as a list instead of a string
-            translation.lost.append(f"parameters.{key}: {definition!r} is not understood")
+            translation.lost.append(f"parameters.{key}: {definition!r} cannot be interpreted")
     try:
         _translate_early_terminate(config.get("early_terminate"), translation)
     except (TypeError, ValueError, OverflowError):
         _disable_early_stopping(
-            f"early_terminate: {config['early_terminate']!r} is not understood", translation
+            f"early_terminate: {config['early_terminate']!r} cannot be interpreted", translation
         )
     handled_keys = (
         "method",
@@ -115,16 +116,18 @@ def _translate_parameter(key: str, definition: Any, translation: Translation) ->
     path = _resolve_field(key)
     where = f"parameters.{key}"
     if path not in fields.get_leaf_fields():
-        translation.lost.append(f"{where}: no field of a job is called so")
+        translation.lost.append(f"{where}: this is not a field of the job file")
         return
     if not isinstance(definition, dict) or "parameters" in definition:
-        translation.lost.append(f"{where}: {definition!r} is no parameter that is read here")
+        translation.lost.append(
+            f"{where}: {definition!r} is not a parameter definition that lorafleet supports"
+        )
         return
     parameters = fields.get_value(translation.tree, "search.parameters") or {}
     if path in parameters or (
         "value" in definition and fields.get_value(translation.tree, path) is not None
     ):
-        translation.lost.append(f"{where}: {path} is named twice")
+        translation.lost.append(f"{where}: {path} is set twice")
         return
     if "value" in definition:
         translation.set_field(path, definition["value"])
@@ -138,20 +141,24 @@ def _translate_parameter(key: str, definition: Any, translation: Translation) ->
                 name: _convert_end(path, name, math.exp(float(end))) for name, end in ends.items()
             }
         except (OverflowError, ValueError):
-            translation.lost.append(f"{where}: {kind} has ends that are no exponents of e")
+            translation.lost.append(
+                f"{where}: min and max of {kind} cannot be used as exponents of e"
+            )
             return
         translation.assumed.append(
-            f"{where}: the ends of {kind} are exponents of e there, and values here"
+            f"{where}: min and max of {kind} are exponents of e in W&B, and values in lorafleet"
         )
         kind = EXPONENT_DISTRIBUTIONS[str(kind)]
     if "probabilities" in definition:
-        translation.lost.append(f"{where}.probabilities: all values are as likely here")
+        translation.lost.append(
+            f"{where}.probabilities: in lorafleet all values are equally likely"
+        )
     if kind is None and len(ends) == 2:
         is_whole = all(isinstance(end, int) for end in ends.values())
         kind = "int_uniform" if is_whole else "uniform"
     if kind not in _DISTRIBUTIONS:
         translation.lost.append(
-            f"{where}: distribution {kind} is none of {', '.join(_DISTRIBUTIONS)}"
+            f"{where}: distribution {kind} is not one of {', '.join(_DISTRIBUTIONS)}"
         )
         return
     parameter: dict[str, Any] = {"distribution": kind} | ends
@@ -175,7 +182,7 @@ def _filter_values(path: str, where: str, values: Any, translation: Translation)
         try:
             adapter.validate_python(converted)
         except ValidationError:
-            translation.lost.append(f"{where}: {path} may not be {value!r}")
+            translation.lost.append(f"{where}: {value!r} is not a valid value of {path}")
             continue
         accepted.append(converted)
     return accepted
@@ -211,12 +218,12 @@ def _translate_early_terminate(setting: Any, translation: Translation) -> None:
         return
     translation.set_field("search.scheduler", {"type": "asha"} | convert_to_asha(setting))
     translation.otherwise.append(
-        "early_terminate: an iteration is a line that a run logs there, and an epoch here "
+        "early_terminate: an iteration is a logged line in W&B, and an epoch in lorafleet "
         "(search.scheduler.time_attr)"
     )
     if "strict" in setting:
         translation.lost.append(
-            "early_terminate.strict: ASHA stops all but the best 1/eta at each rung"
+            "early_terminate.strict: ASHA always stops all but the best 1/eta at each rung"
         )
     for key in set(setting) - {"type", "strict", *HYPERBAND_KEYS}:
         translation.lost.append(f"early_terminate.{key}: has no counterpart")

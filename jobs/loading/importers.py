@@ -195,7 +195,7 @@ def translate_config(tool: str, config: dict[str, Any], name: str) -> Translatio
                 ValueError,
                 AttributeError,
             ):  # the value has the wrong type, such as a list instead of a string
-                translation.lost.append(f"{key}: {_format_value(key, value)} is not understood")
+                translation.lost.append(f"{key}: {_format_value(key, value)} cannot be interpreted")
         else:
             translation.lost.append(f"{key}: {_format_value(key, value)} has no counterpart")
     if tool == "axolotl" and not config.get("adapter"):
@@ -289,9 +289,7 @@ def _add_tool_defaults(tool: str, config: dict[str, Any], translation: Translati
     method = translation.tree.get("method", "lora")
     if tool == "llamafactory" and method != "full" and config.get("lora_alpha") is None:
         translation.set_field("lora.lora_alpha", "2*lora_r")
-        translation.assumed.append(
-            "lora_alpha: twice the rank, as LLaMA-Factory has it where it is left out"
-        )
+        translation.assumed.append("lora_alpha: twice the rank, LLaMA-Factory's default")
     for keys, path, value in _DEFAULTS[tool]:
         block = path.partition(".")[0]
         is_unused = (block == "lora" and method == "full") or (
@@ -315,20 +313,21 @@ def _report_differences(tool: str, config: dict[str, Any], translation: Translat
     has_no_share = not config.get("val_set_size" if tool == "axolotl" else "val_size")
     if tool != "trl" and has_no_share and "validation_file" not in translation.tree.get("data", {}):
         translation.otherwise.append(
-            f"{_DISPLAY_NAMES[tool]} trains on all rows; here 0.1 of them "
-            "(data.validation_fraction) are held back"
+            f"{_DISPLAY_NAMES[tool]} trains on all rows; lorafleet holds 0.1 of them back "
+            "(data.validation_fraction)"
         )
     if tool == "axolotl":
         translation.otherwise.append(
-            "rows above sequence_len: axolotl drops them, here they are cut"
+            "rows longer than sequence_len: axolotl drops them, lorafleet truncates them"
         )
         if config.get("warmup_ratio") is None and config.get("warmup_steps") is None:
             translation.otherwise.append(
-                "warm-up: 3 % of the steps in both, but axolotl's are at most 100"
+                "warm-up: 3 % of the steps in both, but at most 100 steps in axolotl"
             )
     if tool == "trl" and config.get("use_peft") and not config.get("lora_target_modules"):
         translation.otherwise.append(
-            "lora_target_modules: PEFT chooses by the model there, here it is all-linear"
+            "lora_target_modules: with TRL, PEFT chooses them by the model; in lorafleet the "
+            "default is all-linear"
         )
     if (
         tool == "trl"
@@ -336,8 +335,8 @@ def _report_differences(tool: str, config: dict[str, Any], translation: Translat
         and config.get("completion_only_loss") is None
     ):
         translation.otherwise.append(
-            "conversations: TRL learns every token, here the assistant's turns are learnt "
-            "(data.assistant_only_loss: false does as TRL)"
+            "conversations: TRL learns every token, lorafleet only the assistant's turns (set "
+            "data.assistant_only_loss: false to do as TRL)"
         )
 
 
@@ -375,10 +374,10 @@ def _translate_field(path: str, key: str, value: Any, translation: Translation) 
     if isinstance(value, str) and fields.is_number(path):
         value = _parse_field_number(value, path)
     if path == "train.lr_scheduler_type" and value not in _SCHEDULES:
-        translation.lost.append(f"{key}: {value!r} is none of {', '.join(_SCHEDULES)}")
+        translation.lost.append(f"{key}: {value!r} is not one of {', '.join(_SCHEDULES)}")
     elif path == "train.optim" and OPTIMIZERS.get(value, value) not in OPTIMIZERS.values():
         translation.lost.append(
-            f"{key}: {value!r} is none of {', '.join(sorted(set(OPTIMIZERS.values())))}"
+            f"{key}: {value!r} is not one of {', '.join(sorted(set(OPTIMIZERS.values())))}"
         )
     elif path == "train.optim":
         translation.set_field(path, OPTIMIZERS.get(value, value))
@@ -388,7 +387,7 @@ def _translate_field(path: str, key: str, value: Any, translation: Translation) 
         isinstance(value, int | float) and 0 < value < 1
     ):
         translation.lost.append(
-            f"{key}: {value!r} is not a share of the rows; give data.validation_file"
+            f"{key}: {value!r} is not a fraction of the rows; set data.validation_file"
         )
     elif path == "lora.lora_target_modules" and value in ("all", "all-linear"):
         translation.set_field(path, "all-linear")
@@ -398,7 +397,8 @@ def _translate_field(path: str, key: str, value: Any, translation: Translation) 
         and set(value) & set("()[]*+?|^$\\")
     ):
         translation.lost.append(
-            f"{key}: {value!r} is a pattern; here layers are named (a name means all that end so)"
+            f"{key}: {value!r} is a pattern, but lorafleet needs names of layers (a name selects "
+            "all layers whose path ends with it)"
         )
     else:
         translation.set_field(path, value)
@@ -428,7 +428,7 @@ def _build_method_converter(key: str) -> Callable[[Any, Translation], None]:
             ):  # LoRA on a base quantised by load_in_4bit or load_in_8bit is method qlora
                 translation.set_field("method", value)
         else:
-            translation.lost.append(f"{key}: {value!r} is not a method here; lora is used")
+            translation.lost.append(f"{key}: {value!r} is not a method of lorafleet; lora is used")
 
     return take
 
@@ -456,7 +456,7 @@ def _build_quantisation_converter(
             return
         if kind is None:
             translation.lost.append(
-                f"{key}: {value!r} is not 4 or 8, which a base is quantised to here"
+                f"{key}: {value!r} is not 4 or 8, the bits that lorafleet can quantise to"
             )
             return
         translation.set_field("method", "qlora")
@@ -504,10 +504,10 @@ def _build_packing_converter(key: str) -> Callable[[Any, Translation], None]:
             translation.set_field("train.packing", True)
             if key == "packing":
                 translation.otherwise.append(
-                    "packing: here examples of one row do not see each other"
+                    "packing: in lorafleet, packed examples do not attend to each other"
                 )
         elif value is not False:
-            translation.lost.append(f"{key}: {value!r} is not understood")
+            translation.lost.append(f"{key}: {value!r} cannot be interpreted")
 
     return take
 
@@ -530,16 +530,15 @@ def _build_attention_converter(key: str) -> Callable[[Any, Translation], None]:
             translation.set_field("model.attn_implementation", value)
         elif value not in (False, "auto", "disabled"):
             translation.lost.append(
-                f"{key}: {_format_value(key, value)} is left to model.attn_implementation: auto; "
-                "set flash_attention_2 where "
-                "there is a GPU and the package flash-attn"
+                f"{key}: {_format_value(key, value)} is replaced by model.attn_implementation: "
+                "auto; set flash_attention_2 if you have a GPU and the package flash-attn"
             )
 
     return take
 
 
 _build_launcher_converter = _build_lost_converter(
-    "is a launcher's setting; see resources in the job file"
+    "is a setting of a launcher; see resources in the job file"
 )
 
 
@@ -550,7 +549,7 @@ def _build_precision_converter(
         if value is True:
             translation.set_field("train.mixed_precision", mixed_precision)
         elif value not in (False, "auto"):
-            translation.lost.append(f"{key}: {value!r} is not understood")
+            translation.lost.append(f"{key}: {value!r} cannot be interpreted")
 
     return take
 
@@ -584,8 +583,7 @@ def _translate_axolotl_data(value: Any, translation: Translation) -> None:
     datasets = value if isinstance(value, list) and value else [value or {}]
     if len(datasets) > 1:
         translation.lost.append(
-            f"datasets: only the first of {len(datasets)} is carried over; put the rows into "
-            "one file"
+            f"datasets: only the first of {len(datasets)} is translated; put all rows into one file"
         )
     first = dict(datasets[0]) if isinstance(datasets[0], dict) else {"path": datasets[0]}
     _set_data_source(_pop_dataset_path(first), translation)
@@ -593,7 +591,9 @@ def _translate_axolotl_data(value: Any, translation: Translation) -> None:
     if isinstance(kind, str) and kind in _AXOLOTL_FORMATS:
         translation.set_field("data.format", _AXOLOTL_FORMATS[kind])
     elif kind:
-        translation.lost.append(f"datasets.type: {kind!r} is not a format here; see data.format")
+        translation.lost.append(
+            f"datasets.type: {kind!r} is not a format of lorafleet; see data.format"
+        )
     messages = first.pop("field_messages", None)
     if messages and _AXOLOTL_FORMATS.get(str(kind)) == "messages":
         translation.set_field("data.messages_column", str(messages))
@@ -601,8 +601,8 @@ def _translate_axolotl_data(value: Any, translation: Translation) -> None:
     for key, expected in _AXOLOTL_CONVERSATION_SETTINGS.items():
         if first.get(key, expected) != expected:
             translation.lost.append(
-                f"datasets.{key}: {first[key]!r} has no counterpart; here it is as with "
-                f"{expected!r} there"
+                f"datasets.{key}: {first[key]!r} has no counterpart; lorafleet behaves as with "
+                f"{expected!r}"
             )
         first.pop(key, None)
     for key, path in _AXOLOTL_FIELDS.items():
@@ -635,7 +635,7 @@ def _translate_message_keys(first: dict[str, Any], translation: Translation) -> 
     mapping = first.pop("message_property_mappings", None) or {}
     if not isinstance(mapping, dict):
         translation.lost.append(
-            f"datasets.message_property_mappings: {mapping!r} is not understood"
+            f"datasets.message_property_mappings: {mapping!r} cannot be interpreted"
         )
         mapping = {}
     mapping = dict(mapping)
@@ -660,7 +660,7 @@ def _translate_message_keys(first: dict[str, Any], translation: Translation) -> 
         unknown = sorted(role_names - _ROLES.get(str(role), set()))
         if unknown:
             translation.lost.append(
-                f"datasets.roles: {', '.join(map(str, unknown))} as {role} is not read here; "
+                f"datasets.roles: {', '.join(map(str, unknown))} is not supported as {role}; "
                 "rename it in the rows"
             )
 
@@ -670,14 +670,14 @@ def _translate_test_datasets(value: Any, translation: Translation) -> None:
     path = datasets[0].get("path") if datasets and isinstance(datasets[0], dict) else None
     if len(datasets) > 1:
         translation.lost.append(
-            f"test_datasets: only the first of {len(datasets)} is carried over; put the rows into "
+            f"test_datasets: only the first of {len(datasets)} is translated; put all rows into "
             "one file"
         )
     if isinstance(path, str) and get_data_suffix(Path(path)):
         translation.set_field("data.validation_file", path)
     else:
         translation.lost.append(
-            f"test_datasets: {value!r} is no file; name one in data.validation_file"
+            f"test_datasets: {value!r} is not a data file; name one in data.validation_file"
         )
 
 
@@ -688,7 +688,7 @@ def _build_prompt_loss_converter(key: str) -> Callable[[Any, Translation], None]
         if value is True:
             translation.set_field("data.assistant_only_loss", False)
         elif value is not False:
-            translation.lost.append(f"{key}: {value!r} is not understood")
+            translation.lost.append(f"{key}: {value!r} cannot be interpreted")
 
     return take
 
@@ -697,7 +697,7 @@ def _translate_mask_history(value: Any, translation: Translation) -> None:
     if isinstance(value, bool):
         translation.set_field("data.train_on_turns", "last" if value else "all")
     else:
-        translation.lost.append(f"mask_history: {value!r} is not understood")
+        translation.lost.append(f"mask_history: {value!r} cannot be interpreted")
 
 
 def _translate_enable_thinking(value: Any, translation: Translation) -> None:
@@ -707,9 +707,9 @@ def _translate_enable_thinking(value: Any, translation: Translation) -> None:
 def _report_axolotl_template(value: Any, translation: Translation) -> None:
     if value not in ("tokenizer_default", "jinja"):
         translation.lost.append(
-            f"chat_template: {value!r} is one of axolotl's own templates, and here the "
-            "tokenizer's is used; another "
-            "goes into a file that data.chat_template names"
+            f"chat_template: {value!r} is a template of axolotl, but lorafleet uses the "
+            "tokenizer's. To use another one, save it to a file and name the file in "
+            "data.chat_template"
         )
 
 
@@ -728,14 +728,14 @@ def _translate_llamafactory_data(value: Any, translation: Translation) -> None:
     names = [str(part).strip() for part in parts]
     if len(names) > 1:
         translation.lost.append(
-            f"dataset: only {names[0]!r} of {', '.join(names)} is carried over; put the rows into "
+            f"dataset: only {names[0]!r} of {', '.join(names)} is translated; put all rows into "
             "one file"
         )
     _set_data_source(names[0], translation)
     if "data" in translation.tree and "dataset_name" in translation.tree["data"]:
         translation.lost.append(
-            f"dataset: {names[0]!r} is a name of dataset_info.json there; put its file or hub id "
-            "into data"
+            f"dataset: {names[0]!r} is a name from dataset_info.json; set data.train_file or "
+            "data.dataset_name to its file or hub id"
         )
 
 
@@ -755,7 +755,7 @@ def _translate_target_linear(value: Any, translation: Translation) -> None:
 def _check_stage(value: Any, translation: Translation) -> None:
     if value != "sft":
         translation.lost.append(
-            f"stage: {value!r} is another kind of training; here it is supervised fine-tuning (sft)"
+            f"stage: {value!r} is not supported; lorafleet does supervised fine-tuning (sft)"
         )
 
 
@@ -783,8 +783,8 @@ def _translate_completion_only(value: Any, translation: Translation) -> None:
     current = fields.get_value(translation.tree, "data.assistant_only_loss")
     if current is not None and current != value:
         translation.lost.append(
-            "completion_only_loss: assistant_only_loss says otherwise, and here the two are "
-            "one field"
+            "completion_only_loss: it contradicts assistant_only_loss, and lorafleet has one field "
+            "for both"
         )
         return
     translation.set_field("data.assistant_only_loss", value)
@@ -800,8 +800,8 @@ def _translate_assistant_only(value: Any, translation: Translation) -> None:
     current = fields.get_value(translation.tree, "data.assistant_only_loss")
     if current is not None and current != value:
         translation.lost.append(
-            "completion_only_loss: assistant_only_loss says otherwise, and here the two are "
-            "one field"
+            "completion_only_loss: it contradicts assistant_only_loss, and lorafleet has one field "
+            "for both"
         )
     translation.set_field("data.assistant_only_loss", value)
 
@@ -815,7 +815,7 @@ def _translate_eval_dataset(value: Any, translation: Translation) -> None:
         translation.set_field("data.validation_file", value)
     else:
         translation.lost.append(
-            f"eval_dataset: {value!r} is no file; name one in data.validation_file"
+            f"eval_dataset: {value!r} is not a data file; name one in data.validation_file"
         )
 
 
@@ -823,7 +823,7 @@ def _build_split_check(key: str, expected: tuple[str, ...]) -> Callable[[Any, Tr
     def take(value: Any, translation: Translation) -> None:
         if value not in expected:
             translation.lost.append(
-                f"{key}: {value!r} has no counterpart; a data set's splits are train, validation "
+                f"{key}: {value!r} has no counterpart; lorafleet uses the splits train, validation "
                 "and test"
             )
 
@@ -834,7 +834,7 @@ def _translate_environment(value: Any, translation: Translation) -> None:
     if isinstance(value, dict):
         translation.set_field("environment", {str(name): str(text) for name, text in value.items()})
     else:
-        translation.lost.append("env: it is no block of variables")
+        translation.lost.append("env: it is not a block of variables")
 
 
 def _translate_trl_data(value: Any, translation: Translation) -> None:
@@ -846,8 +846,7 @@ def _translate_trl_mixture(value: Any, translation: Translation) -> None:
     first = datasets[0] if datasets and isinstance(datasets[0], dict) else {}
     if len(datasets) > 1:
         translation.lost.append(
-            f"datasets: only the first of {len(datasets)} is carried over; put the rows into "
-            "one file"
+            f"datasets: only the first of {len(datasets)} is translated; put all rows into one file"
         )
     first = dict(first)
     _set_data_source(_pop_dataset_path(first), translation)
@@ -869,14 +868,14 @@ _AXOLOTL_CONVERTERS: dict[str, Callable[[Any, Translation], None]] = {
     "chat_template_jinja": _translate_template_text,
     "flash_attention": _build_attention_converter("flash_attention"),
     "attn_implementation": _build_attention_converter("attn_implementation"),
-    "sdp_attention": _build_lost_converter("is what model.attn_implementation: auto means")(
+    "sdp_attention": _build_lost_converter("is the same as model.attn_implementation: auto")(
         "sdp_attention"
     ),
     "warmup_steps": _translate_warmup_steps,
     "warmup_ratio": _translate_warmup_ratio,
     "peft_init_lora_weights": _translate_init_weights,
     "test_datasets": _translate_test_datasets,
-    "special_tokens": _build_lost_converter("is not set here: the tokenizer's own are used")(
+    "special_tokens": _build_lost_converter("cannot be set; lorafleet uses those of the tokenizer")(
         "special_tokens"
     ),
     "datasets": _translate_axolotl_data,
@@ -889,9 +888,9 @@ _AXOLOTL_CONVERTERS: dict[str, Callable[[Any, Translation], None]] = {
     "fsdp": _build_launcher_converter("fsdp"),
     "fsdp_config": _build_launcher_converter("fsdp_config"),
     "sample_packing": _build_packing_converter("sample_packing"),
-    "trust_remote_code": _build_lost_converter("needs a model.revision of a full commit here")(
-        "trust_remote_code"
-    ),
+    "trust_remote_code": _build_lost_converter(
+        "can only be used with a full commit in model.revision"
+    )("trust_remote_code"),
 }
 _LLAMAFACTORY_CONVERTERS: dict[str, Callable[[Any, Translation], None]] = {
     "finetuning_type": _build_method_converter("finetuning_type"),
@@ -912,16 +911,16 @@ _LLAMAFACTORY_CONVERTERS: dict[str, Callable[[Any, Translation], None]] = {
     "warmup_ratio": _translate_warmup_ratio,
     "report_to": _translate_report_to,
     "quantization_method": _build_lost_converter(
-        "is not used here; bitsandbytes is", unless=("bnb", "bitsandbytes")
+        "is not supported; lorafleet quantises with bitsandbytes", unless=("bnb", "bitsandbytes")
     )("quantization_method"),
     "quantization_type": _translate_quant_type,
     "pissa_init": _translate_pissa,
     "disable_gradient_checkpointing": _translate_disabled_checkpointing,
     "eval_dataset": _translate_eval_dataset,
-    "trust_remote_code": _build_lost_converter("needs a model.revision of a full commit here")(
-        "trust_remote_code"
-    ),
-    "template": _build_lost_converter("is taken from the tokenizer's own chat template")(
+    "trust_remote_code": _build_lost_converter(
+        "can only be used with a full commit in model.revision"
+    )("trust_remote_code"),
+    "template": _build_lost_converter("is not used; lorafleet uses the tokenizer's chat template")(
         "template"
     ),
 }
@@ -946,9 +945,9 @@ _TRL_CONVERTERS: dict[str, Callable[[Any, Translation], None]] = {
     "env": _translate_environment,
     "accelerate_config": _build_launcher_converter("accelerate_config"),
     "deepspeed": _build_launcher_converter("deepspeed"),
-    "trust_remote_code": _build_lost_converter("needs a model.revision of a full commit here")(
-        "trust_remote_code"
-    ),
+    "trust_remote_code": _build_lost_converter(
+        "can only be used with a full commit in model.revision"
+    )("trust_remote_code"),
 }
 _CONVERTERS = {
     "axolotl": _AXOLOTL_CONVERTERS,

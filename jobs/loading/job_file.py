@@ -177,7 +177,10 @@ def load_text(text: str, path: Path, overrides: tuple[str, ...] = ()) -> LoadedJ
     reading = _Reading(document)
     if not reading.problems and not isinstance(document.value, dict):
         reading.add_problem(
-            "", "the file is empty" if document.value is None else "a job file is a block of keys"
+            "",
+            "the file is empty"
+            if document.value is None
+            else ("a job file must be a block of keys (`key: value`)"),
         )
     if reading.problems:
         raise JobFileError(str(path), reading.problems)
@@ -221,7 +224,7 @@ def read_text(path: Path) -> str:
     except IsADirectoryError:
         sentence = "is a folder, not a job file"
     except PermissionError:
-        sentence = "may not be read by you"
+        sentence = "cannot be read: you do not have permission"
     except OSError as error:
         sentence = f"cannot be read: {error.strerror}"
     except UnicodeDecodeError as error:
@@ -381,7 +384,7 @@ def _translate_key(reading: _Reading, block: str, key: str) -> None:
     if line:
         reading.lines[target] = line
     if fields.get_value(reading.tree, target) is not None:
-        reading.add_problem(path, f"{path} means {target}, which is set as well")
+        reading.add_problem(path, f"{path} means {target}, which is also set: keep one of the two")
         return
     fields.set_value(reading.tree, target, value)
     _add_note(reading, target, f"{path} is read as {target}")
@@ -398,7 +401,8 @@ def _translate_scheduler(reading: _Reading, path: str) -> None:
             continue
         if leaf in block:
             reading.add_problem(
-                f"{path}.{key}", f"{path}.{key} means {path}.{leaf}, which is set as well"
+                f"{path}.{key}",
+                (f"{path}.{key} means {path}.{leaf}, which is also set: keep one of the two"),
             )
             block.pop(key)
             continue
@@ -421,7 +425,11 @@ def _translate_hyperband(reading: _Reading, block: dict[str, Any], path: str) ->
         asha = convert_to_asha({"eta": block.get("reduction_factor")} | block)
     except (TypeError, ValueError, OverflowError) as error:
         reading.add_problem(
-            path, f"{path} has W&B's words of Hyperband, but they are not understood: {error}"
+            path,
+            (
+                f"{path} has W&B's keys for Hyperband, but their values cannot be interpreted: "
+                f"{error}"
+            ),
         )
         asha = {}
     for key in hyperband_keys:
@@ -430,15 +438,16 @@ def _translate_hyperband(reading: _Reading, block: dict[str, Any], path: str) ->
         if key in block and block[key] != value and key != "time_attr":
             reading.add_problem(
                 f"{path}.{key}",
-                f"{path}.{key} is set, and {' and '.join(hyperband_keys)} say it as well",
+                f"{path}.{key} is set, but {' and '.join(hyperband_keys)} set it too: keep one of "
+                "them",
             )
         block.setdefault(key, value)
     values = ", ".join(f"{key}: {value}" for key, value in asha.items())
     _add_note(
         reading,
         path,
-        f"{' and '.join(hyperband_keys)} of {path} are read as {values}; an iteration is an "
-        "epoch here",
+        f"{' and '.join(hyperband_keys)} of {path} are read as {values}; an iteration counts as an "
+        "epoch",
     )
 
 
@@ -451,7 +460,8 @@ def _translate_parameters(reading: _Reading, block: dict[str, Any], prefix: str)
         path = resolve_field_name(name)
         if path != name and path in parameters:
             reading.add_problem(
-                f"{prefix}{name}", f"{prefix}{name} means {path}, which is set as well"
+                f"{prefix}{name}",
+                (f"{prefix}{name} means {path}, which is also set: keep one of the two"),
             )
             parameters.pop(name)
             continue
@@ -468,7 +478,8 @@ def _translate_names(reading: _Reading, settings: Any, prefix: str) -> None:
         path = resolve_field_name(str(name))
         if path != name and path in settings:
             reading.add_problem(
-                f"{prefix}{name}", f"{prefix}{name} means {path}, which is set as well"
+                f"{prefix}{name}",
+                (f"{prefix}{name} means {path}, which is also set: keep one of the two"),
             )
             settings.pop(name)
             continue
@@ -566,12 +577,14 @@ def _expand_short_form(reading: _Reading, path: str, value: Any, prefix: str) ->
             _add_note(
                 reading,
                 f"{prefix}{path}.values",
-                f"value of {path} is read as values, a list of one",
+                f"`value` of {path} is read as `values` with one entry",
             )
         if "distribution" not in value and {"min", "max"} <= set(value):
             are_integers = isinstance(value["min"], int) and isinstance(value["max"], int)
             value["distribution"] = "int_uniform" if are_integers else "uniform"
-            note = f"min and max of {path} alone are read as {value['distribution']}"
+            note = (
+                f"min and max of {path} without a distribution are read as {value['distribution']}"
+            )
             _add_note(reading, f"{prefix}{path}.distribution", note)
     return value
 
@@ -603,9 +616,8 @@ def _describe_exponent_distribution(path: str, distribution: str, value: dict[st
     )
     alternative = f"with {powers}, or {replacement} " if len(bounds) == 2 else ""
     return (
-        f"distribution of {path} is {distribution}, whose ends W&B reads as exponents of e: write "
-        f"{replacement} {alternative}with the ends "
-        "as they are if they are values"
+        f"distribution of {path} is {distribution}, whose min and max W&B reads as exponents of e: "
+        f"write {replacement} {alternative}with min and max unchanged if they are plain values"
     )
 
 
@@ -708,7 +720,7 @@ def _create_links(reading: _Reading) -> None:
     if links:
         reading.tree["linked"] = links
         reading.origins.setdefault(
-            "linked", Origin("derived", "from the arithmetic in other fields")
+            "linked", Origin("derived", "from the expressions in other fields")
         )
 
 
@@ -759,7 +771,7 @@ def _apply_adapter(reading: _Reading) -> None:
         for path, parameters in _list_search_blocks(tree):
             if name in parameters:
                 sentence = (
-                    f"{name} is fixed by {_INIT_ADAPTER} at {_format_value(value)}, and "
+                    f"{name} is {_format_value(value)} in the adapter of {_INIT_ADAPTER}, so it "
                     "cannot be searched"
                 )
                 reading.add_problem(f"{path}.{name}", sentence)
@@ -777,15 +789,14 @@ def _apply_adapter(reading: _Reading) -> None:
                 arm_settings.setdefault(name, value)
             if name in (arm.get("parameters") or {}):
                 sentence = (
-                    f"{name} is fixed by the arm's {_INIT_ADAPTER} at "
-                    f"{_format_value(value)}, and cannot be searched"
+                    f"{name} is {_format_value(value)} in the adapter of the arm's "
+                    f"{_INIT_ADAPTER}, so it cannot be searched"
                 )
                 reading.add_problem(f"compare.arms.{arm_name}.parameters.{name}", sentence)
     for path, parameters in _list_search_blocks(tree):
         if _INIT_ADAPTER in parameters:
             sentence = (
-                f"{_INIT_ADAPTER} cannot be searched: give each adapter an arm of its own "
-                "in compare"
+                f"{_INIT_ADAPTER} cannot be searched: make an arm in compare for each adapter"
             )
             reading.add_problem(f"{path}.{_INIT_ADAPTER}", sentence)
 
@@ -807,9 +818,7 @@ def _list_adapter_notes(adapter: Any) -> list[str]:
     config = read_config(Path(adapter)) if isinstance(adapter, str) and adapter else None
     patterns = ("rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules")
     return [
-        f"the adapter has a {name}, which stays as it is"
-        for name in patterns
-        if (config or {}).get(name)
+        f"the adapter has a {name}, which is kept" for name in patterns if (config or {}).get(name)
     ]
 
 
@@ -838,9 +847,8 @@ def _refuse_changed_field(
     if name == "lora.lora_target_modules" and _split_names(job_value) == _split_names(value):
         return
     sentence = (
-        f"{name} is {_format_value(job_value)}, but {_INIT_ADAPTER} is an adapter with "
-        f"{_format_value(value)}, which cannot be "
-        "changed: leave the field out"
+        f"{name} is {_format_value(job_value)}, but the adapter of {_INIT_ADAPTER} has "
+        f"{_format_value(value)}, which cannot be changed: leave the field out"
     )
     reading.add_problem(path, sentence)
 
@@ -899,7 +907,7 @@ def _read_chat_template(reading: _Reading, folder: Path) -> None:
         return
     if not is_template_text(text):
         reading.add_problem(
-            _CHAT_TEMPLATE, f"{_CHAT_TEMPLATE} is {value}, but that file holds no Jinja template"
+            _CHAT_TEMPLATE, f"{_CHAT_TEMPLATE} is {value}, but that file is not a Jinja template"
         )
         return
     fields.set_value(reading.tree, _CHAT_TEMPLATE, text)

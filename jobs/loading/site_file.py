@@ -50,9 +50,7 @@ class LoadedSite:
         """Raise UserError if `--nodes` differs from a number that an administrator has fixed."""
         fixed = getattr(self.site, "nodes", None)
         if nodes is not None and "nodes" in self.locked and nodes != fixed:
-            raise UserError(
-                f"--nodes is {nodes}, but nodes is fixed at {fixed} by {self.files[-1]}"
-            )
+            raise UserError(f"--nodes is {nodes}, but {self.files[-1]} fixes nodes at {fixed}")
 
     def apply_chain(self, max_jobs: int) -> LoadedSite:
         """Return the site with the requeue policy `chain` and at most `max_jobs` jobs.
@@ -68,15 +66,16 @@ class LoadedSite:
         ]
         if fixed:
             raise UserError(
-                f"--max-walltime-chain is {max_jobs}, but {fixed[0]} is fixed by {self.files[-1]}"
+                f"--max-walltime-chain is {max_jobs}, but {self.files[-1]} fixes {fixed[0]}"
             )
         if not isinstance(self.site, SlurmSite):
             raise UserError(
-                f"--max-walltime-chain is {max_jobs}, but site {self.site.name} is no Slurm"
+                f"--max-walltime-chain is {max_jobs}, but site {self.site.name} is not a Slurm site"
             )
         if self.site.launch == "array":
             raise UserError(
-                f"--max-walltime-chain is {max_jobs}, but launch of site {self.site.name} is array"
+                f"--max-walltime-chain is {max_jobs}, but site {self.site.name} has launch: array, "
+                "whose tasks cannot be chained"
             )
         requeue = self.site.requeue.model_copy(
             update={"policy": "chain", "max_walltime_chain": max_jobs}
@@ -112,12 +111,12 @@ def find_site(name: str, site_folders: Iterable[Path] | None = None) -> Path:
     hint = (
         f"; did you mean {suggestion}?"
         if suggestion
-        else f"; there are {', '.join(names)}"
+        else f"; the known sites are {', '.join(names)}"
         if names
         else ""
     )
     where = ", ".join(map(str, site_folders))
-    raise JobFileError(name, [Problem("", f"there is no site of this name in {where}{hint}")])
+    raise JobFileError(name, [Problem("", f"there is no site file of this name in {where}{hint}")])
 
 
 def load_site(name: str, site_folders: Iterable[Path] | None = None) -> LoadedSite:
@@ -152,11 +151,19 @@ def _load_extended(
     if files.resolve_links(path) in visited or len(visited) >= _MAX_EXTENDS_DEPTH:
         raise JobFileError(
             str(path),
-            [Problem("extends", "extends goes round in a circle, or through too many files")],
+            [
+                Problem(
+                    "extends",
+                    (
+                        "extends refers back to a file that is being read, or to too many files "
+                        "in a row"
+                    ),
+                )
+            ],
         )
     document = yaml12.parse_document(read_text(path))
     if not document.problems and not isinstance(document.value, dict):
-        document.problems.append(Problem("", "a site file is a block of keys"))
+        document.problems.append(Problem("", "a site file must be a block of keys (`key: value`)"))
     if document.problems:
         raise JobFileError(str(path), document.problems)
     tree: dict[str, Any] = dict(document.value)
@@ -179,7 +186,7 @@ def _load_extended(
     problems = [
         Problem(
             key,
-            f"{key} is fixed by {paths[0]}, and must not be set here",
+            f"{key} is fixed by {paths[0]}, and cannot be changed here: leave it out",
             find_line(document.lines, key),
         )
         for key in sorted(locked)

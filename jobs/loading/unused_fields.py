@@ -29,34 +29,34 @@ _RULES = (
     _Rule(
         ("evaluate.folds",),
         lambda job, command: command == "train",
-        "train trains once, on the training rows",
+        "`lorafleet train` trains once, on the training rows",
     ),
     _Rule(
         ("train.warmup_ratio", "train.warmup_steps"),
         lambda job, _: job.train.lr_scheduler_type == "constant",
-        "lr_scheduler_type constant has no warm-up (constant_with_warmup has)",
+        "lr_scheduler_type constant has no warm-up (use constant_with_warmup)",
         "train.lr_scheduler_type",
     ),
     _Rule(
         ("train.decay_ratio",),
         lambda job, _: job.train.lr_scheduler_type != "warmup_stable_decay",
-        "only lr_scheduler_type warmup_stable_decay has it",
+        "only lr_scheduler_type warmup_stable_decay uses it",
         "train.lr_scheduler_type",
     ),
     _Rule(
         ("evaluate.temperature", "evaluate.top_p", "evaluate.generation_seed"),
         lambda job, _: not job.evaluate.do_sample,
-        "answers are the likeliest ones (evaluate.do_sample is false)",
+        "the most likely tokens are generated (evaluate.do_sample is false)",
     ),
     _Rule(
         ("evaluate.max_new_tokens", "evaluate.do_sample", "evaluate.sample_rows"),
         lambda job, _: not job.is_generative,
-        "a classifier writes no answers",
+        "a classifier generates no answers",
     ),
     _Rule(
         ("evaluate.bertscore_model", "evaluate.bertscore_layer"),
         lambda job, _: "bertscore_f1" not in job.text_metrics,
-        "evaluate.metrics has no bertscore_f1",
+        "evaluate.metrics does not contain bertscore_f1",
     ),
     _Rule(
         (
@@ -64,13 +64,13 @@ _RULES = (
             *("data.assistant_only_loss", "data.train_on_turns"),
         ),
         lambda job, _: not job.is_generative,
-        "a classifier reads a text, and no conversation",
+        "a classifier reads a text, not a conversation",
     ),
     _Rule(("data.labels",), lambda job, _: job.is_generative, "only classification has classes"),
     _Rule(
         ("train.num_train_epochs",),
         lambda job, _: job.train.max_steps is not None,
-        "train.max_steps comes before it",
+        "train.max_steps takes precedence",
     ),
 )
 

@@ -62,14 +62,13 @@ def unpack(folder: Path, document: Path) -> Run:
     """
     metadata = files.read_json(document)
     if not {"lorafleet", "name"} <= set(metadata):
-        raise RunError(f"{document} is not the document of a run")
+        raise RunError(f"{document} is not a packed run")
     for package in ("lorafleet", "ray"):
         installed = version(package)
         if metadata.get(package, installed) != installed:
             raise RunError(
-                f"the job was submitted by {package} {metadata[package]}, and this is "
-                f"{installed}: the image must have the "
-                "version of the one who submits"
+                f"the job was submitted by {package} {metadata[package]}, but this image has "
+                f"{installed}: use an image with the same version as the submitting machine"
             )
     run = Run(folder)
     if (folder / "plan.json").is_file():

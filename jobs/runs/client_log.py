@@ -21,8 +21,16 @@ PRINTED = {"printed": True}
 _EARLY_RECORDS: list[MemoryHandler] = []
 
 
-class _QuietFileHandler(logging.FileHandler):
-    """A log file whose errors, such as a full disk, do not disturb the command."""
+class _ClientLogHandler(logging.FileHandler):
+    """Writes to a run's log file. Errors, such as a full disk, do not disturb the command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record; the folder is created for the first one."""
+        try:
+            Path(self.baseFilename).parent.mkdir(exist_ok=True)
+            super().emit(record)
+        except OSError:
+            return
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Ignore an error."""
@@ -37,11 +45,11 @@ def start(*, verbose: bool) -> None:
     logger = logging.getLogger("lorafleet")
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False
-    if not _EARLY_RECORDS:
-        early_records = MemoryHandler(_MAX_EARLY_RECORDS, flushLevel=logging.CRITICAL + 1)
-        _EARLY_RECORDS.append(early_records)
-        logger.addHandler(early_records)
-    if verbose and not any(type(handler) is logging.StreamHandler for handler in logger.handlers):
+    stop()
+    early_records = MemoryHandler(_MAX_EARLY_RECORDS, flushLevel=logging.CRITICAL + 1)
+    _EARLY_RECORDS[:] = [early_records]
+    logger.addHandler(early_records)
+    if verbose:
         printer = logging.StreamHandler()
         printer.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
         printer.addFilter(lambda record: not getattr(record, "printed", False))
@@ -59,16 +67,24 @@ def attach(run: Path) -> None:
     if not _EARLY_RECORDS or not run.is_dir() or find_distrust_reason(run) is not None:
         return
     early_records = _EARLY_RECORDS[0]
-    folder = run / "logs"
+    path = run / "logs" / NAME
     current = early_records.target
-    if isinstance(current, logging.FileHandler) and Path(current.baseFilename).parent == folder:
+    if isinstance(current, logging.FileHandler) and Path(current.baseFilename) == path.absolute():
         return
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError:  # a full or read-only disk
-        return
-    log_file = _QuietFileHandler(folder / NAME, encoding="utf-8", errors="replace", delay=True)
+    log_file = _ClientLogHandler(path, encoding="utf-8", errors="replace", delay=True)
     log_file.setFormatter(logging.Formatter(_FORMAT))
     early_records.setTarget(log_file)
     early_records.flush()
     early_records.capacity = 1  # write every record at once
+
+
+def stop() -> None:
+    """Close the log of this command. Do nothing if there is none."""
+    logger = logging.getLogger("lorafleet")
+    for early_records in _EARLY_RECORDS:
+        if early_records.target is not None:
+            early_records.target.close()
+    _EARLY_RECORDS.clear()
+    for handler in logger.handlers[:]:
+        logger.removeHandler(handler)
+        handler.close()

@@ -96,17 +96,19 @@ def find_gate_violations(gate: Gate, measurement: ParityMeasurement) -> list[str
         or measurement.after is None
         or (measurement.steps and measurement.step_logit_difference is None)
     ):
-        return ["it says what is no number (NaN, or beyond all bounds)"]
+        return ["its outputs are NaN or infinite"]
     reasons = []
     max_difference = max(logit_difference, measurement.step_logit_difference or 0.0)
     if gate.max_logit_difference is not None and not max_difference <= gate.max_logit_difference:
         reasons.append(
-            f"a logit differs by {max_difference:.2g}, and may by {gate.max_logit_difference:g}"
+            f"a logit differs by {max_difference:.2g}, but at most {gate.max_logit_difference:g} "
+            "is allowed"
         )
     if gate.min_agreement is not None and not measurement.agreement >= gate.min_agreement:
-        compared = "classes" if measurement.metric == "accuracy" else "likeliest tokens"
+        compared = "classes" if measurement.metric == "accuracy" else "most likely tokens"
         reasons.append(
-            f"{measurement.agreement:.3f} of {compared} agree, and {gate.min_agreement:g} must"
+            f"{measurement.agreement:.3f} of the {compared} agree, but at least "
+            f"{gate.min_agreement:g} must"
         )
     step_agreement = measurement.step_agreement
     if (
@@ -115,19 +117,19 @@ def find_gate_violations(gate: Gate, measurement: ParityMeasurement) -> list[str
         and step_agreement < gate.min_agreement - _STEP_TOLERANCE
     ):
         reasons.append(
-            f"token by token {step_agreement:.3f} of likeliest tokens agree, and "
+            f"token by token, {step_agreement:.3f} of the most likely tokens agree, but at least "
             f"{gate.min_agreement - _STEP_TOLERANCE:g} must"
         )
     if measurement.called_prompts is not None and measurement.called_prompts < 1:
         reasons.append(
-            f"{measurement.called_prompts:.3f} of the prompts that a user asks are framed as in "
-            "training, and all must be"
+            f"only {measurement.called_prompts:.3f} of the user prompts are formatted as in "
+            "training, but all must be"
         )
     drop = compute_metric_drop(measurement)
     if gate.max_metric_drop is not None and drop is not None and drop > gate.max_metric_drop + 1e-9:
         reasons.append(
-            f"{measurement.metric} goes from {measurement.before:.4g} to {measurement.after:.4g}, "
-            "and may get worse by "
+            f"{measurement.metric} changes from {measurement.before:.4g} to "
+            f"{measurement.after:.4g}, but may get worse by at most "
             f"{gate.max_metric_drop:g}{'' if measurement.metric == 'accuracy' else ' of it'}"
         )
     return reasons
@@ -185,14 +187,14 @@ def choose_target(
         The chosen target (None if nothing fits) and a sentence with the reason.
     """
     if not offers:
-        return None, "There is no target that passed its gate, so none can be picked."
+        return None, "No target passed its gate, so none can be selected."
     fitting = [offer for offer in offers if not _list_budget_violations(offer, budget)]
     if not fitting:
         reasons = "; ".join(
             f"{offer.target} {', '.join(_list_budget_violations(offer, budget))}"
             for offer in offers
         )
-        return None, f"Nothing fits: {reasons}."
+        return None, f"No target fits: {reasons}."
     is_higher_better = fitting[0].metric == "accuracy"
     best = (max if is_higher_better else min)(offer.value for offer in fitting)
     equal = [
@@ -211,14 +213,14 @@ def choose_target(
         )
     return (
         chosen,
-        f"{chosen.target} fits and is the best that does: {', '.join(details)}, {chosen.metric} "
+        f"{chosen.target} is the best target that fits: {', '.join(details)}, {chosen.metric} "
         f"{chosen.value:.4g}.",
     )
 
 
 def _describe_unit(offer: TargetOffer) -> str:
     """Return the unit of a target's latency: a row or a token."""
-    return "a row" if offer.metric == "accuracy" else "a token"
+    return "per row" if offer.metric == "accuracy" else "per token"
 
 
 def _list_budget_violations(offer: TargetOffer, budget: DeviceBudget) -> list[str]:

@@ -91,14 +91,14 @@ def check_current(run: Path, attempt: int) -> None:
         os.close(os.open(folder, os.O_RDONLY))
     except FileNotFoundError:
         raise StaleAttempt(
-            f"attempt {attempt} at {run.name} was taken over, and writes no more"
+            f"attempt {attempt} of {run.name} was replaced by another one, and stops writing"
         ) from None
     except OSError:
         return
     if (folder / f"{attempt + 1}.json").exists():
         raise StaleAttempt(
-            f"attempt {attempt} at {run.name} was overtaken by attempt "
-            f"{find_newest_attempt(run)}, and writes no more"
+            f"attempt {attempt} of {run.name} was replaced by attempt {find_newest_attempt(run)}, "
+            "and stops writing"
         )
 
 
@@ -195,7 +195,7 @@ def find_silent_runs(
     if not unended_runs:
         return set()
     say(
-        f"{len(unended_runs)} of {len(runs)} drivers did not say that they ended: watched for "
+        f"{len(unended_runs)} of {len(runs)} drivers did not record their end: watching them for "
         f"{seconds:.0f} s"
     )
     first_beats = {
@@ -259,7 +259,7 @@ def _check_driver_ended(
     if holder.get("machine") == get_machine_id():
         if get_process_start(int(holder["pid"])) == holder["pid_started"]:
             raise HasDriver(
-                f"{run.name} has another driver, which is still running (process {holder['pid']})"
+                f"{run.name} already has a driver, which is still running (process {holder['pid']})"
             )
         return
     job, restart = holder.get("slurm_job"), int(holder.get("slurm_restart") or 0)
@@ -276,14 +276,13 @@ def _check_driver_ended(
         # saving.
         fail_after += _REPLACED_SECONDS
         say(
-            f"attempt {attempt} of an earlier submission may still be saving on {host}: "
-            "waiting until "
-            f"it ends, for at most {_REPLACED_SECONDS:.0f} s, or gives no sign of life for "
+            f"attempt {attempt} of an earlier submission may still be saving on {host}: waiting "
+            f"until it ends (at most {_REPLACED_SECONDS:.0f} s), or until it is silent for "
             f"{seconds:.0f} s"
         )
     else:
         say(
-            f"attempt {attempt} began on {host} and did not say that it ended: watched for "
+            f"attempt {attempt} started on {host} and did not record its end: watching it for "
             f"{seconds:.0f} s"
         )
     beat = _get_beat_file(run, attempt)
@@ -296,7 +295,7 @@ def _check_driver_ended(
             continue
         if time.monotonic() >= fail_after:
             location = f"{host}, job {job}" if job else host
-            raise HasDriver(f"{run.name} has another driver, which is still running ({location})")
+            raise HasDriver(f"{run.name} already has a driver, which is still running ({location})")
         last, since = now, time.monotonic()
 
 

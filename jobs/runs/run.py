@@ -112,7 +112,8 @@ def _parse_state(states: type[State], text: str, folder: Path) -> State:
         return states(text)
     except ValueError:
         raise RunError(
-            f"{folder / 'status.json'} says {text!r}, which this version does not know"
+            f"{folder / 'status.json'} contains the state {text!r}, which this version of "
+            "lorafleet does not know"
         ) from None
 
 
@@ -283,7 +284,7 @@ class Run:
             runs.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(
-                f"--runs is {runs}, which cannot be made a folder: {error.strerror}"
+                f"--runs is {runs}, but that folder cannot be created: {error.strerror}"
             ) from error
         while True:
             path = runs.absolute() / f"{name}-{secrets.token_hex(3)}"
@@ -298,7 +299,7 @@ class Run:
                 run.create_reserve()
             except OSError as error:
                 shutil.rmtree(path, ignore_errors=True)
-                raise make_disk_full_error(error, runs, "start again") or error from error
+                raise make_disk_full_error(error, runs, "run the command again") or error from error
             return run
 
     @property
@@ -479,17 +480,17 @@ class Run:
                 ):
                     listed_ids.add(trial.id)
                 elif any(path.iterdir()):
-                    messages.append(f"{path / 'params.json'} is gone: the trial is left out")
+                    messages.append(f"{path / 'params.json'} is missing: the trial is skipped")
                     listed_ids.add(trial.id)
             except (RunError, OSError) as error:
-                messages.append(f"trial {trial.id} is left out: {error}")
+                messages.append(f"trial {trial.id} is skipped: {error}")
                 listed_ids.add(trial.id)
         with contextlib.suppress(DamagedFile):
             created_ids = dict.fromkeys(
                 row["trial_id"] for row in self.read_events("trial") if "trial_id" in row
             )
             messages += [
-                f"trial {name} was made, and its folder is gone"
+                f"trial {name} was created, but its folder is missing"
                 for name in created_ids
                 if name not in listed_ids
             ]
@@ -525,21 +526,21 @@ class Run:
                 messages.append(f"{event['trial_id']}: {event['sentence']}")
             elif event.get("event") == "tracking_failed":
                 messages.append(
-                    f"W&B was given up: {event['error']}; the run's own record is whole"
+                    f"tracking with W&B was turned off: {event['error']}; the run's own record is "
+                    "complete"
                 )
             elif event.get("event") in ("placement", "note"):
                 messages.append(str(event["sentence"]))
             elif event.get("event") == "retry":
                 failure, number = event["failure"], event["number"]
                 halved = (
-                    ", with fewer rows a pass and more passes"
+                    ", with smaller micro-batches and more of them"
                     if failure["failure_class"] == "oom"
                     else ""
                 )
                 messages.append(
-                    f"{event['trial_id']} began again{halved} (retry {number} after "
-                    f"{failure['failure_class']}): "
-                    f"{failure['sentence']}"
+                    f"{event['trial_id']} restarted{halved} (retry {number} after "
+                    f"{failure['failure_class']}): {failure['sentence']}"
                 )
         return messages
 

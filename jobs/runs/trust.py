@@ -88,14 +88,14 @@ def find_distrust_reason(run: Path) -> str | None:
     except RunError as error:  # a damaged note
         return str(error)
     except OSError as error:
-        return f"{error.filename or folder} cannot be looked at: {error.strerror}"
+        return f"{error.filename or folder} cannot be accessed: {error.strerror}"
     if not os.access(
         next(path for path in (get_state_folder(), *get_state_folder().parents) if path.exists()),
         os.W_OK,
     ):
         return (
-            f"{folder} is not known: {get_state_folder()}, where your runs are noted, cannot "
-            "be written (XDG_STATE_HOME)"
+            f"{folder} is unknown, because {get_state_folder()}, where lorafleet records your "
+            "runs, is not writable (set XDG_STATE_HOME to another folder)"
         )
     return (
         f"{folder} was not created by your lorafleet at this location: it was copied, or created "
@@ -118,15 +118,15 @@ def check_trusted(run: Path, command: str, *, trust: bool) -> str | None:
     folder = get_outermost_run(run.absolute())
     if folder.stat().st_uid == os.geteuid():
         record_own_run(folder)
-    return f"{reason}. `{command}` runs what it says: {'; '.join(list_executed_code(run))}"
+    return f"{reason}. `{command}` runs what its files name: {'; '.join(list_executed_code(run))}"
 
 
 def format_refusal(reason: str, command: str, run: Path) -> str:
     """Return the error message for a command on a run that is not trusted."""
     return (
-        f"{reason}. `{command}` would run what it says: {'; '.join(list_executed_code(run))}. "
-        "Look into it first; --trust goes "
-        "on (docs/security.md)"
+        f"{reason}. `{command}` would run what its files name: "
+        f"{'; '.join(list_executed_code(run))}. Check the files first, then use --trust to "
+        "continue (docs/security.md)"
     )
 
 
@@ -148,7 +148,7 @@ def find_other_writer(folder: Path) -> str | None:
             status.st_mode
         ):  # the link target is part of the chain; the owner of the link can redirect it
             if status.st_uid not in (os.geteuid(), 0):
-                return f"{path} is a link of user {_get_user_name(status.st_uid)}"
+                return f"{path} is a link that belongs to user {_get_user_name(status.st_uid)}"
             continue
         message = _find_writer(path, status, is_target=path in (folder.absolute(), resolved))
         if message:
@@ -184,7 +184,8 @@ def _find_writer(path: Path, status: os.stat_result, *, is_target: bool) -> str 
             continue
         if tag == _ACL_USER and number not in (user_id, 0):
             return (
-                f"{path} can be written by user {_get_user_name(number)} (its access list says so)"
+                f"{path} can be written by user {_get_user_name(number)} (according to its access "
+                "control list)"
             )
         group = status.st_gid if tag == _ACL_GROUP_OBJ else number
         if tag in (_ACL_GROUP, _ACL_GROUP_OBJ) and not _is_private(group):
@@ -287,10 +288,10 @@ def list_executed_code(run: Path) -> list[str]:
         items.append(f"W&B at {address}")
     output = _get_block(plan, "delivery").get("output")
     if output:
-        items.append(f"exported files in {output}")
+        items.append(f"export files to {output}")
     nested = sorted({path.parent.parent.name for path in run.glob("*/*/plan.json")})
     if nested:
-        items.append(f"what the plans below {' and '.join(nested)} say")
+        items.append(f"what the plans in {' and '.join(nested)} name")
     model = _get_block(job, "model").get("model_name_or_path")
     data = _get_block(job, "data").get("train_file") or _get_block(job, "data").get("dataset_name")
     return [*items, f"a {plan.get('command', 'training')} of {model} on {data}"]

@@ -85,16 +85,16 @@ _COUNTERPARTS = {
         ),
         "train.gradient_checkpointing",
     ),
-    "use_liger_kernel": "train.chunked_loss, which is on",
-    "auto_find_batch_size": "retries.oom, which halves the rows of a pass",
+    "use_liger_kernel": "train.chunked_loss, which is on by default",
+    "auto_find_batch_size": "retries.oom, which halves the micro-batch size",
     "report_to": "tracking.mode",
     "run_name": "name",
     **dict.fromkeys(("eval_strategy", "evaluation_strategy"), "train.eval_steps"),
     **dict.fromkeys(("save_strategy", "save_steps"), "train.checkpoint_minutes"),
-    "load_best_model_at_end": "always so: the weights of the best evaluation are kept",
+    "load_best_model_at_end": "none (the weights of the best evaluation are always kept)",
     "metric_for_best_model": "search.metric.name",
     "greater_is_better": "search.metric.goal",
-    "data_seed": "train.seed (order of the rows) and data.split_seed (which rows)",
+    "data_seed": "train.seed (order of the rows) and data.split_seed (rows of each split)",
     **dict.fromkeys(("use_cpu", "no_cuda"), "resources.device: cpu"),
     "deepspeed": "resources.strategy and resources.deepspeed_config",
     **dict.fromkeys(("fsdp", "fsdp_config"), "resources.strategy: fsdp"),
@@ -124,9 +124,9 @@ def get_foreign_hint(key: str) -> str | None:
         return None
     counterpart = HF_ARGUMENTS[leaf]
     return (
-        f"here it is {counterpart}"
+        f"its counterpart in lorafleet is {counterpart}"
         if counterpart
-        else "it is Hugging Face's, and has no counterpart here"
+        else "it is an argument of Hugging Face's Trainer or TRL without a counterpart in lorafleet"
     )
 
 

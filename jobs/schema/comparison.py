@@ -62,32 +62,32 @@ class ArmSpec(Spec):
         """Check that the arm's fields fit together and that it sets only fields of its own."""
         if self.weights and self.method in (None, "base"):
             raise ValueError(
-                "weights goes with the method that they were trained by: lora, qlora, "
-                "prompt_tuning, full"
+                "weights requires the method that they were trained with: lora, qlora, "
+                "prompt_tuning or full"
             )
         if (self.method is None) == (self.adapter_of is None):
-            raise ValueError("must have either method or adapter_of, and exactly one of the two")
+            raise ValueError("must have exactly one of method and adapter_of")
         if (self.needs_training or self.weights) and self.quantization != "none":
             raise ValueError(
-                "quantization is for base and adapter_of; method: qlora says that a base is "
-                "quantised"
+                "quantization is only for base and adapter_of; to train on a quantised base, use "
+                "method: qlora"
             )
         if not self.needs_training and self.parameters:
-            raise ValueError("parameters is what a search tries, and this arm trains nothing")
+            raise ValueError("parameters lists values to search, but this arm trains nothing")
         for path in self.set if self.adapter_of else ():
             if not path.startswith("qlora."):
                 raise ValueError(
-                    f"{path!r} is what {self.adapter_of} was trained with; only qlora's fields "
+                    f"{path!r} is fixed by the training of {self.adapter_of}; only fields of qlora "
                     "may differ"
                 )
         for path in _SHARED_FIELDS & {*self.set, *self.parameters}:
             raise ValueError(
-                f"{path!r} is the same for all arms: budget and seeds are compare's to say"
+                f"{path!r} is the same for all arms: set the budget and the seeds in compare"
             )
         for path in (*self.set, *self.parameters):
             if path.partition(".")[0] not in _ARM_BLOCKS:
                 raise ValueError(
-                    f"{path!r} is the same for all arms; they may differ in "
+                    f"{path!r} is the same for all arms; arms may only differ in "
                     f"{', '.join(_ARM_BLOCKS)}"
                 )
         return self
@@ -110,7 +110,7 @@ class EqualBudget(Spec):
         """Check that at most one limit is set."""
         names = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(names) > 1:
-            raise ValueError(f"has {' and '.join(names)}, but must have one of them")
+            raise ValueError(f"has {' and '.join(names)}, but must have only one of them")
         return self
 
 
@@ -206,12 +206,12 @@ class CompareSpec(Spec):
                 )
         if self.budget != EqualBudget() and self.scheduler.time_attr != "samples":
             sentence = (
-                f"compare.scheduler.time_attr is {self.scheduler.time_attr}, but must be "
-                "samples with a budget"
+                f"compare.scheduler.time_attr is {self.scheduler.time_attr}, but must be samples "
+                "if compare.budget is set"
             )
             problems.append(Problem("compare.scheduler.time_attr", sentence))
         if self.scheduler.max_t is not None:
-            sentence = "compare.scheduler.max_t is what compare.budget says; drop it"
+            sentence = "compare.scheduler.max_t is set by compare.budget; leave it out"
             problems.append(Problem("compare.scheduler.max_t", sentence))
         if problems:
             raise SpecProblems(problems)

@@ -38,9 +38,8 @@ RULES = (
         ("qlora",),
         lambda job: job.qlora.quant_type == "int8",
         "quant_type int8",
-        "bitsandbytes keeps INT8 weights beside the parameter, where nothing cuts them up and "
-        "every process would hold "
-        "all of them; use nf4, or zero2",
+        "bitsandbytes keeps INT8 weights outside of the parameter, so they are not sharded and "
+        "every process would hold all of them; use nf4, or zero2",
     ),
     Rule(
         "train.optim",
@@ -48,7 +47,7 @@ RULES = (
         METHODS,
         lambda job: job.train.optim != "adamw_torch",
         "train.optim other than adamw_torch",
-        "bitsandbytes' moments are packed, and are not cut into shares or made whole for a "
+        "bitsandbytes packs its optimiser state, so it cannot be sharded or gathered for a "
         "checkpoint; use ddp",
     ),
     Rule(
@@ -57,7 +56,7 @@ RULES = (
         METHODS,
         lambda job: job.train.mixed_precision == "fp16",
         "train.mixed_precision fp16",
-        "its loss scale is not kept in step over shares; use bf16",
+        "its loss scale is not synchronised between shards; use bf16",
     ),
     Rule(
         "train.torch_compile",
@@ -65,8 +64,7 @@ RULES = (
         METHODS,
         lambda job: job.train.torch_compile,
         "train.torch_compile",
-        "DeepSpeed gathers weights in hooks that compiled blocks do not run; use fsdp, zero1 "
-        "or zero2",
+        "DeepSpeed gathers weights in hooks that compiled blocks skip; use fsdp, zero1 or zero2",
     ),
 )
 """Combinations that are refused on every device."""
@@ -75,33 +73,30 @@ NOTES: tuple[tuple[tuple[str, ...], tuple[str, ...], str], ...] = (
     (
         ("lora",),
         STRATEGIES,
-        "not init_lora_weights olora on GPT-2's kind of layers (Conv1D): they are stored "
-        "transposed, and PEFT does not "
-        "turn them",
+        "not with init_lora_weights olora on layers such as GPT-2's (Conv1D): they are stored "
+        "transposed, which PEFT's OLoRA does not support",
     ),
     (
         ("qlora",),
         STRATEGIES,
-        "not with init_lora_weights pissa or olora: they write to the base, and quantised weights "
-        "cannot be written "
-        "back exactly",
+        "not with init_lora_weights pissa or olora: they change the base weights, and quantised "
+        "weights cannot be changed exactly",
     ),
     (
         ("qlora",),
         STRATEGIES,
-        "on CPU not with 4 bits where a matrix's inputs are no multiple of 64; use int8",
+        "on CPU not with 4 bits if the input size of a matrix is not a multiple of 64; use int8",
     ),
     (
         ("prompt_tuning",),
         STRATEGIES,
-        "not for classifiers that read the label off the last token (GPT-2, Llama): behind learnt "
-        "embeddings "
-        "transformers does not find it",
+        "not for classifiers that predict from the last token (GPT-2, Llama): with a learnt "
+        "prompt, transformers does not find that token",
     ),
     (
         METHODS,
         ("zero1", "zero2", "zero3"),
-        "on CPU only with a C++ compiler (g++), which DeepSpeed builds with",
+        "on CPU only with a C++ compiler (g++), which DeepSpeed needs",
     ),
 )
 """(methods, strategies, limitation). These depend on the model or the machine, and are checked
@@ -158,7 +153,7 @@ def find_unsupported(job: JobSpec) -> list[tuple[str, str]]:
     problems = [
         (
             rule.field,
-            f"{rule.field} is {_format_value(job, rule.field)}, which does not go with "
+            f"{rule.field} is {_format_value(job, rule.field)}, which is not supported with "
             f"{strategy}: {rule.reason}",
         )
         for rule in RULES
@@ -169,8 +164,7 @@ def find_unsupported(job: JobSpec) -> list[tuple[str, str]]:
             (
                 "resources.strategy",
                 f"resources.strategy is {strategy}, but a trial of one process has nothing to "
-                "share: set "
-                "resources.workers_per_node or num_nodes, or strategy: auto",
+                "shard: set resources.workers_per_node or num_nodes, or use strategy: auto",
             )
         )
     if strategy in WEIGHT_SHARDING_STRATEGIES and job.metric.name in job.text_metrics:
@@ -178,16 +172,16 @@ def find_unsupported(job: JobSpec) -> list[tuple[str, str]]:
         problems.append(
             (
                 path,
-                f"{path} is {job.metric.name}, for which the model writes answers in every "
-                "evaluation, and weights "
-                f"that {strategy} cuts up cannot; search by loss, or use ddp, zero1 or zero2",
+                f"{path} is {job.metric.name}, for which every evaluation generates answers, but "
+                f"weights sharded by {strategy} cannot generate; search by loss, or use ddp, zero1 "
+                "or zero2",
             )
         )
     if job.resources.deepspeed_config and not strategy.startswith("zero"):
         problems.append(
             (
                 "resources.deepspeed_config",
-                "resources.deepspeed_config goes with strategy zero1, zero2 or zero3, not "
+                "resources.deepspeed_config requires strategy zero1, zero2 or zero3, not "
                 f"{strategy}",
             )
         )
@@ -208,9 +202,8 @@ def check_prompt_length(tokens: int, max_length: int, model: str, positions: int
     if not positions or max_length + tokens <= positions:
         return None
     return (
-        f"prompt_tuning.num_virtual_tokens is {tokens} and model.max_length {max_length}, but "
-        f"{model} has {positions} "
-        "positions for both together"
+        f"prompt_tuning.num_virtual_tokens is {tokens} and model.max_length is {max_length}, but "
+        f"{model} has only {positions} positions for both together: reduce one of them"
     )
 
 
@@ -221,7 +214,7 @@ def describe_hidden_label(model: str) -> str:
     position, which is padding.
     """
     return (
-        f"method is prompt_tuning, but {model} reads its label off the last token, which "
-        "transformers does not find "
-        "behind learnt embeddings; use an encoder, task: generation, or lora"
+        f"method is prompt_tuning, but {model} predicts the label from the last token, which "
+        "transformers does not find after a learnt prompt; use an encoder, task: generation, or "
+        "lora"
     )

@@ -85,26 +85,30 @@ def find_contradictions(job: JobSpec, user_config: dict[str, Any]) -> list[Probl
         if value not in (None, "auto", expected):
             problems.append(
                 _make_problem(
-                    f"has {key} = {value!r}, but the job file makes it {expected!r}; drop it there"
+                    f"has {key} = {value!r}, but the job file sets it to {expected!r}; remove it "
+                    "from the DeepSpeed file"
                 )
             )
     for key, job_fields in _JOB_FILE_KEYS.items():
         if user_config.get(key) not in (None, "auto"):
             problems.append(
                 _make_problem(
-                    f"has {key}, but that is what {job_fields} in the job file says; drop it there"
+                    f"has {key}, but it is set by {job_fields} in the job file; remove it from the "
+                    "DeepSpeed file"
                 )
             )
     if user_config.get("bf16", {}).get("enabled", "auto") != "auto":
         problems.append(
             _make_problem(
-                "has bf16.enabled, but that is what model.dtype in the job file says; drop it there"
+                "has bf16.enabled, but it is set by model.dtype in the job file; remove it from "
+                "the DeepSpeed file"
             )
         )
     if user_config.get("fp16", {}).get("enabled") is True:
         problems.append(
             _make_problem(
-                "has fp16 enabled, which is not run here; use train.mixed_precision: bf16"
+                "has fp16 enabled, which lorafleet does not support with DeepSpeed; use "
+                "train.mixed_precision: bf16"
             )
         )
     return problems

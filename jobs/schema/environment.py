@@ -85,16 +85,13 @@ def validate_environment(environment: dict[str, str]) -> dict[str, str]:
     """
     for name, value in environment.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(f"{name!r} is no name of a variable")
+            raise ValueError(f"{name!r} is not a valid name of a variable")
         if name == "RAY_ADDRESS" or name.startswith(("RAY_AUTH_", "LF_", "SLURM_")):
-            raise ValueError(
-                f"{name} is set by lorafleet or by the queue itself, and must not stand here"
-            )
+            raise ValueError(f"{name} is set by lorafleet or by the queue, and cannot be set here")
         if is_secret_name(name):
             raise ValueError(
-                f"{name} may hold a secret, which would stand in the script and in records that "
-                "others can read: log "
-                "in on the machine instead (wandb login, hf auth login)"
+                f"{name} may hold a secret, which others could read in the script and in records: "
+                "log in on the machine instead (wandb login, hf auth login)"
             )
         if "\n" in value or "\0" in value:
             raise ValueError(f"{name} has a line break in its value")

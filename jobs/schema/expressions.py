@@ -30,7 +30,7 @@ def parse(text: str) -> ast.expr:
     """
     if len(text) > _MAX_LENGTH:
         raise ValueError(
-            f"an expression may be {_MAX_LENGTH} characters long, this one has {len(text)}"
+            f"an expression may have at most {_MAX_LENGTH} characters, but this one has {len(text)}"
         )
     try:
         tree = ast.parse(text, mode="eval").body
@@ -101,7 +101,8 @@ def _check_node(tree: ast.expr, text: str) -> None:
                 _check_node(argument, text)
             return None
     raise ValueError(
-        f"{text!r} may hold numbers, field names, + - * / //, parentheses, min, max and round"
+        f"{text!r} may only contain numbers, field names, + - * / //, parentheses, min, max and "
+        "round"
     )
 
 

@@ -89,9 +89,9 @@ class ModelSpec(Spec):
                 [
                     Problem(
                         "model.trust_remote_code",
-                        "model.trust_remote_code is true, but must go with a model.revision of 40 "
-                        "hex digits (of a "
-                        "folder, 64): code that can change under you is not run",
+                        "model.trust_remote_code is true, but model.revision is not a full commit "
+                        "of 40 hex digits (for a folder: a hash of 64), so the code could change "
+                        "unnoticed. Set model.revision",
                     )
                 ]
             )
@@ -194,7 +194,7 @@ class DataSpec(Spec):
         for name in value:
             if not name.isidentifier() or name in _TEMPLATE_ARGUMENTS:
                 raise ValueError(
-                    f"has {name!r}, but must hold variables of the chat template, and none of "
+                    f"has {name!r}, but may only contain variables of the chat template, without "
                     f"{', '.join(sorted(_TEMPLATE_ARGUMENTS))}, which are set for each row"
                 )
         return value
@@ -206,8 +206,7 @@ class DataSpec(Spec):
                 [
                     Problem(
                         "data",
-                        "data must have either dataset_name or train_file, and exactly one of "
-                        "the two",
+                        "data must have exactly one of dataset_name and train_file",
                     )
                 ]
             )
@@ -222,7 +221,7 @@ class DataSpec(Spec):
             len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)
         ):
             raise SpecProblems(
-                [Problem("data.labels", "data.labels must be two or more names, each once")]
+                [Problem("data.labels", "data.labels must be two or more different names")]
             )
         return self
 
@@ -270,7 +269,7 @@ class LoraSpec(Spec):
         cleaned = tuple(name.strip() for name in names)
         if not cleaned or not all(cleaned):
             raise ValueError(
-                "must be all-linear or names of layers, such as [query, value], and not empty"
+                "must be all-linear or a non-empty list of layer names, such as [query, value]"
             )
         return "all-linear" if cleaned == ("all-linear",) else cleaned
 
@@ -404,7 +403,7 @@ class TrainSpec(Spec):
                     Problem(
                         "train.global_batch_size",
                         "train has both global_batch_size and gradient_accumulation_steps, but "
-                        "must have one of them",
+                        "must have only one of them",
                     )
                 ]
             )
@@ -412,7 +411,9 @@ class TrainSpec(Spec):
             self.warmup_steps is not None
             and self.warmup_ratio != TrainSpec.model_fields["warmup_ratio"].default
         ):
-            sentence = "train has both warmup_steps and warmup_ratio, but must have one of them"
+            sentence = (
+                "train has both warmup_steps and warmup_ratio, but must have only one of them"
+            )
             raise SpecProblems([Problem("train.warmup_steps", sentence)])
         by_ratio = self.warmup_steps is None and self.warmup_ratio + self.decay_ratio > 1
         if self.lr_scheduler_type == "warmup_stable_decay" and by_ratio:
@@ -421,8 +422,7 @@ class TrainSpec(Spec):
                     Problem(
                         "train.decay_ratio",
                         f"train.warmup_ratio and train.decay_ratio are {self.warmup_ratio:g} and "
-                        f"{self.decay_ratio:g}, "
-                        "but must be at most 1 together",
+                        f"{self.decay_ratio:g}, but their sum must be at most 1",
                     )
                 ]
             )
@@ -510,9 +510,9 @@ class ResourcesSpec(Spec):
     def _check_whole_gpus(cls, value: object) -> object:
         if isinstance(value, float) and not value.is_integer():
             sentence = (
-                f"resources.gpus_per_node is {value:g}, but must be a whole number: trials that "
-                "share a GPU are not "
-                "kept out of each other's memory, and NCCL takes one process a GPU"
+                f"resources.gpus_per_node is {value:g}, but must be a whole number: trials on a "
+                "shared GPU could exhaust each other's memory, and NCCL supports one process per "
+                "GPU"
             )
             raise SpecProblems([Problem("resources.gpus_per_node", sentence)])
         return value
@@ -535,8 +535,8 @@ class ResourcesSpec(Spec):
                 Problem(
                     "resources.gpus_per_node",
                     f"resources.gpus_per_node is {self.gpus_per_node}, but must be 0 or "
-                    "workers_per_node = "
-                    f"{self.workers_per_node}: a training process has one GPU",
+                    f"workers_per_node = {self.workers_per_node}: each training process uses one "
+                    "GPU",
                 )
             )
         if problems:
@@ -634,7 +634,7 @@ class EvaluateSpec(Spec):
     def _check_metrics(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         for name in value or ():
             if name not in TEXT_METRICS:
-                raise ValueError(f"has {name!r}, but must hold some of {', '.join(TEXT_METRICS)}")
+                raise ValueError(f"has {name!r}, but may only contain {', '.join(TEXT_METRICS)}")
         return tuple(dict.fromkeys(value)) if value is not None else None
 
     @model_validator(mode="after")
@@ -642,10 +642,11 @@ class EvaluateSpec(Spec):
         for name in self.custom_metrics:
             if name in METRICS or name in ROW_KEYS:
                 conflict = (
-                    "a metric of our own" if name in METRICS else "a word of every row of metrics"
+                    "a metric of lorafleet" if name in METRICS else "a key of every row of metrics"
                 )
                 sentence = (
-                    f"evaluate.custom_metrics has {name!r}, which is {conflict}: name it otherwise"
+                    f"evaluate.custom_metrics has {name!r}, which is {conflict}: choose another "
+                    "name"
                 )
                 raise SpecProblems([Problem(f"evaluate.custom_metrics.{name}", sentence)])
         return self
@@ -849,13 +850,15 @@ def _find_metric_problems(job: JobSpec) -> list[Problem]:
         name, custom = metric.name, job.evaluate.custom_metrics.get(metric.name)
         if name not in job.metric_names:
             hint = (
-                " (evaluate.metrics adds it)" if job.is_generative and name in TEXT_METRICS else ""
+                " (add it to evaluate.metrics)"
+                if job.is_generative and name in TEXT_METRICS
+                else ""
             )
             sentence = f"{path}.name is {name}, but must be one of {allowed} for {job.task}{hint}"
             return [Problem(f"{path}.name", sentence)]
         if custom and metric.goal != custom.goal:
             sentence = (
-                f"{path}.goal is {metric.goal}, but evaluate.custom_metrics.{name} says "
+                f"{path}.goal is {metric.goal}, but evaluate.custom_metrics.{name} has the goal "
                 f"{custom.goal}"
             )
             return [Problem(f"{path}.goal", sentence)]
@@ -866,13 +869,14 @@ def _find_metric_problems(job: JobSpec) -> list[Problem]:
     for name in tolerance if isinstance(tolerance, dict) else ():
         if name not in names:
             sentence = (
-                f"{block}.tolerance has {name}, but must have metrics of {metric_path}: "
+                f"{block}.tolerance has {name}, but may only contain metrics of {metric_path}: "
                 f"{', '.join(names)}"
             )
             return [Problem(f"{block}.tolerance", sentence)]
     if not job.is_generative and job.evaluate.metrics:
         sentence = (
-            "evaluate.metrics is for texts that a model writes; classification has its own metrics"
+            "evaluate.metrics is for generated text; classification has its own metrics. Leave it "
+            "out"
         )
         return [Problem("evaluate.metrics", sentence)]
     return []
@@ -894,9 +898,8 @@ def _find_method_problems(job: JobSpec) -> list[Problem]:
             Problem(
                 "lora.init_lora_weights",
                 f"lora.init_lora_weights is {job.lora.init_lora_weights}, but must be default or "
-                "gaussian with qlora: "
-                "it takes directions out of the base's weights, and quantised ones cannot be "
-                "written back exactly",
+                "gaussian with qlora: it changes the base's weights, and quantised weights cannot "
+                "be changed exactly",
             )
         )
     if job.train.padding_free is True and (
@@ -906,17 +909,17 @@ def _find_method_problems(job: JobSpec) -> list[Problem]:
             Problem(
                 "train.padding_free",
                 "train.padding_free is true, but must be false or auto for classification (its "
-                "models look at a row "
-                "from both sides) and for prompt_tuning (a learnt prompt stands before each row)",
+                "models use attention in both directions) and for prompt_tuning (each row has a "
+                "learnt prompt)",
             )
         )
     if job.train.packing and (job.task == "classification" or job.method == "prompt_tuning"):
         problems.append(
             Problem(
                 "train.packing",
-                "train.packing is true, but must be false for classification (its models look at "
-                "a row from both "
-                "sides) and for prompt_tuning (a learnt prompt stands before each row)",
+                "train.packing is true, but must be false for classification (its models use "
+                "attention in both directions) and for prompt_tuning (each row has a learnt "
+                "prompt)",
             )
         )
     if job.method == "full" and job.model.dtype == "float16":
@@ -924,15 +927,14 @@ def _find_method_problems(job: JobSpec) -> list[Problem]:
             Problem(
                 "model.dtype",
                 "model.dtype is float16, but must be auto, float32 or bfloat16 for method full: "
-                "gradients and their "
-                "squares are too small for float16",
+                "gradients and their squares underflow in float16",
             )
         )
     if job.train.init_adapter and job.method == "full":
         problems.append(
             Problem(
                 "train.init_adapter",
-                "train.init_adapter begins from an adapter, and method full has none",
+                "train.init_adapter continues an adapter, but method full has none",
             )
         )
     if job.train.init_adapter and job.uses_lora and job.lora.has_modified_base:
@@ -940,8 +942,7 @@ def _find_method_problems(job: JobSpec) -> list[Problem]:
             Problem(
                 "train.init_adapter",
                 f"train.init_adapter and lora.init_lora_weights = {job.lora.init_lora_weights} "
-                "both say how the "
-                "adapter begins; drop one of the two",
+                "both set the adapter's initial weights; keep one of the two",
             )
         )
     if (
@@ -972,15 +973,14 @@ def _find_fold_problems(job: JobSpec) -> list[Problem]:
         return problems
     if job.search.scheduler.type == "asha":
         sentence = (
-            "search.scheduler.type is asha, but must be none with evaluate.folds: a trial would "
-            "be cut for the rows of "
-            "its fold, and not for its configuration"
+            "search.scheduler.type is asha, but must be none with evaluate.folds: a trial could be "
+            "stopped because of the rows of its fold instead of its configuration"
         )
         problems.append(Problem("search.scheduler.type", sentence))
     if job.search.method == "tpe":
         sentence = (
-            "search.method is tpe, but must be random or grid with evaluate.folds: TPE "
-            "looks at single trials"
+            "search.method is tpe, but must be random or grid with evaluate.folds: TPE uses the "
+            "results of single trials, not of all folds"
         )
         problems.append(Problem("search.method", sentence))
     for metric in job.decision_metrics:
@@ -1001,7 +1001,7 @@ def _find_budget_problems(job: JobSpec) -> list[Problem]:
     return [
         Problem(
             "search.budget.gpu_hours",
-            "search.budget.gpu_hours counts GPUs and this job asks for none; use "
+            "search.budget.gpu_hours counts GPUs, but this job uses none; use "
             "search.budget.wall_hours",
         )
     ]

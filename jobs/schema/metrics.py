@@ -23,17 +23,17 @@ class Metric:
 METRICS = {
     metric.name: metric
     for metric in (
-        Metric("accuracy", "maximize", "share of rows with the right label"),
-        Metric("f1", "maximize", "F1, macro average: every class counts alike"),
+        Metric("accuracy", "maximize", "share of rows whose predicted label is right"),
+        Metric("f1", "maximize", "F1, macro average: every class has the same weight"),
         Metric("precision", "maximize", "precision, macro average"),
         Metric("recall", "maximize", "recall, macro average"),
         Metric(
             "loss",
             "minimize",
-            "mean negative log-likelihood, in nats, of a row (classification) or a target token",
+            "mean negative log-likelihood in nats, per row (classification) or per target token",
         ),
         Metric(
-            "perplexity", "minimize", "exp of the mean negative log-likelihood of a target token"
+            "perplexity", "minimize", "exp of the mean negative log-likelihood per target token"
         ),
         Metric("rouge1", "maximize", "ROUGE-1 F1: words shared with the reference, after stemming"),
         Metric(
@@ -51,10 +51,16 @@ METRICS = {
         Metric(
             "exact_match",
             "maximize",
-            "share of answers equal to the reference but for case and outer spaces",
+            "share of answers equal to the reference, ignoring case and outer spaces",
         ),
-        Metric("contains", "maximize", "share of answers with the reference in them, but for case"),
-        Metric("length_ratio", "closer to 1", "words of all answers over words of all references"),
+        Metric(
+            "contains", "maximize", ("share of answers that contain the reference, ignoring case")
+        ),
+        Metric(
+            "length_ratio",
+            "closer to 1",
+            ("number of words in all answers divided by that in all references"),
+        ),
     )
 }
 

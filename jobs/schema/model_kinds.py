@@ -204,7 +204,7 @@ def get_max_positions(config: Config) -> int:
 
 def _check_integer(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is {value!r}, and no whole number")
+        raise ValueError(f"{name} is {value!r}, which is not a whole number")
     return value
 
 
@@ -233,10 +233,8 @@ def describe_tied_targets(names: list[str], model: str) -> str:
     """Return the message that tied matrices cannot get an adapter."""
     return (
         f"lora.lora_target_modules has {', '.join(names)}, but the embeddings and the output head "
-        f"of {model} are one "
-        "matrix (tie_word_embeddings), which an adapter on one of the two would tear apart when "
-        "it is merged: leave "
-        "it out, or take a model whose head is a matrix of its own"
+        f"of {model} share one matrix (tie_word_embeddings), and an adapter on one of them cannot "
+        "be merged: leave it out, or use a model whose head has its own matrix"
     )
 
 
@@ -247,36 +245,34 @@ def get_generation_refusal(config: Config, name: str) -> str | None:
         return _describe_unreadable_config(name)
     if is_encoder_decoder(config):
         return (
-            f"model.model_name_or_path is {name}, which is an encoder-decoder ({kind}), but "
-            "must be a "
-            "causal decoder such as GPT-2, Llama or Qwen: encoder-decoders are not trained here"
+            f"model.model_name_or_path is {name}, which is an encoder-decoder ({kind}), but must "
+            "be a causal decoder such as GPT-2, Llama or Qwen: lorafleet does not train "
+            "encoder-decoders"
         )
     if is_causal(config):
         return None
     if kind in CAUSAL_TYPES:
         description = (
-            f"of type {kind} with attention in both directions, whose tokens see the "
-            "answer they predict"
+            f"of type {kind} with attention in both directions, so its tokens see the answer that "
+            "they predict"
         )
     elif kind in DECODER_IF_CONFIGURED:
         description = (
-            f"an encoder ({kind} without is_decoder: true), whose tokens see the answer "
-            "they predict"
+            f"an encoder ({kind} without is_decoder: true), so its tokens see the answer that they "
+            "predict"
         )
     else:
-        description = f"of type {kind}, which is no causal decoder"
+        description = f"of type {kind}, which is not a causal decoder"
     return (
-        f"model.model_name_or_path is {name}, which is {description}, but must be a causal "
-        "decoder such as "
-        "GPT-2, Llama or Qwen for a task that writes text"
+        f"model.model_name_or_path is {name}, which is {description}, but must be a causal decoder "
+        "such as GPT-2, Llama or Qwen for a task that generates text"
     )
 
 
 def _describe_unreadable_config(name: str) -> str:
     return (
         f"model.model_name_or_path is {name}, whose config.json has no model_type (or a "
-        "text_config that is no block): "
-        "nothing can load it"
+        "text_config that is not a block), so it cannot be loaded"
     )
 
 
@@ -303,9 +299,7 @@ def can_pack(config: Config) -> bool:
 
 def describe_packing_refusal(field: str, model: str) -> str:
     """Return the message that a model does not keep the packed examples of one row separate."""
-    return (
-        f"{field} is true, but {model} does not keep the examples of one row apart: set it to false"
-    )
+    return f"{field} is true, but {model} cannot keep packed examples separate: set it to false"
 
 
 def get_classification_refusal(config: Config, name: str) -> str | None:
@@ -321,8 +315,8 @@ def get_classification_refusal(config: Config, name: str) -> str | None:
         )
     if kind in _PADDING_SENSITIVE_TYPES:
         return (
-            f"model.model_name_or_path is {name}, but models of type {kind} read the padding of a "
-            "batch, so that a row's class depends on the rows beside it; use another encoder"
+            f"model.model_name_or_path is {name}, but models of type {kind} also read the padding "
+            "of a batch, so the class of a row would depend on the other rows; use another encoder"
         )
     return None
 
@@ -349,7 +343,7 @@ def get_length_refusal(config: Config, name: str, max_length: int) -> str | None
     if not positions or max_length <= positions:
         return None
     return (
-        f"model.max_length is {max_length}, but {name} has learnt {positions} positions: set "
+        f"model.max_length is {max_length}, but {name} has only {positions} learnt positions: set "
         f"model.max_length to at most {positions}"
     )
 

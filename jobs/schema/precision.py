@@ -47,7 +47,7 @@ def describe_planned_formats(job: JobSpec, *, cuda: bool) -> str:
     arithmetic = _AUTOCAST.get(precision)
     depends_on_gpu = cuda and "auto" in (job.model.dtype, mixed)
     return describe_number_formats(job, weights, arithmetic) + (
-        ", where the GPU has bfloat16" if depends_on_gpu else ""
+        ", if the GPU supports bfloat16" if depends_on_gpu else ""
     )
 
 
@@ -59,8 +59,8 @@ def get_attention_refusal(job: JobSpec, *, cuda: bool, has_flash: bool) -> str |
     name = job.model.attn_implementation
     if name in GPU_ATTENTION and not cuda:
         return (
-            f"model.attn_implementation is {name}, which trains on a GPU alone, and this job "
-            "runs on CPU; use sdpa"
+            f"model.attn_implementation is {name}, which trains only on a GPU, but this job runs "
+            "on CPU; use sdpa"
         )
     if name == "flash_attention_2" and not has_flash:
         return (

@@ -54,9 +54,7 @@ class Parameter(Spec):
         if self.expression is not None:
             expression.parse(self.expression)
             if (self.values, self.distribution, self.min, self.max, self.q) != (None,) * 5:
-                raise ValueError(
-                    "an expression goes alone, without values, distribution, min or max"
-                )
+                raise ValueError("an expression excludes values, distribution, min and max")
             return self
         if self.values is not None:
             return self._check_values(self.values)
@@ -75,7 +73,9 @@ class Parameter(Spec):
         ):
             raise ValueError(f"int_uniform needs whole numbers, not {self.min} and {self.max}")
         if self.distribution.startswith("q_") != (self.q is not None):
-            raise ValueError("q goes with q_uniform and q_log_uniform_values, and they need it")
+            raise ValueError(
+                "q is required by q_uniform and q_log_uniform_values, and not allowed otherwise"
+            )
         if self.q is not None and self.q > self.max - self.min:
             raise ValueError(
                 f"q is {self.q}, but must be at most max - min = {self.max - self.min:g}"
@@ -84,15 +84,15 @@ class Parameter(Spec):
 
     def _check_values(self, values: tuple[Scalar, ...]) -> Parameter:
         if not values:
-            raise ValueError("values is empty, but must hold at least one value")
+            raise ValueError("values is empty, but must have at least one entry")
         if len(set(map(repr, values))) != len(values):
-            raise ValueError(f"values holds the same value twice: {list(values)}")
+            raise ValueError(f"values has the same value twice: {list(values)}")
         if self.distribution not in (None, "categorical") or (self.min, self.max, self.q) != (
             None,
             None,
             None,
         ):
-            raise ValueError("values goes without min, max and q (its distribution is categorical)")
+            raise ValueError("values excludes min, max and q (its distribution is categorical)")
         return self
 
 
@@ -124,8 +124,8 @@ class NamedMetric(Spec):
         metric = METRICS.get(self.name)
         if metric and metric.goal == "closer to 1":
             raise ValueError(
-                f"name is {self.name!r}, which describes answers: neither more nor less of it "
-                "is better"
+                f"name is {self.name!r}, which only describes answers and cannot be minimized or "
+                "maximized"
             )
         if metric and self.goal != metric.goal:
             raise ValueError(f"goal is {self.goal}, but must be {metric.goal} for {self.name}")
@@ -166,7 +166,7 @@ class SchedulerSpec(Spec):
     def _check_grace_period(self) -> SchedulerSpec:
         if self.grace_period and self.max_t and self.grace_period > self.max_t:
             raise ValueError(
-                f"grace_period is {self.grace_period}, but must not be above max_t = {self.max_t}"
+                f"grace_period is {self.grace_period}, but must not exceed max_t = {self.max_t}"
             )
         return self
 
@@ -224,6 +224,6 @@ class SearchSpec(Spec):
     def _check_seeds(self) -> SearchSpec:
         if self.seeds > 1 and SEED in self.parameters:
             raise ValueError(
-                f"seeds is {self.seeds}, but {SEED} is searched as well; drop one of the two"
+                f"seeds is {self.seeds}, but {SEED} is searched as well; keep one of the two"
             )
         return self

@@ -20,7 +20,7 @@ from lorafleet.jobs.text import shorten_text
 def describe_unreadable_file(path: Path, error: ValidationError) -> str:
     """Return the message for a file of ours that this version cannot read."""
     first = list_problems(error, valid_keys=())[0]
-    return f"{path} is of another version of lorafleet, or damaged: {first.sentence}"
+    return f"{path} was written by another version of lorafleet, or is damaged: {first.sentence}"
 
 
 _REQUIREMENTS = {
@@ -37,17 +37,17 @@ _REQUIREMENTS = {
     "literal_error": "{expected}",
     "enum": "{expected}",
     "int_parsing": "a whole number",
-    "int_parsing_size": "a whole number that is not that large",
+    "int_parsing_size": "a smaller whole number",
     "float_parsing": "a number",
     "bool_parsing": "true or false",
-    "string_unicode": "a text without half characters",
-    "too_long": "at most {max_length} long",
+    "string_unicode": "valid text (it has half a character, a lone surrogate)",
+    "too_long": "a list of at most {max_length} entries",
     "set_type": "a list",
     "iterable_type": "a list",
     "mapping_type": "a block of keys",
     "model_attributes_type": "a block of keys",
     "none_required": "empty",
-    "invalid_key": "a block whose keys are texts",
+    "invalid_key": "a block whose keys are text",
     "json_invalid": "JSON",
     "json_type": "JSON",
     "bytes_type": "a text",
@@ -56,7 +56,7 @@ _REQUIREMENTS = {
     "string_pattern_mismatch": "of the form {pattern}",
     "string_too_short": "at least {min_length} characters long",
     "string_too_long": "at most {max_length} characters long",
-    "too_short": "at least {min_length} long",
+    "too_short": "a list of at least {min_length} entries",
     "dict_type": "a block of keys",
     "model_type": "a block of keys",
     "tuple_type": "a list",
@@ -96,7 +96,9 @@ def list_problems(
         if raw["type"] == "model_type" and path.startswith("search.parameters."):
             value = format_value(raw["input"])
             example = "..." if raw["input"] is None else value
-            sentence = f"{path} is {value}, but must list what it may be: {{values: [{example}]}}"
+            sentence = (
+                f"{path} is {value}, but must list the values to try: {{values: [{example}]}}"
+            )
             problems[path] = Problem(path, sentence)
             continue
         if (
@@ -116,10 +118,10 @@ def list_problems(
 
 
 def _describe_deep_list(path: str, value: Any) -> str:
-    sentence = f"{path} must be a list of numbers, texts or true/false, one level deep"
+    sentence = f"{path} must be a list of numbers, texts or true/false, without inner lists"
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         return sentence
-    return f'{sentence}: a list is one value when it is written as "{",".join(value)}"'
+    return f'{sentence}. To use a list as one value, write it as "{",".join(value)}"'
 
 
 _HALF_PRECISION_NAMES = {
@@ -155,7 +157,7 @@ def _describe_error(path: str, raw: Any, valid_keys: Collection[str] | None) -> 
             message = str(raw["ctx"]["error"])
             return f"{path}: {message}" if path else message
         case "string_too_short" | "too_short" if raw["ctx"]["min_length"] == 1:
-            return f"{path} is empty, but must hold something"
+            return f"{path} is empty, but must have a value"
         case "literal_error" if (
             path.endswith(".quantization") and str(raw["input"]) in _HALF_PRECISION_NAMES
         ):
@@ -163,14 +165,14 @@ def _describe_error(path: str, raw: Any, valid_keys: Collection[str] | None) -> 
                 f"{path} is {format_value(raw['input'])}, but must be {_describe_requirement(raw)}"
             )
             return (
-                f"{sentence}; weights in 16 bits are `set: {{model.dtype: "
+                f"{sentence}; for 16-bit weights use `set: {{model.dtype: "
                 f"{_HALF_PRECISION_NAMES[str(raw['input'])]}}}`"
             )
         case kind if kind in _REQUIREMENTS:
             return (
                 f"{path} is {format_value(raw['input'])}, but must be {_describe_requirement(raw)}"
             )
-    return f"{path} is {format_value(raw['input'])}, which cannot be used here"
+    return f"{path} is {format_value(raw['input'])}, which is not valid"
 
 
 _MAX_KEY_LENGTH = 120
@@ -206,13 +208,15 @@ def describe_unknown_key(path: str) -> str:
     """Return the message for a key that no block has, with the closest valid key."""
     block, _, leaf = path.rpartition(".")
     if path in fields.get_leaf_fields():  # a key with dots, as other tools write it
-        return f"{path} is written as a key, but must be in its block: {block}: {{{leaf}: ...}}"
+        return (
+            f"{path} is written as one key, but must be inside its block: {block}: {{{leaf}: ...}}"
+        )
     if block.startswith("search.parameters."):
         suggestion = fields.find_closest(leaf, _PARAMETER_KEYS)
         hint = (
             f"did you mean {suggestion!r}?"
             if suggestion
-            else f"there are {', '.join(_PARAMETER_KEYS)}"
+            else f"the keys are {', '.join(_PARAMETER_KEYS)}"
         )
         return f"{path} is not a known key; {hint}"
     prefix = f"{block}." if block else ""

@@ -50,12 +50,12 @@ class Toleration(Spec):
         """Check that operator, key and value fit together."""
         if self.operator == "Exists" and self.value is not None:
             raise ValueError(
-                f"operator Exists has no value, but value is {self.value}: must be Equal"
+                f"operator Exists takes no value, but value is {self.value}: use operator Equal"
             )
         if self.operator == "Equal" and self.value is None:
             raise ValueError("operator Equal needs a value")
         if self.key is None and self.value is not None:
-            raise ValueError(f"value is {self.value}, but there is no key that it is the value of")
+            raise ValueError(f"value is {self.value}, but there is no key")
         return self
 
     def to_dict(self) -> dict[str, str]:
@@ -104,7 +104,7 @@ class Storage(Spec):
     def _check_sub_path(cls, value: str | None) -> str | None:
         """Check that the folder does not leave the volume."""
         if value and ".." in value.split("/"):
-            raise ValueError(f"{value!r} leaves the volume: no `..` in it")
+            raise ValueError(f"{value!r} leaves the volume: do not use `..`")
         return value
 
 
@@ -366,9 +366,8 @@ class KubernetesSite(Spec):
         if isinstance(value, str):
             if "://" in value:
                 raise ValueError(
-                    f"{value!r} is object storage, which cannot hold runs: their files are "
-                    "appended to and renamed; "
-                    "must be a claim of a volume, {claim: NAME}"
+                    f"{value!r} is object storage, which cannot hold runs, because their files are "
+                    "appended to and renamed; name a volume claim, {claim: NAME}"
                 )
             raise ValueError(
                 f"{value!r} must be a block with the name of a volume claim, {{claim: NAME}}"
@@ -382,9 +381,8 @@ class KubernetesSite(Spec):
         if not re.fullmatch(r"[a-z0-9][a-zA-Z0-9._:/-]*@sha256:[0-9a-f]{64}", value):
             raise ValueError(
                 f"{value!r} is not pinned: must be NAME:VERSION@sha256:DIGEST, so that every "
-                "attempt at a run has the "
-                "same programs (`docker inspect --format '{{index .RepoDigests 0}}' IMAGE` "
-                "prints it)"
+                "attempt of a run uses the same software (`docker inspect --format '{{index "
+                ".RepoDigests 0}}' IMAGE` prints it)"
             )
         return value
 
@@ -402,7 +400,10 @@ class KubernetesSite(Spec):
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name.startswith(
                 ("RAY_", "LF_")
             ):
-                raise ValueError(f"{name!r} is no name that a variable from a Secret may have")
+                raise ValueError(
+                    f"{name!r} is not a valid variable name for a Secret (RAY_ and LF_ are "
+                    "reserved)"
+                )
         return value
 
     @model_validator(mode="after")
@@ -410,7 +411,7 @@ class KubernetesSite(Spec):
         """Check fields that depend on each other. Raises SpecProblems."""
         problems = []
         if self.nodes and self.max_nodes and self.nodes > self.max_nodes:
-            sentence = f"nodes is {self.nodes}, but must not be above max_nodes = {self.max_nodes}"
+            sentence = f"nodes is {self.nodes}, but must not exceed max_nodes = {self.max_nodes}"
             problems.append(Problem("nodes", sentence))
         if self.shared_memory_gb and self.shared_memory_gb >= self.memory_gb_per_node:
             sentence = (
@@ -423,19 +424,19 @@ class KubernetesSite(Spec):
             problems.append(
                 Problem(
                     f"secrets.{duplicates[0]}",
-                    f"{duplicates[0]} stands in secrets and in environment",
+                    f"{duplicates[0]} is set in secrets and in environment: keep one",
                 )
             )
         if self.deadlines.start_minutes and self.scheduler.kind != "kueue":
             sentence = (
-                "deadlines.start_minutes is set, and the scheduler is not kueue: the time that a "
-                "job waits for room "
-                "would count, and end it; must be left out"
+                "deadlines.start_minutes is set, but the scheduler is not kueue: the time that a "
+                "job waits for resources would count, and end the job. Leave it out"
             )
             problems.append(Problem("deadlines.start_minutes", sentence))
         if self.autoscale and self.scheduler.kind != "none":
             sentence = (
-                f"autoscale is true, but {self.scheduler.kind} admits a whole job; must be false"
+                f"autoscale is true, but {self.scheduler.kind} admits a whole job at once; must be "
+                "false"
             )
             problems.append(Problem("autoscale", sentence))
         secret_names = sorted(

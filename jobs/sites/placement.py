@@ -60,13 +60,13 @@ def choose_node_count(
     if nodes < nodes_per_trial:
         source = "--nodes" if requested else f"nodes of site {site.name}"
         raise PlacementRefused(
-            f"{source} is {nodes}, and each trial needs "
+            f"{source} is {nodes}, but each trial needs "
             f"{format_count(nodes_per_trial, site.machine_noun)}"
         )
     if site.max_nodes and nodes > site.max_nodes:
         machines = format_count(nodes, site.machine_noun)
         raise PlacementRefused(
-            f"the job would have {machines}, and max_nodes of site {site.name} is {site.max_nodes}"
+            f"the job would have {machines}, but max_nodes of site {site.name} is {site.max_nodes}"
         )
     return nodes
 
@@ -149,9 +149,8 @@ def compute_placement(
     gpus = _resolve_gpus_per_worker(job, site)
     if job.search and job.search.budget.gpu_hours is not None and not gpus:
         raise PlacementRefused(
-            f"search.budget.gpu_hours counts GPUs, and the trials on {site.display_name} use "
-            "none; use "
-            "search.budget.wall_hours"
+            f"search.budget.gpu_hours counts GPUs, but the trials on {site.display_name} use none; "
+            "use search.budget.wall_hours"
         )
     per_node = resources.workers_per_node
     share = Share(resources.num_nodes, per_node * resources.cpus_per_worker, per_node * gpus)
@@ -194,17 +193,16 @@ def _check_trial_fits(
     if labels and not nodes:
         label_list = ", ".join(f"{name}={value}" for name, value in labels.items())
         raise PlacementRefused(
-            f"resources.label_selector wants machines with {label_list}, and {site.display_name} "
-            "has none"
+            f"resources.label_selector requires machines with {label_list}, but "
+            f"{site.display_name} has none"
         )
     if share.nodes > len(site.nodes) and isinstance(site, LocalSite):
         raise PlacementRefused(
-            f"each trial needs {share}, and this is one machine: start Ray on each (`ray start`) "
-            "and name it in "
-            "RAY_ADDRESS, or set resources.num_nodes to 1"
+            f"each trial needs {share}, but this is a single machine: start Ray on each machine "
+            "(`ray start`) and set RAY_ADDRESS, or set resources.num_nodes to 1"
         )
     raise PlacementRefused(
-        f"each trial needs {share}, and {site.display_name} has {_describe_nodes(nodes)}"
+        f"each trial needs {share}, but {site.display_name} has {_describe_nodes(nodes)}"
     )
 
 
@@ -231,8 +229,8 @@ def _count_trials_by_memory(
     largest = sorted((node.memory_gib for node in nodes if node.cpus), reverse=True)[:num_nodes]
     if memory_per_node > largest[-1]:
         raise PlacementRefused(
-            f"each trial needs about {memory_per_node:.1f} GiB of memory on each machine, and "
-            f"{site} has {largest[-1]:.1f} free"
+            f"each trial needs about {memory_per_node:.1f} GiB of memory on each machine, but "
+            f"{site} has only {largest[-1]:.1f} free"
         )
     shares = [math.floor(node.memory_gib / memory_per_node) for node in nodes if node.cpus]
     return max(1, sum(shares) // num_nodes)
@@ -248,7 +246,7 @@ def fit_placement(placement: Placement, nodes: Sequence[Node]) -> tuple[Placemen
     if possible >= placement.slots:
         return placement, None
     summary = (
-        f"each trial needs {placement.share}; the cluster has "
+        f"each trial needs {placement.share}; the cluster has room for "
         f"{format_count(possible, 'such group')}"
     )
     if not possible:
@@ -257,7 +255,7 @@ def fit_placement(placement: Placement, nodes: Sequence[Node]) -> tuple[Placemen
     reduced = placement.model_copy(
         update={"slots": possible, "waves": waves, "limited_by": "the cluster's machines"}
     )
-    return reduced, f"{summary}; concurrency set to {possible}"
+    return reduced, f"{summary}; running {possible} in parallel"
 
 
 def _resolve_gpus_per_worker(job: JobSpec, site: Site) -> int:
@@ -268,7 +266,7 @@ def _resolve_gpus_per_worker(job: JobSpec, site: Site) -> int:
     if site.gpus:
         return 1 if requested else 0
     reason = f": {site.without_gpu}" if isinstance(site, LocalSite) and site.without_gpu else ""
-    problem = f"{site.display_name} has no GPU that can be used{reason}"
+    problem = f"{site.display_name} has no usable GPU{reason}"
     if requested not in ("auto", 0):
         raise PlacementRefused(f"resources.gpus_per_node is {requested}, but {problem}")
     if resources.device == "cuda" and requested == "auto":

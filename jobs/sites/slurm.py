@@ -281,11 +281,11 @@ class SlurmSite(Spec):
         for line in value:
             option = re.split(r"[=\s]", line.strip(), maxsplit=1)[0]
             if not option.startswith("-"):
-                raise ValueError(f"{line!r} is no option of sbatch: it must begin with a dash")
+                raise ValueError(f"{line!r} is not an option of sbatch: it must begin with a dash")
             if not option.startswith("--"):
                 raise ValueError(
-                    f"{option} is a short form: write the long one, so that a reader knows what "
-                    "it asks for"
+                    f"{option} is a short option: write the long form, so that a reader knows what "
+                    "it requests"
                 )
             is_abbreviation = len(option) > 3 and any(
                 reserved.startswith(option) for reserved in _RESERVED_OPTIONS
@@ -295,8 +295,7 @@ class SlurmSite(Spec):
                 for reserved in _RESERVED_OPTIONS
             ):
                 raise ValueError(
-                    f"{option} is set from other fields of the site, and must not stand here "
-                    "as well"
+                    f"{option} is set from other fields of the site: leave it out here"
                 )
         return value
 
@@ -304,14 +303,15 @@ class SlurmSite(Spec):
     def _check_consistency(self) -> SlurmSite:
         problems = []
         if self.nodes and self.max_nodes and self.nodes > self.max_nodes:
-            sentence = f"nodes is {self.nodes}, but must not be above max_nodes = {self.max_nodes}"
+            sentence = f"nodes is {self.nodes}, but must not exceed max_nodes = {self.max_nodes}"
             problems.append(Problem("nodes", sentence))
         if self.launch == "array" and (self.head or (self.nodes or 1) > 1):
-            sentence = "launch is array, whose tasks have one node each: leave out head and nodes"
+            sentence = "launch is array, whose tasks use one node each: leave out head and nodes"
             problems.append(Problem("launch", sentence))
         if self.launch == "array" and self.requeue.policy == "chain":
             sentence = (
-                "launch is array, whose tasks do not chain: requeue.policy must be requeue or none"
+                "launch is array, whose tasks cannot be chained: requeue.policy must be requeue or "
+                "none"
             )
             problems.append(Problem("requeue.policy", sentence))
         if self.gpu_type and not self.gpus_per_node:
@@ -339,7 +339,7 @@ def parse_slurm_time(text: str) -> int:
     match = _TIME.fullmatch(text)
     if not match:
         raise ValueError(
-            f"{text!r} is no time; must be MINUTES, H:MM:SS or D-HH:MM:SS, such as 2-00:00:00"
+            f"{text!r} is not a time; must be MINUTES, H:MM:SS or D-HH:MM:SS, such as 2-00:00:00"
         )
     days, parts = match[1], [int(part) for part in match[2].split(":")]
     if days is not None:  # D-H, D-H:M, D-H:M:S
@@ -350,5 +350,5 @@ def parse_slurm_time(text: str) -> int:
     else:  # M, M:S
         total = parts[0] * 60 + (parts[1] if len(parts) > 1 else 0)
     if not total:
-        raise ValueError(f"{text!r} is no time at all; a job must have a limit above 0")
+        raise ValueError(f"{text!r} is zero, but a job must have a time limit above 0")
     return total

@@ -139,7 +139,7 @@ def find_compare_problems(job: JobSpec) -> list[Problem]:
             all_problems.append(
                 Problem(
                     f"{arm_path}.set",
-                    f"{arm_path}.set has {path!r}, which is not a field of a job{hint}",
+                    f"{arm_path}.set has {path!r}, which is not a field of the job file{hint}",
                 )
             )
         if unknown_paths:
@@ -175,9 +175,8 @@ def _check_device_seconds(job: JobSpec) -> list[Problem]:
     if job.compare.budget.device_seconds is None or job.resources.world_size == 1:
         return []
     sentence = (
-        "compare.budget.device_seconds is for trials of one process, whose speed can be measured "
-        "alone; with "
-        f"{job.resources.world_size} processes use samples or tokens"
+        "compare.budget.device_seconds works only for trials of one process, whose speed can be "
+        f"measured; with {job.resources.world_size} processes use samples or tokens"
     )
     return [Problem("compare.budget.device_seconds", sentence)]
 
@@ -193,8 +192,8 @@ def _check_packing(job: JobSpec) -> list[Problem]:
     if len(packed) < 2 or budget.tokens is not None or budget.device_seconds is not None:
         return []
     sentence = (
-        "compare.budget must be tokens or device_seconds where arms differ in "
-        "train.packing: rows are not equal"
+        "compare.budget must be tokens or device_seconds if arms differ in train.packing, because "
+        "packed rows are not comparable"
     )
     return [Problem("compare.budget", sentence)]
 
@@ -221,7 +220,7 @@ def _check_grid_sizes(job: JobSpec) -> list[Problem]:
         return []
     sizes_text = ", ".join(f"{name} {size}" for name, size in sizes.items())
     sentence = (
-        "compare.method is grid, and the arms try different numbers of configurations "
-        f"({sizes_text}): not fair"
+        "compare.method is grid, but the arms try different numbers of configurations "
+        f"({sizes_text}), which is not a fair comparison"
     )
     return [Problem("compare.method", sentence)]

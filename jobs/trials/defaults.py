@@ -22,7 +22,7 @@ class LearningRate:
 def resolve_learning_rate(job: JobSpec) -> LearningRate:
     """Return the job's learning rate, or the default for its method and the size of its model."""
     if job.train.learning_rate is not None:
-        return LearningRate(job.train.learning_rate, "as given")
+        return LearningRate(job.train.learning_rate, "as set")
     parameters = count_parameters(job.model.model_name_or_path, job.model.revision)
     return get_default_learning_rate(parameters, job.method)
 
@@ -41,7 +41,7 @@ def get_default_learning_rate(parameters: int | None, method: str = "lora") -> L
     """
     if method == "prompt_tuning":
         return LearningRate(3e-2, method)
-    rate, size = 2e-4, "size of the model not known here"
+    rate, size = 2e-4, "size of the model unknown"
     if parameters is not None:
         size = f"{parameters / 1e6:,.0f} M parameters"
         rate = 1e-3 if parameters < 200e6 else 5e-4 if parameters < 1e9 else 2e-4

@@ -37,5 +37,5 @@ def _parse_integer(value: Any) -> int:
     """Return an integer, which may be written as text. Raises ValueError or TypeError."""
     number = float(value)
     if isinstance(value, bool) or not number.is_integer():
-        raise ValueError(f"{value!r} is no whole number")
+        raise ValueError(f"{value!r} is not a whole number")
     return int(number)

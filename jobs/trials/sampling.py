@@ -27,14 +27,13 @@ STARTUP_TRIALS = 10
 UNSEARCHABLE_REASONS = {
     **dict.fromkeys(
         ("model.model_name_or_path", "model.max_length", "train.packing"),
-        "a search may not vary: rows become tokens once for all trials",
+        "cannot be searched, because all trials share one tokenization of the rows",
     ),
-    "model.revision": "a search may not vary: name each revision's folder in "
-    "model.model_name_or_path",
-    "train.init_adapter": "a search may not vary",
+    "model.revision": "cannot be searched: name each revision's folder in model.model_name_or_path",
+    "train.init_adapter": "cannot be searched",
     **dict.fromkeys(
         ("train.num_train_epochs", "train.max_steps"),
-        "is a trial's budget: use search.scheduler, or several jobs",
+        "is the budget of a trial: use search.scheduler, or several jobs",
     ),
     **dict.fromkeys(
         (
@@ -44,7 +43,7 @@ UNSEARCHABLE_REASONS = {
             "train.chunked_loss",
             "train.gradient_checkpointing",
         ),
-        "does not change a trial",
+        "does not change the result of a trial",
     ),
 }
 """Fields that are not part of a trial's identity -> why a search may not vary them.
@@ -202,7 +201,7 @@ def build_trial_job(job: JobSpec, assignment: Assignment) -> JobSpec:
         if not is_allowed and (
             path.partition(".")[0] in fields.NOT_SEARCHED or path in _CODE_FIELDS
         ):
-            raise ValueError(f"{path} is no field that a trial can have of its own")
+            raise ValueError(f"{path} cannot differ between trials")
         fields.set_value(raw, path, _convert_whole_float(path, value))
     links = dict(job.linked)
     if job.search:
@@ -234,12 +233,12 @@ def _compute_linked_value(text: str, path: str, raw: dict[str, Any]) -> Scalar:
     for name in expression.find_names(tree):
         value = fields.get_value(raw, fields.resolve_path(name, path))
         if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ValueError(f"{path} is {text!r}, but {name} is {value!r} and not a number")
+            raise ValueError(f"{path} is {text!r}, but {name} is {value!r}, which is not a number")
         values[name] = value
     try:
         return expression.evaluate(tree, values)
     except (ZeroDivisionError, OverflowError, TypeError) as error:
-        raise ValueError(f"{path} is {text!r}, which cannot be worked out: {error}") from error
+        raise ValueError(f"{path} is {text!r}, which cannot be computed: {error}") from error
 
 
 def _sort_links(links: dict[str, str]) -> list[str]:
@@ -257,7 +256,7 @@ def _sort_links(links: dict[str, str]) -> list[str]:
         ready = [path for path in links if path not in ordered and reads[path] <= set(ordered)]
         if not ready:
             raise ValueError(
-                "linked values go round in a circle: "
+                "linked values refer to each other in a circle: "
                 f"{', '.join(p for p in links if p not in ordered)}"
             )
         ordered += ready
@@ -307,13 +306,16 @@ def _find_parameter_problems(job: JobSpec, path: str, parameter: Parameter) -> l
             f"; {foreign}" if foreign else f"; did you mean {suggestion!r}?" if suggestion else ""
         )
         return [
-            Problem(where, f"search.parameters has {path!r}, which is not a field of a job{hint}")
+            Problem(
+                where,
+                (f"search.parameters has {path!r}, which is not a field of the job file{hint}"),
+            )
         ]
     if path.split(".")[0] in fields.NOT_SEARCHED:
         return [
             Problem(
                 where,
-                f"search.parameters has {path!r}, but a search may not vary {path.split('.')[0]}",
+                f"search.parameters has {path!r}, but {path.split('.')[0]} cannot be searched",
             )
         ]
     if path in UNSEARCHABLE_REASONS:
@@ -324,8 +326,7 @@ def _find_parameter_problems(job: JobSpec, path: str, parameter: Parameter) -> l
         return [
             Problem(
                 where,
-                f"{path} is searched and is linked to {job.linked[path]!r} as well; drop one "
-                "of the two",
+                f"{path} is searched, but also linked to {job.linked[path]!r}; keep one of the two",
             )
         ]
     if parameter.expression is not None:
@@ -336,8 +337,8 @@ def _find_parameter_problems(job: JobSpec, path: str, parameter: Parameter) -> l
         return [
             Problem(
                 where,
-                f"{path} is a whole number, and {parameter.distribution} draws fractions: "
-                f"use {hint}",
+                f"{path} is a whole number, but {parameter.distribution} draws fractions: use "
+                f"{hint}",
             )
         ]
     return []
@@ -345,12 +346,13 @@ def _find_parameter_problems(job: JobSpec, path: str, parameter: Parameter) -> l
 
 def _find_link_problems(path: str, text: str, where: str) -> list[Problem]:
     if path not in fields.get_leaf_fields():
-        return [Problem(where, f"linked has {path!r}, which is not a field of a job")]
+        return [Problem(where, f"linked has {path!r}, which is not a field of the job file")]
     if path.split(".")[0] in fields.NOT_SEARCHED or path in UNSEARCHABLE_REASONS:
         return [
             Problem(
                 where,
-                f"{path} is {text!r}, but must be a value: it may not follow from what a trial has",
+                f"{path} is {text!r}, but must be a fixed value: it cannot depend on values of a "
+                "trial",
             )
         ]
     problems = []
@@ -372,8 +374,8 @@ def _find_grid_problems(search: SearchSpec) -> list[Problem]:
     problems = [
         Problem(
             f"search.parameters.{path}",
-            f"search.method is grid, but {path} is a {parameter.distribution} range: give it "
-            "values: [...]",
+            f"search.method is grid, but {path} is a {parameter.distribution} range: list its "
+            "values (values: [...])",
         )
         for path, parameter in select_free_parameters(search).items()
         if parameter.values is None
@@ -382,8 +384,8 @@ def _find_grid_problems(search: SearchSpec) -> list[Problem]:
         problems.append(
             Problem(
                 "search.method",
-                f"the grid has {count_grid_combinations(search):,} combinations, at most "
-                f"{_MAX_GRID:,} are run",
+                f"the grid has {count_grid_combinations(search):,} combinations, but at most "
+                f"{_MAX_GRID:,} are allowed: use fewer values, or method: random",
             )
         )
     return problems
@@ -433,7 +435,11 @@ def describe_impossible(job: JobSpec, assignment: Assignment) -> str | None:
     """Return why a configuration makes no valid job, in one sentence, or None if it is valid."""
     problems = _find_trial_problems(job, assignment, "search.parameters")
     values = ", ".join(f"{path}={value}" for path, value in assignment.items())
-    return f"the configuration {values} is impossible: {problems[0].sentence}" if problems else None
+    return (
+        (f"the configuration {values} is not possible: {problems[0].sentence}")
+        if problems
+        else None
+    )
 
 
 def _remove_duplicates(problems: list[Problem]) -> list[Problem]:

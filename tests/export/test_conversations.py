@@ -107,7 +107,7 @@ def test_every_way_to_ask_answers_as_training_says(name: str, tmp_path: Path) ->
         assert "".join(grown) == answer
         assert _by_transformers(out / "merged", question).rstrip().endswith(answer)
     card = (out / "onnx" / "README.md").read_text()
-    assert "| answers to them that are the source's | | 1.000 |" in card
+    assert "| answers to them that equal the source's | | 1.000 |" in card
 
 
 def _by_transformers(folder: Path, question: str) -> str:
@@ -154,7 +154,7 @@ def test_system_messages_of_some_rows_stand_before_no_prompt(tmp_path: Path) -> 
     assert "be kind" not in about.before
     remarks = " ".join(made.parity.remarks)
     assert "do not all have the same system message" in remarks
-    assert "2 held-out rows cannot be asked by a prompt alone" in remarks
+    assert "2 held-out rows cannot be sent as a single prompt" in remarks
     # Rows without one are asked as they were trained; Qwen2.5's template adds its own.
     assert (made.parity.judged.called_rows, made.parity.judged.called_prompts) == (2, 1.0)
     answers = run_py(tmp_path / "out" / "onnx", QUESTIONS[1], QUESTIONS[3])
@@ -186,7 +186,7 @@ def test_a_runner_that_frames_prompts_otherwise_is_refused(
     assert made.parity is not None
     assert made.parity.judged.called_prompts == 0.0
     assert any(
-        "0.000 of the prompts that a user asks are framed as in training" in why
+        "0.000 of the user prompts are formatted as in training" in why
         for why in made.parity.reasons
     )
 

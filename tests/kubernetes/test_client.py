@@ -80,7 +80,7 @@ def test_what_is_made(server: ApiServer, submitted: Callable[..., Run]) -> None:
     assert stored(run)["handed_over"] is True
     assert (
         get_backend(run).status(run).message
-        == f"RayJob {name} was created; the operator has not seen it yet"
+        == f"RayJob {name} was created, but the operator has not handled it yet"
     )
     server.delete(next(kind for kind in _kinds() if kind.kind == "RayJob"), "default", name)
     assert server.all("ConfigMap") == server.all("NetworkPolicy") == []
@@ -138,7 +138,7 @@ def test_an_object_of_somebody_else_is_left_alone(
     }
     server.put_down(theirs)
     with pytest.raises(
-        RunError, match="there is a ConfigMap tiny-abcdef-1 already, which this call has not made"
+        RunError, match="a ConfigMap tiny-abcdef-1 exists already, and another command created it"
     ):
         submitted()
     assert server.get("ConfigMap", "tiny-abcdef-1")["data"] == {"a": "b"}  # type: ignore[index]
@@ -170,7 +170,7 @@ def test_a_server_that_goes_away_in_the_middle(
     monkeypatch.setattr("lorafleet.k8s.client.Client.__init__.__defaults__", (None, 1))
     lost = Fault("POST", "rayjobs", times=20, after=True)
     server.faults.append(lost)
-    with pytest.raises(RunError, match="Whether the job was taken is not known"):
+    with pytest.raises(RunError, match="It is not known whether the cluster accepted the job"):
         submitted()
     lost.times = 0
     (folder,) = (tmp_path / "runs").iterdir()
@@ -196,7 +196,8 @@ def test_a_local_path_is_refused(
     server: ApiServer, submitted: Callable[..., Run], tmp_path: Path
 ) -> None:
     with pytest.raises(
-        PlacementRefused, match=r"data.train_file is .*, which site bare does not see: `lora"
+        PlacementRefused,
+        match=r"data.train_file is .*, which site bare cannot read: upload it with `lora",
     ):
         submitted(KubernetesBackend(storage_at(Path("/mnt/lorafleet"))))
     assert not server.requests
@@ -215,12 +216,11 @@ def test_a_local_path_is_refused(
           "message": "Job entrypoint command failed with exit code 2, last available logs: ..."},
          "failed", "its driver failed", ExitCode.USER_INPUT),
         ({"jobDeploymentStatus": "Failed", "jobStatus": "RUNNING", "reason": "DeadlineExceeded"},
-         "stopped", "it came to deadlines.hours", ExitCode.INTERRUPTED),
+         "stopped", "it reached deadlines.hours", ExitCode.INTERRUPTED),
         ({"jobDeploymentStatus": "ValidationFailed", "reason": "ValidationFailed", "message": "name "
                                                                                               "too "
                                                                                               "long"},
-         "failed", "was refused by the operator: the operator refused it; name "
-                   "too long", ExitCode.OUR_FAULT),
+         "failed", "was rejected by the operator: the operator rejected it; name too long", ExitCode.OUR_FAULT),
     ],
 )  # fmt: skip
 def test_how_it_ends(
@@ -276,18 +276,23 @@ def test_a_watch_sees_every_turn_through_all_faults(
     run = submitted()
     name = name_of(run)
     watch = get_backend(run).watch(run)
-    became(lambda: watch.poll() is None and "operator has not seen it" in watch.status.message)
+    became(lambda: watch.poll() is None and "operator has not handled it" in watch.status.message)
     comes(
         server, run, watch, "waits for its pods", jobDeploymentStatus="Initializing", jobStatus=""
     )
     server.faults.append(Fault("WATCH", ""))  # the next event is the last of its connection
     comes(
-        server, run, watch, "starts the driver", jobDeploymentStatus="Running", jobStatus="PENDING"
+        server,
+        run,
+        watch,
+        "is starting the driver",
+        jobDeploymentStatus="Running",
+        jobStatus="PENDING",
     )
     assert watch.status.state is RunState.PENDING
     comes(server, run, watch, f"RayJob {name} runs", jobStatus="RUNNING")
     server.faults += [Fault("WATCH", ""), Fault("GET", "rayjobs.*watch", 500)]
-    again = "begins again on a new cluster: its driver failed"
+    again = "is being restarted on a new cluster: its driver failed"
     comes(
         server,
         run,
@@ -370,7 +375,7 @@ def test_a_watch_that_is_being_opened_is_closed_too(
     """It does not hear that it should stop: here, two times."""
     watch = get_backend(run := submitted()).watch(run)
     assert isinstance(watch, KubernetesWatch)
-    became(lambda: watch.poll() is None and "operator has not seen it" in watch.status.message)
+    became(lambda: watch.poll() is None and "operator has not handled it" in watch.status.message)
     heard, stop = [False, False], Client.stop_following
     monkeypatch.setattr(
         Client, "stop_following", lambda client: heard.pop() if heard else stop(client)
@@ -425,7 +430,7 @@ def test_a_queue_that_takes_the_job_back(
         server,
         run,
         watch,
-        "is queued: nothing of it runs",
+        "is queued; none of its pods run",
         jobDeploymentStatus="Suspended",
         jobStatus="",
     )
@@ -433,11 +438,12 @@ def test_a_queue_that_takes_the_job_back(
                                                             "workers: insufficient "
                  "unused quota for nvidia.com/gpu in flavor a100, 8 "
                  "more needed", kind="Workload")  # fmt: skip
-    assert "its queue has no room: couldn't assign flavors" in get_backend(run).status(run).message
-    comes(server, run, watch, "runs", jobDeploymentStatus="Running", jobStatus="RUNNING")
-    comes(
-        server, run, watch, "was preempted, and is queued again", jobDeploymentStatus="Suspending"
+    assert (
+        "its queue has no free quota: couldn't assign flavors"
+        in get_backend(run).status(run).message
     )
+    comes(server, run, watch, "runs", jobDeploymentStatus="Running", jobStatus="RUNNING")
+    comes(server, run, watch, "was preempted and queued again", jobDeploymentStatus="Suspending")
 
 
 def _kueue() -> Any:
@@ -455,7 +461,7 @@ def test_why_pods_wait(server: ApiServer, submitted: Callable[..., Run], kubelet
     said = get_backend(run).status(run)
     assert said.state is RunState.PENDING
     assert said.message.endswith(
-        "waits for its pods: no node has enough nvidia.com/gpu free (0 of 3 nodes would do)"
+        "waits for its pods: no node has enough free nvidia.com/gpu (0 of 3 nodes qualify)"
     )
 
 
@@ -483,22 +489,21 @@ def test_stop_waits_for_the_operators_finalizer(
             "ray.io/rayjob-finalizer"
         ]
     server.set_status("RayJob", name, jobDeploymentStatus="Running", jobStatus="RUNNING")
-    assert "saves its trials and ends" in backend.cancel(run)
+    assert "is saving its trials and will stop" in backend.cancel(run)
     assert (
-        backend.status(run).message
-        == f"RayJob {name} is being taken away: its trials are saved first"
+        backend.status(run).message == f"RayJob {name} is being deleted: its trials are saved first"
     )
-    with pytest.raises(RunError, match="is still being taken away"):
+    with pytest.raises(RunError, match="is still being deleted"):
         backend.resume(run)
     with server.store.lock:
         server._gone(("RayJob", "default", name))
     seen = backend.status(run)
     assert (seen.state, seen.message) == (
         RunState.STOPPED,
-        f"it was stopped: `lorafleet resume {run.id}` goes on",
+        f"it was stopped: continue it with `lorafleet resume {run.id}`",
     )
     assert server.all("ConfigMap") == server.all("NetworkPolicy") == []
-    with pytest.raises(RunError, match="has no RayJob that waits or runs: it is stopped"):
+    with pytest.raises(RunError, match="has no pending or running RayJob: it is stopped"):
         backend.cancel(run)
 
 
@@ -513,12 +518,12 @@ def test_a_stopped_run_is_over_when_its_pods_are(
     backend.cancel(run)
     seen = backend.status(run)
     assert (seen.state, seen.message) == (
-        RunState.RUNNING, "its RayJob is gone, and its pods save their trials and end"
+        RunState.RUNNING, "its RayJob was deleted; its pods are saving their trials and will stop"
     )  # fmt: skip
-    with pytest.raises(RunError, match="is still being taken away"):
+    with pytest.raises(RunError, match="is still being deleted"):
         backend.resume(run)
     watch = backend.watch(run)
-    became(lambda: watch.poll() is None and "its pods save" in watch.status.message)
+    became(lambda: watch.poll() is None and "its pods are saving" in watch.status.message)
     server.delete(
         next(kind for kind in _kinds() if kind.kind == "Pod"), "default", f"{run.id}-head"
     )
@@ -555,7 +560,7 @@ def test_a_rayjob_that_somebody_deleted(server: ApiServer, submitted: Callable[.
     server.delete(_kinds()[0], "default", name_of(run))
     seen = get_backend(run).status(run)
     assert seen.state is RunState.FAILED
-    assert "is not on the cluster any more, and lorafleet did not take it away" in seen.message
+    assert "is no longer on the cluster, and lorafleet did not delete it" in seen.message
 
 
 # --- the record
@@ -633,7 +638,7 @@ def test_what_did_not_come_whole_is_not_kept(
         pod, ["bash", "-c", f"{' '.join(command)} | {flip if spoil.startswith('sed') else spoil}"]
     )
     before = {name: (here.path / name).read_bytes() for name in names(here)}
-    with pytest.raises(CommandFailed, match="is not whole"):
+    with pytest.raises(CommandFailed, match="is incomplete or damaged"):
         get_backend(here).pull(here, "none", lambda _: None)
     assert {name: (here.path / name).read_bytes() for name in names(here)} == before
     assert not list(here.path.parent.glob(".*.tar"))
@@ -721,7 +726,7 @@ def test_the_record_of_an_ended_run_comes_once(
     said: list[str] = []
     get_backend(here).refresh(here, said.append)
     assert said == [
-        f"{here.id} has ended, and its pods are gone: its record comes through one more"
+        f"{here.id} has ended and its pods are gone: downloading its record through a storage pod"
     ]
     assert here.state is RunState.FINISHED
     get_backend(here).refresh(here, said.append)
@@ -734,7 +739,7 @@ def test_a_record_that_cannot_come_is_said(server: ApiServer, on_storage: tuple[
     watch = get_backend(here).watch(here)
     server.set_status("RayJob", name_of(here), **FINISHED)
     assert code_of(watch) == ExitCode.OK
-    assert f"`lorafleet pull {here.id}` brings it" in watch.status.message
+    assert f"run `lorafleet pull {here.id}`" in watch.status.message
 
 
 def test_the_end_of_a_resumed_run_is_its_own(
@@ -759,7 +764,7 @@ def test_the_end_of_a_resumed_run_is_its_own(
     watch = backend.watch(here)
     assert code_of(watch) == ExitCode.OK
     assert watch.status.state is RunState.FINISHED
-    assert f"`lorafleet pull {here.id}` brings it" in watch.status.message
+    assert f"run `lorafleet pull {here.id}`" in watch.status.message
 
 
 def test_a_driver_that_did_not_come_to_its_folder(
@@ -806,7 +811,7 @@ def test_how_a_command_in_a_pod_ends(
         raise ConnectionResetError
 
     server.pods_exec = dies
-    with pytest.raises(ClusterError, match=r"broke off|does not answer"):
+    with pytest.raises(ClusterError, match=r"was lost|does not answer"):
         client.run_command(pod, HEAD, ["true"], lambda _: None)
 
 
@@ -819,7 +824,7 @@ def test_fetch_brings_a_jobs_files_to_the_storage(
     loaded, said = bert_job(), []
     backend = KubernetesBackend(away)
     assert backend._check_rules(backend.plan(loaded, "train"), _manifest(backend, loaded))
-    assert "4 parts of it brought to the storage" in backend.upload_inputs(loaded.job, said.append)
+    assert "4 inputs uploaded to the storage" in backend.upload_inputs(loaded.job, said.append)
     plan = backend.plan(loaded, "train")
     assert plan.job.data.train_file == str(_there(away, loaded.job.data.train_file))
     for local, pods in (
@@ -838,7 +843,7 @@ def test_fetch_brings_a_jobs_files_to_the_storage(
     assert backend._check_rules(plan, _manifest(backend, loaded)) == []
     again: list[str] = []
     backend.upload_inputs(loaded.job, again.append)
-    assert all("is there already" in sentence for sentence in again)
+    assert all("is already on the storage" in sentence for sentence in again)
     assert server.all("Job") == []
 
 
@@ -868,7 +873,7 @@ def test_a_folder_whose_bytes_have_changed_is_sent_again(
                 place, [UploadItem(rows, "datasets/x@main", compute_digest(rows))], said.append
             )
         assert (mount / "cache" / "datasets" / "x@main" / "train.jsonl").read_text() == text
-    assert [("is there already" in sentence) for sentence in said] == [False, False, True]
+    assert [("is already on the storage" in sentence) for sentence in said] == [False, False, True]
     assert {path.name for path in (mount / "cache" / "datasets").iterdir()} == {
         "x@main",
         ".x@main.sha256",
@@ -885,7 +890,7 @@ def test_a_file_that_changed_since_is_refused(
     backend.upload_inputs(loaded.job, lambda _: None)
     own.write_text(own.read_text() + '{"text": "a late row", "label": "good"}\n')
     with pytest.raises(
-        PlacementRefused, match=r"data.train_file is .*own.jsonl, which site bare does not see"
+        PlacementRefused, match=r"data.train_file is .*own.jsonl, which site bare cannot read"
     ):
         backend.submit(backend.plan(loaded, "train"), loaded, tmp_path / "runs")
 
@@ -903,7 +908,7 @@ def test_what_does_not_arrive_as_it_was_sent(
 
     server.pods_exec = spoilt
     backend, loaded = KubernetesBackend(away), bert_job()
-    with pytest.raises(CommandFailed, match="did not arrive as it was sent"):
+    with pytest.raises(CommandFailed, match="arrived damaged: its checksum differs"):
         backend.upload_inputs(loaded.job, lambda _: None)
     assert not list((tmp_path / "mnt" / "cache" / "staged").glob("*/*.jsonl"))
     assert staging.map_uploaded_paths(backend.storage, loaded.job, "") == {}
@@ -934,7 +939,7 @@ def test_a_transfer_pod_that_does_not_start(
     ):
         KubernetesBackend(away).upload_inputs(bert_job().job, said.append)
     assert any(
-        "the pod for the transfer waits: the namespace's quota is used up" in sentence
+        "the storage pod is waiting: the namespace's quota is used up" in sentence
         for sentence in said
     )
     assert server.all("Job") == []
@@ -966,7 +971,7 @@ def test_the_schema_comes_from_the_cluster(
     monkeypatch.delenv("LORAFLEET_RAYJOB_CRD", raising=False)
     refused, unasked = odd.check(plan)
     assert refused == []
-    assert "not held against your cluster's schema of RayJob" in unasked[0]
+    assert "not against your cluster's schema of RayJob" in unasked[0]
     monkeypatch.setenv("LORAFLEET_RAYJOB_CRD", str(CRD))
     assert any("entrypointNumCpuz" in sentence for sentence in odd.check(plan)[0])
 
@@ -977,6 +982,6 @@ def test_a_cluster_without_kuberay(site: KubernetesSite, bert_job: JobMaker, tmp
     monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig(tmp_path / "kubeconfig")))
     backend = KubernetesBackend(site)
     assert backend.check(backend.plan(bert_job(), "train"))[0] == [
-        "schema: the cluster has no RayJob: KubeRay is not installed there"
+        "schema: the cluster does not know RayJob: an administrator must install KubeRay"
     ]
     made.close()

@@ -39,8 +39,8 @@ def test_without_the_right_to_exec_its_pods_log_is_shown(
     assert (done.returncode, done.stdout) == (0, "submitter speaks\n"), done.stderr
     told = lorafleet("pull", run.path, cwd=tmp_path)
     assert told.returncode == ExitCode.USER_INPUT
-    assert "nothing can be run in pod" in told.stderr
-    assert '(docs/kubernetes.md, "Rights", says which it needs)' in told.stderr
+    assert "the command cannot be run in pod" in told.stderr
+    assert '(docs/kubernetes.md, "Rights", lists the rights that lorafleet needs)' in told.stderr
 
 
 def test_doctor_on_a_namespace(
@@ -63,13 +63,13 @@ def test_doctor_on_a_namespace(
     assert set(verdicts.values()) - {"ok"} == (set() if CRD.is_file() else {"missing"}), found
     if CRD.is_file():
         assert done.returncode == 0
-        assert "can be written" in found["storage in a pod"]["found"]
+        assert "writable" in found["storage in a pod"]["found"]
     server.forbidden += [("delete", "/rayjobs$"), ("create", "/pods/exec$")]
     told = lorafleet("doctor", "--on", file, "--format", "json", cwd=tmp_path)
     rows = {row["what"]: row for row in json.loads(told.stdout)["findings"]}
     assert (
         rows["right to rayjobs"]["found"]
-        == "you may not delete them: to submit, follow and end a run"
+        == "you have no right to delete them, needed to submit, follow and stop a run"
     )
     assert rows["right to pods/exec"]["verdict"] == "missing"
     assert not secrets_asked(server)
@@ -93,12 +93,12 @@ def test_a_run_on_the_command_line(server: ApiServer, kubelet: Kubelet, site: Ku
         lorafleet("status", name, "--format", "json", cwd=tmp_path, check=True).stdout
     )
     assert told["state"] == "pending"
-    assert told["place"] == f"RayJob {rayjob} was created; the operator has not seen it yet"
+    assert told["place"] == f"RayJob {rayjob} was created, but the operator has not handled it yet"
     server.set_status("RayJob", rayjob, jobDeploymentStatus="Running", jobStatus="RUNNING")
     assert f"running: RayJob {rayjob} runs" in lorafleet("status", name, cwd=tmp_path).stdout
-    assert "saves its trials and ends" in lorafleet("stop", name, cwd=tmp_path).stdout
+    assert "is saving its trials and will stop" in lorafleet("stop", name, cwd=tmp_path).stdout
     assert (
-        f"it was stopped: `lorafleet resume {name}` goes on"
+        f"it was stopped: continue it with `lorafleet resume {name}`"
         in lorafleet("status", name, cwd=tmp_path).stdout
     )
     assert lorafleet("resume", name, "--detach", cwd=tmp_path).stdout.strip() == name
@@ -120,11 +120,11 @@ def test_ctrl_c_only_detaches(
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=hears_ctrl_c)  # fmt: skip
     assert process.stdout is not None
     lines = iter(process.stdout.readline, "")
-    assert any("operator has not seen it" in line for line in lines)
+    assert any("operator has not handled it" in line for line in lines)
     process.send_signal(signal.SIGINT)
     said = process.stdout.read()
     assert process.wait(20) == ExitCode.INTERRUPTED
-    assert "goes on: `lorafleet logs -f tiny-" in said
+    assert "continues to run: follow it with `lorafleet logs -f tiny-" in said
     (left,) = server.all("RayJob")
     assert "deletionTimestamp" not in left["metadata"]
 
@@ -190,7 +190,7 @@ def test_a_run_that_is_unknown_here(
     told = json.loads(lorafleet("status", here.id, "--format", "json", cwd=home, check=True).stdout)
     assert (told["state"], told["place"]) == ("running", f"RayJob {name_of(here)} runs")
     again = lorafleet("pull", here.id, "--on", file, cwd=home)
-    assert f"there is a record of {here.id} already" in again.stderr
+    assert f"this machine already has a record of {here.id}" in again.stderr
     nobodys = lorafleet("pull", "nobodys-123456", "--on", file, cwd=home)
     assert nobodys.returncode == ExitCode.USER_INPUT
     assert "there is no run in" in nobodys.stderr
@@ -219,13 +219,13 @@ def test_a_site_file_is_drafted(server: ApiServer, tmp_path: Path) -> None:
     site = load_site(str(first)).site
     assert isinstance(site, KubernetesSite)
     assert (site.storage.claim, site.gpus_per_node, site.cpus_per_node) == ("shared", 8, 85)
-    assert "# others here: own" in said
+    assert "# other claims: own" in said
     server.forbidden += [("get", "/nodes$"), ("get", "/persistentvolumeclaims$")]
     said = lorafleet(
         "init", "--site", "kubernetes", "--output", blind, cwd=tmp_path, check=True
     ).stdout
-    assert "The nodes may not be seen by you" in said
+    assert "The nodes are not visible to you" in said
     assert isinstance(load_site(str(blind)).site, KubernetesSite)
     nowhere = lorafleet("init", "--site", "kubernetes", "--context", "x", cwd=tmp_path)
     assert nowhere.returncode == ExitCode.USER_INPUT
-    assert "there is no context x in the kubeconfig; there are double" in nowhere.stderr
+    assert "there is no context x in the kubeconfig; it has double" in nowhere.stderr

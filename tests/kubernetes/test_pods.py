@@ -67,7 +67,7 @@ def test_a_sweep_in_two_worker_pods(user: User, bert_job: JobMaker) -> None:
     assert "report   " in done.stdout, done.stdout
     (folder,) = (user.home / "runs").iterdir()
     run, there = Run(folder), user.there(Run(folder))
-    assert f"`lorafleet pull {run.id}` brings the adapter" in done.stderr
+    assert f"`lorafleet pull {run.id}` downloads the adapter" in done.stderr
     assert run.state == there.state == "finished"
     assert ended(run) == ended(there) == 3
     report = json.loads((run.path / "report" / "report.json").read_text())
@@ -95,7 +95,7 @@ def test_a_model_is_exported_and_judged_where_it_lies(user: User, bert_job: JobM
     done = user.lorafleet("export", run.id, *targets, "--on", "pods", "--wait", "--format", "json")
     found = json.loads(done.stdout)["targets"]
     assert [name for name, one in found.items() if one["accepted"]] == ["merged", "onnx"]
-    assert "needs an NVIDIA GPU, and there is none here" in found["tensorrt"]["unavailable"]
+    assert "needs an NVIDIA GPU, but this machine has none" in found["tensorrt"]["unavailable"]
     assert not (run.path / "export").exists()
     user.lorafleet("pull", run.id, "--adapters", "exports")
     there = user.there(run).path / "export" / "onnx" / "model.onnx.data"
@@ -105,7 +105,7 @@ def test_a_model_is_exported_and_judged_where_it_lies(user: User, bert_job: JobM
     assert len(json.loads(judged.stdout)["arms"]) == 2
     elsewhere = user.lorafleet("export", run.id, "--on", "pods", "-o", "x", check=False)
     assert elsewhere.returncode == 2
-    assert "is a folder of this machine, which pods does not see" in elsewhere.stderr
+    assert "is a folder of this machine, which pods cannot see" in elsewhere.stderr
 
 
 @pytest.mark.long
@@ -178,7 +178,7 @@ def test_a_deadline(user: User, bert_job: JobMaker) -> None:
     run = user.submit(bert_job(LONG.replace("60000", "400000"), train__checkpoint_minutes=0.02))
     there = user.there(run)
     user.when(run, lambda: user.status(run)["state"] == "stopped", 200)
-    assert "it came to deadlines.hours" in user.status(run)["place"]
+    assert "it reached deadlines.hours" in user.status(run)["place"]
     assert len(user.operator.attempts) == 1
     user.when(run, lambda: not any("-workers-" in name for name in user.operator.running), 90)
     assert checkpoints(there)
@@ -197,7 +197,7 @@ def test_stop_leaves_no_process_and_resume_goes_on(user: User, bert_job: JobMake
     run, there = Run(folder), user.there(Run(folder))
     user.when(run, lambda: sum(len(trial.read_metrics()) > 0 for trial in there.list_trials()) >= 2)
     assert user.status(run)["state"] == "running"
-    assert "saves its trials and ends" in user.lorafleet("stop", run.id).stdout
+    assert "is saving its trials and will stop" in user.lorafleet("stop", run.id).stdout
     user.when(run, lambda: not user.operator.running, 120)
     said, _ = follower.communicate(timeout=120)
     assert follower.returncode == ExitCode.INTERRUPTED, said
@@ -229,7 +229,7 @@ def test_ctrl_c_detaches_and_logs_follow(user: User, bert_job: JobMaker) -> None
     user.when(run, lambda: user.status(run)["state"] == "running")
     os.killpg(follower.pid, signal.SIGINT)
     said, _ = follower.communicate(timeout=30)
-    assert (follower.returncode, "goes on: `lorafleet logs -f" in said) == (
+    assert (follower.returncode, "continues to run: follow it with `lorafleet logs -f" in said) == (
         ExitCode.INTERRUPTED,
         True,
     ), said

@@ -95,7 +95,7 @@ def test_a_fault_costs_its_trial_a_restart_and_the_next_trials_nothing(
     assert base_loads(run) == loads
     for rate, found in losses(run).items():
         assert found == pytest.approx(undisturbed["losses"][rate], rel=1e-5)
-    assert f"began again{', with fewer rows a pass' if 'oom' in retries else ''}" in done.stdout
+    assert f"restarted{', with smaller micro-batches' if 'oom' in retries else ''}" in done.stdout
 
 
 @pytest.mark.long
@@ -113,7 +113,7 @@ def test_a_trial_that_never_fits_is_given_up_and_the_others_go_on(
     for trial in run.list_trials():
         assert trial.read_status()["failure"]["failure_class"] == "oom"
         assert (
-            "out of memory with 1 row a pass, which cannot be halved"
+            "out of memory with micro-batches of 1 row, which cannot be halved"
             in trial.read_status()["reason"]
         )
         assert trial.read_status()["retries"] == {"oom": 4}
@@ -135,7 +135,8 @@ def test_a_hang_ends_with_every_stack_and_the_trial_goes_on(
     assert trial.read_status()["retries"] == {"hang": 1}
     assert [event["failure"]["failure_class"] for event in run.read_events("retry")] == ["hang"]
     assert (
-        "began again (retry 1 after hang): no sign of life for retries.hang_minutes" in done.stdout
+        "restarted (retry 1 after hang): it hung (no progress for retries.hang_minutes)"
+        in done.stdout
     )
     stacks = [path.read_text() for path in sorted(trial.path.glob("stacks-*"))]
     assert len(stacks) == workers
@@ -168,7 +169,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_good(bert_job: JobMaker, p
         assert "is full" in shown
         assert "Traceback" not in shown
         assert run.state == "failed"
-        assert "free some space, then `lorafleet resume`" in run.read_status()["reason"]
+        assert "free some space, then continue the run" in run.read_status()["reason"]
         trial = run.list_trials()[0]
         assert not trial.state.has_ended
         reached = trial.read_metrics()[-1]["step"]

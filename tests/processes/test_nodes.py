@@ -41,13 +41,13 @@ def test_trials_over_two_machines_are_trained_and_searched(
     path = save(loaded, place)
     planned = lorafleet("plan", path, *loaded.overrides, cwd=place, **machines.environment)
     assert planned.returncode == ExitCode.OK, planned.stderr
-    assert "1 trial at once" in planned.stdout
+    assert "1 trial in parallel" in planned.stdout
     assert "over 2 machines" in planned.stdout
     refused = lorafleet(
         "plan", path, *loaded.overrides, "resources.num_nodes=4", cwd=place, **machines.environment
     )
     assert refused.returncode == ExitCode.USER_INPUT
-    assert "each trial needs 4 nodes x 1 CPU core, and the Ray at" in refused.stderr
+    assert "each trial needs 4 nodes x 1 CPU core, but the Ray at" in refused.stderr
     done = lorafleet("sweep", path, *loaded.overrides, cwd=place, **machines.environment)
     run = newest(place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr + log(run)
@@ -119,7 +119,7 @@ def test_a_lost_machine_costs_a_restart_and_a_draining_one_is_left_in_time(
     assert process.returncode == ExitCode.INTERRUPTED, shown + log(run)
     steps = [row["step"] for row in trial.read_metrics()]
     assert steps == sorted(set(steps))
-    assert "began again (retry 1 after preempted): its node is being taken away" in shown
+    assert "restarted (retry 1 after preempted): its node is being preempted" in shown
     assert machines.left() == []
 
 
@@ -141,7 +141,7 @@ def test_a_warm_trial_leaves_a_draining_machine_in_time(
     interrupt(process)
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == ExitCode.INTERRUPTED, shown
-    assert "its node is being taken away; it was saved first" in shown
+    assert "its node is being preempted; the trial was saved first" in shown
 
 
 @pytest.mark.long

@@ -122,12 +122,12 @@ def test_fetch_sweep_stop_resume_pull(user: User, bert_job: JobMaker) -> None:
     refused = user.lorafleet("sweep", job, "train.checkpoint_minutes=5", "--on", "up", check=False)
     assert refused.returncode == ExitCode.USER_INPUT
     assert (
-        "which site up does not see: `lorafleet fetch JOB.yaml --on SITE` brings it"
+        "which site up cannot read: upload it with `lorafleet fetch JOB.yaml --on SITE`"
         in refused.stderr
     )
     assert not list(user.home.glob("runs/*"))
-    assert "brought to the storage of site up" in user.lorafleet("fetch", job, "--on", "up").stdout
-    assert "2 trials at once" in user.lorafleet("plan", job, "--on", "up").stdout
+    assert "uploaded to the storage of site up" in user.lorafleet("fetch", job, "--on", "up").stdout
+    assert "2 trials in parallel" in user.lorafleet("plan", job, "--on", "up").stdout
     typo = user.home / "typo.yaml"
     typo.write_text(job.read_text().replace("train.jsonl", "trian.jsonl"))
     assert "trian.jsonl" in user.lorafleet("fetch", typo, "--on", "up", check=False).stderr
@@ -143,7 +143,7 @@ def test_fetch_sweep_stop_resume_pull(user: User, bert_job: JobMaker) -> None:
     )
     os.killpg(follower.pid, signal.SIGINT)
     said, _ = follower.communicate(timeout=30)
-    assert (follower.returncode, "goes on: `lorafleet logs -f" in said) == (
+    assert (follower.returncode, "continues to run: follow it with `lorafleet logs -f" in said) == (
         ExitCode.INTERRUPTED,
         True,
     ), said
@@ -153,15 +153,15 @@ def test_fetch_sweep_stop_resume_pull(user: User, bert_job: JobMaker) -> None:
     live = user.lorafleet("resume", run.id, check=False)
     assert f"{run.id} has job {run.id}-1, which is RUNNING" in live.stderr
 
-    assert "saves its trials and ends" in user.lorafleet("stop", run.id).stdout
+    assert "is saving its trials and will stop" in user.lorafleet("stop", run.id).stdout
     wait_for(lambda: user.state(run) == "stopped", 90)
     assert all((trial.checkpoint / "checksums.json").is_file() for trial in there.list_trials())
     again = user.lorafleet("stop", run.id, check=False)
-    assert "has no job that waits or runs: it is stopped" in again.stderr
+    assert "has no pending or running job: it is stopped" in again.stderr
 
     done = user.lorafleet("resume", run.id)
     assert run.state == there.state == "finished", done.stdout + done.stderr
-    assert f"`lorafleet pull {run.id}` brings the adapter" in done.stderr
+    assert f"`lorafleet pull {run.id}` downloads the adapter" in done.stderr
     for trial in there.list_trials():
         steps = [row["step"] for row in trial.read_metrics()]
         assert steps == sorted(set(steps))
@@ -194,5 +194,5 @@ def test_nobody_there(tmp_path: Path, bert_job: JobMaker) -> None:
     made.write_site()
     done = made.lorafleet("train", made.job(bert_job()), "--on", "up", check=False)
     assert done.returncode == ExitCode.USER_INPUT
-    assert f"the Ray at {made.address} does not take that" in done.stderr
+    assert f"the request to the Ray cluster at {made.address} failed" in done.stderr
     assert "Traceback" not in done.stderr

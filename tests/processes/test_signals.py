@@ -205,7 +205,7 @@ def test_of_three_that_resume_at_once_one_trains(bert_job: JobMaker, place: Path
     for code, text in zip(codes, said, strict=True):
         if code != ExitCode.OK:
             assert code in (ExitCode.TAKEN, ExitCode.USER_INPUT), text
-            assert "has another driver" in text, text
+            assert "already has a driver" in text, text
             assert "failed" not in text, text
     assert newest(place).state is RunState.FINISHED
     assert len([row for row in run.read_events() if row.get("event") == "attempt"]) == 2

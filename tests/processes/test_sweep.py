@@ -218,7 +218,7 @@ def test_a_killed_sweep_goes_on_where_it_was(bert_job: JobMaker, place: Path) ->
     assert not run.is_alive()
     status = json.loads(lorafleet("status", "--format", "json", cwd=place).stdout)
     assert (status["state"], status["alive"]) == ("failed", False)
-    assert "its driver is gone" in status["place"]
+    assert "its driver died" in status["place"]
     done = lorafleet("resume", run.id, cwd=place)
     assert done.returncode == ExitCode.OK, (
         done.stdout + done.stderr + (run.path / "logs" / "driver.log").read_text()
@@ -301,7 +301,7 @@ def test_a_spent_budget_ends_in_a_whole_report(bert_job: JobMaker, place: Path) 
     run, done = sweep(bert_job(slow, search__budget={"wall_hours": 30 / 3600}), place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     reasons = {trial.read_status().get("reason") for trial in run.list_trials()}
-    assert any(reason and "hours on the clock is spent" in reason for reason in reasons)
+    assert any(reason and "hours of wall-clock time is spent" in reason for reason in reasons)
     assert (run.path / "report" / "report.html").is_file()
 
 

@@ -48,13 +48,13 @@ def test_what_an_array_cannot_do(login: Login, bert_job: JobMaker) -> None:
     for change, sentence in (
         (
             {"search__scheduler": {"type": "asha", "max_t": 512}},
-            "tasks share no rungs; use scheduler: {type: none}",
+            "array tasks cannot compare trials at rungs: use scheduler: {type: none}",
         ),
         (
             {"search__method": "random", "search__budget": {"wall_hours": 1}},
-            "tasks do not know what the others",
+            "array tasks do not know what the other",
         ),
-        ({"resources__num_nodes": 2}, "a task has one node"),
+        ({"resources__num_nodes": 2}, "an array task runs on one node"),
     ):
         job = bert_job(GRID, **change)
         path = login.home / "job.yaml"

@@ -160,7 +160,7 @@ def test_two_attempts_at_one_run(login: Login, bert_job: JobMaker) -> None:
     began = time.monotonic()
     again = login.lorafleet("exec", run.path, check=False)  # on the login node: another machine
     assert again.returncode == 2
-    assert "has another driver, which is still running (node1, job" in again.stderr
+    assert "already has a driver, which is still running (node1, job" in again.stderr
     assert time.monotonic() - began < 45
     login.lorafleet("stop", run.id)
     record = login.ended(run)

@@ -84,14 +84,14 @@ def test_a_preemption_with_notice(login: Login, bert_job: JobMaker) -> None:
     )
     before |= record_of_ended(run)
     said = login.lorafleet("status", run.id).stdout
-    assert "pending" in said or "goes back" in said
+    assert "pending" in said or "is being requeued" in said
     login.start_now(run)
     login.rig.asked("scontrol", "update", f"jobid={urgent}", "TimeLimit=1")
     assert login.ended(run).state == "COMPLETED"
     check_whole(run, before)
     check_wandb(run)
     (remark,) = run.list_remarks()
-    assert remark == f"Slurm started job {job} again (restart 1): it was preempted, and had saved"
+    assert remark == f"Slurm started job {job} again (restart 1): it was preempted, after saving"
     assert login.left_behind() == []
 
 
@@ -105,7 +105,7 @@ def test_requeued_without_notice(login: Login, bert_job: JobMaker) -> None:
     assert login.ended(run).state == "COMPLETED"
     check_whole(run, before)
     check_wandb(run)
-    assert "restart 1): it was cut off" in run.list_remarks()[0]
+    assert "restart 1): it was killed" in run.list_remarks()[0]
     assert login.left_behind() == []
 
 
@@ -120,7 +120,7 @@ def test_the_time_limit(login: Login, bert_job: JobMaker) -> None:
     assert any(saved.values())
     for path, rows in saved.items():  # nothing that had been trained was trained again
         assert files.read_jsonl(path)[: len(rows)] == rows
-    assert "it had come to its time limit, and had saved" in run.list_remarks()[0]
+    assert "it reached its time limit, after saving" in run.list_remarks()[0]
     assert login.left_behind() == []
 
 
@@ -148,7 +148,7 @@ def test_the_heads_raylet_dies(login: Login, bert_job: JobMaker) -> None:
     before |= record_of_ended(run)
     assert login.ended(run).state == "COMPLETED"
     check_whole(run, before)
-    assert "the Ray of its head node had died" in run.list_remarks()[0]
+    assert "Ray on its head node died" in run.list_remarks()[0]
     assert login.left_behind() == []
 
 
@@ -174,7 +174,7 @@ def test_requeued_while_its_nodes_are_asked(login: Login, bert_job: JobMaker) ->
     assert run.state is RunState.PENDING
     assert login.ended(run).state == "COMPLETED"
     assert Run(run.path).state is RunState.FINISHED
-    assert "restart 1): it was cut off" in run.list_remarks()[0]
+    assert "restart 1): it was killed" in run.list_remarks()[0]
 
 
 @pytest.mark.long
@@ -184,7 +184,7 @@ def test_cancelled_and_resumed(login: Login, bert_job: JobMaker) -> None:
     login.rig.asked("scancel", login.job(run))
     assert login.ended(run).state == "CANCELLED"
     said = login.lorafleet("status", run.id).stdout
-    assert "stopped: job" in said or "stopped: it was ended" in said
+    assert "stopped: job" in said or "stopped: the run was killed" in said
     assert login.left_behind() == []
     before |= record_of_ended(run)
     done = login.lorafleet("resume", run.id, "--wait")
@@ -208,7 +208,7 @@ def test_a_chain_of_jobs(login: Login, bert_job: JobMaker) -> None:
     before |= record_of_ended(run)
     login.when(run, lambda: not login.rig.asked("squeue", "-h"))
     check_whole(run, before)
-    assert run.list_remarks()[0].startswith(f"job {jobs[1]} goes on after job {jobs[0]}")
+    assert run.list_remarks()[0].startswith(f"job {jobs[1]} continues after job {jobs[0]}")
     assert "CANCELLED" in login.rig.asked("scontrol", "show", "job", "-o", jobs[2])
     assert login.left_behind() == []
 
@@ -222,7 +222,7 @@ def test_restarts_that_lead_nowhere(login: Login, bert_job: JobMaker) -> None:
     login.start_now(run)
     assert login.ended(run).exit_code == 2
     assert (
-        "given up after 1 restart that brought no new checkpoint"
+        "stopped after 1 restart without a new checkpoint"
         in login.lorafleet("status", run.id).stdout
     )
 
@@ -240,7 +240,7 @@ def test_what_follows_only_detaches(login: Login, bert_job: JobMaker) -> None:
     follower.send_signal(signal.SIGINT)
     said, _ = follower.communicate(timeout=30)
     assert follower.returncode == 130
-    assert f"{run.id} goes on: `lorafleet logs -f {run.id}`" in said
+    assert f"{run.id} continues to run: follow it with `lorafleet logs -f {run.id}`" in said
     assert login.record(run).state == "RUNNING"
     login.lorafleet("stop", run.id)
     login.ended(run)

@@ -70,7 +70,7 @@ def test_a_job_that_waits_says_why(rig: Rig) -> None:
     )
     assert any(
         words in describe_pending(record.reason)
-        for words in ("it is next, and waits for nodes", "higher priority")
+        for words in ("it is next, and waits for free nodes", "higher priority")
     )
     held = rig.sbatch("true", "--hold")
     assert "scontrol release" in describe_pending(

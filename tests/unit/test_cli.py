@@ -127,7 +127,7 @@ def test_init_for_summaries(tmp_path: Path) -> None:
     )
     assert wrong.returncode == 2
     assert (
-        "has the columns article, bar: say which with --prompt-column and --completion-column"
+        "has the columns article, bar: name the right ones with --prompt-column and --completion-column"
         in wrong.stderr
     )
 
@@ -136,7 +136,7 @@ def test_init_asks_for_the_column_it_cannot_guess(tmp_path: Path) -> None:
     write_rows(tmp_path / "x.jsonl", [{"foo": "a", "bar": "b"}])
     done = lorafleet_here("init", "--train-file", "x.jsonl", cwd=tmp_path)
     assert done.returncode == 2
-    assert "has the columns foo, bar: say which one with --text-column" in done.stderr
+    assert "has the columns foo, bar: name the right one with --text-column" in done.stderr
 
 
 def test_a_job_that_wants_gpus_is_told_why_there_are_none(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_job_that_wants_gpus_is_told_why_there_are_none(tmp_path: Path) -> Non
             "plan", example, wanted, cwd=tmp_path, PATH=str(Path(sys.executable).parent)
         )
         assert done.returncode == 2
-        assert "this machine has no GPU that can be used: no driver answers" in done.stderr
+        assert "this machine has no usable GPU: no NVIDIA driver responds" in done.stderr
 
 
 def test_the_torch_that_fits_a_driver() -> None:
@@ -154,7 +154,7 @@ def test_the_torch_that_fits_a_driver() -> None:
     assert format_install_hint("550.54").endswith("/whl/cu128")
     assert (
         format_install_hint("470.10")
-        == "no build of torch 2.9 or newer runs with it: update the driver to 525 or newer"
+        == "no build of torch 2.9 or newer supports this driver: update it to 525 or newer"
     )
 
 
@@ -176,7 +176,7 @@ def test_more_machines_than_there_are(tmp_path: Path) -> None:
     example = ROOT / "examples" / "quickstart.yaml"
     done = lorafleet_here("plan", example, "--nodes", "2", cwd=tmp_path)
     assert done.returncode == 2
-    assert "--nodes is 2, and this is one machine" in done.stderr
+    assert "--nodes is 2, but this is a single machine" in done.stderr
     assert (
         lorafleet_here(
             "plan", example, "--nodes", "1", "--runs", "elsewhere", cwd=tmp_path
@@ -215,7 +215,7 @@ def test_a_broken_off_download_is_not_a_whole_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert (
         describe_missing_files(tmp_path)
-        == "no model-2.safetensors, which model.safetensors.index.json names"
+        == "no model-2.safetensors, which model.safetensors.index.json refers to"
     )
     (tmp_path / "model-2.safetensors").write_text("")
     assert describe_missing_files(tmp_path) is None
@@ -246,7 +246,7 @@ def test_an_unreachable_hub_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(text)
     done = lorafleet_here("fetch", "job.yaml", cwd=tmp_path, HF_HUB_OFFLINE="1")
     assert done.returncode == 2
-    assert "neither here nor reachable on the hub" in done.stderr
+    assert "neither on this machine nor reachable on the hub" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 2
 
@@ -262,7 +262,7 @@ def test_an_unreachable_data_set_is_one_sentence(tmp_path: Path, tiny_bert: Path
         "fetch", "job.yaml", cwd=tmp_path, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path)
     )
     assert done.returncode == 2, done.stderr
-    assert "no-such/data, which is neither here nor reachable on the hub" in done.stderr
+    assert "no-such/data, which is neither on this machine nor reachable on the hub" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Retrying" not in done.stderr
 

@@ -77,7 +77,7 @@ def test_any_hash_is_not_enough(
         lambda: load_base(loaded.job, 2, CPU),
         lambda: load_tokenizer(str(folder), revision, trust_remote_code=True),
     ):
-        with pytest.raises(AssetError, match="read its code, and name that revision"):
+        with pytest.raises(AssetError, match=r"read its code, and set model\.revision"):
             read()
     assert not marker.exists()
 
@@ -111,7 +111,7 @@ def test_code_of_another_place_is_pinned_by_nothing(
         model__trust_remote_code=True,
         model__revision=compute_code_digest(folder),
     )
-    assert "takes code from another place" in find_name_problems(loaded)[0].sentence
+    assert "loads code from another repository" in find_name_problems(loaded)[0].sentence
 
 
 def test_what_can_change_is_not_pinned(
@@ -154,4 +154,4 @@ def test_an_adapter_names_no_code(tmp_path: Path, key: str) -> None:
     )
     sentence = find_adapter_refusal(tmp_path, "lora", None, "train.init_adapter", generates=True)
     assert sentence is not None
-    assert "names code to run" in sentence
+    assert "could run code" in sentence

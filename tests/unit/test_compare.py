@@ -129,15 +129,15 @@ def test_every_arm_is_planned(bert_job: JobMaker) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("arms: {a: {method: lora}}", "must be at least 2 long"),
-        ("arms: {a: {method: base}, b: {}}", "must have either method or adapter_of"),
+        ("arms: {a: {method: lora}}", "must be a list of at least 2 entries"),
+        ("arms: {a: {method: base}, b: {}}", "must have exactly one of method and adapter_of"),
         (
             "arms: {a: {method: base}, b: {adapter_of: a}}",
             "adapter_of is 'a', but must be an arm with an adapter",
         ),
         (
             "arms: {a: {method: base}, b: {method: lora, quantization: int8}}",
-            "quantization is for base and adapter_of",
+            "quantization is only for base and adapter_of",
         ),
         (
             "arms: {a: {method: base, parameters: {lr: [1]}}, b: {method: lora}}",
@@ -161,16 +161,16 @@ def test_every_arm_is_planned(bert_job: JobMaker) -> None:
         ),
         (
             "arms: {a: {method: base}, b: {method: base}}\n  budget: {samples: 1, tokens: 2}",
-            "must have one of them",
+            "must have only one of them",
         ),
         (
             "arms: {a: {method: base}, b: {method: base}}\n  scheduler: {max_t: 8}",
-            "is what compare.budget says",
+            "is set by compare.budget",
         ),
         (
             "method: grid\n  arms: {a: {method: lora, parameters: {lr: [1, 2]}}, "
             "b: {method: full, parameters: {lr: [1]}}}",
-            "different numbers of configurations (a 2, b 1): not fair",
+            "different numbers of configurations (a 2, b 1), which is not a fair comparison",
         ),
         (
             "arms: {a: {method: base}, b: {method: base}}\n  metric: rougeL",
@@ -178,16 +178,16 @@ def test_every_arm_is_planned(bert_job: JobMaker) -> None:
         ),
         (
             "arms: {a: {method: lora}, b: {adapter_of: a, set: {model.max_length: 9}}}",
-            "'model.max_length' is what a was trained with; only qlora's fields may differ",
+            "'model.max_length' is fixed by the training of a; only fields of qlora may differ",
         ),
         (
             "num_samples: 4\n  arms: {a: {method: lora, parameters: {lr: [1, 2]}}, "
             "b: {method: full, parameters: {lr: {min: 0.1, max: 1.0}}}}",
-            "different numbers of configurations (a 2, b 4): not fair",
+            "different numbers of configurations (a 2, b 4), which is not a fair comparison",
         ),
         (
             "arms: {a: {weights: x}, b: {method: base}}",
-            "weights goes with the method that they were trained by",
+            "weights requires the method that they were trained with",
         ),
     ],
 )
@@ -483,7 +483,7 @@ def test_what_was_not_judged_alike_has_no_winner() -> None:
     assert alone.arm == "a"  # two are alike, and one of them has no number
     among = choose([arm("a", 0.5, 1), apart, arm("c", 0.6, 1)], [], by_quality)
     assert among.arm == "c"
-    assert among.sentence.endswith("Not ranked beside the other 2: b.")
+    assert among.sentence.endswith("Not ranked with the other 2: b.")
 
 
 def test_differences_are_shown_with_their_intervals() -> None:
@@ -547,12 +547,14 @@ def test_a_comparison_draws_every_searched_field_and_the_cost_of_its_rule() -> N
     report = report_of(sized, PAIRS, "weights_mb").model_copy(update={"trials": trials})
     drawn = dict(draw_plots(report))
     assert [text for text in drawn if " against " in text] == [
-        "Validation accuracy against train.learning_rate; crosses were cut early.",
-        "Validation accuracy against lora.lora_target_modules; crosses were cut early.",
+        "Validation accuracy against train.learning_rate; crosses mark trials that were stopped early.",
+        "Validation accuracy against lora.lora_target_modules; crosses mark trials that were stopped early.",
     ]
     assert (
         "all-linear"
-        in drawn["Validation accuracy against lora.lora_target_modules; crosses were cut early."]
+        in drawn[
+            "Validation accuracy against lora.lora_target_modules; crosses mark trials that were stopped early."
+        ]
     )
     assert all(
         ">qlora<" in svg for text, svg in drawn.items()
@@ -575,7 +577,7 @@ def test_a_comparison_draws_every_searched_field_and_the_cost_of_its_rule() -> N
     captions = [text for text, _ in draw_arm_plots(report)]
     assert (
         captions[0]
-        == "test accuracy against MB of trained weights. The line joins what none beats."
+        == "test accuracy against MB of trained weights. The line connects the arms that no other arm beats in both."
     )
     assert len(captions) == 4
 
@@ -603,11 +605,11 @@ def test_the_tables_of_a_tracker_have_the_analysis_of_errors() -> None:
 
 def test_options_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match="--on, --wait has no use in a comparison of runs side by side"
+        UserError, match="--on, --wait has no effect in a comparison of existing runs"
     ):
         compare(["one", "other"], LaunchOptions(on="rig", wait=True))
     (tmp_path / "job.yaml").write_text("name: x\n")
-    with pytest.raises(UserError, match="--output has no use in a comparison of a job file"):
+    with pytest.raises(UserError, match="--output has no effect in a comparison of a job file"):
         compare([str(tmp_path / "job.yaml")], LaunchOptions(), into=tmp_path)
 
 
@@ -823,13 +825,13 @@ def test_arms_whose_losses_are_of_other_tokens_are_not_ranked(
     report = build_report(run)
     assert report.arms is not None
     assert [arm.comparable for arm in report.arms] == [True, False]
-    assert "its model reads the rows as other tokens than that of a" in report.arms[1].remarks[0]
+    assert "its model splits the rows into other tokens than that of a" in report.arms[1].remarks[0]
     assert report.recommendation.arm is None
     assert report.recommendation.sentence.startswith("Nothing is ranked")
     beside = compare_runs([run, run])  # nor is one of them taken for what the run recommends
     assert beside.arms is not None
     assert [(arm.comparable, arm.remarks[0]) for arm in beside.arms] == [
-        (False, "it has nothing to ship")
+        (False, "it has no model to ship")
     ] * 2
 
 
@@ -898,7 +900,7 @@ def test_arms_that_were_not_compared_row_by_row() -> None:
     )
     bare = [found.model_copy(update={"inference": None}) for found in TABLE[1:3]]
     sentence = choose(bare, [PAIRED], choice("smallest_within", "latency_ms", 0.02)).sentence
-    assert sentence.endswith("ms until it answers was measured of none.")
+    assert sentence.endswith("ms per answer was not measured for any arm.")
 
 
 def test_tpe_makes_way_for_the_seeds(bert_job: JobMaker) -> None:
@@ -976,7 +978,7 @@ def test_runs_side_by_side_are_ranked_where_they_were_judged_alike(
         [f"not ranked: the held-out rows differ from {last_week.id}'s"],
     )
     assert marks[other_metric.id][1] == [
-        f"not ranked: the metrics of one's own differ from {last_week.id}'s"
+        f"not ranked: the custom metrics differ from {last_week.id}'s"
     ]
     assert found.recommendation.arm in (now.id, elsewhere.id)
     pair = next(pair for pair in found.pairs if {pair.one, pair.other} == {last_week.id, now.id})

@@ -62,7 +62,7 @@ def tried(run: Run, commands: Any = COMMANDS) -> dict[str, tuple[int, str]]:
         name = [] if words[0] == "list" else [run.path]
         done = lorafleet_here(*words, *name, "--runs", run.path.parent, cwd=run.path.parent)
         said = done.stdout + done.stderr
-        assert "fault of lorafleet" not in said, (words, said)
+        assert "bug in lorafleet" not in said, (words, said)
         assert "Traceback" not in said, (words, said)
         assert done.returncode in (0, 2), (words, said)
         found[" ".join(words)] = (done.returncode, said)
@@ -155,11 +155,11 @@ JUNK = st.sampled_from([b"null", b"[]", b"{}", b"1e999", b'"', b"\n", b"-"])
 def test_a_trial_that_is_gone_is_named(finished: Run) -> None:  # noqa: F811
     shutil.rmtree(finished.get_trial("bbbb").path)
     report = build_report(finished)
-    assert "trial bbbb was made, and its folder is gone" in report.warnings
+    assert "trial bbbb was created, but its folder is missing" in report.warnings
     (finished.get_trial("cccc").path / "params.json").unlink()
     (finished.get_trial("dddd").path / "metrics.jsonl").write_text('{"step": "x"}\n')
     warnings = build_report(finished).warnings
-    assert any("trials/cccc/params.json is gone" in sentence for sentence in warnings)
+    assert any("trials/cccc/params.json is missing" in sentence for sentence in warnings)
     assert any(
         "trials/dddd/metrics.jsonl is damaged: step is 'x'" in sentence for sentence in warnings
     )

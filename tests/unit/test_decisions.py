@@ -367,12 +367,10 @@ def test_the_best_ships_where_the_rows_do_not_show_it() -> None:
     assert (decision.chosen.name, [one.name for one in decision.cheaper_undecided]) == ("a", ["b"])
     sentence = explain(decision, [found], {}, WORDING)
     assert sentence.startswith(
-        "Ship a: it has the best score, score of a, on 200 rows. b is cheaper (20 s), but 200 "
-        "rows do not show whether "
-        "it is within the tolerance: it loses 0.005 ["
+        "Ship a: it has the best score, score of a, on 200 rows. b is cheaper (20 s), but 200 rows are not enough to show whether it is within the tolerance: it loses 0.005 ["
     )
     assert "] in accuracy (tolerance 0.01). About " in sentence
-    assert sentence.endswith(" rows would show it.")
+    assert sentence.endswith(" rows would be enough.")
     needed = int(sentence.rpartition("About ")[2].split()[0].replace(",", ""))
     more = three(int(1.3 * needed), (0.8, 0.795, 0.7), seed=1)
     assert decide(options({"a": 30, "b": 20, "c": 10}, more), [more], {}, 200).chosen.name == "b"
@@ -454,7 +452,7 @@ def test_several_metrics_of_one_decision(block: str, llama_job: JobMaker) -> Non
         (text.replace(", loss]", ", bleu]"), "bleu, but must be one of"),
         (
             longer.replace("{loss:", "{rouge1:"),
-            f"{block}.tolerance has rouge1, but must have metrics of",
+            f"{block}.tolerance has rouge1, but may only contain metrics of",
         ),
     ):
         with pytest.raises(JobFileError, match=sentence):
@@ -532,7 +530,7 @@ def test_what_does_not_beat_the_baseline_is_not_shipped() -> None:
     decided, sentence, _ = check(0.58, (0.5, 0.65), 0.58)
     assert not decided
     assert sentence == (
-        "Do not ship: on the validation rows the best is t with accuracy 0.580 [0.500, 0.650], "
+        "Do not ship: on the validation rows, the best is t with accuracy 0.580 [0.500, 0.650], "
         "which does not beat "
         "baseline 0 (0.580)."
     )
@@ -556,8 +554,7 @@ def test_what_was_not_decided_is_not_refused_either() -> None:
 def test_cautions_about_rows_and_models() -> None:
     counts = {"validation": {"a": 5, "b": 0, "c": 0}, "test": {"a": 1, "b": 2, "c": 3}}
     assert check_rows(counts, "validation", 5) == [
-        "The decision rests on 5 validation rows; with fewer than 100, only large differences can "
-        "be shown.",
+        "The decision is based on 5 validation rows; with fewer than 100, only large differences can be shown.",
         "2 classes have no validation rows, so their quality is unknown: b, c.",
     ]
     assert check_rows({"test": {"a": 9, "b": 0}}, "validation", 100) == [

@@ -64,7 +64,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
         "job.yaml:6: train.learning_rate is 'abc'",
         "train.global_batch_size is 16, but must be a multiple",
         "train.packing is true, but must be false for classification",
-        "search.parameters.lora.lora_r is 8, but must list what it may be: {values: [8]}",
+        "search.parameters.lora.lora_r is 8, but must list the values to try: {values: [8]}",
         "search.parameters has 'train.sed'",
         "model.model_name_or_path is",
         "job.yaml:4: data.train_file is",
@@ -90,7 +90,7 @@ def test_validate_reads_the_data_files(tmp_path: Path) -> None:
 def test_attention_that_needs_a_gpu(name: str, bert_job: JobMaker, tmp_path: Path) -> None:
     loaded = bert_job(model__attn_implementation=name)
     with pytest.raises(
-        JobFileError, match=f"is {name}, which trains on a GPU alone, .* runs on CPU; use sdpa"
+        JobFileError, match=f"is {name}, which trains only on a GPU, .* runs on CPU; use sdpa"
     ):
         make_plan(loaded, CPU_SITE, "train")
     with pytest.raises(JobFileError, match="runs on CPU"):
@@ -113,7 +113,7 @@ def test_attention_of_a_search_and_of_an_arm(bert_job: JobMaker) -> None:
         "{model.attn_implementation: flex_attention}}}}"
     )
     for text in (search, arms):
-        with pytest.raises(JobFileError, match="trains on a GPU alone"):
+        with pytest.raises(JobFileError, match="trains only on a GPU"):
             refuse_attention(bert_job(text).job, CPU_SITE, "job.yaml")
 
 
@@ -138,7 +138,9 @@ def test_bfloat16_that_the_gpu_does_not_have(
     gpu = torch.device("cuda")
     check_number_formats(bert_job().job, gpu)
     for field, value in (("train__mixed_precision", "bf16"), ("model__dtype", "bfloat16")):
-        with pytest.raises(UserError, match=f"is {value}, but Tesla V100 has no bfloat16"):
+        with pytest.raises(
+            UserError, match=f"is {value}, but Tesla V100 does not support bfloat16"
+        ):
             check_number_formats(bert_job(**{field: value}).job, gpu)
 
 
@@ -153,11 +155,15 @@ def test_bfloat16_that_the_gpu_does_not_have(
         ),
         ({"model__dtype": "bfloat16"}, False, "weights bfloat16; arithmetic bfloat16 (autocast)"),
         ({"method": "qlora"}, False, "weights nf4, the rest float32; arithmetic float32"),
-        ({}, True, "weights bfloat16; arithmetic bfloat16 (autocast), where the GPU has bfloat16"),
+        (
+            {},
+            True,
+            "weights bfloat16; arithmetic bfloat16 (autocast), if the GPU supports bfloat16",
+        ),
         (
             {"method": "full"},
             True,
-            "weights float32; arithmetic bfloat16 (autocast), where the GPU has bfloat16",
+            "weights float32; arithmetic bfloat16 (autocast), if the GPU supports bfloat16",
         ),
         (
             {"train__mixed_precision": "no", "model__dtype": "float32"},
@@ -185,7 +191,7 @@ def test_number_formats_are_said(
         (
             "evaluate: {folds: 3}\n",
             "train",
-            "evaluate.folds is set, but not used: train trains once",
+            "evaluate.folds is set, but not used: `lorafleet train` trains once",
         ),
         ("evaluate: {folds: 3}\n", "sweep", None),
         (
@@ -206,14 +212,14 @@ def test_number_formats_are_said(
         (
             "train: {decay_ratio: 0.3}\n",
             "train",
-            "only lr_scheduler_type warmup_stable_decay has it",
+            "only lr_scheduler_type warmup_stable_decay uses it",
         ),
         ("evaluate: {temperature: 0.5}\n", "train", "evaluate.do_sample is false"),
-        ("evaluate: {max_new_tokens: 5}\n", "train", "a classifier writes no answers"),
+        ("evaluate: {max_new_tokens: 5}\n", "train", "a classifier generates no answers"),
         (
             "train: {num_train_epochs: 2, max_steps: 5}\n",
             "train",
-            "train.max_steps comes before it",
+            "train.max_steps takes precedence",
         ),
         ("lora: {lora_r: 4}\n", "train", None),
     ],
@@ -284,23 +290,29 @@ def test_words_of_other_tools_in_a_search() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("search: {parameters: {lora.lora_r: 8}}\n", "must list what it may be: {values: [8]}"),
+        ("search: {parameters: {lora.lora_r: 8}}\n", "must list the values to try: {values: [8]}"),
         (
             "search: {parameters: {lora.lora_target_modules: [[query, value], [query]]}}\n",
-            'a list is one value when it is written as "query,value"',
+            'To use a list as one value, write it as "query,value"',
         ),
         (
             "compare: {arms: {a: {method: base, quantization: fp16}, b: {method: lora}}}\n",
-            "weights in 16 bits are `set: {model.dtype: float16}`",
+            "for 16-bit weights use `set: {model.dtype: float16}`",
         ),
         (
             "train: {adam_beta1: 0.8}\n",
-            "train.adam_beta1 is not a known key; it is Hugging Face's, and has no counter",
+            "train.adam_beta1 is not a known key; it is an argument of Hugging Face's Trainer or TRL without a counter",
         ),
-        ("fp16: true\n", "fp16 is not a known key; here it is train.mixed_precision: fp16"),
-        ("train: {save_steps: 5}\n", "here it is train.checkpoint_minutes"),
-        ("train: {metric_for_best_model: f1}\n", "here it is search.metric.name"),
-        ("search: {parameters: {train.adam_beta2: [0.9]}}\n", "has no counterpart here"),
+        (
+            "fp16: true\n",
+            "fp16 is not a known key; its counterpart in lorafleet is train.mixed_precision: fp16",
+        ),
+        ("train: {save_steps: 5}\n", "its counterpart in lorafleet is train.checkpoint_minutes"),
+        (
+            "train: {metric_for_best_model: f1}\n",
+            "its counterpart in lorafleet is search.metric.name",
+        ),
+        ("search: {parameters: {train.adam_beta2: [0.9]}}\n", "without a counterpart in lorafleet"),
     ],
 )
 def test_hints_name_what_works(text: str, words: str) -> None:
@@ -362,12 +374,12 @@ def test_init_names_the_users_own_options(tmp_path: Path) -> None:
     [
         (
             ("--task", "generation", "--prompt-column", "a", "--text-column", "b"),
-            "--text-column is not read for",
+            "does not use --text-column",
         ),
-        (("--prompt-column", "a"), "--prompt-column is not read for --task classification"),
+        (("--prompt-column", "a"), "--task classification does not use --prompt-column"),
         (
             ("--task", "summarization", "--label-column", "a"),
-            "--label-column is not read for --task summarization",
+            "--task summarization does not use --label-column",
         ),
     ],
 )
@@ -392,7 +404,7 @@ def test_a_warm_up_longer_than_a_trial_is_said(bert_job: JobMaker) -> None:
         bert_job(train__warmup_steps=1000, train__max_steps=8), CPU_SITE, "train"
     ).notes
     assert any(
-        "warmup_steps is 1,000, and a trial has 8 steps: the learning rate does" in note
+        "warmup_steps is 1,000, but a trial has only 8 steps: the learning rate does" in note
         for note in notes
     )
 
@@ -457,7 +469,7 @@ def test_arms_that_pack_and_arms_that_do_not_are_not_compared_by_rows(llama_job:
         "budget: {samples: 100}}"
     )
     with pytest.raises(
-        JobFileError, match=r"must be tokens or device_seconds where arms differ in train.packing"
+        JobFileError, match=r"must be tokens or device_seconds if arms differ in train.packing"
     ):
         llama_job(arms)
     llama_job(arms.replace("samples", "tokens"))

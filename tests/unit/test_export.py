@@ -250,14 +250,14 @@ def test_a_gate_says_what_is_wrong() -> None:
     gate = Gate(max_logit_difference=1e-3, min_agreement=0.99, max_metric_drop=0.01)
     assert find_gate_violations(gate, judged()) == []
     assert find_gate_violations(gate, judged(max_logit_difference=0.5)) == [
-        "a logit differs by 0.5, and may by 0.001"
+        "a logit differs by 0.5, but at most 0.001 is allowed"
     ]
     assert find_gate_violations(gate, judged(steps=8, step_logit_difference=0.25)) == [
-        "a logit differs by 0.25, and may by 0.001"
+        "a logit differs by 0.25, but at most 0.001 is allowed"
     ]
     other_prompts = judged(called_rows=4, called_prompts=0.5, called_answers=0.5)
     assert find_gate_violations(gate, other_prompts) == [
-        "0.500 of the prompts that a user asks are framed as in training, and all must be"
+        "only 0.500 of the user prompts are formatted as in training, but all must be"
     ]
     assert (
         find_gate_violations(gate, judged(called_rows=4, called_prompts=1.0, called_answers=0.5))
@@ -265,13 +265,13 @@ def test_a_gate_says_what_is_wrong() -> None:
     )
     late = judged(steps=8, step_logit_difference=0.0, step_agreement=0.5)
     assert find_gate_violations(gate, late) == [
-        "token by token 0.500 of likeliest tokens agree, and 0.89 must"
+        "token by token, 0.500 of the most likely tokens agree, but at least 0.89 must"
     ]
     assert find_gate_violations(gate, judged(agreement=0.98)) == [
-        "0.980 of likeliest tokens agree, and 0.99 must"
+        "0.980 of the most likely tokens agree, but at least 0.99 must"
     ]
     assert find_gate_violations(gate, judged(after=10.2)) == [
-        "perplexity goes from 10 to 10.2, and may get worse by 0.01 of it"
+        "perplexity changes from 10 to 10.2, but may get worse by at most 0.01 of it"
     ]
     assert find_gate_violations(gate, judged(after=9.0)) == []
     assert (
@@ -280,14 +280,14 @@ def test_a_gate_says_what_is_wrong() -> None:
     worse = judged(metric="accuracy", before=0.9, after=0.88)
     assert compute_metric_drop(worse) == pytest.approx(0.02)
     assert find_gate_violations(gate, worse) == [
-        "accuracy goes from 0.9 to 0.88, and may get worse by 0.01"
+        "accuracy changes from 0.9 to 0.88, but may get worse by at most 0.01"
     ]
     for nothing in (
         {"max_logit_difference": None},
         {"after": None},
         {"steps": 3, "step_logit_difference": None},
     ):
-        assert "no number" in find_gate_violations(Gate(), judged(**nothing))[0]
+        assert "NaN or infinite" in find_gate_violations(Gate(), judged(**nothing))[0]
 
 
 def test_a_job_moves_the_gates(bert_job: JobMaker) -> None:
@@ -315,8 +315,8 @@ def test_the_best_that_fits_is_picked() -> None:
     found, said = choose_target(three, DeviceBudget(files_mb=300))
     assert found is three[1]
     assert (
-        said == "onnx-fp16 fits and is the best that does: 250.0 MB of 300, 21.0 ms a token, "
-        "perplexity 12."
+        said
+        == "onnx-fp16 is the best target that fits: 250.0 MB of 300, 21.0 ms per token, perplexity 12."
     )
     assert (
         choose_target(three, DeviceBudget(ms=30))[0] is three[1]
@@ -324,25 +324,30 @@ def test_the_best_that_fits_is_picked() -> None:
     assert choose_target(three, DeviceBudget(files_mb=600, ms=10))[0] is three[2]
     found, said = choose_target(three, DeviceBudget(files_mb=200, ms=5))
     assert found is None
-    assert "onnx has 500.0 MB, 300.0 more than 200, takes 20.0 ms a token, 15.0 more than 5" in said
-    assert said.endswith("onnx-int8 takes 7.0 ms a token, 2.0 more than 5.")
+    assert (
+        "onnx has 500.0 MB, 300.0 more than 200, takes 20.0 ms per token, 15.0 more than 5" in said
+    )
+    assert said.endswith("onnx-int8 takes 7.0 ms per token, 2.0 more than 5.")
     classes = [
         offer("onnx", 90, 3, 0.81, "accuracy"),
         offer("onnx-int8", 30, None, 0.80, "accuracy"),
     ]
     assert choose_target(classes, DeviceBudget(files_mb=100))[0] is classes[0]
     assert choose_target(classes, DeviceBudget(files_mb=50, ms=9))[1] == (
-        "Nothing fits: onnx has 90.0 MB, 40.0 more than 50; onnx-int8 was not measured."
+        "No target fits: onnx has 90.0 MB, 40.0 more than 50; onnx-int8 was not measured."
     )
     assert (
         choose_target([], DeviceBudget(ms=1))[1]
-        == "There is no target that passed its gate, so none can be picked."
+        == "No target passed its gate, so none can be selected."
     )
 
 
 def test_words_of_a_budget_that_do_not_go_together(tmp_path: Path) -> None:
     done = lorafleet_here("export", "x", "--max-ms-per-token", "3", "--no-measure", cwd=tmp_path)
-    assert (done.returncode, "needs what --no-measure leaves out" in done.stderr) == (2, True)
+    assert (
+        done.returncode,
+        "needs the measurement that --no-measure turns off" in done.stderr,
+    ) == (2, True)
     done = lorafleet_here("benchmark", "x", "--batch-sizes", "1,two", cwd=tmp_path)
     assert done.returncode == 2
     assert "--batch-sizes has 'two', but must be whole numbers above 0" in done.stderr
@@ -353,7 +358,7 @@ def test_words_of_a_budget_that_do_not_go_together(tmp_path: Path) -> None:
 
 def test_a_learnt_prompt_is_no_weight(bert_job: JobMaker, tmp_path: Path) -> None:
     given = SelectedModel(Run(tmp_path), bert_job(method="prompt_tuning").job, tmp_path, "aaaa")
-    with pytest.raises(UserError, match="only weights can be merged and exported"):
+    with pytest.raises(UserError, match="only adapters in weights can be merged and exported"):
         Source(given)
 
 
@@ -392,24 +397,21 @@ def test_tensorrt_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     import torch
 
     install = "pip uninstall onnxruntime, then pip install 'lorafleet[tensorrt]'"
-    none = (
-        "tensorrt needs an NVIDIA GPU, and there is none here; on a machine that has one: "
-        f"{install}"
-    )
+    none = f"tensorrt needs an NVIDIA GPU, but this machine has none. On a machine with a GPU: {install}"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert find_unavailable_reason("tensorrt") == none
-    with pytest.raises(UserError, match="needs an NVIDIA GPU, and there is none here"):
+    with pytest.raises(UserError, match="needs an NVIDIA GPU, but this machine has none"):
         runtime.open_tensorrt(tmp_path, ABOUT, 0)
     monkeypatch.setattr(
         torch.cuda, "is_available", lambda: True
     )  # there is no GPU here: what it would say then
     assert find_unavailable_reason("tensorrt") == (
-        f"tensorrt needs an onnxruntime that was built with it, and this one was not: {install}"
+        f"tensorrt needs an onnxruntime built with TensorRT, but the installed one is not: {install}"
     )
 
 
 def test_a_session_that_tensorrt_takes_no_part_in_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Unavailable, match="took no part of this model"):
+    with pytest.raises(Unavailable, match="could not compile any part of this model"):
         tensorrt.check_engines(tmp_path)
     (tmp_path / "engines").mkdir()
     (tmp_path / "engines" / "whole.engine").touch()
@@ -438,11 +440,12 @@ def test_another_provider_is_not_taken_for_the_one(tmp_path: Path) -> None:
 
     check_provider(Session(), ["CPUExecutionProvider"])
     with pytest.raises(
-        UserError, match="asked for TensorrtExecutionProvider and fell back to CPUExecutionProvider"
+        UserError,
+        match="cannot use TensorrtExecutionProvider and fell back to CPUExecutionProvider",
     ):
         check_provider(Session(), [("TensorrtExecutionProvider", {})])
     with pytest.raises(
-        UserError, match=r"holds no artefact\.json: `lorafleet export` makes such folders"
+        UserError, match=r"has no artefact\.json: name a folder that `lorafleet export` wrote"
     ):
         read_artefact(tmp_path)
 
@@ -481,7 +484,7 @@ def test_the_frame_of_a_prompt() -> None:
     assert frame(Plain()) == PromptFrame("", "\n\n", [7])
     assert frame(Plain(), short) == PromptFrame("be short\n\n", "\n\n", [7], short)
     assert frame(Chat(), conversations=False) == PromptFrame(start=[7])
-    with pytest.raises(UserError, match="chat template changes what is asked"):
+    with pytest.raises(UserError, match="chat template changes the user's text"):
         frame(Shouting())
 
 
@@ -502,11 +505,11 @@ def test_a_program_ends_where_it_ends() -> None:
     assert select_fitting_points(None, 100, 32, points) == (points, "")
     assert select_fitting_points(300, 100, 32, points) == (points, "")
     assert select_fitting_points(192, 100, 32, points) == (
-        points[:2], "batches of 200 tokens unavailable: its program ends at 192",
+        points[:2], "batches of 200 tokens are not possible: it supports at most 192",
     )  # fmt: skip
     assert select_fitting_points(96, 80, 32, points) == (
         None,
-        "its program ends at 96 tokens, and the longest row takes 112",
+        "it supports at most 96 tokens, but the longest row needs 112",
     )
 
 
@@ -540,14 +543,17 @@ def test_a_licence_is_what_a_card_says(tmp_path: Path) -> None:
     assert (
         find_licence("org/model", tmp_path)
         == find_licence("org/model")
-        == "not known here: see its own page"
+        == "unknown: see its own page"
     )
     for text, said in (
-        ("---\nlicense: mit\ntags: [x]\n---\n# A model\n", "mit (says its card)"),
-        ("---\nlicense: other\nlicense_name: a-licence\n---\n", "a-licence (says its card)"),
-        ("---\nlicense: [mit, apache-2.0]\n---\n", "mit, apache-2.0 (says its card)"),
-        ("# A model\n\n---\nlicense: mit\n---\n", "not known here: see its own page"),
-        ("---\n{broken: [\n---\n", "not known here: see its own page"),
+        ("---\nlicense: mit\ntags: [x]\n---\n# A model\n", "mit (according to its card)"),
+        (
+            "---\nlicense: other\nlicense_name: a-licence\n---\n",
+            "a-licence (according to its card)",
+        ),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", "mit, apache-2.0 (according to its card)"),
+        ("# A model\n\n---\nlicense: mit\n---\n", "unknown: see its own page"),
+        ("---\n{broken: [\n---\n", "unknown: see its own page"),
     ):
         (tmp_path / "README.md").write_text(text)
         assert find_licence("org/model", tmp_path) == said

@@ -68,7 +68,7 @@ def test_each_class_has_its_own_limit() -> None:
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
-        (TrainingFailure("nan", "the loss was not a number"), "nan"),
+        (TrainingFailure("nan", "the loss became NaN or infinite"), "nan"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"), "oom"),
         (
             RuntimeError(
@@ -165,7 +165,7 @@ def test_stacks_that_were_written_mean_a_hang(trial: Trial) -> None:
     trial.get_hang_file(0).write_text("")
     trial.get_hang_file(1).write_text("Thread 0x1 (most recent call first):\n")
     failure = classify_crash("ActorDiedError: exit code 1", trial)
-    assert (failure["failure_class"], "is in stacks-1-1.txt of" in failure["sentence"]) == (
+    assert (failure["failure_class"], "are in stacks-1-1.txt of" in failure["sentence"]) == (
         "hang",
         True,
     )
@@ -199,7 +199,7 @@ def test_a_retry_is_counted_where_a_resume_finds_it(bert_job: JobMaker, trial: T
     ledger.record_failure(trial, {"failure_class": "worker_lost", "sentence": "killed"})
     assert trial.state is TrialState.FAILED
     assert (
-        ledger.run.list_remarks()[1] == "0123456789 began again (retry 2 after worker_lost): killed"
+        ledger.run.list_remarks()[1] == "0123456789 restarted (retry 2 after worker_lost): killed"
     )
 
 
@@ -290,7 +290,7 @@ def test_a_disk_that_is_full_at_the_start(
         assert done.returncode == 2, done.stderr
         assert "full" in done.stderr.splitlines()[-1]
         assert len(done.stderr.splitlines()) <= 2
-        assert "fault of lorafleet" not in done.stderr
+        assert "bug in lorafleet" not in done.stderr
         assert not list((disk / "runs").glob("*")) if (disk / "runs").is_dir() else True
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -319,7 +319,7 @@ def test_a_ray_that_does_not_come_up_is_tried_again(
         assert context == "a Ray"
     assert tried == [30, 120, 240]
     assert told == [
-        f"Ray did not come up in {n} s (no node is known): tried again, with more time"
+        f"Ray did not start within {n} s (no node is known): trying again, with more time"
         for n in (30, 120)
     ]
     assert (tmp_path / "logs" / "gcs_server.out").read_text() == "try 2"
@@ -328,7 +328,7 @@ def test_a_ray_that_does_not_come_up_is_tried_again(
     with (
         pytest.raises(
             RunError,
-            match=r"in 3 tries \(no node is known; load \d+\): `lorafleet resume` goes on when",
+            match=r"in 3 tries \(no node is known; load \d+\)\. Ray's logs are in .*\. Run `lorafleet resume` when",
         ),
         local_ray.start_local_ray({}, tmp_path / "logs", told.append),
     ):

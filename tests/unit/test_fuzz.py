@@ -73,7 +73,7 @@ def checked(*words: str | Path, cwd: Path, codes: tuple[int, ...] = (0, 2, 3)) -
     assert done.returncode in codes, said[-2000:]
     for word in (
         "Traceback",
-        "fault of lorafleet",
+        "bug in lorafleet",
         "validation error",
         "Input should be",
         "errors.pydantic.dev",

@@ -67,7 +67,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
         tmp_path / "etc", **{"run.json": json.dumps({"lorafleet": "9.9.9", "name": "x"})}
     )
     with pytest.raises(
-        RunError, match=r"submitted by lorafleet 9.9.9, and this is .*: the image must have"
+        RunError, match=r"submitted by lorafleet 9.9.9, but this image has .*: use an image"
     ):
         unpack(tmp_path / "x-a1b2c3", document)
     assert not (tmp_path / "x-a1b2c3").exists()
@@ -75,7 +75,7 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_document(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(RunError, match="is not the document of a run"):
+    with pytest.raises(RunError, match="is not a packed run"):
         unpack(tmp_path / "x-a1b2c3", tmp_path / "run.json")
 
 
@@ -141,7 +141,7 @@ def test_a_name_that_leads_elsewhere_stops_the_transfer(tmp_path: Path, name: st
     unpacker.add_block(
         stream(("status.json", tarfile.REGTYPE, b"{}"), (name, tarfile.REGTYPE, b"theirs"))
     )
-    with pytest.raises(CommandFailed, match="nothing was taken"):
+    with pytest.raises(CommandFailed, match="nothing was unpacked"):
         unpacker.finish()
     held = {
         str(path.relative_to(tmp_path)): path.read_text()

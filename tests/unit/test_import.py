@@ -352,7 +352,7 @@ def test_what_is_said_is_carried_over(
             "must have role and content",
         ),
         ({"roles": {"user": ["human", "user"], "assistant": ["gpt"]}}, None),
-        ({"roles": {"user": ["client"]}}, "client as user is not read here"),
+        ({"roles": {"user": ["client"]}}, "client is not supported as user"),
         ({"roles_to_train": ["assistant"], "train_on_eos": "turn"}, None),
         ({"roles_to_train": ["assistant", "user"]}, "datasets.roles_to_train"),
         ({"train_on_eos": "all"}, "datasets.train_on_eos"),
@@ -373,9 +373,12 @@ def test_what_is_done_otherwise_is_said() -> None:
     assert not any(
         "trains on all rows" in line for line in _of("axolotl", val_set_size=0.1).otherwise
     )
-    assert any("axolotl drops them, here they are cut" in line for line in _of("axolotl").otherwise)
     assert any(
-        "do not see each other" in line for line in _of("llamafactory", packing=True).otherwise
+        "axolotl drops them, lorafleet truncates them" in line for line in _of("axolotl").otherwise
+    )
+    assert any(
+        "do not attend to each other" in line
+        for line in _of("llamafactory", packing=True).otherwise
     )
     assert any("TRL learns every token" in line for line in _of("trl").otherwise)
     assert _of("axolotl", val_set_size=0).lost == []
@@ -432,12 +435,12 @@ def test_a_sweep_of_wandb_is_a_search(tmp_path: Path) -> None:
         "grace_period": 3,
     }
     assert search["scheduler"] == scheduler
-    for words in ("program:", "command:", "parameters.layers:", "may not be 'sgd'"):
+    for words in ("program:", "command:", "parameters.layers:", "'sgd' is not a valid value"):
         assert any(words in line for line in made.lost), words
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
     done = lorafleet_here("import", "--from", "wandb", "sweep.yaml", "-o", "job.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "those of the quickstart stand in" in done.stderr
+    assert "those of the quickstart are used" in done.stderr
     assert lorafleet_here("plan", "job.yaml", cwd=tmp_path).returncode == 0
     assert load_job(tmp_path / "job.yaml").job.tracking.project == "mine"
 
@@ -483,7 +486,11 @@ def test_a_sweep_goes_on_the_users_own_job(tmp_path: Path) -> None:
             "method: grid\nparameters: {layers: {values: [1]}}\n",
             "there is nothing to search",
         ),
-        ("trl", "model_name_or_path: a/b\n", "makes a job that cannot run: data is missing"),
+        (
+            "trl",
+            "model_name_or_path: a/b\n",
+            "translates to a job that cannot run: data is missing",
+        ),
     ],
 )
 def test_what_makes_no_job_is_an_error(tool: str, text: str, words: str, tmp_path: Path) -> None:
@@ -587,7 +594,7 @@ def test_no_trial_is_stopped_by_what_was_not_carried_over(said: Any) -> None:
     [
         ({"lr": {"distribution": "log_uniform", "min": None, "max": 1}}, "parameters.lr"),
         ({"lr": {"distribution": ["uniform"], "min": 0.1, "max": 1}}, "parameters.lr"),
-        ({"lr": {"values": [0.1]}, "learning_rate": {"values": [0.2]}}, "is named twice"),
+        ({"lr": {"values": [0.1]}, "learning_rate": {"values": [0.2]}}, "is set twice"),
     ],
 )
 def test_parameters_that_are_not_understood(parameters: dict[str, Any], lost: str) -> None:
@@ -659,9 +666,7 @@ def test_imports_say_what_they_carry_and_what_they_lose(tmp_path: Path) -> None:
     )
     assert (job.method, job.qlora.quant_type, job.train.optim) == ("qlora", "int8", "adamw_8bit")
     assert job.train.packing
-    assert not any(
-        f"not carried over: {key}" in done.stderr for key in ("load_in_8bit", "optimizer")
-    )
+    assert not any(f"not translated: {key}" in done.stderr for key in ("load_in_8bit", "optimizer"))
     made = translate_config(
         "llamafactory",
         yaml.safe_load(PUBLISHED["llamafactory-llama3_lora_sft"])
@@ -693,15 +698,15 @@ def test_imports_say_what_they_carry_and_what_they_lose(tmp_path: Path) -> None:
     assert (
         translate_config("llamafactory", {"stage": "dpo"}, "x")
         .lost[0]
-        .startswith("stage: 'dpo' is another kind")
+        .startswith("stage: 'dpo' is not supported")
     )
     (tmp_path / "b.yaml").write_text(
         AXOLOTL + "eval_steps: 0.05\ngradient_checkpointing: unsloth\ntf32: false\n"
     )
     done = lorafleet_here("import", "--from", "axolotl", "b.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "not carried over: train.eval_steps is 0.05, but must be a whole number" in done.stderr
-    assert "not carried over: tf32" not in done.stderr
+    assert "not translated: train.eval_steps is 0.05, but must be a whole number" in done.stderr
+    assert "not translated: tf32" not in done.stderr
 
 
 _LORA_EXPERIMENT = {
@@ -806,7 +811,7 @@ def test_the_comparisons_own_defaults_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("adapter", "training", "words"),
     [
-        (_LORA_EXPERIMENT | {"bias": "all"}, {}, "bias: biases are not trained here"),
+        (_LORA_EXPERIMENT | {"bias": "all"}, {}, "bias: lorafleet does not train biases"),
         (
             _LORA_EXPERIMENT | {"rank_pattern": {"q": 4}},
             {},
@@ -815,7 +820,7 @@ def test_the_comparisons_own_defaults_are_read(tmp_path: Path) -> None:
         (
             _LORA_EXPERIMENT | {"init_lora_weights": "eva"},
             {},
-            "init_lora_weights: 'eva' is none of",
+            "init_lora_weights: 'eva' is not one of",
         ),
         (_LORA_EXPERIMENT, {"grad_norm_clip": 0}, "grad_norm_clip: 0"),
         (
@@ -831,12 +836,12 @@ def test_the_comparisons_own_defaults_are_read(tmp_path: Path) -> None:
         (
             _LORA_EXPERIMENT,
             {"model_id": "org/unheard-of"},
-            "PEFT's choice for org/unheard-of is not known",
+            "PEFT's default for org/unheard-of is not known",
         ),
         (
             _PROMPT_EXPERIMENT | {"prompt_tuning_init": "SAMPLE_VOCAB"},
             {},
-            "the prompt starts at random values",
+            "lorafleet starts from random values",
         ),
     ],
 )
@@ -857,13 +862,13 @@ def test_experiments_that_make_no_comparison(tmp_path: Path) -> None:
         return done.stderr
 
     ia3 = write_experiment(tmp_path, "ia3", {"peft_type": "IA3"})
-    assert "peft_type is IA3, but only LORA and PROMPT_TUNING" in error_of(ia3)
+    assert "peft_type is IA3, but lorafleet can only train LORA and PROMPT_TUNING" in error_of(ia3)
     quantised = write_experiment(tmp_path, "q", _PROMPT_EXPERIMENT, {"dtype": "int4"})
     assert "only LoRA can be trained on a quantised base" in error_of(quantised)
     long = write_experiment(tmp_path, "long", _LORA_EXPERIMENT, {"max_steps": 10})
     short = write_experiment(tmp_path, "short", _LORA_EXPERIMENT)
     assert "max_steps is 10 in long, 5000 in short" in error_of(long, short)
-    assert "is no experiment" in error_of(tmp_path)
+    assert "is not an experiment" in error_of(tmp_path)
 
 
 def test_a_quantised_experiment_has_the_defaults_of_bitsandbytes(tmp_path: Path) -> None:

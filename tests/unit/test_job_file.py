@@ -141,17 +141,15 @@ search:
     [
         (
             "{distribution: log_uniform, min: -9.21, max: -4.6}",
-            "is log_uniform, whose ends W&B reads as exponents of e: write log_uniform_values "
-            "with min: 0.0001, max: "
-            "0.0101, or log_uniform_values with the ends as they are",
+            "is log_uniform, whose min and max W&B reads as exponents of e: write log_uniform_values with min: 0.0001, max: 0.0101, or log_uniform_values with min and max unchanged",
         ),
         (
             "{distribution: q_log_uniform, min: 1, max: 4, q: 1}",
             "write q_log_uniform_values with min: 3, max: 54, q: 1",
         ),
-        ("8", "is 8, but must list what it may be: {values: [8]}"),
-        ("", "is empty, but must list what it may be: {values: [...]}"),
-        ("true", "is true, but must list what it may be: {values: [true]}"),
+        ("8", "is 8, but must list the values to try: {values: [8]}"),
+        ("", "is empty, but must list the values to try: {values: [...]}"),
+        ("true", "is true, but must list the values to try: {values: [true]}"),
     ],
 )
 def test_a_parameter_that_says_something_else_is_refused_once(
@@ -189,13 +187,13 @@ def test_eta_beside_the_real_key_is_a_contradiction(tmp_path: Path) -> None:
     search = "search: {scheduler: {eta: 4, reduction_factor: 3}, parameters: {lora.lora_r: [4, 8]}}"
     with pytest.raises(
         JobFileError,
-        match=r"scheduler\.eta means search\.scheduler\.reduction_factor, which is set",
+        match=r"scheduler\.eta means search\.scheduler\.reduction_factor, which is also set",
     ):
         load_text(f"{MINIMAL}{search}\n", tmp_path / "job.yaml")
 
 
 def test_an_alias_beside_the_real_key_is_a_contradiction(tmp_path: Path) -> None:
-    with pytest.raises(JobFileError, match=r"lora_rank means lora.lora_r, which is set as well"):
+    with pytest.raises(JobFileError, match=r"lora_rank means lora.lora_r, which is also set"):
         load_text(MINIMAL + "lora: {lora_r: 8, lora_rank: 4}\n", tmp_path / "job.yaml")
 
 
@@ -364,22 +362,30 @@ def test_environment_of_a_foreign_package_does_not_matter_to_the_control_plane(
         (
             "search: {parameters: {train.num_train_epochs: [1, 2]}}",
             (),
-            "is a trial's budget: use search.scheduler",
+            "is the budget of a trial: use search.scheduler",
         ),
         (
             "search: {parameters: {model.max_length: [32, 64]}}",
             (),
-            "rows become tokens once for all trials",
+            "all trials share one tokenization of the rows",
         ),
         (
             "search: {parameters: {lora.lora_r: {distribution: uniform, min: 4, max: 32}}}",
             (),
             "use int_uniform",
         ),
-        ("lora: {lora_alpha: 'min(lora_r)'}", (), "cannot be worked out"),
-        ("lora: {lora_target_modules: []}", (), "must be all-linear or names of layers"),
-        ("lora: {lora_target_modules: ''}", (), "must be all-linear or names of layers"),
-        ("linked: {data.max_train_samples: '10*lora_r'}", (), "but must be a value"),
+        ("lora: {lora_alpha: 'min(lora_r)'}", (), "cannot be computed"),
+        (
+            "lora: {lora_target_modules: []}",
+            (),
+            "must be all-linear or a non-empty list of layer names",
+        ),
+        (
+            "lora: {lora_target_modules: ''}",
+            (),
+            "must be all-linear or a non-empty list of layer names",
+        ),
+        ("linked: {data.max_train_samples: '10*lora_r'}", (), "but must be a fixed value"),
         ("tracking: {base_url: 'https://user:secret@host'}", (), "tracking.base_url"),
         ("data2: {x: 1}\ndataset: {path: x}", (), "data"),
         ("base_model: {x: 1}", (), "base_model means model.model_name_or_path"),

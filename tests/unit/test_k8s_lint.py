@@ -267,10 +267,10 @@ def test_a_new_job_has_no_status_and_a_queued_one_is_suspended() -> None:
     assert parse_job_state(None).run is RunState.PENDING
     assert (
         parse_job_state({"jobDeploymentStatus": "Suspended"}, queued=True).sentence
-        == "is queued: nothing of it runs"
+        == "is queued; none of its pods run"
     )
     preempted = parse_job_state({"jobDeploymentStatus": "Suspending"}, queued=True)
-    assert preempted.sentence == "was preempted, and is queued again"
+    assert preempted.sentence == "was preempted and queued again"
 
 
 @pytest.mark.parametrize(
@@ -278,14 +278,15 @@ def test_a_new_job_has_no_status_and_a_queued_one_is_suspended() -> None:
     [
         ("FailedScheduling", "0/9 nodes are available: 3 Insufficient nvidia.com/gpu, 6 "
                              "Insufficient cpu.",
-         "no node has enough nvidia.com/gpu and CPU free (0 of 9 nodes would do)"),
+         "no node has enough free nvidia.com/gpu and CPU (0 of 9 nodes qualify)"),
         ("FailedScheduling", "0/2 nodes are available: 2 node(s) had untolerated taint {gpu: yes}.",
-         "its nodes have a taint that the site does not tolerate (gpu: yes)"),
+         "its nodes have a taint that the site does not tolerate (gpu: yes): add it to tolerations in "
+            "the site file"),
         ("FailedScheduling", "0/2 nodes are available: 2 node(s) didn't match Pod's node "
                              "affinity/selector.",
          "no node has the labels of node_selector"),
         ("FailedScheduling", 'persistentvolumeclaim "shared" not found',
-         'it cannot be placed: persistentvolumeclaim "shared" not found'),
+         'it cannot be scheduled: persistentvolumeclaim "shared" not found'),
         ("Failed", "Failed to pull image x", "the image cannot be pulled: Failed to pull image x"),
         ("FailedMount", "MountVolume.SetUp "
                         "failed", "a volume cannot be mounted: MountVolume.SetUp failed"),

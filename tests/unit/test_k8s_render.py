@@ -251,18 +251,16 @@ def test_merge_patch() -> None:
 def test_how_many_worker_pods() -> None:
     assert choose_node_count(bare(), None, 2) == 2
     assert choose_node_count(bare(nodes=3), None, 2) == 3
-    with pytest.raises(PlacementRefused, match="--nodes is 1, and each trial needs 2 worker pods"):
+    with pytest.raises(PlacementRefused, match="--nodes is 1, but each trial needs 2 worker pods"):
         choose_node_count(bare(), 1, 2)
     with pytest.raises(
-        PlacementRefused, match="the job would have 9 worker pods, and max_nodes of site bare is 4"
+        PlacementRefused, match="the job would have 9 worker pods, but max_nodes of site bare is 4"
     ):
         choose_node_count(bare(max_nodes=4), 9, 2)
 
 
 def test_a_job_that_is_too_large_for_a_config_map() -> None:
-    with pytest.raises(
-        PlacementRefused, match=r"a ConfigMap holds 900,000: the search must have fewer trials"
-    ):
+    with pytest.raises(PlacementRefused, match=r"a ConfigMap holds only 900,000: use fewer trials"):
         render(
             bare(), RenderContext("x-a1b2c3", 1, 1, {"job.yaml": "x" * 1_000_000}, "2.60.0", "ana")
         )
@@ -271,7 +269,7 @@ def test_a_job_that_is_too_large_for_a_config_map() -> None:
 def test_between_the_objects_and_the_site() -> None:
     fine = {"nodes": 1, "read_write_many": False, "image": IMAGE, "version": "0.1.0"}
     assert lint_site(**fine) == []
-    assert "must be ReadWriteMany" in lint_site(**fine | {"nodes": 2})[0]
+    assert "use a ReadWriteMany claim" in lint_site(**fine | {"nodes": 2})[0]
     assert lint_site(**fine | {"version": "0.2.0"}) == [
-        "image has lorafleet 0.1.0, and this is 0.2.0: the pods would refuse the job"
+        "image has lorafleet 0.1.0, but this machine has 0.2.0, so the pods would reject the job: use an image of the same version"
     ]

@@ -46,17 +46,17 @@ def written(folder: Path, text: str) -> Path:
         ("image: lorafleet:0.1.0", "is not pinned: must be NAME:VERSION@sha256:DIGEST"),
         ("storage: s3://bucket/runs", "is object storage, which cannot hold runs"),
         ("storage: runs", "must be a block with the name of a volume claim"),
-        ("storage: {claim: runs, sub_path: a/../../b}", "leaves the volume: no `..` in it"),
-        ("nodes: 3\nmax_nodes: 2", "nodes is 3, but must not be above max_nodes = 2"),
+        ("storage: {claim: runs, sub_path: a/../../b}", "leaves the volume: do not use `..`"),
+        ("nodes: 3\nmax_nodes: 2", "nodes is 3, but must not exceed max_nodes = 2"),
         ("shared_memory_gb: 16", "shared_memory_gb is 16, but must be below memory_gb_per_node"),
         ("environment: {HF_TOKEN: x}", "HF_TOKEN may hold a secret"),
         (
             "secrets: {A: {name: s, key: k}}\nenvironment: {A: x}",
-            "A stands in secrets and in environment",
+            "A is set in secrets and in environment",
         ),
         (
             "secrets: {RAY_AUTH_TOKEN: {name: s, key: k}}",
-            "is no name that a variable from a Secret may have",
+            "is not a valid variable name for a Secret",
         ),
         ("deadlines: {start_minutes: 5}", "the scheduler is not kueue"),
         ("deadlines: {start_minutes: 5}\nscheduler: {kind: volcano}", "the scheduler is not kueue"),
@@ -65,9 +65,9 @@ def written(folder: Path, text: str) -> Path:
             "autoscale is true, but kueue admits a whole job",
         ),
         ("scheduler: {kind: kueue, queue: q, topology_required: true}", "topology names no level"),
-        ("tolerations: [{key: gpu, operator: Exists, value: x}]", "operator Exists has no value"),
+        ("tolerations: [{key: gpu, operator: Exists, value: x}]", "operator Exists takes no value"),
         ("tolerations: [{key: gpu, operator: Equal}]", "operator Equal needs a value"),
-        ("tolerations: [{value: x}]", "there is no key that it is the value of"),
+        ("tolerations: [{value: x}]", "there is no key"),
         (
             "patch: {spec: {x: [{name: API_TOKEN, value: abc}]}}",
             "patch sets API_TOKEN, which may hold a secret",
@@ -113,7 +113,7 @@ def test_a_patch_that_leaves_no_rayjob() -> None:
 
 def test_what_is_no_definition_of_a_rayjob(tmp_path: Path) -> None:
     for text in ("", "{}", '{"spec": {"names": {"kind": "RayCluster"}}}'):
-        with pytest.raises(UserError, match="that is no definition of RayJob"):
+        with pytest.raises(UserError, match="this is not the definition of RayJob"):
             Schema.read(written(tmp_path, text))
 
 
@@ -126,7 +126,7 @@ def test_a_manifest_on_the_command_line(bert_job: JobMaker, tmp_path: Path) -> N
     refused = lorafleet_here("plan", job, "--on", site, "--format", "yaml", cwd=tmp_path)
     assert (refused.returncode, refused.stdout) == (ExitCode.GATE_REFUSED, "")
     assert (
-        f"data.train_file is {loaded.job.data.train_file}, which site here does not see"
+        f"data.train_file is {loaded.job.data.train_file}, which site here cannot read"
         in refused.stderr
     )
     mounted = written(tmp_path, SITE.replace("claim: runs", "claim: runs, mount_path: /"
@@ -138,14 +138,14 @@ def test_a_manifest_on_the_command_line(bert_job: JobMaker, tmp_path: Path) -> N
     assert objects[0]["data"]["job.yaml"] == loaded.text
     done = lorafleet_here("train", job, "--on", mounted, "--runs", tmp_path / "runs", cwd=tmp_path)
     assert done.returncode == ExitCode.USER_INPUT
-    assert "there is no cluster to ask" in done.stderr
+    assert "no Kubernetes cluster is configured" in done.stderr
     assert not (tmp_path / "runs").exists()
     shown = lorafleet_here("plan", job, "--on", mounted, cwd=tmp_path)
     folder = " ".join(shown.stdout.split())
-    assert "/runs/tiny-... on the storage, and its record here in runs/tiny-..." in folder
+    assert "/runs/tiny-... on the storage; its record on this machine in runs/tiny-..." in folder
     asked = lorafleet_here("plan", job, "--format", "yaml", cwd=tmp_path)
     assert asked.returncode == ExitCode.USER_INPUT
-    assert "it goes with --on SITE of kind kubernetes" in asked.stderr
+    assert "use it with --on SITE, where SITE is of kind kubernetes" in asked.stderr
 
 
 def test_names_change_with_the_job_and_the_site_alone(bert_job: JobMaker) -> None:
@@ -164,7 +164,7 @@ def test_a_patch_of_another_form_is_the_sites_mistake(bert_job: JobMaker) -> Non
     backend = KubernetesBackend(bare(patch=head, internet=True))
     refused, _ = backend.check(backend.plan(bert_job(), "train"))
     assert any(
-        "patch of site bare gives a field a value of another form" in sentence
+        "patch of site bare sets a field to a value of the wrong type" in sentence
         for sentence in refused
     )
 

@@ -32,7 +32,7 @@ def as_if_elsewhere(run: Path, attempt: int, **more: object) -> Path:
 
 def test_one_after_the_other(tmp_path: Path) -> None:
     first = Lease.acquire(tmp_path, {})
-    with pytest.raises(RunError, match="has another driver, which is still running"):
+    with pytest.raises(RunError, match="already has a driver, which is still running"):
         Lease.acquire(tmp_path, {})
     first.release()
     second = Lease.acquire(tmp_path, {"saved": "x"})
@@ -59,7 +59,7 @@ def test_a_driver_elsewhere_that_gives_signs_of_life_is_refused(tmp_path: Path) 
     threading.Timer(0.3, lambda: beat.write_text("2")).start()
     with pytest.raises(RunError, match=r"still running \(elsewhere, job 12\)"):
         Lease.acquire(tmp_path, {}, say=said.append, seconds=3)
-    assert "began on elsewhere and did not say that it ended: watched" in said[0]
+    assert "started on elsewhere and did not record its end: watching" in said[0]
     assert Lease.acquire(tmp_path, {}, seconds=0.3).attempt == 2  # nothing changed in that time
 
 
@@ -132,13 +132,13 @@ def test_a_stale_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         lambda: trial.add_row({"step": 2}),
     ):
         with pytest.raises(
-            StaleAttempt, match=r"attempt 1 at x-.* was overtaken by attempt 2, and writes no more"
+            StaleAttempt, match=r"attempt 1 of x-.* was replaced by attempt 2, and stops writing"
         ):
             write()
     ends = time.monotonic() + 15
     while not told and time.monotonic() < ends:
         time.sleep(0.05)
-    assert "was overtaken by attempt 2" in told[0]
+    assert "was replaced by attempt 2" in told[0]
     assert new.read_status()["attempt"] == 1
     new.set_state(RunState.RUNNING)
     assert new.read_status()["attempt"] == 2

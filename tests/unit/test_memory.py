@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_marked(llama_job: JobMaker, tmp_path: Path) -> Non
             any("1 of 1 trials are expected to need up to" in note for note in made.notes)
             is not fits
         )
-        assert "MB for the trials that run at once, at least every 10 minutes" in shown
+        assert "MB for the trials that run in parallel, saved at least every 10 minutes" in shown
 
 
 LLAMA_3B = {

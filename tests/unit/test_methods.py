@@ -257,7 +257,7 @@ def test_an_adapter_of_another_kind_is_refused(bert_job: JobMaker, tmp_path: Pat
         ({"method": "full", "train__init_adapter": "x"}, "method full has none"),
         (
             {"lora__init_lora_weights": "olora", "train__init_adapter": "x"},
-            "both say how the adapter begins",
+            "both set the adapter's initial weights",
         ),
         (
             {"method": "prompt_tuning", "prompt_tuning__num_virtual_tokens": 32},

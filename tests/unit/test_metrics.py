@@ -229,7 +229,7 @@ def test_a_function_of_the_users_own(metric_file: Path) -> None:
     assert own(metric_file, "short")[0]["mine"][0].tolist() == [1.0, 0.0]
     assert own(metric_file, "asked")[0]["mine"][0].tolist() == [1.0, 2.0]
     with pytest.raises(
-        UserError, match=r"custom_metrics.mine raised at held-out row 0: AttributeError"
+        UserError, match=r"custom_metrics.mine raised an error at held-out row 0: AttributeError"
     ):
         own(metric_file, "broken")
     with pytest.raises(UserError, match="returned 'many' for row 0"):
@@ -264,7 +264,10 @@ class Longest(evaluate.Metric):
     [
         ("mine.txt:short", "must be FILE.py:NAME"),
         ("gone.py:short", "cannot be read: No such file"),
-        ("mine.py:shorter", "defines no function shorter (there are: short, asked, broken, words)"),
+        (
+            "mine.py:shorter",
+            "does not define a function shorter (it defines short, asked, broken, words)",
+        ),
     ],
 )
 def test_a_path_is_looked_at_before_anything_runs(
@@ -280,13 +283,17 @@ def test_a_path_is_looked_at_before_anything_runs(
 
 def test_metrics_that_do_not_go_with_a_job(bert_job: JobMaker, llama_job: JobMaker) -> None:
     for make, block, sentence in (
-        (llama_job, "evaluate: {metrics: [rouge9]}", "has 'rouge9', but must hold some of rouge1"),
+        (llama_job, "evaluate: {metrics: [rouge9]}", "has 'rouge9', but may only contain rouge1"),
         (bert_job, "evaluate: {metrics: [rouge1]}", "classification has its own metrics"),
-        (llama_job, "evaluate: {custom_metrics: {loss: {function: a.py:f}}}", "name it otherwise"),
+        (
+            llama_job,
+            "evaluate: {custom_metrics: {loss: {function: a.py:f}}}",
+            "choose another name",
+        ),
         (
             llama_job,
             _searched_by("rougeL"),
-            "one of loss, perplexity for generation (evaluate.metrics adds it)",
+            "one of loss, perplexity for generation (add it to evaluate.metrics)",
         ),
         (
             llama_job,
@@ -421,7 +428,7 @@ def test_metrics_of_any_name_and_no_number_come_back(tmp_path: Path) -> None:
 def test_a_word_of_a_runs_files_is_no_metric(name: str, bert_job: JobMaker) -> None:
     with pytest.raises(
         JobFileError,
-        match=f"has '{name}', which is a word of every row of metrics: name it otherwise",
+        match=f"has '{name}', which is a key of every row of metrics: choose another name",
     ):
         bert_job(f"evaluate: {{custom_metrics: {{{name}: mine.py:short}}}}")
 
@@ -489,7 +496,7 @@ def test_how_a_text_is_cut_to_be_continued() -> None:
 def test_an_answer_needs_room(llama_job: JobMaker) -> None:
     job = llama_job("evaluate: {max_new_tokens: 125}").job
     base = load_base(job, 0, CPU)
-    with pytest.raises(UserError, match=r"max_new_tokens is 125, but .* has 128 positions"):
+    with pytest.raises(UserError, match=r"max_new_tokens is 125, but .* has only 128 positions"):
         evaluate_rows(base.model, job, prepare_tokens(job), "test", CPU, rows_to_answer=1)
 
 
@@ -518,7 +525,7 @@ def test_a_saved_model_names_its_classes(bert_job: JobMaker, tmp_path: Path) -> 
     check_class_order(named, ("neg", "pos"), "it")  # who knows
     check_class_order({0: "LABEL_0", 1: "LABEL_1"}, ("good", "bad"), "it")
     with pytest.raises(
-        UserError, match=r"classes in the order bad, good, but the data has .* set data.labels"
+        UserError, match=r"classes in the order bad, good, but the data in .* set data.labels"
     ):
         check_class_order(named, ("Good", "Bad"), "it")
 

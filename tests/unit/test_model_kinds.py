@@ -198,19 +198,19 @@ def test_usual_positions_and_ties_are_transformers_defaults() -> None:
     [
         (
             {"model_type": "bert"},
-            "encoder (bert without is_decoder: true), whose tokens see the answer",
+            "encoder (bert without is_decoder: true), so its tokens see the answer",
         ),
-        ({"model_type": "roberta", "is_decoder": False}, "whose tokens see the answer"),
+        ({"model_type": "roberta", "is_decoder": False}, "so its tokens see the answer"),
         ({"model_type": "t5"}, "encoder-decoder (t5)"),
         ({"model_type": "bart"}, "encoder-decoder (bart)"),
         (
             {"model_type": "new", "is_encoder_decoder": True, "architectures": ["NewForCausalLM"]},
             "encoder-decoder",
         ),
-        ({"model_type": "distilbert"}, "of type distilbert, which is no causal decoder"),
+        ({"model_type": "distilbert"}, "of type distilbert, which is not a causal decoder"),
         (
             {"model_type": "new", "architectures": ["NewModel"]},
-            "of type new, which is no causal decoder",
+            "of type new, which is not a causal decoder",
         ),
         ({"model_type": "new", "architectures": ["NewForCausalLM"]}, None),
         ({"model_type": "bart", "is_decoder": True, "is_encoder_decoder": False}, None),
@@ -226,9 +226,11 @@ def test_an_encoder_is_refused_for_generation_before_anything_starts(
     llama_job: JobMaker, tiny_bert: Path
 ) -> None:
     loaded = llama_job(model__model_name_or_path=str(tiny_bert))
-    with pytest.raises(JobFileError, match=r"line 4|job\.yaml.*tokens see the answer they predict"):
+    with pytest.raises(
+        JobFileError, match=r"line 4|job\.yaml.*tokens see the answer that they predict"
+    ):
         check_names(loaded)
-    with pytest.raises(UserError, match="tokens see the answer they predict"):
+    with pytest.raises(UserError, match="tokens see the answer that they predict"):
         load_base(loaded.job, 0, CPU)
 
 
@@ -392,9 +394,7 @@ def test_a_head_of_other_classes_is_drawn_anew_and_said(
     base = load_base(loaded.job, 2, CPU)
     assert not base.own_head
     assert base.model.classifier.weight.shape[0] == 2
-    note = (
-        f"has a classification head for {classes} classes, and the rows have 2: a new head is drawn"
-    )
+    note = f"has a classification head for {classes} classes, but the rows have 2: a new head is initialised"
     assert any(note in warning for warning in prepare_tokens(loaded.job).warnings)
     finish(session(loaded.job, base))
 
@@ -404,7 +404,7 @@ def test_a_checkpoint_without_an_output_head_is_refused(
 ) -> None:
     folder = save_tiny(tmp_path / "model", "llama")  # AutoModel: no lm_head
     with pytest.raises(
-        AssetError, match=r"lm_head\.weight of LlamaForCausalLM is not in its files"
+        AssetError, match=r"lm_head\.weight of LlamaForCausalLM is missing from its files"
     ):
         load_base(llama_job(model__model_name_or_path=str(folder)).job, 0, CPU)
 
@@ -414,7 +414,7 @@ def test_a_checkpoint_without_a_layer_is_refused(bert_job: JobMaker, tmp_path: P
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     with pytest.raises(
-        AssetError, match=r"bert\.encoder\.layer\.2\..* and \d+ more .* not in its files"
+        AssetError, match=r"bert\.encoder\.layer\.2\..* and \d+ more .* is missing from its files"
     ):
         load_base(bert_job(model__model_name_or_path=str(folder)).job, 2, CPU)
 
@@ -429,7 +429,8 @@ def test_rows_longer_than_the_positions_are_refused(
     folder = save_tiny(tmp_path / "model", kind, **pad)
     check_names(bert_job(model__model_name_or_path=str(folder), model__max_length=most))
     with pytest.raises(
-        JobFileError, match=f"has learnt {most} positions: set model.max_length to at most {most}"
+        JobFileError,
+        match=f"has only {most} learnt positions: set model.max_length to at most {most}",
     ):
         check_names(bert_job(model__model_name_or_path=str(folder), model__max_length=most + 1))
     if kind in ("gpt2", "opt"):
@@ -438,7 +439,7 @@ def test_rows_longer_than_the_positions_are_refused(
     check_names(
         bert_job(model__model_name_or_path=str(folder), model__max_length=most - 10, **prompt)
     )
-    with pytest.raises(JobFileError, match=f"has {most} positions for both together"):
+    with pytest.raises(JobFileError, match=f"has only {most} positions for both together"):
         check_names(
             bert_job(model__model_name_or_path=str(folder), model__max_length=most - 9, **prompt)
         )
@@ -491,11 +492,12 @@ def test_a_matrix_that_is_head_and_embedding_gets_no_adapter(
         model__model_name_or_path=str(folder), lora__lora_target_modules=["q_proj", name]
     )
     with pytest.raises(
-        JobFileError, match=f"has {name}, but the embeddings and the output head .* are one matrix"
+        JobFileError,
+        match=f"has {name}, but the embeddings and the output head .* share one matrix",
     ) as refused:
         check_names(job)
     assert "has no such layer" not in str(refused.value)  # one sentence for one fault
-    with pytest.raises(UserError, match="are one matrix"):
+    with pytest.raises(UserError, match="share one matrix"):
         attach(job.job, load_base(job.job, 0, CPU))
 
 
@@ -584,22 +586,22 @@ def test_an_adapter_that_is_continued_says_its_rank_alpha_and_layers(
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"lora__lora_r": 16}, "lora.lora_r is 16, but train.init_adapter is an adapter with 4"),
+        ({"lora__lora_r": 16}, "lora.lora_r is 16, but the adapter of train.init_adapter has 4"),
         (
             {"lora__lora_alpha": "4*lora_r"},
-            "lora.lora_alpha is 4*lora_r, but train.init_adapter is an adapter with 8",
+            "lora.lora_alpha is 4*lora_r, but the adapter of train.init_adapter has 8",
         ),
         (
             {"lora__lora_target_modules": "all-linear"},
-            "but train.init_adapter is an adapter with q_proj, v_proj",
+            "but the adapter of train.init_adapter has q_proj, v_proj",
         ),
         (
             {"lora__use_dora": True},
-            "lora.use_dora is true, but train.init_adapter is an adapter with false",
+            "lora.use_dora is true, but the adapter of train.init_adapter has false",
         ),
         (
             {"search__parameters": {"lora.lora_r": {"values": [4, 8]}}},
-            "lora.lora_r is fixed by train.init_adapter at",
+            "in the adapter of train.init_adapter, so it cannot be searched",
         ),
         (
             {"search__parameters": {"train.init_adapter": {"values": ["a", "b"]}}},
@@ -607,7 +609,7 @@ def test_an_adapter_that_is_continued_says_its_rank_alpha_and_layers(
         ),
         (
             {"compare": {"arms": {"x": {"method": "lora", "parameters": {"lora.lora_r": [4, 8]}}}}},
-            "fixed by train.init",
+            "so it cannot be searched",
         ),
         ({"lora__lora_target_modules": "v_proj, q_proj"}, None),
         ({"lora__lora_r": 4}, None),
@@ -647,7 +649,7 @@ def test_an_arms_own_adapter_fixes_what_the_arm_trains(
     wrong = arms.replace("}}}}", ", lora.lora_r: 8}}}}")
     with pytest.raises(
         JobFileError,
-        match=r"compare|lora\.lora_r is 8, but train\.init_adapter is an adapter with 2",
+        match=r"compare|lora\.lora_r is 8, but the adapter of train\.init_adapter has 2",
     ):
         llama_job(wrong)
 
@@ -735,7 +737,7 @@ def test_an_odd_config_is_a_sentence_or_fine(
         "validate", "job.yaml", f"model.model_name_or_path={folder}", cwd=tmp_path
     )
     assert done.returncode in (0, 2), done.stderr
-    assert "fault of lorafleet" not in done.stderr
+    assert "bug in lorafleet" not in done.stderr
     with (
         pytest.raises((AssetError, UserError))
         if done.returncode
@@ -766,11 +768,12 @@ def test_adapters_that_do_not_fit_the_task(
     base = (f"model.model_name_or_path={tiny_llama}",)
     classifier = load_text(text, tmp_path / "job.yaml", (*base, f"train.init_adapter={writes}"))
     with pytest.raises(
-        JobFileError, match=r"which writes text .CAUSAL_LM., and the job's task is another"
+        JobFileError,
+        match=r"whose adapter generates text .CAUSAL_LM., but the job has another task",
     ):
         check_names(classifier)
     writer = llama_job(train__init_adapter=str(names), lora__lora_alpha=8)
-    with pytest.raises(JobFileError, match=r"which names classes .SEQ_CLS."):
+    with pytest.raises(JobFileError, match=r"whose adapter predicts classes .SEQ_CLS."):
         check_names(writer)
     three = load_text(text, tmp_path / "job.yaml", (*base, f"train.init_adapter={names}")).job
     rows = [{"text": f"is it {number}", "label": f"c{number % 3}"} for number in range(30)]
@@ -778,7 +781,7 @@ def test_adapters_that_do_not_fit_the_task(
         update={"train_file": str(write_rows(tmp_path / "three.jsonl", rows))}
     )
     data = data.model_copy(update={"validation_file": None, "test_file": None})
-    with pytest.raises(UserError, match="whose head tells 2 classes apart, but the rows have 3"):
+    with pytest.raises(UserError, match="whose head has 2 classes, but the rows have 3"):
         session(three.model_copy(update={"data": data}))
 
 
@@ -814,7 +817,7 @@ def test_arms_do_not_change_the_adapter_of_the_job(
     arms = "compare: {arms: {a: {method: lora}, b: {method: lora, set: {lora.lora_r: 16}}}}"
     own = {"train__init_adapter": str(adapter)}
     with pytest.raises(
-        JobFileError, match=r"lora\.lora_r is 16, but train\.init_adapter is an adapter with 4"
+        JobFileError, match=r"lora\.lora_r is 16, but the adapter of train\.init_adapter has 4"
     ):
         llama_job(arms, **own)
     dropout = (

@@ -42,18 +42,20 @@ def report(number: int, **changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("second", "sentence"),
     [
-        ({"torch": "2.0"}, "node2 has torch 2.0, and node1 has 1.0: the site's setup lines"),
+        (
+            {"torch": "2.0"},
+            "node2 has torch 2.0, but node1 has 1.0: the setup lines of the site file",
+        ),
         (
             {"nonce": "old"},
-            "node2 does not see /runs/x as it is now: runs_dir must be a folder that all "
-            "nodes share",
+            "node2 does not see the current contents of /runs/x: runs_dir must be a folder that all nodes share",
         ),
         ({"wrong": "has no address on ib0"}, "node2 has no address on ib0"),
         (
             {"driver": "470.2"},
-            "node2 has driver 470.2, and node1 has 550.1: ask for one kind of node",
+            "node2 has driver 470.2, but node1 has 550.1: request nodes of one kind",
         ),
-        ({"gpu_memory_gib": 39.6}, "node2 has GPU memory 39.6 GiB, and node1 has 79.6 GiB"),
+        ({"gpu_memory_gib": 39.6}, "node2 has GPU memory 39.6 GiB, but node1 has 79.6 GiB"),
         ({}, None),
     ],
 )
@@ -85,7 +87,7 @@ def test_the_environment_that_began_a_run_is_held_to() -> None:
     pinned = dict.fromkeys(PINNED, "1.0") | {"torch": "0.9", "schema_version": 1}
     (sentence,) = find_disagreements([report(0), report(1)], "n", 2, pinned, "x")
     assert (
-        "the environment has changed since the run began: node1 has torch 1.0 and not 0.9"
+        "the environment has changed since the run started: node1 has torch 1.0 instead of 0.9"
         in sentence
     )
     missing = [report(0, peft="not installed"), report(1, peft="not installed")]
@@ -116,7 +118,7 @@ def test_a_block_of_ports_is_free_everywhere(busy: set[int], cpus: int, job: int
 
 def test_jobs_with_near_numbers_begin_at_different_blocks() -> None:
     assert len({choose_ports([], 8, job) for job in range(100)}) == 100
-    with pytest.raises(PlacementRefused, match="ports in a row are free on all nodes"):
+    with pytest.raises(PlacementRefused, match="is free on all nodes"):
         choose_ports(list(range(20_000, 32_700, 50)), 8, 1)
 
 
@@ -156,7 +158,7 @@ def test_a_model_is_staged_once_and_checked(model: Path, tmp_path: Path) -> None
     with (copy / "model.safetensors").open("r+b") as file:
         file.write(b"damaged")
     again = create_node_copy(model, tmp_path / "stage", said.append)
-    assert "is damaged, and is copied anew" in said[0]
+    assert "is damaged and is copied again" in said[0]
     assert (again / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     (tmp_path / "stage" / f".{again.name}-killed").mkdir()  # what a copy that was killed left
     create_node_copy(model, tmp_path / "stage", said.append)
@@ -184,11 +186,10 @@ def line(job: str, restart: int, event: str) -> dict[str, Any]:
     [
         ([line("7", 0, "began")], None),
         ([line("7", 0, "began"), line("7", 0, "time-limit"), line("7", 1, "began")],
-         "Slurm started job 7 again (restart 1): it had come to its time limit, and had saved"),
-        ([line("7", 0, "began"), line("7", 1, "began")], "Slurm started job 7 again (restart 1): "
-                                                         "it was cut off"),
+         "Slurm started job 7 again (restart 1): it reached its time limit, after saving"),
+        ([line("7", 0, "began"), line("7", 1, "began")], "Slurm started job 7 again (restart 1): it was killed"),
         ([line("5", 0, "began"), line("5", 0, "preemption"), line("7", 0, "began")],
-         "job 7 goes on after job 5: it was preempted, and had saved"),
+         "job 7 continues after job 5: it was preempted, after saving"),
         ([line("5", 0, "began"), line("5", 0, "ended"), line("7", 0, "began")], None),
     ],
 )  # fmt: skip
@@ -233,7 +234,7 @@ def test_a_job_that_only_starts_is_given_up(
         if restart < 2:
             check_starts(tmp_path)
     with pytest.raises(
-        PlacementRefused, match="given up after 2 starts that did not come to training"
+        PlacementRefused, match="stopped after 2 starts that Slurm ended before training began"
     ):
         check_starts(tmp_path)
 

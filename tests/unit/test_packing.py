@@ -131,7 +131,7 @@ def test_a_model_that_does_not_keep_examples_apart_is_refused(
     folder = save_tiny(tmp_path / "model", kind, "AutoModelForCausalLM")
     job = llama_job(model__model_name_or_path=str(folder), **{f"train__{field}": True}).job
     with pytest.raises(
-        UserError, match=rf"train\.{field} is true, but \w+ does not keep the examples of one row"
+        UserError, match=rf"train\.{field} is true, but \w+ cannot keep packed examples separate"
     ):
         session(job)
 
@@ -152,7 +152,7 @@ def test_nothing_hides_that_a_model_does_not_keep_examples_apart(
     folder = save_tiny(tmp_path / "model", kind, "AutoModelForCausalLM")
     file = str(write_rows(tmp_path / "rows.jsonl", rows))
     named = {"model__model_name_or_path": str(folder), "data__train_file": file}
-    with pytest.raises(UserError, match="does not keep the examples of one row apart"):
+    with pytest.raises(UserError, match="cannot keep packed examples separate"):
         session(llama_job(**named, **own, train__packing=True).job)
 
 
@@ -174,7 +174,7 @@ def test_what_does_not_go_with_packing(bert_job: JobMaker, llama_job: JobMaker) 
         bert_job(train__packing=True)
     with pytest.raises(JobFileError, match=r"train\.packing is true, but .* prompt_tuning"):
         llama_job(train__packing=True, method="prompt_tuning")
-    with pytest.raises(JobFileError, match=r"train\.packing.* a search may not vary"):
+    with pytest.raises(JobFileError, match=r"train\.packing.* cannot be searched"):
         llama_job("search: {method: grid, parameters: {train.packing: {values: [true, false]}}}")
 
 
@@ -208,7 +208,8 @@ def test_a_trial_ends_when_nothing_gets_better(
     reports = _run_to_its_end(run, work, again_after=again_after)
     assert reports[-1]["row"]["step"] == 4  # the first is the best, and three are no better
     assert (
-        reports[-1]["warning"] == "ended early, after step 4: no better accuracy in 3 evaluations"
+        reports[-1]["warning"]
+        == "stopped early after step 4: accuracy did not improve in 3 evaluations"
     )
     assert run.get_trial("0123456789").weights.is_dir()
 
@@ -218,7 +219,7 @@ def test_a_trial_that_gets_better_goes_on(bert_job: JobMaker, tmp_path: Path) ->
     run = Run.create(tmp_path / "runs", "patient")
     work = Work(job, str(run.path), str(prepare_tokens(job).folder), 0, False)
     losses = _run_to_its_end(run, work)
-    assert losses[-1]["row"]["step"] == 4 or "ended early" in losses[-1]["warning"]
+    assert losses[-1]["row"]["step"] == 4 or "stopped early" in losses[-1]["warning"]
 
 
 def test_warm_up_in_steps() -> None:

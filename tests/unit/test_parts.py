@@ -67,7 +67,7 @@ def test_a_gathering_that_was_killed_is_ended_by_the_next(run: Run) -> None:
 def test_a_part_that_was_taken_over_writes_nothing_more(run: Run) -> None:
     stale = Run(run.get_array_task(1).path, attempt=1)
     merge_tasks(run, {}, lambda _: None)
-    with pytest.raises(StaleAttempt, match="was taken over, and writes no more"):
+    with pytest.raises(StaleAttempt, match="was replaced by another one, and stops writing"):
         stale.get_trial("t1").add_row({"step": 9})
     assert not (run.path / "parts").exists()
 
@@ -88,12 +88,12 @@ def test_killed_parts_are_watched_together_and_a_live_one_is_left_alone(
         )
     said: list[str] = []
     merge_tasks(run, {}, said.append)
-    assert "2 of 2 drivers did not say that they ended" in said[0]
+    assert "2 of 2 drivers did not record their end" in said[0]
     assert not (run.path / "parts").exists()
 
 
 def test_a_part_whose_driver_lives_stays_as_it_is(run: Run) -> None:
     Lease.acquire(run.get_array_task(1).path, {})  # this process lives
-    with pytest.raises(RunError, match="has another driver"):
+    with pytest.raises(RunError, match="already has a driver"):
         merge_tasks(run, {}, lambda _: None)
     assert (run.path / "parts" / "1" / "trials" / "t1").is_dir()

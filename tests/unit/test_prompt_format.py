@@ -48,7 +48,7 @@ def run_of(loaded: LoadedJob, folder: Path, trained_with: int | None) -> Run:
 
 def test_a_text_run_of_an_earlier_version_is_refused(llama_job: JobMaker, tmp_path: Path) -> None:
     run = run_of(llama_job(), tmp_path, 1)
-    sentence = f"{run.id} was trained with prompt format 1, and this version of lorafleet has 2"
+    sentence = f"{run.id} was trained with prompt format 1, but this version of lorafleet has 2"
     with pytest.raises(RunError, match=sentence):
         select_model(run, "aaaa")
     for command in ("resume", "evaluate", "export", "benchmark"):
@@ -75,7 +75,7 @@ def test_runs_with_other_prompts_are_not_asked_alike(llama_job: JobMaker, tmp_pa
     done = lorafleet_here(*words, cwd=tmp_path)
     assert done.returncode == 2
     assert (
-        f"{told.id} was trained with another data.system_prompt than the job asks with"
+        f"{told.id} was trained with a data.system_prompt that differs from the job's"
         in done.stderr
     )
 
@@ -89,6 +89,6 @@ def test_runs_with_other_prompts_are_not_ranked(llama_job: JobMaker, tmp_path: P
     arms = compare_runs(runs).arms or []
     remarks = " ".join(arms[1].remarks)
     assert (
-        "the chat template, its variables or what is learnt of a conversation differs from"
+        "the chat template, its variables or the learnt parts of a conversation differ from"
         in remarks
     )

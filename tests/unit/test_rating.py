@@ -227,7 +227,7 @@ def test_names_and_runs_that_cannot_be_rated(answered: Run) -> None:
         with pytest.raises(UserError, match="--rater"):
             validate_rater(name)
     shutil.rmtree(answered.get_trial("aaaa").path)
-    with pytest.raises(RunError, match="has the answers of 1 models"):
+    with pytest.raises(RunError, match="has answers of 1 models"):
         build_run_sheet(answered, "ann", 3)
 
 
@@ -248,7 +248,7 @@ def test_rating_in_the_terminal(answered: Run) -> None:
         command, cwd=answered.path.parent.parent, input="\n".join(words) + "\n", text=True, capture_output=True,
         timeout=120, check=True,
     )  # fmt: skip
-    assert "'x' is none of 0-5" in done.stderr
+    assert "'x' is not valid; enter one of: 0-5" in done.stderr
     assert "2 ratings of ann" in done.stderr
     book = Notebook.open(
         get_ratings_folder(answered) / "ann.jsonl", build_run_sheet(answered, "ann", 20)

@@ -194,7 +194,7 @@ def test_the_column_of_messages_can_be_named(tmp_path: Path) -> None:
     }
     assert read(record, tmp_path, messages_column="chat").messages == (USER, ANSWER)
     with pytest.raises(
-        DataError, match=r"rows\.jsonl:1: no column 'dialog' \(there are: chat, messages, text\)"
+        DataError, match=r"rows\.jsonl:1: no column 'dialog' \(the row has: chat, messages, text\)"
     ):
         read(record, tmp_path, messages_column="dialog")
 
@@ -220,8 +220,7 @@ def test_a_system_prompt_goes_to_rows_without_one(tmp_path: Path) -> None:
                                                                         "is true"),
         (turns(said("user", "u"), said("assistant", "a", train="no")), 'train of message 2 is '
                                                                        '"no", but must be true'),
-        (turns(said("user", "u"), said("assistant", "a", train=True, weight=0)), "says both that "
-                                                                                 "it is learnt"),
+        (turns(said("user", "u"), said("assistant", "a", train=True, weight=0)), "is marked both as learnt"),
         (turns(said("user", [{"type": "image", "url": "x"}]), said("assistant", "a")), "a part of "
                                                                                        "type "
                                                                                        "'image'"),
@@ -231,12 +230,8 @@ def test_a_system_prompt_goes_to_rows_without_one(tmp_path: Path) -> None:
         (turns(said("user", "u"), said("assistant", "a", reasoning_content=3)), "reasoning_content "
                                                                                 "of message 2 "
                                                                                 "is 3"),
-        (turns(said("user", "u", reasoning_content="r"), said("assistant", "a")), "only an "
-                                                                                  "assistant's "
-                                                                                  "message has"),
-        (turns(said("user", "u"), said("assistant", "a", reasoning="r", thinking="t")), "which "
-                                                                                        "differ: "
-                                                                                        "keep one"),
+        (turns(said("user", "u", reasoning_content="r"), said("assistant", "a")), "only an assistant's message may have"),
+        (turns(said("user", "u"), said("assistant", "a", reasoning="r", thinking="t")), "with different texts: keep one"),
         (turns(said("user", "u"), said("assistant", "a", tool_calls="x")), "tool_calls of "
                                                                            "message 2 is"),
         (turns(said("user", "u"), said("assistant", "", tool_calls=[{"id": "1"}])), "each must "
@@ -252,7 +247,7 @@ def test_a_system_prompt_goes_to_rows_without_one(tmp_path: Path) -> None:
                                                                                        "tools"),
         (
             turns(said("user", "u"), said("assistant", "", tool_calls=[{"name": "f", "args": {"x": 1}}])),
-            "a tool call of message 2 has 'args', which cannot be used",
+            "a tool call of message 2 has 'args', which is not supported",
         ),
         (
             turns(said("user", "u"), said("assistant", "", tool_calls=[{"type": "custom", "function": {"name": "f"}}])),
@@ -272,16 +267,11 @@ def test_a_system_prompt_goes_to_rows_without_one(tmp_path: Path) -> None:
         (turns(said("user", "u"), said("assistant", "a"), tools="[f"), "which is not JSON"),
         (turns(said("user", "u"), said("assistant", "a"), images=["x.png"]), "images is"),
         (turns(said("user", "u"), said("assistant", "a"), documents=[{}]), "documents is"),
-        (turns(said("user", "u"), said("assistant", "a"), train=False), "train is false: nothing "
-                                                                        "of this row is to be"),
-        (turns(said("user", "u"), said("assistant", "a"), enable_thinking=False), "data.chat_template_kwargs "
-                                                                                  "is for"),
-        (turns(said("user", "u"), said("assistant", "a"), history=[["x", "y"]]), "history stands "
-                                                                                 "beside messages"),
-        (turns(said("user", "u"), said("assistant", "a", prefix=True)), "prefix of message 2 "
-                                                                        "cannot be used"),
-        (turns(said("user", "u"), said("assistant", "a"), functions=[{"name": "f"}]), "name them "
-                                                                                      "in tools"),
+        (turns(said("user", "u"), said("assistant", "a"), train=False), "train is false, so the row has nothing to"),
+        (turns(said("user", "u"), said("assistant", "a"), enable_thinking=False), "set data.chat_template_kwargs for"),
+        (turns(said("user", "u"), said("assistant", "a"), history=[["x", "y"]]), "the row has history as well as messages"),
+        (turns(said("user", "u"), said("assistant", "a", prefix=True)), "prefix of message 2 is not supported"),
+        (turns(said("user", "u"), said("assistant", "a"), functions=[{"name": "f"}]), "use tools instead"),
         (turns(said("user", "u"), said("assistant", "a", function_call={"name": "f"})), "function_call "
                                                                                         "of "
                                                                                         "message "
@@ -289,13 +279,13 @@ def test_a_system_prompt_goes_to_rows_without_one(tmp_path: Path) -> None:
         (turns(said("system", "s"), said("user", "u"), said("assistant", "a"), system="t"), "contradict "
                                                                                             "each "
                                                                                             "other"),
-        (turns(said("user", "u"), said("assistant", "")), "must be the assistant's, and not empty"),
+        (turns(said("user", "u"), said("assistant", "")), "must be a non-empty message of the assistant"),
         (turns(said("user", "u"), said("assistant", ""), said("user", "v"), said("assistant", "a")), "message "
                                                                                                      "2 "
                                                                                                      "is"),
         (turns(said("user", "u"), said("assistant", "a"), said("user", "v")), "the last of "
                                                                               "messages must be"),
-        (turns(said("system", "s"), said("assistant", "a")), "must have something before"),
+        (turns(said("system", "s"), said("assistant", "a")), "must have a message before"),
         (turns(said("narrator", "u"), said("assistant", "a")), "role is 'narrator', but must "
                                                                "be one of"),
         ({"conversations": [{"from": "alien", "value": "u"}, {"from": "gpt", "value": "a"}]}, "from "
@@ -315,8 +305,7 @@ def test_a_system_prompt_goes_to_rows_without_one(tmp_path: Path) -> None:
         ({"instruction": "u", "output": "a", "history": [["x"]]}, "must be a list of [question, "
                                                                   "answer] pairs"),
         ({"instruction": "u", "output": "a", "system": 3}, "system is 3, but must be a text"),
-        ({"prompt": [said("user", "u")], "completion": "a"}, "must be a list of messages as the "
-                                                             "other column has one"),
+        ({"prompt": [said("user", "u")], "completion": "a"}, "must be a list of messages like the other column"),
         ({"prompt": "u", "completion": [said("assistant", "a")]}, "must be a list of messages"),
     ],
 )  # fmt: skip
@@ -351,7 +340,7 @@ def test_keys_that_are_not_known_are_named_once(tmp_path: Path) -> None:
         for note in load(write_rows(tmp_path / "rows.jsonl", weighed)).warnings
         if "not used" in note
     ]
-    assert notes == ["not used: weight 1 of a user message, which is not learnt (3 times)"]
+    assert notes == ["not used: weight 1 of a user message, which is never learnt (3 times)"]
 
 
 def test_parquet_fills_structs_up_with_nulls(tmp_path: Path) -> None:
@@ -413,10 +402,10 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
         '{"prompt": "u", "completion": "a"}\n{"prompt": "u", "completion": "a", "prompt": "v"}\n'
     )
     with pytest.raises(
-        DataError, match=r"rows\.jsonl:2: the key 'prompt' stands twice in one object"
+        DataError, match=r"rows\.jsonl:2: the key 'prompt' occurs twice in one object"
     ):
         load(path)
     whole = tmp_path / "rows.json"
     whole.write_text('[{"messages": [{"role": "user", "content": "u", "content": "v"}]}]')
-    with pytest.raises(DataError, match="the key 'content' stands twice in one object"):
+    with pytest.raises(DataError, match="the key 'content' occurs twice in one object"):
         load(whole)

@@ -29,7 +29,7 @@ GOOD_LINE = '{"text": "fine", "label": "a"}\n{"text": "bad", "label": "b"}\n'
 BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "not-json": ("x.jsonl", (GOOD_LINE + "{nope}\n").encode(), "x.jsonl:3: not JSON"),
     "a-list-row": ("x.jsonl", b"[1, 2]\n", "x.jsonl:1: a row must be a JSON object"),
-    "no-label": ("x.jsonl", b'{"text": "a"}\n', "x.jsonl:1: no column 'label' (there are: text)"),
+    "no-label": ("x.jsonl", b'{"text": "a"}\n', "x.jsonl:1: no column 'label' (the row has: text)"),
     "empty-text": (
         "x.jsonl",
         (GOOD_LINE + '{"text": " ", "label": "a"}').encode(),
@@ -50,7 +50,7 @@ BAD_DATA: dict[str, tuple[str, bytes, str]] = {
         b'{"text": "a", "label": 0.5}\n',
         "x.jsonl:1: label is 0.5, but must be",
     ),
-    "empty-file": ("x.jsonl", b"", "holds no rows"),
+    "empty-file": ("x.jsonl", b"", "has no rows"),
     "one-class": (
         "x.jsonl",
         b'{"text": "a", "label": "p"}\n' * 9,
@@ -69,9 +69,9 @@ BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "no-such-column": (
         "x.csv",
         b"sentence,label\na,b\n",
-        "no column 'text' (there are: sentence, label)",
+        "no column 'text' (the row has: sentence, label)",
     ),
-    "json-not-a-list": ("x.json", b'{"text": "a"}', "must hold a JSON list of rows"),
+    "json-not-a-list": ("x.json", b'{"text": "a"}', "must contain a JSON list of rows"),
     "wrong-ending": ("x.xml", b"<a/>", "must end in one of .jsonl, .ndjson, .json, .csv"),
     "not-parquet": ("x.parquet", b"hello", "is not a Parquet file"),
     "open-quote": ("x.csv", b'text,label\na,b\n"never closed,c\nd,e\n', "x.csv:3: not CSV"),
@@ -84,7 +84,7 @@ BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "tsv-header-twice": (
         "x.tsv",
         b"text\ttext\na\tb\n",
-        "the column 'text' stands twice in the header",
+        "the column 'text' occurs twice in the header",
     ),
     "not-gzip": ("x.jsonl.gz", GOOD_LINE.encode(), "x.jsonl.gz cannot be read: Not a gzipped file"),
     "cut-gzip": ("x.csv.gz", gzip.compress(b"text,label\na,b\n")[:-9], "x.csv.gz cannot be read"),
@@ -102,25 +102,25 @@ BAD_DATA: dict[str, tuple[str, bytes, str]] = {
     "header-twice": (
         "x.csv",
         b"text,label,text\na,b,c\n",
-        "the column 'text' stands twice in the header",
+        "the column 'text' occurs twice in the header",
     ),
     "half-a-character": (
         "x.jsonl",
         b'{"text": "\\ud83d", "label": "a"}\n',
-        "x.jsonl:1: text holds half a character",
+        "x.jsonl:1: text contains half a character",
     ),
     "blank-label": ("x.jsonl", b'{"text": "a", "label": "  "}\n', "x.jsonl:1: label is"),
     "deep-json": ("x.jsonl", b"[" * 100_000, "x.jsonl:1: not JSON"),
-    "deep-list": ("x.json", b"[" * 100_000, "not JSON that can be read (RecursionError)"),
+    "deep-list": ("x.json", b"[" * 100_000, "the JSON cannot be read (RecursionError)"),
     "endless-number": (
         "x.json",
         b"[" + b"1" * 5000 + b"]",
-        "not JSON that can be read (ValueError)",
+        "the JSON cannot be read (ValueError)",
     ),
     "half-a-label": (
         "x.jsonl",
         b'{"text": "a", "label": "\\ud83d"}\n',
-        "x.jsonl:1: label holds half a character",
+        "x.jsonl:1: label contains half a character",
     ),
 }
 
@@ -233,9 +233,7 @@ def test_quotes_in_tsv_are_text(tmp_path: Path) -> None:
     assert [row.label for row in found] == ["ab"[index % 2] for index in range(30)]
     quoted = [warning for warning in rows.warnings if "in quotes" in warning]
     assert quoted == [
-        "x.tsv: 1 row with a cell in quotes, which are part of the text in .tsv; a file with tabs "
-        "that quotes as CSV "
-        "does is named .csv"
+        "x.tsv: 1 row with a cell in quotes, which count as part of the text in .tsv; name the file .csv if the quotes are only quoting"
     ]
 
 
@@ -413,7 +411,7 @@ def test_what_is_not_given_is_held_back_and_no_row_is_on_two_sides(tmp_path: Pat
     assert not sides[1] & sides[2]
     assert not sides[0] & sides[2]
     assert (len(found.train), len(found.validation), len(found.test)) == (160, 20, 20)
-    assert any("stand more than once" in warning for warning in found.warnings)
+    assert any("more than once" in warning for warning in found.warnings)
 
 
 def test_without_rows_to_hold_back_the_choice_is_called_optimistic(tmp_path: Path) -> None:
@@ -491,14 +489,17 @@ def test_generation_formats_become_conversations(
     [
         ([], "messages must be a list"),
         ([{"role": "robot", "content": "x"}], "role is 'robot', but must be one of"),
-        ([{"role": "user", "content": "x"}], "the last of messages must be the assistant's"),
+        (
+            [{"role": "user", "content": "x"}],
+            "the last of messages must be a non-empty message of the assistant",
+        ),
         (
             [{"role": "assistant", "content": "x"}],
-            "must have something before the assistant's answer",
+            "must have a message before the assistant's answer",
         ),
         (
             [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "x"}],
-            "holds half a character",
+            "contains half a character",
         ),
         ([{"role": "assistant", "content": 3}], "with a text as content"),
     ],
@@ -584,7 +585,8 @@ def test_prompts_that_repeat_too_often_are_named(tmp_path: Path) -> None:
     ]
     path = write_rows(tmp_path / "x.jsonl", rows)
     with pytest.raises(
-        DataError, match=r"10 of 100 rows, .* 'S\w+.*:' stands in 50 of them: give data.valid"
+        DataError,
+        match=r"10 of 100 rows\), .* 50 of them have the prompt 'S\w+.*:': name a data.valid",
     ):
         rows_of(path, task="generation")
 
@@ -643,7 +645,9 @@ def test_what_is_held_back_is_near_the_share(
     except DataError as error:
         assert max(sizes) > 1 or len(rows) < 4
         said = (
-            f"stands in {max(sizes)} of them" if max(sizes) > 1 else "too few to hold so many back"
+            f"{max(sizes)} of them have the prompt"
+            if max(sizes) > 1
+            else "too few rows to hold back so many"
         )
         assert said in str(error)
         return
@@ -669,6 +673,6 @@ def test_many_classes_have_a_test_set(classes: int, each: int, tmp_path: Path) -
 def test_too_few_rows_of_many_classes_are_said_as_what_they_are(tmp_path: Path) -> None:
     rows = [{"text": f"row {place}", "label": f"c{place}"} for place in range(100)]
     with pytest.raises(
-        DataError, match=r"too few to hold so many back .each of the 100 classes must keep one"
+        DataError, match=r"too few rows to hold back so many .each of the 100 classes must keep one"
     ):
         rows_of(write_rows(tmp_path / "x.jsonl", rows))

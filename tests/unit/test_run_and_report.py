@@ -322,7 +322,7 @@ def test_recommendations_by_hand() -> None:
     few = found(row("a", 0.8, 900), row("b", 0.6, 100), count=5)
     assert (few.trial_id, few.decided) == ("a", False)
     assert few.sentence.startswith(
-        "Too few rows to decide: there are 5 validation rows, and at least 6 are needed"
+        "Too few rows to decide: there are 5 validation rows, but at least 6 are needed"
     )
     assert found().trial_id is None
 
@@ -509,11 +509,17 @@ def test_a_run_of_another_version_gets_a_sentence(finished: Run, tmp_path: Path)
     before = plan.read_text()
     plan.write_text(before.replace('"task":', '"task_of_tomorrow": 1, "task":', 1))
     done = lorafleet_here("report", finished.path, cwd=tmp_path)
-    assert (done.returncode, "is of another version of lorafleet" in done.stderr) == (2, True)
+    assert (done.returncode, "was written by another version of lorafleet" in done.stderr) == (
+        2,
+        True,
+    )
     plan.write_text(before)
     status.write_text(json.dumps(json.loads(status.read_text()) | {"state": "hibernating"}))
     done = lorafleet_here("status", finished.path, cwd=tmp_path)
-    assert (done.returncode, "says 'hibernating', which this version" in done.stderr) == (2, True)
+    assert (
+        done.returncode,
+        "contains the state 'hibernating', which this version" in done.stderr,
+    ) == (2, True)
 
 
 def test_a_run_of_another_machine_is_not_called_dead(finished: Run, tmp_path: Path) -> None:
@@ -528,7 +534,7 @@ def test_a_run_of_another_machine_is_not_called_dead(finished: Run, tmp_path: Pa
         status.write_text(json.dumps(said | {"host": host}))
         assert finished.has_lost_driver() is gone
         assert (
-            "driver is gone" in lorafleet_here("status", finished.path, cwd=tmp_path).stdout
+            "driver died" in lorafleet_here("status", finished.path, cwd=tmp_path).stdout
         ) is gone
 
 
@@ -618,5 +624,5 @@ def test_a_large_report_folds_its_rows_and_draws_the_best(finished: Run) -> None
     assert report.recommendation.trial_id in shown  # the recommended trial is never folded
     assert folded.count("<tr") > 790
     captions = [caption for caption, _ in draw_plots(large)]
-    assert any("The best 101 of 904 are drawn." in caption for caption in captions)
+    assert any("Only the best 101 of 904 are drawn." in caption for caption in captions)
     assert max(len(svg) for _, svg in draw_plots(large)) < 400_000

@@ -122,7 +122,7 @@ def test_a_strange_model_folder_is_a_sentence(kind: str, tmp_path: Path) -> None
     )
     for command in ("validate", "plan"):
         done = lorafleet_here(command, "job.yaml", cwd=tmp_path)
-        assert "fault of lorafleet" not in done.stdout + done.stderr, done.stderr
+        assert "bug in lorafleet" not in done.stdout + done.stderr, done.stderr
         assert done.returncode in (0, 2, 3)
     for look in (lambda: describe_missing_weights(folder), lambda: read_model_config(str(folder), None),
                  lambda: count_parameters(str(folder), None)):  # fmt: skip
@@ -148,7 +148,7 @@ def test_strange_words_of_a_site_are_sentences(line: str, tmp_path: Path) -> Non
     )
     done = lorafleet_here("doctor", "--on", tmp_path / "site.yaml", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "fault of lorafleet" not in done.stderr
+    assert "bug in lorafleet" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -159,4 +159,4 @@ def test_a_zero_byte_in_a_name_is_a_sentence(field: str, tmp_path: Path) -> None
     (tmp_path / "job.yaml").write_text(HEAD)
     done = lorafleet_here("validate", "job.yaml", f'{field}="a\\u0000b.jsonl"', cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "fault of lorafleet" not in done.stderr
+    assert "bug in lorafleet" not in done.stderr

@@ -220,7 +220,7 @@ def test_what_would_change_an_answer_is_refused_and_not_ignored() -> None:
 
         good = {"prompt": "ab"}
         assert refused("/v1/completions", good | {"presence_penalty": 0.5}) == (
-            400, "presence_penalty is not supported here",
+            400, "presence_penalty is not supported",
         )  # fmt: skip
         for nothing in (
             {"presence_penalty": 0, "logit_bias": {}},
@@ -229,17 +229,17 @@ def test_what_would_change_an_answer_is_refused_and_not_ignored() -> None:
             assert ask(port, "/v1/completions", good | nothing)[0] == 200
         assert refused("/v1/completions", good | {"logprobs": 0}) == (
             400,
-            "logprobs is not supported here",
+            "logprobs is not supported",
         )
         assert refused("/v1/nothing", good) == (404, "Not Found")
         assert ask(port, "/v1/models/tiny")[1]["id"] == "tiny"
         assert ask(port, "/v1/models/other")[0] == 404
         assert refused("/v1/completions", good | {"n": 2})[0] == 400
         assert refused("/v1/completions", good | {"max_tokens": 9}) == (
-            400, "max_tokens is 9, but this server gives 8 at most",
+            400, "max_tokens is 9, but this server allows at most 8",
         )  # fmt: skip
         assert refused("/v1/completions", good | {"model": "gpt-5"}) == (
-            404, "there is no model 'gpt-5' here, only 'tiny'",
+            404, "there is no model 'gpt-5'; this server has 'tiny'",
         )  # fmt: skip
         assert (
             refused("/v1/completions", good | {"temperature": "hot"})[1]
@@ -253,7 +253,7 @@ def test_what_would_change_an_answer_is_refused_and_not_ignored() -> None:
         )  # before it streams
         assert (
             refused("/v1/completions", {"prompt": ["a", "b"], "stream": True})[1]
-            == "stream is for one prompt"
+            == "stream supports only one prompt"
         )
         assert "surrogate" in refused("/v1/completions", {"prompt": "\ud800"})[1]
         assert refused("/v1/completions", b"{")[0] == 400
@@ -400,7 +400,7 @@ def test_a_fault_of_ours_has_the_form_of_an_error() -> None:
     about = {"task": "classification", "labels": ["short", "long"]}
     with served(loaded(Broken(), **about)) as port:
         code, said = ask(port, "/v1/classify", {"input": "a"})
-        assert (code, said["error"]["message"]) == (500, "a fault of lorafleet: IndexError")
+        assert (code, said["error"]["message"]) == (500, "an error in lorafleet: IndexError")
         code, said = ask(port, "/v1/classify", {"input": ["a", ""]})
         assert (code, said["error"]["message"]) == (
             400,
@@ -434,7 +434,7 @@ def test_prompts_begin_as_training_and_the_tokenizer_have_them() -> None:
         odd = {"messages": [{"role": "user", "content": "a", "name": "ann"}]}
         assert (
             ask(port, "/v1/chat/completions", odd)[1]["error"]["message"]
-            == "messages: name is not supported here"
+            == "messages: name is not supported"
         )
         odd["messages"] = [{"role": "user", "content": "a", "tool_calls": None}]
         assert ask(port, "/v1/chat/completions", odd)[0] == 200
@@ -465,7 +465,7 @@ def test_a_conversation_is_framed_by_the_models_own_template(
         for path in tiny_llama.glob("tokenizer*"):
             shutil.copy(path, folder)
         (folder / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(UserError, match="has no chat template: it takes one user message alone"):
+    with pytest.raises(UserError, match="has no chat template: send a single user message"):
         framed_by(tmp_path / "plain", turns)
     said = "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}"
     (tmp_path / "chat" / "chat_template.jinja").write_text(
@@ -508,8 +508,8 @@ def test_what_serves_it_in_production(tmp_path: Path) -> None:
     )
     said = build_vllm_command(ABOUT, tmp_path / "onnx")
     assert (
-        said == "`lorafleet export r:t --to merged`, and vLLM with its folder: vllm serve MERGED "
-        "--max-model-len 12"
+        said
+        == "`lorafleet export r:t --to merged`, then run vLLM on its folder: vllm serve MERGED --max-model-len 12"
     )
     (tmp_path / "merged" / "artefact.json").write_text('{"of": "another version"}')
     assert build_vllm_command(ABOUT, tmp_path / "onnx") == said
@@ -517,7 +517,7 @@ def test_what_serves_it_in_production(tmp_path: Path) -> None:
 
 def test_a_folder_that_holds_no_model(tmp_path: Path) -> None:
     done = lorafleet_here("serve", tmp_path, cwd=tmp_path)
-    assert (done.returncode, "holds no artefact.json" in done.stderr) == (2, True)
+    assert (done.returncode, "has no artefact.json" in done.stderr) == (2, True)
 
 
 def test_an_artefact_is_what_it_was_when_it_was_written() -> None:

@@ -35,22 +35,17 @@ def record(state: str, **more: object) -> JobRecord:
 @pytest.mark.parametrize(
     ("records", "state", "sentence", "code"),
     [
-        ([record("PENDING", reason="Priority")], RunState.PENDING, "job 9 waits in the queue: "
-                                                                   "jobs of higher", None),
+        ([record("PENDING", reason="Priority")], RunState.PENDING, "job 9 waits in the queue: jobs with a higher", None),
         ([record("PENDING", reason="BeginTime", restarts=2)], RunState.PENDING, "again (restart "
                                                                                 "2): "
                                                                                 "its begin", None),
         ([record("RUNNING", nodes="a[1-2]")], RunState.RUNNING, "job 9 runs on a[1-2]", None),
-        ([record("FAILED", exit_code=127)], RunState.FAILED, "(code 127); its last words: "
-                                                             "module: comm", 127),
-        ([record("TIMEOUT", exit_code=0)], RunState.STOPPED, "came to its time limit; `lorafleet "
-                                                             "resume x-", 130),
+        ([record("FAILED", exit_code=127)], RunState.FAILED, "(code 127); last output: module: comm", 127),
+        ([record("TIMEOUT", exit_code=0)], RunState.STOPPED, "reached its time limit; continue it with `lorafleet resume x-", 130),
         ([record("PREEMPTED", exit_code=0)], RunState.STOPPED, "was preempted by a job of higher "
                                                                "priority", 130),
-        ([record("OUT_OF_MEMORY", exit_code=0)], RunState.FAILED, "used more memory than it had "
-                                                                  "asked for", 1),
-        ([], RunState.FAILED, "Slurm does not know job 9 any more, and it left no word of "
-                              "its end", 1),
+        ([record("OUT_OF_MEMORY", exit_code=0)], RunState.FAILED, "used more memory than it requested", 1),
+        ([], RunState.FAILED, "Slurm does not know job 9 any more, and the run did not record how it ended", 1),
         ([record("CANCELLED", exit_code=0, nodes="a1"), record("CANCELLED")], RunState.STOPPED, "was "
                                                                                                 "cancelled", 130),
     ],
@@ -81,7 +76,7 @@ def test_a_job_that_failed_before_its_driver_is_not_what_an_earlier_one_was(run:
     run.set_state(RunState.STOPPED, reason="interrupted: `lorafleet resume` goes on")
     said = derive_status(run, "9", [record("FAILED", exit_code=127)])
     assert said.state is RunState.FAILED
-    assert "(code 127); its last words: module" in said.message
+    assert "(code 127); last output: module" in said.message
     assert derive_status(run, "9", [record("FAILED", exit_code=85)]).state is RunState.STOPPED
 
 
@@ -140,7 +135,7 @@ def test_who_is_asked_in_which_order(monkeypatch: pytest.MonkeyPatch) -> None:
     answer(monkeypatch, squeue=gone, scontrol=gone)
     assert client.find_job("9") is None
     answer(monkeypatch)  # refused for another reason: the controller restarts
-    with pytest.raises(client.SlurmError, match="Slurm does not answer: no"):
+    with pytest.raises(client.SlurmError, match="Slurm did not answer the query: no"):
         client.find_job("9")
     two = "12_[4-9%2]|PENDING|Resources|\n12_3|RUNNING|None|a\n"
     answer(monkeypatch, squeue=two)
@@ -154,7 +149,8 @@ def test_commands_that_are_not_there_or_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(
-        client.SlurmError, match="there is no no-such-sbatch here: is this a login node"
+        client.SlurmError,
+        match="no-such-sbatch is not installed on this machine: run the command on a login node",
     ):
         client.run_command(["no-such-sbatch"])
     with pytest.raises(client.SlurmError, match=r"sleep did not answer within 0\.1 s"):
@@ -217,7 +213,7 @@ def test_a_site_file_from_what_the_cluster_says(tmp_path: Path) -> None:
         {"CPUTot": "8", "RealMemory": "1000", "Gres": "gpu:3090:4(S:0)"}
     ) == Hardware(8, 1000, 4, "3090")
     assert parse_hardware(NODES[2]) == Hardware(32, 250000, 2, "v100")
-    with pytest.raises(UserError, match="there is no partition gpus; there are cpu, gpu"):
+    with pytest.raises(UserError, match="there is no partition gpus; the cluster has cpu, gpu"):
         render_site_file(PARTITIONS, NODES, "gpus")
 
 
@@ -229,7 +225,7 @@ def test_a_chain_that_an_administrator_has_forbidden(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("extends: admin.yaml\naccount: a\n")
     (tmp_path / "free.yaml").write_text(base)
     with pytest.raises(
-        UserError, match=r"--max-walltime-chain is 3, but requeue.policy is fixed by .*admin.yaml"
+        UserError, match=r"--max-walltime-chain is 3, but .*admin.yaml fixes requeue.policy"
     ):
         load_site(str(tmp_path / "mine.yaml")).apply_chain(3)
     chained = load_site(str(tmp_path / "free.yaml")).apply_chain(3).site.requeue
@@ -257,7 +253,7 @@ def test_a_folder_whose_variable_is_not_set_here(
     backend = SlurmBackend(load_site(str(tmp_path / "x.yaml")).site)
     with pytest.raises(
         PlacementRefused,
-        match=r"runs_dir of site x is .NO_SUCH_FOLDER/runs, and that variable is not",
+        match=r"runs_dir of site x is .NO_SUCH_FOLDER/runs, but that variable is not",
     ):
         backend.resolve_runs_dir(tmp_path)
     monkeypatch.setenv("NO_SUCH_FOLDER", "/there")
@@ -276,7 +272,7 @@ def test_locks_are_not_passed_by_the_block_around_them(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("extends: admin.yaml\ncontainer: {mounts: [/x:/x]}\n")
     loaded = load_site(str(tmp_path / "mine.yaml"))
     loaded.check_nodes(2)
-    with pytest.raises(UserError, match=r"--nodes is 3, but nodes is fixed at 2 by .*admin.yaml"):
+    with pytest.raises(UserError, match=r"--nodes is 3, but .*admin.yaml fixes nodes at 2"):
         loaded.check_nodes(3)
 
 

@@ -225,11 +225,11 @@ def test_how_many_nodes_a_job_has() -> None:
     site = SlurmSite.model_validate(BARE | {"nodes": 2, "max_nodes": 4})
     assert (choose_node_count(site, None, 1), choose_node_count(site, 3, 2)) == (2, 3)
     with pytest.raises(
-        PlacementRefused, match="nodes of site bare is 2, and each trial needs 3 nodes"
+        PlacementRefused, match="nodes of site bare is 2, but each trial needs 3 nodes"
     ):
         choose_node_count(site, None, 3)
     with pytest.raises(
-        PlacementRefused, match="the job would have 5 nodes, and max_nodes of site bare is 4"
+        PlacementRefused, match="the job would have 5 nodes, but max_nodes of site bare is 4"
     ):
         choose_node_count(site, 5, 1)
 

@@ -69,13 +69,13 @@ def test_a_state_of_tomorrow_ends_nothing() -> None:
     ("reason", "words"),
     [
         ("Resources", "it is next"),
-        ("(Priority)", "jobs of higher priority"),
+        ("(Priority)", "jobs with a higher priority"),
         ("ReqNodeNotAvail, UnavailableNodes:node[1-2]", "down, drained or reserved"),
-        ("QOSMaxCpuPerUserLimit", "its QOS has as much in use as it may (QOSMaxCpuPerUserLimit)"),
-        ("AssocGrpGRES", "your account has as much in use"),
+        ("QOSMaxCpuPerUserLimit", "its QOS has reached a limit (QOSMaxCpuPerUserLimit)"),
+        ("AssocGrpGRES", "your account has reached a limit"),
         ("PartitionTimeLimit", "it will never start"),
-        ("", "has not looked at it yet"),
-        ("SomethingNew", "Slurm says SomethingNew"),
+        ("", "has not considered it yet"),
+        ("SomethingNew", "Slurm reports SomethingNew"),
     ],
 )
 def test_why_a_job_waits(reason: str, words: str) -> None:
@@ -121,5 +121,5 @@ def test_json_of_old_and_new_versions(job: dict[str, object]) -> None:
 
 def test_what_is_no_answer_is_an_error() -> None:
     for text in ("[]", "{}", '{"jobs": 3}'):
-        with pytest.raises(ValueError, match="no jobs"):
+        with pytest.raises(ValueError, match="no list of jobs"):
             parse_json(text)

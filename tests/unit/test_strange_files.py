@@ -88,7 +88,7 @@ def test_no_file_of_a_job_is_waited_for(kind: str, field: str, tmp_path: Path) -
         assert time.monotonic() - began < 5
         assert done.returncode == 2, (command, done.stderr)
         assert "Traceback" not in done.stderr
-        assert "fault of lorafleet" not in done.stderr
+        assert "bug in lorafleet" not in done.stderr
         assert len(done.stderr.splitlines()) <= 3
         assert all(len(line) < 1200 for line in done.stderr.splitlines())
 
@@ -109,7 +109,7 @@ def test_no_file_of_a_site_is_waited_for(kind: str, field: str, tmp_path: Path) 
     done = lorafleet_here("doctor", "--on", site, cwd=tmp_path)
     assert time.monotonic() - began < 5
     assert done.returncode == 2, done.stderr
-    assert "fault of lorafleet" not in done.stderr
+    assert "bug in lorafleet" not in done.stderr
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".csv.zst", ".json.gz"])

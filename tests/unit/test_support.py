@@ -40,19 +40,19 @@ def test_the_table_has_every_method_under_every_strategy(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        ({"resources__strategy": "zero2"}, "has nothing to share"),
+        ({"resources__strategy": "zero2"}, "has nothing to shard"),
         (
             {**TWO, "resources__strategy": "fsdp", "method": "qlora", "qlora__quant_type": "int8"},
-            "INT8 weights beside",
+            "INT8 weights outside",
         ),
         (
             {**TWO, "resources__strategy": "zero1", "train__optim": "adamw_8bit"},
-            "which does not go with zero1",
+            "which is not supported with zero1",
         ),
         ({**TWO, "resources__strategy": "fsdp", "train__mixed_precision": "fp16"}, "use bf16"),
         (
             {**TWO, "resources__strategy": "ddp", "resources__deepspeed_config": "x"},
-            "goes with strategy zero1",
+            "requires strategy zero1",
         ),
     ],
 )
@@ -87,13 +87,13 @@ def test_the_engine_gets_the_jobs_values_and_the_users_own(bert_job: JobMaker) -
     [
         (
             {"zero_optimization": {"stage": 2}},
-            "zero_optimization.stage = 2, but the job file makes it 3",
+            "zero_optimization.stage = 2, but the job file sets it to 3",
         ),
         ({"gradient_clipping": 0.5}, "gradient_clipping = 0.5"),
-        ({"optimizer": {"type": "Adam"}}, "has optimizer, but that is what train.optim"),
+        ({"optimizer": {"type": "Adam"}}, "has optimizer, but it is set by train.optim"),
         ({"train_batch_size": 64}, "has train_batch_size"),
         ({"fp16": {"enabled": True}}, "use train.mixed_precision: bf16"),
-        ({"bf16": {"enabled": True}}, "what model.dtype in the job file says"),
+        ({"bf16": {"enabled": True}}, "set by model.dtype in the job file"),
         ({"zero_optimization": [3]}, "that must be an object"),
     ],
 )
@@ -133,7 +133,7 @@ def test_a_learnt_prompt_must_fit_and_leave_the_label_to_be_found(
         JobFileError, match=r"num_virtual_tokens is 40 and model\.max_length .* positions for both"
     ):
         check_names(bert_job(**prompt, prompt_tuning__num_virtual_tokens=40, model__max_length=60))
-    with pytest.raises(JobFileError, match="reads its label off the last token"):
+    with pytest.raises(JobFileError, match="predicts the label from the last token"):
         check_names(bert_job(**prompt, model__model_name_or_path=str(tiny_gpt2)))
     searched = "{method: {values: [lora, prompt_tuning]}, PROMPT: {values: [4, %d]}}"
     search = f"search: {{method: grid, parameters: {searched}}}"
@@ -142,7 +142,7 @@ def test_a_learnt_prompt_must_fit_and_leave_the_label_to_be_found(
         bert_job(search % 8, model__max_length=50)
     )  # of 64: the 20 of the default would be over
     with pytest.raises(
-        JobFileError, match=r"is 30 and model\.max_length 50, but .* has 64 positions"
+        JobFileError, match=r"is 30 and model\.max_length is 50, but .* has only 64 positions"
     ):
         check_names(bert_job(search % 30, model__max_length=50))
 
@@ -186,7 +186,7 @@ def test_weights_that_write_answers_stay_whole(llama_job: JobMaker) -> None:
     assert choose_strategy([by_loss.job], site, memory, cuda=True)[0] == "fsdp"
     assert choose_strategy([by_rouge.job], site, memory, cuda=True)[0] == "ddp"
     with pytest.raises(
-        JobFileError, match=r"search.metric.name is rouge1, .* that zero3 cuts up cannot"
+        JobFileError, match=r"search.metric.name is rouge1, .* sharded by zero3 cannot"
     ):
         llama_job(block.replace("METRIC", "rouge1"), **TWO, resources__strategy="zero3")
 

@@ -572,7 +572,7 @@ def test_the_same_tokens_are_made_once(bert_job: JobMaker) -> None:
 def test_long_rows_are_counted_before_training(bert_job: JobMaker) -> None:
     data = prepare_tokens(bert_job(model__max_length=8).job)
     assert any(
-        "longer than model.max_length = 8 tokens and were cut" in warning
+        "longer than model.max_length = 8 tokens and were truncated" in warning
         for warning in data.warnings
     )
     assert data.splits["train"].lengths.max() == 8

@@ -307,7 +307,7 @@ def test_no_folder_that_a_run_names_is_deleted(
     if trust:
         backend.resume(strangers)
     else:
-        with pytest.raises(RunError, match="--trust goes on"):
+        with pytest.raises(RunError, match="use --trust to continue"):
             backend.resume(strangers)
     assert (victim / "thesis.tex").exists()
     assert sleeper.poll() is None
@@ -408,7 +408,9 @@ def test_doctor_says_who_can_change_what_matters(
     monkeypatch.setenv("LORAFLEET_CACHE", str(cache))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert "nobody else can change caches and runs" in lorafleet_here("doctor", cwd=tmp_path).stdout
+    assert (
+        "no other user can change caches or runs" in lorafleet_here("doctor", cwd=tmp_path).stdout
+    )
     cache.chmod(0o777)
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("x")
@@ -430,7 +432,7 @@ def test_a_trials_record_does_not_say_what_runs(path: str, finished: Run) -> Non
 
     trial = finished.get_trial("aaaa")
     files.write_json(trial.path / "params.json", {"index": 0, "assignment": {path: "/tmp/evil"}})
-    with pytest.raises((RunError, ValueError), match="no field that a trial can have"):
+    with pytest.raises((RunError, ValueError), match="cannot differ between trials"):
         load_trial_job(trial)
 
 
@@ -443,11 +445,11 @@ def test_what_is_written_in_place_follows_no_link(own: Run, tmp_path: Path) -> N
         (own.path / name).symlink_to(victim)
     from lorafleet.jobs.runs.lease import Lease
 
-    with pytest.raises(RunError, match="take it away"):
+    with pytest.raises(RunError, match="remove it"):
         own.create_reserve()
-    with pytest.raises(RunError, match="take it away"):
+    with pytest.raises(RunError, match="remove it"):
         Lease(own.path, 1).release()
-    with pytest.raises(RunError, match="take it away"):
+    with pytest.raises(RunError, match="remove it"):
         files.open_to_append(own.path / "logs" / "driver.log")
     assert victim.read_text() == "key"
 

@@ -70,7 +70,7 @@ def test_what_is_fetched_anew_is_looked_at_anew(fetched: Path) -> None:
     fetched.mkdir()
     (fetched / "config.json").write_text("other")
     check_unchanged(fetched)
-    with pytest.raises(AssetError, match="holds other files than were fetched"):
+    with pytest.raises(AssetError, match="contains other files than those that were fetched"):
         check_unchanged(fetched, content=compute_content_hash(fetched.with_name("old")))
     check_unchanged(
         fetched.with_name("old"), content=compute_content_hash(fetched.with_name("old"))
@@ -102,11 +102,11 @@ def test_the_hubs_files_are_known_by_their_names(hub: Path, name: str) -> None:
     """Even where they were changed before this machine first looked."""
     assert resolve_model_revision("org/name", None) == "a" * 40
     (hub / name).resolve().write_bytes(b"[]changed")
-    with pytest.raises(AssetError, match=f"{name} is not what was fetched"):
+    with pytest.raises(AssetError, match=f"{name} differs from the fetched file"):
         resolve_model_revision("org/name", None)
     for note in (hub.parents[3] / "state").rglob("*.json"):
         note.unlink()
-    with pytest.raises(AssetError, match=f"{name} is not what was fetched"):
+    with pytest.raises(AssetError, match=f"{name} differs from the fetched file"):
         resolve_model_revision("org/name", None)
 
 
@@ -116,7 +116,7 @@ def test_a_cache_that_others_can_write(tmp_path: Path, monkeypatch: pytest.Monke
     check_cache(cache)
     verified._find_cache_writer.cache_clear()
     cache.chmod(0o777)
-    with pytest.raises(AssetError, match="can be written by every user, so that the cache"):
+    with pytest.raises(AssetError, match="can be written by every user, so the cache"):
         check_cache(cache)
     verified._find_cache_writer.cache_clear()
     monkeypatch.setenv("LORAFLEET_TRUSTED_FOLDERS", f"/else:{cache}")
@@ -158,11 +158,11 @@ def test_a_line_is_not_added_behind_a_link(tmp_path: Path) -> None:
     victim = tmp_path / "thesis.tex"
     victim.write_text("words")
     (tmp_path / "events.jsonl").symlink_to(victim)
-    with pytest.raises(RunError, match="take it away"):
+    with pytest.raises(RunError, match="remove it"):
         files.append_jsonl(tmp_path / "events.jsonl", {"a": 1})
     assert victim.read_text() == "words"
     os.mkfifo(tmp_path / "fifo.jsonl")
-    with pytest.raises(RunError, match="take it away"):
+    with pytest.raises(RunError, match="remove it"):
         files.append_jsonl(tmp_path / "fifo.jsonl", {"a": 1})
     files.append_jsonl(tmp_path / "a.jsonl", {"a": 1})
     files.append_jsonl(tmp_path / "a.jsonl", {"a": 2})

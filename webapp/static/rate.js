@@ -18,10 +18,10 @@ async function ask(path, body) {
   try {
     answer = await fetch(path, options);
   } catch {
-    throw new Error("The server does not answer: start `lorafleet rate` again. What you rated before is kept.");
+    throw new Error("The server does not answer: start `lorafleet rate` again. Your earlier ratings are saved.");
   }
   const value = await answer.json();
-  if (!answer.ok) throw new Error(value.error || `The server refused it (${answer.status}).`);
+  if (!answer.ok) throw new Error(value.error || `The server refused the request (${answer.status}).`);
   return value;
 }
 

@@ -112,7 +112,7 @@ def is_remote(run: Run) -> bool:
 
 def write_record(run: Run, record: SubmissionRecord) -> None:
     """Write the record of a submission."""
-    files.write_json(run.path / SITE_FILE, record.model_dump(mode="json"))
+    files.write_json(run.path / SITE_FILE, record.model_dump(mode="json", exclude_none=True))
 
 
 def update_record(run: Run, submission: int, **values: Any) -> None:

@@ -8,14 +8,20 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lorafleet.cluster import run_index
-from lorafleet.cluster.backend import Backend, RunBackend, RunStatus, Say, WeightSelection
+from lorafleet.cluster.backend import (
+    Backend,
+    RunBackend,
+    RunStatus,
+    Say,
+    Watch,
+    WeightSelection,
+)
 from lorafleet.cluster.backend import ignore_message as ignore_progress
 from lorafleet.cluster.backends import (
     create_cluster_backend,
@@ -112,7 +118,7 @@ def submit(
         fetch_job(job.job, progress)
     job_plan = backend.plan(job, command or _choose_command(job))
     run = backend.submit(job_plan, job, backend.resolve_runs_dir(Path(runs)))
-    return SubmittedRun(run, backend)
+    return SubmittedRun(run, backend, backend.watch(run))
 
 
 def run_here(
@@ -163,12 +169,19 @@ def _choose_command(job: LoadedJob) -> str:
     return "train" if job.job.compare is None else "compare"
 
 
-@dataclass(frozen=True)
 class SubmittedRun:
     """A run on this machine or on a cluster."""
 
-    _run: Run
-    _backend: RunBackend
+    def __init__(self, run: Run, backend: RunBackend, watch: Watch | None = None) -> None:
+        self._run = run
+        self._backend = backend
+        # Only while this process waits for a submission of its own. Until the new driver starts,
+        # the recorded state is that of the submission before.
+        self._watch = watch
+
+    def __repr__(self) -> str:
+        """Return the run's id and folder."""
+        return f"SubmittedRun({self.id!r}, {str(self.path)!r})"
 
     @property
     def id(self) -> str:
@@ -207,16 +220,26 @@ class SubmittedRun:
         Raises:
             RunError: The run failed or was stopped.
         """
-        while (status := self.status()).state in _ACTIVE_STATES:
+        while self._is_active():
             if on_update is not None:
                 on_update(self.report())
             time.sleep(poll_seconds)
+        status = self.status()
         if status.state is not RunState.FINISHED:
             raise RunError(
                 f"{self.id} {status.state}{f': {status.message}' if status.message else ''}; "
                 f"`lorafleet logs {self.id}` shows why"
             )
         return self.report()
+
+    def _is_active(self) -> bool:
+        if self._watch is None:
+            return self.status().state in _ACTIVE_STATES
+        if self._watch.poll() is None:
+            return True
+        self._watch.close()
+        self._watch = None
+        return False
 
     def stop(self) -> str:
         """Ask the run to save and end; return a message that says what happens."""
@@ -229,6 +252,7 @@ class SubmittedRun:
             RunError: The run is still active.
         """
         self._backend.resume(self._run)
+        self._watch = self._backend.watch(self._run)
 
     def pull(self, weights: WeightSelection = "best", progress: Say = ignore_progress) -> int:
         """Download a remote run's record and weights; return the number of files.

@@ -64,7 +64,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_START, _RUN, _WATCH, _KEEP = "Begin", "Run", "Watch and decide", "Maintain"
+_START, _RUN, _WATCH, _MANAGE = "Get started", "Run", "Watch and decide", "Manage runs"
 _COMMANDS: tuple[tuple[str, Callable[..., object], str], ...] = (
     ("doctor", doctor.doctor, _START),
     ("init", init.init, _START),
@@ -91,9 +91,9 @@ _COMMANDS: tuple[tuple[str, Callable[..., object], str], ...] = (
     ("chat", chat.chat, _WATCH),
     ("serve", serve.serve, _WATCH),
     ("pull", pull.pull, _WATCH),
-    ("list", list_runs.list_runs, _KEEP),
-    ("clean", clean.clean, _KEEP),
-    ("sync", sync.sync, _KEEP),
+    ("list", list_runs.list_runs, _MANAGE),
+    ("clean", clean.clean, _MANAGE),
+    ("sync", sync.sync, _MANAGE),
 )
 for _name, _function, _panel in _COMMANDS:
     app.command(_name, rich_help_panel=_panel)(expand_options(_function))

@@ -22,6 +22,7 @@ def main() -> int:
         "kubernetes-site-file.md": _render_kubernetes_site_file(),
         "ray-site-file.md": _render_ray_site_file(),
         "report-json.md": _render_report_json(),
+        "commands.md": _render_commands(),
     }
     stale = 0
     for name, lines in pages.items():
@@ -32,6 +33,87 @@ def main() -> int:
             print(f"docs/{name} is out of date: run `python scripts/make_docs.py`")
             stale = 1
     return stale
+
+
+def _render_commands() -> list[str]:
+    import typer.main
+
+    from lorafleet.commands.cli import app
+
+    commands = {
+        name: command
+        for name, command in typer.main.get_command(app).commands.items()
+        if not command.hidden
+    }
+    lines = [
+        "# Commands",
+        "",
+        "This page lists every command with its arguments and options, as",
+        "`lorafleet COMMAND --help` prints them. `python scripts/make_docs.py` generates it.",
+        "",
+        "Every command takes `--verbose` (`-v`), which prints what the command does, request by",
+        "request, and `--help` (`-h`). A command that changes a run also writes these lines to the",
+        "run's `logs/client.log`. `lorafleet --version` prints the version. Messages go to",
+        "standard error and results to standard output. The exit codes are in",
+        "[concepts.md](concepts.md#exit-codes).",
+    ]
+    panel = None
+    for name, command in commands.items():
+        if command.rich_help_panel != panel:
+            panel = command.rich_help_panel
+            lines += ["", f"## {panel}"]
+        lines += ["", f"### lorafleet {name}", "", *_render_help(command.help or "")]
+        arguments = [param for param in command.params if param.param_type_name == "argument"]
+        usage = " ".join(_render_metavar(argument) for argument in arguments)
+        lines += ["", "```text", f"lorafleet {name} [OPTIONS] {usage}".rstrip(), "```", ""]
+        lines += ["| argument or option | default | meaning |", "|---|---|---|"]
+        lines += [
+            _render_param(param)
+            for param in command.params
+            if not param.hidden and param.name not in ("help", "verbose")
+        ]
+    return lines
+
+
+def _render_help(text: str) -> list[str]:
+    import textwrap
+
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
+    return "\n\n".join(textwrap.fill(part, width=100) for part in paragraphs).split("\n")
+
+
+def _render_metavar(argument: Any) -> str:
+    return str(argument.metavar or argument.name.upper())
+
+
+def _render_param(param: Any) -> str:
+    if param.param_type_name == "argument":
+        name = _render_metavar(param)
+    else:
+        value = "" if param.is_flag else f" {param.metavar or _render_choices(param)}"
+        name = ", ".join([*param.opts[:-1], f"{param.opts[-1]}{value}"])
+        if param.secondary_opts:
+            name += f" / {', '.join(param.secondary_opts)}"
+    default = param.default
+    shown_default = "" if default is None or default is False else f"`{default}`"
+    if isinstance(param.show_default, str):
+        shown_default = param.show_default
+    if param.required:
+        shown_default = "required"
+    meaning = (param.help or "").strip()
+    if param.envvar:
+        meaning += f" Environment variable: `{param.envvar}`."
+    cells = (f"`{name}`", shown_default, meaning)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _render_choices(param: Any) -> str:
+    from enum import Enum
+
+    kind = param.type_descriptor.annotation
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "{" + ",".join(str(choice.value) for choice in kind) + "}"
+    return getattr(kind, "__name__", "value").upper()
 
 
 def _render_methods() -> list[str]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 
 from lorafleet.cluster.hardware import format_install_hint
+from lorafleet.commands.cli import app
 from lorafleet.jobs.data.hub import describe_missing_files
 from lorafleet.jobs.loading.job_file import load_job
 from tests.conftest import ROOT, lorafleet, lorafleet_here, opinions, write_rows
@@ -52,21 +56,32 @@ def test_no_command_that_reads_imports_torch_or_ray(command: str, tmp_path: Path
     assert done.stderr.endswith("LOADED "), done.stderr[-300:]
 
 
+def _list_commands() -> dict[str, Any]:
+    group: Any = typer.main.get_command(app)
+    return dict(group.commands)
+
+
 def test_help_lists_every_command(tmp_path: Path) -> None:
+    """Each in a line of its own, with the first sentence of its docstring."""
     shown = lorafleet_here("--help", cwd=tmp_path).stdout
-    for command in (
-        "sweep",
-        "train",
-        "plan",
-        "validate",
-        "report",
-        "resume",
-        "doctor",
-        "init",
-        "fetch",
-        "import",
-    ):
-        assert command in shown
+    listed = re.findall(r"(?m)^│ ([a-z]+) +[A-Z]", shown)
+    commands = _list_commands()
+    assert listed == [name for name, command in commands.items() if not command.hidden]
+    assert len(listed) >= 28
+
+
+def test_every_command_takes_verbose() -> None:
+    for name, command in _list_commands().items():
+        options = {option for param in command.params for option in param.opts}
+        assert command.hidden or {"-v", "--verbose"} <= options, name
+
+
+def test_verbose_prints_what_a_command_does(tmp_path: Path) -> None:
+    plain = lorafleet_here("list", cwd=tmp_path)
+    verbose = lorafleet_here("list", "-v", cwd=tmp_path)
+    assert "lorafleet list_runs, Python" not in plain.stderr
+    assert "lorafleet list_runs, Python" in verbose.stderr
+    assert plain.stdout == verbose.stdout
 
 
 def test_schema_is_a_schema(tmp_path: Path) -> None:

@@ -157,7 +157,8 @@ def _run_command() -> None:
             _report_internal_error(error)
         print_message(f"{error.filename}: {error.strerror}")
         sys.exit(ExitCode.USER_INPUT)
-    except Exception as error:  # last resort: report it instead of printing a traceback
+    # The last resort: an internal error is reported, with its traceback in a file.
+    except Exception as error:  # noqa: BLE001
         _report_internal_error(error)
 
 

@@ -53,9 +53,9 @@ def follow(
             if quiet or silent or output is Format.JSON:
                 code = _wait_for_end(watch)
             elif sys.stdout.isatty():
-                code = _show_live_view(run, backend, watch)
+                code = _show_live_view(run, watch)
             else:
-                code = _print_news(run, backend, watch, shown_lines or set())
+                code = _print_news(run, watch, shown_lines or set())
     except KeyboardInterrupt:
         print_message(
             f"\n{run.id} continues to run: follow it with `lorafleet logs -f {run.id}`, or stop it "
@@ -116,7 +116,7 @@ def _wait_for_end(watch: Watch) -> int:
     return code
 
 
-def _show_live_view(run: Run, backend: RunBackend, watch: Watch) -> int:
+def _show_live_view(run: Run, watch: Watch) -> int:
     from rich.live import Live
 
     from lorafleet.commands.screen import SafeRenderable
@@ -134,7 +134,7 @@ def _show_live_view(run: Run, backend: RunBackend, watch: Watch) -> int:
     return code
 
 
-def _print_news(run: Run, backend: RunBackend, watch: Watch, shown_lines: set[str]) -> int:
+def _print_news(run: Run, watch: Watch, shown_lines: set[str]) -> int:
     """Print changes of a run, one line each, until it ends; return the exit code."""
     from lorafleet.commands.view import iterate_news
 

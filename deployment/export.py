@@ -247,7 +247,8 @@ class _Exporter:
         except (Unavailable, MissingExtra) as error:
             self.failed.add(target)
             return TargetResult(target=target, unavailable=str(error))
-        except Exception as error:  # exporters and runtimes share no base class for their errors
+        # Exporters and runtimes share no base class for their errors.
+        except Exception as error:  # noqa: BLE001
             self.failed.add(target)
             return TargetResult(target=target, failure=self._save_traceback(error, target))
         files.write_json(folder / "parity.json", parity.model_dump(mode="json"))
@@ -331,7 +332,8 @@ class _Exporter:
         blocks_folder = folder.with_name("onnx-int8-by-blocks")
         try:
             to_int8_by_blocks(self.built["onnx"], blocks_folder, self.scratch)
-        except Exception as error:  # an error of the quantiser: keep the first verdict
+        # Whatever the quantiser raises: the first verdict stays.
+        except Exception as error:  # noqa: BLE001
             remark = (
                 f"building by blocks failed: {self._save_traceback(error, 'onnx-int8-by-blocks')}"
             )

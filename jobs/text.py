@@ -81,8 +81,8 @@ def _escape_json_character(match: re.Match[str]) -> str:
 
 
 def format_count(number: int, noun: str) -> str:
-    """Return a number with its noun: `1 trial`, `2 trials`, `3 processes`."""
-    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    """Return a number with its noun: `1 trial`, `2 trials`, `3 processes`, `2 batches`."""
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "ch", "sh", "x")) else "s"
     return f"{number:,} {noun}{ending}"
 
 

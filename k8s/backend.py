@@ -270,7 +270,8 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         run = write_run(plan.model_copy(update={"files": {}, "command_line": ""}), loaded, runs)
         try:
             self._submit_objects(run, self._make_record(plan.nodes, 1))
-        except BaseException as error:
+        # Also an interrupt: objects may exist by now.
+        except BaseException as error:  # noqa: BLE001
             record = find_record(run)
             is_surely_gone = record is None or record.taken_back
             self._raise_submission_failure(run, error, for_sure=is_surely_gone)

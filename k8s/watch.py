@@ -142,7 +142,8 @@ class KubernetesWatch:
         """Run a thread's work and keep its exception: `poll` raises it where the user sees it."""
         try:
             task()
-        except Exception as error:  # thread boundary: `poll` raises it again
+        # The boundary of a thread: `poll` raises it again.
+        except Exception as error:  # noqa: BLE001
             self._broken = error
 
     def _follow_job(self) -> None:

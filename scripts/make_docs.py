@@ -341,9 +341,12 @@ def _render_block(model: Any, path: str) -> list[str]:
         block = block_of(field.annotation)
         if block:
             inner.append((block, f"{path}.{name}" if path else name))
-        default = (
-            "required" if field.is_required() else "see below" if block else _format_default(field)
-        )
+        if name == "name" and not path and model.__name__.endswith("Site"):
+            default = "the file's name"  # the loader fills it in
+        elif field.is_required():
+            default = "required"
+        else:
+            default = "see below" if block else _format_default(field)
         meaning = " ".join((field.description or "").split()).replace("|", "/")
         allowed = (
             "a block"

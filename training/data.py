@@ -39,8 +39,6 @@ class Batch:
     """Classes (B), or token labels with IGNORED for tokens without loss (B x T)."""
     targets: int
     """Number of rows (classification) or tokens (generation) that contribute to the loss."""
-    real_tokens: int
-    """Number of tokens that are not padding."""
     positions_BT: torch.Tensor | None = None
     """Position of each token in its own example, if a row contains several examples.
 
@@ -156,7 +154,6 @@ def make_batch(
         mask_BT,
         label_tensor,
         count_targets(split, rows, classifies=classifies),
-        int(lengths.sum()),
     )
 
 
@@ -188,7 +185,7 @@ def make_packed_batch(
         torch.from_numpy(array).to(device, non_blocking=True) for array in (ids, labels, positions)
     )
     targets = count_targets(packed, rows, classifies=False)
-    return Batch(ids_BT, None, labels_BT, targets, int(lengths.sum()), positions_BT)
+    return Batch(ids_BT, None, labels_BT, targets, positions_BT)
 
 
 def _concatenate_examples(
@@ -221,7 +218,7 @@ def make_padding_free_batch(
         for array in _concatenate_examples(unpacked_split, examples)
     )
     targets = count_targets(unpacked_split, examples, classifies=False)
-    return Batch(ids_1T, None, labels_1T, targets, ids_1T.numel(), positions_1T)
+    return Batch(ids_1T, None, labels_1T, targets, positions_1T)
 
 
 def count_targets(split: Split | PackedRows, rows: np.ndarray, *, classifies: bool) -> int:

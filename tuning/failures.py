@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lorafleet.jobs import files
-from lorafleet.jobs.errors import TrainingFailure, UserError
+from lorafleet.jobs.errors import DataError, TrainingFailure, UserError
 from lorafleet.jobs.runs.run import Trial
 
 _FAILURE_MARKER = "lorafleet-failure:"
@@ -87,9 +87,10 @@ def classify_exception(error: BaseException) -> dict[str, Any]:
             "failure_class": "worker_lost",
             "sentence": f"a GPU or the connection between GPUs failed: {first_line}",
         }
-    if isinstance(error, UserError | ValueError) and "linked" not in first_line:
-        kind = "config" if isinstance(error, UserError) else "code"
-        return {"failure_class": kind, "sentence": first_line}
+    if isinstance(error, DataError):
+        return {"failure_class": "data", "sentence": first_line}
+    if isinstance(error, UserError):
+        return {"failure_class": "config", "sentence": first_line}
     return {
         "failure_class": "code",
         "sentence": f"{type(error).__name__}: {first_line} (see traceback.txt of the trial)",

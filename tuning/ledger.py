@@ -183,7 +183,8 @@ class Ledger:
         for listener in list(self.listeners):
             try:
                 notify(listener)
-            except Exception as error:  # an error of a tracker's client must not end the sweep
+            # Whatever a tracker's client may raise: it must not end the sweep.
+            except Exception as error:  # noqa: BLE001
                 self.listeners.remove(listener)
                 self.run.add_event(
                     "tracking_failed", error=f"{type(error).__name__}: {error}"[:500]

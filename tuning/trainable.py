@@ -56,9 +56,8 @@ class WarmTrial(tune.Trainable):
         if not self.unbegun:
             try:
                 self._get_base(search.build_trial_job(work.job, config["assignment"]))
-            except (
-                Exception
-            ) as error:  # any error becomes the result of the trial that takes its first step here
+            # Any error becomes the result of the trial that takes its first step here.
+            except Exception as error:  # noqa: BLE001
                 self.unloaded = error
         self.setup_seconds = time.monotonic() - started_at
 
@@ -118,7 +117,7 @@ class WarmTrial(tune.Trainable):
             current = self.current or self._open_trial()
             report = current.advance()
         # The boundary of a trial: any error becomes its result, and the sweep continues.
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             return self._report_failure(error)
         if current.leaving:
             raise WorkerUnusable(
@@ -151,9 +150,8 @@ class WarmTrial(tune.Trainable):
         has_session = self.current is not None and self.current.session is not None
         try:
             self._close_trial()
-        except (
-            Exception
-        ):  # detaching a half-built adapter can raise anything: this process is not kept
+        # Detaching a half-built adapter can raise anything: this process is not kept.
+        except Exception:  # noqa: BLE001
             return False
         if not has_session:
             self.base = None  # a half-built adapter may still be attached to it

@@ -173,7 +173,8 @@ class RayBackend(RemoteBackend[RayClusterSite]):
         run = write_run(plan, loaded, runs)
         try:
             self._submit_job(run, 1)
-        except BaseException as error:
+        # Also an interrupt: the job may have been accepted.
+        except BaseException as error:  # noqa: BLE001
             self._raise_submission_failure(run, error, for_sure=self._is_surely_unsubmitted(run))
         registry.add(run, self.site.name)
         return run

@@ -37,7 +37,8 @@ def ignore_tracking_errors(run: Run) -> Iterator[None]:
         yield
     except StaleAttempt:
         raise
-    except Exception as error:  # whatever W&B's client may raise
+    # Whatever W&B's client may raise: tracking must not end a run.
+    except Exception as error:  # noqa: BLE001
         run.add_event("tracking_failed", error=f"{type(error).__name__}: {error}"[:500])
 
 

@@ -396,9 +396,3 @@ def _count_members(values: np.ndarray, sorted_values: np.ndarray) -> int:
 
 def _format_count(number: int, description: str) -> str:
     return f"{number:,} {description} {'is' if number == 1 else 'are'}"
-
-
-def compute_majority_share(rows: AnyRows) -> float:
-    """Return the share of the most frequent label: the accuracy of always predicting it."""
-    counts = count_labels(rows)
-    return max(counts.values()) / sum(counts.values())

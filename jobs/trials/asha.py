@@ -96,12 +96,3 @@ def estimate_time(trials: int, levels: Sequence[int], eta: int) -> float:
         total += arrivals * (level - previous)
         arrivals, previous = estimate_survivors(arrivals, eta), level
     return total
-
-
-def find_reached_rung(time: int, levels: Sequence[int]) -> int | None:
-    """Return the index of the last rung that was reached at `time`; None before the first.
-
-    A rung is reached if its level is at or below `time`.
-    """
-    indices = [index for index, level in enumerate(levels) if time >= level]
-    return indices[-1] if indices else None

@@ -44,6 +44,13 @@ def place(tmp_path: Path) -> Iterator[Path]:
             process.kill()
 
 
+def accuracy_of(predictions: Path) -> float:
+    """The share of rows that a stored predictions file has right."""
+    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert len(rows) >= 10
+    return sum(row["predicted"] == row["label"] for row in rows) / len(rows)
+
+
 def save(loaded: LoadedJob, folder: Path) -> Path:
     """A job as a file in the folder that the command runs in."""
     path = folder / "job.yaml"

@@ -19,6 +19,7 @@ from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.run import Run
 from tests.conftest import JobMaker, lorafleet
 from tests.processes.conftest import (
+    accuracy_of,
     base_loads,
     begin,
     interrupt,
@@ -262,7 +263,8 @@ def test_what_happens_on_the_held_out_rows_costs_numbers_and_not_the_report(
     done = lorafleet("train", save(loaded, place), *loaded.overrides, cwd=place, **env)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
     report = json.loads(lorafleet("report", "--format", "json", cwd=place).stdout)
-    assert report["base"]["test_metrics"]["accuracy"] >= 0
+    expected = accuracy_of(newest(place).get_base_predictions_file("test"))
+    assert report["base"]["test_metrics"]["accuracy"] == expected
     assert (report["trials"][0]["test_metrics"] is None) is bool(flag)
     assert (
         "not evaluated on the held-out rows: MemoryError: no room (planted)" in done.stdout

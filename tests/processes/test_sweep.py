@@ -17,6 +17,7 @@ from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.run import Run
 from tests.conftest import ASSETS, ROOT, JobMaker, lorafleet, opinions, write_rows
 from tests.processes.conftest import (
+    accuracy_of,
     base_loads,
     begin,
     check_cuts,
@@ -55,9 +56,11 @@ def test_a_random_sweep_ends_in_a_decision(bert_job: JobMaker, place: Path) -> N
     chosen = next(
         row for row in data["trials"] if row["trial_id"] == data["recommendation"]["trial_id"]
     )
-    assert chosen["test_metrics"]["accuracy"] >= 0
-    assert data["base"]["metrics"]["accuracy"] >= 0
-    assert data["base"]["test_metrics"]["accuracy"] >= 0
+    trial = run.get_trial(data["recommendation"]["trial_id"])
+    assert chosen["test_metrics"]["accuracy"] == accuracy_of(trial.get_predictions_file("test"))
+    for split, metrics in (("validation", "metrics"), ("test", "test_metrics")):
+        expected = accuracy_of(run.get_base_predictions_file(split))
+        assert data["base"][metrics]["accuracy"] == expected
     adapter = run.path / data["recommendation"]["adapter"]
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= {
         p.name for p in adapter.iterdir()

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,8 +132,11 @@ def test_every_command_of_the_readme_exists() -> None:
     assert used <= known
 
 
-def test_the_changelog_speaks_of_what_is_not_released() -> None:
-    assert "## Unreleased" in (ROOT / "CHANGELOG.md").read_text()
+def test_the_changelog_begins_with_what_is_next_or_with_this_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    first = re.search(r"(?m)^## (.+)$", (ROOT / "CHANGELOG.md").read_text())
+    assert first is not None
+    assert first[1] == "Unreleased" or first[1].startswith(version)
 
 
 def test_docstrings_name_the_arguments_that_there_are() -> None:

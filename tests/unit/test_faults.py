@@ -85,7 +85,8 @@ def test_each_class_has_its_own_limit() -> None:
             ),
             "worker_lost",
         ),
-        (DataError("row 3 has no text"), "config"),
+        (DataError("row 3 has no text"), "data"),
+        (RunError("linked to a run that is gone"), "config"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "code"),
     ],
 )

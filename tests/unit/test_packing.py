@@ -68,7 +68,7 @@ def test_a_packed_row_is_its_examples(llama_job: JobMaker) -> None:
         ]
     batch = make_packed_batch(laid, np.arange(3), 0, CPU)
     assert batch.targets == int(laid.target_counts[:3].sum())
-    assert batch.real_tokens == int(laid.lengths[:3].sum())
+    assert batch.ids_BT.numel() == int(laid.lengths[:3].sum())
 
 
 def _alone(made: TrainingSession, split: Split) -> float:

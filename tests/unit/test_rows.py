@@ -17,7 +17,7 @@ from pyarrow import parquet
 from lorafleet.jobs.data.conversation import Message
 from lorafleet.jobs.data.row_formats import Row
 from lorafleet.jobs.data.row_lists import RowPacker
-from lorafleet.jobs.data.rows import Rows, compute_majority_share, load_rows
+from lorafleet.jobs.data.rows import Rows, load_rows
 from lorafleet.jobs.data.splits import sample_rows, split_held_out
 from lorafleet.jobs.errors import DataError, JobFileError
 from lorafleet.jobs.loading.job_file import load_text
@@ -508,13 +508,6 @@ def test_bad_conversations_are_named(messages: object, sentence: str, tmp_path: 
     path = write_rows(tmp_path / "x.jsonl", [{"messages": messages}])
     with pytest.raises(DataError, match=sentence):
         rows_of(path, "generation")
-
-
-def test_majority_share(tmp_path: Path) -> None:
-    found = rows_of(write_rows(tmp_path / "x.jsonl", numbered(90, "aab")))
-    assert compute_majority_share([*found.train, *found.validation, *found.test]) == pytest.approx(
-        2 / 3
-    )
 
 
 def test_digits_of_other_scripts_are_words(tmp_path: Path) -> None:

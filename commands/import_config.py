@@ -67,31 +67,15 @@ def import_config(
 
     Prints what is not carried over, what is assumed and what differs.
     """
-    import yaml
 
     from lorafleet.jobs import files
-    from lorafleet.jobs.errors import JobFileError, UserError
+    from lorafleet.jobs.errors import UserError
     from lorafleet.jobs.loading.import_peft_comparison import translate_experiments
     from lorafleet.jobs.loading.import_sweep import translate_sweep
-    from lorafleet.jobs.loading.importers import drop_refused_fields, translate_config
-    from lorafleet.jobs.loading.job_file import load_text
+    from lorafleet.jobs.loading.importers import translate_config
 
+    _check_options(inputs, source, job, output)
     file = inputs[0]
-    if len(inputs) > 1 and source is not Tool.PEFT_COMPARISON:
-        raise UserError(
-            f"only one config can be imported at a time, but {inputs[1]} was also named (only "
-            "--from peft-comparison takes several)"
-        )
-    if job is not None and output is not None and job.absolute().parent != output.absolute().parent:
-        raise UserError(
-            f"--output is {output}, but must be in the folder of --job {job}: paths in the job "
-            "file are relative to that folder"
-        )
-    if job is not None and source is not Tool.WANDB:
-        raise UserError(
-            f"--job is used only with --from wandb; a config of {source.value} names its own model "
-            "and data"
-        )
     if source is Tool.WANDB:
         translation = translate_sweep(_read_blocks(file), name)
         _complete_translation(translation, job, file)
@@ -100,19 +84,7 @@ def import_config(
     else:
         translation = translate_config(source, _read_blocks(file), name)
     folder = (job or output or Path("job.yaml")).parent
-    while True:
-        body = yaml.safe_dump(translation.tree, sort_keys=False, allow_unicode=True)
-        try:
-            load_text(body, folder / "job.yaml")
-            break
-        except JobFileError as error:
-            if not drop_refused_fields(
-                translation, [(problem.path, problem.sentence) for problem in error.problems]
-            ):
-                problems = "; ".join(
-                    [*(problem.sentence for problem in error.problems), *translation.lost]
-                )
-                raise UserError(f"{file} translates to a job that cannot run: {problems}") from None
+    body = _render_valid_job(translation, folder / "job.yaml", file)
     remarks = [
         ("not translated", translation.lost),
         ("assumed", translation.assumed),
@@ -143,6 +115,58 @@ _EXPERIMENT_FILES = ("adapter_config.json", "training_params.json")
 _DEFAULT_PARAMS_FILE = "default_training_params.json"
 _PARENTS_WITH_DEFAULTS = 3
 """Folder levels above an experiment that may hold the defaults: METHOD, experiments, MetaMathQA."""
+
+
+def _check_options(inputs: list[Path], source: Tool, job: Path | None, output: Path | None) -> None:
+    """Raise UserError for options that do not go together."""
+    from lorafleet.jobs.errors import UserError
+
+    if len(inputs) > 1 and source is not Tool.PEFT_COMPARISON:
+        raise UserError(
+            f"only one config can be imported at a time, but {inputs[1]} was also named (only "
+            "--from peft-comparison takes several)"
+        )
+    if job is not None and output is not None and job.absolute().parent != output.absolute().parent:
+        raise UserError(
+            f"--output is {output}, but must be in the folder of --job {job}: paths in the job "
+            "file are relative to that folder"
+        )
+    if job is not None and source is not Tool.WANDB:
+        raise UserError(
+            f"--job is used only with --from wandb; a config of {source.value} names its own model "
+            "and data"
+        )
+
+
+def _render_valid_job(translation: Translation, path: Path, file: Path) -> str:
+    """Return the text of the translated job, without the values that a job refuses.
+
+    Args:
+        path: Where the job file would be; its relative paths start there.
+        file: The imported config, for the error message.
+
+    Raises:
+        UserError: No job can be made of the config.
+    """
+    import yaml
+
+    from lorafleet.jobs.errors import JobFileError, UserError
+    from lorafleet.jobs.loading.importers import drop_refused_fields
+    from lorafleet.jobs.loading.job_file import load_text
+
+    while True:
+        body = yaml.safe_dump(translation.tree, sort_keys=False, allow_unicode=True)
+        try:
+            load_text(body, path)
+            return body
+        except JobFileError as error:
+            if not drop_refused_fields(
+                translation, [(problem.path, problem.sentence) for problem in error.problems]
+            ):
+                problems = "; ".join(
+                    [*(problem.sentence for problem in error.problems), *translation.lost]
+                )
+                raise UserError(f"{file} translates to a job that cannot run: {problems}") from None
 
 
 def _read_experiment(path: Path) -> Experiment:

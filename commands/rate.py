@@ -21,6 +21,8 @@ from lorafleet.commands.common import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lorafleet.evaluation.report.human_rating import Item, Notebook
 
 Rater = Annotated[
@@ -149,13 +151,7 @@ def _ask_missing_ratings(book: Notebook) -> None:
         required = [(slot, name) for slot in _list_slots(item) for name in CRITERIA]
         if not _find_missing(book, item, required):
             continue
-        screen.rule(f"row {number} of {len(book.items)}")
-        for role, text in item.turns:
-            screen.print(f"{role}: {text}", markup=False)
-        if not item.turns:
-            screen.print(item.prompt, markup=False)
-        for slot, text in zip(_list_slots(item), item.texts, strict=True):
-            screen.print(f"\n{slot}: {text or '(nothing)'}", markup=False)
+        _show_item(screen, item, f"row {number} of {len(book.items)}")
         while missing := _find_missing(book, item, required):
             slot, name = missing[0]
             try:
@@ -167,18 +163,9 @@ def _ask_missing_ratings(book: Notebook) -> None:
             if answer == "s":
                 break
             if answer == "u":
-                undone = book.undo()
-                if undone is None:
-                    print_message("there is nothing to undo")
-                elif undone[0] != item.row:  # return to that row and continue from it
-                    undone_index = next(
-                        index
-                        for index, candidate in enumerate(book.items)
-                        if candidate.row == undone[0]
-                    )
-                    position = min(
-                        position - 1, undone_index
-                    )  # with more --rows than before it may come later, and is asked then
+                undone_position = _undo_rating(book, item, position)
+                if undone_position is not None:
+                    position = undone_position
                     break
             elif answer.startswith("n "):
                 book.add_note(item.row, answer[2:])
@@ -186,6 +173,32 @@ def _ask_missing_ratings(book: Notebook) -> None:
                 book.rate(item.row, slot, name, int(answer))
             else:
                 print_message(f"{answer!r} is not valid; enter one of: {keys}")
+
+
+def _show_item(screen: Console, item: Item, title: str) -> None:
+    """Print a row and its answers."""
+    screen.rule(title)
+    for role, text in item.turns:
+        screen.print(f"{role}: {text}", markup=False)
+    if not item.turns:
+        screen.print(item.prompt, markup=False)
+    for slot, text in zip(_list_slots(item), item.texts, strict=True):
+        screen.print(f"\n{slot}: {text or '(nothing)'}", markup=False)
+
+
+def _undo_rating(book: Notebook, item: Item, position: int) -> int | None:
+    """Undo the last rating; return the position of its row if that is another one.
+
+    With more --rows than before, that row may come later, and is asked then.
+    """
+    undone = book.undo()
+    if undone is None:
+        print_message("there is nothing to undo")
+        return None
+    if undone[0] == item.row:
+        return None
+    rows = [candidate.row for candidate in book.items]
+    return min(position - 1, rows.index(undone[0]))
 
 
 def _list_slots(item: Item) -> list[str]:

@@ -154,7 +154,6 @@ def _print_news(run: Run, watch: Watch, shown_lines: set[str]) -> int:
 
 def show_end(run: Run, code: int, *, quiet: bool, output: Format, message: str = "") -> None:
     """Print the report of a run that has ended, or why there is none."""
-    status = run.read_status()
     log = find_driver_log(run)
     export_record = read_export(run)
     if export_record:
@@ -170,27 +169,7 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, message: str =
             f"{run.id}`"
         )
         return
-    if not run.list_trials() and not (run.path / "report" / "report.json").is_file():
-        for line in _read_last_lines(log):
-            print_message(line)
-        print_message(message)
-        if code == ExitCode.OK:  # on a cluster whose record could not be downloaded
-            return
-        print_message(
-            f"{run.id} ended with exit code {code} before a trial started"
-            + (f"; see {log}" if log.is_file() else "")
-        )
-        return
-    if code in (ExitCode.OUR_FAULT, ExitCode.USER_INPUT):
-        if run.has_lost_driver():
-            print_message(
-                f"{run.id} lost its driver, or the driver's Ray cluster; continue it with "
-                f"`lorafleet resume {run.id}` (see {log})"
-            )
-            return
-        for line in _read_last_lines(log):
-            print_message(line)
-        print_message(f"{run.id} failed; the driver's full log is {log}")
+    if _print_failure(run, code, log, message):
         return
     if code not in (
         ExitCode.OK,
@@ -199,7 +178,6 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, message: str =
         ExitCode.INTERRUPTED,
     ):
         print_message(message)
-    from lorafleet.cluster.submission import is_remote
     from lorafleet.evaluation.report.build import build_report
 
     report = build_report(run)
@@ -213,14 +191,49 @@ def show_end(run: Run, code: int, *, quiet: bool, output: Format, message: str =
         )
         print_message(f"\n{run.id} {reason}; continue it with `lorafleet resume {run.id}`")
         return
+    _print_files(run, report.recommendation.adapter)
+
+
+def _print_failure(run: Run, code: int, log: Path, message: str) -> bool:
+    """Print why there is no report; return False if there can be one."""
+    if not run.list_trials() and not (run.path / "report" / "report.json").is_file():
+        for line in _read_last_lines(log):
+            print_message(line)
+        print_message(message)
+        if code == ExitCode.OK:  # on a cluster whose record could not be downloaded
+            return True
+        print_message(
+            f"{run.id} ended with exit code {code} before a trial started"
+            + (f"; see {log}" if log.is_file() else "")
+        )
+        return True
+    if code in (ExitCode.OUR_FAULT, ExitCode.USER_INPUT):
+        if run.has_lost_driver():
+            print_message(
+                f"{run.id} lost its driver, or the driver's Ray cluster; continue it with "
+                f"`lorafleet resume {run.id}` (see {log})"
+            )
+            return True
+        for line in _read_last_lines(log):
+            print_message(line)
+        print_message(f"{run.id} failed; the driver's full log is {log}")
+        return True
+    return False
+
+
+def _print_files(run: Run, adapter: str | None) -> None:
+    """Print where the report and the recommended weights are."""
+    from lorafleet.cluster.submission import is_remote
+
     print_text(f"\nreport   {run.path / 'report' / 'report.html'}")
-    if report.recommendation.adapter and (run.path / report.recommendation.adapter).is_dir():
-        folder = run.path / report.recommendation.adapter
+    if adapter and (run.path / adapter).is_dir():
+        folder = run.path / adapter
         print_text(f"{folder.name:<8} {folder}")
-    elif report.recommendation.adapter and is_remote(run):
+    elif adapter and is_remote(run):
         print_message(f"`lorafleet pull {run.id}` downloads the adapter")
-    if status.get("reason"):
-        print_message(f"{run.id}: {status['reason']}")
+    reason = run.read_status().get("reason")
+    if reason:
+        print_message(f"{run.id}: {reason}")
 
 
 def _read_last_lines(path: Path, count: int = 3) -> list[str]:

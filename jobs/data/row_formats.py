@@ -489,7 +489,45 @@ def _parse_message(value: Any, number: int, unused: Counter[str]) -> Message:
     if not isinstance(value, Mapping):
         raise BadRow(f"message {number} is {_shorten(value)}, but must be {{role, content}}")
     record = {key: entry for key, entry in value.items() if entry is not None}
-    used = {*_REASONING_KEYS, *_FLAG_KEYS, "weight", "tool_calls", "tool_call_id", "name"}
+    role, content, used = _parse_role(record, number, list(value))
+    for key in _UNSUPPORTED_IN_MESSAGE:
+        if record.get(key) not in (None, "", [], {}):
+            raise BadRow(f"{key} of message {number} is not supported: remove it, or the row")
+    text = _parse_content(content, number)
+    calls = _parse_tool_calls(record.get("tool_calls"), number)
+    if record.get("from") in _CALLING_ROLES:
+        if calls:
+            raise BadRow(f"message {number} has both a function call and tool_calls: keep one")
+        text, calls = "", _parse_sharegpt_call(text, number)
+    unused.update(f"message key {key!r}" for key in record if key not in used)
+    reasoning = _parse_reasoning(record, role, number)
+    if reasoning and THINKING[1] in text:
+        raise BadRow(
+            f"message {number} has reasoning both in a field and as {THINKING[0]} in its content: "
+            "keep one"
+        )
+    learn = _parse_training_flag(record, role, number, unused)
+    if calls and role != "assistant":
+        raise BadRow(
+            f"message {number} has tool_calls, but its role is {role}: only an assistant "
+            "calls tools"
+        )
+    name, call_id = _parse_tool_reference(record, role, number)
+    return Message(role, text, reasoning, calls, name, call_id, learn)
+
+
+def _parse_role(record: dict[str, Any], number: int, keys: list[Any]) -> tuple[str, Any, set[str]]:
+    """Return the role of a message, its raw content, and the keys that are read.
+
+    Args:
+        record: The message without its empty values.
+        number: Number of the message in its row, from 1.
+        keys: All keys of the message, for the error message.
+
+    Raises:
+        BadRow: There is no role, or an unknown one.
+    """
+    used = {*_REASONING_KEYS, *_FLAG_KEYS, "weight", "tool_calls"}
     if "role" in record:
         used |= {"role", "content"}
         role = record["role"]
@@ -506,42 +544,20 @@ def _parse_message(value: Any, number: int, unused: Counter[str]) -> Message:
         content = record.get("value")
     else:
         raise BadRow(
-            f"message {number} has neither role nor from (it has: "
-            f"{', '.join(map(str, list(value)[:8]))})"
+            f"message {number} has neither role nor from (it has: {', '.join(map(str, keys[:8]))})"
         )
-    for key in _UNSUPPORTED_IN_MESSAGE:
-        if record.get(key) not in (None, "", [], {}):
-            raise BadRow(f"{key} of message {number} is not supported: remove it, or the row")
-    text = _parse_content(content, number)
-    calls = _parse_tool_calls(record.get("tool_calls"), number)
-    if record.get("from") in _CALLING_ROLES:
-        if calls:
-            raise BadRow(f"message {number} has both a function call and tool_calls: keep one")
-        text, calls = "", _parse_sharegpt_call(text, number)
-    if role != "tool":
-        used -= {"name", "tool_call_id"}
-    for key in record:
-        if key not in used:
-            unused[f"message key {key!r}"] += 1
-    reasoning = _parse_reasoning(record, role, number)
-    if reasoning and THINKING[1] in text:
-        raise BadRow(
-            f"message {number} has reasoning both in a field and as {THINKING[0]} in its content: "
-            "keep one"
-        )
-    learn = _parse_training_flag(record, role, number, unused)
-    if calls and role != "assistant":
-        raise BadRow(
-            f"message {number} has tool_calls, but its role is {role}: only an assistant "
-            "calls tools"
-        )
+    if role == "tool":
+        used |= {"name", "tool_call_id"}
+    return role, content, used
+
+
+def _parse_tool_reference(record: dict[str, Any], role: str, number: int) -> tuple[str, str]:
+    """Return the tool's name and the id of its call; empty for other roles. Raises BadRow."""
     name, call_id = record.get("name", ""), record.get("tool_call_id", "")
     if not isinstance(name, str) or not isinstance(call_id, str):
         raise BadRow(f"name and tool_call_id of message {number} must be texts")
     _check_encodable("name", f"{name}{call_id}")
-    if role != "tool":
-        name, call_id = "", ""
-    return Message(role, text, reasoning, calls, name, call_id, learn)
+    return (name, call_id) if role == "tool" else ("", "")
 
 
 def _parse_plain_message(value: Any) -> Message | None:

@@ -127,7 +127,7 @@ def _group_rows(rows: AnyRows) -> _Groups:
 
 
 def _number_groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number equal values by first appearance.
+    """Assign a number to each distinct value, by first appearance.
 
     Returns:
         The group (N) of each value, and the index (G) of each group's first value.

@@ -53,30 +53,8 @@ def translate_sweep(config: dict[str, Any], name: str) -> Translation:
         translation.otherwise.append(
             "method: bayes is a Gaussian process in W&B, and Optuna's TPE in lorafleet"
         )
-    metric = config.get("metric")
-    metric = {"name": metric} if isinstance(metric, str) else metric
-    if metric is not None and not (isinstance(metric, dict) and metric.get("name")):
-        translation.lost.append("metric: it has no name; the task's default metric is used")
-    if isinstance(metric, dict) and metric.get("name"):
-        translation.set_field(
-            "search.metric", {key: metric[key] for key in ("name", "goal") if key in metric}
-        )
-        metric_name = strip_metric_prefix(str(metric["name"]))
-        fields.set_value(
-            translation.tree, "search.metric.name", _METRICS.get(metric_name, metric_name)
-        )
-    if config.get("run_cap") is not None and method == "grid":
-        translation.otherwise.append("run_cap: lorafleet tries all combinations of a grid")
-    elif config.get("run_cap") is not None:
-        try:
-            translation.set_field("search.num_samples", _parse_whole_number(config["run_cap"]))
-        except (TypeError, ValueError):
-            translation.lost.append(f"run_cap: {config['run_cap']!r} is not a whole number")
-    elif method != "grid":
-        translation.otherwise.append(
-            f"run_cap: without it, a {method} sweep of W&B never ends; in lorafleet "
-            "search.num_samples limits it"
-        )
+    _translate_metric(config.get("metric"), translation)
+    _translate_run_cap(config.get("run_cap"), method, translation)
     for key in ("project", "entity"):
         if config.get(key):
             translation.set_field(f"tracking.{key}", str(config[key]))
@@ -111,6 +89,37 @@ def translate_sweep(config: dict[str, Any], name: str) -> Translation:
     return translation
 
 
+def _translate_metric(metric: Any, translation: Translation) -> None:
+    """Translate the metric: its name, or a block with name and goal."""
+    metric = {"name": metric} if isinstance(metric, str) else metric
+    if metric is not None and not (isinstance(metric, dict) and metric.get("name")):
+        translation.lost.append("metric: it has no name; the task's default metric is used")
+    if isinstance(metric, dict) and metric.get("name"):
+        translation.set_field(
+            "search.metric", {key: metric[key] for key in ("name", "goal") if key in metric}
+        )
+        metric_name = strip_metric_prefix(str(metric["name"]))
+        fields.set_value(
+            translation.tree, "search.metric.name", _METRICS.get(metric_name, metric_name)
+        )
+
+
+def _translate_run_cap(run_cap: Any, method: str, translation: Translation) -> None:
+    """Translate the largest number of runs."""
+    if run_cap is not None and method == "grid":
+        translation.otherwise.append("run_cap: lorafleet tries all combinations of a grid")
+    elif run_cap is not None:
+        try:
+            translation.set_field("search.num_samples", _parse_whole_number(run_cap))
+        except (TypeError, ValueError):
+            translation.lost.append(f"run_cap: {run_cap!r} is not a whole number")
+    elif method != "grid":
+        translation.otherwise.append(
+            f"run_cap: without it, a {method} sweep of W&B never ends; in lorafleet "
+            "search.num_samples limits it"
+        )
+
+
 def _translate_parameter(key: str, definition: Any, translation: Translation) -> None:
     """Translate one parameter: a fixed value becomes a field, others a searched parameter."""
     path = _resolve_field(key)
@@ -132,30 +141,14 @@ def _translate_parameter(key: str, definition: Any, translation: Translation) ->
     if "value" in definition:
         translation.set_field(path, definition["value"])
         return
-    kind = definition.get("distribution", "categorical" if "values" in definition else None)
-    kind = DISTRIBUTION_ALIASES.get(str(kind), kind)
-    ends = {name: definition[name] for name in ("min", "max") if name in definition}
-    if kind in EXPONENT_DISTRIBUTIONS:
-        try:
-            ends = {
-                name: _convert_end(path, name, math.exp(float(end))) for name, end in ends.items()
-            }
-        except (OverflowError, ValueError):
-            translation.lost.append(
-                f"{where}: min and max of {kind} cannot be used as exponents of e"
-            )
-            return
-        translation.assumed.append(
-            f"{where}: min and max of {kind} are exponents of e in W&B, and values in lorafleet"
-        )
-        kind = EXPONENT_DISTRIBUTIONS[str(kind)]
+    distribution = _translate_range(path, where, definition, translation)
+    if distribution is None:
+        return
+    kind, ends = distribution
     if "probabilities" in definition:
         translation.lost.append(
             f"{where}.probabilities: in lorafleet all values are equally likely"
         )
-    if kind is None and len(ends) == 2:
-        is_whole = all(isinstance(end, int) for end in ends.values())
-        kind = "int_uniform" if is_whole else "uniform"
     if kind not in _DISTRIBUTIONS:
         translation.lost.append(
             f"{where}: distribution {kind} is not one of {', '.join(_DISTRIBUTIONS)}"
@@ -169,6 +162,33 @@ def _translate_parameter(key: str, definition: Any, translation: Translation) ->
     if "q" in definition:
         parameter["q"] = definition["q"]
     translation.tree.setdefault("search", {}).setdefault("parameters", {})[path] = parameter
+
+
+def _translate_range(
+    path: str, where: str, definition: dict[str, Any], translation: Translation
+) -> tuple[Any, dict[str, Any]] | None:
+    """Return a parameter's distribution and its ends; None if they cannot be translated."""
+    kind = definition.get("distribution", "categorical" if "values" in definition else None)
+    kind = DISTRIBUTION_ALIASES.get(str(kind), kind)
+    ends: dict[str, Any] = {name: definition[name] for name in ("min", "max") if name in definition}
+    if kind in EXPONENT_DISTRIBUTIONS:
+        try:
+            ends = {
+                name: _convert_end(path, name, math.exp(float(end))) for name, end in ends.items()
+            }
+        except (OverflowError, ValueError):
+            translation.lost.append(
+                f"{where}: min and max of {kind} cannot be used as exponents of e"
+            )
+            return None
+        translation.assumed.append(
+            f"{where}: min and max of {kind} are exponents of e in W&B, and values in lorafleet"
+        )
+        kind = EXPONENT_DISTRIBUTIONS[str(kind)]
+    if kind is None and len(ends) == 2:
+        is_whole = all(isinstance(end, int) for end in ends.values())
+        kind = "int_uniform" if is_whole else "uniform"
+    return kind, ends
 
 
 def _filter_values(path: str, where: str, values: Any, translation: Translation) -> list[Any]:

@@ -779,26 +779,33 @@ def _apply_adapter(reading: _Reading) -> None:
             fields.set_value(tree, name, value)
             reading.origins[name] = origin
     for arm_name, arm in _list_arms(tree):
-        arm_settings = arm["set"] if isinstance(arm.get("set"), dict) else {}
-        arm_adapter = arm_settings.get(_INIT_ADAPTER)
-        for name, value in (_read_fixed_fields(arm_adapter) if arm_adapter else fixed).items():
-            _refuse_changed_field(
-                reading, name, arm_settings.get(name), value, f"compare.arms.{arm_name}"
-            )
-            if arm_adapter:
-                arm_settings.setdefault(name, value)
-            if name in (arm.get("parameters") or {}):
-                sentence = (
-                    f"{name} is {_format_value(value)} in the adapter of the arm's "
-                    f"{_INIT_ADAPTER}, so it cannot be searched"
-                )
-                reading.add_problem(f"compare.arms.{arm_name}.parameters.{name}", sentence)
+        _apply_arm_adapter(reading, arm_name, arm, fixed)
     for path, parameters in _list_search_blocks(tree):
         if _INIT_ADAPTER in parameters:
             sentence = (
                 f"{_INIT_ADAPTER} cannot be searched: make an arm in compare for each adapter"
             )
             reading.add_problem(f"{path}.{_INIT_ADAPTER}", sentence)
+
+
+def _apply_arm_adapter(
+    reading: _Reading, arm_name: str, arm: dict[str, Any], fixed: dict[str, Any]
+) -> None:
+    """Set the fields that an arm's adapter fixes; `fixed` are those of the job's adapter."""
+    arm_settings = arm["set"] if isinstance(arm.get("set"), dict) else {}
+    arm_adapter = arm_settings.get(_INIT_ADAPTER)
+    for name, value in (_read_fixed_fields(arm_adapter) if arm_adapter else fixed).items():
+        _refuse_changed_field(
+            reading, name, arm_settings.get(name), value, f"compare.arms.{arm_name}"
+        )
+        if arm_adapter:
+            arm_settings.setdefault(name, value)
+        if name in (arm.get("parameters") or {}):
+            sentence = (
+                f"{name} is {_format_value(value)} in the adapter of the arm's "
+                f"{_INIT_ADAPTER}, so it cannot be searched"
+            )
+            reading.add_problem(f"compare.arms.{arm_name}.parameters.{name}", sentence)
 
 
 def _read_fixed_fields(adapter: Any) -> dict[str, Any]:

@@ -48,9 +48,11 @@ _ACTIVE_STATES = (RunState.PENDING, RunState.RUNNING)
 def load_job(job: str | Path | Mapping[str, Any], overrides: Overrides = ()) -> LoadedJob:
     """Load and check a job.
 
+    Model folders need only a config here: weights may be downloaded later.
+
     Args:
-        job: A job file, or the contents of one. Relative paths start at the file's folder; for
-            contents, at the working directory.
+        job: A job file, or the contents of one. Relative paths start at the file's folder;
+            for contents, at the working directory.
         overrides: Fields to set after the job was read.
 
     Raises:
@@ -58,6 +60,8 @@ def load_job(job: str | Path | Mapping[str, Any], overrides: Overrides = ()) -> 
     """
     settings = _format_overrides(overrides)
     if isinstance(job, Mapping):
+        # Contents go through the same reader as a file, so that aliases, hints and the copy in the
+        # run folder are the same.
         text = yaml.safe_dump(dict(job), sort_keys=False, allow_unicode=True)
         loaded = load_text(text, Path.cwd() / "job.yaml", settings)
         check_names(loaded, require_weights=False)
@@ -67,6 +71,7 @@ def load_job(job: str | Path | Mapping[str, Any], overrides: Overrides = ()) -> 
 
 def _format_overrides(overrides: Overrides) -> tuple[str, ...]:
     if isinstance(overrides, Mapping):
+        # JSON is YAML, which the overrides are parsed as: a string stays a string.
         return tuple(f"{name}={json.dumps(value)}" for name, value in overrides.items())
     return tuple(overrides)
 
@@ -170,7 +175,11 @@ def _choose_command(job: LoadedJob) -> str:
 
 
 class SubmittedRun:
-    """A run on this machine or on a cluster."""
+    """A run on this machine or on a cluster.
+
+    `submit` and `find_run` return it. It holds no connection or process: a second object
+    for the same run, in another process, works the same.
+    """
 
     def __init__(self, run: Run, backend: RunBackend, watch: Watch | None = None) -> None:
         self._run = run
@@ -194,11 +203,18 @@ class SubmittedRun:
         return self._run.path
 
     def status(self) -> RunStatus:
-        """Return the run's status, from its cluster if it has one."""
+        """Return the run's status, from its cluster if it has one.
+
+        If the cluster does not answer, the last recorded state is returned, with `fresh` set to
+        False.
+        """
         return self._backend.status(self._run)
 
     def report(self) -> Report:
-        """Return the report of what the run has so far: trials, baselines, recommendation."""
+        """Return the report of what the run has so far: trials, baselines, recommendation.
+
+        For a run on remote storage, new files are downloaded first.
+        """
         self._backend.refresh(self._run)
         return build_report(self._run)
 
@@ -242,7 +258,13 @@ class SubmittedRun:
         return False
 
     def stop(self) -> str:
-        """Ask the run to save and end; return a message that says what happens."""
+        """Ask the run to save and end; return a message that says what happens.
+
+        Returns before the run has ended: use `wait` for that.
+
+        Raises:
+            RunError: The run is not active.
+        """
         return self._backend.cancel(self._run)
 
     def resume(self) -> None:

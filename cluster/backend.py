@@ -1,4 +1,9 @@
-"""Protocols that every backend implements."""
+"""Protocols that every backend implements.
+
+A backend plans, submits and watches; it never trains. Commands use only these
+protocols, so a new kind of cluster needs no change in them
+(docs/development/add-a-backend.md).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +41,11 @@ class RunStatus:
 
 
 class Watch(Protocol):
-    """A submitted run, for a caller that waits for its end."""
+    """A submitted run, for a caller that waits for its end.
+
+    `RunBackend.watch` returns it. Call `poll` regularly and `close` at the end, also after
+    an error: a watch may have a thread or a connection.
+    """
 
     detaches: bool
     """True if Ctrl-C leaves the run alone because it is in a queue and not a child of this
@@ -46,23 +55,42 @@ class Watch(Protocol):
     """The last status that the backend reported."""
 
     def poll(self) -> int | None:
-        """Return the driver's exit code once it has ended, and None before."""
+        """Return the driver's exit code once it has ended, and None before.
+
+        Never waits; a watch limits by itself how often it asks a cluster. After the end, the
+        run's final record is in its local folder.
+        """
 
     def send_signal(self, number: int) -> None:
-        """Pass a signal on to the run."""
+        """Pass a signal on to the run.
+
+        Does nothing if the run is not a child of this process (`detaches`).
+        """
 
     def close(self) -> None:
         """Stop watching and release what the watch holds."""
 
 
 class RunBackend(Protocol):
-    """The operations on a submitted run. All methods return soon: none waits for the job."""
+    """The operations on a submitted run. All methods return soon: none waits for the job.
+
+    All of them work from any process and any later shell, from what the run's folder
+    records.
+    """
 
     def resume(self, run: Run) -> None:
-        """Submit an unfinished run again."""
+        """Submit an unfinished run again.
+
+        Raises:
+            RunError: The run is still active, or may only be read.
+        """
 
     def status(self, run: Run) -> RunStatus:
-        """Return the status of a run."""
+        """Return the status of a run.
+
+        Does not raise if the cluster is unreachable: it then returns the last recorded state,
+        with `fresh` set to False.
+        """
 
     def refresh(self, run: Run, say: Say = ignore_message) -> None:
         """Download what a run has written since the last call.
@@ -71,13 +99,23 @@ class RunBackend(Protocol):
         """
 
     def pull(self, run: Run, weights: WeightSelection, say: Say) -> int:
-        """Download a run's whole record and the selected weights; return the number of files."""
+        """Download a run's whole record and the selected weights; return the number of files.
+
+        Raises:
+            RunError: There is nothing to download, because this machine sees the run itself.
+        """
 
     def watch(self, run: Run) -> Watch:
         """Return a watch on the newest submission of a run."""
 
     def cancel(self, run: Run) -> str:
-        """Ask a run to save and end; return a message that says what happens."""
+        """Ask a run to save and end; return a message that says what happens.
+
+        A job that still waits in a queue is removed from it.
+
+        Raises:
+            RunError: The run is not active.
+        """
 
 
 class Backend(RunBackend, Protocol):
@@ -88,13 +126,28 @@ class Backend(RunBackend, Protocol):
         """Return whether its machines read and write this machine's folders."""
 
     def describe_run_location(self, run: str, runs: Path) -> str:
-        """Return where a run of this name is or will be, for people."""
+        """Return where a run of this name is or will be, for people.
+
+        Args:
+            run: Id of the run.
+            runs: Folder of the runs that the user named.
+        """
 
     def resolve_runs_dir(self, requested: Path) -> Path:
         """Return the backend's folder of runs, when the user names `requested`."""
 
     def plan(self, loaded: LoadedJob, command: str) -> Plan:
-        """Return the plan of everything that would happen."""
+        """Return the plan of everything that would happen.
+
+        Writes nothing and starts nothing.
+
+        Args:
+            loaded: A checked job.
+            command: `sweep`, `train`, `compare`, `export` or `benchmark`.
+
+        Raises:
+            UserError: The job could not start.
+        """
 
     def check(self, plan: Plan) -> tuple[list[str], list[str]]:
         """Check a plan without submitting anything.
@@ -105,7 +158,18 @@ class Backend(RunBackend, Protocol):
         """
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
-        """Write the run's folder and submit the run."""
+        """Write the run's folder and submit the run.
+
+        Backends of clusters remove the folder again if the cluster surely has no job of it.
+
+        Args:
+            plan: What `plan` returned.
+            loaded: The job as the user wrote it, for the run's folder.
+            runs: What `resolve_runs_dir` returned.
+
+        Raises:
+            UserError: The submission failed.
+        """
 
 
 class Cluster(Backend, Protocol):
@@ -132,7 +196,14 @@ class Cluster(Backend, Protocol):
         """
 
     def check_site(self, runs: Path) -> Run:
-        """Submit a short job that inspects nodes and writes `findings.json` into its folder."""
+        """Submit a short job that inspects nodes and writes `findings.json` into its folder.
+
+        The caller watches the returned run like any other, and removes its folder.
+        """
 
     def kill(self, run: Run) -> None:
-        """Kill a run's jobs, waiting or running; nothing is saved."""
+        """Kill a run's jobs, waiting or running; nothing is saved.
+
+        For jobs that have nothing to save, such as the check of a site. `cancel` is for
+        everything else.
+        """

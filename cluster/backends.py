@@ -32,12 +32,23 @@ def create_local_backend(site: Site) -> Backend:
 
 
 def _get_backend_class(kind: str) -> Any:
+    # The classes are named as strings because `slurm` and `k8s` are higher layers than this
+    # package.
     module, _, name = _CLUSTERS[kind].partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def create_cluster_backend(site: LoadedSite, nodes: int | None = None) -> Cluster:
-    """Return the backend for the cluster of a site file, for a job on `nodes` nodes."""
+    """Return the backend for the cluster of a site file, for a job on `nodes` nodes.
+
+    The cluster is not contacted.
+
+    Args:
+        nodes: Value of `--nodes`. None: the site's default.
+
+    Raises:
+        PlacementRefused: The kind of cluster cannot limit a job to some nodes.
+    """
     backend: Cluster = _get_backend_class(site.site.kind)(site.site, nodes)
     return backend
 
@@ -45,7 +56,11 @@ def create_cluster_backend(site: LoadedSite, nodes: int | None = None) -> Cluste
 def get_backend(run: Run, *, trust: bool = False) -> RunBackend:
     """Return the backend that a run was submitted to.
 
-    A run that this user's lorafleet did not create is only read, unless `trust` is set.
+    A run that this user's lorafleet did not create is only read, unless `trust` is set: its
+    site.json could name any cluster or process.
+
+    Raises:
+        RunError: The record of the submission is damaged, or from a newer version.
     """
     from lorafleet.cluster.untrusted_run import UntrustedBackend
 
@@ -54,6 +69,8 @@ def get_backend(run: Run, *, trust: bool = False) -> RunBackend:
         return UntrustedBackend(reason)
     record = find_record(run)
     if record is None:
+        # Not `detect_site`: RAY_ADDRESS may be another one now, and this run needs no Ray to be
+        # read or stopped.
         return create_local_backend(detect_local_site())
     backend: Cluster = _get_backend_class(record.kind).from_record(record)
     return backend

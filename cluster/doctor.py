@@ -43,7 +43,11 @@ _CHECKED_PACKAGES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check."""
+    """The result of one check.
+
+    `missing` makes `lorafleet doctor` exit with code 3; `note` is information, for example
+    that something optional is not installed. `advice` says how to fix it.
+    """
 
     what: str
     verdict: Verdict
@@ -56,7 +60,14 @@ class Finding:
 
 
 def check_machine(runs: Path) -> list[Finding]:
-    """Run all checks on this machine."""
+    """Run all checks on this machine.
+
+    The checks read versions and files only, without importing torch or ray, so that they
+    also work in a broken environment.
+
+    Args:
+        runs: Folder of the runs; it need not exist.
+    """
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _check_python,
         _check_hardware,
@@ -143,6 +154,7 @@ def _check_disk(runs: Path) -> Iterator[Finding]:
         ("disk for runs", runs.absolute()),
         ("disk for caches", get_cache_dir()),
     ):
+        # The folder may not exist yet; its disk is that of the nearest existing parent.
         existing = next(path for path in (folder, *folder.parents) if path.exists())
         free = shutil.disk_usage(existing).free / 1e9
         is_enough = free > 5
@@ -239,7 +251,12 @@ def _check_clients() -> Iterator[Finding]:
 
 
 def check_version(report: dict[str, str], name: str, location: str) -> Finding:
-    """Check that a package has the same version remotely as on this machine."""
+    """Check that a package has the same version remotely as on this machine.
+
+    Args:
+        report: Versions by package, as the other side reports them.
+        location: Where that is, for the message.
+    """
     local_version = importlib.metadata.version(name)
     if report[name] == local_version:
         return Finding(f"{name} {location}", "ok", local_version)
@@ -252,7 +269,13 @@ def check_version(report: dict[str, str], name: str, location: str) -> Finding:
 
 
 def check_storage(report: dict[str, str], location: str, advice: str) -> Finding:
-    """Check that the remote storage is writable."""
+    """Check that the remote storage is writable.
+
+    Args:
+        report: What `inspect_storage` returned there.
+        location: Where that is, for the message.
+        advice: What to do if it is not writable.
+    """
     if report["wrong"]:
         return Finding(f"storage {location}", "missing", report["wrong"], advice)
     return Finding(f"storage {location}", "ok", f"writable, {float(report['free_gb']):.0f} GB free")

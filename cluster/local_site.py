@@ -50,6 +50,7 @@ def limit_nodes(site: RaySite, nodes: int | None) -> RaySite:
             f"--nodes is {nodes}, but {site.display_name} has only "
             f"{format_count(len(usable_nodes), 'machine')} that can run trials"
         )
+    # Ray itself is not limited: only the number of parallel trials follows from these machines.
     largest = sorted(usable_nodes, key=lambda node: (node.gpus, node.cpus), reverse=True)[:nodes]
     return site.model_copy(update={"nodes": tuple(largest)})
 

@@ -1,4 +1,9 @@
-"""Finds, lists and cleans runs in a runs folder."""
+"""Find, list and clean runs in a runs folder.
+
+There is no database: a run is a folder with a plan.json, and can be copied or deleted
+with the tools of the shell. Runs on clusters are also found by the list of submitted
+runs.
+"""
 
 from __future__ import annotations
 
@@ -59,6 +64,7 @@ def _resolve_run(runs: Path, name: str | None) -> Run:
     if name is not None and not name.strip():
         raise RunError("RUN is empty; `lorafleet list` shows the runs")
     if name:
+        # A path first: it works from any folder, also for runs outside the runs folder.
         for path in (Path(name), runs / name):
             if (path / "plan.json").is_file() and not path.is_symlink():
                 return Run(path.absolute())
@@ -113,7 +119,10 @@ def _suggest_run(name: str, candidates: list[Run]) -> str:
 
 @dataclass(frozen=True)
 class CleanResult:
-    """The result of `clean` for one run."""
+    """The result of `clean` for one run.
+
+    `bytes` is 0 if the run was kept, and `kept_because` then says why.
+    """
 
     run: str
     bytes: int
@@ -128,7 +137,11 @@ def compute_folder_bytes(folder: Path) -> int:
 
 
 def find_clean_obstacle(run: Run) -> str | None:
-    """Return why a run may not be cleaned, or None."""
+    """Return why a run may not be cleaned, or None.
+
+    Asks the cluster of a submitted run. If it does not answer, the run is kept: it may be
+    active.
+    """
     from lorafleet.cluster.backends import get_backend
     from lorafleet.cluster.submission import find_record
 
@@ -140,6 +153,8 @@ def find_clean_obstacle(run: Run) -> str | None:
             return f"it is {status.state}; stop it first with `lorafleet stop {run.id}`"
         if not status.fresh:
             return f"its cluster does not answer, so the run may still be active: {status.message}"
+    # The process of a driver on another machine cannot be checked from here; its recorded state is
+    # all there is.
     is_on_other_host = run.read_status().get("host", os.uname().nodename) != os.uname().nodename
     if run.is_alive() or (is_on_other_host and run.state in active_states and not was_submitted):
         return f"it is {run.state}; stop it first with `lorafleet stop {run.id}`"
@@ -152,7 +167,11 @@ def find_clean_obstacle(run: Run) -> str | None:
 
 
 def has_unsynced_wandb(run: Run) -> bool:
-    """Return whether a run holds offline W&B records that no `sync` has uploaded."""
+    """Return whether a run holds offline W&B records that no `sync` has uploaded.
+
+    `wandb sync` leaves a file beside each record that it has uploaded. Array tasks and arms
+    are included.
+    """
     pattern = "wandb/wandb/offline-run-*"
     offline_folders = [
         folder
@@ -174,6 +193,7 @@ def clean(run: Run, *, dry_run: bool, even_unsynced: bool = False) -> CleanResul
         return CleanResult(run.id, 0, reason)
     size = compute_folder_bytes(run.path)
     if not dry_run:
+        # A later folder of the same name must not count as created by this user's lorafleet.
         remove_run_record(run.path)
         shutil.rmtree(run.path)
     return CleanResult(run.id, size, None)

@@ -1,4 +1,9 @@
-"""The local record of a submitted run: site.json, its writers and its readers."""
+"""The local record of a submitted run: site.json, its writers and its readers.
+
+A submission is recorded before it is made, and the record is completed when the cluster
+has accepted it. Whatever is lost in between, `status` and `resume` can find out what
+happened. site.json belongs to this side: no download replaces it.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +38,11 @@ class FinalState(Spec):
 
 
 class SubmissionRecord(Spec):
-    """Contents of site.json."""
+    """Contents of site.json.
+
+    It has the site as it was at submission: the site file may be changed or deleted later,
+    and the run must still be found. Change it only with `update_record`.
+    """
 
     schema_version: int = _SCHEMA_VERSION
     """Version of this format. A file without it was written before versions were recorded."""
@@ -105,7 +114,11 @@ def read_record(run: Run) -> SubmissionRecord:
 
 
 def is_remote(run: Run) -> bool:
-    """Return whether a run's local folder is only a record of a run on remote storage."""
+    """Return whether a run's local folder is only a record of a run on remote storage.
+
+    Raises:
+        RunError: The record is damaged, or from a newer version.
+    """
     record = find_record(run)
     return record is not None and record.is_remote
 
@@ -116,7 +129,14 @@ def write_record(run: Run, record: SubmissionRecord) -> None:
 
 
 def update_record(run: Run, submission: int, **values: Any) -> None:
-    """Change values in the record of a submission; do nothing if a newer submission exists."""
+    """Change values in the record of a submission; do nothing if a newer submission exists.
+
+    Several processes may watch one run. The lock makes read and write one step, and the
+    number keeps a late answer about an old submission out of the new one's record.
+
+    Args:
+        submission: Number of the submission that the values are about.
+    """
     with files.hold_lock(run.path / ".site"):
         record = find_record(run)
         if record is not None and record.submission == submission:
@@ -128,6 +148,7 @@ def record_submission(run: Run, record: SubmissionRecord) -> None:
 
     The downloaded status of an earlier submission says nothing about this one.
     """
+    # A watch of an earlier submission may be updating the same file.
     with files.hold_lock(run.path / ".site"):
         write_record(run, record)
     status = run.read_status()
@@ -135,7 +156,10 @@ def record_submission(run: Run, record: SubmissionRecord) -> None:
 
 
 def record_final_state(run: Run, submission: int, status: RunStatus) -> RunStatus:
-    """Record how a submission ended, for when the cluster has forgotten it; return the status."""
+    """Record how a submission ended, for when the cluster has forgotten it; return the status.
+
+    Slurm forgets jobs after some minutes, and Ray's head node when it restarts.
+    """
     final_state = FinalState(state=status.state, sentence=status.message)
     update_record(run, submission, last=final_state)
     return status
@@ -148,7 +172,14 @@ def read_last_status(run: Run) -> RunStatus | None:
 
 
 def infer_unknown_status(run: Run, explanation: str) -> RunStatus:
-    """Return the status of a run that the cluster does not know: not yet, or not any more."""
+    """Return the status of a run that the cluster does not know: not yet, or not any more.
+
+    The order matters: never accepted, then the recorded end, then a stop that was asked
+    for, then what the run itself wrote last. Otherwise the run counts as failed.
+
+    Args:
+        explanation: Why the cluster does not know it, for the message.
+    """
     record, state, reason = read_record(run), run.state, str(run.read_status().get("reason") or "")
     if not record.handed_over:
         return RunStatus(state, "it was not submitted: submit it with `lorafleet resume`")
@@ -169,6 +200,9 @@ def infer_unknown_status(run: Run, explanation: str) -> RunStatus:
 
 def compute_exit_code(run: Run, status: RunStatus, driver_code: int | None) -> int:
     """Return the shell's exit code for a run that has ended.
+
+    The same codes as for a local run. They follow from the recorded states, because a
+    cluster passes on only success and failure.
 
     Args:
         driver_code: The driver's own exit code, if known.
@@ -219,6 +253,7 @@ def write_run(plan: Plan, loaded: LoadedJob, runs: Path, share: str = "none") ->
         files.write_text(run.path / "resolved.json", dump_resolved(loaded))
         files.write_json(run.path / "plan.json", plan.model_dump(mode="json"))
     except BaseException as error:
+        # A folder without its plan would be no run, and nothing would ever remove it.
         shutil.rmtree(run.path, ignore_errors=True)
         disk_error = make_disk_full_error(error, runs, "run the command again")
         if disk_error is not None:

@@ -28,12 +28,16 @@ def add(run: Run, site: str) -> None:
     try:
         row = {"time": time.time(), "run": run.id, "path": str(run.path), "site": site}
         files.append_jsonl(get_registry_path(), row)
+    # The run is submitted, and can still be found in its folder.
     except OSError:
         return
 
 
 def list_submitted_runs() -> list[Run]:
-    """Return the listed runs whose folders still exist, newest first."""
+    """Return the listed runs whose folders still exist, newest first.
+
+    Runs that were resumed are listed once.
+    """
     paths = dict.fromkeys(
         str(row["path"]) for row in reversed(files.read_jsonl(get_registry_path()))
     )

@@ -11,7 +11,12 @@ from lorafleet.jobs.runs.trust import format_refusal
 
 
 class UntrustedBackend:
-    """Backend of an untrusted run: reports what its files say and contacts nothing they name."""
+    """Backend of an untrusted run: reports what its files say and contacts nothing they name.
+
+    `get_backend` returns it for a run that was copied or created by someone else. Its files
+    could name any process, queue or cluster, so everything but reading is refused
+    (docs/security.md).
+    """
 
     def __init__(self, reason: str) -> None:
         self.reason = reason

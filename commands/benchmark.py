@@ -83,6 +83,7 @@ def benchmark(
         _parse_numbers("--batch-sizes", batch_sizes),
         _parse_numbers("--lengths", lengths),
     )
+    # Either option alone selects the extra measurements; the other one then has its default.
     points = (
         tuple((size, length) for length in tokens or (64,) for size in sizes or (1,))
         if sizes or tokens
@@ -126,7 +127,15 @@ def benchmark(
 
 
 def _parse_numbers(option: str, text: str | None) -> tuple[int, ...]:
-    """Return the numbers of a comma-separated option. Raises UserError for anything else."""
+    """Return the numbers of a comma-separated option. Raises UserError for anything else.
+
+    Args:
+        option: Name of the option, for the message.
+        text: Value of the option. None or empty: no numbers.
+
+    Returns:
+        The numbers in their order, each once.
+    """
     from lorafleet.jobs.errors import UserError
 
     items = [item.strip() for item in (text or "").split(",") if item.strip()]

@@ -68,7 +68,10 @@ def chat(
 
 
 def _read_lines() -> Iterator[str]:
-    """Yield lines from the keyboard or from a pipe."""
+    """Yield lines from the keyboard or from a pipe.
+
+    The prompt goes to standard error, so that a pipe on standard output gets answers only.
+    """
     while True:
         if sys.stdin.isatty():
             print_text("> ", nl=False, err=True)

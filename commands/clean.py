@@ -58,5 +58,6 @@ def clean(
             print_text(
                 f"{'would free' if dry_run else 'freed'}  {result.bytes / 1e6:.1f} MB  {result.run}"
             )
+    # Only for a run that was named. With --older-than, keeping some runs is a normal result.
     if run is not None and results[0].kept_because:
         raise typer.Exit(ExitCode.GATE_REFUSED)

@@ -1,5 +1,8 @@
-"""The `lorafleet` command. Importing it loads neither torch, ray nor transformers, so it starts
-quickly.
+"""The `lorafleet` command: all commands, and how errors become messages and exit codes.
+
+Importing this module loads neither torch, ray nor transformers, so the command starts
+quickly. An error of the user is one message without a traceback; an error of lorafleet
+is written to a file that the message names.
 """
 
 from __future__ import annotations
@@ -95,8 +98,10 @@ _COMMANDS: tuple[tuple[str, Callable[..., object], str], ...] = (
     ("clean", clean.clean, _MANAGE),
     ("sync", sync.sync, _MANAGE),
 )
+# In the order of the help page.
 for _name, _function, _panel in _COMMANDS:
     app.command(_name, rich_help_panel=_panel)(expand_options(_function))
+# Hidden commands are started by lorafleet itself, in drivers and in scripts of jobs.
 app.command("exec", hidden=True)(execute.execute)
 app.command("measure", hidden=True)(measure.measure)
 app.add_typer(node.node, hidden=True)
@@ -118,7 +123,10 @@ def _apply_global_options(
 
 
 def main() -> None:
-    """Run a command, and close its log at the end."""
+    """Run a command, and close its log at the end.
+
+    The entry point of the console script. Ends the process with one of `ExitCode`.
+    """
     try:
         _run_command()
     finally:
@@ -137,11 +145,14 @@ def _run_command() -> None:
         print_message("\n".join(shorten_text(line) for line in str(error).split("\n")))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        # Not imported here: if no command has loaded it, there is no driver to interrupt.
         local_backend = sys.modules.get("lorafleet.cluster.local")
         if local_backend is not None:
             local_backend.interrupt_drivers()
         sys.exit(ExitCode.INTERRUPTED)
     except BrokenPipeError:
+        # The reader of a pipe has gone, as with `| head`. Python would fail again when it flushes
+        # at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.OK)
     except OSError as error:
@@ -149,6 +160,8 @@ def _run_command() -> None:
         if disk_full_error is not None:
             print_message(str(disk_full_error))
             sys.exit(ExitCode.USER_INPUT)
+        # A path of the user that cannot be opened is the user's mistake; any other system error is
+        # a bug.
         if (
             error.errno not in _PATH_ERRNOS
             or error.filename is None

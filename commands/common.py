@@ -1,4 +1,9 @@
-"""Options and output functions that commands share."""
+"""Options and output functions that commands share.
+
+Options are `Annotated` types, so that an option has the same name, help and default in
+every command. All output passes through `print_text`, `print_json` or a `Screen`, which
+neutralise control characters.
+"""
 
 from __future__ import annotations
 
@@ -93,8 +98,14 @@ DEFAULT_RUNS = Path("runs")
 def get_backend(on: str | None, nodes: int | None, chain: int | None = None) -> Backend:
     """Return the backend of this machine, or of the cluster that `--on` names.
 
+    Args:
+        on: Value of `--on`. None: this machine, or the Ray that RAY_ADDRESS names.
+        nodes: Value of `--nodes`.
+        chain: Value of `--max-walltime-chain`.
+
     Raises:
-        UserError: `chain` is set without `on`: only clusters have time limits.
+        UserError: `chain` is set without `on` (only clusters have time limits), or the site
+            cannot be loaded.
     """
     from lorafleet.cluster.backends import create_local_backend
     from lorafleet.jobs.errors import UserError
@@ -119,6 +130,7 @@ def load_cluster(on: str, nodes: int | None, chain: int | None = None) -> Cluste
     from lorafleet.jobs.loading.site_file import load_site
 
     loaded = load_site(on)
+    # Printed before anything of the site is used.
     print_message(f"site {loaded.site.name} from {', extending '.join(map(str, loaded.files))}")
     loaded.check_nodes(nodes)
     return create_cluster_backend(loaded.apply_chain(chain) if chain else loaded, nodes)
@@ -151,7 +163,11 @@ def make_console() -> Console:
 
 
 def print_message(text: str) -> None:
-    """Print one line to standard error: progress and notes, apart from the data."""
+    """Print one line to standard error: progress and notes, apart from the data.
+
+    The line is also written to the log of the client.
+    """
+    # PRINTED keeps --verbose from printing the line a second time.
     logging.getLogger(__name__).info("%s", text, extra=client_log.PRINTED)
     print_text(text, err=True)
 
@@ -172,10 +188,12 @@ def print_text(text: object = "", *, nl: bool = True, err: bool = False) -> None
 def exit_on_signals() -> Iterator[None]:
     """End the block on SIGTERM and SIGHUP as an exception does, so that clean-up runs.
 
-    Partial output is removed. A signal that the process ignores stays ignored.
+    Partial output is removed. A signal that the process ignores stays ignored, as under
+    nohup. For commands that work in their own process, without a driver.
     """
 
     def raise_exit(number: int, _frame: object) -> None:
+        # The exit code that a shell reports for a process that a signal has ended.
         raise SystemExit(128 + number)
 
     handled = [
@@ -200,7 +218,10 @@ def silence_libraries() -> None:
 
 
 def print_json(value: Any) -> None:
-    """Print data for programs as JSON; values that are NaN or infinite become null."""
+    """Print data for programs as JSON; values that are NaN or infinite become null.
+
+    NaN is not JSON: most parsers would refuse the whole document.
+    """
     from lorafleet.jobs.files import replace_non_finite
 
     typer.echo(
@@ -252,6 +273,8 @@ def report_option_errors(options: Mapping[str, str] | None = None) -> Iterator[N
     except JobFileError as error:
         messages = []
         for problem in error.problems:
+            # Messages begin with the field and its value, by convention; the option takes the
+            # field's place.
             field = next(
                 (name for name in options or {} if problem.sentence.startswith(f"{name} is")), ""
             )

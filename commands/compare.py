@@ -40,6 +40,8 @@ def compare(what: JobOrRuns, options: LaunchOptions, into: OutputDir = None) -> 
     Either ends with a table and a decision.
     """
     first = Path(what[0])
+    # A name that ends in .yaml is a job file even if it does not exist: the error should then say
+    # so.
     if first.suffix in (".yaml", ".yml") or first.is_file():
         _refuse_useless_options(
             {"--output": into is not None}, "of a job file, because its run has a report/ folder"
@@ -61,7 +63,14 @@ def compare(what: JobOrRuns, options: LaunchOptions, into: OutputDir = None) -> 
 
 
 def _refuse_useless_options(options: dict[str, bool], reason: str) -> None:
-    """Raise UserError for options that would do nothing."""
+    """Raise UserError for options that would do nothing.
+
+    An ignored option would let the user believe that something else is compared.
+
+    Args:
+        options: Option -> whether it is set.
+        reason: Ends the message: of what the comparison is.
+    """
     from lorafleet.jobs.errors import UserError
 
     useless = [name for name, is_set in options.items() if is_set]
@@ -82,7 +91,9 @@ def _compare_runs(
 
     selected_runs = [find_run(runs, name) for name in names]
     for run in selected_runs:
+        # Without --trust: comparing reads files only, and an untrusted run is not refreshed.
         get_backend(run).refresh(run, print_message)
+    # Two names may be the same run.
     if len({run.path for run in selected_runs}) < 2:
         raise UserError(
             f"compare has only the run {names[0]}, but needs a job file, or at least two runs"

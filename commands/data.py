@@ -73,7 +73,11 @@ def data(
 
 
 def _convert_gguf(job: JobSpec) -> None:
-    """Convert a GGUF model if that was not done yet: its tokenizer is inside the file."""
+    """Convert a GGUF model if that was not done yet: its tokenizer is inside the file.
+
+    The only step of this command that loads torch. A model that is not on this machine is
+    left alone.
+    """
     from lorafleet.jobs.data.hub import get_converted_folder, get_model_folder
     from lorafleet.jobs.errors import AssetError
 
@@ -88,7 +92,11 @@ def _convert_gguf(job: JobSpec) -> None:
 
 
 def render_report(report: DataReport, *, coloured: bool) -> RenderableType:
-    """Lay out a report for a terminal. Without colours, learnt tokens stand between « and »."""
+    """Lay out a report for a terminal. Without colours, learnt tokens stand between « and ».
+
+    Args:
+        coloured: The output has colours. False for pipes and files.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -182,7 +190,11 @@ def _draw_bars(split: SplitReport) -> list[str]:
 
 
 def _list_findings(split: SplitReport) -> list[RenderableType]:
-    """Return the oddities of a split, one list item each."""
+    """Return the oddities of a split, one list item each.
+
+    Returns:
+        The lines to print, with a heading; empty if there is nothing to say.
+    """
     from rich.text import Text
 
     from lorafleet.jobs.text import format_count
@@ -215,7 +227,11 @@ def _list_findings(split: SplitReport) -> list[RenderableType]:
 
 
 def _render_row(row: ShownRow, *, coloured: bool) -> list[Text]:
-    """Lay out one row as tokens: `·` between tokens, `↵` for a line feed."""
+    """Lay out one row as tokens: `·` between tokens, `↵` for a line feed.
+
+    Long examples are cut after 600 tokens. A row of several examples has a heading for
+    each.
+    """
     from rich.text import Text
 
     class_text = f", class {row.label}" if row.label else ""
@@ -226,6 +242,7 @@ def _render_row(row: ShownRow, *, coloured: bool) -> list[Text]:
         line = Text()
         was_learnt = False
         for index, token in enumerate(tokens[:_MAX_TOKENS_SHOWN]):
+            # The mark also separates the tokens, so no `·` is needed.
             if token.learnt != was_learnt and not coloured:
                 line.append("«" if token.learnt else "»")
             elif index:

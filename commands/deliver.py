@@ -1,5 +1,7 @@
-"""Submit an export or a benchmark as a job of its own on a cluster, and print an export's
-result.
+"""Submit an export or a benchmark as a job of its own on a cluster.
+
+The job runs where the run's weights are: on a cluster with a shared disk or on the
+storage of a remote one. It is a run too, with a driver, a log and a folder.
 """
 
 from __future__ import annotations
@@ -37,6 +39,14 @@ def submit_delivery(
     Args:
         command: `export` or `benchmark`.
         delivery: The request; `delivery.run` is the run as the user names it.
+        on: Value of `--on`.
+        detach: Print the id of the new run and return.
+        wait: Show no live view.
+        trust: The run may be one that was not created here.
+
+    Raises:
+        UserError: The site does not have the run, or cannot write to the output folder.
+        typer.Exit: With the exit code, unless `detach` is set.
     """
     from lorafleet.cluster.run_index import find_run
     from lorafleet.commands.watch import follow
@@ -48,6 +58,7 @@ def submit_delivery(
     delivery = delivery.model_copy(update={"run": _resolve_run_on_cluster(source, backend, on)})
     loaded = _derive_job(source, command, delivery, backend)
     plan = backend.plan(loaded, command).model_copy(update={"delivery": delivery})
+    # `delivery` is part of plan.json, which is all that the driver reads.
     run = backend.submit(plan, loaded, backend.resolve_runs_dir(runs))
     if detach:
         print_text(run.id)
@@ -101,6 +112,7 @@ def _derive_job(source: Run, command: str, delivery: ExportRequest, backend: Clu
     from lorafleet.jobs.loading.job_file import load_derived
 
     job = load_local_job(source)
+    # Only TensorRT needs a GPU.
     on_gpu = "tensorrt" in delivery.targets and backend.shares_disk
     resources = {
         "cpus_per_worker": max(1, delivery.threads),

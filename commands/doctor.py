@@ -57,7 +57,14 @@ def doctor(
 
 
 def _check_nodes(on: str, nodes: int | None, runs: Path) -> list[Finding]:
-    """Submit the check as a job, wait for it, and remove its folder."""
+    """Submit the check as a job, wait for it, and remove its folder.
+
+    An interrupt kills the job, which has nothing to save.
+
+    Raises:
+        UserError: The job ended before it checked anything; the message has the end of its
+            log.
+    """
     import contextlib
     import shutil
     import time
@@ -71,6 +78,7 @@ def _check_nodes(on: str, nodes: int | None, runs: Path) -> list[Finding]:
     run = backend.check_site(folder)
     last_message, code = "", None
     try:
+        # Backends without a shared disk have done their checks already.
         report = files.read_json(run.path / "findings.json")
         watch = None if report else backend.watch(run)
         while watch and (code := watch.poll()) is None:
@@ -81,6 +89,7 @@ def _check_nodes(on: str, nodes: int | None, runs: Path) -> list[Finding]:
             time.sleep(0.5)
         report = report or files.read_json(run.path / "findings.json")
         if watch and not report:
+            # A job that ended before its driver has written only Slurm's output file.
             log = (run.path / "logs" / "driver.log", *sorted((run.path / "slurm").glob("*.out")))
             log_end = "\n".join(
                 path.read_text(errors="replace")[-1500:] for path in log if path.is_file()

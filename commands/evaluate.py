@@ -1,4 +1,8 @@
-"""`lorafleet evaluate`: compare adapters, models and runs on the same rows in one table."""
+"""`lorafleet evaluate`: compare adapters, models and runs on the same rows in one table.
+
+An evaluation is a comparison whose arms train nothing. It has a run folder and a driver
+like any other, so intervals, reports and ratings come from the same code.
+"""
 
 from __future__ import annotations
 
@@ -130,13 +134,17 @@ def _derive_job(
     check_prompts([run for _, run in models if run is not None], base)
     for model, _ in models:
         check_base(model, base)
+    # Only fields that were set: a default that is written out would count as the user's wish.
     rows = get_set_fields(base)["data"]
     if data is not None:
         _check_data(data)
         rows["test_file"] = str(data.absolute())
+        # A limit for the job's own test rows says nothing of the rows that the user names.
         rows.pop("max_test_samples", None)
+    # New rows may have fewer classes or another order than those that the heads were trained on.
     if labels and base.data.labels is None:
         rows["labels"] = labels
+    # A single score means little; the base shows what the training has changed.
     baseline = [ModelArm("base", {"method": "base"})] if len(models) == 1 else []
     arms = name_arms([model for model, _ in models] + baseline)
     metric = base.metric.model_dump()
@@ -147,7 +155,10 @@ def _derive_job(
 
 
 def _check_data(path: Path) -> None:
-    """Raise UserError if --data is not a file of rows."""
+    """Raise UserError if --data is not a file of rows.
+
+    The loader would name the job's field `data.test_file`, which the user has not written.
+    """
     from lorafleet.jobs import files
     from lorafleet.jobs.data.data_files import DATA_SUFFIXES, get_data_suffix
     from lorafleet.jobs.errors import UserError
@@ -187,7 +198,11 @@ _PROMPT_FIELDS = ("chat_template", "chat_template_kwargs", "system_prompt")
 
 
 def check_prompts(runs: list[Run], job: JobSpec) -> None:
-    """Raise UserError if a run was trained with prompts other than the job's."""
+    """Raise UserError if a run was trained with prompts other than the job's.
+
+    Chat template, its variables and the system message are compared. Classifiers have no
+    prompts.
+    """
     from lorafleet.evaluation.report.search import load_run_job
     from lorafleet.jobs.errors import UserError
 
@@ -205,7 +220,14 @@ def check_prompts(runs: list[Run], job: JobSpec) -> None:
 
 
 def _resolve_model(argument: str, runs: Path, *, trust: bool) -> tuple[ModelArm, Run | None]:
-    """Return (the model that an argument names, the run it comes from or None)."""
+    """Return (the model that an argument names, the run it comes from or None).
+
+    Args:
+        argument: RUN, RUN:TRIAL, a folder, a hub id or asset:NAME.
+
+    Raises:
+        UserError: The argument names nothing that can be evaluated.
+    """
     from lorafleet.cluster.run_index import find_run
     from lorafleet.evaluation.report.model_of_run import select_model
     from lorafleet.evaluation.report.search import load_run_job
@@ -217,6 +239,7 @@ def _resolve_model(argument: str, runs: Path, *, trust: bool) -> tuple[ModelArm,
         make_run_arm,
     )
 
+    # A folder with status.json is a run; any other folder is an adapter or a model.
     folder = Path(argument).expanduser()
     if folder.is_dir() and not (folder / "status.json").is_file():
         return make_folder_arm(folder), None

@@ -1,4 +1,8 @@
-"""`lorafleet exec RUN`: the driver of a run. A backend starts it, never a person."""
+"""`lorafleet exec RUN`: the driver of a run. A backend starts it, never a person.
+
+The same command on every backend. With `--job`, it first creates the run's folder from
+a bundle, because the submitting machine cannot write to the cluster's storage.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +38,7 @@ def execute(
     from lorafleet.jobs.runs.run import Run
     from lorafleet.jobs.runs.tracebacks import set_current_run
 
+    # Absolute, because the driver changes its working directory.
     selected_run = Run(run.absolute())
     set_current_run(selected_run.path)
     if job is not None:
@@ -46,6 +51,8 @@ def execute(
         confirm_trust(selected_run, "exec", trust=trust)
     try:
         code = _create_driver(selected_run).execute()
+    # In a Slurm job this is normal: the queue may start a job again while its first start is alive.
+    # The code tells the batch script that the run is not over.
     except HasDriver as error:
         if not get_allocation():
             raise
@@ -57,6 +64,7 @@ def execute(
 def _create_driver(run: Run) -> Driver:
     from lorafleet.jobs import files
 
+    # Each driver is imported only when it is needed: an export must not load Ray.
     command = files.read_json(run.path / "plan.json").get("command")
     if command in ("export", "benchmark"):
         from lorafleet.deployment.driver import DeliveryDriver
@@ -82,6 +90,7 @@ def _convert_exit_code(run: Run, code: int) -> int:
     from lorafleet.jobs.errors import ExitCode
     from lorafleet.jobs.runs.run import RunState
 
+    # A user's request has text in the file; a signal leaves it empty.
     stop_file = run.path / "stop"
     ended_by_user = stop_file.is_file() and bool(stop_file.read_text())
     is_finished = (
@@ -104,6 +113,7 @@ def _unpack_run(folder: Path, document: Path) -> Run:
 
     run = unpack(folder, document)
     _tee_output(run.path / "logs" / "driver.log")
+    # Set for sites without internet access, whose inputs were uploaded.
     if not os.environ.get("HF_HUB_OFFLINE"):
         fetch_job(read_plan(run.path / "plan.json").job, print_message)
     address, nodes = os.environ.get("RAY_ADDRESS"), int(os.environ.get("LF_NODES") or 0)
@@ -118,6 +128,9 @@ def _tee_output(log: Path) -> None:
     A cluster deletes its own logs together with the job.
     """
     log.parent.mkdir(exist_ok=True)
+    # A process, because output of child processes and C libraries must be copied too. `-i` and a
+    # session of its own keep signals away from it, so that it outlives this process and writes the
+    # last lines.
     tee = subprocess.Popen(
         ["tee", "-i", "-a", str(log)], stdin=subprocess.PIPE, start_new_session=True
     )

@@ -106,6 +106,7 @@ def export(
         trial_id=trial_id,
         output=str(output.absolute()) if output else "",
         targets=tuple(_parse_targets(to or (_BUDGET_TARGETS if budget else _DEFAULT_TARGETS))),
+        # 0 threads: do not measure.
         threads=threads if measure else 0,
         held_out=rows,
         budget=budget,
@@ -122,14 +123,16 @@ def export(
     selected_run = find_run(runs, name)
     confirm_trust(selected_run, "export", trust=trust)
     export_dir = (output or selected_run.path / "export").absolute()
+    # Libraries print greetings, and standard output is for programs.
     with (
         exit_on_signals(),
         redirect_stdout(sys.stderr),
-    ):  # libraries print greetings; stdout is for programs
+    ):
         exported = run_delivery(
             select_model(selected_run, trial_id), delivery, export_dir, print_message
         )
     print_export(exported, form)
+    # 3 if a target was rejected: a script must not ship it unseen.
     raise typer.Exit(exported.code)
 
 

@@ -57,6 +57,7 @@ def fetch(
     from lorafleet.jobs.errors import UserError
     from lorafleet.jobs.loading.job_file import load_job
 
+    # Loaded first: on a Slurm site it sets the cache folder that the assets are looked for in.
     target_cluster = load_cluster(on, None) if on is not None else None
     if show_list:
         return _list_assets(output)
@@ -67,6 +68,7 @@ def fetch(
             "fetch needs a JOB.yaml or asset:NAME; `lorafleet fetch --list` shows the assets"
         )
     for name in what or []:
+        # A frequent slip. Without this check the name would be read as a job file.
         if name in ASSETS:
             raise UserError(
                 f"{name!r} is the name of a data set or model: did you mean {PREFIX}{name}?"
@@ -173,6 +175,7 @@ def _copy_examples() -> None:
         return
     for path in [*sorted(source.glob("*.yaml")), *sorted(source.glob("sites/*.yaml"))]:
         copy = target / path.relative_to(source)
+        # The user may have edited the copy.
         if copy.exists():
             print_message(f"kept {copy}: it exists already")
         else:

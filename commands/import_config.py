@@ -154,6 +154,8 @@ def _render_valid_job(translation: Translation, path: Path, file: Path) -> str:
     from lorafleet.jobs.loading.importers import drop_refused_fields
     from lorafleet.jobs.loading.job_file import load_text
 
+    # A value that is valid in the other tool may be invalid here. Refused fields are dropped one
+    # round after another, and listed, until the rest is a valid job.
     while True:
         body = yaml.safe_dump(translation.tree, sort_keys=False, allow_unicode=True)
         try:
@@ -200,7 +202,11 @@ def _read_experiment(path: Path) -> Experiment:
 
 
 def _read_blocks(file: Path) -> dict[str, Any]:
-    """Return the top-level blocks of a YAML file. Raises JobFileError."""
+    """Return the top-level blocks of a YAML file. Raises JobFileError.
+
+    Read with YAML 1.2 like job files, so `1e-4` is a number and `no` is a text. JSON is
+    read too.
+    """
     from lorafleet.jobs import yaml12
     from lorafleet.jobs.errors import JobFileError, Problem
     from lorafleet.jobs.loading.job_file import read_text
@@ -252,7 +258,10 @@ def _complete_translation(translation: Translation, job: Path | None, file: Path
 
 
 def _merge_trees(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Merge two trees; values of `above` win."""
+    """Merge two trees; values of `above` win.
+
+    Blocks are merged key by key; lists and other values are replaced as a whole.
+    """
     merged = dict(below)
     for key, value in above.items():
         inner = merged.get(key)

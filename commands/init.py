@@ -1,4 +1,8 @@
-"""`lorafleet init`: write a commented job file for the user's own data."""
+"""`lorafleet init`: write a commented job file for the user's own data.
+
+It guesses columns from usual names and lengths from the model, and loads the result
+before it writes it. With --site it writes a site file from what the cluster reports.
+"""
 
 from __future__ import annotations
 
@@ -148,6 +152,7 @@ def init(
     base = _make_model_relative(model, output) if model else _MODELS[task]
     render_text = partial(_render_job_file, name, task, base, data, columns, output)
     with report_option_errors(_OPTIONS):
+        # Rendered twice: the model's positions are known only after the job has been read once.
         length = _compute_max_length(task, load_text(render_text(_LENGTH[task], ""), output).job)
         loaded = load_text(render_text(length, ""), output)
         check_names(loaded)
@@ -163,6 +168,7 @@ def init(
     text = render_text(
         length, counts, _compute_max_t(_count_examples(loaded.job, rows), loaded.job)
     )
+    # The final text is loaded once more: a file that `init` wrote must never be invalid.
     load_text(text, output)
     files.write_text(output, text)
     print_text(f"{output}  ({counts})")
@@ -230,6 +236,7 @@ def _resolve_columns(
 
     if not train_file.is_file():
         raise DataError(f"--train-file is {train_file}, but {files.describe_non_file(train_file)}")
+    # One row is enough to see the columns, and the file may be large.
     first = next(
         (record for _, record in read_records(train_file) if isinstance(record, dict)), None
     )
@@ -265,7 +272,13 @@ def _resolve_columns(
 
 
 def _refuse_columns(task: TaskName, requested: dict[str, str | None]) -> None:
-    """Raise UserError for columns that the task does not read or that do not go together."""
+    """Raise UserError for columns that the task does not read or that do not go together.
+
+    The job file would ignore them, and train on other columns than the user thinks.
+
+    Args:
+        requested: Name of the field -> column that the user named, or None.
+    """
     from lorafleet.jobs.errors import UserError
 
     requested_names = {name for name, column in requested.items() if column}
@@ -344,7 +357,14 @@ def _count_examples(job: JobSpec, rows: Rows) -> int:
 
 
 def _compute_max_t(train_rows: int, job: JobSpec) -> int:
-    """Return a search's budget per trial: two epochs, at most 10,000 rows, in whole steps."""
+    """Return a search's budget per trial: two epochs, at most 10,000 rows, in whole steps.
+
+    At least nine steps, so that three rungs with a reduction factor of 3 have different
+    steps.
+
+    Args:
+        train_rows: Examples of one epoch.
+    """
     batch = job.train.compute_effective_batch_size(1)
     return max(batch * 9, min(2 * train_rows, 10_000) // batch * batch)
 
@@ -426,7 +446,12 @@ def _make_relative(path: Path, folder: Path) -> str:
 
 
 def _make_model_relative(model: str, output: Path) -> str:
-    """Return a model folder as the job file writes it. Hub ids and assets stay unchanged."""
+    """Return a model folder as the job file writes it. Hub ids and assets stay unchanged.
+
+    Args:
+        model: Value of `--model`.
+        output: The job file; its folder is what paths are relative to.
+    """
     from lorafleet.jobs import files
 
     is_folder = model.startswith((".", "/", "~")) or Path(model).is_dir()
@@ -439,11 +464,15 @@ def _make_model_relative(model: str, output: Path) -> str:
 
 
 def _quote_yaml(text: str) -> str:
-    """Return a text as a YAML scalar, quoted only where necessary."""
+    """Return a text as a YAML scalar, quoted only where necessary.
+
+    A text such as `no` or `1e3` is quoted, because YAML would read it as something else.
+    """
     import json
     import re
 
     from lorafleet.jobs.yaml12 import parse_scalar
 
     is_plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./:-]*", text) and not text.endswith(":")
+    # A JSON string is a valid double-quoted YAML scalar.
     return text if is_plain and parse_scalar(text) == text else json.dumps(text, ensure_ascii=False)

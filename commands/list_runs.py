@@ -65,7 +65,11 @@ _COLUMNS = ("run", "state", "on", "created", "trials", "ended", "mb")
 
 
 def _build_row(run: Run) -> dict[str, object]:
-    """Return a run's row of the table. Raises RunError if its files are damaged."""
+    """Return a run's row of the table. Raises RunError if its files are damaged.
+
+    Reads local files only: no cluster is contacted, so the list is quick and works offline.
+    The state of a submitted run is the last recorded one.
+    """
     from lorafleet.cluster.run_index import compute_folder_bytes
     from lorafleet.cluster.submission import find_record
 

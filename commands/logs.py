@@ -40,6 +40,7 @@ def logs(
     offsets: dict[Path, int] = {}
     backend.refresh(selected_run, print_message)
     refreshed_at = time.monotonic()
+    # Asked before the first print: lines that are written in between are printed in the next round.
     is_live = follow and _is_live(backend, selected_run)
     while True:
         for line in _read_new_lines(_list_log_files(selected_run, trial), offsets):
@@ -60,7 +61,10 @@ _REFRESH_SECONDS = 5.0
 
 
 def _is_live(backend: RunBackend, run: Run) -> bool:
-    """Return True if more may be written to the run's logs."""
+    """Return True if more may be written to the run's logs.
+
+    A pending run counts: its driver may start at any moment.
+    """
     from lorafleet.jobs.runs.run import RunState
 
     return backend.status(run).state in (RunState.PENDING, RunState.RUNNING)
@@ -101,6 +105,8 @@ def _read_new_lines(files: list[Path], offsets: dict[Path, int]) -> Iterator[str
         if not path.is_file():  # opening a named pipe would block
             continue
         with path.open(errors="replace") as file:
+            # Offsets instead of open files: a download replaces a file by a new one with the same
+            # beginning.
             file.seek(offsets.get(path, 0))
             for line in file:
                 yield (
@@ -114,7 +120,8 @@ def _read_new_lines(files: list[Path], offsets: dict[Path, int]) -> Iterator[str
 def _format_record(line: str) -> str:
     """Format a JSON record as text: `14:03:22 step=42 accuracy=0.743 ...`.
 
-    Other lines stay unchanged.
+    Other lines stay unchanged. Missing values and those that are only for programs are left
+    out.
     """
     try:
         row = json.loads(line)

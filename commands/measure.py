@@ -1,4 +1,9 @@
-"""`lorafleet measure`: measure a model's speed in a fresh process; comparisons start it."""
+"""`lorafleet measure`: measure a model's speed in a fresh process.
+
+`measure_in_subprocess` starts it; its request and result are JSON. Requests: `pace`
+(seconds per training row), `inference`, `artefact` (an exported model) and `answers`
+(an exported model's answers to prompts).
+"""
 
 from __future__ import annotations
 

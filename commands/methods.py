@@ -23,7 +23,11 @@ def methods(output: Output = Format.TEXT, runs: AnyRuns = DEFAULT_RUNS) -> None:
 
 
 def format_table() -> str:
-    """Return the table as text, with limits as numbered notes below it."""
+    """Return the table as text, with limits as numbered notes below it.
+
+    The table comes from the same rules that refuse a job, so it cannot disagree with them.
+    `scripts/make_docs.py` uses the rules for docs/methods.md.
+    """
     from lorafleet.jobs.schema.compatibility import build_support_table
     from lorafleet.jobs.schema.types import METHODS, STRATEGIES
 
@@ -54,6 +58,11 @@ def format_table() -> str:
 
 
 def _number_notes(limits: tuple[str, ...], notes: dict[str, int]) -> str:
-    """Return the note numbers of some limits, such as ` [2,5]`; new limits are added to `notes`."""
+    """Return the note numbers of some limits, such as ` [2,5]`; new limits are added to `notes`.
+
+    Args:
+        limits: Texts of the limits.
+        notes: Text -> number, in the order in which they appear.
+    """
     numbers = sorted(notes.setdefault(limit, len(notes) + 1) for limit in limits)
     return f" [{','.join(map(str, numbers))}]" if numbers else ""

@@ -114,6 +114,7 @@ def send(
     have = {
         name: (size, changed) for name, (size, changed) in json.loads(sys.stdin.readline()).items()
     }
+    # An unknown word, from a client of another version, sends no weights.
     which: WeightSelection = next(
         (choice for choice in get_args(WeightSelection) if choice == weights), "none"
     )

@@ -1,4 +1,8 @@
-"""Options that several commands share, as one object, and the options of every command."""
+"""Options that several commands share, as one object, and the options of every command.
+
+Typer reads a command's signature. `expand_options` builds that signature, so that
+commands can take `LaunchOptions` instead of eight parameters.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +38,10 @@ Verbose = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """Where a run starts, and how it is followed."""
+    """Where a run starts, and how it is followed.
+
+    Each field becomes an option of the command. Used by the commands that start a run.
+    """
 
     runs: Runs = DEFAULT_RUNS
     on: On = None
@@ -78,10 +85,12 @@ def expand_options(command: Callable[..., object]) -> Callable[..., object]:
             values[name] = kind(**{field.name: values.pop(field.name) for field in fields(kind)})
         return command(**values)
 
+    # Typer looks at both: the signature for order and defaults, the annotations for types.
     run_command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run_command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run_command
 
 
 def _make_option(name: str, annotation: Any, default: Any) -> Parameter:
+    # Keyword-only parameters may have defaults in any order. Typer calls commands by keyword.
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

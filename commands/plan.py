@@ -72,6 +72,8 @@ def plan(
                 )
             ],
         )
+    # Without options the command follows from the job's blocks, and a search comes before a
+    # comparison.
     is_comparison = compare or (
         loaded.job.compare is not None and loaded.job.search is None and not train
     )
@@ -80,6 +82,7 @@ def plan(
     )
     backend = get_backend(on, nodes)
     job_plan = backend.plan(loaded, command)
+    # After the plan: a job that the cluster refuses can still be looked at.
     refused, unchecked = backend.check(job_plan)
     if output is PlanFormat.YAML:
         _print_manifest(job_plan, unchecked, refused)
@@ -96,6 +99,7 @@ def plan(
         )
         raise typer.Exit(ExitCode.GATE_REFUSED if refused else ExitCode.OK)
     print_notes(loaded.notes)
+    # The plan's notes begin with those of the job, which are printed already.
     for note in job_plan.notes[len(loaded.notes) :]:
         print_message(f"note: {note}")
     screen = make_console()
@@ -166,6 +170,7 @@ def render_plan(job_plan: Plan, width: int) -> RenderableType:
     paths = list(dict.fromkeys(path for trial in job_plan.trials for path in trial.assignment))
     arms = ["arm"] if any(trial.arm for trial in job_plan.trials) else []
     resolved = [trial.resolved for trial in job_plan.trials]
+    # A searched field has its own column already.
     fixed = [
         p
         for p in _TABLE_FIELDS
@@ -194,7 +199,10 @@ def render_plan(job_plan: Plan, width: int) -> RenderableType:
 
 
 def _describe_arms(job_plan: Plan) -> list[str]:
-    """Return the lines on a comparison's arms, budget, seeds and choice."""
+    """Return the lines on a comparison's arms, budget, seeds and choice.
+
+    Empty for other plans.
+    """
     compare = job_plan.job.compare
     if job_plan.command != "compare" or compare is None:
         return []
@@ -215,7 +223,10 @@ def _describe_arms(job_plan: Plan) -> list[str]:
 
 
 def _format_gib(trial: PlannedTrial, job_plan: Plan) -> str:
-    """Return the expected GiB of one process of a trial, marked if it exceeds a GPU's memory."""
+    """Return the expected GiB of one process of a trial, marked if it exceeds a GPU's memory.
+
+    `-` if the model's shape is unknown.
+    """
     if trial.memory is None:
         return "-"
     available_gib = job_plan.gpu_memory_gib
@@ -254,7 +265,11 @@ def _format_cell(value: object) -> str:
 
 
 def describe_plan(job_plan: Plan) -> list[str]:
-    """Return the lines below the table: data, steps, placement, cost, memory and checkpoints."""
+    """Return the lines below the table: data, steps, placement, cost, memory and checkpoints.
+
+    Each line begins with its name in 16 columns; `render_plan` wraps long ones below their
+    text.
+    """
     placement = job_plan.placement
     total = len(job_plan.trials) + job_plan.later_trials
     rows = (

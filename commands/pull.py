@@ -19,7 +19,11 @@ from lorafleet.commands.common import (
 
 
 class Adapters(StrEnum):
-    """Trials whose weights are downloaded."""
+    """Trials whose weights are downloaded.
+
+    The values are those of `WeightSelection`. EXPORTS means the models that an export has
+    made.
+    """
 
     BEST = "best"
     ALL = "all"
@@ -65,6 +69,7 @@ def pull(
     recommendation = (
         files.read_json(selected_run.path / "report" / "report.json").get("recommendation") or {}
     )
+    # The recommendation is in the report, which a running search does not have yet.
     if adapters is Adapters.BEST and not recommendation.get("trial_id"):
         print_message(
             "no trial is recommended yet, so no weights were downloaded: --adapters all downloads "

@@ -78,6 +78,7 @@ def rate(
     confirm_trust(selected_run, "rate", trust=trust)
     rater_name = validate_rater(rater or os.environ.get("LORAFLEET_RATER") or getpass.getuser())
     path = get_ratings_folder(selected_run) / f"{rater_name}.jsonl"
+    # Two processes of one rater would overwrite each other's ratings.
     with files.hold_lock(path, wait=False) as is_locked:
         if not is_locked:
             raise RunError(
@@ -111,10 +112,13 @@ def _serve(book: Notebook, title: str, port: int) -> None:
     with listener:
         token, bound_port = create_token(), listener.getsockname()[1]
         app = create_rating_app(book, title, token, bound_port)
+        # After the `#`, the token is not sent with requests and does not appear in logs.
         print_message(f"rate at  http://127.0.0.1:{bound_port}/#{token}")
         print_message(
             "(only reachable from this machine; every rating is saved immediately; Ctrl-C ends)"
         )
+        # CLIENT PORT SERVER PORT: the third word is the address that the user has reached this
+        # machine at.
         host = os.environ.get("SSH_CONNECTION", "").split()[2:3]
         if host:
             print_message(
@@ -128,7 +132,10 @@ def _serve(book: Notebook, title: str, port: int) -> None:
 
 
 def _ask_for_ratings(book: Notebook) -> None:
-    """Ask for every missing rating in turn, then print whose the answers were."""
+    """Ask for every missing rating in turn, then print whose the answers were.
+
+    The means are shown only at the end: knowing the arms would no longer be blind.
+    """
     _ask_missing_ratings(book)
     for arm_means in book.compute_means():
         scores = ", ".join(
@@ -149,6 +156,7 @@ def _ask_missing_ratings(book: Notebook) -> None:
         number, item = position + 1, book.items[position]
         position += 1
         required = [(slot, name) for slot in _list_slots(item) for name in CRITERIA]
+        # Rated completely in an earlier session.
         if not _find_missing(book, item, required):
             continue
         _show_item(screen, item, f"row {number} of {len(book.items)}")

@@ -56,12 +56,14 @@ def report(
     from lorafleet.jobs.runs.trust import find_distrust_reason
 
     name, trial_id = run or "", ""
+    # A folder may have a colon in its name.
     if ":" in name and not Path(name).is_dir():
         name, _, trial_id = name.rpartition(":")
     selected_run = find_run(runs, name or None)
     get_backend(selected_run).refresh(selected_run, print_message)
     exported = read_export(selected_run)
     output_format = Format.JSON if output is ReportFormat.JSON else Format.TEXT
+    # The run of an export has no trials; its result takes the place of the table.
     if exported:
         print_export(exported, output_format)
         return

@@ -37,6 +37,7 @@ def resume(
 
     selected_run = find_run(runs, run)
     confirm_trust(selected_run, "resume", trust=trust)
+    # Trials of one run must not be trained with prompts of two formats.
     check_prompt_format(selected_run)
     backend = get_backend(selected_run, trust=trust)
     if selected_run.state is RunState.FINISHED and all(
@@ -45,6 +46,7 @@ def resume(
         print_message(f"{selected_run.id} is finished: no trial is left to train")
         return show_end(selected_run, ExitCode.OK, quiet=quiet, output=output)
     shown_lines: set[str] = set()
+    # Consumed but not printed: the news of earlier attempts must not appear again.
     list(iterate_news(selected_run, shown_lines))
     backend.resume(selected_run)
     if detach:

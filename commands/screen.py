@@ -1,4 +1,8 @@
-"""A rich console that neutralises control characters in everything it prints."""
+"""A rich console that neutralises control characters in everything it prints.
+
+Names, texts of rows and answers of models come from others. An escape sequence in them
+could change earlier output, or the title of the terminal.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,11 @@ from lorafleet.jobs.text import make_printable
 
 
 class Screen(Console):
-    """A console whose texts cannot control the terminal."""
+    """A console whose texts cannot control the terminal.
+
+    Use `make_console` to create one. Only `print` is safe; for `Live` wrap what is drawn in
+    `SafeRenderable`.
+    """
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as `Console` does, without characters that move the cursor or hide text."""
@@ -38,6 +46,8 @@ class SafeRenderable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[Segment]:
         """Render the wrapped object, and replace control characters in its segments."""
         for segment in console.render(self.drawn, options):
+            # Rich's own control segments, such as moving the cursor in a live view. No text can
+            # create one.
             if segment.control:
                 yield segment
             else:

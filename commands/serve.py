@@ -57,6 +57,8 @@ def serve(
     silence_libraries()
     record = read_artefact(artefact)
     try:
+        # Opened before the model is loaded: a port that is in use is an error at once, and not only
+        # after loading.
         listener = open_socket(port)
     except OSError as error:
         raise UserError(

@@ -28,7 +28,11 @@ def read_export(run: Run) -> ExportResult | None:
 
 
 def print_export(exported: ExportResult, output: Format) -> None:
-    """Print an export's targets as a table or as JSON."""
+    """Print an export's targets as a table or as JSON.
+
+    Below the table, each target that was not accepted is printed with its reason, and
+    remarks on the others.
+    """
     if output is Format.JSON:
         targets = {
             result.target: result.model_dump(mode="json", exclude={"target"}) | {"ms": result.ms}

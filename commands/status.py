@@ -31,6 +31,7 @@ def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
             {
                 "run": selected_run.id,
                 "state": run_status.state,
+                # Part of the public JSON output, so the key keeps its name.
                 "place": run_status.message,
                 "alive": selected_run.is_alive(),
                 "phase": selected_run.read_status().get("phase"),

@@ -31,7 +31,20 @@ def train(job: Job, options: LaunchOptions, overrides: Overrides = None) -> None
 def start_job(
     command: str, path: Path, overrides: list[str] | None, options: LaunchOptions
 ) -> None:
-    """Plan a job, submit it, and follow it to its report."""
+    """Plan a job, submit it, and follow it to its report.
+
+    What is missing on this machine is downloaded first. With `--on` nothing is downloaded
+    here, because the cluster has inputs of its own.
+
+    Args:
+        command: `sweep`, `train` or `compare`.
+        path: The job file.
+        overrides: Fields to set, as KEY=VALUE.
+
+    Raises:
+        UserError: The job cannot start. JobFileError if the file is the reason.
+        typer.Exit: With the run's exit code, unless --detach is set.
+    """
     from lorafleet.cluster.fetch import fetch_job
     from lorafleet.cluster.planning.preflight import load_checked
     from lorafleet.commands.watch import follow
@@ -52,6 +65,7 @@ def start_job(
         print_notes(loaded.notes)
     backend = get_backend(options.on, options.nodes, options.chain)
     if options.on is None:
+        # Before the plan, which is exact only with data and model at hand.
         fetch_job(loaded.job, print_message if not options.quiet else lambda _: None)
     plan = backend.plan(loaded, command)
     if not options.quiet:

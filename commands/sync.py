@@ -53,6 +53,8 @@ def sync(
     backend = get_backend(selected_run, trust=trust)
     uploaded = 0
     while True:
+        # Read before the records: of a run that has ended since, this round still finds all of
+        # them.
         is_live = backend.status(selected_run).state in (RunState.PENDING, RunState.RUNNING)
         ready, waiting = select_records(
             selected_run, include_unfinished=everything or selected_run.state is RunState.FINISHED
@@ -104,6 +106,7 @@ def select_records(run: Run, *, include_unfinished: bool) -> tuple[list[Path], l
         for row in files.read_jsonl(member.path / _CLOSED)
     }
     pending = [folder for folder in _list_records(run) if not list(folder.glob("*.wandb.synced"))]
+    # W&B names a folder offline-run-TIME-ID, and the id of a trial's record ends with the trial id.
     ready = [
         folder
         for folder in pending
@@ -113,7 +116,10 @@ def select_records(run: Run, *, include_unfinished: bool) -> tuple[list[Path], l
 
 
 def _list_records(run: Run) -> list[Path]:
-    """Return the records of a run and of a comparison's arms."""
+    """Return the records of a run and of a comparison's arms.
+
+    A record is one folder of W&B, with one run of one trial.
+    """
     return [
         folder
         for member in [run, *run.list_arms()]
@@ -135,6 +141,9 @@ def _upload(run: Run, folders: list[Path]) -> None:
 
 
 def build_sync_command(folders: list[Path]) -> list[str]:
-    """Return the `wandb sync` command of this Python environment."""
+    """Return the `wandb sync` command of this Python environment.
+
+    A `wandb` elsewhere on PATH may be another version.
+    """
     script = Path(sys.executable).with_name("wandb")
     return [str(script) if script.is_file() else "wandb", "sync", *map(str, folders)]

@@ -99,7 +99,10 @@ def _check_job(
         problems += _list_local_problems(loaded)
     command = "sweep" if loaded.job.search else "compare" if loaded.job.compare else "train"
     notes = [*loaded.notes, *collect_unused_notes(loaded, command)]
+    # Rows of a file that is missing or named wrongly cannot be read.
     if data and not any(problem.path.startswith("data") for problem in problems):
+        # With other problems, the model or its template may be the wrong one: only the rows are
+        # read.
         row_problems, row_notes = _check_rows(loaded.job, with_model=not problems)
         problems += [Problem("data", message) for message in row_problems]
         notes += row_notes
@@ -107,7 +110,11 @@ def _check_job(
 
 
 def _list_local_problems(loaded: LoadedJob) -> list[Problem]:
-    """Return the reasons why this machine cannot run the job."""
+    """Return the reasons why this machine cannot run the job.
+
+    These are variables that a job may not set, and attention that needs a GPU or a package.
+    A cluster has rules of its own.
+    """
     from lorafleet.cluster.local_site import detect_local_site
     from lorafleet.cluster.planning.plan import refuse_attention, refuse_environment
     from lorafleet.jobs.errors import JobFileError
@@ -158,7 +165,14 @@ def _check_rows(job: JobSpec, *, with_model: bool) -> tuple[list[str], list[str]
 
 
 def _check_on_cluster(loaded: LoadedJob, on: str | None) -> list[str]:
-    """Return the reasons why a cluster refuses the job; print what it could not check."""
+    """Return the reasons why a cluster refuses the job; print what it could not check.
+
+    Args:
+        on: Value of `--on`. None: the result is empty.
+
+    Raises:
+        UserError: The job cannot be planned for the cluster.
+    """
     if on is None:
         return []
     backend = get_backend(on, None)

@@ -39,7 +39,13 @@ _STYLES = {
 
 
 def collect_trial_rows(run: Run) -> list[dict[str, Any]]:
-    """Return the state of each trial as data. Trials with damaged files are left out."""
+    """Return the state of each trial as data. Trials with damaged files are left out.
+
+    `status --format json` prints these rows, so their keys are public.
+
+    Raises:
+        RunError: The run's plan.json is damaged.
+    """
     with raise_damaged_file(run.path / "plan.json"):
         name, goal = _get_metric(files.read_json(run.path / "plan.json").get("job", {}))
     rows = []
@@ -53,7 +59,12 @@ def collect_trial_rows(run: Run) -> list[dict[str, Any]]:
 
 
 def _get_metric(job: dict[str, Any]) -> tuple[str, str]:
-    """Return (name, goal) of a job's metric."""
+    """Return (name, goal) of a job's metric.
+
+    Args:
+        job: The job as plan.json stores it. It is not validated, so that runs of other
+            versions can be shown.
+    """
     from lorafleet.jobs.schema.metrics import DEFAULT_METRIC, METRICS
 
     metric = (job.get("search") or job.get("compare") or {}).get("metric")
@@ -66,6 +77,7 @@ def _build_trial_row(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
     params, status, rows = trial.read_params(), trial.read_status(), trial.read_metrics()
     last = rows[-1] if rows else {}
     heartbeat = trial.read_progress()
+    # Between two reports the heartbeat is further; after a report, the row is.
     latest = heartbeat if int(heartbeat.get("step", 0)) > int(last.get("step", 0)) else last
     best = None
     for row in rows:
@@ -102,7 +114,10 @@ def _build_trial_row(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
 
 
 def find_best_row(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the trial with the best score so far. Trials of a single fold are not candidates."""
+    """Return the trial with the best score so far. Trials of a single fold are not candidates.
+
+    None if no trial has a score. The score of a trial is the best of its evaluations.
+    """
     best: dict[str, Any] | None = None
     for row in (row for row in rows if FOLD not in row["params"]):
         best_score = best["score"] if best else None
@@ -123,6 +138,7 @@ def describe_best_over_folds(rows: list[dict[str, Any]]) -> str | None:
             scores_of.setdefault(repr(params), (params, []))[1].append(row["score"])
     if not scores_of:
         return None
+    # A mean over fewer folds is of other rows, so it is not comparable.
     folds = max(len(scores) for _, scores in scores_of.values())
     means = [
         (fmean(scores), params) for params, scores in scores_of.values() if len(scores) == folds
@@ -149,6 +165,7 @@ def render_run(run: Run, message: str = "") -> RenderableType:
     rows = collect_trial_rows(run)
     status = run.read_status()
     elapsed = format_duration(float(status.get("ended") or time.time()) - run.created)
+    # The driver records how many trials there will be; until then only those that exist are known.
     total = (run.read_events("search") or [{}])[-1].get("trials", len(rows))
     ended = sum(TrialState(row["state"]).has_ended for row in rows)
     phase = status.get("phase") or status.get("state")
@@ -211,7 +228,14 @@ def _format_cells(row: dict[str, Any], parameters: list[str], *, arms: bool) -> 
 
 
 def iterate_news(run: Run, shown_lines: set[str]) -> Iterator[str]:
-    """Yield log lines that are not in `shown_lines` yet: each phase, evaluation and end, once."""
+    """Yield log lines that are not in `shown_lines` yet: each phase, evaluation and end, once.
+
+    Reads all of the run's files in each call, which makes it independent of how they were
+    written or downloaded.
+
+    Args:
+        shown_lines: Lines that were printed before. New lines are added.
+    """
     for line in _iterate_all_news(run):
         if line not in shown_lines:
             shown_lines.add(line)

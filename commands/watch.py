@@ -56,6 +56,7 @@ def follow(
                 code = _show_live_view(run, watch)
             else:
                 code = _print_news(run, watch, shown_lines or set())
+    # Only a queued run gets here: with a child, the interrupt is forwarded to its driver.
     except KeyboardInterrupt:
         print_message(
             f"\n{run.id} continues to run: follow it with `lorafleet logs -f {run.id}`, or stop it "
@@ -66,6 +67,8 @@ def follow(
         watch.close()
     show_end(run, code, quiet=quiet, output=output, message=backend.status(run).message)
     export_record = read_export(run)
+    # A job of Ray or Kubernetes ends successfully even if a target was rejected: only the export's
+    # record says so.
     raise typer.Exit(export_record.code if export_record and code == ExitCode.OK else code)
 
 
@@ -126,6 +129,7 @@ def _show_live_view(run: Run, watch: Watch) -> int:
         SafeRenderable(render_run(run)),
         console=make_console(),
         refresh_per_second=2,
+        # The final report takes the place of the live view.
         transient=True,
     ) as live:
         while (code := watch.poll()) is None:
@@ -135,7 +139,11 @@ def _show_live_view(run: Run, watch: Watch) -> int:
 
 
 def _print_news(run: Run, watch: Watch, shown_lines: set[str]) -> int:
-    """Print changes of a run, one line each, until it ends; return the exit code."""
+    """Print changes of a run, one line each, until it ends; return the exit code.
+
+    For output that is not a terminal. The driver is asked before the files are read, so the
+    last lines are not missed.
+    """
     from lorafleet.commands.view import iterate_news
 
     last_message = ""
@@ -153,12 +161,19 @@ def _print_news(run: Run, watch: Watch, shown_lines: set[str]) -> int:
 
 
 def show_end(run: Run, code: int, *, quiet: bool, output: Format, message: str = "") -> None:
-    """Print the report of a run that has ended, or why there is none."""
+    """Print the report of a run that has ended, or why there is none.
+
+    Args:
+        code: Exit code of the run's driver.
+        quiet: Print the result only.
+        message: What the backend reports of the end.
+    """
     log = find_driver_log(run)
     export_record = read_export(run)
     if export_record:
         print_export(export_record, output)
         return
+    # The driver that this command started was refused, because another one has the run.
     if (
         code in (ExitCode.TAKEN, ExitCode.USER_INPUT)
         and run.state is RunState.RUNNING

@@ -1,4 +1,8 @@
-"""Stream the text of an answer in pieces from any exported model that generates text."""
+"""Stream the text of an answer in pieces from any exported model that generates text.
+
+`chat` and `serve` use it. Tokens do not end where characters, stop texts or the frame
+of a chat template do, so text is sent only when no later token can change it.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +33,15 @@ class Piece:
 
 
 def compute_max_tokens(loaded: LoadedModel, prompt: Sequence[int], max_tokens: int) -> int:
-    """Return the number of tokens that an answer may have.
+    """Return the number of tokens that an answer may have: as many as the positions leave.
 
-    Raises UserError if the prompt is empty or fills all positions of the model.
+    Args:
+        loaded: A model that generates text.
+        prompt: Token ids of the prompt.
+        max_tokens: Tokens that were asked for.
+
+    Raises:
+        UserError: The prompt is empty or fills all positions of the model.
     """
     positions = loaded.artefact.positions or sys.maxsize
     if len(prompt) >= positions:
@@ -90,9 +100,12 @@ def generate_pieces(
             text, end, stopped = text[:stop_index], "stop", True
             break
         settled_text = text[: len(text) - count_partial_stop(text, stops)]
+        # A token may hold part of a character, which is decoded as the replacement character until
+        # the rest follows.
         if len(settled_text) > len(sent_text) and not settled_text.endswith(_REPLACEMENT_CHARACTER):
             yield Piece(settled_text[len(sent_text) :], len(token_ids))
             sent_text = settled_text
+    # Now that nothing follows, text that was held back is part of the answer.
     if not stopped:
         text = _decode_answer(loaded, token_ids, frame, finished=True)
     yield Piece(text[len(sent_text) :], len(token_ids), "stop" if end == "stop" else "length")
@@ -101,7 +114,15 @@ def generate_pieces(
 def _decode_answer(
     loaded: LoadedModel, tokens: Sequence[int], frame: AnswerFrame | None, *, finished: bool
 ) -> str:
-    """Return the answer so far; empty while the tokens may still belong to the frame before it."""
+    """Return the answer so far; empty while the tokens may belong to the frame before it.
+
+    Args:
+        loaded: The model.
+        tokens: All token ids so far. They are decoded together, because a tokenizer joins
+            tokens differently in context.
+        frame: What the model writes around an answer; None if there is nothing to remove.
+        finished: False while more tokens may follow.
+    """
     if frame is None:
         return loaded.decode(tokens)
     full_text = loaded.decode(tokens, False)

@@ -16,7 +16,11 @@ _EXTRA_BY_TARGET: dict[Target, str] = {
 
 
 def find_unavailable_reason(target: Target) -> str | None:
-    """Return why a target cannot be built on this machine, or None if it can."""
+    """Return why a target cannot be built on this machine, or None if it can.
+
+    It looks for packages and hardware only, before any work starts. A model that a target
+    does not support is found while building (`Unavailable`).
+    """
     if target == "tensorrt":
         from lorafleet.deployment.tensorrt import find_missing_requirement
 

@@ -1,4 +1,10 @@
-"""Benchmark every variant of one model: the base, the adapter on it, and the exported targets."""
+"""Benchmark every variant of one model: base, adapter and exported targets.
+
+Each measurement is a process of its own (`lorafleet measure`), so that memory and
+loading time are those of one variant. All variants compute in float32 on the CPU with
+the same threads and tokens; only TensorRT runs on a GPU. The result is a `Report` whose
+arms are the variants, so that all renderers of comparisons work.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +37,11 @@ LEDGER = "measured.jsonl"
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant to measure, or the reason why it cannot be measured."""
+    """One variant to measure, or the reason why it cannot be measured.
+
+    `build_variants` makes them. A variant that cannot run stays in the table with its
+    reason: a missing row would look as if nobody had asked.
+    """
 
     name: str
     what: str
@@ -68,6 +78,10 @@ def build_variants(
         out: Folder of the export.
         settings: Size of the benchmark.
 
+    Returns:
+        The variants in the order of the table. Targets that were made from another model
+            are marked as unavailable.
+
     Raises:
         UserError: The folder holds no export, or a batch is longer than the model allows.
     """
@@ -99,6 +113,7 @@ def build_variants(
     if selected.job.method == "qlora":
         base_description += f", {selected.job.qlora.quant_type.upper()}"
     score = summary.get("base") or {}
+    # export.json may hold the targets of several exports; the base's score is that of the last one.
     is_same_model = (score.get("run"), score.get("trial_id")) == (
         selected.run.id,
         selected.trial_id,
@@ -229,7 +244,11 @@ def _check_batch_lengths(selected: SelectedModel, settings: BenchmarkSettings) -
 
 
 def _make_comparable_job(job: JobSpec, settings: BenchmarkSettings) -> JobSpec:
-    """Return the job with the thread count of all variants, computing in float32 as they do."""
+    """Return the job with the thread count of all variants, computing in float32 as they do.
+
+    A base in bfloat16 or with quantised arithmetic would be compared with float32 targets
+    otherwise.
+    """
     resources = job.resources.model_copy(update={"cpus_per_worker": settings.threads})
     return convert_to_float32(job).model_copy(update={"resources": resources})
 
@@ -252,7 +271,10 @@ def read_max_positions(name: str, revision: str | None) -> int | None:
 def _load_token_rows(
     selected: SelectedModel, data: TokenData, split_name: str, settings: BenchmarkSettings
 ) -> list[list[int]]:
-    """Return the token rows for every variant: prompts with room for an answer, or texts."""
+    """Return the token rows for every variant: prompts with room for an answer, or texts.
+
+    They are the rows that base and adapter are measured on, encoded in the same way.
+    """
     if selected.job.is_generative:
         spec, encoder = selected.job.model, make_row_encoder(selected.job)
         rows = data.read_rows(split_name)[: settings.rows]
@@ -275,16 +297,18 @@ def benchmark(
     """Measure each variant in fresh processes for several rounds, and build the report.
 
     The variants take turns, so that a temporarily busy machine slows all of them equally.
-    The row of a variant that fails says why.
+    The row of a variant that fails says why; it is not tried again in later rounds.
 
     Args:
         selected: The model that the variants come from.
         variants: What to measure, from `build_variants`.
         out: Folder of the export. Measurements go to its `benchmark` folder.
         settings: Size of the benchmark.
-        tell: Called with a message before each measurement.
+        tell: Called with a message before each measurement. An exception from it ends the
+            benchmark.
     """
     ledger = out / "benchmark" / LEDGER
+    # Measurements of an earlier benchmark may be of other settings or another state of the machine.
     ledger.unlink(missing_ok=True)
     failures: dict[str, str] = {}
     for round_index in range(settings.rounds):
@@ -351,7 +375,13 @@ def _build_arm(
 ) -> Arm:
     """Build the report row of a variant.
 
-    `source` holds the metrics of the adapter, measured when a target was compared with it.
+    Args:
+        selected: The model that was benchmarked.
+        variant: The variant.
+        rows: Its measurements, one per round.
+        failures: Variant -> message of its failure.
+        source: Metrics of the adapter, measured when a target was compared with it; None
+            without one.
     """
     judged = variant.parity.judged if variant.parity else None
     metrics, interval = {}, {}

@@ -1,4 +1,8 @@
-"""Write the files next to an exported model: a model card and a short script that runs it."""
+"""Write the files next to an exported model: a model card and a short script that runs it.
+
+Whoever takes the folder away has nothing else: the card names licences, the comparison
+with the source and how to run the model. Texts from elsewhere are escaped.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,15 @@ def write_card(
     selected: SelectedModel,
     inference: Inference | None = None,
 ) -> None:
-    """Write the model card, README.md."""
+    """Write the model card, README.md.
+
+    Args:
+        folder: Folder of the target, with its final files: their size is part of the card.
+        artefact: Description of the target.
+        parity: The comparison with its source. A rejected target gets a card that says so.
+        selected: The model that it was made from.
+        inference: Speed on this machine; None if it was not measured.
+    """
     files.write_text(
         folder / "README.md", _render_card(folder, artefact, parity, selected, inference)
     )
@@ -207,7 +219,12 @@ def _find_base_licence(selected: SelectedModel) -> str:
 def find_licence(name: str, folder: Path | None = None) -> str:
     """Return the licence of an asset, or the one that the card in `folder` declares.
 
-    Returns a hint to the model's or data set's own page if neither is known.
+    Returns a hint to the model's or data set's own page if neither is known: a guessed
+    licence would be worse than none.
+
+    Args:
+        name: Name of the model or data set in the job.
+        folder: Folder that may hold its hub card; None if there is none.
     """
     asset = ASSETS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
     if asset:

@@ -19,6 +19,9 @@ def render_conversation(
 ) -> str:
     """Render messages (role, content) up to the point where the answer begins.
 
+    Used by `serve` for conversations of several turns. A single prompt needs no template at
+    run time: `artefact.json` has the text around it.
+
     Args:
         folder: The exported model.
         turns: Messages with role and content.

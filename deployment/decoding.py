@@ -1,5 +1,9 @@
 """Generate answers with any decoder that takes tokens and a cache.
 
+ONNX Runtime, ExecuTorch and PyTorch models implement `Decoder`, so that one loop serves
+the parity checks, `chat`, `serve` and `benchmark`. NumPy only: exported models run
+without torch.
+
 Shapes: B rows, T new tokens, S tokens so far, V vocabulary.
 """
 
@@ -13,12 +17,27 @@ import numpy as np
 
 
 class Decoder(Protocol):
-    """A causal model that takes new tokens and a cache of the earlier ones."""
+    """A causal model that takes new tokens and a cache of the earlier ones.
+
+    Rows of a batch are padded on the left, so that all of them end at the same column. The
+    cache is the decoder's own: callers only pass it on.
+    """
 
     def step(
         self, ids_BT: np.ndarray, mask_BS: np.ndarray, positions_BT: np.ndarray, cache: Any
     ) -> tuple[np.ndarray, Any]:
-        """Return (logits_BTV, cache with the new tokens added). The first cache is None."""
+        """Run the model on the new tokens of each row.
+
+        Args:
+            ids_BT: New token ids.
+            mask_BS: 1 for real tokens and 0 for padding, over all tokens so far and the new
+                ones.
+            positions_BT: Position of each new token, without the padding before it.
+            cache: What the last step returned; None at first.
+
+        Returns:
+            (logits_BTV in float32, cache with the new tokens added).
+        """
         ...
 
 
@@ -40,6 +59,7 @@ class RowByRowDecoder:
         self, ids_BT: np.ndarray, mask_BS: np.ndarray, positions_BT: np.ndarray, cache: Any
     ) -> tuple[np.ndarray, Any]:
         """Return (logits_BTV, one cache per row). Logits of padding are 0."""
+        # A batch that began row by row has one cache per row and must go on in that way.
         if self.together and mask_BS.all() and not isinstance(cache, _RowCaches):
             return self.decoder.step(ids_BT, mask_BS, positions_BT, cache)
         real_BT = mask_BS[:, -ids_BT.shape[1] :] == 1
@@ -87,6 +107,9 @@ def generate_answers(
         end_ids: Token ids that end an answer.
         pad_id: Token id for padding.
         sampling: Sampling settings. None: greedy.
+
+    Raises:
+        ValueError: A prompt is empty, or there are no prompts.
     """
     rows: list[list[int]] = [[] for _ in prompts]
     for tokens in iterate_tokens(decoder, prompts, new_tokens, end_ids, pad_id, sampling):
@@ -106,8 +129,17 @@ def iterate_tokens(
 ) -> Iterator[list[int | None]]:
     """Yield the next token of each row, step by step; None for rows that have ended.
 
-    Decoding is greedy without `sampling`. Each row samples from its own random generator,
-    so that an answer does not depend on the other rows of its batch.
+    It ends when all rows have ended or after `new_tokens` steps. Each row samples from its
+    own random generator, so that an answer does not depend on the other rows of its batch.
+
+    Args:
+        decoder: The model.
+        prompts: Token ids of each prompt.
+        new_tokens: Most steps.
+        end_ids: Token ids that end a row. They are not yielded. Empty for a fixed number of
+            tokens.
+        pad_id: Token id for padding, and for rows that have ended.
+        sampling: Sampling settings. None: greedy.
 
     Raises:
         ValueError: A prompt is empty, or there are no prompts.
@@ -130,6 +162,8 @@ def iterate_tokens(
             None if has_ended else int(token)
             for has_ended, token in zip(finished, next_B, strict=True)
         ]
+        # Without this, the last token would be run through the model although nobody needs its
+        # logits.
         if all(finished) or step_index == new_tokens - 1:
             return
         ids_BT = np.where(finished, pad_id, next_B)[:, None].astype(np.int64)
@@ -146,7 +180,10 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray,
 
 
 def compute_positions(mask_BT: np.ndarray) -> np.ndarray:
-    """Return the position of each token, not counting the padding before it."""
+    """Return the position of each token, not counting the padding before it.
+
+    Padding itself gets position 0: it is masked, but embeddings have no negative positions.
+    """
     positions: np.ndarray = np.maximum(mask_BT.cumsum(axis=1) - 1, 0)
     return positions
 
@@ -185,6 +222,7 @@ def compute_probabilities(logits_V: np.ndarray, sampling: Sampling) -> np.ndarra
     probs_V = exp_V / exp_V.sum()
     if sampling.top_p < 1:
         order = np.argsort(-probs_V, kind="stable")
+        # Probability of all tokens that are likelier. The likeliest token is always kept.
         preceding = np.cumsum(probs_V[order]) - probs_V[order]
         probs_V[order[1:][preceding[1:] >= sampling.top_p]] = 0.0
         probs_V = probs_V / probs_V.sum()

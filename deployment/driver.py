@@ -1,4 +1,9 @@
-"""Run an export or a benchmark as a cluster job of its own."""
+"""Run an export or a benchmark as a cluster job of its own.
+
+`export --on SITE` and `benchmark --on SITE` create a run with the request in its plan;
+this driver executes it on the node. Without `--on` the commands call `run_delivery` and
+`benchmark` directly.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +30,9 @@ class _StopRequested(BaseException):
 class DeliveryDriver(Driver):
     """One attempt at an export or a benchmark.
 
-    A new attempt starts from the beginning: the work takes minutes, and a half-finished
-    export is worth nothing.
+    `commands/execute.py` creates it for runs whose command is export or benchmark. A new
+    attempt starts from the beginning: the work takes minutes, and a half-finished export is
+    worth nothing.
     """
 
     def __init__(self, run: Run) -> None:
@@ -34,8 +40,14 @@ class DeliveryDriver(Driver):
         self.wanted = ExportRequest.from_record(self.stored["delivery"])
 
     def _run_attempt(self, attempt: int) -> ExitCode:
-        """Run the export or benchmark, record the final state of the run, and return the exit
-        code.
+        """Run the export or benchmark, and record the final state of the run.
+
+        Args:
+            attempt: Number of the attempt.
+
+        Returns:
+            The exit code: 3 (a gate refused a target) among them, or that of an interrupted
+                run.
         """
         (self.run.path / EXPORTED).unlink(missing_ok=True)  # left by an earlier attempt
         source = find_run(self.run.path.parent, self.wanted.run)
@@ -81,7 +93,10 @@ class DeliveryDriver(Driver):
     def _report_progress(self, message: str) -> None:
         """Log the next step and record it in the run.
 
-        Raises _StopRequested if the run should end.
+        It is called between the steps of the work, which is where a run can stop.
+
+        Raises:
+            _StopRequested: The run should end.
         """
         if self.stop_file.exists():
             raise _StopRequested

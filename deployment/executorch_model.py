@@ -55,6 +55,7 @@ def export_executorch(merged: Path, out: Path, *, classifies: bool, max_tokens: 
     with suppress_output(), torch.no_grad():
         exported = torch.export.export(
             Whole().eval(),
+            # Any length but 1 will do: the exporter would take a dimension of 1 as fixed.
             (torch.ones((1, 7), dtype=torch.int64),),
             dynamic_shapes=({1: tokens},),
             strict=False,

@@ -1,7 +1,12 @@
 """Build export targets, compare each with its source, and accept or reject it.
 
 Every target is built in a scratch folder and moved once it is complete and evaluated:
-the output folder never holds a partial one.
+the output folder never holds a partial one. The source is loaded, evaluated and freed
+first; targets are then compared with its recorded outputs, so that two models never
+share the memory for long.
+
+Failures stay with their target: exporters of other packages fail in many ways, and the
+remaining targets are still wanted. Only a full disk or memory ends the export.
 """
 
 from __future__ import annotations
@@ -108,20 +113,26 @@ def export(
     """Build targets: accepted ones in `out/TARGET`, rejected ones in `out/rejected/TARGET`.
 
     A target that this machine cannot build is an outcome with a reason, not an error.
+    export.json is updated after each target, so a killed export keeps what was accepted.
 
     Args:
         selected: The model to export.
-        targets: What to build.
+        targets: What to build. The order does not matter; prerequisites are built as
+            needed.
         out: Folder of the targets.
-        tell: Called with a message before each step.
+        tell: Called with a message before each step. An exception from it ends the export.
         threads: CPU threads for measuring accepted targets in a separate process. 0: do not
             measure.
+
+    Returns:
+        One result per target, in the order of `TARGETS`.
 
     Raises:
         UserError: The model cannot be merged, or `out` holds a folder that is not from an
             export.
         DiskFull: The disk is full. Targets accepted so far are kept.
     """
+    # Targets replace folders of their name. A folder that no export made may be somebody's data.
     for target in targets:
         for folder in (out / target, out / REJECTED / target):
             if folder.exists() and not (folder / ARTEFACT_FILE).is_file():
@@ -134,6 +145,7 @@ def export(
     ordered_targets = [target for target in TARGETS if target in targets]
     with (
         tempfile.TemporaryDirectory(dir=out, prefix=_SCRATCH_PREFIX) as scratch,
+        # The lock tells other exports that this folder is in use (`_remove_stale_scratch`).
         files.hold_lock(Path(scratch) / _LOCK_FILE),
     ):
         try:
@@ -160,7 +172,7 @@ def _remove_stale_scratch(out: Path) -> None:
     """Remove scratch folders of killed exports.
 
     A folder that is locked by a running export, on this or another machine with the same
-    disk, stays.
+    disk, stays. So does a new and empty one, whose owner has not locked it yet.
     """
     for scratch in out.glob(f"{_SCRATCH_PREFIX}*"):
         with contextlib.suppress(OSError):  # already removed, or no locks on this file system
@@ -177,6 +189,8 @@ class _Exporter:
     """One export.
 
     The source is loaded and evaluated once, and freed before any target is built from it.
+    `export` creates it inside the scratch folder's lifetime and calls `export_target` for
+    each target. A target that was built stays in `built`, because others are made from it.
     """
 
     def __init__(
@@ -212,6 +226,7 @@ class _Exporter:
         tell("merging the adapter into the weights")
         source.merge(self._get_scratch_folder("merged"))
         self.built["merged"] = self._get_scratch_folder("merged")
+        # The model is no longer needed and would double the memory while targets are loaded.
         del source
         gc.collect()
 
@@ -220,7 +235,11 @@ class _Exporter:
         return self.scratch / target
 
     def export_target(self, target: Target) -> TargetResult:
-        """Build, compare, measure and move one target."""
+        """Build, compare, measure and move one target.
+
+        If it could not be built, a folder of this name that was made from another model is
+        removed: it would be taken for a target of this one.
+        """
         outcome = self._export_target(target)
         if outcome.parity is None:  # a folder with this name must not hold a different model
             for folder in (self.out / target, self.out / REJECTED / target):
@@ -232,7 +251,12 @@ class _Exporter:
         return outcome
 
     def _export_target(self, target: Target) -> TargetResult:
-        """Build, compare, measure and move one target; turn its failure into an outcome."""
+        """Build, compare, measure and move one target; turn its failure into an outcome.
+
+        Raises:
+            MemoryError: Memory is full, which the other targets would meet as well.
+            Exception: The error of a full disk, whatever its type: exporters have their own.
+        """
         reason = find_unavailable_reason(target)
         if reason:
             return TargetResult(target=target, unavailable=reason)
@@ -274,8 +298,13 @@ class _Exporter:
     def _save_traceback(self, error: Exception, name: str) -> str:
         """Save the traceback of an error to a file and return a one-line message.
 
-        Raises the error again if memory or disk is full: the other targets would fail in the
-        same way.
+        Args:
+            error: The error, which is being handled.
+            name: Name of the target or step, for the file.
+
+        Raises:
+            Exception: `error` itself, if memory or disk is full: the other targets would fail
+                in the same way.
         """
         if isinstance(error, MemoryError) or make_disk_full_error(error, self.out):
             raise error
@@ -301,6 +330,7 @@ class _Exporter:
                 "batch_rows": self.given.job.train.per_device_eval_batch_size,
                 "threads": self.threads,
             }
+            # A process of its own: this one has torch, the exporters and their memory.
             return summarize_inference([measure_in_subprocess(request, self.out, self.threads)])
         except RuntimeError as error:
             self.tell(f"{target} was not measured: {error}")
@@ -309,7 +339,8 @@ class _Exporter:
     def _build_and_compare(self, target: Target) -> tuple[Path, Parity]:
         """Build a target and return (its folder, its parity record).
 
-        Other packages' exporters and runtimes run here, so any exception may be raised.
+        Other packages' exporters and runtimes run here, so any exception may be raised. The
+        folder is still in the scratch folder.
         """
         folder = self._build(target)
         files.write_json(
@@ -318,6 +349,8 @@ class _Exporter:
         write_runner(folder, self._make_artefact(target))
         self.tell(f"comparing {target} with its source")
         parity = self._compare(target, folder)
+        # Dynamic quantisation is the fastest, but trained Llama models have activations that one
+        # scale per tensor does not fit: SmolLM2's perplexity went from 14 to 4e7.
         if target == "onnx-int8" and not parity.accepted:
             parity = self._retry_int8_by_blocks(folder, parity)
         return folder, parity
@@ -369,6 +402,7 @@ class _Exporter:
         else:
             max_tokens = self._make_artefact(target).positions or self.about.max_length
             export_executorch(source, folder, classifies=is_classifier, max_tokens=max_tokens)
+        # Every target is complete by itself: users copy one folder.
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (self.built["merged"] / name).is_file() and not (folder / name).is_file():
                 shutil.copy(self.built["merged"] / name, folder / name)
@@ -376,7 +410,14 @@ class _Exporter:
         return folder
 
     def _compare(self, target: Target, folder: Path) -> Parity:
-        """Compare a target with its source and return the parity record."""
+        """Compare a target with its source and return the parity record.
+
+        The target is loaded as users load it, from its folder and in its runtime.
+
+        Args:
+            target: The target.
+            folder: Its folder, with artefact.json.
+        """
         loaded: LoadedModel = open_artefact(folder)
         judged: ParityMeasurement = compare_outputs(
             self.seen, collect_outputs(loaded.model, self.held_out)
@@ -401,8 +442,9 @@ class _Exporter:
     def _check_prompts(self, folder: Path) -> dict[str, Any]:
         """Run the target on prompts as a user would, and return the fields for its parity record.
 
-        Returns an empty dict if no held-out row can be asked by a prompt alone, or on a
-        timeout.
+        Returns:
+            `called_rows`, `called_prompts` and `called_answers`. Empty if no held-out row can
+                be asked by a prompt alone, or on a timeout.
         """
         if self.calls is None or not self.calls.prompts:
             return {}
@@ -469,7 +511,11 @@ class _Exporter:
 
 
 def _score_base(model: Any, held_out: HeldOut) -> Score | None:
-    """Score the base without its adapter on the same rows; None for a fully trained model."""
+    """Score the base without its adapter on the same rows; None for a fully trained model.
+
+    `benchmark` shows it beside the targets. The metric of the run's report is over other
+    rows.
+    """
     if not hasattr(model, "disable_adapter"):
         return None
     with model.disable_adapter():
@@ -492,7 +538,8 @@ def load_held_out(source: Source) -> HeldOut:
     """Return the first test rows of the job's data, at most `export.rows`.
 
     Validation rows are used if the model was selected on the test rows. Rows that are too
-    short to compare are left out.
+    short to compare are left out: a text of one or two tokens leaves no position after its
+    prompt.
     """
     data, job = source.data, source.job
     split = data.splits["validation" if data.chosen_on_test else "test"]
@@ -513,7 +560,11 @@ def load_held_out(source: Source) -> HeldOut:
 
 
 def build_artefact(source: Source) -> Artefact:
-    """Return the description that all targets of a source share."""
+    """Return the description that all targets of a source share.
+
+    It is written to artefact.json and is all that a runner knows beside the model and the
+    tokenizer. `_Exporter._make_artefact` adds what differs between targets.
+    """
     job, config = source.job, source.base.model.config
     frame = build_prompt_frame(source.chat, source.data) if job.is_generative else PromptFrame()
     layers, heads, head_size = get_cache_shape(config) if job.is_generative else (0, 0, 0)
@@ -568,17 +619,23 @@ class PromptFrame:
 def build_prompt_frame(chat: ChatFormat, data: TokenData) -> PromptFrame:
     """Return the frame that training puts around a prompt.
 
-    A runner puts it around any text.
+    Runners without a template engine put it around any text. The frame includes a system
+    message only if all rows share it.
 
-    The frame includes a system message only if all rows share it.
+    Args:
+        chat: The chat format of the job.
+        data: Its tokens.
 
     Raises:
-        UserError: The chat template changes the text of the prompt.
+        UserError: The chat template changes the text of the prompt, so no fixed frame
+            exists.
     """
     if data.frame is None:  # plain texts, no prompt and answer
         bos = chat.tokenizer.bos_token_id
         return PromptFrame(start=[] if bos is None else [bos])
     system_turns = [data.system] if data.system else []
+    # Templates are programs: the frame is found by rendering a text that occurs nowhere else and
+    # looking at what surrounds it.
     rendered = chat.template.render([*system_turns, Message("user", _SENTINEL)], generation=True)
     parts = rendered.split(_SENTINEL)
     if len(parts) != 2:
@@ -601,7 +658,11 @@ def _get_version(name: str) -> str | None:
 
 
 def _replace_folder(folder: Path, destination: Path) -> None:
-    """Move a complete folder to its destination, replacing an earlier one."""
+    """Move a complete folder to its destination, replacing an earlier one.
+
+    Both are on the same disk, so each move is a rename. A kill between them leaves the
+    earlier folder as `.NAME.old`.
+    """
     destination.parent.mkdir(parents=True, exist_ok=True)
     old = destination.with_name(f".{destination.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -645,6 +706,15 @@ def run_delivery(
         delivery: The request: targets, threads, held-out rows and budget.
         out: Folder of the targets.
         tell: Called with a message before each step.
+
+    Returns:
+        The results of all targets. `picked` is None without a budget, or if no target fits
+            it.
+
+    Raises:
+        UserError: The model cannot be merged, or `out` holds a folder that is not from an
+            export.
+        DiskFull: The disk is full.
     """
     if delivery.held_out is not None:
         spec = selected.job.export.model_copy(update={"rows": delivery.held_out})

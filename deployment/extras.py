@@ -17,7 +17,17 @@ EXTRAS = {
 
 
 def require(extra: str, purpose: str) -> None:
-    """Raise MissingExtra with the install command if a package for `purpose` is missing."""
+    """Check that the packages of an extra are installed.
+
+    The packages are looked up and not imported: importing some of them takes seconds.
+
+    Args:
+        extra: Key of `EXTRAS`.
+        purpose: What needs the packages, as the beginning of the message.
+
+    Raises:
+        MissingExtra: A package is missing. The message has the install command.
+    """
     missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingExtra(

@@ -1,4 +1,8 @@
-"""Measure the speed and memory of one exported model in a fresh process."""
+"""Measure the speed and memory of one exported model in a fresh process.
+
+`lorafleet measure` calls it with a request from `benchmark` or `export`. Importing a
+runtime comes first and is not counted as the model's memory or loading time.
+"""
 
 from __future__ import annotations
 

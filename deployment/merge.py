@@ -1,4 +1,8 @@
-"""Load the model of a run as it was trained, and merge its adapter into the weights of its base."""
+"""Load the model of a run as it was trained, and merge its adapter into its base.
+
+The loaded model is the source that every target is compared with. It computes in
+float32 on the CPU, so that differences are those of the target.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,13 @@ CPU = torch.device("cpu")
 
 
 class Source:
-    """The model to export, loaded on the CPU in float32."""
+    """The model to export, loaded on the CPU in float32.
+
+    `merge` consumes it: afterwards only the merged model on disk is valid, so everything
+    that needs the source (outputs, answers, the score of the base) must be recorded before.
+
+    Raises UserError if the model is a learnt prompt, which has no weights to merge.
+    """
 
     def __init__(self, selected: SelectedModel) -> None:
         if selected.job.method == "prompt_tuning" and selected.weights is not None:
@@ -64,15 +74,21 @@ class Source:
         """Return the base with its trained weights, or the base as it is if nothing was trained."""
         if self.given.weights is not None:
             return load_weights(self.job, self.base, self.given.weights).eval()
+        # An untrained classifier has no head of its own. The seed of the job makes the one that the
+        # run evaluated as its base.
         if not self.base.own_head:
             reset_heads(self.base, self.job.train.seed)
         return self.base.model.eval()
 
     def merge(self, folder: Path) -> None:
-        """Merge the adapter and save the model for plain transformers. This consumes the source.
+        """Merge the adapter and save the model for plain transformers.
 
-        A quantised base is dequantised first. The precision lost by quantisation stays lost,
-        since the adapter was trained on the quantised values; merging loses nothing more.
+        This consumes the source. A quantised base is dequantised first. The precision lost by
+        quantisation stays lost, since the adapter was trained on the quantised values; merging
+        loses nothing more.
+
+        Args:
+            folder: Folder for the model and the tokenizer.
 
         Raises:
             ValueError: A merged weight is NaN or infinite.
@@ -80,6 +96,8 @@ class Source:
         model = self.model
         if self.is_quantised:
             if self.given.weights is not None:
+                # PEFT merges into a quantised layer by quantising again, which would lose precision
+                # a second time. The adapter is loaded anew on the plain layers.
                 detach(self.base, model)
             _dequantise(self.base.model)
             model = self._load_adapted()
@@ -100,7 +118,8 @@ class Source:
 def convert_to_float32(job: JobSpec) -> JobSpec:
     """Return the job with its model computing in float32.
 
-    The source of a comparison must not add rounding errors of its own.
+    The source of a comparison must not add rounding errors of its own. Weights that are
+    stored quantised stay so.
     """
     train = job.train.model_copy(update={"mixed_precision": "no"})
     qlora = job.qlora.model_copy(update={"compute_dtype": "float32"})
@@ -148,6 +167,8 @@ def _save(model: Any, labels: Sequence[str], folder: Path) -> None:
         **{key: value for key, value in model.config.to_dict().items() if key not in _LOADING_KEYS}
     )
     config.use_cache = True
+    # On the meta device the second model takes no memory; the weights are passed to
+    # `save_pretrained`.
     with torch.device("meta"):
         plain = type(model)(config)  # transformers cannot save a quantised model
     if labels:

@@ -1,5 +1,13 @@
 """Convert a merged model to ONNX: float32, float16 and INT8.
 
+The graph comes from torch's dynamo exporter and has the input and output names of
+Optimum (`past_key_values.N.key`, `present.N.key`), so that other runners for ONNX
+models know them. A graph is two files, `model.onnx` and its weights in
+`model.onnx.data`; both must be moved together.
+
+Optimum's own exporter is not used: optimum-onnx 0.1.0 needs transformers 4, and
+`transformers.exporters` stores the weights of prompts and single steps twice.
+
 Shapes: B rows, T tokens, P tokens before, L layers.
 """
 
@@ -52,6 +60,7 @@ def export_onnx(merged: Path, out: Path, *, classifies: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with suppress_output(), torch.inference_mode(False), torch.no_grad():
         torch.onnx.export(
+            # A new module is in training mode, although the model inside it is not.
             wrapped.eval(),
             inputs,
             str(out / ONNX_FILE),
@@ -170,7 +179,13 @@ def _wrap_decoder(model: Any) -> tuple[Any, tuple[Any, ...], tuple[Any, ...], li
 def get_cache_shape(config: Any) -> tuple[int, int, int]:
     """Return (layers, key heads, head size) of a model's cache.
 
-    Raises UserError if the model has no cache of keys and values.
+    With grouped-query attention, a model has fewer key heads than attention heads.
+
+    Args:
+        config: Configuration of a causal model, whose names differ between kinds of models.
+
+    Raises:
+        UserError: The model has no cache of keys and values.
     """
     layers = getattr(config, "num_hidden_layers", None)
     heads = getattr(config, "num_key_value_heads", None) or getattr(
@@ -192,7 +207,11 @@ def to_fp16(source: Path, out: Path) -> None:
     """Convert the weights to float16; inputs and outputs stay float32.
 
     This halves the size on disk. It brings no speed on a CPU, where ONNX Runtime computes
-    in float32.
+    in float32 and needs more memory for the converted weights.
+
+    Args:
+        source: Folder of the float32 graph.
+        out: Folder for the converted graph.
     """
     require("onnx", "exporting to ONNX")
     import onnx
@@ -218,6 +237,11 @@ def to_int8(source: Path, out: Path, scratch: Path) -> None:
     models with a few very large activations, such as trained Llama models, this leaves
     little precision for the others. On CPUs with AVX2 but without VNNI, the INT8 sums can
     also overflow.
+
+    Args:
+        source: Folder of the float32 graph.
+        out: Folder for the quantised graph.
+        scratch: Folder for intermediate graphs.
     """
     require("onnx", "exporting to ONNX")
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -240,6 +264,11 @@ def to_int8_by_blocks(source: Path, out: Path, scratch: Path) -> None:
     Measured with a tuned SmolLM2-135M on 4 x 160 tokens: perplexity goes from 52.2 to 51.8
     at 180 MB, where the output of `to_int8` is unusable (perplexity 84 with 7-bit weights,
     which avoid overflow).
+
+    Args:
+        source: Folder of the float32 graph.
+        out: Folder for the quantised graph.
+        scratch: Folder for intermediate graphs.
     """
     require("onnx", "exporting to ONNX")
     import onnx
@@ -318,7 +347,8 @@ def _save_model(model: Any, out: Path) -> None:
 def suppress_output() -> Iterator[None]:
     """Suppress the progress and advice that exporters print.
 
-    The caller reports the result instead.
+    The caller reports the result instead. Exceptions pass through; only what is printed or
+    logged below errors is lost.
     """
     loggers = [
         logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "root", "")

@@ -1,5 +1,11 @@
 """Load an exported folder and run it with ONNX Runtime, ExecuTorch or PyTorch.
 
+`open_artefact` is the entry point: it reads artefact.json and picks the runtime. Causal
+models implement `Decoder` (`step`); classifiers have `logits(ids_BT, mask_BT)`, with
+rows padded on the right as in training. A runtime that cannot run a target raises
+`Unavailable`; none falls back to another one silently, since a benchmark would then
+report the wrong device.
+
 Shapes: B rows, T tokens, S tokens so far, C classes, V vocabulary.
 """
 
@@ -30,7 +36,10 @@ PTE_FILE = "model.pte"
 
 @dataclass
 class LoadedModel:
-    """An exported folder with its model in memory."""
+    """An exported folder with its model in memory.
+
+    `open_artefact` creates it. The tokenizer is loaded when it is first needed.
+    """
 
     folder: Path
     artefact: Artefact
@@ -53,7 +62,12 @@ class LoadedModel:
         return tokenizer
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Return the token ids of a prompt in its frame, as in training before an answer."""
+        """Return the token ids of a prompt in its frame, as in training before an answer.
+
+        Args:
+            text: What the user asks, without a frame. It may itself begin with the start
+                token's text, which is then not added again.
+        """
         artefact = self.artefact
         framed_text = f"{artefact.before}{text.strip() if artefact.strip else text}{artefact.after}"
         ids: list[int] = self.tokenizer.encode(framed_text, add_special_tokens=False).ids
@@ -79,7 +93,10 @@ class LoadedModel:
     def compute_probabilities(self, texts: Sequence[str]) -> np.ndarray:
         """Return the class probabilities of texts: one row per text, one column per class.
 
-        Raises UserError if a text is empty.
+        Texts longer than in training are truncated as there.
+
+        Raises:
+            UserError: A text is empty.
         """
         # The tokenizer's truncation keeps the closing token, as in training. Cutting the ids would
         # drop it.
@@ -95,6 +112,7 @@ class LoadedModel:
 
 def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (ids_BT, mask_BT) of rows padded on the right to one width."""
+    # Padding on the right is padding of the reversed rows on the left.
     ids_BT, mask_BT = pad_left([list(reversed(row)) for row in rows], pad_id)
     return np.ascontiguousarray(ids_BT[:, ::-1]), np.ascontiguousarray(mask_BT[:, ::-1])
 
@@ -128,7 +146,16 @@ def read_artefact(folder: Path) -> Artefact:
 
 
 def open_onnx(folder: Path, artefact: Artefact, threads: int) -> Decoder | OnnxClassifier:
-    """Open an ONNX model in ONNX Runtime on the CPU."""
+    """Open an ONNX model in ONNX Runtime on the CPU.
+
+    Args:
+        folder: Folder of the target.
+        artefact: Its description.
+        threads: CPU threads. 0: the runtime decides.
+
+    Raises:
+        MissingExtra: onnxruntime is not installed.
+    """
     session = create_onnx_session(folder / ONNX_FILE, threads)
     if artefact.task == "classification":
         return OnnxClassifier(session)
@@ -141,7 +168,13 @@ def open_onnx(folder: Path, artefact: Artefact, threads: int) -> Decoder | OnnxC
 def open_tensorrt(folder: Path, artefact: Artefact, threads: int) -> Decoder | OnnxClassifier:
     """Open an ONNX model in ONNX Runtime on TensorRT, building engines or reading cached ones.
 
-    Raises Unavailable if TensorRT is missing or does not run the model.
+    Args:
+        folder: Folder of the target; engines are cached in it.
+        artefact: Its description, for the sizes that engines are built for.
+        threads: CPU threads. 0: the runtime decides.
+
+    Raises:
+        Unavailable: TensorRT is missing or does not run the model.
     """
     from lorafleet.deployment.tensorrt import (
         build_providers,
@@ -166,6 +199,7 @@ def open_executorch(folder: Path, artefact: Artefact, threads: int) -> Decoder |
     from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
     from executorch.runtime import Runtime
 
+    # The thread pool belongs to the process, so it is set before a program is loaded.
     if threads:
         _unsafe_reset_threadpool(threads)
 
@@ -183,11 +217,19 @@ def create_onnx_session(
 ) -> Any:
     """Create an ONNX Runtime session that runs on the first of the requested providers.
 
-    Raises Unavailable if ONNX Runtime fell back to another one: otherwise CPU timings would
-    be reported as GPU timings.
+    Args:
+        path: The graph.
+        threads: CPU threads. 0: the runtime decides.
+        providers: Execution providers, as ONNX Runtime takes them. The first one must be
+            used; further ones run the nodes that it does not support.
+
+    Raises:
+        Unavailable: ONNX Runtime fell back to another provider: otherwise CPU timings would
+            be reported as GPU timings.
     """
     onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
+    # Errors only: warnings about optimisations would be printed for every model.
     options.log_severity_level = 3
     if threads:
         options.intra_op_num_threads = threads
@@ -201,7 +243,17 @@ def create_onnx_session(
 
 
 def check_provider(session: Any, providers: Sequence[Any]) -> None:
-    """Raise Unavailable unless the session's first provider is the requested one."""
+    """Check that a session runs on the requested provider.
+
+    onnxruntime-gpu without its libraries prints errors and uses the CPU.
+
+    Args:
+        session: An ONNX Runtime session.
+        providers: The requested providers, the required one first.
+
+    Raises:
+        Unavailable: The session's first provider is another one.
+    """
     requested = providers[0] if isinstance(providers[0], str) else providers[0][0]
     active = session.get_providers()
     if active[0] != requested:
@@ -275,6 +327,8 @@ class OnnxDecoder:
         self.past = [name for name in inputs if name.startswith("past_key_values.")]
         self.present = [name.replace("past_key_values.", "present.") for name in self.past]
         self.wants_positions = "position_ids" in inputs
+        # Graphs differ in the type of their cache, and the builder of onnxruntime-genai leaves out
+        # `position_ids`: both are read from the graph.
         is_half = bool(self.past) and inputs[self.past[0]].type == "tensor(float16)"
         self.kind = np.float16 if is_half else np.float32
         self.shape = (artefact.heads, 0, artefact.head_size)
@@ -283,6 +337,7 @@ class OnnxDecoder:
         self, ids_BT: np.ndarray, mask_BS: np.ndarray, positions_BT: np.ndarray, cache: Any
     ) -> tuple[np.ndarray, Any]:
         """Return (logits_BTV, cache with the new tokens added)."""
+        # One graph serves prompts and single tokens, so the first step gets a cache of length 0.
         if cache is None:
             cache = [np.zeros((len(ids_BT), *self.shape), self.kind)] * len(self.past)
         feeds = {
@@ -333,7 +388,10 @@ class TorchClassifier:
 
 
 class TorchDecoder:
-    """A causal model in PyTorch, with its adapter if it has one."""
+    """A causal model in PyTorch, with its adapter if it has one.
+
+    It is the source of a comparison, or the target `merged`.
+    """
 
     def __init__(self, model: Any) -> None:
         # PEFT's forward hides the position_ids parameter from transformers (see
@@ -377,7 +435,11 @@ def get_cache_argument(model: Any) -> str:
 
 
 def compute_files_mb(folder: Path) -> float:
-    """Return the size in MB of the files needed to run a model: weights, graph and tokenizer."""
+    """Return the size in MB of the files needed to run a model: weights, graph and tokenizer.
+
+    Cards and records are left out, so that a target's size does not depend on its
+    description.
+    """
     suffixes = (".onnx", ".data", ".safetensors", ".pte", ".engine")
     needed = [
         path

@@ -1,4 +1,10 @@
-"""Run an ONNX model on TensorRT through ONNX Runtime: requirements, engines, shape profiles."""
+"""Run an ONNX model on TensorRT: requirements, engines and shape profiles.
+
+TensorRT is used through ONNX Runtime, which falls back to another provider without an
+error, in two ways: its TensorRT libraries may not load, and TensorRT may decline every
+node. `find_missing_requirement`, `check_provider` (runtime.py) and `check_engines` make
+each of them an error. Not tested on a GPU yet (docs/gpu-status.md).
+"""
 
 from __future__ import annotations
 
@@ -77,7 +83,10 @@ def build_providers(folder: Path, artefact: Artefact) -> list[Any]:
 def build_profiles(artefact: Artefact) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return the shape profiles for TensorRT: {min, opt, max} -> input name -> shape.
 
-    They range from one new token to the longest text with a full cache.
+    TensorRT builds engines for a range of sizes and optimises for `opt`. The range goes
+    from one new token to the longest text with a full cache, because one graph serves
+    prompts and single tokens; `opt` is a single token after a short text, which is most of
+    the work.
     """
     longest = artefact.positions or artefact.max_length
     typical_tokens = min(_TYPICAL_TOKENS, longest)

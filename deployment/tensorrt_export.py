@@ -10,7 +10,11 @@ from lorafleet.jobs.runs.export_result import Artefact
 
 
 def measure_gpu_memory_gib() -> float | None:
-    """Return the GPU memory of this process in GiB, or None if the driver does not report it."""
+    """Return the GPU memory of this process in GiB, or None if the driver does not report it.
+
+    It asks the driver (NVML): torch knows nothing of memory that TensorRT allocates. Some
+    drivers and containers do not report memory by process.
+    """
     import pynvml
 
     try:
@@ -40,6 +44,7 @@ def to_tensorrt(source: Path, out: Path, artefact: Artefact) -> None:
     """
     from lorafleet.deployment.runtime import open_tensorrt
 
+    # run.py uses the CPU, and card and parity record are those of the ONNX target.
     shutil.copytree(
         source, out, ignore=shutil.ignore_patterns("run.py", "README.md", "parity.json")
     )

@@ -1,4 +1,9 @@
-"""Load a job's tokenizer and chat format once. Needs transformers, and no model."""
+"""Load a job's tokenizer and chat format once.
+
+Needs transformers, and no model. The tokenizer is read from the model's folder on this
+machine; nothing is downloaded. A process keeps the chat formats that it loaded last,
+because planning, tokenizing, evaluating and writing the card all need the same one.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +34,19 @@ from lorafleet.jobs.schema.job import JobSpec
 def find_tokenizer_folder(name: str, revision: str | None) -> Path:
     """Return the folder of a model's tokenizer.
 
+    If the node has a local copy of the model, the folder of that copy is returned.
+
+    Args:
+        name: Hub id, asset or folder, as in `model.model_name_or_path`.
+        revision: Revision of a hub model; None for its default.
+
     Raises:
-        AssetError: The model is not on this machine, or is a GGUF file that is not converted yet.
+        AssetError: The model is not on this machine, or is a GGUF file that is not
+            converted yet.
     """
     folder = get_model_folder(name, revision)
+    # Reading the tokenizer out of a GGUF file takes about ten seconds, so it is read from the
+    # folder that `data` and `train` convert once.
     if not (folder / "model.gguf").is_file():
         check_fetched(name, folder)
         return resolve_node_copy(folder)
@@ -46,9 +60,18 @@ def find_tokenizer_folder(name: str, revision: str | None) -> Path:
 
 
 def read_tokenizer(name: str, folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """Load a tokenizer.
+    """Load a tokenizer from a folder.
 
     It pads on the right, with the end token if it has no padding token.
+
+    Args:
+        name: What messages call the model.
+        folder: Folder of the tokenizer, from `find_tokenizer_folder`.
+        trust_remote_code: True to run the tokenizer code of the folder. Callers check the
+            code first (`check_code`).
+
+    Raises:
+        AssetError: The folder has no tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -58,25 +81,38 @@ def read_tokenizer(name: str, folder: Path, *, trust_remote_code: bool = False) 
         tokenizer = AutoTokenizer.from_pretrained(  # nosec B615
             folder, trust_remote_code=trust_remote_code
         )
+    # Most causal models have no padding token. Padding is masked everywhere, so any token will do.
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    # Training pads on the right. Generation pads its prompts itself, on the left
+    # (`inference/generate.py`).
     tokenizer.padding_side = "right"
     return tokenizer
 
 
 def get_padding_id(tokenizer: Any) -> int:
-    """Return the id that rows are padded with."""
+    """Return the id that rows are padded with.
+
+    It is 0 for a tokenizer without a padding, end or unknown token. The attention mask
+    hides padding, so the value matters only to decoders that classify: they find the last
+    token of a row by it. `training/model.py` therefore writes the same id into the model's
+    configuration.
+    """
     return int(tokenizer.pad_token_id or 0)
 
 
 def load_chat_format(job: JobSpec) -> ChatFormat:
     """Return the tokenizer of a job's model with the chat template and variables of the job.
 
+    The result is shared within the process: callers that read `ChatFormat.counts` must
+    clear them first.
+
     Raises:
         AssetError: The model is not on this machine.
         UserError: The tokenizer has no template of that name.
     """
     spec, data = job.model, job.data
+    # As text, because the arguments of a cached function must be hashable.
     kwargs = json.dumps(data.chat_template_kwargs, sort_keys=True)
     folder = find_tokenizer_folder(spec.model_name_or_path, spec.revision)
     name = spec.model_name_or_path
@@ -110,6 +146,16 @@ def _load_cached_chat_format(
     template: str | None,
     kwargs: str,
 ) -> ChatFormat:
+    """Load the chat format of a folder, or return the one that this process loaded before.
+
+    Args:
+        name: What messages call the model.
+        folder: Folder of the tokenizer.
+        _stamps: Names, sizes and times of its files. Only part of the cache key.
+        trust_remote_code: True to run the tokenizer code of the folder.
+        template: Value of `data.chat_template`; None for the tokenizer's own.
+        kwargs: Variables of the template, as JSON.
+    """
     tokenizer = read_tokenizer(name, folder, trust_remote_code=trust_remote_code)
     apply_template(tokenizer, template, name)
     return ChatFormat(tokenizer, read_end_ids(folder), json.loads(kwargs))
@@ -118,7 +164,14 @@ def _load_cached_chat_format(
 def apply_template(tokenizer: Any, template: str | None, model: str) -> None:
     """Give a tokenizer the chat template that `data.chat_template` names.
 
-    Raises UserError for an unknown name.
+    Args:
+        tokenizer: The tokenizer, which is changed in place.
+        template: Text of a template, name of one of the tokenizer's templates, or None for
+            no change.
+        model: What messages call the model.
+
+    Raises:
+        UserError: The tokenizer has no template of that name.
     """
     if template is None:
         return
@@ -138,7 +191,15 @@ def apply_template(tokenizer: Any, template: str | None, model: str) -> None:
 
 
 def read_end_ids(folder: Path) -> list[int]:
-    """Return the token ids at which a model's own configuration ends an answer."""
+    """Return the token ids at which a model's own configuration ends an answer.
+
+    `generation_config.json` comes first, because transformers' `generate` reads it.
+    `config.json` is used if the first file is missing or names no end token. Empty if
+    neither names one.
+
+    Raises:
+        AssetError: One of the files is not valid JSON.
+    """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         try:
@@ -154,7 +215,11 @@ def read_end_ids(folder: Path) -> list[int]:
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """Suppress transformers' loading reports and progress bars: they would tear the live view."""
+    """Suppress transformers' loading reports and progress bars, which tear the live view.
+
+    Afterwards the verbosity and Python warnings are as before. Progress bars and PEFT's
+    warnings stay off for the rest of the process.
+    """
     from transformers.utils import logging as hf_logging
 
     level = hf_logging.get_verbosity()

@@ -3,6 +3,11 @@
 Numbers only, no model. R rows, E examples: a row with several learnt turns may become
 several examples, if its chat template renders an earlier turn differently from the last
 one.
+
+`prepare` is the entry point. It stores a folder of NumPy files, which every process of
+every trial maps into memory, so that many trials on a machine hold the tokens once. The
+folder is named by a digest of everything that the tokens depend on; a folder is never
+changed after it was written.
 """
 
 from __future__ import annotations
@@ -38,6 +43,7 @@ from lorafleet.jobs.text import format_count
 from lorafleet.jobs.trials.trial_id import get_prompt_format
 
 SPLITS = ("train", "validation", "test")
+# Part of the cache key: folders of an older layout are then never read, only left unused.
 _LAYOUT_VERSION = 5
 """Version of the files in a folder of tokens. Raise it when they change."""
 _FILE_FIELDS = (
@@ -54,7 +60,9 @@ _MAX_SHOWN = 10
 class Split:
     """The tokens of one split, end to end.
 
-    The arrays are read from disk as needed and shared between processes.
+    Example e has the tokens `ids[starts[e] : starts[e + 1]]`. The arrays of a split that
+    `open_tokens` returns are read from disk as needed and shared between processes; they
+    must not be written. `subset` and `concat` return splits in memory.
     """
 
     ids: np.ndarray
@@ -73,14 +81,29 @@ class Split:
 
     @classmethod
     def from_classes(cls, ids: np.ndarray, starts: np.ndarray, classes: np.ndarray) -> Split:
-        """Return a split of rows with one class each."""
+        """Return a split of rows with one class each.
+
+        Each row is one example.
+
+        Args:
+            ids: Token ids of all rows, end to end.
+            starts: Position at which each row begins, and the end of the last (R + 1).
+            classes: Class of each row (R).
+        """
         return cls(
             ids, starts, classes.astype(np.int64), np.zeros(0, dtype=bool), np.arange(len(classes))
         )
 
     @classmethod
     def from_texts(cls, ids: np.ndarray, starts: np.ndarray) -> Split:
-        """Return a split of texts that are learnt in full, except the first token of each."""
+        """Return a split of texts that are learnt in full, except the first token of each.
+
+        The first token of a text has nothing before it from which it could be predicted.
+
+        Args:
+            ids: Token ids of all texts, end to end.
+            starts: Position at which each text begins, and the end of the last (R + 1).
+        """
         learnt = np.ones(len(ids), dtype=bool)
         learnt[np.asarray(starts[:-1], dtype=np.int64)] = False
         rows = len(starts) - 1
@@ -95,7 +118,15 @@ class Split:
         return int(self.groups[-1]) + 1 if len(self.groups) else 0
 
     def subset(self, examples: np.ndarray) -> Split:
-        """Return some of the examples, in memory."""
+        """Return some of the examples, in the given order, as a split in memory.
+
+        Args:
+            examples: Indices of examples. Examples of one row must stay together and rows in
+                ascending order, so that `groups` stays ascending.
+
+        Returns:
+            A split whose rows are numbered from 0 again.
+        """
         spans = [
             slice(int(self.starts[example]), int(self.starts[example + 1])) for example in examples
         ]
@@ -126,15 +157,24 @@ class Split:
         return counts
 
     def sum_by_row(self, values_E: np.ndarray) -> np.ndarray:
-        """Return the sum of a value of each example (E) for each row (R)."""
+        """Return the sum of a value of each example (E) for each row (R).
+
+        Per-row results are about rows of the data file, and a row may be several examples.
+        """
         sums = np.zeros(self.rows, dtype=values_E.dtype)
+        # `sums[groups] += values` would count a row with several examples only once.
         np.add.at(sums, self.groups, values_E)
         return sums
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Packed rows of several examples each. The tokens stay in the split's files."""
+    """Packed rows of several examples each.
+
+    The tokens stay in the split's files. Made by `pack_split` for `train.packing`. A
+    training step takes packed rows, while losses and gradients stay those of single
+    examples: each example sees only itself.
+    """
 
     split: Split
     members: list[np.ndarray]
@@ -165,10 +205,21 @@ class PackedRows:
 def pack_examples(lengths: np.ndarray, max_tokens: int) -> list[list[int]]:
     """Pack examples into rows of at most `max_tokens` tokens.
 
-    The longest examples come first, each goes into the fullest row that has room.
+    The longest examples come first, each goes into the fullest row that has room. An
+    example that is longer than `max_tokens` gets a row of its own.
 
     Source: best-fit decreasing, as TRL's `packing_strategy: bfd`.
+
+    Args:
+        lengths: Tokens of each example (E).
+        max_tokens: Room of a row, in tokens.
+
+    Returns:
+        Indices of the examples of each row. Equal lengths keep their order, so the result
+            is the same in every process.
     """
+    # Rows are found by their remaining room. The sorted list of rooms makes each search a
+    # bisection; trying every row would be quadratic in the number of examples.
     rows: list[list[int]] = []
     by_room: dict[int, list[int]] = {}
     rooms: list[int] = []  # keys of by_room, ascending
@@ -200,7 +251,7 @@ def pack_split(split: Split, max_tokens: int) -> PackedRows:
 
 
 def concat(first: Split, second: Split) -> Split:
-    """Return the rows of two splits as one split."""
+    """Return the rows of two splits as one split in memory, those of `first` first."""
     starts = np.concatenate([first.starts, second.starts[1:] + first.starts[-1]])
     groups = np.concatenate([first.groups, second.groups + first.rows])
     targets = np.concatenate([first.targets, second.targets])
@@ -211,9 +262,19 @@ def concat(first: Split, second: Split) -> Split:
 def assign_folds(split: Split, folds: int, seed: int, *, classifies: bool) -> np.ndarray:
     """Return the fold of each example (E).
 
-    Folds depend on the seed only. Equal rows, and the examples of one row, are in the same
-    fold. Classes are spread evenly.
+    Folds depend on the rows and the seed only, so every process computes the same ones.
+    Equal rows, and the examples of one row, are in the same fold. Classes are spread
+    evenly.
+
+    Args:
+        split: All rows that take part: training and validation rows together.
+        folds: Number of folds.
+        seed: `data.split_seed`.
+        classifies: True for a classifier, whose rows are equal if their texts are.
+            Otherwise rows are equal if their prompts are.
     """
+    # A prompt that occurs on both sides of a fold would be learnt and then tested: rows with the
+    # same prompt go into one fold together.
     members: dict[bytes, list[int]] = {}
     for row, examples in enumerate(_group_by_row(split)):
         members.setdefault(_get_prompt_key(split, examples[0], classifies=classifies), []).append(
@@ -221,6 +282,7 @@ def assign_folds(split: Split, folds: int, seed: int, *, classifies: bool) -> np
         )
     order = list(members.values())
     np.random.default_rng([seed, folds]).shuffle(order)
+    # `groups` is ascending, so this is the first example of each row.
     first = np.searchsorted(split.groups, np.arange(split.rows))
     if classifies:
         order.sort(
@@ -242,7 +304,16 @@ def _group_by_row(split: Split) -> list[list[int]]:
 
 
 def _get_prompt_key(split: Split, example: int, *, classifies: bool) -> bytes:
-    """Return what rows of the same fold have in common: a text, or a prompt."""
+    """Return what rows of the same fold have in common: a text, or a prompt.
+
+    Args:
+        split: The rows.
+        example: First example of the row.
+        classifies: True for a classifier.
+
+    Returns:
+        The bytes of the token ids.
+    """
     begin, end = int(split.starts[example]), int(split.starts[example + 1])
     prompt_length = int(split.targets[example])
     is_text = (
@@ -253,7 +324,12 @@ def _get_prompt_key(split: Split, example: int, *, classifies: bool) -> bytes:
 
 @dataclass(frozen=True)
 class TokenData:
-    """The three tokenized splits of a job, with remarks on them."""
+    """The three tokenized splits of a job, with remarks on them.
+
+    `prepare` and `open_tokens` return it. It is never changed; `for_fold` returns another
+    one. If `chosen_on_test` is True there were too few rows for a test split, and `test`
+    has the validation rows again.
+    """
 
     splits: dict[str, Split]
     labels: tuple[str, ...]
@@ -282,7 +358,11 @@ class TokenData:
         return int(self.splits["train"].lengths.max())
 
     def count_training_rows(self, job: JobSpec) -> int:
-        """Return the number of rows in an epoch of a job: examples, or packed rows of them."""
+        """Return the number of rows in an epoch of a job: examples, or packed rows of them.
+
+        Args:
+            job: The job of a trial. Its fold, `train.packing` and `model.max_length` count.
+        """
         split = self.for_fold(job).splits["train"]
         return (
             len(pack_examples(split.lengths, job.model.max_length))
@@ -291,7 +371,15 @@ class TokenData:
         )
 
     def read_rows(self, split_name: str) -> list[Row]:
-        """Return the rows of an evaluated split, as they were before tokenization."""
+        """Return the rows of an evaluated split, as they were before tokenization.
+
+        Args:
+            split_name: `validation` or `test`. Training rows are not stored as text.
+
+        Returns:
+            A shared list, which must not be changed. Rows of text jobs have the answer that
+                metrics compare with.
+        """
         return _read_cached_rows(self.folder / f"{split_name}-rows.jsonl")
 
     def get_tokens(self, split_name: str, count: int) -> list[list[int]]:
@@ -306,7 +394,8 @@ class TokenData:
     def for_fold(self, job: JobSpec) -> TokenData:
         """Return the splits that a job trains with; a held-out fold is the validation split.
 
-        Equal rows are in one fold, and each class is spread evenly over all folds.
+        Equal rows are in one fold, and each class is spread evenly over all folds. Without
+        cross-validation this returns the data itself. The test split is the same in every fold.
 
         Raises:
             DataError: There are too few different rows for the folds.
@@ -314,6 +403,7 @@ class TokenData:
         fold, folds = job.data.fold, job.evaluate.folds
         if fold is None or folds is None:
             return self
+        # Cross-validation replaces the validation split, so its rows are trained on as well.
         pool = concat(self.splits["train"], self.splits["validation"])
         fold_E = assign_folds(pool, folds, job.data.split_seed, classifies=not job.is_generative)
         subsets = {
@@ -339,6 +429,9 @@ def _read_cached_rows(path: Path) -> list[Row]:
 def prepare(job: JobSpec) -> TokenData:
     """Return a job's rows as tokens, from the cache if the same content was tokenized before.
 
+    Processes that need the same tokens wait for the first one. The time goes into rendering
+    and tokenizing; opening stored tokens reads only their metadata.
+
     Raises:
         DataError: The rows cannot be used.
         AssetError: The data or the tokenizer is not on this machine.
@@ -349,6 +442,9 @@ def prepare(job: JobSpec) -> TokenData:
         if not (folder / "meta.json").is_file():
             rows = load_rows(job)
             folder.parent.mkdir(parents=True, exist_ok=True)
+            # The folder appears complete, by a rename: a killed process leaves only a scratch
+            # folder behind, and readers need no lock. `dir` keeps the scratch folder on the same
+            # file system.
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
                 target = Path(scratch) / "made"
                 _tokenize(job, rows, target)
@@ -357,7 +453,11 @@ def prepare(job: JobSpec) -> TokenData:
 
 
 def open_tokens(folder: Path) -> TokenData:
-    """Open the tokens that `prepare` stored in a folder."""
+    """Open the tokens that `prepare` stored in a folder.
+
+    The arrays are mapped into memory, not read. Measuring processes get only the path of
+    the folder and call this.
+    """
     meta = files.read_json(folder / "meta.json")
     splits = {
         name: Split(
@@ -383,7 +483,11 @@ def open_tokens(folder: Path) -> TokenData:
 
 
 def _compute_content_key(job: JobSpec) -> str:
-    """Return a digest of everything that the tokens depend on."""
+    """Return a digest of everything that the tokens depend on.
+
+    Names of files are left out and their content is digested instead, so a copied or
+    renamed file finds its tokens, and a changed one does not.
+    """
     data = job.data.model_dump(mode="json")
     for name in _FILE_FIELDS:
         data.pop(name)
@@ -392,6 +496,7 @@ def _compute_content_key(job: JobSpec) -> str:
             split: files.compute_sha256(path) for split, path in get_split_files(job.data).items()
         },
         "data": data,
+        # Summarization and generation make the same tokens of the same rows.
         "task": "generation" if job.is_generative else job.task,
         "layout": _LAYOUT_VERSION,
         "split_version": SPLIT_VERSION,
@@ -403,7 +508,12 @@ def _compute_content_key(job: JobSpec) -> str:
 
 
 def make_row_encoder(job: JobSpec, chat: ChatFormat | None = None) -> RowEncoder:
-    """Return the encoder of a job's conversations and texts."""
+    """Return the encoder of a job's conversations and texts.
+
+    Args:
+        job: The job.
+        chat: Its chat format, to share counters with the caller. None loads it.
+    """
     return RowEncoder(
         chat or load_chat_format(job),
         job.model.max_length,
@@ -413,8 +523,16 @@ def make_row_encoder(job: JobSpec, chat: ChatFormat | None = None) -> RowEncoder
 
 
 def _tokenize(job: JobSpec, rows: Rows, folder: Path) -> None:
-    """Tokenize all splits and store them in a new folder."""
+    """Tokenize all splits and store them in a new folder.
+
+    Writes the arrays of each split, the rows of the evaluated splits (`SPLIT-rows.jsonl`)
+    and, last, `meta.json`, whose presence marks a complete folder.
+
+    Raises:
+        DataError: The chat template refuses rows, or a row has no tokens.
+    """
     chat = load_chat_format(job)
+    # The chat format is shared within the process and may still have the counts of another job.
     chat.counts.clear()
     warnings = list(rows.warnings)
     digests: dict[str, str] = {}
@@ -473,7 +591,11 @@ def _add_answers(
 
 
 def _get_common_system(systems: set[System | None]) -> dict[str, str] | None:
-    """Return the system message that all rows have; None if they have none or different ones."""
+    """Return the system message that all rows have; None if they have none or different ones.
+
+    An exported model puts it before every prompt, which is right only if every training row
+    had it.
+    """
     (system,) = systems if len(systems) == 1 else (None,)
     return None if system is None else {"role": system[0], "content": system[1]}
 
@@ -483,9 +605,10 @@ System = tuple[str, str]
 
 
 def collect_system_messages(rows: Rows) -> set[System | None]:
-    """Return the different system messages of all conversations.
+    """Return the different system messages of all conversations, over all splits.
 
-    None stands for conversations without one.
+    None stands for conversations without one. Only the first message of a conversation
+    counts.
     """
     systems: set[System | None] = set()
     for split in (rows.train, rows.validation, rows.test):
@@ -524,7 +647,17 @@ def _list_length_notes(name: str, rows: int, counts: dict[str, Any], max_length:
 
 
 def list_template_notes(chat: ChatFormat, systems: set[System | None]) -> list[str]:
-    """Return notes on what the chat template does with these rows."""
+    """Return notes on what the chat template does with these rows.
+
+    Args:
+        chat: The chat format after all rows were encoded: its counters say how many rows
+            are concerned.
+        systems: What `collect_system_messages` returned.
+
+    Returns:
+        One sentence each, without a final period. They go into the plan, the data report
+            and the report of the run.
+    """
     notes = [
         text.format(rows=format_count(chat.counts[name], "row"))
         for name, text in _COUNTER_NOTES
@@ -646,11 +779,23 @@ def _compute_digest(records: list[dict[str, Any]]) -> str:
 def _tokenize_classification(
     rows: list[Row], labels: tuple[str, ...], tokenizer: Any, max_length: int
 ) -> tuple[Split, dict[str, int]]:
-    """Return (tokens, number of rows that were cut)."""
+    """Tokenize labelled texts.
+
+    Args:
+        rows: The rows.
+        labels: Class names, in the order of the model's outputs.
+        tokenizer: The tokenizer.
+        max_length: Maximum tokens of a text.
+
+    Returns:
+        (tokens, counts). The count `cut` is the number of texts that were longer.
+    """
     label_ids = {label: index for index, label in enumerate(labels)}
     if not rows:
         return _build_split([], [], []), {}
     encoded = tokenizer([row.text for row in rows], add_special_tokens=True)["input_ids"]
+    # The first pass does not truncate, to count the texts that are too long. Cutting its ids would
+    # drop the closing token, which the tokenizer's own truncation keeps.
     longer = sum(len(tokens) > max_length for tokens in encoded)
     if longer:
         encoded = tokenizer([row.text for row in rows], truncation=True, max_length=max_length)[
@@ -664,10 +809,19 @@ def _tokenize_classification(
 def _tokenize_generation(
     rows: list[Row], encoder: RowEncoder, file: Path
 ) -> tuple[Split, list[str]]:
-    """Return (tokens, the answer of each row).
+    """Tokenize conversations and plain texts.
+
+    Args:
+        rows: The rows.
+        encoder: Encodes a row. Its counters say afterwards how many rows were cut or split.
+        file: File that messages name.
+
+    Returns:
+        (tokens, the answer of each row as metrics compare it).
 
     Raises:
-        DataError: The chat template refuses rows. The message lists them.
+        DataError: The chat template refuses rows. The message lists the first ten with
+            their lines.
     """
     ids: list[np.ndarray] = []
     learnt: list[np.ndarray] = []
@@ -696,7 +850,17 @@ def _build_split(
     groups: list[int],
     learnt: Sequence[np.ndarray] = (),
 ) -> Split:
-    """Return token sequences as a split. Raises DataError if a row has no tokens."""
+    """Return token sequences as a split.
+
+    Args:
+        rows: Token ids of each example.
+        targets: Class of each row, or where the last answer of each example begins.
+        groups: Row of each example.
+        learnt: Which tokens of each example are learnt; empty for a classifier.
+
+    Raises:
+        DataError: A row has no tokens.
+    """
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
     if len(lengths) and not lengths.min():
         raise DataError("a row has no tokens: it holds only characters that the tokenizer drops")

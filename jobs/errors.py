@@ -25,7 +25,13 @@ from lorafleet.jobs.text import escape_line_breaks
 
 
 class ExitCode(IntEnum):
-    """Exit codes of the command line."""
+    """Exit codes of the command line; docs/concepts.md describes them for users.
+
+    OUR_FAULT is an error in lorafleet, USER_INPUT one that the user can fix. GATE_REFUSED:
+    a check refused the result. TAKEN: in a job of a queue, another driver has the run.
+    REQUEUE: saved after a signal, `lorafleet resume` continues. Batch scripts and the
+    driver compare these numbers, so they must not change.
+    """
 
     OK = 0
     OUR_FAULT = 1
@@ -44,14 +50,22 @@ class LorafleetError(Exception):
 
 
 class UserError(LorafleetError):
-    """An error that the user can fix; its text is the whole message."""
+    """An error that the user can fix; its text is the whole message.
+
+    The command line prints it without a traceback and ends with exit code 2. The text says
+    what happened, with the value, and what to do next.
+    """
 
     exit_code = ExitCode.USER_INPUT
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One problem of a job file: the dotted key that it is about, and a message."""
+    """One problem of a job file: the dotted key that it is about, and a message.
+
+    `path` is empty for a problem of the whole file. `line` counts from 1, and is None if
+    the value is not in the file, such as an override.
+    """
 
     path: str
     sentence: str
@@ -64,7 +78,11 @@ class Problem:
 
 
 class SpecProblems(ValueError):
-    """Raised inside validation: several fields that do not fit together, each with a message."""
+    """Raised inside validation: several fields that do not fit together, each with a message.
+
+    Pydantic reports one error for a validator. This one carries a problem for each field;
+    `list_problems` unpacks them.
+    """
 
     def __init__(self, problems: list[Problem]) -> None:
         self.problems = problems
@@ -72,7 +90,12 @@ class SpecProblems(ValueError):
 
 
 class JobFileError(UserError):
-    """A job file with at least one problem; the message has one line for each problem."""
+    """A job file with at least one problem; the message has one line for each problem.
+
+    `rest` is the LoadedJob of the valid fields, if they make a job. `validate` and `plan`
+    use it to check names and data too, and so report all problems at once. Site files and
+    the user's config raise this error as well, without `rest`.
+    """
 
     def __init__(self, file: str, problems: list[Problem], rest: object = None) -> None:
         self.file = file
@@ -80,6 +103,8 @@ class JobFileError(UserError):
         self.rest = rest  # the LoadedJob of the valid fields, if they make one
         super().__init__("\n".join(problem.format_with_location(file) for problem in problems))
 
+    # Pickle would call the class with the message alone. `rest` is left out: it serves only the
+    # process that loaded the file.
     def __reduce__(self) -> tuple[type[JobFileError], tuple[str, list[Problem]]]:
         return (JobFileError, (self.file, self.problems))
 
@@ -127,12 +152,15 @@ def make_disk_full_error(
     )
 
 
+# The text `failed writing file` does not name the cause, so it counts as a full disk only if little
+# space is left.
 _LOW_SPACE_BYTES = 16_000_000
 """Less free space than this, in bytes, explains a failed write."""
 
 
 def _get_free_bytes(folder: Path) -> float:
     """Return the free bytes on the disk of a folder, which may not exist yet."""
+    # The folder may be the one whose creation failed.
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return float(shutil.disk_usage(existing).free)
 
@@ -154,7 +182,13 @@ class MissingExtra(UserError):
 
 
 class TrainingFailure(LorafleetError):
-    """A trial that cannot continue. `failure_class` is one of FAILURE_CLASSES."""
+    """A trial that cannot continue; the search goes on without it.
+
+    Args:
+        failure_class: One of FAILURE_CLASSES. It selects the retry policy (`retries` in the
+            job file) and is shown in the report.
+        sentence: The message for the user.
+    """
 
     final = False
     """True if a retry is known not to help."""
@@ -164,6 +198,8 @@ class TrainingFailure(LorafleetError):
         self.sentence = sentence
         super().__init__(sentence)
 
+    # Ray pickles the error on its way from a trial's process to the driver. Pickle would call the
+    # class with the message alone.
     def __reduce__(self) -> tuple[type[TrainingFailure], tuple[str, str]]:
         return (TrainingFailure, (self.failure_class, self.sentence))
 

@@ -1,4 +1,10 @@
-"""Write files atomically, and read files that may be damaged."""
+"""Write files atomically, and read files that may be damaged.
+
+Run folders live on shared disks, survive kills at any moment, and may come from
+somebody else. All files of a run are therefore written by replacing them or by
+appending whole lines, and are read with a size limit and without following what is not
+a regular file. Data files of users are read in `jobs/data/data_files.py`.
+"""
 
 from __future__ import annotations
 
@@ -57,15 +63,16 @@ _MAX_RECORD_BYTES = 1_000_000_000
 def read_regular_file(path: Path, max_bytes: int = _MAX_BYTES) -> bytes:
     """Return the bytes of a regular file that somebody has named.
 
-    Pipes, devices and endless files are not read.
+    Pipes, devices and endless files are not read: a job file that names `/dev/zero` or a
+    pipe must not block the command or fill the memory.
 
     Args:
         path: The file.
         max_bytes: Maximum size, in bytes.
 
     Raises:
-        OSError: If it is not a regular file or is too large; `strerror` is a message for the
-            user.
+        OSError: If it is not a regular file or is too large; `strerror` is a message for
+            the user.
     """
     try:
         status = path.stat()
@@ -77,9 +84,13 @@ def read_regular_file(path: Path, max_bytes: int = _MAX_BYTES) -> bytes:
         raise OSError(errno.EINVAL, describe_non_file(path), str(path))
     if status.st_size > max_bytes:
         raise OSError(errno.EFBIG, f"it is larger than {max_bytes / 1e6:,.0f} MB", str(path))
+    # Without O_NONBLOCK, opening a pipe that has replaced the file since `stat` would wait for a
+    # writer.
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         size = status.st_size + 1  # allocating a much larger buffer would take as long as the read
         data = file.read(size)
+        # The file has grown since `stat`, or it reports size 0 although it has content, as files in
+        # /proc do.
         if len(data) == size or size == 1:
             data += file.read(max_bytes + 1)
     if len(data) > max_bytes:
@@ -88,27 +99,51 @@ def read_regular_file(path: Path, max_bytes: int = _MAX_BYTES) -> bytes:
 
 
 def read_regular_text(path: Path, max_bytes: int = _MAX_BYTES, encoding: str = "utf-8") -> str:
-    """Return the text of a regular file. Raises OSError and UnicodeDecodeError."""
+    """Return the text of a regular file.
+
+    Args:
+        path: The file.
+        max_bytes: Maximum size, in bytes.
+        encoding: Encoding of the file; `utf-8-sig` also accepts a byte order mark.
+
+    Raises:
+        OSError: As in `read_regular_file`.
+        UnicodeDecodeError: If the bytes are not text in this encoding.
+    """
     return read_regular_file(path, max_bytes).decode(encoding)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file atomically.
 
-    A reader sees the old or the new text, even if the writer dies in between.
+    A reader sees the old or the new text, even if the writer dies in between. Missing
+    parent folders are created. Lone surrogates, which UTF-8 cannot encode, are written as
+    escapes.
     """
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file atomically, as `write_text` does, with bytes."""
+    """Replace a file atomically, as `write_text` does, with bytes.
+
+    The data is on the disk when the function returns.
+
+    Raises:
+        OSError: If the folder cannot be written or the disk is full. The old file is then
+            unchanged, and no temporary file is left.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because a rename is atomic only within one file system.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
+            # Otherwise the rename could reach the disk before the data, and a crash would leave an
+            # empty file.
             os.fsync(file.fileno())
+        # `mkstemp` creates files with mode 0600, which hides them from a group that may read the
+        # run.
         os.chmod(temporary, 0o666 & ~UMASK)
         Path(temporary).replace(path)
     except BaseException:
@@ -130,7 +165,11 @@ it for a moment.
 
 
 def share_with_group() -> None:
-    """Let the group read everything that this process and its children write from now on."""
+    """Let the group read everything that this process and its children write from now on.
+
+    Called once by a driver of a run whose folder the group may read (`share: group`),
+    before it starts other processes. It changes `UMASK` and the process's umask.
+    """
     global UMASK
     UMASK &= ~0o050
     os.umask(UMASK)
@@ -139,7 +178,10 @@ def share_with_group() -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON object with its schema version atomically.
 
-    Values that are NaN or infinite become null.
+    Args:
+        path: The file; it is replaced.
+        value: The object. Values that are NaN or infinite become null, because JSON has
+            neither.
     """
     write_text(
         path,
@@ -152,7 +194,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; an empty one if the file does not exist.
 
     Raises:
-        RunError: If the file is damaged or does not hold a JSON object.
+        RunError: If the file is damaged, is not a regular file or does not hold a JSON
+            object.
+        OSError: If it exists but cannot be read, for example without permission.
     """
     try:
         value = json.loads(read_regular_file(path, _MAX_RECORD_BYTES).decode())
@@ -164,6 +208,8 @@ def read_json(path: Path) -> dict[str, Any]:
             "damaged"
         ) from error
     except OSError as error:
+        # These four mean that something else is in the file's place. Other errors, such as a
+        # missing permission, are not damage.
         if error.errno not in (errno.EINVAL, errno.EFBIG, errno.EISDIR, errno.ELOOP):
             raise
         raise RunError(f"{path} is damaged: {error.strerror}") from error
@@ -176,9 +222,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append one line and flush it to disk.
+    """Append one row to a JSON Lines file and flush it to disk.
 
-    An incomplete line of a killed writer is ended first.
+    The row is on the disk when the function returns. If a killed writer left an incomplete
+    line, that line is ended first, so that only it is lost.
+
+    Args:
+        path: The file; it is created if it does not exist.
+        row: The row. NaN and infinity become null.
+
+    Raises:
+        RunError: If the path is a link or not a regular file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"schema_version": SCHEMA_VERSION, **replace_non_finite(row)}) + "\n"
@@ -194,10 +248,19 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
 def _open_file(path: Path, flags: int) -> BinaryIO:
     """Open a file for writing, and create it if it does not exist.
 
+    The content stays as it is: a file is emptied only after this check, so that nothing
+    that somebody put in its place is destroyed.
+
+    Args:
+        path: The file.
+        flags: O_RDWR, with O_APPEND to append.
+
     Raises:
         RunError: If it is a link or not a regular file.
     """
     try:
+        # O_NOFOLLOW: in a run folder from elsewhere, a link could lead to any file of the user.
+        # O_NONBLOCK keeps a pipe in the file's place from blocking the process.
         handle = os.open(
             path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
         )
@@ -212,7 +275,14 @@ def _open_file(path: Path, flags: int) -> BinaryIO:
 
 
 def overwrite(path: Path, data: bytes) -> None:
-    """Write a file in place. Raises RunError for links and for what is not a regular file."""
+    """Write a file in place: neither atomic nor flushed to disk.
+
+    For files of which no reader needs the complete content: heartbeats, end marks and
+    reserved disk space. Use `write_bytes` for everything else.
+
+    Raises:
+        RunError: If the path is a link or not a regular file.
+    """
     with _open_file(path, os.O_RDWR) as file:
         file.truncate()
         file.write(data)
@@ -229,7 +299,11 @@ def open_to_append(path: Path) -> BinaryIO:
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line, atomically."""
+    """Write one JSON object a line, atomically.
+
+    Each row gets the schema version. Characters beyond ASCII are written unescaped. All
+    rows are held in memory as text.
+    """
     versioned = ({"schema_version": SCHEMA_VERSION, **replace_non_finite(row)} for row in rows)
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in versioned))
 
@@ -244,7 +318,8 @@ def _read_last_byte(file: Any) -> bytes:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return all complete rows of a JSON Lines file; none if it does not exist.
 
-    Incomplete lines of a killed writer are skipped.
+    Incomplete lines of a killed writer are skipped, and so are damaged lines and lines that
+    hold no object: a damaged line costs its own row only.
 
     Raises:
         RunError: If the path is not a readable regular file.
@@ -287,14 +362,22 @@ def compute_sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def hold_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold an exclusive lock on a file beside `path`.
+    """Hold an exclusive lock on a file beside `path`, named `NAME.lock`.
 
-    Yields True while the lock is held. Without `wait`, yields False if another process holds
-    it.
+    The kernel releases the lock when the process ends, however it ends. The lock file
+    stays. On some network file systems `flock` works within one machine only. The right to
+    write a run is therefore a lease (`jobs/runs/lease.py`) and not this lock.
+
+    Yields True while the lock is held. Without `wait`, yields False if another process
+    holds it.
+
+    Args:
+        path: What the lock protects. It need not exist.
+        wait: Wait until another process releases the lock.
 
     Raises:
-        RunError: If the path of the lock is not a regular file; it is then neither emptied nor
-            followed.
+        RunError: If the path of the lock is not a regular file; it is then neither emptied
+            nor followed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _open_file(path.with_name(f"{path.name}.lock"), os.O_RDWR) as file:

@@ -1,9 +1,10 @@
-"""Read a strict subset of YAML: 1.2 scalars, the line of every key, and no features with
-surprising results.
+"""Read a strict subset of YAML 1.2, with the line of every key.
 
-PyYAML reads `no` as false, `1:00:00` as 3600 and `2e-4` as text. This module uses the
-scalars of YAML 1.2's core schema. Duplicate keys, tags and aliases that multiply are
-errors.
+PyYAML implements YAML 1.1: it reads `no` as false, `1:00:00` as 3600 and `2e-4` as
+text. This module uses PyYAML's parser only, and reads the scalars by YAML 1.2's core
+schema. Duplicate keys, tags, merge keys and aliases that multiply are problems, not
+silent surprises. Job files, site files, the user's config and command-line overrides
+are all read with it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ _MAX_DEPTH = 50
 
 @dataclass
 class Document:
-    """A YAML document as plain values, with the line (from 1) of each dotted key."""
+    """A YAML document as plain values, with the line (from 1) of each dotted key.
+
+    Errors are collected in `problems` and not raised, so that a loader can report all of
+    them at once. If there are any, `value` may be None or incomplete.
+    """
 
     value: Any
     lines: dict[str, int] = field(default_factory=dict)
@@ -36,16 +41,24 @@ class Document:
 
 
 def parse_scalar(text: str) -> bool | int | float | str | None:
-    """Parse a plain scalar by YAML 1.2's core schema.
+    """Parse a plain scalar by YAML 1.2's core schema (section 10.3.2).
 
-    `2e-4` is a number; `no` and `1:00:00` are text.
+    `2e-4` is a number; `no` and `1:00:00` are text. Only unquoted scalars may be passed: a
+    quoted one is always text.
+
+    Returns:
+        The value; the text itself if it is no other scalar. `.inf` and `.nan` become
+            floats, which the schema of the file must refuse where they make no sense.
     """
     if text in _NULL:
         return None
     if text in _BOOL:
         return _BOOL[text]
+    # Python refuses to convert more than 4,300 digits to an integer. Numbers longer than any real
+    # setting are therefore read as floats below.
     if _INT.fullmatch(text) and len(text) <= 30:
         return int(text)
+    # YAML 1.2 writes octal numbers as 0o17. In YAML 1.1, 017 was octal; here it is 17.
     if text.startswith(("0x", "0o")):
         try:
             return int(text, 0)
@@ -64,7 +77,15 @@ def parse_scalar(text: str) -> bool | int | float | str | None:
 
 
 def parse_document(text: str) -> Document:
-    """Parse one document. If `problems` of the result is not empty, do not use its value."""
+    """Parse one YAML document.
+
+    Args:
+        text: The text of the file, or the value of an override.
+
+    Returns:
+        The document. If its `problems` is not empty, do not use its value. Nothing is
+            raised, whatever the text is.
+    """
     document = Document(None)
     if len(text) > _MAX_CHARACTERS:
         document.problems.append(
@@ -78,6 +99,8 @@ def parse_document(text: str) -> Document:
         )
         return document
     try:
+        # Compose only: the nodes keep their line, their quotes and their repeated keys, which
+        # `yaml.safe_load` drops.
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -86,6 +109,8 @@ def parse_document(text: str) -> Document:
             Problem("", f"not valid YAML: {message}", mark.line + 1 if mark else None)
         )
         return document
+    # PyYAML's composer is recursive: very deep nesting ends in a RecursionError before `_MAX_DEPTH`
+    # is checked.
     except (yaml.YAMLError, RecursionError) as error:
         document.problems.append(Problem("", f"not valid YAML: {str(error).splitlines()[0]}"))
         return document
@@ -94,13 +119,18 @@ def parse_document(text: str) -> Document:
 
 
 class _StopReading(Exception):
-    """Raised when a document must not be read further."""
+    """Raised when a document must not be read further.
+
+    The problem has been added to the document by then; `_Builder.build` catches it.
+    """
 
 
 class _Builder:
     """Builds plain values from PyYAML's nodes.
 
-    It counts the nodes it creates, because nested aliases can multiply without limit.
+    PyYAML represents an alias by the node that it refers to, so a few nested aliases can
+    stand for billions of values. The builder therefore counts the values that it creates,
+    and stops at `_MAX_NODES`.
     """
 
     def __init__(self, document: Document) -> None:
@@ -136,6 +166,8 @@ class _Builder:
                 "out",
                 node,
             )
+        # A style means that the scalar is quoted or a block scalar: it is text, whatever it looks
+        # like. The tag that PyYAML resolved for a plain scalar follows YAML 1.1 and is ignored.
         return parse_scalar(node.value) if node.style is None else node.value
 
     def _check_tag(self, node: yaml.Node, path: str, expected: str) -> None:
@@ -162,6 +194,7 @@ class _Builder:
                 )
                 continue
             inner = f"{path}.{key}" if path else key
+            # PyYAML would let the last of two equal keys win without notice.
             if key in mapping:
                 first = self.document.lines[inner]
                 self._add_problem(

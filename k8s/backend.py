@@ -76,7 +76,12 @@ waits longer.
 
 
 class KubernetesBackend(RemoteBackend[KubernetesSite]):
-    """A backend that submits RayJobs to a namespace."""
+    """A backend that submits RayJobs to a namespace.
+
+    It is created for each command, from a site file or from the record of a run. The
+    cluster's client is created at its first use, because a manifest can be rendered without
+    a cluster.
+    """
 
     def __init__(self, site: KubernetesSite, nodes: int | None = None) -> None:
         self.site = site
@@ -196,6 +201,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         try:
             problems += [f"{violation.path}: {violation.sentence}" for violation in lint(job)]
         except (TypeError, KeyError, AttributeError, ValueError) as error:
+            # Rules index into the object without checking types. Only a patch can change its form.
             if not self.site.patch:
                 raise
             reason = f"{type(error).__name__}: {error}"
@@ -214,6 +220,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         from lorafleet.k8s.client import Client
 
         try:
+            # A plan must not wait for minutes for a cluster that is down.
             single_try_client = Client(self.site.namespace, self.site.context, max_retries=0)
             definition = single_try_client.get_definition()
             if definition is None:
@@ -236,9 +243,14 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         )
 
     def _check_with_dry_run(self, client: Client, job: Tree) -> tuple[list[str], str]:
-        """Return the API server's own errors, for clusters whose schema the user may not read."""
+        """Return the API server's own errors, for clusters whose schema the user may not read.
+
+        Returns:
+            The errors, and a message if the server did not check the job.
+        """
         try:
             client.create(job, dry_run=True)
+        # The server compares names last, so the object itself was accepted.
         except Conflict:
             return [], ""
         except ClusterError as error:
@@ -301,9 +313,13 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         record_submission(run, record)
         try:
             *other_objects, job = [self._create_object(tree, record.call) for tree in objects]
+            # Owned objects are deleted with the RayJob. They are created before it, and its uid is
+            # known only now.
             for tree in other_objects:
                 self.client.set_owner(job, tree["kind"], tree["metadata"]["name"])
         except BaseException as error:
+            # Without an answer it is unknown whether an object exists. Nothing is deleted then:
+            # `resume` finds out.
             is_unanswered = isinstance(error, ClusterError) and not error.is_refused
             taken_back = not is_unanswered and self._delete_created_objects(objects, record.call)
             update_record(run, record.submission, taken_back=taken_back)
@@ -312,6 +328,13 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
 
     def _create_object(self, tree: Tree, call: str) -> Tree:
         """Create an object, or return the one that the same call created before.
+
+        The request is repeated if an answer is lost, and then meets the object of the first
+        try.
+
+        Args:
+            tree: The object, with the mark of the call among its annotations.
+            call: The mark.
 
         Raises:
             RunError: An object of this name exists, and another call created it.
@@ -340,8 +363,12 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
     def resume(self, run: Run) -> None:
         """Submit an unfinished run again, as a new RayJob.
 
+        A submission that the cluster never confirmed is repeated under its own number and mark.
+        Otherwise the ended RayJob is deleted and the next number is used.
+
         Raises:
             RunError: A RayJob of the run is still active or being deleted.
+            ClusterError: The cluster does not answer.
         """
         record, name = read_record(run), self.get_object_name(run)
         job = self.client.get("RayJob", name)
@@ -371,7 +398,11 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
     def find_newest_submission(self, run: str) -> int:
         """Return the number of a run's newest submission.
 
-        Returns 1 if the cluster has forgotten all of them.
+        The RayJobs on the cluster tell it, by their labels. It is 1 if the cluster has
+        forgotten all of them.
+
+        Raises:
+            ClusterError: The cluster does not answer.
         """
         jobs = self.client.list_rayjobs({RUN_LABEL: to_label_value(run)})
         return max(
@@ -388,6 +419,8 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
 
     def derive_status(self, run: Run, job: Tree | None) -> RunStatus:
         """Return the status of a run, given its RayJob."""
+        # The RayJob is gone at once, but its pods live until their preStop hooks have saved the
+        # trials.
         if job is None and read_record(run).stopping and self._has_running_pods(run):
             return RunStatus(
                 RunState.RUNNING,
@@ -407,7 +440,8 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
     def status(self, run: Run) -> RunStatus:
         """Return the run's status from the cluster.
 
-        Returns the last recorded status if the cluster does not answer.
+        A final state is recorded in site.json, for the time when the RayJob is deleted. If the
+        cluster does not answer, the last recorded status is returned.
         """
         try:
             job = self.quick_client.get("RayJob", self.get_object_name(run))
@@ -424,7 +458,14 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         return status
 
     def explain_pending(self, run: Run, job: Tree) -> str:
-        """Return why pods of a run do not start; an empty string if no event says so."""
+        """Return why pods of a run do not start; an empty string if no event says so.
+
+        Events of the RayJob, its Ray cluster, its pending pods and, with Kueue, its Workload
+        are searched. Errors of the cluster are ignored: the explanation is optional.
+
+        Args:
+            job: The RayJob, as the server returned it.
+        """
         name = self.get_object_name(run)
         with contextlib.suppress(UserError):
             events = self.quick_client.list_events(name=name)
@@ -439,7 +480,10 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
             if self._uses_kueue:
                 queue = self.quick_client.list_events(kind="Workload")
                 events += [
-                    event for event in queue if f"rayjob-{name}" in event["involvedObject"]["name"]
+                    # Kueue calls the Workload of a RayJob `rayjob-NAME-HASH`.
+                    event
+                    for event in queue
+                    if f"rayjob-{name}" in event["involvedObject"]["name"]
                 ]
             return find_pending_reason(events) or ""
         return ""
@@ -516,8 +560,16 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
             )
 
     def pull(self, run: Run, weights: WeightSelection, say: Say) -> int:
-        """Download a run's record, W&B's files and the selected weights; return the number of
-        files.
+        """Download a run's record, W&B's files and the selected weights.
+
+        Unlike `refresh`, this waits for a transfer that is under way and for a slow storage
+        pod, and it raises errors.
+
+        Returns:
+            The number of files.
+
+        Raises:
+            UserError: The files could not be downloaded.
         """
         number = read_record(run).submission
         count = self._download(run, number, weights, include_wandb=True, say=say)
@@ -535,6 +587,15 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         say: Say = ignore_message,
         up_seconds: float | None = None,
     ) -> int:
+        """Download a run's record through its head, or else through a storage pod.
+
+        Args:
+            through_pod: Start a storage pod if the head is gone.
+            up_seconds: How long to wait for that pod; None: the default of `open_storage_pod`.
+
+        Returns:
+            The number of files; 0 if the head is gone and `through_pod` is false.
+        """
         head = porter.find_head(self.client, run, submission)
         if head is not None:
             return download_record(
@@ -553,6 +614,12 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
 
     def cancel(self, run: Run) -> str:
         """Delete the run's RayJob: the operator ends the driver, which has all trials saved first.
+
+        This returns at once. Saving takes up to `deadlines.save_seconds`; `status` shows when
+        the pods are gone.
+
+        Returns:
+            A message that says what happens.
 
         Raises:
             RunError: The run has no RayJob that waits or runs.

@@ -121,7 +121,12 @@ def _get_message(error: ApiException) -> str:
 
 
 class Client:
-    """Client for one namespace of a cluster."""
+    """Client for one namespace of a cluster.
+
+    Every request has a timeout, is repeated while the server is overloaded or unreachable,
+    and raises ClusterError or Conflict if it fails. `follow` blocks and runs in a thread of
+    its own; `stop_following` ends it from another one.
+    """
 
     def __init__(
         self, namespace: str, context: str | None = None, max_retries: int = _MAX_RETRIES
@@ -145,6 +150,8 @@ class Client:
             backoff_factor=0.5,
             backoff_max=_MAX_PAUSE,
             retry_after_max=int(_MAX_PAUSE),
+            # The last answer is returned instead of an error, because its body has the server's
+            # message.
             raise_on_status=False,
         )
         self.api = client.ApiClient(self.settings)
@@ -186,9 +193,16 @@ class Client:
                 raise
 
     def delete(self, kind: str, name: str) -> bool:
-        """Request the deletion of an object. Returns False if it does not exist.
+        """Request the deletion of an object.
 
-        Raises ClusterError.
+        This returns before the object is gone: the finalizer of a RayJob first stops the Ray
+        job, and dependent objects follow in the background.
+
+        Returns:
+            False if the object does not exist.
+
+        Raises:
+            ClusterError: The request failed.
         """
         with _convert_errors(f"{kind} {name} cannot be deleted"):
             try:
@@ -202,7 +216,17 @@ class Client:
         return True
 
     def set_owner(self, owner: Tree, kind: str, name: str) -> None:
-        """Set the owner of an object, so that both are deleted together. Raises ClusterError."""
+        """Set the owner of an object, so that both are deleted together.
+
+        Args:
+            owner: The owner as the server returned it: its uid is needed, which exists only
+                after its creation.
+            kind: Kind of the owned object.
+            name: Name of the owned object.
+
+        Raises:
+            ClusterError: The request failed.
+        """
         reference = {
             "apiVersion": owner["apiVersion"],
             "kind": owner["kind"],
@@ -219,6 +243,7 @@ class Client:
     def _get_request(self, kind: str, verb: str) -> Callable[..., Any]:
         """Return the client's function for a verb on a kind of object in this namespace."""
         if kind == "RayJob":
+            # CustomObjectsApi calls `get` what the typed clients call `read`.
             name = f"{'get' if verb == 'read' else verb}_namespaced_custom_object"
             return partial(getattr(self.custom, name), namespace=self.namespace, **RAYJOBS)
         apis = {
@@ -309,6 +334,7 @@ class Client:
             for kind, job in self._iterate_events(selector, listed["metadata"]["resourceVersion"]):
                 if end.is_set():
                     return
+                # A bookmark has only a version, for clients that continue a watch from it.
                 if kind != "BOOKMARK":
                     on_change(None if kind == "DELETED" else job)
 
@@ -323,6 +349,8 @@ class Client:
             self.custom.list_namespaced_custom_object,
             **selector,
             resource_version=version,
+            # The server ends the watch by this time. The socket waits a little longer and notices a
+            # dead connection.
             timeout_seconds=_WATCH_SECONDS,
             _request_timeout=(_TIMEOUT_SECONDS[0], _WATCH_SECONDS + _TIMEOUT_SECONDS[1]),
         )
@@ -341,14 +369,25 @@ class Client:
             yield kind_and_object
 
     def stop_following(self) -> None:
-        """End a `follow` that waits for news by closing its connection."""
+        """End a `follow` that waits for news by closing its connection.
+
+        A watch that is just being opened misses the call, so callers repeat it until the thread
+        has ended.
+        """
         if self.watching is not None:
             self.watching.stop()
 
     # --- pods
 
     def list_pods(self, labels: dict[str, str]) -> list[Tree]:
-        """Return the pods with these labels, newest first. Raises ClusterError."""
+        """Return the pods with these labels, newest first.
+
+        Args:
+            labels: Label -> value. An empty value selects all pods that have the label.
+
+        Raises:
+            ClusterError: The request failed.
+        """
         selector = ",".join(f"{key}={value}" if value else key for key, value in labels.items())
         with _convert_errors("pods cannot be listed"):
             listed = self._send_request(
@@ -383,7 +422,11 @@ class Client:
         return items
 
     def read_log(self, pod: str) -> str:
-        """Return the log of a pod. Raises ClusterError."""
+        """Return the whole log of a pod that has one container.
+
+        Raises:
+            ClusterError: The request failed, for example because the pod is gone.
+        """
         with _convert_errors(f"the log of pod {pod} cannot be read"):
             answer = self.core.read_namespaced_pod_log(
                 pod, self.namespace, _preload_content=False, _request_timeout=_TIMEOUT_SECONDS
@@ -430,6 +473,7 @@ class Client:
                 if opcode == ABNF.OPCODE_CLOSE:
                     break
                 if opcode in (ABNF.OPCODE_BINARY, ABNF.OPCODE_TEXT) and frame.data:
+                    # The first byte of a frame names its channel.
                     channel, data = frame.data[0], frame.data[1:]
                     if channel == _STDOUT:
                         on_output(data)
@@ -447,6 +491,8 @@ class Client:
         Its client's own read method is not used: it copies all received data at every frame.
         """
         connection = stream(
+            # A new ApiClient: `stream` replaces the request method of the one that it gets, while
+            # other threads may be using it.
             client.CoreV1Api(client.ApiClient(self.settings)).connect_get_namespaced_pod_exec,
             pod,
             self.namespace,
@@ -526,7 +572,19 @@ class Client:
         )
 
     def is_allowed(self, verb: str, resource: str, group: str = "", subresource: str = "") -> bool:
-        """Return whether the user may do this in the namespace. Raises ClusterError."""
+        """Return whether the user may do this in the namespace.
+
+        The server answers a SelfSubjectAccessReview, which changes nothing.
+
+        Args:
+            verb: Such as `create` or `list`.
+            resource: Plural name, such as `pods`.
+            group: API group; empty for the core API.
+            subresource: Such as `log` or `exec`.
+
+        Raises:
+            ClusterError: The request failed.
+        """
         attributes = {
             "namespace": self.namespace,
             "verb": verb,
@@ -550,7 +608,10 @@ class Client:
 def get_context(context: str | None) -> tuple[str, str]:
     """Return (name, namespace) of a kubeconfig context, by default the current one.
 
-    Raises ClusterError.
+    The namespace is `default` if the context names none.
+
+    Raises:
+        ClusterError: There is no kubeconfig, it cannot be read, or it has no such context.
     """
     try:
         contexts, current_context = config.list_kube_config_contexts(os.environ.get("KUBECONFIG"))
@@ -591,6 +652,8 @@ def _load_settings(context: str | None) -> client.Configuration:
             f"the kubeconfig is not valid YAML: {' '.join(str(error).split())[:200]}"
         ) from error
     except config.ConfigException as error:
+        # A context exists only in a kubeconfig. Without one, this may be a pod with a service
+        # account.
         if context is None:
             with contextlib.suppress(config.ConfigException):
                 config.load_incluster_config(client_configuration=settings)

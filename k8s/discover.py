@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorafleet.k8s.client import Tree
 
+# A placeholder that has the form of a digest, so that the new file loads before it is edited.
 IMAGE = "registry.example.com/ml/lorafleet:{version}@sha256:" + "0" * 64
 _GPU = re.compile(r"^[a-z0-9.-]+/(gpu|.*gpu)$")
 _POD_SHARE = 0.9
@@ -113,6 +114,7 @@ def _render_hardware(nodes: list[Tree] | None) -> list[str]:
         comment = f"# The nodes {reason}: the sizes of a worker pod are guesses."
         return [comment, "cpus_per_node: 8", "memory_gb_per_node: 32"]
     kinds = Counter(_parse_node_kind(node) for node in nodes)
+    # The kind with the most GPUs, and among equals the commonest.
     kind, count = max(kinds.items(), key=lambda item: (item[0][3], item[1], item[0]))
     cpus, gigabytes, resource, gpus = kind
     lines = [

@@ -16,6 +16,7 @@ from lorafleet.k8s.errors import ClusterError
 if TYPE_CHECKING:
     from lorafleet.k8s.client import Client
 
+# A test compares these rights with k8s/role.yaml.
 RIGHTS = (
     (
         "rayjobs",
@@ -50,7 +51,14 @@ namespace, as in docs/kubernetes.md.
 
 
 def collect_findings(site: KubernetesSite, client: Client) -> list[Finding]:
-    """Run all checks; a check that the user has no right to make gives a note."""
+    """Run all checks; a check that the user has no right to make gives a note.
+
+    The last check starts a pod of the image and may take minutes, so it runs only if
+    nothing is missing.
+
+    Raises:
+        ClusterError: The cluster does not answer.
+    """
     results = [Finding("API server", "ok", f"{client.host}, namespace {client.namespace}")]
     for run_check in (_check_kuberay, _check_rights, _check_claim):
         results += run_check(site, client)

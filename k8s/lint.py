@@ -23,6 +23,7 @@ _QUANTITY = re.compile(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(m|Ki|Mi|Gi|Ti|Pi|k|M|G|T
 _UNIT_FACTORS = {"m": 1e-3, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "Pi": 2**50,
           "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}  # fmt: skip
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+# Of Kueue v0.19, including the head and the submitter. Earlier versions allow 8.
 _MAX_POD_SETS = 18
 KUEUE_QUEUE = "kueue.x-k8s.io/queue-name"
 
@@ -43,7 +44,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule, its source and the function that checks it."""
+    """A rule, its source and the function that checks it.
+
+    `look` yields (path, sentence) for each problem. It may index into the object without
+    checking types, because the schema was checked before.
+    """
 
     name: str
     source: str
@@ -56,7 +61,14 @@ RULES: list[Rule] = []
 def _register_rule(
     source: str,
 ) -> Callable[[Callable[[Tree], RuleProblems]], Callable[[Tree], RuleProblems]]:
-    """Register a function as a rule. The function's name without underscore is the rule's id."""
+    """Register a function as a rule. The function's name without underscore is the rule's id.
+
+    Each rule needs a wrong example in tests/unit/test_k8s_lint.py.
+
+    Args:
+        source: Function upstream that has the rule, or `observed: ...` with what happens
+            without it.
+    """
 
     def add(check: Callable[[Tree], RuleProblems]) -> Callable[[Tree], RuleProblems]:
         RULES.append(Rule(check.__name__.lstrip("_"), source, check))
@@ -66,7 +78,12 @@ def _register_rule(
 
 
 def lint(job: Tree) -> list[Finding]:
-    """Return all problems of a RayJob that is valid against its schema."""
+    """Return all problems of a RayJob that is valid against its schema.
+
+    A site's patch can produce an object of another form. The rules then raise TypeError,
+    KeyError, AttributeError or ValueError, which the backend reports as a mistake of the
+    patch.
+    """
     return [
         Finding(rule.name, path, sentence, rule.source)
         for rule in RULES
@@ -119,6 +136,7 @@ def _get_containers(template: Tree) -> list[Tree]:
 @_register_rule("ValidateRayJobMetadata")
 def _name(job: Tree) -> RuleProblems:
     name = str(get(job, "metadata.name") or "")
+    # KubeRay appends to the name for the objects that it creates itself.
     if len(name) > 47:
         yield "metadata.name", f"{name} has {len(name)} characters, but KubeRay allows 47"
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
@@ -212,6 +230,7 @@ def _deletion_rules(job: Tree) -> RuleProblems:
         order = [
             name for name in ("DeleteWorkers", "DeleteCluster", "DeleteSelf") if name in policies
         ]
+        # The operator wants the times of the three policies not to decrease in this order.
         for earlier, later in pairwise(order):
             if policies[earlier] > policies[later]:
                 condition_text = f"{condition_key[0]} {condition_key[1]}"
@@ -279,6 +298,7 @@ def _runtime_env_is_yaml(job: Tree) -> RuleProblems:
     "unquoted (observed)"
 )
 def _nothing_to_expand(job: Tree) -> RuleProblems:
+    # HTTPMode sends the texts as JSON, and no shell reads them.
     if get(job, "spec.submissionMode") == "HTTPMode":
         return
     texts = {"spec.runtimeEnvYAML": get(job, "spec.runtimeEnvYAML") or ""}
@@ -384,6 +404,7 @@ def _start_params(job: Tree) -> RuleProblems:
 def _replicas(job: Tree) -> RuleProblems:
     names: set[str] = set()
     for path, group in list_groups(job)[1:]:
+        # The defaults are those of the CRD, which the API server would add.
         min_replicas, max_replicas = (
             group.get("minReplicas", 0),
             group.get("maxReplicas", 2**31 - 1),
@@ -449,6 +470,7 @@ def _auth(job: Tree) -> RuleProblems:
         )
         return
     match = re.match(r"(\d+)\.(\d+)", version)
+    # The operator derives from rayVersion whether the image's Ray knows tokens.
     if not match or (int(match[1]), int(match[2])) < (2, 52):
         yield (
             "spec.rayClusterSpec.rayVersion",
@@ -461,6 +483,7 @@ def _auth(job: Tree) -> RuleProblems:
 @_register_rule("common.BuildPod (podMemoryLimit, rayStartParams): Ray uses limits, not requests")
 def _limits(job: Tree) -> RuleProblems:
     for path, group in list_groups(job):
+        # Ray runs in the first container of a pod; the limits of others do not matter to it.
         for index, container in enumerate(_get_containers(group.get("template") or {})[:1]):
             resources = container.get("resources") or {}
             for name in ("cpu", "memory"):
@@ -528,6 +551,8 @@ def _restricted(job: Tree) -> RuleProblems:
 )
 def _grace(job: Tree) -> RuleProblems:
     for path, template in list_templates(job):
+        # 30 s is Kubernetes' default. The hook is `lorafleet node leave --seconds N`
+        # (k8s/render.py).
         grace = get(template, "spec.terminationGracePeriodSeconds") or 30
         for container in _get_containers(template):
             command = get(container, "lifecycle.preStop.exec.command") or []
@@ -661,6 +686,7 @@ def lint_site(*, nodes: int, read_write_many: bool, image: str, version: str) ->
             "nodes: use a ReadWriteMany claim, or one node"
         )
     tag = image.partition("@")[0].rpartition("/")[2].partition(":")[2]
+    # A tag that is no version, such as `latest`, says nothing.
     if re.match(r"v?\d+\.\d+", tag) and tag.lstrip("v") != version:
         problems.append(
             f"image has lorafleet {tag}, but this machine has {version}, so the pods would reject "

@@ -115,6 +115,7 @@ class Container(KubernetesModel):
 
     name: str
     image: str
+    # Images are pinned by digest, so one that is on the node is never outdated.
     image_pull_policy: Literal["IfNotPresent"] | None = "IfNotPresent"
     command: list[str] | None = None
     ports: list[dict[str, Any]] | None = None
@@ -210,7 +211,10 @@ class RayJob(KubernetesModel):
 
 
 class JobSpec(KubernetesModel):
-    """JobSpec."""
+    """JobSpec of batch/v1.
+
+    Unrelated to the `JobSpec` of a job file (jobs/schema/job.py).
+    """
 
     backoff_limit: int
     active_deadline_seconds: int

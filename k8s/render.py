@@ -41,6 +41,7 @@ _MAX_DOCUMENT_BYTES = 900_000
 """Largest size in bytes of the job's files. A ConfigMap holds 1 MiB."""
 _SHELL_SAFE = re.compile(r"[A-Za-z0-9 _./=:,@%+-]*")
 """Characters that the submitter's bash does not expand."""
+# The head offers this resource and the driver requires it, so that Ray starts the driver there.
 _DRIVER_RESOURCE = {"driver": 1}
 _DASHBOARD_PORT, _GCS_PORT = 8265, 6379
 _EXTRA_GRACE_SECONDS = 30
@@ -72,8 +73,10 @@ class RenderContext:
 def make_object_name(run: str, submission: int) -> str:
     """Return the name of a run's objects: its id and the submission number.
 
-    The id is shortened in the middle if needed. Names are DNS-1035 labels of at most 47
-    characters. The six characters that make a run's id unique are kept.
+    Names are DNS-1035 labels of at most 47 characters, so the id is shortened in the middle
+    if needed. The six characters that make a run's id unique are kept. The name is the same
+    at each call: a repeated submission conflicts with its own objects instead of creating
+    others.
     """
     slug, _, suffix = run.rpartition("-")
     end = f"-{suffix}-{submission}"
@@ -106,17 +109,24 @@ def render(site: KubernetesSite, context: RenderContext) -> list[dict[str, Any]]
     job = models.RayJob(metadata=metadata, spec=_build_spec(site, context)).to_tree()
     patched = apply_merge_patch(job, site.patch)
     for path in ("apiVersion", "kind", "metadata.name", "metadata.namespace"):
+        # `status`, `stop` and `resume` find the RayJob by these values.
         if fields.get_value(patched, path) != fields.get_value(job, path):
             expected = fields.get_value(job, path)
             raise PlacementRefused(
                 f"patch of site {site.name} changes {path}, which must be {expected}"
             )
     policy = [_build_network_policy(site, context).to_tree()] if site.network_policy else []
+    # The pods mount the ConfigMap and must never be reachable without the policy, so both come
+    # first.
     return [config.to_tree(), *policy, patched]
 
 
 def to_yaml(objects: list[dict[str, Any]]) -> str:
-    """Return one YAML text of several objects."""
+    """Return one YAML text of several objects.
+
+    Keys keep the order of the models, and no anchors are written, so that people and `git
+    diff` can compare manifests.
+    """
     return "---\n".join(
         yaml.dump(tree, sort_keys=False, width=120, Dumper=_ManifestDumper) for tree in objects
     )
@@ -156,6 +166,7 @@ def apply_merge_patch(tree: Any, patch: Any) -> Any:
 
 def build_labels(site: KubernetesSite, context: RenderContext) -> dict[str, str]:
     """Return the labels of every object and every pod of a run."""
+    # The site's labels come first: they must not replace those by which runs are found.
     return site.labels | {
         "app.kubernetes.io/name": "lorafleet",
         "app.kubernetes.io/managed-by": "lorafleet",
@@ -166,7 +177,11 @@ def build_labels(site: KubernetesSite, context: RenderContext) -> dict[str, str]
 
 
 def to_label_value(text: str) -> str:
-    """Convert a text to a valid label value, replacing and cutting characters as needed."""
+    """Convert a text to a valid label value, replacing and cutting characters as needed.
+
+    Ids of runs are valid values as they are. Names of users may not be, and different ones
+    can give the same value.
+    """
     return re.sub(r"[^A-Za-z0-9_.-]", "-", text)[:63].strip("-_.") or "unknown"
 
 
@@ -203,7 +218,11 @@ def _build_call_annotation(context: RenderContext) -> dict[str, str] | None:
 def render_storage_pod(site: KubernetesSite, name: str, user: str, seconds: int) -> dict[str, Any]:
     """Return a Job with one idle pod that mounts the storage, for file transfers.
 
-    It ends by itself after `seconds`.
+    Args:
+        site: The site.
+        name: Name of the Job, unique for each call.
+        user: Local account, if the site names no user.
+        seconds: Lifetime: the pod ends by itself after it, even if nobody deletes the Job.
     """
     labels = site.labels | {
         "app.kubernetes.io/name": "lorafleet",
@@ -238,6 +257,7 @@ def render_storage_pod(site: KubernetesSite, name: str, user: str, seconds: int)
         site, [container], site.head.node_selector, site.head.tolerations, None, volumes
     )
     spec = spec.model_copy(
+        # As process 1, `sleep` ignores SIGTERM: its deletion would take the whole grace period.
         update={"restart_policy": "Never", "termination_grace_period_seconds": 1}
     )
     template = models.Template(metadata=Metadata(labels=labels), spec=spec)
@@ -284,8 +304,11 @@ def _build_spec(site: KubernetesSite, context: RenderContext) -> models.RayJobSp
 def format_entrypoint(arguments: list[str]) -> str:
     """Return a shell command for these arguments.
 
-    KubeRay pastes it into a bash script of the submitter. Raises PlacementRefused for
-    characters that bash would expand.
+    KubeRay pastes it unquoted into a bash script of the submitter, so quoting alone is not
+    trusted: characters that mean something to bash are refused.
+
+    Raises:
+        PlacementRefused: An argument has such a character.
     """
     for argument in arguments:
         if not _SHELL_SAFE.fullmatch(argument):
@@ -337,6 +360,8 @@ def _build_cluster(site: KubernetesSite, context: RenderContext) -> models.RayCl
         ray_version=context.ray_version,
         enable_in_tree_autoscaling=site.autoscale,
         autoscaler_options=_build_autoscaler_options() if site.autoscale else None,
+        # Explicit, because the default changes with the version of Ray: 2.61 switches tokens on for
+        # all clusters.
         auth_options={"mode": "token"},
         head_group_spec=_build_head(site, context),
         worker_group_specs=[_build_workers(site, context)],
@@ -348,6 +373,7 @@ def _build_autoscaler_options() -> dict[str, Any]:
     return {
         "version": "v2",
         "idleTimeoutSeconds": 120,
+        # PodSecurity `restricted` refuses a container without one, and KubeRay's default has none.
         "securityContext": _build_container_security(),
     }
 
@@ -385,6 +411,7 @@ def _build_head(site: KubernetesSite, context: RenderContext) -> models.HeadGrou
         spec = spec.model_copy(
             update={"restart_policy": "Never", "automount_service_account_token": None}
         )
+    # The driver and the state of Ray live in the head: losing it costs an attempt.
     annotations = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
     return models.HeadGroup(
         ray_start_params={
@@ -434,6 +461,7 @@ def _build_workers(site: KubernetesSite, context: RenderContext) -> models.Worke
             Mount(name="shm", mount_path="/dev/shm"),  # nosec B108  # the pod's own
         ],
     )
+    # Without this, KubeRay mounts /dev/shm with the size of the whole memory limit.
     memory = Volume(
         name="shm", empty_dir={"medium": "Memory", "sizeLimit": _format_mib(shared_memory_gb)}
     )
@@ -505,6 +533,7 @@ def _build_pod_spec(
     """Return a pod spec with the site's security settings."""
     return models.PodSpec(
         service_account_name=site.service_account,
+        # Trials run code of models and metrics, which has no business with the API server.
         automount_service_account_token=False,
         image_pull_secrets=[{"name": name} for name in site.pull_secrets] or None,
         priority_class_name=priority_class,
@@ -516,6 +545,7 @@ def _build_pod_spec(
             "runAsUser": site.run_as_user,
             "runAsGroup": site.run_as_group,
             "fsGroup": site.run_as_group,
+            # Otherwise each start of a pod changes the group of every file on the volume.
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
@@ -575,6 +605,8 @@ def _build_environment(
     cache = f"{site.storage.mount_path}/cache"
     defaults = {
         "LORAFLEET_CACHE": cache,
+        # The volume may belong to another user id, or be writable by its group. A pod has no names
+        # of users and groups by which these could be judged.
         "LORAFLEET_TRUSTED_FOLDERS": site.storage.mount_path,
         "HF_HUB_CACHE": f"{cache}/hub",
         "HF_HOME": "/tmp/huggingface",  # nosec B108  # the pod's own
@@ -606,6 +638,7 @@ def _build_environment(
             }
     plain_values = {
         name: value
+        # The list of variables is a map for Kubernetes: a name may occur only once.
         for name, value in (defaults | site.environment).items()
         if name not in site.secrets
     }
@@ -639,6 +672,7 @@ def _format_mib(gigabytes: float) -> str:
 def _build_network_policy(site: KubernetesSite, context: RenderContext) -> models.NetworkPolicy:
     """Return a policy that admits only the run's own pods, and the operator to the dashboard."""
     run_selector = {"matchLabels": {RUN_LABEL: to_label_value(context.run)}}
+    # An empty selector means every namespace: the operator usually runs in its own.
     operator = {"namespaceSelector": {}, "podSelector": {"matchLabels": site.operator_labels}}
     return models.NetworkPolicy(
         metadata=Metadata(

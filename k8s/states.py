@@ -71,12 +71,16 @@ def parse_job_state(status: dict[str, Any] | None, *, queued: bool = False) -> J
             return JobState(RunState.STOPPED, "was stopped", ended=True)
         return JobState(RunState.FAILED, f"failed{reason}", ended=True)
     if deployment == "Failed":
+        # A deadline says nothing about the job: like a time limit on Slurm it stops the run, and
+        # `resume` continues it.
         if status.get("reason") == "DeadlineExceeded":
             return JobState(RunState.STOPPED, f"was ended{reason}", ended=True)
         return JobState(RunState.FAILED, f"failed{reason}", ended=True)
     if deployment == "Suspended" and not queued:
         return JobState(RunState.PENDING, "is suspended")
     state = _STATE_BY_DEPLOYMENT.get(deployment)
+    # A newer operator may have more states. Pending is the safe meaning: nothing is ended or
+    # collected.
     if state is None:
         return JobState(
             RunState.PENDING,
@@ -90,7 +94,11 @@ def parse_job_state(status: dict[str, Any] | None, *, queued: bool = False) -> J
 
 
 def format_end_reason(status: dict[str, Any]) -> str:
-    """Return `: REASON` from the reason and message of a status, or an empty string."""
+    """Return `: REASON` from the reason and message of a status, or an empty string.
+
+    Only the first line of the message is used, because Ray appends the driver's last lines
+    to it.
+    """
     reason, message = str(status.get("reason") or ""), str(status.get("message") or "").strip()
     parts = [_REASONS.get(reason, reason)] if reason else []
     if message:
@@ -102,7 +110,14 @@ _NO_NODE = re.compile(r"(\d+)/(\d+) nodes are available: (.*)", re.DOTALL)
 
 
 def find_pending_reason(events: list[dict[str, Any]]) -> str | None:
-    """Return why pods do not start, from the newest event that explains it, or None."""
+    """Return why pods do not start, from the newest event that explains it, or None.
+
+    Newer events come first, because what an older one reports may be resolved. Events that
+    explain nothing are skipped.
+
+    Args:
+        events: Events of the RayJob, its cluster, its pods and its queue, in any order.
+    """
     for event in sorted(events, key=_get_event_time, reverse=True):
         message = " ".join(str(event.get("message") or "").split())
         reason = str(event.get("reason") or "")

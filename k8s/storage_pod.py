@@ -36,7 +36,11 @@ _START_TIMEOUT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class StorageContainer:
-    """A container that mounts the storage."""
+    """A container that mounts the storage.
+
+    It is the `CommandRunner` of this backend (cluster/remote/place.py): a running head and
+    a storage pod are used alike.
+    """
 
     client: Client
     pod: str
@@ -55,10 +59,16 @@ def build_submission_labels(run: Run, submission: int) -> dict[str, str]:
 
 
 def find_head(client: Client, run: Run, submission: int) -> StorageContainer | None:
-    """Return the head of a run's Ray cluster if it is running, else None. Raises ClusterError."""
+    """Return the head of a run's Ray cluster if it is running, else None.
+
+    Raises:
+        ClusterError: The cluster does not answer.
+    """
     for pod in client.list_pods(
         build_submission_labels(run, submission) | {"ray.io/node-type": "head"}
     ):
+        # The pod's phase is not enough: with a second container, such as the autoscaler's, a pod
+        # can run while its head does not.
         states = pod.get("status", {}).get("containerStatuses") or []
         if any(
             status["name"] == HEAD and "running" in (status.get("state") or {}) for status in states
@@ -105,7 +115,16 @@ def get_account() -> str:
 
 
 def _wait_until_running(client: Client, name: str, say: Say, seconds: float) -> str:
-    """Return the name of a Job's pod once it runs."""
+    """Return the name of a Job's pod once it runs.
+
+    Args:
+        say: Called with each new reason why the pod waits.
+        seconds: How long to wait.
+
+    Raises:
+        UserError: The pod ended, or did not start in time.
+        ClusterError: The cluster does not answer.
+    """
     deadline, last_reason = time.monotonic() + seconds, ""
     reason: str | None = None
     while time.monotonic() < deadline:
@@ -120,6 +139,7 @@ def _wait_until_running(client: Client, name: str, say: Say, seconds: float) -> 
                     f"{pod['metadata']['name']}`"
                 )
             reason = find_pending_reason(client.list_events(name=pod["metadata"]["name"]))
+        # If there is no pod at all, the Job's events say why: a quota, or a refused pod.
         reason = reason or find_pending_reason(client.list_events(name=name))
         if reason and reason != last_reason:
             last_reason = reason
@@ -132,13 +152,24 @@ def _wait_until_running(client: Client, name: str, say: Say, seconds: float) -> 
 
 
 def read_submitter_log(client: Client, run: Run, submission: int) -> str:
-    """Return the log of the newest submitter pod: the driver's output. Raises ClusterError."""
+    """Return the log of the newest submitter pod, which is the driver's output.
+
+    It is empty if there is no such pod: with KAI jobs are submitted without one.
+
+    Raises:
+        ClusterError: The log cannot be read.
+    """
+    # Of a run's pods only the submitter belongs to a Job, and so has this label.
     pods = client.list_pods(build_submission_labels(run, submission) | {"job-name": ""})
     return client.read_log(pods[0]["metadata"]["name"]) if pods else ""
 
 
 def build_storage_key(site: KubernetesSite) -> str:
-    """Return the key that distinguishes a site's storage from that of other sites."""
+    """Return the key that distinguishes a site's storage from that of other sites.
+
+    What was uploaded is remembered under this key (cluster/remote/staging.py), so sites
+    that share a volume and folder share their uploads.
+    """
     return "/".join(
         [site.context or "", site.namespace, site.storage.claim, site.storage.sub_path or ""]
     )

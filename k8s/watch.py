@@ -32,7 +32,16 @@ _UNKNOWN_JOB: Any = object()
 
 
 def derive_status(run: Run, name: str, job: dict[str, Any] | None, *, queued: bool) -> RunStatus:
-    """Return the status of a run from its RayJob (None: it does not exist) and the local record."""
+    """Return the status of a run from its RayJob and its local record.
+
+    The cluster decides while the RayJob lives. At its end, what the run itself recorded is
+    more exact than the three end states of Ray.
+
+    Args:
+        name: Name of the RayJob, for messages.
+        job: The RayJob; None if it does not exist.
+        queued: True if a queue admits the job.
+    """
     if job is None:
         return infer_unknown_status(
             run, f"RayJob {name} is no longer on the cluster, and lorafleet did not delete it"
@@ -51,6 +60,7 @@ def derive_status(run: Run, name: str, job: dict[str, Any] | None, *, queued: bo
         )  # Ray counts the job as succeeded, because a retry on another cluster could not help
     if state.run is RunState.FINISHED:
         return RunStatus(state.run, reason)
+    # The driver's own reason says more than Ray's `exit code 2`.
     if state.run is RunState.FAILED and own_state is RunState.FAILED and reason:
         return RunStatus(RunState.FAILED, reason)
     if state.run is RunState.STOPPED:
@@ -65,12 +75,20 @@ def derive_status(run: Run, name: str, job: dict[str, Any] | None, *, queued: bo
 
 
 def has_started_driver(job: dict[str, Any] | None) -> bool:
-    """Return whether a driver started, so that there is something to download."""
+    """Return whether a driver started, so that there is something to download.
+
+    Before that the storage has no folder of the run, and starting a storage pod would be in
+    vain.
+    """
     return ((job or {}).get("status") or {}).get("jobStatus") not in (None, "", "PENDING")
 
 
 def get_driver_exit_code(job: dict[str, Any] | None) -> int | None:
-    """Return the driver's exit code as Ray reported it to the operator, or None."""
+    """Return the driver's exit code as Ray reported it to the operator, or None.
+
+    No field has it: it is part of a message such as `Job entrypoint command failed with
+    exit code 2`.
+    """
     match = re.search(
         r"exit code (\d+)", str(((job or {}).get("status") or {}).get("message") or "")
     )
@@ -101,7 +119,12 @@ class WatchedBackend(Protocol):
 
 
 class KubernetesWatch:
-    """A watch with two threads: one follows the RayJob, one downloads what the run writes."""
+    """A watch with two threads: one follows the RayJob, one downloads what the run writes.
+
+    The threads start with the object and end with `close`, or when `poll` has seen the end
+    of the job. They only store what they learn: `poll`, in the caller's thread, derives the
+    status and raises their exceptions.
+    """
 
     detaches = True
 
@@ -113,6 +136,7 @@ class KubernetesWatch:
         self._job: Any = _UNKNOWN_JOB
         self._why, self._asked_why = "", -_EXPLAIN_SECONDS
         self._trouble = ""
+        # Trials in the record prove that a driver ran, even if this watch sees only the end.
         self._ran = bool(run.list_trials())
         self._end = threading.Event()
         self._changed = threading.Event()
@@ -185,6 +209,7 @@ class KubernetesWatch:
                 status.state, self._trouble or status.message + self._describe_wait(status.state)
             )
             return None
+        # No further refresh: one transfer at a time writes the record, and this one is the last.
         self._end.set()
         self.backend.collect(self.run, self.submission, ran=self._ran or has_started_driver(job))
         self.status = record_final_state(

@@ -1,3 +1,5 @@
-"""Slurm support: render job scripts, parse job states, and run Slurm's commands. Pure except
-for the client.
+"""Slurm support: render job scripts, parse job states, and run Slurm's commands.
+
+`client` runs the commands, for `backend` and `discover`. The other modules are pure and
+are tested without a cluster.
 """

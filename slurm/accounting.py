@@ -64,6 +64,7 @@ def _build_record_from_pairs(pairs: dict[str, str]) -> JobRecord:
         job_id=pairs["JobId"],
         state=state,
         reason=_clean_reason(pairs.get("Reason", "")),
+        # scontrol prints ExitCode=0:0 for a job that has not ended.
         exit_code=int(code) if code.isdigit() and get_job_state(state).ended else None,
         signal=int(signal) if signal.isdigit() and int(signal) else None,
         restarts=int(restarts) if (restarts := pairs.get("Restarts", "")).isdigit() else 0,
@@ -95,6 +96,7 @@ def parse_sacct(text: str) -> list[JobRecord]:
     """
     records = []
     for line in text.splitlines():
+        # Warnings can stand between the rows.
         if line.count("|") != 5:
             continue
         job_id, state, code, reason, nodes, restarts = (part.strip() for part in line.split("|"))
@@ -160,5 +162,6 @@ def _parse_exit_status(value: Any) -> tuple[int | None, int | None]:
         number = _parse_number(signal.get("id", signal.get("signal_id")))
         return _parse_number(value.get("return_code")), number or None
     if isinstance(value, int):
+        # The high byte is the exit code, the low seven bits are the signal.
         return value >> 8, (value & 0x7F) or None
     return None, None

@@ -51,11 +51,17 @@ codes.
 
 
 class SlurmBackend:
-    """A backend that submits jobs to the queue of a Slurm site."""
+    """A backend that submits jobs to the queue of a Slurm site.
+
+    The nodes see this machine's folders: the local folder is the run itself, and nothing is
+    uploaded or downloaded. For a site with a `cache_dir`, creating the backend sets
+    LORAFLEET_CACHE and HF_HUB_CACHE of this process.
+    """
 
     def __init__(self, site: SlurmSite, nodes: int | None = None) -> None:
         self.site = site
         self.asked_nodes = nodes
+        # Planning and fetching must look where the nodes will look.
         if site.cache_dir:
             cache = _resolve_site_folder(site.cache_dir, "cache_dir", site)
             os.environ["LORAFLEET_CACHE"] = str(cache)
@@ -261,6 +267,8 @@ class SlurmBackend:
                 with contextlib.suppress(client.SlurmError):
                     client.cancel(jobs)
                 raise
+            # Written after each job: if this process is killed, `stop` still knows what was
+            # submitted.
             files.write_text(run.path / _FOLDER / "jobs", "".join(f"{job}\n" for job in jobs))
 
     def upload_inputs(self, job: JobSpec, say: Say) -> str:
@@ -299,14 +307,20 @@ class SlurmBackend:
             )
         record = read_record(run)
         number = record.submission + 1
+        # It may be left from `lorafleet stop`, and would end the new driver at once.
         (run.path / "stop").unlink(missing_ok=True)
         self._write_site(run, record.nodes, number)
+        # No array: a single job merges what its tasks have left and trains the rest.
         self._submit_jobs(run, number)
         registry.add(run, self.site.name)
 
     def _load_job_records(self, run: Run) -> list[JobRecord]:
-        """Return Slurm's records of the newest submission's jobs, in the order in which they
-        run.
+        """Return Slurm's records of the newest submission's jobs, in the order in which they run.
+
+        Jobs that Slurm has forgotten are left out.
+
+        Raises:
+            SlurmError: Slurm does not answer.
         """
         return [
             record for job in _read_job_ids(run) if (record := client.find_job(job)) is not None
@@ -333,7 +347,14 @@ class SlurmBackend:
     def check_site(self, runs: Path) -> Run:
         """Submit a short job that inspects nodes of the site, two if the site allows it.
 
-        Its folder is a run's folder.
+        Two nodes show whether they see one folder and reach each other. The job never requeues
+        and ends after 15 minutes.
+
+        Returns:
+            The run of the job: a run's folder, in which the job writes findings.json.
+
+        Raises:
+            UserError: The job could not be submitted; nothing is left behind.
         """
         nodes = self.asked_nodes or min(2, self.site.max_nodes or 2)
         short_settings = {
@@ -377,6 +398,7 @@ class SlurmBackend:
                 f"{run.id} has no pending or running job: it is {self.status(run).state}"
             )
         running = [record for record in live if get_job_state(record.state).run is RunState.RUNNING]
+        # scancel would end Ray's processes together with the driver, before it has saved.
         client.cancel(_read_job_ids(run), pending_only=bool(running))
         if running:
             for folder in (run.path, *(part.path for part in run.list_array_tasks())):
@@ -386,6 +408,7 @@ class SlurmBackend:
                 f"{run.id} is saving its trials and will stop (job {job}). Continue it later with "
                 f"`lorafleet resume {run.id}`; `scancel {job}` stops it at once, without saving"
             )
+        # No driver is left that could record the end.
         if run.state in (RunState.PENDING, RunState.RUNNING):
             run.set_state(RunState.STOPPED, reason="cancelled while pending")
         return f"{run.id} was removed from the queue; `lorafleet resume {run.id}` submits it again"
@@ -412,6 +435,7 @@ class SlurmWatch:
             self.status = RunStatus(self.run.state, str(error))
             return None
         self.status = derive_status(self.run, _read_job_ids(self.run)[-1], records)
+        # With a chain or an array the run is over only when all of its jobs are.
         if any(not get_job_state(record.state).ended for record in records):
             return None
         return compute_exit_code(self.run, records)
@@ -424,7 +448,17 @@ class SlurmWatch:
 
 
 def derive_status(run: Run, job: str, records: list[JobRecord]) -> RunStatus:
-    """Return the status of a run from Slurm's records and the run's own files."""
+    """Return the status of a run from Slurm's records and the run's own files.
+
+    A live job decides. After its end the run's own record does, because it is more exact
+    than Slurm's state. Slurm's state is used if the driver recorded no end, or if the last
+    job failed before its driver.
+
+    Args:
+        job: Id of the last submitted job, for the message if Slurm has forgotten it.
+        records: Slurm's records of the jobs of the newest submission, in the order in which
+            they run.
+    """
     own_state, reason = run.state, str(run.read_status().get("reason") or "")
     active_records = [record for record in records if not get_job_state(record.state).ended]
     if active_records:
@@ -440,6 +474,8 @@ def derive_status(run: Run, job: str, records: list[JobRecord]) -> RunStatus:
             get_job_state(current.state).run, f"job {current.job_id} {_describe_record(current)}"
         )
     last = _find_last_started(records)
+    # job.sbatch ends with other codes if nodes differ or Ray does not start, and bash with 127 for
+    # a missing program.
     never_started = (
         last is not None and last.state == "FAILED" and last.exit_code not in _DRIVER_EXIT_CODES
     )
@@ -471,7 +507,8 @@ def derive_status(run: Run, job: str, records: list[JobRecord]) -> RunStatus:
 def compute_exit_code(run: Run, records: list[JobRecord]) -> int:
     """Return the shell's exit code for a run that has ended.
 
-    It is the driver's own exit code if the job reached its driver.
+    It is the driver's own exit code if the job reached its driver: the batch script ends
+    with it. A job that Slurm stopped gives INTERRUPTED.
     """
     own_state = run.state
     last = _find_last_started(records)
@@ -513,11 +550,20 @@ def _read_job_ids(run: Run) -> list[str]:
         text = (run.path / _FOLDER / "jobs").read_text()
     except OSError:
         return []
+    # These words become arguments of scancel, and the folder may come from somebody else.
     return [line.strip() for line in text.splitlines() if re.fullmatch(r"[0-9_]+", line.strip())]
 
 
 def check_array(job: JobSpec, site: str) -> None:
-    """Raise PlacementRefused for a search that independent array tasks cannot run."""
+    """Raise PlacementRefused for a search that independent array tasks cannot run.
+
+    Tasks run at different times and do not see each other's results, so nothing in the
+    search may depend on other trials.
+
+    Args:
+        job: A job with a search.
+        site: Name of the site, for the message.
+    """
     search = job.search
     assert search is not None
     problem = None
@@ -622,7 +668,10 @@ def _check_fetched(loaded: LoadedJob) -> None:
 
 
 def _check_syntax(texts: dict[str, str]) -> list[tuple[str, str]]:
-    """Return (file, first error line) for each file that `bash -n` rejects."""
+    """Return (file, first error line) for each file that `bash -n` rejects.
+
+    `sbatch --test-only` does not read the script beyond its options.
+    """
     errors = []
     for name, text in texts.items():
         process = subprocess.run(

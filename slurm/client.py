@@ -1,5 +1,7 @@
-"""Run Slurm's commands, each with a timeout, so that a controller that does not answer cannot
-hang the user.
+"""Run Slurm's commands, each with a timeout.
+
+A controller that does not answer must not hang the user. A SlurmError of a query says
+nothing about the job, which may still wait or run.
 """
 
 from __future__ import annotations
@@ -58,7 +60,22 @@ class CommandOutput:
 def run_command(
     command: Sequence[str], seconds: float = _TIMEOUT_SECONDS, env: Mapping[str, str] | None = None
 ) -> CommandOutput:
-    """Run one of Slurm's commands. Raise SlurmError if it is missing or does not answer."""
+    """Run one of Slurm's commands.
+
+    Without a controller the commands try again for up to a minute by themselves, hence the
+    timeout.
+
+    Args:
+        command: The command and its arguments.
+        seconds: Timeout.
+        env: Complete environment of the command; None: that of this process.
+
+    Returns:
+        The output, also for an exit code other than 0.
+
+    Raises:
+        SlurmError: The command is missing or does not answer.
+    """
     began = time.monotonic()
     try:
         completed = subprocess.run(
@@ -97,6 +114,8 @@ def build_job_environment() -> dict[str, str]:
     """
     variables = {name: os.environ[name] for name in _PASSED_VARIABLES if name in os.environ}
     sbatch = shutil.which("sbatch")
+    # The job itself runs srun, scontrol and scancel, which may be installed outside of the usual
+    # folders.
     sbatch_folders = [str(Path(sbatch).parent)] if sbatch else []
     return {
         **variables,
@@ -105,7 +124,17 @@ def build_job_environment() -> dict[str, str]:
 
 
 def submit(command: Sequence[str]) -> str:
-    """Submit a job and return its id. Raise SlurmError with the message of sbatch."""
+    """Submit a job and return its id.
+
+    `sbatch --parsable` prints JOB, or JOB;CLUSTER with several clusters.
+
+    Args:
+        command: The result of `render.build_submit_command`.
+
+    Raises:
+        SlurmError: sbatch is missing, does not answer or rejects the job; its message is
+            included.
+    """
     output = run_command(command, _SUBMIT_TIMEOUT_SECONDS, build_job_environment())
     if output.code:
         raise SlurmError(f"sbatch rejected the job: {output.sentence}")
@@ -113,7 +142,15 @@ def submit(command: Sequence[str]) -> str:
 
 
 def find_submission_error(command: Sequence[str]) -> str | None:
-    """Return the error of `sbatch --test-only` for a job, or None. This submits nothing."""
+    """Return the error of `sbatch --test-only` for a job, or None. This submits nothing.
+
+    Observed on Slurm 22.05: it accepts a time limit above the partition's, an unknown
+    account or QOS without accounting, and a script with bash syntax errors.
+    `SlurmBackend.check` looks for these itself.
+
+    Raises:
+        SlurmError: sbatch is missing or does not answer.
+    """
     output = run_command(
         [command[0], "--test-only", *command[1:]], _SUBMIT_TIMEOUT_SECONDS, build_job_environment()
     )
@@ -122,6 +159,10 @@ def find_submission_error(command: Sequence[str]) -> str | None:
 
 def find_job(job_id: str) -> JobRecord | None:
     """Return the record of a job from squeue, else sacct, else scontrol; None if none knows it.
+
+    squeue is asked first because it answers everywhere, but it has no exit codes. sacct
+    needs accounting, and squeue and scontrol forget a job some minutes after its end
+    (MinJobAge).
 
     Several lines for one id (array tasks, components of a heterogeneous job) are reduced to
     one: a running one if there is any, else a pending one.
@@ -141,6 +182,7 @@ def find_job(job_id: str) -> JobRecord | None:
         is_unknown = is_unknown or not records
         if records:
             record = min(records, key=_rank_record)
+            # The exit code of an ended job is worth another query.
             if not get_job_state(record.state).ended or record.exit_code is not None:
                 return record
             ended_record = ended_record or record
@@ -156,6 +198,7 @@ def _rank_record(record: JobRecord) -> int:
 
 def _fetch_from_squeue(job_id: str) -> list[JobRecord]:
     output = run_command(
+        # By default squeue leaves out jobs that have ended.
         ["squeue", "--noheader", "--states=all", f"--jobs={job_id}", f"--format={_SQUEUE_FORMAT}"]
     )
     return _parse_output(output, parse_squeue)
@@ -246,5 +289,6 @@ def list_accounts() -> set[str] | None:
             "format=account",
         ]
     )
+    # Slurm stores names of accounts in lower case, and site files may have them otherwise.
     names = {line.strip().lower() for line in output.out.splitlines() if line.strip()}
     return names if output.code == 0 and names else None

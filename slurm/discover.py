@@ -91,6 +91,7 @@ def render_site_file(
 def parse_hardware(node: dict[str, str]) -> Hardware:
     """Return one node's hardware from its record in `scontrol show node -o`."""
     gpus, kind = 0, ""
+    # Such as `gpu:a100:4(S:0-1)`: the type and the sockets are optional.
     for match in re.finditer(r"gpu(?::([^:(),]+))?:(\d+)(?=[(,]|$)", node.get("Gres", "")):
         gpus, kind = gpus + int(match[2]), match[1] or kind
     return Hardware(int(node.get("CPUTot", 1)), int(node.get("RealMemory", 0)), gpus, kind)
@@ -104,6 +105,8 @@ def _format_site_file(
     node_count: int,
     time_limit: str,
 ) -> str:
+    # Five per cent less than the node has: a cluster may reserve memory for the system, and a
+    # request for all of it would not be met.
     gigabytes = max(1, int(common_kind.memory_mb * 2**20 / 1e9 * 0.95))
     is_finite = time_limit not in ("UNLIMITED", "INFINITE", "NONE")
     is_short = is_finite and _parse_minutes(time_limit) <= _MAX_TIME_LIMIT_MINUTES

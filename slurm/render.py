@@ -1,8 +1,8 @@
-"""Render the files of a job on a Slurm cluster from the job's request and the site file. Pure.
+"""Render the files of a job on a Slurm cluster from the job's request and the site file.
 
-All values are assigned in one block of quoted assignments; the rest of the script is the
-same for every job. The site's `setup` lines are code and are copied unchanged. Paths of the
-run are arguments of `sbatch`, not part of the script.
+All functions are pure. All values are assigned in one block of quoted assignments; the
+rest of the script is the same for every job. The site's `setup` lines are code and are
+copied unchanged. Paths of the run are arguments of `sbatch`, not part of the script.
 """
 
 from __future__ import annotations
@@ -106,6 +106,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Multiply numbers, or repeat short texts. Raise SecurityError for anything larger."""
         for value, times in ((left, right), (right, left)):
+            # `'x' * 10**9` would fill the memory of whoever runs `plan`.
             repeats = isinstance(value, str | list | tuple) and isinstance(times, int)
             if operator == "**" or (repeats and len(value) * times > _MAX_REPEATED_CHARS):
                 raise SecurityError(f"{operator} creates more text than a template may")
@@ -124,6 +125,7 @@ def _quote_title(text: str) -> str:
 
 
 _ENVIRONMENT = _Sandbox(
+    # A misspelt name in a user's template must be an error and not an empty text.
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -144,14 +146,22 @@ def _load_template(name: str) -> str:
 def build_options(site: SlurmSite, nodes: int) -> list[str]:
     """Return the options of the #SBATCH lines.
 
-    The components of a heterogeneous job are separated by `hetjob`.
+    The components of a heterogeneous job are separated by `hetjob`. Every option is in its
+    long form and quoted for sbatch's parser.
+
+    Args:
+        site: The site; sizes are those of its smallest node.
+        nodes: Nodes for trials, without a separate head.
     """
     smallest = site.smallest_node
     common = [
         f"--time={site.time_limit}",
+        # `B:` signals the batch script alone: Ray's processes must live until the trials are saved.
+        # A requeued job must append to its log, not replace it.
         f"--signal=B:USR1@{site.requeue.signal_seconds}",
         "--open-mode=append",
     ]
+    # Always explicit, because the default is a setting of the cluster.
     common += ["--requeue" if site.requeue.policy == "requeue" else "--no-requeue"]
     common += [f"--{name}={value}" for name in ("account", "qos") if (value := getattr(site, name))]
     workers = [
@@ -213,6 +223,7 @@ def _build_values(site: SlurmSite, nodes: int, *, stage: bool) -> dict[str, str]
     return {
         "nodes": str(nodes + (1 if site.head else 0)),
         "cpus": str(smallest.cpus_per_node),
+        # Ray does not count the object store as part of --memory.
         "memory": str(max(_MIN_OBJECT_STORE_BYTES, memory - objects)),
         "objects": str(objects),
         "head_objects": str(
@@ -239,7 +250,11 @@ def _quote_word(word: str) -> str:
 
 
 def _compute_object_store_bytes(memory_gb: float) -> int:
-    """Return the size of Ray's object store on a node, in bytes."""
+    """Return the size of Ray's object store on a node, in bytes.
+
+    It is a tenth of the memory, but at least 100 MiB and at most 2 GiB. Ray's own default
+    is 30 % of the whole machine, not of the job.
+    """
     return max(_MIN_OBJECT_STORE_BYTES, min(_MAX_OBJECT_STORE_BYTES, int(memory_gb * 1e8)))
 
 
@@ -254,6 +269,7 @@ def quote_path(text: str) -> str:
     if not match:
         return shlex.quote(text)
     suffix = text[match.end() :]
+    # `:?` ends the job with a message on a node that does not define the variable.
     return f'"${{{match[1] or match[2]}:?}}"' + (shlex.quote(suffix) if suffix else "")
 
 
@@ -279,6 +295,8 @@ def _build_path_lines(site: SlurmSite, script: ScriptContext) -> list[str]:
 
 def _build_step_command(site: SlurmSite, script: ScriptContext) -> list[str]:
     """Return the srun command of a step with one task per node, which overlaps other steps."""
+    # Without --overlap a step waits until the step of Ray ends. Without --mpi=none libraries find
+    # PMI variables and try to join MPI ranks that do not exist.
     # Since 22.05 srun does not inherit --cpus-per-task from sbatch, and would bind a task to one
     # core.
     command = ["srun", "--overlap", "--export=ALL", "--mpi=none", "--cpu-bind=none"]
@@ -317,6 +335,8 @@ def _build_inside_command(site: SlurmSite, script: ScriptContext) -> list[str]:
 def _build_lead_command(site: SlurmSite, script: ScriptContext) -> list[str]:
     """Return the prefix of every program that runs next to the batch script."""
     pyxis = _build_pyxis_options(site, script)
+    # Only pyxis needs srun to enter its container. Everything else starts directly beside the batch
+    # script, which is on the first node.
     if not pyxis:
         return _build_inside_command(site, script)
     group = ["--het-group=0"] if site.head else []
@@ -349,7 +369,16 @@ def build_submit_command(
     """Return the `sbatch` command.
 
     Run it with a minimal environment (see `client.build_job_environment`): `--export=ALL`
-    passes it on to the job.
+    passes it on to the job. The folder `slurm/` of the run must exist: Slurm fails a job
+    whose output cannot be created, and nothing says why.
+
+    Args:
+        script: The batch script.
+        run: Folder of the run, the job's working directory.
+        name: Name of the job.
+        number: Number of the submission, an argument of the script.
+        after: Job whose end this one waits for, whatever that end is.
+        array: Value of `--array`; None for a single job.
     """
     command = ["sbatch", "--parsable", "--export=ALL", f"--job-name={name}", f"--chdir={run}"]
     log = "slurm/%A_%a.out" if array else "slurm/%j.out"
@@ -357,5 +386,6 @@ def build_submit_command(
     if array:
         command.append(f"--array={array}")
     if after:
+        # By default a job whose dependency can never be met stays in the queue for ever.
         command += [f"--dependency=afterany:{after}", "--kill-on-invalid-dep=yes"]
     return [*command, str(script), str(run), str(number)]

@@ -49,6 +49,7 @@ STATES: dict[str, JobState] = {
     ),
     "RESV_DEL_HOLD": JobState(_WAITS, False, "is held because its reservation was deleted"),
     "RUNNING": JobState(_RUNS, False, "runs"),
+    # Not ended: its last processes can still write the run's folder.
     "COMPLETING": JobState(_RUNS, False, "has ended, and its last processes are being cleaned up"),
     "STAGE_OUT": JobState(_RUNS, False, "has ended, and its files are being staged out"),
     "SIGNALING": JobState(_RUNS, False, "is being sent a signal"),
@@ -56,6 +57,7 @@ STATES: dict[str, JobState] = {
     "SUSPENDED": JobState(_RUNS, False, "is suspended, and keeps its memory on the nodes"),
     "STOPPED": JobState(_RUNS, False, "was stopped by a signal, and keeps its cores"),
     "COMPLETED": JobState(RunState.FINISHED, True, "ended with exit code 0"),
+    # These ends say nothing about the job itself: `resume` continues the run.
     "CANCELLED": JobState(_STOPPED, True, "was cancelled"),
     "PREEMPTED": JobState(_STOPPED, True, "was preempted by a job of higher priority"),
     "REVOKED": JobState(_STOPPED, True, "was taken over by another cluster of the federation"),
@@ -193,7 +195,12 @@ _LIMIT_OWNERS = {
 
 
 def describe_pending(reason: str) -> str:
-    """Return Slurm's reason for a pending job in words; an unknown reason is quoted."""
+    """Return Slurm's reason for a pending job in words; an unknown reason is quoted.
+
+    Args:
+        reason: As squeue prints it: possibly in brackets, or with details after a comma,
+            such as `ReqNodeNotAvail, UnavailableNodes:node[1-2]`.
+    """
     code = reason.strip().strip("()")
     name = re.split(r"[,\s(]", code, maxsplit=1)[0] or "None"
     if name in _PENDING_REASONS:

@@ -32,13 +32,24 @@ _QUIET_SECONDS = 900.0
 
 
 def clear_stale_locks(root: Path | None = None) -> list[Path]:
-    """Remove and return the locks of builds whose process is gone. Other users' locks are kept."""
+    """Remove and return the locks of builds whose process is gone.
+
+    Locks of other users, symbolic links and files that vanish meanwhile are left alone.
+
+    Args:
+        root: Folder with one subfolder of builds for each Python and CUDA version. None:
+            torch's own folder, or the parent of TORCH_EXTENSIONS_DIR.
+
+    Returns:
+        The removed lock files. `Zero` warns about each of them.
+    """
     removed = []
     for lock in (
         sorted((root or _get_build_root()).glob("*/*/lock"))
         if (root or _get_build_root()).is_dir()
         else ()
     ):
+        # Another process of this node may remove the same lock at the same time.
         with contextlib.suppress(OSError):
             if (
                 lock.is_file()
@@ -56,6 +67,7 @@ def _get_build_root() -> Path:
     from torch.utils.cpp_extension import get_default_build_root
 
     configured = os.environ.get("TORCH_EXTENSIONS_DIR")
+    # The parent covers TORCH_EXTENSIONS_DIR itself with the pattern `*/*/lock`.
     return Path(configured).parent if configured else Path(get_default_build_root())
 
 
@@ -69,6 +81,7 @@ def _is_stale(lock: Path) -> bool:
         return False
     if not _is_on_network(lock):
         return True
+    # A compiler on another machine is visible only by the files that it writes.
     newest = max(path.lstat().st_mtime for path in lock.parent.iterdir())
     return time.time() - newest > _QUIET_SECONDS
 
@@ -77,6 +90,8 @@ def _is_held_locally(lock: Path) -> bool:
     """Return whether a local process of this user has the lock file open, as its builder does."""
     for process in psutil.process_iter(["uids"]):
         uids = process.info["uids"]
+        # The file handles of other users' processes are not readable, and their locks are not ours
+        # to judge.
         if uids is None or uids.real != os.geteuid():
             continue
         with contextlib.suppress(OSError):
@@ -89,6 +104,7 @@ def _is_held_locally(lock: Path) -> bool:
 
 def _is_on_network(path: Path) -> bool:
     """Return whether a path is on a file system that other machines share."""
+    # The longest mount point that contains the path is the file system that it is on.
     mountpoint, kind = "", ""
     for partition in psutil.disk_partitions(all=True):
         if f"{path.absolute()}/".startswith(f"{partition.mountpoint.rstrip('/')}/") and len(

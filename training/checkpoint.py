@@ -1,4 +1,10 @@
-"""Save and load checkpoints: folders replaced atomically and read without executing code."""
+"""Save and load checkpoints: folders replaced atomically and read without executing code.
+
+A checkpoint has the trained values as safetensors, the remaining state for `torch.load`
+with `weights_only`, and the SHA-256 of every file. The checksums are written last, so a
+folder without them was never complete. The previous checkpoint stays beside the newest
+as `NAME.old`.
+"""
 
 from __future__ import annotations
 
@@ -37,15 +43,20 @@ def replace_folder(target: Path, *, keep: bool = False) -> Iterator[Path]:
     old = get_previous_folder(target)
     try:
         yield scratch
+        # mkdtemp and safetensors create files that only their owner can read. A shared run folder
+        # needs the modes of the user's other files.
         for path in (
             scratch,
             *scratch.rglob("*"),
-        ):  # some libraries write files that only the owner can read
+        ):
             path.chmod((0o777 if path.is_dir() else 0o666) & ~files.UMASK)
+        # A folder cannot be renamed onto one that is not empty, so two renames are needed.
         if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
         scratch.rename(target)
+    # BaseException: an interrupt or an exit of the process must not leave a half-written folder
+    # either.
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -59,7 +70,11 @@ def get_previous_folder(target: Path) -> Path:
 
 
 def restore_replaced(target: Path) -> Path:
-    """Undo a replacement that was killed halfway, and return the folder."""
+    """Undo a replacement that was killed halfway, and return the folder.
+
+    Moves `NAME.old` back if `target` is missing, and deletes unfinished folders beside it.
+    The caller must be the only writer of `target`.
+    """
     if get_previous_folder(target).is_dir() and not target.is_dir():
         get_previous_folder(target).rename(target)
     for leftover in target.parent.glob(f".{target.name}.*"):
@@ -68,10 +83,15 @@ def restore_replaced(target: Path) -> Path:
 
 
 def write_checksums(folder: Path) -> None:
-    """Flush every file in a folder to disk and record its SHA-256."""
+    """Flush every file in a folder to disk and record its SHA-256.
+
+    Call it after all processes have written their files and before the folder gets its
+    final name.
+    """
     digests = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
+            # Without it, a power failure may leave a renamed folder with empty files.
             os.fsync(file.fileno())
         digests[str(path.relative_to(folder))] = files.compute_sha256(path)
     files.write_json(folder / _CHECKSUMS, {"sha256": digests})
@@ -128,7 +148,10 @@ def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write a state of tensors and plain values."""
+    """Write a state of tensors and plain values.
+
+    Other objects can be written, but `load_state` refuses to read them.
+    """
     torch.save(state, folder / _STATE)
 
 
@@ -150,7 +173,10 @@ def get_rng_state() -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor]) -> None:
-    """Restore a saved random state."""
+    """Restore a random state that `get_rng_state` returned.
+
+    The state of a GPU is ignored on a machine without one.
+    """
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -1,4 +1,9 @@
-"""Divide tokenised rows into batches, as a pure function of the seed."""
+"""Divide tokenised rows into batches, as a pure function of the seed.
+
+No state is kept between steps: the rows of a step follow from its number, so a resumed
+trial continues in the data without replaying it, and all trials of a search see the
+same rows in the same order. Suffixes of names give dimensions: B rows, T tokens.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +26,13 @@ _MEGA_BATCHES = 32
 def prepare_tokens(job: JobSpec) -> TokenData:
     """Return the job's rows as tokens.
 
-    A GGUF model is converted first, once. Raises DataError or AssetError, with the problem,
-    before training starts.
+    A GGUF model is converted first, once.
+
+    Raises:
+        DataError: A row or a data file is unusable.
+        AssetError: The model or data is missing or damaged.
     """
+    # The tokenizer is read from the converted folder, which must exist first.
     resolve_safetensors_folder(job.model.model_name_or_path, job.model.revision)
     return tokens.prepare(job)
 
@@ -62,6 +71,12 @@ class BatchPlan:
     in the data is the step number. Grouping sorts the rows of 32 steps by length, divides
     them into batches and shuffles the batches: the rows of a batch then have similar
     lengths, and the order is still random.
+
+    Args:
+        lengths: Tokens of each row, in the order of the split.
+        batch_rows: Rows of one optimiser step, over all processes and micro-batches.
+        seed: `train.seed`.
+        grouped: `train.group_by_length`.
     """
 
     def __init__(self, lengths: np.ndarray, batch_rows: int, seed: int, *, grouped: bool) -> None:
@@ -69,11 +84,16 @@ class BatchPlan:
         self.batch_rows = batch_rows
         self.seed = seed
         self.grouped = grouped
+        # Steps come in order, so the last mega-batch and the last epoch are all that is worth
+        # caching.
         self._stretch: tuple[int, list[np.ndarray]] | None = None
         self._epoch: tuple[int, np.ndarray] | None = None
 
     def select_rows(self, step: int) -> np.ndarray:
-        """Return the indices of the rows of optimiser step `step` (from 0), longest first."""
+        """Return the indices of the rows of optimiser step `step` (from 0), longest first.
+
+        The order by length lets micro-batches of neighbouring rows have little padding.
+        """
         number, position = divmod(step, _MEGA_BATCHES)
         if self._stretch is None or self._stretch[0] != number:
             self._stretch = (number, self._build_batches(number))
@@ -83,8 +103,10 @@ class BatchPlan:
         """Return the batches of mega-batch `number`, which covers 32 steps."""
         size = self.batch_rows * _MEGA_BATCHES
         rows = self._read_stream(number * size, size)
+        # The second number separates this stream from the permutations of epochs, which use 0.
         random = np.random.default_rng([self.seed, 1, number])
         if self.grouped:
+            # Rows of equal length are ordered at random; otherwise they would always share a batch.
             noise = random.random(len(rows))
             rows = rows[np.lexsort((noise, -self.lengths[rows]))]
         batches = np.split(rows, _MEGA_BATCHES)
@@ -122,6 +144,13 @@ def split_micro_batches(
     dealt to the processes in turn. The micro-batches do not depend on the number of
     processes, so 2 processes and 1 process with twice the accumulation compute the same
     sums over the same padded batches.
+
+    Args:
+        rows: Row indices of the step, longest first.
+        micro_batch_size: `train.per_device_train_batch_size`.
+
+    Returns:
+        Arrays of row indices. The last micro-batch of a step may have fewer rows.
     """
     micro_batches = [
         rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)
@@ -132,7 +161,13 @@ def split_micro_batches(
 def make_batch(
     split: Split, rows: np.ndarray, pad_id: int, device: torch.device, *, classifies: bool
 ) -> Batch:
-    """Return some rows padded to the longest of them."""
+    """Return some rows padded to the longest of them.
+
+    Args:
+        rows: Indices into the split.
+        pad_id: Token id of the padding; the attention mask hides it.
+        classifies: Use the rows' classes as labels, not their learnt tokens.
+    """
     lengths = split.lengths[rows]
     width = int(lengths.max())
     ids = np.full((len(rows), width), pad_id, dtype=np.int64)
@@ -180,6 +215,8 @@ def make_packed_batch(
             row_labels,
             row_positions,
         )
+        # transformers separates examples where positions do not continue. Padding that continued
+        # the last example would belong to it.
         positions[index, length:] = np.arange(width - length)
     ids_BT, labels_BT, positions_BT = (
         torch.from_numpy(array).to(device, non_blocking=True) for array in (ids, labels, positions)
@@ -209,7 +246,14 @@ def _concatenate_examples(
 def make_padding_free_batch(
     split: Split | PackedRows, rows: np.ndarray, device: torch.device
 ) -> Batch:
-    """Return some rows concatenated to a single row, without padding."""
+    """Return some rows concatenated to a single row, without padding.
+
+    Used by `train.padding_free`, and by packing with FlashAttention, which separates
+    examples by their positions only within a single row.
+
+    Args:
+        rows: Indices into the split. Of packed rows, all examples in them are taken.
+    """
     examples, unpacked_split = (
         (split.get_examples(rows), split.split) if isinstance(split, PackedRows) else (rows, split)
     )
@@ -222,7 +266,10 @@ def make_padding_free_batch(
 
 
 def count_targets(split: Split | PackedRows, rows: np.ndarray, *, classifies: bool) -> int:
-    """Return how many of the rows (classification) or their tokens (generation) have a loss."""
+    """Return how many of the rows (classification) or their tokens (generation) have a loss.
+
+    The loss of a step is divided by this number, over all processes.
+    """
     if classifies:
         return len(rows)
     return int(split.target_counts[rows].sum())
@@ -231,7 +278,10 @@ def count_targets(split: Split | PackedRows, rows: np.ndarray, *, classifies: bo
 def iterate_evaluation_batches(
     split: Split, rows: np.ndarray, micro_batch_size: int
 ) -> Iterator[np.ndarray]:
-    """Yield the rows of an evaluation in micro-batches, longest first."""
+    """Yield the rows of an evaluation in micro-batches, longest first.
+
+    The order does not affect results: they are sorted back into row order.
+    """
     ordered = rows[np.argsort(-split.lengths[rows], kind="stable")]
     for start in range(0, len(ordered), micro_batch_size):
         yield ordered[start : start + micro_batch_size]

@@ -1,4 +1,9 @@
-"""Evaluate a model on the rows of a split, over all processes of a trial."""
+"""Evaluate a model on the rows of a split, over all processes of a trial.
+
+Results are kept for each row and not only as means, because comparisons are paired: the
+same rows are resampled for every model. The functions take a loaded model; the session
+and `tuning.held_out` call them. Suffixes: R rows of the split, B rows of a batch.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +109,14 @@ def _run_forward_passes(
     equal_passes: bool,
     on_pass: OnPass,
 ) -> RowResults:
-    """Return the losses of all rows and, for a classifier, its predictions."""
+    """Return the losses of all rows and, for a classifier, its predictions.
+
+    For generation, the rows of the result are rows of the data: the losses and targets of
+    all examples of one conversation are added.
+
+    Args:
+        equal_passes: See `evaluate_rows`.
+    """
     split = data.splits[split_name]
     classifies = not job.is_generative
     all_batches = list(
@@ -123,6 +135,7 @@ def _run_forward_passes(
             batch = make_batch(split, rows, data.pad_id, device, classifies=classifies)
             _, detail = module(batch)
             if classifies:
+                # LossModule returns the sum; the loss of each row comes from its logits.
                 losses = (
                     nn.functional.cross_entropy(detail, batch.labels, reduction="none")
                     .cpu()
@@ -136,6 +149,7 @@ def _run_forward_passes(
                 parts.append(
                     (rows, detail.cpu().numpy(), split.target_counts[rows], np.zeros(len(rows)))
                 )
+        # Every process calls on_pass equally often: TrialRun broadcasts in it whether to stop.
         if has_one_less:
             on_pass("evaluation")
             if equal_passes:
@@ -164,6 +178,7 @@ def _gather_in_row_order(parts: list[tuple[np.ndarray, ...]], ranks: Ranks) -> l
         np.concatenate(column)
         for column in zip(*(part for rank_parts in gathered for part in rank_parts), strict=True)
     ]
+    # Column 0 is the row index.
     order = np.argsort(columns[0])
     return [column[order] for column in columns[1:]]
 
@@ -197,7 +212,11 @@ def _generate_answers(
 ) -> list[str]:
     """Return the model's generated answers for the first rows.
 
-    Each process generates its own share, and all of them receive all answers.
+    Each process generates its own share, and all of them receive all answers. Every process
+    calls `on_pass` equally often, because `TrialRun` broadcasts in it.
+
+    Args:
+        rows: Number of rows, from the first.
     """
     encoder = make_row_encoder(job)
     room = compute_max_prompt_tokens(model, job, job.evaluate.max_new_tokens)
@@ -205,6 +224,7 @@ def _generate_answers(
     rank_rows = list(range(rows))[ranks.rank :: ranks.world_size]
     dtype = resolve_autocast_dtype(job, device)
     batch_rows = job.train.per_device_eval_batch_size
+    # LossModule opens autocast itself; `generate` calls the inner model, so it is opened here.
     with torch.autocast(device.type, dtype=dtype) if dtype else nullcontext():
         written = generate_answers(
             model,
@@ -230,7 +250,15 @@ def _generate_answers(
 def compute_max_prompt_tokens(model: Any, job: JobSpec, new_tokens: int) -> int:
     """Return the maximum prompt length in tokens that leaves room for `new_tokens`.
 
-    Raises UserError if fewer than the minimum number of prompt tokens would remain.
+    A learnt prompt takes positions too. Models without a position limit get
+    `model.max_length`.
+
+    Args:
+        model: A loaded transformers or PEFT model; only its config is read.
+        new_tokens: Tokens of the answer.
+
+    Raises:
+        UserError: Fewer than 8 prompt tokens would remain.
     """
     config = model.config.to_dict()
     positions = get_max_positions(config) or int(
@@ -257,7 +285,11 @@ def _add_answer_metrics(
     metrics: Sequence[str],
     device: torch.device,
 ) -> RowResults:
-    """Return the results with the answers and, if all rows were answered, their metrics."""
+    """Return the results with the answers and, if all rows were answered, their metrics.
+
+    Rows without an answer have None. Metrics of a part of the rows would not be comparable
+    with those of other models, so none are computed.
+    """
     answer_column = (*answers, *[None] * (len(results) - len(answers)))
     if len(answers) < len(results):
         return RowResults(results.loss_R, results.targets_R, None, answer_column)
@@ -283,7 +315,12 @@ def _add_answer_metrics(
 
 
 def resolve_autocast_dtype(job: JobSpec, device: torch.device) -> torch.dtype | None:
-    """Return the number format of mixed precision, or None if it is off."""
+    """Return the number format of mixed precision, or None if it is off.
+
+    With `auto` it is bfloat16 on GPUs that support it. It is also bfloat16 wherever the
+    weights are: the trained parameters beside them are in float32, and mixed formats cannot
+    be multiplied.
+    """
     precision = job.train.mixed_precision
     if precision == "auto":
         return (

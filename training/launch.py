@@ -32,12 +32,16 @@ def run_group(
 ) -> None:
     """Run `loop(config)` on every process of a placement until all have returned.
 
-    Does not restart the trial after a failure: the ledger decides that.
+    Does not restart the trial after a failure: the ledger decides that. Blocks; call it in
+    the process of the Tune trial.
 
     Args:
+        loop: The function of each process. Ray pickles it.
+        storage: Folder for Ray Train's own files.
         name: Must be new. Ray Train silently resumes a run of the same name and folder.
+        callbacks: Ray Train user callbacks, which run in its controller.
         hang_minutes: The watchdog's timeout, which torch's collective timeout is derived
-            from.
+            from. 0: the watchdog is off, and 30 minutes are used.
 
     Raises:
         ray.train.TrainingFailedError: A process died.

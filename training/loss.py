@@ -35,8 +35,17 @@ class ChunkedNll(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_ND: torch.Tensor, head_VD: torch.Tensor, targets_N: torch.Tensor
     ) -> torch.Tensor:
-        """Return nll_N in float32, 0 where the target is IGNORED."""
+        """Return nll_N in float32, 0 where the target is IGNORED.
+
+        Args:
+            hidden_ND: Hidden states of the kept positions.
+            head_VD: Weights of the head. They get no gradient.
+            targets_N: Token ids, or IGNORED.
+        """
+        # Bounds the memory of the logits. The minimum keeps a chunk from shrinking to a few rows
+        # with a very large vocabulary.
         rows = max(_MIN_CHUNK_ROWS, LOGITS_AT_ONCE // head_VD.shape[0])
+        # Losses are summed over a whole batch, for which 16 bits are too coarse.
         nll_N = hidden_ND.new_zeros(len(hidden_ND), dtype=torch.float32)
         gradient_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(hidden_ND), rows):
@@ -67,7 +76,17 @@ class ChunkedNll(torch.autograd.Function):
 
 
 class LossModule(nn.Module):
-    """A model with its task's loss: the module that strategies wrap."""
+    """A model with its task's loss: the module that strategies wrap.
+
+    The loss must be part of the wrapped module, because DDP and DeepSpeed hook the forward
+    pass of what they wrap, and the head's weights may be gathered only inside it.
+
+    Args:
+        task: The job's task.
+        chunked: Compute the loss without storing all logits where the head allows it
+            (`train.chunked_loss`).
+        autocast: Number format of mixed precision. None: off.
+    """
 
     def __init__(
         self,
@@ -81,6 +100,7 @@ class LossModule(nn.Module):
         self.model = model
         self.autocast_dtype = autocast
         self.classifies = task == "classification"
+        # PEFT's wrapper forwards any keyword, so the signature of the model inside decides.
         inner: Any = getattr(model, "get_base_model", lambda: model)()
         prompt: Any = getattr(model, "active_peft_config", None)
         self.before = (
@@ -127,7 +147,10 @@ class LossModule(nn.Module):
         The head is computed only for positions that predict a target in some row. With masked
         prompts and a vocabulary of 50,000, this saves most of a small model's work.
         """
+        # Position t predicts token t + 1; the last position predicts nothing.
         targets_BT = functional.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+        # Positions are shared by all rows, because `logits_to_keep` takes one list for the whole
+        # batch.
         kept_K = (targets_BT != IGNORED).any(dim=0).nonzero().squeeze(1)
         kept_in_logits_K = kept_K + self.before  # learnt embeddings precede the row
         targets_BK = targets_BT[:, kept_K]
@@ -135,13 +158,15 @@ class LossModule(nn.Module):
         if self.frozen_head is not None:
             with _replace_logits_with_losses(self.frozen_head, targets_BK) as head_losses:
                 losses: Any = self.model(**batch.inputs, **options).logits
+            # Gemma 2 caps its logits and Granite divides them. Such a model changes the losses that
+            # stand in their place, which one comparison in the first pass reveals.
             if self.head_is_last is None:
                 self.head_is_last = torch.equal(losses.detach(), head_losses[0])
             if self.head_is_last:
                 return losses.squeeze(-1)
-            self.frozen_head = (
-                None  # this model caps or scales its logits, which it did to the losses here
-            )
+            # The losses of this pass are wrong, so it is repeated below with the plain loss, as are
+            # all later ones.
+            self.frozen_head = None
         logits = self.model(**batch.inputs, **options).logits
         if not self.keeps_logits:
             logits = logits[:, kept_in_logits_K]
@@ -155,7 +180,11 @@ class LossModule(nn.Module):
 
 
 def _find_frozen_head(model: Any) -> nn.Linear | None:
-    """Return a causal LM's head if it is a plain frozen matrix, else None."""
+    """Return a causal LM's head if it is a plain frozen matrix, else None.
+
+    Subclasses of nn.Linear are excluded: a quantised or adapted head computes something
+    else.
+    """
     head = model.get_output_embeddings()
     is_plain = type(head) is nn.Linear and head.bias is None and not head.weight.requires_grad
     return head if is_plain else None
@@ -177,6 +206,7 @@ def _replace_logits_with_losses(
         return nll_N.view(*targets_BK.shape, 1)
 
     outputs: list[torch.Tensor] = []
+    # An instance attribute hides the class's method; deleting it restores the method.
     head.forward = compute_losses
     try:
         yield outputs

@@ -1,4 +1,9 @@
-"""Measure the inference of one model in this process, which has done nothing else."""
+"""Measure the inference of one model in this process, which has done nothing else.
+
+Runs in `lorafleet measure`, which `measure_in_subprocess` starts anew for each model:
+the peak memory of a process that has loaded another model before would include that
+model.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +51,16 @@ def measure_inference(
     of the peak; on a GPU the peak is the device's, and `begun_gib` is None.
 
     Args:
+        tokens: Folder of the token cache.
         weights: Folder of the trained weights. None: measure the base model.
+        gpus: 0: measure on the CPU.
+        rows: Maximum number of rows to measure.
+        new_tokens: Tokens that are generated for each row (generation only).
         points: More batches to measure, each (rows, tokens of a row).
+
+    Returns:
+        The values of `measure_speed`, memory in GiB, times in seconds, and a description of
+        the machine.
     """
     torch.set_num_threads(max(1, job.resources.cpus_per_worker))
     device = resolve_device(gpus)
@@ -65,6 +78,7 @@ def measure_inference(
     model: Any = load_weights(job, base, weights) if weights else base.model
     model.eval()
     load_seconds, load_peak = time.perf_counter() - started_at, read_peak_gib()
+    # What loading used and freed must not count as memory of the inference.
     settle_memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -101,7 +115,15 @@ def measure_inference(
 
 
 def measure_pace(job: JobSpec, tokens: Path, gpus: int) -> dict[str, Any]:
-    """Return `seconds_per_row` of training: the median over the steps after two warm-up steps."""
+    """Return `seconds_per_row` of training: the median over the steps after two warm-up steps.
+
+    At most 12 steps are trained, nothing is saved, and the median ignores single slow
+    steps. Comparisons with a budget of `device_seconds` use it.
+
+    Args:
+        tokens: Folder of the token cache.
+        gpus: 0: train on the CPU.
+    """
     torch.set_num_threads(max(1, job.resources.cpus_per_worker))
     device = resolve_device(gpus)
     data = open_tokens(tokens)
@@ -139,6 +161,8 @@ def _build_classifier(model: Any, pad_id: int, device: torch.device) -> Classify
             [[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device
         )
         with torch.inference_mode():
+            # Copying the result to the CPU waits for the GPU, so the caller's clock includes the
+            # computation.
             model(input_ids=ids, attention_mask=mask).logits.argmax(dim=1).cpu()
 
     return classify

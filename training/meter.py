@@ -42,7 +42,10 @@ class Meter:
         self.samples = int(state["samples"])
 
     def summarize(self) -> dict[str, float]:
-        """Return the counters and rates so far, as written to metrics.jsonl."""
+        """Return the counters and rates so far, as written to metrics.jsonl.
+
+        Rates are per second of training, without evaluations. Tokens do not include padding.
+        """
         seconds = max(self.train_seconds, 1e-9)
         return {
             "train_seconds": round(self.train_seconds, 3),
@@ -63,6 +66,7 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    # Other systems than Linux have no such file; the peak then includes earlier trials.
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -75,6 +79,8 @@ def get_peak_memory_gib(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
+    # `ru_maxrss` survives fork and exec: a small process of a large parent would report the
+    # parent's peak. VmHWM is the process's own.
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -84,7 +90,11 @@ def get_peak_memory_gib(device: torch.device) -> float:
 
 
 def free_unused_memory(device: torch.device) -> None:
-    """Release memory that no tensor uses any more."""
+    """Release memory that no tensor uses any more.
+
+    The garbage collector runs first: objects in reference cycles keep their tensors until
+    then.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -114,9 +124,8 @@ def read_gpu_metrics(device: torch.device) -> dict[str, float]:
     metrics: dict[str, float] = {"gpu_memory_gib": torch.cuda.memory_allocated(device) / GIB}
     import pynvml
 
-    with contextlib.suppress(
-        pynvml.NVMLError, RuntimeError
-    ):  # some drivers and MIG slices do not report these
+    # Some drivers and MIG slices do not report utilisation or power.
+    with contextlib.suppress(pynvml.NVMLError, RuntimeError):
         metrics["gpu_utilization_percent"] = float(torch.cuda.utilization(device))
         metrics["gpu_power_watts"] = torch.cuda.power_draw(device) / 1000
     return metrics

@@ -1,4 +1,10 @@
-"""Attach a training method to the base, save and load its weights, and detach it again."""
+"""Attach a training method to the base, save and load its weights, and detach it again.
+
+Everything that differs between lora, qlora, prompt_tuning and full is in this module. A
+warm process attaches one trial after another to the same base, so a method must leave
+the base unchanged or mark it as `spent`. Saved weights must load in plain PEFT or
+transformers, without lorafleet.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +50,11 @@ def attach(job: JobSpec, base: Base) -> nn.Module:
     """
     reset_heads(base, job.train.seed, full=job.method == "full")
     if job.train.gradient_checkpointing:
+        # The reentrant kind needs an input that requires gradients, which a frozen embedding's
+        # output does not.
         base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    # After `reset_heads` and directly before PEFT draws its values: they depend on nothing that ran
+    # in this process before.
     torch.manual_seed(job.train.seed)
     if job.method == "full":
         base.spent = True
@@ -52,6 +62,7 @@ def attach(job: JobSpec, base: Base) -> nn.Module:
         return base.model
     from peft import get_peft_model
 
+    # PEFT warns about GPT-2's transposed layers and about deprecated properties of transformers.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if job.train.init_adapter:
@@ -61,6 +72,7 @@ def attach(job: JobSpec, base: Base) -> nn.Module:
             if job.method == "prompt_tuning"
             else _build_lora_config(job, base)
         )
+        # Set before PEFT runs: if PiSSA fails halfway, the base is changed too.
         base.spent = base.spent or job.has_modified_base
         try:
             return _check_targets(job, get_peft_model(base.model, config))
@@ -68,6 +80,8 @@ def attach(job: JobSpec, base: Base) -> nn.Module:
             raise UserError(
                 f"lora.lora_target_modules is {job.lora.lora_target_modules!r}, but {error}"
             ) from error
+        # OLoRA fails with a shape error on transposed layers (GPT-2's Conv1D). Other errors are not
+        # the user's.
         except RuntimeError as error:
             if not job.has_modified_base:
                 raise
@@ -93,11 +107,13 @@ def _attach_existing(job: JobSpec, base: Base, folder: Path) -> nn.Module:
     )
 
     for name in ADAPTER_FILES:
+        # PEFT would ask the model hub for a file that the folder lacks.
         if not (folder / name).is_file():
             raise UserError(f"train.init_adapter is {folder}, but that folder has no {name}")
     _refuse_adapter(job, base, folder, "train.init_adapter")
     config = PeftConfig.from_pretrained(str(folder))
-    if config.is_prompt_learning:  # PEFT loads such an adapter for inference only
+    # `PeftModel.from_pretrained` loads a learnt prompt for inference only, even with is_trainable.
+    if config.is_prompt_learning:
         config.inference_mode = False
         config.prompt_tuning_init = (
             "RANDOM"  # its values are loaded below; an initial text would need the tokenizer
@@ -127,7 +143,10 @@ def _refuse_adapter(job: JobSpec, base: Base, folder: Path, field: str) -> None:
 def _check_targets(job: JobSpec, model: PeftModel) -> PeftModel:
     """Return the model after checking that every name in `lora_target_modules` matched a layer.
 
-    Raises UserError for a name that PEFT found no layer for.
+    PEFT itself fails only if no name matches; a misspelt one among others would be ignored.
+
+    Raises:
+        UserError: PEFT found no layer for a name.
     """
     names = job.lora.lora_target_modules
     if job.uses_lora and not isinstance(names, str):
@@ -145,7 +164,12 @@ def _check_targets(job: JobSpec, model: PeftModel) -> PeftModel:
 
 
 def _build_lora_config(job: JobSpec, base: Base) -> PeftConfig:
-    """Return PEFT's LoRA configuration for the job."""
+    """Return PEFT's LoRA configuration for the job.
+
+    Raises:
+        UserError: The adapter would modify tied embeddings, or the checkpoint lacks weights
+            that PEFT cannot save.
+    """
     from peft import LoraConfig
 
     lora = job.lora
@@ -264,6 +288,8 @@ def detach(base: Base, model: nn.Module) -> None:
         _unwrap_heads(base)
     model.eval()
     for block in _find_blocks(base.model):
+        # `block.compile()` has no counterpart. The next trial of this process may not want compiled
+        # blocks.
         block._compiled_call_impl = None
     if uses_gradient_checkpointing(base.model):
         base.model.gradient_checkpointing_disable()
@@ -276,6 +302,7 @@ def compile_blocks(model: nn.Module) -> None:
     The code is compiled once for all blocks and works for any length.
     """
     for block in _find_blocks(model):
+        # Batches have many lengths. With static shapes, each new length would compile again.
         block.compile(dynamic=True)
 
 
@@ -338,6 +365,7 @@ def save_weights(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if job.method == "full":
+            # One file, whose name `load_weights` and the export know.
             model.save_pretrained(str(folder), state_dict=tensors, max_shard_size="1000GB")
             load_chat_format(job).tokenizer.save_pretrained(str(folder))
             return
@@ -355,6 +383,7 @@ def _save_adapter(
     if initial:
         tensors = _to_plain_lora(tensors, initial)
         config.init_lora_weights = True
+        # Keeps the scale: alpha / r, or alpha / sqrt(r) with rsLoRA.
         config.r *= 2
         config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
     # PEFT would run the prompt's module, which does not work with sharded weights on one process.
@@ -369,6 +398,8 @@ def _save_adapter(
         # The embeddings are never trained here; looking for them would ask the hub for the base's
         # config.
         state = get_peft_model_state_dict(model, state_dict=tensors, save_embedding_layers=False)
+    # Adapters saved under ZeRO-3 without gathering are empty files (DeepSpeed#3620), found only
+    # when they are loaded.
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if not state or not all(tensor.numel() for tensor in state.values()):
         raise RuntimeError("the state of the adapter is empty: the strategy did not gather it")
@@ -403,8 +434,11 @@ def _to_plain_lora(tensors: Tensors, initial: Tensors) -> Tensors:
 def load_weights(job: JobSpec, base: Base, folder: Path) -> nn.Module:
     """Return the base with the weights that `save_weights` wrote, for evaluation.
 
-    `detach` removes them. Raises UserError for an adapter that does not fit the job and its
-    base, and RuntimeError for full weights of another model.
+    `detach` removes an adapter again; a base with full weights is `spent`.
+
+    Raises:
+        UserError: The adapter does not fit the job and its base.
+        RuntimeError: The full weights are of another model.
     """
     if job.method == "full":
         from safetensors.torch import load_file
@@ -413,6 +447,7 @@ def load_weights(job: JobSpec, base: Base, folder: Path) -> nn.Module:
         missing, unknown = base.model.load_state_dict(
             load_file(str(folder / "model.safetensors")), strict=False
         )
+        # The file stores tied matrices once.
         base.model.tie_weights()
         missing_untied = set(missing) - set(base.model.all_tied_weights_keys)
         if unknown or missing_untied:
@@ -423,6 +458,8 @@ def load_weights(job: JobSpec, base: Base, folder: Path) -> nn.Module:
         return base.model
     from peft import PeftModel
 
+    # `detach` leaves the trained head of an earlier trial in the base. It must not be part of this
+    # evaluation.
     _refuse_adapter(job, base, folder, "the adapter")
     reset_heads(base, job.train.seed)
     with warnings.catch_warnings():

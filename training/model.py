@@ -1,4 +1,10 @@
-"""Load a base model once per process, freeze it, and share it between trials."""
+"""Load a base model once per process, freeze it, and share it between trials.
+
+Importing and loading take seconds, attaching an adapter takes hundredths of a second;
+so one `Base` serves all trials with the same `build_base_key`. transformers accepts
+checkpoints that lack weights and fills them with random values; this module decides
+which of them may be new and refuses all others.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +95,11 @@ class Base:
     """True if a method has written to the base's weights, so that no other session may use it."""
 
     def can_serve(self, job: JobSpec, labels: int) -> bool:
-        """Return whether a session of this job can use this base."""
+        """Return whether a session of this job can use this base.
+
+        Args:
+            labels: Number of classes of the job's data.
+        """
         matches = self.key == build_base_key(job, labels) and self.dtype is resolve_weight_dtype(
             job, self.device
         )
@@ -185,6 +195,7 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
     loader = (
         AutoModelForSequenceClassification if job.task == "classification" else AutoModelForCausalLM
     )
+    # Every process must draw the same values for weights that the checkpoint lacks.
     torch.manual_seed(_LOAD_SEED)
     try:
         with silence_libraries():
@@ -196,8 +207,10 @@ def load_base(job: JobSpec, labels: int, device: torch.device, *, sharded: bool 
     uninitialized = _list_uninitialized(
         model, loading_info, spec.model_name_or_path, classifies=not job.is_generative
     )
+    # bitsandbytes quantises during loading, before it is known which weights the checkpoint lacks.
     _refuse_quantised(model, uninitialized)
     _set_padding_id(job, model)
+    # Training needs no key-value cache. `generate` enables it for its own calls.
     model.config.use_cache = False
     if job.method == "qlora" and device.type == "cpu":
         _prepare_4bit_for_cpu(model, spec.model_name_or_path)
@@ -277,6 +290,8 @@ def _list_uninitialized(
     paths: dict[str, None] = {}
     for key in sorted(missing):
         path = _find_missing_module(model, key, missing)
+        # Heads are outside the base prefix. A pooler may be inside it, and checkpoints of masked
+        # language models lack it.
         may_be_new = not key.startswith(base_prefix) or "pool" in path
         if not classifies or not may_be_new:
             reason = (
@@ -353,7 +368,11 @@ def _has_head(folder: Path) -> bool:
 
 
 def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
-    """Set the class names in a model's config, so that they are saved with the model."""
+    """Set the class names in a model's config, so that they are saved with the model.
+
+    Args:
+        labels: The class names of the data, in order of their ids.
+    """
     model.config.id2label = dict(enumerate(labels))
     model.config.label2id = {label: index for index, label in enumerate(labels)}
 
@@ -392,6 +411,8 @@ def reset_heads(base: Base, seed: int, *, full: bool = False) -> None:
         full: Use the base's own number format. Otherwise the modules are in float32, like
             the adapter that they are trained with.
     """
+    # A generator of its own: the values must not depend on, or change, the process's random state.
+    # It is on the CPU, so all devices get the same values.
     generator = torch.Generator().manual_seed(seed)
     std = getattr(base.model.config, "initializer_range", 0.02)
     dtype = base.model.dtype if full else torch.float32
@@ -416,7 +437,15 @@ def reset_heads(base: Base, seed: int, *, full: bool = False) -> None:
 def resolve_safetensors_folder(name: str, revision: str | None) -> Path:
     """Return the folder with a model's safetensors.
 
-    A GGUF asset is converted to safetensors once, under a lock.
+    A GGUF asset is converted to safetensors once, under a lock. The result is the copy on
+    this node's own disk if there is one.
+
+    Args:
+        name: A hub name, a local folder, or `asset:NAME`.
+
+    Raises:
+        AssetError: The model is not stored on this machine, or its files differ from those
+            that were fetched.
     """
     folder = get_model_folder(name, revision)
     if not (folder / "model.gguf").is_file():
@@ -424,6 +453,7 @@ def resolve_safetensors_folder(name: str, revision: str | None) -> Path:
         check_fetched(name, folder)
         return resolve_node_copy(folder)
     converted = get_converted_folder(folder)
+    # Several trials of one machine start at the same time and need the same conversion.
     with files.hold_lock(converted):
         if not converted.is_dir():
             _convert_gguf(folder, converted)
@@ -458,6 +488,8 @@ def _convert_gguf(folder: Path, target: Path) -> None:
         unquantized.save_pretrained(output_folder)
         tokenizer.save_pretrained(output_folder)
         shutil.copy(folder / "LICENSE", output_folder / "LICENSE")
+        # The folder appears complete or not at all: its existence means that the conversion is
+        # done.
         output_folder.rename(target)
 
 
@@ -493,6 +525,7 @@ def _build_quantization_config(
 
     spec = job.qlora
     skipped_modules = list(UNQUANTIZED_MODULES)
+    # A missing pooler is trained, and a quantised matrix cannot be.
     if not any("pooler" in name for name in read_weight_shapes(folder)):
         skipped_modules.append("pooler")
     if spec.quant_type == "int8":
@@ -521,6 +554,8 @@ def resolve_weight_dtype(job: JobSpec, device: torch.device) -> torch.dtype:
     if job.model.dtype != "auto":
         dtype: torch.dtype = getattr(torch, job.model.dtype)
         return dtype
+    # `full` keeps float32 weights: small updates vanish in bfloat16. CPUs without bfloat16
+    # instructions are about ten times slower in it.
     frozen_on_gpu = device.type == "cuda" and job.method != "full"
     return torch.bfloat16 if frozen_on_gpu and supports_bfloat16(device) else torch.float32
 

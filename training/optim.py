@@ -1,4 +1,8 @@
-"""Build the optimiser and compute the learning rate of each step."""
+"""Build the optimiser and compute the learning rate of each step.
+
+The learning rate is set from outside in each step. It is a pure function of the step
+number, so a resumed trial needs no scheduler state.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,10 @@ def build_optimizer(
 
     By default it is fused: one pass over all parameters. With LoRA+ (Hayou et al., 2024),
     the B matrices have `loraplus_lr_ratio` times the learning rate.
+
+    Args:
+        trained: Parameters by name. The name tells a B matrix from others.
+        learning_rate: Peak learning rate. `set_rate` changes it in each step.
     """
     ratio = job.lora.loraplus_lr_ratio if job.uses_lora and job.lora.loraplus_lr_ratio else 1.0
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -59,6 +67,7 @@ def compute_rate_factor(step: int, total: int, train: TrainSpec) -> float:
         math.ceil(train.warmup_ratio * total) if train.warmup_steps is None else train.warmup_steps
     )
     if step < warmup:
+        # Not step / warmup: the first step would have the rate 0 and be wasted.
         rising = (step + 1) / (warmup + 1)
         return (
             min(rising, _compute_decay_factor(step, total, train))

@@ -86,7 +86,15 @@ _MIN_PROBE_TOKENS = 2
 class TrainingSession:
     """One trial on its base.
 
-    Every process of the trial calls every method, in the same order.
+    Create it with `build`, and call `close` at the end: the base is then free for the next
+    session. Every process of the trial calls every method, in the same order, because most
+    of them contain collectives. The host decides when to evaluate, save and stop.
+
+    Args:
+        job: The resolved job of one trial.
+        base: A base that no other session uses now.
+        schedule: Steps and evaluation points of the trial.
+        ranks: This process's place in the process group.
     """
 
     def __init__(
@@ -106,6 +114,8 @@ class TrainingSession:
         # base's own dropout would be off until the first evaluation, and on from then on, in this
         # trial and all later ones.
         self.model.train()
+        # Before the strategy shards the parameters: PiSSA's and OLoRA's initial values are needed
+        # to save plain LoRA weights.
         self.begun = copy_initial_values(job, dict(get_trained_parameters(self.model)))
         self.peak_rate = resolve_learning_rate(job).value
         self.autocast_dtype = resolve_autocast_dtype(job, base.device)
@@ -138,7 +148,8 @@ class TrainingSession:
         """Return a session at step 0: a new adapter on the base, an optimiser, and the data order.
 
         Raises:
-            UserError: The job names layers that the model does not have.
+            UserError: The model does not support the job: layers, method, padding-free rows or
+                packing.
             RuntimeError: The number of processes differs from the job's.
         """
         ranks = Ranks.from_environment()
@@ -174,17 +185,22 @@ class TrainingSession:
     def advance(self, until: int, seconds: float = math.inf) -> dict[str, Any]:
         """Train until step `until` or for about `seconds`, and return a report.
 
-        The report has the mean loss since `reset_loss` and the costs. Only a single process may
-        stop by the clock.
+        The report has the mean loss since `reset_loss` and the costs.
+
+        Args:
+            until: Step number, at most the schedule's last.
+            seconds: Stop after the step in which this time has passed. Only a single process
+                may stop by the clock: several would stop at different steps.
 
         Raises:
-            TrainingFailure: A loss or a gradient is NaN or infinite.
+            TrainingFailure: A loss or a gradient is NaN or infinite (class `nan`).
         """
         started_at = time.perf_counter()
         while self.step < min(until, self.schedule.total_steps):
             self._run_optimizer_step()
             if time.perf_counter() - started_at > seconds and self.ranks.world_size == 1:
                 break
+        # GPU work is asynchronous: without waiting, its time would be counted in the next phase.
         if self.base.device.type == "cuda":
             torch.cuda.synchronize(self.base.device)
         self.meter.train_seconds += time.perf_counter() - started_at
@@ -217,6 +233,8 @@ class TrainingSession:
             self.first_gradient_at = time.time()
         factor = compute_rate_factor(self.step, self.schedule.total_steps, self.job.train)
         norm = self.strategy.step(self.peak_rate * factor)
+        # Reading the norm waits for a GPU, so there only the report checks the loss. With fp16 an
+        # infinite norm is normal: the scaler skips that step.
         if (
             self.base.device.type == "cpu"
             and not torch.isfinite(norm)
@@ -259,8 +277,12 @@ class TrainingSession:
             _get_tokens(split, example)[:_MAX_PROBE_TOKENS]
             for example in (examples[0], examples[-1])
         )
+        # The first example is exchanged for another one of the same length, so only its content can
+        # matter.
         candidates = (first[::-1], np.resize(second, len(first)), np.roll(first, 1))
         other = next((tokens for tokens in candidates if not np.array_equal(tokens, first)), None)
+        # All tokens are equal, or there is no token to predict: nothing can be shown with this
+        # data.
         if other is None or len(second) < _MIN_PROBE_TOKENS:
             return
         rows = np.arange(1)
@@ -297,6 +319,7 @@ class TrainingSession:
 
         Raises TrainingFailure if the loss is NaN or infinite.
         """
+        # A copy, because all_reduce works in place and the sums go on growing.
         sums = self._sums.clone()
         if self.ranks.world_size > 1:
             distributed.all_reduce(sums)
@@ -332,7 +355,10 @@ class TrainingSession:
         return self.evaluate_with_rows(split_name)[0]
 
     def evaluate_with_rows(self, split_name: str = "validation") -> tuple[Scores, RowResults]:
-        """Return the result of `evaluate`, and the adapter's results for each row."""
+        """Return the result of `evaluate`, and the adapter's results for each row.
+
+        Of the metrics that need answers, only those that decide between trials are computed.
+        """
         started_at = time.perf_counter()
         # Compute only the metrics that decide between trials; the others wait for the held-out
         # evaluation.
@@ -360,7 +386,11 @@ class TrainingSession:
         """Save everything that a restart needs.
 
         This is the trained values, optimiser, random state, position, and the host's own
-        `extra`.
+        `extra`. The previous checkpoint is kept as `NAME.old`.
+
+        Args:
+            folder: On a disk that all processes of the trial see.
+            extra: Tensors and plain values only.
         """
         states = self._gather_rng_states()
         tensors = self.strategy.gather_tensors()  # complete on the first process only
@@ -377,6 +407,8 @@ class TrainingSession:
                     "extra": extra or {},
                 }
                 checkpoint.save_state(scratch, state | optimizer)
+            # ZeRO writes one file for each process; all of them must be complete before they are
+            # hashed.
             self._wait_for_all()
             if self.ranks.rank == 0:
                 checkpoint.write_checksums(scratch)
@@ -431,14 +463,21 @@ class TrainingSession:
         return extra
 
     def save_weights(self, folder: Path) -> None:
-        """Save what was trained, in a format that plain PEFT or transformers loads."""
+        """Save what was trained, in a format that plain PEFT or transformers loads.
+
+        All processes must call it: values may have to be gathered. Only the first one writes.
+        """
         tensors = self.strategy.gather_tensors()
         if self.ranks.rank == 0:
             with checkpoint.replace_folder(folder) as scratch:
                 save_weights(self.job, self.model, tensors, self.begun, scratch)
 
     def close(self) -> None:
-        """Detach the method from the base and release the optimiser."""
+        """Detach the method from the base and release the optimiser.
+
+        The session cannot be used afterwards. Also call it after a failure, or the base keeps
+        the adapter.
+        """
         self.strategy.close()
         detach(self.base, self.model)
 

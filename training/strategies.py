@@ -3,6 +3,9 @@
 The strategies are a single process, DDP, FSDP2 and DeepSpeed's ZeRO. A strategy wraps
 the loss module, owns the optimiser, and gathers what it has sharded. All processes call
 all of its methods in the same order.
+
+Two processes must train what one process with twice the accumulation trains, and a
+library that silently falls back to unsynchronised replicas must raise an error here.
 """
 
 from __future__ import annotations
@@ -44,7 +47,15 @@ class Ranks:
 
 
 class SingleProcess:
-    """Strategy of a single process, and base class of the others."""
+    """Strategy of a single process, and base class of the others.
+
+    `build_strategy` creates it. `module` is called for training, `loss` for evaluations.
+
+    Args:
+        loss_module: The LossModule of the adapted model.
+        rate: Peak learning rate.
+        fp16: Scale the loss, because small gradients vanish in float16.
+    """
 
     equal_passes = False
     """True if all processes must make the same number of forward passes, in evaluations too."""
@@ -97,9 +108,14 @@ class SingleProcess:
     def step(self, rate: float) -> torch.Tensor:
         """Clip the gradients, step the optimiser, reset the gradients, and return the norm.
 
-        The returned norm is the one before clipping.
+        The returned norm is the one before clipping. With fp16, an infinite norm skips the
+        step.
+
+        Args:
+            rate: Learning rate of this step, before the ratios of LoRA+.
         """
         set_rate(self.optimizer, rate)
+        # Clipping compares with max_grad_norm, so the gradients must be in their true scale.
         self.scaler.unscale_(self.optimizer)
         norm = self._clip_gradients()
         self.scaler.step(self.optimizer)
@@ -118,6 +134,7 @@ class SingleProcess:
     def load_tensors(self, values: Tensors) -> None:
         """Set the trained values from complete tensors."""
         with torch.no_grad():
+            # In place: the optimiser and the strategy's wrappers hold references to the parameters.
             for name, value in values.items():
                 self.trained[name].copy_(value)
 
@@ -134,7 +151,11 @@ class SingleProcess:
         self.scaler.load_state_dict(state["scaler"])
 
     def close(self) -> None:
-        """Release the optimiser and the gradients."""
+        """Release the optimiser and the gradients.
+
+        The references are deleted, so that the memory is free before the next trial of this
+        process.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         del self.optimizer, self.module, self.loss
 
@@ -174,7 +195,11 @@ class Ddp(SingleProcess):
 
 
 class Fsdp(SingleProcess):
-    """Shards of every layer on every process, gathered when the layer is used (torch's FSDP2)."""
+    """Shards of every layer on every process, gathered when the layer is used (torch's FSDP2).
+
+    torch's `fully_shard` is used directly: on CPU, Accelerate's FSDP2 plugin never engages,
+    without a message.
+    """
 
     equal_passes = True
 
@@ -185,9 +210,11 @@ class Fsdp(SingleProcess):
 
         self.mesh = init_device_mesh(self.device.type, (self.ranks.world_size,))
         model = self.module.model
+        # Inner modules first. Each sharded module is gathered as one unit when it is used.
         for layer in _find_layers(model):
             fully_shard(layer, mesh=self.mesh)
         fully_shard(model, mesh=self.mesh)
+        # The optimiser must be built from the sharded parameters, which replace the original ones.
         super()._wrap()
 
     def begin_micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -243,6 +270,7 @@ class Fsdp(SingleProcess):
         shards = {
             index: {
                 key: _shard_like(value, ordered[index])
+                # The step counter is a tensor without dimensions and is the same on every process.
                 if torch.is_tensor(value) and value.ndim
                 else value
                 for key, value in entries.items()
@@ -282,7 +310,11 @@ def _shard_like(value: torch.Tensor, like: Any) -> torch.Tensor:
 
 
 class Zero(SingleProcess):
-    """DeepSpeed ZeRO: shards the optimiser state (1), also gradients (2), and also weights (3)."""
+    """DeepSpeed ZeRO: shards the optimiser state (1), also gradients (2), and also weights (3).
+
+    The engine clips, counts micro-batches and writes its own checkpoint. Building its CPU
+    collectives needs a C++ compiler and ninja.
+    """
 
     def _wrap(self) -> None:
         """Set up the DeepSpeed engine.
@@ -320,6 +352,7 @@ class Zero(SingleProcess):
             optimizer=self.optimizer,
             model_parameters=list(self.trained.values()),
             config=config,
+            # Ray Train has created the process group already.
             dist_init_required=False,
         )
         if (self.engine.world_size, self.engine.zero_optimization_stage()) != (
@@ -372,6 +405,7 @@ class Zero(SingleProcess):
 
         gathered = {}
         for name, parameter in self.trained.items():
+            # All processes must enter the context, in the same order; only the first keeps a copy.
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
                 if self.ranks.rank == 0:
                     gathered[name] = parameter.detach().cpu().clone()
@@ -424,6 +458,10 @@ def build_strategy(
     """Return the strategy that `resources.strategy` names, set up.
 
     `auto` has already been resolved by the plan. One process always uses `SingleProcess`.
+
+    Raises:
+        RuntimeError: The library did not set up the processes or the stage that the job
+            asks for.
     """
     kind = SingleProcess if ranks.world_size == 1 else _KINDS[job.resources.strategy]
     return kind(job, loss_module, device, ranks, rate, fp16=fp16)

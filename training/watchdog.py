@@ -26,7 +26,11 @@ Set-up is loading or converting a model, or computing PiSSA's first values.
 class Watchdog:
     """Ends this process if `reset` is not called for `seconds`.
 
-    A process can have only one watchdog. `seconds` of 0 disables it.
+    A process can have only one watchdog: it uses faulthandler's timer and SIGALRM.
+
+    Args:
+        stacks: File for the stacks. `tuning.failures` recognises a hang by it.
+        seconds: 0 disables the watchdog.
     """
 
     def __init__(self, stacks: Path, seconds: float) -> None:
@@ -42,20 +46,25 @@ class Watchdog:
             setting_up: Allow the longer timeout of model loading.
         """
         now = time.monotonic()
+        # `reset` is called for every micro-batch. Arming the timer starts a thread, so it is done
+        # at most once a second.
         if self.file is None or now - self.armed_at <= min(_REARM_SECONDS, self.seconds / 4):
             return
         seconds = self.seconds * (_SETUP_FACTOR if setting_up else 1)
         faulthandler.dump_traceback_later(seconds, file=self.file)
-        signal.setitimer(
-            signal.ITIMER_REAL, seconds + _GRACE_SECONDS
-        )  # SIGALRM has no handler, so it ends the process
+        # The kernel delivers SIGALRM without the interpreter, which may be stuck. It has no
+        # handler, so it ends the process.
+        signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_SECONDS)
         self.armed_at = now
         if self.file.tell():  # stacks were written, but the process recovered before the alarm
             self.file.seek(0)
             self.file.truncate()
 
     def pause(self) -> None:
-        """Stop the timer until the next call of `reset`."""
+        """Stop the timer until the next call of `reset`.
+
+        `TrialRun` calls it after each report: the wait for the next call is not a hang.
+        """
         if self.armed_at:
             faulthandler.cancel_dump_traceback_later()
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -1,6 +1,7 @@
 """Merge the array tasks of a split run into the run.
 
-Each task of a job array runs in a run folder of its own; one driver merges them.
+Each task of a job array runs in a run folder of its own below `parts/`; one driver
+merges them. Only there are decisions made that need all trials.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def merge_tasks(run: Run, metadata: dict[str, Any], say: Callable[[str], None]) 
         RunError: The driver of an array task is still alive.
     """
     seconds = float(run.read_status().get("wall_seconds") or 0.0)
+    # One watch for all tasks: a driver on another machine is dead only after 40 silent seconds.
     parts = run.list_array_tasks()
     watched_paths = find_silent_runs([part.path for part in parts], say)
     for part in parts:
@@ -40,9 +42,11 @@ def merge_tasks(run: Run, metadata: dict[str, Any], say: Callable[[str], None]) 
         lease = Lease.acquire(
             part.path, metadata, say=say, **({"seconds": 0.0} if part.path in watched_paths else {})
         )
+        # The tasks run side by side, so the longest counts and not their sum.
         seconds = max(seconds, float(part.read_status().get("wall_seconds") or 0.0))
         for folder in sorted((part.path / "trials").glob("*")):
             target = run.path / "trials" / folder.name
+            # Without params.json the task was killed while it created the trial.
             if (folder / "params.json").is_file() and not target.exists():
                 target.parent.mkdir(exist_ok=True)
                 _remove_attempts(Trial(folder))
@@ -56,6 +60,7 @@ def merge_tasks(run: Run, metadata: dict[str, Any], say: Callable[[str], None]) 
                 )
         _move_wandb_runs(part.path / "wandb", run.path / "wandb")
         _move_log(part, run)
+        # Everything has been moved; a repeated merge must not find the events again.
         lease.release()
         shutil.rmtree(part.path, ignore_errors=True)
     if (run.path / "parts").is_dir():

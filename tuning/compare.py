@@ -47,7 +47,13 @@ class _StopRequested(Exception):
 
 
 class Comparison(TrainingDriver):
-    """One attempt at a comparison."""
+    """One attempt at a comparison.
+
+    Every step is repeatable: arms that have ended, models with results and rounds that were
+    measured are skipped, so a resumed attempt continues where the last one ended. The arms
+    are runs with drivers and leases of their own; this process only starts and watches
+    them.
+    """
 
     unjudged: dict[str, str] = {}
     """Models that could not be evaluated, with the reason."""
@@ -67,7 +73,10 @@ class Comparison(TrainingDriver):
     # ---- training ----
 
     def _train_arm(self, name: str, data: Any) -> None:
-        """Run an arm's search, and train its best configuration with further seeds."""
+        """Run an arm's search, and train its best configuration with further seeds.
+
+        An arm without trained weights is recorded as a note and does not end the comparison.
+        """
         arm = self.run.get_arm(name)
         self._run_arm(
             arm,
@@ -132,13 +141,23 @@ class Comparison(TrainingDriver):
     def _run_arm(self, run: Run, job: JobSpec, phase: str) -> None:
         """Run an arm to its end, in a driver process of its own.
 
-        Raises _StopRequested if the run is asked to stop, and RunError if the arm's driver
-        failed.
+        Does nothing if an earlier attempt has ended the arm. The driver's output is in the
+        arm's `logs/driver.log`.
+
+        Args:
+            run: The arm's folder. It need not exist.
+            phase: What to record as the phase of the comparison.
+
+        Raises:
+            _StopRequested: The run is asked to stop.
+            RunError: The arm's driver failed.
         """
         if _has_ended(run):
             return  # if none of its trials was trained, the report says so
         self._check_stop()
         self._record_phase(phase)
+        # The arm's folder becomes a run like any other, with a plan derived from the comparison's.
+        # `judges` is off, because all arms are evaluated together at the end.
         if not (run.path / "plan.json").is_file():
             run.path.mkdir(parents=True, exist_ok=True)
             run.set_state(RunState.PENDING, created=time.time(), name=job.name)
@@ -169,12 +188,13 @@ class Comparison(TrainingDriver):
                 (run.path / "stop").touch()
             self._record_wall_seconds()
             time.sleep(_POLL_SECONDS)
-        if (
-            code == ExitCode.REQUEUE and self.told is None
-        ):  # too few machines of the allocation are left
+        # The arm ended by itself to be requeued: too few machines of the allocation are left. The
+        # comparison must be requeued too.
+        if code == ExitCode.REQUEUE and self.told is None:
             self.told = signal.SIGUSR1
             self.stop_file.touch()
         self._check_stop()
+        # Models of an arm that broke off would be compared although they are half trained.
         if not _has_ended(run):
             reason = run.read_status().get("reason") or f"its driver ended with exit code {code}"
             log_file = run.path / "logs" / "driver.log"
@@ -231,6 +251,8 @@ class Comparison(TrainingDriver):
                 )
             self._check_stop()
             self._record_phase("measuring inference")
+            # One model for each arm: seeds differ in their weights, not in their speed. Reversed,
+            # the first seed wins.
             first_models = {model.arm: model for model in reversed(models)}
             measure_all(self, list(reversed(first_models.values())), split)
 
@@ -242,6 +264,7 @@ class Comparison(TrainingDriver):
             folder = self.run.get_arm(name)
             if arm.needs_training:
                 models += self._list_trained_models(name, data)
+            # The adapter was trained elsewhere, so there is one, and no seeds.
             elif arm.adapter_of and (
                 weights_path := arms.get_arm(self.job, arm.adapter_of).weights
             ):
@@ -318,6 +341,7 @@ class Comparison(TrainingDriver):
 
     def _prepare_tokens(self, job: JobSpec, data: Any) -> Any:
         """Return the rows, tokenised for an arm's own model."""
+        # Another model has another tokenizer. The rows themselves are the same for all arms.
         if job.model == self.job.model:
             return data
         from lorafleet.training.data import prepare_tokens
@@ -352,10 +376,16 @@ class Comparison(TrainingDriver):
             wall_seconds=self._compute_wall_seconds(),
         )
         write_report(self.run)
+        # SIGTERM, SIGUSR1 and SIGHUP usually come from a queue or a supervisor, which may start the
+        # run again.
         return ExitCode.INTERRUPTED if self.told in (None, signal.SIGINT) else ExitCode.REQUEUE
 
     def _finish(self) -> ExitCode:
-        """Write the report, record the final state, and return the exit code."""
+        """Write the report, record the final state, and return the exit code.
+
+        The run has failed if a model could not be evaluated: `resume` then evaluates only what
+        is missing.
+        """
         from lorafleet.evaluation.render.wandb import track_report
 
         wall = self._compute_wall_seconds()
@@ -378,7 +408,11 @@ class Comparison(TrainingDriver):
 
 @dataclass(frozen=True)
 class ArmModel:
-    """One model of an arm."""
+    """One model of an arm.
+
+    Arms that train have one for each seed. `_evaluate_arms` evaluates each of them and
+    measures the inference of the first.
+    """
 
     arm: str
     seed: int
@@ -399,6 +433,7 @@ def _use_base_of(trained: JobSpec, base: JobSpec) -> JobSpec:
 
 def _has_ended(run: Run) -> bool:
     """Return whether an arm has ended, even if none of its trials was trained."""
+    # If all trials failed, running the driver again would only fail again.
     trials = run.list_trials()
     all_failed = (
         run.state is RunState.FAILED

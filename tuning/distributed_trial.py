@@ -1,4 +1,9 @@
-"""Run trials of several processes: a Tune function around a Ray Train group."""
+"""Run trials of several processes: a Tune function around a Ray Train group.
+
+Three processes take part: the Tune function in a process of its own, Ray Train's
+controller, and the group's workers. `TrialRun` runs in each worker. All workers must
+call `train.report` equally often.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +25,15 @@ def build_distributed_trainable(work: Work, placement: Placement) -> Any:
 
     The function itself takes no CPU that a group could need: it runs on the head node,
     which may have no CPU to give.
+
+    Args:
+        work: Sent to every worker.
+        placement: Workers of one trial and their resources.
     """
     from ray import tune
 
+    # Tune refuses an empty request, and the smallest request for a CPU would keep a worker from a
+    # node whose CPUs are all needed.
     head_bundle = tune.PlacementGroupFactory([{"node:__internal_head__": 0.001}])
     return tune.with_resources(
         functools.partial(_run_trial, work=work, placement=placement), head_bundle
@@ -43,6 +54,7 @@ def _run_trial(config: dict[str, Any], work: Work, placement: Placement) -> None
         {"work": work, "trial": config},
         placement,
         Path(work.run) / "tune" / "train",
+        # Ray Train would silently resume a run of an earlier attempt with the same name.
         f"{config['trial_id']}-{uuid.uuid4().hex[:8]}",
         [TuneReportCallback()],
         hang_minutes=work.job.retries.hang_minutes,
@@ -53,6 +65,10 @@ def _run_worker(config: dict[str, Any]) -> None:
     """Run one process of a trial.
 
     Every process reports equally often, because `ray.train.report` is a barrier.
+
+    Raises:
+        WorkerUnusable: The trial failed with an error that other processes may not have.
+            The driver reads the failure from its text.
     """
     import torch
     from ray import train
@@ -62,6 +78,7 @@ def _run_worker(config: dict[str, Any]) -> None:
     from lorafleet.training.model import load_base, resolve_device
 
     work: Work = config["work"]
+    # Threads of several processes on the same cores slow each other down many times.
     os.chdir(work.run)
     torch.set_num_threads(max(1, work.job.resources.cpus_per_worker))
     data = open_tokens(Path(work.tokens))
@@ -80,6 +97,8 @@ def _run_worker(config: dict[str, Any]) -> None:
         while True:
             report = run.advance()
             train.report(pack_report(report))
+            # The group returns by itself: Ray frees its workers at once, but not always those of a
+            # killed group.
             if report["done"] or run.stopping or "failure" in report:
                 return
     except TrainingFailure as error:
@@ -113,7 +132,10 @@ def _is_node_leaving() -> bool:
 
 
 def _count_nodes() -> int:
-    """Return the number of machines of the group."""
+    """Return the number of machines of the group.
+
+    Collective: every process of the group must call it.
+    """
     import ray
     from torch import distributed
 

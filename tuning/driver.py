@@ -19,7 +19,10 @@ from lorafleet.tuning.local_ray import remove_aws_keys_from_tune, start_local_ra
 
 
 class TrainingDriver(Driver):
-    """One attempt at a run whose trials are trained."""
+    """One attempt at a run whose trials are trained.
+
+    Adds Ray to `Driver`. `Sweep` and `Comparison` derive from it.
+    """
 
     def _prepare_attempt(self) -> None:
         """Merge the trials of array tasks before anything is read from earlier attempts."""
@@ -30,7 +33,16 @@ class TrainingDriver(Driver):
     def _open_ray(self, attempt: int) -> Iterator[dict[str, Any]]:
         """Yield a connection to Ray: a new local one, or the cluster that RAY_ADDRESS names.
 
-        The yielded dict has Ray's session folder and whether this driver started Ray (`own`).
+        Changes the working directory and the environment of this process for good. On a
+        cluster, the number of parallel trials is reduced to what its nodes hold.
+
+        Returns:
+            A context manager. The yielded dict has Ray's session folder and whether this driver
+            started Ray (`own`).
+
+        Raises:
+            RunError: Ray did not start on this machine.
+            PlacementRefused: The cluster's nodes cannot hold a single trial.
         """
         os.chdir(
             self.run.path
@@ -39,6 +51,7 @@ class TrainingDriver(Driver):
         )
         for name, value in _RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        # Tune's default for a searcher is one waiting trial, with which freed actors are torn down.
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(self.placement.slots)
         address = os.environ.get("RAY_ADDRESS")
         with self._join_ray(address) if address else self._start_local_ray(attempt) as context:
@@ -56,9 +69,9 @@ class TrainingDriver(Driver):
             }
             node = {"attempt": attempt, "node_id": ray.get_runtime_context().get_node_id()}
             files.write_json(self.run.path / "logs" / "ray.json", session | node)
-            if address and not os.environ.get(
-                "LF_AUTOSCALES"
-            ):  # an autoscaler adds machines when trials wait for them
+            # An autoscaler adds machines when trials wait for them, so the machines of this moment
+            # are no limit.
+            if address and not os.environ.get("LF_AUTOSCALES"):
                 self._fit_placement(parse_nodes(ray.nodes()))
             yield session
 
@@ -88,6 +101,8 @@ class TrainingDriver(Driver):
             "num_gpus": placement.slots * placement.workers * placement.gpus_per_worker,
             # Ray Train frees a stopped trial's workers only when the dashboard's state API is up.
             "include_dashboard": placement.is_distributed,
+            # Ray would reserve a share of the memory, and nearly nothing goes through its object
+            # store: weights and tokens are read from disk.
             "object_store_memory": 200 * 2**20,
         }
         return start_local_ray(options, self.run.path / "logs" / f"ray-{attempt}", log)
@@ -114,8 +129,10 @@ _RAY_ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # A replacement for a lost machine takes minutes to start.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    # The driver handles SIGINT itself: it asks the trials to save first.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # Nothing reads Tune's snapshots: the ledger is the record, and a resume starts a new Tuner.
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TOKENIZERS_PARALLELISM": "false",

@@ -1,4 +1,10 @@
-"""Classify what ended a trial, and whether its process can still be used."""
+"""Classify what ended a trial, and whether its process can still be used.
+
+A failure is a dict with `failure_class` and `sentence`; the class selects the retry
+limit in `retries`. There are two ways: an exception in a living process
+(`classify_exception`), and a process that died, of which only Ray's output and the
+trial's files are left (`classify_crash`).
+"""
 
 from __future__ import annotations
 
@@ -58,9 +64,12 @@ class WorkerUnusable(RuntimeError):
 
     def __init__(self, failure: dict[str, Any]) -> None:
         self.failure = failure
+        # Base64 has no quotes, spaces or line breaks that Ray could change.
         encoded = base64.b64encode(json.dumps(files.replace_non_finite(failure)).encode()).decode()
         super().__init__(f"{failure.get('sentence') or failure} [{_FAILURE_MARKER}{encoded}]")
 
+    # Without this, unpickling in the driver would pass the message to __init__ in place of the
+    # failure.
     def __reduce__(self) -> tuple[type[WorkerUnusable], tuple[dict[str, Any]]]:
         return (WorkerUnusable, (self.failure,))
 
@@ -69,7 +78,7 @@ def classify_exception(error: BaseException) -> dict[str, Any]:
     """Return `{"failure_class", "sentence"}` of an exception.
 
     lorafleet's own exceptions are classified by type, others by their message; the rest
-    count as errors in the code.
+    count as errors in the code. `final` is added if the trial must not be retried.
     """
     if isinstance(error, TrainingFailure):
         failure: dict[str, Any] = {"failure_class": error.failure_class, "sentence": error.sentence}
@@ -112,7 +121,8 @@ def is_oom(error: BaseException) -> bool:
 def is_device_error(error: BaseException) -> bool:
     """Return whether the process's CUDA context may be lost after this error.
 
-    Later results of such a process cannot be trusted.
+    Later results of such a process cannot be trusted, so it must end. Out of memory does
+    not count.
     """
     if isinstance(error, torch.AcceleratorError) and not is_oom(error):
         return True
@@ -128,10 +138,16 @@ def save_traceback(run: Path, trial_id: str, error: BaseException) -> None:
 def classify_crash(output: str, trial: Trial) -> dict[str, Any]:
     """Return the failure of a process that ended without a report.
 
-    It is derived from Ray's output and the files in the trial's folder.
+    It is derived from Ray's output and the files in the trial's folder, in this order:
+    failures that the processes sent with `WorkerUnusable`, stacks of a hang, then Ray's own
+    words.
 
     Args:
         output: The text that Ray wrote about the process's end.
+        trial: Stacks of a hang are renamed in its folder, so that they are kept.
+
+    Returns:
+        As `classify_exception`, or `{"full_disk": sentence}`.
     """
     reported = [
         json.loads(base64.b64decode(text))
@@ -153,6 +169,8 @@ def classify_crash(output: str, trial: Trial) -> dict[str, Any]:
             f"{', '.join(stacks)} of the trial"
         )
         return {"failure_class": "hang", "sentence": sentence}
+    # From here on, only Ray's wording is left. Specific causes come before a lost process, which is
+    # a consequence of all of them.
     if any(word in output for word in _PREEMPTION_ERRORS):
         return {"failure_class": "preempted", "sentence": "its node was preempted or removed"}
     if "WorkerHealthCheckTimeoutError" in output:
@@ -179,6 +197,7 @@ def classify_crash(output: str, trial: Trial) -> dict[str, Any]:
             "failure_class": "worker_lost",
             "sentence": "a GPU or the connection between GPUs failed (see traceback.txt)",
         }
+    # A traceback without a lost process is an error in the code, for example in the actor's set-up.
     is_lost = any(word in output for word in _LOST_WORKER_ERRORS)
     if "creation task" in output or ("Traceback" in output and not is_lost):
         last_line = next(
@@ -198,7 +217,11 @@ def _rank_cause(failure: dict[str, Any]) -> int:
 
 
 def save_crash_output(trial: Trial, error_file: str | None) -> str:
-    """Return what Ray wrote about a process's end, and copy it to the trial's folder."""
+    """Return what Ray wrote about a process's end, and copy it to the trial's folder.
+
+    Args:
+        error_file: Path of Tune's file for the trial. None or missing: the result is empty.
+    """
     if not error_file or not Path(error_file).is_file():
         return ""
     output = Path(error_file).read_text(errors="replace")

@@ -1,4 +1,8 @@
-"""Evaluate the base and the finalists on held-out rows that no decision has used."""
+"""Evaluate the base and the finalists on held-out rows that no decision has used.
+
+Sweeps and comparisons use it. Results are files next to the model (metrics and one line
+for each row), so an evaluation that was written is not repeated by a resumed run.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +42,10 @@ class _StopRequested(Exception):
 
 @dataclass(frozen=True)
 class HeldOutEvaluation:
-    """One model to be evaluated."""
+    """One model to be evaluated.
+
+    It is pickled and sent to an `EvalWorker`.
+    """
 
     name: str
     """Name of the model in messages."""
@@ -65,7 +72,13 @@ class HeldOutEvaluation:
 def build_trial_evaluation(
     trial: Trial, job: JobSpec, tokens: str, splits: tuple[str, ...]
 ) -> HeldOutEvaluation:
-    """Return the evaluation of a trial's best weights."""
+    """Return the evaluation of a trial's best weights.
+
+    Args:
+        job: The resolved job of the trial.
+        tokens: Folder of the tokenised rows.
+        splits: Names of the splits.
+    """
     names = ("test.json", trial.get_predictions_file("SPLIT").name)
     return HeldOutEvaluation(
         trial.id, job, tokens, str(trial.weights), splits, str(trial.path), *names
@@ -85,7 +98,8 @@ def build_base_evaluation(
 class EvalWorker:
     """Ray actor that evaluates one model after another.
 
-    Its base stays loaded; adapters are attached and detached.
+    Its base stays loaded; adapters are attached and detached. `evaluate_all` starts as many
+    as there are slots, and replaces one whose process died.
     """
 
     def __init__(self, work: Work) -> None:
@@ -98,13 +112,21 @@ class EvalWorker:
         self.watchdog: Watchdog | None = None
 
     def is_ready(self) -> bool:
-        """Return True once the actor is running."""
+        """Return True once the actor is running.
+
+        A call of it returns when Ray has placed the actor on a node.
+        """
         return True
 
     def evaluate(self, evaluation: HeldOutEvaluation, attempt: int) -> bool:
         """Evaluate a model and write the results.
 
-        Returns False if the run is asked to stop before the evaluation ends.
+        Args:
+            attempt: Number of this try, from 1. It names the file for stacks of a hang.
+
+        Returns:
+            False if the run is asked to stop before the evaluation ends; nothing is written
+            then.
         """
         started_at = time.monotonic()
         folder = Path(evaluation.folder)
@@ -127,6 +149,7 @@ class EvalWorker:
         for split, results in results_by_split.items():
             files.write_jsonl(evaluation.get_predictions_path(split), results.to_records())
             record[split] = summarize_results(results, evaluation.job, self.data.labels)
+        # Last, because its existence means that the evaluation is complete.
         files.write_json(folder / evaluation.record, record)
         return True
 
@@ -138,10 +161,12 @@ class EvalWorker:
         The base is loaded if the loaded one does not fit.
         """
         labels = len(data.labels)
+        # An adapter may have replaced the head that came with the base.
         head_may_differ = (
             self.base is not None and self.base.own_head and evaluation.weights is None
-        )  # an adapter may have replaced the base's own head
+        )
         if self.base is None or head_may_differ or not self.base.can_serve(evaluation.job, labels):
+            # Dropped first: two bases may not fit into memory at the same time.
             self.base = None
             self.base = load_base(evaluation.job, labels, resolve_device(self.work.gpus))
             self.loads += 1
@@ -157,9 +182,9 @@ class EvalWorker:
                 split: self._evaluate_split(base.model, evaluation.job, data, split, base)
                 for split in evaluation.splits
             }
-        config = files.read_json(
-            Path(evaluation.weights) / "config.json"
-        )  # only full weights have a config.json; an adapter has none
+        # Only full weights have a config.json with class names; for an adapter, the result is
+        # empty.
+        config = files.read_json(Path(evaluation.weights) / "config.json")
         check_class_order(config.get("id2label", {}), data.labels, evaluation.weights)
         model = load_weights(evaluation.job, base, Path(evaluation.weights))
         try:
@@ -183,6 +208,7 @@ class EvalWorker:
             metric.name for metric in job.decision_metrics if metric.name in job.extra_metrics
         ]
         metrics = job.extra_metrics if held_out else tuple(decision_names)
+        # Without metrics of answers, a few are generated for readers of the report.
         rows_to_answer = job.evaluate.sample_rows if held_out and not metrics else None
         return evaluate_rows(
             model,
@@ -206,9 +232,16 @@ class EvalWorker:
 def evaluate_all(work: Work, evaluations: list[HeldOutEvaluation], slots: int) -> dict[str, str]:
     """Evaluate models, up to `slots` of them at once.
 
-    Returns the reason for each model that could not be evaluated: a failure costs only that
-    model's numbers. A worker whose process dies is replaced, and its evaluation is tried
-    once more.
+    A failure costs only that model's numbers. A worker whose process dies is replaced, and
+    its evaluation is tried once more. An exception in a living worker is not retried: it
+    would occur again.
+
+    Args:
+        evaluations: Models that have no results yet.
+        slots: Maximum number of workers.
+
+    Returns:
+        Model name -> reason, for each model that could not be evaluated.
 
     Raises:
         DiskFull: A worker could not write its results.
@@ -221,6 +254,8 @@ def evaluate_all(work: Work, evaluations: list[HeldOutEvaluation], slots: int) -
         while waiting and free:
             worker, evaluation = free.pop(), waiting.pop(0)
             try:
+                # Placement may fail for good, for example after nodes were lost; `evaluate` itself
+                # has no time limit.
                 ray.get(worker.is_ready.remote(), timeout=_PLACEMENT_SECONDS)
             except ray.exceptions.RayError as error:
                 failed[evaluation.name] = (
@@ -246,6 +281,7 @@ def evaluate_all(work: Work, evaluations: list[HeldOutEvaluation], slots: int) -
             full = make_disk_full_error(error, Path(work.run))
             if full:
                 raise full from error
+            # Whatever failed, the next model gets a process that nothing has happened to.
             ray.kill(worker)
             worker = _start_worker(work)
             if (

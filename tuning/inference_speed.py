@@ -1,6 +1,7 @@
 """Benchmark inference of several models. Each runs in its own process, in turn.
 
-The models take turns for several rounds.
+The models take turns for several rounds, so that a change of the machine's load affects
+all of them and shows in the spread of the rounds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,13 @@ def _build_task(comparison: Any) -> Any:
 def measure_seconds_per_row(comparison: Any, job: JobSpec, tokens: str) -> float:
     """Return the training time of a row in seconds, measured with the resources of a trial.
 
-    Raises RunError if the measurement fails.
+    Args:
+        comparison: The driver, with an open Ray.
+        job: The arm's job.
+        tokens: Folder of the rows, tokenised for the arm's model.
+
+    Raises:
+        RunError: The measurement fails.
     """
     gpus = comparison.placement.gpus_per_worker
     request = {"what": "pace", "job": job.model_dump(mode="json"), "tokens": tokens, "gpus": gpus}
@@ -51,7 +58,14 @@ def measure_seconds_per_row(comparison: Any, job: JobSpec, tokens: str) -> float
 def measure_all(comparison: Any, models: list[Any], split: str) -> None:
     """Measure the inference of the given models, in turn for several rounds.
 
-    A failure is recorded as a warning, and the model is left out from then on.
+    Rounds that an earlier attempt has measured are skipped. A failure is recorded as a
+    warning, and the model is left out from then on. Returns early if the run is asked to
+    stop.
+
+    Args:
+        comparison: The driver, with an open Ray.
+        models: One model of each arm.
+        split: Split with the held-out rows.
     """
     spec, resources = comparison.job.compare.inference, comparison.job.resources
     task = _build_task(comparison)
@@ -76,6 +90,7 @@ def measure_all(comparison: Any, models: list[Any], split: str) -> None:
                 "new_tokens": spec.new_tokens,
             }
             try:
+                # One at a time: models that run side by side would slow each other down.
                 measurements = ray.get(
                     task.remote(request, str(Path(comparison.run.path)), resources.cpus_per_worker)
                 )

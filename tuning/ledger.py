@@ -42,7 +42,16 @@ class Listener(Protocol):
 
 @dataclass
 class Ledger:
-    """Record of a sweep: scores by rung, and the decision on each report of a trial."""
+    """Record of a sweep: scores by rung, and the decision on each report of a trial.
+
+    One ledger per attempt, in the driver. `RungScheduler` calls it for each result,
+    `SearchThenSeeds` asks it for the best configuration. It caches only what it can rebuild
+    from the run's files.
+
+    Args:
+        searching: False for a single training: there are no rungs.
+        listeners: Observers of the record; one that raises is dropped.
+    """
 
     run: Run
     job: JobSpec
@@ -51,6 +60,8 @@ class Ledger:
 
     def __post_init__(self) -> None:
         self.metric, self.goal = self.job.metric.name, self.job.metric.goal
+        # Rung -> trial id -> score; trial id -> last recorded step; actor -> number of loaded
+        # bases.
         self.places: dict[int, dict[str, rungs.RungScore]] = {}
         self.last_step: dict[str, int] = {}
         self.actors: dict[str, int] = {}
@@ -85,7 +96,13 @@ class Ledger:
             self._notify(lambda listener: listener.on_begin(trial))
 
     def record_base_load(self, name: str, base_loads: int, seconds: float) -> None:
-        """Record each loading of a base model: there should be one per actor."""
+        """Record each loading of a base model: there should be one per actor.
+
+        Args:
+            name: Host and process id of the actor.
+            base_loads: Number of loadings in its life so far.
+            seconds: Time of its set-up.
+        """
         if base_loads > self.actors.get(name, 0):
             self.actors[name] = base_loads
             self.run.add_event(
@@ -99,7 +116,14 @@ class Ledger:
     def report(self, trial: Trial, row: dict[str, Any]) -> bool:
         """Record the result of a trial and return whether the trial is promoted.
 
-        A row that an earlier attempt recorded is not recorded again.
+        A row that an earlier attempt recorded is not recorded again: a resumed trial repeats
+        its last report, because it cannot know whether the driver received it.
+
+        Args:
+            row: A row for metrics.jsonl, with `step` and, at a rung, `rung`.
+
+        Returns:
+            True if the trial continues. Always True between rungs.
         """
         if int(row["step"]) > self.last_step.get(trial.id, -1):
             trial.add_row(row)
@@ -112,13 +136,19 @@ class Ledger:
     def decide(self, trial: Trial, rung: int) -> bool:
         """Return whether a trial is promoted past a rung that it has a score for.
 
-        A decision is final: it is recorded, and returned again by later calls.
+        A decision is final: it is recorded, and returned again by later calls. Trials that
+        repeat the best configuration with another seed are never stopped.
+
+        Args:
+            rung: Index of the rung, from 0.
         """
         trial.set_state(trial.state, rung=rung)
         is_last = rung + 1 >= len(self.get_rung_levels(trial))
         if not self.uses_halving or is_last or trial.is_repeat:
             return True
         assert self.job.search is not None
+        # Scores arrive later than decisions: computed again, the same question could have another
+        # answer.
         decisions = [
             event
             for event in self.run.read_events("rung")
@@ -152,7 +182,11 @@ class Ledger:
         """Record the failure of a trial.
 
         The trial is queued to restart from its checkpoint, or marked as failed if it has no
-        retries left.
+        retries left. Retries are counted by class in its status, so the count survives a
+        restart of the driver.
+
+        Args:
+            failure: `failure_class`, `sentence`, and optionally `final`.
         """
         status = trial.read_status()
         counts: dict[str, int] = status.get("retries", {})
@@ -167,7 +201,13 @@ class Ledger:
         trial.set_state(TrialState.PENDING, retries=counts | {kind: number}, reason=reason)
 
     def end_trial(self, trial: Trial, state: TrialState, **facts: Any) -> None:
-        """Record how a trial ended, and delete the files that it no longer needs."""
+        """Record how a trial ended, and delete the files that it no longer needs.
+
+        Checkpoints are deleted, and the weights of all trials but the best `search.keep`.
+
+        Args:
+            state: A state that ends a trial.
+        """
         trial.set_state(state, **({"reason": None} | facts))
         (trial.path / "progress.json").unlink(missing_ok=True)
         shutil.rmtree(trial.path / "checkpoints", ignore_errors=True)
@@ -202,8 +242,9 @@ class Ledger:
     def rank_trials(self) -> list[Trial]:
         """Return the trials, best first: those trained to the end, then the stopped ones.
 
-        Trials with equal scores are in the order of their creation. Repetitions of a trial with
-        another seed and trials of a fold are left out.
+        A stopped trial never precedes a finished one, whatever its score. Trials with equal
+        scores are in the order of their creation. Repetitions of a trial with another seed and
+        trials of a fold are left out.
         """
         return self._rank_by_state(TrialState.FINISHED) + self._rank_by_state(TrialState.STOPPED)
 
@@ -236,11 +277,15 @@ class Ledger:
         ]
 
     def find_best_assignment(self) -> Assignment | None:
-        """Return the best configuration once all searched trials have ended, else None."""
+        """Return the best configuration once all searched trials have ended, else None.
+
+        None, too, if no trial has a score.
+        """
         searched = self.list_searched()
         if self.folds:
             return self._find_best_over_folds(searched)
         ranking = self.rank_trials()
+        # A trial that still runs or waits could become the best.
         if not ranking or not all(trial.state.has_ended for trial in searched):
             return None
         assignment: Assignment = ranking[0].read_params()["assignment"]
@@ -274,6 +319,7 @@ class Ledger:
 
     def _delete_surplus_weights(self) -> None:
         """Delete all adapters except the best `search.keep`; those of folds are always deleted."""
+        # Of folds only the scores count; the best configuration is trained again on all rows.
         for trial in self.run.list_trials() if self.folds else ():
             if trial.fold is not None and trial.state.has_ended:
                 shutil.rmtree(trial.weights, ignore_errors=True)
@@ -282,7 +328,11 @@ class Ledger:
             shutil.rmtree(trial.weights, ignore_errors=True)
 
     def apply_due_decisions(self) -> None:
-        """Make the decisions that were due before a kill, so that no stopped trial continues."""
+        """Make the decisions that were due before a kill, so that no stopped trial continues.
+
+        Call it once at the start of an attempt, before trials are handed out. All other
+        unfinished trials become pending.
+        """
         for trial in self.run.list_trials():
             if trial.state.has_ended:
                 continue

@@ -1,4 +1,9 @@
-"""Start a local Ray on loopback, with a token that only this user can read."""
+"""Start a local Ray on loopback, with a token that only this user can read.
+
+Ray executes whatever code a client with access sends, so other users of the machine
+must not reach it. Some steps use Ray's private functions, because it has no public
+setting for them.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +43,18 @@ def start_local_ray(
 ) -> Iterator[Any]:
     """Start Ray and yield what `ray.init` returns; on exit, stop it and delete its files.
 
-    After an error, Ray's logs are copied to `logs`.
+    After an error, Ray's logs are copied to `logs`. Never joins a Ray that runs already.
 
     Args:
         options: Keyword arguments of `ray.init`.
+        logs: Folder for Ray's logs; created only if they are saved.
         say: Receives messages for the log.
 
     Raises:
         RunError: Ray did not start in three tries, each with more time.
     """
     for number, seconds in enumerate(_START_SECONDS):
+        # A new folder for each try, because processes of a failed one may still use the old.
         with create_ray_temp_dir() as temp_dir:
             try:
                 context = _start_ray(options, temp_dir, seconds)
@@ -67,6 +74,7 @@ def start_local_ray(
                 continue
             try:
                 yield context
+            # Stopped first, so that the logs are complete.
             except BaseException:
                 _stop_ray()
                 save_ray_logs(temp_dir, logs)
@@ -85,6 +93,7 @@ def _start_ray(options: Mapping[str, Any], temp_dir: Path, seconds: int) -> Any:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_gcs_server_port_wait_time_s": str(seconds),
     }
+    # A token in the environment would take precedence over the file.
     os.environ.pop("RAY_AUTH_TOKEN", None)
     import ray
     from ray._private import ray_constants, services
@@ -101,6 +110,7 @@ def _start_ray(options: Mapping[str, Any], temp_dir: Path, seconds: int) -> Any:
 
     services.get_node = get_node_patiently
     try:
+        # Without `local`, Ray joins any cluster that it finds on this machine.
         return ray.init(
             address="local",
             log_to_driver=False,

@@ -1,4 +1,8 @@
-"""Check every machine of a cluster before training starts."""
+"""Check every machine of a cluster before training starts.
+
+A machine with another version, or without the shared folders, would otherwise fail in
+the middle of a search, and only for the trials that happen to run there.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,12 @@ def check_nodes(run: Path, tokens: Path, job: JobSpec) -> None:
     """Raise PlacementRefused if a machine that may get workers cannot take part.
 
     Every machine must see the run's folder and the tokens, have the model, and have the
-    same lorafleet version.
+    same lorafleet version. Ray must be connected. All problems are in one message.
+
+    Args:
+        run: Folder of the run.
+        tokens: Folder of the token cache.
+        job: Its label selector decides which machines are checked.
     """
     import ray
 
@@ -28,6 +37,7 @@ def check_nodes(run: Path, tokens: Path, job: JobSpec) -> None:
         for node in select_labelled_nodes(parse_nodes(ray.nodes()), job.resources.label_selector)
         if node.cpus
     }
+    # Machines without CPUs, such as a pure head node, get no workers.
     alive = [row for row in ray.nodes() if row["Alive"] and format_node_name(row) in eligible]
     problems = []
     for row, answer in zip(
@@ -83,7 +93,11 @@ def _list_problems(node: dict[str, Any], run: Path, tokens: Path) -> list[str]:
 
 
 def extract_error_line(error: Exception) -> str:
-    """Return the line of one of Ray's long messages that states the error."""
+    """Return the line of one of Ray's long messages that states the error.
+
+    That is the last line that contains `Error`, since the remote traceback ends with it;
+    otherwise the first line.
+    """
     lines = [line for line in str(error).splitlines() if line.strip()]
     return next(
         (line for line in reversed(lines) if "Error" in line),

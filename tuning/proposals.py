@@ -1,4 +1,8 @@
-"""Choose the next configuration, from a seeded list or Optuna's TPE. None is tried twice."""
+"""Choose the next configuration, from a seeded list or Optuna's TPE. None is tried twice.
+
+Proposals know nothing of Tune and of trials on disk. `ProposalSearcher` asks them for
+assignments and reports outcomes, including those of earlier attempts.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,10 @@ _MAX_DRAWS = 200
 
 
 class Proposals(Protocol):
-    """Source of configurations."""
+    """Source of configurations.
+
+    After a restart of the driver, `tell` is called for all ended trials before `next`.
+    """
 
     def next(self) -> Assignment | None:
         """Return the next configuration, or None if there are no more."""
@@ -49,6 +56,12 @@ class SearchThenSeeds:
     """Proposals of a search, followed by further trainings of its best configuration.
 
     These begin once all trials of the search have ended.
+
+    Args:
+        searched: Proposals of the search.
+        best: Returns the best configuration, or None while trials of the search are open.
+        is_full: Returns whether the search has created all its trials: TPE would never stop
+            proposing.
     """
 
     def __init__(
@@ -105,6 +118,8 @@ class TpeProposals:
             p: build_distribution(parameter)
             for p, parameter in search.select_free_parameters(job.search).items()
         }
+        # Several trials run at once. `constant_liar` keeps TPE from proposing the same region to
+        # all of them: it counts open trials as bad ones.
         sampler = optuna.samplers.TPESampler(
             seed=job.search.seed,
             n_startup_trials=len(startup),
@@ -123,9 +138,12 @@ class TpeProposals:
         Returns None if TPE proposes no new configuration in `_MAX_DRAWS` draws.
         """
         for startup_assignment in self._startup:
+            # An earlier attempt has created this trial; `tell` has added it.
             if self.name(startup_assignment) in self._seen:
                 continue
             self._seen.add(self.name(startup_assignment))
+            # Optuna must know the values that were drawn here, so the trial is enqueued and asked
+            # for at once.
             self.study.enqueue_trial(dict(startup_assignment))
             self._open[self.name(startup_assignment)] = self.study.ask(self.distributions)
             return startup_assignment
@@ -137,6 +155,8 @@ class TpeProposals:
                 path: self._round_value(path, optuna_trial.params[path])
                 for path in self.distributions
             }
+            # Optuna knows nothing of combinations that the schema refuses. A failed trial does not
+            # count in its model.
             if search.describe_impossible(self.job, assignment):
                 self.study.tell(optuna_trial, state=optuna.trial.TrialState.FAIL)
                 continue
@@ -145,6 +165,7 @@ class TpeProposals:
                 self._seen.add(name)
                 self._open[name] = optuna_trial
                 return assignment
+            # A duplicate. It is closed, because TPE would count it as an open trial.
             self.study.tell(optuna_trial, state=optuna.trial.TrialState.FAIL)
         return None
 
@@ -161,7 +182,12 @@ class TpeProposals:
         """Report a trial to Optuna.
 
         A finished trial is reported with its last score, a stopped one as pruned with all its
-        scores, and a failed one as failed.
+        scores, and a failed one as failed. A trial without scores counts as failed.
+
+        Args:
+            assignment: Values of the searched fields.
+            scores: Step -> value of the search's metric.
+            state: `finished`, `stopped` or `failed`.
         """
         from optuna.trial import TrialState, create_trial
 
@@ -188,7 +214,10 @@ class TpeProposals:
 
 
 def build_distribution(parameter: Parameter) -> Any:
-    """Return a parameter as Optuna's distribution."""
+    """Return a parameter as Optuna's distribution.
+
+    Quantised distributions become continuous ones; `_round_value` rounds what is drawn.
+    """
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     if parameter.values is not None:

@@ -33,7 +33,11 @@ def _collect_conversation_terms(job: JobSpec, data: TokenData) -> dict[str, Any]
 
 
 def count_classes(data: TokenData) -> dict[str, dict[str, int]]:
-    """Return the number of rows of each class in each split. Empty if there are no classes."""
+    """Return the number of rows of each class in each split. Empty if there are no classes.
+
+    Returns:
+        Split -> class name -> rows, with 0 for a class without rows.
+    """
     import numpy as np
 
     if not data.labels:
@@ -54,7 +58,11 @@ def build_metadata(job: JobSpec, facts: Provenance, data: TokenData) -> dict[str
     """Return the contents of facts.json.
 
     These are what two runs must have in common to be compared, and further information for
-    readers.
+    readers. A resumed run compares its digests with the file.
+
+    Args:
+        facts: Digests of the data files and revisions of the models.
+        data: The tokenised rows.
     """
     from lorafleet.evaluation.tokens import count_tokens
 

@@ -1,4 +1,9 @@
-"""Create a temporary folder for the files of Ray's processes, and delete it at the end."""
+"""Create a temporary folder for the files of Ray's processes, and delete it at the end.
+
+Ray leaves sockets, logs and its token in its folder. A driver that is killed cannot
+delete them, so each folder names its owner, and the next driver on the machine removes
+folders whose owner is gone.
+"""
 
 from __future__ import annotations
 
@@ -48,6 +53,7 @@ def create_ray_temp_dir() -> Iterator[Path]:
     remove_orphans(parent)
     temp_dir = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     write_owner(temp_dir)
+    # Created with its mode: a later chmod would leave a moment in which others can read it.
     handle = os.open(temp_dir / TOKEN_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "w") as file:
         file.write(secrets.token_hex(32))
@@ -60,12 +66,20 @@ def create_ray_temp_dir() -> Iterator[Path]:
             del os.environ["TMPDIR"]
         else:
             os.environ["TMPDIR"] = previous
+        # Processes that outlive Ray would write into the folder while it is deleted.
         kill_processes(temp_dir, patience=_EXIT_SECONDS)
         remove_folder(temp_dir)
 
 
 def save_ray_logs(temp_dir: Path, target: Path) -> None:
-    """Copy the logs of Ray's processes: after an error they are the only source of information."""
+    """Copy the logs of Ray's processes: after an error they are the only source of information.
+
+    Empty and very large files are left out, and errors are ignored.
+
+    Args:
+        temp_dir: Folder of `create_ray_temp_dir`.
+        target: Created if there is anything to copy.
+    """
     for path in sorted(temp_dir.glob("ray/session_2*/logs/*")):
         with contextlib.suppress(OSError):
             if path.is_file() and 0 < path.stat().st_size <= _MAX_LOG_BYTES:

@@ -21,7 +21,16 @@ _STOP_FILE_SECONDS = 1.5
 
 
 class RungScheduler(FIFOScheduler):
-    """Tune scheduler that starts trials in proposal order and stops them as the ledger decides."""
+    """Tune scheduler that starts trials in proposal order and stops them as the ledger decides.
+
+    Runs in the driver; Tune calls it for each result. Tune's own ASHA is not used, because
+    its rungs are lost in a restart.
+
+    Args:
+        out_of_budget: Returns which budget is spent, as text, or None.
+        full_disk: Called with a message if a trial could not write.
+        ends_itself: True for groups of processes, which return after their last report.
+    """
 
     def __init__(
         self,
@@ -57,7 +66,11 @@ class RungScheduler(FIFOScheduler):
         return TrialScheduler.CONTINUE if continues else TrialScheduler.STOP
 
     def _record_report(self, trial: Trial, report: dict[str, Any]) -> bool:
-        """Record a report, end the trial if necessary, and return whether it continues."""
+        """Record a report, end the trial if necessary, and return whether it continues.
+
+        A failure comes first, because such a report has no row. A trial that was stopped at a
+        rung is ended even if the run is asked to stop: the decision is final.
+        """
         ledger = self.ledger
         if "actor" in report:
             ledger.record_base_load(**report["actor"])
@@ -73,8 +86,10 @@ class RungScheduler(FIFOScheduler):
         if report.get("stopping") and promoted and not report.get("done"):
             trial.set_state(TrialState.PENDING, reason="interrupted")
             return False
+        # After the row is recorded: what the trial has reached counts, whatever the budget says.
         spent_budget = self.out_of_budget()
         if report.get("done"):
+            # `done` comes before the rung's decision: nothing is left to stop.
             ledger.end_trial(trial, TrialState.FINISHED)
         elif not promoted:
             ledger.end_trial(trial, TrialState.STOPPED, reason=ledger.describe_stop(trial))
@@ -85,7 +100,11 @@ class RungScheduler(FIFOScheduler):
         return False
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
-        """Record that a trial's process died: the trial is restarted, or given up."""
+        """Record that a trial's process died: the trial is restarted, or given up.
+
+        Tune calls it instead of `on_trial_result`. A process that is lost while the run is
+        ending costs no retry.
+        """
         run_trial = self._get_run_trial(trial)
         if run_trial.state.has_ended or trial.status == TuneTrial.ERROR:
             return  # Tune may call this twice, the second time with the status already changed

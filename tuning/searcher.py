@@ -1,6 +1,7 @@
 """Provide proposals to Ray Tune as a searcher.
 
-Unfinished trials of an earlier attempt come first.
+Unfinished trials of an earlier attempt come first. Tune's ids of trials last for one
+attempt; the run's own ids are content hashes and are passed in the config.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ class ProposalSearcher(Searcher):
     Tune keeps only one trial waiting for a custom searcher. TUNE_MAX_PENDING_TRIALS_PG (set
     in the sweep) raises that limit, so that a freed actor always finds a waiting trial and
     is reused instead of torn down.
+
+    Args:
+        total: Number of trials of the whole run, over all attempts.
+        most_open: Maximum number of trials that are handed out and have not ended.
+        make: Creates the trial of an assignment; the second argument is its index.
+        stopping: Returns whether no further trial may start. It is called very often.
     """
 
     def __init__(
@@ -43,6 +50,7 @@ class ProposalSearcher(Searcher):
         self.make, self.stopping = make, stopping
         self.half_done = [trial for trial in self.run.list_trials() if not trial.state.has_ended]
         self.earlier = {trial.id for trial in self.run.list_trials()}
+        # Trials of earlier attempts count towards the total.
         self.made = len(self.earlier)
         self.open: dict[str, Trial] = {}
 
@@ -58,7 +66,13 @@ class ProposalSearcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the next trial's config, None for "not now", or FINISHED for "no more"."""
+        """Return the next trial's config, None for "not now", or FINISHED for "no more".
+
+        FINISHED is final for Tune: it never asks again in this attempt.
+
+        Args:
+            trial_id: Tune's id, which `on_trial_complete` receives again.
+        """
         if self.stopping():
             return Searcher.FINISHED
         if len(self.open) >= self.most_open:
@@ -92,6 +106,7 @@ class ProposalSearcher(Searcher):
         trial = self.open.pop(trial_id, None)
         if trial is None:
             return
+        # The scheduler has recorded the outcome before Tune calls this.
         if trial.state.has_ended:
             report_outcome(self.proposals, self.ledger, trial)
         else:
@@ -105,7 +120,10 @@ class ProposalSearcher(Searcher):
 
 
 def report_outcome(proposals: Proposals, ledger: Ledger, trial: Trial) -> None:
-    """Report to the proposals how a trial ended, from the trial's own record."""
+    """Report to the proposals how a trial ended, from the trial's own record.
+
+    Used for trials of this attempt and, at its start, for those of earlier ones.
+    """
     scores = {
         int(row["step"]): float(row[ledger.metric])
         for row in trial.read_evaluations()

@@ -1,6 +1,9 @@
 """Check the nodes of a site for `lorafleet doctor --on SITE`.
 
-Each operation is really executed once.
+Each operation is really executed once: a library may be installed and still fail on the
+node's device or network. A check returns (check, verdict, result, advice), with the
+verdicts of `Finding`. `missing` means that jobs fail; `note` that something optional
+does not work.
 """
 
 from __future__ import annotations
@@ -31,7 +34,12 @@ _SCRATCH_MB = 256
 def check_site(folder: Path) -> bool:
     """Check every node of the Ray cluster at RAY_ADDRESS and the link between two of them.
 
-    The findings are written to `folder`. Returns whether nothing that is needed is missing.
+    Args:
+        folder: Folder of the check's run, which all nodes must see. `findings.json` is
+            written to it.
+
+    Returns:
+        True if nothing that is needed is missing.
     """
     import ray
 
@@ -68,6 +76,7 @@ def check_site(folder: Path) -> bool:
                         str(error).strip().splitlines()[-1],
                     )
                 )
+        # Two nodes are enough to find a blocked or wrong network.
         findings.append(_check_collective([row for row in rows if row["Resources"].get("CPU")][:2]))
     finally:
         ray.shutdown()
@@ -112,6 +121,7 @@ def _check_device() -> tuple[str, str, str, str]:
             f"{driver}, and {problem}",
             "install a torch build that supports the driver",
         )
+    # `is_available` does not show whether kernels run on this GPU.
     value = float(torch.ones(8, device="cuda").sum())
     return (
         "device",
@@ -171,6 +181,7 @@ def _check_compilers() -> tuple[str, str, str, str]:
 def _check_scratch() -> tuple[str, str, str, str]:
     """Check the write speed and the free space of the temporary folder."""
     folder = Path(os.environ.get("TMPDIR", "/tmp"))  # nosec B108  # only its speed is measured
+    # Random bytes, because some file systems compress.
     block, path = os.urandom(2**20), folder / "lorafleet-speed"
     started_at = time.monotonic()
     try:
@@ -178,6 +189,7 @@ def _check_scratch() -> tuple[str, str, str, str]:
             for _ in range(_SCRATCH_MB):
                 file.write(block)
             file.flush()
+            # Otherwise the speed would be that of the page cache.
             os.fsync(file.fileno())
         speed = _SCRATCH_MB / (time.monotonic() - started_at)
     except OSError as error:
@@ -236,7 +248,10 @@ class _Member:
             return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
     def sum_up(self, address: str, rank: int, world_size: int) -> tuple[float, float, str]:
-        """Return (a value of the sum, GB/s, backend) of an all-reduce over the group."""
+        """Return (a value of the sum, GB/s, backend) of an all-reduce over the group.
+
+        Rank r contributes r + 1. Blocks until all members have called it, at most two minutes.
+        """
         from datetime import timedelta
 
         import torch
@@ -255,6 +270,7 @@ class _Member:
         distributed.all_reduce(tensor.clone())  # the first all-reduce opens the connections
         started_at = time.monotonic()
         distributed.all_reduce(tensor)
+        # Reading a value waits for the GPU, so the time includes the whole operation.
         value = float(tensor[-1])
         seconds = time.monotonic() - started_at
         distributed.destroy_process_group()
@@ -298,6 +314,7 @@ def _check_collective(rows: list[dict[str, Any]]) -> Finding:
             "set network_interface in the site file to the network between the nodes",
         )
     value, speed, backend = answers[0]
+    # The ranks contribute 1 and 2.
     is_correct = value == 3.0
     return Finding(
         "collective",

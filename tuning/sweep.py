@@ -47,37 +47,51 @@ _SAVE_SECONDS = 300.0
 
 
 class Sweep(TrainingDriver):
-    """One attempt at a search, or at one training."""
+    """One attempt at a search, or at one training.
+
+    `share` is the range of assignments of an array task; such a task neither evaluates
+    held-out rows nor writes a report, because the merging driver does. `judges` is off for
+    the arms of a comparison.
+    """
 
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         self.searching = self.stored["command"] == "sweep"
         self.share: list[int] = self.stored.get("share") or []
         self.judges: bool = self.stored.get("judges", True) and not self.share
+        # Time of the last check of the machines, and whether it found too few.
         self.looked_at, self.too_few = time.monotonic(), False
         self.counted = (-_COUNT_SECONDS, 0.0)  # (time of the last count, GPU-hours counted then)
 
     def _run_attempt(self, attempt: int) -> ExitCode:
         self._record_phase("reading data, starting workers")
         with ThreadPoolExecutor(1) as pool:
-            reading = pool.submit(
-                self._read_data
-            )  # it imports torch while Ray mostly waits for its processes to start
+            # It imports torch and tokenises, while Ray mostly waits for its processes to start.
+            reading = pool.submit(self._read_data)
             with self._open_ray(attempt) as ray_facts:
                 self.run.add_event("ray", **ray_facts)
                 data = reading.result()
+                # A local Ray runs on this machine alone, which has been checked by reading the
+                # data.
                 if not ray_facts["own"]:
                     check_nodes(self.run.path, data.folder, self.job)
                 if not self.stop_file.exists():
                     self._run_search(attempt, data)
                 if not self.stop_file.exists() and self.judges:
                     self._evaluate_held_out(data)
+        # Raised only here, after Ray has stopped: the trials have saved what they could.
         if self.disk_full:
             raise DiskFull(self.disk_full)
         return self._finish()
 
     def _read_data(self) -> Any:
-        """Return the rows as tokens, and write their metadata to facts.json."""
+        """Return the rows as tokens, and write their metadata to facts.json.
+
+        Runs in a thread beside the start of Ray.
+
+        Raises:
+            RunError: Data or model differ from those of an earlier attempt.
+        """
         from lorafleet.training.data import prepare_tokens
 
         data = prepare_tokens(self.job)
@@ -150,6 +164,7 @@ class Sweep(TrainingDriver):
                         self._handle_full_disk,
                         ends_itself=self.placement.is_distributed,
                     ),
+                    # The searcher ends the search. Tune's own count would include restarted trials.
                     num_samples=-1,
                     reuse_actors=not self.placement.is_distributed,
                 ),
@@ -174,6 +189,7 @@ class Sweep(TrainingDriver):
                 f"Ray Tune ended before {len(unfinished)} trials had finished: "
                 f"{', '.join(t.id for t in unfinished)}"
             )
+        # Tune's stopper ends the search without a last report of the trials that still run.
         for trial in self.run.list_trials():
             if trial.state is TrialState.RUNNING:
                 spent_budget = self._describe_spent_budget()
@@ -251,12 +267,19 @@ class Sweep(TrainingDriver):
         return slots + 1 if uses_tpe else 2 * slots
 
     def _create_trial(self, assignment: Assignment, index: int, data: Any) -> Trial:
-        """Create the trial of an assignment, and write its parameters."""
+        """Create the trial of an assignment, and write its parameters.
+
+        Returns the existing trial if an earlier attempt created it.
+
+        Args:
+            index: Position in the search, over all attempts and array tasks.
+        """
         self.run.check_current()
         job = search.build_trial_job(self._searched_job, assignment)
         plan = build_schedule(job, data.count_training_rows(job), searching=self.searching)
         trial = self.run.add_trial(compute_trial_id(job, self.facts), index, assignment)
         params = trial.read_params()
+        # A kill between the two writes leaves a trial without them.
         if "resolved" not in params:
             resolved = job.model_dump(
                 mode="json", exclude={"search", "tracking", "name", "environment"}
@@ -309,7 +332,11 @@ class Sweep(TrainingDriver):
         return tune.with_resources(tune.with_parameters(WarmTrial, work=work), resources)
 
     def _should_stop(self) -> bool:
-        """Return whether no further trial may start."""
+        """Return whether no further trial may start.
+
+        Tune asks many times a second, so this is also where the driver records its time and
+        looks at its machines.
+        """
         if signal.getsignal(signal.SIGUSR1) != self._handle_signal:
             self._install_signal_handlers()  # Tune replaces the SIGUSR1 handler when it starts
         self._record_wall_seconds()
@@ -345,6 +372,8 @@ class Sweep(TrainingDriver):
                     "allocation"
                 ),
             )
+            # The same path as a warning from the queue: trials save, and the exit code asks for a
+            # requeue.
             os.kill(os.getpid(), signal.SIGUSR1)
         else:
             self.too_few = False
@@ -374,6 +403,7 @@ class Sweep(TrainingDriver):
         if now - self.counted[0] < _COUNT_SECONDS:
             return self.counted[1]
         gpus = self.placement.workers * self.placement.gpus_per_worker
+        # The times in a row are sums over the trial's life, over all attempts.
         last_rows = [rows[-1] for trial in self.run.list_trials() if (rows := trial.read_metrics())]
         spent = gpus * sum(row["train_seconds"] + row["eval_seconds"] for row in last_rows) / 3600
         self.counted = (now, spent)
@@ -393,6 +423,7 @@ class Sweep(TrainingDriver):
         self._record_phase("evaluating on held-out rows")
         self.run.check_current()
         report = build_report(self.run)
+        # Trials that stopped early have weights too, of their best evaluation.
         ended = [
             t
             for t in self.run.list_trials()
@@ -458,6 +489,7 @@ class Sweep(TrainingDriver):
         everything_failed = bool(states) and failed == len(states)
         state = RunState.FAILED if everything_failed else RunState.FINISHED
         reason = f"{failed} of {len(states)} trials failed" if failed else None
+        # Before the state changes: a run that says `finished` has its report.
         write_report(self.run, with_tokenizer=True)
         self.run.set_state(state, reason=reason, wall_seconds=wall_seconds, phase=None)
         track_report(
@@ -466,8 +498,13 @@ class Sweep(TrainingDriver):
         return ExitCode.SOME_TRIALS_FAILED if failed else ExitCode.OK
 
     def _handle_full_disk(self, sentence: str) -> None:
-        """Stop all trials after one could not write. What was written before is kept."""
+        """Stop all trials after one could not write. What was written before is kept.
+
+        Args:
+            sentence: The message that ends the run.
+        """
         self.run.release_reserve()
+        # The reserve is released first: the record's last writes need its space.
         self.disk_full = sentence
         self.stop_file.touch()
 
@@ -478,6 +515,9 @@ def _build_stopper(run: Run, path: Path) -> Any:
     Trials check the file themselves, save and end. Tune would kill an actor after ten
     seconds, so this stopper ends the search only when no trial runs (all may wait for
     machines that never come), or after `_SAVE_SECONDS`.
+
+    Args:
+        path: The stop file.
     """
     from ray.tune.stopper import Stopper
 

@@ -44,7 +44,14 @@ _NOT_LOGGED = {
 
 @contextlib.contextmanager
 def open_trackers(run: Run, job: JobSpec) -> Iterator[list[Listener]]:
-    """Yield the listeners that a job asks for, and close what they hold open on exit."""
+    """Yield the listeners that a job asks for, and close what they hold open on exit.
+
+    The list is empty if tracking is disabled. Errors of W&B never leave this function: they
+    are recorded as events.
+
+    Args:
+        run: Its `wandb/` folder is created.
+    """
     mode = resolve_wandb_mode(job)
     if mode == "disabled":
         yield []
@@ -66,7 +73,11 @@ def open_trackers(run: Run, job: JobSpec) -> Iterator[list[Listener]]:
 
 
 class WandbMirror:
-    """Mirror with one open W&B run for each running trial."""
+    """Mirror with one open W&B run for each running trial.
+
+    A `Listener` of the ledger, in the driver: trials need no connection to W&B, and a trial
+    that waits does not wait for it. Use `open_trackers`, which closes it.
+    """
 
     def __init__(self, run: Run, job: JobSpec, mode: Mode) -> None:
         self.run, self.job, self.mode = run, job, mode
@@ -106,6 +117,7 @@ class WandbMirror:
             config=config,
         )
         self.open[trial.id] = wandb_run
+        # Online, W&B has the rows of earlier attempts. Offline, the new folder starts empty.
         next_step = int(wandb_run.step) if self.mode == "online" else 0
         for row in trial.read_metrics():
             if int(row["step"]) >= next_step:
@@ -129,7 +141,10 @@ class WandbMirror:
         wandb_run.log(metrics, step=int(row["step"]))
 
     def on_end(self, trial: Trial) -> None:
-        """Write a trial's summary and close its W&B run."""
+        """Write a trial's summary and close its W&B run.
+
+        The trial is then listed in `closed.jsonl`, after W&B has written everything.
+        """
         wandb_run = self.open.pop(trial.id, None)
         if wandb_run is None:
             return
@@ -141,6 +156,7 @@ class WandbMirror:
             wandb_run.summary[f"best/{self.job.metric.name}"] = best[self.job.metric.name]
         for name, value in _describe_weights(self.job, params, best).items():
             wandb_run.summary[name] = value
+        # An older attempt that wakes up must not close a run that a newer one writes.
         self.run.check_current()
         wandb_run.finish(exit_code=1 if status.get("state") == "failed" else 0)
         files.append_jsonl(self.closed_file, {"trial_id": trial.id})

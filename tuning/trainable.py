@@ -38,7 +38,13 @@ Allocators keep some memory.
 
 
 class WarmTrial(tune.Trainable):
-    """Ray actor that is set up once and then runs trial after trial through `reset_config`."""
+    """Ray actor that is set up once and then runs trial after trial through `reset_config`.
+
+    Tune calls `setup` once, `step` for each report, and `reset_config` for the next trial.
+    A trial whose base cannot be reused (another model, or a `spent` one) loads another. If
+    the process itself cannot be trusted any more, `step` raises WorkerUnusable and Tune
+    replaces the actor.
+    """
 
     def setup(self, config: dict[str, Any], work: Work) -> None:
         """Import the libraries and load the base."""
@@ -49,7 +55,9 @@ class WarmTrial(tune.Trainable):
         self.base: Base | None = None
         self.base_loads = 0
         self.current: TrialRun | None = None
+        # An error of loading in `setup`, which belongs to the first trial and not to the actor.
         self.unloaded: Exception | None = None
+        # Memory in use with the base and without a trial.
         self.usual_gib = 0.0
         self.data = open_tokens(Path(work.tokens))
         self._set_trial(config)
@@ -100,7 +108,12 @@ class WarmTrial(tune.Trainable):
         return self.base
 
     def step(self) -> dict[str, Any]:
-        """Return one report, packed for Tune (see `pack_report`)."""
+        """Return one report, packed for Tune (see `pack_report`).
+
+        Raises:
+            WorkerUnusable: The process must not take another trial; the error carries the
+                trial's failure.
+        """
         report = self._run_step()  # the first step of a trial may load another base
         loads = {
             "name": f"{os.uname().nodename}:{os.getpid()}",
@@ -158,6 +171,7 @@ class WarmTrial(tune.Trainable):
         if not is_oom(error):
             return True
         device = resolve_device(self.work.gpus)
+        # Memory that something still holds would be missing to all later trials of this actor.
         free_unused_memory(device)
         return get_memory_in_use_gib(device) <= self.usual_gib + _SLACK_GIB
 

@@ -1,4 +1,9 @@
-"""Run a trial around its session, for any host: resume, report, and save."""
+"""Run a trial around its session, for any host: resume, report, and save.
+
+In a group, every process runs this code, and a decision that one process made alone
+would leave the others waiting in a collective. Clocks, files and signals are therefore
+read by the first process and broadcast.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +94,17 @@ class SingleRowOutOfMemory(TrainingFailure):
 
 
 class TrialRun:
-    """A session with its trial's folder: what both hosts do around the training loop."""
+    """A session with its trial's folder: what both hosts do around the training loop.
+
+    The host calls `open` once, then `advance` until its report is `done` or `stopping` or
+    has a `failure`, then `close`. The trial continues from its checkpoint if there is one.
+    This class writes weights, checkpoints and progress; metrics and states are written by
+    the driver.
+
+    Args:
+        config: Tune's config: `trial_id` and `assignment`.
+        data: Tokens of all rows.
+    """
 
     def __init__(self, work: Work, config: dict[str, Any], data: TokenData) -> None:
         self.work = work
@@ -101,13 +116,17 @@ class TrialRun:
         self.plan: Schedule = build_schedule(self.job, rows, searching=work.searching)
         self.best: float | None = None
         self.no_better = 0  # consecutive evaluations without a new best
+        # The row of the last checkpoint, which the driver may not have received.
         self.unrecorded: dict[str, Any] | None = None
         self.warning: str | None = None
         self.session: TrainingSession | None = None
         self.saved_at = time.monotonic()
         self.stopping = False
+        # `due`: the checkpoint was written just before an evaluation. `leaving`: this node will be
+        # preempted.
         self.due = False
         self.leaving = False
+        # Set by the host, because each has its own way to ask Ray.
         self.leaving_soon: Callable[[], bool] = lambda: False
         self.looked_at = time.monotonic()
         self.nodes = 1
@@ -151,7 +170,14 @@ class TrialRun:
             self.warning = f"{layout}, but resources.num_nodes is {requested}"
 
     def open(self, base: Base) -> TrainingSession:
-        """Build the session and continue from the trial's checkpoint, if there is one."""
+        """Build the session and continue from the trial's checkpoint, if there is one.
+
+        Args:
+            base: A base that fits the trial's job.
+
+        Raises:
+            UserError: The model does not support the job.
+        """
         self.device = base.device
         self.session = TrainingSession.build(self.job, base, self.data, self.plan)
         self.session.on_pass = self._handle_pass
@@ -194,7 +220,18 @@ class TrialRun:
         return values[0]
 
     def advance(self) -> dict[str, Any]:
-        """Train to the next evaluation or for some seconds, save, and return the report."""
+        """Train to the next evaluation or for some seconds, save, and return the report.
+
+        In a group, every process must call it and gets a report.
+
+        Returns:
+            A dict with `row` (for metrics.jsonl, or None), `done`, and optionally `stopping`,
+            `failure` and `warning`.
+
+        Raises:
+            TrainingFailure: The loss became NaN or infinite, or a single row does not fit into
+                memory.
+        """
         warning, self.warning = self.warning, None
         try:
             report = self._advance_session()
@@ -227,6 +264,7 @@ class TrialRun:
         ):  # check before writing: the adapter on disk must stay the one that was evaluated
             return {"row": None, "done": True}
         if session.step >= target and not self.stopping and not self.leaving:
+            # A stop must not wait for a long evaluation. It is repeated after the resume (`due`).
             with contextlib.suppress(_EvaluationAborted):
                 row |= self._evaluate(session)
         if self.leaving or (self.stopping and session.step >= target and not row.get("evaluated")):
@@ -238,6 +276,8 @@ class TrialRun:
             )
             failure_entry = {"failure": _NODE_LEAVES} if self.leaving else {}
             return {"row": None, "done": False, "stopping": self.stopping} | failure_entry
+        # Saved before the report is sent: a result that the driver knows must not be lost by a
+        # kill.
         if (
             row.get("evaluated")
             or self.stopping
@@ -294,6 +334,7 @@ class TrialRun:
             if self.ranks.rank == 0:
                 self._write_progress(row)
             now = time.monotonic()
+            # A group stops by steps, so their number follows the measured speed.
             fitting_steps = round(
                 self.steps_a_beat * _HEARTBEAT_SECONDS / max(now - slice_started_at, 1e-3)
             )
@@ -349,7 +390,10 @@ class TrialRun:
         return tensor.tolist()
 
     def _write_progress(self, row: dict[str, Any]) -> None:
-        """Write the trial's progress to progress.json."""
+        """Write the trial's progress to progress.json.
+
+        It is only shown, so it is written without a check of the attempt.
+        """
         fields = ("step", "samples", "train_loss", "tokens_per_second", "train_seconds")
         progress = {key: row[key] for key in fields}
         files.write_json(
@@ -358,18 +402,26 @@ class TrialRun:
         )
 
     def _evaluate(self, session: TrainingSession) -> dict[str, Any]:
-        """Evaluate the adapter, save its weights if it is the best so far, and return the row."""
+        """Evaluate the adapter, save its weights if it is the best so far, and return the row.
+
+        The results of the rows are saved with the best weights, for later paired comparisons.
+
+        Raises:
+            _EvaluationAborted: The run is asked to stop, or the node is being preempted.
+        """
         scores, results = session.evaluate_with_rows("validation")
         metric = self.job.metric
         score = scores.metrics[metric.name]
         if is_better(score, self.best, metric.goal):
             self.best, self.no_better = score, 0
+            # A newer attempt may own the trial: weights on disk must be those of its best score.
             self.trial.check_current()
             session.save_weights(self.trial.get_weights_folder(self.job.method))
             if session.ranks.rank == 0:
                 files.write_bytes(self.trial.validation_results, serialize(results, session.step))
         else:
             self.no_better += 1
+        # Short trials may have several rungs in one step; the last one decides.
         rungs = [index for index, step in enumerate(self.plan.rung_steps) if step == session.step]
         return {
             "evaluated": True,
@@ -384,7 +436,10 @@ class TrialRun:
         return time.monotonic() - self.saved_at > 60 * self.job.train.checkpoint_minutes
 
     def close(self) -> None:
-        """Close the session, which releases the base."""
+        """Close the session, which releases the base.
+
+        May be called more than once, and after a failed `open`.
+        """
         self.watchdog.close()
         if self.session is not None:
             self.session.close()
@@ -395,8 +450,11 @@ def halve_micro_batch(job: JobSpec) -> JobSpec | None:
     """Return the job with half the micro-batch size and twice the micro-batches per step.
 
     For a size without a factor of two, its smallest factor is used (a third for 3 or 9
-    rows). The number of rows of a step stays the same. Returns None if the micro-batch has
-    one row.
+    rows). The number of rows of a step stays the same, so the result of the training does
+    too.
+
+    Returns:
+        None if the micro-batch has one row.
     """
     train, world_size = job.train, job.resources.world_size
     rows = train.per_device_train_batch_size

@@ -1,8 +1,12 @@
-"""Limits for every page and API on this machine, whatever a client sends and however slowly.
+"""Limits for every page and API, whatever a client sends and however slowly.
 
 `BodyMiddleware` refuses bodies that are too long, too slow or have unusable values.
 `TimeoutProtocol` closes connections that only wait. `serve` runs an app with the
 latter.
+
+Uvicorn has a time limit only between requests: a few clients that send or read one byte
+at a time could hold every connection, and JSON that Python accepts (NaN, lone
+surrogates) fails deep inside an application.
 """
 
 from __future__ import annotations
@@ -41,12 +45,22 @@ Refuse = Callable[[str, int], Response]
 
 
 class BodyMiddleware:
-    """Middleware that limits the size and time of request bodies and notices clients that leave.
+    """Middleware that limits request bodies in size and time and notices clients that leave.
 
-    The limits hold whether or not a request states its length.
+    The limits hold whether or not a request states its length. The whole body is read
+    before the application runs; then the connection is watched, and the event under `GONE`
+    in the request's scope is set when the client leaves. Applications with long work must
+    look at it.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, refuse: Refuse) -> None:
+        """Wrap an application.
+
+        Args:
+            app: The application.
+            max_bytes: Largest body, in bytes.
+            refuse: Makes error responses in the application's format.
+        """
         self.app, self.max_bytes, self.refuse = app, max_bytes, refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,6 +122,8 @@ class BodyMiddleware:
             gone_event.set()
             disconnected.set()
 
+        # Only one reader may call `receive`. It waits for the disconnect during the whole request,
+        # also while the work runs in a thread.
         watcher = asyncio.create_task(watch_client())
         try:
             await self.app(scope, receive_again, send)
@@ -120,6 +136,9 @@ def find_body_problem(body: bytes) -> str | None:
 
     Problems are NaN and infinite numbers, lone surrogates, and too deep nesting. None is
     also returned for a body that is not JSON, which the app reports itself.
+
+    Args:
+        body: The body as it was sent.
     """
     if (
         body.startswith(b"\xef\xbb\xbf") or b"\0" in body
@@ -131,6 +150,8 @@ def find_body_problem(body: bytes) -> str | None:
             if body
             else None
         )
+        # JSON can spell half a character (`\ud800`) that no text file, tokenizer or response can
+        # hold.
         json.dumps(value, ensure_ascii=False).encode()
     except _NonFiniteNumber as error:
         return f"{error} is not a valid JSON number"
@@ -165,7 +186,8 @@ def _parse_finite(digits: str) -> float:
 class TimeoutProtocol(H11Protocol):
     """HTTP protocol that closes connections whose client only waits.
 
-    Uvicorn's h11 protocol has a time limit only between requests.
+    Uvicorn's h11 protocol has a time limit only between requests. Connections are aborted,
+    not closed: closing would wait until the client has read what is left to send.
     """
 
     head_timer: asyncio.TimerHandle | None = None
@@ -180,7 +202,11 @@ class TimeoutProtocol(H11Protocol):
             self._wait_for_head()
 
     def data_received(self, data: bytes) -> None:
-        """Process data. Single bytes of an incomplete head do not restart the time limit."""
+        """Process data.
+
+        Single bytes of an incomplete head do not restart the time limit. A client that sends a
+        byte now and then would otherwise never run out of time.
+        """
         super().data_received(data)
         if self.conn.their_state is h11.IDLE:
             self._wait_for_head()
@@ -226,9 +252,13 @@ class TimeoutProtocol(H11Protocol):
 
 
 def create_server(app: FastAPI, **options: Any) -> uvicorn.Server:
-    """Create a server with the limits of this module. `run(sockets=[...])` starts it.
+    """Create a server with the limits of this module.
 
-    `options` are passed to `uvicorn.Config`.
+    `run(sockets=[...])` starts it.
+
+    Args:
+        app: The application.
+        options: Further options of `uvicorn.Config`.
     """
     config = uvicorn.Config(
         app,
@@ -244,5 +274,11 @@ def create_server(app: FastAPI, **options: Any) -> uvicorn.Server:
 
 
 def serve(app: FastAPI, listener: socket.socket) -> None:
-    """Answer requests until Ctrl-C."""
+    """Answer requests until Ctrl-C.
+
+    Args:
+        app: The application.
+        listener: A listening socket from `open_socket`. It is opened before the model is
+            loaded, so that a port in use is reported at once.
+    """
     create_server(app).run(sockets=[listener])

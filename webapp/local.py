@@ -26,14 +26,15 @@ _POLICY = (
 
 
 def create_token() -> str:
-    """Return a random token."""
+    """Return a random token of 192 bits, in characters that a URL can hold."""
     return secrets.token_urlsafe(24)
 
 
 def open_socket(port: int) -> socket.socket:
     """Return a socket that listens on 127.0.0.1 on a port, or on any free one for port 0.
 
-    Raises OSError if the port is in use.
+    Raises:
+        OSError: The port is in use.
     """
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -47,7 +48,14 @@ Admit = Callable[[Request], Response | None]
 
 
 def require_token(token: str) -> Admit:
-    """Return a check that admits requests below /api only with the token of the page's address."""
+    """Return a check that admits requests below /api only with the page's token.
+
+    The token is in the fragment of the address, which browsers do not send; the page's
+    script sends it in a header. The page itself holds no data and needs no token.
+
+    Args:
+        token: The token that the command printed.
+    """
 
     def admit(request: Request) -> Response | None:
         if not request.url.path.startswith("/api/"):
@@ -72,7 +80,16 @@ def is_same_token(value: str, token: str) -> bool:
 
 
 def add_guard(app: FastAPI, port: int, admit: Admit) -> FastAPI:
-    """Add checks to an app: its own host name, no other site's pages, and the check `admit`."""
+    """Add checks to an app: its own host name, no other site's pages, and the check `admit`.
+
+    It must be added last, so that it runs before everything else.
+
+    Args:
+        app: The application, which is changed and returned.
+        port: Port of the server; only requests to 127.0.0.1 or localhost on it are
+            answered.
+        admit: Further check of each request.
+    """
     hosts = {f"127.0.0.1:{port}", f"localhost:{port}"}
     origins = {f"http://{host}" for host in hosts}
 
@@ -80,6 +97,8 @@ def add_guard(app: FastAPI, port: int, admit: Admit) -> FastAPI:
     async def guard(
         request: Request, call_next: Callable[[Request], Awaitable[Response]]
     ) -> Response:
+        # A site can let its own name resolve to 127.0.0.1 (DNS rebinding) and would then count as
+        # the same origin. Its name in the Host header gives it away.
         if request.headers.get("host") not in hosts:
             return PlainTextResponse("this page is only available at 127.0.0.1", status_code=403)
         origin = request.headers.get("origin")
@@ -89,6 +108,8 @@ def add_guard(app: FastAPI, port: int, admit: Admit) -> FastAPI:
         if refusal is not None:
             return refusal
         answer = await call_next(request)
+        # Answers of models and texts of the data are shown on these pages. Even if one were read as
+        # markup, no script of it would run and nothing would be sent elsewhere.
         answer.headers["Content-Security-Policy"] = _POLICY
         answer.headers["X-Content-Type-Options"] = "nosniff"
         answer.headers["Referrer-Policy"] = "no-referrer"
@@ -99,7 +120,14 @@ def add_guard(app: FastAPI, port: int, admit: Admit) -> FastAPI:
 
 
 def add_static_files(app: FastAPI, names: dict[str, str]) -> None:
-    """Add routes that serve files of the package. `names` maps path -> file name."""
+    """Add routes that serve files of the package.
+
+    The files are read once: they are small, and a request can never name a path.
+
+    Args:
+        app: The application.
+        names: Path of the route -> file name in `static`.
+    """
     kinds = {".js": "text/javascript", ".css": "text/css"}
     for path, name in names.items():
         text = (STATIC / name).read_text(encoding="utf-8")

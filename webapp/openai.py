@@ -3,6 +3,10 @@
 It is meant for trying and testing, on one machine with few users. Parameters that would
 change an answer and are not supported are refused, never ignored, so that a client
 knows what it got.
+
+Routes: /v1/models, and /v1/completions and /v1/chat/completions, or /v1/classify as in
+vLLM. Requests are checked on the event loop; the model runs in threads, and
+`_TurnQueue` decides how many at once.
 """
 
 from __future__ import annotations
@@ -35,6 +39,8 @@ from lorafleet.webapp.local import Admit, add_guard, is_same_token
 _IGNORED_FIELDS = frozenset(
     "user metadata store service_tier parallel_tool_calls safety_identifier".split()
 )
+# Clients and frameworks send these fields with their defaults. Refusing them would keep most
+# clients out.
 _NEUTRAL_VALUES = {
     "best_of": ("1",),
     "echo": ("false",),
@@ -49,6 +55,7 @@ _NEUTRAL_VALUES = {
     "tools": ("[]",),
 }
 """Unsupported field -> values (as JSON) that have no effect and are therefore accepted."""
+# Below it decoding is greedy: clients mean that by a temperature of 0, which cannot divide.
 _MIN_TEMPERATURE = 1e-4
 _MAX_PROMPTS = 64
 
@@ -70,7 +77,11 @@ class Limits:
 
 
 class RequestRefused(Exception):
-    """Raised to answer a request with an error in OpenAI's format."""
+    """Raised to answer a request with an error in OpenAI's format.
+
+    Attributes: `code` is the HTTP status, `about` the field of the request that is wrong,
+    or None.
+    """
 
     def __init__(self, message: str, code: int = 400, about: str | None = None) -> None:
         super().__init__(message)
@@ -168,7 +179,12 @@ class ClassifyRequest(_BaseRequest):
 
 
 class _TurnQueue:
-    """Limits how many requests run and how many wait."""
+    """Limits how many requests run and how many wait.
+
+    Two semaphores: one for turns, one for places in the whole queue. Waiting requests hold
+    a thread of the server's pool, so their number must be limited; further ones are refused
+    at once.
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.free = threading.Semaphore(limits.at_once)
@@ -176,13 +192,19 @@ class _TurnQueue:
 
     @contextmanager
     def take_turn(self, gone: threading.Event) -> Iterator[None]:
-        """Wait for a turn and hold it.
+        """Wait for a turn and hold it while the block runs.
 
-        Raises RequestRefused if too many requests wait, or if the client leaves meanwhile.
+        Args:
+            gone: Event that is set when the client leaves.
+
+        Raises:
+            RequestRefused: Too many requests wait (429), or the client leaves meanwhile (499).
         """
         if not self.places.acquire(blocking=False):
             raise RequestRefused("too many requests are waiting: try again soon", 429)
         try:
+            # A client that leaves while it waits must give its place back, so the wait is
+            # interrupted now and then.
             while not self.free.acquire(timeout=_POLL_SECONDS):
                 check_connected(gone)
             try:
@@ -198,7 +220,10 @@ _POLL_SECONDS = 0.2
 
 
 def check_connected(gone: threading.Event) -> None:
-    """Raise RequestRefused if the client has left, so that its turn is released."""
+    """Raise RequestRefused if the client has left, so that its turn is released.
+
+    Status 499 is nginx's code for it. Nobody receives it.
+    """
     if gone.is_set():
         raise RequestRefused("the client closed the connection", 499)
 
@@ -213,7 +238,11 @@ def check_surrogates(text: str) -> None:
 
 @dataclass
 class _Server:
-    """One model with its limits and its queue."""
+    """One model with its limits and its queue.
+
+    `create_serving_app` makes one. Its methods that generate run in threads; everything
+    that they change is in the queue.
+    """
 
     loaded: LoadedModel
     name: str
@@ -225,9 +254,14 @@ class _Server:
         self.turns = _TurnQueue(self.limits)
 
     def check(self, payload: _BaseRequest) -> None:
-        """Raise RequestRefused for another model's name or an unsupported field.
+        """Check the model's name and the fields that this server does not know.
 
-        Unsupported fields with a value that has no effect are accepted.
+        Unsupported fields with a value that has no effect are accepted, and so are fields that
+        never change an answer.
+
+        Raises:
+            RequestRefused: The request names another model (404) or has an unsupported field
+                (400).
         """
         if payload.model is not None and payload.model != self.name:
             raise RequestRefused(
@@ -241,7 +275,13 @@ class _Server:
     def resolve_max_tokens(self, requested: int | None, default: int) -> int:
         """Return the largest number of tokens in an answer.
 
-        Raises RequestRefused if the request exceeds the limit of the server.
+        Args:
+            requested: Tokens that the request asks for; None for the default.
+            default: Default of the route. It is reduced to the limit of the server without an
+                error.
+
+        Raises:
+            RequestRefused: The request exceeds the limit of the server.
         """
         if requested is not None and requested > self.limits.new_tokens:
             raise RequestRefused(
@@ -254,7 +294,12 @@ class _Server:
     def encode_conversation(self, turns: list[ChatMessage]) -> list[int]:
         """Return the token ids of a conversation, up to the point where the answer begins.
 
-        If it has no system message, the one of the training is added.
+        If it has no system message, the one of the training is added. A single user message
+        takes the same way as in `chat` and `run.py`, so that all of them give the same tokens.
+
+        Raises:
+            RequestRefused: A text has a lone surrogate.
+            UserError: The chat template refuses the messages.
         """
         check_surrogates("".join(turn.text for turn in turns))
         if len(turns) == 1 and turns[0].role == "user":
@@ -280,8 +325,18 @@ class _Server:
     def stream_answer(
         self, prompt: list[int], max_tokens: int, payload: _GenerationRequest, gone: threading.Event
     ) -> Generator[Piece]:
-        """Wait for a turn and yield the pieces of an answer."""
+        """Wait for a turn and yield the pieces of an answer.
+
+        The turn is held until the generator ends or is closed: whoever starts it must close it.
+
+        Args:
+            prompt: Token ids of the prompt.
+            max_tokens: Most tokens of the answer.
+            payload: The request, for sampling and stop texts.
+            gone: Event that is set when the client leaves.
+        """
         with self.turns.take_turn(gone):
+            # A completion continues a text as it is, so nothing is removed from it.
             is_raw = isinstance(payload, CompletionRequest)
             yield from generate_pieces(
                 self.loaded, prompt, max_tokens, payload.sampling, payload.stops, raw=is_raw
@@ -294,9 +349,18 @@ class _Server:
         payload: _GenerationRequest,
         gone: threading.Event,
     ) -> list[tuple[str, Piece]]:
-        """Return (text, last piece) of each answer. All of them share one turn.
+        """Return (text, last piece) of each answer.
 
-        Raises RequestRefused if the client leaves meanwhile.
+        All of them share one turn.
+
+        Args:
+            prompts: Token ids of each prompt.
+            max_tokens: Most tokens of each answer.
+            payload: The request, for sampling and stop texts.
+            gone: Event that is set when the client leaves.
+
+        Raises:
+            RequestRefused: No turn is free, or the client leaves meanwhile.
         """
         answers = []
         with self.turns.take_turn(gone):
@@ -321,6 +385,8 @@ def create_serving_app(
     render_messages: Callable[[list[dict[str, str]]], str],
 ) -> FastAPI:
     """Create the web application that serves one model.
+
+    A generating model gets the completion routes, a classifier the classification routes.
 
     Args:
         loaded: The model.
@@ -359,6 +425,7 @@ def create_serving_app(
         max_bytes=1000 * limits.body_kb,
         refuse=lambda text, code: _make_error_response(text, code, None),
     )
+    # Added last, so it runs first: a request without the key is refused before its body is read.
     return add_guard(app, port, require_bearer_token(token))
 
 
@@ -452,6 +519,7 @@ def _add_classification_routes(app: FastAPI, server: _Server) -> None:
     def classify(payload: ClassifyRequest, request: Request) -> dict[str, Any]:
         server.check(payload)
         texts = [payload.input] if isinstance(payload.input, str) else payload.input
+        # The route is no coroutine, so FastAPI runs it in a thread and waiting here blocks nobody.
         with server.turns.take_turn(request.scope[GONE]):
             probabilities_RC = server.loaded.compute_probabilities(texts)
         data = [
@@ -499,9 +567,10 @@ def _count_usage(prompts: list[list[int]], last_pieces: list[Piece]) -> dict[str
 
 
 class _EventStream(StreamingResponse):
-    """A stream that always closes its answer.
+    """A stream that always closes its answer, and so releases its turn.
 
-    A client may leave before the first event is sent.
+    A client may leave before the first event is sent. The generator of events is then never
+    started and cannot close the answer itself.
     """
 
     def __init__(self, events: AsyncIterator[str], answer: Generator[Piece]) -> None:
@@ -530,13 +599,30 @@ async def _stream(
 
     The first piece is generated before the response starts, so that a refused request gets
     its own status code.
+
+    Args:
+        server: The model.
+        request: The HTTP request.
+        prompt: Token ids of the prompt.
+        max_tokens: Most tokens of the answer.
+        payload: The request's body.
+        head: Fields that all events share.
+        format_choice: Makes the choice of an event from a piece.
+        first: Choice of an additional first event; None for none.
+
+    Raises:
+        RequestRefused: No turn is free, or the client has left.
+        UserError: The prompt is empty or fills all positions of the model.
     """
     compute_max_tokens(server.loaded, prompt, max_tokens)
     gone = request.scope[GONE]
     answer = server.stream_answer(prompt, max_tokens, payload, gone)
     try:
+        # With a default, because StopIteration cannot be raised through a future.
         piece = await run_in_threadpool(next, answer, None)
         check_connected(gone)
+    # Also for a cancelled task: the turn would otherwise be held until the garbage collector finds
+    # the generator.
     except BaseException:
         answer.close()
         raise
@@ -565,7 +651,11 @@ def _format_event(data: dict[str, Any]) -> str:
 
 
 def require_bearer_token(token: str) -> Admit:
-    """Return a check that admits clients that send the token as their API key."""
+    """Return a check that admits clients that send the token as their API key.
+
+    Unlike a page's check it holds for every path, as clients send their key with each
+    request.
+    """
 
     def admit(request: Request) -> Response | None:
         if is_same_token(request.headers.get("authorization", ""), f"Bearer {token}"):

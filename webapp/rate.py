@@ -1,4 +1,8 @@
-"""Serve the page on which a person rates answers without knowing which model wrote them."""
+"""Serve the page on which a person rates answers without knowing which model wrote them.
+
+The routes only pass requests to a `Notebook`; what a rater may see is decided there.
+The page is static (`static/rate.html`) and gets all texts from /api/sheet.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from lorafleet.jobs.errors import UserError
 from lorafleet.webapp.guard import BodyMiddleware
 from lorafleet.webapp.local import add_guard, add_static_files, require_token
 
+# Enough for a note: it is cut to 4,000 characters, which take up to 12 bytes each in JSON.
 _MAX_BYTES = 64_000
 
 
@@ -47,6 +52,7 @@ def create_rating_app(notebook: Notebook, title: str, token: str, port: int) -> 
         port: Port of the server on 127.0.0.1.
     """
     app = FastAPI(title="lorafleet rate", docs_url=None, redoc_url=None, openapi_url=None)
+    # Routes that are no coroutines run in threads, and a notebook serves one at a time.
     lock = threading.Lock()
 
     @app.exception_handler(UserError)
@@ -85,4 +91,5 @@ def create_rating_app(notebook: Notebook, title: str, token: str, port: int) -> 
         max_bytes=_MAX_BYTES,
         refuse=lambda text, code: JSONResponse({"error": text}, code),
     )
+    # Added last, so it runs first: a request without the token is refused before its body is read.
     return add_guard(app, port, require_token(token))

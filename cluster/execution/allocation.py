@@ -1,4 +1,9 @@
-"""The Slurm allocation of a driver, and the limit on restarts that save nothing new."""
+"""The Slurm allocation of a driver, and the limit on restarts that save nothing new.
+
+The batch script passes the job to its driver in variables that begin with LF_. A job
+that always requeues itself would run for ever, so restarts are counted in the run's own
+attempts.
+"""
 
 from __future__ import annotations
 
@@ -46,6 +51,8 @@ def compute_progress_digest(run: Run) -> str:
     """
     digest = hashlib.sha256()
     for trial in run.list_trials():
+        # The checksums change with every checkpoint, and are small. Without them the checkpoint is
+        # not complete.
         seal = trial.checkpoint / "checksums.json"
         state = (
             str(trial.state)
@@ -56,6 +63,7 @@ def compute_progress_digest(run: Run) -> str:
         )
         if state:
             digest.update(f"{trial.id}:{state}\n".encode())
+    # A comparison may spend a whole job on evaluations and measurements, which are progress too.
     for path in sorted(
         [*run.path.glob("arms/*/judged/*/test.json"), *run.path.glob("arms/*/inference.jsonl")]
     ):
@@ -93,6 +101,8 @@ def count_idle_restarts(attempts: list[dict[str, Any]]) -> int:
     The attempts belong to one submission; each of them found the same saved progress as the
     one before it.
     """
+    # `saved` is the digest that an attempt found at its start. A new submission by the user begins
+    # a new count.
     newest, idle = attempts[-1], 0
     for earlier in reversed(attempts[:-1]):
         is_unchanged = earlier.get("submission") == newest.get("submission") and earlier.get(
@@ -105,7 +115,12 @@ def count_idle_restarts(attempts: list[dict[str, Any]]) -> int:
 
 
 def describe_last_end(history: list[dict[str, Any]], allocation: dict[str, Any]) -> str | None:
-    """Return one line on how the job's previous start ended; None for the first of a submission."""
+    """Return one line on how the job's previous start ended; None for the first of a submission.
+
+    Args:
+        history: Lines of slurm/history.jsonl: job, restart, event.
+        allocation: What `get_allocation` returns for the job.
+    """
     earlier_lines = [
         line
         for line in history
@@ -116,6 +131,7 @@ def describe_last_end(history: list[dict[str, Any]], allocation: dict[str, Any])
     last = earlier_lines[-1]
     if last["job"] != allocation["slurm_job"] and last["event"] not in (*_END_REASONS, "began"):
         return None  # an earlier submission that ended normally
+    # The history of a start that was killed ends with `began`.
     reason = _END_REASONS.get(last["event"], _CUT_OFF_REASON)
     if last["job"] == allocation["slurm_job"]:
         return (

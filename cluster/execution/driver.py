@@ -35,7 +35,18 @@ _REPEATED_SIGNAL_SECONDS = 1.0
 
 
 class Driver(ABC):
-    """One attempt at a run."""
+    """One attempt at a run.
+
+    `lorafleet exec` creates it from the run's folder alone and calls `execute`, in a
+    process of its own. Subclasses implement `_run_attempt`: search, comparison, or
+    delivery. The driver is the only writer of the run's record while it has the lease.
+
+    Args:
+        run: The run's folder, with plan.json.
+
+    Raises:
+        RunError: The folder has no plan.
+    """
 
     def __init__(self, run: Run) -> None:
         self.stored = files.read_json(run.path / "plan.json")
@@ -55,10 +66,21 @@ class Driver(ABC):
 
     @abstractmethod
     def _run_attempt(self, attempt: int) -> ExitCode:
-        """Do what is left of the run and return its exit code."""
+        """Do what is left of the run and return its exit code.
+
+        Called with the lease held and signal handlers installed. It must check `stop_file`
+        often, and end soon when the file exists.
+
+        Args:
+            attempt: Number of this attempt, from 1.
+        """
 
     def _prepare_attempt(self) -> None:
-        """Prepare the attempt, before the results of earlier attempts are read."""
+        """Prepare the attempt, before the results of earlier attempts are read.
+
+        Raises:
+            RunError: The job was restarted too often without saving anything new.
+        """
         record_restart(self.run)
 
     @property
@@ -67,10 +89,22 @@ class Driver(ABC):
         return self.run.path / "stop"
 
     def execute(self) -> ExitCode:
-        """Do what is left of the run, and record how it ended."""
-        if (
-            self.run.path.stat().st_mode & 0o040
-        ):  # `share: group`: the group may read what this process writes
+        """Do what is left of the run, and record how it ended.
+
+        Changes the environment of this process for good.
+
+        Returns:
+            The exit code of the process.
+
+        Raises:
+            HasDriver: Another driver has the run.
+            StaleAttempt: A newer attempt took the run; nothing may be written any more.
+            DiskFull: The disk is full.
+            LorafleetError: The run failed; its state says so.
+        """
+        # `share: group` was set when the folder was created: the group may read what this process
+        # writes.
+        if self.run.path.stat().st_mode & 0o040:
             files.share_with_group()
         os.environ.update(self.job.environment)  # before the threads and the libraries that read it
         allocation = get_allocation()
@@ -92,6 +126,7 @@ class Driver(ABC):
         if self.stop_file.is_file() and not self.stop_file.read_text():
             # Empty: from a signal, which has been handled; a user's request stays until `resume`.
             self.stop_file.unlink()
+        # A file that is deleted when the disk is full, so that the last state can still be written.
         self.run.create_reserve()
         self.run.mark_running(reason=None)
         self.run.add_event("attempt", number=attempt)
@@ -101,6 +136,7 @@ class Driver(ABC):
                 self._prepare_attempt()
                 self.earlier_seconds = float(self.run.read_status().get("wall_seconds") or 0.0)
                 outcome = self._run_attempt(attempt)
+            # Another attempt has the run: not even its state may be changed.
             except StaleAttempt:
                 raise
             except LorafleetError as error:
@@ -108,6 +144,7 @@ class Driver(ABC):
                     self.run.release_reserve()
                 self.run.set_state(RunState.FAILED, reason=str(error))
                 raise
+            # BaseException, because a second signal or an exit must be recorded as an end, too.
             except BaseException as error:
                 disk_error = make_disk_full_error(error, self.run.path)
                 if disk_error:
@@ -138,17 +175,26 @@ class Driver(ABC):
         return self.earlier_seconds + time.time() - self.began
 
     def _record_phase(self, phase: str) -> None:
-        """Record what the driver does now, and log it with the time."""
+        """Record what the driver does now, and log it with the time.
+
+        Args:
+            phase: A short text for `status` and the live view.
+        """
         log(f"{time.strftime('%H:%M:%S')} {phase}")
         self.run.set_state(RunState.RUNNING, phase=phase)
 
     def _handle_signal(self, number: int, _frame: Any) -> None:
-        """Handle a signal: the first asks the run to save and end, a second ends the process."""
+        """Handle a signal: the first asks the run to save and end, a second ends the process.
+
+        Only touches the stop file, which hosts on other machines see as well. Signals within a
+        second count as one: timeout and terminals signal the process and its group.
+        """
         if self.told is signal.SIGUSR1 and number == signal.SIGUSR1:
             return  # a queue may warn twice
         if self.told is not None and time.monotonic() - self.told_at < _REPEATED_SIGNAL_SECONDS:
             return  # the same signal, sent to the process and to its group
         self.told_at = time.monotonic()
+        # The default action ends the process at once, and tells the parent which signal it was.
         if self.told is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -156,7 +202,10 @@ class Driver(ABC):
         self.stop_file.touch()
 
     def _install_signal_handlers(self) -> dict[signal.Signals, Any]:
-        """Install the signal handlers; return the previous handlers."""
+        """Install the signal handlers; return the previous handlers.
+
+        Called again after Ray and Tune have started, because both replace handlers.
+        """
         signals = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup set it: keep ignoring it
             signals.append(signal.SIGHUP)
@@ -189,7 +238,10 @@ def log(message: str) -> None:
 
 
 def _exit_immediately(message: str) -> None:
-    """Exit a driver whose lease another attempt has taken, without any further write."""
+    """Exit a driver whose lease another attempt has taken, without any further write.
+
+    Called by the heartbeat thread. `os._exit` skips clean-up handlers, which would write.
+    """
     log(message)
     os._exit(ExitCode.TAKEN if get_allocation() else ExitCode.USER_INPUT)
 

@@ -1,6 +1,8 @@
-"""Inspects the nodes of a job.
+"""Inspect the nodes of a job, before its driver starts.
 
-It reports what each node has, whether all agree, and which ports are free on all of them.
+The scripts of a job call these functions through `lorafleet node`: what each node has,
+whether all agree, and which ports are free on all of them. A difference between nodes
+is an error here, with the node's name, and not a failure of some trial hours later.
 """
 
 from __future__ import annotations
@@ -44,6 +46,13 @@ def inspect_node(
     """Return this node's report: versions, GPUs, busy ports, and the nonce in the run's folder.
 
     Folders that killed jobs left in `scratch` are removed.
+
+    Args:
+        nonce: Path, in the run's folder, of a file with a random text that the batch script
+            wrote a moment ago. A node that does not see the text does not share the folder.
+        address: The node's IPv4 address; empty if the script found none.
+        number: Rank of the node; the lowest is the head.
+        interface: Network interface that the site names, or empty.
     """
     remove_orphans(scratch)
     gpus = find_gpus()
@@ -73,7 +82,11 @@ def inspect_node(
 
 
 def collect_versions() -> dict[str, str]:
-    """Return the installed versions of the pinned packages, read without importing them."""
+    """Return the installed versions of the pinned packages, read without importing them.
+
+    Importing torch and ray would take seconds on every node. A missing package has the
+    version `not installed`.
+    """
     versions = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in PINNED[1:]:
         try:
@@ -84,7 +97,11 @@ def collect_versions() -> dict[str, str]:
 
 
 def inspect_storage(storage: Path) -> dict[str, Any]:
-    """Return the installed versions, and whether a storage is writable and its free space."""
+    """Return the installed versions, and whether a storage is writable and its free space.
+
+    Returns:
+        Versions by package, `wrong` (a message, or None) and `free_gb`.
+    """
     problem = None
     try:
         with tempfile.NamedTemporaryFile(dir=storage):
@@ -109,6 +126,7 @@ def find_busy_ports() -> list[int]:
         for line in lines:
             columns = line.split()
             port = int(columns[1].rpartition(":")[2], 16)
+            # State 0A is LISTEN.
             if columns[3] == "0A" and _FIRST_PORT <= port <= _LAST_PORT:
                 ports.add(port)
     return sorted(ports)
@@ -137,6 +155,7 @@ def find_disagreements(
             )
         if report["wrong"]:
             messages.append(f"{report['node']} {report['wrong']}")
+    # Without all reports from one shared folder, a comparison of versions would be misleading.
     if messages:
         return messages
     first = ordered[0]
@@ -168,6 +187,7 @@ def find_disagreements(
     changed = [
         name for name, version in pinned.items() if name in PINNED and first[name] != version
     ]
+    # A resumed run with other versions would compare trials that different code trained.
     if changed and not messages:
         description = ", ".join(
             (f"{name} {first[name]} instead of {pinned[name]}") for name in changed
@@ -188,8 +208,11 @@ def choose_ports(busy: list[int], cpus: int, job: int) -> tuple[int, int]:
     Raises:
         PlacementRefused: No block is free.
     """
+    # Ray needs one port for each worker process, and starts more processes than CPUs.
     size = -(-(_WORKER_PORT_OFFSET + max(80, 4 * cpus + 40)) // 100) * 100
     blocks = (_LAST_PORT - _FIRST_PORT) // size
+    # Ray's own choice of ports collides: random ones fall into the range of its workers (ray#10154,
+    # #18053).
     occupied = set(busy)
     for step in range(blocks):
         first = _FIRST_PORT + (job + step) % blocks * size
@@ -223,7 +246,11 @@ def count_starts_without_driver(
 
 
 def check_starts(run: Path) -> None:
-    """Raise PlacementRefused if the job was started too often without reaching its driver."""
+    """Raise PlacementRefused if the job was started too often without reaching its driver.
+
+    The driver counts its own restarts; this covers jobs that Slurm ends while nodes are
+    inspected or Ray starts.
+    """
     max_restarts = int(os.environ.get("LF_MAX_RESTARTS") or 0)
     history = files.read_jsonl(run / "slurm" / "history.jsonl")
     count = count_starts_without_driver(
@@ -256,6 +283,7 @@ def resolve_ray_address(
     if problems:
         raise PlacementRefused("; ".join(problems))
     first = min(node_reports, key=lambda report: int(report["number"]))
+    # Only after all nodes agreed: later starts are compared with this file.
     if not pinned:
         files.write_json(environment_file, {name: first[name] for name in PINNED})
     ports = choose_ports(
@@ -265,7 +293,11 @@ def resolve_ray_address(
 
 
 def read_reports(text: str) -> list[dict[str, Any]]:
-    """Return the nodes' reports; any other output of a site's programs is ignored."""
+    """Return the nodes' reports; any other output of a site's programs is ignored.
+
+    Args:
+        text: Output of the step that ran on all nodes, in any order.
+    """
     reports = []
     for line in text.splitlines():
         try:
@@ -294,7 +326,13 @@ def stage_models(run: Run, target: Path, say: Callable[[str], None]) -> None:
 
 
 def mark_failed(run: Run, message: str) -> None:
-    """Record in the run's state why its driver never started."""
+    """Record in the run's state why its driver never started.
+
+    A run that has ended keeps its state and gets a note instead.
+
+    Args:
+        message: What the scripts of the job found.
+    """
     writer = Run(
         run.path, attempt=find_newest_attempt(run.path) or None
     )  # rows of older attempts are ignored
@@ -312,6 +350,8 @@ def request_stop(run: Run) -> None:
     """
     if not (run.path / "plan.json").is_file():
         raise RunError(f"there is no run in {run.path}")
+    # Not empty, so that another attempt of this submission stops as well; the next submission
+    # deletes it.
     files.write_text(run.path / "stop", "asked for by a user\n")
 
 
@@ -347,5 +387,6 @@ def stop_before_deletion(run: Run, seconds: float, *, drain: bool) -> None:
         files.write_text(
             run.path / "stop", ""
         )  # an empty file counts as a signal: the next attempt removes it
+    # This runs in the pod's preStop hook: when it returns, the pod's processes are ended.
     while time.monotonic() < deadline and not ended.exists():
         time.sleep(1)

@@ -1,4 +1,8 @@
-"""Measures a model in an isolated subprocess, so that its memory and time are its own."""
+"""Measure a model in an isolated subprocess, so that its memory and time are its own.
+
+A process that has trained or loaded another model before would report that model's peak
+memory.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,11 @@ def measure_in_subprocess(
 ) -> dict[str, Any]:
     """Run `lorafleet measure` on this node and return its result.
 
+    Args:
+        request: What to measure; see `commands/measure.py`.
+        folder: Working directory of the command.
+        threads: OpenMP threads.
+
     Raises:
         RuntimeError: The command failed (with its last line of output) or took more than an
             hour.
@@ -35,6 +44,7 @@ def measure_in_subprocess(
                 or [(f"the measurement ended with exit code {process.returncode}")]
             )[-1]
         )
+    # Libraries may print before the result.
     result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result
 
@@ -50,5 +60,6 @@ def _run_measure(
         timeout=_TIMEOUT_SECONDS,
         check=False,
         cwd=folder,
+        # OpenMP reads its number of threads once, when torch is imported.
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
     )

@@ -49,6 +49,7 @@ def estimate(
         labels: Number of classes of a classifier.
     """
     bytes_each, stored_bytes = _get_compute_bytes(job, cuda=cuda), _get_stored_bytes(job, cuda=cuda)
+    # The worst micro-batch has only the longest rows: it decides whether a trial fits.
     length = min(longest_tokens, job.model.max_length)
     if job.method == "prompt_tuning":
         length += job.prompt_tuning.num_virtual_tokens
@@ -56,6 +57,7 @@ def estimate(
     trained_count = (
         parameters if job.method == "full" else count_trained_parameters(job, shape, labels)
     )
+    # An adapter and its optimiser state are float32, whatever the base is stored in.
     bytes_per_trained = stored_bytes if job.method == "full" else 4
     shards = _get_shard_counts(job)
     weights = _compute_weight_bytes(job, parameters, shape.matrices, stored_bytes)
@@ -63,11 +65,13 @@ def estimate(
         shape.matrices * bytes_each if bytes_each < stored_bytes else 0
     )  # autocast's copies of the matrices in the compute dtype
     scores = shape.heads * length * _COPIES_OF_SCORES * bytes_each
+    # torch's fused attention on CPU does not support dropout, so the scores are stored.
     kept_scores = scores if not cuda and shape.attention_dropout else 0
     block = _compute_block_bytes(job, shape, bytes_each) + kept_scores
     activations = tokens * _compute_kept_bytes(job, shape, block, bytes_each)
     logits = _compute_logit_bytes(job, shape, tokens, bytes_each)
     temporary_gib = (tokens * shape.layers * block + logits) / GIB
+    # torch's CUDA allocator reuses its blocks; on CPU memory goes back to glibc.
     allocator = {} if cuda else {"allocator": _GLIBC_RETAINED_SHARE * temporary_gib}
     components = {
         "base weights": (
@@ -104,7 +108,11 @@ def estimate(
 
 
 def _get_shard_counts(job: JobSpec) -> dict[str, int]:
-    """Return over how many processes each part is sharded."""
+    """Return over how many processes each part is sharded.
+
+    ZeRO 1 shards the optimiser state, ZeRO 2 also gradients; ZeRO 3 and FSDP shard the
+    weights as well.
+    """
     strategy, world = job.resources.strategy, job.resources.world_size
     return {
         "weights": world if strategy in WEIGHT_SHARDING_STRATEGIES else 1,
@@ -128,7 +136,13 @@ def _compute_gathered_bytes(job: JobSpec, shape: Shape, bytes_each: int) -> floa
 
 
 def _compute_kept_bytes(job: JobSpec, shape: Shape, block: float, bytes_each: int) -> float:
-    """Return the bytes per token kept for the backward pass, if one block keeps `block` bytes."""
+    """Return the bytes per token kept for the backward pass, if one block keeps `block` bytes.
+
+    Args:
+        block: Bytes per token that one block keeps.
+        bytes_each: Bytes of a number in the compute dtype; 0 to leave out the inputs of the
+            blocks.
+    """
     if job.train.gradient_checkpointing:  # every block's input, and all of one block
         return shape.layers * shape.hidden * bytes_each + block
     return shape.layers * block
@@ -201,6 +215,7 @@ def _compute_weight_bytes(job: JobSpec, parameters: int, matrices: int, bytes_ea
     """
     if job.method != "qlora":
         return parameters * bytes_each
+    # Bytes of scales for each weight.
     scale = (1 + 4 / 256 if job.qlora.use_double_quant else 4) / 64
     bytes_per_weight = 1.0 if job.qlora.quant_type == "int8" else 0.5 + scale
     return (parameters - matrices) * bytes_each + matrices * bytes_per_weight
@@ -218,7 +233,15 @@ def _compute_moment_bytes(job: JobSpec, trained_count: int, bytes_per_trained: i
 
 
 def count_trained_parameters(job: JobSpec, shape: Shape, labels: int) -> int:
-    """Return the trained parameters of an adapter or learnt prompt, with a classifier's head."""
+    """Return the trained parameters of an adapter or learnt prompt, with a classifier's head.
+
+    Equals what PEFT creates (`tests/unit/test_memory.py`). Not for `full`, which trains all
+    parameters.
+
+    Args:
+        shape: Shape of the base.
+        labels: Number of classes; unused for generation.
+    """
     head = (
         labels * (shape.hidden + (1 if shape.beside else 0)) if job.task == "classification" else 0
     )
@@ -231,7 +254,12 @@ def count_trained_parameters(job: JobSpec, shape: Shape, labels: int) -> int:
 
 
 def compute_checkpoint_bytes(job: JobSpec, trained_count: int, *, cuda: bool) -> int:
-    """Return the bytes of one checkpoint: the trained weights and Adam's two moments."""
+    """Return the bytes of one checkpoint: the trained weights and Adam's two moments.
+
+    Args:
+        trained_count: Number of trained parameters.
+        cuda: The trial runs on a GPU, where weights are in bfloat16 by default.
+    """
     bytes_per_trained = _get_stored_bytes(job, cuda=cuda) if job.method == "full" else 4
     return trained_count * bytes_per_trained + _compute_moment_bytes(
         job, trained_count, bytes_per_trained

@@ -1,4 +1,8 @@
-"""Reads the shape of a transformer from its config alone: no weights, no torch. Pure."""
+"""Read the shape of a transformer from its config alone: no weights, no torch. Pure.
+
+A plan must work for a model that is not downloaded. A model type that is not in the
+tables has no shape, and the plan then says that its memory is unknown.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +41,20 @@ class Matrix:
 
 
 def select_matrices(matrices: Iterable[Matrix], names: str | tuple[str, ...]) -> list[Matrix]:
-    """Return the matrices that PEFT's `target_modules` select; `all-linear` selects all of them."""
+    """Return the matrices that PEFT's `target_modules` select; `all-linear` selects all of them.
+
+    Args:
+        names: `all-linear`, or names of layers.
+    """
     return [matrix for matrix in matrices if isinstance(names, str) or matrix.is_named(names)]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The dimensions of a model that decide its memory and the size of its adapters."""
+    """The dimensions of a model that decide its memory and the size of its adapters.
+
+    `parse_shape` creates it. Biases are not part of it.
+    """
 
     hidden: int
     layers: int
@@ -157,6 +168,7 @@ def parse_shape(config: dict[str, Any]) -> Shape | None:
 
     Returns None if the config is incomplete or its model type is not supported.
     """
+    # Models with several inputs have the language model's config in a block of its own.
     config = config.get("text_config") or config
     dimensions = {
         dimension: next((config[name] for name in names if config.get(name)), None)
@@ -224,7 +236,9 @@ def _build_block(
                 for path, reads in zip(square, _SQUARE_READS, strict=True)
             ),
         )
+    # Some models (Qwen3, Gemma) have heads whose widths do not add up to the hidden size.
     width = int(config.get("head_dim") or hidden // heads)
+    # Grouped-query attention has fewer heads for keys and values than for queries.
     pairs = int(config.get("num_key_value_heads") or heads)
     return (
         Matrix("self_attn.q_proj", hidden, heads * width),

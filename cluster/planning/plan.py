@@ -1,6 +1,8 @@
-"""Builds the Plan (trials, placement, memory and cost) from a job and a site.
+"""Build the Plan (trials, placement, memory and cost) from a job and a site.
 
-Needs neither torch nor a network.
+Needs neither torch nor a network. What is missing on this machine (data, model,
+tokenizer) makes the plan less exact, with a note, and is no error: a plan must be
+possible before anything is downloaded.
 """
 
 from __future__ import annotations
@@ -106,7 +108,10 @@ def make_plan(loaded: LoadedJob, site: Site, command: str, allowed: Collection[s
 
 
 def _plan_delivery(loaded: LoadedJob, site: Site, command: str) -> Plan:
-    """Return the plan of a job without trials, derived from that of a single training."""
+    """Return the plan of a job without trials, derived from that of a single training.
+
+    Export and benchmark need the same placement and memory, and train nothing.
+    """
     job = loaded.job.model_copy(update={"search": None, "compare": None})
     no_trials = {
         "trials": [],
@@ -142,6 +147,7 @@ def _plan_arms(loaded: LoadedJob, site: Site) -> Plan:
         return training_plan.model_copy(
             update={"job": job, "command": "compare", "trials": [], "worst_samples": 0}
         )
+    # The arm that needs most memory decides whether the comparison fits.
     largest = max(plans.values(), key=lambda plan: plan.memory.expected if plan.memory else 0.0)
     notes = [*loaded.notes, *(note for plan in plans.values() for note in plan.notes), *note]
     return largest.model_copy(
@@ -234,16 +240,20 @@ def _build_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
     total = _count_trials(job, len(configurations))
     final_trainings = len(search.list_final_assignments(job, {})) if job.search else 0
     cuda = uses_gpu(job, site)
+    # First without sharding (`auto`): the strategy follows from the estimate, and the estimate then
+    # from the strategy.
     estimates = [_estimate_memory(trial, inputs, cuda=cuda) for trial in trials]
     strategy, reason = choose_strategy(trials, site, _find_largest(estimates), cuda=cuda)
     if strategy != job.resources.strategy:
         trials = [_set_strategy(trial, strategy) for trial in trials]
         estimates = [_estimate_memory(trial, inputs, cuda=cuda) for trial in trials]
     memory = _find_largest(estimates)
+    # The largest trial decides, because trials of all sizes share the same slots.
     placement = compute_placement(
         job, site, total, _estimate_host_gib(job, memory, inputs, cuda=cuda), strategy
     )
     worst, expected = _estimate_cost(job, schedules, total)
+    # Trainings of the best configuration are never stopped early, so they count in full in both.
     worst, expected = (
         rows + final_trainings * max(plan.total_samples for plan in schedules)
         for rows in (worst, expected)
@@ -276,7 +286,11 @@ def _build_plan(loaded: LoadedJob, site: Site, command: str) -> Plan:
 
 
 def _find_long_warmup(trials: list[JobSpec], schedules: list[Schedule]) -> list[str]:
-    """Return a note if a trial ends before its learning rate has reached its peak."""
+    """Return a note if a trial ends before its learning rate has reached its peak.
+
+    Returns:
+        At most one note, in a list.
+    """
     for trial, plan in zip(trials, schedules, strict=True):
         steps = trial.train.warmup_steps
         if (
@@ -343,12 +357,14 @@ def _load_inputs(job: JobSpec) -> _JobInputs:
     except AssetError as error:
         notes.append(f"{error}; the plan assumes {_ASSUMED_ROWS:,} rows")
     try:
+        # The digests need the data files and the model's revision; trial ids need the digests.
         facts = compute_provenance(job) if rows else None
     except AssetError as error:
         notes.append(f"{error}; trial ids are not known yet")
     tokens = _load_tokens(job, notes) if rows and facts and job.is_generative else None
     if rows and tokens:
         longest, examples = tokens.longest, tokens.count_training_rows(job)
+        # Packed rows are filled up to the maximum.
         longest = job.model.max_length if job.train.packing else longest
         notes = [*tokens.warnings, *(note for note in notes if note not in tokens.warnings)]
         return _JobInputs(
@@ -434,7 +450,10 @@ def _load_tokens(job: JobSpec, notes: list[str]) -> TokenData | None:
 
 
 def describe_tokens(tokens: TokenData) -> list[str]:
-    """Return one line per split about its rows as tokens."""
+    """Return one line per split about its rows as tokens.
+
+    Splits without rows are left out.
+    """
     lines = []
     for name, split in tokens.splits.items():
         if not len(split):
@@ -462,7 +481,13 @@ def _load_model_shape(job: JobSpec) -> tuple[Shape, int] | None:
 
 
 def _list_configurations(job: JobSpec, inputs: _JobInputs) -> list[Assignment]:
-    """Return the distinct configurations that are known before the search starts."""
+    """Return the distinct configurations that are known before the search starts.
+
+    Of TPE these are the start-up trials.
+
+    Raises:
+        JobFileError: The search contains a combination that the schema refuses.
+    """
 
     def get_key(assignment: Assignment) -> str:
         problem = search.describe_impossible(job, assignment) if job.search else None
@@ -483,6 +508,7 @@ def _build_training_key(job: JobSpec) -> str:
 
     It covers everything but the blocks of other methods.
     """
+    # Two trials that differ only in the fields of a method that they do not use are the same trial.
     unused_blocks = set().union(*METHOD_BLOCKS.values()) - set(METHOD_BLOCKS[job.method])
     return job.model_dump_json(exclude={"search", *unused_blocks})
 
@@ -493,7 +519,12 @@ def _count_trials(job: JobSpec, known_count: int) -> int:
 
 
 def _estimate_cost(job: JobSpec, schedules: list[Schedule], total: int) -> tuple[int, int]:
-    """Return (training rows if no trial is stopped early, training rows expected under ASHA)."""
+    """Return (training rows if no trial is stopped early, training rows expected under ASHA).
+
+    Args:
+        schedules: One for each known configuration.
+        total: Number of trials, including those that TPE proposes later.
+    """
     mean = sum(plan.total_samples for plan in schedules) / len(schedules)
     worst = round(mean * total)
     if job.search is None or job.search.scheduler.type == "none":
@@ -526,7 +557,11 @@ def _build_planned_trial(
 
 
 def uses_gpu(job: JobSpec, site: Site) -> bool:
-    """Return whether a job's trials run on GPUs of a site."""
+    """Return whether a job's trials run on GPUs of a site.
+
+    A site without GPUs, `resources.device: cpu` and `resources.gpus_per_node: 0` all mean
+    the CPU.
+    """
     return site.gpus > 0 and job.resources.device != "cpu" and job.resources.gpus_per_node != 0
 
 
@@ -593,7 +628,11 @@ def _set_strategy(resolved: JobSpec, strategy: Strategy) -> JobSpec:
 
 
 def _guess_longest_tokens(rows: Rows) -> int:
-    """Return the tokens of the longest row, guessed from its characters without the tokenizer."""
+    """Return the tokens of the longest row, guessed from its characters without the tokenizer.
+
+    Three characters for each token is a low guess for English, so that the memory estimate
+    is rather too high.
+    """
 
     return 8 + round(max(_count_characters(row) for row in rows.train) / _CHARACTERS_PER_TOKEN)
 
@@ -605,7 +644,10 @@ def _count_characters(row: Row) -> int:
 def _estimate_host_gib(
     job: JobSpec, memory: MemoryEstimate | None, inputs: _JobInputs, *, cuda: bool
 ) -> float:
-    """Return the host memory of one trial, in GiB."""
+    """Return the host memory of one trial, in GiB.
+
+    It limits how many trials run in parallel on one machine.
+    """
     processes = job.resources.world_size
     if cuda:  # each process loads the weights into host memory before it copies them to its GPU
         weights = inputs.model[1] * _BYTES_PER_LOADED_WEIGHT / 2**30 if inputs.model else 0.0
@@ -628,12 +670,14 @@ def choose_strategy(
     resources = trials[0].resources
     if resources.strategy != "auto":
         return resources.strategy, "as set in the job file"
+    # Nothing is known about the fit, or there is nothing to distribute.
     if not cuda or memory is None or not site.gpu_memory_gib or resources.world_size == 1:
         return "ddp", "auto: full copies exchange the least data between processes"
     gpu_memory_gib, required = site.gpu_memory_gib, f"about {memory.expected:.1f} GiB per process"
     if memory.expected <= gpu_memory_gib:
         return "ddp", f"auto: {required} fit a GPU of {gpu_memory_gib:.1f}"
     for strategy in WEIGHT_SHARDING_STRATEGIES:
+        # One strategy for the whole search, so all of its methods must support it.
         if not any(find_unsupported(_set_strategy(trial, strategy)) for trial in trials):
             return (
                 strategy,

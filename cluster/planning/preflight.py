@@ -1,4 +1,9 @@
-"""Checks that everything a job file names exists or is known: files, models, assets."""
+"""Check that everything a job file names exists or is known: files, models, assets.
+
+These checks run on the submitting machine before anything starts, and report all
+problems together. What is not stored on this machine cannot be checked; the same checks
+run again when the model is loaded.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +66,7 @@ def load_checked(
     try:
         loaded = load_job(path, overrides)
     except JobFileError as error:
+        # `rest` is the job without its invalid fields, if one could be built.
         if not isinstance(error.rest, LoadedJob):
             raise
         more_problems = find_name_problems(error.rest, require_weights=require_weights)
@@ -81,7 +87,10 @@ def check_names(loaded: LoadedJob, *, require_weights: bool = True) -> None:
 
 
 def find_name_problems(loaded: LoadedJob, *, require_weights: bool = True) -> list[Problem]:
-    """Return the problems that `check_names` raises."""
+    """Return the problems that `check_names` raises.
+
+    Each has the line of the job file that it belongs to.
+    """
     return [
         loaded.locate(Problem(path, message))
         for path, message in _find_problems(loaded, require_weights=require_weights)
@@ -118,7 +127,10 @@ def _find_problems(loaded: LoadedJob, *, require_weights: bool) -> list[tuple[st
 
 
 def _check_adapter(job: JobSpec) -> list[tuple[str, str]]:
-    """Return the problems with the adapter that training continues."""
+    """Return the problems with the adapter that training continues.
+
+    PEFT would find some of them only after the base is loaded, and others never.
+    """
     field, adapter = "train.init_adapter", job.train.init_adapter
     if not adapter:
         return []
@@ -169,6 +181,7 @@ def _check_arms(job: JobSpec) -> list[tuple[str, str]]:
         if missing:
             problems.append((field, f"{field} is {folder}, but that folder has no {missing[0]}"))
         elif arm.method != "full":
+            # An invalid arm has been reported by the loader already.
             with suppress(ValueError):
                 model = build_arm_job(job, name).model
                 config = read_model_config(model.model_name_or_path, model.revision)
@@ -189,6 +202,7 @@ def _check_strategy(loaded: LoadedJob) -> list[tuple[str, str]]:
     if not job.resources.strategy.startswith("zero"):
         return []
     problems = []
+    # torch's extension builder reads the same variable.
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         problems.append(
@@ -222,7 +236,10 @@ def _check_strategy(loaded: LoadedJob) -> list[tuple[str, str]]:
 
 
 def _check_models(loaded: LoadedJob) -> list[tuple[str, str]]:
-    """Return what a job and its arms require of models that the models' configs rule out."""
+    """Return what a job and its arms require of models that the models' configs rule out.
+
+    A problem that the job itself has is not repeated for its arms.
+    """
     job = loaded.job
     job_problems = _check_model(job)
     searched = job.search.parameters if job.search else {}
@@ -301,7 +318,11 @@ def _check_packing(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]
 
 
 def _check_length(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return a problem if rows, with any learnt prompt, are longer than the model's positions."""
+    """Return a problem if rows, with any learnt prompt, are longer than the model's positions.
+
+    Only models with learnt positions have a limit. In a search, the longest possible row
+    counts.
+    """
     name, field = job.model.model_name_or_path, "model.max_length"
     max_length = max(_list_possible_values(job, field))
     message = get_length_refusal(config, name, max_length)
@@ -406,6 +427,7 @@ def _load_layer_names(job: JobSpec, config: dict[str, Any]) -> set[str]:
     Returns an empty set if the weights are not on this machine, or if transformers renames
     layers on loading, as it does for the experts of a mixture.
     """
+    # transformers fuses the matrices of experts on loading, under names that the files do not have.
     if any("expert" in key for key in get_text_config(config)):
         return set()
     try:
@@ -423,6 +445,7 @@ def _list_possible_values(job: JobSpec, path: str) -> list[Any]:
     searched = job.search.parameters.get(path) if job.search else None
     if searched is None or searched.expression is not None:
         return [fields.get_value(job.model_dump(), path)]
+    # For the checks that use it, the ends of a range are its worst cases.
     return list(searched.values) if searched.values is not None else [searched.min, searched.max]
 
 

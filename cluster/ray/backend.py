@@ -60,7 +60,17 @@ _REFRESH_SECONDS = 30.0
 
 
 class RayBackend(RemoteBackend[RayClusterSite]):
-    """A backend that submits jobs to the job server of a Ray cluster."""
+    """A backend that submits jobs to the job server of a Ray cluster.
+
+    Every access to the storage is a short Ray job, so it costs seconds. The cluster's
+    machines are shared with other jobs and are what they are: `--nodes` is refused.
+
+    Args:
+        nodes: Must be None.
+
+    Raises:
+        PlacementRefused: `nodes` is set.
+    """
 
     def __init__(self, site: RayClusterSite, nodes: int | None = None) -> None:
         if nodes is not None:
@@ -150,7 +160,10 @@ class RayBackend(RemoteBackend[RayClusterSite]):
         return f"{self.mount}/runs/{run}"
 
     def find_newest_submission(self, run: str) -> int:
-        """Return the number of a run's newest submission; 1 if Ray has forgotten all of them."""
+        """Return the number of a run's newest submission; 1 if Ray has forgotten all of them.
+
+        A restarted head node forgets its jobs; their record on the storage remains.
+        """
         numbers = [
             name.removeprefix(f"{run}-")
             for name in self.jobs.list_names()
@@ -187,6 +200,7 @@ class RayBackend(RemoteBackend[RayClusterSite]):
             return False
 
     def _submit_job(self, run: Run, submission: int, call: str = "") -> None:
+        # Recorded before the request: a job with this mark is ours, even if the response is lost.
         call = call or secrets.token_hex(8)
         record = SubmissionRecord(
             kind=self.site.kind,
@@ -197,6 +211,7 @@ class RayBackend(RemoteBackend[RayClusterSite]):
         record_submission(run, record)
         texts = {name: (run.path / name).read_text() for name in TEXTS}
         name = self.get_job_name(run)
+        # Ray uploads the folder as the job's working directory.
         with tempfile.TemporaryDirectory(prefix="lorafleet-") as folder:
             for file, text in pack(str(run.read_status()["name"]), texts, submission).items():
                 (Path(folder) / file).write_text(text)
@@ -227,6 +242,8 @@ class RayBackend(RemoteBackend[RayClusterSite]):
             )
         if record.handed_over or info is not None:
             return self._submit_job(run, record.submission + 1)
+        # The same submission again, under the same name and with the same mark: if the first
+        # request was accepted after all, its job is recognised.
         return self._submit_job(run, record.submission, record.call)
 
     # --- during a run
@@ -270,7 +287,13 @@ class RayBackend(RemoteBackend[RayClusterSite]):
                     files.write_text(run.path / "logs" / "submitter.log", output)
 
     def collect(self, run: Run, submission: int) -> None:
-        """Download the record of a submission that has ended; a failure is recorded."""
+        """Download the record of a submission that has ended; a failure is recorded.
+
+        Does not raise if the cluster is unreachable: `pull` can be repeated later.
+
+        Args:
+            submission: Number of the submission that has ended.
+        """
         with record_if_missing(run, submission):
             download_record(self._build_runner(), self.get_run_folder(run.id), run)
         self._save_driver_output(run)
@@ -329,7 +352,14 @@ class RayBackend(RemoteBackend[RayClusterSite]):
 
 
 def derive_status(run: Run, name: str, job: JobInfo | None) -> RunStatus:
-    """Return the status of a run from its Ray job (None: Ray knows none) and the local record."""
+    """Return the status of a run from its Ray job (None: Ray knows none) and the local record.
+
+    Contacts nothing. Of an ended job, the run's own record says more than Ray: Ray knows
+    only success and failure.
+
+    Args:
+        name: Name of the job, for messages.
+    """
     if job is None:
         return infer_unknown_status(
             run, f"Ray does not know job {name} any more (a restarted head node forgets its jobs)"
@@ -360,7 +390,11 @@ def derive_status(run: Run, name: str, job: JobInfo | None) -> RunStatus:
 
 
 class RayWatch:
-    """A watch on a job of a Ray cluster; a thread downloads what the run writes."""
+    """A watch on a job of a Ray cluster; a thread downloads what the run writes.
+
+    `poll` asks the job server at most every 3 seconds. A cluster that does not answer is
+    not the end of the run.
+    """
 
     detaches = True
 
@@ -376,6 +410,7 @@ class RayWatch:
 
     def _refresh(self) -> None:
         while not self._end.wait(_REFRESH_SECONDS):
+            # While the job is pending there is nothing to download.
             if self.status.state is RunState.RUNNING:
                 self.backend.refresh(self.run)
 
@@ -400,6 +435,7 @@ class RayWatch:
         ):
             self.status = status
             return None
+        # The thread first: no other download may begin beside the final one.
         self._end.set()
         self.backend.collect(self.run, self.submission)
         self.status = record_final_state(
@@ -407,6 +443,7 @@ class RayWatch:
         )
         code = job.code if job is not None else None
         if code is None and job is not None:
+            # The exit code may be in the message only.
             match = re.search(r"exit code (\d+)", job.message)
             code = int(match[1]) if match else None
         return compute_exit_code(self.run, self.status, code)

@@ -64,7 +64,11 @@ class JobInfo:
 
 
 class RayJobs:
-    """The jobs of one Ray cluster."""
+    """The jobs of one Ray cluster.
+
+    A thin layer over Ray's JobSubmissionClient: with timeouts, with one kind of error, and
+    with jobs that do not exist as None.
+    """
 
     def __init__(self, address: str) -> None:
         """Connect to the job server. Raises RayUnreachable if none answers."""
@@ -117,7 +121,14 @@ class RayJobs:
     def submit(
         self, name: str, entrypoint: str, folder: Path | None, metadata: dict[str, str]
     ) -> None:
-        """Submit a job; its command runs in `folder`. Raises RayUnreachable."""
+        """Submit a job; its command runs in `folder`. Raises RayUnreachable.
+
+        Args:
+            name: Submission id, which must be new.
+            entrypoint: Shell command.
+            folder: Uploaded with the job. None: no working directory.
+            metadata: Texts that `get_info` returns again.
+        """
         _LOGGER.info("submitting job %s", name)
         env = {"working_dir": str(folder)} if folder else {}
         with self._translate_errors():
@@ -126,11 +137,16 @@ class RayJobs:
             )
 
     def get_info(self, name: str) -> JobInfo | None:
-        """Return what Ray knows of a job, or None. Raises RayUnreachable."""
+        """Return what Ray knows of a job, or None. Raises RayUnreachable.
+
+        None means that the cluster has answered and has no such job.
+        """
         with self._translate_errors():
             try:
                 details = self.client.get_job_info(name)
             except RuntimeError as error:
+                # A proxy may answer 404 as well, with another text: that is no proof that the job
+                # is gone.
                 if "status code 404" in str(error) and f"Job {name} does not exist" in str(error):
                     return None
                 raise
@@ -154,14 +170,21 @@ class RayJobs:
             return str(self.client.get_job_logs(name))
 
     def delete(self, name: str) -> None:
-        """Delete an ended job from Ray's list; errors are ignored."""
+        """Delete an ended job from Ray's list; errors are ignored.
+
+        Without it, the list of a cluster would fill with the short jobs of `JobCommandRunner`.
+        """
         with contextlib.suppress(RayUnreachable), self._translate_errors():
             self.client.delete_job(name)
 
 
 @dataclass(frozen=True)
 class JobCommandRunner:
-    """Runs commands that see the storage, each as a short job on the cluster's head."""
+    """Runs commands that see the storage, each as a short job on the cluster's head.
+
+    The job server can upload files and return logs, and nothing else. So the input is a
+    file of the job, and binary output returns as base64 lines in its log.
+    """
 
     jobs: RayJobs
     environment: dict[str, str]
@@ -178,6 +201,7 @@ class JobCommandRunner:
         """
         name = f"lorafleet-relay-{secrets.token_hex(4)}"
         assignments = [f"{key}={value}" for key, value in self.environment.items()]
+        # The first two words of a command are always `lorafleet node`, which `relay` adds again.
         line = ["env", *assignments, "lorafleet", "node", "relay", "input", "--", *command[2:]]
         with tempfile.TemporaryDirectory(prefix="lorafleet-") as folder:
             size = 0
@@ -194,6 +218,7 @@ class JobCommandRunner:
         info = self._wait_for_end(name)
         output = self.jobs.read_output(name)
         self.jobs.delete(name)
+        # Ray and the environment may print before the marker.
         match = re.search(rf"^{RELAYED} (\{{.*\}})$", output, re.MULTILINE)
         if match is None:
             reason = " ".join((info.message or output).split())[-300:]

@@ -13,7 +13,12 @@ from lorafleet.jobs.text import format_count
 
 
 def collect_findings(site: RayClusterSite, jobs: RayJobs, runner: CommandRunner) -> list[Finding]:
-    """Run all checks. Raises RayUnreachable if no job server answers."""
+    """Run all checks. Raises RayUnreachable if no job server answers.
+
+    Args:
+        jobs: Client of the cluster's job server.
+        runner: Runs commands next to the storage.
+    """
     nodes = jobs.get_nodes()
     results = [Finding("job server", "ok", site.address)]
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)

@@ -67,7 +67,11 @@ def parse_nodes(table: Iterable[Mapping[str, Any]]) -> tuple[Node, ...]:
 
 
 def parse_state_node(row: Any) -> Node:
-    """Return a machine from a row of Ray's state API."""
+    """Return a machine from a row of Ray's state API.
+
+    The state API is asked over HTTP, without joining the cluster; `parse_nodes` reads what
+    a connected process sees.
+    """
     resources = row.resources_total or {}
     return Node(
         name=f"{row.node_name or row.node_ip} ({row.node_ip})",
@@ -84,7 +88,10 @@ def format_node_name(row: Mapping[str, Any]) -> str:
 
 
 def detect_ray_site(address: str) -> RaySite:
-    """Return the Ray cluster at an address as a site. Raises PlacementRefused if none answers."""
+    """Return the Ray cluster at an address as a site. Raises PlacementRefused if none answers.
+
+    Connects and disconnects; a short task on each machine with GPUs reports their memory.
+    """
     import ray
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -119,6 +126,7 @@ def run_on_each_node(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    # Without a CPU of its own, the task also runs on a machine whose CPUs are all in use.
     remote_function = ray.remote(num_cpus=0, max_retries=0)(function)
     strategies = [NodeAffinitySchedulingStrategy(row["NodeID"], soft=False) for row in table]
     return [
@@ -172,6 +180,7 @@ def wait_for_nodes(address: str, nodes: int, seconds: float) -> None:
         except (RpcError, RaySystemError) as error:  # its server is starting
             last_answer = f"no answer ({type(error).__name__})"
         else:
+            # 0 is ALIVE. Dead nodes stay in the table, so counting rows would be wrong.
             alive = [row for row in table if row.state == 0]
             if len(alive) >= nodes:
                 return

@@ -41,7 +41,11 @@ AwaySite = TypeVar("AwaySite", KubernetesSite, RayClusterSite)
 
 
 class RemoteBackend(ABC, Generic[AwaySite]):
-    """The shared part of all backends without a shared file system."""
+    """The shared part of all backends without a shared file system.
+
+    Subclasses set the five attributes and implement the abstract methods. The storage has
+    `runs/`, with the runs, and `cache/`, with models, data and uploaded inputs.
+    """
 
     site: AwaySite
     """The settings of its site file."""
@@ -83,6 +87,7 @@ class RemoteBackend(ABC, Generic[AwaySite]):
             UserError: The storage has no run of this name; nothing is left behind here.
         """
         run = Run(runs.absolute() / name)
+        # The name becomes part of a path on this machine and on the storage.
         if not name or Path(name).name != name:
             raise RunError(f"RUN is {name!r}, which is not the id of a run")
         if run.path.exists():
@@ -94,6 +99,7 @@ class RemoteBackend(ABC, Generic[AwaySite]):
         runs.mkdir(parents=True, exist_ok=True)
         with self.open_storage(say) as runner:
             download_new_record(runner, self.get_run_folder(name), run.path)
+        # The folder was created here, by this user: later commands may act on it.
         record_own_run(run.path)
         nodes = int(files.read_json(run.path / "plan.json").get("nodes") or 1)
         record = SubmissionRecord(
@@ -134,7 +140,10 @@ class RemoteBackend(ABC, Generic[AwaySite]):
         """
 
     def check_site(self, runs: Path) -> Run:
-        """Check the site and write the findings into a new run's folder."""
+        """Check the site and write the findings into a new run's folder.
+
+        Unlike on Slurm, the checks are done when it returns.
+        """
         run = Run.create(runs, "doctor")
         try:
             files.write_json(
@@ -169,12 +178,20 @@ class RemoteBackend(ABC, Generic[AwaySite]):
         return f"{self.mount}/cache"
 
     def apply_remote_paths(self, plan: Plan) -> Plan:
-        """Return a plan in which uploaded inputs are named by their path on the storage."""
+        """Return a plan in which uploaded inputs are named by their path on the storage.
+
+        An input that has changed since its upload keeps its local path, which
+        `list_invisible_paths` then reports.
+        """
         remote_paths = staging.map_uploaded_paths(self.storage, plan.job, self.cache)
         return Plan.from_record(staging.replace_paths(plan.model_dump(mode="json"), remote_paths))
 
     def list_invisible_paths(self, job: JobSpec) -> list[str]:
-        """Return a message for every path in a job that the site's machines cannot read."""
+        """Return a message for every path in a job that the site's machines cannot read.
+
+        Args:
+            job: The job of a plan, after `apply_remote_paths`.
+        """
         return [
             f"{field} is {path}, which {self.called} cannot read: upload it with `lorafleet fetch "
             "JOB.yaml --on SITE` (again after each change)"
@@ -219,7 +236,10 @@ class RemoteBackend(ABC, Generic[AwaySite]):
         return f"{format_count(len(items), 'input')} uploaded to the storage of {self.called}{note}"
 
     def upload_asset(self, name: str, say: Say) -> str:
-        """Upload an asset to the storage; return its folder there."""
+        """Upload an asset to the storage; return its folder there.
+
+        It is fetched to this machine first, if necessary.
+        """
         item = staging.build_asset_item(fetch_asset(get_asset(name), say))
         self._upload([item], say)
         return f"{self.cache}/{item.target}"

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
 
 class CommandRunner(Protocol):
-    """Runs commands on a machine or container that mounts the storage."""
+    """Runs commands on a machine or container that mounts the storage.
+
+    `RemoteBackend.open_storage` yields one. Kubernetes implements it with `exec` in a pod,
+    Ray with short jobs.
+    """
 
     def run(
         self, command: list[str], take: Callable[[bytes], object], feed: Iterable[bytes] = ()
@@ -84,6 +88,7 @@ def download_record(
             return 0
         unpacker = Unpacker(run.path)
         try:
+            # The other side sends only files with another size or modification time.
             request = json.dumps(collect_file_stats(run.path)).encode() + b"\n"
             runner.run(
                 ["lorafleet", "node", "send", remote_folder, *options],
@@ -115,6 +120,7 @@ def download_new_record(runner: CommandRunner, remote_folder: str, folder: Path)
             unpacker.discard()
         if not (scratch / "plan.json").is_file():
             raise RunError(f"there is no run in {remote_folder} on the storage")
+        # As every run folder: it contains held-out texts.
         scratch.chmod(0o700)
         scratch.rename(folder)
     finally:
@@ -122,9 +128,17 @@ def download_new_record(runner: CommandRunner, remote_folder: str, folder: Path)
 
 
 def upload_items(runner: CommandRunner, items: Iterable[UploadItem], say: Say) -> None:
-    """Upload files and folders to the storage, except those already present. Raises UserError."""
+    """Upload files and folders to the storage, except those already present. Raises UserError.
+
+    One request asks for all of them; then each missing one is sent and checked by its
+    digest.
+
+    Args:
+        say: Receives a message for each item.
+    """
     items = list(items)
     requests = [{"target": item.target, "digest": item.digest} for item in items]
+    # By digest and not by name: a branch of the hub may have moved on.
     missing = set(run_json_command(runner, ["lorafleet", "node", "lacks"], requests))
     for item in items:
         if item.target not in missing:

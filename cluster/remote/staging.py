@@ -1,4 +1,9 @@
-"""Finds a job's inputs on this machine and maps them to paths on a remote storage."""
+"""Find a job's inputs on this machine and map them to paths on a remote storage.
+
+Files of the user are stored under their digest, so equal inputs are uploaded once. What
+this machine has uploaded is recorded in the user's state folder: a plan can then be
+made without asking the storage.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +33,11 @@ _FILE_FIELDS = ("train_file", "validation_file", "test_file")
 
 
 def list_local_inputs(job: JobSpec) -> list[tuple[str, str]]:
-    """Return (field, path) of everything that a job names by a path of this machine."""
+    """Return (field, path) of everything that a job names by a path of this machine.
+
+    A value counts as a path if it begins with `/`, `./`, `../` or `~`; anything else is a
+    hub id or an asset.
+    """
     inputs: list[tuple[str, str | None]] = [
         (f"data.{field}", getattr(job.data, field)) for field in _FILE_FIELDS
     ]
@@ -96,6 +105,7 @@ def _list_model_items(name: str, revision: str | None) -> list[UploadItem]:
             folder, str(Path("hub") / folder.relative_to(get_hub_cache())), compute_digest(folder)
         )
     ]
+    # Without the reference, the hub's library does not find the snapshot of a branch offline.
     reference = folder.parent.parent / "refs" / (revision or "main")
     if find_hub_model_folder(name, revision) and reference.is_file():
         items.append(
@@ -113,7 +123,12 @@ def _get_ledger_path() -> Path:
 
 
 def record_uploads(storage: str, items: Iterable[UploadItem]) -> None:
-    """Record what is now stored on a storage."""
+    """Record what is now stored on a storage.
+
+    Args:
+        storage: Key of the storage (`RemoteBackend.storage`).
+        items: Items that were uploaded or present already.
+    """
     for item in items:
         row = {
             "time": time.time(),
@@ -133,6 +148,8 @@ def map_uploaded_paths(storage: str, job: JobSpec, cache: str) -> dict[str, str]
     """
     rows = [row for row in files.read_jsonl(_get_ledger_path()) if row.get("storage") == storage]
     targets = {row["digest"]: str(row["target"]) for row in rows}
+    # Hashing a model for every plan would take too long; size and modification time of its files
+    # are enough.
     unchanged = {(row.get("source"), row.get("looks")): row["digest"] for row in rows}
     remote_paths = {}
     for _, path in list_local_inputs(job) if targets else ():
@@ -149,7 +166,11 @@ def map_uploaded_paths(storage: str, job: JobSpec, cache: str) -> dict[str, str]
 
 
 def list_missing_uploads(storage: str, job: JobSpec) -> list[str]:
-    """Return the job's hub models and assets that this machine has never uploaded to a storage."""
+    """Return the job's hub models and assets that this machine has never uploaded to a storage.
+
+    Another machine may have uploaded them, which only the storage knows; so these are
+    warnings and not errors.
+    """
     uploaded = {
         str(row["target"])
         for row in files.read_jsonl(_get_ledger_path())
@@ -207,7 +228,12 @@ def compute_stat_digest(source: Path) -> str:
 
 
 def replace_paths(tree: Any, replacements: Mapping[str, str]) -> Any:
-    """Return a tree in which every string that is one of these paths is replaced."""
+    """Return a tree in which every string that is one of these paths is replaced.
+
+    Args:
+        tree: Any JSON value.
+        replacements: Local path -> path on the storage.
+    """
     if isinstance(tree, dict):
         return {key: replace_paths(value, replacements) for key, value in tree.items()}
     if isinstance(tree, list | tuple):

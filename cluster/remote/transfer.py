@@ -103,6 +103,7 @@ def list_record_files(
         is_description = path.suffix in _DESCRIPTION_SUFFIXES and path.name != "tokenizer.json"
         if top == "export" and weights != "exports" and not is_description:
             continue
+        # Checkpoints never travel: a run continues only where its storage is.
         if inner in _WEIGHT_FOLDERS and (
             inner == "checkpoints" or not (weights == "all" or parts[1] == best)
         ):
@@ -134,6 +135,7 @@ def pack(
         include_wandb: Include W&B's records.
         texts: Include the files that the run started from.
     """
+    # The fastest level: weights hardly compress, and texts compress well at any level.
     packed = gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1)
     with packed, tarfile.open(fileobj=packed, mode="w|") as archive:
         for path in list_record_files(run, weights, include_wandb=include_wandb, texts=texts):
@@ -200,7 +202,16 @@ def check_name(name: str) -> None:
 
 
 class Unpacker:
-    """Receives a compressed tar in blocks, then moves its files into a folder, each in one step."""
+    """Receives a compressed tar in blocks, then moves its files into a folder, each in one step.
+
+    Call `add_block` for each block, then `finish`, and `discard` in any case. The archive
+    comes from a cluster and is not trusted: names are checked before anything is written,
+    and files that belong to this side are never replaced.
+
+    Args:
+        folder: The run's local folder.
+        texts: Accept the files that the run started from, for a new record.
+    """
 
     def __init__(self, folder: Path, *, texts: bool = False) -> None:
         self.folder = folder
@@ -241,6 +252,7 @@ class Unpacker:
         Raises:
             CommandFailed: The archive holds a hostile name.
         """
+        # A cut-off archive would otherwise be noticed only after some files were replaced.
         with gzip.open(self.scratch) as file:
             while file.read(_BLOCK_BYTES):
                 pass
@@ -249,7 +261,10 @@ class Unpacker:
                 check_name(member.name)
 
     def discard(self) -> None:
-        """Delete the received data."""
+        """Delete the received data.
+
+        May be called more than once.
+        """
         self.file.close()
         self.scratch.unlink(missing_ok=True)
 
@@ -268,6 +283,8 @@ class Unpacker:
             for member in archive:
                 if not member.isfile():
                     continue
+                # Python's own filter too: it refuses names that lead out of the folder and clears
+                # set-uid bits.
                 safe = tarfile.data_filter(member, str(self.folder))
                 check_name(safe.name)
                 if not self._is_accepted(
@@ -282,6 +299,7 @@ class Unpacker:
                 try:
                     with scratch.open("wb") as out:
                         shutil.copyfileobj(source, out)
+                    # The sender's time, which the next request compares.
                     archive.utime(safe, str(scratch))
                     scratch.replace(target)
                 finally:
@@ -310,7 +328,10 @@ class UploadItem:
 
 
 def list_files(source: Path) -> list[Path]:
-    """Return the file itself, or all files of a folder except locks, sorted by name."""
+    """Return the file itself, or all files of a folder except locks, sorted by name.
+
+    The order is part of the folder's digest.
+    """
     if source.is_file():
         return [source]
     return sorted(
@@ -403,6 +424,7 @@ def has_digest(target: Path, expected: str) -> bool:
         return False
     if target.is_file():
         return compute_digest(target) == expected
+    # Beside the folder and not in it, where it would change the digest.
     digest_file = _get_digest_file(target)
     if not digest_file.is_file():
         files.write_text(digest_file, compute_digest(target))
@@ -426,6 +448,7 @@ def receive(target: Path, expected: str, source: IO[bytes], *, file: bool) -> No
         with tarfile.open(
             fileobj=io.BufferedReader(_FrameReader(source), _BLOCK_BYTES), mode="r|"
         ) as archive:
+            # Both sides are lorafleet, but the stream passes through a cluster.
             archive.extractall(scratch, filter="data")
         received = scratch / target.name if file else scratch
         if compute_digest(received) != expected:

@@ -17,6 +17,7 @@ session = onnxruntime.InferenceSession(
     str(folder / "model.onnx"), providers=["CPUExecutionProvider"]
 )
 
+# One text at a time, so that no padding is needed.
 for text in sys.argv[1:]:
     ids = np.array([tokenizer.encode(text).ids], dtype=np.int64)
     (logits,) = session.run(["logits"], {"input_ids": ids, "attention_mask": np.ones_like(ids)})

@@ -28,6 +28,7 @@ session = onnxruntime.InferenceSession(
 )
 inputs = {one.name: one for one in session.get_inputs()}
 past_names = [name for name in inputs if name.startswith("past_key_values.")]
+# Graphs differ in the number format of their cache.
 cache_dtype = np.float16 if inputs[past_names[0]].type == "tensor(float16)" else np.float32
 
 for prompt in arguments.prompts:
@@ -40,6 +41,7 @@ for prompt in arguments.prompts:
         past_names
     )
     answer_ids: list[int] = []
+    # The first step reads the whole prompt with an empty cache, every further one a single token.
     new_ids, length, end_id = ids, 0, None
     while len(answer_ids) < arguments.max_new_tokens and length + len(new_ids) <= (
         settings["positions"] or sys.maxsize
@@ -49,6 +51,7 @@ for prompt in arguments.prompts:
             "input_ids": np.array([new_ids], np.int64),
             "attention_mask": np.ones((1, length), np.int64),
         }
+        # Graphs of onnxruntime-genai derive positions from the mask and have no such input.
         if "position_ids" in inputs:
             feeds["position_ids"] = np.arange(length - len(new_ids), length, dtype=np.int64)[None]
         logits, *cache = session.run(None, feeds | dict(zip(past_names, cache, strict=True)))

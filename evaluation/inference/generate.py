@@ -1,5 +1,9 @@
 """Generate answers with a loaded model: batched, padded on the left, seeded.
 
+Metrics of answers, samples and speed measurements of models in PyTorch use this module.
+Exported models have a loop of their own (`deployment/decoding.py`), because they run
+without transformers.
+
 B prompts, T tokens, V tokens of a learnt prompt, D hidden size.
 """
 
@@ -54,11 +58,15 @@ def generate_answers(
         "use_cache": True,
     }
     if spec.do_sample:
+        # transformers' default of `top_k` is 50, which would cut the distribution without being
+        # asked.
         options |= {"temperature": spec.temperature, "top_p": spec.top_p, "top_k": 0}
     pad = tokenizer.pad_token_id or 0
     config = GenerationConfig(pad_token_id=pad, eos_token_id=ends or None, **options)
+    # Prompts of similar length share a batch and need little padding.
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     answers = [""] * len(prompts)
+    # Sampling must not move the random state of the training that goes on afterwards.
     with torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(spec.generation_seed)
         for start in range(0, len(order), batch_rows):
@@ -91,7 +99,16 @@ def use_generation_config(model: Any, config: Any) -> Iterator[None]:
 def pad_prompts(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> dict[str, Any]:
     """Return prompts of one width as model inputs, padded on the left.
 
-    A learnt prompt goes between the padding and the text.
+    A learnt prompt (prompt tuning) goes between the padding and the text. It exists only as
+    embeddings, so the whole input is given as embeddings then.
+
+    Args:
+        model: The model, as PEFT wraps it.
+        prompts: Token ids of each prompt; none is empty.
+        pad: Token id for padding.
+
+    Returns:
+        `attention_mask` with `input_ids` or `inputs_embeds`, on the device of the model.
     """
     import torch
 
@@ -116,7 +133,12 @@ def pad_prompts(model: Any, prompts: Sequence[Sequence[int]], pad: int) -> dict[
 
 
 def get_end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Return the end tokens of the tokenizer and of the model's own configuration."""
+    """Return the end tokens of the tokenizer and of the model's own configuration.
+
+    Chat models often end turns with another token than the tokenizer's end token, which
+    only their `generation_config.json` names. Those of the chat template are added by the
+    caller.
+    """
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     token_ids = [
         *(configured if isinstance(configured, list) else [configured]),

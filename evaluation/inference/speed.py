@@ -1,6 +1,11 @@
 """Measure the speed and memory of a loaded model.
 
-`lorafleet measure` runs it in a fresh process. B rows, T tokens.
+`lorafleet measure` runs it in a fresh process, for models of a run
+(`training/measure.py`) and for exported targets (`deployment/measure.py`), so that both
+are measured in the same way. B rows, T tokens.
+
+All times are medians after an uncounted warm-up: on a shared machine, a single slow
+repetition would move a mean.
 """
 
 from __future__ import annotations
@@ -28,9 +33,14 @@ _MEASURED_BATCHES = 3
 
 
 def settle_memory() -> None:
-    """Release the memory that loading left, and restart the measurement of the peak (Linux)."""
+    """Release the memory that loading left, and restart the measurement of the peak (Linux).
+
+    Call it between loading and measuring. Loading may need more memory than inference, and
+    is reported separately.
+    """
     gc.collect()
     if sys.platform == "linux":
+        # glibc keeps freed memory, which would count as memory of the model.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to the current memory
 
@@ -38,12 +48,15 @@ def settle_memory() -> None:
 def read_peak_gib() -> float:
     """Return the peak resident memory of this process so far, in GiB.
 
-    On Linux this is VmHWM, which is not affected by the parent process.
+    On Linux this is VmHWM since the start of the process or the last `settle_memory`. On
+    other systems it is the current memory.
     """
     if sys.platform != "linux":
         import psutil
 
         return float(psutil.Process().memory_info().rss) / 2**30
+    # Not `ru_maxrss`: it survives fork and exec. A new Python process of 14 MB started by a parent
+    # of 600 MB reports 614 MB.
     line = next(
         line
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -53,7 +66,11 @@ def read_peak_gib() -> float:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return the properties of this machine that its measurements depend on."""
+    """Return the properties of this machine that its measurements depend on.
+
+    Keys: `cpu` (model name, or "?"), `cpu_flags` (instruction sets that matter, separated
+    by spaces) and `load_average` of the last minute.
+    """
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     cpu_info = {
@@ -79,6 +96,11 @@ def measure_classifier(
     """Measure `latency_ms` of single rows (median) and `samples_per_second` of full batches.
 
     One row and one batch are run first and not counted.
+
+    Args:
+        classify: The model.
+        rows: Token ids of each row. They are repeated if a batch needs more.
+        batch_rows: Rows of a full batch.
     """
     classify(rows[:1])
     row_seconds = [_measure_seconds(classify, [row]) for row in rows]
@@ -108,11 +130,20 @@ def measure_batches(
     *,
     generates: bool,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measure the speed of full batches for each (rows, tokens) in `points`.
+    """Measure the speed of full batches of given sizes.
 
     The rows are real rows, repeated or cut to the length. Three batches are measured after
-    one that is not counted. Returns the measurements under `at`; `latency_ms` is that of a
-    whole batch.
+    one that is not counted.
+
+    Args:
+        work: The model.
+        rows: Token ids of each row.
+        points: (rows, tokens per row) of each batch.
+        generates: True if `work` answers prompts, False if it classifies.
+
+    Returns:
+        `at`: one record per point, where `latency_ms` is that of a whole batch. Empty
+            without points.
     """
     measurements = []
     for batch_rows, length in points:
@@ -139,9 +170,20 @@ def measure_speed(
     *,
     generates: bool,
 ) -> dict[str, Any]:
-    """Measure a loaded model's speed on rows and on batches (`points`).
+    """Measure a loaded model's speed on single rows and on batches.
 
-    `peak_memory_gib` covers the rows only: the larger batches are optional and come after it.
+    Args:
+        work: The model, as `Answer` or `Classify`.
+        rows: Token ids: prompts, or texts to classify.
+        batch_rows: Rows of a full batch, for a classifier's throughput.
+        points: Further batches to measure: (rows, tokens per row).
+        peak: Reads the peak memory in GiB.
+        generates: True if `work` answers prompts, False if it classifies.
+
+    Returns:
+        The numbers of `measure_generator` or `measure_classifier`, `peak_memory_gib` and
+            those of `measure_batches`. The peak covers the rows only: the larger batches
+            are optional and come after it.
     """
     if generates:
         speeds = measure_generator(cast("Answer", work), rows)
@@ -163,6 +205,8 @@ def _summarize_times(answers: Sequence[Sequence[float]], rows: int) -> dict[str,
     """Compute speeds from the times of answers: when each began, and when each token came."""
     return {
         "ttft_ms": 1000 * statistics.median(times[1] - times[0] for times in answers),
+        # The times are the start and then one per token. The first token is the prompt's, so n
+        # tokens have n - 1 decoding steps: `len(times) - 2`.
         "tokens_per_second": statistics.median(
             rows * (len(times) - 2) / (times[-1] - times[1]) for times in answers
         ),
@@ -173,7 +217,13 @@ def _summarize_times(answers: Sequence[Sequence[float]], rows: int) -> dict[str,
 def make_transformers_answer(model: Any, pad_id: int, new_tokens: int) -> Answer:
     """Return a function that answers with transformers' own loop.
 
-    It decodes greedily, with a fixed number of tokens.
+    It decodes greedily, with a fixed number of tokens: an answer that ends early would make
+    a model look fast or slow for no reason of its own.
+
+    Args:
+        model: A causal model, with or without an adapter.
+        pad_id: Token id for padding.
+        new_tokens: Tokens of each answer.
     """
     import torch
     from transformers import GenerationConfig, StoppingCriteriaList
@@ -210,6 +260,7 @@ class _Clock:
     def __call__(self, input_ids: Any, scores: Any, **more: Any) -> Any:
         import torch
 
+        # CUDA runs asynchronously: without waiting, the time would be that of the launch.
         if input_ids.device.type == "cuda":
             torch.cuda.synchronize(input_ids.device)
         self.times.append(time.perf_counter())

@@ -1,5 +1,7 @@
-"""Metrics of baselines that need no training: the most common class, an empty answer, the question
-as the answer.
+"""Metrics of baselines that need no training.
+
+They are the most common class, an empty answer, and the question as the answer. A
+recommendation that does not beat the best of them is withdrawn (`report/verdict.py`).
 """
 
 from __future__ import annotations
@@ -43,12 +45,14 @@ def evaluate_majority_class(
     accuracy = hits / rows
     metrics = {
         "accuracy": accuracy,
+        # The most common class has precision hits / rows and recall 1; all other classes score 0.
         "f1": 2 * hits / (hits + rows) / occurring,
         "precision": accuracy / occurring,
         "recall": (1.0 if hits else 0.0) / occurring,
     }
     train_rows = sum(train_counts.values())
     evaluated = {label: count for label, count in counts.items() if count}
+    # A class without training rows has the frequency 0, and so an infinite loss.
     if all(train_counts.get(label) for label in evaluated):
         log_likelihood = sum(
             count * math.log(train_counts[label] / train_rows) for label, count in evaluated.items()
@@ -62,8 +66,13 @@ def evaluate_trivial_answers(
 ) -> dict[str, dict[str, float]]:
     """Evaluate an empty answer and the question as the answer, on up to `MAX_ROWS` rows.
 
-    Returns baseline -> metric -> value, for the metrics that need no encoder and no code of the
-    user.
+    Args:
+        rows: Rows of one split.
+        metrics: Metrics of the job. Those that need an encoder or code of the user are left
+            out.
+
+    Returns:
+        Baseline -> metric -> value; empty if no metric remains or there are no rows.
     """
     from lorafleet.evaluation.metrics.text import compute_text_metrics
 

@@ -2,6 +2,10 @@
 
 There are no idf weights and no rescaling with a baseline. B pairs, P and Q tokens of
 predictions and references, D hidden size.
+
+The package bert-score 0.3.13 fails with transformers 5 on an empty candidate. The
+scores here equal those of the package with the same encoder;
+`test_bertscore_is_bert_scores` compares them.
 """
 
 from __future__ import annotations
@@ -21,7 +25,10 @@ _BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class BertScore:
-    """A loaded encoder that is cut after the layer whose embeddings are matched."""
+    """A loaded encoder that is cut after the layer whose embeddings are matched.
+
+    `load` creates it and keeps it for the process.
+    """
 
     model: Any
     tokenizer: Any
@@ -90,7 +97,7 @@ class BertScore:
 
 @lru_cache(maxsize=2)
 def load(folder: Path, layer: int | None, device: str) -> BertScore:
-    """Load the encoder in a folder.
+    """Load the encoder in a folder, or return it if this process has it.
 
     Args:
         folder: Folder of the encoder.
@@ -122,6 +129,8 @@ def load(folder: Path, layer: int | None, device: str) -> BertScore:
             raise AssetError(
                 f"evaluate.bertscore_layer is {layer}, but {folder.name} has {layers_text}"
             )
+        # The output of the last layer is then what the score needs, and further layers cost no
+        # time.
         model.encoder.layer = blocks[:layer]
     positions = int(getattr(model.config, "max_position_embeddings", 512))
     return BertScore(model, tokenizer, min(int(tokenizer.model_max_length), positions))

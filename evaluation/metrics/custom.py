@@ -27,12 +27,21 @@ def compute_custom_metrics(
 ) -> tuple[dict[str, Ratio], dict[str, float]]:
     """Compute the custom metrics of a job.
 
+    This runs code of the user, in this process. Commands on runs of other people ask for
+    `--trust` before they get here.
+
+    Args:
+        metrics: Metric name -> its block in the job file.
+        predictions: Answers of the model.
+        references: What they are compared with.
+        prompts: Prompts, for functions that have a parameter `prompt`.
+
     Returns:
         Metrics per row, and metrics that have one value for all rows.
 
     Raises:
-        UserError: A user's function raised an exception, or did not return a finite number. The
-            message names the row.
+        UserError: A user's function raised an exception, or did not return a finite number.
+            The message names the row.
     """
     by_row: dict[str, Ratio] = {}
     overall: dict[str, float] = {}
@@ -49,7 +58,14 @@ def compute_custom_metrics(
 
 
 def _load_function(name: str, path: str, function: str) -> Callable[..., Any]:
-    """Load a function from a Python file of the user."""
+    """Load a function from a Python file of the user.
+
+    The file is executed anew in each call. It gets a module name of its own, so it cannot
+    replace a module that is loaded already.
+
+    Raises:
+        UserError: The file cannot be run, or has no such function.
+    """
     spec = importlib.util.spec_from_file_location(f"lorafleet_metric_{Path(path).stem}", path)
     assert spec is not None and spec.loader is not None  # the path ends in .py
     module = importlib.util.module_from_spec(spec)
@@ -84,6 +100,7 @@ def _compute_per_row(
             raise UserError(
                 f"evaluate.custom_metrics.{name} raised an error at held-out row {row}: {reason}"
             ) from error
+        # One NaN would make the mean NaN, and the user would not learn which row it came from.
         if not isinstance(value, int | float | np.number) or not math.isfinite(value):
             raise UserError(
                 f"evaluate.custom_metrics.{name} returned {value!r} for row {row}, but must return "
@@ -96,7 +113,21 @@ def _compute_per_row(
 def _compute_overall(
     name: str, path: str, predictions: Sequence[str], references: Sequence[str]
 ) -> float:
-    """Compute a metric of the package `evaluate` on all rows."""
+    """Compute a metric of the package `evaluate` on all rows.
+
+    Args:
+        name: Name of the metric in the job file.
+        path: Path of the metric module. Nothing is downloaded.
+        predictions: Answers of the model.
+        references: What they are compared with.
+
+    Returns:
+        The number that is called `name`, or the only number that the module returned.
+
+    Raises:
+        UserError: The module raised an exception, or returned several numbers of other
+            names.
+    """
     import evaluate
 
     try:

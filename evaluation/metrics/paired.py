@@ -1,5 +1,10 @@
 """Compare candidates that were evaluated on the same rows.
 
+The only input is per-row results: `Comparison` computes paired differences, intervals
+that hold for all pairs at once, and p-values. What to do with them is decided in
+`report/decide.py`. All draws use a fixed seed, so a report that is built twice says the
+same.
+
 Shapes: R rows, K candidates, S draws.
 """
 
@@ -41,7 +46,11 @@ _EPSILON = 1e-9
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trial or an arm that may be shipped."""
+    """A trial or an arm that may be shipped.
+
+    Built from stored results by `report/recommend_trial.py` (one model) and
+    `report/comparison.py` (one model per seed, in the order of the seeds).
+    """
 
     name: str
     """Trial id or arm name."""
@@ -57,10 +66,16 @@ class Candidate:
 def run_sign_flip_test(differences_R: np.ndarray) -> float:
     """Return the two-sided p-value of Fisher's sign-flip test for paired differences (R).
 
-    Exact for up to 20 rows: the share of all 2^R choices of signs whose sum is at least as far from
-    0. The p-value cannot be below 2 / 2^R. With more rows, 10,000 random choices are used.
+    Exact for up to 20 rows: the share of all 2^R choices of signs whose sum is at least as
+    far from 0. The p-value cannot be below 2 / 2^R. With more rows, 10,000 random choices
+    are used.
+
+    Args:
+        differences_R: Metric of one candidate minus that of the other, on each row.
     """
     rows = len(differences_R)
+    # Sums of the same numbers in another order differ by rounding. Without the tolerance, choices
+    # of signs that tie with the observed sum would be missed and the p-value would be too small.
     tolerance = _EPSILON * max(1.0, float(np.abs(differences_R).sum()))
     threshold = abs(differences_R.sum()) - tolerance
     if rows <= _MAX_EXACT_ROWS:
@@ -69,11 +84,17 @@ def run_sign_flip_test(differences_R: np.ndarray) -> float:
             sums = np.concatenate([sums + difference, sums - difference])
         return float((np.abs(sums) >= threshold).mean())
     sums = _draw_random_signs(rows) @ differences_R
+    # The observed signs count as one of the draws: a p-value of 0 would claim more than 10,000
+    # draws can show.
     return float((1 + (np.abs(sums) >= threshold).sum()) / (1 + len(sums)))
 
 
 def select_comparable_candidates(candidates: Sequence[Candidate], metric: str) -> list[Candidate]:
-    """Return the candidates whose models all have finite per-row values of a metric."""
+    """Return the candidates whose models all have finite per-row values of a metric.
+
+    A single infinite loss would make every interval of the comparison infinite, so such a
+    candidate is left out and the others are still compared.
+    """
     return [
         candidate
         for candidate in candidates
@@ -88,22 +109,32 @@ def _has_finite_values(model: RowResults, metric: str) -> bool:
 
 
 class Comparison:
-    """All pairwise differences of candidates by one metric, with simultaneous confidence intervals.
+    """Pairwise differences of candidates in one metric, with simultaneous intervals.
 
-    A difference is a mean of paired per-row differences; its standard error covers rows and seeds.
-    The critical value is the 95 % quantile of the largest standardised difference of any two
-    candidates, drawn by a Gaussian multiplier bootstrap (Chernozhukov, Chetverikov and Kato 2013).
-    All intervals hold at once, so the best candidate may be picked on the same rows. Each interval
-    uses Student's t with its own degrees of freedom.
+    A difference is a mean of paired per-row differences; its standard error covers rows and
+    seeds. The critical value is the 95 % quantile of the largest standardised difference of
+    any two candidates, drawn by a Gaussian multiplier bootstrap (Chernozhukov, Chetverikov
+    and Kato 2013). All intervals hold at once, so the best candidate may be picked on the
+    same rows. Each interval uses Student's t with its own degrees of freedom.
 
-    p-values are adjusted for the number of candidates in the same way, and are never below those of
-    sign flips.
+    p-values are adjusted for the number of candidates in the same way, and are never below
+    those of sign flips.
+
+    Draws, errors and p-values are computed when they are first asked for, and kept. Memory
+    grows with draws times candidates, so callers compare at most `MAX_COMPARED` candidates.
     """
 
     def __init__(
         self, candidates: Sequence[Candidate], metric: str, goal: Goal, draws: int = DEFAULT_DRAWS
     ) -> None:
-        """Compare candidates that are all finite in `metric` (`select_comparable_candidates`)."""
+        """Compare candidates that are all finite in `metric` (`select_comparable_candidates`).
+
+        Args:
+            candidates: At least one. All were evaluated on the same rows, in the same order.
+            metric: Name of the metric.
+            goal: Whether more or less of it is better.
+            draws: Draws of the bootstrap (`evaluate.bootstrap_samples`).
+        """
         self._draws = draws
         self.names = [candidate.name for candidate in candidates]
         self.metric, self.goal = metric, goal
@@ -129,8 +160,10 @@ class Comparison:
         return self.get_value(name) - self.get_value(other)
 
     def compute_interval(self, name: str, other: str) -> Interval | None:
-        """Return the simultaneous 95 % interval of the difference; None if there are too few
-        rows.
+        """Return the simultaneous 95 % interval of the metric of `name` minus that of `other`.
+
+        None for a candidate and itself, or if the rows bear no interval; `missing_reason` says
+        why.
         """
         if self.missing_reason or name == other:
             return None
@@ -139,10 +172,10 @@ class Comparison:
         return center - half, center + half
 
     def compute_p_value(self, name: str, other: str) -> float | None:
-        """Return the adjusted two-sided p-value of the difference; None if there are too few rows.
+        """Return the adjusted two-sided p-value of the difference; None if it is not defined.
 
         With fewer than `MIN_ROWS` rows it is the p-value of the exact sign flips, which shows
-        what so few rows can say.
+        what so few rows can say. With enough rows it is None where there is no interval.
         """
         indices = self._find_indices(name, other)
         if self.rows < MIN_ROWS:
@@ -165,25 +198,41 @@ class Comparison:
         return -interval[1], -interval[0]
 
     def compute_max_loss(self, name: str, best: str) -> float:
-        """Return the upper end of the interval of the loss; infinity without an interval."""
+        """Return the upper end of the interval of the loss; infinity without an interval.
+
+        This is what a tolerance is compared with: without evidence, a candidate is never within
+        it.
+        """
         if name == best:
             return 0.0
         interval = self.compute_loss_interval(name, best)
         return math.inf if interval is None else interval[1]
 
     def is_worse(self, name: str, best: str) -> bool:
-        """Return True if the rows show that `name` is worse than `best`, given all candidates."""
+        """Return True if the rows show that `name` is worse than `best`, given all candidates.
+
+        Both the interval and the p-value must show it. The p-value has the floor of the sign
+        flips, which the interval does not have.
+        """
         interval, p_value = self.compute_loss_interval(name, best), self.compute_p_value(name, best)
         if interval is None or p_value is None:
             return False
         return interval[0] > 0 and p_value < ALPHA
 
     def estimate_rows_needed(self, name: str, best: str, tolerance: float) -> int | None:
-        """Estimate how many rows would show that `name` loses at most `tolerance`, or that it is
-        worse.
+        """Estimate how many rows would decide whether `name` loses at most `tolerance`.
 
-        Assumes that the interval shrinks with the square root of the number of rows. None if no
-        number is enough.
+        Assumes that the interval shrinks with the square root of the number of rows, and that
+        the loss stays what it is.
+
+        Args:
+            name: The candidate.
+            best: The reference.
+            tolerance: How much may be lost, in units of the metric.
+
+        Returns:
+            Rows that would show either that the loss is within the tolerance or that `name` is
+                worse. None if no number is enough.
         """
         half, loss = self._compute_half_width(name, best), self.compute_loss(name, best)
         margin = tolerance - loss if loss < tolerance else loss
@@ -199,7 +248,16 @@ class Comparison:
         return self.compute_critical_value(*indices) * float(self._errors_KK[indices])
 
     def compute_critical_value(self, index: int, other: int) -> float:
-        """Return the half width of a simultaneous interval in standard errors."""
+        """Return the half width of a simultaneous interval in standard errors.
+
+        The bootstrap draws are normal. Its quantile is turned into a probability, and that into
+        a quantile of Student's t with the degrees of freedom of this pair: few rows or seeds
+        widen the interval.
+
+        Args:
+            index: Index of one candidate in `names`.
+            other: Index of the other.
+        """
         from scipy.special import ndtr
 
         return compute_student_quantile(
@@ -208,6 +266,8 @@ class Comparison:
 
     @cached_property
     def _normal_critical_value(self) -> float:
+        # Never narrower than the interval of a single pair: the draws may fall short of it by
+        # chance.
         return max(float(np.quantile(self._largest_S, 1 - ALPHA)), _Z)
 
     def _compute_freedom(self, index: int, other: int) -> float:
@@ -258,6 +318,8 @@ class Comparison:
             quantiles_S: np.ndarray = ndtri(0.5 + 0.5 * probabilities_S)
             return quantiles_S
         covariance_KK = self._rows_KK + self._seeds_KK
+        # Equal candidates make the covariance singular, which a Cholesky factor does not allow.
+        # Rounding can make eigenvalues slightly negative.
         eigenvalues_K, eigenvectors_KK = np.linalg.eigh(covariance_KK)
         scales_K = np.sqrt(np.clip(eigenvalues_K, 0, None))
         normal_SK = np.random.default_rng(_SEED).standard_normal((self._draws, len(self.names)))
@@ -271,9 +333,11 @@ class Comparison:
         p_values_KK = np.ones((len(self.names), len(self.names)))
         for index, other in itertools.combinations(range(len(self.names)), 2):
             error = float(self._errors_KK[index, other])
+            # The two candidates are equal on every row: the p-value stays 1.
             if error == 0:
                 continue
             t = abs(float(self._means_K[index] - self._means_K[other])) / error
+            # The draws are normal: look up the normal value that is as unlikely as this t.
             z = -float(ndtri(stdtr(self._compute_freedom(index, other), -t)))
             larger = self._draws - int(np.searchsorted(self._largest_S, z - _EPSILON))
             p_value = (1 + larger) / (1 + self._draws)
@@ -283,8 +347,10 @@ class Comparison:
 
     @cached_property
     def _flipped_p_values_KK(self) -> np.ndarray:
-        """p-values of sign flips: how often the flipped rows set any two candidates as far apart as
-        these two.
+        """p-values of sign flips (K, K), the floor of all p-values.
+
+        They say how often flipped rows set any two candidates as far apart as these two. 0 (no
+        floor) with more than 200 rows, where they agree with the normal draws.
         """
         names = len(self.names)
         if self.rows > _MAX_FLIPPED_ROWS:
@@ -302,6 +368,7 @@ class Comparison:
             sums_KK, norms_KK, out=np.zeros_like(sums_KK), where=norms_KK > _EPSILON
         )
         larger_KK = len(largest_S) - np.searchsorted(largest_S, standardised_KK - _EPSILON)
+        # Random signs do not contain the observed ones for certain, so these are counted in.
         extra = 0 if is_exact else 1
         p_values_KK: np.ndarray = (extra + larger_KK) / (extra + len(largest_S))
         return p_values_KK
@@ -311,8 +378,13 @@ def _find_largest_differences(values_SK: np.ndarray, scales_KK: np.ndarray) -> n
     """Return the largest scaled difference (S) of any two columns, sorted.
 
     Pairs with a scale of 0 are left out.
+
+    Args:
+        values_SK: One value of each candidate per draw.
+        scales_KK: Standard error of each pair.
     """
     largest_S = np.zeros(len(values_SK))
+    # Column by column: all pairs at once would take draws times pairs of memory.
     for index in range(values_SK.shape[1] - 1):
         differences_SK = np.abs(values_SK[:, index + 1 :] - values_SK[:, [index]])
         scales_K = scales_KK[index, index + 1 :]
@@ -356,6 +428,8 @@ def _compute_seed_covariance(candidates: Sequence[Candidate], metric: str) -> np
     covariance_KK = np.zeros((len(candidates), len(candidates)))
     for index, other in itertools.product(range(len(candidates)), repeat=2):
         models = len(values[index])
+        # Candidates with the same adapters move together from seed to seed. Counting them as
+        # independent would hide a difference of their bases behind the spread of the seeds.
         if origins[index] == origins[other] and models == len(values[other]) > 1:
             covariance_KK[index, other] = np.cov(values[index], values[other])[0, 1] / models
     return covariance_KK

@@ -1,4 +1,10 @@
-"""Per-row results of a model, for comparing two models on the same rows. R rows."""
+"""Per-row results of a model, for comparing two models on the same rows.
+
+R rows. Trials write those of their best weights on the validation rows (`serialize`),
+held-out evaluations those of each model (`RowResults.to_records`); reports read both.
+They hold what every metric and interval is computed from, so a report can be built
+again, and runs be compared, without the models.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +37,12 @@ class Classified:
 
 @dataclass(frozen=True)
 class RowResults:
-    """Results of a model on the rows of a split, in the order of the rows."""
+    """Results of a model on the rows of a split, in the order of the rows.
+
+    Either `classified` is set, or the model generates text. Two results can be compared
+    only if they are of the same rows, which callers check by number and by digest of the
+    rows.
+    """
 
     loss_R: np.ndarray
     """Negative log-likelihood in nats: of the class, or summed over the row's target tokens."""
@@ -59,7 +70,11 @@ class RowResults:
         )
 
     def to_records(self) -> Iterable[dict[str, Any]]:
-        """Yield one record per row, for a file of JSON lines."""
+        """Yield one record per row, for a file of JSON lines (`predictions-SPLIT.jsonl`).
+
+        `from_records` reads them. Metrics of all rows together are not part of them; they are
+        stored in the record of `summarize_results`.
+        """
         for row in range(len(self)):
             record: dict[str, Any] = {"row": row, "loss": float(self.loss_R[row])}
             if self.classified:
@@ -80,7 +95,13 @@ class RowResults:
 def serialize(results: RowResults, step: int) -> bytes:
     """Serialise per-row results as safetensors, without the answers.
 
-    `step` is that of the weights.
+    safetensors, because a run folder may come from somebody else and reading it must not
+    run code.
+
+    Args:
+        results: The results.
+        step: Step of the weights that were evaluated, by which readers notice an outdated
+            file.
     """
     from safetensors.numpy import save
 
@@ -101,14 +122,20 @@ def serialize(results: RowResults, step: int) -> bytes:
 
 
 def deserialize(data: bytes) -> tuple[RowResults, int]:
-    """Return the results and the step that `serialize` wrote. The data is untrusted.
+    """Return the results and the step that `serialize` wrote.
 
-    Raises ValueError for anything else.
+    The data is untrusted: the run may have been copied from elsewhere, and the file may be
+    torn.
+
+    Raises:
+        ValueError: The data is anything else, or its sizes or classes do not fit together.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
     try:
+        # `safetensors.numpy.load` does not return the metadata. A file begins with the length of
+        # its JSON header, as 8 bytes.
         header_size = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + header_size]).get("__metadata__", {})
         tensors = load(data)
@@ -135,6 +162,8 @@ def deserialize(data: bytes) -> tuple[RowResults, int]:
 
 def _read_classified(tensors: Mapping[str, np.ndarray], classes: int) -> Classified:
     label_R, predicted_R = tensors["label"].astype(int), tensors["predicted"].astype(int)
+    # A confusion matrix has `classes` x `classes` cells, so a number in a file from elsewhere could
+    # ask for any amount of memory.
     if classes > MAX_CLASSES:
         raise ValueError(f"{classes} classes")
     classes_R = np.concatenate([label_R, predicted_R])
@@ -144,9 +173,10 @@ def _read_classified(tensors: Mapping[str, np.ndarray], classes: int) -> Classif
 
 
 def concatenate(parts: Sequence[RowResults]) -> RowResults:
-    """Return the results of several sets of rows as one.
+    """Return the results of several sets of rows as one, in the order of `parts`.
 
-    Metrics of all rows together are left out.
+    Used for the folds of a cross-validation. Answers and metrics of all rows together are
+    left out, and so are metrics that a part does not have.
     """
     first = parts[0]
     classified_parts = [part.classified for part in parts if part.classified]
@@ -178,7 +208,13 @@ def concatenate(parts: Sequence[RowResults]) -> RowResults:
 def from_records(
     records: list[dict[str, Any]], classes: int, whole: Mapping[str, float | None]
 ) -> RowResults:
-    """Return the results that `RowResults.to_records` wrote."""
+    """Return the results that `RowResults.to_records` wrote.
+
+    Args:
+        records: All rows of a predictions file; at least one.
+        classes: Number of classes; 0 for a model that generates text.
+        whole: Metrics of all rows together. None stands for a value that was not finite.
+    """
     first = records[0]
 
     def read_column(name: str, kind: type = float) -> np.ndarray:

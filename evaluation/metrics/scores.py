@@ -33,10 +33,12 @@ class Scores:
 
 
 def compute_scores(results: RowResults | Sequence[RowResults], names: Iterable[str]) -> Scores:
-    """Compute the named metrics from per-row results.
+    """Compute the named metrics from per-row results, with their intervals.
 
-    Metrics that the results do not have are left out. For several models on the same rows (an
-    arm's seeds), the metrics are means over the models; perplexity is the geometric mean.
+    Args:
+        results: One model, or several on the same rows (an arm's seeds). Metrics of several
+            are means over the models; perplexity is the geometric mean.
+        names: Metrics. Those that the results do not have are left out.
     """
     models = [results] if isinstance(results, RowResults) else list(results)
     first = models[0]
@@ -46,6 +48,8 @@ def compute_scores(results: RowResults | Sequence[RowResults], names: Iterable[s
         if name in first.whole:
             metrics[name] = float(np.mean([model.whole[name] for model in models]))
         elif name == "perplexity":
+            # The exponential of the mean loss, over seeds as over rows. A mean of perplexities
+            # would be led by the worst seed.
             metrics[name] = _compute_exp(
                 float(np.mean([compute_contributions(model, "loss").mean() for model in models]))
             )

@@ -16,9 +16,18 @@ from lorafleet.jobs.schema.job import JobSpec
 
 
 def summarize_results(results: RowResults, job: JobSpec, labels: Sequence[str]) -> dict[str, Any]:
-    """Return metrics with their intervals.
+    """Return metrics with their intervals, as a JSON record.
 
-    For a classifier also the metrics per class and the confusion matrix.
+    Args:
+        results: Per-row results on one split.
+        job: The job, for the names of its metrics.
+        labels: Class names in the order of the model's outputs; empty to number the
+            classes.
+
+    Returns:
+        `metrics`, `intervals` and `whole` (metrics with one value for all rows). For a
+            classifier also `per_class` and `confusion`. `read_results` takes the record
+            again.
     """
     result_scores = compute_scores(results, job.metric_names)
     record: dict[str, Any] = {
@@ -36,8 +45,15 @@ def summarize_results(results: RowResults, job: JobSpec, labels: Sequence[str]) 
 
 
 def write_baselines(run: Run, job: JobSpec, rows: Mapping[str, Sequence[Row]]) -> None:
-    """Write the metrics of trivial answers for each split (split -> rows), once and only if answers
-    are evaluated.
+    """Write the metrics of trivial answers for each split, once.
+
+    Does nothing if no metric of answers is evaluated, or if an earlier attempt wrote the
+    file.
+
+    Args:
+        run: The run, whose `baselines_file` is written.
+        job: Its job.
+        rows: Split -> its rows.
     """
     if not job.text_metrics or run.baselines_file.is_file():
         return

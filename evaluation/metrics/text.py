@@ -43,13 +43,20 @@ class WordTokenizer:
         self.stem: Callable[[str], str] = cache(PorterStemmer().stem)
 
     def tokenize(self, text: str) -> list[str]:
-        """Return the words of a text."""
+        """Return the words of a text, lower-cased and stemmed as rouge_score does.
+
+        Only ASCII words are stemmed: Porter's rules are for English.
+        """
         words = _WORD.findall(text.lower())
         return [self.stem(word) if len(word) > 3 and word.isascii() else word for word in words]
 
 
 @cache
 def _get_rouge_scorer(names: tuple[str, ...]) -> RougeScorer:
+    """Return the scorer of these variants.
+
+    It is kept for the process, and with it the stems of words that it has seen.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(list(names), use_stemmer=True, tokenizer=WordTokenizer())
@@ -63,8 +70,18 @@ def compute_text_metrics(
 ) -> dict[str, Ratio]:
     """Compute the named metrics of each row.
 
-    An empty prediction gets 0, except from exact_match against an empty reference. `embedder`
-    is needed for bertscore_f1.
+    An empty prediction gets 0, except from exact_match against an empty reference.
+
+    Args:
+        names: Metrics. Names of other kinds of metrics are ignored.
+        predictions: Answers of the model.
+        references: What they are compared with; as many as predictions.
+        embedder: Needed for bertscore_f1 only, because it loads an encoder.
+
+    Returns:
+        Metric -> numerators and denominators per row, in the order of `names`. The
+            denominators are 1, except for length_ratio: there they are the words of the
+            references, so that long answers weigh more.
     """
     columns: dict[str, np.ndarray] = {}
     rouges = tuple(name for name in names if name.startswith("rouge"))
@@ -89,6 +106,7 @@ def compute_text_metrics(
 
 
 def _compute_rouge_row(names: tuple[str, ...], prediction: str, reference: str) -> dict[str, float]:
+    # rouge_score takes the reference first.
     texts = [_cut_text(reference), _cut_text(prediction)]
     rouge_scores: dict[str, Any] = {}
     if text_names := tuple(name for name in names if name != "rougeLsum"):
@@ -107,7 +125,11 @@ def _cut_text(text: str) -> str:
 
 
 def _split_sentences(text: str) -> str:
-    """Return a text with one sentence per line."""
+    """Return a text with one sentence per line.
+
+    rouge_score's own splitter needs a model of nltk that is downloaded, so sentences are
+    split at punctuation.
+    """
     return "\n".join(part for part in _SENTENCE_END.split(text) if part and part.strip())
 
 

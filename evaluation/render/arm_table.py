@@ -1,4 +1,8 @@
-"""Format the arms of a comparison as text. All output formats share these functions."""
+"""Format the arms of a comparison as text.
+
+All output formats share these functions. Benchmarks are shown with them too: their
+variants are arms, and the report's state (`BENCHMARK`) changes a few headings.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,12 @@ Cell = Callable[[Arm], str]
 
 
 def build_arm_columns(report: Report) -> list[tuple[str, Cell]]:
-    """Return the columns of the arm table: heading, and a function that formats an arm's cell.
+    """Return the columns of the arm table.
 
     Columns that are empty for all arms are left out.
+
+    Returns:
+        (heading, function that formats an arm's cell) of each column.
     """
     columns: list[tuple[str, Cell]] = [("arm", lambda arm: arm.arm), ("what", lambda arm: arm.what)]
     columns.append((f"{report.held_out} {report.metric}", _make_quality_cell(report.metric)))
@@ -164,7 +171,10 @@ def find_best_arm(report: Report) -> Arm | None:
 
 
 def _make_p_value_cell(report: Report) -> Cell:
-    """Return a function that formats the p-value of an arm against the best arm."""
+    """Return a function that formats the p-value of an arm against the best arm.
+
+    The p-values are adjusted for the number of arms, so reading the whole column is fair.
+    """
     best = find_best_arm(report)
 
     def format_cell(arm: Arm) -> str:
@@ -181,8 +191,10 @@ def _make_p_value_cell(report: Report) -> Cell:
 def build_pair_matrix(report: Report) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Return (headings, rows) with the differences of every two arms.
 
-    A cell holds the metric of the row's arm minus that of the column's arm, the p-value and
-    the interval.
+    Returns:
+        Names of the compared arms, and for each of them (name, cells). A cell holds the
+            metric of the row's arm minus that of the column's arm, the p-value and the
+            interval.
     """
     names = [
         arm.arm
@@ -228,6 +240,8 @@ _MAX_PAIRS = 3
 
 def build_pairs_table(report: Report, *, all_pairs: bool) -> tuple[list[str], list[list[str]]]:
     """Return (headings, rows) with the differences of arms on the same rows.
+
+    Pairs with the best arm are shown as the other arm minus the best.
 
     Args:
         report: The report of a comparison.
@@ -292,7 +306,11 @@ def list_batch_records(report: Report) -> tuple[list[str], list[list[Any]]]:
 
 
 def list_arm_notes(report: Report) -> list[str]:
-    """Return the notes that a reader of the arm table needs."""
+    """Return the notes that a reader of the arm table needs.
+
+    They say what the intervals and p-values cover, how inference was measured, and what is
+    remarkable about single arms.
+    """
     notes = [f"{arm.arm}: {remark}." for arm in report.arms or [] for remark in arm.remarks]
     if report.held_out == "test" and any(arm.seeds for arm in report.arms or []):
         if any(arm.tried for arm in report.arms or []):
@@ -319,6 +337,7 @@ def list_arm_notes(report: Report) -> list[str]:
             f"p-values and intervals of differences: paired by {units}, two-sided, adjusted for "
             "the number of arms."
         )
+    # `begun_gib` is measured on CPUs only, so it tells a CPU's measurement from a GPU's.
     inferences = [arm.inference for arm in report.arms or [] if arm.inference]
     if inferences:
         rounds, threads = inferences[0].rounds, inferences[0].threads
@@ -341,7 +360,11 @@ def list_arm_notes(report: Report) -> list[str]:
 
 
 def list_arm_records(report: Report) -> tuple[list[str], list[list[Any]]]:
-    """Return (columns, rows) with all numbers of the arms, for CSV."""
+    """Return (columns, rows) with all numbers of the arms, for CSV.
+
+    Metrics have three columns each: the value, and `_low` and `_high` of its interval.
+    Missing numbers are None.
+    """
     cost_names = (
         "train_seconds",
         "search_seconds",

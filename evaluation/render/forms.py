@@ -1,6 +1,9 @@
 """Render a report for the terminal and as Markdown, HTML and CSV.
 
-All formats draw the same object.
+All formats draw the same `Report`, with the tables of `trial_table.py` and
+`arm_table.py`. Texts of data, models and other people's runs are shown literally in
+each of them: as rich `Text` in the terminal, escaped in Markdown and HTML, and not as
+formulas in CSV.
 """
 
 from __future__ import annotations
@@ -48,8 +51,12 @@ if TYPE_CHECKING:
 def render_terminal(report: Report, width: int) -> RenderableType:
     """Return a rich table of at most `width` characters, with the recommendation below it.
 
-    Texts of data and names are shown literally and never read as markup. If the width is too
-    small, the columns that matter least for the choice are left out; no number is cut.
+    Texts of data and names are shown literally and never read as markup.
+
+    Args:
+        report: The report.
+        width: Characters of a line. If they are too few, the columns that matter least for
+            the choice are left out; no number is cut.
     """
     from rich.console import Group
     from rich.table import Table
@@ -82,6 +89,7 @@ def render_terminal(report: Report, width: int) -> RenderableType:
 
 
 def _render_terminal_table(headings: list[str], rows: list[list[str]]) -> list[RenderableType]:
+    """Return a table between two empty lines; an empty list without rows."""
     from rich.table import Table
     from rich.text import Text
 
@@ -141,6 +149,7 @@ def _render_terminal_arms(report: Report, width: int) -> RenderableType:
     return Group(*parts)
 
 
+# Columns that a narrow terminal leaves out, the first one first. Name, metric and p-value stay.
 _DROPPED_ARM_COLUMNS = (
     "parameters",
     "train GiB",
@@ -181,7 +190,12 @@ def _get_style(row: Row, report: Report) -> str:
 
 
 def render_trial(report: Report, row: Row) -> RenderableType:
-    """Render the details of one trial, or of the base, for a terminal."""
+    """Render the details of one trial, or of the base, for a terminal.
+
+    Args:
+        report: The report of the run.
+        row: The trial: its values, costs, metrics, classes and curve are shown.
+    """
     from rich.console import Group
     from rich.text import Text
 
@@ -309,7 +323,12 @@ def _render_csv(headings: list[str], rows: list[list[Any]]) -> str:
 
 
 def render_table_csv(report: Report, rows: Sequence[Row] | None = None) -> str:
-    """Return one line per row with full precision. `rows` defaults to all rows of the table."""
+    """Return the table of trials as CSV, one line per row with full precision.
+
+    Args:
+        report: The report.
+        rows: Rows to write. None writes all rows of the table: base, baselines and trials.
+    """
     parameters = list_searched_fields(report)
     names = report.metrics
     field_names = (
@@ -361,9 +380,10 @@ def render_table_csv(report: Report, rows: Sequence[Row] | None = None) -> str:
 
 
 def _format_csv_cell(value: object) -> object:
-    """Return a value for CSV.
+    """Return a value for CSV; None becomes empty.
 
-    A text that a spreadsheet would run as a formula gets a leading apostrophe.
+    A text that a spreadsheet would run as a formula gets a leading apostrophe. Numbers are
+    left as they are, negative ones included.
     """
     if value is None:
         return ""
@@ -375,7 +395,8 @@ def _format_csv_cell(value: object) -> object:
 def render_html(report: Report) -> str:
     """Return the report as one self-contained HTML page.
 
-    It has no script and sends no request. All texts are escaped; plots are embedded images.
+    It has no script and sends no request, so it can be mailed or opened from a run of
+    somebody else. All texts are escaped; plots are embedded images.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -388,11 +409,13 @@ def render_html(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    # Jinja has no such filter, and the template walks headings and cells together.
     environment.filters["zip"] = zip
     shown = build_columns(report)
     chosen = report.recommendation.trial_id
     table = [(row, [cell(row) for _, cell in shown]) for row in report.table_rows]
     chosen_last = [pair for pair in table[_MAX_VISIBLE_ROWS:] if pair[0].trial_id == chosen]
+    # The recommended trial must be visible without unfolding the further rows.
     if chosen_last:
         table = [
             *table[: _MAX_VISIBLE_ROWS - 1],

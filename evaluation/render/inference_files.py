@@ -1,5 +1,6 @@
-"""Files beside recommended weights with which plain transformers prepares prompts and ends answers
-as in training.
+"""Files beside recommended weights for use without lorafleet.
+
+With them, plain transformers prepares prompts and ends answers as in training.
 """
 
 from __future__ import annotations
@@ -14,25 +15,27 @@ from lorafleet.jobs.schema.job import JobSpec
 
 
 def save_inference_files(job: JobSpec, folder: Path) -> dict[str, Any]:
-    """Save the tokenizer with the chat template of training and, for a generating model,
-    `generation_config.json`.
+    """Save the tokenizer, and for a generating model the generation settings, beside weights.
 
-    Needs transformers, and the model and data on this machine.
+    The tokenizer has the chat template of training; `generation_config.json` has its end
+    tokens. Needs transformers, and the model and data on this machine.
 
     Args:
         job: The job of the trial whose weights are in `folder`.
         folder: Folder of the weights. Files of the same names are replaced.
 
     Returns:
-        What the model card's code needs to build a prompt: `tokenizer` (True), and of a generating
-        model `conversation` (whether rows are messages), `chat_template` (whether a template
-        renders them), `content_as_parts` (whether it takes lists of parts), `start` (text of the
-        token that a prompt begins with, unless the template writes it), `system_message` (role and
-        content, if all rows have the same), `answer_marker` (text after which the answer begins, if
-        the model writes something before it).
+        What the model card's code needs to build a prompt: `tokenizer` (True), and of a
+            generating model `conversation` (whether rows are messages), `chat_template`
+            (whether a template renders them), `content_as_parts` (whether it takes lists of
+            parts), `start` (text of the token that a prompt begins with, unless the
+            template writes it), `system_message` (role and content, if all rows have the
+            same), `answer_marker` (text after which the answer begins, if the model writes
+            something before it).
 
     Raises:
-        AssetError, DataError: The model or the data is not on this machine.
+        AssetError: The model or the data is not on this machine.
+        DataError: The rows cannot be used.
     """
     chat = load_chat_format(job)
     with silence_libraries():
@@ -42,6 +45,8 @@ def save_inference_files(job: JobSpec, folder: Path) -> dict[str, Any]:
     from transformers import GenerationConfig
 
     data = prepare(job)
+    # Turns may end with a token that only the chat template names. Without it, plain transformers
+    # would generate on until the limit.
     end_ids = list(dict.fromkeys([*chat.model_ends, *data.ends]))
     sampling = {}
     if job.evaluate.do_sample:

@@ -1,5 +1,9 @@
-"""Python code for the model card: load the weights with plain transformers and PEFT, and ask the
-model once. Pure.
+"""Python code for the model card: load the weights and ask the model once.
+
+Pure. The code uses plain transformers and PEFT and must do what lorafleet does: the
+same base and number format, the same prompt, the same end of an answer.
+tests/unit/test_card.py runs it and compares. Every text that is not ours is written
+with `repr`, so data cannot add code.
 """
 
 from __future__ import annotations
@@ -42,7 +46,13 @@ class LoadingMetadata:
 
 
 def build_loading_code(metadata: LoadingMetadata) -> list[str]:
-    """Return the code as lines. It runs in the folder of the weights."""
+    """Return the code as lines.
+
+    It runs in the folder of the weights.
+
+    Args:
+        metadata: What the code depends on; texts in it need not be trusted.
+    """
     if metadata.task == "classification":
         return [
             *_render_imports(metadata),
@@ -113,6 +123,7 @@ def _render_loading(metadata: LoadingMetadata) -> list[str]:
 
 
 def _render_quantization(metadata: LoadingMetadata) -> list[str]:
+    """Return the lines that define the quantisation of the base as in training."""
     spec = metadata.quantization
     kind = spec.get("quant_type", "nf4")
     if kind == "int8":
@@ -125,6 +136,7 @@ def _render_quantization(metadata: LoadingMetadata) -> list[str]:
             f"bnb_4bit_use_double_quant={bool(spec.get('use_double_quant', True))}",
             f"bnb_4bit_compute_dtype=torch.{metadata.dtype if compute == 'auto' else compute}",
         ]
+    # Modules that were trained in full must be loaded unquantised, or the saved weights do not fit.
     skipped = list(dict.fromkeys([*UNQUANTIZED_MODULES, *metadata.saved_modules]))
     arguments.append(f"llm_int8_skip_modules={skipped!r}")
     return [
@@ -135,6 +147,7 @@ def _render_quantization(metadata: LoadingMetadata) -> list[str]:
 
 
 def _render_classification(metadata: LoadingMetadata) -> list[str]:
+    """Return the lines that classify a text."""
     return [
         f"LABELS = {list(metadata.labels)!r}",
         f'inputs = tokenizer(["a text"], truncation=True, max_length={metadata.max_length}, '
@@ -148,6 +161,7 @@ def _render_classification(metadata: LoadingMetadata) -> list[str]:
 
 
 def _render_generation(metadata: LoadingMetadata) -> list[str]:
+    """Return the lines that ask the model once and print the answer."""
     lines = [
         *_render_prompt(metadata),
         "inputs = tokenizer(prompt, add_special_tokens=False, "
@@ -158,6 +172,7 @@ def _render_generation(metadata: LoadingMetadata) -> list[str]:
         'answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], '
         "skip_special_tokens=True)",
     ]
+    # Some templates make the model write a header or thinking block before its answer.
     marker = metadata.prompt.get("answer_marker")
     if marker:
         lines.append(f"answer = answer.split({marker!r})[-1]")

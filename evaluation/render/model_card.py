@@ -1,5 +1,8 @@
-"""The model card and manifest beside the recommended weights: their training, metrics, files and
-how to load them.
+"""The model card and manifest beside the recommended weights.
+
+They describe the training, the metrics, the files and how to load them. `manifest.json`
+is for programs; `README.md` is rendered from it and has no facts of its own. They are
+written again whenever the report is, because another trial may be recommended then.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ _DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 def find_recommended_weights(run: Run, report: Report) -> Path | None:
     """Return the folder of the recommended weights.
 
-    Returns None if nothing is recommended or the weights are not on this machine.
+    Returns None if nothing is recommended or the weights are not on this machine. A path
+    that leads out of the run is ignored: files are written into that folder, and a report
+    may come from elsewhere.
     """
     name = report.recommendation.adapter
     if report.recommendation.trial_id is None or not name:
@@ -46,8 +51,10 @@ def write_card(run: Run, report: Report, prompt: dict[str, Any] | None = None) -
     """Write README.md and manifest.json beside the recommended weights, if they are on disk.
 
     Args:
-        prompt: What `save_inference_files` returned. None keeps what an earlier card of these
-            weights has.
+        run: The run.
+        report: Its report.
+        prompt: What `save_inference_files` returned. None keeps what an earlier card of
+            these weights has.
     """
     weights = find_recommended_weights(run, report)
     trial_id = report.recommendation.trial_id
@@ -65,11 +72,19 @@ def write_card(run: Run, report: Report, prompt: dict[str, Any] | None = None) -
 def build_manifest(
     run: Run, report: Report, trial: Trial, prompt: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the contents of manifest.json: everything that the card says, for programs."""
+    """Return the contents of manifest.json: everything that the card says, for programs.
+
+    Args:
+        run: The run.
+        report: Its report.
+        trial: The recommended trial.
+        prompt: What `save_inference_files` returned; empty without a saved tokenizer.
+    """
     row = _get_row_with_held_out_metrics(report, str(report.recommendation.trial_id))
     resolved = trial.read_params().get("resolved", {})
     name = str(resolved.get("model", {}).get("model_name_or_path") or report.model)
     try:
+        # Readers of the card do not have lorafleet's cache: the base is named by its public id.
         base, revision = resolve_public_base(name, resolved.get("model", {}).get("revision"))
     except AssetError:  # an asset that this version does not have
         base, revision = name, None
@@ -244,12 +259,18 @@ def _render_loading_section(manifest: dict[str, Any], task: str, method: str) ->
     """Return the section on loading the weights.
 
     Empty for weights of earlier versions, which have no tokenizer beside them.
+
+    Args:
+        manifest: What `build_manifest` returned.
+        task: Task of the run.
+        method: Training method.
     """
     metadata = build_loading_metadata(manifest, task, method)
     if metadata is None:
         return []
     code = build_loading_code(metadata)
     fence = "```"
+    # Labels of the data are part of the code. One with three backticks would end the code block.
     while any(fence in line for line in code):
         fence += "`"
     packages = ["torch", "transformers", *(["peft"] if method != "full" else [])]

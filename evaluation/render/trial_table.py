@@ -1,4 +1,9 @@
-"""Format the tables and texts of a report. All output formats share these functions."""
+"""Format the tables and texts of a report.
+
+All output formats share these functions. A column is a heading and a function that
+formats the cell of a row. Terminal, Markdown and HTML show the same cells, so a number
+never differs between them; CSV has full precision and its own writer.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,12 @@ def list_searched_fields(report: Report) -> list[str]:
 
 
 def build_columns(report: Report) -> list[tuple[str, Cell]]:
-    """Return the columns of the trial table: heading, and a function that formats a row's cell."""
+    """Return the columns of the full trial table, for Markdown, HTML and W&B.
+
+    Returns:
+        (heading, function that formats a row's cell) of each column. Columns that no trial
+            could fill are left out.
+    """
     table_columns: list[tuple[str, Cell]] = [("trial", lambda row: row.trial_id)]
     if report.arms is not None:
         table_columns.append(("arm", lambda row: row.arm or MISSING))
@@ -68,9 +78,10 @@ def _has_answer_times(report: Report) -> bool:
 
 
 def build_terminal_columns(report: Report) -> list[tuple[str, Cell]]:
-    """Return the columns that fit a terminal.
+    """Return the columns that fit a terminal, the most important first to last.
 
-    These are the deciding metrics on both splits, and what a configuration costs.
+    These are the deciding metrics on both splits, and what a configuration costs. The
+    renderer may still drop some of them in a narrow terminal.
     """
     split = "validation again" if report.held_out == "validation" else "test"
     table_columns: list[tuple[str, Cell]] = [("trial", lambda row: row.trial_id)]
@@ -117,6 +128,8 @@ def _format_briefly(metrics: Metrics, intervals: dict[str, tuple[float, float]],
 
 
 def _make_parameter_cell(path: str) -> Cell:
+    """Return a function that formats a searched value; floats with three significant digits."""
+
     def format_cell(row: Row) -> str:
         value = row.params.get(path)
         if value is None:
@@ -165,7 +178,11 @@ def format_with_interval(
 
 
 def list_notes(report: Report) -> list[str]:
-    """Return the notes that a reader of the table needs."""
+    """Return the notes that a reader of the table needs.
+
+    They are failures, warnings, number formats, and what the intervals cover. Each is a
+    sentence or two.
+    """
     all_notes = [
         f"{row.trial_id} failed ({row.failure.failure_class}): {row.failure.sentence}"
         for row in report.trials
@@ -191,7 +208,10 @@ def list_notes(report: Report) -> list[str]:
 
 
 def build_folds_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Return (headings, rows) of a cross-validation, one row per configuration."""
+    """Return (headings, rows) of a cross-validation, one row per configuration.
+
+    Both are empty without folds.
+    """
     if not report.folds:
         return [], []
     paths = list(report.folds[0].params)
@@ -255,7 +275,7 @@ def build_ratings_table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def build_headline(report: Report) -> str:
-    """Return one line about what ran."""
+    """Return one line about what ran: model, data, rows, arms, trials, duration and state."""
     counts = report.rows_count
     rows = ", ".join(
         f"{counts[name]:,} {name}" for name in ("train", "validation", "test") if counts.get(name)
@@ -277,7 +297,10 @@ def build_headline(report: Report) -> str:
 def format_class_cells(values: Mapping[str, float]) -> list[str]:
     """Return precision, recall, F1 and number of rows of a class.
 
-    Without rows the first three are unknown.
+    Without rows the first three are unknown, not 0.
+
+    Args:
+        values: Precision, recall, f1 and support of the class.
     """
     rows = int(values["support"])
     scores = [

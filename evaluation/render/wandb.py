@@ -1,4 +1,10 @@
-"""Log reports to Weights & Biases. All writers to it share its mode and settings."""
+"""Log reports to Weights & Biases.
+
+All writers to it share its mode and settings. Tracking is never needed for a result:
+errors of the client become events of the run (`ignore_tracking_errors`). Nothing ever
+asks for a login; without an API key W&B writes offline files, which `lorafleet sync`
+uploads later.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +37,10 @@ _MODES: tuple[Mode, ...] = ("online", "offline", "disabled")
 def ignore_tracking_errors(run: Run) -> Iterator[None]:
     """Record an error of the tracker as an event and continue.
 
-    The results are stored in the run anyway. StaleAttempt is still raised.
+    The results are stored in the run anyway.
+
+    Raises:
+        StaleAttempt: Another driver has taken over the run, so this one must stop writing.
     """
     try:
         yield
@@ -43,7 +52,17 @@ def ignore_tracking_errors(run: Run) -> Iterator[None]:
 
 
 def track_report(run: Run, job: JobSpec, report: Report, name: str = "report") -> None:
-    """Log the tables of a report and its recommendation as a W&B run of its own."""
+    """Log the tables of a report and its recommendation as a W&B run of its own.
+
+    Does nothing if tracking is disabled. Errors of W&B are recorded in the run and not
+    raised.
+
+    Args:
+        run: The run, whose `wandb` folder is written.
+        job: Its job, with the `tracking` block.
+        report: The report.
+        name: Name and job type of the W&B run: report or benchmark.
+    """
     mode = resolve_wandb_mode(job)
     if mode == "disabled":
         return
@@ -88,9 +107,12 @@ def _describe_recommended_weights(run: Run, report: Report) -> dict[str, Any]:
 
 
 def _build_tables(report: Report, *, samples: bool) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """Return the report's tables by name.
+    """Return the report's tables by name, as (headings, rows).
 
-    Texts of rows and models are included only if `samples` is True.
+    Args:
+        report: The report.
+        samples: True to include texts of rows and models. They leave this machine then, so
+            the job must ask for it (`tracking.upload_samples`).
     """
     shown = build_columns(report)
     rows = [[cell(row) for _, cell in shown] for row in report.table_rows]
@@ -164,7 +186,8 @@ def _build_samples_table(rows: list[Sample]) -> tuple[list[str], list[list[Any]]
 def resolve_wandb_mode(job: JobSpec) -> Mode:
     """Return the mode: online, offline or disabled.
 
-    It is online only if an API key is available. Nothing ever prompts.
+    It is online only if an API key is available: `wandb.init` would otherwise ask for one
+    and block a driver that nobody watches.
     """
     requested = get_requested_mode(job)
     if requested in ("offline", "disabled"):
@@ -173,7 +196,10 @@ def resolve_wandb_mode(job: JobSpec) -> Mode:
 
 
 def get_requested_mode(job: JobSpec) -> Mode | None:
-    """Return the mode that the job or the environment requests; None to use what is available."""
+    """Return the mode that the job or the environment requests; None to use what is available.
+
+    `tracking.mode` wins over WANDB_MODE.
+    """
     requested = (
         job.tracking.mode if job.tracking.mode != "auto" else os.environ.get("WANDB_MODE", "auto")
     )
@@ -207,7 +233,22 @@ def open_wandb(
     job_type: str,
     config: dict[str, Any],
 ) -> Any:
-    """Open a W&B run in the group of a run. Files of a killed attempt are removed first."""
+    """Open a W&B run in the group of a run.
+
+    Files of a killed attempt are removed first.
+
+    Args:
+        run: The run. All its W&B runs are grouped under its id.
+        job: Its job, with the `tracking` block.
+        mode: What `resolve_wandb_mode` returned.
+        name: Id of the W&B run. It is fixed, so that a resumed run continues it.
+        display_name: Name that W&B shows.
+        job_type: Job type that W&B shows.
+        config: Values that W&B shows as the run's configuration.
+
+    Raises:
+        StaleAttempt: Another driver has taken over the run.
+    """
     import wandb
 
     run.check_current()
@@ -216,6 +257,8 @@ def open_wandb(
     for stale_folder in folder.glob(f"wandb/*run-*-{name}"):
         shutil.rmtree(stale_folder, ignore_errors=True)
     tracking = job.tracking
+    # W&B would otherwise upload source code, the git state and the console's output, and write to a
+    # terminal that shows the live view.
     settings: dict[str, Any] = {
         "silent": True,
         "disable_git": True,

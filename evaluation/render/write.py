@@ -14,10 +14,14 @@ from lorafleet.jobs.text import make_json_printable
 
 
 def write_report(run: Run, *, with_tokenizer: bool = False) -> Report:
-    """Build the report and write it in all its forms below report/, with a card beside the
-    recommended weights.
+    """Build the report and write it in all its forms, with a card beside the weights.
+
+    The files are below `report/`; README.md and manifest.json are in the folder of the
+    recommended weights. Existing ones are replaced. Drivers call this at the end of a run
+    and when it stops.
 
     Args:
+        run: The run.
         with_tokenizer: Also save the tokenizer and the generation settings beside the
             recommended weights. This needs transformers, the model and the data on this
             machine, as the process that trained has them.
@@ -41,7 +45,15 @@ def write_report(run: Run, *, with_tokenizer: bool = False) -> Report:
 
 
 def write_report_files(report: Report, folder: Path) -> None:
-    """Write a report as JSON, CSV, Markdown and HTML."""
+    """Write a report as JSON, CSV, Markdown and HTML.
+
+    Files: report.json, report.csv, report.md, report.html, and for a comparison or
+    benchmark arms.csv and batches.csv.
+
+    Args:
+        report: The report.
+        folder: Folder of the files. It is created if it does not exist.
+    """
     from lorafleet.evaluation.render.forms import (
         render_arms_csv,
         render_batches_csv,
@@ -61,7 +73,11 @@ def write_report_files(report: Report, folder: Path) -> None:
 
 
 def render_report_json(report: Report) -> str:
-    """Return a report as JSON. NaN and infinite numbers become null."""
+    """Return a report as JSON.
+
+    NaN and infinite numbers become null, which every reader knows. Control characters in
+    texts are escaped: terminals would obey them when the file is printed.
+    """
     return make_json_printable(
         report.model_dump_json(indent=2)
     )  # pydantic writes NaN and infinity as null

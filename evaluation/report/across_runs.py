@@ -1,4 +1,9 @@
-"""Compare runs without training: rank those that were evaluated alike and mark the others."""
+"""Compare runs without training: rank those that were evaluated alike and mark the others.
+
+This is `lorafleet compare RUN RUN`. It reads only the files of the runs. A difference
+between two scores says something about the models only if everything else was equal, so
+each run is compared with the first one in `_MUST_AGREE` before it is ranked.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +68,12 @@ class _Entry:
 def compare_runs(runs: Sequence[Run]) -> Report:
     """Build a report with one arm per run: the model that the run recommends.
 
-    Runs that were not evaluated like the first run are not ranked.
+    Runs that were not evaluated like the first run are shown with the reason and not
+    ranked. Runs that agree with each other, but not with the first one, still have their
+    differences listed.
+
+    Args:
+        runs: At least two. The report takes its data, base and baselines from the first.
     """
     entries = [_load_entry(run) for run in runs]
     first = entries[0]
@@ -123,7 +133,8 @@ def compare_runs(runs: Sequence[Run]) -> Report:
 def _group_alike(entries: list[_Entry]) -> list[list[_Entry]]:
     """Group the entries that were evaluated alike.
 
-    Differences within a group are due to the models alone.
+    Differences within a group are due to the models alone. Entries that are marked as not
+    comparable are in no group.
     """
     groups: list[list[_Entry]] = []
     for entry in entries:
@@ -136,7 +147,12 @@ def _group_alike(entries: list[_Entry]) -> list[list[_Entry]]:
 
 
 def _load_entry(run: Run) -> _Entry:
-    """Load the recommended model of a run and the terms of its evaluation."""
+    """Load the recommended model of a run and the terms of its evaluation.
+
+    The terms come from `facts.json`, which the run's driver wrote. Terms that cannot
+    influence a run are left empty, so that they do not keep runs apart: generation settings
+    and the encoder of BERTScore only count if answers were evaluated.
+    """
     report, job = build_report(run), load_run_job(run)
     split = report.held_out
     facts = files.read_json(run.path / "facts.json")
@@ -159,6 +175,8 @@ def _load_entry(run: Run) -> _Entry:
         if chosen is None:
             return _Entry(run, report, _make_empty_arm(run), [], terms)
         description = f"{chosen.arm}: {chosen.what}"
+        # An arm may have a base or a maximum length of its own. Those of its job are then the
+        # terms.
         arm_job = build_arm_job(job, chosen.arm)
         terms["model"] = get_base_revision(facts.get("model_revisions", {}), arm_job)
         terms["max_length"] = arm_job.model.max_length
@@ -211,7 +229,10 @@ _NO_PREDICTIONS = (
 
 
 def _list_differences(entry: _Entry, first: _Entry) -> list[str]:
-    """Return how the evaluation of an entry differs from that of another, one phrase each."""
+    """Return how the evaluation of an entry differs from that of another, one phrase each.
+
+    Empty if their scores can be compared.
+    """
     differences = []
     for name, description in _MUST_AGREE.items():
         if entry.terms[name] != first.terms[name]:
@@ -223,7 +244,11 @@ def _list_differences(entry: _Entry, first: _Entry) -> list[str]:
 
 
 def _mark_differences(entry: _Entry, first: _Entry) -> Arm:
-    """Return the arm of an entry, with remarks if it was not evaluated like the first entry."""
+    """Return the arm of an entry, with remarks if it was not evaluated like the first entry.
+
+    Other training rows are a remark only: the scores remain comparable, but the reader must
+    know that held-out rows may have been trained on.
+    """
     reasons = [] if entry.results else [f"not ranked: {_NO_PREDICTIONS}"]
     reasons += [f"not ranked: {difference}" for difference in _list_differences(entry, first)]
     remarks = [*entry.arm.remarks, *reasons]

@@ -14,9 +14,11 @@ from lorafleet.jobs.runs.run import Run
 def load_answers(run: Run) -> tuple[list[dict[str, Any]], dict[str, tuple[str | None, ...]]]:
     """Load the held-out rows of a run and the answers of its models.
 
+    An arm with several seeds is represented by its first seed.
+
     Returns:
-        The rows, and model -> answers. The models are the arms of a comparison; for a search,
-        the base and the recommended trial. Models without answers are left out.
+        The rows, and model -> answers. The models are the arms of a comparison; for a
+            search, the base and the recommended trial. Models without answers are left out.
     """
     report, job = build_report(run), load_run_job(run)
     rows = files.read_jsonl(run.get_rows_file(report.held_out))

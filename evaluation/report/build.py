@@ -16,7 +16,19 @@ from lorafleet.jobs.runs.run import Run
 
 
 def build_report(run: Run) -> Report:
-    """Build the report of a run from the results that it has so far."""
+    """Build the report of a run from the results that it has so far.
+
+    A report is never stored as state: it is computed from the run's files each time, also
+    while the run trains, without torch, Ray or network. A benchmark is the exception: it
+    has no trials, so its written report is read.
+
+    Args:
+        run: A run of any command.
+
+    Raises:
+        RunError: The folder is not a complete run, a needed file is damaged, or its job is
+            of another version.
+    """
     command = files.read_json(run.path / "plan.json").get("command")
     written_report = run.path / "report" / "report.json"
     if command == "benchmark" and written_report.is_file():

@@ -1,4 +1,9 @@
-"""Choose which arm of a comparison to ship, by the rule of the job file. Pure functions."""
+"""Choose which arm of a comparison to ship, by the rule of the job file.
+
+Pure functions. `cheapest_within_tolerance` is the shared rule of `decide.py` with a
+cost that the job names. The other rules look at scores only. All of them ship the best
+arm if there are too few rows.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +48,8 @@ COSTS: dict[str, tuple[str, str, Callable[[Arm], float | None]]] = {
 def get_first_response_ms(arm: Arm) -> float | None:
     """Return the milliseconds to the first output of an arm's model; None if not measured.
 
-    The first output is the first token, or the class of a row.
+    The first output is the first token, or the class of a row. A whole answer would depend
+    on the number of tokens that the job asks for.
     """
     inference = arm.inference
     if inference is None:
@@ -53,7 +59,10 @@ def get_first_response_ms(arm: Arm) -> float | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """The rule by which an arm is chosen, and its settings."""
+    """The rule by which an arm is chosen, and its settings.
+
+    Made from the `compare` block of a job, or from defaults to compare runs side by side.
+    """
 
     rule: Rule
     metric: str
@@ -66,7 +75,10 @@ class Choice:
     """Number of held-out rows."""
 
     def score(self, arm: Arm) -> float:
-        """Return an arm's metric, with the sign that makes larger values better."""
+        """Return an arm's metric, with the sign that makes larger values better.
+
+        Only for arms that have the metric.
+        """
         value = arm.metrics.get(self.metric)
         assert value is not None
         return value if self.goal == "maximize" else -value
@@ -84,11 +96,20 @@ class Choice:
 def choose(arms: list[Arm], comparisons: Sequence[Comparison], choice: Choice) -> Recommendation:
     """Choose an arm by the rule of the job file.
 
-    `comparisons` has one entry per deciding metric.
+    Args:
+        arms: All arms. Those that are not comparable or have no score are not chosen.
+        comparisons: One entry per deciding metric.
+        choice: The rule and its settings.
+
+    Returns:
+        The recommendation. `arm` is None if no arm has a score, or if no two were evaluated
+            alike.
     """
     ranked = [arm for arm in arms if arm.comparable and arm.metrics.get(choice.metric) is not None]
     excluded = [arm.arm for arm in arms if not arm.comparable]
     rule = describe_rule(choice)
+    # One arm alone would always win. Without a second one that was evaluated alike there is no
+    # ranking.
     if excluded and len(arms) - len(excluded) < 2:
         sentence = (
             "Nothing is ranked: no two of the models were evaluated in the same way (see the "
@@ -131,7 +152,11 @@ def choose(arms: list[Arm], comparisons: Sequence[Comparison], choice: Choice) -
 def _choose_by_score(
     ranked: list[Arm], best: Arm, comparisons: Sequence[Comparison], choice: Choice
 ) -> tuple[Arm, str]:
-    """Apply a rule that uses scores only. Return the arm and the sentence."""
+    """Apply a rule that uses scores only.
+
+    Returns:
+        (the chosen arm, the sentence of the recommendation).
+    """
     score = f"{choice.metric} {_format_score(best, choice)}"
     if choice.rule == "pareto":
         arms = [
@@ -153,7 +178,14 @@ def _choose_by_score(
 def _choose_smallest_within(
     ranked: list[Arm], best: Arm, score: str, choice: Choice
 ) -> tuple[Arm, str]:
-    """Apply the rule `smallest_within`."""
+    """Apply the rule `smallest_within`: the lowest cost among arms near the best score.
+
+    Unlike `cheapest_within_tolerance`, it compares the scores themselves, without
+    intervals.
+
+    Returns:
+        (the chosen arm, the sentence of the recommendation).
+    """
     near = [arm for arm in ranked if choice.score(arm) >= choice.score(best) - choice.within]
     costs = {arm.arm: cost for arm in near if (cost := choice.get_cost(arm)) is not None}
     if not costs:
@@ -192,13 +224,17 @@ def _format_p_value(
 
 
 def find_pareto_front(arms: list[Arm], choice: Choice) -> list[Arm]:
-    """Return the arms that no other beats in both metric and cost, the cheapest first."""
+    """Return the arms that no other beats in both metric and cost, the cheapest first.
+
+    Arms without a measured cost or metric are left out.
+    """
     priced = [
         arm
         for arm in arms
         if choice.get_cost(arm) is not None and arm.metrics.get(choice.metric) is not None
     ]
     unbeaten: list[Arm] = []
+    # From the cheapest on, an arm is on the front if its score is above that of all cheaper ones.
     for arm in sorted(priced, key=lambda arm: (choice.get_cost(arm) or 0.0, -choice.score(arm))):
         if not unbeaten or choice.score(arm) > choice.score(unbeaten[-1]):
             unbeaten.append(arm)

@@ -1,4 +1,9 @@
-"""Build the report of a comparison from its files, at any time."""
+"""Build the report of a comparison from its files, at any time.
+
+An arm's training is a run of its own below the folder of the comparison
+(`run.list_arms`), so its trials are read as those of any search. Per-row results of all
+seeds come from the held-out evaluation. Needs no torch, Ray or network.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +58,15 @@ _METHOD_TEXTS = {
 def select_trained_rows(report: Report, spec: ArmSpec) -> list[Row]:
     """Return the trials of an arm that were trained to the end.
 
-    For an arm with a search: the best configuration, then its repetitions with further seeds.
-    For an arm without a search: one trial per seed. Stopped trials count only if no trial was
-    trained to the end.
+    Stopped trials count only if no trial was trained to the end.
+
+    Args:
+        report: The report of the arm's own search.
+        spec: The arm.
+
+    Returns:
+        For an arm with a search: the best configuration, then its repetitions with further
+            seeds. For an arm without a search: one trial per seed.
     """
     scored = [
         row
@@ -80,6 +91,11 @@ def load_arms(
     run: Run, job: JobSpec, split: str
 ) -> tuple[list[Arm], dict[str, dict[int, RowResults]], list[Row]]:
     """Load the arms of a comparison.
+
+    Args:
+        run: The comparison.
+        job: Its job.
+        split: The held-out split.
 
     Returns:
         The arms, arm -> seed -> per-row results, and all trials of all arms.
@@ -106,7 +122,8 @@ def _mark_incomparable(
 ) -> list[Arm]:
     """Mark the arms that a loss cannot rank, and return all arms.
 
-    These are arms whose likelihoods are over other tokens than those of most arms.
+    These are arms whose likelihoods are over other tokens than those of most arms. A model
+    that splits the rows into fewer tokens has a higher loss per token for the same text.
     """
     first_results = {
         name: next(iter(results.values())) for name, results in results_by_arm.items() if results
@@ -170,10 +187,15 @@ def compare_arms(
         metric: What to compare by. Losses of different tokens form different groups.
         draws: Draws of the bootstrap.
         origins: Arm -> the arm whose adapters it has, if they are not its own.
+
+    Returns:
+        One comparison per group of at least two arms. Arms of different groups are never
+            compared.
     """
     candidates = []
     for name, results in results_by_arm.items():
         if results:
+            # In the order of the seeds: arms that share adapters are compared seed by seed.
             models = [results[seed] for seed in sorted(results)]
             candidates.append(Candidate(name, models, (origins or {}).get(name)))
     groups: list[list[Candidate]] = []
@@ -203,7 +225,7 @@ def _has_same_rows(results: RowResults, other: RowResults, metric: str) -> bool:
 
 
 def list_pairs(comparisons: Iterable[Comparison]) -> list[Pair]:
-    """Return every pair of arms that was compared."""
+    """Return every pair of arms that was compared, each once."""
     return [
         Pair(
             one=name,
@@ -231,7 +253,15 @@ def _build_arm(
     reports: dict[str, Report],
     results_by_seed: dict[int, RowResults],
 ) -> Arm:
-    """Build one arm from its trials, per-row results and inference measurements."""
+    """Build one arm from its trials, per-row results and inference measurements.
+
+    Args:
+        run: The comparison.
+        job: Its job.
+        name: Name of the arm.
+        reports: Arm -> the report of its search. An arm that trains nothing has none.
+        results_by_seed: Seed -> per-row results on the held-out rows.
+    """
     assert job.compare is not None
     spec = job.compare.arms[name]
     names = job.metric_names
@@ -241,6 +271,8 @@ def _build_arm(
         for seed, row_results in results_by_seed.items()
     }
     trained = spec.needs_training or spec.adapter_of is not None
+    # An arm with another arm's adapters was not trained: its trials, costs and weights are those of
+    # the other arm.
     origin = spec.adapter_of or name
     source, source_spec, report = run.get_arm(origin), job.compare.arms[origin], reports.get(origin)
     provided_weights = source_spec.weights
@@ -250,6 +282,7 @@ def _build_arm(
         [row for row in report.trials if not row.repeats] if report is not None and rows else []
     )
     has_folds = any(row.fold is not None for row in searched)
+    # With folds, each configuration has one trial per fold; the first fold counts it once.
     tried = [row for row in searched if row.fold == 0 or not has_folds]
     weights = source.get_trial(best.trial_id).weights if best else None
     return Arm(
@@ -325,7 +358,12 @@ def _describe_arm(spec: ArmSpec, best: Row | None) -> str:
 
 
 def _list_remarks(spec: ArmSpec, best: Row | None, rows: list[Row], job: JobSpec) -> list[str]:
-    """Return remarks on the training and the search of an arm."""
+    """Return remarks on the training and the search of an arm.
+
+    A best value at the end of its range is a remark, because a wider search may find a
+    better one, and published comparisons often fail here: one method gets a well-searched
+    learning rate, another not.
+    """
     assert job.compare is not None
     if not spec.needs_training:
         return []
@@ -351,7 +389,12 @@ def _list_remarks(spec: ArmSpec, best: Row | None, rows: list[Row], job: JobSpec
 
 
 def summarize_inference(rows: list[dict[str, Any]]) -> Inference | None:
-    """Return medians and spread of the measured rounds (one row each); None without rows."""
+    """Return medians and spread of the measured rounds; None without rows.
+
+    Args:
+        rows: One record of `lorafleet measure` per round. Threads and CPU are taken from
+            the last.
+    """
     if not rows:
         return None
     names = [name for name in Inference.model_fields if name not in _NOT_MEDIANS]
@@ -368,7 +411,11 @@ _NOT_MEDIANS = ("rounds", "spread", "threads", "cpu", "cpu_flags")
 
 
 def summarize_batches(rows: list[dict[str, Any]]) -> list[BatchSpeed]:
-    """Return the medians over rounds of the speed at each batch size and length."""
+    """Return the medians over rounds of the speed at each batch size and length.
+
+    Args:
+        rows: One record of `lorafleet measure` per round, each with the points under `at`.
+    """
     points_by_size: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for point in (point for row in rows for point in row.get("at", [])):
         points_by_size.setdefault((point["batch_size"], point["length"]), []).append(point)
@@ -415,6 +462,9 @@ def build_comparison_report(
         job: Its job.
         common_report: The report with the parts that every run has.
         counts: Split -> class -> number of rows.
+
+    Returns:
+        `common_report` with arms, pairs, trials, samples, recommendation and cautions.
     """
     assert job.compare is not None
     arms, results_by_arm, trials = load_arms(run, job, common_report.held_out)
@@ -442,6 +492,7 @@ def build_comparison_report(
         "recommendation": choose(arms, [groups[0] for groups in by_metric if groups], choice),
         "rungs": [],
     }
+    # Samples show one model of each arm: that of its first seed.
     first_results = {
         name: next(iter(results.values())) for name, results in results_by_arm.items() if results
     }
@@ -465,6 +516,8 @@ def build_comparison_report(
         arm.metrics.get(metric.name) if arm else None,
         arm.interval.get(metric.name) if arm else None,
         [
+            # A comparison decides on the held-out rows, so baselines on these rows are the ones to
+            # beat.
             item.model_copy(update={"metrics": item.test_metrics})
             for item in common_report.baselines
         ],

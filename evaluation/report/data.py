@@ -1,6 +1,7 @@
-"""Report on a job's rows before training: bad rows, duplicates, leaks, classes and lengths.
+"""Report on a job's rows before training: bad rows, duplicates, leaks, classes, lengths.
 
-The report also says which tokens are learnt.
+The report also says which tokens are learnt. This is `lorafleet data`: unlike training,
+which stops at the first bad file, it lists all bad rows and looks at the rest.
 """
 
 from __future__ import annotations
@@ -155,6 +156,7 @@ def build_data_report(job: JobSpec, show: int = 0, split: str = "train") -> Data
     chat: ChatFormat | None = None
     try:
         chat = load_chat_format(job)
+        # The chat format is shared within the process and may have the counts of another job.
         chat.counts.clear()
     except AssetError as missing:
         notes.append(f"{missing}; tokenization was not checked")
@@ -184,7 +186,15 @@ def build_data_report(job: JobSpec, show: int = 0, split: str = "train") -> Data
 
 
 def _build_split_report(name: str, job: JobSpec, rows: Rows, train: Counter[Row]) -> SplitReport:
-    """Count everything that needs no tokenizer."""
+    """Count everything that needs no tokenizer.
+
+    Args:
+        name: Name of the split.
+        job: The job.
+        rows: All rows.
+        train: Prompts (or texts) of the training rows, which must not occur among held-out
+            rows.
+    """
     split_rows: list[Row] = getattr(rows, name)
     questions = Counter(row.question for row in split_rows)
     classes = Counter(row.label for row in split_rows)
@@ -203,8 +213,15 @@ def _add_token_counts(
 ) -> SplitReport:
     """Add the statistics of the tokens.
 
-    Rows that the chat template refuses are added to `bad_rows`.
+    Args:
+        report: The report of a split so far.
+        rows: Rows of the split.
+        job: The job.
+        chat: The chat format. Its counters count each row once.
+        bad_rows: Rows that the chat template refuses are added to it.
     """
+    # The histogram shows lengths before anything is cut, from which users choose
+    # `model.max_length`.
     encoder, uncut = make_row_encoder(job, chat), make_row_encoder(job, chat)
     uncut.max_length = _NO_LIMIT
     lengths: list[int] = []
@@ -273,7 +290,14 @@ def _build_histogram(lengths: list[int]) -> list[Bucket]:
 
 
 def _count_special_tokens(rows: list[Row], chat: ChatFormat) -> dict[str, int]:
-    """Count the rows whose texts contain a special token's text."""
+    """Count the rows whose texts contain a special token's text.
+
+    The tokenizer would read that text as the token, which can end a turn or begin another
+    one.
+
+    Returns:
+        Special token -> number of rows, the most frequent first.
+    """
     pattern = chat.template.special_pattern
     if pattern is None:
         return {}
@@ -310,7 +334,11 @@ def _encode_examples(
 
 
 def _iterate_tokens(example: Example, tokenizer: Any) -> Iterator[ShownToken]:
-    """Yield the tokens of an example, joined where they hold one character together."""
+    """Yield the tokens of an example, joined where they hold one character together.
+
+    A byte-level tokenizer cuts a character into several tokens, none of which is text by
+    itself. Tokens that are learnt are never joined with tokens that are not.
+    """
     ids: list[int] = []
     for index, token in enumerate(example.ids):
         ids.append(token)

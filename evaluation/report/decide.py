@@ -1,8 +1,14 @@
-"""Decide which candidate to ship. Sweeps, folds and comparisons share this rule.
+"""Decide which candidate to ship.
 
-A candidate is eligible if the rows show that it loses at most the tolerance against the
-best candidate, in every deciding metric. The cheapest eligible candidate ships. If no
-cheaper candidate is eligible, the best by score ships.
+Sweeps, folds and comparisons share this rule. A candidate is eligible if the rows show
+that it loses at most the tolerance against the best candidate, in every deciding
+metric. The cheapest eligible candidate ships. If no cheaper candidate is eligible, the
+best by score ships.
+
+The burden of proof is on the cheaper candidate (a test of non-inferiority). The
+opposite rule, "ship the cheapest that is not shown to be worse", would ship the
+cheapest one whenever there are few rows. docs/concepts.md explains the rule to users.
+Pure.
 """
 
 from __future__ import annotations
@@ -39,7 +45,11 @@ class Option:
 
 @dataclass(frozen=True)
 class Decision:
-    """The chosen option, and what the rows show about the others."""
+    """The chosen option, and what the rows show about the others.
+
+    Every option is the best, or in exactly one of the other four groups. `explain` turns a
+    decision into sentences.
+    """
 
     chosen: Option
     best: Option
@@ -67,7 +77,14 @@ class Decision:
 
 
 def resolve_tolerance(comparison: Comparison, tolerances: Tolerances, best: str) -> float:
-    """Return how much of a metric may be lost against the best candidate."""
+    """Return how much of a metric may be lost against the best candidate, in its own units.
+
+    Args:
+        comparison: The comparison in this metric.
+        tolerances: Tolerances of the job.
+        best: Name of the best candidate. The default of a metric without bounds is a share
+            of its value.
+    """
     tolerance = tolerances.get(comparison.metric)
     if tolerance is not None:
         return tolerance
@@ -104,12 +121,20 @@ def decide(
         tolerances: One entry per deciding metric.
         rows: Number of rows; 0 if unknown.
         slack: Costs up to this factor above the lowest count as equal.
+
+    Returns:
+        The decision. With too few rows (`has_too_few_rows`) it still has a choice, which
+            callers replace by the best.
     """
+    # The cheapest of equal scores is the reference: otherwise it would have to be shown to be
+    # equal, which needs rows.
     best = max(options, key=lambda option: (option.score, -_get_cost(option)))
     eligible, worse, undecided, unranked = [best], [], [], []
     for option in options:
         if option is best:
             continue
+        # Without per-row results nothing can be shown about an option, neither that it may ship nor
+        # that it is worse. Runs of earlier versions did not store them.
         if not _are_compared(option, best, comparisons, len(tolerances)):
             unranked.append(option)
         elif _is_within_tolerance(option, best, comparisons, tolerances):
@@ -142,6 +167,7 @@ def _are_compared(
 def _is_within_tolerance(
     option: Option, best: Option, comparisons: Sequence[Comparison], tolerances: Tolerances
 ) -> bool:
+    """Return True if the rows show that an option loses at most the tolerance in every metric."""
     return all(
         each.compute_max_loss(option.name, best.name)
         <= resolve_tolerance(each, tolerances, best.name)
@@ -150,7 +176,16 @@ def _is_within_tolerance(
 
 
 def _find_cheapest(eligible: Sequence[Option], best: Option, slack: float) -> Option:
-    """Return the cheapest option; among equal costs the one with the best score."""
+    """Return the cheapest option; among equal costs the one with the best score.
+
+    Options whose cost was not measured are never the cheapest. `best` is returned if none
+    was.
+
+    Args:
+        eligible: Options that may ship.
+        best: The option with the best score.
+        slack: Costs up to this factor above the lowest count as equal.
+    """
     measured = [option for option in eligible if option.cost is not None]
     if not measured:
         return best
@@ -186,7 +221,14 @@ def explain(
     tolerances: Tolerances,
     wording: Wording,
 ) -> str:
-    """Return the recommendation with its reason, in a few sentences."""
+    """Return the recommendation with its reason, in a few sentences.
+
+    Args:
+        decision: What `decide` returned.
+        comparisons: The comparisons that it was made from.
+        tolerances: Tolerances of the job.
+        wording: How options, rows, costs and scores are called.
+    """
     if decision.has_too_few_rows:
         return _explain_too_few_rows(decision, wording)
     if decision.chosen is decision.best:
@@ -216,6 +258,7 @@ def _explain_too_few_rows(decision: Decision, wording: Wording) -> str:
 
 
 def _explain_best(decision: Decision, comparisons: Sequence[Comparison], wording: Wording) -> str:
+    """Explain why the best option ships: nothing cheaper is shown to be good enough."""
     best = decision.best
     sentence = (
         f"Ship {wording.describe(best.name)}: it has the best score, "
@@ -245,6 +288,7 @@ def _explain_best(decision: Decision, comparisons: Sequence[Comparison], wording
 
 
 def _explain_worse(option: Option, best: Option, comparisons: Sequence[Comparison]) -> str:
+    """Explain in which metric an option is worse than the best, with interval and p-value."""
     comparison = next(each for each in comparisons if each.is_worse(option.name, best.name))
     interval = comparison.compute_loss_interval(option.name, best.name)
     p_value = comparison.compute_p_value(option.name, best.name)
@@ -259,6 +303,7 @@ def _explain_worse(option: Option, best: Option, comparisons: Sequence[Compariso
 def _explain_cheaper(
     decision: Decision, comparisons: Sequence[Comparison], tolerances: Tolerances, wording: Wording
 ) -> list[str]:
+    """Explain a choice that is cheaper than the best: its cost, its score, what it may lose."""
     chosen, best = decision.chosen, decision.best
     lowest = min(map(_get_cost, decision.eligible))
     about = "" if _get_cost(chosen) == lowest else "about "
@@ -284,10 +329,17 @@ def _explain_cheaper(
 def explain_open_question(
     decision: Decision, comparisons: Sequence[Comparison], tolerances: Tolerances, wording: Wording
 ) -> str | None:
-    """Describe the best cheaper option that the rows could not decide on, and how many rows would
-    be enough.
+    """Describe the best cheaper option that the rows could not decide on.
 
-    Returns None if there is no such option.
+    Args:
+        decision: What `decide` returned.
+        comparisons: The comparisons that it was made from.
+        tolerances: Tolerances of the job.
+        wording: How options and rows are called.
+
+    Returns:
+        Sentences with its loss in each undecided metric and how many rows would be enough;
+            None if there is no such option.
     """
     undecided = decision.cheaper_undecided
     if not undecided:
@@ -296,6 +348,7 @@ def explain_open_question(
     losses, rows_needed = [], 0
     for comparison in comparisons:
         tolerance = resolve_tolerance(comparison, tolerances, best.name)
+        # Kept in this metric; another one is undecided.
         if comparison.compute_max_loss(option.name, best.name) <= tolerance:
             continue
         interval = comparison.compute_loss_interval(option.name, best.name)
@@ -315,6 +368,7 @@ def explain_open_question(
         f"{_format_row_count(decision, wording)} are not enough to show whether it is within the "
         f"tolerance: {'; '.join(losses)}."
     )
+    # The estimate can fall below the rows that were not enough, by rounding or if it is undefined.
     if rows_needed > decision.rows:
         sentence += f" About {_round_up(rows_needed):,} rows would be enough."
     others = len(undecided) - 1
@@ -343,6 +397,6 @@ def format_interval(interval: tuple[float, float]) -> str:
 
 
 def _round_up(rows: int) -> int:
-    """Round a number of rows up to two digits: it is an estimate."""
+    """Round a number of rows up to two digits: it is an estimate, and 1,234 would look exact."""
     digit: int = 10 ** max(0, len(str(rows)) - 2)
     return math.ceil(rows / digit) * digit

@@ -12,7 +12,15 @@ MISSING = "-"
 
 
 def format_number(value: float | None, digits: int = 3) -> str:
-    """Format a number with few digits; a dash if it is missing."""
+    """Format a number with few digits; a dash if it is missing.
+
+    Very large and very small numbers are written in scientific form, since rounding would
+    make a small one 0.
+
+    Args:
+        value: The number.
+        digits: Most digits after the point.
+    """
     if value is None:
         return MISSING
     if value and (abs(value) >= 1e5 or abs(value) < 10**-digits):
@@ -23,9 +31,10 @@ def format_number(value: float | None, digits: int = 3) -> str:
 def escape_markdown(text: str) -> str:
     """Escape a text so that every Markdown reader shows it literally, on one line.
 
-    It contains no HTML, link, image or formatting. HTML characters, and characters that turn
-    bare addresses into links, are written as entities: not every reader knows a backslash
-    before them.
+    Names and texts come from data files, models and other people's runs. Unescaped, they
+    could bring links, images or HTML into a report or card. HTML characters, and characters
+    that turn bare addresses into links, are written as entities: not every reader knows a
+    backslash before them.
     """
     for mark in ("\\", "`", "*", "_", "~", "|", "["):
         text = text.replace(mark, f"\\{mark}")
@@ -44,7 +53,11 @@ def format_duration(seconds: float | None) -> str:
 
 
 def format_p_value(p_value: float | None) -> str:
-    """Format a p-value with three digits."""
+    """Format a p-value with three digits; a dash if it is missing.
+
+    Smaller ones are written as `<0.001`: more digits would claim more than the draws can
+    show.
+    """
     if p_value is None:
         return MISSING
     return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"

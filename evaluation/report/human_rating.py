@@ -1,6 +1,8 @@
 """Collect blind ratings of answers: side by side, without names, in random order.
 
-Every click appends a line to the rater's file.
+Every click appends a line to the rater's file, so a killed process loses nothing and
+one rater's file never conflicts with another's. A page or the terminal sees answers
+only by slot (A, B, ...); the arm behind a slot is told when everything is rated.
 """
 
 from __future__ import annotations
@@ -66,8 +68,14 @@ def build_sheet(
 ) -> list[Item]:
     """Return up to `max_rows` rows that all arms have answered.
 
-    All raters get the same rows. Their order differs by rater and stays the same for each
-    rater.
+    All raters get the same rows, so that their agreement can be computed. The order of rows
+    and answers differs by rater and stays the same for each rater, also after a restart.
+
+    Args:
+        rows: Held-out rows, with `prompt`, `reference` and, for conversations, `turns`.
+        answers: Arm -> its answer to each row; None where it was not asked.
+        rater: Name of the rater, from which the order is drawn.
+        max_rows: Most rows to rate.
     """
     answer_lists = list(answers.values())
     answered_rows = [
@@ -75,6 +83,7 @@ def build_sheet(
         for row in range(len(rows))
         if all(row < len(texts) and texts[row] is not None for texts in answer_lists)
     ]
+    # Python's `hash` of a text differs from process to process; a digest does not.
     generator = random.Random(int.from_bytes(hashlib.sha256(rater.encode()).digest()[:8], "big"))
     chosen = sorted(
         random.Random(0).sample(answered_rows, min(max_rows, len(answered_rows)))
@@ -96,7 +105,9 @@ def validate_rater(name: str) -> str:
     """Return a rater's name, which is also a file name.
 
     Raises:
-        UserError: The name has other characters than those allowed, or is too long.
+        UserError: The name has other characters than letters, digits, dots, dashes and
+            underscores, or more than 64. Slashes or leading dots could name a file
+            elsewhere.
     """
     if not _RATER_NAME.fullmatch(name):
         raise UserError(
@@ -113,7 +124,13 @@ def get_ratings_folder(run: Run) -> Path:
 
 @dataclass
 class Notebook:
-    """Ratings of one rater. Lines are only appended; the last line about a rating is valid."""
+    """Ratings of one rater.
+
+    Lines are only appended; the last line about a rating is valid. `lorafleet rate` opens
+    one and holds a lock on its file, so a rater has one process at a time. Methods are not
+    safe for several threads at once; the page calls them under a lock of its own. Ratings
+    of rows that are not on the sheet are kept: a rater may first rate 20 rows and later 50.
+    """
 
     path: Path
     items: list[Item]
@@ -124,7 +141,12 @@ class Notebook:
 
     @classmethod
     def open(cls, path: Path, items: list[Item]) -> Notebook:
-        """Open a notebook with all earlier ratings, also after the process was killed."""
+        """Open a notebook with all earlier ratings, also after the process was killed.
+
+        Args:
+            path: File of the rater. It need not exist.
+            items: The sheet; empty to read ratings for a report.
+        """
         book = cls(path, items)
         for line in files.read_jsonl(path):
             if line.get("undo"):
@@ -136,7 +158,19 @@ class Notebook:
         return book
 
     def rate(self, row: int, slot: str, criterion: str, score: int) -> None:
-        """Record a score. Raises UserError if the row, slot, criterion or score is not allowed."""
+        """Record a score.
+
+        It is on disk before this returns.
+
+        Args:
+            row: Row of the sheet.
+            slot: Letters of the answer, such as A.
+            criterion: One of `CRITERIA`.
+            score: From `MIN_SCORE` to `MAX_SCORE`.
+
+        Raises:
+            UserError: The row, slot, criterion or score is not allowed.
+        """
         key = (row, self._find_arm(row, slot), criterion)
         if criterion not in CRITERIA or not (
             isinstance(score, int) and MIN_SCORE <= score <= MAX_SCORE
@@ -145,13 +179,15 @@ class Notebook:
                 f"{criterion} {score!r} is not a rating: {', '.join(CRITERIA)} from {MIN_SCORE} to "
                 f"{MAX_SCORE}"
             )
+        # The arm is stored, not the slot: slots depend on the rater and on the arms of the run.
         self._append_line({"row": row, "arm": key[1], "criterion": criterion, "score": score})
         self._set_score(key, score)
 
     def undo(self) -> tuple[int, str, str] | None:
         """Undo the last rating and return its (row, slot, criterion).
 
-        Returns None if the last rating is not of this sheet, or if there is none.
+        Returns None if the last rating is not of this sheet, or if there is none. Undoing is a
+        line of the file too, so earlier lines stay as they are.
         """
         if not self.history or self.history[-1][0][:2] not in self._units:
             return None
@@ -162,7 +198,13 @@ class Notebook:
         return row, _SLOTS[item.arms.index(arm)], criterion
 
     def add_note(self, row: int, text: str) -> None:
-        """Record a note on a row. Raises UserError if the row is not on the sheet."""
+        """Record a note on a row, at most 4,000 characters.
+
+        A new note replaces the earlier one.
+
+        Raises:
+            UserError: The row is not on the sheet.
+        """
         if row not in {item.row for item in self.items}:
             raise UserError(f"row {row} is not on the sheet")
         stored_text = (
@@ -175,6 +217,9 @@ class Notebook:
         """Return the number of rows and the mean scores of each arm.
 
         Empty until everything is rated: a rater may not see the arms before.
+
+        Returns:
+            One record per arm, by name: `arm`, `rows` and `means` (criterion -> mean score).
         """
         if self.missing:
             return []
@@ -194,7 +239,10 @@ class Notebook:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a rater sees: rows, answers, and the rater's own scores and notes."""
+        """Return what a rater sees: rows, answers, and the rater's own scores and notes.
+
+        Keys of `scores` are `ROW/SLOT/CRITERION`. No name of an arm is part of it.
+        """
         scores_by_slot = {}
         for item in self.items:
             for slot, arm in zip(_SLOTS, item.arms, strict=False):
@@ -247,10 +295,16 @@ class Notebook:
 def compute_alpha(values_RU: np.ndarray) -> float | None:
     """Return Krippendorff's alpha of R raters on U units; None if it is not defined.
 
-    Missing ratings are NaN. For interval data: 1 less the observed squared differences within
-    units over those between all values (Krippendorff, Computing Krippendorff's
-    Alpha-Reliability, 2011). Units with a single rating are ignored, because they show no
-    agreement.
+    For interval data: 1 less the observed squared differences within units over those
+    between all values (Krippendorff, Computing Krippendorff's Alpha-Reliability, 2011).
+    Units with a single rating are ignored, because they show no agreement.
+
+    Args:
+        values_RU: Scores. Missing ratings are NaN.
+
+    Returns:
+        1 for perfect agreement, 0 for agreement by chance, negative for less. None without
+            a unit that two raters rated, or if all scores are equal.
     """
     counts_U = (~np.isnan(values_RU)).sum(axis=0)
     units = [unit[~np.isnan(unit)] for unit in values_RU.T[counts_U >= 2]]
@@ -263,11 +317,16 @@ def compute_alpha(values_RU: np.ndarray) -> float | None:
 
 
 def load_ratings(run: Run) -> Ratings | None:
-    """Load all raters' ratings of a run, by criterion and arm; None if there are none."""
+    """Load all raters' ratings of a run, by criterion and arm; None if there are none.
+
+    Each row counts once: scores of several raters are averaged first. The interval is over
+    rows.
+    """
     books = {
         path.stem: Notebook.open(path, [])
         for path in sorted(get_ratings_folder(run).glob("*.jsonl"))
     }
+    # A rater who opened the page and rated nothing does not count as one.
     books = {name: book for name, book in books.items() if book.scores}
     if not books:
         return None

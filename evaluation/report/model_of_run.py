@@ -1,4 +1,8 @@
-"""Select a model of a run: that of a named trial, or the recommended one."""
+"""Select a model of a run: that of a named trial, or the recommended one.
+
+`evaluate`, `export` and `benchmark` begin here. Nothing is loaded: the result says
+which job and which folder of weights belong together.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +38,18 @@ class SelectedModel:
 def select_model(run: Run, trial_id: str = "") -> SelectedModel:
     """Return the model of a trial, or the recommended model if `trial_id` is empty.
 
+    Args:
+        run: The run.
+        trial_id: Id of a trial, also of one of a comparison's arms.
+
     Raises:
-        RunError: There is no such model, its weights are not on this machine, or another version
-            trained the run with another prompt format.
+        RunError: There is no such model, its weights are not on this machine, or another
+            version trained the run with another prompt format.
     """
     check_prompt_format(run)
     if trial_id:
+        # Trials of arms lie below their arm's folder. `get_trial` finds only the run's own, but its
+        # path makes the message for a trial that does not exist.
         trial = next(
             (existing for existing in run.list_trials() if existing.id == trial_id),
             run.get_trial(trial_id),
@@ -71,9 +81,13 @@ def select_model(run: Run, trial_id: str = "") -> SelectedModel:
 
 
 def check_prompt_format(run: Run) -> None:
-    """Raise RunError if the run was trained with another prompt format than this version's.
+    """Check that this version of lorafleet makes the tokens that a run was trained on.
 
-    This version would then make other tokens of the run's rows.
+    With another prompt format, prompts and end tokens would differ from those of the
+    training, and every number measured with them would be wrong.
+
+    Raises:
+        RunError: The run was trained with another prompt format.
     """
     trained = files.read_json(run.path / "facts.json").get("prompt_format")
     job = load_run_job(run)
@@ -87,7 +101,7 @@ def check_prompt_format(run: Run) -> None:
 
 
 def load_trial_job(trial: Trial) -> JobSpec:
-    """Return the job that a trial trained."""
+    """Return the job that a trial trained: the job of its run with the values of the trial."""
     return search.build_trial_job(
         load_run_job(Run(trial.path.parent.parent)), trial.read_params().get("assignment", {})
     )

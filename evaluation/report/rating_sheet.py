@@ -11,8 +11,14 @@ from lorafleet.jobs.runs.run import Run
 def build_run_sheet(run: Run, rater: str, max_rows: int) -> list[Item]:
     """Return the sheet of a rater for a run.
 
+    Args:
+        run: A run with several models that generate text.
+        rater: Name of the rater, which decides the order of rows and answers.
+        max_rows: Most rows to rate.
+
     Raises:
-        RunError: The run has fewer than two models with answers, or no row that all answered.
+        RunError: The run has fewer than two models with answers, or no row that all
+            answered.
     """
     rows, answers = load_answers(run)
     if len(answers) < 2:

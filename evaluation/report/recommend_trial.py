@@ -1,4 +1,10 @@
-"""Recommend a trial of a search: the smallest that loses little against the best."""
+"""Recommend a trial of a search: the smallest that loses little against the best.
+
+`decide.py` has the rule that sweeps and comparisons share. This module supplies what is
+particular to a search: which trials take part, the number of trained parameters as
+their cost, and the choice over the folds of a cross-validation. Pure: rows and results
+come from the caller.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +41,12 @@ MAX_COMPARED = 50
 
 @dataclass(frozen=True)
 class SearchRule:
-    """How a search chooses a trial."""
+    """How a search chooses a trial.
+
+    `build_search_rule` makes it from a job. The report and the ledger of a running search
+    use the same rule, so the configuration that is trained after a cross-validation is the
+    one that is recommended.
+    """
 
     metric: str
     goal: Goal
@@ -71,13 +82,18 @@ def recommend(
 ) -> Recommendation:
     """Recommend a trial.
 
-    Trials that were stopped early are ignored if any trial was trained to the end: their scores and
-    costs are those of a shorter training.
+    Trials that were stopped early are ignored if any trial was trained to the end: their
+    scores and costs are those of a shorter training.
 
     Args:
         rows: All trials.
         rule: How to choose.
         results: Trial id -> its results on every validation row. May be incomplete.
+
+    Returns:
+        The recommendation. `trial_id` is None without any score. `decided` is False if
+            there are too few rows to show any difference; the trial with the best score is
+            named all the same.
     """
     rule_text = rule.describe(
         "the best configurations that were trained to the end (search.keep of them)"
@@ -120,7 +136,11 @@ def recommend(
 
 
 def _rank_trials(rows: list[Row], rule: SearchRule) -> list[Row]:
-    """Return the trials to choose from, the best first."""
+    """Return the trials to choose from, the best first.
+
+    Trials of a fold saw only part of the rows, and repetitions with further seeds belong to
+    another trial, so both are left out.
+    """
     scored = [
         row
         for row in rows
@@ -140,7 +160,12 @@ def _rank_trials(rows: list[Row], rule: SearchRule) -> list[Row]:
 def _compare(results: Mapping[str, RowResults], rule: SearchRule) -> list[Comparison]:
     """Compare candidates in every deciding metric.
 
-    Candidates with other numbers of rows are left out.
+    Candidates with other numbers of rows are left out: results of an incomplete evaluation
+    cannot be paired with the others.
+
+    Returns:
+        One comparison per metric, the first metric first. A metric in which fewer than two
+            candidates are finite has none.
     """
     comparisons = []
     max_rows = max((len(row_results) for row_results in results.values()), default=0)
@@ -157,6 +182,7 @@ def _compare(results: Mapping[str, RowResults], rule: SearchRule) -> list[Compar
 
 
 def _build_options(rows: Sequence[Row], rule: SearchRule) -> list[Option]:
+    """Return the trials as options of the shared rule, with their trained parameters as cost."""
     sign = 1 if rule.goal == "maximize" else -1
     options = []
     for row in rows:
@@ -181,7 +207,16 @@ def _format_score(row: Row, metric: str) -> str:
 
 
 def summarize_folds(rows: list[Row], metric: str, goal: Goal) -> list[FoldScores]:
-    """Return each configuration of a cross-validation with its mean over folds, the best first."""
+    """Return the configurations of a cross-validation with their means, the best first.
+
+    Configurations with more folds come before those with fewer: a mean over the folds that
+    went well says little.
+
+    Args:
+        rows: Trials of any kind. Only finished trials of a fold count.
+        metric: Name of the metric.
+        goal: Whether more or less of it is better.
+    """
     scores_by_key: dict[str, tuple[dict[str, Any], list[float]]] = {}
     for row in rows:
         score = row.metrics.get(metric)
@@ -212,10 +247,14 @@ def decide_over_folds(
     Configurations that lack a fold are ignored if another has all of them.
 
     Args:
-        folds: All configurations, the best first.
+        folds: All configurations, the best first; at least one.
         rule: How to choose.
         results: `get_configuration_key` -> its results on the rows of all folds.
         sizes: `get_configuration_key` -> trained parameters.
+
+    Returns:
+        (decision, one comparison per deciding metric). Names of options are configuration
+            keys.
     """
     max_folds = len(folds[0].scores)
     complete = [configuration for configuration in folds if len(configuration.scores) == max_folds]
@@ -231,7 +270,7 @@ def decide_over_folds(
 
 
 def get_configuration_key(configuration: FoldScores) -> str:
-    """Return the key of a configuration."""
+    """Return the key of a configuration for dictionaries: its values as text."""
     return repr(configuration.params)
 
 
@@ -241,7 +280,18 @@ def recommend_over_folds(
     rule: SearchRule,
     results: Mapping[str, RowResults],
 ) -> Recommendation:
-    """Recommend the trial of the chosen configuration that was trained on all training rows."""
+    """Recommend the trial of the chosen configuration that was trained on all training rows.
+
+    The driver trains that trial after all folds have ended. A run of an earlier version may
+    have trained another configuration than the current rule chooses; the sentence says so
+    then.
+
+    Args:
+        rows: All trials.
+        folds: What `summarize_folds` returned.
+        rule: How to choose.
+        results: `get_configuration_key` -> its results on the rows of all folds.
+    """
     rule_text = rule.describe("the configurations, on the validation rows of all folds together")
     trials = [
         row

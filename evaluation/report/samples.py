@@ -22,7 +22,18 @@ def select_differing(
     labels: Sequence[str],
     max_rows: int = MAX_ROWS,
 ) -> list[Sample]:
-    """Return the rows on which the models differ most, with all their answers."""
+    """Return the rows on which the models differ most, with all their answers.
+
+    Args:
+        rows: Held-out rows as they are shown, with `prompt` and `reference`.
+        models: Name -> its results on these rows.
+        labels: Class names in the order of the model's outputs.
+        max_rows: Most rows to return.
+
+    Returns:
+        The largest difference first. Empty if results are of other rows, or nothing
+            differs.
+    """
     if not rows or not models or any(len(results) != len(rows) for results in models.values()):
         return []
     distance_R = _compute_distances(list(models.values()))
@@ -39,7 +50,18 @@ def select_mistakes(
     labels: Sequence[str],
     max_rows: int = MAX_ROWS,
 ) -> list[Sample]:
-    """Return the rows that a classifier got wrong, the most confident first."""
+    """Return the rows that a classifier got wrong, the most confident first.
+
+    Confident mistakes are often rows with a wrong label, so they are the first thing to
+    look at.
+
+    Args:
+        rows: Held-out rows as they are shown.
+        name: Name of the model in the samples.
+        results: Its results on these rows.
+        labels: Class names.
+        max_rows: Most rows to return.
+    """
     classified = results.classified
     if classified is None or len(rows) != len(results):
         return []
@@ -63,6 +85,13 @@ def select_worst(
 
     Rows that `select_mistakes` returns are left out. With two classes the result is empty:
     the most confident mistake is the worst row.
+
+    Args:
+        rows: Held-out rows as they are shown.
+        name: Name of the model in the samples.
+        results: Its results on these rows.
+        labels: Class names.
+        max_rows: Most rows to look at; fewer are returned.
     """
     if results.classified is None or len(rows) != len(results) or len(labels) < 3:
         return []
@@ -97,6 +126,8 @@ def _compute_distances(models: list[RowResults]) -> np.ndarray:
             if len(models) > 1
             else np.full(len(confidence_R), -1.0)
         )
+    # A run generates answers for some rows only if no metric needs them all
+    # (`evaluate.sample_rows`).
     answered_R = np.array(
         [
             all(results.answers and results.answers[row] is not None for results in models)
@@ -112,6 +143,7 @@ def _compute_distances(models: list[RowResults]) -> np.ndarray:
         None,
     )
     values = [
+        # The summed loss of a long answer would always differ most, so it is divided by its tokens.
         results.ratios[name][0] if name else results.loss_R / np.maximum(results.targets_R, 1)
         for results in models
     ]
@@ -137,6 +169,7 @@ def _build_sample(
 
 
 def _build_answer(row: int, results: RowResults, labels: Sequence[str]) -> Answer:
+    """Return a model's answer to a row: a class with its confidence, or a text with a score."""
     classified = results.classified
     if classified is not None:
         predicted, label = int(classified.predicted_R[row]), int(classified.label_R[row])

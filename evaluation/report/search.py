@@ -1,4 +1,10 @@
-"""Build the report of a run from its files, at any time. Needs no torch, Ray or network."""
+"""Build the report of a run from its files, at any time.
+
+The files are those of a sweep or a training; `comparison.py` uses the same functions
+for each arm. The run may still be training, be killed or be copied from elsewhere:
+missing results leave gaps, and a damaged trial costs its own row. Needs no torch, Ray
+or network.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +40,9 @@ if TYPE_CHECKING:
 def load_run_job(run: Run) -> JobSpec:
     """Load the job of a run.
 
+    Its paths are those of the machine on which the run ran; `load_local_job` has those of
+    the machine that submitted it.
+
     Raises:
         RunError: The folder is not a complete run, or its job is of another version.
     """
@@ -52,7 +61,11 @@ def load_run_job(run: Run) -> JobSpec:
 def load_local_job(run: Run) -> JobSpec:
     """Load the job of a run with the paths of the machine that submitted it.
 
-    The plan of a run has the paths of the machine on which it ran.
+    The plan of a run has the paths of the machine on which it ran. `resolved.json`, which
+    the client wrote at the submission, has the values as the user's machine knows them.
+
+    Raises:
+        RunError: The folder is not a complete run, or its job is of another version.
     """
     raw = load_run_job(run).model_dump(mode="json")
     for path, field_record in files.read_json(run.path / "resolved.json").get("fields", {}).items():
@@ -74,14 +87,23 @@ def _get_data_name(job: JobSpec) -> str:
 
 
 def build_search_report(run: Run) -> Report:
-    """Build the report of a sweep or a training from the results that it has so far."""
+    """Build the report of a sweep or a training from the results that it has so far.
+
+    Raises:
+        RunError: The folder is not a complete run, or a file that the whole report needs is
+            damaged.
+    """
     report = collect_results(run)
     facts = read_record(run.path / "facts.json", FACTS)
     return _add_verdict(_add_samples(run, report), facts)
 
 
 def collect_results(run: Run) -> Report:
-    """Return the report of a run before samples, arms and cautions are added to it."""
+    """Return the report of a run before samples, arms and cautions are added to it.
+
+    Comparisons start from it as well; their trials are those of the arms, so it has none
+    then.
+    """
     job = load_run_job(run)
     facts = read_record(run.path / "facts.json", FACTS)
     metric = job.metric
@@ -144,7 +166,9 @@ def collect_results(run: Run) -> Report:
 def _load_baselines(run: Run, facts: dict[str, Any]) -> list[Baseline]:
     """Return the baselines that need no training.
 
-    Empty for classification runs of earlier versions.
+    For classification they are computed from the stored class counts. For generated answers
+    the driver stored them in the run, because they need the rows. Empty for classification
+    runs of earlier versions.
     """
     held_out = "validation" if facts.get("chosen_on_test") else "test"
     counts = facts.get("class_counts") or {}
@@ -176,13 +200,19 @@ def _load_baselines(run: Run, facts: dict[str, Any]) -> list[Baseline]:
 
 
 def _add_verdict(report: Report, facts: dict[str, Any]) -> Report:
-    """Check the recommendation of a search against the baselines and add cautions."""
+    """Check the recommendation of a search against the baselines and add cautions.
+
+    Args:
+        report: The report with its samples.
+        facts: The run's facts.json.
+    """
     from lorafleet.evaluation.report import verdict
 
     metric, goal = report.metric, report.goal
     recommended = next(
         (row for row in report.trials if row.trial_id == report.recommendation.trial_id), None
     )
+    # The untrained base is a baseline too: training that does not improve it is not worth shipping.
     base = Baseline(what="the untrained base model", metrics=report.base.metrics)
     recommendation, cautions = verdict.check_against_baselines(
         report.recommendation,
@@ -229,7 +259,15 @@ def build_search_rule(
 
 
 def _load_best_results(run: Run, ordered: list[Row], metric: str) -> dict[str, RowResults]:
-    """Load the validation results of the best trials that have stored results."""
+    """Load the validation results of the best trials that have stored results.
+
+    At most `MAX_COMPARED` trials are read: a search may have thousands.
+
+    Args:
+        run: The run.
+        ordered: All trials, the best first.
+        metric: Trials without it, and trials of folds, are left out.
+    """
     candidates = [
         row for row in ordered if row.metrics.get(metric) is not None and row.fold is None
     ]
@@ -244,8 +282,12 @@ def _load_best_results(run: Run, ordered: list[Row], metric: str) -> dict[str, R
 def load_fold_results(run: Run, rows: list[Row]) -> dict[str, RowResults]:
     """Load the validation results of each configuration of a cross-validation.
 
-    The results of all folds are joined. Returns `get_configuration_key` -> results, for the
-    configurations with the most stored folds.
+    The results of all folds are joined in the order of the folds, so that configurations
+    are compared on the same rows.
+
+    Returns:
+        `get_configuration_key` -> results, for the configurations with the most stored
+            folds.
     """
     from lorafleet.evaluation.metrics.predictions import concatenate
 
@@ -268,8 +310,10 @@ def load_fold_results(run: Run, rows: list[Row]) -> dict[str, RowResults]:
 def load_validation_results(run: Run, row: Row) -> RowResults | None:
     """Load the results of a trial's best weights on each validation row.
 
-    Returns None if nothing is stored (runs of earlier versions), or if the file is damaged or
-    of another step.
+    Returns:
+        The results. None if nothing is stored (runs of earlier versions), or if the file is
+            damaged or of another step: a driver may be killed between writing results and
+            metrics.
     """
     from lorafleet.evaluation.metrics.predictions import deserialize
 
@@ -331,7 +375,13 @@ def clear_run_results(report: Report) -> Report:
 def load_chosen_results(run: Run, report: Report) -> dict[str, RowResults]:
     """Load the held-out results of a search's untuned base and recommended trial.
 
-    A model that was not evaluated on the held-out rows is left out.
+    Args:
+        run: The run.
+        report: Its report, with the recommendation.
+
+    Returns:
+        `base` and the id of the trial -> results. A model that was not evaluated on the
+            held-out rows is left out.
     """
     from lorafleet.evaluation.metrics.summary import read_results
 
@@ -361,6 +411,7 @@ def _list_optimism_warnings(facts: dict[str, Any]) -> list[str]:
 
 
 def _build_base_row(run: Run, facts: dict[str, Any]) -> Row:
+    """Return the row of the untrained base from base.json; pending if it has no results."""
     measured = files.read_json(run.path / "report" / "base.json")
     test_split = "validation" if facts.get("chosen_on_test") else "test"
     return Row(
@@ -395,12 +446,16 @@ def _load_base_row(run: Run, facts: dict[str, Any]) -> Row:
 
 
 def load_trial_rows(run: Run, job: JobSpec, validation_rows: int = 0) -> list[Row]:
-    """Return a row for each trial that can be read. Damaged trials are among the run's remarks.
+    """Return a row for each trial that can be read.
+
+    Trials whose files are damaged are left out here; `Run.list_damages` names them for the
+    report.
 
     Args:
         run: The run.
         job: Its job.
-        validation_rows: Number of validation rows, for the speed of evaluation; 0 if unknown.
+        validation_rows: Number of validation rows, for the speed of evaluation; 0 if
+            unknown.
     """
     rows = []
     for trial in run.list_trials():
@@ -412,6 +467,7 @@ def load_trial_rows(run: Run, job: JobSpec, validation_rows: int = 0) -> list[Ro
 def _build_row(trial: Trial, job: JobSpec, validation_rows: int) -> Row:
     """Build the row of one trial from its files."""
     params, status, rows = trial.read_params(), trial.read_status(), trial.read_metrics()
+    # Scores are those of the weights on disk, costs those of the whole training.
     best = find_best_evaluation(rows, job)
     last = rows[-1] if rows else {}
     test = files.read_json(trial.path / "test.json")
@@ -457,12 +513,17 @@ def _build_row(trial: Trial, job: JobSpec, validation_rows: int) -> Row:
 def _compute_evaluation_speed(
     rows: list[dict[str, Any]], job: JobSpec, validation_rows: int
 ) -> dict[str, float]:
-    """Compute the speed of the evaluations of a trial, under the names of Hugging Face's Trainer.
+    """Compute the speed of the evaluations of a trial, under Hugging Face's names.
 
     Args:
         rows: Lines of the trial's metrics.jsonl.
         job: The job.
         validation_rows: Rows of one evaluation; 0 if unknown.
+
+    Returns:
+        `eval_runtime` (seconds of one evaluation), `eval_samples_per_second`,
+            `eval_steps_per_second`, and `seconds_per_answer` if evaluations generate
+            answers. Empty if nothing was evaluated.
     """
     evaluations = sum(bool(row.get("evaluated")) for row in rows)
     seconds = rows[-1].get("eval_seconds") if rows else None
@@ -481,7 +542,18 @@ def _compute_evaluation_speed(
 
 
 def find_best_evaluation(rows: list[dict[str, Any]], job: JobSpec) -> dict[str, Any]:
-    """Return the evaluation whose adapter is on disk: the best and earliest."""
+    """Return the evaluation whose adapter is on disk: the best and earliest.
+
+    The trial saves weights only when the metric improves, so of equal scores the first one
+    counts.
+
+    Args:
+        rows: Lines of the trial's metrics.jsonl.
+        job: The job, for its metric.
+
+    Returns:
+        The line; empty without an evaluation.
+    """
     best: dict[str, Any] = {}
     for row in rows:
         score = row.get(job.metric.name) if row.get("evaluated") else None
@@ -506,4 +578,5 @@ def _compute_rank(row: Row, metric: str, goal: str) -> tuple[int, float]:
     if score is None:
         return (order, float("inf"))
     signed = -score if goal == "maximize" else score
+    # A stopped trial that reached a higher rung beat others there, whatever its score says.
     return (order, signed - 1e6 * (row.rung or 0 if row.state == "stopped" else 0))

@@ -1,5 +1,8 @@
-"""Check a recommendation before a user follows it: against the baselines, and for known reasons to
-distrust it.
+"""Check a recommendation before a user follows it.
+
+It is checked against the baselines, and for known reasons to distrust it (cautions).
+Sweeps and comparisons use the same checks; `plan` uses those that need only the rows.
+Pure.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ def check_against_baselines(
 
     Args:
         recommendation: Returned unchanged if nothing was decided.
+        metric: The metric that decides.
+        goal: Whether more or less of it is better.
         value: Metric of the recommended trial or arm.
         interval: Its 95 % interval.
         baselines: Baselines on the same rows.
@@ -44,6 +49,8 @@ def check_against_baselines(
         The recommendation, and a caution if the interval contains the baseline.
     """
     name = recommendation.arm or recommendation.trial_id
+    # With too few rows nothing was decided, so there is nothing to withdraw: three rows do not show
+    # that a model is no better than a baseline.
     if name is None or value is None or not recommendation.decided:
         return recommendation, []
     values = [(baseline.what, baseline.metrics.get(metric)) for baseline in baselines]
@@ -107,8 +114,11 @@ def check_rows(counts: Mapping[str, Mapping[str, int]], split: str, rows: int) -
 
 
 def check_predictions(confusion: Sequence[Sequence[int]], labels: Sequence[str]) -> list[str]:
-    """Return a caution about classes that a classifier never predicts, given its confusion
-    matrix.
+    """Return a caution about classes that a classifier never predicts.
+
+    Args:
+        confusion: Rows by true class (outer) and predicted class (inner); empty if unknown.
+        labels: Class names, in the same order. Classes without rows are not reported here.
     """
     if not confusion:
         return []
@@ -123,9 +133,17 @@ def check_predictions(confusion: Sequence[Sequence[int]], labels: Sequence[str])
 
 
 def check_convergence(name: str | None, row: Row | None, metric: str, goal: Goal) -> list[str]:
-    """Return a caution if the metric of a trial was still improving at its last evaluation.
+    """Return a caution if a trial was still improving when its training ended.
 
-    `name` is what the report calls the trial: its id, or the arm that it belongs to.
+    Args:
+        name: What the report calls the trial: its id, or the arm that it belongs to.
+        row: The trial; None if there is none.
+        metric: The metric that decides.
+        goal: Whether more or less of it is better.
+
+    Returns:
+        One sentence if its last evaluation improved on the best earlier one by more than
+            the default tolerance, else an empty list.
     """
     values = [point[metric] for point in row.curve if point.get(metric) is not None] if row else []
     if row is None or len(values) < 2:
@@ -147,6 +165,7 @@ def check_convergence(name: str | None, row: Row | None, metric: str, goal: Goal
 def check_scores(metric: str, values: Sequence[float | None]) -> list[str]:
     """Return a caution if every candidate has the score 0."""
     scores = [value for value in values if value is not None]
+    # A loss of 0 is a perfect score, so only metrics between 0 and 1 are checked.
     if len(scores) < 2 or any(scores) or metric not in SHARES:
         return []
     return [

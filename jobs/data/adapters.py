@@ -1,4 +1,9 @@
-"""Read PEFT adapters on disk: the values that they fix, and reasons to refuse one."""
+"""Read PEFT adapters on disk: the values that they fix, and reasons to refuse one.
+
+Nothing is imported from PEFT or torch, so that `validate` and `plan` can check an
+adapter on any machine. The same checks run again when the adapter is loaded
+(`training/methods.py`).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +41,10 @@ _LAST_LAYERS = ("classifier.weight", ".score.weight", "classifier.out_proj.weigh
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:
-    """Return an adapter's configuration, or None if it is missing or unreadable."""
+    """Return an adapter's configuration, or None if it is missing or unreadable.
+
+    The content comes from anybody: do not rely on the types of its values.
+    """
     try:
         value = json.loads(files.read_regular_text(folder / ADAPTER_FILES[0]))
     except (OSError, ValueError, RecursionError):
@@ -64,6 +72,8 @@ def get_fixed_fields(config: dict[str, Any]) -> dict[str, Any]:
     names = fixed.get("lora.lora_target_modules")
     if isinstance(names, list):
         fixed["lora.lora_target_modules"] = sorted(map(str, names))
+    # PEFT reads a single text as a pattern for whole paths. The field of the job is a list, so the
+    # pattern is its only entry.
     elif isinstance(names, str) and names != "all-linear":
         fixed["lora.lora_target_modules"] = [names]
     return fixed
@@ -84,6 +94,9 @@ def find_adapter_refusal(
     classes: int = 0,
 ) -> str | None:
     """Return why an adapter cannot be put on a base model, or None if it can.
+
+    Called before a run with what is known on this machine, and again when the adapter is
+    loaded. Checks whose inputs are not known are skipped.
 
     Args:
         folder: Folder of the adapter.
@@ -111,12 +124,15 @@ def find_adapter_refusal(
             f"{field} is {folder}, whose adapter {_TASK_PHRASES[task]} ({task}), but the job has "
             "another task"
         )
+    # Whole layers beside the LoRA matrices are only visible in the weights: heads of classifiers,
+    # and embeddings that were trained or resized.
     for name, shape in read_weight_shapes(folder / ADAPTER_FILES[1]).items():
         if classes and name.endswith(_LAST_LAYERS) and shape[:1] != (classes,):
             return (
                 f"{field} is {folder}, whose head has {shape[0]} classes, but the rows have "
                 f"{classes}"
             )
+        # PEFT writes `base_layer` into the path of a layer that also has LoRA matrices.
         layer_name = name.removesuffix(".weight").removesuffix(".base_layer").rpartition(".")[2]
         if not name.endswith(".weight") or layer_name not in EMBEDDING_NAMES | HEAD_NAMES:
             continue

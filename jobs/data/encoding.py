@@ -1,6 +1,8 @@
 """Encode a row as the tokens to train on.
 
-Decides which tokens are learnt, and what is left out of a row that is too long.
+Decides which turns of a conversation are learnt together, and what is left out of a row
+that is too long. What one turn looks like in tokens is decided in `chat_format.py`.
+Batches and padding come later, in `training/data.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ _PROMPT_TAIL_TOKENS = 16
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence of tokens to train on. A row gives one, or one for each learnt turn."""
+    """One sequence of tokens to train on. A row gives one, or one for each learnt turn.
+
+    `ids` and `learnt` have the same length, at most `max_length` of the encoder.
+    """
 
     ids: list[int]
     learnt: list[bool]
@@ -39,6 +44,9 @@ class EncodedRow:
 
 class RowEncoder:
     """Encodes rows as examples with one chat format, and counts what it had to change.
+
+    `evaluation/tokens.py` creates one encoder for each split, because `counts` and `ends`
+    are reported by split.
 
     Args:
         chat_format: Chat format of the model.
@@ -68,6 +76,10 @@ class RowEncoder:
     def encode(self, row: Row) -> EncodedRow:
         """Return a row's examples.
 
+        Returns:
+            At least one example, in the order of the turns, and the reference of the last
+                learnt answer. An example may have nothing left to learn after a cut.
+
         Raises:
             TemplateRefusal: If the row has nothing to learn or cannot be rendered.
         """
@@ -82,6 +94,8 @@ class RowEncoder:
         old_counts, old_format_counts = Counter(self.counts), Counter(self.format.counts)
         self.format.check_context(row.messages, row.tools)
         if self.assistant_only_loss:
+            # Messages after the last learnt answer cannot influence it, and would only take up
+            # room.
             encoded = self._encode_conversation(row.messages[: turns[-1] + 1], turns, row.tools)
         else:
             reference = self.format.encode_turn(row.messages, turns[-1], row.tools).reference
@@ -101,7 +115,9 @@ class RowEncoder:
     def encode_prompt(self, row: Row, max_tokens: int) -> list[int]:
         """Return the tokens before the last learnt answer, with which generation begins.
 
-        For a row that is only a text: the beginning of the text, unchanged.
+        For a row that is only a text: the beginning of the text, unchanged. A conversation is
+        shortened as in training, so that metrics ask with the prompt that was learnt; then
+        further exchanges are dropped until it fits.
 
         Args:
             row: The row.
@@ -147,9 +163,13 @@ class RowEncoder:
         self, messages: tuple[Message, ...], turns: list[int], tools: str
     ) -> EncodedRow:
         """Encode the learnt turns of a conversation, in one example if possible."""
+        # Each turn is encoded with the prompt that the model would see at that point.
         encoded_turns = [self.format.encode_turn(messages, index, tools) for index in turns]
         self.ends |= {turn.end: None for turn in encoded_turns if turn.end is not None}
         last = encoded_turns[-1]
+        # One example can cover all turns only if the last prompt contains each earlier turn token
+        # by token. Qwen3, for example, drops earlier thinking blocks, so each turn needs an example
+        # of its own.
         if not all(_is_prefix(last, turn) for turn in encoded_turns[:-1]):
             self.counts["split"] += 1
             self.counts["examples"] += len(turns)
@@ -207,6 +227,15 @@ class RowEncoder:
 
         The number of exchanges to drop is found by bisection and from the prompt alone, because
         long conversations take long to render.
+
+        Args:
+            messages: The conversation; its last message is the assistant's.
+            tools: Tool descriptions as JSON; empty for none.
+            turn: The last turn, if it is encoded already.
+
+        Returns:
+            The messages that stay and their last turn. The turn is still too long if the last
+                exchange alone does not fit.
         """
         turn = turn or self.format.encode_turn(messages, len(messages) - 1, tools)
         candidates = (
@@ -245,12 +274,18 @@ class RowEncoder:
     def _encode_all_tokens(self, messages: tuple[Message, ...], tools: str) -> Example:
         """Return a conversation of which all tokens are learnt, except answers with weight 0.
 
-        Used for `assistant_only_loss: false`.
+        Used for `assistant_only_loss: false`, where the conversation is one text.
+
+        Raises:
+            TemplateRefusal: If the template drops the reasoning of earlier turns, or if an
+                answer with weight 0 cannot be found in the text.
         """
         shorter, last = self._shorten_conversation(messages, tools)
         if len(shorter) < len(messages):
             self.counts["shortened"] += 1
         ids = [*last.prompt_ids, *last.answer_ids]
+        # Earlier turns are part of the last prompt here, and there is no example of their own that
+        # would show their reasoning.
         text = "".join(self.format.template.decode(ids).split())
         if any("".join(message.reasoning.split()) not in text for message in shorter):
             raise TemplateRefusal(
@@ -307,6 +342,7 @@ def _make_example(ids: list[int], turns: Sequence[Turn]) -> Example:
     for turn in turns:
         first = len(turn.prompt_ids)
         learnt[first : first + len(turn.answer_ids)] = turn.learnt
+    # Nothing precedes the first token, so there is no prediction of it.
     learnt[0] = False
     return Example(ids, learnt, len(turns[-1].prompt_ids))
 
@@ -335,7 +371,9 @@ def _drop_oldest_exchange(messages: tuple[Message, ...]) -> tuple[Message, ...] 
 def _list_shorter_conversations(messages: tuple[Message, ...]) -> list[tuple[Message, ...]]:
     """Return the conversation without its first exchange, without its first two, and so on.
 
-    The last item has only the last exchange.
+    An exchange begins with a user's message and lasts until the next one, tool calls
+    included, so a tool's answer is never separated from its call. System messages stay. The
+    last item has only the last exchange; the list is empty if there is only one.
     """
     system_count = _count_system_messages(messages)
     questions = [
@@ -351,12 +389,23 @@ def fit_to_length(
 ) -> tuple[list[int], list[int]]:
     """Cut a prompt and its answer to `max_length` tokens together.
 
-    The middle of the prompt is cut first; its beginning and its end, where a chat turn closes,
-    stay. Then the end of the answer is cut, if the answer takes more than half of `max_length`.
+    The middle of the prompt is cut first; its beginning and its end, where a chat turn
+    closes, stay. Then the end of the answer is cut, if the answer takes more than half of
+    `max_length`.
+
+    Args:
+        prompt: Tokens of the prompt.
+        answer: Tokens of the answer; empty to cut a prompt alone.
+        max_length: Maximum number of tokens of both.
+
+    Returns:
+        The tokens of the prompt and of the answer.
     """
     prompt, answer = list(prompt), list(answer)
     if len(prompt) + len(answer) <= max_length:
         return prompt, answer
+    # The prompt keeps at least about half of the length: an answer without its question teaches
+    # nothing.
     room = max(max_length - len(answer), max_length // 2 - 1, 1)
     if len(prompt) > room:
         tail = min(_PROMPT_TAIL_TOKENS, room // 2)

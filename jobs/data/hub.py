@@ -1,4 +1,9 @@
-"""Find models and data sets of the Hugging Face Hub on this machine, without its client."""
+"""Find models and data sets of the Hugging Face Hub on this machine, without its client.
+
+The layout of the client's cache is read directly (`models--ORG--NAME`, with `refs` and
+`snapshots`), so that planning needs neither the package nor a network. Downloads are in
+`cluster/fetch.py`.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +33,11 @@ class HubName:
 
 
 def get_hub_cache() -> Path:
-    """Return the hub client's cache: HF_HUB_CACHE, or `hub` below HF_HOME."""
+    """Return the hub client's cache: HF_HUB_CACHE, or `hub` below HF_HOME.
+
+    The variables are huggingface_hub's. Without them it is ~/.cache/huggingface/hub. The
+    folder may not exist.
+    """
     override = os.environ.get("HF_HUB_CACHE")
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     return Path(override) if override else home / "hub"
@@ -45,6 +54,10 @@ _WITHOUT_VOCABULARY = ("CanineTokenizer", "ByT5Tokenizer", "PerceiverTokenizer")
 def describe_missing_files(folder: Path, *, code: bool = False) -> str | None:
     """Return which files a model's folder lacks for training, or None.
 
+    An interrupted download leaves such a folder. transformers would report it late, or
+    train with an empty tokenizer. A folder with a GGUF asset counts as complete: it is
+    converted first.
+
     Args:
         folder: The model's folder.
         code: True to check also for the Python files that its config names.
@@ -59,7 +72,14 @@ def describe_missing_files(folder: Path, *, code: bool = False) -> str | None:
 
 
 def describe_missing_weights(folder: Path) -> str | None:
-    """Return which weights a model's folder lacks, or None."""
+    """Return which weights a model's folder lacks, or None.
+
+    Only safetensors count: pickled weights could run code when they are loaded. All shards
+    that the index names must be present; they are not opened.
+
+    Raises:
+        AssetError: If the index is not JSON.
+    """
     if not any(folder.glob("*.safetensors")):
         pickle_note = (
             " (its .bin file is a pickle, which lorafleet does not read: convert it to safetensors)"
@@ -71,6 +91,8 @@ def describe_missing_weights(folder: Path) -> str | None:
     if index.is_file():
         weight_map = _read_json(index).get("weight_map", {})
         shards = list(weight_map.values()) if isinstance(weight_map, dict) else [weight_map]
+        # The index comes from the model's author. A name with a path could point outside of the
+        # folder.
         if not all(
             isinstance(name, str) and Path(name).name == name and name.isprintable()
             for name in shards
@@ -125,12 +147,19 @@ def raise_if_missing(name: str, folder: Path, missing: str | None) -> None:
 
 
 def find_hub_model_folder(name: str, revision: str | None) -> Path | None:
-    """Return the snapshot of a hub model in the cache, or None if it is not downloaded."""
+    """Return the snapshot of a hub model in the cache, or None if it is not downloaded.
+
+    Args:
+        name: Hub id.
+        revision: A branch, a tag or a commit; None for `main`. A branch means the commit
+            that was last downloaded for it.
+    """
     repository = get_hub_cache() / f"models--{name.replace('/', '--')}"
     reference = revision or "main"
     try:
         commit = files.read_regular_text(repository / "refs" / reference, 1000).strip()
     except (OSError, ValueError):
+        # Commits have no file in refs: the revision is the name of the snapshot itself.
         commit = reference
     folder = repository / "snapshots" / commit
     return folder if (folder / "config.json").exists() else None
@@ -144,6 +173,13 @@ def get_dataset_folder(name: str, revision: str | None, config: str | None = Non
 
 def get_model_folder(name: str, revision: str | None) -> Path:
     """Return the folder of a model on this machine.
+
+    The folder has a config, but may be incomplete or changed: see `check_complete` and
+    `check_fetched`. Files of assets are checked here already.
+
+    Args:
+        name: A hub id, an asset or an absolute path. The loader has made paths absolute.
+        revision: Revision of a hub model. Ignored for assets and folders.
 
     Raises:
         AssetError: If it is not on this machine; the message says what to do.
@@ -174,11 +210,18 @@ def get_converted_folder(folder: Path) -> Path:
 
 
 def read_model_config(name: str, revision: str | None) -> dict[str, Any] | None:
-    """Return the config.json of a model, or None if it is not on this machine."""
+    """Return the config.json of a model, or None if it is not on this machine.
+
+    For a GGUF asset it is the shape of the model that `fetch` has stored.
+
+    Raises:
+        AssetError: If the file is not a JSON object.
+    """
     try:
         folder = get_model_folder(name, revision)
     except AssetError:
         return None
+    # `fetch` writes shape.json beside a GGUF file, which has no config.json before it is converted.
     for file in ("config.json", "shape.json"):
         if (folder / file).is_file():
             return _read_json(folder / file)
@@ -201,7 +244,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def resolve_model_revision(name: str, revision: str | None) -> str:
     """Return what identifies a model's weights and tokenizer.
 
-    It is the pin of an asset, the commit of a hub model, or a digest of the files of a folder.
+    It is the pin of an asset, the commit of a hub model, or a digest of the files of a
+    folder, which are all read. The result is part of trial ids and of the key of cached
+    tokens.
 
     Raises:
         AssetError: If downloaded files do not match the pin or the commit.
@@ -250,6 +295,8 @@ def _compute_folder_digest(folder: Path) -> str:
         [*folder.iterdir(), *(named_templates.iterdir() if named_templates.is_dir() else ())]
     ):
         if (
+            # Only files that transformers reads: a README or a log beside the weights must not
+            # change trial ids.
             file.suffix in (".json", ".safetensors", ".model", ".txt", ".jinja", ".py")
             and file.is_file()
         ):
@@ -260,7 +307,9 @@ def _compute_folder_digest(folder: Path) -> str:
 def compute_code_digest(folder: Path) -> str:
     """Return the SHA-256 over the names and bytes of a model folder's files, in hex.
 
-    Weights are left out.
+    Weights are left out, because they are large and run no code. Every other file counts,
+    also in subfolders: code can read any of them. Users copy this value into
+    `model.revision` after they have read the code.
     """
     import hashlib
 
@@ -284,10 +333,17 @@ _FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
 def find_code_refusal(name: str, revision: str | None) -> str | None:
     """Return why a model's code must not be run, or None.
 
-    None means that the code is completely pinned, or that the model is not on this machine yet.
-    A hub model is pinned by its commit. A folder can change, so the hash of its current content
-    must be named. Code that the config takes from another repository
+    None means that the code is completely pinned, or that the model is not on this machine
+    yet. A hub model is pinned by its commit. A folder can change, so the hash of its
+    current content must be named. Code that the config takes from another repository
     (`org/other--module.Class`) is pinned by neither.
+
+    Args:
+        name: A hub id, an asset or a folder.
+        revision: The job's `model.revision`.
+
+    Raises:
+        AssetError: If a config is not JSON.
     """
     try:
         folder = get_model_folder(name, revision)
@@ -316,6 +372,8 @@ def find_code_refusal(name: str, revision: str | None) -> str | None:
             f"model.trust_remote_code is true and model.revision is {revision}, but must be a "
             "commit of 40 hex digits"
         )
+    # `rglob` does not follow links to folders, so the files behind one would not be part of the
+    # digest.
     folder_link = next(
         (path for path in folder.rglob("*") if path.is_symlink() and path.is_dir()), None
     )
@@ -324,6 +382,7 @@ def find_code_refusal(name: str, revision: str | None) -> str | None:
             f"model.trust_remote_code is true, but {folder_link} is a link to a folder, whose "
             "files cannot be pinned: replace it by a copy"
         )
+    # The files are read once here and loaded later. Nobody else may change them in between.
     sentence = find_other_writer(folder)
     if sentence:
         return (
@@ -359,7 +418,11 @@ def check_code(name: str, revision: str | None) -> None:
 def count_parameters(name: str, revision: str | None) -> int | None:
     """Return the number of weights of a model; None if it is not known.
 
-    It is pinned for an asset, and read from the safetensors headers for a folder.
+    It is pinned for an asset, and read from the safetensors headers for a folder: a tied
+    matrix that is stored once counts once.
+
+    Raises:
+        AssetError: If a safetensors file is damaged.
     """
     if name.startswith(PREFIX):
         return get_asset(name).parameters

@@ -1,5 +1,9 @@
-"""Copy a model's files to a node's own disk: once, under a lock, and verified by hash once per
-job.
+"""Copy a model's files to a node's own disk: once, under a lock, and verified by hash.
+
+On a cluster, many processes of a job read the same weights from a network disk. A Slurm
+job sets LORAFLEET_STAGE and calls `create_node_copy` once on each node before training
+starts; the processes then find the copy with `resolve_node_copy`. The manifest is
+written last, so a folder with a manifest is complete.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ _BLOCK_BYTES = 2**22
 def resolve_node_copy(folder: Path) -> Path:
     """Return the copy of a model's folder on this node's disk, or the folder itself.
 
-    The environment variable LORAFLEET_STAGE names the folder of the copies.
+    The environment variable LORAFLEET_STAGE names the folder of the copies. The copy is not
+    verified here: `create_node_copy` has done that when the job started on this node.
     """
     stage = os.environ.get("LORAFLEET_STAGE")
     if not stage:
@@ -35,7 +40,12 @@ def resolve_node_copy(folder: Path) -> Path:
 def create_node_copy(folder: Path, target: Path, report: Callable[[str], None]) -> Path:
     """Copy a model's folder into `target`, or verify the copy that is already present.
 
+    Safe to call from several processes of a node: they wait for one another. A copy that
+    was killed half-way leaves a temporary folder, which the next call removes.
+
     Args:
+        folder: The model's folder. Subfolders are not copied.
+        target: Folder of the copies on this node; it is created with mode 0700.
         report: Called with a message if the copy is damaged or cannot be made.
 
     Returns:
@@ -60,6 +70,8 @@ def create_node_copy(folder: Path, target: Path, report: Callable[[str], None]) 
             return folder
         temp_folder = Path(tempfile.mkdtemp(dir=target, prefix=f".{copy.name}-"))
         try:
+            # Each file is hashed as it is read from the source, and once more from the copy: a disk
+            # that did not store it correctly is noticed before the job trains on it.
             digests = {
                 path.name: _copy_file(path, temp_folder / path.name)
                 for path in _list_model_files(folder)
@@ -87,7 +99,11 @@ def _list_model_files(folder: Path) -> list[Path]:
 
 
 def _build_copy_name(folder: Path) -> str:
-    """Return a folder name that changes whenever the source changes."""
+    """Return a folder name that changes whenever the source changes.
+
+    Sizes and times of change are enough, and do not need the weights to be read over the
+    network.
+    """
     metadata = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for path in _list_model_files(folder)

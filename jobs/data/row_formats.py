@@ -1,8 +1,10 @@
 """Convert a record of a data file to a row.
 
 Every known layout is read according to its meaning, and nothing is dropped silently: a
-key that changes the meaning of a row is used, or refused with an error. Unknown keys are
-counted.
+key that changes the meaning of a row is used, or refused with an error. Unknown keys
+are counted. The user's description of the layouts is docs/data-formats.md. Reading
+files is in `data_files.py`; this module sees one record at a time and never a
+tokenizer.
 """
 
 from __future__ import annotations
@@ -59,12 +61,21 @@ _MAX_PROMPT_WORDS = 48
 
 
 class BadRow(Exception):
-    """Problem with a record. The text continues a sentence that begins with the file and line."""
+    """Problem with a record. The text continues a sentence that begins with the file and line.
+
+    The callers in `rows.py` and `columns.py` know file and line, and turn it into a
+    DataError or an entry of a list of bad rows.
+    """
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of any format: a text with a label, a text alone, or a conversation to answer."""
+    """One row of any format: a text with a label, a text alone, or a conversation to answer.
+
+    Prompt and completion, Alpaca and ShareGPT rows all become conversations. Rows are equal
+    if they have the same content: `line` and `answer` are not compared, so equal rows are
+    found wherever they stand.
+    """
 
     text: str = ""
     label: str = ""
@@ -101,6 +112,8 @@ class Row:
     @property
     def _answer_index(self) -> int:
         """Return the index of the last answer that may be trained on. Metrics evaluate that one."""
+        # A conversation may end with an answer of weight 0. Metrics then evaluate the last answer
+        # that the model learns, and not one that it was told to ignore.
         trained = (
             index
             for index in reversed(range(len(self.messages)))
@@ -112,7 +125,8 @@ class Row:
     def _prompt_length(self) -> int:
         """Return how many characters of a text alone are the prompt.
 
-        The prompt is half of its words, up to a maximum.
+        The prompt is the first half of its words, but at most 48 words. Metrics and samples let
+        the model continue it. A text of one word is all prompt.
         """
         ends = [word.end() for word in re.finditer(r"\S+", self.text)]
         words = min(len(ends) // 2, _MAX_PROMPT_WORDS)
@@ -120,7 +134,12 @@ class Row:
 
     @property
     def question(self) -> Row:
-        """Return the row without its answer. Rows with equal questions belong together."""
+        """Return the row without its answer.
+
+        Rows with equal questions belong together: the split keeps them on one side, because a
+        model that has seen the prompt in training would be evaluated on it otherwise. The
+        label, the line and the last answer are left out.
+        """
         if self.messages:
             return Row(messages=self.messages[: self._answer_index], tools=self.tools)
         return Row(text=self.text)
@@ -128,7 +147,10 @@ class Row:
     def to_display_record(self) -> dict[str, Any]:
         """Return what a run stores of a held-out row, so that it can be shown without the data.
 
-        Conversations include their turns.
+        Returns:
+            `prompt` and `reference` as texts, and for conversations `turns`: a list of `role`
+                and `text` for the messages before the answer. A message without text shows its
+                tool calls.
         """
         prompt_messages = self.messages[: self._answer_index] if self.messages else ()
         turns = [
@@ -170,7 +192,15 @@ def _is_trained_on(message: Message) -> bool:
 
 
 def detect_row_format(record: Mapping[str, Any], job: JobSpec) -> DataFormat:
-    """Return the format that the job names, or else the one that fits the keys of a record."""
+    """Return the format that the job names, or else the one that fits the keys of a record.
+
+    The first record of a file decides for the whole file, so that a row with other keys is
+    an error and not silently read as another format.
+
+    Args:
+        record: The first record of a file.
+        job: The job. Classification always reads texts with labels.
+    """
     if job.data.format != "auto":
         return job.data.format
     if job.task == "classification":
@@ -189,9 +219,10 @@ def convert_record(
 
     Args:
         record: One record of a data file.
-        kind: Format of the record.
+        kind: Format of the record; not `auto`.
         data: Data settings of the job.
-        unused: Counter to which unknown keys are added.
+        unused: Counter to which unknown keys are added. Keys without a value do not count.
+
     Raises:
         BadRow: The record cannot be used.
     """
@@ -211,6 +242,7 @@ def convert_record(
 def _convert_conversation(
     record: Mapping[str, Any], kind: DataFormat, data: DataSpec, unused: Counter[str]
 ) -> tuple[Row, set[str]]:
+    # Every format of conversations takes these columns besides its own.
     used = {*_SYSTEM_COLUMNS, "tools"}
     if kind == "messages":
         column = _find_messages_column(record, data)
@@ -238,6 +270,7 @@ def _check_columns(record: Mapping[str, Any], used: set[str]) -> None:
         return
     for key in _UNSUPPORTED_COLUMNS:
         value = record.get(key)
+        # Empty values and a weight of 1 change nothing.
         if key in used or value in (None, "", [], {}, 1, 1.0):
             continue
         advice = {
@@ -251,6 +284,7 @@ def _check_columns(record: Mapping[str, Any], used: set[str]) -> None:
             f"{key} is {_shorten(value)}, which lorafleet does not support{advice.get(key, '')}; "
             "remove the column"
         )
+    # True, or a number such as a loss that some tool has recorded, excludes nothing.
     for key in _UNLEARNT_COLUMNS:
         if key not in used and record.get(key) is False:
             raise BadRow(
@@ -264,13 +298,15 @@ def _find_messages_column(record: Mapping[str, Any], data: DataSpec) -> str | No
     for name in CONVERSATION_COLUMNS:
         if isinstance(_parse_messages_cell(record.get(name)), list):
             return name
+    # A `messages` column without a list is still chosen: the error then names what is wrong with
+    # it.
     return CONVERSATION_COLUMNS[0] if record.get(CONVERSATION_COLUMNS[0]) is not None else None
 
 
 def _parse_messages_cell(value: Any) -> Any:
     """Return the list of messages that a text cell (of a CSV file, for example) holds as JSON.
 
-    Any other value is returned unchanged.
+    Any other value is returned unchanged, including JSON that is not a list of messages.
     """
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
@@ -278,6 +314,8 @@ def _parse_messages_cell(value: Any) -> Any:
         messages = json.loads(value)
     except (ValueError, RecursionError):
         return value
+    # A prompt may be a text that begins with a bracket, or JSON of something else. Only a list of
+    # messages counts as a conversation.
     shapes = ({"role", "content"}, {"from", "value"})
     are_messages = all(
         isinstance(message, dict) and any(shape <= set(message) for shape in shapes)
@@ -287,7 +325,11 @@ def _parse_messages_cell(value: Any) -> Any:
 
 
 def list_plain_columns(kind: DataFormat, data: DataSpec) -> tuple[str, ...] | None:
-    """Return the columns that make up a row of a format; None if a row can have more columns."""
+    """Return the columns that make up a row of a format; None if a row can have more columns.
+
+    `columns.py` reads files of these formats column by column. A `prompt_completion` row
+    may still have further columns (`system`, `tools`); the column reader checks for them.
+    """
     if kind == "text_label":
         return (data.text_column, data.label_column)
     if kind == "text":
@@ -303,7 +345,16 @@ def _convert_text_label(record: Mapping[str, Any], data: DataSpec) -> Row:
 
 
 def parse_label(label: Any, data: DataSpec) -> str:
-    """Return the class that a label names. Raises BadRow."""
+    """Return the class that a label names.
+
+    Args:
+        label: The cell: a text, an integer or a boolean. Booleans become `true` and
+            `false`.
+        data: The job's data settings. With `labels`, an integer is an index into them.
+
+    Raises:
+        BadRow: If the label is of another type, or empty.
+    """
     if isinstance(label, bool):
         label = str(label).lower()
     if not isinstance(label, str | int) or not str(label).strip():
@@ -319,12 +370,19 @@ def _resolve_class_name(label: str, names: Sequence[str] | None) -> str:
 
     An integer label is an index into `names`, unless one of the names is a number itself.
     """
+    # If a name is itself a number, `1` could mean the name or the index. It then always means the
+    # name.
     if names is None or label in names or any(map(_is_integer, names)):
         return label
     return names[int(label)] if _is_integer(label) and int(label) in range(len(names)) else label
 
 
 def _is_integer(text: str) -> bool:
+    """Return whether a text is an integer in ASCII digits.
+
+    `str.isdigit` accepts digits of other scripts, which are words here. Eighteen digits fit
+    into 64 bits.
+    """
     return re.fullmatch(r"-?[0-9]{1,18}", text) is not None
 
 
@@ -335,6 +393,8 @@ def _convert_instruction(record: Mapping[str, Any]) -> list[Message]:
         raise BadRow(f"input is {_shorten(extra)}, but must be a text")
     _check_encodable("input", extra)
     question, answer = _get_text(record, "instruction"), _get_text(record, "output")
+    # Alpaca's own prompt template wraps both in fixed English sentences. The chat template takes
+    # that role here.
     question = f"{question}\n\n{extra}" if extra else question
     return [*_parse_history(record), Message("user", question), Message("assistant", answer)]
 
@@ -344,6 +404,7 @@ def _convert_prompt_completion(
 ) -> list[Message]:
     columns = (data.prompt_column, data.completion_column)
     cells = {column: _parse_messages_cell(record[column]) for column in columns if column in record}
+    # One list is enough: a mixture of list and text is reported there.
     if any(isinstance(cell, list) for cell in cells.values()):
         return _convert_message_lists({**record, **cells}, data, unused)
     question, answer = (
@@ -448,7 +509,14 @@ def _parse_messages(
 ) -> list[Message]:
     """Return the messages of a list.
 
-    With `ends_with_answer` the last one must be the assistant's.
+    Args:
+        value: The list, or the same as JSON text.
+        column: Name of the column, for messages.
+        unused: Counter to which unknown keys of messages are added.
+        ends_with_answer: The last message must be the assistant's, as the answer to learn.
+
+    Raises:
+        BadRow: If it is not a list of messages, or an answer that is learnt is empty.
     """
     if isinstance(value, str):  # in CSV and some Parquet files
         try:
@@ -488,6 +556,8 @@ def _parse_message(value: Any, number: int, unused: Counter[str]) -> Message:
         return plain
     if not isinstance(value, Mapping):
         raise BadRow(f"message {number} is {_shorten(value)}, but must be {{role, content}}")
+    # In Parquet files and Arrow tables, every message has the keys of all others; those that were
+    # not set are null.
     record = {key: entry for key, entry in value.items() if entry is not None}
     role, content, used = _parse_role(record, number, list(value))
     for key in _UNSUPPORTED_IN_MESSAGE:
@@ -495,12 +565,14 @@ def _parse_message(value: Any, number: int, unused: Counter[str]) -> Message:
             raise BadRow(f"{key} of message {number} is not supported: remove it, or the row")
     text = _parse_content(content, number)
     calls = _parse_tool_calls(record.get("tool_calls"), number)
+    # LLaMA-Factory writes a call as the text of a message with its own role.
     if record.get("from") in _CALLING_ROLES:
         if calls:
             raise BadRow(f"message {number} has both a function call and tool_calls: keep one")
         text, calls = "", _parse_sharegpt_call(text, number)
     unused.update(f"message key {key!r}" for key in record if key not in used)
     reasoning = _parse_reasoning(record, role, number)
+    # Templates split a thinking block off the content themselves, and would then have two.
     if reasoning and THINKING[1] in text:
         raise BadRow(
             f"message {number} has reasoning both in a field and as {THINKING[0]} in its content: "
@@ -561,7 +633,11 @@ def _parse_tool_reference(record: dict[str, Any], role: str, number: int) -> tup
 
 
 def _parse_plain_message(value: Any) -> Message | None:
-    """Return a message that has only a role and a text, as nearly all have; None for any other."""
+    """Return a message that has only a role and a text; None for any other.
+
+    Nearly all messages are of this kind, so large files need this path: it skips the checks
+    of all other keys. It must accept nothing that `_parse_message` refuses.
+    """
     if not isinstance(value, dict) or len(value) != 2:
         return None
     role, content = value.get("role"), value.get("content")
@@ -618,7 +694,14 @@ def _parse_reasoning(record: Mapping[str, Any], role: str, number: int) -> str:
 def _parse_training_flag(
     record: Mapping[str, Any], role: str, number: int, unused: Counter[str]
 ) -> bool:
-    """Return whether a message is trained on, from `weight`, `train`, `training` and `loss`."""
+    """Return whether a message is trained on, from `weight`, `train`, `training` and `loss`.
+
+    A message without any of them is. Of a message that is not the assistant's, a flag of
+    true is only counted in `unused`: it is never trained on.
+
+    Raises:
+        BadRow: If a weight is neither 0 nor 1, or two flags contradict each other.
+    """
     flags = []
     if "weight" in record:
         weight = record["weight"]
@@ -671,9 +754,15 @@ def _is_tool(tool: Any) -> bool:
 
 
 def _parse_tool_calls(value: Any, number: int) -> str:
-    """Return an assistant's calls as JSON text.
+    """Return an assistant's calls as JSON text, in OpenAI's form with arguments as objects.
 
-    Arguments may be an object, or JSON text as OpenAI writes them.
+    Args:
+        value: A list of calls, or the same as JSON text. Arguments may be objects, or JSON
+            text as OpenAI writes them.
+        number: Number of the message (from 1), for messages.
+
+    Raises:
+        BadRow: If a call has no function, unknown keys or arguments that are not an object.
     """
     value = _parse_json(value, f"tool_calls of message {number}")
     if value in (None, "", []):
@@ -692,6 +781,8 @@ _FUNCTION_KEYS = frozenset({"name", "arguments", "parameters", "input"})
 
 def _parse_call(value: Any, number: int) -> dict[str, Any]:
     description = f"a tool call of message {number}"
+    # Some data sets write the function's name and arguments without the `function` block around
+    # them.
     function = value.get("function", value) if isinstance(value, Mapping) else None
     if (
         not isinstance(function, Mapping)
@@ -704,6 +795,7 @@ def _parse_call(value: Any, number: int) -> dict[str, Any]:
     allowed = _CALL_KEYS if function is not value else _CALL_KEYS | _FUNCTION_KEYS
     unknown_keys = [key for key in value if key not in allowed]
     unknown_keys += [key for key in function if function is not value and key not in _FUNCTION_KEYS]
+    # An unknown key could change which function is called, and no template would render it.
     if unknown_keys:
         raise BadRow(
             f"{description} has {unknown_keys[0]!r}, which is not supported: it may have id, type, "
@@ -765,6 +857,11 @@ def _describe_missing_column(record: Iterable[str], key: str) -> str:
 
 
 def _check_encodable(key: str, text: str) -> None:
+    """Raise BadRow if a text contains a lone surrogate.
+
+    Half of a surrogate pair, written as an escape in JSON, is read as such a character. It
+    cannot be encoded as UTF-8, and so neither tokenized nor stored.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:

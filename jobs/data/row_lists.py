@@ -1,4 +1,10 @@
-"""Compact lists of rows for large files. A row object is created when it is accessed."""
+"""Compact lists of rows for large files. A row object is created when it is accessed.
+
+Row objects take several times the size of a file of short rows. Large files are
+therefore kept as serialized bytes (`PackedRows`, here) or as Arrow columns
+(`ColumnRows` in `columns.py`). Small ones are plain lists. The rest of the code sees
+`AnyRows`, a sequence of rows.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +32,9 @@ _get_message_values = attrgetter(*(one.name for one in fields(Message)))
 
 class LargeRows(Sequence[Row], ABC):
     """A list of rows whose subsets share its data.
+
+    Splits and samples are lists of indices into the same data. Iterate instead of indexing
+    where possible: rows are created block by block. Row objects are new at each access.
 
     Args:
         indices: Indices (N) of the rows in the data.
@@ -63,14 +72,25 @@ class LargeRows(Sequence[Row], ABC):
             yield from self._iterate_rows(self._places[begin : begin + _BLOCK_ROWS])
 
     def take(self, indices: np.ndarray) -> Self:
-        """Return the rows with the given indices, in that order."""
+        """Return the rows with the given indices, in that order.
+
+        Args:
+            indices: Indices into this list, not into the data.
+
+        Returns:
+            A list that shares the data of this one.
+        """
         self._get_hashes()  # computed once, before the data is shared
         subset = copy.copy(self)
         subset._places = self._places[indices]
         return subset
 
     def get_question_hashes(self) -> np.ndarray:
-        """Return the hash (N, int64) of each row's question (see `can_compare_questions`)."""
+        """Return the hash (N, int64) of each row's question (see `can_compare_questions`).
+
+        Python's text hashes differ from process to process: compare them within one process
+        only, and never store them.
+        """
         hashes: np.ndarray = self._get_hashes()[self._places]
         return hashes
 
@@ -84,7 +104,11 @@ class LargeRows(Sequence[Row], ABC):
         )
 
     def encode_labels(self, names: Mapping[str, int]) -> np.ndarray:
-        """Return the index (N) of each row's class in `names`; -1 for a class that is not in it."""
+        """Return the index (N) of each row's class in `names`; -1 for a class that is not in it.
+
+        Args:
+            names: Class -> its index. For rows without classes it must contain the empty text.
+        """
         if self._codes is None:
             return np.full(len(self), names[""], dtype=np.int32)
         indices = np.array([names.get(name, -1) for name in self._labels], dtype=np.int32)
@@ -104,6 +128,7 @@ class PackedRows(LargeRows):
         self._hashes = np.frombuffer(packer.hashes, dtype=np.int64)
 
     def _iterate_rows(self, indices: np.ndarray) -> Iterator[Row]:
+        # Slices of a view are not copies.
         view = memoryview(self._data)
         for begin, end in zip(
             self._ends[indices].tolist(), self._ends[indices + 1].tolist(), strict=True
@@ -117,7 +142,10 @@ class PackedRows(LargeRows):
 
 
 class RowPacker:
-    """Builder of `PackedRows`, row by row."""
+    """Builder of `PackedRows`, row by row.
+
+    Appending never holds more than one `Row`, so a file is read in about its own size.
+    """
 
     def __init__(self) -> None:
         self.data, self.ends = bytearray(), array("q", [0])
@@ -127,6 +155,8 @@ class RowPacker:
 
     def append(self, row: Row) -> None:
         """Append a row."""
+        # The bytes never leave this process, so marshal's format may differ between Python
+        # versions. Fields are stored by position, without their names.
         self.data += marshal.dumps(
             (_get_row_values(row), tuple(map(_get_message_values, row.messages)))
         )
@@ -156,6 +186,7 @@ def count_labels(rows: AnyRows) -> Counter[str]:
 def can_compare_questions(rows: AnyRows, other_rows: AnyRows) -> bool:
     """Return whether the question hashes of two lists can be compared.
 
-    Equal hashes mean equal questions only if both are compact lists of the same kind.
+    Equal hashes mean equal questions only if both are compact lists of the same kind:
+    `ColumnRows` hashes the text of the prompt, and `PackedRows` the whole question.
     """
     return isinstance(rows, LargeRows) and type(rows) is type(other_rows)

@@ -1,6 +1,8 @@
 """Load a user's rows, and report every bad row with its file and line.
 
-Unusual data is reported as well, before a run starts.
+This is the entry point to the data of a job: it finds the files, reads them with the
+fastest reader that fits, splits the rows, and reports unusual data before a run starts.
+Tokens are made later, in `evaluation/tokens.py`.
 """
 
 from __future__ import annotations
@@ -40,7 +42,11 @@ _MIN_ROWS_TO_HOLD_BACK = 4
 
 @dataclass(frozen=True)
 class Rows:
-    """The three splits of a job's data."""
+    """The three splits of a job's data.
+
+    No question is both in training and in a split that was held back from it. If there are
+    no test rows, `test` is the validation split, and `chosen_on_test` says so.
+    """
 
     train: AnyRows
     validation: AnyRows
@@ -61,10 +67,17 @@ class Rows:
 def load_rows(job: JobSpec, bad_rows: list[str] | None = None) -> Rows:
     """Load all rows of a job, checked and split.
 
+    The same job and files give the same rows in the same order, on any machine.
+
     Args:
-        bad_rows: If given, problems of bad rows are appended here, and the rows are left out.
+        job: The job. Its data must be on this machine.
+        bad_rows: If given, problems of bad rows are appended here, and the rows are left
+            out.
+
     Raises:
-        DataError: There are bad rows and no `bad_rows` (ten are shown), or a split is impossible.
+        DataError: There are bad rows and no `bad_rows` (ten are shown), or a split is
+            impossible.
+        AssetError: The data set is not on this machine, or its files were changed.
     """
     sources = get_split_files(job.data)
     sha256 = {split: files.compute_sha256(path) for split, path in sources.items()}
@@ -122,7 +135,14 @@ def _describe_unused_keys(unused: Counter[str]) -> list[str]:
 def get_split_files(data: DataSpec) -> dict[str, Path]:
     """Return the file of each split that the job names.
 
-    Raises AssetError or DataError if one is missing.
+    Files that the job names take the place of the data set's splits.
+
+    Returns:
+        Split -> its file, for those that exist. `train` is always among them.
+
+    Raises:
+        AssetError: If the data set is not on this machine.
+        DataError: If a named file does not exist, or there is no train split.
     """
     if data.train_file:
         return _get_named_files(data)
@@ -141,7 +161,8 @@ def _get_named_files(data: DataSpec) -> dict[str, Path]:
 def get_split_file(split: str, job: JobSpec) -> Path:
     """Return the file that a split's rows were read from.
 
-    A split without a file was held back from the split before it.
+    A split without a file was held back from the split before it: test rows from the
+    validation file, or else from the training file.
     """
     sources = get_split_files(job.data)
     return (
@@ -173,7 +194,11 @@ def _find_dataset_splits(data: DataSpec) -> dict[str, Path]:
 def _find_folder_splits(folder: Path) -> dict[str, Path]:
     """Return the files `train`, `validation` and `test` of a user's folder.
 
-    They may have any format that can be read.
+    They may have any format that can be read. Other files of the folder are ignored.
+
+    Raises:
+        DataError: If there is no train file, or a split has two files: it would not be
+            clear which one counts.
     """
     if not folder.is_dir():
         raise DataError(f"data.dataset_name is {folder}, but that folder does not exist")
@@ -204,9 +229,18 @@ def _read_split(
     formats: dict[str, DataFormat],
     notes: list[str],
 ) -> AnyRows:
-    """Read all rows of a file.
+    """Read all rows of a file, in columns if it is large and simple.
 
-    Unknown keys are counted in `unused`; the format is stored in `formats`.
+    Args:
+        path: The file.
+        job: The job.
+        unused: Receives the unknown keys with their counts.
+        collected: Receives the problems of bad rows; None to raise them.
+        formats: Receives the format of the file, by its path.
+        notes: Receives remarks about the file.
+
+    Raises:
+        DataError: If there is a bad row and `collected` is None, or no row is left.
     """
     first = read_first_record(path)
     if first is not None:
@@ -223,6 +257,7 @@ def _read_split(
         if not isinstance(record, dict):
             bad_rows.add(f"{path}:{number}: {record}")
             continue
+        # The first usable record decides for the whole file.
         split_format = formats.setdefault(str(path), split_format or detect_row_format(record, job))
         try:
             row = convert_record(record, split_format, job.data, unused)
@@ -268,7 +303,20 @@ def _make_splits(
 ) -> dict[str, AnyRows]:
     """Return train, validation and test rows.
 
-    A missing split is held back from the split before it.
+    A missing split is held back from the split before it. Rows are limited
+    (`max_train_samples` and the like) after the split, so a limit does not change which
+    rows are held back.
+
+    Args:
+        data: The job's data settings.
+        loaded_splits: The rows of the splits that have files.
+        warnings: Receives notes on what was held back.
+
+    Returns:
+        The three splits. `test` is empty if no row could be held back for it.
+
+    Raises:
+        DataError: If no validation rows can be held back.
     """
     train = loaded_splits["train"]
     validation, test = loaded_splits.get("validation"), loaded_splits.get("test")
@@ -287,6 +335,8 @@ def _make_splits(
         )
     if test is None and len(validation) >= _MIN_ROWS_TO_HOLD_BACK:
         try:
+            # Another seed than that of the validation split, so that the two draws do not follow
+            # the same permutation.
             seed = data.split_seed + 1
             test, validation = split_held_out(
                 validation, data.test_fraction, seed, "data.test_fraction", keep_classes=False
@@ -315,8 +365,13 @@ def _resolve_labels(
 ) -> tuple[str, ...]:
     """Return the class names: `data.labels` if set, else the sorted training labels.
 
-    Integers are sorted in numeric order, words in alphabetical order. Raises DataError if there
-    is only one class, or if a label is not in `data.labels`.
+    Their order is the order of the class ids, which is stored in the model, so it must not
+    depend on the order of the rows. Integers are sorted in numeric order, words in
+    alphabetical order.
+
+    Raises:
+        DataError: If there is only one class or more than 1,000, or if a label is not in
+            `data.labels` or in no training row.
     """
     if names is not None:
         for split, split_rows in rows.items():
@@ -334,6 +389,7 @@ def _resolve_labels(
             f"{sources['train']}: every training row has the label {single_label!r}, but a "
             "classifier needs at least two labels"
         )
+    # A column of texts or ids, named by mistake, would give a head of as many classes as rows.
     if len(counts) > 1000:
         raise DataError(
             f"{sources['train']}: there are {len(counts)} labels; is data.label_column the "
@@ -346,15 +402,22 @@ def _resolve_labels(
                 f"the {split} rows have labels that no training row has: {', '.join(unknown[:5])}. "
                 "Correct them, or add training rows with these labels"
             )
+    # In alphabetical order, class 10 would come before class 2.
     numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in counts)
     return tuple(sorted(counts, key=int) if numeric else sorted(counts))
 
 
 def _describe_duplicates(rows: dict[str, AnyRows]) -> list[str]:
-    """Return warnings about rows that occur twice, in one split or (worse) in two."""
+    """Return warnings about rows that occur twice, in one split or (worse) in two.
+
+    Held-out rows whose question is also in training make results optimistic. Only the
+    questions are compared; their answers may differ.
+    """
     warnings = []
     train, others = rows["train"], {split: rows[split] for split in ("validation", "test")}
     if isinstance(train, LargeRows):
+        # Hashes of eight bytes a row, instead of a set of all questions: a collision would only
+        # change a warning.
         unique_hashes = np.unique(train.get_question_hashes())
         duplicate_count = len(train) - len(unique_hashes)
         other_questions = {

@@ -1,8 +1,11 @@
 """Draw the rows that are held back.
 
-The draw is seeded, keeps equal prompts together and classes in proportion. Without repeated
-prompts it equals scikit-learn's draw (StratifiedShuffleSplit with classes, else
-ShuffleSplit). The client does not need scikit-learn; a test compares the two.
+The draw is seeded, keeps equal prompts together and classes in proportion. Without
+repeated prompts it equals scikit-learn's draw (StratifiedShuffleSplit with classes,
+else ShuffleSplit). The client does not need scikit-learn; a test compares the two.
+
+A change of the draw needs a new SPLIT_VERSION, which is part of the key of cached
+tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ _MAX_PROMPT_CHARS = 60
 class _Groups:
     """Groups of rows with the same prompt, which stay on one side of the split.
 
-    G groups of N rows, in the order of their first row.
+    G groups of N rows, in the order of their first row. Without repeated prompts, each
+    group is one row and has its index.
     """
 
     of_row: np.ndarray
@@ -49,13 +53,17 @@ def split_held_out(
     """Return (held-out rows, remaining rows), both in the original order.
 
     Args:
+        rows: The rows to split.
+        share: Share of the rows to hold back, between 0 and 1. At least one row is held
+            back, and at least one stays.
+        seed: Seed of the draw.
         field: Name of the share in error messages.
-        keep_classes: Every class must remain among the training rows. Without it, this holds
-            only where it is possible.
+        keep_classes: Every class must remain among the training rows. Without it, this
+            holds only where it is possible.
 
     Raises:
-        DataError: Prompts repeat so often, or classes are so small, that no set of whole groups
-            comes near the share.
+        DataError: Prompts repeat so often, or classes are so small, that no set of whole
+            groups comes near the share.
     """
     target = max(1, min(len(rows) - 1, round(len(rows) * share)))
     groups = _group_rows(rows)
@@ -72,6 +80,8 @@ def split_held_out(
     is_held[held_groups] = True
     row_mask = is_held[groups.of_row]
     number = int(row_mask.sum())
+    # Whole groups rarely give the exact number. Half to twice of it is accepted; anything else
+    # would not be what the user asked for.
     if not number or not target <= 2 * number <= 4 * target:
         raise DataError(_format_refusal(rows, groups, share, target, field))
     return select_rows(rows, np.flatnonzero(row_mask)), select_rows(rows, np.flatnonzero(~row_mask))
@@ -80,7 +90,16 @@ def split_held_out(
 def sample_rows(rows: AnyRows, max_rows: int | None, seed: int) -> AnyRows:
     """Draw at most `max_rows` rows, stratified by class.
 
-    Every class keeps at least one row if `max_rows` allows it.
+    Every class keeps at least one row if `max_rows` allows it. Equal prompts are not kept
+    together here: the split has been made already.
+
+    Args:
+        rows: The rows of one split.
+        max_rows: Maximum number of rows; None for all.
+        seed: Seed of the draw.
+
+    Returns:
+        The rows in their original order.
     """
     if max_rows is None or max_rows >= len(rows):
         return rows
@@ -92,6 +111,8 @@ def sample_rows(rows: AnyRows, max_rows: int | None, seed: int) -> AnyRows:
     generator = np.random.RandomState(seed)
     sizes = np.array([counts[name] for name in names])
     quotas = allocate_draws(sizes, max_rows, generator)
+    # Take the row from the class with the most: a class without rows could not be learnt or
+    # evaluated.
     for code in np.flatnonzero(quotas == 0) if max_rows >= len(names) else ():
         quotas[int(np.argmax(quotas))] -= 1
         quotas[code] = 1
@@ -147,7 +168,21 @@ def _number_groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_groups(groups: _Groups, target: int, random: np.random.RandomState) -> np.ndarray:
-    """Draw groups with about `target` rows together, each class in proportion."""
+    """Draw groups with about `target` rows together, each class in proportion.
+
+    Groups are whole, so a class may miss its number: other classes then fill it up. If the
+    result is still less than half of the target, the smallest group that its class can
+    spare is drawn.
+
+    Args:
+        groups: The groups to draw from; at least two.
+        target: Number of rows to draw.
+        random: Generator. The legacy RandomState, as in scikit-learn, so that draws are
+            equal.
+
+    Returns:
+        Indices of the groups, in no particular order.
+    """
     classes = np.unique(groups.labels)
     if len(classes) == 1:
         order = random.permutation(len(groups))
@@ -162,6 +197,8 @@ def _draw_groups(groups: _Groups, target: int, random: np.random.RandomState) ->
             groups, remaining, target - held_rows, keep_one_of=_build_spare_check(groups, remaining)
         )
         held_groups = np.concatenate([held_groups, additional])
+    # All other groups are larger than what is left. Take the smallest one whose class has another;
+    # the caller refuses the result if it is far too large.
     if 2 * int(groups.sizes[held_groups].sum()) < target:
         members = np.bincount(groups.labels)
         candidates = np.flatnonzero(members[groups.labels] > 1)
@@ -183,6 +220,8 @@ def _draw_by_class(
     held_counts = allocate_draws(counts - training_counts, target, random)
     order, held_groups = [], []
     for class_groups, rows, all_rows in zip(members, held_counts, counts, strict=True):
+        # scikit-learn trains on the first rows of the permutation and tests on the following ones,
+        # so the held-out rows are taken from its end.
         shuffled = class_groups[random.permutation(len(class_groups))][::-1]
         order.append(shuffled)
         held_groups.append(
@@ -194,8 +233,17 @@ def _draw_by_class(
 def allocate_draws(counts: np.ndarray, draws: int, random: np.random.RandomState) -> np.ndarray:
     """Return how many of `draws` fall to each class: whole parts, then the largest remainders.
 
-    Ties between equal remainders are broken at random. Source: scikit-learn's
-    StratifiedShuffleSplit.
+    Ties between equal remainders are broken at random. Source: `_approximate_mode` of
+    scikit-learn, which StratifiedShuffleSplit uses; the calls to the generator are the
+    same.
+
+    Args:
+        counts: Number of rows (C) of each class.
+        draws: Number of rows to draw; at most the sum of `counts`.
+        random: Generator.
+
+    Returns:
+        Number of draws (C) of each class; they add up to `draws`.
     """
     exact = counts / counts.sum() * draws
     shares = np.floor(exact)
@@ -218,7 +266,18 @@ def _select_fitting(
     max_rows: int,
     keep_one_of: Callable[[int], bool] | None = None,
 ) -> np.ndarray:
-    """Return the groups, in their order, that fit into `max_rows` rows together."""
+    """Return the groups, in their order, that fit into `max_rows` rows together.
+
+    A group that is too large is passed over, and smaller ones after it may still fit.
+
+    Args:
+        groups: All groups.
+        order: Indices of the candidates, in the order of the draw.
+        max_rows: Maximum number of rows.
+        keep_one_of: Returns whether a group may be taken; called at most once for each
+            group.
+    """
+    # The usual case of prompts that do not repeat, without a Python loop over all rows.
     if keep_one_of is None and (groups.sizes[order] == 1).all():
         return order[: max(0, max_rows)]
     selected = []
@@ -235,7 +294,8 @@ def _select_fitting(
 def _build_spare_check(groups: _Groups, candidates: np.ndarray) -> Callable[[int], bool]:
     """Return a check that a class still has another group.
 
-    Each group that passes the check counts as taken.
+    Each group that passes the check counts as taken, so the check must be called once for
+    each candidate.
     """
     group_counts = np.bincount(groups.labels[candidates], minlength=int(groups.labels.max()) + 1)
 

@@ -1,9 +1,9 @@
-"""Check that fetched files are unchanged: by size, time and inode, and by their bytes if those
-differ.
+"""Check that fetched files are unchanged, without reading them each time.
 
-The user's state folder records size, time of change, inode and SHA-256 of each file. Files
-of the hub's cache are known from the start, because its blobs are named by their hash.
-Assets are pinned.
+The user's state folder records size, time of change, inode and SHA-256 of each file.
+Files whose first three are unchanged are not read; others are hashed again. Files of
+the hub's cache are known from the start, because its blobs are named by their hash.
+Assets are pinned. A cache that others can write to is refused as a whole.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _BLOCK_BYTES = 2**20
 def check_cache(folder: Path) -> None:
     """Raise AssetError for a cache that another user can change.
 
-    Its content decides what is trained.
+    Its content decides what is trained. Call it before any file of the cache is used. The
+    result is remembered for the life of the process.
     """
     sentence = _find_cache_writer(folder)
     if sentence:
@@ -37,6 +38,7 @@ def check_cache(folder: Path) -> None:
         )
 
 
+# Every use of a model or data set asks again, and each answer inspects all folders above the cache.
 @lru_cache(maxsize=16)
 def _find_cache_writer(folder: Path) -> str | None:
     try:
@@ -48,7 +50,11 @@ def _find_cache_writer(folder: Path) -> str | None:
 
 
 def record_fetched_files(folder: Path) -> None:
-    """Record the files of a folder that was fetched just now."""
+    """Record the files of a folder that was fetched just now.
+
+    Every file is read once. If the state folder cannot be written, no record is made, and
+    the files are read at each use.
+    """
     _write_record(
         folder,
         {
@@ -59,7 +65,11 @@ def record_fetched_files(folder: Path) -> None:
 
 
 def compute_content_hash(folder: Path) -> str:
-    """Return the SHA-256 over the names and bytes of a folder's files, in hex."""
+    """Return the SHA-256 over the names and bytes of a folder's files, in hex.
+
+    Names are relative to the folder, in sorted order; lock files do not count. The pins of
+    assets (`Asset.content`) are this value.
+    """
     return _hash_rows(
         {
             name: _build_row(path, files.compute_sha256(path))
@@ -77,14 +87,21 @@ def check_unchanged(folder: Path, *, read_all: bool = False, content: str | None
     """Raise AssetError if the files of a fetched folder are not those that were fetched.
 
     Files whose size, time and inode are unchanged are not read. Files without a record are
-    recorded now; files of the hub's cache must match the hash in their name first.
+    recorded now; files of the hub's cache must match the hash in their name first. A change
+    that keeps size and time is only found with `read_all`.
 
     Args:
+        folder: The folder of an asset, a snapshot of the hub's cache or a converted model.
         read_all: Read every file, including those that look unchanged.
         content: Pinned hash of the folder (see `compute_content_hash`).
+
+    Raises:
+        AssetError: A file differs, is missing, or the whole does not match `content`.
     """
     recorded, current = _read_record(folder), {}
     for name, path in _list_files(folder).items():
+        # The record is updated where only the look has changed, so such a file is read once and not
+        # at each use.
         previous = recorded.get(name)
         if previous and not read_all and _build_row(path, previous["sha256"]) == previous:
             current[name] = previous
@@ -130,7 +147,8 @@ def _build_row(path: Path, digest: str) -> dict[str, Any]:
 def _has_named_hash(path: Path, digest: str) -> bool:
     """Return whether a blob of the hub's cache has the hash in its name.
 
-    The name is a SHA-256, or git's SHA-1 for small files.
+    The name is a SHA-256 for files in LFS, or git's SHA-1 for small files. True for files
+    that are not blobs of the cache, and for other names.
     """
     blob = path.resolve()
     if blob.parent.name != "blobs":
@@ -141,6 +159,7 @@ def _has_named_hash(path: Path, digest: str) -> bool:
 
 
 def _compute_git_hash(path: Path) -> str:
+    # Git hashes a header with the type and the size before the content.
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -159,6 +178,8 @@ def _get_record_path(folder: Path) -> Path:
 def _read_record(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         record = files.read_json(_get_record_path(folder))
+        # A folder that was deleted and fetched again has another inode: its old record says nothing
+        # about the new files.
         is_recreated = record.get("inode") != folder.stat().st_ino
     except (RunError, OSError):  # a damaged record counts as missing
         return {}

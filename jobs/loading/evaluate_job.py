@@ -1,4 +1,9 @@
-"""Turn existing models into the arms of a comparison that trains nothing."""
+"""Turn existing models into the arms of a comparison that trains nothing.
+
+`lorafleet evaluate` takes runs, adapters and models in any mixture. Each becomes an arm
+with `weights` (or an untrained base), so that the same code evaluates, compares and
+reports them as for a comparison that trains.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +29,25 @@ _SHARED = ("model", "qlora", "prompt_tuning")
 
 @dataclass(frozen=True)
 class ModelArm:
-    """An existing model, and what its arm sets in the job that evaluates it."""
+    """An existing model, and what its arm sets in the job that evaluates it.
+
+    `name` is for display and need not be valid or unique in a job file: `name_arms` makes
+    it so. `arm` has the layout of `compare.arms.NAME`.
+    """
 
     name: str
     arm: dict[str, Any]
 
 
 def make_run_arm(run: Run, trial_id: str, weights: Path) -> ModelArm:
-    """Return the arm of a run's trial, with its weights on its own base."""
+    """Return the arm of a run's trial, with its weights on its own base.
+
+    Args:
+        run: The run.
+        trial_id: The trial. Its record names the base and the method; the files beside the
+            weights are used if the record is gone.
+        weights: Folder of its weights.
+    """
     resolved = run.get_trial(trial_id).read_params().get("resolved", {})
     return _make_resolved_arm(run.id, resolved or _read_training_settings(weights), weights)
 
@@ -47,7 +63,11 @@ def _read_training_settings(weights: Path) -> dict[str, Any]:
 
 
 def _make_resolved_arm(name: str, resolved: dict[str, Any], weights: Path) -> ModelArm:
-    """Return the arm of weights whose training settings are known."""
+    """Return the arm of weights whose training settings are known.
+
+    A `model.revision` of None is set too: the job that evaluates may name a revision, which
+    belongs to its own base.
+    """
     values = {
         path: fields.get_value(resolved, path)
         for path in fields.get_leaf_fields()
@@ -92,17 +112,28 @@ def make_compared_arm(run: Run, job: JobSpec, name: str, weights: Path | None) -
 def make_folder_arm(folder: Path) -> ModelArm:
     """Return the arm of a folder that holds an adapter or a model.
 
+    An adapter that lorafleet saved brings its base along, from the files beside it. Any
+    other adapter is evaluated on the job's base, which `check_base` compares with its
+    config.
+
+    Args:
+        folder: The folder.
+
     Raises:
-        UserError: If the folder holds neither.
+        UserError: If the folder holds neither, or an adapter of another type than LoRA and
+            prompt tuning.
     """
     config = folder / ADAPTER_FILES[0]
     if config.is_file():
         kind = (read_config(folder) or {}).get("peft_type")
+        # Only adapters that lorafleet can train are evaluated: other types have no method in an
+        # arm.
         if kind not in _PEFT_METHODS:
             raise UserError(
                 f"{folder} is an adapter of type {kind}, but the type must be "
                 f"{' or '.join(_PEFT_METHODS)}"
             )
+        # A folder called `adapter` or `model` says nothing; its parent has the name.
         display_name = folder.parent.name if folder.name in ("adapter", "model") else folder.name
         resolved = _read_training_settings(folder.absolute())
         if resolved:
@@ -121,7 +152,12 @@ def make_folder_arm(folder: Path) -> ModelArm:
 def check_base(model: ModelArm, job: JobSpec) -> None:
     """Raise UserError if an adapter was trained on another base of the hub than the job's.
 
-    Only adapters without known training settings are checked.
+    Only adapters without known training settings are checked, and only if both names can be
+    compared: a local path says nothing about which model it holds.
+
+    Args:
+        model: The arm.
+        job: The job that evaluates it.
     """
     config = Path(str(model.arm.get("weights", ""))) / ADAPTER_FILES[0]
     if "set" in model.arm or not config.is_file():
@@ -134,6 +170,8 @@ def check_base(model: ModelArm, job: JobSpec) -> None:
         name for name in (trained_on, job_base) if isinstance(name, str) and is_model_name(name)
     ]
     ids = {resolve_public_base(name, None)[0].casefold() for name in hub_names}
+    # An asset counts as the hub model that it is a copy of, and the case of hub ids does not
+    # matter.
     if len(hub_names) == 2 and len(ids) == 2:
         raise UserError(
             f"{config.parent} was trained on {trained_on}, but the job's base is {job_base}: "
@@ -149,12 +187,22 @@ def make_model_arm(name: str, display_name: str | None = None) -> ModelArm:
 
 
 def is_model_name(text: str) -> bool:
-    """Return whether a text names a hub model or an asset, and not a path or a run."""
+    """Return whether a text names a hub model or an asset, and not a path or a run.
+
+    A hub id has exactly one slash. A relative folder of that form must be written as
+    `./a/b`.
+    """
     return text.startswith("asset:") or (text.count("/") == 1 and not is_path_like(text))
 
 
 def name_arms(models: list[ModelArm]) -> dict[str, dict[str, Any]]:
-    """Return the arms by names that are valid in a job file, each unique."""
+    """Return the arms by names that are valid in a job file, each unique.
+
+    Names are lower-case letters, digits and dashes, at most 36 characters and a number.
+
+    Args:
+        models: The arms, in the order in which they are to be shown.
+    """
     arms: dict[str, dict[str, Any]] = {}
     for model in models:
         name = re.sub(r"[^a-z0-9]+", "-", model.name.lower()).strip("-")[:36].strip("-") or "model"

@@ -1,9 +1,11 @@
-"""Translate experiments of Hugging Face's PEFT method comparison (MetaMathQA) to the arms of a
-comparison. Pure.
+"""Translate experiments of Hugging Face's PEFT method comparison to arms. Pure.
 
-An experiment is a folder with `adapter_config.json` (none: full fine-tuning) and
-`training_params.json`, which overrides `default_training_params.json`. Source:
-github.com/huggingface/peft, method_comparison/MetaMathQA.
+The comparison trains on MetaMathQA. An experiment is a folder with
+`adapter_config.json` (none: full fine-tuning) and `training_params.json`, which
+overrides `default_training_params.json`. Several experiments become one comparison, so
+everything that its arms share must be equal in all of them. Every number of the
+original is in the job or in a remark. Source: github.com/huggingface/peft,
+method_comparison/MetaMathQA.
 """
 
 from __future__ import annotations
@@ -107,10 +109,14 @@ class Experiment:
 def translate_experiments(experiments: list[Experiment], name: str) -> Translation:
     """Return a comparison with the untrained base and each experiment as an arm.
 
+    Args:
+        experiments: At least one.
+        name: Name of the job.
+
     Raises:
         UserError: An experiment uses an adapter type that cannot be trained here, or the
-        experiments differ in
-            something that all arms share, such as the number of steps.
+            experiments differ in something that all arms share, such as the number of
+            steps.
     """
     job = Translation()
     job.set_field("name", name)
@@ -148,7 +154,10 @@ def translate_experiments(experiments: list[Experiment], name: str) -> Translati
 
 
 def _move_common_fields(arms: list[dict[str, Any]], job: Translation) -> None:
-    """Move fields that have one value in all arms from the arms to the job."""
+    """Move fields that have one value in all arms from the arms to the job.
+
+    Only `model` and `train` fields move. Both `arms` and `job` are changed in place.
+    """
     common = {
         path: value for path, value in arms[0].items() if path.startswith(("model.", "train."))
     }
@@ -184,7 +193,13 @@ def _set_data(job: Translation, params: Mapping[str, Any]) -> None:
 
 
 def _translate_arm(experiment: Experiment, job: Translation) -> tuple[str, dict[str, Any]]:
-    """Return (method, dotted field -> value) of one arm."""
+    """Return (method, dotted field -> value) of one arm.
+
+    What has no counterpart is reported in `job`.
+
+    Raises:
+        UserError: If the adapter type cannot be trained here.
+    """
     values: dict[str, Any] = {}
     method = "full"
     config = experiment.adapter_config
@@ -286,9 +301,11 @@ def _set_training_fields(
     if values.get("train.max_grad_norm") == 0:
         values.pop("train.max_grad_norm")
         job.lost.append(f"{experiment.name}: grad_norm_clip: 0; lorafleet always clips gradients")
+    # The comparison's code has no separate setting for quantisation: the dtype decides.
     method = _set_dtype(experiment, method, values, job)
     _set_optimizer(experiment, values, job)
     schedule = params.get("lr_scheduler")
+    # Without a scheduler the learning rate stays constant.
     values["train.lr_scheduler_type"] = schedule or "constant"
     if params.get("attn_implementation"):
         values["model.attn_implementation"] = params["attn_implementation"]
@@ -302,6 +319,11 @@ def _set_training_fields(
 def _set_dtype(
     experiment: Experiment, method: str, values: dict[str, Any], job: Translation
 ) -> str:
+    """Set the number format, and return the method: qlora for a quantised base.
+
+    Raises:
+        UserError: If the base is quantised and the method is not LoRA.
+    """
     dtype = experiment.params["dtype"]
     if dtype not in ("int4", "int8"):
         values["model.dtype"] = dtype

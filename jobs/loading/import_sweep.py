@@ -1,5 +1,8 @@
-"""Translate a W&B sweep file to the search block of a job, and report every difference by key.
-Pure.
+"""Translate a W&B sweep file to the search block of a job. Pure.
+
+Every difference is reported by key: what is lost, what is assumed, and what lorafleet
+does otherwise. A sweep names no model and no data; `commands/import_config.py` adds
+them. Format: docs.wandb.ai, sweep configuration.
 """
 
 from __future__ import annotations
@@ -40,7 +43,13 @@ _DISTRIBUTIONS = (
 
 
 def translate_sweep(config: dict[str, Any], name: str) -> Translation:
-    """Return a job with the sweep as its search. The caller sets the model and the data."""
+    """Return a job with the sweep as its search. The caller sets the model and the data.
+
+    Args:
+        config: The content of the sweep file. Values of any type are accepted; those that
+            cannot be interpreted are reported in `lost`.
+        name: Name of the job.
+    """
     translation = Translation()
     translation.set_field("name", name)
     method = config.get("method", "random")
@@ -121,7 +130,17 @@ def _translate_run_cap(run_cap: Any, method: str, translation: Translation) -> N
 
 
 def _translate_parameter(key: str, definition: Any, translation: Translation) -> None:
-    """Translate one parameter: a fixed value becomes a field, others a searched parameter."""
+    """Translate one parameter: a fixed value becomes a field, others a searched parameter.
+
+    Args:
+        key: Name in the sweep file.
+        definition: Its definition.
+        translation: Receives the result.
+
+    Raises:
+        TypeError: If a value of the definition has the wrong type. The caller reports it.
+        ValueError: As TypeError.
+    """
     path = _resolve_field(key)
     where = f"parameters.{key}"
     if path not in fields.get_leaf_fields():
@@ -133,6 +152,7 @@ def _translate_parameter(key: str, definition: Any, translation: Translation) ->
         )
         return
     parameters = fields.get_value(translation.tree, "search.parameters") or {}
+    # Two names of a sweep may mean one field, such as `lr` and `learning_rate`.
     if path in parameters or (
         "value" in definition and fields.get_value(translation.tree, path) is not None
     ):
@@ -174,7 +194,10 @@ def _translate_range(
     if kind in EXPONENT_DISTRIBUTIONS:
         try:
             ends = {
-                name: _convert_end(path, name, math.exp(float(end))) for name, end in ends.items()
+                # W&B's log_uniform draws exp(x) with x between min and max; lorafleet's takes the
+                # values themselves.
+                name: _convert_end(path, name, math.exp(float(end)))
+                for name, end in ends.items()
             }
         except (OverflowError, ValueError):
             translation.lost.append(
@@ -186,13 +209,23 @@ def _translate_range(
         )
         kind = EXPONENT_DISTRIBUTIONS[str(kind)]
     if kind is None and len(ends) == 2:
+        # As in W&B, which chooses int_uniform for integers without a distribution.
         is_whole = all(isinstance(end, int) for end in ends.values())
         kind = "int_uniform" if is_whole else "uniform"
     return kind, ends
 
 
 def _filter_values(path: str, where: str, values: Any, translation: Translation) -> list[Any]:
-    """Return the values that the field accepts, and report the others."""
+    """Return the values that the field accepts, and report the others.
+
+    One wrong value must not cost the whole parameter.
+
+    Args:
+        path: Dotted field.
+        where: Key of the parameter, for messages.
+        values: The values of the sweep file.
+        translation: Receives what is lost.
+    """
     field = fields.get_leaf_fields()[path]
     checked: Any = Annotated[field.annotation, field]
     adapter: TypeAdapter[Any] = TypeAdapter(checked)
@@ -211,7 +244,9 @@ def _filter_values(path: str, where: str, values: Any, translation: Translation)
 def _resolve_field(key: str) -> str:
     """Return the field for a parameter name of a sweep.
 
-    The name may be a field here, a name of another tool, or the last part of exactly one field.
+    The name may be a field here, a name of another tool, or the last part of exactly one
+    field: a sweep uses the names of the user's script, often with a prefix. The result may
+    be no field; the caller checks it.
     """
     path = resolve_field_name(key)
     if path in fields.get_leaf_fields():
@@ -226,8 +261,15 @@ def _resolve_field(key: str) -> str:
 def _translate_early_terminate(setting: Any, translation: Translation) -> None:
     """Translate Hyperband to ASHA.
 
-    The first bracket becomes the first rung, and eta the ratio between rungs.
+    The first bracket becomes the first rung, and eta the ratio between rungs. If anything
+    cannot be interpreted, no trial is stopped early: stopping at other points than the user
+    meant would be worse than not stopping.
+
+    Args:
+        setting: Value of `early_terminate`; None if the sweep has none.
+        translation: Receives the result.
     """
+    # W&B never stops a trial without this key, and lorafleet's own default does.
     if setting is None or setting is False or setting == "none":
         translation.set_field("search.scheduler.type", "none")
         return

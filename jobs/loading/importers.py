@@ -1,5 +1,12 @@
-"""Translate configs of axolotl, LLaMA-Factory and TRL to job files, and report every
-difference by key. Pure.
+"""Translate configs of axolotl, LLaMA-Factory and TRL to job files. Pure.
+
+Every key of the other tool is translated, lost with a reason, or dropped because it has
+no meaning here. Defaults of the other tool that differ from ours are written into the
+job. Nothing is ignored silently, so that the user can see whether the job trains what
+the config trained.
+
+To support a new key, add it to `_TOOL_FIELDS` if its value can be copied, or write a
+converter.
 """
 
 from __future__ import annotations
@@ -97,6 +104,8 @@ _TOOL_FIELDS: dict[str, dict[str, str]] = {
 }
 
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay")
+# Keys about files, logging and processes, which lorafleet decides itself and which do not change
+# what is trained.
 _IGNORED_KEYS = {
     "output_dir",
     "logging_steps",
@@ -153,7 +162,12 @@ _IGNORED_KEYS = {
 
 @dataclass
 class Translation:
-    """A job as nested values, with notes for the reader."""
+    """A job as nested values, with notes for the reader.
+
+    `tree` has the layout of a job file and is not validated yet:
+    `commands/import_config.py` loads it, and drops what the loader refuses. The notes
+    become comments of the job file.
+    """
 
     tree: dict[str, Any] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
@@ -171,7 +185,14 @@ class Translation:
 
 
 def translate_config(tool: str, config: dict[str, Any], name: str) -> Translation:
-    """Translate a config of another tool to a job."""
+    """Translate a config of another tool to a job.
+
+    Args:
+        tool: `axolotl`, `llamafactory` or `trl`.
+        config: The content of the config file. Values of any type are accepted; those that
+            cannot be interpreted are reported in `lost`.
+        name: Name of the job.
+    """
     translation = Translation()
     translation.set_field("name", name)
     translation.set_field("task", "generation")
@@ -219,7 +240,9 @@ _QUANTISATION_KEYS = ("load_in_4bit", "load_in_8bit", "quantization_bit")
 def _normalise_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config with words for true and false converted to booleans.
 
-    Values without effect become None, and the keys of `_QUANTISATION_KEYS` come first.
+    Values without effect become None, and the keys of `_QUANTISATION_KEYS` come first:
+    converters run in the order of the keys, and those of the quantisation's details need to
+    know its bits.
     """
     values = {str(key): value for key, value in config.items()}
     for key, value in values.items():
@@ -285,8 +308,18 @@ _DISPLAY_NAMES = {"axolotl": "axolotl", "llamafactory": "LLaMA-Factory", "trl": 
 
 
 def _add_tool_defaults(tool: str, config: dict[str, Any], translation: Translation) -> None:
-    """Set the tool's defaults that the config leaves out, and report the differences."""
+    """Set the tool's defaults that the config leaves out, and report the differences.
+
+    Only defaults that differ from ours are listed in `_DEFAULTS`. Without them, a config
+    that leaves out the learning rate would be trained with ours.
+
+    Args:
+        tool: Name of the tool.
+        config: The config, as normalised.
+        translation: The job so far; fields that it sets are left alone.
+    """
     method = translation.tree.get("method", "lora")
+    # Not in `_DEFAULTS`, because this default follows from the rank.
     if tool == "llamafactory" and method != "full" and config.get("lora_alpha") is None:
         translation.set_field("lora.lora_alpha", "2*lora_r")
         translation.assumed.append("lora_alpha: twice the rank, LLaMA-Factory's default")
@@ -343,11 +376,19 @@ def _report_differences(tool: str, config: dict[str, Any], translation: Translat
 def drop_refused_fields(translation: Translation, refused: list[tuple[str, str]]) -> bool:
     """Drop the fields that lorafleet's own check refuses, and record each message.
 
+    The caller loads the job again until nothing is refused. Model, name and task are never
+    dropped: a job without them is none.
+
+    Args:
+        translation: The job; changed in place.
+        refused: (dotted path, message) of each problem.
+
     Returns:
         True if a field was dropped.
     """
     dropped = False
     for path, sentence in refused:
+        # A metric without its name is none, so the whole block is dropped.
         path = "search.metric" if path == "search.metric.name" else path
         if (
             path
@@ -363,7 +404,11 @@ _SECRET_WORDS = {"token", "key", "apikey", "secret", "password"}
 
 
 def _format_value(key: str, value: Any) -> str:
-    """Return a value as text, unless its key suggests that it is a secret."""
+    """Return a value as text, unless its key suggests that it is a secret.
+
+    Notes are printed and written into the job file. Blocks are never shown, because a
+    secret may be inside; neither are texts with an @, which may be URLs with a password.
+    """
     secret_words = _SECRET_WORDS & set(key.lower().split("_"))
     if secret_words or isinstance(value, dict) or "@" in str(value):
         return "its value (not shown)"
@@ -371,6 +416,14 @@ def _format_value(key: str, value: Any) -> str:
 
 
 def _translate_field(path: str, key: str, value: Any, translation: Translation) -> None:
+    """Set a field whose value can be copied, or report why it cannot.
+
+    Args:
+        path: Dotted field of the job.
+        key: The tool's key, for messages.
+        value: The tool's value.
+        translation: Receives the result.
+    """
     if isinstance(value, str) and fields.is_number(path):
         value = _parse_field_number(value, path)
     if path == "train.lr_scheduler_type" and value not in _SCHEDULES:
@@ -391,6 +444,7 @@ def _translate_field(path: str, key: str, value: Any, translation: Translation) 
         )
     elif path == "lora.lora_target_modules" and value in ("all", "all-linear"):
         translation.set_field(path, "all-linear")
+    # PEFT matches a single text as a regular expression against whole paths.
     elif (
         path == "lora.lora_target_modules"
         and isinstance(value, str)
@@ -438,8 +492,10 @@ def _build_quantisation_converter(
 ) -> Callable[[Any, Translation], None]:
     """Return a converter for a quantised base.
 
-    `quant_type` is set if the key itself states the format; otherwise the number of bits
-    decides.
+    Args:
+        key: The tool's key, for messages.
+        quant_type: Format that the key itself states (`nf4`, `int8`). None: the value is
+            the number of bits.
     """
 
     def take(value: Any, translation: Translation) -> None:
@@ -468,6 +524,13 @@ def _build_quantisation_converter(
 def _build_lost_converter(
     reason: str, *, unless: tuple[Any, ...] = (False, "no")
 ) -> Callable[[str], Callable[[Any, Translation], None]]:
+    """Return a function that builds converters which only report a key.
+
+    Args:
+        reason: End of the message, after the key and its value.
+        unless: Values that are not reported, because lorafleet does the same.
+    """
+
     def build(key: str) -> Callable[[Any, Translation], None]:
         def take(value: Any, translation: Translation) -> None:
             if value not in unless:
@@ -479,7 +542,11 @@ def _build_lost_converter(
 
 
 def _translate_warmup_steps(value: Any, translation: Translation) -> None:
-    """Translate a number of steps; newer Hugging Face takes a share below 1 under the same key."""
+    """Translate a number of steps, or a share below 1, which newer Hugging Face accepts.
+
+    A number of steps takes precedence over `warmup_ratio` in these tools, whatever the
+    order of the keys.
+    """
     steps = _parse_field_number(value, "train.warmup_steps") if isinstance(value, str) else value
     if isinstance(steps, float) and 0 < steps < 1:
         translation.set_field("train.warmup_ratio", steps)
@@ -528,6 +595,8 @@ def _build_attention_converter(key: str) -> Callable[[Any, Translation], None]:
     def take(value: Any, translation: Translation) -> None:
         if value in ("sdpa", "eager", "flex_attention"):
             translation.set_field("model.attn_implementation", value)
+        # The job may run on another machine than the config was written for, so a package that
+        # needs a GPU is not carried over.
         elif value not in (False, "auto", "disabled"):
             translation.lost.append(
                 f"{key}: {_format_value(key, value)} is replaced by model.attn_implementation: "
@@ -580,6 +649,15 @@ _ROLES = {
 
 
 def _translate_axolotl_data(value: Any, translation: Translation) -> None:
+    """Translate axolotl's `datasets`. Only the first data set is translated.
+
+    Every key of it is either translated, checked to be what lorafleet does anyway, or
+    reported.
+
+    Args:
+        value: The list of data sets.
+        translation: Receives the result.
+    """
     datasets = value if isinstance(value, list) and value else [value or {}]
     if len(datasets) > 1:
         translation.lost.append(
@@ -617,6 +695,9 @@ def _pop_dataset_path(first: dict[str, Any]) -> str:
     """Remove and return the file or hub id of a data set.
 
     `data_files` names the file if `path` is a loader of `datasets`.
+
+    Args:
+        first: The data set's block; `path` and, if used, `data_files` are removed.
     """
     path = str(first.pop("path", ""))
     data_file = first.get("data_files")
@@ -760,7 +841,11 @@ def _check_stage(value: Any, translation: Translation) -> None:
 
 
 def _translate_quant_type(value: Any, translation: Translation) -> None:
-    """Translate the 4-bit format. With 8 bits the key has no effect in the other tool either."""
+    """Translate the 4-bit format.
+
+    With 8 bits the key has no effect in the other tool either. Keys of `_QUANTISATION_KEYS`
+    are processed before, so the field is set already if the base is quantised.
+    """
     if fields.get_value(translation.tree, "qlora.quant_type") in ("nf4", "fp4"):
         translation.set_field("qlora.quant_type", value)
 

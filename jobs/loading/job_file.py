@@ -1,7 +1,11 @@
-"""Load a JobSpec from a YAML file and `key=value` overrides, with the origin of every value.
+"""Load a JobSpec from a YAML file and `key=value` overrides, with every value's origin.
 
+The text passes through these steps: parse, translate other tools' names, apply
+overrides, derive the format and the links, make paths absolute, apply the adapter,
+validate. All of them work on plain nested dicts and collect problems, so that
 `load_job` reports all problems of a file at once, each with its line and the closest
-valid key.
+valid key. Models and data are not opened, except the small files that become part of
+the job (chat template, adapter config).
 """
 
 from __future__ import annotations
@@ -52,7 +56,12 @@ _NAME_FIELDS = ("model.model_name_or_path", "data.dataset_name", "evaluate.berts
 
 @dataclass(frozen=True)
 class Origin:
-    """Source of a resolved value."""
+    """Source of a resolved value.
+
+    `file` and `override` are the user's own values, `alias` a value under another tool's
+    name, `linked` an expression, `derived` a value that follows from others. `render` shows
+    it.
+    """
 
     kind: OriginKind
     detail: str = ""
@@ -63,7 +72,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class LoadedJob:
-    """A job with the file, overrides and origins that it was loaded from."""
+    """A job with the file, overrides and origins that it was loaded from.
+
+    Created by `load_text` only. Paths in `job` are absolute, and other tools' names are
+    translated. A run stores `text` unchanged as job.yaml, and the values with their origins
+    as resolved.json.
+    """
 
     job: JobSpec
     path: Path
@@ -77,11 +91,20 @@ class LoadedJob:
     """Line of each key in the file, by the dotted path of its field."""
 
     def locate(self, problem: Problem) -> Problem:
-        """Return a problem with its line, or with the override that caused it."""
+        """Return a problem with its line, or with the override that caused it.
+
+        For checks that run after loading, such as whether a model is on this machine.
+        """
         return _locate_problem(problem, self.origins, self.lines)
 
     def get_resolved_values(self) -> dict[str, Any]:
-        """Return the value and the origin of every field, by dotted path."""
+        """Return the value and the origin of every field, by dotted path.
+
+        Fields of `search` and `compare` are left out if the job has no such block.
+
+        Returns:
+            Dotted path -> `value` (as JSON) and `origin` (text).
+        """
         raw = self.job.model_dump(mode="json")
         flat: dict[str, Any] = {}
         for path in fields.get_leaf_fields():
@@ -94,7 +117,11 @@ class LoadedJob:
 
 
 class _Reading:
-    """State of one file while it is loaded: tree, lines, origins, notes and the problems so far."""
+    """State of one file while it is loaded: tree, lines, origins, notes and problems so far.
+
+    `tree` is changed in place by each step. `lines` has the keys as the file spells them,
+    and after a translation also under our names, so that later problems find their line.
+    """
 
     def __init__(self, document: yaml12.Document) -> None:
         self.lines = document.lines
@@ -123,7 +150,10 @@ def _locate_problem(problem: Problem, origins: dict[str, Origin], lines: dict[st
 
 
 def find_line(lines: dict[str, int], path: str) -> int | None:
-    """Return the line of a key, or of the nearest block around it; None if neither has one."""
+    """Return the line of a key, or of the nearest block around it; None if neither has one.
+
+    A missing field has no line of its own; the line of its block is where to add it.
+    """
     while path:
         if path in lines:
             return lines[path]
@@ -136,9 +166,16 @@ def load_job(path: str | Path, overrides: tuple[str, ...] = ()) -> LoadedJob:
 
     Args:
         path: The job file.
-        overrides: Settings of the form `key=value`, applied after the file.
+        overrides: Settings of the form `key=value`, applied after the file. Values are
+            YAML.
+
+    Returns:
+        The job with its origins. It is valid by itself; whether its models and data exist
+            is checked in `cluster/planning/preflight.py`.
+
     Raises:
-        JobFileError: The file cannot be read, or has problems; the error lists all of them.
+        JobFileError: The file cannot be read, or has problems; the error lists all of them,
+            and carries the job of the valid fields if there is one (`rest`).
     """
     path = Path(path)
     text = read_text(path)
@@ -150,14 +187,27 @@ def load_derived(
 ) -> LoadedJob:
     """Load a variant of a job under another name.
 
-    `blocks` replaces blocks of the job. The blocks search, compare and linked of the job are
-    dropped unless `blocks` sets them.
+    The variant has no file: its text is made from the values of the job that differ from
+    their defaults. It is used for `evaluate`, and for jobs of their own that `export` and
+    `benchmark` start on a cluster.
+
+    Args:
+        job: The job; its paths are absolute already.
+        name: Name of the variant.
+        blocks: Blocks of the job file that replace those of the job. The job's `search`,
+            `compare` and `linked` are dropped unless they are in here.
+        overrides: Settings of the form `key=value`.
+
+    Raises:
+        JobFileError: If the variant is not a valid job.
     """
     raw = {
         key: value
         for key, value in get_set_fields(job).items()
         if key not in ("search", "compare", "linked")
     }
+    # A text and not a tree: the variant passes through the same loader as a file, and a run stores
+    # the text as its job.yaml.
     text = yaml.safe_dump(raw | {"name": name} | blocks, sort_keys=False, allow_unicode=True)
     return load_text(text, Path.cwd() / f"{name}.yaml", overrides)
 
@@ -171,7 +221,14 @@ def get_set_fields(job: JobSpec) -> dict[str, Any]:
 def load_text(text: str, path: Path, overrides: tuple[str, ...] = ()) -> LoadedJob:
     """Load a job from the text of a job file; see `load_job`.
 
-    `path` is the file that the text would be stored in. Relative paths start at its folder.
+    Args:
+        text: The text.
+        path: The file that the text would be stored in. Relative paths start at its folder,
+            and problems name it.
+        overrides: Settings of the form `key=value`.
+
+    Raises:
+        JobFileError: With all problems of the text.
     """
     document = yaml12.parse_document(text)
     reading = _Reading(document)
@@ -189,6 +246,7 @@ def load_text(text: str, path: Path, overrides: tuple[str, ...] = ()) -> LoadedJ
     _translate(reading)  # before the overrides, so that they apply to our field names
     for override in overrides:
         _apply_override(reading, override)
+    # Again, because overrides may use other tools' names and short forms too.
     _translate(reading)
     _choose_format(reading)
     _create_links(reading)
@@ -209,14 +267,25 @@ def load_text(text: str, path: Path, overrides: tuple[str, ...] = ()) -> LoadedJ
 
 
 def _keep_first_problems(problems: list[Problem]) -> list[Problem]:
-    """Return the first problem of each field."""
+    """Return the first problem of each field.
+
+    A wrong value often fails several checks; the first message is the one that names the
+    cause.
+    """
     return list(
+        # Reversed, because the last entry of a key wins in a dict.
         {problem.path or problem.sentence: problem for problem in reversed(problems)}.values()
     )[::-1]
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a job file. Raises JobFileError with the reason if it cannot be read."""
+    """Return the text of a job file.
+
+    The file may begin with a byte order mark, as editors on Windows write it.
+
+    Raises:
+        JobFileError: With the reason if it cannot be read.
+    """
     try:
         return files.read_regular_text(path, encoding="utf-8-sig")
     except FileNotFoundError:
@@ -235,7 +304,9 @@ def read_text(path: Path) -> str:
 def build_json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a job file, for editors.
 
-    It also allows the short forms that the loader accepts.
+    The schema of the pydantic models describes a job after loading. The short forms that
+    the loader expands before validation are added by hand here; a test loads every example
+    against it.
     """
     schema = JobSpec.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
@@ -268,9 +339,11 @@ def _record_origins(reading: _Reading, tree: dict[str, Any], prefix: str) -> Non
 def _apply_override(reading: _Reading, text: str) -> None:
     """Apply `train.seed=7`, `lora.lora_r=8` or `data.train_file=x.jsonl`.
 
-    Values are parsed as YAML.
+    Values are parsed as YAML. The path may be another tool's name, whichever of the two the
+    file uses: both are brought to our name first, so that the override wins.
     """
     path, equals, value = text.partition("=")
+    # People type overrides as options (`--train.seed=7`), or with `set` before them.
     path = path.strip().lstrip("-").removeprefix("set ")
     if not equals or not path:
         reading.problems.append(Problem("", f"override {text!r} must be of the form key=value"))
@@ -284,6 +357,7 @@ def _apply_override(reading: _Reading, text: str) -> None:
     original_path, path = path, _resolve_override_path(path)
     if path != original_path:
         reading.notes.append(f"override {text!r}: {original_path} is read as {path}")
+    # The rest of the path is one key: names of searched fields contain dots.
     if path.startswith(_PARAMETERS_PREFIX):
         parameters = fields.get_value(reading.tree, "search.parameters")
         if not isinstance(parameters, dict):
@@ -323,6 +397,9 @@ def resolve_field_name(name: str) -> str:
 
     The name is a field, an alias of another tool, or the last part of a path that only one
     block has.
+
+    Returns:
+        The path; the name itself if it means no field. The caller reports that.
     """
     if name in fields.get_leaf_fields():
         return name
@@ -338,7 +415,12 @@ def resolve_field_name(name: str) -> str:
 
 
 def _translate(reading: _Reading) -> None:
-    """Translate the keys, values and short forms of other tools, in place."""
+    """Translate the keys, values and short forms of other tools, in place.
+
+    Runs before and after the overrides, so each step must leave its own result unchanged.
+    Every translation is noted, and never guessed: a key that also has its real name in the
+    file is a problem.
+    """
     tree = reading.tree
     for block, key in [("", key) for key in list(tree)] + [
         (block, key)
@@ -380,6 +462,7 @@ def _translate_key(reading: _Reading, block: str, key: str) -> None:
     if block == "search" and not target.startswith("search."):
         return
     value = holder.pop(key)
+    # Later problems are about our name, and must point at the key as the file spells it.
     line = reading.lines.get(path)
     if line:
         reading.lines[target] = line
@@ -422,6 +505,7 @@ def _translate_hyperband(reading: _Reading, block: dict[str, Any], path: str) ->
     if not set(hyperband_keys) - {"eta"}:
         return
     try:
+        # Ray's name for eta may stand beside W&B's other keys.
         asha = convert_to_asha({"eta": block.get("reduction_factor")} | block)
     except (TypeError, ValueError, OverflowError) as error:
         reading.add_problem(
@@ -508,7 +592,14 @@ def _translate_values(reading: _Reading, path: str, values: list[Any], prefix: s
 
 
 def _translate_expression(text: str, field_path: str) -> str:
-    """Return an arithmetic expression such as `2*rank` with other tools' field names translated."""
+    """Return an expression such as `2*rank` with other tools' field names translated.
+
+    A text that is not an expression is returned unchanged.
+
+    Args:
+        text: The expression.
+        field_path: The field that it sets; names without a block may belong to its block.
+    """
     try:
         names = expression.find_names(expression.parse(text))
     except ValueError:
@@ -516,6 +607,7 @@ def _translate_expression(text: str, field_path: str) -> str:
     for name in names:
         field_name = FIELD_ALIASES.get(name.rpartition(".")[2])
         if field_name and fields.resolve_path(name, field_path) not in fields.get_leaf_fields():
+            # Whole names only: `r` must not be replaced inside `lr` or `lora.r`.
             text = re.sub(rf"(?<![\w.]){re.escape(name)}(?![\w.])", field_name, text)
     return text
 
@@ -547,7 +639,14 @@ def _expand_short_form(reading: _Reading, path: str, value: Any, prefix: str) ->
     """Return the long form of a parameter.
 
     A list becomes its values, a text an expression, and {min, max} alone a uniform
-    distribution.
+    distribution. W&B's spellings are translated, and its distributions over exponents are
+    refused: their min and max cannot be told from plain values.
+
+    Args:
+        reading: State of the file; receives notes and problems.
+        path: Dotted field that is searched.
+        value: The parameter as it is in the file.
+        prefix: Path of the block of parameters, for messages.
     """
     if isinstance(value, list):
         return {"values": _translate_values(reading, path, value, prefix)}
@@ -592,7 +691,8 @@ def _expand_short_form(reading: _Reading, path: str, value: Any, prefix: str) ->
 def _describe_exponent_distribution(path: str, distribution: str, value: dict[str, Any]) -> str:
     """Return the problem with a W&B distribution whose min and max are exponents of e.
 
-    The text names our distribution and the equivalent min and max.
+    The text names our distribution and the equivalent min and max. For an integer field the
+    ends are rounded into the range, with steps of 1.
     """
     replacement = EXPONENT_DISTRIBUTIONS[distribution]
     exponents = {
@@ -648,10 +748,11 @@ _DEFAULT_COLUMNS = {
 
 
 def _choose_format(reading: _Reading) -> None:
-    """Set `data.format` from the columns that a job names; refuse columns that no format reads.
+    """Set `data.format` from the columns that a job names; refuse columns no format reads.
 
-    A column with its default name contradicts no format: `lorafleet render` writes all of
-    them.
+    The user's own words count more than the keys of the first row, from which the format is
+    detected otherwise. A column with its default name contradicts no format: `lorafleet
+    render` writes all of them.
     """
     data, task = reading.tree.get("data"), reading.tree.get("task")
     if not isinstance(data, dict):
@@ -693,7 +794,8 @@ def _refuse_unread_columns(reading: _Reading, row_format: str, renamed: dict[str
 def _create_links(reading: _Reading) -> None:
     """Turn numbers given as arithmetic into links, which are evaluated for each trial.
 
-    Example: `lora_alpha: "2*lora_r"`.
+    Example: `lora_alpha: "2*lora_r"`. The field is removed from its block and entered into
+    `linked`, because its value differs between the trials of a search.
     """
     links = reading.tree.get("linked", {})
     if not isinstance(links, dict):
@@ -725,7 +827,11 @@ def _create_links(reading: _Reading) -> None:
 
 
 def _make_paths_absolute(reading: _Reading, folder: Path) -> None:
-    """Make the relative paths of a job file absolute. They start at the folder of the file."""
+    """Make the relative paths of a job file absolute. They start at the folder of the file.
+
+    The job is then the same from any working directory, and a run that stores it can be
+    resumed from anywhere. Names of the hub and assets stay as they are.
+    """
     for path in (*_PATH_FIELDS, *_NAME_FIELDS):
         value = fields.get_value(reading.tree, path)
         if isinstance(value, str) and value:
@@ -755,7 +861,9 @@ _INIT_ADAPTER = "train.init_adapter"
 def _apply_adapter(reading: _Reading) -> None:
     """Set the fields that `train.init_adapter` fixes, and refuse other values for them.
 
-    Other values may be in the job itself, in its arms or in a search.
+    Rank, alpha and layers are in the weights: a job that sets others would report values
+    that it does not train. Other values may be in the job itself, in its arms or in a
+    search. If the adapter is not on this machine, nothing is known and nothing is checked.
     """
     tree = reading.tree
     links = tree["linked"] if isinstance(tree.get("linked"), dict) else {}
@@ -765,6 +873,7 @@ def _apply_adapter(reading: _Reading) -> None:
         reading.notes.append(f"{_INIT_ADAPTER}: {note}")
     for name, value in fixed.items():
         job_value = links.get(name, fields.get_value(tree, name))
+        # `lora_alpha: 2*lora_r` agrees with an adapter of rank 8 and alpha 16.
         if name in links and _evaluate_with_adapter(links[name], name, fixed) == value:
             continue
         _refuse_changed_field(reading, name, job_value, value, name)
@@ -893,7 +1002,9 @@ _CHAT_TEMPLATE = "data.chat_template"
 def _read_chat_template(reading: _Reading, folder: Path) -> None:
     """Replace the path of a chat template by the text of the file.
 
-    The job then runs where the file is missing.
+    The job then runs where the file is missing, and its trial id depends on the content. A
+    value that is neither a path nor a template is the name of one of the tokenizer's
+    templates.
     """
     value = fields.get_value(reading.tree, _CHAT_TEMPLATE)
     if not isinstance(value, str) or not value or is_template_text(value):
@@ -936,6 +1047,7 @@ def _make_path_absolute(path: str, value: str, folder: Path) -> str:
     """
     local = folder / files.expand_home(value)
     is_path = path in _PATH_FIELDS or (
+        # `org/model` can be a hub id or a folder; an existing folder wins, as in transformers.
         not value.startswith("asset:") and (is_path_like(value) or _is_folder(local))
     )
     return str(local.absolute()) if is_path else value
@@ -961,7 +1073,10 @@ def _is_folder(path: Path) -> bool:
 
 
 def is_path_like(name: str) -> bool:
-    """Return whether the name of a model or data set can only be a folder."""
+    """Return whether the name of a model or data set can only be a folder.
+
+    `org/name` is not path-like: it may be a hub id, and only the file system can tell.
+    """
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
@@ -969,10 +1084,12 @@ def _validate(reading: _Reading) -> tuple[JobSpec | None, list[Problem]]:
     """Return (job, all problems).
 
     With problems, the job lacks the wrong fields (None if that is not a valid job).
-    Validating without them also finds the problems between the remaining fields.
+    Validating without them also finds the problems between the remaining fields: pydantic
+    runs the checks of a block only if all its fields are valid.
     """
     problems: list[Problem] = []
     tree = copy.deepcopy(reading.tree)
+    # Fields with a known problem are out of the way before the first validation.
     for problem in reading.problems:
         _remove_field(tree, problem.path)
     for _ in range(_MAX_PASSES):
@@ -988,11 +1105,13 @@ def _validate(reading: _Reading) -> tuple[JobSpec | None, list[Problem]]:
             ]
             problems += new_problems
             removals = [_remove_field(tree, problem.path) for problem in new_problems]
+            # Nothing could be removed, so the next pass would fail in the same way.
             if not any(removals):
                 return None, [reading.locate(problem) for problem in problems]
     else:
         return None, [reading.locate(problem) for problem in problems]
     dropped = [problem.path for problem in (*reading.problems, *problems)]
+    # These checks build trial jobs, which needs a job that is valid by itself.
     cross_field_problems = search.find_search_problems(job) or arms.find_compare_problems(job)
     problems += [
         problem for problem in cross_field_problems if not _is_about_dropped(problem.path, dropped)
@@ -1024,7 +1143,8 @@ def _remove_field(tree: dict[str, Any], path: str) -> bool:
 def _is_about_dropped(path: str, dropped: list[str]) -> bool:
     """Return whether a problem is about a dropped field, or about the block around it.
 
-    A field is dropped because of an earlier problem.
+    A field is dropped because of an earlier problem. That it is missing now is only a
+    consequence, and reporting it would mislead.
     """
     return any(
         path == dropped_path

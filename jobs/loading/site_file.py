@@ -1,7 +1,10 @@
 """Find, complete and check site files.
 
-`sites/NAME.yaml` is searched for in ~/.config/lorafleet/sites, then /etc/lorafleet/sites,
-then ./sites; a path works too. A site file may extend an administrator's file.
+`sites/NAME.yaml` is searched for in ~/.config/lorafleet/sites, then
+/etc/lorafleet/sites, then ./sites; a path works too. A site file may extend an
+administrator's file, which can lock keys: users then get good defaults and cannot
+change what the administrator has fixed. The fields of each kind of site are in
+`jobs/sites/`.
 """
 
 from __future__ import annotations
@@ -36,7 +39,11 @@ _SUFFIXES = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class LoadedSite:
-    """A site and the files that it was loaded from."""
+    """A site and the files that it was loaded from.
+
+    Created by `load_site`. The methods apply command-line options, and refuse those that an
+    administrator's file has locked.
+    """
 
     site: ClusterSite
     files: tuple[Path, ...]
@@ -55,9 +62,12 @@ class LoadedSite:
     def apply_chain(self, max_jobs: int) -> LoadedSite:
         """Return the site with the requeue policy `chain` and at most `max_jobs` jobs.
 
+        Args:
+            max_jobs: Value of `--max-walltime-chain`.
+
         Raises:
-            UserError: The requeue policy is fixed, the site is not a Slurm site, or it launches job
-                arrays.
+            UserError: The requeue policy is fixed, the site is not a Slurm site, or it launches
+                job arrays.
         """
         fixed = [
             key
@@ -93,7 +103,7 @@ def find_site(name: str, site_folders: Iterable[Path] | None = None) -> Path:
     """Return the file of a site.
 
     Args:
-        name: Name of a site, or path of a file.
+        name: Name of a site, or path of a file. A path is returned unchecked.
         site_folders: Folders to search instead of the usual ones.
 
     Raises:
@@ -120,10 +130,21 @@ def find_site(name: str, site_folders: Iterable[Path] | None = None) -> Path:
 
 
 def load_site(name: str, site_folders: Iterable[Path] | None = None) -> LoadedSite:
-    """Find, complete and check a site file. Raise JobFileError with every problem found."""
+    """Find, complete and check a site file.
+
+    No cluster is contacted.
+
+    Args:
+        name: Name of a site, or path of a file.
+        site_folders: Folders to search instead of the usual ones.
+
+    Raises:
+        JobFileError: With every problem found, each with its line.
+    """
     path = find_site(name, site_folders)
     tree, lines, paths, locked = _load_extended(path, ())
     tree.setdefault("name", path.stem)
+    # The kind selects the model, so it must be checked before pydantic can report anything useful.
     kind = tree.get("kind")
     if not isinstance(kind, str) or kind not in _KINDS:
         prefix = f"kind is {kind!r}, but must be" if kind else "kind is missing: must be"
@@ -145,9 +166,18 @@ def _load_extended(
 ) -> tuple[dict[str, Any], dict[str, int], list[Path], set[str]]:
     """Load a file, merged over the file that it extends.
 
+    Args:
+        path: The file.
+        visited: Files that extend this one, outermost first, with links resolved. A file
+            that occurs twice would be read for ever.
+
     Returns:
         The tree, the lines of this file, the files read, and the locked keys.
+
+    Raises:
+        JobFileError: If a file cannot be read, extends itself, or changes a locked key.
     """
+    # Links are resolved, so that files which extend each other through links are noticed too.
     if files.resolve_links(path) in visited or len(visited) >= _MAX_EXTENDS_DEPTH:
         raise JobFileError(
             str(path),
@@ -179,6 +209,7 @@ def _load_extended(
             raise JobFileError(str(path), [Problem(key, message, document.lines.get(key))])
     if base_path is None:
         return tree, document.lines, [path], {str(key) for key in locked_keys}
+    # A relative path in `extends` starts at the folder of the file that has it.
     base, _, paths, locked = _load_extended(
         (path.parent / files.expand_home(base_path)).absolute(),
         (*visited, files.resolve_links(path)),
@@ -198,6 +229,7 @@ def _load_extended(
         _merge_blocks(base, tree),
         document.lines,
         [path, *paths],
+        # A file can add locks for those that extend it, but never remove one.
         locked | {str(key) for key in locked_keys},
     )
 
@@ -216,7 +248,15 @@ def _merge_blocks(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, 
 
 
 def _has_different_value(tree: dict[str, Any], base: dict[str, Any], path: str) -> bool:
-    """Return whether a tree differs from its base at a key, or removes the block around it."""
+    """Return whether a tree differs from its base at a key, or removes the block around it.
+
+    A tree that does not set the key, or repeats its value, does not differ.
+
+    Args:
+        tree: The values of the extending file.
+        base: The values of the extended file.
+        path: Dotted key.
+    """
     value: Any = tree
     for part in path.split("."):
         if not isinstance(value, dict):

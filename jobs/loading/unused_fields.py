@@ -1,4 +1,8 @@
-"""Report fields that a job sets and that its command, method or task does not use. Pure."""
+"""Report fields that a job sets and that its command, method or task does not use. Pure.
+
+Such a field is valid, so it is a note and not a problem. Without the note, a user would
+believe that, for example, a warm-up takes effect. A new rule belongs into `_RULES`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,11 @@ _BLOCK_NAMES = ("lora", "qlora", "prompt_tuning")
 
 
 class _Rule(NamedTuple):
-    """Fields that are not used, under which condition, and why."""
+    """Fields that are not used, under which condition, and why.
+
+    `applies` gets the job and the name of the command. `why` completes the sentence `X is
+    set, but not used: ...`.
+    """
 
     names: tuple[str, ...]
     applies: Callable[[JobSpec, str], bool]
@@ -76,7 +84,15 @@ _RULES = (
 
 
 def collect_unused_notes(loaded: LoadedJob, command: str) -> list[str]:
-    """Return a message for each field that the user set and that nothing uses."""
+    """Return a message for each field that the user set and that nothing uses.
+
+    Fields with their default values are not reported, and neither are those that a searched
+    or compared field may bring into use.
+
+    Args:
+        loaded: The job with the origins of its values.
+        command: The command that runs the job, such as `train`, `sweep` or `compare`.
+    """
     job = loaded.job
     leaves = fields.get_leaf_fields()
     set_paths = [
@@ -84,6 +100,7 @@ def collect_unused_notes(loaded: LoadedJob, command: str) -> list[str]:
         for path, origin in loaded.origins.items()
         if origin.kind in _USER_ORIGINS and path in leaves
     ]
+    # `train` ignores a search block, so only the command's own block can vary a field.
     varied = set(job.search.parameters) if job.search and command == "sweep" else set()
     for arm in job.compare.arms.values() if job.compare and command == "compare" else ():
         varied |= {*arm.set, *arm.parameters}
@@ -92,6 +109,7 @@ def collect_unused_notes(loaded: LoadedJob, command: str) -> list[str]:
         unused_paths = [path for path in rule.names if path in set_paths]
         if unused_paths and rule.decided_by not in varied and rule.applies(job, command):
             notes.append(f"{_format_paths(unused_paths)} set, but not used: {rule.why}")
+    # The arms of a comparison may have methods of their own, each with its own blocks.
     if "method" not in varied and not (job.compare and command == "compare"):
         for block in _BLOCK_NAMES:
             unused_paths = [path for path in set_paths if path.startswith(f"{block}.")]

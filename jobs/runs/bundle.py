@@ -78,6 +78,7 @@ def unpack(folder: Path, document: Path) -> Run:
             )  # the user has resumed the run since it was stopped
             files.write_json(folder / SUBMISSION, {"number": metadata["submission"]})
         return run
+    # Several attempts may start at once. Each fills a folder of its own, and the first rename wins.
     scratch = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     scratch.parent.mkdir(parents=True, exist_ok=True)
     scratch.mkdir(mode=0o700)

@@ -1,7 +1,8 @@
-"""Log what the command line does: to standard error with --verbose, and to a run's client.log.
+"""Log what the command line does, to standard error and to a run's client.log.
 
-The command line starts the log. Drivers and workers do not: their output is in driver.log.
-Records hold no request headers, no bodies and no values of variables.
+Standard error gets the records only with --verbose. The command line starts the log.
+Drivers and workers do not: their output is in driver.log. Records hold no request
+headers, no bodies and no values of variables.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ class _ClientLogHandler(logging.FileHandler):
             return
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore an error."""
+        """Ignore an error.
+
+        The method of `logging` would print a traceback to standard error, in the middle of the
+        command's own output.
+        """
 
 
 def start(*, verbose: bool) -> None:
@@ -46,6 +51,8 @@ def start(*, verbose: bool) -> None:
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False
     stop()
+    # The command finds its run only after it has started to log. No level flushes the records, so
+    # they wait for `attach`.
     early_records = MemoryHandler(_MAX_EARLY_RECORDS, flushLevel=logging.CRITICAL + 1)
     _EARLY_RECORDS[:] = [early_records]
     logger.addHandler(early_records)

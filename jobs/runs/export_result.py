@@ -99,6 +99,7 @@ def find_gate_violations(gate: Gate, measurement: ParityMeasurement) -> list[str
         return ["its outputs are NaN or infinite"]
     reasons = []
     max_difference = max(logit_difference, measurement.step_logit_difference or 0.0)
+    # `not ... <=` instead of `>`: every comparison with NaN is false, and NaN must not pass.
     if gate.max_logit_difference is not None and not max_difference <= gate.max_logit_difference:
         reasons.append(
             f"a logit differs by {max_difference:.2g}, but at most {gate.max_logit_difference:g} "
@@ -126,6 +127,7 @@ def find_gate_violations(gate: Gate, measurement: ParityMeasurement) -> list[str
             "training, but all must be"
         )
     drop = compute_metric_drop(measurement)
+    # The small term lets a drop of exactly the limit pass despite rounding.
     if gate.max_metric_drop is not None and drop is not None and drop > gate.max_metric_drop + 1e-9:
         reasons.append(
             f"{measurement.metric} changes from {measurement.before:.4g} to "
@@ -246,7 +248,11 @@ EXPORTED = "exported.json"
 
 
 class ExportRequest(Spec):
-    """Request for an export or a benchmark that runs as a job of its own."""
+    """Request for an export or a benchmark that runs as a job of its own.
+
+    plan.json holds it as `delivery`, and `DeliveryDriver` (deployment/driver.py) carries it
+    out.
+    """
 
     run: str
     """Run that the model comes from: the name of its folder beside this one, or its path on the
@@ -343,7 +349,12 @@ class ExportResult(Spec):
 
     @property
     def code(self) -> ExitCode:
-        """Return the exit code of the command."""
+        """Return the exit code of the command.
+
+        The first that applies: GATE_REFUSED if a target was rejected, OUR_FAULT if making one
+        failed, USER_INPUT if nothing was compared, GATE_REFUSED if no target fits the budget,
+        else OK.
+        """
         compared = [result for result in self.targets if result.parity]
         if not all(result.accepted for result in compared):
             return ExitCode.GATE_REFUSED
@@ -415,6 +426,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         UserError: If the file was written by another version.
     """
     values = files.read_json(path)
+    # `files.write_json` adds this key to every file; the models do not have it.
     values.pop("schema_version", None)
     try:
         return kind.from_record(values)

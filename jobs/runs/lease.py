@@ -57,7 +57,10 @@ def get_process_start(pid: int) -> int | None:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return _get_process_start_with_psutil(pid)
+    # The second field is the name of the program in brackets, which may itself contain spaces and
+    # brackets. Splitting begins after it, at field 3.
     fields = text.rpartition(")")[2].split()
+    # A zombie has ended; only its parent has not asked for its exit status yet.
     return None if fields[0] == "Z" else int(fields[19])
 
 
@@ -74,7 +77,10 @@ def _get_process_start_with_psutil(pid: int) -> int | None:
 
 
 def find_newest_attempt(run: Path) -> int:
-    """Return the number of the newest attempt at a run; 0 if there is none."""
+    """Return the number of the newest attempt at a run; 0 if there is none.
+
+    Only this attempt may write the run, whether its driver still lives or not.
+    """
     return max(
         (int(path.stem) for path in (run / "attempts").glob("*.json") if path.stem.isdigit()),
         default=0,
@@ -112,7 +118,12 @@ def read_attempts(run: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Lease:
-    """The right to write a run, from `acquire` to `release`."""
+    """The right to write a run, from `acquire` to `release`.
+
+    The driver acquires it, starts the heartbeat, gives `attempt` to everything that writes
+    the run, and releases it at its end. If it is killed instead, the next driver must find
+    out that it is gone (docs/development/locking.md).
+    """
 
     run: Path
     attempt: int
@@ -129,15 +140,25 @@ class Lease:
     ) -> Lease:
         """Become the driver of a run.
 
+        This waits if the previous driver ran on another machine and did not record its end: for
+        `seconds` of silence, and up to three minutes longer if that driver belongs to an
+        earlier submission and is still saving.
+
         Args:
             run: Folder of the run.
-            metadata: Metadata to store in the attempt's file.
+            metadata: Metadata to store in the attempt's file. The keys submission, slurm_job
+                and slurm_restart are also compared with those of the previous attempt.
             say: Called with messages for the user.
             seconds: How long a driver on another machine is watched for a heartbeat.
+
+        Returns:
+            The lease of a new attempt, without a heartbeat yet.
+
         Raises:
-            RunError: Another driver of the run is alive.
+            HasDriver: Another driver of the run is alive.
         """
         (run / "attempts").mkdir(exist_ok=True)
+        # Another process may create the next attempt first. Its driver is then the one to check.
         while True:
             previous = find_newest_attempt(run)
             if previous:
@@ -148,7 +169,11 @@ class Lease:
     def start_heartbeat(self, on_stale: Callable[[str], None]) -> None:
         """Start a thread that writes a heartbeat every few seconds.
 
-        `on_stale` is called once if a newer attempt appears; the heartbeat ends then.
+        The thread ends with `release`, or with the process.
+
+        Args:
+            on_stale: Called once, in that thread, with a message if a newer attempt appears;
+                the heartbeat ends then. The driver must not write the run any more.
         """
         threading.Thread(
             target=self._send_heartbeats, args=(on_stale,), name="lease", daemon=True
@@ -232,6 +257,7 @@ def _create_attempt_file(run: Path, attempt: int, metadata: dict[str, Any]) -> b
     }
     files.write_json(scratch, identity | metadata)
     try:
+        # Creating a link fails if the target exists, also on NFS, so one process succeeds.
         os.link(scratch, target)
     except FileExistsError:
         return (
@@ -256,6 +282,8 @@ def _check_driver_ended(
     if _get_end_file(run, attempt).exists():
         return
     holder = _read_attempt(run, attempt)
+    # On this machine the process table answers at once, so a killed run can be resumed without
+    # waiting.
     if holder.get("machine") == get_machine_id():
         if get_process_start(int(holder["pid"])) == holder["pid_started"]:
             raise HasDriver(

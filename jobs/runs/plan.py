@@ -1,4 +1,9 @@
-"""The plan of a run as data: a dry run prints it, and `submit` submits it."""
+"""Define the plan of a run as data: a dry run prints it, and `submit` submits it.
+
+Backends create plans (cluster/planning/plan.py) and plan.json stores them. A driver
+takes the job and the placement from there, so a run does what was shown, whatever has
+happened to the job file since.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +59,11 @@ class PlannedTrial(Spec):
 
 
 class Plan(Spec):
-    """Everything that a sweep would do."""
+    """Everything that a sweep would do.
+
+    A plan depends on the machine that makes it: ids, statistics of rows and memory are
+    missing if model or data are not there.
+    """
 
     job: JobSpec
     """The job."""
@@ -131,6 +140,7 @@ def read_plan(path: Path) -> Plan:
         RunError: The file is damaged, or was written by another version of lorafleet.
     """
     record = files.read_json(path)
+    # `files.write_json` adds this key to every file; the models do not have it.
     record.pop("schema_version", None)
     try:
         return Plan.from_record(record)

@@ -1,4 +1,10 @@
-"""Contents of a report: quality, time, memory and cost of each trial, and a recommendation."""
+"""Define report.json: quality, time, memory and cost of each trial, and a recommendation.
+
+This module has only the models: evaluation/report/ fills them and evaluation/render/
+shows them. The docstrings of classes and fields are documentation for users:
+docs/report-json.md is generated from them. Raise `Report.schema_version` if the meaning
+of a field changes.
+"""
 
 from __future__ import annotations
 
@@ -417,5 +423,8 @@ class Report(Spec):
         return [*(self.arms or []), *baselines]
 
     def get_row(self, trial_id: str) -> Row:
-        """Return the row of one trial."""
+        """Return the row of one trial.
+
+        The id must come from this report: another one raises StopIteration.
+        """
         return next(row for row in self.trials if row.trial_id == trial_id)

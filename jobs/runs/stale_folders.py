@@ -30,6 +30,7 @@ _TOKEN_SECONDS = 3600.0
 """Maximum age of an unused token. A job step takes its token within moments; until then no
 process owns the folder.
 """
+# Ray's folder is called `ray` in a local run and `r` in a Slurm job (node.sh).
 _LEFT_BY_RAY = {"ray", "r"}
 _UNOWNED_SECONDS = 600.0
 _END_SECONDS = 10.0
@@ -37,7 +38,10 @@ _ROUNDS = 5
 
 
 def write_owner(folder: Path) -> None:
-    """Write the owner file that marks a folder as this process's."""
+    """Write the owner file that marks a folder as this process's.
+
+    The start time is stored beside the process id, because ids are reused.
+    """
     owner = {
         "machine": get_machine_id(),
         "pid": os.getpid(),
@@ -55,12 +59,19 @@ def remove_orphans(parent: Path) -> None:
     """
     with contextlib.suppress(OSError):
         for path in parent.glob(f"{PREFIX}*"):
+            # A folder that cannot be read or has a damaged owner file is left alone. It must not
+            # stop the command.
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 if _is_orphan(path):
                     remove_folder(path)
 
 
 def _is_orphan(path: Path) -> bool:
+    """Return whether a folder is surely this user's and its process is surely dead.
+
+    In doubt the answer is False: the folder of somebody else must not be deleted, and one
+    of ours that stays costs only space.
+    """
     folder_status = path.lstat()
     if (
         not stat.S_ISDIR(folder_status.st_mode)
@@ -72,6 +83,8 @@ def _is_orphan(path: Path) -> bool:
     if path.match(_TOKENS):
         return age > _TOKEN_SECONDS
     try:
+        # Everybody can create names in /tmp: a link must not lead elsewhere, and a pipe must not
+        # block.
         handle = os.open(path / OWNER, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         inner = {child.name for child in path.iterdir()}
@@ -129,6 +142,11 @@ def kill_processes(folder: Path, *, patience: float = 0.0) -> None:
 
 
 def _find_processes(folder: Path) -> list[psutil.Process]:
+    """Return this user's processes that use a folder, except this one.
+
+    A process uses it if its command line has the folder's path, or if it is a Ray process
+    with open files there.
+    """
     import psutil
 
     path_prefix, user_id = f"{folder}/", os.geteuid()

@@ -1,5 +1,7 @@
-"""Save the traceback of an internal error: to the logs of the current run, else to a temporary
-file.
+"""Save the traceback of an internal error to a file of its own.
+
+The file is in the logs of the current run, or else a temporary one. Users see the path
+of the file. The traceback itself is shown only if no file can be written.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def _write_traceback(error: BaseException) -> Path:
 
     name = f"lorafleet-{time.strftime('%Y%m%d-%H%M%S')}-"
     folder = None
+    # A run that is not this user's own is read-only (docs/security.md): its logs/ could be a link.
     if _CURRENT_RUN and _CURRENT_RUN[0].is_dir() and find_distrust_reason(_CURRENT_RUN[0]) is None:
         folder = _CURRENT_RUN[0] / "logs"
     try:

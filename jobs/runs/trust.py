@@ -1,9 +1,9 @@
-"""Check that a run folder is the user's own: created by their lorafleet and not writable by
-others since.
+"""Check that a run folder is the user's own.
 
-A folder from elsewhere can name any code, any process and any path. lorafleet records the
-folders that it creates by their inode, in the user's state folder, which nobody else can
-write. A copy, an unpacked archive or another user's folder has no record.
+That is: their lorafleet created it, and nobody else could write to it since. A folder
+from elsewhere can name any code, any process and any path. lorafleet records the
+folders that it creates by their inode, in the user's state folder, which nobody else
+can write. A copy, an unpacked archive or another user's folder has no record.
 """
 
 from __future__ import annotations
@@ -62,6 +62,11 @@ def remove_run_record(run: Path) -> None:
 
 
 def _get_record_path(run: Path) -> Path:
+    """Return the path of a run folder's record.
+
+    Name and inode are part of it: a run that is moved under its name keeps its record, and
+    a copy has none.
+    """
     return get_state_folder() / "runs" / f"{run.name}-{run.stat().st_ino}.json"
 
 
@@ -71,7 +76,12 @@ def get_outermost_run(run: Path) -> Path:
 
 
 def find_distrust_reason(run: Path) -> str | None:
-    """Return why a run folder may not be this user's own, or None if it is."""
+    """Return why a run folder may not be this user's own, or None if it is.
+
+    Two conditions must hold. Nobody else can write the folder, the folders above it or the
+    state folder. And the state folder has a record of this folder with the mark in its
+    `.own` file. The folder of an arm or an array task is judged by the run around it.
+    """
     folder = get_outermost_run(run.absolute())
     try:
         reason = find_other_writer(folder) or _find_inner_writer(folder)
@@ -107,8 +117,17 @@ def find_distrust_reason(run: Path) -> str | None:
 def check_trusted(run: Path, command: str, *, trust: bool) -> str | None:
     """Raise RunError for a run that is not this user's own, listing what `command` would run.
 
-    With `trust`, return a note on what runs instead (None for the user's own runs). A folder
-    that belongs to the user is then recorded as their own.
+    Args:
+        run: Folder of the run, of an arm or of an array task.
+        command: Name of the command, for the message.
+        trust: The user has confirmed with `--trust`. A folder that belongs to the user is
+            then recorded as their own.
+
+    Returns:
+        A note on what runs with `trust`; None for the user's own runs.
+
+    Raises:
+        RunError: The run is not the user's own, and `trust` is false.
     """
     reason = find_distrust_reason(run)
     if reason is None:
@@ -131,7 +150,11 @@ def format_refusal(reason: str, command: str, run: Path) -> str:
 
 
 def find_other_writer(folder: Path) -> str | None:
-    """Return which other user can change or replace a folder, as a message; None if nobody can."""
+    """Return which other user can change or replace a folder, as a message, or None.
+
+    The folders above count as well: whoever can write one of them can replace the folder.
+    If the path leads through a link, the parents of both ends are checked.
+    """
     resolved = files.resolve_links(folder)
     if _is_trusted(
         resolved
@@ -166,6 +189,14 @@ def _is_trusted(resolved: Path) -> bool:
 
 
 def _find_writer(path: Path, status: os.stat_result, *, is_target: bool) -> str | None:
+    """Return which other user can write a path, as a message, or None.
+
+    Args:
+        path: A folder or a file; not a link.
+        status: Result of `lstat` for it.
+        is_target: False for a folder above the checked one. There a sticky bit protects the
+            entries of other users.
+    """
     user_id = os.geteuid()
     if status.st_uid not in (user_id, 0):
         return f"{path} belongs to user {_get_user_name(status.st_uid)}"
@@ -178,6 +209,7 @@ def _find_writer(path: Path, status: os.stat_result, *, is_target: bool) -> str 
         if status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid):
             return f"{path} can be written by group {_get_group_name(status.st_gid)}"
         return None
+    # The mask limits what entries of users and groups allow; without one they count in full.
     mask = next((perm for tag, perm, _ in entries if tag == _ACL_MASK), 7)
     for tag, perm, number in entries:
         if not perm & mask & _WRITE:
@@ -198,6 +230,8 @@ def _find_inner_writer(folder: Path) -> str | None:
     top = folder.stat()
     if _is_trusted(files.resolve_links(folder)):
         return None
+    # Without the execute bit nobody else reaches what is inside, so its modes do not matter. This
+    # saves the walk for runs with the default mode 0700.
     if not top.st_mode & 0o011 and _read_acl(folder) is None:
         return None
     for path, folders, names in os.walk(folder):
@@ -221,9 +255,11 @@ def _read_acl(path: Path) -> list[tuple[int, int, int]] | None:
     except AttributeError:  # not Linux
         return None
     except OSError as error:
+        # The path has no ACL, or its file system has none at all.
         if error.errno in (errno.ENODATA, errno.ENOTSUP, errno.EPERM, errno.EINVAL):
             return None
         raise
+    # After a version of 4 bytes, each entry has 8 (linux/posix_acl_xattr.h).
     return [struct.unpack_from("<HHI", raw, offset) for offset in range(4, len(raw) - 7, 8)]
 
 

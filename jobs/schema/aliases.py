@@ -1,4 +1,9 @@
-"""Map the field names and values of other tools to those of lorafleet."""
+"""Map the field names and values of other tools to those of lorafleet.
+
+This module is data. jobs/loading/job_file.py applies the names and reports each
+translation to the user; the importers use the values. Arguments without a counterpart
+are listed as well, so that the error for them can say so.
+"""
 
 from __future__ import annotations
 
@@ -51,6 +56,7 @@ FIELD_ALIASES = {
     "eta": "search.scheduler.reduction_factor",
 }
 
+# A test compares this list with the arguments of the installed transformers and TRL.
 _NO_COUNTERPART = """
     lr_scheduler_kwargs optim_args adam_beta1 adam_beta2 adam_epsilon optim_target_modules
     average_tokens_across_devices label_smoothing_factor tf32 torch_compile_backend
@@ -118,7 +124,15 @@ counterpart; None if there is none.
 
 
 def get_foreign_hint(key: str) -> str | None:
-    """Return what to use instead of a Hugging Face argument, or None for any other key."""
+    """Return what to use instead of a Hugging Face argument, or None for any other key.
+
+    Args:
+        key: A key as the user wrote it. Only its last part counts, so `train.bf16` is
+            recognised too.
+
+    Returns:
+        The end of a sentence, without a full stop.
+    """
     leaf = key.rpartition(".")[2]
     if leaf not in HF_ARGUMENTS:
         return None
@@ -159,11 +173,14 @@ OPTIMIZERS = {
 """Hugging Face's names of optimizers -> lorafleet's name of the same optimizer."""
 
 VALUE_ALIASES = {
+    # OPTIMIZERS also has names that are the same in both, because the importers validate against
+    # it.
     **{("train.optim", theirs): ours for theirs, ours in OPTIMIZERS.items() if theirs != ours},
     ("method", "full_finetuning"): "full",
     ("search.method", "bayes"): "tpe",
     ("search.method", "bayesian"): "tpe",
     ("search.method", "optuna"): "tpe",
+    # The other keys of a Hyperband block are translated by jobs/trials/hyperband.py.
     ("search.scheduler.type", "hyperband"): "asha",
     ("search.scheduler.time_attr", "steps"): "step",
     ("search.scheduler.time_attr", "epochs"): "epoch",

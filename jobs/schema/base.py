@@ -10,7 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Spec(BaseModel):
-    """Base of all models of job files and run directories: frozen, strict, no unknown keys."""
+    """Base of all models of job files and run directories.
+
+    Models are frozen. They refuse unknown keys, values of another type, and numbers that
+    are NaN or infinite. The docstring below a field becomes its description: the pages of
+    docs/ and the JSON schema are generated from these docstrings.
+    """
 
     model_config = ConfigDict(
         frozen=True,
@@ -18,6 +23,7 @@ class Spec(BaseModel):
         strict=True,
         allow_inf_nan=False,
         use_attribute_docstrings=True,
+        # Fields such as `model_name_or_path` would clash with pydantic's own prefix `model_`.
         protected_namespaces=(),
     )
 
@@ -33,4 +39,5 @@ class Spec(BaseModel):
         return cls.model_validate_json(json.dumps(record))
 
 
+# Not strict: YAML has only lists, and strict validation refuses a list for a tuple.
 Texts = Annotated[tuple[str, ...], Field(strict=False)]

@@ -54,7 +54,10 @@ class ArmSpec(Spec):
 
     @property
     def needs_training(self) -> bool:
-        """Return whether the arm trains anything."""
+        """Return whether the arm trains anything.
+
+        The base itself, existing weights and the adapter of another arm are only evaluated.
+        """
         return self.method not in (None, "base") and self.weights is None
 
     @model_validator(mode="after")

@@ -1,5 +1,8 @@
-"""Which method runs under which strategy, and why others do not. Data, checked before anything
-starts.
+"""Define which method runs under which strategy, and why others do not.
+
+The rules are data: validation, `lorafleet methods` and docs/methods.md read the same
+tables. RULES refuse a combination from the job file alone. NOTES are limits that depend
+on the model or the machine; cluster/planning/preflight.py and training check those.
 """
 
 from __future__ import annotations
@@ -20,7 +23,12 @@ _SHARDING_STRATEGIES = ("fsdp", "zero1", "zero2", "zero3")
 
 @dataclass(frozen=True)
 class Rule:
-    """One combination that is not supported."""
+    """One combination that is not supported.
+
+    A rule refuses a job whose method and strategy are listed and for which `applies`
+    returns true. `what` and `reason` are parts of messages: the table of methods prints
+    them as `not with WHAT: REASON`, an error of a job file ends with `: REASON`.
+    """
 
     field: str
     """The field that requests it."""
@@ -123,7 +131,12 @@ class SupportCell:
 
 
 def build_support_table() -> list[SupportCell]:
-    """Return every method under every strategy."""
+    """Return every method under every strategy.
+
+    Returns:
+        One cell for each pair, in the order of METHODS and, within a method, of STRATEGIES.
+            Every cell is supported today; `limits` says what does not run in it.
+    """
     return [
         SupportCell(method, strategy, ("cpu", "cuda"), True, _list_limits(method, strategy))
         for method in METHODS
@@ -148,7 +161,12 @@ def _list_limits(method: str, strategy: str) -> tuple[str, ...]:
 
 
 def find_unsupported(job: JobSpec) -> list[tuple[str, str]]:
-    """Return (field, message) pairs for everything a job requests that is not supported."""
+    """Return (field, message) pairs for everything a job requests that is not supported.
+
+    Validation of a job file calls it, so it uses neither the model nor the hardware.
+    Planning calls it too, with each strategy that `auto` could become. `auto` itself is in
+    no rule: only a DeepSpeed file is refused with it.
+    """
     strategy = job.resources.strategy
     problems = [
         (
@@ -167,6 +185,8 @@ def find_unsupported(job: JobSpec) -> list[tuple[str, str]]:
                 "shard: set resources.workers_per_node or num_nodes, or use strategy: auto",
             )
         )
+    # A metric that decides is computed at every evaluation of a trial, on the sharded weights.
+    # Other metrics wait for the held-out evaluation of the saved weights.
     if strategy in WEIGHT_SHARDING_STRATEGIES and job.metric.name in job.text_metrics:
         path = f"{job.metric_block}.name"
         problems.append(

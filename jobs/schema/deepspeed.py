@@ -33,7 +33,10 @@ def build_engine_config(job: JobSpec, user_config: dict[str, Any], *, bf16: bool
     }
     return {
         "steps_per_print": sys.maxsize,
+        # The optimiser is torch's AdamW, which ZeRO refuses as untested unless this is set.
         "zero_allow_untested_optimizer": True,
+        # Without this, DeepSpeed raises an error for a user's file that offloads the optimiser,
+        # because it wants its own CPU Adam then.
         "zero_force_ds_cpu_optimizer": False,
         **user_config,
         **job_values,
@@ -62,6 +65,7 @@ def _get_job_values(job: JobSpec) -> dict[str, Any]:
             job.resources.world_size
         ),
         "gradient_clipping": job.train.max_grad_norm,
+        # The strategies zero1, zero2 and zero3 are named after DeepSpeed's stages.
         "zero_optimization.stage": int(job.resources.strategy[-1]),
     }
 
@@ -70,6 +74,13 @@ def find_contradictions(job: JobSpec, user_config: dict[str, Any]) -> list[Probl
     """Return the problems of a user's DeepSpeed file that contradicts the job file.
 
     A value of `auto` in the file means that the job decides.
+
+    Args:
+        job: The job, whose strategy is zero1, zero2 or zero3.
+        user_config: The parsed DeepSpeed file.
+
+    Returns:
+        One problem for each key, or only those of malformed blocks if there are any.
     """
     blocks = ("zero_optimization", "bf16", "fp16")
     problems = [
@@ -77,6 +88,7 @@ def find_contradictions(job: JobSpec, user_config: dict[str, Any]) -> list[Probl
         for name in blocks
         if not isinstance(user_config.get(name, {}), dict)
     ]
+    # The checks below read values inside these blocks.
     if problems:
         return problems
     for key, expected in _get_job_values(job).items():

@@ -1,5 +1,9 @@
-"""Check the environment variables that a file sets. Their values are written to scripts,
-records and logs.
+"""Check the environment variables that a job file or a site file sets.
+
+Their values are written to scripts, records and logs, so no name may suggest a secret.
+Job files are shared between people: a job may not set what changes the code that runs,
+unless its site allows the variable. A site file may, because its set-up lines are code
+anyway.
 """
 
 from __future__ import annotations
@@ -60,7 +64,11 @@ _HARMLESS = (
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether the name of a variable suggests that its value is a secret."""
+    """Return whether the name of a variable suggests that its value is a secret.
+
+    The words match anywhere in the name, so harmless names such as TOKENIZERS_PARALLELISM
+    match too.
+    """
     return any(word in name.upper() for word in _SECRET_WORDS)
 
 
@@ -70,6 +78,7 @@ def can_change_code(name: str) -> bool:
     That covers programs, modules, libraries and their origin. The decision is made by name:
     variables that load code use a few common words, and new libraries use the same words.
     """
+    # Most of Python's variables decide which modules are loaded, so only the listed ones pass.
     if name.upper().startswith("PYTHON"):
         return name not in _HARMLESS
     match = _CHANGES_CODE.fullmatch(name) or _CHANGES_SETTINGS.fullmatch(name)

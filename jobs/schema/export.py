@@ -90,6 +90,7 @@ def resolve_gate(
     ) or _COMMON_GATES.get(target, _EXACT_GATE)
     if int8_base:
         default = default.model_copy(update={"max_logit_difference": None})
+    # Fields that are None keep the default: a job can move a limit, but not remove it.
     override = spec.parity.get(target)
     return (
         default

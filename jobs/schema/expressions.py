@@ -1,4 +1,9 @@
-"""Evaluate linked values such as `lora_alpha: "2*lora_r"` without calling `eval`."""
+"""Evaluate linked values such as `lora_alpha: "2*lora_r"` without calling `eval`.
+
+Job files come from other people. A text is parsed into a syntax tree, each node is
+compared with a short list of allowed ones, and the evaluation knows only these. An
+expression can therefore read numbers and compute, and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +39,8 @@ def parse(text: str) -> ast.expr:
         )
     try:
         tree = ast.parse(text, mode="eval").body
+    # ast.parse raises ValueError for null bytes, and RecursionError or MemoryError for deep
+    # nesting.
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{text!r} is not an arithmetic expression") from error
     _check_node(tree, text)
@@ -41,7 +48,11 @@ def parse(text: str) -> ast.expr:
 
 
 def find_names(tree: ast.expr) -> set[str]:
-    """Return the dotted names that an expression reads."""
+    """Return the dotted names that an expression reads.
+
+    The names are as written, so `lora_r` and `lora.lora_r` differ;
+    `field_paths.resolve_path` finds their fields. Names of functions are not included.
+    """
     if isinstance(tree, ast.Name | ast.Attribute):
         return {_get_dotted_name(tree)}
     if isinstance(tree, ast.Call):
@@ -55,7 +66,16 @@ def find_names(tree: ast.expr) -> set[str]:
 def evaluate(tree: ast.expr, values: Mapping[str, Number]) -> Number:
     """Return the value of a parsed expression.
 
-    A whole result is an int (`lora_r/2` with 16 is 8).
+    A whole result is an int (`lora_r/2` with 16 is 8), because fields such as ranks take
+    only integers.
+
+    Args:
+        tree: The result of `parse`.
+        values: The value of every name that `find_names` returns.
+
+    Raises:
+        ZeroDivisionError: The expression divides by zero.
+        OverflowError: The result is too large for a float.
     """
     result = _evaluate_node(tree, values)
     return int(result) if isinstance(result, float) and result.is_integer() else result

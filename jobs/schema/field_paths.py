@@ -1,4 +1,9 @@
-"""List the job file's fields as dotted paths, and read, write and correct such paths."""
+"""List the job file's fields as dotted paths, and read, write and correct such paths.
+
+Searches, arms, links, overrides and error messages name a field by a path such as
+`train.learning_rate`. The trees here are nested dicts, as YAML gives them or as
+`model_dump` returns them.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +33,11 @@ not mean retries.nan.
 
 @cache
 def get_leaf_fields() -> dict[str, FieldInfo]:
-    """Return every field that holds a value, by its dotted path (`train.learning_rate`)."""
+    """Return every field that holds a value, by its dotted path (`train.learning_rate`).
+
+    A block whose keys are names of the user's own, such as `search.parameters`, counts as
+    one field. The result is cached: do not change it.
+    """
     return dict(_iterate_fields(JobSpec, ""))
 
 
@@ -47,20 +56,30 @@ def _find_block(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        # An optional block, such as `SearchSpec | None`.
         blocks = [block for arg in typing.get_args(annotation) if (block := _find_block(arg))]
         return blocks[0] if blocks else None
     return None
 
 
 def is_number(path: str) -> bool:
-    """Return whether a field holds a number, and so may be an arithmetic expression."""
+    """Return whether a field holds a number, and so may be an arithmetic expression.
+
+    A field that also takes text is no number: an expression could not be told from a text.
+
+    Args:
+        path: Path of an existing field.
+    """
     annotation = get_leaf_fields()[path].annotation
     kinds = set(typing.get_args(annotation)) or {annotation}
     return bool(kinds & {int, float}) and str not in kinds
 
 
 def is_integer(path: str) -> bool:
-    """Return whether a field holds an integer."""
+    """Return whether a field holds an integer.
+
+    A path that is not a field gives False.
+    """
     annotation = get_leaf_fields()[path].annotation if path in get_leaf_fields() else None
     kinds = set(typing.get_args(annotation)) or {annotation}
     return int in kinds and float not in kinds
@@ -119,7 +138,11 @@ def get_value(tree: Mapping[str, Any], path: str) -> Any:
 
 
 def set_value(tree: dict[str, Any], path: str, value: Any) -> None:
-    """Set the value at a dotted path of nested dicts, and create missing blocks."""
+    """Set the value at a dotted path of nested dicts, and create missing blocks.
+
+    The tree is changed in place. A value where a block should be, such as null, is replaced
+    by a block.
+    """
     *blocks, leaf = path.split(".")
     for part in blocks:
         if not isinstance(tree.get(part), dict):

@@ -1,7 +1,11 @@
-"""JobSpec: the complete content of a job file. Frozen, closed to unknown keys, and every field
-states its unit.
+"""Define JobSpec, the complete content of a job file.
 
-Field names follow HF, PEFT and TRL for training, and W&B and Ray for the search.
+Models are frozen, closed to unknown keys, and every field states its unit. Field names
+follow HF, PEFT and TRL for training, and W&B and Ray for the search.
+
+Validation here needs neither model, data nor hardware; cluster/planning/preflight.py
+checks what does. The docstrings of classes and fields are documentation for users:
+docs/job-file.md is generated from them.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from lorafleet.jobs.schema.types import Goal, Method, Strategy
 
 Task = Literal["classification", "generation", "summarization"]
 DataFormat = Literal["auto", "text_label", "prompt_completion", "instruction", "messages", "text"]
+# Parameters of transformers' `apply_chat_template` that lorafleet sets itself for each row.
 _TEMPLATE_ARGUMENTS = frozenset(
     {
         "add_special_tokens",
@@ -50,6 +55,7 @@ _TEMPLATE_ARGUMENTS = frozenset(
     }
     | {"eos_token", "messages", "return_assistant_tokens_mask", "return_dict", "tokenize", "tools"}
 )
+# A commit of the hub has 40 digits. The SHA-256 that stands for the files of a folder has 64.
 _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -184,6 +190,8 @@ class DataSpec(Spec):
         if not isinstance(value, list | tuple):
             return value
         return [
+            # `labels: [0, 1]` is natural to write, but the classes of the rows are compared as
+            # texts.
             str(name) if isinstance(name, int) and not isinstance(name, bool) else name
             for name in value
         ]
@@ -408,6 +416,8 @@ class TrainSpec(Spec):
                 ]
             )
         if (
+            # Compared with the default, because the job of a trial is validated from a full dump,
+            # in which every field counts as set.
             self.warmup_steps is not None
             and self.warmup_ratio != TrainSpec.model_fields["warmup_ratio"].default
         ):
@@ -458,7 +468,14 @@ class TrainSpec(Spec):
         return steps
 
     def compute_effective_batch_size(self, world_size: int) -> int:
-        """Return the rows of one optimiser step over `world_size` devices."""
+        """Return the rows of one optimiser step over `world_size` devices.
+
+        Trial ids contain this number and not how it is split into micro-batches.
+
+        Raises:
+            SpecProblems: `global_batch_size` cannot be split, as in
+                `compute_accumulation_steps`.
+        """
         return (
             self.per_device_train_batch_size
             * world_size
@@ -640,6 +657,8 @@ class EvaluateSpec(Spec):
     @model_validator(mode="after")
     def _check_metric_names(self) -> EvaluateSpec:
         for name in self.custom_metrics:
+            # A row of metrics.jsonl holds metrics and its other values side by side, under these
+            # keys.
             if name in METRICS or name in ROW_KEYS:
                 conflict = (
                     "a metric of lorafleet" if name in METRICS else "a key of every row of metrics"
@@ -740,7 +759,10 @@ class JobSpec(Spec):
 
     @property
     def text_metrics(self) -> tuple[str, ...]:
-        """Return the metrics that need generated answers, custom metrics last."""
+        """Return the metrics that need generated answers, custom metrics last.
+
+        It is empty for classification, where custom metrics read the predicted class instead.
+        """
         if not self.is_generative:
             return ()
         requested = self.evaluate.metrics
@@ -761,7 +783,11 @@ class JobSpec(Spec):
 
     @property
     def uses_padding_free(self) -> bool:
-        """Return whether the rows of a micro-batch are concatenated instead of padded."""
+        """Return whether the rows of a micro-batch are concatenated instead of padded.
+
+        `auto` does so only with `flash_attention_2`, which skips the attention between rows.
+        The other implementations would compute it and mask it.
+        """
         if self.train.padding_free != "auto":
             return bool(self.train.padding_free)
         flash = self.model.attn_implementation == "flash_attention_2"
@@ -769,14 +795,19 @@ class JobSpec(Spec):
 
     @property
     def has_modified_base(self) -> bool:
-        """Return whether a trial changes the base's weights, so that no other trial may reuse
-        it.
+        """Return whether a trial changes the base's weights.
+
+        No other trial may reuse the loaded base then; it is loaded again.
         """
         return self.method == "full" or (self.uses_lora and self.lora.has_modified_base)
 
     @property
     def metric(self) -> MetricSpec:
-        """Return the metric by which trials are compared."""
+        """Return the metric by which trials are compared.
+
+        The metric of `search` takes precedence over that of `compare`; without both, the task
+        has a default.
+        """
         for block in (self.search, self.compare):
             if block and block.metric:
                 return block.metric
@@ -792,7 +823,11 @@ class JobSpec(Spec):
 
     @property
     def tolerances(self) -> dict[str, float | None]:
-        """Return the tolerance of each decision metric; None if the job does not set it."""
+        """Return the tolerance of each decision metric; None if the job does not set it.
+
+        The decision rule replaces None by its own default (evaluation/report/decide.py). In a
+        job with both blocks, `compare` decides.
+        """
         block = self.compare or self.search
         tolerance = block.tolerance if block else None
         return {
@@ -811,6 +846,7 @@ class JobSpec(Spec):
 
     @model_validator(mode="after")
     def _check_consistency(self) -> JobSpec:
+        # All checks run, so that one command shows everything that is wrong.
         problems = (
             _find_format_problems(self)
             + list(_find_metric_problems(self))
@@ -995,6 +1031,7 @@ def _find_fold_problems(job: JobSpec) -> list[Problem]:
 
 def _find_budget_problems(job: JobSpec) -> list[Problem]:
     gpu_hours = job.search.budget.gpu_hours if job.search else None
+    # With `auto` only the site can tell: compute_placement checks the budget again.
     uses_no_gpu = job.resources.device == "cpu" or job.resources.gpus_per_node == 0
     if gpu_hours is None or not uses_no_gpu:
         return []

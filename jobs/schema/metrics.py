@@ -109,7 +109,11 @@ DEFAULT_METRIC = {"classification": "accuracy", "generation": "loss", "summariza
 
 
 def strip_metric_prefix(name: str) -> str:
-    """Return the name of a metric without another tool's prefix, such as `f1` for `eval_f1`."""
+    """Return the name of a metric without another tool's prefix, such as `f1` for `eval_f1`.
+
+    Other tools log metrics of the evaluation set under such names, so job files that were
+    written for them have these names in `search.metric`.
+    """
     for prefix in (
         "eval_",
         "eval/",
@@ -125,7 +129,12 @@ def strip_metric_prefix(name: str) -> str:
 
 
 def is_better(score: float, than: float | None, goal: Goal) -> bool:
-    """Return whether `score` beats `than`. Any number beats None and NaN; NaN beats nothing."""
+    """Return whether `score` beats `than`.
+
+    Any number beats None and NaN; NaN beats nothing. An equal score does not beat the
+    other, so the earlier of two equal evaluations keeps its weights.
+    """
+    # Only NaN differs from itself.
     if score != score:
         return False
     if than is None or than != than:

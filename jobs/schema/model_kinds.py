@@ -1,7 +1,9 @@
 """Derive properties of a model from its config.json, such as whether it generates text.
 
 Others are its maximum length and its tied weights. Neither weights nor transformers are
-loaded. A test checks the tables against transformers.
+loaded, so that `validate` and `plan` answer at once. Tests compare the tables with the
+installed transformers: after an upgrade they name the model types that are missing
+here.
 """
 
 from __future__ import annotations
@@ -133,7 +135,11 @@ def get_text_config(config: Config) -> Config:
 
 
 def is_encoder_decoder(config: Config) -> bool:
-    """Return whether a model has an encoder and a decoder."""
+    """Return whether a model has an encoder and a decoder.
+
+    A flag in the config takes precedence over the table: types such as BART can also be
+    saved as decoders.
+    """
     flag = config.get("is_encoder_decoder")
     return bool(flag) if flag is not None else get_model_type(config) in ENCODER_DECODERS
 
@@ -146,6 +152,7 @@ def is_causal(config: Config) -> bool:
     """
     kind = get_model_type(config)
     inner = get_text_config(config)
+    # Causal types such as Gemma 3 are also published as embedding models, which see all tokens.
     is_bidirectional = (
         inner.get("use_bidirectional_attention") is True or inner.get("is_causal") is False
     )
@@ -178,13 +185,22 @@ def is_known_type(kind: str) -> bool:
 
 
 def get_max_positions(config: Config) -> int:
-    """Return the maximum number of tokens of a model's position table; 0 if it has no table."""
+    """Return the maximum number of tokens of a model's position table; 0 if it has no table.
+
+    Models that compute positions, such as Llama, have no table. RoBERTa and its relatives
+    count positions from the padding id plus one, so a table of 514 entries holds 512
+    tokens.
+
+    Raises:
+        ValueError: A number in the config is not a whole number.
+    """
     config = get_text_config(config)
     kind = get_model_type(config)
     if kind not in _POSITION_TABLES | _ROBERTA_LIKE:
         return 0
     if config.get("position_biased_input") is False:  # DeBERTa with relative positions only
         return 0
+    # Relative position embeddings depend on distances and have no end.
     if config.get("position_embedding_type", "absolute") != "absolute":
         return 0
     configured = next((config[name] for name in _POSITION_FIELDS if config.get(name)), None)
@@ -194,6 +210,7 @@ def get_max_positions(config: Config) -> int:
     if kind not in _ROBERTA_LIKE:
         return positions
     padding = config.get("pad_token_id")
+    # MPNet always uses padding index 1 for positions, whatever its config says.
     padding_index = (
         _ROBERTA_PADDING
         if padding is None or kind == "mpnet"
@@ -203,13 +220,18 @@ def get_max_positions(config: Config) -> int:
 
 
 def _check_integer(value: Any, name: str) -> int:
+    # A config may have `true` here, and bool is a subclass of int.
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{name} is {value!r}, which is not a whole number")
     return value
 
 
 def has_tied_embeddings(config: Config) -> bool:
-    """Return whether the output head of a causal model shares its embedding matrix."""
+    """Return whether the output head of a causal model shares its embedding matrix.
+
+    The text part of a multimodal config takes precedence over the config around it. Without
+    a flag, transformers' default for the model type decides.
+    """
     inner = get_text_config(config)
     for flag in (inner.get("tie_word_embeddings"), config.get("tie_word_embeddings")):
         if flag is not None:
@@ -223,7 +245,14 @@ def has_transposed_layers(config: Config) -> bool:
 
 
 def find_tied_targets(names: tuple[str, ...], config: Config) -> list[str]:
-    """Return the `target_modules` that name a matrix shared by output head and embedding."""
+    """Return the `target_modules` that name a matrix shared by output head and embedding.
+
+    An adapter on one of the two could not be merged, because the merged matrix would also
+    replace the other one.
+
+    Args:
+        names: Names of layers, with or without the path before them.
+    """
     if not has_tied_embeddings(config):
         return []
     return [name for name in names if name.rpartition(".")[2] in HEAD_NAMES | EMBEDDING_NAMES]
@@ -239,7 +268,15 @@ def describe_tied_targets(names: list[str], model: str) -> str:
 
 
 def get_generation_refusal(config: Config, name: str) -> str | None:
-    """Return why a model cannot be trained to generate text; None if it can."""
+    """Return why a model cannot be trained to generate text; None if it can.
+
+    An encoder is refused because each of its tokens sees the answer that it should predict:
+    the training loss would fall, and the model could not write.
+
+    Args:
+        config: The model's config.json.
+        name: The model's name in the message.
+    """
     kind = get_model_type(config)
     if not kind or not isinstance(config.get("text_config") or {}, dict):
         return _describe_unreadable_config(name)
@@ -251,6 +288,7 @@ def get_generation_refusal(config: Config, name: str) -> str | None:
         )
     if is_causal(config):
         return None
+    # The type is causal, but this config switches on attention in both directions.
     if kind in CAUSAL_TYPES:
         description = (
             f"of type {kind} with attention in both directions, so its tokens see the answer that "
@@ -303,7 +341,12 @@ def describe_packing_refusal(field: str, model: str) -> str:
 
 
 def get_classification_refusal(config: Config, name: str) -> str | None:
-    """Return why a model cannot be trained as a classifier; None if it can."""
+    """Return why a model cannot be trained as a classifier; None if it can.
+
+    Args:
+        config: The model's config.json.
+        name: The model's name in the message.
+    """
     kind = get_model_type(config)
     if not kind or not isinstance(config.get("text_config") or {}, dict):
         return _describe_unreadable_config(name)
@@ -349,7 +392,11 @@ def get_length_refusal(config: Config, name: str, max_length: int) -> str | None
 
 
 def get_num_labels(config: Config) -> int | None:
-    """Return the number of classes in the config of a classifier; None for other models."""
+    """Return the number of classes in the config of a classifier; None for other models.
+
+    A classifier whose config names neither classes nor their number has two, as in
+    transformers.
+    """
     if not any(name.endswith("ForSequenceClassification") for name in _list_architectures(config)):
         return None
     labels = config.get("id2label")

@@ -38,6 +38,7 @@ def describe_planned_formats(job: JobSpec, *, cuda: bool) -> str:
 
     On a GPU, `auto` means bfloat16, or float32 if the GPU does not support it.
     """
+    # Full fine-tuning keeps float32: bfloat16 would round its small updates away.
     frozen_on_gpu = cuda and job.method != "full"
     weights = (
         job.model.dtype if job.model.dtype != "auto" else "bfloat16" if frozen_on_gpu else "float32"

@@ -1,5 +1,8 @@
-"""The `search` block of a job file: what is searched, which metrics decide, and which trials
-stop early.
+"""Define the `search` block of a job file.
+
+It says what is searched, which metrics decide, and which trials stop early. The checks
+here see this block alone. Checks across blocks are in jobs/schema/job.py; those that
+need the job of a trial are in jobs/trials/sampling.py.
 """
 
 from __future__ import annotations
@@ -85,6 +88,7 @@ class Parameter(Spec):
     def _check_values(self, values: tuple[Scalar, ...]) -> Parameter:
         if not values:
             raise ValueError("values is empty, but must have at least one entry")
+        # By repr: 1, 1.0 and true are equal in Python, but they are different values of a field.
         if len(set(map(repr, values))) != len(values):
             raise ValueError(f"values has the same value twice: {list(values)}")
         if self.distribution not in (None, "categorical") or (self.min, self.max, self.q) != (
@@ -115,6 +119,8 @@ class NamedMetric(Spec):
         if isinstance(raw, dict) and isinstance(raw.get("name"), str):
             name = strip_metric_prefix(raw["name"])
             metric = METRICS.get(name)
+            # Another name is that of a custom metric. JobSpec refuses a goal that differs from the
+            # one that the metric declares.
             goal = metric.goal if metric and metric.goal != "closer to 1" else "maximize"
             return {"goal": goal, **raw, "name": name}
         return raw

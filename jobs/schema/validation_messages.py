@@ -18,7 +18,11 @@ from lorafleet.jobs.text import shorten_text
 
 
 def describe_unreadable_file(path: Path, error: ValidationError) -> str:
-    """Return the message for a file of ours that this version cannot read."""
+    """Return the message for a file of ours that this version cannot read.
+
+    lorafleet wrote the file from a model, so what does not validate was written by another
+    version or damaged. Only the first problem is named: a user cannot correct such a file.
+    """
     first = list_problems(error, valid_keys=())[0]
     return f"{path} was written by another version of lorafleet, or is damaged: {first.sentence}"
 
@@ -81,10 +85,13 @@ def list_problems(
     problems: dict[str, Problem] = {}
     for raw in error.errors(include_url=False):
         cause = raw.get("ctx", {}).get("error")
+        # A check across fields reports each problem under the field's own path.
         if isinstance(cause, SpecProblems):
             problems.update((problem.path, problem) for problem in cause.problems)
             continue
         path = _get_field_path(raw["loc"])
+        # A list inside `values` fails in each branch of the union of value types. One message
+        # replaces these errors.
         if (
             path.startswith("search.parameters.")
             and path.endswith(".values")
@@ -105,6 +112,8 @@ def list_problems(
             path in problems
         ):  # the branches of a union each report an error: "a whole number", "'auto'"
             earlier = problems[path].sentence
+            # NaN fails in the integer branch of a union too; that it must be finite is the useful
+            # half.
             if "finite number" in sentence + earlier:
                 preferred = sentence if "finite number" in sentence else earlier
                 problems[path] = Problem(path, preferred)
@@ -135,7 +144,11 @@ _HALF_PRECISION_NAMES = {
 
 
 def describe_request_error(raw: Any) -> str:
-    """Return the message for a pydantic error in a request."""
+    """Return the message for a pydantic error in a request.
+
+    Args:
+        raw: One entry of `errors()` of the validation error.
+    """
     location = tuple(
         part for part in raw["loc"] if part != "body"
     )  # pydantic's prefix for the body of a request
@@ -205,7 +218,12 @@ def _describe_invalid_key(path: str, valid_keys: Collection[str]) -> str:
 
 
 def describe_unknown_key(path: str) -> str:
-    """Return the message for a key that no block has, with the closest valid key."""
+    """Return the message for a key that no block has, with the closest valid key.
+
+    The most specific hint is used: the key has dots and belongs inside a block, it is a key
+    of a search parameter, another tool's name, a misspelt key of the same block, or a field
+    of another block.
+    """
     block, _, leaf = path.rpartition(".")
     if path in fields.get_leaf_fields():  # a key with dots, as other tools write it
         return (
@@ -238,7 +256,11 @@ def describe_unknown_key(path: str) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Return a value as the user wrote it, shortened to one line."""
+    """Return a value as the user wrote it, shortened to one line.
+
+    Booleans are written as in YAML, a missing value as `empty`, and a text with its quotes.
+    The result has at most 80 characters.
+    """
     text = "empty" if value is None else repr(value)
     if isinstance(value, bool):
         text = str(value).lower()

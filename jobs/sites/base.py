@@ -1,5 +1,8 @@
-"""Describe the machines that a site offers. The operator knows these facts; a job states
-requirements.
+"""Describe the machines that a site offers.
+
+The operator knows these facts and a job states requirements; jobs/sites/placement.py
+brings both together. These classes are the input of planning. The models of site files
+(slurm.py, kubernetes.py, ray.py) are converted to them.
 """
 
 from __future__ import annotations
@@ -28,7 +31,11 @@ class Node(Spec):
 
 
 class LocalSite(Spec):
-    """The local machine."""
+    """The local machine.
+
+    cluster/local_site.py creates it from the hardware that this process may use, which in a
+    container is less than the machine has.
+    """
 
     kind: Literal["local"] = "local"
     """Backend that runs the job."""
@@ -73,8 +80,10 @@ class _MultiNodeSite(Spec):
 
 
 class RaySite(_MultiNodeSite):
-    """A running Ray cluster of one or more machines: the one that RAY_ADDRESS names, as far as it
-    answers.
+    """A running Ray cluster of one or more machines.
+
+    It is the cluster that RAY_ADDRESS or a Ray site file names. Only machines that answered
+    are listed.
     """
 
     kind: Literal["ray"] = "ray"
@@ -102,6 +111,7 @@ class Allocation(_MultiNodeSite):
     @property
     def display_name(self) -> str:
         """Return the name of the allocation in messages."""
+        # A separate head node has no CPUs here, because it runs no trials.
         workers = sum(node.cpus > 0 for node in self.nodes)
         machines = format_count(workers, "node" if self.kind == "slurm" else "worker pod")
         return f"a job of {machines} on site {self.cluster}"

@@ -15,6 +15,7 @@ from lorafleet.jobs.schema.base import Spec, Texts
 from lorafleet.jobs.schema.environment import is_secret_name, validate_environment
 from lorafleet.jobs.sites.base import Allocation, Node
 
+# A DNS-1123 label, of which names of Kubernetes objects are made.
 _DNS = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
 Name = Annotated[str, Field(pattern=rf"^{_DNS}(\.{_DNS})*$", max_length=253)]
 """Name of a Kubernetes object: lower-case letters, digits, dashes and dots."""
@@ -59,7 +60,11 @@ class Toleration(Spec):
         return self
 
     def to_dict(self) -> dict[str, str]:
-        """Return the toleration as Kubernetes takes it."""
+        """Return the toleration as Kubernetes takes it.
+
+        The operator is always written: Kubernetes' default is Equal, which without a value
+        would match only an empty one.
+        """
         values = self.model_dump(exclude_none=True)
         return values | {"operator": self.operator or ("Exists" if self.value is None else "Equal")}
 
@@ -103,6 +108,7 @@ class Storage(Spec):
     @classmethod
     def _check_sub_path(cls, value: str | None) -> str | None:
         """Check that the folder does not leave the volume."""
+        # Kubernetes refuses this as well, but only when it creates the pods of a submitted job.
         if value and ".." in value.split("/"):
             raise ValueError(f"{value!r} leaves the volume: do not use `..`")
         return value
@@ -341,7 +347,12 @@ class KubernetesSite(Spec):
         return "worker pod"
 
     def build_allocation(self, nodes: int) -> Allocation:
-        """Return a job with this number of worker pods, as placement sees it."""
+        """Return a job with this number of worker pods, as placement sees it.
+
+        Memory is converted from GB (10^9 bytes) to GiB. The head pod comes first; it has no
+        CPUs for trials and is not counted in `nodes`. Workers have the Ray labels
+        WORKER_LABELS, to which the trials of a job are tied.
+        """
         memory = self.memory_gb_per_node * 1e9 / 2**30
         head = Node(name="head", cpus=0, memory_gib=self.head.memory_gb * 1e9 / 2**30)
         workers = [
@@ -454,7 +465,11 @@ class KubernetesSite(Spec):
 
 
 def _list_patched_variables(tree: Any) -> list[str]:
-    """Return the names of the variables to which a patch gives a value."""
+    """Return the names of the variables to which a patch gives a value.
+
+    A variable is an object with `name` and `value` at any depth: a patch may replace the
+    environment of every container.
+    """
     if isinstance(tree, dict):
         names = (
             [tree["name"]]

@@ -1,4 +1,8 @@
-"""Compute how trials are placed on the machines of a site, and how many run at once. Pure."""
+"""Compute how trials are placed on the machines of a site, and how many run at once.
+
+All functions are pure. Planning computes a placement from what a site promises, and the
+driver reduces it to the machines that came up.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,10 @@ class Share(NamedTuple):
     """GPUs on each machine."""
 
     def count_on(self, node: Node) -> int:
-        """Return how many such shares fit on a machine."""
+        """Return how many such shares fit on a machine.
+
+        A machine without CPU cores, such as a head node, holds none, whatever GPUs it has.
+        """
         return min(
             node.cpus // self.cpus, node.gpus // self.gpus if self.gpus else node.cpus // self.cpus
         )
@@ -53,8 +60,13 @@ def choose_node_count(
 
     It is `--nodes` if set, else the site's setting, else what one trial needs.
 
-    Raises PlacementRefused if it is less than a trial needs, or more than the site's
-    max_nodes.
+    Args:
+        site: The site, whose `max_nodes` limits the number.
+        requested: Value of `--nodes`; None if it is not set.
+        nodes_per_trial: Machines that one trial spans.
+
+    Raises:
+        PlacementRefused: It is less than a trial needs, or more than the site's max_nodes.
     """
     nodes = requested or site.nodes or nodes_per_trial
     if nodes < nodes_per_trial:
@@ -72,7 +84,11 @@ def choose_node_count(
 
 
 class Placement(Spec):
-    """Assignment of trials to hardware."""
+    """Assignment of trials to hardware.
+
+    `compute_placement` creates it for the plan, plan.json stores it, and the driver adapts
+    it with `fit_placement` to the machines that it finds.
+    """
 
     workers: int = Field(ge=1)
     """Training processes of one trial, over all its machines."""
@@ -105,7 +121,9 @@ class Placement(Spec):
     def spread(self) -> Literal["STRICT_PACK", "STRICT_SPREAD", "PACK"]:
         """Return Ray's placement strategy for the processes of a trial.
 
-        Ray places all of them or none.
+        Ray places all of them or none. A trial of one machine stays together, and processes
+        that are alone on their machines must be apart. For several processes on each of several
+        machines Ray has no exact strategy, so PACK fills machine after machine.
         """
         if self.num_nodes == 1:
             return "STRICT_PACK"
@@ -122,7 +140,8 @@ def count_concurrent_trials(nodes: Sequence[Node], share: Share) -> int:
     """Return how many trials can run at once, each on `share.nodes` different machines.
 
     g trials fit if the machines, each used at most once by a trial, have g x nodes shares
-    between them: sum(min(shares of a machine, g)) >= g x nodes.
+    between them: sum(min(shares of a machine, g)) >= g x nodes. This is enough: dealt out
+    machine after machine to the g trials in turn, no trial gets two shares of one machine.
     """
     shares_per_node = [share.count_on(node) for node in nodes]
     possible = 0
@@ -139,9 +158,12 @@ def compute_placement(
     """Return the placement of `trials` trials on a site.
 
     Args:
+        job: The job; in a comparison, that of the arm.
+        site: The machines that the run gets.
         trials: Number of trials.
         trial_memory_gib: Host memory of one trial over all its machines, in GiB.
         strategy: Resolved strategy of a trial's processes.
+
     Raises:
         PlacementRefused: Not even one trial fits.
     """
@@ -156,6 +178,8 @@ def compute_placement(
     share = Share(resources.num_nodes, per_node * resources.cpus_per_worker, per_node * gpus)
     nodes = select_labelled_nodes(site.nodes, resources.label_selector)
     _check_trial_fits(site, nodes, share, resources.label_selector)
+    # CPU cores are counted without the GPUs, so that `limited_by` names what is scarcest. Of equal
+    # limits, the first is named.
     fits = {"CPU cores": count_concurrent_trials(nodes, share._replace(gpus=0))}
     if share.gpus:
         fits["GPUs"] = count_concurrent_trials(nodes, share)
@@ -188,6 +212,7 @@ def select_labelled_nodes(nodes: Sequence[Node], labels: Mapping[str, str]) -> l
 def _check_trial_fits(
     site: Site, nodes: Sequence[Node], share: Share, labels: Mapping[str, str]
 ) -> None:
+    """Raise PlacementRefused with the most helpful reason if no trial fits."""
     if count_concurrent_trials(nodes, share):
         return
     if labels and not nodes:
@@ -225,7 +250,10 @@ def _count_trials_by_memory(
     nodes: Sequence[Node], site: str, num_nodes: int, trial_memory_gib: float
 ) -> int:
     """Return how many trials fit into the memory. Raises PlacementRefused if none does."""
+    # Never 0: it is a divisor below.
     memory_per_node = max(trial_memory_gib / num_nodes, 0.01)
+    # A trial needs num_nodes machines, so the last of the largest ones decides whether any trial
+    # fits.
     largest = sorted((node.memory_gib for node in nodes if node.cpus), reverse=True)[:num_nodes]
     if memory_per_node > largest[-1]:
         raise PlacementRefused(
@@ -237,9 +265,21 @@ def _count_trials_by_memory(
 
 
 def fit_placement(placement: Placement, nodes: Sequence[Node]) -> tuple[Placement, str | None]:
-    """Return the placement on the available machines, and a message if fewer trials fit at once.
+    """Return the placement on the available machines, and a message if fewer trials fit.
 
-    Raises PlacementRefused if no trial fits.
+    The driver calls it once its Ray cluster is up: machines may be missing or smaller than
+    planned. The number of slots never grows, because memory or the job may limit it.
+
+    Args:
+        placement: The planned placement.
+        nodes: The machines that are up.
+
+    Returns:
+        The placement with fewer slots and more waves, and a message; or the unchanged
+            placement and None.
+
+    Raises:
+        PlacementRefused: No trial fits.
     """
     nodes = select_labelled_nodes(nodes, placement.labels)
     possible = count_concurrent_trials(nodes, placement.share)
@@ -259,6 +299,13 @@ def fit_placement(placement: Placement, nodes: Sequence[Node]) -> tuple[Placemen
 
 
 def _resolve_gpus_per_worker(job: JobSpec, site: Site) -> int:
+    """Return the number of GPUs of each training process: 1 or 0.
+
+    Fractions do not exist: ResourcesSpec refuses them.
+
+    Raises:
+        PlacementRefused: The job requires GPUs and the site has none.
+    """
     resources = job.resources
     if resources.device == "cpu":
         return 0

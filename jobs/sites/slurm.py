@@ -1,5 +1,9 @@
-"""Settings of a Slurm cluster that its operator knows and a job does not state: partition,
-nodes, set-up lines, folders.
+"""Define a Slurm site: what its operator knows and a job does not state.
+
+For example partition, nodes, set-up lines and folders. The values become words of a
+batch script, so the types below exclude control characters; slurm/render.py quotes
+them. The docstrings of classes and fields are documentation for users:
+docs/site-file.md is generated from them.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from lorafleet.jobs.schema.environment import validate_environment
 from lorafleet.jobs.sites.base import Allocation, Node
 
 _TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}(?::\d{2}){0,2}|\d+)")
+# Options that slurm/render.py writes itself, and those that would contradict them.
 _RESERVED_OPTIONS = (
     "--nodes",
     "--ntasks",
@@ -223,7 +228,11 @@ class SlurmSite(Spec):
 
     @property
     def smallest_node(self) -> NodeType:
-        """Return the resources that every node has at least."""
+        """Return the resources that every node has at least.
+
+        Slurm may give a job any mix of the node types, so every trial must fit the smallest.
+        GPU memory is the minimum over the types for which it is known.
+        """
         site_values = {
             "cpus_per_node": self.cpus_per_node,
             "memory_gb_per_node": self.memory_gb_per_node,
@@ -240,7 +249,11 @@ class SlurmSite(Spec):
         )
 
     def build_allocation(self, nodes: int) -> Allocation:
-        """Return the allocation of a job with `nodes` nodes, for placement."""
+        """Return the allocation of a job with `nodes` nodes, for placement.
+
+        Memory is converted from GB (10^9 bytes) to GiB. A separate head node comes first; it
+        has no CPUs for trials and is not counted in `nodes`.
+        """
         smallest = self.smallest_node
         memory = smallest.memory_gb_per_node * 1e9 / 2**30
         machines = [
@@ -287,10 +300,14 @@ class SlurmSite(Spec):
                     f"{option} is a short option: write the long form, so that a reader knows what "
                     "it requests"
                 )
+            # sbatch accepts unambiguous abbreviations of its long options: `--part` is
+            # `--partition`.
             is_abbreviation = len(option) > 3 and any(
                 reserved.startswith(option) for reserved in _RESERVED_OPTIONS
             )
             if is_abbreviation or any(
+                # Options of one family contradict each other as well, such as `--mem` and
+                # `--mem-per-cpu`.
                 option == reserved or option.startswith(f"{reserved}-")
                 for reserved in _RESERVED_OPTIONS
             ):
@@ -331,10 +348,13 @@ class SlurmSite(Spec):
 
 
 def parse_slurm_time(text: str) -> int:
-    """Return the seconds of a time in Slurm's formats. Raise ValueError for anything else.
+    """Return the seconds of a time in Slurm's formats.
 
-    The formats are M, M:SS, H:MM:SS, D-H, D-HH:MM and D-HH:MM:SS. UNLIMITED is refused, because
-    such a job stays pending before every maintenance.
+    The formats are M, M:SS, H:MM:SS, D-H, D-HH:MM and D-HH:MM:SS. UNLIMITED is refused,
+    because such a job stays pending before every maintenance.
+
+    Raises:
+        ValueError: The text has another form, or the time is 0.
     """
     match = _TIME.fullmatch(text)
     if not match:

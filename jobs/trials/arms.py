@@ -105,10 +105,17 @@ def build_search_job(job: JobSpec, name: str, samples: int | None) -> JobSpec:
 
 
 def build_evaluation_job(job: JobSpec, name: str, best: Assignment | None) -> JobSpec:
-    """Return the job as which an arm is evaluated: base, method and its best configuration."""
+    """Return the job as which an arm is evaluated: base, method and its best configuration.
+
+    Args:
+        job: The job with the `compare` block.
+        name: The arm.
+        best: The configuration that the arm's search chose; None for the arm's own values.
+    """
     if not get_arm(job, name).needs_training:
         return build_arm_job(job, name)
     return search.build_trial_job(build_search_job(job, name, None), best or {}).model_copy(
+        # The links are already computed; evaluated again, they would replace values of the trial.
         update={"search": None, "linked": {}}
     )
 
@@ -119,7 +126,11 @@ def _make_sample_limit(samples: int | None) -> dict[str, Any]:
 
 
 def find_compare_problems(job: JobSpec) -> list[Problem]:
-    """Return the problems of the arms that their types alone do not show."""
+    """Return the problems of the arms that their types alone do not show.
+
+    Checks across arms (grids, budgets, packing) run only if every arm is valid by itself,
+    because they build the arms' jobs.
+    """
     if job.compare is None:
         return []
     all_problems = []
@@ -142,6 +153,7 @@ def find_compare_problems(job: JobSpec) -> list[Problem]:
                     f"{arm_path}.set has {path!r}, which is not a field of the job file{hint}",
                 )
             )
+        # The arm's job cannot be built with these.
         if unknown_paths:
             continue
         try:

@@ -57,9 +57,16 @@ def _apply_sign(value: float | None, goal: Goal) -> float:
 
 
 def compute_rung_cutoff(scores: Sequence[RungScore], eta: int) -> RungScore:
-    """Return the lowest score among the best 1/eta of a rung; at least one trial is promoted.
+    """Return the lowest score among the best 1/eta of a rung.
 
-    Raises ValueError for an empty rung.
+    At least one trial is always promoted, so the first to arrive continues.
+
+    Args:
+        scores: Scores of all trials that have reached the rung so far.
+        eta: Reduction factor.
+
+    Raises:
+        ValueError: The rung is empty.
     """
     if not scores:
         raise ValueError("a rung without scores has no cutoff")
@@ -90,7 +97,16 @@ def estimate_survivors(arrivals: float, eta: int) -> float:
 
 
 def estimate_time(trials: int, levels: Sequence[int], eta: int) -> float:
-    """Return the expected training time of a whole search, in the unit of `levels`."""
+    """Return the expected training time of a whole search, in the unit of `levels`.
+
+    Each trial that passes a rung trains to the next one. Trials are assumed to arrive in
+    random order, as in `estimate_survivors`.
+
+    Args:
+        trials: Number of trials that begin.
+        levels: Rungs in ascending order; the last is the full length.
+        eta: Reduction factor.
+    """
     total, arrivals, previous = 0.0, float(trials), 0
     for level in levels:
         total += arrivals * (level - previous)

@@ -20,7 +20,11 @@ class LearningRate:
 
 
 def resolve_learning_rate(job: JobSpec) -> LearningRate:
-    """Return the job's learning rate, or the default for its method and the size of its model."""
+    """Return the job's learning rate, or the default for its method and the size of its model.
+
+    The size is pinned for an asset and read from the files of any other model. While these
+    are not on this machine, the rate for an unknown size is returned.
+    """
     if job.train.learning_rate is not None:
         return LearningRate(job.train.learning_rate, "as set")
     parameters = count_parameters(job.model.model_name_or_path, job.model.revision)

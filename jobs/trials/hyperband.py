@@ -29,6 +29,8 @@ def convert_to_asha(block: dict[str, Any]) -> dict[str, Any]:
     if block.get("max_iter") is not None:
         asha["max_t"] = _parse_integer(block["max_iter"])
         brackets = _parse_integer(1 if block.get("s") is None else block["s"])
+        # With max_iter and s, W&B's brackets are at max_iter / eta, ..., max_iter / eta^s. The last
+        # is the earliest.
         asha.setdefault("grace_period", max(1, asha["max_t"] // eta ** max(0, brackets)))
     return asha
 

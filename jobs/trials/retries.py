@@ -17,6 +17,7 @@ def get_retry_number(
     never retried: the same failure would occur again.
     """
     kind = str(failure["failure_class"])
+    # The block has no field for `data` and `config`, so their limit is 0.
     limit = int(getattr(retries, kind, 0))
     number = counts.get(kind, 0) + 1
     return number if number <= limit and not failure.get("final") else None

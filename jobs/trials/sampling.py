@@ -51,6 +51,8 @@ UNSEARCHABLE_REASONS = {
 Trials that differ only in such a field would be the same trial.
 """
 _MAX_GRID = 100_000
+# A random search over a small space repeats itself. After this many repeats in a row, the space
+# counts as exhausted.
 _MAX_REPEATED_DRAWS = 200
 
 
@@ -66,7 +68,9 @@ def select_free_parameters(search: SearchSpec) -> dict[str, Parameter]:
 def iterate_assignments(job: JobSpec) -> Iterator[Assignment]:
     """Iterate over the configurations of a search.
 
-    A grid yields all of them in order. A random search is endless and starts from its seed.
+    A grid yields all of them in order. A random search is endless and starts from its seed,
+    so callers must stop it; it may repeat configurations. A job without a search has one
+    empty assignment.
     """
     if job.search is None:
         yield {}
@@ -97,7 +101,13 @@ def _iterate_grid(search: SearchSpec) -> Iterator[Assignment]:
 def draw(parameter: Parameter, generator: random.Random) -> Scalar:
     """Draw one value of a parameter.
 
-    Numbers are rounded to six significant digits, so that they can be typed again.
+    Numbers are rounded to six significant digits, so that they can be typed again. The
+    calls on the generator are part of the result: an additional one would change all later
+    draws of a seed.
+
+    Args:
+        parameter: A parameter without an expression.
+        generator: Seeded source of randomness; it is advanced.
     """
     if parameter.values is not None:
         return generator.choice(parameter.values)
@@ -115,12 +125,18 @@ def draw(parameter: Parameter, generator: random.Random) -> Scalar:
 
 
 def round_value(value: float, parameter: Parameter) -> Scalar:
-    """Round a drawn number to the parameter's step `q` and keep it inside the range."""
+    """Round a drawn number to the parameter's step `q` and keep it inside the range.
+
+    The result is an int only if both ends and the step are whole numbers. TPE's proposals
+    are rounded here too, so that both methods draw from the same values.
+    """
     if parameter.q is not None:
         value = round(value / parameter.q) * parameter.q
     value = float(f"{value:.6g}")
     assert parameter.min is not None and parameter.max is not None
     value = min(max(value, parameter.min), parameter.max)
+    # Without a step, `uniform` draws fractions also between whole numbers: 0.5 stands for that
+    # case.
     is_whole = all(
         isinstance(end, int) for end in (parameter.min, parameter.max, parameter.q or 0.5)
     )
@@ -197,12 +213,15 @@ def build_trial_job(job: JobSpec, assignment: Assignment) -> JobSpec:
     raw = job.model_dump()
     searched = job.search.parameters if job.search else {}
     for path, value in assignment.items():
+        # An assignment may be read from params.json, which a cluster's storage can change. It must
+        # not decide which code or which rows are used.
         is_allowed = path in searched or path == FOLD
         if not is_allowed and (
             path.partition(".")[0] in fields.NOT_SEARCHED or path in _CODE_FIELDS
         ):
             raise ValueError(f"{path} cannot differ between trials")
         fields.set_value(raw, path, _convert_whole_float(path, value))
+    # Linked values come last: they read the searched ones.
     links = dict(job.linked)
     if job.search:
         links |= {
@@ -264,7 +283,12 @@ def _sort_links(links: dict[str, str]) -> list[str]:
 
 
 def find_search_problems(job: JobSpec) -> list[Problem]:
-    """Return the problems of a job's search block and links that its types alone do not show."""
+    """Return the problems of a job's search block and links that its types do not show.
+
+    Each parameter is tried at its end values, beside the first values of the others. A
+    combination that is invalid only together is not found here; `describe_impossible`
+    reports it when it is drawn.
+    """
     problems = [
         problem
         for path, text in job.linked.items()
@@ -294,6 +318,7 @@ def find_search_problems(job: JobSpec) -> list[Problem]:
 
 
 def _find_parameter_problems(job: JobSpec, path: str, parameter: Parameter) -> list[Problem]:
+    """Return the first problem of a searched field that applies, as a list of one, or none."""
     where = f"search.parameters.{path}"
     if path not in fields.get_leaf_fields():
         suggestion = fields.suggest_path(path)
@@ -392,6 +417,7 @@ def _find_grid_problems(search: SearchSpec) -> list[Problem]:
 
 
 def _list_end_values(parameter: Parameter) -> list[Scalar]:
+    """Return the values at which a parameter is checked: all choices, or both ends of a range."""
     if parameter.values is not None:
         return list(parameter.values)
     assert parameter.min is not None and parameter.max is not None
@@ -399,6 +425,11 @@ def _list_end_values(parameter: Parameter) -> list[Scalar]:
 
 
 def _find_trial_problems(job: JobSpec, assignment: Assignment, where: str) -> list[Problem]:
+    """Return the problems of the job that an assignment makes.
+
+    Args:
+        where: Dotted key that the problems are reported at.
+    """
     try:
         build_trial_job(job, assignment)
     except ValidationError as error:
@@ -411,8 +442,12 @@ def _find_trial_problems(job: JobSpec, assignment: Assignment, where: str) -> li
 def list_final_assignments(job: JobSpec, best: Assignment) -> list[Assignment]:
     """Return the configurations to train after a search, derived from its best one.
 
-    With folds, the best one is trained on the complete training rows. With `search.seeds` above
-    1, it is also trained with the seeds that follow its own.
+    With folds, the best one is trained on the complete training rows: no trial of the
+    search has seen all of them. With `search.seeds` above 1, it is also trained with the
+    seeds that follow its own.
+
+    Args:
+        best: The best configuration, without its fold.
     """
     assert job.search is not None
     without_folds = [best] if job.evaluate.folds else []
@@ -427,7 +462,11 @@ def remove_fold(assignment: Assignment) -> Assignment:
 
 
 def is_seed_repeat(job: JobSpec, assignment: Assignment) -> bool:
-    """Return whether a configuration repeats an earlier one with another seed."""
+    """Return whether a configuration repeats an earlier one with another seed.
+
+    A search that varies `train.seed` itself has no repeats: each seed is a configuration
+    there.
+    """
     return job.search is not None and SEED in assignment and SEED not in job.search.parameters
 
 

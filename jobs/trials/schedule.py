@@ -1,5 +1,7 @@
-"""Compute how long a trial trains and when it is evaluated: optimiser steps, rungs,
-evaluations. Pure.
+"""Compute how long a trial trains and when it is evaluated.
+
+All functions are pure. The job states times in units of `scheduler.time_attr`; here
+they become optimiser steps, by which the training loop counts.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ class Schedule:
         return self.total_steps * self.batch_rows
 
     def find_next_evaluation(self, step: int) -> int:
-        """Return the step of the first evaluation after `step`."""
+        """Return the step of the first evaluation after `step`.
+
+        Beyond the last fixed evaluation this is the end of the trial.
+        """
         fixed = next(
             (
                 evaluation_step
@@ -59,8 +64,13 @@ def build_schedule(job: JobSpec, train_rows: int, *, searching: bool) -> Schedul
     """Return the schedule of a trial over `train_rows` rows.
 
     Args:
-        searching: The trial belongs to a search, whose `max_t` takes precedence over the length
-            in `train`.
+        job: The job of the trial.
+        train_rows: Rows of one epoch; with packing, packed rows.
+        searching: The trial belongs to a search, whose `max_t` takes precedence over the
+            length in `train`.
+
+    Returns:
+        The schedule. Outside of a search it has one rung, at the end.
     """
     batch = job.train.compute_effective_batch_size(job.resources.world_size)
     per_epoch = math.ceil(train_rows / batch)
@@ -84,6 +94,7 @@ def build_schedule(job: JobSpec, train_rows: int, *, searching: bool) -> Schedul
             max_t, asha.reduction_factor
         )
         levels = rungs.compute_rung_levels(min(grace, max_t), max_t, asha.reduction_factor)
+    # The small term keeps a rounding error of the division from adding a step.
     steps = tuple(max(1, math.ceil(level * steps_per_unit - 1e-9)) for level in levels)
     only_at_rungs = asha.type == "asha" and job.train.eval_steps is None
     evaluate_every = None if only_at_rungs else job.train.eval_steps or per_epoch

@@ -55,6 +55,8 @@ METHOD_BLOCKS: dict[str, tuple[str, ...]] = {
     "full": (),
 }
 """Method -> the blocks of the job file that it uses."""
+# The budget, evaluations, what only saves memory or time, and how a batch is split.
+# `build_identity` adds the rows of an optimiser step instead of the last three.
 _IGNORED_TRAIN_FIELDS = {
     "num_train_epochs",
     "max_steps",
@@ -73,7 +75,11 @@ _IGNORED_TRAIN_FIELDS = {
 
 @dataclass(frozen=True)
 class Provenance:
-    """The exact files and values behind the names in a job file."""
+    """The exact files and values behind the names in a job file.
+
+    A run stores it in facts.json. A resumed run whose data or model has other digests is
+    refused, because its trials could not be compared with the earlier ones.
+    """
 
     data_sha256: dict[str, str]
     """Split -> SHA-256 of its data file."""
@@ -93,6 +99,8 @@ def compute_provenance(job: JobSpec) -> Provenance:
         DataError: If a data file is not on this machine.
     """
     adapter = job.train.init_adapter
+    # `resolve_learning_rate` returns the job's own rate if it has one. Here the default of each
+    # method is needed: a search may vary the method.
     job_without_rate = job.model_copy(
         update={"train": job.train.model_copy(update={"learning_rate": None})}
     )
@@ -123,7 +131,13 @@ def _resolve_revisions(job: JobSpec) -> dict[str, str]:
 
 
 def get_base_revision(revisions: dict[str, str], job: JobSpec) -> str | None:
-    """Return what identifies the base of a job (or of an arm's job), or None."""
+    """Return what identifies the base of a job (or of an arm's job), or None.
+
+    Args:
+        revisions: `Provenance.model_revisions`: keys are NAME, or NAME@REVISION for further
+            revisions.
+        job: The job whose base is looked up.
+    """
     name = job.model.model_name_or_path
     return revisions.get(f"{name}@{job.model.revision}", revisions.get(name))
 
@@ -180,7 +194,14 @@ keep their ids.
 
 
 def compute_trial_id(job: JobSpec, provenance: Provenance) -> str:
-    """Return a trial's id: ten hex digits of the SHA-256 of its identity."""
+    """Return a trial's id: ten hex digits of the SHA-256 of its identity.
+
+    It names the trial's folder, and the search recognises a configuration by it. Each
+    change to `build_identity` gives all trials new ids (docs/development/release.md).
+
+    Raises:
+        KeyError: The provenance does not hold the job's base model.
+    """
     text = json.dumps(build_identity(job, provenance), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -198,6 +219,8 @@ def build_identity(job: JobSpec, provenance: Provenance) -> dict[str, Any]:
             del train[name]
     train["learning_rate"] = job.train.learning_rate or provenance.learning_rates[job.method]
     train["init_adapter"] = provenance.adapter_sha256
+    # The rows of an optimiser step decide the result; processes and micro-batches only share them
+    # out.
     train["batch_rows"] = job.train.compute_effective_batch_size(job.resources.world_size)
     revision = get_base_revision(provenance.model_revisions, job)
     if revision is None:
@@ -208,6 +231,8 @@ def build_identity(job: JobSpec, provenance: Provenance) -> dict[str, Any]:
         data["fold"] = [job.data.fold, job.evaluate.folds]
     if job.data.labels is not None:
         data["labels"] = raw["data"]["labels"]
+    # Validation rows are held back from the training rows, so the fraction changes what is trained
+    # on.
     if "validation" not in provenance.data_sha256:
         data |= {
             "validation_fraction": job.data.validation_fraction,
@@ -225,8 +250,11 @@ def build_identity(job: JobSpec, provenance: Provenance) -> dict[str, Any]:
             ],
         }
     return {
+        # The training of classifiers has changed once without that of other tasks, which kept their
+        # ids.
         "training_version": TRAINING_VERSION + (job.task == "classification"),
         "prompt_format": get_prompt_format(job),
+        # Summarisation trains exactly as generation does; only its metrics differ.
         "task": "generation" if job.is_generative else job.task,
         "method": job.method,
         "model": {

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -379,11 +378,20 @@ def hold_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
         RunError: If the path of the lock is not a regular file; it is then neither emptied
             nor followed.
     """
+    from filelock import FileLock, Timeout
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _open_file(path.with_name(f"{path.name}.lock"), os.O_RDWR) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+    lock_file = path.with_name(f"{path.name}.lock")
+    # Creates the file with the user's own mode, and refuses links and pipes before filelock opens
+    # it: in a run folder from elsewhere, a link could lead to any file of the user.
+    _open_file(lock_file, os.O_RDWR).close()
+    lock = FileLock(lock_file, timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        yield False
+        return
+    try:
         yield True
+    finally:
+        lock.release()

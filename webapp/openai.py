@@ -22,8 +22,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
+from sse_starlette import EventSourceResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -566,15 +567,17 @@ def _count_usage(prompts: list[list[int]], last_pieces: list[Piece]) -> dict[str
     }
 
 
-class _EventStream(StreamingResponse):
+class _EventStream(EventSourceResponse):
     """A stream that always closes its answer, and so releases its turn.
 
     A client may leave before the first event is sent. The generator of events is then never
     started and cannot close the answer itself.
     """
 
-    def __init__(self, events: AsyncIterator[str], answer: Generator[Piece]) -> None:
-        super().__init__(events, media_type="text/event-stream")
+    def __init__(self, events: AsyncIterator[dict[str, str]], answer: Generator[Piece]) -> None:
+        # The separator that most clients' own parsers expect. Pings keep proxies from closing a
+        # stream whose first token takes long.
+        super().__init__(events, sep="\n")
         self.answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -627,7 +630,7 @@ async def _stream(
         answer.close()
         raise
 
-    async def iterate_events() -> AsyncIterator[str]:
+    async def iterate_events() -> AsyncIterator[dict[str, str]]:
         current = piece
         if first is not None:
             yield _format_event({**head, "choices": [first]})
@@ -640,14 +643,14 @@ async def _stream(
             yield _format_event(
                 {**head, "choices": [], "usage": _count_usage([prompt], [Piece("", tokens)])}
             )
-        yield "data: [DONE]\n\n"
+        yield {"data": "[DONE]"}
 
     return _EventStream(iterate_events(), answer)
 
 
-def _format_event(data: dict[str, Any]) -> str:
-    """Format data as a server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+def _format_event(data: dict[str, Any]) -> dict[str, str]:
+    """Return a server-sent event whose data is JSON."""
+    return {"data": json.dumps(data, ensure_ascii=False)}
 
 
 def require_bearer_token(token: str) -> Admit:

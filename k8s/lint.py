@@ -63,7 +63,7 @@ def _register_rule(
 ) -> Callable[[Callable[[Tree], RuleProblems]], Callable[[Tree], RuleProblems]]:
     """Register a function as a rule. The function's name without underscore is the rule's id.
 
-    Each rule needs a wrong example in tests/unit/test_k8s_lint.py.
+    Each rule needs a wrong example in tests/unit/k8s/test_lint.py.
 
     Args:
         source: Function upstream that has the rule, or `observed: ...` with what happens

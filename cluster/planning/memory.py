@@ -235,8 +235,8 @@ def _compute_moment_bytes(job: JobSpec, trained_count: int, bytes_per_trained: i
 def count_trained_parameters(job: JobSpec, shape: Shape, labels: int) -> int:
     """Return the trained parameters of an adapter or learnt prompt, with a classifier's head.
 
-    Equals what PEFT creates (`tests/unit/test_memory.py`). Not for `full`, which trains all
-    parameters.
+    Equals what PEFT creates (`tests/unit/cluster/planning/test_memory.py`). Not for `full`, which
+    trains all parameters.
 
     Args:
         shape: Shape of the base.

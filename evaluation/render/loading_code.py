@@ -1,9 +1,9 @@
 """Python code for the model card: load the weights and ask the model once.
 
-Pure. The code uses plain transformers and PEFT and must do what lorafleet does: the
-same base and number format, the same prompt, the same end of an answer.
-tests/unit/test_card.py runs it and compares. Every text that is not ours is written
-with `repr`, so data cannot add code.
+Pure. The code uses plain transformers and PEFT and must do what lorafleet does: the same base and
+number format, the same prompt, the same end of an answer.
+tests/unit/evaluation/render/test_model_card.py runs it and compares. Every text that is not ours is
+written with `repr`, so data cannot add code.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A row object is built when it is accessed. Columns are used only where the result is the
 same as that of reading record by record: every needed cell is plain text, and there is
 nothing to report about a single row. For anything else `read_columns` returns None, and
-the file is read record by record. `tests/unit/test_columns.py` compares both readers on
+the file is read record by record. `tests/unit/jobs/data/test_columns.py` compares both readers on
 odd files.
 """
 

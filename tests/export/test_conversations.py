@@ -22,7 +22,7 @@ from lorafleet.jobs.loading.job_file import LoadedJob, load_text
 from lorafleet.jobs.runs.run import Run
 from tests.conftest import lorafleet, write_rows
 from tests.export.test_targets import quiet, trained
-from tests.unit.chat_families import BY_NAME, Family, model_folder
+from tests.unit.jobs.data.chat_families import BY_NAME, Family, model_folder
 
 ANSWERS = ("it is city 1.", "kind and sunny", "9", "no: weather")
 

@@ -37,7 +37,7 @@ from lorafleet.jobs.runs.export_result import ExportRequest, find_gate_violation
 from lorafleet.jobs.runs.run import Run, RunState, TrialState
 from lorafleet.jobs.schema.export import TARGETS, Gate, Target, resolve_gate
 from tests.conftest import JobMaker, lorafleet, opinions
-from tests.unit.test_training import finish, session
+from tests.unit.training.test_session import finish, session
 
 
 def trained(loaded: LoadedJob, folder: Path) -> Run:

@@ -15,7 +15,7 @@ from lorafleet.k8s.backend import KubernetesBackend
 from lorafleet.k8s.render import ATTEMPT_LABEL, HEAD, RUN_LABEL
 from tests.conftest import ROOT
 from tests.kubernetes.pods import Kubelet
-from tests.unit.test_k8s_render import bare
+from tests.unit.k8s.test_render import bare
 
 CRD = Path(
     os.environ.get("LORAFLEET_RAYJOB_CRD")

@@ -53,7 +53,7 @@ from tests.conftest import JobMaker, lorafleet
 from tests.kubernetes.api_server import ApiServer, Fault
 from tests.kubernetes.over_http import CRD, FINISHED, head, name_of, storage_at, stored
 from tests.kubernetes.pods import BIN, Kubelet, became, secrets_asked
-from tests.unit.test_k8s_render import bare
+from tests.unit.k8s.test_render import bare
 
 # --- handing over
 

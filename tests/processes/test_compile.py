@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tests.conftest import JobMaker
-from tests.unit.test_training import session
+from tests.unit.training.test_session import session
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ from pathlib import Path
 from lorafleet.jobs.errors import ExitCode
 from lorafleet.jobs.runs.run import RunState
 from tests.conftest import ASSETS, lorafleet
-from tests.unit.test_older_runs import unpack
+from tests.unit.jobs.runs.test_older_runs import unpack
 
 
 def test_an_old_run_is_resumed_from_its_checkpoints(place: Path) -> None:

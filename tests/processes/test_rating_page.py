@@ -24,7 +24,7 @@ from lorafleet.evaluation.report.human_rating import get_ratings_folder, load_ra
 from lorafleet.evaluation.report.rating_sheet import build_run_sheet
 from lorafleet.jobs.runs.run import Run
 from tests.conftest import lorafleet
-from tests.unit.test_rating import answered  # noqa: F401 - a fixture
+from tests.unit.evaluation.report.test_human_rating import answered  # noqa: F401 - a fixture
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 

@@ -19,7 +19,7 @@ from lorafleet.training.data import prepare_tokens
 from lorafleet.training.evaluation import evaluate_rows
 from lorafleet.training.launch import run_group
 from tests.conftest import JobMaker
-from tests.unit.test_methods import logits, read_plainly
+from tests.unit.training.test_methods import logits, read_plainly
 
 VARIANTS: dict[str, dict[str, object]] = {
     "lora": {},
@@ -91,7 +91,7 @@ def in_group(config: dict[str, Any]) -> None:
 
 def alone(job: JobSpec) -> dict[str, float]:
     """One process with twice the accumulation."""
-    from tests.unit.test_training import session
+    from tests.unit.training.test_session import session
 
     train = job.train.model_copy(
         update={"gradient_accumulation_steps": 2 * job.train.gradient_accumulation_steps}

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT, lorafleet_here, write_rows
-from tests.unit.test_hostile_text import steers
+from tests.unit.evaluation.report.test_format import steers
 
 STRANGE_TEXTS = st.sampled_from([
     "", " ", "\n", "\x00", "\x1b[2J", "\ud800", "\u202e", "a" * 5000, "{{ 1 / "

@@ -13,7 +13,7 @@ from lorafleet.jobs.errors import AssetError, JobFileError
 from lorafleet.jobs.loading.job_file import load_text
 from lorafleet.jobs.text import escape_line_breaks, shorten_text
 from tests.conftest import lorafleet_here
-from tests.unit.test_early_checks import HEAD
+from tests.unit.cluster.planning.test_preflight import HEAD
 
 LONG = "long" * 5000
 

@@ -22,7 +22,7 @@ from lorafleet.k8s.doctor import RIGHTS
 from lorafleet.k8s.lint import get
 from lorafleet.k8s.render import render
 from tests.conftest import ROOT, JobMaker, lorafleet_here
-from tests.unit.test_k8s_render import IMAGE, ORDER, bare
+from tests.unit.k8s.test_render import IMAGE, ORDER, bare
 
 SITE = f"""
 kind: kubernetes

@@ -25,7 +25,7 @@ from lorafleet.jobs.runs.stale_folders import remove_orphans
 from lorafleet.jobs.runs.trust import find_distrust_reason, record_own_run, remove_run_record
 from lorafleet.jobs.user import get_state_folder, load_user_config
 from tests.conftest import lorafleet_here
-from tests.unit.test_run_and_report import finished  # noqa: F401 - a fixture
+from tests.unit.evaluation.report.test_search import finished  # noqa: F401 - a fixture
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to another user")

@@ -33,8 +33,8 @@ from lorafleet.jobs.schema.precision import describe_number_formats, parse_weigh
 from lorafleet.training.data import prepare_tokens
 from lorafleet.training.methods import load_weights
 from tests.conftest import JobMaker
-from tests.unit.test_methods import METHODS, fresh
-from tests.unit.test_training import finish, session
+from tests.unit.training.test_methods import METHODS, fresh
+from tests.unit.training.test_session import finish, session
 
 ROW = Row(trial_id="aaaa", state="finished", number_formats="weights float32; arithmetic float32")
 

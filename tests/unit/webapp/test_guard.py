@@ -18,8 +18,8 @@ from lorafleet.webapp import guard
 from lorafleet.webapp.guard import find_body_problem
 from lorafleet.webapp.openai import Limits, create_serving_app
 from lorafleet.webapp.rate import create_rating_app
-from tests.unit.test_export import Counting
-from tests.unit.test_serve import loaded, running
+from tests.unit.deployment.test_export import Counting
+from tests.unit.webapp.test_openai import loaded, running
 
 TOKEN = "t0ken"
 

@@ -15,7 +15,7 @@ from lorafleet.jobs.data.chat_template import TemplateRefusal
 from lorafleet.jobs.data.conversation import Message
 from lorafleet.jobs.data.encoding import RowEncoder
 from lorafleet.jobs.data.row_formats import Row
-from tests.unit.chat_families import (
+from tests.unit.jobs.data.chat_families import (
     BY_NAME,
     CHATML,
     FAMILIES,

@@ -55,7 +55,7 @@ def test_every_bad_job_file_gets_its_sentence(path: Path) -> None:
 
 
 def test_there_are_at_least_thirty_bad_files() -> None:
-    from tests.unit.test_rows import BAD_DATA
+    from tests.unit.jobs.data.test_rows import BAD_DATA
 
     assert len(BAD_JOBS) + len(BAD_DATA) >= 30
 

@@ -28,7 +28,7 @@ from lorafleet.jobs.trials.sampling import UNSEARCHABLE_REASONS
 from lorafleet.training.model import check_number_formats
 from lorafleet.training.optim import compute_rate_factor
 from tests.conftest import JobMaker, lorafleet_here, write_rows
-from tests.unit.test_training import finish, session
+from tests.unit.training.test_session import finish, session
 
 HEAD = (
     "name: x\ntask: classification\nmodel: {model_name_or_path: asset:minilm-l6}\ndata: "

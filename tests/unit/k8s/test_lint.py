@@ -15,7 +15,7 @@ from lorafleet.k8s.crd import Schema
 from lorafleet.k8s.lint import RULES, get, lint, parse_quantity
 from lorafleet.k8s.states import find_pending_reason, parse_job_state
 from tests.conftest import ROOT
-from tests.unit.test_k8s_render import bare, rayjob, schema, sites
+from tests.unit.k8s.test_render import bare, rayjob, schema, sites
 
 __all__ = ["schema"]
 Tree = dict[str, Any]

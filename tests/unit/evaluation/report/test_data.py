@@ -14,7 +14,7 @@ from lorafleet.evaluation.report.data import DataReport, build_data_report
 from lorafleet.jobs.loading.job_file import load_text
 from lorafleet.training.data import prepare_tokens
 from tests.conftest import lorafleet_here, write_rows
-from tests.unit.chat_families import BY_NAME, model_folder
+from tests.unit.jobs.data.chat_families import BY_NAME, model_folder
 
 
 def chat_row(question: str, answer: str, **more: Any) -> dict[str, Any]:

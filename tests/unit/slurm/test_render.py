@@ -31,8 +31,8 @@ from lorafleet.slurm.render import (
     quote_path,
     render,
 )
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden" / "slurm"
 EXPORTS = {"HF_HUB_OFFLINE": "1", "LORAFLEET_CACHE": "/shared/cache", "WANDB_MODE": "offline"}
 BARE = {"kind": "slurm", "name": "bare", "cpus_per_node": 4, "memory_gb_per_node": 16.0}

@@ -16,7 +16,7 @@ from lorafleet.training.data import prepare_tokens
 from lorafleet.training.model import load_base
 from lorafleet.training.session import TrainingSession
 from tests.conftest import write_rows
-from tests.unit.chat_families import BY_NAME, CHATML, Family, learnt_spans, model_folder
+from tests.unit.jobs.data.chat_families import BY_NAME, CHATML, Family, learnt_spans, model_folder
 
 _STEPS = 5
 _MARKED = CHATML.replace(

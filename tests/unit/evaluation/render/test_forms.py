@@ -13,7 +13,7 @@ import pytest
 from lorafleet.evaluation.render.forms import render_html
 from lorafleet.evaluation.report.build import build_report
 from lorafleet.jobs.runs.run import Run
-from tests.unit.test_run_and_report import finished  # noqa: F401 - a fixture
+from tests.unit.evaluation.report.test_search import finished  # noqa: F401 - a fixture
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

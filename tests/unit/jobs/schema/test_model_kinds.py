@@ -32,8 +32,8 @@ from lorafleet.training.evaluation import evaluate_rows
 from lorafleet.training.methods import attach, load_weights
 from lorafleet.training.model import load_base
 from tests.conftest import JobMaker, lorafleet_here, write_rows
-from tests.unit.test_training import CPU, finish, session
 from tests.unit.tiny_models import save_tiny, tiny_config
+from tests.unit.training.test_session import CPU, finish, session
 
 NOT_CAUSAL_TEXT = {
     **dict.fromkeys(

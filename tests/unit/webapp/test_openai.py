@@ -26,7 +26,7 @@ from lorafleet.webapp.guard import create_server
 from lorafleet.webapp.local import open_socket
 from lorafleet.webapp.openai import Limits, create_serving_app
 from tests.conftest import lorafleet_here
-from tests.unit.test_export import ABOUT, Counting
+from tests.unit.deployment.test_export import ABOUT, Counting
 
 TOKEN = "a-word"
 USUAL = Limits()

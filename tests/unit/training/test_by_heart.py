@@ -17,7 +17,7 @@ from lorafleet.training.evaluation import evaluate_rows
 from lorafleet.training.model import load_base
 from lorafleet.training.session import TrainingSession
 from tests.conftest import write_rows
-from tests.unit.chat_families import FAMILIES, Family, model_folder
+from tests.unit.jobs.data.chat_families import FAMILIES, Family, model_folder
 
 _STEPS = 120
 _ANSWERS = ("it is city 1.", "kind and sunny", "9", "no: weather")

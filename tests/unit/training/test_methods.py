@@ -19,7 +19,7 @@ from lorafleet.training.methods import get_trained_parameters
 from lorafleet.training.model import Base, load_base
 from lorafleet.training.optim import build_optimizer, set_rate
 from tests.conftest import JobMaker
-from tests.unit.test_training import CPU, checksum, equal, finish, session
+from tests.unit.training.test_session import CPU, checksum, equal, finish, session
 
 METHODS = {
     "lora": {},

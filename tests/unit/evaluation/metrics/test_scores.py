@@ -36,7 +36,7 @@ from lorafleet.training.evaluation import evaluate_rows
 from lorafleet.training.methods import attach, get_trained_parameters, load_weights
 from lorafleet.training.model import check_class_order, load_base, load_tokenizer
 from tests.conftest import JobMaker, opinions, write_rows
-from tests.unit.test_training import CPU, finish, session
+from tests.unit.training.test_session import CPU, finish, session
 
 ROUGES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 PAIRS = [

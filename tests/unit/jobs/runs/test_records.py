@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from lorafleet.evaluation.report.build import build_report
 from lorafleet.jobs.runs.run import Run
 from tests.conftest import lorafleet_here
-from tests.unit.test_run_and_report import finished  # noqa: F401 - a fixture
+from tests.unit.evaluation.report.test_search import finished  # noqa: F401 - a fixture
 
 DAMAGES: dict[str, bytes | None] = {
     "gone": None, "empty": b"", "binary": b"\xff\xfe\x00\x01" * 20, "cut": b'{"state": '

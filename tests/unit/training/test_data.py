@@ -22,8 +22,8 @@ from lorafleet.training.optim import compute_rate_factor
 from lorafleet.training.session import TrainingSession
 from lorafleet.tuning.trial_run import TrialRun, Work
 from tests.conftest import JobMaker, write_rows
-from tests.unit.test_training import CPU, finish, session
 from tests.unit.tiny_models import save_tiny
+from tests.unit.training.test_session import CPU, finish, session
 
 
 def _best_fit_decreasing(lengths: list[int], most: int) -> list[int]:

@@ -18,7 +18,7 @@ from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.plan import MemoryEstimate
 from lorafleet.jobs.sites.base import LocalSite
 from tests.conftest import JobMaker
-from tests.unit.test_training import session
+from tests.unit.training.test_session import session
 
 
 @pytest.mark.parametrize("model", ["tiny_bert", "tiny_llama", "tiny_gpt2", "tiny_gpt_neo"])

@@ -24,6 +24,7 @@ from lorafleet.cluster.hardware import (
 )
 from lorafleet.jobs.data.assets import ASSETS, get_cache_dir
 from lorafleet.jobs.data.hub import get_hub_cache
+from lorafleet.jobs.extras import TRAIN_COMMAND
 from lorafleet.jobs.runs.trust import find_other_writer
 from lorafleet.jobs.text import format_count
 
@@ -137,8 +138,8 @@ def _check_packages() -> Iterator[Finding]:
             yield Finding(
                 name,
                 "missing",
-                ("install lorafleet's dependencies: pip install -e ."),
-                "pip install -e . installs all of them",
+                "not installed",
+                f"{TRAIN_COMMAND} installs all of them",
             )
     if shutil.which("g++") is None:
         yield Finding(

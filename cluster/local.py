@@ -18,6 +18,7 @@ from lorafleet.cluster.planning.plan import make_plan
 from lorafleet.cluster.submission import write_run
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import ExitCode, RunError
+from lorafleet.jobs.extras import require_training
 from lorafleet.jobs.loading.job_file import LoadedJob
 from lorafleet.jobs.runs.plan import Plan
 from lorafleet.jobs.runs.run import Run, RunState
@@ -68,6 +69,7 @@ class LocalBackend:
             PlacementRefused: The job uses GPUs, but the installed torch is a CPU build.
             DiskFull: The folder could not be written.
         """
+        require_training("running a job on this machine")
         check_torch(plan.placement.gpus_per_worker)
         run = write_run(plan, loaded, runs)
         self.start(run)

@@ -53,6 +53,7 @@ from lorafleet.commands import (
 from lorafleet.commands.common import print_message
 from lorafleet.commands.options import expand_options
 from lorafleet.jobs.errors import ExitCode, LorafleetError, UserError, make_disk_full_error
+from lorafleet.jobs.extras import describe_missing_module
 from lorafleet.jobs.runs import client_log
 from lorafleet.jobs.runs.stale_folders import remove_orphans
 from lorafleet.jobs.runs.tracebacks import save_traceback
@@ -155,6 +156,12 @@ def _run_command() -> None:
         # at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(ExitCode.OK)
+    except ModuleNotFoundError as error:
+        message = describe_missing_module(error.name or "")
+        if message is None:
+            _report_internal_error(error)
+        print_message(message)
+        sys.exit(ExitCode.USER_INPUT)
     except OSError as error:
         disk_full_error = make_disk_full_error(error, Path(error.filename or "/"), "try again")
         if disk_full_error is not None:

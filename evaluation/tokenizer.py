@@ -27,6 +27,7 @@ from lorafleet.jobs.data.hub import (
 )
 from lorafleet.jobs.data.local_copy import resolve_node_copy
 from lorafleet.jobs.errors import AssetError, UserError
+from lorafleet.jobs.extras import TRAIN_COMMAND, has_module
 from lorafleet.jobs.loading.job_file import is_template_text
 from lorafleet.jobs.schema.job import JobSpec
 
@@ -71,8 +72,13 @@ def read_tokenizer(name: str, folder: Path, *, trust_remote_code: bool = False) 
             code first (`check_code`).
 
     Raises:
-        AssetError: The folder has no tokenizer.
+        AssetError: The folder has no tokenizer, or transformers is not installed.
     """
+    if not has_module("transformers"):
+        raise AssetError(
+            f"the tokenizer of {name} cannot be read without transformers, which this "
+            f"installation does not have: {TRAIN_COMMAND}"
+        )
     from transformers import AutoTokenizer
 
     raise_if_missing(name, folder, describe_missing_tokenizer(folder))

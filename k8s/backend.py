@@ -36,6 +36,7 @@ from lorafleet.cluster.submission import (
 )
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import CommandFailed, PlacementRefused, RunError, UserError
+from lorafleet.jobs.extras import get_ray_version
 from lorafleet.jobs.loading.job_file import LoadedJob, dump_resolved
 from lorafleet.jobs.runs.bundle import TEXTS, pack
 from lorafleet.jobs.runs.plan import MANIFEST, Plan
@@ -142,7 +143,9 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         manifest = to_yaml(
             render(
                 self.site,
-                self._build_manifest_context(plan, pack(plan.job.name, texts, ray=version("ray"))),
+                self._build_manifest_context(
+                    plan, pack(plan.job.name, texts, ray=get_ray_version())
+                ),
             )
         )
         context = ["--context", self.site.context] if self.site.context else []
@@ -170,7 +173,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
             submission=submission,
             nodes=nodes,
             texts=texts,
-            ray_version=version("ray"),
+            ray_version=get_ray_version(),
             user=self.site.user or get_account(),
             call=call,
         )
@@ -306,7 +309,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         recognises its own objects.
         """
         texts = {name: (run.path / name).read_text() for name in TEXTS}
-        packed = pack(str(run.read_status()["name"]), texts, record.submission, version("ray"))
+        packed = pack(str(run.read_status()["name"]), texts, record.submission, get_ray_version())
         context = self._build_context(run.id, record.submission, record.nodes, packed, record.call)
         objects = render(self.site, context)
         files.write_text(run.path / MANIFEST, to_yaml(objects))

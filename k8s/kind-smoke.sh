@@ -33,7 +33,7 @@ cat >"$scratch/Dockerfile" <<'DOCKERFILE'
 FROM python:3.11-slim
 RUN apt-get update && apt-get install --yes --no-install-recommends g++ git && rm -rf /var/lib/apt/lists/*
 COPY . /opt/lorafleet
-RUN pip install --no-cache-dir /opt/lorafleet && useradd --uid 1000 --gid 100 --create-home ray
+RUN pip install --no-cache-dir "/opt/lorafleet[train]" && useradd --uid 1000 --gid 100 --create-home ray
 USER 1000:100
 WORKDIR /home/ray
 DOCKERFILE

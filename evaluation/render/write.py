@@ -8,6 +8,7 @@ from pathlib import Path
 from lorafleet.evaluation.report.build import build_report
 from lorafleet.jobs import files
 from lorafleet.jobs.errors import AssetError, DataError
+from lorafleet.jobs.extras import has_module
 from lorafleet.jobs.runs.report import Report
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.text import make_json_printable
@@ -29,6 +30,8 @@ def write_report(run: Run, *, with_tokenizer: bool = False) -> Report:
     from lorafleet.evaluation.render.model_card import find_recommended_weights, write_card
 
     report = build_report(run)
+    if not has_module("scipy"):
+        return report  # a client-only installation: the forms that the run wrote stay
     write_report_files(report, run.path / "report")
     weights = find_recommended_weights(run, report)
     prompt = None

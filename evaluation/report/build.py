@@ -10,9 +10,18 @@ from lorafleet.evaluation.report.search import (
     load_run_job,
 )
 from lorafleet.jobs import files
+from lorafleet.jobs.extras import has_module
 from lorafleet.jobs.runs.records import FACTS, raise_damaged_file, read_record
 from lorafleet.jobs.runs.report import Report
 from lorafleet.jobs.runs.run import Run
+
+
+def _read_written_report(run: Run) -> Report | None:
+    path = run.path / "report" / "report.json"
+    if not path.is_file():
+        return None
+    with raise_damaged_file(path):
+        return Report.model_validate_json(path.read_text())
 
 
 def build_report(run: Run) -> Report:
@@ -30,11 +39,12 @@ def build_report(run: Run) -> Report:
             of another version.
     """
     command = files.read_json(run.path / "plan.json").get("command")
-    written_report = run.path / "report" / "report.json"
-    if command == "benchmark" and written_report.is_file():
-        # A benchmark has no trials to build its report from.
-        with raise_damaged_file(written_report):
-            return Report.model_validate_json(written_report.read_text())
+    # A benchmark has no trials to build its report from, and a client-only installation has no
+    # scipy for the intervals: both have the report that the run itself wrote.
+    if command == "benchmark" or not has_module("scipy"):
+        report = _read_written_report(run)
+        if report is not None:
+            return report
     if command == "compare":
         facts = read_record(run.path / "facts.json", FACTS)
         class_counts = facts.get("class_counts", {})

@@ -21,6 +21,7 @@ from lorafleet.jobs.data.row_formats import convert_record, detect_row_format
 from lorafleet.jobs.loading.job_file import load_text
 from lorafleet.jobs.schema.job import DataFormat, DataSpec, JobSpec
 from tests.conftest import ROOT
+from tests.unit.test_packaging import FOLDERS
 
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
@@ -153,3 +154,43 @@ def test_docstrings_name_the_arguments_that_there_are() -> None:
             }
             wrong += [f"{path}:{node.lineno}: {name}" for name in named - arguments]
     assert wrong == []
+
+
+def test_messages_that_are_quoted_are_messages() -> None:
+    """Each fixed part of a quoted message is made of a few texts of the sources."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quotes = [
+        line for block in re.findall(r"```text\n([\s\S]*?)```", page) for line in block.splitlines()
+    ]
+    assert len(quotes) > 50
+    texts = "\1".join(_texts_of_the_sources())
+    unknown = []
+    for quote in quotes:
+        for part in re.split(r"<[^<>]*>", quote):
+            piece = part.strip().strip(":'\"").strip()
+            if len(re.sub(r"\W", "", piece)) >= 3 and _count_pieces(piece, texts) > 4:
+                unknown.append((quote, piece))
+    assert unknown == []
+
+
+def _texts_of_the_sources() -> Iterator[str]:
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    yield "".join(
+                        str(value.value) if isinstance(value, ast.Constant) else "\0"
+                        for value in node.values
+                    )
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+
+
+def _count_pieces(text: str, texts: str) -> int:
+    """Into how many pieces a text falls, each the longest beginning that is in `texts`."""
+    count = 0
+    while text:
+        end = next(end for end in range(len(text), -1, -1) if text[:end] in texts)
+        text = text[max(1, end) :]
+        count += 1
+    return count

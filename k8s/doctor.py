@@ -156,6 +156,6 @@ def _check_pod(site: KubernetesSite, client: Client) -> Iterator[Finding]:
         yield check_version(report, name, "in the image")
     yield check_storage(
         report,
-        ("the owner of the storage must be run_as_user or run_as_group"),
-        "its owner must be run_as_user or run_as_group",
+        "in a pod",
+        "the owner of the storage must be run_as_user or run_as_group",
     )

@@ -131,7 +131,7 @@ def measure_lorafleet(run: Run) -> dict[str, float]:
         [sys.executable, "-c", code, str(run.path)], check=True, capture_output=True, cwd=ROOT
     )
     trials = run.list_trials()
-    finished = max(trial.read_status()["ended"] for trial in trials)
+    finished = max(trial.read_status().ended or 0.0 for trial in trials)
     rows = [trial.read_metrics()[-1] for trial in trials]
     training, evaluation = (
         sum(r["train_seconds"] for r in rows),
@@ -194,9 +194,9 @@ def run_peer(folder: Path, *, grouped: bool) -> None:
     work = Work(job, str(folder), str(prepare_tokens(job).folder), 0, True)
     trials = [
         {
-            "assignment": t.read_params()["assignment"],
+            "assignment": t.read_params().assignment,
             "stop_at": t.read_metrics()[-1]["step"],
-            "total": t.read_params()["total_steps"],
+            "total": t.read_params().total_steps,
             "evaluate_at": [row["step"] for row in t.read_evaluations()],
         }
         for t in run.list_trials()

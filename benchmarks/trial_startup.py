@@ -73,7 +73,7 @@ def measure_warm_gaps(run: Run) -> list[float]:
     for finished_trial in run.list_trials():
         rows = finished_trial.read_metrics()
         by_actor.setdefault(rows[0]["host"], []).append(
-            (rows[0]["first_gradient_at"], finished_trial.read_status()["ended"])
+            (rows[0]["first_gradient_at"], finished_trial.read_status().ended or 0.0)
         )
     gaps = []
     for spans in by_actor.values():
@@ -91,7 +91,7 @@ def measure_cold_start(loaded: LoadedJob, run: Run) -> float:
     from lorafleet.training.launch import run_group
     from lorafleet.tuning.trial_run import Work
 
-    assignment = run.list_trials()[0].read_params()["assignment"]
+    assignment = run.list_trials()[0].read_params().assignment
     job = build_trial_job(loaded.job, assignment).model_copy(update={"search": None})
     name = f"cold-{uuid.uuid4().hex[:6]}"
     run.add_trial(name, 99, {})

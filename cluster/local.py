@@ -111,7 +111,7 @@ class LocalBackend:
         """
         if run.is_alive():
             raise RunError(
-                f"{run.id} is already running (process {run.read_status()['pid']}): see `lorafleet "
+                f"{run.id} is already running (process {run.read_status().pid}): see `lorafleet "
                 f"status {run.id}`"
             )
         remove_orphans(Path(tempfile.gettempdir()))
@@ -127,7 +127,7 @@ class LocalBackend:
             return RunStatus(
                 RunState.FAILED, f"its driver died: continue it with `lorafleet resume {run.id}`"
             )
-        return RunStatus(run.state, str(run.read_status().get("reason") or ""))
+        return RunStatus(run.state, str(run.read_status().reason or ""))
 
     def watch(self, run: Run) -> ChildWatch:
         """Return a watch on the driver that was started last."""
@@ -136,12 +136,13 @@ class LocalBackend:
 
     def cancel(self, run: Run) -> str:
         """Ask the run to save and end."""
-        if not run.is_alive():
+        pid = run.read_status().pid
+        if not pid or not run.is_alive():
             raise RunError(
                 f"{run.id} is not running on this machine: it is {self.status(run).state}"
             )
         # `is_alive` has compared host, process id and start time, so the id is the driver's.
-        os.kill(int(run.read_status()["pid"]), signal.SIGINT)
+        os.kill(pid, signal.SIGINT)
         return (
             f"{run.id} is saving its trials and will stop; continue it with `lorafleet resume "
             f"{run.id}`"

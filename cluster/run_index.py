@@ -88,7 +88,7 @@ def _resolve_run(runs: Path, name: str | None) -> Run:
             f"there is no run in {runs.absolute()}: start one, or name another folder with --runs "
             "DIR"
         )
-    matches = [run for run in candidates if run.read_status().get("name") == name]
+    matches = [run for run in candidates if run.read_status().name == name]
     if matches:
         return Run(matches[0].path.absolute())
     raise RunError(
@@ -110,7 +110,7 @@ def _suggest_run(name: str, candidates: list[Run]) -> str:
     closest_id = find_closest(name, [run.id for run in candidates])
     if closest_id:
         return f"; did you mean {closest_id}?"
-    newest_ids = {str(run.read_status().get("name")): run.id for run in reversed(candidates)}
+    newest_ids = {str(run.read_status().name): run.id for run in reversed(candidates)}
     closest_job = find_closest(name, newest_ids)
     if closest_job:
         return f"; did you mean {newest_ids[closest_job]}?"
@@ -155,7 +155,7 @@ def find_clean_obstacle(run: Run) -> str | None:
             return f"its cluster does not answer, so the run may still be active: {status.message}"
     # The process of a driver on another machine cannot be checked from here; its recorded state is
     # all there is.
-    is_on_other_host = run.read_status().get("host", os.uname().nodename) != os.uname().nodename
+    is_on_other_host = run.read_status().host not in (None, os.uname().nodename)
     if run.is_alive() or (is_on_other_host and run.state in active_states and not was_submitted):
         return f"it is {run.state}; stop it first with `lorafleet stop {run.id}`"
     if has_unsynced_wandb(run):
@@ -203,7 +203,5 @@ def list_old_runs(runs: Path, days: float) -> list[Run]:
     """Return the runs that were last updated more than `days` days ago."""
     limit = time.time() - 86400 * days
     return [
-        run
-        for run in list_all_runs(runs)
-        if float(run.read_status().get("updated", run.created)) < limit
+        run for run in list_all_runs(runs) if (run.read_status().updated or run.created) < limit
     ]

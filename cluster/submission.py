@@ -152,7 +152,9 @@ def record_submission(run: Run, record: SubmissionRecord) -> None:
     with files.hold_lock(run.path / ".site"):
         write_record(run, record)
     status = run.read_status()
-    files.write_json(run.path / "status.json", status | {"state": RunState.PENDING, "reason": None})
+    files.write_json(
+        run.path / "status.json", status.to_dict() | {"state": RunState.PENDING, "reason": None}
+    )
 
 
 def record_final_state(run: Run, submission: int, status: RunStatus) -> RunStatus:
@@ -180,7 +182,7 @@ def infer_unknown_status(run: Run, explanation: str) -> RunStatus:
     Args:
         explanation: Why the cluster does not know it, for the message.
     """
-    record, state, reason = read_record(run), run.state, str(run.read_status().get("reason") or "")
+    record, state, reason = read_record(run), run.state, str(run.read_status().reason or "")
     if not record.handed_over:
         return RunStatus(state, "it was not submitted: submit it with `lorafleet resume`")
     if record.last:
@@ -238,7 +240,7 @@ def read_own_state(run: Run) -> tuple[RunState | None, str]:
     Returns (None, reason) if that record could not be downloaded.
     """
     missing = read_record(run).missing
-    return (None, missing) if missing else (run.state, str(run.read_status().get("reason") or ""))
+    return (None, missing) if missing else (run.state, str(run.read_status().reason or ""))
 
 
 def write_run(plan: Plan, loaded: LoadedJob, runs: Path, share: str = "none") -> Run:

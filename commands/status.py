@@ -34,8 +34,8 @@ def status(run: RunName = None, runs: Runs = DEFAULT_RUNS, output: Output = Form
                 # Part of the public JSON output, so the key keeps its name.
                 "place": run_status.message,
                 "alive": selected_run.is_alive(),
-                "phase": selected_run.read_status().get("phase"),
-                "reason": selected_run.read_status().get("reason"),
+                "phase": selected_run.read_status().phase,
+                "reason": selected_run.read_status().reason,
                 "best": best_row["trial_id"] if best_row else None,
                 "trials": rows,
                 "damaged": selected_run.list_damages(),

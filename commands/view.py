@@ -78,16 +78,18 @@ def _build_trial_row(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
     last = rows[-1] if rows else {}
     heartbeat = trial.read_progress()
     # Between two reports the heartbeat is further; after a report, the row is.
-    latest = heartbeat if int(heartbeat.get("step", 0)) > int(last.get("step", 0)) else last
+    latest = last
+    if heartbeat.step > int(last.get("step", 0)):
+        latest = heartbeat.to_dict()
     best = None
     for row in rows:
         score = row.get(metric) if row.get("evaluated") else None
         if score is not None and is_better(score, best, goal):
             best = score
-    state = status.get("state", "pending")
-    if state == "pending" and time.time() - float(heartbeat.get("time", 0)) < _FRESH_SECONDS:
+    state = status.state or "pending"
+    if state == "pending" and time.time() - (heartbeat.time or 0.0) < _FRESH_SECONDS:
         state = "running"  # it is training and has not reported yet
-    step, total = int(latest.get("step", 0)), int(params.get("total_steps", 0))
+    step, total = int(latest.get("step", 0)), params.total_steps or 0
     seconds = latest.get("train_seconds")
     seconds_left = (
         seconds / step * (total - step) if seconds and step and state == "running" else None
@@ -96,9 +98,9 @@ def _build_trial_row(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
         "trial_id": trial.id,
         "arm": trial.arm,
         "state": state,
-        "params": params.get("assignment", {}),
-        "rung": status.get("rung"),
-        "rungs": len(params.get("rung_levels", [])),
+        "params": params.assignment,
+        "rung": status.rung,
+        "rungs": len(params.rung_levels),
         "step": step,
         "total_steps": total,
         "train_loss": latest.get("train_loss")
@@ -109,7 +111,7 @@ def _build_trial_row(trial: Trial, metric: str, goal: Any) -> dict[str, Any]:
         "score": best,
         "tokens_per_second": latest.get("tokens_per_second"),
         "seconds_left": seconds_left,
-        "failure": (status.get("failure") or {}).get("failure_class"),
+        "failure": status.failure.failure_class if status.failure else None,
     }
 
 
@@ -164,11 +166,11 @@ def render_run(run: Run, message: str = "") -> RenderableType:
 
     rows = collect_trial_rows(run)
     status = run.read_status()
-    elapsed = format_duration(float(status.get("ended") or time.time()) - run.created)
+    elapsed = format_duration(float(status.ended or time.time()) - run.created)
     # The driver records how many trials there will be; until then only those that exist are known.
     total = (run.read_events("search") or [{}])[-1].get("trials", len(rows))
     ended = sum(TrialState(row["state"]).has_ended for row in rows)
-    phase = status.get("phase") or status.get("state")
+    phase = status.phase or status.state
     head = Text.assemble((run.id, "bold"), f"  {phase}  {ended} of {total} trials ended  {elapsed}")
     table = Table(box=None, pad_edge=False, header_style="dim")
     parameters = list(dict.fromkeys(path for row in rows for path in row["params"]))
@@ -249,7 +251,7 @@ def _iterate_all_news(run: Run) -> Iterator[str]:
     for warning in files.read_json(run.path / "facts.json").get("warnings", []):
         yield f"note: {warning}"
     for trial in run.list_trials():
-        values = format_params(trial.read_params().get("assignment", {}))
+        values = format_params(trial.read_params().assignment)
         name = " ".join(filter(None, (trial.arm, trial.id, f"({values})" if values else "")))
         for row in trial.read_evaluations():
             yield (
@@ -258,10 +260,10 @@ def _iterate_all_news(run: Run) -> Iterator[str]:
                 f"{format_number(row.get('tokens_per_second'), 0)} tokens/s"
             )
         status = trial.read_status()
-        if TrialState(status.get("state", "pending")).has_ended:
-            reason = f": {status['reason']}" if status.get("reason") else ""
-            yield f"{name} {status['state']}{reason}"
+        if TrialState(status.state or "pending").has_ended:
+            reason = f": {status.reason}" if status.reason else ""
+            yield f"{name} {status.state}{reason}"
     yield from run.list_remarks()
-    phase = run.read_status().get("phase")
+    phase = run.read_status().phase
     if phase:
         yield f"{run.id}: {phase}"

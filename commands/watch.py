@@ -246,7 +246,7 @@ def _print_files(run: Run, adapter: str | None) -> None:
         print_text(f"{folder.name:<8} {folder}")
     elif adapter and is_remote(run):
         print_message(f"`lorafleet pull {run.id}` downloads the adapter")
-    reason = run.read_status().get("reason")
+    reason = run.read_status().reason
     if reason:
         print_message(f"{run.id}: {reason}")
 

@@ -309,7 +309,7 @@ class KubernetesBackend(RemoteBackend[KubernetesSite]):
         recognises its own objects.
         """
         texts = {name: (run.path / name).read_text() for name in TEXTS}
-        packed = pack(str(run.read_status()["name"]), texts, record.submission, get_ray_version())
+        packed = pack(str(run.read_status().name), texts, record.submission, get_ray_version())
         context = self._build_context(run.id, record.submission, record.nodes, packed, record.call)
         objects = render(self.site, context)
         files.write_text(run.path / MANIFEST, to_yaml(objects))

@@ -459,7 +459,7 @@ def derive_status(run: Run, job: str, records: list[JobRecord]) -> RunStatus:
         records: Slurm's records of the jobs of the newest submission, in the order in which
             they run.
     """
-    own_state, reason = run.state, str(run.read_status().get("reason") or "")
+    own_state, reason = run.state, str(run.read_status().reason or "")
     active_records = [record for record in records if not get_job_state(record.state).ended]
     if active_records:
         current = next(

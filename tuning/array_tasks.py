@@ -33,7 +33,7 @@ def merge_tasks(run: Run, metadata: dict[str, Any], say: Callable[[str], None]) 
     Raises:
         RunError: The driver of an array task is still alive.
     """
-    seconds = float(run.read_status().get("wall_seconds") or 0.0)
+    seconds = float(run.read_status().wall_seconds or 0.0)
     # One watch for all tasks: a driver on another machine is dead only after 40 silent seconds.
     parts = run.list_array_tasks()
     watched_paths = find_silent_runs([part.path for part in parts], say)
@@ -43,7 +43,7 @@ def merge_tasks(run: Run, metadata: dict[str, Any], say: Callable[[str], None]) 
             part.path, metadata, say=say, **({"seconds": 0.0} if part.path in watched_paths else {})
         )
         # The tasks run side by side, so the longest counts and not their sum.
-        seconds = max(seconds, float(part.read_status().get("wall_seconds") or 0.0))
+        seconds = max(seconds, float(part.read_status().wall_seconds or 0.0))
         for folder in sorted((part.path / "trials").glob("*")):
             target = run.path / "trials" / folder.name
             # Without params.json the task was killed while it created the trial.

@@ -196,7 +196,7 @@ class Comparison(TrainingDriver):
         self._check_stop()
         # Models of an arm that broke off would be compared although they are half trained.
         if not _has_ended(run):
-            reason = run.read_status().get("reason") or f"its driver ended with exit code {code}"
+            reason = run.read_status().reason or f"its driver ended with exit code {code}"
             log_file = run.path / "logs" / "driver.log"
             raise RunError(f"{phase}: {reason} (see {log_file}; continue with `lorafleet resume`)")
 
@@ -390,9 +390,7 @@ class Comparison(TrainingDriver):
 
         wall = self._compute_wall_seconds()
         self._record_phase("writing the report")
-        failed = sum(
-            trial.read_status().get("failure") is not None for trial in self.run.list_trials()
-        )
+        failed = sum(trial.read_status().failure is not None for trial in self.run.list_trials())
         reason = f"{failed} of {len(self.run.list_trials())} trials failed" if failed else None
         if self.unjudged:
             names = ", ".join(self.unjudged)
@@ -445,11 +443,9 @@ def _has_ended(run: Run) -> bool:
 
 def _describe_failure(run: Run) -> str:
     """Return why a run has no trained weights."""
-    failures = [trial.read_status().get("failure") for trial in run.list_trials()]
-    messages = [failure["sentence"] for failure in failures if failure]
-    return (
-        messages[0] if messages else str(run.read_status().get("reason") or "no trial has a score")
-    )
+    failures = [trial.read_status().failure for trial in run.list_trials()]
+    messages = [failure.sentence for failure in failures if failure]
+    return messages[0] if messages else str(run.read_status().reason or "no trial has a score")
 
 
 def _set_death_signal(parent: int) -> None:

@@ -91,7 +91,7 @@ class Ledger:
             trial.set_state(
                 TrialState.RUNNING,
                 reason=None,
-                **({} if "started" in trial.read_status() else {"started": time.time()}),
+                **({} if trial.read_status().started is not None else {"started": time.time()}),
             )
             self._notify(lambda listener: listener.on_begin(trial))
 
@@ -175,7 +175,7 @@ class Ledger:
 
     def get_rung_levels(self, trial: Trial) -> list[int]:
         """Return the rungs of a trial, in `time_attr` units."""
-        levels: list[int] = trial.read_params().get("rung_levels", [])
+        levels: list[int] = trial.read_params().rung_levels
         return levels
 
     def record_failure(self, trial: Trial, failure: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ class Ledger:
             failure: `failure_class`, `sentence`, and optionally `final`.
         """
         status = trial.read_status()
-        counts: dict[str, int] = status.get("retries", {})
+        counts: dict[str, int] = status.retries
         kind = failure["failure_class"]
         number = get_retry_number(failure, counts, self.job.retries)
         if number is None:
@@ -288,7 +288,7 @@ class Ledger:
         # A trial that still runs or waits could become the best.
         if not ranking or not all(trial.state.has_ended for trial in searched):
             return None
-        assignment: Assignment = ranking[0].read_params()["assignment"]
+        assignment: Assignment = ranking[0].read_params().assignment
         return assignment
 
     @property
@@ -344,7 +344,7 @@ class Ledger:
 
     def describe_stop(self, trial: Trial) -> str:
         """Return why a trial was stopped at a rung, as text."""
-        rung = trial.read_status().get("rung")
+        rung = trial.read_status().rung
         level = self.get_rung_levels(trial)[rung] if rung is not None else "?"
         unit = self.job.search.scheduler.time_attr if self.job.search else "step"
         return f"stopped early: not among the best at {level} {unit}"

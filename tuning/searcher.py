@@ -82,7 +82,7 @@ class ProposalSearcher(Searcher):
             # An open trial may be restarted later, and FINISHED is final for Tune.
             return None if self.open else Searcher.FINISHED
         self.open[trial_id] = trial
-        return {"trial_id": trial.id, "assignment": trial.read_params()["assignment"]}
+        return {"trial_id": trial.id, "assignment": trial.read_params().assignment}
 
     def _get_next_trial(self) -> Trial | None:
         """Return the next trial to run, unfinished ones first; None if there is none."""
@@ -129,4 +129,4 @@ def report_outcome(proposals: Proposals, ledger: Ledger, trial: Trial) -> None:
         for row in trial.read_evaluations()
         if row.get(ledger.metric) is not None
     }
-    proposals.tell(trial.read_params()["assignment"], scores, trial.state)
+    proposals.tell(trial.read_params().assignment, scores, trial.state)

@@ -280,14 +280,14 @@ class Sweep(TrainingDriver):
         trial = self.run.add_trial(compute_trial_id(job, self.facts), index, assignment)
         params = trial.read_params()
         # A kill between the two writes leaves a trial without them.
-        if "resolved" not in params:
+        if not params.resolved:
             resolved = job.model_dump(
                 mode="json", exclude={"search", "tracking", "name", "environment"}
             )
             resolved["train"]["learning_rate"] = resolve_learning_rate(job).value
             files.write_json(
                 trial.path / "params.json",
-                params
+                params.to_dict()
                 | {
                     "resolved": resolved,
                     "rung_levels": list(plan.rung_levels),
@@ -457,7 +457,7 @@ class Sweep(TrainingDriver):
                 )
             )
         for trial in (self.run.get_trial(name) for name in names):
-            job = search.build_trial_job(work.job, trial.read_params()["assignment"])
+            job = search.build_trial_job(work.job, trial.read_params().assignment)
             evaluations.append(build_trial_evaluation(trial, job, tokens, splits))
         failed = evaluate_all(work, evaluations, self.placement.slots)
         for name, reason in failed.items():

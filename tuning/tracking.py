@@ -24,6 +24,7 @@ from lorafleet.evaluation.render.wandb import (
 from lorafleet.evaluation.report.search import find_best_evaluation
 from lorafleet.jobs import files
 from lorafleet.jobs.data.hub import resolve_public_base
+from lorafleet.jobs.runs.records import TrialParams
 from lorafleet.jobs.runs.run import Run, Trial
 from lorafleet.jobs.schema.job import JobSpec
 
@@ -106,7 +107,7 @@ class WandbMirror:
         if trial.id in self.open:
             return
         params = trial.read_params()
-        config = {"assignment": params.get("assignment", {}), **params.get("resolved", {})}
+        config = {"assignment": params.assignment, **params.resolved}
         wandb_run = open_wandb(
             self.run,
             self.job,
@@ -149,8 +150,9 @@ class WandbMirror:
         if wandb_run is None:
             return
         status, params = trial.read_status(), trial.read_params()
-        for name in ("state", "rung", "reason"):
-            wandb_run.summary[name] = status.get(name)
+        wandb_run.summary["state"] = status.state
+        wandb_run.summary["rung"] = status.rung
+        wandb_run.summary["reason"] = status.reason
         best = find_best_evaluation(trial.read_metrics(), self.job)
         if best:
             wandb_run.summary[f"best/{self.job.metric.name}"] = best[self.job.metric.name]
@@ -158,7 +160,7 @@ class WandbMirror:
             wandb_run.summary[name] = value
         # An older attempt that wakes up must not close a run that a newer one writes.
         self.run.check_current()
-        wandb_run.finish(exit_code=1 if status.get("state") == "failed" else 0)
+        wandb_run.finish(exit_code=1 if status.state == "failed" else 0)
         files.append_jsonl(self.closed_file, {"trial_id": trial.id})
 
     def close(self) -> None:
@@ -168,9 +170,9 @@ class WandbMirror:
         self.open.clear()
 
 
-def _describe_weights(job: JobSpec, params: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
+def _describe_weights(job: JobSpec, params: TrialParams, best: dict[str, Any]) -> dict[str, Any]:
     """Return the summary fields of the saved weights, which are those of the best evaluation."""
-    model = params.get("resolved", {}).get("model", {})
+    model = params.resolved.get("model", {})
     name = model.get("model_name_or_path", job.model.model_name_or_path)
     fields = {
         "base_model": resolve_public_base(name, model.get("revision"))[0],

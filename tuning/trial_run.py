@@ -143,7 +143,7 @@ class TrialRun:
         Raises SingleRowOutOfMemory if the micro-batch cannot be divided further.
         """
         # Use the first process's count: another machine may see an older state of a shared folder.
-        for _ in range(self._broadcast(self.trial.read_status().get("retries", {}).get("oom", 0))):
+        for _ in range(self._broadcast(self.trial.read_status().retries.get("oom", 0))):
             smaller = halve_micro_batch(job)
             if smaller is None:
                 rows = job.train.per_device_train_batch_size

@@ -59,7 +59,7 @@ class Driver(ABC):
         self.job = JobSpec.from_record(self.stored["job"])
         self.placement = Placement.model_validate(self.stored["placement"])
         self.began = self.noted = time.time()
-        self.earlier_seconds = float(run.read_status().get("wall_seconds") or 0.0)
+        self.earlier_seconds = float(run.read_status().wall_seconds or 0.0)
         self.told: signal.Signals | None = None  # the signal that asked the run to end
         self.told_at = 0.0
         self.disk_full: str | None = None
@@ -134,7 +134,7 @@ class Driver(ABC):
         with self._catch_signals():
             try:
                 self._prepare_attempt()
-                self.earlier_seconds = float(self.run.read_status().get("wall_seconds") or 0.0)
+                self.earlier_seconds = float(self.run.read_status().wall_seconds or 0.0)
                 outcome = self._run_attempt(attempt)
             # Another attempt has the run: not even its state may be changed.
             except StaleAttempt:

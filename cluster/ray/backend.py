@@ -213,7 +213,7 @@ class RayBackend(RemoteBackend[RayClusterSite]):
         name = self.get_job_name(run)
         # Ray uploads the folder as the job's working directory.
         with tempfile.TemporaryDirectory(prefix="lorafleet-") as folder:
-            for file, text in pack(str(run.read_status()["name"]), texts, submission).items():
+            for file, text in pack(str(run.read_status().name), texts, submission).items():
                 (Path(folder) / file).write_text(text)
             line, metadata = (
                 shlex.join(self._build_entrypoint(run.id)),

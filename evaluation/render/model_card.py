@@ -81,7 +81,7 @@ def build_manifest(
         prompt: What `save_inference_files` returned; empty without a saved tokenizer.
     """
     row = _get_row_with_held_out_metrics(report, str(report.recommendation.trial_id))
-    resolved = trial.read_params().get("resolved", {})
+    resolved = trial.read_params().resolved
     name = str(resolved.get("model", {}).get("model_name_or_path") or report.model)
     try:
         # Readers of the card do not have lorafleet's cache: the base is named by its public id.

@@ -103,7 +103,7 @@ def check_prompt_format(run: Run) -> None:
 def load_trial_job(trial: Trial) -> JobSpec:
     """Return the job that a trial trained: the job of its run with the values of the trial."""
     return search.build_trial_job(
-        load_run_job(Run(trial.path.parent.parent)), trial.read_params().get("assignment", {})
+        load_run_job(Run(trial.path.parent.parent)), trial.read_params().assignment
     )
 
 

@@ -151,7 +151,7 @@ def collect_results(run: Run) -> Report:
             recommendation=chosen.model_copy(
                 update={"adapter": _get_weights_path(run, chosen.trial_id)}
             ),
-            wall_seconds=run.read_status().get("wall_seconds"),
+            wall_seconds=run.read_status().wall_seconds,
             warnings=[
                 *facts.get("warnings", []),
                 *_list_optimism_warnings(facts),
@@ -472,16 +472,16 @@ def _build_row(trial: Trial, job: JobSpec, validation_rows: int) -> Row:
     last = rows[-1] if rows else {}
     test = files.read_json(trial.path / "test.json")
     split = "test" if "test" in test else "validation"
-    failure = status.get("failure")
+    failure = status.failure
     seconds = (last.get("train_seconds") or 0.0) + (last.get("eval_seconds") or 0.0)
-    fold = params.get("assignment", {}).get(FOLD)
+    fold = params.assignment.get(FOLD)
     speed = _compute_evaluation_speed(rows, job, validation_rows) if fold is None else {}
     return Row(
         trial_id=trial.id,
         state=trial.state.value,
-        rung=status.get("rung"),
-        params=params.get("assignment", {}),
-        repeats=bool(params.get("repeats")),
+        rung=status.rung,
+        params=params.assignment,
+        repeats=bool(params.repeats),
         fold=fold,
         metrics={name: best[name] for name in job.metric_names if name in best},
         intervals=_parse_intervals(best.get("intervals")),
@@ -501,11 +501,13 @@ def _build_row(trial: Trial, job: JobSpec, validation_rows: int) -> Row:
         samples_per_second=last.get("samples_per_second"),
         tokens_per_second=last.get("tokens_per_second"),
         peak_memory_gib=last.get("peak_memory_gib"),
-        gpu_hours=params.get("gpus", 0) * seconds / 3600 if last else None,
+        gpu_hours=(params.gpus or 0.0) * seconds / 3600 if last else None,
         trainable_parameters=last.get("trainable_parameters"),
         number_formats=last.get("number_formats"),
-        failure=Failure(**failure) if failure else None,
-        reason=status.get("reason"),
+        failure=Failure(failure_class=failure.failure_class, sentence=failure.sentence)
+        if failure
+        else None,
+        reason=status.reason,
         curve=[_build_curve_point(row, job) for row in rows],
     )
 

@@ -48,7 +48,7 @@ def make_run_arm(run: Run, trial_id: str, weights: Path) -> ModelArm:
             weights are used if the record is gone.
         weights: Folder of its weights.
     """
-    resolved = run.get_trial(trial_id).read_params().get("resolved", {})
+    resolved = run.get_trial(trial_id).read_params().resolved
     return _make_resolved_arm(run.id, resolved or _read_training_settings(weights), weights)
 
 

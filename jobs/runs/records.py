@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from lorafleet.jobs import files
@@ -25,55 +25,99 @@ class DamagedFile(RunError):
     """Error: a file of a run has invalid contents. The message names the file."""
 
 
-class _Failure(TypedDict, total=False):
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
+class Record(BaseModel):
+    """Base of the typed files of a run. Missing values have their defaults.
+
+    Values that are not declared are kept: a newer version of lorafleet may have added them.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, frozen=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values that the file had, for writing them again."""
+        return self.model_dump(exclude_unset=True)
+
+
+class FailureRecord(Record):
+    """How a trial failed."""
+
     failure_class: str
-    sentence: str
+    """One of FAILURE_CLASSES."""
+    sentence: str = ""
+    """Message for people."""
 
 
-class RunStatusRecord(TypedDict, total=False):
+class RunStatusRecord(Record):
     """Contents of a run's status.json."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
-    state: str
-    reason: str | None
-    name: str
-    pid: int | None
-    pid_started: int | None
-    host: str | None
-    phase: str | None
-    created: float
-    updated: float
-    ended: float | None
-    wall_seconds: float | None
-    attempt: int | None
+    state: str | None = None
+    reason: str | None = None
+    """Why the run is in this state."""
+    name: str | None = None
+    """Name of the job."""
+    pid: int | None = None
+    pid_started: int | None = None
+    """When the process started, as /proc has it. A process with the same id started at another
+    time.
+    """
+    host: str | None = None
+    phase: str | None = None
+    """What the driver does now."""
+    created: float | None = None
+    updated: float | None = None
+    ended: float | None = None
+    wall_seconds: float | None = None
+    """Time that all drivers of the run took together."""
+    attempt: int | None = None
 
 
-class TrialStatus(TypedDict, total=False):
+class TrialStatus(Record):
     """Contents of a trial's status.json."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
-    state: str
-    reason: str | None
-    rung: int | None
-    failure: _Failure | None
-    retries: dict[str, int]
-    started: float | None
-    updated: float
-    ended: float | None
-    attempt: int | None
+    state: str | None = None
+    reason: str | None = None
+    rung: int | None = None
+    """Last rung that was reached."""
+    failure: FailureRecord | None = None
+    retries: dict[str, int] = {}
+    """Failure class -> restarts after it."""
+    started: float | None = None
+    updated: float | None = None
+    ended: float | None = None
+    attempt: int | None = None
 
 
-class Params(TypedDict, total=False):
+class TrialParams(Record):
     """Contents of a trial's params.json."""
 
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
-    index: int
-    assignment: dict[str, Any]
-    rung_levels: list[int]
-    total_steps: int
-    gpus: float
-    resolved: dict[str, Any]
+    index: int = 0
+    """Order of creation."""
+    assignment: dict[str, Any] = {}
+    """Dotted field -> value that the search assigned."""
+    rung_levels: list[int] = []
+    """Rungs, in units of `time_attr`."""
+    rung_steps: list[int] = []
+    """Rungs, in optimizer steps."""
+    batch_rows: int | None = None
+    """Rows of an optimizer step."""
+    total_steps: int | None = None
+    gpus: float | None = None
+    resolved: dict[str, Any] = {}
+    """All fields that affect training, with the values of this trial."""
+    repeats: bool = False
+    """True for a repetition of the best configuration with another seed."""
+
+
+class Progress(Record):
+    """Contents of a trial's progress.json: its heartbeat."""
+
+    step: int = 0
+    """Optimizer steps so far; 0 before the first heartbeat."""
+    total: int = 0
+    time: float | None = None
+    train_loss: float | None = None
+    train_seconds: float | None = None
+    tokens_per_second: float | None = None
 
 
 class MetricRow(TypedDict, total=False):
@@ -99,18 +143,6 @@ class MetricRow(TypedDict, total=False):
     trainable_parameters: int | None
 
 
-class Progress(TypedDict, total=False):
-    """Contents of a trial's progress.json."""
-
-    __pydantic_config__ = _OPEN  # type: ignore[misc]
-    step: int
-    total: int
-    time: float
-    train_loss: float | None
-    train_seconds: float | None
-    tokens_per_second: float | None
-
-
 class Event(TypedDict, total=False):
     """A line of events.jsonl."""
 
@@ -124,7 +156,7 @@ class Event(TypedDict, total=False):
     rung: int
     goes_on: bool
     number: int
-    failure: _Failure
+    failure: dict[str, Any]
     trials: int | None
 
 
@@ -142,21 +174,43 @@ class Facts(TypedDict, total=False):
     encoders: dict[str, str]
 
 
-RUN_STATUS: TypeAdapter[Any] = TypeAdapter(RunStatusRecord)
-TRIAL_STATUS: TypeAdapter[Any] = TypeAdapter(TrialStatus)
-PARAMS: TypeAdapter[Any] = TypeAdapter(Params)
-PROGRESS: TypeAdapter[Any] = TypeAdapter(Progress)
 FACTS: TypeAdapter[Any] = TypeAdapter(Facts)
 EVENTS: TypeAdapter[Any] = TypeAdapter(list[Event])
 METRIC_ROWS: TypeAdapter[Any] = TypeAdapter(list[MetricRow])
 
 
-def read_record(path: Path, kind: TypeAdapter[Any]) -> dict[str, Any]:
-    """Read a JSON object of a run; empty if the file does not exist. Raises DamagedFile."""
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def read_typed(path: Path, kind: type[AnyRecord]) -> AnyRecord:
+    """Read a file of a run as its record; one with defaults if the file does not exist.
+
+    Raises:
+        DamagedFile: The file is no JSON object, or a value has another type.
+    """
     try:
-        value = files.read_json(path)
+        return kind.model_validate(_read_object(path))
+    except ValidationError as error:
+        raise _make_damage(path, error) from None
+    except RecursionError:
+        raise DamagedFile(f"{path} is damaged: it is nested too deeply") from None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        return files.read_json(path)
     except (RunError, OSError) as error:
         raise DamagedFile(str(error)) from None
+
+
+def _make_damage(path: Path, error: ValidationError) -> DamagedFile:
+    first = list_problems(error, valid_keys=())[0]
+    return DamagedFile(f"{path} is damaged: {first.sentence}")
+
+
+def read_record(path: Path, kind: TypeAdapter[Any]) -> dict[str, Any]:
+    """Read a JSON object of a run; empty if the file does not exist. Raises DamagedFile."""
+    value = _read_object(path)
     _validate_record(path, kind, value)
     return value
 
@@ -179,8 +233,7 @@ def _validate_record(
     try:
         kind.validate_python(value)
     except ValidationError as error:
-        first = list_problems(error, valid_keys=())[0]
-        raise DamagedFile(f"{path} is damaged: {first.sentence}") from None
+        raise _make_damage(path, error) from None
     except RecursionError:
         raise DamagedFile(f"{path} is damaged: it is nested too deeply") from None
 

@@ -30,13 +30,13 @@ from lorafleet.jobs.runs.lease import check_current, get_process_start
 from lorafleet.jobs.runs.records import (
     EVENTS,
     METRIC_ROWS,
-    PARAMS,
-    PROGRESS,
-    RUN_STATUS,
-    TRIAL_STATUS,
     DamagedFile,
-    read_record,
+    Progress,
+    RunStatusRecord,
+    TrialParams,
+    TrialStatus,
     read_rows,
+    read_typed,
 )
 from lorafleet.jobs.runs.tracebacks import set_current_run
 from lorafleet.jobs.runs.trust import record_own_run
@@ -197,9 +197,9 @@ class Trial:
             path.rename(self.path / names[-1])
         return names
 
-    def read_params(self) -> dict[str, Any]:
-        """Return `{"assignment", "index", ...}`, as written when the trial was created."""
-        return read_record(self.path / "params.json", PARAMS)
+    def read_params(self) -> TrialParams:
+        """Return the trial's parameters, as written when it was created."""
+        return read_typed(self.path / "params.json", TrialParams)
 
     @property
     def arm(self) -> str | None:
@@ -210,22 +210,22 @@ class Trial:
     @property
     def fold(self) -> int | None:
         """Return the fold that the trial holds back; None outside of cross-validation."""
-        fold: int | None = self.read_params().get("assignment", {}).get(FOLD)
+        fold: int | None = self.read_params().assignment.get(FOLD)
         return fold
 
     @property
     def is_repeat(self) -> bool:
         """Return whether the trial repeats the best configuration of a search with another seed."""
-        return bool(self.read_params().get("repeats"))
+        return self.read_params().repeats
 
-    def read_status(self) -> dict[str, Any]:
-        """Return `{"state", "rung", "reason", "failure", ...}`."""
-        return read_record(self.path / "status.json", TRIAL_STATUS)
+    def read_status(self) -> TrialStatus:
+        """Return the trial's status."""
+        return read_typed(self.path / "status.json", TrialStatus)
 
     @property
     def state(self) -> TrialState:
         """Return the state of the trial; `pending` before one is written."""
-        return _parse_state(TrialState, self.read_status().get("state", "pending"), self.path)
+        return _parse_state(TrialState, self.read_status().state or "pending", self.path)
 
     def set_state(self, state: TrialState, **details: Any) -> None:
         """Write the state together with `details`. Earlier values are kept."""
@@ -233,7 +233,8 @@ class Trial:
         ended = {"ended": time.time()} if state.has_ended else {}
         stamps = {"updated": time.time(), **ended, **_make_stamp(self.attempt)}
         files.write_json(
-            self.path / "status.json", self.read_status() | {"state": state} | details | stamps
+            self.path / "status.json",
+            self.read_status().to_dict() | {"state": state} | details | stamps,
         )
 
     def read_metrics(self) -> list[dict[str, Any]]:
@@ -251,9 +252,9 @@ class Trial:
         """Return the rows of metrics.jsonl that hold an evaluation."""
         return [row for row in self.read_metrics() if row.get("evaluated")]
 
-    def read_progress(self) -> dict[str, Any]:
+    def read_progress(self) -> Progress:
         """Return the heartbeat of a running trial."""
-        return read_record(self.path / "progress.json", PROGRESS)
+        return read_typed(self.path / "progress.json", Progress)
 
 
 def _make_stamp(attempt: int | None) -> dict[str, int]:
@@ -359,9 +360,9 @@ class Run:
         """Free the reserved disk space, so that a run can still record its end."""
         (self.path / ".reserve").unlink(missing_ok=True)
 
-    def read_status(self) -> dict[str, Any]:
-        """Return `{"state", "reason", "pid", ...}`."""
-        return read_record(self.path / "status.json", RUN_STATUS)
+    def read_status(self) -> RunStatusRecord:
+        """Return the run's recorded status."""
+        return read_typed(self.path / "status.json", RunStatusRecord)
 
     @property
     def state(self) -> RunState:
@@ -369,7 +370,7 @@ class Run:
 
         A running run whose driver died still says `running` (see `is_alive`).
         """
-        return _parse_state(RunState, self.read_status().get("state", "pending"), self.path)
+        return _parse_state(RunState, self.read_status().state or "pending", self.path)
 
     def set_state(self, state: RunState, **details: Any) -> None:
         """Move to a state.
@@ -378,38 +379,35 @@ class Run:
         """
         self.check_current()
         status = self.read_status()
-        previous_state = status.get("state")
+        previous_state = status.state
         if previous_state is not None and state not in _TRANSITIONS[RunState(previous_state)]:
             raise RunError(f"{self.id} is {previous_state} and cannot become {state}")
         ended = {} if state in (RunState.PENDING, RunState.RUNNING) else {"ended": time.time()}
         stamps = {"updated": time.time(), **_make_stamp(self.attempt)}
         files.write_json(
-            self.path / "status.json", status | {"state": state} | details | ended | stamps
+            self.path / "status.json",
+            status.to_dict() | {"state": state} | details | ended | stamps,
         )
 
     @property
     def created(self) -> float:
         """Return when the run was created, in seconds since the epoch."""
-        return float(self.read_status().get("created", 0.0))
+        return self.read_status().created or 0.0
 
     def is_alive(self) -> bool:
         """Return whether the driver that wrote the state of this run is alive on this machine."""
         status = self.read_status()
-        pid = status.get("pid")
-        if (
-            self.state is not RunState.RUNNING
-            or not pid
-            or status.get("host") != os.uname().nodename
-        ):
+        pid = status.pid
+        if self.state is not RunState.RUNNING or not pid or status.host != os.uname().nodename:
             return False
-        return get_process_start(pid) == status.get("pid_started")
+        return get_process_start(pid) == status.pid_started
 
     def has_lost_driver(self) -> bool:
         """Return whether the state is `running` although the driver is dead.
 
         Only a driver on this machine can be checked.
         """
-        is_local = self.read_status().get("host", os.uname().nodename) == os.uname().nodename
+        is_local = self.read_status().host in (None, os.uname().nodename)
         return self.state is RunState.RUNNING and is_local and not self.is_alive()
 
     def mark_running(self, **details: Any) -> None:
@@ -450,7 +448,7 @@ class Run:
             if (path / "params.json").is_file():
                 with contextlib.suppress(RunError):  # `list_damages` reports it
                     trial = Trial(path, self.attempt)
-                    index = trial.read_params().get("index", 0)
+                    index = trial.read_params().index
                     trial.state  # noqa: B018 - raises for an invalid state
                     entries.append((index, trial.id, trial))
         return [trial for _, _, trial in sorted(entries, key=lambda row: row[:2])]
@@ -472,12 +470,12 @@ class Run:
             if trial.id in listed_ids:
                 continue
             try:
-                if (
-                    trial.read_params()
-                    and trial.state
-                    and trial.read_metrics() is not None
-                    and trial.read_progress() is not None
-                ):
+                has_params = bool(trial.read_params().to_dict())
+                # Reading raises for damaged files.
+                for read in (trial.read_status, trial.read_metrics, trial.read_progress):
+                    read()
+                _ = trial.state
+                if has_params:
                     listed_ids.add(trial.id)
                 elif any(path.iterdir()):
                     messages.append(f"{path / 'params.json'} is missing: the trial is skipped")

@@ -525,7 +525,7 @@ def test_a_full_disk_is_no_fault_of_a_target(
     with pytest.raises(DiskFull):
         DeliveryDriver(delivery).execute()
     assert (delivery.state, (delivery.path / ".reserve").exists()) == (RunState.FAILED, False)
-    assert "export again" in str(delivery.read_status()["reason"])
+    assert "export again" in str(delivery.read_status().reason)
 
 
 def spoilt(source: Path, out: Path, scratch: Path) -> None:

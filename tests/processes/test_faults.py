@@ -47,7 +47,7 @@ def driver_log(run: Run) -> str:
 def losses(run: Run) -> dict[float, list[float]]:
     """Learning rate -> validation losses."""
     return {
-        trial.read_params()["assignment"]["train.learning_rate"]: [
+        trial.read_params().assignment["train.learning_rate"]: [
             row["loss"] for row in trial.read_evaluations()
         ]
         for trial in run.list_trials()
@@ -90,7 +90,7 @@ def test_a_fault_costs_its_trial_a_restart_and_the_next_trials_nothing(
     run = newest(place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr + driver_log(run)
     assert (place / "it-happened").exists()
-    assert {trial.read_params()["index"]: trial.read_status().get("retries", {}) for trial in run.list_trials()} == {
+    assert {trial.read_params().index: trial.read_status().retries for trial in run.list_trials()} == {
         0: {}, 1: retries, 2: {},
     }  # fmt: skip
     assert base_loads(run) == loads
@@ -112,12 +112,12 @@ def test_a_trial_that_never_fits_is_given_up_and_the_others_go_on(
     run = newest(place)
     assert done.returncode == ExitCode.SOME_TRIALS_FAILED, done.stdout + done.stderr
     for trial in run.list_trials():
-        assert trial.read_status()["failure"]["failure_class"] == "oom"
+        assert trial.read_status().failure.failure_class == "oom"
         assert (
             "out of memory with micro-batches of 1 row, which cannot be halved"
-            in trial.read_status()["reason"]
+            in trial.read_status().reason
         )
-        assert trial.read_status()["retries"] == {"oom": 4}
+        assert trial.read_status().retries == {"oom": 4}
 
 
 @pytest.mark.long
@@ -133,7 +133,7 @@ def test_a_hang_ends_with_every_stack_and_the_trial_goes_on(
     run = newest(place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr + driver_log(run)
     trial = run.list_trials()[0]
-    assert trial.read_status()["retries"] == {"hang": 1}
+    assert trial.read_status().retries == {"hang": 1}
     assert [event["failure"]["failure_class"] for event in run.read_events("retry")] == ["hang"]
     assert (
         "restarted (retry 1 after hang): it hung (no progress for retries.hang_minutes)"
@@ -170,7 +170,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_good(bert_job: JobMaker, p
         assert "is full" in shown
         assert "Traceback" not in shown
         assert run.state == "failed"
-        assert "free some space, then continue the run" in run.read_status()["reason"]
+        assert "free some space, then continue the run" in run.read_status().reason
         trial = run.list_trials()[0]
         assert not trial.state.has_ended
         reached = trial.read_metrics()[-1]["step"]
@@ -289,9 +289,7 @@ def test_nothing_is_left_behind(bert_job: JobMaker, place: Path) -> None:
         bert_job(train__max_steps=100_000, resources__workers_per_node=2), place, command="train"
     )
     wait_for(
-        lambda: any(
-            trial.read_progress().get("step", 0) > 3 for trial in newest(place).list_trials()
-        ),
+        lambda: any(trial.read_progress().step > 3 for trial in newest(place).list_trials()),
         120,
     )
     process.send_signal(signal.SIGTERM)
@@ -306,9 +304,7 @@ def test_what_a_killed_driver_left_goes_with_the_next_start(
     process = begin(bert_job(train__max_steps=100_000), place, command="train")
     wait_for(lambda: (place / "runs").exists() and list((place / "runs").iterdir()))
     wait_for(
-        lambda: any(
-            trial.read_progress().get("step", 0) > 3 for trial in newest(place).list_trials()
-        ),
+        lambda: any(trial.read_progress().step > 3 for trial in newest(place).list_trials()),
         120,
     )
     kill_tree(process)

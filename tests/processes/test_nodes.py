@@ -59,7 +59,7 @@ def test_trials_over_two_machines_are_trained_and_searched(
     assert here.returncode == ExitCode.OK, here.stderr
     longest = max((trial.read_evaluations() for trial in run.list_trials()), key=len)
     together = next(
-        t for t in run.list_trials() if t.read_params()["assignment"]["train.learning_rate"] == 1e-2
+        t for t in run.list_trials() if t.read_params().assignment["train.learning_rate"] == 1e-2
     ).read_evaluations()
     assert len(longest) == 2
     assert together[0]["loss"] == pytest.approx(
@@ -106,14 +106,14 @@ def test_a_lost_machine_costs_a_restart_and_a_draining_one_is_left_in_time(
     wait_for(lambda: run.list_trials() and run.list_trials()[0].checkpoint.is_dir(), 180)
     trial = run.list_trials()[0]
     machines.kill(wait_for(lambda: machines.used(run), 60))
-    wait_for(lambda: trial.read_status().get("retries") == {"worker_lost": 1}, 180)
+    wait_for(lambda: trial.read_status().retries == {"worker_lost": 1}, 180)
     at = trial.read_metrics()[-1]["step"]
-    wait_for(lambda: trial.read_progress().get("step", 0) > at, 240)
+    wait_for(lambda: trial.read_progress().step > at, 240)
     machines.workers.append(machines.add())
     drain(machines, wait_for(lambda: machines.used(run), 60))
-    wait_for(lambda: trial.read_status().get("retries") == {"worker_lost": 1, "preempted": 1}, 180)
+    wait_for(lambda: trial.read_status().retries == {"worker_lost": 1, "preempted": 1}, 180)
     at = trial.read_metrics()[-1]["step"]
-    wait_for(lambda: trial.read_progress().get("step", 0) > at, 240)
+    wait_for(lambda: trial.read_progress().step > at, 240)
     assert lorafleet("stop", run.id, cwd=place).returncode == ExitCode.OK
     shown, _ = process.communicate(timeout=240)
     assert process.returncode == ExitCode.INTERRUPTED, shown + log(run)
@@ -132,11 +132,11 @@ def test_a_warm_trial_leaves_a_draining_machine_in_time(
     (host,) = wait_for(lambda: machines.hosts("ResourceTrainable"), 180)
     run = newest(place)
     (trial,) = wait_for(run.list_trials)
-    wait_for(lambda: trial.read_progress().get("step", 0) > 3, 60)
+    wait_for(lambda: trial.read_progress().step > 3, 60)
     drain(machines, next(node for node in machines.workers if node.node_id == host))
-    wait_for(lambda: trial.read_status().get("retries") == {"preempted": 1}, 60)
-    at = trial.read_progress()["step"]
-    wait_for(lambda: trial.read_progress().get("step", 0) > at, 120)
+    wait_for(lambda: trial.read_status().retries == {"preempted": 1}, 60)
+    at = trial.read_progress().step
+    wait_for(lambda: trial.read_progress().step > at, 120)
     assert host not in machines.hosts("ResourceTrainable")
     interrupt(process)
     shown, _ = process.communicate(timeout=120)
@@ -155,10 +155,10 @@ def test_a_run_that_waits_for_machines_stops_soon(
     wait_for(lambda: machines.hosts("ResourceTrainable"), 180)
     run = newest(place)
     (trial,) = wait_for(run.list_trials)
-    wait_for(lambda: trial.read_progress().get("step", 0) > 3, 60)
+    wait_for(lambda: trial.read_progress().step > 3, 60)
     for node in [node for node in machines.workers if node.node_labels["pool"] == "one"]:
         machines.kill(node)
-    wait_for(lambda: trial.read_status().get("retries") == {"worker_lost": 1}, 180)
+    wait_for(lambda: trial.read_status().retries == {"worker_lost": 1}, 180)
     assert trial.state == "pending"
     asked = time.monotonic()
     interrupt(process)

@@ -101,7 +101,7 @@ def test_one_rater_rates_once_at_a_time(server: Server, answered: Run) -> None: 
     server.ask("/api/sheet")
     done = lorafleet("rate", "tiny-lm", "--rater", "ann", cwd=answered.path.parent.parent)
     assert done.returncode == 2
-    assert "ann is rating" in done.stderr
+    assert "ann is already rating" in done.stderr
 
 
 @pytest.mark.skipif(

@@ -67,7 +67,9 @@ def test_another_user_cannot_join_the_ray_of_a_run(
     try:
         scratch = wait_for(lambda: scratch_of(process))
         wait_for(
-            lambda: newest(place).list_trials() and newest(place).list_trials()[0].read_progress()
+            lambda: (
+                newest(place).list_trials() and newest(place).list_trials()[0].read_progress().step
+            )
         )
         assert stat.S_IMODE(scratch.stat().st_mode) == 0o700
         assert stat.S_IMODE((scratch / "token").stat().st_mode) == 0o600
@@ -238,7 +240,9 @@ def test_what_a_killed_run_left_goes_with_the_next_command(bert_job: JobMaker, p
 
     process = begin(bert_job(**LONG), place, command="train")
     scratch = wait_for(lambda: scratch_of(process))
-    wait_for(lambda: newest(place).list_trials() and newest(place).list_trials()[0].read_progress())
+    wait_for(
+        lambda: newest(place).list_trials() and newest(place).list_trials()[0].read_progress().step
+    )
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     drivers = [one for one in family if "exec" in one.cmdline()]
     for one in (psutil.Process(process.pid), *drivers):
@@ -259,7 +263,9 @@ def test_a_ray_that_dies_is_a_sentence(bert_job: JobMaker, place: Path, victim: 
 
     process = begin(bert_job(train__max_steps=3000), place, command="train")
     wait_for(lambda: scratch_of(process))
-    wait_for(lambda: newest(place).list_trials() and newest(place).list_trials()[0].read_progress())
+    wait_for(
+        lambda: newest(place).list_trials() and newest(place).list_trials()[0].read_progress().step
+    )
     family = psutil.Process(process.pid).children(recursive=True)
     next(one for one in family if victim in one.name()).kill()
     said, _ = process.communicate(timeout=240)

@@ -134,12 +134,12 @@ search:
     run, done = sweep(bert_job(search, lora__lora_alpha=8), place)
     assert done.returncode == ExitCode.SOME_TRIALS_FAILED
     states = {
-        trial.read_params()["assignment"]["lora.lora_alpha"]: trial.read_status()
+        trial.read_params().assignment["lora.lora_alpha"]: trial.read_status()
         for trial in run.list_trials()
     }
-    assert states[1e38]["state"] == "failed"
-    assert states[1e38]["failure"]["failure_class"] == "nan"
-    assert states[8.0]["state"] == "finished"
+    assert states[1e38].state == "failed"
+    assert states[1e38].failure.failure_class == "nan"
+    assert states[8.0].state == "finished"
     assert base_loads(run) == 1  # the actor outlived the failure
     assert "failed: nan" in done.stdout
 
@@ -243,7 +243,7 @@ def test_ctrl_c_saves_and_resume_finishes(bert_job: JobMaker, place: Path) -> No
     process = begin(bert_job(slow), place)
     wait_for(lambda: (place / "runs").exists() and list((place / "runs").iterdir()))
     run = newest(place)
-    wait_for(lambda: any(trial.read_progress().get("step", 0) > 3 for trial in run.list_trials()))
+    wait_for(lambda: any(trial.read_progress().step > 3 for trial in run.list_trials()))
     interrupt(process)
     shown, _ = process.communicate(timeout=120)
     assert process.returncode == ExitCode.INTERRUPTED, shown
@@ -303,7 +303,7 @@ def test_a_spent_budget_ends_in_a_whole_report(bert_job: JobMaker, place: Path) 
     slow = RANDOM.replace("max_t: 144", "max_t: 100000").replace("type: asha", "type: none")
     run, done = sweep(bert_job(slow, search__budget={"wall_hours": 30 / 3600}), place)
     assert done.returncode == ExitCode.OK, done.stdout + done.stderr
-    reasons = {trial.read_status().get("reason") for trial in run.list_trials()}
+    reasons = {trial.read_status().reason for trial in run.list_trials()}
     assert any(reason and "hours of wall-clock time is spent" in reason for reason in reasons)
     assert (run.path / "report" / "report.html").is_file()
 

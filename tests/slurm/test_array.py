@@ -33,7 +33,7 @@ def test_an_array_and_one_report(login: Login, bert_job: JobMaker) -> None:
     login.when(run, lambda: not login.rig.asked("squeue", "-h"), 300)
     report = json.loads((run.path / "report" / "report.json").read_text())
     assert report["recommendation"]["trial_id"]
-    assert [trial.read_params()["index"] for trial in run.list_trials()] == [0, 1, 2]
+    assert [trial.read_params().index for trial in run.list_trials()] == [0, 1, 2]
     assert {str(trial.state) for trial in run.list_trials()} == {"finished"}
     assert not (run.path / "parts").exists()
     assert (

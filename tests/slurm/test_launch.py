@@ -153,7 +153,7 @@ def test_two_sweeps_at_once_on_the_same_nodes(login: Login, bert_job: JobMaker) 
 
 def test_two_attempts_at_one_run(login: Login, bert_job: JobMaker) -> None:
     run = login.submit(bert_job(train__max_steps=4000), command="train")
-    login.when(run, lambda: any(trial.read_progress() for trial in run.list_trials()))
+    login.when(run, lambda: any(trial.read_progress().step for trial in run.list_trials()))
     refused = login.lorafleet("resume", run.id, check=False)
     assert refused.returncode == 2
     assert "runs on node" in refused.stderr
@@ -188,5 +188,5 @@ def test_a_head_of_its_own(login: Login, bert_job: JobMaker) -> None:
     run = login.submit(bert_job(SEARCH, resources__device="cpu"))
     assert login.ended(run).state == "COMPLETED"
     assert hosts(run) == {"node2"}
-    assert run.read_status()["host"] == "node1"
+    assert run.read_status().host == "node1"
     assert login.left_behind() == []

@@ -53,7 +53,7 @@ def test_trials_of_all_parts_go_on_in_the_run(run: Run) -> None:
     assert [str(trial.state) for trial in run.list_trials()] == ["finished", "pending"]
     run.get_trial("t0").add_row({"step": 4})  # the run's first attempt, after a part's third
     assert [row["step"] for row in run.get_trial("t0").read_metrics()] == [1, 2, 3, 4]
-    assert run.read_status()["wall_seconds"] == 30.0
+    assert run.read_status().wall_seconds == 30.0
     assert len(run.read_events("warning")) == 4
     merge_tasks(run, {}, lambda _: None)
 

@@ -193,7 +193,7 @@ def test_a_retry_is_counted_where_a_resume_finds_it(bert_job: JobMaker, trial: T
     ledger = Ledger(Run(trial.path.parent.parent), job, False)
     for number in (1, 2):
         ledger.record_failure(trial, {"failure_class": "worker_lost", "sentence": "killed"})
-        assert (trial.state, trial.read_status()["retries"]) == (
+        assert (trial.state, trial.read_status().retries) == (
             TrialState.PENDING,
             {"worker_lost": number},
         )

@@ -105,7 +105,7 @@ def test_a_run_whose_driver_was_killed_is_not_alive(tmp_path: Path) -> None:
     run = Run.create(tmp_path, "x")
     sleeper = subprocess.Popen(["sleep", "60"])
     run.mark_running()
-    files.write_json(run.path / "status.json", run.read_status() | {"pid": sleeper.pid})
+    files.write_json(run.path / "status.json", run.read_status().to_dict() | {"pid": sleeper.pid})
     assert not run.is_alive()  # another process has that number: it began at another time
     sleeper.kill()
     sleeper.wait()

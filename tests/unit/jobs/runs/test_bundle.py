@@ -33,7 +33,7 @@ def test_the_folder_is_made_once(tmp_path: Path) -> None:
     document = mounted(tmp_path / "etc")
     run = unpack(tmp_path / "runs" / "x-a1b2c3", document)
     assert {name: (run.path / name).read_text() for name in TEXTS} == TEXTS
-    assert (run.state, run.read_status()["name"]) == (RunState.PENDING, "x")
+    assert (run.state, run.read_status().name) == (RunState.PENDING, "x")
     run.set_state(RunState.RUNNING)
     assert unpack(run.path, document).state is RunState.RUNNING
     assert [path.name for path in run.path.parent.iterdir()] == ["x-a1b2c3"]

@@ -139,9 +139,9 @@ def test_a_stale_writer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     while not told and time.monotonic() < ends:
         time.sleep(0.05)
     assert "was replaced by attempt 2" in told[0]
-    assert new.read_status()["attempt"] == 1
+    assert new.read_status().attempt == 1
     new.set_state(RunState.RUNNING)
-    assert new.read_status()["attempt"] == 2
+    assert new.read_status().attempt == 2
 
 
 def test_rows_that_a_stale_writer_slipped_in_are_passed_over(tmp_path: Path) -> None:

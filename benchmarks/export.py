@@ -92,9 +92,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
         low, high = speed["spread"].get("tokens_per_second", (speed["tokens_per_second"],) * 2)
         print(
             f"{name:<12} {arm['weights_mb'] or 0:<7.1f} {speed['load_seconds']:<7.2f} "
-            f"{speed['ttft_ms']:<15.1f} "
-            f"{speed['tokens_per_second']:<6.1f} ({low:.1f} to {high:.1f})   "
-            f"{speed['peak_memory_gib']:.2f}"
+            f"{speed['ttft_ms']:<15.1f} {speed['tokens_per_second']:<6.1f} ({low:.1f} to "
+            f"{high:.1f})   {speed['peak_memory_gib']:.2f}"
         )
 
     def get_rate(name: str) -> float:

@@ -258,8 +258,8 @@ _LLAMA_2_7B = {
     "tie_word_embeddings": False,
 }
 _FSDP_QLORA = (
-    "github.com/AnswerDotAI/fsdp_qlora benchmarks_03_2024.md, 2 x RTX 3090, whole "
-    "copies, 2,048 tokens"
+    "github.com/AnswerDotAI/fsdp_qlora benchmarks_03_2024.md, 2 x RTX 3090, whole copies, 2,048 "
+    "tokens"
 )
 
 _LLAMA_3_2_3B = {

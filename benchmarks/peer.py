@@ -158,6 +158,6 @@ def describe_machine() -> str:
         matrix @ matrix
     rate = 20 * 2 * 768**3 / (time.process_time() - started) / 1e9
     return (
-        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
-        f"GEMM {rate:.0f} GF/CPU-s"
+        f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, GEMM "
+        f"{rate:.0f} GF/CPU-s"
     )

@@ -159,8 +159,8 @@ def compare(
     for side, rates in rates_by_side.items():
         side_median = statistics.median(rates)
         print(
-            f"  {side:<36} {side_median:8.0f}  ({min(rates):.0f} to {max(rates):.0f})  ours / it "
-            f"= {lorafleet_median / side_median:.2f}"
+            f"  {side:<36} {side_median:8.0f}  ({min(rates):.0f} to {max(rates):.0f})  ours / it = "
+            f"{lorafleet_median / side_median:.2f}"
         )
 
 
@@ -180,11 +180,9 @@ def compare_padding(pairs: int) -> None:
     ratio = statistics.median(rates[True]) / statistics.median(rates[False])
     print(
         f"\nrows of mixed length, our own step, median of {pairs}: grouped "
-        f"{statistics.median(rates[True]):.0f} real "
-        f"tokens per CPU-second ({shares[True]:.0%} padding), random order "
-        f"{statistics.median(rates[False]):.0f} "
-        f"({shares[False]:.0%}): {ratio:.2f}; 0.9 / (1 - padding share) = "
-        f"{0.9 / (1 - shares[False]):.2f}"
+        f"{statistics.median(rates[True]):.0f} real tokens per CPU-second ({shares[True]:.0%} "
+        f"padding), random order {statistics.median(rates[False]):.0f} ({shares[False]:.0%}): "
+        f"{ratio:.2f}; 0.9 / (1 - padding share) = {0.9 / (1 - shares[False]):.2f}"
     )
 
 
@@ -237,8 +235,8 @@ def compare_losses(pairs: int) -> None:
             statistics.median(peaks[name]),
         )
         print(
-            f"  {name:<10} {median_seconds:6.2f} CPU-s  {1024 * median_peak:6.0f} MiB above "
-            "the inputs"
+            f"  {name:<10} {median_seconds:6.2f} CPU-s  {1024 * median_peak:6.0f} MiB above the "
+            "inputs"
         )
     time_ratio = statistics.median(seconds["plain"]) / statistics.median(seconds["chunked"])
     memory_ratio = statistics.median(peaks["plain"]) / statistics.median(peaks["chunked"])
@@ -280,8 +278,8 @@ def compare_lora_to_full(pairs: int) -> None:
         model_text = "MiniLM" if dropout else "MiniLM without its own dropout, as decoders are"
         print(
             f"\nstep of {rows} rows of {length} tokens, {model_text}, median of {pairs}: LoRA "
-            f"{medians['lora']:.2f} CPU-s, "
-            f"full {medians['full']:.2f}: LoRA / full = {medians['lora'] / medians['full']:.2f}"
+            f"{medians['lora']:.2f} CPU-s, full {medians['full']:.2f}: LoRA / full = "
+            f"{medians['lora'] / medians['full']:.2f}"
         )
 
 

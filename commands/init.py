@@ -160,8 +160,8 @@ def init(
     for warning in rows.warnings:
         print_message(f"note: {warning}")
     counts = (
-        f"{len(rows.train):,} training, {len(rows.validation):,} validation, "
-        f"{len(rows.test):,} test rows"
+        f"{len(rows.train):,} training, {len(rows.validation):,} validation, {len(rows.test):,} "
+        "test rows"
     )
     if rows.labels:
         counts += f"; {len(rows.labels)} labels"

@@ -332,8 +332,8 @@ def describe_plan(job_plan: Plan) -> list[str]:
         )
         lines.append(
             f"memory          {job_plan.memory.low:.1f} / {job_plan.memory.expected:.1f} / "
-            f"{job_plan.memory.high:.1f} GiB of "
-            f"{job_plan.memory.of} (low / expected / high): {parts}"
+            f"{job_plan.memory.high:.1f} GiB of {job_plan.memory.of} (low / expected / high): "
+            f"{parts}"
         )
     else:
         lines.append(

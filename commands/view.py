@@ -255,8 +255,8 @@ def _iterate_all_news(run: Run) -> Iterator[str]:
         name = " ".join(filter(None, (trial.arm, trial.id, f"({values})" if values else "")))
         for row in trial.read_evaluations():
             yield (
-                f"{name} step {row['step']}: {metric} {format_number(row.get(metric))}, "
-                f"train loss {format_number(row.get('train_loss'))}, "
+                f"{name} step {row['step']}: {metric} {format_number(row.get(metric))}, train loss "
+                f"{format_number(row.get('train_loss'))}, "
                 f"{format_number(row.get('tokens_per_second'), 0)} tokens/s"
             )
         status = trial.read_status()

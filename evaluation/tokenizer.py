@@ -76,8 +76,8 @@ def read_tokenizer(name: str, folder: Path, *, trust_remote_code: bool = False) 
     """
     if not has_module("transformers"):
         raise AssetError(
-            f"the tokenizer of {name} cannot be read without transformers, which this "
-            f"installation does not have: {TRAIN_COMMAND}"
+            f"the tokenizer of {name} cannot be read without transformers, which this installation "
+            f"does not have: {TRAIN_COMMAND}"
         )
     from transformers import AutoTokenizer
 

@@ -627,8 +627,7 @@ def _list_length_notes(name: str, rows: int, counts: dict[str, Any], max_length:
     if counts.get("shortened"):
         notes.append(
             f"{counts['shortened']} of {rows} {name} rows are longer than model.max_length = "
-            f"{max_length} tokens and "
-            "lost their oldest turns"
+            f"{max_length} tokens and lost their oldest turns"
         )
     if counts.get("cut"):
         notes.append(

@@ -142,8 +142,8 @@ def _name(job: Tree) -> RuleProblems:
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         yield (
             "metadata.name",
-            f"{name!r} must begin with a letter and have lower-case letters, digits and "
-            "dashes only",
+            f"{name!r} must begin with a letter and have lower-case letters, digits and dashes "
+            "only",
         )
 
 
@@ -213,8 +213,8 @@ def _deletion_rules(job: Tree) -> RuleProblems:
         if condition.get("jobStatus") not in (None, "SUCCEEDED", "FAILED"):
             yield (
                 path,
-                f"jobStatus {condition['jobStatus']} cannot be matched; must be SUCCEEDED "
-                "or FAILED",
+                f"jobStatus {condition['jobStatus']} cannot be matched; must be SUCCEEDED or "
+                "FAILED",
             )
         condition_key = (kinds[0], condition[kinds[0]])
         key = (*condition_key, rule["policy"])

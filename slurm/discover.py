@@ -118,8 +118,8 @@ def _format_site_file(
         + (f"          # others: {', '.join(other_partitions)}" if other_partitions else ""),
         f"cpus_per_node: {common_kind.cpus}          # of {node_count} nodes, most have this many",
         f"memory_gb_per_node: {gigabytes}",
-        f"time_limit: {time_limit if is_short else '4:00:00'}"
-        f"          # check: the partition allows {time_limit}",
+        f"time_limit: {time_limit if is_short else '4:00:00'}          # check: the partition "
+        f"allows {time_limit}",
     ]
     if common_kind.gpus:
         lines += [

@@ -88,8 +88,8 @@ def render(
             rendered[name] = _ENVIRONMENT.from_string(text).render(context)
         except Exception as error:  # the expressions come from the template and may raise anything
             raise PlacementRefused(
-                f"the template of site {site.name} cannot be rendered: "
-                f"{type(error).__name__}: {error}"
+                f"the template of site {site.name} cannot be rendered: {type(error).__name__}: "
+                f"{error}"
             ) from error
     return rendered
 

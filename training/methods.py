@@ -269,9 +269,8 @@ def _list_saved_modules(base: Base) -> list[str] | None:
         ):  # PEFT matches modules by the end of their name
             raise UserError(
                 f"the checkpoint has no weights for {path} of {type(base.model).__name__}, and "
-                "PEFT cannot save them "
-                "with an adapter; use method: full, or a checkpoint that was trained as a "
-                "classifier"
+                "PEFT cannot save them with an adapter; use method: full, or a checkpoint that was "
+                "trained as a classifier"
             )
     return saved or None
 

@@ -316,8 +316,7 @@ def _refuse_quantised(model: PreTrainedModel, uninitialized: Sequence[str]) -> N
         if kinds & {"Linear4bit", "Linear8bitLt"}:
             raise UserError(
                 f"method is qlora, but the checkpoint has no weights for {path} of "
-                f"{type(model).__name__}, which must "
-                "be trained and cannot be quantised; use lora"
+                f"{type(model).__name__}, which must be trained and cannot be quantised; use lora"
             )
 
 

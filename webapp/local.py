@@ -19,9 +19,8 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 STATIC = Path(__file__).parent / "static"
 TOKEN_HEADER = "X-Lorafleet-Token"
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src "
-    "'self' data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' "
+    "data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
 

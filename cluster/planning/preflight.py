@@ -141,8 +141,7 @@ def _check_adapter(job: JobSpec) -> list[tuple[str, str]]:
                 field,
                 (
                     f"{field} is {adapter}, but that folder has no PEFT adapter "
-                    "(adapter_config.json and "
-                    "its weights)"
+                    "(adapter_config.json and its weights)"
                 ),
             )
         ]
@@ -403,8 +402,8 @@ def _check_targets(job: JobSpec, config: dict[str, Any]) -> list[tuple[str, str]
             )
             unknown_names = ", ".join(map(repr, unknown))
             message = (
-                f"{_TARGETS_FIELD} has {unknown_names}, but {job.model.model_name_or_path} "
-                f"has no such layer; {hint}"
+                f"{_TARGETS_FIELD} has {unknown_names}, but {job.model.model_name_or_path} has no "
+                f"such layer; {hint}"
             )
             problems.append((_TARGETS_FIELD, message))
     return problems

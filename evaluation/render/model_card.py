@@ -153,8 +153,7 @@ def render_card(manifest: dict[str, Any], report: Report) -> str:
         f"# {'Model' if method == 'full' else 'Adapter'} {manifest['trial_id']}",
         "",
         f"{_TITLES[method].format(escape_markdown(manifest['base_model']))}, trained for "
-        f"{report.task} on {escape_markdown(report.data)} "
-        f"by lorafleet run `{report.run}`.",
+        f"{report.task} on {escape_markdown(report.data)} by lorafleet run `{report.run}`.",
         "",
         escape_markdown(report.recommendation.sentence),
         *(f"\n{escape_markdown(caution)}" for caution in report.cautions),

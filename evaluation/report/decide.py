@@ -242,8 +242,7 @@ def explain(
         names = _list_names(decision.unranked)
         sentences.append(
             f"There are no comparable per-row results of {names} (not stored or not finite); only "
-            "their scores were "
-            "compared."
+            "their scores were compared."
         )
     return " ".join(sentences)
 
@@ -270,16 +269,15 @@ def _explain_best(decision: Decision, comparisons: Sequence[Comparison], wording
         verb = "is" if others == 1 else "are"
         return (
             f"{sentence} {format_count(others, f'other {wording.noun}')} {verb} within the "
-            "tolerance, but not clearly "
-            f"cheaper ({wording.format_cost(best)} for {best.name})."
+            f"tolerance, but not clearly cheaper ({wording.format_cost(best)} for {best.name})."
         )
     if decision.cheaper_undecided:
         return sentence
     if decision.undecided:
         verb = "is" if len(decision.undecided) == 1 else "are"
         sentence += (
-            f" {_list_names(decision.undecided)} {verb} not shown to be worse, but not "
-            "cheaper either."
+            f" {_list_names(decision.undecided)} {verb} not shown to be worse, but not cheaper "
+            "either."
         )
     elif decision.worse:
         nearest = max(decision.worse, key=lambda option: option.score)
@@ -309,19 +307,19 @@ def _explain_cheaper(
     about = "" if _get_cost(chosen) == lowest else "about "
     sentences = [
         f"Ship {wording.describe(chosen.name)}: it has {about}the lowest cost "
-        f"({wording.format_cost(chosen)}) of the "
-        f"{len(decision.eligible)} {wording.noun}s within the tolerance.",
+        f"({wording.format_cost(chosen)}) of the {len(decision.eligible)} {wording.noun}s within "
+        "the tolerance.",
         f"Its score on {_format_row_count(decision, wording)} is "
-        f"{wording.format_score(chosen.name)}; the best is "
-        f"{wording.format_score(best.name)} of {best.name} ({wording.format_cost(best)}).",
+        f"{wording.format_score(chosen.name)}; the best is {wording.format_score(best.name)} of "
+        f"{best.name} ({wording.format_cost(best)}).",
     ]
     for each in comparisons:
         loss = format_decimal(each.compute_loss(chosen.name, best.name))
         max_loss = format_decimal(each.compute_max_loss(chosen.name, best.name))
         tolerance = resolve_tolerance(each, tolerances, best.name)
         sentences.append(
-            f"It loses {loss} in {each.metric}, at most {max_loss} with 95 % confidence "
-            f"(tolerance {tolerance:.2g})."
+            f"It loses {loss} in {each.metric}, at most {max_loss} with 95 % confidence (tolerance "
+            f"{tolerance:.2g})."
         )
     return sentences
 

@@ -66,9 +66,8 @@ class SearchRule:
         """Return the rule as text for the given kind of candidates."""
         return (
             f"of {candidates}, the one with the fewest trained parameters that loses at most "
-            f"{describe_tolerances(self.tolerances)} against the best (simultaneous 95 % "
-            "intervals of paired "
-            "differences on the validation rows); if there is none, the best"
+            f"{describe_tolerances(self.tolerances)} against the best (simultaneous 95 % intervals "
+            "of paired differences on the validation rows); if there is none, the best"
         )
 
     def describe_trial(self, trial_id: str) -> str:

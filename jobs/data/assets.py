@@ -78,8 +78,8 @@ ASSETS = {
             "14ef6031666fb89d2e0ce2a9e9e58a912e23e27b20610a96bb0999610eef24a8",
             92.9,
             "Apache-2.0",
-            "SmolLM2-135M-Instruct (dequantised from Q4_1: not bit-equal to the hub's), a "
-            "causal LM",
+            "SmolLM2-135M-Instruct (dequantised from Q4_1: not bit-equal to the hub's), a causal "
+            "LM",
             134_515_008,
             "HuggingFaceTB/SmolLM2-135M-Instruct",
         ),
@@ -103,8 +103,8 @@ ASSETS = {
             "033b11408cec1abf952ca552dcfefe3523bc2fb185048393758cbfc42d98413e",
             5.2,
             "MIT",
-            "250 papers with a written sentence each on challenge, approach and outcome; "
-            "official split",
+            "250 papers with a written sentence each on challenge, approach and outcome; official "
+            "split",
         ),
     )
 }

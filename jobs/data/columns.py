@@ -471,11 +471,9 @@ def _has_meaningful_extras(
 
 
 _MEANINGFUL_COLUMNS = frozenset(
-    "system system_prompt tools history images image videos video audios audio documents "
-    "functions function_call "
-    "weight loss_weight chat_template_kwargs enable_thinking rejected assistant_masks train "
-    "training loss messages "
-    "conversations conversation".split()
+    "system system_prompt tools history images image videos video audios audio documents functions "
+    "function_call weight loss_weight chat_template_kwargs enable_thinking rejected "
+    "assistant_masks train training loss messages conversations conversation".split()
 )
 """Columns that may change what a row means."""
 

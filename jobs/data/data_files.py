@@ -396,8 +396,7 @@ def _iterate_csv_records(
         lines = format_count(reader.line_num - 1, "line")
         notes.append(
             f"{path.name}: {format_count(rows, 'row')} on {lines}: cells in quotes may hold "
-            "several lines (the first such "
-            f"row ends on line {first_long})"
+            f"several lines (the first such row ends on line {first_long})"
         )
 
 

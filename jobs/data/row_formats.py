@@ -467,8 +467,8 @@ def _parse_history(record: Mapping[str, Any]) -> list[Message]:
         )
         if not is_pair or not all(part.strip() for part in pair):
             raise BadRow(
-                f"history has {_shorten(pair)}, but must be a list of [question, answer] pairs "
-                "of texts"
+                f"history has {_shorten(pair)}, but must be a list of [question, answer] pairs of "
+                "texts"
             )
         _check_encodable("history", "".join(pair))
         messages += [Message("user", pair[0]), Message("assistant", pair[1])]
@@ -494,8 +494,8 @@ def _add_system_message(
     texts = list(columns.values()) + ([existing] if existing is not None else [])
     if len({text.strip() for text in texts}) > 1:
         raise BadRow(
-            f"{' and '.join(columns)} and the system message contradict each other: keep one "
-            "of them"
+            f"{' and '.join(columns)} and the system message contradict each other: keep one of "
+            "them"
         )
     if existing is not None:
         return messages
@@ -581,8 +581,8 @@ def _parse_message(value: Any, number: int, unused: Counter[str]) -> Message:
     learn = _parse_training_flag(record, role, number, unused)
     if calls and role != "assistant":
         raise BadRow(
-            f"message {number} has tool_calls, but its role is {role}: only an assistant "
-            "calls tools"
+            f"message {number} has tool_calls, but its role is {role}: only an assistant calls "
+            "tools"
         )
     name, call_id = _parse_tool_reference(record, role, number)
     return Message(role, text, reasoning, calls, name, call_id, learn)
@@ -663,8 +663,8 @@ def _parse_content(value: Any, number: int) -> str:
                     f"a part of type {kind!r}" if kind not in (None, "text") else _shorten(part)
                 )
                 raise BadRow(
-                    f"content of message {number} has {description}, but only {{type: text, "
-                    "text} can be learnt"
+                    f"content of message {number} has {description}, but only {{type: text, text}} "
+                    "can be learnt"
                 )
             parts.append(part["text"])
         value = "".join(parts)
@@ -712,8 +712,8 @@ def _parse_training_flag(
         if key in record:
             if not isinstance(record[key], bool):
                 raise BadRow(
-                    f"{key} of message {number} is {_shorten(record[key])}, but must be true "
-                    "or false"
+                    f"{key} of message {number} is {_shorten(record[key])}, but must be true or "
+                    "false"
                 )
             flags.append(record[key])
     if len(set(flags)) > 1:

@@ -215,8 +215,7 @@ def _find_folder_splits(folder: Path) -> dict[str, Path]:
     if "train" not in paths:
         raise DataError(
             f"data.dataset_name is {folder}, but that folder has no train file (train.jsonl, "
-            "train.csv, ...): name the "
-            "file in data.train_file"
+            "train.csv, ...): name the file in data.train_file"
         )
     return paths
 
@@ -342,8 +341,8 @@ def _make_splits(
                 validation, data.test_fraction, seed, "data.test_fraction", keep_classes=False
             )
             warnings.append(
-                f"no test set: {_format_count(len(test), 'of the validation rows')} held back "
-                "for it"
+                f"no test set: {_format_count(len(test), 'of the validation rows')} held back for "
+                "it"
             )
         except (
             DataError
@@ -392,8 +391,8 @@ def _resolve_labels(
     # A column of texts or ids, named by mistake, would give a head of as many classes as rows.
     if len(counts) > 1000:
         raise DataError(
-            f"{sources['train']}: there are {len(counts)} labels; is data.label_column the "
-            "right column?"
+            f"{sources['train']}: there are {len(counts)} labels; is data.label_column the right "
+            "column?"
         )
     for split in ("validation", "test"):
         unknown = sorted(set(count_labels(rows.get(split, []))) - set(counts))

@@ -174,8 +174,8 @@ def check_base(model: ModelArm, job: JobSpec) -> None:
     # matter.
     if len(hub_names) == 2 and len(ids) == 2:
         raise UserError(
-            f"{config.parent} was trained on {trained_on}, but the job's base is {job_base}: "
-            f"set model.model_name_or_path={trained_on}"
+            f"{config.parent} was trained on {trained_on}, but the job's base is {job_base}: set "
+            f"model.model_name_or_path={trained_on}"
         )
 
 

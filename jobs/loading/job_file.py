@@ -785,8 +785,8 @@ def _refuse_unread_columns(reading: _Reading, row_format: str, renamed: dict[str
     for column, name in renamed.items():
         if column not in _COLUMNS[row_format]:
             sentence = (
-                f"data.{column} is {name!r}, but the row format {row_format} does not read "
-                f"it; {advice}"
+                f"data.{column} is {name!r}, but the row format {row_format} does not read it; "
+                f"{advice}"
             )
             reading.add_problem(f"data.{column}", sentence)
 
@@ -911,8 +911,8 @@ def _apply_arm_adapter(
             arm_settings.setdefault(name, value)
         if name in (arm.get("parameters") or {}):
             sentence = (
-                f"{name} is {_format_value(value)} in the adapter of the arm's "
-                f"{_INIT_ADAPTER}, so it cannot be searched"
+                f"{name} is {_format_value(value)} in the adapter of the arm's {_INIT_ADAPTER}, so "
+                "it cannot be searched"
             )
             reading.add_problem(f"compare.arms.{arm_name}.parameters.{name}", sentence)
 

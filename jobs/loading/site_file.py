@@ -185,8 +185,8 @@ def _load_extended(
                 Problem(
                     "extends",
                     (
-                        "extends refers back to a file that is being read, or to too many files "
-                        "in a row"
+                        "extends refers back to a file that is being read, or to too many files in "
+                        "a row"
                     ),
                 )
             ],

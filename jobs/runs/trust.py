@@ -109,8 +109,7 @@ def find_distrust_reason(run: Path) -> str | None:
         )
     return (
         f"{folder} was not created by your lorafleet at this location: it was copied, or created "
-        "by another user or an "
-        "earlier version"
+        "by another user or an earlier version"
     )
 
 

@@ -201,8 +201,8 @@ class CompareSpec(Spec):
                     if spec.method in ("lora", "qlora")
                 ]
                 sentence = (
-                    f"adapter_of is {arm.adapter_of!r}, but must be an arm with an "
-                    f"adapter: {', '.join(adapter_arms)}"
+                    f"adapter_of is {arm.adapter_of!r}, but must be an arm with an adapter: "
+                    f"{', '.join(adapter_arms)}"
                 )
                 problems.append(
                     Problem(f"compare.arms.{name}.adapter_of", f"compare.arms.{name}.{sentence}")

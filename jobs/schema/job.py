@@ -221,8 +221,7 @@ class DataSpec(Spec):
         if not self.assistant_only_loss and self.train_on_turns == "last":
             sentence = (
                 "data.train_on_turns is last, but must be all with data.assistant_only_loss: "
-                "false, which learns every "
-                "token of a conversation"
+                "false, which learns every token of a conversation"
             )
             raise SpecProblems([Problem("data.train_on_turns", sentence)])
         if self.labels is not None and (
@@ -458,10 +457,8 @@ class TrainSpec(Spec):
                     Problem(
                         "train.global_batch_size",
                         f"train.global_batch_size is {self.global_batch_size}, but must be a "
-                        "multiple of "
-                        "per_device_train_batch_size x processes = "
-                        f"{self.per_device_train_batch_size} x {world_size} "
-                        f"= {rows_per_pass}",
+                        "multiple of per_device_train_batch_size x processes = "
+                        f"{self.per_device_train_batch_size} x {world_size} = {rows_per_pass}",
                     )
                 ]
             )
@@ -989,8 +986,7 @@ def _find_method_problems(job: JobSpec) -> list[Problem]:
             Problem(
                 "prompt_tuning.num_virtual_tokens",
                 f"prompt_tuning.num_virtual_tokens is {job.prompt_tuning.num_virtual_tokens}, but "
-                "must be below "
-                f"model.max_length = {job.model.max_length}",
+                f"must be below model.max_length = {job.model.max_length}",
             )
         )
     return problems
@@ -1022,8 +1018,8 @@ def _find_fold_problems(job: JobSpec) -> list[Problem]:
     for metric in job.decision_metrics:
         if metric.name in job.extra_metrics:
             sentence = (
-                f"search.metric.name is {metric.name}, but must be a likelihood metric "
-                "with evaluate.folds"
+                f"search.metric.name is {metric.name}, but must be a likelihood metric with "
+                "evaluate.folds"
             )
             problems.append(Problem("search.metric.name", sentence))
     return problems

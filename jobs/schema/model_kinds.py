@@ -352,9 +352,8 @@ def get_classification_refusal(config: Config, name: str) -> str | None:
         return _describe_unreadable_config(name)
     if is_encoder_decoder(config):
         return (
-            f"model.model_name_or_path is {name}, which is an encoder-decoder ({kind}), but "
-            "must be an "
-            "encoder such as BERT or a causal decoder such as Llama for classification"
+            f"model.model_name_or_path is {name}, which is an encoder-decoder ({kind}), but must "
+            "be an encoder such as BERT or a causal decoder such as Llama for classification"
         )
     if kind in _PADDING_SENSITIVE_TYPES:
         return (

@@ -66,7 +66,6 @@ def get_attention_refusal(job: JobSpec, *, cuda: bool, has_flash: bool) -> str |
     if name == "flash_attention_2" and not has_flash:
         return (
             "model.attn_implementation is flash_attention_2, but the package flash-attn is not "
-            "installed "
-            "(pip install flash-attn); use sdpa, or install it"
+            "installed (pip install flash-attn); use sdpa, or install it"
         )
     return None

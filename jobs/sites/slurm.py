@@ -338,8 +338,7 @@ class SlurmSite(Spec):
         if self.requeue.signal_seconds >= self.time_limit_seconds:
             sentence = (
                 f"requeue.signal_seconds is {self.requeue.signal_seconds}, but must be below the "
-                "time limit of "
-                f"{self.time_limit} ({self.time_limit_seconds} s)"
+                f"time limit of {self.time_limit} ({self.time_limit_seconds} s)"
             )
             problems.append(Problem("requeue.signal_seconds", sentence))
         if problems:

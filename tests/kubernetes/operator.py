@@ -523,11 +523,10 @@ class Operator:
             json.dumps(spec["entrypointResources"]),
         )
         script = (
-            f"if ! ray job status --address {address} {submission} >/dev/null 2>&1 ; then "
-            f"ray job submit --address {address} --no-wait --metadata-json {metadata} "
-            f"--submission-id {submission} --entrypoint-resources {resources} -- "
-            f"{spec['entrypoint'].strip()} ; fi ; ray job logs --address {address} --follow "
-            f"{submission}"
+            f"if ! ray job status --address {address} {submission} >/dev/null 2>&1 ; then ray job "
+            f"submit --address {address} --no-wait --metadata-json {metadata} --submission-id "
+            f"{submission} --entrypoint-resources {resources} -- {spec['entrypoint'].strip()} ; fi "
+            f"; ray job logs --address {address} --follow {submission}"
         )
         template = spec["submitterPodTemplate"]
         name = job["metadata"]["name"]

@@ -195,12 +195,10 @@ class Machines:
         """
         code = (
             "import ray, json; ray.init(log_to_driver=False); from ray.util.state import "
-            "list_actors, "
-            "list_placement_groups as groups; "
-            "own = ('TrainStateActor', '_AutoscalingCoordinatorActor'); "
-            "print(json.dumps([a.class_name for a in list_actors() if a.state == 'ALIVE' and "
-            "a.class_name not in own]"
-            " + [g.placement_group_id for g in groups() if g.state != 'REMOVED']))"
+            "list_actors, list_placement_groups as groups; own = ('TrainStateActor', "
+            "'_AutoscalingCoordinatorActor'); print(json.dumps([a.class_name for a in "
+            "list_actors() if a.state == 'ALIVE' and a.class_name not in own] + "
+            "[g.placement_group_id for g in groups() if g.state != 'REMOVED']))"
         )
         found: list[str] = json.loads(self._asked(code))
         return found

@@ -98,7 +98,6 @@ def test_who_is_killed_when(
     }
     request.config.stash.setdefault(KILLS, []).append(
         f"kill matrix: {who:<6} in {phase:<10} largest difference of the loss {gaps['loss']:.1e}, "
-        "of the training "
-        f"loss {gaps['train_loss']:.1e}"
+        f"of the training loss {gaps['train_loss']:.1e}"
     )
     assert max(gaps.values()) <= TOLERANCE

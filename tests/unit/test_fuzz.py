@@ -29,8 +29,7 @@ STRANGE_TEXTS = st.sampled_from([
                                                                                   "x)", "`id`",
     "../../etc/passwd", "/etc/passwd", "/dev/null/x", "~nobody/x", "\\", "'", '"', "null", "no", "1:00:00", "1e999",
     "2*lora_r", "lora.lora_r", "asset:nothing", "asset:minilm-l6", "org/name", "=", ".", "..", "-1", "0x10", "é" * 300,
-    "a\nb: "
-    "c", "!!python/object:os.system", "&a "
+    "a\nb: c", "!!python/object:os.system", "&a "
                                       "[*a]", "${HOME}", "%s%n", "x" * 300 + ".jsonl", "con", "\N{BOM}x",
 ])  # fmt: skip
 STRANGE_NUMBERS = st.sampled_from(

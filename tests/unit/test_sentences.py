@@ -77,8 +77,7 @@ def test_cutting_keeps_both_ends() -> None:
 STRANGE: dict[str, dict[str, bytes]] = {
     "weight map of a list": {"model.safetensors.index.json": b'{"weight_map": ["a", "b"]}'},
     "weight map of a text": {"model.safetensors.index.json": b'{"weight_map": "x"}'},
-    "weight map "
-    "of "
+    "weight map of "
     "numbers": {"model.safetensors.index.json": b'{"weight_map": {"a": 7, "b": [1], "c": null}}'},
     "weight map "
     "elsewhere": {"model.safetensors.index.json": b'{"weight_map": {"a": "../../etc/passwd"}}'},
@@ -87,18 +86,15 @@ STRANGE: dict[str, dict[str, bytes]] = {
     "header of a list": {"model.safetensors": (2).to_bytes(8, "little") + b"[]"},
     "header without end": {"model.safetensors": (2**62).to_bytes(8, "little") + b"{}"},
     "empty weights": {"model.safetensors": b""},
-    "huge "
-    "numbers": {"config.json": b'{"model_type": "bert", "hidden_size": 1e308, '
+    "huge numbers": {"config.json": b'{"model_type": "bert", "hidden_size": 1e308, '
                                b'"num_hidden_layers": 1e308, '
                      b'"vocab_size": 1e308, "max_position_embeddings": 1e308, '
                      b'"intermediate_size": -1}'},
-    "texts "
-    "for "
+    "texts for "
     "numbers": {"config.json": b'{"model_type": ["bert"], "hidden_size": "x", "vocab_size": {}}'},
     "null config": {"config.json": b"null"},
     "deep config": {"config.json": b'{"a":' * 50_000},
-    "odd "
-    "labels": {"config.json": b'{"model_type": "bert", "id2label": [1], "num_labels": "x", '
+    "odd labels": {"config.json": b'{"model_type": "bert", "id2label": [1], "num_labels": "x", '
                               b'"architectures": 7}'},
     "odd tokenizer": {"tokenizer_config.json": b'{"tokenizer_class": [], "auto_map": 7}'},
     "NUL in names": {"model.safetensors.index.json": b'{"weight_map": {"a": "x\\u0000y"}}'},

@@ -44,11 +44,11 @@ def test_no_command_that_reads_imports_torch_or_ray(command: str, tmp_path: Path
     if command == "sync":
         words.append("nothing")
     code = (
-        f"import sys; sys.argv = ['lorafleet', *{words!r}]; from lorafleet.commands.cli "
-        "import main\n"
+        f"import sys; sys.argv = ['lorafleet', *{words!r}]; from lorafleet.commands.cli import "
+        "main\n"
         "try: main()\nexcept SystemExit: pass\n"
-        "sys.stderr.write('LOADED ' + ' '.join(m for m in ('torch', 'ray', 'transformers') if m "
-        "in sys.modules))"
+        "sys.stderr.write('LOADED ' + ' '.join(m for m in ('torch', 'ray', 'transformers') if m in "
+        "sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False

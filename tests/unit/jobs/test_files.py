@@ -59,8 +59,8 @@ def make(kind: str, path: Path) -> None:
 def test_no_file_of_a_job_is_waited_for(kind: str, field: str, tmp_path: Path) -> None:
     if kind == "huge" and field.startswith("data.") and field != "data.chat_template":
         pytest.skip(
-            "rows may be as large as they are: a file of two terabytes is read as long as there "
-            "is memory"
+            "rows may be as large as they are: a file of two terabytes is read as long as there is "
+            "memory"
         )
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * 4)
     text, overrides = NAMED[field]

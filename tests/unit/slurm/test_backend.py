@@ -278,8 +278,8 @@ def test_locks_are_not_passed_by_the_block_around_them(tmp_path: Path) -> None:
 
 def test_variables_of_a_job(tmp_path: Path) -> None:
     text = (
-        "name: a\ntask: classification\nmodel: {model_name_or_path: a/b}\ndata: "
-        "{dataset_name: a/b}\n"
+        "name: a\ntask: classification\nmodel: {model_name_or_path: a/b}\ndata: {dataset_name: "
+        "a/b}\n"
     )
     job = load_text(f"{text}environment: {{NCCL_DEBUG: INFO}}\n", tmp_path / "j.yaml").job
     assert job.environment == {"NCCL_DEBUG": "INFO"}

@@ -84,11 +84,9 @@ def test_why_a_job_waits(reason: str, words: str) -> None:
 
 SCONTROL = (
     "JobId=42 JobName=my job UserId=lab(1000) GroupId=lab(1000) MCS_label=N/A Priority=1 "
-    "Account=(null) QOS=(null) "
-    "JobState=FAILED Reason=NonZeroExitCode Dependency=(null) Requeue=1 Restarts=2 BatchFlag=1 "
-    "Reboot=0 ExitCode=3:0 "
-    "RunTime=00:01:02 NodeList=node[1-2] BatchHost=node1 Command=/home/lab/run dir/job.sh "
-    "StdOut=/home/lab/a=b.log"
+    "Account=(null) QOS=(null) JobState=FAILED Reason=NonZeroExitCode Dependency=(null) Requeue=1 "
+    "Restarts=2 BatchFlag=1 Reboot=0 ExitCode=3:0 RunTime=00:01:02 NodeList=node[1-2] "
+    "BatchHost=node1 Command=/home/lab/run dir/job.sh StdOut=/home/lab/a=b.log"
 )
 
 

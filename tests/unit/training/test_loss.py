@@ -20,13 +20,11 @@ from tests.unit.jobs.data.chat_families import BY_NAME, CHATML, Family, learnt_s
 
 _STEPS = 5
 _MARKED = CHATML.replace(
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% "
-    "endfor %}",
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor "
+    "%}",
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% "
-    "generation %}"
-    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' "
-    "}}{% endif %}"
-    "{{ '\n' }}{% endfor %}",
+    "generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + "
+    "'<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}",
 )
 _WITH_MARKERS = (
     Family("chatml", _MARKED, "<|im_end|>", after="<|im_end|>"),

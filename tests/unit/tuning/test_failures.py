@@ -116,8 +116,8 @@ def trial(tmp_path: Path) -> Trial:
         ),
         ("NodeDiedError: the node was preempted=True", "preempted"),
         (
-            "The actor died unexpectedly before finishing this task: exception in its "
-            "creation task",
+            "The actor died unexpectedly before finishing this task: exception in its creation "
+            "task",
             "code",
         ),
         (
@@ -129,8 +129,7 @@ def trial(tmp_path: Path) -> Trial:
         ("Traceback (most recent call last):\n  File 'x'\nKeyError: 'y'", "code"),
         (
             "Traceback ...\nPreemptionError: Training was interrupted by node preemption "
-            "(preempted_ranks=[1], "
-            "drain_timed_out=True).",
+            "(preempted_ranks=[1], drain_timed_out=True).",
             "preempted",
         ),
         (

@@ -109,8 +109,8 @@ def test_attention_of_a_search_and_of_an_arm(bert_job: JobMaker) -> None:
         "search: {method: grid, parameters: {model.attn_implementation: [sdpa, flash_attention_2]}}"
     )
     arms = (
-        "compare: {arms: {a: {method: lora}, b: {method: lora, set: "
-        "{model.attn_implementation: flex_attention}}}}"
+        "compare: {arms: {a: {method: lora}, b: {method: lora, set: {model.attn_implementation: "
+        "flex_attention}}}}"
     )
     for text in (search, arms):
         with pytest.raises(JobFileError, match="trains only on a GPU"):
@@ -265,8 +265,8 @@ def test_an_alias_is_understood_everywhere(name: str) -> None:
             ).job.search
             assert list(searched.parameters) == [ours]
         arm = (
-            "compare: {arms: {a: {method: lora}, "
-            f"b: {{method: lora, set: {{{key}: {value}}}}}}}}}\n"
+            f"compare: {{arms: {{a: {{method: lora}}, b: {{method: lora, set: {{{key}: "
+            f"{value}}}}}}}}}\n"
         )
         if ours != "train.num_train_epochs":  # the budget of all arms
             assert fields.get_value(build_arm_job(_job(arm).job, "b").model_dump(), ours) == said
@@ -457,8 +457,8 @@ def test_a_quantization_that_is_a_list_is_a_sentence() -> None:
 
 def test_what_a_search_decides_is_not_called_unused() -> None:
     text = (
-        "train: {decay_ratio: 0.3}\nsearch: {method: grid, parameters: "
-        "{train.lr_scheduler_type: [linear, cosine]}}\n"
+        "train: {decay_ratio: 0.3}\nsearch: {method: grid, parameters: {train.lr_scheduler_type: "
+        "[linear, cosine]}}\n"
     )
     assert collect_unused_notes(_job(text), "sweep") == []
 
@@ -477,8 +477,8 @@ def test_arms_that_pack_and_arms_that_do_not_are_not_compared_by_rows(llama_job:
 
 def test_an_override_of_a_comparison_stays_in_it() -> None:
     arms = (
-        "compare: {arms: {a: {method: lora}, b: {method: full}}, scheduler: {type: asha}, "
-        "budget: {samples: 100}}\n"
+        "compare: {arms: {a: {method: lora}, b: {method: full}}, scheduler: {type: asha}, budget: "
+        "{samples: 100}}\n"
     )
     assert _job(arms, "compare.scheduler.eta=2").job.compare.scheduler.reduction_factor == 2
 
@@ -493,28 +493,21 @@ def test_a_warm_up_into_the_decay_has_no_step_between() -> None:
 
 CODE = (
     "PYTHONPATH PYTHONSTARTUP PYTHONHOME PYTHONWARNINGS PYTHONBREAKPOINT PYTHONUSERBASE "
-    "PYTHONPYCACHEPREFIX LD_PRELOAD "
-    "LD_LIBRARY_PATH LD_AUDIT DYLD_INSERT_LIBRARIES BASH_ENV ENV PATH HOME SHELLOPTS PS4 IFS "
-    "GCONV_PATH "
-    "OMP_TOOL_LIBRARIES NCCL_NET_PLUGIN NCCL_TUNER_PLUGIN NCCL_CONF_FILE RAY_RUNTIME_ENV_HOOK "
-    "RAY_START_HOOK CUDA_HOME "
-    "CC CXX NVCC_PREPEND_FLAGS CFLAGS TRITON_CACHE_DIR TORCH_EXTENSIONS_DIR "
-    "TORCHINDUCTOR_CACHE_DIR HF_MODULES_CACHE "
-    "HF_HOME XDG_CACHE_HOME MPLBACKEND GIT_SSH_COMMAND OPENSSL_CONF NODE_OPTIONS "
-    "JAVA_TOOL_OPTIONS PAGER KUBECONFIG "
-    "CUDA_INJECTION64_PATH UCX_MODULE_DIR DS_ENV_FILE LORAFLEET_CACHE TRITON_PTXAS_PATH "
-    "RAY_preload_python_modules "
-    "PERL5LIB LIBRARY_PATH RAY_JOB_CONFIG_JSON_ENV_VAR https_proxy ALL_PROXY SSL_CERT_FILE "
-    "REQUESTS_CA_BUNDLE NETRC "
-    "COVERAGE_PROCESS_START OMPI_MCA_plm_rsh_agent TRITON_OVERRIDE_DIR "
-    "HF_DATASETS_TRUST_REMOTE_CODE "
+    "PYTHONPYCACHEPREFIX LD_PRELOAD LD_LIBRARY_PATH LD_AUDIT DYLD_INSERT_LIBRARIES BASH_ENV ENV "
+    "PATH HOME SHELLOPTS PS4 IFS GCONV_PATH OMP_TOOL_LIBRARIES NCCL_NET_PLUGIN NCCL_TUNER_PLUGIN "
+    "NCCL_CONF_FILE RAY_RUNTIME_ENV_HOOK RAY_START_HOOK CUDA_HOME CC CXX NVCC_PREPEND_FLAGS CFLAGS "
+    "TRITON_CACHE_DIR TORCH_EXTENSIONS_DIR TORCHINDUCTOR_CACHE_DIR HF_MODULES_CACHE HF_HOME "
+    "XDG_CACHE_HOME MPLBACKEND GIT_SSH_COMMAND OPENSSL_CONF NODE_OPTIONS JAVA_TOOL_OPTIONS PAGER "
+    "KUBECONFIG CUDA_INJECTION64_PATH UCX_MODULE_DIR DS_ENV_FILE LORAFLEET_CACHE TRITON_PTXAS_PATH "
+    "RAY_preload_python_modules PERL5LIB LIBRARY_PATH RAY_JOB_CONFIG_JSON_ENV_VAR https_proxy "
+    "ALL_PROXY SSL_CERT_FILE REQUESTS_CA_BUNDLE NETRC COVERAGE_PROCESS_START "
+    "OMPI_MCA_plm_rsh_agent TRITON_OVERRIDE_DIR HF_DATASETS_TRUST_REMOTE_CODE "
     "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD WANDB_BASE_URL"
 ).split()
 HARMLESS = (
     "NCCL_DEBUG NCCL_SOCKET_IFNAME NCCL_IB_HCA OMP_NUM_THREADS MKL_NUM_THREADS TZ LANG "
     "CUDA_VISIBLE_DEVICES CUDA_LAUNCH_BLOCKING PYTORCH_CUDA_ALLOC_CONF MALLOC_MMAP_THRESHOLD_ "
-    "HF_HUB_OFFLINE "
-    "MY_SETTING WANDB_MODE WANDB_PROJECT TORCH_DISTRIBUTED_DEBUG GLOO_SOCKET_IFNAME "
+    "HF_HUB_OFFLINE MY_SETTING WANDB_MODE WANDB_PROJECT TORCH_DISTRIBUTED_DEBUG GLOO_SOCKET_IFNAME "
     "PYTHONHASHSEED PYTHONUNBUFFERED DATA_DIR"
 ).split()
 

@@ -141,8 +141,8 @@ def test_the_code_classifies_as_lorafleet_does(
 
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}> {{ m.content }} {{ eos_token }} {% endfor %}"
-    "{% if add_generation_prompt %}<assistant> {{ mood }} {% endif %}"
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} {{ eos_token }} {% endfor %}{% if "
+    "add_generation_prompt %}<assistant> {{ mood }} {% endif %}"
 )
 
 

@@ -168,8 +168,8 @@ def test_every_arm_is_planned(bert_job: JobMaker) -> None:
             "is set by compare.budget",
         ),
         (
-            "method: grid\n  arms: {a: {method: lora, parameters: {lr: [1, 2]}}, "
-            "b: {method: full, parameters: {lr: [1]}}}",
+            "method: grid\n  arms: {a: {method: lora, parameters: {lr: [1, 2]}}, b: {method: full, "
+            "parameters: {lr: [1]}}}",
             "different numbers of configurations (a 2, b 1), which is not a fair comparison",
         ),
         (
@@ -181,8 +181,8 @@ def test_every_arm_is_planned(bert_job: JobMaker) -> None:
             "'model.max_length' is fixed by the training of a; only fields of qlora may differ",
         ),
         (
-            "num_samples: 4\n  arms: {a: {method: lora, parameters: {lr: [1, 2]}}, "
-            "b: {method: full, parameters: {lr: {min: 0.1, max: 1.0}}}}",
+            "num_samples: 4\n  arms: {a: {method: lora, parameters: {lr: [1, 2]}}, b: {method: "
+            "full, parameters: {lr: {min: 0.1, max: 1.0}}}}",
             "different numbers of configurations (a 2, b 4), which is not a fair comparison",
         ),
         (
@@ -441,10 +441,9 @@ def test_rules_choose_as_they_say() -> None:
     assert name == "lora"
     assert sentence.startswith(
         "Ship lora: it has the lowest cost (10.0 seconds of training) of the 2 arms within the "
-        "tolerance. Its score on "
-        "5,000 held-out rows is accuracy 0.790 [0.770, 0.810]; the best is accuracy 0.800 [0.780, "
-        "0.820] of full (50.0 "
-        "seconds of training). It loses 0.010 in accuracy, at most 0.01"
+        "tolerance. Its score on 5,000 held-out rows is accuracy 0.790 [0.770, 0.810]; the best is "
+        "accuracy 0.800 [0.780, 0.820] of full (50.0 seconds of training). It loses 0.010 in "
+        "accuracy, at most 0.01"
     )
     assert sentence.endswith(" with 95 % confidence (tolerance 0.02).")
     assert chosen("smallest_within", "inference_memory_gib", 0.03)[0] == "hybrid"
@@ -616,8 +615,8 @@ def test_options_that_would_do_nothing_are_refused(tmp_path: Path) -> None:
 def test_an_arms_own_revision_is_another_model(bert_job: JobMaker) -> None:
     job = block(
         bert_job,
-        "compare: {arms: {a: {method: base}, b: {method: base, set: {model.revision: r2}}, "
-        "c: {method: base, set: {model.model_name_or_path: /other}}}}",
+        "compare: {arms: {a: {method: base}, b: {method: base, set: {model.revision: r2}}, c: "
+        "{method: base, set: {model.model_name_or_path: /other}}}}",
     )
     name = job.model.model_name_or_path
     assert list_base_models(job) == [(name, None), (name, "r2"), ("/other", None)]

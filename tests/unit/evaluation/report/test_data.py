@@ -214,8 +214,8 @@ def test_named_templates_and_files_of_templates(tmp_path: Path) -> None:
         "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
     )
     (tmp_path / "own.jinja").write_text(
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% if loud %}Hey: {% endif %}{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}{% if "
+        "add_generation_prompt %}[assistant]{% if loud %}Hey: {% endif %}{% endif %}"
     )
     (tmp_path / "plain.txt").write_text("no template")
     path = job_file(tmp_path, folder, ROWS)

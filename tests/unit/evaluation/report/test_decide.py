@@ -355,8 +355,7 @@ def test_the_cheapest_ships_of_which_it_is_shown_that_it_loses_little() -> None:
     sentence = explain(decision, [found], {}, WORDING)
     assert sentence.startswith(
         "Ship b: it has the lowest cost (20 s) of the 2 arms within the tolerance. Its score on "
-        "4,000 rows is score of "
-        "b; the best is score of a of a (30 s). It loses 0.00"
+        "4,000 rows is score of b; the best is score of a of a (30 s). It loses 0.00"
     )
     assert sentence.endswith(" with 95 % confidence (tolerance 0.01).")
 
@@ -531,8 +530,7 @@ def test_what_does_not_beat_the_baseline_is_not_shipped() -> None:
     assert not decided
     assert sentence == (
         "Do not ship: on the validation rows, the best is t with accuracy 0.580 [0.500, 0.650], "
-        "which does not beat "
-        "baseline 0 (0.580)."
+        "which does not beat baseline 0 (0.580)."
     )
     assert check(0.6, (0.5, 0.7), 0.58)[2] == [
         "t (accuracy 0.600 [0.500, 0.700]) is not clearly better than baseline 0 (0.580)."
@@ -573,8 +571,8 @@ def test_cautions_about_rows_and_models() -> None:
         check_predictions([[3, 0], [0, 2]], ["a", "b"]) == check_predictions([], ["a", "b"]) == []
     )
     assert check_convergence("t", row, "accuracy", "maximize") == [
-        "The accuracy of t was still improving when its training ended (0.700, then 0.750). "
-        "Longer training may help."
+        "The accuracy of t was still improving when its training ended (0.700, then 0.750). Longer "
+        "training may help."
     ]
     assert (
         check_convergence("t", row, "accuracy", "minimize")

@@ -25,13 +25,13 @@ _ADDED = re.compile(r"</?(?:think|tool_call|tool_response)>")
 _CORPUS = [
     f"what is the capital of country {number}? it is city {number}." for number in range(50)
 ] + [
-    "user assistant system model tool final analysis name arguments function weather sunny be "
-    "kind short"
+    "user assistant system model tool final analysis name arguments function weather sunny be kind "
+    "short"
 ] * 10
 
 CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor "
+    "%}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _NO_GENERATION_PROMPT = CHATML.split("{% if add", maxsplit=1)[0]
 _SPEAKERS = (
@@ -39,40 +39,36 @@ _SPEAKERS = (
     "{% else %}Assistant: {{ m['content'] }}\n{% endif %}{% endfor %}"
 )
 _MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'system' %}[SYSTEM_PROMPT]{{ m['content'] }}[/SYSTEM_PROMPT]"
-    "{% elif m['role'] == 'user' %}[INST]{{ m['content'] }}[/INST]"
-    "{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}[SYSTEM_PROMPT]{{ "
+    "m['content'] }}[/SYSTEM_PROMPT]{% elif m['role'] == 'user' %}[INST]{{ m['content'] "
+    "}}[/INST]{% else %}{{ m['content'] }}</s>{% endif %}{% endfor %}"
 )
 _MISTRAL_V1 = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
-    "{% if loop.index0 == 1 and messages[0]['role'] == 'system' %}{{ messages[0]['content'] "
-    "}}\n\n{% endif %}"
-    "{{ m['content'] }} [/INST]{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>{% endif "
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% if loop.index0 == "
+    "1 and messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}\n\n{% endif %}{{ "
+    "m['content'] }} [/INST]{% elif m['role'] == 'assistant' %} {{ m['content'] }}</s>{% endif "
     "%}{% endfor %}"
 )
 _PHI4 = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}<|im_sep|>{{ m['content'] }}<|im_end|>{% "
-    "endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
+    "endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
 )
 _SMOLLM2 = (
-    "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant.<|im_end|>\n' }}{% endif %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ "
+    "'<|im_start|>system\nYou are a helpful AI assistant.<|im_end|>\n' }}{% endif %}{{ "
+    "'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if "
+    "add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 _SMOLLM3 = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
-    "{{ '<|im_start|>assistant\n<think>\n\n</think>\n' + m['content'] + '<|im_end|>\n' }}{% "
-    "endgeneration %}"
-    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endif "
-    "%}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n' }}{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ "
+    "'<|im_start|>assistant\n<think>\n\n</think>\n' + m['content'] + '<|im_end|>\n' }}{% "
+    "endgeneration %}{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + "
+    "'<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|im_start|>assistant\n<think>\n\n</think>\n' }}{% endif %}"
 )
 _GLM4 = (
-    "[gMASK]<sop>{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}{# <|system|> <|user|> <|assistant|> "
+    "[gMASK]<sop>{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{% endfor %}{% if "
+    "add_generation_prompt %}<|assistant|>\n{% endif %}{# <|system|> <|user|> <|assistant|> "
     "<|observation|> #}"
 )
 

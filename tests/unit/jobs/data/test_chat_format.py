@@ -146,8 +146,8 @@ _CACHED: dict[str, RowEncoder] = {}
 # ---- reasoning and tools ----
 
 _WEATHER = (
-    '[{"type":"function","function":{"name":"weather","description":"Weather of a city.",'
-    '"parameters":{"type":"object","properties":{}}}}]'
+    '[{"type":"function","function":{"name":"weather","description":"Weather of a '
+    'city.","parameters":{"type":"object","properties":{}}}}]'
 )
 _CALL = (
     '[{"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": '
@@ -165,8 +165,8 @@ _CALL = (
         ("nemotron3", "I count.\n</think>\nit is 9.<|im_end|>"),
         (
             "gpt-oss",
-            "<|channel|>analysis<|message|>I count.<|end|><|start|>assistant"
-            "<|channel|>final<|message|>it is 9.<|return|>",
+            "<|channel|>analysis<|message|>I "
+            "count.<|end|><|start|>assistant<|channel|>final<|message|>it is 9.<|return|>",
         ),
     ],
 )
@@ -406,8 +406,8 @@ def test_what_the_template_refuses_is_said() -> None:
 
 _MARKED = CHATML.replace(
     "{{ m['content'] }}<|im_end|>\n",
-    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
-    "{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n",
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}{% else "
+    "%}{{ m['content'] }}{% endif %}<|im_end|>\n",
 )
 
 
@@ -446,9 +446,8 @@ def test_an_end_that_a_text_brings_is_not_doubled() -> None:
 
 _TWO_CALLS = (
     '[{"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": '
-    '{"city": "Paris"}}},'
-    ' {"type": "function", "id": "abcdefghj", "function": {"name": "weather", "arguments": '
-    '{"city": "Rome"}}}]'
+    '{"city": "Paris"}}}, {"type": "function", "id": "abcdefghj", "function": {"name": "weather", '
+    '"arguments": {"city": "Rome"}}}]'
 )
 _ROWS = {
     "turns": Row(messages=conversation("USER1 q?", "a1", "USER2 q?", "a2", system="SYSTEM s")),

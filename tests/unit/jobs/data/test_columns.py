@@ -96,14 +96,12 @@ def texts(count: int, seed: int = 0) -> list[dict[str, Any]]:
 ODD: dict[str, list[Any] | bytes] = {
     "plain": texts(200),
     "whole numbers": [row | {"label": "abc".index(row["label"])} for row in texts(100)],
-    "with "
-    "more "
+    "with more "
     "columns": [row | {"id": n, "note": None if n % 3 else "x"} for n, row in enumerate(texts(100))],
     "labels with blanks": [row | {"label": f" {row['label']} "} for row in texts(100)],
-    "labels "
-    "like dates": [row | {"label": f"2020-01-0{n % 3 + 1}"} for n, row in enumerate(texts(100))],
-    "texts "
-    "like "
+    "labels like "
+    "dates": [row | {"label": f"2020-01-0{n % 3 + 1}"} for n, row in enumerate(texts(100))],
+    "texts like "
     "dates": [row | {"text": f"2020-01-0{n % 9 + 1}T00:00:00"} for n, row in enumerate(texts(100))],
     "mixed labels": [row | {"label": n % 2 if n % 5 else "a"} for n, row in enumerate(texts(100))],
     "truths": [row | {"label": n % 2 == 0} for n, row in enumerate(texts(100))],
@@ -250,12 +248,11 @@ ANSWERS: dict[str, list[Any]] = {
     "plain": [{"prompt": f"ask {n % 40}", "completion": f"say {n}"} for n in range(120)],
     "with "
     "columns": [{"prompt": f"a {n}", "completion": "b", "id": n, "source": "x"} for n in range(60)],
-    "with "
-    "a system": [{"prompt": f"a {n}", "completion": "b", "system": "be brief"} for n in range(60)],
-    "with an "
-    "empty system": [{"prompt": f"a {n}", "completion": "b", "system": None} for n in range(60)],
-    "with "
-    "history": [{"prompt": "a "
+    "with a "
+    "system": [{"prompt": f"a {n}", "completion": "b", "system": "be brief"} for n in range(60)],
+    "with an empty "
+    "system": [{"prompt": f"a {n}", "completion": "b", "system": None} for n in range(60)],
+    "with history": [{"prompt": "a "
                            f"{n}", "completion": "b", "history": [["q", "r"]]} for n in range(60)],
     "with tools": [{"prompt": f"a {n}", "completion": "b", "tools": "[]"} for n in range(60)],
     "with weights": [{"prompt": f"a {n}", "completion": "b", "weight": 1} for n in range(60)],

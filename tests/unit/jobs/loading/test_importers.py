@@ -465,8 +465,8 @@ def test_early_terminate(said: Any, scheduler: dict[str, Any]) -> None:
 def test_a_sweep_goes_on_the_users_own_job(tmp_path: Path) -> None:
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(SWEEP))
     own = (
-        "name: own\ntask: classification\nmodel: {model_name_or_path: org/m}\ndata: "
-        "{train_file: x.jsonl}\n"
+        "name: own\ntask: classification\nmodel: {model_name_or_path: org/m}\ndata: {train_file: "
+        "x.jsonl}\n"
     )
     (tmp_path / "own.yaml").write_text(own + "search: {parameters: {train.seed: [1]}}\n")
     done = lorafleet_here(

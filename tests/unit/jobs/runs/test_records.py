@@ -27,8 +27,7 @@ DAMAGES: dict[str, bytes | None] = {
                                                                              "object": b'{"a":' * 50_000,
     "surrogate": b'{"state": '
                  b'"\\ud800"}', "huge number": b'{"index": 1e999, "step": 1e308, "created": 1e308}',
-    "huge "
-    "integer": b'{"index": ' + b"9" * 5000 + b"}", "no "
+    "huge integer": b'{"index": ' + b"9" * 5000 + b"}", "no "
                                                    "object": b'{"schema_version": '
                                                              b'1}', "folder": b"FOLDER",
     "pipe": b"PIPE", "loop": b"LOOP",

@@ -232,7 +232,8 @@ def test_a_strangers_run_is_read(strangers: Run, tmp_path: Path, words: list[str
             {"kind": "ray", "site": site, "submission": 1, "handed_over": True},
         )
         files.write_json(
-            strangers.path / "status.json", strangers.read_status().to_dict() | {"state": "running", "pid": 1}
+            strangers.path / "status.json",
+            strangers.read_status().to_dict() | {"state": "running", "pid": 1},
         )
         before = {path: path.stat().st_mtime_ns for path in strangers.path.rglob("*")}
         name = [] if words == ["list"] else [strangers.path]
@@ -301,7 +302,9 @@ def test_no_folder_that_a_run_names_is_deleted(
         strangers.path / "logs" / "ray.json",
         {"own": True, "scratch": str(victim), "session_dir": "/x/session_60", "attempt": 1},
     )
-    files.write_json(strangers.path / "status.json", strangers.read_status().to_dict() | {"state": "stopped"})
+    files.write_json(
+        strangers.path / "status.json", strangers.read_status().to_dict() | {"state": "stopped"}
+    )
     monkeypatch.setattr("lorafleet.cluster.local.LocalBackend.start", lambda *_: None)
     backend = get_backend(strangers, trust=trust)
     if trust:
@@ -396,7 +399,9 @@ def test_what_ray_made_anew_goes_in_time(tmp_path: Path) -> None:
 
 
 def test_the_state_of_a_run_that_is_not_ours(strangers: Run) -> None:
-    files.write_json(strangers.path / "status.json", strangers.read_status().to_dict() | {"state": "running"})
+    files.write_json(
+        strangers.path / "status.json", strangers.read_status().to_dict() | {"state": "running"}
+    )
     assert get_backend(strangers).status(strangers).state is RunState.RUNNING
 
 

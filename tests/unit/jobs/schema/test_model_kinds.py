@@ -454,8 +454,8 @@ def test_what_is_searched_and_an_arm_are_looked_at(bert_job: JobMaker) -> None:
     ):
         check_names(bert_job(search))
     arms = (
-        "compare: {arms: {short: {method: lora}, long: {method: lora, set: "
-        "{model.max_length: 128}}}}"
+        "compare: {arms: {short: {method: lora}, long: {method: lora, set: {model.max_length: "
+        "128}}}}"
     )
     with pytest.raises(JobFileError, match=r"compare\.arms\.long: model\.max_length is 128"):
         check_names(bert_job(arms))
@@ -640,8 +640,8 @@ def test_an_arms_own_adapter_fixes_what_the_arm_trains(
 ) -> None:
     adapter = _adapter(tmp_path / "r2", tiny_llama, r=2, lora_alpha=8, target_modules=["q_proj"])
     arms = (
-        "compare: {arms: {new: {method: lora}, old: {method: lora, set: "
-        f"{{train.init_adapter: {adapter}}}}}}}}}"
+        "compare: {arms: {new: {method: lora}, old: {method: lora, set: {train.init_adapter: "
+        f"{adapter}}}}}}}}}"
     )
     job = llama_job(arms).job
     assert build_arm_job(job, "old").lora.lora_r == 2
@@ -702,8 +702,8 @@ def test_a_wrong_value_of_an_arm_is_a_sentence(
 
 def test_arithmetic_of_an_arm_is_its_own(bert_job: JobMaker) -> None:
     arms = (
-        "compare: {arms: {a: {method: lora}, b: {method: lora, set: {lora.lora_r: 16, "
-        "alpha: 3*r}}}}"
+        "compare: {arms: {a: {method: lora}, b: {method: lora, set: {lora.lora_r: 16, alpha: "
+        "3*r}}}}"
     )
     job = bert_job(arms).job
     assert build_arm_job(job, "b").lora.lora_alpha == 48

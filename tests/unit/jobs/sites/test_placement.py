@@ -54,8 +54,8 @@ def test_an_administrators_file_gives_defaults_and_locks_keys(tmp_path: Path) ->
     fixed = "requeue: {policy: chain}\nlocked: [partition, requeue.policy]\n"
     admin = write(tmp_path / "etc", "cluster", PLAIN + fixed)
     mine = (
-        f"extends: ../etc/{admin.name}\naccount: proj42\nrequeue: {{max_restarts: "
-        "7}\ntime_limit: 2:00:00\n"
+        f"extends: ../etc/{admin.name}\naccount: proj42\nrequeue: {{max_restarts: 7}}\ntime_limit: "
+        "2:00:00\n"
     )
     found = load_site(str(write(tmp_path / "mine", "own", mine)))
     assert (found.site.account, found.site.partition, found.site.time_limit_seconds) == (

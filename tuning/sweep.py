@@ -113,7 +113,7 @@ class Sweep(TrainingDriver):
         }
         for name, digests in current.items():
             if recorded and recorded[name] != digests:
-                subject = "data files" if name == "data_sha256" else "model"
+                subject = "data files" if name == "data_sha256" else "model files"
                 raise RunError(
                     f"the {subject} of {self.run.id} have changed since it started (facts.json has "
                     "their digests): restore the old ones, or start a new sweep"

@@ -76,7 +76,7 @@ class ColumnRows(LargeRows):
             lines: Line (N) of each row; None if it is the row's number.
         """
         super().__init__(np.arange(len(columns[0]), dtype=np.int32), labels, codes)
-        self._create_trial, self._columns, self._lines = make, columns, lines
+        self._create_row, self._columns, self._lines = make, columns, lines
         self._hashes: np.ndarray | None = None
 
     def _iterate_rows(self, indices: np.ndarray) -> Iterator[Row]:
@@ -88,7 +88,7 @@ class ColumnRows(LargeRows):
         )
         lines = indices + 1 if self._lines is None else self._lines[indices]
         for texts, label, line in zip(cells, names, lines.tolist(), strict=True):
-            yield self._create_trial(texts, label, line)
+            yield self._create_row(texts, label, line)
 
     def _get_hashes(self) -> np.ndarray:
         if self._hashes is None:

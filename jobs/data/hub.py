@@ -35,11 +35,12 @@ class HubName:
 def get_hub_cache() -> Path:
     """Return the hub client's cache: HF_HUB_CACHE, or `hub` below HF_HOME.
 
-    The variables are huggingface_hub's. Without them it is ~/.cache/huggingface/hub. The
-    folder may not exist.
+    The variables are huggingface_hub's. Without them it is `huggingface/hub` below
+    XDG_CACHE_HOME or ~/.cache. The folder may not exist.
     """
     override = os.environ.get("HF_HUB_CACHE")
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = Path(os.environ.get("HF_HOME") or user_cache / "huggingface")
     return Path(override) if override else home / "hub"
 
 

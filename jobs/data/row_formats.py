@@ -51,6 +51,7 @@ _UNSUPPORTED_COLUMNS = (
     *("chat_template_kwargs", "enable_thinking", "rejected", "assistant_masks"),
 )
 """Columns that change the meaning of a row and are not supported."""
+_WEIGHT_COLUMNS = ("weight", "loss_weight")
 _UNLEARNT_COLUMNS = ("train", "training", "loss")
 """Columns by which a row can exclude itself from training."""
 _UNSUPPORTED_IN_MESSAGE = (
@@ -270,8 +271,9 @@ def _check_columns(record: Mapping[str, Any], used: set[str]) -> None:
         return
     for key in _UNSUPPORTED_COLUMNS:
         value = record.get(key)
-        # Empty values and a weight of 1 change nothing.
-        if key in used or value in (None, "", [], {}, 1, 1.0):
+        # Empty values and a weight of 1 change nothing. (`enable_thinking: true` equals 1.)
+        changes_nothing = value in (None, "", [], {}) or (key in _WEIGHT_COLUMNS and value == 1)
+        if key in used or changes_nothing:
             continue
         advice = {
             "functions": "; use tools instead",

@@ -256,6 +256,7 @@ ANSWERS: dict[str, list[Any]] = {
                            f"{n}", "completion": "b", "history": [["q", "r"]]} for n in range(60)],
     "with tools": [{"prompt": f"a {n}", "completion": "b", "tools": "[]"} for n in range(60)],
     "with weights": [{"prompt": f"a {n}", "completion": "b", "weight": 1} for n in range(60)],
+    "with thinking": [{"prompt": f"a {n}", "completion": "b", "enable_thinking": True} for n in range(60)],
     "with zero weights": [{"prompt": f"a {n}", "completion": "b", "weight": 0} for n in range(60)],
     "with images": [{"prompt": f"a {n}", "completion": "b", "image": "x.png"} for n in range(60)],
     "lists as texts": [{"prompt": '[{"role": "user", "content": "a"}]', "completion": "b"}] * 30,

@@ -269,6 +269,7 @@ def test_a_system_prompt_goes_to_rows_without_one(tmp_path: Path) -> None:
         (turns(said("user", "u"), said("assistant", "a"), documents=[{}]), "documents is"),
         (turns(said("user", "u"), said("assistant", "a"), train=False), "train is false, so the row has nothing to"),
         (turns(said("user", "u"), said("assistant", "a"), enable_thinking=False), "set data.chat_template_kwargs for"),
+        (turns(said("user", "u"), said("assistant", "a"), enable_thinking=True), "set data.chat_template_kwargs for"),
         (turns(said("user", "u"), said("assistant", "a"), history=[["x", "y"]]), "the row has history as well as messages"),
         (turns(said("user", "u"), said("assistant", "a", prefix=True)), "prefix of message 2 is not supported"),
         (turns(said("user", "u"), said("assistant", "a"), functions=[{"name": "f"}]), "use tools instead"),

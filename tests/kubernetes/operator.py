@@ -229,8 +229,18 @@ class Operator:
             "--kill-child",
             "--mount-proc",
         ]
-        line = ["setpriv", "--pdeathsig", "KILL", "unshare", *spaces, str(POD), str(folder), name[:60],
-                f"{_NETWORK}.{number}", f"{_NETWORK}.1"]  # fmt: skip
+        line = [
+            "setpriv",
+            "--pdeathsig",
+            "KILL",
+            "unshare",
+            *spaces,
+            str(POD),
+            str(folder),
+            name[:60],
+            f"{_NETWORK}.{number}",
+            f"{_NETWORK}.1",
+        ]
         with (folder / "log").open("ab") as out:
             options = {
                 "stdin": subprocess.DEVNULL,
@@ -246,15 +256,28 @@ class Operator:
             time.sleep(0.02)
         _ip("link", "set", inside, "netns", str(pod.inside), "name", "eth0")
         states = [{"name": one["name"], "state": {"running": {}}} for one in spec["containers"]]
-        reference = {"apiVersion": owner["apiVersion"], "kind": owner["kind"], "name": owner["metadata"]["name"],
-                     "uid": owner["metadata"]["uid"]}  # fmt: skip
+        reference = {
+            "apiVersion": owner["apiVersion"],
+            "kind": owner["kind"],
+            "name": owner["metadata"]["name"],
+            "uid": owner["metadata"]["uid"],
+        }
         with self.lock:
             self.pods[name] = pod
-        self.server.put_down({
-            "apiVersion": "v1", "kind": "Pod", "spec": spec,
-            "status": {"phase": "Running", "containerStatuses": states},
-            "metadata": {"name": name, "labels": labels, "ownerReferences": [reference], "finalizers": ["kubelet"]},
-        })  # fmt: skip
+        self.server.put_down(
+            {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "spec": spec,
+                "status": {"phase": "Running", "containerStatuses": states},
+                "metadata": {
+                    "name": name,
+                    "labels": labels,
+                    "ownerReferences": [reference],
+                    "finalizers": ["kubelet"],
+                },
+            }
+        )
         return pod
 
     def _secret(self, container: Tree) -> dict[str, str]:
@@ -409,8 +432,15 @@ class Operator:
         began, job = time.monotonic(), self._job(name)
         deadline = get(job, "spec.activeDeadlineSeconds") or 10**9
         submission = f"{name}-{secrets.token_hex(3)[:5]}"
-        self._set(name, jobDeploymentStatus="Initializing", jobStatus="", rayClusterName=cluster, jobId=submission,
-                  reason="", message="")  # fmt: skip
+        self._set(
+            name,
+            jobDeploymentStatus="Initializing",
+            jobStatus="",
+            rayClusterName=cluster,
+            jobId=submission,
+            reason="",
+            message="",
+        )
         spec = get(job, "spec.rayClusterSpec")
         self.tokens[cluster] = secrets.token_hex(16)
         head = self._head(job, cluster, spec)
@@ -439,10 +469,12 @@ class Operator:
                     "message": "its time is up",
                 }
             if head.name not in self.pods:
-                return {"jobDeploymentStatus": "Failed", "jobStatus": told.get("status", ""),
-                        "reason": "JobStatusCheckTimeoutExceeded", "message": "the head "
-                                                                              "is "
-                                                                              "lost"}  # fmt: skip
+                return {
+                    "jobDeploymentStatus": "Failed",
+                    "jobStatus": told.get("status", ""),
+                    "reason": "JobStatusCheckTimeoutExceeded",
+                    "message": "the head is lost",
+                }
             for index, pod in enumerate(workers):
                 if pod.name not in self.pods:
                     workers[index] = self._worker(job, cluster, *groups[index])
@@ -457,8 +489,12 @@ class Operator:
                 and submitter.code is not None
             ):
                 ended = told["status"] != "FAILED"
-                return {"jobDeploymentStatus": "Complete" if ended else "Failed", "jobStatus": told["status"],
-                        "reason": "" if ended else "AppFailed", "message": told.get("message") or ""}  # fmt: skip
+                return {
+                    "jobDeploymentStatus": "Complete" if ended else "Failed",
+                    "jobStatus": told["status"],
+                    "reason": "" if ended else "AppFailed",
+                    "message": told.get("message") or "",
+                }
             time.sleep(0.5)
 
     def _ask(self, cluster: str, path: str, method: str = "GET") -> Any:
@@ -487,20 +523,33 @@ class Operator:
         self, job: Tree, cluster: str, template: Tree, kind: str, group: str
     ) -> dict[str, str]:
         return template["metadata"]["labels"] | {
-            "ray.io/cluster": cluster, "ray.io/node-type": kind, "ray.io/group": group,
+            "ray.io/cluster": cluster,
+            "ray.io/node-type": kind,
+            "ray.io/group": group,
             "ray.io/originated-from-cr-name": job["metadata"]["name"],
-        }  # fmt: skip
+        }
 
     def _ray_env(self, cluster: str, address: str) -> dict[str, str]:
-        return {"RAY_CLUSTER_NAME": cluster, "RAY_ADDRESS": address, "RAY_PORT": "6379",
-                "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.tokens[cluster]}  # fmt: skip
+        return {
+            "RAY_CLUSTER_NAME": cluster,
+            "RAY_ADDRESS": address,
+            "RAY_PORT": "6379",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.tokens[cluster],
+        }
 
     def _head(self, job: Tree, cluster: str, spec: Tree) -> Pod:
         group = spec["headGroupSpec"]
         line = "ulimit -n 65536; " + ray_start(group, head=True)
         labels = self._labels(job, cluster, group["template"], "head", "headgroup")
-        return self.start(f"{cluster}-head", labels, group["template"]["spec"], line, job,
-                          **self._ray_env(cluster, "127.0.0.1:6379"))  # fmt: skip
+        return self.start(
+            f"{cluster}-head",
+            labels,
+            group["template"]["spec"],
+            line,
+            job,
+            **self._ray_env(cluster, "127.0.0.1:6379"),
+        )
 
     def _worker(self, job: Tree, cluster: str, group: Tree, index: int) -> Pod:
         service = f"{cluster}-head-svc.default.svc.cluster.local"
@@ -510,8 +559,14 @@ class Operator:
         line = wait + "ulimit -n 65536; " + ray_start(group, address=f"{service}:6379")
         labels = self._labels(job, cluster, group["template"], "worker", group["groupName"])
         name = f"{cluster}-{group['groupName']}-{secrets.token_hex(3)[:5]}"
-        return self.start(name, labels, group["template"]["spec"], line, job,
-                          **self._ray_env(cluster, f"{service}:6379"))  # fmt: skip
+        return self.start(
+            name,
+            labels,
+            group["template"]["spec"],
+            line,
+            job,
+            **self._ray_env(cluster, f"{service}:6379"),
+        )
 
     def _submitter(self, job: Tree, cluster: str, submission: str, left: int) -> Pod:
         """The submitter of K8sJobMode, with KubeRay's script: the entrypoint unquoted, JSON in
@@ -531,9 +586,17 @@ class Operator:
         template = spec["submitterPodTemplate"]
         name = job["metadata"]["name"]
         labels = template["metadata"]["labels"] | {"job-name": name}
-        return self.start(f"{name}-submitter-{cluster[-5:]}-{left}", labels, template["spec"], script, job,
-                          RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=self.tokens[cluster],
-                          RAY_DASHBOARD_ADDRESS=address, RAY_JOB_SUBMISSION_ID=submission)  # fmt: skip
+        return self.start(
+            f"{name}-submitter-{cluster[-5:]}-{left}",
+            labels,
+            template["spec"],
+            script,
+            job,
+            RAY_AUTH_MODE="token",
+            RAY_AUTH_TOKEN=self.tokens[cluster],
+            RAY_DASHBOARD_ADDRESS=address,
+            RAY_JOB_SUBMISSION_ID=submission,
+        )
 
     def _delete(self, cluster: str, kinds: tuple[str, ...] = ("head", "worker")) -> None:
         """Take pods of a cluster away."""
@@ -570,11 +633,13 @@ def ray_start(group: Tree, *, head: bool = False, address: str = "") -> str:
     container = group["template"]["spec"]["containers"][0]
     limits = container["resources"]["limits"]
     params = {
-        "block": "true", "dashboard-agent-listen-port": "52365", "metrics-export-port": "8080",
+        "block": "true",
+        "dashboard-agent-listen-port": "52365",
+        "metrics-export-port": "8080",
         "num-cpus": limits["cpu"],
         "memory": str(int(limits["memory"].removesuffix("Mi")) * 2**20),
         "object-store-memory": str(_OBJECT_STORE),
-    }  # fmt: skip
+    }
     gpus = next((count for name, count in limits.items() if name.endswith("gpu")), None)
     params |= {"num-gpus": gpus} if gpus else {}
     params |= {"head": "true", "dashboard-host": "0.0.0.0"} if head else {"address": address}

@@ -210,19 +210,41 @@ def test_a_local_path_is_refused(
     ("status", "state", "said", "code"),
     [
         (FINISHED, "finished", "", ExitCode.OK),
-        ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, "stopped", "was "
-                                                                                 "stopped", ExitCode.INTERRUPTED),
-        ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed",
-          "message": "Job entrypoint command failed with exit code 2, last available logs: ..."},
-         "failed", "its driver failed", ExitCode.USER_INPUT),
-        ({"jobDeploymentStatus": "Failed", "jobStatus": "RUNNING", "reason": "DeadlineExceeded"},
-         "stopped", "it reached deadlines.hours", ExitCode.INTERRUPTED),
-        ({"jobDeploymentStatus": "ValidationFailed", "reason": "ValidationFailed", "message": "name "
-                                                                                              "too "
-                                                                                              "long"},
-         "failed", "was rejected by the operator: the operator rejected it; name too long", ExitCode.OUR_FAULT),
+        (
+            {"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"},
+            "stopped",
+            "was stopped",
+            ExitCode.INTERRUPTED,
+        ),
+        (
+            {
+                "jobDeploymentStatus": "Failed",
+                "jobStatus": "FAILED",
+                "reason": "AppFailed",
+                "message": "Job entrypoint command failed with exit code 2, last available logs: ...",
+            },
+            "failed",
+            "its driver failed",
+            ExitCode.USER_INPUT,
+        ),
+        (
+            {"jobDeploymentStatus": "Failed", "jobStatus": "RUNNING", "reason": "DeadlineExceeded"},
+            "stopped",
+            "it reached deadlines.hours",
+            ExitCode.INTERRUPTED,
+        ),
+        (
+            {
+                "jobDeploymentStatus": "ValidationFailed",
+                "reason": "ValidationFailed",
+                "message": "name too long",
+            },
+            "failed",
+            "was rejected by the operator: the operator rejected it; name too long",
+            ExitCode.OUR_FAULT,
+        ),
     ],
-)  # fmt: skip
+)
 def test_how_it_ends(
     status: dict[str, str],
     state: str,
@@ -434,10 +456,15 @@ def test_a_queue_that_takes_the_job_back(
         jobDeploymentStatus="Suspended",
         jobStatus="",
     )
-    server.event(f"rayjob-{name_of(run)}-1a2b3", "Pending", "couldn't assign flavors to pod set "
-                                                            "workers: insufficient "
-                 "unused quota for nvidia.com/gpu in flavor a100, 8 "
-                 "more needed", kind="Workload")  # fmt: skip
+    server.event(
+        f"rayjob-{name_of(run)}-1a2b3",
+        "Pending",
+        "couldn't assign flavors to pod set "
+        "workers: insufficient "
+        "unused quota for nvidia.com/gpu in flavor a100, 8 "
+        "more needed",
+        kind="Workload",
+    )
     assert (
         "its queue has no free quota: couldn't assign flavors"
         in get_backend(run).status(run).message
@@ -518,8 +545,9 @@ def test_a_stopped_run_is_over_when_its_pods_are(
     backend.cancel(run)
     seen = backend.status(run)
     assert (seen.state, seen.message) == (
-        RunState.RUNNING, "its RayJob was deleted; its pods are saving their trials and will stop"
-    )  # fmt: skip
+        RunState.RUNNING,
+        "its RayJob was deleted; its pods are saving their trials and will stop",
+    )
     with pytest.raises(RunError, match="is still being deleted"):
         backend.resume(run)
     watch = backend.watch(run)
@@ -632,8 +660,10 @@ def test_what_did_not_come_whole_is_not_kept(
     here, _ = on_storage
     head(kubelet, here)
     whole = kubelet.run
-    flip = f"{BIN}/python -c 'import sys; b = bytearray(sys.stdin.buffer.read()); b[len(b) // 2] ^= 1; " \
-        "sys.stdout.buffer.write(b)'"  # fmt: skip
+    flip = (
+        f"{BIN}/python -c 'import sys; b = bytearray(sys.stdin.buffer.read()); b[len(b) // 2] ^= 1; "
+        "sys.stdout.buffer.write(b)'"
+    )
     server.pods_exec = lambda pod, command: whole(
         pod, ["bash", "-c", f"{' '.join(command)} | {flip if spoil.startswith('sed') else spoil}"]
     )
@@ -692,10 +722,17 @@ def test_an_older_transfer_puts_nothing_back(
 
     def slow(pod: Any, command: list[str]) -> subprocess.Popen[bytes]:
         server.pods_exec = whole
-        process = whole(pod, ["bash", "-c", f"{' '.join(command)} > {tmp_path}/read; touch "
-                                            f"{tmp_path}/done; "
-                              f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done; cat "
-                              f"{tmp_path}/read"])  # fmt: skip
+        process = whole(
+            pod,
+            [
+                "bash",
+                "-c",
+                f"{' '.join(command)} > {tmp_path}/read; touch "
+                f"{tmp_path}/done; "
+                f"while [ ! -e {tmp_path}/go ]; do sleep 0.05; done; cat "
+                f"{tmp_path}/read",
+            ],
+        )
         held.set()
         return process
 
@@ -776,9 +813,14 @@ def test_a_driver_that_did_not_come_to_its_folder(
     kubelet.pod("submitter", labels, {"containers": [{"name": "ray-job-submitter"}]})
     head(kubelet, run)
     server.pods_log = lambda _: "the job was submitted by lorafleet 9.9.9\n"
-    server.set_status("RayJob", name_of(run), jobDeploymentStatus="Failed", jobStatus="FAILED", reason="AppFailed",
-                      message="Job entrypoint command failed with exit code 2, last "
-                              "available logs")  # fmt: skip
+    server.set_status(
+        "RayJob",
+        name_of(run),
+        jobDeploymentStatus="Failed",
+        jobStatus="FAILED",
+        reason="AppFailed",
+        message="Job entrypoint command failed with exit code 2, last available logs",
+    )
     watch = get_backend(run).watch(run)
     assert code_of(watch) == ExitCode.USER_INPUT
     assert find_driver_log(run).read_text() == "the job was submitted by lorafleet 9.9.9\n"
@@ -976,8 +1018,9 @@ def test_the_schema_comes_from_the_cluster(
     assert any("entrypointNumCpuz" in sentence for sentence in odd.check(plan)[0])
 
 
-def test_a_cluster_without_kuberay(site: KubernetesSite, bert_job: JobMaker, tmp_path: Path,
-                                   monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_cluster_without_kuberay(
+    site: KubernetesSite, bert_job: JobMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = ApiServer(None)
     monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig(tmp_path / "kubeconfig")))
     backend = KubernetesBackend(site)

@@ -20,18 +20,52 @@ from hypothesis import strategies as st
 from tests.conftest import ROOT, lorafleet_here, write_rows
 from tests.unit.evaluation.report.test_format import steers
 
-STRANGE_TEXTS = st.sampled_from([
-    "", " ", "\n", "\x00", "\x1b[2J", "\ud800", "\u202e", "a" * 5000, "{{ 1 / "
-                                                                      "0 "
-                                                                      "}}", "{% "
-                                                                            "for "
-                                                                            "%}", "$(touch "
-                                                                                  "x)", "`id`",
-    "../../etc/passwd", "/etc/passwd", "/dev/null/x", "~nobody/x", "\\", "'", '"', "null", "no", "1:00:00", "1e999",
-    "2*lora_r", "lora.lora_r", "asset:nothing", "asset:minilm-l6", "org/name", "=", ".", "..", "-1", "0x10", "é" * 300,
-    "a\nb: c", "!!python/object:os.system", "&a "
-                                      "[*a]", "${HOME}", "%s%n", "x" * 300 + ".jsonl", "con", "\N{BOM}x",
-])  # fmt: skip
+STRANGE_TEXTS = st.sampled_from(
+    [
+        "",
+        " ",
+        "\n",
+        "\x00",
+        "\x1b[2J",
+        "\ud800",
+        "\u202e",
+        "a" * 5000,
+        "{{ 1 / 0 }}",
+        "{% for %}",
+        "$(touch x)",
+        "`id`",
+        "../../etc/passwd",
+        "/etc/passwd",
+        "/dev/null/x",
+        "~nobody/x",
+        "\\",
+        "'",
+        '"',
+        "null",
+        "no",
+        "1:00:00",
+        "1e999",
+        "2*lora_r",
+        "lora.lora_r",
+        "asset:nothing",
+        "asset:minilm-l6",
+        "org/name",
+        "=",
+        ".",
+        "..",
+        "-1",
+        "0x10",
+        "é" * 300,
+        "a\nb: c",
+        "!!python/object:os.system",
+        "&a [*a]",
+        "${HOME}",
+        "%s%n",
+        "x" * 300 + ".jsonl",
+        "con",
+        "\N{BOM}x",
+    ]
+)
 STRANGE_NUMBERS = st.sampled_from(
     [
         0,

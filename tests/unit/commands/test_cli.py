@@ -240,8 +240,12 @@ def test_fetch_lists_pins(tmp_path: Path) -> None:
     assets = json.loads(lorafleet_here("fetch", "--list", "--format", "json", cwd=tmp_path).stdout)[
         "assets"
     ]
-    assert {asset["name"] for asset in assets} >= {"asset:minilm-l6", "asset:smollm2-135m-instruct",
-                                                   "asset:rotten-tomatoes", "asset:aclsum"}  # fmt: skip
+    assert {asset["name"] for asset in assets} >= {
+        "asset:minilm-l6",
+        "asset:smollm2-135m-instruct",
+        "asset:rotten-tomatoes",
+        "asset:aclsum",
+    }
     assert all(len(asset["sha256"]) == 64 and asset["licence"] for asset in assets)
 
 

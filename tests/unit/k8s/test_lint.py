@@ -59,73 +59,214 @@ CASES: list[Case] = [
     ("labels", plain, {"metadata.labels.team": "ours, all"}, "metadata.labels.team"),
     ("submission_mode", plain, {"spec.submissionMode": "K8JobMode"}, "spec.submissionMode"),
     ("suspend_needs_shutdown", plain, {"spec.suspend": True}, "spec.suspend"),
-    ("ttl_needs_shutdown", plain, {"spec.ttlSecondsAfterFinished": 60}, "spec.ttlSecondsAfterFinished"),
-    ("deletion_rules_or_shutdown", plain, {"spec.shutdownAfterJobFinishes": True}, "spec.deletionStrategy"),
-    ("deletion_rules", plain, {"spec.deletionStrategy.deletionRules.0.condition.jobStatus": "STOPPED"},
-     "spec.deletionStrategy.deletionRules[0]"),
-    ("deletion_rules", plain, {"spec.deletionStrategy.deletionRules.0.condition": {"ttlSeconds": 1}},
-     "spec.deletionStrategy.deletionRules[0]"),
-    ("deletion_rules", plain, {"spec.deletionStrategy.deletionRules.1.policy": "DeleteCluster"},
-     "spec.deletionStrategy.deletionRules[1]"),
-    ("deletion_rules", plain, {"spec.deletionStrategy.deletionRules.1.condition.ttlSeconds": 1},
-     "spec.deletionStrategy.deletionRules"),
-    ("deletion_rules", autoscaled, {"spec.deletionStrategy.deletionRules.0.policy": "DeleteWorkers"},
-     "spec.deletionStrategy.deletionRules[0]"),
+    (
+        "ttl_needs_shutdown",
+        plain,
+        {"spec.ttlSecondsAfterFinished": 60},
+        "spec.ttlSecondsAfterFinished",
+    ),
+    (
+        "deletion_rules_or_shutdown",
+        plain,
+        {"spec.shutdownAfterJobFinishes": True},
+        "spec.deletionStrategy",
+    ),
+    (
+        "deletion_rules",
+        plain,
+        {"spec.deletionStrategy.deletionRules.0.condition.jobStatus": "STOPPED"},
+        "spec.deletionStrategy.deletionRules[0]",
+    ),
+    (
+        "deletion_rules",
+        plain,
+        {"spec.deletionStrategy.deletionRules.0.condition": {"ttlSeconds": 1}},
+        "spec.deletionStrategy.deletionRules[0]",
+    ),
+    (
+        "deletion_rules",
+        plain,
+        {"spec.deletionStrategy.deletionRules.1.policy": "DeleteCluster"},
+        "spec.deletionStrategy.deletionRules[1]",
+    ),
+    (
+        "deletion_rules",
+        plain,
+        {"spec.deletionStrategy.deletionRules.1.condition.ttlSeconds": 1},
+        "spec.deletionStrategy.deletionRules",
+    ),
+    (
+        "deletion_rules",
+        autoscaled,
+        {"spec.deletionStrategy.deletionRules.0.policy": "DeleteWorkers"},
+        "spec.deletionStrategy.deletionRules[0]",
+    ),
     ("backoff_limit", plain, {"spec.backoffLimit": -1}, "spec.backoffLimit"),
     ("backoff_limit", plain, {"spec.submissionMode": "InteractiveMode"}, "spec.backoffLimit"),
     ("deadlines", plain, {"spec.activeDeadlineSeconds": 0}, "spec.activeDeadlineSeconds"),
-    ("no_deadline_for_waiting", plain, {"spec.preRunningDeadlineSeconds": 60}, "spec.preRunningDeadlineSeconds"),
+    (
+        "no_deadline_for_waiting",
+        plain,
+        {"spec.preRunningDeadlineSeconds": 60},
+        "spec.preRunningDeadlineSeconds",
+    ),
     ("cluster_or_selector", plain, {"spec.rayClusterSpec": None}, "spec"),
-    ("runtime_env_is_yaml", plain, {"spec.runtimeEnvYAML": "env_vars: "
-                                                           "{A: "}, "spec.runtimeEnvYAML"),
-    ("nothing_to_expand", plain, {"spec.runtimeEnvYAML": "env_vars: "
-                                                         "{A: $HOME}"}, "spec.runtimeEnvYAML"),
+    (
+        "runtime_env_is_yaml",
+        plain,
+        {"spec.runtimeEnvYAML": "env_vars: {A: "},
+        "spec.runtimeEnvYAML",
+    ),
+    (
+        "nothing_to_expand",
+        plain,
+        {"spec.runtimeEnvYAML": "env_vars: {A: $HOME}"},
+        "spec.runtimeEnvYAML",
+    ),
     ("nothing_to_expand", plain, {"spec.metadata.run": "`id`"}, "spec.metadata.run"),
-    ("nothing_to_expand", plain, {"spec.entrypoint": "lorafleet exec x && rm "
-                                                     "-r x"}, "spec.entrypoint"),
+    (
+        "nothing_to_expand",
+        plain,
+        {"spec.entrypoint": "lorafleet exec x && rm -r x"},
+        "spec.entrypoint",
+    ),
     ("entrypoint", plain, {"spec.entrypoint": None}, "spec.entrypoint"),
-    ("entrypoint_resources", plain, {"spec.entrypointResources": "driver=1"}, "spec.entrypointResources"),
+    (
+        "entrypoint_resources",
+        plain,
+        {"spec.entrypointResources": "driver=1"},
+        "spec.entrypointResources",
+    ),
     ("sidecar", plain, {"spec.submissionMode": "SidecarMode"}, "spec.submitterPodTemplate"),
-    ("submitter", plain, {"spec.submitterPodTemplate.spec.restartPolicy": "Always"},
-     "spec.submitterPodTemplate.spec.restartPolicy"),
+    (
+        "submitter",
+        plain,
+        {"spec.submitterPodTemplate.spec.restartPolicy": "Always"},
+        "spec.submitterPodTemplate.spec.restartPolicy",
+    ),
     ("submitter", plain, {"spec.submissionMode": "HTTPMode"}, "spec.submitterPodTemplate"),
-    ("containers_are_there", plain, {f"{HEAD}.template.spec.containers": []}, f"{HEAD}.template.spec.containers"),
+    (
+        "containers_are_there",
+        plain,
+        {f"{HEAD}.template.spec.containers": []},
+        f"{HEAD}.template.spec.containers",
+    ),
     ("resources_once", plain, {f"{HEAD}.resources": {"CPU": "1"}}, f"{HEAD}.resources"),
-    ("resources_once", plain, {f"{HEAD}.rayStartParams.labels": "a=b"}, f"{HEAD}.rayStartParams.labels"),
-    ("start_params", plain, {f"{WORKERS}.0.rayStartParams.num-cpus": "2.5"}, f"{WORKERS}[0].rayStartParams.num-cpus"),
-    ("start_params", plain, {f"{HEAD}.rayStartParams.resources": '{"driver": '
-                                                                 '1}'}, f"{HEAD}.rayStartParams.resources"),
+    (
+        "resources_once",
+        plain,
+        {f"{HEAD}.rayStartParams.labels": "a=b"},
+        f"{HEAD}.rayStartParams.labels",
+    ),
+    (
+        "start_params",
+        plain,
+        {f"{WORKERS}.0.rayStartParams.num-cpus": "2.5"},
+        f"{WORKERS}[0].rayStartParams.num-cpus",
+    ),
+    (
+        "start_params",
+        plain,
+        {f"{HEAD}.rayStartParams.resources": '{"driver": 1}'},
+        f"{HEAD}.rayStartParams.resources",
+    ),
     ("replicas", plain, {f"{WORKERS}.0.replicas": 0}, f"{WORKERS}[0].replicas"),
     ("replicas", plain, {f"{WORKERS}.0.minReplicas": 9}, f"{WORKERS}[0].minReplicas"),
-    ("autoscaler", autoscaled, {f"{WORKERS}.0.template.spec.restartPolicy": "Always"},
-     f"{WORKERS}[0].template.spec.restartPolicy"),
-    ("redis", plain, {f"{HEAD}.template.spec.containers.0.env.0.name": "RAY_REDIS_ADDRESS"}, f"{HEAD}.template.spec"),
-    ("auth", plain, {"spec.rayClusterSpec.authOptions.mode": "disabled"}, "spec.rayClusterSpec.authOptions.mode"),
+    (
+        "autoscaler",
+        autoscaled,
+        {f"{WORKERS}.0.template.spec.restartPolicy": "Always"},
+        f"{WORKERS}[0].template.spec.restartPolicy",
+    ),
+    (
+        "redis",
+        plain,
+        {f"{HEAD}.template.spec.containers.0.env.0.name": "RAY_REDIS_ADDRESS"},
+        f"{HEAD}.template.spec",
+    ),
+    (
+        "auth",
+        plain,
+        {"spec.rayClusterSpec.authOptions.mode": "disabled"},
+        "spec.rayClusterSpec.authOptions.mode",
+    ),
     ("auth", plain, {"spec.rayClusterSpec.rayVersion": "2.9.0"}, "spec.rayClusterSpec.rayVersion"),
-    ("limits", plain, {f"{WORKERS}.0.template.spec.containers.0.resources.limits": {"cpu": "8"}},
-     f"{WORKERS}[0].template.spec.containers[0].resources.limits.memory"),
-    ("limits", plain, {f"{HEAD}.template.spec.containers.0.resources.requests": {"cpu": "64"}},
-     f"{HEAD}.template.spec.containers[0].resources.requests.cpu"),
-    ("head_takes_no_work", plain, {f"{HEAD}.rayStartParams.num-cpus": "4"}, f"{HEAD}.rayStartParams.num-cpus"),
-    ("restricted", plain, {"spec.submitterPodTemplate.spec.securityContext": {}},
-     "spec.submitterPodTemplate.spec.securityContext.runAsNonRoot"),
-    ("restricted", plain, {f"{WORKERS}.0.template.spec.containers.0.securityContext": {}},
-     f"{WORKERS}[0].template.spec.containers[0].securityContext.capabilities"),
-    ("grace", plain, {f"{HEAD}.template.spec.terminationGracePeriodSeconds": 60},
-     f"{HEAD}.template.spec.terminationGracePeriodSeconds"),
-    ("pull_policy", plain, {f"{HEAD}.template.spec.containers.0.imagePullPolicy": "Sometimes"},
-     f"{HEAD}.template.spec.containers[0].imagePullPolicy"),
-    ("one_image", plain, {f"{WORKERS}.0.template.spec.containers.0.image": "other@sha256:" + "2" * 64},
-     f"{WORKERS}[0].template.spec.containers[0].image"),
-    ("kueue_shutdown", kueue, {"spec.shutdownAfterJobFinishes": False}, "spec.shutdownAfterJobFinishes"),
-    ("kueue_selector", kueue, {"spec.clusterSelector": {"ray.io/cluster": "x"}}, "spec.clusterSelector"),
-    ("kueue_autoscaling", kueue, {"spec.rayClusterSpec.enableInTreeAutoscaling": True},
-     "spec.rayClusterSpec.enableInTreeAutoscaling"),
+    (
+        "limits",
+        plain,
+        {f"{WORKERS}.0.template.spec.containers.0.resources.limits": {"cpu": "8"}},
+        f"{WORKERS}[0].template.spec.containers[0].resources.limits.memory",
+    ),
+    (
+        "limits",
+        plain,
+        {f"{HEAD}.template.spec.containers.0.resources.requests": {"cpu": "64"}},
+        f"{HEAD}.template.spec.containers[0].resources.requests.cpu",
+    ),
+    (
+        "head_takes_no_work",
+        plain,
+        {f"{HEAD}.rayStartParams.num-cpus": "4"},
+        f"{HEAD}.rayStartParams.num-cpus",
+    ),
+    (
+        "restricted",
+        plain,
+        {"spec.submitterPodTemplate.spec.securityContext": {}},
+        "spec.submitterPodTemplate.spec.securityContext.runAsNonRoot",
+    ),
+    (
+        "restricted",
+        plain,
+        {f"{WORKERS}.0.template.spec.containers.0.securityContext": {}},
+        f"{WORKERS}[0].template.spec.containers[0].securityContext.capabilities",
+    ),
+    (
+        "grace",
+        plain,
+        {f"{HEAD}.template.spec.terminationGracePeriodSeconds": 60},
+        f"{HEAD}.template.spec.terminationGracePeriodSeconds",
+    ),
+    (
+        "pull_policy",
+        plain,
+        {f"{HEAD}.template.spec.containers.0.imagePullPolicy": "Sometimes"},
+        f"{HEAD}.template.spec.containers[0].imagePullPolicy",
+    ),
+    (
+        "one_image",
+        plain,
+        {f"{WORKERS}.0.template.spec.containers.0.image": "other@sha256:" + "2" * 64},
+        f"{WORKERS}[0].template.spec.containers[0].image",
+    ),
+    (
+        "kueue_shutdown",
+        kueue,
+        {"spec.shutdownAfterJobFinishes": False},
+        "spec.shutdownAfterJobFinishes",
+    ),
+    (
+        "kueue_selector",
+        kueue,
+        {"spec.clusterSelector": {"ray.io/cluster": "x"}},
+        "spec.clusterSelector",
+    ),
+    (
+        "kueue_autoscaling",
+        kueue,
+        {"spec.rayClusterSpec.enableInTreeAutoscaling": True},
+        "spec.rayClusterSpec.enableInTreeAutoscaling",
+    ),
     ("kueue_pod_sets", kueue, {f"{WORKERS}.0.groupName": "head"}, f"{WORKERS}[0].groupName"),
     ("kueue_suspend", kueue, {"spec.suspend": True}, "spec.suspend"),
     ("kai", kai, {"spec.submissionMode": "K8sJobMode"}, "spec.submissionMode"),
-    ("yunikorn", plain, {"metadata.labels.ray.io/gang-scheduling-enabled": "true"}, "metadata.labels"),
-]  # fmt: skip
+    (
+        "yunikorn",
+        plain,
+        {"metadata.labels.ray.io/gang-scheduling-enabled": "true"},
+        "metadata.labels",
+    ),
+]
 
 
 def shown(value: Any) -> str:
@@ -176,17 +317,28 @@ SCHEMA_CASES = [
     ({f"{HEAD}.rayStartParams.num-cpus": 0}, f"{HEAD}.rayStartParams['num-cpus']"),
     ({f"{WORKERS}.0.groupName": None}, f"{WORKERS}[0]"),
     ({f"{WORKERS}.0.replicas": "2"}, f"{WORKERS}[0].replicas"),
-    ({f"{WORKERS}.0.template.spec.containers.0.env.0.value": 1},
-     f"{WORKERS}[0].template.spec.containers[0].env[0].value"),
-    ({f"{WORKERS}.0.template.spec.containers.0.env.1.name": "LORAFLEET_CACHE"},
-     f"{WORKERS}[0].template.spec.containers[0].env[1]"),
-    ({f"{HEAD}.template.spec.containers.0.resources.limits.cpu": 0.5},
-     f"{HEAD}.template.spec.containers[0].resources.limits.cpu"),
-    ({f"{HEAD}.template.spec.containers.0.resources.limits.memory": "16 GB"},
-     f"{HEAD}.template.spec.containers[0].resources.limits.memory"),
-    ({"spec.deletionStrategy.deletionRules.0.policy": "DeleteAll"}, "spec.deletionStrategy.deletionRules[0].policy"),
+    (
+        {f"{WORKERS}.0.template.spec.containers.0.env.0.value": 1},
+        f"{WORKERS}[0].template.spec.containers[0].env[0].value",
+    ),
+    (
+        {f"{WORKERS}.0.template.spec.containers.0.env.1.name": "LORAFLEET_CACHE"},
+        f"{WORKERS}[0].template.spec.containers[0].env[1]",
+    ),
+    (
+        {f"{HEAD}.template.spec.containers.0.resources.limits.cpu": 0.5},
+        f"{HEAD}.template.spec.containers[0].resources.limits.cpu",
+    ),
+    (
+        {f"{HEAD}.template.spec.containers.0.resources.limits.memory": "16 GB"},
+        f"{HEAD}.template.spec.containers[0].resources.limits.memory",
+    ),
+    (
+        {"spec.deletionStrategy.deletionRules.0.policy": "DeleteAll"},
+        "spec.deletionStrategy.deletionRules[0].policy",
+    ),
     ({f"{HEAD}.template": None}, HEAD),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("changes", "path"), SCHEMA_CASES, ids=lambda value: str(value)[:40])
@@ -276,25 +428,41 @@ def test_a_new_job_has_no_status_and_a_queued_one_is_suspended() -> None:
 @pytest.mark.parametrize(
     ("reason", "message", "said"),
     [
-        ("FailedScheduling", "0/9 nodes are available: 3 Insufficient nvidia.com/gpu, 6 "
-                             "Insufficient cpu.",
-         "no node has enough free nvidia.com/gpu and CPU (0 of 9 nodes qualify)"),
-        ("FailedScheduling", "0/2 nodes are available: 2 node(s) had untolerated taint {gpu: yes}.",
-         "its nodes have a taint that the site does not tolerate (gpu: yes): add it to tolerations in "
-            "the site file"),
-        ("FailedScheduling", "0/2 nodes are available: 2 node(s) didn't match Pod's node "
-                             "affinity/selector.",
-         "no node has the labels of node_selector"),
-        ("FailedScheduling", 'persistentvolumeclaim "shared" not found',
-         'it cannot be scheduled: persistentvolumeclaim "shared" not found'),
+        (
+            "FailedScheduling",
+            "0/9 nodes are available: 3 Insufficient nvidia.com/gpu, 6 Insufficient cpu.",
+            "no node has enough free nvidia.com/gpu and CPU (0 of 9 nodes qualify)",
+        ),
+        (
+            "FailedScheduling",
+            "0/2 nodes are available: 2 node(s) had untolerated taint {gpu: yes}.",
+            "its nodes have a taint that the site does not tolerate (gpu: yes): add it to tolerations in "
+            "the site file",
+        ),
+        (
+            "FailedScheduling",
+            "0/2 nodes are available: 2 node(s) didn't match Pod's node affinity/selector.",
+            "no node has the labels of node_selector",
+        ),
+        (
+            "FailedScheduling",
+            'persistentvolumeclaim "shared" not found',
+            'it cannot be scheduled: persistentvolumeclaim "shared" not found',
+        ),
         ("Failed", "Failed to pull image x", "the image cannot be pulled: Failed to pull image x"),
-        ("FailedMount", "MountVolume.SetUp "
-                        "failed", "a volume cannot be mounted: MountVolume.SetUp failed"),
-        ("FailedCreate", "pods is forbidden: exceeded quota: gpus",
-         "the namespace's quota is used up: pods is forbidden: exceeded quota: gpus"),
+        (
+            "FailedMount",
+            "MountVolume.SetUp failed",
+            "a volume cannot be mounted: MountVolume.SetUp failed",
+        ),
+        (
+            "FailedCreate",
+            "pods is forbidden: exceeded quota: gpus",
+            "the namespace's quota is used up: pods is forbidden: exceeded quota: gpus",
+        ),
         ("Scheduled", "Successfully assigned", None),
     ],
-)  # fmt: skip
+)
 def test_why_pods_wait(reason: str, message: str, said: str | None) -> None:
     old = {"reason": "FailedMount", "message": "old", "lastTimestamp": "2026-01-01T00:00:00Z"}
     new = {"reason": reason, "message": message, "lastTimestamp": "2026-01-02T00:00:00Z"}

@@ -41,10 +41,13 @@ BARE = {
     "memory_gb_per_node": 16.0,
 }
 ORDER = RenderContext(
-    run="quickstart-a1b2c3", submission=1, nodes=2, texts={"run.json": "{}\n", "job.yaml": "name: "
-                                                                                           "x\n"},
-    ray_version="2.60.0", user="ana",
-)  # fmt: skip
+    run="quickstart-a1b2c3",
+    submission=1,
+    nodes=2,
+    texts={"run.json": "{}\n", "job.yaml": "name: x\n"},
+    ray_version="2.60.0",
+    user="ana",
+)
 
 
 def bare(**changes: Any) -> KubernetesSite:
@@ -141,11 +144,26 @@ def test_names_are_names(job: str, mark: str, submission: int) -> None:
     assert f"-{mark}-" in name
 
 
-nasty = st.sampled_from(["$(touch "
-                         "OOPS)", "`touch OOPS`", "'; touch OOPS; '", '"', "$HOME", "\\", "${x:?}",
-                         "&& touch OOPS", "# "
-                                 "x", "日本", "{{x}}", "a: "
-                                                     "b", "!!object", "~", "no", "1e3"])  # fmt: skip
+nasty = st.sampled_from(
+    [
+        "$(touch OOPS)",
+        "`touch OOPS`",
+        "'; touch OOPS; '",
+        '"',
+        "$HOME",
+        "\\",
+        "${x:?}",
+        "&& touch OOPS",
+        "# x",
+        "日本",
+        "{{x}}",
+        "a: b",
+        "!!object",
+        "~",
+        "no",
+        "1e3",
+    ]
+)
 others = st.characters(blacklist_characters="\n\0\r", blacklist_categories=("Cs",))
 texts = st.one_of(nasty, st.text(others, max_size=20))
 variables = st.dictionaries(st.from_regex(r"\AA[A-Z0-9_]{0,8}\Z"), texts, max_size=4)

@@ -35,21 +35,57 @@ def record(state: str, **more: object) -> JobRecord:
 @pytest.mark.parametrize(
     ("records", "state", "sentence", "code"),
     [
-        ([record("PENDING", reason="Priority")], RunState.PENDING, "job 9 waits in the queue: jobs with a higher", None),
-        ([record("PENDING", reason="BeginTime", restarts=2)], RunState.PENDING, "again (restart "
-                                                                                "2): "
-                                                                                "its begin", None),
+        (
+            [record("PENDING", reason="Priority")],
+            RunState.PENDING,
+            "job 9 waits in the queue: jobs with a higher",
+            None,
+        ),
+        (
+            [record("PENDING", reason="BeginTime", restarts=2)],
+            RunState.PENDING,
+            "again (restart 2): its begin",
+            None,
+        ),
         ([record("RUNNING", nodes="a[1-2]")], RunState.RUNNING, "job 9 runs on a[1-2]", None),
-        ([record("FAILED", exit_code=127)], RunState.FAILED, "(code 127); last output: module: comm", 127),
-        ([record("TIMEOUT", exit_code=0)], RunState.STOPPED, "reached its time limit; continue it with `lorafleet resume x-", 130),
-        ([record("PREEMPTED", exit_code=0)], RunState.STOPPED, "was preempted by a job of higher "
-                                                               "priority", 130),
-        ([record("OUT_OF_MEMORY", exit_code=0)], RunState.FAILED, "used more memory than it requested", 1),
-        ([], RunState.FAILED, "Slurm does not know job 9 any more, and the run did not record how it ended", 1),
-        ([record("CANCELLED", exit_code=0, nodes="a1"), record("CANCELLED")], RunState.STOPPED, "was "
-                                                                                                "cancelled", 130),
+        (
+            [record("FAILED", exit_code=127)],
+            RunState.FAILED,
+            "(code 127); last output: module: comm",
+            127,
+        ),
+        (
+            [record("TIMEOUT", exit_code=0)],
+            RunState.STOPPED,
+            "reached its time limit; continue it with `lorafleet resume x-",
+            130,
+        ),
+        (
+            [record("PREEMPTED", exit_code=0)],
+            RunState.STOPPED,
+            "was preempted by a job of higher priority",
+            130,
+        ),
+        (
+            [record("OUT_OF_MEMORY", exit_code=0)],
+            RunState.FAILED,
+            "used more memory than it requested",
+            1,
+        ),
+        (
+            [],
+            RunState.FAILED,
+            "Slurm does not know job 9 any more, and the run did not record how it ended",
+            1,
+        ),
+        (
+            [record("CANCELLED", exit_code=0, nodes="a1"), record("CANCELLED")],
+            RunState.STOPPED,
+            "was cancelled",
+            130,
+        ),
     ],
-)  # fmt: skip
+)
 def test_where_a_run_is(
     run: Run, records: list[JobRecord], state: RunState, sentence: str, code: int | None
 ) -> None:

@@ -20,9 +20,24 @@ from lorafleet.commands.screen import SafeRenderable, Screen
 from lorafleet.evaluation.report.format import escape_markdown
 from lorafleet.jobs.text import make_json_printable, make_printable
 
-STEERING = ["\x1b[2J\x1b[H", "\x1b]0;title\x07", "\x1b]8;;http://evil\x1b\\here\x1b]8;;\x1b\\", "\x9b31m",
-            "a\rb", "\x08\x08", "\x1b[?1049h", "\x1bP0q\x1b\\", "\u202eevil\u202c", "\u2066x\u2069", "\ufeff", "\ud800",
-            "\U000e0041", "\x00", "\x7f", "\u2028"]  # fmt: skip
+STEERING = [
+    "\x1b[2J\x1b[H",
+    "\x1b]0;title\x07",
+    "\x1b]8;;http://evil\x1b\\here\x1b]8;;\x1b\\",
+    "\x9b31m",
+    "a\rb",
+    "\x08\x08",
+    "\x1b[?1049h",
+    "\x1bP0q\x1b\\",
+    "\u202eevil\u202c",
+    "\u2066x\u2069",
+    "\ufeff",
+    "\ud800",
+    "\U000e0041",
+    "\x00",
+    "\x7f",
+    "\u2028",
+]
 
 
 def steers(text: str) -> list[str]:
@@ -86,14 +101,28 @@ HTML = [
     "<a href='//evil'>x</a>",
     "&lt;script&gt;",
 ]
-LINKS = ["[x](http://evil)", "![x](http://evil/p.png)", "<http://evil>", "http://evil.example/a", "www.evil.example",
-         "https://evil", "[x]: "
-                         "http://evil", "a "
-                                        "| "
-                                        "b", "ann@evil.example", "mailto:ann@evil.example", "ftp://evil",
-         "javascript:alert(1)", "`code`", "**b**", "~~s~~", "x\n# "
-                                                            "heading", "x\n\n<b>bold</b>", "\\[x](http://evil)",
-         "[[x]](a)", "xmpp:a@b.c"]  # fmt: skip
+LINKS = [
+    "[x](http://evil)",
+    "![x](http://evil/p.png)",
+    "<http://evil>",
+    "http://evil.example/a",
+    "www.evil.example",
+    "https://evil",
+    "[x]: http://evil",
+    "a | b",
+    "ann@evil.example",
+    "mailto:ann@evil.example",
+    "ftp://evil",
+    "javascript:alert(1)",
+    "`code`",
+    "**b**",
+    "~~s~~",
+    "x\n# heading",
+    "x\n\n<b>bold</b>",
+    "\\[x](http://evil)",
+    "[[x]](a)",
+    "xmpp:a@b.c",
+]
 
 
 @pytest.mark.parametrize("hostile", HTML + LINKS)

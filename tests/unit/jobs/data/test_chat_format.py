@@ -207,10 +207,16 @@ def test_reasoning_that_cannot_be_rendered_is_refused(name: str) -> None:
             '"Paris"}}\n</tool_call><|im_end|>',
             "<|im_end|>",
         ),
-        ("llama3.1", '{"name": "weather", "parameters": {"city": '
-                     '"Paris"}}<|eot_id|>', "<|eot_id|>"),
-        ("gpt-oss", ' to=functions.weather<|channel|>commentary json<|message|>{"city": '
-                    '"Paris"}<|call|>', "<|call|>"),
+        (
+            "llama3.1",
+            '{"name": "weather", "parameters": {"city": "Paris"}}<|eot_id|>',
+            "<|eot_id|>",
+        ),
+        (
+            "gpt-oss",
+            ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Paris"}<|call|>',
+            "<|call|>",
+        ),
         (
             "glm4.5",
             "\n<think></think>\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n</tool_call>"
@@ -224,7 +230,7 @@ def test_reasoning_that_cannot_be_rendered_is_refused(name: str) -> None:
             "<｜end▁of▁sentence｜>",
         ),
     ],
-)  # fmt: skip
+)
 def test_calls_of_tools_are_learnt(name: str, call: str, end: str) -> None:
     messages = (
         Message("user", "weather in Paris?"),
@@ -459,9 +465,9 @@ _ROWS = {
             Message("assistant", "a2", reasoning="I count."),
         )
     ),
-    "inline": Row(messages=conversation("USER1 "
-                                        "q?", "a1", "USER2 "
-                                                    "q?", "<think>\nI count.\n</think>\n\na2")),
+    "inline": Row(
+        messages=conversation("USER1 q?", "a1", "USER2 q?", "<think>\nI count.\n</think>\n\na2")
+    ),
     "tools": Row(
         messages=(
             Message("user", "USER1 q?"),
@@ -481,10 +487,10 @@ _ROWS = {
         tools=_WEATHER,
     ),
     "two calls": Row(
-        messages=(Message("user", "USER1 "
-                                  "q?"), Message("assistant", "", tool_calls=_TWO_CALLS)), tools=_WEATHER
+        messages=(Message("user", "USER1 q?"), Message("assistant", "", tool_calls=_TWO_CALLS)),
+        tools=_WEATHER,
     ),
-}  # fmt: skip
+}
 
 
 def _template_cases() -> Iterator[Any]:
@@ -628,9 +634,11 @@ def test_markers_hold_where_tokens_merge_over_the_prompts_end() -> None:
 
 def test_reasoning_of_earlier_turns_cannot_be_learnt_in_one_text() -> None:
     messages = (
-        Message("user", "and 1?"), Message("assistant", "city 1", reasoning="I count."),
-        Message("user", "and 2?"), Message("assistant", "city 2", reasoning="I add."),
-    )  # fmt: skip
+        Message("user", "and 1?"),
+        Message("assistant", "city 1", reasoning="I count."),
+        Message("user", "and 2?"),
+        Message("assistant", "city 2", reasoning="I add."),
+    )
     row = Row(messages=messages)
     with pytest.raises(TemplateRefusal, match="leaves out the reasoning of earlier turns"):
         encoder_of(BY_NAME["qwen3"], assistant_only_loss=False).encode(row)

@@ -81,8 +81,12 @@ def check_same(fast: Any, slow: Any) -> None:
         assert one == other
         assert [row.line for row in one] == [row.line for row in other]
     assert (fast.labels, fast.warnings, fast.chosen_on_test, fast.format, fast.sha256) == (
-        slow.labels, slow.warnings, slow.chosen_on_test, slow.format, slow.sha256,
-    )  # fmt: skip
+        slow.labels,
+        slow.warnings,
+        slow.chosen_on_test,
+        slow.format,
+        slow.sha256,
+    )
 
 
 def texts(count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -96,13 +100,16 @@ def texts(count: int, seed: int = 0) -> list[dict[str, Any]]:
 ODD: dict[str, list[Any] | bytes] = {
     "plain": texts(200),
     "whole numbers": [row | {"label": "abc".index(row["label"])} for row in texts(100)],
-    "with more "
-    "columns": [row | {"id": n, "note": None if n % 3 else "x"} for n, row in enumerate(texts(100))],
+    "with more columns": [
+        row | {"id": n, "note": None if n % 3 else "x"} for n, row in enumerate(texts(100))
+    ],
     "labels with blanks": [row | {"label": f" {row['label']} "} for row in texts(100)],
-    "labels like "
-    "dates": [row | {"label": f"2020-01-0{n % 3 + 1}"} for n, row in enumerate(texts(100))],
-    "texts like "
-    "dates": [row | {"text": f"2020-01-0{n % 9 + 1}T00:00:00"} for n, row in enumerate(texts(100))],
+    "labels like dates": [
+        row | {"label": f"2020-01-0{n % 3 + 1}"} for n, row in enumerate(texts(100))
+    ],
+    "texts like dates": [
+        row | {"text": f"2020-01-0{n % 9 + 1}T00:00:00"} for n, row in enumerate(texts(100))
+    ],
     "mixed labels": [row | {"label": n % 2 if n % 5 else "a"} for n, row in enumerate(texts(100))],
     "truths": [row | {"label": n % 2 == 0} for n, row in enumerate(texts(100))],
     "a blank line": b"".join(json.dumps(row).encode() + b"\n\n" for row in texts(60)),
@@ -123,7 +130,7 @@ ODD: dict[str, list[Any] | bytes] = {
     "a later column": [*texts(3000), {"text": "x", "label": "a", "new": 1}],
     "one class": [row | {"label": "a"} for row in texts(50)],
     "every text twice": texts(30) * 2,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", ODD)
@@ -184,9 +191,10 @@ def test_tables_are_read_alike(kind: str, ending: str, tmp_path: Path) -> None:
 def test_other_encodings_are_read_alike(encoding: str, ending: str, tmp_path: Path) -> None:
     text = "text,label\n" + "".join(f"wörds {n},{'ab'[n % 2]}\n" for n in range(80))
     if ending == "jsonl":
-        text = "".join(json.dumps({"text": "wörds "
-                                           f"{n}", "label": "ab"[n % 2]}, ensure_ascii=False) + "\n"
-                       for n in range(80))  # fmt: skip
+        text = "".join(
+            json.dumps({"text": f"wörds {n}", "label": "ab"[n % 2]}, ensure_ascii=False) + "\n"
+            for n in range(80)
+        )
     if ending == "tsv":
         text = text.replace(",", "\t")
     fast, slow, _ = both_ways(tmp_path, f"rows.{ending}", text.encode(encoding), "classification")
@@ -246,29 +254,41 @@ def test_parquet_is_read_alike(kind: str, tmp_path: Path) -> None:
 
 ANSWERS: dict[str, list[Any]] = {
     "plain": [{"prompt": f"ask {n % 40}", "completion": f"say {n}"} for n in range(120)],
-    "with "
-    "columns": [{"prompt": f"a {n}", "completion": "b", "id": n, "source": "x"} for n in range(60)],
-    "with a "
-    "system": [{"prompt": f"a {n}", "completion": "b", "system": "be brief"} for n in range(60)],
-    "with an empty "
-    "system": [{"prompt": f"a {n}", "completion": "b", "system": None} for n in range(60)],
-    "with history": [{"prompt": "a "
-                           f"{n}", "completion": "b", "history": [["q", "r"]]} for n in range(60)],
+    "with columns": [
+        {"prompt": f"a {n}", "completion": "b", "id": n, "source": "x"} for n in range(60)
+    ],
+    "with a system": [
+        {"prompt": f"a {n}", "completion": "b", "system": "be brief"} for n in range(60)
+    ],
+    "with an empty system": [
+        {"prompt": f"a {n}", "completion": "b", "system": None} for n in range(60)
+    ],
+    "with history": [
+        {"prompt": f"a {n}", "completion": "b", "history": [["q", "r"]]} for n in range(60)
+    ],
     "with tools": [{"prompt": f"a {n}", "completion": "b", "tools": "[]"} for n in range(60)],
     "with weights": [{"prompt": f"a {n}", "completion": "b", "weight": 1} for n in range(60)],
-    "with thinking": [{"prompt": f"a {n}", "completion": "b", "enable_thinking": True} for n in range(60)],
+    "with thinking": [
+        {"prompt": f"a {n}", "completion": "b", "enable_thinking": True} for n in range(60)
+    ],
     "with zero weights": [{"prompt": f"a {n}", "completion": "b", "weight": 0} for n in range(60)],
     "with images": [{"prompt": f"a {n}", "completion": "b", "image": "x.png"} for n in range(60)],
     "lists as texts": [{"prompt": '[{"role": "user", "content": "a"}]', "completion": "b"}] * 30,
     "brackets": [{"prompt": f"[{n}] what", "completion": "[1, 2]"} for n in range(60)],
-    "conversational": [{"prompt": [{"role": "user", "content": f"a {n}"}],
-                        "completion": [{"role": "assistant", "content": "b"}]} for n in range(60)],
+    "conversational": [
+        {
+            "prompt": [{"role": "user", "content": f"a {n}"}],
+            "completion": [{"role": "assistant", "content": "b"}],
+        }
+        for n in range(60)
+    ],
     "an empty answer": [{"prompt": f"a {n}", "completion": "b" if n else ""} for n in range(60)],
     "texts alone": [{"text": f"a long text {n}"} for n in range(60)],
-    "messages": [{"messages": [{"role": "user", "content": "a "
-                                                           f"{n}"}, {"role": "assistant", "content": "b"}]}
-                 for n in range(60)],
-}  # fmt: skip
+    "messages": [
+        {"messages": [{"role": "user", "content": f"a {n}"}, {"role": "assistant", "content": "b"}]}
+        for n in range(60)
+    ],
+}
 
 
 @pytest.mark.parametrize("more", ["", "system_prompt: be kind"])

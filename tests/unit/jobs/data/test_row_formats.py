@@ -64,24 +64,43 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
         ({"instruction": "u", "output": "a", "history": [], "system": ""}, (USER, ANSWER)),
         ({"instruction": "u", "output": "a", "history": "[]", "messages": None}, (USER, ANSWER)),
         (turns(said("user", "u"), said("assistant", "a", reasoning_content=" ")), (USER, ANSWER)),
-        ({"prompt": "u", "completion": "a", "system_prompt": "s"}, (Message("system", "s"), USER, ANSWER)),
+        (
+            {"prompt": "u", "completion": "a", "system_prompt": "s"},
+            (Message("system", "s"), USER, ANSWER),
+        ),
         # OpenAI and Hugging Face
         (turns(said("user", "u"), said("assistant", "a", weight=1)), (USER, ANSWER)),
         (turns(said("user", "u"), said("assistant", "a", weight=None)), (USER, ANSWER)),
         (
-            turns(said("user", "h"), said("assistant", "b", weight=0), said("user", "u"), said("assistant", "a")),
+            turns(
+                said("user", "h"),
+                said("assistant", "b", weight=0),
+                said("user", "u"),
+                said("assistant", "a"),
+            ),
             (Message("user", "h"), Message("assistant", "b", learn=False), USER, ANSWER),
         ),
         (
-            turns(said("user", "h"), said("assistant", "b", train=False), said("user", "u"), said("assistant", "a")),
+            turns(
+                said("user", "h"),
+                said("assistant", "b", train=False),
+                said("user", "u"),
+                said("assistant", "a"),
+            ),
             (Message("user", "h"), Message("assistant", "b", learn=False), USER, ANSWER),
         ),
         (
-            turns(said("user", [{"type": "text", "text": "u"}]), said("assistant", [{"type": "text", "text": "a"}])),
+            turns(
+                said("user", [{"type": "text", "text": "u"}]),
+                said("assistant", [{"type": "text", "text": "a"}]),
+            ),
             (USER, ANSWER),
         ),
         (
-            turns(said("user", [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]), said("assistant", "a")),
+            turns(
+                said("user", [{"type": "text", "text": "x"}, {"type": "text", "text": "y"}]),
+                said("assistant", "a"),
+            ),
             (Message("user", "xy"), ANSWER),
         ),
         (
@@ -92,7 +111,10 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
             turns(said("user", "u"), said("assistant", "a", thinking="r")),
             (USER, Message("assistant", "a", reasoning="r")),
         ),
-        (turns(said("user", "u"), said("assistant", "a"), system="s"), (Message("system", "s"), USER, ANSWER)),
+        (
+            turns(said("user", "u"), said("assistant", "a"), system="s"),
+            (Message("system", "s"), USER, ANSWER),
+        ),
         (
             turns(said("developer", "d"), said("user", "u"), said("assistant", "a")),
             (Message("developer", "d"), USER, ANSWER),
@@ -100,8 +122,11 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
         (
             turns(
                 said("user", "u"),
-                said("assistant", None, tool_calls=[{"function": {"name": "f", "arguments": '{"x": '
-                                                                                            '1}'}}]),
+                said(
+                    "assistant",
+                    None,
+                    tool_calls=[{"function": {"name": "f", "arguments": '{"x": 1}'}}],
+                ),
                 said("tool", "1", tool_call_id="c1", name="f"),
                 said("assistant", "a"),
             ),
@@ -113,7 +138,10 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
             ),
         ),
         # ShareGPT, and `conversations` with roles
-        ({"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]}, (USER, ANSWER)),
+        (
+            {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]},
+            (USER, ANSWER),
+        ),
         (
             {
                 "conversations": [
@@ -134,18 +162,33 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
                     {"from": "gpt", "value": "a"},
                 ],
             },
-            (Message("system", "s"), USER, Message("assistant", "", tool_calls=CALL), Message("tool", "1"), ANSWER),
+            (
+                Message("system", "s"),
+                USER,
+                Message("assistant", "", tool_calls=CALL),
+                Message("tool", "1"),
+                ANSWER,
+            ),
         ),
         ({"conversations": [said("user", "u"), said("assistant", "a")]}, (USER, ANSWER)),
         # cells of a CSV file
         (
-            {"prompt": json.dumps([said("user", "u")]), "completion": json.dumps([said("assistant", "a")])},
+            {
+                "prompt": json.dumps([said("user", "u")]),
+                "completion": json.dumps([said("assistant", "a")]),
+            },
             (USER, ANSWER),
         ),
-        ({"conversations": json.dumps([said("user", "u"), said("assistant", "a")], indent=1)}, (USER, ANSWER)),
+        (
+            {"conversations": json.dumps([said("user", "u"), said("assistant", "a")], indent=1)},
+            (USER, ANSWER),
+        ),
         # Llama's word for the arguments of a call
         (
-            turns(said("user", "u"), said("assistant", "", tool_calls=[{"name": "f", "parameters": {"x": 1}}])),
+            turns(
+                said("user", "u"),
+                said("assistant", "", tool_calls=[{"name": "f", "parameters": {"x": 1}}]),
+            ),
             (USER, Message("assistant", "", tool_calls=CALL)),
         ),
         # TRL's conversational prompt and completion: the loss is on the completion
@@ -155,10 +198,15 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
                 "prompt": [said("user", "h"), said("assistant", "b"), said("user", "u")],
                 "completion": [said("assistant", "a")],
             },
-            (Message("user", "h"), Message("assistant", "b", learn=False), Message("user", "u", learn=False), ANSWER),
+            (
+                Message("user", "h"),
+                Message("assistant", "b", learn=False),
+                Message("user", "u", learn=False),
+                ANSWER,
+            ),
         ),
     ],
-)  # fmt: skip
+)
 def test_a_row_is_read_as_what_it_is(
     record: dict[str, Any], messages: tuple[Message, ...], tmp_path: Path
 ) -> None:
@@ -212,104 +260,187 @@ def test_a_system_prompt_goes_to_rows_without_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        (turns(said("user", "u"), said("assistant", "a", weight=2)), "weight of message 2 is 2, "
-                                                                     "but must be 0 or 1"),
-        (turns(said("user", "u"), said("assistant", "a", weight=0.5)), "weight of message 2 is "
-                                                                       "0.5, but must be"),
-        (turns(said("user", "u"), said("assistant", "a", weight=True)), "weight of message 2 "
-                                                                        "is true"),
-        (turns(said("user", "u"), said("assistant", "a", train="no")), 'train of message 2 is '
-                                                                       '"no", but must be true'),
-        (turns(said("user", "u"), said("assistant", "a", train=True, weight=0)), "is marked both as learnt"),
-        (turns(said("user", [{"type": "image", "url": "x"}]), said("assistant", "a")), "a part of "
-                                                                                       "type "
-                                                                                       "'image'"),
-        (turns(said("user", [{"type": "image_url"}]), said("assistant", "a")), "only {type: text, "
-                                                                               "text} can "
-                                                                               "be learnt"),
-        (turns(said("user", "u"), said("assistant", "a", reasoning_content=3)), "reasoning_content "
-                                                                                "of message 2 "
-                                                                                "is 3"),
-        (turns(said("user", "u", reasoning_content="r"), said("assistant", "a")), "only an assistant's message may have"),
-        (turns(said("user", "u"), said("assistant", "a", reasoning="r", thinking="t")), "with different texts: keep one"),
-        (turns(said("user", "u"), said("assistant", "a", tool_calls="x")), "tool_calls of "
-                                                                           "message 2 is"),
-        (turns(said("user", "u"), said("assistant", "", tool_calls=[{"id": "1"}])), "each must "
-                                                                                    "name a "
-                                                                                    "function"),
         (
-            turns(said("user", "u"), said("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": "x"}}])),
+            turns(said("user", "u"), said("assistant", "a", weight=2)),
+            "weight of message 2 is 2, but must be 0 or 1",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a", weight=0.5)),
+            "weight of message 2 is 0.5, but must be",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a", weight=True)),
+            "weight of message 2 is true",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a", train="no")),
+            'train of message 2 is "no", but must be true',
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a", train=True, weight=0)),
+            "is marked both as learnt",
+        ),
+        (
+            turns(said("user", [{"type": "image", "url": "x"}]), said("assistant", "a")),
+            "a part of type 'image'",
+        ),
+        (
+            turns(said("user", [{"type": "image_url"}]), said("assistant", "a")),
+            "only {type: text, text} can be learnt",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a", reasoning_content=3)),
+            "reasoning_content of message 2 is 3",
+        ),
+        (
+            turns(said("user", "u", reasoning_content="r"), said("assistant", "a")),
+            "only an assistant's message may have",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a", reasoning="r", thinking="t")),
+            "with different texts: keep one",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a", tool_calls="x")),
+            "tool_calls of message 2 is",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "", tool_calls=[{"id": "1"}])),
+            "each must name a function",
+        ),
+        (
+            turns(
+                said("user", "u"),
+                said("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": "x"}}]),
+            ),
             "arguments of a tool call of message 2 is",
         ),
-        (turns(said("user", "u", tool_calls=[{"name": "f"}]), said("assistant", "a")), "only an "
-                                                                                       "assistant "
-                                                                                       "calls "
-                                                                                       "tools"),
         (
-            turns(said("user", "u"), said("assistant", "", tool_calls=[{"name": "f", "args": {"x": 1}}])),
+            turns(said("user", "u", tool_calls=[{"name": "f"}]), said("assistant", "a")),
+            "only an assistant calls tools",
+        ),
+        (
+            turns(
+                said("user", "u"),
+                said("assistant", "", tool_calls=[{"name": "f", "args": {"x": 1}}]),
+            ),
             "a tool call of message 2 has 'args', which is not supported",
         ),
         (
-            turns(said("user", "u"), said("assistant", "", tool_calls=[{"type": "custom", "function": {"name": "f"}}])),
+            turns(
+                said("user", "u"),
+                said("assistant", "", tool_calls=[{"type": "custom", "function": {"name": "f"}}]),
+            ),
             "type of a tool call of message 2",
         ),
         (
-            turns(said("user", "u"), said("assistant", "", tool_calls=[{"id": 5, "function": {"name": "f"}}])),
+            turns(
+                said("user", "u"),
+                said("assistant", "", tool_calls=[{"id": 5, "function": {"name": "f"}}]),
+            ),
             "id of a tool call of message 2 is 5",
         ),
         (
-            turns(said("user", "u"), said("assistant", "", tool_calls=[{"name": "f", "arguments": {"x": "\ud800"}}])),
+            turns(
+                said("user", "u"),
+                said("assistant", "", tool_calls=[{"name": "f", "arguments": {"x": "\ud800"}}]),
+            ),
             "half a character",
         ),
-        ({"prompt": [said("user", "u")], "completion": [said("assistant", "a")], "history": [["a", "b"]]}, "history"),
+        (
+            {
+                "prompt": [said("user", "u")],
+                "completion": [said("assistant", "a")],
+                "history": [["a", "b"]],
+            },
+            "history",
+        ),
         ({"instruction": "u", "input": 0, "output": "a"}, "input is 0, but must be a text"),
         (turns(said("user", "u"), said("assistant", "a"), tools=["f"]), "tools is"),
         (turns(said("user", "u"), said("assistant", "a"), tools="[f"), "which is not JSON"),
         (turns(said("user", "u"), said("assistant", "a"), images=["x.png"]), "images is"),
         (turns(said("user", "u"), said("assistant", "a"), documents=[{}]), "documents is"),
-        (turns(said("user", "u"), said("assistant", "a"), train=False), "train is false, so the row has nothing to"),
-        (turns(said("user", "u"), said("assistant", "a"), enable_thinking=False), "set data.chat_template_kwargs for"),
-        (turns(said("user", "u"), said("assistant", "a"), enable_thinking=True), "set data.chat_template_kwargs for"),
-        (turns(said("user", "u"), said("assistant", "a"), history=[["x", "y"]]), "the row has history as well as messages"),
-        (turns(said("user", "u"), said("assistant", "a", prefix=True)), "prefix of message 2 is not supported"),
-        (turns(said("user", "u"), said("assistant", "a"), functions=[{"name": "f"}]), "use tools instead"),
-        (turns(said("user", "u"), said("assistant", "a", function_call={"name": "f"})), "function_call "
-                                                                                        "of "
-                                                                                        "message "
-                                                                                        "2"),
-        (turns(said("system", "s"), said("user", "u"), said("assistant", "a"), system="t"), "contradict "
-                                                                                            "each "
-                                                                                            "other"),
-        (turns(said("user", "u"), said("assistant", "")), "must be a non-empty message of the assistant"),
-        (turns(said("user", "u"), said("assistant", ""), said("user", "v"), said("assistant", "a")), "message "
-                                                                                                     "2 "
-                                                                                                     "is"),
-        (turns(said("user", "u"), said("assistant", "a"), said("user", "v")), "the last of "
-                                                                              "messages must be"),
+        (
+            turns(said("user", "u"), said("assistant", "a"), train=False),
+            "train is false, so the row has nothing to",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a"), enable_thinking=False),
+            "set data.chat_template_kwargs for",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a"), enable_thinking=True),
+            "set data.chat_template_kwargs for",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a"), history=[["x", "y"]]),
+            "the row has history as well as messages",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a", prefix=True)),
+            "prefix of message 2 is not supported",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a"), functions=[{"name": "f"}]),
+            "use tools instead",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a", function_call={"name": "f"})),
+            "function_call of message 2",
+        ),
+        (
+            turns(said("system", "s"), said("user", "u"), said("assistant", "a"), system="t"),
+            "contradict each other",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "")),
+            "must be a non-empty message of the assistant",
+        ),
+        (
+            turns(
+                said("user", "u"), said("assistant", ""), said("user", "v"), said("assistant", "a")
+            ),
+            "message 2 is",
+        ),
+        (
+            turns(said("user", "u"), said("assistant", "a"), said("user", "v")),
+            "the last of messages must be",
+        ),
         (turns(said("system", "s"), said("assistant", "a")), "must have a message before"),
-        (turns(said("narrator", "u"), said("assistant", "a")), "role is 'narrator', but must "
-                                                               "be one of"),
-        ({"conversations": [{"from": "alien", "value": "u"}, {"from": "gpt", "value": "a"}]}, "from "
-                                                                                              "is "
-                                                                                              "'alien'"),
-        ({"conversations": [{"speaker": "u"}, {"from": "gpt", "value": "a"}]}, "message 1 has "
-                                                                               "neither role "
-                                                                               "nor from"),
-        ({"instruction": "u", "output": "a", "history": 3}, "must be a list of [question, "
-                                                            "answer] pairs"),
+        (
+            turns(said("narrator", "u"), said("assistant", "a")),
+            "role is 'narrator', but must be one of",
+        ),
+        (
+            {"conversations": [{"from": "alien", "value": "u"}, {"from": "gpt", "value": "a"}]},
+            "from is 'alien'",
+        ),
+        (
+            {"conversations": [{"speaker": "u"}, {"from": "gpt", "value": "a"}]},
+            "message 1 has neither role nor from",
+        ),
+        (
+            {"instruction": "u", "output": "a", "history": 3},
+            "must be a list of [question, answer] pairs",
+        ),
         ({"instruction": "u", "output": "a", "history": "x"}, 'history is "x", which is not JSON'),
         (
             turns(said("user", "u"), said("assistant", "<think>t</think>a", reasoning_content="r")),
             "has reasoning both in a field and as <think> in its content",
         ),
         ({"messages": "[" * 100_000}, "messages must be a list"),
-        ({"instruction": "u", "output": "a", "history": [["x"]]}, "must be a list of [question, "
-                                                                  "answer] pairs"),
+        (
+            {"instruction": "u", "output": "a", "history": [["x"]]},
+            "must be a list of [question, answer] pairs",
+        ),
         ({"instruction": "u", "output": "a", "system": 3}, "system is 3, but must be a text"),
-        ({"prompt": [said("user", "u")], "completion": "a"}, "must be a list of messages like the other column"),
+        (
+            {"prompt": [said("user", "u")], "completion": "a"},
+            "must be a list of messages like the other column",
+        ),
         ({"prompt": "u", "completion": [said("assistant", "a")]}, "must be a list of messages"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_used_is_named(
     record: dict[str, Any], sentence: str, tmp_path: Path
 ) -> None:

@@ -21,23 +21,48 @@ from tests.conftest import lorafleet_here
 from tests.unit.evaluation.report.test_search import finished  # noqa: F401 - a fixture
 
 DAMAGES: dict[str, bytes | None] = {
-    "gone": None, "empty": b"", "binary": b"\xff\xfe\x00\x01" * 20, "cut": b'{"state": '
-                                                                           b'"fin', "list": b"[]",
-    "null": b"null", "number": b"7", "text": b'"x"', "deep": b"[" * 100_000, "deep "
-                                                                             "object": b'{"a":' * 50_000,
-    "surrogate": b'{"state": '
-                 b'"\\ud800"}', "huge number": b'{"index": 1e999, "step": 1e308, "created": 1e308}',
-    "huge integer": b'{"index": ' + b"9" * 5000 + b"}", "no "
-                                                   "object": b'{"schema_version": '
-                                                             b'1}', "folder": b"FOLDER",
-    "pipe": b"PIPE", "loop": b"LOOP",
-}  # fmt: skip
-FILES = ("status.json", "plan.json", "facts.json", "events.jsonl", "resolved.json", "job.yaml", "report/base.json",
-         "trials/aaaa/params.json", "trials/aaaa/status.json", "trials/aaaa/metrics.jsonl", "trials/aaaa/test.json",
-         "trials/aaaa/progress.json")  # fmt: skip
+    "gone": None,
+    "empty": b"",
+    "binary": b"\xff\xfe\x00\x01" * 20,
+    "cut": b'{"state": "fin',
+    "list": b"[]",
+    "null": b"null",
+    "number": b"7",
+    "text": b'"x"',
+    "deep": b"[" * 100_000,
+    "deep object": b'{"a":' * 50_000,
+    "surrogate": b'{"state": "\\ud800"}',
+    "huge number": b'{"index": 1e999, "step": 1e308, "created": 1e308}',
+    "huge integer": b'{"index": ' + b"9" * 5000 + b"}",
+    "no object": b'{"schema_version": 1}',
+    "folder": b"FOLDER",
+    "pipe": b"PIPE",
+    "loop": b"LOOP",
+}
+FILES = (
+    "status.json",
+    "plan.json",
+    "facts.json",
+    "events.jsonl",
+    "resolved.json",
+    "job.yaml",
+    "report/base.json",
+    "trials/aaaa/params.json",
+    "trials/aaaa/status.json",
+    "trials/aaaa/metrics.jsonl",
+    "trials/aaaa/test.json",
+    "trials/aaaa/progress.json",
+)
 WRONG = [None, True, 7, -1, 1e308, 10**40, "x", "", [], [1], {}, {"a": 1}, [[]], "\ud800"]
-COMMANDS = (["list"], ["status"], ["report"], ["logs"], ["status", "--format", "json"], ["list", "--format", "json"],
-            ["report", "--format", "json"])  # fmt: skip
+COMMANDS = (
+    ["list"],
+    ["status"],
+    ["report"],
+    ["logs"],
+    ["status", "--format", "json"],
+    ["list", "--format", "json"],
+    ["report", "--format", "json"],
+)
 
 
 def damage(path: Path, kind: str) -> None:

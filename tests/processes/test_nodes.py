@@ -31,6 +31,7 @@ def log(run: Run) -> str:
     return (run.path / "logs" / "driver.log").read_text()
 
 
+@pytest.mark.long
 def test_trials_over_two_machines_are_trained_and_searched(
     bert_job: JobMaker, place: Path, machines: Machines
 ) -> None:

@@ -72,10 +72,7 @@ WAYS: dict[str, tuple[Callable[[Any], None], int]] = {
 
 @pytest.mark.parametrize(
     "way",
-    [
-        pytest.param(way, marks=[pytest.mark.long] if way in ("pid", "group", "supervisor") else [])
-        for way in WAYS
-    ],
+    [pytest.param(way, marks=[] if way == "both" else [pytest.mark.long]) for way in WAYS],
 )
 def test_a_signal_stops_a_run(way: str, bert_job: JobMaker, place: Path) -> None:
     send, code = WAYS[way]

@@ -75,6 +75,7 @@ def test_a_sweep_over_two_nodes(login: Login, bert_job: JobMaker) -> None:
     assert "finished" in login.lorafleet("status", run.id).stdout
 
 
+@pytest.mark.long
 def test_trials_of_two_nodes_and_what_they_leave(login: Login, bert_job: JobMaker) -> None:
     search = (
         SEARCH.replace("num_samples: 8", "num_samples: 3")

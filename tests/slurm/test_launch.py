@@ -135,7 +135,7 @@ def test_nodes_that_differ(login: Login, bert_job: JobMaker) -> None:
     record = login.ended(run, 60)
     assert (record.state, record.exit_code) == ("FAILED", 70)
     assert re.search(
-        r"node2 has torch 9\S+, and node1 has", login.lorafleet("status", run.id).stdout
+        r"node2 has torch 9\S+, but node1 has", login.lorafleet("status", run.id).stdout
     )
 
 

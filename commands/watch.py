@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -53,7 +54,14 @@ def follow(
             if quiet or silent or output is Format.JSON:
                 code = _wait_for_end(watch)
             elif sys.stdout.isatty():
-                code = _show_live_view(run, watch)
+                try:
+                    code = _show_live_view(run, watch)
+                except OSError as error:
+                    if error.errno != errno.EIO:
+                        raise
+                    # The terminal was closed, and SIGHUP is ignored or has not arrived yet.
+                    _discard_output()
+                    code = _wait_for_end(watch)
             else:
                 code = _print_news(run, watch, shown_lines or set())
     # Only a queued run gets here: with a child, the interrupt is forwarded to its driver.
@@ -83,10 +91,8 @@ def _forward_signals(watch: Watch) -> Iterator[None]:
     last_forwarded = [float("-inf")]
 
     def forward(number: int, _frame: Any) -> None:
-        if number == signal.SIGHUP:  # the terminal is gone, and writing to it would fail
-            devnull = os.open(os.devnull, os.O_WRONLY)
-            for output in (1, 2):
-                os.dup2(devnull, output)
+        if number == signal.SIGHUP:
+            _discard_output()
         if time.monotonic() - last_forwarded[0] < REPEATED_SIGNAL_SECONDS:
             return
         last_forwarded[0] = time.monotonic()
@@ -111,6 +117,13 @@ def _forward_signals(watch: Watch) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _discard_output() -> None:
+    """Redirect the output to /dev/null: the terminal is gone, and writing to it would fail."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        os.dup2(devnull, output)
 
 
 def _wait_for_end(watch: Watch) -> int:

@@ -116,8 +116,13 @@ def test_timeout_stops_a_run(bert_job: JobMaker, place: Path) -> None:
     assert newest(place).state is RunState.STOPPED, done.stdout + done.stderr
 
 
-def test_a_terminal_that_closes_stops_a_run(bert_job: JobMaker, place: Path) -> None:
-    """With the live view in it, which has nowhere to be drawn any more."""
+@pytest.mark.parametrize("hangup", [signal.SIG_DFL, signal.SIG_IGN])
+def test_a_terminal_that_closes_stops_a_run(
+    hangup: signal.Handlers, bert_job: JobMaker, place: Path
+) -> None:
+    """With the live view in it, which has nowhere to be drawn any more. If SIGHUP is ignored, as
+    after `trap '' HUP`, the run continues.
+    """
     job = save(bert_job(**LONG), place)
     line = [
         str(Path(sys.executable).with_name("lorafleet")),
@@ -128,6 +133,8 @@ def test_a_terminal_that_closes_stops_a_run(bert_job: JobMaker, place: Path) -> 
     child, terminal = pty.fork()
     if not child:
         try:
+            # Under nohup, pytest and this process ignore it.
+            signal.signal(signal.SIGHUP, hangup)
             os.chdir(place)
             os.execv(line[0], line)
         finally:  # never a second pytest
@@ -145,7 +152,11 @@ def test_a_terminal_that_closes_stops_a_run(bert_job: JobMaker, place: Path) -> 
     wait_for(drained)
     os.close(terminal)
     _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == ExitCode.REQUEUE
+    code = os.waitstatus_to_exitcode(status)
+    if hangup is signal.SIG_IGN:
+        assert (code, newest(place).state) == (ExitCode.OK, RunState.FINISHED)
+        return
+    assert code == ExitCode.REQUEUE
     check_stopped(place)
 
 
